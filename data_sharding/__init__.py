@@ -1,0 +1,1 @@
+"""Recordings to a dataset of WebDataset shards, and reading it back."""

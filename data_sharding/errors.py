@@ -1,0 +1,74 @@
+"""Errors of the whole project, and the exit codes they become."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_REQUEST = 2
+EXIT_SET_ASIDE = 3
+EXIT_STOPPED = 75
+
+
+class RequestError(ValueError):
+    """What was asked for cannot be done, and the user can mend it.
+
+    The message is one line: it names the file, key or recording, what is wrong with it, and what to do.
+    """
+
+
+class StopRequested(Exception):
+    """A signal asked the work to stop; what was finished is safe, and the same command goes on from there."""
+
+
+def one_line(text: object) -> str:
+    """Fold a message of several lines into one.
+
+    Parameters
+    ----------
+    text : object
+        Anything whose `str` is the message.
+
+    Returns
+    -------
+    str
+        The message with every run of white space replaced by one blank.
+    """
+    return " ".join(str(text).split())
+
+
+def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
+    """Run a stage's body and turn its errors into the project's exit codes.
+
+    Parameters
+    ----------
+    main : callable
+        The stage's body: takes the arguments, returns an exit code.
+    argv : list of str, optional
+        Arguments without the program's name; `sys.argv[1:]` by default.
+
+    Returns
+    -------
+    int
+        0 done, 1 failed, 2 the request was wrong, 3 too much was set aside, 75 stopped on request.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv)
+    except RequestError as error:
+        # Under a launcher every rank finds the same fault; one line is enough.
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"dreamscale: {one_line(error)}", file=sys.stderr)
+        return EXIT_BAD_REQUEST
+    except StopRequested as stop:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(
+                f"dreamscale: stopped on request; {one_line(stop) or 'run the same command to go on'}",
+                file=sys.stderr,
+            )
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("dreamscale: interrupted; run the same command to go on", file=sys.stderr)
+        return EXIT_STOPPED

@@ -1,0 +1,1 @@
+"""Encoder and EEG-image dataset to images: alignment, Stable Diffusion, DM-RE2I, evaluation."""

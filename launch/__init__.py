@@ -1,0 +1,1 @@
+"""The face of Dreamscale: the command, the demo, local and cluster launching."""

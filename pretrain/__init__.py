@@ -1,0 +1,1 @@
+"""Dataset to encoder: the masked-signal autoencoder, its training, export and probes."""

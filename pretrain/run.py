@@ -1,0 +1,339 @@
+"""The run directory of every training stage: config, metrics, checkpoints, status, tracker, and the wish to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from data_sharding.config import to_dict, to_yaml
+from data_sharding.errors import RequestError
+from data_sharding.files import atomic_write_text, digest_of, read_json, write_json
+
+DONE = "complete.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    kind: Literal["none", "wandb", "tensorboard"] = "wandb"
+    """wandb is offline unless the user is logged in (WANDB_API_KEY or WANDB_MODE=online)."""
+    project: str = "dreamscale"
+    """Project's name at wandb."""
+    name: str | None = None
+    """Name of the run; the run directory's by default."""
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop looks at.
+
+    A second SIGINT interrupts at once.
+
+    Attributes
+    ----------
+    requested : bool
+        True once a signal came.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _tracker(
+    config: TrackerConfig, path: Path, values: dict[str, Any]
+) -> tuple[Callable[..., None], Callable[[], None]]:
+    """Logging and closing functions of the chosen tracker."""
+    if config.kind == "wandb":
+        import wandb
+
+        # Without a key or a mode wandb fails at init: choose offline ourselves.
+        online = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "online"
+        mode = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
+        run = wandb.init(
+            project=config.project,
+            name=config.name or path.name,
+            dir=str(path),
+            config=values,
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        return (lambda step, metrics: run.log(metrics, step=step)), run.finish
+    if config.kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(path / "tensorboard"))
+
+        def log(step: int, metrics: dict[str, Any]) -> None:
+            for name, value in metrics.items():
+                if isinstance(value, int | float):
+                    writer.add_scalar(name, value, step)
+
+        return log, writer.close
+    return (lambda step, metrics: None), (lambda: None)
+
+
+class RunDirectory:
+    """A training run on disk.
+
+    Parameters
+    ----------
+    path : str or Path
+        The directory; made if it is not there.
+    config : dataclass instance
+        The resolved config. A directory that holds a run of another config is refused.
+    rank : int
+        Only rank 0 writes.
+    tracker : TrackerConfig, optional
+        Where metrics go besides metrics.jsonl; none by default.
+    ignore : tuple of str
+        Dotted config keys that may differ when a run goes on: they do not change what is learned.
+
+    Raises
+    ------
+    RequestError
+        If the directory holds a run of another config, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: Any,
+        *,
+        rank: int = 0,
+        tracker: TrackerConfig | None = None,
+        ignore: tuple[str, ...] = ("output", "tracker", "num_processes", "device"),
+    ) -> None:
+        self.path, self.rank = Path(path), rank
+        self.checkpoints = self.path / "checkpoints"
+        self._log: Callable[..., None] = lambda step, metrics: None
+        self._close: Callable[[], None] = lambda: None
+        self._stream = None
+        values = to_dict(config)
+        digest = digest_of(_without(values, ignore))
+        known = self.path / "status.json"
+        if known.is_file() and (old := read_json(known)).get("config") != digest:
+            raise RequestError(
+                f"{self.path}: holds a run of another config (see {self.path / 'config.yaml'}); "
+                f"choose another output, or delete it"
+            )
+        self._digest = digest
+        self.finished = known.is_file() and old["state"] == "done"
+        if rank or self.finished:
+            return
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            (self.path / "plots").mkdir(exist_ok=True)
+            atomic_write_text(self.path / "config.yaml", to_yaml(config))
+        except OSError as error:
+            raise RequestError(f"{self.path}: cannot be written ({error.strerror})") from None
+        self.status("running")
+        self._stream = (self.path / "metrics.jsonl").open("a")
+        self._log, self._close = _tracker(tracker or TrackerConfig(kind="none"), self.path, values)
+
+    def status(self, state: Literal["running", "done", "stopped", "failed"], **extra: Any) -> None:
+        """Record the state of the run in status.json.
+
+        Parameters
+        ----------
+        state : str
+            running, done, stopped (on request, with a checkpoint) or failed.
+        **extra
+            Anything else, e.g. the step.
+        """
+        if not self.rank:
+            write_json(self.path / "status.json", {"state": state, "config": self._digest, **extra})
+
+    def log(self, step: int, **metrics: Any) -> None:
+        """Append a line to metrics.jsonl and tell the tracker.
+
+        Parameters
+        ----------
+        step : int
+            Optimiser steps done.
+        **metrics
+            Numbers; NaN and infinities are written as null.
+        """
+        if self.rank or self._stream is None:
+            return
+        clean = {
+            k: (None if isinstance(v, float) and not abs(v) < float("inf") else v) for k, v in metrics.items()
+        }
+        self._stream.write(json.dumps({"step": step, "time": time.time(), **clean}) + "\n")
+        self._stream.flush()
+        self._log(step, clean)
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop lines beyond a step: a resumed run writes them again.
+
+        Parameters
+        ----------
+        step : int
+            The step of the checkpoint from which the run goes on.
+        """
+        if self.rank or self._stream is None:
+            return
+        self._stream.close()
+        path = self.path / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines() if line and _step_of(line) <= step]
+        atomic_write_text(path, "".join(f"{line}\n" for line in kept))
+        self._stream = path.open("a")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl so far.
+
+        Returns
+        -------
+        list of dict
+            One dictionary a line.
+        """
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def step_directory(self, step: int) -> Path:
+        """Where the checkpoint of a step stands once it is complete.
+
+        Parameters
+        ----------
+        step : int
+            Optimiser steps done.
+
+        Returns
+        -------
+        Path
+            The directory.
+        """
+        return self.checkpoints / f"step_{step:08d}"
+
+    def begin_checkpoint(self, step: int) -> Path:
+        """Directory to write a checkpoint into; call on every rank, between barriers.
+
+        Parameters
+        ----------
+        step : int
+            Optimiser steps done.
+
+        Returns
+        -------
+        Path
+            A directory that does not count until `commit_checkpoint`; emptied by rank 0.
+        """
+        partial = self.checkpoints / f".partial_{step:08d}"
+        if not self.rank:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        return partial
+
+    def commit_checkpoint(self, step: int, *, keep: int = 2, **extra: Any) -> None:
+        """Declare a checkpoint complete and delete old ones; rank 0, after all ranks wrote theirs.
+
+        Parameters
+        ----------
+        step : int
+            Optimiser steps done.
+        keep : int
+            Newest checkpoints kept.
+        **extra
+            Written into the checkpoint's own manifest.
+        """
+        if self.rank:
+            return
+        partial, final = self.checkpoints / f".partial_{step:08d}", self.step_directory(step)
+        files = {
+            p.relative_to(partial).as_posix(): p.stat().st_size
+            for p in sorted(partial.rglob("*"))
+            if p.is_file()
+        }
+        write_json(partial / DONE, {"step": step, "files": files, **extra})
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        atomic_write_text(self.path / "latest", final.name + "\n")
+        for old in self.complete_checkpoints()[:-keep]:
+            shutil.rmtree(old)
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Checkpoints whose files are all there, in the order of their steps.
+
+        Returns
+        -------
+        list of Path
+            Their directories; a damaged one is left out with a warning.
+        """
+        found = []
+        for directory in sorted(self.checkpoints.glob("step_*")):
+            try:
+                files = read_json(directory / DONE)["files"]
+                damaged = [name for name, size in files.items() if (directory / name).stat().st_size != size]
+            except (RequestError, OSError, KeyError, TypeError) as error:
+                damaged = [str(error)]
+            if damaged:
+                print(
+                    f"dreamscale: checkpoint {directory} is damaged ({damaged[0]}); passed over",
+                    file=sys.stderr,
+                )
+            else:
+                found.append(directory)
+        return found
+
+    def latest(self) -> Path | None:
+        """Newest complete checkpoint.
+
+        Returns
+        -------
+        Path or None
+            Its directory, or None where there is none.
+        """
+        complete = self.complete_checkpoints()
+        return complete[-1] if complete else None
+
+    def close(self) -> None:
+        """Close the metrics file and the tracker."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        self._close()
+
+
+def _step_of(line: str) -> int:
+    """Step of a metrics line; a half-written last line counts as beyond everything."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize
+
+
+def _without(values: dict[str, Any], ignore: tuple[str, ...]) -> dict[str, Any]:
+    """Copy of a nested dictionary without some dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in ignore:
+            continue
+        inner = tuple(name[len(key) + 1 :] for name in ignore if name.startswith(f"{key}."))
+        out[key] = _without(value, inner) if inner and isinstance(value, dict) else value
+    return out

@@ -1,0 +1,109 @@
+"""Tiny real datasets that the suites share."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+from data_sharding.dataset import write_dataset
+from data_sharding.preprocess import PreprocessSpec
+from data_sharding.samples import Sample
+
+SPEC = PreprocessSpec(sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, stride=128)
+LABELS = ["circle", "square"]
+
+
+def _window(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Correlated 10 Hz activity with noise, in microvolts: something a masked autoencoder can learn."""
+    t = np.arange(SPEC.window) / SPEC.sfreq
+    waves = np.sin(2 * np.pi * (10 * t + rng.uniform())) * rng.uniform(5, 20)
+    return (np.outer(np.linspace(0.5, 1.5, n), waves) + rng.normal(0, 2, (n, SPEC.window))).astype(np.float32)
+
+
+def _meta(n: int, subject: str, number: int, split: str) -> dict:
+    return {
+        "n": n,
+        "ch_names": [f"E{i + 1}" for i in range(n)],
+        "positions": [None] * n,
+        "reference": "average",
+        "sfreq": SPEC.sfreq,
+        "start": float(number),
+        "recording": f"rec-{subject}",
+        "subject": subject,
+        "session": "",
+        "corpus": "tiny",
+        "bads": [],
+        "split": split,
+    }
+
+
+def _unpaired(split: str, count: int, seed: int) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(count):
+        n = (19, 32, 64)[i % 3]
+        subject = f"{split}-{i % 3}"
+        out.append(Sample(key=f"{split}-{i:05d}", eeg=_window(rng, n), meta=_meta(n, subject, i, split)))
+    return out
+
+
+def _picture(label: int, rng: np.random.Generator) -> bytes:
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (32, 32), (20, 20, 20))
+    box = [6 + int(rng.integers(3)), 6, 24, 24]
+    colour = tuple(int(c) for c in rng.integers(120, 255, 3))
+    (ImageDraw.Draw(image).ellipse if label == 0 else ImageDraw.Draw(image).rectangle)(box, fill=colour)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _paired(split: str, count: int, seed: int) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(count):
+        label, n = i % 2, 16
+        eeg = _window(rng, n)
+        # The label is carried by an evoked bump of opposite sign.
+        eeg += (1 if label else -1) * 25 * np.exp(-((np.arange(SPEC.window) - 50) ** 2) / 200)
+        meta = _meta(n, f"{split}-{i % 2}", i, split)
+        meta |= {
+            "image_id": f"{split}-img-{i:04d}",
+            "label": label,
+            "label_name": LABELS[label],
+            "caption": f"a {LABELS[label]}",
+        }
+        out.append(
+            Sample(key=f"{split}-{i:05d}", eeg=eeg, meta=meta, image=_picture(label, rng), image_ext="png")
+        )
+    return out
+
+
+@pytest.fixture(scope="session")
+def unpaired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 train, 24 val and 24 test windows of 19 to 64 channels, 128 samples at 128 Hz."""
+    path = tmp_path_factory.mktemp("data") / "unpaired"
+    splits = {
+        "train": _unpaired("train", 96, 0),
+        "val": _unpaired("val", 24, 1),
+        "test": _unpaired("test", 24, 2),
+    }
+    write_dataset(path, splits, SPEC, samples_per_shard=40)
+    return path
+
+
+@pytest.fixture(scope="session")
+def paired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 train, 16 val and 16 test trials of 16 channels with 32 x 32 images of two categories."""
+    path = tmp_path_factory.mktemp("data") / "paired"
+    splits = {"train": _paired("train", 64, 0), "val": _paired("val", 16, 1), "test": _paired("test", 16, 2)}
+    write_dataset(path, splits, SPEC, labels=LABELS, samples_per_shard=40)
+    return path
