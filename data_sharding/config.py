@@ -31,16 +31,12 @@ def _leaf_keys(cls: type, prefix: str = "") -> list[str]:
 def _explain(error: Exception, cls: type) -> str:
     """One line that names the key and what to do, out of jsonargparse's message."""
     message = one_line(error)
-    unknown = re.search(
-        r"Key ['\"]?([\w.]+)['\"]? is not expected|[Uu]nrecognized arguments?: *--([\w.]+)", message
-    )
+    unknown = re.search(r"Key ['\"]?([\w.]+)['\"]? is not expected|[Uu]nrecognized arguments?: *--([\w.]+)", message)
     group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if unknown or group:
         key = f"{group.group(1)}.{group.group(2)}" if group else next(k for k in unknown.groups() if k)  # type: ignore[union-attr]
         keys = _leaf_keys(cls)
-        near = difflib.get_close_matches(key, keys, n=1) or [
-            k for k in keys if k.split(".")[-1] == key.split(".")[-1]
-        ]
+        near = difflib.get_close_matches(key, keys, n=1) or [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
         hint = f"did you mean '{near[0]}'?" if near else "see --help for the keys there are"
         return f"unknown key '{key}'; {hint}"
     return message

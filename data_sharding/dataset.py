@@ -40,9 +40,7 @@ class EEGDataset:
         shards = self.manifest.splits.get(split)
         if not shards or not self.manifest.samples(split):
             have = [name for name in self.manifest.splits if self.manifest.samples(name)]
-            raise RequestError(
-                f"{self.path}: no samples in split '{split}'; it has {', '.join(have) or 'none at all'}"
-            )
+            raise RequestError(f"{self.path}: no samples in split '{split}'; it has {', '.join(have) or 'none at all'}")
         self._entries: list[tuple[int, dict[str, Any]]] = []
         self._tars: list[Path] = []
         for number, shard in enumerate(shards):
@@ -73,9 +71,7 @@ class EEGDataset:
     @property
     def paired(self) -> bool:
         """True where every sample has an image."""
-        return bool(self._entries) and all(
-            any(m.startswith("image.") for m in e["members"]) for _, e in self._entries
-        )
+        return bool(self._entries) and all(any(m.startswith("image.") for m in e["members"]) for _, e in self._entries)
 
     def require_images(self) -> EEGDataset:
         """Refuse a dataset without images.

@@ -167,9 +167,7 @@ class Loader:
             The epoch each belongs to.
         """
         n = len(self.dataset)
-        line = np.arange(
-            step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world_size
-        )
+        line = np.arange(step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world_size)
         numbers, epochs = [], []
         for epoch, place in zip(*divmod(line, n), strict=True):
             epoch = int(epoch)
@@ -243,9 +241,7 @@ class Loader:
         self.step = int(state["step"])
 
 
-def sequential(
-    dataset: EEGDataset, batch_size: int, *, rank: int = 0, world_size: int = 1
-) -> Iterator[Batch]:
+def sequential(dataset: EEGDataset, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
     """Every sample of a split once, in its own order, for evaluation.
 
     Parameters

@@ -50,21 +50,15 @@ class PreprocessSpec:
         if not self.sfreq > 0:
             raise ValueError(f"preprocess.sfreq must be positive, got {self.sfreq}")
         if not 0 < self.highpass < self.lowpass:
-            raise ValueError(
-                f"preprocess: need 0 < highpass < lowpass, got {self.highpass} and {self.lowpass}"
-            )
+            raise ValueError(f"preprocess: need 0 < highpass < lowpass, got {self.highpass} and {self.lowpass}")
         if self.lowpass > 0.45 * self.sfreq:
             raise ValueError(
                 f"preprocess.lowpass {self.lowpass} Hz needs sfreq of at least {self.lowpass / 0.45:.1f} Hz, got {self.sfreq}"
             )
         if self.window < 1 or self.stride < 1:
-            raise ValueError(
-                f"preprocess: window and stride must be at least 1, got {self.window} and {self.stride}"
-            )
+            raise ValueError(f"preprocess: window and stride must be at least 1, got {self.window} and {self.stride}")
         if not self.scale_uv > 0 or self.clip < 0:
-            raise ValueError(
-                f"preprocess: need scale_uv > 0 and clip >= 0, got {self.scale_uv} and {self.clip}"
-            )
+            raise ValueError(f"preprocess: need scale_uv > 0 and clip >= 0, got {self.scale_uv} and {self.clip}")
 
     @property
     def window_s(self) -> float:
@@ -243,6 +237,4 @@ def window_starts(n_samples: int, spec: PreprocessSpec) -> np.ndarray:
     ndarray of int, shape (n_windows,)
         Starts; empty where the recording is shorter than a window.
     """
-    return (
-        np.arange(0, n_samples - spec.window + 1, spec.stride) if n_samples >= spec.window else np.arange(0)
-    )
+    return np.arange(0, n_samples - spec.window + 1, spec.stride) if n_samples >= spec.window else np.arange(0)

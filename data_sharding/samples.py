@@ -77,9 +77,7 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
     if not np.isfinite(half).all():
         raise ValueError("window holds values that are not finite in float16 microvolts")
     buffer = io.BytesIO()
-    np.lib.format.write_array(
-        buffer, np.ascontiguousarray(pad_channels(half)), version=(1, 0), allow_pickle=False
-    )
+    np.lib.format.write_array(buffer, np.ascontiguousarray(pad_channels(half)), version=(1, 0), allow_pickle=False)
     return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(buffer.getvalue())
 
 
@@ -163,9 +161,7 @@ class Sample:
         members = [(f"{self.key}.eeg.npy.zst", encode_eeg(self.eeg))]
         if self.image is not None:
             if self.image_ext not in IMAGE_EXTENSIONS:
-                raise ValueError(
-                    f"sample {self.key}: image type '{self.image_ext}' is none of {IMAGE_EXTENSIONS}"
-                )
+                raise ValueError(f"sample {self.key}: image type '{self.image_ext}' is none of {IMAGE_EXTENSIONS}")
             members.append((f"{self.key}.image.{self.image_ext}", self.image))
         members.append((f"{self.key}.json", text.encode()))
         return members

@@ -181,9 +181,7 @@ class RunDirectory:
         """
         if self.rank or self._stream is None:
             return
-        clean = {
-            k: (None if isinstance(v, float) and not abs(v) < float("inf") else v) for k, v in metrics.items()
-        }
+        clean = {k: (None if isinstance(v, float) and not abs(v) < float("inf") else v) for k, v in metrics.items()}
         self._stream.write(json.dumps({"step": step, "time": time.time(), **clean}) + "\n")
         self._stream.flush()
         self._log(step, clean)
@@ -264,11 +262,7 @@ class RunDirectory:
         if self.rank:
             return
         partial, final = self.checkpoints / f".partial_{step:08d}", self.step_directory(step)
-        files = {
-            p.relative_to(partial).as_posix(): p.stat().st_size
-            for p in sorted(partial.rglob("*"))
-            if p.is_file()
-        }
+        files = {p.relative_to(partial).as_posix(): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         write_json(partial / DONE, {"step": step, "files": files, **extra})
         if final.exists():
             shutil.rmtree(final)

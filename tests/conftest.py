@@ -81,9 +81,7 @@ def _paired(split: str, count: int, seed: int) -> list[Sample]:
             "label_name": LABELS[label],
             "caption": f"a {LABELS[label]}",
         }
-        out.append(
-            Sample(key=f"{split}-{i:05d}", eeg=eeg, meta=meta, image=_picture(label, rng), image_ext="png")
-        )
+        out.append(Sample(key=f"{split}-{i:05d}", eeg=eeg, meta=meta, image=_picture(label, rng), image_ext="png"))
     return out
 
 
