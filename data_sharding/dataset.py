@@ -39,7 +39,7 @@ class EEGDataset:
         self.manifest = Manifest.read(self.path)
         shards = self.manifest.splits.get(split)
         if not shards or not self.manifest.samples(split):
-            have = [name for name in self.manifest.splits if self.manifest.samples(name)]
+            have = [name for name in ("train", "val", "test") if self.manifest.samples(name)]
             raise RequestError(f"{self.path}: no samples in split '{split}'; it has {', '.join(have) or 'none at all'}")
         self._entries: list[tuple[int, dict[str, Any]]] = []
         self._tars: list[Path] = []
@@ -88,7 +88,8 @@ class EEGDataset:
         """
         if not self.paired:
             raise RequestError(
-                f"{self.path} ({self.split}): no paired images; this stage needs an EEG-image dataset (a corpus of kind 'events')"
+                f"{self.path} ({self.split}): no paired images; "
+                "this stage needs an EEG-image dataset (a corpus of kind 'events')"
             )
         return self
 

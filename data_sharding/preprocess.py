@@ -53,7 +53,8 @@ class PreprocessSpec:
             raise ValueError(f"preprocess: need 0 < highpass < lowpass, got {self.highpass} and {self.lowpass}")
         if self.lowpass > 0.45 * self.sfreq:
             raise ValueError(
-                f"preprocess.lowpass {self.lowpass} Hz needs sfreq of at least {self.lowpass / 0.45:.1f} Hz, got {self.sfreq}"
+                f"preprocess.lowpass {self.lowpass} Hz needs sfreq of at least {self.lowpass / 0.45:.1f} Hz, "
+                f"got {self.sfreq}"
             )
         if self.window < 1 or self.stride < 1:
             raise ValueError(f"preprocess: window and stride must be at least 1, got {self.window} and {self.stride}")
