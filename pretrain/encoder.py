@@ -1,0 +1,541 @@
+"""The encoder package: a pretrained encoder, its preprocessing and a proof of both, for anyone's downstream work.
+
+Letters in names: B samples or windows, C channels, T time samples, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_sharding.errors import RequestError
+from data_sharding.files import atomic_directory, atomic_write_text, read_json, write_json
+from data_sharding.preprocess import PreprocessSpec, preprocess, window_starts
+from data_sharding.samples import N_PADDED, pad_channels
+from pretrain.model import EncoderConfig, SignalEncoder, count_parameters
+
+if TYPE_CHECKING:
+    import mne
+
+KIND = "dreamscale_eeg_encoder"
+SCHEMA = 1
+WEIGHTS, CONFIG, SPEC, EXAMPLE, CARD = (
+    "model.safetensors",
+    "config.json",
+    "preprocess.json",
+    "example.npz",
+    "model_card.md",
+)
+PROGRAM = "encoder.pt2"
+# The output is layer-normed, so of order one; other processors' sums differ by some 1e-5.
+TOLERANCE = 2e-3
+_UNITS = {"V": 1e6, "mV": 1e3, "uV": 1.0, "µV": 1.0, "μV": 1.0, "nV": 1e-3}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoverageReport:
+    """What became of a recording on its way into the encoder."""
+
+    channels_used: list[str]
+    """Channels that the encoder saw, in its order, before padding by replication."""
+    channels_left_out: dict[str, str]
+    """Other channels and why."""
+    sfreq_in: float
+    """The recording's rate in Hz."""
+    sfreq_model: float
+    """Rate that it was resampled to in Hz."""
+    band: tuple[float, float]
+    """Pass band in Hz that was really applied."""
+    line_freq: float | None
+    """Mains frequency in Hz that was notched out; None where it was not known or not asked for."""
+    seconds: float
+    """Length of the recording."""
+    windows: int
+    """Windows encoded."""
+    windows_flat: int
+    """Windows without any signal among them; their features mean nothing."""
+    window_seconds: float
+    """Length of a window."""
+    seconds_left_out: float
+    """Tail too short for a window."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.channels_used)} channels used"
+            + (f", {len(self.channels_left_out)} left out" if self.channels_left_out else ""),
+            f"{self.sfreq_in:g} Hz -> {self.sfreq_model:g} Hz, {self.band[0]:g} to {self.band[1]:g} Hz"
+            + (f", {self.line_freq:g} Hz notched" if self.line_freq else ""),
+            f"{self.windows} windows of {self.window_seconds:g} s out of {self.seconds:.1f} s; "
+            f"{self.seconds_left_out:.2f} s at the end left out"
+            + (f"; {self.windows_flat} windows flat" if self.windows_flat else ""),
+        ]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """Features of a recording."""
+
+    tokens: np.ndarray
+    """[B, N, D] float32, one row of tokens a window."""
+    pooled: np.ndarray
+    """[B, D] float32, mean over the tokens of each window."""
+    times: np.ndarray
+    """[B] float64, start of each window in seconds from the recording's start."""
+    report: CoverageReport
+    """What was used and what was not."""
+
+
+class EEGEncoder(nn.Module):
+    """Pretrained encoder of EEG windows.
+
+    Parameters
+    ----------
+    config : EncoderConfig, optional
+        Shape; built from the Braindecode arguments and `shape` where None.
+    spec : PreprocessSpec, optional
+        Preprocessing that the weights belong to.
+    n_chans : int, optional
+        Channels of the windows that `forward` will get, up to 128; they are padded by replication.
+    n_times : int, optional
+        Samples of a window.
+    sfreq : float, optional
+        Rate in Hz.
+    n_outputs : int, optional
+        Classes of a linear head on the pooled tokens. Without it `forward` returns tokens.
+    chs_info : list of dict, optional
+        MNE's channel descriptions; only their number is used.
+    input_window_seconds : float, optional
+        Length of a window in seconds, in place of `n_times`.
+    **shape
+        Further fields of `EncoderConfig`, e.g. ``dim=256``.
+
+    Raises
+    ------
+    ValueError
+        If the arguments contradict each other.
+
+    Examples
+    --------
+    >>> encoder = EEGEncoder.from_pretrained("encoder")  # doctest: +SKIP
+    >>> encoder.encode(mne.io.read_raw("subject.edf")).pooled  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig | None = None,
+        spec: PreprocessSpec | None = None,
+        *,
+        n_chans: int | None = None,
+        n_times: int | None = None,
+        sfreq: float | None = None,
+        n_outputs: int | None = None,
+        chs_info: Sequence[dict[str, Any]] | None = None,
+        input_window_seconds: float | None = None,
+        **shape: Any,
+    ) -> None:
+        super().__init__()
+        if chs_info is not None:
+            if n_chans not in (None, len(chs_info)):
+                raise ValueError(f"n_chans is {n_chans}, but chs_info describes {len(chs_info)} channels")
+            n_chans = len(chs_info)
+        if sfreq is None:
+            sfreq = spec.sfreq if spec else PreprocessSpec().sfreq
+        if input_window_seconds is not None:
+            from_seconds = round(input_window_seconds * sfreq)
+            if n_times not in (None, from_seconds):
+                raise ValueError(f"n_times is {n_times}, but input_window_seconds x sfreq is {from_seconds}")
+            n_times = from_seconds
+        if config is None:
+            samples = n_times or (spec.window if spec else EncoderConfig().samples)
+            config = EncoderConfig(channels=N_PADDED, samples=samples, **shape)
+        elif shape:
+            raise ValueError(f"{', '.join(shape)}: give the shape either in config or as arguments")
+        if spec is None:
+            default = PreprocessSpec()
+            spec = PreprocessSpec(
+                sfreq=sfreq,
+                lowpass=min(default.lowpass, 0.45 * sfreq),
+                window=config.samples,
+                stride=config.samples,
+            )
+        if spec.window != config.samples:
+            raise ValueError(f"preprocessing cuts windows of {spec.window} samples, the encoder takes {config.samples}")
+        if spec.sfreq != sfreq:
+            raise ValueError(f"sfreq is {sfreq}, but the preprocessing resamples to {spec.sfreq} Hz")
+        if n_times not in (None, config.samples):
+            raise ValueError(f"n_times is {n_times}, the encoder takes {config.samples}")
+        if n_chans is not None and not 1 <= n_chans <= config.channels:
+            raise ValueError(f"n_chans is {n_chans}; the encoder takes 1 to {config.channels} channels")
+        self.config, self.spec = config, spec
+        self.n_chans, self.n_times, self.sfreq, self.n_outputs = (
+            n_chans or config.channels,
+            config.samples,
+            sfreq,
+            n_outputs,
+        )
+        self.chs_info = list(chs_info) if chs_info is not None else None
+        self.backbone = SignalEncoder(config)
+        self.head = nn.Linear(config.dim, n_outputs) if n_outputs else None
+
+    @property
+    def dim(self) -> int:
+        """Width of a token."""
+        return self.config.dim
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a window, without the class token."""
+        return self.config.tokens
+
+    def tokens(self, x_BCT: Tensor) -> Tensor:
+        """Encode windows.
+
+        Parameters
+        ----------
+        x_BCT : Tensor, [B, C, T]
+            Windows in model units (`spec.scale_for_model`); fewer channels than the encoder's are padded.
+
+        Returns
+        -------
+        Tensor, [B, N, D]
+            Tokens in the order of time, without the class token.
+
+        Raises
+        ------
+        ValueError
+            If the windows have another length, or too many channels.
+        """
+        if x_BCT.shape[-1] != self.config.samples or x_BCT.shape[-2] > self.config.channels:
+            raise ValueError(
+                f"got windows of {x_BCT.shape[-2]} channels x {x_BCT.shape[-1]} samples; "
+                f"the encoder takes at most {self.config.channels} x {self.config.samples}"
+            )
+        return self.backbone(pad_channels(x_BCT, self.config.channels))[:, 1:]
+
+    def forward(self, x_BCT: Tensor) -> Tensor:
+        """Encode windows, and classify them where there is a head.
+
+        Parameters
+        ----------
+        x_BCT : Tensor, [B, C, T]
+            Windows in model units (`spec.scale_for_model`); fewer channels than the encoder's are padded.
+
+        Returns
+        -------
+        Tensor, [B, N, D] or [B, n_outputs]
+            Tokens in the order of time without the class token; logits where `n_outputs` was given.
+        """
+        tokens_BND = self.tokens(x_BCT)
+        return tokens_BND if self.head is None else self.head(tokens_BND.mean(dim=1))
+
+    @torch.no_grad()
+    def encode(
+        self,
+        recording: mne.io.BaseRaw | tuple[np.ndarray, Sequence[str], float, str],
+        *,
+        line_freq: float | None = None,
+        batch_size: int = 64,
+    ) -> Encoding:
+        """Encode a recording with the preprocessing of the pretraining.
+
+        Parameters
+        ----------
+        recording : mne.io.BaseRaw or tuple
+            A recording, or ``(x, ch_names, sfreq, unit)`` with x an array [C, samples] and unit one of
+            "V", "mV", "uV", "nV".
+        line_freq : float, optional
+            Mains frequency in Hz to notch out, where the spec asks for that; the recording's own by default.
+        batch_size : int
+            Windows encoded at once.
+
+        Returns
+        -------
+        Encoding
+            Tokens, pooled features, times and a coverage report.
+
+        Raises
+        ------
+        RequestError
+            If there is no EEG channel, the unit is unknown, values are missing, or it is shorter than a window.
+        """
+        data_uv, used, left_out, sfreq, bads, own_line = _signal_of(recording)
+        line_freq = line_freq if line_freq is not None else own_line
+        spec = self.spec
+        if data_uv.shape[1] < math.ceil(spec.window_s * sfreq):
+            raise RequestError(
+                f"the recording lasts {data_uv.shape[1] / sfreq:.2f} s, shorter than one window of {spec.window_s:g} s"
+            )
+        try:
+            clean = preprocess(data_uv, sfreq, spec, line_freq=line_freq, bads=bads)
+        except ValueError as error:
+            raise RequestError(f"the recording cannot be encoded: {error}") from None
+        starts = window_starts(clean.shape[1], spec)
+        device = next(self.parameters()).device
+        was_training = self.training
+        self.eval()
+        parts = []
+        for first in range(0, len(starts), batch_size):
+            block = np.stack([clean[:, s : s + spec.window] for s in starts[first : first + batch_size]])
+            x_BCT = spec.scale_for_model(torch.from_numpy(pad_channels(block, self.config.channels)).to(device))
+            parts.append(self.tokens(x_BCT).float().cpu().numpy())
+        self.train(was_training)
+        tokens_BND = np.concatenate(parts)
+        notched = line_freq if spec.notch == "auto" and line_freq else None
+        flat = sum(not clean[:, s : s + spec.window].any() for s in starts)
+        report = CoverageReport(
+            channels_used=used,
+            channels_left_out=left_out,
+            sfreq_in=sfreq,
+            sfreq_model=spec.sfreq,
+            band=(spec.highpass, min(spec.lowpass, 0.45 * sfreq)),
+            line_freq=notched,
+            seconds=data_uv.shape[1] / sfreq,
+            windows=len(starts),
+            windows_flat=int(flat),
+            window_seconds=spec.window_s,
+            seconds_left_out=max(0.0, (clean.shape[1] - int(starts[-1]) - spec.window) / spec.sfreq),
+        )
+        return Encoding(tokens=tokens_BND, pooled=tokens_BND.mean(axis=1), times=starts / spec.sfreq, report=report)
+
+    def save_pretrained(
+        self, path: str | Path, *, card: str | None = None, program: bool = False, extra: dict[str, Any] | None = None
+    ) -> None:
+        """Write an encoder package, whole or not at all.
+
+        Parameters
+        ----------
+        path : str or Path
+            Directory to write; one that is there is replaced.
+        card : str, optional
+            Text of the model card; a short one by default.
+        program : bool
+            Also write `encoder.pt2`, which needs PyTorch and nothing of ours.
+        extra : dict, optional
+            Provenance for `config.json`.
+        """
+        # A copy on the processor in float32: the example must not depend on where the model trains.
+        model = EEGEncoder(self.config, self.spec, n_chans=self.n_chans, n_outputs=self.n_outputs)
+        model.load_state_dict({k: v.detach().float().cpu() for k, v in self.state_dict().items()})
+        model.eval()
+        example_BCT = _example_input(self.config)
+        with torch.no_grad():
+            output = model(example_BCT)
+        with atomic_directory(path) as folder:
+            save_weights(model.state_dict(), folder / WEIGHTS)
+            write_json(folder / SPEC, self.spec.to_dict())
+            write_json(
+                folder / CONFIG,
+                {
+                    "kind": KIND,
+                    "schema": SCHEMA,
+                    "encoder": dataclasses.asdict(self.config),
+                    "n_chans": self.n_chans,
+                    "n_outputs": self.n_outputs,
+                    "parameters": count_parameters(model),
+                    "versions": {"torch": torch.__version__, "dreamscale": _own_version()},
+                    "extra": extra or {},
+                },
+            )
+            np.savez(folder / EXAMPLE, x=example_BCT.numpy(), y=output.numpy(), tolerance=np.float64(TOLERANCE))
+            atomic_write_text(folder / CARD, card or f"# EEG encoder\n\n{self.config}\n\n{self.spec}\n")
+            if program:
+                export_program(model, folder / PROGRAM)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | Path, *, n_outputs: int | None = None) -> EEGEncoder:
+        """Read an encoder package and prove that it computes what it did where it was written.
+
+        Parameters
+        ----------
+        path_or_hub_id : str or Path
+            Directory of the package, or its name on the Hugging Face hub (``user/name``).
+        n_outputs : int, optional
+            Put a fresh classification head of this many classes on it.
+
+        Returns
+        -------
+        EEGEncoder
+            On the processor, in float32, in evaluation mode.
+
+        Raises
+        ------
+        RequestError
+            If a file is missing or damaged, a weight is missing or too many, or the example's output differs.
+        """
+        folder = _resolve(path_or_hub_id)
+        values = read_json(folder / CONFIG)
+        if not isinstance(values, dict) or values.get("kind") != KIND:
+            raise RequestError(f"{folder / CONFIG}: no encoder package of Dreamscale")
+        if values.get("schema") != SCHEMA:
+            raise RequestError(f"{folder / CONFIG}: schema {values.get('schema')}, this version reads {SCHEMA}")
+        saved_outputs = values.get("n_outputs")
+        try:
+            spec = PreprocessSpec.from_dict(read_json(folder / SPEC))
+            model = cls(
+                EncoderConfig(**values["encoder"]), spec, n_chans=values.get("n_chans"), n_outputs=saved_outputs
+            )
+        except RequestError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise RequestError(f"{folder}: {CONFIG} or {SPEC} is damaged ({error}); export it again") from None
+        _load_strictly(model, folder / WEIGHTS)
+        model.eval()
+        _check_example(model, folder / EXAMPLE)
+        if n_outputs and n_outputs != saved_outputs:
+            model.head, model.n_outputs = nn.Linear(model.dim, n_outputs), n_outputs
+        return model
+
+
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write weights as safetensors, readable for whom the folder is.
+
+    Parameters
+    ----------
+    weights : dict of str to Tensor
+        On the processor.
+    path : Path
+        File to write.
+    """
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous() for name, value in weights.items()}, path)
+    # safetensors writes for the owner alone; a package is for others too, as far as the folder lets them in.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def export_program(model: EEGEncoder, path: Path) -> None:
+    """Write a model as a program that PyTorch runs without this package.
+
+    Parameters
+    ----------
+    model : EEGEncoder
+        On the processor, in evaluation mode.
+    path : Path
+        File to write, `.pt2`.
+
+    Notes
+    -----
+    ``torch.export.load(path).module()(x_BCT)`` runs it: any number of windows, 128 channels, in model units.
+    """
+    example_BCT = _example_input(model.config).repeat(2, 1, 1)
+    program = torch.export.export(model, (example_BCT,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.export.save(program, path)
+
+
+def _example_input(config: EncoderConfig) -> Tensor:
+    """Input of the self-check: oscillations written by formula, so that a package holds nobody's recording."""
+    time_T = torch.arange(config.samples, dtype=torch.float64) / config.samples
+    channel_C1 = torch.arange(config.channels, dtype=torch.float64)[:, None]
+    waves_CT = torch.sin(2 * math.pi * (3 + channel_C1 % 17) * time_T + channel_C1) + 0.5 * torch.cos(
+        2 * math.pi * (1 + channel_C1 % 5) * time_T
+    )
+    return waves_CT.float()[None]
+
+
+def _load_strictly(model: nn.Module, path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file; the package is not complete, export it again")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RequestError(f"{path}: damaged ({error}); export it again") from None
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    wrong = sorted(k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape)
+    if missing or unknown or wrong:
+        parts = [
+            f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
+            if names
+        ]
+        raise RequestError(f"{path}: the weights do not fit {CONFIG}: {'; '.join(parts)}")
+    model.load_state_dict(weights)
+
+
+def _check_example(model: EEGEncoder, path: Path) -> None:
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file; the package is not complete, export it again")
+    try:
+        with np.load(path, allow_pickle=False) as example:
+            x, y, tolerance = torch.from_numpy(example["x"]), example["y"], float(example["tolerance"])
+        with torch.no_grad():
+            error = float(np.abs(model(x).numpy() - y).max())
+    except (OSError, ValueError, KeyError) as problem:
+        raise RequestError(f"{path}: damaged ({problem}); export it again") from None
+    if not error <= tolerance:
+        raise RequestError(
+            f"{path}: the encoder's output differs from the stored one by {error:.3g} (allowed {tolerance:g}); "
+            "weights and config do not belong together, export it again"
+        )
+
+
+def _resolve(path_or_hub_id: str | Path) -> Path:
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise RequestError(f"{path}: no {CONFIG}, so no encoder package; write one with 'dreamscale export'")
+        return path
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", str(path_or_hub_id)) or path.exists():
+        raise RequestError(f"{path}: no such encoder package")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path_or_hub_id)))
+    except Exception as error:
+        raise RequestError(
+            f"{path_or_hub_id}: no such directory, and not to be had from the Hugging Face hub ({type(error).__name__})"
+        ) from None
+
+
+def _signal_of(
+    recording: Any,
+) -> tuple[np.ndarray, list[str], dict[str, str], float, list[int], float | None]:
+    """Microvolts, channels used, channels left out with the reason, rate, indices of bad channels, mains frequency."""
+    if isinstance(recording, tuple):
+        if len(recording) != 4:
+            raise RequestError("an array is encoded as (x, ch_names, sfreq, unit)")
+        x, names, sfreq, unit = recording
+        if unit not in _UNITS:
+            raise RequestError(f"unit '{unit}' is unknown; use one of V, mV, uV, nV")
+        x = np.asarray(x, dtype=np.float64)
+        if x.ndim != 2 or len(x) != len(names):
+            raise RequestError(f"x has shape {x.shape}, but there are {len(names)} channel names")
+        if not 1 <= len(x) <= N_PADDED:
+            raise RequestError(f"{len(x)} channels; the encoder takes 1 to {N_PADDED}, choose among them")
+        return x * _UNITS[unit], [str(n) for n in names], {}, float(sfreq), [], None
+    import mne
+
+    if not isinstance(recording, mne.io.BaseRaw):
+        raise RequestError(f"cannot encode a {type(recording).__name__}; give an mne Raw or (x, ch_names, sfreq, unit)")
+    picks = mne.pick_types(recording.info, eeg=True, exclude=[])
+    if not len(picks):
+        raise RequestError("the recording has no EEG channel")
+    left_out = {
+        name: recording.get_channel_types([i])[0]
+        for i, name in enumerate(recording.ch_names)
+        if i not in set(picks.tolist())
+    }
+    used = [recording.ch_names[i] for i in picks]
+    bads = [i for i, name in enumerate(used) if name in recording.info["bads"]]
+    data_uv = recording.get_data(picks) * 1e6
+    return data_uv, used, left_out, float(recording.info["sfreq"]), bads, recording.info["line_freq"]
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("dreamscale")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
