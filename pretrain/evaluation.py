@@ -1,0 +1,88 @@
+"""Held-out loss: the same windows and the same masks every time, for any number of processes.
+
+Letters in names: B windows, C channels, T time samples, K visible tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_sharding.dataset import EEGDataset
+from data_sharding.loader import collate
+from pretrain.config import PretrainConfig
+from pretrain.distributed import World
+from pretrain.masking import keep_indices
+
+# Of the evaluation's masks; apart from the run's seed, so that runs of different seeds are comparable.
+MASK_SEED = 20230629
+
+
+def held_out_windows(dataset: EEGDataset, most: int) -> list[int]:
+    """Choose the windows that the model is judged on.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        The val split.
+    most : int
+        Most windows; 0 for all.
+
+    Returns
+    -------
+    list of int
+        Their numbers, spread evenly over the split.
+    """
+    count = min(most or len(dataset), len(dataset))
+    return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+
+
+@torch.no_grad()
+def evaluate(engine: Any, dataset: EEGDataset, config: PretrainConfig, world: World) -> dict[str, float]:
+    """Loss on the val split; every process must call it.
+
+    Parameters
+    ----------
+    engine : DeepSpeedEngine
+        The engine.
+    dataset : EEGDataset
+        The val split.
+    config : PretrainConfig
+        The request.
+    world : World
+        This process among all.
+
+    Returns
+    -------
+    dict
+        ``val_loss``, mean over the windows, and ``val_explained``, the share of the hidden tokens' squares that the
+        reconstruction accounts for (0 for predicting zero, 1 for perfect).
+    """
+    windows = held_out_windows(dataset, config.evaluation.windows)
+    mine = windows[world.rank :: world.size]
+    batch_size = config.evaluation.batch_size or config.micro
+    # The model may be spread over the processes: all of them must run it equally often.
+    rounds = math.ceil(math.ceil(len(windows) / world.size) / batch_size)
+    model = engine.module
+    model.eval()
+    loss, power = 0.0, 0.0
+    for start in range(0, rounds * batch_size, batch_size):
+        numbers = mine[start : start + batch_size]
+        counted = bool(numbers)
+        numbers = numbers or windows[:1]
+        batch = collate(dataset, numbers)
+        x_BCT = dataset.spec.scale_for_model(batch.eeg.to(world.device).float())
+        keep_BK = keep_indices(MASK_SEED, batch.epochs, numbers, model.config.encoder.tokens, model.config.mask_ratio)
+        keep_BK = keep_BK.to(world.device)
+        loss_B = engine(x_BCT, keep_BK)
+        power_BN = model.targets(x_BCT).square().mean(dim=-1).scatter(1, keep_BK, 0.0)
+        power_B = power_BN.sum(dim=1) / (power_BN.shape[1] - keep_BK.shape[1])
+        if counted:
+            loss += float(loss_B.double().sum())
+            power += float(power_B.double().sum())
+    model.train()
+    loss, power, count = world.total(loss, power, len(mine))
+    return {"val_loss": loss / count, "val_explained": 1.0 - loss / power if power else 0.0}

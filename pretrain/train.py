@@ -1,0 +1,381 @@
+"""Pretrain the masked-signal autoencoder: ``dreamscale pretrain``, ``torchrun -m pretrain.train CONFIG``.
+
+Letters in names: B samples of this process, C channels, T time samples, K visible tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_sharding.config import parse_config
+from data_sharding.dataset import EEGDataset
+from data_sharding.errors import EXIT_DONE, RequestError, StopRequested, run_main
+from data_sharding.files import read_json
+from data_sharding.loader import Batch, Loader
+from data_sharding.progress import progress
+from data_sharding.samples import N_PADDED
+from pretrain.config import PretrainConfig
+from pretrain.run import DONE, RunDirectory, StopSignal
+
+# What may change when a run goes on: none of it changes what is learned.
+_FREE = (
+    "output",
+    "dataset",
+    "tracker",
+    "num_processes",
+    "device",
+    "num_workers",
+    "log_every",
+    "checkpoint",
+    "evaluation",
+    "micro_batch_size",
+    "max_skipped",
+)
+
+
+@dataclasses.dataclass
+class _Interval:
+    """What happened since the last line of metrics."""
+
+    steps: int = 0
+    loss: float = 0.0
+    stall_s: float = 0.0
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+
+class _Training:
+    """State of one run in one process."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        run: RunDirectory,
+        train: EEGDataset,
+        held_out: EEGDataset,
+        engine: Any,
+        world: Any,
+    ) -> None:
+        self.config, self.run, self.engine, self.world = config, run, engine, world
+        self.train_set, self.held_out = train, held_out
+        self.loader = Loader(
+            train,
+            config.batch_size,
+            config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            num_workers=config.num_workers,
+        )
+        self.total = config.total_steps(len(train))
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.stopping = False
+
+    def resume(self) -> None:
+        """Go on from the newest complete checkpoint, where there is one."""
+        folder: Path | None = self.world.from_first(self.run.latest() if self.world.first else None)
+        if folder is None:
+            return
+        saved = read_json(folder / DONE)
+        if saved["world_size"] != self.world.size:
+            raise RequestError(
+                f"{folder}: saved by {saved['world_size']} processes, now there are {self.world.size}; "
+                f"go on with num_processes: {saved['world_size']}, or start anew in another output directory"
+            )
+        self.loader.load_state_dict(saved["loader"])
+        from pretrain.engine import load_engine
+
+        load_engine(self.engine, folder)
+        self.step, self.skipped = saved["step"], saved["skipped"]
+        self.run.rewind_metrics(self.step)
+        if self.world.first:
+            print(f"dreamscale pretrain: going on from step {self.step} ({folder})", file=sys.stderr)
+
+    def save(self) -> None:
+        """Write a checkpoint that either counts wholly or not at all."""
+        from pretrain.engine import save_engine
+
+        if self.world.from_first(self.run.step_directory(self.step).exists()):
+            return
+        folder = self.run.begin_checkpoint(self.step)
+        self.world.barrier()
+        save_engine(self.engine, folder, self.world)
+        self.world.barrier()
+        self.run.commit_checkpoint(
+            self.step,
+            keep=self.config.checkpoint.keep,
+            world_size=self.world.size,
+            zero_stage=self.config.zero_stage,
+            precision=self.config.precision,
+            loader=self.loader.state_dict(),
+            skipped=self.skipped,
+            epochs=self.loader.epoch,
+            hours=self.step * self.config.batch_size * self.train_set.spec.window_s / 3600,
+        )
+        self.world.barrier()
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss, written to the metrics."""
+        from pretrain.evaluation import evaluate
+
+        result = evaluate(self.engine, self.held_out, self.config, self.world)
+        self.run.log(self.step, **result)
+        return result
+
+    def take_step(self, batch: Batch, stop: bool) -> float:
+        """One optimiser step on one global batch.
+
+        Parameters
+        ----------
+        batch : Batch
+            This process's part.
+        stop : bool
+            Whether this process was asked to stop.
+
+        Returns
+        -------
+        float
+            Mean loss over the global batch; NaN where it was not finite.
+        """
+        import torch
+
+        from pretrain.masking import keep_indices
+
+        config, engine, device = self.config, self.engine, self.world.device
+        for group in engine.optimizer.param_groups:
+            group["lr"] = config.optimizer.lr_at(self.step, self.total)
+        shape = config.model.encoder
+        keep_BK = keep_indices(config.seed, batch.epochs, batch.numbers, shape.tokens, config.model.mask_ratio)
+        losses = []
+        for start in range(0, len(batch.numbers), config.micro):
+            part = slice(start, start + config.micro)
+            x_BCT = self.train_set.spec.scale_for_model(batch.eeg[part].to(device, non_blocking=True).float())
+            loss = engine(x_BCT, keep_BK[part].to(device, non_blocking=True)).mean()
+            engine.backward(loss)
+            losses.append(loss.detach())
+            if start + config.micro < len(batch.numbers):
+                engine.step()
+        mine = float(torch.stack(losses).mean())
+        finite = mine == mine and abs(mine) != float("inf")
+        # One small reduction tells every process the loss, whether anyone's is not finite, and who wants to stop.
+        total, bad, stops = self.world.total(mine if finite else 0.0, float(not finite), float(stop))
+        # Skips by itself, on every process alike, if the reduced gradient is not finite.
+        engine.step()
+        skipped = not engine.was_step_applied()
+        if bad and not skipped:
+            raise RuntimeError(f"step {self.step}: the loss was not finite, and DeepSpeed took the step anyway")
+        self.step += 1
+        self.stopping = self.stopping or stops > 0
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= config.max_skipped:
+            raise RuntimeError(
+                f"{self.skipped_in_a_row} steps in a row had a gradient that was not finite, the last one step "
+                f"{self.step}; lower optimizer.lr, check the data with 'dreamscale verify {config.dataset}', and start "
+                f"again: the run goes on from its newest checkpoint"
+            )
+        return float("nan") if bad else total / self.world.size
+
+    def loop(self, stop: StopSignal) -> None:
+        """Train until the last step, or until somebody asks to stop."""
+        config, world = self.config, self.world
+        if self.step == 0:
+            self.evaluate()
+        interval = _Interval()
+        batches: Iterator[Batch] = iter(self.loader)
+        with progress("pretrain", self.total, enabled=world.first) as advance:
+            advance(self.step)
+            while self.step < self.total and not self.stopping:
+                waited = time.monotonic()
+                batch = next(batches)
+                interval.stall_s += time.monotonic() - waited
+                loss = self.take_step(batch, stop.requested)
+                interval.steps += 1
+                interval.loss += loss
+                advance(1, note=f"loss {loss:.4f}")
+                if self.step % config.log_every == 0 or self.step == self.total:
+                    self.log(interval)
+                    interval = _Interval()
+                aside = time.monotonic()
+                if self.step % config.evaluation.every == 0 and self.step < self.total:
+                    self.evaluate()
+                if self.step % config.checkpoint.every == 0 and self.step < self.total:
+                    self.save()
+                # Throughput is that of training alone.
+                interval.started += time.monotonic() - aside
+
+    def log(self, interval: _Interval) -> None:
+        """Write a line of metrics."""
+        import torch
+
+        seconds = time.monotonic() - interval.started
+        stall_s, rss = self.world.largest(interval.stall_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        rate = interval.steps * self.config.batch_size / seconds
+        on_gpu = self.world.device.type == "cuda"
+        norm = self.engine.get_global_grad_norm()
+        self.run.log(
+            self.step,
+            loss=interval.loss / interval.steps,
+            lr=self.config.optimizer.lr_at(self.step - 1, self.total),
+            grad_norm=None if norm is None else float(norm),
+            epoch=self.loader.epoch,
+            samples_per_s=rate,
+            tokens_per_s=rate * self.config.model.encoder.tokens,
+            data_stall_s=stall_s,
+            skipped_steps=self.skipped,
+            memory_peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else rss,
+        )
+
+    def finish(self) -> None:
+        """Last evaluation, last checkpoint, figures."""
+        from pretrain.plots import plot_loss, plot_reconstruction
+
+        result = self.evaluate()
+        self.save()
+        plots = self.run.path / "plots"
+        plot_reconstruction(plots / "reconstruction.png", self.engine.module, self.held_out, self.world, step=self.step)
+        if self.world.first:
+            plot_loss(plots / "loss.png", self.run.metrics())
+            print(
+                f"dreamscale pretrain: {self.step} steps, held-out loss {result['val_loss']:.4f}, "
+                f"{result['val_explained']:.1%} of the hidden signal explained; run in {self.run.path}"
+            )
+
+
+def check_request(config: PretrainConfig) -> tuple[EEGDataset, EEGDataset]:
+    """Find the user's mistakes before anything heavy is loaded.
+
+    Parameters
+    ----------
+    config : PretrainConfig
+        The request.
+
+    Returns
+    -------
+    train, held_out : EEGDataset
+        Splits train and val.
+
+    Raises
+    ------
+    RequestError
+        If dataset and model do not fit each other, or the launcher gave another number of processes.
+    """
+    train, held_out = EEGDataset(config.dataset, "train"), EEGDataset(config.dataset, "val")
+    shape = config.model.encoder
+    if shape.samples != train.spec.window:
+        raise RequestError(
+            f"model.encoder.samples is {shape.samples}, but the windows of {config.dataset} have {train.spec.window} "
+            f"samples; set model.encoder.samples: {train.spec.window}, or shard with preprocess.window: {shape.samples}"
+        )
+    if shape.channels != N_PADDED:
+        raise RequestError(f"model.encoder.channels is {shape.channels}; datasets are padded to {N_PADDED}")
+    from pretrain.distributed import check_world
+
+    check_world(config.num_processes, "pretrain.train")
+    return train, held_out
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Run, or go on with, a pretraining.
+
+    Parameters
+    ----------
+    config : PretrainConfig
+        The request.
+
+    Returns
+    -------
+    int
+        0.
+
+    Raises
+    ------
+    RequestError
+        If the request cannot be met.
+    StopRequested
+        If a signal came; a checkpoint was written first.
+    """
+    train, held_out = check_request(config)
+    from pretrain.distributed import choose_device, import_deepspeed, launched_world, process_group
+
+    rank, _ = launched_world()
+    device = choose_device(config.device)
+    run = RunDirectory(config.output, config, rank=rank, tracker=config.tracker, ignore=_FREE)
+    if run.finished:
+        if rank == 0:
+            print(f"dreamscale pretrain: {config.output} is done already; choose another output for another run")
+        return EXIT_DONE
+    with StopSignal() as stop, _status_on_failure(run):
+        deepspeed = import_deepspeed(device)
+        with process_group(deepspeed, device) as world:
+            training = _Training(config, run, train, held_out, _build_engine(deepspeed, config, device), world)
+            training.resume()
+            training.loop(stop)
+            if training.stopping and training.step < training.total:
+                training.save()
+            else:
+                training.finish()
+        if training.step < training.total:
+            run.status("stopped", step=training.step)
+            raise StopRequested(f"checkpoint of step {training.step} in {run.path}; run the same command to go on")
+        run.status("done", step=training.step)
+    return EXIT_DONE
+
+
+def _build_engine(deepspeed: Any, config: PretrainConfig, device: Any) -> Any:
+    import torch
+
+    from pretrain.engine import build_optimizer, deepspeed_config
+    from pretrain.model import MaskedAutoencoder, count_parameters
+
+    torch.manual_seed(config.seed)
+    model = MaskedAutoencoder(config.model)
+    settings = deepspeed_config(config, parameters=count_parameters(model), device=device)
+    # Fused AdamW wants its parameters on the GPU already.
+    model.to(device)
+    optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage, device=device)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+@contextlib.contextmanager
+def _status_on_failure(run: RunDirectory) -> Iterator[None]:
+    try:
+        yield
+    except StopRequested:
+        raise
+    except BaseException as error:
+        run.status("failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        run.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Pretrain from the command line.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        ``CONFIG.yaml [--dotted.key value ...]``.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    return run_main(
+        lambda words: pretrain(
+            parse_config(PretrainConfig, words, prog="dreamscale pretrain", positionals=("config",))
+        ),
+        argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
