@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from data_sharding.errors import RequestError
 from data_sharding.files import atomic_directory, atomic_write_text, read_json, write_json
-from data_sharding.preprocess import PreprocessSpec, preprocess, window_starts
+from data_sharding.preprocess import PreprocessSpec, band_of, preprocess, window_starts
 from data_sharding.samples import N_PADDED, pad_channels
 from pretrain.model import EncoderConfig, SignalEncoder, count_parameters
 
 if TYPE_CHECKING:
     import mne
+
+    from data_sharding.dataset import EEGDataset
 
 KIND = "dreamscale_eeg_encoder"
 SCHEMA = 1
@@ -38,7 +40,6 @@ WEIGHTS, CONFIG, SPEC, EXAMPLE, CARD = (
 PROGRAM = "encoder.pt2"
 # The output is layer-normed, so of order one; other processors' sums differ by some 1e-5.
 TOLERANCE = 2e-3
-_UNITS = {"V": 1e6, "mV": 1e3, "uV": 1.0, "µV": 1.0, "μV": 1.0, "nV": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,10 @@ class CoverageReport:
     """Channels that the encoder saw, in its order, before padding by replication."""
     channels_left_out: dict[str, str]
     """Other channels and why."""
+    channel_selection: str
+    """How channels were chosen where there are more than 128."""
+    channels_bad: list[str]
+    """Flat, clipped or out of range: used, but left out of the average reference."""
     sfreq_in: float
     """The recording's rate in Hz."""
     sfreq_model: float
@@ -56,29 +61,32 @@ class CoverageReport:
     band: tuple[float, float]
     """Pass band in Hz that was really applied."""
     line_freq: float | None
-    """Mains frequency in Hz that was notched out; None where it was not known or not asked for."""
+    """Mains frequency in Hz that was notched out; None where there was none or it was not asked for."""
     seconds: float
     """Length of the recording."""
-    windows: int
-    """Windows encoded."""
-    windows_flat: int
-    """Windows without any signal among them; their features mean nothing."""
     window_seconds: float
     """Length of a window."""
+    windows: int
+    """Windows encoded."""
+    windows_left_out: dict[str, int]
+    """Windows that sharding would have left out as well, by reason."""
     seconds_left_out: float
     """Tail too short for a window."""
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.channels_used)} channels used"
-            + (f", {len(self.channels_left_out)} left out" if self.channels_left_out else ""),
-            f"{self.sfreq_in:g} Hz -> {self.sfreq_model:g} Hz, {self.band[0]:g} to {self.band[1]:g} Hz"
-            + (f", {self.line_freq:g} Hz notched" if self.line_freq else ""),
-            f"{self.windows} windows of {self.window_seconds:g} s out of {self.seconds:.1f} s; "
-            f"{self.seconds_left_out:.2f} s at the end left out"
-            + (f"; {self.windows_flat} windows flat" if self.windows_flat else ""),
-        ]
-        return "\n".join(lines)
+        channels = f"{len(self.channels_used)} channels used"
+        if self.channels_bad:
+            channels += f", {len(self.channels_bad)} of them bad"
+        if self.channels_left_out:
+            channels += f"; {len(self.channels_left_out)} left out"
+        rate = f"{self.sfreq_in:g} Hz -> {self.sfreq_model:g} Hz, {self.band[0]:g} to {self.band[1]:g} Hz"
+        if self.line_freq:
+            rate += f", {self.line_freq:g} Hz notched"
+        windows = f"{self.windows} windows of {self.window_seconds:g} s out of {self.seconds:.1f} s"
+        if self.seconds_left_out:
+            windows += f"; {self.seconds_left_out:.2f} s at the end left out"
+        windows += "".join(f"; {count} left out: {why}" for why, count in self.windows_left_out.items())
+        return "\n".join([channels, rate, windows])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,7 +252,9 @@ class EEGEncoder(nn.Module):
         recording: mne.io.BaseRaw | tuple[np.ndarray, Sequence[str], float, str],
         *,
         line_freq: float | None = None,
+        unit_factor: float | None = None,
         batch_size: int = 64,
+        reader_factor: float = 1.0,
     ) -> Encoding:
         """Encode a recording with the preprocessing of the pretraining.
 
@@ -254,9 +264,13 @@ class EEGEncoder(nn.Module):
             A recording, or ``(x, ch_names, sfreq, unit)`` with x an array [C, samples] and unit one of
             "V", "mV", "uV", "nV".
         line_freq : float, optional
-            Mains frequency in Hz to notch out, where the spec asks for that; the recording's own by default.
+            Mains frequency in Hz to notch out, where the spec asks for that; found in the recording by default.
+        unit_factor : float, optional
+            Factor to true volts, where the recording's unit is wrong.
         batch_size : int
             Windows encoded at once.
+        reader_factor : float
+            Known fault of a format's reader (`pretrain.signal.open_recording`).
 
         Returns
         -------
@@ -268,18 +282,23 @@ class EEGEncoder(nn.Module):
         RequestError
             If there is no EEG channel, the unit is unknown, values are missing, or it is shorter than a window.
         """
-        data_uv, used, left_out, sfreq, bads, own_line = _signal_of(recording)
-        line_freq = line_freq if line_freq is not None else own_line
+        from pretrain.signal import signal_of
+
         spec = self.spec
-        if data_uv.shape[1] < math.ceil(spec.window_s * sfreq):
-            raise RequestError(
-                f"the recording lasts {data_uv.shape[1] / sfreq:.2f} s, shorter than one window of {spec.window_s:g} s"
-            )
+        signal = signal_of(recording, unit_factor=unit_factor, line_freq=line_freq, reader_factor=reader_factor)
+        seconds = signal.x_uv.shape[1] / signal.sfreq
         try:
-            clean = preprocess(data_uv, sfreq, spec, line_freq=line_freq, bads=bads)
+            clean = preprocess(signal.x_uv, signal.sfreq, spec, line_freq=signal.line_freq, bads=signal.bads)
         except ValueError as error:
             raise RequestError(f"the recording cannot be encoded: {error}") from None
-        starts = window_starts(clean.shape[1], spec)
+        if clean.shape[1] < spec.window:
+            raise RequestError(f"the recording lasts {seconds:.2f} s, shorter than one window of {spec.window_s:g} s")
+        every = window_starts(clean.shape[1], spec)
+        good = np.setdiff1d(np.arange(len(clean)), signal.bads)
+        # As in sharding: a window without any signal is none.
+        starts = np.array([s for s in every if np.ptp(clean[good, s : s + spec.window], axis=1).any()], int)
+        if not len(starts):
+            raise RequestError("the recording is flat in every good channel")
         device = next(self.parameters()).device
         was_training = self.training
         self.eval()
@@ -290,20 +309,21 @@ class EEGEncoder(nn.Module):
             parts.append(self.tokens(x_BCT).float().cpu().numpy())
         self.train(was_training)
         tokens_BND = np.concatenate(parts)
-        notched = line_freq if spec.notch == "auto" and line_freq else None
-        flat = sum(not clean[:, s : s + spec.window].any() for s in starts)
+        flat = len(every) - len(starts)
         report = CoverageReport(
-            channels_used=used,
-            channels_left_out=left_out,
-            sfreq_in=sfreq,
+            channels_used=signal.names,
+            channels_left_out=signal.left_out,
+            channel_selection=signal.selection,
+            channels_bad=[signal.names[i] for i in signal.bads],
+            sfreq_in=signal.sfreq,
             sfreq_model=spec.sfreq,
-            band=(spec.highpass, min(spec.lowpass, 0.45 * sfreq)),
-            line_freq=notched,
-            seconds=data_uv.shape[1] / sfreq,
-            windows=len(starts),
-            windows_flat=int(flat),
+            band=band_of(signal.sfreq, spec),
+            line_freq=signal.line_freq if spec.notch == "auto" else None,
+            seconds=seconds,
             window_seconds=spec.window_s,
-            seconds_left_out=max(0.0, (clean.shape[1] - int(starts[-1]) - spec.window) / spec.sfreq),
+            windows=len(starts),
+            windows_left_out={"flat in every good channel": flat} if flat else {},
+            seconds_left_out=max(0.0, (clean.shape[1] - int(every[-1]) - spec.window) / spec.sfreq),
         )
         return Encoding(tokens=tokens_BND, pooled=tokens_BND.mean(axis=1), times=starts / spec.sfreq, report=report)
 
@@ -500,38 +520,32 @@ def _resolve(path_or_hub_id: str | Path) -> Path:
         ) from None
 
 
-def _signal_of(
-    recording: Any,
-) -> tuple[np.ndarray, list[str], dict[str, str], float, list[int], float | None]:
-    """Microvolts, channels used, channels left out with the reason, rate, indices of bad channels, mains frequency."""
-    if isinstance(recording, tuple):
-        if len(recording) != 4:
-            raise RequestError("an array is encoded as (x, ch_names, sfreq, unit)")
-        x, names, sfreq, unit = recording
-        if unit not in _UNITS:
-            raise RequestError(f"unit '{unit}' is unknown; use one of V, mV, uV, nV")
-        x = np.asarray(x, dtype=np.float64)
-        if x.ndim != 2 or len(x) != len(names):
-            raise RequestError(f"x has shape {x.shape}, but there are {len(names)} channel names")
-        if not 1 <= len(x) <= N_PADDED:
-            raise RequestError(f"{len(x)} channels; the encoder takes 1 to {N_PADDED}, choose among them")
-        return x * _UNITS[unit], [str(n) for n in names], {}, float(sfreq), [], None
-    import mne
+def require_same_preprocessing(encoder: EEGEncoder, dataset: EEGDataset) -> None:
+    """Refuse a dataset whose windows are not what the encoder was pretrained on.
 
-    if not isinstance(recording, mne.io.BaseRaw):
-        raise RequestError(f"cannot encode a {type(recording).__name__}; give an mne Raw or (x, ch_names, sfreq, unit)")
-    picks = mne.pick_types(recording.info, eeg=True, exclude=[])
-    if not len(picks):
-        raise RequestError("the recording has no EEG channel")
-    left_out = {
-        name: recording.get_channel_types([i])[0]
-        for i, name in enumerate(recording.ch_names)
-        if i not in set(picks.tolist())
-    }
-    used = [recording.ch_names[i] for i in picks]
-    bads = [i for i, name in enumerate(used) if name in recording.info["bads"]]
-    data_uv = recording.get_data(picks) * 1e6
-    return data_uv, used, left_out, float(recording.info["sfreq"]), bads, recording.info["line_freq"]
+    Parameters
+    ----------
+    encoder : EEGEncoder
+        The encoder.
+    dataset : EEGDataset
+        The dataset.
+
+    Raises
+    ------
+    RequestError
+        If the two differ in anything but the distance between windows.
+    """
+    ours, theirs = encoder.spec.to_dict(), dataset.spec.to_dict()
+    differing = [
+        f"{key} is {theirs[key]}, the encoder's {ours[key]}"
+        for key in ours
+        if key != "stride" and ours[key] != theirs[key]
+    ]
+    if differing:
+        raise RequestError(
+            f"{dataset.path}: preprocessed in another way than the encoder expects: {'; '.join(differing)}; "
+            "shard it again with the encoder's preprocess.json"
+        )
 
 
 def _own_version() -> str:
