@@ -1,0 +1,103 @@
+"""CLIP embeddings of a split's images, computed once by a frozen CLIP.
+
+Shapes: M different images, P width of CLIP's projection.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_sharding.errors import RequestError, one_line
+from finetune.data import ImageTable
+
+
+def is_local(model: str | Path) -> bool:
+    """Tell a directory from a hub id.
+
+    Parameters
+    ----------
+    model : str or Path
+        As the config has it.
+
+    Returns
+    -------
+    bool
+        True for anything that looks like a path or is one.
+
+    Raises
+    ------
+    RequestError
+        If it looks like a path and is no directory.
+    """
+    text = str(model)
+    looks = text.startswith((".", "/", "~")) or text.count("/") != 1
+    if Path(text).is_dir():
+        return True
+    if looks:
+        raise RequestError(f"{text}: no such directory, and not a hub id ('owner/name') either")
+    return False
+
+
+def clip_image_embeddings(
+    table: ImageTable, clip: str | Path, *, device: Any = "cpu", cache: str | Path | None = None, write: bool = True
+) -> Tensor:
+    """Embed every image of a table.
+
+    Parameters
+    ----------
+    table : ImageTable
+        The images.
+    clip : str or Path
+        Directory of a CLIP model with its image processor, or its hub id, e.g. ``openai/clip-vit-large-patch14``.
+    device : torch.device
+        Where to compute.
+    cache : str or Path, optional
+        Directory for the result.
+    write : bool
+        False on every rank but the first.
+
+    Returns
+    -------
+    Tensor of float32, shape (M, P)
+        Unit length, on the CPU.
+
+    Raises
+    ------
+    RequestError
+        If it is no CLIP model, or cannot be had.
+    """
+    from transformers import CLIPVisionModelWithProjection
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    local = is_local(clip)
+    if local and not (Path(clip) / "config.json").is_file():
+        raise RequestError(f"{clip}: not a CLIP model (no config.json); give the directory that save_pretrained wrote")
+    try:
+        model = CLIPVisionModelWithProjection.from_pretrained(str(clip), local_files_only=local)
+        processor = CLIPImageProcessorPil.from_pretrained(str(clip), local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{clip}: cannot be loaded as a CLIP model ({one_line(error)[:200]})") from None
+    model = model.requires_grad_(False).eval().to(device)
+
+    def compute(pixels_BHW3: np.ndarray) -> Tensor:
+        values = processor(images=list(pixels_BHW3), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            embeds_BP = model(pixel_values=values.to(device)).image_embeds.float()
+        return torch.nn.functional.normalize(embeds_BP, dim=-1)
+
+    # The processor brings images to CLIP's size itself; a square of that size keeps batches rectangular.
+    size = int(model.config.image_size)
+    key = {"what": "clip", "weights": _checksum(model)}
+    return table.features(compute, size=size, key=key, cache=cache, write=write)
+
+
+def _checksum(model: torch.nn.Module) -> list[float]:
+    """Sums of a few tensors: enough to tell two models apart without reading their files again."""
+    parameters = list(model.parameters())
+    picked = [*parameters[:: max(1, len(parameters) // 8)], parameters[-1]]
+    return [round(float(p.double().sum()), 6) for p in picked]

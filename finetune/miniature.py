@@ -1,0 +1,421 @@
+"""A miniature Stable Diffusion and CLIP of the real classes, trained from a dataset's own images in minutes.
+
+It stands in for Stable Diffusion 1.5 and CLIP ViT-L/14 where neither can be downloaded: the demo and the tests. Every
+file is laid out as diffusers and transformers lay theirs out, so nothing downstream knows the difference.
+
+Shapes: B images, H = W pixels, L tokens of a caption.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_sharding.config import parse_config, to_dict
+from data_sharding.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.files import atomic_directory, digest_of, read_json, write_json
+from data_sharding.progress import progress
+from finetune.data import ImageTable, open_paired, to_model_range
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPModel, CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_TOKENS = 16
+"""Longest caption; CLIP's own 77 would make every cross-attention five times longer for nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiniatureConfig:
+    """A miniature Stable Diffusion and CLIP of the real classes, trained on a dataset's training images."""
+
+    dataset: str
+    """EEG-image dataset; only the images and captions of its train split are used."""
+    output: str
+    """Directory for clip/ and stable-diffusion/."""
+    size: int = 32
+    """Pixels of a side; a multiple of 8."""
+    seed: int = 0
+    """Of weights, order and augmentation."""
+    batch: int = 64
+    """Images of a step; half as many for the autoencoder."""
+    clip_steps: int = 300
+    """Steps of the contrastive training."""
+    vae_steps: int = 600
+    """Steps of the autoencoder."""
+    unet_steps: int = 1200
+    """Steps of the U-Net."""
+
+    def __post_init__(self) -> None:
+        if self.size % 8 or self.size < 16:
+            raise ValueError(f"size must be a multiple of 8 and at least 16, got {self.size}")
+        for name in ("batch", "clip_steps", "vae_steps", "unet_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
+    """Build a CLIP tokenizer whose merges make a token of every word of the captions.
+
+    Parameters
+    ----------
+    captions : sequence of str
+        The text it must be good at; other text falls into letters, as with any byte-pair encoding.
+
+    Returns
+    -------
+    CLIPTokenizer
+        With CLIP's byte alphabet and special tokens.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    words = sorted({word for caption in captions for word in caption.lower().split()})
+    pieces = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words if word.isascii()}
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs = Counter(pair for split in pieces.values() for pair in itertools.pairwise(split))
+        if not pairs:
+            break
+        # Byte-pair encoding: the commonest pair first, the alphabet decides between equals.
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for word, split in pieces.items():
+            joined: list[str] = []
+            for piece in split:
+                if joined and (joined[-1], piece) == best:
+                    joined[-1] += piece
+                else:
+                    joined.append(piece)
+            pieces[word] = joined
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{a}</w>" for a in alphabet), *("".join(pair) for pair in merges), START, END]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    out = tokenizer(list(captions), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    return out.input_ids
+
+
+def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[tuple[Tensor, torch.Generator]]:
+    """Rows of each step and a generator for its augmentation."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(steps):
+        while len(order) < min(batch, n):
+            order += torch.randperm(n, generator=generator).tolist()
+        yield torch.tensor(order[: min(batch, n)]), generator
+        del order[: min(batch, n)]
+
+
+def _augment(x_B3HW: Tensor, generator: torch.Generator, *, colours: bool, shift: int = 3) -> Tensor:
+    """Mirror and move pictures, and exchange their colours where only pixels matter."""
+    b, size = len(x_B3HW), x_B3HW.shape[-1]
+    flip = torch.rand(b, 1, 1, 1, generator=generator) < 0.5
+    x = torch.where(flip, x_B3HW.flip(-1), x_B3HW)
+    padded = F.pad(x, [shift] * 4, mode="replicate")
+    dy, dx = torch.randint(2 * shift + 1, (2, b), generator=generator)
+    grid = torch.arange(size)
+    rows, columns = (dy[:, None] + grid)[:, None, :, None], (dx[:, None] + grid)[:, None, None, :]
+    channels = torch.arange(3).expand(b, 3)
+    if colours:
+        channels = torch.rand(b, 3, generator=generator).argsort(1)
+    return padded[torch.arange(b)[:, None, None, None], channels[:, :, None, None], rows, columns]
+
+
+def _optimise(
+    parameters: Any, lr: float, steps: int, weight_decay: float = 0.01
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=min(0.1, 0.5))
+    return optimizer, schedule
+
+
+def _train_clip(
+    x_M3HW: Tensor, captions: Sequence[str], tokenizer: CLIPTokenizer, config: MiniatureConfig
+) -> CLIPModel:
+    """Train a small CLIP from scratch; pictures with the same caption are not each other's negatives."""
+    from transformers import CLIPConfig, CLIPModel
+
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tower = {"num_attention_heads": 4, "projection_dim": 64}
+    clip = CLIPModel(
+        CLIPConfig(
+            text_config={
+                **tower,
+                **ids,
+                "pad_token_id": tokenizer.pad_token_id,
+                "vocab_size": len(tokenizer),
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "max_position_embeddings": MAX_TOKENS,
+            },
+            vision_config={
+                **tower,
+                "hidden_size": 96,
+                "intermediate_size": 192,
+                "num_hidden_layers": 3,
+                "image_size": config.size,
+                "patch_size": config.size // 8,
+            },
+            projection_dim=64,
+        )
+    )
+    mean, std = _clip_statistics()
+    tokens = _tokenize(tokenizer, captions)
+    alike = torch.tensor([[a == b for b in captions] for a in captions])
+    optimizer, schedule = _optimise(clip.parameters(), 1e-3, config.clip_steps, 0.05)
+    clip.train()
+    with progress("miniature CLIP", config.clip_steps) as advance:
+        for rows, generator in _batches(len(x_M3HW), config.batch, config.clip_steps, config.seed + 1):
+            pixels = (_augment(x_M3HW[rows], generator, colours=False) / 2 + 0.5 - mean) / std
+            out = clip(input_ids=tokens[rows], pixel_values=pixels)
+            target = alike[rows][:, rows].float()
+            target /= target.sum(1, keepdim=True)
+            loss = F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text, target)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            advance(1, note=f"loss {loss.item():.3f}")
+    return clip.eval()
+
+
+def _clip_statistics() -> tuple[Tensor, Tensor]:
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    return torch.tensor(OPENAI_CLIP_MEAN)[:, None, None], torch.tensor(OPENAI_CLIP_STD)[:, None, None]
+
+
+def _train_vae(x_M3HW: Tensor, config: MiniatureConfig) -> AutoencoderKL:
+    """Train a small autoencoder, a quarter of the pixels a side and 4 channels deep."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 48),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=config.size,
+    ).to(memory_format=torch.channels_last)
+    optimizer, schedule = _optimise(vae.parameters(), 3e-3, config.vae_steps)
+    vae.train()
+    with progress("miniature autoencoder", config.vae_steps) as advance:
+        for rows, generator in _batches(len(x_M3HW), max(1, config.batch // 2), config.vae_steps, config.seed + 2):
+            x = _augment(x_M3HW[rows], generator, colours=True).contiguous(memory_format=torch.channels_last)
+            posterior = vae.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            y = vae.decode(posterior.mean + posterior.std * noise).sample
+            # L1 keeps edges; the divergence only keeps the latents' scale, as in Stable Diffusion.
+            loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-6 * posterior.kl().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            advance(1, note=f"loss {loss.item():.4f}")
+    vae.to(memory_format=torch.contiguous_format).eval()
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in x_M3HW.split(64)])
+    vae.register_to_config(scaling_factor=1.0 / float(latents.std()))
+    return vae
+
+
+def _train_unet(
+    x_M3HW: Tensor,
+    captions: Sequence[str],
+    tokenizer: CLIPTokenizer,
+    clip: CLIPModel,
+    vae: AutoencoderKL,
+    config: MiniatureConfig,
+) -> tuple[UNet2DConditionModel, Any]:
+    """Train a small U-Net of Stable Diffusion 1.5's blocks on captions, one in ten dropped."""
+    from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+
+    width = clip.config.text_config.hidden_size
+    unet = UNet2DConditionModel(
+        sample_size=config.size // 4,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        norm_num_groups=16,
+        cross_attention_dim=width,
+        attention_head_dim=4,
+    )
+    # Stable Diffusion 1.5's own scheduler settings.
+    scheduler = PNDMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    noising = DDPMScheduler.from_config(scheduler.config)
+    scale = vae.config.scaling_factor
+    with torch.no_grad():
+        # Encoded once in a few positions: the autoencoder is done changing.
+        generator = torch.Generator().manual_seed(config.seed + 3)
+        views = [x_M3HW, *(_augment(x_M3HW, generator, colours=False) for _ in range(7))]
+        latents = torch.cat([vae.encode(p).latent_dist.mean * scale for view in views for p in view.split(64)])
+        tokens = _tokenize(tokenizer, [*captions, ""])
+        states = clip.text_model(tokens).last_hidden_state
+    text = torch.arange(len(captions)).repeat(len(views))
+    ema = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    optimizer, schedule = _optimise(unet.parameters(), 2e-3, config.unet_steps)
+    unet.train()
+    with progress("miniature U-Net", config.unet_steps) as advance:
+        for step, (rows, generator) in enumerate(
+            _batches(len(latents), config.batch, config.unet_steps, config.seed + 4)
+        ):
+            b = len(rows)
+            noise = torch.randn(latents[rows].shape, generator=generator)
+            times = torch.randint(1000, (b,), generator=generator)
+            dropped = torch.rand(b, generator=generator) < 0.1
+            condition = states[torch.where(dropped, len(captions), text[rows])]
+            guess = unet(noising.add_noise(latents[rows], noise, times), times, condition).sample
+            loss = F.mse_loss(guess, noise)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                decay = min(0.99, (1 + step) / (10 + step))
+                torch._foreach_lerp_(list(ema.values()), list(unet.parameters()), 1 - decay)
+            advance(1, note=f"loss {loss.item():.4f}")
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            parameter.copy_(ema[name])
+    return unet.eval(), scheduler
+
+
+def make_miniature(pixels_MHW3: np.ndarray, captions: Sequence[str], out: str | Path, config: MiniatureConfig) -> Path:
+    """Train the miniature and write it in diffusers' and transformers' layouts, whole or not at all.
+
+    Parameters
+    ----------
+    pixels_MHW3 : ndarray of uint8, shape (M, H, W, 3)
+        Training images, H = W = `config.size`.
+    captions : sequence of str
+        One an image.
+    out : str or Path
+        Directory to write: ``clip/`` (model, tokenizer, image processor) and ``stable-diffusion/`` (a pipeline).
+    config : MiniatureConfig
+        Seed, steps, size.
+
+    Returns
+    -------
+    Path
+        The directory.
+    """
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    assert pixels_MHW3.shape[1:] == (config.size, config.size, 3) and len(captions) == len(pixels_MHW3)
+    began = time.monotonic()
+    seconds = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        x_M3HW = to_model_range(pixels_MHW3)
+        tokenizer = make_tokenizer(captions)
+        clip = _train_clip(x_M3HW, captions, tokenizer, config)
+        seconds["clip"] = time.monotonic() - began
+        vae = _train_vae(x_M3HW, config)
+        seconds["vae"] = time.monotonic() - began - seconds["clip"]
+        unet, scheduler = _train_unet(x_M3HW, captions, tokenizer, clip, vae, config)
+        seconds["unet"] = time.monotonic() - began - seconds["clip"] - seconds["vae"]
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder.load_state_dict(
+        {k: v for k, v in clip.state_dict().items() if k.startswith("text_model.")}
+        if any(k.startswith("text_model.") for k in text_encoder.state_dict())
+        else clip.text_model.state_dict()
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": config.size}, crop_size={"height": config.size, "width": config.size}
+    )
+    with atomic_directory(out) as folder:
+        pipeline.save_pretrained(folder / "stable-diffusion")
+        clip.save_pretrained(folder / "clip")
+        tokenizer.save_pretrained(folder / "clip")
+        processor.save_pretrained(folder / "clip")
+        write_json(
+            folder / "miniature.json",
+            {"config": to_dict(config), "digest": _digest(config), "seconds": seconds, "images": len(captions)},
+        )
+    return Path(out)
+
+
+def _digest(config: MiniatureConfig) -> str:
+    return digest_of({k: v for k, v in to_dict(config).items() if k != "output"})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make the miniature out of a dataset's training images.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        ``DATASET -o DIR`` and any key of `MiniatureConfig`.
+
+    Returns
+    -------
+    int
+        Exit code; 0 at once where the same miniature is there already.
+    """
+    config = parse_config(
+        MiniatureConfig, argv, prog="python -m finetune.miniature", positionals=("dataset",), aliases={"-o": "output"}
+    )
+    table = ImageTable(open_paired(config.dataset, "train"))
+    made = Path(config.output) / "miniature.json"
+    if made.is_file():
+        if read_json(made).get("digest") == _digest(config):
+            print(f"{config.output}: there already")
+            return EXIT_DONE
+        raise RequestError(f"{config.output}: holds a miniature of another config; choose another output, or delete it")
+    if Path(config.output).exists():
+        raise RequestError(f"{config.output}: exists and is no miniature; choose another output")
+    make_miniature(table.pixels(size=config.size), table.captions, config.output, config)
+    print(json.dumps({"miniature": config.output, "images": len(table)}))
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
