@@ -82,7 +82,7 @@ def parse_config(
     for short, name in (aliases or {}).items():
         words = [f"--{name}" if word == short else word for word in words]
     lead: list[str] = []
-    while words and not words[0].startswith("-") and len(lead) < len(positionals):
+    while words and not words[0].startswith("-") and len(lead) < 2 * len(positionals):
         lead += [f"--{positionals[len(lead) // 2]}", words.pop(0)]
     if words and not words[0].startswith("-"):
         raise RequestError(
