@@ -1,0 +1,119 @@
+"""The demo's pictures: simple shapes whose category and looks are known exactly."""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CATEGORIES = ("disc", "cross", "stripes", "triangle")
+"""Chosen to stay apart at 32 x 32 pixels even when drawn badly."""
+HUES = {"red": 0.0, "yellow": 0.14, "green": 0.36, "blue": 0.62}
+SPLIT_SIZES = {"train": 60, "val": 8, "test": 14}
+"""Pictures a category in each split."""
+PIXELS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One picture and everything that determines its looks."""
+
+    image_id: str
+    category: int
+    split: str
+    colour: str
+    hue: float
+    """Hue of the shape on the colour circle, 0 to 1."""
+    background: float
+    """Grey level of the background, 0 to 1."""
+    size: float
+    """Half the shape's width, in pixels."""
+    x: float
+    """Horizontal offset of the shape's centre from the middle, in pixels."""
+    y: float
+    """Vertical offset of the shape's centre from the middle, in pixels."""
+
+    @property
+    def caption(self) -> str:
+        """A sentence that describes the picture, as a text encoder would like it."""
+        shade = "a dark" if self.background < 0.3 else "a light"
+        return f"a {self.colour} {CATEGORIES[self.category]} on {shade} background"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes with the names that `truth.json` uses."""
+        return {**asdict(self), "label_name": CATEGORIES[self.category], "caption": self.caption}
+
+
+def make_pictures(seed: int) -> list[Picture]:
+    """Draw the attributes of all pictures.
+
+    Colours and backgrounds are balanced within each category and split, so that neither gives the category away.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the corpus.
+
+    Returns
+    -------
+    list of Picture
+        All pictures of all splits, in a fixed order.
+    """
+    rng = np.random.default_rng([seed, 1])
+    pictures = []
+    for category, name in enumerate(CATEGORIES):
+        number = 0
+        for split, count in SPLIT_SIZES.items():
+            colours = rng.permutation(np.resize(list(HUES), count))
+            shades = rng.permutation(np.arange(count) / max(count - 1, 1))
+            for colour, shade in zip(colours, shades, strict=True):
+                number += 1
+                pictures.append(
+                    Picture(
+                        image_id=f"{name}-{number:03d}",
+                        category=category,
+                        split=split,
+                        colour=str(colour),
+                        hue=round(float((HUES[str(colour)] + rng.uniform(-0.02, 0.02)) % 1.0), 4),
+                        background=round(float(0.05 + 0.5 * shade), 4),
+                        size=round(float(rng.uniform(8.5, 11.5)), 3),
+                        x=round(float(rng.uniform(-2.5, 2.5)), 3),
+                        y=round(float(rng.uniform(-2.5, 2.5)), 3),
+                    )
+                )
+    return pictures
+
+
+def draw(picture: Picture) -> NDArray[np.uint8]:
+    """Render a picture with smooth edges.
+
+    Parameters
+    ----------
+    picture : Picture
+        What to draw.
+
+    Returns
+    -------
+    ndarray of uint8, shape (32, 32, 3)
+        RGB pixels.
+    """
+    fine = 4  # supersampling: edges become smooth, so position and size survive at a fraction of a pixel
+    axis = (np.arange(PIXELS * fine) + 0.5) / fine - PIXELS / 2
+    x, y, half = axis[None, :] - picture.x, axis[:, None] - picture.y, picture.size
+    name = CATEGORIES[picture.category]
+    if name == "disc":
+        mask = x**2 + y**2 <= half**2
+    elif name == "cross":
+        arm = half / 3
+        mask = (np.maximum(abs(x), abs(y)) <= half) & (np.minimum(abs(x), abs(y)) <= arm)
+    elif name == "stripes":
+        mask = (np.maximum(abs(x), abs(y)) <= half) & (np.floor((y + half) / (2 * half / 5)) % 2 == 0)
+    else:
+        mask = (y <= 0.8 * half) & (abs(x) <= (y + half) * (half / (1.8 * half)))
+    colour = np.array(colorsys.hsv_to_rgb(picture.hue, 0.9, 0.95))
+    fine_rgb = np.where(np.broadcast_to(mask, (PIXELS * fine,) * 2)[..., None], colour, picture.background)
+    rgb = fine_rgb.reshape(PIXELS, fine, PIXELS, fine, 3).mean(axis=(1, 3))
+    return np.round(rgb * 255).astype(np.uint8)
