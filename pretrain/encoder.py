@@ -408,7 +408,7 @@ class EEGEncoder(nn.Module):
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise RequestError(f"{folder}: {CONFIG} or {SPEC} is damaged ({error}); export it again") from None
-        _load_strictly(model, folder / WEIGHTS)
+        load_strictly(model, folder / WEIGHTS)
         model.eval()
         _check_example(model, folder / EXAMPLE)
         if n_outputs and n_outputs != saved_outputs:
@@ -462,16 +462,32 @@ def _example_input(config: EncoderConfig) -> Tensor:
     return waves_CT.float()[None]
 
 
-def _load_strictly(model: nn.Module, path: Path) -> None:
+def load_strictly(model: nn.Module, path: Path, config: str = CONFIG) -> None:
+    """Load weights, every one of them and no other.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    path : Path
+        safetensors file.
+    config : str
+        What the shape comes from, for messages.
+
+    Raises
+    ------
+    RequestError
+        If the file is missing or damaged, or its names or shapes differ from the model's.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise RequestError(f"{path}: no such file; the package is not complete, export it again")
+        raise RequestError(f"{path}: no such file, so what it belongs to is not complete; write it again")
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise RequestError(f"{path}: damaged ({error}); export it again") from None
+        raise RequestError(f"{path}: damaged ({error}); write it again") from None
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     wrong = sorted(k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape)
@@ -481,7 +497,7 @@ def _load_strictly(model: nn.Module, path: Path) -> None:
             for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
             if names
         ]
-        raise RequestError(f"{path}: the weights do not fit {CONFIG}: {'; '.join(parts)}")
+        raise RequestError(f"{path}: the weights do not fit {config}: {'; '.join(parts)}")
     model.load_state_dict(weights)
 
 

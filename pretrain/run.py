@@ -279,21 +279,7 @@ class RunDirectory:
         list of Path
             Their directories; a damaged one is left out with a warning.
         """
-        found = []
-        for directory in sorted(self.checkpoints.glob("step_*")):
-            try:
-                files = read_json(directory / DONE)["files"]
-                damaged = [name for name, size in files.items() if (directory / name).stat().st_size != size]
-            except (RequestError, OSError, KeyError, TypeError) as error:
-                damaged = [str(error)]
-            if damaged:
-                print(
-                    f"dreamscale: checkpoint {directory} is damaged ({damaged[0]}); passed over",
-                    file=sys.stderr,
-                )
-            else:
-                found.append(directory)
-        return found
+        return complete_checkpoints(self.checkpoints)
 
     def latest(self) -> Path | None:
         """Newest complete checkpoint.
@@ -312,6 +298,36 @@ class RunDirectory:
             self._stream.close()
             self._stream = None
         self._close()
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Find checkpoints whose files are all there, without opening the run.
+
+    Parameters
+    ----------
+    checkpoints : Path
+        The folder ``checkpoints`` of a run directory.
+
+    Returns
+    -------
+    list of Path
+        Their directories in the order of their steps; a damaged one is left out with a warning.
+    """
+    found = []
+    for directory in sorted(checkpoints.glob("step_*")):
+        try:
+            files = read_json(directory / DONE)["files"]
+            damaged = [name for name, size in files.items() if (directory / name).stat().st_size != size]
+        except (RequestError, OSError, KeyError, TypeError) as error:
+            damaged = [str(error)]
+        if damaged:
+            print(
+                f"dreamscale: checkpoint {directory} is damaged ({damaged[0]}); passed over",
+                file=sys.stderr,
+            )
+        else:
+            found.append(directory)
+    return found
 
 
 def _step_of(line: str) -> int:

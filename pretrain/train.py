@@ -75,6 +75,7 @@ class _Training:
         self.total = config.total_steps(len(train))
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.stopping = False
+        self.subjects = count_subjects(train) if world.first else 0
 
     def resume(self) -> None:
         """Go on from the newest complete checkpoint, where there is one."""
@@ -115,9 +116,22 @@ class _Training:
             loader=self.loader.state_dict(),
             skipped=self.skipped,
             epochs=self.loader.epoch,
-            hours=self.step * self.config.batch_size * self.train_set.spec.window_s / 3600,
+            data=self.describe_data(),
         )
         self.world.barrier()
+
+    def describe_data(self) -> dict[str, Any]:
+        """What an encoder package must say of the data, so that it can be exported without them."""
+        manifest = self.train_set.manifest
+        return {
+            "dataset_id": manifest.dataset_id,
+            "preprocess": manifest.preprocess.to_dict(),
+            "windows": {split: manifest.samples(split) for split in sorted(manifest.splits)},
+            "counts": manifest.counts,
+            "hours": manifest.hours,
+            "subjects": self.subjects,
+            "hours_seen": self.step * self.config.batch_size * manifest.preprocess.window_s / 3600,
+        }
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss, written to the metrics."""
@@ -245,6 +259,33 @@ class _Training:
                 f"dreamscale pretrain: {self.step} steps, held-out loss {result['val_loss']:.4f}, "
                 f"{result['val_explained']:.1%} of the hidden signal explained; run in {self.run.path}"
             )
+
+
+def count_subjects(dataset: EEGDataset) -> int | None:
+    """Count the people in a split.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        The split.
+
+    Returns
+    -------
+    int or None
+        Their number, from the ledger beside the manifest; from the samples where there is none and they are few;
+        None where it would take long to know.
+    """
+    ledger = dataset.path / "ledger.parquet"
+    if ledger.is_file():
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(ledger, columns=["corpus", "subject", "split", "status"]).to_pylist()
+        used = [r for r in rows if r["status"] == "sharded" and dataset.split in (r["split"] or "").split("+")]
+        return len({(r["corpus"], r["subject"]) for r in used})
+    if len(dataset) > 20_000:
+        return None
+    metas = [dataset.meta(number) for number in range(len(dataset))]
+    return len({(meta.get("corpus"), meta.get("subject")) for meta in metas})
 
 
 def check_request(config: PretrainConfig) -> tuple[EEGDataset, EEGDataset]:

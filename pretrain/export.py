@@ -1,0 +1,247 @@
+"""Export a pretrained encoder for anyone's use: ``dreamscale export RUN OUT``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_sharding.config import parse_config
+from data_sharding.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.files import read_json
+from pretrain.config import PretrainConfig
+from pretrain.run import DONE, complete_checkpoints
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write an encoder package from a pretraining run's newest complete checkpoint."""
+
+    run: str
+    """Run directory of 'dreamscale pretrain', running or done."""
+    output: str
+    """Directory to write; a package that is there is replaced."""
+    program: bool = True
+    """Also write encoder.pt2, which runs with PyTorch alone."""
+
+
+def read_run(run: str | Path) -> tuple[PretrainConfig, Path, dict[str, Any]]:
+    """Find what a pretraining run learned.
+
+    Parameters
+    ----------
+    run : str or Path
+        Its directory.
+
+    Returns
+    -------
+    config : PretrainConfig
+        As it ran.
+    checkpoint : Path
+        Newest complete checkpoint.
+    saved : dict
+        The checkpoint's own manifest.
+
+    Raises
+    ------
+    RequestError
+        If this is no pretraining run, or it has no complete checkpoint yet.
+    """
+    run = Path(run)
+    if not (run / "config.yaml").is_file():
+        raise RequestError(f"{run}: no config.yaml, so this is no run directory of 'dreamscale pretrain'")
+    try:
+        config = parse_config(
+            PretrainConfig, [str(run / "config.yaml")], prog="dreamscale export", positionals=("config",)
+        )
+    except RequestError as error:
+        raise RequestError(f"{run / 'config.yaml'}: not the config of a pretraining run ({error})") from None
+    complete = complete_checkpoints(run / "checkpoints")
+    if not complete:
+        raise RequestError(f"{run}: no complete checkpoint yet; let 'dreamscale pretrain' write one first")
+    return config, complete[-1], read_json(complete[-1] / DONE)
+
+
+def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
+    """Rebuild the autoencoder of a checkpoint, for any ZeRO stage and number of processes that wrote it.
+
+    Parameters
+    ----------
+    config : PretrainConfig
+        The run's.
+    checkpoint : Path
+        A complete checkpoint.
+
+    Returns
+    -------
+    MaskedAutoencoder
+        On the processor, in float32.
+
+    Raises
+    ------
+    RequestError
+        If the weights are damaged or do not fit the config.
+    """
+    from pretrain.encoder import WEIGHTS, load_strictly
+    from pretrain.model import MaskedAutoencoder
+
+    model = MaskedAutoencoder(config.model)
+    load_strictly(model, checkpoint / WEIGHTS, "the run's config.yaml")
+    return model.eval()
+
+
+def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict[str, Any]], parameters: int) -> str:
+    """Describe an encoder: what it is, what it learned from, and how well.
+
+    Parameters
+    ----------
+    config : PretrainConfig
+        The run's.
+    saved : dict
+        The checkpoint's manifest.
+    metrics : list of dict
+        Lines of metrics.jsonl.
+    parameters : int
+        Of the encoder.
+
+    Returns
+    -------
+    str
+        Markdown.
+    """
+    shape, data = config.model.encoder, saved["data"]
+    spec = data["preprocess"]
+    held = [m for m in metrics if m.get("val_loss") is not None and m["step"] <= saved["step"]]
+    windows = data["windows"]
+    hours = {split: count * spec["stride"] / spec["sfreq"] / 3600 for split, count in windows.items()}
+    lines = [
+        "# EEG encoder",
+        "",
+        f"A transformer over time ({shape.depth} layers x {shape.dim}, {parameters / 1e6:.1f}M parameters) that "
+        f"turns {spec['window'] / spec['sfreq']:g} s of EEG into {shape.tokens} tokens, pretrained by rebuilding "
+        "masked signal.",
+        "",
+        "```python",
+        "from pretrain.encoder import EEGEncoder",
+        "",
+        'encoder = EEGEncoder.from_pretrained("PATH")',
+        "features = encoder.encode(raw)              # an mne.io.Raw, any rate, up to 128 channels are used",
+        'features = encoder.encode((x, ch_names, sfreq, "uV"))',
+        "features.tokens, features.pooled, features.times, features.report",
+        "```",
+        "",
+        "`encoder.pt2` is the same encoder for PyTorch alone: "
+        f'`torch.export.load("encoder.pt2").module()(x)` with x `[windows, {shape.channels}, {shape.samples}]`, '
+        "preprocessed and scaled as `preprocess.json` says and padded by repeating the channels.",
+        "",
+        "## Data",
+        "",
+        f"- Dataset id `{data['dataset_id']}`",
+        f"- Training: {windows.get('train', 0):,} windows, {hours.get('train', 0.0):.2f} hours"
+        + (f", {data['subjects']} subjects" if data.get("subjects") is not None else ""),
+        f"- Seen in training: {saved['epochs']:.1f} passes, {data['hours_seen']:.2f} hours",
+        *(
+            f"- Held out ({split}): {windows[split]:,} windows, {hours[split]:.2f} hours"
+            for split in ("val", "test")
+            if split in windows
+        ),
+        "",
+        "## Preprocessing",
+        "",
+        "| field | value |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in spec.items()),
+        "",
+        "## Training",
+        "",
+        f"- {saved['step']:,} steps of {config.batch_size} windows; mask ratio {config.model.mask_ratio:g}; "
+        f"AdamW, learning rate {config.optimizer.lr:g}; {config.precision}",
+        f"- DeepSpeed ZeRO stage {saved['zero_stage']} on {saved['world_size']} process(es); seed {config.seed}; "
+        f"{saved['skipped']} steps skipped",
+    ]
+    if held:
+        last = held[-1]
+        lines += [
+            f"- Held-out loss {last['val_loss']:.4f} (step {last['step']}), from {held[0]['val_loss']:.4f} at the "
+            f"start; {last['val_explained']:.1%} of the hidden signal's power explained (0 % is predicting zero)",
+        ]
+    lines += [
+        "",
+        "## Limits",
+        "",
+        "Rebuilding masked signal is what was measured here. What the features are worth for a task is measured with "
+        "`dreamscale probe`, beside an encoder with random weights and band power. Not a medical device.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def export(config: ExportConfig) -> int:
+    """Write an encoder package.
+
+    Parameters
+    ----------
+    config : ExportConfig
+        The request.
+
+    Returns
+    -------
+    int
+        0.
+
+    Raises
+    ------
+    RequestError
+        If the run has nothing to export.
+    """
+    run_config, checkpoint, saved = read_run(config.run)
+    output = Path(config.output)
+    if output.exists() and not (output / "config.json").is_file() and (output.is_file() or any(output.iterdir())):
+        raise RequestError(f"{output}: is there and is no encoder package; choose another place")
+    import json
+
+    from data_sharding.preprocess import PreprocessSpec
+    from pretrain.encoder import EEGEncoder
+    from pretrain.model import count_parameters
+
+    model = load_model(run_config, checkpoint)
+    encoder = EEGEncoder(run_config.model.encoder, PreprocessSpec.from_dict(saved["data"]["preprocess"]))
+    encoder.backbone.load_state_dict(model.encoder.state_dict())
+    log = Path(config.run) / "metrics.jsonl"
+    metrics = [json.loads(line) for line in log.read_text().splitlines() if line] if log.is_file() else []
+    encoder.save_pretrained(
+        output,
+        card=model_card(run_config, saved, metrics, count_parameters(encoder)),
+        program=config.program,
+        extra={"step": saved["step"], "dataset_id": saved["data"]["dataset_id"], "run": Path(config.run).name},
+    )
+    # The reader's own check, before anyone relies on it.
+    EEGEncoder.from_pretrained(output)
+    print(f"dreamscale export: encoder of step {saved['step']} in {output}")
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export from the command line.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        ``RUN OUT [--key value ...]``.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    return run_main(
+        lambda words: export(
+            parse_config(ExportConfig, words, prog="dreamscale export", positionals=("run", "output"))
+        ),
+        argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
