@@ -230,7 +230,9 @@ def read_recordings(config: ShardConfig, plan: Plan, work: Path, in_flight: int)
 
 
 def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, work: Path) -> None:
-    """Write every signal once: the recording with trials first, then the one with more channels, then by key.
+    """Write every signal once.
+
+    Preferred is the recording with trials, then one whose subject is known, then the one with more channels.
 
     Parameters
     ----------
@@ -242,7 +244,9 @@ def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, work: Path) -> None:
         The job's working folder.
     """
     candidates = [row for row in rows if row["status"] == "sharded"]
-    candidates.sort(key=lambda row: (plan.items[row["key"]].trials is None, -row["n_kept"], row["key"]))
+    candidates.sort(
+        key=lambda r: (plan.items[r["key"]].trials is None, r["subject"] == r["key"], -r["n_kept"], r["key"])
+    )
     prints = [
         Print(
             key=row["key"],

@@ -1,0 +1,91 @@
+"""Tiny recordings, written by the libraries that labs use."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2", "F7", "F8", "T7", "T8", "P7", "P8", "Fz", "Cz", "Pz"]
+
+
+def build_raw(n: int = 8, sfreq: float = 200.0, seconds: float = 6.0, seed: int = 0, names: list[str] | None = None):
+    """Noise of EEG's amplitude, 10 microvolts, with alpha on top; in volts as MNE has it."""
+    import mne
+
+    rng = np.random.default_rng(seed)
+    t = np.arange(int(sfreq * seconds)) / sfreq
+    x = rng.normal(0, 10e-6, (n, t.size)) + 8e-6 * np.sin(2 * np.pi * (10 * t + rng.uniform()))
+    info = mne.create_info(names or NAMES[:n], sfreq, "eeg")
+    return mne.io.RawArray(x, info, verbose="ERROR")
+
+
+@pytest.fixture(scope="session", name="make_raw")
+def make_raw_fixture():
+    return build_raw
+
+
+@pytest.fixture(scope="session", name="write_raw")
+def write_raw_fixture():
+    return write_raw
+
+
+def write_raw(raw, path: Path) -> Path:
+    """Write a recording in the format of its extension."""
+    import mne
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".fif":
+        raw.save(path, overwrite=True, verbose="ERROR")
+    else:
+        mne.export.export_raw(path, raw, physical_range=(-400.0, 400.0), overwrite=True, verbose="ERROR")
+    return path
+
+
+def png(colour: tuple[int, int, int]) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def folder_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five good recordings of four formats, one of them twice, a file that is no EEG, and a header without its data."""
+    root = tmp_path_factory.mktemp("corpus")
+    write_raw(build_raw(8, 200, 6, seed=1), root / "sub-01" / "sub-01_task-rest_eeg.edf")
+    write_raw(build_raw(19, 250, 5, seed=2), root / "sub-02" / "sub-02_task-rest_eeg.vhdr")
+    write_raw(build_raw(6, 128, 6, seed=3), root / "sub-03" / "sub-03_task-rest_eeg.set")
+    write_raw(build_raw(5, 500, 4, seed=4), root / "sub-04" / "sub-04_task-rest_raw.fif")
+    write_raw(build_raw(8, 200, 6, seed=1), root / "copies" / "again_raw.fif")
+    (root / "broken.bdf").write_bytes(b"not an EEG file")
+    header = write_raw(build_raw(4, 250, 2, seed=5), root / "lost.vhdr")
+    header.with_suffix(".eeg").unlink()
+    return root
+
+
+IMAGES = [f"img-{i}" for i in range(6)]
+IMAGE_SPLITS = ["train", "train", "train", "train", "val", "test"]
+
+
+@pytest.fixture(scope="session")
+def events_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three subjects who see six images each, two of them held out by the tables' column 'split'."""
+    root = tmp_path_factory.mktemp("paired")
+    (root / "images").mkdir()
+    for i, name in enumerate(IMAGES):
+        (root / "images" / f"{name}.png").write_bytes(png((40 * i, 0, 0)))
+    for s in (1, 2, 3):
+        path = root / "eeg" / f"sub-0{s}" / f"sub-0{s}_task-images_eeg.vhdr"
+        write_raw(build_raw(8, 250, 9, seed=10 + s), path)
+        lines = ["onset\tduration\timage\tlabel_name\tcaption\timage_id\tsplit"]
+        for i in range(6):
+            label = "cat" if i % 2 else "dog"
+            lines.append(f"{0.5 + 1.2 * i}\t0.5\t{IMAGES[i]}.png\t{label}\ta {label}\t{IMAGES[i]}\t{IMAGE_SPLITS[i]}")
+        lines.append("9.5\t0.5\timg-0.png\tdog\ta dog\timg-0\ttrain")
+        lines.append("3.0\t0\tn/a\tn/a\tn/a\tn/a\tn/a")
+        path.with_name(f"sub-0{s}_task-images_events.tsv").write_text("\n".join(lines) + "\n")
+    return root
