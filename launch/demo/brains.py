@@ -169,7 +169,9 @@ class Head:
             Microvolts against an ideal reference.
         """
         n, samples = len(electrodes_n3), round(seconds * sfreq)
-        mixing_nK = np.stack([_field(electrodes_n3, c, w) for c, w in zip(self.centres_K3, self.widths_K, strict=True)], 1)
+        mixing_nK = np.stack(
+            [_field(electrodes_n3, c, w) for c, w in zip(self.centres_K3, self.widths_K, strict=True)], 1
+        )
         sources_KT = _noise(rng, N_SOURCES, samples, sfreq, self.exponents_K)
         data_nT = (mixing_nK * (4.5 * self.powers_K).astype(np.float32)) @ sources_KT
 
@@ -190,7 +192,9 @@ class Head:
         data_nT += rng.standard_normal((n, samples), dtype=np.float32) * np.float32(1.2)
         return data_nT
 
-    def _blinks(self, electrodes_n3: NDArray[np.float64], sfreq: float, samples: int, rng: np.random.Generator) -> Array:
+    def _blinks(
+        self, electrodes_n3: NDArray[np.float64], sfreq: float, samples: int, rng: np.random.Generator
+    ) -> Array:
         trace = np.zeros(samples, np.float32)
         count = rng.poisson(self.blinks_per_minute * samples / sfreq / 60)
         shape = np.hanning(round(0.35 * sfreq)).astype(np.float32)
@@ -199,13 +203,17 @@ class Head:
         topography = _field(electrodes_n3, (0.0, 1.0, -0.25), 0.5)
         return np.maximum(topography, 0)[:, None] * trace[None, :]
 
-    def _muscle(self, data_nT: Array, electrodes_n3: NDArray[np.float64], sfreq: float, rng: np.random.Generator) -> None:
+    def _muscle(
+        self, data_nT: Array, electrodes_n3: NDArray[np.float64], sfreq: float, rng: np.random.Generator
+    ) -> None:
         """Add bursts of jaw muscle over one temple, in place."""
         length = round(1.5 * sfreq)
         for _ in range(rng.poisson(data_nT.shape[1] / sfreq / 60)):
             start = int(rng.integers(0, data_nT.shape[1] - length))
             topography = _field(electrodes_n3, (rng.choice([-1.0, 1.0]), 0.25, 0.0), 0.35)
-            burst = np.diff(rng.standard_normal((len(electrodes_n3), length + 1), dtype=np.float32)) * np.hanning(length)
+            burst = np.diff(rng.standard_normal((len(electrodes_n3), length + 1), dtype=np.float32)) * np.hanning(
+                length
+            )
             data_nT[:, start : start + length] += 8 * np.maximum(topography, 0)[:, None] * burst.astype(np.float32)
 
     def responses(
@@ -240,7 +248,11 @@ class Head:
             Microvolts, to be added to the background.
         """
         topographies_nC = np.stack(
-            [_field(electrodes_n3, centre, c.width) for centre, c in zip(self.response_centres_C3, COMPONENTS, strict=True)], 1
+            [
+                _field(electrodes_n3, centre, c.width)
+                for centre, c in zip(self.response_centres_C3, COMPONENTS, strict=True)
+            ],
+            1,
         )
         latency = np.array([c.latency for c in COMPONENTS]) + self.response_delays_C
         duration = np.array([c.duration for c in COMPONENTS])

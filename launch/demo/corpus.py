@@ -23,7 +23,27 @@ from launch.demo.brains import COMPONENTS, Head
 from launch.demo.pictures import CATEGORIES, SPLIT_SIZES, Picture, draw, make_pictures
 
 LINE_HZ = 50.0
-TENTWENTY = "Fp1 Fp2 F7 F3 Fz F4 F8 T7 C3 Cz C4 T8 P7 P3 Pz P4 P8 O1 O2".split()
+TENTWENTY = [
+    "Fp1",
+    "Fp2",
+    "F7",
+    "F3",
+    "Fz",
+    "F4",
+    "F8",
+    "T7",
+    "C3",
+    "Cz",
+    "C4",
+    "T8",
+    "P7",
+    "P3",
+    "Pz",
+    "P4",
+    "P8",
+    "O1",
+    "O2",
+]
 SUBJECTS = tuple(f"sub-{index:02d}" for index in range(1, 13))
 PAIRED_SUBJECTS = {"train": SUBJECTS[:5], "val": SUBJECTS[5:6], "test": SUBJECTS[6:8]}
 """Subjects of the pictures; those of val and test are held out of pretraining, too."""
@@ -173,7 +193,15 @@ def _make_paired(folder: Path, seed: int, index: int, pictures: list[Picture]) -
     writers.write(path, data, positions, PAIRED_SFREQ, CAP.format, rng, markers)
     lines = ["onset\tduration\timage\tlabel_name\tcaption\timage_id\tsplit"]
     for onset, p in zip(onsets, shown, strict=True):
-        fields = (f"{onset:.3f}", "0.5", f"images/{p.image_id}.png", CATEGORIES[p.category], p.caption, p.image_id, p.split)
+        fields = (
+            f"{onset:.3f}",
+            "0.5",
+            f"images/{p.image_id}.png",
+            CATEGORIES[p.category],
+            p.caption,
+            p.image_id,
+            p.split,
+        )
         lines.append("\t".join(fields))
     (path.parent / f"{stem}_events.tsv").write_text("\n".join(lines) + "\n")
     return {

@@ -1,0 +1,223 @@
+"""Several training processes on this machine: started, told to stop, and their outcome as one exit code.
+
+The launcher (torchrun or Accelerate's) runs in a session of its own, so that Ctrl-C reaches only us. We pass a request to
+stop to the training processes themselves: told by the launcher, they would have 30 s to write their checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from data_sharding.errors import EXIT_BAD_REQUEST, EXIT_FAILED, EXIT_STOPPED
+from launch.stages import Stage
+from launch.worker import FOLDER
+
+LONE_REFUSAL_S = 20.0
+"""Seconds that the other processes get to find the same fault in the request."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def processes_wanted(argv: Sequence[str]) -> int:
+    """Read how many processes a request asks for, without importing the stage.
+
+    Parameters
+    ----------
+    argv : sequence of str
+        The stage's arguments.
+
+    Returns
+    -------
+    int
+        `num_processes` of the command line, else of the YAML file; 1 where it is not given, where only help or the
+        config is asked for, where a launcher started this process already, or where the request cannot be read (the
+        stage then says why).
+    """
+    if {"-h", "--help"} & set(argv) or any(word.startswith("--print_config") for word in argv):
+        return 1
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return 1
+    wanted: object = None
+    files = [argv[0]] if argv and not argv[0].startswith("-") else []
+    for position, word in enumerate(argv):
+        key, _, value = word.partition("=")
+        value = value or (argv[position + 1] if position + 1 < len(argv) else "")
+        if key == "--config":
+            files.append(value)
+        elif key == "--num_processes":
+            wanted = value
+    if wanted is None:
+        import yaml
+
+        for file in files:
+            try:
+                content = yaml.safe_load(Path(file).read_text())
+            except (OSError, ValueError, yaml.YAMLError):
+                return 1
+            if isinstance(content, dict):
+                wanted = content.get("num_processes", wanted)
+    try:
+        return max(1, int(str(wanted)))
+    except ValueError:
+        return 1
+
+
+def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[str]:
+    """Build the command that starts the processes.
+
+    Parameters
+    ----------
+    stage : Stage
+        What to run.
+    argv : sequence of str
+        Its arguments.
+    processes : int
+        How many.
+
+    Returns
+    -------
+    list of str
+        For `subprocess`.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    if stage.launcher == "torchrun":
+        flags = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1"]
+        flags += ["--master-port", str(port), "--shutdown-timeout", "60"]
+        flags += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    else:
+        # '--cpu --num_processes 2' would silently run one process; '--multi_gpu' starts them all, with or without GPUs.
+        flags = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+        flags += ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    return [
+        sys.executable,
+        "-m",
+        "launch.agent",
+        str(stage.launcher),
+        *flags,
+        "-m",
+        "launch.worker",
+        stage.module,
+        *argv,
+    ]
+
+
+def _environment(folder: Path, processes: int) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment[FOLDER] = str(folder)
+    # A restarted gloo would read stale addresses from the store that it shares with the launcher.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    environment["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+    return environment
+
+
+def _read_numbers(folder: Path, suffix: str) -> dict[int, int]:
+    return {int(path.stem): int(path.read_text()) for path in folder.glob(f"*.{suffix}")}
+
+
+class _Processes:
+    """The launcher and what it started."""
+
+    def __init__(self, command: list[str], folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+        self.requests = 0
+        self.killed = False
+        self.agent = subprocess.Popen(command, env=_environment(folder, count), start_new_session=True)
+
+    def ask_to_stop(self, number: int, _: FrameType | None) -> None:
+        """Pass a request on; the second Ctrl-C ends everything at once."""
+        self.requests += 1
+        if number == signal.SIGINT and self.requests > 1:
+            self.kill(signal.SIGKILL)
+            return
+        workers = _read_numbers(self.folder, "pid")
+        if len(workers) < self.count:
+            # They are only just starting: nothing is lost by ending them.
+            self.kill(signal.SIGTERM)
+        for pid in workers.values():
+            _send(pid, signal.SIGTERM)
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send a signal to the launcher and to all that it started."""
+        if number == signal.SIGKILL:
+            for pid in _read_numbers(self.folder, "pid").values():
+                _send(pid, number, group=True)
+        _send(self.agent.pid, number, group=True)
+
+    def wait(self) -> int:
+        """Wait for the end and return one exit code."""
+        lone_since = None
+        while self.agent.poll() is None:
+            time.sleep(0.1)
+            codes = _read_numbers(self.folder, "exit")
+            if EXIT_BAD_REQUEST in codes.values() and len(codes) < self.count:
+                lone_since = lone_since or time.monotonic()
+                if time.monotonic() - lone_since > LONE_REFUSAL_S:
+                    self.kill(signal.SIGKILL)
+        codes = _read_numbers(self.folder, "exit")
+        found = set(codes.values())
+        if EXIT_BAD_REQUEST in found:
+            return EXIT_BAD_REQUEST
+        if EXIT_FAILED in found:
+            return EXIT_FAILED
+        if self.requests and (EXIT_STOPPED in found or len(codes) < self.count):
+            if EXIT_STOPPED not in found:
+                print("dreamscale: stopped before training began; run the same command again", file=sys.stderr)
+            return EXIT_STOPPED
+        if len(codes) == self.count and len(found) == 1:
+            return found.pop()
+        return max(found, default=EXIT_FAILED) if self.agent.returncode == 0 else EXIT_FAILED
+
+
+def _send(pid: int, number: signal.Signals, *, group: bool = False) -> None:
+    try:
+        (os.killpg if group else os.kill)(pid, number)
+    except (ProcessLookupError, PermissionError):
+        if group:
+            _send(pid, number)
+
+
+def run_launched(stage: Stage, argv: Sequence[str], processes: int) -> int:
+    """Run a stage in several processes of this machine.
+
+    Parameters
+    ----------
+    stage : Stage
+        What to run.
+    argv : sequence of str
+        Its arguments.
+    processes : int
+        How many processes.
+
+    Returns
+    -------
+    int
+        Exit code: as of the stage alone, 75 after a requested stop whatever the launcher says.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="dreamscale-launch-"))
+    try:
+        running = _Processes(launcher_command(stage, argv, processes), folder, processes)
+        before = {number: signal.signal(number, running.ask_to_stop) for number in _SIGNALS}
+        try:
+            code = running.wait()
+        finally:
+            if running.agent.poll() is None:
+                running.kill(signal.SIGKILL)
+                running.agent.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return code

@@ -1,0 +1,74 @@
+"""The commands there are, without importing any of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command."""
+
+    module: str
+    """Module with ``main(argv) -> int``."""
+    usage: str
+    """What follows the command's name."""
+    help: str
+    """One line."""
+    launcher: Literal["torchrun", "accelerate"] | None = None
+    """What starts its processes when a config asks for more than one."""
+
+
+STAGES: dict[str, Stage] = {
+    "demo": Stage(
+        module="launch.demo.run", usage="[--out DIR]", help="the whole chain, EEG to images, on data it makes"
+    ),
+    "shard": Stage(
+        module="data_sharding.job", usage="CONFIG --output DIR", help="recordings of any maker -> dataset, on Ray"
+    ),
+    "verify": Stage(
+        module="data_sharding.verify", usage="DATASET", help="check every byte and count against the manifest"
+    ),
+    "inspect": Stage(
+        module="data_sharding.inspect", usage="DATASET", help="what a dataset holds, and what was set aside and why"
+    ),
+    "pretrain": Stage(
+        module="pretrain.train",
+        usage="CONFIG",
+        help="masked-signal pretraining with DeepSpeed ZeRO",
+        launcher="torchrun",
+    ),
+    "export": Stage(module="pretrain.export", usage="RUN OUT", help="pretraining run -> encoder package"),
+    "encode": Stage(
+        module="pretrain.encode", usage="ENCODER RECORDING -o OUT.npz", help="embeddings of any readable recording"
+    ),
+    "probe": Stage(module="pretrain.probe", usage="ENCODER DATASET", help="linear probe of an encoder, with baselines"),
+    "miniature": Stage(
+        module="finetune.miniature",
+        usage="DATASET -o DIR",
+        help="a small Stable Diffusion and CLIP made from a dataset's images",
+    ),
+    "align": Stage(module="finetune.align", usage="CONFIG", help="align an encoder with CLIP", launcher="accelerate"),
+    "finetune": Stage(
+        module="finetune.stable_diffusion",
+        usage="CONFIG",
+        help="fine-tune Stable Diffusion on EEG",
+        launcher="accelerate",
+    ),
+    "ddpm": Stage(
+        module="finetune.dm_re2i", usage="CONFIG", help="train EVRNet, then the EEG-guided DDPM", launcher="accelerate"
+    ),
+    "generate": Stage(
+        module="finetune.generate", usage="MODEL DATASET -o DIR", help="images for the trials of a split"
+    ),
+    "evaluate": Stage(
+        module="finetune.evaluate", usage="DIR", help="metrics with controls, and a report, of generated images"
+    ),
+    "submit": Stage(
+        module="launch.submit",
+        usage="slurm|ray|k8s STAGE CONFIG",
+        help="render and submit a cluster job; --dry-run prints it",
+    ),
+    "doctor": Stage(module="launch.doctor", usage="", help="what works on this machine, and what to install"),
+}

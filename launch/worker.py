@@ -1,0 +1,59 @@
+"""What a launcher starts in each process: the stage, with its exit code left where the launching command finds it.
+
+``python -m launch.worker MODULE [ARGUMENTS]``. Launchers report every code but 0 as a failure, with a traceback; so a
+requested stop ends with 0 here, and its true code is in the folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from data_sharding.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, run_main
+from data_sharding.files import atomic_write_text
+
+FOLDER = "DREAMSCALE_LAUNCH_FOLDER"
+"""Environment variable: where process ids and exit codes go."""
+
+
+def end_with_parent() -> None:
+    """Ask the system for SIGTERM when the parent process dies; only Linux can."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+    import signal
+
+    ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGTERM))  # 1: PR_SET_PDEATHSIG
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a stage and leave its exit code.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Module and its arguments.
+
+    Returns
+    -------
+    int
+        Exit code for the launcher.
+    """
+    module, *words = sys.argv[1:] if argv is None else argv
+    folder, rank = os.environ.get(FOLDER), os.environ.get("RANK", "0")
+    if folder:
+        end_with_parent()
+        atomic_write_text(Path(folder) / f"{rank}.pid", str(os.getpid()))
+    code = EXIT_FAILED
+    try:
+        code = run_main(importlib.import_module(module).main, words)
+    finally:
+        if folder and Path(folder).is_dir():
+            atomic_write_text(Path(folder) / f"{rank}.exit", str(code))
+    return EXIT_DONE if code == EXIT_STOPPED and folder else code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
