@@ -21,9 +21,10 @@ NOT_EEG = {
     "eog": r"(v|h|l|r|le|re|ve|he)?eog.*|eye.*",
     "ecg": r"ecg.*|ekg.*",
     "emg": r".*emg.*|chin.*",
-    "trigger": r"sti.*|stim.*|trig.*|gate.*|status|marker.*|event.*|mkr.*|tal|dc\d+|bdf annotations|edf annotations|sync|photic",
-    "physiology": r"gsr\d*|resp.*|plet.*|temp.*|spo2.*|pulse.*|ergo.*|osat|pr|sao2.*|nasal.*|thor.*|abd.*|airflow.*|snore.*|hr|etco2"
-    r"|bp\d+|body.*",
+    "trigger": r"sti.*|stim.*|trig.*|gate.*|status|marker.*|event.*|mkr.*|tal|dc\d+|sync|photic"
+    r"|[be]df annotations",
+    "physiology": r"gsr\d*|resp.*|plet.*|temp.*|spo2.*|pulse.*|ergo.*|osat|pr|sao2.*|nasal.*|thor.*|abd.*"
+    r"|airflow.*|snore.*|hr|etco2|bp\d+|body.*",
     "movement": r"acc[xyz_ ]?.*|gyr.*|mag[xyz]|battery.*|counter|gnd|ground",
     "reference": r"left[_ ]?ear|right[_ ]?ear|na\d+|ref\d*",
     "external": r"exg\d+|ext?\d+|aux.*|misc.*|x\d+|bip\d+|pat|tech|mark\d*|\$.*|bn\d+|nr\d+|e|z|sdb",
@@ -159,7 +160,9 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
     if is_grid(names):
         letters = {n[0].upper() for n in names}
         full = {f"{a}{i}" for a in sorted(letters) for i in range(1, 33)}
-        size = {frozenset("AB"): 64, frozenset("ABCD"): 128, frozenset("ABCDE"): 160, frozenset("ABCDEFGH"): 256}.get(frozenset(letters))
+        size = {frozenset("AB"): 64, frozenset("ABCD"): 128, frozenset("ABCDE"): 160, frozenset("ABCDEFGH"): 256}.get(
+            frozenset(letters)
+        )
         # The letters alone do not say which cap it was: only a complete one is believed, and 64 has 10-20 names too.
         if size in (128, 160, 256) and set(names) == full:
             table = _montage(f"biosemi{size}")
@@ -171,7 +174,9 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
         if size:
             table = _montage(f"GSN-HydroCel-{size + (len(names) > size)}" if size != 32 else "GSN-HydroCel-32")
             # The last one is the vertex reference, which the montage calls Cz.
-            return [table.get(n) or (table.get("Cz") if n == f"E{size + 1}" else None) for n in names], f"GSN-HydroCel-{size}"
+            return [
+                table.get(n) or (table.get("Cz") if n == f"E{size + 1}" else None) for n in names
+            ], f"GSN-HydroCel-{size}"
     table = _montage("standard_1005")
     found = [table.get(name) for name in names]
     if sum(p is not None for p in found) < MIN_STANDARD * len(names):

@@ -24,7 +24,8 @@ class RayConfig:
     """Where the job runs."""
 
     address: str = ""
-    """Cluster to join, e.g. auto or ray://head:10001; empty: RAY_ADDRESS if it is set, else a cluster of this machine."""
+    """Cluster to join, e.g. auto or ray://head:10001; empty: RAY_ADDRESS if it is set, else a cluster of
+    this machine."""
     num_cpus: int = 0
     """Workers of this machine's cluster; 0: one a core."""
     max_in_flight: int = 0
@@ -101,7 +102,12 @@ def ray_session(config: RayConfig) -> Iterator[int]:
     else:
         cpus = config.num_cpus or os.cpu_count() or 1
         # Only metadata travels through the object store.
-        options |= {"address": "local", "num_cpus": cpus, "include_dashboard": False, "object_store_memory": 128 * 2**20}
+        options |= {
+            "address": "local",
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            "object_store_memory": 128 * 2**20,
+        }
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -182,7 +188,9 @@ def run_tasks(
             if reason is None:
                 infrastructure[key] = infrastructure.get(key, 0) + 1
                 if infrastructure[key] > INFRASTRUCTURE_RETRIES:
-                    raise RuntimeError(f"{key}: its worker was lost {infrastructure[key]} times ({how}); is the cluster well?")
+                    raise RuntimeError(
+                        f"{key}: its worker was lost {infrastructure[key]} times ({how}); is the cluster well?"
+                    )
                 waiting.append((key, argument))
             else:
                 given_up[key] = reason

@@ -49,13 +49,17 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         if self.kind == "events" and not self.images:
-            raise ValueError(f"corpora: '{self.root}' is of kind events and needs the key 'images', the folder of the images")
+            raise ValueError(
+                f"corpora: '{self.root}' is of kind events and needs the key 'images', the folder of the images"
+            )
         if self.kind == "folder" and self.images:
             raise ValueError(f"corpora: '{self.root}' has the key 'images' but is of kind folder; set kind: events")
         try:
             groups = re.compile(self.subject_pattern).groupindex
         except re.error as error:
-            raise ValueError(f"corpora: subject_pattern '{self.subject_pattern}' is no regular expression ({error})") from None
+            raise ValueError(
+                f"corpora: subject_pattern '{self.subject_pattern}' is no regular expression ({error})"
+            ) from None
         if self.subject_pattern and "subject" not in groups:
             raise ValueError(f"corpora: subject_pattern '{self.subject_pattern}' needs a group (?P<subject>...)")
 
@@ -128,7 +132,9 @@ def expand(text: str, key: str) -> Path:
     """
     out = os.path.expandvars(text)
     if unset := re.search(r"\$\{?(\w+)\}?", out):
-        raise RequestError(f"{key} '{text}': the environment variable {unset.group(1)} is not set; export it or write the path out")
+        raise RequestError(
+            f"{key} '{text}': the environment variable {unset.group(1)} is not set; export it or write the path out"
+        )
     return Path(out).expanduser()
 
 
@@ -300,6 +306,7 @@ def list_items(config: CorpusConfig) -> list[Item]:
         absent = [image for image in shown if not Path(image).is_file()]
         if absent:
             raise RequestError(
-                f"corpora: images '{images}': {len(absent)} of {len(shown)} images are missing, the first is {absent[0]}"
+                f"corpora: images '{images}': {len(absent)} of {len(shown)} images are missing, the first is "
+                f"{absent[0]}"
             )
     return items

@@ -100,18 +100,27 @@ def make_plan(config: ShardConfig) -> Plan:
         for item in list_items(corpus):
             if item.key in items:
                 raise RequestError(
-                    f"corpora: '{item.path}' of corpus '{item.corpus}' is listed twice; give the corpora different names, "
-                    "or take one of them out"
+                    f"corpora: '{item.path}' of corpus '{item.corpus}' is listed twice; give the corpora "
+                    "different names, or take one of them out"
                 )
             items[item.key] = item
     usable = [item for item in items.values() if item.recording.problem is None and item.reason is None]
     config.split.check_subjects({item.subject for item in usable})
     shown = [(item, trial) for item in usable for trial in item.trials or ()]
     continuous = any(item.trials is None for item in usable)
-    if shown and not continuous and not any(config.split.trial(i.subject, t.image_id, t.split) == "train" for i, t in shown):
-        raise RequestError("split: no trial is left for train: no training subject saw a training image; change the split")
+    if (
+        shown
+        and not continuous
+        and not any(config.split.trial(i.subject, t.image_id, t.split) == "train" for i, t in shown)
+    ):
+        raise RequestError(
+            "split: no trial is left for train: no training subject saw a training image; change the split"
+        )
     listing = [[key, [[f.name, f.stat().st_size] for f in item.recording.files]] for key, item in sorted(items.items())]
-    trials = [[key, [[t.onset, t.image_id, t.label_name, t.caption, t.split] for t in i.trials or ()]] for key, i in sorted(items.items())]
+    trials = [
+        [key, [[t.onset, t.image_id, t.label_name, t.caption, t.split] for t in i.trials or ()]]
+        for key, i in sorted(items.items())
+    ]
     return Plan(
         items=items,
         labels=sorted({trial.label_name for _, trial in shown}),
@@ -144,9 +153,15 @@ def _finished(config: ShardConfig, plan: Plan, output: Path) -> Manifest | None:
     manifest = Manifest.read(output)
     if manifest.extra.get("request") != plan.request:
         ours = _essence(config)
-        other = [key for key in ours if json.dumps(ours[key], sort_keys=True) != json.dumps(manifest.config.get(key), sort_keys=True)]
+        other = [
+            key
+            for key in ours
+            if json.dumps(ours[key], sort_keys=True) != json.dumps(manifest.config.get(key), sort_keys=True)
+        ]
         what = f"made with other settings ({', '.join(other)})" if other else "made of other recordings"
-        raise RequestError(f"output '{output}': holds a finished dataset {what}; choose another folder, or remove it first")
+        raise RequestError(
+            f"output '{output}': holds a finished dataset {what}; choose another folder, or remove it first"
+        )
     written = (output / MANIFEST).stat().st_mtime
     newer = [item for item in plan.items.values() if any(f.stat().st_ctime > written for f in item.recording.files)]
     if newer:
@@ -156,7 +171,9 @@ def _finished(config: ShardConfig, plan: Plan, output: Path) -> Manifest | None:
         for item in newer:
             hashes = sorted(sha256_file(f) for f in item.recording.files)
             if known.get(item.key) != (digest_of(hashes) if len(hashes) > 1 else hashes[0]):
-                raise RequestError(f"output '{output}': '{item.path}' has changed since this dataset was made; choose another folder")
+                raise RequestError(
+                    f"output '{output}': '{item.path}' has changed since this dataset was made; choose another folder"
+                )
     return manifest
 
 
@@ -168,7 +185,9 @@ def _alone(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RequestError(f"output '{work.parent}': another job is writing there; wait for it, or choose another folder") from None
+            raise RequestError(
+                f"output '{work.parent}': another job is writing there; wait for it, or choose another folder"
+            ) from None
         yield
 
 
@@ -260,7 +279,13 @@ def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, work: Path) -> None:
     duplicates = find_duplicates(prints)
     for row in candidates:
         if kept := duplicates.get(row["key"]):
-            row |= {"status": "duplicate", "reason": f"duplicate of {kept}", "split_samples": {}, "windows": 0, "split": ""}
+            row |= {
+                "status": "duplicate",
+                "reason": f"duplicate of {kept}",
+                "split_samples": {},
+                "windows": 0,
+                "split": "",
+            }
 
 
 def pack(config: ShardConfig, plans: list[ShardPlan], work: Path, in_flight: int) -> dict[str, list[Shard]]:
@@ -361,7 +386,8 @@ def _say_result(manifest: Manifest, rows: list[dict[str, Any]], output: Path) ->
     say(
         f"{output}: {counts['sharded']} of {counts['found']} recordings sharded, {hours['written']:.3f} h in "
         + ", ".join(f"{manifest.samples(split)} {split}" for split in SPLITS)
-        + f" samples; {counts['duplicate']} duplicate, {counts['quarantined']} quarantined, {counts['excluded']} excluded"
+        + f" samples; {counts['duplicate']} duplicate, {counts['quarantined']} quarantined, "
+        + f"{counts['excluded']} excluded"
     )
     for (status, reason), number in sorted(Counter((r["status"], short_reason(r["reason"])) for r in rows).items()):
         if status in ("quarantined", "excluded"):
@@ -406,8 +432,13 @@ def run(config: ShardConfig) -> int:
             if not any("train" in row["split_samples"] for row in kept):
                 write_ledger(work / LEDGER, rows)
                 reasons = Counter(short_reason(row["reason"]) for row in rows if row["reason"]).most_common(3)
-                why = ", ".join(f"{number} x {reason}" for reason, number in reasons) or "every subject with usable data is held out"
-                raise RequestError(f"no sample is left for train ({why}); see {work / LEDGER}, and change the corpora or the split")
+                why = (
+                    ", ".join(f"{number} x {reason}" for reason, number in reasons)
+                    or "every subject with usable data is held out"
+                )
+                raise RequestError(
+                    f"no sample is left for train ({why}); see {work / LEDGER}, and change the corpora or the split"
+                )
             plans = plan_shards(kept, config.samples_per_shard)
             shards_of: dict[str, list[str]] = {}
             for shard in plans:
@@ -422,7 +453,9 @@ def run(config: ShardConfig) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    return run(parse_config(ShardConfig, argv, prog="dreamscale shard", positionals=("config",), aliases={"-o": "output"}))
+    return run(
+        parse_config(ShardConfig, argv, prog="dreamscale shard", positionals=("config",), aliases={"-o": "output"})
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -57,7 +57,7 @@ class ReadError(ValueError):
     """A recording cannot be read; the message is the reason for the ledger."""
 
 
-class NotContinuous(ReadError):  # noqa: N818 - a verdict on the file
+class NotContinuous(ReadError):
     """The file is valid, but holds no continuous signal."""
 
 
@@ -100,7 +100,9 @@ def _edf_header(path: Path, head: bytes, format_: str) -> tuple[str | None, bool
     if head[192:197] in (b"EDF+D", b"BDF+D"):
         width = 3 if format_ == "bdf" else 2
         notes = next((i for i, label in enumerate(labels) if label.endswith("Annotations")), None)
-        if notes is None or _has_gaps(path, header_bytes, record, sum(per_record[:notes]) * width, float(head[244:252])):
+        if notes is None or _has_gaps(
+            path, header_bytes, record, sum(per_record[:notes]) * width, float(head[244:252])
+        ):
             return "discontinuous: the file (EDF+D) has gaps, and windows would reach over them", True
     return None, True
 
@@ -191,7 +193,7 @@ def sniff(path: str | Path) -> Recording | None:
         return one("ant")
     if head[:4] in (b"RIFF", b"RF64") and suffix == ".cnt":
         return one("ant")
-    if head[:4] == b"\0\0\0\x64" and suffix == ".fif" or path.name.lower().endswith(".fif.gz"):
+    if (head[:4] == b"\0\0\0\x64" and suffix == ".fif") or path.name.lower().endswith(".fif.gz"):
         near = _siblings(path)
         parts = [p for n, p in near.items() if re.fullmatch(re.escape(stem.lower()) + r"-\d+\.fif", n)]
         if split := re.match(r"(.*)_split-01(.*)", stem.lower()):
@@ -216,7 +218,9 @@ def sniff(path: str | Path) -> Recording | None:
     if suffix == ".nxe":
         # 64 channels of 16 bits, and no header at all: the size is the only thing that can be checked.
         size = path.stat().st_size
-        fault = None if size and size % 128 == 0 else f"truncated: {size} bytes are no whole number of 64-channel frames"
+        fault = (
+            None if size and size % 128 == 0 else f"truncated: {size} bytes are no whole number of 64-channel frames"
+        )
         return one("eximia", fault)
     if suffix in CLAIMED:
         what = "an empty file" if not head else f"not {CLAIMED[suffix]}: the header is not one"

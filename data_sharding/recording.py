@@ -34,7 +34,7 @@ PART_SCHEMA = 1
 FLOAT16_MAX_UV = 65504.0
 
 
-class SetAside(Exception):  # noqa: N818 - a verdict
+class SetAside(Exception):
     """A recording is not used: status and reason for the ledger."""
 
     def __init__(self, status: str, reason: str) -> None:
@@ -63,7 +63,12 @@ def versions() -> dict[str, str]:
     import scipy
     import zstandard
 
-    return {"mne": mne.__version__, "numpy": np.__version__, "scipy": scipy.__version__, "zstandard": zstandard.__version__}
+    return {
+        "mne": mne.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "zstandard": zstandard.__version__,
+    }
 
 
 def blank_row(item: Item, status: str, reason: str) -> dict[str, Any]:
@@ -266,7 +271,9 @@ def _fill(task: Task, row: dict[str, Any], folder: Path) -> None:
             warnings.simplefilter("ignore")
             x_uv = 1e6 * raw.get_data(picks=channels.picks, verbose="ERROR")
     except Exception as error:
-        raise SetAside("quarantined", f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise SetAside(
+            "quarantined", f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from None
     channels, x_uv = _drop_not_finite(channels, x_uv, row)
     known = UNIT_FACTORS.get(item.recording.format, 1.0)
     if known != 1.0:
@@ -295,7 +302,8 @@ def _fill(task: Task, row: dict[str, Any], folder: Path) -> None:
             )
         raise SetAside(
             "quarantined",
-            f"unit unknown: set aside; the amplitude reads as {verdict.amplitude_uv:.3g} microvolts (key 'unit_factors' says it)",
+            f"unit unknown: set aside; the amplitude reads as {verdict.amplitude_uv:.3g} microvolts "
+            "(key 'unit_factors' says what it is)",
         )
     row["line_freq"], row["line_freq_from"] = _line(item, raw, x_uv, bads, sfreq)
     try:

@@ -16,6 +16,7 @@ from data_sharding.manifest import Manifest
 from data_sharding.splits import SPLITS
 
 COLOURS = {"sharded": "#2a7f62", "duplicate": "#8d99ae", "quarantined": "#c44536", "excluded": "#e0a458"}
+RECORDING_COLUMNS = "corpus path format n_eeg n_kept sfreq seconds amplitude_uv status reason".split()
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 14px; } td, th { padding: .25rem .7rem; text-align: left;
@@ -52,7 +53,10 @@ def _picture(rows: list[dict[str, Any]]) -> str:
     axes[0, 0].bar_label(bars, fmt="%.3g h", padding=3)
     axes[0, 0].set_title("Hours found, and what became of them")
     axes[0, 0].margins(x=0.2)
-    for axis, column, title in ((axes[0, 1], "n_kept", "Channels of sharded recordings"), (axes[1, 0], "sfreq", "Recorded at, Hz")):
+    for axis, column, title in (
+        (axes[0, 1], "n_kept", "Channels of sharded recordings"),
+        (axes[1, 0], "sfreq", "Recorded at, Hz"),
+    ):
         count = sorted(Counter(f"{row[column]:g}" for row in kept).items(), key=lambda pair: float(pair[0]))
         axis.bar([c[0] for c in count], [c[1] for c in count], color="#3d5a80")
         axis.set_title(title)
@@ -92,8 +96,8 @@ def write_report(path: str | Path, rows: list[dict[str, Any]], manifest: Manifes
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>Dataset report</title>",
         f"<style>{STYLE}</style><h1>Dataset report</h1>",
-        f"<p>Dataset <code>{manifest.dataset_id[:16]}</code>: {manifest.counts['sharded']} of {manifest.counts['found']} "
-        f"recordings, {manifest.hours['written']:.3f} hours in windows of {spec.window_s:g} s at {spec.sfreq:g} Hz, "
+        f"<p>Dataset <code>{manifest.dataset_id[:16]}</code>: {manifest.counts['sharded']} of "
+        f"{manifest.counts['found']} recordings, {manifest.hours['written']:.3f} hours in windows of {spec.window_s:g} s at {spec.sfreq:g} Hz, "
         f"{spec.highpass:g} to {spec.lowpass:g} Hz.</p>",
         f'<img alt="Hours, channels, rates and amplitudes" src="data:image/png;base64,{_picture(rows)}">',
         "<h2>Splits</h2>",
@@ -119,16 +123,16 @@ def write_report(path: str | Path, rows: list[dict[str, Any]], manifest: Manifes
         "<h2>Windows left out</h2>",
         _table(
             ["reason", "windows"],
-            [[k.removeprefix("left out: "), v] for k, v in sorted(manifest.counts.items()) if k.startswith("left out: ")],
+            [
+                [k.removeprefix("left out: "), v]
+                for k, v in sorted(manifest.counts.items())
+                if k.startswith("left out: ")
+            ],
         ),
         "<h2>Recordings</h2>",
         _table(
             ["corpus", "path", "format", "EEG", "kept", "Hz", "s", "µV", "status", "reason"],
-            [
-                [r["corpus"], r["path"], r["format"], r["n_eeg"], r["n_kept"], r["sfreq"], r["seconds"]]
-                + [r["amplitude_uv"] if r["amplitude_uv"] is not None else "", r["status"], r["reason"]]
-                for r in rows[:500]
-            ],
+            [["" if r[name] is None else r[name] for name in RECORDING_COLUMNS] for r in rows[:500]],
         ),
         f"<p>The first 500 of {len(rows)}; the rest is in ledger.parquet.</p>" if len(rows) > 500 else "",
         "</html>",

@@ -34,10 +34,14 @@ class SplitConfig:
         for a, b in (("val_fraction", "test_fraction"), ("image_val_fraction", "image_test_fraction")):
             x, y = getattr(self, a), getattr(self, b)
             if x < 0 or y < 0 or x + y >= 1:
-                raise ValueError(f"split: {a} and {b} must not be negative and must leave a share for train, got {x} and {y}")
+                raise ValueError(
+                    f"split: {a} and {b} must not be negative and must leave a share for train, got {x} and {y}"
+                )
         both = {_bare(s) for s in self.val_subjects} & {_bare(s) for s in self.test_subjects}
         if both:
-            raise ValueError(f"split: {', '.join(sorted(both))} stands in val_subjects and in test_subjects; choose one")
+            raise ValueError(
+                f"split: {', '.join(sorted(both))} stands in val_subjects and in test_subjects; choose one"
+            )
 
     @property
     def by_subject(self) -> bool:
@@ -124,11 +128,13 @@ class SplitConfig:
         for name in (*self.val_subjects, *self.test_subjects):
             if _bare(name) not in bare:
                 some = ", ".join(sorted(everyone)[:6])
-                raise RequestError(f"split: subject '{name}' is in none of the corpora; there are {some}{' ...' * (len(everyone) > 6)}")
+                raise RequestError(
+                    f"split: subject '{name}' is in none of the corpora; there are {some}{' ...' * (len(everyone) > 6)}"
+                )
         if everyone and not any(self.subject(s) == "train" for s in everyone):
             raise RequestError(
-                f"split: no subject is left for train, all {len(everyone)} are held out; lower val_fraction and test_fraction, "
-                "or list val_subjects and test_subjects"
+                f"split: no subject is left for train, all {len(everyone)} are held out; lower val_fraction "
+                "and test_fraction, or list val_subjects and test_subjects"
             )
 
 

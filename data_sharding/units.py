@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 PLAUSIBLE_UV = (0.2, 500.0)
-"""Robust amplitude between 1 and 40 Hz that EEG can have, in microvolts. A factor of a thousand either way falls out."""
+"""Robust amplitude between 1 and 40 Hz that EEG can have, in microvolts.
+
+A factor of a thousand either way falls out.
+"""
 USABLE_UV = (0.1, 1000.0)
 """The same for one channel among plausible others."""
 FLAT_SHARE = 0.9

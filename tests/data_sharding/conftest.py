@@ -8,7 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2", "F7", "F8", "T7", "T8", "P7", "P8", "Fz", "Cz", "Pz"]
+NAMES = [
+    "Fp1",
+    "Fp2",
+    "F3",
+    "F4",
+    "C3",
+    "C4",
+    "P3",
+    "P4",
+    "O1",
+    "O2",
+    "F7",
+    "F8",
+    "T7",
+    "T8",
+    "P7",
+    "P8",
+    "Fz",
+    "Cz",
+    "Pz",
+]
 
 
 def build_raw(n: int = 8, sfreq: float = 200.0, seconds: float = 6.0, seed: int = 0, names: list[str] | None = None):

@@ -44,7 +44,9 @@ def tars(dataset: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def folder_config(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     split = {"val_subjects": ["sub-03"], "test_subjects": ["04"]}
-    return write_config(tmp_path_factory.mktemp("job") / "job.yaml", [{"root": str(folder_corpus), "name": "lab"}], split=split)
+    return write_config(
+        tmp_path_factory.mktemp("job") / "job.yaml", [{"root": str(folder_corpus), "name": "lab"}], split=split
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,9 @@ class TestFolder:
             "sub-03/sub-03_task-rest_eeg.set": "sharded",
             "sub-04/sub-04_task-rest_raw.fif": "sharded",
         }
-        assert rows["copies/again_raw.fif"]["reason"] == f"duplicate of {rows['sub-01/sub-01_task-rest_eeg.edf']['key']}"
+        assert (
+            rows["copies/again_raw.fif"]["reason"] == f"duplicate of {rows['sub-01/sub-01_task-rest_eeg.edf']['key']}"
+        )
         assert "sidecar missing" in rows["lost.vhdr"]["reason"] and "unreadable" in rows["broken.bdf"]["reason"]
         counts = Manifest.read(dataset).counts
         assert (counts["found"], counts["sharded"], counts["duplicate"], counts["quarantined"]) == (7, 4, 1, 2)
@@ -116,7 +120,9 @@ class TestFolder:
     def test_finished_dataset_is_left_alone(self, dataset: Path, folder_config: Path, capsys) -> None:
         before = (dataset / "manifest.json").stat().st_mtime_ns
         assert main([str(folder_config), "--output", str(dataset)]) == 0
-        assert (dataset / "manifest.json").stat().st_mtime_ns == before and "finished already" in capsys.readouterr().err
+        assert (
+            dataset / "manifest.json"
+        ).stat().st_mtime_ns == before and "finished already" in capsys.readouterr().err
 
     def test_another_finished_dataset_is_refused(self, dataset: Path, folder_config: Path, capsys) -> None:
         assert main([str(folder_config), "--output", str(dataset), "--preprocess.lowpass", "30"]) == 2
@@ -137,7 +143,9 @@ def test_too_much_set_aside_is_said(folder_corpus: Path, tmp_path: Path) -> None
     for path in (folder_corpus / "sub-01").iterdir():
         (root / path.name).write_bytes(path.read_bytes())
     (root / "noise.edf").write_bytes(b"x" * 300)
-    config = write_config(tmp_path / "a.yaml", [{"root": str(root)}], allowed_set_aside=0.1, split={"val_fraction": 0, "test_fraction": 0})
+    config = write_config(
+        tmp_path / "a.yaml", [{"root": str(root)}], allowed_set_aside=0.1, split={"val_fraction": 0, "test_fraction": 0}
+    )
     assert main([str(config)]) == 3
     assert len(EEGDataset(tmp_path / "a")) == 6
 
@@ -145,7 +153,16 @@ def test_too_much_set_aside_is_said(folder_corpus: Path, tmp_path: Path) -> None
 class TestTrouble:
     def test_killed_job_goes_on_and_ends_the_same(self, dataset: Path, folder_config: Path) -> None:
         output = folder_config.parent / "killed"
-        command = [sys.executable, "-m", "data_sharding", str(folder_config), "--output", str(output), "--ray.num_cpus", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "data_sharding",
+            str(folder_config),
+            "--output",
+            str(output),
+            "--ray.num_cpus",
+            "1",
+        ]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         parts = output / ".work" / "parts"
         try:
@@ -162,7 +179,16 @@ class TestTrouble:
 
     def test_sigterm_stops_cleanly(self, folder_config: Path) -> None:
         output = folder_config.parent / "stopped"
-        command = [sys.executable, "-m", "data_sharding", str(folder_config), "--output", str(output), "--ray.num_cpus", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "data_sharding",
+            str(folder_config),
+            "--output",
+            str(output),
+            "--ray.num_cpus",
+            "1",
+        ]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         until = time.monotonic() + 120
         while not (output / ".work" / "attempts").exists() and process.poll() is None and time.monotonic() < until:
@@ -172,7 +198,9 @@ class TestTrouble:
         assert process.returncode == 75, err
         assert "run the same command" in err and "Traceback" not in err
 
-    def test_a_file_that_kills_or_hangs_its_reader_costs_itself_only(self, folder_corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    def test_a_file_that_kills_or_hangs_its_reader_costs_itself_only(
+        self, folder_corpus: Path, tmp_path: Path, monkeypatch
+    ) -> None:
         """A plug-in on the workers' path stands for a reader that dies in C: os.abort and an endless sleep are real."""
         plugin = tmp_path / "plugin"
         plugin.mkdir()
@@ -185,7 +213,8 @@ class TestTrouble:
             "            import data_sharding.readers as readers\n"
             "            fif = readers.READERS['fif']\n"
             "            def read(path):\n"
-            "                os.abort() if 'deadly' in path.name else time.sleep(600) if 'endless' in path.name else None\n"
+            "                if 'deadly' in path.name: os.abort()\n"
+            "                if 'endless' in path.name: time.sleep(600)\n"
             "                return fif(path)\n"
             "            readers.READERS['fif'] = read\n"
             "sys.meta_path.insert(0, Hook())\n"
@@ -206,14 +235,22 @@ class TestTrouble:
         assert main([str(config)]) == 0
         rows = {row["path"]: row for row in read_ledger(tmp_path / "a")}
         assert rows["good_raw.fif"]["status"] == "sharded"
-        assert rows["deadly_raw.fif"]["status"] == "quarantined" and "crashed its reader 2 times" in rows["deadly_raw.fif"]["reason"]
+        assert (
+            rows["deadly_raw.fif"]["status"] == "quarantined"
+            and "crashed its reader 2 times" in rows["deadly_raw.fif"]["reason"]
+        )
         assert rows["endless_raw.fif"]["status"] == "quarantined" and "time-out" in rows["endless_raw.fif"]["reason"]
 
 
 class TestEvents:
     @pytest.fixture(scope="class")
     def paired(self, events_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        corpus = {"kind": "events", "root": str(events_corpus / "eeg"), "images": str(events_corpus / "images"), "trial_offset": 0.1}
+        corpus = {
+            "kind": "events",
+            "root": str(events_corpus / "eeg"),
+            "images": str(events_corpus / "images"),
+            "trial_offset": 0.1,
+        }
         split = {"val_subjects": ["sub-02"], "test_subjects": ["sub-03"]}
         path = tmp_path_factory.mktemp("events") / "paired.yaml"
         assert main([str(write_config(path, [corpus], split=split))]) == 0
@@ -231,7 +268,9 @@ class TestEvents:
         for i in range(len(split)):
             sample = split[i]
             assert sample.image == (events_corpus / "images" / f"{sample.meta['image_id']}.png").read_bytes()
-            assert split.labels[sample.meta["label"]] == sample.meta["label_name"] and sample.meta["caption"].startswith("a ")
+            assert split.labels[sample.meta["label"]] == sample.meta["label_name"] and sample.meta[
+                "caption"
+            ].startswith("a ")
         starts = sorted(split.meta(i)["start"] for i in range(len(split)))
         np.testing.assert_allclose(starts, [0.6, 1.8, 3.0, 4.2], atol=0.006)
 
@@ -252,7 +291,12 @@ class TestBadRequests:
         assert len(err.splitlines()) == 1 and all(word in err for word in words), err
 
     def test_root(self, tmp_path: Path, capsys) -> None:
-        self.check(capsys, write_config(tmp_path / "a.yaml", [{"root": str(tmp_path / "nowhere")}]), "nowhere", "no such folder")
+        self.check(
+            capsys,
+            write_config(tmp_path / "a.yaml", [{"root": str(tmp_path / "nowhere")}]),
+            "nowhere",
+            "no such folder",
+        )
 
     def test_variable(self, tmp_path: Path, capsys, monkeypatch) -> None:
         monkeypatch.delenv("SOME_CORPUS", raising=False)
