@@ -16,7 +16,18 @@ from data_sharding.manifest import Manifest
 from data_sharding.splits import SPLITS
 
 COLOURS = {"sharded": "#2a7f62", "duplicate": "#8d99ae", "quarantined": "#c44536", "excluded": "#e0a458"}
-RECORDING_COLUMNS = "corpus path format n_eeg n_kept sfreq seconds amplitude_uv status reason".split()
+RECORDING_COLUMNS = (
+    "corpus",
+    "path",
+    "format",
+    "n_eeg",
+    "n_kept",
+    "sfreq",
+    "seconds",
+    "amplitude_uv",
+    "status",
+    "reason",
+)
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 14px; } td, th { padding: .25rem .7rem; text-align: left;
@@ -97,7 +108,8 @@ def write_report(path: str | Path, rows: list[dict[str, Any]], manifest: Manifes
         "<!doctype html><html lang=en><meta charset=utf-8><title>Dataset report</title>",
         f"<style>{STYLE}</style><h1>Dataset report</h1>",
         f"<p>Dataset <code>{manifest.dataset_id[:16]}</code>: {manifest.counts['sharded']} of "
-        f"{manifest.counts['found']} recordings, {manifest.hours['written']:.3f} hours in windows of {spec.window_s:g} s at {spec.sfreq:g} Hz, "
+        f"{manifest.counts['found']} recordings, "
+        f"{manifest.hours['written']:.3f} hours in windows of {spec.window_s:g} s at {spec.sfreq:g} Hz, "
         f"{spec.highpass:g} to {spec.lowpass:g} Hz.</p>",
         f'<img alt="Hours, channels, rates and amplitudes" src="data:image/png;base64,{_picture(rows)}">',
         "<h2>Splits</h2>",
