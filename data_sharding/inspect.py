@@ -25,14 +25,14 @@ class InspectConfig:
     """Print Markdown, with every recording, for pages such as docs/real_corpus.md."""
 
 
-def _by_corpus(rows: list[dict[str, Any]], window_s: float) -> list[list[str]]:
+def _by_corpus(rows: list[dict[str, Any]]) -> list[list[str]]:
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     found_s: Counter[str] = Counter()
     written_s: Counter[str] = Counter()
     for row in rows:
         counts[row["corpus"]][row["status"]] += 1
         found_s[row["corpus"]] += row["seconds"]
-        written_s[row["corpus"]] += row["windows"] * window_s
+        written_s[row["corpus"]] += row["seconds_written"]
     out = []
     for name, count in sorted(counts.items()):
         out.append([name, _hours(found_s[name]), _hours(written_s[name]), *(str(count[s]) for s in STATUSES)])
@@ -97,7 +97,7 @@ def _main(argv: list[str]) -> int:
     if config.markdown:
         parts = [
             about,
-            _markdown(CORPUS_HEAD, _by_corpus(rows, spec.window_s)),
+            _markdown(CORPUS_HEAD, _by_corpus(rows)),
             _markdown(RECORDING_HEAD, _recordings(rows)),
         ]
         if left_out:
@@ -118,7 +118,7 @@ def _main(argv: list[str]) -> int:
         console.print(grid)
 
     console.print(f"Dataset {manifest.dataset_id[:16]}: {about}")
-    show("Corpora", CORPUS_HEAD, _by_corpus(rows, spec.window_s))
+    show("Corpora", CORPUS_HEAD, _by_corpus(rows))
     if table:
         show("Reasons", ["status", "reason", "recordings"], table)
     if left_out:

@@ -284,6 +284,7 @@ def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, work: Path) -> None:
                 "reason": f"duplicate of {kept}",
                 "split_samples": {},
                 "windows": 0,
+                "seconds_written": 0.0,
                 "split": "",
             }
 
@@ -342,7 +343,7 @@ def _publish(
                     stale.unlink()
             (work / "dataset" / split).rename(output / split)
     counts, hours = totals(rows)
-    hours["written"] = round(sum(row["windows"] for row in rows) * config.preprocess.window_s / 3600, 6)
+    hours["written"] = round(sum(row["seconds_written"] for row in rows) / 3600, 6)
     counts["windows"] = sum(row["windows"] for row in rows)
     for row in rows:
         for why, number in json.loads(row["windows_left_out"]).items():

@@ -51,6 +51,7 @@ def _schema() -> Any:
             ("line_freq", real),
             ("line_freq_from", text),
             ("windows", number),
+            ("seconds_written", real),
             ("windows_left_out", text),
             ("shards", words),
             ("notes", words),

@@ -32,6 +32,8 @@ from data_sharding.units import Verdict, assess, line_frequency
 PART_SCHEMA = 1
 """Part of a part's name: raise it when the code's results change, and no older part is taken up again."""
 FLOAT16_MAX_UV = 65504.0
+MIN_SAMPLES = 16
+"""Fewer samples cannot even be measured."""
 
 
 class SetAside(Exception):
@@ -119,6 +121,7 @@ def blank_row(item: Item, status: str, reason: str) -> dict[str, Any]:
         "line_freq": None,
         "line_freq_from": "",
         "windows": 0,
+        "seconds_written": 0.0,
         "windows_left_out": "{}",
         "shards": [],
         "notes": [],
@@ -253,6 +256,8 @@ def _fill(task: Task, row: dict[str, Any], folder: Path) -> None:
         raise SetAside("quarantined", str(error)) from None
     sfreq = float(raw.info["sfreq"])
     row |= {"sfreq": sfreq, "seconds": round(raw.n_times / sfreq, 4)}
+    if raw.n_times < MIN_SAMPLES:
+        raise SetAside("excluded", f"no signal: {raw.n_times} samples")
     channels = pick_channels(raw)
     row |= {
         "channels_by_type": json.dumps(channels.by_type),
@@ -407,6 +412,8 @@ def _write_windows(
     item, spec = task.item, task.spec
     left_out: Counter[str] = Counter()
     written: Counter[str] = Counter()
+    # Windows may overlap: what counts as written is the signal that they cover.
+    covered = np.zeros(y.shape[-1], bool)
     good = np.setdiff1d(np.arange(len(y)), bads)
     base = {
         "n": len(channels.names),
@@ -444,6 +451,8 @@ def _write_windows(
                 Sample(key=f"{item.key}-{count:06d}", eeg=window, meta=meta, image=image, image_ext=kind)
             )
             written[split] += 1
+            covered[start : start + spec.window] = True
+    row["seconds_written"] = round(float(covered.sum()) / spec.sfreq, 4)
     row["windows"] = sum(written.values())
     row["windows_left_out"] = json.dumps(dict(sorted(left_out.items())))
     row["split_samples"] = {split: written[split] for split in SPLITS if written[split]}

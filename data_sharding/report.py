@@ -101,7 +101,7 @@ def write_report(path: str | Path, rows: list[dict[str, Any]], manifest: Manifes
     hours: Counter[str] = Counter()
     for row in rows:
         corpora[row["corpus"]][row["status"]] += 1
-        hours[row["corpus"]] += row["windows"] * manifest.preprocess.window_s / 3600
+        hours[row["corpus"]] += row["seconds_written"] / 3600
     reasons = Counter((row["status"], short_reason(row["reason"])) for row in rows if row["reason"])
     spec = manifest.preprocess
     parts = [
