@@ -92,12 +92,23 @@ def clip_image_embeddings(
 
     # The processor brings images to CLIP's size itself; a square of that size keeps batches rectangular.
     size = int(model.config.image_size)
-    key = {"what": "clip", "weights": _checksum(model)}
+    key = {"what": "clip", "weights": weights_digest(model)}
     return table.features(compute, size=size, key=key, cache=cache, write=write)
 
 
-def _checksum(model: torch.nn.Module) -> list[float]:
-    """Sums of a few tensors: enough to tell two models apart without reading their files again."""
+def weights_digest(model: torch.nn.Module) -> list[float]:
+    """Tell two frozen models apart, for the keys of caches.
+
+    Parameters
+    ----------
+    model : Module
+        The model.
+
+    Returns
+    -------
+    list of float
+        Sums of a few tensors: enough, without reading the files again.
+    """
     parameters = list(model.parameters())
     picked = [*parameters[:: max(1, len(parameters) // 8)], parameters[-1]]
-    return [round(float(p.double().sum()), 6) for p in picked]
+    return [round(float(p.detach().double().sum()), 6) for p in picked]

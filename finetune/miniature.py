@@ -138,6 +138,17 @@ def _augment(x_B3HW: Tensor, generator: torch.Generator, *, colours: bool, shift
     return padded[torch.arange(b)[:, None, None, None], channels[:, :, None, None], rows, columns]
 
 
+def _warp(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror, move, turn and scale pictures a little: a small transformer needs more positions than a set has."""
+    b = len(x_B3HW)
+    u_5b = torch.rand(5, b, generator=generator) * 2 - 1
+    mirror, turn, scale = u_5b[0].sign(), 0.15 * u_5b[1], 1 + 0.15 * u_5b[2]
+    cosine, sine = scale * turn.cos(), scale * turn.sin()
+    theta = torch.stack([mirror * cosine, -sine, 0.2 * u_5b[3], mirror * sine, cosine, 0.2 * u_5b[4]], 1)
+    grid = F.affine_grid(theta.view(b, 2, 3), list(x_B3HW.shape), align_corners=False)
+    return F.grid_sample(x_B3HW, grid, padding_mode="border", align_corners=False)
+
+
 def _optimise(
     parameters: Any, lr: float, steps: int, weight_decay: float = 0.01
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -180,11 +191,11 @@ def _train_clip(
     mean, std = _clip_statistics()
     tokens = _tokenize(tokenizer, captions)
     alike = torch.tensor([[a == b for b in captions] for a in captions])
-    optimizer, schedule = _optimise(clip.parameters(), 1e-3, config.clip_steps, 0.05)
+    optimizer, schedule = _optimise(clip.parameters(), 1.5e-3, config.clip_steps, 0.05)
     clip.train()
     with progress("miniature CLIP", config.clip_steps) as advance:
         for rows, generator in _batches(len(x_M3HW), config.batch, config.clip_steps, config.seed + 1):
-            pixels = (_augment(x_M3HW[rows], generator, colours=False) / 2 + 0.5 - mean) / std
+            pixels = (_warp(x_M3HW[rows], generator) / 2 + 0.5 - mean) / std
             out = clip(input_ids=tokens[rows], pixel_values=pixels)
             target = alike[rows][:, rows].float()
             target /= target.sum(1, keepdim=True)

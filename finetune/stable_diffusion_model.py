@@ -1,0 +1,347 @@
+"""Stable Diffusion conditioned on EEG: its parts, its loss, its package on disk, and the images it makes.
+
+Shapes: B trials, C channels, T samples, N tokens of width D, L condition tokens of width W, h, w latent pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_sharding.errors import RequestError, one_line
+from data_sharding.files import atomic_directory, read_json, write_json
+from data_sharding.preprocess import PreprocessSpec
+from finetune.clip_images import is_local
+from finetune.conditioner import ClipHead, Conditioner
+from finetune.data import eeg_for_model, to_pixels
+from pretrain.encoder import EEGEncoder
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+KIND = "stable_diffusion"
+SCHEMA = 1
+Tune = Literal["E+A", "E", "A"]
+
+
+def load_base(base: str | Path) -> StableDiffusionPipeline:
+    """Load a Stable Diffusion pipeline from a directory or the hub.
+
+    Parameters
+    ----------
+    base : str or Path
+        Directory in diffusers' layout, or a hub id such as ``stable-diffusion-v1-5/stable-diffusion-v1-5``.
+
+    Returns
+    -------
+    StableDiffusionPipeline
+        In fp32, frozen, on the CPU, without a safety checker.
+
+    Raises
+    ------
+    RequestError
+        If it is no such pipeline, or cannot be had.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    local = is_local(base)
+    if local:
+        index = Path(base) / "model_index.json"
+        if not index.is_file():
+            raise RequestError(f"{base}: not a diffusers pipeline (no model_index.json)")
+        if (name := read_json(index).get("_class_name")) != "StableDiffusionPipeline":
+            raise RequestError(f"{base}: holds a {name}, not a StableDiffusionPipeline")
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            str(base), local_files_only=local, safety_checker=None, requires_safety_checker=False
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise RequestError(f"{base}: cannot be loaded as Stable Diffusion ({one_line(error)[:200]})") from None
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False).eval()
+    return pipeline
+
+
+def open_time_path(unet: UNet2DConditionModel) -> int:
+    """Let a U-Net take a vector that is added to its time embedding.
+
+    Parameters
+    ----------
+    unet : UNet2DConditionModel
+        Changed in place; diffusers' own ``class_embed_type: identity``, so it survives saving.
+
+    Returns
+    -------
+    int
+        Width of the time embedding.
+
+    Raises
+    ------
+    RequestError
+        If the base is class-conditioned already.
+    """
+    kind = unet.config.class_embed_type
+    if kind not in (None, "identity") or unet.config.num_class_embeds is not None:
+        raise RequestError("the base model is class-conditioned already; set time_path to false")
+    unet.class_embedding = nn.Identity()
+    unet.register_to_config(class_embed_type="identity")
+    return int(unet.time_embedding.linear_2.out_features)
+
+
+def cross_attention_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the cross-attentions and of their norms: the "A" of DreamDiffusion.
+
+    Parameters
+    ----------
+    unet : Module
+        A U-Net of diffusers.
+
+    Returns
+    -------
+    dict
+        Name in the U-Net to parameter. Found by the blocks' class, not by name: residual blocks have a ``norm2``, too.
+    """
+    from diffusers.models.attention import BasicTransformerBlock
+
+    found = {}
+    for block_name, block in unet.named_modules():
+        if isinstance(block, BasicTransformerBlock) and block.attn2 is not None:
+            for part in ("attn2", "norm2"):
+                for name, parameter in getattr(block, part).named_parameters():
+                    found[f"{block_name}.{part}.{name}"] = parameter
+    return found
+
+
+class EEGDiffusion(nn.Module):
+    """Encoder, conditioner, U-Net and, in joint training, the CLIP head: all that gradients pass through.
+
+    Parameters
+    ----------
+    encoder : EEGEncoder
+        EEG to tokens.
+    conditioner : Conditioner
+        Tokens to the condition.
+    unet : UNet2DConditionModel
+        The base model's.
+    noising : DDPMScheduler
+        The base model's forward process.
+    head : ClipHead, optional
+        For the CLIP loss.
+    clip_weight : float
+        Weight of the CLIP loss.
+    """
+
+    def __init__(
+        self,
+        encoder: EEGEncoder,
+        conditioner: Conditioner,
+        unet: Any,
+        noising: Any,
+        head: ClipHead | None = None,
+        clip_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.conditioner, self.unet, self.head = encoder, conditioner, unet, head
+        self.noising, self.clip_weight = noising, clip_weight
+
+    def choose_trainables(self, tune: Tune) -> None:
+        """Let exactly what is asked for train.
+
+        Parameters
+        ----------
+        tune : str
+            E: encoder and conditioner; A: the U-Net's cross-attentions with their norms; E+A: both. The CLIP head
+            trains wherever there is one.
+        """
+        self.requires_grad_(False)
+        if "E" in tune:
+            self.encoder.requires_grad_(True)
+            self.conditioner.requires_grad_(True)
+        if "A" in tune:
+            for parameter in cross_attention_parameters(self.unet).values():
+                parameter.requires_grad_(True)
+        if self.head is not None:
+            self.head.requires_grad_(True)
+
+    def predict(self, noisy_B4hw: Tensor, time_B: Tensor, condition: tuple[Tensor, Tensor | None]) -> Tensor:
+        """Run the U-Net on latents under a condition."""
+        states_BLW, time_BE = condition
+        return self.unet(noisy_B4hw, time_B, states_BLW, class_labels=time_BE).sample
+
+    def denoising_loss(self, tokens_BND: Tensor, latent: Tensor, noise: Tensor, time: Tensor, keep: Tensor) -> Tensor:
+        """Squared error of the prediction, one value a trial.
+
+        Parameters
+        ----------
+        tokens_BND : Tensor, [B, N, D]
+            The encoder's.
+        latent, noise : Tensor, [B, 4, h, w]
+            Scaled latents of the images, and noise.
+        time : Tensor of int, [B]
+            Noise level.
+        keep : Tensor of bool, [B]
+            False where the condition is dropped.
+
+        Returns
+        -------
+        Tensor, [B]
+            Mean over the latent's values.
+        """
+        noisy = self.noising.add_noise(latent, noise, time)
+        target = noise
+        if self.noising.config.prediction_type == "v_prediction":
+            target = self.noising.get_velocity(latent, noise, time)
+        guess = self.predict(noisy, time, self.conditioner(tokens_BND, keep))
+        return F.mse_loss(guess.float(), target.float(), reduction="none").mean((1, 2, 3))
+
+    def forward(
+        self, x: Tensor, latent: Tensor, noise: Tensor, time: Tensor, keep: Tensor, target: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Loss of a batch.
+
+        Parameters
+        ----------
+        x : Tensor, [B, 128, T]
+            EEG in model units.
+        latent, noise : Tensor, [B, 4, h, w]
+            Scaled latents of the images, and noise.
+        time : Tensor of int, [B]
+            Noise level.
+        keep : Tensor of bool, [B]
+            False where the condition is dropped.
+        target : Tensor, [B, P], optional
+            CLIP embeddings of the images, unit length, in joint training.
+
+        Returns
+        -------
+        dict
+            loss, denoise and, in joint training, cosine (1 - cosine).
+        """
+        tokens_BND = self.encoder(x)
+        denoise = self.denoising_loss(tokens_BND, latent, noise, time, keep).mean()
+        out = {"loss": denoise, "denoise": denoise.detach()}
+        if self.head is not None:
+            assert target is not None
+            cosine = 1 - F.cosine_similarity(self.head(tokens_BND).float(), target, dim=-1).mean()
+            out["loss"] = denoise + self.clip_weight * cosine
+            out["cosine"] = cosine.detach()
+        return out
+
+
+def save_model(folder: Path, model: EEGDiffusion, pipeline: Any, extra: dict[str, Any]) -> None:
+    """Write the package of a fine-tuned model, whole or not at all.
+
+    Parameters
+    ----------
+    folder : Path
+        ``<run>/model``.
+    model : EEGDiffusion
+        With the weights to keep.
+    pipeline : StableDiffusionPipeline
+        The base; its U-Net is the model's.
+    extra : dict
+        Provenance, into dreamscale.json.
+    """
+    assert pipeline.unet is model.unet
+    with atomic_directory(folder) as root:
+        pipeline.save_pretrained(root / "pipeline")
+        model.encoder.save_pretrained(root / "encoder")
+        model.conditioner.save_pretrained(root / "conditioner")
+        write_json(root / "dreamscale.json", {"kind": KIND, "schema": SCHEMA, **extra})
+
+
+class StableDiffusionGenerator:
+    """Makes images of EEG trials with a fine-tuned Stable Diffusion.
+
+    Parameters
+    ----------
+    folder : str or Path
+        ``<run>/model``.
+    device : str
+        cpu or cuda.
+
+    Attributes
+    ----------
+    spec : PreprocessSpec
+        What the EEG must have gone through.
+    kind : str
+        ``stable_diffusion``.
+    """
+
+    kind = KIND
+
+    def __init__(self, folder: str | Path, device: str = "cpu") -> None:
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+        folder = Path(folder)
+        values = read_json(folder / "dreamscale.json")
+        if values.get("kind") != KIND or values.get("schema") != SCHEMA:
+            raise RequestError(f"{folder}: not a '{KIND}' model that this version can read")
+        self.device = torch.device(device)
+        self.pipeline = load_base(folder / "pipeline")
+        self.encoder = EEGEncoder.from_pretrained(folder / "encoder").requires_grad_(False).to(self.device)
+        self.conditioner = Conditioner.from_pretrained(folder / "conditioner").requires_grad_(False).to(self.device)
+        self.unet, self.vae = self.pipeline.unet.to(self.device), self.pipeline.vae.to(self.device)
+        config = self.pipeline.scheduler.config
+        # The solver diverges on cosine schedules; elsewhere it needs a tenth of the steps.
+        if config.beta_schedule == "squaredcos_cap_v2":
+            self.scheduler: Any = DDIMScheduler.from_config(config, clip_sample=False)
+        else:
+            self.scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
+
+    @property
+    def spec(self) -> PreprocessSpec:
+        """What the EEG must have gone through."""
+        return self.encoder.spec
+
+    @torch.no_grad()
+    def generate(
+        self, eeg_B128T: Tensor, *, steps: int = 25, guidance_scale: float = 2.0, seeds: list[int]
+    ) -> np.ndarray:
+        """Make one image a trial.
+
+        Parameters
+        ----------
+        eeg_B128T : Tensor, [B, 128, T]
+            Microvolts, preprocessed by `spec`, padded by replication.
+        steps : int
+            Denoising steps.
+        guidance_scale : float
+            1: the condition alone; above: away from the unconditional prediction.
+        seeds : list of int
+            One a trial; a trial's noise does not depend on what else is in the batch.
+
+        Returns
+        -------
+        ndarray of uint8, [B, H, W, 3]
+            RGB.
+        """
+        batch = len(seeds)
+        assert len(eeg_B128T) == batch
+        # On the processor, so that the same seed gives the same noise on every device.
+        size = self.unet.config.sample_size
+        shape = (self.unet.config.in_channels, size, size)
+        start = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        z_B4hw = torch.stack(start).to(self.device)
+        condition = self.conditioner(self.encoder(eeg_for_model(eeg_B128T, self.spec, self.device)))
+        if guidance_scale != 1:
+            null = self.conditioner.null(batch)
+            condition = tuple(
+                None if own is None else torch.cat([own, none]) for own, none in zip(condition, null, strict=True)
+            )
+        self.scheduler.set_timesteps(steps, device=self.device)
+        z_B4hw = z_B4hw * self.scheduler.init_noise_sigma
+        for time in self.scheduler.timesteps:
+            inputs = z_B4hw if guidance_scale == 1 else torch.cat([z_B4hw, z_B4hw])
+            inputs = self.scheduler.scale_model_input(inputs, time)
+            guess = self.unet(inputs, time, condition[0], class_labels=condition[1]).sample
+            if guidance_scale != 1:
+                own, none = guess.chunk(2)
+                guess = none + guidance_scale * (own - none)
+            z_B4hw = self.scheduler.step(guess, time, z_B4hw).prev_sample
+        return to_pixels(self.vae.decode(z_B4hw / self.vae.config.scaling_factor).sample)
