@@ -1,31 +1,22 @@
-"""torchrun and ``accelerate launch``, ending without their traceback: the training process has shown its own.
+"""torchrun and ``accelerate launch``, ending with the training's own exit code and without a traceback of theirs.
 
-``python -m launch.agent torchrun|accelerate [LAUNCHER'S ARGUMENTS]``
+``python -m launch.agent torchrun|accelerate [LAUNCHER'S ARGUMENTS] -m launch.worker MODULE [ARGUMENTS]``
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
-from data_sharding.errors import EXIT_FAILED
-from launch.worker import end_with_parent
+from data_sharding.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from launch.worker import FOLDER, end_with_parent, read_numbers
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a launcher in this process.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        ``torchrun`` or ``accelerate``, and what its command line takes.
-
-    Returns
-    -------
-    int
-        0, or the exit code of the first process that failed.
-    """
-    kind, *words = sys.argv[1:] if argv is None else argv
-    end_with_parent()
+def _launch(kind: str, words: list[str]) -> tuple[int, bool]:
+    """Run a launcher to its end: the exit code of its first failure, and whether a signal ended it."""
     import logging
     import warnings
 
@@ -46,15 +37,51 @@ def main(argv: list[str] | None = None) -> int:
             launch_command(launch_command_parser().parse_args(words))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
+        if failure.exitcode < 0 and failure.signal_name() != "SIGTERM":
             print(
-                f"dreamscale: training process {rank} was ended by {failure.signal_name()}; out of memory, if nobody did it",
+                f"dreamscale: training process {rank} was ended by {failure.signal_name()}; if nobody did that, by the "
+                "system for want of memory",
                 file=sys.stderr,
             )
-        return failure.exitcode if failure.exitcode > 0 else EXIT_FAILED
+        return failure.exitcode if failure.exitcode > 0 else EXIT_FAILED, False
     except SignalException:
-        return EXIT_FAILED
-    return 0
+        return EXIT_FAILED, True
+    return EXIT_DONE, False
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a launcher in this process.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        ``torchrun`` or ``accelerate``, and what its command line takes.
+
+    Returns
+    -------
+    int
+        Exit code of the training processes of this machine: the worst of theirs, 75 after a requested stop.
+    """
+    kind, *words = sys.argv[1:] if argv is None else argv
+    end_with_parent()
+    # torchrun dies of SIGUSR1, which clusters send before they take a node away, unless it is told of it.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "100")
+    # A restarted gloo would read stale addresses from the store that it shares with the launcher.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    own = None if FOLDER in os.environ else tempfile.mkdtemp(prefix="dreamscale-launch-")
+    if own:
+        os.environ[FOLDER] = own
+    try:
+        code, signalled = _launch(kind, words)
+        found = set(read_numbers(Path(os.environ[FOLDER]), "exit").values())
+    finally:
+        if own:
+            shutil.rmtree(own, ignore_errors=True)
+    for worst in (EXIT_BAD_REQUEST, EXIT_FAILED, EXIT_STOPPED):
+        if worst in found:
+            return worst
+    return EXIT_STOPPED if signalled else code
 
 
 if __name__ == "__main__":

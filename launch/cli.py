@@ -28,7 +28,7 @@ def help_text() -> str:
         *(f"  {name:<10} {stage.help}" for name, stage in STAGES.items()),
         "",
         "'dreamscale COMMAND --help' explains every key; '--print_config' prints the resolved config.",
-        "exit codes: 0 done, 1 failed, 2 the request was wrong, 3 too much was set aside, 75 stopped on request: run it again",
+        "exit codes: 0 done, 1 failed, 2 wrong request, 3 too much was set aside, 75 stopped on request (run it again)",
     ]
     return "\n".join(lines)
 

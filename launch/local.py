@@ -1,7 +1,7 @@
 """Several training processes on this machine: started, told to stop, and their outcome as one exit code.
 
-The launcher (torchrun or Accelerate's) runs in a session of its own, so that Ctrl-C reaches only us. We pass a request to
-stop to the training processes themselves: told by the launcher, they would have 30 s to write their checkpoint.
+The launcher (torchrun or Accelerate's) runs in a session of its own, so that Ctrl-C reaches only us. We pass a request
+to stop to the training processes themselves: told by the launcher, they would have a limited time for their checkpoint.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from data_sharding.errors import EXIT_BAD_REQUEST, EXIT_FAILED, EXIT_STOPPED
+from data_sharding.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from launch.stages import Stage
-from launch.worker import FOLDER
+from launch.worker import FOLDER, read_numbers
 
 LONE_REFUSAL_S = 20.0
 """Seconds that the other processes get to find the same fault in the request."""
@@ -93,8 +93,7 @@ def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[
         port = probe.getsockname()[1]
     if stage.launcher == "torchrun":
         flags = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1"]
-        flags += ["--master-port", str(port), "--shutdown-timeout", "60"]
-        flags += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+        flags += ["--master-port", str(port)]
     else:
         # '--cpu --num_processes 2' would silently run one process; '--multi_gpu' starts them all, with or without GPUs.
         flags = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
@@ -115,16 +114,9 @@ def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[
 def _environment(folder: Path, processes: int) -> dict[str, str]:
     environment = dict(os.environ)
     environment[FOLDER] = str(folder)
-    # A restarted gloo would read stale addresses from the store that it shares with the launcher.
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    environment["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     return environment
-
-
-def _read_numbers(folder: Path, suffix: str) -> dict[int, int]:
-    return {int(path.stem): int(path.read_text()) for path in folder.glob(f"*.{suffix}")}
 
 
 class _Processes:
@@ -142,7 +134,7 @@ class _Processes:
         if number == signal.SIGINT and self.requests > 1:
             self.kill(signal.SIGKILL)
             return
-        workers = _read_numbers(self.folder, "pid")
+        workers = read_numbers(self.folder, "pid")
         if len(workers) < self.count:
             # They are only just starting: nothing is lost by ending them.
             self.kill(signal.SIGTERM)
@@ -152,7 +144,7 @@ class _Processes:
     def kill(self, number: signal.Signals) -> None:
         """Send a signal to the launcher and to all that it started."""
         if number == signal.SIGKILL:
-            for pid in _read_numbers(self.folder, "pid").values():
+            for pid in read_numbers(self.folder, "pid").values():
                 _send(pid, number, group=True)
         _send(self.agent.pid, number, group=True)
 
@@ -161,24 +153,19 @@ class _Processes:
         lone_since = None
         while self.agent.poll() is None:
             time.sleep(0.1)
-            codes = _read_numbers(self.folder, "exit")
+            codes = read_numbers(self.folder, "exit")
             if EXIT_BAD_REQUEST in codes.values() and len(codes) < self.count:
                 lone_since = lone_since or time.monotonic()
                 if time.monotonic() - lone_since > LONE_REFUSAL_S:
                     self.kill(signal.SIGKILL)
-        codes = _read_numbers(self.folder, "exit")
-        found = set(codes.values())
+        code = self.agent.returncode
+        found = read_numbers(self.folder, "exit").values()
         if EXIT_BAD_REQUEST in found:
             return EXIT_BAD_REQUEST
-        if EXIT_FAILED in found:
-            return EXIT_FAILED
-        if self.requests and (EXIT_STOPPED in found or len(codes) < self.count):
-            if EXIT_STOPPED not in found:
-                print("dreamscale: stopped before training began; run the same command again", file=sys.stderr)
+        if self.requests and code not in (EXIT_DONE, EXIT_STOPPED) and EXIT_FAILED not in found:
+            print("dreamscale: stopped before training began; run the same command again", file=sys.stderr)
             return EXIT_STOPPED
-        if len(codes) == self.count and len(found) == 1:
-            return found.pop()
-        return max(found, default=EXIT_FAILED) if self.agent.returncode == 0 else EXIT_FAILED
+        return code if code >= 0 else EXIT_FAILED
 
 
 def _send(pid: int, number: signal.Signals, *, group: bool = False) -> None:

@@ -1,7 +1,7 @@
 """What a launcher starts in each process: the stage, with its exit code left where the launching command finds it.
 
-``python -m launch.worker MODULE [ARGUMENTS]``. Launchers report every code but 0 as a failure, with a traceback; so a
-requested stop ends with 0 here, and its true code is in the folder.
+``python -m launch.worker MODULE [ARGUMENTS]``. Launchers take every code but 0 for a failure and end the other
+processes; so a requested stop ends with 0 here, and its true code is in the folder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ FOLDER = "DREAMSCALE_LAUNCH_FOLDER"
 """Environment variable: where process ids and exit codes go."""
 
 
+PARENT = "DREAMSCALE_PARENT"
+"""Environment variable: id of the process that a command must not outlive."""
+
+
 def end_with_parent() -> None:
     """Ask the system for SIGTERM when the parent process dies; only Linux can."""
     if sys.platform != "linux":
@@ -26,6 +30,24 @@ def end_with_parent() -> None:
     import signal
 
     ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGTERM))  # 1: PR_SET_PDEATHSIG
+
+
+def read_numbers(folder: Path, suffix: str) -> dict[int, int]:
+    """Read what the training processes left.
+
+    Parameters
+    ----------
+    folder : Path
+        Where.
+    suffix : str
+        ``pid`` or ``exit``.
+
+    Returns
+    -------
+    dict of int to int
+        Rank to process id or exit code.
+    """
+    return {int(path.stem): int(path.read_text()) for path in folder.glob(f"[0-9]*.{suffix}")}
 
 
 def main(argv: list[str] | None = None) -> int:

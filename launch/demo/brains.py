@@ -1,6 +1,6 @@
 """Simulated heads: background EEG, artefacts and responses to pictures, on any electrode layout.
 
-Everything is made from sources that live on the scalp's sphere, so the same head gives consistent signals through any cap.
+Everything is made from sources that live on the scalp's sphere, so a head gives consistent signals through any cap.
 
 Legend of suffixes: n electrodes, K sources, C response components, T samples.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_sharding.config import parse_config
+from data_sharding.errors import EXIT_DONE, run_main
 from data_sharding.files import atomic_directory
 from launch.demo.brains import COMPONENTS, Head
 from launch.demo.pictures import CATEGORIES, SPLIT_SIZES, Picture, draw, make_pictures
@@ -77,6 +80,16 @@ SITES = (
     Site("FIF", "_raw.fif", "10-05", 500.0, "M1", 96),
 )
 CAP = Site("BrainVision", ".vhdr", "biosemi64", PAIRED_SFREQ, "nose", 64)
+
+
+@dataclass(kw_only=True)
+class CorpusRequest:
+    """Write the demo's corpus."""
+
+    out: str
+    """Folder to make."""
+    seed: int = 0
+    """Everything follows from it."""
 
 
 def _standard_positions(montage: str) -> dict[str, NDArray[np.float64]]:
@@ -258,3 +271,27 @@ def make_corpus(out: Path, seed: int) -> None:
                 ],
             }
         (folder / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``python -m launch.demo.corpus OUT [--seed N]``.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    config = parse_config(CorpusRequest, argv, prog="python -m launch.demo.corpus", positionals=("out",))
+    make_corpus(Path(config.out), config.seed)
+    watched = sum(len(members) for members in PAIRED_SUBJECTS.values())
+    print(f"{config.out}: {len(SUBJECTS)} resting recordings, {watched} recordings with pictures")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,337 @@
+"""``dreamscale demo``: the whole chain on two processor cores, one ordinary command after the other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from data_sharding.config import parse_config
+from data_sharding.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, StopRequested, run_main
+from data_sharding.files import atomic_write_text, digest_of, read_json, write_json
+from launch.demo.steps import Step, make_steps
+from launch.worker import PARENT
+
+TAIL = 25
+"""Lines of a failed step's log that are shown."""
+GRACE_S = 120.0
+"""Seconds that a step gets to stop in good order."""
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """Run the whole chain on data it makes: recordings in, images out, one report."""
+
+    out: str = "runs/demo"
+    """Folder for everything. Steps that are complete there already are not run again."""
+    seed: int = 0
+    """Of the people, the pictures and the training. Another seed than the folder's goes to its subfolder seed-N."""
+    profile: Literal["full", "smoke"] = "full"
+    """smoke: the same steps with hardly any training, to see that they run; its images mean nothing."""
+
+
+class StepFailedError(Exception):
+    """A step ended with another exit code than 0.
+
+    Parameters
+    ----------
+    step : Step
+        Which.
+    code : int
+        Its exit code.
+    """
+
+    def __init__(self, step: Step, code: int) -> None:
+        super().__init__(f"step '{step.name}' ended with exit code {code}")
+        self.step, self.code = step, code
+
+
+def choose_folder(config: DemoConfig) -> Path:
+    """Find the folder for this seed and profile, so that two demos never mix.
+
+    Parameters
+    ----------
+    config : DemoConfig
+        The request.
+
+    Returns
+    -------
+    Path
+        `out`, or a subfolder of it where `out` holds another demo.
+
+    Raises
+    ------
+    RequestError
+        If `out` holds something else than a demo.
+    """
+    out, wanted = Path(config.out), {"seed": config.seed, "profile": config.profile}
+    if out.exists() and not out.is_dir():
+        raise RequestError(f"--out {out}: is a file; choose a folder")
+    if (out / "demo.json").is_file():
+        if read_json(out / "demo.json") == wanted:
+            return out
+        out = out / (f"seed-{config.seed}" + ("-smoke" if config.profile == "smoke" else ""))
+    elif out.is_dir() and any(out.iterdir()):
+        raise RequestError(f"--out {out}: not empty, and no demo; choose another folder")
+    try:
+        write_json(out / "demo.json", wanted)
+    except OSError as error:
+        raise RequestError(f"--out {out}: cannot be written ({error.strerror})") from None
+    return out
+
+
+class Chain:
+    """Runs steps, or finds that they are done.
+
+    Parameters
+    ----------
+    out : Path
+        The demo's folder.
+    say : callable
+        Prints a line for the user.
+    """
+
+    def __init__(self, out: Path, say: Callable[[str], None]) -> None:
+        self.out, self.say = out, say
+        self.keys: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.child: subprocess.Popen[bytes] | None = None
+        self.stopping = False
+
+    def run(self, step: Step, position: str) -> None:
+        """Run a step unless it is complete.
+
+        Parameters
+        ----------
+        step : Step
+            What to run; the steps that it needs were run before.
+        position : str
+            Shown before its title.
+
+        Raises
+        ------
+        StepFailedError
+            If it failed.
+        StopRequested
+            If a signal came.
+        """
+        key = digest_of([step.words, step.config, *(self.keys[name] for name in step.needs)])
+        self.keys[step.name] = key
+        marker, begun = self._marker(step, "done"), self._marker(step, "begun")
+        if self._says(marker, key) and all((self.out / folder).is_dir() for folder in step.outputs):
+            self.seconds[step.name] = read_json(marker)["seconds"]
+            self.say(f"{position} {step.title}: done before ({_clock(self.seconds[step.name])})")
+            return
+        marker.unlink(missing_ok=True)
+        spent = 0.0
+        if self._says(begun, key):
+            spent = read_json(begun)["seconds"]
+        else:
+            for folder in step.outputs:
+                shutil.rmtree(self.out / folder, ignore_errors=True)
+        write_json(begun, {"key": key, "seconds": spent})
+        if step.config is not None:
+            import yaml
+
+            path = self.out / "configs" / f"{step.name}.yaml"
+            atomic_write_text(path, yaml.safe_dump(step.config, sort_keys=False))
+        self.say(f"{position} {step.title}\n        $ {step.command}")
+        started = time.monotonic()
+        try:
+            code = self._spawn(step)
+        finally:
+            spent += time.monotonic() - started
+            write_json(begun, {"key": key, "seconds": round(spent, 2)})
+        if self.stopping or code == EXIT_STOPPED:
+            raise StopRequested(f"in step '{step.name}'; run the same command to go on")
+        if code != EXIT_DONE:
+            raise StepFailedError(step, code)
+        write_json(marker, {"key": key, "seconds": round(spent, 2), "command": step.command})
+        begun.unlink()
+        self.seconds[step.name] = round(spent, 2)
+
+    def _marker(self, step: Step, what: str) -> Path:
+        return self.out / "steps" / f"{step.name}.{what}.json"
+
+    def _says(self, marker: Path, key: str) -> bool:
+        try:
+            return read_json(marker)["key"] == key
+        except (RequestError, KeyError, TypeError):
+            return False
+
+    def log(self, step: Step) -> Path:
+        """Path of a step's log."""
+        return self.out / "logs" / f"{step.name}.log"
+
+    def _spawn(self, step: Step) -> int:
+        log = self.log(step)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ) | {PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
+        with log.open("ab") as stream:
+            stream.write(f"$ {step.command}\n".encode())
+            stream.flush()
+            self.child = subprocess.Popen(
+                [sys.executable, *step.program, *step.words],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+            try:
+                with _display(log, step) as refresh:
+                    while (code := self.child.poll()) is None:
+                        time.sleep(0.1)
+                        refresh()
+                return code
+            finally:
+                if self.child.poll() is None:
+                    self._end()
+                self.child = None
+
+    def _end(self) -> None:
+        assert self.child is not None
+        self.child.terminate()
+        try:
+            self.child.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.child.pid, signal.SIGKILL)
+            self.child.wait()
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Pass requests to stop on to the step that runs."""
+
+        def stop(number: int, _: FrameType | None) -> None:
+            again = self.stopping
+            self.stopping = True
+            if self.child is None:
+                raise StopRequested("run the same command to go on")
+            if again and number == signal.SIGINT:
+                os.killpg(self.child.pid, signal.SIGKILL)
+            else:
+                self.child.terminate()
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, stop) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2000))
+        lines = stream.read().decode(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+@contextmanager
+def _display(log: Path, step: Step) -> Iterator[Callable[[], None]]:
+    """Show, on a terminal, how long a step has been running and what it says; elsewhere say it once, at the end."""
+    started = time.monotonic()
+    if not sys.stderr.isatty():
+        yield lambda: None
+        print(f"        {_clock(time.monotonic() - started)}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True)
+    with console.status("") as status:
+
+        def refresh() -> None:
+            note = escape(_last_line(log))[: max(20, console.width - 20)]
+            status.update(f"[bold]{_clock(time.monotonic() - started)}[/bold] [dim]{note}[/dim]")
+
+        yield refresh
+    console.print(f"        [green]{_clock(time.monotonic() - started)}[/green]")
+
+
+def _say(text: str) -> None:
+    if not sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    title, _, command = text.partition("\n")
+    marked = f"[bold]{escape(title)}[/bold]" + (f"\n[cyan]{escape(command)}[/cyan]" if command else "")
+    Console(stderr=True, highlight=False).print(marked, soft_wrap=True)
+
+
+def run_demo(config: DemoConfig) -> int:
+    """Run the chain and write the report.
+
+    Parameters
+    ----------
+    config : DemoConfig
+        The request.
+
+    Returns
+    -------
+    int
+        0, or the exit code of the step that failed.
+
+    Raises
+    ------
+    RequestError
+        If the folder cannot be used.
+    StopRequested
+        If a signal came.
+    """
+    from launch.demo.report import write_report
+
+    folder = choose_folder(config)
+    steps = make_steps(folder, config.seed, config.profile)
+    chain = Chain(folder, _say)
+    with chain.stoppable():
+        try:
+            for number, step in enumerate(steps, 1):
+                chain.run(step, f"[{number:2d}/{len(steps) + 1}]")
+        except StepFailedError as error:
+            log = chain.log(error.step)
+            for line in log.read_text(errors="replace").splitlines()[-TAIL:]:
+                print(f"  | {line}", file=sys.stderr)
+            print(f"dreamscale: {error}; its log is {log}", file=sys.stderr)
+            return error.code if error.code > 0 else EXIT_FAILED
+        _say(f"[{len(steps) + 1:2d}/{len(steps) + 1}] write the report")
+        conclusion = write_report(folder, steps, chain.seconds, seed=config.seed, profile=config.profile)
+    _say(conclusion)
+    print(folder / "report.html", flush=True)
+    return EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``dreamscale demo [--out DIR] [--seed N]``.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    return run_main(lambda words: run_demo(parse_config(DemoConfig, words, prog="dreamscale demo")), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""The demo's steps: what each one runs, on what, and what it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data_sharding.errors import RequestError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+DEFAULT_OUT = "runs/demo"
+"""Where the paths in ``configs/demo`` point to."""
+MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
+"""Generator's kind to the folder of the run that makes it."""
+CONTROLS = {"none": "", "shuffle": "-shuffled"}
+"""Control to the ending of the folder's name."""
+Profile = Literal["full", "smoke"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One command of the chain."""
+
+    name: str
+    title: str
+    """What it does, in plain words."""
+    words: list[str]
+    """The command, without its program."""
+    outputs: list[str]
+    """Folders, relative to the demo's, that it writes; removed when it must begin anew."""
+    needs: list[str] = field(default_factory=list)
+    """Steps whose outputs it reads."""
+    config: dict[str, Any] | None = None
+    """Resolved config, written to ``configs/NAME.yaml`` before the step runs."""
+    program: tuple[str, ...] = ("-m", "launch")
+    """Python's arguments in place of ``dreamscale``."""
+
+    @property
+    def command(self) -> str:
+        """The command as a user would type it."""
+        import shlex
+
+        program = "dreamscale" if self.program == ("-m", "launch") else " ".join(("python", *self.program))
+        return f"{program} {shlex.join(self.words)}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read one of the project's YAML files.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    dict
+        Its content.
+
+    Raises
+    ------
+    RequestError
+        If it is not there.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file; run the demo from a checkout installed with 'pip install -e .'")
+    return yaml.safe_load(path.read_text()) or {}
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        merged[key] = _merge(known, value) if isinstance(value, dict) and isinstance(known, dict) else value
+    return merged
+
+
+def _moved(value: Any, out: Path) -> Any:
+    """Point paths below the default folder to the one asked for."""
+    if isinstance(value, dict):
+        return {key: _moved(item, out) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, out) for item in value]
+    if isinstance(value, str) and (value == DEFAULT_OUT or value.startswith(f"{DEFAULT_OUT}/")):
+        return str(out) + value[len(DEFAULT_OUT) :]
+    return value
+
+
+def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
+    """List the chain's commands.
+
+    Parameters
+    ----------
+    out : Path
+        The demo's folder.
+    seed : int
+        Of everything.
+    profile : str
+        full, or smoke: the same chain with hardly any training.
+
+    Returns
+    -------
+    list of Step
+        In the order in which they run.
+
+    Raises
+    ------
+    RequestError
+        If the configs are not there.
+    """
+    smoke = read_yaml(CONFIGS / "demo" / "smoke.yaml") if profile == "smoke" else {}
+
+    def resolve(name: str) -> dict[str, Any]:
+        config = _merge(_moved(read_yaml(CONFIGS / "demo" / f"{name}.yaml"), out), smoke.get(name, {}))
+        if "seed" in config:
+            config["seed"] = seed
+        return config
+
+    def staged(name: str, command: str, title: str, needs: list[str]) -> Step:
+        config = resolve(name)
+        return Step(
+            name=name,
+            title=title,
+            words=[command, str(out / "configs" / f"{name}.yaml")],
+            outputs=[Path(config["output"]).relative_to(out).as_posix()],
+            needs=needs,
+            config=config,
+        )
+
+    steps = [
+        Step(
+            name="corpus",
+            title="make recordings of 12 people: 5 formats, 5 electrode layouts, 4 rates",
+            words=[str(out / "corpus"), "--seed", str(seed)],
+            outputs=["corpus"],
+            program=("-m", "launch.demo.corpus"),
+        ),
+        staged("shard_unpaired", "shard", "shard the resting recordings on Ray", ["corpus"]),
+        staged("shard_paired", "shard", "shard the recordings with pictures on Ray", ["corpus"]),
+        staged(
+            "pretrain",
+            "pretrain",
+            "pretrain the masked autoencoder: DeepSpeed ZeRO-2, two processes",
+            ["shard_unpaired"],
+        ),
+        Step(
+            name="export",
+            title="export the encoder",
+            words=["export", str(out / "pretrain"), str(out / "encoder")],
+            outputs=["encoder"],
+            needs=["pretrain"],
+        ),
+        staged(
+            "miniature",
+            "miniature",
+            "make a miniature Stable Diffusion and CLIP of the training pictures",
+            ["shard_paired"],
+        ),
+        staged("align", "align", "align the encoder with CLIP", ["export", "miniature", "shard_paired"]),
+        staged(
+            "stable_diffusion",
+            "finetune",
+            "fine-tune Stable Diffusion on EEG: Accelerate",
+            ["align", "miniature", "shard_paired"],
+        ),
+        staged("dm_re2i", "ddpm", "train EVRNet and the EEG-guided DDPM: Accelerate", ["shard_paired"]),
+    ]
+    flags = _moved(read_yaml(CONFIGS / "demo" / "generate.yaml"), out)
+    flags = _merge(flags, smoke.get("generate", {}))
+    for kind, run in MODELS.items():
+        options = [word for key, value in flags.get(kind, {}).items() for word in (f"--{key}", str(value))]
+        for control, ending in CONTROLS.items():
+            folder = f"generated/{kind}{ending}"
+            what = "EEG of people never trained on" if control == "none" else "the control: EEG of another trial"
+            words = ["generate", str(out / run / "model"), str(out / "paired"), "-o", str(out / folder)]
+            words += ["--split", "test", "--control", control, "--seed", str(seed), *options]
+            steps.append(
+                Step(
+                    name=f"generate_{kind}{ending.replace('-', '_')}",
+                    title=f"generate pictures, {kind.replace('_', ' ')}, from {what}",
+                    words=words,
+                    outputs=[folder],
+                    needs=[run],
+                )
+            )
+        words = [
+            "evaluate",
+            str(out / "generated" / kind),
+            "--control_dir",
+            str(out / "generated" / f"{kind}-shuffled"),
+        ]
+        steps.append(
+            Step(
+                name=f"evaluate_{kind}",
+                title=f"evaluate {kind.replace('_', ' ')}",
+                words=words,
+                outputs=[],
+                needs=[f"generate_{kind}", f"generate_{kind}_shuffled"],
+            )
+        )
+    return steps
