@@ -23,7 +23,7 @@ NOT_EEG = {
     "emg": r".*emg.*|chin.*",
     "trigger": r"sti.*|stim.*|trig.*|gate.*|status|marker.*|event.*|mkr.*|tal|dc\d+|sync|photic"
     r"|[be]df annotations",
-    "physiology": r"gsr\d*|resp.*|plet.*|temp.*|spo2.*|pulse.*|ergo.*|osat|pr|sao2.*|nasal.*|thor.*|abd.*"
+    "physiology": r"gsr\d*|resp.*|plet.*|temp.*|spo2.*|pulse.*|ergo.*|osat|pr|sao2.*|nasal.*|thor.*|ab[d].*"
     r"|airflow.*|snore.*|hr|etco2|bp\d+|body.*",
     "movement": r"acc[xyz_ ]?.*|gyr.*|mag[xyz]|battery.*|counter|gnd|ground",
     "reference": r"left[_ ]?ear|right[_ ]?ear|na\d+|ref\d*",
