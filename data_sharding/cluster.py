@@ -90,8 +90,6 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         os.environ["RAY_AUTH_MODE"] = config.auth_mode or os.environ.get("RAY_AUTH_MODE", "disabled")
     # Of the machine's two uses of many cores, many recordings at once is the better one.
     os.environ["OMP_NUM_THREADS"] = "1"
-    # Workers run with the environment of this process, so that a checkout works uninstalled, too.
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray

@@ -259,7 +259,8 @@ def list_items(config: CorpusConfig) -> list[Item]:
     images = _folder(config.images, "corpora: images") if config.images else None
     found = []
     for recording in find_recordings(root):
-        relative = recording.path.relative_to(root).as_posix()
+        # A name that is no UTF-8 could not stand in the ledger.
+        relative = recording.path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
         if not any(fnmatch.fnmatch(relative, pattern) for pattern in config.exclude):
             found.append((relative, recording))
     if not found:

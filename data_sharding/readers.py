@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_sharding.errors import RequestError
+
 if TYPE_CHECKING:
     from mne.io import BaseRaw
 
@@ -248,8 +250,19 @@ CLAIMED = {
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root, followlinks=True):
+    """All files and `.mff` folders; a folder that cannot be read stops the walk, since what it holds would be lost."""
+
+    def refuse(error: OSError) -> None:
+        raise RequestError(f"{error.filename}: cannot be listed ({error.strerror}); mend it or exclude its parent")
+
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         folders.sort()
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:  # A link back to a folder above.
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
         for name in list(folders):
             if name.startswith("."):
                 folders.remove(name)
@@ -389,7 +402,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
 UNIT_FACTORS = {"eximia": 1e-6}
 """Formats whose reader returns another unit than volts, with the factor to volts.
 
-eXimia: +-2.5 mV over 16 bits is 0.0763 microvolts a bit, and MNE's reader returns that number as if it were volts.
+eXimia: a converter of 10 V and 16 bits behind a gain of 2000 has 0.0763 microvolts a bit, and MNE's reader returns
+that number as if it were volts.
 """
 
 

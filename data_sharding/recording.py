@@ -11,6 +11,7 @@ import faulthandler
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -29,9 +30,11 @@ from data_sharding.samples import Sample, ShardWriter
 from data_sharding.splits import SPLITS, SplitConfig
 from data_sharding.units import Verdict, assess, line_frequency
 
-PART_SCHEMA = 1
+PART_SCHEMA = 2
 """Part of a part's name: raise it when the code's results change, and no older part is taken up again."""
 FLOAT16_MAX_UV = 65504.0
+GAP = re.compile(r"boundary|edge boundary|bad_acq_skip|new segment/", re.IGNORECASE)
+"""Annotations of EEGLAB, MNE and BrainVision for an interruption."""
 MIN_SAMPLES = 16
 """Fewer samples cannot even be measured."""
 
@@ -94,7 +97,7 @@ def blank_row(item: Item, status: str, reason: str) -> dict[str, Any]:
         "key": item.key,
         "corpus": item.corpus,
         "path": item.path,
-        "files": [f.name for f in item.recording.files],
+        "files": [f.name.encode("utf-8", "backslashreplace").decode() for f in item.recording.files],
         "bytes": 0,
         "sha256": "",
         "fingerprint": "",
@@ -317,7 +320,7 @@ def _fill(task: Task, row: dict[str, Any], folder: Path) -> None:
         raise SetAside("quarantined", f"cannot be preprocessed: {error}") from None
     if y.shape[-1] < spec.window:
         raise SetAside("excluded", f"too short: {row['seconds']:.2f} s, a window has {spec.window_s:.2f} s")
-    _write_windows(task, row, folder, channels, y, bads)
+    _write_windows(task, row, folder, channels, y, bads, gaps(raw))
     np.save(folder / "fingerprint.npy", prints[row.pop("kept_rows")].astype(np.float16))
     if not row["windows"]:
         left = json.loads(row["windows_left_out"])
@@ -406,8 +409,30 @@ def image_type(data: bytes) -> str | None:
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
+def gaps(raw: Any) -> np.ndarray:
+    """Places where a recording was interrupted, as its own annotations say.
+
+    Parameters
+    ----------
+    raw : mne.io.BaseRaw
+        The recording.
+
+    Returns
+    -------
+    ndarray, shape (n_gaps, 2)
+        Begin and end in seconds from the recording's start; equal where the signal was cut out.
+    """
+    found = []
+    first = raw.first_time if raw.annotations.orig_time is not None else 0.0
+    for annotation in raw.annotations:
+        onset = float(annotation["onset"]) - first
+        if onset > 0.5 / raw.info["sfreq"] and GAP.match(annotation["description"]):
+            found.append((onset, onset + float(annotation["duration"])))
+    return np.array(found, float).reshape(-1, 2)
+
+
 def _write_windows(
-    task: Task, row: dict[str, Any], folder: Path, channels: Channels, y: np.ndarray, bads: list[int]
+    task: Task, row: dict[str, Any], folder: Path, channels: Channels, y: np.ndarray, bads: list[int], cuts: np.ndarray
 ) -> None:
     item, spec = task.item, task.spec
     left_out: Counter[str] = Counter()
@@ -431,6 +456,9 @@ def _write_windows(
         writers: dict[str, ShardWriter] = {}
         for count, (start, split, extra) in enumerate(_starts(task, y.shape[-1], left_out)):
             window = y[:, start : start + spec.window]
+            if ((cuts[:, 0] < (start + spec.window) / spec.sfreq) & (cuts[:, 1] > start / spec.sfreq)).any():
+                left_out["over a gap in the recording"] += 1
+                continue
             if np.abs(window).max() > FLOAT16_MAX_UV:
                 left_out["beyond float16 microvolts"] += 1
                 continue

@@ -134,3 +134,9 @@ def test_folders_are_walked_once(tmp_path: Path, make_raw, write_raw) -> None:
     (tmp_path / ".hidden").mkdir()
     shutil.copy(path, tmp_path / ".hidden" / "b.edf")
     assert [r.path for r in find_recordings(tmp_path)] == [path]
+
+
+def test_a_link_in_a_circle_ends(tmp_path: Path, make_raw, write_raw) -> None:
+    path = write_raw(make_raw(2, 100, 2), tmp_path / "sub" / "a.edf")
+    (tmp_path / "sub" / "again").symlink_to(tmp_path, target_is_directory=True)
+    assert [r.path for r in find_recordings(tmp_path)] == [path]
