@@ -18,6 +18,8 @@ class Stage:
     """One line."""
     launcher: Literal["torchrun", "accelerate"] | None = None
     """What starts its processes when a config asks for more than one."""
+    config: str | None = None
+    """``module:class`` of the config of a stage that a cluster can run."""
 
 
 STAGES: dict[str, Stage] = {
@@ -25,7 +27,10 @@ STAGES: dict[str, Stage] = {
         module="launch.demo.run", usage="[--out DIR]", help="the whole chain, EEG to images, on data it makes"
     ),
     "shard": Stage(
-        module="data_sharding.job", usage="CONFIG --output DIR", help="recordings of any maker -> dataset, on Ray"
+        module="data_sharding.job",
+        config="data_sharding.job:ShardConfig",
+        usage="CONFIG --output DIR",
+        help="recordings of any maker -> dataset, on Ray",
     ),
     "verify": Stage(
         module="data_sharding.verify", usage="DATASET", help="check every byte and count against the manifest"
@@ -35,6 +40,7 @@ STAGES: dict[str, Stage] = {
     ),
     "pretrain": Stage(
         module="pretrain.train",
+        config="pretrain.config:PretrainConfig",
         usage="CONFIG",
         help="masked-signal pretraining with DeepSpeed ZeRO",
         launcher="torchrun",
@@ -49,15 +55,26 @@ STAGES: dict[str, Stage] = {
         usage="DATASET -o DIR",
         help="a small Stable Diffusion and CLIP made from a dataset's images",
     ),
-    "align": Stage(module="finetune.align", usage="CONFIG", help="align an encoder with CLIP", launcher="accelerate"),
+    "align": Stage(
+        module="finetune.align",
+        config="finetune.align:AlignConfig",
+        usage="CONFIG",
+        help="align an encoder with CLIP",
+        launcher="accelerate",
+    ),
     "finetune": Stage(
         module="finetune.stable_diffusion",
+        config="finetune.stable_diffusion:StableDiffusionConfig",
         usage="CONFIG",
         help="fine-tune Stable Diffusion on EEG",
         launcher="accelerate",
     ),
     "ddpm": Stage(
-        module="finetune.dm_re2i", usage="CONFIG", help="train EVRNet, then the EEG-guided DDPM", launcher="accelerate"
+        module="finetune.dm_re2i",
+        config="finetune.dm_re2i:DMRE2IConfig",
+        usage="CONFIG",
+        help="train EVRNet, then the EEG-guided DDPM",
+        launcher="accelerate",
     ),
     "generate": Stage(
         module="finetune.generate", usage="MODEL DATASET -o DIR", help="images for the trials of a split"

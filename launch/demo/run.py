@@ -127,7 +127,7 @@ class Chain:
         key = digest_of([step.words, step.config, *(self.keys[name] for name in step.needs)])
         self.keys[step.name] = key
         marker, begun = self._marker(step, "done"), self._marker(step, "begun")
-        if self._says(marker, key) and all((self.out / folder).is_dir() for folder in step.outputs):
+        if self._says(marker, key) and all((self.out / name).exists() for name in (*step.outputs, *step.proofs)):
             self.seconds[step.name] = read_json(marker)["seconds"]
             self.say(f"{position} {step.title}: done before ({_clock(self.seconds[step.name])})")
             return

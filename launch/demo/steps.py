@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,8 @@ class Step:
     """The command, without its program."""
     outputs: list[str]
     """Folders, relative to the demo's, that it writes; removed when it must begin anew."""
+    proofs: list[str] = field(default_factory=list)
+    """Files, relative to the demo's folder, without which it is not complete."""
     needs: list[str] = field(default_factory=list)
     """Steps whose outputs it reads."""
     config: dict[str, Any] | None = None
@@ -119,12 +122,12 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
             config["seed"] = seed
         return config
 
-    def staged(name: str, command: str, title: str, needs: list[str]) -> Step:
+    def staged(name: str, command: str, title: str, needs: list[str], flag: Sequence[str] = ()) -> Step:
         config = resolve(name)
         return Step(
             name=name,
             title=title,
-            words=[command, str(out / "configs" / f"{name}.yaml")],
+            words=[command, *flag, str(out / "configs" / f"{name}.yaml")],
             outputs=[Path(config["output"]).relative_to(out).as_posix()],
             needs=needs,
             config=config,
@@ -158,6 +161,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
             "miniature",
             "make a miniature Stable Diffusion and CLIP of the training pictures",
             ["shard_paired"],
+            ["--config"],
         ),
         staged("align", "align", "align the encoder with CLIP", ["export", "miniature", "shard_paired"]),
         staged(
@@ -198,6 +202,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
                 title=f"evaluate {kind.replace('_', ' ')}",
                 words=words,
                 outputs=[],
+                proofs=[f"generated/{kind}/metrics.json"],
                 needs=[f"generate_{kind}", f"generate_{kind}_shuffled"],
             )
         )

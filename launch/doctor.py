@@ -1,0 +1,239 @@
+"""``dreamscale doctor``: what works on this machine, and what to install."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from data_sharding.config import parse_config
+from data_sharding.errors import EXIT_DONE, EXIT_FAILED, run_main
+
+State = Literal["ok", "note", "missing"]
+_READERS = {
+    "antio": ("ANT Neuro .cnt", "antio"),
+    "curryreader": ("Curry", "curryreader"),
+    "defusedxml": ("Persyst, NEDF and EGI", "defusedxml"),
+    "mffpy": ("EGI .mff", "mffpy"),
+    "pymatreader": ("EEGLAB .set of MATLAB 7.3", "pymatreader"),
+    "h5py": ("HDF5", "h5py"),
+}
+_REQUIRED = (
+    "numpy",
+    "scipy",
+    "mne",
+    "torch",
+    "ray",
+    "deepspeed",
+    "accelerate",
+    "diffusers",
+    "transformers",
+    "webdataset",
+)
+
+
+@dataclass(kw_only=True)
+class DoctorConfig:
+    """Look at what works on this machine and what to install."""
+
+    path: str = "."
+    """Folder whose disk is looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the table."""
+
+    what: str
+    state: State
+    found: str
+    advice: str = ""
+    """What to do, where something is to be done."""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _python() -> Finding:
+    text = f"{platform.python_version()} at {sys.executable}"
+    return Finding(what="Python", state="ok", found=text)
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name in _REQUIRED:
+        version = _version(name)
+        if version is None or importlib.util.find_spec(name) is None:
+            findings.append(Finding(what=name, state="missing", found="not installed", advice=f"pip install {name}"))
+        else:
+            findings.append(Finding(what=name, state="ok", found=version))
+    return findings
+
+
+def _device() -> Finding:
+    try:
+        import torch
+    except ImportError as error:
+        advice = "pip install --force-reinstall torch"
+        return Finding(what="device", state="missing", found=f"torch does not import: {error}", advice=advice)
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return Finding(what="device", state="ok", found=f"{len(names)} x {names[0]}, {memory:.0f} GiB")
+    cores, gpu = os.cpu_count(), shutil.which("nvidia-smi") is not None
+    if gpu and "+cpu" in torch.__version__:
+        advice = "this machine has a GPU, but torch is built without CUDA: install a CUDA build of torch"
+        return Finding(what="device", state="note", found=f"{cores} CPU cores", advice=advice)
+    return Finding(
+        what="device", state="note", found=f"{cores} CPU cores, no GPU", advice="enough for the demo, not more"
+    )
+
+
+def _compiler() -> Finding:
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if found:
+        return Finding(what="compiler", state="ok", found=found)
+    advice = "only for DeepSpeed's own kernels: install g++ (Debian: apt install g++)"
+    return Finding(what="compiler", state="note", found="none", advice=advice)
+
+
+def _readers() -> list[Finding]:
+    findings = []
+    for module, (formats, package) in _READERS.items():
+        there = importlib.util.find_spec(module) is not None
+        findings.append(
+            Finding(
+                what=f"reader {module}",
+                state="ok" if there else "note",
+                found=f"{_version(package) or 'there'} ({formats})" if there else f"{formats} files will be set aside",
+                advice="" if there else f"pip install {package}",
+            )
+        )
+    return findings
+
+
+def _tracking() -> Finding:
+    if _version("wandb") is None:
+        return Finding(
+            what="wandb", state="note", found="not installed", advice="pip install wandb, or tracker.kind none"
+        )
+    netrc = Path.home() / ".netrc"
+    try:
+        logged_in = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
+    except OSError:
+        logged_in = False
+    if logged_in:
+        return Finding(what="wandb", state="ok", found="logged in")
+    return Finding(
+        what="wandb", state="ok", found="not logged in: runs are recorded offline; 'wandb login' changes that"
+    )
+
+
+def _disk(path: str) -> Finding:
+    folder = Path(path).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 2**30
+    if not os.access(folder, os.W_OK):
+        return Finding(what="disk", state="note", found=f"{folder} is not writable", advice="choose another folder")
+    if free < 3:
+        return Finding(
+            what="disk", state="note", found=f"{free:.1f} GiB free at {folder}", advice="the demo needs 2 GiB"
+        )
+    return Finding(what="disk", state="ok", found=f"{free:.0f} GiB free at {folder}")
+
+
+def _shared_memory() -> Finding:
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        return Finding(what="shared memory", state="note", found="no /dev/shm", advice="set num_workers: 0")
+    free = shutil.disk_usage(shm).free / 2**30
+    if free < 1:
+        advice = "in a container: start it with --shm-size=8g; or set num_workers: 0"
+        return Finding(what="shared memory", state="note", found=f"{free:.2f} GiB free", advice=advice)
+    return Finding(what="shared memory", state="ok", found=f"{free:.0f} GiB free")
+
+
+def _clusters() -> list[Finding]:
+    findings = []
+    for tool, name in (("sbatch", "Slurm"), ("kubectl", "Kubernetes")):
+        path = shutil.which(tool)
+        advice = "" if path else f"only for 'dreamscale submit': {tool} on the PATH"
+        findings.append(Finding(what=name, state="ok" if path else "note", found=path or "not here", advice=advice))
+    return findings
+
+
+def examine(path: str = ".") -> list[Finding]:
+    """Look at everything.
+
+    Parameters
+    ----------
+    path : str
+        Folder whose disk is looked at.
+
+    Returns
+    -------
+    list of Finding
+        In the order of the table.
+    """
+    checks: list[Callable[[], Finding | list[Finding]]] = [
+        _python,
+        _packages,
+        _device,
+        _compiler,
+        _readers,
+        _tracking,
+        lambda: _disk(path),
+        _shared_memory,
+        _clusters,
+    ]
+    findings: list[Finding] = []
+    for check in checks:
+        found = check()
+        findings += found if isinstance(found, list) else [found]
+    return findings
+
+
+def _doctor(argv: list[str]) -> int:
+    config = parse_config(DoctorConfig, argv, prog="dreamscale doctor")
+    findings = examine(config.path)
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "what", "found", "to do")
+    marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "missing": "[red]MISSING[/red]"}
+    for finding in findings:
+        table.add_row(marks[finding.state], finding.what, finding.found, finding.advice)
+    # A log has no width: wrapping would tear paths apart.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+    missing = [finding.what for finding in findings if finding.state == "missing"]
+    console.print(f"missing: {', '.join(missing)}" if missing else "everything that is required is here")
+    return EXIT_FAILED if missing else EXIT_DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``dreamscale doctor``.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments.
+
+    Returns
+    -------
+    int
+        0, or 1 where something required is missing.
+    """
+    return run_main(_doctor, argv)
