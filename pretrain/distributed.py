@@ -223,6 +223,9 @@ def process_group(deepspeed: Any, device: torch.device) -> Iterator[World]:
         dist.barrier()
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            # DeepSpeed's own, which lets go of the groups it remembers; and then it must forget that it was started,
+            # or a second run in this process would talk through dead groups.
+            deepspeed.comm.destroy_process_group()
+            deepspeed.comm.comm.cdb = None
         for name in ours:
             os.environ.pop(name, None)

@@ -231,6 +231,7 @@ def whole_weights(engine: Any, world: World) -> dict[str, Tensor]:
         else:
             # Collective: every process walks the same parameters in the same order.
             whole = safe_get_full_fp32_param(parameter)
+            assert whole is not None, name
         if world.first:
             weights[name] = (
                 whole.detach().float().cpu().reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()

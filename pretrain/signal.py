@@ -124,7 +124,8 @@ def signal_of(
         raise RequestError(f"no EEG channel in the recording: it has {', '.join(sorted(channels.by_type))}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        x_uv = np.asarray(raw.get_data(picks=channels.picks, verbose="ERROR"), np.float64) * (1e6 * reader_factor)
+        volts = np.asarray(raw.get_data(picks=np.array(channels.picks), verbose="ERROR"), np.float64)
+    x_uv = volts * (1e6 * reader_factor)
     left_out = {name: kind for kind, names in channels.left_out.items() for name in names}
     left_out |= {name: kind for name, kind in zip(raw.ch_names, raw.get_channel_types(), strict=True) if kind != "eeg"}
     finite = np.isfinite(x_uv).all(axis=1)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_sharding.config import parse_config
 from data_sharding.dataset import EEGDataset
@@ -23,6 +25,9 @@ from data_sharding.progress import progress
 from data_sharding.samples import N_PADDED
 from pretrain.config import PretrainConfig
 from pretrain.run import DONE, RunDirectory, StopSignal
+
+if TYPE_CHECKING:
+    from pretrain.distributed import World
 
 # What may change when a run goes on: none of it changes what is learned.
 _FREE = (
@@ -351,21 +356,58 @@ def pretrain(config: PretrainConfig) -> int:
         if rank == 0:
             print(f"dreamscale pretrain: {config.output} is done already; choose another output for another run")
         return EXIT_DONE
+    # DeepSpeed's calls, not ours to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with StopSignal() as stop, _status_on_failure(run):
         deepspeed = import_deepspeed(device)
         with process_group(deepspeed, device) as world:
-            training = _Training(config, run, train, held_out, _build_engine(deepspeed, config, device), world)
-            training.resume()
-            training.loop(stop)
-            if training.stopping and training.step < training.total:
-                training.save()
-            else:
-                training.finish()
-        if training.step < training.total:
-            run.status("stopped", step=training.step)
-            raise StopRequested(f"checkpoint of step {training.step} in {run.path}; run the same command to go on")
-        run.status("done", step=training.step)
+            step, total = train_in(world, deepspeed, config, run, train, held_out, stop)
+        if step < total:
+            run.status("stopped", step=step)
+            raise StopRequested(f"checkpoint of step {step} in {run.path}; run the same command to go on")
+        run.status("done", step=step)
     return EXIT_DONE
+
+
+def train_in(
+    world: World,
+    deepspeed: Any,
+    config: PretrainConfig,
+    run: RunDirectory,
+    train: EEGDataset,
+    held_out: EEGDataset,
+    stop: StopSignal,
+) -> tuple[int, int]:
+    """Train among processes that have met already.
+
+    Parameters
+    ----------
+    world : World
+        This process among all.
+    deepspeed : module
+        DeepSpeed.
+    config : PretrainConfig
+        The request.
+    run : RunDirectory
+        Where it is written.
+    train, held_out : EEGDataset
+        The splits.
+    stop : StopSignal
+        Whether somebody asks to stop.
+
+    Returns
+    -------
+    step, total : int
+        Steps done, and steps of the whole run; fewer where it was stopped, and then there is a checkpoint.
+    """
+    training = _Training(config, run, train, held_out, _build_engine(deepspeed, config, world.device), world)
+    training.resume()
+    training.loop(stop)
+    if training.step < training.total:
+        training.save()
+    else:
+        training.finish()
+    return training.step, training.total
 
 
 def _build_engine(deepspeed: Any, config: PretrainConfig, device: Any) -> Any:
@@ -380,7 +422,9 @@ def _build_engine(deepspeed: Any, config: PretrainConfig, device: Any) -> Any:
     # Fused AdamW wants its parameters on the GPU already.
     model.to(device)
     optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage, device=device)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    # Its bf16 optimiser prints memory tables, whatever the log level.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 

@@ -1,0 +1,97 @@
+"""A small pretraining request, and a run of it by a real launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SMALL: dict[str, Any] = {
+    "seed": 3,
+    "device": "cpu",
+    "model": {
+        "encoder": {"samples": 128, "patch": 4, "dim": 32, "depth": 2, "heads": 2, "mlp_ratio": 1.0},
+        "decoder": {"dim": 32, "depth": 1, "heads": 2, "mlp_ratio": 1.0},
+        "mask_ratio": 0.5,
+    },
+    "optimizer": {"lr": 6e-3, "warmup": 0.1},
+    "steps": 6,
+    "batch_size": 16,
+    "num_workers": 0,
+    "log_every": 1,
+    "evaluation": {"every": 1000},
+    "checkpoint": {"every": 1000},
+    "tracker": {"kind": "none"},
+}
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def write_config(path: Path, **over: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(merged(SMALL, over)))
+    return path
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def torchrun(words: Sequence[str], *, processes: int = 2, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *words]
+    return subprocess.run(
+        command, env=environment(), cwd=ROOT, text=True, capture_output=True, timeout=240, check=False, **options
+    )
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+@pytest.fixture(scope="session")
+def trained_run(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ZeRO-2 on two processes, by torchrun, for long enough to learn something."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    config = write_config(
+        folder / "config.yaml",
+        dataset=str(unpaired_dataset),
+        output=str(folder / "run"),
+        num_processes=2,
+        zero_stage=2,
+        steps=240,
+        batch_size=32,
+        log_every=10,
+        evaluation={"every": 120},
+        checkpoint={"every": 120},
+    )
+    done = torchrun(["-m", "pretrain.train", str(config)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def encoder_package(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained run's encoder, exported."""
+    from pretrain.export import main
+
+    out = tmp_path_factory.mktemp("package") / "encoder"
+    assert main([str(trained_run), str(out)]) == 0
+    return out
