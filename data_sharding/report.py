@@ -72,6 +72,7 @@ def _picture(rows: list[dict[str, Any]]) -> str:
         axis.bar([c[0] for c in count], [c[1] for c in count], color="#3d5a80")
         axis.set_title(title)
         axis.set_ylabel("recordings")
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(axis="x", rotation=45)
     axis = axes[1, 1]
     for status in ("sharded", "duplicate", "quarantined"):
