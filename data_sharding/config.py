@@ -100,6 +100,7 @@ def parse_config(
         prog=prog,
         usage=usage,
         exit_on_error=False,
+        allow_abbrev=False,
         description=one_line((cls.__doc__ or "").split("\n\n")[0]),
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the keys below.")
