@@ -25,7 +25,7 @@ from data_sharding.loader import Batch, Loader, sequential
 from finetune.clip_images import clip_image_embeddings
 from finetune.conditioner import ClipHead, ClipHeadConfig
 from finetune.data import ImageTable, eeg_for_model, open_paired, require_same_preprocess
-from finetune.training import StepRandom, TrainingConfig, fit, make_accelerator, open_run, plot_losses
+from finetune.training import StepRandom, TrainingConfig, fit, make_accelerator, open_run, plot_losses, quiet_libraries
 from pretrain.encoder import EEGEncoder
 from pretrain.run import TrackerConfig
 
@@ -307,6 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         Exit code.
     """
     config = parse_config(AlignConfig, argv, prog="dreamscale align", positionals=("config",))
+    quiet_libraries()
     data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")
     torch.manual_seed(config.seed)
     encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)

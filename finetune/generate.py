@@ -22,7 +22,7 @@ from data_sharding.loader import collate
 from data_sharding.progress import progress
 from finetune.data import decode_image, open_paired, require_same_preprocess
 from finetune.models import Generator, load_generator
-from finetune.training import pick_device
+from finetune.training import pick_device, quiet_libraries
 from pretrain.run import StopSignal
 
 
@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_config(
         GenerateConfig, argv, prog="dreamscale generate", positionals=("model", "dataset"), aliases={"-o": "output"}
     )
+    quiet_libraries()
     output = Path(config.output)
     if output.exists() and not (output / "generated.json").is_file() and (output.is_file() or any(output.iterdir())):
         raise RequestError(f"{output}: exists and holds something else; choose another output")

@@ -28,6 +28,7 @@ from data_sharding.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.files import atomic_directory, digest_of, read_json, write_json
 from data_sharding.progress import progress
 from finetune.data import ImageTable, open_paired, to_model_range
+from finetune.training import quiet_libraries
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -414,6 +415,7 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_config(
         MiniatureConfig, argv, prog="python -m finetune.miniature", positionals=("dataset",), aliases={"-o": "output"}
     )
+    quiet_libraries()
     table = ImageTable(open_paired(config.dataset, "train"))
     made = Path(config.output) / "miniature.json"
     if made.is_file():

@@ -25,7 +25,7 @@ from finetune.clip_images import clip_image_embeddings, weights_digest
 from finetune.conditioner import ClipHead, ClipHeadConfig, Conditioner, ConditionerConfig
 from finetune.data import ImageTable, eeg_for_model, open_paired, to_model_range
 from finetune.stable_diffusion_model import EEGDiffusion, load_base, open_time_path, save_model
-from finetune.training import StepRandom, TrainingConfig, fit, make_accelerator, open_run, plot_losses
+from finetune.training import StepRandom, TrainingConfig, fit, make_accelerator, open_run, plot_losses, quiet_libraries
 from pretrain.run import TrackerConfig
 
 
@@ -243,6 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         Exit code.
     """
     config = parse_config(StableDiffusionConfig, argv, prog="dreamscale finetune", positionals=("config",))
+    quiet_libraries()
     data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")
     torch.manual_seed(config.seed)
     encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)

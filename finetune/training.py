@@ -95,6 +95,22 @@ class TrainingConfig:
         return self.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
+def quiet_libraries() -> None:
+    """Keep the model libraries' loading bars, reports and advice off the terminal; errors still come as exceptions."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    # Before diffusers is imported: its import makes transformers speak.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
 def pick_device(device: str) -> str:
     """Turn auto into what the machine has.
 

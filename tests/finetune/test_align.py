@@ -1,0 +1,102 @@
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data_sharding.dataset import EEGDataset
+from data_sharding.errors import run_main
+from data_sharding.loader import collate
+from finetune.align import AugmentConfig, augmented, infonce, main
+from finetune.conditioner import ClipHead
+from finetune.data import eeg_for_model
+from finetune.training import StepRandom
+from pretrain.encoder import EEGEncoder
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+TINY = ["--tracker.kind", "none", "--training.warmup", "2", "--training.log_every", "1"]
+
+
+def _args(dataset: Path, encoder: Path, miniature: Path, output: Path, *more: object) -> list[str]:
+    paths = {"dataset": dataset, "encoder": encoder, "clip": miniature / "clip", "output": output}
+    return [*(str(w) for k, v in paths.items() for w in (f"--{k}", v)), *TINY, *map(str, more)]
+
+
+def test_alignment_learns_and_two_processes_learn_the_same(
+    paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path: Path, launch: Launch
+) -> None:
+    curves = {}
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        args = _args(paired_dataset, encoder_package, miniature, output, "--training.steps", 12, "--training.batch", 16)
+        done = launch(
+            "finetune.align", *args, "--training.lr", 3e-3, "--training.validate_every", 6, processes=processes
+        )
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        curves[processes] = [line["train/loss"] for line in lines if "train/loss" in line]
+        assert any("val/top5" in line for line in lines)
+    assert len(curves[1]) == 12 and curves[1][-1] < curves[1][0]
+    torch.testing.assert_close(curves[1], curves[2], rtol=1e-4, atol=1e-4)
+
+    encoder = EEGEncoder.from_pretrained(tmp_path / "2" / "encoder")
+    head = ClipHead.from_pretrained(tmp_path / "2" / "align")
+    data = EEGDataset(paired_dataset, "val")
+    with torch.no_grad():
+        embeds = head(encoder(eeg_for_model(collate(data, [0, 1]).eeg, data.spec)))
+    assert embeds.shape == (2, 64)
+    assert (tmp_path / "1" / "plots" / "loss.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "1" / "status.json").read_text())["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--dataset", "UNPAIRED"], "no paired images"),
+        (["--clip", "."], "not a CLIP model"),
+        (["--encoder", "nowhere/"], "nowhere"),
+        (["--loss", "hinge"], "loss"),
+        (["--training.setps", "3"], "training.steps"),
+        (["--num_processes", "2"], "this launch has 1"),
+    ],
+)
+def test_wrong_requests_end_with_one_line(
+    change: list[str],
+    message: str,
+    paired_dataset: Path,
+    unpaired_dataset: Path,
+    encoder_package: Path,
+    miniature: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = _args(paired_dataset, encoder_package, miniature, tmp_path / "run", "--device", "cpu")
+    args += [str(unpaired_dataset) if word == "UNPAIRED" else word for word in change]
+    assert run_main(main, args) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+
+
+def test_trials_of_one_image_are_not_each_others_negatives() -> None:
+    images = F.normalize(torch.randn(3, 8), dim=-1)
+    rows = torch.tensor([0, 1, 1, 2])
+    perfect = images[rows]
+    alone = infonce(images, images, torch.arange(3), 0.01)
+    assert infonce(perfect, perfect, rows, 0.01) == pytest.approx(float(alone) + 0.5 * 0.693147, abs=1e-3)
+    confused = perfect.roll(1, 0)
+    assert infonce(confused, perfect, rows, 0.01) > infonce(perfect, perfect, rows, 0.01)
+
+
+def test_augmentation_treats_copies_of_a_channel_alike(paired_dataset: Path) -> None:
+    data = EEGDataset(paired_dataset)
+    batch = collate(data, [0, 1, 2])
+    x = eeg_for_model(batch.eeg, data.spec)
+    config = AugmentConfig(shift=5, noise=0.5, drop_channels=0.5)
+    y = augmented(x, batch.metas, config, StepRandom(0, 0))
+    assert torch.equal(y[:, :16], y[:, 16:32])
+    silent = (y[:, :16] == 0).all(-1)
+    assert silent.any() and not silent.all(1).any()
+    assert torch.equal(augmented(x, batch.metas, AugmentConfig(), StepRandom(0, 0)), x)

@@ -1,0 +1,71 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_sharding.dataset import EEGDataset
+from data_sharding.errors import RequestError
+from finetune.data import ImageTable, decode_image, open_paired, require_same_preprocess, to_model_range, to_pixels
+
+
+def test_bytes_survive_the_way_to_the_model_and_back() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    x = to_model_range(pixels)
+    assert x.shape == (2, 3, 8, 8) and x.min() >= -1 and x.max() <= 1
+    np.testing.assert_array_equal(to_pixels(x), pixels)
+
+
+def test_an_image_becomes_a_centred_square() -> None:
+    import io
+
+    from PIL import Image
+
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200
+    buffer = io.BytesIO()
+    Image.fromarray(wide).save(buffer, "PNG")
+    assert (decode_image(buffer.getvalue(), 10) == 200).all()
+
+
+def test_a_broken_image_is_refused_by_name() -> None:
+    with pytest.raises(RequestError, match="trial-7"):
+        decode_image(b"no image", name="trial-7")
+
+
+def test_each_image_has_one_row(paired_dataset: Path) -> None:
+    data = open_paired(paired_dataset, "train")
+    table = ImageTable(data)
+    number = 17
+    row = table.row_of[number]
+    assert table.ids[row] == data[number].meta["image_id"]
+    assert table.labels[row] == data[number].meta["label"]
+    np.testing.assert_array_equal(table.pixels([row])[0], decode_image(data[number].image))
+
+
+def test_features_are_computed_once(paired_dataset: Path, tmp_path: Path) -> None:
+    table = ImageTable(open_paired(paired_dataset, "val"))
+    calls = []
+
+    def compute(pixels: np.ndarray) -> torch.Tensor:
+        calls.append(len(pixels))
+        return torch.as_tensor(pixels.mean((1, 2, 3)))
+
+    first = table.features(compute, size=16, key={"model": 1}, cache=tmp_path, batch_size=5)
+    again = table.features(compute, size=16, key={"model": 1}, cache=tmp_path)
+    assert torch.equal(first, again) and sum(calls) == len(table)
+    table.features(compute, size=16, key={"model": 2}, cache=tmp_path)
+    assert sum(calls) == 2 * len(table)
+
+
+def test_no_images_no_fine_tuning(unpaired_dataset: Path) -> None:
+    with pytest.raises(RequestError, match="no paired images"):
+        open_paired(unpaired_dataset, "train")
+
+
+def test_another_preprocessing_is_refused_with_the_key(paired_dataset: Path) -> None:
+    data = EEGDataset(paired_dataset)
+    require_same_preprocess(data.spec, data, "model")
+    with pytest.raises(RequestError, match=r"highpass 2\.0 against 0\.5"):
+        require_same_preprocess(dataclasses.replace(data.spec, highpass=2.0), data, "model m")

@@ -1,0 +1,88 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_sharding.dataset import EEGDataset, write_dataset
+from data_sharding.errors import run_main
+from data_sharding.preprocess import PreprocessSpec
+from finetune.data import decode_image
+from finetune.generate import derangement, main, trial_seed
+from finetune.stable_diffusion import main as finetune
+
+
+@pytest.fixture(scope="module")
+def model(
+    paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("run") / "run"
+    args = {"dataset": paired_dataset, "encoder": encoder_package, "base": miniature / "stable-diffusion"}
+    args |= {"output": path, "device": "cpu", "tracker.kind": "none", "training.steps": 1, "training.batch": 8}
+    assert finetune([str(word) for key, value in args.items() for word in (f"--{key}", value)]) == 0
+    return path / "model"
+
+
+def test_one_image_a_trial_beside_the_one_seen(model: Path, paired_dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main([str(model), str(paired_dataset), "-o", str(out), "--steps", "2", "--limit", "5", "--batch", "2"]) == 0
+    result = json.loads((out / "generated.json").read_text())
+    assert (result["kind"], result["control"], result["split"]) == ("stable_diffusion", "none", "test")
+    assert result["labels"] == ["circle", "square"] and len(result["trials"]) == 5
+    data = EEGDataset(paired_dataset, "test")
+    by_key = {data.key(number): number for number in range(len(data))}
+    for trial in result["trials"]:
+        sample = data[by_key[trial["key"]]]
+        assert trial["eeg_key"] == trial["key"] and trial["label"] == sample.meta["label"]
+        assert Image.open(out / trial["file"]).size == (32, 32)
+        np.testing.assert_array_equal(Image.open(out / trial["real_file"]), decode_image(sample.image))
+
+    # The same request again gives the same images, whatever the batch.
+    again = tmp_path / "again"
+    args = [str(model), str(paired_dataset), "-o", str(again), "--steps", "2", "--limit", "5", "--batch", "5"]
+    assert main(args) == 0
+    for trial in result["trials"]:
+        a, b = (np.asarray(Image.open(d / trial["file"])).astype(int) for d in (out, again))
+        assert abs(a - b).max() <= 1
+
+
+def test_the_control_gives_every_trial_anothers_eeg(model: Path, paired_dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert main([str(model), str(paired_dataset), "-o", str(out), "--steps", "1", "--control", "shuffle"]) == 0
+    trials = json.loads((out / "generated.json").read_text())["trials"]
+    assert all(trial["key"] != trial["eeg_key"] for trial in trials)
+    assert sorted(trial["key"] for trial in trials) == sorted(trial["eeg_key"] for trial in trials)
+    assert len(trials) == 16
+
+
+def test_derangements_and_seeds_are_fixed_by_the_seed() -> None:
+    for n in (2, 3, 50):
+        order = derangement(n, 4)
+        assert (order != np.arange(n)).all() and sorted(order) == list(range(n))
+        np.testing.assert_array_equal(order, derangement(n, 4))
+    assert trial_seed(0, "a") == trial_seed(0, "a") != trial_seed(1, "a")
+
+
+def test_wrong_requests_leave_nothing_behind(
+    model: Path, paired_dataset: Path, unpaired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    data = EEGDataset(paired_dataset, "test")
+    spec = PreprocessSpec(**{**data.spec.to_dict(), "lowpass": 40.0})
+    write_dataset(other, {"test": [data[0], data[1]]}, spec, labels=data.labels)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep")
+    requests = [
+        ([model, unpaired_dataset, "-o", tmp_path / "o"], "no paired images"),
+        ([model, other, "-o", tmp_path / "o"], "lowpass 45.0 against 40.0"),
+        ([model, paired_dataset, "-o", tmp_path / "o", "--split", "extra"], "no samples in split 'extra'"),
+        ([tmp_path, paired_dataset, "-o", tmp_path / "o"], "not a fine-tuned model"),
+        ([model, paired_dataset, "-o", full], "holds something else"),
+        ([model, paired_dataset, "-o", tmp_path / "o", "--steps", "0"], "steps must be at least 1"),
+    ]
+    for args, message in requests:
+        assert run_main(main, [str(word) for word in args]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "o").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["full", "other"]

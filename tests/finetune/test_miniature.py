@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_sharding.errors import RequestError, run_main
+from finetune.clip_images import clip_image_embeddings
+from finetune.data import ImageTable, open_paired
+from finetune.miniature import _augment, main, make_tokenizer
+from finetune.stable_diffusion_model import load_base
+
+CAPTIONS = ["a red disc on a dark background", "a green disc", "two stripes"]
+
+
+def test_every_word_of_the_captions_is_a_token_and_other_words_fall_apart() -> None:
+    tokenizer = make_tokenizer(CAPTIONS)
+    assert tokenizer.tokenize(CAPTIONS[0]) == [f"{word}</w>" for word in CAPTIONS[0].split()]
+    assert tokenizer.decode(tokenizer("zebra stripes").input_ids, skip_special_tokens=True) == "zebra stripes"
+    ids = tokenizer("a disc").input_ids
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+
+
+def test_augmentation_moves_and_recolours_but_invents_nothing() -> None:
+    x = torch.rand(6, 3, 16, 16)
+    y = _augment(x, torch.Generator().manual_seed(0), colours=True)
+    assert y.shape == x.shape
+    assert all(torch.isin(after, before).all() for before, after in zip(x, y, strict=True))
+
+
+def test_the_miniature_is_a_pipeline_of_the_real_classes(miniature: Path) -> None:
+    pipeline = load_base(miniature / "stable-diffusion")
+    image = pipeline("a circle", num_inference_steps=3, guidance_scale=2.0, output_type="np").images
+    assert image.shape == (1, 32, 32, 3)
+    # The U-Net sees latents of unit scale, as it does in Stable Diffusion.
+    assert pipeline.vae.config.scaling_factor > 0
+
+
+def test_text_tower_and_tokenizer_are_those_of_the_clip(miniature: Path) -> None:
+    from transformers import CLIPModel, CLIPTokenizer
+
+    clip = CLIPModel.from_pretrained(miniature / "clip")
+    tokenizer = CLIPTokenizer.from_pretrained(miniature / "clip")
+    pipeline = load_base(miniature / "stable-diffusion")
+    assert tokenizer.get_vocab() == pipeline.tokenizer.get_vocab()
+    assert tokenizer.model_max_length == pipeline.tokenizer.model_max_length == 16
+    ids = tokenizer(["a circle"], padding="max_length", return_tensors="pt").input_ids
+    torch.testing.assert_close(pipeline.text_encoder(ids).last_hidden_state, clip.text_model(ids).last_hidden_state)
+    assert clip.config.text_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_clip_embeds_the_images_of_a_split(miniature: Path, paired_dataset: Path, tmp_path: Path) -> None:
+    table = ImageTable(open_paired(paired_dataset, "val"))
+    embeds = clip_image_embeddings(table, miniature / "clip", cache=tmp_path)
+    assert embeds.shape == (len(table), 64)
+    torch.testing.assert_close(embeds.norm(dim=1), torch.ones(len(table)))
+
+
+def test_made_once_and_never_over_something_else(miniature: Path, paired_dataset: Path, tmp_path: Path) -> None:
+    again = [str(paired_dataset), "-o", str(miniature), "--clip_steps", "2", "--vae_steps", "2", "--unet_steps", "2"]
+    assert main([*again, "--batch", "8"]) == 0
+    with pytest.raises(RequestError, match="another config"):
+        main([*again, "--batch", "9"])
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(RequestError, match="no miniature"):
+        main([str(paired_dataset), "-o", str(tmp_path)])
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path, unpaired_dataset: Path, paired_dataset: Path) -> None:
+    with pytest.raises(RequestError, match=r"no model_index\.json"):
+        load_base(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(RequestError, match="holds a FluxPipeline"):
+        load_base(tmp_path)
+    with pytest.raises(RequestError, match="no such directory"):
+        load_base("./nowhere")
+    with pytest.raises(RequestError, match="not a CLIP model"):
+        clip_image_embeddings(ImageTable(open_paired(paired_dataset, "val")), tmp_path)
+    assert run_main(main, [str(unpaired_dataset), "-o", str(tmp_path / "m")]) == 2

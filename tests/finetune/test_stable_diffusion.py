@@ -1,0 +1,158 @@
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_sharding.dataset import EEGDataset
+from data_sharding.errors import run_main
+from data_sharding.loader import collate
+from finetune.models import load_generator
+from finetune.stable_diffusion import StableDiffusionConfig, build, main
+from finetune.stable_diffusion_model import EEGDiffusion, cross_attention_parameters, load_base
+from pretrain.encoder import EEGEncoder
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+TINY = ["--tracker.kind", "none", "--training.warmup", "2", "--training.log_every", "1", "--training.batch", "8"]
+
+
+def _args(dataset: Path, encoder: Path, miniature: Path, output: Path, *more: object) -> list[str]:
+    paths = {"dataset": dataset, "encoder": encoder, "base": miniature / "stable-diffusion", "output": output}
+    return [*(str(w) for k, v in paths.items() for w in (f"--{k}", v)), *TINY, *map(str, more)]
+
+
+def _built(
+    dataset: Path, encoder: Path, miniature: Path, projection: int | None = None, **keys: object
+) -> EEGDiffusion:
+    config = StableDiffusionConfig(
+        dataset=str(dataset), encoder=str(encoder), base=str(miniature / "stable-diffusion"), output="-", **keys
+    )
+    return build(config, load_base(config.base), EEGEncoder.from_pretrained(encoder), projection)
+
+
+@pytest.mark.parametrize("tune", ["E+A", "E", "A"])
+def test_exactly_what_is_named_trains(tune: str, paired_dataset: Path, encoder_package: Path, miniature: Path) -> None:
+    model = _built(paired_dataset, encoder_package, miniature, tune=tune)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    # One transformer down, two up, one in the middle; three matrices without a bias, an output with one, and a norm.
+    blocks = {
+        "down_blocks.0.attentions.0",
+        "mid_block.attentions.0",
+        "up_blocks.1.attentions.0",
+        "up_blocks.1.attentions.1",
+    }
+    parts = ("attn2.to_q.weight", "attn2.to_k.weight", "attn2.to_v.weight", "attn2.to_out.0.weight")
+    parts += ("attn2.to_out.0.bias", "norm2.weight", "norm2.bias")
+    attention = {f"unet.{block}.transformer_blocks.0.{part}" for block in blocks for part in parts}
+    eeg = {name for name, _ in model.named_parameters() if name.startswith(("encoder.", "conditioner."))}
+    assert trains == (attention if "A" in tune else set()) | (eeg if "E" in tune else set())
+
+
+def test_a_norm2_elsewhere_is_not_taken(miniature: Path) -> None:
+    unet = load_base(miniature / "stable-diffusion").unet
+    assert any("resnets" in name and ".norm2." in name for name, _ in unet.named_parameters())
+    assert all(".transformer_blocks." in name for name in cross_attention_parameters(unet))
+
+
+def test_without_eeg_the_model_starts_as_the_base(paired_dataset: Path, encoder_package: Path, miniature: Path) -> None:
+    pipeline = load_base(miniature / "stable-diffusion")
+    model = _built(paired_dataset, encoder_package, miniature)
+    z, time = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    ids = pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        empty = pipeline.text_encoder(ids)[0].expand(2, -1, -1)
+        base = pipeline.unet(z, time, empty).sample
+        torch.testing.assert_close(model.predict(z, time, model.conditioner.null(2)), base)
+
+
+def test_joint_training_adds_the_clip_loss(paired_dataset: Path, encoder_package: Path, miniature: Path) -> None:
+    model = _built(paired_dataset, encoder_package, miniature, 64, order="joint", clip="c", clip_weight=2.0)
+    b = 3
+    out = model(
+        torch.randn(b, 128, 128),
+        torch.randn(b, 4, 8, 8),
+        torch.randn(b, 4, 8, 8),
+        torch.randint(1000, (b,)),
+        torch.ones(b, dtype=torch.bool),
+        torch.nn.functional.normalize(torch.randn(b, 64), dim=-1),
+    )
+    torch.testing.assert_close(out["loss"], out["denoise"] + 2 * out["cosine"])
+    out["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.unet.conv_in.weight.grad is None
+
+
+def test_fine_tuning_changes_only_what_trains_and_two_processes_agree(
+    paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path: Path, launch: Launch
+) -> None:
+    more = ["--training.steps", 4, "--training.validate_every", 2, "--training.lr", 1e-2]
+    curves = []
+    for processes in (1, 2):
+        args = _args(paired_dataset, encoder_package, miniature, tmp_path / str(processes), *more)
+        done = launch("finetune.stable_diffusion", *args, processes=processes)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / str(processes) / "metrics.jsonl").read_text().splitlines()]
+        curves.append([line["train/loss"] for line in lines if "train/loss" in line])
+        assert all(line["val/loss"] != line["val/shuffled"] for line in lines if "val/loss" in line)
+    torch.testing.assert_close(curves[0], curves[1], rtol=1e-4, atol=1e-4)
+
+    model = tmp_path / "1" / "model"
+    assert json.loads((model / "dreamscale.json").read_text())["kind"] == "stable_diffusion"
+    base, tuned = load_base(miniature / "stable-diffusion").unet, load_base(model / "pipeline").unet
+    assert tuned.config.class_embed_type == "identity"
+    changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, dict(base.named_parameters())[n])}
+    assert changed and changed <= set(cross_attention_parameters(tuned))
+    before, after = EEGEncoder.from_pretrained(encoder_package), EEGEncoder.from_pretrained(model / "encoder")
+    assert not torch.equal(before.backbone.norm.weight, after.backbone.norm.weight)
+
+    # A finished run has nothing left to do, and another request does not overwrite it.
+    args = _args(paired_dataset, encoder_package, miniature, tmp_path / "1", *more)
+    stamp = (model / "dreamscale.json").stat().st_mtime_ns
+    assert run_main(main, [*args, "--device", "cpu"]) == 0
+    assert (model / "dreamscale.json").stat().st_mtime_ns == stamp
+    assert run_main(main, [*args, "--device", "cpu", "--seed", "5"]) == 2
+
+
+def test_a_trials_image_does_not_depend_on_its_neighbours(
+    paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path: Path
+) -> None:
+    args = _args(paired_dataset, encoder_package, miniature, tmp_path / "run", "--training.steps", 1)
+    assert run_main(main, [*args, "--device", "cpu", "--tune", "E", "--time_path", "false"]) == 0
+    generator = load_generator(tmp_path / "run")
+    data = EEGDataset(paired_dataset, "test")
+    assert generator.kind == "stable_diffusion" and generator.spec == data.spec
+    eeg = collate(data, [0, 1, 2]).eeg.float()
+    for guidance in (1.0, 2.0):
+        together = generator.generate(eeg, steps=3, guidance_scale=guidance, seeds=[5, 6, 7])
+        alone = generator.generate(eeg[1:2], steps=3, guidance_scale=guidance, seeds=[6])
+        assert together.shape == (3, 32, 32, 3) and together.dtype.name == "uint8"
+        assert abs(together[1].astype(int) - alone[0]).max() <= 1
+        assert (together[0] != together[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--base", "."], "not a diffusers pipeline"),
+        (["--dataset", "UNPAIRED"], "no paired images"),
+        (["--order", "joint"], "clip"),
+        (["--tune", "everything"], "tune"),
+    ],
+)
+def test_wrong_requests_end_with_one_line(
+    change: list[str],
+    message: str,
+    paired_dataset: Path,
+    unpaired_dataset: Path,
+    encoder_package: Path,
+    miniature: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = _args(paired_dataset, encoder_package, miniature, tmp_path / "run", "--device", "cpu")
+    args += [str(unpaired_dataset) if word == "UNPAIRED" else word for word in change]
+    assert run_main(main, args) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
