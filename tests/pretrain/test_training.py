@@ -84,10 +84,10 @@ def test_losses_agree_over_zero_stages_processes_and_precision(unpaired_dataset:
         ours = load_file(tmp_path / f"{variant}_2" / "checkpoints" / "step_00000006" / "model.safetensors")
         theirs = load_file(tmp_path / "0,fp32_1" / "checkpoints" / "step_00000006" / "model.safetensors")
         assert ours.keys() == theirs.keys()
-        # Adam's first steps move each weight by about the learning rate, whatever the size of its gradient.
-        for name, value in ours.items():
-            assert value.dtype == torch.float32
-            assert (value - theirs[name]).abs().mean() < (1e-4 if "fp32" in variant else 2e-3), (variant, name)
+        assert all(value.dtype == torch.float32 for value in ours.values())
+        # All weights together: a key's bias has no gradient but rounding, which Adam's first steps blow up.
+        apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in theirs]).abs().mean()
+        assert apart < (1e-5 if "fp32" in variant else 1e-3), variant
 
 
 def test_whole_weights_are_what_deepspeed_itself_gathers(trained_run: Path) -> None:
