@@ -373,7 +373,9 @@ class _State:
             if self.ema is not None:
                 save_file({n: p.cpu().contiguous() for n, p in self.ema.shadow.items()}, directory / "ema.safetensors")
             if self.best_weights is not None:
-                save_file(self.best_weights, directory / "best.safetensors")
+                # Weights may lie channels-last in memory, which safetensors does not keep.
+                best = {n: p.contiguous() for n, p in self.best_weights.items()}
+                save_file(best, directory / "best.safetensors")
             torch.save(self.optimizer.state_dict(), directory / "optimizer.pt")
             write_json(
                 directory / "state.json",

@@ -1,0 +1,251 @@
+"""A small image classifier, trained on a dataset's own training images, to judge what generated images show.
+
+It stands where an ImageNet network stands in the papers: no weights have to be downloaded, and it never sees an EEG, a
+generated image, or an image of the splits it is judged on.
+
+Legend of suffixes: B images, H rows, W columns, D feature width, K classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from data_sharding.errors import RequestError
+from data_sharding.progress import progress
+
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """Shape and training of the classifier."""
+
+    steps: int = 250
+    """Optimiser steps."""
+    batch: int = 64
+    """Images a step."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    width: int = 24
+    """Feature maps of the first convolution; the features have four times as many."""
+    size: int = 32
+    """Pixels of a side to which images are brought; a multiple of 8."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        if self.steps < 1 or self.batch < 2 or self.width < 4 or not self.lr > 0:
+            raise ValueError("classifier: need steps >= 1, batch >= 2, width >= 4 and lr > 0")
+        if self.size < 16 or self.size % 8:
+            raise ValueError(f"classifier.size must be a multiple of 8, 16 or more, not {self.size}")
+
+
+class ImageClassifier(nn.Module):
+    """Four convolutions, mean and maximum over the picture, one linear layer.
+
+    Parameters
+    ----------
+    n_classes : int
+        Number of classes K.
+    width : int
+        Feature maps of the first convolution.
+    size : int
+        Pixels of a side.
+    """
+
+    def __init__(self, n_classes: int, width: int = 24, size: int = 32) -> None:
+        super().__init__()
+        self.n_classes, self.width, self.size = n_classes, width, size
+        widths = (3, width, 2 * width, 2 * width, 4 * width)
+        layers: list[nn.Module] = []
+        for level, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            if level < 3:
+                layers.append(nn.MaxPool2d(2))
+        self.body = nn.Sequential(*layers)
+        self.squeeze = nn.Linear(8 * width, 4 * width)
+        self.head = nn.Linear(4 * width, n_classes)
+
+    def forward(self, x_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute features and class scores.
+
+        Parameters
+        ----------
+        x_B3HW : Tensor, shape (B, 3, H, W)
+            Images from -1 to 1, of the classifier's size.
+
+        Returns
+        -------
+        features_BD, logits_BK : Tensor
+            Features and class scores.
+        """
+        h = self.body(x_B3HW)
+        features = torch.relu(self.squeeze(torch.cat([h.mean(dim=(2, 3)), h.amax(dim=(2, 3))], dim=1)))
+        return features, self.head(features)
+
+    @torch.no_grad()
+    def judge(self, images_BHW3: Images, batch: int = 256) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Features and class probabilities of images.
+
+        Parameters
+        ----------
+        images_BHW3 : ndarray of uint8, shape (B, H, W, 3)
+            Square images of any size.
+        batch : int
+            Images at a time.
+
+        Returns
+        -------
+        features_BD : ndarray, shape (B, D)
+            Features before the last layer.
+        probabilities_BK : ndarray, shape (B, K)
+            Class probabilities.
+        """
+        self.eval()
+        features, probabilities = [], []
+        for start in range(0, len(images_BHW3), batch):
+            f, logits = self(_to_input(images_BHW3[start : start + batch], self.size))
+            features.append(f.double().numpy())
+            probabilities.append(logits.double().softmax(dim=1).numpy())
+        return np.concatenate(features), np.concatenate(probabilities)
+
+    def save(self, path: str | Path, metadata: dict[str, str]) -> None:
+        """Write one safetensors file.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file.
+        metadata : dict of str to str
+            What else to remember, e.g. the dataset it was trained on.
+        """
+        from safetensors.torch import save
+
+        from data_sharding.files import atomic_write_bytes
+
+        shape = {"n_classes": str(self.n_classes), "width": str(self.width), "size": str(self.size)}
+        tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
+        atomic_write_bytes(path, save(tensors, metadata={**metadata, **shape, "kind": "dreamscale-classifier"}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> tuple[ImageClassifier, dict[str, str]]:
+        """Load what `save` wrote.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file.
+
+        Returns
+        -------
+        classifier : ImageClassifier
+            In evaluation mode.
+        metadata : dict of str to str
+            What was remembered with it.
+
+        Raises
+        ------
+        RequestError
+            If the file is missing, damaged, or something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise RequestError(f"{path}: no such classifier file")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("kind") != "dreamscale-classifier":
+                    raise RequestError(
+                        f"{path}: not a classifier written by 'dreamscale evaluate'; leave --classifier out"
+                    )
+                model = cls(int(metadata["n_classes"]), int(metadata["width"]), int(metadata["size"]))
+                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, strict=True)  # noqa: SIM118
+        except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(f"{path}: a damaged classifier ({error}); delete it and evaluate again") from None
+        return model.eval(), metadata
+
+
+def _to_input(images_BHW3: Images, size: int) -> Tensor:
+    x = torch.from_numpy(np.ascontiguousarray(images_BHW3)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    if x.shape[-1] != size:
+        x = nn.functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    return x
+
+
+def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
+    """Shifts, mirror images, colours, contrast, a soft focus and grain: what a generator may get wrong of a class."""
+    b, _, height, width = x_B3HW.shape
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(b, *shape, generator=generator)
+
+    mirror = torch.where(torch.rand(b, generator=generator) < 0.5, -1.0, 1.0)
+    zoom = uniform(0.85, 1.18)
+    matrix = torch.zeros(b, 2, 3)
+    matrix[:, 0, 0], matrix[:, 1, 1] = mirror * zoom, zoom
+    matrix[:, :, 2] = uniform(-0.2, 0.2, 2)
+    grid = nn.functional.affine_grid(matrix, [b, 3, height, width], align_corners=False)
+    x = nn.functional.grid_sample(x_B3HW, grid, padding_mode="reflection", align_corners=False)
+    # Mixed colour channels: a class must be known by its form, for the generator draws in any colour.
+    mixing = torch.softmax(uniform(-3, 3, 3, 3), dim=2)
+    x = torch.where((uniform(0, 1) < 0.5)[:, None, None, None], torch.einsum("bij,bjhw->bihw", mixing, x), x)
+    x = x * uniform(0.6, 1.3, 1, 1, 1) + uniform(-0.25, 0.25, 1, 1, 1)
+    soft = nn.functional.avg_pool2d(nn.functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.lerp(x, soft, uniform(0, 1, 1, 1, 1))
+    return x + uniform(0, 0.2, 1, 1, 1) * torch.randn(x.shape, generator=generator)
+
+
+def train_classifier(
+    images_BHW3: Images, labels_B: NDArray[np.integer], n_classes: int, *, config: ClassifierConfig, seed: int
+) -> ImageClassifier:
+    """Train the classifier; the same arguments give the same weights on one machine.
+
+    Parameters
+    ----------
+    images_BHW3 : ndarray of uint8, shape (B, H, W, 3)
+        Real images, each once.
+    labels_B : ndarray of int, shape (B,)
+        Their classes.
+    n_classes : int
+        Number of classes K.
+    config : ClassifierConfig
+        Shape and training.
+    seed : int
+        Of weights, order and augmentation.
+
+    Returns
+    -------
+    ImageClassifier
+        In evaluation mode.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ImageClassifier(n_classes, config.width, config.size).train()
+    generator = torch.Generator().manual_seed(seed)
+    x, y = _to_input(images_BHW3, config.size), torch.as_tensor(labels_B).long()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps, pct_start=0.2)
+    order = torch.empty(0, dtype=torch.long)
+    with progress("training the classifier", config.steps) as advance:
+        for _ in range(config.steps):
+            while len(order) < config.batch:
+                order = torch.cat([order, torch.randperm(len(x), generator=generator)])
+            rows, order = order[: config.batch], order[config.batch :]
+            _, logits = model(_augment(x[rows], generator))
+            loss = nn.functional.cross_entropy(logits, y[rows], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            advance()
+    return model.eval()

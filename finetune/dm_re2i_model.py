@@ -1,0 +1,235 @@
+"""DM-RE2I as a package on disk and as a generator: EVRNet's feature guides a DDPM from noise to an image.
+
+Legend of suffixes: B trials, C channels, T samples, D feature width, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_sharding.errors import RequestError, one_line
+from data_sharding.files import atomic_directory, read_json, write_json
+from data_sharding.preprocess import PreprocessSpec
+from finetune.data import eeg_for_model, to_pixels
+from finetune.eg_ddpm import EGDDPM
+from finetune.evrnet import EVRNet
+
+KIND = "eg_ddpm"
+SCHEMA = 1
+
+
+def true_channels(eeg_CT: Tensor) -> int:
+    """Count the channels before padding by replication.
+
+    Parameters
+    ----------
+    eeg_CT : Tensor, shape (C, T)
+        A padded window.
+
+    Returns
+    -------
+    int
+        The smallest n for which every row i equals row i mod n.
+    """
+    rows = len(eeg_CT)
+    return next((n for n in range(1, rows) if torch.equal(eeg_CT[n:], eeg_CT[: rows - n])), rows)
+
+
+@torch.no_grad()
+def eeg_features(evrnet: EVRNet, x_BCT: Tensor, batch: int = 128) -> tuple[Tensor, Tensor]:
+    """Semantic features and class scores of trials.
+
+    Parameters
+    ----------
+    evrnet : EVRNet
+        In evaluation mode.
+    x_BCT : Tensor, shape (B, C, T)
+        Model units, padded by replication; rows beyond the network's are copies and not used.
+    batch : int
+        Trials at a time.
+
+    Returns
+    -------
+    e_BD, logits_BK : Tensor
+        Features and class scores.
+    """
+    assert not evrnet.training
+    rows = evrnet.config.n_channels
+    parts = [evrnet(part[:, None, :rows]) for part in x_BCT.split(batch)]
+    return torch.cat([e for e, _ in parts]), torch.cat([logits for _, logits in parts])
+
+
+@torch.no_grad()
+def sample_images(
+    unet: EGDDPM, noising_config: Any, e_BD: Tensor, *, steps: int, guidance_scale: float, seeds: list[int]
+) -> Tensor:
+    """Denoise from pure noise with DDIM.
+
+    Parameters
+    ----------
+    unet : EGDDPM
+        In evaluation mode.
+    noising_config : dict
+        Configuration of the scheduler of training.
+    e_BD : Tensor, shape (B, D)
+        EEG features, on the network's device.
+    steps : int
+        Denoising steps.
+    guidance_scale : float
+        1: the condition alone; above: away from the unconditional prediction.
+    seeds : list of int
+        One a trial; a trial's noise depends on nothing else.
+
+    Returns
+    -------
+    Tensor, shape (B, 3, H, W)
+        Images, about -1 to 1.
+
+    Raises
+    ------
+    RequestError
+        If guidance is asked of a network that was trained without a null vector, or too many steps.
+    """
+    from diffusers import DDIMScheduler
+
+    guided = guidance_scale != 1
+    if guided and unet.null is None:
+        raise RequestError("this model was trained without dropping conditions (drop 0); use --guidance_scale 1")
+    # Trailing: the first step starts at the last, noisiest step of training, as x_T ~ N(0, I) asks.
+    scheduler = DDIMScheduler.from_config(noising_config, timestep_spacing="trailing")
+    if steps > scheduler.config.num_train_timesteps:
+        raise RequestError(f"--steps {steps}: the model was trained with {scheduler.config.num_train_timesteps}")
+    scheduler.set_timesteps(steps, device=e_BD.device)
+    size = unet.config.sample_size
+    shape = (unet.config.in_channels, size, size)
+    # On the processor, so that the same seed gives the same noise on every device.
+    x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    x = x.to(e_BD.device, e_BD.dtype)
+    dropped_B = torch.arange(2 * len(x), device=x.device) >= len(x)
+    for step in scheduler.timesteps:
+        if guided:
+            own, none = unet(torch.cat([x, x]), step, torch.cat([e_BD, e_BD]), dropped_B).chunk(2)
+            guess = none + guidance_scale * (own - none)
+        else:
+            guess = unet(x, step, e_BD)
+        x = scheduler.step(guess, step, x).prev_sample
+    return x
+
+
+def save_model(
+    folder: Path, evrnet: EVRNet, unet: EGDDPM, noising: Any, spec: PreprocessSpec, extra: dict[str, Any]
+) -> None:
+    """Write the package of a trained DM-RE2I, whole or not at all.
+
+    Parameters
+    ----------
+    folder : Path
+        ``<run>/model``.
+    evrnet : EVRNet
+        EEG to features.
+    unet : EGDDPM
+        With the statistics of the features.
+    noising : DDPMScheduler
+        The scheduler of training.
+    spec : PreprocessSpec
+        What the EEG must have gone through.
+    extra : dict
+        Provenance, into dreamscale.json.
+    """
+    with atomic_directory(folder) as root:
+        evrnet.save_pretrained(root / "evrnet")
+        unet.save_pretrained(root / "unet")
+        noising.save_pretrained(root / "scheduler")
+        write_json(root / "preprocess.json", spec.to_dict())
+        write_json(root / "dreamscale.json", {"kind": KIND, "schema": SCHEMA, **extra})
+
+
+class DMRE2IGenerator:
+    """Makes images of EEG trials with EVRNet and EG-DDPM.
+
+    Parameters
+    ----------
+    folder : str or Path
+        ``<run>/model``.
+    device : str
+        cpu or cuda.
+
+    Attributes
+    ----------
+    spec : PreprocessSpec
+        What the EEG must have gone through.
+    kind : str
+        ``eg_ddpm``.
+
+    Raises
+    ------
+    RequestError
+        If a part is missing or damaged.
+    """
+
+    kind = KIND
+
+    def __init__(self, folder: str | Path, device: str = "cpu") -> None:
+        from diffusers import DDPMScheduler
+
+        folder = Path(folder)
+        values = read_json(folder / "dreamscale.json")
+        if values.get("kind") != KIND or values.get("schema") != SCHEMA:
+            raise RequestError(f"{folder}: not a '{KIND}' model that this version can read")
+        self.folder, self.device = folder, torch.device(device)
+        try:
+            self.spec = PreprocessSpec.from_dict(read_json(folder / "preprocess.json"))
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"{folder / 'preprocess.json'}: not a preprocessing ({one_line(error)})") from None
+        self.evrnet = EVRNet.from_pretrained(folder / "evrnet").requires_grad_(False).to(self.device)
+        try:
+            unet, report = EGDDPM.from_pretrained(str(folder / "unet"), local_files_only=True, output_loading_info=True)
+            self.noising = DDPMScheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+            raise RequestError(f"{folder}: U-Net or scheduler cannot be loaded ({one_line(error)[:200]})") from None
+        odd = [*report["missing_keys"], *report["unexpected_keys"]]
+        if odd:
+            raise RequestError(f"{folder / 'unet'}: {len(odd)} parameters do not fit, the first is {odd[0]}")
+        self.unet = unet.eval().requires_grad_(False).to(self.device)
+
+    @torch.no_grad()
+    def generate(
+        self, eeg_B128T: Tensor, *, steps: int = 50, guidance_scale: float = 1.0, seeds: list[int]
+    ) -> np.ndarray:
+        """Make one image a trial.
+
+        Parameters
+        ----------
+        eeg_B128T : Tensor, shape (B, 128, T)
+            Microvolts, preprocessed by `spec`, padded by replication.
+        steps : int
+            Denoising steps; 25 to 50 are enough.
+        guidance_scale : float
+            1 is the paper's: the condition alone; above: away from the unconditional prediction.
+        seeds : list of int
+            One a trial; a trial's noise does not depend on what else is in the batch.
+
+        Returns
+        -------
+        ndarray of uint8, shape (B, H, W, 3)
+            RGB.
+
+        Raises
+        ------
+        RequestError
+            If a trial has more channels than the network was made for, or the settings do not fit the model.
+        """
+        assert len(eeg_B128T) == len(seeds)
+        rows = self.evrnet.config.n_channels
+        if rows < eeg_B128T.shape[1] and (most := max(true_channels(eeg_CT) for eeg_CT in eeg_B128T)) > rows:
+            raise RequestError(f"{self.folder}: made for up to {rows} channels, but a trial has {most}")
+        e_BD, _ = eeg_features(self.evrnet, eeg_for_model(eeg_B128T, self.spec, self.device))
+        images = sample_images(
+            self.unet, self.noising.config, e_BD, steps=steps, guidance_scale=guidance_scale, seeds=seeds
+        )
+        return to_pixels(images)

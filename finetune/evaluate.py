@@ -1,0 +1,478 @@
+"""Judges generated images: metrics, controls beside every number, and a report on one page.
+
+Legend of suffixes: B trials, M images, H rows, W columns, D feature width, K classes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sharding.config import parse_config
+from data_sharding.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.files import atomic_write_text, read_json, write_json
+from finetune import metrics
+from finetune.classifier import ClassifierConfig, ImageClassifier, train_classifier
+from finetune.data import ImageTable, decode_image, open_paired
+
+JUDGE = "dataset-classifier"
+"""Name of our own classifier in the results: its Fréchet distance is not the FID."""
+
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Metrics, controls and a report of a directory of generated images."""
+
+    directory: str
+    """What `dreamscale generate` wrote; metrics.json and report.html are written into it."""
+    control_dir: str | None = None
+    """The same trials generated with `--control shuffle`."""
+    dataset: str | None = None
+    """The EEG-image dataset, if it is no longer where generated.json says."""
+    classifier: str | None = None
+    """classifier.safetensors of an earlier evaluation on this dataset; without it, one is trained."""
+    training: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """The classifier's shape and training."""
+    n_way: list[int] = field(default_factory=lambda: [2, 50])
+    """Numbers of classes for the n-way accuracy; those above the dataset's are left out."""
+    permutations: int = 10_000
+    """Shuffles of the labels between images for the p-value."""
+    inception: str | None = None
+    """TorchScript Inception-V3 (inception-2015-12-05.pt) for FID, KID and IS; not computed without."""
+    lpips: str | None = None
+    """TorchScript VGG-16 with LPIPS weights (vgg16.pt) for LPIPS; not computed without."""
+    examples: int = 24
+    """Trials shown in the report."""
+    seed: int = 0
+    """Of the classifier, the random pairs and the shuffles."""
+
+    def __post_init__(self) -> None:
+        if self.permutations < 99 or self.examples < 1 or any(n < 2 for n in self.n_way):
+            raise ValueError("need permutations >= 99, examples >= 1 and every n_way >= 2")
+
+
+@dataclass(kw_only=True)
+class GeneratedSet:
+    """What `dreamscale generate` wrote."""
+
+    path: Path
+    """The directory."""
+    about: dict[str, Any]
+    """generated.json."""
+    images_BHW3: Images
+    """Generated images."""
+    real_BHW3: Images
+    """What was seen."""
+
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        """One dictionary a trial."""
+        return self.about["trials"]
+
+    @property
+    def labels_B(self) -> NDArray[np.int64]:
+        """Label of each trial."""
+        return np.array([trial["label"] for trial in self.trials])
+
+
+def read_generated(path: str | Path) -> GeneratedSet:
+    """Read a directory of generated images, and check that it is whole.
+
+    Parameters
+    ----------
+    path : str or Path
+        The directory.
+
+    Returns
+    -------
+    GeneratedSet
+        Its images.
+
+    Raises
+    ------
+    RequestError
+        If generated.json or an image is missing or damaged, or sizes differ.
+    """
+    path = Path(path)
+    if not (path / "generated.json").is_file():
+        raise RequestError(f"{path}: no generated.json, so 'dreamscale generate' did not finish there; run it first")
+    about = read_json(path / "generated.json")
+    needed = {"dataset", "dataset_id", "split", "control", "labels", "trials"}
+    if not isinstance(about, dict) or needed - about.keys() or not about["trials"]:
+        raise RequestError(f"{path / 'generated.json'}: lacks what 'dreamscale generate' writes; generate again")
+    found: dict[str, Images] = {}
+    for name in ("file", "real_file"):
+        images = []
+        for trial in about["trials"]:
+            try:
+                file = path / trial[name]
+                images.append(decode_image(file.read_bytes(), name=str(file)))
+                known = isinstance(trial["label"], int) and 0 <= trial["label"] < len(about["labels"])
+            except KeyError as error:
+                raise RequestError(f"{path / 'generated.json'}: a trial has no {error}; generate again") from None
+            except OSError as error:
+                raise RequestError(f"{path / trial[name]}: {error.strerror or error}; generate again") from None
+            if not known:
+                raise RequestError(f"{path / 'generated.json'}: trial {trial.get('key')} has no valid label")
+        if len({image.shape for image in images}) > 1:
+            raise RequestError(f"{path}: images of different sizes; generate again")
+        found[name] = np.stack(images)
+    if found["file"].shape != found["real_file"].shape:
+        raise RequestError(f"{path}: generated and real images are not of one size; generate again")
+    return GeneratedSet(path=path, about=about, images_BHW3=found["file"], real_BHW3=found["real_file"])
+
+
+def _resized(images_BHW3: Images, size: int) -> Images:
+    from PIL import Image
+
+    if images_BHW3.shape[1:3] == (size, size):
+        return images_BHW3
+    resized = [Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS) for image in images_BHW3]
+    return np.stack([np.asarray(image, np.uint8) for image in resized])
+
+
+def _torchscript(path: str, key: str) -> Any:
+    import torch
+
+    if not Path(path).is_file():
+        raise RequestError(f"{key} '{path}': no such file")
+    try:
+        return torch.jit.load(path, map_location="cpu").eval()
+    except RuntimeError as error:
+        raise RequestError(f"{key} '{path}': not a TorchScript file ({str(error).splitlines()[0]})") from None
+
+
+def _run_script(script: Any, images_BHW3: Images, batch: int = 32, **options: Any) -> NDArray[np.float64]:
+    """Outputs of a TorchScript network that takes [B, 3, H, W] from 0 to 255."""
+    import torch
+
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(images_BHW3), batch):
+            x = torch.from_numpy(images_BHW3[start : start + batch]).permute(0, 3, 1, 2).float()
+            parts.append(script(x, **options).double().numpy())
+    return np.concatenate(parts)
+
+
+@dataclass(kw_only=True)
+class Judges:
+    """The networks that judge."""
+
+    classifier: ImageClassifier
+    """Trained on the dataset's own training images."""
+    size: int
+    """Pixels to which images are brought for it."""
+    inception: Any = None
+    """TorchScript, or None."""
+    lpips: Any = None
+    """TorchScript, or None."""
+
+
+def measure(
+    images_BHW3: Images, real_BHW3: Images, labels_B: Any, image_ids: list[str], judges: Judges, config: EvaluateConfig
+) -> dict[str, Any]:
+    """Compute every metric of a set of images.
+
+    Parameters
+    ----------
+    images_BHW3, real_BHW3 : ndarray of uint8, shape (B, H, W, 3)
+        Images to judge, and what was seen.
+    labels_B : ndarray of int, shape (B,)
+        Categories of what was seen.
+    image_ids : list of str
+        Image of each trial.
+    judges : Judges
+        The networks.
+    config : EvaluateConfig
+        The request.
+
+    Returns
+    -------
+    dict
+        Name to number or dictionary of numbers; a text that says why where a metric was not computed. The feature
+        network's name stands in brackets.
+    """
+    features, probabilities = judges.classifier.judge(_resized(images_BHW3, judges.size))
+    real_features, _ = judges.classifier.judge(_resized(real_BHW3, judges.size))
+    predicted, classes = probabilities.argmax(axis=1), probabilities.shape[1]
+    decibels = metrics.psnr(images_BHW3, real_BHW3)
+    small = min(images_BHW3.shape[1:3]) < 11
+    confusion = np.zeros((classes, classes), int)
+    np.add.at(confusion, (labels_B, predicted), 1)
+    few = min(len(images_BHW3), len(real_BHW3)) < 2
+    fid_note = f"biased: {len(images_BHW3)} images, 2048 or more are usual" if len(images_BHW3) < 2048 else ""
+    out: dict[str, Any] = {
+        f"accuracy[{JUDGE}]": metrics.accuracy_with_p_value(
+            predicted, labels_B, image_ids, permutations=config.permutations, seed=config.seed
+        ),
+        **{
+            f"{n}-way-top-{k}[{JUDGE}]": metrics.n_way_top_k(probabilities, labels_B, n=n, k=k, seed=config.seed)
+            for n in config.n_way
+            if n <= classes
+            for k in (1, 5)
+            if k < n
+        },
+        "psnr": float(decibels.mean()) if np.isfinite(decibels).all() else "infinite: images equal to the real ones",
+        "ssim": "not computed: images below 11 pixels" if small else float(metrics.ssim(images_BHW3, real_BHW3).mean()),
+        f"frechet_distance[{JUDGE}]": (
+            "not computed: fewer than two images" if few else metrics.frechet_distance(real_features, features)
+        ),
+        f"kernel_distance[{JUDGE}]": (
+            "not computed: fewer than two images" if few else metrics.kernel_distance(real_features, features)
+        ),
+        f"inception_score[{JUDGE}]": metrics.inception_score(probabilities),
+        "frechet_note": fid_note,
+        "confusion": confusion.tolist(),
+    }
+    if judges.inception is not None and not few:
+        ours = _run_script(judges.inception, images_BHW3, return_features=True)
+        theirs = _run_script(judges.inception, real_BHW3, return_features=True)
+        out["fid"] = metrics.frechet_distance(theirs, ours)
+        out["kid"] = metrics.kernel_distance(theirs, ours)
+    else:
+        out["fid"] = out["kid"] = "not computed: needs Inception-V3 weights (--inception PATH) and two images or more"
+    if judges.lpips is not None:
+        a, b = (_run_script(judges.lpips, x, resize_images=False, return_lpips=True) for x in (images_BHW3, real_BHW3))
+        out["lpips"] = float(np.square(a - b).sum(axis=1).mean())
+    else:
+        out["lpips"] = "not computed: needs LPIPS weights (--lpips PATH)"
+    return out
+
+
+def random_pairs(
+    images_BHW3: Images, real_BHW3: Images, image_ids: list[str], *, seed: int, draws: int = 10
+) -> dict[str, Any]:
+    """PSNR and SSIM of each generated image with the real image of a random other trial.
+
+    Parameters
+    ----------
+    images_BHW3, real_BHW3 : ndarray of uint8, shape (B, H, W, 3)
+        Generated and real images.
+    image_ids : list of str
+        Image of each trial; a trial's own image is never drawn.
+    seed : int
+        Of the draws.
+    draws : int
+        Partners a trial.
+
+    Returns
+    -------
+    dict
+        Mean psnr and ssim; a text where all trials show one image.
+    """
+    ids = np.asarray(image_ids)
+    rng = np.random.default_rng(seed)
+    other = ids[:, None] != ids[None, :]
+    if not other.any(axis=1).all():
+        return {"psnr": "not computed: all trials show one image", "ssim": "not computed: all trials show one image"}
+    found: dict[str, list[float]] = {"psnr": [], "ssim": []}
+    for _ in range(draws):
+        partner = np.where(other, rng.random(other.shape), -1).argmax(axis=1)
+        values = metrics.psnr(images_BHW3, real_BHW3[partner])
+        found["psnr"].append(float(values[np.isfinite(values)].mean()))
+        if min(images_BHW3.shape[1:3]) >= 11:
+            found["ssim"].append(float(metrics.ssim(images_BHW3, real_BHW3[partner]).mean()))
+    return {k: float(np.mean(v)) if v else "not computed: images below 11 pixels" for k, v in found.items()}
+
+
+def nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> NDArray[np.float64]:
+    """Distance of each image to the nearest training image.
+
+    Parameters
+    ----------
+    images_BHW3, train_MHW3 : ndarray of uint8
+        Images of one size.
+
+    Returns
+    -------
+    ndarray, shape (B,)
+        Root mean squared difference of the pixels, 0 to 255.
+    """
+    train = train_MHW3.reshape(len(train_MHW3), -1).astype(np.float32)
+    flat = images_BHW3.reshape(len(images_BHW3), -1).astype(np.float32)
+    nearest = np.array([np.square(train - image).mean(axis=1).min() for image in flat], np.float64)
+    return np.sqrt(nearest)
+
+
+def _quartiles(values: NDArray[np.float64]) -> dict[str, float]:
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return {"median": float(middle), "quartile_1": float(low), "quartile_3": float(high)}
+
+
+def _classifier(
+    config: EvaluateConfig, table: ImageTable, dataset_id: str, labels: list[str], output: Path
+) -> ImageClassifier:
+    """Load the classifier, or train it on the training images and keep it."""
+    if config.classifier is not None:
+        classifier, about = ImageClassifier.load(config.classifier)
+        if about.get("dataset_id") != dataset_id or classifier.n_classes != len(labels):
+            raise RequestError(f"{config.classifier}: was trained on another dataset; leave --classifier out")
+        return classifier
+    images = table.pixels(size=config.training.size)
+    classifier = train_classifier(images, table.labels, len(labels), config=config.training, seed=config.seed)
+    classifier.save(output / "classifier.safetensors", {"dataset_id": dataset_id, "seed": str(config.seed)})
+    return classifier
+
+
+def _read_control(config: EvaluateConfig, own: GeneratedSet) -> GeneratedSet | None:
+    if config.control_dir is None:
+        return None
+    control = read_generated(config.control_dir)
+    if control.about["control"] != "shuffle":
+        raise RequestError(f"{config.control_dir}: is no control; generate it with --control shuffle")
+    if own.about["control"] != "none":
+        raise RequestError(f"{config.directory}: is a control itself; give it as --control_dir")
+    for key in ("dataset_id", "split", "kind", "steps", "guidance_scale"):
+        if control.about.get(key) != own.about.get(key):
+            raise RequestError(
+                f"{config.control_dir}: {key} is {control.about.get(key)!r}, but {own.about.get(key)!r} in "
+                f"{config.directory}; generate both alike"
+            )
+    if [t["key"] for t in control.trials] != [t["key"] for t in own.trials]:
+        raise RequestError(f"{config.control_dir}: holds other trials than {config.directory}; generate both alike")
+    return control
+
+
+def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
+    """Accuracy of the classifier on real images that it was not trained on."""
+    correct, total, ids = 0, 0, []
+    for split in dict.fromkeys(("val", "test", dataset_split)):
+        if split == "train":
+            continue
+        try:
+            table = ImageTable(open_paired(path, split))
+        except RequestError:
+            continue  # a dataset may lack one of the splits; the count says how many images there were
+        _, probabilities = judges.classifier.judge(table.pixels(size=judges.size))
+        correct += int((probabilities.argmax(axis=1) == table.labels).sum())
+        total += len(table)
+        ids.append(split)
+    if not total:
+        return {"accuracy": "not computed: no held-out images", "n": 0, "splits": []}
+    return {
+        "accuracy": correct / total,
+        "n": total,
+        "splits": ids,
+        "interval": list(metrics.wilson_interval(correct, total)),
+    }
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Compute everything that metrics.json holds.
+
+    Parameters
+    ----------
+    config : EvaluateConfig
+        The request.
+
+    Returns
+    -------
+    dict
+        ``generated``, ``shuffled`` and ``real`` (the ceiling) as `measure` gives them, ``random_pairs``,
+        ``memorisation``, ``classifier``.
+
+    Raises
+    ------
+    RequestError
+        If a directory is not whole, or the parts do not belong together.
+    """
+    from finetune.evaluation_report import write_report
+
+    own = read_generated(config.directory)
+    control = _read_control(config, own)
+    path = Path(config.dataset or own.about["dataset"])
+    train = open_paired(path, "train")
+    if train.manifest.dataset_id != own.about["dataset_id"]:
+        raise RequestError(f"{path}: is not the dataset of which {config.directory} was made; give it as --dataset")
+    inception = _torchscript(config.inception, "inception") if config.inception else None
+    lpips = _torchscript(config.lpips, "lpips") if config.lpips else None
+    table = ImageTable(train)
+    labels = own.about["labels"]
+    classifier = _classifier(config, table, train.manifest.dataset_id, labels, own.path)
+    judges = Judges(classifier=classifier, size=classifier.size, inception=inception, lpips=lpips)
+    y_B, ids = own.labels_B, [trial["image_id"] for trial in own.trials]
+
+    seen_in_training = sorted(set(ids) & set(table.ids))
+    result: dict[str, Any] = {
+        "schema": 1,
+        "kind": own.about.get("kind"),
+        "dataset_id": own.about["dataset_id"],
+        "split": own.about["split"],
+        "labels": labels,
+        "trials": len(ids),
+        "images": len(set(ids)),
+        "subjects": len({trial["subject"] for trial in own.trials}),
+        "images_also_in_train": len(seen_in_training),
+        "sampling": {key: own.about.get(key) for key in ("steps", "guidance_scale", "seed")},
+        "classifier": {
+            "name": JUDGE,
+            "trained_on": {"split": "train", "images": len(table)},
+            "held_out": _held_out(path, judges, own.about["split"]),
+        },
+        "generated": measure(own.images_BHW3, own.real_BHW3, y_B, ids, judges, config),
+        "shuffled": "not computed: no --control_dir",
+        "real": measure(own.real_BHW3, own.real_BHW3, y_B, ids, judges, config),
+        "random_pairs": random_pairs(own.images_BHW3, own.real_BHW3, ids, seed=config.seed),
+    }
+    if control is not None:
+        result["shuffled"] = measure(control.images_BHW3, control.real_BHW3, y_B, ids, judges, config)
+        label_of = {trial["key"]: trial["label"] for trial in own.trials}
+        image_of = {trial["key"]: trial["image_id"] for trial in own.trials}
+        givers = [trial["eeg_key"] for trial in control.trials]
+        if set(givers) <= label_of.keys():
+            _, probabilities = classifier.judge(_resized(control.images_BHW3, judges.size))
+            # The control fails on the image that was shown, and should succeed on the one its EEG belongs to.
+            result["shuffled"][f"accuracy_of_eeg[{JUDGE}]"] = metrics.accuracy_with_p_value(
+                probabilities.argmax(axis=1),
+                np.array([label_of[key] for key in givers]),
+                [image_of[key] for key in givers],
+                permutations=config.permutations,
+                seed=config.seed,
+            )
+    train_images = table.pixels(size=judges.size)
+    # What the nearest of real unseen images are to the training images is what a generator may reach without copying.
+    result["memorisation"] = {
+        "measure": f"RMS pixel difference to the nearest of {len(table)} training images at {judges.size} pixels",
+        "generated": _quartiles(nearest_training_image(_resized(own.images_BHW3, judges.size), train_images)),
+        "real": _quartiles(nearest_training_image(_resized(own.real_BHW3, judges.size), train_images)),
+    }
+    write_json(own.path / "metrics.json", result)
+    page = write_report(result, own, control, examples=config.examples)
+    atomic_write_text(own.path / "report.html", page)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate generated images.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        ``DIR`` and any key of `EvaluateConfig`.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = [w.replace("--control-dir", "--control_dir", 1) for w in words]
+    config = parse_config(EvaluateConfig, words, prog="dreamscale evaluate", positionals=("directory",))
+    result = evaluate(config)
+    found, real = (result[name][f"accuracy[{JUDGE}]"] for name in ("generated", "real"))
+    line = f"accuracy {found['accuracy']:.3f} (chance {found['chance']:.3f}, p {found['p_value']:.2g}, n {found['n']})"
+    if isinstance(result["shuffled"], dict):
+        line += f"; EEG shuffled {result['shuffled'][f'accuracy[{JUDGE}]']['accuracy']:.3f}"
+    print(f"{line}; real images {real['accuracy']:.3f} -> {Path(config.directory) / 'report.html'}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

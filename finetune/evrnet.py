@@ -1,0 +1,191 @@
+"""EVRNet: single EEG trials to a semantic feature and a class.
+
+Legend of suffixes: B batch, C channels (electrodes), T samples, D feature width, K classes, F feature maps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data_sharding.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EVRNetConfig:
+    """Shape of an EVRNet; the defaults are the published network's."""
+
+    n_classes: int = 40
+    """Number of classes."""
+    n_channels: int = 128
+    """Rows of the input."""
+    widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
+    """Feature maps after the two temporal, the two spatial and the TS convolution; the last is the feature's width."""
+    multi_kernels: tuple[int, int] = (3, 5)
+    """Kernel sizes of the multi-kernel residual blocks."""
+    dropout: float = 0.0
+    """Share of the semantic feature dropped before the linear layer while training; the paper shows none."""
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot be built."""
+        if len(self.widths) != 5 or min(self.widths) < 1:
+            raise ValueError(f"widths must be five positive numbers, not {self.widths}")
+        if len(self.multi_kernels) != 2 or any(k < 1 or k % 2 == 0 for k in self.multi_kernels):
+            raise ValueError(f"multi_kernels must be two odd numbers, not {self.multi_kernels}")
+        if self.n_classes < 2:
+            raise ValueError(f"n_classes must be 2 or more, not {self.n_classes}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+
+
+def _plain(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int]) -> nn.Sequential:
+    """Convolution, batch norm, ReLU; halves what it strides over."""
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    # No bias: the batch norm's shift would undo it, and the published count has none.
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class MKRB(nn.Module):
+    """Multi-kernel residual block: two convolutions of different reach, both with the block's input as their skip.
+
+    ``y0 = ReLU(ReLU(BN(Conv3x3(v))) + v)``, ``y = ReLU(ReLU(BN(Conv5x5(y0))) + v)``. The second skip starts at `v`,
+    not at `y0` as in a chain of two residual blocks.
+
+    Parameters
+    ----------
+    width : int
+        Feature maps in and out.
+    kernels : tuple of int
+        Sizes of the two kernels.
+    """
+
+    def __init__(self, width: int, kernels: tuple[int, int] = (3, 5)) -> None:
+        super().__init__()
+        small, large = kernels
+        self.small = _plain(width, width, (small, small), (1, 1))
+        self.large = _plain(width, width, (large, large), (1, 1))
+
+    def forward(self, v_BFCT: Tensor) -> Tensor:
+        """Apply the block.
+
+        Parameters
+        ----------
+        v_BFCT : Tensor, shape (B, F, C, T)
+            Feature maps.
+
+        Returns
+        -------
+        Tensor, shape (B, F, C, T)
+            Feature maps.
+        """
+        y_BFCT = torch.relu(self.small(v_BFCT) + v_BFCT)
+        return torch.relu(self.large(y_BFCT) + v_BFCT)
+
+
+class EVRNet(nn.Module):
+    """Visual features from EEG: temporal, spatial and joint convolutions around two multi-kernel residual blocks.
+
+    Parameters
+    ----------
+    config : EVRNetConfig, optional
+        Shape; the published one by default (3,700,040 parameters).
+
+    References
+    ----------
+    Zeng et al., "DM-RE2I: A framework based on diffusion model for the reconstruction from EEG to image",
+    Biomedical Signal Processing and Control 86 (2023) 105125.
+    """
+
+    def __init__(self, config: EVRNetConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or EVRNetConfig()
+        w1, w2, w3, w4, w5 = config.widths
+        self.temporal = nn.Sequential(_plain(1, w1, (1, 3), (1, 2)), _plain(w1, w2, (1, 3), (1, 2)))
+        self.temporal_mkrb = MKRB(w2, config.multi_kernels)
+        self.spatial = nn.Sequential(_plain(w2, w3, (3, 1), (2, 1)), _plain(w3, w4, (3, 1), (2, 1)))
+        self.spatial_mkrb = MKRB(w4, config.multi_kernels)
+        self.ts = _plain(w4, w5, (3, 3), (2, 2))
+        self.dropout = nn.Dropout(config.dropout)
+        self.fc = nn.Linear(w5, config.n_classes)
+
+    @property
+    def dim(self) -> int:
+        """Width D of the semantic feature."""
+        return self.config.widths[-1]
+
+    def forward(self, x_B1CT: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the semantic feature and the class scores.
+
+        Parameters
+        ----------
+        x_B1CT : Tensor, shape (B, 1, C, T)
+            Trials in model units (`PreprocessSpec.scale_for_model`).
+
+        Returns
+        -------
+        e_BD : Tensor, shape (B, D)
+            Semantic feature.
+        logits_BK : Tensor, shape (B, K)
+            Class scores.
+        """
+        h = self.temporal_mkrb(self.temporal(x_B1CT))
+        h = self.spatial_mkrb(self.spatial(h))
+        e_BD = self.ts(h).mean(dim=(2, 3))
+        return e_BD, self.fc(self.dropout(e_BD))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``.
+
+        Parameters
+        ----------
+        path : str or Path
+            Directory; made where it is missing.
+        """
+        from safetensors.torch import save_file
+
+        from data_sharding.files import write_json
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", {"kind": "evrnet", **asdict(self.config)})
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, path / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> EVRNet:
+        """Load what `save_pretrained` wrote, in evaluation mode.
+
+        Parameters
+        ----------
+        path : str or Path
+            Directory.
+
+        Returns
+        -------
+        EVRNet
+            The network.
+
+        Raises
+        ------
+        RequestError
+            If a file is missing or damaged, or holds other parameters than the configuration asks for.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        from data_sharding.files import read_json
+
+        path = Path(path)
+        stored = read_json(path / "config.json")
+        if not isinstance(stored, dict) or stored.pop("kind", None) != "evrnet":
+            raise RequestError(f"{path / 'config.json'}: does not describe an EVRNet; give the model's evrnet/ folder")
+        try:
+            lists = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+            model = cls(EVRNetConfig(**lists))
+            model.load_state_dict(load_file(path / "model.safetensors"), strict=True)
+        except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+            raise RequestError(f"{path}: not a whole EVRNet ({error}); export the run again") from None
+        return model.eval()
