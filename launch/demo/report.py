@@ -216,15 +216,16 @@ def _html(
         _story(out, summary),
         """
 <h2>What was seen, and what came out</h2>
-<p>Each row is one moment at which a person who was never trained on looked at a picture that was never trained on. The
-models saw only the second of EEG that followed. The shuffled columns are the control: the same model with the same noise,
-given the EEG of another moment. The first trials of each category are shown, not the best ones.</p>""",
+<p>Each row is one moment at which a person who was never trained on looked at a picture that was never trained
+on. The models saw only the second of EEG that followed. The shuffled columns are the control: the same model
+with the same noise, given the EEG of another moment. The first trials of each category are shown, not the best
+ones.</p>""",
         page.picture_table(columns, names),
         _models(summary),
         f"""
 <h2>Pretraining</h2>
-<p>The encoder learned from recordings without any pictures: most of each second is hidden and must be rebuilt from the
-rest. The error on a person never trained on went from {pretrain["held_out_loss_first"]:.3f} to
+<p>The encoder learned from recordings without any pictures: most of each second is hidden and must be rebuilt
+from the rest. The error on a person never trained on went from {pretrain["held_out_loss_first"]:.3f} to
 {pretrain["held_out_loss_last"]:.3f} in {pretrain["steps"]:,} steps; 1 is what ignoring the signal gives.</p>""",
         f"<figure>{page.picture(reconstruction, 'EEG rebuilt by the model')}</figure>",
         "<h2>Learning curves</h2>",
@@ -244,19 +245,21 @@ def _story(out: Path, summary: dict[str, Any]) -> str:
     return f"""
 <h2>What happened</h2>
 <ol>
-<li>{len(truth["unpaired"])} people were simulated, with rhythms, blinks, mains hum and dead electrodes, and recorded in
-{len(formats)} file formats ({", ".join(formats)}) with {counts[0]} to {counts[-1]} electrodes. {len(truth["paired"])} of
-them looked at simple shapes; their EEG answers to each picture in a way that depends on its shape and colour and differs
-from person to person.</li>
+<li>{len(truth["unpaired"])} people were simulated, with rhythms, blinks, mains hum and dead electrodes, and
+recorded in {len(formats)} file formats ({", ".join(formats)}) with {counts[0]} to {counts[-1]} electrodes.
+{len(truth["paired"])} of them looked at simple shapes; their EEG answers to each picture in a way that depends
+on its shape and colour and differs from person to person.</li>
 <li>All recordings were sharded on Ray into one format, with an account of every one.</li>
-<li>An encoder was pretrained on the recordings without pictures (DeepSpeed ZeRO-2, two processes) and exported.</li>
-<li>With {paired["train"]:,} trials of {people["train"]} people, the encoder was aligned with CLIP, and a Stable Diffusion
-was fine-tuned to draw from EEG instead of from text (Accelerate). A second model, EG-DDPM, learned the same in pixels,
-without text and without pretraining. CLIP and Stable Diffusion are miniatures of the real architectures, made on the spot
-from the training pictures: the demo downloads nothing.</li>
-<li>For {paired["test"]:,} trials of {people["test"]} other people and of other pictures, both models drew what they take
-to have been seen, once with the right EEG and once with that of another trial.</li>
-<li>A separate network, trained on real training pictures only, named the category of every generated picture.</li>
+<li>An encoder was pretrained on the recordings without pictures (DeepSpeed ZeRO-2, two processes) and
+exported.</li>
+<li>With {paired["train"]:,} trials of {people["train"]} people, the encoder was aligned with CLIP, and a Stable
+Diffusion was fine-tuned to draw from EEG instead of from text (Accelerate). A second model, EG-DDPM, learned
+the same in pixels, without text and without pretraining. CLIP and Stable Diffusion are miniatures of the real
+architectures, made on the spot from the training pictures: the demo downloads nothing.</li>
+<li>For {paired["test"]:,} trials of {people["test"]} other people and of other pictures, both models drew what
+they take to have been seen, once with the right EEG and once with that of another trial.</li>
+<li>A separate network, trained on real training pictures only, named the category of every generated
+picture.</li>
 </ol>"""
 
 

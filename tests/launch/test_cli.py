@@ -1,0 +1,90 @@
+"""The command line: quick help, every command there, bad requests in one line."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.local import launcher_command, processes_wanted
+from launch.stages import STAGES
+
+
+def command(*words: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "launch", *words], capture_output=True, text=True, **options)
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from launch.cli import main; assert main(['--help']) == 0; "
+        "heavy = {'torch', 'mne', 'ray', 'numpy', 'jsonargparse', 'rich', 'yaml'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in STAGES:
+        assert f"\n  {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_command_is_there(name: str, capsys: pytest.CaptureFixture[str]):
+    stage = STAGES[name]
+    assert callable(importlib.import_module(stage.module).main)
+    if stage.config:
+        module, cls = stage.config.split(":")
+        assert getattr(importlib.import_module(module), cls).__doc__
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["pretain"], "did you mean 'pretrain'"),
+        (["pretrain", "no_such.yaml"], "no_such.yaml"),
+        (["shard", "no_such.yaml"], "no_such.yaml"),
+        (["verify", "no_such_dataset"], "no_such_dataset"),
+        (["generate", "no_such_model", "no_such_dataset", "-o", "x"], "no_such"),
+        (["evaluate", "no_such_folder"], "no_such_folder"),
+        (["submit", "slurm", "demo", "x.yaml"], "demo"),
+        (["demo", "--sed", "1"], "seed"),
+        (["doctor", "--path", "a", "b"], "b"),
+    ],
+)
+def test_bad_requests_are_one_line_and_2(words: list[str], names: str, tmp_path: Path):
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert names in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_are_read_from_config_and_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    config = tmp_path / "c.yaml"
+    config.write_text("num_processes: 3\n")
+    assert processes_wanted([str(config)]) == 3
+    assert processes_wanted([str(config), "--num_processes", "2"]) == 2
+    assert processes_wanted(["--config", str(config), "--num_processes=4"]) == 4
+    assert processes_wanted([str(config), "--help"]) == 1
+    assert processes_wanted([str(tmp_path / "none.yaml")]) == 1
+    config.write_text("num_processes: many\n")
+    assert processes_wanted([str(config)]) == 1
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes_wanted(["--num_processes", "4"]) == 1
+
+
+def test_launchers_get_the_stage_and_its_words():
+    for name, stage in STAGES.items():
+        if stage.launcher:
+            words = launcher_command(stage, ["c.yaml", "--seed", "1"], 2)
+            assert words[-4:] == [stage.module, "c.yaml", "--seed", "1"], name
+            assert words[3] == stage.launcher

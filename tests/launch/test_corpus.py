@@ -1,0 +1,128 @@
+"""The demo's corpus: the same bytes for a seed, readable, and with the truth it states."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.demo.corpus import make_corpus
+from launch.demo.pictures import CATEGORIES, draw, make_pictures
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("demo") / "corpus"
+    make_corpus(path, 5)
+    return path
+
+
+@pytest.fixture(scope="module")
+def truth(corpus: Path) -> dict:
+    return json.loads((corpus / "truth.json").read_text())
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_seed_decides_every_byte(corpus: Path, tmp_path: Path):
+    make_corpus(tmp_path / "again", 5)
+    assert fingerprint(tmp_path / "again") == fingerprint(corpus)
+    assert make_pictures(5) != make_pictures(6)
+
+
+def read(path: Path):
+    import mne
+
+    return mne.io.read_raw(path, preload=True, verbose="error")
+
+
+def test_recordings_are_what_the_truth_says(corpus: Path, truth: dict):
+    assert len(truth["unpaired"]) == 12
+    assert len({r["format"] for r in truth["unpaired"]}) == 5
+    assert len({r["montage"] for r in truth["unpaired"]}) == 5
+    assert len({r["sfreq"] for r in truth["unpaired"]}) == 4
+    seen = set()
+    for told in truth["unpaired"]:
+        if told["format"] in seen and not told["dead_channel"]:
+            continue
+        seen.add(told["format"])
+        raw = read(corpus / told["path"])
+        assert (len(raw.ch_names), raw.info["sfreq"]) == (told["channels"], told["sfreq"])
+        assert len(raw.times) / told["sfreq"] == pytest.approx(told["seconds"], abs=1)
+        x = raw.get_data() * 1e6
+        x -= x.mean(axis=1, keepdims=True)
+        flat = [name for name, row in zip(raw.ch_names, x, strict=True) if row.std() < 0.1]
+        assert flat == ([told["dead_channel"]] if told["dead_channel"] else [])
+        spread = np.median(x.std(axis=1))
+        assert 3 < spread < 100, "microvolts"
+        power = (np.abs(np.fft.rfft(x, axis=1)) ** 2).mean(axis=0)
+        f = np.fft.rfftfreq(x.shape[1], 1 / told["sfreq"])
+
+        def band(low: float, high: float, power=power, f=f) -> float:
+            return float(power[(f >= low) & (f < high)].mean())
+
+        assert band(1, 4) > band(13, 20) > band(30, 45), "falls with frequency"
+        assert band(49.5, 50.5) > 5 * band(40, 48), "mains hum"
+        own = truth["subjects"][told["subject"]]["alpha_hz"]
+        assert band(own - 0.5, own + 0.5) > 1.5 * band(14, 18), "alpha"
+
+
+def test_events_and_pictures(corpus: Path, truth: dict):
+    told = truth["paired"][0]
+    recording = corpus / told["path"]
+    with (recording.parent / f"{recording.stem}_events.tsv").open() as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    assert len(rows) == len({row["image_id"] for row in rows}) == told["trials"] == len(truth["pictures"])
+    assert all((corpus / "paired" / row["image"]).is_file() for row in rows)
+    assert np.diff([float(row["onset"]) for row in rows]).min() > 1.05
+    order = [CATEGORIES.index(row["label_name"]) for row in rows]
+    repeats = np.mean(np.diff(order) == 0)
+    assert 0.15 < repeats < 0.35, "no blocks: the next category is the same as often as luck has it"
+    counts = {split: sum(row["split"] == split for row in rows) for split in ("train", "val", "test")}
+    assert counts == {split: 4 * number for split, number in truth["pictures_per_category"].items()}
+    others = [
+        csv.DictReader((corpus / r["path"]).with_name(f"{Path(r['path']).stem}_events.tsv").open(), delimiter="\t")
+        for r in truth["paired"][1:3]
+    ]
+    orders = [[row["image_id"] for row in rows], *([row["image_id"] for row in other] for other in others)]
+    assert len({tuple(o) for o in orders}) == 3, "everyone has an order of their own"
+
+
+def test_pictures_do_not_give_the_category_away_by_colour():
+    pictures = make_pictures(0)
+    for category in range(len(CATEGORIES)):
+        own = [p for p in pictures if p.category == category and p.split == "train"]
+        assert len({p.colour for p in own}) == 4
+        assert np.mean([p.background for p in own]) == pytest.approx(0.3, abs=0.02)
+    assert draw(pictures[0]).shape == (32, 32, 3)
+
+
+def test_responses_tell_the_category_across_people(corpus: Path, truth: dict):
+    from scipy.signal import butter, sosfiltfilt
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    def epochs(told: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        path = corpus / told["path"]
+        raw = read(path)
+        x = raw.get_data() * 1e6
+        x = sosfiltfilt(butter(4, (0.5, 45), "band", fs=250, output="sos"), x - x.mean(axis=0))
+        with (path.parent / f"{path.stem}_events.tsv").open() as stream:
+            rows = list(csv.DictReader(stream, delimiter="\t"))
+        starts = [round(float(row["onset"]) * 250) for row in rows]
+        windows = np.stack([x[:, s : s + 250].reshape(64, 25, 10).mean(axis=2) for s in starts]).reshape(len(rows), -1)
+        windows /= windows.std(axis=1, keepdims=True)
+        return windows, np.array([row["label_name"] for row in rows]), np.array([row["split"] for row in rows])
+
+    people = {split: [epochs(r) for r in truth["paired"] if r["split"] == split] for split in ("train", "test")}
+    x, y = (np.concatenate([p[i][p[2] == "train"] for p in people["train"]]) for i in (0, 1))
+    held_x, held_y = (np.concatenate([p[i][p[2] == "test"] for p in people["test"]]) for i in (0, 1))
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(x, y)
+    accuracy = model.score(held_x, held_y)
+    assert 0.6 < accuracy < 0.995, "decodable across people, and not trivially"

@@ -1,0 +1,26 @@
+"""The doctor: what is here, what is missing."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from launch import doctor
+from launch.cli import main
+
+
+def test_table_names_versions_and_all_is_here(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert main(["doctor", "--path", str(tmp_path / "not" / "there" / "yet")]) == 0
+    text = capsys.readouterr().out
+    for name in ("torch", "ray", "deepspeed"):
+        assert metadata.version(name) in text
+    assert "MISSING" not in text
+
+
+def test_what_is_missing_is_1_with_advice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(doctor, "_REQUIRED", ("numpy", "no-such-package"))
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "pip install no-such-package" in text

@@ -1,0 +1,82 @@
+"""Cluster jobs: files that their readers accept, checked requests."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.cli import main
+from launch.stages import STAGES
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo"
+CONFIGS = {
+    "shard": DEMO / "shard_unpaired.yaml",
+    "pretrain": DEMO / "pretrain.yaml",
+    "align": DEMO / "align.yaml",
+    "finetune": DEMO / "stable_diffusion.yaml",
+    "ddpm": DEMO / "dm_re2i.yaml",
+}
+
+
+def job(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["submit", *words, "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+def test_every_stage_with_a_config_is_covered():
+    assert set(CONFIGS) == {name for name, stage in STAGES.items() if stage.config}
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+@pytest.mark.parametrize("scheduler", ["slurm", "ray", "k8s"])
+def test_jobs_are_well_formed(scheduler: str, stage: str, capsys: pytest.CaptureFixture[str]):
+    text = job(capsys, scheduler, stage, str(CONFIGS[stage]), "--gpus-per-node", "2")
+    assert str(CONFIGS[stage]) in text
+    assert "@" not in text.replace("USR1@120", "")
+    if scheduler == "k8s":
+        service, batch = yaml.safe_load_all(text)
+        assert service["metadata"]["name"] == batch["metadata"]["name"] == f"dreamscale-{stage}"
+        (container,) = batch["spec"]["template"]["spec"]["containers"]
+        assert subprocess.run(["bash", "-n", "-c", container["command"][2]]).returncode == 0
+        wanted = {} if stage == "shard" else {"nvidia.com/gpu": 2}
+        assert container["resources"]["limits"] == wanted
+    else:
+        assert text.startswith("#!/bin/bash\n")
+        assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_slurm_over_nodes(capsys: pytest.CaptureFixture[str]):
+    words = ["--nodes", "4", "--gpus-per-node", "8", "--partition", "long", "--", "--batch_size", "256"]
+    assert main(["submit", "slurm", "pretrain", str(CONFIGS["pretrain"]), "--dry-run", *words]) == 0
+    text = capsys.readouterr().out
+    assert {"#SBATCH --nodes=4", "#SBATCH --gpus-per-node=8", "#SBATCH --partition=long"} <= set(text.splitlines())
+    assert "--nnodes 4 --nproc-per-node 8 --node-rank $SLURM_NODEID" in text
+    assert "--batch_size 256 --num_processes 32" in text
+    assert "#SBATCH --signal=USR1@120" in text
+    assert "requeue" in text.split("-eq 75")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--gpus-per-node", "7"], "batch_size"),
+        (["slurm", "pretrain", "nowhere.yaml"], "nowhere.yaml"),
+        (["slurm", "verify", str(CONFIGS["pretrain"])], "verify"),
+        (["ray", "pretrain", str(CONFIGS["pretrain"]), "--nodes", "2"], "slurm or k8s"),
+        (["pbs", "pretrain", str(CONFIGS["pretrain"])], "scheduler"),
+        (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--partition", "a b"], "partition"),
+    ],
+)
+def test_wrong_requests_are_2(words: list[str], names: str, capsys: pytest.CaptureFixture[str]):
+    assert main(["submit", *words, "--dry-run"]) == 2
+    assert names in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is not None, reason="would submit a job")
+def test_a_missing_tool_is_named(capsys: pytest.CaptureFixture[str]):
+    assert main(["submit", "slurm", "pretrain", str(CONFIGS["pretrain"]), "--gpus-per-node", "2"]) == 2
+    assert "sbatch" in capsys.readouterr().err
