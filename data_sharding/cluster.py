@@ -156,7 +156,7 @@ def run_tasks(
     from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError
 
     remote = ray.remote(max_retries=0, num_cpus=1)(function)
-    waiting = list(reversed(arguments.items()))
+    waiting = list(arguments.items())[::-1]
     running: dict[Any, tuple[str, Any]] = {}
     given_up: dict[str, str] = {}
     infrastructure: dict[str, int] = {}
@@ -164,7 +164,7 @@ def run_tasks(
         while waiting and len(running) < in_flight:
             key, argument = waiting.pop()
             running[remote.remote(argument)] = (key, argument)
-        finished, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
+        finished: list[Any] = ray.wait(list(running), num_returns=1, timeout=0.5)[0]
         for reference in finished:
             key, argument = running.pop(reference)
             try:

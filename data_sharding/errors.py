@@ -40,7 +40,7 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def run_main(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
+def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Run a stage's body and turn its errors into the project's exit codes.
 
     Parameters

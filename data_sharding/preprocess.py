@@ -203,10 +203,10 @@ def preprocess(
     # Polyphase first: the filters then run at the lower rate.
     x = resample(x, sfreq, spec.sfreq)
     low, high = band_of(sfreq, spec)
-    sections = [butter(4, [low, high], btype="bandpass", fs=spec.sfreq, output="sos")]
+    sections: list[np.ndarray] = [np.asarray(butter(4, [low, high], btype="bandpass", fs=spec.sfreq, output="sos"))]
     if spec.notch == "auto" and line_freq:
         sections += [
-            tf2sos(*iirnotch(f, 30.0, fs=spec.sfreq))
+            np.asarray(tf2sos(*iirnotch(f, 30.0, fs=spec.sfreq)))
             for f in np.arange(line_freq, high, line_freq)
             if f < 0.5 * spec.sfreq
         ]

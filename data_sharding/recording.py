@@ -277,7 +277,7 @@ def _fill(task: Task, row: dict[str, Any], folder: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            x_uv = 1e6 * raw.get_data(picks=channels.picks, verbose="ERROR")
+            x_uv = 1e6 * np.asarray(raw.get_data(picks=np.array(channels.picks), verbose="ERROR"))
     except Exception as error:
         raise SetAside(
             "quarantined", f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -330,7 +330,7 @@ def _fill(task: Task, row: dict[str, Any], folder: Path) -> None:
 
 def _drop_not_finite(channels: Channels, x_uv: np.ndarray, row: dict[str, Any]) -> tuple[Channels, np.ndarray]:
     """Leave out channels with NaN or infinities: there is nothing true to put in their place."""
-    finite = np.isfinite(x_uv).all(axis=1)
+    finite = np.asarray(np.isfinite(x_uv).all(axis=1))
     if finite.all():
         return channels, x_uv
     names = [n for n, good in zip(channels.names, finite, strict=True) if not good]
