@@ -114,8 +114,8 @@ def write_report(result: dict[str, Any], own: GeneratedSet, control: GeneratedSe
     accuracy = next(value for name, value in result["generated"].items() if name.startswith("accuracy["))
     held = result["classifier"]["held_out"]
     judge = (
-        f"Judge: {escape(result['classifier']['name'])}, trained on {result['classifier']['trained_on']['images']} real "
-        f"training images; on {held['n']} real held-out images its accuracy is {_number(held['accuracy'])}."
+        f"Judge: {escape(result['classifier']['name'])}, trained on {result['classifier']['trained_on']['images']} "
+        f"real training images; on {held['n']} real held-out images its accuracy is {_number(held['accuracy'])}."
     )
     confusion = result["generated"]["confusion"]
     missing = [

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_sharding.dataset import EEGDataset
+from data_sharding.errors import run_main
+from data_sharding.loader import collate
+from data_sharding.samples import pad_channels
+from finetune.dm_re2i import main
+from finetune.dm_re2i_model import DMRE2IGenerator
+from finetune.eg_ddpm import EGDDPM
+from finetune.models import load_generator
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+TINY = {
+    "tracker.kind": "none",
+    "evrnet.channels": 16,
+    "evrnet.widths": "[4,8,8,16,16]",
+    "evrnet.average": 3,
+    "evrnet.mixup": 0.1,
+    "evrnet.augment.drop_channels": 0.1,
+    "evrnet.training.steps": 30,
+    "evrnet.training.batch": 16,
+    "evrnet.training.lr": 0.01,
+    "evrnet.training.warmup": 2,
+    "evrnet.training.validate_every": 10,
+    "ddpm.image_size": 16,
+    "ddpm.base_channels": 8,
+    "ddpm.multipliers": "[1,2]",
+    "ddpm.heads": 2,
+    "ddpm.head_dim": 4,
+    "ddpm.training.steps": 6,
+    "ddpm.training.batch": 8,
+    "ddpm.training.log_every": 1,
+    "ddpm.training.ema": 0.9,
+}
+
+
+def _args(dataset: Path, output: Path, **more: object) -> list[str]:
+    keys = {"dataset": dataset, "output": output, **TINY, **{k.replace("__", "."): v for k, v in more.items()}}
+    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def trained(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
+    """Both stages, under the real launcher."""
+    output = tmp_path_factory.mktemp("dm-re2i") / "run"
+    done = launch("finetune.dm_re2i", *_args(paired_dataset, output))
+    assert done.returncode == 0, done.stderr
+    assert "EVRNet: val accuracy" in done.stdout and "EG-DDPM: val loss" in done.stdout
+    return output
+
+
+def _eeg(dataset: Path, count: int) -> torch.Tensor:
+    return collate(EEGDataset(dataset, "test"), list(range(count))).eeg.float()
+
+
+def test_both_stages_leave_a_whole_model_and_their_records(trained: Path, paired_dataset: Path) -> None:
+    about = json.loads((trained / "model" / "dreamscale.json").read_text())
+    assert about["kind"] == "eg_ddpm" and about["labels"] == ["circle", "square"]
+    assert about["evrnet_val_accuracy"] >= 0.8  # the evoked bump's sign tells the category
+    assert json.loads((trained / "status.json").read_text())["state"] == "done"
+    assert {"loss", "shuffled"} == set(about["val"])
+    for folder, steps in ((trained, 6), (trained / "evrnet", 30)):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["step"] == steps and all(np.isfinite(line.get("train/loss", 0)) for line in lines)
+        assert (folder / "plots" / "loss.png").stat().st_size > 1000
+    assert (trained / "plots" / "samples.png").is_file()
+    spec = json.loads((trained / "model" / "preprocess.json").read_text())
+    assert spec == EEGDataset(paired_dataset).spec.to_dict()
+    unet = EGDDPM.from_pretrained(trained / "model" / "unet")
+    assert unet.condition_std.min() > 0 and unet.condition_mean.abs().max() > 0
+
+
+def test_the_generator_takes_any_batch_and_keeps_each_trials_noise(trained: Path, paired_dataset: Path) -> None:
+    generator, eeg = load_generator(trained), _eeg(paired_dataset, 3)
+    assert isinstance(generator, DMRE2IGenerator) and generator.spec == EEGDataset(paired_dataset).spec
+    images = generator.generate(eeg, steps=3, guidance_scale=2.0, seeds=[1, 2, 3])
+    assert images.shape == (3, 16, 16, 3) and images.dtype == np.uint8
+    alone = generator.generate(eeg[1:2], steps=3, guidance_scale=2.0, seeds=[2])
+    assert np.abs(alone[0].astype(int) - images[1].astype(int)).max() <= 1
+    other = generator.generate(eeg[1:2], steps=3, guidance_scale=2.0, seeds=[9])
+    assert np.abs(other.astype(int) - alone.astype(int)).mean() > 5
+
+
+def test_more_channels_than_the_network_was_made_for_are_refused(
+    trained: Path, paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = load_generator(trained)
+    wide = torch.from_numpy(pad_channels(np.random.default_rng(0).normal(0, 10, (1, 20, 128)))).float()
+    with pytest.raises(ValueError, match="made for up to 16 channels, but a trial has 20"):
+        generator.generate(wide, steps=2, guidance_scale=1.0, seeds=[0])
+    assert run_main(main, _args(paired_dataset, tmp_path / "run", evrnet__channels=8)) == 2
+    assert "set it to 16 or more" in capsys.readouterr().err
+
+
+def _stop_when(path: Path) -> None:
+    def wait() -> None:
+        while not (path.is_file() and path.stat().st_size):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_stopped_in_either_stage_it_goes_on_to_the_same_weights(
+    paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"evrnet__training__log_every": 1, "evrnet__training__steps": 20, "ddpm__training__steps": 20}
+    straight, broken = (_args(paired_dataset, tmp_path / name, **more) for name in ("straight", "broken"))
+    assert run_main(main, straight) == 0
+    _stop_when(tmp_path / "broken" / "evrnet" / "metrics.jsonl")
+    assert run_main(main, broken) == 75
+    assert not (tmp_path / "broken" / "model").exists()
+    _stop_when(tmp_path / "broken" / "metrics.jsonl")
+    assert run_main(main, broken) == 75
+    assert json.loads((tmp_path / "broken" / "status.json").read_text())["state"] == "stopped"
+    assert run_main(main, broken) == 0
+    for name in ("evrnet/model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        a, b = (load_file(tmp_path / run / "model" / name) for run in ("straight", "broken"))
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-5)
+    capsys.readouterr()
+    assert run_main(main, broken) == 0
+    assert "done already" in capsys.readouterr().out
+
+
+def test_two_processes_train_what_one_does(paired_dataset: Path, trained: Path, tmp_path: Path, launch: Launch) -> None:
+    """The second stage alone: a batch norm sees its own process's part of the batch, the U-Net has none."""
+    more = {"evrnet_from": trained / "model" / "evrnet"}
+    two = launch("finetune.dm_re2i", *_args(paired_dataset, tmp_path / "two", **more), processes=2)
+    assert two.returncode == 0, two.stderr
+    name = "model/unet/diffusion_pytorch_model.safetensors"
+    a, b = load_file(trained / name), load_file(tmp_path / "two" / name)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"ddpm__image_size": 17}, "ddpm.image_size 17 must be a multiple of 2"),
+        ({"evrnet__widths": "[4,8]"}, "widths"),
+        ({"ddpm__bass_channels": 8}, "did you mean 'ddpm.base_channels'"),
+        ({"num_processes": 2}, "num_processes is 2, but this launch has 1"),
+        ({"evrnet_from": "nowhere"}, "nowhere"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_2(
+    more: dict, message: str, paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(main, _args(paired_dataset, tmp_path / "run", **more)) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_images_is_refused(
+    unpaired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(main, _args(unpaired_dataset, tmp_path / "run")) == 2
+    assert "no paired images" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_whole_is_refused(trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for name, message in (
+        ("evrnet/model.safetensors", "not a whole EVRNet"),
+        ("unet/diffusion_pytorch_model.safetensors", "cannot be loaded"),
+        ("scheduler/scheduler_config.json", "cannot be loaded"),
+        ("preprocess.json", "no such file"),
+    ):
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(trained / "model", copy)
+        (copy / name).unlink()
+        with pytest.raises(ValueError, match=message):
+            load_generator(copy)

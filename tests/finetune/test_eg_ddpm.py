@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finetune.dm_re2i_model import sample_images, true_channels
+from finetune.eg_ddpm import EGDDPM, ChannelNorm, ResidualAttention
+
+NOISING = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+
+
+def small(**changes: Any) -> EGDDPM:
+    torch.manual_seed(0)
+    options = {"sample_size": 8, "condition_dim": 6, "base_channels": 4, "multipliers": (1, 2), "head_dim": 4}
+    return EGDDPM(**{**options, **changes}).eval()
+
+
+def test_published_network_has_the_published_size_and_layout() -> None:
+    with torch.device("meta"):
+        net = EGDDPM(null_condition=False)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == 57.7
+    seen = []
+    for name in ("down.0", "down.1", "down.2", "down.3", "middle_second", "up.0", "up.1", "up.2", "last"):
+        net.get_submodule(name).register_forward_hook(
+            lambda _, inputs, out, name=name: seen.append((name, inputs[0].shape[1], *out.shape[1:3]))
+        )
+    out = net(torch.empty(1, 3, 64, 64, device="meta"), 0, torch.empty(1, 512, device="meta"))
+    assert out.shape == (1, 3, 64, 64)
+    assert seen == [
+        ("down.0", 3, 64, 64),
+        ("down.1", 64, 128, 32),
+        ("down.2", 128, 256, 16),
+        ("down.3", 256, 512, 8),
+        ("middle_second", 512, 512, 8),
+        ("up.0", 1024, 256, 8),
+        ("up.1", 512, 128, 16),
+        ("up.2", 256, 64, 32),
+        ("last", 64, 64, 64),
+    ]
+
+
+def test_condition_is_added_to_the_time_embedding_and_reaches_all_blocks_but_the_last() -> None:
+    net, x, e = small(), torch.randn(2, 3, 8, 8), torch.randn(2, 6)
+    step = torch.tensor([10, 700])
+    with torch.no_grad():
+        plain = net(x, step, e)
+        assert not torch.allclose(plain, net(x, step, e.flip(0)), atol=1e-4)
+        # What FC(e) contributes can as well be put into the time embedding's bias.
+        net.time[-1].bias += net.condition(e[:1])[0]
+        net.condition.weight.zero_()
+        net.condition.bias.zero_()
+        torch.testing.assert_close(net(x, step, e)[:1], plain[:1], atol=1e-5, rtol=1e-4)
+    blocks = [m for m in net.modules() if type(m).__name__ == "ConvNeXtBlock"]
+    assert [block.mlp is None for block in blocks] == [False] * (len(blocks) - 1) + [True]
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_attention_against_plain_loops(linear: bool) -> None:
+    torch.manual_seed(0)
+    block, x = ResidualAttention(6, 2, 3, linear=linear), torch.randn(1, 6, 2, 3)
+    normal = F.layer_norm(x.permute(0, 2, 3, 1), (6,)).reshape(6, 6)  # [N, F]
+    q, k, v = (normal @ block.qkv.weight.reshape(3, 6, 6)[i].T for i in range(3))
+    parts = []
+    for head in range(2):
+        qh, kh, vh = (t[:, 3 * head : 3 * head + 3] for t in (q, k, v))
+        if linear:
+            parts.append((qh.softmax(1) / 3**0.5) @ (kh.softmax(0).T @ vh))
+        else:
+            parts.append((qh @ kh.T / 3**0.5).softmax(1) @ vh)
+    out = torch.cat(parts, 1) @ block.out.weight.reshape(6, 6).T + block.out.bias
+    torch.testing.assert_close(block(x), x + out.T.reshape(1, 6, 2, 3), atol=1e-5, rtol=1e-4)
+
+
+def test_channel_norm_is_layer_norm_over_the_maps_of_each_pixel() -> None:
+    norm, x = ChannelNorm(5), torch.randn(2, 5, 3, 4) * 3 + 1
+    torch.nn.init.normal_(norm.weight)
+    by_torch = F.layer_norm(x.permute(0, 2, 3, 1), (5,), norm.weight.flatten(), norm.bias.flatten())
+    torch.testing.assert_close(norm(x), by_torch.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_shift": True, "patch": 2, "join_first": True}])
+def test_saving_and_loading_keeps_every_output(options: dict, tmp_path: Path) -> None:
+    net = small(**options)
+    net.set_condition_statistics(torch.randn(6), torch.rand(6) + 0.5)
+    net.save_pretrained(tmp_path)
+    again = EGDDPM.from_pretrained(tmp_path)
+    assert again.config.patch == net.config.patch and again.config.join_first == net.config.join_first
+    x, e, drop = torch.randn(2, 3, 8, 8), torch.randn(2, 6), torch.tensor([True, False])
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, 5, e, drop), again(x, 5, e, drop), atol=0, rtol=0)
+
+
+def test_dropped_conditions_do_not_see_the_eeg_and_train_the_null_vector() -> None:
+    net, x, e = small(), torch.randn(3, 3, 8, 8), torch.randn(3, 6)
+    drop = torch.tensor([True, False, True])
+    a, b = net(x, 5, e, drop), net(x, 5, e + 1, drop)
+    torch.testing.assert_close(a[[0, 2]], b[[0, 2]], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(a[1], b[1], atol=1e-4)
+    a.square().sum().backward()
+    assert net.null is not None and net.null.grad is not None and net.null.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="null vector"):
+        small(null_condition=False)(x, 5, e, drop)
+
+
+def test_features_are_standardised_by_what_the_model_stores() -> None:
+    net, e = small(), torch.randn(100, 6) * torch.tensor([1, 2, 3, 4, 5, 0.0]) + 7
+    net.set_condition_statistics(e.mean(0), e.std(0))
+    standard = net.encode_condition(e)
+    torch.testing.assert_close(standard.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(standard.std(0)[:5], torch.ones(5), atol=1e-4, rtol=0)
+    assert standard[:, 5].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sample_size": 9}, "multiple of 2"),
+        ({"sample_size": 10, "patch": 2}, "multiple of 4"),
+        ({"multipliers": (1,)}, "two levels"),
+        ({"base_channels": 5}, "even"),
+    ],
+)
+def test_impossible_shapes_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+def test_a_trials_image_does_not_depend_on_its_batch() -> None:
+    net, e = small(), torch.randn(3, 6)
+    together = sample_images(net, NOISING, e, steps=3, guidance_scale=2.0, seeds=[5, 6, 7])
+    alone = sample_images(net, NOISING, e[1:2], steps=3, guidance_scale=2.0, seeds=[6])
+    torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-4)
+    other = sample_images(net, NOISING, e[1:2], steps=3, guidance_scale=2.0, seeds=[8])
+    assert not torch.allclose(alone, other, atol=1e-3)
+
+
+def test_sampling_recovers_an_image_from_a_perfect_noise_predictor() -> None:
+    """The sampler's schedule is the training schedule, shortened: a predictor that knows the image leads to it."""
+    from diffusers import DDPMScheduler
+
+    image = torch.rand(1, 3, 8, 8) * 2 - 1
+    alphas = DDPMScheduler(**NOISING).alphas_cumprod
+    net = small()
+
+    def perfect(x: torch.Tensor, step: torch.Tensor, e: torch.Tensor, drop: Any = None) -> torch.Tensor:
+        a = alphas[int(step)]
+        return (x - a.sqrt() * image) / (1 - a).sqrt()
+
+    net.forward = perfect  # type: ignore[method-assign]
+    out = sample_images(net, NOISING, torch.zeros(1, 6), steps=25, guidance_scale=1.0, seeds=[0])
+    torch.testing.assert_close(out, image, atol=1e-3, rtol=0)
+
+
+def test_true_channels_are_found_below_the_padding() -> None:
+    x = torch.randn(5, 7)
+    assert true_channels(x) == 5
+    assert true_channels(x[torch.arange(13) % 5]) == 5
+    assert true_channels(x[:1].expand(4, 7)) == 1

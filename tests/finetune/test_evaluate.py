@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_sharding.dataset import EEGDataset
+from data_sharding.errors import run_main
+from finetune import metrics
+from finetune.data import ImageTable
+from finetune.evaluate import main, nearest_training_image, random_pairs, read_generated
+
+JUDGE = "dataset-classifier"
+QUICK = ["--training.steps", "60", "--training.width", "8", "--permutations", "499"]
+
+
+def _write(
+    folder: Path, dataset: Path, *, donors: Callable[[int, int], int], control: str, split: str = "test"
+) -> Path:
+    """What 'dreamscale generate' writes, by a model that shows the real image of another trial."""
+    data = EEGDataset(dataset, split)
+    table = ImageTable(data)
+    pixels = table.pixels()
+    for name in ("images", "real"):
+        (folder / name).mkdir(parents=True)
+    trials = []
+    for number in range(len(data)):
+        donor, meta, key = donors(number, len(data)), data.meta(number), data.key(number)
+        Image.fromarray(pixels[table.row_of[donor]]).save(folder / "images" / f"{key}.png")
+        Image.fromarray(pixels[table.row_of[number]]).save(folder / "real" / f"{key}.png")
+        trial = {name: meta[name] for name in ("image_id", "label", "subject")}
+        eeg_key = data.key(donor if control == "shuffle" else number)
+        trials.append(
+            {"key": key, "eeg_key": eeg_key, **trial, "file": f"images/{key}.png", "real_file": f"real/{key}.png"}
+        )
+    about = {"kind": "eg_ddpm", "steps": 1, "guidance_scale": 1.0, "seed": 0, "split": split, "control": control}
+    about |= {"dataset": str(dataset), "dataset_id": data.manifest.dataset_id, "labels": data.labels, "trials": trials}
+    (folder / "generated.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def perfect(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shows another image of the right category, and with shuffled EEG one of that EEG's category; evaluated."""
+    root = tmp_path_factory.mktemp("evaluate")
+    own = _write(root / "own", paired_dataset, donors=lambda i, n: (i + 2) % n, control="none")
+    shuffled = _write(root / "shuffled", paired_dataset, donors=lambda i, n: (i + 1 + i % 4) % n, control="shuffle")
+    assert main([str(own), "--control_dir", str(shuffled), *QUICK]) == 0
+    return root
+
+
+def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) -> None:
+    found = json.loads((perfect / "own" / "metrics.json").read_text())
+    own, shuffled, real = (found[name][f"accuracy[{JUDGE}]"] for name in ("generated", "shuffled", "real"))
+    assert found["classifier"]["held_out"]["n"] == 32 and found["classifier"]["trained_on"]["images"] == 64
+    assert real["accuracy"] > 0.9 and own["accuracy"] == real["accuracy"] and own["chance"] == pytest.approx(0.5)
+    assert own["p_value"] < 0.01 < 0.05 < shuffled["p_value"]
+    assert found["shuffled"][f"accuracy_of_eeg[{JUDGE}]"]["accuracy"] == real["accuracy"]
+    assert found["images_also_in_train"] == 0 and found["trials"] == 16
+    assert found["generated"][f"frechet_distance[{JUDGE}]"] == pytest.approx(0, abs=1e-3)  # the same images, moved
+    assert found["generated"]["psnr"] > found["random_pairs"]["psnr"]
+    assert found["real"]["psnr"].startswith("infinite")
+    assert found["memorisation"]["generated"] == found["memorisation"]["real"]
+    for name in ("fid", "kid", "lpips"):
+        assert found["generated"][name].startswith("not computed")
+    assert not any(name.startswith("50-way") for name in found["generated"])
+    assert found["generated"][f"2-way-top-1[{JUDGE}]"]["accuracy"] == own["accuracy"]
+
+
+def test_the_report_is_one_file_that_says_what_the_numbers_say(perfect: Path) -> None:
+    page = (perfect / "own" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 * 16
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    found = json.loads((perfect / "own" / "metrics.json").read_text())
+    assert f"{found['generated'][f'accuracy[{JUDGE}]']['accuracy']:.1%}" in page and "not computed" in page
+
+
+def test_the_same_request_gives_the_same_numbers_with_the_kept_classifier(perfect: Path, tmp_path: Path) -> None:
+    first = json.loads((perfect / "own" / "metrics.json").read_text())
+    copy = shutil.copytree(perfect / "own", tmp_path / "copy")
+    kept = str(perfect / "own" / "classifier.safetensors")
+    assert main([str(copy), "--control-dir", str(perfect / "shuffled"), "--classifier", kept, *QUICK]) == 0
+    assert json.loads((copy / "metrics.json").read_text()) == first
+
+
+class _Features(torch.nn.Module):
+    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1) / 255
+
+
+class _Lpips(torch.nn.Module):
+    def forward(self, x: torch.Tensor, resize_images: bool = False, return_lpips: bool = False) -> torch.Tensor:
+        return x.flatten(1) / 1000
+
+
+def test_named_weights_are_used_where_they_are_given(perfect: Path, tmp_path: Path) -> None:
+    torch.jit.script(_Features()).save(str(tmp_path / "inception.pt"))
+    torch.jit.script(_Lpips()).save(str(tmp_path / "lpips.pt"))
+    copy = shutil.copytree(perfect / "own", tmp_path / "copy")
+    weights = ["--inception", str(tmp_path / "inception.pt"), "--lpips", str(tmp_path / "lpips.pt")]
+    assert main([str(copy), *weights, "--classifier", str(copy / "classifier.safetensors"), *QUICK]) == 0
+    found, images = json.loads((copy / "metrics.json").read_text()), read_generated(copy)
+    a, b = (np.concatenate([x.mean((1, 2)), x.max((1, 2))], 1) / 255 for x in (images.real_BHW3, images.images_BHW3))
+    assert found["generated"]["fid"] == pytest.approx(metrics.frechet_distance(a, b), abs=1e-5)
+    difference = (images.real_BHW3.astype(float) - images.images_BHW3) / 1000
+    assert found["generated"]["lpips"] == pytest.approx(np.square(difference).sum((1, 2, 3)).mean(), rel=1e-4)
+    assert found["shuffled"].startswith("not computed")
+
+
+def test_copies_of_training_images_are_seen_as_such(paired_dataset: Path) -> None:
+    train = ImageTable(EEGDataset(paired_dataset, "train")).pixels()
+    assert nearest_training_image(train[3:6], train).max() == 0
+    noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    by_hand = min(np.sqrt(np.square(noise[0].astype(float) - t).mean()) for t in train)
+    assert nearest_training_image(noise, train)[0] == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_random_pairs_never_take_a_trials_own_image() -> None:
+    images = np.stack([np.full((12, 12, 3), 40 * i, np.uint8) for i in range(3)])[[0, 0, 1, 2]]
+    found = random_pairs(images, images, ["a", "a", "b", "c"], seed=0)
+    assert found["psnr"] < 20 * np.log10(255 / 40) + 1e-6  # never the infinite one
+    assert random_pairs(images[:2], images[:2], ["a", "a"], seed=0)["psnr"].startswith("not computed")
+
+
+def _spoil_json(folder: Path, **changes: object) -> None:
+    about = json.loads((folder / "generated.json").read_text())
+    (folder / "generated.json").write_text(json.dumps(about | changes))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: (d / "generated.json").unlink(), "no generated.json"),
+        (lambda d: (d / "generated.json").write_text("{"), "not valid JSON"),
+        (lambda d: _spoil_json(d, trials=[]), "lacks what 'dreamscale generate' writes"),
+        (lambda d: next((d / "images").iterdir()).unlink(), "No such file"),
+        (lambda d: next((d / "images").iterdir()).write_bytes(b"\x89PNG"), "cannot be decoded"),
+        (lambda d: Image.new("RGB", (8, 8)).save(next((d / "images").iterdir())), "different sizes"),
+        (lambda d: _spoil_json(d, dataset_id="0"), "is not the dataset"),
+        (lambda d: _spoil_json(d, dataset="/nowhere"), "/nowhere"),
+        (lambda d: _spoil_json(d, control="shuffle"), "is a control itself"),
+        (lambda d: _spoil_json(d, guidance_scale=3.0), "guidance_scale"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    spoil: Callable[[Path], object], message: str, perfect: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(perfect / "own", tmp_path / "copy")
+    spoil(copy)
+    control = [] if message in ("is not the dataset", "/nowhere") else ["--control_dir", str(perfect / "shuffled")]
+    before = (copy / "metrics.json").read_bytes()
+    assert run_main(main, [str(copy), *control]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert (copy / "metrics.json").read_bytes() == before
+
+
+def test_a_set_that_is_no_control_is_refused(perfect: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(main, [str(perfect / "own"), "--control_dir", str(perfect / "own")]) == 2
+    assert "is no control" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data_sharding.errors import RequestError
+from finetune.dm_re2i import calibrate_batch_norm, same_category_average
+from finetune.evrnet import MKRB, EVRNet, EVRNetConfig
+from finetune.training import StepRandom
+
+SMALL = EVRNetConfig(n_classes=3, n_channels=16, widths=(4, 4, 8, 8, 12))
+
+
+def test_published_network_has_the_published_size_and_shapes() -> None:
+    net = EVRNet().eval()
+    assert sum(p.numel() for p in net.parameters()) == 3_700_040
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in ("temporal.0", "temporal", "temporal_mkrb", "spatial.0", "spatial", "spatial_mkrb", "ts"):
+        net.get_submodule(name).register_forward_hook(
+            lambda _, __, out, name=name: shapes.__setitem__(name, tuple(out.shape[1:]))
+        )
+    with torch.no_grad():
+        e, logits = net(torch.randn(1, 1, 128, 440))
+    assert e.shape == (1, 512) and logits.shape == (1, 40)
+    assert shapes == {
+        "temporal.0": (32, 128, 220),
+        "temporal": (64, 128, 110),
+        "temporal_mkrb": (64, 128, 110),
+        "spatial.0": (128, 64, 110),
+        "spatial": (256, 32, 110),
+        "spatial_mkrb": (256, 32, 110),
+        "ts": (512, 16, 55),
+    }
+
+
+def _norm(x: torch.Tensor, bn: nn.BatchNorm2d) -> torch.Tensor:
+    assert bn.running_mean is not None and bn.running_var is not None
+    mean, var = bn.running_mean[:, None, None], bn.running_var[:, None, None]
+    return (x - mean) / torch.sqrt(var + bn.eps) * bn.weight[:, None, None] + bn.bias[:, None, None]
+
+
+def test_both_skips_of_a_multi_kernel_block_start_at_its_input() -> None:
+    torch.manual_seed(0)
+    block, v = MKRB(5).eval(), torch.randn(2, 5, 9, 7)
+    for part in (block.small, block.large):
+        part[1].running_mean.normal_()
+        part[1].running_var.uniform_(0.5, 2)
+    # Plain: every output is a sum over an unfolded neighbourhood.
+    outputs = []
+    for part, size in ((block.small, 3), (block.large, 5)):
+        source = v if not outputs else outputs[-1]
+        columns = F.unfold(source, size, padding=size // 2)
+        convolved = (part[0].weight.reshape(5, -1) @ columns).reshape(v.shape)
+        outputs.append(torch.relu(torch.relu(_norm(convolved, part[1])) + v))
+    torch.testing.assert_close(block(v), outputs[1], atol=1e-5, rtol=1e-5)
+    # A chain of two residual blocks would have added y0 at the end.
+    assert not torch.allclose(block(v), torch.relu(outputs[1] - v + outputs[0]), atol=1e-3)
+
+
+def test_saving_and_loading_keeps_every_output(tmp_path: Path) -> None:
+    net = EVRNet(SMALL).eval()
+    calibrate_batch_norm(net, torch.randn(8, 16, 32), batch=4)
+    net.save_pretrained(tmp_path / "evrnet")
+    again, x = EVRNet.from_pretrained(tmp_path / "evrnet"), torch.randn(3, 1, 16, 32)
+    assert not again.training and again.config == SMALL
+    for a, b in zip(net(x), again(x), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_a_damaged_or_foreign_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no such file"):
+        EVRNet.from_pretrained(tmp_path)
+    EVRNet(SMALL).save_pretrained(tmp_path / "a")
+    EVRNet(EVRNetConfig(n_classes=2, n_channels=16, widths=(4, 4, 8, 8, 12))).save_pretrained(tmp_path / "b")
+    (tmp_path / "b" / "config.json").write_bytes((tmp_path / "a" / "config.json").read_bytes())
+    with pytest.raises(RequestError, match="not a whole EVRNet"):
+        EVRNet.from_pretrained(tmp_path / "b")
+    weights = tmp_path / "a" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(RequestError, match="not a whole EVRNet"):
+        EVRNet.from_pretrained(tmp_path / "a")
+
+
+def test_batch_norm_statistics_depend_on_the_weights_alone() -> None:
+    torch.manual_seed(0)
+    net, x = EVRNet(SMALL), 3 * torch.randn(8, 16, 32) + 1
+    calibrate_batch_norm(net, x, batch=4)
+    first = {k: v.clone() for k, v in net.state_dict().items()}
+    net.train()
+    net(100 * torch.randn(4, 1, 16, 32))
+    calibrate_batch_norm(net, x, batch=4)
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(value, first[name], atol=0, rtol=0)
+    assert all(m.momentum == 0.1 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    # The first norm's mean is that of its convolution's output over the given trials.
+    by_hand = net.temporal[0][0](x[:, None]).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(net.temporal[0][1].running_mean, by_hand, atol=1e-5, rtol=1e-4)
+
+
+def test_averages_stay_within_a_category() -> None:
+    labels = torch.tensor([0, 1, 0, 1, 2, 0])
+    pattern = torch.zeros(3, 4, 10)
+    for label in range(3):
+        pattern[label, label] = torch.linspace(-1, 1, 10)
+    x = pattern[labels] + 0.01 * torch.randn(6, 4, 10)
+    mean = same_category_average(x, labels, 4, StepRandom(0, 0))
+    assert mean.shape == x.shape
+    torch.testing.assert_close(mean.std(dim=(1, 2)), x.std(dim=(1, 2)), rtol=1e-4, atol=1e-5)
+    energy = mean.square().mean(dim=2)
+    assert (energy.argmax(dim=1) == labels).all()
+    assert np.isclose(float((energy.sum(1) - energy.max(1).values).max()), 0, atol=1e-3)
+    torch.testing.assert_close(mean[4], x[4])  # alone in its category
