@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
         "encoder": {"samples": 128, "patch": 4, "dim": 32, "depth": 2, "heads": 2, "mlp_ratio": 1.0},
         "decoder": {"dim": 32, "depth": 1, "heads": 2, "mlp_ratio": 1.0},
         "mask_ratio": 0.5,
+        "mimetic": 3.0,
     },
     "optimizer": {"lr": 6e-3, "warmup": 0.1},
     "steps": 6,

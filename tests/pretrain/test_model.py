@@ -152,8 +152,19 @@ def test_shipped_configs_spell_out_the_presets(name: str) -> None:
         encoder=EncoderConfig(**values["encoder"]),
         decoder=DecoderConfig(**values["decoder"]),
         mask_ratio=values["mask_ratio"],
+        mimetic=values.get("mimetic", 0.0),
     )
     assert spelled == PRESETS[name]
+
+
+def test_mimetic_start_makes_neighbours_attend_to_each_other() -> None:
+    torch.manual_seed(0)
+    config = MaskedAutoencoderConfig(encoder=EncoderConfig(samples=128, dim=64, depth=1, heads=2), mimetic=3.0)
+    attention = MaskedAutoencoder(config).encoder.blocks[0].attn
+    q, k, _ = attention.qkv(torch.nn.functional.layer_norm(sincos_positions(32, 64), (64,))).chunk(3, dim=-1)
+    attended = torch.softmax(q @ k.T / 32**0.5, dim=-1)
+    assert (attended.argmax(dim=1) - torch.arange(32)).abs().max() <= 1
+    assert attended.diagonal(1).mean() > 10 * attended.diagonal(10).mean()
 
 
 def test_positions_do_not_depend_on_the_device_they_are_built_on() -> None:
