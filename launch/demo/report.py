@@ -17,7 +17,10 @@ EXAMPLES = 3
 """Trials a category that are shown."""
 TITLES = {"stable_diffusion": "Stable Diffusion", "eg_ddpm": "EG-DDPM"}
 LIBRARIES = ("dreamscale", "torch", "deepspeed", "accelerate", "diffusers", "transformers", "ray", "mne", "numpy")
-_METRICS = ("accuracy", "chance", "n", "images", "p_value", "interval")
+JUDGE = "dataset-classifier"
+"""Name, in metrics.json, of the network that names the categories."""
+_ACCURACY = ("accuracy", "chance", "n", "images", "p_value", "interval")
+_LIKENESS = ("psnr", "ssim", "frechet_distance", "kernel_distance")
 
 
 def scores(folder: Path) -> dict[str, Any]:
@@ -33,7 +36,28 @@ def scores(folder: Path) -> dict[str, Any]:
     dict
         Accuracy, chance, n and p; the same below ``shuffled``; image metrics; the judge's own accuracy.
     """
-    raise NotImplementedError
+    found = read_json(folder / "metrics.json")
+
+    def chosen(measured: dict[str, Any]) -> dict[str, Any]:
+        accuracy = measured[f"accuracy[{JUDGE}]"]
+        likeness = {
+            key: value
+            for key, value in measured.items()
+            if isinstance(value, int | float) and key.split("[")[0] in _LIKENESS
+        }
+        return {key: accuracy[key] for key in _ACCURACY} | {"image_metrics": likeness}
+
+    shuffled = chosen(found["shuffled"])
+    giver = found["shuffled"].get(f"accuracy_of_eeg[{JUDGE}]")
+    if giver is not None:
+        shuffled["of_the_eeg"] = {key: giver[key] for key in _ACCURACY}
+    return {
+        **chosen(found["generated"]),
+        "shuffled": shuffled,
+        "random_pairs": found["random_pairs"],
+        "memorisation": found["memorisation"],
+        "judge": {key: found["classifier"]["held_out"][key] for key in ("accuracy", "n")},
+    }
 
 
 def summarise(out: Path, seconds: dict[str, float], *, seed: int, profile: str) -> dict[str, Any]:
@@ -274,6 +298,13 @@ def _models(summary: dict[str, Any]) -> str:
             row = [TITLES[kind], name, f"{values['accuracy']:.1%}", interval, f"{values['chance']:.1%}"]
             rows.append([*row, values["n"], values["images"], values["p_value"]])
             more += [[TITLES[kind], name, key, value] for key, value in values["image_metrics"].items()]
+        pairs = {key: value for key, value in found["random_pairs"].items() if not isinstance(value, str)}
+        more += [[TITLES[kind], "own, picture of another trial", key, value] for key, value in pairs.items()]
+        copied = found["memorisation"]
+        more += [
+            [TITLES[kind], f"own, {which}", copied["measure"], copied[side]["median"]]
+            for which, side in (("median", "generated"), ("median of the real pictures", "real"))
+        ]
     judge = next(iter(summary["models"].values()))["judge"]
     return (
         f"""
@@ -281,8 +312,24 @@ def _models(summary: dict[str, Any]) -> str:
 <p>p is the share of shufflings of the categories between pictures that would do as well. The judge itself names
 {judge["accuracy"]:.1%} of {judge["n"]} real pictures correctly that it was not trained on.</p>"""
         + page.table(head, rows)
+        + _giver(summary)
         + "<h2>Likeness of the pictures</h2>"
         + page.table(["model", "EEG", "metric", "value"], more)
+    )
+
+
+def _giver(summary: dict[str, Any]) -> str:
+    """Say how often the pictures of shuffled EEG show what the person whose EEG it was saw."""
+    said = [
+        f"{TITLES[kind]} {given['accuracy']:.0%} (p = {given['p_value']:.2g})"
+        for kind, found in summary["models"].items()
+        if (given := found["shuffled"].get("of_the_eeg"))
+    ]
+    if not said:
+        return ""
+    return (
+        "<p>The same pictures of shuffled EEG, judged by what the person whose EEG it was had seen at that moment, are "
+        f"right in: {escape('; '.join(said))}.</p>"
     )
 
 

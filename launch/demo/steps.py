@@ -92,6 +92,10 @@ def _moved(value: Any, out: Path) -> Any:
     return value
 
 
+def _flags(options: dict[str, Any]) -> list[str]:
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
 def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
     """List the chain's commands.
 
@@ -172,10 +176,10 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
         ),
         staged("dm_re2i", "ddpm", "train EVRNet and the EEG-guided DDPM: Accelerate", ["shard_paired"]),
     ]
-    flags = _moved(read_yaml(CONFIGS / "demo" / "generate.yaml"), out)
-    flags = _merge(flags, smoke.get("generate", {}))
+    images = _merge(_moved(read_yaml(CONFIGS / "demo" / "images.yaml"), out), smoke.get("images", {}))
+    judge: str | None = None
     for kind, run in MODELS.items():
-        options = [word for key, value in flags.get(kind, {}).items() for word in (f"--{key}", str(value))]
+        options = _flags(images["generate"].get(kind, {}))
         for control, ending in CONTROLS.items():
             folder = f"generated/{kind}{ending}"
             what = "EEG of people never trained on" if control == "none" else "the control: EEG of another trial"
@@ -190,20 +194,20 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
                     needs=[run],
                 )
             )
-        words = [
-            "evaluate",
-            str(out / "generated" / kind),
-            "--control_dir",
-            str(out / "generated" / f"{kind}-shuffled"),
-        ]
+        own = out / "generated" / kind
+        words = ["evaluate", str(own), "--control_dir", f"{own}-shuffled"]
+        # One judge for all: the second generator is judged by the network that was trained for the first.
+        words += _flags(images["evaluate"]) if judge is None else ["--classifier", judge]
+        first = [] if judge is None else [next(step.name for step in steps if step.name.startswith("evaluate"))]
+        judge = judge or str(own / "classifier.safetensors")
         steps.append(
             Step(
                 name=f"evaluate_{kind}",
                 title=f"evaluate {kind.replace('_', ' ')}",
-                words=words,
+                words=[*words, "--seed", str(seed)],
                 outputs=[],
                 proofs=[f"generated/{kind}/metrics.json"],
-                needs=[f"generate_{kind}", f"generate_{kind}_shuffled"],
+                needs=[f"generate_{kind}", f"generate_{kind}_shuffled", *first],
             )
         )
     return steps

@@ -1,0 +1,170 @@
+"""The demo: its steps, its report, going on after a stop, and the whole chain with hardly any training."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_sharding.errors import RequestError
+from launch.demo import report
+from launch.demo.run import DemoConfig, choose_folder
+from launch.demo.steps import make_steps
+from launch.local import processes_wanted
+
+
+def demo(out: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "launch", "demo", "--out", str(out), "--profile", "smoke", *words]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_steps_read_what_earlier_steps_write(tmp_path: Path):
+    steps = make_steps(tmp_path, 3, "full")
+    written: set[str] = set()
+    names: set[str] = set()
+    for step in steps:
+        assert set(step.needs) <= names, step.name
+        assert not written & set(step.outputs), step.name
+        for value in json.dumps([step.words, step.config]).split('"'):
+            if value.startswith(f"{tmp_path}/") and "/configs/" not in value:
+                top = Path(value).relative_to(tmp_path).parts[0]
+                assert top in {Path(name).parts[0] for name in written | set(step.outputs)}, (step.name, value)
+        written |= set(step.outputs)
+        names.add(step.name)
+        if step.config and "seed" in step.config:
+            assert step.config["seed"] == 3, step.name
+    assert "runs/demo" not in json.dumps([[s.words, s.config] for s in steps])
+
+
+def test_the_chain_uses_several_processes(tmp_path: Path):
+    by_name = {step.name: step for step in make_steps(tmp_path, 0, "full")}
+    (tmp_path / "c.yaml").write_text(f"num_processes: {by_name['pretrain'].config['num_processes']}\n")
+    assert processes_wanted([str(tmp_path / "c.yaml")]) == 2
+    assert by_name["pretrain"].config["zero_stage"] == 2
+
+
+def test_folders_of_two_seeds_do_not_mix(tmp_path: Path):
+    out = tmp_path / "demo"
+    first = choose_folder(DemoConfig(out=str(out), seed=1))
+    assert first == out == choose_folder(DemoConfig(out=str(out), seed=1))
+    assert choose_folder(DemoConfig(out=str(out), seed=2)) == out / "seed-2"
+    assert choose_folder(DemoConfig(out=str(out), seed=1, profile="smoke")) == out / "seed-1-smoke"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(RequestError, match="no demo"):
+        choose_folder(DemoConfig(out=str(tmp_path / "other")))
+
+
+def found(accuracy: float, p: float, shuffled_p: float) -> dict:
+    return {
+        "accuracy": accuracy,
+        "chance": 0.25,
+        "n": 112,
+        "p_value": p,
+        "shuffled": {"accuracy": 0.25, "p_value": shuffled_p},
+    }
+
+
+@pytest.mark.parametrize(
+    ("models", "passed"),
+    [
+        ({"stable_diffusion": found(0.7, 1e-4, 0.6), "eg_ddpm": found(0.6, 1e-4, 0.5)}, True),
+        ({"stable_diffusion": found(0.7, 1e-4, 0.6), "eg_ddpm": found(0.3, 0.2, 0.5)}, False),
+        ({"stable_diffusion": found(0.7, 1e-4, 0.001), "eg_ddpm": found(0.6, 1e-4, 0.5)}, False),
+    ],
+)
+def test_the_conclusion_follows_the_numbers(models: dict, passed: bool):
+    concluded = report.conclude(models)
+    assert concluded["passed"] is passed
+    assert ("Not shown" in concluded["conclusion"]) is not passed
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "img":
+            self.pictures.append(values["src"] or "")
+        self.links += [values[key] or "" for key in ("href", "src") if key in values]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_whole_chain(tmp_path: Path):
+    out = tmp_path / "demo"
+    # Stopped in the middle of a step, it goes on from there.
+    process = demo(out)
+    while not (out / "steps" / "corpus.done.json").is_file():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "run the same command" in err
+    begun = list((out / "steps").glob("*.begun.json"))
+    assert len(begun) == 1
+
+    process = demo(out)
+    text, err = process.communicate()
+    assert process.returncode == 0, err
+    assert text.splitlines()[-1] == str(out / "report.html")
+    assert "5 formats, 5 electrode layouts, 4 rates: done before" in err
+    assert not list((out / "steps").glob("*.begun.json"))
+
+    numbers = json.loads((out / "report.json").read_text())
+    for kind in ("stable_diffusion", "eg_ddpm"):
+        for values in (numbers["models"][kind], numbers["models"][kind]["shuffled"]):
+            assert 0 <= values["accuracy"] <= 1
+            assert 0 < values["p_value"] <= 1
+            assert 0.1 < values["chance"] < 0.5
+            assert values["n"] == 16
+    assert numbers["conclusion"]
+    assert numbers["pretrain"]["held_out_loss_first"] > 0
+    assert numbers["seed"] == 0
+    steps = make_steps(out, 0, "smoke")
+    assert set(numbers["seconds"]) == {step.name for step in steps} | {"total"}
+    assert numbers["versions"]["deepspeed"]
+
+    page = Page()
+    page.feed((out / "report.html").read_text())
+    assert all(link.startswith("data:image/png;base64,") for link in page.links), "the page needs nothing else"
+    assert len(page.pictures) >= 4 * 3 * 5
+    for step in steps:
+        assert step.command in page.text
+        assert (out / "logs" / f"{step.name}.log").is_file()
+    with Image.open(out / "overview.png") as picture:
+        assert min(picture.size) > 500
+
+    # Complete: nothing runs again, and the report is the same.
+    before = (out / "report.json").read_bytes()
+    process = demo(out)
+    text, err = process.communicate()
+    assert process.returncode == 0
+    assert err.count("done before") == len(steps)
+    assert (out / "report.json").read_bytes() == before
+
+    # A step that fails says so, with its log and its exit code.
+    (out / "generated" / "eg_ddpm" / "metrics.json").unlink()
+    (out / "generated" / "eg_ddpm-shuffled" / "generated.json").unlink()
+    process = demo(out)
+    text, err = process.communicate()
+    assert process.returncode == 2
+    assert "generated.json" in err
+    assert "evaluate_eg_ddpm.log" in err
+    assert not text.strip()
