@@ -345,6 +345,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = SignalDecoder(config.decoder, config.encoder)
         if config.mimetic:
             for block in (*self.encoder.blocks, *self.decoder.blocks):
+                assert isinstance(block, Block)
                 _make_mimetic(block.attn, config.mimetic)
 
     def tokenize(self, x_BCT: Tensor) -> Tensor:

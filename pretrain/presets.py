@@ -9,7 +9,7 @@ PRESETS: dict[str, MaskedAutoencoderConfig] = {
     "tiny": MaskedAutoencoderConfig(
         encoder=EncoderConfig(samples=128, dim=160, depth=4, heads=4, mlp_ratio=2.0),
         decoder=DecoderConfig(dim=96, depth=2, heads=4, mlp_ratio=2.0),
-        mask_ratio=0.75,
+        mask_ratio=0.5,
         mimetic=3.0,
     ),
     # DreamDiffusion's released code: 151.8M in the encoder, 13.4M in the decoder, a tenth of the tokens hidden.
