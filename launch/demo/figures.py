@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 INK, GREY = "#22303c", "#8d99a6"
-COLOURS = ("#2a6f97", "#d1495b", "#edae49", "#5b8e7d", "#7d5ba6")
+TRAINING, HELD_OUT = "#2a6f97", "#d1495b"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -74,12 +74,12 @@ def draw_curves(folders: list[Path], path: Path) -> None:
     FigureCanvasAgg(figure)
     for index, (name, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), index + 1)
-        for colour, (label, points) in zip(COLOURS, lines.items(), strict=False):
+        for label, points in lines.items():
             held_out = label.startswith("val")
-            text = "held out" if held_out else "training"
-            axes.plot(
-                *zip(*points, strict=True), color=colour, lw=1.5, marker="o" if held_out else "", ms=3, label=text
-            )
+            style: dict[str, Any] = {"color": TRAINING, "label": "training"}
+            if held_out:
+                style = {"color": HELD_OUT, "label": "held out", "marker": "o"}
+            axes.plot(*zip(*points, strict=True), lw=1.5, ms=3, **style)
         axes.set_title(name.replace("_", " "), color=INK, fontsize=10)
         axes.set_xlabel("step", color=INK)
         axes.spines[["top", "right"]].set_visible(False)
@@ -131,7 +131,7 @@ def draw_overview(
     below_height = width * below.shape[0] / below.shape[1]
     cell = (width - 1.6) / count
     top = cell * len(columns) + 0.4
-    figure = Figure(figsize=(width, top + below_height + 1.1), facecolor="white")
+    figure = Figure(figsize=(width, top + below_height + 0.7), facecolor="white")
     FigureCanvasAgg(figure)
     height = figure.get_figheight()
     figure.text(0.5, 1 - 0.3 / height, title, ha="center", va="center", fontsize=15, color=INK)
