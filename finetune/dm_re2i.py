@@ -27,7 +27,7 @@ from finetune.data import ImageTable, eeg_for_model, open_paired, to_model_range
 from finetune.dm_re2i_model import eeg_features, sample_images, save_model
 from finetune.eg_ddpm import EGDDPM
 from finetune.evrnet import EVRNet, EVRNetConfig
-from finetune.training import StepRandom, TrainingConfig, fit, make_accelerator, open_run, plot_losses
+from finetune.training import StepRandom, TrainingConfig, fit, make_accelerator, open_run, plot_losses, quiet_libraries
 from pretrain.run import RunDirectory, TrackerConfig
 
 if TYPE_CHECKING:
@@ -47,10 +47,10 @@ class EVRNetStage:
     label_smoothing: float = 0.0
     """Of the cross-entropy."""
     average: int = 1
-    """Replace a trial by the mean of up to so many trials of its category in the batch, at the start of training; falls
-    to 1 towards the end. Single trials are mostly noise: what they share is found sooner. 1 for never."""
-    average_until: float = 0.9
-    """Share of the steps at which `average` has fallen to 1."""
+    """At the start of training, replace a trial by the mean of 1 to so many trials of its category in the batch.
+    Single trials are mostly noise: what they share is found sooner. 1 for never."""
+    average_end: int = 1
+    """What `average` falls to, evenly, by the end of training."""
     mixup: float = 0.0
     """Largest share of another trial and of its category; 0 for none."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -63,10 +63,10 @@ class EVRNetStage:
     """Steps, batch, rates."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.channels <= 128 or self.average < 1 or self.calibration_trials < 2:
-            raise ValueError("evrnet: need 1 <= channels <= 128, average >= 1 and calibration_trials >= 2")
-        if not 0 < self.average_until <= 1 or not 0 <= self.mixup <= 0.5 or not 0 <= self.label_smoothing < 1:
-            raise ValueError("evrnet: need 0 < average_until <= 1, 0 <= mixup <= 0.5 and 0 <= label_smoothing < 1")
+        if not 1 <= self.channels <= 128 or self.calibration_trials < 2:
+            raise ValueError("evrnet: need 1 <= channels <= 128 and calibration_trials >= 2")
+        if not 1 <= self.average_end <= self.average or not 0 <= self.mixup <= 0.5 or not 0 <= self.label_smoothing < 1:
+            raise ValueError("evrnet: need 1 <= average_end <= average, 0 <= mixup <= 0.5 and 0 <= label_smoothing < 1")
         EVRNetConfig(widths=self.widths, dropout=self.dropout, n_channels=self.channels)
 
 
@@ -326,8 +326,8 @@ def train_evrnet(
         y = labels[batch.numbers]
         x = eeg_for_model(batch.eeg, data.spec)
         target = F.one_hot(y, n_classes).float()
-        done = (loader.step - 1) / (stage.average_until * steps)
-        most = round(1 + (stage.average - 1) * max(0.0, 1 - done))
+        done = (loader.step - 1) / steps
+        most = round(stage.average + (stage.average_end - stage.average) * done)
         if most > 1:
             x = same_category_average(x, y, most, random)
         if stage.mixup:
@@ -611,6 +611,7 @@ def main(argv: list[str] | None = None) -> int:
     int
         Exit code.
     """
+    quiet_libraries()
     config = parse_config(DMRE2IConfig, argv, prog="dreamscale ddpm", positionals=("config",))
     data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")
     tables = ImageTable(data), ImageTable(val)
