@@ -22,6 +22,7 @@ from data_sharding.dataset import EEGDataset
 from data_sharding.errors import EXIT_DONE, run_main
 from data_sharding.files import write_json
 from data_sharding.loader import Batch, Loader, sequential
+from data_sharding.samples import pad_channels
 from finetune.clip_images import clip_image_embeddings
 from finetune.conditioner import ClipHead, ClipHeadConfig
 from finetune.data import ImageTable, eeg_for_model, open_paired, require_same_preprocess
@@ -40,10 +41,12 @@ class AugmentConfig:
     """Standard deviation of white noise, in the window's own."""
     drop_channels: float = 0.0
     """Largest share of channels that are silenced."""
+    average: int = 1
+    """Up to so many trials of the same image (under the same channels) are averaged; 1 for none."""
 
     def __post_init__(self) -> None:
-        if self.shift < 0 or self.noise < 0 or not 0 <= self.drop_channels < 1:
-            raise ValueError("augment: need shift >= 0, noise >= 0 and 0 <= drop_channels < 1")
+        if self.shift < 0 or self.noise < 0 or not 0 <= self.drop_channels < 1 or self.average < 1:
+            raise ValueError("augment: need shift >= 0, noise >= 0, 0 <= drop_channels < 1 and average >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +89,19 @@ class AlignConfig:
             raise ValueError("need temperature > 0 and encoder_lr >= 0")
 
 
-def augmented(x_bCT: Tensor, metas: list[dict[str, Any]], config: AugmentConfig, random: StepRandom) -> Tensor:
+def augmented(
+    batch: Batch, dataset: EEGDataset, table: ImageTable, config: AugmentConfig, random: StepRandom
+) -> Tensor:
     """Change windows in ways that do not change what was seen.
 
     Parameters
     ----------
-    x_bCT : Tensor, [b, 128, T]
-        Model units, padded by replication.
-    metas : list of dict
-        The trials' JSON: copies of a channel must share its fate.
+    batch : Batch
+        Trials of this rank.
+    dataset : EEGDataset
+        Where they come from.
+    table : ImageTable
+        Its images: which trials saw the same one.
     config : AugmentConfig
         How much.
     random : StepRandom
@@ -102,21 +109,34 @@ def augmented(x_bCT: Tensor, metas: list[dict[str, Any]], config: AugmentConfig,
 
     Returns
     -------
-    Tensor, [b, 128, T]
-        Changed windows.
+    Tensor of float32, [b, 128, T]
+        Changed windows in model units.
     """
-    b, channels, samples = x_bCT.shape
-    true_bC = torch.stack([torch.arange(channels) % int(meta["n"]) for meta in metas])
+    eeg_bCT = batch.eeg.float()
+    b, channels, samples = eeg_bCT.shape
+    if config.average > 1:
+        # How many, and which of the companions: a fixed number of draws, so that ranks stay in step.
+        many_b = random.integers(config.average, b)
+        place_b = random.uniform(b)
+        for i, number in enumerate(batch.numbers):
+            others = table.companions[number]
+            count = min(int(many_b[i]), len(others))
+            first = int(place_b[i] * len(others))
+            for other in (others[(first + k) % len(others)] for k in range(count)):
+                eeg_bCT[i] += torch.as_tensor(pad_channels(dataset[other].eeg)).float()
+            eeg_bCT[i] /= 1 + count
+    x_bCT = eeg_for_model(eeg_bCT, dataset.spec)
+    # Copies of a channel must share its fate.
+    true_bC = torch.stack([torch.arange(channels) % int(meta["n"]) for meta in batch.metas])
     if config.shift:
         moved = torch.arange(samples) + random.integers(2 * config.shift + 1, b, 1) - config.shift
-        x_bCT = x_bCT.gather(2, moved.clamp(0, samples - 1)[:, None].expand(-1, channels, -1).to(x_bCT.device))
+        x_bCT = x_bCT.gather(2, moved.clamp(0, samples - 1)[:, None].expand(-1, channels, -1))
     if config.noise:
         noise = random.normal(b, channels, samples).gather(1, true_bC[..., None].expand(-1, -1, samples))
-        x_bCT = x_bCT + config.noise * noise.to(x_bCT.device)
+        x_bCT = x_bCT + config.noise * noise
     if config.drop_channels:
         share_b1 = random.uniform(b, 1) * config.drop_channels
-        kept_bC = (random.uniform(b, channels) >= share_b1).gather(1, true_bC)
-        x_bCT = x_bCT * kept_bC[..., None].to(x_bCT.device)
+        x_bCT = x_bCT * (random.uniform(b, channels) >= share_b1).gather(1, true_bC)[..., None]
     return x_bCT
 
 
@@ -334,8 +354,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         row = torch.as_tensor(table.row_of[batch.numbers])
-        x = eeg_for_model(batch.eeg, data.spec)
-        return {"x": augmented(x, batch.metas, config.augment, random), "target": target_MP[row], "row": row}
+        x = augmented(batch, data, table, config.augment, random)
+        return {"x": x, "target": target_MP[row], "row": row}
 
     result = fit(
         aligner,

@@ -179,6 +179,8 @@ class ImageTable:
         Caption of each; its label's name where it has none.
     row_of : ndarray of int, shape (trials,)
         Row of each trial's image, by the trial's number in the dataset.
+    companions : list of list of int
+        For each trial, the other trials of the same image under the same channels.
 
     Raises
     ------
@@ -201,6 +203,11 @@ class ImageTable:
         self._first = [first[i] for i in self.ids]
         rows = {image_id: row for row, image_id in enumerate(self.ids)}
         self.row_of = np.array([rows[meta["image_id"]] for meta in metas])
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        alike = [(int(row), tuple(meta["ch_names"])) for row, meta in zip(self.row_of, metas, strict=True)]
+        for number, what in enumerate(alike):
+            groups.setdefault(what, []).append(number)
+        self.companions = [[n for n in groups[what] if n != number] for number, what in enumerate(alike)]
         self.labels = np.array([int(metas[n]["label"]) for n in self._first])
         self.captions = [
             str(metas[n].get("caption") or metas[n].get("label_name") or f"label {metas[n]['label']}")

@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
         b, row = len(batch.numbers), torch.as_tensor(table.row_of[batch.numbers])
         mean, std = latents[row].unbind(1)
         tensors = {
-            "x": augmented(eeg_for_model(batch.eeg, data.spec), batch.metas, config.augment, random),
+            "x": augmented(batch, data, table, config.augment, random),
             "latent": mean + std * random.normal(b, *mean.shape[1:]),
             "noise": random.normal(b, *mean.shape[1:]),
             "time": random.integers(times, b),
