@@ -97,14 +97,14 @@ def _field(electrodes_n3: NDArray[np.float64], centre: Any, width: float) -> Arr
 
 def _noise(rng: np.random.Generator, rows: int, samples: int, sfreq: float, exponent: Any, band: Any = None) -> Array:
     """Gaussian noise whose power falls as 1/f^exponent, each row with unit variance."""
-    length = scipy.fft.next_fast_len(samples, real=True)
+    length = int(scipy.fft.next_fast_len(samples, real=True) or samples)
     f = np.fft.rfftfreq(length, 1 / sfreq).astype(np.float32)
     gain = np.maximum(f, 0.5)[None, :] ** (-np.atleast_1d(exponent).astype(np.float32)[:, None] / 2)
     if band is not None:
         gain = np.exp(-(((f - band[0]) / band[1]) ** 2) / 2)[None, :]
     gain = gain * (f > 0.02)
     spectrum = rng.standard_normal((rows, len(f), 2), dtype=np.float32).view(np.complex64)[..., 0] * gain
-    wave = scipy.fft.irfft(spectrum, n=length, axis=-1)[:, :samples]
+    wave = np.asarray(scipy.fft.irfft(spectrum, n=length, axis=-1))[:, :samples]
     return np.asarray(wave / (wave.std(axis=-1, keepdims=True) + 1e-12), np.float32)
 
 
@@ -173,7 +173,7 @@ class Head:
             [_field(electrodes_n3, c, w) for c, w in zip(self.centres_K3, self.widths_K, strict=True)], 1
         )
         sources_KT = _noise(rng, N_SOURCES, samples, sfreq, self.exponents_K)
-        data_nT = (mixing_nK * (4.5 * self.powers_K).astype(np.float32)) @ sources_KT
+        data_nT: Array = (mixing_nK * (4.5 * self.powers_K)).astype(np.float32) @ sources_KT
 
         # Alpha: two occipital generators that wax and wane on their own.
         alpha_KT = _noise(rng, 2, samples, sfreq, 0, band=(self.alpha_hz, 0.6))
