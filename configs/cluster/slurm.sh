@@ -1,5 +1,5 @@
 #!/bin/bash
-# Written by 'dreamscale submit slurm'. Two minutes before the time is up, or when the job is pre-empted, training writes
+# Written by 'dreamscale submit slurm'. Two minutes before the time is up, or when the job is preempted, training writes
 # a checkpoint and ends with 75; the job then goes back into the queue and on from there.
 #SBATCH --job-name=@NAME@
 #SBATCH --nodes=@NODES@
