@@ -8,6 +8,7 @@ H rows, W columns.
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from finetune.align import AugmentConfig, augmented
 from finetune.data import ImageTable, eeg_for_model, open_paired, to_model_range, to_pixels
 from finetune.dm_re2i_model import eeg_features, sample_images, save_model
 from finetune.eg_ddpm import EGDDPM
-from finetune.evrnet import EVRNet, EVRNetConfig
+from finetune.evrnet import EVRNet, EVRNetConfig, unit_variance, whitening_matrix
 from finetune.training import StepRandom, TrainingConfig, fit, make_accelerator, open_run, plot_losses, quiet_libraries
 from pretrain.run import RunDirectory, TrackerConfig
 
@@ -46,6 +47,9 @@ class EVRNetStage:
     """Share of the feature dropped before the linear layer; the paper shows none."""
     label_smoothing: float = 0.0
     """Of the cross-entropy."""
+    whiten: float = 0.0
+    """Multivariate noise normalisation before the network, with this shrinkage (0.05 is usual); for trials of one
+    electrode layout. 0 for none, as in the paper."""
     average: int = 1
     """At the start of training, replace a trial by the mean of 1 to so many trials of its category in the batch.
     Single trials are mostly noise: what they share is found sooner. 1 for never."""
@@ -65,6 +69,8 @@ class EVRNetStage:
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= 128 or self.calibration_trials < 2:
             raise ValueError("evrnet: need 1 <= channels <= 128 and calibration_trials >= 2")
+        if not 0 <= self.whiten <= 1:
+            raise ValueError(f"evrnet.whiten must lie in [0, 1], got {self.whiten}")
         if not 1 <= self.average_end <= self.average or not 0 <= self.mixup <= 0.5 or not 0 <= self.label_smoothing < 1:
             raise ValueError("evrnet: need 1 <= average_end <= average, 0 <= mixup <= 0.5 and 0 <= label_smoothing < 1")
         EVRNetConfig(widths=self.widths, dropout=self.dropout, n_channels=self.channels)
@@ -272,7 +278,7 @@ class EVRNetTask(nn.Module):
         Parameters
         ----------
         x : Tensor, shape (B, C, T)
-            EEG in model units.
+            EEG in model units, normalised.
         target : Tensor, shape (B, K)
             Share of each category.
 
@@ -281,7 +287,7 @@ class EVRNetTask(nn.Module):
         dict
             loss and accuracy.
         """
-        _, logits = self.net(x[:, None])
+        _, logits = self.net(x[:, None], normalised=True)
         loss = F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(1) == target.argmax(1)).float().mean()}
 
@@ -313,18 +319,30 @@ def train_evrnet(
         return EVRNet.from_pretrained(run.path / "package").requires_grad_(False).to(device)
     n_classes = len(data.labels)
     torch.manual_seed(config.seed)
-    shape = EVRNetConfig(n_classes=n_classes, n_channels=stage.channels, widths=stage.widths, dropout=stage.dropout)
+    shape = EVRNetConfig(
+        n_classes=n_classes,
+        n_channels=stage.channels,
+        widths=stage.widths,
+        dropout=stage.dropout,
+        noise_normalisation=stage.whiten > 0,
+    )
     task = EVRNetTask(EVRNet(shape), stage.label_smoothing).to(memory_format=torch.channels_last)
     labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
     numbers = spread(len(val), config.val_trials)
     clean = all_eeg(data, spread(len(data), stage.calibration_trials), device)[:, : stage.channels]
+    if task.net.whitening_CC is not None:
+        task.net.whitening_CC.copy_(whitening_matrix(clean.cpu(), stage.whiten))
+    # Training changes whitened trials: noise and silenced channels would else be spread over all of them.
+    normaliser = copy.deepcopy(task.net.whitening_CC)
     x_val = all_eeg(val, numbers, device)
     y_val = torch.as_tensor(tables[1].labels[tables[1].row_of[numbers]], device=device)
     loader, steps = _loader(data, stage.training, config.seed, accel), stage.training.steps
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         y = labels[batch.numbers]
-        x = eeg_for_model(batch.eeg, data.spec)
+        x = eeg_for_model(batch.eeg, data.spec)[:, : stage.channels]
+        if normaliser is not None:
+            x = unit_variance(normaliser @ x)
         target = F.one_hot(y, n_classes).float()
         done = (loader.step - 1) / steps
         most = round(stage.average + (stage.average_end - stage.average) * done)
@@ -335,7 +353,7 @@ def train_evrnet(
             other = random.uniform(len(x)).argsort()
             x = torch.lerp(x, x[other], share[..., None])
             target = torch.lerp(target, target[other], share)
-        return {"x": augmented(x, batch.metas, stage.augment, random)[:, : stage.channels], "target": target}
+        return {"x": augmented(x, batch.metas, stage.augment, random), "target": target}
 
     def validate(module: nn.Module) -> dict[str, float]:
         net = module.net

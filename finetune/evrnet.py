@@ -28,6 +28,8 @@ class EVRNetConfig:
     """Kernel sizes of the multi-kernel residual blocks."""
     dropout: float = 0.0
     """Share of the semantic feature dropped before the linear layer while training; the paper shows none."""
+    noise_normalisation: bool = False
+    """Begin with a fixed matrix over the channels that makes the background activity white; the paper shows none."""
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
@@ -47,6 +49,49 @@ def _plain(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int
     # No bias: the batch norm's shift would undo it, and the published count has none.
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def unit_variance(x: Tensor) -> Tensor:
+    """Bring each trial to unit variance over its channels and samples.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., C, T)
+        Trials.
+
+    Returns
+    -------
+    Tensor, shape (..., C, T)
+        Scaled; a trial that is zero everywhere stays zero.
+    """
+    return x / x.std(dim=(-2, -1), keepdim=True).clamp_min(1e-6)
+
+
+def whitening_matrix(x_BCT: Tensor, shrinkage: float) -> Tensor:
+    """Symmetric matrix that makes the activity of trials white over the channels.
+
+    Parameters
+    ----------
+    x_BCT : Tensor, shape (B, C, T)
+        Trials in model units.
+    shrinkage : float
+        Share of the mean variance added to every direction, so that silent ones are not blown up.
+
+    Returns
+    -------
+    Tensor, shape (C, C)
+        ``(S + shrinkage * mean(diag S) * I)^(-1/2)`` of the mean covariance S.
+
+    References
+    ----------
+    Guggenmos et al., "Multivariate pattern analysis for MEG: a comparison of dissimilarity measures",
+    NeuroImage 173 (2018).
+    """
+    x = (x_BCT - x_BCT.mean(dim=2, keepdim=True)).double()
+    covariance_CC = torch.einsum("bct,bdt->cd", x, x) / (x.shape[0] * x.shape[2])
+    values_C, vectors_CC = torch.linalg.eigh(covariance_CC)
+    floor = shrinkage * values_C.mean().clamp_min(1e-12)
+    return ((vectors_CC * (values_C.clamp_min(0) + floor).rsqrt()) @ vectors_CC.T).to(x_BCT.dtype)
 
 
 class MKRB(nn.Module):
@@ -104,6 +149,9 @@ class EVRNet(nn.Module):
         super().__init__()
         self.config = config = config or EVRNetConfig()
         w1, w2, w3, w4, w5 = config.widths
+        # Not a parameter: it is computed from trials, once, and travels with the weights.
+        eye = torch.eye(config.n_channels) if config.noise_normalisation else None
+        self.register_buffer("whitening_CC", eye)
         self.temporal = nn.Sequential(_plain(1, w1, (1, 3), (1, 2)), _plain(w1, w2, (1, 3), (1, 2)))
         self.temporal_mkrb = MKRB(w2, config.multi_kernels)
         self.spatial = nn.Sequential(_plain(w2, w3, (3, 1), (2, 1)), _plain(w3, w4, (3, 1), (2, 1)))
@@ -117,13 +165,32 @@ class EVRNet(nn.Module):
         """Width D of the semantic feature."""
         return self.config.widths[-1]
 
-    def forward(self, x_B1CT: Tensor) -> tuple[Tensor, Tensor]:
+    def normalise(self, x_B1CT: Tensor) -> Tensor:
+        """Make the background activity white, if the configuration says so.
+
+        Parameters
+        ----------
+        x_B1CT : Tensor, shape (B, 1, C, T)
+            Trials in model units.
+
+        Returns
+        -------
+        Tensor, shape (B, 1, C, T)
+            With unit variance over each trial; the input itself without noise normalisation.
+        """
+        if self.whitening_CC is None:
+            return x_B1CT
+        return unit_variance(self.whitening_CC @ x_B1CT)
+
+    def forward(self, x_B1CT: Tensor, *, normalised: bool = False) -> tuple[Tensor, Tensor]:
         """Compute the semantic feature and the class scores.
 
         Parameters
         ----------
         x_B1CT : Tensor, shape (B, 1, C, T)
             Trials in model units (`PreprocessSpec.scale_for_model`).
+        normalised : bool
+            They went through `normalise` already.
 
         Returns
         -------
@@ -132,7 +199,7 @@ class EVRNet(nn.Module):
         logits_BK : Tensor, shape (B, K)
             Class scores.
         """
-        h = self.temporal_mkrb(self.temporal(x_B1CT))
+        h = self.temporal_mkrb(self.temporal(x_B1CT if normalised else self.normalise(x_B1CT)))
         h = self.spatial_mkrb(self.spatial(h))
         e_BD = self.ts(h).mean(dim=(2, 3))
         return e_BD, self.fc(self.dropout(e_BD))
