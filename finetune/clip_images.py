@@ -91,7 +91,7 @@ def clip_image_embeddings(
         return torch.nn.functional.normalize(embeds_BP, dim=-1)
 
     # The processor brings images to CLIP's size itself; a square of that size keeps batches rectangular.
-    size = int(model.config.image_size)
+    size = int(model.config.image_size)  # pyright: ignore[reportArgumentType] - a number in every CLIP
     key = {"what": "clip", "weights": weights_digest(model)}
     return table.features(compute, size=size, key=key, cache=cache, write=write)
 

@@ -105,7 +105,7 @@ def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{a}</w>" for a in alphabet), *("".join(pair) for pair in merges), START, END]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)  # pyright: ignore[reportArgumentType] - annotated too narrowly there
 
 
 def _tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
@@ -220,12 +220,12 @@ def _train_vae(x_M3HW: Tensor, config: MiniatureConfig) -> AutoencoderKL:
     """Train a small autoencoder, a quarter of the pixels a side and 4 channels deep."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
+    vae = AutoencoderKL(  # pyright: ignore[reportCallIssue] - its decorator hides the signature
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 48, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType] - annotated too narrowly there
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType] - annotated too narrowly there
+        block_out_channels=(24, 48, 48),  # pyright: ignore[reportArgumentType] - annotated too narrowly there
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -264,8 +264,11 @@ def _train_unet(
 ) -> tuple[UNet2DConditionModel, Any]:
     """Train a small U-Net of Stable Diffusion 1.5's blocks on captions, one in ten dropped."""
     from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig
 
-    width = clip.config.text_config.hidden_size
+    text_config = clip.config.text_config
+    assert isinstance(text_config, CLIPTextConfig)
+    width = text_config.hidden_size
     unet = UNet2DConditionModel(
         sample_size=config.size // 4,
         in_channels=4,
@@ -310,7 +313,8 @@ def _train_unet(
             times = torch.randint(1000, (b,), generator=generator)
             dropped = torch.rand(b, generator=generator) < 0.1
             condition = states[torch.where(dropped, len(captions), text[rows])]
-            guess = unet(noising.add_noise(latents[rows], noise, times), times, condition).sample
+            noisy = noising.add_noise(latents[rows], noise, times)  # pyright: ignore[reportArgumentType] - annotated too narrowly there
+            guess = unet(noisy, times, condition).sample
             loss = F.mse_loss(guess, noise)
             optimizer.zero_grad()
             loss.backward()
@@ -347,7 +351,7 @@ def make_miniature(pixels_MHW3: np.ndarray, captions: Sequence[str], out: str | 
         The directory.
     """
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     assert pixels_MHW3.shape[1:] == (config.size, config.size, 3) and len(captions) == len(pixels_MHW3)
@@ -363,7 +367,9 @@ def make_miniature(pixels_MHW3: np.ndarray, captions: Sequence[str], out: str | 
         seconds["vae"] = time.monotonic() - began - seconds["clip"]
         unet, scheduler = _train_unet(x_M3HW, captions, tokenizer, clip, vae, config)
         seconds["unet"] = time.monotonic() - began - seconds["clip"] - seconds["vae"]
-    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_config = clip.config.text_config
+    assert isinstance(text_config, CLIPTextConfig)
+    text_encoder = CLIPTextModel(text_config)
     text_encoder.load_state_dict(
         {k: v for k, v in clip.state_dict().items() if k.startswith("text_model.")}
         if any(k.startswith("text_model.") for k in text_encoder.state_dict())
@@ -375,9 +381,9 @@ def make_miniature(pixels_MHW3: np.ndarray, captions: Sequence[str], out: str | 
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
+        safety_checker=None,  # pyright: ignore[reportArgumentType] - the pipeline takes None for the optional parts
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        image_encoder=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )
     processor = CLIPImageProcessorPil(

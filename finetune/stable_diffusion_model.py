@@ -332,7 +332,8 @@ class StableDiffusionGenerator:
         if guidance_scale != 1:
             null = self.conditioner.null(batch)
             condition = tuple(
-                None if own is None else torch.cat([own, none]) for own, none in zip(condition, null, strict=True)
+                None if own is None or none is None else torch.cat([own, none])
+                for own, none in zip(condition, null, strict=True)
             )
         self.scheduler.set_timesteps(steps, device=self.device)
         z_B4hw = z_B4hw * self.scheduler.init_noise_sigma

@@ -169,7 +169,7 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
             f"'accelerate launch --multi_gpu --num_processes {num_processes} -m ...' (see configs/accelerate)"
         )
     # Accelerate passes the keyword on even to a single process, where a backend means nothing.
-    handlers = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl")] if launched > 1 else []
+    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl")] if launched > 1 else []
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
     expected = (
         DistributedType.NO if launched == 1 else (DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU)
@@ -419,7 +419,8 @@ def _same_on_all(accelerator: Accelerator, value: Any) -> Any:
 def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+    total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device))
+    return bool(total > 0)
 
 
 def fit(
@@ -431,7 +432,7 @@ def fit(
     run: RunDirectory,
     loader: Loader,
     inputs: Callable[[Batch, StepRandom], dict[str, torch.Tensor]],
-    validate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+    validate: Callable[[Any], dict[str, float]] | None = None,
     watch: str = "loss",
     mode: Literal["min", "max"] = "min",
     lr_scale: Callable[[str], float] | None = None,
