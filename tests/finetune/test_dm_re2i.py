@@ -29,6 +29,7 @@ TINY = {
     "evrnet.channels": 16,
     "evrnet.widths": "[4,8,8,16,16]",
     "evrnet.average": 3,
+    "evrnet.whiten": 0.05,
     "evrnet.mixup": 0.1,
     "evrnet.augment.drop_channels": 0.1,
     "evrnet.training.steps": 30,

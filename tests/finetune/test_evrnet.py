@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_sharding.errors import RequestError
-from finetune.dm_re2i import calibrate_batch_norm, same_category_average
-from finetune.evrnet import MKRB, EVRNet, EVRNetConfig
+from finetune.evrnet import MKRB, EVRNet, EVRNetConfig, whitening_matrix
+from finetune.evrnet_training import EVRNetAugment, calibrate_batch_norm, changed, same_category_average
 from finetune.training import StepRandom
 
 SMALL = EVRNetConfig(n_classes=3, n_channels=16, widths=(4, 4, 8, 8, 12))
@@ -115,3 +116,41 @@ def test_averages_stay_within_a_category() -> None:
     assert (energy.argmax(dim=1) == labels).all()
     assert np.isclose(float((energy.sum(1) - energy.max(1).values).max()), 0, atol=1e-3)
     torch.testing.assert_close(mean[4], x[4])  # alone in its category
+
+
+def test_noise_normalisation_makes_the_background_white_and_travels_with_the_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    mixing = torch.eye(16) + 0.1 * torch.randn(16, 16) + 0.5  # noise that all channels share
+    x = mixing @ torch.randn(40, 16, 200)
+    net = EVRNet(dataclasses.replace(SMALL, noise_normalisation=True)).eval()
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in EVRNet(SMALL).parameters())
+    assert net.whitening_CC is not None
+    net.whitening_CC.copy_(whitening_matrix(x, 1e-6))
+    white = net.normalise(x[:, None])[:, 0]
+    torch.testing.assert_close(white.std(dim=(1, 2)), torch.ones(40))
+    covariance = torch.einsum("bct,bdt->cd", white, white) / (40 * 200)
+    torch.testing.assert_close(covariance, torch.eye(16), atol=0.05, rtol=0)
+    net.save_pretrained(tmp_path)
+    a, b = net(x[:2, None])[0], EVRNet.from_pretrained(tmp_path)(x[:2, None])[0]
+    torch.testing.assert_close(a, b, atol=0, rtol=0)
+    torch.testing.assert_close(a, net(net.normalise(x[:2, None]), normalised=True)[0], atol=0, rtol=0)
+    # A silent direction, as an average reference leaves one, is not blown up.
+    flat = x - x.mean(dim=1, keepdim=True)
+    gain = (whitening_matrix(flat, 0.05) @ torch.full((16,), 0.25)).norm()
+    assert gain == pytest.approx(float((0.05 * flat.var(dim=2).mean()) ** -0.5), rel=0.02)
+
+
+def test_changes_treat_copies_of_a_channel_alike() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 50)[:, torch.arange(10) % 4]
+    config = EVRNetAugment(shift=3, noise=0.5, drop_channels=0.9)
+    out = changed(x, [4] * 6, config, StepRandom(0, 1))
+    torch.testing.assert_close(out[:, 4:8], out[:, :4], atol=0, rtol=0)
+    silent = (out == 0).all(dim=2)
+    assert silent.any() and not silent.all() and not torch.equal(out, x)
+    torch.testing.assert_close(out, changed(x, [4] * 6, config, StepRandom(0, 1)), atol=0, rtol=0)
+    assert changed(x, [4] * 6, EVRNetAugment(), StepRandom(0, 1)) is x
+    moved = changed(x, [4] * 6, EVRNetAugment(shift=3), StepRandom(0, 1))
+    assert all(
+        any(torch.equal(m[:, 3:-3], o[:, 3 + d : 47 + d]) for d in range(-3, 4)) for m, o in zip(moved, x, strict=True)
+    )
