@@ -112,7 +112,7 @@ def augmented(
     Tensor of float32, [b, 128, T]
         Changed windows in model units.
     """
-    eeg_bCT = batch.eeg.float()
+    eeg_bCT = batch.eeg.to(torch.float32, copy=True)
     b, channels, samples = eeg_bCT.shape
     if config.average > 1:
         # How many, and which of the companions: a fixed number of draws, so that ranks stay in step.
@@ -354,8 +354,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         row = torch.as_tensor(table.row_of[batch.numbers])
-        x = augmented(batch, data, table, config.augment, random)
-        return {"x": x, "target": target_MP[row], "row": row}
+        x, target = augmented(batch, data, table, config.augment, random), target_MP[row]
+        return {"x": x, "target": target, "row": row}
 
     result = fit(
         aligner,
