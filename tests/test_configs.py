@@ -17,14 +17,14 @@ STAGES = {
     "pretrain/*": "pretrain.config:PretrainConfig",
     "demo/pretrain": "pretrain.config:PretrainConfig",
     "demo/miniature": "finetune.miniature:MiniatureConfig",
-    "*/align": "finetune.align:AlignConfig",
+    "*/align*": "finetune.align:AlignConfig",
     "*/stable_diffusion*": "finetune.stable_diffusion:StableDiffusionConfig",
     "*/dm_re2i": "finetune.dm_re2i:DMRE2IConfig",
     "finetune/evaluate": "finetune.evaluate:EvaluateConfig",
 }
 FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("accelerate", "cluster"))
 # Not one stage's request, but options for several of the demo's.
-SEVERAL = {"demo/generate", "demo/smoke"}
+SEVERAL = {"demo/images", "demo/smoke"}
 
 
 def _name(path: Path) -> str:
