@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
-SOURCES := data_sharding pretrain finetune launch tests benchmarks
+SOURCES := data_sharding pretrain finetune launch tests
 
 .PHONY: demo test check lint types spelling format clean
 .DEFAULT_GOAL := test

@@ -184,7 +184,7 @@ class Watcher:
         u = (torch.rand(self.REPEATS, n, generator=generator) + torch.arange(self.REPEATS)[:, None]) / self.REPEATS
         self.time = (u * times).long()
 
-    def __call__(self, task: nn.Module) -> dict[str, float]:
+    def __call__(self, task: EGDDPMTask) -> dict[str, float]:
         """Losses of a model.
 
         Parameters
@@ -262,7 +262,8 @@ def train_ddpm(
     noising = DDPMScheduler(
         num_train_timesteps=stage.noise_steps, beta_schedule="squaredcos_cap_v2", prediction_type=stage.prediction
     )
-    task = EGDDPMTask(unet, noising, stage.loss).to(memory_format=torch.channels_last)
+    task = EGDDPMTask(unet, noising, stage.loss)
+    task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - missing from torch's overloads
     e_train, std_D = e_train.cpu(), std_D.cpu()
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def sample_images(
             guess = none + guidance_scale * (own - none)
         else:
             guess = unet(x, step, e_BD)
-        x = scheduler.step(guess, step, x).prev_sample
+        x = scheduler.step(guess, int(step), x).prev_sample
     return x
 
 
@@ -188,7 +188,8 @@ class DMRE2IGenerator:
             raise RequestError(f"{folder / 'preprocess.json'}: not a preprocessing ({one_line(error)})") from None
         self.evrnet = EVRNet.from_pretrained(folder / "evrnet").requires_grad_(False).to(self.device)
         try:
-            unet, report = EGDDPM.from_pretrained(str(folder / "unet"), local_files_only=True, output_loading_info=True)
+            loaded: Any = EGDDPM.from_pretrained(str(folder / "unet"), local_files_only=True, output_loading_info=True)
+            unet, report = loaded
             self.noising = DDPMScheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
             raise RequestError(f"{folder}: U-Net or scheduler cannot be loaded ({one_line(error)[:200]})") from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +179,7 @@ class EVRNet(nn.Module):
         Tensor, shape (B, 1, C, T)
             With unit variance over each trial; the input itself without noise normalisation.
         """
-        if self.whitening_CC is None:
+        if not isinstance(self.whitening_CC, Tensor):
             return x_B1CT
         return unit_variance(self.whitening_CC @ x_B1CT)
 
@@ -250,7 +251,7 @@ class EVRNet(nn.Module):
         if not isinstance(stored, dict) or stored.pop("kind", None) != "evrnet":
             raise RequestError(f"{path / 'config.json'}: does not describe an EVRNet; give the model's evrnet/ folder")
         try:
-            lists = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
             model = cls(EVRNetConfig(**lists))
             model.load_state_dict(load_file(path / "model.safetensors"), strict=True)
         except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:

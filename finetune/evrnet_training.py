@@ -5,7 +5,6 @@ Legend of suffixes: B trials, b trials of this rank, C channels, T samples, D fe
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -313,14 +312,16 @@ def train_evrnet(
         dropout=stage.dropout,
         noise_normalisation=stage.whiten > 0,
     )
-    task = EVRNetTask(EVRNet(shape), stage.label_smoothing).to(memory_format=torch.channels_last)
+    task = EVRNetTask(EVRNet(shape), stage.label_smoothing)
+    task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - missing from torch's overloads
     labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
     numbers = spread(len(val), config.val_trials)
     clean = all_eeg(data, spread(len(data), stage.calibration_trials), device)[:, : stage.channels]
-    if task.net.whitening_CC is not None:
-        task.net.whitening_CC.copy_(whitening_matrix(clean.cpu(), stage.whiten))
+    whitening_CC = task.net.whitening_CC
+    if isinstance(whitening_CC, Tensor):
+        whitening_CC.copy_(whitening_matrix(clean.cpu(), stage.whiten))
     # Training changes whitened trials: noise and silenced channels would else be spread over all of them.
-    normaliser = copy.deepcopy(task.net.whitening_CC)
+    normaliser = whitening_CC.clone() if isinstance(whitening_CC, Tensor) else None
     x_val = all_eeg(val, numbers, device)
     y_val = torch.as_tensor(tables[1].labels[tables[1].row_of[numbers]], device=device)
     loader, steps = rank_loader(data, stage.training, config.seed, accel), stage.training.steps
@@ -342,7 +343,7 @@ def train_evrnet(
             target = torch.lerp(target, target[other], share)
         return {"x": changed(x, [int(meta["n"]) for meta in batch.metas], stage.augment, random), "target": target}
 
-    def validate(module: nn.Module) -> dict[str, float]:
+    def validate(module: EVRNetTask) -> dict[str, float]:
         net = module.net
         calibrate_batch_norm(net, clean)
         _, logits = eeg_features(net, x_val)
