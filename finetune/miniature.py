@@ -231,6 +231,9 @@ def _train_vae(x_M3HW: Tensor, config: MiniatureConfig) -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=config.size,
     ).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        # Start with hardly any noise on the latents: while it drowns them, colours are learned last or not at all.
+        vae.quant_conv.bias[4:] -= 6.0
     optimizer, schedule = _optimise(vae.parameters(), 3e-3, config.vae_steps)
     vae.train()
     with progress("miniature autoencoder", config.vae_steps) as advance:
