@@ -6,12 +6,9 @@ Shapes: n channels, S samples at the recording's rate.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from mne.io import BaseRaw
 
 
 @dataclass(frozen=True, kw_only=True)
