@@ -12,15 +12,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from upath import UPath
+
 from data_sharding.errors import RequestError
+from data_sharding.storage import AnyPath, as_path, commit_folder, describe, fresh, scratch_folder
 
 
-def sha256_file(path: str | Path) -> str:
+def sha256_file(path: str | AnyPath) -> str:
     """Checksum of a file, read in blocks.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or UPath
         The file.
 
     Returns
@@ -28,8 +31,8 @@ def sha256_file(path: str | Path) -> str:
     str
         Hexadecimal SHA-256.
     """
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with as_path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def digest_of(value: Any) -> str:
@@ -48,17 +51,23 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+def atomic_write_bytes(path: str | AnyPath, data: bytes) -> None:
     """Write a file so that readers see either the old content or the new one.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or UPath
         Destination; its folder is made.
     data : bytes
         Content.
     """
-    path = Path(path)
+    path = as_path(path)
+    if isinstance(path, UPath):  # A store shows whole objects only.
+        if path.protocol == "memory":
+            path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        fresh(path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -71,12 +80,12 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def atomic_write_text(path: str | Path, text: str) -> None:
+def atomic_write_text(path: str | AnyPath, text: str) -> None:
     """Write a UTF-8 text file whole or not at all.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or UPath
         Destination.
     text : str
         Content.
@@ -84,12 +93,12 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_json(path: str | AnyPath, value: Any) -> None:
     """Write JSON with sorted keys, whole or not at all.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or UPath
         Destination.
     value : Any
         What to write; NaN and infinities are refused, since JSON has none.
@@ -97,12 +106,12 @@ def write_json(path: str | Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | AnyPath) -> Any:
     """Read a JSON file.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or UPath
         The file.
 
     Returns
@@ -115,13 +124,13 @@ def read_json(path: str | Path) -> Any:
     RequestError
         If the file is missing, unreadable or not JSON.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+        raise RequestError(f"{path}: cannot be read ({describe(error)})") from None
     except ValueError as error:
         raise RequestError(
             f"{path}: not valid JSON ({error}); it is damaged or was not written by Dreamscale"
@@ -129,20 +138,31 @@ def read_json(path: str | Path) -> Any:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | AnyPath, last: str = "manifest.json") -> Iterator[Path]:
     """Fill a directory under a temporary name and rename it into place at the end.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or UPath
         Destination; an existing directory there is replaced only once the new one is whole.
+    last : str
+        On an object store, which cannot rename: the file to go first from the old directory, and to come last of the
+        new one, so that nobody takes a mixture of both for whole.
 
     Yields
     ------
     Path
-        The temporary directory to write into.
+        The temporary directory, on this machine, to write into.
     """
-    path = Path(path)
+    path = as_path(path)
+    if isinstance(path, UPath):
+        with scratch_folder() as folder:
+            temporary = folder / path.name
+            temporary.mkdir()
+            yield temporary
+            (path / last).unlink(missing_ok=True)
+            commit_folder(temporary, path, last)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()

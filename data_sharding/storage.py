@@ -233,6 +233,34 @@ def put(local: Path, target: AnyPath) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def deliver(local: Path, target: AnyPath) -> None:
+    """Move a finished local file to its place so that readers see the whole file or none.
+
+    Parameters
+    ----------
+    local : Path
+        The file; gone afterwards.
+    target : Path or UPath
+        Where it goes; what is there is replaced.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written there.
+    """
+    if not isinstance(target, UPath):
+        _sync(local)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            local.replace(target)
+            return
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+    put(local, target)
+    local.unlink()
+
+
 def _sync(path: Path) -> None:
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
@@ -314,6 +342,27 @@ def _move(local: Path, target: Path) -> None:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         shutil.rmtree(local, ignore_errors=True)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Nothing more can be written, however often it is tried."""
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether a disk, a network folder or a store is at fault, rather than what was to be written there.
+
+    Parameters
+    ----------
+    error : Exception
+        What was raised.
+
+    Returns
+    -------
+    bool
+        True for `OSError` and for the errors of the stores' own libraries, which are none.
+    """
+    libraries = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs", "fsspec")
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries
 
 
 def describe(error: BaseException) -> str:
