@@ -1,21 +1,39 @@
-"""The same signal in two files, whatever their formats: found by fingerprints of single channels."""
+"""The same signal in two files, whatever their formats: found by fingerprints of single channels.
+
+Two steps, so that a hundred thousand recordings are compared in seconds: a *signature* of a few numbers, kept with the
+recording's row, says which pairs are worth a look; only of those the full fingerprints are loaded and compared.
+
+Shapes: n channels, P points of a fingerprint (`data_sharding.units`: the 1 to 40 Hz signal, one point each 0.1 s).
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
-HEAD = 16
-"""Points that index a channel's fingerprint: recordings of unlike length agree on them."""
-BIN = 2e-3
 SAME = 0.99
 """Correlation from which two channels are the same."""
 SHARE = 0.6
-"""Share of the common channels that must be the same."""
+"""Share of the smaller recording's live channels that must be found again in the other."""
 LENGTH_S = 1.5
 """Formats with records of whole seconds pad the last one."""
+MIN_POINTS = 16
+"""Fewer points agree by chance; such recordings are compared by checksum alone."""
+ALIKE = 0.95
+"""Median correlation between a recording's own channels from which it may be a calibration signal."""
+BANDS = ((0, 32), (16, 48), (32, 64))
+"""Stretches of points that are hashed one by one: one sample at the edge of a sign spoils one of them only."""
+SKETCH = 16
+"""Most numbers in a signature."""
+NEIGHBOURS = 64
+"""Most recordings of next lengths that one shared number leads to."""
+
+Relation = Literal["same", "beginning"]
 
 
 @dataclass(kw_only=True)
@@ -25,79 +43,221 @@ class Print:
     key: str
     """The recording's key."""
     sha256: str
-    """Checksum over all its files."""
+    """Checksum over all its files; empty where it is not known."""
     seconds: float
     """Its length."""
-    names: list[str]
-    """Canonical names of the rows."""
-    points: np.ndarray = field(repr=False)
-    """[n, P] fingerprint of `data_sharding.units`."""
+    names: list[str] = field(default_factory=list)
+    """Canonical names of the rows; for messages, not for the comparison: formats disagree about names."""
+    signature: list[int] | None = None
+    """See `signature`; computed from `points` where it is None."""
+    points: np.ndarray | None = field(default=None, repr=False)
+    """[n, P] fingerprint, where it is in memory already."""
 
 
-def same_signal(a: Print, b: Print) -> bool:
+def signature(points: np.ndarray) -> list[int]:
+    """Few numbers that recordings of the same signal share, and others hardly ever.
+
+    Parameters
+    ----------
+    points : ndarray, shape (n, P)
+        Fingerprint.
+
+    Returns
+    -------
+    list of int
+        At most `SKETCH` numbers below 2**63, sorted; empty where there are too few points.
+
+    Notes
+    -----
+    The signs of 32 points of a channel are one number; of all channels' numbers the smallest after mixing are kept (a
+    bottom-k sketch, Broder 1997). Two recordings share about as many of them as they share channels, in whatever order
+    and under whatever names.
+    """
+    points = np.asarray(points, np.float32)
+    if points.ndim != 2 or points.shape[1] < MIN_POINTS:
+        return []
+    live = points[np.linalg.norm(points, axis=1) > 0] > 0
+    bands = [band for band in BANDS if band[1] <= points.shape[1]] or [(0, MIN_POINTS)]
+    numbers = []
+    for place, (start, stop) in enumerate(bands):
+        bits = live[:, start:stop]
+        ups = bits.sum(axis=1)
+        # A run of one sign is what a slow drift leaves in any recording.
+        telling = (ups >= 4) & (ups <= bits.shape[1] - 4)
+        word = (bits * (np.uint64(1) << np.arange(bits.shape[1], dtype=np.uint64))).sum(axis=1, dtype=np.uint64)
+        numbers.append(word[telling] + np.uint64((place + 1) << 32))
+    mixed = np.unique(_mix(np.concatenate(numbers)))[:SKETCH]
+    return [int(number) for number in mixed]
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014), one bit shorter: numbers that JSON and int64 columns hold."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) >> np.uint64(1)
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) -> Relation | None:
     """Whether two recordings hold the same signal.
 
     Parameters
     ----------
-    a, b : Print
-        Two recordings.
+    a : ndarray, shape (n, P)
+        Fingerprint of one.
+    b : ndarray, shape (n', P')
+        Fingerprint of the other.
+    seconds_a, seconds_b : float
+        Their lengths.
 
     Returns
     -------
-    bool
-        True where most of the channels that both have agree, and those are at least half of the smaller recording.
+    str or None
+        same: most channels of the smaller one are in the other, and the lengths agree. beginning: the channels agree,
+        but one recording goes on for longer. None: neither.
+
+    Notes
+    -----
+    Each half of the points must agree for itself: the transient with which amplifiers switch on looks alike in every
+    recording, and would outweigh all that follows.
     """
-    if abs(a.seconds - b.seconds) > LENGTH_S:
-        return False
-    rows_b = {name: i for i, name in enumerate(b.names) if np.any(b.points[i])}
-    pairs = [(i, rows_b[name]) for i, name in enumerate(a.names) if name in rows_b and np.any(a.points[i])]
-    if not pairs or len(pairs) < 0.5 * min(len(a.names), len(b.names)):
-        return False
-    n = min(a.points.shape[1], b.points.shape[1])
-    x, y = a.points[[i for i, _ in pairs], :n], b.points[[j for _, j in pairs], :n]
-    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    correlation = (x * y).sum(axis=1) / np.maximum(norms, 1e-12)
-    return float((correlation > SAME).mean()) >= SHARE
+    n_points = min(a.shape[1], b.shape[1])
+    if n_points < MIN_POINTS:
+        return None
+    x, y = (np.asarray(p[:, :n_points], np.float32) for p in (a, b))
+    x, y = (p[np.linalg.norm(p, axis=1) > 0] for p in (x, y))
+    if not len(x) or not len(y):
+        return None
+    if len(x) > len(y):
+        x, y = y, x
+    cuts = [0, n_points // 2, n_points] if n_points >= 2 * MIN_POINTS else [0, n_points]
+    agree = np.ones((len(x), len(y)), bool)
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        agree &= _unit(x[:, start:stop]) @ _unit(y[:, start:stop]).T > SAME
+    if agree.any(axis=1).mean() < SHARE:
+        return None
+    if abs(seconds_a - seconds_b) <= LENGTH_S:
+        return "same"
+    # A calibration signal at the start is no evidence that two recordings of other lengths are one.
+    alike = len(x) < 2 or float(np.median(np.abs(_unit(x[1:]) @ _unit(x[:1]).T))) > ALIKE
+    return None if alike or n_points < BANDS[-1][1] else "beginning"
 
 
-def find_duplicates(prints: list[Print]) -> dict[str, str]:
+def candidates(prints: Sequence[Print]) -> list[tuple[int, int]]:
+    """Pairs of recordings whose signatures meet.
+
+    Parameters
+    ----------
+    prints : sequence of Print
+        Recordings, with signatures.
+
+    Returns
+    -------
+    list of (int, int)
+        Places in `prints`, the smaller one first; sorted.
+    """
+    sizes = np.array([len(p.signature or ()) for p in prints], np.int64)
+    total = int(sizes.sum())
+    if not total:
+        return []
+    numbers = np.fromiter((number for p in prints for number in p.signature or ()), np.int64, total)
+    who = np.repeat(np.arange(len(prints)), sizes)
+    seconds = np.array([p.seconds for p in prints], float)
+    order = np.lexsort((who, seconds[who], numbers))
+    numbers, who = numbers[order], who[order]
+    pairs = []
+    # Numbers that very many recordings share lead to the ones of next length only: the cost stays linear.
+    for step in range(1, min(NEIGHBOURS, total - 1) + 1):
+        meet = numbers[step:] == numbers[:-step]
+        if not meet.any():
+            break
+        i, j = who[:-step][meet], who[step:][meet]
+        pairs.append(np.minimum(i, j) * len(prints) + np.maximum(i, j))
+    if not pairs:
+        return []
+    codes, shared = np.unique(np.concatenate(pairs), return_counts=True)
+    i, j = codes // len(prints), codes % len(prints)
+    # One shared number of many is chance.
+    kept = (i != j) & ((shared >= 2) | (np.minimum(sizes[i], sizes[j]) < 4))
+    return [(int(a), int(b)) for a, b in zip(i[kept], j[kept], strict=True)]
+
+
+def find_duplicates(prints: Sequence[Print], load_points: Callable[[str], np.ndarray] | None = None) -> dict[str, str]:
     """Recordings to leave out since another one holds the same.
 
     Parameters
     ----------
-    prints : list of Print
-        In order of preference: of equal recordings the first is kept.
+    prints : sequence of Print
+        In order of preference (see `preference`): of equal recordings the first is kept.
+    load_points : callable, optional
+        Key of a recording to its full fingerprint [n, P]; called only where signatures meet, and not where
+        `Print.points` is there.
 
     Returns
     -------
     dict
-        Key of a duplicate to the key of the recording that is kept.
+        Key of a duplicate to the key of the recording that is kept, followed by ``(same beginning, A of B s)`` where
+        the lengths differ.
     """
     duplicate: dict[str, str] = {}
+    root: dict[str, Print] = {}
     by_bytes: dict[str, Print] = {}
-    index: defaultdict[tuple[str, int], list[Print]] = defaultdict(list)
+    rest: list[Print] = []
     for item in prints:
-        if item.sha256 in by_bytes:
-            duplicate[item.key] = by_bytes[item.sha256].key
+        if item.sha256 and (first := by_bytes.setdefault(item.sha256, item)) is not item:
+            duplicate[item.key] = first.key
+            root[item.key] = first
             continue
-        # A channel's scale-free shape as one number; neighbours in one bin or the next are compared in full.
-        cells = []
-        for name, row in zip(item.names, item.points, strict=True):
-            head = row[:HEAD]
-            norm = np.linalg.norm(head)
-            if head.size >= 4 and norm > 0:
-                cells.append((name, round(float(np.abs(head).sum() / norm) / BIN)))
-        tried: set[str] = set()
-        for name, cell in cells:
-            for other in (o for near in (cell - 1, cell, cell + 1) for o in index.get((name, near), ())):
-                if other.key not in tried:
-                    tried.add(other.key)
-                    if item.key not in duplicate and same_signal(other, item):
-                        duplicate[item.key] = other.key
-            if item.key in duplicate:
+        if item.signature is None:
+            item.signature = signature(item.points) if item.points is not None else []
+        rest.append(item)
+    at = {item.key: item for item in rest}
+
+    @lru_cache(maxsize=512)
+    def points_of(key: str) -> np.ndarray:
+        points = at[key].points
+        if points is None:
+            if load_points is None:
+                raise ValueError(f"no fingerprint of {key}: give load_points")
+            points = load_points(key)
+        return np.asarray(points, np.float32)
+
+    meets: defaultdict[int, list[int]] = defaultdict(list)
+    for i, j in candidates(rest):
+        meets[j].append(i)
+    for j in sorted(meets):
+        item = rest[j]
+        for i in meets[j]:
+            if compare(points_of(rest[i].key), points_of(item.key), rest[i].seconds, item.seconds):
+                kept = root.get(rest[i].key, rest[i])
+                root[item.key] = kept
+                lengths = f" (same beginning, {item.seconds:.1f} of {kept.seconds:.1f} s)"
+                duplicate[item.key] = kept.key + (lengths if abs(kept.seconds - item.seconds) > LENGTH_S else "")
                 break
-        if item.key not in duplicate:
-            by_bytes[item.sha256] = item
-            for cell in cells:
-                index[cell].append(item)
+    # Equal bytes may stand for a recording that turned out to be a duplicate itself.
+    for key, value in duplicate.items():
+        if value in root:
+            duplicate[key] = root[value].key
     return duplicate
+
+
+def preference(row: dict, *, trials: bool) -> tuple:
+    """Which of several recordings of the same signal is kept: the smallest first.
+
+    Parameters
+    ----------
+    row : dict
+        Ledger row.
+    trials : bool
+        Whether the recording has trials.
+
+    Returns
+    -------
+    tuple
+        Sort key: with trials, subject known, longer (by minutes: formats pad), more channels, key.
+    """
+    return (not trials, row["subject"] == row["key"], -int(row["seconds"] // 60), -row["n_kept"], row["key"])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import RequestError
 from data_sharding.files import atomic_write_bytes
+from data_sharding.storage import AnyPath, as_path
 
 NAME = "ledger.parquet"
-STATUSES = ("sharded", "duplicate", "quarantined", "excluded")
+STATUSES = ("sharded", "duplicate", "quarantined", "excluded", "held back")
+MAY_MISS = {"reader": "", "reference": "", "segments": 1, "duplicate_of": "", "held_back": ""}
+"""Columns that a row need not have, with what stands for them."""
 
 
 def _schema() -> Any:
@@ -29,11 +31,14 @@ def _schema() -> Any:
             ("sha256", text),
             ("fingerprint", text),
             ("format", text),
+            ("reader", text),
             ("subject", text),
             ("session", text),
             ("split", text),
             ("status", text),
             ("reason", text),
+            ("duplicate_of", text),
+            ("held_back", text),
             ("channels_by_type", text),
             ("channels_left_out", text),
             ("channels", words),
@@ -43,8 +48,10 @@ def _schema() -> Any:
             ("bads", words),
             ("montage", text),
             ("montage_confidence", real),
+            ("reference", text),
             ("sfreq", real),
             ("seconds", real),
+            ("segments", number),
             ("amplitude_uv", real),
             ("unit", text),
             ("unit_factor", real),
@@ -59,32 +66,63 @@ def _schema() -> Any:
     )
 
 
-def write_ledger(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_ledger(path: str | AnyPath, rows: Iterable[dict[str, Any]]) -> None:
     """Write the ledger, whole or not at all.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or UPath
         The file.
     rows : iterable of dict
         One for each recording; keys that are no column are left out.
+
+    Raises
+    ------
+    KeyError
+        If a row lacks a column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = _schema()
-    table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema=schema)
+    full = [{**MAY_MISS, "reader": row["format"], **row} for row in rows]
+    table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in full], schema=schema)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     atomic_write_bytes(path, buffer.getvalue())
 
 
-def read_ledger(dataset: str | Path) -> list[dict[str, Any]]:
+def set_aside(row: dict[str, Any], status: str, reason: str, **columns: str) -> None:
+    """Take a recording that was read out of the dataset, and keep what was learned of it.
+
+    Parameters
+    ----------
+    row : dict
+        Its row, changed in place.
+    status : str
+        duplicate or held back.
+    reason : str
+        Why, in words.
+    **columns : str
+        Further columns, such as ``duplicate_of``.
+
+    Raises
+    ------
+    ValueError
+        If the ledger knows no such status.
+    """
+    if status not in STATUSES:
+        raise ValueError(f"status '{status}' is none of {STATUSES}")
+    row |= {"status": status, "reason": reason, "split": "", "windows": 0, "seconds_written": 0.0, **columns}
+    row["split_samples"] = {}
+
+
+def read_ledger(dataset: str | AnyPath) -> list[dict[str, Any]]:
     """Read a dataset's ledger.
 
     Parameters
     ----------
-    dataset : str or Path
+    dataset : str, Path or UPath
         The dataset's directory.
 
     Returns
@@ -100,11 +138,11 @@ def read_ledger(dataset: str | Path) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = Path(dataset) / NAME
+    path = as_path(dataset) / NAME
     if not path.is_file():
         raise RequestError(f"{path}: no such file; only 'dreamscale shard' writes a ledger")
     try:
-        return pq.read_table(path).to_pylist()
+        return [{**MAY_MISS, **row} for row in pq.read_table(io.BytesIO(path.read_bytes())).to_pylist()]
     except (pa.ArrowInvalid, OSError) as error:
         raise RequestError(f"{path}: damaged ({error}); shard the corpus again") from None
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from data_sharding.errors import RequestError
 from data_sharding.files import read_json, write_json
 from data_sharding.preprocess import PreprocessSpec
+from data_sharding.storage import AnyPath, as_path
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -44,7 +44,7 @@ class Manifest:
     labels: list[str] = field(default_factory=list)
     """Names of the labels of an EEG-image dataset, by number; empty otherwise."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Recordings found, sharded, duplicate, quarantined, excluded; windows or trials left out by reason."""
+    """Recordings found and of each status (`data_sharding.ledger.STATUSES`); windows or trials left out by reason."""
     hours: dict[str, float] = field(default_factory=dict)
     """Hours of each of them."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the code and of the libraries that shape the bytes."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Anything else worth keeping."""
+    """Anything else worth keeping: ``request``, ``ledger_sha256``, and for each corpus in ``corpora`` its design."""
 
     def samples(self, split: str) -> int:
         """Number of samples of a split.
@@ -69,23 +69,23 @@ class Manifest:
         """
         return sum(shard.samples for shard in self.splits.get(split, []))
 
-    def write(self, directory: str | Path) -> None:
+    def write(self, directory: str | AnyPath) -> None:
         """Write the manifest, whole or not at all.
 
         Parameters
         ----------
-        directory : str or Path
+        directory : str, Path or UPath
             The dataset.
         """
-        write_json(Path(directory) / NAME, {"schema": SCHEMA, **dataclasses.asdict(self)})
+        write_json(as_path(directory) / NAME, {"schema": SCHEMA, **dataclasses.asdict(self)})
 
     @classmethod
-    def read(cls, directory: str | Path) -> Manifest:
+    def read(cls, directory: str | AnyPath) -> Manifest:
         """Read and check a dataset's manifest.
 
         Parameters
         ----------
-        directory : str or Path
+        directory : str, Path or UPath
             The dataset.
 
         Returns
@@ -98,7 +98,7 @@ class Manifest:
         RequestError
             If the directory or its manifest is missing, damaged or of another schema.
         """
-        directory = Path(directory)
+        directory = as_path(directory)
         if not directory.is_dir():
             raise RequestError(f"{directory}: no such dataset directory")
         if not (directory / NAME).is_file():
