@@ -1,6 +1,6 @@
 """Held-out loss: the same windows and the same masks every time, for any number of processes.
 
-Letters in names: B windows, C channels, T time samples, K visible tokens.
+Letters in names: B windows, C channels, T time samples.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from data_sharding.dataset import EEGDataset
 from data_sharding.loader import collate
 from pretrain.config import PretrainConfig
 from pretrain.distributed import World
-from pretrain.masking import keep_indices
 
 # Of the evaluation's masks; apart from the run's seed, so that runs of different seeds are comparable.
 MASK_SEED = 20230629
@@ -75,11 +74,10 @@ def evaluate(engine: Any, dataset: EEGDataset, config: PretrainConfig, world: Wo
         numbers = numbers or windows[:1]
         batch = collate(dataset, numbers)
         x_BCT = dataset.spec.scale_for_model(batch.eeg.to(world.device).float())
-        keep_BK = keep_indices(MASK_SEED, batch.epochs, numbers, model.config.encoder.tokens, model.config.mask_ratio)
-        keep_BK = keep_BK.to(world.device)
-        loss_B = engine(x_BCT, keep_BK)
-        power_BN = model.targets(x_BCT).square().mean(dim=-1).scatter(1, keep_BK, 0.0)
-        power_B = power_BN.sum(dim=1) / (power_BN.shape[1] - keep_BK.shape[1])
+        prepared = model.prepare(batch, MASK_SEED, training=False)
+        inputs = {name: value.to(world.device) for name, value in prepared.items()}
+        loss_B = engine(x_BCT, **inputs)
+        power_B = model.power(x_BCT, **inputs)
         if counted:
             loss += float(loss_B.double().sum())
             power += float(power_B.double().sum())

@@ -1,6 +1,6 @@
 """Figures of a pretraining run.
 
-Letters in names: B windows, C channels, T time samples, N tokens, K visible tokens.
+Letters in names: B windows, C channels, T time samples, N tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from data_sharding.dataset import EEGDataset
 from data_sharding.loader import collate
 from pretrain.distributed import World
 from pretrain.evaluation import MASK_SEED
-from pretrain.masking import keep_indices
 
 INK, TRUE, MADE, SHADE, SOFT = "#22303c", "#8d99a6", "#d1495b", "#eef1f4", "#9cc5d8"
 
@@ -47,28 +46,31 @@ def plot_reconstruction(
     batch = collate(dataset, numbers)
     x_BCT = dataset.spec.scale_for_model(batch.eeg.to(world.device).float())
     shape = model.config.encoder
-    keep_BK = keep_indices(MASK_SEED, batch.epochs, numbers, shape.tokens, model.config.mask_ratio)
+    prepared = model.prepare(batch, MASK_SEED, training=False)
+    inputs = {name: value.to(world.device) for name, value in prepared.items()}
     model.eval()
-    made_BNP = model.reconstruct(x_BCT, keep_BK.to(world.device)).float()
+    made_BNP = model.reconstruct(x_BCT, **inputs).float()
     model.train()
+    hidden_BCT = model.hidden_signal(**inputs).cpu().numpy()
+    # The montage tokenizer rebuilds true channels alone.
+    x_BCT = x_BCT[:, : hidden_BCT.shape[1]]
     if model.config.normalize_targets:
         # Predictions are in units of each token's own spread: bring them back with the true one.
         true_BNP = model.tokenize(x_BCT)
         made_BNP = made_BNP * (true_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt() + true_BNP.mean(dim=-1, keepdim=True)
     if not world.first:
         return
-    hidden_BN = torch.ones(len(numbers), shape.tokens, dtype=torch.bool).scatter(1, keep_BK, False).numpy()
     made_BCT, true_BCT = model.untokenize(made_BNP).cpu().numpy(), x_BCT.cpu().numpy()
     # Back to microvolts: what the scaling divided by.
     uv_B = batch.eeg.float().std(dim=(1, 2), correction=0).numpy() if dataset.spec.scaling == "window" else None
-    _draw(path, true_BCT, made_BCT, hidden_BN, uv_B, batch.metas, dataset, shape.patch, step)
+    _draw(path, true_BCT, made_BCT, hidden_BCT, uv_B, batch.metas, dataset, shape.patch, step)
 
 
 def _draw(
     path: Path,
     true_BCT: np.ndarray,
     made_BCT: np.ndarray,
-    hidden_BN: np.ndarray,
+    hidden_BCT: np.ndarray,
     uv_B: np.ndarray | None,
     metas: list[dict[str, Any]],
     dataset: EEGDataset,
@@ -86,12 +88,12 @@ def _draw(
     time_T = np.arange(true_BCT.shape[-1]) / dataset.spec.sfreq
     for row, meta in enumerate(metas):
         scale = float(uv_B[row]) if uv_B is not None else dataset.spec.scale_uv
-        hidden_T = np.repeat(hidden_BN[row], patch)
         true_CT, made_CT = true_BCT[row] * scale, made_BCT[row] * scale
         # Two channels apart from each other; the order of the names usually runs from front to back.
         for column, channel in enumerate((meta["n"] // 4, (3 * meta["n"]) // 4)):
             axis = axes[row][column]
-            for start in np.flatnonzero(hidden_BN[row]) * patch:
+            hidden_T = hidden_BCT[row, channel]
+            for start in np.flatnonzero(hidden_T[::patch]) * patch:
                 axis.axvspan(
                     time_T[start], time_T[start] + patch / dataset.spec.sfreq, color=SHADE, linewidth=0, zorder=0
                 )
@@ -120,7 +122,7 @@ def _draw(
         Patch(color=SHADE, label="hidden from the model"),
     ]
     figure.suptitle(
-        f"Held-out EEG, rebuilt from the {1 - hidden_BN.mean():.0%} of it that the model saw (step {step})",
+        f"Held-out EEG, rebuilt from the {1 - hidden_BCT[0, 0].mean():.0%} of it that the model saw (step {step})",
         color=INK,
         fontsize=13,
     )

@@ -42,6 +42,7 @@ _FREE = (
     "evaluation",
     "micro_batch_size",
     "max_skipped",
+    "model.compute",
 )
 
 
@@ -163,18 +164,15 @@ class _Training:
         """
         import torch
 
-        from pretrain.masking import keep_indices
-
         config, engine, device = self.config, self.engine, self.world.device
         for group in engine.optimizer.param_groups:
             group["lr"] = config.optimizer.lr_at(self.step, self.total)
-        shape = config.model.encoder
-        keep_BK = keep_indices(config.seed, batch.epochs, batch.numbers, shape.tokens, config.model.mask_ratio)
+        inputs = engine.module.prepare(batch, config.seed)
         losses = []
         for start in range(0, len(batch.numbers), config.micro):
             part = slice(start, start + config.micro)
             x_BCT = self.train_set.spec.scale_for_model(batch.eeg[part].to(device, non_blocking=True).float())
-            loss = engine(x_BCT, keep_BK[part].to(device, non_blocking=True)).mean()
+            loss = engine(x_BCT, **{k: v[part].to(device, non_blocking=True) for k, v in inputs.items()}).mean()
             engine.backward(loss)
             losses.append(loss.detach())
             if start + config.micro < len(batch.numbers):
@@ -414,10 +412,10 @@ def _build_engine(deepspeed: Any, config: PretrainConfig, device: Any) -> Any:
     import torch
 
     from pretrain.engine import build_optimizer, deepspeed_config
-    from pretrain.model import MaskedAutoencoder, count_parameters
+    from pretrain.model import build_autoencoder, count_parameters
 
     torch.manual_seed(config.seed)
-    model = MaskedAutoencoder(config.model)
+    model = build_autoencoder(config.model)
     settings = deepspeed_config(config, parameters=count_parameters(model), device=device)
     # Fused AdamW wants its parameters on the GPU already.
     model.to(device)

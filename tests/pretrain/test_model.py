@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from pretrain.masking import keep_indices
+from pretrain.masking import keep_indices, visible_tokens
 from pretrain.model import (
     DecoderConfig,
     EncoderConfig,
@@ -17,7 +17,6 @@ from pretrain.model import (
     MaskedAutoencoderConfig,
     count_parameters,
     sincos_positions,
-    visible_tokens,
 )
 from pretrain.presets import PRESETS
 
