@@ -6,14 +6,17 @@ Shapes: C channels, S samples at the recording's rate, T samples at the target r
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
 
 from data_sharding.files import digest_of
+from data_sharding.streaming import resample, zero_phase
 
+FILTER_BYTES = 8 * 2**20
+"""Size of a block in the filters, as float64."""
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
@@ -31,10 +34,12 @@ class PreprocessSpec:
     """Lower edge of the band in Hz."""
     lowpass: float = 95.0
     """Upper edge of the band in Hz; lowered to 0.45 of a recording's own rate where that is less."""
-    notch: Literal["auto", "off"] = "auto"
-    """auto: a notch at the recording's line frequency and its harmonics inside the band; off: none."""
-    reference: Literal["average", "keep"] = "average"
-    """average: subtract the mean over good channels; keep: as recorded."""
+    notch: Literal["auto", "off"] | float = "auto"
+    """auto: a notch at the recording's line frequency and its harmonics inside the band; off: none; a number: at that
+    frequency in Hz and its harmonics, whatever the recording says."""
+    reference: str | list[str] = "average"
+    """average: subtract the mean over good channels; keep: as recorded; names of channels (Cz, or [M1, M2]): subtract
+    their mean. A recording without one of them is set aside."""
     window: int = 512
     """Length of a window in samples at the target rate."""
     stride: int = 512
@@ -45,6 +50,8 @@ class PreprocessSpec:
     """Divisor in microvolts of the constant scaling."""
     clip: float = 20.0
     """Model units beyond which values are limited, in model input only; 0 for no limit."""
+    reject_uv: float = 0.0
+    """Peak-to-peak microvolts in any good channel from which a window is left out, and counted; 0: none is."""
 
     def __post_init__(self) -> None:
         if not self.sfreq > 0:
@@ -60,6 +67,30 @@ class PreprocessSpec:
             raise ValueError(f"preprocess: window and stride must be at least 1, got {self.window} and {self.stride}")
         if not self.scale_uv > 0 or self.clip < 0:
             raise ValueError(f"preprocess: need scale_uv > 0 and clip >= 0, got {self.scale_uv} and {self.clip}")
+        if self.reject_uv < 0:
+            raise ValueError(f"preprocess.reject_uv must not be negative, got {self.reject_uv}")
+        if not isinstance(self.notch, str) and not 0 < self.notch < 0.5 * self.sfreq:
+            raise ValueError(
+                f"preprocess.notch {self.notch} Hz is not between 0 and half of sfreq; use auto, off, or the mains in Hz"
+            )
+        if isinstance(self.notch, str) and self.notch not in ("auto", "off"):
+            raise ValueError(f"preprocess.notch '{self.notch}' is none of auto, off, or a frequency in Hz")
+        if not self.reference or not all(self.reference):
+            raise ValueError("preprocess.reference is empty; use average, keep, or names of channels")
+
+    @property
+    def reference_channels(self) -> list[str]:
+        """Channels whose mean is subtracted, by name; empty for average and keep."""
+        if isinstance(self.reference, str):
+            return [] if self.reference in ("average", "keep") else [self.reference]
+        return list(self.reference)
+
+    @property
+    def reference_name(self) -> str:
+        """What a sample's metadata says of its reference."""
+        if names := self.reference_channels:
+            return "+".join(names)
+        return "average" if self.reference == "average" else "recorded"
 
     @property
     def window_s(self) -> float:
@@ -67,8 +98,14 @@ class PreprocessSpec:
         return self.window / self.sfreq
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as a plain dictionary."""
-        return dataclasses.asdict(self)
+        """Fields as a plain dictionary.
+
+        `reject_uv` is in it only where it is set, so that specs of before it was there keep their checksum.
+        """
+        values = dataclasses.asdict(self)
+        if not self.reject_uv:
+            values.pop("reject_uv")
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreprocessSpec:
@@ -136,27 +173,124 @@ def band_of(sfreq: float, spec: PreprocessSpec) -> tuple[float, float]:
     return spec.highpass, min(spec.lowpass, 0.45 * sfreq)
 
 
-def resample(x: np.ndarray, sfreq: float, target: float) -> np.ndarray:
-    """Polyphase resampling along the last axis, with its anti-aliasing filter.
+def filters(sfreq: float, spec: PreprocessSpec, line_freq: float | None) -> np.ndarray:
+    """Band-pass and notches at the target rate.
 
     Parameters
     ----------
-    x : ndarray, shape (..., S)
-        Signal.
-    sfreq, target : float
-        Rates in Hz.
+    sfreq : float
+        The recording's rate in Hz.
+    spec : PreprocessSpec
+        What to do.
+    line_freq : float or None
+        Mains frequency in Hz; None where it is unknown or absent, and then only a spec that names one has a notch.
 
     Returns
     -------
-    ndarray, shape (..., T)
-        Signal at the target rate, T = ceil(S * target / sfreq).
+    ndarray, shape (n_sections, 6)
+        Second-order sections, to be run forward and backward.
     """
-    from scipy.signal import resample_poly
+    from scipy.signal import butter, iirnotch, tf2sos
 
-    ratio = Fraction(target / sfreq).limit_denominator(10_000)
-    if ratio == 1:
-        return x
-    return resample_poly(x, ratio.numerator, ratio.denominator, axis=-1, padtype="line")
+    low, high = band_of(sfreq, spec)
+    sections = [np.asarray(butter(4, [low, high], btype="bandpass", fs=spec.sfreq, output="sos"))]
+    line = line_freq if spec.notch == "auto" else None if isinstance(spec.notch, str) else spec.notch
+    if line:
+        sections += [
+            np.asarray(tf2sos(*iirnotch(f, 30.0, fs=spec.sfreq)))
+            for f in np.arange(line, high, line)
+            if f < 0.5 * spec.sfreq
+        ]
+    return np.concatenate(sections)
+
+
+def clean_blocks(
+    read: Callable[[int, int], np.ndarray],
+    n_samples: int,
+    sfreq: float,
+    spec: PreprocessSpec,
+    *,
+    line_freq: float | None,
+    reference: Sequence[int],
+    block: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Filter and re-reference one segment that is at the target rate already.
+
+    Parameters
+    ----------
+    read : callable
+        (start, stop) to microvolts of shape (C, stop - start).
+    n_samples : int
+        Length of the segment at the target rate.
+    sfreq : float
+        Rate of the recording in Hz, which limits the band.
+    spec : PreprocessSpec
+        What to do.
+    line_freq : float or None
+        Mains frequency in Hz, as for `filters`.
+    reference : sequence of int
+        Rows whose mean is subtracted; none where it is empty.
+    block : int, optional
+        Samples at a time; as many as fit into `FILTER_BYTES` by default.
+
+    Yields
+    ------
+    ndarray, shape (C, b), float32
+        Microvolts, block after block.
+    """
+    sos = filters(sfreq, spec, line_freq)
+    # Two periods of the slowest frequency on either side, as far as the segment is long enough for that.
+    pad = int(2 * spec.sfreq / spec.highpass)
+    if block is None:
+        block = FILTER_BYTES // (8 * max(1, read(0, 1).shape[0]))
+    rows = list(reference)
+    for x in zero_phase(read, n_samples, sos, pad, block):
+        # numpy's mean over rows picked by a list would copy them all: a product with weights does not.
+        if rows:
+            weights = np.zeros(len(x))
+            weights[rows] = 1 / len(rows)
+            x = x - weights @ x  # noqa: PLW2901
+        yield x.astype(np.float32)
+
+
+def reference_rows(n_channels: int, spec: PreprocessSpec, bads: Sequence[int], names: Sequence[str]) -> list[int]:
+    """Rows whose mean becomes the reference.
+
+    Parameters
+    ----------
+    n_channels : int
+        Rows of the signal.
+    spec : PreprocessSpec
+        What to do.
+    bads : sequence of int
+        Rows that take no part in an average reference.
+    names : sequence of str
+        Names of the rows, needed where the spec names reference channels.
+
+    Returns
+    -------
+    list of int
+        Rows; empty for a signal that stays as recorded.
+
+    Raises
+    ------
+    ValueError
+        If no channel is good, or a reference channel is missing or bad.
+    """
+    if wanted := spec.reference_channels:
+        row_of = {name.casefold(): i for i, name in enumerate(names)}
+        if absent := [name for name in wanted if name.casefold() not in row_of]:
+            raise ValueError(f"reference channel {', '.join(absent)} is not in the recording")
+        rows = [row_of[name.casefold()] for name in wanted]
+        if broken := [name for name, row in zip(wanted, rows, strict=True) if row in set(bads)]:
+            raise ValueError(f"reference channel {', '.join(broken)} is bad")
+        return rows
+    if spec.reference == "keep":
+        return []
+    good = sorted(set(range(n_channels)) - set(bads))
+    if not good:
+        raise ValueError("no good channel is left for the average reference")
+    return good if len(good) > 1 else []
 
 
 def preprocess(
@@ -166,8 +300,9 @@ def preprocess(
     *,
     line_freq: float | None = None,
     bads: list[int] | None = None,
+    names: Sequence[str] = (),
 ) -> np.ndarray:
-    """Bring a continuous recording to the spec's rate, band and reference.
+    """Bring a recording without interruption to the spec's rate, band and reference.
 
     Parameters
     ----------
@@ -181,6 +316,8 @@ def preprocess(
         Mains frequency in Hz; None where it is unknown or absent, and then no notch is applied.
     bads : list of int, optional
         Channels left out of the average reference; they are still referenced and kept.
+    names : sequence of str, optional
+        Names of the channels, for a spec that names reference channels.
 
     Returns
     -------
@@ -190,37 +327,32 @@ def preprocess(
     Raises
     ------
     ValueError
-        If the array is not two-dimensional, holds NaN or infinities, or no channel is good.
-    """
-    from scipy.signal import butter, iirnotch, sosfiltfilt, tf2sos
+        If the array is not two-dimensional, holds NaN or infinities, no channel is good, or a reference channel is
+        missing.
 
+    Notes
+    -----
+    What sharding does with a recording of any length, with everything in one block.
+    """
     if data_uv.ndim != 2 or not data_uv.size:
         raise ValueError(f"need an array of channels x samples, got shape {data_uv.shape}")
-    # DC offsets of hundreds of millivolts would cost float32 its precision: take them away before anything else.
-    x = data_uv - np.mean(data_uv, axis=-1, keepdims=True, dtype=np.float64)
-    if not np.isfinite(x).all():
+    if not np.isfinite(data_uv).all():
         raise ValueError("the signal holds NaN or infinite values")
+    # DC offsets of hundreds of millivolts would cost float32 its precision: take them away before anything else.
+    x = data_uv - np.asarray(data_uv[:, :1], np.float64)
     # Polyphase first: the filters then run at the lower rate.
-    x = resample(x, sfreq, spec.sfreq)
-    low, high = band_of(sfreq, spec)
-    sections: list[np.ndarray] = [np.asarray(butter(4, [low, high], btype="bandpass", fs=spec.sfreq, output="sos"))]
-    if spec.notch == "auto" and line_freq:
-        sections += [
-            np.asarray(tf2sos(*iirnotch(f, 30.0, fs=spec.sfreq)))
-            for f in np.arange(line_freq, high, line_freq)
-            if f < 0.5 * spec.sfreq
-        ]
-    sos = np.concatenate(sections)
-    # Reflect two periods of the slowest frequency, as far as the recording is long enough for that.
-    pad = min(x.shape[-1] - 1, int(2 * spec.sfreq / low))
-    x = sosfiltfilt(sos, x, axis=-1, padtype="odd", padlen=pad)
-    if spec.reference == "average":
-        good = np.setdiff1d(np.arange(len(x)), bads or [])
-        if not len(good):
-            raise ValueError("no good channel is left for the average reference")
-        if len(good) > 1:
-            x = x - x[good].mean(axis=0, keepdims=True)
-    return x.astype(np.float32)
+    y = resample(x, sfreq, spec.sfreq, band_of(sfreq, spec)[1]).astype(np.float32)
+    rows = reference_rows(len(y), spec, bads or [], names)
+    blocks = clean_blocks(
+        lambda start, stop: y[:, start:stop],
+        y.shape[1],
+        sfreq,
+        spec,
+        line_freq=line_freq,
+        reference=rows,
+        block=y.shape[1],
+    )
+    return np.concatenate(list(blocks), axis=1)
 
 
 def window_starts(n_samples: int, spec: PreprocessSpec) -> np.ndarray:

@@ -288,7 +288,9 @@ class EEGEncoder(nn.Module):
         signal = signal_of(recording, unit_factor=unit_factor, line_freq=line_freq, reader_factor=reader_factor)
         seconds = signal.x_uv.shape[1] / signal.sfreq
         try:
-            clean = preprocess(signal.x_uv, signal.sfreq, spec, line_freq=signal.line_freq, bads=signal.bads)
+            clean = preprocess(
+                signal.x_uv, signal.sfreq, spec, line_freq=signal.line_freq, bads=signal.bads, names=signal.names
+            )
         except ValueError as error:
             raise RequestError(f"the recording cannot be encoded: {error}") from None
         if clean.shape[1] < spec.window:
