@@ -1,19 +1,257 @@
-"""A written dataset: random access to its samples, and a small writer for tests and tools."""
+"""A written dataset: random access to its samples, and a small writer for tests and tools.
+
+Shapes: b samples, n true channels, T samples a window.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_sharding.cache import ShardCache
 from data_sharding.errors import RequestError
-from data_sharding.files import atomic_directory, digest_of, read_json, sha256_file
+from data_sharding.files import atomic_directory, digest_of, sha256_file
+from data_sharding.manifest import NAME as MANIFEST
 from data_sharding.manifest import Manifest, Shard
 from data_sharding.preprocess import PreprocessSpec
-from data_sharding.samples import IMAGE_EXTENSIONS, Sample, ShardWriter, decode_eeg
+from data_sharding.samples import IMAGE_EXTENSIONS, N_PADDED, Sample, ShardWriter
+from data_sharding.storage import AnyPath, as_path, commit_folder, is_remote, localised, remove_tree
+
+INDEX = np.dtype(
+    [("start", "<i8"), ("eeg", "<u4"), ("image", "<u4"), ("json", "<u4"), ("ext", "u1"), ("n", "u1")],
+)
+"""What is kept in memory of a sample, 22 bytes: where its first tar header is, its members' bytes, and n.
+
+Everything else follows from the layout of a tar, or is read with the sample: ten million samples take 0.2 GB.
+"""
+_EEG = "eeg.npy.zst"
+_HEADER = 512
+_OPEN_FILES = 128
+_FETCH_SIDE_BY_SIDE = 16
+
+
+@dataclass(kw_only=True)
+class Packed:
+    """Samples as they come off the disk: true channels only, one after another."""
+
+    eeg: np.ndarray
+    """[sum of n, T] float16 microvolts."""
+    channels: list[int]
+    """n of each sample."""
+    keys: list[str]
+    """Their keys."""
+    json: list[bytes]
+    """Their metadata, not parsed yet."""
+
+
+def _padded(size: Any) -> Any:
+    """Bytes that a member of this size takes in a tar, without its header."""
+    return (size + _HEADER - 1) // _HEADER * _HEADER
+
+
+def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
+    """Read a shard's index into an array.
+
+    Parameters
+    ----------
+    data : bytes
+        The ``.idx`` file.
+    name : str
+        What it is called in a message.
+    samples : int
+        Samples that the manifest says.
+
+    Returns
+    -------
+    ndarray of `INDEX`, shape (samples,)
+        Its rows, in order.
+
+    Raises
+    ------
+    RequestError
+        If it is damaged, or is no index of a shard that Dreamscale wrote.
+    """
+    try:
+        entries = json.loads(data)
+        members = [entry["members"] for entry in entries]
+        eeg = np.array([m[_EEG] for m in members], np.int64).reshape(-1, 2)
+        meta = np.array([m["json"] for m in members], np.int64).reshape(-1, 2)
+        image = np.zeros((len(members), 2), np.int64)
+        ext = np.zeros(len(members), np.uint8)
+        for number, entry in enumerate(members):
+            if len(entry) > 2:
+                found = next(i for i, ext in enumerate(IMAGE_EXTENSIONS) if f"image.{ext}" in entry)
+                ext[number], image[number] = found, entry[f"image.{IMAGE_EXTENSIONS[found]}"]
+        n = np.array([entry.get("n", 0) for entry in entries], np.int64)
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise RequestError(
+            f"{name}: no index of a shard ({type(error).__name__}: {error}); it is damaged, copy the dataset again"
+        ) from None
+    if len(entries) != samples:
+        raise RequestError(f"{name}: {len(entries)} samples, the manifest says {samples}")
+    has_image = image[:, 1] > 0
+    after_eeg = eeg[:, 0] + _padded(eeg[:, 1]) + _HEADER
+    after_image = np.where(has_image, after_eeg + _padded(image[:, 1]) + _HEADER, after_eeg)
+    fits = (~has_image | (image[:, 0] == after_eeg)) & (meta[:, 0] == after_image) & (n >= 0) & (n <= N_PADDED)
+    if not fits.all():
+        key = entries[int(np.argmin(fits))]["key"]
+        raise RequestError(f"{name}: sample {key} does not lie as Dreamscale writes it; copy the dataset again")
+    rows = np.empty(samples, INDEX)
+    rows["start"], rows["eeg"], rows["image"], rows["json"] = eeg[:, 0] - _HEADER, eeg[:, 1], image[:, 1], meta[:, 1]
+    rows["ext"], rows["n"] = ext, n
+    return rows
+
+
+class _Reader:
+    """Open shards and buffers of one thread: nothing is opened or allocated twice."""
+
+    def __init__(self, dataset: EEGDataset) -> None:
+        import zstandard
+
+        self.dataset = dataset
+        self.files: OrderedDict[int, int] = OrderedDict()
+        self.zstd = zstandard.ZstdDecompressor()
+        # The .npy header is the same for every sample of a dataset.
+        shape = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({N_PADDED}, {dataset.spec.window}), }}"
+        self.npy = b"\x93NUMPY\x01\x00v\x00" + shape.ljust(117).encode() + b"\n"
+        self.size = len(self.npy) + N_PADDED * dataset.spec.window * 2
+        # Longer than a sample, so that the decompressor reaches the checksum at the frame's end.
+        self.plain = bytearray(self.size + 64)
+        self.window = np.frombuffer(self.plain, np.float16, N_PADDED * dataset.spec.window, len(self.npy))
+        self.window = self.window.reshape(N_PADDED, -1)
+        self.raw = bytearray(1 << 18)
+
+    def __del__(self) -> None:
+        for descriptor in self.files.values():
+            os.close(descriptor)
+
+    def file(self, shard: int) -> int:
+        """Descriptor of an open shard."""
+        descriptor = self.files.get(shard)
+        if descriptor is None:
+            descriptor = self.files[shard] = self.dataset.open_shard(shard)
+            if len(self.files) > _OPEN_FILES:
+                os.close(self.files.popitem(last=False)[1])
+        else:
+            self.files.move_to_end(shard)
+        return descriptor
+
+    def let_go(self) -> None:
+        """Close what the cache has evicted: its bytes stay on the disk as long as somebody has it open."""
+        if not self.dataset.cache:
+            return
+        for shard, descriptor in list(self.files.items()):
+            if not os.fstat(descriptor).st_nlink:
+                os.close(self.files.pop(shard))
+
+    def read(self, number: int, shard: int, start: int, size: int) -> memoryview:
+        """Bytes of a shard, in a buffer that the next call writes over."""
+        if size > len(self.raw):
+            self.raw = bytearray(size)
+        view = memoryview(self.raw)[:size]
+        done = 0
+        try:
+            while done < size:
+                got = os.preadv(self.file(shard), [view[done:]], start + done)
+                if not got:
+                    raise self.fault(number, shard, f"the file ends {size - done} bytes early")
+                done += got
+        except OSError as error:
+            raise self.fault(number, shard, f"cannot be read: {error.strerror}") from None
+        return view
+
+    def fault(self, number: int, shard: int, what: str, key: str = "") -> RequestError:
+        """Error that names file and sample."""
+        first = int(self.dataset.first[shard])
+        return RequestError(
+            f"{self.dataset.path / self.dataset.shards[shard].path}: sample {key or number - first}: {what}; "
+            f"run 'dreamscale verify {self.dataset.path}', and copy or shard the dataset again"
+        )
+
+    def key(self, number: int, shard: int, header: memoryview) -> str:
+        """Key of a sample, from the tar header of its signal."""
+        name = bytes(header[:100]).rstrip(b"\0")
+        if header[257:262] != b"ustar" or not name.endswith(b"." + _EEG.encode()):
+            raise self.fault(number, shard, "the index does not point at a sample")
+        return name[: -len(_EEG) - 1].decode("ascii", "replace")
+
+    def load(self, number: int) -> tuple[str, bytes, int]:
+        """Key, JSON and true channels of a sample, whose signal then is in `window`."""
+        import zstandard
+
+        shard, row = self.dataset.locate(number)
+        start, size = int(row["start"]), int(row["eeg"])
+        meta = self.dataset.meta_place(row)
+        length = int(row["json"])
+        # Signal and JSON are neighbours: one call reads both. An image in between is not worth reading.
+        whole = self.read(number, shard, start, _HEADER + size if row["image"] else meta + length - start)
+        key = self.key(number, shard, whole)
+        try:
+            got = self.zstd.stream_reader(whole[_HEADER : _HEADER + size]).readinto(self.plain)
+        except zstandard.ZstdError as error:
+            raise self.fault(number, shard, f"damaged ({error})", key) from None
+        if got != self.size or not self.plain.startswith(self.npy):
+            window = self.dataset.spec.window
+            raise self.fault(number, shard, f"damaged, or not float16 [{N_PADDED}, {window}]", key)
+        text = self.read(number, shard, meta, length) if row["image"] else whole[meta - start :]
+        text = bytes(text)
+        return key, text, int(row["n"]) or int(self.meta(number, shard, text, key)["n"])
+
+    def meta(self, number: int, shard: int, text: bytes, key: str = "") -> dict[str, Any]:
+        """Parse a sample's JSON."""
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise self.fault(number, shard, f"its JSON is damaged ({error})", key) from None
+
+
+def pack(samples: Sequence[tuple[EEGDataset, int]], window: int) -> Packed:
+    """Read samples of one or several datasets, without their images.
+
+    Parameters
+    ----------
+    samples : sequence of (EEGDataset, int)
+        Datasets and numbers there.
+    window : int
+        T, the same in all of them.
+
+    Returns
+    -------
+    Packed
+        True channels one after another, in the order of `samples`.
+
+    Raises
+    ------
+    RequestError
+        If one is damaged, with file and key.
+    """
+    for dataset in {id(dataset): dataset for dataset, _ in samples}.values():
+        dataset.reader.let_go()
+    # An index from before it knew n says 0: room for all.
+    room = sum(int(dataset.index["n"][number]) or N_PADDED for dataset, number in samples)
+    packed = Packed(eeg=np.empty((room, window), np.float16), channels=[], keys=[], json=[])
+    at = 0
+    for dataset, number in samples:
+        reader = dataset.reader
+        key, text, n = reader.load(number)
+        packed.eeg[at : at + n] = reader.window[:n]
+        at += n
+        packed.channels.append(n)
+        packed.keys.append(key)
+        packed.json.append(text)
+    packed.eeg = packed.eeg[:at]
+    return packed
 
 
 class EEGDataset:
@@ -21,10 +259,20 @@ class EEGDataset:
 
     Parameters
     ----------
-    path : str or Path
-        The dataset's directory.
+    path : str, Path or UPath
+        The dataset's directory, on this machine or on an object store (``s3://bucket/lab``). Shards of a remote one are
+        fetched whole, checked, and kept in a bounded cache (`data_sharding.cache`).
     split : str
         train, val or test.
+    cache_gb : float, optional
+        Bound of the cache; DREAMSCALE_CACHE_GB by default, or 50 where that is not set.
+
+    Attributes
+    ----------
+    shards : list of Shard
+        The split's shards, as the manifest has them.
+    first : ndarray of int, shape (shards + 1,)
+        Number of each shard's first sample, and of samples.
 
     Raises
     ------
@@ -33,30 +281,41 @@ class EEGDataset:
         than the manifest says.
     """
 
-    def __init__(self, path: str | Path, split: str = "train") -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path | AnyPath, split: str = "train", *, cache_gb: float | None = None) -> None:
+        self.path = as_path(path)
         self.split = split
-        self.manifest = Manifest.read(self.path)
-        shards = self.manifest.splits.get(split)
-        if not shards or not self.manifest.samples(split):
+        self.manifest = read_manifest(self.path)
+        self.cache = ShardCache(cache_gb) if is_remote(self.path) else None
+        self.shards = self.manifest.splits.get(split) or []
+        if not self.manifest.samples(split):
             have = [name for name in ("train", "val", "test") if self.manifest.samples(name)]
             raise RequestError(f"{self.path}: no samples in split '{split}'; it has {', '.join(have) or 'none at all'}")
-        self._entries: list[tuple[int, dict[str, Any]]] = []
-        self._tars: list[Path] = []
-        for number, shard in enumerate(shards):
-            tar = self.path / shard.path
-            if not tar.is_file() or tar.stat().st_size != shard.bytes:
-                found = f"{tar.stat().st_size} bytes" if tar.is_file() else "nothing"
-                raise RequestError(
-                    f"{tar}: the manifest says {shard.bytes} bytes, found {found}; run 'dreamscale verify {self.path}'"
-                )
-            index = read_json(tar.with_suffix(".idx"))
-            if len(index) != shard.samples:
-                raise RequestError(
-                    f"{tar.with_suffix('.idx')}: {len(index)} samples, the manifest says {shard.samples}"
-                )
-            self._tars.append(tar)
-            self._entries += [(number, entry) for entry in index]
+        self.first = np.cumsum([0, *(shard.samples for shard in self.shards)])
+        if self.cache:
+            with ThreadPoolExecutor(_FETCH_SIDE_BY_SIDE) as pool:
+                parts = list(pool.map(self._index_of, self.shards))
+        else:
+            parts = [self._index_of(shard) for shard in self.shards]
+        self.index = np.concatenate(parts)
+        self._local = threading.local()
+
+    def _index_of(self, shard: Shard) -> np.ndarray:
+        tar = self.path / shard.path
+        index = tar.with_suffix(".idx")
+        if self.cache:
+            with os.fdopen(self.cache.open(index, shard.index_sha256), "rb") as stream:
+                return parse_index(stream.read(), str(index), shard.samples)
+        try:
+            found, data = tar.stat().st_size, index.read_bytes()
+        except OSError as error:
+            raise RequestError(
+                f"{error.filename}: cannot be read ({error.strerror}); run 'dreamscale verify {self.path}'"
+            ) from None
+        if found != shard.bytes:
+            raise RequestError(
+                f"{tar}: the manifest says {shard.bytes} bytes, found {found}; run 'dreamscale verify {self.path}'"
+            )
+        return parse_index(data, str(index), shard.samples)
 
     @property
     def spec(self) -> PreprocessSpec:
@@ -71,7 +330,12 @@ class EEGDataset:
     @property
     def paired(self) -> bool:
         """True where every sample has an image."""
-        return bool(self._entries) and all(any(m.startswith("image.") for m in e["members"]) for _, e in self._entries)
+        return bool(self.index["image"].all())
+
+    @property
+    def parts(self) -> list[EEGDataset]:
+        """The dataset itself: a mixture has several (`data_sharding.mixture`)."""
+        return [self]
 
     def require_images(self) -> EEGDataset:
         """Refuse a dataset without images.
@@ -94,7 +358,79 @@ class EEGDataset:
         return self
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_local": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._local = threading.local()
+
+    @property
+    def reader(self) -> _Reader:
+        """Open shards and buffers of this thread."""
+        reader = getattr(self._local, "reader", None)
+        if reader is None:
+            reader = self._local.reader = _Reader(self)
+        return reader
+
+    def locate(self, number: int) -> tuple[int, Any]:
+        """Shard and index row of a sample.
+
+        Parameters
+        ----------
+        number : int
+            Which sample.
+
+        Returns
+        -------
+        shard : int
+            Number of its shard in `shards`.
+        row : record of `INDEX`
+            Where it lies in there.
+
+        Raises
+        ------
+        IndexError
+            If there is no such sample.
+        """
+        number = range(len(self))[number]
+        return int(np.searchsorted(self.first, number, side="right")) - 1, self.index[number]
+
+    def meta_place(self, row: Any) -> int:
+        """Offset of a sample's JSON in its shard.
+
+        Parameters
+        ----------
+        row : record of `INDEX`
+            The sample.
+
+        Returns
+        -------
+        int
+            The offset.
+        """
+        at = int(row["start"]) + 2 * _HEADER + _padded(int(row["eeg"]))
+        return at + _HEADER + _padded(int(row["image"])) if row["image"] else at
+
+    def open_shard(self, shard: int) -> int:
+        """Open a shard for reading, fetched first where it is remote.
+
+        Parameters
+        ----------
+        shard : int
+            Its number in `shards`.
+
+        Returns
+        -------
+        int
+            File descriptor, the caller's to close.
+        """
+        entry = self.shards[shard]
+        if self.cache:
+            return self.cache.open(self.path / entry.path, entry.sha256, entry.bytes)
+        return os.open(str(self.path / entry.path), os.O_RDONLY)
 
     def key(self, number: int) -> str:
         """Key of a sample.
@@ -109,17 +445,8 @@ class EEGDataset:
         str
             Its key.
         """
-        return self._entries[number][1]["key"]
-
-    def _members(self, number: int, only: tuple[str, ...] | None = None) -> dict[str, bytes]:
-        shard, entry = self._entries[number]
-        with self._tars[shard].open("rb") as stream:
-            out = {}
-            for name, (offset, size) in entry["members"].items():
-                if only is None or name in only:
-                    stream.seek(offset)
-                    out[name] = stream.read(size)
-            return out
+        shard, row = self.locate(number)
+        return self.reader.key(number, shard, self.reader.read(number, shard, int(row["start"]), _HEADER))
 
     def meta(self, number: int) -> dict[str, Any]:
         """JSON of a sample, without reading its signal.
@@ -134,19 +461,77 @@ class EEGDataset:
         dict
             Its metadata.
         """
-        return json.loads(self._members(number, ("json",))["json"])
+        shard, row = self.locate(number)
+        text = bytes(self.reader.read(number, shard, self.meta_place(row), int(row["json"])))
+        return self.reader.meta(number, shard, text)
+
+    def pack(self, numbers: Sequence[int]) -> Packed:
+        """Read samples without their images.
+
+        Parameters
+        ----------
+        numbers : sequence of int
+            Which samples.
+
+        Returns
+        -------
+        Packed
+            True channels one after another, in the order of `numbers`.
+
+        Raises
+        ------
+        RequestError
+            If one is damaged, with file and key.
+        """
+        return pack([(self, number) for number in numbers], self.spec.window)
 
     def __getitem__(self, number: int) -> Sample:
-        members = self._members(number)
-        meta = json.loads(members["json"])
-        image = next((ext for ext in IMAGE_EXTENSIONS if f"image.{ext}" in members), None)
+        shard, row = self.locate(number)
+        reader = self.reader
+        key, text, n = reader.load(number)
+        eeg = reader.window[:n].copy()
+        image = None
+        if size := int(row["image"]):
+            at = int(row["start"]) + 2 * _HEADER + _padded(int(row["eeg"]))
+            image = bytes(reader.read(number, shard, at, size))
         return Sample(
-            key=self.key(number),
-            eeg=decode_eeg(members["eeg.npy.zst"], meta["n"]),
-            meta=meta,
-            image=members[f"image.{image}"] if image else None,
-            image_ext=image or "png",
+            key=key,
+            eeg=eeg,
+            meta=reader.meta(number, shard, text, key),
+            image=image,
+            image_ext=IMAGE_EXTENSIONS[row["ext"]] if image is not None else "png",
         )
+
+
+def read_manifest(path: AnyPath) -> Manifest:
+    """Manifest of a dataset, wherever it lies.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The dataset.
+
+    Returns
+    -------
+    Manifest
+        What it holds.
+
+    Raises
+    ------
+    RequestError
+        If there is no complete dataset.
+    """
+    if not is_remote(path):
+        return Manifest.read(path)  # type: ignore[arg-type]
+    try:
+        with localised([path / MANIFEST]) as (local,):
+            return Manifest.read(local.parent)
+    except FileNotFoundError:
+        raise RequestError(
+            f"{path}: no {MANIFEST}, so this is not a complete dataset; write it with 'dreamscale shard'"
+        ) from None
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error})") from None
 
 
 def shard_record(root: Path, tar: Path, samples: int) -> Shard:
@@ -176,7 +561,7 @@ def shard_record(root: Path, tar: Path, samples: int) -> Shard:
 
 
 def write_dataset(
-    path: str | Path,
+    path: str | Path | AnyPath,
     samples: Mapping[str, Iterable[Sample]],
     spec: PreprocessSpec,
     *,
@@ -187,8 +572,8 @@ def write_dataset(
 
     Parameters
     ----------
-    path : str or Path
-        The dataset to write; replaced once the new one is whole.
+    path : str, Path or UPath
+        The dataset to write, also on an object store; replaced once the new one is whole.
     samples : mapping of str to iterable of Sample
         Samples of each split.
     spec : PreprocessSpec
@@ -203,27 +588,45 @@ def write_dataset(
     Manifest
         What was written.
     """
-    with atomic_directory(path) as root:
-        splits: dict[str, list[Shard]] = {}
-        for split, items in samples.items():
-            splits[split] = []
-            items = list(items)
-            for number, start in enumerate(range(0, len(items), samples_per_shard)):
-                tar = root / split / f"{number:06d}.tar"
-                with ShardWriter(tar) as writer:
-                    for sample in items[start : start + samples_per_shard]:
-                        writer.write(sample)
-                splits[split].append(shard_record(root, tar, len(writer)))
-        plan = {
-            "preprocess": spec.to_dict(),
-            "shards": {s: [x.sha256 for x in shards] for s, shards in splits.items()},
-        }
-        manifest = Manifest(
-            dataset_id=digest_of(plan),
-            preprocess=spec,
-            splits=splits,
-            labels=labels or [],
-            versions={"numpy": np.__version__},
-        )
-        manifest.write(root)
+    target = as_path(path)
+    if is_remote(target):
+        with tempfile.TemporaryDirectory(prefix="dreamscale-") as folder:
+            root = Path(folder) / "dataset"
+            root.mkdir()
+            manifest = _write_into(root, samples, spec, labels or [], samples_per_shard)
+            remove_tree(target)
+            commit_folder(root, target, last=MANIFEST)
+        return manifest
+    with atomic_directory(target) as root:  # type: ignore[arg-type]
+        return _write_into(root, samples, spec, labels or [], samples_per_shard)
+
+
+def _write_into(
+    root: Path, samples: Mapping[str, Iterable[Sample]], spec: PreprocessSpec, labels: list[str], samples_per_shard: int
+) -> Manifest:
+    splits: dict[str, list[Shard]] = {}
+    for split, items in samples.items():
+        splits[split] = []
+        stream = iter(items)
+        for number in itertools.count():
+            chunk = list(itertools.islice(stream, samples_per_shard))
+            if not chunk:
+                break
+            tar = root / split / f"{number:06d}.tar"
+            with ShardWriter(tar) as writer:
+                for sample in chunk:
+                    writer.write(sample)
+            splits[split].append(shard_record(root, tar, len(writer)))
+    plan = {
+        "preprocess": spec.to_dict(),
+        "shards": {s: [x.sha256 for x in shards] for s, shards in splits.items()},
+    }
+    manifest = Manifest(
+        dataset_id=digest_of(plan),
+        preprocess=spec,
+        splits=splits,
+        labels=labels,
+        versions={"numpy": np.__version__},
+    )
+    manifest.write(root)
     return manifest

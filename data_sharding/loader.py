@@ -1,95 +1,154 @@
-"""The order in which training sees a dataset: exactly once an epoch, the same for any number of ranks and workers.
+"""Batches in an order that is exactly once an epoch, the same for any number of ranks and workers.
 
-Shapes: b samples of this rank, T samples a window.
+Shapes: b samples of this rank, n true channels of a sample, T samples a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_sharding.dataset import EEGDataset
 from data_sharding.errors import RequestError
-from data_sharding.samples import N_PADDED, pad_channels
+from data_sharding.order import EpochOrder, Interleaved, Order
+from data_sharding.samples import N_PADDED
 
 if TYPE_CHECKING:
     import torch
 
-
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of an epoch, a pure function of its arguments.
-
-    Parameters
-    ----------
-    n : int
-        Samples of the dataset.
-    seed, epoch : int
-        What the order depends on.
-
-    Returns
-    -------
-    ndarray of int, shape (n,)
-        A permutation of 0 .. n - 1.
-    """
-    return np.random.default_rng([seed, epoch]).permutation(n)
+    from data_sharding.mixture import Mixture
 
 
 @dataclass(kw_only=True)
 class Batch:
-    """Samples of one rank for one step."""
+    """Samples of one rank for one step; `len` is b, and a slice is a batch of fewer."""
 
-    eeg: torch.Tensor
-    """[b, 128, T] float16 microvolts, padded by replication."""
+    packed: torch.Tensor
+    """[sum of n, T] float16 microvolts: true channels only, sample after sample. `padded` makes windows of them."""
+    channels: list[int]
+    """n of each sample."""
     keys: list[str]
     """Keys of the samples."""
-    metas: list[dict[str, Any]]
-    """Their JSON."""
-    images: list[bytes | None]
-    """Their image files."""
+    json: list[bytes]
+    """Their metadata as it is stored; `metas` parses it."""
     numbers: list[int]
     """Their numbers in the dataset."""
     epochs: list[int]
     """The epoch each belongs to: a batch may straddle two."""
 
+    def __len__(self) -> int:
+        return len(self.numbers)
 
-def collate(dataset: EEGDataset, numbers: list[int], epochs: list[int] | None = None) -> Batch:
-    """Read samples and pad them into a batch.
+    def __getitem__(self, part: slice) -> Batch:
+        start, stop, step = part.indices(len(self))
+        if step != 1:
+            raise ValueError("batches are cut without gaps")
+        ends = np.cumsum([0, *self.channels])
+        rows = slice(int(ends[start]), int(ends[max(start, stop)]))
+        lists = {name: getattr(self, name)[part] for name in ("channels", "keys", "json", "numbers", "epochs")}
+        return Batch(packed=self.packed[rows], **lists)
+
+    @cached_property
+    def metas(self) -> list[dict[str, Any]]:
+        """Their JSON, parsed."""
+        return [json.loads(text) for text in self.json]
+
+    @cached_property
+    def eeg(self) -> torch.Tensor:
+        """[b, 128, T] float16 microvolts on the CPU, padded by replication."""
+        return self.padded()
+
+    def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Windows of 128 channels, row i the true channel i mod n.
+
+        Only true channels travel to the device, as float16; they are replicated and cast there.
+
+        Parameters
+        ----------
+        device : torch.device or str, optional
+            Where to; stays where it is by default.
+        dtype : torch.dtype, optional
+            Of the result; float16 by default.
+
+        Returns
+        -------
+        Tensor, shape (b, 128, T)
+            Microvolts.
+
+        References
+        ----------
+        Bai et al., DreamDiffusion, arXiv 2306.16934, section 3.1.
+        """
+        import torch
+
+        n_b1 = np.array(self.channels)[:, None]
+        rows_bC = (np.cumsum(n_b1, axis=0) - n_b1) + np.arange(N_PADDED) % n_b1
+        rows = torch.from_numpy(rows_bC.ravel())
+        device = torch.device(device or self.packed.device)
+        if device.type == "cuda":
+            rows = rows.pin_memory()
+        x = self.packed.to(device, non_blocking=True)
+        # Cast before replicating: fewer rows to cast.
+        x = x if dtype is None else x.to(dtype)
+        return x.index_select(0, rows.to(device, non_blocking=True)).view(len(self), N_PADDED, -1)
+
+    def pin_memory(self) -> Batch:
+        """Move to page-locked memory, from which copies to a GPU run beside its work.
+
+        Returns
+        -------
+        Batch
+            Itself.
+        """
+        self.packed = self.packed.pin_memory()
+        return self
+
+
+def collate(dataset: EEGDataset | Mixture, numbers: Sequence[int], epochs: Sequence[int] | None = None) -> Batch:
+    """Read samples into a batch.
 
     Parameters
     ----------
-    dataset : EEGDataset
+    dataset : EEGDataset or Mixture
         Where from.
-    numbers : list of int
+    numbers : sequence of int
         Which samples.
-    epochs : list of int, optional
+    epochs : sequence of int, optional
         The epoch each belongs to; 0 by default.
 
     Returns
     -------
     Batch
         The batch.
+
+    Raises
+    ------
+    RequestError
+        If a sample is damaged, with file and key.
     """
     import torch
 
-    samples = [dataset[number] for number in numbers]
-    eeg = np.empty((len(samples), N_PADDED, dataset.spec.window), np.float16)
-    for row, sample in zip(eeg, samples, strict=True):
-        if sample.eeg.shape[-1] != dataset.spec.window:
-            raise ValueError(
-                f"{dataset.path}: sample {sample.key} has {sample.eeg.shape[-1]} samples, not {dataset.spec.window}"
-            )
-        row[:] = pad_channels(sample.eeg)
+    packed = dataset.pack(numbers)
     return Batch(
-        eeg=torch.from_numpy(eeg),
-        keys=[sample.key for sample in samples],
-        metas=[sample.meta for sample in samples],
-        images=[sample.image for sample in samples],
+        packed=torch.from_numpy(packed.eeg),
+        channels=packed.channels,
+        keys=packed.keys,
+        json=packed.json,
         numbers=list(numbers),
         epochs=list(epochs or [0] * len(numbers)),
     )
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """What a reading process says in place of a batch; torch would wrap an exception's one line in a traceback."""
+
+    message: str
 
 
 class _Steps:
@@ -101,21 +160,38 @@ class _Steps:
     def __len__(self) -> int:
         return 2**62
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | _Refusal:
         numbers, epochs = self.loader.positions(step)
-        return collate(self.loader.dataset, numbers, epochs)
+        try:
+            return collate(self.loader.dataset, numbers, epochs)
+        except RequestError as error:
+            return _Refusal(str(error))
+
+
+class _From:
+    """Steps from a place on, without end."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.start
+        while True:
+            yield step
+            step += 1
 
 
 class Loader:
     """Endless stream of batches.
 
-    The epochs' permutations stand one after another; global batch t is the slice ``[tB, (t + 1)B)`` of that line, and
+    The epochs' orders stand one after another; global batch t is the slice ``[tB, (t + 1)B)`` of that line, and
     each rank takes every world_size-th sample of it. So every sample comes exactly once an epoch, all ranks take equal
-    steps, and the global batches do not depend on ranks or workers.
+    steps, and the global batches do not depend on ranks or workers. In a mixture each dataset has such a line of its
+    own, and its weight says how large a share of the places is dealt to it.
 
     Parameters
     ----------
-    dataset : EEGDataset
+    dataset : EEGDataset or Mixture
         What to read.
     global_batch : int
         Samples of a step over all ranks.
@@ -125,31 +201,51 @@ class Loader:
         This process among how many.
     num_workers : int
         Reading processes; 0 reads in this one.
+    order : {"global", "shards"}
+        global: at random over all samples; a remote dataset must then fit into the cache. shards: shards at random, and
+        samples at random within each `window` of them; only two windows need fit.
+    window : int
+        Shards that are read at a time under order shards.
+    pin_memory : bool, optional
+        Whether batches come in page-locked memory; where there is a GPU by default.
 
     Raises
     ------
     RequestError
-        If the global batch is not a multiple of the world size.
+        If the global batch is not a multiple of the world size, or what is read at a time exceeds the cache.
     """
 
     def __init__(
         self,
-        dataset: EEGDataset,
+        dataset: EEGDataset | Mixture,
         global_batch: int,
         seed: int,
         *,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        order: Order = "global",
+        window: int = 16,
+        pin_memory: bool | None = None,
     ) -> None:
         if global_batch < world_size or global_batch % world_size:
             raise RequestError(
                 f"global batch {global_batch} must be a multiple of the number of processes, {world_size}"
             )
+        if order not in ("global", "shards") or window < 1:
+            raise RequestError(f"order is '{order}' and window {window}: need global or shards, and a window from 1")
         self.dataset, self.global_batch, self.seed = dataset, global_batch, seed
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
+        self.order: Order = order
+        self.window, self.pin_memory = window, pin_memory
         self.step = 0
-        self._orders: dict[int, np.ndarray] = {}
+        check_cache(dataset, order, window)
+        self._orders = [
+            EpochOrder(np.diff(part.first), seed, order, window, stream) for stream, part in enumerate(dataset.parts)
+        ]
+        self._first = np.cumsum([0, *(len(part) for part in dataset.parts)])
+        weights = getattr(dataset, "weights", None)
+        self._turns = Interleaved(weights, seed) if weights else None
 
     def positions(self, step: int) -> tuple[list[int], list[int]]:
         """Samples of this rank in a step.
@@ -164,48 +260,41 @@ class Loader:
         numbers : list of int
             Samples of the dataset.
         epochs : list of int
-            The epoch each belongs to.
+            The epoch each belongs to, of its own dataset in a mixture.
         """
-        n = len(self.dataset)
         line = np.arange(step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world_size)
-        numbers, epochs = [], []
-        for epoch, place in zip(*divmod(line, n), strict=True):
-            epoch = int(epoch)
-            if epoch not in self._orders:
-                # Two epochs at the most meet in a batch larger than what is left of one; keep few.
-                self._orders = {k: v for k, v in self._orders.items() if k >= epoch - 1}
-                self._orders[epoch] = epoch_order(n, self.seed, epoch)
-            numbers.append(int(self._orders[epoch][place]))
-            epochs.append(epoch)
-        return numbers, epochs
+        if self._turns is None:
+            numbers, epochs = self._orders[0].at(line)
+            return numbers.tolist(), epochs.tolist()
+        which, place = self._turns.at(line)
+        numbers, epochs = np.empty_like(line), np.empty_like(line)
+        for stream in np.unique(which).tolist():
+            mine = which == stream
+            numbers[mine], epochs[mine] = self._orders[stream].at(place[mine])
+            numbers[mine] += self._first[stream]
+        return numbers.tolist(), epochs.tolist()
 
     @property
     def epoch(self) -> float:
-        """Epochs consumed so far."""
+        """Epochs consumed so far; of a mixture, samples consumed over the samples that it has."""
         return self.step * self.global_batch / len(self.dataset)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the present step on; the step counts what was taken, not what was read ahead."""
-        from torch.utils.data import DataLoader, Sampler
-
-        class From(Sampler):
-            def __init__(self, start: int) -> None:
-                self.start = start
-
-            def __iter__(self) -> Iterator[int]:
-                step = self.start
-                while True:
-                    yield step
-                    step += 1
+        import torch
+        from torch.utils.data import DataLoader
 
         reader = DataLoader(
             _Steps(self),  # type: ignore[arg-type]
-            sampler=From(self.step),
+            sampler=_From(self.step),
             batch_size=None,
             num_workers=self.num_workers,
             prefetch_factor=4 if self.num_workers else None,
+            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
         )
         for batch in reader:
+            if isinstance(batch, _Refusal):
+                raise RequestError(batch.message)
             self.step += 1
             yield batch
 
@@ -215,6 +304,7 @@ class Loader:
             "dataset_id": self.dataset.manifest.dataset_id,
             "split": self.dataset.split,
             "seed": self.seed,
+            "order": self.order if self.order == "global" else f"{self.order} {self.window}",
             "step": self.step,
             "global_batch": self.global_batch,
         }
@@ -230,7 +320,7 @@ class Loader:
         Raises
         ------
         RequestError
-            If it belongs to another dataset, seed or global batch.
+            If it belongs to another dataset, seed, order or global batch.
         """
         for key, value in self.state_dict().items():
             if key != "step" and state.get(key) != value:
@@ -239,6 +329,40 @@ class Loader:
                     f"restore it, or start a new run in another output directory"
                 )
         self.step = int(state["step"])
+
+
+def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> None:
+    """Refuse an order under which a bounded cache would fetch the same shards over and over.
+
+    Parameters
+    ----------
+    dataset : EEGDataset or Mixture
+        What is to be read.
+    order : {"global", "shards"}
+        The order.
+    window : int
+        Shards that are read at a time under order shards.
+
+    Raises
+    ------
+    RequestError
+        If what is read at a time is more than the cache holds.
+    """
+    remote = [part for part in dataset.parts if part.cache]
+    if not remote:
+        return
+    need = 0
+    for part in remote:
+        sizes = sorted((shard.bytes for shard in part.shards), reverse=True)
+        # A window is finished while the next one begins.
+        need += sum(sizes if order == "global" else sizes[: 2 * window])
+    limit = min(part.cache.limit for part in remote if part.cache)
+    if need > limit:
+        advice = "read it with order: shards, or " if order == "global" else f"lower its window of {window} shards, or "
+        raise RequestError(
+            f"{dataset.path} ({dataset.split}): order '{order}' reads {need / 1e9:.3g} GB at a time, the cache holds "
+            f"{limit / 1e9:.3g} GB; {advice}raise DREAMSCALE_CACHE_GB"
+        )
 
 
 def sequential(dataset: EEGDataset, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:

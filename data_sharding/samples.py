@@ -177,8 +177,8 @@ class ShardWriter:
 
     Notes
     -----
-    The index is JSON: ``[{"key": KEY, "members": {"eeg.npy.zst": [offset, size], ...}}, ...]`` in the tar's order,
-    offsets of the members' bytes.
+    The index is JSON: ``[{"key": KEY, "n": true channels, "members": {"eeg.npy.zst": [offset, size], ...}}, ...]`` in
+    the tar's order, offsets of the members' bytes.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -200,9 +200,9 @@ class ShardWriter:
         ValueError
             If its key, channels, values or image cannot be stored.
         """
-        self.write_members(sample.key, sample.members())
+        self.write_members(sample.key, sample.members(), len(sample.eeg))
 
-    def write_members(self, key: str, members: list[tuple[str, bytes]]) -> None:
+    def write_members(self, key: str, members: list[tuple[str, bytes]], n: int | None = None) -> None:
         """Append a sample that is encoded already.
 
         Parameters
@@ -211,7 +211,11 @@ class ShardWriter:
             The sample's key.
         members : list of (str, bytes)
             Names and bytes, as `Sample.members` gives them.
+        n : int, optional
+            True channels, as the index of the shard that the sample comes from says; looked up in its JSON where None.
         """
+        if n is None:
+            n = int(json.loads(dict(members)[f"{key}.json"])["n"])
         entry: dict[str, list[int]] = {}
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -219,7 +223,7 @@ class ShardWriter:
             start = self._tar.offset
             self._tar.addfile(info, io.BytesIO(data))
             entry[name[len(key) + 1 :]] = [start + 512, len(data)]
-        self._index.append({"key": key, "members": entry})
+        self._index.append({"key": key, "n": n, "members": entry})
 
     def __len__(self) -> int:
         return len(self._index)

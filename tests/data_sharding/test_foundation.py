@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from data_sharding.dataset import EEGDataset, write_dataset
 from data_sharding.errors import RequestError
-from data_sharding.loader import Loader, epoch_order, sequential
+from data_sharding.loader import Loader, sequential
+from data_sharding.order import epoch_order
 from data_sharding.preprocess import PreprocessSpec, preprocess, window_starts
 from data_sharding.samples import Sample, decode_eeg, encode_eeg, pad_channels, wds_decoder
 
