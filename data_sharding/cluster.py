@@ -8,15 +8,19 @@ import os
 import signal
 import sys
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
 
 from data_sharding.errors import RequestError, StopRequested, one_line
+from data_sharding.storage import FULL, is_storage_error
 
 INFRASTRUCTURE_RETRIES = 5
 """How often a task is begun again when a node, rather than its own work, was at fault."""
+STORAGE_TRIES = 3
+"""How often a task is tried that a disk or a store refuses, unless for want of room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,8 @@ class RayConfig:
     """Most tasks handed out at a time; 0: twice the cluster's cores."""
     timeout_s: float = 3600.0
     """Seconds after which a recording is given up and quarantined."""
+    memory_gb: float = 2.0
+    """GB (1e9 bytes) of memory that a recording may take before it is quarantined; Ray keeps as much free for each."""
     auth_mode: Literal["", "disabled", "token"] = ""
     """Ray's authentication. Empty: RAY_AUTH_MODE if it is set, else disabled for this machine's cluster."""
 
@@ -40,6 +46,8 @@ class RayConfig:
             raise ValueError("ray: num_cpus and max_in_flight must not be negative; 0 chooses them")
         if not self.timeout_s > 0:
             raise ValueError(f"ray.timeout_s must be positive, got {self.timeout_s}")
+        if not self.memory_gb >= 0.5:
+            raise ValueError(f"ray.memory_gb must be at least 0.5, got {self.memory_gb}")
 
 
 @contextlib.contextmanager
@@ -88,15 +96,13 @@ def ray_session(config: RayConfig) -> Iterator[int]:
     # A local cluster otherwise decides by itself, depending on the machine's history, whether it wants a token.
     if config.auth_mode or not address:
         os.environ["RAY_AUTH_MODE"] = config.auth_mode or os.environ.get("RAY_AUTH_MODE", "disabled")
-    # Of the machine's two uses of many cores, many recordings at once is the better one.
-    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
-        options |= {"address": address, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}}}
+        options |= {"address": address}
     else:
         cpus = config.num_cpus or os.cpu_count() or 1
         # Only metadata travels through the object store.
@@ -114,9 +120,33 @@ def ray_session(config: RayConfig) -> Iterator[int]:
     try:
         # Ray puts its own handler on SIGTERM, which would leave without a word.
         with stop_signals():
-            yield config.max_in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+            yield config.max_in_flight or 2 * _slots(config)
     finally:
         ray.shutdown()
+
+
+def _slots(config: RayConfig) -> int:
+    """Recordings that the cluster reads at a time."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = sum(int(node.get("CPU", 0)) for node in nodes)
+    slots = sum(int(min(node.get("CPU", 0), node.get("memory", 0) // (config.memory_gb * 1e9))) for node in nodes)
+    if not cpus:
+        raise RequestError("ray: the cluster has no CPU to give; every recording takes one")
+    if not slots:
+        most = max(node.get("memory", 0) for node in nodes) / 1e9
+        raise RequestError(
+            f"ray.memory_gb {config.memory_gb:g}: no machine of the cluster has as much free, the most is "
+            f"{most:.1f} GB; lower it, or free memory"
+        )
+    if slots < cpus:
+        say(f"ray: memory for {slots} recordings at a time on {cpus} cores (key 'ray.memory_gb', {config.memory_gb:g})")
+    return slots
+
+
+class ClusterFailed(RuntimeError):
+    """The cluster, not the work, is at fault, again and again."""
 
 
 def run_tasks(
@@ -124,23 +154,31 @@ def run_tasks(
     arguments: Mapping[str, Any],
     *,
     in_flight: int,
+    memory_gb: float,
     done: Callable[[str, Any], None],
-    died: Callable[[str, str], str | None] | None = None,
+    give_up: Callable[[str, Exception], str | None] | None = None,
+    look: Callable[[int], None] | None = None,
 ) -> dict[str, str]:
     """Run a function once for each argument, in any order, with a bounded number of tasks at a time.
 
     Parameters
     ----------
     function : callable
-        A function of a module that the workers can import; what it returns should be small.
+        A function of a module that the workers can import; what it returns should be small. It must be safe to run
+        again: a task whose worker, raylet or machine dies is begun anew, elsewhere where there is an elsewhere.
     arguments : mapping
         Key to argument.
     in_flight : int
         Most tasks at a time.
+    memory_gb : float
+        GB that Ray keeps free for each.
     done : callable
         ``done(key, result)`` for every task that returned.
-    died : callable, optional
-        ``died(key, how)`` after a task's process died; returns the reason to give up, or None to try again.
+    give_up : callable, optional
+        ``give_up(key, error)`` after a task raised, or took its machine's memory time and again; returns the reason
+        to go on without it, or None to fail.
+    look : callable, optional
+        ``look(running)`` at least twice a second.
 
     Returns
     -------
@@ -149,49 +187,54 @@ def run_tasks(
 
     Raises
     ------
+    ClusterFailed
+        If the same task lost its worker time and again.
     Exception
-        What a task raised, where `died` is None or the disk is at fault.
+        What a task raised, where nobody gave it up; errors of disks and stores only after some tries, unless there is
+        no room left.
     """
     import ray
-    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayError, RayTaskError
+    from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
-    remote = ray.remote(max_retries=0, num_cpus=1)(function)
-    waiting = list(arguments.items())[::-1]
+    remote = ray.remote(max_retries=0, num_cpus=1, memory=int(memory_gb * 1e9))(function)
+    waiting = deque(arguments.items())
     running: dict[Any, tuple[str, Any]] = {}
     given_up: dict[str, str] = {}
-    infrastructure: dict[str, int] = {}
+    lost: Counter[str] = Counter()
     while waiting or running:
         while waiting and len(running) < in_flight:
-            key, argument = waiting.pop()
+            key, argument = waiting.popleft()
             running[remote.remote(argument)] = (key, argument)
+        if look:
+            look(len(running))
         finished: list[Any] = ray.wait(list(running), num_returns=1, timeout=0.5)[0]
         for reference in finished:
             key, argument = running.pop(reference)
             try:
-                done(key, ray.get(reference))
-                continue
+                result = ray.get(reference)
             except RayTaskError as error:
-                cause = getattr(error, "cause", None) or error
-                if died is None or isinstance(cause, OSError):
-                    raise cause from None
-                given_up[key] = f"failed: {type(cause).__name__}: {one_line(cause)[:200]}"
-                continue
-            except NodeDiedError as error:
-                how, ours = one_line(error)[:200], False
-            except OutOfMemoryError:
-                how, ours = "out of memory", True
+                failure = getattr(error, "cause", None) or error
+                often = STORAGE_TRIES if is_storage_error(failure) and getattr(failure, "errno", 0) not in FULL else 1
             except RayError as error:
-                how, ours = type(error).__name__, True
-            reason = died(key, how) if died and ours else None
-            if reason is None:
-                infrastructure[key] = infrastructure.get(key, 0) + 1
-                if infrastructure[key] > INFRASTRUCTURE_RETRIES:
-                    raise RuntimeError(
-                        f"{key}: its worker was lost {infrastructure[key]} times ({how}); is the cluster well?"
-                    )
-                waiting.append((key, argument))
+                failure, often = error, INFRASTRUCTURE_RETRIES + 1
             else:
+                done(key, result)
+                continue
+            lost[key] += 1
+            if lost[key] < often:
+                waiting.append((key, argument))
+                continue
+            ours = isinstance(failure, RayError) and not isinstance(failure, (RayTaskError, OutOfMemoryError))
+            reason = give_up(key, failure) if give_up and not ours else None
+            if reason is not None:
                 given_up[key] = reason
+            elif isinstance(failure, RayError) and not isinstance(failure, RayTaskError):
+                raise ClusterFailed(
+                    f"{key}: its worker was lost {lost[key]} times ({type(failure).__name__}: "
+                    f"{one_line(failure)[:200]}); is the cluster well?"
+                )
+            else:
+                raise failure from None
     return given_up
 
 

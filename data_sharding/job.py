@@ -2,141 +2,49 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_sharding.cluster import RayConfig, ray_session, run_tasks, say, stop_signals
-from data_sharding.config import parse_config, to_dict
-from data_sharding.corpora import CorpusConfig, Item, list_items
-from data_sharding.duplicates import Print, find_duplicates
-from data_sharding.errors import EXIT_DONE, EXIT_SET_ASIDE, RequestError, run_main
+from data_sharding.cluster import ClusterFailed, ray_session, run_tasks, say, stop_signals
+from data_sharding.config import parse_config
+from data_sharding.duplicates import Print, find_duplicates, preference
+from data_sharding.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError, run_main
 from data_sharding.files import digest_of, sha256_file
+from data_sharding.isolation import GivenUp, call_isolated
+from data_sharding.journal import Journal, alone
 from data_sharding.ledger import NAME as LEDGER
-from data_sharding.ledger import short_reason, totals, write_ledger
+from data_sharding.ledger import read_ledger, short_reason, totals, write_ledger
 from data_sharding.manifest import NAME as MANIFEST
 from data_sharding.manifest import Manifest, Shard
 from data_sharding.packing import ShardPlan, plan_shards, write_shard
-from data_sharding.preprocess import PreprocessSpec
-from data_sharding.progress import progress
-from data_sharding.recording import Task, blank_row, run_in_worker, versions, why_died
-from data_sharding.splits import SPLITS, SplitConfig
+from data_sharding.plan import Plan, ShardConfig, essence, make_plan, place_of
+from data_sharding.progress import JobProgress, progress
+from data_sharding.recording import PART_SCHEMA, Task, blank_row, versions
+from data_sharding.splits import SPLITS
+from data_sharding.storage import (
+    AnyPath,
+    deliver,
+    describe,
+    file_state,
+    fresh,
+    is_remote,
+    is_storage_error,
+    remove_tree,
+    scratch_folder,
+)
 
 WORK = ".work"
 """Folder inside the output for what is not finished; gone when the dataset is."""
-CRASHES = 2
-"""Deaths of its worker after which a recording is quarantined."""
+READER = "data_sharding.recording:process_recording"
+"""What runs in a worker's child."""
 
 
-@dataclass(kw_only=True)
-class ShardConfig:
-    """Recordings of any maker to a dataset of WebDataset shards."""
-
-    corpora: list[CorpusConfig]
-    """Where the recordings are."""
-    output: str
-    """Folder of the dataset; a finished different dataset there is never replaced."""
-    preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
-    """Rate, band, reference and window; stored with the dataset and with every encoder trained on it."""
-    split: SplitConfig = field(default_factory=SplitConfig)
-    """Who and what is held out."""
-    samples_per_shard: int = 4096
-    """Most samples a tar."""
-    allowed_set_aside: float = 0.05
-    """Share of the recordings found that may be quarantined before the job ends with exit code 3."""
-    ray: RayConfig = field(default_factory=RayConfig)
-    """Where the job runs."""
-
-    def __post_init__(self) -> None:
-        if not self.corpora:
-            raise ValueError("corpora: the list is empty; name at least one corpus")
-        if self.samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard must be at least 1, got {self.samples_per_shard}")
-        if not 0 <= self.allowed_set_aside <= 1:
-            raise ValueError(f"allowed_set_aside is a share between 0 and 1, got {self.allowed_set_aside}")
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """What is to be done, known before any recording is opened."""
-
-    items: dict[str, Item]
-    """Recordings by key."""
-    labels: list[str]
-    """Names of the labels by number."""
-    request: str
-    """Checksum of config and file listing: the same for the same request."""
-
-
-def make_plan(config: ShardConfig) -> Plan:
-    """Find the recordings and check everything that can be checked without opening them.
-
-    Parameters
-    ----------
-    config : ShardConfig
-        The request.
-
-    Returns
-    -------
-    Plan
-        What is to be done.
-
-    Raises
-    ------
-    RequestError
-        If a corpus is missing, empty or unpaired, keys clash, or nobody is left to train on.
-    """
-    items: dict[str, Item] = {}
-    for corpus in config.corpora:
-        for item in list_items(corpus):
-            if item.key in items:
-                raise RequestError(
-                    f"corpora: '{item.path}' of corpus '{item.corpus}' is listed twice; give the corpora "
-                    "different names, or take one of them out"
-                )
-            items[item.key] = item
-    usable = [item for item in items.values() if item.recording.problem is None and item.reason is None]
-    config.split.check_subjects({item.subject for item in usable})
-    shown = [(item, trial) for item in usable for trial in item.trials or ()]
-    continuous = any(item.trials is None for item in usable)
-    if (
-        shown
-        and not continuous
-        and not any(config.split.trial(i.subject, t.image_id, t.split) == "train" for i, t in shown)
-    ):
-        raise RequestError(
-            "split: no trial is left for train: no training subject saw a training image; change the split"
-        )
-    listing = [[key, [[f.name, f.stat().st_size] for f in item.recording.files]] for key, item in sorted(items.items())]
-    trials = [
-        [key, [[t.onset, t.image_id, t.label_name, t.caption, t.split] for t in i.trials or ()]]
-        for key, i in sorted(items.items())
-    ]
-    return Plan(
-        items=items,
-        labels=sorted({trial.label_name for _, trial in shown}),
-        request=digest_of({"config": _essence(config), "files": listing, "trials": trials}),
-    )
-
-
-def _essence(config: ShardConfig) -> dict[str, Any]:
-    """The config without what does not change the dataset."""
-    values = to_dict(config)
-    for key in ("output", "ray", "allowed_set_aside"):
-        values.pop(key)
-    return values
-
-
-def _finished(config: ShardConfig, plan: Plan, output: Path) -> Manifest | None:
+def _finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | None:
     """The dataset that is there already, if it is the one asked for.
 
     Raises
@@ -144,7 +52,7 @@ def _finished(config: ShardConfig, plan: Plan, output: Path) -> Manifest | None:
     RequestError
         If the folder holds something else.
     """
-    if output.exists() and not output.is_dir():
+    if fresh(output).exists() and not output.is_dir():
         raise RequestError(f"output '{output}': is a file, not a folder")
     if not (output / MANIFEST).is_file():
         if output.is_dir() and any(output.iterdir()) and not (output / WORK).is_dir():
@@ -152,7 +60,7 @@ def _finished(config: ShardConfig, plan: Plan, output: Path) -> Manifest | None:
         return None
     manifest = Manifest.read(output)
     if manifest.extra.get("request") != plan.request:
-        ours = _essence(config)
+        ours = essence(config)
         other = [
             key
             for key in ours
@@ -162,11 +70,9 @@ def _finished(config: ShardConfig, plan: Plan, output: Path) -> Manifest | None:
         raise RequestError(
             f"output '{output}': holds a finished dataset {what}; choose another folder, or remove it first"
         )
-    written = (output / MANIFEST).stat().st_mtime
-    newer = [item for item in plan.items.values() if any(f.stat().st_ctime > written for f in item.recording.files)]
+    written = file_state(output / MANIFEST)[1]
+    newer = [item for item in plan.items.values() if any(_changed_ns(f) > written for f in item.recording.files)]
     if newer:
-        from data_sharding.ledger import read_ledger
-
         known = {row["key"]: row["sha256"] for row in read_ledger(output)}
         for item in newer:
             hashes = sorted(sha256_file(f) for f in item.recording.files)
@@ -177,22 +83,43 @@ def _finished(config: ShardConfig, plan: Plan, output: Path) -> Manifest | None:
     return manifest
 
 
-@contextlib.contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    """Keep a second job out of the same output."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RequestError(
-                f"output '{work.parent}': another job is writing there; wait for it, or choose another folder"
-            ) from None
-        yield
+def _changed_ns(file: AnyPath) -> int:
+    # A copy may carry its original's time; when it came here, it cannot choose.
+    return max(file.stat().st_ctime_ns, file.stat().st_mtime_ns) if isinstance(file, Path) else file_state(file)[1]
 
 
-def read_recordings(config: ShardConfig, plan: Plan, work: Path, in_flight: int) -> list[dict[str, Any]]:
-    """First phase: every recording to a part, each in a worker that may die.
+def read_isolated(task: Task, memory_gb: float) -> dict[str, Any]:
+    """Body of the Ray task of the first phase: a recording, read in the worker's child.
+
+    Parameters
+    ----------
+    task : Task
+        What to do.
+    memory_gb : float
+        Memory that it may take.
+
+    Returns
+    -------
+    dict
+        The ledger row, with ``part`` and ``split_samples`` beside its columns; quarantined where its reader crashed,
+        hung or took too much memory.
+    """
+    try:
+        return call_isolated(READER, task, timeout_s=task.timeout_s, memory_gb=memory_gb)
+    except GivenUp as error:
+        return _set_aside(task.item, str(error))
+
+
+def _set_aside(item: Any, reason: str) -> dict[str, Any]:
+    return blank_row(item, "quarantined", reason) | {"part": "", "split_samples": {}}
+
+
+def _read(argument: tuple[Task, float]) -> dict[str, Any]:
+    return read_isolated(*argument)
+
+
+def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: int) -> list[dict[str, Any]]:
+    """First phase: every recording to a part, each in a process that may die.
 
     Parameters
     ----------
@@ -200,7 +127,7 @@ def read_recordings(config: ShardConfig, plan: Plan, work: Path, in_flight: int)
         The request.
     plan : Plan
         What is to be done.
-    work : Path
+    work : Path or UPath
         The job's working folder.
     in_flight : int
         Tasks at a time.
@@ -208,50 +135,71 @@ def read_recordings(config: ShardConfig, plan: Plan, work: Path, in_flight: int)
     Returns
     -------
     list of dict
-        One ledger row for each recording, sorted by key.
+        One ledger row for each recording, sorted by key. What an earlier run has read of files that are still the
+        same is taken up without a look into them.
     """
-    shutil.rmtree(work / "attempts", ignore_errors=True)
-    tasks = {
-        key: Task(
-            item=item,
-            spec=config.preprocess,
-            split=config.split,
-            labels=tuple(plan.labels),
-            work=work.resolve(),
-            timeout_s=config.ray.timeout_s,
-        )
-        for key, item in plan.items.items()
-    }
+    limits = config.ray.timeout_s, config.ray.memory_gb
+    settings = digest_of(
+        {
+            "schema": PART_SCHEMA,
+            "preprocess": config.preprocess.to_dict(),
+            "split": essence(config)["split"],
+            "labels": plan.labels,
+            "versions": versions(),
+        }
+    )
     rows: dict[str, dict[str, Any]] = {}
-    crashes: Counter[str] = Counter()
-    tally: Counter[str] = Counter()
-
-    with progress("reading recordings", len(tasks)) as advance:
+    tasks: dict[str, tuple[Task, float]] = {}
+    sizes = {key: plan.size(key) for key in plan.items}
+    with Journal(work / "rows") as journal, JobProgress(sizes) as shown:
+        identities = {key: plan.identity(key, settings) for key in plan.items}
+        for key, item in plan.items.items():
+            row = journal.find(key, identities[key])
+            # What was given up under other limits, or for a fault that may have passed, is tried again.
+            if row is not None and row.get("limits", list(limits)) == list(limits) and not row.get("passing"):
+                rows[key] = row
+                shown.add(row, taken_up=True)
+                continue
+            task = Task(
+                item=item,
+                spec=config.preprocess,
+                split=config.split,
+                labels=tuple(plan.labels),
+                work=work,
+                timeout_s=config.ray.timeout_s,
+            )
+            tasks[key] = (task, config.ray.memory_gb)
 
         def done(key: str, row: dict[str, Any]) -> None:
+            if not row["part"]:
+                row["limits"] = list(limits)
             rows[key] = row
-            tally[row["status"]] += 1
-            advance(1, ", ".join(f"{tally[name]} {name}" for name in sorted(tally)))
+            journal.add(key, identities[key], row)
+            shown.add(row)
 
-        def died(key: str, how: str) -> str | None:
-            attempts, timed_out = why_died(work, key)
-            if timed_out:
-                return f"time-out: not finished after {config.ray.timeout_s:g} s (key 'ray.timeout_s')"
-            # A worker that died before it began says nothing about the recording.
-            crashes[key] += attempts > crashes[key]
-            if crashes[key] < CRASHES:
-                return None
-            return f"crashed its reader {crashes[key]} times ({how})"
+        def give_up(key: str, error: Exception) -> str | None:
+            files = {str(f) for f in plan.items[key].recording.files}
+            if is_storage_error(error):
+                name = str(getattr(error, "filename", None) or "")
+                return f"unreadable: {describe(error)}" if name in files else None
+            return f"failed: {type(error).__name__}: {describe(error)}"
 
-        for key, reason in run_tasks(run_in_worker, tasks, in_flight=in_flight, done=done, died=died).items():
-            done(key, blank_row(plan.items[key], "quarantined", reason) | {"part": "", "split_samples": {}})
+        given_up = run_tasks(
+            _read,
+            tasks,
+            in_flight=in_flight,
+            memory_gb=config.ray.memory_gb,
+            done=done,
+            give_up=give_up,
+            look=shown.look,
+        )
+        for key, reason in given_up.items():
+            done(key, _set_aside(plan.items[key], reason) | {"passing": True})
     return [rows[key] for key in sorted(rows)]
 
 
-def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, work: Path) -> None:
+def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, work: AnyPath) -> None:
     """Write every signal once.
-
-    Preferred is the recording with trials, then one whose subject is known, then the one with more channels.
 
     Parameters
     ----------
@@ -259,24 +207,30 @@ def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, work: Path) -> None:
         The ledger; duplicates are marked in place.
     plan : Plan
         What is done.
-    work : Path
+    work : Path or UPath
         The job's working folder.
     """
     candidates = [row for row in rows if row["status"] == "sharded"]
-    candidates.sort(
-        key=lambda r: (plan.items[r["key"]].trials is None, r["subject"] == r["key"], -r["n_kept"], r["key"])
-    )
+    candidates.sort(key=lambda row: preference(row, trials=plan.items[row["key"]].trials is not None))
+    part_of = {row["key"]: row["part"] for row in candidates}
+
+    def load_points(key: str) -> np.ndarray:
+        part = part_of[key]
+        with (work / "parts" / part[:2] / part / "fingerprint.npy").open("rb") as stream:
+            return np.load(stream)
+
     prints = [
         Print(
             key=row["key"],
             sha256=row["sha256"],
             seconds=row["seconds"],
             names=row["channels"],
-            points=np.load(work / "parts" / row["part"][:2] / row["part"] / "fingerprint.npy").astype(np.float32),
+            signature=row.get("signature"),
+            points=None if "signature" in row else load_points(row["key"]),
         )
         for row in candidates
     ]
-    duplicates = find_duplicates(prints)
+    duplicates = find_duplicates(prints, load_points)
     for row in candidates:
         if kept := duplicates.get(row["key"]):
             row |= {
@@ -289,7 +243,7 @@ def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, work: Path) -> None:
             }
 
 
-def pack(config: ShardConfig, plans: list[ShardPlan], work: Path, in_flight: int) -> dict[str, list[Shard]]:
+def pack(config: ShardConfig, plans: list[ShardPlan], output: AnyPath, in_flight: int) -> dict[str, list[Shard]]:
     """Second phase: parts to shards.
 
     Parameters
@@ -298,8 +252,8 @@ def pack(config: ShardConfig, plans: list[ShardPlan], work: Path, in_flight: int
         The request.
     plans : list of ShardPlan
         What goes where.
-    work : Path
-        The job's working folder.
+    output : Path or UPath
+        The dataset, which is none before its manifest is there.
     in_flight : int
         Tasks at a time.
 
@@ -308,7 +262,6 @@ def pack(config: ShardConfig, plans: list[ShardPlan], work: Path, in_flight: int
     dict
         Shards of each split, in order.
     """
-    work = work.resolve()
     records: dict[str, Shard] = {}
     with progress("writing shards", len(plans)) as advance:
 
@@ -316,58 +269,57 @@ def pack(config: ShardConfig, plans: list[ShardPlan], work: Path, in_flight: int
             records[key] = shard
             advance(1)
 
-        tasks = {plan.path: (plan, work / "parts", work / "dataset") for plan in plans}
-        run_tasks(_write_shard, tasks, in_flight=in_flight, done=done, died=lambda key, how: None)
+        tasks = {plan.path: (plan, output) for plan in plans}
+        run_tasks(_write_shard, tasks, in_flight=in_flight, memory_gb=config.ray.memory_gb, done=done)
     return {split: [records[p.path] for p in plans if p.path.startswith(f"{split}/")] for split in SPLITS}
 
 
-def _write_shard(task: tuple[ShardPlan, Path, Path]) -> Shard:
-    return write_shard(*task)
+def _write_shard(task: tuple[ShardPlan, AnyPath]) -> Shard:
+    plan, output = task
+    return write_shard(plan, output / WORK / "parts", output, output / WORK)
 
 
 def _publish(
-    config: ShardConfig, plan: Plan, rows: list[dict[str, Any]], splits: dict[str, list[Shard]], output: Path
+    config: ShardConfig, plan: Plan, rows: list[dict[str, Any]], splits: dict[str, list[Shard]], output: AnyPath
 ) -> Manifest:
-    """Move the shards into place, account for everything, and write the manifest last."""
+    """Account for everything, and write the manifest last."""
     from data_sharding.report import write_report
 
-    work = output / WORK
     for split in SPLITS:
-        shutil.rmtree(output / split, ignore_errors=True)
-        if splits[split]:
-            for done in (work / "dataset" / split).glob("*.done.json"):
-                done.unlink()
-            wanted = {Path(shard.path).stem for shard in splits[split]}
-            for stale in (work / "dataset" / split).iterdir():
-                if stale.stem not in wanted:
-                    stale.unlink()
-            (work / "dataset" / split).rename(output / split)
+        wanted = {Path(shard.path).stem for shard in splits[split]}
+        for stale in fresh(output / split).iterdir() if (output / split).is_dir() else ():
+            # Of an interrupted run with other settings.
+            if Path(stale.name).stem not in wanted:
+                stale.unlink()
     counts, hours = totals(rows)
     hours["written"] = round(sum(row["seconds_written"] for row in rows) / 3600, 6)
     counts["windows"] = sum(row["windows"] for row in rows)
     for row in rows:
         for why, number in json.loads(row["windows_left_out"]).items():
             counts[f"left out: {why}"] = counts.get(f"left out: {why}", 0) + number
-    write_ledger(output / LEDGER, rows)
-    essence = {
+    content = {
         "preprocess": config.preprocess.to_dict(),
         "labels": plan.labels,
         "shards": {split: [shard.sha256 for shard in shards] for split, shards in splits.items()},
     }
-    manifest = Manifest(
-        dataset_id=digest_of(essence),
-        preprocess=config.preprocess,
-        splits=splits,
-        labels=plan.labels,
-        counts=counts,
-        hours=hours,
-        config=_essence(config),
-        versions=versions(),
-        extra={"request": plan.request, "ledger_sha256": sha256_file(output / LEDGER)},
-    )
-    write_report(output / "report.html", rows, manifest)
-    manifest.write(output)
-    shutil.rmtree(work, ignore_errors=True)
+    with scratch_folder() as folder:
+        write_ledger(folder / LEDGER, rows)
+        manifest = Manifest(
+            dataset_id=digest_of(content),
+            preprocess=config.preprocess,
+            splits=splits,
+            labels=plan.labels,
+            counts=counts,
+            hours=hours,
+            config=essence(config),
+            versions=versions(),
+            extra={"request": plan.request, "ledger_sha256": sha256_file(folder / LEDGER)},
+        )
+        write_report(folder / "report.html", rows, manifest)
+        manifest.write(folder)
+        for name in (LEDGER, "report.html", MANIFEST):
+            deliver(folder / name, output / name)
+    remove_tree(output / WORK)
     return manifest
 
 
@@ -382,7 +334,7 @@ def _exit_code(config: ShardConfig, manifest: Manifest) -> int:
     return EXIT_DONE
 
 
-def _say_result(manifest: Manifest, rows: list[dict[str, Any]], output: Path) -> None:
+def _say_result(manifest: Manifest, rows: list[dict[str, Any]], output: AnyPath) -> None:
     counts, hours = manifest.counts, manifest.hours
     say(
         f"{output}: {counts['sharded']} of {counts['found']} recordings sharded, {hours['written']:.3f} h in "
@@ -413,33 +365,23 @@ def run(config: ShardConfig) -> int:
     RequestError
         If the request is wrong: before Ray starts, but for a train split that turns out empty.
     """
-    output = Path(config.output).expanduser()
+    output = place_of(config.output)
     work = output / WORK
     with stop_signals():
         plan = make_plan(config)
         if manifest := _finished(config, plan, output):
+            remove_tree(work)  # It was killed between its manifest and its end.
             say(f"{output}: this dataset is finished already; nothing to do")
             return _exit_code(config, manifest)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RequestError(f"output '{output}': cannot be made ({error.strerror})") from None
-        if not os.access(output, os.W_OK):
-            raise RequestError(f"output '{output}': no permission to write there")
-        with _alone(work), ray_session(config.ray) as in_flight:
+        if not is_remote(output):
+            _make_folder(output)
+        with alone(work), ray_session(config.ray) as in_flight:
+            remove_tree(work / "new")  # Shards that nobody finished.
             rows = read_recordings(config, plan, work, in_flight)
             mark_duplicates(rows, plan, work)
             kept = [row for row in rows if row["status"] == "sharded"]
             if not any("train" in row["split_samples"] for row in kept):
-                write_ledger(work / LEDGER, rows)
-                reasons = Counter(short_reason(row["reason"]) for row in rows if row["reason"]).most_common(3)
-                why = (
-                    ", ".join(f"{number} x {reason}" for reason, number in reasons)
-                    or "every subject with usable data is held out"
-                )
-                raise RequestError(
-                    f"no sample is left for train ({why}); see {work / LEDGER}, and change the corpora or the split"
-                )
+                _refuse_empty(rows, work)
             plans = plan_shards(kept, config.samples_per_shard)
             shards_of: dict[str, list[str]] = {}
             for shard in plans:
@@ -447,16 +389,46 @@ def run(config: ShardConfig) -> int:
                     shards_of.setdefault(piece.key, []).append(shard.path)
             for row in rows:
                 row["shards"] = list(dict.fromkeys(shards_of.get(row["key"], [])))
-            splits = pack(config, plans, work, in_flight)
+            splits = pack(config, plans, output, in_flight)
             manifest = _publish(config, plan, rows, splits, output)
     _say_result(manifest, rows, output)
     return _exit_code(config, manifest)
 
 
-def _main(argv: list[str]) -> int:
-    return run(
-        parse_config(ShardConfig, argv, prog="dreamscale shard", positionals=("config",), aliases={"-o": "output"})
+def _make_folder(output: AnyPath) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"output '{output}': cannot be made ({error.strerror})") from None
+    if not os.access(str(output), os.W_OK):
+        raise RequestError(f"output '{output}': no permission to write there")
+
+
+def _refuse_empty(rows: list[dict[str, Any]], work: AnyPath) -> None:
+    with scratch_folder() as folder:
+        write_ledger(folder / LEDGER, rows)
+        deliver(folder / LEDGER, work / LEDGER)
+    reasons = Counter(short_reason(row["reason"]) for row in rows if row["reason"]).most_common(3)
+    why = (
+        ", ".join(f"{number} x {reason}" for reason, number in reasons) or "every subject with usable data is held out"
     )
+    raise RequestError(f"no sample is left for train ({why}); see {work / LEDGER}, and change the corpora or the split")
+
+
+def _main(argv: list[str]) -> int:
+    config = parse_config(ShardConfig, argv, prog="dreamscale shard", positionals=("config",), aliases={"-o": "output"})
+    try:
+        return run(config)
+    except ClusterFailed as error:
+        say(f"dreamscale: {error} What is finished is kept; run the same command to go on")
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        say(
+            f"dreamscale: output '{config.output}': {describe(error)}; what is finished is kept: mend it, and run the "
+            "same command to go on"
+        )
+    return EXIT_FAILED
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from upath import UPath
 
 from data_sharding.dataset import shard_record
 from data_sharding.files import digest_of, read_json, write_json
 from data_sharding.manifest import Shard
 from data_sharding.samples import ShardWriter
 from data_sharding.splits import SPLITS
+from data_sharding.storage import AnyPath, deliver, scratch_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +85,19 @@ def plan_shards(rows: Iterable[dict[str, Any]], samples_per_shard: int) -> list[
     return plans
 
 
-def write_shard(plan: ShardPlan, parts: Path, root: Path) -> Shard:
+def write_shard(plan: ShardPlan, parts: AnyPath, root: AnyPath, work: AnyPath) -> Shard:
     """Copy samples from their parts into a shard; nothing is decoded.
 
     Parameters
     ----------
     plan : ShardPlan
         What goes in.
-    parts : Path
+    parts : Path or UPath
         Folder of the parts.
-    root : Path
-        Folder that the shard's path is relative to.
+    root : Path or UPath
+        The dataset, which the shard's path is relative to.
+    work : Path or UPath
+        The job's working folder; what it records of finished shards lies in ``shards``.
 
     Returns
     -------
@@ -97,23 +105,38 @@ def write_shard(plan: ShardPlan, parts: Path, root: Path) -> Shard:
         Its manifest entry. A shard that is there with the same plan is taken as it is.
     """
     tar = root / plan.path
-    done = tar.with_suffix(".done.json")
+    done = work / "shards" / f"{plan.path}.json"
     digest = digest_of([[p.part, p.split, p.start, p.stop] for p in plan.pieces])
     if done.is_file():
         record = read_json(done)
         if record.pop("plan") == digest and tar.is_file() and tar.stat().st_size == record["bytes"]:
             return Shard(**record)
-    with ShardWriter(tar) as writer:
-        for piece in plan.pieces:
-            source = parts / piece.part[:2] / piece.part / f"{piece.split}.tar"
-            entries = read_json(source.with_suffix(".idx"))[piece.start : piece.stop]
-            with source.open("rb") as stream:
-                for entry in entries:
-                    members = []
-                    for name, (offset, size) in entry["members"].items():
-                        stream.seek(offset)
-                        members.append((f"{entry['key']}.{name}", stream.read(size)))
-                    writer.write_members(entry["key"], members)
-    record = shard_record(root, tar, len(writer))
+    with scratch_folder() if isinstance(root, UPath) else _folder(work / "new") as folder:
+        local = folder / plan.path
+        with ShardWriter(local) as writer:
+            for piece in plan.pieces:
+                source = parts / piece.part[:2] / piece.part / f"{piece.split}.tar"
+                entries = read_json(source.with_suffix(".idx"))[piece.start : piece.stop]
+                with source.open("rb") as stream:
+                    for entry in entries:
+                        members = []
+                        for name, (offset, size) in entry["members"].items():
+                            stream.seek(offset)
+                            members.append((f"{entry['key']}.{name}", stream.read(size)))
+                        writer.write_members(entry["key"], members)
+        record = shard_record(folder, local, len(writer))
+        deliver(local.with_suffix(".idx"), tar.with_suffix(".idx"))
+        deliver(local, tar)
     write_json(done, {"plan": digest, **vars(record)})
     return record
+
+
+@contextlib.contextmanager
+def _folder(base: AnyPath) -> Iterator[Path]:
+    """Temporary folder on the dataset's own disk, from which files can be renamed into it."""
+    folder = Path(str(base)) / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -67,3 +69,123 @@ def progress(
             print(f"{description}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield advance
+
+
+class JobProgress:
+    """How far the reading of recordings is: a live table on a terminal, a line now and then elsewhere.
+
+    Parameters
+    ----------
+    sizes : dict of str to int
+        Bytes of every recording by key: what is left of them, not of the recordings, tells the time that is left.
+    every_s : float
+        Seconds between lines where there is no terminal (a job's log).
+    """
+
+    def __init__(self, sizes: dict[str, int], *, every_s: float = 10.0) -> None:
+        self.sizes, self.every_s = sizes, every_s
+        self.statuses: Counter[str] = Counter()
+        self.seconds = self.channel_seconds = 0.0
+        self.running = self.taken_up = 0
+        self._left = self._read = 0
+        self._left = sum(sizes.values())
+        self._began = self._last = time.monotonic()
+        self._live: Any = None
+
+    @property
+    def done(self) -> int:
+        """Recordings that have their row."""
+        return self.statuses.total()
+
+    def add(self, row: dict[str, Any], *, taken_up: bool = False) -> None:
+        """Count a recording.
+
+        Parameters
+        ----------
+        row : dict
+            Its ledger row.
+        taken_up : bool
+            Whether an earlier run had read it.
+        """
+        self.statuses[row["status"]] += 1
+        size = self.sizes.get(row["key"], 0)
+        self._left -= size
+        self.seconds += row["seconds"]
+        self.taken_up += taken_up
+        if not taken_up:
+            self._read += size
+            self.channel_seconds += row["seconds"] * (row["n_kept"] or row["n_eeg"])
+
+    def figures(self) -> dict[str, str]:
+        """What is shown, by title.
+
+        Returns
+        -------
+        dict of str to str
+            Recordings, set aside, hours, speed, in flight, time left.
+        """
+        passed = max(time.monotonic() - self._began, 1e-9)
+        eta = f"{_clock(self._left * passed / self._read)}" if self._read else "?"
+        aside = ", ".join(f"{n} {name}" for name, n in sorted(self.statuses.items()) if name != "sharded")
+        taken = f" ({self.taken_up} from an earlier run)" if self.taken_up else ""
+        return {
+            "recordings": f"{self.done}/{len(self.sizes)}{taken}",
+            "set aside": aside or "none",
+            "hours": f"{self.seconds / 3600:.2f}",
+            "channel-hours/s": f"{self.channel_seconds / 3600 / passed:.2f}",
+            "in flight": str(self.running),
+            "elapsed": _clock(passed),
+            "left": eta if self.done < len(self.sizes) else _clock(0),
+        }
+
+    def look(self, running: int) -> None:
+        """Show where the job is, if it is time to.
+
+        Parameters
+        ----------
+        running : int
+            Recordings handed out.
+        """
+        self.running = running
+        if self._live is not None:
+            self._live.update(self._table())
+        elif time.monotonic() - self._last >= self.every_s:
+            self._say()
+
+    def _say(self) -> None:
+        self._last = time.monotonic()
+        text = ", ".join(f"{title} {value}" for title, value in self.figures().items())
+        print(f"reading: {text}", file=sys.stderr, flush=True)
+
+    def _table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(title="reading recordings", title_justify="left", show_edge=False, show_header=True)
+        figures = self.figures()
+        for title in figures:
+            table.add_column(title, no_wrap=title != "set aside")
+        table.add_row(*figures.values())
+        return table
+
+    def __enter__(self) -> JobProgress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(self._table(), console=Console(stderr=True), refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.running = 0
+        if self._live is not None:
+            self._live.update(self._table())
+            self._live.stop()
+        else:
+            self._say()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -29,7 +29,7 @@ def write_config(path: Path, corpora: list[dict], **more) -> Path:
         "preprocess": SPEC,
         "samples_per_shard": 7,
         "allowed_set_aside": 0.5,
-        "ray": {"num_cpus": 2},
+        "ray": {"num_cpus": 2, "memory_gb": 1},
         **more,
     }
     values.setdefault("output", str(path.with_suffix("")))
@@ -191,7 +191,7 @@ class TestTrouble:
         ]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         until = time.monotonic() + 120
-        while not (output / ".work" / "attempts").exists() and process.poll() is None and time.monotonic() < until:
+        while not (output / ".work" / "rows").exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
@@ -228,7 +228,7 @@ class TestTrouble:
         config = write_config(
             tmp_path / "a.yaml",
             [{"root": str(root)}],
-            ray={"num_cpus": 2, "timeout_s": 8},
+            ray={"num_cpus": 2, "timeout_s": 8, "memory_gb": 1},
             allowed_set_aside=1.0,
             split={"val_fraction": 0, "test_fraction": 0},
         )
