@@ -21,7 +21,8 @@ from data_sharding.errors import RequestError
 from data_sharding.files import atomic_directory, atomic_write_text, read_json, write_json
 from data_sharding.preprocess import PreprocessSpec, band_of, preprocess, window_starts
 from data_sharding.samples import N_PADDED, pad_channels
-from pretrain.model import EncoderConfig, SignalEncoder, count_parameters
+from pretrain.model import build_encoder, count_parameters
+from pretrain.shapes import EncoderConfig
 
 if TYPE_CHECKING:
     import mne
@@ -40,6 +41,7 @@ WEIGHTS, CONFIG, SPEC, EXAMPLE, CARD = (
 PROGRAM = "encoder.pt2"
 # The output is layer-normed, so of order one; other processors' sums differ by some 1e-5.
 TOLERANCE = 2e-3
+_EXAMPLE_INPUTS = ("x", "positions", "count")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ class EEGEncoder(nn.Module):
     n_outputs : int, optional
         Classes of a linear head on the pooled tokens. Without it `forward` returns tokens.
     chs_info : list of dict, optional
-        MNE's channel descriptions; only their number is used.
+        MNE's channel descriptions: their number, and for the montage tokenizer the electrodes' positions (``loc``).
     input_window_seconds : float, optional
         Length of a window in seconds, in place of `n_times`.
     **shape
@@ -192,7 +194,10 @@ class EEGEncoder(nn.Module):
             n_outputs,
         )
         self.chs_info = list(chs_info) if chs_info is not None else None
-        self.backbone = SignalEncoder(config)
+        self.backbone: Any = build_encoder(config)
+        positions_C3 = _positions_of(self.chs_info) if self.chs_info is not None else None
+        # No part of the weights: the same encoder takes any montage.
+        self.register_buffer("positions_C3", positions_C3, persistent=False)
         self.head = nn.Linear(config.dim, n_outputs) if n_outputs else None
 
     @property
@@ -205,45 +210,88 @@ class EEGEncoder(nn.Module):
         """Tokens of a window, without the class token."""
         return self.config.tokens
 
-    def tokens(self, x_BCT: Tensor) -> Tensor:
+    def inputs_of(self, metas: list[dict[str, Any]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Say where the electrodes of a dataset's samples sit, for those encoders that ask.
+
+        Parameters
+        ----------
+        metas : list of dict, [B]
+            Metadata of samples (`data_sharding.loader.Batch.metas`).
+        device : torch.device or str
+            Where the encoder is.
+
+        Returns
+        -------
+        dict of str to Tensor
+            Further arguments of `tokens` and `forward`; none for the temporal tokenizer.
+        """
+        if self.config.tokenizer == "temporal":
+            return {}
+        from pretrain.montage_model import electrode_positions
+
+        positions_BC3, count_B = electrode_positions(metas, self.config.channels)
+        return {"positions": positions_BC3.to(device), "count_B": count_B.to(device)}
+
+    def tokens(self, x_BCT: Tensor, positions: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
         """Encode windows.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
             Windows in model units (`spec.scale_for_model`); fewer channels than the encoder's are padded.
+        positions : Tensor, [C, 3] or [B, C, 3], optional
+            Montage tokenizer only: electrodes in metres, NaN where not known; rows of `x_BCT` beyond them are left out.
+            Those of `chs_info` by default.
+        count_B : Tensor, [B], int64, optional
+            Montage tokenizer only: true channels of each window, where they differ.
 
         Returns
         -------
         Tensor, [B, N, D]
-            Tokens in the order of time, without the class token.
+            Tokens in the order of time, without the class token; of the montage tokenizer the mean over channels.
 
         Raises
         ------
         ValueError
             If the windows have another length, or too many channels.
+        RequestError
+            If the montage tokenizer is given no positions.
         """
         if x_BCT.shape[-1] != self.config.samples or x_BCT.shape[-2] > self.config.channels:
             raise ValueError(
                 f"got windows of {x_BCT.shape[-2]} channels x {x_BCT.shape[-1]} samples; "
                 f"the encoder takes at most {self.config.channels} x {self.config.samples}"
             )
-        return self.backbone(pad_channels(x_BCT, self.config.channels))[:, 1:]
+        if self.config.tokenizer == "temporal":
+            return self.backbone(pad_channels(x_BCT, self.config.channels))[:, int(self.config.class_token) :]
+        positions = self.positions_C3 if positions is None else positions
+        if positions is None:
+            raise RequestError(
+                "this encoder's montage tokenizer needs to know where the electrodes sit: give positions [channels, 3] "
+                "in metres, NaN where not known (inputs_of has them for a dataset's samples), or build it with chs_info"
+            )
+        if positions.ndim == 2:
+            positions = positions.expand(x_BCT.shape[0], -1, -1)
+        if positions.shape[1] > x_BCT.shape[1]:
+            raise ValueError(f"got positions of {positions.shape[1]} channels for windows of {x_BCT.shape[1]}")
+        return self.backbone.over_time(x_BCT, positions, count_B)
 
-    def forward(self, x_BCT: Tensor) -> Tensor:
+    def forward(self, x_BCT: Tensor, positions: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
         """Encode windows, and classify them where there is a head.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
             Windows in model units (`spec.scale_for_model`); fewer channels than the encoder's are padded.
+        positions, count_B : Tensor, optional
+            As for `tokens`.
 
         Returns
         -------
         Tensor, [B, N, D] or [B, n_outputs]
             Tokens in the order of time without the class token; logits where `n_outputs` was given.
         """
-        tokens_BND = self.tokens(x_BCT)
+        tokens_BND = self.tokens(x_BCT, positions, count_B)
         return tokens_BND if self.head is None else self.head(tokens_BND.mean(dim=1))
 
     @torch.no_grad()
@@ -302,13 +350,16 @@ class EEGEncoder(nn.Module):
         if not len(starts):
             raise RequestError("the recording is flat in every good channel")
         device = next(self.parameters()).device
+        # The same for every window; the encoder looks at true channels only, where it tells channels apart.
+        inputs = self.inputs_of([{"n": len(signal.names), "positions": signal.positions}], device)
+        inputs.pop("count_B", None)
         was_training = self.training
         self.eval()
         parts = []
         for first in range(0, len(starts), batch_size):
             block = np.stack([clean[:, s : s + spec.window] for s in starts[first : first + batch_size]])
             x_BCT = spec.scale_for_model(torch.from_numpy(pad_channels(block, self.config.channels)).to(device))
-            parts.append(self.tokens(x_BCT).float().cpu().numpy())
+            parts.append(self.tokens(x_BCT, *(v[0] for v in inputs.values())).float().cpu().numpy())
         self.train(was_training)
         tokens_BND = np.concatenate(parts)
         flat = len(every) - len(starts)
@@ -349,9 +400,9 @@ class EEGEncoder(nn.Module):
         model = EEGEncoder(self.config, self.spec, n_chans=self.n_chans, n_outputs=self.n_outputs)
         model.load_state_dict({k: v.detach().float().cpu() for k, v in self.state_dict().items()})
         model.eval()
-        example_BCT = _example_input(self.config)
+        example = _example_input(self.config)
         with torch.no_grad():
-            output = model(example_BCT)
+            output = model(*example)
         with atomic_directory(path) as folder:
             save_weights(model.state_dict(), folder / WEIGHTS)
             write_json(folder / SPEC, self.spec.to_dict())
@@ -363,12 +414,14 @@ class EEGEncoder(nn.Module):
                     "encoder": dataclasses.asdict(self.config),
                     "n_chans": self.n_chans,
                     "n_outputs": self.n_outputs,
+                    "positions": None if self.positions_C3 is None else _as_lists(self.positions_C3),
                     "parameters": count_parameters(model),
                     "versions": {"torch": torch.__version__, "dreamscale": _own_version()},
                     "extra": extra or {},
                 },
             )
-            np.savez(folder / EXAMPLE, x=example_BCT.numpy(), y=output.numpy(), tolerance=np.float64(TOLERANCE))
+            arrays = dict(zip(_EXAMPLE_INPUTS, (value.numpy() for value in example), strict=False))
+            np.savez(folder / EXAMPLE, **arrays, y=output.numpy(), tolerance=np.float64(TOLERANCE))
             atomic_write_text(folder / CARD, card or f"# EEG encoder\n\n{self.config}\n\n{self.spec}\n")
             if program:
                 export_program(model, folder / PROGRAM)
@@ -413,6 +466,8 @@ class EEGEncoder(nn.Module):
         load_strictly(model, folder / WEIGHTS)
         model.eval()
         _check_example(model, folder / EXAMPLE)
+        if values.get("positions"):
+            model.positions_C3 = torch.tensor([place or [math.nan] * 3 for place in values["positions"]])
         if n_outputs and n_outputs != saved_outputs:
             model.head, model.n_outputs = nn.Linear(model.dim, n_outputs), n_outputs
         return model
@@ -447,21 +502,52 @@ def export_program(model: EEGEncoder, path: Path) -> None:
 
     Notes
     -----
-    ``torch.export.load(path).module()(x_BCT)`` runs it: any number of windows, 128 channels, in model units.
+    ``torch.export.load(path).module()(x_BCT)`` runs it: any number of windows, 128 channels, in model units. With the
+    montage tokenizer it is ``(x_BCT, positions_BC3, count_B)``: any number of windows, 1 to 128 rows, electrodes in
+    metres with NaN where not known, and how many rows of each window are true channels.
     """
-    example_BCT = _example_input(model.config).repeat(2, 1, 1)
-    program = torch.export.export(model, (example_BCT,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    example = tuple(value.repeat(2, *[1] * (value.ndim - 1)) for value in _example_input(model.config))
+    batch = torch.export.Dim("batch", min=1)
+    rows = {1: torch.export.Dim("channels", min=1, max=model.config.channels)} if len(example) > 1 else {}
+    dynamic = ({0: batch, **rows}, {0: batch, **rows}, {0: batch})[: len(example)]
+    program = torch.export.export(model, example, dynamic_shapes=dynamic)
     torch.export.save(program, path)
 
 
-def _example_input(config: EncoderConfig) -> Tensor:
+def _positions_of(chs_info: Sequence[dict[str, Any]]) -> Tensor:
+    """Electrodes [C, 3] in metres out of MNE's channel descriptions; NaN where there is none."""
+    places_C3 = torch.full((len(chs_info), 3), math.nan)
+    for row, channel in zip(places_C3, chs_info, strict=True):
+        place = np.asarray(channel.get("loc", [math.nan] * 3), np.float64)[:3]
+        # MNE writes NaN, some files zeros, where there is no position.
+        if np.isfinite(place).all() and place.any():
+            row[:] = torch.from_numpy(place)
+    return places_C3
+
+
+def _as_lists(positions_C3: Tensor) -> list[list[float] | None]:
+    return [place if all(map(math.isfinite, place)) else None for place in positions_C3.tolist()]
+
+
+def _example_input(config: EncoderConfig) -> tuple[Tensor, ...]:
     """Input of the self-check: oscillations written by formula, so that a package holds nobody's recording."""
     time_T = torch.arange(config.samples, dtype=torch.float64) / config.samples
     channel_C1 = torch.arange(config.channels, dtype=torch.float64)[:, None]
     waves_CT = torch.sin(2 * math.pi * (3 + channel_C1 % 17) * time_T + channel_C1) + 0.5 * torch.cos(
         2 * math.pi * (1 + channel_C1 % 5) * time_T
     )
-    return waves_CT.float()[None]
+    if config.tokenizer == "temporal":
+        return (waves_CT.float()[None],)
+    # Electrodes on a spiral over a sphere of a head's size, every fifth not known; the last quarter are no channels.
+    from pretrain.montage_model import electrode_positions
+
+    turns = torch.arange(config.channels, dtype=torch.float64)
+    height = 1 - turns / config.channels
+    around = (1 - height**2).sqrt()
+    sphere_C3 = 0.095 * torch.stack([around * (2.4 * turns).cos(), around * (2.4 * turns).sin(), height], dim=1)
+    places = [None if i % 5 == 4 else place for i, place in enumerate(sphere_C3.tolist())]
+    positions_BC3, _ = electrode_positions([{"n": config.channels, "positions": places}], config.channels)
+    return waves_CT.float()[None], positions_BC3, torch.tensor([max(1, config.channels * 3 // 4)])
 
 
 def load_strictly(model: nn.Module, path: Path, config: str = CONFIG) -> None:
@@ -508,9 +594,10 @@ def _check_example(model: EEGEncoder, path: Path) -> None:
         raise RequestError(f"{path}: no such file; the package is not complete, export it again")
     try:
         with np.load(path, allow_pickle=False) as example:
-            x, y, tolerance = torch.from_numpy(example["x"]), example["y"], float(example["tolerance"])
+            inputs = [torch.from_numpy(example[name]) for name in _EXAMPLE_INPUTS if name in example]
+            y, tolerance = example["y"], float(example["tolerance"])
         with torch.no_grad():
-            error = float(np.abs(model(x).numpy() - y).max())
+            error = float(np.abs(model(*inputs).numpy() - y).max())
     except (OSError, ValueError, KeyError) as problem:
         raise RequestError(f"{path}: damaged ({problem}); export it again") from None
     if not error <= tolerance:

@@ -128,7 +128,8 @@ def collect(dataset: EEGDataset, encoders: dict[str, Any], batch_size: int, devi
             x_BCT = dataset.spec.scale_for_model(eeg_BCT.to(device))
             with torch.no_grad():
                 for name, encoder in encoders.items():
-                    parts[name].append(encoder.tokens(x_BCT).mean(dim=1).float().cpu().numpy())
+                    tokens_BND = encoder.tokens(x_BCT, **encoder.inputs_of(batch.metas, device))
+                    parts[name].append(tokens_BND.mean(dim=1).float().cpu().numpy())
             parts["band power"].append(band_power(eeg_BCT.numpy(), dataset.spec.sfreq))
             metas += batch.metas
             advance(len(batch.keys))

@@ -31,6 +31,8 @@ class Signal:
     """[n, S] microvolts."""
     names: list[str]
     """Channels of the rows."""
+    positions: list[list[float] | None]
+    """Electrodes of the rows in metres, None where not known."""
     left_out: dict[str, str]
     """Other channels of the recording, and why."""
     selection: str
@@ -153,6 +155,7 @@ def signal_of(
     return Signal(
         x_uv=x_uv,
         names=kept.names,
+        positions=kept.positions,
         left_out=left_out,
         selection=rule,
         bads=bads,
