@@ -17,8 +17,12 @@ import numpy as np
 
 N_PADDED = 128
 """Channels of a padded window."""
-ZSTD_LEVEL = 3
-"""Fixed, since another level gives other bytes for the same sample."""
+ZSTD_LEVEL = -1
+"""Fixed, since another level gives other bytes for the same sample.
+
+Float16 EEG is noise in its lower bits: entropy coding (level 3) saves 7 % of the bytes, and makes writing 3 times and
+reading 4.5 times slower. This level finds the copies that padding made, and nothing else.
+"""
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 
 
@@ -78,7 +82,13 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
         raise ValueError("window holds values that are not finite in float16 microvolts")
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(pad_channels(half)), version=(1, 0), allow_pickle=False)
-    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(buffer.getvalue())
+    # A window over the whole sample, or the copies in long ones are not found.
+    size = buffer.getbuffer().nbytes
+    reach = min(max((size - 1).bit_length(), zstandard.WINDOWLOG_MIN), 27)
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        ZSTD_LEVEL, source_size=size, window_log=reach, write_checksum=True
+    )
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(buffer.getvalue())
 
 
 def decode_eeg(data: bytes, n: int | None = None) -> np.ndarray:

@@ -1,0 +1,209 @@
+"""Loading speed: our Loader, ``wds.WebDataset`` on the same shards, and a memory map of the decoded data.
+
+``python benchmarks/loading.py --out loading.json``. All give float32 batches of 128 channels, replicated from 64, in a
+random order (WebDataset: shuffled shards and a buffer), and count the same samples. Each way runs in a process of its
+own, several times in turn; memory is the largest proportional set size (PSS) of its process tree, page cache of the
+files left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+CHANNELS, WINDOW, PADDED = 64, 512, 128
+WAYS = ("ours, 0 workers", "ours, 2 workers", "webdataset, 0 workers", "webdataset, 2 workers", "memory map")
+
+
+def signal(rng: np.random.Generator) -> np.ndarray:
+    """Filtered noise of EEG's amplitude and correlations: compresses as recordings do, by little."""
+    sources = np.cumsum(rng.normal(0, 1, (16, WINDOW)), axis=1)
+    sources -= sources.mean(axis=1, keepdims=True)
+    return rng.normal(0, 1, (CHANNELS, 16)) @ sources + rng.normal(0, 3, (CHANNELS, WINDOW))
+
+
+def write(root: Path, samples: int) -> None:
+    from data_sharding.dataset import write_dataset
+    from data_sharding.preprocess import PreprocessSpec
+    from data_sharding.samples import Sample
+
+    rng = np.random.default_rng(0)
+    plain = np.lib.format.open_memmap(root / "plain.npy", "w+", np.float16, (samples, CHANNELS, WINDOW))
+
+    def make() -> Iterator[Sample]:
+        for number in range(samples):
+            eeg = signal(rng)
+            plain[number] = eeg
+            meta = {
+                "n": CHANNELS,
+                "ch_names": [f"E{i + 1}" for i in range(CHANNELS)],
+                "positions": rng.normal(0, 0.05, (CHANNELS, 3)).round(4).tolist(),
+                "reference": "average",
+                "sfreq": 256.0,
+                "start": 2.0 * number,
+                "recording": f"rec-{number // 500}",
+                "subject": f"sub-{number // 500}",
+                "session": "",
+                "corpus": "benchmark",
+                "bads": [],
+                "split": "train",
+            }
+            yield Sample(key=f"benchmark-rec-{number // 500:04d}-{number:07d}", eeg=eeg, meta=meta)
+
+    write_dataset(root / "dataset", {"train": make()}, PreprocessSpec(), samples_per_shard=500)
+    plain.flush()
+
+
+def ours(root: Path, batch: int, workers: int) -> Iterator[int]:
+    import torch
+
+    from data_sharding.dataset import EEGDataset
+    from data_sharding.loader import Loader
+
+    for part in Loader(EEGDataset(root / "dataset"), batch, 0, num_workers=workers):
+        yield len(part.padded("cpu", torch.float32))
+
+
+def webdataset(root: Path, batch: int, workers: int) -> Iterator[int]:
+    import torch
+    import webdataset as wds
+
+    from data_sharding.samples import wds_decoder
+
+    urls = sorted(str(path) for path in (root / "dataset" / "train").glob("*.tar"))
+    if workers > 1:
+        # A worker without a shard would end the run.
+        assert len(urls) >= workers
+    shards = wds.WebDataset(
+        urls, shardshuffle=len(urls), seed=0, nodesplitter=wds.split_by_node, workersplitter=wds.split_by_worker
+    )
+    rows = shards.shuffle(256).decode(wds_decoder).to_tuple("__key__", "eeg.npy.zst", "json").batched(batch)
+    for _, eeg, _ in wds.WebLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
+        # The shards are padded already: nothing is left to do but to cast.
+        yield len(torch.as_tensor(eeg).float())
+
+
+def memory_map(root: Path, batch: int, workers: int) -> Iterator[int]:
+    import torch
+
+    plain = np.load(root / "plain.npy", mmap_mode="r")
+    rows = torch.arange(PADDED) % CHANNELS
+    rng = np.random.default_rng(0)
+    while True:
+        order = rng.permutation(len(plain))
+        for start in range(0, len(order) - batch + 1, batch):
+            eeg = torch.from_numpy(plain[order[start : start + batch]]).float()
+            yield len(eeg.index_select(1, rows))
+
+
+def endless(make: Callable[..., Iterator[int]], *args: object) -> Iterator[int]:
+    while True:
+        yield from make(*args)
+
+
+class Memory(threading.Thread):
+    """Largest PSS of this process and its children that is not page cache of files."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self.done = 0, threading.Event()
+
+    def run(self) -> None:
+        import psutil
+
+        me = psutil.Process()
+        while not self.done.wait(0.25):
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                except OSError:
+                    continue
+                sizes = {line.split(":")[0]: int(line.split()[1]) for line in text.splitlines()[1:]}
+                total += sizes.get("Pss_Anon", 0) + sizes.get("Pss_Shmem", 0)
+            self.peak = max(self.peak, total * 1024)
+
+
+def measure(way: str, root: Path, batch: int, samples: int) -> dict[str, float]:
+    """Samples a second after a warm-up of a tenth, and memory."""
+    name, _, workers = way.partition(", ")
+    make = {"ours": ours, "webdataset": webdataset, "memory map": memory_map}[name]
+    stream = endless(make, root, batch, int(workers.split()[0]) if workers else 0)
+    memory = Memory()
+    memory.start()
+    warm = seen = 0
+    while warm < samples // 10:
+        warm += next(stream)
+    start, cpu = time.perf_counter(), os.times()
+    while seen < samples:
+        seen += next(stream)
+    seconds, after = time.perf_counter() - start, os.times()
+    memory.done.set()
+    memory.join()
+    stream.close()
+    used = after.user + after.system - cpu.user - cpu.system
+    return {"samples_per_s": seen / seconds, "main_cpu_us_per_sample": 1e6 * used / seen, "peak_bytes": memory.peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=4000, help="samples of the dataset, and of each measurement")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure[0], Path(args.measure[1]), args.batch, args.samples)))
+        return
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), args.samples)
+        stored = sum(path.stat().st_size for path in (Path(folder) / "dataset" / "train").glob("*.tar"))
+        for _ in range(args.repeats):
+            for way in WAYS:
+                command = [sys.executable, __file__, "--measure", way, folder]
+                command += ["--samples", str(args.samples), "--batch", str(args.batch)]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                runs[way].append(json.loads(done.stdout.splitlines()[-1]))
+    result: dict[str, object] = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
+        "versions": {name: version(name) for name in ("numpy", "torch", "webdataset", "zstandard")},
+        "data": f"{args.samples} samples, {CHANNELS} channels x {WINDOW}, batch {args.batch}",
+        "stored_bytes_per_sample": stored / args.samples,
+        "ways": {},
+    }
+    ways: dict[str, dict[str, float]] = {}
+    for way, found in runs.items():
+        ways[way] = {key: statistics.median(one[key] for one in found) for key in found[0]}
+        low, high = (pick(one["samples_per_s"] for one in found) for pick in (min, max))
+        ways[way] |= {"lowest": low, "highest": high}
+        print(f"{way:22} {ways[way]['samples_per_s']:9.0f} samples/s ({low:.0f} to {high:.0f})", end="")
+        print(f" {ways[way]['peak_bytes'] / 1e6:7.0f} MB")
+    result["ways"] = ways
+    rate = {way: values["samples_per_s"] for way, values in ways.items()}
+    result["ratios"] = {
+        "webdataset, 0 workers": rate["ours, 0 workers"] / rate["webdataset, 0 workers"],
+        "webdataset, 2 workers": rate["ours, 2 workers"] / rate["webdataset, 2 workers"],
+        "memory map": rate["ours, 0 workers"] / rate["memory map"],
+    }
+    print("ours over", ", ".join(f"{way}: {ratio:.2f}x" for way, ratio in result["ratios"].items()))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
