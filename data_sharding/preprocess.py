@@ -18,6 +18,7 @@ from data_sharding.streaming import resample, zero_phase
 FILTER_BYTES = 8 * 2**20
 """Size of a block in the filters, as float64."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
     """How a recording becomes windows; hashed into the dataset id and kept in the encoder package.

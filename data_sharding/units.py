@@ -28,7 +28,9 @@ FLAT_SHARE = 0.9
 CLIPPED_SHARE = 0.05
 """Share of samples at a rail beyond which a channel is clipped."""
 TRIGGER_LEVELS = 64
-"""A channel that hardly ever changes and takes at most so many values, two at least, is a trigger line."""
+"""A channel that hardly ever changes and takes at most so many values, two at least, may be a trigger line."""
+TRIGGER_UV = 200.0
+"""Peak to peak, as read, from which it is one; a dead channel whose last bit flickers has less."""
 TONE_SHARE = 0.5
 """Share of the power above 1 Hz in a single line, neither EEG's nor the mains', from which a channel is a test tone."""
 TONE_ABOVE_HZ = 30.0
@@ -215,9 +217,7 @@ class Survey:
             (self._high, self._at_high, high, np.greater),
         ):
             here = np.count_nonzero(x == found[:, None], axis=1)
-            seen[rows] = np.where(
-                better(found, ends[rows]), here, seen[rows] + np.where(found == ends[rows], here, 0)
-            )
+            seen[rows] = np.where(better(found, ends[rows]), here, seen[rows] + np.where(found == ends[rows], here, 0))
             ends[rows] = np.where(better(found, ends[rows]), found, ends[rows])
         same = x[:, 1:] == x[:, :-1]
         unchanged = np.count_nonzero(same, axis=1)
@@ -288,7 +288,8 @@ class Survey:
                 bads[i] = "flat"
             elif unchanged[i] > FLAT_SHARE:
                 few = 2 <= len(self._levels[i]) <= TRIGGER_LEVELS and not self._restless[i]
-                if few and self._n_samples - 1 - self._unchanged[i] > 2:
+                steps = self._n_samples - 1 - self._unchanged[i]
+                if few and steps > 2 and self.scale * (self._high[i] - self._low[i]) > TRIGGER_UV:
                     not_eeg[i] = "trigger"
                 else:
                     bads[i] = "flat"
