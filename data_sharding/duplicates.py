@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -136,7 +137,7 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
         x, y = y, x
     cuts = [0, n_points // 2, n_points] if n_points >= 2 * MIN_POINTS else [0, n_points]
     agree = np.ones((len(x), len(y)), bool)
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         agree &= _unit(x[:, start:stop]) @ _unit(y[:, start:stop]).T > SAME
     if agree.any(axis=1).mean() < SHARE:
         return None
@@ -184,6 +185,36 @@ def candidates(prints: Sequence[Print]) -> list[tuple[int, int]]:
     # One shared number of many is chance.
     kept = (i != j) & ((shared >= 2) | (np.minimum(sizes[i], sizes[j]) < 4))
     return [(int(a), int(b)) for a, b in zip(i[kept], j[kept], strict=True)]
+
+
+def matches(
+    ours: Sequence[Print],
+    theirs: Sequence[Print],
+    load_ours: Callable[[str], np.ndarray],
+    load_theirs: Callable[[str], np.ndarray],
+) -> list[tuple[int, int, Relation]]:
+    """Recordings of one collection that hold the same signal as one of another.
+
+    Parameters
+    ----------
+    ours, theirs : sequence of Print
+        Recordings with signatures.
+    load_ours, load_theirs : callable
+        Key of a recording to its full fingerprint [n, P]; called only where signatures meet.
+
+    Returns
+    -------
+    list of (int, int, str)
+        Places in `ours` and `theirs`, and the relation of `compare`.
+    """
+    found = []
+    first, second = lru_cache(maxsize=512)(load_ours), lru_cache(maxsize=512)(load_theirs)
+    for i, j in candidates([*ours, *theirs]):
+        if i < len(ours) <= j:
+            a, b = ours[i], theirs[j - len(ours)]
+            if relation := compare(first(a.key), second(b.key), a.seconds, b.seconds):
+                found.append((i, j - len(ours), relation))
+    return found
 
 
 def find_duplicates(prints: Sequence[Print], load_points: Callable[[str], np.ndarray] | None = None) -> dict[str, str]:
