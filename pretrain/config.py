@@ -6,8 +6,9 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from pretrain.guards import GuardConfig
 from pretrain.model import MaskedAutoencoderConfig
-from pretrain.run import TrackerConfig
+from pretrain.tracking import TrackerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,11 @@ class OptimizerConfig:
     """AdamW, and how its learning rate goes: a linear rise, then half a cosine."""
 
     lr: float = 2.5e-4
-    """Peak learning rate, for the batch size as given; nothing is scaled behind your back."""
+    """Peak learning rate, for the batch size as given, unless base_batch says otherwise."""
+    base_batch: int | None = None
+    """Batch size that lr and min_lr are meant for; for another batch_size they are scaled. Nothing is by default."""
+    batch_scaling: Literal["linear", "sqrt"] = "linear"
+    """How they are scaled: with batch_size / base_batch, or with its square root, which suits Adam."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine."""
     warmup: float = 0.08
@@ -38,8 +43,10 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.betas must be from 0 to below 1, got {list(self.betas)}")
         if self.clip < 0 or self.weight_decay < 0 or not self.eps > 0:
             raise ValueError("optimizer: clip and weight_decay must not be negative, eps must be positive")
+        if self.base_batch is not None and self.base_batch < 1:
+            raise ValueError(f"optimizer.base_batch is {self.base_batch}; it must be at least 1")
 
-    def lr_at(self, step: int, total: int) -> float:
+    def lr_at(self, step: int, total: int, batch_size: int | None = None) -> float:
         """Learning rate of a step.
 
         Parameters
@@ -48,12 +55,17 @@ class OptimizerConfig:
             Steps done before it.
         total : int
             Steps of the run.
+        batch_size : int, optional
+            Windows of one step, for `base_batch`; nothing is scaled without it.
 
         Returns
         -------
         float
             The rate.
         """
+        if self.base_batch and batch_size:
+            ratio = batch_size / self.base_batch
+            return (ratio if self.batch_scaling == "linear" else math.sqrt(ratio)) * self.lr_at(step, total)
         rise = round(self.warmup * total)
         if step < rise:
             return self.lr * (step + 1) / rise
@@ -85,10 +97,19 @@ class CheckpointConfig:
     """Steps between two checkpoints; there is one at the end and one at a requested stop anyway."""
     keep: int = 2
     """Newest checkpoints kept."""
+    milestones: int | None = None
+    """Checkpoints whose step is a multiple of this are kept for good; a multiple of `every`. None by default."""
+    asynchronous: bool = False
+    """Copy the state to the processor's memory and write it beside the training, which then waits for the copy alone;
+    it takes memory for a second copy: twelve bytes a parameter, shared among the processes."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise ValueError("checkpoint: every and keep must be at least 1")
+        if self.milestones is not None and (self.milestones < 1 or self.milestones % self.every):
+            raise ValueError(
+                f"checkpoint.milestones is {self.milestones}; it must be a multiple of checkpoint.every, {self.every}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +142,8 @@ class PretrainConfig:
     """bf16 keeps float32 master weights, and reduces and accumulates gradients in float32; needs zero_stage 1 to 3."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What is spread over the processes: 1 the optimiser's state, 2 and the gradients, 3 and the weights; 0 nothing."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in the processor's memory: the optimiser's state (zero_stage 1 to 3), or the weights too (3)."""
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further keys for DeepSpeed's own config, merged over the generated ones."""
     num_workers: int = 2
@@ -133,6 +156,15 @@ class PretrainConfig:
     """Saving."""
     max_skipped: int = 20
     """Steps in a row that may be skipped because the gradient was not finite; then the run fails."""
+    guards: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    """Loss spikes."""
+    timeout_s: float = 1800.0
+    """Seconds without progress after which the run fails and says which process hangs; 0 for never."""
+    restarts: int = 0
+    """How often 'dreamscale pretrain' starts its processes again after one of them was killed; the run goes on from its
+    newest checkpoint. (For torchrun: --max-restarts.)"""
+    peak_tflops: float | None = None
+    """What the device can do at most, for the utilisation in the metrics; known for common GPUs."""
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
     """Where metrics go besides metrics.jsonl."""
 
@@ -153,6 +185,21 @@ class PretrainConfig:
             )
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3: stage 0 keeps no float32 master weights")
+        if (self.offload == "all" and self.zero_stage != 3) or (self.offload == "optimizer" and not self.zero_stage):
+            raise ValueError(
+                f"offload {self.offload} needs zero_stage {'3' if self.offload == 'all' else '1, 2 or 3'}, "
+                f"not {self.zero_stage}"
+            )
+        if self.timeout_s < 0 or self.restarts < 0:
+            raise ValueError("timeout_s and restarts must not be negative")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"peak_tflops is {self.peak_tflops}; it must be positive")
+        odd = {"fp16", "optimizer", "scheduler", "checkpoint"} & self.deepspeed.keys()
+        if odd:
+            raise ValueError(
+                f"deepspeed.{sorted(odd)[0]} would bypass what checkpoints and guards rely on; "
+                "use precision, optimizer and checkpoint"
+            )
 
     @property
     def micro(self) -> int:

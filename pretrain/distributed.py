@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import socket
 from collections.abc import Iterator
@@ -182,7 +183,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 @contextlib.contextmanager
-def process_group(deepspeed: Any, device: torch.device) -> Iterator[World]:
+def process_group(deepspeed: Any, device: torch.device, *, timeout_s: float = 1800.0) -> Iterator[World]:
     """Join the other processes, and leave together.
 
     Parameters
@@ -191,6 +192,8 @@ def process_group(deepspeed: Any, device: torch.device) -> Iterator[World]:
         What `import_deepspeed` gave.
     device : torch.device
         Where this process computes.
+    timeout_s : float
+        Seconds that a collective may take; 0 for a week.
 
     Yields
     ------
@@ -216,7 +219,10 @@ def process_group(deepspeed: Any, device: torch.device) -> Iterator[World]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=datetime.timedelta(seconds=timeout_s or 7 * 86400),
         )
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
         # Only after a clean end: a process that failed must not wait for the others.

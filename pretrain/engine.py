@@ -1,7 +1,8 @@
-"""DeepSpeed around the autoencoder: its config, optimiser, checkpoints and whole weights."""
+"""DeepSpeed around the autoencoder: its config, optimiser, and the whole state out of it and back."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from pretrain.config import OptimizerConfig, PretrainConfig
 from pretrain.distributed import World
 
-TAG = "deepspeed"
-"""Folder of DeepSpeed's own files inside a checkpoint."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's two, as PyTorch names them."""
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -146,9 +147,16 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
         # Without these two, bf16 gradients are summed over processes and micro batches in bf16.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
+        # PyTorch's own Adam works on the processor too; DeepSpeed's is compiled for minutes.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if config.offload != "none":
+        pinned = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        generated["zero_optimization"]["offload_optimizer"] = pinned
+        if config.offload == "all":
+            generated["zero_optimization"]["offload_param"] = dict(pinned)
     return merged(generated, config.deepspeed)
 
 
@@ -172,39 +180,144 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def save_engine(engine: Any, folder: Path, world: World) -> None:
-    """Write what is needed to go on, and the whole float32 weights beside it; every process must call it.
+def ready_optimizer(engine: Any) -> None:
+    """Give Adam its moments, zero, before the first step, so that a checkpoint has the same content at any step.
+
+    Parameters
+    ----------
+    engine : DeepSpeedEngine
+        The engine, of any ZeRO stage.
+    """
+    inner = _inner(engine)
+    fused = bool(inner.defaults.get("fused"))
+    for flat in _stepped(engine):
+        if not inner.state[flat]:
+            # As torch.optim.Adam itself makes them at the first step.
+            counter = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
+            inner.state[flat] = {"step": counter} | {name: torch.zeros_like(flat) for name in MOMENTS}
+    if engine.zero_optimization_stage() in (1, 2):
+        # Where each parameter's moments lie; DeepSpeed finds out at its first step otherwise.
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def adam_steps(engine: Any) -> int:
+    """Count the steps that Adam took, without those left out; its bias correction depends on them.
 
     Parameters
     ----------
     engine : DeepSpeedEngine
         The engine.
-    folder : Path
-        A checkpoint under way.
+
+    Returns
+    -------
+    int
+        Steps.
+    """
+    return int(next(iter(_inner(engine).state.values()))["step"])
+
+
+def shares(engine: Any, world: World) -> list[list[str]]:
+    """Divide a checkpoint's moments among the processes: who writes those of which parameter.
+
+    Parameters
+    ----------
+    engine : DeepSpeedEngine
+        The engine.
     world : World
         This process among all.
+
+    Returns
+    -------
+    list of list of str
+        Names of parameters by rank. The first process writes the weights, and fewer moments for it.
     """
-    from pretrain.encoder import WEIGHTS, save_weights
+    sizes = {name: _numel(p) for name, p in engine.module.named_parameters() if p.requires_grad}
+    load = [0] * world.size
+    load[0] = sum(sizes.values())
+    out: list[list[str]] = [[] for _ in range(world.size)]
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        rank = load.index(min(load))
+        out[rank].append(name)
+        load[rank] += len(MOMENTS) * size
+    return out
 
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=False)
-    weights = whole_weights(engine, world)
-    if world.first:
-        save_weights(weights, folder / WEIGHTS)
 
-
-def load_engine(engine: Any, folder: Path) -> None:
-    """Restore weights and optimiser from a checkpoint of as many processes; every process must call it.
+def gather_state(engine: Any, world: World) -> dict[str, dict[str, Tensor]]:
+    """Copy this process's share of the whole state to the processor; every process must call it.
 
     Parameters
     ----------
     engine : DeepSpeedEngine
-        The engine.
+        The engine, of any ZeRO stage.
+    world : World
+        This process among all.
+
+    Returns
+    -------
+    dict of str to dict of str to Tensor
+        File name to tensors: the float32 weights on the first process, and Adam's moments of `shares`. Nothing in
+        them depends on the number of processes or the stage.
+    """
+    from pretrain.encoder import WEIGHTS
+
+    mine = set(shares(engine, world)[world.rank])
+    weights = whole_weights(engine, world)
+    moments: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for key in MOMENTS:
+            # Collective: every process walks the same parameters in the same order.
+            whole = _whole(engine, parameter, key)
+            if name in mine:
+                moments[f"{key}/{name}"] = _on_processor(whole, parameter)
+    files = {WEIGHTS: weights} if world.first else {}
+    return files | ({f"moments_{world.rank:05d}.safetensors": moments} if moments else {})
+
+
+@torch.no_grad()
+def load_state(engine: Any, folder: Path, steps: int) -> None:
+    """Restore weights and optimiser, for any number of processes and any ZeRO stage.
+
+    Parameters
+    ----------
+    engine : DeepSpeedEngine
+        The engine; `ready_optimizer` was called.
     folder : Path
         A complete checkpoint.
+    steps : int
+        Steps that Adam had taken.
+
+    Raises
+    ------
+    RuntimeError
+        If the checkpoint is of another model.
     """
-    found, _ = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=True)
-    if found is None:
-        raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint there")
+    from safetensors import safe_open
+
+    from pretrain.encoder import WEIGHTS
+
+    with contextlib.ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for path in [folder / WEIGHTS, *sorted(folder.glob("moments_*.safetensors"))]:
+            file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            where |= dict.fromkeys(file.keys(), file)
+        module = engine.module
+        wanted = {name for name, _ in _buffers(module)}
+        for name, parameter in module.named_parameters():
+            wanted |= {name, *(f"{key}/{name}" for key in MOMENTS if parameter.requires_grad)}
+        if wanted != where.keys():
+            odd = sorted(wanted ^ where.keys())
+            raise RuntimeError(f"{folder}: of another model; it differs in {odd[0]} and {len(odd) - 1} more")
+        for name, parameter in module.named_parameters():
+            _set_weight(engine, parameter, where[name].get_tensor(name))
+            if parameter.requires_grad:
+                for key in MOMENTS:
+                    _set_moment(engine, parameter, key, where[f"{key}/{name}"].get_tensor(f"{key}/{name}"))
+        for name, buffer in _buffers(module):
+            buffer.copy_(where[name].get_tensor(name))
+    for state in _inner(engine).state.values():
+        state["step"].fill_(steps)
 
 
 def whole_weights(engine: Any, world: World) -> dict[str, Tensor]:
@@ -220,20 +333,97 @@ def whole_weights(engine: Any, world: World) -> dict[str, Tensor]:
     Returns
     -------
     dict of str to Tensor
-        Weights by name on the first process, on the processor; empty on the others.
+        Weights, and buffers that are part of them, by name on the first process, on the processor; empty on the
+        others.
     """
-    from deepspeed.utils import safe_get_full_fp32_param
-
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        if parameter.dtype == torch.float32 and not hasattr(parameter, "ds_id"):
-            whole = parameter.detach()
-        else:
-            # Collective: every process walks the same parameters in the same order.
-            whole = safe_get_full_fp32_param(parameter)
-            assert whole is not None, name
+        # Collective: every process walks the same parameters in the same order.
+        whole = _whole(engine, parameter, None)
         if world.first:
-            weights[name] = (
-                whole.detach().float().cpu().reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()
-            )
+            weights[name] = _on_processor(whole, parameter)
+    if world.first:
+        weights |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in _buffers(engine.module)}
     return weights
+
+
+def _inner(engine: Any) -> torch.optim.Optimizer:
+    """Adam itself, under ZeRO's wrapping."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _stepped(engine: Any) -> list[Tensor]:
+    """Tensors that Adam steps: the parameters at stage 0, else this process's flat parts of the float32 weights."""
+    if engine.zero_optimization_stage() == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [p for group in _inner(engine).param_groups for p in group["params"] if p.requires_grad]
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    kept = module.state_dict().keys()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _on_processor(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return whole.detach().to("cpu", torch.float32, copy=True).reshape(shape).contiguous()
+
+
+def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
+    """Whole float32 weight (without a key) or moment of a parameter; collective from stage 1 on."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if engine.zero_optimization_stage() == 0:
+        return parameter if key is None else _inner(engine).state[parameter][key]
+    if key is None and not hasattr(parameter, "ds_id") and parameter.dtype == torch.float32:
+        # Float32 parameters of stages 1 and 2 are whole on every process.
+        return parameter
+    found = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+    assert found is not None
+    return found
+
+
+def _own_part(parameter: Any, whole: Tensor) -> Tensor:
+    """Cut out the part of a parameter that lies here under stage 3, with zeros behind the end."""
+    size = parameter.ds_tensor.numel()
+    flat = whole.flatten()
+    start = size * torch.distributed.get_rank()
+    part = flat.new_zeros(size)
+    found = flat[start : start + size]
+    part[: found.numel()] = found
+    return part
+
+
+def _set_weight(engine: Any, parameter: Any, whole: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    whole = whole.to(parameter.device)
+    if hasattr(parameter, "ds_id"):
+        part = _own_part(parameter, whole)
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, part)
+        parameter.ds_tensor.data.copy_(part)
+        if parameter.numel() == parameter.ds_numel:
+            # Small ones stay whole on every process.
+            parameter.data.copy_(whole.view(parameter.ds_shape))
+        return
+    # Rounded as DeepSpeed itself rounds its float32 masters.
+    parameter.data.copy_(whole)
+    if engine.zero_optimization_stage() and parameter.requires_grad:
+        safe_set_full_fp32_param(parameter, whole)
+
+
+def _set_moment(engine: Any, parameter: Any, key: str, whole: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    whole = whole.to(parameter.device)
+    if hasattr(parameter, "ds_id"):
+        safe_set_local_optimizer_state(parameter, _own_part(parameter, whole), key)
+    elif engine.zero_optimization_stage():
+        safe_set_full_optimizer_state(parameter, whole, key)
+    else:
+        _inner(engine).state[parameter][key].copy_(whole)

@@ -10,8 +10,8 @@ from typing import Any
 from data_sharding.config import parse_config
 from data_sharding.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.files import read_json
+from pretrain.checkpoint import DONE, complete_checkpoints
 from pretrain.config import PretrainConfig
-from pretrain.run import DONE, complete_checkpoints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,9 +84,9 @@ def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
         If the weights are damaged or do not fit the config.
     """
     from pretrain.encoder import WEIGHTS, load_strictly
-    from pretrain.model import MaskedAutoencoder
+    from pretrain.model import build_autoencoder
 
-    model = MaskedAutoencoder(config.model)
+    model = build_autoencoder(config.model)
     load_strictly(model, checkpoint / WEIGHTS, "the run's config.yaml")
     return model.eval()
 
@@ -118,9 +118,14 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
     lines = [
         "# EEG encoder",
         "",
-        f"A transformer over time ({shape.depth} layers x {shape.dim}, {parameters / 1e6:.1f}M parameters) that "
+        f"A transformer ({shape.depth} layers x {shape.dim}, {parameters / 1e6:.1f}M parameters) that "
         f"turns {spec['window'] / spec['sfreq']:g} s of EEG into {shape.tokens} tokens, pretrained by rebuilding "
-        "masked signal.",
+        "masked signal. "
+        + (
+            "It knows channels by their electrode's position: any montage, in any order."
+            if shape.tokenizer == "montage"
+            else "A token is a moment of all channels together."
+        ),
         "",
         "```python",
         "from pretrain.encoder import EEGEncoder",
@@ -132,8 +137,14 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         "```",
         "",
         "`encoder.pt2` is the same encoder for PyTorch alone: "
-        f'`torch.export.load("encoder.pt2").module()(x)` with x `[windows, {shape.channels}, {shape.samples}]`, '
-        "preprocessed and scaled as `preprocess.json` says and padded by repeating the channels.",
+        + (
+            f'`torch.export.load("encoder.pt2").module()(x, positions, count)` with x `[windows, channels, '
+            f"{shape.samples}]`, preprocessed and scaled as `preprocess.json` says, positions `[windows, channels, 3]` "
+            "in metres (NaN where not known), and the number of true channels of each window as int64."
+            if shape.tokenizer == "montage"
+            else f'`torch.export.load("encoder.pt2").module()(x)` with x `[windows, {shape.channels}, '
+            f"{shape.samples}]`, preprocessed and scaled as `preprocess.json` says and padded by repeating channels."
+        ),
         "",
         "## Data",
         "",

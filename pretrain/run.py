@@ -1,16 +1,15 @@
-"""The run directory of every training stage: config, metrics, checkpoints, status, tracker, and the wish to stop."""
+"""The run directory of every training stage: config, metrics, checkpoints, status, and the wish to stop."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -18,20 +17,8 @@ from typing import Any, Literal
 from data_sharding.config import to_dict, to_yaml
 from data_sharding.errors import RequestError
 from data_sharding.files import atomic_write_text, digest_of, read_json, write_json
-
-DONE = "complete.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrackerConfig:
-    """Where metrics go besides metrics.jsonl."""
-
-    kind: Literal["none", "wandb", "tensorboard"] = "wandb"
-    """wandb is offline unless the user is logged in (WANDB_API_KEY or WANDB_MODE=online)."""
-    project: str = "dreamscale"
-    """Project's name at wandb."""
-    name: str | None = None
-    """Name of the run; the run directory's by default."""
+from pretrain.checkpoint import DONE, file_record, newest_whole, prune
+from pretrain.tracking import TrackerConfig, open_tracker
 
 
 class StopSignal:
@@ -63,39 +50,6 @@ class StopSignal:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-
-
-def _tracker(
-    config: TrackerConfig, path: Path, values: dict[str, Any]
-) -> tuple[Callable[..., None], Callable[[], None]]:
-    """Logging and closing functions of the chosen tracker."""
-    if config.kind == "wandb":
-        import wandb
-
-        # Without a key or a mode wandb fails at init: choose offline ourselves.
-        online = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "online"
-        mode = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
-        run = wandb.init(
-            project=config.project,
-            name=config.name or path.name,
-            dir=str(path),
-            config=values,
-            mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        return (lambda step, metrics: run.log(metrics, step=step)), run.finish
-    if config.kind == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(path / "tensorboard"))
-
-        def log(step: int, metrics: dict[str, Any]) -> None:
-            for name, value in metrics.items():
-                if isinstance(value, int | float):
-                    writer.add_scalar(name, value, step)
-
-        return log, writer.close
-    return (lambda step, metrics: None), (lambda: None)
 
 
 class RunDirectory:
@@ -154,19 +108,23 @@ class RunDirectory:
             raise RequestError(f"{self.path}: cannot be written ({error.strerror})") from None
         self.status("running")
         self._stream = (self.path / "metrics.jsonl").open("a")
-        self._log, self._close = _tracker(tracker or TrackerConfig(kind="none"), self.path, values)
+        self._log, self._close = open_tracker(tracker or TrackerConfig(kind="none"), self.path, values)
 
-    def status(self, state: Literal["running", "done", "stopped", "failed"], **extra: Any) -> None:
+    def status(
+        self, state: Literal["running", "done", "stopped", "failed"], *, any_rank: bool = False, **extra: Any
+    ) -> None:
         """Record the state of the run in status.json.
 
         Parameters
         ----------
         state : str
             running, done, stopped (on request, with a checkpoint) or failed.
+        any_rank : bool
+            True where this process speaks for all, although it may not be the first.
         **extra
             Anything else, e.g. the step.
         """
-        if not self.rank:
+        if any_rank or not self.rank:
             write_json(self.path / "status.json", {"state": state, "config": self._digest, **extra})
 
     def log(self, step: int, **metrics: Any) -> None:
@@ -182,8 +140,12 @@ class RunDirectory:
         if self.rank or self._stream is None:
             return
         clean = {k: (None if isinstance(v, float) and not abs(v) < float("inf") else v) for k, v in metrics.items()}
-        self._stream.write(json.dumps({"step": step, "time": time.time(), **clean}) + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(json.dumps({"step": step, "time": time.time(), **clean}) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            # A full disk must not end a training; the next checkpoint says so aloud anyway.
+            print(f"dreamscale: metrics of step {step} could not be written ({error})", file=sys.stderr)
         self._log(step, clean)
 
     def rewind_metrics(self, step: int) -> None:
@@ -196,7 +158,8 @@ class RunDirectory:
         """
         if self.rank or self._stream is None:
             return
-        self._stream.close()
+        with contextlib.suppress(OSError):
+            self._stream.close()
         path = self.path / "metrics.jsonl"
         kept = [line for line in path.read_text().splitlines() if line and _step_of(line) <= step]
         atomic_write_text(path, "".join(f"{line}\n" for line in kept))
@@ -228,6 +191,21 @@ class RunDirectory:
         """
         return self.checkpoints / f"step_{step:08d}"
 
+    def partial_directory(self, step: int) -> Path:
+        """Where a checkpoint is written before it counts.
+
+        Parameters
+        ----------
+        step : int
+            Optimiser steps done.
+
+        Returns
+        -------
+        Path
+            The directory.
+        """
+        return self.checkpoints / f".partial_{step:08d}"
+
     def begin_checkpoint(self, step: int) -> Path:
         """Directory to write a checkpoint into; call on every rank, between barriers.
 
@@ -241,13 +219,21 @@ class RunDirectory:
         Path
             A directory that does not count until `commit_checkpoint`; emptied by rank 0.
         """
-        partial = self.checkpoints / f".partial_{step:08d}"
+        partial = self.partial_directory(step)
         if not self.rank:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         return partial
 
-    def commit_checkpoint(self, step: int, *, keep: int = 2, **extra: Any) -> None:
+    def commit_checkpoint(
+        self,
+        step: int,
+        *,
+        keep: int = 2,
+        milestones: int | None = None,
+        files: dict[str, Any] | None = None,
+        **extra: Any,
+    ) -> None:
         """Declare a checkpoint complete and delete old ones; rank 0, after all ranks wrote theirs.
 
         Parameters
@@ -256,41 +242,43 @@ class RunDirectory:
             Optimiser steps done.
         keep : int
             Newest checkpoints kept.
+        milestones : int, optional
+            Checkpoints of every so many steps are kept too.
+        files : dict, optional
+            What `pretrain.checkpoint.file_record` says of each file; looked up by default.
         **extra
             Written into the checkpoint's own manifest.
         """
         if self.rank:
             return
-        partial, final = self.checkpoints / f".partial_{step:08d}", self.step_directory(step)
-        files = {p.relative_to(partial).as_posix(): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
+        partial, final = self.partial_directory(step), self.step_directory(step)
+        if files is None:
+            files = {
+                p.relative_to(partial).as_posix(): file_record(p) for p in sorted(partial.rglob("*")) if p.is_file()
+            }
         write_json(partial / DONE, {"step": step, "files": files, **extra})
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
         atomic_write_text(self.path / "latest", final.name + "\n")
-        for old in self.complete_checkpoints()[:-keep]:
-            shutil.rmtree(old)
-
-    def complete_checkpoints(self) -> list[Path]:
-        """Checkpoints whose files are all there, in the order of their steps.
-
-        Returns
-        -------
-        list of Path
-            Their directories; a damaged one is left out with a warning.
-        """
-        return complete_checkpoints(self.checkpoints)
+        prune(self.checkpoints, keep=keep, milestones=milestones)
 
     def latest(self) -> Path | None:
-        """Newest complete checkpoint.
+        """Newest checkpoint that is whole to the byte; what a crash left half-written is deleted.
 
         Returns
         -------
         Path or None
-            Its directory, or None where there is none.
+            Its directory, or None where there never was one.
+
+        Raises
+        ------
+        RequestError
+            If all are damaged.
         """
-        complete = self.complete_checkpoints()
-        return complete[-1] if complete else None
+        for partial in self.checkpoints.glob(".partial_*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        return newest_whole(self.checkpoints)
 
     def close(self) -> None:
         """Close the metrics file and the tracker."""
@@ -298,36 +286,6 @@ class RunDirectory:
             self._stream.close()
             self._stream = None
         self._close()
-
-
-def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Find checkpoints whose files are all there, without opening the run.
-
-    Parameters
-    ----------
-    checkpoints : Path
-        The folder ``checkpoints`` of a run directory.
-
-    Returns
-    -------
-    list of Path
-        Their directories in the order of their steps; a damaged one is left out with a warning.
-    """
-    found = []
-    for directory in sorted(checkpoints.glob("step_*")):
-        try:
-            files = read_json(directory / DONE)["files"]
-            damaged = [name for name, size in files.items() if (directory / name).stat().st_size != size]
-        except (RequestError, OSError, KeyError, TypeError) as error:
-            damaged = [str(error)]
-        if damaged:
-            print(
-                f"dreamscale: checkpoint {directory} is damaged ({damaged[0]}); passed over",
-                file=sys.stderr,
-            )
-        else:
-            found.append(directory)
-    return found
 
 
 def _step_of(line: str) -> int:

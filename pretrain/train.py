@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import resource
 import sys
 import time
@@ -19,18 +20,21 @@ from typing import TYPE_CHECKING, Any
 from data_sharding.config import parse_config
 from data_sharding.dataset import EEGDataset
 from data_sharding.errors import EXIT_DONE, RequestError, StopRequested, run_main
-from data_sharding.files import read_json
+from data_sharding.files import read_json, write_json
 from data_sharding.loader import Batch, Loader
-from data_sharding.progress import progress
 from data_sharding.samples import N_PADDED
+from pretrain.checkpoint import DONE, FORMAT, CheckpointWriter, complete_checkpoints, damage
 from pretrain.config import PretrainConfig
-from pretrain.run import DONE, RunDirectory, StopSignal
+from pretrain.flops import peak_flops, training_flops
+from pretrain.guards import SpikeDetector, Watchdog
+from pretrain.run import RunDirectory, StopSignal
+from pretrain.tracking import live_table
 
 if TYPE_CHECKING:
     from pretrain.distributed import World
 
 # What may change when a run goes on: none of it changes what is learned.
-_FREE = (
+FREE = (
     "output",
     "dataset",
     "tracker",
@@ -42,8 +46,16 @@ _FREE = (
     "evaluation",
     "micro_batch_size",
     "max_skipped",
+    "zero_stage",
+    "offload",
+    "timeout_s",
+    "restarts",
+    "peak_tflops",
     "model.compute",
 )
+
+LEFT_OUT = "left_out.json"
+"""File in the run directory: batches that led to loss spikes and are not trained on."""
 
 
 @dataclasses.dataclass
@@ -51,9 +63,17 @@ class _Interval:
     """What happened since the last line of metrics."""
 
     steps: int = 0
-    loss: float = 0.0
+    losses: list[float | None] = dataclasses.field(default_factory=list)
+    """None where the loss was not finite."""
+    timed: int = 0
+    """Steps since this process began; fewer than `steps` where the run was interrupted within the interval."""
     stall_s: float = 0.0
     started: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss; NaN where one was not finite."""
+        return sum(float("nan") if loss is None else loss for loss in self.losses) / self.steps
 
 
 class _Training:
@@ -81,50 +101,144 @@ class _Training:
         self.total = config.total_steps(len(train))
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.stopping = False
+        self.interval = _Interval()
+        self.spikes = SpikeDetector(config.guards)
+        self.left_out: list[dict[str, Any]] = world.from_first(_read_left_out(run) if world.first else None)
+        self.writer = CheckpointWriter(run, world, keep=config.checkpoint.keep, milestones=config.checkpoint.milestones)
+        self.watchdog = Watchdog(config.timeout_s, rank=world.rank, size=world.size, run=run)
+        peak = peak_flops(world.device, config.precision, config.peak_tflops)
+        # Seconds of one process's device that one window takes at best.
+        self.ideal_s = None if peak is None else training_flops(config.model) / peak
         self.subjects = count_subjects(train) if world.first else 0
 
-    def resume(self) -> None:
-        """Go on from the newest complete checkpoint, where there is one."""
-        folder: Path | None = self.world.from_first(self.run.latest() if self.world.first else None)
+    def resume(self, *, rewind: bool = False) -> None:
+        """Go on from the newest checkpoint that is whole, where there is one.
+
+        Parameters
+        ----------
+        rewind : bool
+            True in the middle of a run, which is then sure of a checkpoint.
+
+        Raises
+        ------
+        RequestError
+            If all checkpoints are damaged, or the newest is of another version.
+        """
+        folder, fault = self.world.from_first(self._newest() if self.world.first else None)
+        if fault is not None:
+            raise RequestError(fault)
         if folder is None:
             return
+        from pretrain.engine import load_state
+
         saved = read_json(folder / DONE)
-        if saved["world_size"] != self.world.size:
+        if saved.get("format") != FORMAT:
             raise RequestError(
-                f"{folder}: saved by {saved['world_size']} processes, now there are {self.world.size}; "
-                f"go on with num_processes: {saved['world_size']}, or start anew in another output directory"
+                f"{folder}: written by another version of Dreamscale; go on with that version, or start anew in "
+                "another output directory"
             )
         self.loader.load_state_dict(saved["loader"])
-        from pretrain.engine import load_engine
-
-        load_engine(self.engine, folder)
+        load_state(self.engine, folder, saved["adam_steps"])
         self.step, self.skipped = saved["step"], saved["skipped"]
+        self.skipped_in_a_row = saved["skipped_in_a_row"]
+        self.spikes = SpikeDetector(self.config.guards, saved["recent_losses"])
+        self.interval = _Interval(steps=saved["interval"]["steps"], losses=saved["interval"]["losses"])
         self.run.rewind_metrics(self.step)
-        if self.world.first:
+        if self.world.first and not rewind:
             print(f"dreamscale pretrain: going on from step {self.step} ({folder})", file=sys.stderr)
 
-    def save(self) -> None:
-        """Write a checkpoint that either counts wholly or not at all."""
-        from pretrain.engine import save_engine
+    def _newest(self) -> tuple[Path | None, str | None]:
+        try:
+            return self.run.latest(), None
+        except RequestError as error:
+            return None, str(error)
 
-        if self.world.from_first(self.run.step_directory(self.step).exists()):
+    def save(self) -> None:
+        """Begin a checkpoint, which counts wholly or not at all; it counts at once unless it is asynchronous."""
+        from pretrain.engine import adam_steps, gather_state
+
+        self.writer.wait()
+        if self.world.from_first(self.world.first and damage(self.run.step_directory(self.step), thoroughly=False)):
+            manifest = {
+                "format": FORMAT,
+                "world_size": self.world.size,
+                "zero_stage": self.config.zero_stage,
+                "precision": self.config.precision,
+                "loader": self.loader.state_dict(),
+                "adam_steps": adam_steps(self.engine),
+                "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "recent_losses": self.spikes.recent,
+                "interval": {"steps": self.interval.steps, "losses": self.interval.losses},
+                "left_out": self.left_out,
+                "epochs": self.loader.epoch,
+                "data": self.describe_data(),
+            }
+            files = gather_state(self.engine, self.world)
+            self.writer.begin(self.step, files, manifest, asynchronous=self.config.checkpoint.asynchronous)
+            if not self.config.checkpoint.asynchronous:
+                self.writer.wait()
+
+    def save_last(self) -> None:
+        """Save, and insist on it.
+
+        Raises
+        ------
+        RuntimeError
+            If the checkpoint could not be written.
+        """
+        self.watchdog.at(self.step, "saving")
+        failed = self.writer.failed
+        self.save()
+        if not self.writer.wait() or self.writer.failed > failed:
+            raise RuntimeError(
+                f"the last checkpoint, of step {self.step}, could not be written; make room at {self.run.path} and run "
+                "the same command again: it goes on from the checkpoint before"
+            )
+
+    def rewind(self, spike: str) -> None:
+        """Go back to the newest checkpoint, and leave the batches that led to a loss spike out from now on.
+
+        Parameters
+        ----------
+        spike : str
+            What was seen.
+
+        Raises
+        ------
+        RuntimeError
+            If there were too many spikes.
+        """
+        guards = self.config.guards
+        self.writer.wait()
+        if not self.world.from_first(self.world.first and bool(complete_checkpoints(self.run.checkpoints))):
+            if self.world.first:
+                print(
+                    f"dreamscale pretrain: loss spike at step {self.step} ({spike}); there is no checkpoint to go "
+                    "back to yet, training goes on",
+                    file=sys.stderr,
+                )
             return
-        folder = self.run.begin_checkpoint(self.step)
-        self.world.barrier()
-        save_engine(self.engine, folder, self.world)
-        self.world.barrier()
-        self.run.commit_checkpoint(
-            self.step,
-            keep=self.config.checkpoint.keep,
-            world_size=self.world.size,
-            zero_stage=self.config.zero_stage,
-            precision=self.config.precision,
-            loader=self.loader.state_dict(),
-            skipped=self.skipped,
-            epochs=self.loader.epoch,
-            data=self.describe_data(),
-        )
-        self.world.barrier()
+        if len(self.left_out) >= guards.max_rewinds:
+            raise RuntimeError(
+                f"loss spike at step {self.step} ({spike}), after {len(self.left_out)} others; lower optimizer.lr, or "
+                f"raise guards.spike_sigma or guards.max_rewinds, and look at the batches in {self.run.path / LEFT_OUT}"
+            )
+        last = self.loader.step
+        found = {"batches": [last - guards.leave_out, last], "step": self.step, "loss": spike}
+        self.left_out = [*self.left_out, found]
+        if self.world.first:
+            # On disk before anything else, so that a restart leaves out the same.
+            write_json(self.run.path / LEFT_OUT, self.left_out)
+        was = self.step
+        self.resume(rewind=True)
+        self.run.log(self.step, rewound_from=was, rewinds=len(self.left_out))
+        if self.world.first:
+            print(
+                f"dreamscale pretrain: loss spike at step {was} ({spike}); back to step {self.step}, and without "
+                f"batches {found['batches'][0]} to {last - 1} from now on",
+                file=sys.stderr,
+            )
 
     def describe_data(self) -> dict[str, Any]:
         """What an encoder package must say of the data, so that it can be exported without them."""
@@ -143,6 +257,7 @@ class _Training:
         """Held-out loss, written to the metrics."""
         from pretrain.evaluation import evaluate
 
+        self.watchdog.at(self.step, "evaluating")
         result = evaluate(self.engine, self.held_out, self.config, self.world)
         self.run.log(self.step, **result)
         return result
@@ -166,12 +281,13 @@ class _Training:
 
         config, engine, device = self.config, self.engine, self.world.device
         for group in engine.optimizer.param_groups:
-            group["lr"] = config.optimizer.lr_at(self.step, self.total)
+            group["lr"] = config.optimizer.lr_at(self.step, self.total, config.batch_size)
+        self.watchdog.at(self.step, "computing")
         inputs = engine.module.prepare(batch, config.seed)
         losses = []
         for start in range(0, len(batch.numbers), config.micro):
             part = slice(start, start + config.micro)
-            x_BCT = self.train_set.spec.scale_for_model(batch.eeg[part].to(device, non_blocking=True).float())
+            x_BCT = self.train_set.spec.scale_for_model(batch[part].padded(device, torch.float32))
             loss = engine(x_BCT, **{k: v[part].to(device, non_blocking=True) for k, v in inputs.items()}).mean()
             engine.backward(loss)
             losses.append(loss.detach())
@@ -179,8 +295,14 @@ class _Training:
                 engine.step()
         mine = float(torch.stack(losses).mean())
         finite = mine == mine and abs(mine) != float("inf")
-        # One small reduction tells every process the loss, whether anyone's is not finite, and who wants to stop.
-        total, bad, stops = self.world.total(mine if finite else 0.0, float(not finite), float(stop))
+        self.watchdog.at(self.step, "agreeing on the loss")
+        # One small reduction tells every process the loss, whether anyone's is not finite, who wants to stop, and
+        # whether a checkpoint is written.
+        total, bad, stops, *written = self.world.total(
+            mine if finite else 0.0, float(not finite), float(stop), *self.writer.progress()
+        )
+        self.writer.settle(*written)
+        self.watchdog.at(self.step, "updating")
         # Skips by itself, on every process alike, if the reduced gradient is not finite.
         engine.step()
         skipped = not engine.was_step_applied()
@@ -198,62 +320,103 @@ class _Training:
             )
         return float("nan") if bad else total / self.world.size
 
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Take the next batch that is not left out.
+
+        Parameters
+        ----------
+        batches : iterator
+            Of the loader.
+
+        Returns
+        -------
+        Batch
+            This process's part.
+        """
+        while any(first <= self.loader.step < end for first, end in (found["batches"] for found in self.left_out)):
+            next(batches)
+        return next(batches)
+
     def loop(self, stop: StopSignal) -> None:
         """Train until the last step, or until somebody asks to stop."""
-        config, world = self.config, self.world
-        if self.step == 0:
-            self.evaluate()
-        interval = _Interval()
-        batches: Iterator[Batch] = iter(self.loader)
-        with progress("pretrain", self.total, enabled=world.first) as advance:
-            advance(self.step)
+        config = self.config
+        with live_table("pretrain", self.total, enabled=self.world.first) as show:
+            if self.step == 0:
+                show(0, self.evaluate())
+            batches: Iterator[Batch] = iter(self.loader)
             while self.step < self.total and not self.stopping:
+                interval = self.interval
+                self.watchdog.at(self.step, "waiting for data")
                 waited = time.monotonic()
-                batch = next(batches)
+                batch = self.next_batch(batches)
                 interval.stall_s += time.monotonic() - waited
                 loss = self.take_step(batch, stop.requested)
                 interval.steps += 1
-                interval.loss += loss
-                advance(1, note=f"loss {loss:.4f}")
+                interval.timed += 1
+                interval.losses.append(loss if math.isfinite(loss) else None)
+                show(self.step, {"loss": loss})
+                spike = self.spikes.seen(loss)
+                if spike:
+                    self.rewind(spike)
+                    if self.step < self.total and not self.stopping:
+                        batches = iter(self.loader)
+                    continue
                 if self.step % config.log_every == 0 or self.step == self.total:
-                    self.log(interval)
-                    interval = _Interval()
+                    show(self.step, self.log(interval))
+                    self.interval = interval = _Interval()
                 aside = time.monotonic()
                 if self.step % config.evaluation.every == 0 and self.step < self.total:
-                    self.evaluate()
+                    show(self.step, self.evaluate())
                 if self.step % config.checkpoint.every == 0 and self.step < self.total:
+                    self.watchdog.at(self.step, "saving")
                     self.save()
                 # Throughput is that of training alone.
                 interval.started += time.monotonic() - aside
 
-    def log(self, interval: _Interval) -> None:
-        """Write a line of metrics."""
+    def log(self, interval: _Interval) -> dict[str, Any]:
+        """Write a line of metrics.
+
+        Parameters
+        ----------
+        interval : _Interval
+            What it is about.
+
+        Returns
+        -------
+        dict
+            The metrics.
+        """
         import torch
 
         seconds = time.monotonic() - interval.started
         stall_s, rss = self.world.largest(interval.stall_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-        rate = interval.steps * self.config.batch_size / seconds
+        rate = interval.timed * self.config.batch_size / seconds
         on_gpu = self.world.device.type == "cuda"
         norm = self.engine.get_global_grad_norm()
-        self.run.log(
-            self.step,
-            loss=interval.loss / interval.steps,
-            lr=self.config.optimizer.lr_at(self.step - 1, self.total),
-            grad_norm=None if norm is None else float(norm),
-            epoch=self.loader.epoch,
-            samples_per_s=rate,
-            tokens_per_s=rate * self.config.model.encoder.tokens,
-            data_stall_s=stall_s,
-            skipped_steps=self.skipped,
-            memory_peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else rss,
-        )
+        metrics = {
+            "loss": interval.loss,
+            "lr": self.config.optimizer.lr_at(self.step - 1, self.total, self.config.batch_size),
+            "grad_norm": None if norm is None else float(norm),
+            "epoch": self.loader.epoch,
+            "samples_per_s": rate,
+            "tokens_per_s": rate * self.config.model.encoder.tokens,
+            "mfu": None if self.ideal_s is None else rate * self.ideal_s / self.world.size,
+            "data_stall_s": stall_s,
+            "data_stall_share": stall_s / seconds,
+            "skipped_steps": self.skipped,
+            "rewinds": len(self.left_out),
+            "failed_checkpoints": self.writer.failed,
+            "memory_peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else rss,
+        }
+        self.run.log(self.step, **metrics)
+        return metrics
 
     def finish(self) -> None:
         """Last evaluation, last checkpoint, figures."""
         from pretrain.plots import plot_loss, plot_reconstruction
 
         result = self.evaluate()
-        self.save()
+        self.save_last()
         plots = self.run.path / "plots"
         plot_reconstruction(plots / "reconstruction.png", self.engine.module, self.held_out, self.world, step=self.step)
         if self.world.first:
@@ -262,6 +425,11 @@ class _Training:
                 f"dreamscale pretrain: {self.step} steps, held-out loss {result['val_loss']:.4f}, "
                 f"{result['val_explained']:.1%} of the hidden signal explained; run in {self.run.path}"
             )
+
+
+def _read_left_out(run: RunDirectory) -> list[dict[str, Any]]:
+    path = run.path / LEFT_OUT
+    return read_json(path) if path.is_file() else []
 
 
 def count_subjects(dataset: EEGDataset) -> int | None:
@@ -349,7 +517,7 @@ def pretrain(config: PretrainConfig) -> int:
 
     rank, _ = launched_world()
     device = choose_device(config.device)
-    run = RunDirectory(config.output, config, rank=rank, tracker=config.tracker, ignore=_FREE)
+    run = RunDirectory(config.output, config, rank=rank, tracker=config.tracker, ignore=FREE)
     if run.finished:
         if rank == 0:
             print(f"dreamscale pretrain: {config.output} is done already; choose another output for another run")
@@ -358,7 +526,8 @@ def pretrain(config: PretrainConfig) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with StopSignal() as stop, _status_on_failure(run):
         deepspeed = import_deepspeed(device)
-        with process_group(deepspeed, device) as world:
+        # Ours speaks first, and knows more.
+        with process_group(deepspeed, device, timeout_s=2 * config.timeout_s) as world:
             step, total = train_in(world, deepspeed, config, run, train, held_out, stop)
         if step < total:
             run.status("stopped", step=step)
@@ -399,19 +568,20 @@ def train_in(
         Steps done, and steps of the whole run; fewer where it was stopped, and then there is a checkpoint.
     """
     training = _Training(config, run, train, held_out, _build_engine(deepspeed, config, world.device), world)
-    training.resume()
-    training.loop(stop)
-    if training.step < training.total:
-        training.save()
-    else:
-        training.finish()
+    with training.watchdog:
+        training.resume()
+        training.loop(stop)
+        if training.step < training.total:
+            training.save_last()
+        else:
+            training.finish()
     return training.step, training.total
 
 
 def _build_engine(deepspeed: Any, config: PretrainConfig, device: Any) -> Any:
     import torch
 
-    from pretrain.engine import build_optimizer, deepspeed_config
+    from pretrain.engine import build_optimizer, deepspeed_config, ready_optimizer
     from pretrain.model import build_autoencoder, count_parameters
 
     torch.manual_seed(config.seed)
@@ -423,6 +593,7 @@ def _build_engine(deepspeed: Any, config: PretrainConfig, device: Any) -> Any:
     # Its bf16 optimiser prints memory tables, whatever the log level.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    ready_optimizer(engine)
     return engine
 
 

@@ -59,6 +59,15 @@ def torchrun(words: Sequence[str], *, processes: int = 2, **options: Any) -> sub
     )
 
 
+def run_jobs(folder: Path, processes: int, jobs: list[dict[str, Any]]) -> str:
+    """Run several trainings in one launch (see jobs_worker.py), and return what was said."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    done = torchrun([str(Path(__file__).with_name("jobs_worker.py")), str(path)], processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -1,0 +1,171 @@
+"""Where a training can be watched: tracker, and a live table on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    kind: Literal["none", "wandb", "tensorboard"] = "wandb"
+    """wandb is offline unless the user is logged in (WANDB_API_KEY or WANDB_MODE=online)."""
+    project: str = "dreamscale"
+    """Project's name at wandb."""
+    name: str | None = None
+    """Name of the run; the run directory's by default."""
+
+
+def open_tracker(
+    config: TrackerConfig, path: Path, values: dict[str, Any]
+) -> tuple[Callable[..., None], Callable[[], None]]:
+    """Open the chosen tracker.
+
+    Parameters
+    ----------
+    config : TrackerConfig
+        Which.
+    path : Path
+        The run directory.
+    values : dict
+        The resolved config, to be kept with the run.
+
+    Returns
+    -------
+    log : callable
+        ``log(step, metrics)``; takes numbers, and leaves out what is none.
+    close : callable
+        ``close()``.
+    """
+    if config.kind == "wandb":
+        import wandb
+
+        # Without a key or a mode wandb fails at init: choose offline ourselves.
+        online = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "online"
+        mode = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
+        run = wandb.init(
+            project=config.project,
+            name=config.name or path.name,
+            dir=str(path),
+            config=values,
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        # An axis of our own: a run that went back to a checkpoint logs steps again, which wandb's own axis refuses.
+        run.define_metric("*", step_metric="step")
+        return (lambda step, metrics: run.log({"step": step, **metrics})), run.finish
+    if config.kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(path / "tensorboard"))
+
+        def log(step: int, metrics: dict[str, Any]) -> None:
+            for name, value in metrics.items():
+                if isinstance(value, int | float):
+                    writer.add_scalar(name, value, step)
+
+        return log, writer.close
+    return (lambda step, metrics: None), (lambda: None)
+
+
+# Rows of the live table: metric, title, format.
+_ROWS = (
+    ("loss", "loss", "{:.4f}"),
+    ("val_loss", "held-out loss", "{:.4f}"),
+    ("val_explained", "explained", "{:.1%}"),
+    ("lr", "learning rate", "{:.2e}"),
+    ("grad_norm", "gradient norm", "{:.3g}"),
+    ("epoch", "epoch", "{:.2f}"),
+    ("samples_per_s", "windows / s", "{:,.1f}"),
+    ("tokens_per_s", "tokens / s", "{:,.0f}"),
+    ("mfu", "model-FLOPs utilisation", "{:.1%}"),
+    ("data_stall_share", "waiting for data", "{:.1%}"),
+    ("memory_peak_gib", "memory peak", "{:.2f} GiB"),
+    ("skipped_steps", "skipped steps", "{:d}"),
+    ("rewinds", "rewinds", "{:d}"),
+)
+
+
+def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table that a training shows.
+
+    Parameters
+    ----------
+    metrics : mapping
+        Newest value of each metric.
+
+    Returns
+    -------
+    list of tuple of str
+        Title and value of those there are.
+    """
+    return [(title, form.format(metrics[name])) for name, title, form in _ROWS if metrics.get(name) is not None]
+
+
+@contextlib.contextmanager
+def live_table(
+    title: str, total: int, *, enabled: bool = True, every_s: float = 10.0
+) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """Show a training while it runs: a table on a terminal, a line now and then in a job's log.
+
+    Parameters
+    ----------
+    title : str
+        What is trained.
+    total : int
+        Steps of the run.
+    enabled : bool
+        False for every process but the first.
+    every_s : float
+        Seconds between lines where there is no terminal.
+
+    Yields
+    ------
+    callable
+        ``show(step, metrics)``: steps done, and the metrics that are new.
+    """
+    known: dict[str, Any] = {}
+    if not enabled:
+        yield lambda step, metrics: None
+        return
+    if not sys.stderr.isatty():
+        last = time.monotonic()
+
+        def line(step: int, metrics: Mapping[str, Any]) -> None:
+            nonlocal last
+            known.update(metrics)
+            now = time.monotonic()
+            if step >= total or now - last >= every_s:
+                last = now
+                loss = known.get("loss")
+                note = "" if loss is None else f" loss {loss:.4f}"
+                print(f"{title}: {step}/{total}{note}", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Table
+
+    bar = Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    task = bar.add_task(title, total=total)
+    with Live(bar, console=Console(stderr=True), refresh_per_second=4) as live:
+
+        def show(step: int, metrics: Mapping[str, Any]) -> None:
+            known.update(metrics)
+            bar.update(task, completed=step)
+            table = Table.grid(padding=(0, 2))
+            for name, value in table_rows(known):
+                table.add_row(name, value)
+            live.update(Group(bar, table))
+
+        yield show
