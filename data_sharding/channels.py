@@ -7,32 +7,48 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from mne.io import BaseRaw
+from data_sharding.signals import SignalInfo
 
 OLD_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
 """10-20 names of before 1991 and the ones they became."""
 NOT_EEG = {
-    "eog": r"(v|h|l|r|le|re|ve|he)?eog.*|eye.*",
-    "ecg": r"ecg.*|ekg.*",
-    "emg": r".*emg.*|chin.*",
-    "trigger": r"sti.*|stim.*|trig.*|gate.*|status|marker.*|event.*|mkr.*|tal|dc\d+|sync|photic"
-    r"|[be]df annotations",
+    "eog": r"[a-z]{0,2}eog.*|eye.*|[lr]eye|[hv]eo[lrud]?|[lr]oc|[lsi]o[12]|io",
+    "ecg": r"(ecg|ekg).*|.*[ _-](ecg|ekg)\d*",
+    "emg": r".*emg.*|chin.*|(left|right)?[ _-]?leg.*|[lr]at\d?",
+    "trigger": r"sti.*|stim.*|trig.*|gate.*|(biosemi )?status|marker.*|event.*|mkr.*|tal|dc\d+|sync|photic|din\d*"
+    r"|[be]df annotations|digital.*|ttl.*",
     "physiology": r"gsr\d*|resp.*|plet.*|temp.*|spo2.*|pulse.*|ergo.*|osat|pr|sao2.*|nasal.*|thor.*|ab[d].*"
-    r"|airflow.*|snore.*|hr|etco2|bp\d+|body.*",
-    "movement": r"acc[xyz_ ]?.*|gyr.*|mag[xyz]|battery.*|counter|gnd|ground",
-    "reference": r"left[_ ]?ear|right[_ ]?ear|na\d+|ref\d*",
-    "external": r"exg\d+|ext?\d+|aux.*|misc.*|x\d+|bip\d+|pat|tech|mark\d*|\$.*|bn\d+|nr\d+|e|z|sdb",
+    r"|airflow.*|snor.*|hr|h\.r\.?|etco2|bp\d+|body.*|[cp]?flow|effort.*|therm.*|cannula.*|cpap.*|chest.*|ox[ _]?stat"
+    r"|new[ _]?air|heart.*|eda|ppg.*|breath.*|capno.*",
+    "movement": r"acc[xyz_ ]?.*|gyr.*|mag[xyz]|quat.*|battery.*|counter|gnd|ground|pos(ition)?|light|sound|mic.*"
+    r"|audio.*",
+    "quality": r"cq_.*|eq_.*|raw_cq|interpolated|time_?stamp.*|sample[ _](counter|number)|packet.*|imp(edance)?.*"
+    r"|ibi|bursts|suppr",
+    "reference": r"left[_ ]?ear|right[_ ]?ear|na\d+|ref(erence)?\d*|cms|drl",
+    "external": r"exg\d+|ext?\d+|aux.*|(left|right)[_ ]?aux.*|misc.*|x\d+|bip\d+|pat|tech|mark\d*|\$.*|bn\d+|nr\d+"
+    r"|e|z|sdb|unused.*|[-.]+\d*",
 }
 """Names that are no EEG whatever type the file gives them, by kind; whole name, case ignored."""
 EARS = ("A1", "A2", "M1", "M2")
 """Earlobes and mastoids: references rather than scalp, unless the names are a cap's grid (A1 .. A32)."""
 GRID_NAME = re.compile(r"[A-I]\d{1,2}")
+NET_NAME = re.compile(r"E0*(\d{1,3})", re.IGNORECASE)
+"""Electrodes of EGI's nets; in a sleep recording, E1 and E2 are the outer corners of the eyes."""
+VERTEX = ("CZ", "VREF", "VERTEX REFERENCE")
+"""What the vertex of an EGI net is called beside its number."""
+NET_SIZES = (32, 64, 128, 256)
+DECORATION = re.compile(r"(EEG|POL)[ _:-]+(?=\S*[A-Za-z$])", re.IGNORECASE)
+"""Nihon Kohden's and clinical exports' prefixes; a number alone stays with its prefix."""
+REFERENCE = re.compile(
+    r"[-_ :/](REF|LE|AR|AVG|AV|CAR|CZREF|CAZ|G2|VREF|LINKED|A1\+A2|M1\+M2|[AM][12]([AM][12])?)\d?$", re.IGNORECASE
+)
+"""What a channel was recorded against, at the end of its name: C3-A2 sits at C3."""
 MIN_STANDARD = 0.5
 """Share of names that must be standard before any of them is believed."""
 
@@ -57,6 +73,8 @@ class Channels:
     """Names that are not EEG, by kind."""
     selection: str = "all"
     """How the channels were chosen where there were more than 128."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be said of them in the ledger."""
 
 
 def canonical_name(name: str) -> str:
@@ -65,19 +83,45 @@ def canonical_name(name: str) -> str:
     Parameters
     ----------
     name : str
-        As in the file, e.g. ``Fc5.``, ``EEG FP1-REF``, ``T3``.
+        As in the file, e.g. ``Fc5.``, ``EEG FP1-REF``, ``T3``, ``FP1-F7``.
 
     Returns
     -------
     str
-        E.g. ``FC5``, ``Fp1``, ``T7``; names that are no standard place lose only decoration.
+        E.g. ``FC5``, ``Fp1``, ``T7``, ``Fp1-F7``; names that are no standard place lose only decoration.
     """
-    text = name.strip().strip(".").strip()
-    text = re.sub(r"^(EEG|POL)[ _:-]+(?=\S*[A-Za-z$])", "", text, flags=re.IGNORECASE)
-    text = re.sub(r"[-_ ](REF|LE|AR|AVG|AV|A1A2|M1M2|CZREF|G2)\d*$", "", text, flags=re.IGNORECASE).strip(". ")
+    text = " ".join(name.replace("\0", " ").split()).strip(". ")
+    text = REFERENCE.sub("", text).strip(". ") or text
+    text = DECORATION.sub("", text, count=1) if DECORATION.match(text) else text
     if standard := _standard_names().get(text.lower()):
         return OLD_NAMES.get(standard, standard)
+    if pair := _bipolar(text):
+        return "-".join(pair)
     return text or name.strip()
+
+
+def _bipolar(text: str) -> tuple[str, str] | None:
+    """Both places of a channel that is the difference of two, as in ``F7-T3``."""
+    parts = [_standard_names().get(part.lower()) for part in re.split(r"[-/]", text)]
+    if len(parts) != 2 or not (parts[0] and parts[1]) or parts[0] == parts[1]:
+        return None
+    return OLD_NAMES.get(parts[0], parts[0]), OLD_NAMES.get(parts[1], parts[1])
+
+
+def is_site(name: str) -> bool:
+    """Whether a canonical name is a place of the 10-05 system, or the difference of two.
+
+    Parameters
+    ----------
+    name : str
+        Canonical name.
+
+    Returns
+    -------
+    bool
+        False for numbers, a cap's own grid, and everything else.
+    """
+    return name.lower() in _standard_names() or _bipolar(name) is not None
 
 
 @functools.cache
@@ -100,7 +144,7 @@ def _standard_names() -> dict[str, str]:
     return {name.lower(): name for name in _montage("standard_1005")}
 
 
-def kind_of(name: str, *, grid: bool = False) -> str | None:
+def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
     """Why a channel is not scalp EEG, going by its name.
 
     Parameters
@@ -109,6 +153,8 @@ def kind_of(name: str, *, grid: bool = False) -> str | None:
         Canonical name.
     grid : bool
         True where the names are a cap's own grid, so that ``A1`` is a scalp electrode.
+    net : bool
+        False where there is no EGI net, so that ``E1`` is an electrode at an eye.
 
     Returns
     -------
@@ -117,6 +163,8 @@ def kind_of(name: str, *, grid: bool = False) -> str | None:
     """
     if not grid and name.upper() in EARS:
         return "reference"
+    if not net and name.upper() in ("E1", "E2"):
+        return "eog"
     for kind, pattern in NOT_EEG.items():
         if re.fullmatch(pattern, name, re.IGNORECASE):
             return kind
@@ -141,18 +189,44 @@ def is_grid(names: list[str]) -> bool:
     return sum(bool(GRID_NAME.fullmatch(n)) for n in upper) >= len(upper) / 2 and bool({"A3", "B1"} & set(upper))
 
 
-def _file_positions(raw: BaseRaw, picks: list[int]) -> list[list[float] | None]:
-    from mne.io.constants import FIFF
+def is_net(names: list[str]) -> bool:
+    """True where names are the numbers of an EGI net.
 
-    out: list[list[float] | None] = []
-    for pick in picks:
-        channel = raw.info["chs"][pick]
-        xyz = np.asarray(channel["loc"][:3], float)
-        known = channel["coord_frame"] in (FIFF.FIFFV_COORD_HEAD, FIFF.FIFFV_COORD_UNKNOWN)
-        # Zero is how files say "not measured"; a head is less than half a metre across.
-        good = known and np.isfinite(xyz).all() and 0.02 < np.linalg.norm(xyz) < 0.5
-        out.append([round(float(v), 5) for v in xyz] if good else None)
-    return out
+    Parameters
+    ----------
+    names : list of str
+        Canonical names.
+
+    Returns
+    -------
+    bool
+        Whether there are more than E1 and E2.
+    """
+    return sum(bool(NET_NAME.fullmatch(name)) for name in names) > 2
+
+
+def place_of(xyz: list[float]) -> list[float] | None:
+    """Check a position of a file.
+
+    Parameters
+    ----------
+    xyz : list of float
+        Head coordinates in metres.
+
+    Returns
+    -------
+    list of float or None
+        To a hundredth of a millimetre; None where they cannot be a place on a head: zero is how files say "not
+        measured", and a head is less than half a metre across.
+    """
+    good = len(xyz) == 3 and np.isfinite(xyz).all() and 0.02 < np.linalg.norm(xyz) < 0.5
+    return [round(float(v), 5) for v in xyz] if good else None
+
+
+def _believable(positions: list[list[float] | None]) -> bool:
+    """Whether a file's positions differ from channel to channel."""
+    known = [tuple(p) for p in positions if p is not None]
+    return bool(known) and len(set(known)) > 0.8 * len(known)
 
 
 def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str]:
@@ -168,56 +242,68 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
             table = _montage(f"biosemi{size}")
             return [table.get(n) for n in names], f"biosemi{size}"
         return nothing, "none"
-    net = [re.fullmatch(r"E(\d+)", n) for n in names]
-    if len(names) >= 32 and all(net):
-        size = next((s for s in (32, 64, 128, 256) if len(names) in (s, s + 1)), None)
-        if size:
-            table = _montage(f"GSN-HydroCel-{size + (len(names) > size)}" if size != 32 else "GSN-HydroCel-32")
-            # The last one is the vertex reference, which the montage calls Cz.
-            return [
-                table.get(n) or (table.get("Cz") if n == f"E{size + 1}" else None) for n in names
-            ], f"GSN-HydroCel-{size}"
+    numbers = [int(m.group(1)) for m in map(NET_NAME.fullmatch, names) if m]
+    if len(numbers) >= 25 and len(numbers) + sum(n.upper() in VERTEX for n in names) == len(names):
+        # The number after the last is the vertex. A few channels may be gone; with more, the net cannot be told.
+        size = next((s for s in NET_SIZES if max(numbers) <= s + 1), 0)
+        if len(set(numbers)) < 0.8 * size or not size:
+            return nothing, "none"
+        table = _montage(f"GSN-HydroCel-{size + 1 if size > 32 else 32}")
+        out = []
+        for name in names:
+            match = NET_NAME.fullmatch(name)
+            vertex = match is None or int(match.group(1)) == size + 1
+            out.append(table.get("Cz") if vertex or match is None else table.get(f"E{int(match.group(1))}"))
+        return out, f"GSN-HydroCel-{size}"
     table = _montage("standard_1005")
     found = [table.get(name) for name in names]
-    if sum(p is not None for p in found) < MIN_STANDARD * len(names):
+    single = [p for name, p in zip(names, found, strict=True) if _bipolar(name) is None]
+    if not any(found) or sum(p is not None for p in single) < MIN_STANDARD * len(single):
         return nothing, "none"
     return found, "standard_1005"
 
 
-def pick_channels(raw: BaseRaw) -> Channels:
+def pick_channels(info: SignalInfo) -> Channels:
     """Find the scalp EEG of a recording.
 
     Parameters
     ----------
-    raw : mne.io.BaseRaw
-        The recording.
+    info : SignalInfo
+        What is known of the recording.
 
     Returns
     -------
     Channels
         EEG channels in the file's order, not yet limited in number; `picks` is empty where there are none.
     """
-    types: list[str] = raw.get_channel_types()  # type: ignore[assignment]
-    by_type: dict[str, int] = {}
-    for kind in types:
-        by_type[kind] = by_type.get(kind, 0) + 1
-    eeg = [i for i, kind in enumerate(types) if kind == "eeg"]
-    names = [canonical_name(raw.ch_names[i]) for i in eeg]
-    grid = is_grid(names)
+    if not isinstance(info, SignalInfo):  # Callers that do not know `Signal` yet.
+        from data_sharding.readers import RawSignal
+
+        info = RawSignal(info).info
+    by_type = Counter(info.ch_types)
+    eeg = [i for i, kind in enumerate(info.ch_types) if kind == "eeg"]
+    names = [canonical_name(info.ch_names[i]) for i in eeg]
+    grid, net = is_grid(names), is_net(names)
     picks, kept, left_out = [], [], {}
     for i, name in zip(eeg, names, strict=True):
-        kind = kind_of(name, grid=grid)
+        kind = kind_of(name, grid=grid, net=net)
         if kind is None and name in kept:
             # Canonical names can meet (T3 beside T7): the file's own name tells them apart.
-            name = raw.ch_names[i] if raw.ch_names[i] not in kept else f"{raw.ch_names[i]}-{i}"
+            name = info.ch_names[i] if info.ch_names[i] not in kept else f"{info.ch_names[i]}-{i}"
         if kind:
-            left_out.setdefault(kind, []).append(raw.ch_names[i])
+            left_out.setdefault(kind, []).append(info.ch_names[i])
         else:
             picks.append(i)
             kept.append(name)
-    positions, montage = _file_positions(raw, picks), "file"
-    if not any(positions):
+    for name, why in info.left_out.items():
+        left_out.setdefault(why, []).append(name)
+    positions, montage = [info.positions[i] for i in picks], "file"
+    if not _believable(positions):
         positions, montage = _standard_positions(kept)
+    pairs = [name for name in kept if _bipolar(name)]
+    # Half-way between two electrodes is a place where none was.
+    positions = [None if name in pairs else p for name, p in zip(kept, positions, strict=True)]
+    more = ", ..." if len(pairs) > 4 else ""
     return Channels(
         picks=picks,
         names=kept,
@@ -226,6 +312,7 @@ def pick_channels(raw: BaseRaw) -> Channels:
         confidence=round(sum(p is not None for p in positions) / len(picks), 3) if picks else 0.0,
         by_type=dict(sorted(by_type.items())),
         left_out=left_out,
+        notes=[f"bipolar, without a position: {', '.join(pairs[:4])}{more} ({len(pairs)})"] if pairs else [],
     )
 
 
@@ -299,4 +386,5 @@ def restrict(channels: Channels, rows: list[int], rule: str) -> Channels:
         by_type=channels.by_type,
         left_out=channels.left_out,
         selection=rule,
+        notes=channels.notes,
     )

@@ -1,58 +1,56 @@
-"""Find recordings by content, and read them with the reader that their header calls for.
+"""Open recordings of any maker as a `Signal`: lazily, with their gaps, and with what the file knows about itself.
 
-`mne.io.read_raw` chooses by file name; two makers share ``.cnt``, and one's reader takes the process down on the
-other's file. Here the header decides, before any reader is touched.
+Shapes: n channels, S samples at the recording's rate, E epochs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib
 import itertools
-import os
 import re
+import tempfile
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_sharding.errors import RequestError
+import numpy as np
+
+from data_sharding import headers
+from data_sharding.channels import canonical_name, is_site, kind_of, place_of
+from data_sharding.signals import Segment, Signal, SignalInfo
+from data_sharding.sniffing import Recording, find_recordings, sniff  # noqa: F401
 
 if TYPE_CHECKING:
+    import mne
     from mne.io import BaseRaw
 
-HEAD_BYTES = 4096
-"""Enough for every header that is looked at here."""
-NIHON_SIDECARS = (".pnt", ".21e", ".log", ".cmt", ".cn2", ".11d", ".reg", ".bft", ".edf.log")
-CURRY8_SIDECARS = (".dpa", ".dpo", ".cef", ".ceo", ".rs3")
-CURRY7_SIDECARS = (".dap", ".rs3", ".cef", ".ceo")
-UNSUPPORTED = {
-    ".xdf": "XDF (LabStreamingLayer)",
-    ".trc": "Micromed TRC",
-    ".nwb": "Neurodata Without Borders",
-    ".mefd": "MEF3",
-    ".e": "Nicolet",
+PACKAGES = {
+    "ant": "antio",
+    "curry": "curryreader",
+    "eeglab": "pymatreader",
+    "mff": "mffpy",
+    "nedf": "defusedxml",
+    "xdf": "pyxdf",
 }
-ORPHANS = {
-    ".eeg": "signal file without its header (.vhdr or .ahdr), and not a Nihon Kohden recording",
-    ".fdt": "EEGLAB signal file without its .set",
-    ".avg": "averaged, not a continuous recording",
-}
-"""Files that hold signal but are no recording by themselves: reported where no header claims them."""
+"""What MNE's reader of a format, or ours, needs besides."""
+UNIT_FACTORS = {"eximia": 1e-6}
+"""Formats whose reader returns another unit than volts, with the factor to volts.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Recording:
-    """A recording found on disk, not read yet."""
-
-    path: Path
-    """What a reader is given."""
-    format: str
-    """Name of the format, a key of `READERS` where it can be read."""
-    files: tuple[Path, ...]
-    """All files that make it up, sidecars included, sorted."""
-    problem: str | None = None
-    """What the header already shows to be wrong; such a file is not read."""
-    continuous: bool = True
-    """False for valid files that hold no continuous signal: excluded rather than quarantined."""
+eXimia: a converter of 10 V and 16 bits behind a gain of 2000 has 0.0763 microvolts a bit, and MNE's reader returns
+that number as if it were volts.
+"""
+CUT = re.compile(r"boundary|(bad|edge) boundary|new segment/.*", re.IGNORECASE)
+"""Annotations of EEGLAB, MNE and BrainVision for a place at which signal was cut out or recording began anew."""
+SKIP = re.compile(r"bad_acq_skip", re.IGNORECASE)
+"""MNE's annotation for a span in which nothing was recorded, though it is filled with samples."""
+BAD = re.compile(r"bad", re.IGNORECASE)
+"""Beginning of the annotations that MNE, and those who follow it, mark bad spans with."""
+VOLTS = re.compile(r"[munpµμ\x83\xca�?]{0,2}v(olts?)?|(micro|milli|nano)volts?", re.IGNORECASE)
+"""Physical dimensions that are a voltage; makers write micro in many code pages."""
 
 
 class ReadError(ValueError):
@@ -60,246 +58,228 @@ class ReadError(ValueError):
 
 
 class NotContinuous(ReadError):
-    """The file is valid, but holds no continuous signal."""
+    """The file is sound, but holds no signal to train on."""
 
 
-# --- finding ---------------------------------------------------------------------------------------------------------
+# --- signals ---------------------------------------------------------------------------------------------------------
 
 
-def _head(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        return stream.read(HEAD_BYTES)
-
-
-def _siblings(path: Path) -> dict[str, Path]:
-    """Files of the folder by lower-case name: makers' software is careless about case."""
-    return {entry.name.lower(): entry for entry in path.parent.iterdir()}
-
-
-def _ini_value(text: str, key: str) -> str | None:
-    match = re.search(rf"^\s*{key}\s*=\s*(.+?)\s*$", text, re.MULTILINE | re.IGNORECASE)
-    return match.group(1) if match else None
-
-
-def _edf_header(path: Path, head: bytes, format_: str) -> tuple[str | None, bool]:
-    """What an EDF or BDF header shows to be wrong, and whether there is a continuous signal."""
-    try:
-        n_signals = int(head[252:256])
-        header_bytes, n_records = int(head[184:192]), int(head[236:244])
-        with path.open("rb") as stream:
-            header = stream.read(256 + 256 * n_signals)
-        labels = [header[256 + 16 * i : 272 + 16 * i].decode("latin-1").strip() for i in range(n_signals)]
-        offset = 256 + 216 * n_signals
-        per_record = [int(header[offset + 8 * i : offset + 8 * i + 8]) for i in range(n_signals)]
-    except ValueError:
-        return f"damaged {format_.upper()} header", True
-    if not any(label not in ("EDF Annotations", "BDF Annotations") for label in labels):
-        return "no signal: the file holds annotations only", False
-    record = sum(per_record) * (3 if format_ == "bdf" else 2)
-    have = (path.stat().st_size - header_bytes) / record if record else 0
-    if n_records > 0 and have < n_records:
-        return f"truncated: the header promises {n_records} records, the file holds {have:.1f}", True
-    if head[192:197] in (b"EDF+D", b"BDF+D"):
-        width = 3 if format_ == "bdf" else 2
-        notes = next((i for i, label in enumerate(labels) if label.endswith("Annotations")), None)
-        if notes is None or _has_gaps(
-            path, header_bytes, record, sum(per_record[:notes]) * width, float(head[244:252])
-        ):
-            return "discontinuous: the file (EDF+D) has gaps, and windows would reach over them", True
-    return None, True
-
-
-def _has_gaps(path: Path, header_bytes: int, record: int, annotations_at: int, duration_s: float) -> bool:
-    """Whether the records of an EDF+D file do not follow one another: each one's first annotation is its onset."""
-    onsets = []
-    with path.open("rb") as stream:
-        for start in range(header_bytes, path.stat().st_size - record + 1, record):
-            stream.seek(start + annotations_at)
-            match = re.match(rb"[+-][\d.]+", stream.read(32))
-            if match is None:
-                return True
-            onsets.append(float(match.group()))
-    return any(abs(b - a - duration_s) > 1e-3 for a, b in itertools.pairwise(onsets))
-
-
-def _brainvision(path: Path, head: bytes) -> Recording:
-    text = path.read_bytes().decode("utf-8", errors="replace")
-    near, files, problem = _siblings(path), [path], None
-    for key, needed in (("DataFile", True), ("MarkerFile", False)):
-        name = _ini_value(text, key)
-        name = name and name.replace("$b", path.stem)
-        # The header's name can be stale after a renaming: the same stem is the usual meaning, but a guess; refuse it.
-        if name and Path(name).name.lower() in near:
-            files.append(near[Path(name).name.lower()])
-        elif needed:
-            problem = f"sidecar missing: the header names '{name}', which is not there"
-    return Recording(path=path, format="brainvision", files=tuple(sorted(files)), problem=problem)
-
-
-def _with_sidecars(path: Path, format_: str, names: list[str], *, need_any: list[str] | None = None) -> Recording:
-    near = _siblings(path)
-    files = [path, *(near[name.lower()] for name in names if name.lower() in near)]
-    problem = None
-    if need_any and not any(name.lower() in near for name in need_any):
-        problem = f"sidecar missing: none of {', '.join(need_any)} is there"
-    return Recording(path=path, format=format_, files=tuple(sorted(set(files))), problem=problem)
-
-
-def _mff(path: Path) -> Recording:
-    files = tuple(sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("._")))
-    signals = [f for f in files if re.fullmatch(r"signal\d+\.bin", f.name)]
-    problem = None if signals else "sidecar missing: the MFF folder has no signal*.bin"
-    return Recording(path=path, format="mff", files=files, problem=problem)
-
-
-def sniff(path: str | Path) -> Recording | None:
-    """Say what a file (or folder) is, by its content.
+class RawSignal:
+    """A continuous recording behind MNE's lazy reader.
 
     Parameters
     ----------
-    path : str or Path
-        A file, or an ``.mff`` folder.
-
-    Returns
-    -------
-    Recording or None
-        The recording with every file that belongs to it; `problem` is set where the header is enough to see that it
-        cannot be used. None for a file that is not a recording, nor claims to be one by its extension.
+    raw : mne.io.BaseRaw
+        The recording.
+    segments : list of Segment, optional
+        Runs without interruption, where the file knows them better than its annotations do.
+    keep : Any
+        What must live as long as the recording.
+    **more : Any
+        Other fields of `SignalInfo`.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        return _mff(path) if suffix == ".mff" else None
-    if path.name.startswith("._"):
-        return None
-    head = _head(path)
-    stem = path.name[: -len(path.suffix)] if path.suffix else path.name
 
-    def one(format_: str, problem: str | None = None, continuous: bool = True) -> Recording:
-        return Recording(path=path, format=format_, files=(path,), problem=problem, continuous=continuous)
+    def __init__(self, raw: BaseRaw, *, segments: list[Segment] | None = None, keep: Any = None, **more: Any) -> None:
+        self.raw, self._keep = raw, keep
+        sfreq, n = float(raw.info["sfreq"]), int(raw.n_times)
+        fields: dict[str, Any] = {**_fields(raw.info, raw.get_channel_types()), "bad_spans": bad_spans(raw), **more}
+        self.info = SignalInfo(n_samples=n, segments=segments or _segments(n, sfreq, *_interruptions(raw)), **fields)
 
-    text = head.lstrip(b"\xef\xbb\xbf")
-    if head[:8] == b"0       " and len(head) >= 256:
-        return one("edf", *_edf_header(path, head, "edf"))
-    if head[:8] == b"\xffBIOSEMI" and len(head) >= 256:
-        return one("bdf", *_edf_header(path, head, "bdf"))
-    if head[:4] == b"GDF ":
-        return one("gdf")
-    if re.match(rb"Brain ?Vision (Data Exchange Header|V-Amp Data Header|Core Data Format)", text):
-        return _brainvision(path, head)
-    if head[:9] == b"Version 3" and suffix == ".cnt":
-        return one("neuroscan")
-    if head[:9] == b"Version 3" and suffix == ".eeg":
-        return one("neuroscan-epochs", "epoched: a Neuroscan .eeg holds trials, not a continuous recording", False)
-    if head[:4] in (b"RIFF", b"RF64") and head[8:16].rstrip(b"\0 ").endswith(b"CNT"):
-        return one("ant")
-    if head[:4] in (b"RIFF", b"RF64") and suffix == ".cnt":
-        return one("ant")
-    if (head[:4] == b"\0\0\0\x64" and suffix == ".fif") or path.name.lower().endswith(".fif.gz"):
-        near = _siblings(path)
-        parts = [p for n, p in near.items() if re.fullmatch(re.escape(stem.lower()) + r"-\d+\.fif", n)]
-        if split := re.match(r"(.*)_split-01(.*)", stem.lower()):
-            pattern = re.escape(split.group(1)) + r"_split-\d+" + re.escape(split.group(2)) + r"\.fif"
-            parts = [p for n, p in near.items() if re.fullmatch(pattern, n)]
-        return Recording(path=path, format="fif", files=tuple(sorted({path, *parts})))
-    if suffix == ".set" and (head[:6] == b"MATLAB" or head[:8] == b"\x89HDF\r\n\x1a\n"):
-        return _with_sidecars(path, "eeglab", [f"{stem}.fdt"])
-    if re.match(rb"EEG-\d{4}[A-Z]|DAE-\d{4}[A-Z]|NKC", head) and suffix == ".eeg":
-        return _with_sidecars(path, "nihon", [stem + s for s in NIHON_SIDECARS])
-    if text.lstrip()[:10].lower() == b"[fileinfo]" and suffix == ".lay":
-        data = _ini_value(text.decode("utf-8", errors="replace"), "File") or f"{stem}.dat"
-        names = [re.split(r"[\\/]", data)[-1], f"{stem}.dat"]
-        return _with_sidecars(path, "persyst", names, need_any=names)
-    if b"<NEDFversion>" in head:
-        return one("nedf")
-    if suffix == ".cdt":
-        need = [path.name + s for s in (".dpa", ".dpo")]
-        return _with_sidecars(path, "curry", [path.name + s for s in CURRY8_SIDECARS], need_any=need)
-    if suffix == ".dat" and f"{stem}.dap".lower() in _siblings(path):
-        return _with_sidecars(path, "curry", [stem + s for s in CURRY7_SIDECARS])
-    if suffix == ".nxe":
-        # 64 channels of 16 bits, and no header at all: the size is the only thing that can be checked.
-        size = path.stat().st_size
-        fault = (
-            None if size and size % 128 == 0 else f"truncated: {size} bytes are no whole number of 64-channel frames"
+    def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
+        """Samples of some channels; see `Signal.read`."""
+        # One reader of MNE mixes up ranges that reach over the file's blocks, so none ever does.
+        ends = [s.stop for s in self.info.segments if start < s.stop < stop] if len(self.info.segments) > 1 else []
+        bounds = [start, *ends, stop]
+        with _quiet():
+            blocks = [self.raw[picks, a:b][0] for a, b in itertools.pairwise(bounds)]
+        return np.asarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
+
+    def close(self) -> None:
+        """Let go of files."""
+        self.raw.close()
+        self._keep = None
+
+
+class EpochsSignal:
+    """An epoched recording: one segment an epoch.
+
+    Parameters
+    ----------
+    epochs : mne.BaseEpochs
+        The epochs; read when they are asked for where the format allows it.
+    **more : Any
+        Other fields of `SignalInfo`.
+    """
+
+    def __init__(self, epochs: mne.BaseEpochs, **more: Any) -> None:
+        self.epochs = epochs
+        epochs.drop_bad()
+        count, length, sfreq = len(epochs), len(epochs.times), float(epochs.info["sfreq"])
+        if not count:
+            raise NotContinuous("epoched: 0 trials")
+        self._length = length
+        self.info = SignalInfo(
+            n_samples=count * length,
+            segments=[Segment(start=i * length, stop=(i + 1) * length, onset=i * length / sfreq) for i in range(count)],
+            epoched=True,
+            **(_fields(epochs.info, epochs.get_channel_types()) | more),
         )
-        return one("eximia", fault)
-    if suffix in CLAIMED:
-        what = "an empty file" if not head else f"not {CLAIMED[suffix]}: the header is not one"
-        return one(CLAIMED[suffix].split()[0].lower(), f"unreadable: {what}")
-    if suffix in UNSUPPORTED:
-        return one(suffix[1:], f"no reader for {UNSUPPORTED[suffix]}")
-    if suffix in ORPHANS:
-        return one(suffix[1:], ORPHANS[suffix])
-    return None
+
+    def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
+        """Samples of some channels; see `Signal.read`."""
+        first, last = start // self._length, (max(stop, start + 1) - 1) // self._length + 1
+        with _quiet():
+            x_enT = self.epochs.get_data(picks=np.array(picks), item=slice(first, last), copy=False)
+        x = np.moveaxis(x_enT, 0, 1).reshape(len(picks), -1)
+        return x[:, start - first * self._length : stop - first * self._length]
+
+    def close(self) -> None:
+        """Let go of files."""
 
 
-CLAIMED = {
-    ".edf": "EDF",
-    ".bdf": "BDF",
-    ".gdf": "GDF",
-    ".vhdr": "BrainVision",
-    ".ahdr": "BrainVision",
-    ".cnt": "CNT (neither Neuroscan nor ANT)",
-    ".set": "EEGLAB",
-    ".fif": "FIF",
-    ".lay": "Persyst",
-    ".nedf": "NEDF",
-}
-"""Extensions that promise a recording: without its header the file is named and set aside."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    import mne
+
+    with warnings.catch_warnings(), mne.utils.use_log_level("ERROR"):
+        warnings.simplefilter("ignore")
+        yield
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """All files and `.mff` folders; a folder that cannot be read stops the walk, since what it holds would be lost."""
-
-    def refuse(error: OSError) -> None:
-        raise RequestError(f"{error.filename}: cannot be listed ({error.strerror}); mend it or exclude its parent")
-
-    seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
-        folders.sort()
-        status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # A link back to a folder above.
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        for name in list(folders):
-            if name.startswith("."):
-                folders.remove(name)
-            elif name.lower().endswith((".mff", ".mefd")):
-                folders.remove(name)
-                yield Path(folder) / name
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield Path(folder) / name
+def _fields(info: mne.Info, types: Any) -> dict[str, Any]:
+    """Fields of `SignalInfo` that any of MNE's recordings knows."""
+    return {
+        "ch_names": list(info["ch_names"]),
+        "ch_types": list(types),
+        "positions": [_position(channel) for channel in info["chs"]],
+        "sfreq": float(info["sfreq"]),
+        "line_freq": float(info["line_freq"]) if info["line_freq"] else None,
+        "bads": list(info["bads"]),
+        "reference": "average" if info["custom_ref_applied"] else "",
+    }
 
 
-def find_recordings(root: str | Path) -> list[Recording]:
-    """All recordings under a folder, and whatever claims to be one.
+def _position(channel: dict[str, Any]) -> list[float] | None:
+    from mne.io.constants import FIFF
+
+    xyz = np.asarray(channel["loc"][:3], float)
+    known = channel["coord_frame"] in (FIFF.FIFFV_COORD_HEAD, FIFF.FIFFV_COORD_UNKNOWN)
+    return place_of(xyz.tolist()) if known else None
+
+
+def _annotations(raw: BaseRaw) -> list[tuple[float, float, str]]:
+    """Onset in seconds from the first sample, duration, and word."""
+    found = raw.annotations
+    first = raw.first_time if found.orig_time is not None else 0.0
+    durations = np.nan_to_num(np.asarray(found.duration, float))
+    return [
+        (float(onset) - first, float(duration), str(word))
+        for onset, duration, word in zip(found.onset, durations, found.description, strict=True)
+    ]
+
+
+def bad_spans(raw: BaseRaw) -> list[tuple[float, float, str]]:
+    """Spans that a recording's own annotations call bad.
 
     Parameters
     ----------
-    root : str or Path
-        The folder; hidden files and macOS's ``._`` twins are passed over.
+    raw : mne.io.BaseRaw
+        The recording.
 
     Returns
     -------
-    list of Recording
-        Sorted by path. Files that belong to another recording of the list are not in it.
+    list of (float, float, str)
+        Begin and end in seconds from the first sample, and the word.
     """
-    found: list[Recording] = []
-    for path in _walk(Path(root)):
-        try:
-            recording = sniff(path)
-        except OSError as error:
-            recording = Recording(path=path, format="unknown", files=(path,), problem=f"unreadable: {error.strerror}")
-        if recording:
-            found.append(recording)
-    claimed = {file for recording in found for file in recording.files if file != recording.path}
-    return sorted((r for r in found if r.path not in claimed), key=lambda r: r.path.as_posix())
+    return [
+        (onset, onset + duration, word)
+        for onset, duration, word in _annotations(raw)
+        if BAD.match(word) and not SKIP.match(word) and not CUT.fullmatch(word) and duration > 0
+    ]
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+def _interruptions(raw: BaseRaw) -> tuple[list[int], list[tuple[int, int]]]:
+    """Samples at which a run begins, and ranges of samples in which nothing was recorded."""
+    sfreq, cuts, skips = float(raw.info["sfreq"]), [], []
+    for onset, duration, word in _annotations(raw):
+        if SKIP.match(word):
+            skips.append((round(onset * sfreq), round((onset + duration) * sfreq)))
+        elif CUT.fullmatch(word):
+            # EEGLAB and MNE put the mark half a sample before the first of the new run. EEGLAB's duration is the
+            # length of what is gone, not of what is there.
+            cuts.append(int(np.ceil(onset * sfreq - 1e-3)))
+    return cuts, skips
+
+
+def _segments(n: int, sfreq: float, cuts: list[int], skips: list[tuple[int, int]]) -> list[Segment]:
+    edges = sorted({0, n, *(c for c in [*cuts, *(e for skip in skips for e in skip)] if 0 < c < n)})
+    gone = np.zeros(len(edges), bool)
+    for a, b in skips:
+        gone[np.searchsorted(edges, a) : np.searchsorted(edges, b)] = True
+    return [
+        Segment(start=a, stop=b, onset=a / sfreq)
+        for a, b, skipped in zip(edges, edges[1:], gone[:-1], strict=False)
+        if not skipped
+    ]
+
+
+# --- EDF, BDF and GDF ------------------------------------------------------------------------------------------------
+
+
+def _records(format_: str) -> Callable[[Path], Signal]:
+    """Reader of the formats with records, whose channels may have several rates and units."""
+
+    def read(path: Path) -> Signal:
+        import mne
+
+        layout = headers.gdf_layout(path) if format_ == "gdf" else headers.edf_layout(path)
+        count = _rate_of_eeg(layout)
+        signals = [i for i, label in enumerate(layout.labels) if i != layout.notes and "Annotations" not in label]
+        # MNE would bring all channels to the highest rate, block by block: each block's edges would ring.
+        others = {
+            layout.labels[i]: f"another rate: {layout.per_record[i] / (layout.record_s or 1):g} Hz"
+            for i in signals
+            if layout.per_record[i] != count
+        }
+        kept = {layout.labels[i] for i in signals if layout.per_record[i] == count}
+        if clash := sorted(kept & set(others)):
+            raise ReadError(f"channel '{clash[0]}' is there at several rates, and its names cannot be told apart")
+        options: dict[str, Any] = {} if format_ == "gdf" else {"encoding": "latin1"}
+        raw: BaseRaw = getattr(mne.io, f"read_raw_{format_}")(path, exclude=sorted(others), **options)
+        more: dict[str, Any] = {"left_out": others} if others else {}
+        units = [layout.units[i] for i in signals if layout.per_record[i] == count]
+        types = list(raw.get_channel_types())
+        if len(units) == len(types):
+            for i, unit in enumerate(units):
+                if types[i] == "eeg" and unit and not VOLTS.fullmatch(unit):
+                    types[i] = "misc"
+            more["ch_types"] = types
+        if layout.interrupted:
+            # MNE takes the records as if they followed one another, and drops what is noted beyond that.
+            runs, notes = headers.edf_runs(path, layout)
+            more["segments"] = [Segment(start=a * count, stop=b * count, onset=onset) for a, b, onset in runs]
+            more["bad_spans"] = [(a, b, word) for a, b, word in notes if BAD.match(word) and b > a]
+        return RawSignal(raw, **more)
+
+    return read
+
+
+def _rate_of_eeg(layout: headers.Layout) -> int:
+    """Samples a record of the channels that are EEG by name; the most frequent where they differ."""
+    counts: Counter[int] = Counter()
+    for label, unit, count in zip(layout.labels, layout.units, layout.per_record, strict=True):
+        if "Annotations" in label or count < 1:
+            continue
+        name = canonical_name(label)
+        other = kind_of(name) is not None or bool(unit and not VOLTS.fullmatch(unit))
+        # Electrode sites decide; without any, names that may be EEG; without any, whatever there is.
+        counts[count] += 1 if other else 10**6 if is_site(name) or label.upper().startswith("EEG") else 1000
+    if not counts:
+        raise NotContinuous("no signal: no channel has samples")
+    return max(counts, key=lambda count: (counts[count], count))
+
+
+# --- other formats ---------------------------------------------------------------------------------------------------
 
 
 def neuroscan_data_format(path: str | Path) -> str:
@@ -315,14 +295,17 @@ def neuroscan_data_format(path: str | Path) -> str:
     str
         ``"int16"`` or ``"int32"``.
 
+    Raises
+    ------
+    ReadError
+        If the header is damaged.
+
     Notes
     -----
     The size of the data block over channels and samples decides where the header's counts agree with it. Otherwise
     both readings are compared: one sample of 32 bits taken for two of 16 alternates between a smooth and a noisy
     half, and two of 16 taken for one of 32 are ruled by the noise of every other channel; the smoother one is right.
     """
-    import numpy as np
-
     with Path(path).open("rb") as stream:
         head = stream.read(900)
         n_channels = int.from_bytes(head[370:372], "little")
@@ -351,26 +334,108 @@ def _neuroscan(path: Path) -> BaseRaw:
     return mne.io.read_raw_cnt(path, data_format=neuroscan_data_format(path))  # type: ignore[arg-type]
 
 
-def _fif(path: Path) -> BaseRaw:
+def _fif(path: Path) -> Any:
     import mne
 
     try:
         return mne.io.read_raw_fif(path, allow_maxshield=False)
     except ValueError as error:
-        if "No raw data" in str(error):
-            raise NotContinuous("no continuous recording in the FIF file: epochs, averages or something else") from None
-        raise
+        if "No raw data" not in str(error):
+            raise
+    try:
+        return mne.read_epochs(path, preload=False, proj=False)
+    except Exception:
+        raise NotContinuous("no recording in the FIF file: averages or something else") from None
 
 
-def _eeglab(path: Path) -> BaseRaw:
+def _eeglab(path: Path) -> Any:
     import mne
 
     try:
-        return mne.io.read_raw_eeglab(path)
+        raw = mne.io.read_raw_eeglab(path)
     except TypeError as error:
-        if match := re.search(r"number of trials is (\d+)", str(error)):
-            raise NotContinuous(f"epoched: {match.group(1)} trials, not a continuous recording") from None
-        raise
+        if not (match := re.search(r"number of trials is (\d+)", str(error))):
+            raise
+        count = int(match.group(1))
+        # Own events: the file's may fall on the same sample, which MNE refuses.
+        events = np.column_stack([np.arange(count), np.zeros(count, int), np.ones(count, int)])
+        return mne.read_epochs_eeglab(path, events=events, event_id={"trial": 1})
+    data = Path(str(raw.filenames[0]))
+    if data.suffix.lower() == ".fdt" and data.stat().st_size < 4 * len(raw.ch_names) * raw.n_times:
+        held = data.stat().st_size / 4 / len(raw.ch_names)
+        raise ReadError(f"truncated: the header promises {raw.n_times} samples, the file holds {held:g}")
+    return raw
+
+
+def _as_named(path: Path, *keys: str) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
+    """A text header whose files lie beside it under exactly the names that it gives them.
+
+    Where it names another folder, perhaps of another system, or upper case for lower, MNE's readers find nothing: then
+    a header without these faults is written to a temporary folder, beside links to the files.
+    """
+    data = text = path.read_bytes().decode("latin-1")
+    links: dict[str, Path] = {}
+    for key in keys:
+        named = headers.ini_value(text, key)
+        if named is None:
+            continue
+        name = re.split(r"[\\/]", named)[-1].replace("$b", path.stem)
+        if name == named and (path.parent / name).exists():
+            links[name] = path.parent / name
+            continue
+        for file in path.parent.iterdir():
+            if file.name.lower() == name.lower():
+                links[name] = file
+        data = data.replace(named, name, 1)
+    if data == text and all(name == file.name for name, file in links.items()):
+        return path, text, None
+    folder = tempfile.TemporaryDirectory(prefix="eeg-")
+    for name, file in links.items():
+        (Path(folder.name) / name).symlink_to(file.resolve())
+    target = Path(folder.name) / path.name
+    target.write_bytes(data.encode("latin-1"))
+    return target, text, folder
+
+
+def _brainvision(path: Path) -> Signal:
+    import mne
+
+    path, text, folder = _as_named(path, "DataFile", "MarkerFile")
+    raw = mne.io.read_raw_brainvision(path)
+    text = text.replace("\r\n", "\n")
+    length = int(headers.ini_value(text, "SegmentDataPoints") or 0)
+    if (headers.ini_value(text, "SegmentationType") or "NOTSEGMENTED").upper() == "NOTSEGMENTED" or length < 1:
+        return RawSignal(raw, keep=folder)
+    sfreq = float(raw.info["sfreq"])
+    starts = range(0, raw.n_times - length + 1, length)
+    return RawSignal(
+        raw, segments=[Segment(start=a, stop=a + length, onset=a / sfreq) for a in starts], epoched=True, keep=folder
+    )
+
+
+def _persyst(path: Path) -> Signal:
+    """Persyst's recording with the interruptions that its table of sample times tells, which MNE passes over."""
+    import mne
+
+    path, text, folder = _as_named(path, "File")
+    raw = mne.io.read_raw_persyst(path)
+    sfreq = float(raw.info["sfreq"])
+    text = text.replace("\r\n", "\n")
+    table = re.search(r"^\[SampleTimes\][ \t]*\n(.*?)(?=^\[|\Z)", text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
+    pairs = re.findall(r"^(\d+)=([\d.]+)", table.group(1), re.MULTILINE) if table else []
+    cuts = []
+    for (a, begin), (b, end) in itertools.pairwise(pairs):
+        missing = (float(end) - float(begin)) % 86400 - (int(b) - int(a)) / sfreq
+        if abs(missing) > 2 / sfreq:
+            cuts.append(int(b))
+    marked, skips = _interruptions(raw)
+    return RawSignal(raw, segments=_segments(raw.n_times, sfreq, cuts + marked, skips), keep=folder)
+
+
+def _xdf(path: Path) -> Signal:
+    from data_sharding.xdf import open_xdf
+
+    return open_xdf(path)
 
 
 def _mne(name: str, **options: Any) -> Callable[[Path], BaseRaw]:
@@ -383,45 +448,49 @@ def _mne(name: str, **options: Any) -> Callable[[Path], BaseRaw]:
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    "edf": _mne("edf"),
-    "bdf": _mne("bdf"),
-    "gdf": _mne("gdf"),
-    "brainvision": _mne("brainvision"),
+    "edf": _records("edf"),
+    "bdf": _records("bdf"),
+    "gdf": _records("gdf"),
+    "brainvision": _brainvision,
     "neuroscan": _neuroscan,
     "ant": _mne("ant"),
     "fif": _fif,
     "eeglab": _eeglab,
     "nihon": _mne("nihon"),
-    "persyst": _mne("persyst"),
+    "persyst": _persyst,
     "nedf": _mne("nedf"),
     "curry": _mne("curry"),
     "eximia": _mne("eximia"),
-    "mff": _mne("egi", events_as_annotations=False),
+    "egi": _mne("egi", events_as_annotations=True),
+    "mff": _mne("egi", events_as_annotations=True),
+    "xdf": _xdf,
 }
-"""Format to its reader."""
-UNIT_FACTORS = {"eximia": 1e-6}
-"""Formats whose reader returns another unit than volts, with the factor to volts.
+"""Format to its reader, which returns a raw or epochs of MNE's, or a `Signal`."""
+WALKS: dict[str, Callable[[tuple[Path, ...]], str | None]] = {
+    "mff": headers.check_mff,
+    "fif": headers.check_fif,
+    "xdf": headers.check_xdf,
+}
+"""What is checked over the whole file before a reader is let loose on it."""
 
-eXimia: a converter of 10 V and 16 bits behind a gain of 2000 has 0.0763 microvolts a bit, and MNE's reader returns
-that number as if it were volts.
-"""
 
-
-def read(recording: Recording) -> BaseRaw:
-    """Open a recording with the reader of its format; the signal is not loaded yet.
+def open_signal(recording: Recording) -> Signal:
+    """Open a recording with the reader of its format.
 
     Parameters
     ----------
     recording : Recording
-        What `sniff` found.
+        What `sniffing.sniff` found, on a local disk.
 
     Returns
     -------
-    mne.io.BaseRaw
-        The recording.
+    Signal
+        The recording; samples are read when they are asked for.
 
     Raises
     ------
+    NotContinuous
+        If the file is sound, but there is no signal to train on.
     ReadError
         With the reason for the ledger.
 
@@ -429,20 +498,68 @@ def read(recording: Recording) -> BaseRaw:
     -----
     Some readers can take the process down on a damaged file. Call this where that is survivable.
     """
-    import warnings
-
-    import mne
-
     if recording.problem:
         raise (ReadError if recording.continuous else NotContinuous)(recording.problem)
-    reader = READERS[recording.format]
+    if recording.format not in READERS:
+        raise ReadError(f"no reader for the format '{recording.format}'")
+    walk = WALKS.get(recording.format)
+    files = tuple(Path(str(file)) for file in recording.files)
+    if walk and (problem := headers.guarded(walk, recording.format.upper(), files)):
+        raise ReadError(problem)
     try:
-        with warnings.catch_warnings(), mne.utils.use_log_level("ERROR"):
-            warnings.simplefilter("ignore")
-            return reader(recording.path)
+        with _quiet():
+            opened = READERS[recording.format](Path(str(recording.path)))
+            signal = opened if not hasattr(opened, "get_channel_types") else _signal_of(opened)
     except ReadError:
         raise
     except ImportError as error:
-        raise ReadError(f"reader not installed: {' '.join(str(error).split())[:200]}") from error
+        raise ReadError(_missing(recording.format, error)) from error
     except Exception as error:
-        raise ReadError(f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise ReadError(unreadable(error)) from error
+    factor = UNIT_FACTORS.get(recording.format)
+    if factor is not None:
+        note = f"the reader of {recording.format} returns values times {1 / factor:g}; corrected"
+        signal.info = dataclasses.replace(signal.info, scale=factor, notes=[*signal.info.notes, note])
+    return signal
+
+
+def _signal_of(opened: Any) -> Signal:
+    import mne
+
+    return RawSignal(opened) if isinstance(opened, mne.io.BaseRaw) else EpochsSignal(opened)
+
+
+def unreadable(error: BaseException) -> str:
+    """Reason of the ledger for what a reader raised.
+
+    Parameters
+    ----------
+    error : BaseException
+        What it raised.
+
+    Returns
+    -------
+    str
+        One line.
+    """
+    return f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _missing(format_: str, error: ImportError) -> str:
+    package = PACKAGES.get(format_, error.name or "")
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return f"reader not installed: pip install {package}"
+    except ValueError:
+        pass
+    # The package is there, and what it needs itself is not.
+    return f"reader not installed: {' '.join(str(error).split())[:200]}"
+
+
+def read(recording: Recording) -> Any:
+    """Open a recording and give its raw: for callers that do not know `Signal` yet."""
+    signal = open_signal(recording)
+    if not isinstance(signal, RawSignal):
+        raise NotContinuous(f"epoched: {len(signal.info.segments)} trials, not a continuous recording")
+    return signal.raw

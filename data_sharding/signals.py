@@ -59,6 +59,10 @@ class SignalInfo:
     """(begin, end, word) in seconds from the recording's beginning that the source marks as bad."""
     epoched: bool = False
     """True where segments are epochs."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Channels that the file holds but that cannot be read along with `ch_names`, and why."""
+    notes: list[str] = field(default_factory=list)
+    """What was corrected or could not be told on opening, for the ledger."""
 
 
 class Signal(Protocol):
