@@ -21,12 +21,21 @@ from data_sharding.config import parse_config
 from data_sharding.dataset import EEGDataset
 from data_sharding.errors import EXIT_DONE, run_main
 from data_sharding.files import write_json
-from data_sharding.loader import Batch, Loader, sequential
+from data_sharding.loader import Batch, sequential
 from data_sharding.samples import pad_channels
 from finetune.clip_images import clip_image_embeddings
 from finetune.conditioner import ClipHead, ClipHeadConfig
 from finetune.data import ImageTable, eeg_for_model, open_paired, require_same_preprocess
-from finetune.training import StepRandom, TrainingConfig, fit, make_accelerator, open_run, plot_losses, quiet_libraries
+from finetune.training import (
+    StepRandom,
+    TrainingConfig,
+    fit,
+    make_accelerator,
+    open_run,
+    plot_losses,
+    quiet_libraries,
+    rank_loader,
+)
 from pretrain.encoder import EEGEncoder
 from pretrain.run import TrackerConfig
 
@@ -112,7 +121,7 @@ def augmented(
     Tensor of float32, [b, 128, T]
         Changed windows in model units.
     """
-    eeg_bCT = batch.eeg.to(torch.float32, copy=True)
+    eeg_bCT = batch.padded(dtype=torch.float32)
     b, channels, samples = eeg_bCT.shape
     if config.average > 1:
         # How many, and which of the companions: a fixed number of draws, so that ranks stay in step.
@@ -266,7 +275,7 @@ def retrieval(
     """
     parts = []
     for batch in sequential(dataset, batch_size):
-        parts.append(embed(eeg_for_model(batch.eeg, dataset.spec, device)).float().cpu())
+        parts.append(embed(eeg_for_model(batch.padded(device), dataset.spec)).float().cpu())
     embeds_BP = torch.cat(parts)
     row_B = torch.as_tensor(table.row_of)
     similarity_BM = embeds_BP @ target_MP.T
@@ -363,14 +372,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=config.seed,
         accelerator=accelerator,
         run=run,
-        loader=Loader(
-            data,
-            config.training.batch,
-            config.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=config.training.workers,
-        ),
+        loader=rank_loader(data, config.training, config.seed, accelerator),
         inputs=inputs,
         validate=lambda module: retrieval(module.embed, val, val_table, val_target_MP, accelerator.device),
         watch=config.watch,

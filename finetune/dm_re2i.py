@@ -25,8 +25,17 @@ from finetune.data import ImageTable, open_paired, to_model_range, to_pixels
 from finetune.dm_re2i_model import eeg_features, sample_images, save_model
 from finetune.eg_ddpm import EGDDPM
 from finetune.evrnet import EVRNet
-from finetune.evrnet_training import EVRNetStage, all_eeg, rank_loader, spread, train_evrnet
-from finetune.training import StepRandom, TrainingConfig, fit, make_accelerator, open_run, plot_losses, quiet_libraries
+from finetune.evrnet_training import EVRNetStage, all_eeg, spread, train_evrnet
+from finetune.training import (
+    StepRandom,
+    TrainingConfig,
+    fit,
+    make_accelerator,
+    open_run,
+    plot_losses,
+    quiet_libraries,
+    rank_loader,
+)
 from pretrain.run import RunDirectory, TrackerConfig
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_sharding.dataset import EEGDataset
-from data_sharding.loader import Batch, Loader, collate
+from data_sharding.loader import Batch, collate
 from finetune.data import ImageTable, eeg_for_model
 from finetune.dm_re2i_model import eeg_features
 from finetune.evrnet import EVRNet, EVRNetConfig, unit_variance, whitening_matrix
-from finetune.training import StepRandom, TrainingConfig, fit, open_run, plot_losses
+from finetune.training import StepRandom, TrainingConfig, fit, open_run, plot_losses, rank_loader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -119,8 +119,8 @@ def all_eeg(dataset: EEGDataset, numbers: list[int], device: Any = None) -> Tens
     Tensor, shape (B, 128, T)
         Scaled.
     """
-    parts = [collate(dataset, numbers[start : start + 256]).eeg for start in range(0, len(numbers), 256)]
-    return torch.cat([eeg_for_model(part, dataset.spec, device) for part in parts])
+    parts = [collate(dataset, numbers[start : start + 256]) for start in range(0, len(numbers), 256)]
+    return torch.cat([eeg_for_model(part.padded(device), dataset.spec) for part in parts])
 
 
 @torch.no_grad()
@@ -220,29 +220,6 @@ def changed(x_bCT: Tensor, true_b: list[int], config: EVRNetAugment, random: Ste
     return x_bCT
 
 
-def rank_loader(data: EEGDataset, training: TrainingConfig, seed: int, accel: Accelerator) -> Loader:
-    """Batches of this rank.
-
-    Parameters
-    ----------
-    data : EEGDataset
-        The train split.
-    training : TrainingConfig
-        Batch and workers.
-    seed : int
-        Of the order.
-    accel : Accelerator
-        The world.
-
-    Returns
-    -------
-    Loader
-        Endless.
-    """
-    world = {"rank": accel.process_index, "world_size": accel.num_processes}
-    return Loader(data, training.batch, seed, **world, num_workers=training.workers)
-
-
 class EVRNetTask(nn.Module):
     """EVRNet with its loss.
 
@@ -328,7 +305,7 @@ def train_evrnet(
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         y = labels[batch.numbers]
-        x = eeg_for_model(batch.eeg, data.spec)[:, : stage.channels]
+        x = eeg_for_model(batch.padded(), data.spec)[:, : stage.channels]
         if normaliser is not None:
             x = unit_variance(normaliser @ x)
         target = F.one_hot(y, n_classes).float()

@@ -150,7 +150,7 @@ def generate(
             batch = collate(dataset, eeg)
             samples = [dataset[number] for number in part]
             images = generator.generate(
-                batch.eeg.float(),
+                batch.padded(dtype=torch.float32),
                 steps=config.steps,
                 guidance_scale=config.guidance_scale,
                 seeds=[trial_seed(config.seed, sample.key) for sample in samples],

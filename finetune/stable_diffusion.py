@@ -19,13 +19,22 @@ from torch import Tensor
 from data_sharding.config import parse_config
 from data_sharding.dataset import EEGDataset
 from data_sharding.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.loader import Batch, Loader, collate
+from data_sharding.loader import Batch, collate
 from finetune.align import AugmentConfig, augmented, load_encoder
 from finetune.clip_images import clip_image_embeddings, weights_digest
 from finetune.conditioner import ClipHead, ClipHeadConfig, Conditioner, ConditionerConfig
 from finetune.data import ImageTable, eeg_for_model, open_paired, to_model_range
 from finetune.stable_diffusion_model import EEGDiffusion, load_base, open_time_path, save_model
-from finetune.training import StepRandom, TrainingConfig, fit, make_accelerator, open_run, plot_losses, quiet_libraries
+from finetune.training import (
+    StepRandom,
+    TrainingConfig,
+    fit,
+    make_accelerator,
+    open_run,
+    plot_losses,
+    quiet_libraries,
+    rank_loader,
+)
 from pretrain.run import TrackerConfig
 
 
@@ -148,7 +157,7 @@ class Watcher:
     ) -> None:
         n = min(trials, len(dataset))
         numbers = np.linspace(0, len(dataset) - 1, n).round().astype(int).tolist()
-        self.x = eeg_for_model(collate(dataset, numbers).eeg, dataset.spec, device)
+        self.x = eeg_for_model(collate(dataset, numbers).padded(device), dataset.spec)
         self.latent = latents_M24hw[table.row_of[numbers], 0].to(device)
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(self.REPEATS, *self.latent.shape, generator=generator).to(device)
@@ -291,14 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=config.seed,
         accelerator=accelerator,
         run=run,
-        loader=Loader(
-            data,
-            config.training.batch,
-            config.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=config.training.workers,
-        ),
+        loader=rank_loader(data, config.training, config.seed, accelerator),
         inputs=inputs,
         validate=Watcher(val, val_table, val_latents, config.val_trials, times, accelerator.device),
         lr_scale=lr_scale,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from data_sharding.dataset import EEGDataset
 from data_sharding.errors import RequestError, StopRequested
 from data_sharding.files import write_json
 from data_sharding.loader import Batch, Loader
@@ -423,6 +424,29 @@ def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
     return bool(total > 0)
 
 
+def rank_loader(dataset: EEGDataset, config: TrainingConfig, seed: int, accelerator: Accelerator) -> Loader:
+    """Batches of this rank.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        The train split.
+    config : TrainingConfig
+        Batch and workers.
+    seed : int
+        Of the order.
+    accelerator : Accelerator
+        The world.
+
+    Returns
+    -------
+    Loader
+        Endless.
+    """
+    world = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    return Loader(dataset, config.batch, seed, **world, num_workers=config.workers)
+
+
 def fit(
     module: torch.nn.Module,
     *,
@@ -454,7 +478,7 @@ def fit(
     run : RunDirectory
         From `open_run`; checkpoints and metrics go there.
     loader : Loader
-        Batches of this rank; `Loader(dataset, config.batch, seed, rank=..., world_size=...)`.
+        Batches of this rank, from `rank_loader`.
     inputs : callable
         ``inputs(batch, random)`` gives tensors with the batch first, for the module; moved to the device here.
     validate : callable, optional

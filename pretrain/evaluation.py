@@ -73,7 +73,7 @@ def evaluate(engine: Any, dataset: EEGDataset, config: PretrainConfig, world: Wo
         counted = bool(numbers)
         numbers = numbers or windows[:1]
         batch = collate(dataset, numbers)
-        x_BCT = dataset.spec.scale_for_model(batch.eeg.to(world.device).float())
+        x_BCT = dataset.spec.scale_for_model(batch.padded(world.device, torch.float32))
         prepared = model.prepare(batch, MASK_SEED, training=False)
         inputs = {name: value.to(world.device) for name, value in prepared.items()}
         loss_B = engine(x_BCT, **inputs)

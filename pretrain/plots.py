@@ -44,7 +44,7 @@ def plot_reconstruction(
         set(np.linspace(0, len(dataset) - 1, min(windows, len(dataset)) + 2).round().astype(int)[1:-1].tolist())
     )
     batch = collate(dataset, numbers)
-    x_BCT = dataset.spec.scale_for_model(batch.eeg.to(world.device).float())
+    x_BCT = dataset.spec.scale_for_model(batch.padded(world.device, torch.float32))
     shape = model.config.encoder
     prepared = model.prepare(batch, MASK_SEED, training=False)
     inputs = {name: value.to(world.device) for name, value in prepared.items()}

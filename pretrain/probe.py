@@ -124,7 +124,7 @@ def collect(dataset: EEGDataset, encoders: dict[str, Any], batch_size: int, devi
     metas: list[dict[str, Any]] = []
     with progress(f"features of {dataset.split}", len(dataset)) as advance:
         for batch in sequential(dataset, batch_size):
-            eeg_BCT = batch.eeg.float()
+            eeg_BCT = batch.padded(dtype=torch.float32)
             x_BCT = dataset.spec.scale_for_model(eeg_BCT.to(device))
             with torch.no_grad():
                 for name, encoder in encoders.items():
