@@ -34,6 +34,7 @@ PRESETS: dict[str, MaskedAutoencoderConfig] = {
     "montage": MaskedAutoencoderConfig(
         encoder=EncoderConfig(tokenizer="montage", patch=32, dim=512, depth=12, heads=8),
         decoder=DecoderConfig(dim=256, depth=4, heads=4),
+        mask_block=2,
         compute=ComputeConfig(checkpointing=True),
     ),
     # The demo's size with that tokenizer.
