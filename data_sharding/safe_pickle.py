@@ -1,0 +1,480 @@
+"""Read what others pickled without running what they pickled: arrays, tensors and plain containers, nothing else.
+
+EEG-image corpora are distributed as ``.npy`` files that hold a pickled dictionary, and as ``.pth`` files. A pickle is a
+program; Python's own reader runs it. The one here knows the instructions that data need, maps each name that a pickle
+may ask for to a function of its own, and refuses everything else by name. Large arrays are not read but mapped.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import mmap
+import pickle
+import re
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+MAP_BYTES = 1 << 16
+"""Bytes of an array from which on it is mapped instead of read."""
+MAX_INSTRUCTIONS = 20_000_000
+"""An instruction of one byte can make an object of a hundred: this bounds what a small file can ask for."""
+PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[US]\d{1,6}|O8?")
+TORCH_DTYPES = {
+    "DoubleStorage": "<f8",
+    "FloatStorage": "<f4",
+    "HalfStorage": "<f2",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "?",
+}
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C
+"""First object of a file that `torch.save` wrote before version 1.6."""
+OPCODES = """
+PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT
+BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE BINUNICODE
+BINUNICODE8 SHORT_BINUNICODE TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT
+SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL
+STACK_GLOBAL REDUCE BUILD BINPERSID
+"""
+"""Instructions that data need, by their names in `pickle`."""
+
+
+class RefusedPickle(ValueError):
+    """A file asks for more than data, or is damaged."""
+
+
+class _Blob:
+    """Bytes that stay in the file."""
+
+    def __init__(self, start: int, size: int) -> None:
+        self.start, self.size = start, size
+
+
+class _DType:
+    def __init__(self, code: Any, *_: Any) -> None:
+        if not isinstance(code, str) or not PLAIN_DTYPE.fullmatch(code):
+            raise RefusedPickle(f"refused: it holds an array of the type {code!r:.60}; only plain numbers and text are")
+        self.dtype = np.dtype(code)
+
+    def build(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 8 or any(part is not None for part in state[2:5]):
+            raise RefusedPickle("refused: it holds an array of records, and only plain arrays are read")
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """An array whose state comes later."""
+
+    state: tuple[Any, ...] | None = None
+
+    def build(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], _DType):
+            raise RefusedPickle("damaged: the state of an array is none")
+        self.state = state
+
+
+class _Storage:
+    def __init__(self, key: str, dtype: str, count: int) -> None:
+        self.key, self.dtype, self.count = key, np.dtype(dtype), count
+        self.start = -1
+
+
+class _Tensor:
+    def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> None:
+        whole = (isinstance(v, int) and v >= 0 for v in (offset, *size, *stride))
+        if not isinstance(storage, _Storage) or len(size) != len(stride) or not all(whole):
+            raise RefusedPickle("damaged: the shape of a tensor is none")
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        # A stride of 0 would make terabytes of one number.
+        if math.prod(size) and (last >= storage.count or math.prod(size) > storage.count):
+            raise RefusedPickle("damaged: a tensor reaches beyond its storage")
+        self.storage, self.offset, self.size, self.stride = storage, offset, tuple(size), tuple(stride)
+
+
+class _File:
+    """A file that never gives, nor makes room for, more than it holds."""
+
+    def __init__(self, stream: Any, size: int) -> None:
+        self.stream, self.size = stream, size
+
+    def read(self, n: int) -> bytes:
+        if n < 0 or n > self.size - self.stream.tell():
+            raise RefusedPickle("damaged: it ends too early, or promises more bytes than it has")
+        return self.stream.read(n)
+
+    def readline(self) -> bytes:
+        return self.stream.readline()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[:] = data
+        return len(data)
+
+    def skip(self, n: int) -> int:
+        start = self.stream.tell()
+        if n > self.size - start:
+            raise RefusedPickle("damaged: it ends too early, or promises more bytes than it has")
+        self.stream.seek(n, io.SEEK_CUR)
+        return start
+
+
+def _instructions() -> dict[int, Callable[[Any], None]]:
+    known: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch  # type: ignore[attr-defined]
+    numbers = [getattr(pickle, name)[0] for name in OPCODES.split()]
+    return {number: known[number] for number in numbers}
+
+
+class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
+    """One pickle at the place where a file stands."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = _instructions()
+
+    def __init__(self, file: _File) -> None:
+        super().__init__(file, encoding="latin1")  # type: ignore[call-arg]
+        self.file = file
+        self.budget = 8 * file.size + (1 << 20)
+        self.storages: dict[str, _Storage] = {}
+        self.known: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): self._ordered,
+            ("builtins", "set"): lambda values=(): set(values),
+            ("builtins", "frozenset"): lambda values=(): frozenset(values),
+            ("_codecs", "encode"): self._encode,
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _DType,
+            ("torch._utils", "_rebuild_tensor"): _Tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+            **{("torch", name): dtype for name, dtype in TORCH_DTYPES.items()},
+        }
+        for core in ("numpy.core", "numpy._core"):
+            self.known[f"{core}.multiarray", "_reconstruct"] = lambda *_: _Array()
+            self.known[f"{core}.multiarray", "scalar"] = self._scalar
+            self.known[f"{core}.numeric", "_frombuffer"] = self._from_buffer
+        # Names as Python 2 has them, in which old protocols write; no bytes are written as bytes().
+        for name in ("set", "frozenset"):
+            self.known["__builtin__", name] = self.known["builtins", name]
+        self.known["__builtin__", "bytes"] = lambda: b""
+
+    def run(self) -> Any:
+        """Object with stand-ins for arrays and tensors."""
+        try:
+            return self.load()
+        except RefusedPickle:
+            raise
+        except EOFError:
+            raise RefusedPickle("damaged: it ends too early") from None
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise RefusedPickle(f"damaged: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+
+    def load(self) -> Any:
+        """Read to the end of the pickle; the base class's loop, with a count and a word for what is refused."""
+        self._unframer = pickle._Unframer(self.file.read, self.file.readline)  # type: ignore[attr-defined]
+        self.read, self.readinto, self.readline = self._unframer.read, self._unframer.readinto, self._unframer.readline
+        self.metastack: list[list[Any]] = []
+        self.stack: list[Any] = []
+        self.append, self.proto = self.stack.append, 0
+        dispatch, read = self.dispatch, self.read
+        for _ in range(MAX_INSTRUCTIONS):
+            code = read(1)
+            if not code:
+                raise EOFError
+            step = dispatch.get(code[0])
+            if step is None:
+                raise RefusedPickle(f"refused: the instruction {code!r} makes objects of classes, and data need none")
+            try:
+                step(self)
+            except pickle._Stop as stop:  # type: ignore[attr-defined]
+                return stop.value
+        raise RefusedPickle(f"refused: more than {MAX_INSTRUCTIONS} instructions")
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A function of this module's for a name, or a refusal."""
+        try:
+            return self.known[module, name]
+        except KeyError:
+            raise RefusedPickle(
+                f"refused: it asks for {module}.{name}, and a file of data needs arrays and plain containers only"
+            ) from None
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """A tensor's storage, named as `torch.save` does."""
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[4], int):
+            raise RefusedPickle("refused: a reference to something outside of the file")
+        if pid[1] not in TORCH_DTYPES.values():
+            raise RefusedPickle(f"refused: a tensor storage of the type {pid[1]!r:.60}")
+        if len(pid) > 5 and pid[5] is not None:
+            raise RefusedPickle("refused: a view of a tensor storage, which only very old files hold")
+        return self.storages.setdefault(str(pid[2]), _Storage(str(pid[2]), pid[1], pid[4]))
+
+    def spend(self, *values: Any) -> None:
+        """Count what is made of what is there already: one long text can be asked for a million times."""
+        self.budget -= 64 + sum(len(v) for v in values if hasattr(v, "__len__"))
+        if self.budget < 0:
+            raise RefusedPickle("refused: it makes far more of its content than the file is long")
+
+    def _ordered(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
+        return OrderedDict(pairs)
+
+    def _encode(self, text: Any, encoding: Any = "latin1") -> bytes:
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            raise RefusedPickle("refused: a text in another encoding than latin1")
+        return text.encode("latin1")
+
+    def _scalar(self, dtype: Any, data: Any = b"") -> Any:
+        if not isinstance(dtype, _DType) or not isinstance(data, bytes) or dtype.dtype.hasobject:
+            raise RefusedPickle("damaged: a number is none")
+        return np.frombuffer(data, dtype.dtype, count=1)[0]
+
+    def _from_buffer(self, data: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
+        array = _Array()
+        array.build((1, shape, dtype, order == "F", bytes(data) if isinstance(data, bytearray) else data))
+        return array
+
+    def load_reduce(self) -> None:
+        """Call one of this module's functions; nothing else can stand on the stack as a function."""
+        arguments, function = self.stack.pop(), self.stack[-1]
+        if not callable(function) or not isinstance(arguments, tuple):
+            raise RefusedPickle("damaged: what is to be called is no function")
+        self.spend(*arguments)
+        self.stack[-1] = function(*arguments)
+
+    def load_build(self) -> None:
+        """Give an array or a dtype its state; anything else has none."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if not isinstance(target, _Array | _DType):
+            raise RefusedPickle(f"refused: it sets the state of a {type(target).__name__}")
+        if isinstance(target, _Array) and isinstance(state, tuple):
+            self.spend(*state)
+        target.build(state)
+
+    def _bytes(self, size: int) -> None:
+        # Outside of a frame, the file stands where the bytes begin.
+        if size < MAP_BYTES or self._unframer.current_frame:
+            self.append(self.read(size))
+        else:
+            self.append(_Blob(self.file.skip(size), size))
+
+    def load_binbytes(self) -> None:
+        """Bytes with a length of 32 bits."""
+        self._bytes(struct.unpack("<I", self.read(4))[0])
+
+    def load_binbytes8(self) -> None:
+        """Bytes with a length of 64 bits."""
+        self._bytes(struct.unpack("<Q", self.read(8))[0])
+
+    def load_long4(self) -> None:
+        """No number that data hold has so many digits."""
+        raise RefusedPickle("refused: an integer of more than 255 bytes")
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BINBYTES[0]] = load_binbytes
+    dispatch[pickle.BINBYTES8[0]] = load_binbytes8
+    dispatch[pickle.BYTEARRAY8[0]] = load_binbytes8
+    dispatch[pickle.LONG4[0]] = load_long4
+
+
+class _Resolver:
+    """Puts real arrays where the stand-ins are."""
+
+    def __init__(self, data: mmap.mmap | bytes) -> None:
+        self.data = data
+        self.done: dict[int, Any] = {}
+        self.kept: list[Any] = []
+
+    def __call__(self, value: Any) -> Any:
+        if id(value) in self.done:
+            return self.done[id(value)]
+        if isinstance(value, dict):
+            self._keep(value, value)
+            for key in value:
+                value[key] = self(value[key])
+            return value
+        if isinstance(value, list):
+            self._keep(value, value)
+            for i, entry in enumerate(value):
+                value[i] = self(entry)
+            return value
+        if isinstance(value, tuple):
+            return self._keep(value, tuple(self(entry) for entry in value))
+        if isinstance(value, _Array):
+            return self._keep(value, self._array(value))
+        if isinstance(value, _Tensor):
+            return self._keep(value, self._tensor(value))
+        if isinstance(value, _Blob):
+            return bytes(self.data[value.start : value.start + value.size])
+        if isinstance(value, _DType):
+            return value.dtype
+        if callable(value) or isinstance(value, _Storage):
+            raise RefusedPickle("refused: it holds a class or a function as a value")
+        return value
+
+    def _keep(self, value: Any, made: Any) -> Any:
+        self.done[id(value)] = made
+        self.kept.append(value)  # an id counts as long as its object lives
+        return made
+
+    def _array(self, array: _Array) -> np.ndarray:
+        if array.state is None:
+            raise RefusedPickle("damaged: an array without content")
+        _, shape, wanted, fortran, data = array.state
+        if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise RefusedPickle("damaged: the shape of an array is none")
+        dtype, count, order = wanted.dtype, math.prod(shape), "F" if fortran else "C"
+        if dtype.hasobject:
+            if not isinstance(data, list) or len(data) != count:
+                raise RefusedPickle("damaged: an array of objects is not as long as it says")
+            out = np.empty(count, object)
+            for i, entry in enumerate(data):
+                out[i] = self(entry)
+            return out.reshape(shape, order=order)
+        if isinstance(data, str):
+            data = data.encode("latin1")
+        have = data.size if isinstance(data, _Blob) else len(data) if isinstance(data, bytes | bytearray) else -1
+        if have != count * dtype.itemsize:
+            raise RefusedPickle("damaged: an array is not as long as it says")
+        if isinstance(data, _Blob):
+            flat = np.frombuffer(self.data, dtype, count=count, offset=data.start)
+        else:
+            flat = np.frombuffer(data, dtype, count=count)
+        return flat.reshape(shape, order=order)
+
+    def _tensor(self, tensor: _Tensor) -> np.ndarray:
+        storage = tensor.storage
+        if storage.start < 0:
+            raise RefusedPickle(f"damaged: the numbers of tensor storage '{storage.key}' are not in the file")
+        if storage.start + storage.count * storage.dtype.itemsize > len(self.data):
+            raise RefusedPickle("damaged: it ends too early")
+        flat = np.frombuffer(self.data, storage.dtype, count=storage.count, offset=storage.start)
+        steps = tuple(step * storage.dtype.itemsize for step in tensor.stride)
+        return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.size, steps, writeable=False)
+
+
+def _finish(path: Path, value: Any) -> Any:
+    with path.open("rb") as stream:
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        return _Resolver(data)(value)
+    except RecursionError:
+        raise RefusedPickle("refused: containers nested beyond all need") from None
+
+
+def load_npy(path: Path) -> Any:
+    """Read a ``.npy`` file, or a bare pickle under that name, that may hold pickled containers of arrays.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Returns
+    -------
+    Any
+        An array, mapped and read-only; of a pickled object what it is, with arrays mapped: usually a dictionary.
+
+    Raises
+    ------
+    RefusedPickle
+        If the pickle asks for anything but arrays and plain containers, or is damaged. The message says what.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if stream.read(6) != b"\x93NUMPY":
+            stream.seek(0)
+            return _finish(path, _Reader(_File(stream, size)).run())
+        stream.seek(0)
+        try:
+            version = np.lib.format.read_magic(stream)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            _, _, dtype = header(stream)
+            if not dtype.hasobject:
+                return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError) as error:
+            raise RefusedPickle(f"damaged: {' '.join(str(error).split())[:200]}") from None
+        value = _finish(path, _Reader(_File(stream, size)).run())
+    return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
+
+
+def load_torch(path: Path) -> Any:
+    """Read a ``.pth`` file of tensors and plain containers, without copying the tensors.
+
+    Parameters
+    ----------
+    path : Path
+        What `torch.save` wrote, in today's format or the one before version 1.6.
+
+    Returns
+    -------
+    Any
+        The object; tensors are arrays mapped from the file, read-only.
+
+    Raises
+    ------
+    RefusedPickle
+        If the file asks for anything but tensors, arrays and plain containers, or is damaged. The message says what.
+
+    Notes
+    -----
+    ``torch.load(weights_only=True)`` would do for most files, but it cannot map the older format (then a corpus of
+    gigabytes is copied into every worker), refuses NumPy's numbers among the labels, makes room for whatever length a
+    file names, and needs PyTorch in workers that otherwise do without.
+    """
+    return _load_torch_zip(path) if zipfile.is_zipfile(path) else _load_torch_legacy(path)
+
+
+def _load_torch_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive, path.open("rb") as stream:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        name = next((n for n in entries if re.fullmatch(r"[^/]+/data\.pkl", n)), None)
+        if name is None or entries[name].compress_type != zipfile.ZIP_STORED:
+            raise RefusedPickle("damaged: no file of torch.save")
+        pickled = archive.read(name)
+        reader = _Reader(_File(io.BytesIO(pickled), len(pickled)))
+        # Numbers in the archive's pickle are few; the tensors' are in files of their own. Nothing in it is mapped.
+        reader._bytes = lambda size: reader.append(reader.read(size))  # type: ignore[method-assign]
+        value = reader.run()
+        for key, storage in reader.storages.items():
+            entry = entries.get(f"{name[: -len('data.pkl')]}data/{key}")
+            if entry is None or entry.compress_type != zipfile.ZIP_STORED:
+                raise RefusedPickle(f"damaged: the numbers of tensor storage '{key}' are not in the file")
+            if storage.count * storage.dtype.itemsize > entry.file_size:
+                raise RefusedPickle(f"damaged: tensor storage '{key}' is shorter than it says")
+            stream.seek(entry.header_offset + 26)
+            lengths = struct.unpack("<HH", stream.read(4))
+            storage.start = entry.header_offset + 30 + sum(lengths)
+    return _finish(path, value)
+
+
+def _load_torch_legacy(path: Path) -> Any:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        file = _File(stream, size)
+        if _Reader(file).run() != TORCH_MAGIC:
+            raise RefusedPickle("no file of torch.save")
+        _Reader(file).run()  # version of the format
+        about = _Reader(file).run()
+        if not isinstance(about, dict) or not about.get("little_endian", True):
+            raise RefusedPickle("refused: numbers in big-endian order")
+        reader = _Reader(file)
+        value = reader.run()
+        keys = _Reader(file).run()
+        for key in keys if isinstance(keys, list) else []:
+            storage = reader.storages.get(str(key))
+            count = struct.unpack("<q", file.read(8))[0]
+            if storage is None or count != storage.count or count < 0:
+                raise RefusedPickle(f"damaged: tensor storage '{key!s:.40}' is not as long as it says")
+            storage.start = file.skip(count * storage.dtype.itemsize)
+    return _finish(path, value)
