@@ -116,8 +116,15 @@ class CheckpointConfig:
 class PretrainConfig:
     """Pretrain a masked-signal autoencoder on a sharded dataset with DeepSpeed ZeRO."""
 
-    dataset: str
-    """Directory written by 'dreamscale shard'; its windows must be as long as model.encoder.samples."""
+    dataset: str = ""
+    """Directory written by 'dreamscale shard', here or on an object store (s3://bucket/lab); its windows must be as
+    long as model.encoder.samples."""
+    datasets: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Several of them in place of dataset: each one's share of the samples that training sees, by its directory. They
+    must have been preprocessed alike."""
+    order: Literal["global", "shards"] = "global"
+    """How an epoch goes: at random over all samples, or over 16 shards at a time. Remote datasets larger than the cache
+    (DREAMSCALE_CACHE_GB, 50 by default, in DREAMSCALE_CACHE) need shards."""
     output: str
     """Run directory. A run that was stopped goes on when it is started again."""
     num_processes: int = 1
@@ -169,6 +176,8 @@ class PretrainConfig:
     """Where metrics go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        if bool(self.dataset) == bool(self.datasets):
+            raise ValueError("name the data: either dataset, or datasets with a weight for each")
         for name in ("num_processes", "batch_size", "log_every", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

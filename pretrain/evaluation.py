@@ -13,6 +13,7 @@ import torch
 
 from data_sharding.dataset import EEGDataset
 from data_sharding.loader import collate
+from data_sharding.mixture import Mixture
 from pretrain.config import PretrainConfig
 from pretrain.distributed import World
 
@@ -20,12 +21,12 @@ from pretrain.distributed import World
 MASK_SEED = 20230629
 
 
-def held_out_windows(dataset: EEGDataset, most: int) -> list[int]:
+def held_out_windows(dataset: EEGDataset | Mixture, most: int) -> list[int]:
     """Choose the windows that the model is judged on.
 
     Parameters
     ----------
-    dataset : EEGDataset
+    dataset : EEGDataset or Mixture
         The val split.
     most : int
         Most windows; 0 for all.
@@ -40,14 +41,14 @@ def held_out_windows(dataset: EEGDataset, most: int) -> list[int]:
 
 
 @torch.no_grad()
-def evaluate(engine: Any, dataset: EEGDataset, config: PretrainConfig, world: World) -> dict[str, float]:
+def evaluate(engine: Any, dataset: EEGDataset | Mixture, config: PretrainConfig, world: World) -> dict[str, float]:
     """Loss on the val split; every process must call it.
 
     Parameters
     ----------
     engine : DeepSpeedEngine
         The engine.
-    dataset : EEGDataset
+    dataset : EEGDataset or Mixture
         The val split.
     config : PretrainConfig
         The request.

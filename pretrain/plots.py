@@ -13,6 +13,7 @@ import torch
 
 from data_sharding.dataset import EEGDataset
 from data_sharding.loader import collate
+from data_sharding.mixture import Mixture
 from pretrain.distributed import World
 from pretrain.evaluation import MASK_SEED
 
@@ -21,7 +22,7 @@ INK, TRUE, MADE, SHADE, SOFT = "#22303c", "#8d99a6", "#d1495b", "#eef1f4", "#9cc
 
 @torch.no_grad()
 def plot_reconstruction(
-    path: Path, model: Any, dataset: EEGDataset, world: World, *, step: int, windows: int = 4
+    path: Path, model: Any, dataset: EEGDataset | Mixture, world: World, *, step: int, windows: int = 4
 ) -> None:
     """Draw hidden, rebuilt and true signal of some held-out windows; every process must call it.
 
@@ -31,7 +32,7 @@ def plot_reconstruction(
         Image to write; only the first process does.
     model : MaskedAutoencoder
         The model as it trains, possibly spread over the processes.
-    dataset : EEGDataset
+    dataset : EEGDataset or Mixture
         The val split.
     world : World
         This process among all.
@@ -73,7 +74,7 @@ def _draw(
     hidden_BCT: np.ndarray,
     uv_B: np.ndarray | None,
     metas: list[dict[str, Any]],
-    dataset: EEGDataset,
+    dataset: EEGDataset | Mixture,
     patch: int,
     step: int,
 ) -> None:

@@ -22,6 +22,7 @@ from data_sharding.dataset import EEGDataset
 from data_sharding.errors import EXIT_DONE, RequestError, StopRequested, run_main
 from data_sharding.files import read_json, write_json
 from data_sharding.loader import Batch, Loader
+from data_sharding.mixture import Mixture
 from data_sharding.samples import N_PADDED
 from pretrain.checkpoint import DONE, FORMAT, CheckpointWriter, complete_checkpoints, damage
 from pretrain.config import PretrainConfig
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 FREE = (
     "output",
     "dataset",
+    "datasets",
     "tracker",
     "num_processes",
     "device",
@@ -83,8 +85,8 @@ class _Training:
         self,
         config: PretrainConfig,
         run: RunDirectory,
-        train: EEGDataset,
-        held_out: EEGDataset,
+        train: EEGDataset | Mixture,
+        held_out: EEGDataset | Mixture,
         engine: Any,
         world: Any,
     ) -> None:
@@ -97,6 +99,7 @@ class _Training:
             rank=world.rank,
             world_size=world.size,
             num_workers=config.num_workers,
+            order=config.order,
         )
         self.total = config.total_steps(len(train))
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -315,8 +318,8 @@ class _Training:
         if self.skipped_in_a_row >= config.max_skipped:
             raise RuntimeError(
                 f"{self.skipped_in_a_row} steps in a row had a gradient that was not finite, the last one step "
-                f"{self.step}; lower optimizer.lr, check the data with 'dreamscale verify {config.dataset}', and start "
-                f"again: the run goes on from its newest checkpoint"
+                f"{self.step}; lower optimizer.lr, check the data with 'dreamscale verify {self.train_set.path}', and "
+                f"start again: the run goes on from its newest checkpoint"
             )
         return float("nan") if bad else total / self.world.size
 
@@ -432,25 +435,30 @@ def _read_left_out(run: RunDirectory) -> list[dict[str, Any]]:
     return read_json(path) if path.is_file() else []
 
 
-def count_subjects(dataset: EEGDataset) -> int | None:
+def count_subjects(dataset: EEGDataset | Mixture) -> int | None:
     """Count the people in a split.
 
     Parameters
     ----------
-    dataset : EEGDataset
+    dataset : EEGDataset or Mixture
         The split.
 
     Returns
     -------
     int or None
         Their number, from the ledger beside the manifest; from the samples where there is none and they are few;
-        None where it would take long to know.
+        None where it would take long to know. The datasets of a mixture are taken to share nobody.
     """
+    if isinstance(dataset, Mixture):
+        counts = [count_subjects(part) for part in dataset.parts]
+        return None if None in counts else sum(count or 0 for count in counts)
     ledger = dataset.path / "ledger.parquet"
     if ledger.is_file():
         import pyarrow.parquet
 
-        rows = pyarrow.parquet.read_table(ledger, columns=["corpus", "subject", "split", "status"]).to_pylist()
+        with ledger.open("rb") as stream:
+            table = pyarrow.parquet.read_table(stream, columns=["corpus", "subject", "split", "status"])
+        rows = table.to_pylist()
         used = [r for r in rows if r["status"] == "sharded" and dataset.split in (r["split"] or "").split("+")]
         return len({(r["corpus"], r["subject"]) for r in used})
     if len(dataset) > 20_000:
@@ -459,7 +467,7 @@ def count_subjects(dataset: EEGDataset) -> int | None:
     return len({(meta.get("corpus"), meta.get("subject")) for meta in metas})
 
 
-def check_request(config: PretrainConfig) -> tuple[EEGDataset, EEGDataset]:
+def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGDataset | Mixture]:
     """Find the user's mistakes before anything heavy is loaded.
 
     Parameters
@@ -469,7 +477,7 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset, EEGDataset]:
 
     Returns
     -------
-    train, held_out : EEGDataset
+    train, held_out : EEGDataset or Mixture
         Splits train and val.
 
     Raises
@@ -477,11 +485,14 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset, EEGDataset]:
     RequestError
         If dataset and model do not fit each other, or the launcher gave another number of processes.
     """
-    train, held_out = EEGDataset(config.dataset, "train"), EEGDataset(config.dataset, "val")
+    train, held_out = (
+        Mixture(config.datasets, split) if config.datasets else EEGDataset(config.dataset, split)
+        for split in ("train", "val")
+    )
     shape = config.model.encoder
     if shape.samples != train.spec.window:
         raise RequestError(
-            f"model.encoder.samples is {shape.samples}, but the windows of {config.dataset} have {train.spec.window} "
+            f"model.encoder.samples is {shape.samples}, but the windows of {train.path} have {train.spec.window} "
             f"samples; set model.encoder.samples: {train.spec.window}, or shard with preprocess.window: {shape.samples}"
         )
     if shape.channels != N_PADDED:
@@ -541,8 +552,8 @@ def train_in(
     deepspeed: Any,
     config: PretrainConfig,
     run: RunDirectory,
-    train: EEGDataset,
-    held_out: EEGDataset,
+    train: EEGDataset | Mixture,
+    held_out: EEGDataset | Mixture,
     stop: StopSignal,
 ) -> tuple[int, int]:
     """Train among processes that have met already.
