@@ -72,7 +72,7 @@ class PreprocessSpec:
             raise ValueError(f"preprocess.reject_uv must not be negative, got {self.reject_uv}")
         if not isinstance(self.notch, str) and not 0 < self.notch < 0.5 * self.sfreq:
             raise ValueError(
-                f"preprocess.notch {self.notch} Hz is not between 0 and half of sfreq; use auto, off, or the mains in Hz"
+                f"preprocess.notch {self.notch} is not between 0 and half of sfreq; use auto, off, or the mains in Hz"
             )
         if isinstance(self.notch, str) and self.notch not in ("auto", "off"):
             raise ValueError(f"preprocess.notch '{self.notch}' is none of auto, off, or a frequency in Hz")
@@ -250,7 +250,7 @@ def clean_blocks(
         if rows:
             weights = np.zeros(len(x))
             weights[rows] = 1 / len(rows)
-            x = x - weights @ x  # noqa: PLW2901
+            x = x - weights @ x
         yield x.astype(np.float32)
 
 

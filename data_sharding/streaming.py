@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -92,7 +93,7 @@ class Scratch:
     def __init__(self, n_channels: int) -> None:
         base = os.environ.get("DREAMSCALE_SCRATCH")
         if base:
-            os.makedirs(base, exist_ok=True)
+            Path(base).mkdir(parents=True, exist_ok=True)
         self.n_channels = n_channels
         self.n_samples = 0
         self._file = tempfile.TemporaryFile(dir=base, buffering=0)  # noqa: SIM115 - closed by close()
@@ -105,7 +106,7 @@ class Scratch:
         x : ndarray, shape (n, b)
             Values; kept as float32.
         """
-        data = memoryview(np.ascontiguousarray(x.T, dtype=np.float32)).cast("B")
+        data = memoryview(np.ascontiguousarray(x.T, dtype=np.float32).reshape(-1).view(np.uint8).data)
         at = self.n_samples * self.n_channels * 4
         while data:
             done = os.pwrite(self._file.fileno(), data, at)
@@ -126,7 +127,7 @@ class Scratch:
             The samples.
         """
         out = np.empty((stop - start, self.n_channels), np.float32)
-        view, at = memoryview(out).cast("B") if out.size else memoryview(b""), start * self.n_channels * 4
+        view, at = memoryview(out.reshape(-1).view(np.uint8).data), start * self.n_channels * 4
         while view:
             done = os.preadv(self._file.fileno(), [view], at)
             if not done:
@@ -212,7 +213,7 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     # What lies between `passed` and its mirror image may fold, but only to above `passed`.
     taps, beta = kaiserord(STOP_DB, (lower - 2 * passed) / (0.5 * up * sfreq))
     half = taps // 2 + 1
-    h = up * firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq)
+    h = up * np.asarray(firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq))  # type: ignore[arg-type]
     for phase in range(up):
         # Every output weighs its inputs to exactly one: an offset of 230 mV must not become a tone.
         h[phase::up] /= h[phase::up].sum()

@@ -27,8 +27,8 @@ FLAT_SHARE = 0.9
 """Share of unchanged samples beyond which a channel is flat."""
 CLIPPED_SHARE = 0.05
 """Share of samples at a rail beyond which a channel is clipped."""
-TRIGGER_LEVELS = 64
-"""A channel that hardly ever changes and takes at most so many values, two at least, may be a trigger line."""
+TRIGGER_LEVELS = 32
+"""A channel that hardly ever changes, takes few values and comes back to them may be a trigger line."""
 TRIGGER_UV = 200.0
 """Peak to peak, as read, from which it is one; a dead channel whose last bit flickers has less."""
 TONE_SHARE = 0.5
@@ -287,9 +287,10 @@ class Survey:
             if self._low[i] == self._high[i]:
                 bads[i] = "flat"
             elif unchanged[i] > FLAT_SHARE:
-                few = 2 <= len(self._levels[i]) <= TRIGGER_LEVELS and not self._restless[i]
-                steps = self._n_samples - 1 - self._unchanged[i]
-                if few and steps > 2 and self.scale * (self._high[i] - self._low[i]) > TRIGGER_UV:
+                steps, levels = self._n_samples - 1 - self._unchanged[i], len(self._levels[i])
+                returns = 2 <= levels <= TRIGGER_LEVELS and steps >= max(3, 2 * (levels - 1))
+                high = self.scale * (self._high[i] - self._low[i]) > TRIGGER_UV
+                if returns and high and not self._restless[i]:
                     not_eeg[i] = "trigger"
                 else:
                     bads[i] = "flat"

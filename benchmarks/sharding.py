@@ -1,0 +1,211 @@
+"""Sharding speed and memory: our worker against MNE's default path, and one worker of the whole job against two.
+
+``python benchmarks/sharding.py --seconds 3600 --out sharding.json`` writes a 64-channel EDF of 1 kHz once (kept in
+``--cache``), then measures, each in a process of its own and with one thread:
+
+- ours: `data_sharding.recording.process_recording`, from the file to the finished part;
+- MNE: load the file, FIR band-pass, notch, FFT resampling, average reference, and `wds.TarWriter`.
+
+CPU seconds are user and system together, without imports; memory is the largest resident set. ``--workers 1 2`` then
+runs the whole job on several shorter recordings with one and with two workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+CHANNELS, RATE = 64, 1000
+SPEC = {"sfreq": 200.0, "highpass": 1.0, "lowpass": 75.0, "window": 400, "stride": 400}
+LINE = 50.0
+
+
+def make_edf(path: Path, seconds: int, seed: int = 0) -> Path:
+    """EDF of noise with EEG's spectrum, amplitude and correlations, electrode drift and a little mains."""
+    if path.is_file():
+        return path
+    import edfio
+    import mne
+    from scipy.signal import lfilter
+
+    rng = np.random.default_rng(seed)
+    names = [n for n in mne.channels.make_standard_montage("standard_1005").ch_names if n[-1] in "z12345678"]
+    mixing = rng.normal(0, 1, (CHANNELS, 8)) / np.sqrt(8)
+    n = seconds * RATE
+    mains = 3 * np.sin(2 * np.pi * LINE * np.arange(n) / RATE)
+    sources = [
+        lfilter([1.0], [1.0, -0.98], rng.standard_normal(n, dtype=np.float32)).astype(np.float32) for _ in range(8)
+    ]
+    signals = []
+    for channel in range(CHANNELS):
+        x = 3 * rng.standard_normal(n, dtype=np.float32) + mains
+        for weight, source in zip(mixing[channel], sources, strict=True):
+            x += 4 * weight * source
+        label = names[channel * len(names) // CHANNELS]
+        signals.append(
+            edfio.EdfSignal(
+                np.clip(x, -3200, 3200), RATE, label=label, physical_dimension="uV", physical_range=(-3276.8, 3276.7)
+            )
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.edf")
+    edfio.Edf(signals).write(temporary)
+    temporary.replace(path)
+    return path
+
+
+def ours(edf: Path, folder: Path) -> int:
+    """The body of a worker of the job."""
+    from data_sharding.corpora import CorpusConfig, list_items
+    from data_sharding.preprocess import PreprocessSpec
+    from data_sharding.recording import Task, process_recording
+    from data_sharding.splits import SplitConfig
+
+    (item,) = [i for i in list_items(CorpusConfig(root=str(edf.parent), line_freq=LINE)) if i.path == edf.name]
+    spec, split = PreprocessSpec(**SPEC), SplitConfig(val_fraction=0, test_fraction=0)
+    task = Task(item=item, spec=spec, split=split, labels=(), work=folder, timeout_s=3600)
+    row = process_recording(task)
+    assert row["status"] == "sharded", row["reason"]
+    return row["windows"]
+
+
+def mne_default(edf: Path, folder: Path) -> int:
+    """What a lab does with MNE's defaults."""
+    import mne
+    import webdataset as wds
+
+    raw = mne.io.read_raw_edf(edf, preload=True)
+    raw.filter(SPEC["highpass"], SPEC["lowpass"])
+    raw.notch_filter(LINE)
+    raw.resample(SPEC["sfreq"])
+    raw.set_eeg_reference("average")
+    x, window, count = raw.get_data(), int(SPEC["window"]), 0
+    with wds.TarWriter(str(folder / "train.tar")) as tar:
+        for start in range(0, x.shape[1] - window + 1, int(SPEC["stride"])):
+            eeg = (1e6 * x[:, start : start + window]).astype(np.float16)
+            meta = {"ch_names": raw.ch_names, "sfreq": SPEC["sfreq"], "start": start / SPEC["sfreq"]}
+            tar.write({"__key__": f"recording-{count:06d}", "eeg.npy": eeg, "json": meta})
+            count += 1
+    return count
+
+
+WAYS: dict[str, Callable[[Path, Path], int]] = {"ours": ours, "mne": mne_default}
+
+
+def warm_up(edf: Path) -> Path:
+    """The short recording that belongs to a long one."""
+    return edf.parent.parent / "warm-up" / edf.name
+
+
+def measure(way: str, edf: Path) -> dict[str, float]:
+    """CPU, time and memory of one way, in this process."""
+    import mne
+
+    mne.set_log_level("ERROR")
+    # A short recording first, so that imports count for neither.
+    with tempfile.TemporaryDirectory() as folder:
+        WAYS[way](warm_up(edf), Path(folder))
+    with edf.open("rb") as stream:  # Both find the file in the page cache.
+        while stream.read(2**22):
+            pass
+    with tempfile.TemporaryDirectory() as folder:
+        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        windows = WAYS[way](edf, Path(folder))
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        wall = time.perf_counter() - start
+    return {
+        "cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "wall_s": wall,
+        "peak_mb": after.ru_maxrss * 1024 / 1e6,
+        "windows": windows,
+    }
+
+
+def job(folder: Path, workers: int) -> float:
+    """Wall seconds of the whole job, Ray's start included in neither: it is up before the clock starts."""
+    from data_sharding.job import main
+
+    with tempfile.TemporaryDirectory() as output:
+        config = Path(output) / "config.json"
+        config.write_text(json.dumps({"corpora": [{"root": str(folder), "line_freq": LINE}], "preprocess": SPEC}))
+        start = time.perf_counter()
+        code = main([str(config), "--output", f"{output}/dataset", "--ray.num_cpus", str(workers)])
+        assert code == 0, code
+        return time.perf_counter() - start
+
+
+def child(*arguments: str) -> dict[str, float]:
+    """Run this file again in a process of its own, with one thread."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MNE_USE_NUMBA": "false"}
+    done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True, env=env)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=3600, help="length of the recording")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what to measure; none: --ways ''")
+    parser.add_argument("--workers", nargs="*", type=int, default=[], help="numbers of workers of the whole job")
+    parser.add_argument("--recordings", type=int, default=4, help="recordings of the whole job")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "dreamscale-benchmarks")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--make", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
+        return
+    if args.job:
+        print(json.dumps({"wall_s": job(Path(args.job[0]), int(args.job[1]))}))
+        return
+    if args.make:
+        make_edf(Path(args.make[0]), int(args.make[1]), int(args.make[2]))
+        print("{}")
+        return
+    result: dict[str, object] = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
+        "versions": {name: version(name) for name in ("mne", "numpy", "scipy", "webdataset", "zstandard")},
+        "data": f"{CHANNELS} channels x {args.seconds} s x {RATE} Hz EDF -> {SPEC['sfreq']:g} Hz",
+    }
+    edf = args.cache / f"{args.seconds}" / f"recording-{CHANNELS}x{RATE}.edf"
+    child("--make", str(edf), str(args.seconds), "0")
+    child("--make", str(warm_up(edf)), "20", "0")
+    runs = {way: [child("--measure", way, str(edf)) for _ in range(args.repeats)] for way in args.ways}
+    ways = {way: {key: statistics.median(one[key] for one in found) for key in found[0]} for way, found in runs.items()}
+    for way, values in ways.items():
+        print(f"{way:6}", ", ".join(f"{key} {value:.2f}" for key, value in values.items()), flush=True)
+    result["ways"] = ways
+    if {"ours", "mne"} <= set(ways):
+        result["cpu_ratio"] = ways["mne"]["cpu_s"] / ways["ours"]["cpu_s"]
+        print(f"MNE's default path takes {result['cpu_ratio']:.2f} times our CPU")
+    if args.workers:
+        folder = args.cache / f"job-{args.recordings}x{args.seconds // args.recordings}"
+        for number in range(args.recordings):
+            place = folder / f"sub-{number}" / f"sub-{number}_eeg.edf"
+            child("--make", str(place), str(args.seconds // args.recordings), str(number))
+        walls = {n: child("--job", str(folder), str(n))["wall_s"] for n in args.workers}
+        result["job_wall_s"] = {str(n): seconds for n, seconds in walls.items()}
+        print("whole job:", ", ".join(f"{n} workers {seconds:.1f} s" for n, seconds in walls.items()))
+        first = walls[args.workers[0]]
+        result["speed_up"] = {str(n): first / seconds for n, seconds in walls.items()}
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
