@@ -1,19 +1,25 @@
-"""Train, val and test by subject and by image: a pure function of the names, so that new recordings move nobody."""
+"""Train, val and test by subject, and by image or concept: a pure function of names, so that new data move nobody."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from data_sharding.errors import RequestError
 
 SPLITS = ("train", "val", "test")
+TRAIN_OR_VAL = "train+val"
+"""What a corpus says of trials that are not its test: a share of them is held out for validation, by hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Who and what is held out. Subjects never cross splits; in EEG-image corpora, neither do images."""
+    """Who and what is held out. Subjects never cross splits; in EEG-image corpora, neither do images, or concepts.
+
+    A subject is a subject in every session, and under the same name in every corpus.
+    """
 
     seed: int = 0
     """Changes who falls where."""
@@ -25,10 +31,13 @@ class SplitConfig:
     """Subjects for validation by name, as in paths: sub-11 or 11."""
     test_subjects: list[str] = field(default_factory=list)
     """Subjects for the test by name. Where either list is given, everyone else trains."""
+    by: Literal["image", "concept"] = "image"
+    """What is held out of EEG-image corpora beside subjects: single images, or all images of a concept together, so
+    that the test shows what nobody trained on (zero-shot)."""
     image_val_fraction: float = 0.1
-    """Share of images for validation, by hash; an events file with a column 'split' goes first."""
+    """Share of images (or concepts) for validation, by hash; a split that the corpus brings along goes first."""
     image_test_fraction: float = 0.1
-    """Share of images for the test, by hash; an events file with a column 'split' goes first."""
+    """Share of images (or concepts) for the test, by hash; a split that the corpus brings along goes first."""
 
     def __post_init__(self) -> None:
         for a, b in (("val_fraction", "test_fraction"), ("image_val_fraction", "image_test_fraction")):
@@ -67,28 +76,42 @@ class SplitConfig:
             return "test" if _bare(subject) in {_bare(s) for s in self.test_subjects} else "train"
         return _by_hash(f"{self.seed}/subject/{_bare(subject)}", self.val_fraction, self.test_fraction)
 
-    def image(self, image_id: str, column: str = "") -> str | None:
+    def image(self, image_id: str, column: str = "", concept: str = "") -> str | None:
         """Split of an image.
 
         Parameters
         ----------
         image_id : str
-            Its name.
+            Its name; empty for a trial without an image.
         column : str
-            What the events file says, if anything.
+            What the corpus says: train, val, test, `TRAIN_OR_VAL`, or nothing.
+        concept : str
+            What is on it; needed where whole concepts are held out.
 
         Returns
         -------
         str or None
-            train, val or test; None where images are not held out.
-        """
-        if column:
-            return column
-        if not (self.image_val_fraction or self.image_test_fraction):
-            return None
-        return _by_hash(f"{self.seed}/image/{image_id}", self.image_val_fraction, self.image_test_fraction)
+            train, val or test; None where images are not held out, or there is none.
 
-    def trial(self, subject: str, image_id: str, column: str = "") -> str | None:
+        Raises
+        ------
+        RequestError
+            If concepts are held out and the corpus names none.
+        """
+        if column and column != TRAIN_OR_VAL:
+            return column
+        val, test = self.image_val_fraction, 0.0 if column else self.image_test_fraction
+        if not image_id or not (val or test):
+            return "train" if column else None
+        if self.by == "image":
+            return _by_hash(f"{self.seed}/image/{image_id}", val, test)
+        if not concept:
+            raise RequestError(
+                f"split.by: concept, but the corpus names no concept of image '{image_id}'; use by: image"
+            )
+        return _by_hash(f"{self.seed}/concept/{concept}", val, test)
+
+    def trial(self, subject: str, image_id: str, column: str = "", concept: str = "") -> str | None:
         """Split of a trial: the cell of its subject's split and its image's split.
 
         Parameters
@@ -96,15 +119,22 @@ class SplitConfig:
         subject, image_id : str
             Who saw what.
         column : str
-            The events file's column 'split', if any.
+            The split that the corpus brings along, if any.
+        concept : str
+            What is on the image.
 
         Returns
         -------
         str or None
             train, val or test; None for a crossed cell (say, a training subject with a test image), which would leak
             one of the two and is left out.
+
+        Raises
+        ------
+        RequestError
+            If concepts are held out and the corpus names none.
         """
-        of_image = self.image(image_id, column)
+        of_image = self.image(image_id, column, concept)
         if not self.by_subject:
             return of_image or "train"
         of_subject = self.subject(subject)
