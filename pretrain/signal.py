@@ -5,7 +5,6 @@ Shapes: n channels, S samples at the recording's rate.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 
 from data_sharding.errors import RequestError
 from data_sharding.samples import N_PADDED
+from data_sharding.signals import Signal as Recorded
+from data_sharding.signals import SignalInfo
 
 if TYPE_CHECKING:
     import mne
@@ -43,9 +44,11 @@ class Signal:
     """Rate in Hz."""
     line_freq: float | None
     """Mains frequency in Hz, from the recording or found in its spectrum."""
+    segments: list[tuple[int, int]]
+    """Runs of samples without interruption: nothing is to be filtered or cut over their ends."""
 
 
-def open_recording(path: str | Path) -> tuple[mne.io.BaseRaw, float]:
+def open_recording(path: str | Path) -> tuple[Recorded, float]:
     """Open any readable file.
 
     Parameters
@@ -55,17 +58,18 @@ def open_recording(path: str | Path) -> tuple[mne.io.BaseRaw, float]:
 
     Returns
     -------
-    raw : mne.io.BaseRaw
-        The recording, its signal not loaded yet.
+    recorded : data_sharding.signals.Signal
+        The recording, its signal not loaded yet; it knows itself what brings its values to volts.
     factor : float
-        What its values must be multiplied with to be volts: 1 but for one format's reader.
+        1: what else to multiply with.
 
     Raises
     ------
     RequestError
         If there is no such file, or it is no recording, or it cannot be read.
     """
-    from data_sharding.readers import UNIT_FACTORS, ReadError, read, sniff
+    from data_sharding.readers import ReadError, open_signal
+    from data_sharding.sniffing import sniff
 
     path = Path(path)
     if not path.exists():
@@ -77,7 +81,7 @@ def open_recording(path: str | Path) -> tuple[mne.io.BaseRaw, float]:
     if found is None:
         raise RequestError(f"{path}: not an EEG recording of a known format")
     try:
-        return read(found), UNIT_FACTORS.get(found.format, 1.0)
+        return open_signal(found), 1.0
     except ReadError as error:
         raise RequestError(f"{path}: {error}") from None
 
@@ -89,14 +93,14 @@ def signal_of(
 
     Parameters
     ----------
-    recording : mne.io.BaseRaw or tuple
+    recording : mne.io.BaseRaw, mne.BaseEpochs, data_sharding.signals.Signal or tuple
         A recording, or ``(x, ch_names, sfreq, unit)`` with x an array [n, S].
     unit_factor : float, optional
         Factor to true volts, where the file's unit is wrong; the amplitude is not judged then.
     line_freq : float, optional
         Mains frequency in Hz, where it is known better than from the recording.
     reader_factor : float
-        Known fault of the format's reader (`open_recording`).
+        What else to multiply with.
 
     Returns
     -------
@@ -112,31 +116,22 @@ def signal_of(
     from data_sharding.units import assess, line_frequency
 
     if isinstance(recording, tuple):
-        raw, unit_factor = _raw_of(recording), unit_factor or 1.0
-    else:
-        import mne
-
-        if not isinstance(recording, mne.io.BaseRaw):
-            raise RequestError(
-                f"cannot encode a {type(recording).__name__}; give an mne Raw or (x, ch_names, sfreq, unit)"
-            )
-        raw = recording
-    channels = pick_channels(raw)
+        unit_factor = unit_factor or 1.0
+    recorded = _recorded(recording)
+    info = recorded.info
+    channels = pick_channels(info)
     if not channels.picks:
         raise RequestError(f"no EEG channel in the recording: it has {', '.join(sorted(channels.by_type))}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        volts = np.asarray(raw.get_data(picks=np.array(channels.picks), verbose="ERROR"), np.float64)
-    x_uv = volts * (1e6 * reader_factor)
+    x_uv = np.asarray(recorded.read(0, info.n_samples, channels.picks), np.float64) * (1e6 * info.scale * reader_factor)
     left_out = {name: kind for kind, names in channels.left_out.items() for name in names}
-    left_out |= {name: kind for name, kind in zip(raw.ch_names, raw.get_channel_types(), strict=True) if kind != "eeg"}
+    left_out |= {name: kind for name, kind in zip(info.ch_names, info.ch_types, strict=True) if kind != "eeg"}
     finite = np.isfinite(x_uv).all(axis=1)
     if not finite.any():
         raise RequestError("the recording holds NaN or infinite values in every channel")
     if not finite.all():
         left_out |= {channels.names[i]: "NaN or infinite values" for i in np.flatnonzero(~finite)}
         channels, x_uv = restrict(channels, np.flatnonzero(finite).tolist(), channels.selection), x_uv[finite]
-    sfreq = float(raw.info["sfreq"])
+    sfreq = info.sfreq
     verdict = assess(x_uv, sfreq, factor=unit_factor)
     if verdict.unit == "unknown":
         raise RequestError(
@@ -151,7 +146,7 @@ def signal_of(
     if len(bads) == len(rows):
         raise RequestError("no usable channel in the recording: all are flat, clipped or out of range")
     if line_freq is None:
-        line_freq = raw.info["line_freq"] or line_frequency(x_uv, sfreq, bads)
+        line_freq = info.line_freq or line_frequency(x_uv, sfreq, bads)
     return Signal(
         x_uv=x_uv,
         names=kept.names,
@@ -161,7 +156,25 @@ def signal_of(
         bads=bads,
         sfreq=sfreq,
         line_freq=float(line_freq) if line_freq else None,
+        segments=[(segment.start, segment.stop) for segment in info.segments],
     )
+
+
+def _recorded(recording: Any) -> Recorded:
+    """Behind one interface: what MNE reads, arrays, and what has that interface already."""
+    import mne
+
+    from data_sharding.readers import EpochsSignal, RawSignal
+
+    if isinstance(recording, tuple):
+        return RawSignal(_raw_of(recording))
+    if isinstance(recording, mne.io.BaseRaw):
+        return RawSignal(recording)
+    if isinstance(recording, mne.BaseEpochs):
+        return EpochsSignal(recording.copy())
+    if isinstance(getattr(recording, "info", None), SignalInfo):
+        return recording
+    raise RequestError(f"cannot encode a {type(recording).__name__}; give an mne Raw or (x, ch_names, sfreq, unit)")
 
 
 def _raw_of(recording: tuple[Any, ...]) -> mne.io.BaseRaw:
