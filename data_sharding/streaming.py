@@ -259,7 +259,7 @@ class Resampler:
         self._plan = _plan(sfreq, target, passband) if not self._same else None
         self._held: np.ndarray | None = None
         self._begun = False
-        self._n_in = self._n_out = 0
+        self._n_channels = self._n_in = self._n_out = 0
 
     def push(self, x: np.ndarray, scale: float = 1.0, offset: np.ndarray | float = 0.0) -> np.ndarray:
         """Add a block.
@@ -278,6 +278,7 @@ class Resampler:
         ndarray, shape (n, k), float64
             What can be said of the output by now; k may be zero.
         """
+        self._n_channels = len(x)
         self._n_in += x.shape[1]
         plan = self._plan
         if plan is None:
@@ -327,7 +328,7 @@ class Resampler:
         """
         plan, data = self._plan, self._held
         if plan is None or data is None:
-            return np.empty((0 if data is None else len(data), 0))
+            return np.empty((self._n_channels, 0))
         total = math.ceil(self._n_in * plan.up / plan.down)
         missing = total - self._n_out
         if not self._begun:
