@@ -219,14 +219,16 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
         h[phase::up] /= h[phase::up].sum()
     reach = half // up + 1
     count = max(4, min(64, round(2 * reach * up / down)))
-    width = math.ceil((count - 1) * down / up) + 2 * reach + 1
-    times = max(math.ceil((width + 1) / down), math.ceil(4 * count / up))
+    width = math.ceil(count * down / up) + 2 * reach + 1
+    # A frame is longer than a group's inputs, so that BLAS takes the overlapping groups without a copy.
+    times = max(math.ceil(width / down), math.ceil(4 * count / up))
     inputs, outputs = times * down, times * up
     groups = []
     for first in range(0, outputs, count):
         j = np.arange(first, min(first + count, outputs))
         begin = j[0] * down // up  # Relative to the frame's start less `reach`.
-        i = begin - reach + np.arange(width)
+        # Up to the last output's own reach and no further: what lies beyond may not be there yet.
+        i = np.arange(begin - reach, j[-1] * down // up + reach + 1)
         k = half + j[None, :] * down - i[:, None] * up
         matrix = np.where((k >= 0) & (k < len(h)), h[np.clip(k, 0, len(h) - 1)], 0.0)
         groups.append((int(j[0]), int(begin), np.ascontiguousarray(matrix)))

@@ -76,6 +76,13 @@ class TestResampling:
         wanted = np.correlate(x[0], taps, mode="same")[::5]
         np.testing.assert_allclose(resample(x, 1000.0, 200.0, 75.0)[0, 50:-50], wanted[50:-50], atol=1e-9)
 
+    @pytest.mark.parametrize(("sfreq", "target"), [r for r in RATES if r[0] != r[1]])
+    def test_no_output_looks_beyond_its_frame(self, sfreq: float, target: float) -> None:
+        plan = streaming._plan(sfreq, target, 70.0)
+        for _, begin, matrix in plan.groups:
+            assert 0 <= begin and begin + len(matrix) <= plan.inputs + 2 * plan.reach + 1
+            np.testing.assert_allclose(matrix.sum(axis=0), 1.0, atol=1e-12)
+
     def test_ends_follow_a_slope(self) -> None:
         x = np.linspace(0, 500, 2000)[None]
         got = resample(x, 500.0, 100.0)[0]
