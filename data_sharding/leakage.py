@@ -486,11 +486,9 @@ def _windows_across(contents: Contents, of_recording: dict[int, set[int]], out: 
     equal = np.flatnonzero(contents.digest[order][1:] == contents.digest[order][:-1]) if len(order) else order
     groups: Counter[tuple[int, int, int, int]] = Counter()
     for i, j in zip(order[equal], order[equal + 1], strict=True):
-        ends = sorted(
-            [(int(contents.recording[i]), int(contents.split[i])), (int(contents.recording[j]), int(contents.split[j]))]
-        )
+        ends = sorted((int(contents.split[k]), int(contents.recording[k])) for k in (i, j))
         groups[(*ends[0], *ends[1])] += 1
-    for (one, split, other, where), count in sorted(groups.items()):
+    for (split, one, where, other), count in sorted(groups.items()):
         text = (
             f"{count} windows of {contents.recordings[one]} ({SPLITS[split]}) are equal to windows of "
             f"{contents.recordings[other]} ({SPLITS[where]})"

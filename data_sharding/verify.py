@@ -163,7 +163,9 @@ def _counts(findings: Findings) -> str:
 def _against(config: VerifyConfig) -> int:
     if as_path(config.dataset).resolve() == as_path(config.against).resolve():
         raise RequestError(f"against '{config.against}': is the dataset itself; leave it out to compare its splits")
-    ours, theirs = (Manifest.read(path) and Contents.read(path) for path in (config.dataset, config.against))
+    for path in (config.dataset, config.against):
+        Manifest.read(path)
+    ours, theirs = (Contents.read(path) for path in (config.dataset, config.against))
     findings = compare_datasets(ours, theirs)
     _say(findings, config.lines)
     if findings.proofs:

@@ -109,3 +109,85 @@ def events_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append("3.0\t0\tn/a\tn/a\tn/a\tn/a\tn/a")
         path.with_name(f"sub-0{s}_task-images_events.tsv").write_text("\n".join(lines) + "\n")
     return root
+
+
+def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, stride: int = 100, lowpass: float = 40.0):
+    """Write a dataset with ledger and fingerprints, as the job does, of signals in memory.
+
+    Each recording: key, subject, raw, and if wanted corpus, split, sha256, starts (samples at 100 Hz) with images
+    (id, bytes), or trials (start, split).
+    """
+    import dataclasses
+
+    from data_sharding.dataset import write_dataset
+    from data_sharding.files import sha256_file
+    from data_sharding.fingerprints import NAME as FINGERPRINTS
+    from data_sharding.fingerprints import write_fingerprints
+    from data_sharding.ledger import NAME, totals, write_ledger
+    from data_sharding.preprocess import PreprocessSpec, preprocess
+    from data_sharding.samples import Sample
+    from data_sharding.units import assess
+
+    spec = PreprocessSpec(sfreq=100, highpass=1.0, lowpass=lowpass, window=window, stride=stride)
+    samples: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
+    rows, points = [], {}
+    for r in recordings:
+        raw = r["raw"]
+        x_uv, rate = 1e6 * raw.get_data(), raw.info["sfreq"]
+        y = preprocess(x_uv, rate, spec)
+        points[r["key"]] = assess(x_uv, rate).fingerprint
+        starts = r.get("starts") or range(0, y.shape[1] - window + 1, stride)
+        trials = r.get("trials") or [(start, r.get("split", "train")) for start in starts]
+        for i, (start, split) in enumerate(trials):
+            meta = {
+                "n": len(y), "ch_names": raw.ch_names, "positions": [None] * len(y), "reference": "average",
+                "sfreq": 100.0, "start": start / 100, "recording": r["key"], "subject": r["subject"], "session": "",
+                "corpus": r.get("corpus", "lab"), "bads": [], "split": split,
+            }  # fmt: skip
+            image = None
+            if "images" in r:
+                meta["image_id"], image = r["images"][i]
+            kind = "jpg" if image and image[:2] == b"\xff\xd8" else "png"
+            samples[split].append(
+                Sample(
+                    key=f"{r['key']}-{i:06d}", eeg=y[:, start : start + window], meta=meta, image=image, image_ext=kind
+                )
+            )
+        where = sorted({split for _, split in trials})
+        rows.append(ledger_row(r["key"], subject=r["subject"], corpus=r.get("corpus", "lab"), split="+".join(where)))
+        rows[-1] |= {"sha256": r.get("sha256", r["key"]), "channels": raw.ch_names, "windows": len(trials)}
+        rows[-1] |= {"seconds": raw.n_times / rate, "seconds_written": 1.0 * len(trials), "n_kept": len(y)}
+        rows[-1] |= {"shards": [f"{split}/000000.tar" for split in where], "amplitude_uv": 10.0}
+        rows[-1] |= {"sfreq": rate, "n_eeg": len(y)}
+    manifest = write_dataset(path, samples, spec)
+    write_ledger(path / NAME, rows)
+    write_fingerprints(path / FINGERPRINTS, rows, points.__getitem__)
+    counts, hours = totals(rows)
+    extra = {"ledger_sha256": sha256_file(path / NAME), "fingerprints_sha256": sha256_file(path / FINGERPRINTS)}
+    hours["written"] = sum(row["seconds_written"] for row in rows) / 3600
+    manifest = dataclasses.replace(manifest, counts=counts, hours=hours, extra=extra)
+    manifest.write(path)
+    return manifest
+
+
+def ledger_row(key: str, *, status: str = "sharded", reason: str = "", **columns) -> dict:
+    """A row of the ledger with a value in every column."""
+    row = {
+        "key": key, "corpus": "lab", "path": f"{key}.edf", "files": [f"{key}.edf"], "bytes": 1000, "sha256": key,
+        "fingerprint": "", "format": "edf", "subject": key, "session": "", "split": "", "status": status,
+        "reason": reason, "channels_by_type": "{}", "channels_left_out": "{}", "channels": [], "n_eeg": 0, "n_kept": 0,
+        "channel_selection": "", "bads": [], "montage": "", "montage_confidence": 0.0, "sfreq": 200.0, "seconds": 60.0,
+        "amplitude_uv": None, "unit": "plausible", "unit_factor": 1.0, "line_freq": 50.0, "line_freq_from": "spectrum",
+        "windows": 0, "seconds_written": 0.0, "windows_left_out": "{}", "shards": [], "notes": [],
+    }  # fmt: skip
+    return row | columns
+
+
+@pytest.fixture(scope="session", name="publish")
+def publish_fixture():
+    return publish_dataset
+
+
+@pytest.fixture(scope="session", name="make_row")
+def make_row_fixture():
+    return ledger_row
