@@ -42,7 +42,13 @@ NET_NAME = re.compile(r"E0*(\d{1,3})", re.IGNORECASE)
 """Electrodes of EGI's nets; in a sleep recording, E1 and E2 are the outer corners of the eyes."""
 VERTEX = ("CZ", "VREF", "VERTEX REFERENCE")
 """What the vertex of an EGI net is called beside its number."""
-NET_SIZES = (32, 64, 128, 256)
+NETS = {
+    32: "GSN-HydroCel-32",
+    64: "GSN-HydroCel-65_1.0",
+    128: "GSN-HydroCel-129",
+    256: "GSN-HydroCel-257",
+}
+"""EGI's nets by their number of electrodes, the vertex not counted, and MNE's name."""
 DECORATION = re.compile(r"(EEG|POL)[ _:-]+(?=\S*[A-Za-z$])", re.IGNORECASE)
 """Nihon Kohden's and clinical exports' prefixes; a number alone stays with its prefix."""
 REFERENCE = re.compile(
@@ -245,10 +251,10 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
     numbers = [int(m.group(1)) for m in map(NET_NAME.fullmatch, names) if m]
     if len(numbers) >= 25 and len(numbers) + sum(n.upper() in VERTEX for n in names) == len(names):
         # The number after the last is the vertex. A few channels may be gone; with more, the net cannot be told.
-        size = next((s for s in NET_SIZES if max(numbers) <= s + 1), 0)
+        size = next((s for s in NETS if max(numbers) <= s + 1), 0)
         if len(set(numbers)) < 0.8 * size or not size:
             return nothing, "none"
-        table = _montage(f"GSN-HydroCel-{size + 1 if size > 32 else 32}")
+        table = _montage(NETS[size])
         out = []
         for name in names:
             match = NET_NAME.fullmatch(name)
