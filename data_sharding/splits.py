@@ -106,9 +106,7 @@ class SplitConfig:
         if self.by == "image":
             return _by_hash(f"{self.seed}/image/{image_id}", val, test)
         if not concept:
-            raise RequestError(
-                f"split.by: concept, but the corpus names no concept of image '{image_id}'; use by: image"
-            )
+            raise RequestError(f"split.by: concept, but image '{image_id}' comes without its concept; use by: image")
         return _by_hash(f"{self.seed}/concept/{concept}", val, test)
 
     def trial(self, subject: str, image_id: str, column: str = "", concept: str = "") -> str | None:
