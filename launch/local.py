@@ -24,6 +24,8 @@ from launch.worker import FOLDER, read_numbers
 
 LONE_REFUSAL_S = 20.0
 """Seconds that the other processes get to find the same fault in the request."""
+LAST_CHECKPOINT_S = 110.0
+"""Seconds that processes without a launcher get to save and end."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -46,6 +48,26 @@ def processes_wanted(argv: Sequence[str]) -> int:
         return 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return 1
+    return max(1, number_wanted(argv, "num_processes", 1))
+
+
+def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
+    """Read a whole number of a request, without importing the stage.
+
+    Parameters
+    ----------
+    argv : sequence of str
+        The stage's arguments.
+    name : str
+        The key.
+    default : int
+        Where it is not given, or cannot be read (the stage then says why).
+
+    Returns
+    -------
+    int
+        The command line's value, else the YAML file's.
+    """
     wanted: object = None
     files = [argv[0]] if argv and not argv[0].startswith("-") else []
     for position, word in enumerate(argv):
@@ -53,7 +75,7 @@ def processes_wanted(argv: Sequence[str]) -> int:
         value = value or (argv[position + 1] if position + 1 < len(argv) else "")
         if key == "--config":
             files.append(value)
-        elif key == "--num_processes":
+        elif key == f"--{name}":
             wanted = value
     if wanted is None:
         import yaml
@@ -62,13 +84,13 @@ def processes_wanted(argv: Sequence[str]) -> int:
             try:
                 content = yaml.safe_load(Path(file).read_text())
             except (OSError, ValueError, yaml.YAMLError):
-                return 1
+                return default
             if isinstance(content, dict):
-                wanted = content.get("num_processes", wanted)
+                wanted = content.get(name, wanted)
     try:
-        return max(1, int(str(wanted)))
+        return int(str(wanted))
     except ValueError:
-        return 1
+        return default
 
 
 def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[str]:
@@ -167,6 +189,31 @@ class _Processes:
             return EXIT_STOPPED
         return code if code >= 0 else EXIT_FAILED
 
+    def died(self, code: int) -> bool:
+        """Whether a process left no exit code although nobody asked; waits until all of them are gone."""
+        if code != EXIT_FAILED or self.requests:
+            return False
+        until = time.monotonic() + LAST_CHECKPOINT_S
+        workers = read_numbers(self.folder, "pid")
+        # Where the launcher itself was killed, they are only just writing their checkpoint.
+        while (left := [pid for pid in workers.values() if _alive(pid)]) and time.monotonic() < until:
+            time.sleep(0.1)
+        for pid in left:
+            _send(pid, signal.SIGKILL, group=True)
+        found = read_numbers(self.folder, "exit")
+        return len(found) < self.count or EXIT_FAILED not in found.values()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        # One that nobody has waited for yet still has its number.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, PermissionError):
+        return False
+    except OSError:
+        return sys.platform != "linux"
+
 
 def _send(pid: int, number: signal.Signals, *, group: bool = False) -> None:
     try:
@@ -193,12 +240,25 @@ def run_launched(stage: Stage, argv: Sequence[str], processes: int) -> int:
     int
         Exit code: as of the stage alone, 75 after a requested stop whatever the launcher says.
     """
+    restarts = number_wanted(argv, "restarts", 0)
+    for left in range(restarts, -1, -1):
+        code, died = _run_once(stage, argv, processes)
+        if not died:
+            break
+        hint = f"starting again, {left - 1} more times at most" if left else "run the same command again"
+        print(f"dreamscale: a training process died; {hint}", file=sys.stderr)
+    return code
+
+
+def _run_once(stage: Stage, argv: Sequence[str], processes: int) -> tuple[int, bool]:
+    """Exit code of one launch, and whether a process was killed rather than ended by itself."""
     folder = Path(tempfile.mkdtemp(prefix="dreamscale-launch-"))
     try:
         running = _Processes(launcher_command(stage, argv, processes), folder, processes)
         before = {number: signal.signal(number, running.ask_to_stop) for number in _SIGNALS}
         try:
             code = running.wait()
+            died = running.died(code)
         finally:
             if running.agent.poll() is None:
                 running.kill(signal.SIGKILL)
@@ -207,4 +267,4 @@ def run_launched(stage: Stage, argv: Sequence[str], processes: int) -> int:
                 signal.signal(number, handler)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return code
+    return code, died

@@ -83,6 +83,23 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
+    def from_all(self, value: Any) -> list[Any]:
+        """Give every process what each one has.
+
+        Parameters
+        ----------
+        value : Any
+            Anything picklable and small.
+
+        Returns
+        -------
+        list
+            Values by rank.
+        """
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
     def barrier(self) -> None:
         """Wait for all processes."""
         dist.barrier()

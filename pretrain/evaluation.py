@@ -59,7 +59,8 @@ def evaluate(engine: Any, dataset: EEGDataset | Mixture, config: PretrainConfig,
     -------
     dict
         ``val_loss``, mean over the windows, and ``val_explained``, the share of the hidden tokens' squares that the
-        reconstruction accounts for (0 for predicting zero, 1 for perfect).
+        reconstruction accounts for (0 for predicting zero, 1 for perfect); then the loss of each corpus and of each
+        number of true channels among the windows, as ``val_loss_corpus/NAME`` and ``val_loss_channels/NUMBER``.
     """
     windows = held_out_windows(dataset, config.evaluation.windows)
     mine = windows[world.rank :: world.size]
@@ -69,6 +70,7 @@ def evaluate(engine: Any, dataset: EEGDataset | Mixture, config: PretrainConfig,
     model = engine.module
     model.eval()
     loss, power = 0.0, 0.0
+    parts: dict[str, tuple[float, int]] = {}
     for start in range(0, rounds * batch_size, batch_size):
         numbers = mine[start : start + batch_size]
         counted = bool(numbers)
@@ -82,6 +84,18 @@ def evaluate(engine: Any, dataset: EEGDataset | Mixture, config: PretrainConfig,
         if counted:
             loss += float(loss_B.double().sum())
             power += float(power_B.double().sum())
+            for meta, value in zip(batch.metas, loss_B.tolist(), strict=True):
+                for part in (f"corpus/{meta.get('corpus') or 'unknown'}", f"channels/{meta['n']:03d}"):
+                    total, number = parts.get(part, (0.0, 0))
+                    parts[part] = total + value, number + 1
     model.train()
     loss, power, count = world.total(loss, power, len(mine))
-    return {"val_loss": loss / count, "val_explained": 1.0 - loss / power if power else 0.0}
+    result = {"val_loss": loss / count, "val_explained": 1.0 - loss / power if power else 0.0}
+    return result | _means(world.from_all(parts))
+
+
+def _means(of_processes: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """Mean loss of each part of the windows, out of the processes' sums and counts."""
+    names = sorted({name for parts in of_processes for name in parts})
+    found = {name: [parts[name] for parts in of_processes if name in parts] for name in names}
+    return {f"val_loss_{name}": sum(v for v, _ in pairs) / sum(n for _, n in pairs) for name, pairs in found.items()}
