@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import faulthandler
 import hashlib
 import json
-import os
 import shutil
 import uuid
 import warnings
@@ -35,7 +33,7 @@ from data_sharding.readers import NotContinuous, ReadError, open_signal, unreada
 from data_sharding.samples import Sample, ShardWriter
 from data_sharding.signals import Segment, Signal, SignalInfo
 from data_sharding.splits import SPLITS, SplitConfig
-from data_sharding.storage import AnyPath, commit_folder, is_remote, localised, scratch_folder
+from data_sharding.storage import AnyPath, as_path, commit_folder, file_state, is_remote, localised, scratch_folder
 from data_sharding.streaming import Resampler, Scratch, blocks_of, resampled_length
 from data_sharding.units import Survey, Verdict
 
@@ -64,9 +62,9 @@ class Task:
     labels: tuple[str, ...]
     """Names of the labels by number, over all corpora."""
     work: AnyPath
-    """Folder of parts and of the log of attempts."""
+    """Folder of the parts."""
     timeout_s: float
-    """Seconds after which the worker ends itself."""
+    """Seconds that it may take."""
 
 
 def versions() -> dict[str, str]:
@@ -138,63 +136,6 @@ def blank_row(item: Item, status: str, reason: str) -> dict[str, Any]:
     }
 
 
-def _attempts(work: Path, key: str) -> Path:
-    return work / "attempts" / f"{key}.log"
-
-
-@contextlib.contextmanager
-def watched(task: Task) -> Iterator[None]:
-    """Leave a trace of the attempt, and end the process if it takes too long.
-
-    Parameters
-    ----------
-    task : Task
-        The recording at work.
-
-    Yields
-    ------
-    None
-
-    Notes
-    -----
-    `faulthandler`'s watchdog needs neither the interpreter nor its lock, so a reader that hangs in C is ended, too.
-    """
-    log = _attempts(task.work, task.item.key)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as stream:
-        stream.write("attempt\n")
-        stream.flush()
-        faulthandler.dump_traceback_later(task.timeout_s, exit=True, file=stream)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-
-def why_died(work: Path, key: str) -> tuple[int, bool]:
-    """What the trace of a recording says after its worker died.
-
-    Parameters
-    ----------
-    work : Path
-        The job's working folder.
-    key : str
-        The recording.
-
-    Returns
-    -------
-    attempts : int
-        How often it was begun.
-    timed_out : bool
-        Whether the last one ran into the time limit.
-    """
-    try:
-        text = _attempts(work, key).read_text()
-    except OSError:
-        return 0, False
-    return text.count("attempt\n"), "Timeout (" in text.rsplit("attempt\n", 1)[-1]
-
-
 def process_recording(task: Task) -> dict[str, Any]:
     """Read a recording, judge it, and commit its windows as a part.
 
@@ -222,7 +163,11 @@ def process_recording(task: Task) -> dict[str, Any]:
             hashes = {str(i): sha256_file(f) for i, f in enumerate(local)}
             row["bytes"] = sum(f.stat().st_size for f in local)
         except OSError as error:
-            return row | {"reason": f"unreadable: {error.strerror}", "part": "", "split_samples": {}}
+            if is_remote(task.item.recording.path):
+                raise
+            # Rights can be given without a change of the file: the next run looks again.
+            more = {"part": "", "split_samples": {}, "passing": True}
+            return row | {"reason": f"unreadable: {error.strerror or error}"} | more
         row["sha256"] = digest_of(sorted(hashes.values())) if len(hashes) > 1 else hashes["0"]
         if options := getattr(task.item, "options", None):
             # One file, several recordings: its checksum alone would make them copies of one another.
@@ -263,7 +208,7 @@ def _unfinished(part: AnyPath) -> Iterator[Path]:
 def _part_name(task: Task, hashes: dict[str, str]) -> str:
     item = dataclasses.asdict(dataclasses.replace(task.item, recording=None))  # type: ignore[arg-type]
     item["recording"] = {"format": task.item.recording.format, "files": [f.name for f in task.item.recording.files]}
-    trials = [{**t, "image": _image_identity(t["image"])} for t in item["trials"] or ()]
+    trials = [{**t, "image": t["image"] and _image_identity(t["image"])} for t in item["trials"] or ()]
     return digest_of(
         {
             "schema": PART_SCHEMA,
@@ -278,8 +223,8 @@ def _part_name(task: Task, hashes: dict[str, str]) -> str:
 
 
 def _image_identity(image: str) -> list[Any]:
-    status = Path(image).stat()
-    return [Path(image).name, status.st_size, status.st_mtime_ns]
+    path = as_path(image)
+    return [path.name, *file_state(path)]
 
 
 def _open(item: Item) -> Signal:
@@ -561,7 +506,7 @@ def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[st
     numbers = {name: i for i, name in enumerate(task.labels)}
     onsets = np.array([segment.onset for segment in info.segments])
     for number, trial in enumerate(item.trials):
-        split = task.split.trial(item.subject, trial.image_id, trial.split)
+        split = task.split.trial(item.subject, trial.image_id, trial.split, getattr(trial, "concept", ""))
         if split is None:
             left_out["crossed cell of subject split and image split"] += 1
             continue
@@ -572,8 +517,10 @@ def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[st
             last = segment == len(lengths) - 1
             left_out["trial beyond the recording" if last else "over a gap in the recording"] += 1
         else:
-            extra = {"image_id": trial.image_id, "label": numbers[trial.label_name], "label_name": trial.label_name}
-            extra |= {k: v for k in ("block", "concept") if (v := getattr(trial, k, ""))}
+            said = {name: getattr(trial, name, "") for name in ("image_id", "label_name", "block", "concept")}
+            extra: dict[str, Any] = {name: value for name, value in said.items() if value}
+            if trial.label_name:
+                extra["label"] = numbers[trial.label_name]
             extra |= {"caption": trial.caption, "image_path": trial.image}
             cuts.setdefault(segment, []).append(_Cut(start, number, split, extra))
     return {segment: sorted(cuts[segment], key=lambda cut: (cut.start, cut.number)) for segment in sorted(cuts)}
@@ -676,7 +623,7 @@ def _write_windows(
                     continue
                 extra, image, kind = dict(cut.extra), None, "png"
                 if path := extra.pop("image_path", None):
-                    image = Path(path).read_bytes()
+                    image = as_path(path).read_bytes()
                     if (found := image_type(image)) is None:
                         left_out["image is neither jpg, png nor webp"] += 1
                         continue
@@ -710,20 +657,3 @@ def _flaw(window: np.ndarray, good: np.ndarray, start_s: float, spans: np.ndarra
     if spec.reject_uv and largest > spec.reject_uv:
         return f"peak to peak beyond {spec.reject_uv:g} microvolts"
     return None
-
-
-def run_in_worker(task: Task) -> dict[str, Any]:
-    """Body of the Ray task: one thread, one recording, metadata back.
-
-    Parameters
-    ----------
-    task : Task
-        What to do.
-
-    Returns
-    -------
-    dict
-        See `process_recording`.
-    """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    return process_recording(task)
