@@ -18,28 +18,27 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_sharding.channels import Channels, canonical_name, choose, pick_channels, restrict
-from data_sharding.corpora import Item, Trial
+from data_sharding.corpora import Item
 from data_sharding.duplicates import signature
 from data_sharding.files import digest_of, read_json, sha256_file, write_json
-from data_sharding.preprocess import PreprocessSpec, band_of, clean_blocks, reference_rows, window_starts
+from data_sharding.preprocess import PreprocessSpec, band_of, reference_rows
 from data_sharding.readers import NotContinuous, ReadError, open_signal, unreadable
-from data_sharding.samples import Sample, ShardWriter
-from data_sharding.signals import Segment, Signal, SignalInfo
-from data_sharding.splits import SPLITS, SplitConfig
+from data_sharding.signals import Signal, SignalInfo
+from data_sharding.splits import SplitConfig
 from data_sharding.storage import AnyPath, as_path, commit_folder, file_state, is_remote, localised, scratch_folder
 from data_sharding.streaming import Resampler, Scratch, blocks_of, resampled_length
 from data_sharding.units import Survey, Verdict
+from data_sharding.windows import Clean, write_windows
 
 PART_SCHEMA = 3
 """Part of a part's name: raise it when the code's results change, and no older part is taken up again."""
-FLOAT16_MAX_UV = 65504.0
 MIN_SAMPLES = 16
 """Fewer samples cannot even be measured."""
 
@@ -266,7 +265,7 @@ def _fill(task: Task, row: dict[str, Any], folder: Path) -> None:
         with Scratch(len(read.picks)) as scratch:
             survey = read.first_pass(signal, scratch)
             clean = _judge(item, row, read, survey, spec)
-            _write_windows(task, row, folder, clean, scratch, info)
+            write_windows(task, row, folder, clean, scratch, info)
             kept = clean.fingerprint.astype(np.float16)
             np.save(folder / "fingerprint.npy", kept)
             row["signature"] = signature(kept.astype(np.float32))
@@ -348,27 +347,7 @@ def _read(signal: Signal, start: int, stop: int, picks: list[int]) -> np.ndarray
     return x
 
 
-@dataclass(kw_only=True)
-class _Clean:
-    """What the second pass is to do."""
-
-    channels: Channels
-    """The channels of the windows."""
-    rows: list[int]
-    """Rows of the scratch file that are filtered: those of the windows first."""
-    reference: list[int]
-    """Which of `rows` are averaged to the reference."""
-    bads: list[int]
-    """Bad rows of the windows."""
-    factor: float
-    """What brings the scratch file to microvolts."""
-    line_freq: float | None
-    begins: list[int]
-    lengths: list[int]
-    fingerprint: np.ndarray = field(repr=False)
-
-
-def _judge(item: Item, row: dict[str, Any], read: _Reading, survey: Survey, spec: PreprocessSpec) -> _Clean:
+def _judge(item: Item, row: dict[str, Any], read: _Reading, survey: Survey, spec: PreprocessSpec) -> Clean:
     """Decide on channels, unit, mains and reference."""
     info, n_eeg = read.info, len(read.channels.names)
     factor = item.unit_factor if item.unit_factor is not None else 1.0 if info.unit_known else None
@@ -413,7 +392,7 @@ def _judge(item: Item, row: dict[str, Any], read: _Reading, survey: Survey, spec
         reference = reference_rows(len(chosen), spec, dead, [read.names[i] for i in rows])
     except ValueError as error:
         raise SetAside("quarantined", f"cannot be preprocessed: {error}") from None
-    return _Clean(
+    return Clean(
         channels=kept,
         rows=rows,
         reference=reference,
@@ -476,184 +455,3 @@ def _refuse(bad_of: dict[int, str], verdict: Verdict, eeg: list[int]) -> None:
         f"unit unknown: set aside; the amplitude reads as {verdict.amplitude_uv:.3g} microvolts "
         "(key 'unit_factors' says what it is)",
     )
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """A window to be cut."""
-
-    start: int
-    """First sample in its segment, at the target rate."""
-    number: int
-    """End of its key."""
-    split: str
-    extra: dict[str, Any]
-
-
-def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[str]) -> dict[int, list[_Cut]]:
-    """Every window that lies in a segment, by segment, in order of time."""
-    item, spec = task.item, task.spec
-    cuts: dict[int, list[_Cut]] = {}
-    if item.trials is None:
-        split = task.split.subject(item.subject) if task.split.by_subject else "train"
-        number = 0
-        for segment, length in enumerate(lengths):
-            starts = window_starts(length, spec)
-            if len(starts):
-                cuts[segment] = [_Cut(int(s), number + i, split, {}) for i, s in enumerate(starts)]
-                number += len(starts)
-        return cuts
-    numbers = {name: i for i, name in enumerate(task.labels)}
-    onsets = np.array([segment.onset for segment in info.segments])
-    for number, trial in enumerate(item.trials):
-        split = task.split.trial(item.subject, trial.image_id, trial.split, getattr(trial, "concept", ""))
-        if split is None:
-            left_out["crossed cell of subject split and image split"] += 1
-            continue
-        segment, start = _place(trial, item.trial_offset, info.segments, onsets, spec)
-        if segment is None:
-            left_out["trial beyond the recording"] += 1
-        elif start + spec.window > lengths[segment]:
-            last = segment == len(lengths) - 1
-            left_out["trial beyond the recording" if last else "over a gap in the recording"] += 1
-        else:
-            said = {name: getattr(trial, name, "") for name in ("image_id", "label_name", "block", "concept")}
-            extra: dict[str, Any] = {name: value for name, value in said.items() if value}
-            if trial.label_name:
-                extra["label"] = numbers[trial.label_name]
-            extra |= {"caption": trial.caption, "image_path": trial.image}
-            cuts.setdefault(segment, []).append(_Cut(start, number, split, extra))
-    return {segment: sorted(cuts[segment], key=lambda cut: (cut.start, cut.number)) for segment in sorted(cuts)}
-
-
-def _place(
-    trial: Trial, offset_s: float, segments: list[Segment], onsets: np.ndarray, spec: PreprocessSpec
-) -> tuple[int | None, int]:
-    """Segment in which a trial's window begins, and where in it."""
-    own = getattr(trial, "segment", None)
-    if own is not None:
-        start = round(offset_s * spec.sfreq)
-        return (own, start) if 0 <= own < len(segments) and start >= 0 else (None, 0)
-    begin = trial.onset + offset_s
-    # Half a sample early is rounding.
-    segment = int(np.searchsorted(onsets, begin + 0.5 / spec.sfreq, side="right")) - 1
-    if segment < 0:
-        return None, 0
-    return segment, max(0, round((begin - float(onsets[segment])) * spec.sfreq))
-
-
-def image_type(data: bytes) -> str | None:
-    """Extension of an image by its first bytes.
-
-    Parameters
-    ----------
-    data : bytes
-        The file.
-
-    Returns
-    -------
-    str or None
-        jpg, png or webp; None for anything else.
-    """
-    if data[:3] == b"\xff\xd8\xff":
-        return "jpg"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return "png"
-    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
-
-
-def _windows(blocks: Iterator[np.ndarray], cuts: list[_Cut], window: int) -> Iterator[tuple[_Cut, np.ndarray]]:
-    """Cut windows, in order of their starts, out of a signal that comes in blocks."""
-    held, at, following = None, 0, 0
-    for block in blocks:
-        held = block if held is None else np.concatenate([held, block], axis=1)
-        while following < len(cuts) and cuts[following].start + window <= at + held.shape[1]:
-            start = cuts[following].start - at
-            yield cuts[following], held[:, start : start + window]
-            following += 1
-        if following == len(cuts):
-            return
-        gone = min(cuts[following].start - at, held.shape[1])
-        held, at = held[:, gone:], at + gone
-
-
-def _write_windows(
-    task: Task, row: dict[str, Any], folder: Path, clean: _Clean, scratch: Scratch, info: SignalInfo
-) -> None:
-    """Second pass: filter the segments that hold windows, and write these."""
-    item, spec = task.item, task.spec
-    left_out: Counter[str] = Counter()
-    written: Counter[str] = Counter()
-    channels, n = clean.channels, len(clean.channels.names)
-    good = np.setdiff1d(np.arange(n), clean.bads)
-    spans = np.array([(begin, end) for begin, end, _ in info.bad_spans], float).reshape(-1, 2)
-    covered = 0
-    base = {
-        "n": n,
-        "ch_names": channels.names,
-        "positions": channels.positions,
-        "reference": spec.reference_name,
-        "sfreq": spec.sfreq,
-        "recording": item.key,
-        "subject": item.subject,
-        "session": item.session,
-        "corpus": item.corpus,
-        "bads": [channels.names[i] for i in clean.bads],
-    }
-    with contextlib.ExitStack() as stack:
-        writers: dict[str, ShardWriter] = {}
-        for number, cuts in _cuts(task, info, clean.lengths, left_out).items():
-            begin, onset, covered_to = clean.begins[number], info.segments[number].onset, 0
-
-            def read(start: int, stop: int, begin: int = begin) -> np.ndarray:
-                return clean.factor * scratch.read(begin + start, begin + stop)[clean.rows]
-
-            blocks = clean_blocks(
-                read,
-                clean.lengths[number],
-                info.sfreq,
-                spec,
-                line_freq=clean.line_freq,
-                reference=clean.reference,
-            )
-            for cut, x in _windows(blocks, cuts, spec.window):
-                window, start_s = x[:n], onset + cut.start / spec.sfreq
-                if why := _flaw(window, good, start_s, spans, spec):
-                    left_out[why] += 1
-                    continue
-                extra, image, kind = dict(cut.extra), None, "png"
-                if path := extra.pop("image_path", None):
-                    image = as_path(path).read_bytes()
-                    if (found := image_type(image)) is None:
-                        left_out["image is neither jpg, png nor webp"] += 1
-                        continue
-                    kind = found
-                meta = {**base, "start": round(start_s, 6), "split": cut.split, **extra}
-                if cut.split not in writers:
-                    writers[cut.split] = stack.enter_context(ShardWriter(folder / f"{cut.split}.tar"))
-                writers[cut.split].write(
-                    Sample(key=f"{item.key}-{cut.number:06d}", eeg=window, meta=meta, image=image, image_ext=kind)
-                )
-                written[cut.split] += 1
-                # Windows may overlap: what counts as written is the signal that they cover.
-                covered += cut.start + spec.window - max(covered_to, cut.start)
-                covered_to = cut.start + spec.window
-    row["seconds_written"] = round(covered / spec.sfreq, 4)
-    row["windows"] = sum(written.values())
-    row["windows_left_out"] = json.dumps(dict(sorted(left_out.items())))
-    row["split_samples"] = {split: written[split] for split in SPLITS if written[split]}
-    row["split"] = "+".join(row["split_samples"])
-
-
-def _flaw(window: np.ndarray, good: np.ndarray, start_s: float, spans: np.ndarray, spec: PreprocessSpec) -> str | None:
-    """Why a window is left out."""
-    if ((spans[:, 0] < start_s + spec.window_s) & (spans[:, 1] > start_s)).any():
-        return "over a span marked as bad"
-    if max(-float(window.min()), float(window.max())) > FLOAT16_MAX_UV:
-        return "beyond float16 microvolts"
-    largest = float(np.ptp(window[good], axis=1).max())
-    if not largest:
-        return "flat in every good channel"
-    if spec.reject_uv and largest > spec.reject_uv:
-        return f"peak to peak beyond {spec.reject_uv:g} microvolts"
-    return None

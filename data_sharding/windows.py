@@ -1,0 +1,251 @@
+"""The second pass over a recording: out of the scratch file, through the filters, into windows.
+
+Shapes: n channels, T samples a window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_sharding.channels import Channels
+from data_sharding.corpora import Trial
+from data_sharding.preprocess import PreprocessSpec, clean_blocks, window_starts
+from data_sharding.samples import Sample, ShardWriter
+from data_sharding.signals import Segment, SignalInfo
+from data_sharding.splits import SPLITS
+from data_sharding.storage import as_path
+from data_sharding.streaming import Scratch
+
+if TYPE_CHECKING:
+    from data_sharding.recording import Task
+
+FLOAT16_MAX_UV = 65504.0
+
+
+@dataclass(kw_only=True)
+class Clean:
+    """What the second pass is to do with the scratch file."""
+
+    channels: Channels
+    """The channels of the windows."""
+    rows: list[int]
+    """Rows of the scratch file that are filtered: those of the windows first."""
+    reference: list[int]
+    """Which of `rows` are averaged to the reference."""
+    bads: list[int]
+    """Bad rows of the windows."""
+    factor: float
+    """What brings the scratch file to microvolts."""
+    line_freq: float | None
+    """Mains in Hz."""
+    begins: list[int]
+    """First sample of each segment in the scratch file."""
+    lengths: list[int]
+    """Samples of each segment there."""
+    fingerprint: np.ndarray = field(repr=False)
+    """[n, P] of the windows' channels."""
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A window to be cut."""
+
+    start: int
+    """First sample in its segment, at the target rate."""
+    number: int
+    """End of its key."""
+    split: str
+    extra: dict[str, Any]
+
+
+def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[str]) -> dict[int, list[_Cut]]:
+    """Every window that lies in a segment, by segment, in order of time."""
+    item, spec = task.item, task.spec
+    cuts: dict[int, list[_Cut]] = {}
+    if item.trials is None:
+        split = task.split.subject(item.subject) if task.split.by_subject else "train"
+        number = 0
+        for segment, length in enumerate(lengths):
+            starts = window_starts(length, spec)
+            if len(starts):
+                cuts[segment] = [_Cut(int(s), number + i, split, {}) for i, s in enumerate(starts)]
+                number += len(starts)
+        return cuts
+    numbers = {name: i for i, name in enumerate(task.labels)}
+    onsets = np.array([segment.onset for segment in info.segments])
+    for number, trial in enumerate(item.trials):
+        split = task.split.trial(item.subject, trial.image_id, trial.split, getattr(trial, "concept", ""))
+        if split is None:
+            left_out["crossed cell of subject split and image split"] += 1
+            continue
+        segment, start = _place(trial, item.trial_offset, info.segments, onsets, spec)
+        if segment is None:
+            left_out["trial beyond the recording"] += 1
+        elif start + spec.window > lengths[segment]:
+            last = segment == len(lengths) - 1
+            left_out["trial beyond the recording" if last else "over a gap in the recording"] += 1
+        else:
+            said = {name: getattr(trial, name, "") for name in ("image_id", "label_name", "block", "concept")}
+            extra: dict[str, Any] = {name: value for name, value in said.items() if value}
+            if trial.label_name:
+                extra["label"] = numbers[trial.label_name]
+            extra |= {"caption": trial.caption, "image_path": trial.image}
+            cuts.setdefault(segment, []).append(_Cut(start, number, split, extra))
+    return {segment: sorted(cuts[segment], key=lambda cut: (cut.start, cut.number)) for segment in sorted(cuts)}
+
+
+def _place(
+    trial: Trial, offset_s: float, segments: list[Segment], onsets: np.ndarray, spec: PreprocessSpec
+) -> tuple[int | None, int]:
+    """Segment in which a trial's window begins, and where in it."""
+    own = getattr(trial, "segment", None)
+    if own is not None:
+        start = round(offset_s * spec.sfreq)
+        return (own, start) if 0 <= own < len(segments) and start >= 0 else (None, 0)
+    begin = trial.onset + offset_s
+    # Half a sample early is rounding.
+    segment = int(np.searchsorted(onsets, begin + 0.5 / spec.sfreq, side="right")) - 1
+    if segment < 0:
+        return None, 0
+    return segment, max(0, round((begin - float(onsets[segment])) * spec.sfreq))
+
+
+def image_type(data: bytes) -> str | None:
+    """Extension of an image by its first bytes.
+
+    Parameters
+    ----------
+    data : bytes
+        The file.
+
+    Returns
+    -------
+    str or None
+        jpg, png or webp; None for anything else.
+    """
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+def _windows(blocks: Iterator[np.ndarray], cuts: list[_Cut], window: int) -> Iterator[tuple[_Cut, np.ndarray]]:
+    """Cut windows, in order of their starts, out of a signal that comes in blocks."""
+    held, at, following = None, 0, 0
+    for block in blocks:
+        held = block if held is None else np.concatenate([held, block], axis=1)
+        while following < len(cuts) and cuts[following].start + window <= at + held.shape[1]:
+            start = cuts[following].start - at
+            yield cuts[following], held[:, start : start + window]
+            following += 1
+        if following == len(cuts):
+            return
+        gone = min(cuts[following].start - at, held.shape[1])
+        held, at = held[:, gone:], at + gone
+
+
+def write_windows(
+    task: Task, row: dict[str, Any], folder: Path, clean: Clean, scratch: Scratch, info: SignalInfo
+) -> None:
+    """Second pass: filter the segments that hold windows, and write these.
+
+    Parameters
+    ----------
+    task : Task
+        The recording at work.
+    row : dict
+        Its ledger row, whose columns about windows are filled.
+    folder : Path
+        Where ``train.tar`` and the others go.
+    clean : Clean
+        What to do.
+    scratch : Scratch
+        The signal at the target rate.
+    info : SignalInfo
+        What is known of the recording.
+    """
+    item, spec = task.item, task.spec
+    left_out: Counter[str] = Counter()
+    written: Counter[str] = Counter()
+    channels, n = clean.channels, len(clean.channels.names)
+    good = np.setdiff1d(np.arange(n), clean.bads)
+    spans = np.array([(begin, end) for begin, end, _ in info.bad_spans], float).reshape(-1, 2)
+    covered = 0
+    base = {
+        "n": n,
+        "ch_names": channels.names,
+        "positions": channels.positions,
+        "reference": spec.reference_name,
+        "sfreq": spec.sfreq,
+        "recording": item.key,
+        "subject": item.subject,
+        "session": item.session,
+        "corpus": item.corpus,
+        "bads": [channels.names[i] for i in clean.bads],
+    }
+    with contextlib.ExitStack() as stack:
+        writers: dict[str, ShardWriter] = {}
+        for number, cuts in _cuts(task, info, clean.lengths, left_out).items():
+            begin, onset, covered_to = clean.begins[number], info.segments[number].onset, 0
+
+            def read(start: int, stop: int, begin: int = begin) -> np.ndarray:
+                return clean.factor * scratch.read(begin + start, begin + stop)[clean.rows]
+
+            blocks = clean_blocks(
+                read,
+                clean.lengths[number],
+                info.sfreq,
+                spec,
+                line_freq=clean.line_freq,
+                reference=clean.reference,
+            )
+            for cut, x in _windows(blocks, cuts, spec.window):
+                window, start_s = x[:n], onset + cut.start / spec.sfreq
+                if why := _flaw(window, good, start_s, spans, spec):
+                    left_out[why] += 1
+                    continue
+                extra, image, kind = dict(cut.extra), None, "png"
+                if path := extra.pop("image_path", None):
+                    image = as_path(path).read_bytes()
+                    if (found := image_type(image)) is None:
+                        left_out["image is neither jpg, png nor webp"] += 1
+                        continue
+                    kind = found
+                meta = {**base, "start": round(start_s, 6), "split": cut.split, **extra}
+                if cut.split not in writers:
+                    writers[cut.split] = stack.enter_context(ShardWriter(folder / f"{cut.split}.tar"))
+                writers[cut.split].write(
+                    Sample(key=f"{item.key}-{cut.number:06d}", eeg=window, meta=meta, image=image, image_ext=kind)
+                )
+                written[cut.split] += 1
+                # Windows may overlap: what counts as written is the signal that they cover.
+                covered += cut.start + spec.window - max(covered_to, cut.start)
+                covered_to = cut.start + spec.window
+    row["seconds_written"] = round(covered / spec.sfreq, 4)
+    row["windows"] = sum(written.values())
+    row["windows_left_out"] = json.dumps(dict(sorted(left_out.items())))
+    row["split_samples"] = {split: written[split] for split in SPLITS if written[split]}
+    row["split"] = "+".join(row["split_samples"])
+
+
+def _flaw(window: np.ndarray, good: np.ndarray, start_s: float, spans: np.ndarray, spec: PreprocessSpec) -> str | None:
+    """Why a window is left out."""
+    if ((spans[:, 0] < start_s + spec.window_s) & (spans[:, 1] > start_s)).any():
+        return "over a span marked as bad"
+    if max(-float(window.min()), float(window.max())) > FLOAT16_MAX_UV:
+        return "beyond float16 microvolts"
+    largest = float(np.ptp(window[good], axis=1).max())
+    if not largest:
+        return "flat in every good channel"
+    if spec.reject_uv and largest > spec.reject_uv:
+        return f"peak to peak beyond {spec.reject_uv:g} microvolts"
+    return None
