@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from data_sharding.errors import RequestError, StopRequested, one_line
+from data_sharding.isolation import ChildFailed
 from data_sharding.storage import FULL, is_storage_error
 
 INFRASTRUCTURE_RETRIES = 5
@@ -214,7 +215,11 @@ def run_tasks(
                 result = ray.get(reference)
             except RayTaskError as error:
                 failure = getattr(error, "cause", None) or error
-                often = STORAGE_TRIES if is_storage_error(failure) and getattr(failure, "errno", 0) not in FULL else 1
+                often = 1
+                if isinstance(failure, ChildFailed):
+                    often = INFRASTRUCTURE_RETRIES + 1
+                elif is_storage_error(failure) and getattr(failure, "errno", 0) not in FULL:
+                    often = STORAGE_TRIES
             except RayError as error:
                 failure, often = error, INFRASTRUCTURE_RETRIES + 1
             else:
@@ -224,17 +229,17 @@ def run_tasks(
             if lost[key] < often:
                 waiting.append((key, argument))
                 continue
-            ours = isinstance(failure, RayError) and not isinstance(failure, (RayTaskError, OutOfMemoryError))
-            reason = give_up(key, failure) if give_up and not ours else None
-            if reason is not None:
-                given_up[key] = reason
-            elif isinstance(failure, RayError) and not isinstance(failure, RayTaskError):
+            # Memory is the one thing of a machine that a task itself may take away.
+            theirs = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
+            if theirs and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(
                     f"{key}: its worker was lost {lost[key]} times ({type(failure).__name__}: "
                     f"{one_line(failure)[:200]}); is the cluster well?"
                 )
-            else:
+            reason = give_up(key, failure) if give_up else None
+            if reason is None:
                 raise failure from None
+            given_up[key] = reason
     return given_up
 
 

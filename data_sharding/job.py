@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections import Counter
@@ -15,10 +16,12 @@ from data_sharding.config import parse_config
 from data_sharding.duplicates import Print, find_duplicates, preference
 from data_sharding.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError, run_main
 from data_sharding.files import digest_of, sha256_file
+from data_sharding.fingerprints import NAME as FINGERPRINTS
+from data_sharding.fingerprints import write_fingerprints
 from data_sharding.isolation import GivenUp, call_isolated
 from data_sharding.journal import Journal, alone
 from data_sharding.ledger import NAME as LEDGER
-from data_sharding.ledger import read_ledger, short_reason, totals, write_ledger
+from data_sharding.ledger import STATUSES, read_ledger, set_aside, short_reason, totals, write_ledger
 from data_sharding.manifest import NAME as MANIFEST
 from data_sharding.manifest import Manifest, Shard
 from data_sharding.packing import ShardPlan, plan_shards, write_shard
@@ -198,7 +201,39 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
     return [rows[key] for key in sorted(rows)]
 
 
-def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, work: AnyPath) -> None:
+class Points:
+    """Fingerprints of recordings, out of their parts.
+
+    Parameters
+    ----------
+    rows : list of dict
+        What the first phase returned.
+    work : Path or UPath
+        The job's working folder.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], work: AnyPath) -> None:
+        self.parts = {row["key"]: row["part"] for row in rows}
+        self.folder = work / "parts"
+
+    def __call__(self, key: str) -> np.ndarray:
+        """Fingerprint of a recording.
+
+        Parameters
+        ----------
+        key : str
+            The recording; it must have a part.
+
+        Returns
+        -------
+        ndarray of float16, shape (n, P)
+            Its points.
+        """
+        part = self.parts[key]
+        return np.load(io.BytesIO((self.folder / part[:2] / part / "fingerprint.npy").read_bytes()))
+
+
+def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, load_points: Points) -> None:
     """Write every signal once.
 
     Parameters
@@ -207,40 +242,25 @@ def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, work: AnyPath) -> No
         The ledger; duplicates are marked in place.
     plan : Plan
         What is done.
-    work : Path or UPath
-        The job's working folder.
+    load_points : Points
+        Full fingerprints, looked at where signatures meet.
     """
     candidates = [row for row in rows if row["status"] == "sharded"]
     candidates.sort(key=lambda row: preference(row, trials=plan.items[row["key"]].trials is not None))
-    part_of = {row["key"]: row["part"] for row in candidates}
-
-    def load_points(key: str) -> np.ndarray:
-        part = part_of[key]
-        with (work / "parts" / part[:2] / part / "fingerprint.npy").open("rb") as stream:
-            return np.load(stream)
-
     prints = [
         Print(
             key=row["key"],
             sha256=row["sha256"],
             seconds=row["seconds"],
             names=row["channels"],
-            signature=row.get("signature"),
-            points=None if "signature" in row else load_points(row["key"]),
+            signature=row["signature"],
         )
         for row in candidates
     ]
     duplicates = find_duplicates(prints, load_points)
     for row in candidates:
         if kept := duplicates.get(row["key"]):
-            row |= {
-                "status": "duplicate",
-                "reason": f"duplicate of {kept}",
-                "split_samples": {},
-                "windows": 0,
-                "seconds_written": 0.0,
-                "split": "",
-            }
+            set_aside(row, "duplicate", f"duplicate of {kept}", duplicate_of=kept.split(" ")[0])
 
 
 def pack(config: ShardConfig, plans: list[ShardPlan], output: AnyPath, in_flight: int) -> dict[str, list[Shard]]:
@@ -280,7 +300,12 @@ def _write_shard(task: tuple[ShardPlan, AnyPath]) -> Shard:
 
 
 def _publish(
-    config: ShardConfig, plan: Plan, rows: list[dict[str, Any]], splits: dict[str, list[Shard]], output: AnyPath
+    config: ShardConfig,
+    plan: Plan,
+    rows: list[dict[str, Any]],
+    splits: dict[str, list[Shard]],
+    output: AnyPath,
+    points: Points,
 ) -> Manifest:
     """Account for everything, and write the manifest last."""
     from data_sharding.report import write_report
@@ -304,6 +329,13 @@ def _publish(
     }
     with scratch_folder() as folder:
         write_ledger(folder / LEDGER, rows)
+        write_fingerprints(folder / FINGERPRINTS, rows, points)
+        extra = {
+            "request": plan.request,
+            "corpora": plan.corpora,
+            "ledger_sha256": sha256_file(folder / LEDGER),
+            "fingerprints_sha256": sha256_file(folder / FINGERPRINTS),
+        }
         manifest = Manifest(
             dataset_id=digest_of(content),
             preprocess=config.preprocess,
@@ -313,11 +345,11 @@ def _publish(
             hours=hours,
             config=essence(config),
             versions=versions(),
-            extra={"request": plan.request, "ledger_sha256": sha256_file(folder / LEDGER)},
+            extra=extra,
         )
         write_report(folder / "report.html", rows, manifest)
         manifest.write(folder)
-        for name in (LEDGER, "report.html", MANIFEST):
+        for name in (LEDGER, FINGERPRINTS, "report.html", MANIFEST):
             deliver(folder / name, output / name)
     remove_tree(output / WORK)
     return manifest
@@ -339,11 +371,11 @@ def _say_result(manifest: Manifest, rows: list[dict[str, Any]], output: AnyPath)
     say(
         f"{output}: {counts['sharded']} of {counts['found']} recordings sharded, {hours['written']:.3f} h in "
         + ", ".join(f"{manifest.samples(split)} {split}" for split in SPLITS)
-        + f" samples; {counts['duplicate']} duplicate, {counts['quarantined']} quarantined, "
-        + f"{counts['excluded']} excluded"
+        + " samples; "
+        + ", ".join(f"{counts[status]} {status}" for status in STATUSES if status != "sharded")
     )
     for (status, reason), number in sorted(Counter((r["status"], short_reason(r["reason"])) for r in rows).items()):
-        if status in ("quarantined", "excluded"):
+        if status in ("quarantined", "excluded", "held back"):
             say(f"  {status}: {number} x {reason}")
 
 
@@ -378,7 +410,10 @@ def run(config: ShardConfig) -> int:
         with alone(work), ray_session(config.ray) as in_flight:
             remove_tree(work / "new")  # Shards that nobody finished.
             rows = read_recordings(config, plan, work, in_flight)
-            mark_duplicates(rows, plan, work)
+            points = Points(rows, work)
+            plan.hold_back.mark(rows, points)
+            mark_duplicates(rows, plan, points)
+            plan.hold_back.count_images(rows)
             kept = [row for row in rows if row["status"] == "sharded"]
             if not any("train" in row["split_samples"] for row in kept):
                 _refuse_empty(rows, work)
@@ -390,7 +425,7 @@ def run(config: ShardConfig) -> int:
             for row in rows:
                 row["shards"] = list(dict.fromkeys(shards_of.get(row["key"], [])))
             splits = pack(config, plans, output, in_flight)
-            manifest = _publish(config, plan, rows, splits, output)
+            manifest = _publish(config, plan, rows, splits, output, points)
     _say_result(manifest, rows, output)
     return _exit_code(config, manifest)
 

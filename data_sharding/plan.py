@@ -14,6 +14,7 @@ from data_sharding.config import to_dict
 from data_sharding.corpora import CorpusConfig, Item, list_items
 from data_sharding.errors import RequestError
 from data_sharding.files import digest_of
+from data_sharding.hold_back import HoldBack, HoldBackConfig
 from data_sharding.preprocess import PreprocessSpec
 from data_sharding.splits import SplitConfig
 from data_sharding.storage import AnyPath, as_path, describe, file_state, is_storage_error
@@ -34,6 +35,8 @@ class ShardConfig:
     """Rate, band, reference and window; stored with the dataset and with every encoder trained on it."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Who and what is held out."""
+    hold_back: HoldBackConfig = field(default_factory=HoldBackConfig)
+    """Benchmarks that must not enter the dataset."""
     samples_per_shard: int = 4096
     """Most samples a tar."""
     allowed_set_aside: float = 0.05
@@ -62,6 +65,10 @@ class Plan:
     """Names of the labels by number."""
     request: str
     """Checksum of config and file listing: the same for the same request."""
+    hold_back: HoldBack
+    """What is held back, its names resolved."""
+    corpora: list[dict[str, Any]] = field(default_factory=list)
+    """What is known of each corpus's design."""
     images: dict[str, FileState] = field(default_factory=dict)
     """States of the images shown, by path."""
 
@@ -208,13 +215,17 @@ def make_plan(config: ShardConfig) -> Plan:
     items: dict[str, Item] = {}
     for corpus in config.corpora:
         refuse_memory(corpus.root, "corpora: root")
-        for item in list_items(corpus):
+        listed = list_items(corpus)
+        for item in listed:
             if item.key in items:
                 raise RequestError(
                     f"corpora: '{item.path}' of corpus '{item.corpus}' is listed twice; give the corpora "
                     "different names, or take one of them out"
                 )
             items[item.key] = item
+    hold_back = HoldBack.plan(config.hold_back, items.values())
+    if config.hold_back.datasets:
+        items = {item.key: item for item in hold_back.without_images(list(items.values()))}
     usable = [item for item in items.values() if item.recording.problem is None and item.reason is None]
     config.split.check_subjects({item.subject for item in usable})
     shown = [(item, trial) for item in usable for trial in item.trials or ()]
@@ -241,6 +252,9 @@ def make_plan(config: ShardConfig) -> Plan:
         items=items,
         states=states,
         labels=sorted({trial.label_name for _, trial in shown}),
-        request=digest_of({"config": essence(config), "files": listing, "trials": trials}),
+        request=digest_of(
+            {"config": essence(config), "files": listing, "trials": trials, "hold_back": hold_back.identity}
+        ),
+        hold_back=hold_back,
         images=images,
     )

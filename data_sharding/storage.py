@@ -337,7 +337,14 @@ def _move(local: Path, target: Path) -> None:
             raise
         beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            shutil.copytree(local, beside)
+            for file in sorted(local.rglob("*")):
+                copy = beside / file.relative_to(local)
+                if file.is_dir():
+                    copy.mkdir(parents=True)
+                else:
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)
+                    _sync(copy)
             beside.rename(target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -379,6 +386,6 @@ def describe(error: BaseException) -> str:
         What the system says, with the file where it is known.
     """
     if isinstance(error, OSError) and error.strerror:
-        name: Any = error.filename
+        name: Any = error.filename2 or error.filename
         return f"{error.strerror} ({name})" if name else error.strerror
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
