@@ -53,6 +53,8 @@ class Packed:
     """Their keys."""
     json: list[bytes]
     """Their metadata, not parsed yet."""
+    shards: list[str]
+    """The shard that each lies in, with its whole path."""
 
 
 def _padded(size: Any) -> Any:
@@ -111,6 +113,57 @@ def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
     rows["start"], rows["eeg"], rows["image"], rows["json"] = eeg[:, 0] - _HEADER, eeg[:, 1], image[:, 1], meta[:, 1]
     rows["ext"], rows["n"] = ext, n
     return rows
+
+
+def damaged(shard: str, sample: str | int, what: str) -> RequestError:
+    """Error for a sample that cannot be read.
+
+    Parameters
+    ----------
+    shard : str
+        Path of its shard.
+    sample : str or int
+        Its key, or its place in the shard where the key cannot be read.
+    what : str
+        What is wrong.
+
+    Returns
+    -------
+    RequestError
+        To be raised.
+    """
+    root = shard.rsplit("/", 2)[0]
+    return RequestError(
+        f"{shard}: sample {sample}: {what}; run 'dreamscale verify {root}', and copy or shard the dataset again"
+    )
+
+
+def parse_meta(text: bytes, shard: str, sample: str | int) -> dict[str, Any]:
+    """Parse a sample's JSON.
+
+    Parameters
+    ----------
+    text : bytes
+        As it is stored.
+    shard : str
+        Path of its shard, for the message.
+    sample : str or int
+        Its key or place, for the message.
+
+    Returns
+    -------
+    dict
+        Its metadata.
+
+    Raises
+    ------
+    RequestError
+        If it is damaged.
+    """
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise damaged(shard, sample, f"its JSON is damaged ({error})") from None
 
 
 class _Reader:
@@ -173,11 +226,7 @@ class _Reader:
 
     def fault(self, number: int, shard: int, what: str, key: str = "") -> RequestError:
         """Error that names file and sample."""
-        first = int(self.dataset.first[shard])
-        return RequestError(
-            f"{self.dataset.path / self.dataset.shards[shard].path}: sample {key or number - first}: {what}; "
-            f"run 'dreamscale verify {self.dataset.path}', and copy or shard the dataset again"
-        )
+        return damaged(self.dataset.shard_name(shard), key or number - int(self.dataset.first[shard]), what)
 
     def key(self, number: int, shard: int, header: memoryview) -> str:
         """Key of a sample, from the tar header of its signal."""
@@ -186,8 +235,8 @@ class _Reader:
             raise self.fault(number, shard, "the index does not point at a sample")
         return name[: -len(_EEG) - 1].decode("ascii", "replace")
 
-    def load(self, number: int) -> tuple[str, bytes, int]:
-        """Key, JSON and true channels of a sample, whose signal then is in `window`."""
+    def load(self, number: int) -> tuple[str, bytes, int, int]:
+        """Key, JSON, true channels and shard of a sample, whose signal then is in `window`."""
         import zstandard
 
         shard, row = self.dataset.locate(number)
@@ -206,14 +255,11 @@ class _Reader:
             raise self.fault(number, shard, f"damaged, or not float16 [{N_PADDED}, {window}]", key)
         text = self.read(number, shard, meta, length) if row["image"] else whole[meta - start :]
         text = bytes(text)
-        return key, text, int(row["n"]) or int(self.meta(number, shard, text, key)["n"])
+        return key, text, int(row["n"]) or int(self.meta(number, shard, text, key)["n"]), shard
 
     def meta(self, number: int, shard: int, text: bytes, key: str = "") -> dict[str, Any]:
         """Parse a sample's JSON."""
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise self.fault(number, shard, f"its JSON is damaged ({error})", key) from None
+        return parse_meta(text, self.dataset.shard_name(shard), key or number - int(self.dataset.first[shard]))
 
 
 def pack(samples: Sequence[tuple[EEGDataset, int]], window: int) -> Packed:
@@ -240,16 +286,17 @@ def pack(samples: Sequence[tuple[EEGDataset, int]], window: int) -> Packed:
         dataset.reader.let_go()
     # An index from before it knew n says 0: room for all.
     room = sum(int(dataset.index["n"][number]) or N_PADDED for dataset, number in samples)
-    packed = Packed(eeg=np.empty((room, window), np.float16), channels=[], keys=[], json=[])
+    packed = Packed(eeg=np.empty((room, window), np.float16), channels=[], keys=[], json=[], shards=[])
     at = 0
     for dataset, number in samples:
         reader = dataset.reader
-        key, text, n = reader.load(number)
+        key, text, n, shard = reader.load(number)
         packed.eeg[at : at + n] = reader.window[:n]
         at += n
         packed.channels.append(n)
         packed.keys.append(key)
         packed.json.append(text)
+        packed.shards.append(dataset.shard_name(shard))
     packed.eeg = packed.eeg[:at]
     return packed
 
@@ -297,6 +344,7 @@ class EEGDataset:
         else:
             parts = [self._index_of(shard) for shard in self.shards]
         self.index = np.concatenate(parts)
+        self._names = [str(self.path / shard.path) for shard in self.shards]
         self._local = threading.local()
 
     def _index_of(self, shard: Shard) -> np.ndarray:
@@ -414,6 +462,21 @@ class EEGDataset:
         at = int(row["start"]) + 2 * _HEADER + _padded(int(row["eeg"]))
         return at + _HEADER + _padded(int(row["image"])) if row["image"] else at
 
+    def shard_name(self, shard: int) -> str:
+        """Whole path of a shard, for messages.
+
+        Parameters
+        ----------
+        shard : int
+            Its number in `shards`.
+
+        Returns
+        -------
+        str
+            The path.
+        """
+        return self._names[shard]
+
     def open_shard(self, shard: int) -> int:
         """Open a shard for reading, fetched first where it is remote.
 
@@ -486,9 +549,9 @@ class EEGDataset:
         return pack([(self, number) for number in numbers], self.spec.window)
 
     def __getitem__(self, number: int) -> Sample:
-        shard, row = self.locate(number)
+        _, row = self.locate(number)
         reader = self.reader
-        key, text, n = reader.load(number)
+        key, text, n, shard = reader.load(number)
         eeg = reader.window[:n].copy()
         image = None
         if size := int(row["image"]):

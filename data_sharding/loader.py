@@ -5,7 +5,6 @@ Shapes: b samples of this rank, n true channels of a sample, T samples a window.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_sharding.dataset import EEGDataset
+from data_sharding.dataset import EEGDataset, parse_meta
 from data_sharding.errors import RequestError
 from data_sharding.order import EpochOrder, Interleaved, Order
 from data_sharding.samples import N_PADDED
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from data_sharding.mixture import Mixture
+
+
+_LISTS = ("channels", "keys", "json", "shards", "numbers", "epochs")
 
 
 @dataclass(kw_only=True)
@@ -36,6 +38,8 @@ class Batch:
     """Keys of the samples."""
     json: list[bytes]
     """Their metadata as it is stored; `metas` parses it."""
+    shards: list[str]
+    """The shard that each comes from."""
     numbers: list[int]
     """Their numbers in the dataset."""
     epochs: list[int]
@@ -50,13 +54,13 @@ class Batch:
             raise ValueError("batches are cut without gaps")
         ends = np.cumsum([0, *self.channels])
         rows = slice(int(ends[start]), int(ends[max(start, stop)]))
-        lists = {name: getattr(self, name)[part] for name in ("channels", "keys", "json", "numbers", "epochs")}
+        lists = {name: getattr(self, name)[part] for name in _LISTS}
         return Batch(packed=self.packed[rows], **lists)
 
     @cached_property
     def metas(self) -> list[dict[str, Any]]:
-        """Their JSON, parsed."""
-        return [json.loads(text) for text in self.json]
+        """Their JSON, parsed; a RequestError names file and key of a damaged one."""
+        return [parse_meta(*of) for of in zip(self.json, self.shards, self.keys, strict=True)]
 
     @cached_property
     def eeg(self) -> torch.Tensor:
@@ -139,6 +143,7 @@ def collate(dataset: EEGDataset | Mixture, numbers: Sequence[int], epochs: Seque
         channels=packed.channels,
         keys=packed.keys,
         json=packed.json,
+        shards=packed.shards,
         numbers=list(numbers),
         epochs=list(epochs or [0] * len(numbers)),
     )

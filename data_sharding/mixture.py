@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,9 +84,9 @@ class Mixture:
         )
 
     @property
-    def path(self) -> Path:
+    def path(self) -> str:
         """All paths in one, for messages."""
-        return Path(" + ".join(str(part.path) for part in self.parts))
+        return " + ".join(str(part.path) for part in self.parts)
 
     @property
     def spec(self) -> PreprocessSpec:

@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from data_sharding.dataset import EEGDataset, write_dataset
 from data_sharding.errors import RequestError
-from data_sharding.loader import Loader, sequential
-from data_sharding.order import epoch_order
 from data_sharding.preprocess import PreprocessSpec, preprocess, window_starts
 from data_sharding.samples import Sample, decode_eeg, encode_eeg, pad_channels, wds_decoder
 
@@ -138,61 +136,3 @@ def test_unfit_datasets_are_refused(tmp_path: Path, unpaired_dataset: Path) -> N
 def test_keys_that_merge_samples_are_refused(key: str) -> None:
     with pytest.raises(ValueError, match="key"):
         Sample(key=key, eeg=np.zeros((1, 4)), meta={"n": 1}).members()
-
-
-@given(
-    batch=st.sampled_from([4, 8, 12, 24]),
-    seed=st.integers(0, 3),
-    steps=st.integers(1, 30),
-)
-@settings(max_examples=25, deadline=None)
-def test_stream_is_exactly_once_an_epoch_for_any_world(
-    unpaired_dataset: Path, batch: int, seed: int, steps: int
-) -> None:
-    data = EEGDataset(unpaired_dataset, "train")
-    whole = Loader(data, batch, seed)
-    for world in (1, 2, 4):
-        ranks = [Loader(data, batch, seed, rank=r, world_size=world) for r in range(world)]
-        parts = [r.positions(steps)[0] for r in ranks]
-        assert len({len(p) for p in parts}) == 1
-        merged = [part[i] for i in range(batch // world) for part in parts]
-        assert merged == whole.positions(steps)[0]
-    line = [n for t in range(-(-2 * len(data) // batch)) for n in whole.positions(t)[0]]
-    assert sorted(line[: len(data)]) == list(range(len(data)))
-    assert line[len(data) : 2 * len(data)] == list(epoch_order(len(data), seed, 1))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loader_resumes_in_mid_epoch_on_another_world(unpaired_dataset: Path, workers: int) -> None:
-    data = EEGDataset(unpaired_dataset, "train")
-    whole = Loader(data, 8, 3)
-    seen = [b.keys for b, _ in zip(whole, range(20), strict=False)]
-    first = Loader(data, 8, 3, num_workers=workers)
-    for _, step in zip(first, range(5), strict=False):
-        assert first.step == step + 1
-    # zip took a sixth batch before it noticed the end of the range; the state counts what was taken.
-    state = first.state_dict() | {"step": 5}
-    ranks = [Loader(data, 8, 3, rank=r, world_size=2) for r in (0, 1)]
-    for loader in ranks:
-        loader.load_state_dict(state)
-    for step, left, right in zip(range(5, 20), *ranks, strict=False):
-        assert [k for pair in zip(left.keys, right.keys, strict=True) for k in pair] == seen[step]
-
-
-def test_loader_pads_on_true_channels_and_refuses_other_data(unpaired_dataset: Path, paired_dataset: Path) -> None:
-    data = EEGDataset(unpaired_dataset, "train")
-    batch = next(iter(Loader(data, 6, 0)))
-    assert batch.eeg.shape == (6, 128, 128) and batch.eeg.dtype == torch.float16
-    for row, meta, number in zip(batch.eeg, batch.metas, batch.numbers, strict=True):
-        assert (row[: meta["n"]].numpy() == data[number].eeg).all()
-        assert (row[meta["n"]] == row[0]).all()
-    with pytest.raises(RequestError, match="dataset_id"):
-        Loader(EEGDataset(paired_dataset), 6, 0).load_state_dict(Loader(data, 6, 0).state_dict())
-    with pytest.raises(RequestError, match="multiple"):
-        Loader(data, 5, 0, world_size=2)
-
-
-def test_sequential_reads_everything_once(unpaired_dataset: Path) -> None:
-    data = EEGDataset(unpaired_dataset, "val")
-    keys = [k for rank in (0, 1) for b in sequential(data, 5, rank=rank, world_size=2) for k in b.keys]
-    assert sorted(keys) == sorted(data.key(i) for i in range(len(data)))
