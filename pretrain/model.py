@@ -39,8 +39,12 @@ class SignalEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.class_token else None
         self.blocks = Blocks(config)
         self.norm = nn.LayerNorm(config.dim)
-        # A function of the shape, so no part of the weights. The class token's position is zero.
-        self.register_buffer("positions_ND", sincos_positions(config.tokens, config.dim), persistent=False)
+        # A function of the shape, so no part of the weights where not asked for. The class token's position is zero.
+        positions_ND = sincos_positions(config.tokens, config.dim)
+        if config.learned_positions:
+            self.positions_ND = nn.Parameter(positions_ND)
+        else:
+            self.register_buffer("positions_ND", positions_ND, persistent=False)
         initialise(self)
         nn.init.xavier_uniform_(self.patch_embed.weight.view(config.dim, -1))
         if self.cls_token is not None:

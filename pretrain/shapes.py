@@ -35,6 +35,9 @@ class EncoderConfig:
     class_token: bool = True
     """A learned token beside those of the signal. False is how DreamDiffusion's code runs the encoder when it
     fine-tunes; pretraining needs it."""
+    learned_positions: bool = False
+    """Temporal tokenizer only: positions in time are weights, which begin as the fixed code. The code of
+    DreamDiffusion trains them when it fine-tunes, though not before."""
 
     def __post_init__(self) -> None:
         for name in ("channels", "samples", "patch", "dim", "depth", "heads"):
