@@ -1,0 +1,84 @@
+"""Arrays as a `Signal`: continuous, or one segment an epoch.
+
+Shapes: C channels, S samples, T samples an epoch, N epochs.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_sharding.signals import Segment, SignalInfo
+
+NOMINAL_V = 1e-5
+"""Volts that one unit of a standardised signal is stored as: 10 microvolts, about EEG's own standard deviation."""
+STANDARDISED = "standardised: no physical unit; 1 is stored as 10 microvolts"
+
+
+class ArraySignal:
+    """Signal of arrays in memory, or mapped from a file.
+
+    Parameters
+    ----------
+    part : callable
+        Number of a segment to its array [C, T]; called for what is read only.
+    lengths : sequence of int
+        Samples of each segment.
+    sfreq : float
+        Hz.
+    ch_names : sequence of str
+        C names.
+    **more : Any
+        Other fields of `SignalInfo`; channels are EEG without a position unless they say so.
+    """
+
+    def __init__(
+        self,
+        part: Callable[[int], np.ndarray],
+        lengths: Sequence[int],
+        sfreq: float,
+        ch_names: Sequence[str],
+        **more: Any,
+    ) -> None:
+        self._part = part
+        ends = np.cumsum(lengths)
+        self._starts = [0, *(int(end) for end in ends[:-1])]
+        fields: dict[str, Any] = {
+            "ch_types": ["eeg"] * len(ch_names),
+            "positions": [None] * len(ch_names),
+            "epoched": len(lengths) > 1,
+        }
+        self.info = SignalInfo(
+            ch_names=list(ch_names),
+            sfreq=float(sfreq),
+            n_samples=int(ends[-1]) if len(lengths) else 0,
+            segments=[
+                Segment(start=start, stop=int(end), onset=start / sfreq)
+                for start, end in zip(self._starts, ends, strict=True)
+            ],
+            **(fields | more),
+        )
+
+    def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
+        """Samples of some channels; see `Signal.read`."""
+        blocks = []
+        number = max(0, bisect.bisect_right(self._starts, start) - 1)
+        while start < stop and number < len(self._starts):
+            segment = self.info.segments[number]
+            x_CT = self._part(number)[picks, start - segment.start : min(stop, segment.stop) - segment.start]
+            blocks.append(x_CT if x_CT.dtype in (np.float32, np.float64) else x_CT.astype(np.float64))
+            start, number = min(stop, segment.stop), number + 1
+        if not blocks:
+            return np.zeros((len(picks), 0))
+        return np.asarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
+
+    def close(self) -> None:
+        """Let go of the arrays."""
+        self._part = _closed
+
+
+def _closed(number: int) -> np.ndarray:
+    raise ValueError("the signal is closed")

@@ -1,0 +1,587 @@
+"""What every kind of corpus shares: its config, what it lists, and the table of kinds."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from data_sharding.errors import RequestError, one_line
+from data_sharding.samples import safe_key
+from data_sharding.signals import Signal
+from data_sharding.sniffing import Recording
+from data_sharding.storage import AnyPath, as_path, describe, is_remote
+
+ADAPTERS: dict[str, Adapter] = {}
+"""Kinds of corpora by name."""
+COMMON_KEYS = ("kind", "root", "name", "line_freq", "options")
+"""Keys that every kind knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """A collection of recordings."""
+
+    kind: str = "folder"
+    """folder: continuous recordings, cut into windows. events: beside each recording a table of the images shown, one
+    sample a trial. bids: a BIDS dataset with its sidecars. eeg_imagenet, things_eeg2: those published sets as they are
+    released. arrays: .npy, .npz or .mat files, each described by a JSON or YAML file."""
+    root: str
+    """Folder with the recordings; ${NAME} stands for an environment variable."""
+    name: str = ""
+    """Name in the ledger; empty: the first folder below root that a recording lies in, or root's own name."""
+    images: str = ""
+    """Folder that the images' names are relative to; for corpora of EEG and images."""
+    trial_offset: float = 0.0
+    """Seconds from an image's onset to the start of its window."""
+    exclude: list[str] = field(default_factory=list)
+    """Glob patterns, relative to root, of what is not looked at."""
+    unit_factors: dict[str, float] = field(default_factory=dict)
+    """Glob pattern, relative to root, to the factor that brings a recording's values, read as volts, to volts.
+    For recordings that were set aside as 'unit unknown'."""
+    line_freq: float | None = None
+    """Mains frequency in Hz; empty: from the file, else from the spectrum."""
+    subject_pattern: str = ""
+    """Regular expression with the named groups 'subject' and, if wanted, 'session', searched in the path relative to
+    root. Empty: BIDS parts sub-X and ses-X, else every recording is a subject of its own."""
+    intracranial: bool = False
+    """Take recordings whose path names them ECoG, iEEG or SEEG, too; they are excluded otherwise."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What only this kind of corpus knows; docs/corpora.md lists the keys."""
+
+    def __post_init__(self) -> None:
+        adapter = ADAPTERS.get(self.kind)
+        if adapter is None:
+            near = difflib.get_close_matches(self.kind, ADAPTERS, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(sorted(ADAPTERS))}"
+            raise ValueError(f"corpora: '{self.root}' has the unknown kind '{self.kind}'; {hint}")
+        for entry in dataclasses.fields(self):
+            if entry.name in COMMON_KEYS or entry.name in adapter.keys:
+                continue
+            default = entry.default if entry.default is not dataclasses.MISSING else entry.default_factory()  # type: ignore[misc]
+            if getattr(self, entry.name) != default:
+                others = sorted(kind for kind, other in ADAPTERS.items() if entry.name in other.keys)
+                raise ValueError(
+                    f"corpora: '{self.root}' has the key '{entry.name}' but is of kind {self.kind}; "
+                    f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} it"
+                )
+        if adapter.needs_images and not self.images:
+            raise ValueError(
+                f"corpora: '{self.root}' is of kind {self.kind} and needs the key 'images', the folder of the images"
+            )
+        try:
+            groups = re.compile(self.subject_pattern).groupindex
+        except re.error as error:
+            raise ValueError(
+                f"corpora: subject_pattern '{self.subject_pattern}' is no regular expression ({error})"
+            ) from None
+        if self.subject_pattern and "subject" not in groups:
+            raise ValueError(f"corpora: subject_pattern '{self.subject_pattern}' needs a group (?P<subject>...)")
+        adapter.read_options(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """An image shown, or a label given."""
+
+    onset: float
+    """Seconds from the recording's start."""
+    image: str
+    """Path of the image; empty where there is a label only."""
+    image_id: str
+    """What tells images apart; empty without an image."""
+    label_name: str
+    """Its category."""
+    caption: str
+    """Its description."""
+    split: str
+    """What the corpus says: train, val, test, `splits.TRAIN_OR_VAL`; empty where it says nothing."""
+    segment: int | None = None
+    """Epoched signals: the segment that the trial is, at whose start its window begins."""
+    block: str = ""
+    """Run of trials of one category shown together, where that is known."""
+    concept: str = ""
+    """What is on the image, where the corpus names it; never on images of two splits if concepts are held out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A recording with what its corpus says about it."""
+
+    key: str
+    """Unique, and the start of its samples' keys."""
+    corpus: str
+    """Name of the corpus."""
+    path: str
+    """Relative to the corpus's root."""
+    recording: Recording
+    """The files."""
+    subject: str
+    """Who."""
+    session: str
+    """When; may be empty."""
+    unit_factor: float | None = None
+    """From the config."""
+    line_freq: float | None = None
+    """From the config."""
+    trial_offset: float = 0.0
+    """Seconds."""
+    trials: tuple[Trial, ...] | None = None
+    """None for a continuous recording."""
+    reason: str | None = None
+    """Why the corpus already excludes it."""
+    kind: str = "folder"
+    """Kind of corpus whose adapter opens it."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What the adapter needs to open it: which of several recordings in one file, and the like. JSON-like."""
+    info_patch: dict[str, Any] = field(default_factory=dict)
+    """What files beside the recording say about it; see `patched`. JSON-like."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Trials that the corpus itself does not list among `trials`, by reason."""
+
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoOptions:
+    """Kinds of corpora without options of their own."""
+
+
+class Adapter:
+    """A kind of corpus: lists its recordings, and opens them."""
+
+    kind: ClassVar[str] = ""
+    """Filled in by `register`."""
+    keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of `CorpusConfig`, beside those that every kind knows, that mean something here."""
+    needs_images: ClassVar[bool] = False
+    """Whether the key 'images' must be there."""
+    options: ClassVar[type] = NoOptions
+    """Dataclass of the kind's own options."""
+
+    def items(self, config: CorpusConfig) -> list[Item]:
+        """All recordings of a corpus.
+
+        Parameters
+        ----------
+        config : CorpusConfig
+            The corpus.
+
+        Returns
+        -------
+        list of Item
+            Sorted by path; those that cannot be used are among them, with the reason.
+
+        Raises
+        ------
+        RequestError
+            If something is missing that the user can mend.
+        """
+        raise NotImplementedError
+
+    def open(self, item: Item) -> Signal:
+        """Open a recording whose files are on a local disk.
+
+        Parameters
+        ----------
+        item : Item
+            Of `items`, with `recording` on a local disk.
+
+        Returns
+        -------
+        Signal
+            The recording.
+
+        Raises
+        ------
+        readers.ReadError
+            With the reason for the ledger.
+        """
+        from data_sharding.corpora.patch import patched
+        from data_sharding.readers import open_signal
+
+        return patched(open_signal(item.recording), item.info_patch)
+
+    def design(self, config: CorpusConfig, items: Sequence[Item]) -> tuple[str, str]:
+        """Order in which categories were shown.
+
+        Parameters
+        ----------
+        config : CorpusConfig
+            The corpus.
+        items : sequence of Item
+            Its recordings.
+
+        Returns
+        -------
+        design : str
+            block, random or unknown.
+        evidence : str
+            Why.
+        """
+        from data_sharding.corpora.design import order_of
+
+        return order_of(items)
+
+    def read_options(self, config: CorpusConfig) -> Any:
+        """Options of a config in the kind's own dataclass.
+
+        Parameters
+        ----------
+        config : CorpusConfig
+            The corpus.
+
+        Returns
+        -------
+        object
+            An `Adapter.options`.
+
+        Raises
+        ------
+        ValueError
+            Naming the option that is unknown or has a bad value.
+        """
+        known = [entry.name for entry in dataclasses.fields(self.options)]
+        for name in config.options:
+            if name not in known:
+                what = f"its options are {', '.join(known)}" if known else "it has no options"
+                raise ValueError(f"corpora: '{config.root}' has the option '{name}' but is of kind {self.kind}; {what}")
+        if not config.options:
+            return self.options()
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(self.options, nested_key=None)
+        try:
+            return self.options(**vars(parser.parse_object(dict(config.options))))
+        except Exception as error:  # jsonargparse's own errors, and the options' ValueError
+            raise ValueError(f"corpora: '{config.root}', options: {one_line(error)}") from None
+
+
+AdapterType = TypeVar("AdapterType", bound=type[Adapter])
+
+
+def register(kind: str) -> Callable[[AdapterType], AdapterType]:
+    """Make a kind of corpus known.
+
+    Parameters
+    ----------
+    kind : str
+        The word for the key 'kind'.
+
+    Returns
+    -------
+    callable
+        Decorator of an `Adapter`.
+    """
+
+    def enter(cls: AdapterType) -> AdapterType:
+        cls.kind = kind
+        ADAPTERS[kind] = cls()
+        return cls
+
+    return enter
+
+
+def list_items(config: CorpusConfig) -> list[Item]:
+    """All recordings of a corpus.
+
+    Parameters
+    ----------
+    config : CorpusConfig
+        The corpus.
+
+    Returns
+    -------
+    list of Item
+        Sorted by path; recordings that cannot be used are among them, with the reason.
+
+    Raises
+    ------
+    RequestError
+        If a folder is missing, there is no recording, or (with images) no trial or an image that is not there.
+    """
+    return [dataclasses.replace(item, kind=config.kind) for item in ADAPTERS[config.kind].items(config)]
+
+
+def open_item(item: Item) -> Signal:
+    """Open a recording whose files are on a local disk.
+
+    Parameters
+    ----------
+    item : Item
+        Of `list_items`; where its corpus is remote, with `recording` replaced by local files.
+
+    Returns
+    -------
+    Signal
+        The recording, with what its corpus says about it.
+
+    Raises
+    ------
+    readers.NotContinuous
+        If it is sound, but holds no signal to train on.
+    readers.ReadError
+        With the reason for the ledger.
+
+    Notes
+    -----
+    Some readers can take the process down on a damaged file. Call this where that is survivable.
+    """
+    return ADAPTERS[item.kind].open(item)
+
+
+def design_of(config: CorpusConfig, items: Sequence[Item]) -> dict[str, str]:
+    """Whether categories were shown in blocks, so that time alone tells them apart.
+
+    Parameters
+    ----------
+    config : CorpusConfig
+        The corpus.
+    items : sequence of Item
+        What `list_items` gave for it.
+
+    Returns
+    -------
+    dict
+        name, kind, design (block, random, or unknown), and the evidence for it in a sentence.
+
+    References
+    ----------
+    Li et al., The perils and pitfalls of block design for EEG classification experiments, TPAMI 43 (2021).
+    """
+    design, evidence = ADAPTERS[config.kind].design(config, items)
+    names = sorted({item.corpus for item in items})
+    return {"name": config.name or ", ".join(names), "kind": config.kind, "design": design, "evidence": evidence}
+
+
+# --- for adapters ----------------------------------------------------------------------------------------------------
+
+
+def expand(text: str, key: str) -> AnyPath:
+    """Expand ``${NAME}`` and ``~`` in a path.
+
+    Parameters
+    ----------
+    text : str
+        The path as in the config.
+    key : str
+        The config's key, for the message.
+
+    Returns
+    -------
+    Path or UPath
+        The path.
+
+    Raises
+    ------
+    RequestError
+        If a variable is not set, or the path is of an unknown protocol.
+    """
+    out = os.path.expandvars(text)
+    if unset := re.search(r"\$\{?(\w+)\}?", out):
+        raise RequestError(
+            f"{key} '{text}': the environment variable {unset.group(1)} is not set; export it or write the path out"
+        )
+    return as_path(out)
+
+
+def folder_of(text: str, key: str) -> AnyPath:
+    """Folder of a config that is there and can be read.
+
+    Parameters
+    ----------
+    text : str
+        The path as in the config.
+    key : str
+        The config's key, for the message.
+
+    Returns
+    -------
+    Path or UPath
+        The folder.
+
+    Raises
+    ------
+    RequestError
+        If it is not there, or not to be read.
+    """
+    path = expand(text, key)
+    try:
+        found = path.is_dir()
+    except Exception as error:  # the stores' libraries have errors of their own
+        raise RequestError(f"{key} '{path}': cannot be looked at ({describe(error)})") from None
+    if not found:
+        raise RequestError(f"{key} '{path}': no such folder")
+    if not is_remote(path) and not os.access(str(path), os.R_OK | os.X_OK):
+        raise RequestError(f"{key} '{path}': no permission to read it")
+    return path
+
+
+def local_folder(config: CorpusConfig) -> Path:
+    """Root of a corpus that is read through memory maps.
+
+    Parameters
+    ----------
+    config : CorpusConfig
+        The corpus.
+
+    Returns
+    -------
+    Path
+        The root.
+
+    Raises
+    ------
+    RequestError
+        If it is not there, or not on a local disk.
+    """
+    root = folder_of(config.root, "corpora: root")
+    if is_remote(root):
+        raise RequestError(
+            f"corpora: root '{root}': kind {config.kind} maps its files into memory and needs them on a disk; "
+            "copy the folder there"
+        )
+    return Path(str(root))
+
+
+def relative_path(path: AnyPath, root: AnyPath) -> str:
+    """Path below a root, as it stands in the ledger.
+
+    Parameters
+    ----------
+    path, root : Path or UPath
+        A file, and a folder above it.
+
+    Returns
+    -------
+    str
+        With slashes; a name that is no UTF-8 is spelled in escapes, since it could not stand in the ledger.
+    """
+    full, top = (p.path if is_remote(p) else p.as_posix() for p in (path, root))  # type: ignore[union-attr]
+    relative = full[len(top.rstrip("/")) :].lstrip("/") if top != "." else full
+    return relative.encode("utf-8", "backslashreplace").decode()
+
+
+def recording_key(corpus: str, relative: str) -> str:
+    """Key of a recording: readable, unique, short enough for a tar's header.
+
+    Parameters
+    ----------
+    corpus : str
+        The corpus's name.
+    relative : str
+        Path relative to the corpus's root.
+
+    Returns
+    -------
+    str
+        At most 69 characters of ``[A-Za-z0-9_-]``.
+    """
+    full = relative if relative.startswith(f"{corpus}/") else f"{corpus}/{relative}"
+    slug = safe_key(full)[-60:].strip("-_")
+    return f"{slug}-{hashlib.sha256(f'{corpus}/{relative}'.encode()).hexdigest()[:8]}"
+
+
+def root_name(root: AnyPath) -> str:
+    """Name of a root for the ledger.
+
+    Parameters
+    ----------
+    root : Path or UPath
+        The folder.
+
+    Returns
+    -------
+    str
+        Its last part.
+    """
+    return root.name if is_remote(root) else Path(str(root)).resolve().name
+
+
+class Folders:
+    """What lies in folders, each listed once."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[str, AnyPath]] = {}
+
+    def __call__(self, folder: AnyPath) -> dict[str, AnyPath]:
+        """Entries of a folder by name; none where there is no such folder.
+
+        Parameters
+        ----------
+        folder : Path or UPath
+            The folder.
+
+        Returns
+        -------
+        dict
+            Name to path, sorted.
+        """
+        key = str(folder)
+        if key not in self._names:
+            try:
+                self._names[key] = {path.name: path for path in sorted(folder.iterdir(), key=lambda p: p.name)}
+            except OSError:
+                self._names[key] = {}
+        return self._names[key]
+
+
+def read_text(path: AnyPath) -> str:
+    """Text of a file from anyone's hand.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The file.
+
+    Returns
+    -------
+    str
+        Decoded as UTF-8, with or without its mark, else as Latin-1.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def check_images(items: Iterable[Item], images: AnyPath) -> None:
+    """Refuse a corpus whose images are not all there.
+
+    Parameters
+    ----------
+    items : iterable of Item
+        Its recordings.
+    images : Path or UPath
+        Folder of the images.
+
+    Raises
+    ------
+    RequestError
+        With the number that is missing, and the first.
+    """
+    shown = sorted({trial.image for item in items for trial in item.trials or () if trial.image})
+    if is_remote(images):
+        # One listing: a question for each of 16,540 images would take the store an hour.
+        there = {p for p in images.fs.find(images.path)} if shown else set()  # type: ignore[union-attr]
+        absent = [image for image in shown if as_path(image).path not in there]  # type: ignore[union-attr]
+    else:
+        absent = [image for image in shown if not Path(image).is_file()]
+    if absent:
+        raise RequestError(
+            f"corpora: images '{images}': {len(absent)} of {len(shown)} images are missing, the first is {absent[0]}"
+        )

@@ -1,0 +1,72 @@
+"""Whether categories were shown in blocks, told from the order of trials."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_sharding.corpora.base import Item
+
+FEWEST_TRIALS = 20
+"""Fewer trials say nothing about their order."""
+SURE_SIGMA = 5.0
+"""Standard deviations over chance from which repeats of a category are no accident."""
+CHANCE_SIGMA = 3.0
+"""Standard deviations up to which they may be one."""
+LONGER = 2.0
+"""Mean length of runs over its chance value from which they are blocks."""
+
+
+def order_of(items: Sequence[Item]) -> tuple[str, str]:
+    """Tell blocks from a random order.
+
+    Parameters
+    ----------
+    items : sequence of Item
+        Recordings of a corpus, with their trials.
+
+    Returns
+    -------
+    design : str
+        block, random or unknown.
+    evidence : str
+        The figures, in a sentence.
+
+    Notes
+    -----
+    Counted is how often a trial has the category of the one before it. With :math:`n_k` of :math:`n` trials in
+    category k, a random order gives :math:`\\sum n_k (n_k - 1) / n` such repeats; their variance is taken as that of
+    independent draws. The mean length of a run is :math:`n / (n - repeats)`.
+    """
+    repeats, expected, variance, trials, recordings = 0, 0.0, 0.0, 0, 0
+    labels: set[str] = set()
+    single = True
+    for item in items:
+        shown = sorted(item.trials or (), key=lambda trial: (trial.onset, trial.segment or 0))
+        if len(shown) < 2:
+            continue
+        names = [trial.label_name for trial in shown]
+        labels |= set(names)
+        counts, n = np.array(list(Counter(names).values())), len(names)
+        chance = float((counts * (counts - 1)).sum()) / n
+        repeats += sum(a == b for a, b in zip(names, names[1:], strict=False))
+        expected += chance
+        variance += chance * (1 - chance / (n - 1))
+        trials, recordings, single = trials + n, recordings + 1, single and len(counts) == 1
+    if not trials:
+        return "unknown", "no trials: continuous recordings"
+    what = f"{trials} trials of {len(labels)} categories in {recordings} recordings"
+    if trials < FEWEST_TRIALS or len(labels) < 2:
+        return "unknown", f"{what} say nothing about their order"
+    if single:
+        return "block", f"each recording holds one category only ({what}): when and whom already tell it"
+    run, by_chance = trials / (trials - repeats), trials / (trials - expected)
+    sigma = (repeats - expected) / max(variance, 1e-9) ** 0.5
+    text = f"runs of one category are {run:.1f} trials long on average, {by_chance:.1f} in a random order ({what})"
+    if sigma > SURE_SIGMA and run > LONGER * by_chance:
+        return "block", f"{text}; time of recording alone tells the category"
+    if sigma < CHANCE_SIGMA:
+        return "random", text
+    return "unknown", f"{text}: longer than chance, but no clear blocks"

@@ -1,0 +1,172 @@
+"""Folders of makers' recordings, whatever their layout."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from typing import Any
+
+from data_sharding.corpora.base import (
+    Adapter,
+    CorpusConfig,
+    Item,
+    folder_of,
+    recording_key,
+    register,
+    relative_path,
+    root_name,
+)
+from data_sharding.errors import RequestError
+from data_sharding.sniffing import Recording, find_recordings
+from data_sharding.storage import AnyPath
+
+INTRACRANIAL = re.compile(r"(?:^|[_\W])(ecog|ieeg|seeg)(?:$|[_\W])", re.IGNORECASE)
+KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "intracranial"})
+"""Keys of a corpus of makers' files."""
+
+
+def excluded(config: CorpusConfig, relative: str) -> bool:
+    """Whether a path is not to be looked at.
+
+    Parameters
+    ----------
+    config : CorpusConfig
+        The corpus.
+    relative : str
+        Path below its root.
+
+    Returns
+    -------
+    bool
+        True where a pattern of 'exclude' fits.
+    """
+    return any(fnmatch.fnmatch(relative, pattern) for pattern in config.exclude)
+
+
+def who(config: CorpusConfig, relative: str, key: str) -> tuple[str, str]:
+    """Subject and session of a recording, from its path.
+
+    Parameters
+    ----------
+    config : CorpusConfig
+        The corpus.
+    relative : str
+        Path below its root.
+    key : str
+        Key of the recording: its subject where the path names none.
+
+    Returns
+    -------
+    subject, session : str
+        The session may be empty.
+    """
+    if config.subject_pattern:
+        match = re.search(config.subject_pattern, relative)
+        if not match:
+            return key, ""
+        groups = match.groupdict()
+        return groups["subject"], groups.get("session") or ""
+    subject = re.search(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", relative)
+    session = re.search(r"(?:^|[/_])(ses-[A-Za-z0-9]+)", relative)
+    return subject.group(1) if subject else key, session.group(1) if session else ""
+
+
+def item_of(config: CorpusConfig, root: AnyPath, relative: str, recording: Recording, **more: Any) -> Item:
+    """A maker's recording as an item.
+
+    Parameters
+    ----------
+    config : CorpusConfig
+        The corpus.
+    root : Path or UPath
+        Its root.
+    relative : str
+        Path below it.
+    recording : Recording
+        The files.
+    **more : Any
+        Other fields of `Item`.
+
+    Returns
+    -------
+    Item
+        With all that path and config say.
+    """
+    name = config.name or (relative.split("/")[0] if "/" in relative else root_name(root))
+    key = recording_key(name, relative)
+    subject, session = who(config, relative, key)
+    for pattern, factor in config.unit_factors.items():
+        if fnmatch.fnmatch(relative, pattern):
+            more["unit_factor"] = factor
+    if not config.intracranial and INTRACRANIAL.search(relative):
+        more["reason"] = "intracranial: the path names it so; this dataset is of scalp EEG (key 'intracranial')"
+    values: dict[str, Any] = {"corpus": name, "subject": subject, "session": session}
+    return Item(
+        key=key,
+        path=relative,
+        recording=recording,
+        line_freq=config.line_freq,
+        trial_offset=config.trial_offset,
+        **(values | more),
+    )
+
+
+def check_unit_factors(config: CorpusConfig, paths: list[str]) -> None:
+    """Refuse unit factors for recordings that are not there.
+
+    Parameters
+    ----------
+    config : CorpusConfig
+        The corpus.
+    paths : list of str
+        Its recordings, below its root.
+
+    Raises
+    ------
+    RequestError
+        Naming the pattern.
+    """
+    for pattern in config.unit_factors:
+        if not any(fnmatch.fnmatch(path, pattern) for path in paths):
+            raise RequestError(f"corpora: unit_factors '{pattern}' matches no recording under {config.root}")
+
+
+def find(config: CorpusConfig) -> tuple[AnyPath, list[tuple[str, Recording]]]:
+    """Makers' recordings of a corpus, by content.
+
+    Parameters
+    ----------
+    config : CorpusConfig
+        The corpus.
+
+    Returns
+    -------
+    root : Path or UPath
+        Its root.
+    found : list of (str, Recording)
+        Path below the root, and the recording; sorted.
+
+    Raises
+    ------
+    RequestError
+        If there is no folder, or no recording in it.
+    """
+    root = folder_of(config.root, "corpora: root")
+    found = [(relative_path(recording.path, root), recording) for recording in find_recordings(root)]
+    found = [(relative, recording) for relative, recording in found if not excluded(config, relative)]
+    if not found:
+        raise RequestError(f"corpora: root '{root}': no recording found there; check the path and the key 'exclude'")
+    check_unit_factors(config, [relative for relative, _ in found])
+    return root, found
+
+
+@register("folder")
+class FolderCorpus(Adapter):
+    """Continuous recordings, cut into windows."""
+
+    keys = KEYS
+
+    def items(self, config: CorpusConfig) -> list[Item]:
+        """All recordings under the root; see `Adapter.items`."""
+        root, found = find(config)
+        return [item_of(config, root, relative, recording) for relative, recording in found]

@@ -1,0 +1,61 @@
+"""What files beside a recording say about it, laid over what the recording says itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from data_sharding.channels import canonical_name
+from data_sharding.signals import Signal
+
+
+def patched(signal: Signal, patch: dict[str, Any]) -> Signal:
+    """Lay a patch over what is known of a signal.
+
+    Parameters
+    ----------
+    signal : Signal
+        As its reader gave it; its `info` is replaced.
+    patch : dict
+        Any of: ``types`` (channel to MNE's word), ``positions`` (channel to three metres), ``bads`` (channels, added to
+        the recording's own), ``line_freq`` (Hz), ``reference``, ``notes``. Channels are found by their name, or by what
+        it means: Fp1 is ``EEG Fp1-REF``.
+
+    Returns
+    -------
+    Signal
+        The same signal.
+    """
+    if not patch:
+        return signal
+    info = signal.info
+    number = {canonical_name(name): i for i, name in reversed(list(enumerate(info.ch_names)))}
+    number |= {name: i for i, name in reversed(list(enumerate(info.ch_names)))}
+
+    def find(name: str) -> int | None:
+        return number.get(name, number.get(canonical_name(name)))
+
+    types, positions = list(info.ch_types), list(info.positions)
+    bads, notes = list(info.bads), [*info.notes, *patch.get("notes", [])]
+    given: dict[str, str] = patch.get("types", {})
+    if absent := [name for name in given if find(name) is None]:
+        notes.append(f"the sidecar names {len(absent)} channels that the recording lacks, {absent[0]} first")
+    for name, kind in given.items():
+        if (i := find(name)) is not None:
+            types[i] = kind
+    for name, place in patch.get("positions", {}).items():
+        if (i := find(name)) is not None:
+            positions[i] = place
+    for name in patch.get("bads", []):
+        if (i := find(name)) is not None and info.ch_names[i] not in bads:
+            bads.append(info.ch_names[i])
+    signal.info = dataclasses.replace(
+        info,
+        ch_types=types,
+        positions=positions,
+        bads=bads,
+        notes=notes,
+        line_freq=patch.get("line_freq") or info.line_freq,
+        reference=patch.get("reference") or info.reference,
+    )
+    return signal
