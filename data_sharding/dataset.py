@@ -193,7 +193,10 @@ class _Reader:
         """Descriptor of an open shard."""
         descriptor = self.files.get(shard)
         if descriptor is None:
-            descriptor = self.files[shard] = self.dataset.open_shard(shard)
+            descriptor = self.dataset.open_shard(shard)
+            # Room for it may have been made of what is open here.
+            self.let_go()
+            self.files[shard] = descriptor
             if len(self.files) > _OPEN_FILES:
                 os.close(self.files.popitem(last=False)[1])
         else:

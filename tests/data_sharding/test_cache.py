@@ -152,7 +152,7 @@ def test_the_cache_stays_within_its_bound(tmp_path: Path, own_cache: Path, log: 
     assert len(opened) <= 2 * 12 + 2
     # Descriptors of evicted shards do not keep their bytes on the disk.
     gone = [name for name in open_files() if name.startswith(str(own_cache)) and name.endswith("(deleted)")]
-    assert len(gone) <= 1
+    assert not gone
 
 
 def test_orders_that_would_fetch_shards_over_and_over_are_refused(tmp_path: Path, log: Path) -> None:
