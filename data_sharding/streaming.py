@@ -44,7 +44,7 @@ class Piece:
     """One past the last."""
 
 
-def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int = BLOCK_BYTES) -> Iterator[list[Piece]]:
+def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | None = None) -> Iterator[list[Piece]]:
     """Cut a signal into runs that fit into memory.
 
     Parameters
@@ -53,15 +53,15 @@ def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int = B
         The signal's segments.
     n_channels : int
         Channels that are read.
-    block_bytes : int
-        Most bytes of a block as float64.
+    block_bytes : int, optional
+        Most bytes of a block as float64; `BLOCK_BYTES` by default.
 
     Yields
     ------
     list of Piece
         Neighbours in the file that are read in one go: part of a long segment, or many short ones.
     """
-    most = max(1024, block_bytes // (8 * max(1, n_channels)))
+    most = max(1024, (block_bytes or BLOCK_BYTES) // (8 * max(1, n_channels)))
     block: list[Piece] = []
     for number, segment in enumerate(segments):
         start = segment.start

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data_sharding.duplicates import Print, find_duplicates
-from data_sharding.units import assess, line_frequency
+from data_sharding.signals import Segment
+from data_sharding.units import Survey, assess, line_frequency, stretches_of
 
 RATE = 250.0
 
@@ -43,6 +44,87 @@ class TestUnits:
         x[4] *= 1e-4
         x[5, 200:] = x[5, 200]
         assert assess(x, RATE).bads == {1: "flat", 2: "clipped", 3: "too large", 4: "too small", 5: "flat"}
+
+    def test_numbers_that_are_none_are_named_and_spoil_no_other_row(self) -> None:
+        x = eeg(6)
+        clean = assess(x, RATE)
+        x[1, 700], x[4, 2499] = np.nan, np.inf
+        verdict = assess(x, RATE)
+        assert verdict.not_finite == [1, 4] and verdict.unit == "plausible" and not verdict.bads
+        np.testing.assert_array_equal(verdict.fingerprint[[0, 2, 3, 5]], clean.fingerprint[[0, 2, 3, 5]])
+
+    def test_trigger_line_is_no_eeg_and_a_dying_electrode_is_flat(self) -> None:
+        x = eeg(8)
+        x[2] = 0.0
+        x[2, 300:320], x[2, 900:920], x[2, 1500:1520] = 255.0, 64.0, 255.0
+        x[3] = -2e5
+        x[3, :40] += np.linspace(900, 0, 40)
+        x[5] = 0.0
+        x[5, ::50] = 0.1
+        verdict = assess(x, RATE)
+        assert verdict.not_eeg == {2: "trigger"} and verdict.bads == {3: "flat", 5: "flat"}
+
+    def test_a_tone_is_a_test_signal_but_mains_is_not(self) -> None:
+        t = np.arange(2500) / RATE
+        for hz, bad in ((RATE / 4, True), (40.0, True), (50.0, False), (10.0, False), (100.0, False)):
+            x = eeg()
+            x[0] += 150 * np.sign(np.sin(2 * np.pi * hz * t + 0.3)) if bad else 150 * np.sin(2 * np.pi * hz * t)
+            assert assess(x, RATE, factor=1.0).bads.get(0) == ("test tone" if bad else None), hz
+
+    def test_noisy_channels_stand_out_from_the_others(self) -> None:
+        rng = np.random.default_rng(3)
+        common = eeg(1, 20)
+        x = common + 0.3 * eeg(12, 20, seed=1)
+        x[4] += rng.normal(0, 60, x.shape[1])
+        x[7] = eeg(1, 20, seed=9)[0]
+        assert assess(x, RATE).bads == {4: "noisy", 7: "noisy"}
+        # Muscles on a temporal channel, channels without anything in common, few channels: nothing is said.
+        x = common + 0.3 * eeg(12, 20, seed=1)
+        x[4] += rng.normal(0, 2 * np.std(np.diff(x[4])), x.shape[1])
+        assert assess(x, RATE).bads == {} == assess(eeg(12, 20), RATE).bads
+        few = common + 0.3 * eeg(5, 20, seed=1)
+        few[2] = eeg(1, 20, seed=9)[0]
+        assert assess(few, RATE).bads == {}
+
+
+class TestSurvey:
+    @pytest.mark.parametrize("sizes", [[97], [2500, 13], [1, 4096]])
+    def test_the_verdict_does_not_depend_on_the_blocks(self, sizes: list[int]) -> None:
+        x = eeg(9, 60) + 2e4
+        x[1] = 3.0
+        x[2] = np.clip(x[2], 2e4 - 10, 2e4 + 10)
+        x[3, 5000:5050] = np.nan
+        x[4] += 5 * np.sin(2 * np.pi * 50 * np.arange(x.shape[1]) / RATE)
+        x[5] = 0.0
+        x[5, 400:14000:700] = 300.0
+        segments = [Segment(start=0, stop=6000, onset=0.0), Segment(start=6000, stop=15000, onset=30.0)]
+        verdicts = []
+        for cut in (sizes, [15000]):
+            survey, at, i = Survey(9, RATE, segments), 0, 0
+            while at < 15000:
+                survey.push(at, x[:, at : min(at + cut[i % len(cut)], 15000)])
+                at, i = at + cut[i % len(cut)], i + 1
+            verdicts.append(survey.verdict())
+        one, other = verdicts
+        assert one.bads == other.bads == {1: "flat", 2: "clipped"}
+        assert one.not_eeg == other.not_eeg == {5: "trigger"} and one.not_finite == other.not_finite == [3]
+        np.testing.assert_array_equal(one.fingerprint, other.fingerprint)
+        # Rows without numbers count from where they are known to be such.
+        rows = [0, 4, 6, 7, 8]
+        np.testing.assert_array_equal(one.channel_uv[rows], other.channel_uv[rows])
+
+    def test_what_is_measured_is_spread_and_bounded(self) -> None:
+        day = [Segment(start=0, stop=40_000_000, onset=0.0), Segment(start=50_000_000, stop=86_400_000, onset=5e4)]
+        plan = stretches_of(day, 1000.0)
+        assert len(plan) == 64 and all(b - a == 4000 for a, b in plan)
+        assert plan[0][0] == 0 and plan[-1][1] > 86_390_000 and not any(40_000_000 < b < 50_004_000 for _, b in plan)
+        epochs = [Segment(start=500 * i, stop=500 * i + 500, onset=0.5 * i) for i in range(4000)]
+        assert len(stretches_of(epochs, 1000.0)) == 512
+
+    def test_spectrum_of_epochs_and_of_a_later_mains(self) -> None:
+        x = eeg(4, 400)
+        x[:, 50_000:] += 20 * np.sin(2 * np.pi * 60 * np.arange(50_000) / RATE)
+        assert line_frequency(x, RATE) == 60.0
 
 
 class TestLine:
