@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -246,10 +247,15 @@ class TestCluster:
     @pytest.fixture(scope="class")
     def head(self, environment: dict[str, str], ports: tuple[int, int]) -> Iterator[str]:
         gcs, dashboard = map(str, ports)
-        more = ("--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--ray-client-server-port", "0")
-        with self.node(
-            environment, "--head", "--port", gcs, "--dashboard-port", dashboard, "--num-cpus", "1", *more
-        ) as process:
+        more = ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--num-cpus", "1"]
+        more += ["--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port())]
+        # Names of sockets must be short.
+        with (
+            tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temp,
+            self.node(
+                environment, "--head", "--port", gcs, "--dashboard-port", dashboard, "--temp-dir", temp, *more
+            ) as process,
+        ):
 
             def up() -> bool:
                 assert process.poll() is None
@@ -279,7 +285,9 @@ class TestCluster:
         self, drill: Drill, undisturbed: dict[str, str], head: str, environment: dict[str, str]
     ) -> None:
         output = drill.folder / "raylet"
-        with self.node(environment, "--address", head, "--num-cpus", "2") as second:
+        with self.node(
+            environment, "--address", head, "--num-cpus", "2", "--dashboard-agent-listen-port", str(free_port())
+        ) as second:
 
             def raylets() -> list[psutil.Process]:
                 return [p for p in psutil.Process(second.pid).children(recursive=True) if p.name() == "raylet"]
