@@ -282,10 +282,6 @@ def pick_channels(info: SignalInfo) -> Channels:
     Channels
         EEG channels in the file's order, not yet limited in number; `picks` is empty where there are none.
     """
-    if not isinstance(info, SignalInfo):  # Callers that do not know `Signal` yet.
-        from data_sharding.readers import RawSignal
-
-        info = RawSignal(info).info
     by_type = Counter(info.ch_types)
     eeg = [i for i, kind in enumerate(info.ch_types) if kind == "eeg"]
     names = [canonical_name(info.ch_names[i]) for i in eeg]

@@ -555,11 +555,3 @@ def _missing(format_: str, error: ImportError) -> str:
         pass
     # The package is there, and what it needs itself is not.
     return f"reader not installed: {' '.join(str(error).split())[:200]}"
-
-
-def read(recording: Recording) -> Any:
-    """Open a recording and give its raw: for callers that do not know `Signal` yet."""
-    signal = open_signal(recording)
-    if not isinstance(signal, RawSignal):
-        raise NotContinuous(f"epoched: {len(signal.info.segments)} trials, not a continuous recording")
-    return signal.raw

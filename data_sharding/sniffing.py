@@ -113,7 +113,8 @@ class _File:
             path=self.path,
             format=format_,
             files=_by_path([self.path, *there]),
-            problem=problem,
+            # Damaged headers name damaged things; the reason stays one line.
+            problem=problem and " ".join(problem.split())[:300],
             continuous=continuous or bool(need and not there),
         )
 
