@@ -137,14 +137,14 @@ def live_table(
         yield lambda step, metrics: None
         return
     if not sys.stderr.isatty():
-        last = time.monotonic()
+        last, shown = time.monotonic(), -1
 
         def line(step: int, metrics: Mapping[str, Any]) -> None:
-            nonlocal last
+            nonlocal last, shown
             known.update(metrics)
             now = time.monotonic()
-            if step >= total or now - last >= every_s:
-                last = now
+            if step != shown and (step >= total or now - last >= every_s):
+                last, shown = now, step
                 loss = known.get("loss")
                 note = "" if loss is None else f" loss {loss:.4f}"
                 print(f"{title}: {step}/{total}{note}", file=sys.stderr, flush=True)
