@@ -45,7 +45,17 @@ STAGES: dict[str, Stage] = {
         help="masked-signal pretraining with DeepSpeed ZeRO",
         launcher="torchrun",
     ),
+    "plan": Stage(
+        module="pretrain.plan",
+        usage="[CONFIG] [--preset NAME] [--gpus N]",
+        help="memory, arithmetic and days of a pretraining before it is started",
+    ),
     "export": Stage(module="pretrain.export", usage="RUN OUT", help="pretraining run -> encoder package"),
+    "convert": Stage(
+        module="pretrain.convert",
+        usage="CHECKPOINT OUT",
+        help="checkpoint of DreamDiffusion's released code -> encoder package",
+    ),
     "encode": Stage(
         module="pretrain.encode", usage="ENCODER RECORDING -o OUT.npz", help="embeddings of any readable recording"
     ),

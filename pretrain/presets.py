@@ -27,9 +27,7 @@ PRESETS: dict[str, MaskedAutoencoderConfig] = {
     "458m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=1280, depth=24, heads=20, mlp_ratio=3.8125)),
     # Beyond the paper.
     "1b": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=1792, depth=26, heads=28)),
-    "3b": MaskedAutoencoderConfig(
-        encoder=EncoderConfig(dim=2560, depth=38, heads=20), compute=ComputeConfig(checkpointing=True)
-    ),
+    "3b": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=2560, depth=38, heads=20)),
     # Knows electrodes by their place, takes any montage; a token is an eighth of a second of one channel at 256 Hz.
     "montage": MaskedAutoencoderConfig(
         encoder=EncoderConfig(tokenizer="montage", patch=32, dim=512, depth=12, heads=8),

@@ -1,0 +1,165 @@
+"""The plan of a pretraining against what is measured on a small model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.flops import training_flops
+from pretrain.masking import keep_indices
+from pretrain.model import build_autoencoder, count_parameters
+from pretrain.plan import GIB, activation_bytes, exchanged_bytes, main, state_bytes, tokens_of
+from pretrain.presets import PRESETS
+from pretrain.shapes import ComputeConfig, MaskedAutoencoderConfig
+
+from .conftest import ROOT, write_config
+
+TINY = dataclasses.replace(PRESETS["tiny"], compute=ComputeConfig(attention="sdpa"))
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def kept_bytes(config: MaskedAutoencoderConfig, windows: int) -> int:
+    """Storages that autograd keeps between a forward and a backward pass, weights apart."""
+    torch.manual_seed(0)
+    model = build_autoencoder(config)
+    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        # Held, so that no address is used twice.
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    x = torch.randn(windows, config.encoder.channels, config.encoder.samples)
+    keep = keep_indices(0, [0] * windows, list(range(windows)), config.encoder.tokens, config.mask_ratio)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(x, keep).mean()
+    assert loss.isfinite()
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in weights)
+
+
+def test_weights_gradients_and_moments_are_exact() -> None:
+    torch.manual_seed(0)
+    model = build_autoencoder(TINY)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 128, 128), keep_indices(0, [0, 0], [1, 2], 32, 0.5)).mean().backward()
+    optimizer.step()
+    planned = state_bytes(count_parameters(model), zero_stage=0, gpus=1, precision="fp32")
+    assert planned.weights == nbytes(model.parameters())
+    assert planned.gradients == nbytes(p.grad for p in model.parameters())
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert planned.optimizer == nbytes(moments)
+
+
+@pytest.mark.parametrize("mask_ratio", [0.1, 0.75])
+def test_activations_are_what_autograd_keeps(mask_ratio: float) -> None:
+    config = dataclasses.replace(TINY, mask_ratio=mask_ratio)
+    measured = kept_bytes(config, 8) / 8
+    planned = activation_bytes(config, precision="fp32", checkpointing=False)
+    assert 0.9 < measured / planned < 1.1
+    # Recomputing, one block's worth comes on top of what is kept between the passes.
+    spared = dataclasses.replace(config, compute=ComputeConfig(attention="sdpa", checkpointing=True))
+    measured_spared = kept_bytes(spared, 8) / 8
+    planned_spared = activation_bytes(spared, precision="fp32", checkpointing=True)
+    assert measured_spared < planned_spared < measured_spared + 0.3 * measured
+    assert planned_spared < 0.5 * planned
+
+
+def test_arithmetic_is_that_of_the_layout() -> None:
+    """Matrix products on paper: 2 a weight and token, and 4 a width and pair of tokens for attention."""
+
+    def blocks(dim: int, depth: int, ratio: float, tokens: int) -> float:
+        return depth * (2 * tokens * (4 + 2 * ratio) * dim**2 + 4 * tokens**2 * dim)
+
+    encoder, decoder = PRESETS["paper"].encoder, PRESETS["paper"].decoder
+    seen, every = tokens_of(PRESETS["paper"])
+    assert (seen, every) == (33, 129)
+    forward = blocks(encoder.dim, 24, 4.0, seen) + blocks(decoder.dim, 8, 4.0, every)
+    forward += 2 * 128 * 512 * encoder.dim + 2 * seen * encoder.dim * decoder.dim + 2 * 128 * decoder.dim * 512
+    assert training_flops(PRESETS["paper"]) == pytest.approx(3 * forward, rel=1e-3)
+
+
+def test_zero_spreads_what_it_says() -> None:
+    size = 302_837_760
+    totals = {}
+    for stage in range(4):
+        one, eight = (state_bytes(size, zero_stage=stage, gpus=n, precision="bf16") for n in (1, 8))
+        totals[stage] = eight
+        assert one.weights / eight.weights == (8 if stage == 3 else 1)
+        assert one.gradients / eight.gradients == (8 if stage >= 2 else 1)
+        assert one.optimizer / eight.optimizer == (8 if stage else 1)
+    # 2 bytes of weights, 4 of gradients, 12 of master weights and moments, over 8.
+    assert totals[3].weights + totals[3].gradients + totals[3].optimizer == 18 * size / 8
+    words: dict[str, Any] = {"gpus": 8, "precision": "bf16", "micro_batches": 4}
+    assert exchanged_bytes(size, zero_stage=1, **words) == size * 6 * 7 / 8
+    assert exchanged_bytes(size, zero_stage=3, **words) == size * 8 * 4 * 7 / 8
+    assert exchanged_bytes(size, zero_stage=2, gpus=1, precision="bf16", micro_batches=4) == 0
+
+
+class TestCommand:
+    def test_preset(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = tmp_path / "plan.json"
+        words = ["--preset", "3b", "--gpus", "64", "--batch_size", "6400", "--windows", "10_000_000", "--epochs", "10"]
+        assert main([*words, "--output", str(out)]) == 0
+        shown = capsys.readouterr().out
+        assert "2,991.0M" in shown and "days" in shown and "H200: 989 TFLOP/s" in shown and "this run" in shown
+        plan = json.loads(out.read_text())
+        assert plan["time"]["steps"] == 15_625
+        arithmetic = plan["model"]["training_flops_a_window"] * 6400 / (64 * 989e12 * 0.4)
+        assert plan["time"]["arithmetic_s"] == pytest.approx(arithmetic)
+        assert plan["time"]["days"] == pytest.approx(15_625 * plan["time"]["step_s"] / 86400)
+        rows = {(row["zero_stage"], row["checkpointing"]): row for row in plan["memory"]}
+        assert rows[1, False]["total"] > rows[2, False]["total"] > rows[3, False]["total"] > rows[3, True]["total"]
+        for row in rows.values():
+            # One window more than the largest micro batch does not fit.
+            window = row["activations"] / 100
+            state = row["total"] - row["activations"]
+            assert state + row["largest_micro_batch"] * window <= 137 * GIB
+            assert state + (row["largest_micro_batch"] + 1) * window > 137 * GIB
+
+    def test_config_and_what_does_not_fit(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        out = tmp_path / "plan.json"
+        config = write_config(tmp_path / "c.yaml", dataset="nowhere", output="x", steps=50, zero_stage=2)
+        assert main([str(config), "--output", str(out), "--gpu", "RTX 4090"]) == 0
+        plan = json.loads(out.read_text())
+        assert plan["time"]["steps"] == 50 and plan["request"]["micro"] == 16
+        assert [row["zero_stage"] for row in plan["memory"]] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert all(row["fits"] for row in plan["memory"])
+        assert main(["--preset", "3b", "--gpu", "RTX 4090", "--output", str(out)]) == 0
+        assert not any(row["fits"] for row in json.loads(out.read_text())["memory"])
+        assert "none" in capsys.readouterr().out
+
+    def test_montage_counts_true_channels(self, tmp_path: Path) -> None:
+        sizes = []
+        for channels in ("32", "128"):
+            words = ["--preset", "montage", "--channels", channels, "--output", str(tmp_path / "p.json")]
+            assert main(words) == 0
+            plan = json.loads((tmp_path / "p.json").read_text())
+            sizes.append(plan["model"]["tokens"]["decoder"])
+        assert sizes == [32 * 16 + 1, 128 * 16 + 1]
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            ([], "--preset"),
+            (["--preset", "huge"], "'huge' is unknown"),
+            (["--preset", "paper", "--gpu", "abacus"], "--peak_tflops"),
+            (["--preset", "paper", "--gpus", "3", "--batch_size", "100"], "batch_size"),
+            (["--preset", "paper", "--batch_size", "100", "--micro_batch_size", "7"], "micro_batch_size"),
+            (["--preset", "paper", "--channels", "32"], "channels"),
+            (["--preset", "paper", "--mfu", "1.5"], "mfu"),
+            ([str(ROOT / "configs" / "pretrain" / "paper.yaml"), "--preset", "paper"], "either"),
+        ],
+    )
+    def test_bad_requests(self, words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(words) == 2
+        error = capsys.readouterr().err.strip()
+        assert says in error and "\n" not in error
