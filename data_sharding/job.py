@@ -347,7 +347,7 @@ def _publish(
             versions=versions(),
             extra=extra,
         )
-        write_report(folder / "report.html", rows, manifest)
+        write_report(folder / "report.html", rows, manifest, root=output)
         manifest.write(folder)
         for name in (LEDGER, FINGERPRINTS, "report.html", MANIFEST):
             deliver(folder / name, output / name)
