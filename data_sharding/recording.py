@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from data_sharding.channels import Channels, canonical_name, choose, pick_channels, restrict
-from data_sharding.corpora import Item
+from data_sharding.corpora import Item, open_item
 from data_sharding.duplicates import signature
 from data_sharding.files import digest_of, read_json, sha256_file, write_json
 from data_sharding.preprocess import PreprocessSpec, band_of, reference_rows
-from data_sharding.readers import NotContinuous, ReadError, open_signal, unreadable
+from data_sharding.readers import NotContinuous, ReadError, unreadable
 from data_sharding.signals import Signal, SignalInfo
 from data_sharding.splits import SplitConfig
 from data_sharding.storage import AnyPath, as_path, commit_folder, file_state, is_remote, localised, scratch_folder
@@ -135,6 +136,33 @@ def blank_row(item: Item, status: str, reason: str) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache(maxsize=256)
+def _checksum(path: Path, state: tuple[int, int, str]) -> str:
+    """Checksum of a file; of one that holds many recordings only once."""
+    del state
+    return sha256_file(path)
+
+
+def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
+    """Checksum of a recording: of its files, and of which of several recordings in them it is.
+
+    Parameters
+    ----------
+    item : Item
+        The recording.
+    hashes : sequence of str
+        SHA-256 of each of its files.
+
+    Returns
+    -------
+    str
+        Hexadecimal; a single file's own where that holds one recording.
+    """
+    whole = digest_of(sorted(hashes)) if len(hashes) > 1 else hashes[0]
+    # The file's checksum alone would make its recordings copies of one another.
+    return digest_of([whole, item.options]) if item.options else whole
+
+
 def process_recording(task: Task) -> dict[str, Any]:
     """Read a recording, judge it, and commit its windows as a part.
 
@@ -159,7 +187,7 @@ def process_recording(task: Task) -> dict[str, Any]:
         files = task.item.recording.files
         try:
             path, *local = stack.enter_context(localised([task.item.recording.path, *files]))
-            hashes = {str(i): sha256_file(f) for i, f in enumerate(local)}
+            hashes = {str(i): _checksum(f, file_state(f)) for i, f in enumerate(local)}
             row["bytes"] = sum(f.stat().st_size for f in local)
         except OSError as error:
             if is_remote(task.item.recording.path):
@@ -167,10 +195,7 @@ def process_recording(task: Task) -> dict[str, Any]:
             # Rights can be given without a change of the file: the next run looks again.
             more = {"part": "", "split_samples": {}, "passing": True}
             return row | {"reason": f"unreadable: {error.strerror or error}"} | more
-        row["sha256"] = digest_of(sorted(hashes.values())) if len(hashes) > 1 else hashes["0"]
-        if options := getattr(task.item, "options", None):
-            # One file, several recordings: its checksum alone would make them copies of one another.
-            row["sha256"] = digest_of([row["sha256"], options])
+        row["sha256"] = recording_checksum(task.item, list(hashes.values()))
         name = _part_name(task, hashes)
         part = task.work / "parts" / name[:2] / name
         if (part / "row.json").is_file():
@@ -228,7 +253,7 @@ def _image_identity(image: str) -> list[Any]:
 
 def _open(item: Item) -> Signal:
     try:
-        return open_signal(item.recording)
+        return open_item(item)
     except NotContinuous as error:
         raise SetAside("excluded", str(error)) from None
     except ReadError as error:

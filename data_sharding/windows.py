@@ -79,10 +79,11 @@ def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[st
                 cuts[segment] = [_Cut(int(s), number + i, split, {}) for i, s in enumerate(starts)]
                 number += len(starts)
         return cuts
+    left_out.update(item.left_out)
     numbers = {name: i for i, name in enumerate(task.labels)}
     onsets = np.array([segment.onset for segment in info.segments])
     for number, trial in enumerate(item.trials):
-        split = task.split.trial(item.subject, trial.image_id, trial.split, getattr(trial, "concept", ""))
+        split = task.split.trial(item.subject, trial.image_id, trial.split, trial.concept)
         if split is None:
             left_out["crossed cell of subject split and image split"] += 1
             continue
@@ -93,7 +94,7 @@ def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[st
             last = segment == len(lengths) - 1
             left_out["trial beyond the recording" if last else "over a gap in the recording"] += 1
         else:
-            said = {name: getattr(trial, name, "") for name in ("image_id", "label_name", "block", "concept")}
+            said = {name: getattr(trial, name) for name in ("image_id", "label_name", "block", "concept")}
             extra: dict[str, Any] = {name: value for name, value in said.items() if value}
             if trial.label_name:
                 extra["label"] = numbers[trial.label_name]
@@ -106,10 +107,9 @@ def _place(
     trial: Trial, offset_s: float, segments: list[Segment], onsets: np.ndarray, spec: PreprocessSpec
 ) -> tuple[int | None, int]:
     """Segment in which a trial's window begins, and where in it."""
-    own = getattr(trial, "segment", None)
-    if own is not None:
+    if trial.segment is not None:
         start = round(offset_s * spec.sfreq)
-        return (own, start) if 0 <= own < len(segments) and start >= 0 else (None, 0)
+        return (trial.segment, start) if 0 <= trial.segment < len(segments) and start >= 0 else (None, 0)
     begin = trial.onset + offset_s
     # Half a sample early is rounding.
     segment = int(np.searchsorted(onsets, begin + 0.5 / spec.sfreq, side="right")) - 1
