@@ -414,6 +414,7 @@ def run(config: ShardConfig) -> int:
             plan.hold_back.mark(rows, points)
             mark_duplicates(rows, plan, points)
             plan.hold_back.count_images(rows)
+            _count_unlisted(rows, plan)
             kept = [row for row in rows if row["status"] == "sharded"]
             if not any("train" in row["split_samples"] for row in kept):
                 _refuse_empty(rows, work)
@@ -428,6 +429,14 @@ def run(config: ShardConfig) -> int:
             manifest = _publish(config, plan, rows, splits, output, points)
     _say_result(manifest, rows, output)
     return _exit_code(config, manifest)
+
+
+def _count_unlisted(rows: list[dict[str, Any]], plan: Plan) -> None:
+    """Enter the trials that a corpus itself takes out into the rows' ``windows_left_out``."""
+    for row in rows:
+        if unlisted := plan.items[row["key"]].left_out:
+            left = Counter(json.loads(row["windows_left_out"])) + Counter(unlisted)
+            row["windows_left_out"] = json.dumps(dict(sorted(left.items())))
 
 
 def _make_folder(output: AnyPath) -> None:

@@ -67,7 +67,7 @@ class Plan:
     """Checksum of config and file listing: the same for the same request."""
     hold_back: HoldBack
     """What is held back, its names resolved."""
-    corpora: list[dict[str, Any]] = field(default_factory=list)
+    corpora: list[dict[str, str]] = field(default_factory=list)
     """What is known of each corpus's design."""
     images: dict[str, FileState] = field(default_factory=dict)
     """States of the images shown, by path."""
@@ -213,6 +213,7 @@ def make_plan(config: ShardConfig) -> Plan:
         If a corpus is missing, empty or unpaired, keys clash, or nobody is left to train on.
     """
     items: dict[str, Item] = {}
+    designs: list[dict[str, str]] = []
     for corpus in config.corpora:
         refuse_memory(corpus.root, "corpora: root")
         listed = list_items(corpus)
@@ -233,7 +234,7 @@ def make_plan(config: ShardConfig) -> Plan:
     if (
         shown
         and not continuous
-        and not any(config.split.trial(i.subject, t.image_id, t.split) == "train" for i, t in shown)
+        and not any(config.split.trial(i.subject, t.image_id, t.split, t.concept) == "train" for i, t in shown)
     ):
         raise RequestError(
             "split: no trial is left for train: no training subject saw a training image; change the split"
@@ -244,10 +245,10 @@ def make_plan(config: ShardConfig) -> Plan:
         for key, item in sorted(items.items())
     ]
     trials = [
-        [key, [[t.onset, t.image_id, t.label_name, t.caption, t.split] for t in i.trials or ()]]
+        [key, [[t.onset, t.image_id, t.label_name, t.caption, t.split, t.concept, t.segment] for t in i.trials or ()]]
         for key, i in sorted(items.items())
     ]
-    images = {path: _states([as_path(path)])[0] for path in sorted({trial.image for _, trial in shown})}
+    images = {path: _states([as_path(path)])[0] for path in sorted({t.image for _, t in shown if t.image})}
     return Plan(
         items=items,
         states=states,
@@ -256,5 +257,6 @@ def make_plan(config: ShardConfig) -> Plan:
             {"config": essence(config), "files": listing, "trials": trials, "hold_back": hold_back.identity}
         ),
         hold_back=hold_back,
+        corpora=designs,
         images=images,
     )

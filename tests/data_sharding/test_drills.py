@@ -5,6 +5,7 @@ Each drill ends with the very bytes of an undisturbed run. The jobs are real one
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from data_sharding.dataset import EEGDataset
 from data_sharding.errors import RequestError
 from data_sharding.loader import collate
 from data_sharding.manifest import Manifest
+from data_sharding.splits import SPLITS
 from data_sharding.verify import main as verify
 
 N = 14
@@ -301,18 +304,97 @@ class TestCluster:
         assert bytes_of(output) == undisturbed
 
 
-class TestStore:
-    """Recordings come from an object store, and the dataset goes to one."""
+class Line:
+    """A line to a server that can be cut: connections to its port are passed on, or refused."""
 
-    @contextlib.contextmanager
-    def server(self, port: int) -> Iterator[subprocess.Popen[bytes]]:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
+    def __init__(self, target: int) -> None:
+        self.port, self.target = free_port(), target
+        self.loop = asyncio.new_event_loop()
+        self.open: set[asyncio.StreamWriter] = set()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while data := await source.read(1 << 16):
+                    sink.write(data)
+                    await sink.drain()
+            sink.close()
+
+        there = await asyncio.open_connection("127.0.0.1", self.target)
+        self.open |= {writer, there[1]}
+        await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
+
+    def connect(self) -> None:
+        start = asyncio.start_server(self._pass_on, "127.0.0.1", self.port)
+        self.server = asyncio.run_coroutine_threadsafe(start, self.loop).result(10)
+
+    def cut(self) -> None:
+        async def stop() -> None:
+            self.server.close()
+            for writer in self.open:
+                writer.transport.abort()
+
+        asyncio.run_coroutine_threadsafe(stop(), self.loop).result(10)
+
+
+@pytest.fixture
+def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+    """An object store, in a process of its own, at the end of a line."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def up() -> bool:
+        assert process.poll() is None
+        with socket.socket() as s:
+            return s.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        until(up)
+        line = Line(port)
+        line.connect()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{line.port}",
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield line
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Line) -> None:
+    """Recordings come from an object store and the dataset goes to one; the line to it is cut in the middle."""
+    import s3fs
+
+    store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    store.mkdir("bucket")
+    (root,) = (corpus["root"] for corpus in yaml.safe_load(drill.config.read_text())["corpora"])
+    store.put(root, "bucket/recordings", recursive=True)
+    folder = drill.folder / "store"
+    folder.mkdir()
+    remote, output = Drill(folder, "s3://bucket/recordings"), "s3://bucket/made/dataset"
+
+    process = remote.start(output, "--ray.num_cpus", "1")
+    until(lambda: len(store.glob("bucket/made/dataset/.work/parts/*/*/row.json")) >= 2 or process.poll() is not None)
+    line.cut()
+    err = finish(process, code=1)
+    (said,) = [text for text in err.splitlines() if text.startswith("dreamscale:")]
+    assert "run the same command" in said
+    line.connect()
+    assert not store.exists("bucket/made/dataset/manifest.json")
+
+    remote.run(output)
+    assert bytes_of(output) == undisturbed
+    names = {name.rsplit("/", 1)[1] for name in store.ls("bucket/made/dataset")}
+    assert names == {*SPLITS, "manifest.json", "ledger.parquet", "fingerprints.parquet", "report.html"}
+    assert "finished already" in remote.run(output)
 
 
 def test_damage_is_found(drill: Drill, undisturbed: dict[str, str], tmp_path: Path, capsys) -> None:
