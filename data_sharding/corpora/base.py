@@ -146,9 +146,6 @@ class Item:
     """Trials that the corpus itself does not list among `trials`, by reason."""
 
 
-Options = TypeVar("Options")
-
-
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
     """Kinds of corpora without options of their own."""
@@ -265,10 +262,10 @@ class Adapter:
             raise ValueError(f"corpora: '{config.root}', options: {one_line(error)}") from None
 
 
-AdapterType = TypeVar("AdapterType", bound=type[Adapter])
+AdapterType = TypeVar("AdapterType", bound=Adapter)
 
 
-def register(kind: str) -> Callable[[AdapterType], AdapterType]:
+def register(kind: str) -> Callable[[type[AdapterType]], type[AdapterType]]:
     """Make a kind of corpus known.
 
     Parameters
@@ -282,7 +279,7 @@ def register(kind: str) -> Callable[[AdapterType], AdapterType]:
         Decorator of an `Adapter`.
     """
 
-    def enter(cls: AdapterType) -> AdapterType:
+    def enter(cls: type[AdapterType]) -> type[AdapterType]:
         cls.kind = kind
         ADAPTERS[kind] = cls()
         return cls

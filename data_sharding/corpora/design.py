@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ LONGER = 2.0
 
 
 def order_of(items: Sequence[Item]) -> tuple[str, str]:
-    """Tell blocks from a random order.
+    r"""Tell blocks from a random order.
 
     Parameters
     ----------
@@ -37,7 +38,7 @@ def order_of(items: Sequence[Item]) -> tuple[str, str]:
     Notes
     -----
     Counted is how often a trial has the category of the one before it. With :math:`n_k` of :math:`n` trials in
-    category k, a random order gives :math:`\\sum n_k (n_k - 1) / n` such repeats; their variance is taken as that of
+    category k, a random order gives :math:`\sum n_k (n_k - 1) / n` such repeats; their variance is taken as that of
     independent draws. The mean length of a run is :math:`n / (n - repeats)`.
     """
     repeats, expected, variance, trials, recordings = 0, 0.0, 0.0, 0, 0
@@ -51,7 +52,7 @@ def order_of(items: Sequence[Item]) -> tuple[str, str]:
         labels |= set(names)
         counts, n = np.array(list(Counter(names).values())), len(names)
         chance = float((counts * (counts - 1)).sum()) / n
-        repeats += sum(a == b for a, b in zip(names, names[1:], strict=False))
+        repeats += sum(a == b for a, b in itertools.pairwise(names))
         expected += chance
         variance += chance * (1 - chance / (n - 1))
         trials, recordings, single = trials + n, recordings + 1, single and len(counts) == 1

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -86,34 +87,70 @@ def read_trials(table: AnyPath, images: AnyPath, *, label_column: str = "label_n
         raise RequestError(f"{table}: cannot be read ({error})") from None
     if not rows:
         return ()
-    column = next((name for name in IMAGE_COLUMNS if name in rows[0]), None)
-    if column is None or "onset" not in rows[0]:
-        missing = "image" if column is None else "onset"
+    if "onset" not in rows[0] or not any(name in rows[0] for name in IMAGE_COLUMNS):
+        missing = "onset" if "onset" not in rows[0] else "image"
         raise RequestError(f"{table}: no column '{missing}'; it needs at least onset and image, tab-separated")
-    trials = []
-    for number, row in enumerate(rows, start=2):
-        image = (row[column] or "").strip()
-        if image in NOTHING:
-            continue  # tables hold responses and other events, too
+    return trials_of(rows, images, str(table), first_line=2, label_column=label_column)
 
-        def given(key: str, row: dict[str, Any] = row) -> str:
-            value = (row.get(key) or "").strip()
+
+def trials_of(
+    rows: Sequence[Mapping[str, Any]],
+    images: AnyPath | None,
+    where: str,
+    *,
+    first_line: int,
+    label_column: str = "label_name",
+) -> tuple[Trial, ...]:
+    """Trials of rows that say what was shown when.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        See `read_trials`.
+    images : Path, UPath or None
+        Folder of the images; without one, every row with a label is a trial.
+    where : str
+        Where the rows stand, for messages.
+    first_line : int
+        Number of the first row, for messages.
+    label_column : str
+        Key of the category.
+
+    Returns
+    -------
+    tuple of Trial
+        In the rows' order.
+
+    Raises
+    ------
+    RequestError
+        Naming the row.
+    """
+    trials = []
+    for number, row in enumerate(rows, start=first_line):
+
+        def given(key: str, row: Mapping[str, Any] = row) -> str:
+            value = str(row.get(key) if row.get(key) is not None else "").strip()
             return "" if value in NOTHING else value
 
+        image = next((given(name) for name in IMAGE_COLUMNS if given(name)), "") if images is not None else ""
+        if not image and (images is not None or not given(label_column)):
+            continue  # tables hold responses and other events, too
         try:
-            onset = float(row["onset"])
-        except (TypeError, ValueError):
+            onset = float(given("onset"))
+        except ValueError:
             onset = math.nan
         if not math.isfinite(onset):
-            raise RequestError(f"{table}, line {number}: onset '{row['onset']}' is no number of seconds")
+            raise RequestError(f"{where}, line {number}: onset '{row.get('onset')}' is no number of seconds")
         if given("split") not in (*SPLITS, ""):
-            raise RequestError(f"{table}, line {number}: split '{given('split')}' is none of {', '.join(SPLITS)}")
+            raise RequestError(f"{where}, line {number}: split '{given('split')}' is none of {', '.join(SPLITS)}")
         label = given(label_column) or (PurePosixPath(image).parent.name or "image")
+        name = PurePosixPath(image).with_suffix("").as_posix() if image else ""
         trials.append(
             Trial(
                 onset=onset,
-                image=str(images / image),
-                image_id=given("image_id") or PurePosixPath(image).with_suffix("").as_posix(),
+                image=str(images / image) if images is not None else "",
+                image_id=(given("image_id") or name) if image else "",
                 label_name=label,
                 caption=given("caption") or label,
                 split=given("split"),

@@ -1,0 +1,313 @@
+"""Arrays of anyone's making, each with a file beside it that says what it is.
+
+Shapes: C channels, S samples of a recording, N epochs, T samples an epoch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
+from data_sharding.corpora.base import (
+    Adapter,
+    CorpusConfig,
+    Folders,
+    Item,
+    Trial,
+    check_images,
+    folder_of,
+    read_text,
+    register,
+    relative_path,
+)
+from data_sharding.corpora.events import read_trials, trials_of
+from data_sharding.corpora.folder import KEYS, check_unit_factors, excluded, item_of
+from data_sharding.errors import RequestError, one_line
+from data_sharding.signals import Signal
+from data_sharding.sniffing import Recording
+from data_sharding.splits import SPLITS
+from data_sharding.storage import AnyPath, localised
+
+SUFFIXES = (".npy", ".npz", ".mat")
+SIDECARS = (".json", ".yaml", ".yml")
+UNITS = {"V": 1.0, "mV": 1e-3, "uV": 1e-6, "µV": 1e-6, "μV": 1e-6, "nV": 1e-9, "standardised": NOMINAL_V}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sidecar:
+    """What the file beside an array says."""
+
+    sfreq: float
+    """Hz."""
+    ch_names: list[str]
+    """C names."""
+    unit: str
+    """V, mV, uV, nV, or standardised for numbers without one."""
+    data: str = ""
+    """Name of the variable, in .npz and .mat files that hold several."""
+    axes: str = ""
+    """Order of the dimensions: C channels, T time, N epochs. Empty: CT, or NCT where there are three."""
+    ch_types: list[str] = field(default_factory=list)
+    """MNE's words; empty: told from the names."""
+    subject: str = ""
+    session: str = ""
+    line_freq: float | None = None
+    """Mains in Hz."""
+    reference: str = ""
+    bads: list[str] = field(default_factory=list)
+    """Channels known to be bad."""
+    events: Any = None
+    """Continuous recordings: path of an events table (.tsv) beside it, or a list of its rows."""
+    images: list[str] = field(default_factory=list)
+    """Epochs: N images, relative to the corpus's key 'images'."""
+    labels: Any = field(default_factory=list)
+    """Epochs: N categories, or the name of the variable of an .npz file that holds them."""
+    captions: list[str] = field(default_factory=list)
+    """Epochs: N descriptions."""
+    splits: list[str] = field(default_factory=list)
+    """Epochs: N of train, val or test."""
+    blocks: list[str] = field(default_factory=list)
+    """Epochs: N names of runs shown together."""
+
+
+class _Fault(ValueError):
+    """What is wrong with one array or its sidecar."""
+
+
+@register("arrays")
+class ArraysCorpus(Adapter):
+    """Arrays ``[C, S]`` or ``[N, C, T]`` in .npy, .npz and .mat files."""
+
+    keys = KEYS | {"images", "trial_offset"}
+
+    def items(self, config: CorpusConfig) -> list[Item]:
+        """All arrays under the root; see `Adapter.items`."""
+        root = folder_of(config.root, "corpora: root")
+        images = folder_of(config.images, "corpora: images") if config.images else None
+        folders, items = Folders(), []
+        for path in sorted((p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES), key=lambda p: p.as_posix()):
+            relative = relative_path(path, root)
+            if path.name.startswith(".") or excluded(config, relative):
+                continue
+            items.append(self._item(config, root, relative, path, images, folders))
+        if not items:
+            raise RequestError(
+                f"corpora: root '{root}': no .npy, .npz or .mat file found there; check the path and the key 'exclude'"
+            )
+        check_unit_factors(config, [item.path for item in items])
+        if images is not None:
+            if not any(item.trials for item in items):
+                raise RequestError(f"corpora: root '{root}': no paired trials; no sidecar names an image")
+            check_images(items, images)
+        return items
+
+    def _item(
+        self,
+        config: CorpusConfig,
+        root: AnyPath,
+        relative: str,
+        path: AnyPath,
+        images: AnyPath | None,
+        folders: Folders,
+    ) -> Item:
+        near = folders(path.parent)
+        sidecars = [near[path.stem + suffix] for suffix in SIDECARS if path.stem + suffix in near]
+        recording = Recording(path=path, format=self.kind, files=tuple(sorted([path, *sidecars[:1]])))
+        try:
+            about = _sidecar(sidecars, path)
+            trials = _trials(about, path, near, images)
+        except (_Fault, RequestError, OSError) as error:
+            return item_of(config, root, relative, dataclasses.replace(recording, problem=one_line(error)))
+        more: dict[str, Any] = {}
+        if about.subject:
+            more = {"subject": about.subject, "session": about.session}
+        own = {f.name: getattr(about, f.name) for f in dataclasses.fields(about)}
+        for name in ("subject", "session", "events", "images", "labels", "captions", "splits", "blocks"):
+            own.pop(name)
+        count = None if trials is None or about.events is not None else len(trials)
+        return item_of(config, root, relative, recording, trials=trials, options={**own, "epochs": count}, **more)
+
+    def open(self, item: Item) -> Signal:
+        """An array, mapped from the file where its format allows it; see `Adapter.open`."""
+        from data_sharding.readers import ReadError, unreadable
+
+        path, own = Path(str(item.recording.path)), item.options
+        try:
+            x = _array(path, own["data"])
+            x = _ordered(x, own["axes"], len(own["ch_names"]))
+        except _Fault as error:
+            raise ReadError(str(error)) from None
+        except Exception as error:  # SciPy, h5py and NumPy each have their own
+            raise ReadError(unreadable(error)) from None
+        if own["epochs"] is not None and (x.ndim != 3 or own["epochs"] != len(x)):
+            count = len(x) if x.ndim == 3 else 0
+            raise ReadError(f"the sidecar describes {own['epochs']} epochs, and the array has {count}")
+        part: Callable[[int], np.ndarray] = (lambda i: x[i]) if x.ndim == 3 else (lambda _: x)
+        standardised = own["unit"] == "standardised"
+        return ArraySignal(
+            part,
+            [x.shape[-1]] * (len(x) if x.ndim == 3 else 1),
+            own["sfreq"],
+            own["ch_names"],
+            epoched=x.ndim == 3,
+            scale=UNITS[own["unit"]],
+            unit_known=standardised,
+            line_freq=own["line_freq"],
+            reference=own["reference"],
+            bads=list(own["bads"]),
+            notes=[STANDARDISED] if standardised else [],
+            **({"ch_types": list(own["ch_types"])} if own["ch_types"] else {}),
+        )
+
+
+def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
+    """What the file beside an array says, checked."""
+    if not sidecars:
+        raise _Fault(f"sidecar missing: {path.stem}.json (or .yaml) beside it must say sfreq, ch_names and unit")
+    file = sidecars[0]
+    try:
+        if file.suffix == ".json":
+            values = json.loads(read_text(file))
+        else:
+            import yaml
+
+            values = yaml.safe_load(read_text(file))
+    except Exception as error:  # two libraries, each with its own
+        raise _Fault(f"sidecar broken: {file.name}: {one_line(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise _Fault(f"sidecar broken: {file.name}: no mapping of keys to values")
+    known = [f.name for f in dataclasses.fields(Sidecar)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+            raise _Fault(f"sidecar broken: {file.name}: unknown key '{key}'; {hint}")
+    for key in ("sfreq", "ch_names", "unit"):
+        if key not in values:
+            raise _Fault(f"sidecar broken: {file.name}: key '{key}' is missing")
+    about = Sidecar(**values)
+    lists = {"ch_names": about.ch_names, "ch_types": about.ch_types, "bads": about.bads, "images": about.images}
+    lists |= {"captions": about.captions, "splits": about.splits, "blocks": about.blocks}
+    for key, value in lists.items():
+        if not isinstance(value, list) or not all(isinstance(entry, str | int | float) for entry in value):
+            raise _Fault(f"sidecar broken: {file.name}: {key} is no list of names")
+    about = dataclasses.replace(about, **{key: [str(entry) for entry in value] for key, value in lists.items()})
+    if isinstance(about.sfreq, bool) or not isinstance(about.sfreq, int | float) or not 0 < about.sfreq < 1e6:
+        raise _Fault(f"sidecar broken: {file.name}: sfreq '{about.sfreq}' is no rate in Hz")
+    if about.line_freq is not None and not isinstance(about.line_freq, int | float):
+        raise _Fault(f"sidecar broken: {file.name}: line_freq '{about.line_freq}' is no frequency in Hz")
+    if about.unit not in UNITS:
+        raise _Fault(f"sidecar broken: {file.name}: unit '{about.unit}' is none of V, mV, uV, nV, standardised")
+    if not about.ch_names or len(set(about.ch_names)) != len(about.ch_names):
+        raise _Fault(f"sidecar broken: {file.name}: ch_names is empty, or names a channel twice")
+    if about.ch_types and len(about.ch_types) != len(about.ch_names):
+        raise _Fault(f"sidecar broken: {file.name}: {len(about.ch_types)} ch_types for {len(about.ch_names)} ch_names")
+    if about.axes and sorted(about.axes.upper()) not in (["C", "T"], ["C", "N", "T"]):
+        raise _Fault(f"sidecar broken: {file.name}: axes '{about.axes}' is no order of C, T, and N for epochs")
+    texts = {"subject": str(about.subject), "session": str(about.session), "reference": str(about.reference)}
+    return dataclasses.replace(about, axes=about.axes.upper(), data=str(about.data), **texts)
+
+
+def _trials(
+    about: Sidecar, path: AnyPath, near: dict[str, AnyPath], images: AnyPath | None
+) -> tuple[Trial, ...] | None:
+    """Trials that the sidecar describes; None where it describes none."""
+    if about.events is not None:
+        if isinstance(about.events, str):
+            if about.events not in near:
+                raise _Fault(f"sidecar missing: events '{about.events}' is not beside it")
+            if images is not None:
+                return read_trials(near[about.events], images)
+            raise _Fault("the events name images, and the corpus has no key 'images'")
+        if not isinstance(about.events, list) or not all(isinstance(row, dict) for row in about.events):
+            raise _Fault("sidecar broken: events is neither the name of a table nor a list of rows")
+        return trials_of(about.events, images, path.name, first_line=1)
+    if isinstance(about.labels, str):
+        labels = [str(entry) for entry in _variable(path, about.labels)]
+    elif isinstance(about.labels, list):
+        labels = [str(entry) for entry in about.labels]
+    else:
+        raise _Fault("sidecar broken: labels is neither a list nor the name of a variable")
+    if about.images and images is None:
+        raise _Fault("the sidecar names images, and the corpus has no key 'images'")
+    shown = about.images or ([""] * len(labels))
+    if not shown:
+        return None
+    for name, value in (("labels", labels), ("captions", about.captions), ("splits", about.splits)):
+        if value and len(value) != len(shown):
+            raise _Fault(f"sidecar broken: {len(value)} {name} for {len(shown)} epochs")
+    if wrong := sorted(set(about.splits) - {*SPLITS, ""}):
+        raise _Fault(f"sidecar broken: split '{wrong[0]}' is none of {', '.join(SPLITS)}")
+    rows = [
+        {
+            "onset": 0.0,
+            "image": image,
+            "label_name": labels[i] if labels else "",
+            "caption": about.captions[i] if about.captions else "",
+            "split": about.splits[i] if about.splits else "",
+            "block": about.blocks[i] if about.blocks else "",
+        }
+        for i, image in enumerate(shown)
+    ]
+    trials = trials_of(rows, images if about.images else None, path.name, first_line=1)
+    if len(trials) != len(shown):
+        raise _Fault("sidecar broken: an epoch has neither image nor label")
+    return tuple(dataclasses.replace(trial, segment=i, onset=float(i)) for i, trial in enumerate(trials))
+
+
+def _variable(path: AnyPath, name: str) -> np.ndarray:
+    if path.suffix.lower() != ".npz":
+        raise _Fault("labels names a variable, which is read from .npz files only; write the list into the sidecar")
+    with localised([path]) as (local,):
+        try:
+            with np.load(local, allow_pickle=False) as archive:
+                if name not in archive:
+                    raise _Fault(f"has no variable '{name}'; it has {', '.join(archive.files)}")
+                return archive[name].ravel()
+        except _Fault:
+            raise
+        except Exception as error:
+            raise _Fault(f"unreadable: {one_line(error)[:200]}") from None
+
+
+def _array(path: Path, name: str) -> np.ndarray:
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    if suffix == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            return archive[_one_of(archive.files, name)]
+    from pymatreader import read_mat
+
+    variables = read_mat(path, variable_names=[name] if name else None)
+    return np.asarray(variables[_one_of([key for key in variables if not key.startswith("__")], name)])
+
+
+def _one_of(names: list[str], name: str) -> str:
+    if name and name not in names:
+        raise _Fault(f"has no variable '{name}'; it has {', '.join(sorted(names)) or 'none'}")
+    if not name and len(names) != 1:
+        raise _Fault(f"holds {', '.join(sorted(names)) or 'nothing'}; the sidecar's key 'data' must name one")
+    return name or names[0]
+
+
+def _ordered(x: np.ndarray, axes: str, channels: int) -> np.ndarray:
+    """Array in the order CT or NCT."""
+    wanted = "NCT" if x.ndim == 3 else "CT"
+    axes = axes or wanted
+    if x.ndim not in (2, 3) or len(axes) != x.ndim:
+        raise _Fault(f"an array of {x.ndim} dimensions; continuous recordings have 2, epochs 3 (key 'axes')")
+    if x.dtype.kind not in "fiu":
+        raise _Fault(f"an array of {x.dtype}, not of numbers")
+    x = x.transpose([axes.index(axis) for axis in wanted])
+    if x.shape[-2] != channels:
+        raise _Fault(f"{x.shape[-2]} channels in the array {tuple(x.shape)}, {channels} ch_names (key 'axes')")
+    return x

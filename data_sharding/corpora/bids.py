@@ -1,0 +1,316 @@
+"""BIDS datasets, with what their sidecars say: types, status, positions, mains, reference, events.
+
+The sidecars are read here rather than through mne-bids, because roots may lie on an object store, and because a broken
+sidecar must cost its own recording only. mne-bids writes the datasets of the tests.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_sharding.corpora.base import (
+    Adapter,
+    CorpusConfig,
+    Folders,
+    Item,
+    check_images,
+    folder_of,
+    read_text,
+    register,
+    root_name,
+)
+from data_sharding.corpora.events import NOTHING, read_trials
+from data_sharding.corpora.folder import KEYS, find, item_of
+from data_sharding.errors import RequestError, one_line
+from data_sharding.readers import VOLTS
+from data_sharding.storage import AnyPath, describe
+
+NOT_RAW = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
+"""Folders at the top of a dataset that hold no raw recordings."""
+TYPES = {
+    "EEG": "eeg",
+    "EOG": "eog",
+    "HEOG": "eog",
+    "VEOG": "eog",
+    "ECG": "ecg",
+    "EMG": "emg",
+    "TRIG": "stim",
+    "GSR": "gsr",
+    "RESP": "resp",
+    "TEMP": "temperature",
+    "PUPIL": "pupil",
+    "EYEGAZE": "eyegaze",
+    "SEEG": "seeg",
+    "ECOG": "ecog",
+    "DBS": "dbs",
+}
+"""Types of channels.tsv as MNE calls them; all others are misc."""
+METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
+SYSTEMS = {"captrak": (0, 1, 2), "eeglab": (1, 0, 2)}
+"""Coordinate systems that are a head's own, and where x, y and z of MNE's head frame stand in them."""
+FARTHEST_M = 0.2
+"""Electrodes are not farther from the middle of a head."""
+NAME = re.compile(r"(?P<entities>sub-[^_]+(?:_[A-Za-z]+-[^_]+)*)_(?P<suffix>[A-Za-z]+)(?P<extension>\..+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BIDSOptions:
+    """What to take of a BIDS dataset."""
+
+    participants: dict[str, list[str]] = field(default_factory=dict)
+    """Column of participants.tsv to the values that are taken, e.g. {group: [control]}; everyone else is excluded."""
+    label_column: str = "label_name"
+    """Column of events.tsv that holds the category; without it, the image's folder."""
+
+
+class _Broken(ValueError):
+    """A sidecar that cannot be made sense of."""
+
+
+@register("bids")
+class BIDSCorpus(Adapter):
+    """Recordings of a BIDS dataset; paired with images where the key 'images' says where they are."""
+
+    keys = KEYS - {"subject_pattern"} | {"images", "trial_offset"}
+    options = BIDSOptions
+
+    def items(self, config: CorpusConfig) -> list[Item]:
+        """All raw recordings; see `Adapter.items`."""
+        options: BIDSOptions = self.read_options(config)
+        root = folder_of(config.root, "corpora: root")
+        images = folder_of(config.images, "corpora: images") if config.images else None
+        folders = Folders()
+        if "dataset_description.json" not in folders(root):
+            raise RequestError(
+                f"corpora: root '{root}': no BIDS dataset, dataset_description.json is missing; point to its top "
+                "folder, or use kind: folder"
+            )
+        people = _participants(root, folders, options)
+        named = dataclasses.replace(config, name=config.name or root_name(root))
+        found = find(dataclasses.replace(config, exclude=[*config.exclude, *(f"{name}/*" for name in NOT_RAW)]))[1]
+        sidecars = _Sidecars(root, folders)
+        items = []
+        for relative, recording in found:
+            item = item_of(named, root, relative, recording)
+            parts = relative.split("/")
+            kind = parts[-2] if len(parts) > 2 else ""
+            match = NAME.fullmatch(parts[-1])
+            if item.reason or recording.problem:
+                pass
+            elif not parts[0].startswith("sub-") or match is None or match["suffix"] not in ("eeg", "ieeg"):
+                item = dataclasses.replace(item, reason="not named as BIDS names EEG: sub-X/[ses-X/]eeg/sub-X_..._eeg")
+            elif kind != "eeg" and not (kind == "ieeg" and config.intracranial):
+                item = dataclasses.replace(item, reason=f"no EEG: it lies in the folder of {kind or 'another kind'}")
+            elif why := _left_out(people, options, parts[0]):
+                item = dataclasses.replace(item, reason=why)
+            else:
+                item = _described(item, sidecars, images, options.label_column)
+            items.append(item)
+        if images is not None:
+            if not any(item.trials for item in items):
+                raise RequestError(
+                    f"corpora: root '{root}': no paired trials; no events.tsv names an image in stim_file or image"
+                )
+            check_images(items, images)
+        return items
+
+
+def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_column: str) -> Item:
+    """A recording with what its sidecars say; with what is wrong with them, if anything is."""
+    recording = item.recording
+    try:
+        patch = _patch(sidecars, recording.path)
+        trials, reason = None, None
+        if images is not None:
+            table = sidecars.nearest(recording.path, "events", ".tsv")
+            trials = read_trials(table, images, label_column=label_column) if table is not None else None
+            reason = "no events: no events.tsv belongs to it" if table is None else None
+    except (_Broken, RequestError, OSError) as error:
+        text = describe(error) if isinstance(error, OSError) else one_line(error)
+        return dataclasses.replace(item, recording=dataclasses.replace(recording, problem=f"sidecar broken: {text}"))
+    return dataclasses.replace(item, info_patch=patch, trials=trials, reason=reason)
+
+
+class _Sidecars:
+    """Finds the sidecars that count for a recording: beside it, and in every folder above, the nearest first."""
+
+    def __init__(self, root: AnyPath, folders: Folders) -> None:
+        self.root, self.folders = root, folders
+        self._parsed: dict[str, Any] = {}
+        self._inherited: dict[str, list[tuple[set[str], str, str, AnyPath]]] = {}
+
+    def _files(self, folder: AnyPath) -> list[tuple[set[str], str, str, AnyPath]]:
+        key = str(folder)
+        if key not in self._inherited:
+            out = []
+            for name, path in self.folders(folder).items():
+                match = re.fullmatch(r"((?:[A-Za-z]+-[^_]+_)*)([A-Za-z]+)(\.tsv|\.json)", name)
+                if match:
+                    out.append((set(match[1].strip("_").split("_")) - {""}, match[2], match[3], path))
+            self._inherited[key] = out
+        return self._inherited[key]
+
+    def all(self, recording: AnyPath, suffix: str, extension: str) -> list[AnyPath]:
+        """Sidecars that apply, the most general first."""
+        match = NAME.fullmatch(recording.name)
+        entities = set(match["entities"].split("_")) if match else set()
+        out, folder = [], recording.parent
+        while True:
+            fitting = [
+                (len(own), path)
+                for own, word, ending, path in self._files(folder)
+                # Positions are given in a space of their own, which is no property of the recording.
+                if word == suffix and ending == extension and {e for e in own if not e.startswith("space-")} <= entities
+            ]
+            out += [path for _, path in sorted(fitting, key=lambda pair: (-pair[0], pair[1].name))]
+            if str(folder) == str(self.root) or folder == folder.parent:
+                return out[::-1]
+            folder = folder.parent
+
+    def nearest(self, recording: AnyPath, suffix: str, extension: str) -> AnyPath | None:
+        """The sidecar that counts where only one does."""
+        found = self.all(recording, suffix, extension)
+        return found[-1] if found else None
+
+    def json(self, path: AnyPath) -> dict[str, Any]:
+        """A JSON file's mapping."""
+        key = str(path)
+        if key not in self._parsed:
+            try:
+                value = json.loads(read_text(path))
+            except ValueError as error:
+                raise _Broken(f"{path.name}: no JSON ({one_line(error)[:100]})") from None
+            if not isinstance(value, dict):
+                raise _Broken(f"{path.name}: no mapping of keys to values")
+            self._parsed[key] = value
+        return self._parsed[key]
+
+    def tsv(self, path: AnyPath, *columns: str) -> list[dict[str, str]]:
+        """A table's rows, with all of some columns in it."""
+        key = str(path)
+        if key not in self._parsed:
+            self._parsed[key] = _rows(path)
+        rows = self._parsed[key]
+        if rows and (missing := [name for name in columns if name not in rows[0]]):
+            raise _Broken(f"{path.name}: no column '{missing[0]}'")
+        return rows
+
+
+def _rows(path: AnyPath) -> list[dict[str, str]]:
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
+    except csv.Error as error:
+        raise _Broken(f"{path.name}: {error}") from None
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise _Broken(f"{path.name}, line {number}: another number of columns than the first line")
+    return [{str(key): str(value).strip() for key, value in row.items()} for row in rows]
+
+
+def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
+    """What the sidecars of a recording say; see `patch.patched`."""
+    patch: dict[str, Any] = {}
+    notes: list[str] = []
+    about: dict[str, Any] = {}
+    suffix = "ieeg" if recording.parent.name == "ieeg" else "eeg"
+    for path in sidecars.all(recording, suffix, ".json"):
+        about |= sidecars.json(path)
+    line = about.get("PowerLineFrequency", "n/a")
+    if line not in NOTHING:
+        if isinstance(line, bool) or not isinstance(line, int | float) or not 0 < line < 1000:
+            raise _Broken(f"PowerLineFrequency '{line}' is no frequency in Hz")
+        patch["line_freq"] = float(line)
+    reference = about.get("EEGReference", about.get("iEEGReference", ""))
+    if isinstance(reference, str) and reference.strip() not in NOTHING:
+        patch["reference"] = reference.strip()
+    if (path := sidecars.nearest(recording, "channels", ".tsv")) is not None:
+        rows = sidecars.tsv(path, "name", "type", "units")
+        twice = [name for name, count in Counter(row["name"] for row in rows).items() if count > 1]
+        if twice:
+            raise _Broken(f"{path.name}: channel '{twice[0]}' stands there twice")
+        types = {}
+        for row in rows:
+            kind = TYPES.get(row["type"].upper(), "misc") if row["type"] not in NOTHING else "eeg"
+            if kind == "eeg" and row["units"] not in NOTHING and not VOLTS.fullmatch(row["units"]):
+                notes.append(f"channel {row['name']} is EEG in {row['units']} by its sidecar: left out")
+                kind = "misc"
+            types[row["name"]] = kind
+        patch["types"] = types
+        patch["bads"] = [row["name"] for row in rows if row.get("status", "").lower() == "bad"]
+    positions, note = _positions(sidecars, recording)
+    if positions:
+        patch["positions"] = positions
+    notes += [note] if note else []
+    if notes:
+        patch["notes"] = notes
+    return patch
+
+
+def _positions(sidecars: _Sidecars, recording: AnyPath) -> tuple[dict[str, list[float]], str]:
+    """Electrodes in metres of the head frame, and why there are none where they cannot be used."""
+    table = sidecars.nearest(recording, "electrodes", ".tsv")
+    if table is None:
+        return {}, ""
+    frame = sidecars.nearest(recording, "coordsystem", ".json")
+    if frame is None:
+        return {}, "electrodes.tsv without a coordsystem.json: positions not used"
+    about = sidecars.json(frame)
+    system = str(about.get("EEGCoordinateSystem", "")).lower()
+    unit = str(about.get("EEGCoordinateUnits", ""))
+    if system not in SYSTEMS or unit not in METRES:
+        return {}, f"positions in '{system or 'no system'}' and '{unit or 'no unit'}' not used"
+    out: dict[str, list[float]] = {}
+    for row in sidecars.tsv(table, "name", "x", "y", "z"):
+        if any(row[axis] in NOTHING for axis in "xyz"):
+            continue
+        try:
+            own = [float(row[axis]) * METRES[unit] for axis in "xyz"]
+        except ValueError:
+            raise _Broken(f"{table.name}: the position of '{row['name']}' is no number") from None
+        # EEGLAB's x points to the nose and its y to the left ear.
+        place = [own[axis] for axis in SYSTEMS[system]]
+        place[0] *= -1 if system == "eeglab" else 1
+        if not math.dist(place, (0, 0, 0)) <= FARTHEST_M:
+            return {}, f"positions beyond {FARTHEST_M:g} m from the middle of the head not used; is '{unit}' right?"
+        out[row["name"]] = place
+    return out, ""
+
+
+def _participants(root: AnyPath, folders: Folders, options: BIDSOptions) -> dict[str, Mapping[str, str]]:
+    """Rows of participants.tsv by subject, where they are asked for."""
+    if not options.participants:
+        return {}
+    path = folders(root).get("participants.tsv")
+    if path is None:
+        raise RequestError(
+            f"corpora: root '{root}': participants.tsv is missing, and the option 'participants' needs it"
+        )
+    try:
+        rows = _rows(path)
+    except (_Broken, OSError) as error:
+        raise RequestError(f"{path}: cannot be read ({one_line(error)})") from None
+    for column, wanted in options.participants.items():
+        there = sorted({row.get(column, "") for row in rows})
+        if not rows or column not in rows[0]:
+            raise RequestError(f"{path}: no column '{column}' (option 'participants')")
+        for value in wanted:
+            if value not in there:
+                raise RequestError(f"{path}: nobody has {column} '{value}'; there are {', '.join(there[:8])}")
+    return {row.get("participant_id", ""): row for row in rows}
+
+
+def _left_out(people: dict[str, Mapping[str, str]], options: BIDSOptions, subject: str) -> str | None:
+    for column, wanted in options.participants.items():
+        value = people.get(subject, {}).get(column)
+        if value not in wanted:
+            return f"participants.tsv: {column} is {value or 'not given'} (option 'participants')"
+    return None

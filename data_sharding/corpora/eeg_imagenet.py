@@ -1,0 +1,231 @@
+"""EEG-ImageNet as released: six subjects, 40 categories of ImageNet in blocks, 128 channels.
+
+Shapes: C = 128 channels, L samples of a trial (about 500), T = 440 of them used.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
+from data_sharding.corpora.base import (
+    Adapter,
+    CorpusConfig,
+    Item,
+    Trial,
+    check_images,
+    folder_of,
+    local_folder,
+    recording_key,
+    register,
+    root_name,
+)
+from data_sharding.errors import RequestError
+from data_sharding.safe_pickle import RefusedPickle, load_torch
+from data_sharding.signals import Signal
+from data_sharding.sniffing import Recording
+from data_sharding.splits import SPLITS
+
+SFREQ = 1000.0
+N_CHANNELS = 128
+LENGTHS = (450, 600)
+"""Samples that a trial may have, both ends included; others are set aside, as in the published work."""
+USED = slice(20, 460)
+"""Samples that are used: without the first 20 ms, in which the image before still tells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EEGImageNetOptions:
+    """Which of the released files."""
+
+    file: str = "eeg_5_95_std.pth"
+    """The recordings, below root: eeg_5_95_std.pth, eeg_14_70_std.pth or eeg_55_95_std.pth, by their band."""
+    splits: str = "block_splits_by_image_all.pth"
+    """The released split by image, below root: block_splits_by_image_all.pth, or block_splits_by_image_single.pth (of
+    subject 4); empty: images are split by hash."""
+    fold: int = 0
+    """Number of the split in that file."""
+    unit: Literal["standardised", "uV"] = "standardised"
+    """What the numbers are: the released *_std files are standardised and have no unit."""
+
+
+@register("eeg_imagenet")
+class EEGImageNetCorpus(Adapter):
+    """One recording a subject, one segment a trial.
+
+    References
+    ----------
+    Spampinato et al., Deep learning human mind for automated visual classification, CVPR 2017.
+    Li et al., The perils and pitfalls of block design for EEG classification experiments, TPAMI 43 (2021).
+    """
+
+    keys = frozenset({"images"})
+    needs_images = True
+    options = EEGImageNetOptions
+
+    def items(self, config: CorpusConfig) -> list[Item]:
+        """One item a subject; see `Adapter.items`."""
+        options: EEGImageNetOptions = self.read_options(config)
+        root, images = local_folder(config), folder_of(config.images, "corpora: images")
+        path = root / options.file
+        content = _load(path)
+        entries, labels, names = _tables(path, content)
+        split_of = _splits(root / options.splits, options.fold, len(entries)) if options.splits else None
+        subjects: dict[int, list[Trial]] = defaultdict(list)
+        kept: dict[int, list[int]] = defaultdict(list)
+        left_out: dict[int, Counter[str]] = defaultdict(Counter)
+        for index, entry in enumerate(entries):
+            subject = int(entry["subject"])
+            if reason := _fault(entry, split_of is not None and index not in split_of):
+                left_out[subject][reason] += 1
+                continue
+            label, image = labels[int(entry["label"])], names[int(entry["image"])]
+            synset = image.split("_")[0]
+            trials = subjects[subject]
+            repeat = bool(trials) and trials[-1].label_name == label
+            run = int(trials[-1].block.rsplit("-", 1)[1]) + (not repeat) if trials else 0
+            trials.append(
+                Trial(
+                    onset=len(trials) * (USED.stop - USED.start) / SFREQ,
+                    image=str(images / synset / f"{image}.JPEG"),
+                    image_id=image,
+                    label_name=label,
+                    caption=label,
+                    split=split_of[index] if split_of is not None else "",
+                    segment=len(trials),
+                    block=f"sub-{subject}-block-{run}",
+                    concept=label,
+                )
+            )
+            kept[subject].append(index)
+        _check_crossings(root / options.splits, subjects)
+        corpus = config.name or root_name(root)
+        out = []
+        for subject in sorted(set(subjects) | set(left_out)):
+            relative = f"{options.file}/sub-{subject}"
+            out.append(
+                Item(
+                    key=recording_key(corpus, relative),
+                    corpus=corpus,
+                    path=relative,
+                    recording=Recording(path=path, format=self.kind, files=(path,)),
+                    subject=f"sub-{subject}",
+                    session="",
+                    line_freq=config.line_freq,
+                    trials=tuple(subjects[subject]),
+                    reason=None if subjects[subject] else "no trial is left: " + _words(left_out[subject]),
+                    options={"trials": kept[subject], "unit": options.unit},
+                    left_out=dict(sorted(left_out[subject].items())),
+                )
+            )
+        check_images(out, images)
+        return out
+
+    def open(self, item: Item) -> Signal:
+        """Trials of one subject, mapped from the file; see `Adapter.open`."""
+        from data_sharding.readers import NotContinuous, ReadError
+
+        trials: list[int] = item.options["trials"]
+        if not trials:
+            raise NotContinuous(item.reason or "no trial")
+        try:
+            entries = load_torch(Path(str(item.recording.path)))["dataset"]
+        except (RefusedPickle, OSError, KeyError, TypeError) as error:
+            raise ReadError(f"unreadable: {error}") from None
+        standardised = item.options["unit"] == "standardised"
+        notes = ["the release names no channels", *([STANDARDISED] if standardised else [])]
+        if item.left_out:
+            notes.append("trials left out: " + _words(item.left_out))
+        return ArraySignal(
+            lambda i: np.asarray(entries[trials[i]]["eeg"])[:, USED],
+            [USED.stop - USED.start] * len(trials),
+            SFREQ,
+            [f"ch{i + 1:03d}" for i in range(N_CHANNELS)],
+            epoched=True,
+            scale=NOMINAL_V if standardised else 1e-6,
+            unit_known=True,
+            notes=notes,
+        )
+
+    def design(self, config: CorpusConfig, items: Sequence[Item]) -> tuple[str, str]:
+        """Blocks, whatever the order in the file; see `Adapter.design`."""
+        _, evidence = super().design(config, items)
+        return "block", f"each category was shown as one block (Li et al., TPAMI 2021); in this file {evidence}"
+
+
+def _words(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+
+def _load(path: Path) -> Any:
+    try:
+        return load_torch(path)
+    except FileNotFoundError:
+        raise RequestError(f"corpora: '{path}': no such file; the option 'file' or 'splits' says which it is") from None
+    except (RefusedPickle, OSError) as error:
+        raise RequestError(f"{path}: {error}") from None
+
+
+def _tables(path: Path, content: Any) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Trials, categories and names of images of the released file."""
+    wanted = {"dataset", "labels", "images"}
+    if not isinstance(content, dict) or not wanted <= set(content):
+        raise RequestError(f"{path}: not EEG-ImageNet as released; it needs the entries {', '.join(sorted(wanted))}")
+    entries, labels, names = (
+        content["dataset"],
+        [str(x) for x in content["labels"]],
+        [str(x) for x in content["images"]],
+    )
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not {"eeg", "image", "label", "subject"} <= set(entry):
+            raise RequestError(f"{path}: trial {index} lacks one of eeg, image, label, subject")
+        if not (0 <= int(entry["label"]) < len(labels) and 0 <= int(entry["image"]) < len(names)):
+            raise RequestError(f"{path}: trial {index} names a category or an image that is not in its list")
+    return entries, labels, names
+
+
+def _fault(entry: dict[str, Any], not_split: bool) -> str | None:
+    shape = tuple(entry["eeg"].shape)
+    if len(shape) != 2 or shape[0] != N_CHANNELS:
+        return f"not of {N_CHANNELS} channels"
+    if shape[1] < LENGTHS[0]:
+        return f"shorter than {LENGTHS[0]} samples"
+    if shape[1] > LENGTHS[1]:
+        return f"longer than {LENGTHS[1]} samples"
+    return "in none of the split's lists" if not_split else None
+
+
+def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
+    """Split of each trial by its number."""
+    content = _load(path)
+    folds = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(folds, list | tuple) or not folds:
+        raise RequestError(f"{path}: no split of EEG-ImageNet; it needs the entry 'splits'")
+    if not 0 <= fold < len(folds):
+        raise RequestError(f"{path}: has {len(folds)} splits, and the option 'fold' is {fold}")
+    out: dict[int, str] = {}
+    for split in SPLITS:
+        for index in np.asarray(folds[fold].get(split, []), dtype=np.int64).tolist():
+            if not 0 <= index < n:
+                raise RequestError(f"{path}: names trial {index} of {n}; it belongs to another file of recordings")
+            if out.setdefault(index, split) != split:
+                raise RequestError(f"{path}: trial {index} is in {out[index]} and in {split}")
+    return out
+
+
+def _check_crossings(path: Path, subjects: dict[int, list[Trial]]) -> None:
+    """Refuse a split that shows one image in two splits."""
+    found: dict[str, str] = {}
+    for trials in subjects.values():
+        for trial in trials:
+            if found.setdefault(trial.image_id, trial.split) != trial.split:
+                raise RequestError(
+                    f"{path}: image '{trial.image_id}' is in {found[trial.image_id]} and in {trial.split}; "
+                    "set the option 'splits' to nothing for a split by hash"
+                )

@@ -1,0 +1,285 @@
+"""THINGS-EEG2 as released: ten subjects, 16,740 images of 1,854 concepts in random order.
+
+Shapes: I images, R repetitions, C channels, T samples an epoch, S samples of a recording.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
+from data_sharding.corpora.base import (
+    Adapter,
+    CorpusConfig,
+    Item,
+    Trial,
+    check_images,
+    folder_of,
+    local_folder,
+    recording_key,
+    register,
+    root_name,
+)
+from data_sharding.corpora.folder import excluded
+from data_sharding.errors import RequestError
+from data_sharding.safe_pickle import RefusedPickle, load_npy
+from data_sharding.signals import Signal
+from data_sharding.sniffing import Recording
+from data_sharding.splits import TRAIN_OR_VAL
+from data_sharding.storage import AnyPath
+
+TARGET = 99999
+"""Event code of the trials on which subjects had to press a key; their image is none of the set."""
+METADATA = "image_metadata.npy"
+SCALES = {"whitened": NOMINAL_V, "uV": 1e-6, "V": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThingsEEG2Options:
+    """Which of the released files, and which trials."""
+
+    source: Literal["preprocessed", "raw"] = "preprocessed"
+    """preprocessed: epochs (preprocessed_eeg_training.npy); raw: continuous recordings (raw_eeg_training.npy)."""
+    partitions: list[Literal["training", "test"]] = field(default_factory=lambda: ["training", "test"])
+    """Which of the two sets of images."""
+    repetitions: Literal["all", "average"] = "all"
+    """all: each presentation is a trial; average: the mean over an image's presentations is one. Preprocessed only."""
+    test_repetitions: Literal["same", "all", "average"] = "same"
+    """The same for the test images, 80 presentations each, where it differs."""
+    unit: Literal["whitened", "uV", "V"] = "whitened"
+    """What the preprocessed numbers are: the released ones are whitened (multivariate noise normalisation) and have no
+    unit. Raw recordings are in volts."""
+    metadata: str = ""
+    """Path of image_metadata.npy; empty: in the root, or beside the images."""
+
+    def __post_init__(self) -> None:
+        if not self.partitions:
+            raise ValueError("partitions is empty; name training, test, or both")
+        if self.source == "raw" and "average" in (self.repetitions, self.test_repetitions):
+            raise ValueError("repetitions: raw recordings are cut trial by trial; averages need source: preprocessed")
+
+
+@dataclass(frozen=True)
+class _Image:
+    path: str
+    image_id: str
+    concept: str
+
+
+@register("things_eeg2")
+class ThingsEEG2Corpus(Adapter):
+    """One recording a subject and partition, or (raw) a session and partition.
+
+    References
+    ----------
+    Gifford et al., A large and rich EEG dataset for modeling human visual object recognition, NeuroImage 264 (2022).
+    """
+
+    keys = frozenset({"images", "trial_offset", "exclude"})
+    needs_images = True
+    options = ThingsEEG2Options
+
+    def items(self, config: CorpusConfig) -> list[Item]:
+        """All recordings under the root; see `Adapter.items`."""
+        options: ThingsEEG2Options = self.read_options(config)
+        root, images = local_folder(config), folder_of(config.images, "corpora: images")
+        shown = _images(options, root, images)
+        stem = "preprocessed_eeg" if options.source == "preprocessed" else "raw_eeg"
+        corpus, out = config.name or root_name(root), []
+        for path in sorted(root.rglob(f"{stem}_*.npy")):
+            relative = path.relative_to(root).as_posix()
+            partition = path.stem.removeprefix(f"{stem}_")
+            if partition not in options.partitions or excluded(config, relative):
+                continue
+            subject = re.search(r"(?:^|/)(sub-[A-Za-z0-9]+)/", relative)
+            session = re.search(r"(?:^|/)(ses-[A-Za-z0-9]+)/", relative)
+            reps = options.test_repetitions if partition == "test" else "same"
+            own = {"source": options.source, "unit": options.unit if options.source == "preprocessed" else "V"}
+            own["repetitions"] = options.repetitions if reps == "same" else reps
+            problem, trials, left_out = None, (), {}
+            try:
+                trials, left_out = _trials(_content(path, own["source"]), own, shown[partition], partition)
+            except (RefusedPickle, _Unusable, OSError) as error:
+                problem = f"unreadable: {error}"
+            out.append(
+                Item(
+                    key=recording_key(corpus, relative),
+                    corpus=corpus,
+                    path=relative,
+                    recording=Recording(path=path, format=self.kind, files=(path,), problem=problem),
+                    subject=subject.group(1) if subject else recording_key(corpus, relative),
+                    session=session.group(1) if session else "",
+                    line_freq=config.line_freq,
+                    trial_offset=config.trial_offset,
+                    trials=trials,
+                    options=own,
+                    left_out=left_out,
+                )
+            )
+        if not out:
+            raise RequestError(
+                f"corpora: root '{root}': no sub-XX/{'ses-XX/' * (options.source == 'raw')}{stem}_training.npy or "
+                "_test.npy below it; check the path and the option 'source'"
+            )
+        check_images(out, images)
+        return out
+
+    def open(self, item: Item) -> Signal:
+        """Epochs or a recording, mapped from the file; see `Adapter.open`."""
+        from data_sharding.readers import ReadError
+
+        own = item.options
+        try:
+            content = _content(Path(str(item.recording.path)), own["source"])
+        except (RefusedPickle, _Unusable, OSError) as error:
+            raise ReadError(f"unreadable: {error}") from None
+        notes = []
+        if item.left_out:
+            notes.append("trials left out: " + ", ".join(f"{n} {why}" for why, n in sorted(item.left_out.items())))
+        if own["source"] == "raw":
+            x_CS = content["x"]
+            return ArraySignal(
+                lambda _: x_CS,
+                [x_CS.shape[1]],
+                content["sfreq"],
+                content["ch_names"],
+                ch_types=content["ch_types"],
+                epoched=False,
+                notes=[*notes, "parts of the session follow one another without a mark"],
+            )
+        x_IRCT = content["x"]
+        images, reps, _, length = x_IRCT.shape
+        part, count = _epochs(x_IRCT, own["repetitions"]), images * (1 if own["repetitions"] == "average" else reps)
+        if own["unit"] == "whitened":
+            notes.append(STANDARDISED)
+        return ArraySignal(
+            part,
+            [length] * count,
+            content["sfreq"],
+            content["ch_names"],
+            epoched=True,
+            scale=SCALES[own["unit"]],
+            unit_known=own["unit"] == "whitened",
+            notes=notes,
+        )
+
+    def design(self, config: CorpusConfig, items: Sequence[Item]) -> tuple[str, str]:
+        """Random by the experiment's plan; measured where the order is known; see `Adapter.design`."""
+        if self.read_options(config).source == "preprocessed":
+            return "random", "images were shown in random order (Gifford et al. 2022); the epochs are sorted by image"
+        design, evidence = super().design(config, items)
+        return design, f"images were shown in random order (Gifford et al. 2022); measured: {evidence}"
+
+
+class _Unusable(ValueError):
+    """A file that is not what its name says."""
+
+
+def _epochs(x_IRCT: np.ndarray, repetitions: str) -> Callable[[int], np.ndarray]:
+    reps = x_IRCT.shape[1]
+    if repetitions == "average":
+        return lambda i: np.asarray(x_IRCT[i]).mean(axis=0)
+    return lambda i: x_IRCT[i // reps, i % reps]
+
+
+def _content(path: Path, source: str) -> dict[str, Any]:
+    """Array, rate and channels of a released file."""
+    content = load_npy(path)
+    key, ndim = ("preprocessed_eeg_data", 4) if source == "preprocessed" else ("raw_eeg_data", 2)
+    if not isinstance(content, dict) or key not in content or "ch_names" not in content:
+        raise _Unusable(f"not a file of THINGS-EEG2 as released; it needs the entries {key} and ch_names")
+    x, names = content[key], [str(name) for name in content["ch_names"]]
+    if not isinstance(x, np.ndarray) or x.ndim != ndim:
+        raise _Unusable(f"{key} is no array of {ndim} dimensions")
+    if x.shape[-2] != len(names):
+        raise _Unusable(f"{x.shape[-2]} channels and {len(names)} names")
+    if source == "raw":
+        sfreq = float(content.get("sfreq", 0))
+        types = [str(kind) for kind in content.get("ch_types", [])]
+        if not sfreq > 0 or len(types) != len(names) or "stim" not in types:
+            raise _Unusable("it needs the entries sfreq and ch_types, one of them stim")
+        return {"x": x, "ch_names": names, "ch_types": types, "sfreq": sfreq}
+    times = np.asarray(content.get("times", []), float)
+    if times.ndim != 1 or len(times) < 2 or not np.median(np.diff(times)) > 0:
+        raise _Unusable("it needs the entry times, in seconds")
+    # Times have few digits: what they mean is a whole number of Hz.
+    return {"x": x, "ch_names": names, "sfreq": float(np.round((len(times) - 1) / (times[-1] - times[0]), 2))}
+
+
+def _trials(
+    content: dict[str, Any], own: Mapping[str, str], images: list[_Image], partition: str
+) -> tuple[tuple[Trial, ...], dict[str, int]]:
+    """Trials of a file, and how many are left out."""
+    split = "test" if partition == "test" else TRAIN_OR_VAL
+
+    def trial(number: int, onset: float, segment: int | None) -> Trial:
+        image = images[number]
+        name = image.concept.replace("_", " ")
+        return Trial(
+            onset=onset,
+            image=image.path,
+            image_id=image.image_id,
+            label_name=image.concept,
+            caption=name,
+            split=split,
+            segment=segment,
+            concept=image.concept,
+        )
+
+    if own["source"] == "preprocessed":
+        count, reps, _, length = content["x"].shape
+        if count != len(images):
+            raise _Unusable(f"epochs of {count} images, and {METADATA} names {len(images)}")
+        reps = 1 if own["repetitions"] == "average" else reps
+        epoch = length / content["sfreq"]
+        return tuple(trial(i // reps, i * epoch, i) for i in range(count * reps)), {}
+    stim = np.asarray(content["x"][content["ch_types"].index("stim")])
+    # A code that stands for several samples is one event.
+    at = np.flatnonzero((stim != 0) & (np.diff(stim, prepend=0) != 0))
+    codes = np.round(stim[at]).astype(np.int64)
+    left_out: Counter[str] = Counter()
+    trials = []
+    for sample, code in zip(at.tolist(), codes.tolist(), strict=True):
+        if code == TARGET:
+            left_out["target trials"] += 1
+        elif not 1 <= code <= len(images):
+            raise _Unusable(f"event {code}, and {METADATA} names {len(images)} images")
+        else:
+            trials.append(trial(code - 1, sample / content["sfreq"], None))
+    return tuple(trials), dict(left_out)
+
+
+def _images(options: ThingsEEG2Options, root: Path, images: AnyPath) -> dict[str, list[_Image]]:
+    """Images of both partitions in the order of their numbers."""
+    places = [Path(options.metadata)] if options.metadata else [root / METADATA, Path(str(images)) / METADATA]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise RequestError(f"corpora: '{places[0]}': no such file; the option 'metadata' says where {METADATA} is")
+    try:
+        table = load_npy(path)
+    except (RefusedPickle, OSError) as error:
+        raise RequestError(f"{path}: {error}") from None
+    out = {}
+    for partition, word in (("training", "train"), ("test", "test")):
+        keys = (f"{word}_img_concepts", f"{word}_img_files")
+        if not isinstance(table, dict) or not set(keys) <= set(table) or len(table[keys[0]]) != len(table[keys[1]]):
+            raise RequestError(f"{path}: not the table of images of THINGS-EEG2; it needs {keys[0]} and {keys[1]}")
+        out[partition] = [
+            _Image(
+                path=str(images / f"{partition}_images" / str(concept) / str(file)),
+                image_id=f"{concept}/{Path(str(file)).stem}",
+                concept=re.sub(r"^\d+_", "", str(concept)),
+            )
+            for concept, file in zip(table[keys[0]], table[keys[1]], strict=True)
+        ]
+    shared = {image.concept for image in out["training"]} & {image.concept for image in out["test"]}
+    if shared:
+        raise RequestError(f"{path}: concept '{min(shared)}' is among the training and the test images")
+    return out
