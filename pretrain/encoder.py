@@ -140,6 +140,8 @@ class EEGEncoder(nn.Module):
     >>> encoder.encode(mne.io.read_raw("subject.edf")).pooled  # doctest: +SKIP
     """
 
+    positions_C3: Tensor | None
+
     def __init__(
         self,
         config: EncoderConfig | None = None,
