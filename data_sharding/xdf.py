@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_sharding.channels import place_of
-from data_sharding.readers import NotContinuous, ReadError
+from data_sharding.mne_signal import NotContinuous, ReadError
 from data_sharding.signals import Segment, Signal, SignalInfo
 
 TO_VOLTS = {"microvolts": 1e-6, "uv": 1e-6, "µv": 1e-6, "μv": 1e-6, "microvolt": 1e-6, "millivolts": 1e-3, "mv": 1e-3}

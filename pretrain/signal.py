@@ -164,7 +164,7 @@ def _recorded(recording: Any) -> Recorded:
     """Behind one interface: what MNE reads, arrays, and what has that interface already."""
     import mne
 
-    from data_sharding.readers import EpochsSignal, RawSignal
+    from data_sharding.mne_signal import EpochsSignal, RawSignal
 
     if isinstance(recording, tuple):
         return RawSignal(_raw_of(recording))

@@ -378,6 +378,31 @@ class TestRecordsOfSeveralRates:
         blocks = [signal.read(a, min(a + 130, 800), [0, 1]) for a in range(0, 800, 130)]
         np.testing.assert_allclose(np.concatenate(blocks, axis=1), x, atol=0.01e-6)
 
+    def test_electrodes_at_other_rates_are_brought_to_it(self, tmp_path: Path) -> None:
+        import edfio
+
+        def sine(rate: float) -> np.ndarray:
+            return 50 + 30 * np.sin(2 * np.pi * 7 * np.arange(int(9 * rate)) / rate)
+
+        rates = {"Fp1": 200.0, "Fp2": 200.0, "Cz": 100.0, "Pz": 400.0, "Oz": 32.0, "Sound": 400.0}
+        signals = [
+            edfio.EdfSignal(sine(rate), rate, label=label, physical_dimension="uV", physical_range=(-100, 100))
+            for label, rate in rates.items()
+        ]
+        edfio.Edf(signals).write(tmp_path / "a.edf")
+        signal = opened(tmp_path / "a.edf")
+        info = signal.info
+        assert info.ch_names == ["Fp1", "Fp2", "Oz", "Cz", "Pz"] and info.sfreq == 200 and info.bads == ["Oz"]
+        assert info.left_out == {"Sound": "another rate: 400 Hz"} and "Oz 32 Hz" in info.notes[0]
+        whole = everything(signal)
+        assert whole.shape == (5, 1800)
+        # The same wave at every rate comes out as the same wave.
+        np.testing.assert_allclose(whole[:, 200:1600], np.broadcast_to(whole[0, 200:1600], (5, 1400)), atol=0.5e-6)
+        for block in (1, 37, 450):
+            parts = [signal.read(a, min(a + block, 1800), [3, 0, 2, 4]) for a in range(0, 1800, block)][:40]
+            joined = np.concatenate(parts, axis=1)
+            np.testing.assert_allclose(joined, whole[[3, 0, 2, 4], : joined.shape[1]], atol=1e-12)
+
 
 class TestOtherFormats:
     def test_files_of_another_system(self, tmp_path: Path, make_raw, write_raw) -> None:
