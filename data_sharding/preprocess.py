@@ -6,6 +6,7 @@ Shapes: C channels, S samples at the recording's rate, T samples at the target r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -191,16 +192,19 @@ def filters(sfreq: float, spec: PreprocessSpec, line_freq: float | None) -> np.n
     ndarray, shape (n_sections, 6)
         Second-order sections, to be run forward and backward.
     """
+    low, high = band_of(sfreq, spec)
+    line = line_freq if spec.notch == "auto" else None if isinstance(spec.notch, str) else spec.notch
+    return _sections(low, high, spec.sfreq, line or None).copy()
+
+
+@functools.lru_cache(maxsize=16)
+def _sections(low: float, high: float, sfreq: float, line: float | None) -> np.ndarray:
     from scipy.signal import butter, iirnotch, tf2sos
 
-    low, high = band_of(sfreq, spec)
-    sections = [np.asarray(butter(4, [low, high], btype="bandpass", fs=spec.sfreq, output="sos"))]
-    line = line_freq if spec.notch == "auto" else None if isinstance(spec.notch, str) else spec.notch
+    sections = [np.asarray(butter(4, [low, high], btype="bandpass", fs=sfreq, output="sos"))]
     if line:
         sections += [
-            np.asarray(tf2sos(*iirnotch(f, 30.0, fs=spec.sfreq)))
-            for f in np.arange(line, high, line)
-            if f < 0.5 * spec.sfreq
+            np.asarray(tf2sos(*iirnotch(f, 30.0, fs=sfreq))) for f in np.arange(line, high, line) if f < 0.5 * sfreq
         ]
     return np.concatenate(sections)
 

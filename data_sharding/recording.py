@@ -268,6 +268,8 @@ def _fill(task: Task, row: dict[str, Any], folder: Path) -> None:
     signal = _open(item)
     with contextlib.closing(signal):
         info = signal.info
+        if not 0 < info.sfreq < np.inf:
+            raise SetAside("quarantined", f"unreadable: its sampling rate reads as {info.sfreq} Hz")
         row |= {"sfreq": info.sfreq, "seconds": round(info.n_samples / info.sfreq, 4)}
         row["notes"] += info.notes
         if info.n_samples < MIN_SAMPLES:
@@ -305,6 +307,11 @@ class _Reading:
 
     def __init__(self, info: SignalInfo, channels: Channels, spec: PreprocessSpec) -> None:
         self.info, self.channels, self.spec = info, channels, spec
+        low, high = band_of(info.sfreq, spec)
+        if high < 2 * low:
+            raise SetAside(
+                "excluded", f"rate too low: of {info.sfreq:g} Hz not even {low:g} to {2 * low:g} Hz would be left"
+            )
         self.names = list(channels.names)
         self.picks = list(channels.picks)
         known = {name.casefold() for name in self.names}

@@ -390,6 +390,15 @@ def lookahead(sos: np.ndarray) -> int:
     return math.ceil(math.log(TRUNCATION) / math.log(min(max(radius, 1e-3), 1 - 1e-9)))
 
 
+@functools.lru_cache(maxsize=16)
+def _memory(sections: bytes, count: int) -> tuple[int, np.ndarray]:
+    """Lookahead of a filter, and its state on a constant: thousands of epochs share one."""
+    from scipy.signal import sosfilt_zi
+
+    sos = np.frombuffer(sections).reshape(count, 6)
+    return lookahead(sos), np.asarray(sosfilt_zi(sos))[:, None, :]
+
+
 def zero_phase(
     read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, block: int
 ) -> Iterator[np.ndarray]:
@@ -418,12 +427,11 @@ def zero_phase(
     Forward the filter's state is carried from block to block; backward each block begins a lookahead behind its end,
     so that what it cannot know has died away. With a single block this is `scipy.signal.sosfiltfilt`.
     """
-    from scipy.signal import sosfilt, sosfilt_zi
+    from scipy.signal import sosfilt
 
-    look = lookahead(sos)
+    look, zi = _memory(sos.tobytes(), len(sos))
     block = max(block, 4 * look)
     pad = min(pad, n_samples - 1)
-    zi = sosfilt_zi(sos)[:, None, :]
     head = np.asarray(read(0, pad + 1), np.float64)
     before = _odd(head, pad, 0)[:, :pad] if pad else head[:, :0]
     state = zi * (before if pad else head)[None, :, :1]
