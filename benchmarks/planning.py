@@ -1,0 +1,173 @@
+"""How the sharding job's planning grows with the number of recordings.
+
+``python benchmarks/planning.py --sizes 1000 10000 100000 --out planning.json``
+
+Each size is measured in a process of its own: recordings found and their headers looked at, the plan with one look at
+every file, identities for taking work up again, duplicates sought through signatures, samples distributed over shards.
+The recordings are real EDF files of one second (hard links to a few, so that the disk is not what is measured);
+signatures and rows are simulated, with one duplicate in a hundred.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BASES = 10
+"""Files that the others are links to; file systems limit the number of links to one."""
+SUBJECT = 20
+"""Recordings of a subject."""
+
+
+def make_corpus(root: Path, n: int) -> None:
+    """Write a corpus of many recordings.
+
+    Parameters
+    ----------
+    root : Path
+        Its folder.
+    n : int
+        Recordings.
+    """
+    import mne
+
+    rng = np.random.default_rng(0)
+    info = mne.create_info(["Fp1", "Fp2", "C3", "C4"], 100.0, "eeg")
+    bases = []
+    for i in range(BASES):
+        base = root.with_name(f"{root.name}-base-{i}.edf")
+        raw = mne.io.RawArray(rng.normal(0, 1e-5, (4, 100)), info, verbose="ERROR")
+        mne.export.export_raw(base, raw, physical_range=(-400.0, 400.0), overwrite=True, verbose="ERROR")  # type: ignore[arg-type]
+        bases.append(base)
+    for i in range(n):
+        folder = root / f"sub-{i // SUBJECT:05d}"
+        if not i % SUBJECT:
+            folder.mkdir(parents=True)
+        os.link(bases[i % BASES], folder / f"sub-{i // SUBJECT:05d}_run-{i % SUBJECT:02d}_eeg.edf")
+
+
+def measure(n: int) -> dict[str, Any]:
+    """Plan a job of many recordings.
+
+    Parameters
+    ----------
+    n : int
+        Recordings.
+
+    Returns
+    -------
+    dict
+        Seconds of each step, their sum, and the process's peak memory in GB.
+    """
+    from data_sharding.duplicates import Print, find_duplicates, signature
+    from data_sharding.packing import plan_shards
+    from data_sharding.plan import CorpusConfig, ShardConfig, make_plan
+
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal began
+        now = time.perf_counter()
+        seconds[name] = round(now - began, 3)
+        began = now
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "corpus"
+        make_corpus(root, n)
+        config = ShardConfig(corpora=[CorpusConfig(root=str(root), name="lab")], output=str(Path(folder) / "out"))
+        began = time.perf_counter()
+        plan = make_plan(config)
+        lap("find, sniff and plan")
+        identities = {key: plan.identity(key, "settings") for key in plan.items}
+        lap("identities")
+    assert len(identities) == n
+
+    # One channel a fingerprint would be kinder than life; eight are.
+    def points(seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).normal(size=(8, 64)).astype(np.float32)
+
+    keys = sorted(plan.items)
+    seeds = {key: i - 1 if i % 100 == 99 else i for i, key in enumerate(keys)}
+    prints = [
+        Print(key=key, sha256=f"{i:064x}", seconds=600.0, signature=signature(points(seeds[key])))
+        for i, key in enumerate(keys)
+    ]
+    began = time.perf_counter()
+    duplicates = find_duplicates(prints, lambda key: points(seeds[key]))
+    lap("duplicates")
+    assert len(duplicates) == n // 100
+    rows = [{"key": key, "part": key, "split_samples": {"train": 150, "val": 3}} for key in keys]
+    began = time.perf_counter()
+    shards = plan_shards(rows, 4096)
+    lap("shards")
+    return {
+        "recordings": n,
+        "shards": len(shards),
+        "seconds": seconds,
+        "total_s": round(sum(seconds.values()), 3),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    parser = argparse.ArgumentParser(description="Planning time and memory over the number of recordings.")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.one:
+        print(json.dumps(measure(args.one)))
+        return 0
+    results = []
+    for n in args.sizes:
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", str(n)], stdout=subprocess.PIPE, text=True, check=True
+        )
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        print(
+            f"{n:>8} recordings: {results[-1]['total_s']:8.2f} s, {results[-1]['peak_gb']:.2f} GB",
+            results[-1]["seconds"],
+        )
+    sizes, times = (np.log([r[k] for r in results]) for k in ("recordings", "total_s"))
+    exponent = float(np.polyfit(sizes, times, 1)[0]) if len(results) > 1 else None
+    if exponent is not None:
+        print(f"time grows as the number of recordings to the power {exponent:.2f}")
+    if args.out:
+        report = {
+            "benchmark": "planning",
+            "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+            "python": platform.python_version(),
+            "command": " ".join(["python", *sys.argv]),
+            "results": results,
+            "exponent": exponent,
+        }
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
