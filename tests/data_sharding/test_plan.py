@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import pytest
 from upath import UPath
 
 import data_sharding.plan as planning
-from benchmarks.planning import make_corpus, measure
 from data_sharding.corpora import CorpusConfig
 from data_sharding.errors import RequestError
 from data_sharding.hold_back import HoldBackConfig
 from data_sharding.journal import Journal, alone
 from data_sharding.packing import plan_shards
 from data_sharding.plan import ShardConfig, make_plan, place_of
+
+BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "planning.py"))
+make_corpus, measure = BENCHMARK["make_corpus"], BENCHMARK["measure"]
 
 
 def config(root: Path | str, **more) -> ShardConfig:
