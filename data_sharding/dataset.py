@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,7 @@ INDEX = np.dtype(
 Everything else follows from the layout of a tar, or is read with the sample: ten million samples take 0.2 GB.
 """
 _EEG = "eeg.npy.zst"
+_SUFFIX = b".eeg.npy.zst"
 _HEADER = 512
 _OPEN_FILES = 128
 _FETCH_SIDE_BY_SIDE = 16
@@ -55,6 +56,31 @@ class Packed:
     """Their metadata, not parsed yet."""
     shards: list[str]
     """The shard that each lies in, with its whole path."""
+
+
+class Place(NamedTuple):
+    """Where a sample lies; all but `number` within its shard, in bytes from the beginning."""
+
+    number: int
+    """In the dataset."""
+    shard: int
+    """Number of the shard."""
+    start: int
+    """Its first tar header."""
+    eeg: int
+    """Length of the signal, which begins after that header."""
+    image_at: int
+    """Offset of the image, where there is one."""
+    image: int
+    """Length of the image; 0 where there is none."""
+    meta_at: int
+    """Offset of the JSON."""
+    meta: int
+    """Length of the JSON."""
+    ext: int
+    """Kind of the image, by its place in IMAGE_EXTENSIONS."""
+    n: int
+    """True channels; 0 where the index does not know."""
 
 
 def _padded(size: Any) -> Any:
@@ -174,7 +200,7 @@ class _Reader:
 
         self.dataset = dataset
         self.files: OrderedDict[int, int] = OrderedDict()
-        self.zstd = zstandard.ZstdDecompressor()
+        self.zstd, self.zstd_error = zstandard.ZstdDecompressor(), zstandard.ZstdError
         # The .npy header is the same for every sample of a dataset.
         shape = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({N_PADDED}, {dataset.spec.window}), }}"
         self.npy = b"\x93NUMPY\x01\x00v\x00" + shape.ljust(117).encode() + b"\n"
@@ -211,7 +237,7 @@ class _Reader:
             if not os.fstat(descriptor).st_nlink:
                 os.close(self.files.pop(shard))
 
-    def read(self, number: int, shard: int, start: int, size: int) -> memoryview:
+    def read(self, place: Place, start: int, size: int) -> memoryview:
         """Bytes of a shard, in a buffer that the next call writes over."""
         if size > len(self.raw):
             self.raw = bytearray(size)
@@ -219,59 +245,57 @@ class _Reader:
         done = 0
         try:
             while done < size:
-                got = os.preadv(self.file(shard), [view[done:]], start + done)
+                got = os.preadv(self.file(place.shard), [view[done:]], start + done)
                 if not got:
-                    raise self.fault(number, shard, f"the file ends {size - done} bytes early")
+                    raise self.fault(place, f"the file ends {size - done} bytes early")
                 done += got
         except OSError as error:
-            raise self.fault(number, shard, f"cannot be read: {error.strerror}") from None
+            raise self.fault(place, f"cannot be read: {error.strerror}") from None
         return view
 
-    def fault(self, number: int, shard: int, what: str, key: str = "") -> RequestError:
-        """Error that names file and sample."""
-        return damaged(self.dataset.shard_name(shard), key or number - int(self.dataset.first[shard]), what)
+    def name(self, place: Place, key: str) -> str | int:
+        """Key of a sample, or its number in the shard where the key is not known."""
+        return key or place.number - int(self.dataset.first[place.shard])
 
-    def key(self, number: int, shard: int, header: memoryview) -> str:
+    def fault(self, place: Place, what: str, key: str = "") -> RequestError:
+        """Error that names file and sample."""
+        return damaged(self.dataset.shard_name(place.shard), self.name(place, key), what)
+
+    def key(self, place: Place, header: memoryview) -> str:
         """Key of a sample, from the tar header of its signal."""
         name = bytes(header[:100]).rstrip(b"\0")
-        if header[257:262] != b"ustar" or not name.endswith(b"." + _EEG.encode()):
-            raise self.fault(number, shard, "the index does not point at a sample")
-        return name[: -len(_EEG) - 1].decode("ascii", "replace")
+        if header[257:262] != b"ustar" or not name.endswith(_SUFFIX):
+            raise self.fault(place, "the index does not point at a sample")
+        return name[: -len(_SUFFIX)].decode("ascii", "replace")
 
-    def load(self, number: int) -> tuple[str, bytes, int, int]:
-        """Key, JSON, true channels and shard of a sample, whose signal then is in `window`."""
-        import zstandard
-
-        shard, row = self.dataset.locate(number)
-        start, size = int(row["start"]), int(row["eeg"])
-        meta = self.dataset.meta_place(row)
-        length = int(row["json"])
+    def load(self, place: Place) -> tuple[str, bytes, int]:
+        """Key, JSON and true channels of a sample, whose signal then is in `window`."""
+        start, size, meta_at = place.start, place.eeg, place.meta_at
         # Signal and JSON are neighbours: one call reads both. An image in between is not worth reading.
-        whole = self.read(number, shard, start, _HEADER + size if row["image"] else meta + length - start)
-        key = self.key(number, shard, whole)
+        whole = self.read(place, start, _HEADER + size if place.image else meta_at + place.meta - start)
+        key = self.key(place, whole)
         try:
             got = self.zstd.stream_reader(whole[_HEADER : _HEADER + size]).readinto(self.plain)
-        except zstandard.ZstdError as error:
-            raise self.fault(number, shard, f"damaged ({error})", key) from None
+        except self.zstd_error as error:
+            raise self.fault(place, f"damaged ({error})", key) from None
         if got != self.size or not self.plain.startswith(self.npy):
             window = self.dataset.spec.window
-            raise self.fault(number, shard, f"damaged, or not float16 [{N_PADDED}, {window}]", key)
-        text = self.read(number, shard, meta, length) if row["image"] else whole[meta - start :]
-        text = bytes(text)
-        return key, text, int(row["n"]) or int(self.meta(number, shard, text, key)["n"]), shard
+            raise self.fault(place, f"damaged, or not float16 [{N_PADDED}, {window}]", key)
+        text = bytes(self.read(place, meta_at, place.meta) if place.image else whole[meta_at - start :])
+        return key, text, place.n or int(self.meta(place, text, key)["n"])
 
-    def meta(self, number: int, shard: int, text: bytes, key: str = "") -> dict[str, Any]:
+    def meta(self, place: Place, text: bytes, key: str = "") -> dict[str, Any]:
         """Parse a sample's JSON."""
-        return parse_meta(text, self.dataset.shard_name(shard), key or number - int(self.dataset.first[shard]))
+        return parse_meta(text, self.dataset.shard_name(place.shard), self.name(place, key))
 
 
-def pack(samples: Sequence[tuple[EEGDataset, int]], window: int) -> Packed:
+def pack(samples: Sequence[tuple[_Reader, Place]], window: int) -> Packed:
     """Read samples of one or several datasets, without their images.
 
     Parameters
     ----------
-    samples : sequence of (EEGDataset, int)
-        Datasets and numbers there.
+    samples : sequence of (EEGDataset.reader, Place)
+        Where from.
     window : int
         T, the same in all of them.
 
@@ -285,22 +309,20 @@ def pack(samples: Sequence[tuple[EEGDataset, int]], window: int) -> Packed:
     RequestError
         If one is damaged, with file and key.
     """
-    for dataset in {id(dataset): dataset for dataset, _ in samples}.values():
-        dataset.reader.let_go()
     # An index from before it knew n says 0: room for all.
-    room = sum(int(dataset.index["n"][number]) or N_PADDED for dataset, number in samples)
-    packed = Packed(eeg=np.empty((room, window), np.float16), channels=[], keys=[], json=[], shards=[])
+    room = sum(place.n or N_PADDED for _, place in samples)
+    eeg = np.empty((room, window), np.float16)
+    packed = Packed(eeg=eeg, channels=[], keys=[], json=[], shards=[])
     at = 0
-    for dataset, number in samples:
-        reader = dataset.reader
-        key, text, n, shard = reader.load(number)
-        packed.eeg[at : at + n] = reader.window[:n]
+    for reader, place in samples:
+        key, text, n = reader.load(place)
+        eeg[at : at + n] = reader.window[:n]
         at += n
         packed.channels.append(n)
         packed.keys.append(key)
         packed.json.append(text)
-        packed.shards.append(dataset.shard_name(shard))
-    packed.eeg = packed.eeg[:at]
+        packed.shards.append(reader.dataset.shard_name(place.shard))
+    packed.eeg = eeg[:at]
     return packed
 
 
@@ -341,12 +363,10 @@ class EEGDataset:
             have = [name for name in ("train", "val", "test") if self.manifest.samples(name)]
             raise RequestError(f"{self.path}: no samples in split '{split}'; it has {', '.join(have) or 'none at all'}")
         self.first = np.cumsum([0, *(shard.samples for shard in self.shards)])
-        if self.cache:
-            with ThreadPoolExecutor(_FETCH_SIDE_BY_SIDE) as pool:
-                parts = list(pool.map(self._index_of, self.shards))
-        else:
-            parts = [self._index_of(shard) for shard in self.shards]
-        self.index = np.concatenate(parts)
+        self.index = np.empty(self.first[-1], INDEX)
+        with ThreadPoolExecutor(_FETCH_SIDE_BY_SIDE if self.cache else 1) as pool:
+            for first, rows in zip(self.first, pool.map(self._index_of, self.shards), strict=False):
+                self.index[first : first + len(rows)] = rows
         self._names = [str(self.path / shard.path) for shard in self.shards]
         self._local = threading.local()
 
@@ -426,44 +446,33 @@ class EEGDataset:
             reader = self._local.reader = _Reader(self)
         return reader
 
-    def locate(self, number: int) -> tuple[int, Any]:
-        """Shard and index row of a sample.
+    def places(self, numbers: Sequence[int] | np.ndarray) -> list[Place]:
+        """Where samples lie.
 
         Parameters
         ----------
-        number : int
-            Which sample.
+        numbers : sequence of int
+            Which samples; negative ones count from the end.
 
         Returns
         -------
-        shard : int
-            Number of its shard in `shards`.
-        row : record of `INDEX`
-            Where it lies in there.
+        list of Place
+            In the order of `numbers`.
 
         Raises
         ------
         IndexError
             If there is no such sample.
         """
-        number = range(len(self))[number]
-        return int(np.searchsorted(self.first, number, side="right")) - 1, self.index[number]
-
-    def meta_place(self, row: Any) -> int:
-        """Offset of a sample's JSON in its shard.
-
-        Parameters
-        ----------
-        row : record of `INDEX`
-            The sample.
-
-        Returns
-        -------
-        int
-            The offset.
-        """
-        at = int(row["start"]) + 2 * _HEADER + _padded(int(row["eeg"]))
-        return at + _HEADER + _padded(int(row["image"])) if row["image"] else at
+        at = np.asarray(numbers, np.int64)
+        rows = self.index[at]
+        at = np.where(at < 0, at + len(self), at)
+        shard = np.searchsorted(self.first, at, side="right") - 1
+        start, image = rows["start"], rows["image"].astype(np.int64)
+        image_at = start + 2 * _HEADER + _padded(rows["eeg"].astype(np.int64))
+        meta_at = np.where(image > 0, image_at + _HEADER + _padded(image), image_at)
+        columns = at, shard, start, rows["eeg"], image_at, image, meta_at, rows["json"], rows["ext"], rows["n"]
+        return list(map(Place._make, zip(*(column.tolist() for column in columns), strict=True)))
 
     def shard_name(self, shard: int) -> str:
         """Whole path of a shard, for messages.
@@ -511,8 +520,8 @@ class EEGDataset:
         str
             Its key.
         """
-        shard, row = self.locate(number)
-        return self.reader.key(number, shard, self.reader.read(number, shard, int(row["start"]), _HEADER))
+        (place,) = self.places([number])
+        return self.reader.key(place, self.reader.read(place, place.start, _HEADER))
 
     def meta(self, number: int) -> dict[str, Any]:
         """JSON of a sample, without reading its signal.
@@ -527,9 +536,8 @@ class EEGDataset:
         dict
             Its metadata.
         """
-        shard, row = self.locate(number)
-        text = bytes(self.reader.read(number, shard, self.meta_place(row), int(row["json"])))
-        return self.reader.meta(number, shard, text)
+        (place,) = self.places([number])
+        return self.reader.meta(place, bytes(self.reader.read(place, place.meta_at, place.meta)))
 
     def pack(self, numbers: Sequence[int]) -> Packed:
         """Read samples without their images.
@@ -549,23 +557,20 @@ class EEGDataset:
         RequestError
             If one is damaged, with file and key.
         """
-        return pack([(self, number) for number in numbers], self.spec.window)
+        reader = self.reader
+        reader.let_go()
+        return pack([(reader, place) for place in self.places(numbers)], self.spec.window)
 
     def __getitem__(self, number: int) -> Sample:
-        _, row = self.locate(number)
+        (place,) = self.places([number])
         reader = self.reader
-        key, text, n, shard = reader.load(number)
-        eeg = reader.window[:n].copy()
-        image = None
-        if size := int(row["image"]):
-            at = int(row["start"]) + 2 * _HEADER + _padded(int(row["eeg"]))
-            image = bytes(reader.read(number, shard, at, size))
+        key, text, n = reader.load(place)
         return Sample(
             key=key,
-            eeg=eeg,
-            meta=reader.meta(number, shard, text, key),
-            image=image,
-            image_ext=IMAGE_EXTENSIONS[row["ext"]] if image is not None else "png",
+            eeg=reader.window[:n].copy(),
+            meta=reader.meta(place, text, key),
+            image=bytes(reader.read(place, place.image_at, place.image)) if place.image else None,
+            image_ext=IMAGE_EXTENSIONS[place.ext] if place.image else "png",
         )
 
 

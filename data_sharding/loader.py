@@ -5,6 +5,8 @@ Shapes: b samples of this rank, n true channels of a sample, T samples a window.
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -156,17 +158,50 @@ class _Refusal:
     message: str
 
 
+class _Ahead:
+    """Fetches the shards of this window and the next one of remote datasets, beside the reading."""
+
+    def __init__(self) -> None:
+        self.windows: dict[int, tuple[int, int]] = {}
+
+    def fetch(self, loader: Loader, step: int) -> None:
+        """Start a thread for each dataset of which this step begins a window."""
+        if loader.order != "shards":
+            return
+        for stream, (part, place) in enumerate(zip(loader.dataset.parts, loader.first_places(step), strict=True)):
+            if not part.cache:
+                continue
+            window, shards = loader.orders[stream].windows(place)
+            if self.windows.get(stream) != window:
+                self.windows[stream] = window
+                threading.Thread(target=self._run, args=(part, stream, window, shards), daemon=True).start()
+
+    def _run(self, part: EEGDataset, stream: int, window: tuple[int, int], shards: list[int]) -> None:
+        # Other processes want the same ones: each begins elsewhere.
+        turn = os.getpid() % len(shards)
+        for shard in shards[turn:] + shards[:turn]:
+            if self.windows.get(stream) != window:
+                # Reading was faster, and what it has passed would only take room.
+                return
+            try:
+                os.close(part.open_shard(shard))
+            except (OSError, RequestError):
+                # Who needs the shard will find the same, and say so.
+                return
+
+
 class _Steps:
     """Map-style view of the stream for torch's DataLoader: item t is this rank's part of global batch t."""
 
     def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+        self.loader, self.ahead = loader, _Ahead()
 
     def __len__(self) -> int:
         return 2**62
 
     def __getitem__(self, step: int) -> Batch | _Refusal:
         numbers, epochs = self.loader.positions(step)
+        self.ahead.fetch(self.loader, step)
         try:
             return collate(self.loader.dataset, numbers, epochs)
         except RequestError as error:
@@ -245,7 +280,7 @@ class Loader:
         self.window, self.pin_memory = window, pin_memory
         self.step = 0
         check_cache(dataset, order, window)
-        self._orders = [
+        self.orders = [
             EpochOrder(np.diff(part.first), seed, order, window, stream) for stream, part in enumerate(dataset.parts)
         ]
         self._first = np.cumsum([0, *(len(part) for part in dataset.parts)])
@@ -269,15 +304,31 @@ class Loader:
         """
         line = np.arange(step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world_size)
         if self._turns is None:
-            numbers, epochs = self._orders[0].at(line)
+            numbers, epochs = self.orders[0].at(line)
             return numbers.tolist(), epochs.tolist()
         which, place = self._turns.at(line)
         numbers, epochs = np.empty_like(line), np.empty_like(line)
         for stream in np.unique(which).tolist():
             mine = which == stream
-            numbers[mine], epochs[mine] = self._orders[stream].at(place[mine])
+            numbers[mine], epochs[mine] = self.orders[stream].at(place[mine])
             numbers[mine] += self._first[stream]
         return numbers.tolist(), epochs.tolist()
+
+    def first_places(self, step: int) -> list[int]:
+        """Where a step begins in each dataset's own order.
+
+        Parameters
+        ----------
+        step : int
+            Global step, from 0.
+
+        Returns
+        -------
+        list of int
+            A place for each dataset; within a block of the mixture's turns, where that block begins.
+        """
+        place = step * self.global_batch
+        return [place] if self._turns is None else self._turns.begun(place)
 
     @property
     def epoch(self) -> float:

@@ -165,6 +165,29 @@ class EpochOrder:
                 numbers[mine] = self._by_shards(places[mine], epoch)
         return numbers, epochs
 
+    def windows(self, place: int) -> tuple[tuple[int, int], list[int]]:
+        """Shards that are read around a place under order shards.
+
+        Parameters
+        ----------
+        place : int
+            Place, from 0 without end.
+
+        Returns
+        -------
+        window : (int, int)
+            Epoch, and number of the window in it.
+        shards : list of int
+            Shards of this window and of the next one.
+        """
+        epoch, spot = divmod(place, self.n)
+        shards, _, bounds = self._shard_order(epoch)
+        number = int(np.searchsorted(bounds, spot, side="right"))
+        found = shards[number * self.window : (number + 2) * self.window].tolist()
+        if number + 1 == len(bounds):
+            found += self._shard_order(epoch + 1)[0][: self.window].tolist()
+        return (epoch, number), found
+
     def _by_shards(self, places: np.ndarray, epoch: int) -> np.ndarray:
         shards, ends, bounds = self._shard_order(epoch)
         group = np.searchsorted(bounds, places, side="right")
@@ -225,6 +248,21 @@ class Interleaved:
     def _dealt(self, block: int) -> np.ndarray:
         """Places that datasets 0 .. j have taken before a block, for each j; python's integers do not overflow."""
         return np.array([block * _BLOCK * edge // _UNIT for edge in self._edges], np.int64)
+
+    def begun(self, place: int) -> list[int]:
+        """Places that each dataset has been dealt before the block of a place.
+
+        Parameters
+        ----------
+        place : int
+            Place, from 0 without end.
+
+        Returns
+        -------
+        list of int
+            One a dataset.
+        """
+        return np.diff(self._dealt(place // _BLOCK)).tolist()
 
     def at(self, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Look up places.

@@ -98,8 +98,13 @@ def samples(count: int, seed: int = 0) -> list[Sample]:
 
 
 def held(cache: Path) -> int:
-    """Bytes that the cache holds."""
-    return sum(p.stat().st_size for p in (cache / "shards").rglob("*") if p.is_file() and p.parent.name != "locks")
+    """Bytes that the cache holds; a file that is renamed meanwhile counts once."""
+    sizes = {}
+    for path in (cache / "shards").rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and path.parent.name != "locks":
+                sizes[path.stat().st_ino] = path.stat().st_size
+    return sum(sizes.values())
 
 
 def open_files() -> list[str]:
@@ -147,12 +152,31 @@ def test_the_cache_stays_within_its_bound(tmp_path: Path, own_cache: Path, log: 
     for _, _ in zip(loader, range(40), strict=False):
         largest = max(largest, held(own_cache))
     assert 2 * size < largest <= 5 * size
-    # Two epochs: every shard came once in each, but for what was still there.
+    # Two epochs, and two windows ahead: every shard came once in each, few twice where reading outran the fetching.
     opened = [line for line in log.read_text().splitlines() if line.endswith(".tar")]
-    assert len(opened) <= 2 * 12 + 2
+    assert len(opened) <= 2 * 12 + 4 + 12
     # Descriptors of evicted shards do not keep their bytes on the disk.
     gone = [name for name in open_files() if name.startswith(str(own_cache)) and name.endswith("(deleted)")]
     assert not gone
+
+
+def test_the_next_shards_come_before_they_are_needed(tmp_path: Path, own_cache: Path, log: Path) -> None:
+    write_dataset(tmp_path / "d", {"train": samples(120)}, SPEC, samples_per_shard=10)
+    data = EEGDataset(f"logged://{tmp_path}/d")
+    loader = Loader(data, 6, 0, order="shards", window=2)
+    next(iter(loader))
+    window, shards = loader.orders[0].windows(0)
+    assert window == (0, 0) and len(set(shards)) == 4 and loader.orders[0].windows(20)[1][:2] == shards[2:]
+    assert set(np.searchsorted(data.first, loader.orders[0].at(np.arange(40))[0], side="right") - 1) == set(shards)
+    # At the end of an epoch the next one's first shards come.
+    assert loader.orders[0].windows(119)[1][2:] == loader.orders[0].windows(120)[1][:2]
+    wanted = {data.shards[shard].sha256 for shard in shards}
+    for _ in range(200):
+        if wanted <= {p.name for p in (own_cache / "shards").rglob("*") if p.parent.name != "locks"}:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("shards of the next window did not come")
 
 
 def test_orders_that_would_fetch_shards_over_and_over_are_refused(tmp_path: Path, log: Path) -> None:

@@ -252,7 +252,7 @@ def test_damage_is_refused_with_file_and_sample(tmp_path: Path, how: str, worker
     elif how == "header":
         damage(tar, int(row["start"]), bytes(512))
     else:
-        damage(tar, data.meta_place(row), b"!")
+        damage(tar, data.places([13])[0].meta_at, b"!")
     said = {"bit": "damaged", "end": "bytes early", "header": "does not point at a sample", "json": "JSON is damaged"}
     with pytest.raises(RequestError, match=rf"000001\.tar: sample .*{said[how]}.*dreamscale verify") as caught:
         for batch, _ in zip(Loader(data, 4, 0, num_workers=workers), range(5), strict=False):
