@@ -115,9 +115,9 @@ class Fingerprints:
         if not self.path.is_file():
             raise RequestError(f"{self.path}: no such file; only 'dreamscale shard' writes fingerprints")
         try:
-            self._file = pq.ParquetFile(self.path.open("rb"))
+            self._file = pq.ParquetFile(self.path.open("rb"), pre_buffer=False)
             columns = ["key", "sha256", "seconds", "names", "signature"]
-            rows = self._file.read(columns=columns).to_pylist()
+            rows = self._file.read(columns=columns, use_threads=False).to_pylist()
         except (pa.ArrowInvalid, OSError, KeyError) as error:
             raise RequestError(f"{self.path}: damaged ({error}); shard the corpus again") from None
         self.prints = [Print(**row) for row in rows]
@@ -127,7 +127,8 @@ class Fingerprints:
         self._starts = np.cumsum([0, *bounds])
 
     def _read_group(self, number: int) -> list[dict[str, Any]]:
-        return self._file.read_row_group(number, columns=["n_points", "points"]).to_pylist()
+        table = self._file.read_row_group(number, columns=["n_points", "points"], use_threads=False)
+        return table.to_pylist()
 
     def load(self, key: str) -> np.ndarray:
         """Fingerprint of a recording.

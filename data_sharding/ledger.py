@@ -142,7 +142,11 @@ def read_ledger(dataset: str | AnyPath) -> list[dict[str, Any]]:
     if not path.is_file():
         raise RequestError(f"{path}: no such file; only 'dreamscale shard' writes a ledger")
     try:
-        return [{**MAY_MISS, **row} for row in pq.read_table(io.BytesIO(path.read_bytes())).to_pylist()]
+        # Without arrow's own threads: they were seen to abort the interpreter at its end on a busy machine.
+        table = pq.ParquetFile(io.BytesIO(path.read_bytes()), pre_buffer=False).read(use_threads=False)
+        names = list(dict.fromkeys([*_schema().names, *table.column_names]))
+        found = [{**MAY_MISS, **row} for row in table.to_pylist()]
+        return [{name: row[name] for name in names if name in row} for row in found]
     except (pa.ArrowInvalid, OSError) as error:
         raise RequestError(f"{path}: damaged ({error}); shard the corpus again") from None
 

@@ -56,28 +56,36 @@ summary { cursor: pointer; color: #3d5a80; } nav a { margin-right: 1rem; color: 
 """
 
 
-def _cell(value: Any) -> str:
+class _Hours(float):
+    """Hours, shown with a unit that suits them."""
+
+
+def _cell(value: Any, column: str = "") -> str:
     if value is None or value == "":
         return "<td></td>"
+    if isinstance(value, _Hours):
+        return f"<td class=n>{hours_text(value)}</td>"
     if isinstance(value, int | float):
         text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
         return f"<td class=n>{text}</td>"
     text = str(value)
-    if text in STATUSES:
+    if column == "status" and text in STATUSES:
         return f'<td><span class="s" style="background:{COLOURS[text]}">{text}</span></td>'
     return f"<td{' class=w' if len(text) > 24 else ''}>{html.escape(text)}</td>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, total: Sequence[Any] | None = None) -> str:
-    """Table of at most `TOP` lines, numbers to the right."""
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[Any]], *, total: Sequence[Any] | None = None, most: int = TOP
+) -> str:
+    """Table with numbers to the right."""
     rows = list(rows)
-    shown = rows[:TOP]
+    shown = rows[:most]
     number = [bool(shown) and all(isinstance(r[i], int | float | None) for r in shown) for i in range(len(head))]
     names = (f"<th{' class=n' if right else ''}>{html.escape(h)}</th>" for h, right in zip(head, number, strict=True))
-    lines = [f"<tr>{''.join(names)}</tr>", *(f"<tr>{''.join(map(_cell, row))}</tr>" for row in shown)]
+    lines = [f"<tr>{''.join(names)}</tr>", *(f"<tr>{''.join(map(_cell, row, head))}</tr>" for row in shown)]
     if total is not None:
         lines.append(f"<tr class=all>{''.join(map(_cell, total))}</tr>")
-    more = f"<p class=note>... and {len(rows) - TOP:,} more.</p>" if len(rows) > TOP else ""
+    more = f"<p class=note>... and {len(rows) - most:,} more.</p>" if len(rows) > most else ""
     return f"<div class=scroll><table>{''.join(lines)}</table></div>{more}"
 
 
@@ -182,14 +190,14 @@ def _corpora(rows: Sequence[dict[str, Any]], manifest: Manifest) -> str:
             ", ".join(x for x in (entry.get("kind", ""), entry.get("design", "")) if x and x != "unknown"),
             len(_known_people(kept)) or None,
             len({(row["subject"], row["session"]) for row in kept if row["session"]}) or None,
-            sum(row["seconds"] for row in group) / 3600,
-            sum(row["seconds_written"] for row in group) / 3600,
+            _Hours(sum(row["seconds"] for row in group) / 3600),
+            _Hours(sum(row["seconds_written"] for row in group) / 3600),
             ", ".join(value for value, _ in counts.most_common(3)) + (" ..." if len(counts) > 3 else ""),
             ", ".join(value for value, _ in rates.most_common(3)) + (" ..." if len(rates) > 3 else ""),
             *(status[s] or None for s in STATUSES),
         ]
 
-    head = ["corpus", "kind", "subjects", "sessions", "h found", "h written", "channels", "Hz", *STATUSES]
+    head = ["corpus", "kind", "subjects", "sessions", "found", "written", "channels", "Hz", *STATUSES]
     lines = sorted((line(name, group) for name, group in groups.items()), key=lambda x: (-x[5], x[0]))
     total = line("all", rows)
     total[6] = total[7] = ""
@@ -211,7 +219,7 @@ def _splits(rows: Sequence[dict[str, Any]], manifest: Manifest) -> str:
             [
                 split,
                 samples,
-                samples * spec.window_s / 3600,
+                _Hours(samples * spec.window_s / 3600),
                 len(manifest.splits.get(split, [])),
                 len(there),
                 len(_known_people(there)),
@@ -219,7 +227,7 @@ def _splits(rows: Sequence[dict[str, Any]], manifest: Manifest) -> str:
                 len({(row["corpus"], row["subject"], row["session"]) for row in there if row["session"]}),
             ]
         )
-    head = ["split", "samples", "h of windows", "shards", "recordings", "subjects", "unnamed recordings", "sessions"]
+    head = ["split", "samples", "in windows", "shards", "recordings", "subjects", "unnamed recordings", "sessions"]
     sets = {split: _known_people(of_split[split]) for split in SPLITS}
     crossing = (sets["train"] & sets["val"]) | (sets["train"] & sets["test"]) | (sets["val"] & sets["test"])
     if crossing:
@@ -237,8 +245,8 @@ def _reasons(rows: Sequence[dict[str, Any]]) -> str:
     for (status, why), group in sorted(groups.items(), key=lambda pair: (-len(pair[1]), pair[0])):
         names = ", ".join(_path(row) for row in group[:EXAMPLES])
         more = f" and {len(group) - EXAMPLES:,} more" if len(group) > EXAMPLES else ""
-        hours = sum(row["seconds"] for row in group) / 3600
-        lines.append([status, why, len(group), hours_text(hours) if hours else "", group[0]["reason"], names + more])
+        hours = _Hours(sum(row["seconds"] for row in group) / 3600)
+        lines.append([status, why, len(group), hours or None, group[0]["reason"], names + more])
     head = ["status", "reason", "recordings", "length", "for example", "which"]
     note = "<p class=note>Recordings that could not be opened have no length.</p>"
     return _table(head, lines) + note if lines else "<p>Nothing was set aside.</p>"
@@ -254,13 +262,13 @@ def _held_back(rows: Sequence[dict[str, Any]], manifest: Manifest) -> str:
         if row["status"] == "held back":
             groups[row["held_back"] or short_reason(row["reason"])].append(row)
     lines = [
-        [name, len(group), len(_known_people(group)), sum(row["seconds"] for row in group) / 3600]
+        [name, len(group), len(_known_people(group)), _Hours(sum(row["seconds"] for row in group) / 3600)]
         for name, group in sorted(groups.items())
     ]
     asked = manifest.config.get("hold_back") or {}
     words = ", ".join(f"{len(v)} {k}" for k, v in asked.items() if v)
     note = f"<p class=note>The request holds back: {html.escape(words)}.</p>" if words else ""
-    return (_table(["held back by", "recordings", "subjects", "hours"], lines) if lines else "") + note
+    return (_table(["held back by", "recordings", "subjects", "length"], lines) if lines else "") + note
 
 
 def _measured(rows: Sequence[dict[str, Any]]) -> str:
@@ -322,12 +330,15 @@ def write_report(
         "The band around the line is the middle half of them, grey is the band kept, dotted are 50 and 60 Hz; where "
         "these still stand out twofold, it is written out.</p>"
     )
+    drawn = (
+        "<p class=note>The middle window of one recording of each corpus, some of its channels, bad ones in grey; what "
+        "goes beyond one and a half lines is cut off in the drawing only.</p>"
+    )
     absent = "<p class=note>Not drawn: the shards were not at hand when this page was written.</p>"
     listed = sorted(rows, key=lambda r: (r["status"] == "sharded", r["key"]))[:RECORDINGS]
-    recordings = "".join(
-        f"<tr>{''.join(map(_cell, line))}</tr>" for line in ([_path(r), *(r[name] for name in COLUMNS)] for r in listed)
-    )
-    head = "".join(f"<th>{h}</th>" for h in ("recording", "format", "EEG", "kept", "Hz", "s", "µV", "status", "reason"))
+    head = ("recording", "format", "EEG", "kept", "Hz", "s", "µV", "status", "reason")
+    recordings = _table(head, [[_path(r), *(r[name] for name in COLUMNS)] for r in listed], most=RECORDINGS)
+    shown = [_image(traces(windows, manifest), "A window of each corpus"), drawn] if windows else [absent]
     sections = [
         _section("Hours", _image(funnel(rows), "Hours found, taken away, and written")),
         _section("Corpora", _corpora(rows, manifest)),
@@ -337,12 +348,12 @@ def write_report(
         _section("Windows left out", _table(["reason", "windows"], left_out) if left_out else ""),
         _section("Channels, rates, amplitudes", _image(overview(rows), "Channels, rates, amplitudes"), _measured(rows)),
         _section("Spectra", _image(spectra(windows, manifest), "Spectra by corpus") + chosen if windows else absent),
-        _section("Examples", _image(traces(windows, manifest), "A window of each corpus") if windows else absent),
+        _section("Examples", *shown),
         _section(
             "Recordings",
             f"<details><summary>{len(listed):,} of {len(rows):,}, those set aside first; the rest: dreamscale inspect "
             "DATASET --recordings</summary>"
-            f"<div class=scroll><table><tr>{head}</tr>{recordings}</table></div></details>",
+            f"{recordings}</details>",
         ),
         _section(
             "How it was made",

@@ -106,7 +106,9 @@ def hours_text(hours: float) -> str:
     str
         In hours, minutes or seconds, with three digits.
     """
-    if hours >= 1 or hours == 0:
+    if hours == 0:
+        return "0"
+    if hours >= 1:
         return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.3g} h"
     return f"{60 * hours:.3g} min" if hours >= 1 / 60 else f"{3600 * hours:.3g} s"
 
@@ -124,23 +126,25 @@ def funnel(rows: Sequence[dict[str, Any]]) -> str:
     str
         PNG as a data URL.
     """
-    steps = funnel_steps(rows)
-    figure = _figure(10, 2.9)
+    steps = [(name, hours) for name, hours in funnel_steps(rows) if hours > 0 or name in ("found", "written")]
+    figure = _figure(10, 0.8 + 0.32 * len(steps))
     axis = figure.subplots()
-    left = steps[0][1]
+    scale, unit = (1.0, "hours") if steps[0][1] >= 2 else (60.0, "minutes")
+    left = scale * steps[0][1]
     total = max(left, 1e-12)
     for place, (name, hours) in enumerate(steps):
+        length = scale * hours
         if name in ("found", "written"):
             start = 0.0
         else:
-            start = left = left - hours
-        axis.barh(place, hours, left=start, color=COLOURS[name], height=0.7)
-        share = f"  {hours_text(hours)}" + (f" ({100 * hours / total:.1f} %)" if place else "")
-        axis.text(start + hours, place, share, va="center", fontsize=9)
+            start = left = left - length
+        axis.barh(place, length, left=start, color=COLOURS[name], height=0.7)
+        share = f"  {hours_text(hours)}" + (f" ({100 * length / total:.1f} %)" if place else "")
+        axis.text(start + length, place, share, va="center", fontsize=9)
     axis.set_yticks(range(len(steps)), [n if n in ("found", "written") else f"less {n}" for n, _ in steps])
     axis.invert_yaxis()
     axis.set_xlim(0, 1.22 * total)
-    axis.set_xlabel("hours")
+    axis.set_xlabel(unit)
     _bare(axis)
     return _png(figure)
 
@@ -186,7 +190,7 @@ def overview(rows: Sequence[dict[str, Any]]) -> str:
         list(there.values()), bins=edges, stacked=True, label=list(there), color=[COLOURS[name] for name in there]
     )
     axis.set_xscale("log")
-    axis.set_xlabel("amplitude 1 to 40 Hz, µV (shaded: plausible)")
+    axis.set_xlabel("amplitude, µV (shaded: plausible)")
     axis.set_ylabel("recordings")
     axis.yaxis.get_major_locator().set_params(integer=True)
     if there:
@@ -382,7 +386,8 @@ def traces(windows: dict[str, list[list[Window]]], manifest: Manifest) -> str:
     for axis in axes.flat[len(windows) :]:
         axis.set_visible(False)
     for axis, (corpus, recordings) in zip(axes.flat, windows.items(), strict=False):
-        window = recordings[len(recordings) // 2][0]
+        several = recordings[len(recordings) // 2]
+        window = several[len(several) // 2]
         picks = _spread(range(len(window.eeg)), TRACES)
         bads = window.meta.get("bads", ())
         good = [i for i in picks if window.meta["ch_names"][i] not in bads]
