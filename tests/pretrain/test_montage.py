@@ -21,7 +21,7 @@ from pretrain.encoder import EEGEncoder
 from pretrain.montage_model import MontageAutoencoder, MontageEncoder, electrode_positions
 from pretrain.shapes import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
 
-from .conftest import environment, losses, write_config
+from .conftest import environment, losses, run_jobs, write_config
 
 SHAPE = EncoderConfig(tokenizer="montage", samples=32, patch=8, dim=24, depth=2, heads=2, mlp_ratio=2.0)
 SMALL = MaskedAutoencoderConfig(
@@ -217,14 +217,14 @@ class TestPackage:
         assert np.abs(elsewhere.tokens - found.tokens).max() > 1e-2
 
 
-def test_trains_checkpoints_and_exports(unpaired_dataset: Path, tmp_path: Path) -> None:
+def test_trains_checkpoints_and_exports_spread_or_not(unpaired_dataset: Path, tmp_path: Path) -> None:
     from pretrain.export import main as export
     from pretrain.train import main as pretrain
 
     config = write_config(
         tmp_path / "config.yaml",
         dataset=str(unpaired_dataset),
-        output=str(tmp_path / "run"),
+        output=str(tmp_path / "one"),
         model={
             "encoder": {"tokenizer": "montage", "patch": 16, "dim": 24},
             "decoder": {"dim": 16},
@@ -233,10 +233,23 @@ def test_trains_checkpoints_and_exports(unpaired_dataset: Path, tmp_path: Path) 
             "compute": {"checkpointing": True},
         },
         micro_batch_size=8,
-        steps=12,
+        zero_stage=0,
+        steps=4,
     )
     assert pretrain([str(config)]) == 0
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
-    assert (tmp_path / "run" / "plots" / "reconstruction.png").is_file()
-    assert export([str(tmp_path / "run"), str(tmp_path / "encoder"), "--program", "false"]) == 0
+    assert (tmp_path / "one" / "plots" / "reconstruction.png").is_file()
+    assert export([str(tmp_path / "one"), str(tmp_path / "encoder"), "--program", "false"]) == 0
     assert "any montage" in (tmp_path / "encoder" / "model_card.md").read_text()
+    # Samples of 19 to 64 channels fall into other batches on two processes, and nothing changes.
+    variants = [("1", "bf16"), ("3", "fp32")]
+    jobs = []
+    for stage, precision in variants:
+        words = ["--output", str(tmp_path / f"{stage} {precision}"), "--zero_stage", stage, "--precision", precision]
+        jobs.append({"words": [str(config), *words]})
+    run_jobs(tmp_path, 2, jobs)
+    reference = losses(tmp_path / "one")
+    assert len(reference) == 4
+    for stage, precision in variants:
+        found = losses(tmp_path / f"{stage} {precision}")
+        tolerance = 1e-4 if precision == "fp32" else 2e-2
+        np.testing.assert_allclose(found, reference, atol=tolerance, err_msg=f"{stage} {precision}")
