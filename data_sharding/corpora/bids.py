@@ -31,7 +31,7 @@ from data_sharding.corpora.base import (
 from data_sharding.corpora.events import NOTHING, read_trials
 from data_sharding.corpora.folder import KEYS, find, item_of
 from data_sharding.errors import RequestError, one_line
-from data_sharding.readers import VOLTS
+from data_sharding.records import VOLTS
 from data_sharding.storage import AnyPath, describe
 
 NOT_RAW = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
