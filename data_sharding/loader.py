@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_sharding.dataset import EEGDataset, parse_meta
+from data_sharding.dataset import EEGDataset
 from data_sharding.errors import RequestError
 from data_sharding.order import EpochOrder, Interleaved, Order
+from data_sharding.reading import parse_meta
 from data_sharding.samples import N_PADDED
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.dataset import EEGDataset, Packed, pack
+from data_sharding.dataset import EEGDataset
 from data_sharding.errors import RequestError
 from data_sharding.files import digest_of
 from data_sharding.manifest import Manifest, Shard
 from data_sharding.order import Interleaved
 from data_sharding.preprocess import PreprocessSpec
+from data_sharding.reading import Packed, pack
 from data_sharding.samples import Sample
 
 

@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_sharding.dataset import INDEX, EEGDataset, parse_index, write_dataset
+from data_sharding.dataset import EEGDataset, write_dataset
 from data_sharding.errors import RequestError
 from data_sharding.loader import Loader, collate, sequential
 from data_sharding.order import EpochOrder, epoch_order, permute
 from data_sharding.preprocess import PreprocessSpec
+from data_sharding.reading import INDEX, parse_index
 from data_sharding.samples import Sample, pad_channels
 
 GOLDEN = [1, 3, 5, 6, 2, 8, 9, 7, 4, 0]
