@@ -124,6 +124,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._store is not None:
+            self._tell()
             self._thread.start()
         return self
 
@@ -144,19 +145,16 @@ class Watchdog:
         """
         self._place, self._since = (step, PHASES.index(phase)), time.monotonic()
 
+    def _tell(self) -> None:
+        self._beat += 1
+        state = {"place": self._place, "beat": self._beat, "host": socket.gethostname(), "pid": os.getpid()}
+        # Where the process that keeps the store is gone, the training finds out by itself.
+        with contextlib.suppress(RuntimeError):
+            self._store.set(str(self._rank), json.dumps(state))
+
     def _watch(self) -> None:
         while not self._end.wait(self._period_s):
-            self._beat += 1
-            state = {
-                "place": self._place,
-                "beat": self._beat,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "still_s": round(time.monotonic() - self._since),
-            }
-            # Where the process that keeps the store is gone, the training finds out by itself.
-            with contextlib.suppress(RuntimeError):
-                self._store.set(str(self._rank), json.dumps(state))
+            self._tell()
             if time.monotonic() - self._since > self._timeout_s:
                 self._bark()
 

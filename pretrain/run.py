@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import sys
@@ -20,21 +21,29 @@ from data_sharding.files import atomic_write_text, digest_of, read_json, write_j
 from pretrain.checkpoint import DONE, file_record, newest_whole, prune
 from pretrain.tracking import TrackerConfig, open_tracker
 
+STOP_FILE = "DREAMSCALE_STOP_FILE"
+"""Environment variable: a file whose appearance asks to stop, where signals do not reach the training's process."""
+
 
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop looks at.
 
-    A second SIGINT interrupts at once.
-
-    Attributes
-    ----------
-    requested : bool
-        True once a signal came.
+    A second SIGINT interrupts at once. The file that `STOP_FILE` names, where it does, is looked for once a second.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._signalled = False
         self._previous: dict[int, Any] = {}
+        self._file = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
+        self._looked = time.monotonic()
+
+    @property
+    def requested(self) -> bool:
+        """True once somebody asked."""
+        if self._file is not None and not self._signalled and time.monotonic() - self._looked > 1.0:
+            self._looked = time.monotonic()
+            self._signalled = self._file.exists()
+        return self._signalled
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
@@ -47,9 +56,9 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._signalled = True
 
 
 class RunDirectory:

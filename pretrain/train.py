@@ -634,12 +634,13 @@ def main(argv: list[str] | None = None) -> int:
     int
         Exit code.
     """
-    return run_main(
-        lambda words: pretrain(
-            parse_config(PretrainConfig, words, prog="dreamscale pretrain", positionals=("config",))
-        ),
-        argv,
-    )
+
+    def body(words: list[str]) -> int:
+        # DeepSpeed's launcher says first what the environment says as well.
+        words = [word for word in words if not word.startswith("--local_rank=")]
+        return pretrain(parse_config(PretrainConfig, words, prog="dreamscale pretrain", positionals=("config",)))
+
+    return run_main(body, argv)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -317,3 +318,19 @@ def parent(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
+
+
+def test_ray_trains_and_stops_on_request(runs: Path, run: Path) -> None:
+    # Unix sockets have short names: Ray's cannot lie as deep as the test's folder.
+    temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    try:
+        line = [sys.executable, "-m", "launch.ray_train", *words(runs, run)]
+        extra = {"RAY_TMPDIR": temporary, "RAY_OVERRIDE_RESOURCES": '{"CPU": 4}'}
+        training = Training(line, run, **extra)
+        training.wait_for(BEGUN + 3)
+        training.process.send_signal(signal.SIGTERM)
+        assert training.wait() == 75, training.log.read_text()[-3000:]
+        assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+        is_undisturbed(run, runs)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

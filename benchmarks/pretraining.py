@@ -1,0 +1,278 @@
+"""Throughput, utilisation and memory of a pretraining step, over presets, precisions, compilation and ZeRO stages.
+
+``python benchmarks/pretraining.py [--presets tiny,released] [--precisions fp32,bf16] [--stages 1] [--compile 0,1]``
+``[--batch 8] [--steps 5] [--reference PATH] [--out FILE.json]``; under torchrun for several processes.
+
+``--reference PATH`` also times the released model code, from a checkout of bbaaii/DreamDiffusion at PATH, at the
+released shape, with PyTorch's own AdamW, under the autocast of each precision. Signals are noise on the device: data
+loading is not part of it (benchmarks/loading.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from data_sharding.files import write_json
+from pretrain.config import PretrainConfig
+from pretrain.distributed import World, choose_device, import_deepspeed, launched_world, process_group
+from pretrain.engine import build_optimizer, deepspeed_config
+from pretrain.flops import peak_flops, training_flops
+from pretrain.model import build_autoencoder, count_parameters
+from pretrain.presets import PRESETS
+from pretrain.shapes import ComputeConfig, MaskedAutoencoderConfig
+
+
+def timed(step: Callable[[], None], steps: int, device: torch.device) -> tuple[float, float]:
+    """Median seconds of a step after two that warm up, and the memory peak in GiB."""
+    durations = []
+    for number in range(steps + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            if number == 2:
+                torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        durations.append(time.perf_counter() - started)
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else resident_gib()
+    return statistics.median(durations[2:]), peak
+
+
+def resident_gib() -> float:
+    """Memory of this process now; its peak would be that of whatever ran before."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return int(status.read_text().split("VmRSS:")[1].split()[0]) / 2**20
+
+
+def fake_batch(shape: MaskedAutoencoderConfig, batch: int) -> Any:
+    channels = shape.encoder.channels
+    metas = [{"n": channels, "positions": [None] * channels} for _ in range(batch)]
+    return SimpleNamespace(numbers=list(range(batch)), epochs=[0] * batch, metas=metas)
+
+
+def ours(
+    deepspeed: Any, world: World, preset: str, precision: str, stage: int, compiled: bool, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One variant of our step: forward, backward and the optimiser, under DeepSpeed as in training."""
+    shape = dataclasses.replace(
+        PRESETS[preset], compute=ComputeConfig(compile=compiled, checkpointing=options.checkpointing)
+    )
+    config = PretrainConfig(
+        dataset="none",
+        output="none",
+        num_processes=world.size,
+        batch_size=options.batch * world.size,
+        precision=precision,  # type: ignore[arg-type]
+        zero_stage=stage,  # type: ignore[arg-type]
+        model=shape,
+    )
+    torch.manual_seed(0)
+    model = build_autoencoder(shape)
+    parameters = count_parameters(model)
+    model.to(world.device)
+    optimizer = build_optimizer(model, config.optimizer, zero_stage=stage, device=world.device)
+    settings = deepspeed_config(config, parameters=parameters, device=world.device)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    x_BCT = torch.randn(options.batch, shape.encoder.channels, shape.encoder.samples, device=world.device)
+    inputs = {k: v.to(world.device) for k, v in model.prepare(fake_batch(shape, options.batch), 0).items()}
+
+    def step() -> None:
+        engine.backward(engine(x_BCT, **inputs).mean())
+        engine.step()
+
+    seconds, memory = timed(step, options.steps, world.device)
+    engine.destroy()
+    rate = options.batch * world.size / seconds
+    peak = peak_flops(world.device, precision, options.peak_tflops)
+    flops = training_flops(shape)
+    return {
+        "code": "ours",
+        "preset": preset,
+        "parameters": parameters,
+        "precision": precision,
+        "zero_stage": stage,
+        "compile": compiled,
+        "checkpointing": options.checkpointing,
+        "batch_per_process": options.batch,
+        "processes": world.size,
+        "step_s": seconds,
+        "samples_per_s": rate,
+        "tokens_per_s": rate * shape.encoder.tokens,
+        "tflops_per_process": rate * flops / world.size / 1e12,
+        "mfu": None if peak is None else rate * flops / world.size / peak,
+        "memory_gib": memory,
+    }
+
+
+def load_reference(path: Path) -> Any:
+    """Class MAEforEEG of a checkout of the released code, without the packages that its training alone needs."""
+    code = path / "code"
+    file = code / "sc_mbm" / "mae_for_eeg.py"
+    if not file.is_file():
+        raise SystemExit(f"{file}: no such file; --reference wants a checkout of bbaaii/DreamDiffusion")
+    sys.path.insert(0, str(code))
+    if importlib.util.find_spec("timm") is None:
+        sys.modules.update(_stand_in_for_timm())
+    import sc_mbm.mae_for_eeg as released  # type: ignore[import-not-found]
+
+    return released.MAEforEEG
+
+
+def _stand_in_for_timm() -> dict[str, types.ModuleType]:
+    """Timm's transformer block in its plain form, as of the version that the released code pins (0.5.4)."""
+    from torch import nn
+
+    class Attention(nn.Module):
+        def __init__(self, dim: int, heads: int, qkv_bias: bool) -> None:
+            super().__init__()
+            self.heads, self.scale = heads, (dim // heads) ** -0.5
+            self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            B, N, C = x.shape
+            q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+            attention = ((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1)
+            return self.proj((attention @ v).transpose(1, 2).reshape(B, N, C))
+
+    class Block(nn.Module):
+        def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            mlp_ratio: float = 4.0,
+            qkv_bias: bool = False,
+            norm_layer: Any = nn.LayerNorm,
+            **_: Any,
+        ) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = norm_layer(dim), norm_layer(dim)
+            self.attn = Attention(dim, num_heads, qkv_bias)
+            hidden = int(dim * mlp_ratio)
+            self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+
+    names = ("timm", "timm.models", "timm.models.vision_transformer")
+    modules = {name: types.ModuleType(name) for name in names}
+    modules["timm.models.vision_transformer"].Block = Block  # type: ignore[attr-defined]
+    return modules
+
+
+def reference(path: Path, precision: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    """The released model's step: eager, autocast, PyTorch's AdamW."""
+    shape = PRESETS["released"]
+    torch.manual_seed(0)
+    model = load_reference(path)(
+        time_len=shape.encoder.samples,
+        patch_size=shape.encoder.patch,
+        embed_dim=shape.encoder.dim,
+        in_chans=shape.encoder.channels,
+        depth=shape.encoder.depth,
+        num_heads=shape.encoder.heads,
+        decoder_embed_dim=shape.decoder.dim,
+        decoder_depth=shape.decoder.depth,
+        decoder_num_heads=shape.decoder.heads,
+        mlp_ratio=shape.encoder.mlp_ratio,
+    ).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2.5e-4, betas=(0.9, 0.95), weight_decay=0.05)
+    x_BCT = torch.randn(options.batch, shape.encoder.channels, shape.encoder.samples, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss, *_ = model(x_BCT, mask_ratio=shape.mask_ratio)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.8)
+        optimizer.step()
+
+    seconds, memory = timed(step, options.steps, device)
+    rate = options.batch / seconds
+    peak = peak_flops(device, precision, options.peak_tflops)
+    flops = training_flops(shape)
+    return {
+        "code": "released",
+        "preset": "released",
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "precision": precision,
+        "batch_per_process": options.batch,
+        "processes": 1,
+        "step_s": seconds,
+        "samples_per_s": rate,
+        "tflops_per_process": rate * flops / 1e12,
+        "mfu": None if peak is None else rate * flops / peak,
+        "memory_gib": memory,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", default="tiny")
+    parser.add_argument("--precisions", default="fp32,bf16")
+    parser.add_argument("--stages", default="1")
+    parser.add_argument("--compile", default="0")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--batch", type=int, default=8, help="windows of one process in one step")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--peak-tflops", type=float)
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    deepspeed = import_deepspeed(device)
+    rank, size = launched_world()
+    results = []
+    with process_group(deepspeed, device) as world:
+        for preset in options.presets.split(","):
+            for precision in options.precisions.split(","):
+                for stage in map(int, options.stages.split(",")):
+                    if precision == "bf16" and stage == 0:
+                        continue
+                    for compiled in (word == "1" for word in options.compile.split(",")):
+                        results.append(ours(deepspeed, world, preset, precision, stage, compiled, options))
+                        if rank == 0:
+                            print(json.dumps(results[-1]), flush=True)
+        if options.reference is not None and size == 1:
+            for precision in options.precisions.split(","):
+                results.append(reference(options.reference, precision, device, options))
+                print(json.dumps(results[-1]), flush=True)
+    if options.out is not None and rank == 0:
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        )
+        machine = {
+            "device": name,
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        write_json(options.out, {"machine": machine, "command": sys.argv, "results": results})
+
+
+if __name__ == "__main__":
+    main()
