@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from data_sharding.corpora import CorpusConfig, list_items
 from data_sharding.duplicates import signature
 from data_sharding.errors import RequestError
 from data_sharding.hold_back import IMAGE_REASON, HoldBack, HoldBackConfig, read_list
+from data_sharding.inspect import main as inspect
+from data_sharding.ledger import STATUSES, read_ledger
+from data_sharding.manifest import Manifest
 from data_sharding.units import assess
+from data_sharding.verify import main as verify
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +191,55 @@ def test_images_of_a_dataset(events_corpus: Path, publish, make_raw, make_row, t
         t.image_id for i in held.without_images(items) for t in i.trials or ()
     }
     assert gone == {"img-0", "img-5"}
+
+
+@pytest.fixture(scope="module")
+def sharded(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A benchmark of one subject, and a training set of the whole corpus that holds the benchmark back."""
+    from data_sharding.job import main as shard
+
+    folder = tmp_path_factory.mktemp("jobs")
+    common = {
+        "preprocess": {"sfreq": 100, "highpass": 1.0, "lowpass": 40.0, "window": 100, "stride": 100},
+        "allowed_set_aside": 1.0,
+        "ray": {"num_cpus": 1},
+    }
+    benchmark = common | {
+        "corpora": [{"root": str(folder_corpus / "sub-01"), "name": "bench"}],
+        "split": {"val_fraction": 0, "test_fraction": 0},
+    }
+    training = common | {
+        "corpora": [{"root": str(folder_corpus), "name": "lab"}],
+        "split": {"val_subjects": ["sub-03"], "test_subjects": ["sub-04"]},
+        "hold_back": {"datasets": [str(folder / "benchmark")]},
+    }
+    for name, config in (("benchmark", benchmark), ("training", training)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        assert shard([str(folder / f"{name}.yaml"), "--output", str(folder / name)]) == 0
+    return folder / "benchmark", folder / "training"
+
+
+class TestJob:
+    """A benchmark under another corpus name, in the corpus twice: as it is, and in another format."""
+
+    def test_the_benchmark_and_its_copy_are_held_back(self, sharded: tuple[Path, Path]) -> None:
+        rows = {row["path"]: row for row in read_ledger(sharded[1])}
+        held = {path: row["reason"] for path, row in rows.items() if row["status"] == "held back"}
+        assert set(held) == {"sub-01/sub-01_task-rest_eeg.edf", "copies/again_raw.fif"}
+        assert "equal bytes" in held["sub-01/sub-01_task-rest_eeg.edf"]
+        assert "same signal as" in held["copies/again_raw.fif"]
+        counts = Manifest.read(sharded[1]).counts
+        assert counts["held back"] == 2 and sum(counts[s] for s in STATUSES) == counts["found"] == 7
+
+    def test_verify_proves_it(self, sharded: tuple[Path, Path], folder_corpus: Path, capsys) -> None:
+        benchmark, training = map(str, sharded)
+        assert verify([training]) == 0 and verify([benchmark]) == 0
+        assert verify([training, "--against", benchmark]) == 0
+        out = capsys.readouterr().out
+        assert "recordings by signal: 3 with 1" in out and "nothing shared" in out and "shared: " not in out
+
+    def test_report_and_tables_tell(self, sharded: tuple[Path, Path], capsys) -> None:
+        page = (sharded[1] / "report.html").read_text()
+        assert "Held back" in page and f"dataset {sharded[0]}" in page and page.count("data:image/png") == 4
+        assert inspect([str(sharded[1])]) == 0
+        assert f"dataset {sharded[0]}" in capsys.readouterr().out
