@@ -64,7 +64,7 @@ class Layout:
         return next((i for i, label in enumerate(self.labels) if label in ("EDF Annotations", "BDF Annotations")), None)
 
 
-def read_range(path: AnyPath, start: int, count: int) -> bytes:
+def read_range(path: AnyPath, start: int, count: int, head: bytes = b"") -> bytes:
     """Bytes of a file.
 
     Parameters
@@ -75,6 +75,8 @@ def read_range(path: AnyPath, start: int, count: int) -> bytes:
         First byte.
     count : int
         Bytes wanted; at most `MAX_READ` are read.
+    head : bytes
+        The file's beginning, where it was read before.
 
     Returns
     -------
@@ -84,6 +86,8 @@ def read_range(path: AnyPath, start: int, count: int) -> bytes:
     if start < 0 or count <= 0:
         return b""
     count = min(count, MAX_READ)
+    if start + count <= len(head):
+        return head[start : start + count]
     fs = None if isinstance(path, Path) else getattr(path, "fs", None)
     if fs is not None:
         # A stream of an object store reads ahead by megabytes; a range is a range.
@@ -124,13 +128,15 @@ def _truncated(promised: int, what: str, held: float) -> str:
 # --- EDF, BDF, GDF ---------------------------------------------------------------------------------------------------
 
 
-def edf_layout(path: AnyPath) -> Layout:
+def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     """Take the header of an EDF or BDF file apart.
 
     Parameters
     ----------
     path : Path or UPath
         The file.
+    head : bytes
+        Its beginning, where it was read before.
 
     Returns
     -------
@@ -142,19 +148,20 @@ def edf_layout(path: AnyPath) -> Layout:
     ValueError
         If the header is damaged.
     """
-    head = read_range(path, 0, 256)
-    width = 3 if head[:8] == b"\xffBIOSEMI" else 2
-    n = int(head[252:256])
-    header_bytes, n_records, record_s = int(head[184:192]), int(head[236:244]), float(head[244:252])
+    fixed = read_range(path, 0, 256, head)
+    width = 3 if fixed[:8] == b"\xffBIOSEMI" else 2
+    n = int(fixed[252:256])
+    header_bytes, n_records, record_s = int(fixed[184:192]), int(fixed[236:244]), float(fixed[244:252])
     if n < 1 or header_bytes < 256 * (n + 1) or not 0 <= record_s < math.inf:
         raise Damaged
-    header = read_range(path, 256, 256 * n)
+    header = read_range(path, 256, 256 * n, head)
     if len(header) < 256 * n:
         raise Damaged
+    text = header.decode("latin-1")
 
     def column(offset: int, size: int) -> list[str]:
         start = offset * n
-        return [header[start + size * i : start + size * (i + 1)].decode("latin-1").strip() for i in range(n)]
+        return [text[start + size * i : start + size * (i + 1)].strip() for i in range(n)]
 
     per_record = [int(text) for text in column(216, 8)]
     if min(per_record) < 0 or not sum(per_record):
@@ -167,7 +174,7 @@ def edf_layout(path: AnyPath) -> Layout:
         record_s=record_s,
         header_bytes=header_bytes,
         record_bytes=width * sum(per_record),
-        interrupted=head[192:197] in (b"EDF+D", b"BDF+D"),
+        interrupted=fixed[192:197] in (b"EDF+D", b"BDF+D"),
         width=width,
     )
 
@@ -223,13 +230,15 @@ def edf_runs(path: Path, layout: Layout) -> tuple[list[tuple[int, int, float]], 
     return [(a, b, onsets[a] - onsets[0]) for a, b in zip(starts, ends, strict=True) if b > a], notes
 
 
-def check_edf(path: AnyPath) -> tuple[str | None, bool]:
+def check_edf(path: AnyPath, head: bytes = b"") -> tuple[str | None, bool]:
     """What an EDF or BDF header shows to be wrong.
 
     Parameters
     ----------
     path : Path or UPath
         The file.
+    head : bytes
+        Its beginning, where it was read before.
 
     Returns
     -------
@@ -238,7 +247,7 @@ def check_edf(path: AnyPath) -> tuple[str | None, bool]:
     continuous : bool
         False where the file is sound, but there is no signal.
     """
-    layout = edf_layout(path)
+    layout = edf_layout(path, head)
     signals = [i for i, label in enumerate(layout.labels) if label not in ("EDF Annotations", "BDF Annotations")]
     if not signals:
         return "no signal: the file holds annotations only", False
@@ -252,13 +261,15 @@ def check_edf(path: AnyPath) -> tuple[str | None, bool]:
     return None, True
 
 
-def gdf_layout(path: AnyPath) -> Layout:
+def gdf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     """Take the header of a GDF file apart.
 
     Parameters
     ----------
     path : Path or UPath
         The file.
+    head : bytes
+        Its beginning, where it was read before.
 
     Returns
     -------
@@ -270,15 +281,15 @@ def gdf_layout(path: AnyPath) -> Layout:
     ValueError
         If the header is damaged.
     """
-    head = read_range(path, 0, 256)
-    old = float(head[4:8]) < 1.9
-    (n,) = struct.unpack_from("<I" if old else "<H", head, 252)
-    header_bytes = struct.unpack_from("<q", head, 184)[0] if old else 256 * struct.unpack_from("<H", head, 184)[0]
-    (n_records,) = struct.unpack_from("<q", head, 236)
-    length, parts = struct.unpack_from("<II", head, 244)
+    fixed = read_range(path, 0, 256, head)
+    old = float(fixed[4:8]) < 1.9
+    (n,) = struct.unpack_from("<I" if old else "<H", fixed, 252)
+    header_bytes = struct.unpack_from("<q", fixed, 184)[0] if old else 256 * struct.unpack_from("<H", fixed, 184)[0]
+    (n_records,) = struct.unpack_from("<q", fixed, 236)
+    length, parts = struct.unpack_from("<II", fixed, 244)
     if not 0 < n < 1 << 14 or header_bytes < 256 * (n + 1):
         raise Damaged
-    header = read_range(path, 256, 256 * n)
+    header = read_range(path, 256, 256 * n, head)
     per_record = list(struct.unpack_from(f"<{n}i", header, 216 * n))
     types = struct.unpack_from(f"<{n}i", header, 220 * n)
     if min(per_record) < 0 or not sum(per_record):
@@ -294,9 +305,9 @@ def gdf_layout(path: AnyPath) -> Layout:
     )
 
 
-def check_gdf(path: AnyPath) -> str | None:
+def check_gdf(path: AnyPath, head: bytes = b"") -> str | None:
     """What a GDF header shows to be wrong."""
-    layout = gdf_layout(path)
+    layout = gdf_layout(path, head)
     have = (size_of(path) - layout.header_bytes) / layout.record_bytes
     return (
         _truncated(layout.n_records, "records", max(have, 0))
@@ -325,9 +336,9 @@ def check_brainvision(text: str, data: AnyPath) -> str | None:
     return "no signal: the data file is empty" if not size else None
 
 
-def check_neuroscan(path: AnyPath) -> str | None:
+def check_neuroscan(path: AnyPath, head: bytes = b"") -> str | None:
     """Compare a Neuroscan CNT header with the file: its event table must lie within it."""
-    head = read_range(path, 0, 900)
+    head = read_range(path, 0, 900, head)
     n, rate = struct.unpack_from("<H", head, 370)[0], struct.unpack_from("<H", head, 376)[0]
     events = struct.unpack_from("<I", head, 886)[0]
     size, start = size_of(path), 900 + 75 * n
@@ -339,9 +350,9 @@ def check_neuroscan(path: AnyPath) -> str | None:
     return "no signal: the file ends with the header" if size <= start else None
 
 
-def check_ant(path: AnyPath) -> str | None:
+def check_ant(path: AnyPath, head: bytes = b"") -> str | None:
     """Compare the length in a RIFF header with the file."""
-    head = read_range(path, 0, 12)
+    head = read_range(path, 0, 12, head)
     promised, offset = struct.unpack_from("<I", head, 4)[0], 8
     if head[:4] == b"RF64":
         promised, offset = struct.unpack_from("<Q", head, 4)[0], 12
@@ -349,11 +360,11 @@ def check_ant(path: AnyPath) -> str | None:
     return _truncated(promised + offset, "bytes", size) if size < promised + offset else None
 
 
-def check_nedf(path: AnyPath) -> str | None:
+def check_nedf(path: AnyPath, head: bytes = b"") -> str | None:
     """Compare a NEDF header with the file, as far as the layout that MNE reads goes."""
     import defusedxml.ElementTree
 
-    xml = defusedxml.ElementTree.fromstring(read_range(path, 0, NEDF_HEADER).split(b"\0")[0])
+    xml = defusedxml.ElementTree.fromstring(read_range(path, 0, NEDF_HEADER, head).split(b"\0")[0])
     n = int(xml.findtext("EEGSettings/TotalNumberOfChannels") or 0)
     samples = int(xml.findtext("EEGSettings/NumberOfRecordsOfEEG") or 0)
     if n < 1 or samples < 0:

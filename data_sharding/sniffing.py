@@ -17,8 +17,8 @@ from data_sharding import headers
 from data_sharding.errors import RequestError
 from data_sharding.storage import AnyPath, is_remote
 
-HEAD_BYTES = 4096
-"""Enough for every header that is looked at here."""
+HEAD_BYTES = 1 << 15
+"""Enough for the header of almost every file: on an object store, each further range is a request."""
 TEXT_BYTES = 1 << 20
 """Text headers are read up to here."""
 NIHON_SIDECARS = (".pnt", ".21e", ".log", ".cmt", ".cn2", ".11d", ".reg", ".bft", ".edf.log")
@@ -126,7 +126,7 @@ def _edf(file: _File) -> Recording | None:
     format_ = "edf" if file.head[:8] == b"0       " else "bdf" if file.head[:8] == b"\xffBIOSEMI" else None
     if format_ is None or len(file.head) < 256:
         return None
-    found = headers.guarded(headers.check_edf, format_.upper(), file.path)
+    found = headers.guarded(headers.check_edf, format_.upper(), file.path, file.head)
     problem, continuous = (found, True) if isinstance(found, str) else found
     return file.recording(format_, problem=problem, continuous=continuous)
 
@@ -134,7 +134,7 @@ def _edf(file: _File) -> Recording | None:
 def _gdf(file: _File) -> Recording | None:
     if file.head[:4] != b"GDF ":
         return None
-    return file.recording("gdf", problem=headers.guarded(headers.check_gdf, "GDF", file.path))
+    return file.recording("gdf", problem=headers.guarded(headers.check_gdf, "GDF", file.path, file.head))
 
 
 def _brainvision(file: _File) -> Recording | None:
@@ -159,7 +159,9 @@ def _neuroscan(file: _File) -> Recording | None:
     if file.head[:9] != b"Version 3":
         return None
     if file.suffix == ".cnt":
-        return file.recording("neuroscan", problem=headers.guarded(headers.check_neuroscan, "Neuroscan", file.path))
+        return file.recording(
+            "neuroscan", problem=headers.guarded(headers.check_neuroscan, "Neuroscan", file.path, file.head)
+        )
     if file.suffix in (".eeg", ".avg"):
         what = (
             "epoched: a Neuroscan .eeg holds trials, and there is no reader for it; export it as EEGLAB or EDF"
@@ -175,7 +177,9 @@ def _ant(file: _File) -> Recording | None:
         return None
     if file.suffix != ".cnt" and not file.head[8:16].rstrip(b"\0 ").endswith(b"CNT"):
         return None
-    return file.recording("ant", f"{file.stem}.evt", problem=headers.guarded(headers.check_ant, "ANT", file.path))
+    return file.recording(
+        "ant", f"{file.stem}.evt", problem=headers.guarded(headers.check_ant, "ANT", file.path, file.head)
+    )
 
 
 def _fif(file: _File) -> Recording | None:
@@ -230,7 +234,7 @@ def _nedf(file: _File) -> Recording | None:
     if b"<NEDFversion>" not in file.head:
         return None
     try:
-        problem = headers.guarded(headers.check_nedf, "NEDF", file.path)
+        problem = headers.guarded(headers.check_nedf, "NEDF", file.path, file.head)
     except ImportError:
         problem = None  # The reader says what to install.
     return file.recording("nedf", problem=problem)
