@@ -12,7 +12,10 @@ import yaml
 
 from data_sharding.corpora import CorpusConfig, Item, list_items, open_item
 from data_sharding.errors import RequestError
+from data_sharding.preprocess import PreprocessSpec
 from data_sharding.readers import ReadError
+from data_sharding.recording import Task, process_recording
+from data_sharding.splits import SplitConfig
 
 RNG = np.random.default_rng(0)
 ABOUT: dict[str, Any] = {"sfreq": 250, "ch_names": ["Fz", "Cz", "Pz"], "unit": "uV"}
@@ -104,6 +107,18 @@ def test_epochs_with_labels_only(tmp_path: Path) -> None:
     assert [t.label_name for t in items["b.npy"].trials or ()] == ["1", "2", "1", "2"]
     assert {(t.image, t.image_id) for i in items.values() for t in i.trials or ()} == {("", "")}
     assert np.allclose(microvolts(items["b.npy"]), microvolts(items["a.npz"]))
+
+
+def test_to_samples(tmp_path: Path) -> None:
+    write(tmp_path / "in", "a.npy", EPOCHS, labels=["left", "right"] * 2, subject="S1")
+    write(tmp_path / "in", "b.npy", X)
+    spec = PreprocessSpec(sfreq=125, highpass=1, lowpass=40, window=50, stride=50, notch="off")
+    split = SplitConfig(val_fraction=0, test_fraction=0)
+    for item, windows in zip(items_of(tmp_path / "in").values(), (4, 10), strict=True):
+        task = Task(item=item, spec=spec, split=split, labels=("left", "right"), work=tmp_path / "work", timeout_s=60)
+        row = process_recording(task)
+        assert (row["status"], row["unit"], row["windows"]) == ("sharded", "plausible", windows)
+        assert row["split_samples"] == {"train": windows}
 
 
 def test_events_of_a_continuous_recording(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ import pytest
 
 from data_sharding.corpora import CorpusConfig, Item, list_items, open_item
 from data_sharding.errors import RequestError
+from data_sharding.preprocess import PreprocessSpec
+from data_sharding.recording import Task, process_recording
+from data_sharding.splits import SplitConfig
 
 
 def write_bids(root: Path, build_raw: Any) -> None:
@@ -78,6 +81,15 @@ def test_what_mne_bids_writes_is_read(clean: Path) -> None:
     assert place is not None and place[0] < 0 < place[1] and 0.05 < np.linalg.norm(place) < 0.15
     assert 1e-6 < signal.read(0, 800, [0]).std() < 1e-4
     signal.close()
+
+
+def test_sidecars_reach_the_ledger(clean: Path, tmp_path: Path) -> None:
+    spec = PreprocessSpec(sfreq=100, highpass=1, lowpass=40, window=100, stride=100)
+    split = SplitConfig(val_fraction=0, test_fraction=0)
+    task = Task(item=items_of(clean)[NAME], spec=spec, split=split, labels=(), work=tmp_path, timeout_s=60)
+    row = process_recording(task)
+    assert (row["status"], row["windows"], row["line_freq"], row["line_freq_from"]) == ("sharded", 4, 60, "file")
+    assert row["n_eeg"] == 7 and row["bads"] == ["F4: marked bad"] and row["montage"] == "file"
 
 
 def test_sidecars_higher_up_count_and_the_nearest_wins(bids: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,33 @@ import torch
 
 from data_sharding.corpora import CorpusConfig, Item, design_of, list_items, open_item
 from data_sharding.errors import RequestError
+from data_sharding.files import read_json
+from data_sharding.preprocess import PreprocessSpec
+from data_sharding.recording import Task, process_recording
+from data_sharding.samples import decode_eeg
 from data_sharding.splits import TRAIN_OR_VAL, SplitConfig
 
 SYNSETS = ["n02106662", "n02124075", "n02281787"]
 RNG = np.random.default_rng(0)
+BY_CORPUS = SplitConfig(by="concept", val_fraction=0, test_fraction=0, image_val_fraction=0.2)
+
+
+def shard(
+    item: Item, work: Path, spec: PreprocessSpec, split: SplitConfig
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Ledger row of an item, and its samples' metadata with the window under 'eeg' and the image's bytes."""
+    labels = tuple(sorted({trial.label_name for trial in item.trials or ()}))
+    row = process_recording(Task(item=item, spec=spec, split=split, labels=labels, work=work, timeout_s=60))
+    out = []
+    for name in row["split_samples"]:
+        folder = work / "parts" / row["part"][:2] / row["part"]
+        data = (folder / f"{name}.tar").read_bytes()
+        for entry in read_json(folder / f"{name}.idx"):
+            parts = {name: data[at : at + size] for name, (at, size) in entry["members"].items()}
+            meta = json.loads(parts["json"])
+            image = next((parts[key] for key in parts if key.startswith("image.")), None)
+            out.append({**meta, "eeg": decode_eeg(parts["eeg.npy.zst"], meta["n"]).astype(float), "bytes": image})
+    return row, out
 
 
 def released(lengths: dict[int, int] | None = None) -> dict[str, Any]:
@@ -94,6 +118,18 @@ class TestEEGImageNet:
         design = design_of(config, items)
         assert design["design"] == "block" and design["name"] == "imagenet" and "4.0 trials long" in design["evidence"]
 
+    def test_to_samples(self, tmp_path: Path) -> None:
+        items = list_items(write_imagenet(tmp_path, released({12: 400}), splits()))
+        spec = PreprocessSpec(sfreq=1000, highpass=5, lowpass=95, window=440, stride=440, notch="off", reference="keep")
+        row, samples = shard(items[1], tmp_path / "work", spec, BY_CORPUS)
+        assert (row["status"], row["unit"], row["windows"], row["n_eeg"]) == ("sharded", "declared", 11, 128)
+        assert {name: row["split_samples"][name] for name in row["split_samples"]} == {"train": 5, "val": 3, "test": 3}
+        assert {s["block"] for s in samples} == {f"sub-4-block-{i}" for i in range(3)}
+        assert all(s["eeg"].shape == (128, 440) and s["bytes"] == b"\xff\xd8\xff" for s in samples)
+        assert 1 < np.median([s["eeg"].std() for s in samples]) < 10
+        # Six subjects lie in one file: they are six recordings all the same.
+        assert shard(items[0], tmp_path / "work", spec, BY_CORPUS)[0]["sha256"] != row["sha256"]
+
     def test_without_the_given_splits(self, tmp_path: Path) -> None:
         config = write_imagenet(tmp_path, released(), splits())
         items = list_items(dataclasses.replace(config, options={"splits": ""}))
@@ -131,6 +167,7 @@ CHANNELS = ["Pz", "O1", "Oz"]
 
 def write_things(root: Path, *, raw: bool = False) -> CorpusConfig:
     """Two subjects, three training concepts with two images each, two test concepts with one."""
+    root.mkdir(exist_ok=True)
     train = [f"{i:05d}_{name}" for i, name in enumerate(CONCEPTS, 1) for _ in range(2)]
     table = {
         "train_img_concepts": train,
@@ -214,6 +251,19 @@ class TestThingsEEG2:
         assert np.array_equal(signal.read(100, 400, [1]), x[[1], 100:400])
         design = design_of(config, items)
         assert design["design"] == "random" and "160 trials" in design["evidence"]
+
+    def test_to_samples(self, tmp_path: Path) -> None:
+        items = list_items(write_things(tmp_path / "epochs"))
+        spec = PreprocessSpec(sfreq=100, highpass=1, lowpass=40, window=80, stride=80, notch="off", reference="keep")
+        row, samples = shard(items[0], tmp_path / "work", spec, BY_CORPUS)
+        assert (row["status"], row["unit"], row["split_samples"]) == ("sharded", "declared", {"test": 16})
+        assert {s["concept"] for s in samples} == {"aircraft_carrier", "antelope"}
+        assert {s["image_id"] for s in samples} == {t.image_id for t in items[0].trials or ()}
+        assert all(s["eeg"].shape == (3, 80) and s["bytes"] is not None for s in samples)
+        raw = dataclasses.replace(write_things(tmp_path / "raw", raw=True), options={"source": "raw"}, trial_offset=0.1)
+        row, samples = shard(list_items(raw)[1], tmp_path / "work", spec, BY_CORPUS)
+        assert row["status"] == "sharded" and row["unit"] == "plausible" and row["channels"] == CHANNELS
+        assert row["windows"] == 24 and set(row["split_samples"]) <= {"train", "val"}
 
     def test_concepts_never_cross(self, tmp_path: Path) -> None:
         items = list_items(write_things(tmp_path))
