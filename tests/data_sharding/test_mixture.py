@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,3 +119,30 @@ def test_unfit_mixtures_are_refused(tmp_path: Path, weights: dict[str, float]) -
         Mixture({})
     with pytest.raises(RequestError, match="no samples in split 'test'"):
         Mixture({first: 1.0}, "test")
+
+
+def test_pretraining_takes_a_mixture(tmp_path: Path, unpaired_dataset: Path, paired_dataset: Path) -> None:
+    tiny = {"dim": 16, "depth": 1, "heads": 2, "mlp_ratio": 1.0}
+    weights = {str(unpaired_dataset): 2.0, str(paired_dataset): 1.0}
+    config = {
+        "datasets": weights,
+        "order": "shards",
+        "output": str(tmp_path / "run"),
+        "device": "cpu",
+        "model": {"encoder": {"samples": 128, "patch": 8, **tiny}, "decoder": tiny},
+        "steps": 3,
+        "batch_size": 12,
+        "num_workers": 1,
+        "log_every": 1,
+        "tracker": {"kind": "none"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "pretrain.train", str(tmp_path / "config.yaml")]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=root, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = "".join(path.read_text() for path in (tmp_path / "run" / "checkpoints").rglob("*.json"))
+    assert Mixture(weights).manifest.dataset_id in saved and '"shards 16"' in saved
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum("loss" in line for line in lines) == 3
