@@ -150,33 +150,32 @@ def test_too_much_set_aside_is_said(folder_corpus: Path, tmp_path: Path) -> None
     assert len(EEGDataset(tmp_path / "a")) == 6
 
 
-class TestTrouble:
-    def test_killed_job_goes_on_and_ends_the_same(self, dataset: Path, folder_config: Path) -> None:
-        output = folder_config.parent / "killed"
-        command = [
-            sys.executable,
-            "-m",
-            "data_sharding",
-            str(folder_config),
-            "--output",
-            str(output),
-            "--ray.num_cpus",
-            "1",
-        ]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        parts = output / ".work" / "parts"
-        try:
-            until = time.monotonic() + 120
-            while not list(parts.glob("*/*/row.json")) and process.poll() is None and time.monotonic() < until:
-                time.sleep(0.02)
-        finally:
-            process.kill()
-            process.wait()
-        kept = {p: p.stat().st_mtime_ns for p in parts.glob("*/*/row.json")}
-        assert kept and not (output / "manifest.json").exists()
-        assert main([str(folder_config), "--output", str(output)]) == 0
-        assert tars(output) == tars(dataset)
+def test_benchmarks_are_held_back(folder_corpus: Path, dataset: Path, tmp_path: Path) -> None:
+    """A recording named in a list takes its copy along; a subject; and all of it again by a dataset that has it."""
+    (tmp_path / "benchmark.txt").write_text("recording lab/sub-01/*  # the copy of it is in another folder\n")
+    config = write_config(
+        tmp_path / "a.yaml",
+        [{"root": str(folder_corpus), "name": "lab"}],
+        split={"val_fraction": 0, "test_fraction": 0},
+        hold_back={"subjects": ["04"], "lists": [str(tmp_path / "benchmark.txt")]},
+    )
+    assert main([str(config)]) == 0
+    rows = {row["path"]: row for row in read_ledger(tmp_path / "a")}
+    held = {path for path, row in rows.items() if row["status"] == "held back"}
+    assert held == {
+        "sub-01/sub-01_task-rest_eeg.edf",
+        "copies/again_raw.fif",
+        "sub-04/sub-04_task-rest_raw.fif",
+    }
+    assert "benchmark.txt, line 1" in rows["sub-01/sub-01_task-rest_eeg.edf"]["held_back"]
+    assert Manifest.read(tmp_path / "a").counts["held back"] == 3 and rows["lost.vhdr"]["status"] == "quarantined"
+    config = write_config(
+        tmp_path / "b.yaml", [{"root": str(folder_corpus), "name": "lab"}], hold_back={"datasets": [str(dataset)]}
+    )
+    assert main([str(config)]) == 2
 
+
+class TestTrouble:
     def test_sigterm_stops_cleanly(self, folder_config: Path) -> None:
         output = folder_config.parent / "stopped"
         command = [
