@@ -52,7 +52,9 @@ NETS = {
 DECORATION = re.compile(r"(EEG|POL)[ _:-]+(?=\S*[A-Za-z$])", re.IGNORECASE)
 """Nihon Kohden's and clinical exports' prefixes; a number alone stays with its prefix."""
 REFERENCE = re.compile(
-    r"[-_ :/](REF|LE|AR|AVG|AV|CAR|CZREF|CAZ|G2|VREF|LINKED|A1\+A2|M1\+M2|[AM][12]([AM][12])?)\d?$", re.IGNORECASE
+    r"(?<!\bEEG)(?<!\bPOL)[-_ :/]+(REF|LE|AR|AVG|AV|CAR|CZREF|CAZ|G2|VREF|LINKED|A1\+A2|M1\+M2"
+    r"|[AM][12]([AM][12])?)\d?$",
+    re.IGNORECASE,
 )
 """What a channel was recorded against, at the end of its name: C3-A2 sits at C3."""
 MIN_STANDARD = 0.5
@@ -101,7 +103,7 @@ def canonical_name(name: str) -> str:
     text = DECORATION.sub("", text, count=1) if DECORATION.match(text) else text
     if standard := _standard_names().get(text.lower()):
         return OLD_NAMES.get(standard, standard)
-    if pair := _bipolar(text):
+    if pair := _bipolar(re.sub(r"-\d$", "", text)):
         return "-".join(pair)
     return text or name.strip()
 

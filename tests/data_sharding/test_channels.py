@@ -54,6 +54,11 @@ NAMES = [
     ("T7-P7", "T7-P7", True),
     ("FT9-FT10", "FT9-FT10", True),
     ("F7-T3", "F7-T7", True),
+    ("T8-P8-0", "T8-P8", True),  # MNE tells two of the same name apart
+    ("EEG Fp1 - A1", "Fp1", True),
+    ("EEG A1", "A1", True),
+    ("EEG-M2", "M2", True),
+    ("EEG A2-Ref", "A2", True),
     ("T3", "T7", True),
     ("t5", "P7", True),
     ("FCZ", "FCz", True),
@@ -203,6 +208,7 @@ class TestPositionsOfTheFile:
 
 def test_names_that_meet_stay_apart() -> None:
     assert picked(["T7", "T3"]).names == ["T7", "T3"]
+    assert picked(["T8-P8-0", "T8-P8-1"]).names == ["T8-P8", "T8-P8-1"]
 
 
 def test_few_standard_names_are_chance() -> None:

@@ -320,6 +320,31 @@ class TestSegments:
         assert epoched.info.epoched and [s.start for s in epoched.info.segments] == [0, 100, 200, 300]
         assert mne.io.read_raw_brainvision(path, verbose="ERROR").n_times == 400
 
+    def test_blocks_of_nihon_kohden(self, tmp_path: Path) -> None:
+        """Two data blocks: what reaches over their border is read right, and is no run."""
+        rng, n = np.random.default_rng(0), 2
+        blocks = [rng.integers(-300, 300, (100, n + 1)), rng.integers(-300, 300, (200, n + 1))]
+        data = bytearray(0x1800)
+        data[:16] = data[0x81:0x91] = b"EEG-1100C V01.00"
+        data[0x91], data[0x17FE] = 1, 1
+        struct.pack_into("<I", data, 0x92, 0x400)
+        data[0x411] = len(blocks)
+        for i, block in enumerate(blocks):
+            struct.pack_into("<I", data, 0x412 + 20 * i, len(data))
+            head = bytearray(0x27 + 10 * n)
+            struct.pack_into("<HIxxxxxxB", head, 0x1A, 100, len(block) // 10, n)
+            head[0x27], head[0x31] = 0, 1
+            data += head + (block + 0x8000).astype("<u2").tobytes()
+        (tmp_path / "a.EEG").write_bytes(data)
+        signal = opened(tmp_path / "a.EEG")
+        assert runs(signal) == [(0, 100, 0.0), (100, 300, 1.0)] and signal.info.ch_names == ["FP1", "FP2"]
+        x = np.concatenate(blocks)[:, :2].T
+        got = 1e6 * signal.read(50, 250, [1, 0])
+        np.testing.assert_allclose(got, x[::-1, 50:250] * 6399.902 / 65535, atol=0.1)
+        (tmp_path / "a.EEG").write_bytes(data[:-100])
+        with pytest.raises(ReadError, match="^truncated: "):
+            opened(tmp_path / "a.EEG")
+
     def test_persyst_passes_over_time(self, tmp_path: Path) -> None:
         x = np.random.default_rng(0).integers(-500, 500, (3, 400))
         path = write_persyst(tmp_path / "a.lay", x, "0=3600.0\n100=3601.0\n250=3662.5\n")
