@@ -342,7 +342,7 @@ class TestSegments:
         got = 1e6 * signal.read(50, 250, [1, 0])
         np.testing.assert_allclose(got, x[::-1, 50:250] * 6399.902 / 65535, atol=0.1)
         (tmp_path / "a.EEG").write_bytes(data[:-100])
-        with pytest.raises(ReadError, match="^truncated: "):
+        with pytest.raises(ReadError, match=r"^truncated: "):
             opened(tmp_path / "a.EEG")
 
     def test_persyst_passes_over_time(self, tmp_path: Path) -> None:
