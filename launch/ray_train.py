@@ -8,6 +8,7 @@ starts on this machine) for `num_processes` workers, each with a GPU where `devi
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -15,28 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.config import parse_config
-from data_sharding.errors import EXIT_FAILED, run_main
+from data_sharding.errors import EXIT_FAILED, one_line, run_main
+from data_sharding.files import atomic_write_text
+
+_STOP, _EXIT = "stop", "exit"
 
 
 def _train(job: dict[str, Any]) -> None:
     """What Ray runs in each worker."""
-    import ray.train
-
     from pretrain.run import STOP_FILE
     from pretrain.train import main
 
     # Ray works elsewhere; the paths in the config are meant from where the command was given.
     os.chdir(job["cwd"])
-    os.environ[STOP_FILE] = job["stop_file"]
+    folder = Path(job["folder"])
+    os.environ[STOP_FILE] = str(folder / _STOP)
     code = main(job["words"])
     if code == EXIT_FAILED:
         raise RuntimeError("training failed; see above")
-    ray.train.report({"code": code})
-
-
-def _ask_to_stop(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    if os.environ["RANK"] == "0":
+        atomic_write_text(folder / _EXIT, str(code))
 
 
 def launch(words: list[str]) -> int:
@@ -70,36 +69,38 @@ def launch(words: list[str]) -> int:
 
     ray.init(log_to_driver=True, include_dashboard=False, configure_logging=False)
     output = Path(config.output).absolute()
-    # Outside the run directory, which a refused request must not make.
-    stop_file = output.with_name(f".{output.name}.stop")
-    stop_file.unlink(missing_ok=True)
+    # Ray's own records, and ours; outside the run directory, which a refused request must not make. Ray would go on
+    # with what it finds there, but the training itself knows better where it stood.
+    folder = output.with_name(f".{output.name}.ray")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            before[number] = signal.signal(number, lambda *_: _ask_to_stop(stop_file))
+            before[number] = signal.signal(number, lambda *_: (folder / _STOP).touch())
     gpus = config.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= config.num_processes
     trainer = TorchTrainer(
         _train,
-        train_loop_config={"words": words, "cwd": str(Path.cwd()), "stop_file": str(stop_file)},
+        train_loop_config={"words": words, "cwd": str(Path.cwd()), "folder": str(folder)},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.num_processes, use_gpu=gpus),
         run_config=RunConfig(
-            name=f".{output.name}.ray",
-            storage_path=str(output.parent),
+            name=folder.name,
+            storage_path=str(folder.parent),
             failure_config=FailureConfig(max_failures=config.restarts),
         ),
     )
     try:
-        result = trainer.fit()
+        trainer.fit()
+        return int((folder / _EXIT).read_text())
     except Exception as error:
-        print(f"dreamscale: training on Ray failed ({type(error).__name__}); see above", file=sys.stderr)
+        print(f"dreamscale: training on Ray failed ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
         return EXIT_FAILED
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        stop_file.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         ray.shutdown()
-    return int((result.metrics or {}).get("code", EXIT_FAILED))
 
 
 def main(argv: list[str] | None = None) -> int:
