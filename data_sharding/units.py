@@ -70,7 +70,7 @@ class Verdict:
     bads: dict[int, str] = field(default_factory=dict)
     """Rows that are flat, clipped, noisy, a test tone or out of range, with the word for it."""
     not_eeg: dict[int, str] = field(default_factory=dict)
-    """Rows whose signal is none of EEG's, with what it is."""
+    """Rows whose signal is none of EEG's, with what it is; they are among `bads`, too."""
     not_finite: list[int] = field(default_factory=list)
     """Rows with NaN or infinite values."""
     line_freq: float | None = None
@@ -291,14 +291,14 @@ class Survey:
                 returns = 2 <= levels <= TRIGGER_LEVELS and steps >= max(3, 2 * (levels - 1))
                 high = self.scale * (self._high[i] - self._low[i]) > TRIGGER_UV
                 if returns and high and not self._restless[i]:
-                    not_eeg[i] = "trigger"
+                    bads[i] = not_eeg[i] = "trigger"
                 else:
                     bads[i] = "flat"
             elif at_rail[i] > CLIPPED_SHARE:
                 bads[i] = "clipped"
             elif tone[i]:
                 bads[i] = "test tone"
-        live = np.array([i for i in np.flatnonzero(self._finite) if i not in bads and i not in not_eeg], int)
+        live = np.array([i for i in np.flatnonzero(self._finite) if i not in bads], int)
         amplitude = float(np.median(robust[live])) if len(live) else 0.0
         plausible = PLAUSIBLE_UV[0] <= amplitude <= PLAUSIBLE_UV[1]
         unit = "configured" if factor is not None else "plausible" if plausible else "unknown"
@@ -307,7 +307,7 @@ class Survey:
                 if not USABLE_UV[0] <= robust[i] <= USABLE_UV[1]:
                     bads[int(i)] = "too small" if robust[i] < USABLE_UV[0] else "too large"
             bads |= dict.fromkeys(self._noisy(np.array([i for i in live if i not in bads], int)), "noisy")
-        left = [i for i in range(n) if self._finite[i] and i not in bads and i not in not_eeg]
+        left = [i for i in range(n) if self._finite[i] and i not in bads]
         return Verdict(
             amplitude_uv=amplitude,
             factor=times,

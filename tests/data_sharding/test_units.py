@@ -62,7 +62,8 @@ class TestUnits:
         x[5] = 0.0
         x[5, ::50] = 0.1
         verdict = assess(x, RATE)
-        assert verdict.not_eeg == {2: "trigger"} and verdict.bads == {3: "flat", 5: "flat"}
+        assert verdict.not_eeg == {2: "trigger"}
+        assert verdict.bads == {2: "trigger", 3: "flat", 5: "flat"}
 
     def test_a_tone_is_a_test_signal_but_mains_is_not(self) -> None:
         t = np.arange(2500) / RATE
@@ -106,7 +107,7 @@ class TestSurvey:
                 at, i = at + cut[i % len(cut)], i + 1
             verdicts.append(survey.verdict())
         one, other = verdicts
-        assert one.bads == other.bads == {1: "flat", 2: "clipped"}
+        assert one.bads == other.bads == {1: "flat", 2: "clipped", 5: "trigger"}
         assert one.not_eeg == other.not_eeg == {5: "trigger"} and one.not_finite == other.not_finite == [3]
         np.testing.assert_array_equal(one.fingerprint, other.fingerprint)
         # Rows without numbers count from where they are known to be such.
