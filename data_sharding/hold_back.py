@@ -106,18 +106,34 @@ def _bare(subject: str) -> str:
     return subject.removeprefix("sub-")
 
 
-def _is_subject(item: Item, name: str) -> bool:
-    corpus, slash, subject = name.rpartition("/")
-    return _bare(item.subject) == _bare(subject) and (not slash or corpus == item.corpus)
+class _Names:
+    """Recordings by the names under which they can be held back: a hundred thousand of them, and long lists."""
 
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.subjects: defaultdict[str, list[str]] = defaultdict(list)
+        self.paths: defaultdict[str, list[str]] = defaultdict(list)
+        for item in items:
+            for name in {_bare(item.subject), f"{item.corpus}/{_bare(item.subject)}"}:
+                self.subjects[name].append(item.key)
+            # Where the corpus is named after the first folder, the path begins with its name already.
+            inside = item.path.startswith(f"{item.corpus}/")
+            for name in {f"{item.corpus}/{item.path}", *([item.path] if inside else [])}:
+                self.paths[name].append(item.key)
 
-def _is_recording(item: Item, pattern: str) -> bool:
-    names = (
-        {item.path, f"{item.corpus}/{item.path}"}
-        if item.path.startswith(f"{item.corpus}/")
-        else {f"{item.corpus}/{item.path}"}
-    )
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+    def find(self, entry: Entry) -> list[str]:
+        """Keys of the recordings that an entry names."""
+        if entry.kind == "subject":
+            corpus, slash, subject = entry.value.rpartition("/")
+            return self.subjects.get(f"{corpus}{slash}{_bare(subject)}", [])
+        if not re.search(r"[*?\[]", entry.value):
+            return self.paths.get(entry.value, [])
+        fits = re.compile(fnmatch.translate(entry.value)).match
+        return [key for path, keys in self.paths.items() if fits(path) for key in keys]
+
+    def some(self, kind: str) -> str:
+        """A few names, for a message."""
+        names = sorted(n for n in (self.subjects if kind == "subject" else self.paths) if kind != "subject" or "/" in n)
+        return ", ".join(names[:5]) + " ..." * (len(names) > 5)
 
 
 @dataclass(kw_only=True)
@@ -159,7 +175,7 @@ class HoldBack:
         """
         from data_sharding.leakage import Contents
 
-        items = list(items)
+        names = _Names(list(items))
         entries = [Entry(kind="subject", value=v, source="hold_back.subjects") for v in config.subjects]
         entries += [Entry(kind="recording", value=v, source="hold_back.recordings") for v in config.recordings]
         for path in config.lists:
@@ -171,13 +187,11 @@ class HoldBack:
         for entry in entries:
             if entry.kind == "sha256":
                 continue
-            hit = _is_subject if entry.kind == "subject" else _is_recording
-            keys = [item.key for item in items if hit(item, entry.value)]
+            keys = names.find(entry)
             if not keys:
-                some = sorted({i.subject if entry.kind == "subject" else f"{i.corpus}/{i.path}" for i in items})
                 raise RequestError(
                     f"{entry.source}: {entry.kind} '{entry.value}' is in none of the corpora; there are "
-                    f"{', '.join(some[:5])}{' ...' * (len(some) > 5)}"
+                    f"{names.some(entry.kind)}"
                 )
             for key in keys:
                 named.setdefault(key, f"{entry.kind} {entry.value} ({entry.source})")
@@ -211,7 +225,7 @@ class HoldBack:
             If an image cannot be read.
         """
         pictured = [contents for contents in self.datasets if contents.images]
-        shown = sorted({trial.image for item in items for trial in item.trials or ()})
+        shown = sorted({trial.image for item in items for trial in item.trials or () if trial.image})
         if not pictured or not shown:
             return list(items)
         held = _held_images(shown, pictured)

@@ -103,6 +103,10 @@ class Contents:
     """[W] `data_sharding.fingerprints.window_digest`; empty where windows were not read."""
     images: list[ImageUse] = field(repr=False)
     """One for each image and name."""
+    concepts: dict[str, set[str]] = field(default_factory=dict, repr=False)
+    """Concept of the images shown to the splits in which it stands."""
+    _order: np.ndarray | None = field(default=None, init=False, repr=False)
+    _bounds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), init=False, repr=False)
 
     @classmethod
     def read(cls, dataset: str | AnyPath, *, windows: bool = True) -> Contents:
@@ -133,6 +137,7 @@ class Contents:
         columns: list[list[tuple[int, int, float, int]]] = []
         pictures: dict[str, ImagePrint] = {}
         uses: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
+        concepts: defaultdict[str, set[str]] = defaultdict(set)
         jobs = [(split, shard.path) for split, shards in manifest.splits.items() for shard in shards]
 
         def look(job: tuple[str, str]) -> list[tuple[_Sample, str]]:
@@ -160,6 +165,8 @@ class Contents:
                     column.append((keys[sample.recording], place, sample.start, sample.digest))
                     if sha:
                         uses[sample.corpus, sample.image_id, sha].add(split)
+                    if sample.concept:
+                        concepts[sample.concept].add(split)
                 columns.append(column)
                 advance(1)
         flat = [window for column in columns for window in column]
@@ -178,16 +185,32 @@ class Contents:
                 ImageUse(corpus=c, image_id=i, picture=pictures[sha], splits=tuple(s for s in SPLITS if s in where))
                 for (c, i, sha), where in sorted(uses.items())
             ],
+            concepts=dict(concepts),
         )
 
     def checksums(self) -> dict[str, str]:
-        """Checksum of a recording's files to its key; copies that were left out as duplicates count, too."""
+        """Checksum of a recording's files to the recording; copies that were left out as duplicates lead to it, too."""
         in_it = set(self.recordings)
-        return {
-            row["sha256"]: key
-            for key, row in self.rows.items()
-            if row["sha256"] and (key in in_it or row["duplicate_of"] in in_it)
-        }
+        kept = {row["sha256"]: key if key in in_it else row["duplicate_of"] for key, row in self.rows.items()}
+        return {sha: key for sha, key in kept.items() if sha and key in in_it}
+
+    def windows_of(self, number: int) -> np.ndarray:
+        """Windows of a recording.
+
+        Parameters
+        ----------
+        number : int
+            Place in `recordings`.
+
+        Returns
+        -------
+        ndarray of int
+            Places in `start` and the other columns.
+        """
+        if self._order is None:
+            self._order = np.argsort(self.recording, kind="stable")
+            self._bounds = np.searchsorted(self.recording[self._order], np.arange(len(self.recordings) + 1))
+        return self._order[self._bounds[number] : self._bounds[number + 1]]
 
     def known_subjects(self) -> set[tuple[str, str]]:
         """Corpus and name of everyone whose name is known: an unnamed recording is its own subject."""
@@ -206,6 +229,7 @@ class _Sample(NamedTuple):
     subject: str
     start: float
     image_id: str
+    concept: str
     digest: int
 
 
@@ -229,6 +253,7 @@ def _samples(root: AnyPath, path: str, windows: bool) -> Iterator[tuple[_Sample,
                     subject=str(meta.get("subject", "")),
                     start=float(meta.get("start", 0.0)),
                     image_id=str(meta.get("image_id", "")),
+                    concept=str(meta.get("concept", "")),
                     digest=window_digest(decode_eeg(member("eeg.npy.zst"), meta["n"])) if windows else 0,
                 )
                 image = next((f"image.{ext}" for ext in IMAGE_EXTENSIONS if f"image.{ext}" in members), None)
@@ -301,8 +326,7 @@ def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[s
     pairs: dict[tuple[str, str], str] = {}
     sums_a, sums_b = a.checksums(), b.checksums()
     for sha in sums_a.keys() & sums_b.keys():
-        one, other = (_kept(x, s[sha]) for x, s in ((a, sums_a), (b, sums_b)))
-        pairs[one, other] = "equal bytes"
+        pairs[sums_a[sha], sums_b[sha]] = "equal bytes"
     for contents in (a, b):
         if not contents.rows:
             out.not_compared.append(f"recordings by checksum: {contents.name} has no {LEDGER}")
@@ -331,11 +355,6 @@ def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[s
     return list(pairs)
 
 
-def _kept(contents: Contents, key: str) -> str:
-    """The recording that stands for a duplicate."""
-    return key if key in contents.recordings else contents.rows[key]["duplicate_of"]
-
-
 def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]], out: Findings) -> None:
     spec_a, spec_b = a.manifest.preprocess, b.manifest.preprocess
     shared = np.intersect1d(a.digest, b.digest)
@@ -359,8 +378,7 @@ def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]],
     number_a, number_b = ({key: i for i, key in enumerate(c.recordings)} for c in (a, b))
     for one, other in sorted(pairs):
         if one in number_a and other in number_b:
-            x = a.start[a.recording == number_a[one]]
-            y = b.start[b.recording == number_b[other]]
+            x, y = a.start[a.windows_of(number_a[one])], b.start[b.windows_of(number_b[other])]
             hit = _overlaps(x, spec_a.window_s, y, spec_b.window_s)
             if hit.any():
                 text = f"{int(hit.sum())} of {len(x)} windows of {one} cover time that {other} covers, {_times(x[hit])}"
@@ -495,9 +513,11 @@ def _windows_across(contents: Contents, of_recording: dict[int, set[int]], out: 
         )
         out.found.append(Finding(kind="window", text=text, proof=split != where))
     for number, places in sorted(of_recording.items()):
-        mine = contents.recording == number
+        if len(places) < 2:
+            continue
+        mine = contents.windows_of(number)
         for p, q in combinations(sorted(places), 2):
-            x, y = (contents.start[mine & (contents.split == s)] for s in (p, q))
+            x, y = (contents.start[mine[contents.split[mine] == s]] for s in (p, q))
             hit = _overlaps(x, length, y, length)
             if hit.any():
                 text = (
@@ -528,3 +548,9 @@ def _images_across(contents: Contents, allowed: bool, out: Findings) -> None:
             )
             out.found.append(Finding(kind="image", text=text, proof=not allowed))
     out.compared.append(f"images by name, bytes and looks: {len(uses)}")
+    if (contents.manifest.config.get("split") or {}).get("by") == "concept":
+        for concept, splits in sorted(contents.concepts.items()):
+            if len(splits) > 1:
+                where = " and ".join(s for s in SPLITS if s in splits)
+                out.found.append(Finding(kind="image", text=f"concept {concept} is in {where}"))
+        out.compared.append(f"concepts of images: {len(contents.concepts)}")
