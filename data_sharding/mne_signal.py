@@ -53,7 +53,7 @@ class RawSignal:
     """
 
     def __init__(self, raw: BaseRaw, *, segments: list[Segment] | None = None, keep: Any = None, **more: Any) -> None:
-        self.raw, self._keep = raw, keep
+        self.raw, self.keep = raw, keep
         sfreq, n = float(raw.info["sfreq"]), int(raw.n_times)
         fields: dict[str, Any] = {**_fields(raw.info, raw.get_channel_types()), "bad_spans": bad_spans(raw), **more}
         self.info = SignalInfo(n_samples=n, segments=segments or segments_of(n, sfreq, *interruptions(raw)), **fields)
@@ -70,7 +70,7 @@ class RawSignal:
     def close(self) -> None:
         """Let go of files."""
         self.raw.close()
-        self._keep = None
+        self.keep = None
 
 
 class EpochsSignal:

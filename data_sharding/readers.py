@@ -43,6 +43,14 @@ PACKAGES = {
     "xdf": "pyxdf",
 }
 """What MNE's reader of a format, or ours, needs besides."""
+SUFFIXES = {
+    "edf": (".edf",),
+    "bdf": (".bdf",),
+    "gdf": (".gdf",),
+    "nedf": (".nedf",),
+    "xdf": (".xdf", ".xdfz", ".xdf.gz"),
+}
+"""What a reader insists that a name ends with, of formats of one file; Physionet's EDF is called .rec."""
 UNIT_FACTORS = {"eximia": 1e-6}
 """Formats whose reader returns another unit than volts, with the factor to volts.
 
@@ -285,8 +293,11 @@ def open_signal(recording: Recording) -> Signal:
         raise ReadError(problem)
     try:
         with quiet():
-            opened = READERS[recording.format](Path(str(recording.path)))
+            path, folder = _with_its_suffix(Path(str(recording.path)), recording.format)
+            opened = READERS[recording.format](path)
             signal = opened if not hasattr(opened, "get_channel_types") else _signal_of(opened)
+            if isinstance(signal, RawSignal) and folder is not None:
+                signal.keep = folder
     except ReadError:
         raise
     except ImportError as error:
@@ -298,6 +309,16 @@ def open_signal(recording: Recording) -> Signal:
         note = f"the reader of {recording.format} returns values times {1 / factor:g}; corrected"
         signal.info = dataclasses.replace(signal.info, scale=factor, notes=[*signal.info.notes, note])
     return signal
+
+
+def _with_its_suffix(path: Path, format_: str) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
+    """A link with the suffix on which the format's reader insists, for files whose name says something else."""
+    if format_ not in SUFFIXES or path.name.lower().endswith(SUFFIXES[format_]):
+        return path, None
+    folder = tempfile.TemporaryDirectory(prefix="eeg-")
+    link = Path(folder.name) / f"{path.stem}{SUFFIXES[format_][0]}"
+    link.symlink_to(path.resolve())
+    return link, folder
 
 
 def _signal_of(opened: Any) -> Signal:

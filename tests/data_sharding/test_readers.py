@@ -108,10 +108,13 @@ class TestSniff:
         back.close()
 
     def test_the_name_does_not_decide(self, tmp_path: Path, make_raw, write_raw) -> None:
-        path = write_raw(make_raw(3, 100, 3), tmp_path / "a.edf")
-        renamed = path.rename(tmp_path / "a.bdf")
-        recording = sniff(renamed)
-        assert recording is not None and recording.format == "edf"
+        raw = make_raw(3, 100, 3)
+        path = write_raw(raw, tmp_path / "a.edf")
+        for name in ("a.bdf", "a.rec", "a"):
+            path = path.rename(tmp_path / name)
+            recording = sniff(path)
+            assert recording is not None and recording.format == "edf"
+            np.testing.assert_allclose(everything(open_signal(recording), [0, 1, 2]), raw.get_data(), atol=0.05e-6)
 
     def test_cnt_of_two_makers(self, tmp_path: Path) -> None:
         (tmp_path / "neuroscan.cnt").write_bytes(cnt_header(2, 10, 0) + bytes(40))
