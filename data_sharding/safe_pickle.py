@@ -15,7 +15,7 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ MAP_BYTES = 1 << 16
 """Bytes of an array from which on it is mapped instead of read."""
 MAX_INSTRUCTIONS = 20_000_000
 """An instruction of one byte can make an object of a hundred: this bounds what a small file can ask for."""
+PLAIN_KEYS = (str, bytes, int, float, complex, np.generic, type(None))
 PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[US]\d{1,6}|O8?")
 TORCH_DTYPES = {
     "DoubleStorage": "<f8",
@@ -300,8 +301,12 @@ class _Resolver:
             return self.done[id(value)]
         if isinstance(value, dict):
             self._keep(value, value)
+            self._check_plain(value)
             for key in value:
                 value[key] = self(value[key])
+            return value
+        if isinstance(value, set | frozenset):
+            self._check_plain(value)
             return value
         if isinstance(value, list):
             self._keep(value, value)
@@ -321,6 +326,14 @@ class _Resolver:
         if callable(value) or isinstance(value, _Storage):
             raise RefusedPickle("refused: it holds a class or a function as a value")
         return value
+
+    def _check_plain(self, keys: Iterable[Any]) -> None:
+        """Keys of dictionaries and members of sets are numbers and text, or tuples of them."""
+        for key in keys:
+            if isinstance(key, tuple | frozenset):
+                self._check_plain(key)
+            elif not isinstance(key, PLAIN_KEYS):
+                raise RefusedPickle(f"refused: a key of the type {type(key).__name__.lstrip('_')}")
 
     def _keep(self, value: Any, made: Any) -> Any:
         self.done[id(value)] = made

@@ -91,7 +91,7 @@ class Trial:
     """An image shown, or a label given."""
 
     onset: float
-    """Seconds from the recording's start."""
+    """Seconds from the recording's start; of trials with a `segment`, only their order counts."""
     image: str
     """Path of the image; empty where there is a label only."""
     image_id: str
@@ -139,7 +139,8 @@ class Item:
     kind: str = "folder"
     """Kind of corpus whose adapter opens it."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the adapter needs to open it: which of several recordings in one file, and the like. JSON-like."""
+    """What the adapter needs to open it: which of several recordings in one file, and the like. JSON-like. Two items of
+    one file differ in it, and by it in the ledger's checksum."""
     info_patch: dict[str, Any] = field(default_factory=dict)
     """What files beside the recording say about it; see `patched`. JSON-like."""
     left_out: dict[str, int] = field(default_factory=dict)

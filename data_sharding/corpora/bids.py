@@ -239,7 +239,9 @@ def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
             raise _Broken(f"{path.name}: channel '{twice[0]}' stands there twice")
         types = {}
         for row in rows:
-            kind = TYPES.get(row["type"].upper(), "misc") if row["type"] not in NOTHING else "eeg"
+            if row["type"] in NOTHING:
+                continue
+            kind = TYPES.get(row["type"].upper(), "misc")
             if kind == "eeg" and row["units"] not in NOTHING and not VOLTS.fullmatch(row["units"]):
                 notes.append(f"channel {row['name']} is EEG in {row['units']} by its sidecar: left out")
                 kind = "misc"

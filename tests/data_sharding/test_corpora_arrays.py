@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_sharding.corpora import CorpusConfig, Item, list_items, open_item
+from data_sharding.corpora.array_signal import ArraySignal
 from data_sharding.errors import RequestError
 from data_sharding.preprocess import PreprocessSpec
 from data_sharding.readers import ReadError
@@ -119,6 +122,18 @@ def test_to_samples(tmp_path: Path) -> None:
         row = process_recording(task)
         assert (row["status"], row["unit"], row["windows"]) == ("sharded", "plausible", windows)
         assert row["split_samples"] == {"train": windows}
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
+def test_any_range_over_segments_is_the_arrays_in_a_row(lengths: list[int], data: st.DataObject) -> None:
+    parts = [np.random.default_rng(i).normal(size=(3, n)) for i, n in enumerate(lengths)]
+    signal = ArraySignal(lambda i: parts[i], lengths, 100.0, ["a", "b", "c"])
+    whole = np.concatenate(parts, axis=1)
+    start = data.draw(st.integers(0, whole.shape[1]))
+    stop = data.draw(st.integers(start, whole.shape[1]))
+    picks = data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True))
+    assert np.array_equal(signal.read(start, stop, picks), whole[picks, start:stop])
+    assert [s.stop - s.start for s in signal.info.segments] == lengths
 
 
 def test_events_of_a_continuous_recording(tmp_path: Path) -> None:

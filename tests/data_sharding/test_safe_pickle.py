@@ -55,6 +55,7 @@ DATA = {
     "numbers": (np.float64(2.5), np.int64(3), 1, 2.0, True, None, "word", b"bytes"),
     "order": OrderedDict(a=1),
     "set": {1, 2},
+    ("a", 1): frozenset({b"x", None}),
     "empty": np.zeros((0, 3)),
 }
 
@@ -131,6 +132,8 @@ BROKEN = {
     "sets attributes of a class": op(glob("numpy", "ndarray"), b"}\x8c\x01xK\x01sb"),
     "persistent": op(b"\x8c\x01xQ"),
     "a function as a value": op(glob("_codecs", "encode")),
+    "a function as a key": op(b"}" + glob("_codecs", "encode") + b"K\x01s"),
+    "a class in a set": op(b"\x8f(" + glob("numpy", "ndarray") + b"\x90"),
     "calls text": op(b"\x8c\x01x)R"),
     "pops nothing": op(b"0"),
     "no end": b"\x80\x04}",
