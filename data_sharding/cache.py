@@ -21,7 +21,7 @@ from data_sharding.storage import AnyPath, describe
 
 DEFAULT_GB = 50.0
 _TRIES = 2
-_BLOCK = 1 << 23
+_BLOCK = 1 << 24
 
 
 def cache_folder() -> Path:
@@ -30,7 +30,7 @@ def cache_folder() -> Path:
     Returns
     -------
     Path
-        DREAMSCALE_CACHE where that is set, else ``~/.cache/dreamscale``.
+        DREAMSCALE_CACHE where that is set (best a fast disk of this machine), else ``~/.cache/dreamscale``.
     """
     return Path(os.environ.get("DREAMSCALE_CACHE") or "~/.cache/dreamscale").expanduser()
 
@@ -201,7 +201,7 @@ def _download(url: AnyPath, target: Path) -> tuple[int, str]:
     """Copy a file and give its size and checksum."""
     fs, path = _store(url)
     digest, got = hashlib.sha256(), 0
-    with fs.open(path, "rb", cache_type="readahead", block_size=_BLOCK) as source, target.open("r+b") as stream:
+    with fs.open(path, "rb", cache_type="none", block_size=_BLOCK) as source, target.open("r+b") as stream:
         while block := source.read(_BLOCK):
             digest.update(block)
             stream.write(block)
