@@ -11,6 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from data_sharding.storage import FULL, is_storage_error
 
 INFRASTRUCTURE_RETRIES = 5
 """How often a task is begun again when a node, rather than its own work, was at fault."""
+NODE_S = 60.0
+"""Seconds that a machine has to say what it sees."""
 STORAGE_TRIES = 3
 """How often a task is tried that a disk or a store refuses, unless for want of room."""
 
@@ -144,6 +147,46 @@ def _slots(config: RayConfig) -> int:
     if slots < cpus:
         say(f"ray: memory for {slots} recordings at a time on {cpus} cores (key 'ray.memory_gb', {config.memory_gb:g})")
     return slots
+
+
+def missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
+    """Folders that some machine of the cluster does not have: network folders that are not mounted there.
+
+    Parameters
+    ----------
+    paths : list of str
+        Local paths that every worker needs.
+
+    Returns
+    -------
+    dict of str to list of str
+        A machine's address to the paths that are missing there.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if len(nodes) < 2:
+        return {}
+    remote = ray.remote(max_retries=0, num_cpus=0)(_missing)
+    asked = {
+        node["NodeManagerAddress"]: remote.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(paths)
+        for node in nodes
+    }
+    found: dict[str, list[str]] = {}
+    for address, reference in asked.items():
+        # A machine that dies at this moment is no reason to stop: its tasks go elsewhere.
+        with contextlib.suppress(RayError):
+            if missing := ray.get(reference, timeout=NODE_S):
+                found[address] = missing
+    return found
+
+
+def _missing(paths: list[str]) -> list[str]:
+    return [path for path in paths if not Path(path).exists()]
 
 
 class ClusterFailed(RuntimeError):

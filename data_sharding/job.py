@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.cluster import ClusterFailed, ray_session, run_tasks, say, stop_signals
+from data_sharding.cluster import ClusterFailed, missing_on_nodes, ray_session, run_tasks, say, stop_signals
 from data_sharding.config import parse_config
 from data_sharding.duplicates import Print, find_duplicates, preference
 from data_sharding.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError, run_main
@@ -408,6 +408,7 @@ def run(config: ShardConfig) -> int:
         if not is_remote(output):
             _make_folder(output)
         with alone(work), ray_session(config.ray) as in_flight:
+            _check_nodes(plan, work)
             remove_tree(work / "new")  # Shards that nobody finished.
             rows = read_recordings(config, plan, work, in_flight)
             points = Points(rows, work)
@@ -437,6 +438,19 @@ def _count_unlisted(rows: list[dict[str, Any]], plan: Plan) -> None:
         if unlisted := plan.items[row["key"]].left_out:
             left = Counter(json.loads(row["windows_left_out"])) + Counter(unlisted)
             row["windows_left_out"] = json.dumps(dict(sorted(left.items())))
+
+
+def _check_nodes(plan: Plan, work: AnyPath) -> None:
+    """Refuse a cluster of which some machine does not see the folders."""
+    local = [] if is_remote(work) else [str(work / "lock")]
+    firsts = {
+        item.corpus: str(item.recording.path) for item in plan.items.values() if not is_remote(item.recording.path)
+    }
+    for address, missing in missing_on_nodes([*local, *firsts.values()]).items():
+        raise RequestError(
+            f"ray: machine {address} does not see {missing[0]}; every machine needs the same folders under the same "
+            "paths: mount them there, or use an object store"
+        )
 
 
 def _make_folder(output: AnyPath) -> None:
