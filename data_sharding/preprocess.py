@@ -36,9 +36,9 @@ class PreprocessSpec:
     """Lower edge of the band in Hz."""
     lowpass: float = 95.0
     """Upper edge of the band in Hz; lowered to 0.45 of a recording's own rate where that is less."""
-    notch: Literal["auto", "off"] | float = "auto"
-    """auto: a notch at the recording's line frequency and its harmonics inside the band; off: none; a number: at that
-    frequency in Hz and its harmonics, whatever the recording says."""
+    notch: Literal["auto", "off"] | float | bool = "auto"
+    """auto: a notch at the recording's line frequency and its harmonics inside the band; off (or no): none; a number:
+    at that frequency in Hz and its harmonics, whatever the recording says."""
     reference: str | list[str] = "average"
     """average: subtract the mean over good channels; keep: as recorded; names of channels (Cz, or [M1, M2]): subtract
     their mean. A recording without one of them is set aside."""
@@ -71,6 +71,9 @@ class PreprocessSpec:
             raise ValueError(f"preprocess: need scale_uv > 0 and clip >= 0, got {self.scale_uv} and {self.clip}")
         if self.reject_uv < 0:
             raise ValueError(f"preprocess.reject_uv must not be negative, got {self.reject_uv}")
+        if isinstance(self.notch, bool):
+            # YAML reads a bare off as false.
+            object.__setattr__(self, "notch", "auto" if self.notch else "off")
         if not isinstance(self.notch, str) and not 0 < self.notch < 0.5 * self.sfreq:
             raise ValueError(
                 f"preprocess.notch {self.notch} is not between 0 and half of sfreq; use auto, off, or the mains in Hz"
@@ -79,6 +82,11 @@ class PreprocessSpec:
             raise ValueError(f"preprocess.notch '{self.notch}' is none of auto, off, or a frequency in Hz")
         if not self.reference or not all(self.reference):
             raise ValueError("preprocess.reference is empty; use average, keep, or names of channels")
+        # One spelling of one thing, or its checksum would differ.
+        if not isinstance(self.notch, str):
+            object.__setattr__(self, "notch", float(self.notch))
+        if self.reference not in ("average", "keep"):
+            object.__setattr__(self, "reference", self.reference_channels)
 
     @property
     def reference_channels(self) -> list[str]:

@@ -80,7 +80,7 @@ class TestResampling:
     def test_no_output_looks_beyond_its_frame(self, sfreq: float, target: float) -> None:
         plan = streaming._plan(sfreq, target, 70.0)
         for _, begin, matrix in plan.groups:
-            assert 0 <= begin and begin + len(matrix) <= plan.inputs + 2 * plan.reach + 1
+            assert begin >= 0 and begin + len(matrix) <= plan.inputs + 2 * plan.reach + 1
             np.testing.assert_allclose(matrix.sum(axis=0), 1.0, atol=1e-12)
 
     def test_ends_follow_a_slope(self) -> None:
@@ -167,6 +167,8 @@ class TestSpec:
         assert PreprocessSpec().digest() == "eb3689f326f3eb0ca7f315016a4c667cea0f0f608ba578a5c6dc201f0482420a"
         assert "reject_uv" not in PreprocessSpec().to_dict()
         spec = PreprocessSpec(reject_uv=150.0, reference=["M1", "M2"], notch=50.0)
+        same = PreprocessSpec(reference="Cz", notch=50), PreprocessSpec(reference=["Cz"], notch=50.0)
+        assert same[0].digest() == same[1].digest()
         assert PreprocessSpec.from_dict(spec.to_dict()) == spec and spec.digest() != PreprocessSpec().digest()
 
     @pytest.mark.parametrize(
@@ -175,6 +177,9 @@ class TestSpec:
     def test_wrong_options_name_their_key(self, wrong: dict) -> None:
         with pytest.raises(ValueError, match=rf"preprocess\.{next(iter(wrong))}"):
             PreprocessSpec(**wrong)
+
+    def test_yaml_spells_off_as_it_likes(self) -> None:
+        assert PreprocessSpec(notch=False).digest() == PreprocessSpec(notch="off").digest()
 
     def test_fixed_notch_needs_no_mains_in_the_recording(self) -> None:
         spec = PreprocessSpec(sfreq=256.0, highpass=1.0, reference="keep", notch=50.0)
