@@ -172,13 +172,15 @@ def bad_spans(raw: BaseRaw) -> list[tuple[float, float, str]]:
     ]
 
 
-def interruptions(raw: BaseRaw) -> tuple[list[int], list[tuple[int, int]]]:
+def interruptions(raw: BaseRaw, also: str = "") -> tuple[list[int], list[tuple[int, int]]]:
     """Where a recording's own annotations say that it was interrupted.
 
     Parameters
     ----------
     raw : mne.io.BaseRaw
         The recording.
+    also : str
+        The format's own word for a new run.
 
     Returns
     -------
@@ -191,7 +193,7 @@ def interruptions(raw: BaseRaw) -> tuple[list[int], list[tuple[int, int]]]:
     for onset, duration, word in _annotations(raw):
         if SKIP.match(word):
             skips.append((round(onset * sfreq), round((onset + duration) * sfreq)))
-        elif CUT.fullmatch(word):
+        elif CUT.fullmatch(word) or (also and word == also):
             # EEGLAB and MNE put the mark half a sample before the first of the new run. EEGLAB's duration is the
             # length of what is gone, not of what is there.
             cuts.append(int(np.ceil(onset * sfreq - 1e-3)))

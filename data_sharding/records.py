@@ -16,7 +16,7 @@ import numpy as np
 
 from data_sharding import headers
 from data_sharding.channels import GRID_NAME, NET_NAME, canonical_name, is_grid, is_net, is_site, kind_of
-from data_sharding.mne_signal import BAD, NotContinuous, RawSignal, ReadError
+from data_sharding.mne_signal import BAD, NotContinuous, RawSignal, ReadError, interruptions, segments_of
 from data_sharding.signals import Segment, Signal
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 VOLTS = re.compile(r"[munpµμ\x83\xca�?]{0,2}v(olts?)?|(micro|milli|nano)volts?", re.IGNORECASE)
 """Physical dimensions that are a voltage; makers write micro in many code pages."""
+NEW_SEGMENT = "32766"
+"""GDF's event (0x7ffe) for the beginning of another run."""
 LOWEST_HZ = 100.0
 """Below this rate a channel cannot hold the band of EEG; beside faster ones it is marked as bad."""
 
@@ -125,6 +127,9 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
             runs, notes = headers.edf_runs(path, layout)
             more["segments"] = [Segment(start=a * count, stop=b * count, onset=onset) for a, b, onset in runs]
             more["bad_spans"] = [(a, b, word) for a, b, word in notes if BAD.match(word) and b > a]
+        elif format_ == "gdf":
+            cuts, skips = interruptions(raw, NEW_SEGMENT)
+            more["segments"] = segments_of(int(raw.n_times), float(raw.info["sfreq"]), cuts, skips)
         if not others:
             return RawSignal(raw, **more)
         slow = [n for n in sorted(rates) if n / layout.record_s < LOWEST_HZ]

@@ -92,6 +92,26 @@ def write_xdf(path: Path, streams: list[tuple[str, str, np.ndarray, np.ndarray]]
     return path
 
 
+def write_gdf(path: Path, x: np.ndarray, runs: list[int]) -> Path:
+    """GDF 1.25 of 16 bits, records of 50 samples and 0.5 s, with the event of a new run at `runs`."""
+    n, n_records = len(x), x.shape[1] // 50
+    head = bytearray(256)
+    head[:8] = b"GDF 1.25"
+    struct.pack_into("<q", head, 184, 256 * (n + 1))
+    struct.pack_into("<qIII", head, 236, n_records, 1, 2, n)
+    names = b"".join(name.encode().ljust(16) for name in ["EEG-Fz", "EEG-Cz", "EOG-left"][:n])
+    ranges = struct.pack(f"<{4 * n}d", *[-3276.8] * n, *[3276.7] * n, *[0.0] * 2 * n)
+    ranges = ranges[: 16 * n] + struct.pack(f"<{2 * n}q", *[-32768] * n, *[32767] * n)
+    rest = bytes(80 * n) + struct.pack(f"<{2 * n}i", *[50] * n, *[3] * n) + bytes(32 * n)
+    data = x.reshape(n, n_records, 50).transpose(1, 0, 2).astype("<i2").tobytes()
+    events = b"\x01" + (100).to_bytes(3, "little") + struct.pack("<I", len(runs))
+    events += struct.pack(f"<{len(runs)}I", *[r + 1 for r in runs]) + struct.pack(
+        f"<{len(runs)}H", *[0x7FFE] * len(runs)
+    )
+    path.write_bytes(bytes(head) + names + bytes(80 * n) + b"uV      " * n + ranges + rest + data + events)
+    return path
+
+
 class TestSniff:
     @pytest.mark.parametrize("suffix", [".edf", ".bdf", ".vhdr", ".set", "_raw.fif"])
     def test_written_formats(self, tmp_path: Path, make_raw, write_raw, suffix: str) -> None:
@@ -322,6 +342,12 @@ class TestSegments:
         epoched = opened(path)
         assert epoched.info.epoched and [s.start for s in epoched.info.segments] == [0, 100, 200, 300]
         assert mne.io.read_raw_brainvision(path, verbose="ERROR").n_times == 400
+
+    def test_runs_of_gdf(self, tmp_path: Path) -> None:
+        x = np.random.default_rng(0).integers(-500, 500, (3, 400))
+        signal = opened(write_gdf(tmp_path / "a.gdf", x, [0, 150]))
+        assert runs(signal) == [(0, 150, 0.0), (150, 400, 1.5)]
+        np.testing.assert_allclose(everything(signal), x * 0.1e-6, atol=1e-9)
 
     def test_blocks_of_nihon_kohden(self, tmp_path: Path) -> None:
         """Two data blocks: what reaches over their border is read right, and is no run."""
