@@ -266,6 +266,17 @@ def _samples(root: AnyPath, path: str, windows: bool) -> Iterator[tuple[_Sample,
         raise RequestError(f"{tar}: {why}") from None
 
 
+def _equal(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places in a whose value is in b, and one place in b for each; by sorting, which is faster here than hashing."""
+    if not len(a) or not len(b):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    order_a, order_b = np.argsort(a), np.argsort(b, kind="stable")
+    place = np.searchsorted(b[order_b], a[order_a]).clip(max=len(b) - 1)
+    hit = b[order_b[place]] == a[order_a]
+    found = np.argsort(order_a[hit])
+    return order_a[hit][found], order_b[place[hit]][found]
+
+
 def _overlaps(a: np.ndarray, length_a: float, b: np.ndarray, length_b: float) -> np.ndarray:
     """Which windows of one list reach into a window of the other; both by their starts in seconds."""
     if not len(a) or not len(b):
@@ -357,21 +368,19 @@ def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[s
 
 def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]], out: Findings) -> None:
     spec_a, spec_b = a.manifest.preprocess, b.manifest.preprocess
-    shared = np.intersect1d(a.digest, b.digest)
+    ours, theirs = _equal(a.digest, b.digest)
     out.compared.append(f"windows by content: {len(a.digest)} with {len(b.digest)}")
     if spec_a.digest() != spec_b.digest():
-        ours, theirs = spec_a.to_dict(), spec_b.to_dict()
-        other = ", ".join(sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)))
+        x, y = spec_a.to_dict(), spec_b.to_dict()
+        other = ", ".join(sorted(k for k in x.keys() | y.keys() if x.get(k) != y.get(k)))
         out.not_compared.append(
             f"windows by content, as proof that none is shared: the preprocessing differs ({other}); "
             "windows of shared recordings are compared by their time"
         )
-    if len(shared):
+    if len(ours):
         groups: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        order = np.argsort(b.digest, kind="stable")
-        first = order[np.searchsorted(b.digest[order], a.digest).clip(max=len(order) - 1)]
-        for i in np.flatnonzero(np.isin(a.digest, shared)):
-            groups[a.recordings[a.recording[i]], b.recordings[b.recording[first[i]]]].append(a.start[i])
+        for i, j in zip(ours, theirs, strict=True):
+            groups[a.recordings[a.recording[i]], b.recordings[b.recording[j]]].append(float(a.start[i]))
         for (one, other), starts in sorted(groups.items()):
             text = f"{len(starts)} windows of {one} are equal to windows of {other}, {_times(np.array(starts))}"
             out.found.append(Finding(kind="window", text=text))
@@ -461,9 +470,11 @@ def compare_splits(contents: Contents) -> Findings:
     )
     of_subject: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     of_recording: defaultdict[int, set[int]] = defaultdict(set)
-    for recording, split in np.unique(np.stack([contents.recording, contents.split]), axis=1).T:
-        of_recording[int(recording)].add(int(split))
-        of_subject[contents.people[recording]].add(int(split))
+    codes = np.sort(contents.recording * len(SPLITS) + contents.split)
+    for code in codes[np.diff(codes, prepend=-1) > 0]:
+        recording, split = divmod(int(code), len(SPLITS))
+        of_recording[recording].add(split)
+        of_subject[contents.people[recording]].add(split)
     allowed = " (the config does not hold subjects out)" if free_subjects else ""
     for (corpus, subject), places in sorted(of_subject.items()):
         if len(places) > 1 and (corpus, subject) in contents.known_subjects():
