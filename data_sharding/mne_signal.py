@@ -144,7 +144,8 @@ def _position(channel: dict[str, Any]) -> list[float] | None:
 def _annotations(raw: BaseRaw) -> list[tuple[float, float, str]]:
     """Onset in seconds from the first sample, duration, and word."""
     found = raw.annotations
-    first = raw.first_time if found.orig_time is not None else 0.0
+    # MNE counts from where it began to count samples, with a date and without.
+    first = float(raw.first_time)
     durations = np.nan_to_num(np.asarray(found.duration, float))
     return [
         (float(onset) - first, float(duration), str(word))

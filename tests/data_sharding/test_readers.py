@@ -326,6 +326,19 @@ class TestSegments:
         assert runs(signal) == [(0, 100, 0.0), (150, 400, 1.5), (400, 600, 4.0)]
         assert signal.info.bads == ["Fp2"] and signal.info.line_freq == 60.0 and signal.info.bad_spans == []
 
+    @pytest.mark.parametrize("dated", [False, True])
+    def test_time_is_counted_from_the_first_sample(self, tmp_path: Path, make_raw, dated: bool) -> None:
+        raw = make_raw(2, 100, 8)
+        if dated:
+            raw.set_meas_date(1_600_000_000)
+        for onset, duration, word in ((4.0, 1.0, "BAD_ACQ_SKIP"), (6.0, 0.5, "BAD_move")):
+            raw.annotations.append(onset, duration, word)
+        raw.crop(2.0)
+        raw.save(tmp_path / "a_raw.fif", verbose="ERROR")
+        signal = opened(tmp_path / "a_raw.fif")
+        assert runs(signal) == [(0, 200, 0.0), (300, 600, 3.0)]
+        assert [(round(a, 6), round(b, 6)) for a, b, _ in signal.info.bad_spans] == [(4.0, 4.5)]
+
     def test_new_segments_of_brainvision(self, tmp_path: Path, make_raw, write_raw) -> None:
         import mne
 
