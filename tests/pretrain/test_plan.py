@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from pretrain.plan import GIB, activation_bytes, exchanged_bytes, main, state_by
 from pretrain.presets import PRESETS
 from pretrain.shapes import ComputeConfig, MaskedAutoencoderConfig
 
-from .conftest import ROOT, write_config
+from .conftest import ROOT, environment, write_config
 
 TINY = dataclasses.replace(PRESETS["tiny"], compute=ComputeConfig(attention="sdpa"))
 
@@ -102,6 +104,45 @@ def test_zero_spreads_what_it_says() -> None:
     assert exchanged_bytes(size, zero_stage=1, **words) == size * 6 * 7 / 8
     assert exchanged_bytes(size, zero_stage=3, **words) == size * 8 * 4 * 7 / 8
     assert exchanged_bytes(size, zero_stage=2, gpus=1, precision="bf16", micro_batches=4) == 0
+
+
+ENGINE = """
+import gc, torch
+from pretrain.distributed import choose_device, import_deepspeed, process_group
+from pretrain.masking import keep_indices
+from pretrain.model import build_autoencoder, count_parameters
+from pretrain.presets import PRESETS
+
+device = choose_device("cpu")
+deepspeed = import_deepspeed(device)
+
+def live():
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+with process_group(deepspeed, device):
+    before = live()
+    model = build_autoencoder(PRESETS["tiny"])
+    size = count_parameters(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    settings = {"train_batch_size": 2, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+    settings |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    engine.backward(engine(torch.randn(2, 128, 128), keep_indices(0, [0, 0], [1, 2], 32, 0.5)).mean())
+    engine.step()
+    print("BYTES", live() - before, size)
+"""
+
+
+def test_deepspeed_holds_what_is_planned() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENGINE], env=environment(), text=True, capture_output=True, timeout=120, check=True
+    )
+    held, size = map(int, next(line for line in done.stdout.splitlines() if line.startswith("BYTES")).split()[1:])
+    planned = state_bytes(size, zero_stage=1, gpus=1, precision="bf16")
+    # After a step, so without what is on its way; beside it only the window and a few numbers.
+    assert held == pytest.approx(planned.weights + planned.gradients + planned.optimizer, rel=0.02)
 
 
 class TestCommand:
