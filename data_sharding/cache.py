@@ -94,7 +94,7 @@ class ShardCache:
                 os.utime(descriptor)
                 return descriptor
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.folder / "locks" / sha256):
+            with locked(self.folder / "locks" / sha256):
                 if not path.exists():
                     self._fetch(url, path, sha256, size)
 
@@ -137,7 +137,7 @@ class ShardCache:
                 f"raise DREAMSCALE_CACHE_GB"
             )
         while True:
-            with _locked(self.folder / "locks" / "room"):
+            with locked(self.folder / "locks" / "room"):
                 files = [(s.st_mtime_ns, s.st_size, p) for p, s in _files(self.folder)]
                 free = self.limit - sum(bytes_ for _, bytes_, _ in files)
                 for _, bytes_, path in sorted(f for f in files if not f[2].name.startswith(".")):
@@ -159,13 +159,32 @@ class ShardCache:
 
     def _is_dead(self, temporary: Path) -> bool:
         lock = self.folder / "locks" / temporary.name.split(".")[1]
-        with contextlib.suppress(BlockingIOError), _locked(lock, wait=False):
+        with contextlib.suppress(BlockingIOError), locked(lock, wait=False):
             return True
         return False
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock among the processes of this machine; the system frees it when its holder dies.
+
+    Parameters
+    ----------
+    path : Path
+        Its file, made where it is not there.
+    wait : bool
+        Whether to wait for who holds it.
+
+    Yields
+    ------
+    None
+        While it is held.
+
+    Raises
+    ------
+    BlockingIOError
+        If it is held and `wait` is False.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -20,7 +20,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from upath import UPath
 
-from data_sharding.cache import ShardCache
+from data_sharding.cache import ShardCache, locked
 from data_sharding.dataset import EEGDataset, write_dataset
 from data_sharding.errors import RequestError
 from data_sharding.files import sha256_file
@@ -100,10 +100,12 @@ def samples(count: int, seed: int = 0) -> list[Sample]:
 def held(cache: Path) -> int:
     """Bytes that the cache holds; a file that is renamed meanwhile counts once."""
     sizes = {}
-    for path in (cache / "shards").rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_file() and path.parent.name != "locks":
-                sizes[path.stat().st_ino] = path.stat().st_size
+    # Room is made and taken under this lock: nothing comes or goes while we count.
+    with locked(cache / "shards" / "locks" / "room"):
+        for path in (cache / "shards").rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file() and path.parent.name != "locks":
+                    sizes[path.stat().st_ino] = path.stat().st_size
     return sum(sizes.values())
 
 
