@@ -252,6 +252,8 @@ def run_tasks(
         if look:
             look(len(running))
         finished: list[Any] = ray.wait(list(running), num_returns=1, timeout=0.5)[0]
+        if finished:  # Whatever else is there by now: thousands may be.
+            finished = ray.wait(list(running), num_returns=len(running), timeout=0)[0]
         for reference in finished:
             key, argument = running.pop(reference)
             try:

@@ -253,7 +253,7 @@ def close_children() -> None:
 
 def _portable(error: Exception) -> Exception:
     """The error as another process can read it."""
-    error.add_note("".join(traceback.format_exception(error)))
+    traceback.print_exception(error)  # To Ray's log of the worker.
     with contextlib.suppress(Exception):
         pickle.loads(pickle.dumps(error))
         return error
@@ -261,7 +261,8 @@ def _portable(error: Exception) -> Exception:
 
 
 def _serve(pipe: Connection, parent: int, name: str, memory_gb: float) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # It died before the line above took effect.
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver.

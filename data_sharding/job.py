@@ -156,10 +156,12 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
     sizes = {key: plan.size(key) for key in plan.items}
     with Journal(work / "rows") as journal, JobProgress(sizes) as shown:
         identities = {key: plan.identity(key, settings) for key in plan.items}
-        for key, item in plan.items.items():
+        # The largest first: at the end no worker waits for another one's hour.
+        for key, item in sorted(plan.items.items(), key=lambda entry: (-sizes[entry[0]], entry[0])):
             row = journal.find(key, identities[key])
             # What was given up under other limits, or for a fault that may have passed, is tried again.
-            if row is not None and row.get("limits", list(limits)) == list(limits) and not row.get("passing"):
+            current = row is not None and row.get("limits", list(limits)) == list(limits) and not row.get("passing")
+            if row is not None and current and _has_part(row, work):
                 rows[key] = row
                 shown.add(row, taken_up=True)
                 continue
@@ -175,7 +177,7 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
 
         def done(key: str, row: dict[str, Any]) -> None:
             if not row["part"]:
-                row["limits"] = list(limits)
+                row |= {"limits": list(limits), "bytes": row["bytes"] or sizes[key]}
             rows[key] = row
             journal.add(key, identities[key], row)
             shown.add(row)
@@ -199,6 +201,12 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
         for key, reason in given_up.items():
             done(key, _set_aside(plan.items[key], reason) | {"passing": True})
     return [rows[key] for key in sorted(rows)]
+
+
+def _has_part(row: dict[str, Any], work: AnyPath) -> bool:
+    part = row["part"]
+    # On a store a look costs more than it tells.
+    return not part or is_remote(work) or (work / "parts" / part[:2] / part).is_dir()
 
 
 class Points:

@@ -85,7 +85,7 @@ class Plan:
         int
             Their sum.
         """
-        return sum(size for size, _, _ in self.states[key])
+        return sum(max(size, 0) for size, _, _ in self.states[key])
 
     def identity(self, key: str, settings: str) -> str:
         """Checksum of all that a recording's row depends on.

@@ -337,6 +337,19 @@ class TestBadRequests:
         config = write_config(tmp_path / "a.yaml", [corpus], split={"test_subjects": ["01", "02"]})
         self.check(capsys, config, "no subject is left for train")
 
+    def test_memory_that_workers_cannot_see(self, folder_corpus: Path, tmp_path: Path, capsys) -> None:
+        config = write_config(tmp_path / "a.yaml", [{"root": str(folder_corpus)}], output="memory://out")
+        self.check(capsys, config, "memory://out", "object store")
+
+    def test_output_that_is_no_folder(self, folder_corpus: Path, tmp_path: Path, capsys) -> None:
+        config = write_config(tmp_path / "a.yaml", [{"root": str(folder_corpus)}], output=str(tmp_path / "file" / "x"))
+        (tmp_path / "file").write_text("x")
+        self.check(capsys, config, "cannot be made", "Not a directory")
+
+    def test_held_back_subject(self, folder_corpus: Path, tmp_path: Path, capsys) -> None:
+        config = write_config(tmp_path / "a.yaml", [{"root": str(folder_corpus)}], hold_back={"subjects": ["sub-77"]})
+        self.check(capsys, config, "hold_back", "sub-77")
+
     def test_output_with_something_else(self, folder_corpus: Path, tmp_path: Path, capsys) -> None:
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("x")
