@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -352,8 +353,14 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
         problem = f"no reader for {UNSUPPORTED['.mefd']}"
         files = _by_path([f for f in path.rglob("*") if f.is_file()])
         return Recording(path=path, format="mefd", files=files, problem=problem)
-    if not is_remote(path) and path.is_dir():
-        return None
+    if not is_remote(path):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return None
+        if not stat.S_ISREG(mode):  # Reading from a pipe may never end.
+            claimed = path.suffix.lower() in CLAIMED
+            problem = "unreadable: a pipe, socket or device"
+            return Recording(path=path, format="unknown", files=(path,), problem=problem) if claimed else None
     file = _File(path, near)
     for look in FORMATS:
         if found := look(file):
