@@ -199,6 +199,10 @@ class PretrainConfig:
                 f"offload {self.offload} needs zero_stage {'3' if self.offload == 'all' else '1, 2 or 3'}, "
                 f"not {self.zero_stage}"
             )
+        zero = self.deepspeed.get("zero_optimization") or {}
+        for key in ("offload_optimizer", "offload_param"):
+            if isinstance(zero, dict) and (zero.get(key) or {}).get("device") == "nvme":
+                raise ValueError(f"deepspeed.zero_optimization.{key}.device nvme is not supported; use offload")
         if self.timeout_s < 0 or self.restarts < 0:
             raise ValueError("timeout_s and restarts must not be negative")
         if self.peak_tflops is not None and not self.peak_tflops > 0:

@@ -94,7 +94,7 @@ def build_optimizer(
     zero_stage : int
         ZeRO's stage.
     device : torch.device
-        Where the model trains.
+        Where Adam computes.
 
     Returns
     -------

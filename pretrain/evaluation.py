@@ -6,6 +6,7 @@ Letters in names: B windows, C channels, T time samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,14 @@ def held_out_windows(dataset: EEGDataset | Mixture, most: int) -> list[int]:
 
 
 @torch.no_grad()
-def evaluate(engine: Any, dataset: EEGDataset | Mixture, config: PretrainConfig, world: World) -> dict[str, float]:
+def evaluate(
+    engine: Any,
+    dataset: EEGDataset | Mixture,
+    config: PretrainConfig,
+    world: World,
+    *,
+    alive: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Loss on the val split; every process must call it.
 
     Parameters
@@ -54,6 +62,8 @@ def evaluate(engine: Any, dataset: EEGDataset | Mixture, config: PretrainConfig,
         The request.
     world : World
         This process among all.
+    alive : callable
+        Called before each batch, for whoever watches over hanging processes.
 
     Returns
     -------
@@ -72,6 +82,7 @@ def evaluate(engine: Any, dataset: EEGDataset | Mixture, config: PretrainConfig,
     loss, power = 0.0, 0.0
     parts: dict[str, tuple[float, int]] = {}
     for start in range(0, rounds * batch_size, batch_size):
+        alive()
         numbers = mine[start : start + batch_size]
         counted = bool(numbers)
         numbers = numbers or windows[:1]

@@ -82,8 +82,18 @@ class SpikeDetector:
             sigma = math.sqrt(math.fsum((value - mean) ** 2 for value in self._recent) / (len(self._recent) - 1))
             if loss > mean + self._config.spike_sigma * sigma:
                 return f"{loss:.4g}, where the last {len(self._recent)} were {mean:.4g} with a deviation of {sigma:.2g}"
-        self._recent.append(loss)
+        self.accept(loss)
         return None
+
+    def accept(self, loss: float) -> None:
+        """Remember a loss, spike or not.
+
+        Parameters
+        ----------
+        loss : float
+            Mean over the global batch.
+        """
+        self._recent.append(loss)
 
 
 PHASES = ("waiting for data", "computing", "agreeing on the loss", "updating", "evaluating", "saving")

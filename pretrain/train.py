@@ -199,13 +199,15 @@ class _Training:
                 "the same command again: it goes on from the checkpoint before"
             )
 
-    def rewind(self, spike: str) -> None:
+    def rewind(self, spike: str, loss: float) -> None:
         """Go back to the newest checkpoint, and leave the batches that led to a loss spike out from now on.
 
         Parameters
         ----------
         spike : str
             What was seen.
+        loss : float
+            Of this step.
 
         Raises
         ------
@@ -221,6 +223,7 @@ class _Training:
                     "back to yet, training goes on",
                     file=sys.stderr,
                 )
+            self.spikes.accept(loss)
             return
         if len(self.left_out) >= guards.max_rewinds:
             raise RuntimeError(
@@ -260,8 +263,10 @@ class _Training:
         """Held-out loss, written to the metrics."""
         from pretrain.evaluation import evaluate
 
-        self.watchdog.at(self.step, "evaluating")
-        result = evaluate(self.engine, self.held_out, self.config, self.world)
+        def alive() -> None:
+            self.watchdog.at(self.step, "evaluating")
+
+        result = evaluate(self.engine, self.held_out, self.config, self.world, alive=alive)
         self.run.log(self.step, **result)
         return result
 
@@ -360,7 +365,7 @@ class _Training:
                 show(self.step, {"loss": loss})
                 spike = self.spikes.seen(loss)
                 if spike:
-                    self.rewind(spike)
+                    self.rewind(spike, loss)
                     if self.step < self.total and not self.stopping:
                         batches = iter(self.loader)
                     continue
@@ -600,7 +605,8 @@ def _build_engine(deepspeed: Any, config: PretrainConfig, device: Any) -> Any:
     settings = deepspeed_config(config, parameters=count_parameters(model), device=device)
     # Fused AdamW wants its parameters on the GPU already.
     model.to(device)
-    optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage, device=device)
+    adams = device if config.offload == "none" else torch.device("cpu")
+    optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage, device=adams)
     # Its bf16 optimiser prints memory tables, whatever the log level.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

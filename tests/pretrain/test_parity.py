@@ -15,8 +15,8 @@ import pytest
 
 from .conftest import losses, metrics, run_jobs, write_config
 
-GOLDEN: list[float] = []
-GOLDEN_HELD_OUT: list[float] = []
+GOLDEN = [1.10884, 1.09148, 1.028576, 1.033566, 1.01761, 1.036201, 1.022006, 1.009028, 0.983081, 1.01919]
+GOLDEN_HELD_OUT = [1.112818, 1.008595, 1.004305]
 TOLERANCE = 1e-4
 STEPS = 10
 VARIANTS = [(stage, size) for size in (1, 2) for stage in (0, 1, 2, 3)]
