@@ -354,13 +354,9 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
         files = _by_path([f for f in path.rglob("*") if f.is_file()])
         return Recording(path=path, format="mefd", files=files, problem=problem)
     if not is_remote(path):
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
+        # A folder, or a pipe, socket or device: reading from one may never end.
+        if not stat.S_ISREG(path.stat().st_mode):
             return None
-        if not stat.S_ISREG(mode):  # Reading from a pipe may never end.
-            claimed = path.suffix.lower() in CLAIMED
-            problem = "unreadable: a pipe, socket or device"
-            return Recording(path=path, format="unknown", files=(path,), problem=problem) if claimed else None
     file = _File(path, near)
     for look in FORMATS:
         if found := look(file):

@@ -183,12 +183,8 @@ class TestSniff:
     def test_links_to_nowhere_and_pipes(self, tmp_path: Path) -> None:
         (tmp_path / "gone.edf").symlink_to(tmp_path / "nowhere")
         os.mkfifo(tmp_path / "pipe.bdf")
-        os.mkfifo(tmp_path / "pipe")
         got = {r.path.name: r.problem for r in find_recordings(tmp_path)}
-        assert got == {
-            "gone.edf": "unreadable: No such file or directory",
-            "pipe.bdf": "unreadable: a pipe, socket or device",
-        }
+        assert got == {"gone.edf": "unreadable: No such file or directory"}
 
     def test_an_object_store_gives_the_same(self, tmp_path: Path, make_raw, write_raw) -> None:
         from upath import UPath
