@@ -35,7 +35,8 @@ def trials(count: int) -> tuple[np.ndarray, np.ndarray, mne.Info]:
     x = rng.normal(size=(count, len(NAMES), time.size))
     for trial, label in zip(x, labels, strict=True):
         trial[label::2] += 1.5 * np.sin(2 * np.pi * 12 * time + rng.uniform(0, 6))
-    info = mne.create_info(NAMES, SFREQ, "eeg").set_montage("standard_1020")
+    info = mne.create_info(NAMES, SFREQ, "eeg")
+    info.set_montage("standard_1020")
     return x.astype(np.float32), labels.astype(np.int64), info
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -256,13 +257,13 @@ def test_a_dropped_channel_reaches_no_token_and_stays_a_target() -> None:
     torch.manual_seed(0)
     model = MaskedAutoencoder(dataclasses.replace(SMALL, channel_dropout=0.5)).double()
     # Three true channels in rows of six.
-    samples = SimpleNamespace(numbers=[1, 2, 3], epochs=[0, 0, 0], metas=[{"n": 3}] * 3)
+    samples: Any = SimpleNamespace(numbers=[1, 2, 3], epochs=[0, 0, 0], metas=[{"n": 3}] * 3)
     inputs = model.prepare(samples, seed=4)
     dropped = inputs["dropped_BC"]
     assert dropped.any() and torch.equal(dropped[:, :3], dropped[:, 3:])
     x = torch.randn(3, 6, 24, dtype=torch.float64, requires_grad=True)
     model.reconstruct(x, **inputs).sum().backward()
-    assert torch.equal(x.grad.abs().sum(dim=-1) == 0, dropped)
+    assert x.grad is not None and torch.equal(x.grad.abs().sum(dim=-1) == 0, dropped)
     hidden = model.hidden_signal(**inputs)
     expected = (model.untokenize(model.reconstruct(x, **inputs)) - x).square()
     torch.testing.assert_close(

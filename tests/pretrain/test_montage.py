@@ -116,7 +116,7 @@ class TestAutoencoder:
         both = batch(4, 7)
         loss = autoencoder(x, **autoencoder.prepare(both, seed=1))
         for i in range(2):
-            alone = SimpleNamespace(metas=both.metas[i : i + 1], numbers=[i], epochs=[0])
+            alone: Any = SimpleNamespace(metas=both.metas[i : i + 1], numbers=[i], epochs=[0])
             inputs = autoencoder.prepare(alone, seed=1)
             assert "count_B" not in inputs and "seen_BK" not in inputs
             torch.testing.assert_close(autoencoder(x[i : i + 1], **inputs)[0], loss[i], rtol=0, atol=1e-12)
@@ -192,14 +192,20 @@ class TestPackage:
         with pytest.raises(RequestError, match="positions"):
             EEGEncoder.from_pretrained(package)(x)
         montage = mne.channels.make_standard_montage("standard_1020")
-        info = mne.create_info(["Cz", "O1", "X9"], 128.0, "eeg").set_montage(montage, on_missing="ignore")
+        info = mne.create_info(["Cz", "O1", "X9"], 128.0, "eeg")
+        info.set_montage(montage, on_missing="ignore")
         torch.manual_seed(1)
         model = EEGEncoder(SHAPE, SPEC, chs_info=info["chs"], n_outputs=4).eval()
         assert model(x).shape == (2, 4)
-        assert model.positions_C3.isfinite().all(dim=1).tolist() == [True, True, False]
+        assert model.positions_C3 is not None and model.positions_C3.isfinite().all(dim=1).tolist() == [
+            True,
+            True,
+            False,
+        ]
         model.save_pretrained(tmp_path / "classifier")
         again = EEGEncoder.from_pretrained(tmp_path / "classifier")
         torch.testing.assert_close(again(x), model(x))
+        assert again.positions_C3 is not None
         torch.testing.assert_close(again(x[:, [1, 0, 2]], again.positions_C3[[1, 0, 2]]), model(x))
 
     def test_encodes_a_recording_whatever_the_order_of_its_channels(self, package: Path) -> None:
