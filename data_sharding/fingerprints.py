@@ -10,14 +10,14 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_sharding.duplicates import Print, signature
 from data_sharding.errors import RequestError
-from data_sharding.files import atomic_write_bytes
-from data_sharding.storage import AnyPath, as_path
+from data_sharding.storage import AnyPath, as_path, deliver, scratch_folder
 
 NAME = "fingerprints.parquet"
 ROWS_A_GROUP = 256
@@ -49,7 +49,6 @@ def write_fingerprints(
         Key of a recording to its fingerprint [n, P].
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     text, number = pa.string(), pa.int64()
     schema = pa.schema(
@@ -65,8 +64,18 @@ def write_fingerprints(
             ("signature", pa.list_(number)),
         ]
     )
-    buffer = io.BytesIO()
-    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+    with scratch_folder() as folder:
+        local = folder / NAME
+        _write(local, schema, rows, load_points)
+        deliver(local, as_path(path))
+
+
+def _write(local: Path, schema: Any, rows: Iterable[dict[str, Any]], load_points: Callable[[str], np.ndarray]) -> None:
+    """A group of rows at a time: those of a hundred thousand recordings do not fit into memory."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(local, schema, compression="zstd") as writer:
         group: list[dict[str, Any]] = []
 
         def flush() -> None:
@@ -90,7 +99,6 @@ def write_fingerprints(
             if len(group) == ROWS_A_GROUP:
                 flush()
         flush()
-    atomic_write_bytes(path, buffer.getvalue())
 
 
 class Fingerprints:
