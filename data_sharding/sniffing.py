@@ -353,10 +353,9 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
         problem = f"no reader for {UNSUPPORTED['.mefd']}"
         files = _by_path([f for f in path.rglob("*") if f.is_file()])
         return Recording(path=path, format="mefd", files=files, problem=problem)
-    if not is_remote(path):
-        # A folder, or a pipe, socket or device: reading from one may never end.
-        if not stat.S_ISREG(path.stat().st_mode):
-            return None
+    # A folder, or a pipe, socket or device: reading from one may never end.
+    if not is_remote(path) and not stat.S_ISREG(path.stat().st_mode):
+        return None
     file = _File(path, near)
     for look in FORMATS:
         if found := look(file):
