@@ -187,7 +187,7 @@ class _Sidecars:
         if key not in self._parsed:
             try:
                 value = json.loads(read_text(path))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _Broken(f"{path.name}: no JSON ({one_line(error)[:100]})") from None
             if not isinstance(value, dict):
                 raise _Broken(f"{path.name}: no mapping of keys to values")

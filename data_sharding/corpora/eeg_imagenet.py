@@ -5,6 +5,7 @@ Shapes: C = 128 channels, L samples of a trial (about 500), T = 440 of them used
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -177,17 +178,20 @@ def _tables(path: Path, content: Any) -> tuple[list[dict[str, Any]], list[str], 
     wanted = {"dataset", "labels", "images"}
     if not isinstance(content, dict) or not wanted <= set(content):
         raise RequestError(f"{path}: not EEG-ImageNet as released; it needs the entries {', '.join(sorted(wanted))}")
-    entries, labels, names = (
-        content["dataset"],
-        [str(x) for x in content["labels"]],
-        [str(x) for x in content["images"]],
-    )
+    entries, labels, names = content["dataset"], content["labels"], content["images"]
+    for key, value in (("dataset", entries), ("labels", labels), ("images", names)):
+        if not isinstance(value, list | tuple):
+            raise RequestError(f"{path}: entry '{key}' is no list")
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict) or not {"eeg", "image", "label", "subject"} <= set(entry):
             raise RequestError(f"{path}: trial {index} lacks one of eeg, image, label, subject")
+        if not isinstance(entry["eeg"], np.ndarray) or entry["eeg"].dtype.kind not in "fiu":
+            raise RequestError(f"{path}: the eeg of trial {index} is no array of numbers")
+        if not all(isinstance(entry[key], int | np.integer) for key in ("image", "label", "subject")):
+            raise RequestError(f"{path}: image, label or subject of trial {index} is no whole number")
         if not (0 <= int(entry["label"]) < len(labels) and 0 <= int(entry["image"]) < len(names)):
             raise RequestError(f"{path}: trial {index} names a category or an image that is not in its list")
-    return entries, labels, names
+    return list(entries), [str(label) for label in labels], [str(name) for name in names]
 
 
 def _fault(entry: dict[str, Any], not_split: bool) -> str | None:
@@ -209,9 +213,16 @@ def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
         raise RequestError(f"{path}: no split of EEG-ImageNet; it needs the entry 'splits'")
     if not 0 <= fold < len(folds):
         raise RequestError(f"{path}: has {len(folds)} splits, and the option 'fold' is {fold}")
+    chosen = folds[fold]
+    if not isinstance(chosen, dict) or not set(SPLITS) <= set(chosen):
+        raise RequestError(f"{path}: split {fold} lacks one of {', '.join(SPLITS)}")
     out: dict[int, str] = {}
     for split in SPLITS:
-        for index in np.asarray(folds[fold].get(split, []), dtype=np.int64).tolist():
+        try:
+            indices = [operator.index(index) for index in chosen[split]]
+        except TypeError:
+            raise RequestError(f"{path}: '{split}' of split {fold} is no list of whole numbers") from None
+        for index in indices:
             if not 0 <= index < n:
                 raise RequestError(f"{path}: names trial {index} of {n}; it belongs to another file of recordings")
             if out.setdefault(index, split) != split:

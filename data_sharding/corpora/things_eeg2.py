@@ -28,7 +28,7 @@ from data_sharding.corpora.base import (
     root_name,
 )
 from data_sharding.corpora.folder import excluded
-from data_sharding.errors import RequestError
+from data_sharding.errors import RequestError, one_line
 from data_sharding.safe_pickle import RefusedPickle, load_npy
 from data_sharding.signals import Signal
 from data_sharding.sniffing import Recording
@@ -106,8 +106,9 @@ class ThingsEEG2Corpus(Adapter):
             problem, trials, left_out = None, (), {}
             try:
                 trials, left_out = _trials(_content(path, own["source"]), own, shown[partition], partition)
-            except (RefusedPickle, _Unusable, OSError) as error:
-                problem = f"unreadable: {error}"
+            except (ValueError, TypeError, OSError) as error:
+                # Whatever such a file may hold in place of numbers and names.
+                problem = f"unreadable: {one_line(error)[:200]}"
             out.append(
                 Item(
                     key=recording_key(corpus, relative),
@@ -138,8 +139,8 @@ class ThingsEEG2Corpus(Adapter):
         own = item.options
         try:
             content = _content(Path(str(item.recording.path)), own["source"])
-        except (RefusedPickle, _Unusable, OSError) as error:
-            raise ReadError(f"unreadable: {error}") from None
+        except (ValueError, TypeError, OSError) as error:
+            raise ReadError(f"unreadable: {one_line(error)[:200]}") from None
         notes = []
         if item.left_out:
             notes.append("trials left out: " + ", ".join(f"{n} {why}" for why, n in sorted(item.left_out.items())))
@@ -196,8 +197,8 @@ def _content(path: Path, source: str) -> dict[str, Any]:
     if not isinstance(content, dict) or key not in content or "ch_names" not in content:
         raise _Unusable(f"not a file of THINGS-EEG2 as released; it needs the entries {key} and ch_names")
     x, names = content[key], [str(name) for name in content["ch_names"]]
-    if not isinstance(x, np.ndarray) or x.ndim != ndim:
-        raise _Unusable(f"{key} is no array of {ndim} dimensions")
+    if not isinstance(x, np.ndarray) or x.ndim != ndim or x.dtype.kind not in "fiu":
+        raise _Unusable(f"{key} is no array of numbers in {ndim} dimensions")
     if x.shape[-2] != len(names):
         raise _Unusable(f"{x.shape[-2]} channels and {len(names)} names")
     if source == "raw":
@@ -241,6 +242,8 @@ def _trials(
         epoch = length / content["sfreq"]
         return tuple(trial(i // reps, i * epoch, i) for i in range(count * reps)), {}
     stim = np.asarray(content["x"][content["ch_types"].index("stim")])
+    if not np.isfinite(stim).all():
+        raise _Unusable("the stim channel is not finite")
     # A code that stands for several samples is one event.
     at = np.flatnonzero((stim != 0) & (np.diff(stim, prepend=0) != 0))
     codes = np.round(stim[at]).astype(np.int64)
@@ -269,7 +272,9 @@ def _images(options: ThingsEEG2Options, root: Path, images: AnyPath) -> dict[str
     out = {}
     for partition, word in (("training", "train"), ("test", "test")):
         keys = (f"{word}_img_concepts", f"{word}_img_files")
-        if not isinstance(table, dict) or not set(keys) <= set(table) or len(table[keys[0]]) != len(table[keys[1]]):
+        lists = [table.get(key) for key in keys] if isinstance(table, dict) else []
+        sized = [len(v) for v in lists if isinstance(v, list | tuple) or (isinstance(v, np.ndarray) and v.ndim == 1)]
+        if len(sized) != 2 or sized[0] != sized[1]:
             raise RequestError(f"{path}: not the table of images of THINGS-EEG2; it needs {keys[0]} and {keys[1]}")
         out[partition] = [
             _Image(
@@ -277,7 +282,7 @@ def _images(options: ThingsEEG2Options, root: Path, images: AnyPath) -> dict[str
                 image_id=f"{concept}/{Path(str(file)).stem}",
                 concept=re.sub(r"^\d+_", "", str(concept)),
             )
-            for concept, file in zip(table[keys[0]], table[keys[1]], strict=True)
+            for concept, file in zip(*lists, strict=True)
         ]
     shared = {image.concept for image in out["training"]} & {image.concept for image in out["test"]}
     if shared:

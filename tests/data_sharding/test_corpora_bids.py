@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_sharding.corpora import CorpusConfig, Item, list_items, open_item
 from data_sharding.errors import RequestError
@@ -126,6 +128,44 @@ def test_a_broken_sidecar_costs_its_recording_only(bids: Path, suffix: str, cont
     problem = items[NAME].recording.problem
     assert problem is not None and "sidecar broken" in problem and words in problem
     assert all(i.recording.problem is None for name, i in items.items() if name != NAME)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.sampled_from(["n/a", "CapTrak", "m", 60, 1e400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = ("PowerLineFrequency", "EEGReference", "EEGCoordinateSystem", "EEGCoordinateUnits")
+CELLS = st.sampled_from(
+    ["name", "type", "units", "status", "x", "y", "z", "Fp1", "EEG", "uV", "1", "nan", "n/a", "", "\t"]
+)
+TABLES = st.lists(st.lists(CELLS, max_size=5).map("\t".join), max_size=4).map("\n".join).map(str.encode)
+MAPPINGS = st.dictionaries(st.sampled_from(KEYS), JSON).map(json.dumps).map(str.encode)
+SIDECARS = TABLES | st.binary(max_size=40) | MAPPINGS
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["*_eeg.json", "*_channels.tsv", "*_electrodes.tsv", "*_coordsystem.json"]), SIDECARS)
+def test_whatever_a_sidecar_holds_the_others_are_read(bids: Path, pattern: str, content: bytes) -> None:
+    path = next(folder(bids).glob(pattern))
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        items = items_of(bids)
+        assert all(i.recording.problem is None for name, i in items.items() if name != NAME)
+        if items[NAME].recording.problem is None:
+            info = open_item(items[NAME]).info
+            assert len(info.ch_types) == len(info.positions) == len(info.ch_names)
+            json.dumps(items[NAME].info_patch, allow_nan=False)
+        else:
+            assert "\n" not in (items[NAME].recording.problem or "")
+    finally:
+        path.write_bytes(before)
+
+
+def test_nested_beyond_all_need(bids: Path) -> None:
+    (folder(bids) / "sub-01_ses-a_task-see_eeg.json").write_text("[" * 100_000)
+    assert "no JSON" in (items_of(bids)[NAME].recording.problem or "")
 
 
 def test_types_and_units_of_channels_tsv(bids: Path) -> None:

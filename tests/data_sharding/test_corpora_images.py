@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data_sharding.corpora import CorpusConfig, Item, design_of, list_items, open_item
 from data_sharding.errors import RequestError
 from data_sharding.files import read_json
 from data_sharding.preprocess import PreprocessSpec
+from data_sharding.readers import ReadError
 from data_sharding.recording import Task, process_recording
 from data_sharding.samples import decode_eeg
 from data_sharding.splits import TRAIN_OR_VAL, SplitConfig
@@ -161,6 +164,56 @@ class TestEEGImageNet:
             list_items(config)
 
 
+JUNK = st.sampled_from(
+    [None, "x", -1, 10**9, 2.5, float("nan"), [], [None], {}, ["a", 1], np.zeros(3), np.array(["a"]), b"\x00", True]
+)
+
+
+def spoil(value: Any, data: st.DataObject) -> Any:
+    """Put junk somewhere into a released file's content."""
+    if isinstance(value, dict | list) and value and data.draw(st.integers(0, 9)):
+        copy = value.copy()
+        key = data.draw(st.sampled_from(list(copy) if isinstance(copy, dict) else range(len(copy))))
+        copy[key] = spoil(copy[key], data)
+        return copy
+    return data.draw(JUNK)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_the_files_hold_is_a_request_error_or_a_row(tmp_path: Path, data: st.DataObject) -> None:
+    if not (tmp_path / "sub-01").is_dir():
+        write_things(tmp_path)
+        write_imagenet(tmp_path, released(), splits())
+    config = CorpusConfig(kind="eeg_imagenet", root=str(tmp_path), images=str(tmp_path / "images"))
+    which = data.draw(st.sampled_from(["file", "splits", "metadata", "epochs"]))
+    if which in ("file", "splits"):
+        torch.save(spoil(released() if which == "file" else splits(), data), tmp_path / "spoilt.pth")
+        config = dataclasses.replace(config, options={which: "spoilt.pth"})
+    else:
+        path = tmp_path / "image_metadata.npy" if which == "metadata" else tmp_path / "sub-01" / THINGS_FILE
+        whole = np.load(path, allow_pickle=True).item()
+        target = tmp_path / "spoilt.npy" if which == "metadata" else tmp_path / "sub-09" / THINGS_FILE
+        target.parent.mkdir(exist_ok=True)
+        np.save(target, spoil(whole, data), allow_pickle=True)
+        options = {"metadata": str(target)} if which == "metadata" else {}
+        config = CorpusConfig(kind="things_eeg2", root=str(tmp_path), images=str(tmp_path / "images"), options=options)
+    try:
+        items = list_items(config)
+    except RequestError as error:
+        assert "\n" not in str(error) and which != "epochs"
+        return
+    assert all(item.recording.problem is None for item in items if "sub-09" not in item.path)
+    for item in items:
+        if item.recording.problem is None and item.trials:
+            try:
+                signal = open_item(item)
+            except ReadError:
+                continue
+            signal.read(0, 50, [0])
+
+
+THINGS_FILE = "preprocessed_eeg_test.npy"
 CONCEPTS = ["aardvark", "abacus", "zebra_crossing"]
 CHANNELS = ["Pz", "O1", "Oz"]
 
