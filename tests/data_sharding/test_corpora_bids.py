@@ -136,9 +136,8 @@ JSON = st.recursive(
     max_leaves=5,
 )
 KEYS = ("PowerLineFrequency", "EEGReference", "EEGCoordinateSystem", "EEGCoordinateUnits")
-CELLS = st.sampled_from(
-    ["name", "type", "units", "status", "x", "y", "z", "Fp1", "EEG", "uV", "1", "nan", "n/a", "", "\t"]
-)
+WORDS = ["name", "type", "units", "status", "x", "y", "z", "Fp1", "EEG", "uV", "1", "nan", "n/a", "", "\t"]
+CELLS = st.sampled_from(WORDS)
 TABLES = st.lists(st.lists(CELLS, max_size=5).map("\t".join), max_size=4).map("\n".join).map(str.encode)
 MAPPINGS = st.dictionaries(st.sampled_from(KEYS), JSON).map(json.dumps).map(str.encode)
 SIDECARS = TABLES | st.binary(max_size=40) | MAPPINGS
