@@ -27,6 +27,8 @@ STOP_DB = 80.0
 """Attenuation of what would fold over; float16 resolves 66 dB below a sample's own size."""
 TRUNCATION = 1e-7
 """Share of a filter's response beyond its lookahead."""
+HELD_BYTES = 128 * 2**20
+"""Size, as float64, of block and lookahead together beyond which filtered samples wait on disk instead."""
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -426,17 +428,18 @@ def zero_phase(
     -----
     Forward the filter's state is carried from block to block; backward each block begins a lookahead behind its end,
     so that what it cannot know has died away. With a single block this is `scipy.signal.sosfiltfilt`.
+    Below about 0.1 Hz a lookahead of many channels is too much for memory, and the signal waits on disk as float32.
     """
     from scipy.signal import sosfilt
 
     look, zi = _memory(sos.tobytes(), len(sos))
-    block = max(block, 4 * look)
     pad = min(pad, n_samples - 1)
     head = np.asarray(read(0, pad + 1), np.float64)
-    before = _odd(head, pad, 0)[:, :pad] if pad else head[:, :0]
-    state = zi * (before if pad else head)[None, :, :1]
-    if pad:
-        _, state = sosfilt(sos, before, zi=state)
+    if min(5 * look, n_samples) * len(head) * 8 > HELD_BYTES:
+        yield from _zero_phase_on_disk(read, n_samples, sos, pad, block)
+        return
+    block = max(block, 4 * look)
+    state = _begin(sos, zi, head, pad)
     held = np.empty((len(head), 0))
     for start in range(0, n_samples, block):
         stop = min(start + block, n_samples)
@@ -445,11 +448,59 @@ def zero_phase(
         ready = held.shape[1] - look
         if stop == n_samples:
             ready = held.shape[1]
-            if pad:
-                tail = np.asarray(read(n_samples - 1 - pad, n_samples), np.float64)
-                after, _ = sosfilt(sos, _odd(tail, 0, pad)[:, pad + 1 :], zi=state)
-                held = np.concatenate([held, after], axis=1)
+            held = np.concatenate([held, _after(read, n_samples, sos, pad, state)], axis=1)
         if ready > 0:
             backward, _ = sosfilt(sos, held[:, ::-1], zi=zi * held[None, :, -1:])
             yield backward[:, ::-1][:, :ready]
             held = held[:, ready:]
+
+
+def _begin(sos: np.ndarray, zi: np.ndarray, head: np.ndarray, pad: int) -> np.ndarray:
+    """State of the forward filter at the segment's first sample, which `head` begins with."""
+    from scipy.signal import sosfilt
+
+    before = _odd(head, pad, 0)[:, :pad]
+    if not pad:
+        return zi * head[None, :, :1]
+    return sosfilt(sos, before, zi=zi * before[None, :, :1])[1]
+
+
+def _after(
+    read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, state: np.ndarray
+) -> np.ndarray:
+    """Forward output beyond the segment's end, where it is continued by itself."""
+    from scipy.signal import sosfilt
+
+    tail = np.asarray(read(n_samples - 1 - pad, n_samples), np.float64)
+    return sosfilt(sos, _odd(tail, 0, pad)[:, pad + 1 :], zi=state)[0] if pad else tail[:, :0]
+
+
+def _zero_phase_on_disk(
+    read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, block: int
+) -> Iterator[np.ndarray]:
+    """`zero_phase` of filters that remember for minutes: no lookahead fits into memory, so the whole waits on disk."""
+    from scipy.signal import sosfilt
+
+    _, zi = _memory(sos.tobytes(), len(sos))
+    head = np.asarray(read(0, pad + 1), np.float64)
+    state, starts = _begin(sos, zi, head, pad), list(range(0, n_samples, block))
+    with Scratch(len(head)) as once, Scratch(len(head)) as twice:
+        for start in starts:
+            x = np.asarray(read(start, min(start + block, n_samples)), np.float64)
+            forward, state = sosfilt(sos, x, zi=state)
+            once.write(forward)
+        if pad:
+            end = _after(read, n_samples, sos, pad, state)
+            state = sosfilt(sos, end[:, ::-1], zi=zi * end[None, :, -1:])[1]
+        else:
+            state = zi * once.read(n_samples - 1, n_samples)[None]
+        for start in reversed(starts):
+            x = once.read(start, min(start + block, n_samples)).astype(np.float64)
+            backward, state = sosfilt(sos, x[:, ::-1], zi=state)
+            twice.write(backward[:, ::-1])
+        # The last block was written first.
+        at = n_samples
+        for start in starts:
+            size = min(block, n_samples - start)
+            at -= size
+            yield twice.read(at, at + size).astype(np.float64)

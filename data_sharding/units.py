@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_sharding.signals import Segment
-from data_sharding.streaming import resample
+from data_sharding.streaming import Resampler, resample
 
 PLAUSIBLE_UV = (0.2, 500.0)
 """Robust amplitude between 1 and 40 Hz that EEG can have, in microvolts.
@@ -44,6 +44,8 @@ TOGETHER = 0.6
 MIN_TO_COMPARE = 8
 """Live channels from which they are compared with one another."""
 MEASURE_HZ = 128.0
+SURVEY_HZ = 1000.0
+"""Recordings of at least twice this rate are surveyed at a whole fraction of theirs, above this one."""
 STRETCH_S = 4.0
 STRETCHES_S = 256.0
 """Seconds of signal, at most, from which amplitudes and spectra are taken."""
@@ -134,6 +136,29 @@ def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, i
     return [every[i] for i in np.unique(np.linspace(0, len(every) - 1, count).round().astype(int))] if every else []
 
 
+class _Gathered:
+    """A stretch of signal that comes in blocks, in microvolts less its first sample, at the survey's rate."""
+
+    def __init__(self, sfreq: float, rate: float, scale: float) -> None:
+        self._resampler, self._scale = Resampler(sfreq, rate, 0.45 * rate), scale
+        self._parts: list[np.ndarray] = []
+        self._offset: np.ndarray | float = 0.0
+        self._whole: np.ndarray | None = None
+
+    def push(self, x: np.ndarray) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            if not self._parts:
+                self._offset = self._scale * x[:, :1]
+            self._parts.append(self._resampler.push(x, self._scale, self._offset))
+
+    def finish(self) -> np.ndarray:
+        if self._whole is None:
+            rest = self._resampler.finish()
+            self._whole = np.concatenate([*self._parts, rest], axis=1) if self._parts else rest
+            self._parts = []
+        return self._whole
+
+
 class Survey:
     """Gathers what is to be known of a signal while its blocks pass by.
 
@@ -164,12 +189,12 @@ class Survey:
         self._restless = np.zeros(n_channels, bool)
         self._last: np.ndarray | None = None
         self._plan = stretches_of(segments, sfreq)
-        self._open: dict[int, np.ndarray] = {}
         self._next = 0
-        self._head: list[np.ndarray] = []
+        self._rate = sfreq / max(1, int(sfreq / SURVEY_HZ))
+        self._stretch, self._head = self._gather(), self._gather()
         self._head_left = round(HEAD_S * sfreq)
         longest = max((b - a for a, b in self._plan), default=0)
-        self._n_fft = longest if longest >= 2 * sfreq else 0
+        self._n_fft = int(longest * self._rate / sfreq) if longest >= 2 * sfreq else 0
         self._power = np.zeros((n_channels, self._n_fft // 2 + 1))
         self._n_power = 0
         self._amplitudes: list[np.ndarray] = []
@@ -195,18 +220,19 @@ class Survey:
         self._last = x[:, -1].copy()
         self._n_samples += x.shape[1]
         if self._head_left > 0:
-            self._head.append(np.array(x[:, : self._head_left]))
-            self._head_left -= self._head[-1].shape[1]
+            self._head.push(x[:, : self._head_left])
+            self._head_left -= min(self._head_left, x.shape[1])
         while self._next < len(self._plan) and self._plan[self._next][0] < start + x.shape[1]:
             begin, end = self._plan[self._next]
-            if self._next not in self._open:
-                self._open[self._next] = np.empty((len(x), end - begin))
-            a, b = max(begin, start), min(end, start + x.shape[1])
-            self._open[self._next][:, a - begin : b - begin] = x[:, a - start : b - start]
-            if b < end:
+            self._stretch.push(x[:, max(begin - start, 0) : end - start])
+            if start + x.shape[1] < end:
                 break
-            self._measure(self._open.pop(self._next))
+            self._measure(self._stretch.finish())
+            self._stretch = self._gather()
             self._next += 1
+
+    def _gather(self) -> _Gathered:
+        return _Gathered(self.sfreq, self._rate, self.scale)
 
     def _extremes(self, rows: slice, x: np.ndarray) -> None:
         low, high = x.min(axis=1), x.max(axis=1)
@@ -234,9 +260,9 @@ class Survey:
 
     def _measure(self, x: np.ndarray) -> None:
         """Amplitude, spectrum and likeness of a stretch; rows without numbers count as silent."""
-        x = np.where(self._finite[:, None], x, 0.0) * self.scale
+        x = np.where(self._finite[:, None], x, 0.0)
         x -= x.mean(axis=1, keepdims=True)
-        y, _ = measured(x, self.sfreq)
+        y, _ = measured(x, self._rate)
         self._amplitudes.append(np.abs(y).astype(np.float32))
         norm = np.linalg.norm(y, axis=1)
         unit = y / np.where(norm > 0, norm, 1.0)[:, None]
@@ -251,7 +277,7 @@ class Survey:
             self._power += power
             self._n_power += 1
             frequency = self._frequencies
-            rough = (frequency > 45) & (frequency < min(120.0, SPECTRUM_HZ * self.sfreq))
+            rough = (frequency > 45) & (frequency < min(120.0, SPECTRUM_HZ * self._rate))
             for line in (50.0, 60.0, 100.0):
                 rough &= np.abs(frequency - line) > 2.5
             if np.count_nonzero(rough) > 20:
@@ -259,7 +285,7 @@ class Survey:
 
     @property
     def _frequencies(self) -> np.ndarray:
-        return np.arange(self._power.shape[1]) * (self.sfreq / max(1, self._n_fft))
+        return np.arange(self._power.shape[1]) * (self._rate / max(1, self._n_fft))
 
     def verdict(self, factor: float | None = None) -> Verdict:
         """Judge what has passed by.
@@ -373,7 +399,7 @@ class Survey:
         for line in (50.0, 60.0):
             distance = np.abs(frequency - line)
             around = power[(distance > 2) & (distance < 6)]
-            if self.sfreq / 2 > line + 3 and around.size and np.median(around) > 0:
+            if self._rate / 2 > line + 3 and around.size and np.median(around) > 0:
                 here = power[distance <= 1].max() / np.median(around)
                 if here > ratio:
                     best, ratio = line, here
@@ -381,11 +407,11 @@ class Survey:
 
     def _fingerprint(self) -> np.ndarray:
         """Points of the measured signal at fixed times: the same for the same signal, whatever the file's format."""
-        head = np.concatenate(self._head, axis=1) if self._head else np.zeros((len(self._finite), 0))
+        head = self._head.finish()
         if head.shape[1] < 2:
-            return np.zeros((len(head), 0), np.float32)
-        head = np.where(np.isfinite(head).all(axis=1, keepdims=True), head, 0.0) * self.scale
-        y, rate = measured(head, self.sfreq)
+            return np.zeros((len(self._finite), 0), np.float32)
+        head = np.where(np.isfinite(head).all(axis=1, keepdims=True), head, 0.0)
+        y, rate = measured(head, self._rate)
         n_points = min(FINGERPRINT_POINTS, int((y.shape[-1] - 1) / rate / FINGERPRINT_STEP_S))
         if n_points < 2:
             return np.zeros((len(y), 0), np.float32)

@@ -102,6 +102,18 @@ class TestFiltering:
             # Against what comes in: a slow drift of tens of millivolts is what the lookahead must forget.
             assert np.abs(got - wanted).max() < tolerance * np.abs(x).max(), block
 
+    @pytest.mark.parametrize(("samples", "pad"), [(40_000, 5000), (1000, 999), (1, 0)])
+    def test_filters_that_remember_for_minutes_wait_on_disk(
+        self, samples: int, pad: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sos = np.asarray(butter(4, [0.02, 40.0], btype="bandpass", fs=256.0, output="sos"))
+        x = noise(3, samples) + np.cumsum(noise(3, samples, seed=1), axis=1)
+        monkeypatch.setattr(streaming, "HELD_BYTES", 0)
+        blocks = list(zero_phase(lambda a, b: x[:, a:b], samples, sos, pad, 7000))
+        assert max(block.shape[1] for block in blocks) <= 7000
+        wanted = sosfiltfilt(sos, x, padlen=pad)
+        np.testing.assert_allclose(np.concatenate(blocks, axis=1), wanted, atol=1e-6 * max(1.0, np.abs(wanted).max()))
+
     def test_lookahead_follows_the_slowest_pole(self) -> None:
         slow, fast = (
             lookahead(np.asarray(butter(4, [low, 40.0], btype="bandpass", fs=256.0, output="sos"))) for low in (0.5, 5)

@@ -122,6 +122,14 @@ class TestSurvey:
         epochs = [Segment(start=500 * i, stop=500 * i + 500, onset=0.5 * i) for i in range(4000)]
         assert len(stretches_of(epochs, 1000.0)) == 512
 
+    def test_high_rates_are_surveyed_at_a_fraction_of_theirs(self) -> None:
+        x = np.repeat(eeg(6, 12, rate=1000.0), 5, axis=1)
+        fast, slow = assess(x, 5000.0), assess(x[:, ::5], 1000.0)
+        assert fast.bads == slow.bads == {}
+        np.testing.assert_allclose(fast.channel_uv, slow.channel_uv, rtol=0.05)
+        same = (fast.fingerprint * slow.fingerprint).sum(axis=1)
+        assert (same > 0.99).all()
+
     def test_spectrum_of_epochs_and_of_a_later_mains(self) -> None:
         x = eeg(4, 400)
         x[:, 50_000:] += 20 * np.sin(2 * np.pi * 60 * np.arange(50_000) / RATE)
