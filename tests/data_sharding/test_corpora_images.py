@@ -130,6 +130,10 @@ class TestEEGImageNet:
         assert {s["block"] for s in samples} == {f"sub-4-block-{i}" for i in range(3)}
         assert all(s["eeg"].shape == (128, 440) and s["bytes"] == b"\xff\xd8\xff" for s in samples)
         assert 1 < np.median([s["eeg"].std() for s in samples]) < 10
+        # As the published code does it: 440 samples stretched to 512.
+        stretched = dataclasses.replace(spec, sfreq=1163.6364, window=512)
+        row_512, samples = shard(items[1], tmp_path / "work", stretched, BY_CORPUS)
+        assert row_512["windows"] == 11 and all(s["eeg"].shape == (128, 512) for s in samples)
         # Six subjects lie in one file: they are six recordings all the same.
         assert shard(items[0], tmp_path / "work", spec, BY_CORPUS)[0]["sha256"] != row["sha256"]
 
