@@ -26,6 +26,7 @@ from data_sharding.storage import AnyPath, as_path
 
 TOP = 40
 """Most lines of a table; what is left is counted."""
+CORPORA_LISTED = 25
 RECORDINGS = 200
 """Most recordings that are listed."""
 EXAMPLES = 3
@@ -34,7 +35,7 @@ COLUMNS = ("format", "n_eeg", "n_kept", "sfreq", "seconds", "amplitude_uv", "sta
 """Of the list of recordings."""
 STYLE = """
 :root { color-scheme: light; } * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; max-width: 68rem; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; max-width: 80rem; margin: 2rem auto;
 padding: 0 1.2rem; color: #1f2430; background: #fff; }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; padding-bottom: .25rem;
 border-bottom: 2px solid #e6e8ee; } p.lead { font-size: 1.05rem; max-width: 52rem; } p.note { color: #5b6270;
@@ -43,9 +44,10 @@ font-size: 13px; margin: .3rem 0; }
 .card { border: 1px solid #e6e8ee; border-radius: 8px; padding: .6rem .9rem; } .card b { display: block;
 font-size: 1.35rem; line-height: 1.3; } .card span { color: #5b6270; font-size: 13px; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .6rem 0; font-size: 13.5px; }
-td, th { padding: .28rem .75rem .28rem 0; text-align: left; border-bottom: 1px solid #eceef3; vertical-align: top; }
+td, th { padding: .28rem .65rem .28rem 0; text-align: left; border-bottom: 1px solid #eceef3; vertical-align: top; }
 th { color: #5b6270; font-weight: 600; white-space: nowrap; } td.n, th.n { text-align: right;
-font-variant-numeric: tabular-nums; white-space: nowrap; } td.w { overflow-wrap: anywhere; min-width: 9rem; }
+font-variant-numeric: tabular-nums; white-space: nowrap; } td.k { white-space: nowrap; }
+td.w { overflow-wrap: anywhere; min-width: 9rem; }
 tr.all td { font-weight: 600; border-top: 2px solid #c9cdd8; } img { max-width: 100%; height: auto; }
 .s { border-radius: 4px; padding: .05rem .45rem; color: #fff; white-space: nowrap; font-size: 12.5px; }
 .warn { border-left: 4px solid #c44536; background: #fdf3f1; padding: .5rem .9rem; margin: .5rem 0;
@@ -71,7 +73,7 @@ def _cell(value: Any, column: str = "") -> str:
     text = str(value)
     if column == "status" and text in STATUSES:
         return f'<td><span class="s" style="background:{COLOURS[text]}">{text}</span></td>'
-    return f"<td{' class=w' if len(text) > 24 else ''}>{html.escape(text)}</td>"
+    return f"<td class={'w' if len(text) > 24 else 'k'}>{html.escape(text)}</td>"
 
 
 def _table(
@@ -173,6 +175,14 @@ def warnings_of(rows: Sequence[dict[str, Any]], manifest: Manifest) -> list[str]
     return out
 
 
+def _range(values: Iterable[float]) -> str:
+    """One or two values as they are, more as a range."""
+    found = sorted(set(values))
+    if len(found) < 3:
+        return ", ".join(f"{v:g}" for v in found)
+    return f"{found[0]:g} to {found[-1]:g}"
+
+
 def _corpora(rows: Sequence[dict[str, Any]], manifest: Manifest) -> str:
     designs = _corpora_of(manifest)
     groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -181,27 +191,27 @@ def _corpora(rows: Sequence[dict[str, Any]], manifest: Manifest) -> str:
 
     def line(name: str, group: Sequence[dict[str, Any]]) -> list[Any]:
         kept = [row for row in group if row["status"] == "sharded"]
-        rates = Counter(f"{row['sfreq']:g}" for row in kept)
-        counts = Counter(str(row["n_kept"]) for row in kept)
         status = Counter(row["status"] for row in group)
         entry = designs.get(name, {})
         return [
             name,
             ", ".join(x for x in (entry.get("kind", ""), entry.get("design", "")) if x and x != "unknown"),
             len(_known_people(kept)) or None,
-            len({(row["subject"], row["session"]) for row in kept if row["session"]}) or None,
+            len({(row["corpus"], row["subject"], row["session"]) for row in kept if row["session"]}) or None,
             _Hours(sum(row["seconds"] for row in group) / 3600),
             _Hours(sum(row["seconds_written"] for row in group) / 3600),
-            ", ".join(value for value, _ in counts.most_common(3)) + (" ..." if len(counts) > 3 else ""),
-            ", ".join(value for value, _ in rates.most_common(3)) + (" ..." if len(rates) > 3 else ""),
+            _range(row["n_kept"] for row in kept),
+            _range(row["sfreq"] for row in kept),
             *(status[s] or None for s in STATUSES),
         ]
 
     head = ["corpus", "kind", "subjects", "sessions", "found", "written", "channels", "Hz", *STATUSES]
     lines = sorted((line(name, group) for name, group in groups.items()), key=lambda x: (-x[5], x[0]))
     total = line("all", rows)
-    total[6] = total[7] = ""
-    return _table(head, lines, total=total)
+    if not any(line[1] for line in lines):
+        head, total = head[:1] + head[2:], total[:1] + total[2:]
+        lines = [line[:1] + line[2:] for line in lines]
+    return _table(head, lines, total=total, most=CORPORA_LISTED)
 
 
 def _splits(rows: Sequence[dict[str, Any]], manifest: Manifest) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from upath import UPath
 
 from data_sharding.fingerprints import Fingerprints, image_print, similar_images, window_digest
 from data_sharding.samples import decode_eeg, encode_eeg
@@ -103,6 +104,16 @@ class TestAgainst:
         out = capsys.readouterr().out
         assert "recording r5 here is q0 there: equal bytes" in out
         assert "to look at: same name: recording r0; the files differ" in out
+
+    def test_in_an_object_store(self, dataset, capsys) -> None:
+        store = UPath("memory://leakage/copy")
+        for file in (f for f in dataset.rglob("*") if f.is_file()):
+            target = store / file.relative_to(dataset).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+        assert main(["memory://leakage/copy"]) == 0
+        assert main(["memory://leakage/copy", "--against", str(dataset)]) == 1
+        assert "share something: 4 about subjects, 6 about recordings" in capsys.readouterr().out
 
     def test_bad_requests(self, dataset, tmp_path, capsys) -> None:
         assert main([str(dataset), "--against", str(tmp_path / "gone")]) == 2

@@ -111,7 +111,7 @@ class TestPage:
                 row |= {"status": status, "reason": f"fault {i % 70}: of file {i}"}
             rows.append(row)
         page = page_of(dataset, tmp_path, rows)
-        assert len(page) < 2e6 and "... and 260 more." in page
+        assert len(page) < 2e6 and "... and 275 more." in page
         parser = Strict()
         parser.feed(page)
         assert re.search(r"\.\.\. and \d+ more\.", page[page.index("Set aside") :])
