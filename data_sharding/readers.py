@@ -130,6 +130,8 @@ def _eeglab(path: Path) -> Any:
 
     try:
         raw = mne.io.read_raw_eeglab(path)
+    except FileNotFoundError:
+        raise ReadError(f"sidecar missing: the signal of {path.name} is in a .fdt file, which is not there") from None
     except TypeError as error:
         if not (match := re.search(r"number of trials is (\d+)", str(error))):
             raise

@@ -256,6 +256,8 @@ class TestTruncated:
         np.testing.assert_allclose(everything(opened(tmp_path / "a.set")), x.T * 1e-6, rtol=1e-6)
         (tmp_path / "a.fdt").write_bytes(x.tobytes()[:-80])
         assert self.reason(tmp_path / "a.set") == "truncated: the header promises 400 samples, the file holds 390"
+        (tmp_path / "a.fdt").unlink()
+        assert self.reason(tmp_path / "a.set").startswith("sidecar missing: ")
 
     def test_neuroscan_and_ant(self, tmp_path: Path) -> None:
         (tmp_path / "n.cnt").write_bytes(cnt_header(2, 100, 900 + 150 + 400) + bytes(300))
