@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,25 @@ def test_events_of_a_continuous_recording(tmp_path: Path) -> None:
     write(tmp_path / "eeg", "b.npy", X, events=[{"onset": 1.5, "image": "1.png", "label_name": "cat"}, {"onset": 2}])
     items = items_of(tmp_path / "eeg", images=str(tmp_path / "images"))
     assert items["a.npy"].trials == items["b.npy"].trials and len(items["a.npy"].trials or ()) == 1
+
+
+def test_on_an_object_store(tmp_path: Path) -> None:
+    from upath import UPath
+
+    from data_sharding.storage import localised
+
+    write(tmp_path, "sub-01/a.npz", {"x": EPOCHS, "y": np.array(["l", "r"] * 2)}, data="x", labels="y")
+    root = UPath("memory://arrays")
+    for path in tmp_path.rglob("*.*"):
+        target = root / path.relative_to(tmp_path).as_posix()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    (item,) = list_items(CorpusConfig(kind="arrays", root="memory://arrays", name="mine"))
+    here = items_of(tmp_path)["sub-01/a.npz"]
+    assert (item.key, item.subject, item.trials, item.options) == (here.key, here.subject, here.trials, here.options)
+    with localised([item.recording.path, *item.recording.files]) as (path, *files):
+        local = dataclasses.replace(item.recording, path=path, files=tuple(files))
+        assert np.array_equal(microvolts(dataclasses.replace(item, recording=local)), microvolts(here))
 
 
 def test_yaml_sidecar(tmp_path: Path) -> None:
