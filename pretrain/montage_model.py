@@ -15,16 +15,20 @@ References
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_sharding.errors import RequestError
 from pretrain.masking import dropped_channels, keep_indices
 from pretrain.model import MaskedAutoencoder, Samples
 from pretrain.shapes import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
 from pretrain.transformer import Blocks, initialise, sincos_positions
+
+if TYPE_CHECKING:
+    from data_sharding.dataset import EEGDataset
 
 # Metres: from twice the head's width to the distance of neighbours in a montage of 128 electrodes.
 _WAVELENGTHS = (0.4, 0.02)
@@ -55,6 +59,37 @@ def electrode_positions(metas: list[dict[str, Any]], most: int) -> tuple[Tensor,
             if place is not None:
                 row[channel] = place
     return torch.from_numpy(positions_BC3), torch.tensor(counts)
+
+
+def common_positions(dataset: EEGDataset) -> Tensor:
+    """Electrodes of a dataset that was recorded with one montage, as EEG-image datasets are.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        The split.
+
+    Returns
+    -------
+    Tensor, [C, 3], float32
+        Metres, NaN where not known: what `pretrain.encoder.EEGEncoder` takes as ``positions_C3``, so that it may be
+        called with windows alone.
+
+    Raises
+    ------
+    RequestError
+        If its samples have several montages.
+    """
+    first = dataset.meta(0)
+    for number in range(1, len(dataset)):
+        meta = dataset.meta(number)
+        if meta["n"] != first["n"] or meta.get("positions") != first.get("positions"):
+            raise RequestError(
+                f"{dataset.path} ({dataset.split}): sample {dataset.key(number)} has other electrodes than "
+                f"{dataset.key(0)}; this stage takes one montage, or an encoder with the temporal tokenizer"
+            )
+    positions_BC3, _ = electrode_positions([first], first["n"])
+    return positions_BC3[0]
 
 
 class ElectrodePlace(nn.Module):

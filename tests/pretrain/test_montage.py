@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from data_sharding.dataset import EEGDataset
 from data_sharding.errors import RequestError
+from data_sharding.loader import collate
 from data_sharding.preprocess import PreprocessSpec
 from data_sharding.samples import pad_channels
 from pretrain.encoder import EEGEncoder
-from pretrain.montage_model import MontageAutoencoder, MontageEncoder, electrode_positions
+from pretrain.montage_model import MontageAutoencoder, MontageEncoder, common_positions, electrode_positions
 from pretrain.shapes import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
 
 from .conftest import environment, losses, run_jobs, write_config
@@ -221,6 +223,21 @@ class TestPackage:
         np.testing.assert_allclose(again.tokens, found.tokens, atol=1e-4)
         elsewhere = encoder.encode((x[other], names, 250.0, "uV"))
         assert np.abs(elsewhere.tokens - found.tokens).max() > 1e-2
+
+
+def test_a_dataset_of_one_montage_needs_no_positions_beside_its_windows(
+    paired_dataset: Path, unpaired_dataset: Path
+) -> None:
+    torch.manual_seed(0)
+    shape = dataclasses.replace(SHAPE, samples=128)
+    encoder = EEGEncoder(shape).eval()
+    dataset = EEGDataset(paired_dataset, "val")
+    batch = collate(dataset, [0, 5])
+    expected = encoder(batch.eeg.float(), **encoder.inputs_of(batch.metas))
+    encoder.positions_C3 = common_positions(dataset)
+    torch.testing.assert_close(encoder(batch.eeg.float()), expected, rtol=0, atol=1e-5)
+    with pytest.raises(RequestError, match="other electrodes"):
+        common_positions(EEGDataset(unpaired_dataset, "val"))
 
 
 def test_trains_checkpoints_and_exports_spread_or_not(unpaired_dataset: Path, tmp_path: Path) -> None:
