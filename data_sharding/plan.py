@@ -11,7 +11,7 @@ from typing import Any
 
 from data_sharding.cluster import RayConfig
 from data_sharding.config import to_dict
-from data_sharding.corpora import CorpusConfig, Item, list_items
+from data_sharding.corpora import CorpusConfig, Item, design_of, list_items
 from data_sharding.errors import RequestError
 from data_sharding.files import digest_of
 from data_sharding.hold_back import HoldBack, HoldBackConfig
@@ -217,6 +217,7 @@ def make_plan(config: ShardConfig) -> Plan:
     for corpus in config.corpora:
         refuse_memory(corpus.root, "corpora: root")
         listed = list_items(corpus)
+        designs.append(design_of(corpus, listed))
         for item in listed:
             if item.key in items:
                 raise RequestError(

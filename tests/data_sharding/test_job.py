@@ -134,7 +134,7 @@ class TestFolder:
 
     def test_nothing_unfinished_is_left(self, dataset: Path) -> None:
         names = {p.name for p in dataset.rglob("*")}
-        assert not any(n.endswith((".tmp", ".done.json")) or n == ".work" for n in names)
+        assert not any(n.endswith(".tmp") or n == ".work" for n in names)
 
 
 def test_too_much_set_aside_is_said(folder_corpus: Path, tmp_path: Path) -> None:
@@ -261,6 +261,8 @@ class TestEvents:
         assert manifest.counts["left out: crossed cell of subject split and image split"] == 2 + 5 + 5 + 2
         assert manifest.counts["left out: trial beyond the recording"] == 1
         assert manifest.labels == ["cat", "dog"]
+        (corpus,) = manifest.extra["corpora"]
+        assert corpus["kind"] == "events" and corpus["design"] in ("random", "block", "unknown") and corpus["evidence"]
 
     def test_images_and_labels(self, paired: Path, events_corpus: Path) -> None:
         split = EEGDataset(paired, "train").require_images()
