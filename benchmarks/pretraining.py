@@ -23,11 +23,13 @@ import statistics
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from data_sharding.files import write_json
@@ -134,6 +136,8 @@ def load_reference(path: Path) -> Any:
     if not file.is_file():
         raise SystemExit(f"{file}: no such file; --reference wants a checkout of bbaaii/DreamDiffusion")
     sys.path.insert(0, str(code))
+    # Written for a NumPy that still had it.
+    np.float = float  # type: ignore[attr-defined]
     if importlib.util.find_spec("timm") is None:
         sys.modules.update(_stand_in_for_timm())
     import sc_mbm.mae_for_eeg as released  # type: ignore[import-not-found]
@@ -231,7 +235,7 @@ def reference(path: Path, precision: str, device: torch.device, options: argpars
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", default="tiny")
+    parser.add_argument("--presets", default="tiny", help="'' for the released code alone")
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--stages", default="1")
     parser.add_argument("--compile", default="0")
@@ -244,11 +248,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = choose_device(options.device)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed = import_deepspeed(device)
     rank, size = launched_world()
     results = []
     with process_group(deepspeed, device) as world:
-        for preset in options.presets.split(","):
+        for preset in filter(None, options.presets.split(",")):
             for precision in options.precisions.split(","):
                 for stage in map(int, options.stages.split(",")):
                     if precision == "bf16" and stage == 0:
