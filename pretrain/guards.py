@@ -115,9 +115,11 @@ class Watchdog:
         This process among how many.
     run : RunDirectory
         Whose status becomes "failed".
+    store : torch.distributed.Store, optional
+        Through which the processes tell each other; a connection of its own to where they met by default.
     """
 
-    def __init__(self, timeout_s: float, *, rank: int, size: int, run: Any) -> None:
+    def __init__(self, timeout_s: float, *, rank: int, size: int, run: Any, store: Any = None) -> None:
         self._timeout_s, self._rank, self._size, self._run = timeout_s, rank, size, run
         self._place = (0, 0)
         self._since = time.monotonic()
@@ -128,8 +130,9 @@ class Watchdog:
         if timeout_s > 0:
             import torch.distributed as dist
 
-            # A connection of its own: a thread that waits in the shared one would block the training.
-            self._store = dist.PrefixStore("dreamscale_watchdog", dist.distributed_c10d._get_default_store().clone())
+            # Not the shared connection: a thread that waits in it would block the training.
+            store = store or dist.distributed_c10d._get_default_store().clone()
+            self._store = dist.PrefixStore("dreamscale_watchdog", store)
             self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -169,7 +172,7 @@ class Watchdog:
                 self._bark()
 
     def _bark(self) -> None:
-        message = f"no progress for {self._timeout_s:g} s: {self._verdict()}"
+        message = f"no progress for {self._timeout_s:g} s: {self.verdict()}"
         try:
             first = self._store.add("said", 1) == 1
         except RuntimeError:
@@ -182,7 +185,14 @@ class Watchdog:
         # The main thread is stuck in a system call or in a collective: nothing gentler reaches it.
         os._exit(EXIT_FAILED)
 
-    def _verdict(self) -> str:
+    def verdict(self) -> str:
+        """Say who holds the training up, as far as the processes' reports show.
+
+        Returns
+        -------
+        str
+            Part of a sentence.
+        """
         before = self._states()
         time.sleep(3 * self._period_s)
         after = self._states()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from data_sharding.samples import Sample
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.config import OptimizerConfig
 from pretrain.flops import peak_flops, training_flops
-from pretrain.guards import GuardConfig, SpikeDetector
+from pretrain.guards import GuardConfig, SpikeDetector, Watchdog
 from pretrain.model import MaskedAutoencoderConfig
 from pretrain.shapes import DecoderConfig, EncoderConfig
 from pretrain.train import main
@@ -145,6 +146,26 @@ class TestSpikes:
         config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "run"), **settings)
         with pytest.raises(RuntimeError, match="loss spike at step 9"):
             main([str(config)])
+
+
+class TestWatchdog:
+    def test_whoever_is_behind_is_named(self) -> None:
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        dogs = [Watchdog(60.0, rank=rank, size=3, run=None, store=store) for rank in range(3)]
+        for dog in dogs:
+            dog._period_s = 0.05
+        with dogs[0], dogs[1], dogs[2]:
+            for dog in dogs:
+                dog.at(7, "computing")
+            time.sleep(0.2)
+            assert "all processes wait in step 8 while computing" in dogs[0].verdict()
+            for dog in (dogs[0], dogs[2]):
+                dog.at(8, "agreeing on the loss")
+            time.sleep(0.2)
+            for dog in dogs:
+                assert re.search(r"rank 1 .* in step 8 while computing: the others wait for it", dog.verdict())
+            dogs[1].__exit__()
+            assert re.search(r"rank 1 .*: stopped, dead or cut off", dogs[0].verdict())
 
 
 class TestCheckpoints:
