@@ -151,8 +151,10 @@ class ShardCache:
                         free += bytes_
                 if free >= size:
                     with temporary.open("wb") as stream:
-                        if size:
+                        if size and hasattr(os, "posix_fallocate"):
                             os.posix_fallocate(stream.fileno(), 0, size)
+                        else:
+                            stream.truncate(size)
                     return
             # The rest is being fetched by others, and can go once it is whole.
             time.sleep(0.05)

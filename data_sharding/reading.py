@@ -265,6 +265,8 @@ class Reader:
 
     def announce(self, place: Place) -> None:
         """Tell the system what will be read: it fetches a whole batch side by side, where the disk is what is slow."""
+        if not hasattr(os, "posix_fadvise"):
+            return  # macOS has none
         # Who reads the sample will find the same fault, and say so.
         with contextlib.suppress(OSError):
             length = place.meta_at + place.meta - place.start
