@@ -287,6 +287,10 @@ def _overlaps(a: np.ndarray, length_a: float, b: np.ndarray, length_b: float) ->
     return (last >= 0) & (b[np.maximum(last, 0)] + length_b > a + 1e-4)
 
 
+def _windows(number: int) -> str:
+    return f"{number} window{'s' * (number != 1)}"
+
+
 def _times(starts: np.ndarray) -> str:
     shown = ", ".join(f"{t:.2f}" for t in np.sort(starts)[:3])
     return f"at {shown}{' ...' if len(starts) > 3 else ''} s"
@@ -326,10 +330,13 @@ def _compare_subjects(a: Contents, b: Contents, out: Findings) -> None:
             text = f"same name: subject {subject} of corpus {corpus}, and of {', '.join(others)} in the other"
             out.found.append(Finding(kind="subject", text=text, proof=False))
     for contents in (a, b):
-        if unnamed := contents.unnamed():
-            out.not_compared.append(
-                f"subjects of {unnamed} recordings of {contents.name}: nobody says whose they are (subject_pattern)"
-            )
+        _unnamed(contents, out)
+
+
+def _unnamed(contents: Contents, out: Findings) -> None:
+    if unnamed := contents.unnamed():
+        text = f"subjects of {unnamed} recordings of {contents.name}: nobody says whose they are (subject_pattern)"
+        out.not_compared.append(text)
 
 
 def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[str, str]]:
@@ -382,7 +389,7 @@ def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]],
         for i, j in zip(ours, theirs, strict=True):
             groups[a.recordings[a.recording[i]], b.recordings[b.recording[j]]].append(float(a.start[i]))
         for (one, other), starts in sorted(groups.items()):
-            text = f"{len(starts)} windows of {one} are equal to windows of {other}, {_times(np.array(starts))}"
+            text = f"{_windows(len(starts))} of {one} equal to windows of {other}, {_times(np.array(starts))}"
             out.found.append(Finding(kind="window", text=text))
     number_a, number_b = ({key: i for i, key in enumerate(c.recordings)} for c in (a, b))
     for one, other in sorted(pairs):
@@ -390,7 +397,7 @@ def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]],
             x, y = a.start[a.windows_of(number_a[one])], b.start[b.windows_of(number_b[other])]
             hit = _overlaps(x, spec_a.window_s, y, spec_b.window_s)
             if hit.any():
-                text = f"{int(hit.sum())} of {len(x)} windows of {one} cover time that {other} covers, {_times(x[hit])}"
+                text = f"{int(hit.sum())} of {_windows(len(x))} of {one} in time that {other} covers, {_times(x[hit])}"
                 out.found.append(Finding(kind="window", text=text))
     if pairs:
         out.compared.append(f"windows by time, of {len(pairs)} shared recordings")
@@ -484,6 +491,7 @@ def compare_splits(contents: Contents) -> Findings:
         if len(places) > 1:
             text = f"recording {contents.recordings[number]} is in {_names(places)}{allowed}"
             out.found.append(Finding(kind="recording", text=text, proof=not free_subjects))
+    _unnamed(contents, out)
     _recordings_twice(contents, of_recording, out)
     _windows_across(contents, of_recording, out)
     _images_across(contents, free_images, out)
@@ -519,7 +527,7 @@ def _windows_across(contents: Contents, of_recording: dict[int, set[int]], out: 
         groups[(*ends[0], *ends[1])] += 1
     for (split, one, where, other), count in sorted(groups.items()):
         text = (
-            f"{count} windows of {contents.recordings[one]} ({SPLITS[split]}) are equal to windows of "
+            f"{_windows(count)} of {contents.recordings[one]} ({SPLITS[split]}) equal to windows of "
             f"{contents.recordings[other]} ({SPLITS[where]})"
         )
         out.found.append(Finding(kind="window", text=text, proof=split != where))
@@ -532,7 +540,7 @@ def _windows_across(contents: Contents, of_recording: dict[int, set[int]], out: 
             hit = _overlaps(x, length, y, length)
             if hit.any():
                 text = (
-                    f"{int(hit.sum())} windows of {contents.recordings[number]} in {SPLITS[p]} cover time that "
+                    f"{_windows(int(hit.sum()))} of {contents.recordings[number]} in {SPLITS[p]} at a time that "
                     f"windows in {SPLITS[q]} cover, {_times(x[hit])}"
                 )
                 out.found.append(Finding(kind="window", text=text))

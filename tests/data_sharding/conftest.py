@@ -115,7 +115,7 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
     """Write a dataset with ledger and fingerprints, as the job does, of signals in memory.
 
     Each recording: key, subject, raw, and if wanted corpus, split, sha256, starts (samples at 100 Hz) with images
-    (id, bytes), or trials (start, split).
+    (id, bytes) and concepts, or trials (start, split).
     """
     import dataclasses
 
@@ -147,6 +147,7 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
             image = None
             if "images" in r:
                 meta["image_id"], image = r["images"][i]
+                meta |= {"concept": r["concepts"][i]} if "concepts" in r else {}
             kind = "jpg" if image and image[:2] == b"\xff\xd8" else "png"
             samples[split].append(
                 Sample(

@@ -71,7 +71,7 @@ class TestAgainst:
         assert main([str(dataset), "--against", str(tmp_path / "b")]) == 1
         out = capsys.readouterr().out
         assert "shared: recording r2 here is x there: same signal" in out
-        assert "2 of 8 windows of r2 cover time that x covers, at 4.00, 5.00 s" in out
+        assert "2 of 8 windows of r2 in time that x covers, at 4.00, 5.00 s" in out
         assert "not compared: windows by content" in out and "lowpass" in out
         assert out.count("\nshared: ") == 1
 
@@ -82,7 +82,7 @@ class TestAgainst:
             (tmp_path / "b" / name).unlink()
         assert main([str(tmp_path / "b"), "--against", str(dataset)]) == 1
         out = capsys.readouterr().out
-        assert "8 windows of x are equal to windows of r3" in out
+        assert "8 windows of x equal to windows of r3" in out
         assert "has no ledger.parquet" in out and "has no fingerprints.parquet" in out and "nobody says whose" in out
 
     def test_subjects(self, dataset, publish, make_raw, tmp_path, capsys) -> None:
@@ -138,7 +138,7 @@ class TestSplits:
         out = capsys.readouterr().out
         assert "subject sub-01 of corpus lab is in train and test" in out
         assert "recording r6 is a copy of r4; they are in val and test" in out
-        assert "8 windows of r4 (val) are equal to windows of r6 (test)" in out
+        assert "8 windows of r4 (val) equal to windows of r6 (test)" in out
 
     def test_overlapping_trials_of_one_recording(self, publish, make_raw, tmp_path, capsys) -> None:
         """Fast presentation: the window of a training image reaches into that of a test image."""
@@ -148,7 +148,7 @@ class TestSplits:
         self.declare(tmp_path / "a", val_fraction=0, test_fraction=0)
         assert main([str(tmp_path / "a")]) == 1
         out = capsys.readouterr().out
-        assert "1 windows of r in train cover time that windows in test cover, at 3.00 s" in out
+        assert "1 window of r in train at a time that windows in test cover, at 3.00 s" in out
         assert "to look at: subject s of corpus lab is in train and test (the config does not hold subjects out)" in out
 
     @staticmethod
@@ -195,6 +195,18 @@ class TestImages:
         out = capsys.readouterr().out
         assert "image lab/a is in train and test" in out
         assert "image lab/b (train) is lab/c (test): the same picture, encoded again" in out
+
+    def test_what_the_config_allows_is_a_question(self, publish, make_raw, tmp_path, capsys) -> None:
+        """Subjects are held out, images are not; and of the same trials a split by concept."""
+        both = self.trials(make_raw, [("a", encoded(picture(0)))], concepts=["cat"])
+        more = {"key": "u", "subject": "other", "raw": make_raw(4, 200, 8, seed=8), "split": "test"}
+        publish(tmp_path / "a", both + self.trials(make_raw, [("a", encoded(picture(0)))], concepts=["cat"], **more))
+        TestSplits.declare(tmp_path / "a", test_subjects=["other"], image_val_fraction=0, image_test_fraction=0)
+        assert main([str(tmp_path / "a")]) == 0
+        assert "to look at: image lab/a is in train and test (the config does not" in capsys.readouterr().out
+        TestSplits.declare(tmp_path / "a", test_subjects=["other"], image_test_fraction=0.1, by="concept")
+        assert main([str(tmp_path / "a")]) == 1
+        assert "shared: concept cat is in train and test" in capsys.readouterr().out
 
     def test_different_pictures_are_different(self) -> None:
         prints = [image_print(encoded(picture(i))) for i in range(150)]
