@@ -8,18 +8,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from data_sharding.corpora.base import (
-    Adapter,
-    CorpusConfig,
-    Item,
-    Trial,
-    design_of,
-    expand,
-    list_items,
-    open_item,
-    recording_key,
-    register,
-)
+from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, design_of, list_items, open_item, register
+from data_sharding.corpora.paths import expand, recording_key
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -16,20 +16,10 @@ from typing import Any
 import numpy as np
 
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
-from data_sharding.corpora.base import (
-    Adapter,
-    CorpusConfig,
-    Folders,
-    Item,
-    Trial,
-    check_images,
-    folder_of,
-    read_text,
-    register,
-    relative_path,
-)
+from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, register
 from data_sharding.corpora.events import read_trials, trials_of
 from data_sharding.corpora.folder import KEYS, check_unit_factors, excluded, item_of
+from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text, relative_path
 from data_sharding.errors import RequestError, one_line
 from data_sharding.signals import Signal
 from data_sharding.sniffing import Recording

@@ -17,19 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_sharding.corpora.base import (
-    Adapter,
-    CorpusConfig,
-    Folders,
-    Item,
-    check_images,
-    folder_of,
-    read_text,
-    register,
-    root_name,
-)
+from data_sharding.corpora.base import Adapter, CorpusConfig, Item, register
 from data_sharding.corpora.events import NOTHING, read_trials
 from data_sharding.corpora.folder import KEYS, find, item_of
+from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text, root_name
 from data_sharding.errors import RequestError, one_line
 from data_sharding.records import VOLTS
 from data_sharding.storage import AnyPath, describe

@@ -11,18 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_sharding.corpora.base import (
-    Adapter,
-    CorpusConfig,
-    Folders,
-    Item,
-    Trial,
-    check_images,
-    folder_of,
-    read_text,
-    register,
-)
+from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, register
 from data_sharding.corpora.folder import KEYS, find, item_of
+from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text
 from data_sharding.errors import RequestError
 from data_sharding.splits import SPLITS
 from data_sharding.storage import AnyPath, describe

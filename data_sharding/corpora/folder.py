@@ -6,16 +6,8 @@ import fnmatch
 import re
 from typing import Any
 
-from data_sharding.corpora.base import (
-    Adapter,
-    CorpusConfig,
-    Item,
-    folder_of,
-    recording_key,
-    register,
-    relative_path,
-    root_name,
-)
+from data_sharding.corpora.base import Adapter, CorpusConfig, Item, register
+from data_sharding.corpora.paths import folder_of, recording_key, relative_path, root_name
 from data_sharding.errors import RequestError
 from data_sharding.sniffing import Recording, find_recordings
 from data_sharding.storage import AnyPath

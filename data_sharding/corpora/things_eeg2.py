@@ -15,19 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
-from data_sharding.corpora.base import (
-    Adapter,
-    CorpusConfig,
-    Item,
-    Trial,
-    check_images,
-    folder_of,
-    local_folder,
-    recording_key,
-    register,
-    root_name,
-)
+from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, register
 from data_sharding.corpora.folder import excluded
+from data_sharding.corpora.paths import check_images, folder_of, local_folder, recording_key, root_name
 from data_sharding.errors import RequestError, one_line
 from data_sharding.safe_pickle import RefusedPickle, load_npy
 from data_sharding.signals import Signal
