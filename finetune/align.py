@@ -37,6 +37,7 @@ from finetune.training import (
     rank_loader,
 )
 from pretrain.encoder import EEGEncoder
+from pretrain.montage_model import common_positions
 from pretrain.run import TrackerConfig
 
 
@@ -319,6 +320,9 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
         if pretrained:
             bare.backbone.load_state_dict(encoder.backbone.state_dict())
         encoder = bare
+    if encoder.config.tokenizer == "montage":
+        # Models of this stage see windows alone: the electrodes stay with the encoder.
+        encoder.positions_C3 = common_positions(dataset)
     return encoder
 
 

@@ -15,6 +15,7 @@ from finetune.conditioner import ClipHead
 from finetune.data import ImageTable, eeg_for_model
 from finetune.training import StepRandom
 from pretrain.encoder import EEGEncoder
+from pretrain.model import EncoderConfig
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TINY = ["--tracker.kind", "none", "--training.warmup", "2", "--training.log_every", "1"]
@@ -78,6 +79,21 @@ def test_wrong_requests_end_with_one_line(
     assert run_main(main, args) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_an_encoder_of_single_channels_keeps_the_electrodes(
+    paired_dataset: Path, miniature: Path, tmp_path: Path
+) -> None:
+    data = EEGDataset(paired_dataset, "val")
+    shape = EncoderConfig(samples=128, dim=24, depth=1, heads=2, mlp_ratio=2.0, tokenizer="montage", patch=16)
+    EEGEncoder(shape, data.spec).save_pretrained(tmp_path / "encoder")
+    output = tmp_path / "run"
+    assert run_main(main, _args(paired_dataset, tmp_path / "encoder", miniature, output, "--training.steps", 2)) == 0
+    encoder = EEGEncoder.from_pretrained(output / "encoder")
+    batch = collate(data, [0, 1])
+    x = eeg_for_model(batch.eeg, data.spec)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), encoder(x, **encoder.inputs_of(batch.metas)))
 
 
 def test_trials_of_one_image_are_not_each_others_negatives() -> None:
