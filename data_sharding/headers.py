@@ -6,6 +6,7 @@ nor time. Every check takes a path of pathlib or of universal_pathlib and reads 
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import math
 import re
@@ -100,6 +101,28 @@ def read_range(path: AnyPath, start: int, count: int, head: bytes = b"") -> byte
 def size_of(path: AnyPath) -> int:
     """Bytes of a file."""
     return int(path.stat().st_size)
+
+
+def text_of(data: bytes) -> tuple[str, str]:
+    """Text of a header, whose code page only its writer knew.
+
+    Parameters
+    ----------
+    data : bytes
+        The header, or its beginning.
+
+    Returns
+    -------
+    text : str
+        As UTF-8 where it is that, else as Latin-1.
+    encoding : str
+        Which of the two.
+    """
+    try:
+        # A character may have been cut off at the end.
+        return codecs.getincrementaldecoder("utf-8")().decode(data), "utf-8"
+    except UnicodeDecodeError:
+        return data.decode("latin-1"), "latin-1"
 
 
 def ini_value(text: str, key: str) -> str | None:

@@ -154,13 +154,17 @@ def _eeglab(path: Path) -> Any:
     return raw
 
 
-def _as_named(path: Path, *keys: str) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
+def _as_named(
+    path: Path, *keys: str, recode: bool = False
+) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
     """A text header whose files lie beside it under exactly the names that it gives them.
 
     Where it names another folder, perhaps of another system, or upper case for lower, MNE's readers find nothing: then
-    a header without these faults is written to a temporary folder, beside links to the files.
+    a header without these faults is written to a temporary folder, beside links to the files. `recode` is for readers
+    that know UTF-8 only.
     """
-    data = text = path.read_bytes().decode("latin-1")
+    text, encoding = headers.text_of(path.read_bytes())
+    data, recode = text, recode and encoding != "utf-8"
     links: dict[str, Path] = {}
     for key in keys:
         named = headers.ini_value(text, key)
@@ -170,17 +174,18 @@ def _as_named(path: Path, *keys: str) -> tuple[Path, str, tempfile.TemporaryDire
         if name == named and (path.parent / name).exists():
             links[name] = path.parent / name
             continue
-        for file in path.parent.iterdir():
-            if file.name.lower() == name.lower():
-                links[name] = file
-        data = data.replace(named, name, 1)
-    if data == text and all(name == file.name for name, file in links.items()):
+        there = [file for file in path.parent.iterdir() if file.name.lower() == name.lower()]
+        if there:
+            links[name] = there[0]
+        where = re.compile(rf"^([ \t]*{key}[ \t]*=[ \t]*){re.escape(named)}", re.MULTILINE | re.IGNORECASE)
+        data = where.sub(lambda found, name=name: found.group(1) + name, data, count=1)
+    if data == text and not recode and all(name == file.name for name, file in links.items()):
         return path, text, None
     folder = tempfile.TemporaryDirectory(prefix="eeg-")
     for name, file in links.items():
         (Path(folder.name) / name).symlink_to(file.resolve())
     target = Path(folder.name) / path.name
-    target.write_bytes(data.encode("latin-1"))
+    target.write_bytes(data.encode("utf-8" if recode else encoding))
     return target, text, folder
 
 
@@ -204,7 +209,7 @@ def _persyst(path: Path) -> Signal:
     """Persyst's recording with the interruptions that its table of sample times tells, which MNE passes over."""
     import mne
 
-    path, text, folder = _as_named(path, "File")
+    path, text, folder = _as_named(path, "File", recode=True)
     raw = mne.io.read_raw_persyst(path)
     sfreq = float(raw.info["sfreq"])
     text = text.replace("\r\n", "\n")
@@ -342,7 +347,8 @@ def unreadable(error: BaseException) -> str:
     str
         One line.
     """
-    return f"unreadable: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = " ".join(str(error).split())[:200]
+    return f"unreadable: {type(error).__name__}: {''.join(c if c.isprintable() else '?' for c in text)}"
 
 
 def _missing(format_: str, error: ImportError) -> str:

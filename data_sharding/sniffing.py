@@ -101,7 +101,7 @@ class _File:
 
     def all_text(self, path: AnyPath | None = None) -> str:
         data = headers.read_range(path or self.path, 0, TEXT_BYTES)
-        return data.decode("utf-8", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+        return headers.text_of(data)[0].replace("\r\n", "\n").replace("\r", "\n")
 
     def recording(
         self, format_: str, *sidecars: str, problem: str | None = None, continuous: bool = True, need: str = ""
@@ -115,7 +115,7 @@ class _File:
             format=format_,
             files=_by_path([self.path, *there]),
             # Damaged headers name damaged things; the reason stays one line.
-            problem=problem and " ".join(problem.split())[:300],
+            problem=problem and "".join(c if c.isprintable() else "?" for c in " ".join(problem.split()))[:300],
             continuous=continuous or bool(need and not there),
         )
 

@@ -401,6 +401,9 @@ class TestSegments:
         signal = opened(path)
         assert [(s.start, s.stop) for s in signal.info.segments] == [(0, 250), (250, 400)]
         np.testing.assert_allclose(everything(signal), x * 0.1e-6, atol=1e-12)
+        # Names of patients come in any code page.
+        path.write_bytes(path.read_bytes().replace(b"First=a", b"First=Jos\xe9"))
+        np.testing.assert_allclose(everything(opened(path)), x * 0.1e-6, atol=1e-12)
 
 
 class TestEpochs:
@@ -488,6 +491,15 @@ class TestOtherFormats:
         recording = sniff(path)
         assert recording is not None and len(recording.files) == 3
         signal = open_signal(recording)
+        np.testing.assert_allclose(everything(signal), raw.get_data(), atol=0.05e-6)
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+    def test_names_in_any_code_page(self, tmp_path: Path, make_raw, write_raw, encoding: str) -> None:
+        raw = make_raw(2, 100, 3)
+        path = write_raw(raw, tmp_path / "müller.vhdr")
+        text = path.read_text(encoding="utf-8")
+        path.write_bytes(text.replace("UTF-8", encoding.upper()).encode(encoding))
+        signal = opened(path)
         np.testing.assert_allclose(everything(signal), raw.get_data(), atol=0.05e-6)
 
     def test_egi_simple_binary(self, tmp_path: Path) -> None:
