@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -266,6 +267,20 @@ def test_what_a_dead_process_left_makes_room(tmp_path: Path, own_cache: Path) ->
     (folder / ".abdead.12345678").write_bytes(bytes(80_000))
     os.close(ShardCache(150_000 / 1e9).open(source, sha, 100_000))
     assert [p.name for p in (own_cache / "shards").rglob("*") if p.is_file() and p.parent.name != "locks"] == [sha]
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path, own_cache: Path) -> None:
+    source = tmp_path / "shard"
+    source.write_bytes(os.urandom(100_000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(RequestError, match=r"cache/shards: cannot hold .*shard \(.*\); free the disk, or set"):
+            ShardCache().open(source, sha256_file(source), 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not held(own_cache)
+    os.close(ShardCache().open(source, sha256_file(source), 100_000))
 
 
 def test_what_was_used_longest_ago_goes_first(tmp_path: Path, own_cache: Path) -> None:
