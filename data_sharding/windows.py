@@ -79,7 +79,6 @@ def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[st
                 cuts[segment] = [_Cut(int(s), number + i, split, {}) for i, s in enumerate(starts)]
                 number += len(starts)
         return cuts
-    left_out.update(item.left_out)
     numbers = {name: i for i, name in enumerate(task.labels)}
     onsets = np.array([segment.onset for segment in info.segments])
     for number, trial in enumerate(item.trials):

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_sharding.corpora import CorpusConfig, Item, design_of, list_items, open_item
 from data_sharding.errors import RequestError
 from data_sharding.files import read_json
+from data_sharding.job import main as shard_main
+from data_sharding.manifest import Manifest
 from data_sharding.preprocess import PreprocessSpec
 from data_sharding.readers import ReadError
 from data_sharding.recording import Task, process_recording
@@ -356,3 +359,21 @@ class TestThingsEEG2:
         (tmp_path / "image_metadata.npy").unlink()
         with pytest.raises(RequestError, match=r"image_metadata\.npy"):
             list_items(config)
+
+
+def test_job_counts_each_trial_left_out_once(tmp_path: Path) -> None:
+    write_imagenet(tmp_path, released({1: 449}), splits())
+    config = tmp_path / "job.yaml"
+    corpus = {"kind": "eeg_imagenet", "root": str(tmp_path), "images": str(tmp_path / "images"), "name": "imagenet"}
+    values = {
+        "corpora": [corpus],
+        "preprocess": {"sfreq": 1000, "window": 440, "stride": 440},
+        "split": {"val_fraction": 0, "test_fraction": 0},
+        "ray": {"num_cpus": 1},
+    }
+    config.write_text(yaml.safe_dump(values))
+    assert shard_main([str(config), "--output", str(tmp_path / "out")]) == 0
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.counts["left out: shorter than 450 samples"] == 1
+    assert sum(manifest.samples(split) for split in ("train", "val", "test")) == 23
+    assert manifest.extra["corpora"][0]["design"] == "block"
