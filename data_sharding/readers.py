@@ -26,7 +26,6 @@ from data_sharding.mne_signal import (
     quiet,
     segments_of,
 )
-from data_sharding.records import VOLTS as VOLTS
 from data_sharding.records import open_records
 from data_sharding.signals import Segment, Signal
 from data_sharding.sniffing import Recording
