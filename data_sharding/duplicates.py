@@ -34,7 +34,23 @@ SKETCH = 16
 NEIGHBOURS = 64
 """Most recordings of next lengths that one shared number leads to."""
 
-Relation = Literal["same", "beginning"]
+MOST_RANK = 40
+"""Independent channels beyond which 64 points are too few to tell whether one recording is a mixture of another."""
+RANK = 2e-3
+"""Singular value, as a share of the largest, from which a dimension counts; below is what formats round away."""
+CODE_BITS = 62
+NEAR_BITS = 12
+"""Bits in which the mixing codes of one signal under two references may differ."""
+MIXED = 0.1
+"""Share of a channel that may lie outside of what the other recording's channels can be combined to."""
+
+Relation = Literal["same", "beginning", "remixed"]
+HOW: dict[Relation, str] = {
+    "same": "same signal",
+    "beginning": "same beginning",
+    "remixed": "same signal under another reference",
+}
+"""Relations in words."""
 
 
 @dataclass(kw_only=True)
@@ -66,18 +82,24 @@ def signature(points: np.ndarray) -> list[int]:
     Returns
     -------
     list of int
-        At most `SKETCH` numbers below 2**63, sorted; empty where there are too few points.
+        At most `SKETCH` positive numbers below 2**63, sorted; empty where there are too few points. Before them stands
+        a negative one, the mixing code, where there are enough points for the number of channels.
 
     Notes
     -----
     The signs of 32 points of a channel are one number; of all channels' numbers the smallest after mixing are kept (a
     bottom-k sketch, Broder 1997). Two recordings share about as many of them as they share channels, in whatever order
     and under whatever names.
+
+    The mixing code is of the points' leverages: the diagonal of the projection onto the space that the channels span
+    over time. It is the same for every invertible combination of the channels, so that another reference, a bipolar
+    montage or a few components taken out change few of its bits.
     """
     points = np.asarray(points, np.float32)
     if points.ndim != 2 or points.shape[1] < MIN_POINTS:
         return []
-    live = points[np.linalg.norm(points, axis=1) > 0] > 0
+    rows = points[np.linalg.norm(points, axis=1) > 0]
+    live = rows > 0
     bands = [band for band in BANDS if band[1] <= points.shape[1]] or [(0, MIN_POINTS)]
     numbers = []
     for place, (start, stop) in enumerate(bands):
@@ -88,7 +110,40 @@ def signature(points: np.ndarray) -> list[int]:
         word = (bits * (np.uint64(1) << np.arange(bits.shape[1], dtype=np.uint64))).sum(axis=1, dtype=np.uint64)
         numbers.append(word[telling] + np.uint64((place + 1) << 32))
     mixed = np.unique(_mix(np.concatenate(numbers)))[:SKETCH]
-    return [int(number) for number in mixed]
+    return [*_mixing_code(rows), *(int(number) for number in mixed)]
+
+
+def _space(rows: np.ndarray) -> np.ndarray:
+    """Orthonormal basis [r, P] of what channels [n, P] span over time."""
+    _, size, basis = np.linalg.svd(_unit(rows), full_matrices=False)
+    return basis[size > RANK * size[0]]
+
+
+def _mixing_code(rows: np.ndarray) -> list[int]:
+    if len(rows) < 2 or rows.shape[1] < BANDS[-1][1]:
+        return []
+    basis = _space(rows)
+    if len(basis) > MOST_RANK:
+        return []
+    leverage = (basis**2).sum(axis=0)
+    bits = (leverage > np.median(leverage))[:CODE_BITS]
+    return [-1 - int((bits * (1 << np.arange(CODE_BITS, dtype=np.int64))).sum())]
+
+
+def _remixed(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether the channels of one recording are combinations of the other's."""
+    if min(len(x), len(y)) < 2 or x.shape[1] < BANDS[-1][1]:
+        return False
+    spaces = [(len(_space(rows)), rows) for rows in (x, y)]
+    (_, part), (rank, whole) = sorted(spaces, key=lambda pair: pair[0])
+    if rank > MOST_RANK:
+        return False
+    # Every point counts alike: the transient at the start, and artefacts, would outweigh the rest.
+    weight = 1 / np.maximum(np.linalg.norm(_unit(whole), axis=0), 1e-6)
+    basis = _space(whole * weight)
+    part = _unit(part * weight)
+    outside = np.linalg.norm(part - (part @ basis.T) @ basis, axis=1)
+    return bool((outside < MIXED).mean() >= SHARE)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -119,7 +174,8 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
     -------
     str or None
         same: most channels of the smaller one are in the other, and the lengths agree. beginning: the channels agree,
-        but one recording goes on for longer. None: neither.
+        but one recording goes on for longer. remixed: the lengths agree, and the channels of one are combinations of
+        the other's, as under another reference. None: neither.
 
     Notes
     -----
@@ -140,7 +196,7 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
     for start, stop in pairwise(cuts):
         agree &= _unit(x[:, start:stop]) @ _unit(y[:, start:stop]).T > SAME
     if agree.any(axis=1).mean() < SHARE:
-        return None
+        return "remixed" if abs(seconds_a - seconds_b) <= LENGTH_S and _remixed(x, y) else None
     if abs(seconds_a - seconds_b) <= LENGTH_S:
         return "same"
     # A calibration signal at the start is no evidence that two recordings of other lengths are one.
@@ -161,11 +217,17 @@ def candidates(prints: Sequence[Print]) -> list[tuple[int, int]]:
     list of (int, int)
         Places in `prints`, the smaller one first; sorted.
     """
-    sizes = np.array([len(p.signature or ()) for p in prints], np.int64)
+    pairs = sorted({*_sketches_meet(prints), *_codes_meet(prints)})
+    return pairs
+
+
+def _sketches_meet(prints: Sequence[Print]) -> list[tuple[int, int]]:
+    sketches = [[number for number in p.signature or () if number >= 0] for p in prints]
+    sizes = np.array([len(sketch) for sketch in sketches], np.int64)
     total = int(sizes.sum())
     if not total:
         return []
-    numbers = np.fromiter((number for p in prints for number in p.signature or ()), np.int64, total)
+    numbers = np.fromiter((number for sketch in sketches for number in sketch), np.int64, total)
     who = np.repeat(np.arange(len(prints)), sizes)
     seconds = np.array([p.seconds for p in prints], float)
     order = np.lexsort((who, seconds[who], numbers))
@@ -185,6 +247,21 @@ def candidates(prints: Sequence[Print]) -> list[tuple[int, int]]:
     # One shared number of many is chance.
     kept = (i != j) & ((shared >= 2) | (np.minimum(sizes[i], sizes[j]) < 4))
     return [(int(a), int(b)) for a, b in zip(i[kept], j[kept], strict=True)]
+
+
+def _codes_meet(prints: Sequence[Print]) -> list[tuple[int, int]]:
+    """Pairs of recordings of one length whose mixing codes differ in few bits."""
+    coded = [(p.seconds, i, -1 - p.signature[0]) for i, p in enumerate(prints) if p.signature and p.signature[0] < 0]
+    coded.sort()
+    seconds = np.array([c[0] for c in coded])
+    who = np.array([c[1] for c in coded], np.int64)
+    codes = np.array([c[2] for c in coded], np.uint64)
+    ends = np.searchsorted(seconds, seconds + LENGTH_S, side="right")
+    found = []
+    for i, end in enumerate(ends):
+        near = np.flatnonzero(np.bitwise_count(codes[i + 1 : end] ^ codes[i]) <= NEAR_BITS)
+        found += [(int(min(who[i], j)), int(max(who[i], j))) for j in who[i + 1 + near]]
+    return found
 
 
 def matches(
@@ -231,8 +308,8 @@ def find_duplicates(prints: Sequence[Print], load_points: Callable[[str], np.nda
     Returns
     -------
     dict
-        Key of a duplicate to the key of the recording that is kept, followed by ``(same beginning, A of B s)`` where
-        the lengths differ.
+        Key of a duplicate to the key of the recording that is kept, followed in brackets by how they differ, where the
+        lengths or the references do.
     """
     duplicate: dict[str, str] = {}
     root: dict[str, Print] = {}
@@ -263,11 +340,14 @@ def find_duplicates(prints: Sequence[Print], load_points: Callable[[str], np.nda
     for j in sorted(meets):
         item = rest[j]
         for i in meets[j]:
-            if compare(points_of(rest[i].key), points_of(item.key), rest[i].seconds, item.seconds):
+            relation = compare(points_of(rest[i].key), points_of(item.key), rest[i].seconds, item.seconds)
+            if relation:
                 kept = root.get(rest[i].key, rest[i])
                 root[item.key] = kept
-                lengths = f" (same beginning, {item.seconds:.1f} of {kept.seconds:.1f} s)"
-                duplicate[item.key] = kept.key + (lengths if abs(kept.seconds - item.seconds) > LENGTH_S else "")
+                how = f" ({HOW[relation]})" if relation == "remixed" else ""
+                if abs(kept.seconds - item.seconds) > LENGTH_S:
+                    how = f" ({HOW['beginning']}, {item.seconds:.1f} of {kept.seconds:.1f} s)"
+                duplicate[item.key] = kept.key + how
                 break
     # Equal bytes may stand for a recording that turned out to be a duplicate itself.
     for key, value in duplicate.items():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data_sharding.duplicates import Print, matches
+from data_sharding.duplicates import HOW, Print, matches
 from data_sharding.errors import RequestError
 from data_sharding.ledger import set_aside
 from data_sharding.storage import as_path
@@ -296,8 +296,7 @@ class HoldBack:
                 rest.append(row)
         if theirs and contents.fingerprints:
             for i, j, relation in matches(_prints(rest), theirs, load_points, contents.fingerprints.load):
-                how = "same signal" if relation == "same" else "same beginning"
-                reason = f"held back: recording of {name} ({how} as {theirs[j].key})"
+                reason = f"held back: recording of {name} ({HOW[relation]} as {theirs[j].key})"
                 why.setdefault(rest[i]["key"], (name, reason))
         # Who has one recording in a benchmark is a subject of that benchmark.
         people = {

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from data_sharding.duplicates import find_duplicates, matches
+from data_sharding.duplicates import HOW, find_duplicates, matches
 from data_sharding.errors import RequestError
 from data_sharding.files import read_json
 from data_sharding.fingerprints import NAME as FINGERPRINTS
@@ -356,8 +356,7 @@ def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[s
         ours, theirs = a.fingerprints.prints, b.fingerprints.prints
         out.compared.append(f"recordings by signal: {len(ours)} with {len(theirs)}")
         for i, j, relation in matches(ours, theirs, a.fingerprints.load, b.fingerprints.load):
-            how = "same signal" if relation == "same" else "same beginning"
-            pairs.setdefault((ours[i].key, theirs[j].key), how)
+            pairs.setdefault((ours[i].key, theirs[j].key), HOW[relation])
     for key in sorted(set(a.recordings) & set(b.recordings)):
         ours, theirs = a.rows.get(key), b.rows.get(key)
         if (key, key) in pairs:

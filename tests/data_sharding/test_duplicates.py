@@ -69,10 +69,30 @@ def test_found(what: str) -> None:
 
 
 def test_not_found_as_documented() -> None:
-    """Another reference or polarity, a stretch from the middle: said so in docs/leakage.md."""
-    x = eeg(0, alpha=0.0)
-    for other in (x - x[:1], -x, x[:, 500:]):
-        assert find_duplicates([make("a", x), make("b", other)]) == {}
+    """A stretch from the middle, and another reference of more channels than points: said so in docs/leakage.md."""
+    x, many = eeg(0, alpha=0.0), eeg(1, 80, alpha=0.0)
+    assert find_duplicates([make("a", x), make("b", x[:, 500:])]) == {}
+    assert find_duplicates([make("a", many), make("b", many - many[:1])]) == {}
+
+
+@pytest.mark.parametrize("n", [8, 19, 32])
+def test_another_reference_or_combination_of_channels(n: int) -> None:
+    rng = np.random.default_rng(n)
+    x = eeg(0, n)
+    mixing = rng.normal(size=(n, n))
+    components = np.linalg.inv(mixing) @ x
+    components[0] = 0
+    others = {
+        "average": x - x.mean(axis=0),
+        "one electrode": np.delete(x - x[1], 1, axis=0),
+        "bipolar": x[1:] - x[:-1],
+        "inverted": -x,
+        "one component taken out": mixing @ components,
+    }
+    for name, y in others.items():
+        prints = [make("a", x), make("other", eeg(7, n)), make("b", np.round(y, 1))]
+        found = find_duplicates(prints)
+        assert list(found) == ["b"] and found["b"].startswith("a"), name
 
 
 @settings(max_examples=25, deadline=None)
