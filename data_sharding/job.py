@@ -255,7 +255,21 @@ def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, load_points: Points)
     """
     candidates = [row for row in rows if row["status"] == "sharded"]
     candidates.sort(key=lambda row: preference(row, trials=plan.items[row["key"]].trials is not None))
-    prints = [
+    duplicates = find_duplicates(_prints(candidates), load_points)
+    for row in candidates:
+        if kept := duplicates.get(row["key"]):
+            set_aside(row, "duplicate", f"duplicate of {kept}", duplicate_of=kept.split(" ")[0])
+    # Whoever mends a quarantined recording should know of its twin.
+    unused = [row for row in rows if row["status"] == "quarantined" and row.get("signature")]
+    kept_rows = [row for row in candidates if row["status"] == "sharded"]
+    twins = find_duplicates(_prints([*kept_rows, *unused]), load_points)
+    for row in unused:
+        if twin := twins.get(row["key"]):
+            row["notes"].append(f"the same signal as {twin}")
+
+
+def _prints(rows: list[dict[str, Any]]) -> list[Print]:
+    return [
         Print(
             key=row["key"],
             sha256=row["sha256"],
@@ -263,12 +277,8 @@ def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, load_points: Points)
             names=row["channels"],
             signature=row["signature"],
         )
-        for row in candidates
+        for row in rows
     ]
-    duplicates = find_duplicates(prints, load_points)
-    for row in candidates:
-        if kept := duplicates.get(row["key"]):
-            set_aside(row, "duplicate", f"duplicate of {kept}", duplicate_of=kept.split(" ")[0])
 
 
 def pack(config: ShardConfig, plans: list[ShardPlan], output: AnyPath, in_flight: int) -> dict[str, list[Shard]]:
@@ -491,8 +501,8 @@ def _main(argv: list[str]) -> int:
         if not is_storage_error(error):
             raise
         say(
-            f"dreamscale: output '{config.output}': {describe(error)}; what is finished is kept: mend it, and run the "
-            "same command to go on"
+            f"dreamscale: a disk or a store failed: {describe(error)}; what is finished is kept in {config.output}: "
+            "mend it, and run the same command to go on"
         )
     return EXIT_FAILED
 
