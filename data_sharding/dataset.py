@@ -234,13 +234,15 @@ class EEGDataset:
         (place,) = self.places([number])
         return self.reader.meta(place, bytes(self.reader.read(place, place.meta_at, place.meta)))
 
-    def pack(self, numbers: Sequence[int]) -> Packed:
+    def pack(self, numbers: Sequence[int], out: np.ndarray | None = None) -> Packed:
         """Read samples without their images.
 
         Parameters
         ----------
         numbers : sequence of int
             Which samples.
+        out : ndarray of float16, shape (rows, T), optional
+            Where signals go if they find room there.
 
         Returns
         -------
@@ -254,7 +256,7 @@ class EEGDataset:
         """
         reader = self.reader
         reader.let_go()
-        return pack([(reader, place) for place in self.places(numbers)], self.spec.window)
+        return pack([(reader, place) for place in self.places(numbers)], self.spec.window, out)
 
     def __getitem__(self, number: int) -> Sample:
         (place,) = self.places([number])

@@ -19,6 +19,7 @@ from data_sharding.errors import RequestError
 from data_sharding.order import EpochOrder, Interleaved, Order
 from data_sharding.reading import parse_meta
 from data_sharding.samples import N_PADDED
+from data_sharding.transport import Shipped, Slots
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from data_sharding.mixture import Mixture
 
 
+_UNDER_WAY = 4
+"""Batches that a reading process prepares ahead."""
 _LISTS = ("channels", "keys", "json", "shards", "numbers", "epochs")
 
 
@@ -116,7 +119,12 @@ class Batch:
         return self
 
 
-def collate(dataset: EEGDataset | Mixture, numbers: Sequence[int], epochs: Sequence[int] | None = None) -> Batch:
+def collate(
+    dataset: EEGDataset | Mixture,
+    numbers: Sequence[int],
+    epochs: Sequence[int] | None = None,
+    out: np.ndarray | None = None,
+) -> Batch:
     """Read samples into a batch.
 
     Parameters
@@ -127,6 +135,8 @@ def collate(dataset: EEGDataset | Mixture, numbers: Sequence[int], epochs: Seque
         Which samples.
     epochs : sequence of int, optional
         The epoch each belongs to; 0 by default.
+    out : ndarray of float16, shape (rows, T), optional
+        Memory for the signals, if they find room there.
 
     Returns
     -------
@@ -140,7 +150,7 @@ def collate(dataset: EEGDataset | Mixture, numbers: Sequence[int], epochs: Seque
     """
     import torch
 
-    packed = dataset.pack(numbers)
+    packed = dataset.pack(numbers, out)
     return Batch(
         packed=torch.from_numpy(packed.eeg),
         channels=packed.channels,
@@ -194,19 +204,31 @@ class _Ahead:
 class _Steps:
     """Map-style view of the stream for torch's DataLoader: item t is this rank's part of global batch t."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader, self.ahead = loader, _Ahead()
+    def __init__(self, loader: Loader, slots: Slots | None = None) -> None:
+        self.loader, self.ahead, self.slots = loader, _Ahead(), slots
+        self.served = 0
 
     def __len__(self) -> int:
         return 2**62
 
-    def __getitem__(self, step: int) -> Batch | _Refusal:
+    def __getitem__(self, step: int) -> Batch | Shipped | _Refusal:
+        from torch.utils.data import get_worker_info
+
         numbers, epochs = self.loader.positions(step)
         self.ahead.fetch(self.loader, step)
+        worker, out, place = get_worker_info(), None, 0
+        if self.slots and worker:
+            place = worker.id * self.slots.each + self.served % self.slots.each
+            out = self.slots.view(place)
+            self.served += 1
         try:
-            return collate(self.loader.dataset, numbers, epochs)
+            batch = collate(self.loader.dataset, numbers, epochs, out)
         except RequestError as error:
             return _Refusal(str(error))
+        if self.slots is None or out is None or batch.packed.data_ptr() != out.ctypes.data:
+            return batch
+        rows, batch.packed = len(batch.packed), batch.packed[:0].clone()
+        return Shipped(batch=batch, slots=self.slots.number, place=place, rows=rows)
 
 
 class _From:
@@ -341,17 +363,26 @@ class Loader:
         import torch
         from torch.utils.data import DataLoader
 
+        slots = None
+        if self.num_workers and Slots.possible():
+            # Torch deals steps out in turn and lets each process have so many under way; one more is being copied.
+            known = [int(part.index["n"].max()) if part.index["n"].all() else N_PADDED for part in self.dataset.parts]
+            rows = self.global_batch // self.world_size * max(known)
+            slots = Slots(self.num_workers, _UNDER_WAY + 2, rows, self.dataset.spec.window)
         reader = DataLoader(
-            _Steps(self),  # type: ignore[arg-type]
+            _Steps(self, slots),  # type: ignore[arg-type]
             sampler=_From(self.step),
             batch_size=None,
             num_workers=self.num_workers,
-            prefetch_factor=4 if self.num_workers else None,
+            prefetch_factor=_UNDER_WAY if self.num_workers else None,
+            multiprocessing_context="fork" if slots else None,
             pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
         )
         for batch in reader:
             if isinstance(batch, _Refusal):
                 raise RequestError(batch.message)
+            if isinstance(batch, Shipped):
+                batch = batch.arrived()
             self.step += 1
             yield batch
 

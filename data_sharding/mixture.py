@@ -157,13 +157,15 @@ class Mixture:
         part, own = self.locate(number)
         return part[own]
 
-    def pack(self, numbers: Sequence[int]) -> Packed:
+    def pack(self, numbers: Sequence[int], out: np.ndarray | None = None) -> Packed:
         """Read samples without their images.
 
         Parameters
         ----------
         numbers : sequence of int
             Which samples.
+        out : ndarray of float16, shape (rows, T), optional
+            Where signals go if they find room there.
 
         Returns
         -------
@@ -179,7 +181,7 @@ class Mixture:
             reader.let_go()
             for spot, place in zip(mine.tolist(), part.places(own[mine]), strict=True):
                 found[spot] = reader, place
-        return pack(found, self.spec.window)
+        return pack(found, self.spec.window, out)
 
 
 def _require_alike(first: EEGDataset, other: EEGDataset) -> None:

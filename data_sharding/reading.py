@@ -324,7 +324,7 @@ class Reader:
         return parse_meta(text, self.dataset.shard_name(place.shard), self.name(place, key))
 
 
-def pack(samples: Sequence[tuple[Reader, Place]], window: int) -> Packed:
+def pack(samples: Sequence[tuple[Reader, Place]], window: int, out: np.ndarray | None = None) -> Packed:
     """Read samples of one or several datasets, without their images.
 
     Parameters
@@ -333,6 +333,8 @@ def pack(samples: Sequence[tuple[Reader, Place]], window: int) -> Packed:
         Where from.
     window : int
         T, the same in all of them.
+    out : ndarray of float16, shape (rows, window), optional
+        Where signals go if they find room there.
 
     Returns
     -------
@@ -346,7 +348,7 @@ def pack(samples: Sequence[tuple[Reader, Place]], window: int) -> Packed:
     """
     # An index from before it knew n says 0: room for all.
     room = sum(place.n or N_PADDED for _, place in samples)
-    eeg = np.empty((room, window), np.float16)
+    eeg = out if out is not None and len(out) >= room else np.empty((room, window), np.float16)
     packed = Packed(eeg=eeg, channels=[], keys=[], json=[], shards=[])
     for reader, place in samples:
         reader.announce(place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from hypothesis import strategies as st
 
 from data_sharding.dataset import EEGDataset, write_dataset
 from data_sharding.errors import RequestError
-from data_sharding.loader import Loader, collate, sequential
+from data_sharding.loader import Batch, Loader, collate, sequential
 from data_sharding.order import EpochOrder, epoch_order, permute
 from data_sharding.preprocess import PreprocessSpec
 from data_sharding.reading import INDEX, parse_index
 from data_sharding.samples import Sample, pad_channels
+from data_sharding.transport import Shipped, Slots
 
 GOLDEN = [1, 3, 5, 6, 2, 8, 9, 7, 4, 0]
 TINY = PreprocessSpec(sfreq=64.0, highpass=0.5, lowpass=20.0, window=16, stride=16)
@@ -174,6 +176,33 @@ def test_reading_processes_give_the_same_batches(unpaired_dataset: Path) -> None
     for here, there, _ in zip(Loader(data, 7, 0), Loader(data, 7, 0, num_workers=2), range(15), strict=False):
         assert torch.equal(here.packed, there.packed) and here.numbers == there.numbers
         assert here.metas == there.metas and here.epochs == there.epochs
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+def test_batches_that_are_kept_stay_what_they_are(unpaired_dataset: Path) -> None:
+    """Reading processes use their memory over and over, and the trainer may hold on to batches."""
+    data = EEGDataset(unpaired_dataset, "train")
+    kept = []
+    for batch, step in zip(Loader(data, 12, 0, num_workers=3), range(45), strict=False):
+        kept.append(batch)
+        if step % 10 == 0:
+            # Let them fill all they may.
+            time.sleep(0.2)
+    for here, there in zip(Loader(data, 12, 0), kept, strict=False):
+        assert here.numbers == there.numbers and torch.equal(here.packed, there.packed)
+
+
+def test_reading_processes_leave_signals_in_slots() -> None:
+    slots = Slots(2, 3, rows=10, window=7)
+    views = [slots.view(place) for place in range(6)]
+    for number, view in enumerate(views):
+        view[:] = number
+    assert all(view.shape == (10, 7) and (view == number).all() for number, view in enumerate(views))
+    batch = Batch(packed=torch.empty(0), channels=[4], keys=["a"], json=[b"{}"], shards=["s"], numbers=[0], epochs=[0])
+    shipped = pickle.loads(pickle.dumps(Shipped(batch=batch, slots=slots.number, place=5, rows=4)))
+    there = shipped.arrived().packed
+    views[5][:] = 0
+    assert there.shape == (4, 7) and (there == 5).all()
 
 
 def test_sequential_reads_everything_once(unpaired_dataset: Path) -> None:
