@@ -291,11 +291,8 @@ def _fill(task: Task, row: dict[str, Any], folder: Path) -> None:
         read = _Reading(info, channels, spec)
         with Scratch(len(read.picks)) as scratch:
             survey = read.first_pass(signal, scratch)
-            clean = _judge(item, row, read, survey, spec)
+            clean = _judge(item, row, read, survey, spec, folder)
             write_windows(task, row, folder, clean, scratch, info)
-            kept = clean.fingerprint.astype(np.float16)
-            np.save(folder / "fingerprint.npy", kept)
-            row["signature"] = signature(kept.astype(np.float32))
     if not row["windows"]:
         left = json.loads(row["windows_left_out"])
         raise SetAside("excluded", "no window left: " + ", ".join(f"{n} {why}" for why, n in sorted(left.items())))
@@ -379,8 +376,10 @@ def _read(signal: Signal, start: int, stop: int, picks: list[int]) -> np.ndarray
     return x
 
 
-def _judge(item: Item, row: dict[str, Any], read: _Reading, survey: Survey, spec: PreprocessSpec) -> Clean:
-    """Decide on channels, unit, mains and reference."""
+def _judge(
+    item: Item, row: dict[str, Any], read: _Reading, survey: Survey, spec: PreprocessSpec, folder: Path
+) -> Clean:
+    """Decide on channels, unit, mains and reference; the fingerprint is kept of whatever has a signal."""
     info, n_eeg = read.info, len(read.channels.names)
     factor = item.unit_factor if item.unit_factor is not None else 1.0 if info.unit_known else None
     verdict = survey.verdict(factor)
@@ -408,6 +407,9 @@ def _judge(item: Item, row: dict[str, Any], read: _Reading, survey: Survey, spec
         "channel_selection": rule,
         "bads": [f"{kept.names[i]}: {bad_of[chosen[i]]}" for i in bads],
     }
+    points = prints[chosen].astype(np.float16)
+    np.save(folder / "fingerprint.npy", points)
+    row["signature"] = signature(points.astype(np.float32))
     _refuse(bad_of, verdict, eeg)
     if item.line_freq is not None:
         row["line_freq"], row["line_freq_from"] = item.line_freq, "config"
@@ -433,7 +435,6 @@ def _judge(item: Item, row: dict[str, Any], read: _Reading, survey: Survey, spec
         line_freq=row["line_freq"],
         begins=read.begins,
         lengths=read.lengths,
-        fingerprint=prints[chosen],
     )
 
 

@@ -9,7 +9,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,6 @@ class Clean:
     """First sample of each segment in the scratch file."""
     lengths: list[int]
     """Samples of each segment there."""
-    fingerprint: np.ndarray = field(repr=False)
-    """[n, P] of the windows' channels."""
 
 
 @dataclass(frozen=True)
