@@ -113,8 +113,9 @@ class _Names:
         self.subjects: defaultdict[str, list[str]] = defaultdict(list)
         self.paths: defaultdict[str, list[str]] = defaultdict(list)
         for item in items:
-            for name in {_bare(item.subject), f"{item.corpus}/{_bare(item.subject)}"}:
-                self.subjects[name].append(item.key)
+            if item.subject != item.key:  # Of others nobody says whose they are.
+                for name in {_bare(item.subject), f"{item.corpus}/{_bare(item.subject)}"}:
+                    self.subjects[name].append(item.key)
             # Where the corpus is named after the first folder, the path begins with its name already.
             inside = item.path.startswith(f"{item.corpus}/")
             for name in {f"{item.corpus}/{item.path}", *([item.path] if inside else [])}:
@@ -133,6 +134,8 @@ class _Names:
     def some(self, kind: str) -> str:
         """A few names, for a message."""
         names = sorted(n for n in (self.subjects if kind == "subject" else self.paths) if kind != "subject" or "/" in n)
+        if not names:
+            return "no subjects with a name (subject_pattern gives them one)"
         return ", ".join(names[:5]) + " ..." * (len(names) > 5)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -219,11 +221,14 @@ def _show(grids: Iterable[Grid]) -> None:
         for line in lines:
             # Brackets in names are names, no markup.
             table.add_row(*(cell.replace("[", "\\[") for cell in line))
-        width = None if terminal else 20 + sum(max(map(len, column)) + 4 for column in zip(grid.head, *lines))  # noqa: B905
-        console = Console(width=width, soft_wrap=False, highlight=False)
-        console.print(table)
-        if not terminal:
-            print()
+        if terminal:
+            Console(highlight=False).print(table)
+            continue
+        # As wide as it needs to be: what reads this cuts or searches lines.
+        width = 20 + sum(max(map(len, column)) + 4 for column in zip(grid.head, *lines, strict=True))
+        text = io.StringIO()
+        Console(file=text, width=width, highlight=False).print(table)
+        print("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
 
 
 def _as_json(rows: Sequence[dict[str, Any]], manifest: Manifest, grids: Iterable[Grid]) -> str:
@@ -296,4 +301,9 @@ def main(argv: list[str] | None = None) -> int:
     int
         0, or 2 where there is no complete dataset with a ledger, or no such recording.
     """
-    return run_main(_main, argv)
+    try:
+        return run_main(_main, argv)
+    except BrokenPipeError:
+        # Whoever reads, say `head`, has seen enough; without this the interpreter complains at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
