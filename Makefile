@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
-SOURCES := data_sharding pretrain finetune launch tests
+SOURCES := data_sharding pretrain finetune launch tests benchmarks
 
 .PHONY: demo test check lint types spelling format clean
 .DEFAULT_GOAL := test

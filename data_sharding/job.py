@@ -27,7 +27,7 @@ from data_sharding.manifest import Manifest, Shard
 from data_sharding.packing import ShardPlan, plan_shards, write_shard
 from data_sharding.plan import Plan, ShardConfig, essence, make_plan, place_of
 from data_sharding.progress import JobProgress, progress
-from data_sharding.recording import PART_SCHEMA, Task, blank_row, versions
+from data_sharding.recording import PART_SCHEMA, Task, blank_row, recording_checksum, versions
 from data_sharding.splits import SPLITS
 from data_sharding.storage import (
     AnyPath,
@@ -78,8 +78,7 @@ def _finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | No
     if newer:
         known = {row["key"]: row["sha256"] for row in read_ledger(output)}
         for item in newer:
-            hashes = sorted(sha256_file(f) for f in item.recording.files)
-            if known.get(item.key) != (digest_of(hashes) if len(hashes) > 1 else hashes[0]):
+            if known.get(item.key) != recording_checksum(item, [sha256_file(f) for f in item.recording.files]):
                 raise RequestError(
                     f"output '{output}': '{item.path}' has changed since this dataset was made; choose another folder"
                 )

@@ -35,7 +35,7 @@ class Mixture:
     Attributes
     ----------
     parts : list of EEGDataset
-        The datasets, in the order of `weights`.
+        The datasets, in the order of their ids: neither the order in `weights` nor their paths change anything.
     weights : list of float
         Their shares, summing to 1.
     manifest : Manifest
@@ -55,9 +55,11 @@ class Mixture:
         except ValueError as error:
             raise RequestError(f"datasets: {error}") from None
         self.split = split
-        self.parts = [EEGDataset(path, split, cache_gb=cache_gb) for path in weights]
+        opened = [(EEGDataset(path, split, cache_gb=cache_gb), weight) for path, weight in weights.items()]
+        opened.sort(key=lambda one: one[0].manifest.dataset_id)
+        self.parts = [part for part, _ in opened]
         total = sum(weights.values())
-        self.weights = [weight / total for weight in weights.values()]
+        self.weights = [weight / total for _, weight in opened]
         for part in self.parts[1:]:
             _require_alike(self.parts[0], part)
         ids = [part.manifest.dataset_id for part in self.parts]

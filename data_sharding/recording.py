@@ -38,7 +38,7 @@ from data_sharding.streaming import Resampler, Scratch, blocks_of, resampled_len
 from data_sharding.units import Survey, Verdict
 from data_sharding.windows import Clean, write_windows
 
-PART_SCHEMA = 3
+PART_SCHEMA = 4
 """Part of a part's name: raise it when the code's results change, and no older part is taken up again."""
 MIN_SAMPLES = 16
 """Fewer samples cannot even be measured."""
@@ -262,41 +262,75 @@ def _open(item: Item) -> Signal:
 
 def _fill(task: Task, row: dict[str, Any], folder: Path) -> None:
     """Do the work; rows of set-aside recordings keep what was learned up to there."""
-    item, spec = task.item, task.spec
+    item = task.item
     if item.recording.problem:
         raise SetAside("quarantined" if item.recording.continuous else "excluded", item.recording.problem)
     signal = _open(item)
-    with contextlib.closing(signal):
-        info = signal.info
-        if not 0 < info.sfreq < np.inf:
-            raise SetAside("quarantined", f"unreadable: its sampling rate reads as {info.sfreq} Hz")
-        row |= {"sfreq": info.sfreq, "seconds": round(info.n_samples / info.sfreq, 4)}
-        row["notes"] += info.notes
-        if info.n_samples < MIN_SAMPLES:
-            raise SetAside("excluded", f"no signal: {info.n_samples} samples")
-        channels = pick_channels(info)
-        row |= {
-            "channels_by_type": json.dumps(channels.by_type),
-            "channels_left_out": json.dumps(channels.left_out),
-            "n_eeg": len(channels.names),
-            "montage": channels.montage,
-            "montage_confidence": channels.confidence,
-        }
-        row["notes"] += channels.notes
-        if item.reason:
-            raise SetAside("excluded", item.reason)
-        if not channels.picks:
-            others = [n for names in channels.left_out.values() for n in names] or sorted(channels.by_type)
-            raise SetAside("excluded", f"no EEG channel: only {', '.join(others[:5])}")
-        read = _Reading(info, channels, spec)
-        with Scratch(len(read.picks)) as scratch:
-            survey = read.first_pass(signal, scratch)
-            clean = _judge(item, row, read, survey, spec, folder)
-            write_windows(task, row, folder, clean, scratch, info)
+    with contextlib.closing(signal), prepared(signal, item, task.spec, row, folder) as (clean, scratch):
+        write_windows(task, row, folder, clean, scratch, signal.info)
     if not row["windows"]:
         left = json.loads(row["windows_left_out"])
         raise SetAside("excluded", "no window left: " + ", ".join(f"{n} {why}" for why, n in sorted(left.items())))
     row["status"] = "sharded"
+
+
+@contextlib.contextmanager
+def prepared(
+    signal: Signal, item: Item, spec: PreprocessSpec, row: dict[str, Any], folder: Path | None = None
+) -> Iterator[tuple[Clean, Scratch]]:
+    """Read a recording once, and judge it: all but the filters and the windows.
+
+    Parameters
+    ----------
+    signal : Signal
+        The open recording.
+    item : Item
+        What its corpus says about it.
+    spec : PreprocessSpec
+        What will be done to it.
+    row : dict
+        Its ledger row (`blank_row`), filled with what is learned.
+    folder : Path, optional
+        Where its fingerprint is put; nowhere by default.
+
+    Yields
+    ------
+    clean : Clean
+        What `data_sharding.windows` is to do.
+    scratch : Scratch
+        The signal at the target rate; it is gone afterwards.
+
+    Raises
+    ------
+    SetAside
+        If the recording cannot be used.
+    """
+    info = signal.info
+    if not 0 < info.sfreq < np.inf:
+        raise SetAside("quarantined", f"unreadable: its sampling rate reads as {info.sfreq} Hz")
+    row |= {"sfreq": info.sfreq, "seconds": round(info.n_samples / info.sfreq, 4)}
+    row |= {"reference": info.reference, "segments": len(info.segments)}
+    row["notes"] += info.notes
+    if info.n_samples < MIN_SAMPLES:
+        raise SetAside("excluded", f"no signal: {info.n_samples} samples")
+    channels = pick_channels(info)
+    row |= {
+        "channels_by_type": json.dumps(channels.by_type),
+        "channels_left_out": json.dumps(channels.left_out),
+        "n_eeg": len(channels.names),
+        "montage": channels.montage,
+        "montage_confidence": channels.confidence,
+    }
+    row["notes"] += channels.notes
+    if item.reason:
+        raise SetAside("excluded", item.reason)
+    if not channels.picks:
+        others = [n for names in channels.left_out.values() for n in names] or sorted(channels.by_type)
+        raise SetAside("excluded", f"no EEG channel: only {', '.join(others[:5])}")
+    read = _Reading(info, channels, spec)
+    with Scratch(len(read.picks)) as scratch:
+        survey = read.first_pass(signal, scratch)
+        yield _judge(item, row, read, survey, spec, folder), scratch
 
 
 class _Reading:
@@ -377,7 +411,7 @@ def _read(signal: Signal, start: int, stop: int, picks: list[int]) -> np.ndarray
 
 
 def _judge(
-    item: Item, row: dict[str, Any], read: _Reading, survey: Survey, spec: PreprocessSpec, folder: Path
+    item: Item, row: dict[str, Any], read: _Reading, survey: Survey, spec: PreprocessSpec, folder: Path | None
 ) -> Clean:
     """Decide on channels, unit, mains and reference; the fingerprint is kept of whatever has a signal."""
     info, n_eeg = read.info, len(read.channels.names)
@@ -400,6 +434,8 @@ def _judge(
         row["fingerprint"] = hashlib.sha256(np.round(prints, 2).astype(np.float16).tobytes()).hexdigest()
     chosen, rule = choose(channels, list(bad_of))
     kept = restrict(channels, chosen, rule)
+    left_out = {read.names[i]: "NaN or infinite values" for i in verdict.not_finite if i < n_eeg}
+    left_out |= {name: "beyond 128 channels" for name in channels.names if name not in kept.names}
     bads = [new for new, old in enumerate(chosen) if old in bad_of]
     row |= {
         "n_kept": len(chosen),
@@ -408,7 +444,8 @@ def _judge(
         "bads": [f"{kept.names[i]}: {bad_of[chosen[i]]}" for i in bads],
     }
     points = prints[chosen].astype(np.float16)
-    np.save(folder / "fingerprint.npy", points)
+    if folder is not None:
+        np.save(folder / "fingerprint.npy", points)
     row["signature"] = signature(points.astype(np.float32))
     _refuse(bad_of, verdict, eeg)
     if item.line_freq is not None:
@@ -435,6 +472,7 @@ def _judge(
         line_freq=row["line_freq"],
         begins=read.begins,
         lengths=read.lengths,
+        left_out=left_out,
     )
 
 

@@ -50,10 +50,12 @@ class Clean:
     """First sample of each segment in the scratch file."""
     lengths: list[int]
     """Samples of each segment there."""
+    left_out: dict[str, str]
+    """Channels of EEG that are not in the windows, and why."""
 
 
 @dataclass(frozen=True)
-class _Cut:
+class Cut:
     """A window to be cut."""
 
     start: int
@@ -64,19 +66,101 @@ class _Cut:
     extra: dict[str, Any]
 
 
-def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[str]) -> dict[int, list[_Cut]]:
+def whole_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> dict[int, list[Cut]]:
+    """Windows of a recording without trials.
+
+    Parameters
+    ----------
+    lengths : list of int
+        Samples of each segment at the target rate.
+    spec : PreprocessSpec
+        Window and stride.
+    split : str
+        Where they go.
+
+    Returns
+    -------
+    dict
+        Segment to its windows, in order of time.
+    """
+    cuts: dict[int, list[Cut]] = {}
+    number = 0
+    for segment, length in enumerate(lengths):
+        starts = window_starts(length, spec)
+        if len(starts):
+            cuts[segment] = [Cut(int(s), number + i, split, {}) for i, s in enumerate(starts)]
+            number += len(starts)
+    return cuts
+
+
+def clean_windows(
+    clean: Clean,
+    scratch: Scratch,
+    info: SignalInfo,
+    spec: PreprocessSpec,
+    cuts: dict[int, list[Cut]],
+    left_out: Counter[str],
+) -> Iterator[tuple[int, Cut, float, np.ndarray]]:
+    """Filter the segments that hold windows, and cut these.
+
+    Parameters
+    ----------
+    clean : Clean
+        What to do.
+    scratch : Scratch
+        The signal at the target rate.
+    info : SignalInfo
+        What is known of the recording.
+    spec : PreprocessSpec
+        Filters and window.
+    cuts : dict
+        Segment to its windows, in order of time.
+    left_out : Counter
+        Reason to windows, counted up for those that are not fit to be used.
+
+    Yields
+    ------
+    segment : int
+        Where the window lies.
+    cut : Cut
+        Which it is.
+    start : float
+        Seconds from the recording's beginning.
+    window : ndarray, shape (n, T), float32
+        Microvolts.
+    """
+    n = len(clean.channels.names)
+    good = np.setdiff1d(np.arange(n), clean.bads)
+    spans = np.array([(begin, end) for begin, end, _ in info.bad_spans], float).reshape(-1, 2)
+    for number, wanted in cuts.items():
+        begin, onset = clean.begins[number], info.segments[number].onset
+
+        def read(start: int, stop: int, begin: int = begin) -> np.ndarray:
+            return clean.factor * scratch.read(begin + start, begin + stop)[clean.rows]
+
+        blocks = clean_blocks(
+            read,
+            clean.lengths[number],
+            info.sfreq,
+            spec,
+            line_freq=clean.line_freq,
+            reference=clean.reference,
+        )
+        for cut, x in _windows(blocks, wanted, spec.window):
+            window, start_s = x[:n], onset + cut.start / spec.sfreq
+            if why := _flaw(window, good, start_s, spans, spec):
+                left_out[why] += 1
+            else:
+                yield number, cut, start_s, window
+
+
+def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
     """Every window that lies in a segment, by segment, in order of time."""
     item, spec = task.item, task.spec
-    cuts: dict[int, list[_Cut]] = {}
+    cuts: dict[int, list[Cut]] = {}
     if item.trials is None:
         split = task.split.subject(item.subject) if task.split.by_subject else "train"
-        number = 0
-        for segment, length in enumerate(lengths):
-            starts = window_starts(length, spec)
-            if len(starts):
-                cuts[segment] = [_Cut(int(s), number + i, split, {}) for i, s in enumerate(starts)]
-                number += len(starts)
-        return cuts
+        return whole_windows(lengths, spec, split)
     numbers = {name: i for i, name in enumerate(task.labels)}
     onsets = np.array([segment.onset for segment in info.segments])
     for number, trial in enumerate(item.trials):
@@ -96,7 +180,7 @@ def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[st
             if trial.label_name:
                 extra["label"] = numbers[trial.label_name]
             extra |= {"caption": trial.caption, "image_path": trial.image}
-            cuts.setdefault(segment, []).append(_Cut(start, number, split, extra))
+            cuts.setdefault(segment, []).append(Cut(start, number, split, extra))
     return {segment: sorted(cuts[segment], key=lambda cut: (cut.start, cut.number)) for segment in sorted(cuts)}
 
 
@@ -135,7 +219,7 @@ def image_type(data: bytes) -> str | None:
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
-def _windows(blocks: Iterator[np.ndarray], cuts: list[_Cut], window: int) -> Iterator[tuple[_Cut, np.ndarray]]:
+def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], window: int) -> Iterator[tuple[Cut, np.ndarray]]:
     """Cut windows, in order of their starts, out of a signal that comes in blocks."""
     held, at, following = None, 0, 0
     for block in blocks:
@@ -173,12 +257,10 @@ def write_windows(
     item, spec = task.item, task.spec
     left_out: Counter[str] = Counter()
     written: Counter[str] = Counter()
-    channels, n = clean.channels, len(clean.channels.names)
-    good = np.setdiff1d(np.arange(n), clean.bads)
-    spans = np.array([(begin, end) for begin, end, _ in info.bad_spans], float).reshape(-1, 2)
-    covered = 0
+    channels = clean.channels
+    covered, segment, covered_to = 0, -1, 0
     base = {
-        "n": n,
+        "n": len(channels.names),
         "ch_names": channels.names,
         "positions": channels.positions,
         "reference": spec.reference_name,
@@ -191,42 +273,27 @@ def write_windows(
     }
     with contextlib.ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
-        for number, cuts in _cuts(task, info, clean.lengths, left_out).items():
-            begin, onset, covered_to = clean.begins[number], info.segments[number].onset, 0
-
-            def read(start: int, stop: int, begin: int = begin) -> np.ndarray:
-                return clean.factor * scratch.read(begin + start, begin + stop)[clean.rows]
-
-            blocks = clean_blocks(
-                read,
-                clean.lengths[number],
-                info.sfreq,
-                spec,
-                line_freq=clean.line_freq,
-                reference=clean.reference,
-            )
-            for cut, x in _windows(blocks, cuts, spec.window):
-                window, start_s = x[:n], onset + cut.start / spec.sfreq
-                if why := _flaw(window, good, start_s, spans, spec):
-                    left_out[why] += 1
+        cuts = _cuts(task, info, clean.lengths, left_out)
+        for number, cut, start_s, window in clean_windows(clean, scratch, info, spec, cuts, left_out):
+            extra, image, kind = dict(cut.extra), None, "png"
+            if path := extra.pop("image_path", None):
+                image = as_path(path).read_bytes()
+                if (found := image_type(image)) is None:
+                    left_out["image is neither jpg, png nor webp"] += 1
                     continue
-                extra, image, kind = dict(cut.extra), None, "png"
-                if path := extra.pop("image_path", None):
-                    image = as_path(path).read_bytes()
-                    if (found := image_type(image)) is None:
-                        left_out["image is neither jpg, png nor webp"] += 1
-                        continue
-                    kind = found
-                meta = {**base, "start": round(start_s, 6), "split": cut.split, **extra}
-                if cut.split not in writers:
-                    writers[cut.split] = stack.enter_context(ShardWriter(folder / f"{cut.split}.tar"))
-                writers[cut.split].write(
-                    Sample(key=f"{item.key}-{cut.number:06d}", eeg=window, meta=meta, image=image, image_ext=kind)
-                )
-                written[cut.split] += 1
-                # Windows may overlap: what counts as written is the signal that they cover.
-                covered += cut.start + spec.window - max(covered_to, cut.start)
-                covered_to = cut.start + spec.window
+                kind = found
+            meta = {**base, "start": round(start_s, 6), "split": cut.split, **extra}
+            if cut.split not in writers:
+                writers[cut.split] = stack.enter_context(ShardWriter(folder / f"{cut.split}.tar"))
+            writers[cut.split].write(
+                Sample(key=f"{item.key}-{cut.number:06d}", eeg=window, meta=meta, image=image, image_ext=kind)
+            )
+            written[cut.split] += 1
+            # Windows may overlap: what counts as written is the signal that they cover.
+            if number != segment:
+                segment, covered_to = number, 0
+            covered += cut.start + spec.window - max(covered_to, cut.start)
+            covered_to = cut.start + spec.window
     row["seconds_written"] = round(covered / spec.sfreq, 4)
     row["windows"] = sum(written.values())
     row["windows_left_out"] = json.dumps(dict(sorted(left_out.items())))

@@ -33,7 +33,9 @@ STAGES: dict[str, Stage] = {
         help="recordings of any maker -> dataset, on Ray",
     ),
     "verify": Stage(
-        module="data_sharding.verify", usage="DATASET", help="check every byte and count against the manifest"
+        module="data_sharding.verify",
+        usage="DATASET [--against OTHER]",
+        help="check every byte and count, and prove that splits, or two datasets, share nothing",
     ),
     "inspect": Stage(
         module="data_sharding.inspect", usage="DATASET", help="what a dataset holds, and what was set aside and why"

@@ -64,15 +64,14 @@ def encode(config: EncodeConfig) -> int:
     from pretrain.signal import open_recording
 
     device = choose_device(config.device)
-    raw, factor = open_recording(config.recording)
+    recording = open_recording(config.recording)
     encoder = EEGEncoder.from_pretrained(config.encoder).to(device)
     try:
         found = encoder.encode(
-            raw,
+            recording,
             line_freq=config.line_freq,
             unit_factor=config.unit_factor,
             batch_size=config.batch_size,
-            reader_factor=factor,
         )
     except RequestError as error:
         raise RequestError(f"{config.recording}: {error}") from None

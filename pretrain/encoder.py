@@ -5,11 +5,13 @@ Letters in names: B samples or windows, C channels, T time samples, N tokens, D 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from data_sharding.errors import RequestError
 from data_sharding.files import atomic_directory, atomic_write_text, read_json, write_json
-from data_sharding.preprocess import PreprocessSpec, band_of, preprocess, window_starts
+from data_sharding.preprocess import PreprocessSpec, band_of
 from data_sharding.samples import N_PADDED, pad_channels
 from pretrain.model import build_encoder, count_parameters
 from pretrain.shapes import EncoderConfig
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     import mne
 
     from data_sharding.dataset import EEGDataset
+    from data_sharding.signals import Signal
 
 KIND = "dreamscale_eeg_encoder"
 SCHEMA = 1
@@ -299,18 +302,17 @@ class EEGEncoder(nn.Module):
     @torch.no_grad()
     def encode(
         self,
-        recording: mne.io.BaseRaw | tuple[np.ndarray, Sequence[str], float, str],
+        recording: mne.io.BaseRaw | mne.BaseEpochs | Signal | tuple[np.ndarray, Sequence[str], float, str],
         *,
         line_freq: float | None = None,
         unit_factor: float | None = None,
         batch_size: int = 64,
-        reader_factor: float = 1.0,
     ) -> Encoding:
         """Encode a recording with the preprocessing of the pretraining.
 
         Parameters
         ----------
-        recording : mne.io.BaseRaw or tuple
+        recording : mne.io.BaseRaw, mne.BaseEpochs, data_sharding.signals.Signal or tuple
             A recording, or ``(x, ch_names, sfreq, unit)`` with x an array [C, samples] and unit one of
             "V", "mV", "uV", "nV".
         line_freq : float, optional
@@ -319,8 +321,6 @@ class EEGEncoder(nn.Module):
             Factor to true volts, where the recording's unit is wrong.
         batch_size : int
             Windows encoded at once.
-        reader_factor : float
-            Known fault of a format's reader (`pretrain.signal.open_recording`).
 
         Returns
         -------
@@ -332,55 +332,44 @@ class EEGEncoder(nn.Module):
         RequestError
             If there is no EEG channel, the unit is unknown, values are missing, or it is shorter than a window.
         """
-        from pretrain.signal import signal_of
+        from pretrain.signal import windows_of
 
-        spec = self.spec
-        signal = signal_of(recording, unit_factor=unit_factor, line_freq=line_freq, reader_factor=reader_factor)
-        seconds = signal.x_uv.shape[1] / signal.sfreq
-        try:
-            clean = preprocess(
-                signal.x_uv, signal.sfreq, spec, line_freq=signal.line_freq, bads=signal.bads, names=signal.names
-            )
-        except ValueError as error:
-            raise RequestError(f"the recording cannot be encoded: {error}") from None
-        if clean.shape[1] < spec.window:
-            raise RequestError(f"the recording lasts {seconds:.2f} s, shorter than one window of {spec.window_s:g} s")
-        every = window_starts(clean.shape[1], spec)
-        good = np.setdiff1d(np.arange(len(clean)), signal.bads)
-        # As in sharding: a window without any signal is none.
-        starts = np.array([s for s in every if np.ptp(clean[good, s : s + spec.window], axis=1).any()], int)
-        if not len(starts):
-            raise RequestError("the recording is flat in every good channel")
-        device = next(self.parameters()).device
-        # The same for every window; the encoder looks at true channels only, where it tells channels apart.
-        inputs = self.inputs_of([{"n": len(signal.names), "positions": signal.positions}], device)
-        inputs.pop("count_B", None)
-        was_training = self.training
-        self.eval()
-        parts = []
-        for first in range(0, len(starts), batch_size):
-            block = np.stack([clean[:, s : s + spec.window] for s in starts[first : first + batch_size]])
-            x_BCT = spec.scale_for_model(torch.from_numpy(pad_channels(block, self.config.channels)).to(device))
-            parts.append(self.tokens(x_BCT, *(v[0] for v in inputs.values())).float().cpu().numpy())
-        self.train(was_training)
+        spec, device = self.spec, next(self.parameters()).device
+        times: list[float] = []
+        parts: list[np.ndarray] = []
+        with (
+            _evaluating(self),
+            windows_of(recording, spec, unit_factor=unit_factor, line_freq=line_freq) as found,
+        ):
+            # The same for every window; the encoder looks at true channels only, where it tells channels apart.
+            inputs = self.inputs_of([{"n": len(found.names), "positions": found.positions}], device)
+            inputs.pop("count_B", None)
+            while batch := list(itertools.islice(found.stream, batch_size)):
+                times += [start for start, _ in batch]
+                # Through float16 microvolts, as training sees them.
+                block = np.stack([x.astype(np.float16).astype(np.float32) for _, x in batch])
+                x_BCT = spec.scale_for_model(torch.from_numpy(pad_channels(block, self.config.channels)).to(device))
+                parts.append(self.tokens(x_BCT, *(v[0] for v in inputs.values())).float().cpu().numpy())
+        if not parts:
+            why = ", ".join(f"{count} {reason}" for reason, count in sorted(found.flawed.items()))
+            raise RequestError(f"no window of the recording can be encoded: {why}")
         tokens_BND = np.concatenate(parts)
-        flat = len(every) - len(starts)
         report = CoverageReport(
-            channels_used=signal.names,
-            channels_left_out=signal.left_out,
-            channel_selection=signal.selection,
-            channels_bad=[signal.names[i] for i in signal.bads],
-            sfreq_in=signal.sfreq,
+            channels_used=found.names,
+            channels_left_out=found.left_out,
+            channel_selection=found.selection,
+            channels_bad=found.bads,
+            sfreq_in=found.sfreq,
             sfreq_model=spec.sfreq,
-            band=band_of(signal.sfreq, spec),
-            line_freq=signal.line_freq if spec.notch == "auto" else None,
-            seconds=seconds,
+            band=band_of(found.sfreq, spec),
+            line_freq=found.line_freq if spec.notch == "auto" else None if isinstance(spec.notch, str) else spec.notch,
+            seconds=found.seconds,
             window_seconds=spec.window_s,
-            windows=len(starts),
-            windows_left_out={"flat in every good channel": flat} if flat else {},
-            seconds_left_out=max(0.0, (clean.shape[1] - int(every[-1]) - spec.window) / spec.sfreq),
+            windows=len(times),
+            windows_left_out=dict(sorted(found.flawed.items())),
+            seconds_left_out=found.tails,
         )
-        return Encoding(tokens=tokens_BND, pooled=tokens_BND.mean(axis=1), times=starts / spec.sfreq, report=report)
+        return Encoding(tokens=tokens_BND, pooled=tokens_BND.mean(axis=1), times=np.array(times), report=report)
 
     def save_pretrained(
         self, path: str | Path, *, card: str | None = None, program: bool = False, extra: dict[str, Any] | None = None
@@ -525,6 +514,16 @@ def _positions_of(chs_info: Sequence[dict[str, Any]]) -> Tensor:
         if np.isfinite(place).all() and place.any():
             row[:] = torch.from_numpy(place)
     return places_C3
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _as_lists(positions_C3: Tensor) -> list[list[float] | None]:

@@ -1,21 +1,23 @@
-"""A recording to the microvolts that the encoder was pretrained on: the same channels, units and mains as in sharding.
+"""A recording to the windows that the encoder was pretrained on, by the very code of sharding.
 
-Shapes: n channels, S samples at the recording's rate.
+Shapes: n channels, T samples a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_sharding.errors import RequestError
-from data_sharding.samples import N_PADDED
-from data_sharding.signals import Signal as Recorded
-from data_sharding.signals import SignalInfo
+from data_sharding.preprocess import PreprocessSpec
+from data_sharding.signals import Signal, SignalInfo
 
 if TYPE_CHECKING:
     import mne
@@ -25,11 +27,9 @@ UNITS = {"V": 1e6, "mV": 1e3, "uV": 1.0, "µV": 1.0, "μV": 1.0, "nV": 1e-3}
 
 
 @dataclass(kw_only=True)
-class Signal:
-    """EEG of a recording, ready for `data_sharding.preprocess.preprocess`."""
+class Windows:
+    """Windows of a recording, ready for `PreprocessSpec.scale_for_model`."""
 
-    x_uv: np.ndarray
-    """[n, S] microvolts."""
     names: list[str]
     """Channels of the rows."""
     positions: list[list[float] | None]
@@ -38,17 +38,98 @@ class Signal:
     """Other channels of the recording, and why."""
     selection: str
     """How channels were chosen where there are more than 128."""
-    bads: list[int]
-    """Rows that are flat, clipped or out of range: kept, but left out of the average reference."""
+    bads: list[str]
+    """Channels that are flat, clipped, noisy or out of range: kept, but left out of the average reference."""
     sfreq: float
-    """Rate in Hz."""
+    """The recording's rate in Hz."""
     line_freq: float | None
     """Mains frequency in Hz, from the recording or found in its spectrum."""
-    segments: list[tuple[int, int]]
-    """Runs of samples without interruption: nothing is to be filtered or cut over their ends."""
+    seconds: float
+    """Length of the recording."""
+    tails: float
+    """Seconds at the ends of its segments that are too short for a window."""
+    flawed: Counter[str] = field(default_factory=Counter)
+    """Reason to windows that were left out; complete once `stream` has ended."""
+    stream: Iterator[tuple[float, np.ndarray]] = field(repr=False)
+    """Start in seconds and [n, T] float32 microvolts of every other one."""
 
 
-def open_recording(path: str | Path) -> tuple[Recorded, float]:
+@contextlib.contextmanager
+def windows_of(
+    recording: Any, spec: PreprocessSpec, *, unit_factor: float | None = None, line_freq: float | None = None
+) -> Iterator[Windows]:
+    """Bring a recording to windows, with the channels, units and filters that sharding would give it.
+
+    Parameters
+    ----------
+    recording : mne.io.BaseRaw, mne.BaseEpochs, data_sharding.signals.Signal or tuple
+        A recording, or ``(x, ch_names, sfreq, unit)`` with x an array [n, samples].
+    spec : PreprocessSpec
+        The preprocessing of the pretraining.
+    unit_factor : float, optional
+        Factor to true volts, where the file's unit is wrong; the amplitude is not judged then.
+    line_freq : float, optional
+        Mains frequency in Hz, where it is known better than from the recording.
+
+    Yields
+    ------
+    Windows
+        To be used up inside the context: the filtered signal lies on disk, and is gone afterwards.
+
+    Raises
+    ------
+    RequestError
+        If the recording cannot be used, with sharding's reason.
+    """
+    from data_sharding.corpora import Item
+    from data_sharding.readers import Recording
+    from data_sharding.recording import SetAside, blank_row, prepared
+    from data_sharding.windows import clean_windows, whole_windows
+
+    if isinstance(recording, tuple):
+        unit_factor = unit_factor or 1.0
+    recorded = _recorded(recording)
+    item = Item(
+        key="recording",
+        corpus="",
+        path="",
+        recording=Recording(path=Path(), format="", files=()),
+        subject="",
+        session="",
+        unit_factor=unit_factor,
+        line_freq=line_freq,
+    )
+    row, info, flawed = blank_row(item, "", ""), recorded.info, Counter()
+    with contextlib.ExitStack() as stack:
+        try:
+            clean, scratch = stack.enter_context(prepared(recorded, item, spec, row))
+        except SetAside as verdict:
+            hint = "; unit_factor says how to correct it" if row["unit"] == "unknown" else ""
+            reason = str(verdict).removesuffix(" (key 'unit_factors' says what it is)")
+            raise RequestError(f"the recording cannot be used: {reason}{hint}") from None
+        names = clean.channels.names
+        left_out = {name: kind for kind, found in json.loads(row["channels_left_out"]).items() for name in found}
+        left_out |= {name: kind for name, kind in zip(info.ch_names, info.ch_types, strict=True) if kind != "eeg"}
+        left_out |= clean.left_out
+        cuts = whole_windows(clean.lengths, spec)
+        ends = {segment: found[-1].start + spec.window for segment, found in cuts.items()}
+        tails = sum(length - ends.get(segment, 0) for segment, length in enumerate(clean.lengths))
+        yield Windows(
+            names=names,
+            positions=clean.channels.positions,
+            left_out=left_out,
+            selection=clean.channels.selection,
+            bads=[names[i] for i in clean.bads],
+            sfreq=info.sfreq,
+            line_freq=clean.line_freq,
+            seconds=row["seconds"],
+            tails=tails / spec.sfreq,
+            flawed=flawed,
+            stream=((start, x) for _, _, start, x in clean_windows(clean, scratch, info, spec, cuts, flawed)),
+        )
+
+
+def open_recording(path: str | Path) -> Signal:
     """Open any readable file.
 
     Parameters
@@ -58,10 +139,8 @@ def open_recording(path: str | Path) -> tuple[Recorded, float]:
 
     Returns
     -------
-    recorded : data_sharding.signals.Signal
-        The recording, its signal not loaded yet; it knows itself what brings its values to volts.
-    factor : float
-        1: what else to multiply with.
+    data_sharding.signals.Signal
+        The recording, its samples not read yet.
 
     Raises
     ------
@@ -81,86 +160,12 @@ def open_recording(path: str | Path) -> tuple[Recorded, float]:
     if found is None:
         raise RequestError(f"{path}: not an EEG recording of a known format")
     try:
-        return open_signal(found), 1.0
+        return open_signal(found)
     except ReadError as error:
         raise RequestError(f"{path}: {error}") from None
 
 
-def signal_of(
-    recording: Any, *, unit_factor: float | None = None, line_freq: float | None = None, reader_factor: float = 1.0
-) -> Signal:
-    """Bring a recording to microvolts, with the channels that sharding would keep.
-
-    Parameters
-    ----------
-    recording : mne.io.BaseRaw, mne.BaseEpochs, data_sharding.signals.Signal or tuple
-        A recording, or ``(x, ch_names, sfreq, unit)`` with x an array [n, S].
-    unit_factor : float, optional
-        Factor to true volts, where the file's unit is wrong; the amplitude is not judged then.
-    line_freq : float, optional
-        Mains frequency in Hz, where it is known better than from the recording.
-    reader_factor : float
-        What else to multiply with.
-
-    Returns
-    -------
-    Signal
-        Microvolts and what is known of them.
-
-    Raises
-    ------
-    RequestError
-        If there is no EEG, the amplitudes are none that EEG has, or values are missing in every channel.
-    """
-    from data_sharding.channels import choose, pick_channels, restrict
-    from data_sharding.units import assess, line_frequency
-
-    if isinstance(recording, tuple):
-        unit_factor = unit_factor or 1.0
-    recorded = _recorded(recording)
-    info = recorded.info
-    channels = pick_channels(info)
-    if not channels.picks:
-        raise RequestError(f"no EEG channel in the recording: it has {', '.join(sorted(channels.by_type))}")
-    x_uv = np.asarray(recorded.read(0, info.n_samples, channels.picks), np.float64) * (1e6 * info.scale * reader_factor)
-    left_out = {name: kind for kind, names in channels.left_out.items() for name in names}
-    left_out |= {name: kind for name, kind in zip(info.ch_names, info.ch_types, strict=True) if kind != "eeg"}
-    finite = np.isfinite(x_uv).all(axis=1)
-    if not finite.any():
-        raise RequestError("the recording holds NaN or infinite values in every channel")
-    if not finite.all():
-        left_out |= {channels.names[i]: "NaN or infinite values" for i in np.flatnonzero(~finite)}
-        channels, x_uv = restrict(channels, np.flatnonzero(finite).tolist(), channels.selection), x_uv[finite]
-    sfreq = info.sfreq
-    verdict = assess(x_uv, sfreq, factor=unit_factor)
-    if verdict.unit == "unknown":
-        raise RequestError(
-            f"the recording's amplitude reads as {verdict.amplitude_uv:.3g} microvolts, which is not EEG's; "
-            "its unit is wrong, or it holds no EEG (unit_factor says how to correct it)"
-        )
-    rows, rule = choose(channels, list(verdict.bads), N_PADDED)
-    kept = restrict(channels, rows, rule)
-    left_out |= {name: f"beyond {N_PADDED} channels" for name in channels.names if name not in kept.names}
-    bads = [new for new, old in enumerate(rows) if old in verdict.bads]
-    x_uv = x_uv[rows] * verdict.factor
-    if len(bads) == len(rows):
-        raise RequestError("no usable channel in the recording: all are flat, clipped or out of range")
-    if line_freq is None:
-        line_freq = info.line_freq or line_frequency(x_uv, sfreq, bads)
-    return Signal(
-        x_uv=x_uv,
-        names=kept.names,
-        positions=kept.positions,
-        left_out=left_out,
-        selection=rule,
-        bads=bads,
-        sfreq=sfreq,
-        line_freq=float(line_freq) if line_freq else None,
-        segments=[(segment.start, segment.stop) for segment in info.segments],
-    )
-
-
-def _recorded(recording: Any) -> Recorded:
+def _recorded(recording: Any) -> Signal:
     """Behind one interface: what MNE reads, arrays, and what has that interface already."""
     import mne
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -67,8 +68,8 @@ def test_each_dataset_goes_exactly_once_an_epoch_of_its_own(weights: dict[str, f
     loader = Loader(mixture, 64, 5)
     numbers, epochs = (np.concatenate(x) for x in zip(*(loader.positions(t) for t in range(192)), strict=True))
     names = np.searchsorted(mixture.first, numbers, side="right") - 1
-    share = np.bincount(names) / len(names)
-    assert np.allclose(share, [1 / 2, 1 / 3, 1 / 6], atol=1e-3)
+    share = {part.path.name: float((names == number).mean()) for number, part in enumerate(mixture.parts)}
+    assert share == pytest.approx({"large": 1 / 2, "middle": 1 / 3, "small": 1 / 6}, abs=1e-3)
     for part, dataset in enumerate(mixture.parts):
         seen = Counter(zip(epochs[names == part].tolist(), numbers[names == part].tolist(), strict=True))
         assert set(seen.values()) == {1}
@@ -94,15 +95,25 @@ def test_mixtures_resume_in_mid_epoch_on_another_world(weights: dict[str, float]
 def test_mixtures_read_as_their_datasets_do(weights: dict[str, float]) -> None:
     mixture = Mixture(weights)
     assert len(mixture) == 128 and mixture.manifest.samples("train") == 128
-    numbers = [127, 0, 90, 120, 121]
+    numbers = [127, 0, *mixture.first[1:3].tolist(), int(mixture.first[1]) - 1]
     batch = collate(mixture, numbers)
-    parts = [EEGDataset(path) for path in weights]
-    own = [(parts[2], 6), (parts[0], 0), (parts[1], 0), (parts[1], 30), (parts[2], 0)]
+    parts = [EEGDataset(part.path) for part in mixture.parts]
+    own = [(parts[2], len(parts[2]) - 1), (parts[0], 0), (parts[1], 0), (parts[2], 0), (parts[0], len(parts[0]) - 1)]
     assert batch.keys == [part.key(n) for part, n in own] == [mixture.key(n) for n in numbers]
     for row, (part, n), number in zip(batch.padded(), own, numbers, strict=True):
         assert torch.equal(row, collate(part, [n]).eeg[0]) and mixture.meta(number) == part.meta(n)
         assert (mixture[number].eeg == part[n].eeg).all()
-    assert [Path(shard).parents[1].name for shard in batch.shards] == ["small", "large", "middle", "middle", "small"]
+    assert [Path(shard).parents[1] for shard in batch.shards] == [part.path for part, _ in own]
+
+
+def test_neither_order_nor_paths_of_a_mixture_matter(tmp_path: Path, weights: dict[str, float]) -> None:
+    state = Loader(Mixture(weights), 12, 3).state_dict() | {"step": 2}
+    moved = {str(shutil.copytree(path, tmp_path / str(9 - n))): w for n, (path, w) in enumerate(weights.items())}
+    for other in (dict(reversed(weights.items())), moved, {path: 10 * w for path, w in weights.items()}):
+        loader = Loader(Mixture(other), 12, 3)
+        loader.load_state_dict(state)
+        assert loader.positions(2) == Loader(Mixture(weights), 12, 3).positions(2)
+        assert next(iter(loader)).keys == collate(Mixture(weights), loader.positions(2)[0]).keys
 
 
 def test_unfit_mixtures_are_refused(tmp_path: Path, weights: dict[str, float]) -> None:

@@ -253,6 +253,8 @@ def test_traps(dataset: Path) -> None:
     assert rows["physionet/test_edf_overlapping_annotations.edf"]["channels"][0] == "FC5"
     assert rows["eximia/test_eximia.nxe"]["unit_factor"] == 1e-6 and rows["neuroscan/scan41_short.cnt"]["n_eeg"] == 124
     assert rows["ant/test-na-271.cnt"]["line_freq"] == 50.0
+    curry, bdf = (rows[p] for p in SET_ASIDE if "test_bdf_stim_channel" in p)
+    assert f"the same signal as {bdf['key']}" in curry["notes"] or f"the same signal as {curry['key']}" in bdf["notes"]
 
 
 def test_manifest(dataset: Path) -> None:
