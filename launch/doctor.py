@@ -23,6 +23,7 @@ _READERS = {
     "defusedxml": ("Persyst, NEDF and EGI", "defusedxml"),
     "mffpy": ("EGI .mff", "mffpy"),
     "pymatreader": ("EEGLAB .set of MATLAB 7.3", "pymatreader"),
+    "pyxdf": ("XDF (LabStreamingLayer)", "pyxdf"),
     "h5py": ("HDF5", "h5py"),
 }
 _REQUIRED = (
