@@ -61,7 +61,11 @@ STAGES: dict[str, Stage] = {
     "encode": Stage(
         module="pretrain.encode", usage="ENCODER RECORDING -o OUT.npz", help="embeddings of any readable recording"
     ),
-    "probe": Stage(module="pretrain.probe", usage="ENCODER DATASET", help="linear probe of an encoder, with baselines"),
+    "probe": Stage(
+        module="pretrain.probe",
+        usage="ENCODER DATASET [--folds split|subjects]",
+        help="linear probe of an encoder beside random weights, classical features, EEGNet and controls",
+    ),
     "miniature": Stage(
         module="finetune.miniature",
         usage="DATASET -o DIR",

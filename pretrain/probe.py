@@ -1,17 +1,18 @@
 """What an encoder's features are worth: ``dreamscale probe ENCODER DATASET``.
 
-A linear classifier on pooled tokens, fitted on the train split and scored on the test split, whose subjects and images
-it has not seen; beside it the same classifier on an encoder with random weights and on band power.
+A linear classifier on the encoder's tokens, on subjects and images that it was not fitted on; beside it, on the very
+same trials, an encoder with random weights, classical features, EEGNet, and controls that must be at chance.
 
-Letters in names: n trials, B trials of a batch, C channels, T time samples, F features.
+Letters in names: n trials, F features, S sets of labels, K classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-import warnings
-from typing import Any, Literal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,18 +20,26 @@ from data_sharding.config import parse_config
 from data_sharding.dataset import EEGDataset
 from data_sharding.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.files import write_json
-from data_sharding.loader import sequential
 from data_sharding.progress import progress
+from pretrain.probe_features import Standardize, Trials, band_power, collect, covariance, standardized, time_courses
+from pretrain.probe_statistics import FEWEST_SUBJECTS, accuracy_interval, difference_interval, flip_test
 
-BANDS = {"delta": (1, 4), "theta": (4, 8), "alpha": (8, 13), "beta": (13, 30), "gamma": (30, 45)}
-"""Edges in Hz."""
-STRENGTHS = np.logspace(-5, 1, 7)
-"""Inverse strengths of the classifier's penalty, chosen on the val split."""
+if TYPE_CHECKING:
+    import torch
+
+STRENGTHS = np.logspace(-3, 3, 13)
+"""Of the ridge's penalty, in units of the features' mean eigenvalue."""
+INNER_FOLDS = 5
+"""At most; what is chosen is chosen on them."""
+Method = Literal["random weights", "band power", "covariance", "time courses", "EEGNet"]
+METHODS: tuple[Method, ...] = ("random weights", "band power", "covariance", "time courses", "EEGNet")
+_SETTINGS = ("folds", "split", "time_bins", "standardize", "random_seeds", "seed")
+ENCODER, COMMONEST, SHUFFLED = "encoder", "commonest label", "encoder, labels shuffled"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Linear probe of an encoder on a labelled dataset, with baselines."""
+    """Linear probe of an encoder on a labelled dataset, with baselines and controls."""
 
     encoder: str
     """Encoder package: a directory, or a name on the Hugging Face hub."""
@@ -38,201 +47,374 @@ class ProbeConfig:
     """Labelled (EEG-image) dataset, preprocessed as the encoder expects."""
     output: str | None = None
     """JSON file to write the result to as well."""
+    figure: str | None = None
+    """PNG, PDF or SVG file to draw the accuracies into."""
+    folds: Literal["split", "subjects"] = "split"
+    """split: fit on the dataset's train split, score another. subjects: leave each subject of the dataset out once."""
     split: Literal["test", "val"] = "test"
-    """Split to score on."""
+    """Split to score, under folds: split."""
+    methods: list[Method] = dataclasses.field(default_factory=lambda: list(METHODS))
+    """What to compare the encoder with."""
+    time_bins: int = 16
+    """Parts of the window over which tokens and time courses are averaged; 1 loses all that is locked in time."""
+    standardize: Standardize = "subject"
+    """Mean and variance of the features taken over each subject's own trials (no labels), or over training trials."""
+    image_groups: int = 3
+    """Under folds: subjects, where subjects saw the same images: parts into which images are divided."""
+    random_seeds: int = 5
+    """Encoders with random weights."""
+    shuffles: int = 10
+    """Sets of shuffled training labels for the control; 0 for none."""
     seed: int = 0
-    """Of the random-weights encoder and of the bootstrap."""
-    resamples: int = 2000
-    """Bootstrap resamples for the intervals."""
+    """Of random weights, EEGNet, shuffles, bootstrap and permutations."""
+    resamples: int = 10_000
+    """Bootstrap resamples of the intervals, and random flips of the tests."""
+    eegnet_epochs: int = 100
+    """EEGNet's epochs at most; it stops when the validation loss no longer falls."""
+    eegnet_patience: int = 15
+    """Epochs that it waits for that."""
     batch_size: int = 64
-    """Windows encoded at once."""
+    """Trials encoded at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
 
     def __post_init__(self) -> None:
-        if self.resamples < 100 or self.batch_size < 1:
-            raise ValueError("resamples must be at least 100 and batch_size at least 1")
+        if self.resamples < 100:
+            raise ValueError(f"resamples is {self.resamples}; it must be at least 100")
+        for name in ("batch_size", "time_bins", "image_groups", "random_seeds", "eegnet_epochs", "eegnet_patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.shuffles < 0:
+            raise ValueError(f"shuffles is {self.shuffles}; it must not be negative")
 
 
-@dataclasses.dataclass(kw_only=True)
-class Trials:
-    """Labelled trials of a split."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fold:
+    """Numbers of the trials of one fit."""
 
-    labels_n: np.ndarray
-    """[n] numbers of the labels."""
-    images_n: np.ndarray
-    """[n] identities of the images."""
-    subjects_n: np.ndarray
-    """[n] subjects."""
-    features: dict[str, np.ndarray]
-    """[n, F] by kind of feature."""
+    train: np.ndarray
+    """Fitted on."""
+    val: np.ndarray
+    """Only chosen by; may be empty."""
+    test: np.ndarray
+    """Only scored."""
 
 
-def band_power(x_BCT: np.ndarray, sfreq: float) -> np.ndarray:
-    """Logarithmic power by channel and band.
+def image_parts(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray:
+    """Divide images into parts with the same mixture of labels.
 
     Parameters
     ----------
-    x_BCT : ndarray, [B, C, T]
-        Signal.
-    sfreq : float
-        Rate in Hz.
+    trials : Trials
+        All trials.
+    numbers : ndarray of int
+        Those whose images are to be divided.
+    parts : int
+        How many.
 
     Returns
     -------
-    ndarray, [B, C x 5]
-        Features.
+    ndarray of int
+        Part of each trial of `numbers`.
     """
-    T = x_BCT.shape[-1]
-    power = np.abs(np.fft.rfft(x_BCT * np.hanning(T), axis=-1)) ** 2
-    frequency = np.fft.rfftfreq(T, 1 / sfreq)
-    parts = []
-    for low, high in BANDS.values():
-        inside = (frequency >= low) & (frequency < high)
-        if inside.any():
-            parts.append(np.log10(power[..., inside].mean(axis=-1) + 1e-12))
-    return np.stack(parts, axis=-1).reshape(len(x_BCT), -1)
+    _, first, image = np.unique(trials.images_n[numbers], return_index=True, return_inverse=True)
+    part = np.empty(len(first), np.int64)
+    part[np.argsort(trials.labels_n[numbers][first], kind="stable")] = np.arange(len(first)) % parts
+    return part[image]
 
 
-def collect(dataset: EEGDataset, encoders: dict[str, Any], batch_size: int, device: Any) -> Trials:
-    """Compute every kind of feature of a split.
+def _images_shared(trials: Trials, numbers: np.ndarray) -> bool:
+    pairs = np.unique(np.stack([trials.images_n[numbers], trials.subjects_n[numbers]]), axis=1)
+    return len(np.unique(pairs[0])) < pairs.shape[1]
+
+
+def outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
+    """What is fitted on what; no image is on both sides.
 
     Parameters
     ----------
-    dataset : EEGDataset
-        The split.
-    encoders : dict of str to EEGEncoder
-        By name.
-    batch_size : int
-        Windows encoded at once.
-    device : torch.device
-        Where the encoders are.
+    trials : Trials
+        All trials.
+    config : ProbeConfig
+        The request.
 
     Returns
     -------
-    Trials
-        Features and labels.
+    list of Fold
+        The folds; a trial is scored once.
+    dict of str to int
+        Trials left out because their image is on the other side, by side.
 
     Raises
     ------
     RequestError
-        If a sample has no label.
+        If there is nothing to learn or to score.
     """
-    import torch
+    every, none = np.arange(len(trials)), np.array([], int)
+    if config.folds == "split":
+        train = every[trials.splits_n == "train"]
+        # What is chosen is not chosen on what is scored.
+        val = none if config.split == "val" else every[trials.splits_n == "val"]
+        test = every[trials.splits_n == config.split]
+        kept = test[~np.isin(trials.images_n[test], trials.images_n[np.concatenate([train, val])])]
+        if not len(kept):
+            raise RequestError(
+                f"{config.dataset}: every image of split '{config.split}' is in the training or val split as well; "
+                "give folds: subjects, or shard with a split by images"
+            )
+        folds = [Fold(train=train, val=val, test=kept)]
+        left_out = {"test": len(test) - len(kept), "train": 0}
+    else:
+        subjects = np.unique(trials.subjects_n)
+        if len(subjects) < 2:
+            raise RequestError(f"{config.dataset}: one subject only; folds: subjects leaves out one of several")
+        parts = config.image_groups if _images_shared(trials, every) else 1
+        if parts == 1 and config.image_groups == 1 and _images_shared(trials, every):
+            raise RequestError("image_groups is 1, but subjects saw the same images; give at least 2")
+        part = image_parts(trials, every, parts)
+        folds, left_out = [], {"test": 0, "train": 0}
+        for subject in subjects:
+            for group in range(parts):
+                test = every[(trials.subjects_n == subject) & (part == group)]
+                if not len(test):
+                    continue
+                others = every[trials.subjects_n != subject]
+                train = others[~np.isin(trials.images_n[others], trials.images_n[test])]
+                folds.append(Fold(train=train, val=none, test=test))
+                left_out["train"] += len(others) - len(train)
+    if any(len(np.unique(trials.labels_n[fold.train])) < 2 for fold in folds):
+        raise RequestError(f"{config.dataset}: training trials of one label only; there is nothing to tell apart")
+    return folds, left_out
 
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in (*encoders, "band power")}
-    metas: list[dict[str, Any]] = []
-    with progress(f"features of {dataset.split}", len(dataset)) as advance:
-        for batch in sequential(dataset, batch_size):
-            eeg_BCT = batch.padded(dtype=torch.float32)
-            x_BCT = dataset.spec.scale_for_model(eeg_BCT.to(device))
-            with torch.no_grad():
-                for name, encoder in encoders.items():
-                    tokens_BND = encoder.tokens(x_BCT, **encoder.inputs_of(batch.metas, device))
-                    parts[name].append(tokens_BND.mean(dim=1).float().cpu().numpy())
-            parts["band power"].append(band_power(eeg_BCT.numpy(), dataset.spec.sfreq))
-            metas += batch.metas
-            advance(len(batch.keys))
-    if any(meta.get("label") is None for meta in metas):
-        raise RequestError(
-            f"{dataset.path} ({dataset.split}): samples without a label; a probe needs an EEG-image dataset"
-        )
-    return Trials(
-        labels_n=np.array([meta["label"] for meta in metas]),
-        images_n=np.array([str(meta.get("image_id", number)) for number, meta in enumerate(metas)]),
-        subjects_n=np.array([str(meta["subject"]) for meta in metas]),
-        features={name: np.concatenate(arrays) for name, arrays in parts.items()},
-    )
 
-
-def fit_and_predict(name: str, train: Trials, val: Trials | None, test: Trials) -> np.ndarray:
-    """Fit the classifier and label the test trials.
+def inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What choices are made on: other subjects and other images than those fitted on, as in the scoring.
 
     Parameters
     ----------
-    name : str
-        Kind of feature.
-    train, val, test : Trials
-        The splits; the penalty is chosen on val, and is 0.01 where there is none. Test is only predicted.
+    trials : Trials
+        All trials.
+    fold : Fold
+        Only its train and val are looked at.
 
     Returns
     -------
-    ndarray, [n]
-        Predicted labels of the test trials.
+    list of (ndarray, ndarray)
+        Trials fitted on, and trials held out; empty where no such folds can be made.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    train = fold.train
+    subjects, subject = np.unique(trials.subjects_n[train], return_inverse=True)
+    groups = min(INNER_FOLDS, len(subjects))
+    if groups == 1:
+        groups = INNER_FOLDS
+        of_image = image_parts(trials, train, groups)
+        pairs = [(of_image != g, of_image == g) for g in range(groups)]
+    elif _images_shared(trials, train):
+        of_image, of_subject = image_parts(trials, train, groups), subject % groups
+        pairs = [((of_subject != g) & (of_image != g), (of_subject == g) & (of_image == g)) for g in range(groups)]
+    else:
+        pairs = [(subject % groups != g, subject % groups == g) for g in range(groups)]
+    found = [(train[fit], train[held]) for fit, held in pairs]
+    if len(fold.val):
+        found.append((train, fold.val))
+    return [(fit, held) for fit, held in found if len(held) and len(np.unique(trials.labels_n[fit])) > 1]
 
-    def fitted(strength: float) -> Any:
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=500))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            return model.fit(train.features[name], train.labels_n)
 
-    if val is None:
-        return fitted(0.01).predict(test.features[name])
-    models = [fitted(strength) for strength in STRENGTHS]
-    # The strongest penalty among equals.
-    best = max(models, key=lambda model: model.score(val.features[name], val.labels_n))
-    return best.predict(test.features[name])
-
-
-def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, float]:
-    """95 % interval of an accuracy, where trials of one image are not independent.
+def ridge_scores(x_nF: np.ndarray, y_nK: np.ndarray, new_mF: np.ndarray) -> Iterator[np.ndarray]:
+    """Ridge regression for every penalty.
 
     Parameters
     ----------
-    hits_n : ndarray, [n]
-        1 for a right answer, else 0.
-    images_n : ndarray, [n]
-        The image of each trial.
+    x_nF, y_nK : ndarray
+        Features and targets to fit.
+    new_mF : ndarray
+        Features to score.
+
+    Yields
+    ------
+    ndarray, [m, K]
+        Scores for one of `STRENGTHS`.
+    """
+    mean_F, mean_K = x_nF.mean(axis=0), y_nK.mean(axis=0)
+    x_nF, new_mF, y_nK = x_nF - mean_F, new_mF - mean_F, y_nK - mean_K
+    # Whichever of the two products is smaller has the same eigenvalues.
+    if x_nF.shape[1] < len(x_nF):
+        value, vector = np.linalg.eigh(x_nF.T @ x_nF)
+        weights, basis = vector.T @ (x_nF.T @ y_nK), new_mF @ vector
+    else:
+        value, vector = np.linalg.eigh(x_nF @ x_nF.T)
+        weights, basis = vector.T @ y_nK, new_mF @ (x_nF.T @ vector)
+    value = np.maximum(value, 0)
+    unit = value.mean() or 1.0
+    for strength in STRENGTHS:
+        yield basis @ (weights / (value + strength * unit)[:, None]) + mean_K
+
+
+def choose_and_predict(
+    x_nF: np.ndarray, labels_Sn: np.ndarray, fold: Fold, inner: list[tuple[np.ndarray, np.ndarray]], classes: int
+) -> tuple[np.ndarray, float]:
+    """Choose the penalty on the inner folds, fit on the training trials and label the test trials.
+
+    Parameters
+    ----------
+    x_nF : ndarray, [n, F]
+        Features of all trials.
+    labels_Sn : ndarray, [S, n]
+        Sets of labels, each of which gets a classifier of its own; those of test trials are not looked at.
+    fold : Fold
+        The trials.
+    inner : list of (ndarray, ndarray)
+        Trials fitted on and held out, to choose by.
+    classes : int
+        Number of labels.
 
     Returns
     -------
-    low, high : float
-        Wilson's interval for the number of independent trials that the scatter between images leaves.
+    ndarray, [S, n of test]
+        Predicted labels.
+    float
+        Penalty of the first set, in units of the mean eigenvalue.
     """
-    _, image_n = np.unique(images_n, return_inverse=True)
-    sums, counts = np.bincount(image_n, weights=hits_n), np.bincount(image_n)
-    n, images, share = len(hits_n), len(sums), float(hits_n.mean())
-    # All right or all wrong shows no scatter: count each image once.
-    effect = n / images
-    if 0 < share < 1 and images > 1:
-        clustered = ((sums - share * counts) ** 2).sum() / n**2 * images / (images - 1)
-        effect = max(1.0, clustered / (share * (1 - share) / n))
-    effective, z = n / effect, 1.959964
-    centre = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
-    half = z * np.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2)) / (1 + z**2 / effective)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    sets = len(labels_Sn)
+
+    def predicted(fit: np.ndarray, new: np.ndarray) -> np.ndarray:
+        targets = np.eye(classes, dtype=x_nF.dtype)[labels_Sn[:, fit]]
+        scores = ridge_scores(x_nF[fit], np.concatenate(list(targets), axis=1), x_nF[new])
+        return np.stack([each.reshape(-1, sets, classes).argmax(axis=-1).T for each in scores])
+
+    hits = np.zeros((len(STRENGTHS), sets))
+    for fit, held in inner:
+        hits += (predicted(fit, held) == labels_Sn[:, held]).sum(axis=-1)
+    # The strongest penalty among equals; without inner folds nothing tells them apart, and the middle one is taken.
+    best = len(STRENGTHS) - 1 - hits[::-1].argmax(axis=0) if inner else np.full(sets, len(STRENGTHS) // 2)
+    return predicted(fold.train, fold.test)[best, np.arange(sets)], float(STRENGTHS[best[0]])
 
 
-def difference_interval(more_n: np.ndarray, images_n: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean difference, resampling whole images.
+def shuffled_labels(trials: Trials, sets: int, seed: int) -> np.ndarray:
+    """Give labels to images at random.
 
     Parameters
     ----------
-    more_n : ndarray, [n]
-        A number a trial.
-    images_n : ndarray, [n]
-        The image of each trial: trials of one image are not independent.
-    resamples : int
-        Number of resamples.
+    trials : Trials
+        All trials.
+    sets : int
+        How many times.
     seed : int
-        Of the resampling.
+        Of the shuffles.
 
     Returns
     -------
-    low, high : float
-        The interval.
+    ndarray, [S, n]
+        Labels; trials of one image still share theirs.
     """
-    _, image_n = np.unique(images_n, return_inverse=True)
-    sums, counts = np.bincount(image_n, weights=more_n), np.bincount(image_n)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    _, first, image = np.unique(trials.images_n, return_index=True, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.permutation(trials.labels_n[first])[image] for _ in range(sets)])
+
+
+def _predict_eegnet(
+    trials: Trials, x_nCT: np.ndarray, fold: Fold, sfreq: float, classes: int, config: ProbeConfig, device: torch.device
+) -> tuple[np.ndarray, int]:
+    from pretrain.eegnet import EEGNetConfig, predict_eegnet, train_eegnet
+
+    fit, val = fold.train, fold.val
+    if not len(val):
+        inner = inner_folds(trials, fold)
+        if not inner:
+            raise RequestError(
+                f"{config.dataset}: nothing to stop EEGNet's training by; leave EEGNet out of methods, or shard with a "
+                "val split"
+            )
+        fit, val = inner[0]
+    model, epochs = train_eegnet(
+        x_nCT[fit],
+        trials.labels_n[fit],
+        x_nCT[val],
+        trials.labels_n[val],
+        sfreq=sfreq,
+        classes=classes,
+        config=EEGNetConfig(epochs=config.eegnet_epochs, patience=config.eegnet_patience),
+        seed=config.seed,
+        device=device,
+    )
+    return predict_eegnet(model, x_nCT[fold.test], device), epochs
+
+
+def compare(
+    trials: Trials, folds: list[Fold], *, sfreq: float, classes: int, config: ProbeConfig, device: torch.device
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[float]]]:
+    """Let every method label the same test trials.
+
+    Parameters
+    ----------
+    trials : Trials
+        All trials.
+    folds : list of Fold
+        The folds.
+    sfreq : float
+        Rate in Hz.
+    classes : int
+        Number of labels.
+    config : ProbeConfig
+        The request.
+    device : torch.device
+        Where EEGNet trains.
+
+    Returns
+    -------
+    scored : ndarray of int
+        Trials scored.
+    hits : dict of str to ndarray
+        By method: 1 where the label is right, else 0; [n scored], or [S, n scored] where there are several classifiers.
+    chosen : dict of str to list of float
+        By method: penalty chosen (of EEGNet: epochs), by fold.
+    """
+    eeg_nCT = trials.eeg_nCT.astype(np.float32)
+    raw: dict[str, Any] = dict(trials.tokens)
+    makers = {
+        "band power": lambda: band_power(eeg_nCT, sfreq),
+        "covariance": lambda: covariance(eeg_nCT),
+        "time courses": lambda: time_courses(eeg_nCT, config.time_bins),
+        "EEGNet": lambda: eeg_nCT,
+    }
+    raw |= {name: maker() for name, maker in makers.items() if name in config.methods}
+    label_sets = {name: trials.labels_n[None] for name in raw}
+    if config.shuffles:
+        label_sets[ENCODER] = np.concatenate(
+            [label_sets[ENCODER], shuffled_labels(trials, config.shuffles, config.seed)]
+        )
+    truth = np.concatenate([trials.labels_n[fold.test] for fold in folds])
+    inner = [inner_folds(trials, fold) for fold in folds]
+    hits: dict[str, np.ndarray] = {}
+    chosen: dict[str, list[float]] = {}
+    with progress("folds", len(raw) * len(folds)) as advance:
+        for name, features in raw.items():
+            parts = []
+            x: np.ndarray | None = None
+            for fold, pairs in zip(folds, inner, strict=True):
+                if x is None or config.standardize == "none":
+                    in_train = np.zeros(len(trials), bool)
+                    in_train[fold.train] = True
+                    x = standardized(features, trials.subjects_n, in_train, config.standardize)
+                if name == "EEGNet":
+                    labels_n, choice = _predict_eegnet(trials, x, fold, sfreq, classes, config, device)
+                    parts.append(labels_n[None])
+                else:
+                    labels_Sn, choice = choose_and_predict(x, label_sets[name], fold, pairs, classes)
+                    parts.append(labels_Sn)
+                chosen.setdefault(name, []).append(float(choice))
+                advance(1)
+            hits[name] = (np.concatenate(parts, axis=1) == truth).astype(float)
+    commonest = [np.full(len(fold.test), np.bincount(trials.labels_n[fold.train]).argmax()) for fold in folds]
+    hits[COMMONEST] = (np.concatenate(commonest) == truth).astype(float)[None]
+    if config.shuffles:
+        hits[ENCODER], hits[SHUFFLED] = hits[ENCODER][:1], hits[ENCODER][1:]
+    random = [name for name in trials.tokens if name != ENCODER]
+    if random:
+        hits["random weights"] = np.concatenate([hits.pop(name) for name in random])
+    order = (ENCODER, *METHODS, COMMONEST, SHUFFLED)
+    hits = {name: hits[name] for name in order if name in hits}
+    return np.concatenate([fold.test for fold in folds]), hits, chosen
 
 
 def probe(config: ProbeConfig) -> int:
@@ -253,11 +435,18 @@ def probe(config: ProbeConfig) -> int:
     RequestError
         If dataset and encoder do not fit each other, or there is nothing to learn or to score.
     """
-    train_set, test_set = EEGDataset(config.dataset, "train"), EEGDataset(config.dataset, config.split)
+    train_set = EEGDataset(config.dataset, "train")
     if not train_set.labels:
         raise RequestError(f"{config.dataset}: no labels; a probe needs an EEG-image dataset")
-    # Penalties are not chosen on what is scored.
-    with_val = config.split != "val" and bool(train_set.manifest.samples("val"))
+    have = [name for name in ("train", "val", "test") if train_set.manifest.samples(name)]
+    splits = have if config.folds == "subjects" else [s for s in have if s in ("train", "val", config.split)]
+    if config.folds == "split":
+        EEGDataset(config.dataset, config.split)
+    for path in (config.output, config.figure):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise RequestError(f"{path}: no such folder to write to; make it first")
+    if config.figure and Path(config.figure).suffix not in (".png", ".pdf", ".svg"):
+        raise RequestError(f"figure is {config.figure}; give a name that ends in .png, .pdf or .svg")
     import torch
 
     from pretrain.distributed import choose_device
@@ -266,78 +455,175 @@ def probe(config: ProbeConfig) -> int:
     device = choose_device(config.device)
     encoder = EEGEncoder.from_pretrained(config.encoder)
     require_same_preprocessing(encoder, train_set)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        random = EEGEncoder(encoder.config, encoder.spec).eval()
-    encoders = {"encoder": encoder.to(device), "random weights": random.to(device)}
-    train = collect(train_set, encoders, config.batch_size, device)
-    val = collect(EEGDataset(config.dataset, "val"), encoders, config.batch_size, device) if with_val else None
-    test = collect(test_set, encoders, config.batch_size, device)
-    if len(np.unique(train.labels_n)) < 2:
-        raise RequestError(f"{config.dataset}: the training split has one label only; there is nothing to tell apart")
-    shared_subjects = sorted(set(train.subjects_n) & set(test.subjects_n))
-    shared_images = len(set(train.images_n) & set(test.images_n))
-    hits = {
-        name: (fit_and_predict(name, train, val, test) == test.labels_n).astype(float)
-        for name in ("encoder", "random weights", "band power")
-    }
-    commonest = np.bincount(train.labels_n).argmax()
-    hits["commonest label"] = (test.labels_n == commonest).astype(float)
-    result: dict[str, Any] = {
+    if config.time_bins > min(encoder.n_tokens, encoder.n_times):
+        raise RequestError(
+            f"time_bins is {config.time_bins}, but the encoder has {encoder.n_tokens} tokens a window; "
+            "give at most as many"
+        )
+    encoders = {ENCODER: encoder.to(device)}
+    for number in range(config.random_seeds if "random weights" in config.methods else 0):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed + number)
+            encoders[f"random weights {number}"] = EEGEncoder(encoder.config, encoder.spec).eval().to(device)
+    trials = collect(
+        config.dataset, splits, encoders, bins=config.time_bins, batch_size=config.batch_size, device=device
+    )
+    folds, left_out = outer_folds(trials, config)
+    if config.standardize == "subject" and all(
+        len(np.unique(trials.labels_n[trials.subjects_n == subject])) == 1 for subject in np.unique(trials.subjects_n)
+    ):
+        raise RequestError(
+            f"{config.dataset}: every subject has trials of one label only, and standardize: subject would take the "
+            "difference away; give standardize: none, and know that subjects and labels cannot be told apart"
+        )
+    scored, hits, chosen = compare(
+        trials, folds, sfreq=train_set.spec.sfreq, classes=len(train_set.labels), config=config, device=device
+    )
+    result = {
         "encoder": str(config.encoder),
         "dataset_id": train_set.manifest.dataset_id,
-        "split": config.split,
         "labels": train_set.labels,
-        "trials": {"train": len(train.labels_n), config.split: len(test.labels_n)},
-        "subjects": {"train": len(set(train.subjects_n)), config.split: len(set(test.subjects_n))},
-        "images": len(set(test.images_n)),
-        "subjects_in_both": shared_subjects,
-        "images_in_both": shared_images,
         "chance": 1 / len(train_set.labels),
-        "accuracy": {},
-        "encoder_minus": {},
+        "settings": {
+            name: getattr(config, name)
+            for name in ("folds", "split", "time_bins", "standardize", "random_seeds", "seed")
+        },
+        **summary(trials, folds, scored, hits, config),
+        "left_out_for_shared_images": left_out,
+        "channels_in_common": len(trials.channels),
+        "chosen": chosen,
     }
-    for name, hit_n in hits.items():
-        low, high = accuracy_interval(hit_n, test.images_n)
-        result["accuracy"][name] = {"mean": float(hit_n.mean()), "ci95": [low, high]}
-        if name != "encoder":
-            more_n = hits["encoder"] - hit_n
-            low, high = difference_interval(more_n, test.images_n, config.resamples, config.seed)
-            result["encoder_minus"][name] = {"mean": float(more_n.mean()), "ci95": [low, high]}
     _show(result)
     if config.output:
         write_json(config.output, result)
+    if config.figure:
+        draw(result, config.figure)
     return EXIT_DONE
+
+
+def summary(
+    trials: Trials, folds: list[Fold], scored: np.ndarray, hits: dict[str, np.ndarray], config: ProbeConfig
+) -> dict[str, Any]:
+    """Accuracies, differences, intervals and p-values.
+
+    Parameters
+    ----------
+    trials : Trials
+        All trials.
+    folds : list of Fold
+        The folds.
+    scored : ndarray of int
+        Trials scored.
+    hits : dict of str to ndarray
+        What `compare` gave.
+    config : ProbeConfig
+        The request.
+
+    Returns
+    -------
+    dict
+        Plain numbers.
+    """
+    images_n, subjects_n = trials.images_n[scored], trials.subjects_n[scored]
+    subjects = np.unique(subjects_n)
+    by_subject = len(subjects) >= FEWEST_SUBJECTS
+    fitted = np.unique(np.concatenate([fold.train for fold in folds]))
+    both = {s for fold in folds for s in set(trials.subjects_n[fold.train]) & set(trials.subjects_n[fold.test])}
+    accuracy: dict[str, Any] = {}
+    minus: dict[str, Any] = {}
+    for name, hits_Sn in hits.items():
+        hit_n = hits_Sn.mean(axis=0)
+        accuracy[name] = {
+            "mean": float(hit_n.mean()),
+            "ci95": list(accuracy_interval(hit_n, images_n)),
+            "by_subject": {str(s): float(hit_n[subjects_n == s].mean()) for s in subjects},
+        }
+        if len(hits_Sn) > 1:
+            accuracy[name]["each"] = hits_Sn.mean(axis=1).tolist()
+        if name == ENCODER:
+            continue
+        more_n = hits[ENCODER][0] - hit_n
+        how = (config.resamples, config.seed)
+        minus[name] = {
+            "mean": float(more_n.mean()),
+            "ci95": list(difference_interval(more_n, images_n, *how)),
+            "p": flip_test(more_n, images_n, *how),
+            "ci95_subjects": list(difference_interval(more_n, subjects_n, *how)) if by_subject else None,
+            "p_subjects": flip_test(more_n, subjects_n, *how) if by_subject else None,
+        }
+    return {
+        "trials": {"train": len(fitted), "scored": len(scored)},
+        "subjects": {"train": len(np.unique(trials.subjects_n[fitted])), "scored": len(subjects)},
+        "images": len(np.unique(images_n)),
+        "fits": len(folds),
+        "subjects_in_both": sorted(map(str, both)),
+        "accuracy": accuracy,
+        "encoder_minus": minus,
+    }
 
 
 def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    split = result["split"]
     table = Table(title=f"Linear probe: {len(result['labels'])} labels, chance {result['chance']:.1%}")
-    for heading in ("features", "accuracy", "95 % interval", "encoder is better by"):
-        table.add_column(heading, justify="left" if heading == "features" else "right")
+    by_subject = any(more["p_subjects"] is not None for more in result["encoder_minus"].values())
+    headings = ["method", "accuracy", "95 % interval", "encoder minus it", "p"] + ["p, subjects"] * by_subject
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
     for name, score in result["accuracy"].items():
-        more = result["encoder_minus"].get(name)
-        table.add_row(
-            name,
-            f"{score['mean']:.1%}",
-            "{:.1%} to {:.1%}".format(*score["ci95"]),
-            "{:+.1%} ({:+.1%} to {:+.1%})".format(more["mean"], *more["ci95"]) if more else "",
-        )
+        cells = [name, f"{score['mean']:.1%}", "{:.1%} to {:.1%}".format(*score["ci95"])]
+        if more := result["encoder_minus"].get(name):
+            cells += ["{:+.1%} ({:+.1%} to {:+.1%})".format(more["mean"], *more["ci95"]), f"{more['p']:.2g}"]
+            cells += [f"{more['p_subjects']:.2g}"] if by_subject else []
+        table.add_row(*cells)
     console = Console()
     console.print(table)
     console.print(
-        f"{result['trials'][split]} trials of {result['images']} images and {result['subjects'][split]} subject(s), "
-        f"trained on {result['trials']['train']} trials of {result['subjects']['train']} subject(s); "
-        "intervals are over images, not over subjects."
+        f"{result['trials']['scored']} trials of {result['images']} images and {result['subjects']['scored']} "
+        f"subject(s), fitted on {result['trials']['train']} trials of {result['subjects']['train']} subject(s), "
+        f"{result['fits']} fit(s). Intervals: Wilson's with the scatter between images (accuracies), bootstrap over "
+        f"images (differences). p: two-sided, flipping the sign of each of {result['images']} images' difference"
+        + (f"; of each of {result['subjects']['scored']} subjects'." if by_subject else ".")
     )
-    if result["subjects_in_both"] or result["images_in_both"]:
+    if not by_subject:
         console.print(
-            f"Not independent: {len(result['subjects_in_both'])} subject(s) and {result['images_in_both']} image(s) "
-            "are in both splits."
+            f"{result['subjects']['scored']} subject(s) are too few to say anything of other subjects "
+            f"({FEWEST_SUBJECTS} at least): folds: subjects scores all that the dataset has."
         )
+    left_out = result["left_out_for_shared_images"]
+    if any(left_out.values()):
+        console.print(
+            f"Left out because their image is on the other side: {left_out['test']} test trials, "
+            f"{left_out['train']} training trials over all fits."
+        )
+    if result["subjects_in_both"]:
+        console.print(f"Not independent: {len(result['subjects_in_both'])} subject(s) are fitted on and scored.")
+
+
+def draw(result: dict[str, Any], path: str) -> None:
+    """Draw the accuracies with their intervals.
+
+    Parameters
+    ----------
+    result : dict
+        What the probe found.
+    path : str
+        Figure to write.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(result["accuracy"])
+    mean = np.array([result["accuracy"][name]["mean"] for name in names])
+    low, high = np.array([result["accuracy"][name]["ci95"] for name in names]).T
+    figure = Figure(figsize=(6.4, 0.45 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#c44e52" if name == ENCODER else "#4c72b0" for name in names]
+    axes.barh(names, mean, xerr=[np.maximum(mean - low, 0), np.maximum(high - mean, 0)], color=colours, capsize=3)
+    axes.axvline(result["chance"], color="black", linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel=f"accuracy, {result['trials']['scored']} trials (dashed: chance)")
+    figure.savefig(path, dpi=150)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,6 @@ from data_sharding.samples import pad_channels
 from pretrain.encode import main as encode_main
 from pretrain.encoder import EEGEncoder
 from pretrain.export import main as export_main
-from pretrain.probe import main as probe_main
 
 from .conftest import environment
 
@@ -220,30 +219,3 @@ class TestEncode:
         (tmp_path / "broken.edf").write_bytes(b"0       " + b"?" * 300)
         assert encode_main([str(encoder_package), str(tmp_path / "broken.edf"), "-o", str(out)]) == 2
         assert "broken.edf" in capsys.readouterr().err
-
-
-class TestProbe:
-    def test_scores_beside_baselines(self, encoder_package: Path, paired_dataset: Path, tmp_path: Path) -> None:
-        assert probe_main([str(encoder_package), str(paired_dataset), "--output", str(tmp_path / "p.json")]) == 0
-        found = json.loads((tmp_path / "p.json").read_text())
-        assert found["accuracy"].keys() == {"encoder", "random weights", "band power", "commonest label"}
-        for score in found["accuracy"].values():
-            low, high = score["ci95"]
-            assert low <= score["mean"] <= high
-            assert high - low > 0.1
-        # The label is carried by an evoked bump of opposite sign: any linear map sees it, power does not.
-        assert found["accuracy"]["encoder"]["mean"] > 0.8
-        assert found["accuracy"]["band power"]["mean"] < 0.8
-        assert found["trials"] == {"train": 64, "test": 16}
-        assert found["subjects_in_both"] == []
-
-    def test_needs_labels(self, encoder_package: Path, unpaired_dataset: Path, capsys: Any) -> None:
-        assert probe_main([str(encoder_package), str(unpaired_dataset)]) == 2
-        assert "no labels" in capsys.readouterr().err
-
-    def test_needs_the_same_preprocessing(self, encoder_package: Path, paired_dataset: Path, tmp_path: Path) -> None:
-        copy = tmp_path / "copy"
-        shutil.copytree(encoder_package, copy)
-        values = json.loads((copy / "preprocess.json").read_text())
-        (copy / "preprocess.json").write_text(json.dumps(values | {"highpass": 1.0}))
-        assert probe_main([str(copy), str(paired_dataset)]) == 2

@@ -1,0 +1,196 @@
+"""EEGNet, the small convolutional network that EEG classifiers are measured by, for the probe.
+
+Letters in names: n trials, B trials of a batch, C channels, T time samples.
+
+References
+----------
+Lawhern et al., EEGNet, Journal of Neural Engineering 15 (2018), 056013.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EEGNetConfig:
+    """EEGNet-8,2 and its training; the article's values where it gives one."""
+
+    epochs: int = 100
+    """At most (article: 500)."""
+    patience: int = 15
+    """Epochs without a lower validation loss after which training ends."""
+    batch_size: int = 64
+    """Trials a step."""
+    lr: float = 1e-3
+    """Of Adam."""
+    dropout: float = 0.25
+    """The article's for unseen subjects."""
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.patience, self.batch_size) < 1 or self.lr <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError("eegnet: epochs, patience and batch_size from 1, lr above 0, dropout from 0 to below 1")
+
+
+class EEGNet(nn.Module):
+    """EEGNet-8,2: 8 temporal filters, 2 spatial ones for each, 16 separable ones.
+
+    Parameters
+    ----------
+    channels, samples : int
+        Shape of a window.
+    sfreq : float
+        Rate in Hz; the temporal filters last half a second.
+    classes : int
+        Labels.
+    dropout : float
+        Share left out in training.
+    """
+
+    def __init__(self, channels: int, samples: int, sfreq: float, classes: int, dropout: float = 0.25) -> None:
+        super().__init__()
+        F1, D, F2 = 8, 2, 16
+        # The article's 32 and 16 samples at 128 Hz, pooled by 4 and 8; short windows are pooled less.
+        pool = [min(4, samples), max(1, min(8, samples // 4))]
+        half, eighth = max(1, round(sfreq / 2)), max(1, round(sfreq / 8))
+        self.spatial = nn.Conv2d(F1, F1 * D, (channels, 1), groups=F1, bias=False)
+        self.features = nn.Sequential(
+            _same_length(half),
+            nn.Conv2d(1, F1, (1, half), bias=False),
+            nn.BatchNorm2d(F1),
+            self.spatial,
+            nn.BatchNorm2d(F1 * D),
+            nn.ELU(),
+            nn.AvgPool2d((1, pool[0])),
+            nn.Dropout(dropout),
+            _same_length(eighth),
+            nn.Conv2d(F1 * D, F1 * D, (1, eighth), groups=F1 * D, bias=False),
+            nn.Conv2d(F1 * D, F2, 1, bias=False),
+            nn.BatchNorm2d(F2),
+            nn.ELU(),
+            nn.AvgPool2d((1, pool[1])),
+            nn.Dropout(dropout),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(F2 * (samples // pool[0] // pool[1]), classes)
+
+    def forward(self, x_BCT: Tensor) -> Tensor:
+        """Classify windows.
+
+        Parameters
+        ----------
+        x_BCT : Tensor, [B, C, T]
+            Windows, standardised.
+
+        Returns
+        -------
+        Tensor, [B, classes]
+            Logits.
+        """
+        return self.head(self.features(x_BCT[:, None]))
+
+    @torch.no_grad()
+    def limit_norms(self) -> None:
+        """Keep each spatial filter's norm within 1 and each class's within 0.25, as in the article."""
+        for layer, most in ((self.spatial, 1.0), (self.head, 0.25)):
+            layer.weight.copy_(layer.weight.renorm(2, 0, most))
+
+
+def train_eegnet(
+    x_nCT: np.ndarray,
+    labels_n: np.ndarray,
+    val_x_nCT: np.ndarray,
+    val_labels_n: np.ndarray,
+    *,
+    sfreq: float,
+    classes: int,
+    config: EEGNetConfig,
+    seed: int,
+    device: torch.device,
+) -> tuple[EEGNet, int]:
+    """Train until the validation loss no longer falls, and keep the best weights.
+
+    Parameters
+    ----------
+    x_nCT, labels_n : ndarray
+        Training trials [n, C, T], standardised, and their labels [n].
+    val_x_nCT, val_labels_n : ndarray
+        Trials to stop by.
+    sfreq : float
+        Rate in Hz.
+    classes : int
+        Labels.
+    config : EEGNetConfig
+        How.
+    seed : int
+        Of weights, order and dropout.
+    device : torch.device
+        Where.
+
+    Returns
+    -------
+    EEGNet
+        In evaluation mode, on the device.
+    int
+        Epochs that its weights saw.
+    """
+    x, y = torch.from_numpy(x_nCT).float(), torch.from_numpy(labels_n).long()
+    val_x, val_y = torch.from_numpy(val_x_nCT).float(), torch.from_numpy(val_labels_n).long()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model = EEGNet(x.shape[1], x.shape[2], sfreq, classes, config.dropout).to(device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+        best, best_epoch, state = float("inf"), 0, copy.deepcopy(model.state_dict())
+        for epoch in range(1, config.epochs + 1):
+            model.train()
+            for rows in torch.randperm(len(x)).split(config.batch_size):
+                if len(rows) < 2:
+                    # Batch normalisation needs two.
+                    continue
+                loss = nn.functional.cross_entropy(model(x[rows].to(device)), y[rows].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                model.limit_norms()
+            lost = float(nn.functional.cross_entropy(_logits(model, val_x, device), val_y))
+            if lost < best:
+                best, best_epoch, state = lost, epoch, copy.deepcopy(model.state_dict())
+            elif epoch - best_epoch >= config.patience:
+                break
+    model.load_state_dict(state)
+    return model.eval(), best_epoch
+
+
+def predict_eegnet(model: EEGNet, x_nCT: np.ndarray, device: torch.device) -> np.ndarray:
+    """Label trials.
+
+    Parameters
+    ----------
+    model : EEGNet
+        Trained.
+    x_nCT : ndarray, [n, C, T]
+        Trials, standardised as in training.
+    device : torch.device
+        Where the model is.
+
+    Returns
+    -------
+    ndarray, [n]
+        Labels.
+    """
+    return _logits(model, torch.from_numpy(x_nCT).float(), device).argmax(dim=1).numpy()
+
+
+def _same_length(kernel: int) -> nn.ZeroPad2d:
+    return nn.ZeroPad2d(((kernel - 1) // 2, kernel // 2, 0, 0))
+
+
+@torch.no_grad()
+def _logits(model: EEGNet, x_nCT: Tensor, device: torch.device) -> Tensor:
+    model.eval()
+    return torch.cat([model(x_BCT.to(device)).cpu() for x_BCT in x_nCT.split(256)])
