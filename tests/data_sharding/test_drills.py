@@ -325,6 +325,8 @@ class Line:
 @pytest.fixture
 def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     """An object store, in a process of its own, at the end of a line."""
+    import s3fs
+
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -338,6 +340,8 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
         until(up)
         line = Line(port)
         line.connect()
+        # Another test's store of this process had another address.
+        s3fs.S3FileSystem.clear_instance_cache()
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{line.port}",
             "AWS_ACCESS_KEY_ID": "testing",

@@ -64,7 +64,7 @@ def run_jobs(folder: Path, processes: int, jobs: list[dict[str, Any]]) -> str:
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     done = torchrun([str(Path(__file__).with_name("jobs_worker.py")), str(path)], processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-20000:]
     return done.stderr
 
 
