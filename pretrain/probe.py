@@ -27,13 +27,16 @@ from pretrain.probe_statistics import FEWEST_SUBJECTS, accuracy_interval, differ
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.encoder import EEGEncoder
+
 STRENGTHS = np.logspace(-3, 3, 13)
 """Of the ridge's penalty, in units of the features' mean eigenvalue."""
 INNER_FOLDS = 5
 """At most; what is chosen is chosen on them."""
-Method = Literal["random weights", "band power", "covariance", "time courses", "EEGNet"]
-METHODS: tuple[Method, ...] = ("random weights", "band power", "covariance", "time courses", "EEGNet")
-_SETTINGS = ("folds", "split", "time_bins", "standardize", "random_seeds", "seed")
+Method = Literal["random weights", "band power", "covariance", "time courses", "EEGNet", "fine-tuning"]
+DEFAULT_METHODS: tuple[Method, ...] = ("random weights", "band power", "covariance", "time courses", "EEGNet")
+TUNED, TUNED_RANDOM = "encoder, fine-tuned", "random weights, fine-tuned"
+_SETTINGS = ("folds", "split", "time_bins", "standardize", "random_seeds", "finetune_epochs", "seed")
 ENCODER, COMMONEST, SHUFFLED = "encoder", "commonest label", "encoder, labels shuffled"
 
 
@@ -53,8 +56,9 @@ class ProbeConfig:
     """split: fit on the dataset's train split, score another. subjects: leave each subject of the dataset out once."""
     split: Literal["test", "val"] = "test"
     """Split to score, under folds: split."""
-    methods: list[Method] = dataclasses.field(default_factory=lambda: list(METHODS))
-    """What to compare the encoder with."""
+    methods: list[Method] = dataclasses.field(default_factory=lambda: list(DEFAULT_METHODS))
+    """What to compare the encoder with. fine-tuning, which takes longest, trains the whole encoder and a head on the
+    mean token, from the encoder's weights and from random ones."""
     time_bins: int = 16
     """Parts of the window over which tokens and time courses are averaged; 1 loses all that is locked in time."""
     standardize: Standardize = "subject"
@@ -73,6 +77,10 @@ class ProbeConfig:
     """EEGNet's epochs at most; it stops when the validation loss no longer falls."""
     eegnet_patience: int = 15
     """Epochs that it waits for that."""
+    finetune_epochs: int = 10
+    """Passes over the training trials in fine-tuning."""
+    finetune_rates: list[float] = dataclasses.field(default_factory=lambda: [3e-4, 1e-3])
+    """Learning rates of fine-tuning, chosen among as penalties are, on the first inner fold where there is no val."""
     batch_size: int = 64
     """Trials encoded at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -81,9 +89,19 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         if self.resamples < 100:
             raise ValueError(f"resamples is {self.resamples}; it must be at least 100")
-        for name in ("batch_size", "time_bins", "image_groups", "random_seeds", "eegnet_epochs", "eegnet_patience"):
+        for name in (
+            "batch_size",
+            "time_bins",
+            "image_groups",
+            "random_seeds",
+            "eegnet_epochs",
+            "eegnet_patience",
+            "finetune_epochs",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.finetune_rates or min(self.finetune_rates) <= 0:
+            raise ValueError(f"finetune_rates is {self.finetune_rates}; give one or more rates above 0")
         if self.shuffles < 0:
             raise ValueError(f"shuffles is {self.shuffles}; it must not be negative")
 
@@ -340,8 +358,52 @@ def _predict_eegnet(
     return predict_eegnet(model, x_nCT[fold.test], device), epochs
 
 
+def _finetuned(
+    trials: Trials,
+    folds: list[Fold],
+    inner: list[list[tuple[np.ndarray, np.ndarray]]],
+    encoder: EEGEncoder,
+    classes: int,
+    config: ProbeConfig,
+    device: torch.device,
+) -> tuple[np.ndarray, list[float]]:
+    from pretrain.probe_finetune import finetune_and_predict
+
+    labels, rates = [], []
+    for fold, pairs in zip(folds, inner, strict=True):
+        if len(fold.val):
+            choose_by = (fold.train, fold.val)
+        elif pairs:
+            choose_by = pairs[0]
+        elif len(config.finetune_rates) == 1:
+            choose_by = (fold.train[:0], fold.train[:0])
+        else:
+            raise RequestError(f"{config.dataset}: nothing to choose among finetune_rates by; give one rate")
+        labels_n, rate = finetune_and_predict(
+            encoder,
+            trials,
+            fold,
+            choose_by,
+            classes=classes,
+            epochs=config.finetune_epochs,
+            rates=config.finetune_rates,
+            seed=config.seed,
+            device=device,
+        )
+        labels.append(labels_n)
+        rates.append(rate)
+    return np.concatenate(labels), rates
+
+
 def compare(
-    trials: Trials, folds: list[Fold], *, sfreq: float, classes: int, config: ProbeConfig, device: torch.device
+    trials: Trials,
+    folds: list[Fold],
+    encoders: dict[str, EEGEncoder],
+    *,
+    sfreq: float,
+    classes: int,
+    config: ProbeConfig,
+    device: torch.device,
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[float]]]:
     """Let every method label the same test trials.
 
@@ -351,6 +413,8 @@ def compare(
         All trials.
     folds : list of Fold
         The folds.
+    encoders : dict of str to EEGEncoder
+        Those to fine-tune, by name.
     sfreq : float
         Rate in Hz.
     classes : int
@@ -358,7 +422,7 @@ def compare(
     config : ProbeConfig
         The request.
     device : torch.device
-        Where EEGNet trains.
+        Where networks train.
 
     Returns
     -------
@@ -412,7 +476,12 @@ def compare(
     random = [name for name in trials.tokens if name != ENCODER]
     if random:
         hits["random weights"] = np.concatenate([hits.pop(name) for name in random])
-    order = (ENCODER, *METHODS, COMMONEST, SHUFFLED)
+    for name, encoder in encoders.items() if "fine-tuning" in config.methods else ():
+        labels_n, rates = _finetuned(trials, folds, inner, encoder, classes, config, device)
+        title = TUNED if name == ENCODER else TUNED_RANDOM
+        hits[title] = np.concatenate([hits.get(title, np.empty((0, len(truth)))), (labels_n == truth)[None]])
+        chosen.setdefault(title, []).extend(rates)
+    order = (ENCODER, *DEFAULT_METHODS, TUNED, TUNED_RANDOM, COMMONEST, SHUFFLED)
     hits = {name: hits[name] for name in order if name in hits}
     return np.concatenate([fold.test for fold in folds]), hits, chosen
 
@@ -461,7 +530,7 @@ def probe(config: ProbeConfig) -> int:
             "give at most as many"
         )
     encoders = {ENCODER: encoder.to(device)}
-    for number in range(config.random_seeds if "random weights" in config.methods else 0):
+    for number in range(config.random_seeds if {"random weights", "fine-tuning"} & set(config.methods) else 0):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed + number)
             encoders[f"random weights {number}"] = EEGEncoder(encoder.config, encoder.spec).eval().to(device)
@@ -476,8 +545,12 @@ def probe(config: ProbeConfig) -> int:
             f"{config.dataset}: every subject has trials of one label only, and standardize: subject would take the "
             "difference away; give standardize: none, and know that subjects and labels cannot be told apart"
         )
+    if "fine-tuning" in config.methods and any(set(meta["ch_names"]) != set(trials.channels) for meta in trials.metas):
+        raise RequestError(f"{config.dataset}: trials of several caps; leave fine-tuning out of methods")
+    if "random weights" not in config.methods:
+        trials.tokens = {ENCODER: trials.tokens[ENCODER]}
     scored, hits, chosen = compare(
-        trials, folds, sfreq=train_set.spec.sfreq, classes=len(train_set.labels), config=config, device=device
+        trials, folds, encoders, sfreq=train_set.spec.sfreq, classes=len(train_set.labels), config=config, device=device
     )
     result = {
         "encoder": str(config.encoder),
@@ -542,9 +615,11 @@ def summary(
             accuracy[name]["each"] = hits_Sn.mean(axis=1).tolist()
         if name == ENCODER:
             continue
-        more_n = hits[ENCODER][0] - hit_n
+        reference = TUNED if name == TUNED_RANDOM else ENCODER
+        more_n = hits[reference][0] - hit_n
         how = (config.resamples, config.seed)
         minus[name] = {
+            "of": reference,
             "mean": float(more_n.mean()),
             "ci95": list(difference_interval(more_n, images_n, *how)),
             "p": flip_test(more_n, images_n, *how),
@@ -578,6 +653,8 @@ def _show(result: dict[str, Any]) -> None:
             cells += [f"{more['p_subjects']:.2g}"] if by_subject else []
         table.add_row(*cells)
     console = Console()
+    # A file or a pipe has no width, and 80 columns break every cell of the table.
+    console = console if console.is_terminal else Console(width=120)
     console.print(table)
     console.print(
         f"{result['trials']['scored']} trials of {result['images']} images and {result['subjects']['scored']} "
@@ -597,6 +674,8 @@ def _show(result: dict[str, Any]) -> None:
             f"Left out because their image is on the other side: {left_out['test']} test trials, "
             f"{left_out['train']} training trials over all fits."
         )
+    if TUNED_RANDOM in result["accuracy"]:
+        console.print(f"The row '{TUNED_RANDOM}' is compared with '{TUNED}'.")
     if result["subjects_in_both"]:
         console.print(f"Not independent: {len(result['subjects_in_both'])} subject(s) are fitted on and scored.")
 

@@ -48,6 +48,8 @@ class Trials:
     """Channels that every trial has, in the first one's order."""
     eeg_nCT: np.ndarray
     """[n, C, T] float16 microvolts of those channels."""
+    metas: list[dict[str, Any]]
+    """[n] metadata of the samples."""
     tokens: dict[str, np.ndarray]
     """[n, F] float32 by encoder: tokens, mean over each time bin."""
 
@@ -252,5 +254,6 @@ def collect(
         subjects_n=np.array([f"{meta['corpus']}/{meta['subject']}" for meta in metas]),
         channels=channels,
         eeg_nCT=np.stack(rows),
+        metas=metas,
         tokens={name: np.concatenate(parts).astype(np.float32) for name, parts in tokens.items()},
     )

@@ -17,7 +17,9 @@ from data_sharding.samples import Sample
 from pretrain.eegnet import EEGNet, EEGNetConfig, predict_eegnet, train_eegnet
 from pretrain.encoder import EEGEncoder
 from pretrain.probe import (
-    METHODS,
+    DEFAULT_METHODS,
+    TUNED,
+    TUNED_RANDOM,
     Fold,
     ProbeConfig,
     choose_and_predict,
@@ -43,7 +45,7 @@ def write_trials(path: Path, *, images: dict[str, int], caps: bool = False, own_
         for subject in subjects:
             for image in range(images[split]):
                 label = image % 2
-                eeg = rng.normal(0, 10, (8, SPEC.window)) + rng.normal(0, 20, (8, 1))
+                eeg = rng.normal(0, 10, (8, SPEC.window))
                 eeg += (1 if label else -1) * 12 * np.exp(-((np.arange(SPEC.window) - 50) ** 2) / 200)
                 channels = names[::-1] if caps and subject == "s6" else names
                 identity = f"{subject}-{image}" if own_images else f"{split}-{image}"
@@ -94,6 +96,7 @@ def trials_of(subjects: int, images: int, *, shared: bool = True) -> Trials:
         subjects_n=np.array([f"s{s}" for s in subject]),
         channels=["a", "b"],
         eeg_nCT=np.zeros((n, 2, 16), np.float16),
+        metas=[{}] * n,
         tokens={},
     )
 
@@ -113,7 +116,7 @@ class TestCommand:
         )
         found = json.loads((tmp_path / "p.json").read_text())
         score = {name: value["mean"] for name, value in found["accuracy"].items()}
-        assert score.keys() == {"encoder", *METHODS, "commonest label", "encoder, labels shuffled"}
+        assert score.keys() == {"encoder", *DEFAULT_METHODS, "commonest label", "encoder, labels shuffled"}
         # Any linear map sees the bump's sign; power and covariance do not.
         assert min(score["encoder"], score["random weights"], score["time courses"], score["EEGNet"]) > 0.8
         assert max(score["band power"], score["covariance"]) < 0.75
@@ -142,6 +145,24 @@ class TestCommand:
         assert found["encoder_minus"]["band power"]["p_subjects"] == 2 / 2**7
         low, high = found["encoder_minus"]["band power"]["ci95_subjects"]
         assert 0 < low < found["encoder_minus"]["band power"]["mean"] < high
+
+    def test_fine_tuning_learns_and_leaves_the_encoder_as_it_is(
+        self, package: Path, dataset: Path, tmp_path: Path
+    ) -> None:
+        words = [str(package), str(dataset), "--methods", '["fine-tuning"]', "--shuffles", "0", "--random_seeds", "1"]
+        words += ["--finetune_epochs", "8", "--finetune_rates", "[2e-3, 4e-3]", "--output", str(tmp_path / "p.json")]
+        assert main(words) == 0
+        found = json.loads((tmp_path / "p.json").read_text())
+        assert found["accuracy"].keys() == {"encoder", "commonest label", TUNED, TUNED_RANDOM}
+        # One fit, one rate.
+        assert found["chosen"][TUNED][0] in (2e-3, 4e-3)
+        assert found["accuracy"][TUNED]["mean"] > 0.8
+        assert found["encoder_minus"][TUNED_RANDOM]["of"] == TUNED
+        assert found["encoder_minus"]["commonest label"]["of"] == "encoder"
+        # The features were not touched by it.
+        assert main([*words[:2], "--methods", "[]", "--shuffles", "0", *words[-2:]]) == 0
+        again = json.loads((tmp_path / "p.json").read_text())
+        assert again["accuracy"]["encoder"] == found["accuracy"]["encoder"]
 
     def test_channels_are_compared_by_name(self, package: Path, tmp_path: Path) -> None:
         from pretrain.probe_features import collect
