@@ -22,6 +22,7 @@ from data_sharding.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.files import write_json
 from data_sharding.progress import progress
 from pretrain.probe_features import Standardize, Trials, band_power, collect, covariance, standardized, time_courses
+from pretrain.probe_folds import Fold, inner_folds, outer_folds, shuffled_labels
 from pretrain.probe_statistics import FEWEST_SUBJECTS, accuracy_interval, difference_interval, flip_test
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 STRENGTHS = np.logspace(-3, 3, 13)
 """Of the ridge's penalty, in units of the features' mean eigenvalue."""
-INNER_FOLDS = 5
-"""At most; what is chosen is chosen on them."""
 Method = Literal["random weights", "band power", "covariance", "time courses", "EEGNet", "fine-tuning"]
 DEFAULT_METHODS: tuple[Method, ...] = ("random weights", "band power", "covariance", "time courses", "EEGNet")
 TUNED, TUNED_RANDOM = "encoder, fine-tuned", "random weights, fine-tuned"
@@ -106,138 +105,6 @@ class ProbeConfig:
             raise ValueError(f"shuffles is {self.shuffles}; it must not be negative")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fold:
-    """Numbers of the trials of one fit."""
-
-    train: np.ndarray
-    """Fitted on."""
-    val: np.ndarray
-    """Only chosen by; may be empty."""
-    test: np.ndarray
-    """Only scored."""
-
-
-def image_parts(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray:
-    """Divide images into parts with the same mixture of labels.
-
-    Parameters
-    ----------
-    trials : Trials
-        All trials.
-    numbers : ndarray of int
-        Those whose images are to be divided.
-    parts : int
-        How many.
-
-    Returns
-    -------
-    ndarray of int
-        Part of each trial of `numbers`.
-    """
-    _, first, image = np.unique(trials.images_n[numbers], return_index=True, return_inverse=True)
-    part = np.empty(len(first), np.int64)
-    part[np.argsort(trials.labels_n[numbers][first], kind="stable")] = np.arange(len(first)) % parts
-    return part[image]
-
-
-def _images_shared(trials: Trials, numbers: np.ndarray) -> bool:
-    pairs = np.unique(np.stack([trials.images_n[numbers], trials.subjects_n[numbers]]), axis=1)
-    return len(np.unique(pairs[0])) < pairs.shape[1]
-
-
-def outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
-    """What is fitted on what; no image is on both sides.
-
-    Parameters
-    ----------
-    trials : Trials
-        All trials.
-    config : ProbeConfig
-        The request.
-
-    Returns
-    -------
-    list of Fold
-        The folds; a trial is scored once.
-    dict of str to int
-        Trials left out because their image is on the other side, by side.
-
-    Raises
-    ------
-    RequestError
-        If there is nothing to learn or to score.
-    """
-    every, none = np.arange(len(trials)), np.array([], int)
-    if config.folds == "split":
-        train = every[trials.splits_n == "train"]
-        # What is chosen is not chosen on what is scored.
-        val = none if config.split == "val" else every[trials.splits_n == "val"]
-        test = every[trials.splits_n == config.split]
-        kept = test[~np.isin(trials.images_n[test], trials.images_n[np.concatenate([train, val])])]
-        if not len(kept):
-            raise RequestError(
-                f"{config.dataset}: every image of split '{config.split}' is in the training or val split as well; "
-                "give folds: subjects, or shard with a split by images"
-            )
-        folds = [Fold(train=train, val=val, test=kept)]
-        left_out = {"test": len(test) - len(kept), "train": 0}
-    else:
-        subjects = np.unique(trials.subjects_n)
-        if len(subjects) < 2:
-            raise RequestError(f"{config.dataset}: one subject only; folds: subjects leaves out one of several")
-        parts = config.image_groups if _images_shared(trials, every) else 1
-        if parts == 1 and config.image_groups == 1 and _images_shared(trials, every):
-            raise RequestError("image_groups is 1, but subjects saw the same images; give at least 2")
-        part = image_parts(trials, every, parts)
-        folds, left_out = [], {"test": 0, "train": 0}
-        for subject in subjects:
-            for group in range(parts):
-                test = every[(trials.subjects_n == subject) & (part == group)]
-                if not len(test):
-                    continue
-                others = every[trials.subjects_n != subject]
-                train = others[~np.isin(trials.images_n[others], trials.images_n[test])]
-                folds.append(Fold(train=train, val=none, test=test))
-                left_out["train"] += len(others) - len(train)
-    if any(len(np.unique(trials.labels_n[fold.train])) < 2 for fold in folds):
-        raise RequestError(f"{config.dataset}: training trials of one label only; there is nothing to tell apart")
-    return folds, left_out
-
-
-def inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What choices are made on: other subjects and other images than those fitted on, as in the scoring.
-
-    Parameters
-    ----------
-    trials : Trials
-        All trials.
-    fold : Fold
-        Only its train and val are looked at.
-
-    Returns
-    -------
-    list of (ndarray, ndarray)
-        Trials fitted on, and trials held out; empty where no such folds can be made.
-    """
-    train = fold.train
-    subjects, subject = np.unique(trials.subjects_n[train], return_inverse=True)
-    groups = min(INNER_FOLDS, len(subjects))
-    if groups == 1:
-        groups = INNER_FOLDS
-        of_image = image_parts(trials, train, groups)
-        pairs = [(of_image != g, of_image == g) for g in range(groups)]
-    elif _images_shared(trials, train):
-        of_image, of_subject = image_parts(trials, train, groups), subject % groups
-        pairs = [((of_subject != g) & (of_image != g), (of_subject == g) & (of_image == g)) for g in range(groups)]
-    else:
-        pairs = [(subject % groups != g, subject % groups == g) for g in range(groups)]
-    found = [(train[fit], train[held]) for fit, held in pairs]
-    if len(fold.val):
-        found.append((train, fold.val))
-    return [(fit, held) for fit, held in found if len(held) and len(np.unique(trials.labels_n[fit])) > 1]
-
-
 def ridge_scores(x_nF: np.ndarray, y_nK: np.ndarray, new_mF: np.ndarray) -> Iterator[np.ndarray]:
     """Ridge regression for every penalty.
 
@@ -306,28 +173,6 @@ def choose_and_predict(
     # The strongest penalty among equals; without inner folds nothing tells them apart, and the middle one is taken.
     best = len(STRENGTHS) - 1 - hits[::-1].argmax(axis=0) if inner else np.full(sets, len(STRENGTHS) // 2)
     return predicted(fold.train, fold.test)[best, np.arange(sets)], float(STRENGTHS[best[0]])
-
-
-def shuffled_labels(trials: Trials, sets: int, seed: int) -> np.ndarray:
-    """Give labels to images at random.
-
-    Parameters
-    ----------
-    trials : Trials
-        All trials.
-    sets : int
-        How many times.
-    seed : int
-        Of the shuffles.
-
-    Returns
-    -------
-    ndarray, [S, n]
-        Labels; trials of one image still share theirs.
-    """
-    _, first, image = np.unique(trials.images_n, return_index=True, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    return np.stack([rng.permutation(trials.labels_n[first])[image] for _ in range(sets)])
 
 
 def _predict_eegnet(

@@ -18,8 +18,8 @@ from data_sharding.samples import pad_channels
 
 if TYPE_CHECKING:
     from pretrain.encoder import EEGEncoder
-    from pretrain.probe import Fold
     from pretrain.probe_features import Trials
+    from pretrain.probe_folds import Fold
 
 _WARM_UP, _WEIGHT_DECAY, _BATCH = 0.1, 0.05, 32
 

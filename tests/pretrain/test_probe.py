@@ -20,16 +20,13 @@ from pretrain.probe import (
     DEFAULT_METHODS,
     TUNED,
     TUNED_RANDOM,
-    Fold,
     ProbeConfig,
     choose_and_predict,
-    inner_folds,
     main,
-    outer_folds,
     ridge_scores,
-    shuffled_labels,
 )
 from pretrain.probe_features import Trials, binned, covariance, standardized
+from pretrain.probe_folds import Fold, inner_folds, outer_folds, shuffled_labels
 from pretrain.probe_statistics import accuracy_interval, difference_interval, flip_test
 
 SPEC = PreprocessSpec(sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, stride=128)
