@@ -94,7 +94,7 @@ def ours(
     model = build_autoencoder(shape)
     parameters = count_parameters(model)
     model.to(world.device)
-    optimizer = build_optimizer(model, config.optimizer, zero_stage=stage, device=world.device)
+    optimizer = build_optimizer(model, config.optimizer, zero_stage=stage)
     settings = deepspeed_config(config, parameters=parameters, device=world.device)
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

@@ -80,9 +80,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
-def build_optimizer(
-    module: nn.Module, config: OptimizerConfig, *, zero_stage: int, device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: int) -> torch.optim.Optimizer:
     """PyTorch's own AdamW: nothing to compile, and one of those that ZeRO knows.
 
     Parameters
@@ -102,9 +100,8 @@ def build_optimizer(
         The optimiser that DeepSpeed wraps.
     """
     groups = parameter_groups(module, config.weight_decay)
-    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-    if device.type == "cuda":
-        options["fused"] = True
+    # One pass over memory in place of ten, on a processor, too.
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
     if zero_stage == 0:
         return GuardedAdamW(groups, clip=config.clip, **options)
     return torch.optim.AdamW(groups, **options)
