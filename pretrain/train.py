@@ -605,8 +605,7 @@ def _build_engine(deepspeed: Any, config: PretrainConfig, device: Any) -> Any:
     settings = deepspeed_config(config, parameters=count_parameters(model), device=device)
     # Fused AdamW wants its parameters on the GPU already.
     model.to(device)
-    adams = device if config.offload == "none" else torch.device("cpu")
-    optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage, device=adams)
+    optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage)
     # Its bf16 optimiser prints memory tables, whatever the log level.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
