@@ -1,0 +1,170 @@
+"""Write docs/performance.md out of the results that the benchmarks left: ``python benchmarks/performance_page.py``.
+
+Each file of ``benchmarks/results`` is what a benchmark wrote with ``--out``; its command stands on the page.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results")
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+HEAD = """# Performance
+
+Written by `python benchmarks/performance_page.py` out of `benchmarks/results/*.json`, which the commands below wrote
+with `--out`. Ratios are of one run on one machine. No figure of a GPU has been measured yet.
+
+Machine: two cores of an Intel Xeon with AMX, 24 GB, no GPU; {versions}. 2026-11-21.
+"""
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def sharding(found: dict[str, Any]) -> str:
+    names = {"ours": "Dreamscale", "mne": "MNE's default path and `wds.TarWriter`"}
+    rows = [
+        [names[way], f"{r['cpu_s']:.1f}", f"{r['wall_s']:.1f}", f"{r['peak_mb']:,.0f}", f"{r['windows']:.0f}"]
+        for way, r in found["ways"].items()
+    ]
+    return f"""## Sharding a recording
+
+`python benchmarks/sharding.py --seconds 3600`: {found["data"]}, windows of 2 s, one thread each.
+
+{table(["way", "CPU s", "wall s", "peak MB", "windows"], rows)}
+
+**{found["cpu_ratio"]:.1f} times less CPU** (aim: 3), and memory does not grow with the recording (aim: below 1 GB).
+MNE's path loads the recording, band-passes it (FIR), resamples it (FFT) and subtracts the average; ours also notches
+the mains, judges units and channels, and hashes the file. On recordings of a minute, MNE's path is the faster one.
+"""
+
+
+def workers(found: dict[str, Any]) -> str:
+    job = found["job"]
+    rows = [
+        [
+            name.split()[0],
+            f"{r['wall_s']:.1f}",
+            f"{r['recordings_per_s']:.2f}",
+            f"{job['speed_up'][name.split()[0]]:.2f}",
+        ]
+        for name, r in job.items()
+        if name.endswith("workers")
+    ]
+    return f"""## The sharding job on one and two workers
+
+`python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`: {job["data"]}, through Ray, on
+two cores.
+
+{table(["workers", "whole job s", "recordings/s once the workers are up", "speed-up"], rows)}
+
+The aim is 1.8. Two workers leave no core for Ray's own processes and for the driver.
+"""
+
+
+def planning(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{r['recordings']:,}",
+            *(f"{s:.2f}" for s in r["seconds"].values()),
+            f"{r['total_s']:.1f}",
+            f"{r['peak_gb']:.2f}",
+        ]
+        for r in found["results"]
+    ]
+    names = [f"{name} s" for name in found["results"][0]["seconds"]]
+    return f"""## Planning many recordings
+
+`python benchmarks/planning.py --sizes 1000 10000 100000`: simulated EDF files, found, recognised by their headers,
+planned, compared for duplicates by their signatures, and distributed over shards.
+
+{table(["recordings", *names, "total s", "peak GB"], rows)}
+
+Aims for 100,000: 60 s and 2 GB. Time grows as the number of recordings to the power {found["exponent"]:.2f}.
+"""
+
+
+def loading(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{r['samples_per_s']:,.0f} ({r['lowest']:,.0f} to {r['highest']:,.0f})",
+            f"{r['cpu_us_per_sample']:.0f}",
+            f"{r['peak_bytes'] / 1e6:.0f}",
+        ]
+        for name, r in found["ways"].items()
+    ]
+    over = found["ours over others in samples_per_s"]
+    index = found["index"]
+    return f"""## Loading
+
+`python benchmarks/loading.py --samples 1500 --repeats 3`: {found["data"]}, to float32 batches padded to 128 channels.
+
+{table(["way", "samples/s (lowest to highest)", "CPU µs a sample", "peak MB"], rows)}
+
+Against `wds.WebDataset` on the same shards: **{over["webdataset, 0 workers"]:.1f} times** without and
+**{over["webdataset, 2 workers"]:.1f} times** with two reading processes (aim: 3). Against a memory map of the decoded
+data: **{over["memory map"]:.2f}** (aim: 0.5, missed by what decompression costs). A dataset of {index["samples"]:,}
+samples opens in {index["open_s"]:.1f} s with {index["bytes_per_sample"]:.0f} bytes a sample.
+"""
+
+
+def pretraining(found: list[dict[str, Any]]) -> str:
+    names = {"ours": "Dreamscale (DeepSpeed, ZeRO 1)", "released": "released model code (eager, autocast, AdamW)"}
+    rows = [
+        [
+            names[r["code"]],
+            r["precision"],
+            str(r["batch_per_process"]),
+            f"{r['step_s']:.2f}",
+            f"{r['samples_per_s']:.2f}",
+            f"{r['tflops_per_process']:.2f}",
+            f"{r['memory_gib']:.1f}",
+        ]
+        for r in found
+    ]
+    rate = {(r["code"], r["batch_per_process"]): r["samples_per_s"] for r in found}
+    ratios = [
+        f"{ours / rate['released', batch]:.2f} times at batch {batch}"
+        for (code, batch), ours in rate.items()
+        if code == "ours" and ("released", batch) in rate
+    ]
+    return f"""## A pretraining step
+
+`python benchmarks/pretraining.py --presets released --precisions bf16 --batch N --steps 4 --reference PATH`: the
+released architecture (165M), mask ratio 0.1, on the processor. PATH is a checkout of the released code.
+
+{table(["code", "precision", "batch", "s a step", "windows/s", "TFLOP/s", "peak GiB"], rows)}
+
+Windows/s over the released code's: {", ".join(ratios)} (aim: 2).
+"""
+
+
+SECTIONS = {
+    "sharding": sharding,
+    "workers": workers,
+    "planning": planning,
+    "loading": loading,
+    "pretraining": pretraining,
+}
+
+
+def main() -> None:
+    found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in SECTIONS if _has(name)}
+    versions: dict[str, str] = {}
+    for name in ("sharding", "loading"):
+        versions |= found[name]["versions"]
+    head = HEAD.format(versions=", ".join(f"{name} {version}" for name, version in sorted(versions.items())))
+    PAGE.write_text("\n".join([head, *(section(found[name]) for name, section in SECTIONS.items() if name in found)]))
+
+
+def _has(name: str) -> bool:
+    return (RESULTS / f"{name}.json").is_file()
+
+
+if __name__ == "__main__":
+    main()
