@@ -62,7 +62,7 @@ two cores.
 
 {table(["workers", "whole job s", "recordings/s once the workers are up", "speed-up"], rows)}
 
-The aim is 1.8. Two workers leave no core for Ray's own processes and for the driver.
+The aim is 1.8.
 """
 
 
@@ -108,7 +108,7 @@ def loading(found: dict[str, Any]) -> str:
 
 Against `wds.WebDataset` on the same shards: **{over["webdataset, 0 workers"]:.1f} times** without and
 **{over["webdataset, 2 workers"]:.1f} times** with two reading processes (aim: 3). Against a memory map of the decoded
-data: **{over["memory map"]:.2f}** (aim: 0.5, missed by what decompression costs). A dataset of {index["samples"]:,}
+data: **{over["memory map"]:.2f}** (aim: 0.5). A dataset of {index["samples"]:,}
 samples opens in {index["open_s"]:.1f} s with {index["bytes_per_sample"]:.0f} bytes a sample.
 """
 
