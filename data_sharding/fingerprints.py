@@ -23,7 +23,6 @@ NAME = "fingerprints.parquet"
 ROWS_A_GROUP = 256
 """Recordings of one row group: what is read to look at one of them."""
 
-HASH_BITS = 64
 NEAR_BITS = 10
 """Bits of 64 in which the perceptual hashes of one picture may differ after it was encoded or resized again."""
 NEAR_LEVELS = 8.0

@@ -57,6 +57,17 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
+def _grid(n: int, *, columns: int, height: float, margin: float = 0.0, shared: bool = False) -> tuple[Any, Any]:
+    """A figure with at least n axes, of which n are seen."""
+    columns = min(columns, n)
+    lines = -(-n // columns)
+    figure = _figure(10, margin + height * lines)
+    axes = figure.subplots(lines, columns, sharex=shared, sharey=shared, squeeze=False)
+    for axis in axes.flat[n:]:
+        axis.set_visible(False)
+    return figure, axes
+
+
 def _plain(text: str) -> str:
     """Names of corpora and channels are data: a dollar sign in them begins no formula."""
     return text.replace("$", r"\$")
@@ -333,12 +344,7 @@ def spectra(windows: dict[str, list[list[Window]]], manifest: Manifest) -> str:
         PNG as a data URL.
     """
     spec = manifest.preprocess
-    columns = min(4, len(windows))
-    lines = -(-len(windows) // columns)
-    figure = _figure(10, 0.5 + 2.1 * lines)
-    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-    for axis in axes.flat[len(windows) :]:
-        axis.set_visible(False)
+    figure, axes = _grid(len(windows), columns=4, height=2.1, margin=0.5, shared=True)
     for axis, (corpus, recordings) in zip(axes.flat, windows.items(), strict=False):
         found = [spectrum(recording, spec.sfreq) for recording in recordings]
         frequency = found[0][0]
@@ -379,12 +385,7 @@ def traces(windows: dict[str, list[list[Window]]], manifest: Manifest) -> str:
     str
         PNG as a data URL.
     """
-    columns = min(3, len(windows))
-    lines = -(-len(windows) // columns)
-    figure = _figure(10, 2.9 * lines)
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for axis in axes.flat[len(windows) :]:
-        axis.set_visible(False)
+    figure, axes = _grid(len(windows), columns=3, height=2.9)
     for axis, (corpus, recordings) in zip(axes.flat, windows.items(), strict=False):
         several = recordings[len(recordings) // 2]
         window = several[len(several) // 2]

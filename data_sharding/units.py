@@ -422,12 +422,6 @@ class Survey:
         return np.where(norm > 1e-6, points / np.maximum(norm, 1e-12), 0.0).astype(np.float32)
 
 
-def _survey(x_uv: np.ndarray, sfreq: float) -> Survey:
-    survey = Survey(len(x_uv), sfreq, [Segment(start=0, stop=x_uv.shape[-1], onset=0.0)])
-    survey.push(0, np.asarray(x_uv, np.float64))
-    return survey
-
-
 def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Verdict:
     """Judge unit and channels of a signal that is in memory.
 
@@ -445,25 +439,6 @@ def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Ve
     Verdict
         With `unit` "unknown" where the amplitudes are none that EEG has.
     """
-    return _survey(x_uv, sfreq).verdict(factor)
-
-
-def line_frequency(x_uv: np.ndarray, sfreq: float, bads: list[int] | None = None) -> float | None:
-    """Find the mains in the spectrum of a signal that is in memory.
-
-    Parameters
-    ----------
-    x_uv : ndarray, shape (n, S)
-        Signal.
-    sfreq : float
-        Rate in Hz.
-    bads : list of int, optional
-        Rows to leave out.
-
-    Returns
-    -------
-    float or None
-        50 or 60 Hz; None where neither stands out, the recording is shorter than two seconds, or the rate too low.
-    """
-    rows = [i for i in range(len(x_uv)) if i not in set(bads or [])]
-    return _survey(x_uv, sfreq).line_frequency(rows)
+    survey = Survey(len(x_uv), sfreq, [Segment(start=0, stop=x_uv.shape[-1], onset=0.0)])
+    survey.push(0, np.asarray(x_uv, np.float64))
+    return survey.verdict(factor)

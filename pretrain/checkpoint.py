@@ -173,11 +173,6 @@ class CheckpointWriter:
         self._manifest: dict[str, Any] = {}
         self.failed = 0
 
-    @property
-    def under_way(self) -> bool:
-        """True between `begin` and the outcome."""
-        return self._step is not None
-
     def progress(self) -> tuple[float, float]:
         """How this process's share stands; to be summed over the processes and given to `settle`.
 

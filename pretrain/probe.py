@@ -35,7 +35,6 @@ STRENGTHS = np.logspace(-3, 3, 13)
 Method = Literal["random weights", "band power", "covariance", "time courses", "EEGNet", "fine-tuning"]
 DEFAULT_METHODS: tuple[Method, ...] = ("random weights", "band power", "covariance", "time courses", "EEGNet")
 TUNED, TUNED_RANDOM = "encoder, fine-tuned", "random weights, fine-tuned"
-_SETTINGS = ("folds", "split", "time_bins", "standardize", "random_seeds", "finetune_epochs", "seed")
 ENCODER, COMMONEST, SHUFFLED = "encoder", "commonest label", "encoder, labels shuffled"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from data_sharding.duplicates import Print, find_duplicates
 from data_sharding.signals import Segment
-from data_sharding.units import Survey, assess, line_frequency, stretches_of
+from data_sharding.units import Survey, assess, stretches_of
 
 RATE = 250.0
 
@@ -133,19 +133,19 @@ class TestSurvey:
     def test_spectrum_of_epochs_and_of_a_later_mains(self) -> None:
         x = eeg(4, 400)
         x[:, 50_000:] += 20 * np.sin(2 * np.pi * 60 * np.arange(50_000) / RATE)
-        assert line_frequency(x, RATE) == 60.0
+        assert assess(x, RATE).line_freq == 60.0
 
 
 class TestLine:
     @pytest.mark.parametrize("line", [50.0, 60.0])
     def test_found(self, line: float) -> None:
         x = eeg() + 5 * np.sin(2 * np.pi * line * np.arange(2500) / RATE)
-        assert line_frequency(x, RATE) == line
+        assert assess(x, RATE).line_freq == line
 
     def test_not_invented(self) -> None:
-        assert line_frequency(eeg(), RATE) is None
-        assert line_frequency(eeg(seconds=1), RATE) is None
-        assert line_frequency(eeg(rate=80), 80.0) is None
+        assert assess(eeg(), RATE).line_freq is None
+        assert assess(eeg(seconds=1), RATE).line_freq is None
+        assert assess(eeg(rate=80), 80.0).line_freq is None
 
 
 class TestDuplicates:
