@@ -11,10 +11,8 @@ loading is not part of it (benchmarks/loading.py).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
-import io
 import json
 import os
 import platform
@@ -35,9 +33,9 @@ import torch
 from data_sharding.files import write_json
 from pretrain.config import PretrainConfig
 from pretrain.distributed import World, choose_device, import_deepspeed, launched_world, process_group
-from pretrain.engine import build_optimizer, deepspeed_config
+from pretrain.engine import start_engine
 from pretrain.flops import peak_flops, training_flops
-from pretrain.model import build_autoencoder, count_parameters
+from pretrain.model import count_parameters
 from pretrain.presets import PRESETS
 from pretrain.shapes import ComputeConfig, MaskedAutoencoderConfig
 
@@ -90,14 +88,9 @@ def ours(
         zero_stage=stage,  # type: ignore[arg-type]
         model=shape,
     )
-    torch.manual_seed(0)
-    model = build_autoencoder(shape)
+    engine = start_engine(deepspeed, config, world.device)
+    model = engine.module
     parameters = count_parameters(model)
-    model.to(world.device)
-    optimizer = build_optimizer(model, config.optimizer, zero_stage=stage)
-    settings = deepspeed_config(config, parameters=parameters, device=world.device)
-    with contextlib.redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     x_BCT = torch.randn(options.batch, shape.encoder.channels, shape.encoder.samples, device=world.device)
     inputs = {k: v.to(world.device) for k, v in model.prepare(fake_batch(shape, options.batch), 0).items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from pretrain.config import OptimizerConfig, PretrainConfig
 from pretrain.distributed import World
+from pretrain.model import build_autoencoder, count_parameters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's two, as PyTorch names them."""
@@ -140,7 +142,8 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         },
-        "bf16": {"enabled": config.precision == "bf16"},
+        # Stage 1 adds each bf16 gradient to the float32 ones as soon as it is there, and drops it.
+        "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": config.precision == "bf16"},
         # Without these two, bf16 gradients are summed over processes and micro batches in bf16.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -155,6 +158,42 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
         if config.offload == "all":
             generated["zero_optimization"]["offload_param"] = dict(pinned)
     return merged(generated, config.deepspeed)
+
+
+def start_engine(deepspeed: Any, config: PretrainConfig, device: torch.device) -> Any:
+    """Build the model, its optimiser and DeepSpeed's engine around them.
+
+    Parameters
+    ----------
+    deepspeed : module
+        DeepSpeed, as `pretrain.distributed.import_deepspeed` gives it.
+    config : PretrainConfig
+        The request.
+    device : torch.device
+        Where it trains.
+
+    Returns
+    -------
+    DeepSpeedEngine
+        The engine, with Adam's moments in place.
+    """
+    torch.manual_seed(config.seed)
+    model = build_autoencoder(config.model)
+    settings = deepspeed_config(config, parameters=count_parameters(model), device=device)
+    # Fused AdamW wants its parameters on the GPU already.
+    model.to(device)
+    optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage)
+    # Its bf16 optimiser prints memory tables, whatever the log level.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if hasattr(engine.optimizer, "get_grads_for_reduction"):
+        # The bf16 optimiser of stage 1 keeps its float32 gradients in one tensor a group. Bucketed together they would
+        # be copied to a new buffer and back at every step, on a single process, too; one by one they are reduced in
+        # place.
+        reduce = engine.buffered_allreduce_fallback
+        engine.buffered_allreduce_fallback = lambda grads=None, elements_per_buffer=0: reduce(grads, 0)
+    ready_optimizer(engine)
+    return engine
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import math
 import resource
 import sys
@@ -583,7 +582,9 @@ def train_in(
     step, total : int
         Steps done, and steps of the whole run; fewer where it was stopped, and then there is a checkpoint.
     """
-    training = _Training(config, run, train, held_out, _build_engine(deepspeed, config, world.device), world)
+    from pretrain.engine import start_engine
+
+    training = _Training(config, run, train, held_out, start_engine(deepspeed, config, world.device), world)
     with training.watchdog:
         training.resume()
         training.loop(stop)
@@ -592,25 +593,6 @@ def train_in(
         else:
             training.finish()
     return training.step, training.total
-
-
-def _build_engine(deepspeed: Any, config: PretrainConfig, device: Any) -> Any:
-    import torch
-
-    from pretrain.engine import build_optimizer, deepspeed_config, ready_optimizer
-    from pretrain.model import build_autoencoder, count_parameters
-
-    torch.manual_seed(config.seed)
-    model = build_autoencoder(config.model)
-    settings = deepspeed_config(config, parameters=count_parameters(model), device=device)
-    # Fused AdamW wants its parameters on the GPU already.
-    model.to(device)
-    optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage)
-    # Its bf16 optimiser prints memory tables, whatever the log level.
-    with contextlib.redirect_stdout(io.StringIO()):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    ready_optimizer(engine)
-    return engine
 
 
 @contextlib.contextmanager

@@ -18,8 +18,7 @@ SFREQ, SECONDS = 128.0, 0.5
 @pytest.fixture(scope="module")
 def braindecode() -> Any:
     """Braindecode and its data sets."""
-    module = pytest.importorskip("braindecode", reason="Braindecode is not installed (pip install -e '.[dev]')")
-    return module
+    return pytest.importorskip("braindecode", reason="Braindecode is not installed (pip install -e '.[dev]')")
 
 
 def trials(count: int) -> tuple[np.ndarray, np.ndarray, mne.Info]:
