@@ -1,11 +1,12 @@
 """Throughput, utilisation and memory of a pretraining step, over presets, precisions, compilation and ZeRO stages.
 
 ``python benchmarks/pretraining.py [--presets tiny,released] [--precisions fp32,bf16] [--stages 1] [--compile 0,1]``
-``[--batch 8] [--steps 5] [--reference PATH] [--out FILE.json]``; under torchrun for several processes.
+``[--batch 8] [--steps 5] [--reference PATH] [--profile] [--out FILE.json]``; under torchrun for several processes.
 
 ``--reference PATH`` also times the released model code, from a checkout of bbaaii/DreamDiffusion at PATH, at the
 released shape, with PyTorch's own AdamW, under the autocast of each precision. Signals are noise on the device: data
-loading is not part of it (benchmarks/loading.py).
+loading is not part of it (benchmarks/loading.py). ``--profile`` runs one more step under PyTorch's profiler and says
+where its time goes. Where the device's peak is not known, utilisation is against the best matrix product measured here.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from pretrain.presets import PRESETS
 from pretrain.shapes import ComputeConfig, MaskedAutoencoderConfig
 
 
-def timed(step: Callable[[], None], steps: int, device: torch.device) -> tuple[float, float]:
+def timed(step: Callable[[], object], steps: int, device: torch.device) -> tuple[float, float]:
     """Median seconds of a step after two that warm up, and the memory peak in GiB."""
     durations = []
     for number in range(steps + 2):
@@ -56,6 +57,44 @@ def timed(step: Callable[[], None], steps: int, device: torch.device) -> tuple[f
     on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else resident_gib()
     return statistics.median(durations[2:]), peak
+
+
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "convolution"),
+    "Adam": ("_fused_adam", "_foreach_add", "_foreach_mul", "_foreach_lerp", "_foreach_div", "_foreach_sqrt", "addc"),
+    "copies, casts and zeros": ("aten::copy_", "aten::fill_", "aten::zero_", "aten::cat", "aten::_to_copy"),
+    "sums and norms of gradients": ("aten::add_", "aten::mul_", "vector_norm", "AccumulateGrad", "_foreach_norm"),
+    "softmax, LayerNorm, GELU": ("softmax", "layer_norm", "gelu"),
+}
+"""What a step's time goes into, by parts of operators' names."""
+
+
+def profiled(step: Callable[[], None]) -> dict[str, float]:
+    """Seconds of one step on the processor by kind of work."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        step()
+    seconds = dict.fromkeys([*KINDS, "the rest"], 0.0)
+    for event in found.key_averages():
+        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "the rest")
+        seconds[kind] += event.self_cpu_time_total / 1e6
+    return seconds
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Best TFLOP/s of a matrix product of the released architecture's shapes and of a large square one.
+
+    Backward passes multiply with a transposed first factor for the gradients of the weights.
+    """
+    best = {"plain": 0.0, "first factor transposed": 0.0}
+    for M, K, N in ((928, 1024, 4096), (3712, 1024, 4096), (4096, 4096, 4096)):
+        a, b = torch.randn(M, K, device=device, dtype=dtype), torch.randn(K, N, device=device, dtype=dtype)
+        transposed = a.T.contiguous().T
+        for name, first in (("plain", a), ("first factor transposed", transposed)):
+            seconds, _ = timed(lambda first=first, b=b: torch.mm(first, b), 10, device)
+            best[name] = max(best[name], 2 * M * K * N / seconds / 1e12)
+    return best
 
 
 def resident_gib() -> float:
@@ -99,9 +138,10 @@ def ours(
         engine.step()
 
     seconds, memory = timed(step, options.steps, world.device)
+    profile = profiled(step) if options.profile else None
     engine.destroy()
     rate = options.batch * world.size / seconds
-    peak = peak_flops(world.device, precision, options.peak_tflops)
+    peak = peak_flops(world.device, precision, options.peak_tflops) or options.matmul[precision]["plain"] * 1e12
     flops = training_flops(shape)
     return {
         "code": "ours",
@@ -117,8 +157,9 @@ def ours(
         "samples_per_s": rate,
         "tokens_per_s": rate * shape.encoder.tokens,
         "tflops_per_process": rate * flops / world.size / 1e12,
-        "mfu": None if peak is None else rate * flops / world.size / peak,
+        "mfu": rate * flops / world.size / peak,
         "memory_gib": memory,
+        "profile_s": profile,
     }
 
 
@@ -208,8 +249,9 @@ def reference(path: Path, precision: str, device: torch.device, options: argpars
         optimizer.step()
 
     seconds, memory = timed(step, options.steps, device)
+    profile = profiled(step) if options.profile else None
     rate = options.batch / seconds
-    peak = peak_flops(device, precision, options.peak_tflops)
+    peak = peak_flops(device, precision, options.peak_tflops) or options.matmul[precision]["plain"] * 1e12
     flops = training_flops(shape)
     return {
         "code": "released",
@@ -221,8 +263,9 @@ def reference(path: Path, precision: str, device: torch.device, options: argpars
         "step_s": seconds,
         "samples_per_s": rate,
         "tflops_per_process": rate * flops / 1e12,
-        "mfu": None if peak is None else rate * flops / peak,
+        "mfu": rate * flops / peak,
         "memory_gib": memory,
+        "profile_s": profile,
     }
 
 
@@ -238,12 +281,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--peak-tflops", type=float)
     parser.add_argument("--reference", type=Path)
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = choose_device(options.device)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed = import_deepspeed(device)
     rank, size = launched_world()
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    options.matmul = {name: matmul_tflops(device, dtypes[name]) for name in options.precisions.split(",")}
     results = []
     with process_group(deepspeed, device) as world:
         for preset in filter(None, options.presets.split(",")):
@@ -268,6 +314,7 @@ def main() -> None:
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "matmul_tflops": options.matmul,
         }
         write_json(options.out, {"machine": machine, "command": sys.argv, "results": results})
 

@@ -194,6 +194,11 @@ class PretrainConfig:
             )
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3: stage 0 keeps no float32 master weights")
+        if self.model.compute.compile and self.zero_stage == 3:
+            raise ValueError(
+                "model.compute.compile needs zero_stage 0, 1 or 2: stage 3 gathers weights inside each block, which breaks "
+                "its graph"
+            )
         if (self.offload == "all" and self.zero_stage != 3) or (self.offload == "optimizer" and not self.zero_stage):
             raise ValueError(
                 f"offload {self.offload} needs zero_stage {'3' if self.offload == 'all' else '1, 2 or 3'}, "

@@ -110,7 +110,7 @@ class StateBytes:
     optimizer: float
     """float32 master weights, where they are kept apart, and Adam's two moments."""
     buffers: float
-    """Gathered weights of stage 3, gradients of half precision on their way, and buckets of the exchange."""
+    """Gathered weights of stage 3, and buckets of the exchange."""
 
     @property
     def total(self) -> float:
@@ -150,8 +150,10 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str) 
     # As `pretrain.engine` sets them; two of them where the exchange overlaps the backward pass.
     bucket = min(5e8, max(parameters, 2**16)) * value
     gathered = min(parameters, 10**9) * value if zero_stage == 3 else 0
-    moving = parameters * value if precision == "bf16" and zero_stage < 2 else 0
-    buffers = gathered + moving + (2 * bucket if zero_stage >= 2 else bucket if gpus > 1 else 0)
+    # Stage 1 adds each bf16 gradient to the float32 ones at once and reduces those where they lie.
+    in_place = precision == "bf16" and zero_stage == 1
+    buckets = 2 if zero_stage >= 2 else 1 if gpus > 1 and not in_place else 0
+    buffers = gathered + buckets * bucket
     return StateBytes(weights=weights, gradients=gradients, optimizer=moments + master, buffers=buffers)
 
 

@@ -167,6 +167,22 @@ class TestBadRequests:
         )
         assert "learning_rate" in self.refused([str(config)], capsys)
 
+    @pytest.mark.parametrize(
+        ("words", "named"),
+        [
+            (["--zero_stage", "3", "--model.compute.compile", "true"], "model.compute.compile"),
+            (["--zero_stage", "0", "--precision", "bf16"], "precision bf16"),
+            (["--zero_stage", "2", "--offload", "all"], "offload all"),
+        ],
+    )
+    def test_what_does_not_go_together(
+        self, words: list[str], named: str, unpaired_dataset: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        config = write_config(tmp_path / "c.yaml", dataset=str(unpaired_dataset), output=str(tmp_path / "run"))
+        error = self.refused([str(config), *words], capsys)
+        assert named in error and "zero_stage" in error
+        assert not (tmp_path / "run").exists()
+
     def test_other_window_length(self, unpaired_dataset: Path, tmp_path: Path, capsys: Any) -> None:
         config = write_config(
             tmp_path / "c.yaml", dataset=str(unpaired_dataset), output="x", model={"encoder": {"samples": 256}}
