@@ -36,7 +36,6 @@ from pretrain.config import PretrainConfig
 from pretrain.distributed import World, choose_device, import_deepspeed, launched_world, process_group
 from pretrain.engine import start_engine
 from pretrain.flops import peak_flops, training_flops
-from pretrain.model import count_parameters
 from pretrain.presets import PRESETS
 from pretrain.shapes import ComputeConfig, MaskedAutoencoderConfig
 
@@ -129,7 +128,8 @@ def ours(
     )
     engine = start_engine(deepspeed, config, world.device)
     model = engine.module
-    parameters = count_parameters(model)
+    # Under stage 3 this process holds but a part of each.
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     x_BCT = torch.randn(options.batch, shape.encoder.channels, shape.encoder.samples, device=world.device)
     inputs = {k: v.to(world.device) for k, v in model.prepare(fake_batch(shape, options.batch), 0).items()}
 

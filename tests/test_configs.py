@@ -15,7 +15,7 @@ STAGES = {
     "data_sharding/*": "data_sharding.job:ShardConfig",
     "demo/shard_*": "data_sharding.job:ShardConfig",
     "pretrain/*": "pretrain.config:PretrainConfig",
-    "demo/pretrain": "pretrain.config:PretrainConfig",
+    "demo/pretrain*": "pretrain.config:PretrainConfig",
     "demo/miniature": "finetune.miniature:MiniatureConfig",
     "*/align*": "finetune.align:AlignConfig",
     "*/stable_diffusion*": "finetune.stable_diffusion:StableDiffusionConfig",
