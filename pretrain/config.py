@@ -196,8 +196,8 @@ class PretrainConfig:
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3: stage 0 keeps no float32 master weights")
         if self.model.compute.compile and self.zero_stage == 3:
             raise ValueError(
-                "model.compute.compile needs zero_stage 0, 1 or 2: stage 3 gathers weights inside each block, which breaks "
-                "its graph"
+                "model.compute.compile needs zero_stage 0, 1 or 2: stage 3 gathers weights inside each block, "
+                "which breaks its graph"
             )
         if (self.offload == "all" and self.zero_stage != 3) or (self.offload == "optimizer" and not self.zero_stage):
             raise ValueError(
