@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 HEAD = """# Performance
 
 Written by `python benchmarks/performance_page.py` out of `benchmarks/results/*.json`, which the commands below wrote
-with `--out`. Ratios are of one run on one machine. No figure of a GPU has been measured yet.
+with `--out`. Ratios are of one machine. No figure of a GPU has been measured yet.
 
 Machine: two cores of an Intel Xeon with AMX, 24 GB, no GPU; {versions}. 2026-11-21.
 """
@@ -154,7 +154,7 @@ def pretraining(found: dict[str, Any]) -> str:
 
 `python benchmarks/pretraining.py --presets ... --precisions ... --stages ... --compile 0,1 --batch N --steps 4
 --profile --reference PATH` on the processor; PATH is a checkout of the released code, timed with
-`--presets ''` in a process of its own, for after ours it took half as long again. Utilisation is against the best
+`--presets ''` in a process of its own, for it is slower where other models ran before. Utilisation is against the best
 matrix product measured beside it, TFLOP/s: {peak}.
 
 {table(["model", "how", "precision", "batch", "s a step", "windows/s", "TFLOP/s", "utilised", "GiB"], rows)}

@@ -93,8 +93,6 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: i
         How it learns.
     zero_stage : int
         ZeRO's stage.
-    device : torch.device
-        Where Adam computes.
 
     Returns
     -------
