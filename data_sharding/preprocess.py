@@ -137,32 +137,65 @@ class PreprocessSpec:
         """Checksum of the spec, hexadecimal."""
         return digest_of(self.to_dict())
 
-    def scale_for_model(self, x_uv: Any) -> Any:
+    def scale_for_model(self, x_uv: Any, channels: Any = None) -> Any:
         """Bring microvolts to what models see.
 
         Parameters
         ----------
         x_uv : ndarray or Tensor, shape (..., C, T)
             Windows in microvolts, float32 or float64.
+        channels : int, or sequence or Tensor of int, [B], optional
+            As for `divisor`.
 
         Returns
         -------
         ndarray or Tensor, shape (..., C, T)
             Scaled, and limited to +-`clip`. A window that is zero everywhere stays zero.
+        """
+        scaled = x_uv / self.divisor(x_uv, channels)
+        return scaled.clip(-self.clip, self.clip) if self.clip else scaled
+
+    def divisor(self, x_uv: Any, channels: Any = None) -> Any:
+        """Microvolts that are one model unit.
+
+        Parameters
+        ----------
+        x_uv : ndarray or Tensor, shape (..., C, T)
+            Windows in microvolts, float32 or float64.
+        channels : int, or sequence or Tensor of int, [B], optional
+            The window's scale is taken over so many first rows, which are the true channels of a padded window: for
+            models on which neither padding nor the order of the channels must have an effect. All rows by default.
+
+        Returns
+        -------
+        float, or ndarray or Tensor, shape (..., 1, 1)
+            `scale_uv` for the constant scaling; else each window's standard deviation, at least 0.001.
 
         Notes
         -----
-        The window's standard deviation is taken over all channels at once: relative amplitudes between channels stay.
-        Padding by replication weighs the first channels slightly more; it is part of the definition, since models see
-        padded windows.
+        The standard deviation is taken over all channels at once: relative amplitudes between channels stay. Without
+        `channels`, padding by replication weighs the first channels slightly more where their number does not divide
+        that of the rows.
         """
         if self.scaling == "constant":
-            scaled = x_uv / self.scale_uv
-        elif isinstance(x_uv, np.ndarray):
-            scaled = x_uv / np.maximum(x_uv.std(axis=(-2, -1), keepdims=True), 1e-3)
+            return self.scale_uv
+        if channels is None or isinstance(channels, int):
+            rows = x_uv if channels is None else x_uv[..., :channels, :]
+            if isinstance(rows, np.ndarray):
+                return rows.std(axis=(-2, -1), keepdims=True).clip(1e-3)
+            return rows.std(dim=(-2, -1), keepdim=True, correction=0).clip(1e-3)
+        if isinstance(x_uv, np.ndarray):
+            count_B11 = np.asarray(channels, x_uv.dtype)[:, None, None]
+            row_C1 = np.arange(x_uv.shape[-2])[:, None]
         else:
-            scaled = x_uv / x_uv.std(dim=(-2, -1), keepdim=True, correction=0).clamp_min(1e-3)
-        return scaled.clip(-self.clip, self.clip) if self.clip else scaled
+            import torch
+
+            count_B11 = torch.as_tensor(channels, device=x_uv.device)[:, None, None]
+            row_C1 = torch.arange(x_uv.shape[-2], device=x_uv.device)[:, None]
+        true_BC1, values_B11 = row_C1 < count_B11, count_B11 * x_uv.shape[-1]
+        mean_B11 = (x_uv * true_BC1).sum((-2, -1), keepdims=True) / values_B11
+        variance_B11 = (((x_uv - mean_B11) * true_BC1) ** 2).sum((-2, -1), keepdims=True) / values_B11
+        return (variance_B11**0.5).clip(1e-3)
 
 
 def band_of(sfreq: float, spec: PreprocessSpec) -> tuple[float, float]:

@@ -129,12 +129,9 @@ def _tracking() -> Finding:
         return Finding(
             what="wandb", state="note", found="not installed", advice="pip install wandb, or tracker.kind none"
         )
-    netrc = Path.home() / ".netrc"
-    try:
-        logged_in = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
-    except OSError:
-        logged_in = False
-    if logged_in:
+    from pretrain.tracking import logged_in
+
+    if logged_in():
         return Finding(what="wandb", state="ok", found="logged in")
     return Finding(
         what="wandb", state="ok", found="not logged in: runs are recorded offline; 'wandb login' changes that"

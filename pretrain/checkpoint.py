@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
 import threading
@@ -202,7 +203,8 @@ class CheckpointWriter:
             True to write in a thread and return at once.
         """
         assert self._step is None
-        self._step, self._error, self._manifest = step, None, dict(manifest)
+        # Deep: the training goes on to change its lists of losses before an asynchronous checkpoint counts.
+        self._step, self._error, self._manifest = step, None, copy.deepcopy(dict(manifest))
         try:
             folder = self._run.begin_checkpoint(step)
         except OSError as error:

@@ -49,7 +49,8 @@ def evaluate(
     world: World,
     *,
     alive: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Loss on the val split; every process must call it.
 
     Parameters
@@ -64,13 +65,16 @@ def evaluate(
         This process among all.
     alive : callable
         Called before each batch, for whoever watches over hanging processes.
+    stopping : callable
+        Asked before each batch whether somebody wants the training to stop.
 
     Returns
     -------
-    dict
+    dict or None
         ``val_loss``, mean over the windows, and ``val_explained``, the share of the hidden tokens' squares that the
         reconstruction accounts for (0 for predicting zero, 1 for perfect); then the loss of each corpus and of each
-        number of true channels among the windows, as ``val_loss_corpus/NAME`` and ``val_loss_channels/NUMBER``.
+        number of true channels among the windows, as ``val_loss_corpus/NAME`` and ``val_loss_channels/NUMBER``. None
+        where somebody wants to stop, on any process: a whole evaluation may take longer than the grace that is left.
     """
     windows = held_out_windows(dataset, config.evaluation.windows)
     mine = windows[world.rank :: world.size]
@@ -83,11 +87,14 @@ def evaluate(
     parts: dict[str, tuple[float, int]] = {}
     for start in range(0, rounds * batch_size, batch_size):
         alive()
+        if world.total(float(stopping()))[0]:
+            model.train()
+            return None
         numbers = mine[start : start + batch_size]
         counted = bool(numbers)
         numbers = numbers or windows[:1]
         batch = collate(dataset, numbers)
-        x_BCT = dataset.spec.scale_for_model(batch.padded(world.device, torch.float32))
+        x_BCT = model.windows(batch, dataset.spec, world.device)
         prepared = model.prepare(batch, MASK_SEED, training=False)
         inputs = {name: value.to(world.device) for name, value in prepared.items()}
         loss_B = engine(x_BCT, **inputs)

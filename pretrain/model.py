@@ -11,7 +11,7 @@ References
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from pretrain.masking import dropped_channels, keep_indices
 from pretrain.shapes import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
 from pretrain.transformer import Blocks, apply_options, initialise, sincos_positions
+
+if TYPE_CHECKING:
+    from data_sharding.preprocess import PreprocessSpec
 
 
 class SignalEncoder(nn.Module):
@@ -126,7 +129,10 @@ class SignalDecoder(nn.Module):
 
 
 class Samples(Protocol):
-    """What a model must know of a batch besides its signal; `data_sharding.loader.Batch` is one."""
+    """What a model must know of a batch; `data_sharding.loader.Batch` is one."""
+
+    channels: list[int]
+    """[B] true channels."""
 
     numbers: list[int]
     """[B] numbers in the dataset."""
@@ -134,6 +140,10 @@ class Samples(Protocol):
     """[B] the epoch each belongs to."""
     metas: list[dict[str, Any]]
     """[B] their metadata (docs/data_format.md): ``n`` true channels, ``positions`` in metres."""
+
+    def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """[B, C, T] microvolts, padded by replication."""
+        ...
 
 
 class MaskedAutoencoder(nn.Module):
@@ -158,6 +168,40 @@ class MaskedAutoencoder(nn.Module):
 
     def _parts(self, config: MaskedAutoencoderConfig) -> tuple[Any, Any]:
         return SignalEncoder(config.encoder), SignalDecoder(config.decoder, config.encoder)
+
+    def windows(self, batch: Samples, spec: PreprocessSpec, device: torch.device) -> Tensor:
+        """Bring samples to what the model sees.
+
+        Parameters
+        ----------
+        batch : Samples
+            The samples.
+        spec : PreprocessSpec
+            Their dataset's; it says how to scale.
+        device : torch.device
+            Where to.
+
+        Returns
+        -------
+        Tensor, [B, C, T], float32
+            Scaled signal, padded.
+        """
+        return spec.scale_for_model(batch.padded(device, torch.float32), self.scaled_over(batch))
+
+    def scaled_over(self, batch: Samples) -> list[int] | None:
+        """Say over how many rows a window's scale is taken.
+
+        Parameters
+        ----------
+        batch : Samples
+            The samples.
+
+        Returns
+        -------
+        list of int, [B], or None
+            For `data_sharding.preprocess.PreprocessSpec.divisor`; None for all rows, copies too.
+        """
+        return None
 
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
         """Say what the model is to see of some samples; looks at no weights.

@@ -336,6 +336,21 @@ class MontageAutoencoder(MaskedAutoencoder):
     def _parts(self, config: MaskedAutoencoderConfig) -> tuple[Any, Any]:
         return MontageEncoder(config.encoder), MontageDecoder(config.decoder, config.encoder)
 
+    def scaled_over(self, batch: Samples) -> list[int]:
+        """Say over how many rows a window's scale is taken.
+
+        Parameters
+        ----------
+        batch : Samples
+            The samples.
+
+        Returns
+        -------
+        list of int, [B]
+            The true channels: copies would weigh some of them more, depending on the order.
+        """
+        return batch.channels
+
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
         """Say what the model is to see of some samples; looks at no weights.
 

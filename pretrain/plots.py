@@ -45,7 +45,7 @@ def plot_reconstruction(
         set(np.linspace(0, len(dataset) - 1, min(windows, len(dataset)) + 2).round().astype(int)[1:-1].tolist())
     )
     batch = collate(dataset, numbers)
-    x_BCT = dataset.spec.scale_for_model(batch.padded(world.device, torch.float32))
+    x_BCT = model.windows(batch, dataset.spec, world.device)
     shape = model.config.encoder
     prepared = model.prepare(batch, MASK_SEED, training=False)
     inputs = {name: value.to(world.device) for name, value in prepared.items()}
@@ -62,9 +62,9 @@ def plot_reconstruction(
     if not world.first:
         return
     made_BCT, true_BCT = model.untokenize(made_BNP).cpu().numpy(), x_BCT.cpu().numpy()
-    # Back to microvolts: what the scaling divided by.
-    uv_B = batch.eeg.float().std(dim=(1, 2), correction=0).numpy() if dataset.spec.scaling == "window" else None
-    _draw(path, true_BCT, made_BCT, hidden_BCT, uv_B, batch.metas, dataset, shape.patch, step)
+    # Back to microvolts.
+    uv = np.broadcast_to(dataset.spec.divisor(batch.eeg.float(), model.scaled_over(batch)), (len(batch), 1, 1))
+    _draw(path, true_BCT * uv, made_BCT * uv, hidden_BCT, batch.metas, dataset, shape.patch, step)
 
 
 def _draw(
@@ -72,7 +72,6 @@ def _draw(
     true_BCT: np.ndarray,
     made_BCT: np.ndarray,
     hidden_BCT: np.ndarray,
-    uv_B: np.ndarray | None,
     metas: list[dict[str, Any]],
     dataset: EEGDataset | Mixture,
     patch: int,
@@ -88,8 +87,7 @@ def _draw(
     axes = figure.subplots(len(metas), 2, squeeze=False, sharex=True)
     time_T = np.arange(true_BCT.shape[-1]) / dataset.spec.sfreq
     for row, meta in enumerate(metas):
-        scale = float(uv_B[row]) if uv_B is not None else dataset.spec.scale_uv
-        true_CT, made_CT = true_BCT[row] * scale, made_BCT[row] * scale
+        true_CT, made_CT = true_BCT[row], made_BCT[row]
         # Two channels apart from each other; the order of the names usually runs from front to back.
         for column, channel in enumerate((meta["n"] // 4, (3 * meta["n"]) // 4)):
             axis = axes[row][column]

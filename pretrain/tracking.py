@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import netrc
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from data_sharding.errors import one_line
+from data_sharding.files import atomic_write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +23,7 @@ class TrackerConfig:
     """Where metrics go besides metrics.jsonl."""
 
     kind: Literal["none", "wandb", "tensorboard"] = "wandb"
-    """wandb is offline unless the user is logged in (WANDB_API_KEY or WANDB_MODE=online)."""
+    """wandb is offline unless the user is logged in ('wandb login' or WANDB_API_KEY) or WANDB_MODE says otherwise."""
     project: str = "dreamscale"
     """Project's name at wandb."""
     name: str | None = None
@@ -46,22 +52,7 @@ def open_tracker(
         ``close()``.
     """
     if config.kind == "wandb":
-        import wandb
-
-        # Without a key or a mode wandb fails at init: choose offline ourselves.
-        online = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "online"
-        mode = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
-        run = wandb.init(
-            project=config.project,
-            name=config.name or path.name,
-            dir=str(path),
-            config=values,
-            mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        # An axis of our own: a run that went back to a checkpoint logs steps again, which wandb's own axis refuses.
-        run.define_metric("*", step_metric="step")
-        return (lambda step, metrics: run.log({"step": step, **metrics})), run.finish
+        return _open_wandb(config, path, values)
     if config.kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -74,6 +65,72 @@ def open_tracker(
 
         return log, writer.close
     return (lambda step, metrics: None), (lambda: None)
+
+
+def _open_wandb(
+    config: TrackerConfig, path: Path, values: dict[str, Any]
+) -> tuple[Callable[..., None], Callable[[], None]]:
+    import wandb
+
+    name = config.name or path.name
+    # Without a key or a mode wandb fails at init: choose offline ourselves.
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+    common: dict[str, Any] = {
+        "project": config.project,
+        "name": name,
+        # Offline, each start is a run of its own until it is sent: the group holds them together.
+        "group": os.environ.get("WANDB_RUN_GROUP") or name,
+        "dir": str(path),
+        "config": values,
+        # A dictionary: wandb writes into a Settings object, and a second try would go on with the first one's run.
+        "settings": {"silent": True, "console": "off"},
+    }
+    if mode == "online":
+        try:
+            # A training that was pre-empted goes on in the run that it began.
+            run = wandb.init(**common, mode=mode, id=_run_id(path), resume="allow")
+        except wandb.errors.CommError as error:
+            print(
+                f"dreamscale: wandb cannot be reached ({one_line(error)}); metrics are kept in {path / 'wandb'}, and "
+                "'wandb sync' sends them later",
+                file=sys.stderr,
+            )
+            mode = "offline"
+    if mode != "online":
+        run = wandb.init(**common, mode=mode)
+    # An axis of our own: a run that went back to a checkpoint logs steps again, which wandb's own axis refuses.
+    run.define_metric("*", step_metric="step")
+    return (lambda step, metrics: run.log({"step": step, **metrics})), run.finish
+
+
+def logged_in() -> bool:
+    """Find out whether wandb has a key, without asking for one.
+
+    Returns
+    -------
+    bool
+        True for a key in WANDB_API_KEY or where ``wandb login`` leaves it.
+    """
+    import wandb
+
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        known = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return known.authenticators(urlsplit(wandb.setup().settings.base_url).netloc) is not None
+
+
+def _run_id(path: Path) -> str:
+    """Name of the run at wandb, the same whenever the run in a directory goes on."""
+    known = path / "wandb" / "run_id"
+    if "WANDB_RUN_ID" in os.environ:
+        return os.environ["WANDB_RUN_ID"]
+    if not known.is_file():
+        known.parent.mkdir(exist_ok=True)
+        atomic_write_text(known, secrets.token_hex(4) + "\n")
+    return known.read_text().strip()
 
 
 # Rows of the live table: metric, title, format.

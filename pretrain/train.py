@@ -88,8 +88,9 @@ class _Training:
         held_out: EEGDataset | Mixture,
         engine: Any,
         world: Any,
+        stop: StopSignal,
     ) -> None:
-        self.config, self.run, self.engine, self.world = config, run, engine, world
+        self.config, self.run, self.engine, self.world, self.stop = config, run, engine, world, stop
         self.train_set, self.held_out = train, held_out
         self.loader = Loader(
             train,
@@ -103,6 +104,8 @@ class _Training:
         self.total = config.total_steps(len(train))
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.stopping = False
+        # Before the first step, and where a stop came in the middle of an evaluation.
+        self.evaluation_due = True
         self.interval = _Interval()
         self.spikes = SpikeDetector(config.guards)
         self.left_out: list[dict[str, Any]] = world.from_first(_read_left_out(run) if world.first else None)
@@ -144,6 +147,7 @@ class _Training:
         self.step, self.skipped = saved["step"], saved["skipped"]
         self.skipped_in_a_row = saved["skipped_in_a_row"]
         self.spikes = SpikeDetector(self.config.guards, saved["recent_losses"])
+        self.evaluation_due = not rewind and saved.get("evaluation_due", False)
         self.interval = _Interval(steps=saved["interval"]["steps"], losses=saved["interval"]["losses"])
         self.run.rewind_metrics(self.step)
         if self.world.first and not rewind:
@@ -171,6 +175,7 @@ class _Training:
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "recent_losses": self.spikes.recent,
+                "evaluation_due": self.evaluation_due,
                 "interval": {"steps": self.interval.steps, "losses": self.interval.losses},
                 "left_out": self.left_out,
                 "epochs": self.loader.epoch,
@@ -259,25 +264,29 @@ class _Training:
         }
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss, written to the metrics."""
+        """Held-out loss, written to the metrics; nothing, and due again, where somebody asks to stop meanwhile."""
         from pretrain.evaluation import evaluate
 
         def alive() -> None:
             self.watchdog.at(self.step, "evaluating")
 
-        result = evaluate(self.engine, self.held_out, self.config, self.world, alive=alive)
+        result = evaluate(
+            self.engine, self.held_out, self.config, self.world, alive=alive, stopping=lambda: self.stop.requested
+        )
+        self.evaluation_due = result is None
+        if result is None:
+            self.stopping = True
+            return {}
         self.run.log(self.step, **result)
         return result
 
-    def take_step(self, batch: Batch, stop: bool) -> float:
+    def take_step(self, batch: Batch) -> float:
         """One optimiser step on one global batch.
 
         Parameters
         ----------
         batch : Batch
             This process's part.
-        stop : bool
-            Whether this process was asked to stop.
 
         Returns
         -------
@@ -294,7 +303,7 @@ class _Training:
         losses = []
         for start in range(0, len(batch.numbers), config.micro):
             part = slice(start, start + config.micro)
-            x_BCT = self.train_set.spec.scale_for_model(batch[part].padded(device, torch.float32))
+            x_BCT = engine.module.windows(batch[part], self.train_set.spec, device)
             loss = engine(x_BCT, **{k: v[part].to(device, non_blocking=True) for k, v in inputs.items()}).mean()
             engine.backward(loss)
             losses.append(loss.detach())
@@ -306,7 +315,7 @@ class _Training:
         # One small reduction tells every process the loss, whether anyone's is not finite, who wants to stop, and
         # whether a checkpoint is written.
         total, bad, stops, *written = self.world.total(
-            mine if finite else 0.0, float(not finite), float(stop), *self.writer.progress()
+            mine if finite else 0.0, float(not finite), float(self.stop.requested), *self.writer.progress()
         )
         self.writer.settle(*written)
         self.watchdog.at(self.step, "updating")
@@ -344,12 +353,12 @@ class _Training:
             next(batches)
         return next(batches)
 
-    def loop(self, stop: StopSignal) -> None:
+    def loop(self) -> None:
         """Train until the last step, or until somebody asks to stop."""
         config = self.config
         with live_table("pretrain", self.total, enabled=self.world.first) as show:
-            if self.step == 0:
-                show(0, self.evaluate())
+            if self.evaluation_due and self.step < self.total:
+                show(self.step, self.evaluate())
             batches: Iterator[Batch] = iter(self.loader)
             while self.step < self.total and not self.stopping:
                 interval = self.interval
@@ -357,7 +366,7 @@ class _Training:
                 waited = time.monotonic()
                 batch = self.next_batch(batches)
                 interval.stall_s += time.monotonic() - waited
-                loss = self.take_step(batch, stop.requested)
+                loss = self.take_step(batch)
                 interval.steps += 1
                 interval.timed += 1
                 interval.losses.append(loss if math.isfinite(loss) else None)
@@ -418,12 +427,21 @@ class _Training:
         self.run.log(self.step, **metrics)
         return metrics
 
-    def finish(self) -> None:
-        """Last evaluation, last checkpoint, figures."""
+    def finish(self) -> bool:
+        """Last checkpoint, last evaluation, figures.
+
+        Returns
+        -------
+        bool
+            False where somebody asked to stop meanwhile; the rest is done when the run goes on.
+        """
         from pretrain.plots import plot_loss, plot_reconstruction
 
-        result = self.evaluate()
+        # The checkpoint first: the evaluation may take longer than the grace that a signal leaves.
         self.save_last()
+        result = self.evaluate()
+        if not result:
+            return False
         plots = self.run.path / "plots"
         plot_reconstruction(plots / "reconstruction.png", self.engine.module, self.held_out, self.world, step=self.step)
         if self.world.first:
@@ -432,6 +450,7 @@ class _Training:
                 f"dreamscale pretrain: {self.step} steps, held-out loss {result['val_loss']:.4f}, "
                 f"{result['val_explained']:.1%} of the hidden signal explained; run in {self.run.path}"
             )
+        return True
 
 
 def _read_left_out(run: RunDirectory) -> list[dict[str, Any]]:
@@ -543,8 +562,8 @@ def pretrain(config: PretrainConfig) -> int:
         deepspeed = import_deepspeed(device)
         # Ours speaks first, and knows more.
         with process_group(deepspeed, device, timeout_s=2 * config.timeout_s) as world:
-            step, total = train_in(world, deepspeed, config, run, train, held_out, stop)
-        if step < total:
+            step, done = train_in(world, deepspeed, config, run, train, held_out, stop)
+        if not done:
             run.status("stopped", step=step)
             raise StopRequested(f"checkpoint of step {step} in {run.path}; run the same command to go on")
         run.status("done", step=step)
@@ -559,7 +578,7 @@ def train_in(
     train: EEGDataset | Mixture,
     held_out: EEGDataset | Mixture,
     stop: StopSignal,
-) -> tuple[int, int]:
+) -> tuple[int, bool]:
     """Train among processes that have met already.
 
     Parameters
@@ -579,20 +598,21 @@ def train_in(
 
     Returns
     -------
-    step, total : int
-        Steps done, and steps of the whole run; fewer where it was stopped, and then there is a checkpoint.
+    step : int
+        Steps done.
+    done : bool
+        False where it was stopped, and then there is a checkpoint.
     """
     from pretrain.engine import start_engine
 
-    training = _Training(config, run, train, held_out, start_engine(deepspeed, config, world.device), world)
+    training = _Training(config, run, train, held_out, start_engine(deepspeed, config, world.device), world, stop)
     with training.watchdog:
         training.resume()
-        training.loop(stop)
+        training.loop()
+        done = training.step == training.total and training.finish()
         if training.step < training.total:
             training.save_last()
-        else:
-            training.finish()
-    return training.step, training.total
+    return training.step, done
 
 
 @contextlib.contextmanager

@@ -188,16 +188,23 @@ class TestCheckpoints:
         assert found == [4, 8, 10, 12]
         assert not list((finished[1] / "checkpoints").glob(".partial_*"))
 
-    def test_written_beside_the_training_is_the_same(self, finished: tuple[Path, Path], tmp_path: Path) -> None:
-        config, run = finished
-        words = [str(config), "--output", str(tmp_path / "run"), "--checkpoint.asynchronous", "false"]
-        assert main(words) == 0
-        for step in (8, 10, 12):
-            name = f"step_{step:08d}"
-            files = [
-                json.loads((p / "checkpoints" / name / "complete.json").read_text()) for p in (run, tmp_path / "run")
-            ]
-            assert files[0]["files"] == files[1]["files"]
+    def test_written_beside_the_training_is_the_same(
+        self, finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import pretrain.encoder
+
+        # So slowly that the training is further on before the checkpoint counts.
+        save = pretrain.encoder.save_weights
+        monkeypatch.setattr(pretrain.encoder, "save_weights", lambda *args: (time.sleep(0.5), save(*args)))
+        manifests = []
+        for asynchronous in ("true", "false"):
+            run = tmp_path / asynchronous
+            words = ["--output", str(run), "--checkpoint.asynchronous", asynchronous, "--log_every", "5"]
+            assert main([str(finished[0]), *words]) == 0
+            paths = [run / "checkpoints" / f"step_{step:08d}" / "complete.json" for step in (4, 8, 10, 12)]
+            manifests.append([json.loads(path.read_text()) for path in paths])
+        assert [len(manifest["interval"]["losses"]) for manifest in manifests[0]] == [4, 3, 0, 0]
+        assert manifests[0] == manifests[1]
 
     @pytest.mark.parametrize("kind", ["truncated", "flipped", "unlisted"])
     def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
@@ -323,6 +330,30 @@ class TestSight:
                 record.ParseFromString(data)
                 logged += [float(i.value_json) for i in record.history.item if list(i.nested_key) == ["loss"]]
         assert logged == pytest.approx(losses(run))
+
+    def test_wandb_without_a_connection_keeps_the_run_and_says_so(self, tmp_path: Path) -> None:
+        # Nobody listens there; the key is where 'wandb login' leaves it.
+        keys = tmp_path / "netrc"
+        keys.write_text(f"machine 127.0.0.1:9\n  login user\n  password {'a' * 40}\n")
+        program = (
+            "from pathlib import Path\n"
+            "from pretrain.tracking import TrackerConfig, open_tracker\n"
+            f"log, close = open_tracker(TrackerConfig(kind='wandb'), Path({str(tmp_path)!r}), {{}})\n"
+            "log(1, {'loss': 0.5})\n"
+            "close()\n"
+        )
+        variables = {"NETRC": str(keys), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2"}
+        settings = {k: v for k, v in environment().items() if not k.startswith("WANDB")} | variables
+        ids = set()
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "-c", program], cwd=ROOT, env=settings, capture_output=True, text=True, check=True
+            )
+            assert "wandb cannot be reached" in done.stderr
+            ids.add((tmp_path / "wandb" / "run_id").read_text())
+        # A run that goes on asks for the one it began.
+        assert len(ids) == 1
+        assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
 
     def test_a_terminal_gets_a_table_and_a_log_gets_lines(self) -> None:
         program = (

@@ -119,6 +119,43 @@ def test_stop_and_resume_give_the_undisturbed_losses(unpaired_dataset: Path, tmp
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_stop_does_not_wait_for_an_evaluation(
+    unpaired_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pretrain.evaluation
+
+    collate, calls, signal_at = pretrain.evaluation.collate, 0, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collate(*args)
+
+    monkeypatch.setattr(pretrain.evaluation, "collate", interrupted)
+    settings: dict[str, Any] = {"dataset": str(unpaired_dataset), "steps": 4, "batch_size": 13}
+    words = ["--evaluation.every", "2", "--evaluation.batch_size", "1"]
+    whole, run = tmp_path / "whole", tmp_path / "stopped"
+    assert main([str(write_config(tmp_path / "whole.yaml", output=str(whole), **settings)), *words]) == 0
+    batches = calls // 3
+    assert batches >= 3
+    config = write_config(tmp_path / "stopped.yaml", output=str(run), **settings)
+    # In the second batch of the evaluation before the first step; then, that one being made up for, of the next one.
+    for step, signal_at in ((0, 2), (2, batches + 2), (4, batches + 2)):
+        calls = 0
+        assert main([str(config), *words]) == 75
+        assert calls == signal_at
+        status = json.loads((run / "status.json").read_text())
+        assert (status["state"], status["step"]) == ("stopped", step)
+        assert (run / "latest").read_text().strip() == f"step_{step:08d}"
+    signal_at = 0
+    assert main([str(config), *words]) == 0
+    for name in ("loss", "val_loss", "val_explained"):
+        ours, theirs = ([line[name] for line in metrics(p) if name in line] for p in (run, whole))
+        assert ours == theirs, name
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_ends_the_run(
     stage: int, unpaired_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -134,9 +171,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_ends_the_run(
     )
     scale, calls = PreprocessSpec.scale_for_model, []
 
-    def poisoned(self: PreprocessSpec, x_uv: Any) -> Any:
+    def poisoned(self: PreprocessSpec, x_uv: Any, channels: Any = None) -> Any:
         calls.append(len(x_uv))
-        x = scale(self, x_uv)
+        x = scale(self, x_uv, channels)
         # Two batches of the evaluation come first, then step 2 is bad alone, and steps 4 and 5 are bad in a row.
         return x * float("nan") if len(calls) - 2 in (2, 4, 5) else x
 
