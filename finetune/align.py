@@ -22,6 +22,7 @@ from data_sharding.dataset import EEGDataset
 from data_sharding.errors import EXIT_DONE, run_main
 from data_sharding.files import write_json
 from data_sharding.loader import Batch, sequential
+from data_sharding.preprocess import PreprocessSpec
 from data_sharding.samples import pad_channels
 from finetune.clip_images import clip_image_embeddings
 from finetune.conditioner import ClipHead, ClipHeadConfig
@@ -100,7 +101,12 @@ class AlignConfig:
 
 
 def augmented(
-    batch: Batch, dataset: EEGDataset, table: ImageTable, config: AugmentConfig, random: StepRandom
+    batch: Batch,
+    dataset: EEGDataset,
+    table: ImageTable,
+    config: AugmentConfig,
+    random: StepRandom,
+    scaling: PreprocessSpec | EEGEncoder,
 ) -> Tensor:
     """Change windows in ways that do not change what was seen.
 
@@ -116,6 +122,8 @@ def augmented(
         How much.
     random : StepRandom
         Of this step.
+    scaling : PreprocessSpec or EEGEncoder
+        Whose scaling applies.
 
     Returns
     -------
@@ -135,7 +143,7 @@ def augmented(
             for other in (others[(first + k) % len(others)] for k in range(count)):
                 eeg_bCT[i] += torch.as_tensor(pad_channels(dataset[other].eeg)).float()
             eeg_bCT[i] /= 1 + count
-    x_bCT = eeg_for_model(eeg_bCT, dataset.spec)
+    x_bCT = eeg_for_model(eeg_bCT, scaling)
     # Copies of a channel must share its fate.
     true_bC = torch.stack([torch.arange(channels) % int(meta["n"]) for meta in batch.metas])
     if config.shift:
@@ -256,7 +264,7 @@ def retrieval(
     Parameters
     ----------
     embed : callable
-        [b, 128, T] in model units to [b, P] of unit length.
+        [b, 128, T] in microvolts to [b, P] of unit length.
     dataset : EEGDataset
         The split.
     table : ImageTable
@@ -276,7 +284,7 @@ def retrieval(
     """
     parts = []
     for batch in sequential(dataset, batch_size):
-        parts.append(embed(eeg_for_model(batch.padded(device), dataset.spec)).float().cpu())
+        parts.append(embed(batch.padded(device)).float().cpu())
     embeds_BP = torch.cat(parts)
     row_B = torch.as_tensor(table.row_of)
     similarity_BM = embeds_BP @ target_MP.T
@@ -367,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         row = torch.as_tensor(table.row_of[batch.numbers])
-        x, target = augmented(batch, data, table, config.augment, random), target_MP[row]
+        x, target = augmented(batch, data, table, config.augment, random, encoder), target_MP[row]
         return {"x": x, "target": target, "row": row}
 
     result = fit(
@@ -378,7 +386,13 @@ def main(argv: list[str] | None = None) -> int:
         run=run,
         loader=rank_loader(data, config.training, config.seed, accelerator),
         inputs=inputs,
-        validate=lambda module: retrieval(module.embed, val, val_table, val_target_MP, accelerator.device),
+        validate=lambda module: retrieval(
+            lambda uv_bCT: module.embed(eeg_for_model(uv_bCT, module.encoder)),
+            val,
+            val_table,
+            val_target_MP,
+            accelerator.device,
+        ),
         watch=config.watch,
         mode="min" if config.watch == "cosine" else "max",
         lr_scale=lambda name: config.encoder_lr if name.startswith("encoder.") else 1.0,

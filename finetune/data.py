@@ -20,6 +20,8 @@ from data_sharding.preprocess import PreprocessSpec
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.encoder import EEGEncoder
+
 
 def open_paired(path: str | Path, split: str) -> EEGDataset:
     """Open a split in which every trial has an image.
@@ -71,15 +73,15 @@ def require_same_preprocess(spec: PreprocessSpec, dataset: EEGDataset, what: str
         )
 
 
-def eeg_for_model(eeg_BCT: torch.Tensor, spec: PreprocessSpec, device: Any = None) -> torch.Tensor:
+def eeg_for_model(eeg_BCT: torch.Tensor, scaling: PreprocessSpec | EEGEncoder, device: Any = None) -> torch.Tensor:
     """Bring stored microvolts to what models see.
 
     Parameters
     ----------
     eeg_BCT : Tensor, shape (B, 128, T)
         Microvolts, of any float type.
-    spec : PreprocessSpec
-        Whose scaling applies.
+    scaling : PreprocessSpec or EEGEncoder
+        Whose scaling applies: the encoder's, where there is one.
     device : torch.device, optional
         Where to.
 
@@ -88,7 +90,7 @@ def eeg_for_model(eeg_BCT: torch.Tensor, spec: PreprocessSpec, device: Any = Non
     Tensor of float32, shape (B, 128, T)
         Scaled and clipped.
     """
-    return spec.scale_for_model(eeg_BCT.to(device).float())
+    return scaling.scale_for_model(eeg_BCT.to(device).float())
 
 
 def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -> np.ndarray:

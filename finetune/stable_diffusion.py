@@ -35,6 +35,7 @@ from finetune.training import (
     quiet_libraries,
     rank_loader,
 )
+from pretrain.encoder import EEGEncoder
 from pretrain.run import TrackerConfig
 
 
@@ -146,6 +147,8 @@ class Watcher:
         How many to watch.
     times : int
         Noise levels of the base model.
+    encoder : EEGEncoder
+        Whose scaling applies.
     device : torch.device
         Where to compute.
     """
@@ -153,11 +156,18 @@ class Watcher:
     REPEATS = 4
 
     def __init__(
-        self, dataset: EEGDataset, table: ImageTable, latents_M24hw: Tensor, trials: int, times: int, device: Any
+        self,
+        dataset: EEGDataset,
+        table: ImageTable,
+        latents_M24hw: Tensor,
+        trials: int,
+        times: int,
+        encoder: EEGEncoder,
+        device: Any,
     ) -> None:
         n = min(trials, len(dataset))
         numbers = np.linspace(0, len(dataset) - 1, n).round().astype(int).tolist()
-        self.x = eeg_for_model(collate(dataset, numbers).padded(device), dataset.spec)
+        self.x = eeg_for_model(collate(dataset, numbers).padded(device), encoder)
         self.latent = latents_M24hw[table.row_of[numbers], 0].to(device)
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(self.REPEATS, *self.latent.shape, generator=generator).to(device)
@@ -283,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
         b, row = len(batch.numbers), torch.as_tensor(table.row_of[batch.numbers])
         mean, std = latents[row].unbind(1)
         tensors = {
-            "x": augmented(batch, data, table, config.augment, random),
+            "x": augmented(batch, data, table, config.augment, random, encoder),
             "latent": mean + std * random.normal(b, *mean.shape[1:]),
             "noise": random.normal(b, *mean.shape[1:]),
             "time": random.integers(times, b),
@@ -302,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
         run=run,
         loader=rank_loader(data, config.training, config.seed, accelerator),
         inputs=inputs,
-        validate=Watcher(val, val_table, val_latents, config.val_trials, times, accelerator.device),
+        validate=Watcher(val, val_table, val_latents, config.val_trials, times, encoder, accelerator.device),
         lr_scale=lr_scale,
         description="Stable Diffusion on EEG",
     )

@@ -328,7 +328,7 @@ class StableDiffusionGenerator:
         shape = (self.unet.config.in_channels, size, size)
         start = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         z_B4hw = torch.stack(start).to(self.device)
-        condition = self.conditioner(self.encoder(eeg_for_model(eeg_B128T, self.spec, self.device)))
+        condition = self.conditioner(self.encoder(eeg_for_model(eeg_B128T, self.encoder, self.device)))
         if guidance_scale != 1:
             null = self.conditioner.null(batch)
             condition = tuple(

@@ -237,13 +237,35 @@ class EEGEncoder(nn.Module):
         positions_BC3, count_B = electrode_positions(metas, self.config.channels)
         return {"positions": positions_BC3.to(device), "count_B": count_B.to(device)}
 
+    def scale_for_model(self, x_uv_BCT: Tensor, channels: Any = None) -> Tensor:
+        """Bring microvolts to what this encoder sees, as its pretraining did.
+
+        Parameters
+        ----------
+        x_uv_BCT : Tensor, [B, C, T]
+            Windows in microvolts, padded or not; float32 or float64.
+        channels : int, or sequence or Tensor of int, [B], optional
+            True channels of each window: the montage tokenizer's scale is theirs alone. As many as `chs_info` by
+            default, or all; the temporal tokenizer's is that of the padded window.
+
+        Returns
+        -------
+        Tensor, [B, C, T]
+            Windows in model units.
+        """
+        if self.config.tokenizer == "temporal":
+            return self.spec.scale_for_model(x_uv_BCT)
+        if channels is None and self.positions_C3 is not None:
+            channels = len(self.positions_C3)
+        return self.spec.scale_for_model(x_uv_BCT, channels)
+
     def tokens(self, x_BCT: Tensor, positions: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
         """Encode windows.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Windows in model units (`spec.scale_for_model`); fewer channels than the encoder's are padded.
+            Windows in model units (`scale_for_model`); fewer channels than the encoder's are padded.
         positions : Tensor, [C, 3] or [B, C, 3], optional
             Montage tokenizer only: electrodes in metres, NaN where not known; rows of `x_BCT` beyond them are left out.
             Those of `chs_info` by default.
@@ -287,7 +309,7 @@ class EEGEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Windows in model units (`spec.scale_for_model`); fewer channels than the encoder's are padded.
+            Windows in model units (`scale_for_model`); fewer channels than the encoder's are padded.
         positions, count_B : Tensor, optional
             As for `tokens`.
 
@@ -348,7 +370,8 @@ class EEGEncoder(nn.Module):
                 times += [start for start, _ in batch]
                 # Through float16 microvolts, as training sees them.
                 block = np.stack([x.astype(np.float16).astype(np.float32) for _, x in batch])
-                x_BCT = spec.scale_for_model(torch.from_numpy(pad_channels(block, self.config.channels)).to(device))
+                uv_BCT = torch.from_numpy(pad_channels(block, self.config.channels)).to(device)
+                x_BCT = self.scale_for_model(uv_BCT, len(found.names))
                 parts.append(self.tokens(x_BCT, *(v[0] for v in inputs.values())).float().cpu().numpy())
         if not parts:
             why = ", ".join(f"{count} {reason}" for reason, count in sorted(found.flawed.items()))

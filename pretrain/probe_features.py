@@ -223,8 +223,9 @@ def collect(
         part = EEGDataset(dataset, split)
         with progress(f"features of {split}", len(part)) as advance, torch.no_grad():
             for batch in sequential(part, batch_size):
-                x_BCT = part.spec.scale_for_model(batch.padded(device, torch.float32))
+                uv_BCT = batch.padded(device, torch.float32)
                 for name, encoder in encoders.items():
+                    x_BCT = encoder.scale_for_model(uv_BCT, batch.channels)
                     tokens_BND = encoder.tokens(x_BCT, **encoder.inputs_of(batch.metas, device)).float().cpu().numpy()
                     tokens[name].append(binned(tokens_BND.swapaxes(1, 2), bins).reshape(len(batch), -1))
                 signals += np.split(batch.packed.numpy().copy(), np.cumsum(batch.channels)[:-1])

@@ -92,6 +92,15 @@ def test_scaling_is_the_same_for_numpy_and_torch() -> None:
     scaled = SPEC.scale_for_model(x)
     assert scaled[0].std() == pytest.approx(1, rel=1e-4) and (scaled[1] == 0).all()
     assert np.allclose(SPEC.scale_for_model(torch.from_numpy(x)).numpy(), scaled, atol=1e-5)
+    x[1] = 2 * x[0] + 5
+    for channels in (2, [1, 3]):
+        scaled = SPEC.scale_for_model(x, channels)
+        assert scaled.dtype == np.float32
+        assert np.allclose(SPEC.scale_for_model(torch.from_numpy(x), channels).numpy(), scaled, atol=1e-5)
+        counts = [channels] * len(x) if isinstance(channels, int) else channels
+        for own, window, count in zip(scaled, x, counts, strict=True):
+            assert own[:count].std() == pytest.approx(1.0, abs=1e-4)
+            assert np.allclose(own * window[:count].std(), window, atol=1e-3)
 
 
 def test_dataset_is_reproducible_and_reads_back(tmp_path: Path, paired_dataset: Path) -> None:

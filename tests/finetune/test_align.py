@@ -91,7 +91,7 @@ def test_an_encoder_of_single_channels_keeps_the_electrodes(
     assert run_main(main, _args(paired_dataset, tmp_path / "encoder", miniature, output, "--training.steps", 2)) == 0
     encoder = EEGEncoder.from_pretrained(output / "encoder")
     batch = collate(data, [0, 1])
-    x = eeg_for_model(batch.eeg, data.spec)
+    x = eeg_for_model(batch.eeg, encoder)
     with torch.no_grad():
         torch.testing.assert_close(encoder(x), encoder(x, **encoder.inputs_of(batch.metas)))
 
@@ -109,11 +109,11 @@ def test_trials_of_one_image_are_not_each_others_negatives() -> None:
 def test_augmentation_treats_copies_of_a_channel_alike(paired_dataset: Path) -> None:
     data = EEGDataset(paired_dataset)
     table, batch = ImageTable(data), collate(data, [0, 1, 2])
-    y = augmented(batch, data, table, AugmentConfig(shift=5, noise=0.5, drop_channels=0.5), StepRandom(0, 0))
+    y = augmented(batch, data, table, AugmentConfig(shift=5, noise=0.5, drop_channels=0.5), StepRandom(0, 0), data.spec)
     assert torch.equal(y[:, :16], y[:, 16:32])
     silent = (y[:, :16] == 0).all(-1)
     assert silent.any() and not silent.all(1).any()
-    untouched = augmented(batch, data, table, AugmentConfig(), StepRandom(0, 0))
+    untouched = augmented(batch, data, table, AugmentConfig(), StepRandom(0, 0), data.spec)
     assert torch.equal(untouched, eeg_for_model(batch.eeg, data.spec))
 
 
@@ -130,7 +130,7 @@ def test_only_trials_of_the_same_image_are_averaged(paired_dataset: Path, tmp_pa
     mean = (batch.eeg[:1].float() + collate(data, [2]).eeg.float()) / 2
     seen = []
     for step in range(20):
-        x = augmented(collate(data, [0, 1]), data, table, AugmentConfig(average=3), StepRandom(0, step))
+        x = augmented(collate(data, [0, 1]), data, table, AugmentConfig(average=3), StepRandom(0, step), data.spec)
         assert torch.equal(x[1:], eeg_for_model(batch.eeg[1:], data.spec))
         seen.append(torch.allclose(x[:1], eeg_for_model(mean, data.spec), atol=1e-5))
     assert 0 < sum(seen) < 20
