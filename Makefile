@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+# Processes that share the tests, file by file.
+WORKERS ?= 2
 SOURCES := data_sharding pretrain finetune launch tests benchmarks
 
 .PHONY: demo test check lint types spelling format clean
@@ -19,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/dreamscale demo --out runs/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: lint types spelling test
 
