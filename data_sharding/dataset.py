@@ -131,6 +131,35 @@ class EEGDataset:
             )
         return self
 
+    def require_preprocess(self, spec: PreprocessSpec, what: str) -> EEGDataset:
+        """Refuse a dataset that was preprocessed in another way than a model's training data.
+
+        Parameters
+        ----------
+        spec : PreprocessSpec
+            The model's.
+        what : str
+            The model's name in the message.
+
+        Returns
+        -------
+        EEGDataset
+            The dataset itself.
+
+        Raises
+        ------
+        RequestError
+            If they differ, with every differing key named. The stride may: it changes nothing in a window.
+        """
+        ours, theirs = spec.to_dict(), self.spec.to_dict()
+        differ = ", ".join(f"{k} {ours[k]} against {theirs[k]}" for k in ours if ours[k] != theirs[k] and k != "stride")
+        if differ:
+            raise RequestError(
+                f"{what} and {self.path} were preprocessed differently ({differ}); "
+                f"shard the recordings with the model's preprocess settings"
+            )
+        return self
+
     def __len__(self) -> int:
         return len(self.index)
 

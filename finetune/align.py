@@ -26,7 +26,7 @@ from data_sharding.preprocess import PreprocessSpec
 from data_sharding.samples import pad_channels
 from finetune.clip_images import clip_image_embeddings
 from finetune.conditioner import ClipHead, ClipHeadConfig
-from finetune.data import ImageTable, eeg_for_model, open_paired, require_same_preprocess
+from finetune.data import ImageTable, eeg_for_model, open_paired
 from finetune.training import (
     StepRandom,
     TrainingConfig,
@@ -322,7 +322,7 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
         If it is no package, or belongs to another preprocessing.
     """
     encoder = EEGEncoder.from_pretrained(path)
-    require_same_preprocess(encoder.spec, dataset, f"encoder {path}")
+    dataset.require_preprocess(encoder.spec, f"encoder {path}")
     if not pretrained or encoder.head is not None:
         bare = EEGEncoder(encoder.config, encoder.spec, n_chans=encoder.n_chans)
         if pretrained:

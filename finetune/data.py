@@ -46,33 +46,6 @@ def open_paired(path: str | Path, split: str) -> EEGDataset:
     return EEGDataset(path, split).require_images()
 
 
-def require_same_preprocess(spec: PreprocessSpec, dataset: EEGDataset, what: str) -> None:
-    """Refuse a dataset that was preprocessed in another way than the model's training data.
-
-    Parameters
-    ----------
-    spec : PreprocessSpec
-        The model's.
-    dataset : EEGDataset
-        The data.
-    what : str
-        The model's name in the message.
-
-    Raises
-    ------
-    RequestError
-        If they differ, with every differing key named. The stride may: trials have none.
-    """
-    ours, theirs = spec.to_dict(), dataset.spec.to_dict()
-    # How far apart windows start does not change what is in them.
-    differ = ", ".join(f"{k} {ours[k]} against {theirs[k]}" for k in ours if ours[k] != theirs[k] and k != "stride")
-    if differ:
-        raise RequestError(
-            f"{what} and {dataset.path} were preprocessed differently ({differ}); "
-            f"shard the recordings with the model's preprocess settings"
-        )
-
-
 def eeg_for_model(eeg_BCT: torch.Tensor, scaling: PreprocessSpec | EEGEncoder, device: Any = None) -> torch.Tensor:
     """Bring stored microvolts to what models see.
 

@@ -20,7 +20,7 @@ from data_sharding.errors import EXIT_DONE, RequestError, StopRequested, run_mai
 from data_sharding.files import atomic_directory, write_json
 from data_sharding.loader import collate
 from data_sharding.progress import progress
-from finetune.data import decode_image, open_paired, require_same_preprocess
+from finetune.data import decode_image, open_paired
 from finetune.models import Generator, load_generator
 from finetune.training import pick_device, quiet_libraries
 from pretrain.run import StopSignal
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         raise RequestError(f"{output}: exists and holds something else; choose another output")
     dataset = open_paired(config.dataset, config.split)
     generator = load_generator(config.model, pick_device(config.device))
-    require_same_preprocess(generator.spec, dataset, f"model {config.model}")
+    dataset.require_preprocess(generator.spec, f"model {config.model}")
     n = len(dataset)
     count = min(config.limit or n, n)
     numbers = np.unique(np.linspace(0, n - 1, count).round().astype(int)).tolist()

@@ -220,7 +220,7 @@ class CheckpointWriter:
     def _write(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         from safetensors import SafetensorError
 
-        from pretrain.encoder import save_weights
+        from pretrain.weights import save_weights
 
         try:
             records = {}

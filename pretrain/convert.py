@@ -300,9 +300,10 @@ def convert(config: ConvertConfig) -> int:
     RequestError
         If the checkpoint cannot be used.
     """
-    from pretrain.encoder import EEGEncoder, save_weights
+    from pretrain.encoder import EEGEncoder
     from pretrain.export import check_output
     from pretrain.model import count_parameters
+    from pretrain.weights import save_weights
 
     output = check_output(config.output)
     weights, settings = read_checkpoint(config.checkpoint)

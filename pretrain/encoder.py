@@ -23,89 +23,23 @@ from data_sharding.errors import RequestError
 from data_sharding.files import atomic_directory, atomic_write_text, read_json, write_json
 from data_sharding.preprocess import PreprocessSpec, band_of
 from data_sharding.samples import N_PADDED, pad_channels
+from pretrain.encoding import CoverageReport, Encoding
 from pretrain.model import build_encoder, count_parameters
 from pretrain.shapes import EncoderConfig
+from pretrain.weights import WEIGHTS, load_strictly, save_weights
 
 if TYPE_CHECKING:
     import mne
 
-    from data_sharding.dataset import EEGDataset
     from data_sharding.signals import Signal
 
 KIND = "dreamscale_eeg_encoder"
 SCHEMA = 1
-WEIGHTS, CONFIG, SPEC, EXAMPLE, CARD = (
-    "model.safetensors",
-    "config.json",
-    "preprocess.json",
-    "example.npz",
-    "model_card.md",
-)
+CONFIG, SPEC, EXAMPLE, CARD = "config.json", "preprocess.json", "example.npz", "model_card.md"
 PROGRAM = "encoder.pt2"
 # The output is layer-normed, so of order one; other processors' sums differ by some 1e-5.
 TOLERANCE = 2e-3
 _EXAMPLE_INPUTS = ("x", "positions", "count")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CoverageReport:
-    """What became of a recording on its way into the encoder."""
-
-    channels_used: list[str]
-    """Channels that the encoder saw, in its order, before padding by replication."""
-    channels_left_out: dict[str, str]
-    """Other channels and why."""
-    channel_selection: str
-    """How channels were chosen where there are more than 128."""
-    channels_bad: list[str]
-    """Flat, clipped or out of range: used, but left out of the average reference."""
-    sfreq_in: float
-    """The recording's rate in Hz."""
-    sfreq_model: float
-    """Rate that it was resampled to in Hz."""
-    band: tuple[float, float]
-    """Pass band in Hz that was really applied."""
-    line_freq: float | None
-    """Mains frequency in Hz that was notched out; None where there was none or it was not asked for."""
-    seconds: float
-    """Length of the recording."""
-    window_seconds: float
-    """Length of a window."""
-    windows: int
-    """Windows encoded."""
-    windows_left_out: dict[str, int]
-    """Windows that sharding would have left out as well, by reason."""
-    seconds_left_out: float
-    """Tail too short for a window."""
-
-    def __str__(self) -> str:
-        channels = f"{len(self.channels_used)} channels used"
-        if self.channels_bad:
-            channels += f", {len(self.channels_bad)} of them bad"
-        if self.channels_left_out:
-            channels += f"; {len(self.channels_left_out)} left out"
-        rate = f"{self.sfreq_in:g} Hz -> {self.sfreq_model:g} Hz, {self.band[0]:g} to {self.band[1]:g} Hz"
-        if self.line_freq:
-            rate += f", {self.line_freq:g} Hz notched"
-        windows = f"{self.windows} windows of {self.window_seconds:g} s out of {self.seconds:.1f} s"
-        if self.seconds_left_out:
-            windows += f"; {self.seconds_left_out:.2f} s at the end left out"
-        windows += "".join(f"; {count} left out: {why}" for why, count in self.windows_left_out.items())
-        return "\n".join([channels, rate, windows])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Encoding:
-    """Features of a recording."""
-
-    tokens: np.ndarray
-    """[B, N, D] float32, one row of tokens a window."""
-    pooled: np.ndarray
-    """[B, D] float32, mean over the tokens of each window."""
-    times: np.ndarray
-    """[B] float64, start of each window in seconds from the recording's start."""
-    report: CoverageReport
-    """What was used and what was not."""
 
 
 class EEGEncoder(nn.Module):
@@ -487,23 +421,6 @@ class EEGEncoder(nn.Module):
         return model
 
 
-def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write weights as safetensors, readable for whom the folder is.
-
-    Parameters
-    ----------
-    weights : dict of str to Tensor
-        On the processor.
-    path : Path
-        File to write.
-    """
-    from safetensors.torch import save_file
-
-    save_file({name: value.contiguous() for name, value in weights.items()}, path)
-    # safetensors writes for the owner alone; a package is for others too, as far as the folder lets them in.
-    path.chmod(path.parent.stat().st_mode & 0o666)
-
-
 def export_program(model: EEGEncoder, path: Path) -> None:
     """Write a model as a program that PyTorch runs without this package.
 
@@ -574,45 +491,6 @@ def _example_input(config: EncoderConfig) -> tuple[Tensor, ...]:
     return waves_CT.float()[None], positions_BC3, torch.tensor([max(1, config.channels * 3 // 4)])
 
 
-def load_strictly(model: nn.Module, path: Path, config: str = CONFIG) -> None:
-    """Load weights, every one of them and no other.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The model.
-    path : Path
-        safetensors file.
-    config : str
-        What the shape comes from, for messages.
-
-    Raises
-    ------
-    RequestError
-        If the file is missing or damaged, or its names or shapes differ from the model's.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise RequestError(f"{path}: no such file, so what it belongs to is not complete; write it again")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RequestError(f"{path}: damaged ({error}); write it again") from None
-    expected = model.state_dict()
-    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    wrong = sorted(k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape)
-    if missing or unknown or wrong:
-        parts = [
-            f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-            for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", wrong))
-            if names
-        ]
-        raise RequestError(f"{path}: the weights do not fit {config}: {'; '.join(parts)}")
-    model.load_state_dict(weights)
-
-
 def _check_example(model: EEGEncoder, path: Path) -> None:
     if not path.is_file():
         raise RequestError(f"{path}: no such file; the package is not complete, export it again")
@@ -647,34 +525,6 @@ def _resolve(path_or_hub_id: str | Path) -> Path:
         raise RequestError(
             f"{path_or_hub_id}: no such directory, and not to be had from the Hugging Face hub ({type(error).__name__})"
         ) from None
-
-
-def require_same_preprocessing(encoder: EEGEncoder, dataset: EEGDataset) -> None:
-    """Refuse a dataset whose windows are not what the encoder was pretrained on.
-
-    Parameters
-    ----------
-    encoder : EEGEncoder
-        The encoder.
-    dataset : EEGDataset
-        The dataset.
-
-    Raises
-    ------
-    RequestError
-        If the two differ in anything but the distance between windows.
-    """
-    ours, theirs = encoder.spec.to_dict(), dataset.spec.to_dict()
-    differing = [
-        f"{key} is {theirs[key]}, the encoder's {ours[key]}"
-        for key in ours
-        if key != "stride" and ours[key] != theirs[key]
-    ]
-    if differing:
-        raise RequestError(
-            f"{dataset.path}: preprocessed in another way than the encoder expects: {'; '.join(differing)}; "
-            "shard it again with the encoder's preprocess.json"
-        )
 
 
 def _own_version() -> str:

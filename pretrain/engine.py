@@ -292,7 +292,7 @@ def gather_state(engine: Any, world: World) -> dict[str, dict[str, Tensor]]:
         File name to tensors: the float32 weights on the first process, and Adam's moments of `shares`. Nothing in
         them depends on the number of processes or the stage.
     """
-    from pretrain.encoder import WEIGHTS
+    from pretrain.weights import WEIGHTS
 
     mine = set(shares(engine, world)[world.rank])
     weights = whole_weights(engine, world)
@@ -329,7 +329,7 @@ def load_state(engine: Any, folder: Path, steps: int) -> None:
     """
     from safetensors import safe_open
 
-    from pretrain.encoder import WEIGHTS
+    from pretrain.weights import WEIGHTS
 
     with contextlib.ExitStack() as stack:
         where: dict[str, Any] = {}

@@ -83,8 +83,8 @@ def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
     RequestError
         If the weights are damaged or do not fit the config.
     """
-    from pretrain.encoder import WEIGHTS, load_strictly
     from pretrain.model import build_autoencoder
+    from pretrain.weights import WEIGHTS, load_strictly
 
     model = build_autoencoder(config.model)
     load_strictly(model, checkpoint / WEIGHTS, "the run's config.yaml")

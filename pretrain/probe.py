@@ -363,11 +363,11 @@ def probe(config: ProbeConfig) -> int:
     import torch
 
     from pretrain.distributed import choose_device
-    from pretrain.encoder import EEGEncoder, require_same_preprocessing
+    from pretrain.encoder import EEGEncoder
 
     device = choose_device(config.device)
     encoder = EEGEncoder.from_pretrained(config.encoder)
-    require_same_preprocessing(encoder, train_set)
+    train_set.require_preprocess(encoder.spec, f"encoder {config.encoder}")
     if config.time_bins > min(encoder.n_tokens, encoder.n_times):
         raise RequestError(
             f"time_bins is {config.time_bins}, but the encoder has {encoder.n_tokens} tokens a window; "

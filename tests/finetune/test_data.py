@@ -7,7 +7,7 @@ import torch
 
 from data_sharding.dataset import EEGDataset
 from data_sharding.errors import RequestError
-from finetune.data import ImageTable, decode_image, open_paired, require_same_preprocess, to_model_range, to_pixels
+from finetune.data import ImageTable, decode_image, open_paired, to_model_range, to_pixels
 
 
 def test_bytes_survive_the_way_to_the_model_and_back() -> None:
@@ -66,6 +66,6 @@ def test_no_images_no_fine_tuning(unpaired_dataset: Path) -> None:
 
 def test_another_preprocessing_is_refused_with_the_key(paired_dataset: Path) -> None:
     data = EEGDataset(paired_dataset)
-    require_same_preprocess(data.spec, data, "model")
+    assert data.require_preprocess(dataclasses.replace(data.spec, stride=7), "model") is data
     with pytest.raises(RequestError, match=r"highpass 2\.0 against 0\.5"):
-        require_same_preprocess(dataclasses.replace(data.spec, highpass=2.0), data, "model m")
+        data.require_preprocess(dataclasses.replace(data.spec, highpass=2.0), "model m")

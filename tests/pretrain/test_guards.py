@@ -191,11 +191,11 @@ class TestCheckpoints:
     def test_written_beside_the_training_is_the_same(
         self, finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import pretrain.encoder
+        import pretrain.weights
 
         # So slowly that the training is further on before the checkpoint counts.
-        save = pretrain.encoder.save_weights
-        monkeypatch.setattr(pretrain.encoder, "save_weights", lambda *args: (time.sleep(0.5), save(*args)))
+        save = pretrain.weights.save_weights
+        monkeypatch.setattr(pretrain.weights, "save_weights", lambda *args: (time.sleep(0.5), save(*args)))
         manifests = []
         for asynchronous in ("true", "false"):
             run = tmp_path / asynchronous
