@@ -87,7 +87,7 @@ def _open_wandb(
     }
     if mode == "online":
         try:
-            # A training that was pre-empted goes on in the run that it began.
+            # A training that was preempted goes on in the run that it began.
             run = wandb.init(**common, mode=mode, id=_run_id(path), resume="allow")
         except wandb.errors.CommError as error:
             print(
