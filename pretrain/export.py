@@ -114,6 +114,8 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
     spec = data["preprocess"]
     held = [m for m in metrics if m.get("val_loss") is not None and m["step"] <= saved["step"]]
     windows = data["windows"]
+    rows = "its true channels" if shape.tokenizer == "montage" else f"its {shape.channels} padded rows"
+    unit = f"{spec['scale_uv']:g}" if spec["scaling"] == "constant" else f"the window's standard deviation over {rows}"
     hours = {split: count * spec["stride"] / spec["sfreq"] / 3600 for split, count in windows.items()}
     lines = [
         "# EEG encoder",
@@ -139,11 +141,11 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         "`encoder.pt2` is the same encoder for PyTorch alone: "
         + (
             f'`torch.export.load("encoder.pt2").module()(x, positions, count)` with x `[windows, channels, '
-            f"{shape.samples}]`, preprocessed and scaled as `preprocess.json` says, positions `[windows, channels, 3]` "
+            f"{shape.samples}]`, preprocessed and scaled as said below, positions `[windows, channels, 3]` "
             "in metres (NaN where not known), and the number of true channels of each window as int64."
             if shape.tokenizer == "montage"
             else f'`torch.export.load("encoder.pt2").module()(x)` with x `[windows, {shape.channels}, '
-            f"{shape.samples}]`, preprocessed and scaled as `preprocess.json` says and padded by repeating channels."
+            f"{shape.samples}]`, preprocessed as said below, padded by repeating channels in turn, and scaled."
         ),
         "",
         "## Data",
@@ -163,6 +165,9 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         "| field | value |",
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in spec.items()),
+        "",
+        f"Scaled for the model: microvolts divided by {unit}"
+        + (f", then limited to {spec['clip']:g} in both directions." if spec["clip"] else "."),
         "",
         "## Training",
         "",

@@ -54,6 +54,7 @@ class TestPackage:
         assert "96 windows" in card
         assert "3 subjects" in card
         assert "240 steps" in card
+        assert "divided by the window's standard deviation over its 128 padded rows, then limited to 20 in" in card
 
     def test_program_runs_without_this_package(self, encoder_package: Path, tmp_path: Path) -> None:
         encoder = EEGEncoder.from_pretrained(encoder_package)

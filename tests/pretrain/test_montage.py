@@ -291,7 +291,8 @@ def test_trains_checkpoints_and_exports_spread_or_not(unpaired_dataset: Path, tm
     assert pretrain([str(config)]) == 0
     assert (tmp_path / "one" / "plots" / "reconstruction.png").is_file()
     assert export([str(tmp_path / "one"), str(tmp_path / "encoder"), "--program", "false"]) == 0
-    assert "any montage" in (tmp_path / "encoder" / "model_card.md").read_text()
+    card = (tmp_path / "encoder" / "model_card.md").read_text()
+    assert "any montage" in card and "standard deviation over its true channels" in card
     # Samples of 19 to 64 channels fall into other batches on two processes, and nothing changes.
     variants = [("1", "bf16"), ("3", "fp32")]
     jobs = []
