@@ -100,13 +100,15 @@ class RunDirectory:
         values = to_dict(config)
         digest = digest_of(_without(values, ignore))
         known = self.path / "status.json"
-        if known.is_file() and (old := read_json(known)).get("config") != digest:
+        # Looked at once: the first process may be writing it right now.
+        old = read_json(known) if known.is_file() else None
+        if old is not None and old.get("config") != digest:
             raise RequestError(
                 f"{self.path}: holds a run of another config (see {self.path / 'config.yaml'}); "
                 f"choose another output, or delete it"
             )
         self._digest = digest
-        self.finished = known.is_file() and old["state"] == "done"
+        self.finished = old is not None and old["state"] == "done"
         if rank or self.finished:
             return
         try:

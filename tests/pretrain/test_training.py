@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from pretrain.run import RunDirectory
+from pretrain.tracking import TrackerConfig
 from pretrain.train import main
 
 from .conftest import ROOT, environment, losses, metrics, run_jobs, torchrun, write_config
@@ -117,6 +119,23 @@ def test_stop_and_resume_give_the_undisturbed_losses(unpaired_dataset: Path, tmp
         load_file(p / "checkpoints" / "step_00000040" / "model.safetensors") for p in (run, tmp_path / "whole")
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_process_may_begin_while_the_first_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_file, config = Path.is_file, TrackerConfig()
+
+    def then_it_is_there(path: Path) -> bool:
+        found = is_file(path)
+        if path.name == "status.json" and not found:
+            RunDirectory(tmp_path / "run", config).close()
+        return found
+
+    with monkeypatch.context() as patch:
+        # The first process's own look must find nothing, too, and not begin once more.
+        patch.setattr(Path, "is_file", lambda path: patch.undo() or then_it_is_there(path))
+        second = RunDirectory(tmp_path / "run", config, rank=1)
+    assert not second.finished
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "running"
 
 
 def test_a_stop_does_not_wait_for_an_evaluation(
