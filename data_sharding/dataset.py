@@ -149,13 +149,13 @@ class EEGDataset:
         Raises
         ------
         RequestError
-            If they differ, with every differing key named. The stride may: it changes nothing in a window.
+            If they differ, with every differing key named. `stride` and `reject_uv` may: they say which windows there
+            are, and change nothing in one.
         """
-        ours, theirs = spec.to_dict(), self.spec.to_dict()
-        differ = ", ".join(f"{k} {ours[k]} against {theirs[k]}" for k in ours if ours[k] != theirs[k] and k != "stride")
-        if differ:
+        differ = spec.differences(self.spec)
+        if what_differs := [text for key, text in differ.items() if key not in ("stride", "reject_uv")]:
             raise RequestError(
-                f"{what} and {self.path} were preprocessed differently ({differ}); "
+                f"{what} and {self.path} were preprocessed differently ({', '.join(what_differs)}); "
                 f"shard the recordings with the model's preprocess settings"
             )
         return self

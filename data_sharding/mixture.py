@@ -188,11 +188,8 @@ class Mixture:
 
 def _require_alike(first: EEGDataset, other: EEGDataset) -> None:
     """Refuse datasets that one model cannot see as one."""
-    if first.spec.digest() == other.spec.digest():
-        return
-    ours, theirs = first.spec.to_dict(), other.spec.to_dict()
-    keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    differ = ", ".join(f"preprocess.{key} {ours.get(key)} against {theirs.get(key)}" for key in keys)
-    raise RequestError(
-        f"datasets: {first.path} and {other.path} were preprocessed differently ({differ}); shard one of them again"
-    )
+    if differ := first.spec.differences(other.spec):
+        raise RequestError(
+            f"datasets: {first.path} and {other.path} were preprocessed differently ({', '.join(differ.values())}); "
+            "shard one of them again"
+        )

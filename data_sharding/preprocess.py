@@ -137,6 +137,26 @@ class PreprocessSpec:
         """Checksum of the spec, hexadecimal."""
         return digest_of(self.to_dict())
 
+    def differences(self, other: PreprocessSpec) -> dict[str, str]:
+        """Name what two specs do not have in common.
+
+        Parameters
+        ----------
+        other : PreprocessSpec
+            Another one.
+
+        Returns
+        -------
+        dict of str to str
+            For each key that differs ``preprocess.KEY OURS against THEIRS``, in the order of the fields.
+        """
+        ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return {
+            key: f"preprocess.{key} {value} against {theirs[key]}"
+            for key, value in ours.items()
+            if value != theirs[key]
+        }
+
     def scale_for_model(self, x_uv: Any, channels: Any = None) -> Any:
         """Bring microvolts to what models see.
 

@@ -49,7 +49,9 @@ class Trials:
     eeg_nCT: np.ndarray
     """[n, C, T] float16 microvolts of those channels."""
     metas: list[dict[str, Any]]
-    """[n] metadata of the samples."""
+    """[n] metadata of the samples, in each recording's own order of channels."""
+    electrodes: list[dict[str, Any]]
+    """[n] number and positions of `channels`, as `EEGEncoder.inputs_of` takes them."""
     tokens: dict[str, np.ndarray]
     """[n, F] float32 by encoder: tokens, mean over each time bin."""
 
@@ -242,12 +244,14 @@ def collect(
             "channel by channel; probe a dataset of one cap"
         )
     picks: dict[tuple[str, ...], list[int]] = {}
-    rows = []
+    rows, electrodes = [], []
     for meta, x_CT in zip(metas, signals, strict=True):
-        names = tuple(meta["ch_names"])
+        names, positions = tuple(meta["ch_names"]), meta.get("positions")
         if names not in picks:
             picks[names] = [names.index(channel) for channel in channels]
         rows.append(x_CT[picks[names]])
+        places = [positions[pick] for pick in picks[names]] if positions else None
+        electrodes.append({"n": len(channels), "positions": places})
     return Trials(
         splits_n=np.array(of_split),
         labels_n=np.array([meta["label"] for meta in metas]),
@@ -256,5 +260,6 @@ def collect(
         channels=channels,
         eeg_nCT=np.stack(rows),
         metas=metas,
+        electrodes=electrodes,
         tokens={name: np.concatenate(parts).astype(np.float32) for name, parts in tokens.items()},
     )

@@ -87,13 +87,8 @@ def finetune_and_predict(
 def _inputs(encoder: EEGEncoder, trials: Trials, rows: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
     """Windows as the encoder takes them, and where their electrodes sit."""
     x_BCT = torch.from_numpy(pad_channels(trials.eeg_nCT[rows].astype(np.float32), encoder.config.channels)).to(device)
-    # The trials' rows are in one order, their metadata each in that of its recording.
-    metas = []
-    for row in rows:
-        names, places = trials.metas[row]["ch_names"], trials.metas[row].get("positions")
-        order = [names.index(name) for name in trials.channels]
-        metas.append({"n": len(order), "positions": [places[i] for i in order] if places else None})
-    return encoder.scale_for_model(x_BCT, len(trials.channels)), *encoder.inputs_of(metas, device).values()
+    electrodes = [trials.electrodes[row] for row in rows]
+    return encoder.scale_for_model(x_BCT, len(trials.channels)), *encoder.inputs_of(electrodes, device).values()
 
 
 def _train(

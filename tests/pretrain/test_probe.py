@@ -94,6 +94,7 @@ def trials_of(subjects: int, images: int, *, shared: bool = True) -> Trials:
         channels=["a", "b"],
         eeg_nCT=np.zeros((n, 2, 16), np.float16),
         metas=[{}] * n,
+        electrodes=[{"n": 2, "positions": None}] * n,
         tokens={},
     )
 
