@@ -6,6 +6,7 @@ Shapes: b samples of this rank, n true channels of a sample, T samples a window.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -244,6 +245,27 @@ class _From:
             step += 1
 
 
+def _outlive_signals(worker: int) -> None:
+    """Let a reading process outlive what is meant for the training, which decides by itself when to stop.
+
+    Batch systems and torchrun signal every process of a job. Of SIGTERM, torch's reading processes die unless it comes
+    from the process that they read for, and that one fails as soon as one of them is dead.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    reads_for = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != reads_for:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class Loader:
     """Endless stream of batches.
 
@@ -376,6 +398,7 @@ class Loader:
             num_workers=self.num_workers,
             prefetch_factor=_UNDER_WAY if self.num_workers else None,
             multiprocessing_context="fork" if slots else None,
+            worker_init_fn=_outlive_signals,
             pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
         )
         for batch in reader:

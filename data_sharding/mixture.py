@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,7 +59,8 @@ class Mixture:
         opened = [(EEGDataset(path, split, cache_gb=cache_gb), weight) for path, weight in weights.items()]
         opened.sort(key=lambda one: one[0].manifest.dataset_id)
         self.parts = [part for part, _ in opened]
-        total = sum(weights.values())
+        # Rounded once: the datasets' order must not tell in the shares, nor in the id.
+        total = math.fsum(weights.values())
         self.weights = [weight / total for _, weight in opened]
         for part in self.parts[1:]:
             _require_alike(self.parts[0], part)

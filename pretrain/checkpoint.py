@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,13 +91,16 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return found
 
 
-def newest_whole(checkpoints: Path) -> Path | None:
+def newest_whole(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
     """Find the newest checkpoint of which every byte is as it was written.
 
     Parameters
     ----------
     checkpoints : Path
         The folder ``checkpoints`` of a run directory.
+    left_out : sequence of dict
+        Batches on which the run does not train (`batches`: from, to before). Checkpoints that learned from some of them
+        are passed over for an older one, and deleted: their steps will come again. If all did, the newest it is.
 
     Returns
     -------
@@ -109,21 +112,38 @@ def newest_whole(checkpoints: Path) -> Path | None:
     RequestError
         If there are checkpoints and all of them are damaged.
     """
-    damaged = []
+    damaged, spoiled, chosen = [], [], None
     for directory in sorted(checkpoints.glob("step_*"), reverse=True):
         wrong = damage(directory, thoroughly=True)
-        if wrong is None:
-            for other in damaged:
-                # Out of the way: its step will come again. Kept, for whoever wants to know what happened to the disk.
-                other.rename(other.with_name(f"damaged_{other.name}_{time.time_ns()}"))
-            return directory
-        print(f"dreamscale: checkpoint {directory} is damaged ({wrong}); going back to an older one", file=sys.stderr)
-        damaged.append(directory)
-    if damaged:
+        if wrong is not None:
+            print(
+                f"dreamscale: checkpoint {directory} is damaged ({wrong}); going back to an older one", file=sys.stderr
+            )
+            damaged.append(directory)
+        elif _learned_from(directory, left_out):
+            spoiled.append(directory)
+        else:
+            chosen = directory
+            break
+    if chosen is None and spoiled:
+        chosen, spoiled = spoiled[0], []
+    if chosen is None and damaged:
         raise RequestError(
             f"{checkpoints}: every checkpoint is damaged; restore one from a backup, or delete the folder to start anew"
         )
-    return None
+    for other in damaged:
+        # Out of the way: its step will come again. Kept, for whoever wants to know what happened to the disk.
+        other.rename(other.with_name(f"damaged_{other.name}_{time.time_ns()}"))
+    for other in spoiled:
+        shutil.rmtree(other)
+    return chosen
+
+
+def _learned_from(checkpoint: Path, left_out: Sequence[dict[str, Any]]) -> bool:
+    """Whether batches that are left out now were trained on then."""
+    saved = read_json(checkpoint / DONE)
+    known = [found["batches"] for found in saved.get("left_out", [])]
+    return any(found["batches"] not in known and found["batches"][0] < saved["loader"]["step"] for found in left_out)
 
 
 def prune(checkpoints: Path, *, keep: int, milestones: int | None) -> None:

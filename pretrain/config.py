@@ -41,7 +41,7 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.warmup is a share of all steps, from 0 to below 1, got {self.warmup}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be from 0 to below 1, got {list(self.betas)}")
-        if self.clip < 0 or self.weight_decay < 0 or not self.eps > 0:
+        if not (self.clip >= 0 and self.weight_decay >= 0 and self.eps > 0):
             raise ValueError("optimizer: clip and weight_decay must not be negative, eps must be positive")
         if self.base_batch is not None and self.base_batch < 1:
             raise ValueError(f"optimizer.base_batch is {self.base_batch}; it must be at least 1")
@@ -71,6 +71,20 @@ class OptimizerConfig:
             return self.lr * (step + 1) / rise
         share = (step - rise) / max(1, total - rise)
         return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+_OURS = {
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "gradient_clipping": "optimizer.clip",
+    "bf16": "precision",
+    "fp16": "precision",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer",
+    "checkpoint": "checkpoint",
+}
+"""What stands for DeepSpeed's own keys."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,20 +218,21 @@ class PretrainConfig:
                 f"offload {self.offload} needs zero_stage {'3' if self.offload == 'all' else '1, 2 or 3'}, "
                 f"not {self.zero_stage}"
             )
-        zero = self.deepspeed.get("zero_optimization") or {}
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed.zero_optimization is {zero!r}; it must hold keys, or be left out")
         for key in ("offload_optimizer", "offload_param"):
-            if isinstance(zero, dict) and (zero.get(key) or {}).get("device") == "nvme":
+            if (zero.get(key) or {}).get("device") == "nvme":
                 raise ValueError(f"deepspeed.zero_optimization.{key}.device nvme is not supported; use offload")
         if self.timeout_s < 0 or self.restarts < 0:
             raise ValueError("timeout_s and restarts must not be negative")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"peak_tflops is {self.peak_tflops}; it must be positive")
-        odd = {"fp16", "optimizer", "scheduler", "checkpoint"} & self.deepspeed.keys()
-        if odd:
-            raise ValueError(
-                f"deepspeed.{sorted(odd)[0]} would bypass what checkpoints and guards rely on; "
-                "use precision, optimizer and checkpoint"
-            )
+        for key in self.deepspeed:
+            if key in _OURS:
+                raise ValueError(f"deepspeed.{key} would bypass what checkpoints and guards rely on; use {_OURS[key]}")
+        if "stage" in zero:
+            raise ValueError("deepspeed.zero_optimization.stage: use zero_stage")
 
     @property
     def micro(self) -> int:

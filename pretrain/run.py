@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -159,20 +159,27 @@ class RunDirectory:
             print(f"dreamscale: metrics of step {step} could not be written ({error})", file=sys.stderr)
         self._log(step, clean)
 
-    def rewind_metrics(self, step: int) -> None:
+    def rewind_metrics(self, step: int, *, evaluated: bool = True) -> None:
         """Drop lines beyond a step: a resumed run writes them again.
 
         Parameters
         ----------
         step : int
-            The step of the checkpoint from which the run goes on.
+            The step of the checkpoint from which the run goes on; -1 drops all.
+        evaluated : bool
+            False to drop the evaluation of that very step as well.
         """
         if self.rank or self._stream is None:
             return
         with contextlib.suppress(OSError):
             self._stream.close()
         path = self.path / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if line and _step_of(line) <= step]
+
+        def stays(line: str) -> bool:
+            at = _step_of(line)
+            return at < step or (at == step and (evaluated or '"val_loss"' not in line))
+
+        kept = [line for line in path.read_text().splitlines() if line and stays(line)]
         atomic_write_text(path, "".join(f"{line}\n" for line in kept))
         self._stream = path.open("a")
 
@@ -274,8 +281,13 @@ class RunDirectory:
         atomic_write_text(self.path / "latest", final.name + "\n")
         prune(self.checkpoints, keep=keep, milestones=milestones)
 
-    def latest(self) -> Path | None:
+    def latest(self, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
         """Newest checkpoint that is whole to the byte; what a crash left half-written is deleted.
+
+        Parameters
+        ----------
+        left_out : sequence of dict
+            As for `pretrain.checkpoint.newest_whole`.
 
         Returns
         -------
@@ -289,7 +301,7 @@ class RunDirectory:
         """
         for partial in self.checkpoints.glob(".partial_*"):
             shutil.rmtree(partial, ignore_errors=True)
-        return newest_whole(self.checkpoints)
+        return newest_whole(self.checkpoints, left_out)
 
     def close(self) -> None:
         """Close the metrics file and the tracker."""

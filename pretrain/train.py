@@ -33,7 +33,8 @@ from pretrain.tracking import live_table
 if TYPE_CHECKING:
     from pretrain.distributed import World
 
-# What may change when a run goes on: none of it changes what is learned.
+# What may change when a run goes on: none of it changes what is learned, but for the guards, which somebody may have to
+# move so that a run can go on at all.
 FREE = (
     "output",
     "dataset",
@@ -47,6 +48,7 @@ FREE = (
     "evaluation",
     "micro_batch_size",
     "max_skipped",
+    "guards",
     "zero_stage",
     "offload",
     "timeout_s",
@@ -133,6 +135,11 @@ class _Training:
         if fault is not None:
             raise RequestError(fault)
         if folder is None:
+            # What an attempt left that ended before its first checkpoint.
+            self.run.rewind_metrics(-1)
+            self.left_out = []
+            if self.world.first:
+                (self.run.path / LEFT_OUT).unlink(missing_ok=True)
             return
         from pretrain.engine import load_state
 
@@ -149,13 +156,14 @@ class _Training:
         self.spikes = SpikeDetector(self.config.guards, saved["recent_losses"])
         self.evaluation_due = not rewind and saved.get("evaluation_due", False)
         self.interval = _Interval(steps=saved["interval"]["steps"], losses=saved["interval"]["losses"])
-        self.run.rewind_metrics(self.step)
+        # The last evaluation comes after the last checkpoint.
+        self.run.rewind_metrics(self.step, evaluated=not self.evaluation_due and self.step < self.total)
         if self.world.first and not rewind:
             print(f"dreamscale pretrain: going on from step {self.step} ({folder})", file=sys.stderr)
 
     def _newest(self) -> tuple[Path | None, str | None]:
         try:
-            return self.run.latest(), None
+            return self.run.latest(self.left_out), None
         except RequestError as error:
             return None, str(error)
 
@@ -195,6 +203,8 @@ class _Training:
             If the checkpoint could not be written.
         """
         self.watchdog.at(self.step, "saving")
+        # One that is still under way may fail without harm to this one.
+        self.writer.wait()
         failed = self.writer.failed
         self.save()
         if not self.writer.wait() or self.writer.failed > failed:
@@ -203,8 +213,8 @@ class _Training:
                 "the same command again: it goes on from the checkpoint before"
             )
 
-    def rewind(self, spike: str, loss: float) -> None:
-        """Go back to the newest checkpoint, and leave the batches that led to a loss spike out from now on.
+    def rewind(self, spike: str, loss: float) -> bool:
+        """Go back to before a loss spike, and leave the batches that led to it out from now on.
 
         Parameters
         ----------
@@ -212,6 +222,11 @@ class _Training:
             What was seen.
         loss : float
             Of this step.
+
+        Returns
+        -------
+        bool
+            False where there is no checkpoint to go back to.
 
         Raises
         ------
@@ -228,14 +243,16 @@ class _Training:
                     file=sys.stderr,
                 )
             self.spikes.accept(loss)
-            return
-        if len(self.left_out) >= guards.max_rewinds:
-            raise RuntimeError(
-                f"loss spike at step {self.step} ({spike}), after {len(self.left_out)} others; lower optimizer.lr, or "
-                f"raise guards.spike_sigma or guards.max_rewinds, and look at the batches in {self.run.path / LEFT_OUT}"
-            )
+            return False
         last = self.loader.step
         found = {"batches": [last - guards.leave_out, last], "step": self.step, "loss": spike}
+        if len(self.left_out) >= guards.max_rewinds:
+            raise RuntimeError(
+                f"loss spike at step {self.step} ({spike}), in batches {found['batches'][0]} to {last - 1}, after "
+                f"{len(self.left_out)} others ({LEFT_OUT} of the run names their batches); run the same command with "
+                f"guards.max_rewinds or guards.spike_sigma raised to go on, or begin another run, in another output, "
+                f"with a lower optimizer.lr"
+            )
         self.left_out = [*self.left_out, found]
         if self.world.first:
             # On disk before anything else, so that a restart leaves out the same.
@@ -249,6 +266,7 @@ class _Training:
                 f"batches {found['batches'][0]} to {last - 1} from now on",
                 file=sys.stderr,
             )
+        return True
 
     def describe_data(self) -> dict[str, Any]:
         """What an encoder package must say of the data, so that it can be exported without them."""
@@ -331,8 +349,9 @@ class _Training:
         if self.skipped_in_a_row >= config.max_skipped:
             raise RuntimeError(
                 f"{self.skipped_in_a_row} steps in a row had a gradient that was not finite, the last one step "
-                f"{self.step}; lower optimizer.lr, check the data with 'dreamscale verify {self.train_set.path}', and "
-                f"start again: the run goes on from its newest checkpoint"
+                f"{self.step}; check the data with 'dreamscale verify {self.train_set.path}'. The same command goes on "
+                f"from the newest checkpoint, with max_skipped raised if you wish; a lower optimizer.lr needs another "
+                f"run, in another output"
             )
         return float("nan") if bad else total / self.world.size
 
@@ -372,8 +391,7 @@ class _Training:
                 interval.losses.append(loss if math.isfinite(loss) else None)
                 show(self.step, {"loss": loss})
                 spike = self.spikes.seen(loss)
-                if spike:
-                    self.rewind(spike, loss)
+                if spike and self.rewind(spike, loss):
                     if self.step < self.total and not self.stopping:
                         batches = iter(self.loader)
                     continue

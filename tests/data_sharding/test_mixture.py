@@ -116,6 +116,13 @@ def test_neither_order_nor_paths_of_a_mixture_matter(tmp_path: Path, weights: di
         assert next(iter(loader)).keys == collate(Mixture(weights), loader.positions(2)[0]).keys
 
 
+def test_the_identity_does_not_depend_on_the_order_of_rounding(weights: dict[str, float]) -> None:
+    tenths = dict(zip(weights, (0.1, 0.2, 0.3), strict=True))
+    assert sum(tenths.values()) != sum(reversed(tenths.values()))
+    one, other = Mixture(tenths), Mixture(dict(reversed(tenths.items())))
+    assert one.manifest.dataset_id == other.manifest.dataset_id
+
+
 def test_unfit_mixtures_are_refused(tmp_path: Path, weights: dict[str, float]) -> None:
     first = next(iter(weights))
     other = write(tmp_path / "other", 8, dataclasses.replace(SPEC, lowpass=25.0, stride=8))

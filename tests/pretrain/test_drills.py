@@ -204,13 +204,26 @@ def test_a_killed_launcher_leaves_a_checkpoint_and_no_process(runs: Path, run: P
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_torchrun_passes_signals_on_and_waits(number: int, runs: Path, run: Path) -> None:
     listed = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    training = Training([*TORCHRUN, *listed, "-m", "pretrain.train", *words(runs, run)], run)
+    # It signals the reading processes, too.
+    line = words(runs, run, "--num_workers", "2")
+    training = Training([*TORCHRUN, *listed, "-m", "pretrain.train", *line], run)
     training.wait_for(BEGUN + 3)
     training.process.send_signal(number)
     assert training.wait() != 0
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "stopped"
     assert complete_checkpoints(run / "checkpoints")[-1].name == f"step_{status['step']:08d}"
+    is_undisturbed(run, runs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_every_process_is_one_request(number: int, runs: Path, run: Path) -> None:
+    training = dreamscale(runs, run, "--num_workers", "2")
+    training.wait_for(BEGUN + 3)
+    os.killpg(training.process.pid, number)
+    assert training.wait() == 75, training.log.read_text()[-3000:]
+    assert not training.processes()
+    assert "Traceback" not in training.log.read_text()
     is_undisturbed(run, runs)
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_sharding.dataset import EEGDataset, write_dataset
-from data_sharding.loader import Loader
+from data_sharding.loader import Batch, Loader
 from data_sharding.preprocess import PreprocessSpec
 from data_sharding.samples import Sample
 from pretrain.checkpoint import complete_checkpoints
@@ -30,7 +30,7 @@ from pretrain.flops import peak_flops, training_flops
 from pretrain.guards import GuardConfig, SpikeDetector, Watchdog
 from pretrain.model import MaskedAutoencoderConfig
 from pretrain.shapes import DecoderConfig, EncoderConfig
-from pretrain.train import main
+from pretrain.train import _Training, main
 
 from .conftest import ROOT, environment, losses, metrics, write_config
 
@@ -144,8 +144,41 @@ class TestSpikes:
     def test_too_many_spikes_end_the_run(self, with_giant: Path, seed: int, tmp_path: Path) -> None:
         settings = self.settings(with_giant, seed, max_rewinds=0)
         config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "run"), **settings)
-        with pytest.raises(RuntimeError, match="loss spike at step 9"):
+        with pytest.raises(RuntimeError, match=r"loss spike at step 9 .* in batches 7 to 8, .* guards\.max_rewinds"):
             main([str(config)])
+        # What the message advises.
+        assert main([str(config), "--guards.max_rewinds", "1"]) == 0
+        assert len(json.loads((tmp_path / "run" / "left_out.json").read_text())) == 1
+
+    def test_a_checkpoint_that_learned_from_them_is_not_gone_back_to(
+        self, with_giant: Path, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """With one in every second step, that of step 8 has learned from batch 7 already."""
+        config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "whole"), **self.settings(with_giant, seed))
+        assert main([str(config)]) == 0
+        more = ["--output", str(tmp_path / "run")]
+        assert main([str(config), *more, "--checkpoint.every", "2", "--checkpoint.keep", "2"]) == 0
+        assert capsys.readouterr().err.count("back to step 6") == 2
+        assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+        assert (tmp_path / "run" / "checkpoints" / "step_00000012").is_dir()
+
+    def test_the_newest_where_all_learned_from_them(
+        self, with_giant: Path, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "run"), **self.settings(with_giant, seed))
+        assert main([str(config), "--checkpoint.every", "2", "--checkpoint.keep", "1"]) == 0
+        assert "back to step 8, and without batches 7 to 8" in capsys.readouterr().err
+
+    def test_a_spike_before_the_first_checkpoint_is_a_step_like_any_other(
+        self, with_giant: Path, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        settings = self.settings(with_giant, seed) | {"checkpoint": {"every": 9}, "evaluation": {"every": 9}}
+        config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "run"), **settings)
+        assert main([str(config)]) == 0
+        assert "there is no checkpoint to go back to yet" in capsys.readouterr().err
+        assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == list(range(1, 15))
+        assert [line["step"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [0, 9, 14]
+        assert (tmp_path / "run" / "checkpoints" / "step_00000009").is_dir()
 
 
 class TestWatchdog:
@@ -244,6 +277,51 @@ class TestCheckpoints:
         assert "every checkpoint is damaged" in capsys.readouterr().err
         # And again: nothing was moved or deleted that would let the next start begin from nothing.
         assert main([str(config), "--output", str(copy)]) == 2
+
+    def test_what_comes_again_is_not_in_the_metrics_twice(
+        self, finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config, whole = finished
+        words = [str(config), "--output", str(tmp_path / "run")]
+        take_step = _Training.take_step
+
+        def fails(training: _Training, batch: Batch) -> float:
+            if training.step == 4:
+                raise OSError("power cut")
+            return take_step(training, batch)
+
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="power cut"):
+            patch.setattr(_Training, "take_step", fails)
+            main([*words, "--checkpoint.every", "8", "--checkpoint.milestones", "null"])
+        assert len(losses(tmp_path / "run")) == 4
+        (tmp_path / "run" / "left_out.json").write_text('[{"batches": [0, 4], "step": 4, "loss": "of old"}]')
+        assert main(words) == 0
+        # After the last checkpoint, the last evaluation comes again.
+        again(tmp_path / "run")
+        assert main(words) == 0
+        for key in ("loss", "val_loss"):
+            ours, theirs = (
+                [(line["step"], line[key]) for line in metrics(run) if key in line] for run in (tmp_path / "run", whole)
+            )
+            assert ours == theirs
+
+    def test_the_last_checkpoint_counts_whatever_became_of_the_one_before(
+        self, finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import pretrain.weights
+
+        save = pretrain.weights.save_weights
+
+        def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            time.sleep(0.3)
+            if "00000010" in str(path):
+                raise OSError(28, "No space left on device")
+            save(tensors, path)
+
+        monkeypatch.setattr(pretrain.weights, "save_weights", full)
+        assert main([str(finished[0]), "--output", str(tmp_path / "run")]) == 0
+        found = [path.name[-2:] for path in complete_checkpoints(tmp_path / "run" / "checkpoints")]
+        assert found == ["04", "08", "12"]
 
     @pytest.fixture
     def small_disk(self, tmp_path: Path) -> Iterator[Path]:

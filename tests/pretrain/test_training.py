@@ -259,6 +259,11 @@ class TestBadRequests:
             (["--precision", "bf16", "--zero_stage", "0"], "zero_stage"),
             (["--optimizer.lr", "-1"], "lr"),
             (["--zero_stage", "4"], "zero_stage"),
+            (["--optimizer.weight_decay", "nan"], "weight_decay"),
+            (["--deepspeed", "{gradient_accumulation_steps: 2}"], "use micro_batch_size"),
+            (["--deepspeed", "{bf16: {enabled: true}}"], "use precision"),
+            (["--deepspeed", "{zero_optimization: {stage: 3}}"], "use zero_stage"),
+            (["--deepspeed", "{zero_optimization: null}"], "deepspeed.zero_optimization"),
         ],
     )
     def test_bad_values(self, words: list[str], key: str, tmp_path: Path, capsys: Any) -> None:
