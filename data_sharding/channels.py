@@ -134,16 +134,22 @@ def is_site(name: str) -> bool:
 
 @functools.cache
 def _montage(name: str) -> dict[str, list[float]]:
+    """Places of a standard montage in the frame of the head, in which files have theirs.
+
+    Templates come in frames of their own: on the MRI of a head, Cz lies five centimetres from where it does between the
+    ears and the nose.
+    """
     import warnings
 
     import mne
+    from mne.channels.montage import transform_to_head
 
     with warnings.catch_warnings():
         # MNE 1.14 renames standard_1005 to colin27_1005; older versions know the old name only.
         warnings.simplefilter("ignore")
         if name == "standard_1005" and "colin27_1005" in mne.channels.get_builtin_montages():
             name = "colin27_1005"
-        positions = mne.channels.make_standard_montage(name).get_positions()["ch_pos"]
+        positions = transform_to_head(mne.channels.make_standard_montage(name)).get_positions()["ch_pos"]
     return {key: [round(float(v), 5) for v in value] for key, value in positions.items()}
 
 

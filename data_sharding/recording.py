@@ -38,7 +38,7 @@ from data_sharding.streaming import Resampler, Scratch, blocks_of, resampled_len
 from data_sharding.units import Survey, Verdict
 from data_sharding.windows import Clean, write_windows
 
-PART_SCHEMA = 4
+PART_SCHEMA = 5
 """Part of a part's name: raise it when the code's results change, and no older part is taken up again."""
 MIN_SAMPLES = 16
 """Fewer samples cannot even be measured."""

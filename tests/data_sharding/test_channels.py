@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,6 +142,18 @@ class TestSleepAndClinic:
         assert channels.names == ["C3", "C3-A2", "C4"]
 
 
+def in_head_frame(montage: str, names: list[str]) -> list[Any]:
+    """Where MNE puts a recording's electrodes that is given a montage."""
+    import mne
+
+    with warnings.catch_warnings():
+        # Renamed in MNE 1.14.
+        warnings.simplefilter("ignore", FutureWarning)
+        raw = mne.io.RawArray(np.zeros((len(names), 10)), mne.create_info(names, 100.0, "eeg"), verbose="error")
+        raw.set_montage(montage, verbose="error")
+    return [channel["loc"][:3] for channel in raw.info["chs"]]
+
+
 class TestCaps:
     def test_biosemi_names_are_no_earlobes_and_no_ten_twenty(self) -> None:
         names = [f"{letter}{i}" for letter in "ABCDEFGH" for i in range(1, 17)]
@@ -150,13 +163,11 @@ class TestCaps:
 
     @pytest.mark.parametrize(("letters", "size"), [("ABCD", 128), ("ABCDE", 160), ("ABCDEFGH", 256)])
     def test_a_whole_biosemi_cap_has_positions(self, letters: str, size: int) -> None:
-        import mne
-
         names = [f"{letter}{i}" for letter in letters for i in range(1, 33)]
         channels = picked([*names, "EXG1", "Status"])
         assert channels.montage == f"biosemi{size}" and channels.confidence == 1.0 and len(channels.names) == size
-        wanted = mne.channels.make_standard_montage(f"biosemi{size}").get_positions()["ch_pos"]["C7"]
-        np.testing.assert_allclose(channels.positions[names.index("C7")], wanted, atol=1e-4)  # type: ignore[arg-type]
+        wanted = in_head_frame(f"biosemi{size}", names)
+        np.testing.assert_allclose(channels.positions, wanted, atol=1e-5)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(
         ("names", "montage", "confidence"),
@@ -175,11 +186,15 @@ class TestCaps:
         assert (channels.montage, channels.confidence) == (montage, confidence)
 
     def test_the_number_after_the_last_is_the_vertex(self) -> None:
-        import mne
+        names = [f"E{i}" for i in range(1, 130)]
+        wanted = in_head_frame("GSN-HydroCel-129", [*names[:128], "Cz"])
+        np.testing.assert_allclose(picked(names).positions, wanted, atol=1e-5)  # type: ignore[arg-type]
 
-        channels = picked([f"E{i}" for i in range(1, 130)])
-        vertex = mne.channels.make_standard_montage("GSN-HydroCel-129").get_positions()["ch_pos"]["Cz"]
-        np.testing.assert_allclose(channels.positions[128], vertex, atol=1e-4)  # type: ignore[arg-type]
+    def test_names_place_an_electrode_where_a_file_with_this_montage_does(self) -> None:
+        names = ["Fp1", "Fp2", "C3", "Cz", "C4", "O1", "O2", "AF7h", "PPO5h"]
+        names = [name for name in names if is_site(name)]
+        wanted = in_head_frame("standard_1005", names)
+        np.testing.assert_allclose(picked(names).positions, wanted, atol=1e-5)  # type: ignore[arg-type]
 
 
 def test_types_and_names_both_exclude() -> None:
