@@ -39,7 +39,7 @@ class SubmitConfig:
     gpus_per_node: int = 8
     """GPUs, and so processes, of each machine; 0 trains one process a machine on the CPU."""
     cpus_per_node: int = 64
-    """Cores of each machine."""
+    """Cores of each machine; Ray is asked for none."""
     name: str = ""
     """Name of the job; dreamscale-STAGE by default."""
     directory: str = ""
@@ -205,6 +205,8 @@ def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
         "LOGS": config.logs,
         "DIRECTORY": config.directory or str(Path.cwd()),
         "LAUNCH": line,
+        # Ray begins wherever its head was started.
+        "SHELL": shlex.join(["bash", "-c", f"cd {shlex.quote(config.directory or str(Path.cwd()))} && exec {line}"]),
         "ADDRESS": config.address,
         "RESOURCES": resources,
         "IMAGE": config.image,

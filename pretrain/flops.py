@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from pretrain.model import build_autoencoder
@@ -63,6 +66,40 @@ def training_flops(config: MaskedAutoencoderConfig) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x_BCT, **inputs)
     return 3.0 * counter.get_total_flops()
+
+
+@functools.cache
+def _by_channels(config: MaskedAutoencoderConfig) -> tuple[float, float, float]:
+    """Polynomial in the true channels: tokens grow with them, and attention with their square."""
+    some = (1, 64, 128)
+    counts = [
+        training_flops(dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, channels=n)))
+        for n in some
+    ]
+    constant, linear, square = np.polynomial.Polynomial.fit(some, counts, 2).convert().coef.tolist()
+    return constant, linear, square
+
+
+def batch_flops(config: MaskedAutoencoderConfig, channels: Sequence[int]) -> float:
+    """Count the floating-point operations of training on some windows.
+
+    Parameters
+    ----------
+    config : MaskedAutoencoderConfig
+        Shape of the model.
+    channels : sequence of int, [B]
+        True channels of each window: the montage tokenizer's arithmetic is of these, the temporal one's of 128 rows
+        always.
+
+    Returns
+    -------
+    float
+        Operations, as `training_flops` counts them; those on padding, which is no use to anybody, do not count.
+    """
+    if config.encoder.tokenizer != "montage":
+        return len(channels) * training_flops(config)
+    constant, linear, square = _by_channels(config)
+    return math.fsum(constant + linear * n + square * n * n for n in channels)
 
 
 def peak_flops(device: torch.device, precision: str, override_tflops: float | None = None) -> float | None:

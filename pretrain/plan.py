@@ -60,13 +60,16 @@ class PlanConfig:
     peak_tflops: float | None = None
     """Dense TFLOP/s of a GPU at the run's precision, where it is not known or not the maker's."""
     mfu: float = 0.4
-    """Model-FLOPs utilisation that you expect: share of the peak that the model's own arithmetic reaches."""
+    """Model-FLOPs utilisation that you expect, as metrics.jsonl has it: share of the peak that the model's own arithmetic
+    reaches. What is computed again does not count as such, so checkpointing lowers it by up to a quarter."""
     batch_size: int | None = None
     """Windows of one step over all GPUs; the config's by default, else 100 a GPU."""
     micro_batch_size: int | None = None
     """Windows of one GPU at once; by default the config's, else its whole share."""
     precision: Literal["fp32", "bf16"] | None = None
     """The config's by default, else bf16."""
+    offload: Literal["none", "optimizer", "all"] | None = None
+    """What waits in the processor's memory; the config's by default, else none."""
     checkpointing: bool | None = None
     """Recompute activations; as the model says by default. The table shows both."""
     channels: int | None = None
@@ -118,7 +121,7 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer + self.buffers
 
 
-def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str) -> StateBytes:
+def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, offload: str = "none") -> StateBytes:
     """Count what ZeRO leaves on a GPU.
 
     Parameters
@@ -131,6 +134,9 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str) 
         Over how many.
     precision : str
         fp32 or bf16; gradients add up in float32 either way.
+    offload : str
+        What waits in the processor's memory: none, optimizer, or all; where the stage has it. Gradients are counted
+        here all the same.
 
     Returns
     -------
@@ -154,7 +160,9 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str) 
     in_place = precision == "bf16" and zero_stage == 1
     buckets = 2 if zero_stage >= 2 else 1 if gpus > 1 and not in_place else 0
     buffers = gathered + buckets * bucket
-    return StateBytes(weights=weights, gradients=gradients, optimizer=moments + master, buffers=buffers)
+    optimizer = 0.0 if offload != "none" and zero_stage else moments + master
+    weights = 0.0 if offload == "all" and zero_stage == 3 else weights
+    return StateBytes(weights=weights, gradients=gradients, optimizer=optimizer, buffers=buffers)
 
 
 def tokens_of(model: MaskedAutoencoderConfig, channels: int | None = None) -> tuple[int, int]:
@@ -245,6 +253,8 @@ class Request:
     """fp32 or bf16."""
     zero_stage: int
     """What the run asks for."""
+    offload: str
+    """none, optimizer or all."""
     checkpointing: bool
     """Whether activations are computed again."""
     windows: int
@@ -275,6 +285,8 @@ def resolve(config: PlanConfig) -> Request:
     RequestError
         If there is no config and no preset, or both, or the GPU is not known, or numbers do not divide.
     """
+    from data_sharding.dataset import MANIFEST, read_manifest
+    from data_sharding.storage import as_path
     from pretrain.config import PretrainConfig
     from pretrain.flops import PEAK_TFLOPS
     from pretrain.presets import PRESETS
@@ -309,10 +321,12 @@ def resolve(config: PlanConfig) -> Request:
             raise RequestError(f"micro_batch_size is {asked}; it must divide {share}, a GPU's share of batch_size")
         asked = None
     windows, windows_from = config.windows, "--windows"
-    if windows is None and run is not None and (Path(run.dataset) / "manifest.json").is_file():
-        from data_sharding.manifest import Manifest
-
-        windows, windows_from = Manifest.read(Path(run.dataset)).samples("train"), run.dataset
+    if windows is None and run is not None:
+        datasets = [as_path(path) for path in run.datasets or [run.dataset]]
+        # Not there yet, or on another machine: a plan is made for what is to come.
+        if all((path / MANIFEST).is_file() for path in datasets):
+            windows = sum(read_manifest(path).samples("train") for path in datasets)
+            windows_from = ", ".join(map(str, datasets))
     if windows is None:
         windows, windows_from = DEFAULT_WINDOWS, "as many as DreamDiffusion's corpus had"
     epochs = config.epochs or (run.epochs if run else 500.0)
@@ -330,6 +344,7 @@ def resolve(config: PlanConfig) -> Request:
         micro=asked or share,
         precision=precision,
         zero_stage=run.zero_stage if run else 1,
+        offload=config.offload or (run.offload if run else "none"),
         checkpointing=model.compute.checkpointing if config.checkpointing is None else config.checkpointing,
         windows=windows,
         windows_from=windows_from,
@@ -402,7 +417,9 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     for stage in range(4):
         if stage == 0 and request.precision == "bf16":
             continue
-        state = state_bytes(parameters, zero_stage=stage, gpus=request.gpus, precision=request.precision)
+        state = state_bytes(
+            parameters, zero_stage=stage, gpus=request.gpus, precision=request.precision, offload=request.offload
+        )
         for checkpointing in (False, True):
             window = activation_bytes(model, precision=request.precision, checkpointing=checkpointing)
             rows.append(
@@ -418,8 +435,6 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
             )
     micro_batches = request.batch_size // request.gpus // request.micro
     arithmetic_s = flops * request.batch_size / (request.gpus * request.peak * config.mfu)
-    # A second forward pass beside one forward and a backward of twice its work.
-    arithmetic_s *= 4 / 3 if request.checkpointing else 1
     sent = exchanged_bytes(
         parameters,
         zero_stage=request.zero_stage,
@@ -451,8 +466,8 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         "assumptions": [
             f"{request.gpu}: {request.peak / 1e12:g} TFLOP/s dense at {request.precision}, {request.gpu_gib:g} GiB, "
             f"{config.reserve_gib:g} of them kept for driver, libraries and gaps",
-            f"model-FLOPs utilisation {config.mfu:.0%}, of the model's own arithmetic; checkpointing makes a step a "
-            "third longer",
+            f"model-FLOPs utilisation {config.mfu:.0%}, as metrics.jsonl has it: of the model's own arithmetic, not of "
+            "what is computed again",
             f"{request.windows:,} windows ({request.windows_from}), {request.epochs:g} passes",
             "gradients add up and travel in float32; AdamW with two moments; ZeRO's float32 master weights",
             "stage 3 keeps up to 1e9 gathered weights (DeepSpeed's default); buckets as this project sets them",
@@ -460,6 +475,13 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
             f"{speed:g} GB/s a GPU between {'machines' if request.gpus > config.gpus_per_machine else 'GPUs'}; the "
             "exchange hides behind the backward pass, two thirds of the arithmetic",
             "no time for evaluation, checkpoints, or waiting for data",
+            *(
+                [
+                    f"offload {request.offload}: gradients counted on the GPU all the same, no time for the way to and fro"
+                ]
+                if request.offload != "none"
+                else []
+            ),
         ],
     }
 
@@ -539,7 +561,10 @@ def run_plan(config: PlanConfig) -> int:
     plan = make_plan(config)
     show(plan)
     if config.output is not None:
-        write_json(Path(config.output), plan)
+        try:
+            write_json(Path(config.output), plan)
+        except OSError as error:
+            raise RequestError(f"output {config.output}: cannot be written ({error.strerror})") from None
     return EXIT_DONE
 
 

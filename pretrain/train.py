@@ -25,7 +25,7 @@ from data_sharding.mixture import Mixture
 from data_sharding.samples import N_PADDED
 from pretrain.checkpoint import DONE, FORMAT, CheckpointWriter, complete_checkpoints, damage
 from pretrain.config import PretrainConfig
-from pretrain.flops import peak_flops, training_flops
+from pretrain.flops import batch_flops, peak_flops
 from pretrain.guards import SpikeDetector, Watchdog
 from pretrain.run import RunDirectory, StopSignal
 from pretrain.tracking import live_table
@@ -71,6 +71,9 @@ class _Interval:
     timed: int = 0
     """Steps since this process began; fewer than `steps` where the run was interrupted within the interval."""
     stall_s: float = 0.0
+    flops: float = 0.0
+    """Of this process, since it began; tokens likewise."""
+    tokens: int = 0
     started: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
@@ -113,9 +116,7 @@ class _Training:
         self.left_out: list[dict[str, Any]] = world.from_first(_read_left_out(run) if world.first else None)
         self.writer = CheckpointWriter(run, world, keep=config.checkpoint.keep, milestones=config.checkpoint.milestones)
         self.watchdog = Watchdog(config.timeout_s, rank=world.rank, size=world.size, run=run)
-        peak = peak_flops(world.device, config.precision, config.peak_tflops)
-        # Seconds of one process's device that one window takes at best.
-        self.ideal_s = None if peak is None else training_flops(config.model) / peak
+        self.peak = peak_flops(world.device, config.precision, config.peak_tflops)
         self.subjects = count_subjects(train) if world.first else 0
 
     def resume(self, *, rewind: bool = False) -> None:
@@ -388,6 +389,7 @@ class _Training:
                 loss = self.take_step(batch)
                 interval.steps += 1
                 interval.timed += 1
+                self.count(batch)
                 interval.losses.append(loss if math.isfinite(loss) else None)
                 show(self.step, {"loss": loss})
                 spike = self.spikes.seen(loss)
@@ -407,6 +409,20 @@ class _Training:
                 # Throughput is that of training alone.
                 interval.started += time.monotonic() - aside
 
+    def count(self, batch: Batch) -> None:
+        """Count the arithmetic and the tokens of a batch.
+
+        Parameters
+        ----------
+        batch : Batch
+            This process's part.
+        """
+        shape = self.config.model.encoder
+        rows = sum(batch.channels) if shape.tokenizer == "montage" else len(batch)
+        self.interval.tokens += rows * shape.tokens
+        if self.peak is not None:
+            self.interval.flops += batch_flops(self.config.model, batch.channels)
+
     def log(self, interval: _Interval) -> dict[str, Any]:
         """Write a line of metrics.
 
@@ -424,6 +440,7 @@ class _Training:
 
         seconds = time.monotonic() - interval.started
         stall_s, rss = self.world.largest(interval.stall_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        flops, tokens = self.world.total(interval.flops, interval.tokens)
         rate = interval.timed * self.config.batch_size / seconds
         on_gpu = self.world.device.type == "cuda"
         norm = self.engine.get_global_grad_norm()
@@ -433,8 +450,8 @@ class _Training:
             "grad_norm": None if norm is None else float(norm),
             "epoch": self.loader.epoch,
             "samples_per_s": rate,
-            "tokens_per_s": rate * self.config.model.encoder.tokens,
-            "mfu": None if self.ideal_s is None else rate * self.ideal_s / self.world.size,
+            "tokens_per_s": tokens / seconds,
+            "mfu": None if self.peak is None else flops / seconds / self.peak / self.world.size,
             "data_stall_s": stall_s,
             "data_stall_share": stall_s / seconds,
             "skipped_steps": self.skipped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,6 +48,17 @@ def test_jobs_are_well_formed(scheduler: str, stage: str, capsys: pytest.Capture
     else:
         assert text.startswith("#!/bin/bash\n")
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_ray_runs_where_it_was_submitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "a lab's"
+    folder.mkdir()
+    text = job(capsys, "ray", "pretrain", str(CONFIGS["pretrain"]), "--directory", str(folder), "--gpus-per-node", "2")
+    entry = shlex.split(text.partition(" -- ")[2].replace("\\\n", ""))
+    where, _, launch = entry.pop().partition(" && exec ")
+    assert launch == f"python -m launch pretrain {CONFIGS['pretrain']} --num_processes 2"
+    stood = subprocess.run([*entry, f"{where} && pwd"], capture_output=True, text=True, cwd="/").stdout
+    assert stood.strip() == str(folder)
 
 
 def test_slurm_over_nodes(capsys: pytest.CaptureFixture[str]):

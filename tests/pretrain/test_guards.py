@@ -26,7 +26,7 @@ from data_sharding.preprocess import PreprocessSpec
 from data_sharding.samples import Sample
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.config import OptimizerConfig
-from pretrain.flops import peak_flops, training_flops
+from pretrain.flops import batch_flops, peak_flops, training_flops
 from pretrain.guards import GuardConfig, SpikeDetector, Watchdog
 from pretrain.model import MaskedAutoencoderConfig
 from pretrain.shapes import DecoderConfig, EncoderConfig
@@ -462,6 +462,17 @@ class TestSight:
         )
         assert plain.stderr == "pretrain: 2/2 loss 0.2500\n"
 
+    def test_montage_flops_are_those_of_true_channels(self) -> None:
+        def shape(channels: int) -> MaskedAutoencoderConfig:
+            encoder = EncoderConfig(
+                tokenizer="montage", channels=channels, samples=64, patch=16, dim=16, depth=2, heads=2, mlp_ratio=2.0
+            )
+            return MaskedAutoencoderConfig(encoder=encoder, decoder=DecoderConfig(dim=8, depth=1, heads=2))
+
+        expected = sum(training_flops(shape(channels)) for channels in (19, 37, 37))
+        assert batch_flops(shape(128), [19, 37, 37]) == pytest.approx(expected, rel=1e-9)
+        assert expected < 0.5 * 3 * training_flops(shape(128))
+
     def test_flops_are_those_of_the_matrix_products(self) -> None:
         shape = MaskedAutoencoderConfig(
             encoder=EncoderConfig(channels=8, samples=64, patch=4, dim=16, depth=2, heads=2, mlp_ratio=2.0),
@@ -475,6 +486,7 @@ class TestSight:
 
         forward = 2 * 16 * (8 * 4) * 16 + 2 * block(9, 16) + 2 * 9 * 16 * 8 + block(17, 8) + 2 * 16 * 8 * 32
         assert training_flops(shape) == 3 * forward
+        assert batch_flops(shape, [3, 8]) == 2 * training_flops(shape)
         assert peak_flops(torch.device("cpu"), "fp32") is None
         assert peak_flops(torch.device("cpu"), "fp32", 2.0) == 2e12
 

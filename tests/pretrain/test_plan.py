@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_sharding.dataset import EEGDataset, write_dataset
 from pretrain.flops import training_flops
 from pretrain.masking import keep_indices
 from pretrain.model import build_autoencoder, count_parameters
@@ -178,6 +179,42 @@ class TestCommand:
         assert not any(row["fits"] for row in json.loads(out.read_text())["memory"])
         assert "none" in capsys.readouterr().out
 
+    def test_a_mixture_is_counted_as_training_counts_it(self, unpaired_dataset: Path, tmp_path: Path) -> None:
+        data, small = EEGDataset(unpaired_dataset), tmp_path / "small"
+        write_dataset(small, {"train": [data[number] for number in range(5)]}, data.spec)
+        config = write_config(
+            tmp_path / "c.yaml",
+            datasets={str(unpaired_dataset): 1.0, str(small): 1.0},
+            output="x",
+            steps=None,
+            epochs=2.0,
+        )
+        assert main([str(config), "--output", str(tmp_path / "p.json")]) == 0
+        request = json.loads((tmp_path / "p.json").read_text())["request"]
+        assert request["windows"] == len(data) + 5
+        assert request["steps"] == -(-2 * (len(data) + 5) // 16)
+
+    def test_what_waits_elsewhere_is_not_on_the_gpu(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        rows = {}
+        for offload in ("none", "optimizer", "all"):
+            words = ["--preset", "paper", "--gpus", "8", "--offload", offload, "--output", str(tmp_path / "p.json")]
+            assert main(words) == 0
+            assert (f"offload {offload}" in capsys.readouterr().out) == (offload != "none")
+            plan = json.loads((tmp_path / "p.json").read_text())
+            rows[offload] = {row["zero_stage"]: row for row in plan["memory"] if not row["checkpointing"]}
+        assert rows["optimizer"][2]["optimizer"] == rows["all"][3]["optimizer"] == rows["all"][3]["weights"] == 0
+        assert rows["all"][2]["weights"] == rows["none"][2]["weights"] > 0
+        assert rows["none"][3]["total"] > rows["optimizer"][3]["total"] > rows["all"][3]["total"]
+
+    def test_utilisation_is_that_of_the_metrics(self, tmp_path: Path) -> None:
+        """Computing twice is in the utilisation that a run measures; it does not count again."""
+        seconds = []
+        for again in ("true", "false"):
+            words = ["--preset", "paper", "--checkpointing", again, "--output", str(tmp_path / "p.json")]
+            assert main(words) == 0
+            seconds.append(json.loads((tmp_path / "p.json").read_text())["time"]["step_s"])
+        assert seconds[0] == seconds[1]
+
     def test_montage_counts_true_channels(self, tmp_path: Path) -> None:
         sizes = []
         for channels in ("32", "128"):
@@ -197,6 +234,7 @@ class TestCommand:
             (["--preset", "paper", "--batch_size", "100", "--micro_batch_size", "7"], "micro_batch_size"),
             (["--preset", "paper", "--channels", "32"], "channels"),
             (["--preset", "paper", "--mfu", "1.5"], "mfu"),
+            (["--preset", "tiny", "--output", str(ROOT)], "cannot be written"),
             ([str(ROOT / "configs" / "pretrain" / "paper.yaml"), "--preset", "paper"], "either"),
         ],
     )
