@@ -60,8 +60,8 @@ class PlanConfig:
     peak_tflops: float | None = None
     """Dense TFLOP/s of a GPU at the run's precision, where it is not known or not the maker's."""
     mfu: float = 0.4
-    """Model-FLOPs utilisation that you expect, as metrics.jsonl has it: share of the peak that the model's own arithmetic
-    reaches. What is computed again does not count as such, so checkpointing lowers it by up to a quarter."""
+    """Model-FLOPs utilisation that you expect, as metrics.jsonl has it: share of the peak that the model's own
+    arithmetic reaches. What is computed again does not count as such, so checkpointing lowers it by up to a quarter."""
     batch_size: int | None = None
     """Windows of one step over all GPUs; the config's by default, else 100 a GPU."""
     micro_batch_size: int | None = None
@@ -444,6 +444,8 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     )
     speed = config.link_gb_s if request.gpus <= config.gpus_per_machine else config.network_gb_s
     exchange_s = sent / (speed * 1e9)
+    offloaded = [f"offload {request.offload}: gradients counted on the GPU all the same, no time for the way there"]
+    offloaded = offloaded if request.offload != "none" else []
     step_s = arithmetic_s + max(0.0, exchange_s - arithmetic_s * 2 / 3)
     return {
         "request": {k: v for k, v in dataclasses.asdict(request).items() if k != "model"},
@@ -475,13 +477,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
             f"{speed:g} GB/s a GPU between {'machines' if request.gpus > config.gpus_per_machine else 'GPUs'}; the "
             "exchange hides behind the backward pass, two thirds of the arithmetic",
             "no time for evaluation, checkpoints, or waiting for data",
-            *(
-                [
-                    f"offload {request.offload}: gradients counted on the GPU all the same, no time for the way to and fro"
-                ]
-                if request.offload != "none"
-                else []
-            ),
+            *offloaded,
         ],
     }
 
