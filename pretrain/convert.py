@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_sharding.config import parse_config
 from data_sharding.errors import EXIT_DONE, RequestError, one_line, run_main
 from data_sharding.preprocess import PreprocessSpec
+from pretrain.model import SignalDecoder, SignalEncoder, count_parameters
 from pretrain.shapes import DecoderConfig, EncoderConfig
 from pretrain.transformer import sincos_positions
 
@@ -117,8 +118,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if "patch_embed.proj.weight" not in weights:
         raise RequestError(f"{path}: no encoder of DreamDiffusion in it (patch_embed.proj.weight is missing)")
     config = saved.get("config")
-    settings = dict(config) if isinstance(config, dict) else dict(getattr(config, "__dict__", {}))
-    return weights, {k: v for k, v in settings.items() if isinstance(v, int | float | str | bool)}
+    settings = config if isinstance(config, dict) else getattr(config, "__dict__", {})
+    # What JSON can hold: the package's config.json will have them.
+    plain = {str(k): v for k, v in settings.items() if isinstance(v, int | float | str)}
+    return weights, {k: v for k, v in plain.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,20 +160,21 @@ def convert_weights(
     Raises
     ------
     RequestError
-        If weights are missing or left over, the decoder's fixed positions are not the usual ones, or heads are not
-        known.
+        If weights are missing, left over, of another shape or no finite numbers, the decoder's fixed positions are not
+        the usual ones, or heads are not known.
     """
-    weights = {name: value.float() for name, value in weights.items()}
+    # Of an image encoder that some of their checkpoints hold as well.
+    weights = {name: _real(name, value) for name, value in weights.items() if not name.startswith("nature_img_")}
     with_decoder = "decoder_pred.weight" in weights
     # Their encoder for fine-tuning has these two among its weights and never uses them.
     unused = () if with_decoder else ("mask_token",)
     class_token = with_decoder if class_token is None else class_token
-    width, channels, patch = weights["patch_embed.proj.weight"].shape
+    width, channels, patch = _telling(weights, "patch_embed.proj.weight", 3).shape
+    shape = _shape_of(weights, "blocks", width, heads, "heads")
     table = _positions(weights, "pos_embed", width)
     tokens = table.shape[0] - 1
     # Fine-tuning trains everything in the encoder, its fixed positions too.
     learned = _distance(table) > 1e-4
-    shape = _shape_of(weights, "blocks", width, heads, "heads")
     encoder = EncoderConfig(
         channels=channels,
         samples=tokens * patch,
@@ -194,13 +198,13 @@ def convert_weights(
     taken = {"pos_embed", *unused}
     decoder, decoder_weights = None, {}
     if with_decoder:
-        narrow = weights["decoder_pred.weight"].shape[1]
+        narrow = _telling(weights, "decoder_pred.weight", 2).shape[1]
+        shape = _shape_of(weights, "decoder_blocks", narrow, decoder_heads, "decoder_heads")
         fixed = _positions(weights, "decoder_pos_embed", narrow)
         if len(fixed) != len(table) or _distance(fixed) > 1e-4:
             raise RequestError(
                 "decoder_pos_embed is not the fixed sine and cosine code of as many tokens as the encoder's"
             )
-        shape = _shape_of(weights, "decoder_blocks", narrow, decoder_heads, "decoder_heads")
         decoder = DecoderConfig(dim=narrow, **shape)
         names = {
             "embed.weight": "decoder_embed.weight",
@@ -212,19 +216,21 @@ def convert_weights(
             "predict.bias": "decoder_pred.bias",
             **_block_names("decoder_blocks", decoder.depth),
         }
-        decoder_weights = _take(weights, names, taken)
+        with torch.device("meta"):
+            decoder_weights = _take(weights, names, taken, SignalDecoder(decoder, encoder))
         # They lay a token's values out time by time, we channel by channel.
         order = torch.arange(channels * patch).view(patch, channels).T.flatten()
         for name in ("predict.weight", "predict.bias"):
             decoder_weights[name] = decoder_weights[name][order].contiguous()
         taken.add("decoder_pos_embed")
-    encoder_weights = _take(weights, ours, taken)
+    with torch.device("meta"):
+        encoder_weights = _take(weights, ours, taken, SignalEncoder(encoder))
     if learned:
         encoder_weights["positions_ND"] = table[1:]
     if class_token:
         # Ours has no position; theirs is zero, unless it was trained.
         encoder_weights["cls_token"] = encoder_weights["cls_token"] + table[0]
-    left = sorted(name for name in weights.keys() - taken if not name.startswith("nature_img_"))
+    left = sorted(weights.keys() - taken)
     if left:
         raise RequestError(f"weights that no part of the model takes: {', '.join(left[:3])}{' ...' * (len(left) > 3)}")
     return Converted(encoder=encoder, encoder_weights=encoder_weights, decoder=decoder, decoder_weights=decoder_weights)
@@ -242,25 +248,55 @@ def _block_names(theirs: str, depth: int) -> dict[str, str]:
     }
 
 
-def _take(weights: dict[str, Tensor], names: dict[str, str], taken: set[str]) -> dict[str, Tensor]:
+def _real(name: str, value: Tensor) -> Tensor:
+    """float32, where nothing but precision is lost by that."""
+    if value.layout != torch.strided or value.is_nested or value.is_meta or not value.is_floating_point():
+        kind = f"{value.dtype}, {value.layout}, {value.device}"
+        raise RequestError(f"{name} is no plain tensor of real numbers ({kind}); save it as float32")
+    value = value.float()
+    if not value.isfinite().all():
+        raise RequestError(f"{name} holds NaN or infinite values: the training had failed; take an earlier checkpoint")
+    return value
+
+
+def _telling(weights: dict[str, Tensor], name: str, rank: int) -> Tensor:
+    """Give a weight whose shape tells the model's."""
+    if name not in weights:
+        raise RequestError(f"weights are missing: {name}")
+    value = weights[name]
+    if value.ndim != rank or 0 in value.shape:
+        raise RequestError(f"{name} has the shape {list(value.shape)}; it must have {rank} dimensions, none of them 0")
+    return value
+
+
+def _take(weights: dict[str, Tensor], names: dict[str, str], taken: set[str], model: nn.Module) -> dict[str, Tensor]:
+    """Rename the weights that a model of ours, which may be on the meta device, is to be loaded with."""
     missing = sorted(theirs for theirs in names.values() if theirs not in weights)
     if missing:
         raise RequestError(f"weights are missing: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}")
+    shapes = {theirs: model.get_parameter(ours).shape for ours, theirs in names.items()}
+    wrong = sorted(theirs for theirs, shape in shapes.items() if weights[theirs].shape != shape)
+    if wrong:
+        raise RequestError(
+            f"{wrong[0]} has the shape {list(weights[wrong[0]].shape)}; {list(shapes[wrong[0]])} goes with the other "
+            "weights"
+        )
     taken.update(names.values())
     return {ours: weights[theirs] for ours, theirs in names.items()}
 
 
 def _shape_of(weights: dict[str, Tensor], blocks: str, width: int, heads: int | None, key: str) -> dict[str, Any]:
     numbers = {int(m[1]) for name in weights if (m := re.match(rf"{blocks}\.(\d+)\.", name))}
-    first = weights.get(f"{blocks}.0.mlp.fc1.weight")
-    if first is None:
-        raise RequestError(f"weights are missing: {blocks}.0.mlp.fc1.weight")
+    first = _telling(weights, f"{blocks}.0.mlp.fc1.weight", 2)
     if heads is None:
         raise RequestError(
             f"the checkpoint does not say how many attention heads there are; give --{key} (16 in theirs)"
         )
-    if width % heads:
-        raise RequestError(f"{key} is {heads}, which does not divide the width {width}")
+    if width % 2:
+        raise RequestError(f"the width of {blocks} is {width}; only even ones have their fixed positions")
+    # Out of a checkpoint it may be anything.
+    if type(heads) is not int or heads < 1 or width % heads:
+        raise RequestError(f"{key} is {heads!r}; give --{key}, a whole number that divides the width {width}")
     ratio = first.shape[0] / width
     # Rounded down when the shape is built again.
     ratio = ratio if int(width * ratio) == first.shape[0] else math.nextafter(ratio, math.inf)
@@ -269,9 +305,9 @@ def _shape_of(weights: dict[str, Tensor], blocks: str, width: int, heads: int | 
 
 def _positions(weights: dict[str, Tensor], name: str, width: int) -> Tensor:
     """Positions [1 + N, D], that of the class token first."""
-    table = weights.get(name)
-    if table is None or table.ndim != 3 or table.shape[-1] != width:
-        raise RequestError(f"weights are missing: {name}")
+    table = _telling(weights, name, 3)
+    if table.shape[0] != 1 or table.shape[1] < 2 or table.shape[2] != width:
+        raise RequestError(f"{name} has the shape {list(table.shape)}; it must be [1, 1 + tokens, {width}]")
     return table[0]
 
 
@@ -302,7 +338,6 @@ def convert(config: ConvertConfig) -> int:
     """
     from pretrain.encoder import EEGEncoder
     from pretrain.export import check_output
-    from pretrain.model import count_parameters
     from pretrain.weights import save_weights
 
     output = check_output(config.output)
@@ -310,8 +345,8 @@ def convert(config: ConvertConfig) -> int:
     try:
         model = convert_weights(
             weights,
-            heads=config.heads or settings.get("num_heads"),
-            decoder_heads=config.decoder_heads or settings.get("decoder_num_heads"),
+            heads=settings.get("num_heads") if config.heads is None else config.heads,
+            decoder_heads=settings.get("decoder_num_heads") if config.decoder_heads is None else config.decoder_heads,
         )
     except RequestError as error:
         raise RequestError(f"{config.checkpoint}: {error}") from None
@@ -331,6 +366,9 @@ def convert(config: ConvertConfig) -> int:
         raise RequestError(str(error)) from None
     encoder = EEGEncoder(shape, spec)
     encoder.backbone.load_state_dict(model.encoder_weights)
+    decoder = SignalDecoder(model.decoder, shape) if model.decoder else None
+    if decoder:
+        decoder.load_state_dict(model.decoder_weights)
     kind = "pretrained" if model.decoder else "fine-tuned with Stable Diffusion"
     card = [
         "# EEG encoder of DreamDiffusion",
@@ -342,7 +380,6 @@ def convert(config: ConvertConfig) -> int:
         f"{config.scale_uv:g} and otherwise this project's usual values. Check them against your data.",
         "",
     ]
-    decoder = model.decoder
     encoder.save_pretrained(
         output,
         card="\n".join(card),
@@ -350,11 +387,11 @@ def convert(config: ConvertConfig) -> int:
         extra={
             "source": Path(config.checkpoint).name,
             "settings": settings,
-            "decoder": dataclasses.asdict(decoder) if decoder else None,
+            "decoder": dataclasses.asdict(model.decoder) if model.decoder else None,
         },
     )
     if decoder:
-        save_weights(model.decoder_weights, output / DECODER)
+        save_weights(decoder.state_dict(), output / DECODER)
     EEGEncoder.from_pretrained(output)
     print(
         f"dreamscale convert: {kind} encoder, {shape.depth} layers x {shape.dim}"

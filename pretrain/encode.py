@@ -24,7 +24,7 @@ class EncodeConfig:
     output: str
     """File to write, .npz: tokens [windows, tokens, width], pooled [windows, width], times [windows], report."""
     line_freq: float | None = None
-    """Mains frequency in Hz; found in the recording by default."""
+    """Mains frequency in Hz, 40 to 70; found in the recording by default."""
     unit_factor: float | None = None
     """Factor to true volts, where the recording's unit is wrong."""
     batch_size: int = 64
@@ -33,6 +33,9 @@ class EncodeConfig:
     """auto: the GPU where there is one."""
 
     def __post_init__(self) -> None:
+        from pretrain.signal import check_numbers
+
+        check_numbers(unit_factor=self.unit_factor, line_freq=self.line_freq)
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
         if not self.output.endswith(".npz"):

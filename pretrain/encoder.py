@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_sharding.errors import RequestError
+from data_sharding.errors import RequestError, one_line
 from data_sharding.files import atomic_directory, atomic_write_text, read_json, write_json
 from data_sharding.preprocess import PreprocessSpec, band_of
 from data_sharding.samples import N_PADDED, pad_channels
@@ -137,7 +137,7 @@ class EEGEncoder(nn.Module):
         positions_C3 = _positions_of(self.chs_info) if self.chs_info is not None else None
         # No part of the weights: the same encoder takes any montage.
         self.register_buffer("positions_C3", positions_C3, persistent=False)
-        self.head = nn.Linear(config.dim, n_outputs) if n_outputs else None
+        self.head = _head(config.dim, n_outputs)
 
     @property
     def dim(self) -> int:
@@ -272,7 +272,8 @@ class EEGEncoder(nn.Module):
             A recording, or ``(x, ch_names, sfreq, unit)`` with x an array [C, samples] and unit one of
             "V", "mV", "uV", "nV".
         line_freq : float, optional
-            Mains frequency in Hz to notch out, where the spec asks for that; found in the recording by default.
+            Mains frequency in Hz to notch out, 40 to 70, where the spec asks for that; found in the recording by
+            default.
         unit_factor : float, optional
             Factor to true volts, where the recording's unit is wrong.
         batch_size : int
@@ -286,31 +287,41 @@ class EEGEncoder(nn.Module):
         Raises
         ------
         RequestError
-            If there is no EEG channel, the unit is unknown, values are missing, or it is shorter than a window.
+            If there is no EEG channel, or more of them than the encoder takes, the unit is unknown, values are
+            missing, it is shorter than a window, or an argument makes no sense.
         """
         from pretrain.signal import windows_of
 
+        if batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; it must be at least 1")
         spec, device = self.spec, next(self.parameters()).device
         times: list[float] = []
-        parts: list[np.ndarray] = []
         with (
             _evaluating(self),
             windows_of(recording, spec, unit_factor=unit_factor, line_freq=line_freq) as found,
         ):
+            if len(found.names) > self.config.channels:
+                raise RequestError(
+                    f"{len(found.names)} EEG channels of the recording would be encoded, and this encoder takes at "
+                    f"most {self.config.channels}; pick that many of them"
+                )
+            # Flawed windows leave rows at the end that are never touched, and so take no memory.
+            tokens_BND = np.empty((found.most, self.n_tokens, self.dim), np.float32)
             # The same for every window; the encoder looks at true channels only, where it tells channels apart.
             inputs = self.inputs_of([{"n": len(found.names), "positions": found.positions}], device)
             inputs.pop("count_B", None)
             while batch := list(itertools.islice(found.stream, batch_size)):
-                times += [start for start, _ in batch]
                 # Through float16 microvolts, as training sees them.
                 block = np.stack([x.astype(np.float16).astype(np.float32) for _, x in batch])
                 uv_BCT = torch.from_numpy(pad_channels(block, self.config.channels)).to(device)
                 x_BCT = self.scale_for_model(uv_BCT, len(found.names))
-                parts.append(self.tokens(x_BCT, *(v[0] for v in inputs.values())).float().cpu().numpy())
-        if not parts:
+                rows = slice(len(times), len(times) + len(batch))
+                tokens_BND[rows] = self.tokens(x_BCT, *(v[0] for v in inputs.values())).float().cpu().numpy()
+                times += [start for start, _ in batch]
+        if not times:
             why = ", ".join(f"{count} {reason}" for reason, count in sorted(found.flawed.items()))
             raise RequestError(f"no window of the recording can be encoded: {why}")
-        tokens_BND = np.concatenate(parts)
+        tokens_BND = tokens_BND[: len(times)]
         report = CoverageReport(
             channels_used=found.names,
             channels_left_out=found.left_out,
@@ -343,6 +354,11 @@ class EEGEncoder(nn.Module):
             Also write `encoder.pt2`, which needs PyTorch and nothing of ours.
         extra : dict, optional
             Provenance for `config.json`.
+
+        Raises
+        ------
+        RequestError
+            If the encoder's output holds NaN or infinite values; nothing is written then.
         """
         # A copy on the processor in float32: the example must not depend on where the model trains.
         model = EEGEncoder(self.config, self.spec, n_chans=self.n_chans, n_outputs=self.n_outputs)
@@ -351,6 +367,8 @@ class EEGEncoder(nn.Module):
         example = _example_input(self.config)
         with torch.no_grad():
             output = model(*example)
+        if not output.isfinite().all():
+            raise RequestError(f"{path}: not written: the encoder's output holds NaN or infinite values")
         with atomic_directory(path) as folder:
             save_weights(model.state_dict(), folder / WEIGHTS)
             write_json(folder / SPEC, self.spec.to_dict())
@@ -407,17 +425,17 @@ class EEGEncoder(nn.Module):
             model = cls(
                 EncoderConfig(**values["encoder"]), spec, n_chans=values.get("n_chans"), n_outputs=saved_outputs
             )
+            if values.get("positions"):
+                model.positions_C3 = _positions_from(values["positions"])
         except RequestError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RequestError(f"{folder}: {CONFIG} or {SPEC} is damaged ({error}); export it again") from None
         load_strictly(model, folder / WEIGHTS)
         model.eval()
         _check_example(model, folder / EXAMPLE)
-        if values.get("positions"):
-            model.positions_C3 = torch.tensor([place or [math.nan] * 3 for place in values["positions"]])
         if n_outputs and n_outputs != saved_outputs:
-            model.head, model.n_outputs = nn.Linear(model.dim, n_outputs), n_outputs
+            model.head, model.n_outputs = _head(model.dim, n_outputs), n_outputs
         return model
 
 
@@ -445,6 +463,12 @@ def export_program(model: EEGEncoder, path: Path) -> None:
     torch.export.save(program, path)
 
 
+def _head(dim: int, n_outputs: int | None) -> nn.Linear | None:
+    if n_outputs is not None and n_outputs < 0:
+        raise ValueError(f"n_outputs is {n_outputs}; it must be the number of classes, or 0 or None for no head")
+    return nn.Linear(dim, n_outputs) if n_outputs else None
+
+
 def _positions_of(chs_info: Sequence[dict[str, Any]]) -> Tensor:
     """Electrodes [C, 3] in metres out of MNE's channel descriptions; NaN where there is none."""
     places_C3 = torch.full((len(chs_info), 3), math.nan)
@@ -468,6 +492,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _as_lists(positions_C3: Tensor) -> list[list[float] | None]:
     return [place if all(map(math.isfinite, place)) else None for place in positions_C3.tolist()]
+
+
+def _positions_from(lists: list[list[float] | None]) -> Tensor:
+    """Invert `_as_lists`."""
+    if not all(place is None or (isinstance(place, list) and len(place) == 3) for place in lists):
+        raise ValueError("positions must hold three numbers or null for each channel")
+    return torch.tensor([place or [math.nan] * 3 for place in lists])
 
 
 def _example_input(config: EncoderConfig) -> tuple[Tensor, ...]:
@@ -500,8 +531,10 @@ def _check_example(model: EEGEncoder, path: Path) -> None:
             y, tolerance = example["y"], float(example["tolerance"])
         with torch.no_grad():
             error = float(np.abs(model(*inputs).numpy() - y).max())
-    except (OSError, ValueError, KeyError) as problem:
-        raise RequestError(f"{path}: damaged ({problem}); export it again") from None
+    except Exception as problem:
+        # A damaged archive fails in as many ways as there are layers in it: zip, zlib, NumPy's header, shapes.
+        why = f"{type(problem).__name__}: {one_line(problem)[:200]}"
+        raise RequestError(f"{path}: damaged ({why}); export it again") from None
     if not error <= tolerance:
         raise RequestError(
             f"{path}: the encoder's output differs from the stored one by {error:.3g} (allowed {tolerance:g}); "

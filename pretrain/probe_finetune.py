@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pretrain.probe_folds import Fold
 
 _WARM_UP, _WEIGHT_DECAY, _BATCH = 0.1, 0.05, 32
+# Fewest steps in which a rate can rise: one low, one at the top.
+_RISE = 2
 
 
 def finetune_and_predict(
@@ -84,6 +86,29 @@ def finetune_and_predict(
     return _predict(model, trials, fold.test, device), best[1]
 
 
+def one_cycle(optimizer: torch.optim.Optimizer, rate: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Warm up over a tenth of the steps, then fall to nothing.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Of AdamW's kind: its momentum goes the other way.
+    rate : float
+        Highest learning rate.
+    steps : int
+        Steps of the training, at least 1.
+
+    Returns
+    -------
+    torch.optim.lr_scheduler.OneCycleLR
+        To be moved on after every step.
+    """
+    # PyTorch divides by the lengths of the rise and the fall, so both must be there: one or two steps only rise.
+    total = max(steps, _RISE + 1)
+    share = max(_WARM_UP, _RISE / total)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total, pct_start=share)
+
+
 def _inputs(encoder: EEGEncoder, trials: Trials, rows: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
     """Windows as the encoder takes them, and where their electrodes sit."""
     x_BCT = torch.from_numpy(pad_channels(trials.eeg_nCT[rows].astype(np.float32), encoder.config.channels)).to(device)
@@ -111,7 +136,7 @@ def _train(
         nn.init.zeros_(model.head.bias)
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=_WEIGHT_DECAY)
         steps = epochs * -(-len(rows) // _BATCH)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=_WARM_UP)
+        scheduler = one_cycle(optimizer, rate, steps)
         with progress("fine-tuning", steps) as advance:
             for _ in range(epochs):
                 for batch in torch.randperm(len(rows)).split(_BATCH):

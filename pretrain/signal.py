@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import numbers
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 UNITS = {"V": 1e6, "mV": 1e3, "uV": 1.0, "µV": 1.0, "μV": 1.0, "nV": 1e-3}
 """Factor to microvolts."""
+LINE_FREQS = (40.0, 70.0)
+"""Hz between which a mains frequency lies: 50 or 60 everywhere, and generators drift."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +50,8 @@ class Windows:
     """Mains frequency in Hz, from the recording or found in its spectrum."""
     seconds: float
     """Length of the recording."""
+    most: int
+    """Windows that `stream` can give: all of them, where none is flawed."""
     tails: float
     """Seconds at the ends of its segments that are too short for a window."""
     flawed: Counter[str] = field(default_factory=Counter)
@@ -69,7 +75,7 @@ def windows_of(
     unit_factor : float, optional
         Factor to true volts, where the file's unit is wrong; the amplitude is not judged then.
     line_freq : float, optional
-        Mains frequency in Hz, where it is known better than from the recording.
+        Mains frequency in Hz, within `LINE_FREQS`, where it is known better than from the recording.
 
     Yields
     ------
@@ -79,8 +85,9 @@ def windows_of(
     Raises
     ------
     RequestError
-        If the recording cannot be used, with sharding's reason.
+        If the recording cannot be used, with sharding's reason, or a number makes no sense.
     """
+    check_numbers(unit_factor=unit_factor, line_freq=line_freq)
     from data_sharding.corpora import Item
     from data_sharding.readers import Recording
     from data_sharding.recording import SetAside, blank_row, prepared
@@ -123,9 +130,33 @@ def windows_of(
             sfreq=info.sfreq,
             line_freq=clean.line_freq,
             seconds=row["seconds"],
+            most=sum(map(len, cuts.values())),
             tails=tails / spec.sfreq,
             flawed=flawed,
             stream=((start, x) for _, _, start, x in clean_windows(clean, scratch, info, spec, cuts, flawed)),
+        )
+
+
+def check_numbers(*, unit_factor: float | None, line_freq: float | None) -> None:
+    """Refuse what no recording can have.
+
+    Parameters
+    ----------
+    unit_factor, line_freq : float, optional
+        As for `windows_of`.
+
+    Raises
+    ------
+    RequestError
+        If one is given and makes no sense.
+    """
+    if unit_factor is not None and not 0 < unit_factor < math.inf:
+        raise RequestError(f"unit_factor is {unit_factor}; it must be above 0 and finite, or left out")
+    low, high = LINE_FREQS
+    if line_freq is not None and not low <= line_freq <= high:
+        raise RequestError(
+            f"line_freq is {line_freq}; the mains have 50 or 60 Hz, so it must be from {low:g} to {high:g}; leave it "
+            "out to have it found in the recording"
         )
 
 
@@ -172,7 +203,9 @@ def _recorded(recording: Any) -> Signal:
     from data_sharding.mne_signal import EpochsSignal, RawSignal
 
     if isinstance(recording, tuple):
-        return RawSignal(_raw_of(recording))
+        recording = _raw_of(recording)
+    if isinstance(recording, mne.io.BaseRaw | mne.BaseEpochs) and not recording.ch_names:
+        raise RequestError("the recording has no channel; give the file that holds the signal, not its annotations")
     if isinstance(recording, mne.io.BaseRaw):
         return RawSignal(recording)
     if isinstance(recording, mne.BaseEpochs):
@@ -193,8 +226,8 @@ def _raw_of(recording: tuple[Any, ...]) -> mne.io.BaseRaw:
     x, names = np.asarray(x, dtype=np.float64), _distinct(names)
     if x.ndim != 2 or len(x) != len(names):
         raise RequestError(f"x has shape {x.shape}, but there are {len(names)} channel names")
-    if not sfreq > 0:
-        raise RequestError(f"sfreq must be positive, got {sfreq}")
+    if not isinstance(sfreq, numbers.Real) or not 0 < float(sfreq) < math.inf:
+        raise RequestError(f"sfreq must be a number of Hz above 0, got {sfreq!r}")
     return mne.io.RawArray(x * (UNITS[unit] * 1e-6), mne.create_info(names, float(sfreq), "eeg"), verbose="ERROR")
 
 

@@ -116,6 +116,8 @@ def their_config(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "config", module)
     config = cls()
     config.__dict__ |= {"num_heads": HEADS, "decoder_num_heads": NARROW_HEADS, "mask_ratio": 0.1, "focus_range": None}
+    # JSON has no such number.
+    config.best_loss = float("inf")
     return config
 
 
@@ -186,6 +188,10 @@ def test_fine_tuned_encoder_runs_without_its_class_token(tmp_path: Path, their_c
     torch.testing.assert_close(program(x), encoder(x), rtol=0, atol=1e-5)
 
 
+def reshaped(name: str, *shape: int) -> Any:
+    return lambda weights: weights.update({name: torch.ones(shape)})
+
+
 class TestRefusals:
     def refused(self, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: str) -> str:
         assert main([str(path), str(tmp_path / "out"), *words]) == 2
@@ -216,6 +222,22 @@ class TestRefusals:
             (lambda w: w.pop("patch_embed.proj.weight"), "no encoder of DreamDiffusion"),
             (lambda w: w.update(extra=torch.zeros(1)), "no part of the model takes: extra"),
             (lambda w: w["decoder_pos_embed"].add_(0.1), "decoder_pos_embed"),
+            (reshaped("patch_embed.proj.weight", WIDTH, 512), "patch_embed.proj.weight has the shape [32, 512]"),
+            (reshaped("patch_embed.proj.weight"), "patch_embed.proj.weight has the shape []"),
+            (reshaped("pos_embed", 0, TOKENS + 1, WIDTH), "pos_embed has the shape [0, 17, 32]"),
+            (reshaped("pos_embed", 1, 1, WIDTH), "pos_embed has the shape [1, 1, 32]"),
+            (reshaped("blocks.0.mlp.fc1.weight"), "fc1.weight has the shape []"),
+            (reshaped("blocks.0.attn.qkv.weight", WIDTH, WIDTH), "[96, 32] goes with the other weights"),
+            (reshaped("norm.weight", 5), "norm.weight has the shape [5]"),
+            (reshaped("decoder_pred.weight", 512), "decoder_pred.weight has the shape [512]"),
+            (reshaped("decoder_pred.weight", 100, NARROW), "decoder_pred.weight has the shape [100, 24]"),
+            (reshaped("decoder_pred.bias", 2000), "decoder_pred.bias has the shape [2000]"),
+            (reshaped("decoder_norm.weight", 3), "decoder_norm.weight has the shape [3]"),
+            (lambda w: w.update({"norm.weight": w["norm.weight"].to_sparse()}), "norm.weight is no plain tensor"),
+            (lambda w: w.update({"norm.weight": w["norm.weight"].to("meta")}), "norm.weight is no plain tensor"),
+            (lambda w: w.update({"norm.weight": w["norm.weight"] + 1j}), "norm.weight is no plain tensor"),
+            (lambda w: w.update({"norm.weight": w["norm.weight"].int()}), "norm.weight is no plain tensor"),
+            (lambda w: w["decoder_norm.bias"].fill_(torch.inf), "decoder_norm.bias holds NaN or infinite"),
         ],
     )
     def test_weights_that_do_not_fit(self, change: Any, says: str, tmp_path: Path, capsys: Any) -> None:
@@ -224,6 +246,35 @@ class TestRefusals:
         torch.save({"model": weights}, tmp_path / "c.pth")
         heads = ("--heads", str(HEADS), "--decoder_heads", str(NARROW_HEADS))
         assert says in self.refused(tmp_path / "c.pth", tmp_path, capsys, *heads)
+
+    @pytest.mark.parametrize("heads", ["4", 4.0, 0, -4, 5])
+    def test_heads_of_a_checkpoint_may_be_nonsense(self, heads: Any, tmp_path: Path, capsys: Any) -> None:
+        config = {"num_heads": heads, "decoder_num_heads": NARROW_HEADS}
+        torch.save({"model": shaken(Pretrained()).state_dict(), "config": config}, tmp_path / "c.pth")
+        assert f"heads is {heads!r}; give --heads" in self.refused(tmp_path / "c.pth", tmp_path, capsys)
+        # The command line's win, and are no less looked at.
+        words = ("--heads", str(HEADS), "--decoder_heads", "-3")
+        assert "decoder_heads is -3" in self.refused(tmp_path / "c.pth", tmp_path, capsys, *words)
+
+    def test_an_odd_width_has_no_positions(self, tmp_path: Path, capsys: Any) -> None:
+        weights = shaken(Pretrained()).state_dict()
+        weights["patch_embed.proj.weight"] = torch.zeros(WIDTH - 1, CHANNELS, PATCH)
+        torch.save({"model": weights, "config": {"num_heads": 1}}, tmp_path / "c.pth")
+        assert "the width of blocks is 31" in self.refused(tmp_path / "c.pth", tmp_path, capsys)
+
+    def test_failed_training_replaces_no_package(
+        self, pretrained: tuple[Pretrained, Path], tmp_path: Path, capsys: Any
+    ) -> None:
+        words = [str(tmp_path / "out"), "--program", "false"]
+        assert main([str(pretrained[1]), *words]) == 0
+        before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+        weights = pretrained[0].state_dict()
+        weights["norm.weight"][3] = torch.nan
+        config = {"num_heads": HEADS, "decoder_num_heads": NARROW_HEADS}
+        torch.save({"model": weights, "config": config}, tmp_path / "nan.pth")
+        assert main([str(tmp_path / "nan.pth"), *words]) == 2
+        assert "norm.weight holds NaN" in capsys.readouterr().err
+        assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
     def test_heads_must_be_known(self, tmp_path: Path, capsys: Any) -> None:
         torch.save({"model": shaken(Pretrained()).state_dict()}, tmp_path / "c.pth")

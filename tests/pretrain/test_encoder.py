@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mne
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from data_sharding.dataset import EEGDataset
 from data_sharding.errors import RequestError
@@ -21,6 +22,7 @@ from data_sharding.samples import pad_channels
 from pretrain.encode import main as encode_main
 from pretrain.encoder import EEGEncoder
 from pretrain.export import main as export_main
+from pretrain.shapes import EncoderConfig
 
 from .conftest import environment
 
@@ -88,6 +90,15 @@ class TestPackage:
             (lambda p: _edit(p, lambda w: w.pop("backbone.norm.bias")), "missing backbone.norm.bias"),
             (lambda p: _edit(p, lambda w: w.update(extra=torch.zeros(1))), "unknown extra"),
             (lambda p: _edit(p, lambda w: w["backbone.norm.weight"].mul_(1.1)), "differs"),
+            (lambda p: (p / "example.npz").write_bytes(b""), "example.npz: damaged"),
+            (lambda p: (p / "example.npz").write_bytes((p / "example.npz").read_bytes()[:5000]), "example.npz: dama"),
+            (lambda p: _flip(p / "example.npz"), "example.npz: damaged"),
+            (lambda p: _set(p, n_outputs=-1), "config.json .*n_outputs is -1"),
+            (lambda p: _set(p, positions="abc"), "config.json .*positions must hold"),
+            (lambda p: _set(p, positions=[[1.0, 2.0]]), "config.json .*positions must hold"),
+            (lambda p: _set(p, positions=5), "config.json .*damaged"),
+            (lambda p: _set(p, encoder={"mlp_ratio": float("inf")}), "config.json .*damaged"),
+            (lambda p: _set(p, encoder={"samples": 128, "dim": 2**40, "heads": 1}), "config.json .*damaged"),
         ],
     )
     def test_damage_is_refused(self, damage: Any, says: str, encoder_package: Path, tmp_path: Path) -> None:
@@ -96,6 +107,15 @@ class TestPackage:
         damage(copy)
         with pytest.raises(RequestError, match=says):
             EEGEncoder.from_pretrained(copy)
+
+    def test_an_encoder_without_numbers_replaces_nothing(self, tmp_path: Path) -> None:
+        encoder = EEGEncoder(n_times=16, dim=8, depth=1, heads=1)
+        encoder.save_pretrained(tmp_path / "encoder")
+        # Each weight is finite, and their sums are not.
+        torch.nn.init.constant_(encoder.backbone.patch_embed.weight, 3e38)
+        with pytest.raises(RequestError, match="not written"):
+            encoder.save_pretrained(tmp_path / "encoder")
+        EEGEncoder.from_pretrained(tmp_path / "encoder")
 
     def test_export_refuses_what_is_no_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert export_main([str(tmp_path), str(tmp_path / "out")]) == 2
@@ -111,6 +131,17 @@ def _edit(package: Path, change: Any) -> None:
     weights = load_file(package / "model.safetensors")
     change(weights)
     save_file(weights, package / "model.safetensors")
+
+
+def _set(package: Path, **values: Any) -> None:
+    path = package / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
 
 
 class TestModule:
@@ -144,6 +175,7 @@ class TestModule:
             {"n_chans": 129},
             {"n_times": 256, "input_window_seconds": 1.0, "sfreq": 128.0},
             {"n_times": 130, "dim": 32, "heads": 2},
+            {"n_outputs": -1, "dim": 32, "depth": 1, "heads": 2},
         ],
     )
     def test_contradictions_are_refused(self, wrong: dict[str, Any]) -> None:
@@ -201,12 +233,57 @@ class TestEncode:
             (lambda: (np.zeros((2, 4000)), NAMES[:2], 500.0, "uV"), "flat"),
             (lambda: recording(seconds=0.5), "too short"),
             (lambda: recording().pick("stim"), "no EEG channel"),
+            (lambda: mne.io.RawArray(np.zeros((0, 4000)), mne.create_info([], 500.0), verbose="ERROR"), "no channel;"),
+            (lambda: (np.zeros((0, 4000)), [], 500.0, "uV"), "no channel;"),
+            (lambda: (np.ones((2, 4000)), NAMES[:2], "500", "uV"), "sfreq must be a number of Hz above 0, got '500'"),
+            (lambda: (np.ones((2, 4000)), NAMES[:2], np.nan, "uV"), "sfreq must be a number of Hz above 0, got nan"),
             (lambda: "file.edf", "cannot encode a str"),
         ],
     )
     def test_bad_recordings_are_refused(self, bad: Any, says: str, encoder_package: Path) -> None:
         with pytest.raises(RequestError, match=says):
             EEGEncoder.from_pretrained(encoder_package).encode(bad())
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *(("line_freq", value) for value in (np.nan, -50.0, 0.0, 1e-3, 500.0)),
+            *(("unit_factor", value) for value in (np.nan, -1.0, 0.0, np.inf)),
+            *(("batch_size", value) for value in (0, -1)),
+        ],
+    )
+    def test_senseless_numbers_are_refused(self, name: str, value: float, encoder_package: Path) -> None:
+        encoder: Any = EEGEncoder.from_pretrained(encoder_package)
+        with pytest.raises(RequestError, match=f"{name} is {value}"):
+            encoder.encode((np.ones((2, 4000)), NAMES[:2], 500.0, "uV"), **{name: value})
+
+    def test_more_channels_than_the_encoder_takes(self) -> None:
+        encoder = EEGEncoder(EncoderConfig(channels=8, samples=128, dim=8, depth=1, heads=1))
+        raw = recording()
+        with pytest.raises(RequestError, match=r"18 EEG channels .* at most 8; pick"):
+            encoder.encode(raw)
+        assert encoder.encode(raw.pick(NAMES[:8])).tokens.shape[2] == 8
+
+    def test_tokens_are_held_once(self, encoder_package: Path) -> None:
+        class Counting(EEGEncoder):
+            given: ClassVar[list[StorageWeakRef]] = []
+            alive = 0
+
+            def tokens(self, *inputs: Any) -> torch.Tensor:
+                found = super().tokens(*inputs)
+                self.given.append(StorageWeakRef(found.untyped_storage()))
+                self.alive = max(self.alive, sum(not storage.expired() for storage in self.given))
+                return found
+
+        encoder = Counting.from_pretrained(encoder_package)
+        raw = recording()
+        raw.set_annotations(mne.Annotations([2.4], [0.3], ["BAD_chewing"]))
+        whole, found = encoder.encode(recording(), batch_size=1), encoder.encode(raw, batch_size=1)
+        # The batch at work and the one before it; the others are in the result alone.
+        assert len(encoder.given) >= 6 + 5 and encoder.alive <= 2
+        # A window that was left out leaves no row.
+        np.testing.assert_array_equal(found.tokens, np.delete(whole.tokens, 2, axis=0))
+        assert found.pooled.shape == (5, 32)
 
     def test_command(self, encoder_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         recording().save(tmp_path / "x_raw.fif", verbose="ERROR")
@@ -220,3 +297,6 @@ class TestEncode:
         (tmp_path / "broken.edf").write_bytes(b"0       " + b"?" * 300)
         assert encode_main([str(encoder_package), str(tmp_path / "broken.edf"), "-o", str(out)]) == 2
         assert "broken.edf" in capsys.readouterr().err
+        # Told before anything is read.
+        assert encode_main([str(encoder_package), "no.edf", "-o", str(out), "--line_freq", "0"]) == 2
+        assert "line_freq is 0" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from pretrain.probe import (
     ridge_scores,
 )
 from pretrain.probe_features import Trials, binned, covariance, standardized
+from pretrain.probe_finetune import finetune_and_predict, one_cycle
 from pretrain.probe_folds import Fold, inner_folds, outer_folds, shuffled_labels
 from pretrain.probe_statistics import accuracy_interval, difference_interval, flip_test
+from pretrain.shapes import EncoderConfig
 
 SPEC = PreprocessSpec(sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, stride=128)
 SUBJECTS = {"train": ("s1", "s2", "s3", "s4"), "val": ("s5",), "test": ("s6", "s7")}
@@ -288,6 +291,30 @@ class TestFit:
         found, strength = choose_and_predict(x, np.array([[0, 1, 0, 0]]), fold, [], 2)
         assert found.tolist() == [[0, 1]]
         assert strength == pytest.approx(1.0)
+
+    @pytest.mark.parametrize("epochs", [1, 2, 3, 10])
+    def test_fine_tuning_takes_any_number_of_steps(self, epochs: int) -> None:
+        encoder = EEGEncoder(EncoderConfig(channels=2, samples=16, dim=8, depth=1, heads=1))
+        few, fold = np.arange(4), Fold(train=np.arange(4), val=np.array([], int), test=np.arange(4, 6))
+        how: dict[str, Any] = {"classes": 2, "seed": 0, "device": torch.device("cpu")}
+        labels, rate = finetune_and_predict(
+            encoder, trials_of(2, 3), fold, (few, few), epochs=epochs, rates=[1e-3], **how
+        )
+        assert labels.shape == (2,) and rate == 1e-3
+
+    @pytest.mark.parametrize("steps", [20, 33, 200])
+    def test_fine_tuning_of_many_steps_warms_up_over_a_tenth(self, steps: int) -> None:
+        def rates(schedule: Any) -> list[float]:
+            optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+            scheduler, found = schedule(optimizer), []
+            for _ in range(steps):
+                found.append(optimizer.param_groups[0]["lr"])
+                optimizer.step()
+                scheduler.step()
+            return found
+
+        plain = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=steps, pct_start=0.1)
+        assert rates(partial(one_cycle, rate=1.0, steps=steps)) == rates(plain)
 
     def test_eegnet_is_the_articles(self) -> None:
         model = EEGNet(64, 128, 128.0, 4)
