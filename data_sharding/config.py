@@ -111,12 +111,16 @@ def parse_config(
     try:
         namespace = parser.parse_args(words)
         built = parser.instantiate_classes(namespace)
-        return cls(**{field.name: getattr(built, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
+        request = cls(**{field.name: getattr(built, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
     except RequestError:
         raise
     except Exception as error:
         # jsonargparse raises its own error, yaml's, TypeError or our ValueError from __post_init__: all are the user's.
         raise RequestError(_explain(error, cls)) from None
+    # The same rule in every stage: NumPy takes no others.
+    if (seed := getattr(request, "seed", 0)) < 0:
+        raise RequestError(f"seed is {seed}; it must not be negative")
+    return request
 
 
 def to_dict(config: Any) -> dict[str, Any]:

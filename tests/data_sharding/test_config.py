@@ -30,6 +30,8 @@ class Request:
     """Names."""
     inner: Inner = field(default_factory=Inner)
     """Inner options."""
+    seed: int = 0
+    """Seed."""
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
     """Preprocessing."""
 
@@ -53,6 +55,7 @@ def test_command_line_wins_over_yaml_and_round_trips(tmp_path: Path) -> None:
         (["--inner.widht", "1", "-o", "a"], "unknown key 'inner.widht'; did you mean 'inner.width'?"),
         (["--inner.width", "many", "-o", "a"], "inner.width"),
         (["--inner.wid", "1", "-o", "a"], "unknown key 'inner.wid'; did you mean 'inner.width'?"),
+        (["-o", "a", "--seed", "-1"], "seed is -1; it must not be negative"),
         ([], "output"),
         (["missing.yaml"], "missing.yaml: no such config file"),
         (["-o", "a", "--preprocess.sfreq", "100"], "preprocess.lowpass 95.0 Hz needs sfreq"),
