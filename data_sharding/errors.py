@@ -20,6 +20,10 @@ class RequestError(ValueError):
     """
 
 
+class RankError(RequestError):
+    """A fault that one process of a training finds and the others do not, so that it has to tell of it itself."""
+
+
 class StopRequested(Exception):
     """A signal asked the work to stop; what was finished is safe, and the same command goes on from there."""
 
@@ -58,9 +62,11 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except RequestError as error:
-        # Under a launcher every rank finds the same fault; one line is enough.
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"dreamscale: {one_line(error)}", file=sys.stderr)
+        # Under a launcher every rank of a machine finds the same fault; one line is enough.
+        rank = os.environ.get("RANK", "0")
+        if os.environ.get("LOCAL_RANK", rank) == "0" or rank == "0" or isinstance(error, RankError):
+            who = f"process {rank}: " if rank != "0" else ""
+            print(f"dreamscale: {who}{one_line(error)}", file=sys.stderr)
         return EXIT_BAD_REQUEST
     except StopRequested as stop:
         if int(os.environ.get("RANK", "0")) == 0:

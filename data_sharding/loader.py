@@ -5,18 +5,19 @@ Shapes: b samples of this rank, n true channels of a sample, T samples a window.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_sharding.dataset import EEGDataset
-from data_sharding.errors import RequestError
+from data_sharding.errors import RankError, RequestError
 from data_sharding.order import EpochOrder, Interleaved, Order
 from data_sharding.reading import parse_meta
 from data_sharding.samples import N_PADDED
@@ -64,12 +65,12 @@ class Batch:
         lists = {name: getattr(self, name)[part] for name in _LISTS}
         return Batch(packed=self.packed[rows], **lists)
 
-    @cached_property
+    @functools.cached_property
     def metas(self) -> list[dict[str, Any]]:
         """Their JSON, parsed; a RequestError names file and key of a damaged one."""
         return [parse_meta(*of) for of in zip(self.json, self.shards, self.keys, strict=True)]
 
-    @cached_property
+    @functools.cached_property
     def eeg(self) -> torch.Tensor:
         """[b, 128, T] float16 microvolts on the CPU, padded by replication."""
         return self.padded()
@@ -245,22 +246,35 @@ class _From:
             step += 1
 
 
-def _outlive_signals(worker: int) -> None:
+@contextlib.contextmanager
+def _held_back(number: signal.Signals) -> Iterator[None]:
+    """Hold a signal back from this thread, and from all threads of the processes that it starts meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _outlive_signals(reads_for: int, worker: int) -> None:
     """Let a reading process outlive what is meant for the training, which decides by itself when to stop.
 
     Batch systems and torchrun signal every process of a job. Of SIGTERM, torch's reading processes die unless it comes
-    from the process that they read for, and that one fails as soon as one of them is dead.
+    from the process that they read for, and that one fails as soon as one of them is dead. The process must have been
+    started with SIGTERM held back, or a thread that some library starts in every new process could still take it.
+
+    Where the process read for is gone, this one ends, too: torch's would wait for somebody to empty its queue.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):
+    if not hasattr(signal, "sigtimedwait"):
         return
-    reads_for = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != reads_for:
-            pass
+        while os.getppid() == reads_for:
+            found = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if found and found.si_pid == reads_for:
+                break
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -398,12 +412,14 @@ class Loader:
             num_workers=self.num_workers,
             prefetch_factor=_UNDER_WAY if self.num_workers else None,
             multiprocessing_context="fork" if slots else None,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=functools.partial(_outlive_signals, os.getpid()),
             pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
         )
-        for batch in reader:
+        with _held_back(signal.SIGTERM):
+            batches = iter(reader)
+        for batch in batches:
             if isinstance(batch, _Refusal):
-                raise RequestError(batch.message)
+                raise RankError(batch.message)
             if isinstance(batch, Shipped):
                 batch = batch.arrived()
             self.step += 1

@@ -50,7 +50,7 @@ def _dispatch(argv: list[str]) -> int:
         from launch.local import processes_wanted, run_launched
 
         count = processes_wanted(words)
-        if count > 1:
+        if count:
             return run_launched(stage, words, count)
     return importlib.import_module(stage.module).main(words)
 

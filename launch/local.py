@@ -40,15 +40,16 @@ def processes_wanted(argv: Sequence[str]) -> int:
     Returns
     -------
     int
-        `num_processes` of the command line, else of the YAML file; 1 where it is not given, where only help or the
-        config is asked for, where a launcher started this process already, or where the request cannot be read (the
-        stage then says why).
+        `num_processes` of the command line, else of the YAML file. 0, for this very process, where that is 1 and no
+        `restarts` are asked for, where only help or the config is, where a launcher started this process already, or
+        where the request cannot be read (the stage then says why).
     """
     if {"-h", "--help"} & set(argv) or any(word.startswith("--print_config") for word in argv):
-        return 1
+        return 0
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return 1
-    return max(1, number_wanted(argv, "num_processes", 1))
+        return 0
+    count = max(1, number_wanted(argv, "num_processes", 1))
+    return count if count > 1 or number_wanted(argv, "restarts", 0) > 0 else 0
 
 
 def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
@@ -154,6 +155,7 @@ class _Processes:
         """Pass a request on; the second Ctrl-C ends everything at once."""
         self.requests += 1
         if number == signal.SIGINT and self.requests > 1:
+            self.killed = True
             self.kill(signal.SIGKILL)
             return
         workers = read_numbers(self.folder, "pid")
@@ -185,7 +187,8 @@ class _Processes:
         if EXIT_BAD_REQUEST in found:
             return EXIT_BAD_REQUEST
         if self.requests and code not in (EXIT_DONE, EXIT_STOPPED) and EXIT_FAILED not in found:
-            print("dreamscale: stopped before training began; run the same command again", file=sys.stderr)
+            how = "ended at once, without a checkpoint" if self.killed else "stopped before training began"
+            print(f"dreamscale: {how}; run the same command again", file=sys.stderr)
             return EXIT_STOPPED
         return code if code >= 0 else EXIT_FAILED
 

@@ -197,6 +197,7 @@ def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
     values: dict[str, Any] = {
         "NAME": config.name,
         "NODES": config.nodes,
+        "RETRIES": 3 * config.nodes,
         "CPUS": config.cpus_per_node,
         "THREADS": max(1, config.cpus_per_node // max(1, gpus)),
         "GPU_LINE": f"#SBATCH --gpus-per-node={gpus}" if gpus and stage.launcher else "",

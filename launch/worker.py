@@ -68,11 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     if folder:
         end_with_parent()
         atomic_write_text(Path(folder) / f"{rank}.pid", str(os.getpid()))
-    code = EXIT_FAILED
+    code, tell = EXIT_FAILED, True
     try:
         code = run_main(importlib.import_module(module).main, words)
+    except RuntimeError as error:
+        # A reading process was killed, the likely victim where memory is short: as if this one had been.
+        tell = not str(error).startswith("DataLoader worker")
+        raise
     finally:
-        if folder and Path(folder).is_dir():
+        if folder and tell and Path(folder).is_dir():
             atomic_write_text(Path(folder) / f"{rank}.exit", str(code))
     return EXIT_DONE if code == EXIT_STOPPED and folder else code
 

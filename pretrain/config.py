@@ -46,6 +46,25 @@ class OptimizerConfig:
         if self.base_batch is not None and self.base_batch < 1:
             raise ValueError(f"optimizer.base_batch is {self.base_batch}; it must be at least 1")
 
+    def _factor(self, batch_size: int) -> float:
+        ratio = batch_size / (self.base_batch or batch_size)
+        return ratio if self.batch_scaling == "linear" else math.sqrt(ratio)
+
+    def peak(self, batch_size: int) -> float:
+        """Learning rate after the warm-up.
+
+        Parameters
+        ----------
+        batch_size : int
+            Windows of one step, for `base_batch`.
+
+        Returns
+        -------
+        float
+            The rate.
+        """
+        return self._factor(batch_size) * self.lr
+
     def lr_at(self, step: int, total: int, batch_size: int | None = None) -> float:
         """Learning rate of a step.
 
@@ -64,8 +83,7 @@ class OptimizerConfig:
             The rate.
         """
         if self.base_batch and batch_size:
-            ratio = batch_size / self.base_batch
-            return (ratio if self.batch_scaling == "linear" else math.sqrt(ratio)) * self.lr_at(step, total)
+            return self._factor(batch_size) * self.lr_at(step, total)
         rise = round(self.warmup * total)
         if step < rise:
             return self.lr * (step + 1) / rise

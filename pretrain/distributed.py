@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_sharding.errors import RequestError
+from data_sharding.errors import RankError, RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def choose_device(device: str) -> torch.device:
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= torch.cuda.device_count():
-        raise RequestError(
+        raise RankError(
             f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
             "start as many processes as GPUs"
         )

@@ -172,7 +172,7 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         "## Training",
         "",
         f"- {saved['step']:,} steps of {config.batch_size} windows; mask ratio {config.model.mask_ratio:g}; "
-        f"AdamW, learning rate {config.optimizer.lr:g}; {config.precision}",
+        f"AdamW, learning rate {config.optimizer.peak(config.batch_size):g}; {config.precision}",
         f"- DeepSpeed ZeRO stage {saved['zero_stage']} on {saved['world_size']} process(es); seed {config.seed}; "
         f"{saved['skipped']} steps skipped",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -124,5 +125,8 @@ def peak_flops(device: torch.device, precision: str, override_tflops: float | No
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    found = next((peaks[precision] for known, peaks in PEAK_TFLOPS.items() if known in name), None)
+    # Whole words: an L40 is no L4.
+    found = next(
+        (v[precision] for known, v in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(known)}\b", name)), None
+    )
     return None if found is None else found * 1e12

@@ -144,7 +144,8 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         if self._store is not None:
-            self._thread.join()
+            # Not for good: it may wait for a store that does not answer.
+            self._thread.join(timeout=2 * self._period_s)
 
     def at(self, step: int, phase: str) -> None:
         """Say where the training stands.
@@ -167,21 +168,31 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._end.wait(self._period_s):
+            late = time.monotonic() - self._since > self._timeout_s
+            if late:
+                # Where the host of the store is frozen, asking it takes forever.
+                alone = threading.Timer(6 * self._period_s, self._give_up, ("the store does not answer",))
+                alone.daemon = True
+                alone.start()
             self._tell()
-            if time.monotonic() - self._since > self._timeout_s:
+            if late:
                 self._bark()
 
     def _bark(self) -> None:
-        message = f"no progress for {self._timeout_s:g} s: {self.verdict()}"
+        verdict = self.verdict()
         try:
             first = self._store.add("said", 1) == 1
         except RuntimeError:
             first = True
+        self._give_up(verdict if first else None)
+
+    def _give_up(self, verdict: str | None) -> None:
         if self._end.is_set():
             return
-        if first:
+        if verdict:
+            message = f"no progress for {self._timeout_s:g} s: {verdict}"
             print(f"dreamscale pretrain: {message}", file=sys.stderr, flush=True)
-            self._run.status("failed", any_rank=True, reason=message)
+            self._run.failed(message)
         # The main thread is stuck in a system call or in a collective: nothing gentler reaches it.
         os._exit(EXIT_FAILED)
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from data_sharding.config import to_dict, to_yaml
-from data_sharding.errors import RequestError
+from data_sharding.errors import RequestError, one_line
 from data_sharding.files import atomic_write_text, digest_of, read_json, write_json
 from pretrain.checkpoint import DONE, file_record, newest_whole, prune
 from pretrain.tracking import TrackerConfig, open_tracker
 
+_SAME_HOST_S, _OTHER_HOST_S = 10, 120
 STOP_FILE = "DREAMSCALE_STOP_FILE"
 """Environment variable: a file whose appearance asks to stop, where signals do not reach the training's process."""
 
@@ -96,7 +100,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self._log: Callable[..., None] = lambda step, metrics: None
         self._close: Callable[[], None] = lambda: None
-        self._stream = None
+        self._stream = self._lock = None
         values = to_dict(config)
         digest = digest_of(_without(values, ignore))
         known = self.path / "status.json"
@@ -117,6 +121,7 @@ class RunDirectory:
             atomic_write_text(self.path / "config.yaml", to_yaml(config))
         except OSError as error:
             raise RequestError(f"{self.path}: cannot be written ({error.strerror})") from None
+        self._lock = _locked(self.path / "lock")
         self.status("running")
         self._stream = (self.path / "metrics.jsonl").open("a")
         self._log, self._close = open_tracker(tracker or TrackerConfig(kind="none"), self.path, values)
@@ -138,6 +143,18 @@ class RunDirectory:
         if any_rank or not self.rank:
             write_json(self.path / "status.json", {"state": state, "config": self._digest, **extra})
 
+    def failed(self, reason: str) -> None:
+        """Record a failure, unless another process has: what the others see then follows from it.
+
+        Parameters
+        ----------
+        reason : str
+            What happened.
+        """
+        known = self.path / "status.json"
+        if not known.is_file() or read_json(known)["state"] != "failed":
+            self.status("failed", any_rank=True, reason=reason)
+
     def log(self, step: int, **metrics: Any) -> None:
         """Append a line to metrics.jsonl and tell the tracker.
 
@@ -157,7 +174,16 @@ class RunDirectory:
         except OSError as error:
             # A full disk must not end a training; the next checkpoint says so aloud anyway.
             print(f"dreamscale: metrics of step {step} could not be written ({error})", file=sys.stderr)
-        self._log(step, clean)
+        try:
+            self._log(step, clean)
+        except Exception as error:
+            # Whatever its library raises, a tracker must not end a training either.
+            self._log = lambda step, metrics: None
+            print(
+                f"dreamscale: the tracker failed at step {step} ({one_line(error)}); metrics go on in "
+                f"{self.path / 'metrics.jsonl'} alone",
+                file=sys.stderr,
+            )
 
     def rewind_metrics(self, step: int, *, evaluated: bool = True) -> None:
         """Drop lines beyond a step: a resumed run writes them again.
@@ -308,7 +334,46 @@ class RunDirectory:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        self._close()
+        try:
+            self._close()
+        except Exception as error:
+            print(f"dreamscale: the tracker could not be closed ({one_line(error)})", file=sys.stderr)
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _locked(path: Path) -> IO[str]:
+    """Hold a file as long as this process is there, so that two commands cannot write one run.
+
+    The lock is a POSIX one: it ends with its process, and processes forked off it do not have it. File systems that
+    know no locks are taken as they are.
+    """
+    stream = path.open("a+")
+    waited = 0
+    while True:
+        try:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                break
+        stream.seek(0)
+        owner = stream.read().strip()
+        if not waited:
+            print(f"dreamscale: {path.parent} is in use by {owner}; waiting for its end", file=sys.stderr)
+        # One that was killed is gone in a moment; what another host held, its file server lets go of later.
+        if waited >= (_SAME_HOST_S if owner.endswith(f" {socket.gethostname()}") else _OTHER_HOST_S):
+            raise RequestError(
+                f"{path.parent}: {owner} is at work on this run; stop it first, or choose another output (if it is "
+                f"gone, delete {path})"
+            )
+        time.sleep(1)
+        waited += 1
+    stream.truncate(0)
+    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+    stream.flush()
+    return stream
 
 
 def _step_of(line: str) -> int:

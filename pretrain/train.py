@@ -380,6 +380,7 @@ class _Training:
             if self.evaluation_due and self.step < self.total:
                 show(self.step, self.evaluate())
             batches: Iterator[Batch] = iter(self.loader)
+            self.interval.started = time.monotonic()
             while self.step < self.total and not self.stopping:
                 interval = self.interval
                 self.watchdog.at(self.step, "waiting for data")
@@ -657,7 +658,7 @@ def _status_on_failure(run: RunDirectory) -> Iterator[None]:
     except StopRequested:
         raise
     except BaseException as error:
-        run.status("failed", reason=f"{type(error).__name__}: {error}")
+        run.failed(f"{type(error).__name__}: {error}")
         raise
     finally:
         run.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_sharding.config import parse_config, to_yaml
-from data_sharding.errors import EXIT_BAD_REQUEST, EXIT_STOPPED, RequestError, StopRequested, run_main
+from data_sharding.errors import EXIT_BAD_REQUEST, EXIT_STOPPED, RankError, RequestError, StopRequested, run_main
 from data_sharding.preprocess import PreprocessSpec
 
 
@@ -80,6 +80,33 @@ def test_print_config_prints_every_key(capsys: pytest.CaptureFixture[str]) -> No
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "width: 3" in out and "highpass: 5.0" in out
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "error", "said"),
+    [
+        ("0", "0", RequestError, "dreamscale: wrong\n"),
+        ("1", "1", RequestError, ""),
+        # One line a machine, and whatever only this process knows.
+        ("8", "0", RequestError, "dreamscale: process 8: wrong\n"),
+        ("1", "1", RankError, "dreamscale: process 1: wrong\n"),
+    ],
+)
+def test_who_tells_of_a_fault(
+    rank: str,
+    local: str,
+    error: type[Exception],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def body(words: list[str]) -> int:
+        raise error("wrong")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert run_main(body, []) == EXIT_BAD_REQUEST
+    assert capsys.readouterr().err == said
 
 
 def test_stop_is_75() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +26,7 @@ from data_sharding.reading import INDEX, parse_index
 from data_sharding.samples import Sample, pad_channels
 from data_sharding.transport import Shipped, Slots
 
+ROOT = Path(__file__).parents[2]
 GOLDEN = [1, 3, 5, 6, 2, 8, 9, 7, 4, 0]
 TINY = PreprocessSpec(sfreq=64.0, highpass=0.5, lowpass=20.0, window=16, stride=16)
 
@@ -203,6 +206,34 @@ def test_reading_processes_leave_signals_in_slots() -> None:
     there = shipped.arrived().packed
     views[5][:] = 0
     assert there.shape == (4, 7) and (there == 5).all()
+
+
+def test_reading_processes_do_not_outlive_the_one_they_read_for(tmp_path: Path) -> None:
+    """With batches whose metadata are more than a pipe holds, so that they wait for somebody to take them."""
+    meta = {"n": 64, "ch_names": [f"E{i}" for i in range(64)], "positions": [[0.01, 0.02, 0.03]] * 64}
+    samples = [
+        Sample(key=f"{i:04d}", eeg=np.random.default_rng(i).normal(0, 20, (64, 16)), meta=meta | {"start": i})
+        for i in range(128)
+    ]
+    write_dataset(tmp_path / "data", {"train": samples}, TINY)
+    program = """
+import os, sys, time
+from multiprocessing import active_children
+from data_sharding.dataset import EEGDataset
+from data_sharding.loader import Loader
+
+batches = iter(Loader(EEGDataset(sys.argv[1]), 128, 0, num_workers=2))
+next(batches)
+print(*(child.pid for child in active_children()), flush=True)
+time.sleep(1)
+os._exit(4)
+"""
+    # Does not come back before all who have its output open are gone.
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "data")], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 4
+    assert len(done.stdout.split()) == 2
 
 
 def test_sequential_reads_everything_once(unpaired_dataset: Path) -> None:

@@ -73,13 +73,16 @@ def test_processes_are_read_from_config_and_command_line(tmp_path: Path, monkeyp
     assert processes_wanted([str(config)]) == 3
     assert processes_wanted([str(config), "--num_processes", "2"]) == 2
     assert processes_wanted(["--config", str(config), "--num_processes=4"]) == 4
-    assert processes_wanted([str(config), "--help"]) == 1
-    assert processes_wanted([str(tmp_path / "none.yaml")]) == 1
+    assert processes_wanted([str(config), "--num_processes", "1"]) == 0
+    # Somebody has to be there to start it again.
+    assert processes_wanted([str(config), "--num_processes", "1", "--restarts", "2"]) == 1
+    assert processes_wanted([str(config), "--help"]) == 0
+    assert processes_wanted([str(tmp_path / "none.yaml")]) == 0
     config.write_text("num_processes: many\n")
-    assert processes_wanted([str(config)]) == 1
+    assert processes_wanted([str(config)]) == 0
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert processes_wanted(["--num_processes", "4"]) == 1
+    assert processes_wanted(["--num_processes", "4"]) == 0
 
 
 def test_launchers_get_the_stage_and_its_words():

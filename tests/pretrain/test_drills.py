@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,10 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 import zstandard
 from safetensors.torch import load_file
 
 from data_sharding.dataset import EEGDataset, write_dataset
+from data_sharding.loader import Loader
+from data_sharding.reading import HEADER, locate
 from data_sharding.samples import Sample, pad_channels
 from pretrain.checkpoint import complete_checkpoints
 
@@ -126,9 +130,9 @@ class Training:
                 found[int(folder.name)] = words
         return found
 
-    def workers(self) -> list[int]:
-        """Training processes by rank."""
-        ranks = {}
+    def ranks(self) -> dict[int, int]:
+        """Ranks by process, their reading processes included."""
+        found = {}
         for pid in self.processes():
             try:
                 values = dict(
@@ -137,8 +141,18 @@ class Training:
             except OSError:
                 continue
             if "RANK" in values:
-                ranks[int(values["RANK"])] = pid
-        return [ranks[rank] for rank in sorted(ranks)]
+                found[pid] = int(values["RANK"])
+        return found
+
+    def workers(self) -> list[int]:
+        """Training processes by rank."""
+        ranks = self.ranks()
+        return sorted((pid for pid in ranks if parent(pid) not in ranks), key=lambda pid: ranks[pid])
+
+    def readers(self) -> list[int]:
+        """Their reading processes, by rank."""
+        ranks = self.ranks()
+        return sorted((pid for pid in ranks if parent(pid) in ranks), key=lambda pid: ranks[pid])
 
 
 def words(runs: Path, run: Path, *more: str) -> list[str]:
@@ -174,6 +188,42 @@ def test_a_killed_process_costs_some_steps_again(runs: Path, run: Path) -> None:
     assert "a training process died; starting again" in said
     assert said.count("going on from step") == 2
     is_undisturbed(run, runs)
+
+
+def test_a_killed_reading_process_counts_as_one_of_the_training(runs: Path, run: Path) -> None:
+    """It is what the system kills where memory is short."""
+    training = dreamscale(runs, run, "--restarts", "1", "--num_workers", "1")
+    training.wait_for(BEGUN + 15)
+    os.kill(training.readers()[1], signal.SIGKILL)
+    assert training.wait() == 0, training.log.read_text()[-3000:]
+    assert "a training process died; starting again" in training.log.read_text()
+    is_undisturbed(run, runs)
+
+
+def test_a_lone_process_is_started_again_too(runs: Path, run: Path) -> None:
+    training = dreamscale(runs, run, "--restarts", "1", "--num_processes", "1")
+    training.wait_for(BEGUN + 15)
+    os.kill(training.workers()[0], signal.SIGKILL)
+    assert training.wait() == 0, training.log.read_text()[-3000:]
+    assert training.log.read_text().count("going on from step") == 2
+    assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_what_one_process_alone_finds_is_told_and_kept(runs: Path, run: Path, tmp_path: Path) -> None:
+    data = EEGDataset(yaml.safe_load((runs / "config.yaml").read_text())["dataset"])
+    # The second process's half of a batch to come.
+    number = Loader(data, 16, 3, rank=1, world_size=2).positions(BEGUN + 1)[0][0]
+    (place,) = locate(data.index, data.first, [number])
+    shutil.copytree(data.path, tmp_path / "data")
+    name = data.shards[place.shard].path
+    with (tmp_path / "data" / name).open("r+b") as stream:
+        stream.seek(place.start + HEADER)
+        stream.write(b"\0" * 64)
+    training = dreamscale(runs, run, "--dataset", str(tmp_path / "data"))
+    assert training.wait() == 2
+    said = re.search(rf"dreamscale: process 1: .*{re.escape(Path(name).name)}.*", training.log.read_text())
+    assert said, training.log.read_text()[-3000:]
+    assert Path(name).name in json.loads((run / "status.json").read_text())["reason"]
 
 
 def test_usr1_leaves_a_checkpoint_and_75(runs: Path, run: Path) -> None:
@@ -218,9 +268,12 @@ def test_torchrun_passes_signals_on_and_waits(number: int, runs: Path, run: Path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_every_process_is_one_request(number: int, runs: Path, run: Path) -> None:
-    training = dreamscale(runs, run, "--num_workers", "2")
+    """As batch systems send it; a tracker's library starts threads in the reading processes."""
+    training = dreamscale(runs, run, "--num_workers", "2", "--tracker.kind", "wandb")
     training.wait_for(BEGUN + 3)
-    os.killpg(training.process.pid, number)
+    assert len(training.readers()) == 4
+    for pid in training.processes():
+        os.kill(pid, number)
     assert training.wait() == 75, training.log.read_text()[-3000:]
     assert not training.processes()
     assert "Traceback" not in training.log.read_text()

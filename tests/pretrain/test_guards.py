@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_sharding.dataset import EEGDataset, write_dataset
+from data_sharding.errors import RequestError
 from data_sharding.loader import Batch, Loader
 from data_sharding.preprocess import PreprocessSpec
 from data_sharding.samples import Sample
@@ -29,6 +31,7 @@ from pretrain.config import OptimizerConfig
 from pretrain.flops import batch_flops, peak_flops, training_flops
 from pretrain.guards import GuardConfig, SpikeDetector, Watchdog
 from pretrain.model import MaskedAutoencoderConfig
+from pretrain.run import RunDirectory
 from pretrain.shapes import DecoderConfig, EncoderConfig
 from pretrain.train import _Training, main
 
@@ -199,6 +202,86 @@ class TestWatchdog:
                 assert re.search(r"rank 1 .* in step 8 while computing: the others wait for it", dog.verdict())
             dogs[1].__exit__()
             assert re.search(r"rank 1 .*: stopped, dead or cut off", dogs[0].verdict())
+
+    def test_a_store_that_does_not_answer_is_not_waited_for(self, tmp_path: Path) -> None:
+        keep = "import sys, time, torch.distributed as dist; "
+        keep += "store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False); "
+        keep += "print(store.port, flush=True); time.sleep(600)"
+        watch = """
+import sys, time
+import torch.distributed as dist
+from pretrain.guards import Watchdog
+from pretrain.run import RunDirectory
+from data_sharding.preprocess import PreprocessSpec
+
+run = RunDirectory(sys.argv[2], PreprocessSpec())
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
+with Watchdog(2.0, rank=0, size=2, run=run, store=store) as dog:
+    dog.at(7, "computing")
+    print("watching", flush=True)
+    time.sleep(600)
+"""
+        keeper = subprocess.Popen([sys.executable, "-c", keep], stdout=subprocess.PIPE, text=True, env=environment())
+        try:
+            assert keeper.stdout is not None
+            words = [sys.executable, "-c", watch, keeper.stdout.readline().strip(), str(tmp_path / "run")]
+            watcher = subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+            )
+            assert watcher.stdout is not None
+            assert watcher.stdout.readline() == "watching\n"
+            keeper.send_signal(signal.SIGSTOP)
+            said = watcher.communicate(timeout=60)[1]
+        finally:
+            keeper.kill()
+            keeper.wait()
+        assert watcher.returncode == 1
+        assert "no progress for 2 s: the store does not answer" in said
+        assert "the store" in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
+
+
+class TestRunDirectory:
+    def test_two_commands_do_not_write_one_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("pretrain.run._SAME_HOST_S", 1)
+        hold = "import sys, time; from pretrain.run import RunDirectory; "
+        hold += "from data_sharding.preprocess import PreprocessSpec; "
+        hold += "run = RunDirectory(sys.argv[1], PreprocessSpec()); print('here', flush=True); time.sleep(600)"
+        path = tmp_path / "run"
+        other = subprocess.Popen([sys.executable, "-c", hold, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "here\n"
+            with pytest.raises(RequestError, match=rf"process {other.pid} on .* is at work on this run"):
+                RunDirectory(path, PreprocessSpec())
+        finally:
+            other.kill()
+            other.wait()
+        RunDirectory(path, PreprocessSpec()).close()
+
+    def test_a_tracker_that_fails_does_not_end_the_training(self, tmp_path: Path) -> None:
+        program = """
+import os, signal, subprocess, sys, time
+from data_sharding.preprocess import PreprocessSpec
+from pretrain.run import RunDirectory
+from pretrain.tracking import TrackerConfig
+
+run = RunDirectory(sys.argv[1], PreprocessSpec(), tracker=TrackerConfig(kind="wandb"))
+run.log(1, loss=2.0)
+helpers = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb"], capture_output=True, text=True).stdout.split()
+assert helpers
+for pid in helpers:
+    os.kill(int(pid), signal.SIGKILL)
+for step in range(2, 100):
+    run.log(step, loss=1.0)
+    time.sleep(0.05)
+run.close()
+"""
+        words = [sys.executable, "-c", program, str(tmp_path / "run")]
+        env = environment() | {"WANDB_MODE": "offline"}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=200, env=env, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr.count("the tracker failed at step") == 1
+        assert losses(tmp_path / "run") == [2.0] + 98 * [1.0]
 
 
 class TestCheckpoints:
@@ -489,6 +572,16 @@ class TestSight:
         assert batch_flops(shape, [3, 8]) == 2 * training_flops(shape)
         assert peak_flops(torch.device("cpu"), "fp32") is None
         assert peak_flops(torch.device("cpu"), "fp32", 2.0) == 2e12
+
+    @pytest.mark.parametrize(
+        ("name", "tflops"),
+        [("NVIDIA L4", 121.0), ("NVIDIA L40", None), ("NVIDIA A10G", None), ("NVIDIA H100 80GB HBM3", 989.0)],
+    )
+    def test_a_device_is_known_by_whole_words(
+        self, name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert peak_flops(torch.device("cuda"), "bf16") == (tflops and tflops * 1e12)
 
 
 class TestOptimizer:
