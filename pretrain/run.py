@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from pretrain.checkpoint import DONE, file_record, newest_whole, prune
 from pretrain.tracking import TrackerConfig, open_tracker
 
 _SAME_HOST_S, _OTHER_HOST_S = 10, 120
+_SAME_REQUEST_S = 3.0
 STOP_FILE = "DREAMSCALE_STOP_FILE"
 """Environment variable: a file whose appearance asks to stop, where signals do not reach the training's process."""
 
@@ -32,11 +34,14 @@ STOP_FILE = "DREAMSCALE_STOP_FILE"
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop looks at.
 
-    A second SIGINT interrupts at once. The file that `STOP_FILE` names, where it does, is looked for once a second.
+    A second SIGINT interrupts at once, unless it is the first one over again: torchrun passes on what the terminal or a
+    batch system has sent to its processes, too. The file that `STOP_FILE` names, where it does, is looked for once a
+    second.
     """
 
     def __init__(self) -> None:
         self._signalled = False
+        self._first = math.inf
         self._previous: dict[int, Any] = {}
         self._file = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
         self._looked = time.monotonic()
@@ -60,8 +65,9 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT and time.monotonic() - self._first > _SAME_REQUEST_S:
             raise KeyboardInterrupt
+        self._first = min(self._first, time.monotonic())
         self._signalled = True
 
 

@@ -31,7 +31,7 @@ from pretrain.config import OptimizerConfig
 from pretrain.flops import batch_flops, peak_flops, training_flops
 from pretrain.guards import GuardConfig, SpikeDetector, Watchdog
 from pretrain.model import MaskedAutoencoderConfig
-from pretrain.run import RunDirectory
+from pretrain.run import RunDirectory, StopSignal
 from pretrain.shapes import DecoderConfig, EncoderConfig
 from pretrain.train import _Training, main
 
@@ -238,6 +238,17 @@ with Watchdog(2.0, rank=0, size=2, run=run, store=store) as dog:
         assert watcher.returncode == 1
         assert "no progress for 2 s: the store does not answer" in said
         assert "the store" in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
+
+
+def test_one_interruption_may_come_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        monkeypatch.setattr("pretrain.run._SAME_REQUEST_S", 0.0)
+        time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 class TestRunDirectory:
