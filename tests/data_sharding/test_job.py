@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,21 +177,19 @@ def test_benchmarks_are_held_back(folder_corpus: Path, dataset: Path, tmp_path: 
 
 
 class TestTrouble:
-    def test_sigterm_stops_cleanly(self, folder_config: Path) -> None:
-        output = folder_config.parent / "stopped"
-        command = [
-            sys.executable,
-            "-m",
-            "data_sharding",
-            str(folder_config),
-            "--output",
-            str(output),
-            "--ray.num_cpus",
-            "1",
-        ]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    def test_sigterm_stops_cleanly(self, folder_corpus: Path, tmp_path: Path) -> None:
+        root = tmp_path / "corpus"
+        root.mkdir()
+        # So many that the job is not done before the signal comes.
+        for number in range(300):
+            shutil.copy(folder_corpus / "sub-04" / "sub-04_task-rest_raw.fif", root / f"{number:03d}_raw.fif")
+        config = write_config(tmp_path / "stopped.yaml", [{"root": str(root)}], ray={"num_cpus": 1})
+        process = subprocess.Popen(
+            [sys.executable, "-m", "data_sharding", str(config)], stderr=subprocess.PIPE, text=True
+        )
         until = time.monotonic() + 120
-        while not (output / ".work" / "rows").exists() and process.poll() is None and time.monotonic() < until:
+        rows = tmp_path / "stopped" / ".work" / "rows"
+        while not rows.exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
