@@ -36,9 +36,9 @@ def signal(rng: np.random.Generator) -> np.ndarray:
 
 
 def write(root: Path, samples: int) -> None:
-    from data_sharding.dataset import write_dataset
-    from data_sharding.preprocess import PreprocessSpec
-    from data_sharding.samples import Sample
+    from data_sharding.dataset.dataset import write_dataset
+    from data_sharding.dataset.samples import Sample
+    from data_sharding.processing.preprocess import PreprocessSpec
 
     rng = np.random.default_rng(0)
     plain = np.lib.format.open_memmap(root / "plain.npy", "w+", np.float16, (samples, CHANNELS, WINDOW))
@@ -69,8 +69,8 @@ def write(root: Path, samples: int) -> None:
 
 def write_index(root: Path, samples: int, samples_per_shard: int = 2000) -> None:
     """Dataset of which there is only the manifest and the index: its shards are holes of the right size."""
-    from data_sharding.manifest import Manifest, Shard
-    from data_sharding.preprocess import PreprocessSpec
+    from data_sharding.dataset.manifest import Manifest, Shard
+    from data_sharding.processing.preprocess import PreprocessSpec
 
     size, meta, shards = 65654, 2105, []
     step = 1024 + sum(-(-length // 512) * 512 for length in (size, meta))
@@ -93,8 +93,8 @@ def write_index(root: Path, samples: int, samples_per_shard: int = 2000) -> None
 def open_index(root: Path) -> dict[str, float]:
     import psutil
 
-    from data_sharding.dataset import EEGDataset
-    from data_sharding.loader import Loader
+    from data_sharding.dataset.dataset import EEGDataset
+    from data_sharding.dataset.loader import Loader
 
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     data = EEGDataset(root / "index")
@@ -109,8 +109,8 @@ def open_index(root: Path) -> dict[str, float]:
 def ours(root: Path, batch: int, workers: int) -> Iterator[int]:
     import torch
 
-    from data_sharding.dataset import EEGDataset
-    from data_sharding.loader import Loader
+    from data_sharding.dataset.dataset import EEGDataset
+    from data_sharding.dataset.loader import Loader
 
     for part in Loader(EEGDataset(root / "dataset"), batch, 0, num_workers=workers):
         yield len(part.padded("cpu", torch.float32))
@@ -120,7 +120,7 @@ def webdataset(root: Path, batch: int, workers: int) -> Iterator[int]:
     import torch
     import webdataset as wds
 
-    from data_sharding.samples import wds_decoder
+    from data_sharding.dataset.samples import wds_decoder
 
     urls = sorted(str(path) for path in (root / "dataset" / "train").glob("*.tar"))
     if workers > 1:

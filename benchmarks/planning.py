@@ -70,9 +70,9 @@ def measure(n: int) -> dict[str, Any]:
     dict
         Seconds of each step, their sum, and the process's peak memory in GB.
     """
-    from data_sharding.duplicates import Print, find_duplicates, signature
-    from data_sharding.packing import plan_shards
-    from data_sharding.plan import CorpusConfig, ShardConfig, make_plan
+    from data_sharding.audit.duplicates import Print, find_duplicates, signature
+    from data_sharding.job.pack_shards import plan_shards
+    from data_sharding.job.request import CorpusConfig, ShardConfig, make_plan
 
     seconds: dict[str, float] = {}
     began = time.perf_counter()

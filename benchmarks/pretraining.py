@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_sharding.files import write_json
+from data_sharding.common.files import write_json
 from pretrain.config import PretrainConfig
 from pretrain.distributed import World, choose_device, import_deepspeed, launched_world, process_group
 from pretrain.engine import start_engine

@@ -3,7 +3,7 @@
 ``python benchmarks/sharding.py --seconds 3600 --out sharding.json`` writes a 64-channel EDF of 1 kHz once (kept in
 ``--cache``), then measures, each in a process of its own and with one thread:
 
-- ours: `data_sharding.recording.process_recording`, from the file to the finished part;
+- ours: `data_sharding.job.process_recording.process_recording`, from the file to the finished part;
 - MNE: load the file, FIR band-pass, FFT resampling, average reference, and `wds.TarWriter`. Ours takes the mains out,
   too, judges channels and units, and keeps checksums.
 
@@ -75,9 +75,9 @@ def make_edf(path: Path, seconds: int, seed: int = 0) -> Path:
 def ours(edf: Path, folder: Path) -> int:
     """The body of a worker of the job."""
     from data_sharding.corpora import CorpusConfig, list_items
-    from data_sharding.preprocess import PreprocessSpec
-    from data_sharding.recording import Task, process_recording
-    from data_sharding.splits import SplitConfig
+    from data_sharding.dataset.splits import SplitConfig
+    from data_sharding.job.process_recording import Task, process_recording
+    from data_sharding.processing.preprocess import PreprocessSpec
 
     (item,) = [i for i in list_items(CorpusConfig(root=str(edf.parent), line_freq=LINE)) if i.path == edf.name]
     spec, split = PreprocessSpec(**SPEC), SplitConfig(val_fraction=0, test_fraction=0)
@@ -144,7 +144,7 @@ def job(folder: Path, workers: int) -> dict[str, float]:
     Starting Ray and importing in every worker takes seconds that a real corpus does not notice: the rate is counted
     from the moment when each worker has returned its first recordings.
     """
-    from data_sharding import job as module
+    from data_sharding.job import run as module
 
     times: list[float] = []
     add = module.JobProgress.add

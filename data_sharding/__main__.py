@@ -2,6 +2,6 @@
 
 import sys
 
-from data_sharding.job import main
+from data_sharding.job.run import main
 
 sys.exit(main())

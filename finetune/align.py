@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_sharding.config import parse_config
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import EXIT_DONE, run_main
-from data_sharding.files import write_json
-from data_sharding.loader import Batch, sequential
-from data_sharding.preprocess import PreprocessSpec
-from data_sharding.samples import pad_channels
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, run_main
+from data_sharding.common.files import write_json
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import Batch, sequential
+from data_sharding.dataset.samples import pad_channels
+from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_images import clip_image_embeddings
 from finetune.conditioner import ClipHead, ClipHeadConfig
 from finetune.data import ImageTable, eeg_for_model, open_paired

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data_sharding.errors import RequestError
-from data_sharding.progress import progress
+from data_sharding.common.errors import RequestError
+from data_sharding.common.progress import progress
 
 Images = NDArray[np.uint8]
 
@@ -127,7 +127,7 @@ class ImageClassifier(nn.Module):
         """
         from safetensors.torch import save
 
-        from data_sharding.files import atomic_write_bytes
+        from data_sharding.common.files import atomic_write_bytes
 
         shape = {"n_classes": str(self.n_classes), "width": str(self.width), "size": str(self.size)}
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.errors import RequestError, one_line
+from data_sharding.common.errors import RequestError, one_line
 from finetune.data import ImageTable
 
 

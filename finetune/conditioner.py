@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_sharding.errors import RequestError
-from data_sharding.files import read_json, write_json
+from data_sharding.common.errors import RequestError
+from data_sharding.common.files import read_json, write_json
 
 
 def save_module(module: nn.Module, config: Any, folder: str | Path, kind: str) -> None:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import RequestError
-from data_sharding.files import digest_of
-from data_sharding.preprocess import PreprocessSpec
+from data_sharding.common.errors import RequestError
+from data_sharding.common.files import digest_of
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.processing.preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
     import torch

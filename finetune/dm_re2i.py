@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_sharding.config import parse_config
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.loader import Batch
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import Batch
 from finetune.data import ImageTable, open_paired, to_model_range, to_pixels
 from finetune.dm_re2i_model import eeg_features, sample_images, save_model
 from finetune.eg_ddpm import EGDDPM

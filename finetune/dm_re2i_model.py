@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.errors import RequestError, one_line
-from data_sharding.files import atomic_directory, read_json, write_json
-from data_sharding.preprocess import PreprocessSpec
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.files import atomic_directory, read_json, write_json
+from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.data import eeg_for_model, to_pixels
 from finetune.eg_ddpm import EGDDPM
 from finetune.evrnet import EVRNet

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sharding.config import parse_config
-from data_sharding.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.files import atomic_write_text, read_json, write_json
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.files import atomic_write_text, read_json, write_json
 from finetune import metrics
 from finetune.classifier import ClassifierConfig, ImageClassifier, train_classifier
 from finetune.data import ImageTable, decode_image, open_paired

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_sharding.errors import RequestError
+from data_sharding.common.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ class EVRNet(nn.Module):
         """
         from safetensors.torch import save_file
 
-        from data_sharding.files import write_json
+        from data_sharding.common.files import write_json
 
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ class EVRNet(nn.Module):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        from data_sharding.files import read_json
+        from data_sharding.common.files import read_json
 
         path = Path(path)
         stored = read_json(path / "config.json")

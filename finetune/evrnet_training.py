@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.loader import Batch, collate
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import Batch, collate
 from finetune.data import ImageTable, eeg_for_model
 from finetune.dm_re2i_model import eeg_features
 from finetune.evrnet import EVRNet, EVRNetConfig, unit_variance, whitening_matrix

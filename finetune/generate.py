@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from data_sharding.config import parse_config
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import EXIT_DONE, RequestError, StopRequested, run_main
-from data_sharding.files import atomic_directory, write_json
-from data_sharding.loader import collate
-from data_sharding.progress import progress
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, RequestError, StopRequested, run_main
+from data_sharding.common.files import atomic_directory, write_json
+from data_sharding.common.progress import progress
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import collate
 from finetune.data import decode_image, open_paired
 from finetune.models import Generator, load_generator
 from finetune.training import pick_device, quiet_libraries

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_sharding.config import parse_config, to_dict
-from data_sharding.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.files import atomic_directory, digest_of, read_json, write_json
-from data_sharding.progress import progress
+from data_sharding.common.config import parse_config, to_dict
+from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.files import atomic_directory, digest_of, read_json, write_json
+from data_sharding.common.progress import progress
 from finetune.data import ImageTable, open_paired, to_model_range
 from finetune.training import quiet_libraries
 

@@ -6,9 +6,9 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from data_sharding.errors import RequestError
-from data_sharding.files import read_json
-from data_sharding.preprocess import PreprocessSpec
+from data_sharding.common.errors import RequestError
+from data_sharding.common.files import read_json
+from data_sharding.processing.preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.config import parse_config
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.loader import Batch, collate
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import Batch, collate
 from finetune.align import AugmentConfig, augmented, load_encoder
 from finetune.clip_images import clip_image_embeddings, weights_digest
 from finetune.conditioner import ClipHead, ClipHeadConfig, Conditioner, ConditionerConfig

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_sharding.errors import RequestError, one_line
-from data_sharding.files import atomic_directory, read_json, write_json
-from data_sharding.preprocess import PreprocessSpec
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.files import atomic_directory, read_json, write_json
+from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_images import is_local
 from finetune.conditioner import ClipHead, Conditioner
 from finetune.data import eeg_for_model, to_pixels

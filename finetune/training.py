@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import RequestError, StopRequested
-from data_sharding.files import write_json
-from data_sharding.loader import Batch, Loader
-from data_sharding.progress import progress
+from data_sharding.common.errors import RequestError, StopRequested
+from data_sharding.common.files import write_json
+from data_sharding.common.progress import progress
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import Batch, Loader
 from pretrain.run import RunDirectory, StopSignal, TrackerConfig
 
 if TYPE_CHECKING:

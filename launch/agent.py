@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from data_sharding.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from data_sharding.common.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from launch.worker import FOLDER, end_with_parent, read_numbers
 
 

@@ -7,7 +7,7 @@ import importlib
 import sys
 from importlib import metadata
 
-from data_sharding.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 from launch.stages import STAGES
 
 

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from data_sharding.config import parse_config
-from data_sharding.errors import EXIT_DONE, EXIT_FAILED, run_main
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, run_main
 
 State = Literal["ok", "note", "missing"]
 _READERS = {

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from data_sharding.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from data_sharding.common.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from launch.stages import Stage
 from launch.worker import FOLDER, read_numbers
 

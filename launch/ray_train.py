@@ -15,9 +15,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from data_sharding.config import parse_config
-from data_sharding.errors import EXIT_FAILED, one_line, run_main
-from data_sharding.files import atomic_write_text
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_FAILED, one_line, run_main
+from data_sharding.common.files import atomic_write_text
 
 _STOP, _EXIT = "stop", "exit"
 

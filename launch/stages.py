@@ -27,18 +27,20 @@ STAGES: dict[str, Stage] = {
         module="launch.demo.run", usage="[--out DIR]", help="the whole chain, EEG to images, on data it makes"
     ),
     "shard": Stage(
-        module="data_sharding.job",
-        config="data_sharding.job:ShardConfig",
+        module="data_sharding.job.run",
+        config="data_sharding.job.request:ShardConfig",
         usage="CONFIG --output DIR",
         help="recordings of any maker -> dataset, on Ray",
     ),
     "verify": Stage(
-        module="data_sharding.verify",
+        module="data_sharding.audit.verify",
         usage="DATASET [--against OTHER]",
         help="check every byte and count, and prove that splits, or two datasets, share nothing",
     ),
     "inspect": Stage(
-        module="data_sharding.inspect", usage="DATASET", help="what a dataset holds, and what was set aside and why"
+        module="data_sharding.audit.inspect_dataset",
+        usage="DATASET",
+        help="what a dataset holds, and what was set aside and why",
     ),
     "pretrain": Stage(
         module="pretrain.train",

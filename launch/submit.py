@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_sharding.config import parse_config
-from data_sharding.errors import EXIT_DONE, EXIT_FAILED, RequestError, run_main
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, run_main
 from launch.stages import STAGES, Stage
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "configs" / "cluster"
@@ -143,7 +143,7 @@ def launch_line(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
     """
     python, arguments = shlex.quote(config.python), shlex.join(words)
     if stage.launcher is None:
-        name = "data_sharding" if stage.module == "data_sharding.job" else stage.module
+        name = "data_sharding" if stage.module == "data_sharding.job.run" else stage.module
         joined = " --ray.address auto" if config.scheduler == "ray" else ""
         return f"{python} -m {name} {arguments}{joined}"
     if config.scheduler == "ray":

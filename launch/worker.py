@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-from data_sharding.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, run_main
-from data_sharding.files import atomic_write_text
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, run_main
+from data_sharding.common.files import atomic_write_text
 
 FOLDER = "DREAMSCALE_LAUNCH_FOLDER"
 """Environment variable: where process ids and exit codes go."""

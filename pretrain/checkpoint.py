@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_sharding.errors import RequestError
-from data_sharding.files import read_json, sha256_file, write_json
+from data_sharding.common.errors import RequestError
+from data_sharding.common.files import read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
     from pretrain.distributed import World

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_sharding.config import parse_config
-from data_sharding.errors import EXIT_DONE, RequestError, one_line, run_main
-from data_sharding.preprocess import PreprocessSpec
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, RequestError, one_line, run_main
+from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.model import SignalDecoder, SignalEncoder, count_parameters
 from pretrain.shapes import DecoderConfig, EncoderConfig
 from pretrain.transformer import sincos_positions

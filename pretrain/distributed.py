@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_sharding.errors import RankError, RequestError
+from data_sharding.common.errors import RankError, RequestError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ import uuid
 from pathlib import Path
 from typing import Literal
 
-from data_sharding.config import parse_config
-from data_sharding.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_sharding.errors import RequestError, one_line
-from data_sharding.files import atomic_directory, atomic_write_text, read_json, write_json
-from data_sharding.preprocess import PreprocessSpec, band_of
-from data_sharding.samples import N_PADDED, pad_channels
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.files import atomic_directory, atomic_write_text, read_json, write_json
+from data_sharding.dataset.samples import N_PADDED, pad_channels
+from data_sharding.processing.preprocess import PreprocessSpec, band_of
 from pretrain.encoding import CoverageReport, Encoding
 from pretrain.model import build_encoder, count_parameters
 from pretrain.shapes import EncoderConfig
@@ -31,7 +31,7 @@ from pretrain.weights import WEIGHTS, load_strictly, save_weights
 if TYPE_CHECKING:
     import mne
 
-    from data_sharding.signals import Signal
+    from data_sharding.formats.signal import Signal
 
 KIND = "dreamscale_eeg_encoder"
 SCHEMA = 1
@@ -155,7 +155,7 @@ class EEGEncoder(nn.Module):
         Parameters
         ----------
         metas : list of dict, [B]
-            Metadata of samples (`data_sharding.loader.Batch.metas`).
+            Metadata of samples (`data_sharding.dataset.loader.Batch.metas`).
         device : torch.device or str
             Where the encoder is.
 
@@ -268,7 +268,7 @@ class EEGEncoder(nn.Module):
 
         Parameters
         ----------
-        recording : mne.io.BaseRaw, mne.BaseEpochs, data_sharding.signals.Signal or tuple
+        recording : mne.io.BaseRaw, mne.BaseEpochs, data_sharding.formats.signal.Signal or tuple
             A recording, or ``(x, ch_names, sfreq, unit)`` with x an array [C, samples] and unit one of
             "V", "mV", "uV", "nV".
         line_freq : float, optional

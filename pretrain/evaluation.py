@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.loader import collate
-from data_sharding.mixture import Mixture
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import collate
+from data_sharding.dataset.mixture import Mixture
 from pretrain.config import PretrainConfig
 from pretrain.distributed import World
 

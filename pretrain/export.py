@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_sharding.config import parse_config
-from data_sharding.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.files import read_json
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.files import read_json
 from pretrain.checkpoint import DONE, complete_checkpoints
 from pretrain.config import PretrainConfig
 
@@ -239,7 +239,7 @@ def export(config: ExportConfig) -> int:
     output = check_output(config.output)
     import json
 
-    from data_sharding.preprocess import PreprocessSpec
+    from data_sharding.processing.preprocess import PreprocessSpec
     from pretrain.encoder import EEGEncoder
     from pretrain.model import count_parameters
 

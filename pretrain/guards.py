@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from data_sharding.errors import EXIT_FAILED
+from data_sharding.common.errors import EXIT_FAILED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from pretrain.shapes import DecoderConfig, EncoderConfig, MaskedAutoencoderConfi
 from pretrain.transformer import Blocks, apply_options, initialise, sincos_positions
 
 if TYPE_CHECKING:
-    from data_sharding.preprocess import PreprocessSpec
+    from data_sharding.processing.preprocess import PreprocessSpec
 
 
 class SignalEncoder(nn.Module):
@@ -129,7 +129,7 @@ class SignalDecoder(nn.Module):
 
 
 class Samples(Protocol):
-    """What a model must know of a batch; `data_sharding.loader.Batch` is one."""
+    """What a model must know of a batch; `data_sharding.dataset.loader.Batch` is one."""
 
     channels: list[int]
     """[B] true channels."""
@@ -199,7 +199,7 @@ class MaskedAutoencoder(nn.Module):
         Returns
         -------
         list of int, [B], or None
-            For `data_sharding.preprocess.PreprocessSpec.divisor`; None for all rows, copies too.
+            For `data_sharding.processing.preprocess.PreprocessSpec.divisor`; None for all rows, copies too.
         """
         return None
 

@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_sharding.errors import RequestError
+from data_sharding.common.errors import RequestError
 from pretrain.masking import dropped_channels, keep_indices
 from pretrain.model import MaskedAutoencoder, Samples
 from pretrain.shapes import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
 from pretrain.transformer import Blocks, initialise, sincos_positions
 
 if TYPE_CHECKING:
-    from data_sharding.dataset import EEGDataset
+    from data_sharding.dataset.dataset import EEGDataset
 
 # Metres: from twice the head's width to the distance of neighbours in a montage of 128 electrodes.
 _WAVELENGTHS = (0.4, 0.02)

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_sharding.config import parse_config
-from data_sharding.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 
 if TYPE_CHECKING:
     from pretrain.shapes import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
@@ -285,8 +285,8 @@ def resolve(config: PlanConfig) -> Request:
     RequestError
         If there is no config and no preset, or both, or the GPU is not known, or numbers do not divide.
     """
-    from data_sharding.dataset import MANIFEST, read_manifest
-    from data_sharding.storage import as_path
+    from data_sharding.common.storage import as_path
+    from data_sharding.dataset.dataset import MANIFEST, read_manifest
     from pretrain.config import PretrainConfig
     from pretrain.flops import PEAK_TFLOPS
     from pretrain.presets import PRESETS
@@ -552,7 +552,7 @@ def run_plan(config: PlanConfig) -> int:
     RequestError
         If the request cannot be met.
     """
-    from data_sharding.files import write_json
+    from data_sharding.common.files import write_json
 
     plan = make_plan(config)
     show(plan)

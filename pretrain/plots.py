@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.loader import collate
-from data_sharding.mixture import Mixture
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import collate
+from data_sharding.dataset.mixture import Mixture
 from pretrain.distributed import World
 from pretrain.evaluation import MASK_SEED
 

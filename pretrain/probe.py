@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data_sharding.config import parse_config
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.files import write_json
-from data_sharding.progress import progress
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.files import write_json
+from data_sharding.common.progress import progress
+from data_sharding.dataset.dataset import EEGDataset
 from pretrain.probe_features import Standardize, Trials, band_power, collect, covariance, standardized, time_courses
 from pretrain.probe_folds import Fold, inner_folds, outer_folds, shuffled_labels
 from pretrain.probe_statistics import FEWEST_SUBJECTS, accuracy_interval, difference_interval, flip_test

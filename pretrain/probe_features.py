@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import RequestError
-from data_sharding.loader import sequential
-from data_sharding.progress import progress
+from data_sharding.common.errors import RequestError
+from data_sharding.common.progress import progress
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import sequential
 
 if TYPE_CHECKING:
     import torch

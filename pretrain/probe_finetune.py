@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_sharding.progress import progress
-from data_sharding.samples import pad_channels
+from data_sharding.common.progress import progress
+from data_sharding.dataset.samples import pad_channels
 
 if TYPE_CHECKING:
     from pretrain.encoder import EEGEncoder

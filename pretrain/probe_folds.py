@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_sharding.errors import RequestError
+from data_sharding.common.errors import RequestError
 
 if TYPE_CHECKING:
     from pretrain.probe import ProbeConfig

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Literal
 
-from data_sharding.config import to_dict, to_yaml
-from data_sharding.errors import RequestError, one_line
-from data_sharding.files import atomic_write_text, digest_of, read_json, write_json
+from data_sharding.common.config import to_dict, to_yaml
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.files import atomic_write_text, digest_of, read_json, write_json
 from pretrain.checkpoint import DONE, file_record, newest_whole, prune
 from pretrain.tracking import TrackerConfig, open_tracker
 

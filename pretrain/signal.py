@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_sharding.errors import RequestError
-from data_sharding.preprocess import PreprocessSpec
-from data_sharding.signals import Signal, SignalInfo
+from data_sharding.common.errors import RequestError
+from data_sharding.formats.signal import Signal, SignalInfo
+from data_sharding.processing.preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
     import mne
@@ -68,7 +68,7 @@ def windows_of(
 
     Parameters
     ----------
-    recording : mne.io.BaseRaw, mne.BaseEpochs, data_sharding.signals.Signal or tuple
+    recording : mne.io.BaseRaw, mne.BaseEpochs, data_sharding.formats.signal.Signal or tuple
         A recording, or ``(x, ch_names, sfreq, unit)`` with x an array [n, samples].
     spec : PreprocessSpec
         The preprocessing of the pretraining.
@@ -89,9 +89,9 @@ def windows_of(
     """
     check_numbers(unit_factor=unit_factor, line_freq=line_freq)
     from data_sharding.corpora import Item
-    from data_sharding.readers import Recording
-    from data_sharding.recording import SetAside, blank_row, prepared
-    from data_sharding.windows import clean_windows, whole_windows
+    from data_sharding.formats.open_signal import Recording
+    from data_sharding.job.cut_windows import clean_windows, whole_windows
+    from data_sharding.job.process_recording import SetAside, blank_row, prepared
 
     if isinstance(recording, tuple):
         unit_factor = unit_factor or 1.0
@@ -170,7 +170,7 @@ def open_recording(path: str | Path) -> Signal:
 
     Returns
     -------
-    data_sharding.signals.Signal
+    data_sharding.formats.signal.Signal
         The recording, its samples not read yet.
 
     Raises
@@ -178,8 +178,8 @@ def open_recording(path: str | Path) -> Signal:
     RequestError
         If there is no such file, or it is no recording, or it cannot be read.
     """
-    from data_sharding.readers import ReadError, open_signal
-    from data_sharding.sniffing import sniff
+    from data_sharding.formats.open_signal import ReadError, open_signal
+    from data_sharding.formats.sniffing import sniff
 
     path = Path(path)
     if not path.exists():
@@ -200,7 +200,7 @@ def _recorded(recording: Any) -> Signal:
     """Behind one interface: what MNE reads, arrays, and what has that interface already."""
     import mne
 
-    from data_sharding.mne_signal import EpochsSignal, RawSignal
+    from data_sharding.formats.mne_signal import EpochsSignal, RawSignal
 
     if isinstance(recording, tuple):
         recording = _raw_of(recording)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from data_sharding.errors import one_line
-from data_sharding.files import atomic_write_text
+from data_sharding.common.errors import one_line
+from data_sharding.common.files import atomic_write_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_sharding.config import parse_config
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import EXIT_DONE, RequestError, StopRequested, run_main
-from data_sharding.files import read_json, write_json
-from data_sharding.loader import Batch, Loader
-from data_sharding.mixture import Mixture
-from data_sharding.samples import N_PADDED
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, RequestError, StopRequested, run_main
+from data_sharding.common.files import read_json, write_json
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import Batch, Loader
+from data_sharding.dataset.mixture import Mixture
+from data_sharding.dataset.samples import N_PADDED
 from pretrain.checkpoint import DONE, FORMAT, CheckpointWriter, complete_checkpoints, damage
 from pretrain.config import PretrainConfig
 from pretrain.flops import batch_flops, peak_flops

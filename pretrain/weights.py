@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from data_sharding.errors import RequestError
+from data_sharding.common.errors import RequestError
 
 WEIGHTS = "model.safetensors"
 """File of a checkpoint, an encoder package or a model that holds the weights."""

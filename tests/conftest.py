@@ -12,9 +12,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
-from data_sharding.dataset import write_dataset
-from data_sharding.preprocess import PreprocessSpec
-from data_sharding.samples import Sample
+from data_sharding.dataset.dataset import write_dataset
+from data_sharding.dataset.samples import Sample
+from data_sharding.processing.preprocess import PreprocessSpec
 
 SPEC = PreprocessSpec(sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, stride=128)
 LABELS = ["circle", "square"]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_sharding.config import parse_config, to_yaml
+from data_sharding.common.config import parse_config, to_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = {
-    "data_sharding/*": "data_sharding.job:ShardConfig",
-    "demo/shard_*": "data_sharding.job:ShardConfig",
+    "data_sharding/*": "data_sharding.job.request:ShardConfig",
+    "demo/shard_*": "data_sharding.job.request:ShardConfig",
     "pretrain/*": "pretrain.config:PretrainConfig",
     "demo/pretrain*": "pretrain.config:PretrainConfig",
     "demo/miniature": "finetune.miniature:MiniatureConfig",

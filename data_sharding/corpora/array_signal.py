@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.signals import Segment, SignalInfo
+from data_sharding.formats.signal import Segment, SignalInfo
 
 NOMINAL_V = 1e-5
 """Volts that one unit of a standardised signal is stored as: 10 microvolts, about EEG's own standard deviation."""

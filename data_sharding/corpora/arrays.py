@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.storage import AnyPath, localised
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, register
 from data_sharding.corpora.events import read_trials, trials_of
 from data_sharding.corpora.folder import KEYS, check_unit_factors, excluded, item_of
 from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text, relative_path
-from data_sharding.errors import RequestError, one_line
-from data_sharding.signals import Signal
-from data_sharding.sniffing import Recording
-from data_sharding.splits import SPLITS
-from data_sharding.storage import AnyPath, localised
+from data_sharding.dataset.splits import SPLITS
+from data_sharding.formats.signal import Signal
+from data_sharding.formats.sniffing import Recording
 
 SUFFIXES = (".npy", ".npz", ".mat")
 SIDECARS = (".json", ".yaml", ".yml")
@@ -127,7 +127,7 @@ class ArraysCorpus(Adapter):
 
     def open(self, item: Item) -> Signal:
         """An array, mapped from the file where its format allows it; see `Adapter.open`."""
-        from data_sharding.readers import ReadError, unreadable
+        from data_sharding.formats.open_signal import ReadError, unreadable
 
         path, own = Path(str(item.recording.path)), item.options
         try:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from data_sharding.errors import one_line
-from data_sharding.signals import Signal
-from data_sharding.sniffing import Recording
+from data_sharding.common.errors import one_line
+from data_sharding.formats.signal import Signal
+from data_sharding.formats.sniffing import Recording
 
 ADAPTERS: dict[str, Adapter] = {}
 """Kinds of corpora by name."""
@@ -198,7 +198,7 @@ class Adapter:
             With the reason for the ledger.
         """
         from data_sharding.corpora.patch import patched
-        from data_sharding.readers import open_signal
+        from data_sharding.formats.open_signal import open_signal
 
         return patched(open_signal(item.recording), item.info_patch)
 

@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, Item, register
 from data_sharding.corpora.events import NOTHING, read_trials
 from data_sharding.corpora.folder import KEYS, find, item_of
 from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text, root_name
-from data_sharding.errors import RequestError, one_line
-from data_sharding.records import VOLTS
-from data_sharding.storage import AnyPath, describe
+from data_sharding.formats.edf import VOLTS
 
 NOT_RAW = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
 """Folders at the top of a dataset that hold no raw recordings."""

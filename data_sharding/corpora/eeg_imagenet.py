@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_sharding.common.errors import RequestError
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, register
 from data_sharding.corpora.paths import check_images, folder_of, local_folder, recording_key, root_name
-from data_sharding.errors import RequestError
-from data_sharding.safe_pickle import RefusedPickle, load_torch
-from data_sharding.signals import Signal
-from data_sharding.sniffing import Recording
-from data_sharding.splits import SPLITS
+from data_sharding.corpora.safe_pickle import RefusedPickle, load_torch
+from data_sharding.dataset.splits import SPLITS
+from data_sharding.formats.signal import Signal
+from data_sharding.formats.sniffing import Recording
 
 SFREQ = 1000.0
 N_CHANNELS = 128
@@ -120,7 +120,7 @@ class EEGImageNetCorpus(Adapter):
 
     def open(self, item: Item) -> Signal:
         """Trials of one subject, mapped from the file; see `Adapter.open`."""
-        from data_sharding.readers import NotContinuous, ReadError
+        from data_sharding.formats.open_signal import NotContinuous, ReadError
 
         trials: list[int] = item.options["trials"]
         if not trials:

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from data_sharding.common.errors import RequestError
+from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, register
 from data_sharding.corpora.folder import KEYS, find, item_of
 from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text
-from data_sharding.errors import RequestError
-from data_sharding.splits import SPLITS
-from data_sharding.storage import AnyPath, describe
+from data_sharding.dataset.splits import SPLITS
 
 IMAGE_COLUMNS = ("image", "stim_file")
 """Columns that name an image: ours, and BIDS's."""

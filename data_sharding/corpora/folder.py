@@ -6,11 +6,11 @@ import fnmatch
 import re
 from typing import Any
 
+from data_sharding.common.errors import RequestError
+from data_sharding.common.storage import AnyPath
 from data_sharding.corpora.base import Adapter, CorpusConfig, Item, register
 from data_sharding.corpora.paths import folder_of, recording_key, relative_path, root_name
-from data_sharding.errors import RequestError
-from data_sharding.sniffing import Recording, find_recordings
-from data_sharding.storage import AnyPath
+from data_sharding.formats.sniffing import Recording, find_recordings
 
 INTRACRANIAL = re.compile(r"(?:^|[_\W])(ecog|ieeg|seeg)(?:$|[_\W])", re.IGNORECASE)
 KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "intracranial"})

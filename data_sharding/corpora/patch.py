@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from data_sharding.channels import canonical_name
-from data_sharding.signals import Signal
+from data_sharding.formats.channels import canonical_name
+from data_sharding.formats.signal import Signal
 
 
 def patched(signal: Signal, patch: dict[str, Any]) -> Signal:

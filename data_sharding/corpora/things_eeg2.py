@@ -14,16 +14,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.storage import AnyPath
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, register
 from data_sharding.corpora.folder import excluded
 from data_sharding.corpora.paths import check_images, folder_of, local_folder, recording_key, root_name
-from data_sharding.errors import RequestError, one_line
-from data_sharding.safe_pickle import RefusedPickle, load_npy
-from data_sharding.signals import Signal
-from data_sharding.sniffing import Recording
-from data_sharding.splits import TRAIN_OR_VAL
-from data_sharding.storage import AnyPath
+from data_sharding.corpora.safe_pickle import RefusedPickle, load_npy
+from data_sharding.dataset.splits import TRAIN_OR_VAL
+from data_sharding.formats.signal import Signal
+from data_sharding.formats.sniffing import Recording
 
 TARGET = 99999
 """Event code of the trials on which subjects had to press a key; their image is none of the set."""
@@ -124,7 +124,7 @@ class ThingsEEG2Corpus(Adapter):
 
     def open(self, item: Item) -> Signal:
         """Epochs or a recording, mapped from the file; see `Adapter.open`."""
-        from data_sharding.readers import ReadError
+        from data_sharding.formats.open_signal import ReadError
 
         own = item.options
         try:

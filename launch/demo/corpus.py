@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sharding.config import parse_config
-from data_sharding.errors import EXIT_DONE, run_main
-from data_sharding.files import atomic_directory
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, run_main
+from data_sharding.common.files import atomic_directory
 from launch.demo.brains import COMPONENTS, Head
 from launch.demo.pictures import CATEGORIES, SPLIT_SIZES, Picture, draw, make_pictures
 

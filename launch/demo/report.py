@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data_sharding.files import atomic_write_text, read_json, write_json
+from data_sharding.common.files import atomic_write_text, read_json, write_json
 from launch.demo import figures, page
 from launch.demo.steps import MODELS, Step
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from data_sharding.config import parse_config
-from data_sharding.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, StopRequested, run_main
-from data_sharding.files import atomic_write_text, digest_of, read_json, write_json
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, StopRequested, run_main
+from data_sharding.common.files import atomic_write_text, digest_of, read_json, write_json
 from launch.demo.steps import Step, make_steps
 from launch.worker import PARENT
 

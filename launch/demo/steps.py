@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data_sharding.errors import RequestError
+from data_sharding.common.errors import RequestError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_OUT = "runs/demo"

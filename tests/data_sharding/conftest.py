@@ -119,14 +119,14 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
     """
     import dataclasses
 
-    from data_sharding.dataset import write_dataset
-    from data_sharding.files import sha256_file
-    from data_sharding.fingerprints import NAME as FINGERPRINTS
-    from data_sharding.fingerprints import write_fingerprints
-    from data_sharding.ledger import NAME, totals, write_ledger
-    from data_sharding.preprocess import PreprocessSpec, preprocess
-    from data_sharding.samples import Sample
-    from data_sharding.units import assess
+    from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
+    from data_sharding.audit.fingerprints import write_fingerprints
+    from data_sharding.common.files import sha256_file
+    from data_sharding.dataset.dataset import write_dataset
+    from data_sharding.dataset.ledger import NAME, totals, write_ledger
+    from data_sharding.dataset.samples import Sample
+    from data_sharding.processing.preprocess import PreprocessSpec, preprocess
+    from data_sharding.processing.survey import assess
 
     spec = PreprocessSpec(sfreq=100, highpass=1.0, lowpass=lowpass, window=window, stride=stride)
     samples: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}

@@ -25,7 +25,7 @@ def encoder_package(paired_dataset: Path, tmp_path_factory: pytest.TempPathFacto
     """Encoder of fresh weights, 32 tokens of width 32, for the paired dataset's preprocessing."""
     import torch
 
-    from data_sharding.dataset import EEGDataset
+    from data_sharding.dataset.dataset import EEGDataset
     from pretrain.encoder import EEGEncoder
     from pretrain.model import EncoderConfig
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_sharding.dataset import EEGDataset, write_dataset
-from data_sharding.errors import run_main
-from data_sharding.loader import collate
+from data_sharding.common.errors import run_main
+from data_sharding.dataset.dataset import EEGDataset, write_dataset
+from data_sharding.dataset.loader import collate
 from finetune.align import AugmentConfig, augmented, infonce, main
 from finetune.conditioner import ClipHead
 from finetune.data import ImageTable, eeg_for_model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_sharding.errors import RequestError
+from data_sharding.common.errors import RequestError
 from finetune.classifier import ClassifierConfig, ImageClassifier, train_classifier
 
 CONFIG = ClassifierConfig(steps=60, batch=32, width=8, size=16)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_sharding.errors import RequestError
+from data_sharding.common.errors import RequestError
 from finetune.conditioner import ClipHead, ClipHeadConfig, Conditioner, ConditionerConfig
 
 

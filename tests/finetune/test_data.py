@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import RequestError
+from data_sharding.common.errors import RequestError
+from data_sharding.dataset.dataset import EEGDataset
 from finetune.data import ImageTable, decode_image, open_paired, to_model_range, to_pixels
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import run_main
-from data_sharding.loader import collate
-from data_sharding.samples import pad_channels
+from data_sharding.common.errors import run_main
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import collate
+from data_sharding.dataset.samples import pad_channels
 from finetune.dm_re2i import main
 from finetune.dm_re2i_model import DMRE2IGenerator
 from finetune.eg_ddpm import EGDDPM

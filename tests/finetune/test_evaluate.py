@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import run_main
+from data_sharding.common.errors import run_main
+from data_sharding.dataset.dataset import EEGDataset
 from finetune import metrics
 from finetune.data import ImageTable
 from finetune.evaluate import main, nearest_training_image, random_pairs, read_generated

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data_sharding.errors import RequestError
+from data_sharding.common.errors import RequestError
 from finetune.evrnet import MKRB, EVRNet, EVRNetConfig, whitening_matrix
 from finetune.evrnet_training import EVRNetAugment, calibrate_batch_norm, changed, same_category_average
 from finetune.training import StepRandom

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_sharding.dataset import EEGDataset, write_dataset
-from data_sharding.errors import run_main
-from data_sharding.preprocess import PreprocessSpec
+from data_sharding.common.errors import run_main
+from data_sharding.dataset.dataset import EEGDataset, write_dataset
+from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.data import decode_image
 from finetune.generate import derangement, main, trial_seed
 from finetune.stable_diffusion import main as finetune

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_sharding.errors import RequestError, run_main
+from data_sharding.common.errors import RequestError, run_main
 from finetune.clip_images import clip_image_embeddings
 from finetune.data import ImageTable, open_paired
 from finetune.miniature import _augment, main, make_tokenizer

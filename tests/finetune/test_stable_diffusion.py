@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import run_main
-from data_sharding.loader import collate
+from data_sharding.common.errors import run_main
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import collate
 from finetune.models import load_generator
 from finetune.stable_diffusion import StableDiffusionConfig, build, main
 from finetune.stable_diffusion_model import EEGDiffusion, cross_attention_parameters, load_base

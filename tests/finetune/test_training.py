@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import RequestError, StopRequested
-from data_sharding.loader import Batch, Loader
+from data_sharding.common.errors import RequestError, StopRequested
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import Batch, Loader
 from finetune.training import (
     EMA,
     FitResult,

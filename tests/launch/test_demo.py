@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_sharding.errors import RequestError
+from data_sharding.common.errors import RequestError
 from launch.demo import report
 from launch.demo.run import DemoConfig, choose_folder
 from launch.demo.steps import make_steps

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from data_sharding.config import parse_config
+from data_sharding.common.config import parse_config
 from pretrain.config import PretrainConfig
 from pretrain.distributed import choose_device, import_deepspeed, launched_world, process_group
 from pretrain.run import RunDirectory, StopSignal

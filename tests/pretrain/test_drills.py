@@ -23,10 +23,10 @@ import yaml
 import zstandard
 from safetensors.torch import load_file
 
-from data_sharding.dataset import EEGDataset, write_dataset
-from data_sharding.loader import Loader
-from data_sharding.reading import HEADER, locate
-from data_sharding.samples import Sample, pad_channels
+from data_sharding.dataset.dataset import EEGDataset, write_dataset
+from data_sharding.dataset.loader import Loader
+from data_sharding.dataset.samples import Sample, pad_channels
+from data_sharding.dataset.shard_reader import HEADER, locate
 from pretrain.checkpoint import complete_checkpoints
 
 from .conftest import ROOT, environment, losses, metrics, run_jobs, write_config
@@ -55,7 +55,7 @@ def runs(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     samples[5] = Sample(key=bad.key, eeg=np.full_like(bad.eeg, np.nan), meta=bad.meta, image=None, image_ext="png")
     with pytest.MonkeyPatch.context() as patch:
         # Our own writer refuses it; another one might not.
-        patch.setattr("data_sharding.samples.encode_eeg", as_it_is)
+        patch.setattr("data_sharding.dataset.samples.encode_eeg", as_it_is)
         write_dataset(folder / "bad", {"train": samples, "val": samples[8:16]}, train.spec)
     config = write_config(
         folder / "config.yaml",

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import RequestError
-from data_sharding.samples import pad_channels
+from data_sharding.common.errors import RequestError
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.samples import pad_channels
 from pretrain.encode import main as encode_main
 from pretrain.encoder import EEGEncoder
 from pretrain.export import main as export_main
@@ -203,7 +203,7 @@ class TestEncode:
 
     def test_is_what_training_saw(self, encoder_package: Path) -> None:
         """The windows go through the very steps of sharding: preprocessing, padding, scaling."""
-        from data_sharding.preprocess import preprocess
+        from data_sharding.processing.preprocess import preprocess
 
         encoder = EEGEncoder.from_pretrained(encoder_package)
         raw = recording()

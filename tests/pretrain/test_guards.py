@@ -21,11 +21,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_sharding.dataset import EEGDataset, write_dataset
-from data_sharding.errors import RequestError
-from data_sharding.loader import Batch, Loader
-from data_sharding.preprocess import PreprocessSpec
-from data_sharding.samples import Sample
+from data_sharding.common.errors import RequestError
+from data_sharding.dataset.dataset import EEGDataset, write_dataset
+from data_sharding.dataset.loader import Batch, Loader
+from data_sharding.dataset.samples import Sample
+from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.checkpoint import complete_checkpoints
 from pretrain.config import OptimizerConfig
 from pretrain.flops import batch_flops, peak_flops, training_flops
@@ -212,7 +212,7 @@ import sys, time
 import torch.distributed as dist
 from pretrain.guards import Watchdog
 from pretrain.run import RunDirectory
-from data_sharding.preprocess import PreprocessSpec
+from data_sharding.processing.preprocess import PreprocessSpec
 
 run = RunDirectory(sys.argv[2], PreprocessSpec())
 store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False)
@@ -255,7 +255,7 @@ class TestRunDirectory:
     def test_two_commands_do_not_write_one_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("pretrain.run._SAME_HOST_S", 1)
         hold = "import sys, time; from pretrain.run import RunDirectory; "
-        hold += "from data_sharding.preprocess import PreprocessSpec; "
+        hold += "from data_sharding.processing.preprocess import PreprocessSpec; "
         hold += "run = RunDirectory(sys.argv[1], PreprocessSpec()); print('here', flush=True); time.sleep(600)"
         path = tmp_path / "run"
         other = subprocess.Popen([sys.executable, "-c", hold, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -272,7 +272,7 @@ class TestRunDirectory:
     def test_a_tracker_that_fails_does_not_end_the_training(self, tmp_path: Path) -> None:
         program = """
 import os, signal, subprocess, sys, time
-from data_sharding.preprocess import PreprocessSpec
+from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.run import RunDirectory
 from pretrain.tracking import TrackerConfig
 

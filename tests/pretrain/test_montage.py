@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_sharding.dataset import EEGDataset
-from data_sharding.errors import RequestError
-from data_sharding.loader import collate
-from data_sharding.preprocess import PreprocessSpec
-from data_sharding.samples import pad_channels
+from data_sharding.common.errors import RequestError
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import collate
+from data_sharding.dataset.samples import pad_channels
+from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.encoder import EEGEncoder
 from pretrain.montage_model import MontageAutoencoder, MontageEncoder, common_positions, electrode_positions
 from pretrain.shapes import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_sharding.dataset import EEGDataset, write_dataset
+from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from pretrain.flops import training_flops
 from pretrain.masking import keep_indices
 from pretrain.model import build_autoencoder, count_parameters

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_sharding.config import parse_config
+from data_sharding.common.config import parse_config
 from pretrain.config import PretrainConfig
 from pretrain.model import build_autoencoder, count_parameters
 from pretrain.presets import PRESETS

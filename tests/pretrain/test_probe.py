@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_sharding.dataset import write_dataset
-from data_sharding.preprocess import PreprocessSpec
-from data_sharding.samples import Sample
+from data_sharding.dataset.dataset import write_dataset
+from data_sharding.dataset.samples import Sample
+from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.eegnet import EEGNet, EEGNetConfig, predict_eegnet, train_eegnet
 from pretrain.encoder import EEGEncoder
 from pretrain.probe import (
@@ -172,7 +172,7 @@ class TestCommand:
         encoder = EEGEncoder.from_pretrained(package)
         device = torch.device("cpu")
         trials = collect(str(data), ["test"], {"encoder": encoder}, bins=4, batch_size=3, device=device)
-        from data_sharding.dataset import EEGDataset
+        from data_sharding.dataset.dataset import EEGDataset
 
         first = EEGDataset(data, "test")[0]
         assert first.meta["subject"] == "s6"
@@ -231,7 +231,7 @@ class TestFolds:
             assert not {*fold.test} & {number for fit, held in pairs[1:] for number in (*fit, *held)}
 
     def test_shared_images_are_left_out_of_the_test_split(self) -> None:
-        from data_sharding.errors import RequestError
+        from data_sharding.common.errors import RequestError
 
         trials = trials_of(3, 8)
         with pytest.raises(RequestError, match="every image of split 'test'"):
@@ -242,7 +242,7 @@ class TestFolds:
         assert left_out == {"test": 5, "train": 0}
 
     def test_one_label_is_refused(self) -> None:
-        from data_sharding.errors import RequestError
+        from data_sharding.common.errors import RequestError
 
         trials = trials_of(3, 8, shared=False)
         trials.labels_n[:] = 0

@@ -179,7 +179,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(
 def test_a_gradient_that_is_not_finite_is_skipped_counted_and_ends_the_run(
     stage: int, unpaired_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_sharding.preprocess import PreprocessSpec
+    from data_sharding.processing.preprocess import PreprocessSpec
 
     config = write_config(
         tmp_path / "config.yaml",

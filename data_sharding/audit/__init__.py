@@ -1,0 +1,1 @@
+"""What a dataset holds and shares: duplicates, leakage between splits, verification, the report."""

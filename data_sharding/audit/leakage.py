@@ -1,0 +1,574 @@
+"""What two datasets, or two splits of one, have in common: people, recordings, windows and images.
+
+Shapes: W windows of a dataset, R recordings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from data_sharding.audit.duplicates import HOW, find_duplicates, matches
+from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
+from data_sharding.audit.fingerprints import Fingerprints, ImagePrint, image_print, similar_images, window_digest
+from data_sharding.common.errors import RequestError
+from data_sharding.common.files import read_json
+from data_sharding.common.progress import progress
+from data_sharding.common.storage import AnyPath, as_path
+from data_sharding.dataset.ledger import NAME as LEDGER
+from data_sharding.dataset.ledger import read_ledger
+from data_sharding.dataset.manifest import Manifest
+from data_sharding.dataset.samples import IMAGE_EXTENSIONS, decode_eeg
+from data_sharding.dataset.splits import SPLITS
+
+Kind = Literal["subject", "recording", "window", "image"]
+KINDS: tuple[Kind, ...] = ("subject", "recording", "window", "image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something in common."""
+
+    kind: Kind
+    """What."""
+    text: str
+    """With names, one line."""
+    proof: bool = True
+    """False where it is a question: equal names alone, or what the request itself allows."""
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What was found, and how far the comparison reached."""
+
+    found: list[Finding] = field(default_factory=list)
+    """In common."""
+    compared: list[str] = field(default_factory=list)
+    """What was compared, in words."""
+    not_compared: list[str] = field(default_factory=list)
+    """What could not be compared, and why."""
+
+    @property
+    def proofs(self) -> list[Finding]:
+        """Findings that are no mere questions."""
+        return [finding for finding in self.found if finding.proof]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageUse:
+    """An image of a dataset."""
+
+    corpus: str
+    """Whose."""
+    image_id: str
+    """Its name there."""
+    picture: ImagePrint
+    """Its content."""
+    splits: tuple[str, ...]
+    """Where it stands."""
+
+
+@dataclass(kw_only=True)
+class Contents:
+    """What of a dataset is compared."""
+
+    name: str
+    """The dataset as the user named it."""
+    manifest: Manifest
+    """Its manifest."""
+    rows: dict[str, dict[str, Any]]
+    """Ledger rows by key; empty where there is no ledger."""
+    fingerprints: Fingerprints | None
+    """Of its recordings; None where there are none."""
+    recordings: list[str]
+    """Keys of the recordings that have windows."""
+    people: list[tuple[str, str]]
+    """Corpus and subject of each of them."""
+    recording: np.ndarray = field(repr=False)
+    """[W] place in `recordings`."""
+    split: np.ndarray = field(repr=False)
+    """[W] place in `SPLITS`."""
+    start: np.ndarray = field(repr=False)
+    """[W] seconds from the recording's beginning."""
+    digest: np.ndarray = field(repr=False)
+    """[W] `data_sharding.audit.fingerprints.window_digest`; empty where windows were not read."""
+    images: list[ImageUse] = field(repr=False)
+    """One for each image and name."""
+    concepts: dict[str, set[str]] = field(default_factory=dict, repr=False)
+    """Concept of the images shown to the splits in which it stands."""
+    _order: np.ndarray | None = field(default=None, init=False, repr=False)
+    _bounds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), init=False, repr=False)
+
+    @classmethod
+    def read(cls, dataset: str | AnyPath, *, windows: bool = True) -> Contents:
+        """Read a dataset through.
+
+        Parameters
+        ----------
+        dataset : str, Path or UPath
+            Its directory.
+        windows : bool
+            Whether to decode every window, too.
+
+        Returns
+        -------
+        Contents
+            What is compared of it.
+
+        Raises
+        ------
+        RequestError
+            If there is no complete dataset, or a shard or index is missing or damaged.
+        """
+        root = as_path(dataset)
+        manifest = Manifest.read(root)
+        rows = {row["key"]: row for row in read_ledger(root)} if (root / LEDGER).is_file() else {}
+        keys: dict[str, int] = {}
+        people: list[tuple[str, str]] = []
+        columns: list[list[tuple[int, int, float, int]]] = []
+        pictures: dict[str, ImagePrint] = {}
+        uses: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
+        concepts: defaultdict[str, set[str]] = defaultdict(set)
+        jobs = [(split, shard.path) for split, shards in manifest.splits.items() for shard in shards]
+
+        def look(job: tuple[str, str]) -> list[tuple[_Sample, str]]:
+            out = []
+            for sample, image in _samples(root, job[1], windows):
+                sha = ""
+                if image is not None:
+                    sha = hashlib.sha256(image).hexdigest()
+                    if sha not in pictures:
+                        pictures[sha] = image_print(image, sha)
+                out.append((sample, sha))
+            return out
+
+        with (
+            progress(f"reading {root}", len(jobs)) as advance,
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        ):
+            for (split, _), samples in zip(jobs, pool.map(look, jobs), strict=True):
+                place = SPLITS.index(split)
+                column = []
+                for sample, sha in samples:
+                    if sample.recording not in keys:
+                        keys[sample.recording] = len(people)
+                        people.append((sample.corpus, sample.subject))
+                    column.append((keys[sample.recording], place, sample.start, sample.digest))
+                    if sha:
+                        uses[sample.corpus, sample.image_id, sha].add(split)
+                    if sample.concept:
+                        concepts[sample.concept].add(split)
+                columns.append(column)
+                advance(1)
+        flat = [window for column in columns for window in column]
+        return cls(
+            name=str(dataset),
+            manifest=manifest,
+            rows=rows,
+            fingerprints=Fingerprints(root) if (root / FINGERPRINTS).is_file() else None,
+            recordings=list(keys),
+            people=people,
+            recording=np.array([w[0] for w in flat], np.int64),
+            split=np.array([w[1] for w in flat], np.int8),
+            start=np.array([w[2] for w in flat], float),
+            digest=np.array([w[3] for w in flat] if windows else [], np.uint64),
+            images=[
+                ImageUse(corpus=c, image_id=i, picture=pictures[sha], splits=tuple(s for s in SPLITS if s in where))
+                for (c, i, sha), where in sorted(uses.items())
+            ],
+            concepts=dict(concepts),
+        )
+
+    def checksums(self) -> dict[str, str]:
+        """Checksum of a recording's files to the recording; copies that were left out as duplicates lead to it, too."""
+        in_it = set(self.recordings)
+        kept = {row["sha256"]: key if key in in_it else row["duplicate_of"] for key, row in self.rows.items()}
+        return {sha: key for sha, key in kept.items() if sha and key in in_it}
+
+    def windows_of(self, number: int) -> np.ndarray:
+        """Windows of a recording.
+
+        Parameters
+        ----------
+        number : int
+            Place in `recordings`.
+
+        Returns
+        -------
+        ndarray of int
+            Places in `start` and the other columns.
+        """
+        if self._order is None:
+            self._order = np.argsort(self.recording, kind="stable")
+            self._bounds = np.searchsorted(self.recording[self._order], np.arange(len(self.recordings) + 1))
+        return self._order[self._bounds[number] : self._bounds[number + 1]]
+
+    def known_subjects(self) -> set[tuple[str, str]]:
+        """Corpus and name of everyone whose name is known: an unnamed recording is its own subject."""
+        return {(c, s) for (c, s), key in zip(self.people, self.recordings, strict=True) if s and s != key}
+
+    def unnamed(self) -> int:
+        """Recordings of which nobody said whose they are."""
+        return sum(s in ("", key) for (_, s), key in zip(self.people, self.recordings, strict=True))
+
+
+class _Sample(NamedTuple):
+    """What is compared of a window; its metadata as a whole would fill the memory."""
+
+    recording: str
+    corpus: str
+    subject: str
+    start: float
+    image_id: str
+    concept: str
+    digest: int
+
+
+def _samples(root: AnyPath, path: str, windows: bool) -> Iterator[tuple[_Sample, bytes | None]]:
+    """Every sample of a shard with its image."""
+    tar = root / path
+    try:
+        with tar.open("rb") as stream:
+            for entry in read_json(tar.with_suffix(".idx")):
+                members: dict[str, list[int]] = entry["members"]
+
+                def member(name: str, members: dict[str, list[int]] = members) -> bytes:
+                    offset, size = members[name]
+                    stream.seek(offset)
+                    return stream.read(size)
+
+                meta = json.loads(member("json"))
+                sample = _Sample(
+                    recording=str(meta.get("recording", "")),
+                    corpus=str(meta.get("corpus", "")),
+                    subject=str(meta.get("subject", "")),
+                    start=float(meta.get("start", 0.0)),
+                    image_id=str(meta.get("image_id", "")),
+                    concept=str(meta.get("concept", "")),
+                    digest=window_digest(decode_eeg(member("eeg.npy.zst"), meta["n"])) if windows else 0,
+                )
+                image = next((f"image.{ext}" for ext in IMAGE_EXTENSIONS if f"image.{ext}" in members), None)
+                yield sample, member(image) if image else None
+    except RequestError:
+        raise
+    except Exception as error:
+        # Whatever a damaged archive raises, the shard is to blame.
+        why = f"cannot be read ({error}); 'dreamscale verify {root}' says what is damaged"
+        raise RequestError(f"{tar}: {why}") from None
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places in a whose value is in b, and one place in b for each; by sorting, which is faster here than hashing."""
+    if not len(a) or not len(b):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    order_a, order_b = np.argsort(a), np.argsort(b, kind="stable")
+    place = np.searchsorted(b[order_b], a[order_a]).clip(max=len(b) - 1)
+    hit = b[order_b[place]] == a[order_a]
+    found = np.argsort(order_a[hit])
+    return order_a[hit][found], order_b[place[hit]][found]
+
+
+def _overlaps(a: np.ndarray, length_a: float, b: np.ndarray, length_b: float) -> np.ndarray:
+    """Which windows of one list reach into a window of the other; both by their starts in seconds."""
+    if not len(a) or not len(b):
+        return np.zeros(len(a), bool)
+    b = np.sort(b)
+    # The last window of b that starts before the end of a's, minus rounding of the starts.
+    last = np.searchsorted(b, a + length_a - 1e-4) - 1
+    return (last >= 0) & (b[np.maximum(last, 0)] + length_b > a + 1e-4)
+
+
+def _windows(number: int) -> str:
+    return f"{number} window{'s' * (number != 1)}"
+
+
+def _times(starts: np.ndarray) -> str:
+    shown = ", ".join(f"{t:.2f}" for t in np.sort(starts)[:3])
+    return f"at {shown}{' ...' if len(starts) > 3 else ''} s"
+
+
+def compare_datasets(a: Contents, b: Contents) -> Findings:
+    """What two datasets have in common.
+
+    Parameters
+    ----------
+    a, b : Contents
+        Two datasets, of the same or of different preprocessing.
+
+    Returns
+    -------
+    Findings
+        Proofs and questions, and how far the comparison reached.
+    """
+    out = Findings()
+    _compare_subjects(a, b, out)
+    pairs = _compare_recordings(a, b, out)
+    _compare_windows(a, b, pairs, out)
+    _compare_images(a, b, out)
+    return out
+
+
+def _compare_subjects(a: Contents, b: Contents, out: Findings) -> None:
+    ours, theirs = a.known_subjects(), b.known_subjects()
+    out.compared.append(f"subjects by corpus and name: {len(ours)} with {len(theirs)}")
+    for corpus, subject in sorted(ours & theirs):
+        out.found.append(Finding(kind="subject", text=f"subject {subject} of corpus {corpus} is in both"))
+    where: defaultdict[str, list[str]] = defaultdict(list)
+    for corpus, subject in theirs:
+        where[subject].append(corpus)
+    for corpus, subject in sorted(ours - theirs):
+        if others := sorted(set(where[subject]) - {corpus}):
+            text = f"same name: subject {subject} of corpus {corpus}, and of {', '.join(others)} in the other"
+            out.found.append(Finding(kind="subject", text=text, proof=False))
+    for contents in (a, b):
+        _unnamed(contents, out)
+
+
+def _unnamed(contents: Contents, out: Findings) -> None:
+    if unnamed := contents.unnamed():
+        text = f"subjects of {unnamed} recordings of {contents.name}: nobody says whose they are (subject_pattern)"
+        out.not_compared.append(text)
+
+
+def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[str, str]]:
+    """Findings about recordings; pairs of keys that are one recording."""
+    pairs: dict[tuple[str, str], str] = {}
+    sums_a, sums_b = a.checksums(), b.checksums()
+    for sha in sums_a.keys() & sums_b.keys():
+        pairs[sums_a[sha], sums_b[sha]] = "equal bytes"
+    for contents in (a, b):
+        if not contents.rows:
+            out.not_compared.append(f"recordings by checksum: {contents.name} has no {LEDGER}")
+        if contents.fingerprints is None:
+            out.not_compared.append(f"recordings by signal: {contents.name} has no {FINGERPRINTS}")
+    if sums_a and sums_b:
+        out.compared.append(f"recordings by checksum of their files: {len(sums_a)} with {len(sums_b)}")
+    if a.fingerprints and b.fingerprints:
+        ours, theirs = a.fingerprints.prints, b.fingerprints.prints
+        out.compared.append(f"recordings by signal: {len(ours)} with {len(theirs)}")
+        for i, j, relation in matches(ours, theirs, a.fingerprints.load, b.fingerprints.load):
+            pairs.setdefault((ours[i].key, theirs[j].key), HOW[relation])
+    for key in sorted(set(a.recordings) & set(b.recordings)):
+        ours, theirs = a.rows.get(key), b.rows.get(key)
+        if (key, key) in pairs:
+            continue
+        if ours and theirs and ours["sha256"] != theirs["sha256"]:
+            text = f"same name: recording {key}; the files differ"
+            out.found.append(Finding(kind="recording", text=text, proof=False))
+        else:
+            pairs[key, key] = "same corpus and path"
+    for (one, other), how in sorted(pairs.items()):
+        who = one if one == other else f"{one} here is {other} there"
+        out.found.append(Finding(kind="recording", text=f"recording {who}: {how}"))
+    return list(pairs)
+
+
+def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]], out: Findings) -> None:
+    spec_a, spec_b = a.manifest.preprocess, b.manifest.preprocess
+    ours, theirs = _equal(a.digest, b.digest)
+    out.compared.append(f"windows by content: {len(a.digest)} with {len(b.digest)}")
+    if spec_a.digest() != spec_b.digest():
+        x, y = spec_a.to_dict(), spec_b.to_dict()
+        other = ", ".join(sorted(k for k in x.keys() | y.keys() if x.get(k) != y.get(k)))
+        out.not_compared.append(
+            f"windows by content, as proof that none is shared: the preprocessing differs ({other}); "
+            "windows of shared recordings are compared by their time"
+        )
+    if len(ours):
+        groups: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+        for i, j in zip(ours, theirs, strict=True):
+            groups[a.recordings[a.recording[i]], b.recordings[b.recording[j]]].append(float(a.start[i]))
+        for (one, other), starts in sorted(groups.items()):
+            text = f"{_windows(len(starts))} of {one} equal to windows of {other}, {_times(np.array(starts))}"
+            out.found.append(Finding(kind="window", text=text))
+    number_a, number_b = ({key: i for i, key in enumerate(c.recordings)} for c in (a, b))
+    for one, other in sorted(pairs):
+        if one in number_a and other in number_b:
+            x, y = a.start[a.windows_of(number_a[one])], b.start[b.windows_of(number_b[other])]
+            hit = _overlaps(x, spec_a.window_s, y, spec_b.window_s)
+            if hit.any():
+                text = f"{int(hit.sum())} of {_windows(len(x))} of {one} in time that {other} covers, {_times(x[hit])}"
+                out.found.append(Finding(kind="window", text=text))
+    if pairs:
+        out.compared.append(f"windows by time, of {len(pairs)} shared recordings")
+
+
+def _compare_images(a: Contents, b: Contents, out: Findings) -> None:
+    if not a.images or not b.images:
+        return
+    out.compared.append(f"images by name, bytes and looks: {len(a.images)} with {len(b.images)}")
+    _unreadable(out, a, b)
+    told: set[tuple[int, int]] = set()
+    for i, j in similar_images([u.picture for u in a.images], [u.picture for u in b.images]):
+        x, y = a.images[i], b.images[j]
+        told.add((i, j))
+        how = "equal bytes" if x.picture.sha256 == y.picture.sha256 else "the same picture, encoded again"
+        out.found.append(Finding(kind="image", text=f"image {_image(x)} here is {_image(y)} there: {how}"))
+    named: defaultdict[str, list[int]] = defaultdict(list)
+    of_sha: defaultdict[str, list[int]] = defaultdict(list)
+    for j, use in enumerate(b.images):
+        named[use.image_id].append(j)
+        of_sha[use.picture.sha256].append(j)
+    for i, use in enumerate(a.images):
+        for j in of_sha[use.picture.sha256]:
+            if (i, j) not in told:
+                told.add((i, j))
+                text = f"image {_image(use)} here is {_image(b.images[j])} there: equal bytes"
+                out.found.append(Finding(kind="image", text=text))
+        for j in named[use.image_id]:
+            other = b.images[j]
+            if (i, j) not in told and use.image_id:
+                same = use.corpus == other.corpus
+                text = f"image {_image(use)} here, {_image(other)} there; the pictures differ"
+                text = text if same else f"same name: {text}"
+                out.found.append(Finding(kind="image", text=text, proof=same))
+
+
+def _image(use: ImageUse) -> str:
+    return f"{use.corpus}/{use.image_id or use.picture.sha256[:12]}"
+
+
+def _unreadable(out: Findings, *contents: Contents) -> None:
+    for one in contents:
+        if blind := sum(use.picture.phash is None for use in one.images):
+            out.not_compared.append(f"{blind} images of {one.name} by looks: Pillow cannot open them")
+
+
+def _by_design(manifest: Manifest) -> tuple[bool, bool]:
+    """Whether the request itself lets subjects, and images, stand in several splits."""
+    split = manifest.config.get("split")
+    if not split:
+        return False, False
+    subjects = any(split.get(k) for k in ("val_subjects", "test_subjects", "val_fraction", "test_fraction"))
+    images = any(split.get(k) for k in ("image_val_fraction", "image_test_fraction"))
+    return not subjects, not images
+
+
+def compare_splits(contents: Contents) -> Findings:
+    """What the splits of one dataset have in common.
+
+    Parameters
+    ----------
+    contents : Contents
+        The dataset.
+
+    Returns
+    -------
+    Findings
+        Subjects and images that cross splits are questions, not proofs, where the dataset's own config does not hold
+        them out; windows that are equal or overlap across splits always count.
+    """
+    out = Findings()
+    free_subjects, free_images = _by_design(contents.manifest)
+    there = [split for split in SPLITS if contents.manifest.samples(split)]
+    out.compared.append(
+        f"{', '.join(there)}: {len(contents.recordings)} recordings of {len(set(contents.people))} subjects, "
+        f"{len(contents.split)} windows, {len(contents.images)} images"
+    )
+    of_subject: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    of_recording: defaultdict[int, set[int]] = defaultdict(set)
+    codes = np.sort(contents.recording * len(SPLITS) + contents.split)
+    for code in codes[np.diff(codes, prepend=-1) > 0]:
+        recording, split = divmod(int(code), len(SPLITS))
+        of_recording[recording].add(split)
+        of_subject[contents.people[recording]].add(split)
+    allowed = " (the config does not hold subjects out)" if free_subjects else ""
+    for (corpus, subject), places in sorted(of_subject.items()):
+        if len(places) > 1 and (corpus, subject) in contents.known_subjects():
+            text = f"subject {subject} of corpus {corpus} is in {_names(places)}{allowed}"
+            out.found.append(Finding(kind="subject", text=text, proof=not free_subjects))
+    for number, places in sorted(of_recording.items()):
+        if len(places) > 1:
+            text = f"recording {contents.recordings[number]} is in {_names(places)}{allowed}"
+            out.found.append(Finding(kind="recording", text=text, proof=not free_subjects))
+    _unnamed(contents, out)
+    _recordings_twice(contents, of_recording, out)
+    _windows_across(contents, of_recording, out)
+    _images_across(contents, free_images, out)
+    return out
+
+
+def _names(places: set[int]) -> str:
+    return " and ".join(SPLITS[p] for p in sorted(places))
+
+
+def _recordings_twice(contents: Contents, of_recording: dict[int, set[int]], out: Findings) -> None:
+    if contents.fingerprints is None:
+        out.not_compared.append(f"recordings by signal: there is no {FINGERPRINTS}")
+        return
+    number = {key: i for i, key in enumerate(contents.recordings)}
+    twice = find_duplicates(contents.fingerprints.prints, contents.fingerprints.load)
+    for key, text in sorted(twice.items()):
+        kept = text.split(" ")[0]
+        if key in number and kept in number:
+            places = of_recording[number[key]] | of_recording[number[kept]]
+            words = f"recording {key} is a copy of {text}; they are in {_names(places)}"
+            out.found.append(Finding(kind="recording", text=words, proof=len(places) > 1))
+    out.compared.append(f"recordings by signal: {len(contents.fingerprints.prints)} with one another")
+
+
+def _windows_across(contents: Contents, of_recording: dict[int, set[int]], out: Findings) -> None:
+    length = contents.manifest.preprocess.window_s
+    order = np.argsort(contents.digest, kind="stable")
+    equal = np.flatnonzero(contents.digest[order][1:] == contents.digest[order][:-1]) if len(order) else order
+    groups: Counter[tuple[int, int, int, int]] = Counter()
+    for i, j in zip(order[equal], order[equal + 1], strict=True):
+        ends = sorted((int(contents.split[k]), int(contents.recording[k])) for k in (i, j))
+        groups[(*ends[0], *ends[1])] += 1
+    for (split, one, where, other), count in sorted(groups.items()):
+        text = (
+            f"{_windows(count)} of {contents.recordings[one]} ({SPLITS[split]}) equal to windows of "
+            f"{contents.recordings[other]} ({SPLITS[where]})"
+        )
+        out.found.append(Finding(kind="window", text=text, proof=split != where))
+    for number, places in sorted(of_recording.items()):
+        if len(places) < 2:
+            continue
+        mine = contents.windows_of(number)
+        for p, q in combinations(sorted(places), 2):
+            x, y = (contents.start[mine[contents.split[mine] == s]] for s in (p, q))
+            hit = _overlaps(x, length, y, length)
+            if hit.any():
+                text = (
+                    f"{_windows(int(hit.sum()))} of {contents.recordings[number]} in {SPLITS[p]} at a time that "
+                    f"windows in {SPLITS[q]} cover, {_times(x[hit])}"
+                )
+                out.found.append(Finding(kind="window", text=text))
+    out.compared.append(f"windows by content and by time: {len(contents.split)}")
+
+
+def _images_across(contents: Contents, allowed: bool, out: Findings) -> None:
+    if not contents.images:
+        return
+    _unreadable(out, contents)
+    why = " (the config does not hold images out)" if allowed else ""
+    uses = contents.images
+    for use in uses:
+        if len(use.splits) > 1:
+            text = f"image {_image(use)} is in {' and '.join(use.splits)}{why}"
+            out.found.append(Finding(kind="image", text=text, proof=not allowed))
+    pictures = [use.picture for use in uses]
+    for i, j in similar_images(pictures, pictures):
+        if i < j and set(uses[i].splits) != set(uses[j].splits):
+            how = "equal bytes" if pictures[i].sha256 == pictures[j].sha256 else "the same picture, encoded again"
+            text = (
+                f"image {_image(uses[i])} ({' and '.join(uses[i].splits)}) is {_image(uses[j])} "
+                f"({' and '.join(uses[j].splits)}): {how}{why}"
+            )
+            out.found.append(Finding(kind="image", text=text, proof=not allowed))
+    out.compared.append(f"images by name, bytes and looks: {len(uses)}")
+    if (contents.manifest.config.get("split") or {}).get("by") == "concept":
+        for concept, splits in sorted(contents.concepts.items()):
+            if len(splits) > 1:
+                where = " and ".join(s for s in SPLITS if s in splits)
+                out.found.append(Finding(kind="image", text=f"concept {concept} is in {where}"))
+        out.compared.append(f"concepts of images: {len(contents.concepts)}")

@@ -1,0 +1,1 @@
+"""What every part needs: errors and exit codes, configs, files, storage, progress."""

@@ -1,0 +1,231 @@
+"""Whole shards of a remote dataset on this machine's disk: checked, bounded, and shared by all processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from upath import UPath
+
+from data_sharding.common.errors import RequestError
+from data_sharding.common.storage import AnyPath, describe
+
+DEFAULT_GB = 50.0
+_TRIES = 2
+_BLOCK = 1 << 24
+
+
+def cache_folder() -> Path:
+    """Where fetched shards are kept.
+
+    Returns
+    -------
+    Path
+        DREAMSCALE_CACHE where that is set (best a fast disk of this machine), else ``~/.cache/dreamscale``.
+    """
+    return Path(os.environ.get("DREAMSCALE_CACHE") or "~/.cache/dreamscale").expanduser()
+
+
+class ShardCache:
+    """Bounded folder of files named after their checksums.
+
+    What was used longest ago goes first. Any number of processes of one machine may share a folder: each file is
+    fetched by one of them under a lock of its own while the others wait for it.
+
+    Parameters
+    ----------
+    gigabytes : float, optional
+        Most that the folder may hold, in 10^9 bytes; DREAMSCALE_CACHE_GB by default, or 50 where that is not set.
+    folder : Path, optional
+        The folder; `cache_folder` by default.
+
+    Raises
+    ------
+    RequestError
+        If the bound is no positive number.
+    """
+
+    def __init__(self, gigabytes: float | None = None, folder: Path | None = None) -> None:
+        self.folder = (folder or cache_folder()) / "shards"
+        text = (os.environ.get("DREAMSCALE_CACHE_GB") or DEFAULT_GB) if gigabytes is None else gigabytes
+        try:
+            size = float(text)
+        except ValueError:
+            size = 0.0
+        if not 0 < size < float("inf"):
+            raise RequestError(f"cache_gb (or DREAMSCALE_CACHE_GB) is '{text}'; it must be a positive number")
+        self.limit = int(size * 1e9)
+
+    def open(self, url: AnyPath, sha256: str, size: int | None = None) -> int:
+        """Open a file for reading, fetched first where it is not there yet.
+
+        Parameters
+        ----------
+        url : Path or UPath
+            Where it lies.
+        sha256 : str
+            What its content must be.
+        size : int, optional
+            Bytes it must have; asked of the store where None.
+
+        Returns
+        -------
+        int
+            File descriptor, the caller's to close. It stays readable when the file is evicted.
+
+        Raises
+        ------
+        RequestError
+            If the file cannot be fetched, is larger than the cache, or twice came with other bytes than the checksum's.
+        """
+        path = self.folder / sha256[:2] / sha256
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(path, os.O_RDONLY)
+                os.utime(descriptor)
+                return descriptor
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(self.folder / "locks" / sha256):
+                if not path.exists():
+                    self._fetch(url, path, sha256, size)
+
+    def _fetch(self, url: AnyPath, path: Path, sha256: str, size: int | None) -> None:
+        # Whoever has the lock is the only writer: what is left here died.
+        for dead in path.parent.glob(f".{sha256}.*"):
+            dead.unlink(missing_ok=True)
+        found = ""
+        for _ in range(_TRIES):
+            temporary = path.with_name(f".{sha256}.{uuid.uuid4().hex[:8]}")
+            try:
+                expected = _size_of(url) if size is None else size
+                self._reserve(temporary, expected, url)
+                got, digest = _download(url, temporary)
+                if digest == sha256:
+                    temporary.replace(path)
+                    return
+                found = f"{got} bytes of {expected}" if got != expected else "another sha256 than the manifest's"
+            except RequestError:
+                raise
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or error.filename == str(temporary):
+                    raise RequestError(
+                        f"{self.folder}: cannot hold {url} ({describe(error)}); free the disk, or set DREAMSCALE_CACHE "
+                        f"to a folder elsewhere"
+                    ) from None
+                found = describe(error)
+            except Exception as error:
+                # Stores raise their own kinds: no credentials, no such bucket.
+                found = describe(error)
+            finally:
+                temporary.unlink(missing_ok=True)
+        raise RequestError(f"shard {url}: fetched {_TRIES} times and refused ({found}); run 'dreamscale verify' there")
+
+    def _reserve(self, temporary: Path, size: int, url: AnyPath) -> None:
+        """Make room for a file and take it, so that processes that fetch side by side stay within the bound."""
+        if size > self.limit:
+            raise RequestError(
+                f"{url}: {size / 1e9:.3g} GB, more than the whole cache of {self.limit / 1e9:.3g} GB; "
+                f"raise DREAMSCALE_CACHE_GB"
+            )
+        while True:
+            with locked(self.folder / "locks" / "room"):
+                files = [(s.st_mtime_ns, s.st_size, p) for p, s in _files(self.folder)]
+                free = self.limit - sum(bytes_ for _, bytes_, _ in files)
+                for _, bytes_, path in sorted(f for f in files if not f[2].name.startswith(".")):
+                    if free >= size:
+                        break
+                    path.unlink(missing_ok=True)
+                    free += bytes_
+                for _, bytes_, path in files:
+                    if free < size and path.name.startswith(".") and self._is_dead(path):
+                        path.unlink(missing_ok=True)
+                        free += bytes_
+                if free >= size:
+                    with temporary.open("wb") as stream:
+                        if size and hasattr(os, "posix_fallocate"):
+                            os.posix_fallocate(stream.fileno(), 0, size)
+                        else:
+                            stream.truncate(size)
+                    return
+            # The rest is being fetched by others, and can go once it is whole.
+            time.sleep(0.05)
+
+    def _is_dead(self, temporary: Path) -> bool:
+        lock = self.folder / "locks" / temporary.name.split(".")[1]
+        with contextlib.suppress(BlockingIOError), locked(lock, wait=False):
+            return True
+        return False
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock among the processes of this machine; the system frees it when its holder dies.
+
+    Parameters
+    ----------
+    path : Path
+        Its file, made where it is not there.
+    wait : bool
+        Whether to wait for who holds it.
+
+    Yields
+    ------
+    None
+        While it is held.
+
+    Raises
+    ------
+    BlockingIOError
+        If it is held and `wait` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for sub in folder.iterdir():
+        if sub.name == "locks":
+            continue
+        for path in sub.iterdir():
+            # Another process may have renamed it meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.stat()
+
+
+def _store(url: AnyPath) -> tuple[Any, str]:
+    """File system and path in it, made for this process: a store's connections do not survive a fork."""
+    if isinstance(url, UPath):
+        return fsspec.filesystem(url.protocol, **url.storage_options), url.path
+    return fsspec.filesystem("file"), str(url)
+
+
+def _size_of(url: AnyPath) -> int:
+    fs, path = _store(url)
+    return int(fs.size(path) or 0)
+
+
+def _download(url: AnyPath, target: Path) -> tuple[int, str]:
+    """Copy a file and give its size and checksum."""
+    fs, path = _store(url)
+    digest, got = hashlib.sha256(), 0
+    with fs.open(path, "rb", cache_type="none", block_size=_BLOCK) as source, target.open("r+b") as stream:
+        while block := source.read(_BLOCK):
+            digest.update(block)
+            stream.write(block)
+            got += len(block)
+        stream.truncate()
+    return got, digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Recordings of every maker behind one signal interface: headers, channels, readers."""

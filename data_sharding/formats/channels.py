@@ -1,0 +1,400 @@
+"""Which channels of a recording are EEG, what they are called, where they sit, and which 128 are kept.
+
+Shapes: n channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_sharding.formats.signal import SignalInfo
+
+OLD_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
+"""10-20 names of before 1991 and the ones they became."""
+NOT_EEG = {
+    "eog": r"[a-z]{0,2}eog.*|eye.*|[lr]eye|[hv]eo[lrud]?|[lr]oc|[lsi]o[12]|io",
+    "ecg": r"(ecg|ekg).*|.*[ _-](ecg|ekg)\d*",
+    "emg": r".*emg.*|chin.*|(left|right)?[ _-]?leg.*|[lr]at\d?",
+    "trigger": r"sti.*|stim.*|trig.*|gate.*|(biosemi )?status|marker.*|event.*|mkr.*|tal|dc\d+|sync|photic|din\d*"
+    r"|[be]df annotations|digital.*|ttl.*",
+    "physiology": r"gsr\d*|resp.*|plet.*|temp.*|spo2.*|pulse.*|ergo.*|osat|pr|sao2.*|nasal.*|thor.*|ab[d].*"
+    r"|airflow.*|snor.*|hr|h\.r\.?|etco2|bp\d+|body.*|[cp]?flow|effort.*|therm.*|cannula.*|cpap.*|chest.*|ox[ _]?stat"
+    r"|new[ _]?air|heart.*|eda|ppg.*|breath.*|capno.*",
+    "movement": r"acc[xyz_ ]?.*|gyr.*|mag[xyz]|quat.*|battery.*|counter|gnd|ground|pos(ition)?|light|sound|mic.*"
+    r"|audio.*",
+    "quality": r"cq_.*|eq_.*|raw_cq|interpolated|time_?stamp.*|sample[ _](counter|number)|packet.*|imp(edance)?.*"
+    r"|ibi|bursts|suppr",
+    "reference": r"left[_ ]?ear|right[_ ]?ear|na\d+|ref(erence)?\d*|cms|drl",
+    "external": r"exg\d+|ext?\d+|aux.*|(left|right)[_ ]?aux.*|misc.*|x\d+|bip\d+|pat|tech|mark\d*|\$.*|bn\d+|nr\d+"
+    r"|e|z|sdb|unused.*|[-.]+\d*",
+}
+"""Names that are no EEG whatever type the file gives them, by kind; whole name, case ignored."""
+EARS = ("A1", "A2", "M1", "M2")
+"""Earlobes and mastoids: references rather than scalp, unless the names are a cap's grid (A1 .. A32)."""
+GRID_NAME = re.compile(r"[A-I]\d{1,2}")
+NET_NAME = re.compile(r"E0*(\d{1,3})", re.IGNORECASE)
+"""Electrodes of EGI's nets; in a sleep recording, E1 and E2 are the outer corners of the eyes."""
+VERTEX = ("CZ", "VREF", "VERTEX REFERENCE")
+"""What the vertex of an EGI net is called beside its number."""
+NETS = {
+    32: "GSN-HydroCel-32",
+    64: "GSN-HydroCel-65_1.0",
+    128: "GSN-HydroCel-129",
+    256: "GSN-HydroCel-257",
+}
+"""EGI's nets by their number of electrodes, the vertex not counted, and MNE's name."""
+DECORATION = re.compile(r"(EEG|POL)[ _:-]+(?=\S*[A-Za-z$])", re.IGNORECASE)
+"""Nihon Kohden's and clinical exports' prefixes; a number alone stays with its prefix."""
+REFERENCE = re.compile(
+    r"(?<!\bEEG)(?<!\bPOL)[-_ :/]+(REF|LE|AR|AVG|AV|CAR|CZREF|CAZ|G2|VREF|LINKED|A1\+A2|M1\+M2"
+    r"|[AM][12]([AM][12])?)\d?$",
+    re.IGNORECASE,
+)
+"""What a channel was recorded against, at the end of its name: C3-A2 sits at C3."""
+MIN_STANDARD = 0.5
+"""Share of names that must be standard before any of them is believed."""
+
+
+@dataclass(kw_only=True)
+class Channels:
+    """The EEG channels of a recording, in the order of the rows."""
+
+    picks: list[int]
+    """Their numbers in the file."""
+    names: list[str]
+    """Canonical names."""
+    positions: list[list[float] | None]
+    """Head coordinates in metres, where they are known."""
+    montage: str
+    """Where the positions come from: file, a standard montage, or none."""
+    confidence: float
+    """Share of the channels with a position."""
+    by_type: dict[str, int] = field(default_factory=dict)
+    """How many channels of the file are of which type."""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Names that are not EEG, by kind."""
+    selection: str = "all"
+    """How the channels were chosen where there were more than 128."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be said of them in the ledger."""
+
+
+def canonical_name(name: str) -> str:
+    """One name for one place, however the maker writes it.
+
+    Parameters
+    ----------
+    name : str
+        As in the file, e.g. ``Fc5.``, ``EEG FP1-REF``, ``T3``, ``FP1-F7``.
+
+    Returns
+    -------
+    str
+        E.g. ``FC5``, ``Fp1``, ``T7``, ``Fp1-F7``; names that are no standard place lose only decoration.
+    """
+    text = " ".join(name.replace("\0", " ").split()).strip(". ")
+    text = REFERENCE.sub("", text).strip(". ") or text
+    text = DECORATION.sub("", text, count=1) if DECORATION.match(text) else text
+    if standard := _standard_names().get(text.lower()):
+        return OLD_NAMES.get(standard, standard)
+    if pair := _bipolar(re.sub(r"-\d$", "", text)):
+        return "-".join(pair)
+    return text or name.strip()
+
+
+def _bipolar(text: str) -> tuple[str, str] | None:
+    """Both places of a channel that is the difference of two, as in ``F7-T3``."""
+    parts = [_standard_names().get(part.lower()) for part in re.split(r"[-/]", text)]
+    if len(parts) != 2 or not (parts[0] and parts[1]) or parts[0] == parts[1]:
+        return None
+    return OLD_NAMES.get(parts[0], parts[0]), OLD_NAMES.get(parts[1], parts[1])
+
+
+def is_site(name: str) -> bool:
+    """Whether a canonical name is a place of the 10-05 system, or the difference of two.
+
+    Parameters
+    ----------
+    name : str
+        Canonical name.
+
+    Returns
+    -------
+    bool
+        False for numbers, a cap's own grid, and everything else.
+    """
+    return name.lower() in _standard_names() or _bipolar(name) is not None
+
+
+@functools.cache
+def _montage(name: str) -> dict[str, list[float]]:
+    """Places of a standard montage in the frame of the head, in which files have theirs.
+
+    Templates come in frames of their own: on the MRI of a head, Cz lies five centimetres from where it does between the
+    ears and the nose.
+    """
+    import warnings
+
+    import mne
+    from mne.channels.montage import transform_to_head
+
+    with warnings.catch_warnings():
+        # MNE 1.14 renames standard_1005 to colin27_1005; older versions know the old name only.
+        warnings.simplefilter("ignore")
+        if name == "standard_1005" and "colin27_1005" in mne.channels.get_builtin_montages():
+            name = "colin27_1005"
+        positions = transform_to_head(mne.channels.make_standard_montage(name)).get_positions()["ch_pos"]
+    return {key: [round(float(v), 5) for v in value] for key, value in positions.items()}
+
+
+@functools.cache
+def _standard_names() -> dict[str, str]:
+    return {name.lower(): name for name in _montage("standard_1005")}
+
+
+def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
+    """Why a channel is not scalp EEG, going by its name.
+
+    Parameters
+    ----------
+    name : str
+        Canonical name.
+    grid : bool
+        True where the names are a cap's own grid, so that ``A1`` is a scalp electrode.
+    net : bool
+        False where there is no EGI net, so that ``E1`` is an electrode at an eye.
+
+    Returns
+    -------
+    str or None
+        The kind, or None for what may be EEG.
+    """
+    if not grid and name.upper() in EARS:
+        return "reference"
+    if not net and name.upper() in ("E1", "E2"):
+        return "eog"
+    for kind, pattern in NOT_EEG.items():
+        if re.fullmatch(pattern, name, re.IGNORECASE):
+            return kind
+    return None
+
+
+def is_grid(names: list[str]) -> bool:
+    """True where names are a cap's own grid (BioSemi's A1 .. D32), some of which look like 10-20 places.
+
+    Parameters
+    ----------
+    names : list of str
+        Canonical names.
+
+    Returns
+    -------
+    bool
+        Whether at least half of the names are letter A to I with a number, and A3 or B1 is one of them: neither is a
+        10-20 place.
+    """
+    upper = [name.upper() for name in names]
+    return sum(bool(GRID_NAME.fullmatch(n)) for n in upper) >= len(upper) / 2 and bool({"A3", "B1"} & set(upper))
+
+
+def is_net(names: list[str]) -> bool:
+    """True where names are the numbers of an EGI net.
+
+    Parameters
+    ----------
+    names : list of str
+        Canonical names.
+
+    Returns
+    -------
+    bool
+        Whether there are more than E1 and E2.
+    """
+    return sum(bool(NET_NAME.fullmatch(name)) for name in names) > 2
+
+
+def place_of(xyz: list[float]) -> list[float] | None:
+    """Check a position of a file.
+
+    Parameters
+    ----------
+    xyz : list of float
+        Head coordinates in metres.
+
+    Returns
+    -------
+    list of float or None
+        To a hundredth of a millimetre; None where they cannot be a place on a head: zero is how files say "not
+        measured", and a head is less than half a metre across.
+    """
+    good = len(xyz) == 3 and np.isfinite(xyz).all() and 0.02 < np.linalg.norm(xyz) < 0.5
+    return [round(float(v), 5) for v in xyz] if good else None
+
+
+def _believable(positions: list[list[float] | None]) -> bool:
+    """Whether a file's positions differ from channel to channel."""
+    known = [tuple(p) for p in positions if p is not None]
+    return bool(known) and len(set(known)) > 0.8 * len(known)
+
+
+def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str]:
+    nothing: list[list[float] | None] = [None] * len(names)
+    if is_grid(names):
+        letters = {n[0].upper() for n in names}
+        full = {f"{a}{i}" for a in sorted(letters) for i in range(1, 33)}
+        size = {frozenset("AB"): 64, frozenset("ABCD"): 128, frozenset("ABCDE"): 160, frozenset("ABCDEFGH"): 256}.get(
+            frozenset(letters)
+        )
+        # The letters alone do not say which cap it was: only a complete one is believed, and 64 has 10-20 names too.
+        if size in (128, 160, 256) and set(names) == full:
+            table = _montage(f"biosemi{size}")
+            return [table.get(n) for n in names], f"biosemi{size}"
+        return nothing, "none"
+    numbers = [int(m.group(1)) for m in map(NET_NAME.fullmatch, names) if m]
+    if len(numbers) >= 25 and len(numbers) + sum(n.upper() in VERTEX for n in names) == len(names):
+        # The number after the last is the vertex. A few channels may be gone; with more, the net cannot be told.
+        size = next((s for s in NETS if max(numbers) <= s + 1), 0)
+        if len(set(numbers)) < 0.8 * size or not size:
+            return nothing, "none"
+        table = _montage(NETS[size])
+        out = []
+        for name in names:
+            match = NET_NAME.fullmatch(name)
+            vertex = match is None or int(match.group(1)) == size + 1
+            out.append(table.get("Cz") if vertex or match is None else table.get(f"E{int(match.group(1))}"))
+        return out, f"GSN-HydroCel-{size}"
+    table = _montage("standard_1005")
+    found = [table.get(name) for name in names]
+    single = [p for name, p in zip(names, found, strict=True) if _bipolar(name) is None]
+    if not any(found) or sum(p is not None for p in single) < MIN_STANDARD * len(single):
+        return nothing, "none"
+    return found, "standard_1005"
+
+
+def pick_channels(info: SignalInfo) -> Channels:
+    """Find the scalp EEG of a recording.
+
+    Parameters
+    ----------
+    info : SignalInfo
+        What is known of the recording.
+
+    Returns
+    -------
+    Channels
+        EEG channels in the file's order, not yet limited in number; `picks` is empty where there are none.
+    """
+    by_type = Counter(info.ch_types)
+    eeg = [i for i, kind in enumerate(info.ch_types) if kind == "eeg"]
+    names = [canonical_name(info.ch_names[i]) for i in eeg]
+    grid, net = is_grid(names), is_net(names)
+    picks, kept, left_out = [], [], {}
+    for i, name in zip(eeg, names, strict=True):
+        kind = kind_of(name, grid=grid, net=net)
+        if kind is None and name in kept:
+            # Canonical names can meet (T3 beside T7): the file's own name tells them apart.
+            name = info.ch_names[i] if info.ch_names[i] not in kept else f"{info.ch_names[i]}-{i}"
+        if kind:
+            left_out.setdefault(kind, []).append(info.ch_names[i])
+        else:
+            picks.append(i)
+            kept.append(name)
+    for name, why in info.left_out.items():
+        left_out.setdefault(why, []).append(name)
+    positions, montage = [info.positions[i] for i in picks], "file"
+    if not _believable(positions):
+        positions, montage = _standard_positions(kept)
+    pairs = [name for name in kept if _bipolar(name)]
+    # Half-way between two electrodes is a place where none was.
+    positions = [None if name in pairs else p for name, p in zip(kept, positions, strict=True)]
+    more = ", ..." if len(pairs) > 4 else ""
+    return Channels(
+        picks=picks,
+        names=kept,
+        positions=positions,
+        montage=montage,
+        confidence=round(sum(p is not None for p in positions) / len(picks), 3) if picks else 0.0,
+        by_type=dict(sorted(by_type.items())),
+        left_out=left_out,
+        notes=[f"bipolar, without a position: {', '.join(pairs[:4])}{more} ({len(pairs)})"] if pairs else [],
+    )
+
+
+def _natural(name: str) -> list[Any]:
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def choose(channels: Channels, bads: list[int], limit: int = 128) -> tuple[list[int], str]:
+    """Which channels to keep where there are more than a window holds.
+
+    Parameters
+    ----------
+    channels : Channels
+        The EEG channels.
+    bads : list of int
+        Rows that are flat, clipped or out of range: the first to go.
+    limit : int
+        Channels that fit.
+
+    Returns
+    -------
+    rows : list of int
+        Rows to keep, ascending.
+    rule : str
+        What was done, for the ledger.
+    """
+    n = len(channels.names)
+    if n <= limit:
+        return list(range(n)), "all"
+    good = [i for i in range(n) if i not in set(bads)]
+    if len(good) <= limit:
+        return good, f"{len(good)} good of {n}"
+    placed = [i for i in good if channels.positions[i] is not None]
+    if len(placed) < limit:
+        chosen = sorted(good, key=lambda i: _natural(channels.names[i]))[:limit]
+        return sorted(chosen), f"first {limit} of {n} by name"
+    xyz = np.array([channels.positions[i] for i in placed], float)
+    # Farthest point sampling from the vertex down: each next electrode is the one farthest from all chosen ones.
+    first = int(np.argmax(xyz[:, 2]))
+    order, distance = [first], np.linalg.norm(xyz - xyz[first], axis=1)
+    while len(order) < limit:
+        following = int(np.argmax(distance))
+        order.append(following)
+        distance = np.minimum(distance, np.linalg.norm(xyz - xyz[following], axis=1))
+    return sorted(placed[i] for i in order), f"{limit} of {n} by scalp coverage"
+
+
+def restrict(channels: Channels, rows: list[int], rule: str) -> Channels:
+    """Keep some rows.
+
+    Parameters
+    ----------
+    channels : Channels
+        All EEG channels.
+    rows : list of int
+        Rows to keep.
+    rule : str
+        Why, for the ledger.
+
+    Returns
+    -------
+    Channels
+        Those channels.
+    """
+    return Channels(
+        picks=[channels.picks[i] for i in rows],
+        names=[channels.names[i] for i in rows],
+        positions=[channels.positions[i] for i in rows],
+        montage=channels.montage,
+        confidence=channels.confidence,
+        by_type=channels.by_type,
+        left_out=channels.left_out,
+        selection=rule,
+        notes=channels.notes,
+    )

@@ -1,0 +1,600 @@
+"""What headers promise, and whether the file holds it.
+
+No count of a header is believed before it was compared with the file's size: damaged files must cost neither memory
+nor time. Every check takes a path of pathlib or of universal_pathlib and reads a few ranges of it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import math
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_sharding.common.storage import AnyPath
+
+MAX_READ = 1 << 22
+"""Bytes of a header that are looked at, at most."""
+GDF_BYTES = {0: 1, 1: 1, 2: 1, 3: 2, 4: 2, 5: 4, 6: 4, 7: 8, 8: 8, 16: 4, 17: 8, 18: 16, 279: 3, 535: 3}
+"""Bytes of a sample by GDF's number of the type."""
+BRAINVISION_BYTES = {"INT_16": 2, "UINT_16": 2, "INT_32": 4, "IEEE_FLOAT_32": 4}
+NEDF_HEADER = 10240
+NIHON_BLOCKS = 1024
+"""Data blocks of a Nihon Kohden file that are looked at."""
+TAL = re.compile(rb"([+-]\d{1,15}(?:\.\d{1,15})?)(?:\x15(\d{1,15}(?:\.\d{1,15})?))?\x14([^\x00]*)\x14\x00")
+"""Time-stamped annotations list of EDF+: onset, duration, texts."""
+DAMAGED = (ValueError, ArithmeticError, LookupError, struct.error, SyntaxError, TypeError)
+"""What taking a damaged header apart can raise; XML's ParseError is a SyntaxError."""
+
+
+class Damaged(ValueError):
+    """The header contradicts itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Records of an EDF, BDF or GDF file."""
+
+    labels: list[str]
+    """Of all channels, annotations included."""
+    units: list[str]
+    """Physical dimensions; empty strings where the format has none that is text."""
+    per_record: list[int]
+    """Samples of each channel in a record."""
+    n_records: int
+    """As promised; negative where the header leaves it open."""
+    record_s: float
+    """Seconds of a record."""
+    header_bytes: int
+    """Where the records begin."""
+    record_bytes: int
+    """Bytes of a record."""
+    interrupted: bool = False
+    """EDF+D: records may have gaps between them."""
+    width: int = 2
+    """Bytes of a sample of EDF and BDF."""
+
+    @property
+    def notes(self) -> int | None:
+        """Number of the first annotations channel."""
+        return next((i for i, label in enumerate(self.labels) if label in ("EDF Annotations", "BDF Annotations")), None)
+
+
+def read_range(path: AnyPath, start: int, count: int, head: bytes = b"") -> bytes:
+    """Bytes of a file.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The file.
+    start : int
+        First byte.
+    count : int
+        Bytes wanted; at most `MAX_READ` are read.
+    head : bytes
+        The file's beginning, where it was read before.
+
+    Returns
+    -------
+    bytes
+        Fewer than wanted at the file's end.
+    """
+    if start < 0 or count <= 0:
+        return b""
+    count = min(count, MAX_READ)
+    if start + count <= len(head):
+        return head[start : start + count]
+    fs = None if isinstance(path, Path) else getattr(path, "fs", None)
+    if fs is not None:
+        # A stream of an object store reads ahead by megabytes; a range is a range.
+        return fs.cat_file(path.path, start=start, end=min(start + count, path.stat().st_size))  # type: ignore[union-attr]
+    with path.open("rb") as stream:
+        stream.seek(start)
+        return stream.read(count)
+
+
+def size_of(path: AnyPath) -> int:
+    """Bytes of a file."""
+    return int(path.stat().st_size)
+
+
+def text_of(data: bytes) -> tuple[str, str]:
+    """Text of a header, whose code page only its writer knew.
+
+    Parameters
+    ----------
+    data : bytes
+        The header, or its beginning.
+
+    Returns
+    -------
+    text : str
+        As UTF-8 where it is that, else as Latin-1.
+    encoding : str
+        Which of the two.
+    """
+    try:
+        # A character may have been cut off at the end.
+        return codecs.getincrementaldecoder("utf-8")().decode(data), "utf-8"
+    except UnicodeDecodeError:
+        return data.decode("latin-1"), "latin-1"
+
+
+def ini_value(text: str, key: str) -> str | None:
+    """Value of a key in the text of an INI-like header, case ignored.
+
+    Parameters
+    ----------
+    text : str
+        The header.
+    key : str
+        The key.
+
+    Returns
+    -------
+    str or None
+        Without blanks around it; None where there is no such key.
+    """
+    match = re.search(rf"^[ \t]*{re.escape(key)}[ \t]*=(.*)$", text, re.MULTILINE | re.IGNORECASE)
+    return match.group(1).strip() or None if match else None
+
+
+def _truncated(promised: int, what: str, held: float) -> str:
+    return f"truncated: the header promises {promised} {what}, the file holds {held:.10g}"
+
+
+# --- EDF, BDF, GDF ---------------------------------------------------------------------------------------------------
+
+
+def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
+    """Take the header of an EDF or BDF file apart.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The file.
+    head : bytes
+        Its beginning, where it was read before.
+
+    Returns
+    -------
+    Layout
+        Its records.
+
+    Raises
+    ------
+    ValueError
+        If the header is damaged.
+    """
+    fixed = read_range(path, 0, 256, head)
+    width = 3 if fixed[:8] == b"\xffBIOSEMI" else 2
+    n = int(fixed[252:256])
+    header_bytes, n_records, record_s = int(fixed[184:192]), int(fixed[236:244]), float(fixed[244:252])
+    if n < 1 or header_bytes < 256 * (n + 1) or not 0 <= record_s < math.inf:
+        raise Damaged
+    header = read_range(path, 256, 256 * n, head)
+    if len(header) < 256 * n:
+        raise Damaged
+    text = header.decode("latin-1")
+
+    def column(offset: int, size: int) -> list[str]:
+        start = offset * n
+        return [text[start + size * i : start + size * (i + 1)].strip() for i in range(n)]
+
+    per_record = [int(text) for text in column(216, 8)]
+    if min(per_record) < 0 or not sum(per_record):
+        raise Damaged
+    return Layout(
+        labels=column(0, 16),
+        units=column(96, 8),
+        per_record=per_record,
+        n_records=n_records,
+        record_s=record_s,
+        header_bytes=header_bytes,
+        record_bytes=width * sum(per_record),
+        interrupted=fixed[192:197] in (b"EDF+D", b"BDF+D"),
+        width=width,
+    )
+
+
+def edf_runs(path: Path, layout: Layout) -> tuple[list[tuple[int, int, float]], list[tuple[float, float, str]]]:
+    """Runs of records that follow one another, and what is noted, of a file whose records may have gaps between them.
+
+    Parameters
+    ----------
+    path : Path
+        The file, on a local disk: every record is looked at.
+    layout : Layout
+        Its header.
+
+    Returns
+    -------
+    runs : list of (int, int, float)
+        First record, one past the last, and the run's onset in seconds after the first record's.
+    notes : list of (float, float, str)
+        Begin and end of the annotations in seconds after the first record's onset, and their text.
+
+    Raises
+    ------
+    ValueError
+        If a record does not say when it begins.
+    """
+    if layout.notes is None:
+        raise Damaged("no annotations channel says when the records begin")
+    at = layout.header_bytes + layout.width * sum(layout.per_record[: layout.notes])
+    size = layout.width * layout.per_record[layout.notes]
+    n_records = (size_of(path) - layout.header_bytes) // layout.record_bytes
+    if layout.n_records >= 0:
+        n_records = min(n_records, layout.n_records)
+    onsets: list[float] = []
+    notes = []
+    with path.open("rb") as stream:
+        for i in range(n_records):
+            stream.seek(at + i * layout.record_bytes)
+            lists = TAL.findall(stream.read(size))
+            if not lists:
+                raise Damaged(f"record {i + 1} does not say when it begins")
+            # A record's first list of annotations is its own time, and has no text of its own.
+            onsets.append(float(lists[0][0]))
+            for onset, duration, words in lists:
+                begin = float(onset) - onsets[0]
+                for word in filter(None, words.split(b"\x14")):
+                    notes.append((begin, begin + float(duration or 0), word.decode("latin-1")))
+    starts = [0]
+    for i, (a, b) in enumerate(itertools.pairwise(onsets), start=1):
+        if abs(b - a - layout.record_s) > 1e-3:
+            starts.append(i)
+    ends = [*starts[1:], n_records]
+    return [(a, b, onsets[a] - onsets[0]) for a, b in zip(starts, ends, strict=True) if b > a], notes
+
+
+def check_edf(path: AnyPath, head: bytes = b"") -> tuple[str | None, bool]:
+    """What an EDF or BDF header shows to be wrong.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The file.
+    head : bytes
+        Its beginning, where it was read before.
+
+    Returns
+    -------
+    problem : str or None
+        The reason.
+    continuous : bool
+        False where the file is sound, but there is no signal.
+    """
+    layout = edf_layout(path, head)
+    signals = [i for i, label in enumerate(layout.labels) if label not in ("EDF Annotations", "BDF Annotations")]
+    if not signals:
+        return "no signal: the file holds annotations only", False
+    if not layout.record_s:
+        return "damaged header: a record lasts 0 s, so there is no sampling rate", True
+    have = (size_of(path) - layout.header_bytes) / layout.record_bytes
+    if layout.n_records > 0 and have < layout.n_records:
+        return f"truncated: the header promises {layout.n_records} records, the file holds {max(have, 0):.1f}", True
+    if have < 1 or not layout.n_records:
+        return "no signal: there is no data record", False
+    return None, True
+
+
+def gdf_layout(path: AnyPath, head: bytes = b"") -> Layout:
+    """Take the header of a GDF file apart.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The file.
+    head : bytes
+        Its beginning, where it was read before.
+
+    Returns
+    -------
+    Layout
+        Its records; units are left out.
+
+    Raises
+    ------
+    ValueError
+        If the header is damaged.
+    """
+    fixed = read_range(path, 0, 256, head)
+    old = float(fixed[4:8]) < 1.9
+    (n,) = struct.unpack_from("<I" if old else "<H", fixed, 252)
+    header_bytes = struct.unpack_from("<q", fixed, 184)[0] if old else 256 * struct.unpack_from("<H", fixed, 184)[0]
+    (n_records,) = struct.unpack_from("<q", fixed, 236)
+    length, parts = struct.unpack_from("<II", fixed, 244)
+    if not 0 < n < 1 << 14 or header_bytes < 256 * (n + 1):
+        raise Damaged
+    header = read_range(path, 256, 256 * n, head)
+    per_record = list(struct.unpack_from(f"<{n}i", header, 216 * n))
+    types = struct.unpack_from(f"<{n}i", header, 220 * n)
+    if min(per_record) < 0 or not sum(per_record):
+        raise Damaged
+    return Layout(
+        labels=[header[16 * i : 16 * i + 16].split(b"\0")[0].decode("latin-1").strip() for i in range(n)],
+        units=[""] * n,
+        per_record=per_record,
+        n_records=n_records,
+        record_s=length / parts if length and parts else 1.0,
+        header_bytes=header_bytes,
+        record_bytes=sum(GDF_BYTES[kind] * count for kind, count in zip(types, per_record, strict=True)),
+    )
+
+
+def check_gdf(path: AnyPath, head: bytes = b"") -> str | None:
+    """What a GDF header shows to be wrong."""
+    layout = gdf_layout(path, head)
+    have = (size_of(path) - layout.header_bytes) / layout.record_bytes
+    return (
+        _truncated(layout.n_records, "records", max(have, 0))
+        if layout.n_records > 0 and have < layout.n_records
+        else None
+    )
+
+
+# --- the others ------------------------------------------------------------------------------------------------------
+
+
+def check_brainvision(text: str, data: AnyPath) -> str | None:
+    """Compare a BrainVision header with its binary data file; V-Amp's holds a channel that its header leaves out."""
+    n, points = int(ini_value(text, "NumberOfChannels") or 0), int(ini_value(text, "DataPoints") or 0)
+    if n < 1 or points < 0:
+        raise Damaged
+    if (ini_value(text, "DataFormat") or "BINARY").upper() != "BINARY":
+        return None
+    stored = n + ("V-Amp Data Header" in text[:64])
+    frame = stored * BRAINVISION_BYTES[(ini_value(text, "BinaryFormat") or "INT_16").upper()]
+    size = size_of(data)
+    if points and size < points * frame:
+        return _truncated(points, "samples", size / frame)
+    if size % frame:
+        return f"truncated: {size} bytes are no whole number of samples of {stored} channels"
+    return "no signal: the data file is empty" if not size else None
+
+
+def check_neuroscan(path: AnyPath, head: bytes = b"") -> str | None:
+    """Compare a Neuroscan CNT header with the file: its event table must lie within it."""
+    head = read_range(path, 0, 900, head)
+    n, rate = struct.unpack_from("<H", head, 370)[0], struct.unpack_from("<H", head, 376)[0]
+    events = struct.unpack_from("<I", head, 886)[0]
+    size, start = size_of(path), 900 + 75 * n
+    if not n or not rate or len(head) < 900:
+        raise Damaged
+    # Four bytes cannot point beyond 4 GB, so larger files say nothing here.
+    if size < 1 << 31 and start < events < 1 << 31 and events > size:
+        return _truncated(events, "bytes of signal", size)
+    return "no signal: the file ends with the header" if size <= start else None
+
+
+def check_ant(path: AnyPath, head: bytes = b"") -> str | None:
+    """Compare the length in a RIFF header with the file."""
+    head = read_range(path, 0, 12, head)
+    promised, offset = struct.unpack_from("<I", head, 4)[0], 8
+    if head[:4] == b"RF64":
+        promised, offset = struct.unpack_from("<Q", head, 4)[0], 12
+    size = size_of(path)
+    return _truncated(promised + offset, "bytes", size) if size < promised + offset else None
+
+
+def check_nedf(path: AnyPath, head: bytes = b"") -> str | None:
+    """Compare a NEDF header with the file, as far as the layout that MNE reads goes."""
+    import defusedxml.ElementTree
+
+    xml = defusedxml.ElementTree.fromstring(read_range(path, 0, NEDF_HEADER, head).split(b"\0")[0])
+    n = int(xml.findtext("EEGSettings/TotalNumberOfChannels") or 0)
+    samples = int(xml.findtext("EEGSettings/NumberOfRecordsOfEEG") or 0)
+    if n < 1 or samples < 0:
+        raise Damaged
+    if not samples:
+        return "no signal: the header counts no sample"
+    accelerometer = 2 * int(xml.findtext("NumberOfChannelsOfAccelerometer") or 0)
+    sample = 3 * n * (3 if xml.find("STIMSettings") is not None else 1) + 4
+    full, last = divmod(samples, 5)
+    promised = NEDF_HEADER + full * (accelerometer + 5 * sample) + (accelerometer + last * sample if last else 0)
+    size = size_of(path)
+    return _truncated(promised, "bytes", size) if size < promised else None
+
+
+def egi_header(head: bytes) -> dict[str, int] | None:
+    """Fields of an EGI simple binary file.
+
+    Parameters
+    ----------
+    head : bytes
+        The file's beginning.
+
+    Returns
+    -------
+    dict or None
+        None where the bytes are no such header: version, date and counts must all make sense.
+    """
+    if len(head) < 36:
+        return None
+    version, year, month, day, hour, minute, second, _, rate, n, _, bits, _, samples, events = struct.unpack_from(
+        ">i6hi5hih", head
+    )
+    sane = version in range(2, 8) and 1980 <= year < 2100 and 1 <= month <= 12 and 1 <= day <= 31
+    sane = sane and hour in range(24) and minute in range(60) and second in range(61)
+    if not (sane and 0 < rate <= 25000 and 0 < n <= 1024 and bits in range(33)):
+        return None
+    return {"version": version, "rate": rate, "channels": n, "samples": samples, "events": events}
+
+
+def check_egi(path: AnyPath, head: bytes) -> tuple[str | None, bool]:
+    """Compare the header of an EGI simple binary file with its size."""
+    fields = egi_header(head)
+    if fields is None:
+        raise Damaged
+    if fields["version"] % 2:
+        return "epoched: a segmented EGI simple binary file, for which there is no reader", False
+    n, events, samples = fields["channels"], fields["events"], fields["samples"]
+    if samples <= 0 or events < 0:
+        return "no signal: the header counts no sample", False
+    promised = 36 + 4 * events + samples * (n + events) * (fields["version"] & 6)
+    # 2, 4 and 6 stand for 2, 4 and 8 bytes.
+    if fields["version"] & 6 == 6:
+        promised = 36 + 4 * events + samples * (n + events) * 8
+    size = size_of(path)
+    return (_truncated(promised, "bytes", size), True) if size < promised else (None, True)
+
+
+def check_curry(data: AnyPath, header: AnyPath) -> str | None:
+    """Compare Curry's parameters with its data file."""
+    text = read_range(header, 0, MAX_READ).decode("latin-1")
+
+    def number(*keys: str) -> int:
+        return int(float(next((value for key in keys if (value := ini_value(text, key))), 0)))
+
+    n, samples = number("NumChannels", "NUM_CHANNELS"), number("NumSamples", "NUM_SAMPLES")
+    trials = max(number("NumTrials", "NUM_TRIALS"), 1)
+    ascii_ = "ASCII" in (
+        (ini_value(text, "DataFormat") or "").upper(),
+        (ini_value(text, "DATA_FORMAT") or "").upper(),
+    )
+    if n < 1:
+        raise Damaged
+    size = size_of(data)
+    if not size:
+        return "no signal: the data file is empty"
+    if not ascii_ and samples > 0 and size < 4 * n * samples * trials:
+        return _truncated(samples * trials, "samples", size / (4 * n))
+    return None
+
+
+def check_persyst(text: str, data: AnyPath) -> str | None:
+    """Compare a Persyst header with its data file, which holds whole frames."""
+    n, kind = int(ini_value(text, "WaveformCount") or 0), int(ini_value(text, "DataType") or 0)
+    if n < 1 or kind not in (0, 7):
+        raise Damaged
+    size = size_of(data)
+    if size % (n * (4 if kind == 7 else 2)):
+        return f"truncated: {size} bytes are no whole number of samples of {n} channels"
+    return "no signal: the data file is empty" if not size else None
+
+
+def check_nihon(path: AnyPath) -> str | None:
+    """Compare the data blocks of a Nihon Kohden file with its size."""
+    size = size_of(path)
+
+    def word(at: int, layout: str) -> int:
+        return struct.unpack(layout, read_range(path, at, struct.calcsize(layout)))[0]
+
+    last = 0
+    blocks = 0
+    for control in range(min(word(0x91, "<B"), 22)):
+        address = word(0x92 + 20 * control, "<I")
+        for block in range(word(address + 17, "<B")):
+            blocks += 1
+            if blocks > NIHON_BLOCKS:
+                raise Damaged
+            at = word(address + 18 + 20 * block, "<I")
+            rate, duration, n = word(at + 0x1A, "<H") & 0x3FFF, word(at + 0x1C, "<I"), word(at + 0x26, "<B")
+            last = max(last, at + 0x27 + 10 * n + 2 * (n + 1) * (duration * rate // 10))
+    return _truncated(last, "bytes", size) if size < last else None
+
+
+# --- what only a walk over the whole file shows: asked before it is read, not while it is found ----------------------
+
+
+def check_xdf(files: tuple[Path, ...]) -> str | None:
+    """Walk over the chunks of an XDF file."""
+    (path,) = files
+    size = size_of(path)
+    with path.open("rb") as stream:
+        if stream.read(4) != b"XDF:":
+            return None  # A gzip stream has a checksum of its own.
+        at = 4
+        while at < size:
+            stream.seek(at)
+            head = stream.read(9)
+            width = head[0]
+            if width not in (1, 4, 8):
+                return f"damaged: no chunk begins at byte {at}"
+            at += 1 + width + int.from_bytes(head[1 : 1 + width], "little")
+    return _truncated(at, "bytes", size) if at > size else None
+
+
+def check_mff(files: tuple[Path, ...]) -> str | None:
+    """Walk over the blocks of an MFF's signal files."""
+    for path in files:
+        if not re.fullmatch(r"signal\d+\.bin", path.name):
+            continue
+        size, at, block = size_of(path), 0, 0
+        with path.open("rb") as stream:
+            while at < size:
+                stream.seek(at)
+                head = stream.read(12)
+                if len(head) < 4:
+                    return _truncated(at + 4, f"bytes in {path.name}", size)
+                # A block either repeats the former's header or brings its own.
+                if struct.unpack_from("<i", head)[0] == 0:
+                    at += 4 + block
+                    if not block:
+                        return f"damaged: the first block of {path.name} has no header"
+                    continue
+                if len(head) < 12:
+                    return _truncated(at + 12, f"bytes in {path.name}", size)
+                header, block = struct.unpack_from("<ii", head, 4)
+                if header < 12 or block < 0:
+                    return f"damaged: a block of {path.name} at byte {at} has no length"
+                at += header + block
+        if at > size:
+            return _truncated(at, f"bytes in {path.name}", size)
+        if not size:
+            return f"no signal: {path.name} is empty"
+    return None
+
+
+def check_fif(files: tuple[Path, ...]) -> str | None:
+    """Walk over the tags of FIF files."""
+    for path in files:
+        if not path.name.lower().endswith(".fif"):
+            continue
+        size, at, seen = size_of(path), 0, 0
+        with path.open("rb") as stream:
+            while 0 <= at < size:
+                stream.seek(at)
+                head = stream.read(16)
+                if len(head) < 16:
+                    return _truncated(at + 16, f"bytes in {path.name}", size)
+                _, _, length, following = struct.unpack(">4i", head)
+                if length < 0 or (following > 0 and following <= at):
+                    return f"damaged: the tag at byte {at} of {path.name} leads nowhere"
+                if at + 16 + length > size:
+                    return _truncated(at + 16 + length, f"bytes in {path.name}", size)
+                seen += 1
+                if following < 0:
+                    break
+                at = following or at + 16 + length
+    return None
+
+
+def guarded(check: Callable[..., Any], what: str, *args: Any) -> Any:
+    """Run a check; a header that cannot be taken apart is a verdict, too.
+
+    Parameters
+    ----------
+    check : callable
+        One of the checks above.
+    what : str
+        Name of the format.
+    *args
+        Its arguments.
+
+    Returns
+    -------
+    Any
+        What the check returns, or the reason.
+    """
+    try:
+        return check(*args)
+    except DAMAGED as error:
+        detail = f": {error}" if isinstance(error, Damaged) and str(error) else ""
+        return f"damaged {what} header{detail}"

@@ -1,0 +1,231 @@
+"""Recordings of MNE's behind the interface `Signal`: read lazily, and never over their gaps.
+
+Shapes: n channels, S samples at the recording's rate, E epochs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_sharding.formats.channels import place_of
+from data_sharding.formats.signal import Segment, SignalInfo
+
+if TYPE_CHECKING:
+    import mne
+    from mne.io import BaseRaw
+
+CUT = re.compile(r"boundary|(bad|edge) boundary|new segment/.*", re.IGNORECASE)
+"""Annotations of EEGLAB, MNE and BrainVision for a place at which signal was cut out or recording began anew."""
+SKIP = re.compile(r"bad_acq_skip", re.IGNORECASE)
+"""MNE's annotation for a span in which nothing was recorded, though it is filled with samples."""
+BAD = re.compile(r"bad", re.IGNORECASE)
+"""Beginning of the annotations that MNE, and those who follow it, mark bad spans with."""
+
+
+class ReadError(ValueError):
+    """A recording cannot be read; the message is the reason for the ledger."""
+
+
+class NotContinuous(ReadError):
+    """The file is sound, but holds no signal to train on."""
+
+
+class RawSignal:
+    """A continuous recording behind MNE's lazy reader.
+
+    Parameters
+    ----------
+    raw : mne.io.BaseRaw
+        The recording.
+    segments : list of Segment, optional
+        Runs without interruption, where the file knows them better than its annotations do.
+    keep : Any
+        What must live as long as the recording.
+    **more : Any
+        Other fields of `SignalInfo`.
+    """
+
+    def __init__(self, raw: BaseRaw, *, segments: list[Segment] | None = None, keep: Any = None, **more: Any) -> None:
+        self.raw, self.keep = raw, keep
+        sfreq, n = float(raw.info["sfreq"]), int(raw.n_times)
+        fields: dict[str, Any] = {**_fields(raw.info, raw.get_channel_types()), "bad_spans": bad_spans(raw), **more}
+        self.info = SignalInfo(n_samples=n, segments=segments or segments_of(n, sfreq, *interruptions(raw)), **fields)
+
+    def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
+        """Samples of some channels; see `Signal.read`."""
+        # One reader of MNE mixes up ranges that reach over the file's blocks, so none ever does.
+        ends = [s.stop for s in self.info.segments if start < s.stop < stop] if len(self.info.segments) > 1 else []
+        bounds = [start, *ends, stop]
+        with quiet():
+            blocks = [self.raw[picks, a:b][0] for a, b in itertools.pairwise(bounds)]
+        return np.asarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
+
+    def close(self) -> None:
+        """Let go of files."""
+        self.raw.close()
+        self.keep = None
+
+
+class EpochsSignal:
+    """An epoched recording: one segment an epoch.
+
+    Parameters
+    ----------
+    epochs : mne.BaseEpochs
+        The epochs; read when they are asked for where the format allows it.
+    **more : Any
+        Other fields of `SignalInfo`.
+    """
+
+    def __init__(self, epochs: mne.BaseEpochs, **more: Any) -> None:
+        self.epochs = epochs
+        epochs.drop_bad()
+        count, length, sfreq = len(epochs), len(epochs.times), float(epochs.info["sfreq"])
+        if not count:
+            raise NotContinuous("epoched: 0 trials")
+        self._length = length
+        self.info = SignalInfo(
+            n_samples=count * length,
+            segments=[Segment(start=i * length, stop=(i + 1) * length, onset=i * length / sfreq) for i in range(count)],
+            epoched=True,
+            **(_fields(epochs.info, epochs.get_channel_types()) | more),
+        )
+
+    def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
+        """Samples of some channels; see `Signal.read`."""
+        first, last = start // self._length, (max(stop, start + 1) - 1) // self._length + 1
+        with quiet():
+            x_enT = self.epochs.get_data(picks=np.array(picks), item=slice(first, last), copy=False)
+        x = np.moveaxis(x_enT, 0, 1).reshape(len(picks), -1)
+        return x[:, start - first * self._length : stop - first * self._length]
+
+    def close(self) -> None:
+        """Let go of files."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without MNE's messages and warnings: what matters of them is in the ledger."""
+    import mne
+
+    with warnings.catch_warnings(), mne.utils.use_log_level("ERROR"):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _fields(info: mne.Info, types: Any) -> dict[str, Any]:
+    """Fields of `SignalInfo` that any of MNE's recordings knows."""
+    return {
+        "ch_names": list(info["ch_names"]),
+        "ch_types": list(types),
+        "positions": [_position(channel) for channel in info["chs"]],
+        "sfreq": float(info["sfreq"]),
+        "line_freq": float(info["line_freq"]) if info["line_freq"] else None,
+        "bads": list(info["bads"]),
+        "reference": "average" if info["custom_ref_applied"] else "",
+    }
+
+
+def _position(channel: dict[str, Any]) -> list[float] | None:
+    from mne.io.constants import FIFF
+
+    xyz = np.asarray(channel["loc"][:3], float)
+    known = channel["coord_frame"] in (FIFF.FIFFV_COORD_HEAD, FIFF.FIFFV_COORD_UNKNOWN)
+    return place_of(xyz.tolist()) if known else None
+
+
+def _annotations(raw: BaseRaw) -> list[tuple[float, float, str]]:
+    """Onset in seconds from the first sample, duration, and word."""
+    found = raw.annotations
+    # MNE counts from where it began to count samples, with a date and without.
+    first = float(raw.first_time)
+    durations = np.nan_to_num(np.asarray(found.duration, float))
+    return [
+        (float(onset) - first, float(duration), str(word))
+        for onset, duration, word in zip(found.onset, durations, found.description, strict=True)
+    ]
+
+
+def bad_spans(raw: BaseRaw) -> list[tuple[float, float, str]]:
+    """Spans that a recording's own annotations call bad.
+
+    Parameters
+    ----------
+    raw : mne.io.BaseRaw
+        The recording.
+
+    Returns
+    -------
+    list of (float, float, str)
+        Begin and end in seconds from the first sample, and the word.
+    """
+    return [
+        (onset, onset + duration, word)
+        for onset, duration, word in _annotations(raw)
+        if BAD.match(word) and not SKIP.match(word) and not CUT.fullmatch(word) and duration > 0
+    ]
+
+
+def interruptions(raw: BaseRaw, also: str = "") -> tuple[list[int], list[tuple[int, int]]]:
+    """Where a recording's own annotations say that it was interrupted.
+
+    Parameters
+    ----------
+    raw : mne.io.BaseRaw
+        The recording.
+    also : str
+        The format's own word for a new run.
+
+    Returns
+    -------
+    cuts : list of int
+        Samples at which a run begins.
+    skips : list of (int, int)
+        Ranges of samples in which nothing was recorded.
+    """
+    sfreq, cuts, skips = float(raw.info["sfreq"]), [], []
+    for onset, duration, word in _annotations(raw):
+        if SKIP.match(word):
+            skips.append((round(onset * sfreq), round((onset + duration) * sfreq)))
+        elif CUT.fullmatch(word) or (also and word == also):
+            # EEGLAB and MNE put the mark half a sample before the first of the new run. EEGLAB's duration is the
+            # length of what is gone, not of what is there.
+            cuts.append(int(np.ceil(onset * sfreq - 1e-3)))
+    return cuts, skips
+
+
+def segments_of(n: int, sfreq: float, cuts: list[int], skips: list[tuple[int, int]]) -> list[Segment]:
+    """Runs without interruption.
+
+    Parameters
+    ----------
+    n : int
+        Samples.
+    sfreq : float
+        Rate in Hz.
+    cuts : list of int
+        Samples at which a run begins.
+    skips : list of (int, int)
+        Ranges of samples in which nothing was recorded.
+
+    Returns
+    -------
+    list of Segment
+        In order.
+    """
+    edges = sorted({0, n, *(c for c in [*cuts, *(e for skip in skips for e in skip)] if 0 < c < n)})
+    gone = np.zeros(len(edges), bool)
+    for a, b in skips:
+        gone[np.searchsorted(edges, a) : np.searchsorted(edges, b)] = True
+    return [
+        Segment(start=a, stop=b, onset=a / sfreq)
+        for a, b, skipped in zip(edges, edges[1:], gone[:-1], strict=False)
+        if not skipped
+    ]

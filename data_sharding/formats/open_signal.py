@@ -1,0 +1,362 @@
+"""Open recordings of any maker as a `Signal`: lazily, with their gaps, and with what the file knows about itself.
+
+Shapes: n channels, S samples at the recording's rate, E epochs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_sharding.formats import headers
+from data_sharding.formats.edf import open_records
+from data_sharding.formats.mne_signal import (
+    EpochsSignal,
+    NotContinuous,
+    RawSignal,
+    ReadError,
+    interruptions,
+    quiet,
+    segments_of,
+)
+from data_sharding.formats.signal import Segment, Signal
+from data_sharding.formats.sniffing import Recording
+
+if TYPE_CHECKING:
+    from mne.io import BaseRaw
+
+PACKAGES = {
+    "ant": "antio",
+    "curry": "curryreader",
+    "eeglab": "pymatreader",
+    "mff": "mffpy",
+    "nedf": "defusedxml",
+    "xdf": "pyxdf",
+}
+"""What MNE's reader of a format, or ours, needs besides."""
+SUFFIXES = {
+    "edf": (".edf",),
+    "bdf": (".bdf",),
+    "gdf": (".gdf",),
+    "nedf": (".nedf",),
+    "xdf": (".xdf", ".xdfz", ".xdf.gz"),
+}
+"""What a reader insists that a name ends with, of formats of one file; Physionet's EDF is called .rec."""
+UNIT_FACTORS = {"eximia": 1e-6}
+"""Formats whose reader returns another unit than volts, with the factor to volts.
+
+eXimia: a converter of 10 V and 16 bits behind a gain of 2000 has 0.0763 microvolts a bit, and MNE's reader returns
+that number as if it were volts.
+"""
+
+
+def neuroscan_data_format(path: str | Path) -> str:
+    """Bits of a Neuroscan CNT file, which its header does not say reliably.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    str
+        ``"int16"`` or ``"int32"``.
+
+    Raises
+    ------
+    ReadError
+        If the header is damaged.
+
+    Notes
+    -----
+    The size of the data block over channels and samples decides where the header's counts agree with it. Otherwise
+    both readings are compared: one sample of 32 bits taken for two of 16 alternates between a smooth and a noisy
+    half, and two of 16 taken for one of 32 are ruled by the noise of every other channel; the smoother one is right.
+    """
+    with Path(path).open("rb") as stream:
+        head = stream.read(900)
+        n_channels = int.from_bytes(head[370:372], "little")
+        n_samples = int.from_bytes(head[864:868], "little")
+        events = int.from_bytes(head[886:890], "little")
+        start = 900 + 75 * n_channels
+        size = (events if start < events <= Path(path).stat().st_size else Path(path).stat().st_size) - start
+        if not n_channels or size <= 0:
+            raise ReadError("unreadable: damaged Neuroscan header")
+        for bits in (16, 32):
+            if n_samples and n_channels * n_samples * bits // 8 == size:
+                return f"int{bits}"
+        stream.seek(start)
+        block = stream.read(min(size, n_channels * 4 * 2000))
+    rough = {}
+    for name, dtype in (("int16", "<i2"), ("int32", "<i4")):
+        frame = n_channels * np.dtype(dtype).itemsize
+        x = np.frombuffer(block[: len(block) // frame * frame], dtype).reshape(-1, n_channels).astype(float)
+        rough[name] = np.median(np.diff(x, axis=0).std(0) / np.maximum(x.std(0), 1e-12))
+    return min(rough, key=lambda name: rough[name])
+
+
+def _neuroscan(path: Path) -> BaseRaw:
+    import mne
+
+    return mne.io.read_raw_cnt(path, data_format=neuroscan_data_format(path))  # type: ignore[arg-type]
+
+
+def _fif(path: Path) -> Any:
+    import mne
+
+    try:
+        return mne.io.read_raw_fif(path, allow_maxshield=False)
+    except ValueError as error:
+        if "No raw data" not in str(error):
+            raise
+    try:
+        return mne.read_epochs(path, preload=False, proj=False)
+    except Exception:
+        raise NotContinuous("no recording in the FIF file: averages or something else") from None
+
+
+def _eeglab(path: Path) -> Any:
+    import mne
+
+    try:
+        raw = mne.io.read_raw_eeglab(path)
+    except FileNotFoundError:
+        raise ReadError(f"sidecar missing: the signal of {path.name} is in a .fdt file, which is not there") from None
+    except TypeError as error:
+        if not (match := re.search(r"number of trials is (\d+)", str(error))):
+            raise
+        count = int(match.group(1))
+        # Own events: the file's may fall on the same sample, which MNE refuses.
+        events = np.column_stack([np.arange(count), np.zeros(count, int), np.ones(count, int)])
+        try:
+            return mne.read_epochs_eeglab(path, events=events, event_id={"trial": 1})
+        except ValueError as cut:
+            if not (short := re.search(r"array of size (\d+) into shape \((\d+),(\d+),(\d+)\)", str(cut))):
+                raise
+            held, n, length, trials = map(int, short.groups())
+            raise ReadError(
+                f"truncated: the header promises {length * trials} samples, the file holds {held / n:g}"
+            ) from None
+    data = Path(str(raw.filenames[0]))
+    if data.suffix.lower() == ".fdt" and data.stat().st_size < 4 * len(raw.ch_names) * raw.n_times:
+        held = data.stat().st_size / 4 / len(raw.ch_names)
+        raise ReadError(f"truncated: the header promises {raw.n_times} samples, the file holds {held:g}")
+    return raw
+
+
+def _as_named(
+    path: Path, *keys: str, recode: bool = False
+) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
+    """A text header whose files lie beside it under exactly the names that it gives them.
+
+    Where it names another folder, perhaps of another system, or upper case for lower, MNE's readers find nothing: then
+    a header without these faults is written to a temporary folder, beside links to the files. `recode` is for readers
+    that know UTF-8 only.
+    """
+    text, encoding = headers.text_of(path.read_bytes())
+    data, recode = text, recode and encoding != "utf-8"
+    links: dict[str, Path] = {}
+    for key in keys:
+        named = headers.ini_value(text, key)
+        if named is None:
+            continue
+        name = re.split(r"[\\/]", named)[-1].replace("$b", path.stem)
+        if name == named and (path.parent / name).exists():
+            links[name] = path.parent / name
+            continue
+        there = [file for file in path.parent.iterdir() if file.name.lower() == name.lower()]
+        if there:
+            links[name] = there[0]
+        where = re.compile(rf"^([ \t]*{key}[ \t]*=[ \t]*){re.escape(named)}", re.MULTILINE | re.IGNORECASE)
+        data = where.sub(lambda found, name=name: found.group(1) + name, data, count=1)
+    if data == text and not recode and all(name == file.name for name, file in links.items()):
+        return path, text, None
+    folder = tempfile.TemporaryDirectory(prefix="eeg-")
+    for name, file in links.items():
+        (Path(folder.name) / name).symlink_to(file.resolve())
+    target = Path(folder.name) / path.name
+    target.write_bytes(data.encode("utf-8" if recode else encoding))
+    return target, text, folder
+
+
+def _brainvision(path: Path) -> Signal:
+    import mne
+
+    path, text, folder = _as_named(path, "DataFile", "MarkerFile")
+    raw = mne.io.read_raw_brainvision(path)
+    text = text.replace("\r\n", "\n")
+    length = int(headers.ini_value(text, "SegmentDataPoints") or 0)
+    if (headers.ini_value(text, "SegmentationType") or "NOTSEGMENTED").upper() == "NOTSEGMENTED" or length < 1:
+        return RawSignal(raw, keep=folder)
+    sfreq = float(raw.info["sfreq"])
+    starts = range(0, raw.n_times - length + 1, length)
+    return RawSignal(
+        raw, segments=[Segment(start=a, stop=a + length, onset=a / sfreq) for a in starts], epoched=True, keep=folder
+    )
+
+
+def _persyst(path: Path) -> Signal:
+    """Persyst's recording with the interruptions that its table of sample times tells, which MNE passes over."""
+    import mne
+
+    path, text, folder = _as_named(path, "File", recode=True)
+    raw = mne.io.read_raw_persyst(path)
+    sfreq = float(raw.info["sfreq"])
+    text = text.replace("\r\n", "\n")
+    table = re.search(r"^\[SampleTimes\][ \t]*\n(.*?)(?=^\[|\Z)", text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
+    pairs = re.findall(r"^(\d+)=([\d.]+)", table.group(1), re.MULTILINE) if table else []
+    cuts = []
+    for (a, begin), (b, end) in itertools.pairwise(pairs):
+        missing = (float(end) - float(begin)) % 86400 - (int(b) - int(a)) / sfreq
+        if abs(missing) > 2 / sfreq:
+            cuts.append(int(b))
+    marked, skips = interruptions(raw)
+    return RawSignal(raw, segments=segments_of(raw.n_times, sfreq, cuts + marked, skips), keep=folder)
+
+
+def _xdf(path: Path) -> Signal:
+    from data_sharding.formats.xdf import open_xdf
+
+    return open_xdf(path)
+
+
+def _mne(name: str, **options: Any) -> Callable[[Path], BaseRaw]:
+    def read(path: Path) -> BaseRaw:
+        import mne
+
+        return getattr(mne.io, f"read_raw_{name}")(path, **options)
+
+    return read
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "edf": open_records("edf"),
+    "bdf": open_records("bdf"),
+    "gdf": open_records("gdf"),
+    "brainvision": _brainvision,
+    "neuroscan": _neuroscan,
+    "ant": _mne("ant"),
+    "fif": _fif,
+    "eeglab": _eeglab,
+    "nihon": _mne("nihon"),
+    "persyst": _persyst,
+    "nedf": _mne("nedf"),
+    "curry": _mne("curry"),
+    "eximia": _mne("eximia"),
+    "egi": _mne("egi", events_as_annotations=True),
+    "mff": _mne("egi", events_as_annotations=True),
+    "xdf": _xdf,
+}
+"""Format to its reader, which returns a raw or epochs of MNE's, or a `Signal`."""
+WALKS: dict[str, Callable[[tuple[Path, ...]], str | None]] = {
+    "mff": headers.check_mff,
+    "fif": headers.check_fif,
+    "xdf": headers.check_xdf,
+}
+"""What is checked over the whole file before a reader is let loose on it."""
+
+
+def open_signal(recording: Recording) -> Signal:
+    """Open a recording with the reader of its format.
+
+    Parameters
+    ----------
+    recording : Recording
+        What `sniffing.sniff` found, on a local disk.
+
+    Returns
+    -------
+    Signal
+        The recording; samples are read when they are asked for.
+
+    Raises
+    ------
+    NotContinuous
+        If the file is sound, but there is no signal to train on.
+    ReadError
+        With the reason for the ledger.
+
+    Notes
+    -----
+    Some readers can take the process down on a damaged file. Call this where that is survivable.
+    """
+    if recording.problem:
+        raise (ReadError if recording.continuous else NotContinuous)(recording.problem)
+    if recording.format not in READERS:
+        raise ReadError(f"no reader for the format '{recording.format}'")
+    walk = WALKS.get(recording.format)
+    files = tuple(Path(str(file)) for file in recording.files)
+    if walk and (problem := headers.guarded(walk, recording.format.upper(), files)):
+        raise ReadError(problem)
+    try:
+        with quiet():
+            path, folder = _with_its_suffix(Path(str(recording.path)), recording.format)
+            opened = READERS[recording.format](path)
+            signal = opened if not hasattr(opened, "get_channel_types") else _signal_of(opened)
+            if isinstance(signal, RawSignal) and folder is not None:
+                signal.keep = folder
+    except ReadError:
+        raise
+    except ImportError as error:
+        raise ReadError(_missing(recording.format, error)) from error
+    except Exception as error:
+        raise ReadError(unreadable(error)) from error
+    factor = UNIT_FACTORS.get(recording.format)
+    if factor is not None:
+        note = f"the reader of {recording.format} returns values times {1 / factor:g}; corrected"
+        signal.info = dataclasses.replace(signal.info, scale=factor, notes=[*signal.info.notes, note])
+    return signal
+
+
+def _with_its_suffix(path: Path, format_: str) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
+    """A link with the suffix on which the format's reader insists, for files whose name says something else."""
+    if format_ not in SUFFIXES or path.name.lower().endswith(SUFFIXES[format_]):
+        return path, None
+    folder = tempfile.TemporaryDirectory(prefix="eeg-")
+    link = Path(folder.name) / f"{path.stem}{SUFFIXES[format_][0]}"
+    link.symlink_to(path.resolve())
+    return link, folder
+
+
+def _signal_of(opened: Any) -> Signal:
+    import mne
+
+    return RawSignal(opened) if isinstance(opened, mne.io.BaseRaw) else EpochsSignal(opened)
+
+
+def unreadable(error: BaseException) -> str:
+    """Reason of the ledger for what a reader raised.
+
+    Parameters
+    ----------
+    error : BaseException
+        What it raised.
+
+    Returns
+    -------
+    str
+        One line.
+    """
+    text = " ".join(str(error).split())[:200]
+    return f"unreadable: {type(error).__name__}: {''.join(c if c.isprintable() else '?' for c in text)}"
+
+
+def _missing(format_: str, error: ImportError) -> str:
+    package = PACKAGES.get(format_, error.name or "")
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return f"reader not installed: pip install {package}"
+    except ValueError:
+        pass
+    # The package is there, and what it needs itself is not.
+    return f"reader not installed: {' '.join(str(error).split())[:200]}"

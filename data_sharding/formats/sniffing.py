@@ -1,0 +1,434 @@
+"""Find recordings by content: the header says what a file is, before any reader is touched.
+
+`mne.io.read_raw` chooses by file name; two makers share ``.cnt``, and one's reader takes the process down on the
+other's file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_sharding.common.errors import RequestError
+from data_sharding.common.storage import AnyPath, is_remote
+from data_sharding.formats import headers
+
+HEAD_BYTES = 1 << 15
+"""Enough for the header of almost every file: on an object store, each further range is a request."""
+TEXT_BYTES = 1 << 20
+"""Text headers are read up to here."""
+NIHON_SIDECARS = (".pnt", ".21e", ".log", ".cmt", ".cn2", ".11d", ".reg", ".bft", ".edf.log")
+CURRY8_SIDECARS = (".dpa", ".dpo", ".cef", ".ceo", ".rs3", ".hpi")
+CURRY7_SIDECARS = (".dap", ".rs3", ".cef", ".ceo")
+UNSUPPORTED = {
+    ".trc": "Micromed TRC",
+    ".nwb": "Neurodata Without Borders",
+    ".mefd": "MEF3",
+    ".e": "Nicolet",
+    ".vpd": "Cadwell",
+}
+ORPHANS = {
+    ".eeg": "signal file without its header (.vhdr or .ahdr), and not a Nihon Kohden recording",
+    ".fdt": "EEGLAB signal file without its .set",
+    ".avg": "averaged, not a continuous recording",
+}
+"""Files that hold signal but are no recording by themselves: reported where no header claims them."""
+CLAIMED = {
+    ".edf": "EDF",
+    ".bdf": "BDF",
+    ".gdf": "GDF",
+    ".vhdr": "BrainVision",
+    ".ahdr": "BrainVision",
+    ".cnt": "CNT (neither Neuroscan nor ANT)",
+    ".set": "EEGLAB",
+    ".fif": "FIF",
+    ".lay": "Persyst",
+    ".nedf": "NEDF",
+    ".xdf": "XDF",
+    ".xdfz": "XDF",
+}
+"""Extensions that promise a recording: without its header the file is named and set aside."""
+MATLAB = "no reader: a MATLAB file says neither rate nor unit; describe it in a corpus of kind arrays"
+HDF5 = b"\x89HDF\r\n\x1a\n"
+Near = Mapping[str, AnyPath]
+"""Files of a folder by lower-case name: makers' software is careless about case."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """A recording found, not read yet."""
+
+    path: AnyPath
+    """What a reader is given."""
+    format: str
+    """Name of the format, a key of `readers.READERS` where it can be read."""
+    files: tuple[AnyPath, ...]
+    """All files that make it up, sidecars included, sorted."""
+    problem: str | None = None
+    """What the header already shows to be wrong; such a file is not read."""
+    continuous: bool = True
+    """False for sound files that hold no signal to train on: excluded rather than quarantined."""
+
+
+def _by_path(files: list[AnyPath]) -> tuple[AnyPath, ...]:
+    return tuple(sorted(set(files), key=lambda file: file.as_posix()))
+
+
+def _near(path: AnyPath) -> Near:
+    return {entry.name.lower(): entry for entry in path.parent.iterdir()}
+
+
+class _File:
+    """A file at which the formats look in turn."""
+
+    def __init__(self, path: AnyPath, near: Near | None) -> None:
+        self.path, self._listing = path, near
+        self.head = headers.read_range(path, 0, HEAD_BYTES)
+        self.text = self.head.lstrip(b"\xef\xbb\xbf")
+        self.suffix = path.suffix.lower()
+        self.stem = path.name[: -len(path.suffix)] if path.suffix else path.name
+
+    @property
+    def near(self) -> Near:
+        if self._listing is None:
+            self._listing = _near(self.path)
+        return self._listing
+
+    def all_text(self, path: AnyPath | None = None) -> str:
+        data = headers.read_range(path or self.path, 0, TEXT_BYTES)
+        return headers.text_of(data)[0].replace("\r\n", "\n").replace("\r", "\n")
+
+    def recording(
+        self, format_: str, *sidecars: str, problem: str | None = None, continuous: bool = True, need: str = ""
+    ) -> Recording:
+        """Of the file and those of `sidecars` that are there; `need` says what is missing where none of them is."""
+        there = [self.near[name.lower()] for name in sidecars if name.lower() in self.near] if sidecars else []
+        if need and not there:
+            problem = f"sidecar missing: {need}"
+        return Recording(
+            path=self.path,
+            format=format_,
+            files=_by_path([self.path, *there]),
+            # Damaged headers name damaged things; the reason stays one line.
+            problem=problem and "".join(c if c.isprintable() else "?" for c in " ".join(problem.split()))[:300],
+            continuous=continuous or bool(need and not there),
+        )
+
+
+# --- one function a format: a recording, or None where the file is something else -----------------------------------
+
+
+def _edf(file: _File) -> Recording | None:
+    format_ = "edf" if file.head[:8] == b"0       " else "bdf" if file.head[:8] == b"\xffBIOSEMI" else None
+    if format_ is None or len(file.head) < 256:
+        return None
+    found = headers.guarded(headers.check_edf, format_.upper(), file.path, file.head)
+    problem, continuous = (found, True) if isinstance(found, str) else found
+    return file.recording(format_, problem=problem, continuous=continuous)
+
+
+def _gdf(file: _File) -> Recording | None:
+    if file.head[:4] != b"GDF ":
+        return None
+    return file.recording("gdf", problem=headers.guarded(headers.check_gdf, "GDF", file.path, file.head))
+
+
+def _brainvision(file: _File) -> Recording | None:
+    if not re.match(rb"Brain ?Vision (Data Exchange Header|V-Amp Data Header|Core Data Format)", file.text):
+        return None
+    text, files, problem = file.all_text(), [], None
+    for key, needed in (("DataFile", True), ("MarkerFile", False)):
+        name = headers.ini_value(text, key)
+        name = re.split(r"[\\/]", name)[-1].replace("$b", file.stem) if name else None
+        # The header's name can be stale after a renaming: the same stem is the usual meaning, but a guess; refuse it.
+        if name and name.lower() in file.near:
+            files.append(name)
+            if needed:
+                data = file.near[name.lower()]
+                problem = headers.guarded(headers.check_brainvision, "BrainVision", text, data)
+        elif needed:
+            problem = f"sidecar missing: the header names '{name}', which is not there"
+    return file.recording("brainvision", *files, problem=problem)
+
+
+def _neuroscan(file: _File) -> Recording | None:
+    if file.head[:9] != b"Version 3":
+        return None
+    if file.suffix == ".cnt":
+        return file.recording(
+            "neuroscan", problem=headers.guarded(headers.check_neuroscan, "Neuroscan", file.path, file.head)
+        )
+    if file.suffix in (".eeg", ".avg"):
+        what = (
+            "epoched: a Neuroscan .eeg holds trials, and there is no reader for it; export it as EEGLAB or EDF"
+            if file.suffix == ".eeg"
+            else ORPHANS[".avg"]
+        )
+        return file.recording("neuroscan-epochs", problem=what, continuous=False)
+    return None
+
+
+def _ant(file: _File) -> Recording | None:
+    if file.head[:4] not in (b"RIFF", b"RF64"):
+        return None
+    if file.suffix != ".cnt" and not file.head[8:16].rstrip(b"\0 ").endswith(b"CNT"):
+        return None
+    return file.recording(
+        "ant", f"{file.stem}.evt", problem=headers.guarded(headers.check_ant, "ANT", file.path, file.head)
+    )
+
+
+def _fif(file: _File) -> Recording | None:
+    name = file.path.name.lower()
+    if name.endswith(".fif.gz"):
+        return file.recording("fif") if file.head[:2] == b"\x1f\x8b" else None
+    if file.head[:4] != b"\0\0\0\x64" or file.suffix != ".fif":
+        return None
+    # Parts are looked up by number, not searched for: a folder can hold a hundred thousand files.
+    parts = []
+    if split := re.match(r"(.*_split-)(\d+)(.*)", file.stem):
+        pattern, first = (
+            (lambda i: f"{split.group(1)}{i:0{len(split.group(2))}d}{split.group(3)}.fif"),
+            int(split.group(2)) + 1,
+        )
+    else:
+        pattern, first = (lambda i: f"{file.stem}-{i}.fif"), 1
+    while len(parts) < 10_000 and pattern(first + len(parts)).lower() in file.near:
+        parts.append(pattern(first + len(parts)))
+    return file.recording("fif", *parts)
+
+
+def _matlab(file: _File) -> Recording | None:
+    if not file.head.startswith((b"MATLAB", HDF5)):
+        return None
+    if file.suffix == ".set":
+        return file.recording("eeglab", f"{file.stem}.fdt")
+    if file.suffix == ".mat":
+        return file.recording("mat", problem=MATLAB, continuous=False)
+    return None
+
+
+def _nihon(file: _File) -> Recording | None:
+    if file.suffix != ".eeg" or not re.match(rb"EEG-\d{4}[A-Z]|DAE-\d{4}[A-Z]|QI-\d{3}[A-Z]|NKC", file.head):
+        return None
+    sidecars = [file.stem + s for s in NIHON_SIDECARS]
+    return file.recording("nihon", *sidecars, problem=headers.guarded(headers.check_nihon, "Nihon Kohden", file.path))
+
+
+def _persyst(file: _File) -> Recording | None:
+    if file.suffix != ".lay" or file.text.lstrip()[:10].lower() != b"[fileinfo]":
+        return None
+    text, problem = file.all_text(), None
+    # MNE reads the file of that name, and no other.
+    name = re.split(r"[\\/]", headers.ini_value(text, "File") or f"{file.stem}.dat")[-1]
+    if name.lower() in file.near:
+        problem = headers.guarded(headers.check_persyst, "Persyst", text, file.near[name.lower()])
+    return file.recording("persyst", name, problem=problem, need=f"the header names '{name}', which is not there")
+
+
+def _nedf(file: _File) -> Recording | None:
+    if b"<NEDFversion>" not in file.head:
+        return None
+    try:
+        problem = headers.guarded(headers.check_nedf, "NEDF", file.path, file.head)
+    except ImportError:
+        problem = None  # The reader says what to install.
+    return file.recording("nedf", problem=problem)
+
+
+def _curry(file: _File) -> Recording | None:
+    if file.suffix == ".cdt":
+        sidecars = [file.path.name + s for s in CURRY8_SIDECARS]
+        needed = sidecars[:2]
+    elif file.suffix == ".dat" and f"{file.stem}.dap".lower() in file.near:
+        sidecars = [file.stem + s for s in CURRY7_SIDECARS]
+        needed = sidecars[:1]
+    else:
+        return None
+    header = next((file.near[name.lower()] for name in needed if name.lower() in file.near), None)
+    problem = (
+        f"sidecar missing: none of {', '.join(needed)} is there"
+        if header is None
+        else headers.guarded(headers.check_curry, "Curry", file.path, header)
+    )
+    return file.recording("curry", *sidecars, problem=problem)
+
+
+def _eximia(file: _File) -> Recording | None:
+    if file.suffix != ".nxe":
+        return None
+    # 64 channels of 16 bits, and no header at all: the size is the only thing that can be checked.
+    size = headers.size_of(file.path)
+    fault = f"truncated: {size} bytes are no whole number of 64-channel frames"
+    return file.recording("eximia", problem=None if size and size % 128 == 0 else fault)
+
+
+def _egi(file: _File) -> Recording | None:
+    if headers.egi_header(file.head) is None:
+        return None
+    found = headers.guarded(headers.check_egi, "EGI simple binary", file.path, file.head)
+    problem, continuous = (found, True) if isinstance(found, str) else found
+    return file.recording("egi", problem=problem, continuous=continuous)
+
+
+def _xdf(file: _File) -> Recording | None:
+    gzipped = file.suffix == ".xdfz" or file.path.name.lower().endswith(".xdf.gz")
+    return file.recording("xdf") if file.head[:4] == b"XDF:" or (gzipped and file.head[:2] == b"\x1f\x8b") else None
+
+
+def _claims(file: _File) -> Recording | None:
+    """Files that are none of the formats, but claim to be one by their extension."""
+    if file.suffix in CLAIMED:
+        name = CLAIMED[file.suffix]
+        what = "an empty file" if not file.head else f"not {name}: the header is not one"
+        return file.recording(name.split()[0].lower(), problem=f"unreadable: {what}")
+    if file.suffix in UNSUPPORTED:
+        return file.recording(file.suffix[1:], problem=f"no reader for {UNSUPPORTED[file.suffix]}")
+    if file.suffix in ORPHANS:
+        return file.recording(file.suffix[1:], problem=ORPHANS[file.suffix])
+    if file.suffix == ".mat":
+        return file.recording("mat", problem=MATLAB, continuous=False)
+    return None
+
+
+FORMATS: tuple[Callable[[_File], Recording | None], ...] = (
+    _edf,
+    _gdf,
+    _brainvision,
+    _neuroscan,
+    _ant,
+    _xdf,
+    _fif,
+    _matlab,
+    _nihon,
+    _persyst,
+    _nedf,
+    _curry,
+    _eximia,
+    _egi,
+    _claims,
+)
+"""Asked in this order."""
+
+
+def _mff(path: AnyPath) -> Recording:
+    files = [f for f in path.rglob("*") if f.is_file() and not f.name.startswith("._")]
+    signals = [f for f in files if re.fullmatch(r"signal\d+\.bin", f.name)]
+    problem = None if signals else "sidecar missing: the MFF folder has no signal*.bin"
+    return Recording(path=path, format="mff", files=_by_path(files), problem=problem)
+
+
+def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
+    """Say what a file (or folder) is, by its content.
+
+    Parameters
+    ----------
+    path : str, Path or UPath
+        A file, or an ``.mff`` folder.
+    near : mapping of str to path, optional
+        Files of its folder by lower-case name, for callers that have listed it already.
+
+    Returns
+    -------
+    Recording or None
+        The recording with every file that belongs to it; `problem` is set where the header is enough to see that it
+        cannot be used. None for a file that is not a recording, nor claims to be one by its extension.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    path = Path(path) if isinstance(path, str) else path
+    if path.name.startswith("._"):
+        return None
+    if path.suffix.lower() in (".mff", ".mefd") and path.is_dir():
+        if path.suffix.lower() == ".mff":
+            return _mff(path)
+        problem = f"no reader for {UNSUPPORTED['.mefd']}"
+        files = _by_path([f for f in path.rglob("*") if f.is_file()])
+        return Recording(path=path, format="mefd", files=files, problem=problem)
+    # A folder, or a pipe, socket or device: reading from one may never end.
+    if not is_remote(path) and not stat.S_ISREG(path.stat().st_mode):
+        return None
+    file = _File(path, near)
+    for look in FORMATS:
+        if found := look(file):
+            return found
+    return None
+
+
+def _walk_local(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Folders with the names in them; what cannot be listed stops the walk, since what it holds would be lost."""
+
+    def refuse(error: OSError) -> None:
+        raise RequestError(f"{error.filename}: cannot be listed ({error.strerror}); mend it or exclude its parent")
+
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        folders.sort()
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:  # A link back to a folder above.
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        units = [name for name in folders if name.lower().endswith((".mff", ".mefd"))]
+        folders[:] = [name for name in folders if name not in units and not name.startswith(".")]
+        yield Path(folder), [*(name for name in units if not name.startswith(".")), *names]
+
+
+def _walk_remote(root: Any) -> Iterator[tuple[Any, list[str]]]:
+    try:
+        entries = sorted(root.iterdir(), key=lambda entry: entry.name)
+    except OSError as error:
+        raise RequestError(f"{root}: cannot be listed ({error}); mend it or exclude its parent") from None
+    names, folders = [], []
+    for entry in entries:
+        whole = entry.name.lower().endswith((".mff", ".mefd"))
+        (folders if not whole and entry.is_dir() else names).append(entry.name)
+    yield root, names
+    for name in folders:
+        if name and not name.startswith("."):
+            yield from _walk_remote(root / name)
+
+
+def find_recordings(root: str | AnyPath) -> list[Recording]:
+    """All recordings under a folder, and whatever claims to be one.
+
+    Parameters
+    ----------
+    root : str, Path or UPath
+        The folder; hidden files and macOS's ``._`` twins are passed over.
+
+    Returns
+    -------
+    list of Recording
+        Sorted by path. Files that belong to another recording of the list are not in it.
+
+    Raises
+    ------
+    RequestError
+        If a folder cannot be listed.
+    """
+    root = Path(root) if isinstance(root, str) else root
+    found: list[Recording] = []
+    for folder, names in _walk_remote(root) if is_remote(root) else _walk_local(Path(str(root))):
+        near: dict[str, AnyPath] = {name.lower(): folder / name for name in names}
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            path = folder / name
+            try:
+                recording = sniff(path, near)
+            except OSError as error:
+                reason = f"unreadable: {error.strerror or error}"
+                recording = Recording(path=path, format="unknown", files=(path,), problem=reason)
+            if recording:
+                found.append(recording)
+    claimed = {file for recording in found for file in recording.files if file != recording.path}
+    return sorted((r for r in found if r.path not in claimed), key=lambda r: r.path.as_posix())

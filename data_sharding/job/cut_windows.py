@@ -1,0 +1,315 @@
+"""The second pass over a recording: out of the scratch file, through the filters, into windows.
+
+Shapes: n channels, T samples a window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_sharding.common.storage import as_path
+from data_sharding.corpora import Trial
+from data_sharding.dataset.samples import Sample, ShardWriter
+from data_sharding.dataset.splits import SPLITS
+from data_sharding.formats.channels import Channels
+from data_sharding.formats.signal import Segment, SignalInfo
+from data_sharding.processing.preprocess import PreprocessSpec, clean_blocks, window_starts
+from data_sharding.processing.streaming import Scratch
+
+if TYPE_CHECKING:
+    from data_sharding.job.process_recording import Task
+
+FLOAT16_MAX_UV = 65504.0
+
+
+@dataclass(kw_only=True)
+class Clean:
+    """What the second pass is to do with the scratch file."""
+
+    channels: Channels
+    """The channels of the windows."""
+    rows: list[int]
+    """Rows of the scratch file that are filtered: those of the windows first."""
+    reference: list[int]
+    """Which of `rows` are averaged to the reference."""
+    bads: list[int]
+    """Bad rows of the windows."""
+    factor: float
+    """What brings the scratch file to microvolts."""
+    line_freq: float | None
+    """Mains in Hz."""
+    begins: list[int]
+    """First sample of each segment in the scratch file."""
+    lengths: list[int]
+    """Samples of each segment there."""
+    left_out: dict[str, str]
+    """Channels of EEG that are not in the windows, and why."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A window to be cut."""
+
+    start: int
+    """First sample in its segment, at the target rate."""
+    number: int
+    """End of its key."""
+    split: str
+    extra: dict[str, Any]
+
+
+def whole_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> dict[int, list[Cut]]:
+    """Windows of a recording without trials.
+
+    Parameters
+    ----------
+    lengths : list of int
+        Samples of each segment at the target rate.
+    spec : PreprocessSpec
+        Window and stride.
+    split : str
+        Where they go.
+
+    Returns
+    -------
+    dict
+        Segment to its windows, in order of time.
+    """
+    cuts: dict[int, list[Cut]] = {}
+    number = 0
+    for segment, length in enumerate(lengths):
+        starts = window_starts(length, spec)
+        if len(starts):
+            cuts[segment] = [Cut(int(s), number + i, split, {}) for i, s in enumerate(starts)]
+            number += len(starts)
+    return cuts
+
+
+def clean_windows(
+    clean: Clean,
+    scratch: Scratch,
+    info: SignalInfo,
+    spec: PreprocessSpec,
+    cuts: dict[int, list[Cut]],
+    left_out: Counter[str],
+) -> Iterator[tuple[int, Cut, float, np.ndarray]]:
+    """Filter the segments that hold windows, and cut these.
+
+    Parameters
+    ----------
+    clean : Clean
+        What to do.
+    scratch : Scratch
+        The signal at the target rate.
+    info : SignalInfo
+        What is known of the recording.
+    spec : PreprocessSpec
+        Filters and window.
+    cuts : dict
+        Segment to its windows, in order of time.
+    left_out : Counter
+        Reason to windows, counted up for those that are not fit to be used.
+
+    Yields
+    ------
+    segment : int
+        Where the window lies.
+    cut : Cut
+        Which it is.
+    start : float
+        Seconds from the recording's beginning.
+    window : ndarray, shape (n, T), float32
+        Microvolts.
+    """
+    n = len(clean.channels.names)
+    good = np.setdiff1d(np.arange(n), clean.bads)
+    spans = np.array([(begin, end) for begin, end, _ in info.bad_spans], float).reshape(-1, 2)
+    for number, wanted in cuts.items():
+        begin, onset = clean.begins[number], info.segments[number].onset
+
+        def read(start: int, stop: int, begin: int = begin) -> np.ndarray:
+            return clean.factor * scratch.read(begin + start, begin + stop)[clean.rows]
+
+        blocks = clean_blocks(
+            read,
+            clean.lengths[number],
+            info.sfreq,
+            spec,
+            line_freq=clean.line_freq,
+            reference=clean.reference,
+        )
+        for cut, x in _windows(blocks, wanted, spec.window):
+            window, start_s = x[:n], onset + cut.start / spec.sfreq
+            if why := _flaw(window, good, start_s, spans, spec):
+                left_out[why] += 1
+            else:
+                yield number, cut, start_s, window
+
+
+def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
+    """Every window that lies in a segment, by segment, in order of time."""
+    item, spec = task.item, task.spec
+    cuts: dict[int, list[Cut]] = {}
+    if item.trials is None:
+        split = task.split.subject(item.subject) if task.split.by_subject else "train"
+        return whole_windows(lengths, spec, split)
+    numbers = {name: i for i, name in enumerate(task.labels)}
+    onsets = np.array([segment.onset for segment in info.segments])
+    for number, trial in enumerate(item.trials):
+        split = task.split.trial(item.subject, trial.image_id, trial.split, trial.concept)
+        if split is None:
+            left_out["crossed cell of subject split and image split"] += 1
+            continue
+        segment, start = _place(trial, item.trial_offset, info.segments, onsets, spec)
+        if segment is None:
+            left_out["trial beyond the recording"] += 1
+        elif start + spec.window > lengths[segment]:
+            last = segment == len(lengths) - 1
+            left_out["trial beyond the recording" if last else "over a gap in the recording"] += 1
+        else:
+            said = {name: getattr(trial, name) for name in ("image_id", "label_name", "block", "concept")}
+            extra: dict[str, Any] = {name: value for name, value in said.items() if value}
+            if trial.label_name:
+                extra["label"] = numbers[trial.label_name]
+            extra |= {"caption": trial.caption, "image_path": trial.image}
+            cuts.setdefault(segment, []).append(Cut(start, number, split, extra))
+    return {segment: sorted(cuts[segment], key=lambda cut: (cut.start, cut.number)) for segment in sorted(cuts)}
+
+
+def _place(
+    trial: Trial, offset_s: float, segments: list[Segment], onsets: np.ndarray, spec: PreprocessSpec
+) -> tuple[int | None, int]:
+    """Segment in which a trial's window begins, and where in it."""
+    if trial.segment is not None:
+        start = round(offset_s * spec.sfreq)
+        return (trial.segment, start) if 0 <= trial.segment < len(segments) and start >= 0 else (None, 0)
+    begin = trial.onset + offset_s
+    # Half a sample early is rounding.
+    segment = int(np.searchsorted(onsets, begin + 0.5 / spec.sfreq, side="right")) - 1
+    if segment < 0:
+        return None, 0
+    return segment, max(0, round((begin - float(onsets[segment])) * spec.sfreq))
+
+
+def image_type(data: bytes) -> str | None:
+    """Extension of an image by its first bytes.
+
+    Parameters
+    ----------
+    data : bytes
+        The file.
+
+    Returns
+    -------
+    str or None
+        jpg, png or webp; None for anything else.
+    """
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], window: int) -> Iterator[tuple[Cut, np.ndarray]]:
+    """Cut windows, in order of their starts, out of a signal that comes in blocks."""
+    held, at, following = None, 0, 0
+    for block in blocks:
+        held = block if held is None else np.concatenate([held, block], axis=1)
+        while following < len(cuts) and cuts[following].start + window <= at + held.shape[1]:
+            start = cuts[following].start - at
+            yield cuts[following], held[:, start : start + window]
+            following += 1
+        if following == len(cuts):
+            return
+        gone = min(cuts[following].start - at, held.shape[1])
+        held, at = held[:, gone:], at + gone
+
+
+def write_windows(
+    task: Task, row: dict[str, Any], folder: Path, clean: Clean, scratch: Scratch, info: SignalInfo
+) -> None:
+    """Second pass: filter the segments that hold windows, and write these.
+
+    Parameters
+    ----------
+    task : Task
+        The recording at work.
+    row : dict
+        Its ledger row, whose columns about windows are filled.
+    folder : Path
+        Where ``train.tar`` and the others go.
+    clean : Clean
+        What to do.
+    scratch : Scratch
+        The signal at the target rate.
+    info : SignalInfo
+        What is known of the recording.
+    """
+    item, spec = task.item, task.spec
+    left_out: Counter[str] = Counter()
+    written: Counter[str] = Counter()
+    channels = clean.channels
+    covered, segment, covered_to = 0, -1, 0
+    base = {
+        "n": len(channels.names),
+        "ch_names": channels.names,
+        "positions": channels.positions,
+        "reference": spec.reference_name,
+        "sfreq": spec.sfreq,
+        "recording": item.key,
+        "subject": item.subject,
+        "session": item.session,
+        "corpus": item.corpus,
+        "bads": [channels.names[i] for i in clean.bads],
+    }
+    with contextlib.ExitStack() as stack:
+        writers: dict[str, ShardWriter] = {}
+        cuts = _cuts(task, info, clean.lengths, left_out)
+        for number, cut, start_s, window in clean_windows(clean, scratch, info, spec, cuts, left_out):
+            extra, image, kind = dict(cut.extra), None, "png"
+            if path := extra.pop("image_path", None):
+                image = as_path(path).read_bytes()
+                if (found := image_type(image)) is None:
+                    left_out["image is neither jpg, png nor webp"] += 1
+                    continue
+                kind = found
+            meta = {**base, "start": round(start_s, 6), "split": cut.split, **extra}
+            if cut.split not in writers:
+                writers[cut.split] = stack.enter_context(ShardWriter(folder / f"{cut.split}.tar"))
+            writers[cut.split].write(
+                Sample(key=f"{item.key}-{cut.number:06d}", eeg=window, meta=meta, image=image, image_ext=kind)
+            )
+            written[cut.split] += 1
+            # Windows may overlap: what counts as written is the signal that they cover.
+            if number != segment:
+                segment, covered_to = number, 0
+            covered += cut.start + spec.window - max(covered_to, cut.start)
+            covered_to = cut.start + spec.window
+    row["seconds_written"] = round(covered / spec.sfreq, 4)
+    row["windows"] = sum(written.values())
+    row["windows_left_out"] = json.dumps(dict(sorted(left_out.items())))
+    row["split_samples"] = {split: written[split] for split in SPLITS if written[split]}
+    row["split"] = "+".join(row["split_samples"])
+
+
+def _flaw(window: np.ndarray, good: np.ndarray, start_s: float, spans: np.ndarray, spec: PreprocessSpec) -> str | None:
+    """Why a window is left out."""
+    if ((spans[:, 0] < start_s + spec.window_s) & (spans[:, 1] > start_s)).any():
+        return "over a span marked as bad"
+    if max(-float(window.min()), float(window.max())) > FLOAT16_MAX_UV:
+        return "beyond float16 microvolts"
+    largest = float(np.ptp(window[good], axis=1).max())
+    if not largest:
+        return "flat in every good channel"
+    if spec.reject_uv and largest > spec.reject_uv:
+        return f"peak to peak beyond {spec.reject_uv:g} microvolts"
+    return None

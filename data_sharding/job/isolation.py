@@ -1,0 +1,293 @@
+"""A function in a child process of its own: what crashes, hangs or eats memory there costs only the call.
+
+``python -m data_sharding.job.isolation`` is the child. It is started afresh rather than forked, knows nothing
+of Ray, and ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import fcntl
+import importlib
+import os
+import pickle
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+CRASHES = 2
+"""Deaths by the reader's own doing after which a call is given up."""
+KILLS = 4
+"""Deaths by SIGKILL or SIGTERM, which no reader does to itself: someone else (the kernel, short of memory) did."""
+START_S = 300.0
+"""Seconds that a child has to start: importing from a loaded network folder is slow."""
+LOOK_S = 0.1
+"""Seconds between two looks at the child's memory."""
+PR_SET_PDEATHSIG = 1
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""Of a machine's two uses of many cores, many recordings at once is the better one."""
+
+
+class GivenUp(Exception):
+    """A call cannot be finished, by its own doing; the message is a reason for the ledger."""
+
+
+class ChildFailed(RuntimeError):
+    """A child did not even start: the machine's fault, not the call's."""
+
+
+class _Died(Exception):
+    def __init__(self, status: int) -> None:
+        self.killed = status in (-signal.SIGKILL, -signal.SIGTERM)
+        self.how = signal.Signals(-status).name if status < 0 else f"exit code {status}"
+
+
+def _private_bytes(pid: int) -> int:
+    """Memory of a process that is its own: pages of mapped files can be dropped at any time and do not count."""
+    import psutil
+
+    try:
+        info = psutil.Process(pid).memory_info()
+    except psutil.Error:
+        return 0
+    return info.rss - getattr(info, "shared", 0)
+
+
+@contextlib.contextmanager
+def _owned_scratch() -> Iterator[Path]:
+    """Scratch folder that is known to be in use by a lock, which a death of any kind lets go."""
+    base = Path(os.environ.get("DREAMSCALE_SCRATCH") or tempfile.gettempdir())
+    base.mkdir(parents=True, exist_ok=True)
+    for old in base.glob("dreamscale-child-*"):
+        with contextlib.suppress(OSError), (old / "lock").open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    # The folder has its name only once the lock is held: until then nobody takes it for an orphan.
+    made = Path(tempfile.mkdtemp(prefix="dreamscale-new-", dir=base))
+    with (made / "lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        folder = made.rename(made.with_name(made.name.replace("-new-", "-child-")))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Child:
+    """One process that calls one function, again and again.
+
+    Parameters
+    ----------
+    function : str
+        ``module:name`` of a function of one argument; argument and result must be picklable.
+    memory_gb : float
+        Memory that a call may take, in GB (1e9 bytes); 0 sets no limit.
+    """
+
+    def __init__(self, function: str, memory_gb: float = 0.0) -> None:
+        self.function, self.memory_gb = function, memory_gb
+        self._stack = contextlib.ExitStack()
+        folder = self._stack.enter_context(_owned_scratch())
+        ours, theirs = socket.socketpair()
+        env = {
+            **os.environ,
+            **ONE_THREAD,
+            "DREAMSCALE_SCRATCH": str(folder),
+            "TMPDIR": str(folder),
+            # The job's own code may have come to this process by other ways than the environment.
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path)),  # noqa: PTH109
+        }
+        with theirs:
+            command = [sys.executable, "-m", "data_sharding.job.isolation", str(theirs.fileno()), str(os.getpid())]
+            self.process = subprocess.Popen(
+                [*command, function, repr(memory_gb)], env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+            )
+        self._pipe = Connection(ours.detach())
+        try:
+            if self._receive(time.monotonic() + START_S, limit=False)[0] != "ready":
+                raise ChildFailed("the reading process did not start as it should")
+        except (_Died, GivenUp) as error:
+            self.close()
+            how = error.how if isinstance(error, _Died) else f"not within {START_S:g} s"
+            raise ChildFailed(f"the reading process did not start ({how}); see Ray's worker log") from None
+
+    def _receive(self, deadline: float, *, limit: bool) -> tuple[str, Any]:
+        while True:
+            try:
+                if self._pipe.poll(LOOK_S):
+                    return self._pipe.recv()
+            except (EOFError, OSError):
+                raise _Died(self.process.wait()) from None
+            if time.monotonic() > deadline:
+                raise GivenUp("time-out")
+            if limit and self.memory_gb and _private_bytes(self.process.pid) > self.memory_gb * 1e9:
+                raise GivenUp("memory")
+
+    def call(self, argument: Any, timeout_s: float) -> Any:
+        """Call the function.
+
+        Parameters
+        ----------
+        argument : Any
+            Its argument.
+        timeout_s : float
+            Seconds until it is given up.
+
+        Returns
+        -------
+        Any
+            Its result.
+
+        Raises
+        ------
+        GivenUp
+            If it runs out of time or memory. The child is gone then.
+        Exception
+            What the function raised.
+        """
+        try:
+            self._pipe.send(argument)
+            kind, value = self._receive(time.monotonic() + timeout_s, limit=True)
+        except OSError:
+            raise _Died(self.process.wait()) from None
+        except GivenUp:
+            self.close()
+            raise
+        if kind == "raised":
+            raise value
+        return value
+
+    def close(self) -> None:
+        """End the child at once, and remove its scratch."""
+        self.process.kill()
+        self.process.wait()
+        self._pipe.close()
+        self._stack.close()
+
+    @property
+    def worn(self) -> bool:
+        """True where what calls have left behind takes half of the memory allowed."""
+        return bool(self.memory_gb) and _private_bytes(self.process.pid) > 0.5e9 * self.memory_gb
+
+
+_children: dict[tuple[str, float], Child] = {}
+
+
+def call_isolated(function: str, argument: Any, *, timeout_s: float, memory_gb: float = 0.0) -> Any:
+    """Call a function in this process's child, which is started where there is none.
+
+    Parameters
+    ----------
+    function : str
+        ``module:name``.
+    argument : Any
+        Its argument.
+    timeout_s : float
+        Seconds that it may take (key ``ray.timeout_s``).
+    memory_gb : float
+        GB that it may take (key ``ray.memory_gb``); 0 sets no limit.
+
+    Returns
+    -------
+    Any
+        Its result.
+
+    Raises
+    ------
+    GivenUp
+        If it ran out of time or memory, or its process died again and again; the message says which.
+    ChildFailed
+        If no child could be started.
+    Exception
+        What the function raised.
+    """
+    crashes = kills = 0
+    while True:
+        child = _children.pop((function, memory_gb), None) or Child(function, memory_gb)
+        try:
+            value = child.call(argument, timeout_s)
+        except _Died as death:
+            child.close()
+            crashes, kills = crashes + (not death.killed), kills + death.killed
+            if crashes >= CRASHES:
+                raise GivenUp(f"crashed its reader {crashes} times ({death.how})") from None
+            if kills >= KILLS:
+                raise GivenUp(f"its reader was killed {kills} times ({death.how}: short of memory?)") from None
+            continue
+        except GivenUp as error:
+            raise GivenUp(
+                f"time-out: not finished after {timeout_s:g} s (key 'ray.timeout_s')"
+                if str(error) == "time-out"
+                else f"memory: needs more than {memory_gb:g} GB (key 'ray.memory_gb')"
+            ) from None
+        except MemoryError:
+            child.close()
+            raise GivenUp(f"memory: needs more than {memory_gb:g} GB (key 'ray.memory_gb')") from None
+        except BaseException:
+            child.close()
+            raise
+        if child.worn:
+            child.close()
+        else:
+            _children[function, memory_gb] = child
+        return value
+
+
+def close_children() -> None:
+    """End this process's children."""
+    while _children:
+        _children.popitem()[1].close()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as another process can read it."""
+    traceback.print_exception(error)  # To Ray's log of the worker.
+    with contextlib.suppress(Exception):
+        pickle.loads(pickle.dumps(error))
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _serve(pipe: Connection, parent: int, name: str, memory_gb: float) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # It died before the line above took effect.
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver.
+    faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory_gb:
+        # Far beyond the limit at once, by a header's word: refused at the call rather than seen afterwards.
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        wanted = int(2e9 * memory_gb + 2**30)
+        if hard == resource.RLIM_INFINITY or wanted < hard:
+            resource.setrlimit(resource.RLIMIT_DATA, (wanted, wanted))
+    module, _, attribute = name.partition(":")
+    function = getattr(importlib.import_module(module), attribute)
+    pipe.send(("ready", None))
+    while True:
+        try:
+            argument = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = ("returned", function(argument))
+        except Exception as error:
+            answer = ("raised", _portable(error))
+        pipe.send(answer)
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))

@@ -1,0 +1,142 @@
+"""Parts of recordings to shards of bounded size, the same bytes for any number of workers."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+from data_sharding.common.files import digest_of, read_json, write_json
+from data_sharding.common.storage import AnyPath, deliver, scratch_folder
+from data_sharding.dataset.dataset import shard_record
+from data_sharding.dataset.manifest import Shard
+from data_sharding.dataset.samples import ShardWriter
+from data_sharding.dataset.splits import SPLITS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Samples of one part that go into a shard."""
+
+    key: str
+    """The recording."""
+    part: str
+    """Name of its part."""
+    split: str
+    """Which tar of the part."""
+    start: int
+    """First sample."""
+    stop: int
+    """One past the last sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """What goes into a shard."""
+
+    path: str
+    """Relative to the dataset."""
+    pieces: tuple[Piece, ...]
+    """In order."""
+
+
+def plan_shards(rows: Iterable[dict[str, Any]], samples_per_shard: int) -> list[ShardPlan]:
+    """Distribute samples over shards.
+
+    Parameters
+    ----------
+    rows : iterable of dict
+        Rows of the recordings to write, in any order.
+    samples_per_shard : int
+        Most samples a shard.
+
+    Returns
+    -------
+    list of ShardPlan
+        By split and number; recordings in the order of their keys.
+    """
+    plans: list[ShardPlan] = []
+    ordered = sorted(rows, key=lambda row: row["key"])
+    for split in SPLITS:
+        pieces: list[Piece] = []
+        room, number = samples_per_shard, 0
+
+        def close(split: str = split) -> None:
+            nonlocal pieces, room, number
+            if pieces:
+                plans.append(ShardPlan(path=f"{split}/{number:06d}.tar", pieces=tuple(pieces)))
+            pieces, room, number = [], samples_per_shard, number + 1
+
+        for row in ordered:
+            at, left = 0, row["split_samples"].get(split, 0)
+            while left:
+                take = min(left, room)
+                pieces.append(Piece(key=row["key"], part=row["part"], split=split, start=at, stop=at + take))
+                at, left, room = at + take, left - take, room - take
+                if not room:
+                    close()
+        close()
+    return plans
+
+
+def write_shard(plan: ShardPlan, parts: AnyPath, root: AnyPath, work: AnyPath) -> Shard:
+    """Copy samples from their parts into a shard; nothing is decoded.
+
+    Parameters
+    ----------
+    plan : ShardPlan
+        What goes in.
+    parts : Path or UPath
+        Folder of the parts.
+    root : Path or UPath
+        The dataset, which the shard's path is relative to.
+    work : Path or UPath
+        The job's working folder; what it records of finished shards lies in ``shards``.
+
+    Returns
+    -------
+    Shard
+        Its manifest entry. A shard that is there with the same plan is taken as it is.
+    """
+    tar = root / plan.path
+    done = work / "shards" / f"{plan.path}.json"
+    digest = digest_of([[p.part, p.split, p.start, p.stop] for p in plan.pieces])
+    if done.is_file():
+        record = read_json(done)
+        if record.pop("plan") == digest and tar.is_file() and tar.stat().st_size == record["bytes"]:
+            return Shard(**record)
+    with scratch_folder() if isinstance(root, UPath) else _folder(work / "new") as folder:
+        local = folder / plan.path
+        with ShardWriter(local) as writer:
+            for piece in plan.pieces:
+                source = parts / piece.part[:2] / piece.part / f"{piece.split}.tar"
+                entries = read_json(source.with_suffix(".idx"))[piece.start : piece.stop]
+                with source.open("rb") as stream:
+                    for entry in entries:
+                        members = []
+                        for name, (offset, size) in entry["members"].items():
+                            stream.seek(offset)
+                            members.append((f"{entry['key']}.{name}", stream.read(size)))
+                        writer.write_members(entry["key"], members, entry["n"])
+        record = shard_record(folder, local, len(writer))
+        deliver(local.with_suffix(".idx"), tar.with_suffix(".idx"))
+        deliver(local, tar)
+    write_json(done, {"plan": digest, **vars(record)})
+    return record
+
+
+@contextlib.contextmanager
+def _folder(base: AnyPath) -> Iterator[Path]:
+    """Temporary folder on the dataset's own disk, from which files can be renamed into it."""
+    folder = Path(str(base)) / uuid.uuid4().hex
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

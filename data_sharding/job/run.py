@@ -1,0 +1,522 @@
+"""The sharding job: corpora of recordings to one dataset, with an account of every recording."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_sharding.audit.duplicates import Print, find_duplicates, preference
+from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
+from data_sharding.audit.fingerprints import write_fingerprints
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError, run_main
+from data_sharding.common.files import digest_of, sha256_file
+from data_sharding.common.progress import JobProgress, progress
+from data_sharding.common.storage import (
+    AnyPath,
+    deliver,
+    describe,
+    file_state,
+    fresh,
+    is_remote,
+    is_storage_error,
+    remove_tree,
+    scratch_folder,
+)
+from data_sharding.dataset.ledger import NAME as LEDGER
+from data_sharding.dataset.ledger import STATUSES, read_ledger, set_aside, short_reason, totals, write_ledger
+from data_sharding.dataset.manifest import NAME as MANIFEST
+from data_sharding.dataset.manifest import Manifest, Shard
+from data_sharding.dataset.splits import SPLITS
+from data_sharding.job.cluster import ClusterFailed, missing_on_nodes, ray_session, run_tasks, say, stop_signals
+from data_sharding.job.isolation import GivenUp, call_isolated
+from data_sharding.job.journal import Journal, alone
+from data_sharding.job.pack_shards import ShardPlan, plan_shards, write_shard
+from data_sharding.job.process_recording import PART_SCHEMA, Task, blank_row, recording_checksum, versions
+from data_sharding.job.request import Plan, ShardConfig, essence, make_plan, place_of
+
+WORK = ".work"
+"""Folder inside the output for what is not finished; gone when the dataset is."""
+READER = "data_sharding.job.process_recording:process_recording"
+"""What runs in a worker's child."""
+
+
+def _finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | None:
+    """The dataset that is there already, if it is the one asked for.
+
+    Raises
+    ------
+    RequestError
+        If the folder holds something else.
+    """
+    if fresh(output).exists() and not output.is_dir():
+        raise RequestError(f"output '{output}': is a file, not a folder")
+    if not (output / MANIFEST).is_file():
+        if output.is_dir() and any(output.iterdir()) and not (output / WORK).is_dir():
+            raise RequestError(f"output '{output}': not empty, and no unfinished dataset; choose another folder")
+        return None
+    manifest = Manifest.read(output)
+    if manifest.extra.get("request") != plan.request:
+        ours = essence(config)
+        other = [
+            key
+            for key in ours
+            if json.dumps(ours[key], sort_keys=True) != json.dumps(manifest.config.get(key), sort_keys=True)
+        ]
+        what = f"made with other settings ({', '.join(other)})" if other else "made of other recordings"
+        raise RequestError(
+            f"output '{output}': holds a finished dataset {what}; choose another folder, or remove it first"
+        )
+    written = file_state(output / MANIFEST)[1]
+    newer = [item for item in plan.items.values() if any(_changed_ns(f) > written for f in item.recording.files)]
+    if newer:
+        known = {row["key"]: row["sha256"] for row in read_ledger(output)}
+        for item in newer:
+            if known.get(item.key) != recording_checksum(item, [sha256_file(f) for f in item.recording.files]):
+                raise RequestError(
+                    f"output '{output}': '{item.path}' has changed since this dataset was made; choose another folder"
+                )
+    return manifest
+
+
+def _changed_ns(file: AnyPath) -> int:
+    # A copy may carry its original's time; when it came here, it cannot choose.
+    return max(file.stat().st_ctime_ns, file.stat().st_mtime_ns) if isinstance(file, Path) else file_state(file)[1]
+
+
+def read_isolated(task: Task, memory_gb: float) -> dict[str, Any]:
+    """Body of the Ray task of the first phase: a recording, read in the worker's child.
+
+    Parameters
+    ----------
+    task : Task
+        What to do.
+    memory_gb : float
+        Memory that it may take.
+
+    Returns
+    -------
+    dict
+        The ledger row, with ``part`` and ``split_samples`` beside its columns; quarantined where its reader crashed,
+        hung or took too much memory.
+    """
+    try:
+        return call_isolated(READER, task, timeout_s=task.timeout_s, memory_gb=memory_gb)
+    except GivenUp as error:
+        return _set_aside(task.item, str(error))
+
+
+def _set_aside(item: Any, reason: str) -> dict[str, Any]:
+    return blank_row(item, "quarantined", reason) | {"part": "", "split_samples": {}}
+
+
+def _read(argument: tuple[Task, float]) -> dict[str, Any]:
+    return read_isolated(*argument)
+
+
+def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: int) -> list[dict[str, Any]]:
+    """First phase: every recording to a part, each in a process that may die.
+
+    Parameters
+    ----------
+    config : ShardConfig
+        The request.
+    plan : Plan
+        What is to be done.
+    work : Path or UPath
+        The job's working folder.
+    in_flight : int
+        Tasks at a time.
+
+    Returns
+    -------
+    list of dict
+        One ledger row for each recording, sorted by key. What an earlier run has read of files that are still the
+        same is taken up without a look into them.
+    """
+    limits = config.ray.timeout_s, config.ray.memory_gb
+    settings = digest_of(
+        {
+            "schema": PART_SCHEMA,
+            "preprocess": config.preprocess.to_dict(),
+            "split": essence(config)["split"],
+            "labels": plan.labels,
+            "versions": versions(),
+        }
+    )
+    rows: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, tuple[Task, float]] = {}
+    sizes = {key: plan.size(key) for key in plan.items}
+    with Journal(work / "rows") as journal, JobProgress(sizes) as shown:
+        identities = {key: plan.identity(key, settings) for key in plan.items}
+        # The largest first: at the end no worker waits for another one's hour.
+        for key, item in sorted(plan.items.items(), key=lambda entry: (-sizes[entry[0]], entry[0])):
+            row = journal.find(key, identities[key])
+            # What was given up under other limits, or for a fault that may have passed, is tried again.
+            current = row is not None and row.get("limits", list(limits)) == list(limits) and not row.get("passing")
+            if row is not None and current and _has_part(row, work):
+                rows[key] = row
+                shown.add(row, taken_up=True)
+                continue
+            task = Task(
+                item=item,
+                spec=config.preprocess,
+                split=config.split,
+                labels=tuple(plan.labels),
+                work=work,
+                timeout_s=config.ray.timeout_s,
+            )
+            tasks[key] = (task, config.ray.memory_gb)
+
+        def done(key: str, row: dict[str, Any]) -> None:
+            if not row["part"]:
+                row |= {"limits": list(limits), "bytes": row["bytes"] or sizes[key]}
+            rows[key] = row
+            journal.add(key, identities[key], row)
+            shown.add(row)
+
+        def give_up(key: str, error: Exception) -> str | None:
+            files = {str(f) for f in plan.items[key].recording.files}
+            if is_storage_error(error):
+                name = str(getattr(error, "filename", None) or "")
+                return f"unreadable: {describe(error)}" if name in files else None
+            return f"failed: {type(error).__name__}: {describe(error)}"
+
+        given_up = run_tasks(
+            _read,
+            tasks,
+            in_flight=in_flight,
+            memory_gb=config.ray.memory_gb,
+            done=done,
+            give_up=give_up,
+            look=shown.look,
+        )
+        for key, reason in given_up.items():
+            done(key, _set_aside(plan.items[key], reason) | {"passing": True})
+    return [rows[key] for key in sorted(rows)]
+
+
+def _has_part(row: dict[str, Any], work: AnyPath) -> bool:
+    part = row["part"]
+    # On a store a look costs more than it tells.
+    return not part or is_remote(work) or (work / "parts" / part[:2] / part).is_dir()
+
+
+class Points:
+    """Fingerprints of recordings, out of their parts.
+
+    Parameters
+    ----------
+    rows : list of dict
+        What the first phase returned.
+    work : Path or UPath
+        The job's working folder.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], work: AnyPath) -> None:
+        self.parts = {row["key"]: row["part"] for row in rows}
+        self.folder = work / "parts"
+
+    def __call__(self, key: str) -> np.ndarray:
+        """Fingerprint of a recording.
+
+        Parameters
+        ----------
+        key : str
+            The recording; it must have a part.
+
+        Returns
+        -------
+        ndarray of float16, shape (n, P)
+            Its points.
+        """
+        part = self.parts[key]
+        return np.load(io.BytesIO((self.folder / part[:2] / part / "fingerprint.npy").read_bytes()))
+
+
+def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, load_points: Points) -> None:
+    """Write every signal once.
+
+    Parameters
+    ----------
+    rows : list of dict
+        The ledger; duplicates are marked in place.
+    plan : Plan
+        What is done.
+    load_points : Points
+        Full fingerprints, looked at where signatures meet.
+    """
+    candidates = [row for row in rows if row["status"] == "sharded"]
+    candidates.sort(key=lambda row: preference(row, trials=plan.items[row["key"]].trials is not None))
+    duplicates = find_duplicates(_prints(candidates), load_points)
+    for row in candidates:
+        if kept := duplicates.get(row["key"]):
+            set_aside(row, "duplicate", f"duplicate of {kept}", duplicate_of=kept.split(" ")[0])
+    # Whoever mends a quarantined recording should know of its twin.
+    unused = [row for row in rows if row["status"] == "quarantined" and row.get("signature")]
+    kept_rows = [row for row in candidates if row["status"] == "sharded"]
+    twins = find_duplicates(_prints([*kept_rows, *unused]), load_points)
+    for row in unused:
+        if twin := twins.get(row["key"]):
+            row["notes"].append(f"the same signal as {twin}")
+
+
+def _prints(rows: list[dict[str, Any]]) -> list[Print]:
+    return [
+        Print(
+            key=row["key"],
+            sha256=row["sha256"],
+            seconds=row["seconds"],
+            names=row["channels"],
+            signature=row["signature"],
+        )
+        for row in rows
+    ]
+
+
+def pack(config: ShardConfig, plans: list[ShardPlan], output: AnyPath, in_flight: int) -> dict[str, list[Shard]]:
+    """Second phase: parts to shards.
+
+    Parameters
+    ----------
+    config : ShardConfig
+        The request.
+    plans : list of ShardPlan
+        What goes where.
+    output : Path or UPath
+        The dataset, which is none before its manifest is there.
+    in_flight : int
+        Tasks at a time.
+
+    Returns
+    -------
+    dict
+        Shards of each split, in order.
+    """
+    records: dict[str, Shard] = {}
+    with progress("writing shards", len(plans)) as advance:
+
+        def done(key: str, shard: Shard) -> None:
+            records[key] = shard
+            advance(1)
+
+        tasks = {plan.path: (plan, output) for plan in plans}
+        run_tasks(_write_shard, tasks, in_flight=in_flight, memory_gb=config.ray.memory_gb, done=done)
+    return {split: [records[p.path] for p in plans if p.path.startswith(f"{split}/")] for split in SPLITS}
+
+
+def _write_shard(task: tuple[ShardPlan, AnyPath]) -> Shard:
+    plan, output = task
+    return write_shard(plan, output / WORK / "parts", output, output / WORK)
+
+
+def _publish(
+    config: ShardConfig,
+    plan: Plan,
+    rows: list[dict[str, Any]],
+    splits: dict[str, list[Shard]],
+    output: AnyPath,
+    points: Points,
+) -> Manifest:
+    """Account for everything, and write the manifest last."""
+    from data_sharding.audit.report import write_report
+
+    for split in SPLITS:
+        wanted = {Path(shard.path).stem for shard in splits[split]}
+        for stale in fresh(output / split).iterdir() if (output / split).is_dir() else ():
+            # Of an interrupted run with other settings.
+            if Path(stale.name).stem not in wanted:
+                stale.unlink()
+    counts, hours = totals(rows)
+    hours["written"] = round(sum(row["seconds_written"] for row in rows) / 3600, 6)
+    counts["windows"] = sum(row["windows"] for row in rows)
+    for row in rows:
+        for why, number in json.loads(row["windows_left_out"]).items():
+            counts[f"left out: {why}"] = counts.get(f"left out: {why}", 0) + number
+    content = {
+        "preprocess": config.preprocess.to_dict(),
+        "labels": plan.labels,
+        "shards": {split: [shard.sha256 for shard in shards] for split, shards in splits.items()},
+    }
+    with scratch_folder() as folder:
+        write_ledger(folder / LEDGER, rows)
+        write_fingerprints(folder / FINGERPRINTS, rows, points)
+        extra = {
+            "request": plan.request,
+            "corpora": plan.corpora,
+            "ledger_sha256": sha256_file(folder / LEDGER),
+            "fingerprints_sha256": sha256_file(folder / FINGERPRINTS),
+        }
+        manifest = Manifest(
+            dataset_id=digest_of(content),
+            preprocess=config.preprocess,
+            splits=splits,
+            labels=plan.labels,
+            counts=counts,
+            hours=hours,
+            config=essence(config),
+            versions=versions(),
+            extra=extra,
+        )
+        write_report(folder / "report.html", rows, manifest, root=output)
+        manifest.write(folder)
+        for name in (LEDGER, FINGERPRINTS, "report.html", MANIFEST):
+            deliver(folder / name, output / name)
+    remove_tree(output / WORK)
+    return manifest
+
+
+def _exit_code(config: ShardConfig, manifest: Manifest) -> int:
+    found, quarantined = manifest.counts["found"], manifest.counts["quarantined"]
+    if quarantined > config.allowed_set_aside * found:
+        say(
+            f"dreamscale: {quarantined} of {found} recordings were set aside, more than allowed_set_aside "
+            f"{config.allowed_set_aside:g}; 'dreamscale inspect {config.output}' says why"
+        )
+        return EXIT_SET_ASIDE
+    return EXIT_DONE
+
+
+def _say_result(manifest: Manifest, rows: list[dict[str, Any]], output: AnyPath) -> None:
+    counts, hours = manifest.counts, manifest.hours
+    say(
+        f"{output}: {counts['sharded']} of {counts['found']} recordings sharded, {hours['written']:.3f} h in "
+        + ", ".join(f"{manifest.samples(split)} {split}" for split in SPLITS)
+        + " samples; "
+        + ", ".join(f"{counts[status]} {status}" for status in STATUSES if status != "sharded")
+    )
+    for (status, reason), number in sorted(Counter((r["status"], short_reason(r["reason"])) for r in rows).items()):
+        if status in ("quarantined", "excluded", "held back"):
+            say(f"  {status}: {number} x {reason}")
+
+
+def run(config: ShardConfig) -> int:
+    """Run the job.
+
+    Parameters
+    ----------
+    config : ShardConfig
+        The request.
+
+    Returns
+    -------
+    int
+        0, or 3 where more was quarantined than `allowed_set_aside`.
+
+    Raises
+    ------
+    RequestError
+        If the request is wrong: before Ray starts, but for a train split that turns out empty.
+    """
+    output = place_of(config.output)
+    work = output / WORK
+    with stop_signals():
+        plan = make_plan(config)
+        if manifest := _finished(config, plan, output):
+            remove_tree(work)  # It was killed between its manifest and its end.
+            say(f"{output}: this dataset is finished already; nothing to do")
+            return _exit_code(config, manifest)
+        if not is_remote(output):
+            _make_folder(output)
+        with alone(work), ray_session(config.ray) as in_flight:
+            _check_nodes(plan, work)
+            remove_tree(work / "new")  # Shards that nobody finished.
+            rows = read_recordings(config, plan, work, in_flight)
+            points = Points(rows, work)
+            plan.hold_back.mark(rows, points)
+            mark_duplicates(rows, plan, points)
+            plan.hold_back.count_images(rows)
+            _count_unlisted(rows, plan)
+            kept = [row for row in rows if row["status"] == "sharded"]
+            if not any("train" in row["split_samples"] for row in kept):
+                _refuse_empty(rows, work)
+            plans = plan_shards(kept, config.samples_per_shard)
+            shards_of: dict[str, list[str]] = {}
+            for shard in plans:
+                for piece in shard.pieces:
+                    shards_of.setdefault(piece.key, []).append(shard.path)
+            for row in rows:
+                row["shards"] = list(dict.fromkeys(shards_of.get(row["key"], [])))
+            splits = pack(config, plans, output, in_flight)
+            manifest = _publish(config, plan, rows, splits, output, points)
+    _say_result(manifest, rows, output)
+    return _exit_code(config, manifest)
+
+
+def _count_unlisted(rows: list[dict[str, Any]], plan: Plan) -> None:
+    """Enter the trials that a corpus itself takes out into the rows' ``windows_left_out``."""
+    for row in rows:
+        if unlisted := plan.items[row["key"]].left_out:
+            left = Counter(json.loads(row["windows_left_out"])) + Counter(unlisted)
+            row["windows_left_out"] = json.dumps(dict(sorted(left.items())))
+
+
+def _check_nodes(plan: Plan, work: AnyPath) -> None:
+    """Refuse a cluster of which some machine does not see the folders."""
+    local = [] if is_remote(work) else [str(work / "lock")]
+    firsts = {
+        item.corpus: str(item.recording.path) for item in plan.items.values() if not is_remote(item.recording.path)
+    }
+    for address, missing in missing_on_nodes([*local, *firsts.values()]).items():
+        raise RequestError(
+            f"ray: machine {address} does not see {missing[0]}; every machine needs the same folders under the same "
+            "paths: mount them there, or use an object store"
+        )
+
+
+def _make_folder(output: AnyPath) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"output '{output}': cannot be made ({error.strerror})") from None
+    if not os.access(str(output), os.W_OK):
+        raise RequestError(f"output '{output}': no permission to write there")
+
+
+def _refuse_empty(rows: list[dict[str, Any]], work: AnyPath) -> None:
+    with scratch_folder() as folder:
+        write_ledger(folder / LEDGER, rows)
+        deliver(folder / LEDGER, work / LEDGER)
+    reasons = Counter(short_reason(row["reason"]) for row in rows if row["reason"]).most_common(3)
+    why = (
+        ", ".join(f"{number} x {reason}" for reason, number in reasons) or "every subject with usable data is held out"
+    )
+    raise RequestError(f"no sample is left for train ({why}); see {work / LEDGER}, and change the corpora or the split")
+
+
+def _main(argv: list[str]) -> int:
+    config = parse_config(ShardConfig, argv, prog="dreamscale shard", positionals=("config",), aliases={"-o": "output"})
+    try:
+        return run(config)
+    except ClusterFailed as error:
+        say(f"dreamscale: {error} What is finished is kept; run the same command to go on")
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        say(
+            f"dreamscale: a disk or a store failed: {describe(error)}; what is finished is kept in {config.output}: "
+            "mend it, and run the same command to go on"
+        )
+    return EXIT_FAILED
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``dreamscale shard CONFIG.yaml --output DIR``.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments; `sys.argv[1:]` by default.
+
+    Returns
+    -------
+    int
+        Exit code.
+    """
+    return run_main(_main, argv)

@@ -1,0 +1,1 @@
+"""Resampling, filtering and windowing of signals, and the survey of their units."""

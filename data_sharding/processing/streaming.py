@@ -1,0 +1,506 @@
+"""Signals too long for memory, block by block: resampling, zero-phase filtering, and the scratch file between the two.
+
+Cut into blocks or taken whole, a signal comes out the same, up to rounding.
+
+Shapes: n channels, S samples at the recording's rate, T samples at the target rate, b samples of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from data_sharding.formats.signal import Segment
+
+BLOCK_BYTES = 24 * 2**20
+"""Size of a block as float64. A reader may need several times as much to decode it."""
+STOP_DB = 80.0
+"""Attenuation of what would fold over; float16 resolves 66 dB below a sample's own size."""
+TRUNCATION = 1e-7
+"""Share of a filter's response beyond its lookahead."""
+HELD_BYTES = 128 * 2**20
+"""Size, as float64, of block and lookahead together beyond which filtered samples wait on disk instead."""
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of one segment in a block."""
+
+    segment: int
+    """Its number."""
+    start: int
+    """First sample in the signal's own numbering."""
+    stop: int
+    """One past the last."""
+
+
+def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | None = None) -> Iterator[list[Piece]]:
+    """Cut a signal into runs that fit into memory.
+
+    Parameters
+    ----------
+    segments : sequence of Segment
+        The signal's segments.
+    n_channels : int
+        Channels that are read.
+    block_bytes : int, optional
+        Most bytes of a block as float64; `BLOCK_BYTES` by default.
+
+    Yields
+    ------
+    list of Piece
+        Neighbours in the file that are read in one go: part of a long segment, or many short ones.
+    """
+    most = max(1024, (block_bytes or BLOCK_BYTES) // (8 * max(1, n_channels)))
+    block: list[Piece] = []
+    for number, segment in enumerate(segments):
+        start = segment.start
+        while start < segment.stop:
+            if block and (block[-1].stop != start or start - block[0].start >= most):
+                yield block
+                block = []
+            stop = min(segment.stop, (block[0].start if block else start) + most)
+            block.append(Piece(number, start, stop))
+            start = stop
+    if block:
+        yield block
+
+
+class Scratch:
+    """Samples put aside in a file without a name, which vanishes with the process however that ends.
+
+    Parameters
+    ----------
+    n_channels : int
+        Channels.
+
+    Notes
+    -----
+    The file lies under DREAMSCALE_SCRATCH where that is set, else in the system's place for temporary files. It is
+    read and written, not mapped: mapped pages would count as the process's memory.
+    """
+
+    def __init__(self, n_channels: int) -> None:
+        base = os.environ.get("DREAMSCALE_SCRATCH")
+        if base:
+            Path(base).mkdir(parents=True, exist_ok=True)
+        self.n_channels = n_channels
+        self.n_samples = 0
+        self._file = tempfile.TemporaryFile(dir=base, buffering=0)  # noqa: SIM115 - closed by close()
+
+    def write(self, x: np.ndarray) -> None:
+        """Append samples.
+
+        Parameters
+        ----------
+        x : ndarray, shape (n, b)
+            Values; kept as float32.
+        """
+        data = memoryview(np.ascontiguousarray(x.T, dtype=np.float32).reshape(-1).view(np.uint8).data)
+        at = self.n_samples * self.n_channels * 4
+        while data:
+            done = os.pwrite(self._file.fileno(), data, at)
+            data, at = data[done:], at + done
+        self.n_samples += x.shape[1]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Samples of all channels.
+
+        Parameters
+        ----------
+        start, stop : int
+            Range in the order in which they were written.
+
+        Returns
+        -------
+        ndarray, shape (n, stop - start), float32
+            The samples.
+        """
+        out = np.empty((stop - start, self.n_channels), np.float32)
+        view, at = memoryview(out.reshape(-1).view(np.uint8).data), start * self.n_channels * 4
+        while view:
+            done = os.preadv(self._file.fileno(), [view], at)
+            if not done:
+                raise EOFError(f"scratch file ends before sample {stop}")
+            view, at = view[done:], at + done
+        return out.T
+
+    def close(self) -> None:
+        """Give the space back."""
+        self._file.close()
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.close()
+
+
+# --- resampling ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Polyphase filter as a few small matrices: a frame of `inputs` samples becomes one of `outputs`."""
+
+    up: int
+    down: int
+    reach: int
+    """Input samples that an output may need on either side of its own time."""
+    inputs: int
+    outputs: int
+    groups: tuple[tuple[int, int, np.ndarray], ...]
+    """(first output, first input relative to the frame's start less reach, matrix [inputs, outputs])."""
+
+
+def ratio_of(sfreq: float, target: float) -> Fraction:
+    """Target rate over recorded rate.
+
+    Parameters
+    ----------
+    sfreq, target : float
+        Rates in Hz.
+
+    Returns
+    -------
+    Fraction
+        Denominator at most 10,000.
+    """
+    return Fraction(target / sfreq).limit_denominator(10_000)
+
+
+def resampled_length(n_samples: int, sfreq: float, target: float) -> int:
+    """Samples at the target rate.
+
+    Parameters
+    ----------
+    n_samples : int
+        Samples at the recorded rate.
+    sfreq, target : float
+        Rates in Hz.
+
+    Returns
+    -------
+    int
+        T = ceil(S * target / sfreq).
+    """
+    return math.ceil(n_samples * ratio_of(sfreq, target))
+
+
+@functools.lru_cache(maxsize=8)
+def _plan(sfreq: float, target: float, passband: float) -> _Plan:
+    """Design the anti-aliasing filter and lay it out.
+
+    Scipy's `upfirdn` computes one output at a time. A matrix product with a band of the same filter does more
+    multiplications, and takes a third of the time.
+    """
+    from scipy.signal import firwin, kaiserord
+
+    ratio = ratio_of(sfreq, target)
+    up, down = ratio.numerator, ratio.denominator
+    lower = min(sfreq, target)
+    passed = min(passband, 0.45 * lower)
+    # What lies between `passed` and its mirror image may fold, but only to above `passed`.
+    taps, beta = kaiserord(STOP_DB, (lower - 2 * passed) / (0.5 * up * sfreq))
+    half = taps // 2 + 1
+    h = up * np.asarray(firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq))  # type: ignore[arg-type]
+    for phase in range(up):
+        # Every output weighs its inputs to exactly one: an offset of 230 mV must not become a tone.
+        h[phase::up] /= h[phase::up].sum()
+    reach = half // up + 1
+    count = max(4, min(64, round(2 * reach * up / down)))
+    width = math.ceil(count * down / up) + 2 * reach + 1
+    # A frame is longer than a group's inputs, so that BLAS takes the overlapping groups without a copy.
+    times = max(math.ceil(width / down), math.ceil(4 * count / up))
+    inputs, outputs = times * down, times * up
+    groups = []
+    for first in range(0, outputs, count):
+        j = np.arange(first, min(first + count, outputs))
+        begin = j[0] * down // up  # Relative to the frame's start less `reach`.
+        # Up to the last output's own reach and no further: what lies beyond may not be there yet.
+        i = np.arange(begin - reach, j[-1] * down // up + reach + 1)
+        k = half + j[None, :] * down - i[:, None] * up
+        matrix = np.where((k >= 0) & (k < len(h)), h[np.clip(k, 0, len(h) - 1)], 0.0)
+        groups.append((int(j[0]), int(begin), np.ascontiguousarray(matrix)))
+    return _Plan(up, down, reach, inputs, outputs, tuple(groups))
+
+
+def _odd(x: np.ndarray, before: int, after: int) -> np.ndarray:
+    """Extend by the signal turned about its own end points, as often as needed."""
+    return np.pad(x, ((0, 0), (before, after)), mode="reflect", reflect_type="odd")
+
+
+class Resampler:
+    """Polyphase resampling of one segment, block by block.
+
+    Parameters
+    ----------
+    sfreq, target : float
+        Rates in Hz.
+    passband : float
+        Frequency in Hz up to which nothing may be lost nor folded over; limited to 0.45 of the lower rate.
+
+    Notes
+    -----
+    A Kaiser-windowed sinc. At its ends the segment is continued by its own samples, turned about the end point:
+    no trend over the whole signal, which would differ with its length.
+    """
+
+    def __init__(self, sfreq: float, target: float, passband: float) -> None:
+        self._same = ratio_of(sfreq, target) == 1
+        self._plan = _plan(sfreq, target, passband) if not self._same else None
+        self._held: np.ndarray | None = None
+        self._begun = False
+        self._n_channels = self._n_in = self._n_out = 0
+
+    def push(self, x: np.ndarray, scale: float = 1.0, offset: np.ndarray | float = 0.0) -> np.ndarray:
+        """Add a block.
+
+        Parameters
+        ----------
+        x : ndarray, shape (n, b)
+            Samples that follow the last ones.
+        scale : float
+            Factor applied first.
+        offset : ndarray or float
+            Subtracted next; of a shape that broadcasts against the block.
+
+        Returns
+        -------
+        ndarray, shape (n, k), float64
+            What can be said of the output by now; k may be zero.
+        """
+        self._n_channels = len(x)
+        self._n_in += x.shape[1]
+        plan = self._plan
+        if plan is None:
+            return x * scale - offset
+        kept = 0 if self._held is None else self._held.shape[1]
+        data = np.empty((len(x), kept + x.shape[1]))
+        if self._held is not None:
+            data[:, :kept] = self._held
+        fresh = data[:, kept:]
+        np.multiply(x, scale, out=fresh)
+        fresh -= offset
+        if not self._begun:
+            if data.shape[1] <= plan.reach + 1:
+                self._held = data
+                return np.empty((len(x), 0))
+            # The beginning is extended once it is there.
+            data = np.concatenate([_odd(data[:, : plan.reach + 1], plan.reach, 0)[:, : plan.reach], data], axis=1)
+            self._begun = True
+        return self._frames(data)
+
+    def _frames(self, data: np.ndarray) -> np.ndarray:
+        """Turn whole frames into output, and hold the rest."""
+        plan = self._plan
+        assert plan is not None
+        n_frames = max(0, (data.shape[1] - 2 * plan.reach - 1) // plan.inputs)
+        out = np.empty((len(data), n_frames, plan.outputs))
+        if n_frames:
+            for first, begin, matrix in plan.groups:
+                frames = np.lib.stride_tricks.as_strided(
+                    data[:, begin:],
+                    (len(data), n_frames, len(matrix)),
+                    (data.strides[0], plan.inputs * data.itemsize, data.itemsize),
+                    writeable=False,
+                )
+                np.matmul(frames, matrix, out=out[:, :, first : first + matrix.shape[1]])
+        self._held = data[:, n_frames * plan.inputs :].copy()
+        self._n_out += n_frames * plan.outputs
+        return out.reshape(len(data), -1)
+
+    def finish(self) -> np.ndarray:
+        """End the segment.
+
+        Returns
+        -------
+        ndarray, shape (n, k), float64
+            The rest of the output.
+        """
+        plan, data = self._plan, self._held
+        if plan is None or data is None:
+            return np.empty((self._n_channels, 0))
+        total = math.ceil(self._n_in * plan.up / plan.down)
+        missing = total - self._n_out
+        if not self._begun:
+            data = np.concatenate([_odd(data, plan.reach, 0)[:, : plan.reach], data], axis=1)
+        if missing <= 0:
+            return np.empty((len(data), 0))
+        need = 2 * plan.reach + 1 + plan.inputs * math.ceil(missing / plan.outputs)
+        real = data.shape[1] - (plan.reach if not self._begun else 0)
+        context = data[:, -min(real, plan.reach + 1) :]
+        extension = _odd(context, 0, plan.reach + 1)[:, context.shape[1] :]
+        data = np.concatenate([data, extension], axis=1)
+        if data.shape[1] < need:
+            # Zeros reach only outputs that are cut off.
+            data = np.pad(data, ((0, 0), (0, need - data.shape[1])))
+        return self._frames(data)[:, :missing]
+
+
+def resample(x: np.ndarray, sfreq: float, target: float, passband: float | None = None) -> np.ndarray:
+    """Polyphase resampling of one segment at once, with its anti-aliasing filter.
+
+    Parameters
+    ----------
+    x : ndarray, shape (n, S)
+        Signal.
+    sfreq, target : float
+        Rates in Hz.
+    passband : float, optional
+        Frequency in Hz up to which nothing may be lost nor folded over; 0.4 of the lower rate by default.
+
+    Returns
+    -------
+    ndarray, shape (n, T), float64
+        Signal at the target rate, T = ceil(S * target / sfreq).
+    """
+    resampler = Resampler(sfreq, target, 0.4 * min(sfreq, target) if passband is None else passband)
+    first = resampler.push(x)
+    return np.concatenate([first, resampler.finish()], axis=1) if ratio_of(sfreq, target) != 1 else first
+
+
+# --- filtering -------------------------------------------------------------------------------------------------------
+
+
+def lookahead(sos: np.ndarray) -> int:
+    """Samples after which a filter has forgotten where it began.
+
+    Parameters
+    ----------
+    sos : ndarray, shape (n_sections, 6)
+        Second-order sections.
+
+    Returns
+    -------
+    int
+        The slowest pole's response has fallen below `TRUNCATION` by then.
+    """
+    radius = max(float(np.abs(np.roots(section[3:])).max()) for section in sos)
+    return math.ceil(math.log(TRUNCATION) / math.log(min(max(radius, 1e-3), 1 - 1e-9)))
+
+
+@functools.lru_cache(maxsize=16)
+def _memory(sections: bytes, count: int) -> tuple[int, np.ndarray]:
+    """Lookahead of a filter, and its state on a constant: thousands of epochs share one."""
+    from scipy.signal import sosfilt_zi
+
+    sos = np.frombuffer(sections).reshape(count, 6)
+    return lookahead(sos), np.asarray(sosfilt_zi(sos))[:, None, :]
+
+
+def zero_phase(
+    read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, block: int
+) -> Iterator[np.ndarray]:
+    """Filter one segment forward and backward.
+
+    Parameters
+    ----------
+    read : callable
+        (start, stop) to an array of shape (n, stop - start).
+    n_samples : int
+        Length of the segment.
+    sos : ndarray, shape (n_sections, 6)
+        Second-order sections.
+    pad : int
+        Samples by which the segment is extended, turned about its end points; fewer where it is short.
+    block : int
+        Samples taken at a time; at least four times the filter's lookahead is used.
+
+    Yields
+    ------
+    ndarray, shape (n, b), float64
+        Blocks one after the other, `n_samples` in all.
+
+    Notes
+    -----
+    Forward the filter's state is carried from block to block; backward each block begins a lookahead behind its end,
+    so that what it cannot know has died away. With a single block this is `scipy.signal.sosfiltfilt`.
+    Below about 0.1 Hz a lookahead of many channels is too much for memory, and the signal waits on disk as float32.
+    """
+    from scipy.signal import sosfilt
+
+    look, zi = _memory(sos.tobytes(), len(sos))
+    pad = min(pad, n_samples - 1)
+    head = np.asarray(read(0, pad + 1), np.float64)
+    if min(5 * look, n_samples) * len(head) * 8 > HELD_BYTES:
+        yield from _zero_phase_on_disk(read, n_samples, sos, pad, block)
+        return
+    block = max(block, 4 * look)
+    state = _begin(sos, zi, head, pad)
+    held = np.empty((len(head), 0))
+    for start in range(0, n_samples, block):
+        stop = min(start + block, n_samples)
+        forward, state = sosfilt(sos, np.asarray(read(start, stop), np.float64), zi=state)
+        held = np.concatenate([held, forward], axis=1) if held.size else forward
+        ready = held.shape[1] - look
+        if stop == n_samples:
+            ready = held.shape[1]
+            held = np.concatenate([held, _after(read, n_samples, sos, pad, state)], axis=1)
+        if ready > 0:
+            backward, _ = sosfilt(sos, held[:, ::-1], zi=zi * held[None, :, -1:])
+            yield backward[:, ::-1][:, :ready]
+            held = held[:, ready:]
+
+
+def _begin(sos: np.ndarray, zi: np.ndarray, head: np.ndarray, pad: int) -> np.ndarray:
+    """State of the forward filter at the segment's first sample, which `head` begins with."""
+    from scipy.signal import sosfilt
+
+    before = _odd(head, pad, 0)[:, :pad]
+    if not pad:
+        return zi * head[None, :, :1]
+    return sosfilt(sos, before, zi=zi * before[None, :, :1])[1]
+
+
+def _after(
+    read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, state: np.ndarray
+) -> np.ndarray:
+    """Forward output beyond the segment's end, where it is continued by itself."""
+    from scipy.signal import sosfilt
+
+    tail = np.asarray(read(n_samples - 1 - pad, n_samples), np.float64)
+    return sosfilt(sos, _odd(tail, 0, pad)[:, pad + 1 :], zi=state)[0] if pad else tail[:, :0]
+
+
+def _zero_phase_on_disk(
+    read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, block: int
+) -> Iterator[np.ndarray]:
+    """`zero_phase` of filters that remember for minutes: no lookahead fits into memory, so the whole waits on disk."""
+    from scipy.signal import sosfilt
+
+    _, zi = _memory(sos.tobytes(), len(sos))
+    head = np.asarray(read(0, pad + 1), np.float64)
+    state, starts = _begin(sos, zi, head, pad), list(range(0, n_samples, block))
+    with Scratch(len(head)) as once, Scratch(len(head)) as twice:
+        for start in starts:
+            x = np.asarray(read(start, min(start + block, n_samples)), np.float64)
+            forward, state = sosfilt(sos, x, zi=state)
+            once.write(forward)
+        if pad:
+            end = _after(read, n_samples, sos, pad, state)
+            state = sosfilt(sos, end[:, ::-1], zi=zi * end[None, :, -1:])[1]
+        else:
+            state = zi * once.read(n_samples - 1, n_samples)[None]
+        for start in reversed(starts):
+            x = once.read(start, min(start + block, n_samples)).astype(np.float64)
+            backward, state = sosfilt(sos, x[:, ::-1], zi=state)
+            twice.write(backward[:, ::-1])
+        # The last block was written first.
+        at = n_samples
+        for start in starts:
+            size = min(block, n_samples - start)
+            at -= size
+            yield twice.read(at, at + size).astype(np.float64)

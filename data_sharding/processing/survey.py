@@ -1,0 +1,444 @@
+"""What a recording's signal says: its unit, its bad channels, its mains frequency, and its fingerprint.
+
+Every sample is looked at for rails, constancy and missing values; amplitudes and spectra come from stretches spread
+evenly over the recording, so that an hour and a day take the same time.
+
+Shapes: n channels, S samples at the recording's rate, P points of the fingerprint, F frequencies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_sharding.formats.signal import Segment
+from data_sharding.processing.streaming import Resampler, resample
+
+PLAUSIBLE_UV = (0.2, 500.0)
+"""Robust amplitude between 1 and 40 Hz that EEG can have, in microvolts.
+
+A factor of a thousand either way falls out.
+"""
+USABLE_UV = (0.1, 1000.0)
+"""The same for one channel among plausible others."""
+FLAT_SHARE = 0.9
+"""Share of unchanged samples beyond which a channel is flat."""
+CLIPPED_SHARE = 0.05
+"""Share of samples at a rail beyond which a channel is clipped."""
+TRIGGER_LEVELS = 32
+"""A channel that hardly ever changes, takes few values and comes back to them may be a trigger line."""
+TRIGGER_UV = 200.0
+"""Peak to peak, as read, from which it is one; a dead channel whose last bit flickers has less."""
+TONE_SHARE = 0.5
+"""Share of the power above 1 Hz in a single line, neither EEG's nor the mains', from which a channel is a test tone."""
+TONE_ABOVE_HZ = 30.0
+NOISY_RATIO = 5.0
+"""Amplitude above 45 Hz over the recording's median channel from which a channel may be noisy: muscles reach three."""
+NOISY_Z = 5.0
+"""Robust deviations of its logarithm that it must be beyond, too (Bigdely-Shamlo et al. 2015, PREP)."""
+LONELY = 0.1
+"""Largest correlation with any other channel below which a channel is noisy, where the others' is above `TOGETHER`."""
+TOGETHER = 0.6
+MIN_TO_COMPARE = 8
+"""Live channels from which they are compared with one another."""
+MEASURE_HZ = 128.0
+SURVEY_HZ = 1000.0
+"""Recordings of at least twice this rate are surveyed at a whole fraction of theirs, above this one."""
+STRETCH_S = 4.0
+STRETCHES_S = 256.0
+"""Seconds of signal, at most, from which amplitudes and spectra are taken."""
+SPECTRUM_HZ = 0.45
+"""Part of the rate up to which spectra are compared: amplifiers' filters begin there."""
+LINE_RATIO = 5.0
+"""Power at a mains frequency over its neighbourhood from which it counts as present."""
+FINGERPRINT_STEP_S = 0.1
+FINGERPRINT_POINTS = 64
+HEAD_S = 10.0
+"""Seconds from the beginning that the fingerprint is made of: its points, and time for the filter to die away."""
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    """What was measured."""
+
+    amplitude_uv: float
+    """Median over live channels of the robust amplitude between 1 and 40 Hz."""
+    factor: float
+    """Microvolts per microvolt as read: 1, or what the config says."""
+    unit: str
+    """plausible, configured, or unknown."""
+    bads: dict[int, str] = field(default_factory=dict)
+    """Rows that are flat, clipped, noisy, a test tone or out of range, with the word for it."""
+    not_eeg: dict[int, str] = field(default_factory=dict)
+    """Rows whose signal is none of EEG's, with what it is; they are among `bads`, too."""
+    not_finite: list[int] = field(default_factory=list)
+    """Rows with NaN or infinite values."""
+    line_freq: float | None = None
+    """Mains frequency in Hz, as the spectrum of the good channels shows it."""
+    fingerprint: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """[n, P] points of the filtered signal, each row normalised; zeros for flat rows."""
+    channel_uv: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """[n] robust amplitudes."""
+
+
+def measured(x_uv: np.ndarray, sfreq: float) -> tuple[np.ndarray, float]:
+    """Bring a signal to the band in which amplitudes are compared.
+
+    Parameters
+    ----------
+    x_uv : ndarray, shape (n, S)
+        Microvolts.
+    sfreq : float
+        Rate in Hz.
+
+    Returns
+    -------
+    y : ndarray, shape (n, S')
+        1 to 40 Hz.
+    rate : float
+        Its rate in Hz.
+    """
+    from scipy.signal import butter, sosfiltfilt
+
+    x = x_uv - x_uv.mean(axis=-1, keepdims=True)
+    rate = min(sfreq, MEASURE_HZ)
+    high = min(40.0, 0.45 * rate)
+    x = resample(x, sfreq, rate, high)
+    sos = butter(2, [1.0, high], btype="bandpass", fs=rate, output="sos")
+    return sosfiltfilt(sos, x, axis=-1, padlen=min(x.shape[-1] - 1, int(2 * rate))), rate
+
+
+def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, int]]:
+    """Which stretches of a recording are measured.
+
+    Parameters
+    ----------
+    segments : sequence of Segment
+        The recording's segments.
+    sfreq : float
+        Rate in Hz.
+
+    Returns
+    -------
+    list of (int, int)
+        Ranges in the signal's own numbering, inside one segment each, in order, spread evenly.
+    """
+    length = max(1, round(STRETCH_S * sfreq))
+    every = []
+    for segment in segments:
+        whole = max(1, (segment.stop - segment.start) // length)
+        begins = [segment.start + i * length for i in range(whole)]
+        every += [(b, min(b + length, segment.stop)) for b in begins]
+    mean = sum(b - a for a, b in every) / max(1, len(every))
+    count = min(len(every), max(1, int(STRETCHES_S * sfreq / max(mean, 1))))
+    return [every[i] for i in np.unique(np.linspace(0, len(every) - 1, count).round().astype(int))] if every else []
+
+
+class _Gathered:
+    """A stretch of signal that comes in blocks, in microvolts less its first sample, at the survey's rate."""
+
+    def __init__(self, sfreq: float, rate: float, scale: float) -> None:
+        self._resampler, self._scale = Resampler(sfreq, rate, 0.45 * rate), scale
+        self._parts: list[np.ndarray] = []
+        self._offset: np.ndarray | float = 0.0
+        self._whole: np.ndarray | None = None
+
+    def push(self, x: np.ndarray) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            if not self._parts:
+                self._offset = self._scale * x[:, :1]
+            self._parts.append(self._resampler.push(x, self._scale, self._offset))
+
+    def finish(self) -> np.ndarray:
+        if self._whole is None:
+            rest = self._resampler.finish()
+            self._whole = np.concatenate([*self._parts, rest], axis=1) if self._parts else rest
+            self._parts = []
+        return self._whole
+
+
+class Survey:
+    """Gathers what is to be known of a signal while its blocks pass by.
+
+    Parameters
+    ----------
+    n_channels : int
+        Channels.
+    sfreq : float
+        Rate in Hz.
+    segments : sequence of Segment
+        The recording's segments.
+    scale : float
+        What brings values to microvolts.
+
+    Notes
+    -----
+    The verdict does not depend on how the signal was cut into blocks.
+    """
+
+    def __init__(self, n_channels: int, sfreq: float, segments: Sequence[Segment], scale: float = 1.0) -> None:
+        self.sfreq, self.scale = sfreq, scale
+        self._n_samples = 0
+        self._low, self._high = np.full(n_channels, np.inf), np.full(n_channels, -np.inf)
+        self._at_low, self._at_high = np.zeros(n_channels, int), np.zeros(n_channels, int)
+        self._unchanged = np.zeros(n_channels, int)
+        self._finite = np.ones(n_channels, bool)
+        self._levels: list[set[float]] = [set() for _ in range(n_channels)]
+        self._restless = np.zeros(n_channels, bool)
+        self._last: np.ndarray | None = None
+        self._plan = stretches_of(segments, sfreq)
+        self._next = 0
+        self._rate = sfreq / max(1, int(sfreq / SURVEY_HZ))
+        self._stretch, self._head = self._gather(), self._gather()
+        self._head_left = round(HEAD_S * sfreq)
+        longest = max((b - a for a, b in self._plan), default=0)
+        self._n_fft = int(longest * self._rate / sfreq) if longest >= 2 * sfreq else 0
+        self._power = np.zeros((n_channels, self._n_fft // 2 + 1))
+        self._n_power = 0
+        self._amplitudes: list[np.ndarray] = []
+        self._rough: list[np.ndarray] = []
+        self._similar: list[np.ndarray] = []
+
+    def push(self, start: int, x: np.ndarray) -> None:
+        """Look at a block.
+
+        Parameters
+        ----------
+        start : int
+            Number of its first sample in the signal's own numbering.
+        x : ndarray, shape (n, b)
+            As read, before `scale`; blocks come in order.
+        """
+        if not x.shape[1]:
+            return
+        # Rows in portions that stay in the processor's cache, since each is looked at six times.
+        portion = max(1, 2**16 // x.shape[1])
+        for first in range(0, len(x), portion):
+            self._extremes(slice(first, min(first + portion, len(x))), x[first : first + portion])
+        self._last = x[:, -1].copy()
+        self._n_samples += x.shape[1]
+        if self._head_left > 0:
+            self._head.push(x[:, : self._head_left])
+            self._head_left -= min(self._head_left, x.shape[1])
+        while self._next < len(self._plan) and self._plan[self._next][0] < start + x.shape[1]:
+            begin, end = self._plan[self._next]
+            self._stretch.push(x[:, max(begin - start, 0) : end - start])
+            if start + x.shape[1] < end:
+                break
+            self._measure(self._stretch.finish())
+            self._stretch = self._gather()
+            self._next += 1
+
+    def _gather(self) -> _Gathered:
+        return _Gathered(self.sfreq, self._rate, self.scale)
+
+    def _extremes(self, rows: slice, x: np.ndarray) -> None:
+        low, high = x.min(axis=1), x.max(axis=1)
+        # NaN spoils minimum and maximum, infinities are one of them.
+        self._finite[rows] &= np.isfinite(low) & np.isfinite(high)
+        for ends, seen, found, better in (
+            (self._low, self._at_low, low, np.less),
+            (self._high, self._at_high, high, np.greater),
+        ):
+            here = np.count_nonzero(x == found[:, None], axis=1)
+            seen[rows] = np.where(better(found, ends[rows]), here, seen[rows] + np.where(found == ends[rows], here, 0))
+            ends[rows] = np.where(better(found, ends[rows]), found, ends[rows])
+        same = x[:, 1:] == x[:, :-1]
+        unchanged = np.count_nonzero(same, axis=1)
+        if self._last is not None:
+            unchanged += x[:, 0] == self._last[rows]
+        self._unchanged[rows] += unchanged
+        # A stretch full of changes belongs to no trigger line; a few samples say nothing yet.
+        self._restless[rows] |= (unchanged <= 0.5 * x.shape[1]) & (x.shape[1] >= 256)
+        for i in np.flatnonzero(unchanged > 0.5 * x.shape[1]):
+            levels = self._levels[rows.start + i]
+            if len(levels) <= TRIGGER_LEVELS:
+                levels.add(float(x[i, 0]))
+                levels.update(np.unique(x[i, 1:][~same[i]])[: TRIGGER_LEVELS + 1].tolist())
+
+    def _measure(self, x: np.ndarray) -> None:
+        """Amplitude, spectrum and likeness of a stretch; rows without numbers count as silent."""
+        x = np.where(self._finite[:, None], x, 0.0)
+        x -= x.mean(axis=1, keepdims=True)
+        y, _ = measured(x, self._rate)
+        self._amplitudes.append(np.abs(y).astype(np.float32))
+        norm = np.linalg.norm(y, axis=1)
+        unit = y / np.where(norm > 0, norm, 1.0)[:, None]
+        alike = np.abs(unit @ unit.T)
+        np.fill_diagonal(alike, 0.0)
+        self._similar.append(alike.max(axis=1))
+        if self._n_fft and x.shape[1] >= self._n_fft:
+            from scipy.fft import rfft
+
+            window = np.hanning(self._n_fft + 1)[:-1]
+            power = np.abs(np.asarray(rfft(x[:, : self._n_fft] * window, axis=1))) ** 2
+            self._power += power
+            self._n_power += 1
+            frequency = self._frequencies
+            rough = (frequency > 45) & (frequency < min(120.0, SPECTRUM_HZ * self._rate))
+            for line in (50.0, 60.0, 100.0):
+                rough &= np.abs(frequency - line) > 2.5
+            if np.count_nonzero(rough) > 20:
+                self._rough.append(np.sqrt(power[:, rough].mean(axis=1)))
+
+    @property
+    def _frequencies(self) -> np.ndarray:
+        return np.arange(self._power.shape[1]) * (self._rate / max(1, self._n_fft))
+
+    def verdict(self, factor: float | None = None) -> Verdict:
+        """Judge what has passed by.
+
+        Parameters
+        ----------
+        factor : float, optional
+            Known factor to microvolts, of what `scale` gives; then the unit is not judged.
+
+        Returns
+        -------
+        Verdict
+            With `unit` "unknown" where the amplitudes are none that EEG has.
+        """
+        times, n = factor or 1.0, len(self._finite)
+        robust = np.zeros(n)
+        if self._amplitudes:
+            robust = 1.4826 * times * np.median(np.concatenate(self._amplitudes, axis=1), axis=1).astype(float)
+        unchanged = self._unchanged / max(1, self._n_samples - 1)
+        at_rail = np.maximum(self._at_low, self._at_high) / max(1, self._n_samples)
+        bads: dict[int, str] = {}
+        not_eeg: dict[int, str] = {}
+        tone = self._tone()
+        for i in np.flatnonzero(self._finite).tolist():
+            if self._low[i] == self._high[i]:
+                bads[i] = "flat"
+            elif unchanged[i] > FLAT_SHARE:
+                steps, levels = self._n_samples - 1 - self._unchanged[i], len(self._levels[i])
+                returns = 2 <= levels <= TRIGGER_LEVELS and steps >= max(3, 2 * (levels - 1))
+                high = self.scale * (self._high[i] - self._low[i]) > TRIGGER_UV
+                if returns and high and not self._restless[i]:
+                    bads[i] = not_eeg[i] = "trigger"
+                else:
+                    bads[i] = "flat"
+            elif at_rail[i] > CLIPPED_SHARE:
+                bads[i] = "clipped"
+            elif tone[i]:
+                bads[i] = "test tone"
+        live = np.array([i for i in np.flatnonzero(self._finite) if i not in bads], int)
+        amplitude = float(np.median(robust[live])) if len(live) else 0.0
+        plausible = PLAUSIBLE_UV[0] <= amplitude <= PLAUSIBLE_UV[1]
+        unit = "configured" if factor is not None else "plausible" if plausible else "unknown"
+        if unit != "unknown":
+            for i in live:
+                if not USABLE_UV[0] <= robust[i] <= USABLE_UV[1]:
+                    bads[int(i)] = "too small" if robust[i] < USABLE_UV[0] else "too large"
+            bads |= dict.fromkeys(self._noisy(np.array([i for i in live if i not in bads], int)), "noisy")
+        left = [i for i in range(n) if self._finite[i] and i not in bads]
+        return Verdict(
+            amplitude_uv=amplitude,
+            factor=times,
+            unit=unit,
+            bads=dict(sorted(bads.items())),
+            not_eeg=not_eeg,
+            not_finite=np.flatnonzero(~self._finite).tolist(),
+            line_freq=self.line_frequency(left),
+            fingerprint=self._fingerprint(),
+            channel_uv=robust,
+        )
+
+    def _tone(self) -> np.ndarray:
+        """Rows ruled by one line beyond EEG's rhythms that is no harmonic of the mains."""
+        if not self._n_power:
+            return np.zeros(len(self._finite), bool)
+        frequency = self._frequencies
+        power = np.where(frequency >= 1.0, self._power, 0.0)
+        # Three bins of Hann's window hold a line.
+        near = power.copy()
+        near[:, 1:] += power[:, :-1]
+        near[:, :-1] += power[:, 1:]
+        allowed = frequency > TONE_ABOVE_HZ
+        for mains in (50.0, 60.0):
+            allowed &= np.abs(frequency - mains * np.round(frequency / mains)) > 1.0
+        share = np.where(allowed, near, 0.0).max(axis=1) / np.maximum(power.sum(axis=1), 1e-30)
+        return share > TONE_SHARE
+
+    def _noisy(self, live: np.ndarray) -> list[int]:
+        """Rows that are much rougher than the others, or have nothing in common with them."""
+        if len(live) < MIN_TO_COMPARE:
+            return []
+        found: set[int] = set()
+        if self._rough:
+            rough = np.log(np.maximum(np.median(np.stack(self._rough), axis=0)[live], 1e-12))
+            middle = np.median(rough)
+            deviation = 1.4826 * np.median(np.abs(rough - middle))
+            out = (rough - middle > np.log(NOISY_RATIO)) & (rough - middle > NOISY_Z * deviation)
+            found |= set(live[out].tolist())
+        alike = np.median(np.stack(self._similar), axis=0)[live]
+        if np.median(alike) > TOGETHER:
+            found |= set(live[alike < LONELY].tolist())
+        return sorted(found)
+
+    def line_frequency(self, rows: Sequence[int]) -> float | None:
+        """Find the mains in the spectrum.
+
+        Parameters
+        ----------
+        rows : sequence of int
+            Rows to look at.
+
+        Returns
+        -------
+        float or None
+            50 or 60 Hz; None where neither stands out, no stretch lasts two seconds, or the rate is too low.
+        """
+        if not len(rows) or not self._n_power:
+            return None
+        frequency = self._frequencies
+        power = np.median(self._power[list(rows)], axis=0)
+        best, ratio = None, LINE_RATIO
+        for line in (50.0, 60.0):
+            distance = np.abs(frequency - line)
+            around = power[(distance > 2) & (distance < 6)]
+            if self._rate / 2 > line + 3 and around.size and np.median(around) > 0:
+                here = power[distance <= 1].max() / np.median(around)
+                if here > ratio:
+                    best, ratio = line, here
+        return best
+
+    def _fingerprint(self) -> np.ndarray:
+        """Points of the measured signal at fixed times: the same for the same signal, whatever the file's format."""
+        head = self._head.finish()
+        if head.shape[1] < 2:
+            return np.zeros((len(self._finite), 0), np.float32)
+        head = np.where(np.isfinite(head).all(axis=1, keepdims=True), head, 0.0)
+        y, rate = measured(head, self._rate)
+        n_points = min(FINGERPRINT_POINTS, int((y.shape[-1] - 1) / rate / FINGERPRINT_STEP_S))
+        if n_points < 2:
+            return np.zeros((len(y), 0), np.float32)
+        at = np.round(np.arange(n_points) * FINGERPRINT_STEP_S * rate).astype(int)
+        points = y[:, at]
+        # Normalised by row: one of two formats may lie about the unit.
+        norm = np.linalg.norm(points, axis=1, keepdims=True)
+        return np.where(norm > 1e-6, points / np.maximum(norm, 1e-12), 0.0).astype(np.float32)
+
+
+def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Verdict:
+    """Judge unit and channels of a signal that is in memory.
+
+    Parameters
+    ----------
+    x_uv : ndarray, shape (n, S)
+        Signal in microvolts as read.
+    sfreq : float
+        Rate in Hz.
+    factor : float, optional
+        Known factor to microvolts; then the unit is not judged.
+
+    Returns
+    -------
+    Verdict
+        With `unit` "unknown" where the amplitudes are none that EEG has.
+    """
+    survey = Survey(len(x_uv), sfreq, [Segment(start=0, stop=x_uv.shape[-1], onset=0.0)])
+    survey.push(0, np.asarray(x_uv, np.float64))
+    return survey.verdict(factor)

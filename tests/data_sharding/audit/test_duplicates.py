@@ -1,0 +1,176 @@
+"""The same signal is found whatever its file looks like, and no other signal is taken for it."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_sharding.audit.duplicates import (
+    NEIGHBOURS,
+    SKETCH,
+    Print,
+    candidates,
+    compare,
+    find_duplicates,
+    matches,
+    preference,
+    signature,
+)
+from data_sharding.processing.preprocess import resample
+from data_sharding.processing.survey import assess
+
+RATE = 250.0
+
+
+def eeg(seed: int, n: int = 8, seconds: float = 10.0, rate: float = RATE, alpha: float = 1.0) -> np.ndarray:
+    """Pink noise, partly common to all channels, with alpha bursts; about twenty microvolts."""
+    rng = np.random.default_rng(seed)
+    size = int(seconds * rate)
+    spectrum = np.fft.rfft(rng.normal(size=(n + 1, size)), axis=1)
+    spectrum /= np.sqrt(np.maximum(np.fft.rfftfreq(size, 1 / rate), 0.5))
+    x = np.fft.irfft(spectrum, size, axis=1)
+    x /= x.std(axis=1, keepdims=True)
+    t = np.arange(size) / rate
+    wave = np.sin(2 * np.pi * rng.uniform(9, 11) * t + rng.uniform(0, 6)) * np.sin(
+        2 * np.pi * 0.2 * t + rng.uniform(0, 6)
+    )
+    return 20 * (x[1:] + x[:1] + alpha * wave)
+
+
+def make(key: str, x: np.ndarray, rate: float = RATE) -> Print:
+    points = assess(x, rate).fingerprint
+    return Print(key=key, sha256=key, seconds=x.shape[1] / rate, signature=signature(points), points=points)
+
+
+def variants(x: np.ndarray) -> dict[str, Print]:
+    double = resample(x, RATE, 2 * RATE)
+    return {
+        "rounded to 0.1 microvolts": make("b", np.round(x / 0.1) * 0.1),
+        "another unit and offset": make("b", 1e-3 * x + 50),
+        "last record padded": make("b", np.concatenate([x, np.zeros((len(x), 300))], axis=1)),
+        "another order of channels": make("b", x[::-1]),
+        "half of the channels": make("b", x[::2]),
+        "another rate": make("b", double, 2 * RATE),
+        "one more channel": make("b", np.concatenate([x, eeg(99, 1)])),
+        "some noise": make("b", x + np.random.default_rng(5).normal(0, 1.0, x.shape)),
+        "only its beginning": make("b", x[:, : int(0.7 * x.shape[1])]),
+    }
+
+
+@pytest.mark.parametrize("what", list(variants(eeg(0))))
+def test_found(what: str) -> None:
+    found = find_duplicates([make("a", eeg(0)), make("other", eeg(1)), variants(eeg(0))[what]])
+    assert list(found) == ["b"] and found["b"].split(" ")[0] == "a"
+    assert ("same beginning, 7.0 of 10.0 s" in found["b"]) == (what == "only its beginning")
+
+
+def test_not_found_as_documented() -> None:
+    """A stretch from the middle, and another reference of more channels than points: said so in docs/leakage.md."""
+    x, many = eeg(0, alpha=0.0), eeg(1, 80, alpha=0.0)
+    assert find_duplicates([make("a", x), make("b", x[:, 500:])]) == {}
+    assert find_duplicates([make("a", many), make("b", many - many[:1])]) == {}
+
+
+@pytest.mark.parametrize("n", [8, 19, 32])
+def test_another_reference_or_combination_of_channels(n: int) -> None:
+    rng = np.random.default_rng(n)
+    x = eeg(0, n)
+    mixing = rng.normal(size=(n, n))
+    components = np.linalg.inv(mixing) @ x
+    components[0] = 0
+    others = {
+        "average": x - x.mean(axis=0),
+        "one electrode": np.delete(x - x[1], 1, axis=0),
+        "bipolar": x[1:] - x[:-1],
+        "inverted": -x,
+        "one component taken out": mixing @ components,
+    }
+    for name, y in others.items():
+        prints = [make("a", x), make("other", eeg(7, n)), make("b", np.round(y, 1))]
+        found = find_duplicates(prints)
+        assert list(found) == ["b"] and found["b"].startswith("a"), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seeds=st.lists(st.integers(0, 2**31), min_size=12, max_size=12, unique=True),
+    n=st.integers(1, 32),
+    seconds=st.sampled_from([2.0, 4.0, 8.0]),
+    alpha=st.sampled_from([0.0, 1.0, 10.0]),
+)
+def test_different_recordings_are_different(seeds: list[int], n: int, seconds: float, alpha: float) -> None:
+    """Also where a strong rhythm or a common reference makes all channels alike."""
+    points = [assess(eeg(seed, n, seconds, alpha=alpha), RATE).fingerprint for seed in seeds]
+    assert not any(compare(points[i], points[j], seconds, seconds) for i in range(12) for j in range(i))
+
+
+def test_transient_at_the_start_is_no_evidence() -> None:
+    """Amplifiers begin with a step of millivolts, whose filtered shape is the same in every recording."""
+    step = np.where(np.arange(2500) < 20, -5e3, 0.0)
+    prints = [make(str(i), eeg(i) + step) for i in range(12)]
+    corr = [np.corrcoef(prints[0].points[0], p.points[0])[0, 1] for p in prints[1:]]  # type: ignore[index]
+    assert min(corr) > 0.99, "the trap is set"
+    assert find_duplicates(prints) == {}
+
+
+def test_calibration_at_the_start_is_no_evidence() -> None:
+    t = np.arange(5000) / RATE
+    wave = 50 * np.sign(np.sin(2 * np.pi * 0.9 * t[:2500]))
+    prints = []
+    for i in range(4):
+        rest = eeg(i, 6, 8.0 + 3 * i)
+        prints.append(make(str(i), np.concatenate([np.tile(wave, (6, 1)) + 0.05 * eeg(i, 6), rest], axis=1)))
+    assert find_duplicates(prints) == {}
+
+
+def test_too_short_recordings_are_compared_by_checksum_alone() -> None:
+    x = eeg(0, seconds=1.2)
+    a, b = make("a", x), make("b", x)
+    assert a.signature == [] and find_duplicates([a, b]) == {}
+    b.sha256 = "a"
+    assert find_duplicates([a, b]) == {"b": "a"}
+
+
+def test_chain_leads_to_the_one_that_is_kept() -> None:
+    x = eeg(0)
+    again = make("c", np.round(x))
+    again.sha256 = "b"
+    assert find_duplicates([make("a", x), make("b", np.round(x, 1)), again]) == {"b": "a", "c": "a"}
+
+
+def test_matches_between_collections() -> None:
+    ours, theirs = [make(f"o{i}", eeg(i)) for i in range(4)], [make("t9", eeg(9)), make("t2", np.round(eeg(2), 1))]
+    load = {p.key: p.points for p in [*ours, *theirs]}
+    assert matches(ours, theirs, load.__getitem__, load.__getitem__) == [(2, 1, "same")]  # type: ignore[arg-type]
+
+
+def test_preference(make_row) -> None:
+    rows = {
+        "trials": make_row("t", subject="s", seconds=60.0, n_kept=8),
+        "unknown": make_row("u", seconds=600.0, n_kept=128),
+        "longer": make_row("l", subject="s", seconds=600.0, n_kept=8),
+        "more": make_row("m", subject="s", seconds=601.0, n_kept=9),
+    }
+    order = sorted(rows, key=lambda name: preference(rows[name], trials=name == "trials"))
+    assert order == ["trials", "more", "longer", "unknown"]
+
+
+def test_a_hundred_thousand_recordings_fit() -> None:
+    """Signatures of so many recordings, 200 of them copies, and one number that all of them share."""
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0, 2**62, (100_000, SKETCH - 1))
+    numbers[100:300] = numbers[10_000:10_200]
+    prints = [
+        Print(key=str(i), sha256="", seconds=600.0 + i % 100, signature=[7, *row])
+        for i, row in enumerate(numbers.tolist())
+    ]
+    tracemalloc.start()
+    pairs = candidates(prints)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pairs == [(i, i + 9_900) for i in range(100, 300)]
+    assert peak < 1e9 and NEIGHBOURS * len(prints) * 8 < 1e8

@@ -1,0 +1,239 @@
+"""What two datasets share is named; what they do not share is not invented."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from upath import UPath
+
+from data_sharding.audit.fingerprints import Fingerprints, image_print, similar_images, window_digest
+from data_sharding.audit.verify import main
+from data_sharding.dataset.samples import decode_eeg, encode_eeg
+
+
+def picture(seed: int, size: int = 96) -> Image.Image:
+    """Smooth coloured blobs: as rough as a photograph's thumbnail."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def recordings(make_raw) -> list[dict]:
+    """Six recordings of three people, one split each."""
+    splits = ["train", "train", "train", "train", "val", "test"]
+    people = ["sub-01", "sub-01", "sub-02", "sub-02", "sub-03", "sub-04"]
+    return [
+        {"key": f"r{i}", "subject": people[i], "split": splits[i], "raw": make_raw(6, 200, 8, seed=i)} for i in range(6)
+    ]
+
+
+@pytest.fixture(scope="module")
+def dataset(recordings, publish, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("a") / "a"
+    publish(path, recordings)
+    return path
+
+
+def strangers(make_raw, first: int = 50, **more) -> list[dict]:
+    return [
+        {"key": f"q{i}", "subject": f"p{i}", "corpus": "clinic", "raw": make_raw(6, 200, 8, seed=first + i), **more}
+        for i in range(3)
+    ]
+
+
+class TestAgainst:
+    def test_nothing_shared(self, dataset, publish, make_raw, tmp_path, capsys) -> None:
+        publish(tmp_path / "b", strangers(make_raw))
+        assert main([str(dataset), "--against", str(tmp_path / "b")]) == 0
+        out = capsys.readouterr().out
+        assert "nothing shared" in out and "shared:" not in out and "not compared" not in out
+        for what in ("subjects by corpus", "checksum", "by signal: 6 with 3", "windows by content: 48 with 24"):
+            assert what in out
+
+    def test_a_recording_in_another_format_and_spec(self, dataset, publish, make_raw, tmp_path, capsys) -> None:
+        """Rounded, other names, another subject, other windows: only the signal gives it away."""
+        raw = make_raw(6, 200, 8, seed=2, names=["a", "b", "c", "d", "e", "f"])
+        raw.apply_function(lambda x: np.round(x * 1e7) / 1e7)
+        more = [{"key": "x", "subject": "anon", "corpus": "clinic", "raw": raw, "starts": [410]}]
+        publish(tmp_path / "b", strangers(make_raw) + more, window=150, lowpass=35.0)
+        assert main([str(dataset), "--against", str(tmp_path / "b")]) == 1
+        out = capsys.readouterr().out
+        assert "shared: recording r2 here is x there: same signal" in out
+        assert "2 of 8 windows of r2 in time that x covers, at 4.00, 5.00 s" in out
+        assert "not compared: windows by content" in out and "lowpass" in out
+        assert out.count("\nshared: ") == 1
+
+    def test_windows_by_content(self, dataset, publish, make_raw, tmp_path, capsys) -> None:
+        """Without ledger and fingerprints equal windows still tell."""
+        publish(tmp_path / "b", [{"key": "x", "subject": "x", "corpus": "c", "raw": make_raw(6, 200, 8, seed=3)}])
+        for name in ("ledger.parquet", "fingerprints.parquet"):
+            (tmp_path / "b" / name).unlink()
+        assert main([str(tmp_path / "b"), "--against", str(dataset)]) == 1
+        out = capsys.readouterr().out
+        assert "8 windows of x equal to windows of r3" in out
+        assert "has no ledger.parquet" in out and "has no fingerprints.parquet" in out and "nobody says whose" in out
+
+    def test_subjects(self, dataset, publish, make_raw, tmp_path, capsys) -> None:
+        people = strangers(make_raw)
+        people[0] |= {"subject": "sub-02", "corpus": "lab"}
+        people[1] |= {"subject": "sub-03"}
+        publish(tmp_path / "b", people)
+        assert main([str(dataset), "--against", str(tmp_path / "b")]) == 1
+        out = capsys.readouterr().out
+        assert "shared: subject sub-02 of corpus lab is in both" in out
+        assert "to look at: same name: subject sub-03 of corpus lab, and of clinic in the other" in out
+
+    def test_equal_bytes_and_equal_names(self, dataset, publish, make_raw, tmp_path, capsys) -> None:
+        people = strangers(make_raw)
+        people[0]["sha256"] = "r5"
+        people[1] |= {"key": "r0", "sha256": "another"}
+        publish(tmp_path / "b", people)
+        assert main([str(dataset), "--against", str(tmp_path / "b")]) == 1
+        out = capsys.readouterr().out
+        assert "recording r5 here is q0 there: equal bytes" in out
+        assert "to look at: same name: recording r0; the files differ" in out
+
+    def test_in_an_object_store(self, dataset, capsys) -> None:
+        store = UPath("memory://leakage/copy")
+        for file in (f for f in dataset.rglob("*") if f.is_file()):
+            target = store / file.relative_to(dataset).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+        assert main(["memory://leakage/copy"]) == 0
+        assert main(["memory://leakage/copy", "--against", str(dataset)]) == 1
+        assert "share something: 4 about subjects, 6 about recordings" in capsys.readouterr().out
+
+    def test_bad_requests(self, dataset, tmp_path, capsys) -> None:
+        assert main([str(dataset), "--against", str(tmp_path / "gone")]) == 2
+        assert main([str(dataset), "--against", str(dataset)]) == 2
+        damaged = shutil.copytree(dataset, tmp_path / "damaged")
+        tar = damaged / "train" / "000000.tar"
+        tar.write_bytes(tar.read_bytes()[:2000])
+        assert main([str(dataset), "--against", str(damaged)]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dreamscale:")]
+        assert len(lines) == 3 and "no such dataset" in lines[0] and "says what is damaged" in lines[2]
+
+
+class TestSplits:
+    def test_clean(self, dataset, capsys) -> None:
+        assert main([str(dataset)]) == 0
+        assert "nothing crosses the splits" in capsys.readouterr().out
+
+    def test_subject_and_copy_cross(self, recordings, publish, tmp_path, capsys, make_raw) -> None:
+        crossing = [*recordings, {**recordings[4], "key": "r6", "subject": "sub-01", "split": "test"}]
+        publish(tmp_path / "a", crossing)
+        assert main([str(tmp_path / "a")]) == 1
+        out = capsys.readouterr().out
+        assert "subject sub-01 of corpus lab is in train and test" in out
+        assert "recording r6 is a copy of r4; they are in val and test" in out
+        assert "8 windows of r4 (val) equal to windows of r6 (test)" in out
+
+    def test_overlapping_trials_of_one_recording(self, publish, make_raw, tmp_path, capsys) -> None:
+        """Fast presentation: the window of a training image reaches into that of a test image."""
+        raw = make_raw(6, 200, 8, seed=0)
+        trials = [(0, "train"), (300, "train"), (350, "test"), (600, "test")]
+        publish(tmp_path / "a", [{"key": "r", "subject": "s", "raw": raw, "trials": trials}])
+        self.declare(tmp_path / "a", val_fraction=0, test_fraction=0)
+        assert main([str(tmp_path / "a")]) == 1
+        out = capsys.readouterr().out
+        assert "1 window of r in train at a time that windows in test cover, at 3.00 s" in out
+        assert "to look at: subject s of corpus lab is in train and test (the config does not hold subjects out)" in out
+
+    @staticmethod
+    def declare(path: Path, **split) -> None:
+        from data_sharding.common.files import read_json, write_json
+
+        values = read_json(path / "manifest.json")
+        values["config"]["split"] = split
+        write_json(path / "manifest.json", values)
+
+
+class TestImages:
+    def trials(self, make_raw, pictures: list[tuple[str, bytes]], **more) -> list[dict]:
+        base = {"key": "t", "subject": "who", "raw": make_raw(4, 200, 8, seed=7)}
+        return [base | {"starts": [100 * i for i in range(len(pictures))], "images": pictures} | more]
+
+    def test_encoded_again_and_resized(self, publish, make_raw, tmp_path, capsys) -> None:
+        ours = [(f"cat_{i}", encoded(picture(i))) for i in range(5)]
+        theirs = [
+            ("x0", encoded(picture(0))),
+            ("x1", encoded(picture(1), "JPEG", quality=60)),
+            ("x2", encoded(picture(2).resize((40, 40)), "JPEG", quality=85)),
+            ("cat_3", encoded(picture(33))),
+            ("x4", encoded(picture(44))),
+        ]
+        publish(tmp_path / "a", self.trials(make_raw, ours))
+        more = {"key": "u", "corpus": "web", "raw": make_raw(4, 200, 8, seed=8), "subject": "other"}
+        publish(tmp_path / "b", self.trials(make_raw, theirs, **more))
+        assert main([str(tmp_path / "a"), "--against", str(tmp_path / "b")]) == 1
+        out = capsys.readouterr().out
+        assert "image lab/cat_0 here is web/x0 there: equal bytes" in out
+        assert "image lab/cat_1 here is web/x1 there: the same picture, encoded again" in out
+        assert "image lab/cat_2 here is web/x2 there: the same picture, encoded again" in out
+        assert "to look at: same name: image lab/cat_3 here, web/cat_3 there; the pictures differ" in out
+        assert out.count("image ") == 4
+
+    def test_across_splits(self, publish, make_raw, tmp_path, capsys) -> None:
+        train = [("a", encoded(picture(0))), ("b", encoded(picture(1)))]
+        test = [("c", encoded(picture(1), "JPEG", quality=50)), ("a", encoded(picture(0)))]
+        both = self.trials(make_raw, train)
+        more = {"key": "u", "subject": "other", "raw": make_raw(4, 200, 8, seed=8), "split": "test"}
+        publish(tmp_path / "a", both + self.trials(make_raw, test, **more))
+        assert main([str(tmp_path / "a")]) == 1
+        out = capsys.readouterr().out
+        assert "image lab/a is in train and test" in out
+        assert "image lab/b (train) is lab/c (test): the same picture, encoded again" in out
+
+    def test_what_the_config_allows_is_a_question(self, publish, make_raw, tmp_path, capsys) -> None:
+        """Subjects are held out, images are not; and of the same trials a split by concept."""
+        both = self.trials(make_raw, [("a", encoded(picture(0)))], concepts=["cat"])
+        more = {"key": "u", "subject": "other", "raw": make_raw(4, 200, 8, seed=8), "split": "test"}
+        publish(tmp_path / "a", both + self.trials(make_raw, [("a", encoded(picture(0)))], concepts=["cat"], **more))
+        TestSplits.declare(tmp_path / "a", test_subjects=["other"], image_val_fraction=0, image_test_fraction=0)
+        assert main([str(tmp_path / "a")]) == 0
+        assert "to look at: image lab/a is in train and test (the config does not" in capsys.readouterr().out
+        TestSplits.declare(tmp_path / "a", test_subjects=["other"], image_test_fraction=0.1, by="concept")
+        assert main([str(tmp_path / "a")]) == 1
+        assert "shared: concept cat is in train and test" in capsys.readouterr().out
+
+    def test_different_pictures_are_different(self) -> None:
+        prints = [image_print(encoded(picture(i))) for i in range(150)]
+        assert similar_images(prints, prints) == [(i, i) for i in range(150)]
+        grey = [image_print(encoded(Image.new("RGB", (64, 64), (v, v, v)))) for v in (0, 40, 200, 255)]
+        assert similar_images(grey, grey) == [(i, i) for i in range(4)]
+
+    def test_what_is_no_picture(self) -> None:
+        blind = image_print(b"not a picture")
+        assert blind.phash is None and similar_images([blind], [blind]) == []
+
+
+def test_window_digest_sees_values_only() -> None:
+    x = np.random.default_rng(0).normal(0, 20, (5, 64)).astype(np.float16)
+    assert window_digest(decode_eeg(encode_eeg(x), 5)) == window_digest(x)
+    assert window_digest(x) != window_digest(x[:4]) and window_digest(x) != window_digest(x.reshape(10, 32))
+    y = x.copy()
+    y[2, 3] = np.nextafter(y[2, 3], np.float16(np.inf))
+    assert window_digest(x) != window_digest(y)
+
+
+def test_fingerprints_file(dataset, recordings) -> None:
+    from data_sharding.processing.survey import assess
+
+    stored = Fingerprints(dataset)
+    assert [p.key for p in stored.prints] == [r["key"] for r in recordings]
+    raw = recordings[3]["raw"]
+    expected = assess(1e6 * raw.get_data(), raw.info["sfreq"]).fingerprint
+    np.testing.assert_allclose(stored.load("r3"), expected, atol=1e-3)
+    assert stored.prints[3].signature and stored.prints[3].seconds == 8.0

@@ -1,0 +1,210 @@
+"""The report and the tables of a dataset say what is in it and what is not, for one recording or a hundred thousand."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_sharding.audit.inspect_dataset import main as inspect
+from data_sharding.audit.report import warnings_of, write_report
+from data_sharding.audit.report_figures import Window, funnel_steps, line_peaks, sample_windows, spectrum
+from data_sharding.dataset.ledger import STATUSES, read_ledger, set_aside, totals, write_ledger
+from data_sharding.dataset.manifest import Manifest
+
+
+@pytest.fixture(scope="module")
+def dataset(publish, make_raw, make_row, tmp_path_factory) -> Path:
+    """Four recordings of two corpora that are sharded, and one of every other fate."""
+    path = tmp_path_factory.mktemp("report") / "set"
+    recordings = [
+        {"key": f"r{i}", "subject": f"sub-0{i}", "corpus": ("lab", "<b>clinic</b>")[i % 2], "split": split}
+        | {"raw": make_raw(6, 200, 8, seed=i)}
+        for i, split in enumerate(["train", "train", "val", "test"])
+    ]
+    publish(path, recordings)
+    rows = [
+        *read_ledger(path),
+        make_row("copy", status="duplicate", reason="duplicate of r1", duplicate_of="r1", seconds=8.0),
+        make_row("bad", status="quarantined", reason="unreadable: <script>alert(1)</script>", seconds=0.0),
+        make_row("short", status="excluded", reason="too short: 0.45 s", seconds=0.45),
+        make_row("mine", status="held back", reason="held back: subject x", held_back="subject x", seconds=60.0),
+    ]
+    write_ledger(path / "ledger.parquet", rows)
+    return path
+
+
+def page_of(dataset: Path, tmp_path: Path, rows: list[dict] | None = None, **extra) -> str:
+    import dataclasses
+
+    rows = read_ledger(dataset) if rows is None else rows
+    counts, hours = totals(rows)
+    hours["written"] = sum(row["seconds_written"] for row in rows) / 3600
+    manifest = dataclasses.replace(Manifest.read(dataset), counts=counts, hours=hours, extra=extra)
+    write_report(tmp_path / "report.html", rows, manifest, root=dataset)
+    return (tmp_path / "report.html").read_text()
+
+
+class Strict(html.parser.HTMLParser):
+    """Counts tags, so that an unclosed one is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag not in ("meta", "img", "html", "!doctype"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag != "html":
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+class TestPage:
+    def test_complete_and_self_contained(self, dataset: Path, tmp_path: Path) -> None:
+        page = page_of(dataset, tmp_path)
+        assert page == page_of(dataset, tmp_path), "the same page for the same dataset"
+        parser = Strict()
+        parser.feed(page)
+        assert parser.open == []
+        text = " ".join(parser.text)
+        for title in ("Hours", "Corpora", "Splits", "Set aside, and why", "Held back", "Spectra", "Examples"):
+            assert title in text
+        assert page.count("data:image/png;base64,") == 4
+        assert "http" not in page and "<script" not in page and 'src="/' not in page
+        assert "<script>alert(1)</script>" in text and "<b>clinic</b>" in text, "names are shown, not run"
+        assert "No subject stands in two splits" in text and "subject x" in text
+
+    def test_without_shards_it_says_so(self, dataset: Path, tmp_path: Path) -> None:
+        write_report(tmp_path / "report.html", read_ledger(dataset), Manifest.read(dataset))
+        page = (tmp_path / "report.html").read_text()
+        assert page.count("data:image/png;base64,") == 2 and page.count("Not drawn") == 2
+
+    def test_block_design_is_warned_of(self, dataset: Path, tmp_path: Path) -> None:
+        corpora = [
+            {"name": "lab", "kind": "eeg_imagenet", "design": "block", "evidence": "runs of 50 trials of one class"},
+            {"name": "<b>clinic</b>", "kind": "events", "design": "random", "evidence": ""},
+        ]
+        text = page_of(dataset, tmp_path, corpora=corpora)
+        assert "lab: block design" in text and "runs of 50 trials" in text and "clinic</b>: block" not in text
+
+    def test_a_hundred_thousand_recordings(self, dataset: Path, tmp_path: Path, make_row) -> None:
+        """Tables stay short, and what they leave out is counted."""
+        rng = np.random.default_rng(0)
+        rows = []
+        for i in range(100_000):
+            status = STATUSES[int(rng.integers(5))]
+            row = make_row(f"r{i:06d}", corpus=f"corpus-{i % 300}", subject=f"s{i % 5000}", seconds=600.0)
+            row |= {"sfreq": float(rng.integers(100, 1000)), "n_kept": int(rng.integers(1, 128)), "amplitude_uv": 9.0}
+            if status == "sharded":
+                row |= {"seconds_written": 500.0, "windows": 500, "split": "train"}
+            else:
+                row |= {"status": status, "reason": f"fault {i % 70}: of file {i}"}
+            rows.append(row)
+        page = page_of(dataset, tmp_path, rows)
+        assert len(page) < 2e6 and "... and 275 more." in page
+        parser = Strict()
+        parser.feed(page)
+        assert re.search(r"\.\.\. and \d+ more\.", page[page.index("Set aside") :])
+
+
+def test_warnings(dataset: Path, make_row) -> None:
+    manifest = Manifest.read(dataset)
+    fine = [make_row(f"r{i}", subject="s", montage_confidence=1.0) for i in range(30)]
+    assert warnings_of(fine, manifest) == []
+    unnamed = [*fine, make_row("r99", montage_confidence=0.2)]
+    assert [w.split(" ")[0] for w in warnings_of(unnamed, manifest)] == ["Of", "1"]
+    broken = [*fine, *(make_row(f"b{i}", status="quarantined", reason="x", subject="s") for i in range(9))]
+    assert "9 of 39 recordings (23.1 %) are quarantined" in warnings_of(broken, manifest)[0]
+
+
+def test_funnel_adds_up(dataset: Path) -> None:
+    steps = dict(funnel_steps(read_ledger(dataset)))
+    assert steps["found"] == pytest.approx(sum(hours for name, hours in steps.items() if name != "found"))
+    assert steps["held back"] == pytest.approx(60 / 3600) and steps["written"] == pytest.approx(32 / 3600)
+
+
+def test_windows_are_spread_over_recordings(dataset: Path) -> None:
+    windows = sample_windows(dataset, read_ledger(dataset))
+    assert {name: len(recordings) for name, recordings in windows.items()} == {"lab": 2, "<b>clinic</b>": 2}
+    assert [w.meta["start"] for w in windows["lab"][0]] == [0.0, 4.0, 7.0]
+    t = np.arange(400) / 100
+    x = np.random.default_rng(0).normal(0, 1, (4, 400)) + 5 * np.sin(2 * np.pi * 10 * t)
+    x[3] = 1e4 * np.sin(2 * np.pi * 30 * t)
+    frequency, power = spectrum([Window(eeg=x, meta={"ch_names": list("abcd"), "bads": ["d"]})], 100.0)
+    assert frequency[power.argmax()] == 10.0 and power.max() < 100, "of good channels"
+
+
+def test_line_peaks() -> None:
+    frequency = np.arange(0, 101.0)
+    power = np.ones(101)
+    power[50] = 9.0
+    assert line_peaks(frequency, power) == {50.0: 9.0, 60.0: 1.0} and line_peaks(frequency[:40], power[:40]) == {}
+
+
+class TestInspect:
+    def run(self, capsys, *args: str) -> str:
+        assert inspect(list(args)) == 0
+        return capsys.readouterr().out
+
+    def test_tables(self, dataset: Path, capsys) -> None:
+        out = self.run(capsys, str(dataset))
+        for word in ("lab", "held back", "recorded Hz", "channels kept", "too short", "subject x"):
+            assert word in out
+        assert "─" not in out and all(len(line) < 200 for line in out.splitlines()), "plain text where no one looks"
+
+    def test_json(self, dataset: Path, capsys) -> None:
+        values = json.loads(self.run(capsys, str(dataset), "--json"))
+        assert values["corpus"][-1]["corpus"] == "all" and values["corpus"][-1]["sharded"] == 4
+        assert values["corpus"][-1]["hours found"] == pytest.approx((4 * 8 + 8 + 0.45 + 60) / 3600)
+        assert values["recordings"] == [] and values["held back"] == [{"by": "subject x", "recordings": 1}]
+        assert len(json.loads(self.run(capsys, str(dataset), "--json", "--recordings"))["recordings"]) == 8
+
+    def test_one_recording(self, dataset: Path, capsys) -> None:
+        out = self.run(capsys, str(dataset), "--recording", "lab/copy.edf")
+        assert re.search(r"duplicate_of +r1", out) and re.search(r"status +duplicate", out)
+        row = json.loads(self.run(capsys, str(dataset), "--recording", "bad", "--json"))
+        assert row["reason"] == "unreadable: <script>alert(1)</script>" and row["seconds"] == 0.0
+
+    def test_no_such_recording(self, dataset: Path, capsys) -> None:
+        assert inspect([str(dataset), "--recording", "cop"]) == 2
+        assert "did you mean copy?" in capsys.readouterr().err
+
+    def test_markdown(self, dataset: Path, capsys) -> None:
+        lines = [line for line in self.run(capsys, str(dataset), "--markdown").splitlines() if line.startswith("|")]
+        assert all(line.endswith("|") for line in lines) and any("| all |" in line for line in lines)
+
+
+class TestLedger:
+    def test_set_aside_keeps_what_was_learned(self, make_row) -> None:
+        row = make_row("a", windows=9, seconds_written=9.0, split="train", sfreq=500.0) | {
+            "split_samples": {"train": 9}
+        }
+        set_aside(row, "held back", "held back: x", held_back="x")
+        assert (row["windows"], row["seconds_written"], row["split"], row["split_samples"]) == (0, 0.0, "", {})
+        assert row["sfreq"] == 500.0 and row["held_back"] == "x"
+        with pytest.raises(ValueError, match="lost"):
+            set_aside(row, "lost", "")
+
+    def test_columns(self, make_row, tmp_path: Path) -> None:
+        write_ledger(tmp_path / "ledger.parquet", [make_row("a") | {"signature": [1], "part": "p"}])
+        row = read_ledger(tmp_path)[0]
+        assert row["reader"] == "edf" and row["duplicate_of"] == "" and row["segments"] == 1 and "part" not in row
+        lacking = make_row("b")
+        del lacking["seconds"]
+        with pytest.raises(KeyError, match="seconds"):
+            write_ledger(tmp_path / "ledger.parquet", [lacking])
+
+    def test_totals(self, make_row) -> None:
+        rows = [make_row("a", seconds=3600.0), make_row("b", seconds=1800.0, status="held back", reason="x")]
+        counts, hours = totals(rows)
+        assert counts["found"] == 2 and counts["held back"] == 1 and hours["held back"] == 0.5 and hours["found"] == 1.5

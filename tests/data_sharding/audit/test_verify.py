@@ -1,0 +1,61 @@
+"""A dataset that lost or changed a byte is found out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_sharding.audit.inspect_dataset import main as inspect
+from data_sharding.audit.verify import main
+from data_sharding.dataset.manifest import Manifest
+
+
+@pytest.fixture
+def copy(unpaired_dataset: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(unpaired_dataset, tmp_path / "copy"))
+
+
+def test_good(unpaired_dataset: Path, capsys) -> None:
+    assert main([str(unpaired_dataset)]) == 0
+    assert "every byte and count" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".idx"])
+def test_one_flipped_bit(copy: Path, capsys, suffix: str) -> None:
+    path = copy / "train" / f"000001{suffix}"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert main([str(copy)]) == 1
+    out = capsys.readouterr().out
+    assert f"train/000001{suffix}: its sha256" in out and "1 faults" in out
+
+
+def test_missing_cut_and_foreign_files(copy: Path, capsys) -> None:
+    (copy / "val" / "000000.tar").unlink()
+    tar = copy / "train" / "000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    shutil.copy(copy / "train" / "000001.tar", copy / "train" / "000009.tar")
+    assert main([str(copy)]) == 1
+    out = capsys.readouterr().out
+    assert (
+        "val/000000.tar: missing" in out
+        and "train/000000.tar: " in out
+        and "train/000009.tar: not in the manifest" in out
+    )
+
+
+def test_counts(copy: Path, capsys) -> None:
+    text = (copy / "manifest.json").read_text()
+    number = Manifest.read(copy).splits["train"][0].samples
+    (copy / "manifest.json").write_text(text.replace(f'"samples": {number}', f'"samples": {number + 1}', 1))
+    assert main([str(copy)]) == 1
+    assert "the manifest says" in capsys.readouterr().out
+
+
+def test_no_dataset(tmp_path: Path, capsys) -> None:
+    assert main([str(tmp_path)]) == 2 and main([str(tmp_path / "gone")]) == 2
+    assert inspect([str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3

@@ -1,0 +1,53 @@
+"""What a job says of itself while it runs."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from data_sharding.common.progress import JobProgress
+
+
+def row(key: str, status: str = "sharded", seconds: float = 3600.0, channels: int = 64) -> dict:
+    return {"key": key, "status": status, "seconds": seconds, "n_kept": channels, "n_eeg": channels}
+
+
+def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("data_sharding.common.progress.time.monotonic", lambda: now[0])
+    shown = JobProgress({"a": 10, "b": 20, "c": 30, "d": 40})
+    assert shown.figures()["left"] == "?"
+    shown.add(row("a"), taken_up=True)
+    now[0] += 50
+    shown.add(row("b"))
+    shown.add(row("c", "quarantined", seconds=0.0, channels=0))
+    shown.running = 1
+    figures = shown.figures()
+    assert figures["recordings"] == "3/4 (1 from an earlier run)" and figures["set aside"] == "1 quarantined"
+    # 50 bytes were read in 50 s, 40 are left; what an earlier run read has no part in the speed.
+    assert figures["left"] == "0:00:40" and figures["elapsed"] == "0:00:50"
+    assert figures["hours"] == "2.00" and figures["channel-hours/s"] == f"{64 / 50:.2f}" and figures["in flight"] == "1"
+
+
+def test_a_line_now_and_then_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("data_sharding.common.progress.time.monotonic", lambda: now[0])
+    with JobProgress({"a": 1, "b": 1}, every_s=10.0) as shown:
+        for _ in range(100):
+            now[0] += 0.5
+            shown.look(2)
+        shown.add(row("a"))
+        shown.add(row("b"))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5 + 1 and lines[-1].startswith("reading: recordings 2/2") and "in flight 2" in lines[0]
+
+
+def test_a_table_on_a_terminal() -> None:
+    shown = JobProgress({"a": 1, "b": 1})
+    shown.add(row("a", "excluded"))
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    console.print(shown._table())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(title in text for title in shown.figures()) and "1/2" in text and "1 excluded" in text

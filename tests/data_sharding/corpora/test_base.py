@@ -1,0 +1,206 @@
+"""What all kinds of corpora share, folders and events on any storage, and the order of trials."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import RequestError
+from data_sharding.corpora import Adapter, CorpusConfig, Item, Trial, design_of, expand, list_items, open_item, register
+from data_sharding.corpora.base import ADAPTERS
+from data_sharding.corpora.design import order_of
+from data_sharding.formats.signal import Signal
+from data_sharding.formats.sniffing import Recording
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"kind": "bidz"}, "unknown kind 'bidz'; did you mean 'bids'?"),
+        ({"kind": "folder", "images": "y"}, "has the key 'images' but is of kind folder; arrays, bids, "),
+        ({"kind": "events"}, "needs the key 'images'"),
+        (
+            {"kind": "eeg_imagenet", "images": "y", "exclude": ["*"]},
+            "has the key 'exclude' but is of kind eeg",
+        ),
+        ({"kind": "folder", "options": {"fold": 1}}, "has the option 'fold' but is of kind folder; it has no options"),
+        ({"kind": "eeg_imagenet", "images": "y", "options": {"flod": 1}}, "its options are file, splits, fold, unit"),
+        ({"kind": "eeg_imagenet", "images": "y", "options": {"fold": "one"}}, "fold"),
+        ({"subject_pattern": "(?P<who>x)"}, "needs a group"),
+        ({"subject_pattern": "("}, "no regular expression"),
+    ],
+)
+def test_keys_of_another_kind_are_refused_in_one_line(values: dict, words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        CorpusConfig(root="x", **values)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Corpora:
+    """A config with corpora."""
+
+    corpora: list[CorpusConfig]
+    """Where the recordings are."""
+
+
+def test_from_yaml(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "corpora:\n- kind: eeg_imagenet\n  root: x\n  images: y\n  options: {fold: 2, splits: ''}\n- root: z\n"
+    )
+    config = parse_config(Corpora, [str(tmp_path / "a.yaml")], prog="test", positionals=["config"])
+    assert config.corpora[0].options == {"fold": 2, "splits": ""} and config.corpora[1].kind == "folder"
+    (tmp_path / "b.yaml").write_text("corpora:\n- kind: eeg_imagenet\n  root: x\n  images: y\n  options: {fold: one}\n")
+    with pytest.raises(RequestError, match="fold"):
+        parse_config(Corpora, [str(tmp_path / "b.yaml")], prog="test", positionals=["config"])
+
+
+def test_a_new_kind_is_a_class(folder_corpus: Path) -> None:
+    @register("one")
+    class OneCorpus(Adapter):
+        def items(self, config: CorpusConfig) -> list[Item]:
+            return list_items(CorpusConfig(root=config.root))[:1]
+
+        def open(self, item: Item) -> Signal:
+            raise FileNotFoundError(item.kind)
+
+    try:
+        config = CorpusConfig(kind="one", root=str(folder_corpus))
+        items = list_items(config)
+        assert [item.kind for item in items] == ["one"] and design_of(config, items)["design"] == "unknown"
+        with pytest.raises(FileNotFoundError, match="one"):
+            open_item(items[0])
+    finally:
+        del ADAPTERS["one"]
+
+
+def in_memory(root: Path, name: str) -> str:
+    from upath import UPath
+
+    for path in root.rglob("*"):
+        if path.is_file():
+            target = UPath(f"memory://{name}") / path.relative_to(root).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    return f"memory://{name}"
+
+
+def test_folder_on_an_object_store(folder_corpus: Path) -> None:
+    here = list_items(CorpusConfig(root=str(folder_corpus), name="lab", exclude=["copies/*"]))
+    there = list_items(CorpusConfig(root=in_memory(folder_corpus, "lab"), name="lab", exclude=["copies/*"]))
+    assert [(i.key, i.path, i.subject, i.recording.problem) for i in here] == [
+        (i.key, i.path, i.subject, i.recording.problem) for i in there
+    ]
+
+
+def test_events_on_an_object_store(events_corpus: Path) -> None:
+    root = in_memory(events_corpus, "pictures")
+    items = list_items(CorpusConfig(kind="events", root=f"{root}/eeg", images=f"{root}/images"))
+    assert len(items) == 3 and len(items[0].trials or ()) == 7
+    from upath import UPath
+
+    (UPath(root) / "images" / "img-3.png").unlink()
+    with pytest.raises(RequestError, match=r"1 of 6 images are missing, the first is memory://.*img-3\.png"):
+        list_items(CorpusConfig(kind="events", root=f"{root}/eeg", images=f"{root}/images"))
+    with pytest.raises(RequestError, match="no such folder"):
+        list_items(CorpusConfig(root="memory://nothing-there"))
+    with pytest.raises(RequestError, match="needs them on a disk"):
+        list_items(CorpusConfig(kind="eeg_imagenet", root=root, images=root))
+
+
+def test_bids_columns_in_an_events_table(events_corpus: Path, tmp_path: Path) -> None:
+    from shutil import copytree
+
+    root = Path(copytree(events_corpus, tmp_path / "copy"))
+    table = root / "eeg" / "sub-01" / "sub-01_task-images_events.tsv"
+    table.write_text(
+        "onset\tduration\tstim_file\tconcept\tblock\n1.0\t0.5\timg-0.png\tanimal\tb1\n2.0\t0.5\tn/a\tn/a\tn/a\n",
+        encoding="utf-8-sig",
+    )
+    items = list_items(CorpusConfig(kind="events", root=str(root / "eeg"), images=str(root / "images")))
+    (trial,) = items[0].trials or ()
+    assert (trial.image_id, trial.concept, trial.block, trial.label_name) == ("img-0", "animal", "b1", "image")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "soon", ""])
+def test_an_onset_that_is_no_time(events_corpus: Path, tmp_path: Path, value: str) -> None:
+    from shutil import copytree
+
+    root = Path(copytree(events_corpus, tmp_path / "copy"))
+    table = root / "eeg" / "sub-01" / "sub-01_task-images_events.tsv"
+    table.write_text(f"onset\timage\n{value}\timg-0.png\n")
+    with pytest.raises(RequestError, match="line 2: onset"):
+        list_items(CorpusConfig(kind="events", root=str(root / "eeg"), images=str(root / "images")))
+
+
+def test_expand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LAB", str(tmp_path))
+    assert expand("${LAB}/a", "root") == tmp_path / "a"
+    with pytest.raises(RequestError, match="NOT_SET is not set"):
+        expand("${NOT_SET}/a", "root")
+    with pytest.raises(RequestError, match="'gopher://' is unknown"):
+        expand("gopher://a", "root")
+
+
+def item(labels: list[str], key: str = "a") -> Item:
+    path = Path("x")
+    trials = tuple(
+        Trial(onset=float(i), image="i", image_id="i", label_name=name, caption="", split="")
+        for i, name in enumerate(labels)
+    )
+    return Item(
+        key=key,
+        corpus="c",
+        path="x",
+        recording=Recording(path=path, format="x", files=(path,)),
+        subject="s",
+        session="",
+        trials=trials,
+    )
+
+
+BLOCKS = [f"c{i // 20}" for i in range(200)]
+
+
+class TestOrder:
+    def test_blocks_are_recognised_from_one_recording_or_many(self) -> None:
+        design, evidence = order_of([item(BLOCKS)])
+        assert design == "block" and "20.0 trials long" in evidence and "200 trials of 10 categories" in evidence
+        assert order_of([item(BLOCKS[i : i + 50]) for i in (0, 50, 100, 150)])[0] == "block"
+        assert order_of([item([name] * 30) for name in ("a", "b")])[0] == "block"
+
+    def test_two_categories_in_blocks(self) -> None:
+        assert order_of([item((["a"] * 25 + ["b"] * 25) * 2)])[0] == "block"
+
+    @pytest.mark.parametrize("seed", range(20))
+    @pytest.mark.parametrize("categories", [2, 10, 150])
+    def test_random_order_is_not(self, seed: int, categories: int) -> None:
+        rng = np.random.default_rng(seed)
+        names = [f"c{i % categories}" for i in range(300)]
+        assert order_of([item(list(rng.permutation(names)))])[0] == "random"
+
+    def test_rare_and_frequent_categories_in_random_order(self) -> None:
+        names = ["common"] * 250 + ["rare"] * 50
+        assert order_of([item(list(np.random.default_rng(0).permutation(names)))])[0] == "random"
+
+    def test_the_order_is_that_of_time_not_of_the_table(self) -> None:
+        shuffled = np.random.default_rng(0).permutation(200)
+        blocks = item(BLOCKS)
+        trials = tuple((blocks.trials or ())[i] for i in shuffled)
+        assert order_of([dataclasses.replace(blocks, trials=trials)])[0] == "block"
+
+    def test_what_cannot_be_told(self) -> None:
+        assert order_of([item(["a", "a", "b", "b"])])[0] == "unknown"
+        assert order_of([item(["a"] * 100)])[0] == "unknown"
+        assert order_of([dataclasses.replace(item([]), trials=None)]) == (
+            "unknown",
+            "no trials: continuous recordings",
+        )
+        # Pairs of one category: longer than chance, but no blocks.
+        rng = np.random.default_rng(0)
+        pairs = [name for name in rng.permutation([f"c{i % 3}" for i in range(150)]) for _ in range(2)]
+        assert order_of([item(pairs)])[0] == "unknown"

@@ -1,0 +1,330 @@
+"""Orders, batches and what is refused on reading."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_sharding.common.errors import RequestError
+from data_sharding.dataset.dataset import EEGDataset, write_dataset
+from data_sharding.dataset.loader import Batch, Loader, collate, sequential
+from data_sharding.dataset.order import EpochOrder, epoch_order, permute
+from data_sharding.dataset.samples import Sample, pad_channels
+from data_sharding.dataset.shard_reader import INDEX, parse_index
+from data_sharding.dataset.shared_memory import Shipped, Slots
+from data_sharding.processing.preprocess import PreprocessSpec
+
+ROOT = Path(__file__).parents[3]
+GOLDEN = [1, 3, 5, 6, 2, 8, 9, 7, 4, 0]
+TINY = PreprocessSpec(sfreq=64.0, highpass=0.5, lowpass=20.0, window=16, stride=16)
+
+
+def tiny(count: int, split: str = "train", seed: int = 0) -> list[Sample]:
+    """Windows of 1 to 5 channels."""
+    rng = np.random.default_rng(seed)
+    return [
+        Sample(key=f"{split}-{i:04d}", eeg=rng.normal(0, 20, (1 + i % 5, 16)), meta={"n": 1 + i % 5, "start": i})
+        for i in range(count)
+    ]
+
+
+@given(n=st.integers(1, 600), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_every_number_comes_once_whatever_the_length(n: int, seed: int, epoch: int) -> None:
+    order = epoch_order(n, seed, epoch)
+    assert sorted(order) == list(range(n))
+    # Places can be looked up one by one.
+    assert permute(np.array([n // 2]), n, seed, 0, epoch)[0] == order[n // 2]
+
+
+def test_orders_are_even_and_stay_what_they_are() -> None:
+    # Checkpoints of other releases rely on these numbers.
+    assert epoch_order(10, 3, 0).tolist() == GOLDEN
+    counts = np.zeros((20, 20))
+    follows = 0
+    for epoch in range(2000):
+        order = epoch_order(20, 0, epoch)
+        counts[np.arange(20), order] += 1
+        follows += int((np.diff(order) == 1).sum())
+    # 100 expected in each cell; five standard deviations of a binomial.
+    assert abs(counts - 100).max() < 50
+    # Neighbours stay neighbours no more often than by chance: 19 pairs, each with probability 1/20.
+    assert follows / 2000 == pytest.approx(19 / 20, abs=0.15)
+
+
+def test_a_hundred_million_samples_need_no_permutation_in_memory() -> None:
+    order = EpochOrder(np.full(50_000, 2000), 0)
+    numbers, epochs = order.at(np.arange(99_999_968, 100_000_032))
+    assert epochs.tolist() == [0] * 32 + [1] * 32 and len(set(numbers)) > 60
+    near, _ = EpochOrder(np.full(50_000, 2000), 0, "shards", 16).at(np.arange(32_000))
+    assert len(np.unique(near)) == 32_000 and len(np.unique(near // 2000)) == 16
+
+
+@given(
+    shards=st.lists(st.integers(1, 30), min_size=1, max_size=12),
+    window=st.integers(1, 5),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=40, deadline=None)
+def test_order_by_shards_is_exactly_once_and_stays_within_its_window(shards: list[int], window: int, seed: int) -> None:
+    n = sum(shards)
+    numbers, epochs = EpochOrder(np.array(shards), seed, "shards", window).at(np.arange(3 * n))
+    shard_of = np.repeat(np.arange(len(shards)), shards)
+    for epoch in range(3):
+        mine = numbers[epochs == epoch]
+        assert sorted(mine) == list(range(n))
+        left = mine
+        while len(left):
+            # The next window: as many different shards, and all of each.
+            several = list(dict.fromkeys(shard_of[left]))
+            group = several[:window]
+            size = sum(shards[s] for s in group)
+            assert set(shard_of[left[:size]]) == set(group)
+            left = left[size:]
+    if n > 40 and len(shards) > 4:
+        assert numbers[:n].tolist() != numbers[n : 2 * n].tolist()
+
+
+@given(
+    batch=st.sampled_from([4, 8, 12, 24]),
+    seed=st.integers(0, 3),
+    steps=st.integers(1, 30),
+    order=st.sampled_from(["global", "shards"]),
+)
+@settings(max_examples=25, deadline=None)
+def test_stream_is_exactly_once_an_epoch_for_any_world(
+    unpaired_dataset: Path, batch: int, seed: int, steps: int, order: str
+) -> None:
+    data = EEGDataset(unpaired_dataset, "train")
+    whole = Loader(data, batch, seed, order=order, window=2)  # type: ignore[arg-type]
+    for world in (1, 2, 4):
+        ranks = [Loader(data, batch, seed, rank=r, world_size=world, order=order, window=2) for r in range(world)]  # type: ignore[arg-type]
+        parts = [r.positions(steps)[0] for r in ranks]
+        assert len({len(p) for p in parts}) == 1
+        merged = [part[i] for i in range(batch // world) for part in parts]
+        assert merged == whole.positions(steps)[0]
+    line = [n for t in range(-(-2 * len(data) // batch)) for n in whole.positions(t)[0]]
+    assert sorted(line[: len(data)]) == sorted(line[len(data) : 2 * len(data)]) == list(range(len(data)))
+    if order == "global":
+        assert line[len(data) : 2 * len(data)] == list(epoch_order(len(data), seed, 1))
+
+
+@pytest.mark.parametrize(("workers", "order"), [(0, "shards"), (2, "global")])
+def test_loader_resumes_in_mid_epoch_on_another_world(unpaired_dataset: Path, workers: int, order: str) -> None:
+    data = EEGDataset(unpaired_dataset, "train")
+    whole = Loader(data, 8, 3, order=order, window=2)  # type: ignore[arg-type]
+    seen = [b.keys for b, _ in zip(whole, range(20), strict=False)]
+    first = Loader(data, 8, 3, num_workers=workers, order=order, window=2)  # type: ignore[arg-type]
+    for _, step in zip(first, range(5), strict=False):
+        assert first.step == step + 1
+    # zip took a sixth batch before it noticed the end of the range; the state counts what was taken.
+    state = json.loads(json.dumps(first.state_dict() | {"step": 5}))
+    ranks = [Loader(data, 8, 3, rank=r, world_size=2, order=order, window=2) for r in (0, 1)]  # type: ignore[arg-type]
+    for loader in ranks:
+        loader.load_state_dict(state)
+    for step, left, right in zip(range(5, 20), *ranks, strict=False):
+        assert [k for pair in zip(left.keys, right.keys, strict=True) for k in pair] == seen[step]
+
+
+def test_loader_refuses_another_place_to_go_on(unpaired_dataset: Path, paired_dataset: Path) -> None:
+    data = EEGDataset(unpaired_dataset, "train")
+    state = Loader(data, 6, 0).state_dict()
+    for other, key in (
+        (Loader(EEGDataset(paired_dataset), 6, 0), "dataset_id"),
+        (Loader(EEGDataset(unpaired_dataset, "val"), 6, 0), "split"),
+        (Loader(data, 6, 1), "seed"),
+        (Loader(data, 12, 0), "global_batch"),
+        (Loader(data, 6, 0, order="shards"), "order"),
+    ):
+        with pytest.raises(RequestError, match=key):
+            other.load_state_dict(state)
+    with pytest.raises(RequestError, match="multiple"):
+        Loader(data, 5, 0, world_size=2)
+
+
+@given(numbers=st.lists(st.integers(0, 95), min_size=1, max_size=12), cut=st.integers(0, 12))
+@settings(max_examples=30, deadline=None)
+def test_batches_are_padded_by_replication_however_they_are_cut(
+    unpaired_dataset: Path, numbers: list[int], cut: int
+) -> None:
+    data = EEGDataset(unpaired_dataset, "train")
+    batch = collate(data, numbers)
+    x = batch.padded("cpu", torch.float32)
+    assert x.shape == (len(numbers), 128, 128) and x.dtype == torch.float32 and batch.eeg.dtype == torch.float16
+    for row, half, number, meta in zip(x, batch.eeg, numbers, batch.metas, strict=True):
+        sample = data[number]
+        assert (row.numpy() == pad_channels(sample.eeg).astype(np.float32)).all() and (half == row.half()).all()
+        assert meta == sample.meta == data.meta(number)
+    head, tail = batch[:cut], batch[cut:]
+    assert torch.equal(torch.cat([p.padded(dtype=torch.float32) for p in (head, tail) if len(p)]), x)
+    assert head.keys + tail.keys == batch.keys and head.numbers + tail.numbers == numbers
+    # What travels is true channels only.
+    assert batch.packed.shape == (sum(meta["n"] for meta in batch.metas), 128)
+
+
+def test_reading_processes_give_the_same_batches(unpaired_dataset: Path) -> None:
+    data = EEGDataset(unpaired_dataset, "train")
+    for here, there, _ in zip(Loader(data, 7, 0), Loader(data, 7, 0, num_workers=2), range(15), strict=False):
+        assert torch.equal(here.packed, there.packed) and here.numbers == there.numbers
+        assert here.metas == there.metas and here.epochs == there.epochs
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+def test_batches_that_are_kept_stay_what_they_are(unpaired_dataset: Path) -> None:
+    """Reading processes use their memory over and over, and the trainer may hold on to batches."""
+    data = EEGDataset(unpaired_dataset, "train")
+    kept = []
+    for batch, step in zip(Loader(data, 12, 0, num_workers=3), range(45), strict=False):
+        kept.append(batch)
+        if step % 10 == 0:
+            # Let them fill all they may.
+            time.sleep(0.2)
+    for here, there in zip(Loader(data, 12, 0), kept, strict=False):
+        assert here.numbers == there.numbers and torch.equal(here.packed, there.packed)
+
+
+def test_reading_processes_leave_signals_in_slots() -> None:
+    slots = Slots(2, 3, rows=10, window=7)
+    views = [slots.view(place) for place in range(6)]
+    for number, view in enumerate(views):
+        view[:] = number
+    assert all(view.shape == (10, 7) and (view == number).all() for number, view in enumerate(views))
+    batch = Batch(packed=torch.empty(0), channels=[4], keys=["a"], json=[b"{}"], shards=["s"], numbers=[0], epochs=[0])
+    shipped = pickle.loads(pickle.dumps(Shipped(batch=batch, slots=slots.number, place=5, rows=4)))
+    there = shipped.arrived().packed
+    views[5][:] = 0
+    assert there.shape == (4, 7) and (there == 5).all()
+
+
+def test_reading_processes_do_not_outlive_the_one_they_read_for(tmp_path: Path) -> None:
+    """With batches whose metadata are more than a pipe holds, so that they wait for somebody to take them."""
+    meta = {"n": 64, "ch_names": [f"E{i}" for i in range(64)], "positions": [[0.01, 0.02, 0.03]] * 64}
+    samples = [
+        Sample(key=f"{i:04d}", eeg=np.random.default_rng(i).normal(0, 20, (64, 16)), meta=meta | {"start": i})
+        for i in range(128)
+    ]
+    write_dataset(tmp_path / "data", {"train": samples}, TINY)
+    program = """
+import os, sys, time
+from multiprocessing import active_children
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import Loader
+
+batches = iter(Loader(EEGDataset(sys.argv[1]), 128, 0, num_workers=2))
+next(batches)
+print(*(child.pid for child in active_children()), flush=True)
+time.sleep(1)
+os._exit(4)
+"""
+    # Does not come back before all who have its output open are gone.
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "data")], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.returncode == 4
+    assert len(done.stdout.split()) == 2
+
+
+def test_sequential_reads_everything_once(unpaired_dataset: Path) -> None:
+    data = EEGDataset(unpaired_dataset, "val")
+    keys = [k for rank in (0, 1) for b in sequential(data, 5, rank=rank, world_size=2) for k in b.keys]
+    assert sorted(keys) == sorted(data.key(i) for i in range(len(data)))
+
+
+def test_datasets_go_to_other_processes_and_threads(paired_dataset: Path) -> None:
+    data = EEGDataset(paired_dataset)
+    first = [data[i] for i in range(len(data))]
+    again = pickle.loads(pickle.dumps(data))
+    with ThreadPoolExecutor(4) as pool:
+        for a, b in zip(first, pool.map(again.__getitem__, range(len(data))), strict=True):
+            assert a.key == b.key and (a.eeg == b.eeg).all() and a.image == b.image and a.image is not None
+    assert data[-1].key == first[-1].key
+    with pytest.raises(IndexError):
+        data[len(data)]
+
+
+def test_open_files_stay_few(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "many", {"train": tiny(300)}, TINY, samples_per_shard=2)
+    data = EEGDataset(tmp_path / "many")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert [data.key(i) for i in range(300)] == [f"train-{i:04d}" for i in range(300)]
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 128
+
+
+def test_index_takes_22_bytes_a_sample_and_is_checked(tmp_path: Path) -> None:
+    assert INDEX.itemsize == 22
+    write_dataset(tmp_path / "d", {"train": tiny(9)}, TINY)
+    text = (tmp_path / "d" / "train" / "000000.idx").read_bytes()
+    entries = json.loads(text)
+    # Before the index knew n, the sample's JSON did.
+    old = [{k: v for k, v in entry.items() if k != "n"} for entry in entries]
+    assert parse_index(json.dumps(old).encode(), "x.idx", 9)["n"].tolist() == [0] * 9
+    entries[4]["members"]["json"][0] += 512
+    for damaged, message in (
+        (text[:-30], "JSON"),
+        (b"{}", "0 samples, the manifest says 9"),
+        (b'[{"key": "a"}]', "no index of a shard"),
+        (json.dumps(entries).encode(), "train-0004 does not lie"),
+    ):
+        with pytest.raises(RequestError, match=rf"x\.idx: .*{message}"):
+            parse_index(damaged, "x.idx", 9)
+
+
+def test_datasets_whose_index_knows_no_n_are_read(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "d", {"train": tiny(9)}, TINY)
+    new = collate(EEGDataset(tmp_path / "d"), list(range(9)))
+    path = tmp_path / "d" / "train" / "000000.idx"
+    entries = [{k: v for k, v in entry.items() if k != "n"} for entry in json.loads(path.read_text())]
+    path.write_text(json.dumps(entries))
+    old = collate(EEGDataset(tmp_path / "d"), list(range(9)))
+    assert torch.equal(new.packed, old.packed) and old.channels == new.channels == [1 + i % 5 for i in range(9)]
+
+
+def damage(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(data)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("how", ["bit", "end", "header", "json"])
+def test_damage_is_refused_with_file_and_sample(tmp_path: Path, how: str, workers: int) -> None:
+    write_dataset(tmp_path / "d", {"train": tiny(20)}, TINY, samples_per_shard=10)
+    data = EEGDataset(tmp_path / "d")
+    tar, row = tmp_path / "d" / "train" / "000001.tar", data.index[13]
+    if how == "bit":
+        whole = tar.read_bytes()
+        place = int(row["start"]) + 512 + int(row["eeg"]) // 2
+        damage(tar, place, bytes([whole[place] ^ 16]))
+    elif how == "end":
+        # After it was opened: a disk that lost its tail.
+        tar.write_bytes(tar.read_bytes()[: int(row["start"]) + 600])
+    elif how == "header":
+        damage(tar, int(row["start"]), bytes(512))
+    else:
+        damage(tar, data.places([13])[0].meta_at, b"!")
+    said = {"bit": "damaged", "end": "bytes early", "header": "does not point at a sample", "json": "JSON is damaged"}
+    with pytest.raises(RequestError, match=rf"000001\.tar: sample .*{said[how]}.*dreamscale verify") as caught:
+        for batch, _ in zip(Loader(data, 4, 0, num_workers=workers), range(5), strict=False):
+            _ = batch.metas
+    assert "\n" not in str(caught.value)
+    if how in ("bit", "json"):
+        assert "sample train-0013" in str(caught.value)
+
+
+def test_a_missing_shard_is_refused_on_opening(tmp_path: Path, unpaired_dataset: Path) -> None:
+    shutil.copytree(unpaired_dataset, tmp_path / "d")
+    (tmp_path / "d" / "train" / "000001.tar").unlink()
+    with pytest.raises(RequestError, match=r"000001\.tar: cannot be read .*dreamscale verify"):
+        EEGDataset(tmp_path / "d")

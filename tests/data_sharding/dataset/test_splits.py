@@ -1,0 +1,141 @@
+"""Who and what is held out, whatever else is in the corpus."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_sharding.common.errors import RequestError
+from data_sharding.dataset.splits import SPLITS, TRAIN_OR_VAL, SplitConfig
+
+NAMES = [f"sub-{i:03d}" for i in range(2000)]
+
+
+def test_shares_are_about_right() -> None:
+    config = SplitConfig(val_fraction=0.2, test_fraction=0.1)
+    counts = {s: sum(config.subject(n) == s for n in NAMES) for s in ("train", "val", "test")}
+    assert abs(counts["val"] - 400) < 60 and abs(counts["test"] - 200) < 50
+
+
+def test_seed_and_prefix() -> None:
+    a, b = SplitConfig(seed=1), SplitConfig(seed=2)
+    assert [a.subject(n) for n in NAMES] != [b.subject(n) for n in NAMES]
+    assert [a.subject(n) for n in NAMES] == [a.subject(n.removeprefix("sub-")) for n in NAMES]
+
+
+@given(st.sampled_from(NAMES), st.text(min_size=1, max_size=5), st.integers(0, 5))
+def test_no_trial_mixes_splits(subject: str, image: str, seed: int) -> None:
+    config = SplitConfig(
+        seed=seed, val_fraction=0.2, test_fraction=0.2, image_val_fraction=0.2, image_test_fraction=0.2
+    )
+    cell = config.trial(subject, image)
+    if cell is None:
+        assert config.subject(subject) != config.image(image)
+    else:
+        assert config.subject(subject) == cell == config.image(image)
+
+
+def test_table_goes_before_hash() -> None:
+    config = SplitConfig(val_fraction=0, test_fraction=0, image_val_fraction=0.3, image_test_fraction=0.3)
+    assert {config.trial("s", f"i{i}", "test") for i in range(50)} == {"test"}
+    assert {config.trial("s", f"i{i}") for i in range(50)} == {"train", "val", "test"}
+
+
+def test_lists_go_before_fractions() -> None:
+    config = SplitConfig(val_fraction=0.5, test_subjects=["sub-007"])
+    assert {n for n in NAMES if config.subject(n) == "test"} == {"sub-007"}
+    assert not any(config.subject(n) == "val" for n in NAMES)
+
+
+SHARES = st.sampled_from([0.0, 0.1, 0.3])
+CONFIGS = st.builds(
+    SplitConfig,
+    seed=st.integers(0, 9),
+    by=st.sampled_from(["image", "concept"]),
+    val_fraction=SHARES,
+    test_fraction=SHARES,
+    image_val_fraction=SHARES,
+    image_test_fraction=SHARES,
+)
+TRIALS = st.lists(
+    st.tuples(
+        st.sampled_from(NAMES[:12]),
+        st.sampled_from(["ses-1", "ses-2"]),
+        st.integers(0, 30).map(lambda i: (f"concept-{i % 7}", f"image-{i}")),
+    ),
+    min_size=1,
+    max_size=60,
+)
+
+
+def assign(config: SplitConfig, trials: list) -> dict:
+    return {t: config.trial(t[0], t[2][1], "", t[2][0]) for t in trials}
+
+
+@given(CONFIGS, TRIALS)
+def test_nobody_and_nothing_is_in_two_splits(config: SplitConfig, trials: list) -> None:
+    where = assign(config, trials)
+    kept = [(trial, split) for trial, split in where.items() if split is not None]
+    held_out = config.image_val_fraction or config.image_test_fraction
+    names = [lambda t: t[0]] if config.by_subject else []
+    names += [lambda t: t[2][1]] * bool(held_out)
+    names += [lambda t: t[2][0]] * bool(held_out and config.by == "concept")
+    for name in names:
+        splits: dict = {}
+        for trial, split in kept:
+            splits.setdefault(name(trial), set()).add(split)
+        assert all(len(found) == 1 for found in splits.values())
+    assert all(split in SPLITS for _, split in kept)
+
+
+@given(CONFIGS, TRIALS, TRIALS)
+def test_more_recordings_move_nobody(config: SplitConfig, trials: list, more: list) -> None:
+    assert assign(config, trials).items() <= assign(config, trials + more).items()
+
+
+@given(CONFIGS, st.sampled_from(NAMES), st.integers(0, 500))
+def test_sessions_share_their_subject(config: SplitConfig, subject: str, image: int) -> None:
+    assert config.trial(subject, f"i{image}", "", "c") == config.trial(
+        subject.removeprefix("sub-"), f"i{image}", "", "c"
+    )
+
+
+@pytest.mark.parametrize("by", ["image", "concept"])
+def test_seed_moves_images_and_concepts(by: str) -> None:
+    a, b = (SplitConfig(seed=seed, by=by, image_val_fraction=0.3) for seed in (1, 2))  # type: ignore[arg-type]
+    pairs = [(f"image-{i}", f"concept-{i % 40}") for i in range(200)]
+    assert [a.image(i, "", c) for i, c in pairs] != [b.image(i, "", c) for i, c in pairs]
+
+
+def test_concepts_are_held_out_whole() -> None:
+    config = SplitConfig(by="concept", val_fraction=0, test_fraction=0, image_val_fraction=0.2, image_test_fraction=0.2)
+    splits = {c: {config.trial("s", f"{c}-{i}", "", f"c{c}") for i in range(20)} for c in range(100)}
+    assert all(len(found) == 1 for found in splits.values())
+    assert {next(iter(found)) for found in splits.values()} == set(SPLITS)
+    with pytest.raises(RequestError, match="image 'x' comes without its concept"):
+        config.trial("s", "x")
+
+
+def test_a_corpus_that_names_its_test_only() -> None:
+    config = SplitConfig(by="concept", image_val_fraction=0.2, image_test_fraction=0.3, val_fraction=0, test_fraction=0)
+    found = {config.trial("s", f"i{c}", TRAIN_OR_VAL, f"c{c}") for c in range(100)}
+    assert found == {"train", "val"}
+    none = SplitConfig(image_val_fraction=0, image_test_fraction=0, val_fraction=0, test_fraction=0)
+    assert none.trial("s", "i", TRAIN_OR_VAL) == "train" and none.trial("s", "i", "test") == "test"
+
+
+def test_a_trial_without_an_image_goes_with_its_subject() -> None:
+    config = SplitConfig(val_fraction=0.3, test_fraction=0.3)
+    assert {config.trial(name, "") == config.subject(name) for name in NAMES} == {True}
+
+
+def test_faults() -> None:
+    with pytest.raises(ValueError, match="leave a share for train"):
+        SplitConfig(val_fraction=0.6, test_fraction=0.4)
+    with pytest.raises(ValueError, match="choose one"):
+        SplitConfig(val_subjects=["sub-1"], test_subjects=["1"])
+    with pytest.raises(RequestError, match="no subject is left for train"):
+        SplitConfig(val_subjects=["a"]).check_subjects(["a"])
+    with pytest.raises(RequestError, match="'b' is in none"):
+        SplitConfig(val_subjects=["b"]).check_subjects(["a", "c"])

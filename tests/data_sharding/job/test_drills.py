@@ -1,0 +1,401 @@
+"""Everything that goes wrong in a night: processes killed, machines lost, disks full, stores away.
+
+Each drill ends with the very bytes of an undisturbed run. The jobs are real ones, on real Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from data_sharding.audit.verify import main as verify
+from data_sharding.common.errors import RequestError
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import collate
+from data_sharding.dataset.manifest import Manifest
+from data_sharding.dataset.splits import SPLITS
+
+N = 14
+"""Recordings."""
+pytestmark = pytest.mark.timeout(300)
+
+
+def until(true: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def bytes_of(dataset: str | Path) -> dict[str, str]:
+    manifest = Manifest.read(dataset)
+    shards = {s.path: s.sha256 for shards in manifest.splits.values() for s in shards}
+    return shards | {"ledger": manifest.extra["ledger_sha256"], "id": manifest.dataset_id}
+
+
+def rows_done(output: Path) -> int:
+    return sum(len(p.read_text().splitlines()) for p in (output / ".work" / "rows").glob("*.jsonl"))
+
+
+class Drill:
+    """A corpus, its config, and the command that shards it."""
+
+    def __init__(self, folder: Path, root: str) -> None:
+        self.folder, self.root = folder, Path(root)
+        self.config = folder / "job.yaml"
+        values = {
+            "corpora": [{"root": root, "name": "lab"}],
+            "preprocess": {"sfreq": 100, "highpass": 1.0, "lowpass": 40.0, "window": 100, "stride": 100},
+            "samples_per_shard": 64,
+            "split": {"val_fraction": 0.2, "test_fraction": 0.2},
+            "ray": {"num_cpus": 2, "memory_gb": 0.5},
+        }
+        self.config.write_text(yaml.safe_dump(values))
+
+    def start(self, output: str | Path, *args: str, **more) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "data_sharding", str(self.config), "--output", str(output), *args]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **more)
+
+    def run(self, output: str | Path, *args: str, code: int = 0, **more) -> str:
+        process = self.start(output, *args, **more)
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == code, err
+        assert "Traceback" not in err
+        return err
+
+
+@pytest.fixture(scope="module")
+def drill(tmp_path_factory: pytest.TempPathFactory, make_raw, write_raw) -> Drill:
+    root = tmp_path_factory.mktemp("recordings")
+    for i in range(N):
+        write_raw(make_raw(16, 250, 40, seed=100 + i), root / f"sub-{i:02d}" / f"sub-{i:02d}_task-rest_raw.fif")
+    return Drill(tmp_path_factory.mktemp("drills"), str(root))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(drill: Drill) -> dict[str, str]:
+    drill.run(drill.folder / "undisturbed")
+    manifest = Manifest.read(drill.folder / "undisturbed")
+    assert manifest.counts["sharded"] == N and all(manifest.samples(split) for split in ("train", "val", "test"))
+    return bytes_of(drill.folder / "undisturbed")
+
+
+def in_the_middle(drill: Drill, output: Path, *args: str, **more) -> subprocess.Popen[str]:
+    """A job that has read some recordings, but not all."""
+    process = drill.start(output, "--ray.num_cpus", "1", *args, **more)
+    until(lambda: rows_done(output) >= 2 or process.poll() is not None)
+    assert process.poll() is None and rows_done(output) < N
+    return process
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == code and "Traceback" not in err, err
+    return err
+
+
+def test_four_workers_write_the_same_bytes(drill: Drill, undisturbed: dict[str, str]) -> None:
+    drill.run(drill.folder / "four", "--ray.num_cpus", "4")
+    assert bytes_of(drill.folder / "four") == undisturbed
+
+
+def test_a_worker_and_a_reader_are_killed(drill: Drill, undisturbed: dict[str, str]) -> None:
+    output = drill.folder / "worker"
+    process = in_the_middle(drill, output)
+
+    def readers() -> list[psutil.Process]:
+        found = []
+        for p in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "data_sharding.job.isolation" in p.cmdline():
+                    found.append(p)
+        return found
+
+    reader = readers()[0]
+    worker = reader.parent()
+    assert worker is not None and worker.pid != process.pid
+    worker.kill()
+    until(lambda: not reader.is_running() or reader.status() == psutil.STATUS_ZOMBIE, 10)
+    until(lambda: bool(readers()) or process.poll() is not None)
+    assert process.poll() is None
+    readers()[0].kill()
+    finish(process)
+    assert bytes_of(output) == undisturbed
+
+
+def test_the_driver_is_killed(drill: Drill, undisturbed: dict[str, str]) -> None:
+    """What is in a recording already read is spoilt meanwhile, without a trace in its size and time: nobody looks."""
+    output = drill.folder / "driver"
+    process = in_the_middle(drill, output)
+    others = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    lines = [line for p in (output / ".work" / "rows").glob("*.jsonl") for line in p.read_text().splitlines()]
+    (read,) = drill.root.glob(json.loads(lines[0])["row"]["path"])
+    before, content = read.stat(), read.read_bytes()
+    middle = len(content) // 2
+    try:
+        read.write_bytes(content[:middle] + bytes(4000) + content[middle + 4000 :])
+        os.utime(read, ns=(before.st_atime_ns, before.st_mtime_ns))
+        # Ray's processes went with the driver, and the next run is not in their way meanwhile.
+        err = drill.run(output)
+    finally:
+        read.write_bytes(content)
+    assert f"({len(lines)} from an earlier run)" in err
+    assert bytes_of(output) == undisturbed
+    _, alive = psutil.wait_procs(others, timeout=1)
+    # Ray's two agents take a minute to see that there is nobody left to report to; they touch nothing.
+    left = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and "Agent" not in p.name()]
+    assert not left
+
+
+def test_no_room_is_left(drill: Drill, undisturbed: dict[str, str]) -> None:
+    """The dataset's disk is full in the middle; later there is room."""
+    disk = drill.folder / "disk"
+    disk.mkdir()
+    small = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(small, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk of one's own needs the right to mount one")
+    try:
+        err = drill.run(disk / "out", code=1)
+        (line,) = [text for text in err.splitlines() if text.startswith("dreamscale:")]
+        assert "No space left on device" in line and str(disk) in line and "run the same command" in line
+        assert not (disk / "out" / "manifest.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        drill.run(disk / "out")
+        assert bytes_of(disk / "out") == undisturbed
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+class TestCluster:
+    """A cluster that is there already: a head without cores, and a raylet that is lost."""
+
+    @pytest.fixture(scope="class")
+    def ports(self) -> tuple[int, int]:
+        return free_port(), free_port()
+
+    @pytest.fixture(scope="class")
+    def environment(self) -> dict[str, str]:
+        fast = {"period_ms": "500", "failure_threshold": "3", "initial_delay_ms": "0", "timeout_ms": "1000"}
+        return {
+            **os.environ,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **{f"RAY_health_check_{name}": value for name, value in fast.items()},
+        }
+
+    @contextlib.contextmanager
+    def node(self, environment: dict[str, str], *args: str) -> Iterator[subprocess.Popen[bytes]]:
+        ray = str(Path(sys.executable).parent / "ray")
+        small = ("--object-store-memory", str(80 * 2**20), "--memory", str(2 * 10**9), "--disable-usage-stats")
+        process = subprocess.Popen(
+            [ray, "start", "--block", *small, *args],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            yield process
+        finally:
+            family = []
+            with contextlib.suppress(psutil.Error):
+                family = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(15)
+            for p in family:
+                with contextlib.suppress(psutil.Error):
+                    p.kill()
+            process.kill()
+            process.wait()
+
+    @pytest.fixture(scope="class")
+    def head(self, environment: dict[str, str], ports: tuple[int, int]) -> Iterator[str]:
+        gcs, dashboard = map(str, ports)
+        more = ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--num-cpus", "1"]
+        more += ["--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port())]
+        # Names of sockets must be short.
+        with (
+            tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temp,
+            self.node(
+                environment, "--head", "--port", gcs, "--dashboard-port", dashboard, "--temp-dir", temp, *more
+            ) as process,
+        ):
+
+            def up() -> bool:
+                assert process.poll() is None
+                with socket.socket() as s:
+                    return s.connect_ex(("127.0.0.1", int(dashboard))) == 0
+
+            until(up)
+            yield f"127.0.0.1:{gcs}"
+
+    def test_a_submitted_job(
+        self, drill: Drill, undisturbed: dict[str, str], head: str, ports: tuple[int, int], environment: dict[str, str]
+    ) -> None:
+        output = drill.folder / "submitted"
+        command = [
+            str(Path(sys.executable).parent / "ray"),
+            "job",
+            "submit",
+            "--address",
+            f"http://127.0.0.1:{ports[1]}",
+        ]
+        command += ["--", sys.executable, "-m", "data_sharding", str(drill.config), "--output", str(output)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert bytes_of(output) == undisturbed
+
+    def test_a_machine_is_lost(
+        self, drill: Drill, undisturbed: dict[str, str], head: str, environment: dict[str, str]
+    ) -> None:
+        output = drill.folder / "raylet"
+        with self.node(
+            environment, "--address", head, "--num-cpus", "2", "--dashboard-agent-listen-port", str(free_port())
+        ) as second:
+
+            def raylets() -> list[psutil.Process]:
+                return [p for p in psutil.Process(second.pid).children(recursive=True) if p.name() == "raylet"]
+
+            until(lambda: len(raylets()) == 1)
+            process = in_the_middle(drill, output, "--ray.address", head, env=environment)
+            raylet = raylets()[0]
+            assert [
+                p for p in raylet.children(recursive=True) if "data_sharding.job.isolation" in " ".join(p.cmdline())
+            ]
+            raylet.kill()
+            finish(process)
+        assert bytes_of(output) == undisturbed
+
+
+class Line:
+    """A line to a server that can be cut: connections to its port are passed on, or refused."""
+
+    def __init__(self, target: int) -> None:
+        self.port, self.target = free_port(), target
+        self.loop = asyncio.new_event_loop()
+        self.open: set[asyncio.StreamWriter] = set()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while data := await source.read(1 << 16):
+                    sink.write(data)
+                    await sink.drain()
+            sink.close()
+
+        there = await asyncio.open_connection("127.0.0.1", self.target)
+        self.open |= {writer, there[1]}
+        await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
+
+    def connect(self) -> None:
+        start = asyncio.start_server(self._pass_on, "127.0.0.1", self.port)
+        self.server = asyncio.run_coroutine_threadsafe(start, self.loop).result(10)
+
+    def cut(self) -> None:
+        async def stop() -> None:
+            self.server.close()
+            for writer in self.open:
+                writer.transport.abort()
+
+        asyncio.run_coroutine_threadsafe(stop(), self.loop).result(10)
+
+
+@pytest.fixture
+def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+    """An object store, in a process of its own, at the end of a line."""
+    import s3fs
+
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def up() -> bool:
+        assert process.poll() is None
+        with socket.socket() as s:
+            return s.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        until(up)
+        line = Line(port)
+        line.connect()
+        # Another test's store of this process had another address.
+        s3fs.S3FileSystem.clear_instance_cache()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{line.port}",
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "1",
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield line
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Line) -> None:
+    """Recordings come from an object store and the dataset goes to one; the line to it is cut in the middle."""
+    import s3fs
+
+    store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    store.mkdir("bucket")
+    store.put(str(drill.root), "bucket/recordings", recursive=True)
+    folder = drill.folder / "store"
+    folder.mkdir()
+    remote, output = Drill(folder, "s3://bucket/recordings"), "s3://bucket/made/dataset"
+
+    process = remote.start(output, "--ray.num_cpus", "1")
+    until(lambda: len(store.glob("bucket/made/dataset/.work/parts/*/*/row.json")) >= 2 or process.poll() is not None)
+    line.cut()
+    err = finish(process, code=1)
+    (said,) = [text for text in err.splitlines() if text.startswith("dreamscale:")]
+    assert "run the same command" in said
+    line.connect()
+    assert not store.exists("bucket/made/dataset/manifest.json")
+
+    remote.run(output)
+    assert bytes_of(output) == undisturbed
+    names = {name.rsplit("/", 1)[1] for name in store.ls("bucket/made/dataset")}
+    assert names == {*SPLITS, "manifest.json", "ledger.parquet", "fingerprints.parquet", "report.html"}
+    assert "finished already" in remote.run(output)
+
+
+def test_damage_is_found(drill: Drill, undisturbed: dict[str, str], tmp_path: Path, capsys) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(drill.folder / "undisturbed", copy)
+    tar = copy / next(path for path in undisturbed if re.match(r"train/.*\.tar", path))
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    assert verify([str(copy)]) == 1
+    assert f"train/{tar.name}: its sha256 is not the manifest's" in capsys.readouterr().out
+    tar.write_bytes(whole[:-1024])
+    with pytest.raises(RequestError, match=f"{tar.name}: the manifest says {len(whole)} bytes"):
+        collate(EEGDataset(copy, "train"), [0])

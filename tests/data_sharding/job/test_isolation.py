@@ -1,0 +1,124 @@
+"""A call that crashes, hangs or eats memory in its child costs only itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_sharding.job.isolation import GivenUp, call_isolated, close_children
+
+MODULE = """
+import os, signal, time
+from pathlib import Path
+
+def work(task):
+    what, path = task
+    if what == "pid":
+        return os.getpid()
+    if what == "scratch":
+        import tempfile
+        Path(tempfile.mkdtemp()).joinpath("x").write_text("x")
+        return os.environ["DREAMSCALE_SCRATCH"]
+    tries = Path(path)
+    tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+    if what == "abort":
+        os.abort()
+    if what == "abort once" and tries.read_text() == "x":
+        os.abort()
+    if what == "killed twice" and len(tries.read_text()) < 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "sleep":
+        time.sleep(60)
+    if what == "grow":
+        kept = []
+        while True:
+            kept.append(bytearray(os.urandom(1 << 20) * 16))
+            time.sleep(0.01)
+    if what == "huge":
+        import numpy as np
+        return np.ones(1 << 40).sum()
+    if what == "full":
+        raise OSError(28, "No space left on device", "/x/y")
+    return len(tries.read_text())
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "isolated_work.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("DREAMSCALE_SCRATCH", str(tmp_path / "scratch"))
+    yield
+    close_children()
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def call(what: str, path: Path, timeout_s: float = 30.0) -> object:
+    return call_isolated("isolated_work:work", (what, str(path / "tries")), timeout_s=timeout_s, memory_gb=0.4)
+
+
+def test_one_child_serves_many_calls(tmp_path: Path) -> None:
+    first = call("pid", tmp_path)
+    assert first == call("pid", tmp_path) != os.getpid()
+
+
+def test_a_crash_is_named_and_tried_twice(tmp_path: Path) -> None:
+    with pytest.raises(GivenUp, match=r"crashed its reader 2 times \(SIGABRT\)"):
+        call("abort", tmp_path)
+    assert (tmp_path / "tries").read_text() == "xx"
+
+
+def test_a_second_try_may_succeed(tmp_path: Path) -> None:
+    assert call("abort once", tmp_path) == 2
+
+
+def test_kills_from_outside_do_not_count_as_crashes(tmp_path: Path) -> None:
+    assert call("killed twice", tmp_path) == 3
+
+
+def test_time_out(tmp_path: Path) -> None:
+    with pytest.raises(GivenUp, match=r"time-out: not finished after 0\.5 s"):
+        call("sleep", tmp_path, timeout_s=0.5)
+    assert call("pid", tmp_path)
+
+
+@pytest.mark.parametrize("how", ["grow", "huge"])
+def test_memory(tmp_path: Path, how: str) -> None:
+    with pytest.raises(GivenUp, match=r"needs more than 0\.4 GB"):
+        call(how, tmp_path)
+
+
+def test_errors_come_back_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        call("full", tmp_path)
+    assert caught.value.errno == 28 and caught.value.filename == "/x/y"
+
+
+def test_nothing_is_orphaned(tmp_path: Path) -> None:
+    """Its parent is killed in the middle of a call: the child goes too, and the next start removes its scratch."""
+    code = (
+        "from data_sharding.job.isolation import call_isolated as c\n"
+        "c('isolated_work:work', ('sleep', %r), timeout_s=9)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    parent = subprocess.Popen([sys.executable, "-c", code % str(tmp_path / "tries")], env=env)
+    until = time.monotonic() + 60
+    while not (tmp_path / "tries").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    import psutil
+
+    (child,) = psutil.Process(parent.pid).children()
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    left = list((tmp_path / "scratch").glob("dreamscale-child-*"))
+    assert left and Path(str(call("scratch", tmp_path))) not in left and not left[0].exists()

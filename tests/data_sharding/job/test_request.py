@@ -1,0 +1,135 @@
+"""The plan: one look at every file, identities that follow the files, memory and time in proportion."""
+
+from __future__ import annotations
+
+import os
+import runpy
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from upath import UPath
+
+import data_sharding.job.request as planning
+from data_sharding.audit.hold_back import HoldBackConfig
+from data_sharding.common.errors import RequestError
+from data_sharding.corpora import CorpusConfig
+from data_sharding.job.journal import Journal, alone
+from data_sharding.job.pack_shards import plan_shards
+from data_sharding.job.request import ShardConfig, make_plan, place_of
+
+BENCHMARK = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "planning.py"))
+make_corpus, measure = BENCHMARK["make_corpus"], BENCHMARK["measure"]
+
+
+def config(root: Path | str, **more) -> ShardConfig:
+    return ShardConfig(corpora=[CorpusConfig(root=str(root), name="lab")], output="/nowhere", **more)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    make_corpus(tmp_path / "corpus", 40)
+    return tmp_path / "corpus"
+
+
+def test_one_look_at_every_file(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: Counter[str] = Counter()
+    real = planning.file_state
+    monkeypatch.setattr(planning, "file_state", lambda file: (looks.update([str(file)]), real(file))[1])
+    plan = make_plan(config(corpus))
+    assert len(plan.items) == 40 and set(looks.values()) == {1} and len(looks) == 40
+    assert all(plan.size(key) == item.recording.path.stat().st_size for key, item in plan.items.items())
+
+
+def test_identities_follow_the_files(corpus: Path) -> None:
+    before = make_plan(config(corpus))
+    changed, *_ = sorted(corpus.rglob("*.edf"))
+    content = changed.read_bytes()
+    changed.unlink()  # It was a link.
+    changed.write_bytes(content)
+    os.utime(changed, ns=(1, 1))
+    after = make_plan(config(corpus))
+    different = {key for key in before.items if before.identity(key, "s") != after.identity(key, "s")}
+    assert {after.items[key].recording.path for key in different} == {changed}
+    # What counts for the dataset are names, sizes and, when it is finished, contents.
+    assert after.request == before.request
+    assert before.identity(next(iter(before.items)), "other settings") != before.identity(next(iter(before.items)), "s")
+
+
+def test_what_is_held_back_is_part_of_the_request(corpus: Path) -> None:
+    plain, held = make_plan(config(corpus)), make_plan(config(corpus, hold_back=HoldBackConfig(subjects=["00001"])))
+    assert plain.request != held.request
+    with pytest.raises(RequestError, match="sub-77"):
+        make_plan(config(corpus, hold_back=HoldBackConfig(subjects=["sub-77"])))
+
+
+def test_memory_is_refused_where_several_processes_must_see_it(corpus: Path) -> None:
+    with pytest.raises(RequestError, match="output 'memory://x': lies in the memory of one process"):
+        place_of("memory://x")
+    with pytest.raises(RequestError, match="corpora: root 'memory://x': lies in the memory of one process"):
+        make_plan(config("memory://x"))
+    assert place_of("relative") == Path.cwd() / "relative" and isinstance(place_of("s3://bucket/x"), UPath)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_journal_goes_on_after_a_torn_line(tmp_path: Path, remote: bool) -> None:
+    folder = UPath(f"memory://{tmp_path.name}/rows") if remote else tmp_path / "rows"
+    with Journal(folder) as journal:
+        journal.add("a", "1", {"status": "sharded"})
+        journal.add("b", "1", {"status": "excluded"})
+    (segment,) = folder.iterdir()
+    segment.write_text(segment.read_text() + '{"key": "c", "ident')
+    with Journal(folder) as journal:
+        assert journal.find("a", "1") == {"status": "sharded"} and journal.find("a", "2") is None
+        assert journal.find("c", "1") is None
+        journal.add("a", "2", {"status": "quarantined"})
+    with Journal(folder) as journal:
+        assert journal.find("a", "2") == {"status": "quarantined"} and journal.find("b", "1")
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_one_job_at_a_time(tmp_path: Path, remote: bool) -> None:
+    work = UPath(f"memory://{tmp_path.name}/out/.work") if remote else tmp_path / "out" / ".work"
+    with alone(work), pytest.raises(RequestError, match="another job is writing there"), alone(work):
+        pass
+    with alone(work):
+        pass
+
+
+def test_a_dead_jobs_lock_is_taken_over() -> None:
+    work = UPath("memory://dead/.work")
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "lock.json").write_text('{"id": "x", "host": "elsewhere", "pid": 1, "time": 1.0}')
+    with alone(work):
+        assert '"id": "x"' not in (work / "lock.json").read_text()
+
+
+def test_samples_are_shared_out_exactly_once() -> None:
+    rows = [
+        {"key": f"k{i:02d}", "part": f"p{i}", "split_samples": {"train": 3 + i % 5, "val": i % 2}} for i in range(20)
+    ]
+    plans = plan_shards(rows[::-1], 8)
+    assert plans == plan_shards(rows, 8)
+    seen = Counter(
+        (piece.key, piece.split, n) for plan in plans for piece in plan.pieces for n in range(piece.start, piece.stop)
+    )
+    assert set(seen.values()) == {1}
+    assert len(seen) == sum(sum(row["split_samples"].values()) for row in rows)
+    sizes = [sum(piece.stop - piece.start for piece in plan.pieces) for plan in plans if "train" in plan.path]
+    assert set(sizes[:-1]) == {8} and sizes[-1] <= 8
+
+
+def test_planning_is_linear() -> None:
+    """Measured in calls of the profiler, which no busy machine disturbs."""
+    import cProfile
+    import pstats
+
+    def calls(n: int) -> int:
+        profile = cProfile.Profile()
+        profile.enable()
+        measure(n)
+        profile.disable()
+        return pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
+
+    measure(100)
+    assert calls(600) < 4 * calls(200)
