@@ -32,12 +32,12 @@ import numpy as np
 import torch
 
 from data_sharding.common.files import write_json
-from pretrain.config import PretrainConfig
-from pretrain.distributed import World, choose_device, import_deepspeed, launched_world, process_group
-from pretrain.engine import start_engine
-from pretrain.flops import peak_flops, training_flops
-from pretrain.presets import PRESETS
-from pretrain.shapes import ComputeConfig, MaskedAutoencoderConfig
+from pretrain.model.config import ComputeConfig, MaskedAutoencoderConfig
+from pretrain.model.flops import peak_flops, training_flops
+from pretrain.model.presets import PRESETS
+from pretrain.runs.distributed import World, choose_device, import_deepspeed, launched_world, process_group
+from pretrain.training.config import PretrainConfig
+from pretrain.training.deepspeed_engine import start_engine
 
 
 def timed(step: Callable[[], object], steps: int, device: torch.device) -> tuple[float, float]:

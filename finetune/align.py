@@ -37,9 +37,9 @@ from finetune.training import (
     quiet_libraries,
     rank_loader,
 )
-from pretrain.encoder import EEGEncoder
-from pretrain.montage_model import common_positions
-from pretrain.run import TrackerConfig
+from pretrain.encoder.encoder import EEGEncoder
+from pretrain.model.montage import common_positions
+from pretrain.runs.directory import TrackerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

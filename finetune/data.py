@@ -20,7 +20,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 if TYPE_CHECKING:
     import torch
 
-    from pretrain.encoder import EEGEncoder
+    from pretrain.encoder.encoder import EEGEncoder
 
 
 def open_paired(path: str | Path, split: str) -> EEGDataset:

@@ -36,7 +36,7 @@ from finetune.training import (
     quiet_libraries,
     rank_loader,
 )
-from pretrain.run import RunDirectory, TrackerConfig
+from pretrain.runs.directory import RunDirectory, TrackerConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -23,7 +23,7 @@ from data_sharding.dataset.loader import collate
 from finetune.data import decode_image, open_paired
 from finetune.models import Generator, load_generator
 from finetune.training import pick_device, quiet_libraries
-from pretrain.run import StopSignal
+from pretrain.runs.directory import StopSignal
 
 
 @dataclass(frozen=True, kw_only=True)

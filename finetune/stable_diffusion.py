@@ -35,8 +35,8 @@ from finetune.training import (
     quiet_libraries,
     rank_loader,
 )
-from pretrain.encoder import EEGEncoder
-from pretrain.run import TrackerConfig
+from pretrain.encoder.encoder import EEGEncoder
+from pretrain.runs.directory import TrackerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_images import is_local
 from finetune.conditioner import ClipHead, Conditioner
 from finetune.data import eeg_for_model, to_pixels
-from pretrain.encoder import EEGEncoder
+from pretrain.encoder.encoder import EEGEncoder
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel

@@ -25,7 +25,7 @@ from data_sharding.common.files import write_json
 from data_sharding.common.progress import progress
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Batch, Loader
-from pretrain.run import RunDirectory, StopSignal, TrackerConfig
+from pretrain.runs.directory import RunDirectory, StopSignal, TrackerConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

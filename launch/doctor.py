@@ -129,7 +129,7 @@ def _tracking() -> Finding:
         return Finding(
             what="wandb", state="note", found="not installed", advice="pip install wandb, or tracker.kind none"
         )
-    from pretrain.tracking import logged_in
+    from pretrain.runs.tracking import logged_in
 
     if logged_in():
         return Finding(what="wandb", state="ok", found="logged in")

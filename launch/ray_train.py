@@ -24,7 +24,7 @@ _STOP, _EXIT = "stop", "exit"
 
 def _train(job: dict[str, Any]) -> None:
     """What Ray runs in each worker."""
-    from pretrain.run import STOP_FILE
+    from pretrain.runs.directory import STOP_FILE
     from pretrain.train import main
 
     # Ray works elsewhere; the paths in the config are meant from where the command was given.
@@ -56,7 +56,7 @@ def launch(words: list[str]) -> int:
     RequestError
         If the request is wrong.
     """
-    from pretrain.config import PretrainConfig
+    from pretrain.training.config import PretrainConfig
 
     config = parse_config(PretrainConfig, words, prog="dreamscale pretrain", positionals=("config",))
     if "RAY_ADDRESS" not in os.environ:

@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
     ),
     "pretrain": Stage(
         module="pretrain.train",
-        config="pretrain.config:PretrainConfig",
+        config="pretrain.training.config:PretrainConfig",
         usage="CONFIG",
         help="masked-signal pretraining with DeepSpeed ZeRO",
         launcher="torchrun",
@@ -64,7 +64,7 @@ STAGES: dict[str, Stage] = {
         module="pretrain.encode", usage="ENCODER RECORDING -o OUT.npz", help="embeddings of any readable recording"
     ),
     "probe": Stage(
-        module="pretrain.probe",
+        module="pretrain.probe.run",
         usage="ENCODER DATASET [--folds split|subjects]",
         help="linear probe of an encoder beside random weights, classical features, EEGNet and controls",
     ),

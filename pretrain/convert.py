@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, one_line, run_main
 from data_sharding.processing.preprocess import PreprocessSpec
-from pretrain.model import SignalDecoder, SignalEncoder, count_parameters
-from pretrain.shapes import DecoderConfig, EncoderConfig
-from pretrain.transformer import sincos_positions
+from pretrain.model.autoencoder import SignalDecoder, SignalEncoder, count_parameters
+from pretrain.model.config import DecoderConfig, EncoderConfig
+from pretrain.model.transformer import sincos_positions
 
 DECODER = "decoder.safetensors"
 """Beside the package's own files, where the checkpoint has a decoder."""
@@ -131,11 +131,11 @@ class Converted:
     encoder: EncoderConfig
     """Shape of the encoder."""
     encoder_weights: dict[str, Tensor]
-    """float32, for `pretrain.model.SignalEncoder`."""
+    """float32, for `pretrain.model.autoencoder.SignalEncoder`."""
     decoder: DecoderConfig | None
     """Shape of the decoder; None in a fine-tuned checkpoint, which has none."""
     decoder_weights: dict[str, Tensor]
-    """float32, for `pretrain.model.SignalDecoder`."""
+    """float32, for `pretrain.model.autoencoder.SignalDecoder`."""
 
 
 def convert_weights(
@@ -336,9 +336,9 @@ def convert(config: ConvertConfig) -> int:
     RequestError
         If the checkpoint cannot be used.
     """
-    from pretrain.encoder import EEGEncoder
+    from pretrain.encoder.encoder import EEGEncoder
     from pretrain.export import check_output
-    from pretrain.weights import save_weights
+    from pretrain.model.weights import save_weights
 
     output = check_output(config.output)
     weights, settings = read_checkpoint(config.checkpoint)

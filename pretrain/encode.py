@@ -33,7 +33,7 @@ class EncodeConfig:
     """auto: the GPU where there is one."""
 
     def __post_init__(self) -> None:
-        from pretrain.signal import check_numbers
+        from pretrain.encoder.recording import check_numbers
 
         check_numbers(unit_factor=self.unit_factor, line_freq=self.line_freq)
         if self.batch_size < 1:
@@ -62,9 +62,9 @@ def encode(config: EncodeConfig) -> int:
     """
     import numpy as np
 
-    from pretrain.distributed import choose_device
-    from pretrain.encoder import EEGEncoder
-    from pretrain.signal import open_recording
+    from pretrain.encoder.encoder import EEGEncoder
+    from pretrain.encoder.recording import open_recording
+    from pretrain.runs.distributed import choose_device
 
     device = choose_device(config.device)
     recording = open_recording(config.recording)

@@ -10,8 +10,8 @@ from typing import Any
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.common.files import read_json
-from pretrain.checkpoint import DONE, complete_checkpoints
-from pretrain.config import PretrainConfig
+from pretrain.runs.checkpoint import DONE, complete_checkpoints
+from pretrain.training.config import PretrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,8 @@ def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
     RequestError
         If the weights are damaged or do not fit the config.
     """
-    from pretrain.model import build_autoencoder
-    from pretrain.weights import WEIGHTS, load_strictly
+    from pretrain.model.autoencoder import build_autoencoder
+    from pretrain.model.weights import WEIGHTS, load_strictly
 
     model = build_autoencoder(config.model)
     load_strictly(model, checkpoint / WEIGHTS, "the run's config.yaml")
@@ -130,7 +130,7 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         ),
         "",
         "```python",
-        "from pretrain.encoder import EEGEncoder",
+        "from pretrain.encoder.encoder import EEGEncoder",
         "",
         'encoder = EEGEncoder.from_pretrained("PATH")',
         "features = encoder.encode(raw)              # an mne.io.Raw, any rate, up to 128 channels are used",
@@ -240,8 +240,8 @@ def export(config: ExportConfig) -> int:
     import json
 
     from data_sharding.processing.preprocess import PreprocessSpec
-    from pretrain.encoder import EEGEncoder
-    from pretrain.model import count_parameters
+    from pretrain.encoder.encoder import EEGEncoder
+    from pretrain.model.autoencoder import count_parameters
 
     model = load_model(run_config, checkpoint)
     encoder = EEGEncoder(run_config.model.encoder, PreprocessSpec.from_dict(saved["data"]["preprocess"]))

@@ -16,7 +16,7 @@ from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 
 if TYPE_CHECKING:
-    from pretrain.shapes import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
+    from pretrain.model.config import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
 
 GIB = 2**30
 MEMORY_GIB: dict[str, float] = {
@@ -38,7 +38,7 @@ MEMORY_GIB: dict[str, float] = {
     "RTX 3090": 24.0,
     "MI300X": 192.0,
 }
-"""GiB by the names of `pretrain.flops.PEAK_TFLOPS`."""
+"""GiB by the names of `pretrain.model.flops.PEAK_TFLOPS`."""
 DEFAULT_WINDOWS = 120_000
 """Windows of DreamDiffusion's corpus, where no dataset is there to be counted."""
 
@@ -50,7 +50,7 @@ class PlanConfig:
     run_config: str | None = None
     """Config of 'dreamscale pretrain'; what follows is taken from it where it is not given."""
     preset: str | None = None
-    """Name of a shape (`pretrain.presets`), in place of a config."""
+    """Name of a shape (`pretrain.model.presets`), in place of a config."""
     gpus: int | None = None
     """GPUs over all machines; num_processes of the config by default, else 1."""
     gpu: str = "H200"
@@ -153,7 +153,7 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
     moments = parameters * 8 / (gpus if zero_stage else 1)
     # Stage 0 steps the weights themselves; ZeRO keeps a float32 copy of its part, for fp32, too.
     master = parameters * 4 / gpus if zero_stage else 0
-    # As `pretrain.engine` sets them; two of them where the exchange overlaps the backward pass.
+    # As `pretrain.training.deepspeed_engine` sets them; two of them where the exchange overlaps the backward pass.
     bucket = min(5e8, max(parameters, 2**16)) * value
     gathered = min(parameters, 10**9) * value if zero_stage == 3 else 0
     # Stage 1 adds each bf16 gradient to the float32 ones at once and reduces those where they lie.
@@ -180,7 +180,7 @@ def tokens_of(model: MaskedAutoencoderConfig, channels: int | None = None) -> tu
     encoder, decoder : int
         Tokens of a window, class token included.
     """
-    from pretrain.masking import visible_tokens
+    from pretrain.model.masking import visible_tokens
 
     shape = model.encoder
     rows = (channels or shape.channels) if shape.tokenizer == "montage" else 1
@@ -287,9 +287,9 @@ def resolve(config: PlanConfig) -> Request:
     """
     from data_sharding.common.storage import as_path
     from data_sharding.dataset.dataset import MANIFEST, read_manifest
-    from pretrain.config import PretrainConfig
-    from pretrain.flops import PEAK_TFLOPS
-    from pretrain.presets import PRESETS
+    from pretrain.model.flops import PEAK_TFLOPS
+    from pretrain.model.presets import PRESETS
+    from pretrain.training.config import PretrainConfig
 
     if (config.run_config is None) == (config.preset is None):
         raise RequestError(f"give either a config of 'dreamscale pretrain' or --preset ({', '.join(PRESETS)})")
@@ -398,8 +398,8 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     """
     import torch
 
-    from pretrain.flops import training_flops
-    from pretrain.model import build_autoencoder, count_parameters
+    from pretrain.model.autoencoder import build_autoencoder, count_parameters
+    from pretrain.model.flops import training_flops
 
     request = resolve(config)
     model = request.model

@@ -23,15 +23,15 @@ from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Batch, Loader
 from data_sharding.dataset.mixture import Mixture
 from data_sharding.dataset.samples import N_PADDED
-from pretrain.checkpoint import DONE, FORMAT, CheckpointWriter, complete_checkpoints, damage
-from pretrain.config import PretrainConfig
-from pretrain.flops import batch_flops, peak_flops
-from pretrain.guards import SpikeDetector, Watchdog
-from pretrain.run import RunDirectory, StopSignal
-from pretrain.tracking import live_table
+from pretrain.model.flops import batch_flops, peak_flops
+from pretrain.runs.checkpoint import DONE, FORMAT, CheckpointWriter, complete_checkpoints, damage
+from pretrain.runs.directory import RunDirectory, StopSignal
+from pretrain.runs.guards import SpikeDetector, Watchdog
+from pretrain.runs.tracking import live_table
+from pretrain.training.config import PretrainConfig
 
 if TYPE_CHECKING:
-    from pretrain.distributed import World
+    from pretrain.runs.distributed import World
 
 # What may change when a run goes on: none of it changes what is learned, but for the guards, which somebody may have to
 # move so that a run can go on at all.
@@ -142,7 +142,7 @@ class _Training:
             if self.world.first:
                 (self.run.path / LEFT_OUT).unlink(missing_ok=True)
             return
-        from pretrain.engine import load_state
+        from pretrain.training.deepspeed_engine import load_state
 
         saved = read_json(folder / DONE)
         if saved.get("format") != FORMAT:
@@ -170,7 +170,7 @@ class _Training:
 
     def save(self) -> None:
         """Begin a checkpoint, which counts wholly or not at all; it counts at once unless it is asynchronous."""
-        from pretrain.engine import adam_steps, gather_state
+        from pretrain.training.deepspeed_engine import adam_steps, gather_state
 
         self.writer.wait()
         if self.world.from_first(self.world.first and damage(self.run.step_directory(self.step), thoroughly=False)):
@@ -284,7 +284,7 @@ class _Training:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss, written to the metrics; nothing, and due again, where somebody asks to stop meanwhile."""
-        from pretrain.evaluation import evaluate
+        from pretrain.training.validation import evaluate
 
         def alive() -> None:
             self.watchdog.at(self.step, "evaluating")
@@ -471,7 +471,7 @@ class _Training:
         bool
             False where somebody asked to stop meanwhile; the rest is done when the run goes on.
         """
-        from pretrain.plots import plot_loss, plot_reconstruction
+        from pretrain.training.plots import plot_loss, plot_reconstruction
 
         # The checkpoint first: the evaluation may take longer than the grace that a signal leaves.
         self.save_last()
@@ -556,7 +556,7 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGData
         )
     if shape.channels != N_PADDED:
         raise RequestError(f"model.encoder.channels is {shape.channels}; datasets are padded to {N_PADDED}")
-    from pretrain.distributed import check_world
+    from pretrain.runs.distributed import check_world
 
     check_world(config.num_processes, "pretrain.train")
     return train, held_out
@@ -583,7 +583,7 @@ def pretrain(config: PretrainConfig) -> int:
         If a signal came; a checkpoint was written first.
     """
     train, held_out = check_request(config)
-    from pretrain.distributed import choose_device, import_deepspeed, launched_world, process_group
+    from pretrain.runs.distributed import choose_device, import_deepspeed, launched_world, process_group
 
     rank, _ = launched_world()
     device = choose_device(config.device)
@@ -639,7 +639,7 @@ def train_in(
     done : bool
         False where it was stopped, and then there is a checkpoint.
     """
-    from pretrain.engine import start_engine
+    from pretrain.training.deepspeed_engine import start_engine
 
     training = _Training(config, run, train, held_out, start_engine(deepspeed, config, world.device), world, stop)
     with training.watchdog:

@@ -14,8 +14,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = {
     "data_sharding/*": "data_sharding.job.request:ShardConfig",
     "demo/shard_*": "data_sharding.job.request:ShardConfig",
-    "pretrain/*": "pretrain.config:PretrainConfig",
-    "demo/pretrain*": "pretrain.config:PretrainConfig",
+    "pretrain/*": "pretrain.training.config:PretrainConfig",
+    "demo/pretrain*": "pretrain.training.config:PretrainConfig",
     "demo/miniature": "finetune.miniature:MiniatureConfig",
     "*/align*": "finetune.align:AlignConfig",
     "*/stable_diffusion*": "finetune.stable_diffusion:StableDiffusionConfig",

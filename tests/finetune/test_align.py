@@ -14,8 +14,8 @@ from finetune.align import AugmentConfig, augmented, infonce, main
 from finetune.conditioner import ClipHead
 from finetune.data import ImageTable, eeg_for_model
 from finetune.training import StepRandom
-from pretrain.encoder import EEGEncoder
-from pretrain.model import EncoderConfig
+from pretrain.encoder.encoder import EEGEncoder
+from pretrain.model.autoencoder import EncoderConfig
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TINY = ["--tracker.kind", "none", "--training.warmup", "2", "--training.log_every", "1"]

@@ -12,7 +12,7 @@ from data_sharding.dataset.loader import collate
 from finetune.models import load_generator
 from finetune.stable_diffusion import StableDiffusionConfig, build, main
 from finetune.stable_diffusion_model import EEGDiffusion, cross_attention_parameters, load_base
-from pretrain.encoder import EEGEncoder
+from pretrain.encoder.encoder import EEGEncoder
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TINY = ["--tracker.kind", "none", "--training.warmup", "2", "--training.log_every", "1", "--training.batch", "8"]

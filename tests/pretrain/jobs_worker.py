@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from data_sharding.common.config import parse_config
-from pretrain.config import PretrainConfig
-from pretrain.distributed import choose_device, import_deepspeed, launched_world, process_group
-from pretrain.run import RunDirectory, StopSignal
+from pretrain.runs.directory import RunDirectory, StopSignal
+from pretrain.runs.distributed import choose_device, import_deepspeed, launched_world, process_group
 from pretrain.train import FREE, check_request, train_in
+from pretrain.training.config import PretrainConfig
 
 
 class StopAfter(StopSignal):

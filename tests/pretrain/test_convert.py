@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pretrain.convert import DECODER, convert_weights, main, read_checkpoint
-from pretrain.encoder import EEGEncoder
-from pretrain.model import SignalDecoder, SignalEncoder
-from pretrain.transformer import sincos_positions
+from pretrain.encoder.encoder import EEGEncoder
+from pretrain.model.autoencoder import SignalDecoder, SignalEncoder
+from pretrain.model.transformer import sincos_positions
 
 CHANNELS, PATCH, TOKENS, WIDTH, NARROW, HEADS, NARROW_HEADS = 128, 4, 16, 32, 24, 4, 3
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
-from pretrain.flops import training_flops
-from pretrain.masking import keep_indices
-from pretrain.model import build_autoencoder, count_parameters
+from pretrain.model.autoencoder import build_autoencoder, count_parameters
+from pretrain.model.config import ComputeConfig, MaskedAutoencoderConfig
+from pretrain.model.flops import training_flops
+from pretrain.model.masking import keep_indices
+from pretrain.model.presets import PRESETS
 from pretrain.plan import GIB, activation_bytes, exchanged_bytes, main, state_bytes, tokens_of
-from pretrain.presets import PRESETS
-from pretrain.shapes import ComputeConfig, MaskedAutoencoderConfig
 
 from .conftest import ROOT, environment, write_config
 
@@ -109,10 +109,10 @@ def test_zero_spreads_what_it_says() -> None:
 
 ENGINE = """
 import gc, torch
-from pretrain.distributed import choose_device, import_deepspeed, process_group
-from pretrain.masking import keep_indices
-from pretrain.model import build_autoencoder, count_parameters
-from pretrain.presets import PRESETS
+from pretrain.runs.distributed import choose_device, import_deepspeed, process_group
+from pretrain.model.masking import keep_indices
+from pretrain.model.autoencoder import build_autoencoder, count_parameters
+from pretrain.model.presets import PRESETS
 
 device = choose_device("cpu")
 deepspeed = import_deepspeed(device)

@@ -1,0 +1,5 @@
+"""The encoder package: ``EEGEncoder.from_pretrained(path).encode(recording)``."""
+
+from pretrain.encoder.encoder import EEGEncoder
+
+__all__ = ["EEGEncoder"]

@@ -1,0 +1,1 @@
+"""The masked autoencoder: configuration, tokenizers, transformer, masking, weights."""

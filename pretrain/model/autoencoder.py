@@ -1,0 +1,465 @@
+"""The masked-signal autoencoder of DreamDiffusion: tokens over time, mask over time, all channels together.
+
+Letters in names: B samples, C channels, T time samples, N tokens, K visible tokens, D width, P values of a token
+(C x patch).
+
+References
+----------
+.. [1] Bai et al., "DreamDiffusion: generating high-quality images from brain EEG signals", arXiv 2306.16934.
+.. [2] He et al., "Masked autoencoders are scalable vision learners", CVPR 2022.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.model.config import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
+from pretrain.model.masking import dropped_channels, keep_indices
+from pretrain.model.transformer import Blocks, apply_options, initialise, sincos_positions
+
+if TYPE_CHECKING:
+    from data_sharding.processing.preprocess import PreprocessSpec
+
+
+class SignalEncoder(nn.Module):
+    """A window of EEG to tokens over time.
+
+    Parameters
+    ----------
+    config : EncoderConfig
+        Shape.
+    """
+
+    positions_ND: Tensor
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = nn.Conv1d(config.channels, config.dim, config.patch, stride=config.patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.class_token else None
+        self.blocks = Blocks(config)
+        self.norm = nn.LayerNorm(config.dim)
+        # A function of the shape, so no part of the weights where not asked for. The class token's position is zero.
+        positions_ND = sincos_positions(config.tokens, config.dim)
+        if config.learned_positions:
+            self.positions_ND = nn.Parameter(positions_ND)
+        else:
+            self.register_buffer("positions_ND", positions_ND, persistent=False)
+        initialise(self)
+        nn.init.xavier_uniform_(self.patch_embed.weight.view(config.dim, -1))
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward(self, x_BCT: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Encode windows.
+
+        Parameters
+        ----------
+        x_BCT : Tensor, [B, C, T]
+            Scaled signal, padded to the encoder's channels.
+        keep_BK : Tensor, [B, K], int64, optional
+            Tokens that may be seen, in rising order; all of them by default.
+
+        Returns
+        -------
+        Tensor, [B, 1 + K, D]
+            The class token where there is one, then the (visible) tokens in the order of time.
+        """
+        x_BCT = x_BCT.to(self.patch_embed.weight.dtype)
+        x_BND = self.patch_embed(x_BCT).transpose(1, 2) + self.positions_ND.to(x_BCT.dtype)
+        if keep_BK is not None:
+            x_BND = x_BND.gather(1, keep_BK.unsqueeze(-1).expand(-1, -1, x_BND.shape[-1]))
+        if self.cls_token is not None:
+            x_BND = torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
+        return self.norm(self.blocks(x_BND))
+
+
+class SignalDecoder(nn.Module):
+    """Visible tokens to the signal of every token.
+
+    Parameters
+    ----------
+    config : DecoderConfig
+        Shape.
+    encoder : EncoderConfig
+        Shape of the encoder that it follows.
+    """
+
+    positions_ND: Tensor
+
+    def __init__(self, config: DecoderConfig, encoder: EncoderConfig) -> None:
+        super().__init__()
+        self.embed = nn.Linear(encoder.dim, config.dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.blocks = Blocks(config)
+        self.norm = nn.LayerNorm(config.dim)
+        self.predict = nn.Linear(config.dim, encoder.channels * encoder.patch)
+        self.register_buffer("positions_ND", sincos_positions(encoder.tokens, config.dim), persistent=False)
+        initialise(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, x_BKD: Tensor, keep_BK: Tensor) -> Tensor:
+        """Predict the signal.
+
+        Parameters
+        ----------
+        x_BKD : Tensor, [B, 1 + K, D]
+            The encoder's output: class token, then visible tokens.
+        keep_BK : Tensor, [B, K], int64
+            Which tokens these are.
+
+        Returns
+        -------
+        Tensor, [B, N, P]
+            Values of every token, visible or not, channels first.
+        """
+        x_BKD = self.embed(x_BKD)
+        B, _, D = x_BKD.shape
+        N = self.positions_ND.shape[0]
+        x_BND = (
+            self.mask_token.to(x_BKD.dtype)
+            .expand(B, N, D)
+            .scatter(1, keep_BK.unsqueeze(-1).expand(-1, -1, D), x_BKD[:, 1:])
+        )
+        x_BND = torch.cat([x_BKD[:, :1], x_BND + self.positions_ND.to(x_BKD.dtype)], dim=1)
+        return self.predict(self.norm(self.blocks(x_BND))[:, 1:])
+
+
+class Samples(Protocol):
+    """What a model must know of a batch; `data_sharding.dataset.loader.Batch` is one."""
+
+    channels: list[int]
+    """[B] true channels."""
+
+    numbers: list[int]
+    """[B] numbers in the dataset."""
+    epochs: list[int]
+    """[B] the epoch each belongs to."""
+    metas: list[dict[str, Any]]
+    """[B] their metadata (docs/data_format.md): ``n`` true channels, ``positions`` in metres."""
+
+    def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """[B, C, T] microvolts, padded by replication."""
+        ...
+
+
+class MaskedAutoencoder(nn.Module):
+    """Asymmetric masked autoencoder over windows of EEG.
+
+    Parameters
+    ----------
+    config : MaskedAutoencoderConfig
+        Shape and objective.
+
+    Notes
+    -----
+    Which tokens are hidden depends on the seed and on the sample, never on the number of processes: `prepare` says it
+    on the processor, and its result goes into `forward` as keyword arguments.
+    """
+
+    def __init__(self, config: MaskedAutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = self._parts(config)
+        apply_options(config, (self.encoder.blocks, self.decoder.blocks))
+
+    def _parts(self, config: MaskedAutoencoderConfig) -> tuple[Any, Any]:
+        return SignalEncoder(config.encoder), SignalDecoder(config.decoder, config.encoder)
+
+    def windows(self, batch: Samples, spec: PreprocessSpec, device: torch.device) -> Tensor:
+        """Bring samples to what the model sees.
+
+        Parameters
+        ----------
+        batch : Samples
+            The samples.
+        spec : PreprocessSpec
+            Their dataset's; it says how to scale.
+        device : torch.device
+            Where to.
+
+        Returns
+        -------
+        Tensor, [B, C, T], float32
+            Scaled signal, padded.
+        """
+        return spec.scale_for_model(batch.padded(device, torch.float32), self.scaled_over(batch))
+
+    def scaled_over(self, batch: Samples) -> list[int] | None:
+        """Say over how many rows a window's scale is taken.
+
+        Parameters
+        ----------
+        batch : Samples
+            The samples.
+
+        Returns
+        -------
+        list of int, [B], or None
+            For `data_sharding.processing.preprocess.PreprocessSpec.divisor`; None for all rows, copies too.
+        """
+        return None
+
+    def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
+        """Say what the model is to see of some samples; looks at no weights.
+
+        Parameters
+        ----------
+        batch : Samples
+            The samples.
+        seed : int
+            Of the masks.
+        training : bool
+            False leaves all channels in.
+
+        Returns
+        -------
+        dict of str to Tensor, [B, ...]
+            Keyword arguments of `forward`, on the processor; every tensor's first dimension is the sample.
+        """
+        config = self.config
+        inputs = {
+            "keep_BK": keep_indices(
+                seed,
+                batch.epochs,
+                batch.numbers,
+                config.encoder.tokens,
+                config.mask_ratio,
+                block=config.mask_block,
+            )
+        }
+        if training and config.channel_dropout:
+            counts = [meta["n"] for meta in batch.metas]
+            inputs["dropped_BC"] = dropped_channels(
+                seed, batch.epochs, batch.numbers, counts, config.channel_dropout, config.encoder.channels
+            )
+        return inputs
+
+    def hidden(self, keep_BK: Tensor, **inputs: Tensor) -> Tensor:
+        """Which tokens are hidden, as a table.
+
+        Parameters
+        ----------
+        keep_BK : Tensor, [B, K], int64
+            Visible tokens.
+        **inputs : Tensor
+            What else `prepare` gave.
+
+        Returns
+        -------
+        Tensor, [B, N], bool
+            True for hidden tokens, which are those that count.
+        """
+        table_BN = torch.ones(len(keep_BK), self.config.encoder.tokens, dtype=torch.bool, device=keep_BK.device)
+        return table_BN.scatter(1, keep_BK, False)
+
+    def hidden_signal(self, **inputs: Tensor) -> Tensor:
+        """Which part of the signal is hidden, e.g. for figures.
+
+        Parameters
+        ----------
+        **inputs : Tensor
+            What `prepare` gave.
+
+        Returns
+        -------
+        Tensor, [B, C, T], bool
+            True where a token that counts covers the signal.
+        """
+        shape = self.config.encoder
+        hidden_BN = self.hidden(**inputs)
+        return self.untokenize(hidden_BN.unsqueeze(-1).expand(-1, -1, shape.channels * shape.patch))
+
+    def power(self, x_BCT: Tensor, **inputs: Tensor) -> Tensor:
+        """Loss of predicting zero, which a reconstruction is to be compared with.
+
+        Parameters
+        ----------
+        x_BCT : Tensor, [B, C, T]
+            Scaled signal.
+        **inputs : Tensor
+            What `prepare` gave.
+
+        Returns
+        -------
+        Tensor, [B]
+            Mean square of the hidden tokens' targets.
+        """
+        return _mean_where(self.targets(x_BCT, **inputs).square().mean(dim=-1), self.hidden(**inputs))
+
+    def tokenize(self, x_BCT: Tensor) -> Tensor:
+        """Cut windows into the values of their tokens.
+
+        Parameters
+        ----------
+        x_BCT : Tensor, [B, C, T]
+            Signal.
+
+        Returns
+        -------
+        Tensor, [B, N, P]
+            Values by token, channels first, then time within the token.
+        """
+        B, C, T = x_BCT.shape
+        patch = self.config.encoder.patch
+        return x_BCT.reshape(B, C, T // patch, patch).permute(0, 2, 1, 3).reshape(B, T // patch, C * patch)
+
+    def untokenize(self, y_BNP: Tensor) -> Tensor:
+        """Join the values of tokens to windows; the inverse of `tokenize`.
+
+        Parameters
+        ----------
+        y_BNP : Tensor, [B, N, P]
+            Values by token.
+
+        Returns
+        -------
+        Tensor, [B, C, T]
+            Signal.
+        """
+        B, N, P = y_BNP.shape
+        patch = self.config.encoder.patch
+        return y_BNP.reshape(B, N, P // patch, patch).permute(0, 2, 1, 3).reshape(B, P // patch, N * patch)
+
+    def targets(self, x_BCT: Tensor, **inputs: Tensor) -> Tensor:
+        """What the decoder is asked for.
+
+        Parameters
+        ----------
+        x_BCT : Tensor, [B, C, T]
+            Scaled signal.
+        **inputs : Tensor
+            What `prepare` gave; it changes nothing here.
+
+        Returns
+        -------
+        Tensor, [B, N, P], float32 or float64
+            Values by token; each token standardised where the config says so.
+        """
+        target_BNP = self.tokenize(full_precision(x_BCT))
+        if self.config.normalize_targets:
+            mean_BN1 = target_BNP.mean(dim=-1, keepdim=True)
+            var_BN1 = target_BNP.var(dim=-1, keepdim=True)
+            target_BNP = (target_BNP - mean_BN1) / (var_BN1 + 1e-6).sqrt()
+        return target_BNP
+
+    def reconstruct(self, x_BCT: Tensor, keep_BK: Tensor, **inputs: Tensor) -> Tensor:
+        """Predict every token from the visible ones.
+
+        Parameters
+        ----------
+        x_BCT : Tensor, [B, C, T]
+            Scaled signal.
+        keep_BK : Tensor, [B, K], int64
+            Visible tokens.
+        **inputs : Tensor
+            What else `prepare` gave: ``dropped_BC``, bool, names channels that the encoder sees as zero.
+
+        Returns
+        -------
+        Tensor, [B, N, P]
+            Predicted values by token.
+        """
+        if "dropped_BC" in inputs:
+            x_BCT = x_BCT.masked_fill(inputs["dropped_BC"].unsqueeze(-1), 0.0)
+        return self.decoder(self.encoder(x_BCT, keep_BK), keep_BK)
+
+    def forward(self, x_BCT: Tensor, keep_BK: Tensor, **inputs: Tensor) -> Tensor:
+        """Loss of each sample on its hidden tokens.
+
+        Parameters
+        ----------
+        x_BCT : Tensor, [B, C, T]
+            Scaled signal.
+        keep_BK : Tensor, [B, K], int64
+            Visible tokens; the same number for every sample.
+        **inputs : Tensor
+            What else `prepare` gave.
+
+        Returns
+        -------
+        Tensor, [B], float32 or float64
+            Mean squared error over the values of the hidden tokens.
+        """
+        predicted_BNP = self.reconstruct(x_BCT, keep_BK, **inputs)
+        error_BNP = full_precision(predicted_BNP) - self.targets(x_BCT, keep_BK=keep_BK, **inputs)
+        return _mean_where(error_BNP.square().mean(dim=-1), self.hidden(keep_BK, **inputs))
+
+
+def build_encoder(config: EncoderConfig) -> nn.Module:
+    """Build the encoder that a config asks for.
+
+    Parameters
+    ----------
+    config : EncoderConfig
+        Shape.
+
+    Returns
+    -------
+    nn.Module
+        `SignalEncoder`, or `pretrain.model.montage.MontageEncoder`.
+    """
+    if config.tokenizer == "montage":
+        from pretrain.model.montage import MontageEncoder
+
+        return MontageEncoder(config)
+    return SignalEncoder(config)
+
+
+def build_autoencoder(config: MaskedAutoencoderConfig) -> MaskedAutoencoder:
+    """Build the autoencoder that a config asks for.
+
+    Parameters
+    ----------
+    config : MaskedAutoencoderConfig
+        Shape and objective.
+
+    Returns
+    -------
+    MaskedAutoencoder
+        Over time, or `pretrain.model.montage.MontageAutoencoder`, which has the same methods.
+    """
+    if config.encoder.tokenizer == "montage":
+        from pretrain.model.montage import MontageAutoencoder
+
+        return MontageAutoencoder(config)
+    return MaskedAutoencoder(config)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count the trainable values of a module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Any module, also on the meta device.
+
+    Returns
+    -------
+    int
+        Trainable values; fixed positions are none.
+    """
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Bring half precision to float32; losses are never computed in less.
+
+    Parameters
+    ----------
+    x : Tensor
+        Any floating type.
+
+    Returns
+    -------
+    Tensor
+        float32, or float64 where it was that already.
+    """
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _mean_where(value_BN: Tensor, chosen_BN: Tensor) -> Tensor:
+    return (value_BN * chosen_BN).sum(dim=1) / chosen_BN.sum(dim=1)

@@ -1,0 +1,1 @@
+"""Probing an encoder on labelled trials, beside baselines and controls."""

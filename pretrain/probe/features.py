@@ -1,0 +1,265 @@
+"""What a probe looks at: an encoder's tokens, and the classical features of the same trials.
+
+Letters in names: n trials, B trials of a batch, N tokens, D width, C channels, T time samples, F features.
+
+References
+----------
+Ledoit and Wolf, Journal of Multivariate Analysis 88 (2004): shrinkage of a covariance.
+Arsigny et al., Magnetic Resonance in Medicine 56 (2006): log-Euclidean means of covariances.
+Blankertz et al., NeuroImage 56 (2011): means over intervals as features of evoked responses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from data_sharding.common.errors import RequestError
+from data_sharding.common.progress import progress
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import sequential
+
+if TYPE_CHECKING:
+    import torch
+
+    from pretrain.encoder.encoder import EEGEncoder
+
+BANDS = {"delta": (1, 4), "theta": (4, 8), "alpha": (8, 13), "beta": (13, 30), "gamma": (30, 45)}
+"""Edges in Hz."""
+Standardize = Literal["subject", "none"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Trials:
+    """Labelled trials, and what an encoder makes of them."""
+
+    splits_n: np.ndarray
+    """[n] split that each comes from."""
+    labels_n: np.ndarray
+    """[n] numbers of the labels."""
+    images_n: np.ndarray
+    """[n] identities of the images; a trial without one counts as an image of its own."""
+    subjects_n: np.ndarray
+    """[n] subjects, with their corpus."""
+    channels: list[str]
+    """Channels that every trial has, in the first one's order."""
+    eeg_nCT: np.ndarray
+    """[n, C, T] float16 microvolts of those channels."""
+    metas: list[dict[str, Any]]
+    """[n] metadata of the samples, in each recording's own order of channels."""
+    electrodes: list[dict[str, Any]]
+    """[n] number and positions of `channels`, as `EEGEncoder.inputs_of` takes them."""
+    tokens: dict[str, np.ndarray]
+    """[n, F] float32 by encoder: tokens, mean over each time bin."""
+
+    def __len__(self) -> int:
+        return len(self.labels_n)
+
+
+def binned(x: np.ndarray, bins: int) -> np.ndarray:
+    """Mean over equal parts of the last axis; parts overlap by one where it does not divide.
+
+    Parameters
+    ----------
+    x : ndarray, [..., T]
+        Time courses.
+    bins : int
+        Parts, at most T.
+
+    Returns
+    -------
+    ndarray, [..., bins]
+        Means.
+    """
+    T = x.shape[-1]
+    edges = [(bin_ * T // bins, -(-(bin_ + 1) * T // bins)) for bin_ in range(bins)]
+    return np.stack([x[..., start:stop].mean(axis=-1) for start, stop in edges], axis=-1)
+
+
+def band_power(x_nCT: np.ndarray, sfreq: float) -> np.ndarray:
+    """Logarithmic power by channel and band.
+
+    Parameters
+    ----------
+    x_nCT : ndarray, [n, C, T]
+        Signal.
+    sfreq : float
+        Rate in Hz.
+
+    Returns
+    -------
+    ndarray, [n, C x bands]
+        Features; bands between two frequencies of the transform are left out.
+    """
+    T = x_nCT.shape[-1]
+    power = np.abs(np.fft.rfft(x_nCT * np.hanning(T), axis=-1)) ** 2
+    frequency = np.fft.rfftfreq(T, 1 / sfreq)
+    parts = []
+    for low, high in BANDS.values():
+        inside = (frequency >= low) & (frequency < high)
+        if inside.any():
+            parts.append(np.log10(power[..., inside].mean(axis=-1) + 1e-12))
+    return np.stack(parts, axis=-1).reshape(len(x_nCT), -1)
+
+
+def covariance(x_nCT: np.ndarray) -> np.ndarray:
+    """Matrix logarithm of each trial's covariance between channels, shrunk after Ledoit and Wolf.
+
+    Parameters
+    ----------
+    x_nCT : ndarray, [n, C, T]
+        Signal in microvolts.
+
+    Returns
+    -------
+    ndarray, [n, C x (C + 1) / 2]
+        The upper triangle; what is off the diagonal is multiplied by the root of 2, so that distances stay.
+    """
+    from sklearn.covariance import ledoit_wolf
+
+    C = x_nCT.shape[1]
+    upper = np.triu_indices(C)
+    weight = np.where(upper[0] == upper[1], 1.0, np.sqrt(2.0))
+    out = np.empty((len(x_nCT), len(weight)), np.float32)
+    for row, x_CT in enumerate(x_nCT):
+        value_C, vector_CC = np.linalg.eigh(ledoit_wolf(x_CT.T)[0])
+        # A flat trial has no variance at all.
+        log_CC = (vector_CC * np.log(np.maximum(value_C, 1e-6))) @ vector_CC.T
+        out[row] = log_CC[upper] * weight
+    return out
+
+
+def time_courses(x_nCT: np.ndarray, bins: int) -> np.ndarray:
+    """Mean amplitude by channel and time bin: the plain features of an evoked response.
+
+    Parameters
+    ----------
+    x_nCT : ndarray, [n, C, T]
+        Signal in microvolts.
+    bins : int
+        Parts of the window.
+
+    Returns
+    -------
+    ndarray, [n, C x bins]
+        Features.
+    """
+    return binned(x_nCT, bins).reshape(len(x_nCT), -1)
+
+
+def standardized(features_nF: np.ndarray, subjects_n: np.ndarray, train_n: np.ndarray, how: Standardize) -> np.ndarray:
+    """Bring features to mean 0 and variance 1, without looking at a label.
+
+    Parameters
+    ----------
+    features_nF : ndarray, [n, ...]
+        Features.
+    subjects_n : ndarray, [n]
+        Subject of each trial.
+    train_n : ndarray of bool, [n]
+        Training trials.
+    how : {"subject", "none"}
+        Over each subject's own trials, training or not; or over the training trials.
+
+    Returns
+    -------
+    ndarray, [n, ...]
+        float32.
+    """
+    x = features_nF.astype(np.float32)
+    groups = [subjects_n == subject for subject in np.unique(subjects_n)] if how == "subject" else [slice(None)]
+    for group in groups:
+        basis = x[group] if how == "subject" else x[train_n]
+        mean, scale = basis.mean(axis=0), basis.std(axis=0)
+        # What never varies says nothing, rather than everything.
+        x[group] = (x[group] - mean) / np.where(scale > 1e-6, scale, np.inf)
+    return x
+
+
+def collect(
+    dataset: str,
+    splits: Sequence[str],
+    encoders: Mapping[str, EEGEncoder],
+    *,
+    bins: int,
+    batch_size: int,
+    device: torch.device,
+) -> Trials:
+    """Read trials and encode them.
+
+    Parameters
+    ----------
+    dataset : str
+        The dataset.
+    splits : sequence of str
+        Which of its splits.
+    encoders : mapping of str to EEGEncoder
+        By name, on the device.
+    bins : int
+        Time bins over which tokens are averaged; 1 for the mean over the window.
+    batch_size : int
+        Trials encoded at once.
+    device : torch.device
+        Where the encoders are.
+
+    Returns
+    -------
+    Trials
+        All of them, in the dataset's order.
+
+    Raises
+    ------
+    RequestError
+        If a trial has no label, or the trials have fewer than two channels in common.
+    """
+    import torch
+
+    tokens: dict[str, list[np.ndarray]] = {name: [] for name in encoders}
+    metas: list[dict[str, Any]] = []
+    signals: list[np.ndarray] = []
+    of_split: list[str] = []
+    for split in splits:
+        part = EEGDataset(dataset, split)
+        with progress(f"features of {split}", len(part)) as advance, torch.no_grad():
+            for batch in sequential(part, batch_size):
+                uv_BCT = batch.padded(device, torch.float32)
+                for name, encoder in encoders.items():
+                    x_BCT = encoder.scale_for_model(uv_BCT, batch.channels)
+                    tokens_BND = encoder.tokens(x_BCT, **encoder.inputs_of(batch.metas, device)).float().cpu().numpy()
+                    tokens[name].append(binned(tokens_BND.swapaxes(1, 2), bins).reshape(len(batch), -1))
+                signals += np.split(batch.packed.numpy().copy(), np.cumsum(batch.channels)[:-1])
+                metas += batch.metas
+                of_split += [split] * len(batch)
+                advance(len(batch))
+        if any(meta.get("label") is None for meta in metas):
+            raise RequestError(f"{dataset} ({split}): samples without a label; a probe needs an EEG-image dataset")
+    shared = set.intersection(*(set(meta["ch_names"]) for meta in metas))
+    channels = [name for name in metas[0]["ch_names"] if name in shared]
+    if len(channels) < 2:
+        raise RequestError(
+            f"{dataset}: its trials have {len(channels)} channel(s) in common, and the baselines compare trials "
+            "channel by channel; probe a dataset of one cap"
+        )
+    picks: dict[tuple[str, ...], list[int]] = {}
+    rows, electrodes = [], []
+    for meta, x_CT in zip(metas, signals, strict=True):
+        names, positions = tuple(meta["ch_names"]), meta.get("positions")
+        if names not in picks:
+            picks[names] = [names.index(channel) for channel in channels]
+        rows.append(x_CT[picks[names]])
+        places = [positions[pick] for pick in picks[names]] if positions else None
+        electrodes.append({"n": len(channels), "positions": places})
+    return Trials(
+        splits_n=np.array(of_split),
+        labels_n=np.array([meta["label"] for meta in metas]),
+        images_n=np.array([str(meta.get("image_id") or f"trial {number}") for number, meta in enumerate(metas)]),
+        subjects_n=np.array([f"{meta['corpus']}/{meta['subject']}" for meta in metas]),
+        channels=channels,
+        eeg_nCT=np.stack(rows),
+        metas=metas,
+        electrodes=electrodes,
+        tokens={name: np.concatenate(parts).astype(np.float32) for name, parts in tokens.items()},
+    )

@@ -1,0 +1,1 @@
+"""A run of training: its directory, checkpoints, processes, guards and tracking."""
