@@ -25,9 +25,9 @@ from data_sharding.dataset.loader import Batch, sequential
 from data_sharding.dataset.samples import pad_channels
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_images import clip_image_embeddings
-from finetune.conditioner import ClipHead, ClipHeadConfig
-from finetune.data import ImageTable, eeg_for_model, open_paired
-from finetune.training import (
+from finetune.images import ImageTable, eeg_for_model, open_paired
+from finetune.stable_diffusion.conditioner import ClipHead, ClipHeadConfig
+from finetune.training.fit import (
     StepRandom,
     TrainingConfig,
     fit,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_sharding.common.errors import RequestError, one_line
-from finetune.data import ImageTable
+from finetune.images import ImageTable
 
 
 def is_local(model: str | Path) -> bool:

@@ -20,9 +20,9 @@ from data_sharding.common.files import atomic_directory, write_json
 from data_sharding.common.progress import progress
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import collate
-from finetune.data import decode_image, open_paired
-from finetune.models import Generator, load_generator
-from finetune.training import pick_device, quiet_libraries
+from finetune.generators import Generator, load_generator
+from finetune.images import decode_image, open_paired
+from finetune.training.fit import pick_device, quiet_libraries
 from pretrain.runs.directory import StopSignal
 
 

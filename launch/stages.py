@@ -69,7 +69,7 @@ STAGES: dict[str, Stage] = {
         help="linear probe of an encoder beside random weights, classical features, EEGNet and controls",
     ),
     "miniature": Stage(
-        module="finetune.miniature",
+        module="finetune.stable_diffusion.miniature",
         usage="DATASET -o DIR",
         help="a small Stable Diffusion and CLIP made from a dataset's images",
     ),
@@ -81,15 +81,15 @@ STAGES: dict[str, Stage] = {
         launcher="accelerate",
     ),
     "finetune": Stage(
-        module="finetune.stable_diffusion",
-        config="finetune.stable_diffusion:StableDiffusionConfig",
+        module="finetune.stable_diffusion.train",
+        config="finetune.stable_diffusion.train:StableDiffusionConfig",
         usage="CONFIG",
         help="fine-tune Stable Diffusion on EEG",
         launcher="accelerate",
     ),
     "ddpm": Stage(
-        module="finetune.dm_re2i",
-        config="finetune.dm_re2i:DMRE2IConfig",
+        module="finetune.dm_re2i.train",
+        config="finetune.dm_re2i.train:DMRE2IConfig",
         usage="CONFIG",
         help="train EVRNet, then the EEG-guided DDPM",
         launcher="accelerate",
@@ -98,7 +98,9 @@ STAGES: dict[str, Stage] = {
         module="finetune.generate", usage="MODEL DATASET -o DIR", help="images for the trials of a split"
     ),
     "evaluate": Stage(
-        module="finetune.evaluate", usage="DIR", help="metrics with controls, and a report, of generated images"
+        module="finetune.evaluation.evaluate",
+        usage="DIR",
+        help="metrics with controls, and a report, of generated images",
     ),
     "submit": Stage(
         module="launch.submit",

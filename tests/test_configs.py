@@ -16,11 +16,11 @@ STAGES = {
     "demo/shard_*": "data_sharding.job.request:ShardConfig",
     "pretrain/*": "pretrain.training.config:PretrainConfig",
     "demo/pretrain*": "pretrain.training.config:PretrainConfig",
-    "demo/miniature": "finetune.miniature:MiniatureConfig",
+    "demo/miniature": "finetune.stable_diffusion.miniature:MiniatureConfig",
     "*/align*": "finetune.align:AlignConfig",
-    "*/stable_diffusion*": "finetune.stable_diffusion:StableDiffusionConfig",
-    "*/dm_re2i": "finetune.dm_re2i:DMRE2IConfig",
-    "finetune/evaluate": "finetune.evaluate:EvaluateConfig",
+    "*/stable_diffusion*": "finetune.stable_diffusion.train:StableDiffusionConfig",
+    "*/dm_re2i": "finetune.dm_re2i.train:DMRE2IConfig",
+    "finetune/evaluate": "finetune.evaluation.evaluate:EvaluateConfig",
 }
 FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("accelerate", "cluster"))
 # Not one stage's request, but options for several of the demo's.

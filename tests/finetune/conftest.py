@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.training import quiet_libraries
+from finetune.training.fit import quiet_libraries
 
 LAUNCH_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
@@ -39,7 +39,7 @@ def encoder_package(paired_dataset: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def miniature(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Miniature Stable Diffusion and CLIP of two steps each, made by the real command."""
-    from finetune.miniature import main
+    from finetune.stable_diffusion.miniature import main
 
     path = tmp_path_factory.mktemp("miniature") / "miniature"
     steps = ["--clip_steps", "2", "--vae_steps", "2", "--unet_steps", "2", "--batch", "8"]

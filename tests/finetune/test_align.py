@@ -11,9 +11,9 @@ from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from data_sharding.dataset.loader import collate
 from finetune.align import AugmentConfig, augmented, infonce, main
-from finetune.conditioner import ClipHead
-from finetune.data import ImageTable, eeg_for_model
-from finetune.training import StepRandom
+from finetune.images import ImageTable, eeg_for_model
+from finetune.stable_diffusion.conditioner import ClipHead
+from finetune.training.fit import StepRandom
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.model.autoencoder import EncoderConfig
 

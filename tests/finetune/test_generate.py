@@ -8,9 +8,9 @@ from PIL import Image
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from data_sharding.processing.preprocess import PreprocessSpec
-from finetune.data import decode_image
 from finetune.generate import derangement, main, trial_seed
-from finetune.stable_diffusion import main as finetune
+from finetune.images import decode_image
+from finetune.stable_diffusion.train import main as finetune
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import collate
 from data_sharding.dataset.samples import pad_channels
-from finetune.dm_re2i import main
-from finetune.dm_re2i_model import DMRE2IGenerator
-from finetune.eg_ddpm import EGDDPM
-from finetune.models import load_generator
+from finetune.dm_re2i.eg_ddpm import EGDDPM
+from finetune.dm_re2i.model import DMRE2IGenerator
+from finetune.dm_re2i.train import main
+from finetune.generators import load_generator
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TINY = {

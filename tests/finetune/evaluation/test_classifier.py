@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_sharding.common.errors import RequestError
-from finetune.classifier import ClassifierConfig, ImageClassifier, train_classifier
+from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
 
 CONFIG = ClassifierConfig(steps=60, batch=32, width=8, size=16)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.dm_re2i_model import sample_images, true_channels
-from finetune.eg_ddpm import EGDDPM, ChannelNorm, ResidualAttention
+from finetune.dm_re2i.eg_ddpm import EGDDPM, ChannelNorm, ResidualAttention
+from finetune.dm_re2i.model import sample_images, true_channels
 
 NOISING = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Batch, collate
-from finetune.data import ImageTable, eeg_for_model
-from finetune.dm_re2i_model import eeg_features
-from finetune.evrnet import EVRNet, EVRNetConfig, unit_variance, whitening_matrix
-from finetune.training import StepRandom, TrainingConfig, fit, open_run, plot_losses, rank_loader
+from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig, unit_variance, whitening_matrix
+from finetune.dm_re2i.model import eeg_features
+from finetune.images import ImageTable, eeg_for_model
+from finetune.training.fit import StepRandom, TrainingConfig, fit, open_run, plot_losses, rank_loader
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from finetune.dm_re2i import DMRE2IConfig
+    from finetune.dm_re2i.train import DMRE2IConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,10 @@ from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Batch, collate
 from finetune.align import AugmentConfig, augmented, load_encoder
 from finetune.clip_images import clip_image_embeddings, weights_digest
-from finetune.conditioner import ClipHead, ClipHeadConfig, Conditioner, ConditionerConfig
-from finetune.data import ImageTable, eeg_for_model, open_paired, to_model_range
-from finetune.stable_diffusion_model import EEGDiffusion, load_base, open_time_path, save_model
-from finetune.training import (
+from finetune.images import ImageTable, eeg_for_model, open_paired, to_model_range
+from finetune.stable_diffusion.conditioner import ClipHead, ClipHeadConfig, Conditioner, ConditionerConfig
+from finetune.stable_diffusion.model import EEGDiffusion, load_base, open_time_path, save_model
+from finetune.training.fit import (
     StepRandom,
     TrainingConfig,
     fit,

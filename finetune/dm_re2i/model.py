@@ -15,9 +15,9 @@ from torch import Tensor
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import atomic_directory, read_json, write_json
 from data_sharding.processing.preprocess import PreprocessSpec
-from finetune.data import eeg_for_model, to_pixels
-from finetune.eg_ddpm import EGDDPM
-from finetune.evrnet import EVRNet
+from finetune.dm_re2i.eg_ddpm import EGDDPM
+from finetune.dm_re2i.evrnet import EVRNet
+from finetune.images import eeg_for_model, to_pixels
 
 KIND = "eg_ddpm"
 SCHEMA = 1

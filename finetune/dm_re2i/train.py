@@ -21,12 +21,12 @@ from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Batch
-from finetune.data import ImageTable, open_paired, to_model_range, to_pixels
-from finetune.dm_re2i_model import eeg_features, sample_images, save_model
-from finetune.eg_ddpm import EGDDPM
-from finetune.evrnet import EVRNet
-from finetune.evrnet_training import EVRNetStage, all_eeg, spread, train_evrnet
-from finetune.training import (
+from finetune.dm_re2i.eg_ddpm import EGDDPM
+from finetune.dm_re2i.evrnet import EVRNet
+from finetune.dm_re2i.model import eeg_features, sample_images, save_model
+from finetune.dm_re2i.train_evrnet import EVRNetStage, all_eeg, spread, train_evrnet
+from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
+from finetune.training.fit import (
     StepRandom,
     TrainingConfig,
     fit,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = {
-    "stable_diffusion": "finetune.stable_diffusion_model:StableDiffusionGenerator",
-    "eg_ddpm": "finetune.dm_re2i_model:DMRE2IGenerator",
+    "stable_diffusion": "finetune.stable_diffusion.model:StableDiffusionGenerator",
+    "eg_ddpm": "finetune.dm_re2i.model:DMRE2IGenerator",
 }
 """Kind in dreamscale.json -> class, imported when it is needed."""
 

@@ -7,7 +7,7 @@ import torch
 
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.data import ImageTable, decode_image, open_paired, to_model_range, to_pixels
+from finetune.images import ImageTable, decode_image, open_paired, to_model_range, to_pixels
 
 
 def test_bytes_survive_the_way_to_the_model_and_back() -> None:

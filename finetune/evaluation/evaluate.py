@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.common.files import atomic_write_text, read_json, write_json
-from finetune import metrics
-from finetune.classifier import ClassifierConfig, ImageClassifier, train_classifier
-from finetune.data import ImageTable, decode_image, open_paired
+from finetune.evaluation import metrics
+from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
+from finetune.images import ImageTable, decode_image, open_paired
 
 JUDGE = "dataset-classifier"
 """Name of our own classifier in the results: its Fréchet distance is not the FID."""
@@ -383,7 +383,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     RequestError
         If a directory is not whole, or the parts do not belong together.
     """
-    from finetune.evaluation_report import write_report
+    from finetune.evaluation.report import write_report
 
     own = read_generated(config.directory)
     control = _read_control(config, own)

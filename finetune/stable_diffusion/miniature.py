@@ -27,8 +27,8 @@ from data_sharding.common.config import parse_config, to_dict
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.common.files import atomic_directory, digest_of, read_json, write_json
 from data_sharding.common.progress import progress
-from finetune.data import ImageTable, open_paired, to_model_range
-from finetune.training import quiet_libraries
+from finetune.images import ImageTable, open_paired, to_model_range
+from finetune.training.fit import quiet_libraries
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -422,7 +422,11 @@ def main(argv: list[str] | None = None) -> int:
         Exit code; 0 at once where the same miniature is there already.
     """
     config = parse_config(
-        MiniatureConfig, argv, prog="python -m finetune.miniature", positionals=("dataset",), aliases={"-o": "output"}
+        MiniatureConfig,
+        argv,
+        prog="python -m finetune.stable_diffusion.miniature",
+        positionals=("dataset",),
+        aliases={"-o": "output"},
     )
     quiet_libraries()
     table = ImageTable(open_paired(config.dataset, "train"))

@@ -10,7 +10,7 @@ from torch import nn
 from data_sharding.common.errors import RequestError, StopRequested
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Batch, Loader
-from finetune.training import (
+from finetune.training.fit import (
     EMA,
     FitResult,
     StepRandom,

@@ -5,9 +5,9 @@ import torch
 
 from data_sharding.common.errors import RequestError, run_main
 from finetune.clip_images import clip_image_embeddings
-from finetune.data import ImageTable, open_paired
-from finetune.miniature import _augment, main, make_tokenizer
-from finetune.stable_diffusion_model import load_base
+from finetune.images import ImageTable, open_paired
+from finetune.stable_diffusion.miniature import _augment, main, make_tokenizer
+from finetune.stable_diffusion.model import load_base
 
 CAPTIONS = ["a red disc on a dark background", "a green disc", "two stripes"]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from finetune import metrics
+from finetune.evaluation import metrics
 
 
 def _images(rng: np.random.Generator, n: int = 3, size: int = 14) -> np.ndarray:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_sharding.common.errors import RequestError
-from finetune.evrnet import MKRB, EVRNet, EVRNetConfig, whitening_matrix
-from finetune.evrnet_training import EVRNetAugment, calibrate_batch_norm, changed, same_category_average
-from finetune.training import StepRandom
+from finetune.dm_re2i.evrnet import MKRB, EVRNet, EVRNetConfig, whitening_matrix
+from finetune.dm_re2i.train_evrnet import EVRNetAugment, calibrate_batch_norm, changed, same_category_average
+from finetune.training.fit import StepRandom
 
 SMALL = EVRNetConfig(n_classes=3, n_channels=16, widths=(4, 4, 8, 8, 12))
 

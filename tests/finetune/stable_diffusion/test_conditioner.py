@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data_sharding.common.errors import RequestError
-from finetune.conditioner import ClipHead, ClipHeadConfig, Conditioner, ConditionerConfig
+from finetune.stable_diffusion.conditioner import ClipHead, ClipHeadConfig, Conditioner, ConditionerConfig
 
 
 def test_dream_diffusions_sizes() -> None:

@@ -17,8 +17,8 @@ from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import atomic_directory, read_json, write_json
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_images import is_local
-from finetune.conditioner import ClipHead, Conditioner
-from finetune.data import eeg_for_model, to_pixels
+from finetune.images import eeg_for_model, to_pixels
+from finetune.stable_diffusion.conditioner import ClipHead, Conditioner
 from pretrain.encoder.encoder import EEGEncoder
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import torch
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import collate
-from finetune.models import load_generator
-from finetune.stable_diffusion import StableDiffusionConfig, build, main
-from finetune.stable_diffusion_model import EEGDiffusion, cross_attention_parameters, load_base
+from finetune.generators import load_generator
+from finetune.stable_diffusion.model import EEGDiffusion, cross_attention_parameters, load_base
+from finetune.stable_diffusion.train import StableDiffusionConfig, build, main
 from pretrain.encoder.encoder import EEGEncoder
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]

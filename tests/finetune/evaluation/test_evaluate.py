@@ -13,9 +13,9 @@ from PIL import Image
 
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset
-from finetune import metrics
-from finetune.data import ImageTable
-from finetune.evaluate import main, nearest_training_image, random_pairs, read_generated
+from finetune.evaluation import metrics
+from finetune.evaluation.evaluate import main, nearest_training_image, random_pairs, read_generated
+from finetune.images import ImageTable
 
 JUDGE = "dataset-classifier"
 QUICK = ["--training.steps", "60", "--training.width", "8", "--permutations", "499"]

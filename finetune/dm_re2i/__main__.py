@@ -1,0 +1,7 @@
+"""``python -m finetune.dm_re2i CONFIG.yaml``, for `accelerate launch -m` and the like."""
+
+import sys
+
+from finetune.dm_re2i.train import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Metrics, controls and the report for a folder of generated images."""

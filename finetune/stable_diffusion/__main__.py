@@ -1,0 +1,7 @@
+"""``python -m finetune.stable_diffusion CONFIG.yaml``, for `accelerate launch -m` and the like."""
+
+import sys
+
+from finetune.stable_diffusion.train import main
+
+sys.exit(main())
