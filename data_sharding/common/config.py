@@ -6,11 +6,11 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.errors import RequestError, one_line, run_main
 
 T = TypeVar("T")
 
@@ -28,6 +28,24 @@ def _leaf_keys(cls: type, prefix: str = "") -> list[str]:
     return keys
 
 
+def _renamed_keys(cls: type, prefix: str = "") -> dict[str, str]:
+    """Keys that a config had in older versions, nested ones included, with what to use instead.
+
+    A config class lists its own in ``RENAMED: ClassVar[dict[str, str]]``: the old key to the new one, both relative to
+    the class, or to a sentence where a new name does not say enough.
+    """
+    import typing
+
+    found = {}
+    for old, new in getattr(cls, "RENAMED", {}).items():
+        found[prefix + old] = new if " " in new else f"use '{prefix}{new}'"
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= _renamed_keys(hints[field.name], f"{prefix}{field.name}.")
+    return found
+
+
 def _explain(error: Exception, cls: type) -> str:
     """One line that names the key and what to do, out of jsonargparse's message."""
     message = one_line(error)
@@ -35,6 +53,8 @@ def _explain(error: Exception, cls: type) -> str:
     group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if unknown or group:
         key = f"{group.group(1)}.{group.group(2)}" if group else next(k for k in unknown.groups() if k)  # type: ignore[union-attr]
+        if key in (renamed := _renamed_keys(cls)):
+            return f"the key '{key}' has another name now; {renamed[key]}"
         keys = _leaf_keys(cls)
         near = difflib.get_close_matches(key, keys, n=1) or [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
         hint = f"did you mean '{near[0]}'?" if near else "see --help for the keys there are"
@@ -121,6 +141,43 @@ def parse_config(
     if (seed := getattr(request, "seed", 0)) < 0:
         raise RequestError(f"seed is {seed}; it must not be negative")
     return request
+
+
+def command(
+    config_class: type[T],
+    body: Callable[[T], int],
+    *,
+    prog: str,
+    positionals: Sequence[str] = ("config",),
+    aliases: Mapping[str, str] | None = None,
+) -> Callable[[list[str] | None], int]:
+    """Make the ``main(argv) -> exit code`` of a command.
+
+    Parameters
+    ----------
+    config_class : type
+        The request, as for `parse_config`.
+    body : callable
+        Does the work on an instance of it and returns the exit code; may raise `RequestError` and `StopRequested`.
+    prog, positionals, aliases
+        As for `parse_config`.
+
+    Returns
+    -------
+    callable
+        Takes the arguments (`sys.argv[1:]` by default) and returns the exit code.
+    """
+
+    def run(words: list[str]) -> int:
+        # DeepSpeed's launcher adds this flag; the environment says the same.
+        words = [word for word in words if not word.startswith("--local_rank=")]
+        return body(parse_config(config_class, words, prog=prog, positionals=positionals, aliases=aliases))
+
+    def main(argv: list[str] | None = None) -> int:
+        return run_main(run, argv)
+
+    main.__doc__ = f"Run ``{prog}``; returns its exit code."
+    return main
 
 
 def to_dict(config: Any) -> dict[str, Any]:

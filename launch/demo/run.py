@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, StopRequested, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, RequestError, StopRequested
 from data_sharding.common.files import atomic_write_text, digest_of, read_json, write_json
 from launch.demo.steps import Step, make_steps
 from launch.worker import PARENT
@@ -317,21 +317,7 @@ def run_demo(config: DemoConfig) -> int:
     return EXIT_DONE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run ``dreamscale demo [--out DIR] [--seed N]``.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        Arguments.
-
-    Returns
-    -------
-    int
-        Exit code.
-    """
-    return run_main(lambda words: run_demo(parse_config(DemoConfig, words, prog="dreamscale demo")), argv)
-
+main = command(DemoConfig, run_demo, prog="dreamscale demo", positionals=())
 
 if __name__ == "__main__":
     sys.exit(main())
