@@ -8,11 +8,19 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from data_sharding.common.errors import RequestError, one_line, run_main
 
 T = TypeVar("T")
+
+
+class Main(Protocol):
+    """A command: takes its arguments (`sys.argv[1:]` by default) and returns its exit code."""
+
+    def __call__(self, argv: list[str] | None = None) -> int:
+        """Run the command."""
+        ...
 
 
 def _leaf_keys(cls: type, prefix: str = "") -> list[str]:
@@ -150,7 +158,7 @@ def command(
     prog: str,
     positionals: Sequence[str] = ("config",),
     aliases: Mapping[str, str] | None = None,
-) -> Callable[[list[str] | None], int]:
+) -> Main:
     """Make the ``main(argv) -> exit code`` of a command.
 
     Parameters
@@ -164,8 +172,8 @@ def command(
 
     Returns
     -------
-    callable
-        Takes the arguments (`sys.argv[1:]` by default) and returns the exit code.
+    Main
+        The command.
     """
 
     def run(words: list[str]) -> int:
