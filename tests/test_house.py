@@ -1,9 +1,14 @@
-"""The house as a whole: every module imports, imports run one way, every config loads, help stays light."""
+"""Rules for the project as a whole: which file may import which, how large a file or folder may be, fast help.
+
+The import rules cover every import statement: at the top of a file, under ``TYPE_CHECKING``, inside a function, and
+``importlib.import_module`` with a module's name written out.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import pkgutil
 import subprocess
 import sys
@@ -12,10 +17,169 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ["data_sharding", "pretrain", "finetune", "launch"]
+PACKAGES = ["launch", "finetune", "pretrain", "data_sharding"]
+"""A package imports only packages that stand after it in this list."""
+FOLDERS = {
+    "launch": [
+        *("__main__", "cli", "doctor", "submit", "ray_train", "agent", "local", "demo"),
+        *("stages", "worker"),
+    ],
+    "finetune": [
+        *("align", "generate", "stable_diffusion", "dm_re2i", "evaluation", "training"),
+        *("clip_images", "generators", "images"),
+    ],
+    "pretrain": [
+        *("train", "plan", "convert", "export", "encode"),
+        *("training", "probe", "runs", "encoder", "model"),
+    ],
+    "data_sharding": [
+        *("__main__", "job", "audit", "corpora", "dataset", "processing", "formats", "common"),
+    ],
+}
+"""Folders and files directly inside each package. Each imports only those that stand after it in its list."""
+MOST_FILES = 15
+MOST_LINES = 700
 
 
-def _modules() -> list[str]:
+def _code_files() -> dict[str, Path]:
+    """Return every code file of the packages, by the name of its module."""
+    files = {}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+FILES = _code_files()
+
+
+def _targets(node: ast.AST, module: str, files: dict[str, Path]) -> set[str]:
+    """Return the modules that one statement imports, as written: modules of other projects are included."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parts = module.split(".")
+            keep = len(parts) - node.level + (files[module].name == "__init__.py")
+            base = ".".join(filter(None, [*parts[:keep], base]))
+        # 'from package import name' imports the module package.name where there is such a file.
+        return {name if (name := f"{base}.{alias.name}") in files else base for alias in node.names}
+    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        return {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
+    return set()
+
+
+def _import_graph(files: dict[str, Path]) -> dict[str, set[str]]:
+    """Return, for every module, the modules that any of its statements imports."""
+    graph = {}
+    for module, path in files.items():
+        nodes = ast.walk(ast.parse(path.read_text()))
+        graph[module] = set().union(*(_targets(node, module, files) for node in nodes)) - {module}
+    return graph
+
+
+def _circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules that import one another (Tarjan's strongly connected components)."""
+    numbers: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    circles: list[list[str]] = []
+    count = itertools.count()
+
+    def visit(module: str) -> None:
+        numbers[module] = lowest[module] = next(count)
+        stack.append(module)
+        for other in graph[module] & graph.keys():
+            if other not in numbers:
+                visit(other)
+            if other in stack:
+                lowest[module] = min(lowest[module], lowest[other])
+        if lowest[module] == numbers[module]:
+            group = stack[stack.index(module) :]
+            del stack[-len(group) :]
+            if len(group) > 1:
+                circles.append(sorted(group))
+
+    for module in graph:
+        if module not in numbers:
+            visit(module)
+    return circles
+
+
+GRAPH = _import_graph(FILES)
+
+
+def test_the_import_graph_sees_every_kind_of_import(tmp_path: Path) -> None:
+    texts = {
+        "pkg/__init__.py": "from .a import x",
+        "pkg/a.py": "import pkg.b",
+        "pkg/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pkg import c",
+        "pkg/c.py": "def f():\n    from .sub.d import y",
+        "pkg/sub/d.py": "import importlib\nimportlib.import_module('pkg.a')",
+        "pkg/e.py": "from pkg.a import x",
+    }
+    files = {}
+    for name, text in texts.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        files[name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")] = path
+    graph = _import_graph(files)
+    assert graph["pkg"] == {"pkg.a"} and graph["pkg.e"] == {"pkg.a"}
+    assert _circles(graph) == [["pkg.a", "pkg.b", "pkg.c", "pkg.sub.d"]]
+
+
+def test_packages_import_one_way() -> None:
+    wrong = [
+        f"{module} imports {other}"
+        for module, others in GRAPH.items()
+        for other in others
+        if (top := other.split(".")[0]) in PACKAGES and PACKAGES.index(top) < PACKAGES.index(module.split(".")[0])
+    ]
+    assert not wrong
+
+
+_OPENING = pytest.mark.xfail(reason="the last import circles are being opened", strict=False)
+
+
+@pytest.mark.parametrize("package", [pytest.param(p, marks=[_OPENING] * (p == "finetune")) for p in PACKAGES])
+def test_folders_import_one_way(package: str) -> None:
+    order = FOLDERS[package]
+    present = {module.split(".")[1] for module in FILES if module.startswith(f"{package}.")}
+    assert present == set(order), f"list every folder and file of {package} in FOLDERS of {Path(__file__).name}"
+    wrong = []
+    for module, others in GRAPH.items():
+        for other in others:
+            inside = module.startswith(f"{package}.") and other.startswith(f"{package}.")
+            if inside and order.index(other.split(".")[1]) < order.index(module.split(".")[1]):
+                wrong.append(f"{module} imports {other}")
+    assert not wrong
+
+
+@_OPENING
+def test_no_file_takes_part_in_an_import_circle() -> None:
+    assert not _circles(GRAPH)
+
+
+def test_no_folder_holds_more_than_15_code_files() -> None:
+    counts: dict[Path, int] = {}
+    for folder in (*PACKAGES, "tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            counts[path.parent] = counts.get(path.parent, 0) + (path.stem not in ("__init__", "__main__"))
+    assert not {folder: count for folder, count in counts.items() if count > MOST_FILES}
+
+
+def test_no_file_is_longer_than_700_lines() -> None:
+    paths = itertools.chain.from_iterable(
+        (ROOT / folder).rglob("*.py") for folder in (*PACKAGES, "tests", "benchmarks")
+    )
+    lengths = {path: len(path.read_text().splitlines()) for path in paths}
+    assert not {path: length for path, length in lengths.items() if length > MOST_LINES}
+
+
+def _module_names() -> list[str]:
     names = []
     for package in PACKAGES:
         root = importlib.import_module(package)
@@ -23,48 +187,17 @@ def _modules() -> list[str]:
     return [name for name in names if not name.endswith("__main__")]
 
 
-@pytest.mark.parametrize("name", _modules())
-def test_every_module_imports_and_says_what_it_is(name: str) -> None:
+@pytest.mark.parametrize("name", _module_names())
+def test_every_module_imports_and_has_a_docstring(name: str) -> None:
     assert importlib.import_module(name).__doc__
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_imports_run_one_way(package: str) -> None:
-    above = set(PACKAGES[PACKAGES.index(package) + 1 :])
-    wrong = []
-    for path in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            wrong += [f"{path}: {name}" for name in names if name.split(".")[0] in above]
-    assert not wrong
-
-
-def test_no_file_is_beyond_700_lines() -> None:
-    long = {p: n for d in PACKAGES for p in (ROOT / d).rglob("*.py") if (n := len(p.read_text().splitlines())) > 700}
-    assert not long
 
 
 def test_help_answers_without_heavy_imports() -> None:
     code = (
         "import sys; from launch.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'mne', 'ray', 'diffusers', 'jsonargparse', 'rich'} & set(sys.modules)\n"
+        "assert main(['--help']) == 0\n"
+        "heavy = {'torch', 'numpy', 'mne', 'ray', 'diffusers', 'jsonargparse', 'rich', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for command in (
-        "demo",
-        "shard",
-        "pretrain",
-        "export",
-        "encode",
-        "align",
-        "finetune",
-        "ddpm",
-        "generate",
-        "evaluate",
-    ):
-        assert command in done.stdout
