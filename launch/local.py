@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from data_sharding.common.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from data_sharding.common.shipped import find_config
 from launch.stages import Stage
 from launch.worker import FOLDER, read_numbers
 
@@ -83,7 +84,7 @@ def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
 
         for file in files:
             try:
-                content = yaml.safe_load(Path(file).read_text())
+                content = yaml.safe_load(find_config(file).read_text())
             except (OSError, ValueError, yaml.YAMLError):
                 return default
             if isinstance(content, dict):

@@ -107,5 +107,10 @@ STAGES: dict[str, Stage] = {
         usage="slurm|ray|k8s STAGE CONFIG",
         help="render and submit a cluster job; --dry-run prints it",
     ),
+    "configs": Stage(
+        module="launch.configs",
+        usage="[NAME] [-o DIR]",
+        help="list, print or copy the configs that come with Dreamscale",
+    ),
     "doctor": Stage(module="launch.doctor", usage="", help="what works on this machine, and what to install"),
 }

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, run_main
+from data_sharding.common.shipped import shipped_configs
 from launch.stages import STAGES, Stage
 
-TEMPLATES = Path(__file__).resolve().parents[1] / "configs" / "cluster"
 _FILES = {"slurm": "slurm.sh", "ray": "ray.sh", "k8s": "k8s.yaml"}
 _TOOLS = {"slurm": "sbatch", "ray": "ray", "k8s": "kubectl"}
 
@@ -183,9 +183,9 @@ def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
     RequestError
         If an argument cannot be put into such a file.
     """
-    template = TEMPLATES / _FILES[config.scheduler]
+    template = shipped_configs() / "cluster" / _FILES[config.scheduler]
     if not template.is_file():
-        raise RequestError(f"{template}: no such file; run from a checkout installed with 'pip install -e .'")
+        raise RequestError(f"{template}: no such file; install Dreamscale again, with pip")
     line = launch_line(config, stage, words)
     if config.scheduler != "ray" and re.search(r"['\"\\\n]", line):
         raise RequestError(

@@ -21,7 +21,7 @@ PACKAGES = ["launch", "finetune", "pretrain", "data_sharding"]
 """A package imports only packages that stand after it in this list."""
 FOLDERS = {
     "launch": [
-        *("__main__", "cli", "doctor", "submit", "ray_train", "agent", "local", "demo"),
+        *("__main__", "cli", "configs", "doctor", "submit", "ray_train", "agent", "local", "demo"),
         *("stages", "worker"),
     ],
     "finetune": [

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from data_sharding.common.errors import RequestError, one_line, run_main
+from data_sharding.common.shipped import find_config
 
 T = TypeVar("T")
 
@@ -134,7 +135,10 @@ def parse_config(
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the keys below.")
     parser.add_class_arguments(cls, nested_key=None, sub_configs=False)
     for position, word in enumerate(words):
-        if word == "--config" and position + 1 < len(words) and not Path(words[position + 1]).is_file():
+        if word != "--config" or position + 1 == len(words):
+            continue
+        words[position + 1] = str(find_config(words[position + 1]))
+        if not Path(words[position + 1]).is_file():
             raise RequestError(f"{words[position + 1]}: no such config file")
     try:
         namespace = parser.parse_args(words)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_sharding.common.errors import RequestError
+from data_sharding.common.shipped import shipped_configs
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DEFAULT_OUT = "runs/demo"
 """Where the paths in ``configs/demo`` point to."""
 MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
@@ -69,7 +69,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     if not path.is_file():
-        raise RequestError(f"{path}: no such file; run the demo from a checkout installed with 'pip install -e .'")
+        raise RequestError(f"{path}: no such file; install Dreamscale again, with pip")
     return yaml.safe_load(path.read_text()) or {}
 
 
@@ -118,10 +118,10 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
     RequestError
         If the configs are not there.
     """
-    smoke = read_yaml(CONFIGS / "demo" / "smoke.yaml") if profile == "smoke" else {}
+    smoke = read_yaml(shipped_configs() / "demo" / "smoke.yaml") if profile == "smoke" else {}
 
     def resolve(name: str) -> dict[str, Any]:
-        config = _merge(_moved(read_yaml(CONFIGS / "demo" / f"{name}.yaml"), out), smoke.get(name, {}))
+        config = _merge(_moved(read_yaml(shipped_configs() / "demo" / f"{name}.yaml"), out), smoke.get(name, {}))
         if "seed" in config:
             config["seed"] = seed
         return config
@@ -176,7 +176,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
         ),
         staged("dm_re2i", "ddpm", "train EVRNet and the EEG-guided DDPM: Accelerate", ["shard_paired"]),
     ]
-    images = _merge(_moved(read_yaml(CONFIGS / "demo" / "images.yaml"), out), smoke.get("images", {}))
+    images = _merge(_moved(read_yaml(shipped_configs() / "demo" / "images.yaml"), out), smoke.get("images", {}))
     judge: str | None = None
     for kind, run in MODELS.items():
         options = _flags(images["generate"].get(kind, {}))
