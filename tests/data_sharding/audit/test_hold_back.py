@@ -240,6 +240,6 @@ class TestJob:
 
     def test_report_and_tables_tell(self, sharded: tuple[Path, Path], capsys) -> None:
         page = (sharded[1] / "report.html").read_text()
-        assert "Held back" in page and f"dataset {sharded[0]}" in page and page.count("data:image/png") == 4
+        assert "Held back" in page and f"dataset {sharded[0]}" in page and page.count("data:image/png") == 3 + 1 + 1
         assert inspect([str(sharded[1])]) == 0
         assert f"dataset {sharded[0]}" in capsys.readouterr().out

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from data_sharding.audit.inspect_dataset import main as inspect
-from data_sharding.audit.report import warnings_of, write_report
-from data_sharding.audit.report_figures import Window, funnel_steps, line_peaks, sample_windows, spectrum
+from data_sharding.audit.report import find_warnings, sum_hours_by_fate, write_report
+from data_sharding.audit.report_figures import Window, compute_spectrum, measure_mains_peaks, sample_windows
 from data_sharding.dataset.ledger import STATUSES, read_ledger, set_aside, totals, write_ledger
 from data_sharding.dataset.manifest import Manifest
 
@@ -77,17 +77,25 @@ class TestPage:
         parser.feed(page)
         assert parser.open == []
         text = " ".join(parser.text)
-        for title in ("Hours", "Corpora", "Splits", "Set aside, and why", "Held back", "Spectra", "Examples"):
+        for title in (
+            "Hours",
+            "Corpora",
+            "Splits",
+            "Recordings set aside, and why",
+            "Held back",
+            "Spectra",
+            "Examples",
+        ):
             assert title in text
-        assert page.count("data:image/png;base64,") == 4
+        assert page.count("data:image/png;base64,") == 3 + 2 + 2, "overview, spectra and traces"
         assert "http" not in page and "<script" not in page and 'src="/' not in page
         assert "<script>alert(1)</script>" in text and "<b>clinic</b>" in text, "names are shown, not run"
-        assert "No subject stands in two splits" in text and "subject x" in text
+        assert "No subject appears in more than one split" in text and "subject x" in text
 
     def test_without_shards_it_says_so(self, dataset: Path, tmp_path: Path) -> None:
         write_report(tmp_path / "report.html", read_ledger(dataset), Manifest.read(dataset))
         page = (tmp_path / "report.html").read_text()
-        assert page.count("data:image/png;base64,") == 2 and page.count("Not drawn") == 2
+        assert page.count("data:image/png;base64,") == 3 and page.count("Not drawn") == 2
 
     def test_block_design_is_warned_of(self, dataset: Path, tmp_path: Path) -> None:
         corpora = [
@@ -114,21 +122,21 @@ class TestPage:
         assert len(page) < 2e6 and "... and 275 more." in page
         parser = Strict()
         parser.feed(page)
-        assert re.search(r"\.\.\. and \d+ more\.", page[page.index("Set aside") :])
+        assert re.search(r"\.\.\. and \d+ more\.", page[page.index('id="recordings-set-aside') :])
 
 
 def test_warnings(dataset: Path, make_row) -> None:
     manifest = Manifest.read(dataset)
     fine = [make_row(f"r{i}", subject="s", montage_confidence=1.0) for i in range(30)]
-    assert warnings_of(fine, manifest) == []
+    assert find_warnings(fine, manifest) == []
     unnamed = [*fine, make_row("r99", montage_confidence=0.2)]
-    assert [w.split(" ")[0] for w in warnings_of(unnamed, manifest)] == ["Of", "1"]
+    assert [w.split(" recordings")[0] for w in find_warnings(unnamed, manifest)] == ["1 of 31", "1"]
     broken = [*fine, *(make_row(f"b{i}", status="quarantined", reason="x", subject="s") for i in range(9))]
-    assert "9 of 39 recordings (23.1 %) are quarantined" in warnings_of(broken, manifest)[0]
+    assert "9 of 39 recordings (23.1 %) are quarantined" in find_warnings(broken, manifest)[0]
 
 
 def test_funnel_adds_up(dataset: Path) -> None:
-    steps = dict(funnel_steps(read_ledger(dataset)))
+    steps = dict(sum_hours_by_fate(read_ledger(dataset)))
     assert steps["found"] == pytest.approx(sum(hours for name, hours in steps.items() if name != "found"))
     assert steps["held back"] == pytest.approx(60 / 3600) and steps["written"] == pytest.approx(32 / 3600)
 
@@ -140,15 +148,18 @@ def test_windows_are_spread_over_recordings(dataset: Path) -> None:
     t = np.arange(400) / 100
     x = np.random.default_rng(0).normal(0, 1, (4, 400)) + 5 * np.sin(2 * np.pi * 10 * t)
     x[3] = 1e4 * np.sin(2 * np.pi * 30 * t)
-    frequency, power = spectrum([Window(eeg=x, meta={"ch_names": list("abcd"), "bads": ["d"]})], 100.0)
+    frequency, power = compute_spectrum([Window(eeg=x, meta={"ch_names": list("abcd"), "bads": ["d"]})], 100.0)
     assert frequency[power.argmax()] == 10.0 and power.max() < 100, "of good channels"
 
 
-def test_line_peaks() -> None:
+def test_measure_mains_peaks() -> None:
     frequency = np.arange(0, 101.0)
     power = np.ones(101)
     power[50] = 9.0
-    assert line_peaks(frequency, power) == {50.0: 9.0, 60.0: 1.0} and line_peaks(frequency[:40], power[:40]) == {}
+    assert (
+        measure_mains_peaks(frequency, power) == {50.0: 9.0, 60.0: 1.0}
+        and measure_mains_peaks(frequency[:40], power[:40]) == {}
+    )
 
 
 class TestInspect:
