@@ -22,42 +22,17 @@ from data_sharding.common.errors import EXIT_DONE, run_main
 from data_sharding.common.files import write_json
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Batch, sequential
-from data_sharding.dataset.samples import pad_channels
-from data_sharding.processing.preprocess import PreprocessSpec
+from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import clip_image_embeddings
-from finetune.images import ImageTable, eeg_for_model, open_paired
-from finetune.stable_diffusion.conditioner import ClipHead, ClipHeadConfig
-from finetune.training.fit import (
-    StepRandom,
-    TrainingConfig,
-    fit,
-    make_accelerator,
-    open_run,
-    plot_losses,
-    quiet_libraries,
-    rank_loader,
-)
+from finetune.eeg import ImageAugmentConfig, eeg_for_model, load_encoder, prepare_eeg
+from finetune.images import ImageTable, open_paired
+from finetune.training.accelerate import make_accelerator, open_run, quiet_libraries, rank_loader
+from finetune.training.config import TrainingConfig
+from finetune.training.fit import fit
+from finetune.training.plots import plot_losses
+from finetune.training.step_random import StepRandom
 from pretrain.encoder.encoder import EEGEncoder
-from pretrain.model.montage import common_positions
-from pretrain.runs.directory import TrackerConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Changes of the EEG that do not change what was seen; training only."""
-
-    shift: int = 0
-    """Largest shift in time, in samples, to either side; the edge is repeated."""
-    noise: float = 0.0
-    """Standard deviation of white noise, in the window's own."""
-    drop_channels: float = 0.0
-    """Largest share of channels that are silenced."""
-    average: int = 1
-    """Up to so many trials of the same image (under the same channels) are averaged; 1 for none."""
-
-    def __post_init__(self) -> None:
-        if self.shift < 0 or self.noise < 0 or not 0 <= self.drop_channels < 1 or self.average < 1:
-            raise ValueError("augment: need shift >= 0, noise >= 0, 0 <= drop_channels < 1 and average >= 1")
+from pretrain.runs.tracking import TrackerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +57,7 @@ class AlignConfig:
     """Learning rate of the encoder over that of the head."""
     watch: Literal["cosine", "top1", "top5"] = "cosine"
     """What decides on the val split which weights are kept."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    augment: ImageAugmentConfig = field(default_factory=ImageAugmentConfig)
     """Changes of the EEG in training."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Steps, batch, rates."""
@@ -98,64 +73,6 @@ class AlignConfig:
     def __post_init__(self) -> None:
         if not self.temperature > 0 or self.encoder_lr < 0:
             raise ValueError("need temperature > 0 and encoder_lr >= 0")
-
-
-def augmented(
-    batch: Batch,
-    dataset: EEGDataset,
-    table: ImageTable,
-    config: AugmentConfig,
-    random: StepRandom,
-    scaling: PreprocessSpec | EEGEncoder,
-) -> Tensor:
-    """Change windows in ways that do not change what was seen.
-
-    Parameters
-    ----------
-    batch : Batch
-        Trials of this rank.
-    dataset : EEGDataset
-        Where they come from.
-    table : ImageTable
-        Its images: which trials saw the same one.
-    config : AugmentConfig
-        How much.
-    random : StepRandom
-        Of this step.
-    scaling : PreprocessSpec or EEGEncoder
-        Whose scaling applies.
-
-    Returns
-    -------
-    Tensor of float32, [b, 128, T]
-        Changed windows in model units.
-    """
-    eeg_bCT = batch.padded(dtype=torch.float32)
-    b, channels, samples = eeg_bCT.shape
-    if config.average > 1:
-        # How many, and which of the companions: a fixed number of draws, so that ranks stay in step.
-        many_b = random.integers(config.average, b)
-        place_b = random.uniform(b)
-        for i, number in enumerate(batch.numbers):
-            others = table.companions[number]
-            count = min(int(many_b[i]), len(others))
-            first = int(place_b[i] * len(others))
-            for other in (others[(first + k) % len(others)] for k in range(count)):
-                eeg_bCT[i] += torch.as_tensor(pad_channels(dataset[other].eeg)).float()
-            eeg_bCT[i] /= 1 + count
-    x_bCT = eeg_for_model(eeg_bCT, scaling)
-    # Copies of a channel must share its fate.
-    true_bC = torch.stack([torch.arange(channels) % int(meta["n"]) for meta in batch.metas])
-    if config.shift:
-        moved = torch.arange(samples) + random.integers(2 * config.shift + 1, b, 1) - config.shift
-        x_bCT = x_bCT.gather(2, moved.clamp(0, samples - 1)[:, None].expand(-1, channels, -1))
-    if config.noise:
-        noise = random.normal(b, channels, samples).gather(1, true_bC[..., None].expand(-1, -1, samples))
-        x_bCT = x_bCT + config.noise * noise
-    if config.drop_channels:
-        share_b1 = random.uniform(b, 1) * config.drop_channels
-        x_bCT = x_bCT * (random.uniform(b, channels) >= share_b1).gather(1, true_bC)[..., None]
-    return x_bCT
 
 
 def gathered(x_bP: Tensor) -> Tensor:
@@ -299,41 +216,6 @@ def retrieval(
     }
 
 
-def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> EEGEncoder:
-    """Load an encoder package for a dataset.
-
-    Parameters
-    ----------
-    path : str
-        The package.
-    dataset : EEGDataset
-        What it will see.
-    pretrained : bool
-        False: the same shape with fresh weights.
-
-    Returns
-    -------
-    EEGEncoder
-        Without a classification head.
-
-    Raises
-    ------
-    RequestError
-        If it is no package, or belongs to another preprocessing.
-    """
-    encoder = EEGEncoder.from_pretrained(path)
-    dataset.require_preprocess(encoder.spec, f"encoder {path}")
-    if not pretrained or encoder.head is not None:
-        bare = EEGEncoder(encoder.config, encoder.spec, n_chans=encoder.n_chans)
-        if pretrained:
-            bare.backbone.load_state_dict(encoder.backbone.state_dict())
-        encoder = bare
-    if encoder.config.tokenizer == "montage":
-        # Models of this stage see windows alone: the electrodes stay with the encoder.
-        encoder.positions_C3 = common_positions(dataset)
-    return encoder
-
-
 def main(argv: list[str] | None = None) -> int:
     """Align an encoder with CLIP.
 
@@ -375,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         row = torch.as_tensor(table.row_of[batch.numbers])
-        x, target = augmented(batch, data, table, config.augment, random, encoder), target_MP[row]
+        x, target = prepare_eeg(batch, data, table, config.augment, random, encoder), target_MP[row]
         return {"x": x, "target": target, "row": row}
 
     result = fit(

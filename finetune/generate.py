@@ -22,7 +22,7 @@ from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import collate
 from finetune.generators import Generator, load_generator
 from finetune.images import decode_image, open_paired
-from finetune.training.fit import pick_device, quiet_libraries
+from finetune.training.accelerate import pick_device, quiet_libraries
 from pretrain.runs.directory import StopSignal
 
 

@@ -15,12 +15,9 @@ import numpy as np
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.processing.preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
     import torch
-
-    from pretrain.encoder.encoder import EEGEncoder
 
 
 def open_paired(path: str | Path, split: str) -> EEGDataset:
@@ -44,26 +41,6 @@ def open_paired(path: str | Path, split: str) -> EEGDataset:
         If there is no complete dataset, no such split, or a trial has no image.
     """
     return EEGDataset(path, split).require_images()
-
-
-def eeg_for_model(eeg_BCT: torch.Tensor, scaling: PreprocessSpec | EEGEncoder, device: Any = None) -> torch.Tensor:
-    """Bring stored microvolts to what models see.
-
-    Parameters
-    ----------
-    eeg_BCT : Tensor, shape (B, 128, T)
-        Microvolts, of any float type.
-    scaling : PreprocessSpec or EEGEncoder
-        Whose scaling applies: the encoder's, where there is one.
-    device : torch.device, optional
-        Where to.
-
-    Returns
-    -------
-    Tensor of float32, shape (B, 128, T)
-        Scaled and clipped.
-    """
-    return scaling.scale_for_model(eeg_BCT.to(device).float())
 
 
 def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -> np.ndarray:

@@ -89,7 +89,7 @@ STAGES: dict[str, Stage] = {
     ),
     "ddpm": Stage(
         module="finetune.dm_re2i.train",
-        config="finetune.dm_re2i.train:DMRE2IConfig",
+        config="finetune.dm_re2i.config:DMRE2IConfig",
         usage="CONFIG",
         help="train EVRNet, then the EEG-guided DDPM",
         launcher="accelerate",

@@ -25,8 +25,8 @@ FOLDERS = {
         *("stages", "worker"),
     ],
     "finetune": [
-        *("align", "generate", "stable_diffusion", "dm_re2i", "evaluation", "training"),
-        *("clip_images", "generators", "images"),
+        *("align", "generate", "stable_diffusion", "dm_re2i", "evaluation"),
+        *("eeg", "clip_head", "diffusion", "training", "clip_images", "generators", "images"),
     ],
     "pretrain": [
         *("train", "plan", "convert", "export", "encode"),

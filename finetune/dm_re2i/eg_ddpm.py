@@ -331,15 +331,15 @@ class EGDDPM(ModelMixin, ConfigMixin):
             torch.where(std_D > 1e-3 * std_D.max().clamp_min(1e-12), std_D, torch.ones_like(std_D))
         )
 
-    def encode_condition(self, e_BD: Tensor, drop_B: Tensor | None = None) -> Tensor:
+    def encode_condition(self, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:
         """Standardise features and put the learned null vector where the condition is dropped.
 
         Parameters
         ----------
         e_BD : Tensor, shape (B, D)
             EEG features.
-        drop_B : Tensor of bool, shape (B,), optional
-            Trials whose condition is dropped.
+        keep_B : Tensor of bool, shape (B,), optional
+            False where the condition is dropped; by default every condition is kept.
 
         Returns
         -------
@@ -352,14 +352,14 @@ class EGDDPM(ModelMixin, ConfigMixin):
             If a condition is to be dropped and the network has no null vector.
         """
         e_BD = (e_BD - self.condition_mean) / self.condition_std
-        if drop_B is None:
+        if keep_B is None:
             return e_BD
         if self.null is None:
             raise ValueError("this EG-DDPM has no null vector; build it with null_condition=True to drop conditions")
         # No branch on the values: every rank runs the same graph.
-        return torch.where(drop_B[:, None], self.null[None, :], e_BD)
+        return torch.where(keep_B[:, None], e_BD, self.null[None, :])
 
-    def forward(self, sample: Tensor, timestep: Tensor | int, e_BD: Tensor, drop_B: Tensor | None = None) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor | int, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:
         """Predict the noise.
 
         Parameters
@@ -370,8 +370,8 @@ class EGDDPM(ModelMixin, ConfigMixin):
             Steps t.
         e_BD : Tensor, shape (B, D)
             EEG features.
-        drop_B : Tensor of bool, shape (B,), optional
-            Trials whose condition is replaced by the null vector.
+        keep_B : Tensor of bool, shape (B,), optional
+            False where the condition is replaced by the null vector; by default every condition is kept.
 
         Returns
         -------
@@ -380,7 +380,7 @@ class EGDDPM(ModelMixin, ConfigMixin):
         """
         step_B = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         embedding_BE = self.time[1:](self.time[0](step_B).to(sample.dtype))
-        embedding_BE = embedding_BE + self.condition(self.encode_condition(e_BD, drop_B))
+        embedding_BE = embedding_BE + self.condition(self.encode_condition(e_BD, keep_B))
         h, copies = self.fold(sample), []
         for level, block in enumerate(self.down):
             h = block(h, embedding_BE)

@@ -5,14 +5,13 @@ Legend of suffixes: B batch, C channels (electrodes), T samples, D feature width
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data_sharding.common.errors import RequestError
+from finetune.training.module_files import load_module, save_module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,55 +204,11 @@ class EVRNet(nn.Module):
         e_BD = self.ts(h).mean(dim=(2, 3))
         return e_BD, self.fc(self.dropout(e_BD))
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``.
-
-        Parameters
-        ----------
-        path : str or Path
-            Directory; made where it is missing.
-        """
-        from safetensors.torch import save_file
-
-        from data_sharding.common.files import write_json
-
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", {"kind": "evrnet", **asdict(self.config)})
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, path / "model.safetensors")
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors."""
+        save_module(self, self.config, folder, "evrnet")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> EVRNet:
-        """Load what `save_pretrained` wrote, in evaluation mode.
-
-        Parameters
-        ----------
-        path : str or Path
-            Directory.
-
-        Returns
-        -------
-        EVRNet
-            The network.
-
-        Raises
-        ------
-        RequestError
-            If a file is missing or damaged, or holds other parameters than the configuration asks for.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        from data_sharding.common.files import read_json
-
-        path = Path(path)
-        stored = read_json(path / "config.json")
-        if not isinstance(stored, dict) or stored.pop("kind", None) != "evrnet":
-            raise RequestError(f"{path / 'config.json'}: does not describe an EVRNet; give the model's evrnet/ folder")
-        try:
-            lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-            model = cls(EVRNetConfig(**lists))
-            model.load_state_dict(load_file(path / "model.safetensors"), strict=True)
-        except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
-            raise RequestError(f"{path}: not a whole EVRNet ({error}); export the run again") from None
-        return model.eval()
+    def from_pretrained(cls, folder: str | Path) -> EVRNet:
+        """Read what `save_pretrained` wrote, in evaluation mode; raises as `load_module` does."""
+        return load_module(cls, EVRNetConfig, folder, "evrnet")

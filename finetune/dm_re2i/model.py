@@ -15,9 +15,11 @@ from torch import Tensor
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import atomic_directory, read_json, write_json
 from data_sharding.processing.preprocess import PreprocessSpec
+from finetune.diffusion import draw_noise, sample
 from finetune.dm_re2i.eg_ddpm import EGDDPM
 from finetune.dm_re2i.evrnet import EVRNet
-from finetune.images import eeg_for_model, to_pixels
+from finetune.eeg import eeg_for_model
+from finetune.images import to_pixels
 
 KIND = "eg_ddpm"
 SCHEMA = 1
@@ -97,28 +99,24 @@ def sample_images(
     """
     from diffusers import DDIMScheduler
 
-    guided = guidance_scale != 1
-    if guided and unet.null is None:
+    if guidance_scale != 1 and unet.null is None:
         raise RequestError("this model was trained without dropping conditions (drop 0); use --guidance_scale 1")
     # Trailing: the first step starts at the last, noisiest step of training, as x_T ~ N(0, I) asks.
     scheduler = DDIMScheduler.from_config(noising_config, timestep_spacing="trailing")
     if steps > scheduler.config.num_train_timesteps:
         raise RequestError(f"--steps {steps}: the model was trained with {scheduler.config.num_train_timesteps}")
-    scheduler.set_timesteps(steps, device=e_BD.device)
-    size = unet.config.sample_size
-    shape = (unet.config.in_channels, size, size)
-    # On the processor, so that the same seed gives the same noise on every device.
-    x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    x = x.to(e_BD.device, e_BD.dtype)
-    dropped_B = torch.arange(2 * len(x), device=x.device) >= len(x)
-    for step in scheduler.timesteps:
-        if guided:
-            own, none = unet(torch.cat([x, x]), step, torch.cat([e_BD, e_BD]), dropped_B).chunk(2)
-            guess = none + guidance_scale * (own - none)
-        else:
-            guess = unet(x, step, e_BD)
-        x = scheduler.step(guess, int(step), x).prev_sample
-    return x
+    size, device = unet.config.sample_size, e_BD.device
+    noise = draw_noise((unet.config.in_channels, size, size), seeds, device).to(e_BD.dtype)
+    kept_B = torch.ones(len(seeds), dtype=torch.bool, device=device)
+    return sample(
+        lambda x, time, condition: unet(x, time, *condition),
+        scheduler,
+        noise,
+        (e_BD, kept_B) if guidance_scale != 1 else (e_BD, None),
+        (e_BD, ~kept_B),
+        steps=steps,
+        guidance_scale=guidance_scale,
+    )
 
 
 def save_model(

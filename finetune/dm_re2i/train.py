@@ -9,9 +9,8 @@ H rows, W columns.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,103 +20,22 @@ from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Batch
+from finetune.diffusion import DenoisingWatcher, denoising_errors
+from finetune.dm_re2i.config import DMRE2IConfig
 from finetune.dm_re2i.eg_ddpm import EGDDPM
 from finetune.dm_re2i.evrnet import EVRNet
 from finetune.dm_re2i.model import eeg_features, sample_images, save_model
-from finetune.dm_re2i.train_evrnet import EVRNetStage, all_eeg, spread, train_evrnet
+from finetune.dm_re2i.train_evrnet import train_evrnet
+from finetune.eeg import choose_evenly, read_trials
 from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
-from finetune.training.fit import (
-    StepRandom,
-    TrainingConfig,
-    fit,
-    make_accelerator,
-    open_run,
-    plot_losses,
-    quiet_libraries,
-    rank_loader,
-)
-from pretrain.runs.directory import RunDirectory, TrackerConfig
+from finetune.training.accelerate import make_accelerator, open_run, quiet_libraries, rank_loader
+from finetune.training.fit import fit
+from finetune.training.plots import plot_losses
+from finetune.training.step_random import StepRandom
+from pretrain.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@dataclass(frozen=True, kw_only=True)
-class EGDDPMStage:
-    """The second stage: noise to the image, guided by the EEG's feature."""
-
-    image_size: int = 64
-    """Pixels of a side."""
-    base_channels: int = 64
-    """Feature maps at the first level."""
-    multipliers: tuple[int, ...] = (1, 2, 4, 8)
-    """Feature maps of the levels over those of the first."""
-    expansion: int = 2
-    """Width multiple inside the ConvNeXt blocks."""
-    heads: int = 4
-    """Attention heads."""
-    head_dim: int = 32
-    """Width of a head."""
-    scale_shift: bool = False
-    """FiLM in place of adding the embedding; not in the paper."""
-    patch: int = 1
-    """Fold squares of so many pixels into channels; 2 is four times cheaper; not in the paper."""
-    join_first: bool = False
-    """Have the first level's copy join on the way up, too; narrow networks need it; not in the paper."""
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What the network predicts. The paper's is the noise (epsilon); v_prediction draws forms after fewer steps."""
-    loss: Literal["l1", "l2"] = "l2"
-    """Norm of the error; the paper does not say."""
-    noise_steps: int = 1000
-    """Steps of the forward process, with the cosine schedule (squaredcos_cap_v2)."""
-    drop: float = 0.1
-    """Share of trials whose condition is dropped, for classifier-free guidance; the paper's is 0."""
-    condition_noise: float = 0.0
-    """Standard deviation of noise on the standardised feature in training."""
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.995))
-    """Steps, batch, rates."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.drop < 1 or self.condition_noise < 0 or self.noise_steps < 2:
-            raise ValueError("ddpm: need 0 <= drop < 1, condition_noise >= 0 and noise_steps >= 2")
-        multiple = self.patch * 2 ** (len(self.multipliers) - 1)
-        if len(self.multipliers) < 2 or self.patch < 1 or self.image_size < 1 or self.image_size % multiple:
-            raise ValueError(
-                f"ddpm.image_size {self.image_size} must be a multiple of {multiple}, which patch {self.patch} and "
-                f"{len(self.multipliers)} levels (2 or more) ask for"
-            )
-        if self.base_channels < 4 or self.base_channels % 2:
-            raise ValueError(f"ddpm.base_channels must be even and 4 or more, got {self.base_channels}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DMRE2IConfig:
-    """DM-RE2I: EVRNet, then the EEG-guided DDPM in pixel space."""
-
-    dataset: str
-    """EEG-image dataset with train and val splits."""
-    output: str
-    """Run directory; `evrnet/` holds the first stage's run, `model/` the result."""
-    evrnet: EVRNetStage = field(default_factory=EVRNetStage)
-    """First stage."""
-    evrnet_from: str | None = None
-    """EVRNet of an earlier run (its `model/evrnet`) to take in place of training one."""
-    ddpm: EGDDPMStage = field(default_factory=EGDDPMStage)
-    """Second stage."""
-    val_trials: int = 256
-    """Trials of the val split that are watched, evenly spread."""
-    num_processes: int = 1
-    """Processes over all machines."""
-    seed: int = 0
-    """Of order, noise and fresh weights."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    """Where metrics go besides metrics.jsonl."""
-
-    def __post_init__(self) -> None:
-        if self.val_trials < 2:
-            raise ValueError(f"val_trials must be at least 2, got {self.val_trials}")
 
 
 class EGDDPMTask(nn.Module):
@@ -130,25 +48,35 @@ class EGDDPMTask(nn.Module):
     noising : DDPMScheduler
         The forward process.
     norm : str
-        l1 or l2.
+        Norm of the error: l1 or l2.
     """
 
     def __init__(self, unet: EGDDPM, noising: Any, norm: str) -> None:
         super().__init__()
         self.unet, self.noising, self.norm = unet, noising, norm
 
-    def errors(self, image: Tensor, noise: Tensor, time: Tensor, e: Tensor, drop: Tensor | None) -> Tensor:
-        """Error of the prediction, one value a trial; arguments as of `forward`."""
-        noisy = self.noising.add_noise(image, noise, time)
-        velocity = self.noising.config.prediction_type == "v_prediction"
-        target = self.noising.get_velocity(image, noise, time) if velocity else noise
-        difference = self.unet(noisy, time, e, drop).float() - target
-        return (difference.abs() if self.norm == "l1" else difference.square()).mean(dim=(1, 2, 3))
+    def features(self, eeg: Tensor) -> Tensor:
+        """Return the EEG's features, [B, D]; EVRNet is frozen, so they were computed before the training."""
+        return eeg
+
+    def errors(
+        self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """Measure the error of each trial's prediction; arguments as of `forward`."""
+        return denoising_errors(
+            lambda x, t, condition: self.unet(x, t, *condition),
+            self.noising,
+            clean,
+            noise,
+            time,
+            (features, keep),
+            norm=self.norm,
+        )
 
     def forward(
-        self, image: Tensor, noise: Tensor, time: Tensor, e: Tensor, drop: Tensor | None = None
+        self, image: Tensor, noise: Tensor, time: Tensor, e: Tensor, keep: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Loss of a batch.
+        """Compute the loss of a batch.
 
         Parameters
         ----------
@@ -158,64 +86,15 @@ class EGDDPMTask(nn.Module):
             Step of the forward process.
         e : Tensor, shape (B, D)
             EEG features.
-        drop : Tensor of bool, shape (B,), optional
-            True where the condition is dropped.
+        keep : Tensor of bool, shape (B,), optional
+            False where the condition is dropped; by default every condition is kept.
 
         Returns
         -------
         dict
             loss.
         """
-        return {"loss": self.errors(image, noise, time, e, drop).mean()}
-
-
-class Watcher:
-    """Denoising loss on val trials under fixed noise, with their own EEG and with one another's.
-
-    Parameters
-    ----------
-    image_B3HW : Tensor, shape (B, 3, H, W)
-        Images of the trials.
-    e_BD : Tensor, shape (B, D)
-        Their features.
-    times : int
-        Steps of the forward process.
-    """
-
-    REPEATS = 4
-
-    def __init__(self, image_B3HW: Tensor, e_BD: Tensor, times: int) -> None:
-        self.image, self.e = image_B3HW, e_BD
-        generator = torch.Generator().manual_seed(0)
-        n = len(image_B3HW)
-        self.noise = torch.randn(self.REPEATS, *image_B3HW.shape, generator=generator)
-        # Stratified: every repeat of a trial comes from another quarter of the steps.
-        u = (torch.rand(self.REPEATS, n, generator=generator) + torch.arange(self.REPEATS)[:, None]) / self.REPEATS
-        self.time = (u * times).long()
-
-    def __call__(self, task: EGDDPMTask) -> dict[str, float]:
-        """Losses of a model.
-
-        Parameters
-        ----------
-        task : EGDDPMTask
-            In evaluation mode.
-
-        Returns
-        -------
-        dict
-            ``loss`` with the trials' own EEG, ``shuffled`` with another trial's: equal where EEG is ignored.
-        """
-        out = {}
-        for name, e in (("loss", self.e), ("shuffled", self.e.roll(max(1, len(self.e) // 2), 0))):
-            total = 0.0
-            for noise, time in zip(self.noise, self.time, strict=True):
-                for at in torch.arange(len(e)).split(64):
-                    device = e.device
-                    parts = (self.image[at].to(device), noise[at].to(device), time[at].to(device), e[at])
-                    total += float(task.errors(*parts, None).sum())
-            out[name] = total / (self.REPEATS * len(e))
-        return out
+        return {"loss": self.errors(e, image, noise, time, keep).mean()}
 
 
 def train_ddpm(
@@ -248,9 +127,9 @@ def train_ddpm(
 
     stage, device = config.ddpm, accel.device
     pixels = torch.from_numpy(tables[0].pixels(size=stage.image_size))
-    e_train, _ = eeg_features(evrnet, all_eeg(data, list(range(len(data))), device))
-    numbers = spread(len(val), config.val_trials)
-    e_val, logits_val = eeg_features(evrnet, all_eeg(val, numbers, device))
+    e_train, _ = eeg_features(evrnet, read_trials(data, list(range(len(data))), data.spec, device))
+    numbers = choose_evenly(len(val), config.val_trials)
+    e_val, logits_val = eeg_features(evrnet, read_trials(val, numbers, val.spec, device))
     val_pixels = tables[1].pixels(tables[1].row_of[numbers], stage.image_size)
     torch.manual_seed(config.seed)
     unet = EGDDPM(
@@ -285,7 +164,7 @@ def train_ddpm(
             "time": random.integers(stage.noise_steps, b),
             "e": e + stage.condition_noise * std_D * random.normal(b, e.shape[1]),
         }
-        return {**tensors, "drop": random.uniform(b) < stage.drop} if stage.drop else tensors
+        return {**tensors, "keep": random.uniform(b) >= stage.drop} if stage.drop else tensors
 
     result = fit(
         task,
@@ -295,7 +174,7 @@ def train_ddpm(
         run=run,
         loader=rank_loader(data, stage.training, config.seed, accel),
         inputs=inputs,
-        validate=Watcher(to_model_range(val_pixels), e_val, stage.noise_steps),
+        validate=DenoisingWatcher(e_val, to_model_range(val_pixels), stage.noise_steps),
         description="EG-DDPM",
     )
     if accel.is_main_process:

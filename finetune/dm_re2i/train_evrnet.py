@@ -5,122 +5,27 @@ Legend of suffixes: B trials, b trials of this rank, C channels, T samples, D fe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import Batch, collate
+from data_sharding.dataset.loader import Batch
+from finetune.dm_re2i.config import DMRE2IConfig
 from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig, unit_variance, whitening_matrix
 from finetune.dm_re2i.model import eeg_features
-from finetune.images import ImageTable, eeg_for_model
-from finetune.training.fit import StepRandom, TrainingConfig, fit, open_run, plot_losses, rank_loader
+from finetune.eeg import augment_eeg, choose_evenly, eeg_for_model, read_trials
+from finetune.images import ImageTable
+from finetune.training.accelerate import open_run, rank_loader
+from finetune.training.fit import fit
+from finetune.training.plots import plot_losses
+from finetune.training.step_random import StepRandom
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from finetune.dm_re2i.train import DMRE2IConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class EVRNetAugment:
-    """Changes of the EEG that do not change what was seen; after the noise normalisation, training only."""
-
-    shift: int = 0
-    """Largest shift in time, in samples, to either side; the edge is repeated."""
-    noise: float = 0.0
-    """Standard deviation of white noise, in the trial's own."""
-    drop_channels: float = 0.0
-    """Largest share of channels that are silenced."""
-
-    def __post_init__(self) -> None:
-        if self.shift < 0 or self.noise < 0 or not 0 <= self.drop_channels < 1:
-            raise ValueError("evrnet.augment: need shift >= 0, noise >= 0 and 0 <= drop_channels < 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EVRNetStage:
-    """The first stage: EEG to the category of the image."""
-
-    channels: int = 128
-    """Rows of the padded window that are used; fewer lose nothing where no trial has more true channels."""
-    widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
-    """Feature maps of the temporal, spatial and TS convolutions; the last is the feature's width."""
-    dropout: float = 0.0
-    """Share of the feature dropped before the linear layer; the paper shows none."""
-    label_smoothing: float = 0.0
-    """Of the cross-entropy."""
-    whiten: float = 0.0
-    """Multivariate noise normalisation before the network, with this shrinkage (0.05 is usual); for trials of one
-    electrode layout. 0 for none, as in the paper."""
-    average: int = 1
-    """At the start of training, replace a trial by the mean of 1 to so many trials of its category in the batch.
-    Single trials are mostly noise: what they share is found sooner. 1 for never."""
-    average_end: int = 1
-    """What `average` falls to, evenly, by the end of training."""
-    mixup: float = 0.0
-    """Largest share of another trial and of its category; 0 for none."""
-    augment: EVRNetAugment = field(default_factory=EVRNetAugment)
-    """Changes of the EEG in training."""
-    watch: Literal["accuracy", "loss"] = "accuracy"
-    """What decides on the val split which weights are kept."""
-    calibration_trials: int = 512
-    """Train trials from which the batch norms' statistics are taken before each validation and at the end."""
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(lr=1e-3))
-    """Steps, batch, rates."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.channels <= 128 or self.calibration_trials < 2:
-            raise ValueError("evrnet: need 1 <= channels <= 128 and calibration_trials >= 2")
-        if not 0 <= self.whiten <= 1:
-            raise ValueError(f"evrnet.whiten must lie in [0, 1], got {self.whiten}")
-        if not 1 <= self.average_end <= self.average or not 0 <= self.mixup <= 0.5 or not 0 <= self.label_smoothing < 1:
-            raise ValueError("evrnet: need 1 <= average_end <= average, 0 <= mixup <= 0.5 and 0 <= label_smoothing < 1")
-        EVRNetConfig(widths=self.widths, dropout=self.dropout, n_channels=self.channels)
-
-
-def spread(n: int, count: int) -> list[int]:
-    """Numbers of trials, evenly spread over a split.
-
-    Parameters
-    ----------
-    n : int
-        Trials of the split.
-    count : int
-        How many at most.
-
-    Returns
-    -------
-    list of int
-        Sorted, each once.
-    """
-    return np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)).tolist()
-
-
-def all_eeg(dataset: EEGDataset, numbers: list[int], device: Any = None) -> Tensor:
-    """Trials in model units.
-
-    Parameters
-    ----------
-    dataset : EEGDataset
-        Where from.
-    numbers : list of int
-        Which.
-    device : torch.device, optional
-        Where to.
-
-    Returns
-    -------
-    Tensor, shape (B, 128, T)
-        Scaled.
-    """
-    parts = [collate(dataset, numbers[start : start + 256]) for start in range(0, len(numbers), 256)]
-    return torch.cat([eeg_for_model(part.padded(device), dataset.spec) for part in parts])
 
 
 @torch.no_grad()
@@ -185,39 +90,6 @@ def same_category_average(x_bCT: Tensor, labels_b: Tensor, most: int, random: St
     mean = torch.einsum("bc,cij->bij", weights / weights.sum(1, keepdim=True), x_bCT)
     std = mean.std(dim=(1, 2), keepdim=True).clamp_min(1e-6)
     return mean * (x_bCT.std(dim=(1, 2), keepdim=True) / std)
-
-
-def changed(x_bCT: Tensor, true_b: list[int], config: EVRNetAugment, random: StepRandom) -> Tensor:
-    """Change trials in ways that do not change what was seen.
-
-    Parameters
-    ----------
-    x_bCT : Tensor, shape (b, C, T)
-        Trials, padded by replication.
-    true_b : list of int
-        True channels of each: copies of a channel share its fate.
-    config : EVRNetAugment
-        How much.
-    random : StepRandom
-        Of this step.
-
-    Returns
-    -------
-    Tensor, shape (b, C, T)
-        Changed trials.
-    """
-    b, channels, samples = x_bCT.shape
-    true_bC = torch.arange(channels)[None, :] % torch.tensor(true_b)[:, None]
-    if config.shift:
-        moved = torch.arange(samples) + random.integers(2 * config.shift + 1, b, 1) - config.shift
-        x_bCT = x_bCT.gather(2, moved.clamp(0, samples - 1)[:, None].expand(-1, channels, -1))
-    if config.noise:
-        noise = random.normal(b, channels, samples).gather(1, true_bC[..., None].expand(-1, -1, samples))
-        x_bCT = x_bCT + config.noise * noise
-    if config.drop_channels:
-        share_b1 = random.uniform(b, 1) * config.drop_channels
-        x_bCT = x_bCT * (random.uniform(b, channels) >= share_b1).gather(1, true_bC)[..., None]
-    return x_bCT
 
 
 class EVRNetTask(nn.Module):
@@ -292,14 +164,15 @@ def train_evrnet(
     task = EVRNetTask(EVRNet(shape), stage.label_smoothing)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - missing from torch's overloads
     labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
-    numbers = spread(len(val), config.val_trials)
-    clean = all_eeg(data, spread(len(data), stage.calibration_trials), device)[:, : stage.channels]
+    numbers = choose_evenly(len(val), config.val_trials)
+    calibration = choose_evenly(len(data), stage.calibration_trials)
+    clean = read_trials(data, calibration, data.spec, device)[:, : stage.channels]
     whitening_CC = task.net.whitening_CC
     if isinstance(whitening_CC, Tensor):
         whitening_CC.copy_(whitening_matrix(clean.cpu(), stage.whiten))
     # Training changes whitened trials: noise and silenced channels would else be spread over all of them.
     normaliser = whitening_CC.clone() if isinstance(whitening_CC, Tensor) else None
-    x_val = all_eeg(val, numbers, device)
+    x_val = read_trials(val, numbers, val.spec, device)
     y_val = torch.as_tensor(tables[1].labels[tables[1].row_of[numbers]], device=device)
     loader, steps = rank_loader(data, stage.training, config.seed, accel), stage.training.steps
 
@@ -318,7 +191,7 @@ def train_evrnet(
             other = random.uniform(len(x)).argsort()
             x = torch.lerp(x, x[other], share[..., None])
             target = torch.lerp(target, target[other], share)
-        return {"x": changed(x, [int(meta["n"]) for meta in batch.metas], stage.augment, random), "target": target}
+        return {"x": augment_eeg(x, [int(meta["n"]) for meta in batch.metas], stage.augment, random), "target": target}
 
     def validate(module: EVRNetTask) -> dict[str, float]:
         net = module.net

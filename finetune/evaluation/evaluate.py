@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.common.files import atomic_write_text, read_json, write_json
+from data_sharding.common.files import atomic_write_text, write_json
 from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
-from finetune.images import ImageTable, decode_image, open_paired
+from finetune.evaluation.generated import GeneratedSet, Images, read_generated
+from finetune.evaluation.report import write_report
+from finetune.images import ImageTable, open_paired
 
 JUDGE = "dataset-classifier"
 """Name of our own classifier in the results: its Fréchet distance is not the FID."""
-
-Images = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,77 +56,6 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.permutations < 99 or self.examples < 1 or any(n < 2 for n in self.n_way):
             raise ValueError("need permutations >= 99, examples >= 1 and every n_way >= 2")
-
-
-@dataclass(kw_only=True)
-class GeneratedSet:
-    """What `dreamscale generate` wrote."""
-
-    path: Path
-    """The directory."""
-    about: dict[str, Any]
-    """generated.json."""
-    images_BHW3: Images
-    """Generated images."""
-    real_BHW3: Images
-    """What was seen."""
-
-    @property
-    def trials(self) -> list[dict[str, Any]]:
-        """One dictionary a trial."""
-        return self.about["trials"]
-
-    @property
-    def labels_B(self) -> NDArray[np.int64]:
-        """Label of each trial."""
-        return np.array([trial["label"] for trial in self.trials])
-
-
-def read_generated(path: str | Path) -> GeneratedSet:
-    """Read a directory of generated images, and check that it is whole.
-
-    Parameters
-    ----------
-    path : str or Path
-        The directory.
-
-    Returns
-    -------
-    GeneratedSet
-        Its images.
-
-    Raises
-    ------
-    RequestError
-        If generated.json or an image is missing or damaged, or sizes differ.
-    """
-    path = Path(path)
-    if not (path / "generated.json").is_file():
-        raise RequestError(f"{path}: no generated.json, so 'dreamscale generate' did not finish there; run it first")
-    about = read_json(path / "generated.json")
-    needed = {"dataset", "dataset_id", "split", "control", "labels", "trials"}
-    if not isinstance(about, dict) or needed - about.keys() or not about["trials"]:
-        raise RequestError(f"{path / 'generated.json'}: lacks what 'dreamscale generate' writes; generate again")
-    found: dict[str, Images] = {}
-    for name in ("file", "real_file"):
-        images = []
-        for trial in about["trials"]:
-            try:
-                file = path / trial[name]
-                images.append(decode_image(file.read_bytes(), name=str(file)))
-                known = isinstance(trial["label"], int) and 0 <= trial["label"] < len(about["labels"])
-            except KeyError as error:
-                raise RequestError(f"{path / 'generated.json'}: a trial has no {error}; generate again") from None
-            except OSError as error:
-                raise RequestError(f"{path / trial[name]}: {error.strerror or error}; generate again") from None
-            if not known:
-                raise RequestError(f"{path / 'generated.json'}: trial {trial.get('key')} has no valid label")
-        if len({image.shape for image in images}) > 1:
-            raise RequestError(f"{path}: images of different sizes; generate again")
-        found[name] = np.stack(images)
-    if found["file"].shape != found["real_file"].shape:
-        raise RequestError(f"{path}: generated and real images are not of one size; generate again")
-    return GeneratedSet(path=path, about=about, images_BHW3=found["file"], real_BHW3=found["real_file"])
 
 
 def _resized(images_BHW3: Images, size: int) -> Images:
@@ -383,8 +312,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     RequestError
         If a directory is not whole, or the parts do not belong together.
     """
-    from finetune.evaluation.report import write_report
-
     own = read_generated(config.directory)
     control = _read_control(config, own)
     path = Path(config.dataset or own.about["dataset"])

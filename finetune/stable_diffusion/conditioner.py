@@ -1,79 +1,17 @@
-"""What turns the EEG encoder's tokens into a diffusion model's condition, and into a place in CLIP's image space.
+"""What turns the EEG encoder's tokens into a diffusion model's condition.
 
-Shapes: B trials, N EEG tokens of width D, L condition tokens of width W, E width of the time embedding, P width of
-CLIP's projection.
+Shapes: B trials, N EEG tokens of width D, L condition tokens of width W, E width of the time embedding.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from data_sharding.common.errors import RequestError
-from data_sharding.common.files import read_json, write_json
-
-
-def save_module(module: nn.Module, config: Any, folder: str | Path, kind: str) -> None:
-    """Write a small module as config.json and model.safetensors.
-
-    Parameters
-    ----------
-    module : Module
-        The module.
-    config : dataclass instance
-        What builds it again.
-    folder : str or Path
-        Where to; made if it is not there.
-    kind : str
-        Checked on reading.
-    """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().float().cpu().contiguous() for k, v in module.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
-    write_json(folder / "config.json", {"kind": kind, **dataclasses.asdict(config)})
-
-
-def read_module_files(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `save_module` wrote.
-
-    Parameters
-    ----------
-    folder : str or Path
-        Where from.
-    kind : str
-        What it must be.
-
-    Returns
-    -------
-    config : dict
-        Fields of the config.
-    weights : dict
-        Name to tensor.
-
-    Raises
-    ------
-    RequestError
-        If a file is missing or damaged, or it is of another kind.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    values = read_json(folder / "config.json")
-    if values.pop("kind", None) != kind:
-        raise RequestError(f"{folder}: not a '{kind}'; give the directory that Dreamscale wrote")
-    try:
-        return values, load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise RequestError(f"{folder / 'model.safetensors'}: cannot be read ({error})") from None
+from finetune.training.module_files import load_module, save_module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,70 +122,4 @@ class Conditioner(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Conditioner:
         """Read what `save_pretrained` wrote, in evaluation mode."""
-        values, weights = read_module_files(folder, "conditioner")
-        return _built(cls, ConditionerConfig, values, weights, folder)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipHeadConfig:
-    """Sizes of the CLIP head."""
-
-    tokens: int
-    """EEG tokens, N."""
-    dim: int
-    """Their width, D."""
-    projection: int
-    """Width of CLIP's image embeddings, P."""
-
-
-class ClipHead(nn.Module):
-    """EEG tokens to CLIP's image space: the h of DreamDiffusion's alignment loss.
-
-    Parameters
-    ----------
-    config : ClipHeadConfig
-        Sizes.
-    """
-
-    def __init__(self, config: ClipHeadConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.token_mapper = nn.Conv1d(config.tokens, 1, 1)
-        self.dim_mapper = nn.Linear(config.dim, config.projection)
-        # Equal weights of the tokens to start with: what is wanted is a mean with preferences.
-        nn.init.constant_(self.token_mapper.weight, config.tokens**-0.5)
-        nn.init.zeros_(self.token_mapper.bias)  # type: ignore[arg-type]
-
-    def forward(self, tokens_BND: Tensor) -> Tensor:
-        """Embed trials.
-
-        Parameters
-        ----------
-        tokens_BND : Tensor, [B, N, D]
-            The encoder's tokens, without the class token.
-
-        Returns
-        -------
-        Tensor, [B, P]
-            Not normalised.
-        """
-        return self.dim_mapper(self.token_mapper(tokens_BND)[:, 0])
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors."""
-        save_module(self, self.config, folder, "clip_head")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ClipHead:
-        """Read what `save_pretrained` wrote, in evaluation mode."""
-        values, weights = read_module_files(folder, "clip_head")
-        return _built(cls, ClipHeadConfig, values, weights, folder)
-
-
-def _built(cls: Any, config: Any, values: dict[str, Any], weights: dict[str, Tensor], folder: str | Path) -> Any:
-    try:
-        module = cls(config(**values))
-        module.load_state_dict(weights)
-    except (TypeError, RuntimeError) as error:
-        raise RequestError(f"{folder}: does not fit ({str(error).splitlines()[0]}); train it again") from None
-    return module.eval()
+        return load_module(cls, ConditionerConfig, folder, "conditioner")

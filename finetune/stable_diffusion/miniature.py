@@ -28,7 +28,7 @@ from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.common.files import atomic_directory, digest_of, read_json, write_json
 from data_sharding.common.progress import progress
 from finetune.images import ImageTable, open_paired, to_model_range
-from finetune.training.fit import quiet_libraries
+from finetune.training.accelerate import quiet_libraries
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel

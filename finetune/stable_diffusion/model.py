@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import atomic_directory, read_json, write_json
 from data_sharding.processing.preprocess import PreprocessSpec
+from finetune.clip_head import ClipHead
 from finetune.clip_images import is_local
-from finetune.images import eeg_for_model, to_pixels
-from finetune.stable_diffusion.conditioner import ClipHead, Conditioner
+from finetune.diffusion import Condition, denoising_errors, draw_noise, sample
+from finetune.eeg import eeg_for_model
+from finetune.images import to_pixels
+from finetune.stable_diffusion.conditioner import Conditioner
 from pretrain.encoder.encoder import EEGEncoder
 
 if TYPE_CHECKING:
@@ -168,36 +171,37 @@ class EEGDiffusion(nn.Module):
         if self.head is not None:
             self.head.requires_grad_(True)
 
-    def predict(self, noisy_B4hw: Tensor, time_B: Tensor, condition: tuple[Tensor, Tensor | None]) -> Tensor:
-        """Run the U-Net on latents under a condition."""
+    def predict(self, noisy_B4hw: Tensor, time_B: Tensor, condition: Condition) -> Tensor:
+        """Run the U-Net on noisy latents under a condition that the conditioner made."""
         states_BLW, time_BE = condition
         return self.unet(noisy_B4hw, time_B, states_BLW, class_labels=time_BE).sample
 
-    def denoising_loss(self, tokens_BND: Tensor, latent: Tensor, noise: Tensor, time: Tensor, keep: Tensor) -> Tensor:
-        """Squared error of the prediction, one value a trial.
+    def features(self, eeg: Tensor) -> Tensor:
+        """Encode EEG in model units: [B, 128, T] to tokens [B, N, D]."""
+        return self.encoder(eeg)
+
+    def errors(
+        self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """Measure the squared error of the denoiser.
 
         Parameters
         ----------
-        tokens_BND : Tensor, [B, N, D]
-            The encoder's.
-        latent, noise : Tensor, [B, 4, h, w]
+        features : Tensor, [B, N, D]
+            The encoder's tokens.
+        clean, noise : Tensor, [B, 4, h, w]
             Scaled latents of the images, and noise.
         time : Tensor of int, [B]
-            Noise level.
-        keep : Tensor of bool, [B]
-            False where the condition is dropped.
+            Step of the forward process.
+        keep : Tensor of bool, [B], optional
+            False where the condition is dropped; by default every condition is kept.
 
         Returns
         -------
         Tensor, [B]
-            Mean over the latent's values.
+            Mean over the values of each latent.
         """
-        noisy = self.noising.add_noise(latent, noise, time)
-        target = noise
-        if self.noising.config.prediction_type == "v_prediction":
-            target = self.noising.get_velocity(latent, noise, time)
-        guess = self.predict(noisy, time, self.conditioner(tokens_BND, keep))
-        return F.mse_loss(guess.float(), target.float(), reduction="none").mean((1, 2, 3))
+        return denoising_errors(self.predict, self.noising, clean, noise, time, self.conditioner(features, keep))
 
     def forward(
         self, x: Tensor, latent: Tensor, noise: Tensor, time: Tensor, keep: Tensor, target: Tensor | None = None
@@ -223,7 +227,7 @@ class EEGDiffusion(nn.Module):
             loss, denoise and, in joint training, cosine (1 - cosine).
         """
         tokens_BND = self.encoder(x)
-        denoise = self.denoising_loss(tokens_BND, latent, noise, time, keep).mean()
+        denoise = self.errors(tokens_BND, latent, noise, time, keep).mean()
         out = {"loss": denoise, "denoise": denoise.detach()}
         if self.head is not None:
             assert target is not None
@@ -321,28 +325,15 @@ class StableDiffusionGenerator:
         ndarray of uint8, [B, H, W, 3]
             RGB.
         """
-        batch = len(seeds)
-        assert len(eeg_B128T) == batch
-        # On the processor, so that the same seed gives the same noise on every device.
+        assert len(eeg_B128T) == len(seeds)
         size = self.unet.config.sample_size
-        shape = (self.unet.config.in_channels, size, size)
-        start = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        z_B4hw = torch.stack(start).to(self.device)
-        condition = self.conditioner(self.encoder(eeg_for_model(eeg_B128T, self.encoder, self.device)))
-        if guidance_scale != 1:
-            null = self.conditioner.null(batch)
-            condition = tuple(
-                None if own is None or none is None else torch.cat([own, none])
-                for own, none in zip(condition, null, strict=True)
-            )
-        self.scheduler.set_timesteps(steps, device=self.device)
-        z_B4hw = z_B4hw * self.scheduler.init_noise_sigma
-        for time in self.scheduler.timesteps:
-            inputs = z_B4hw if guidance_scale == 1 else torch.cat([z_B4hw, z_B4hw])
-            inputs = self.scheduler.scale_model_input(inputs, time)
-            guess = self.unet(inputs, time, condition[0], class_labels=condition[1]).sample
-            if guidance_scale != 1:
-                own, none = guess.chunk(2)
-                guess = none + guidance_scale * (own - none)
-            z_B4hw = self.scheduler.step(guess, time, z_B4hw).prev_sample
+        z_B4hw = sample(
+            lambda x, time, states: self.unet(x, time, states[0], class_labels=states[1]).sample,
+            self.scheduler,
+            draw_noise((self.unet.config.in_channels, size, size), seeds, self.device),
+            self.conditioner(self.encoder(eeg_for_model(eeg_B128T, self.encoder, self.device))),
+            self.conditioner.null(len(seeds)),
+            steps=steps,
+            guidance_scale=guidance_scale,
+        )
         return to_pixels(self.vae.decode(z_B4hw / self.vae.config.scaling_factor).sample)

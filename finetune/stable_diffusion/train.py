@@ -18,25 +18,20 @@ from torch import Tensor
 
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import Batch, collate
-from finetune.align import AugmentConfig, augmented, load_encoder
+from data_sharding.dataset.loader import Batch
+from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import clip_image_embeddings, weights_digest
-from finetune.images import ImageTable, eeg_for_model, open_paired, to_model_range
-from finetune.stable_diffusion.conditioner import ClipHead, ClipHeadConfig, Conditioner, ConditionerConfig
+from finetune.diffusion import DenoisingWatcher
+from finetune.eeg import ImageAugmentConfig, choose_evenly, load_encoder, prepare_eeg, read_trials
+from finetune.images import ImageTable, open_paired, to_model_range
+from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
 from finetune.stable_diffusion.model import EEGDiffusion, load_base, open_time_path, save_model
-from finetune.training.fit import (
-    StepRandom,
-    TrainingConfig,
-    fit,
-    make_accelerator,
-    open_run,
-    plot_losses,
-    quiet_libraries,
-    rank_loader,
-)
-from pretrain.encoder.encoder import EEGEncoder
-from pretrain.runs.directory import TrackerConfig
+from finetune.training.accelerate import make_accelerator, open_run, quiet_libraries, rank_loader
+from finetune.training.config import TrainingConfig
+from finetune.training.fit import fit
+from finetune.training.plots import plot_losses
+from finetune.training.step_random import StepRandom
+from pretrain.runs.tracking import TrackerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +66,7 @@ class StableDiffusionConfig:
     """Learning rate of the encoder over the peak."""
     attention_lr: float = 1.0
     """Learning rate of the U-Net's cross-attentions over the peak."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    augment: ImageAugmentConfig = field(default_factory=ImageAugmentConfig)
     """Changes of the EEG in training."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.99))
     """Steps, batch, rates."""
@@ -130,75 +125,6 @@ def image_latents(
     latents = table.features(compute, size=size, key=key, cache=cache, batch_size=batch_size, write=write)
     vae.to("cpu")
     return latents
-
-
-class Watcher:
-    """Denoising loss on val trials under fixed noise, with their own EEG and with one another's.
-
-    Parameters
-    ----------
-    dataset : EEGDataset
-        The val split.
-    table : ImageTable
-        Its images.
-    latents_M24hw : Tensor, [M, 2, 4, h, w]
-        Their latents.
-    trials : int
-        How many to watch.
-    times : int
-        Noise levels of the base model.
-    encoder : EEGEncoder
-        Whose scaling applies.
-    device : torch.device
-        Where to compute.
-    """
-
-    REPEATS = 4
-
-    def __init__(
-        self,
-        dataset: EEGDataset,
-        table: ImageTable,
-        latents_M24hw: Tensor,
-        trials: int,
-        times: int,
-        encoder: EEGEncoder,
-        device: Any,
-    ) -> None:
-        n = min(trials, len(dataset))
-        numbers = np.linspace(0, len(dataset) - 1, n).round().astype(int).tolist()
-        self.x = eeg_for_model(collate(dataset, numbers).padded(device), encoder)
-        self.latent = latents_M24hw[table.row_of[numbers], 0].to(device)
-        generator = torch.Generator().manual_seed(0)
-        self.noise = torch.randn(self.REPEATS, *self.latent.shape, generator=generator).to(device)
-        # Stratified: every repeat of a trial comes from another quarter of the noise levels.
-        u = (torch.rand(self.REPEATS, n, generator=generator) + torch.arange(self.REPEATS)[:, None]) / self.REPEATS
-        self.time = (u * times).long().to(device)
-
-    def __call__(self, model: EEGDiffusion) -> dict[str, float]:
-        """Losses of a model.
-
-        Parameters
-        ----------
-        model : EEGDiffusion
-            In evaluation mode.
-
-        Returns
-        -------
-        dict
-            ``loss`` with the trials' own EEG, ``shuffled`` with that of the next trial: equal where EEG is ignored.
-        """
-        tokens_BND = torch.cat([model.encoder(part) for part in self.x.split(64)])
-        totals = {"loss": 0.0, "shuffled": 0.0}
-        for name in totals:
-            # Half the split away: neighbours in a recording may share their image's category.
-            used = tokens_BND if name == "loss" else tokens_BND.roll(max(1, len(tokens_BND) // 2), 0)
-            for noise, time in zip(self.noise, self.time, strict=True):
-                for at in torch.arange(len(used), device=used.device).split(64):
-                    keep = torch.ones(len(at), dtype=torch.bool, device=used.device)
-                    losses = model.denoising_loss(used[at], self.latent[at], noise[at], time[at], keep)
-                    totals[name] += float(losses.sum())
-        return {name: total / (self.REPEATS * len(self.x)) for name, total in totals.items()}
 
 
 @torch.no_grad()
@@ -288,12 +214,16 @@ def main(argv: list[str] | None = None) -> int:
     target_MP = clip_image_embeddings(table, config.clip, **once) if config.order == "joint" and config.clip else None
     model = build(config, pipeline, encoder, None if target_MP is None else target_MP.shape[1])
     times = int(model.noising.config.num_train_timesteps)
+    watched = choose_evenly(len(val), config.val_trials)
+    watcher = DenoisingWatcher(
+        read_trials(val, watched, encoder, accelerator.device), val_latents[val_table.row_of[watched], 0], times
+    )
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         b, row = len(batch.numbers), torch.as_tensor(table.row_of[batch.numbers])
         mean, std = latents[row].unbind(1)
         tensors = {
-            "x": augmented(batch, data, table, config.augment, random, encoder),
+            "x": prepare_eeg(batch, data, table, config.augment, random, encoder),
             "latent": mean + std * random.normal(b, *mean.shape[1:]),
             "noise": random.normal(b, *mean.shape[1:]),
             "time": random.integers(times, b),
@@ -312,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         run=run,
         loader=rank_loader(data, config.training, config.seed, accelerator),
         inputs=inputs,
-        validate=Watcher(val, val_table, val_latents, config.val_trials, times, encoder, accelerator.device),
+        validate=watcher,
         lr_scale=lr_scale,
         description="Stable Diffusion on EEG",
     )

@@ -1,4 +1,4 @@
-"""What every fine-tuning stage shares: Accelerate set up and checked, one training loop, EMA, checkpoints, stopping.
+"""The training loop that every fine-tuning stage shares: resume, EMA, validation, checkpoints, stopping.
 
 A stage puts all that trains (and all that gradients pass through) into one module whose ``forward(**inputs)`` gives a
 dictionary of scalars with ``loss`` among them, and calls `fit`.
@@ -8,12 +8,10 @@ Shapes: G samples of a global batch, b samples of this rank.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,306 +19,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from data_sharding.common.errors import RequestError, StopRequested
-from data_sharding.common.files import write_json
 from data_sharding.common.progress import progress
-from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Batch, Loader
-from pretrain.runs.directory import RunDirectory, StopSignal, TrackerConfig
+from finetune.training.config import TrainingConfig
+from finetune.training.state import EMA, TrainingState, load_trainables, trainables
+from finetune.training.step_random import StepRandom
+from pretrain.runs.directory import RunDirectory, StopSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED = 10
 """Steps in a row with gradients that are not finite before a run gives up."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How long, how fast and how often."""
-
-    steps: int = 1000
-    """Optimiser steps."""
-    batch: int = 64
-    """Samples of a step over all processes; a multiple of num_processes * accumulate."""
-    accumulate: int = 1
-    """Parts into which a process cuts its share of the batch, one after another, to save memory."""
-    lr: float = 1e-4
-    """Peak learning rate."""
-    min_lr_ratio: float = 0.0
-    """Learning rate at the end over the peak; cosine in between."""
-    warmup: int = 50
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.01
-    """AdamW's, on matrices only: vectors (biases, norms) have none."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's."""
-    clip_norm: float = 1.0
-    """Limit of the gradient's norm; 0 for none."""
-    ema: float = 0.0
-    """Decay of the moving average of the fp32 weights, warmed up; 0 for none."""
-    precision: Literal["no", "bf16"] = "no"
-    """bf16: autocast; the weights stay fp32."""
-    workers: int = 0
-    """Reading processes of each rank."""
-    log_every: int = 10
-    """Steps between lines of metrics."""
-    validate_every: int = 100
-    """Steps between validations; the last step has one, too."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} must be at least 1, got {getattr(self, name)}")
-        if not self.lr > 0 or self.warmup < 0 or not 0 <= self.ema < 1:
-            raise ValueError("training: need lr > 0, warmup >= 0 and 0 <= ema < 1")
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step.
-
-        Parameters
-        ----------
-        step : int
-            Optimiser steps done before it.
-
-        Returns
-        -------
-        float
-            Linear warm-up, then cosine.
-        """
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        low = self.min_lr_ratio
-        return self.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-def quiet_libraries() -> None:
-    """Keep the model libraries' loading bars, reports and advice off the terminal; errors still come as exceptions."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    # Before diffusers is imported: its import makes transformers speak.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-
-
-def pick_device(device: str) -> str:
-    """Turn auto into what the machine has.
-
-    Parameters
-    ----------
-    device : str
-        auto, cpu or cuda.
-
-    Returns
-    -------
-    str
-        cpu or cuda.
-
-    Raises
-    ------
-    RequestError
-        If cuda was asked for and there is none, or the name is unknown.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise RequestError(f"device '{device}' is none of auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RequestError("device cuda was asked for, but torch sees no GPU here; use device auto or cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def make_accelerator(*, num_processes: int, device: str = "auto", precision: str = "no") -> Accelerator:
-    """Set Accelerate up and check that it got the world that the config asks for.
-
-    Parameters
-    ----------
-    num_processes : int
-        Processes that the config asks for.
-    device : str
-        auto, cpu or cuda.
-    precision : str
-        no or bf16.
-
-    Returns
-    -------
-    Accelerator
-        With an explicit backend: without one, every process on a CPU would believe that it is alone.
-
-    Raises
-    ------
-    RequestError
-        If the launcher started another number of processes, or a kind of distribution that is not supported here.
-    """
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from accelerate.utils import DistributedType
-
-    cpu = pick_device(device) == "cpu"
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != num_processes:
-        raise RequestError(
-            f"num_processes is {num_processes}, but this launch has {launched}; start it with 'dreamscale', or with "
-            f"'accelerate launch --multi_gpu --num_processes {num_processes} -m ...' (see configs/accelerate)"
-        )
-    # Accelerate passes the keyword on even to a single process, where a backend means nothing.
-    handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl")] if launched > 1 else []
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
-    expected = (
-        DistributedType.NO if launched == 1 else (DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU)
-    )
-    if accelerator.distributed_type != expected:
-        raise RequestError(
-            f"Accelerate started as {accelerator.distributed_type.value}, not as {expected.value}; DeepSpeed and FSDP "
-            f"are not for this stage: use one of configs/accelerate"
-        )
-    if accelerator.num_processes != num_processes:
-        raise RequestError(f"num_processes is {num_processes}, Accelerate's world has {accelerator.num_processes}")
-    return accelerator
-
-
-def open_run(config: Any, accelerator: Accelerator, *, output: str | Path | None = None) -> RunDirectory:
-    """Open the run directory of a stage on every rank.
-
-    Parameters
-    ----------
-    config : dataclass instance
-        The stage's config, with ``output`` and perhaps ``tracker``.
-    accelerator : Accelerator
-        The world.
-    output : str or Path, optional
-        Instead of the config's, for a stage of several runs.
-
-    Returns
-    -------
-    RunDirectory
-        The run; `finished` is True where there is nothing left to do.
-    """
-    tracker: TrackerConfig | None = getattr(config, "tracker", None)
-    run = RunDirectory(output or config.output, config, rank=accelerator.process_index, tracker=tracker)
-    accelerator.wait_for_everyone()
-    return run
-
-
-class StepRandom:
-    """Randomness of one step: drawn for the global batch, cut for the rank.
-
-    So a step's noise depends on the seed and the step alone, not on the number of processes nor on what was drawn
-    before, and a resumed run draws what it would have drawn.
-
-    Parameters
-    ----------
-    seed, step : int
-        What it depends on.
-    rank, world_size : int
-        Which samples of the global batch are ours: every world_size-th.
-    """
-
-    def __init__(self, seed: int, step: int, *, rank: int = 0, world_size: int = 1) -> None:
-        # A hash of both: consecutive seeds and steps must not share their streams.
-        self._generator = torch.Generator().manual_seed(((seed + 1) * 0x9E3779B97F4A7C15 + step) % (1 << 63))
-        self.rank, self.world_size = rank, world_size
-
-    def _draw(self, draw: Callable[..., torch.Tensor], b: int, *shape: int) -> torch.Tensor:
-        return draw((b * self.world_size, *shape), generator=self._generator)[self.rank :: self.world_size]
-
-    def normal(self, b: int, *shape: int) -> torch.Tensor:
-        """Standard normal numbers [b, *shape] on the CPU."""
-        return self._draw(torch.randn, b, *shape)
-
-    def uniform(self, b: int, *shape: int) -> torch.Tensor:
-        """Numbers in [0, 1), [b, *shape], on the CPU."""
-        return self._draw(torch.rand, b, *shape)
-
-    def integers(self, high: int, b: int, *shape: int) -> torch.Tensor:
-        """Integers in [0, high), [b, *shape], on the CPU."""
-        return self._draw(lambda size, generator: torch.randint(high, size, generator=generator), b, *shape)
-
-
-def trainables(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters that train, by name.
-
-    Parameters
-    ----------
-    module : Module
-        Any module; wrappers of Accelerate taken off.
-
-    Returns
-    -------
-    dict
-        Name to parameter.
-    """
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def load_trainables(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Load exactly the parameters that train.
-
-    Parameters
-    ----------
-    module : Module
-        Where to.
-    tensors : dict
-        Name to tensor.
-
-    Raises
-    ------
-    RequestError
-        If names or shapes are not exactly those of the module's trainable parameters.
-    """
-    own = trainables(module)
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())
-        raise RequestError(
-            f"checkpoint holds other parameters than this model trains: {odd[0]} and {len(odd) - 1} more"
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            if parameter.shape != tensors[name].shape:
-                raise RequestError(
-                    f"checkpoint: {name} has shape {list(tensors[name].shape)}, not {list(parameter.shape)}"
-                )
-            parameter.copy_(tensors[name])
-
-
-class EMA:
-    """Moving average of the trainable weights, in fp32.
-
-    Parameters
-    ----------
-    module : Module
-        Whose trainable parameters to average.
-    decay : float
-        Final decay; early on it is ``(1 + n) / (10 + n)``.
-    """
-
-    def __init__(self, module: torch.nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self.shadow = {name: p.detach().float().clone() for name, p in trainables(module).items()}
-
-    @torch.no_grad()
-    def update(self, module: torch.nn.Module) -> None:
-        """Take the present weights in."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        parameters = [p.detach().float() for p in trainables(module).values()]
-        torch._foreach_lerp_(list(self.shadow.values()), parameters, 1 - decay)
-
-    @contextmanager
-    def applied(self, module: torch.nn.Module) -> Iterator[None]:
-        """Put the averages into the module for the length of a block."""
-        kept = {name: p.detach().clone() for name, p in trainables(module).items()}
-        load_trainables(module, self.shadow)
-        try:
-            yield
-        finally:
-            load_trainables(module, kept)
 
 
 @dataclass(kw_only=True)
@@ -351,63 +61,6 @@ def _optimizer(
     )
 
 
-class _State:
-    """All that a checkpoint keeps."""
-
-    def __init__(
-        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Loader, ema: EMA | None
-    ) -> None:
-        self.module, self.optimizer, self.loader, self.ema = module, optimizer, loader, ema
-        self.step = 0
-        self.best: dict[str, float] = {}
-        self.best_step = -1
-        self.best_weights: dict[str, torch.Tensor] | None = None
-
-    def save(self, run: RunDirectory, accelerator: Accelerator) -> None:
-        from safetensors.torch import save_file
-
-        accelerator.wait_for_everyone()
-        directory = run.begin_checkpoint(self.step)
-        if accelerator.is_main_process:
-            weights = {name: p.detach().cpu().contiguous() for name, p in trainables(self.module).items()}
-            save_file(weights, directory / "trainables.safetensors")
-            if self.ema is not None:
-                save_file({n: p.cpu().contiguous() for n, p in self.ema.shadow.items()}, directory / "ema.safetensors")
-            if self.best_weights is not None:
-                # Weights may lie channels-last in memory, which safetensors does not keep.
-                best = {n: p.contiguous() for n, p in self.best_weights.items()}
-                save_file(best, directory / "best.safetensors")
-            torch.save(self.optimizer.state_dict(), directory / "optimizer.pt")
-            write_json(
-                directory / "state.json",
-                {
-                    "step": self.step,
-                    "loader": self.loader.state_dict(),
-                    "best": self.best,
-                    "best_step": self.best_step,
-                    "ema_updates": self.ema.updates if self.ema else 0,
-                },
-            )
-            run.commit_checkpoint(self.step)
-        accelerator.wait_for_everyone()
-
-    def load(self, directory: Path) -> None:
-        from safetensors.torch import load_file
-
-        load_trainables(self.module, load_file(directory / "trainables.safetensors"))
-        state = json.loads((directory / "state.json").read_text())
-        if self.ema is not None:
-            shadow = load_file(directory / "ema.safetensors")
-            assert shadow.keys() == self.ema.shadow.keys()
-            self.ema.shadow = {n: shadow[n].to(p.device) for n, p in self.ema.shadow.items()}
-            self.ema.updates = state["ema_updates"]
-        if (directory / "best.safetensors").is_file():
-            self.best_weights = load_file(directory / "best.safetensors")
-        self.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"))
-        self.loader.load_state_dict(state["loader"])
-        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
-
-
 def _same_on_all(accelerator: Accelerator, value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if accelerator.num_processes == 1:
@@ -422,29 +75,6 @@ def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
         return flag
     total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device))
     return bool(total > 0)
-
-
-def rank_loader(dataset: EEGDataset, config: TrainingConfig, seed: int, accelerator: Accelerator) -> Loader:
-    """Batches of this rank.
-
-    Parameters
-    ----------
-    dataset : EEGDataset
-        The train split.
-    config : TrainingConfig
-        Batch and workers.
-    seed : int
-        Of the order.
-    accelerator : Accelerator
-        The world.
-
-    Returns
-    -------
-    Loader
-        Endless.
-    """
-    world = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    return Loader(dataset, config.batch, seed, **world, num_workers=config.workers)
 
 
 def fit(
@@ -513,7 +143,7 @@ def fit(
     module.to(accelerator.device)
     optimizer = _optimizer(module, config, lr_scale)
     ema = EMA(module, config.ema) if config.ema else None
-    state = _State(module, optimizer, loader, ema)
+    state = TrainingState(module, optimizer, loader, ema)
     latest = _same_on_all(accelerator, str(run.latest() or ""))
     if latest:
         state.load(Path(latest))
@@ -605,33 +235,3 @@ def fit(
         load_trainables(module, ema.shadow)
     module.eval()
     return FitResult(step=state.step, best_step=state.best_step if state.best else state.step, best=state.best)
-
-
-def plot_losses(run: RunDirectory, path: Path, columns: list[str]) -> None:
-    """Draw curves of metrics.jsonl.
-
-    Parameters
-    ----------
-    run : RunDirectory
-        The run.
-    path : Path
-        PNG to write.
-    columns : list of str
-        Metrics to draw, e.g. ``train/loss``; those that are not there are left out.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = run.metrics()
-    figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
-    for column in columns:
-        points = [(line["step"], line[column]) for line in lines if line.get(column) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=column)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

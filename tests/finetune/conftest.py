@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.training.fit import quiet_libraries
+from finetune.training.accelerate import quiet_libraries
 
 LAUNCH_ENV = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 

@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from data_sharding.common.errors import run_main
-from data_sharding.dataset.dataset import EEGDataset, write_dataset
+from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import collate
-from finetune.align import AugmentConfig, augmented, infonce, main
-from finetune.images import ImageTable, eeg_for_model
-from finetune.stable_diffusion.conditioner import ClipHead
-from finetune.training.fit import StepRandom
+from finetune.align import infonce, main
+from finetune.clip_head import ClipHead
+from finetune.eeg import eeg_for_model
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.model.autoencoder import EncoderConfig
 
@@ -104,33 +103,3 @@ def test_trials_of_one_image_are_not_each_others_negatives() -> None:
     assert infonce(perfect, perfect, rows, 0.01) == pytest.approx(float(alone) + 0.5 * 0.693147, abs=1e-3)
     confused = perfect.roll(1, 0)
     assert infonce(confused, perfect, rows, 0.01) > infonce(perfect, perfect, rows, 0.01)
-
-
-def test_augmentation_treats_copies_of_a_channel_alike(paired_dataset: Path) -> None:
-    data = EEGDataset(paired_dataset)
-    table, batch = ImageTable(data), collate(data, [0, 1, 2])
-    y = augmented(batch, data, table, AugmentConfig(shift=5, noise=0.5, drop_channels=0.5), StepRandom(0, 0), data.spec)
-    assert torch.equal(y[:, :16], y[:, 16:32])
-    silent = (y[:, :16] == 0).all(-1)
-    assert silent.any() and not silent.all(1).any()
-    untouched = augmented(batch, data, table, AugmentConfig(), StepRandom(0, 0), data.spec)
-    assert torch.equal(untouched, eeg_for_model(batch.eeg, data.spec))
-
-
-def test_only_trials_of_the_same_image_are_averaged(paired_dataset: Path, tmp_path: Path) -> None:
-    data = EEGDataset(paired_dataset)
-    samples = [data[number] for number in range(4)]
-    for sample, image in zip(samples, ("a", "b", "a", "c"), strict=True):
-        sample.meta["image_id"] = image
-    write_dataset(tmp_path / "d", {"train": samples}, data.spec, labels=data.labels)
-    data = EEGDataset(tmp_path / "d")
-    table = ImageTable(data)
-    assert table.companions == [[2], [], [0], []]
-    batch = collate(data, [0, 1])
-    mean = (batch.eeg[:1].float() + collate(data, [2]).eeg.float()) / 2
-    seen = []
-    for step in range(20):
-        x = augmented(collate(data, [0, 1]), data, table, AugmentConfig(average=3), StepRandom(0, step), data.spec)
-        assert torch.equal(x[1:], eeg_for_model(batch.eeg[1:], data.spec))
-        seen.append(torch.allclose(x[:1], eeg_for_model(mean, data.spec), atol=1e-5))
-    assert 0 < sum(seen) < 20

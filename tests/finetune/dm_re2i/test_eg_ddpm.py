@@ -89,21 +89,21 @@ def test_saving_and_loading_keeps_every_output(options: dict, tmp_path: Path) ->
     net.save_pretrained(tmp_path)
     again = EGDDPM.from_pretrained(tmp_path)
     assert again.config.patch == net.config.patch and again.config.join_first == net.config.join_first
-    x, e, drop = torch.randn(2, 3, 8, 8), torch.randn(2, 6), torch.tensor([True, False])
+    x, e, keep = torch.randn(2, 3, 8, 8), torch.randn(2, 6), torch.tensor([False, True])
     with torch.no_grad():
-        torch.testing.assert_close(net(x, 5, e, drop), again(x, 5, e, drop), atol=0, rtol=0)
+        torch.testing.assert_close(net(x, 5, e, keep), again(x, 5, e, keep), atol=0, rtol=0)
 
 
 def test_dropped_conditions_do_not_see_the_eeg_and_train_the_null_vector() -> None:
     net, x, e = small(), torch.randn(3, 3, 8, 8), torch.randn(3, 6)
-    drop = torch.tensor([True, False, True])
-    a, b = net(x, 5, e, drop), net(x, 5, e + 1, drop)
+    keep = torch.tensor([False, True, False])
+    a, b = net(x, 5, e, keep), net(x, 5, e + 1, keep)
     torch.testing.assert_close(a[[0, 2]], b[[0, 2]], atol=1e-6, rtol=1e-6)
     assert not torch.allclose(a[1], b[1], atol=1e-4)
     a.square().sum().backward()
     assert net.null is not None and net.null.grad is not None and net.null.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="null vector"):
-        small(null_condition=False)(x, 5, e, drop)
+        small(null_condition=False)(x, 5, e, keep)
 
 
 def test_features_are_standardised_by_what_the_model_stores() -> None:
@@ -146,7 +146,7 @@ def test_sampling_recovers_an_image_from_a_perfect_noise_predictor() -> None:
     alphas = DDPMScheduler(**NOISING).alphas_cumprod
     net = small()
 
-    def perfect(x: torch.Tensor, step: torch.Tensor, e: torch.Tensor, drop: Any = None) -> torch.Tensor:
+    def perfect(x: torch.Tensor, step: torch.Tensor, e: torch.Tensor, keep: Any = None) -> torch.Tensor:
         a = alphas[int(step)]
         return (x - a.sqrt() * image) / (1 - a).sqrt()
 

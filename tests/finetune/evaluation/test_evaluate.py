@@ -14,7 +14,8 @@ from PIL import Image
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation import metrics
-from finetune.evaluation.evaluate import main, nearest_training_image, random_pairs, read_generated
+from finetune.evaluation.evaluate import main, nearest_training_image, random_pairs
+from finetune.evaluation.generated import read_generated
 from finetune.images import ImageTable
 
 JUDGE = "dataset-classifier"

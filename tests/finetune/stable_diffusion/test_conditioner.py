@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from data_sharding.common.errors import RequestError
-from finetune.stable_diffusion.conditioner import ClipHead, ClipHeadConfig, Conditioner, ConditionerConfig
+from finetune.clip_head import ClipHead, ClipHeadConfig
+from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
 
 
 def test_dream_diffusions_sizes() -> None:

@@ -10,16 +10,11 @@ from torch import nn
 from data_sharding.common.errors import RequestError, StopRequested
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Batch, Loader
-from finetune.training.fit import (
-    EMA,
-    FitResult,
-    StepRandom,
-    TrainingConfig,
-    fit,
-    load_trainables,
-    make_accelerator,
-    open_run,
-)
+from finetune.training.accelerate import make_accelerator, open_run
+from finetune.training.config import TrainingConfig
+from finetune.training.fit import FitResult, fit
+from finetune.training.state import EMA, load_trainables
+from finetune.training.step_random import StepRandom
 
 
 @dataclass(frozen=True, kw_only=True)

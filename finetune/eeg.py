@@ -1,0 +1,259 @@
+"""EEG as the models of fine-tuning see it: the encoder, scaling, held-out trials and augmentation.
+
+Shapes: B trials, b trials of this rank, C channels (128 after padding), T samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import Batch, collate
+from data_sharding.dataset.samples import pad_channels
+from data_sharding.processing.preprocess import PreprocessSpec
+from finetune.images import ImageTable
+from finetune.training.step_random import StepRandom
+from pretrain.encoder.encoder import EEGEncoder
+from pretrain.model.montage import common_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of the EEG that leave the category of the image recognisable; training only."""
+
+    shift: int = 0
+    """Largest shift in time, in samples, to either side. The first or last sample fills the gap."""
+    noise: float = 0.0
+    """Standard deviation of added white noise, in model units."""
+    drop_channels: float = 0.0
+    """Largest share of channels that are set to zero."""
+
+    def __post_init__(self) -> None:
+        if self.shift < 0 or self.noise < 0 or not 0 <= self.drop_channels < 1:
+            raise ValueError("augment: need shift >= 0, noise >= 0 and 0 <= drop_channels < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAugmentConfig(AugmentConfig):
+    """The same changes, after an average over trials of the same image."""
+
+    average: int = 1
+    """A trial is averaged with a random number of other trials of the same image and channels; this is the largest
+    number of trials in the average. 1 switches averaging off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.average < 1:
+            raise ValueError(f"augment.average must be at least 1, got {self.average}")
+
+
+def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> EEGEncoder:
+    """Load an encoder package for a dataset.
+
+    Parameters
+    ----------
+    path : str
+        The package.
+    dataset : EEGDataset
+        The trials that the encoder will see.
+    pretrained : bool
+        False: the same architecture with new random weights.
+
+    Returns
+    -------
+    EEGEncoder
+        Without a classification head.
+
+    Raises
+    ------
+    RequestError
+        If the path holds no encoder package, or the package belongs to another preprocessing.
+    """
+    encoder = EEGEncoder.from_pretrained(path)
+    dataset.require_preprocess(encoder.spec, f"encoder {path}")
+    if not pretrained or encoder.head is not None:
+        bare = EEGEncoder(encoder.config, encoder.spec, n_chans=encoder.n_chans)
+        if pretrained:
+            bare.backbone.load_state_dict(encoder.backbone.state_dict())
+        encoder = bare
+    if encoder.config.tokenizer == "montage":
+        # The models of this stage pass only windows to the encoder, so the encoder itself must know the electrodes.
+        encoder.positions_C3 = common_positions(dataset)
+    return encoder
+
+
+def eeg_for_model(eeg_BCT: Tensor, scaling: PreprocessSpec | EEGEncoder, device: Any = None) -> Tensor:
+    """Scale stored microvolts to model units.
+
+    Parameters
+    ----------
+    eeg_BCT : Tensor, shape (B, C, T)
+        Microvolts, of any float type.
+    scaling : PreprocessSpec or EEGEncoder
+        Defines the scaling. Where there is an encoder, its scaling applies.
+    device : torch.device, optional
+        Device of the result.
+
+    Returns
+    -------
+    Tensor of float32, shape (B, C, T)
+        Scaled and clipped.
+    """
+    return scaling.scale_for_model(eeg_BCT.to(device).float())
+
+
+def choose_evenly(n: int, count: int) -> list[int]:
+    """Choose trials that are evenly spread over a split.
+
+    Parameters
+    ----------
+    n : int
+        Trials of the split.
+    count : int
+        Largest number of trials to choose.
+
+    Returns
+    -------
+    list of int
+        Numbers of the trials, sorted, without repetition.
+    """
+    return np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)).tolist()
+
+
+def read_trials(
+    dataset: EEGDataset, numbers: list[int], scaling: PreprocessSpec | EEGEncoder, device: Any = None
+) -> Tensor:
+    """Read trials in model units.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        The split.
+    numbers : list of int
+        Numbers of the trials.
+    scaling : PreprocessSpec or EEGEncoder
+        Defines the scaling.
+    device : torch.device, optional
+        Device of the result.
+
+    Returns
+    -------
+    Tensor of float32, shape (B, 128, T)
+        The trials, in the order of `numbers`.
+    """
+    parts = [collate(dataset, numbers[start : start + 256]) for start in range(0, len(numbers), 256)]
+    return torch.cat([eeg_for_model(part.padded(device), scaling) for part in parts])
+
+
+def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig, random: StepRandom) -> Tensor:
+    """Shift trials in time, add noise and silence channels.
+
+    Parameters
+    ----------
+    x_bCT : Tensor, shape (b, C, T)
+        Trials in model units, padded by replication.
+    true_channels_b : list of int
+        Number of true channels of each trial. The padding's copies of a channel are changed exactly as the channel
+        itself, because the model must not see the difference.
+    config : AugmentConfig
+        How strong the changes are.
+    random : StepRandom
+        Random numbers of this step.
+
+    Returns
+    -------
+    Tensor, shape (b, C, T)
+        Changed trials; the same tensor if the config changes nothing.
+    """
+    b, channels, samples = x_bCT.shape
+    true_bC = torch.arange(channels)[None, :] % torch.tensor(true_channels_b)[:, None]
+    if config.shift:
+        moved = torch.arange(samples) + random.integers(2 * config.shift + 1, b, 1) - config.shift
+        x_bCT = x_bCT.gather(2, moved.clamp(0, samples - 1)[:, None].expand(-1, channels, -1))
+    if config.noise:
+        noise = random.normal(b, channels, samples).gather(1, true_bC[..., None].expand(-1, -1, samples))
+        x_bCT = x_bCT + config.noise * noise
+    if config.drop_channels:
+        share_b1 = random.uniform(b, 1) * config.drop_channels
+        x_bCT = x_bCT * (random.uniform(b, channels) >= share_b1).gather(1, true_bC)[..., None]
+    return x_bCT
+
+
+def average_trials_of_image(
+    eeg_bCT: Tensor, batch: Batch, dataset: EEGDataset, table: ImageTable, most: int, random: StepRandom
+) -> Tensor:
+    """Replace trials by means over trials in which the same image was seen.
+
+    Parameters
+    ----------
+    eeg_bCT : Tensor, shape (b, C, T)
+        The batch's EEG in microvolts; changed in place.
+    batch : Batch
+        Trials of this rank.
+    dataset : EEGDataset
+        The split; the other trials are read from it.
+    table : ImageTable
+        Knows for each trial the other trials of its image.
+    most : int
+        Largest number of trials in a mean, the trial itself included.
+    random : StepRandom
+        Random numbers of this step.
+
+    Returns
+    -------
+    Tensor, shape (b, C, T)
+        The means, in microvolts.
+    """
+    b = len(eeg_bCT)
+    # Always the same number of draws, whatever trials a rank has: otherwise the ranks' random streams would diverge.
+    extra_b = random.integers(most, b)
+    start_b = random.uniform(b)
+    for i, number in enumerate(batch.numbers):
+        others = table.companions[number]
+        count = min(int(extra_b[i]), len(others))
+        first = int(start_b[i] * len(others))
+        for other in (others[(first + k) % len(others)] for k in range(count)):
+            eeg_bCT[i] += torch.as_tensor(pad_channels(dataset[other].eeg)).float()
+        eeg_bCT[i] /= 1 + count
+    return eeg_bCT
+
+
+def prepare_eeg(
+    batch: Batch,
+    dataset: EEGDataset,
+    table: ImageTable,
+    config: ImageAugmentConfig,
+    random: StepRandom,
+    scaling: PreprocessSpec | EEGEncoder,
+) -> Tensor:
+    """Turn a training batch into augmented EEG in model units.
+
+    Parameters
+    ----------
+    batch : Batch
+        Trials of this rank.
+    dataset : EEGDataset
+        The split that the trials come from.
+    table : ImageTable
+        Its images.
+    config : ImageAugmentConfig
+        How strong the changes are.
+    random : StepRandom
+        Random numbers of this step.
+    scaling : PreprocessSpec or EEGEncoder
+        Defines the scaling.
+
+    Returns
+    -------
+    Tensor of float32, shape (b, 128, T)
+        The changed trials.
+    """
+    eeg_bCT = batch.padded(dtype=torch.float32)
+    if config.average > 1:
+        eeg_bCT = average_trials_of_image(eeg_bCT, batch, dataset, table, config.average, random)
+    return augment_eeg(eeg_for_model(eeg_bCT, scaling), [int(meta["n"]) for meta in batch.metas], config, random)

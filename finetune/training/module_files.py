@@ -1,0 +1,89 @@
+"""Small modules on disk: a folder with config.json and model.safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.files import read_json, write_json
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def save_module(module: nn.Module, config: Any, folder: str | Path, kind: str) -> None:
+    """Write a small module as config.json and model.safetensors.
+
+    Parameters
+    ----------
+    module : Module
+        The module. Floating-point weights are written in fp32.
+    config : dataclass instance
+        Enough to build the module again.
+    folder : str or Path
+        Directory to write; made where it is missing.
+    kind : str
+        Name of the kind of module; `load_module` checks it.
+    """
+    from safetensors.torch import save_file
+
+    def plain(value: Tensor) -> Tensor:
+        value = value.detach().cpu().contiguous()
+        return value.float() if value.is_floating_point() else value
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: plain(value) for name, value in module.state_dict().items()}, folder / "model.safetensors")
+    write_json(folder / "config.json", {"kind": kind, **dataclasses.asdict(config)})
+
+
+def load_module(module_class: type[M], config_class: type, folder: str | Path, kind: str) -> M:
+    """Build the module that `save_module` wrote.
+
+    Parameters
+    ----------
+    module_class : type
+        Called with the config.
+    config_class : type
+        Dataclass of the config.
+    folder : str or Path
+        Directory to read.
+    kind : str
+        Expected kind of module.
+
+    Returns
+    -------
+    Module
+        In evaluation mode.
+
+    Raises
+    ------
+    RequestError
+        If a file is missing or damaged, the module is of another kind, or the two files do not fit together.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    values = read_json(folder / "config.json")
+    if not isinstance(values, dict) or values.pop("kind", None) != kind:
+        raise RequestError(f"{folder}: not a '{kind}' package; give the folder that Dreamscale wrote")
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise RequestError(
+            f"{folder / 'model.safetensors'}: cannot be read ({one_line(error)}); train the model again"
+        ) from None
+    try:
+        # JSON has no tuples.
+        module = module_class(config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
+        module.load_state_dict(weights)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(
+            f"{folder}: config.json does not fit the weights ({reason}); train the model again"
+        ) from None
+    return module.eval()
