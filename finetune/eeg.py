@@ -19,7 +19,6 @@ from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.images import ImageTable
 from finetune.training.step_random import StepRandom
 from pretrain.encoder.encoder import EEGEncoder
-from pretrain.model.montage import common_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +80,8 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
         if pretrained:
             bare.backbone.load_state_dict(encoder.backbone.state_dict())
         encoder = bare
-    if encoder.config.tokenizer == "montage":
-        # The models of this stage pass only windows to the encoder, so the encoder itself must know the electrodes.
-        encoder.positions_C3 = common_positions(dataset)
+    # The models of this stage pass only windows to the encoder, so the encoder itself must know the electrodes.
+    encoder.keep_electrodes(dataset)
     return encoder
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, one_line, run_main
 from data_sharding.processing.preprocess import PreprocessSpec
-from pretrain.model.autoencoder import SignalDecoder, SignalEncoder, count_parameters
+from pretrain.model.autoencoder import SignalDecoder, SignalEncoder
+from pretrain.model.build import count_parameters
 from pretrain.model.config import DecoderConfig, EncoderConfig
 from pretrain.model.transformer import sincos_positions
 

@@ -83,7 +83,7 @@ def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
     RequestError
         If the weights are damaged or do not fit the config.
     """
-    from pretrain.model.autoencoder import build_autoencoder
+    from pretrain.model.build import build_autoencoder
     from pretrain.model.weights import WEIGHTS, load_strictly
 
     model = build_autoencoder(config.model)
@@ -114,20 +114,18 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
     spec = data["preprocess"]
     held = [m for m in metrics if m.get("val_loss") is not None and m["step"] <= saved["step"]]
     windows = data["windows"]
-    rows = "its true channels" if shape.tokenizer == "montage" else f"its {shape.channels} padded rows"
-    unit = f"{spec['scale_uv']:g}" if spec["scaling"] == "constant" else f"the window's standard deviation over {rows}"
+    unit = (
+        f"{spec['scale_uv']:g}"
+        if spec["scaling"] == "constant"
+        else f"the window's standard deviation over {shape.scale_rows}"
+    )
     hours = {split: count * spec["stride"] / spec["sfreq"] / 3600 for split, count in windows.items()}
     lines = [
         "# EEG encoder",
         "",
         f"A transformer ({shape.depth} layers x {shape.dim}, {parameters / 1e6:.1f}M parameters) that "
         f"turns {spec['window'] / spec['sfreq']:g} s of EEG into {shape.tokens} tokens, pretrained by rebuilding "
-        "masked signal. "
-        + (
-            "It knows channels by their electrode's position: any montage, in any order."
-            if shape.tokenizer == "montage"
-            else "A token is a moment of all channels together."
-        ),
+        f"masked signal. {shape.about}",
         "",
         "```python",
         "from pretrain.encoder.encoder import EEGEncoder",
@@ -138,15 +136,7 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         "features.tokens, features.pooled, features.times, features.report",
         "```",
         "",
-        "`encoder.pt2` is the same encoder for PyTorch alone: "
-        + (
-            f'`torch.export.load("encoder.pt2").module()(x, positions, count)` with x `[windows, channels, '
-            f"{shape.samples}]`, preprocessed and scaled as said below, positions `[windows, channels, 3]` "
-            "in metres (NaN where not known), and the number of true channels of each window as int64."
-            if shape.tokenizer == "montage"
-            else f'`torch.export.load("encoder.pt2").module()(x)` with x `[windows, {shape.channels}, '
-            f"{shape.samples}]`, preprocessed as said below, padded by repeating channels in turn, and scaled."
-        ),
+        f"`encoder.pt2` is the same encoder for PyTorch alone: {shape.program_usage}",
         "",
         "## Data",
         "",
@@ -241,7 +231,7 @@ def export(config: ExportConfig) -> int:
 
     from data_sharding.processing.preprocess import PreprocessSpec
     from pretrain.encoder.encoder import EEGEncoder
-    from pretrain.model.autoencoder import count_parameters
+    from pretrain.model.build import count_parameters
 
     model = load_model(run_config, checkpoint)
     encoder = EEGEncoder(run_config.model.encoder, PreprocessSpec.from_dict(saved["data"]["preprocess"]))

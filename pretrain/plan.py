@@ -183,7 +183,7 @@ def tokens_of(model: MaskedAutoencoderConfig, channels: int | None = None) -> tu
     from pretrain.model.masking import visible_tokens
 
     shape = model.encoder
-    rows = (channels or shape.channels) if shape.tokenizer == "montage" else 1
+    rows = shape.token_rows(channels)
     return rows * visible_tokens(shape.tokens, model.mask_ratio) + 1, rows * shape.tokens + 1
 
 
@@ -225,7 +225,7 @@ def activation_bytes(
         kept = sum(shape.depth * block(shape, tokens) for shape, tokens in stacks)
     # Last norms and what they feed, the window in float32 and as the model casts it, and the errors in float32.
     ends = sum(2 * tokens * shape.dim * value for shape, tokens in stacks)
-    rows = (channels or model.encoder.channels) if model.encoder.tokenizer == "montage" else model.encoder.channels
+    rows = model.encoder.signal_rows(channels)
     return kept + ends + rows * model.encoder.samples * (8 + value % 4)
 
 
@@ -398,13 +398,13 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     """
     import torch
 
-    from pretrain.model.autoencoder import build_autoencoder, count_parameters
+    from pretrain.model.build import build_autoencoder, count_parameters
     from pretrain.model.flops import training_flops
 
     request = resolve(config)
     model = request.model
     if config.channels is not None:
-        if model.encoder.tokenizer != "montage":
+        if not model.encoder.by_channel:
             raise RequestError("channels matters to the montage tokenizer alone; the temporal one always has 128 rows")
         model = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, channels=config.channels))
     with torch.device("meta"):

@@ -419,7 +419,7 @@ class _Training:
             This process's part.
         """
         shape = self.config.model.encoder
-        rows = sum(batch.channels) if shape.tokenizer == "montage" else len(batch)
+        rows = sum(map(shape.token_rows, batch.channels))
         self.interval.tokens += rows * shape.tokens
         if self.peak is not None:
             self.interval.flops += batch_flops(self.config.model, batch.channels)

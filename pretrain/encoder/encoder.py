@@ -24,13 +24,14 @@ from data_sharding.common.files import atomic_directory, atomic_write_text, read
 from data_sharding.dataset.samples import N_PADDED, pad_channels
 from data_sharding.processing.preprocess import PreprocessSpec, band_of
 from pretrain.encoder.result import CoverageReport, Encoding
-from pretrain.model.autoencoder import build_encoder, count_parameters
+from pretrain.model.build import build_encoder, count_parameters
 from pretrain.model.config import EncoderConfig
 from pretrain.model.weights import WEIGHTS, load_strictly, save_weights
 
 if TYPE_CHECKING:
     import mne
 
+    from data_sharding.dataset.dataset import EEGDataset
     from data_sharding.formats.signal import Signal
 
 KIND = "dreamscale_eeg_encoder"
@@ -164,12 +165,24 @@ class EEGEncoder(nn.Module):
         dict of str to Tensor
             Further arguments of `tokens` and `forward`; none for the temporal tokenizer.
         """
-        if self.config.tokenizer == "temporal":
-            return {}
-        from pretrain.model.montage import electrode_positions
+        return {name: value.to(device) for name, value in self.backbone.electrode_inputs(metas).items()}
 
-        positions_BC3, count_B = electrode_positions(metas, self.config.channels)
-        return {"positions": positions_BC3.to(device), "count_B": count_B.to(device)}
+    def keep_electrodes(self, dataset: EEGDataset) -> None:
+        """Keep the electrodes of a dataset with the encoder, so that windows alone are enough for `tokens`.
+
+        Parameters
+        ----------
+        dataset : EEGDataset
+            A split that was recorded with one montage.
+
+        Raises
+        ------
+        RequestError
+            If the encoder needs electrodes and the dataset has several montages.
+        """
+        positions_C3 = self.backbone.common_positions(dataset)
+        if positions_C3 is not None:
+            self.positions_C3 = positions_C3
 
     def scale_for_model(self, x_uv_BCT: Tensor, channels: Any = None) -> Tensor:
         """Bring microvolts to what this encoder sees, as its pretraining did.
@@ -187,11 +200,7 @@ class EEGEncoder(nn.Module):
         Tensor, [B, C, T]
             Windows in model units.
         """
-        if self.config.tokenizer == "temporal":
-            return self.spec.scale_for_model(x_uv_BCT)
-        if channels is None and self.positions_C3 is not None:
-            channels = len(self.positions_C3)
-        return self.spec.scale_for_model(x_uv_BCT, channels)
+        return self.spec.scale_for_model(x_uv_BCT, self.backbone.channels_for_scale(channels, self.positions_C3))
 
     def tokens(self, x_BCT: Tensor, positions: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
         """Encode windows.
@@ -223,18 +232,9 @@ class EEGEncoder(nn.Module):
                 f"got windows of {x_BCT.shape[-2]} channels x {x_BCT.shape[-1]} samples; "
                 f"the encoder takes at most {self.config.channels} x {self.config.samples}"
             )
-        if self.config.tokenizer == "temporal":
-            return self.backbone(pad_channels(x_BCT, self.config.channels))[:, int(self.config.class_token) :]
         positions = self.positions_C3 if positions is None else positions
-        if positions is None:
-            raise RequestError(
-                "this encoder's montage tokenizer needs to know where the electrodes sit: give positions [channels, 3] "
-                "in metres, NaN where not known (inputs_of has them for a dataset's samples), or build it with chs_info"
-            )
-        if positions.ndim == 2:
+        if positions is not None and positions.ndim == 2:
             positions = positions.expand(x_BCT.shape[0], -1, -1)
-        if positions.shape[1] > x_BCT.shape[1]:
-            raise ValueError(f"got positions of {positions.shape[1]} channels for windows of {x_BCT.shape[1]}")
         return self.backbone.over_time(x_BCT, positions, count_B)
 
     def forward(self, x_BCT: Tensor, positions: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
@@ -309,14 +309,14 @@ class EEGEncoder(nn.Module):
             tokens_BND = np.empty((found.most, self.n_tokens, self.dim), np.float32)
             # The same for every window; the encoder looks at true channels only, where it tells channels apart.
             inputs = self.inputs_of([{"n": len(found.names), "positions": found.positions}], device)
-            inputs.pop("count_B", None)
+            positions_C3 = inputs["positions"][0] if inputs else None
             while batch := list(itertools.islice(found.stream, batch_size)):
                 # Through float16 microvolts, as training sees them.
                 block = np.stack([x.astype(np.float16).astype(np.float32) for _, x in batch])
                 uv_BCT = torch.from_numpy(pad_channels(block, self.config.channels)).to(device)
                 x_BCT = self.scale_for_model(uv_BCT, len(found.names))
                 rows = slice(len(times), len(times) + len(batch))
-                tokens_BND[rows] = self.tokens(x_BCT, *(v[0] for v in inputs.values())).float().cpu().numpy()
+                tokens_BND[rows] = self.tokens(x_BCT, positions_C3).float().cpu().numpy()
                 times += [start for start, _ in batch]
         if not times:
             why = ", ".join(f"{count} {reason}" for reason, count in sorted(found.flawed.items()))
@@ -364,7 +364,7 @@ class EEGEncoder(nn.Module):
         model = EEGEncoder(self.config, self.spec, n_chans=self.n_chans, n_outputs=self.n_outputs)
         model.load_state_dict({k: v.detach().float().cpu() for k, v in self.state_dict().items()})
         model.eval()
-        example = _example_input(self.config)
+        example = _example_input(model)
         with torch.no_grad():
             output = model(*example)
         if not output.isfinite().all():
@@ -455,7 +455,7 @@ def export_program(model: EEGEncoder, path: Path) -> None:
     montage tokenizer it is ``(x_BCT, positions_BC3, count_B)``: any number of windows, 1 to 128 rows, electrodes in
     metres with NaN where not known, and how many rows of each window are true channels.
     """
-    example = tuple(value.repeat(2, *[1] * (value.ndim - 1)) for value in _example_input(model.config))
+    example = tuple(value.repeat(2, *[1] * (value.ndim - 1)) for value in _example_input(model))
     batch = torch.export.Dim("batch", min=1)
     rows = {1: torch.export.Dim("channels", min=1, max=model.config.channels)} if len(example) > 1 else {}
     dynamic = ({0: batch, **rows}, {0: batch, **rows}, {0: batch})[: len(example)]
@@ -501,25 +501,24 @@ def _positions_from(lists: list[list[float] | None]) -> Tensor:
     return torch.tensor([place or [math.nan] * 3 for place in lists])
 
 
-def _example_input(config: EncoderConfig) -> tuple[Tensor, ...]:
+def _example_input(model: EEGEncoder) -> tuple[Tensor, ...]:
     """Input of the self-check: oscillations written by formula, so that a package holds nobody's recording."""
+    config = model.config
     time_T = torch.arange(config.samples, dtype=torch.float64) / config.samples
     channel_C1 = torch.arange(config.channels, dtype=torch.float64)[:, None]
     waves_CT = torch.sin(2 * math.pi * (3 + channel_C1 % 17) * time_T + channel_C1) + 0.5 * torch.cos(
         2 * math.pi * (1 + channel_C1 % 5) * time_T
     )
-    if config.tokenizer == "temporal":
-        return (waves_CT.float()[None],)
     # Electrodes on a spiral over a sphere of a head's size, every fifth not known; the last quarter are no channels.
-    from pretrain.model.montage import electrode_positions
-
     turns = torch.arange(config.channels, dtype=torch.float64)
     height = 1 - turns / config.channels
     around = (1 - height**2).sqrt()
     sphere_C3 = 0.095 * torch.stack([around * (2.4 * turns).cos(), around * (2.4 * turns).sin(), height], dim=1)
     places = [None if i % 5 == 4 else place for i, place in enumerate(sphere_C3.tolist())]
-    positions_BC3, _ = electrode_positions([{"n": config.channels, "positions": places}], config.channels)
-    return waves_CT.float()[None], positions_BC3, torch.tensor([max(1, config.channels * 3 // 4)])
+    electrodes = model.backbone.electrode_inputs([{"n": config.channels, "positions": places}])
+    if "count_B" in electrodes:
+        electrodes["count_B"] = torch.tensor([max(1, config.channels * 3 // 4)])
+    return waves_CT.float()[None], *electrodes.values()
 
 
 def _check_example(model: EEGEncoder, path: Path) -> None:

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from data_sharding.dataset.samples import pad_channels
 from pretrain.model.config import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
 from pretrain.model.masking import dropped_channels, keep_indices
 from pretrain.model.transformer import Blocks, apply_options, initialise, sincos_positions
 
 if TYPE_CHECKING:
+    from data_sharding.dataset.dataset import EEGDataset
     from data_sharding.processing.preprocess import PreprocessSpec
 
 
@@ -75,6 +77,35 @@ class SignalEncoder(nn.Module):
         if self.cls_token is not None:
             x_BND = torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         return self.norm(self.blocks(x_BND))
+
+    def over_time(self, x_BCT: Tensor, positions_BC3: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
+        """Encode windows of any number of channels up to the encoder's.
+
+        Parameters
+        ----------
+        x_BCT : Tensor, [B, C or fewer, T]
+            Scaled signal; padded here by replication.
+        positions_BC3, count_B : Tensor, optional
+            Not used: this encoder does not know electrodes.
+
+        Returns
+        -------
+        Tensor, [B, N, D]
+            Tokens in the order of time, without the class token.
+        """
+        return self(pad_channels(x_BCT, self.config.channels))[:, int(self.cls_token is not None) :]
+
+    def electrode_inputs(self, metas: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the electrodes of samples as arguments of `EEGEncoder.tokens`: none, this encoder needs none."""
+        return {}
+
+    def common_positions(self, dataset: EEGDataset) -> Tensor | None:
+        """Return the electrodes that are to be kept with the encoder for a dataset: None, it needs none."""
+        return None
+
+    def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
+        """Return the true channels over which a window's scale is computed: None, for all rows of the padded window."""
+        return None
 
 
 class SignalDecoder(nn.Module):
@@ -186,9 +217,9 @@ class MaskedAutoencoder(nn.Module):
         Tensor, [B, C, T], float32
             Scaled signal, padded.
         """
-        return spec.scale_for_model(batch.padded(device, torch.float32), self.scaled_over(batch))
+        return spec.scale_for_model(batch.padded(device, torch.float32), self.channels_for_scale(batch))
 
-    def scaled_over(self, batch: Samples) -> list[int] | None:
+    def channels_for_scale(self, batch: Samples) -> list[int] | None:
         """Say over how many rows a window's scale is taken.
 
         Parameters
@@ -201,7 +232,7 @@ class MaskedAutoencoder(nn.Module):
         list of int, [B], or None
             For `data_sharding.processing.preprocess.PreprocessSpec.divisor`; None for all rows, copies too.
         """
-        return None
+        return self.encoder.channels_for_scale(batch.channels)
 
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
         """Say what the model is to see of some samples; looks at no weights.
@@ -387,62 +418,6 @@ class MaskedAutoencoder(nn.Module):
         predicted_BNP = self.reconstruct(x_BCT, keep_BK, **inputs)
         error_BNP = full_precision(predicted_BNP) - self.targets(x_BCT, keep_BK=keep_BK, **inputs)
         return _mean_where(error_BNP.square().mean(dim=-1), self.hidden(keep_BK, **inputs))
-
-
-def build_encoder(config: EncoderConfig) -> nn.Module:
-    """Build the encoder that a config asks for.
-
-    Parameters
-    ----------
-    config : EncoderConfig
-        Shape.
-
-    Returns
-    -------
-    nn.Module
-        `SignalEncoder`, or `pretrain.model.montage.MontageEncoder`.
-    """
-    if config.tokenizer == "montage":
-        from pretrain.model.montage import MontageEncoder
-
-        return MontageEncoder(config)
-    return SignalEncoder(config)
-
-
-def build_autoencoder(config: MaskedAutoencoderConfig) -> MaskedAutoencoder:
-    """Build the autoencoder that a config asks for.
-
-    Parameters
-    ----------
-    config : MaskedAutoencoderConfig
-        Shape and objective.
-
-    Returns
-    -------
-    MaskedAutoencoder
-        Over time, or `pretrain.model.montage.MontageAutoencoder`, which has the same methods.
-    """
-    if config.encoder.tokenizer == "montage":
-        from pretrain.model.montage import MontageAutoencoder
-
-        return MontageAutoencoder(config)
-    return MaskedAutoencoder(config)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Count the trainable values of a module.
-
-    Parameters
-    ----------
-    module : nn.Module
-        Any module, also on the meta device.
-
-    Returns
-    -------
-    int
-        Trainable values; fixed positions are none.
-    """
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from pretrain.model.masking import visible_tokens
+from pretrain.model.tokenizer import TOKENIZERS
 
 AttentionKind = Literal["auto", "sdpa", "plain"]
 """How attention is computed; see `ComputeConfig.attention`."""
@@ -53,6 +54,45 @@ class EncoderConfig:
     def tokens(self) -> int:
         """Number of tokens along a window, without the class token."""
         return self.samples // self.patch
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether a token belongs to a single channel."""
+        return TOKENIZERS[self.tokenizer].by_channel
+
+    @property
+    def about(self) -> str:
+        """One sentence about the tokens, for the model card."""
+        return TOKENIZERS[self.tokenizer].about
+
+    @property
+    def scale_rows(self) -> str:
+        """Rows over which the scale of a window is computed, in words for the model card."""
+        return TOKENIZERS[self.tokenizer].scale_rows(self.channels)
+
+    @property
+    def program_usage(self) -> str:
+        """How to call the exported program, for the model card."""
+        return TOKENIZERS[self.tokenizer].program_usage(self.channels, self.samples)
+
+    def token_rows(self, channels: int | None = None) -> int:
+        """Count the rows of tokens of a window.
+
+        Parameters
+        ----------
+        channels : int, optional
+            True channels of the window; `self.channels` by default.
+
+        Returns
+        -------
+        int
+            The window has this many times `self.tokens` tokens, without the class token.
+        """
+        return TOKENIZERS[self.tokenizer].token_rows(channels or self.channels)
+
+    def signal_rows(self, channels: int | None = None) -> int:
+        """Count the rows of signal that the model reads of a window with this many true channels (all by default)."""
+        return TOKENIZERS[self.tokenizer].signal_rows(channels or self.channels, self.channels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,9 +160,9 @@ class MaskedAutoencoderConfig:
             raise ValueError("model.encoder.class_token is false; pretraining needs the class token")
         if not 0 <= self.channel_dropout < 1:
             raise ValueError(f"model.channel_dropout is {self.channel_dropout}; it must be from 0 to below 1")
-        if self.mask_each_channel and self.encoder.tokenizer != "montage":
+        if self.mask_each_channel and not self.encoder.by_channel:
             raise ValueError("model.mask_each_channel needs model.encoder.tokenizer: montage")
-        if self.normalize_targets and self.encoder.tokenizer == "montage" and self.encoder.patch < 2:
+        if self.normalize_targets and self.encoder.by_channel and self.encoder.patch < 2:
             raise ValueError(
                 "model.normalize_targets needs model.encoder.patch of at least 2 with the montage tokenizer"
             )

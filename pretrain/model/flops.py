@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.model.autoencoder import build_autoencoder
+from pretrain.model.build import build_autoencoder
 from pretrain.model.config import ComputeConfig, MaskedAutoencoderConfig
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
@@ -69,6 +69,14 @@ def training_flops(config: MaskedAutoencoderConfig) -> float:
     return 3.0 * counter.get_total_flops()
 
 
+def _window_flops(config: MaskedAutoencoderConfig, rows: int) -> float:
+    """Operations of a window of which the model reads `rows` rows."""
+    if rows == config.encoder.channels:
+        return training_flops(config)
+    constant, linear, square = _by_channels(config)
+    return constant + linear * rows + square * rows * rows
+
+
 @functools.cache
 def _by_channels(config: MaskedAutoencoderConfig) -> tuple[float, float, float]:
     """Polynomial in the true channels: tokens grow with them, and attention with their square."""
@@ -97,10 +105,7 @@ def batch_flops(config: MaskedAutoencoderConfig, channels: Sequence[int]) -> flo
     float
         Operations, as `training_flops` counts them; those on padding, which is no use to anybody, do not count.
     """
-    if config.encoder.tokenizer != "montage":
-        return len(channels) * training_flops(config)
-    constant, linear, square = _by_channels(config)
-    return math.fsum(constant + linear * n + square * n * n for n in channels)
+    return math.fsum(_window_flops(config, config.encoder.signal_rows(n)) for n in channels)
 
 
 def peak_flops(device: torch.device, precision: str, override_tflops: float | None = None) -> float | None:

@@ -199,8 +199,8 @@ class MontageEncoder(nn.Module):
             real_BM = with_class_token(real_BM)
         return self.norm(self.blocks(x_BMD, real_BM))
 
-    def over_time(self, x_BCT: Tensor, positions_BC3: Tensor, count_B: Tensor | None = None) -> Tensor:
-        """Encode windows and average over the channels: as many tokens for every montage.
+    def over_time(self, x_BCT: Tensor, positions_BC3: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
+        """Encode windows and average the tokens over the channels, so that every montage gives as many tokens.
 
         Parameters
         ----------
@@ -210,8 +210,20 @@ class MontageEncoder(nn.Module):
         Returns
         -------
         Tensor, [B, N, D]
-            Tokens in the order of time.
+            Tokens in the order of time, without the class token.
+
+        Raises
+        ------
+        RequestError
+            If no positions are given.
         """
+        if positions_BC3 is None:
+            raise RequestError(
+                "this encoder's montage tokenizer needs to know where the electrodes sit: give positions [channels, 3] "
+                "in metres, NaN where not known (inputs_of has them for a dataset's samples), or build it with chs_info"
+            )
+        if positions_BC3.shape[1] > x_BCT.shape[1]:
+            raise ValueError(f"got positions of {positions_BC3.shape[1]} channels for windows of {x_BCT.shape[1]}")
         x_BMD = self(x_BCT, positions_BC3, count_B)[:, int(self.cls_token is not None) :]
         x_BCND = x_BMD.unflatten(1, (positions_BC3.shape[1], self.config.tokens))
         if count_B is None:
@@ -220,6 +232,22 @@ class MontageEncoder(nn.Module):
         assert real_BC is not None
         weight_BC = real_BC.to(x_BCND.dtype) / count_B.to(x_BCND.dtype).unsqueeze(1)
         return (x_BCND * weight_BC[..., None, None]).sum(dim=1)
+
+    def electrode_inputs(self, metas: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the electrodes of samples as arguments of `EEGEncoder.tokens`."""
+        positions_BC3, count_B = electrode_positions(metas, self.config.channels)
+        return {"positions": positions_BC3, "count_B": count_B}
+
+    def common_positions(self, dataset: EEGDataset) -> Tensor | None:
+        """Return the electrodes that are to be kept with the encoder for a dataset; see `common_positions`."""
+        return common_positions(dataset)
+
+    def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
+        """Return the true channels over which a window's scale is computed.
+
+        Copies in a padded window must not count: some channels would weigh more than others, depending on their order.
+        """
+        return len(positions_C3) if channels is None and positions_C3 is not None else channels
 
 
 class MontageDecoder(nn.Module):
@@ -334,21 +362,6 @@ class MontageAutoencoder(MaskedAutoencoder):
 
     def _parts(self, config: MaskedAutoencoderConfig) -> tuple[Any, Any]:
         return MontageEncoder(config.encoder), MontageDecoder(config.decoder, config.encoder)
-
-    def scaled_over(self, batch: Samples) -> list[int]:
-        """Say over how many rows a window's scale is taken.
-
-        Parameters
-        ----------
-        batch : Samples
-            The samples.
-
-        Returns
-        -------
-        list of int, [B]
-            The true channels: copies would weigh some of them more, depending on the order.
-        """
-        return batch.channels
 
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
         """Say what the model is to see of some samples; looks at no weights.

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
-from pretrain.model.autoencoder import MaskedAutoencoderConfig
+from pretrain.model.config import MaskedAutoencoderConfig
 from pretrain.runs.guards import GuardConfig
 from pretrain.runs.tracking import TrackerConfig
 

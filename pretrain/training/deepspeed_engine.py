@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.model.autoencoder import build_autoencoder, count_parameters
+from pretrain.model.build import build_autoencoder, count_parameters
 from pretrain.runs.distributed import World
 from pretrain.training.config import OptimizerConfig, PretrainConfig
 

@@ -63,7 +63,7 @@ def plot_reconstruction(
         return
     made_BCT, true_BCT = model.untokenize(made_BNP).cpu().numpy(), x_BCT.cpu().numpy()
     # Back to microvolts.
-    uv = np.broadcast_to(dataset.spec.divisor(batch.eeg.float(), model.scaled_over(batch)), (len(batch), 1, 1))
+    uv = np.broadcast_to(dataset.spec.divisor(batch.eeg.float(), model.channels_for_scale(batch)), (len(batch), 1, 1))
     _draw(path, true_BCT * uv, made_BCT * uv, hidden_BCT, batch.metas, dataset, shape.patch, step)
 
 

@@ -27,7 +27,7 @@ def encoder_package(paired_dataset: Path, tmp_path_factory: pytest.TempPathFacto
 
     from data_sharding.dataset.dataset import EEGDataset
     from pretrain.encoder.encoder import EEGEncoder
-    from pretrain.model.autoencoder import EncoderConfig
+    from pretrain.model.config import EncoderConfig
 
     torch.manual_seed(0)
     config = EncoderConfig(samples=128, dim=32, depth=1, heads=2, mlp_ratio=2.0)

@@ -14,7 +14,7 @@ from finetune.align import infonce, main
 from finetune.clip_head import ClipHead
 from finetune.eeg import eeg_for_model
 from pretrain.encoder.encoder import EEGEncoder
-from pretrain.model.autoencoder import EncoderConfig
+from pretrain.model.config import EncoderConfig
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TINY = ["--tracker.kind", "none", "--training.warmup", "2", "--training.log_every", "1"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
-from pretrain.model.autoencoder import build_autoencoder, count_parameters
+from pretrain.model.build import build_autoencoder, count_parameters
 from pretrain.model.config import ComputeConfig, MaskedAutoencoderConfig
 from pretrain.model.flops import training_flops
 from pretrain.model.masking import keep_indices
@@ -111,7 +111,7 @@ ENGINE = """
 import gc, torch
 from pretrain.runs.distributed import choose_device, import_deepspeed, process_group
 from pretrain.model.masking import keep_indices
-from pretrain.model.autoencoder import build_autoencoder, count_parameters
+from pretrain.model.build import build_autoencoder, count_parameters
 from pretrain.model.presets import PRESETS
 
 device = choose_device("cpu")

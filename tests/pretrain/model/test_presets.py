@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_sharding.common.config import parse_config
-from pretrain.model.autoencoder import build_autoencoder, count_parameters
+from pretrain.model.build import build_autoencoder, count_parameters
 from pretrain.model.presets import PRESETS
 from pretrain.training.config import PretrainConfig
 

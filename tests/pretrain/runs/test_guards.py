@@ -26,8 +26,7 @@ from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from data_sharding.dataset.loader import Batch, Loader
 from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
-from pretrain.model.autoencoder import MaskedAutoencoderConfig
-from pretrain.model.config import DecoderConfig, EncoderConfig
+from pretrain.model.config import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
 from pretrain.model.flops import batch_flops, peak_flops, training_flops
 from pretrain.runs.checkpoint import complete_checkpoints
 from pretrain.runs.directory import RunDirectory, StopSignal

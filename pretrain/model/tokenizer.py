@@ -1,0 +1,74 @@
+"""What each tokenizer answers before a model is built: how many tokens it makes, and how it describes itself.
+
+A tokenizer turns a window of EEG into tokens. The rest of the project asks the methods below (through
+`pretrain.model.config.EncoderConfig`) or those of the built encoder, and never compares the tokenizer's name. A new
+tokenizer is one class here, one encoder and one autoencoder, and its line in `pretrain.model.build`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TemporalTokenizer:
+    """A token is a moment of all channels together, as in DreamDiffusion."""
+
+    by_channel: ClassVar[bool] = False
+    """Whether a token belongs to a single channel."""
+    about: ClassVar[str] = "A token is a moment of all channels together."
+    """Sentence for the model card."""
+
+    def token_rows(self, channels: int) -> int:
+        """Return the rows of tokens of a window; each row holds one token for each moment."""
+        return 1
+
+    def signal_rows(self, channels: int, padded: int) -> int:
+        """Return the rows of signal that the model reads, of a window with `padded` rows."""
+        return padded
+
+    def scale_rows(self, padded: int) -> str:
+        """Name the rows over which the scale of a window is computed, for the model card."""
+        return f"its {padded} padded rows"
+
+    def program_usage(self, padded: int, samples: int) -> str:
+        """Explain the call of the exported program, for the model card."""
+        return (
+            f'`torch.export.load("encoder.pt2").module()(x)` with x `[windows, {padded}, {samples}]`, preprocessed as '
+            "said below, padded by repeating channels in turn, and scaled."
+        )
+
+
+class MontageTokenizer:
+    """A token is a moment of one channel, and carries the position of the channel's electrode."""
+
+    by_channel: ClassVar[bool] = True
+    """Whether a token belongs to a single channel."""
+    about: ClassVar[str] = "It knows channels by their electrode's position: any montage, in any order."
+    """Sentence for the model card."""
+
+    def token_rows(self, channels: int) -> int:
+        """Return the rows of tokens of a window; each row holds one token for each moment."""
+        return channels
+
+    def signal_rows(self, channels: int, padded: int) -> int:
+        """Return the rows of signal that the model reads, of a window with `padded` rows."""
+        return channels
+
+    def scale_rows(self, padded: int) -> str:
+        """Name the rows over which the scale of a window is computed, for the model card."""
+        return "its true channels"
+
+    def program_usage(self, padded: int, samples: int) -> str:
+        """Explain the call of the exported program, for the model card."""
+        return (
+            '`torch.export.load("encoder.pt2").module()(x, positions, count)` with x `[windows, channels, '
+            f"{samples}]`, preprocessed and scaled as said below, positions `[windows, channels, 3]` in metres (NaN "
+            "where not known), and the number of true channels of each window as int64."
+        )
+
+
+TOKENIZERS: dict[str, TemporalTokenizer | MontageTokenizer] = {
+    "temporal": TemporalTokenizer(),
+    "montage": MontageTokenizer(),
+}
+"""Tokenizer by its name in a config."""
