@@ -1,1 +1,1 @@
-"""Probing an encoder on labelled trials, beside baselines and controls."""
+"""The probe: what an encoder's features are worth on labelled trials, compared with baselines and controls."""

@@ -1,11 +1,14 @@
-"""EEGNet, the small convolutional network that EEG classifiers are measured by, for the probe.
+"""EEGNet, a small convolutional network that is a common baseline of EEG classifiers, for the probe.
 
-Letters in names: n trials, B trials of a batch, C channels, T time samples.
+Letters of shapes: see `pretrain.model`.
 
 References
 ----------
 Lawhern et al., EEGNet, Journal of Neural Engineering 15 (2018), 056013.
 """
+
+# Written here although Braindecode has an EEGNet: Braindecode is a dependency of the tests only, because from version
+# 1.0 on it needs torchaudio, which must match the installed PyTorch.
 
 from __future__ import annotations
 
@@ -19,44 +22,47 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EEGNetConfig:
-    """EEGNet-8,2 and its training; the article's values where it gives one."""
+    """Training of EEGNet-8,2, with the values of the article if it gives them."""
 
     epochs: int = 100
-    """At most (article: 500)."""
+    """Largest number of epochs (500 in the article)."""
     patience: int = 15
-    """Epochs without a lower validation loss after which training ends."""
+    """Number of epochs without a lower validation loss after which training ends."""
     batch_size: int = 64
-    """Trials a step."""
+    """Number of trials in a step."""
     lr: float = 1e-3
-    """Of Adam."""
+    """Learning rate of Adam."""
     dropout: float = 0.25
-    """The article's for unseen subjects."""
+    """Dropout probability; 0.25 is the article's value for unseen subjects."""
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.patience, self.batch_size) < 1 or self.lr <= 0 or not 0 <= self.dropout < 1:
-            raise ValueError("eegnet: epochs, patience and batch_size from 1, lr above 0, dropout from 0 to below 1")
+            raise ValueError(
+                "eegnet: epochs, patience and batch_size must be at least 1, lr above 0, and dropout from 0 to below 1"
+            )
 
 
 class EEGNet(nn.Module):
-    """EEGNet-8,2: 8 temporal filters, 2 spatial ones for each, 16 separable ones.
+    """EEGNet-8,2: 8 temporal filters, 2 spatial filters for each of them, and 16 separable filters.
 
     Parameters
     ----------
     channels, samples : int
         Shape of a window.
     sfreq : float
-        Rate in Hz; the temporal filters last half a second.
+        Sampling rate in Hz. The temporal filters are half a second long.
     classes : int
-        Labels.
+        Number of labels.
     dropout : float
-        Share left out in training.
+        Dropout probability in training.
     """
 
     def __init__(self, channels: int, samples: int, sfreq: float, classes: int, dropout: float = 0.25) -> None:
         super().__init__()
         F1, D, F2 = 8, 2, 16
-        # The article's 32 and 16 samples at 128 Hz, pooled by 4 and 8; short windows are pooled less.
+        # The article pools by 4 and then by 8; short windows are pooled less, so that at least one sample is left.
         pool = [min(4, samples), max(1, min(8, samples // 4))]
+        # Lengths of the filters in samples: 64 and 16 at 128 Hz.
         half, eighth = max(1, round(sfreq / 2)), max(1, round(sfreq / 8))
         self.spatial = nn.Conv2d(F1, F1 * D, (channels, 1), groups=F1, bias=False)
         self.features = nn.Sequential(
@@ -85,7 +91,7 @@ class EEGNet(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Windows, standardised.
+            Standardised windows.
 
         Returns
         -------
@@ -96,7 +102,7 @@ class EEGNet(nn.Module):
 
     @torch.no_grad()
     def limit_norms(self) -> None:
-        """Keep each spatial filter's norm within 1 and each class's within 0.25, as in the article."""
+        """Limit the norm of each spatial filter to 1 and that of each class's weights to 0.25, as in the article."""
         for layer, most in ((self.spatial, 1.0), (self.head, 0.25)):
             layer.weight.copy_(layer.weight.renorm(2, 0, most))
 
@@ -113,31 +119,31 @@ def train_eegnet(
     seed: int,
     device: torch.device,
 ) -> tuple[EEGNet, int]:
-    """Train until the validation loss no longer falls, and keep the best weights.
+    """Train until the validation loss stops falling, and keep the weights with the lowest validation loss.
 
     Parameters
     ----------
     x_nCT, labels_n : ndarray
-        Training trials [n, C, T], standardised, and their labels [n].
+        Standardised training trials [n, C, T] and their labels [n].
     val_x_nCT, val_labels_n : ndarray
-        Trials to stop by.
+        Trials and labels for the validation loss.
     sfreq : float
-        Rate in Hz.
+        Sampling rate in Hz.
     classes : int
-        Labels.
+        Number of labels.
     config : EEGNetConfig
-        How.
+        Settings of the training.
     seed : int
-        Of weights, order and dropout.
+        Seed for initial weights, order of trials and dropout.
     device : torch.device
-        Where.
+        Device to train on.
 
     Returns
     -------
     EEGNet
-        In evaluation mode, on the device.
+        The trained network, in evaluation mode, on the device.
     int
-        Epochs that its weights saw.
+        Number of epochs after which it had these weights.
     """
     x, y = torch.from_numpy(x_nCT).float(), torch.from_numpy(labels_n).long()
     val_x, val_y = torch.from_numpy(val_x_nCT).float(), torch.from_numpy(val_labels_n).long()
@@ -150,7 +156,7 @@ def train_eegnet(
             model.train()
             for rows in torch.randperm(len(x)).split(config.batch_size):
                 if len(rows) < 2:
-                    # Batch normalisation needs two.
+                    # Batch normalisation cannot take the variance of a single trial.
                     continue
                 loss = nn.functional.cross_entropy(model(x[rows].to(device)), y[rows].to(device))
                 optimizer.zero_grad()
@@ -167,26 +173,27 @@ def train_eegnet(
 
 
 def predict_eegnet(model: EEGNet, x_nCT: np.ndarray, device: torch.device) -> np.ndarray:
-    """Label trials.
+    """Predict the labels of trials.
 
     Parameters
     ----------
     model : EEGNet
-        Trained.
+        A trained network.
     x_nCT : ndarray, [n, C, T]
         Trials, standardised as in training.
     device : torch.device
-        Where the model is.
+        Device of the network.
 
     Returns
     -------
     ndarray, [n]
-        Labels.
+        Predicted labels.
     """
     return _logits(model, torch.from_numpy(x_nCT).float(), device).argmax(dim=1).numpy()
 
 
 def _same_length(kernel: int) -> nn.ZeroPad2d:
+    """Pad so that a convolution over time with this kernel keeps the length."""
     return nn.ZeroPad2d(((kernel - 1) // 2, kernel // 2, 0, 0))
 
 

@@ -1,6 +1,6 @@
-"""What a probe looks at: an encoder's tokens, and the classical features of the same trials.
+"""The features that a probe classifies: an encoder's tokens, and classical features of the same trials.
 
-Letters in names: n trials, B trials of a batch, N tokens, D width, C channels, T time samples, F features.
+Letters of shapes: see `pretrain.model`.
 
 References
 ----------
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.progress import progress
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import sequential
+from pretrain.probe.config import Standardize
 
 if TYPE_CHECKING:
     import torch
@@ -28,46 +29,45 @@ if TYPE_CHECKING:
     from pretrain.encoder.encoder import EEGEncoder
 
 BANDS = {"delta": (1, 4), "theta": (4, 8), "alpha": (8, 13), "beta": (13, 30), "gamma": (30, 45)}
-"""Edges in Hz."""
-Standardize = Literal["subject", "none"]
+"""Lower and upper edge of each band in Hz."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Trials:
-    """Labelled trials, and what an encoder makes of them."""
+    """Labelled trials and the tokens that encoders compute from them."""
 
     splits_n: np.ndarray
-    """[n] split that each comes from."""
+    """[n] name of the split of each trial."""
     labels_n: np.ndarray
-    """[n] numbers of the labels."""
+    """[n] number of the label of each trial."""
     images_n: np.ndarray
-    """[n] identities of the images; a trial without one counts as an image of its own."""
+    """[n] identity of the image of each trial. A trial without an image counts as a separate image."""
     subjects_n: np.ndarray
-    """[n] subjects, with their corpus."""
+    """[n] subject of each trial, as corpus/subject."""
     channels: list[str]
-    """Channels that every trial has, in the first one's order."""
+    """Channels that all trials have in common, in the order of the first trial."""
     eeg_nCT: np.ndarray
-    """[n, C, T] float16 microvolts of those channels."""
+    """[n, C, T] float16 microvolts of the common channels."""
     metas: list[dict[str, Any]]
-    """[n] metadata of the samples, in each recording's own order of channels."""
+    """[n] metadata of the samples; their channels are in the order of the recording."""
     electrodes: list[dict[str, Any]]
-    """[n] number and positions of `channels`, as `EEGEncoder.inputs_of` takes them."""
+    """[n] number and positions of `channels` in each trial, as `EEGEncoder.inputs_of` takes them."""
     tokens: dict[str, np.ndarray]
-    """[n, F] float32 by encoder: tokens, mean over each time bin."""
+    """[n, F] float32 for each encoder: its tokens, averaged over each time bin."""
 
     def __len__(self) -> int:
         return len(self.labels_n)
 
 
-def binned(x: np.ndarray, bins: int) -> np.ndarray:
-    """Mean over equal parts of the last axis; parts overlap by one where it does not divide.
+def average_bins(x: np.ndarray, bins: int) -> np.ndarray:
+    """Average over equal parts of the last axis; if T is not a multiple of `bins`, neighbouring parts share a value.
 
     Parameters
     ----------
     x : ndarray, [..., T]
         Time courses.
     bins : int
-        Parts, at most T.
+        Number of parts, at most T.
 
     Returns
     -------
@@ -80,7 +80,7 @@ def binned(x: np.ndarray, bins: int) -> np.ndarray:
 
 
 def band_power(x_nCT: np.ndarray, sfreq: float) -> np.ndarray:
-    """Logarithmic power by channel and band.
+    """Compute the logarithm of the power of each channel in each band.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def band_power(x_nCT: np.ndarray, sfreq: float) -> np.ndarray:
     Returns
     -------
     ndarray, [n, C x bands]
-        Features; bands between two frequencies of the transform are left out.
+        Features. A band that is too narrow to contain a frequency of the Fourier transform is left out.
     """
     T = x_nCT.shape[-1]
     power = np.abs(np.fft.rfft(x_nCT * np.hanning(T), axis=-1)) ** 2
@@ -106,7 +106,7 @@ def band_power(x_nCT: np.ndarray, sfreq: float) -> np.ndarray:
 
 
 def covariance(x_nCT: np.ndarray) -> np.ndarray:
-    """Matrix logarithm of each trial's covariance between channels, shrunk after Ledoit and Wolf.
+    """Compute the matrix logarithm of each trial's covariance between channels, with Ledoit-Wolf shrinkage.
 
     Parameters
     ----------
@@ -116,7 +116,8 @@ def covariance(x_nCT: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray, [n, C x (C + 1) / 2]
-        The upper triangle; what is off the diagonal is multiplied by the root of 2, so that distances stay.
+        The upper triangle. Values off the diagonal are multiplied by the square root of 2, so that the distance between
+        two rows equals the distance between the two matrices.
     """
     from sklearn.covariance import ledoit_wolf
 
@@ -126,32 +127,32 @@ def covariance(x_nCT: np.ndarray) -> np.ndarray:
     out = np.empty((len(x_nCT), len(weight)), np.float32)
     for row, x_CT in enumerate(x_nCT):
         value_C, vector_CC = np.linalg.eigh(ledoit_wolf(x_CT.T)[0])
-        # A flat trial has no variance at all.
+        # The eigenvalues of a flat trial are 0, and the logarithm of 0 is not finite.
         log_CC = (vector_CC * np.log(np.maximum(value_C, 1e-6))) @ vector_CC.T
         out[row] = log_CC[upper] * weight
     return out
 
 
 def time_courses(x_nCT: np.ndarray, bins: int) -> np.ndarray:
-    """Mean amplitude by channel and time bin: the plain features of an evoked response.
+    """Average the amplitude of each channel over each time bin: the simplest features of an evoked response.
 
     Parameters
     ----------
     x_nCT : ndarray, [n, C, T]
         Signal in microvolts.
     bins : int
-        Parts of the window.
+        Number of parts of the window.
 
     Returns
     -------
     ndarray, [n, C x bins]
         Features.
     """
-    return binned(x_nCT, bins).reshape(len(x_nCT), -1)
+    return average_bins(x_nCT, bins).reshape(len(x_nCT), -1)
 
 
-def standardized(features_nF: np.ndarray, subjects_n: np.ndarray, train_n: np.ndarray, how: Standardize) -> np.ndarray:
-    """Bring features to mean 0 and variance 1, without looking at a label.
+def standardize(features_nF: np.ndarray, subjects_n: np.ndarray, train_n: np.ndarray, how: Standardize) -> np.ndarray:
+    """Bring features to mean 0 and variance 1, without using labels.
 
     Parameters
     ----------
@@ -160,21 +161,21 @@ def standardized(features_nF: np.ndarray, subjects_n: np.ndarray, train_n: np.nd
     subjects_n : ndarray, [n]
         Subject of each trial.
     train_n : ndarray of bool, [n]
-        Training trials.
+        True for training trials.
     how : {"subject", "none"}
-        Over each subject's own trials, training or not; or over the training trials.
+        subject: mean and variance over all trials of the same subject, training or not. none: over the training trials.
 
     Returns
     -------
-    ndarray, [n, ...]
-        float32.
+    ndarray, [n, ...], float32
+        Standardised features.
     """
     x = features_nF.astype(np.float32)
     groups = [subjects_n == subject for subject in np.unique(subjects_n)] if how == "subject" else [slice(None)]
     for group in groups:
         basis = x[group] if how == "subject" else x[train_n]
         mean, scale = basis.mean(axis=0), basis.std(axis=0)
-        # What never varies says nothing, rather than everything.
+        # A feature that never varies becomes 0. A tiny divisor would blow its rounding errors up.
         x[group] = (x[group] - mean) / np.where(scale > 1e-6, scale, np.inf)
     return x
 
@@ -188,27 +189,27 @@ def collect(
     batch_size: int,
     device: torch.device,
 ) -> Trials:
-    """Read trials and encode them.
+    """Read the trials of a dataset and encode them.
 
     Parameters
     ----------
     dataset : str
-        The dataset.
+        Directory of the dataset.
     splits : sequence of str
-        Which of its splits.
+        Splits to read.
     encoders : mapping of str to EEGEncoder
-        By name, on the device.
+        Encoders by name; all are on the device.
     bins : int
-        Time bins over which tokens are averaged; 1 for the mean over the window.
+        Number of time bins over which tokens are averaged; 1 for the mean over the window.
     batch_size : int
-        Trials encoded at once.
+        Number of trials to encode at once.
     device : torch.device
-        Where the encoders are.
+        Device of the encoders.
 
     Returns
     -------
     Trials
-        All of them, in the dataset's order.
+        All trials, in the order of the dataset.
 
     Raises
     ------
@@ -229,29 +230,17 @@ def collect(
                 for name, encoder in encoders.items():
                     x_BCT = encoder.scale_for_model(uv_BCT, batch.channels)
                     tokens_BND = encoder.tokens(x_BCT, **encoder.inputs_of(batch.metas, device)).float().cpu().numpy()
-                    tokens[name].append(binned(tokens_BND.swapaxes(1, 2), bins).reshape(len(batch), -1))
+                    tokens[name].append(average_bins(tokens_BND.swapaxes(1, 2), bins).reshape(len(batch), -1))
                 signals += np.split(batch.packed.numpy().copy(), np.cumsum(batch.channels)[:-1])
                 metas += batch.metas
                 of_split += [split] * len(batch)
                 advance(len(batch))
         if any(meta.get("label") is None for meta in metas):
-            raise RequestError(f"{dataset} ({split}): samples without a label; a probe needs an EEG-image dataset")
-    shared = set.intersection(*(set(meta["ch_names"]) for meta in metas))
-    channels = [name for name in metas[0]["ch_names"] if name in shared]
-    if len(channels) < 2:
-        raise RequestError(
-            f"{dataset}: its trials have {len(channels)} channel(s) in common, and the baselines compare trials "
-            "channel by channel; probe a dataset of one cap"
-        )
-    picks: dict[tuple[str, ...], list[int]] = {}
-    rows, electrodes = [], []
-    for meta, x_CT in zip(metas, signals, strict=True):
-        names, positions = tuple(meta["ch_names"]), meta.get("positions")
-        if names not in picks:
-            picks[names] = [names.index(channel) for channel in channels]
-        rows.append(x_CT[picks[names]])
-        places = [positions[pick] for pick in picks[names]] if positions else None
-        electrodes.append({"n": len(channels), "positions": places})
+            raise RequestError(
+                f"{dataset} ({split}): some samples have no label; a probe needs an EEG-image dataset in which every "
+                "sample has a label"
+            )
+    channels, rows, electrodes = _pick_common_channels(dataset, metas, signals)
     return Trials(
         splits_n=np.array(of_split),
         labels_n=np.array([meta["label"] for meta in metas]),
@@ -263,3 +252,26 @@ def collect(
         electrodes=electrodes,
         tokens={name: np.concatenate(parts).astype(np.float32) for name, parts in tokens.items()},
     )
+
+
+def _pick_common_channels(
+    dataset: str, metas: list[dict[str, Any]], signals: list[np.ndarray]
+) -> tuple[list[str], list[np.ndarray], list[dict[str, Any]]]:
+    """Return the channels that all trials share, each trial's signal of them and where their electrodes are."""
+    shared = set.intersection(*(set(meta["ch_names"]) for meta in metas))
+    channels = [name for name in metas[0]["ch_names"] if name in shared]
+    if len(channels) < 2:
+        raise RequestError(
+            f"{dataset}: the trials have {len(channels)} channel(s) in common, but the baselines compare trials "
+            "channel by channel; probe a dataset that was recorded with one cap"
+        )
+    picks: dict[tuple[str, ...], list[int]] = {}
+    rows, electrodes = [], []
+    for meta, x_CT in zip(metas, signals, strict=True):
+        names, positions = tuple(meta["ch_names"]), meta.get("positions")
+        if names not in picks:
+            picks[names] = [names.index(channel) for channel in channels]
+        rows.append(x_CT[picks[names]])
+        places = [positions[pick] for pick in picks[names]] if positions else None
+        electrodes.append({"n": len(channels), "positions": places})
+    return channels, rows, electrodes

@@ -1,6 +1,6 @@
-"""Fine-tuning an encoder on a probe's trials: whether its weights are a better start than random ones.
+"""Fine-tuning a whole encoder on the trials of a probe, to see whether its weights are a better start than random ones.
 
-Letters in names: n trials, B trials of a batch, C channels, T time samples.
+Letters of shapes: see `pretrain.model`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pretrain.probe.folds import Fold
 
 _WARM_UP, _WEIGHT_DECAY, _BATCH = 0.1, 0.05, 32
-# Fewest steps in which a rate can rise: one low, one at the top.
+# The learning rate needs at least two steps to rise: one at the lowest rate, one at the highest.
 _RISE = 2
 
 
@@ -38,79 +38,80 @@ def finetune_and_predict(
     seed: int,
     device: torch.device,
 ) -> tuple[np.ndarray, float]:
-    """Train a linear head on the mean token together with the whole encoder, and label the test trials.
+    """Train the whole encoder with a linear head on the mean token, and label the test trials.
 
     Parameters
     ----------
     encoder : EEGEncoder
-        The start; a copy is trained.
+        Encoder to start from. A copy is trained; this one does not change.
     trials : Trials
-        All trials, all with the same channels.
+        All trials. All of them have the same channels.
     fold : Fold
-        Fitted on `train`, predicted for `test`.
+        The model is trained on its `train` trials and labels its `test` trials.
     choose_by : (ndarray, ndarray)
-        Trials fitted on and trials scored to choose among the learning rates.
+        Trials to train on and trials to score, for the choice of the learning rate.
     classes : int
         Number of labels.
     epochs : int
-        Passes over the training trials.
+        Number of passes over the training trials.
     rates : sequence of float
-        Learning rates of AdamW; one of them is taken as it is.
+        Learning rates of AdamW to choose from. A single rate is used without a choice.
     seed : int
-        Of the order of the trials.
+        Seed for the order of the trials.
     device : torch.device
-        Where.
+        Device to train on.
 
     Returns
     -------
-    ndarray, [n of test]
+    ndarray, [number of test trials]
         Predicted labels.
     float
-        Learning rate chosen.
+        Learning rate that was chosen.
     """
     fit, held = choose_by
     same = np.array_equal(fit, fold.train)
 
-    def trained(rows: np.ndarray, rate: float) -> nn.Module:
+    def train(rows: np.ndarray, rate: float) -> nn.Module:
         return _train(encoder, trials, rows, classes=classes, epochs=epochs, rate=rate, seed=seed, device=device)
 
     best: tuple[float, float, nn.Module | None] = (-1.0, rates[0], None)
     if len(rates) > 1 or same:
         for rate in rates:
-            model = trained(fit, rate)
+            model = train(fit, rate)
             right = float((_predict(model, trials, held, device) == trials.labels_n[held]).mean())
             if right > best[0]:
                 best = (right, rate, model)
-    # With a val split, what was tried out is what is wanted.
-    model = best[2] if same and best[2] is not None else trained(fold.train, best[1])
+    # With a val split, the models that were tried were trained on the fold's training trials: the best one is final.
+    model = best[2] if same and best[2] is not None else train(fold.train, best[1])
     return _predict(model, trials, fold.test, device), best[1]
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, rate: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
-    """Warm up over a tenth of the steps, then fall to nothing.
+    """Make a schedule that raises the learning rate over a tenth of the steps and then lowers it to almost 0.
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Of AdamW's kind: its momentum goes the other way.
+        An optimiser with momentum, such as AdamW. The momentum falls while the learning rate rises, and rises after.
     rate : float
         Highest learning rate.
     steps : int
-        Steps of the training, at least 1.
+        Number of steps of the training, at least 1.
 
     Returns
     -------
     torch.optim.lr_scheduler.OneCycleLR
-        To be moved on after every step.
+        The caller calls its ``step`` after every training step.
     """
-    # PyTorch divides by the lengths of the rise and the fall, so both must be there: one or two steps only rise.
+    # PyTorch divides by the lengths of the rise and of the fall, so neither may be 0. A training of one or two steps
+    # therefore only rises.
     total = max(steps, _RISE + 1)
     share = max(_WARM_UP, _RISE / total)
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total, pct_start=share)
 
 
 def _inputs(encoder: EEGEncoder, trials: Trials, rows: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
-    """Windows as the encoder takes them, and where their electrodes sit."""
+    """Prepare the arguments of the encoder: scaled windows, and the positions of their electrodes if it needs them."""
     x_BCT = torch.from_numpy(pad_channels(trials.eeg_nCT[rows].astype(np.float32), encoder.config.channels)).to(device)
     electrodes = [trials.electrodes[row] for row in rows]
     return encoder.scale_for_model(x_BCT, len(trials.channels)), *encoder.inputs_of(electrodes, device).values()
@@ -130,7 +131,7 @@ def _train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = copy.deepcopy(encoder).train()
-        # From zero: all starts say nothing about any label.
+        # With a head of zeros every start gives all labels the same score.
         model.head, model.n_outputs = nn.Linear(model.dim, classes, device=device), classes
         nn.init.zeros_(model.head.weight)
         nn.init.zeros_(model.head.bias)

@@ -1,6 +1,12 @@
-"""Which trials a probe fits on, chooses by and scores: never the same subject or image on two sides.
+"""Which trials a probe fits, uses for choices and scores.
 
-Letters in names: n trials, S sets of labels.
+Trials of one subject resemble each other, and so do trials of one image. A classifier that has seen either in training
+would be scored too well. Therefore no fit is scored on a subject or an image that it was fitted on: the images are
+checked here in every case, the subjects with ``folds: subjects`` (with ``folds: split`` the dataset's splits decide,
+and the report names subjects that are on both sides). Choices, such as the ridge's penalty, follow the same rules on
+inner folds within the training trials.
+
+Letters of shapes: see `pretrain.model`.
 """
 
 from __future__ import annotations
@@ -11,13 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_sharding.common.errors import RequestError
+from pretrain.probe.config import ProbeConfig
 
 if TYPE_CHECKING:
     from pretrain.probe.features import Trials
-    from pretrain.probe.run import ProbeConfig
 
 INNER_FOLDS = 5
-"""At most; what is chosen is chosen on them."""
+"""Largest number of inner folds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,14 +31,14 @@ class Fold:
     """Numbers of the trials of one fit."""
 
     train: np.ndarray
-    """Fitted on."""
+    """Trials to fit."""
     val: np.ndarray
-    """Only chosen by; may be empty."""
+    """Trials that are used only for choices; may be empty."""
     test: np.ndarray
-    """Only scored."""
+    """Trials to score; used for nothing else."""
 
 
-def image_parts(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray:
+def divide_images(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray:
     """Divide images into parts with the same mixture of labels.
 
     Parameters
@@ -40,14 +46,14 @@ def image_parts(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray:
     trials : Trials
         All trials.
     numbers : ndarray of int
-        Those whose images are to be divided.
+        Numbers of the trials whose images are divided.
     parts : int
-        How many.
+        Number of parts.
 
     Returns
     -------
     ndarray of int
-        Part of each trial of `numbers`.
+        Part of each trial of `numbers`; trials of one image are in one part.
     """
     _, first, image = np.unique(trials.images_n[numbers], return_index=True, return_inverse=True)
     part = np.empty(len(first), np.int64)
@@ -55,13 +61,14 @@ def image_parts(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray:
     return part[image]
 
 
-def _images_shared(trials: Trials, numbers: np.ndarray) -> bool:
+def _share_images(trials: Trials, numbers: np.ndarray) -> bool:
+    """Tell whether any two subjects saw the same image."""
     pairs = np.unique(np.stack([trials.images_n[numbers], trials.subjects_n[numbers]]), axis=1)
     return len(np.unique(pairs[0])) < pairs.shape[1]
 
 
-def outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
-    """What is fitted on what; no image is on both sides.
+def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
+    """Decide which trials are fitted and which are scored; no image is on both sides.
 
     Parameters
     ----------
@@ -73,76 +80,95 @@ def outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[s
     Returns
     -------
     list of Fold
-        The folds; a trial is scored once.
+        The folds. Each trial is scored at most once.
     dict of str to int
-        Trials left out because their image is on the other side, by side.
+        Number of trials that were left out because their image is on the other side: of the ``test`` side, and of the
+        ``train`` side over all folds.
 
     Raises
     ------
     RequestError
         If there is nothing to learn or to score.
     """
-    every, none = np.arange(len(trials)), np.array([], int)
     if config.folds == "split":
-        train = every[trials.splits_n == "train"]
-        # What is chosen is not chosen on what is scored.
-        val = none if config.split == "val" else every[trials.splits_n == "val"]
-        test = every[trials.splits_n == config.split]
-        kept = test[~np.isin(trials.images_n[test], trials.images_n[np.concatenate([train, val])])]
-        if not len(kept):
-            raise RequestError(
-                f"{config.dataset}: every image of split '{config.split}' is in the training or val split as well; "
-                "give folds: subjects, or shard with a split by images"
-            )
-        folds = [Fold(train=train, val=val, test=kept)]
-        left_out = {"test": len(test) - len(kept), "train": 0}
+        folds, left_out = _fold_of_splits(trials, config)
     else:
-        subjects = np.unique(trials.subjects_n)
-        if len(subjects) < 2:
-            raise RequestError(f"{config.dataset}: one subject only; folds: subjects leaves out one of several")
-        parts = config.image_groups if _images_shared(trials, every) else 1
-        if parts == 1 and config.image_groups == 1 and _images_shared(trials, every):
-            raise RequestError("image_groups is 1, but subjects saw the same images; give at least 2")
-        part = image_parts(trials, every, parts)
-        folds, left_out = [], {"test": 0, "train": 0}
-        for subject in subjects:
-            for group in range(parts):
-                test = every[(trials.subjects_n == subject) & (part == group)]
-                if not len(test):
-                    continue
-                others = every[trials.subjects_n != subject]
-                train = others[~np.isin(trials.images_n[others], trials.images_n[test])]
-                folds.append(Fold(train=train, val=none, test=test))
-                left_out["train"] += len(others) - len(train)
+        folds, left_out = _fold_by_subjects(trials, config)
     if any(len(np.unique(trials.labels_n[fold.train])) < 2 for fold in folds):
-        raise RequestError(f"{config.dataset}: training trials of one label only; there is nothing to tell apart")
+        raise RequestError(
+            f"{config.dataset}: all training trials have the same label, so there is nothing to learn; probe a "
+            "dataset with at least two labels in the train split"
+        )
     return folds, left_out
 
 
-def inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.ndarray]]:
-    """What choices are made on: other subjects and other images than those fitted on, as in the scoring.
+def _fold_of_splits(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
+    every, none = np.arange(len(trials)), np.array([], int)
+    train = every[trials.splits_n == "train"]
+    # Trials that are scored must not take part in choices, so val is not used for choices when it is scored.
+    val = none if config.split == "val" else every[trials.splits_n == "val"]
+    test = every[trials.splits_n == config.split]
+    kept = test[~np.isin(trials.images_n[test], trials.images_n[np.concatenate([train, val])])]
+    if not len(kept):
+        raise RequestError(
+            f"{config.dataset}: every image of split '{config.split}' is in the training or val split as well; "
+            "give folds: subjects, or shard with a split by images"
+        )
+    return [Fold(train=train, val=val, test=kept)], {"test": len(test) - len(kept), "train": 0}
+
+
+def _fold_by_subjects(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
+    every, none = np.arange(len(trials)), np.array([], int)
+    subjects = np.unique(trials.subjects_n)
+    if len(subjects) < 2:
+        raise RequestError(
+            f"{config.dataset}: the dataset has one subject only; folds: subjects needs at least two, use folds: split"
+        )
+    parts = config.image_groups if _share_images(trials, every) else 1
+    if parts == 1 and config.image_groups == 1 and _share_images(trials, every):
+        raise RequestError("image_groups is 1, but subjects saw the same images; give at least 2")
+    part = divide_images(trials, every, parts)
+    folds, left_out = [], {"test": 0, "train": 0}
+    for subject in subjects:
+        for group in range(parts):
+            test = every[(trials.subjects_n == subject) & (part == group)]
+            if not len(test):
+                continue
+            others = every[trials.subjects_n != subject]
+            train = others[~np.isin(trials.images_n[others], trials.images_n[test])]
+            folds.append(Fold(train=train, val=none, test=test))
+            left_out["train"] += len(others) - len(train)
+    return folds, left_out
+
+
+def make_inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Make the folds on which choices are made, within the training trials of a fold.
+
+    The held-out trials are of other subjects and other images than the fitted ones, as in the scoring. With a single
+    subject in training only the images differ.
 
     Parameters
     ----------
     trials : Trials
         All trials.
     fold : Fold
-        Only its train and val are looked at.
+        Only its train and val trials are used.
 
     Returns
     -------
     list of (ndarray, ndarray)
-        Trials fitted on, and trials held out; empty where no such folds can be made.
+        Trials to fit and trials held out; the last pair is (train, val) if the fold has val trials. Empty if no such
+        folds can be made.
     """
     train = fold.train
     subjects, subject = np.unique(trials.subjects_n[train], return_inverse=True)
     groups = min(INNER_FOLDS, len(subjects))
     if groups == 1:
         groups = INNER_FOLDS
-        of_image = image_parts(trials, train, groups)
+        of_image = divide_images(trials, train, groups)
         pairs = [(of_image != g, of_image == g) for g in range(groups)]
-    elif _images_shared(trials, train):
-        of_image, of_subject = image_parts(trials, train, groups), subject % groups
+    elif _share_images(trials, train):
+        of_image, of_subject = divide_images(trials, train, groups), subject % groups
         pairs = [((of_subject != g) & (of_image != g), (of_subject == g) & (of_image == g)) for g in range(groups)]
     else:
         pairs = [(subject % groups != g, subject % groups == g) for g in range(groups)]
@@ -152,22 +178,22 @@ def inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.ndarray
     return [(fit, held) for fit, held in found if len(held) and len(np.unique(trials.labels_n[fit])) > 1]
 
 
-def shuffled_labels(trials: Trials, sets: int, seed: int) -> np.ndarray:
-    """Give labels to images at random.
+def shuffle_labels(trials: Trials, sets: int, seed: int) -> np.ndarray:
+    """Shuffle the labels between images; trials of one image still share a label.
 
     Parameters
     ----------
     trials : Trials
         All trials.
     sets : int
-        How many times.
+        Number of shuffles.
     seed : int
-        Of the shuffles.
+        Seed for the shuffles.
 
     Returns
     -------
     ndarray, [S, n]
-        Labels; trials of one image still share theirs.
+        One set of labels for each shuffle.
     """
     _, first, image = np.unique(trials.images_n, return_index=True, return_inverse=True)
     rng = np.random.default_rng(seed)

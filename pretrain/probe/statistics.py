@@ -1,6 +1,8 @@
-"""How sure a probe's numbers are, where trials of one image or of one subject are not independent.
+"""How certain the numbers of a probe are, given that trials of one image or of one subject are not independent.
 
-Letters in names: n trials.
+The unit of all intervals and tests is therefore a cluster of trials: an image, or a subject.
+
+Letters of shapes: see `pretrain.model`.
 """
 
 from __future__ import annotations
@@ -8,34 +10,37 @@ from __future__ import annotations
 import numpy as np
 
 _EXACT = 14
-"""Clusters up to which every flip of signs is tried."""
+"""Up to this many clusters all combinations of signs are tried (2 ** 14 of them)."""
 FEWEST_SUBJECTS = 6
-"""Below, no flip of whole subjects' signs can reach p = 0.05."""
+"""With fewer subjects than this, no test over subjects can reach p = 0.05."""
 
 
 def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, float]:
-    """95 % interval of an accuracy, where trials of one image are not independent.
+    """Compute the 95 % interval of an accuracy, allowing for trials of one image that are not independent.
 
     Parameters
     ----------
     hits_n : ndarray, [n]
-        1 for a right answer, else 0; or a share, of several classifiers.
+        1 for a right answer, 0 for a wrong one; or the share of right answers among several classifiers.
     images_n : ndarray, [n]
-        The image of each trial.
+        Image of each trial.
 
     Returns
     -------
     low, high : float
-        Wilson's interval for the number of independent trials that the scatter between images leaves.
+        Wilson's interval for the effective number of trials: as many independent trials as would scatter as much as
+        the means of the images do.
     """
     _, image_n = np.unique(images_n, return_inverse=True)
     sums, counts = np.bincount(image_n, weights=hits_n), np.bincount(image_n)
     n, images, share = len(hits_n), len(sums), float(hits_n.mean())
-    # All right or all wrong shows no scatter: count each image once.
+    # If all answers are right, or all wrong, nothing scatters: count each image as one trial.
     effect = n / images
     if 0 < share < 1 and images > 1:
         clustered = ((sums - share * counts) ** 2).sum() / n**2 * images / (images - 1)
         effect = max(1.0, clustered / (share * (1 - share) / n))
+    # Written out, because SciPy's binomtest(...).proportion_ci takes whole numbers of trials and hits only. For whole
+    # numbers a test compares the two.
     effective, z = n / effect, 1.959964
     centre = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = z * np.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2)) / (1 + z**2 / effective)
@@ -43,18 +48,18 @@ def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, 
 
 
 def difference_interval(more_n: np.ndarray, clusters_n: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of a mean difference, resampling whole clusters.
+    """Compute the 95 % bootstrap interval of a mean difference; whole clusters are resampled.
 
     Parameters
     ----------
     more_n : ndarray, [n]
-        A number a trial.
+        Difference of each trial.
     clusters_n : ndarray, [n]
         The image, or the subject, of each trial.
     resamples : int
         Number of resamples.
     seed : int
-        Of the resampling.
+        Seed for the resampling.
 
     Returns
     -------
@@ -70,9 +75,10 @@ def difference_interval(more_n: np.ndarray, clusters_n: np.ndarray, resamples: i
 
 
 def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, seed: int) -> float:
-    """Two-sided p-value of a mean difference between two methods on the same trials.
+    """Compute the two-sided p-value of a mean difference between two methods on the same trials.
 
-    If neither method is better, each cluster's difference could as well have had the other sign.
+    If neither method is better, the difference of each cluster could as well have the opposite sign. The test
+    therefore flips the signs of whole clusters.
 
     Parameters
     ----------
@@ -81,29 +87,37 @@ def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, see
     clusters_n : ndarray, [n]
         The image, or the subject, of each trial.
     permutations : int
-        Random flips, where there are too many clusters to try them all.
+        Number of random combinations of signs, if there are too many clusters to try all combinations.
     seed : int
-        Of the flips.
+        Seed for the random signs.
 
     Returns
     -------
     float
-        Share of the flips, the observed one among them, that give as large a difference.
+        Share of the combinations of signs, the observed one included, whose total difference is at least as large.
     """
+    from scipy.stats import permutation_test
+
     _, cluster_n = np.unique(clusters_n, return_inverse=True)
     sums = np.bincount(cluster_n, weights=more_n)
+    # Flipping a zero changes nothing.
     sums = sums[sums != 0]
-    # A hair's breadth: sums of fractions in another order.
-    observed = abs(sums.sum()) - 1e-9
-    if len(sums) <= _EXACT:
-        flips = 1 - 2 * (np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums)) & 1)
-        return float((abs(flips @ sums) >= observed).mean())
-    rng = np.random.default_rng(seed)
-    as_large, done = 0, 0
-    block = max(1, 4_000_000 // len(sums))
-    while done < permutations:
-        count = min(block, permutations - done)
-        flips = 1 - 2 * rng.integers(0, 2, size=(count, len(sums)), dtype=np.int8)
-        as_large += int((abs(flips @ sums) >= observed).sum())
-        done += count
-    return (1 + as_large) / (1 + permutations)
+    if len(sums) < 2:
+        # Both signs of a single difference are equally large, and SciPy wants at least two.
+        return 1.0
+
+    def total(sums: np.ndarray, axis: int = -1) -> np.ndarray:
+        # Rounded: the same fractions added in another order differ in their last digits, and must count as equal.
+        return np.round(np.abs(sums.sum(axis=axis)), 9)
+
+    exact = len(sums) <= _EXACT
+    found = permutation_test(
+        (sums,),
+        total,
+        permutation_type="samples",
+        n_resamples=2 ** len(sums) if exact else permutations,
+        batch=max(1, 4_000_000 // len(sums)),
+        alternative="greater",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)

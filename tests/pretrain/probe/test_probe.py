@@ -17,19 +17,14 @@ from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.model.config import EncoderConfig
+from pretrain.probe.compare import TUNED, TUNED_RANDOM
+from pretrain.probe.config import DEFAULT_METHODS, ProbeConfig
 from pretrain.probe.eegnet import EEGNet, EEGNetConfig, predict_eegnet, train_eegnet
-from pretrain.probe.features import Trials, binned, covariance, standardized
+from pretrain.probe.features import Trials, average_bins, covariance, standardize
 from pretrain.probe.finetune import finetune_and_predict, one_cycle
-from pretrain.probe.folds import Fold, inner_folds, outer_folds, shuffled_labels
-from pretrain.probe.run import (
-    DEFAULT_METHODS,
-    TUNED,
-    TUNED_RANDOM,
-    ProbeConfig,
-    choose_and_predict,
-    main,
-    ridge_scores,
-)
+from pretrain.probe.folds import Fold, make_inner_folds, make_outer_folds, shuffle_labels
+from pretrain.probe.ridge import STRENGTHS, choose_and_predict, ridge_scores
+from pretrain.probe.run import main
 from pretrain.probe.statistics import accuracy_interval, difference_interval, flip_test
 
 SPEC = PreprocessSpec(sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, stride=128)
@@ -130,7 +125,7 @@ class TestCommand:
         assert found["encoder_minus"]["random weights"]["p"] > 0.05
         assert found["encoder_minus"]["band power"]["p_subjects"] is None
         assert (tmp_path / "p.png").stat().st_size > 1000
-        assert "24 trials of 12 images and 2 subject(s)" in " ".join(capsys.readouterr().out.split())
+        assert "24 trials of 12 images and 2 subject(s) were scored" in " ".join(capsys.readouterr().out.split())
 
     def test_leaving_subjects_out_scores_every_trial_once(self, package: Path, dataset: Path, tmp_path: Path) -> None:
         words = [str(package), str(dataset), "--folds", "subjects", "--output", str(tmp_path / "p.json")]
@@ -217,13 +212,13 @@ class TestFolds:
     @pytest.mark.parametrize("shared", [True, False])
     def test_no_subject_and_no_image_on_both_sides(self, shared: bool) -> None:
         trials = trials_of(5, 12, shared=shared)
-        folds, left_out = outer_folds(trials, request(folds="subjects"))
+        folds, left_out = make_outer_folds(trials, request(folds="subjects"))
         scored = np.concatenate([fold.test for fold in folds])
         assert sorted(scored) == list(range(60))
         assert len(folds) == (15 if shared else 5)
         assert (left_out["train"] > 0) == shared
         for fold in folds:
-            pairs = [(fold.train, fold.test), *inner_folds(trials, fold)]
+            pairs = [(fold.train, fold.test), *make_inner_folds(trials, fold)]
             assert len(pairs) > 2
             for fit, held in pairs:
                 assert not set(trials.images_n[fit]) & set(trials.images_n[held])
@@ -235,9 +230,9 @@ class TestFolds:
 
         trials = trials_of(3, 8)
         with pytest.raises(RequestError, match="every image of split 'test'"):
-            outer_folds(trials, request())
+            make_outer_folds(trials, request())
         trials.images_n[-3:] = ["new 1", "new 2", "new 3"]
-        (fold,), left_out = outer_folds(trials, request())
+        (fold,), left_out = make_outer_folds(trials, request())
         assert fold.test.tolist() == [21, 22, 23]
         assert left_out == {"test": 5, "train": 0}
 
@@ -246,12 +241,12 @@ class TestFolds:
 
         trials = trials_of(3, 8, shared=False)
         trials.labels_n[:] = 0
-        with pytest.raises(RequestError, match="one label"):
-            outer_folds(trials, request())
+        with pytest.raises(RequestError, match="the same label"):
+            make_outer_folds(trials, request())
 
     def test_trials_of_an_image_keep_one_shuffled_label(self) -> None:
         trials = trials_of(4, 10)
-        labels = shuffled_labels(trials, 3, seed=0)
+        labels = shuffle_labels(trials, 3, seed=0)
         assert labels.shape == (3, 40)
         assert (labels.reshape(3, 4, 10) == labels[:, None, :10].reshape(3, 1, 10)).all()
         assert (labels != trials.labels_n).any(axis=1).all()
@@ -261,8 +256,6 @@ class TestFit:
     @pytest.mark.parametrize("features", [5, 60])
     def test_ridge_is_scikit_learns(self, features: int) -> None:
         from sklearn.linear_model import Ridge
-
-        from pretrain.probe.run import STRENGTHS
 
         rng = np.random.default_rng(0)
         x, y, new = rng.normal(2, 3, (30, features)), rng.normal(size=(30, 2)), rng.normal(size=(7, features))
@@ -277,8 +270,8 @@ class TestFit:
         rng = np.random.default_rng(1)
         trials = trials_of(4, 10, shared=False)
         x = rng.normal(size=(40, 6)).astype(np.float32)
-        (fold,), _ = outer_folds(trials, request())
-        inner = inner_folds(trials, fold)
+        (fold,), _ = make_outer_folds(trials, request())
+        inner = make_inner_folds(trials, fold)
         changed = trials.labels_n.copy()
         changed[fold.test] = 1 - changed[fold.test]
         one, _ = choose_and_predict(x, trials.labels_n[None], fold, inner, 2)
@@ -345,9 +338,9 @@ class TestFit:
 class TestFeatures:
     def test_bins(self) -> None:
         x = np.arange(12.0)[None]
-        np.testing.assert_allclose(binned(x, 4), [[1, 4, 7, 10]])
-        np.testing.assert_allclose(binned(x, 1), [[5.5]])
-        assert binned(np.ones((2, 10)), 4).tolist() == [[1.0] * 4] * 2
+        np.testing.assert_allclose(average_bins(x, 4), [[1, 4, 7, 10]])
+        np.testing.assert_allclose(average_bins(x, 1), [[5.5]])
+        assert average_bins(np.ones((2, 10)), 4).tolist() == [[1.0] * 4] * 2
 
     def test_covariance_is_a_distance_that_scaling_shifts(self) -> None:
         x = np.random.default_rng(0).normal(size=(2, 5, 400))
@@ -363,7 +356,7 @@ class TestFeatures:
         x = rng.normal(5, 3, (20, 4))
         x[:, 3] = 7
         subjects, train = np.repeat(["a", "b"], 10), np.arange(20) < 10
-        own = standardized(x, subjects, train, "subject")
+        own = standardize(x, subjects, train, "subject")
         for rows in (slice(0, 10), slice(10, 20)):
             np.testing.assert_allclose(own[rows, :3].mean(axis=0), 0, atol=1e-5)
             np.testing.assert_allclose(own[rows, :3].std(axis=0), 1, atol=1e-5)
@@ -371,7 +364,7 @@ class TestFeatures:
         other = x.copy()
         other[10:] += 100
         np.testing.assert_array_equal(
-            standardized(x, subjects, train, "none")[:10], standardized(other, subjects, train, "none")[:10]
+            standardize(x, subjects, train, "none")[:10], standardize(other, subjects, train, "none")[:10]
         )
 
 
@@ -389,6 +382,14 @@ class TestStatistics:
         more = np.array([1.0] * 21 + [-1.0] * 8 + [0.0] * 40)
         exact = binomtest(21, 29).pvalue
         assert flip_test(more, np.arange(69), 20_000, 0) == pytest.approx(exact, abs=0.01)
+
+    @pytest.mark.parametrize(("hits", "images"), [([0, 1] * 30, 30), ([0, 1, 1] * 8, 8), ([0] * 20, 20), ([1] * 9, 9)])
+    def test_accuracy_interval_is_scipys_without_scatter_between_images(self, hits: list[int], images: int) -> None:
+        from scipy.stats import binomtest
+
+        image = np.repeat(np.arange(images), len(hits) // images)
+        expected = binomtest(sum(hits), len(hits)).proportion_ci(0.95, method="wilson")
+        np.testing.assert_allclose(accuracy_interval(np.array(hits, float), image), expected, atol=1e-7)
 
     def test_clusters_widen(self) -> None:
         rng = np.random.default_rng(0)

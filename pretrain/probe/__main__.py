@@ -1,0 +1,7 @@
+"""``python -m pretrain.probe ENCODER DATASET``."""
+
+import sys
+
+from pretrain.probe.run import main
+
+sys.exit(main())

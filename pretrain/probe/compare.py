@@ -1,0 +1,194 @@
+"""Every method of the probe labels the same test trials.
+
+Letters of shapes: see `pretrain.model`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_sharding.common.errors import RequestError
+from data_sharding.common.progress import progress
+from pretrain.probe.config import DEFAULT_METHODS, ProbeConfig
+from pretrain.probe.features import Trials, band_power, covariance, standardize, time_courses
+from pretrain.probe.folds import Fold, make_inner_folds, shuffle_labels
+from pretrain.probe.ridge import choose_and_predict
+
+if TYPE_CHECKING:
+    import torch
+
+    from pretrain.encoder.encoder import EEGEncoder
+
+TUNED, TUNED_RANDOM = "encoder, fine-tuned", "random weights, fine-tuned"
+ENCODER, COMMONEST, SHUFFLED = "encoder", "commonest label", "encoder, labels shuffled"
+
+Pairs = list[tuple[np.ndarray, np.ndarray]]
+"""Inner folds: trials to fit, and trials held out."""
+
+
+def compare(
+    trials: Trials,
+    folds: list[Fold],
+    encoders: dict[str, EEGEncoder],
+    *,
+    sfreq: float,
+    classes: int,
+    config: ProbeConfig,
+    device: torch.device,
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[float]]]:
+    """Let every method label the same test trials.
+
+    Parameters
+    ----------
+    trials : Trials
+        All trials.
+    folds : list of Fold
+        The folds.
+    encoders : dict of str to EEGEncoder
+        Encoders to fine-tune, by name.
+    sfreq : float
+        Sampling rate in Hz.
+    classes : int
+        Number of labels.
+    config : ProbeConfig
+        The request.
+    device : torch.device
+        Device on which networks are trained.
+
+    Returns
+    -------
+    scored : ndarray of int
+        Numbers of the scored trials.
+    hits : dict of str to ndarray
+        For each method, 1 where the predicted label is right and 0 where it is wrong; [S, number of scored trials],
+        with S classifiers.
+    chosen : dict of str to list of float
+        For each method, what was chosen in each fold: the penalty, the number of epochs (EEGNet) or the learning rate
+        (fine-tuning).
+    """
+    features = _compute_features(trials, sfreq, config)
+    label_sets = {name: trials.labels_n[None] for name in features}
+    if config.shuffles:
+        shuffled_Sn = shuffle_labels(trials, config.shuffles, config.seed)
+        label_sets[ENCODER] = np.concatenate([label_sets[ENCODER], shuffled_Sn])
+    truth = np.concatenate([trials.labels_n[fold.test] for fold in folds])
+    inner = [make_inner_folds(trials, fold) for fold in folds]
+    hits: dict[str, np.ndarray] = {}
+    chosen: dict[str, list[float]] = {}
+    with progress("folds", len(features) * len(folds)) as advance:
+        for name, features_nF in features.items():
+            parts = []
+            x: np.ndarray | None = None
+            for fold, pairs in zip(folds, inner, strict=True):
+                if x is None or config.standardize == "none":
+                    in_train = np.zeros(len(trials), bool)
+                    in_train[fold.train] = True
+                    x = standardize(features_nF, trials.subjects_n, in_train, config.standardize)
+                if name == "EEGNet":
+                    labels_n, choice = _predict_eegnet(trials, x, fold, sfreq, classes, config, device)
+                    parts.append(labels_n[None])
+                else:
+                    labels_Sn, choice = choose_and_predict(x, label_sets[name], fold, pairs, classes)
+                    parts.append(labels_Sn)
+                chosen.setdefault(name, []).append(float(choice))
+                advance(1)
+            hits[name] = (np.concatenate(parts, axis=1) == truth).astype(float)
+    commonest = [np.full(len(fold.test), np.bincount(trials.labels_n[fold.train]).argmax()) for fold in folds]
+    hits[COMMONEST] = (np.concatenate(commonest) == truth).astype(float)[None]
+    if config.shuffles:
+        hits[ENCODER], hits[SHUFFLED] = hits[ENCODER][:1], hits[ENCODER][1:]
+    random = [name for name in trials.tokens if name != ENCODER]
+    if random:
+        hits["random weights"] = np.concatenate([hits.pop(name) for name in random])
+    for name, encoder in encoders.items() if "fine-tuning" in config.methods else ():
+        labels_n, rates = _fine_tune(trials, folds, inner, encoder, classes, config, device)
+        title = TUNED if name == ENCODER else TUNED_RANDOM
+        hits[title] = np.concatenate([hits.get(title, np.empty((0, len(truth)))), (labels_n == truth)[None]])
+        chosen.setdefault(title, []).extend(rates)
+    order = (ENCODER, *DEFAULT_METHODS, TUNED, TUNED_RANDOM, COMMONEST, SHUFFLED)
+    hits = {name: hits[name] for name in order if name in hits}
+    return np.concatenate([fold.test for fold in folds]), hits, chosen
+
+
+def _compute_features(trials: Trials, sfreq: float, config: ProbeConfig) -> dict[str, np.ndarray]:
+    """Return the features of all trials, before standardisation: the encoders' tokens and those of other methods."""
+    eeg_nCT = trials.eeg_nCT.astype(np.float32)
+    makers = {
+        "band power": lambda: band_power(eeg_nCT, sfreq),
+        "covariance": lambda: covariance(eeg_nCT),
+        "time courses": lambda: time_courses(eeg_nCT, config.time_bins),
+        "EEGNet": lambda: eeg_nCT,
+    }
+    found: dict[str, Any] = dict(trials.tokens)
+    return found | {name: make() for name, make in makers.items() if name in config.methods}
+
+
+def _predict_eegnet(
+    trials: Trials, x_nCT: np.ndarray, fold: Fold, sfreq: float, classes: int, config: ProbeConfig, device: torch.device
+) -> tuple[np.ndarray, int]:
+    """Train EEGNet on a fold; return the labels of the test trials and the number of epochs."""
+    from pretrain.probe.eegnet import EEGNetConfig, predict_eegnet, train_eegnet
+
+    fit, val = fold.train, fold.val
+    if not len(val):
+        inner = make_inner_folds(trials, fold)
+        if not inner:
+            raise RequestError(
+                f"{config.dataset}: there are no trials for EEGNet's validation loss; leave EEGNet out of methods, or "
+                "shard with a val split"
+            )
+        fit, val = inner[0]
+    model, epochs = train_eegnet(
+        x_nCT[fit],
+        trials.labels_n[fit],
+        x_nCT[val],
+        trials.labels_n[val],
+        sfreq=sfreq,
+        classes=classes,
+        config=EEGNetConfig(epochs=config.eegnet_epochs, patience=config.eegnet_patience),
+        seed=config.seed,
+        device=device,
+    )
+    return predict_eegnet(model, x_nCT[fold.test], device), epochs
+
+
+def _fine_tune(
+    trials: Trials,
+    folds: list[Fold],
+    inner: list[Pairs],
+    encoder: EEGEncoder,
+    classes: int,
+    config: ProbeConfig,
+    device: torch.device,
+) -> tuple[np.ndarray, list[float]]:
+    """Fine-tune an encoder on each fold; return the labels of all test trials and the learning rates chosen."""
+    from pretrain.probe.finetune import finetune_and_predict
+
+    labels, rates = [], []
+    for fold, pairs in zip(folds, inner, strict=True):
+        if len(fold.val):
+            choose_by = (fold.train, fold.val)
+        elif pairs:
+            choose_by = pairs[0]
+        elif len(config.finetune_rates) == 1:
+            choose_by = (fold.train[:0], fold.train[:0])
+        else:
+            raise RequestError(
+                f"{config.dataset}: there are no trials by which to choose among finetune_rates; give one rate"
+            )
+        labels_n, rate = finetune_and_predict(
+            encoder,
+            trials,
+            fold,
+            choose_by,
+            classes=classes,
+            epochs=config.finetune_epochs,
+            rates=config.finetune_rates,
+            seed=config.seed,
+            device=device,
+        )
+        labels.append(labels_n)
+        rates.append(rate)
+    return np.concatenate(labels), rates

@@ -1,0 +1,158 @@
+"""The result of a probe: numbers, a printed table and a chart.
+
+Letters of shapes: see `pretrain.model`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pretrain.probe.compare import ENCODER, TUNED, TUNED_RANDOM
+from pretrain.probe.config import ProbeConfig
+from pretrain.probe.features import Trials
+from pretrain.probe.folds import Fold
+from pretrain.probe.statistics import FEWEST_SUBJECTS, accuracy_interval, difference_interval, flip_test
+
+
+def summarize(
+    trials: Trials, folds: list[Fold], scored: np.ndarray, hits: dict[str, np.ndarray], config: ProbeConfig
+) -> dict[str, Any]:
+    """Compute accuracies, differences, intervals and p-values.
+
+    Parameters
+    ----------
+    trials : Trials
+        All trials.
+    folds : list of Fold
+        The folds.
+    scored : ndarray of int
+        Numbers of the scored trials.
+    hits : dict of str to ndarray
+        Right and wrong answers of each method, from `pretrain.probe.compare.compare`.
+    config : ProbeConfig
+        The request.
+
+    Returns
+    -------
+    dict
+        Plain numbers, lists and texts, which JSON can hold.
+    """
+    images_n, subjects_n = trials.images_n[scored], trials.subjects_n[scored]
+    subjects = np.unique(subjects_n)
+    by_subject = len(subjects) >= FEWEST_SUBJECTS
+    fitted = np.unique(np.concatenate([fold.train for fold in folds]))
+    both = {s for fold in folds for s in set(trials.subjects_n[fold.train]) & set(trials.subjects_n[fold.test])}
+    accuracy: dict[str, Any] = {}
+    minus: dict[str, Any] = {}
+    for name, hits_Sn in hits.items():
+        hit_n = hits_Sn.mean(axis=0)
+        accuracy[name] = {
+            "mean": float(hit_n.mean()),
+            "ci95": list(accuracy_interval(hit_n, images_n)),
+            "by_subject": {str(s): float(hit_n[subjects_n == s].mean()) for s in subjects},
+        }
+        if len(hits_Sn) > 1:
+            accuracy[name]["each"] = hits_Sn.mean(axis=1).tolist()
+        if name == ENCODER:
+            continue
+        reference = TUNED if name == TUNED_RANDOM else ENCODER
+        more_n = hits[reference][0] - hit_n
+        how = (config.resamples, config.seed)
+        minus[name] = {
+            "of": reference,
+            "mean": float(more_n.mean()),
+            "ci95": list(difference_interval(more_n, images_n, *how)),
+            "p": flip_test(more_n, images_n, *how),
+            "ci95_subjects": list(difference_interval(more_n, subjects_n, *how)) if by_subject else None,
+            "p_subjects": flip_test(more_n, subjects_n, *how) if by_subject else None,
+        }
+    return {
+        "trials": {"train": len(fitted), "scored": len(scored)},
+        "subjects": {"train": len(np.unique(trials.subjects_n[fitted])), "scored": len(subjects)},
+        "images": len(np.unique(images_n)),
+        "fits": len(folds),
+        "subjects_in_both": sorted(map(str, both)),
+        "accuracy": accuracy,
+        "encoder_minus": minus,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the result as a table, with notes on what the numbers mean."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Linear probe: {len(result['labels'])} labels, chance {result['chance']:.1%}")
+    by_subject = any(more["p_subjects"] is not None for more in result["encoder_minus"].values())
+    headings = ["method", "accuracy", "95 % interval", "encoder minus method", "p"] + ["p, subjects"] * by_subject
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for name, score in result["accuracy"].items():
+        cells = [name, f"{score['mean']:.1%}", "{:.1%} to {:.1%}".format(*score["ci95"])]
+        if more := result["encoder_minus"].get(name):
+            cells += ["{:+.1%} ({:+.1%} to {:+.1%})".format(more["mean"], *more["ci95"]), f"{more['p']:.2g}"]
+            cells += [f"{more['p_subjects']:.2g}"] if by_subject else []
+        table.add_row(*cells)
+    console = Console()
+    # A file or a pipe has no width, and rich's 80 columns would break every cell of the table.
+    console = console if console.is_terminal else Console(width=120)
+    console.print(table)
+    for note in _make_notes(result, by_subject):
+        console.print(note)
+
+
+def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:
+    notes = [
+        f"{result['trials']['scored']} trials of {result['images']} images and {result['subjects']['scored']} "
+        f"subject(s) were scored. The classifiers were fitted on {result['trials']['train']} trials of "
+        f"{result['subjects']['train']} subject(s), in {result['fits']} fit(s). Intervals: Wilson's with the scatter "
+        "between images (accuracies), bootstrap over images (differences). p: two-sided permutation test that flips "
+        f"the sign of the difference of each of {result['images']} images"
+        + (f"; of each of {result['subjects']['scored']} subjects for 'p, subjects'." if by_subject else ".")
+    ]
+    if not by_subject:
+        notes.append(
+            f"{result['subjects']['scored']} subject(s) are too few to conclude anything about other subjects "
+            f"(at least {FEWEST_SUBJECTS} are needed). 'folds: subjects' scores all subjects of the dataset."
+        )
+    left_out = result["left_out_for_shared_images"]
+    if any(left_out.values()):
+        notes.append(
+            f"Left out because their image is on the other side: {left_out['test']} test trials, "
+            f"{left_out['train']} training trials over all fits."
+        )
+    if TUNED_RANDOM in result["accuracy"]:
+        notes.append(f"The row '{TUNED_RANDOM}' is compared with '{TUNED}'.")
+    if result["subjects_in_both"]:
+        notes.append(
+            f"Not independent: {len(result['subjects_in_both'])} subject(s) have trials among the fitted ones and "
+            "among the scored ones."
+        )
+    return notes
+
+
+def draw(result: dict[str, Any], path: str) -> None:
+    """Draw the accuracies with their intervals.
+
+    Parameters
+    ----------
+    result : dict
+        Result of the probe.
+    path : str
+        Figure to write.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(result["accuracy"])
+    mean = np.array([result["accuracy"][name]["mean"] for name in names])
+    low, high = np.array([result["accuracy"][name]["ci95"] for name in names]).T
+    figure = Figure(figsize=(6.4, 0.45 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#c44e52" if name == ENCODER else "#4c72b0" for name in names]
+    axes.barh(names, mean, xerr=[np.maximum(mean - low, 0), np.maximum(high - mean, 0)], color=colours, capsize=3)
+    axes.axvline(result["chance"], color="black", linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel=f"accuracy, {result['trials']['scored']} trials (dashed: chance)")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,85 @@
+"""The linear classifier of the probe: ridge regression on one-hot labels, with a penalty chosen on inner folds.
+
+Letters of shapes: see `pretrain.model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pretrain.probe.folds import Fold
+
+STRENGTHS = np.logspace(-3, 3, 13)
+"""Penalties to choose from, as multiples of the mean eigenvalue of the features."""
+
+
+def ridge_scores(x_nF: np.ndarray, y_nL: np.ndarray, new_mF: np.ndarray) -> Iterator[np.ndarray]:
+    """Fit a ridge regression with each penalty and score new trials.
+
+    Parameters
+    ----------
+    x_nF, y_nL : ndarray
+        Features and targets of the n trials to fit.
+    new_mF : ndarray
+        Features of the m trials to score.
+
+    Yields
+    ------
+    ndarray, [m, L]
+        Scores with one penalty of `STRENGTHS`, in their order.
+    """
+    mean_F, mean_L = x_nF.mean(axis=0), y_nL.mean(axis=0)
+    x_nF, new_mF, y_nL = x_nF - mean_F, new_mF - mean_F, y_nL - mean_L
+    # X'X and XX' have the same eigenvalues above 0: decompose the smaller matrix, once for all penalties.
+    if x_nF.shape[1] < len(x_nF):
+        value, vector = np.linalg.eigh(x_nF.T @ x_nF)
+        weights, basis = vector.T @ (x_nF.T @ y_nL), new_mF @ vector
+    else:
+        value, vector = np.linalg.eigh(x_nF @ x_nF.T)
+        weights, basis = vector.T @ y_nL, new_mF @ (x_nF.T @ vector)
+    value = np.maximum(value, 0)
+    unit = value.mean() or 1.0
+    for strength in STRENGTHS:
+        yield basis @ (weights / (value + strength * unit)[:, None]) + mean_L
+
+
+def choose_and_predict(
+    x_nF: np.ndarray, labels_Sn: np.ndarray, fold: Fold, inner: list[tuple[np.ndarray, np.ndarray]], classes: int
+) -> tuple[np.ndarray, float]:
+    """Choose the penalty on the inner folds, fit on the training trials and label the test trials.
+
+    Parameters
+    ----------
+    x_nF : ndarray, [n, F]
+        Features of all trials.
+    labels_Sn : ndarray, [S, n]
+        Sets of labels; each set gets its own classifier. The labels of the test trials are not used.
+    fold : Fold
+        The trials to fit and to score.
+    inner : list of (ndarray, ndarray)
+        Inner folds: trials to fit, and held-out trials whose accuracy decides the penalty.
+    classes : int
+        Number of labels.
+
+    Returns
+    -------
+    ndarray, [S, number of test trials]
+        Predicted labels.
+    float
+        Penalty chosen for the first set of labels, as a multiple of the mean eigenvalue.
+    """
+    sets = len(labels_Sn)
+
+    def predict(fit: np.ndarray, new: np.ndarray) -> np.ndarray:
+        targets = np.eye(classes, dtype=x_nF.dtype)[labels_Sn[:, fit]]
+        scores = ridge_scores(x_nF[fit], np.concatenate(list(targets), axis=1), x_nF[new])
+        return np.stack([each.reshape(-1, sets, classes).argmax(axis=-1).T for each in scores])
+
+    hits = np.zeros((len(STRENGTHS), sets))
+    for fit, held in inner:
+        hits += (predict(fit, held) == labels_Sn[:, held]).sum(axis=-1)
+    # Among equally good penalties take the strongest. Without inner folds there is no choice: take the middle one.
+    best = len(STRENGTHS) - 1 - hits[::-1].argmax(axis=0) if inner else np.full(sets, len(STRENGTHS) // 2)
+    return predict(fold.train, fold.test)[best, np.arange(sets)], float(STRENGTHS[best[0]])
