@@ -1,156 +1,150 @@
-"""The page that shows what was generated beside what was seen, and the numbers with their controls."""
+"""The report of an evaluation: generated images beside the images that were seen, and the metrics with their controls.
+
+Shapes: B trials, H rows, W columns.
+"""
 
 from __future__ import annotations
 
-import base64
 import io
-from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_sharding.common.html.render import Cell, Picture, Table, embed_png, render_page
 from finetune.evaluation.generated import GeneratedSet
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; } th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; } td.note { color: #777; }
-.grid { display: flex; flex-wrap: wrap; gap: .6rem; } figure { margin: 0; }
-figure img { display: block; width: 72px; height: 72px; image-rendering: pixelated; }
-figcaption { font-size: .75rem; color: #555; text-align: center; }
-.key { color: #555; font-size: .9rem; }
-"""
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+MISSING = "–"
+"""What a table shows in place of a value that does not exist."""
 
 
-def _png(image_HW3: np.ndarray) -> str:
+def _to_picture(image_HW3: np.ndarray, text: str, caption: str) -> Picture:
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(image_HW3).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return Picture(url=embed_png(buffer.getvalue()), text=text, caption=caption)
 
 
-def _number(value: Any) -> str:
+def _metric_cell(value: Any) -> Cell:
+    """Format a metric: a number, a text, or an accuracy with its interval and its p-value."""
     if isinstance(value, dict) and "accuracy" in value:
         text = f"{value['accuracy']:.3f}"
         if "interval" in value:
             text += f" [{value['interval'][0]:.2f}, {value['interval'][1]:.2f}]"
-        return text + (f"<br>p = {value['p_value']:.2g}" if "p_value" in value else "")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "&ndash;" if value is None else escape(str(value))
-    return f"{value:.3f}"
+        if "p_value" in value:
+            text += f"\np = {value['p_value']:.2g}"
+        return Cell(text=text, is_number=True)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Cell(text=f"{value:.3f}", is_number=True)
+    return Cell(text=MISSING if value is None else str(value), is_number=True)
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+def _is_not_computed(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("not computed")
 
 
-def _metric_rows(result: dict[str, Any]) -> list[list[str]]:
-    columns = [result["generated"], result["shuffled"], result["random_pairs"], result["real"]]
-    rows = []
-    for name, value in result["generated"].items():
-        if name in ("confusion", "frechet_note") or (isinstance(value, str) and value.startswith("not computed")):
-            continue
-        rows.append([escape(name), *(_number(c.get(name)) if isinstance(c, dict) else "&ndash;" for c in columns)])
-    return rows
+def _make_metric_table(result: dict[str, Any]) -> Table:
+    columns = [result[name] for name in ("generated", "shuffled", "random_pairs", "real")]
+    rows = [
+        [name, *(_metric_cell(column.get(name) if isinstance(column, dict) else None) for column in columns)]
+        for name, value in result["generated"].items()
+        if name not in ("confusion", "frechet_note") and not _is_not_computed(value)
+    ]
+    head = ["metric", "generated", "EEG shuffled", "random other image", "real images (best possible)"]
+    return Table(head=head, rows=rows)
 
 
-def chosen_trials(labels_B: np.ndarray, examples: int) -> list[int]:
-    """Trials to show: evenly from all categories, without a look at the images.
+def choose_trials(labels_B: np.ndarray, examples: int) -> list[int]:
+    """Choose trials to show: evenly from all categories, without looking at the images.
 
     Parameters
     ----------
     labels_B : ndarray of int, shape (B,)
-        Categories of the trials.
+        Category of each trial.
     examples : int
-        How many at most.
+        Most trials to choose.
 
     Returns
     -------
     list of int
-        Numbers of the trials, category by category.
+        Positions of the trials, category by category.
     """
     classes = np.unique(labels_B)
     each = max(1, examples // len(classes))
-    out: list[int] = []
+    chosen: list[int] = []
     for label in classes[:examples]:
         numbers = np.flatnonzero(labels_B == label)
         places = np.linspace(0, len(numbers) - 1, min(each, len(numbers))).round().astype(int)
-        out += numbers[np.unique(places)].tolist()
-    return out
+        chosen += numbers[np.unique(places)].tolist()
+    return chosen
 
 
-def write_report(result: dict[str, Any], own: GeneratedSet, control: GeneratedSet | None, *, examples: int) -> str:
-    """Compose the page.
+def _make_examples(
+    labels: list[str], generated: GeneratedSet, control: GeneratedSet | None, examples: int
+) -> list[list[Picture]]:
+    """Return the pictures of some trials: for each trial what was seen, what was generated, and the control."""
+    chosen = []
+    for number in choose_trials(generated.labels_B, examples):
+        label = labels[generated.trials[number]["label"]]
+        images = {"seen": generated.real_BHW3[number], "generated": generated.images_BHW3[number]}
+        if control is not None:
+            images["generated from shuffled EEG"] = control.images_BHW3[number]
+        chosen.append([_to_picture(image, f"{label}, {name}", label) for name, image in images.items()])
+    return chosen
+
+
+def render_report(
+    result: dict[str, Any], generated: GeneratedSet, control: GeneratedSet | None, *, examples: int
+) -> str:
+    """Render the report.
 
     Parameters
     ----------
     result : dict
-        What metrics.json holds.
-    own : GeneratedSet
+        The content of metrics.json.
+    generated : GeneratedSet
         The generated images.
     control : GeneratedSet or None
-        Those from shuffled EEG.
+        The images that were generated from shuffled EEG.
     examples : int
-        Trials to show.
+        Most trials to show.
 
     Returns
     -------
     str
         HTML that needs no other file.
     """
-    labels = result["labels"]
-    figures = []
-    for number in chosen_trials(own.labels_B, examples):
-        trial = own.trials[number]
-        stack = [own.real_BHW3[number], own.images_BHW3[number]]
-        stack += [control.images_BHW3[number]] if control is not None else []
-        tags = "".join(f'<img alt="" src="data:image/png;base64,{_png(image)}">' for image in stack)
-        figures.append(f"<figure>{tags}<figcaption>{escape(labels[trial['label']])}</figcaption></figure>")
-    accuracy = next(value for name, value in result["generated"].items() if name.startswith("accuracy["))
-    held = result["classifier"]["held_out"]
-    judge = (
-        f"Judge: {escape(result['classifier']['name'])}, trained on {result['classifier']['trained_on']['images']} "
-        f"real training images; on {held['n']} real held-out images its accuracy is {_number(held['accuracy'])}."
-    )
-    confusion = result["generated"]["confusion"]
-    missing = [
-        f"{escape(name)}: {escape(value)}"
-        for name, value in result["generated"].items()
-        if isinstance(value, str) and value.startswith("not computed")
-    ]
-    confusion_rows = [[escape(name), *map(str, row)] for name, row in zip(labels, confusion, strict=True)]
+    labels, found = result["labels"], result["generated"]
     memory = result["memorisation"]
-    memory_rows = [
-        [name, *(f"{memory[key][q]:.1f}" for q in ("quartile_1", "median", "quartile_3"))]
-        for name, key in (("generated", "generated"), ("real, of this split", "real"))
-    ]
-    rows = "what was seen, what was generated" + (", and what shuffled EEG gave" if control is not None else "")
-    leak = result["images_also_in_train"]
-    warning = f"<p><b>{leak} of the images were also in the training split.</b></p>" if leak else ""
-    note = result["generated"]["frechet_note"]
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Dreamscale: generated images</title>
-<style>{STYLE}</style></head><body>
-<h1>Images from EEG: {escape(str(result["kind"]))}, split {escape(result["split"])}</h1>
-<p>{result["trials"]} trials of {result["subjects"]} subjects and {result["images"]} images. The category is right in
-<b>{accuracy["accuracy"]:.1%}</b> of them (chance {accuracy["chance"]:.1%}, p = {accuracy["p_value"]:.2g}, labels
-permuted between images).</p>{warning}
-<h2>Examples</h2>
-<p class="key">From top to bottom: {rows}. Chosen evenly over the categories, not by quality.</p>
-<div class="grid">{"".join(figures)}</div>
-<h2>Metrics and controls</h2>
-{_table(["metric", "generated", "EEG shuffled", "random other image", "real images (ceiling)"], _metric_rows(result))}
-<p class="key">In square brackets after a name: the network whose features or classes were used. {escape(note)}</p>
-<p class="key">{judge}</p>
-<p class="key">{"<br>".join(missing)}</p>
-<h2>Confusion</h2>
-{_table(["shown / generated", *labels], confusion_rows)}
-<h2>Is it copying?</h2>
-<p class="key">{escape(memory["measure"])}. Generated images much nearer than real ones would be copies.</p>
-{_table(["images", "first quartile", "median", "third quartile"], memory_rows)}
-</body></html>
-"""
+    quartiles = ("quartile_1", "median", "quartile_3")
+    return render_page(
+        TEMPLATE,
+        kind=result["kind"],
+        split=result["split"],
+        n_trials=result["trials"],
+        n_subjects=result["subjects"],
+        n_images=result["images"],
+        n_images_in_train=result["images_also_in_train"],
+        accuracy=next(value for name, value in found.items() if name.startswith("accuracy[")),
+        has_control=control is not None,
+        examples=_make_examples(labels, generated, control, examples),
+        metrics=_make_metric_table(result),
+        frechet_note=found["frechet_note"],
+        classifier=result["classifier"],
+        not_computed=[(name, value) for name, value in found.items() if _is_not_computed(value)],
+        confusion=Table(
+            head=["seen / found", *labels],
+            rows=[[name, *row] for name, row in zip(labels, found["confusion"], strict=True)],
+            limit=len(labels),
+        ),
+        distance=memory["measure"],
+        distances=Table(
+            head=["images", "first quartile", "median", "third quartile"],
+            rows=[
+                [name, *(Cell(text=f"{memory[key][q]:.1f}", is_number=True) for q in quartiles)]
+                for name, key in (("generated", "generated"), ("real, of this split", "real"))
+            ],
+        ),
+    )

@@ -1,4 +1,4 @@
-"""The demo's figures: examples, loss curves and the picture for the README."""
+"""The demo's figures: the loss curves, and the overview of pictures for the README."""
 
 from __future__ import annotations
 
@@ -14,33 +14,22 @@ TRAINING, HELD_OUT = "#2a6f97", "#d1495b"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read a run's metrics.jsonl.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-
-    Returns
-    -------
-    list of dict
-        Its lines.
-    """
+    """Read the lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def curves(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Collect the loss curves of a stage.
+def read_curves(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Read the loss curves of a training run.
 
     Parameters
     ----------
     folder : Path
-        Its run directory, which may hold further ones.
+        The run directory, which may hold other run directories.
 
     Returns
     -------
     dict
-        Name of the run to name of the curve to its points.
+        For each run, the name of each curve and its points (step, loss).
     """
     found = {}
     for file in sorted(folder.rglob("metrics.jsonl")):
@@ -56,50 +45,50 @@ def curves(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
     return found
 
 
-def draw_curves(folders: list[Path], path: Path) -> None:
-    """Draw the loss curves of the stages, a panel a run.
+def draw_curves(runs: list[Path], folder: Path) -> dict[str, Path]:
+    """Draw the loss curves of the training runs.
 
     Parameters
     ----------
-    folders : list of Path
+    runs : list of Path
         Run directories.
-    path : Path
-        PNG to write.
+    folder : Path
+        Where to write one PNG for each run.
+
+    Returns
+    -------
+    dict
+        Name of each run to its PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = {name: lines for folder in folders for name, lines in curves(folder).items()}
-    figure = Figure(figsize=(3.4 * max(1, len(panels)), 2.8), constrained_layout=True)
-    FigureCanvasAgg(figure)
-    for index, (name, lines) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), index + 1)
+    folder.mkdir(exist_ok=True)
+    panels = {name: lines for run in runs for name, lines in read_curves(run).items()}
+    paths = {}
+    for name, lines in panels.items():
+        # As wide as a phone's screen, so that the text stays readable there.
+        figure = Figure(figsize=(3.7, 2.7), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
         for label, points in lines.items():
             held_out = label.startswith("val")
-            style: dict[str, Any] = {"color": TRAINING, "label": "training"}
+            style: dict[str, Any] = {"color": TRAINING, "label": "training", "marker": "." if len(points) == 1 else ""}
             if held_out:
                 style = {"color": HELD_OUT, "label": "held out", "marker": "o"}
             axes.plot(*zip(*points, strict=True), lw=1.5, ms=3, **style)
-        axes.set_title(name.replace("_", " "), color=INK, fontsize=10)
-        axes.set_xlabel("step", color=INK)
+        axes.set_xlabel("step", color=INK, fontsize=9)
+        axes.set_ylabel("loss", color=INK, fontsize=9)
+        axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+        paths[name] = folder / f"loss_{name.replace(': ', '_').replace('/', '_')}.png"
+        figure.savefig(paths[name], dpi=130)
+    return {name.replace("_", " "): path for name, path in paths.items()}
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """Read a picture.
-
-    Parameters
-    ----------
-    path : Path
-        PNG.
-
-    Returns
-    -------
-    ndarray of uint8, shape (H, W, 3)
-        RGB.
-    """
+    """Read a PNG file as RGB: uint8, shape (H, W, 3)."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -107,35 +96,35 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def draw_overview(
-    columns: list[tuple[str, list[Path]]], reconstruction: Path, path: Path, *, title: str, footer: str
+    rows: list[tuple[str, list[Path]]], reconstruction: Path, path: Path, *, title: str, footer: str
 ) -> None:
-    """Draw what was seen beside what was generated, and the reconstruction below.
+    """Draw the pictures that were seen above those that were generated, and below them the reconstruction of EEG.
 
     Parameters
     ----------
-    columns : list of (str, list of Path)
-        Heading and pictures; every list has one picture a trial.
+    rows : list of (str, list of Path)
+        Heading and pictures of each row; every list has one picture for each trial.
     reconstruction : Path
-        Pretraining's figure.
+        The figure of pretraining.
     path : Path
         PNG to write.
     title, footer : str
-        Above and below.
+        Text above the figure, and text between the pictures and the reconstruction.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    count = len(columns[0][1])
+    count = len(rows[0][1])
     below = read_picture(reconstruction)
     width = 12.0
     below_height = width * below.shape[0] / below.shape[1]
     cell = (width - 1.6) / count
-    top = cell * len(columns) + 0.4
+    top = cell * len(rows) + 0.4
     figure = Figure(figsize=(width, top + below_height + 0.7), facecolor="white")
     FigureCanvasAgg(figure)
     height = figure.get_figheight()
     figure.text(0.5, 1 - 0.3 / height, title, ha="center", va="center", fontsize=15, color=INK)
-    for row, (heading, pictures) in enumerate(columns):
+    for row, (heading, pictures) in enumerate(rows):
         bottom = height - 0.6 - cell * (row + 1)
         figure.text(1.5 / width, (bottom + cell / 2) / height, heading, ha="right", va="center", fontsize=10, color=INK)
         for column, picture in enumerate(pictures):

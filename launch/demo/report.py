@@ -1,30 +1,31 @@
-"""What the demo found: report.json, report.html and overview.png, all of it computed from the steps' own files."""
+"""The demo's results: report.json, report.html and overview.png, computed from the files of the steps."""
 
 from __future__ import annotations
 
-from html import escape
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from data_sharding.common.files import atomic_write_text, read_json, write_json
-from launch.demo import figures, page
+from data_sharding.common.html.render import Picture, Table, embed_png, render_page
+from launch.demo import figures
 from launch.demo.steps import MODELS, Step
 
+TEMPLATE = Path(__file__).with_name("report.html.j2")
 ALPHA = 0.01
-"""Largest p that counts as more than luck."""
+"""Largest p-value that counts as better than chance."""
 EXAMPLES = 3
-"""Trials a category that are shown."""
+"""Trials of each category that are shown."""
 TITLES = {"stable_diffusion": "Stable Diffusion", "eg_ddpm": "EG-DDPM"}
 LIBRARIES = ("dreamscale", "torch", "deepspeed", "accelerate", "diffusers", "transformers", "ray", "mne", "numpy")
 JUDGE = "dataset-classifier"
-"""Name, in metrics.json, of the network that names the categories."""
+"""Name, in metrics.json, of the classifier that names the categories."""
 _ACCURACY = ("accuracy", "chance", "n", "images", "p_value", "interval")
-_LIKENESS = ("psnr", "ssim", "frechet_distance", "kernel_distance")
+_SIMILARITY = ("psnr", "ssim", "frechet_distance", "kernel_distance")
 
 
-def scores(folder: Path) -> dict[str, Any]:
-    """Read what 'evaluate' found for one generator and for its control.
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Read the results of `dreamscale evaluate` for one generator and for its control.
 
     Parameters
     ----------
@@ -34,25 +35,26 @@ def scores(folder: Path) -> dict[str, Any]:
     Returns
     -------
     dict
-        Accuracy, chance, n and p; the same below ``shuffled``; image metrics; the judge's own accuracy.
+        Accuracy, chance, n and p-value; the same for the control under ``shuffled``; image metrics; the accuracy of the
+        classifier itself on real pictures.
     """
     found = read_json(folder / "metrics.json")
 
-    def chosen(measured: dict[str, Any]) -> dict[str, Any]:
+    def select(measured: dict[str, Any]) -> dict[str, Any]:
         accuracy = measured[f"accuracy[{JUDGE}]"]
-        likeness = {
+        similarity = {
             key: value
             for key, value in measured.items()
-            if isinstance(value, int | float) and key.split("[")[0] in _LIKENESS
+            if isinstance(value, int | float) and key.split("[")[0] in _SIMILARITY
         }
-        return {key: accuracy[key] for key in _ACCURACY} | {"image_metrics": likeness}
+        return {key: accuracy[key] for key in _ACCURACY} | {"image_metrics": similarity}
 
-    shuffled = chosen(found["shuffled"])
-    giver = found["shuffled"].get(f"accuracy_of_eeg[{JUDGE}]")
-    if giver is not None:
-        shuffled["of_the_eeg"] = {key: giver[key] for key in _ACCURACY}
+    shuffled = select(found["shuffled"])
+    donor = found["shuffled"].get(f"accuracy_of_eeg[{JUDGE}]")
+    if donor is not None:
+        shuffled["of_the_eeg"] = {key: donor[key] for key in _ACCURACY}
     return {
-        **chosen(found["generated"]),
+        **select(found["generated"]),
         "shuffled": shuffled,
         "random_pairs": found["random_pairs"],
         "memorisation": found["memorisation"],
@@ -68,23 +70,23 @@ def summarise(out: Path, seconds: dict[str, float], *, seed: int, profile: str) 
     out : Path
         The demo's folder.
     seconds : dict
-        Step to the time it took.
+        Duration of each step.
     seed : int
-        The demo's.
+        Seed of the demo.
     profile : str
         full or smoke.
 
     Returns
     -------
     dict
-        What report.json holds.
+        The content of report.json.
     """
     held_out = [
         (line["step"], line["val_loss"])
         for line in figures.read_metrics(out / "pretrain" / "metrics.jsonl")
         if line.get("val_loss") is not None
     ]
-    models = {kind: scores(out / "generated" / kind) for kind in MODELS}
+    models = {kind: read_scores(out / "generated" / kind) for kind in MODELS}
     corpus = {}
     for part in ("unpaired", "paired"):
         manifest = read_json(out / part / "manifest.json")
@@ -107,18 +109,18 @@ def summarise(out: Path, seconds: dict[str, float], *, seed: int, profile: str) 
 
 
 def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Judge whether the pictures carry what was seen.
+    """Judge whether the generated pictures show what was seen.
 
     Parameters
     ----------
     models : dict
-        Generator to its scores.
+        Scores of each generator.
 
     Returns
     -------
     dict
-        ``passed``: every generator does better than luck with the right EEG and none with shuffled EEG; ``conclusion``:
-        the same in words.
+        ``passed``: every generator is better than chance with the right EEG, and no generator is better than chance
+        with shuffled EEG. ``conclusion``: the same in words.
     """
     parts, passed = [], True
     for kind, found in models.items():
@@ -130,15 +132,15 @@ def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
             f"{found['shuffled']['accuracy']:.0%} (p = {found['shuffled']['p_value']:.2g})."
         )
     verdict = (
-        "The generated pictures carry what people saw, and shuffling the EEG takes it away."
+        "The generated pictures show what people saw, and with shuffled EEG they do not."
         if passed
-        else "Not shown: for at least one generator the pictures do not beat chance, or shuffled EEG does too."
+        else "Not shown: at least one generator is not better than chance, or is better than chance with shuffled EEG."
     )
     return {"passed": bool(passed), "conclusion": f"{verdict} {' '.join(parts)}"}
 
 
 def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any]]:
-    """Choose trials to show, without looking at their pictures: the first ones by key of each category.
+    """Choose trials to show, without looking at their pictures: the first trials of each category, by key.
 
     Parameters
     ----------
@@ -150,7 +152,7 @@ def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dic
     Returns
     -------
     list of dict
-        At most `EXAMPLES` a category, each one of another picture.
+        At most `EXAMPLES` trials of each category; no two of them show the same picture.
     """
     chosen = []
     for label in range(len(labels)):
@@ -162,8 +164,8 @@ def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dic
     return chosen
 
 
-def _columns(out: Path, keys: list[str]) -> list[tuple[str, list[Path]]]:
-    """Pictures of some trials: seen, and made by each generator with its control."""
+def _list_columns(out: Path, keys: list[str]) -> list[tuple[str, list[Path]]]:
+    """List the pictures of some trials: those that were seen, then those of each generator and of its control."""
     columns: list[tuple[str, list[Path]]] = []
     for kind in MODELS:
         for ending, suffix in (("", ""), ("-shuffled", ", shuffled EEG")):
@@ -185,9 +187,9 @@ def write_report(out: Path, steps: list[Step], seconds: dict[str, float], *, see
     steps : list of Step
         The chain.
     seconds : dict
-        Step to the time it took.
+        Duration of each step.
     seed : int
-        The demo's.
+        Seed of the demo.
     profile : str
         full or smoke.
 
@@ -199,166 +201,103 @@ def write_report(out: Path, steps: list[Step], seconds: dict[str, float], *, see
     summary = summarise(out, seconds, seed=seed, profile=profile)
     generated = read_json(out / "generated" / next(iter(MODELS)) / "generated.json")
     examples = choose_examples(generated["trials"], generated["labels"])
-    columns = _columns(out, [trial["key"] for trial in examples])
+    columns = _list_columns(out, [trial["key"] for trial in examples])
     reconstruction = out / "pretrain" / "plots" / "reconstruction.png"
-    (out / "plots").mkdir(exist_ok=True)
-    figures.draw_curves([out / name for name in ("pretrain", "align", *MODELS.values())], out / "plots" / "losses.png")
+    curves = figures.draw_curves([out / name for name in ("pretrain", "align", *MODELS.values())], out / "plots")
     figures.draw_overview(
         [(name.replace(", ", ",\n"), paths) for name, paths in columns],
         reconstruction,
         out / "overview.png",
-        title="Pictures seen, and pictures generated from the EEG of people never trained on",
-        footer="Below: the pretrained autoencoder rebuilds hidden EEG of a person never trained on",
+        title="Pictures seen, and pictures generated from the EEG of people outside the training data",
+        footer="Below: the pretrained autoencoder rebuilds hidden EEG of a person outside the training data",
     )
     write_json(out / "report.json", summary)
-    atomic_write_text(out / "report.html", _html(out, summary, steps, columns, examples, generated["labels"]))
+    row_labels = [f"{generated['labels'][trial['label']]}, {trial['subject']}" for trial in examples]
+    page = render_page(
+        TEMPLATE,
+        **summary,
+        **_describe_corpus(read_json(out / "corpus" / "truth.json"), summary),
+        **_make_score_tables(summary),
+        columns=[
+            (name, [_embed(path, f"{name}, {label}") for path, label in zip(paths, row_labels, strict=True)])
+            for name, paths in columns
+        ],
+        row_labels=row_labels,
+        reconstruction=_embed(reconstruction, "EEG that the model rebuilt, beside the true EEG"),
+        curves=[_embed(path, f"loss curves of {name}", name) for name, path in curves.items()],
+        times=Table(
+            head=["step", "what", "seconds"],
+            rows=[[step.name, step.title, summary["seconds"][step.name]] for step in steps],
+            total=["all steps", None, summary["seconds"]["total"]],
+        ),
+        commands="\n".join(step.command for step in steps),
+        packages=Table(head=["package", "version"], rows=list(summary["versions"].items())),
+    )
+    atomic_write_text(out / "report.html", page)
     return summary["conclusion"]
 
 
-def _html(
-    out: Path,
-    summary: dict[str, Any],
-    steps: list[Step],
-    columns: list[tuple[str, list[Path]]],
-    examples: list[dict[str, Any]],
-    labels: list[str],
-) -> str:
-    reconstruction = out / "pretrain" / "plots" / "reconstruction.png"
-    names = [f"{labels[trial['label']]}, {trial['subject']}" for trial in examples]
-    parts = [
-        "<h1>From EEG to pictures</h1>",
-        f'<p class="soft">Dreamscale {summary["versions"]["dreamscale"]}, seed {summary["seed"]}, '
-        f"{summary['seconds']['total'] / 60:.1f} minutes of computing</p>",
-        f'<p class="verdict{"" if summary["passed"] else " no"}">{escape(summary["conclusion"])}</p>',
-    ]
-    if summary["profile"] == "smoke":
-        parts.append(
-            "<p><b>A smoke run:</b> hardly any training. It shows that the steps run; its pictures mean nothing.</p>"
-        )
-    pretrain = summary["pretrain"]
-    parts += [
-        _story(out, summary),
-        """
-<h2>What was seen, and what came out</h2>
-<p>Each row is one moment at which a person who was never trained on looked at a picture that was never trained
-on. The models saw only the second of EEG that followed. The shuffled columns are the control: the same model
-with the same noise, given the EEG of another moment. The first trials of each category are shown, not the best
-ones.</p>""",
-        page.picture_table(columns, names),
-        _models(summary),
-        f"""
-<h2>Pretraining</h2>
-<p>The encoder learned from recordings without any pictures: most of each second is hidden and must be rebuilt
-from the rest. The error on a person never trained on went from {pretrain["held_out_loss_first"]:.3f} to
-{pretrain["held_out_loss_last"]:.3f} in {pretrain["steps"]:,} steps; 1 is what ignoring the signal gives.</p>""",
-        f"<figure>{page.picture(reconstruction, 'EEG rebuilt by the model')}</figure>",
-        "<h2>Learning curves</h2>",
-        f"<figure>{page.picture(out / 'plots' / 'losses.png', 'loss curves of all stages')}</figure>",
-        _corpus(out, summary),
-        _machinery(summary, steps),
-    ]
-    return page.page("From EEG to pictures", "\n".join(parts))
+def _embed(path: Path, text: str, caption: str = "") -> Picture:
+    return Picture(url=embed_png(path.read_bytes()), text=text, caption=caption)
 
 
-def _story(out: Path, summary: dict[str, Any]) -> str:
-    truth = read_json(out / "corpus" / "truth.json")
-    people = {split: len(members) for split, members in truth["paired_subjects"].items()}
-    formats = sorted({r["format"] for r in truth["unpaired"]})
-    counts = sorted({r["channels"] for r in truth["unpaired"]})
-    paired = summary["corpus"]["paired"]["samples"]
-    return f"""
-<h2>What happened</h2>
-<ol>
-<li>{len(truth["unpaired"])} people were simulated, with rhythms, blinks, mains hum and dead electrodes, and
-recorded in {len(formats)} file formats ({", ".join(formats)}) with {counts[0]} to {counts[-1]} electrodes.
-{len(truth["paired"])} of them looked at simple shapes; their EEG answers to each picture in a way that depends
-on its shape and colour and differs from person to person.</li>
-<li>All recordings were sharded on Ray into one format, with an account of every one.</li>
-<li>An encoder was pretrained on the recordings without pictures (DeepSpeed ZeRO-2, two processes) and
-exported.</li>
-<li>With {paired["train"]:,} trials of {people["train"]} people, the encoder was aligned with CLIP, and a Stable
-Diffusion was fine-tuned to draw from EEG instead of from text (Accelerate). A second model, EG-DDPM, learned
-the same in pixels, without text and without pretraining. CLIP and Stable Diffusion are miniatures of the real
-architectures, made on the spot from the training pictures: the demo downloads nothing.</li>
-<li>For {paired["test"]:,} trials of {people["test"]} other people and of other pictures, both models drew what
-they take to have been seen, once with the right EEG and once with that of another trial.</li>
-<li>A separate network, trained on real training pictures only, named the category of every generated
-picture.</li>
-</ol>"""
-
-
-def _models(summary: dict[str, Any]) -> str:
-    head = ["model", "EEG", "right category", "95 % interval", "chance", "trials", "pictures", "p"]
-    rows: list[list[str | float | int]] = []
-    more: list[list[str | float | int]] = []
-    for kind, found in summary["models"].items():
-        for name, values in (("own", found), ("shuffled", found["shuffled"])):
-            low, high = values["interval"]
-            interval = f"{low:.0%} to {high:.0%}"
-            row = [TITLES[kind], name, f"{values['accuracy']:.1%}", interval, f"{values['chance']:.1%}"]
-            rows.append([*row, values["n"], values["images"], values["p_value"]])
-            more += [[TITLES[kind], name, key, value] for key, value in values["image_metrics"].items()]
-        pairs = {key: value for key, value in found["random_pairs"].items() if not isinstance(value, str)}
-        more += [[TITLES[kind], "own, picture of another trial", key, value] for key, value in pairs.items()]
-        copied = found["memorisation"]
-        more += [
-            [TITLES[kind], f"own, {which}", copied["measure"], copied[side]["median"]]
-            for which, side in (("median", "generated"), ("median of the real pictures", "real"))
-        ]
-    judge = next(iter(summary["models"].values()))["judge"]
-    return (
-        f"""
-<h2>Is it more than luck?</h2>
-<p>p is the share of shufflings of the categories between pictures that would do as well. The judge itself names
-{judge["accuracy"]:.1%} of {judge["n"]} real pictures correctly that it was not trained on.</p>"""
-        + page.table(head, rows)
-        + _giver(summary)
-        + "<h2>Likeness of the pictures</h2>"
-        + page.table(["model", "EEG", "metric", "value"], more)
-    )
-
-
-def _giver(summary: dict[str, Any]) -> str:
-    """Say how often the pictures of shuffled EEG show what the person whose EEG it was saw."""
-    said = [
-        f"{TITLES[kind]} {given['accuracy']:.0%} (p = {given['p_value']:.2g})"
-        for kind, found in summary["models"].items()
-        if (given := found["shuffled"].get("of_the_eeg"))
-    ]
-    if not said:
-        return ""
-    return (
-        "<p>The same pictures of shuffled EEG, judged by what the person whose EEG it was had seen at that moment, are "
-        f"right in: {escape('; '.join(said))}.</p>"
-    )
-
-
-def _corpus(out: Path, summary: dict[str, Any]) -> str:
-    rows: list[list[str | float | int]] = []
+def _describe_corpus(truth: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the template's variables about the simulated people and what became of their recordings."""
+    electrodes = [recording["channels"] for recording in truth["unpaired"]]
+    samples = summary["corpus"]["paired"]["samples"]
+    counts: list[list[Any]] = []
     for part, found in summary["corpus"].items():
-        for key, value in found["counts"].items():
-            rows.append([part, key, value, found["hours"].get(key, "")])
-        rows.append([part, "samples written", sum(found["samples"].values()), found["hours"]["written"]])
-    truth = read_json(out / "corpus" / "truth.json")
-    made = [
-        [r["subject"], r["format"], r["channels"], r["sfreq"], r["reference"], r["seconds"], r["dead_channel"] or ""]
-        for r in truth["unpaired"]
-    ]
-    return (
-        "<h2>Where every recording went</h2>"
-        + page.table(["dataset", "what", "number", "hours"], rows)
-        + "<h2>The recordings without pictures</h2>"
-        + page.table(["person", "format", "electrodes", "Hz", "reference", "seconds", "dead electrode"], made)
-    )
+        counts += [[part, key, value, found["hours"].get(key)] for key, value in found["counts"].items()]
+        counts.append([part, "samples written", sum(found["samples"].values()), found["hours"]["written"]])
+    columns = {
+        "person": "subject",
+        "format": "format",
+        "electrodes": "channels",
+        "Hz": "sfreq",
+        "reference": "reference",
+        "seconds": "seconds",
+        "dead electrode": "dead_channel",
+    }
+    return {
+        "n_people": len(truth["unpaired"]),
+        "formats": sorted({recording["format"] for recording in truth["unpaired"]}),
+        "fewest_electrodes": min(electrodes),
+        "most_electrodes": max(electrodes),
+        "n_watchers": len(truth["paired"]),
+        "n_train": samples["train"],
+        "n_train_people": len(truth["paired_subjects"]["train"]),
+        "n_test": samples["test"],
+        "n_test_people": len(truth["paired_subjects"]["test"]),
+        "counts": Table(head=["dataset", "what", "number", "hours"], rows=counts),
+        "recordings": Table(
+            head=list(columns), rows=[[recording[key] for key in columns.values()] for recording in truth["unpaired"]]
+        ),
+    }
 
 
-def _machinery(summary: dict[str, Any], steps: list[Step]) -> str:
-    rows = [[step.name, step.title, summary["seconds"][step.name]] for step in steps]
-    return (
-        "<h2>Time</h2>"
-        + page.table(["step", "what", "seconds"], [*rows, ["", "together", summary["seconds"]["total"]]])
-        + "<h2>The commands</h2><p>Each step is an ordinary command; its log is in <code>logs/</code>.</p><pre>"
-        + escape("\n".join(step.command for step in steps))
-        + "</pre><h2>Versions</h2>"
-        + page.table(["package", "version"], [[name, version] for name, version in summary["versions"].items()])
-    )
+def _make_score_tables(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the template's variables about accuracy and similarity."""
+    scores: list[list[Any]] = []
+    similarity: list[list[Any]] = []
+    donors = []
+    for kind, found in summary["models"].items():
+        title, shuffled = TITLES[kind], found["shuffled"]
+        for eeg, values in (("own", found), ("shuffled", shuffled)):
+            low, high = values["interval"]
+            row = [title, eeg, f"{values['accuracy']:.1%}", f"{low:.0%} to {high:.0%}", f"{values['chance']:.1%}"]
+            scores.append([*row, values["n"], values["images"], values["p_value"]])
+            similarity += [[title, eeg, metric, value] for metric, value in values["image_metrics"].items()]
+        pairs = {metric: value for metric, value in found["random_pairs"].items() if not isinstance(value, str)}
+        similarity += [[title, "own, picture of another trial", metric, value] for metric, value in pairs.items()]
+        copied = found["memorisation"]
+        for pictures, values in (("own, median", "generated"), ("median of the real pictures", "real")):
+            similarity.append([title, pictures, copied["measure"], copied[values]["median"]])
+        if donor := shuffled.get("of_the_eeg"):
+            donors.append(f"{title} {donor['accuracy']:.0%} (p = {donor['p_value']:.2g})")
+    head = ["model", "EEG", "right category", "95 % interval", "chance", "trials", "pictures", "p-value"]
+    return {
+        "scores": Table(head=head, rows=scores),
+        "similarity": Table(head=["model", "EEG", "metric", "value"], rows=similarity),
+        "donors": "; ".join(donors),
+        "judge": next(iter(summary["models"].values()))["judge"],
+    }
