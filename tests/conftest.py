@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +110,58 @@ def paired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = {"train": _paired("train", 64, 0), "val": _paired("val", 16, 1), "test": _paired("test", 16, 2)}
     write_dataset(path, splits, SPEC, labels=LABELS, samples_per_shard=40)
     return path
+
+
+WIDTHS = (390, 1200)
+PROBE = """
+<script>
+const errors = [];
+window.addEventListener("error", event => errors.push(event.message));
+window.addEventListener("load", () => parent.postMessage({
+  width: innerWidth,
+  needed: document.documentElement.scrollWidth,
+  pictures: document.images.length,
+  broken: [...document.images].filter(image => !image.complete || !image.naturalWidth).map(image => image.alt),
+  errors: errors,
+}, "*"));
+</script>
+"""
+FRAMES = """<!doctype html><meta charset="utf-8"><pre id="found"></pre>
+<script>
+const found = [];
+window.addEventListener("message", event => {
+  found.push(event.data);
+  document.getElementById("found").textContent = JSON.stringify(found);
+});
+</script>
+"""
+
+
+@pytest.fixture(scope="session")
+def open_in_browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[dict]]:
+    """Return a function that opens a page in headless Chromium, 390 and 1200 pixels wide, and fails if it looks wrong.
+
+    Headless windows cannot be as narrow as a phone, so the page is opened in frames of these widths.
+    """
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed")
+    folder = tmp_path_factory.mktemp("browser")
+
+    def check(page: Path) -> list[dict]:
+        (folder / "page.html").write_text(page.read_text().replace("<head>", f"<head>{PROBE}", 1))
+        frames = "".join(f'<iframe src="page.html" width="{width}" height="900"></iframe>' for width in WIDTHS)
+        (folder / "frames.html").write_text(FRAMES + frames)
+        command = [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+        command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
+        done = subprocess.run([*command, f"file://{folder}/frames.html"], capture_output=True, text=True, timeout=300)
+        console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+        assert not console, console
+        found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL).group(1))
+        assert sorted(view["width"] for view in found) == sorted(WIDTHS)
+        for view in found:
+            assert not view["errors"] and not view["broken"], view
+            assert view["needed"] <= view["width"], f"the page is wider than its window: {view}"
+        return found
+
+    return check

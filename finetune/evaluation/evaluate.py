@@ -19,7 +19,7 @@ from data_sharding.common.files import atomic_write_text, write_json
 from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
 from finetune.evaluation.generated import GeneratedSet, Images, read_generated
-from finetune.evaluation.report import write_report
+from finetune.evaluation.report import render_report
 from finetune.images import ImageTable, open_paired
 
 JUDGE = "dataset-classifier"
@@ -371,7 +371,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "real": _quartiles(nearest_training_image(_resized(own.real_BHW3, judges.size), train_images)),
     }
     write_json(own.path / "metrics.json", result)
-    page = write_report(result, own, control, examples=config.examples)
+    page = render_report(result, own, control, examples=config.examples)
     atomic_write_text(own.path / "report.html", page)
     return result
 

@@ -15,7 +15,7 @@ from data_sharding.common.html.render import Cell, Picture, Table, embed_png, re
 from finetune.evaluation.generated import GeneratedSet
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-MISSING = "–"
+MISSING = "-"
 """What a table shows in place of a value that does not exist."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,7 +106,20 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_whole_chain(tmp_path: Path):
+def check_that_names_are_escaped(out: Path, tmp_path: Path) -> None:
+    """Render the report of a copy of the demo in which a subject has a dangerous name."""
+    copy = shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
+    truth = json.loads((copy / "corpus" / "truth.json").read_text())
+    truth["unpaired"][0]["subject"] = "<script>alert(1)</script>"
+    (copy / "corpus" / "truth.json").write_text(json.dumps(truth))
+    steps = make_steps(copy, 0, "smoke")
+    report.write_report(copy, steps, {step.name: 1.0 for step in steps}, seed=0, profile="smoke")
+    text = (copy / "report.html").read_text()
+    assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    shutil.rmtree(copy)
+
+
+def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     out = tmp_path / "demo"
     # Stopped in the middle of a step, it goes on from there.
     process = demo(out)
@@ -143,11 +157,14 @@ def test_the_whole_chain(tmp_path: Path):
 
     page = Page()
     page.feed((out / "report.html").read_text())
-    assert all(link.startswith("data:image/png;base64,") for link in page.links), "the page needs nothing else"
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links), "the page needs nothing else"
     assert len(page.pictures) >= 4 * 3 * 5
     for step in steps:
         assert step.command in page.text
         assert (out / "logs" / f"{step.name}.log").is_file()
+    check_that_names_are_escaped(out, tmp_path)
+    if shutil.which("chromium"):
+        request.getfixturevalue("open_in_browser")(out / "report.html")
     with Image.open(out / "overview.png") as picture:
         assert min(picture.size) > 500
 

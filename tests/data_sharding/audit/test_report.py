@@ -16,13 +16,15 @@ from data_sharding.audit.report_figures import Window, compute_spectrum, measure
 from data_sharding.dataset.ledger import STATUSES, read_ledger, set_aside, totals, write_ledger
 from data_sharding.dataset.manifest import Manifest
 
+CORPORA = ("lab", "<script>alert('clinic')</script>")
+
 
 @pytest.fixture(scope="module")
 def dataset(publish, make_raw, make_row, tmp_path_factory) -> Path:
     """Four recordings of two corpora that are sharded, and one of every other fate."""
     path = tmp_path_factory.mktemp("report") / "set"
     recordings = [
-        {"key": f"r{i}", "subject": f"sub-0{i}", "corpus": ("lab", "<b>clinic</b>")[i % 2], "split": split}
+        {"key": f"r{i}", "subject": f"<script>alert({i})</script>", "corpus": CORPORA[i % 2], "split": split}
         | {"raw": make_raw(6, 200, 8, seed=i)}
         for i, split in enumerate(["train", "train", "val", "test"])
     ]
@@ -89,8 +91,12 @@ class TestPage:
             assert title in text
         assert page.count("data:image/png;base64,") == 3 + 2 + 2, "overview, spectra and traces"
         assert "http" not in page and "<script" not in page and 'src="/' not in page
-        assert "<script>alert(1)</script>" in text and "<b>clinic</b>" in text, "names are shown, not run"
+        assert "<script>alert(1)</script>" in text and CORPORA[1] in text, "names are shown, not run"
         assert "No subject appears in more than one split" in text and "subject x" in text
+
+    def test_in_a_browser(self, dataset: Path, tmp_path: Path, open_in_browser) -> None:
+        page_of(dataset, tmp_path)
+        assert {view["pictures"] for view in open_in_browser(tmp_path / "report.html")} == {3 + 2 + 2}
 
     def test_without_shards_it_says_so(self, dataset: Path, tmp_path: Path) -> None:
         write_report(tmp_path / "report.html", read_ledger(dataset), Manifest.read(dataset))
@@ -100,10 +106,10 @@ class TestPage:
     def test_block_design_is_warned_of(self, dataset: Path, tmp_path: Path) -> None:
         corpora = [
             {"name": "lab", "kind": "eeg_imagenet", "design": "block", "evidence": "runs of 50 trials of one class"},
-            {"name": "<b>clinic</b>", "kind": "events", "design": "random", "evidence": ""},
+            {"name": CORPORA[1], "kind": "events", "design": "random", "evidence": ""},
         ]
         text = page_of(dataset, tmp_path, corpora=corpora)
-        assert "lab: block design" in text and "runs of 50 trials" in text and "clinic</b>: block" not in text
+        assert "lab: block design" in text and "runs of 50 trials" in text and "script&gt;: block" not in text
 
     def test_a_hundred_thousand_recordings(self, dataset: Path, tmp_path: Path, make_row) -> None:
         """Tables stay short, and what they leave out is counted."""
@@ -143,7 +149,7 @@ def test_funnel_adds_up(dataset: Path) -> None:
 
 def test_windows_are_spread_over_recordings(dataset: Path) -> None:
     windows = sample_windows(dataset, read_ledger(dataset))
-    assert {name: len(recordings) for name, recordings in windows.items()} == {"lab": 2, "<b>clinic</b>": 2}
+    assert {name: len(recordings) for name, recordings in windows.items()} == dict.fromkeys(CORPORA, 2)
     assert [w.meta["start"] for w in windows["lab"][0]] == [0.0, 4.0, 7.0]
     t = np.arange(400) / 100
     x = np.random.default_rng(0).normal(0, 1, (4, 400)) + 5 * np.sin(2 * np.pi * 10 * t)

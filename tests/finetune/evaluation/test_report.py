@@ -1,0 +1,66 @@
+"""The report of an evaluation shows the images and the numbers, and escapes every name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetune.evaluation.generated import GeneratedSet
+from finetune.evaluation.report import choose_trials, render_report
+
+LABELS = ["circle", "<script>alert(1)</script>"]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    real, generated, shuffled = rng.integers(0, 256, (3, 8, 16, 16, 3), dtype=np.uint8)
+    trials = [{"key": f"t{i}", "label": i % 2, "subject": "s1", "image_id": f"i{i}"} for i in range(8)]
+    folder = tmp_path_factory.mktemp("report")
+    accuracy = {"accuracy": 0.75, "chance": 0.5, "n": 8, "images": 8, "p_value": 0.03, "interval": [0.4, 0.9]}
+    measured = {"accuracy[judge]": accuracy, "psnr": 12.5, "fid": "not computed: no weights"}
+    quartiles = {"quartile_1": 10.0, "median": 20.0, "quartile_3": 30.0}
+    result = {
+        "kind": "<script>alert(2)</script>",
+        "split": "test",
+        "labels": LABELS,
+        "trials": 8,
+        "subjects": 1,
+        "images": 8,
+        "images_also_in_train": 2,
+        "classifier": {
+            "name": "judge",
+            "trained_on": {"images": 64},
+            "held_out": {"accuracy": 0.9, "n": 16, "interval": [0.8, 1.0]},
+        },
+        "generated": measured | {"confusion": [[4, 0], [1, 3]], "frechet_note": "biased"},
+        "shuffled": measured,
+        "random_pairs": {"psnr": 10.0},
+        "real": measured | {"psnr": "infinite: the images are the same"},
+        "memorisation": {"measure": "RMS pixel difference", "generated": quartiles, "real": quartiles},
+    }
+    about = {"trials": trials, "labels": LABELS}
+    own = GeneratedSet(path=folder, about=about, images_BHW3=generated, real_BHW3=real)
+    control = GeneratedSet(path=folder, about=about, images_BHW3=shuffled, real_BHW3=real)
+    (folder / "report.html").write_text(render_report(result, own, control, examples=6))
+    return folder / "report.html"
+
+
+def test_numbers_and_names(page: Path) -> None:
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 3 * 6
+    assert "<script" not in text and text.count("&lt;script&gt;alert(1)") > 3 and "&lt;script&gt;alert(2)" in text
+    assert "75.0%" in text and "0.750 [0.40, 0.90]\np = 0.03" in text and "fid: not computed: no weights" in text
+    assert "2 of the images are also in the training split" in text
+
+
+def test_in_a_browser(page: Path, open_in_browser) -> None:
+    assert {view["pictures"] for view in open_in_browser(page)} == {18}
+
+
+def test_trials_are_chosen_evenly() -> None:
+    labels_B = np.array([0] * 9 + [1] * 3)
+    assert choose_trials(labels_B, 6) == [0, 4, 8, 9, 10, 11]
+    assert choose_trials(labels_B, 1) == [0]
