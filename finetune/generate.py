@@ -23,7 +23,7 @@ from data_sharding.dataset.loader import collate
 from finetune.generators import Generator, load_generator
 from finetune.images import decode_image, open_paired
 from finetune.training.accelerate import pick_device, quiet_libraries
-from pretrain.runs.directory import StopSignal
+from pretrain.runs.stop import StopSignal
 
 
 @dataclass(frozen=True, kw_only=True)

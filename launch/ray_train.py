@@ -24,7 +24,7 @@ _STOP, _EXIT = "stop", "exit"
 
 def _train(job: dict[str, Any]) -> None:
     """What Ray runs in each worker."""
-    from pretrain.runs.directory import STOP_FILE
+    from pretrain.runs.stop import STOP_FILE
     from pretrain.train import main
 
     # Ray works elsewhere; the paths in the config are meant from where the command was given.

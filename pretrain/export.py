@@ -10,7 +10,8 @@ from typing import Any
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
 from data_sharding.common.files import read_json
-from pretrain.runs.checkpoint import DONE, complete_checkpoints
+from pretrain.runs.checkpoint import MANIFEST, CheckpointReader, complete_checkpoints
+from pretrain.runs.stored_config import load_stored_config
 from pretrain.training.config import PretrainConfig
 
 
@@ -51,16 +52,11 @@ def read_run(run: str | Path) -> tuple[PretrainConfig, Path, dict[str, Any]]:
     run = Path(run)
     if not (run / "config.yaml").is_file():
         raise RequestError(f"{run}: no config.yaml, so this is no run directory of 'dreamscale pretrain'")
-    try:
-        config = parse_config(
-            PretrainConfig, [str(run / "config.yaml")], prog="dreamscale export", positionals=("config",)
-        )
-    except RequestError as error:
-        raise RequestError(f"{run / 'config.yaml'}: not the config of a pretraining run ({error})") from None
+    config = load_stored_config(run / "config.yaml", PretrainConfig)
     complete = complete_checkpoints(run / "checkpoints")
     if not complete:
         raise RequestError(f"{run}: no complete checkpoint yet; let 'dreamscale pretrain' write one first")
-    return config, complete[-1], read_json(complete[-1] / DONE)
+    return config, complete[-1], read_json(complete[-1] / MANIFEST)
 
 
 def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
@@ -84,10 +80,11 @@ def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
         If the weights are damaged or do not fit the config.
     """
     from pretrain.model.build import build_autoencoder
-    from pretrain.model.weights import WEIGHTS, load_strictly
+    from pretrain.model.weights import set_weights
 
     model = build_autoencoder(config.model)
-    load_strictly(model, checkpoint / WEIGHTS, "the run's config.yaml")
+    with CheckpointReader(checkpoint) as saved:
+        set_weights(model, saved.group("weights/"), checkpoint, "the run's config.yaml")
     return model.eval()
 
 
@@ -162,7 +159,7 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         "## Training",
         "",
         f"- {saved['step']:,} steps of {config.batch_size} windows; mask ratio {config.model.mask_ratio:g}; "
-        f"AdamW, learning rate {config.optimizer.peak(config.batch_size):g}; {config.precision}",
+        f"AdamW, learning rate {config.optimizer.peak_lr(config.batch_size):g}; {config.precision}",
         f"- DeepSpeed ZeRO stage {saved['zero_stage']} on {saved['world_size']} process(es); seed {config.seed}; "
         f"{saved['skipped']} steps skipped",
     ]

@@ -24,9 +24,11 @@ from data_sharding.dataset.loader import Batch, Loader
 from data_sharding.dataset.mixture import Mixture
 from data_sharding.dataset.samples import N_PADDED
 from pretrain.model.flops import batch_flops, peak_flops
-from pretrain.runs.checkpoint import DONE, FORMAT, CheckpointWriter, complete_checkpoints, damage
-from pretrain.runs.directory import RunDirectory, StopSignal
+from pretrain.runs.checkpoint import CheckpointReader, complete_checkpoints, find_damage, step_folder
+from pretrain.runs.checkpoint_writer import CheckpointWriter
+from pretrain.runs.directory import RunDirectory
 from pretrain.runs.guards import SpikeDetector, Watchdog
+from pretrain.runs.stop import StopSignal
 from pretrain.runs.tracking import live_table
 from pretrain.training.config import PretrainConfig
 
@@ -113,8 +115,10 @@ class _Training:
         self.evaluation_due = True
         self.interval = _Interval()
         self.spikes = SpikeDetector(config.guards)
-        self.left_out: list[dict[str, Any]] = world.from_first(_read_left_out(run) if world.first else None)
-        self.writer = CheckpointWriter(run, world, keep=config.checkpoint.keep, milestones=config.checkpoint.milestones)
+        self.left_out: list[dict[str, Any]] = world.broadcast(_read_left_out(run) if world.first else None)
+        self.writer = CheckpointWriter(
+            run.checkpoints, world, keep=config.checkpoint.keep, milestones=config.checkpoint.milestones
+        )
         self.watchdog = Watchdog(config.timeout_s, rank=world.rank, size=world.size, run=run)
         self.peak = peak_flops(world.device, config.precision, config.peak_tflops)
         self.subjects = count_subjects(train) if world.first else 0
@@ -132,7 +136,7 @@ class _Training:
         RequestError
             If all checkpoints are damaged, or the newest is of another version.
         """
-        folder, fault = self.world.from_first(self._newest() if self.world.first else None)
+        folder, fault = self.world.broadcast(self._newest() if self.world.first else None)
         if fault is not None:
             raise RequestError(fault)
         if folder is None:
@@ -144,14 +148,10 @@ class _Training:
             return
         from pretrain.training.deepspeed_engine import load_state
 
-        saved = read_json(folder / DONE)
-        if saved.get("format") != FORMAT:
-            raise RequestError(
-                f"{folder}: written by another version of Dreamscale; go on with that version, or start anew in "
-                "another output directory"
-            )
-        self.loader.load_state_dict(saved["loader"])
-        load_state(self.engine, folder, saved["adam_steps"])
+        with CheckpointReader(folder) as reader:
+            saved = reader.manifest
+            self.loader.load_state_dict(saved["loader"])
+            load_state(self.engine, reader)
         self.step, self.skipped = saved["step"], saved["skipped"]
         self.skipped_in_a_row = saved["skipped_in_a_row"]
         self.spikes = SpikeDetector(self.config.guards, saved["recent_losses"])
@@ -173,10 +173,10 @@ class _Training:
         from pretrain.training.deepspeed_engine import adam_steps, gather_state
 
         self.writer.wait()
-        if self.world.from_first(self.world.first and damage(self.run.step_directory(self.step), thoroughly=False)):
+        if self.world.broadcast(
+            self.world.first and find_damage(step_folder(self.run.checkpoints, self.step), read_bytes=False)
+        ):
             manifest = {
-                "format": FORMAT,
-                "world_size": self.world.size,
                 "zero_stage": self.config.zero_stage,
                 "precision": self.config.precision,
                 "loader": self.loader.state_dict(),
@@ -190,8 +190,8 @@ class _Training:
                 "epochs": self.loader.epoch,
                 "data": self.describe_data(),
             }
-            files = gather_state(self.engine, self.world)
-            self.writer.begin(self.step, files, manifest, asynchronous=self.config.checkpoint.asynchronous)
+            tensors = gather_state(self.engine, self.world)
+            self.writer.begin(self.step, tensors, manifest, asynchronous=self.config.checkpoint.asynchronous)
             if not self.config.checkpoint.asynchronous:
                 self.writer.wait()
 
@@ -236,7 +236,7 @@ class _Training:
         """
         guards = self.config.guards
         self.writer.wait()
-        if not self.world.from_first(self.world.first and bool(complete_checkpoints(self.run.checkpoints))):
+        if not self.world.broadcast(self.world.first and bool(complete_checkpoints(self.run.checkpoints))):
             if self.world.first:
                 print(
                     f"dreamscale pretrain: loss spike at step {self.step} ({spike}); there is no checkpoint to go "
@@ -333,7 +333,7 @@ class _Training:
         self.watchdog.at(self.step, "agreeing on the loss")
         # One small reduction tells every process the loss, whether anyone's is not finite, who wants to stop, and
         # whether a checkpoint is written.
-        total, bad, stops, *written = self.world.total(
+        total, bad, stops, *written = self.world.all_reduce_sum(
             mine if finite else 0.0, float(not finite), float(self.stop.requested), *self.writer.progress()
         )
         self.writer.settle(*written)
@@ -440,8 +440,10 @@ class _Training:
         import torch
 
         seconds = time.monotonic() - interval.started
-        stall_s, rss = self.world.largest(interval.stall_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-        flops, tokens = self.world.total(interval.flops, interval.tokens)
+        stall_s, rss = self.world.all_reduce_max(
+            interval.stall_s, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        )
+        flops, tokens = self.world.all_reduce_sum(interval.flops, interval.tokens)
         rate = interval.timed * self.config.batch_size / seconds
         on_gpu = self.world.device.type == "cuda"
         norm = self.engine.get_global_grad_norm()
@@ -556,9 +558,9 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGData
         )
     if shape.channels != N_PADDED:
         raise RequestError(f"model.encoder.channels is {shape.channels}; datasets are padded to {N_PADDED}")
-    from pretrain.runs.distributed import check_world
+    from pretrain.runs.distributed import check_num_processes
 
-    check_world(config.num_processes, "pretrain.train")
+    check_num_processes(config.num_processes, "torchrun --nproc_per_node {} -m pretrain.train")
     return train, held_out
 
 
@@ -587,7 +589,7 @@ def pretrain(config: PretrainConfig) -> int:
 
     rank, _ = launched_world()
     device = choose_device(config.device)
-    run = RunDirectory(config.output, config, rank=rank, tracker=config.tracker, ignore=FREE)
+    run = RunDirectory(config.output, config, rank=rank, tracker=config.tracker, free=FREE)
     if run.finished:
         if rank == 0:
             print(f"dreamscale pretrain: {config.output} is done already; choose another output for another run")

@@ -24,7 +24,8 @@ from data_sharding.dataset.loader import Batch, Loader
 from finetune.training.config import TrainingConfig
 from finetune.training.state import EMA, TrainingState, load_trainables, trainables
 from finetune.training.step_random import StepRandom
-from pretrain.runs.directory import RunDirectory, StopSignal
+from pretrain.runs.directory import RunDirectory
+from pretrain.runs.stop import StopSignal
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -30,7 +30,7 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def load_strictly(model: nn.Module, path: Path, config: str = "config.json") -> None:
-    """Load weights, every one of them and no other.
+    """Load a file of weights, every one of them and no other.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def load_strictly(model: nn.Module, path: Path, config: str = "config.json") -> 
     path : Path
         safetensors file.
     config : str
-        What the shape comes from, for messages.
+        Name of the file that describes the model's shape, for messages.
 
     Raises
     ------
@@ -55,6 +55,26 @@ def load_strictly(model: nn.Module, path: Path, config: str = "config.json") -> 
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise RequestError(f"{path}: damaged ({error}); write it again") from None
+    set_weights(model, weights, path, config)
+
+
+def set_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, config: str) -> None:
+    """Give a model its weights, every one of them and no other.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model.
+    weights : dict of str to Tensor
+        Weights by name.
+    path, config : Path and str
+        Where the weights come from, and the file that describes the model's shape, for messages.
+
+    Raises
+    ------
+    RequestError
+        If names or shapes differ from the model's.
+    """
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     wrong = sorted(k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape)

@@ -1,67 +1,107 @@
-"""Checkpoints on disk: whole or not at all, verified by their own manifest, written beside the training if wished."""
+"""Checkpoints on disk: one format for every training stage, whatever number of processes writes or reads it.
+
+A checkpoint is the folder ``RUN/checkpoints/step_N``:
+
+- ``state_RANK.safetensors``, one file a process: that process's share of the named tensors, such as ``weights/NAME``,
+  ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. Each tensor is whole and stands in exactly one file.
+- ``complete.json``, the manifest: every file with its size and SHA-256, and all other values that a resume needs.
+
+The folder is filled under another name and renamed at the end, so a folder with a manifest is complete. The content
+does not depend on the number of processes that wrote it.
+"""
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import heapq
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.common.errors import RequestError
-from data_sharding.common.files import read_json, sha256_file, write_json
+from data_sharding.common.files import atomic_write_text, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
-    from pretrain.runs.directory import RunDirectory
-    from pretrain.runs.distributed import World
+    from torch import Tensor
 
-DONE = "complete.json"
-"""Manifest of a checkpoint: its files with sizes and checksums, and what training needs to go on."""
-FORMAT = 2
-"""Of the training's checkpoints."""
-_SUMS = "sums_{rank:05d}.json"
+MANIFEST = "complete.json"
+"""Name of a checkpoint's manifest."""
+FORMAT = 3
+"""Version of the checkpoint format."""
+# Format 2, of pretraining alone, kept the weights in one file and the moments of Adam in one file a process.
+_FORMAT_2 = 2
+_FORMAT_2_WEIGHTS = "model.safetensors"
 
 
-def file_record(path: Path) -> dict[str, Any]:
-    """Describe a file as a checkpoint's manifest does.
+def state_file(rank: int) -> str:
+    """Return the name of the file that a process writes."""
+    return f"state_{rank:05d}.safetensors"
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Return the folder of a complete checkpoint."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def partial_folder(checkpoints: Path, step: int) -> Path:
+    """Return the folder of a checkpoint that is still being written."""
+    return checkpoints / f".partial_{step:08d}"
+
+
+def divide_by_size(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
+    """Divide named tensors among processes so that each process writes about as much.
 
     Parameters
     ----------
-    path : Path
-        The file.
+    sizes : mapping of str to int
+        Number of values by name; the same on every process.
+    parts : int
+        Number of processes.
 
     Returns
     -------
-    dict
-        ``bytes`` and ``sha256``, as read back from the disk.
+    list of list of str
+        Names by rank, the same on every process.
     """
+    names: list[list[str]] = [[] for _ in range(parts)]
+    # The largest tensors first, each to the process that has least so far.
+    load = [(0, rank) for rank in range(parts)]
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        total, rank = heapq.heappop(load)
+        names[rank].append(name)
+        heapq.heappush(load, (total + size, rank))
+    return names
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Return a file's size and SHA-256, as they stand in the manifest."""
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def damage(checkpoint: Path, *, thoroughly: bool) -> str | None:
-    """Look for damage of a checkpoint.
+def find_damage(checkpoint: Path, *, read_bytes: bool) -> str | None:
+    """Check the files of a checkpoint against its manifest.
 
     Parameters
     ----------
     checkpoint : Path
-        Its directory.
-    thoroughly : bool
-        True reads every byte and compares checksums; False looks at sizes alone.
+        The checkpoint's folder.
+    read_bytes : bool
+        True reads every byte and compares checksums; False compares sizes alone.
 
     Returns
     -------
     str or None
-        What is wrong, or None.
+        What is wrong, or None if nothing is.
     """
     try:
-        for name, record in read_json(checkpoint / DONE)["files"].items():
+        for name, record in read_json(checkpoint / MANIFEST)["files"].items():
             size = (checkpoint / name).stat().st_size
             if size != record["bytes"]:
                 return f"{name} has {size} bytes in place of {record['bytes']}"
-            if thoroughly and sha256_file(checkpoint / name) != record["sha256"]:
+            if read_bytes and sha256_file(checkpoint / name) != record["sha256"]:
                 return f"{name} has another checksum than when it was written"
     except (RequestError, OSError, KeyError, TypeError, AttributeError) as error:
         return str(error)
@@ -69,7 +109,7 @@ def damage(checkpoint: Path, *, thoroughly: bool) -> str | None:
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
-    """Find checkpoints whose files are all there, without opening the run.
+    """Find the checkpoints whose files all have the right size.
 
     Parameters
     ----------
@@ -79,51 +119,53 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        Their directories in the order of their steps; a damaged one is left out with a warning.
+        Folders in the order of their steps. A damaged checkpoint is left out, with a warning.
     """
     found = []
-    for directory in sorted(checkpoints.glob("step_*")):
-        wrong = damage(directory, thoroughly=False)
-        if wrong:
-            print(f"dreamscale: checkpoint {directory} is damaged ({wrong}); passed over", file=sys.stderr)
+    for folder in sorted(checkpoints.glob("step_*")):
+        damage = find_damage(folder, read_bytes=False)
+        if damage:
+            print(f"dreamscale: checkpoint {folder} is damaged ({damage}) and is not used", file=sys.stderr)
         else:
-            found.append(directory)
+            found.append(folder)
     return found
 
 
-def newest_whole(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
+def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
     """Find the newest checkpoint of which every byte is as it was written.
+
+    Damaged checkpoints are renamed, so that their steps can be written again; their files are kept for inspection.
 
     Parameters
     ----------
     checkpoints : Path
         The folder ``checkpoints`` of a run directory.
     left_out : sequence of dict
-        Batches on which the run does not train (`batches`: from, to before). Checkpoints that learned from some of them
-        are passed over for an older one, and deleted: their steps will come again. If all did, the newest it is.
+        Batches that the run must not train on any more (``batches``: first, and end). A checkpoint that has trained on
+        some of them is deleted, and an older one is used. If every checkpoint has, the newest one is used.
 
     Returns
     -------
     Path or None
-        Its directory; None where no checkpoint was ever written. What is passed over is named on stderr.
+        Folder of the checkpoint; None if the run has no checkpoint yet.
 
     Raises
     ------
     RequestError
         If there are checkpoints and all of them are damaged.
     """
+    for partial in checkpoints.glob(".partial_*"):
+        shutil.rmtree(partial, ignore_errors=True)
     damaged, spoiled, chosen = [], [], None
-    for directory in sorted(checkpoints.glob("step_*"), reverse=True):
-        wrong = damage(directory, thoroughly=True)
-        if wrong is not None:
-            print(
-                f"dreamscale: checkpoint {directory} is damaged ({wrong}); going back to an older one", file=sys.stderr
-            )
-            damaged.append(directory)
-        elif _learned_from(directory, left_out):
-            spoiled.append(directory)
+    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+        damage = find_damage(folder, read_bytes=True)
+        if damage is not None:
+            print(f"dreamscale: checkpoint {folder} is damaged ({damage}); looking for an older one", file=sys.stderr)
+            damaged.append(folder)
+        elif _trained_on(folder, left_out):
+            spoiled.append(folder)
         else:
-            chosen = directory
+            chosen = folder
             break
     if chosen is None and spoiled:
         chosen, spoiled = spoiled[0], []
@@ -131,182 +173,147 @@ def newest_whole(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()) -> 
         raise RequestError(
             f"{checkpoints}: every checkpoint is damaged; restore one from a backup, or delete the folder to start anew"
         )
-    for other in damaged:
-        # Out of the way: its step will come again. Kept, for whoever wants to know what happened to the disk.
-        other.rename(other.with_name(f"damaged_{other.name}_{time.time_ns()}"))
-    for other in spoiled:
-        shutil.rmtree(other)
+    for folder in damaged:
+        folder.rename(folder.with_name(f"damaged_{folder.name}_{time.time_ns()}"))
+    for folder in spoiled:
+        shutil.rmtree(folder)
     return chosen
 
 
-def _learned_from(checkpoint: Path, left_out: Sequence[dict[str, Any]]) -> bool:
-    """Whether batches that are left out now were trained on then."""
-    saved = read_json(checkpoint / DONE)
-    known = [found["batches"] for found in saved.get("left_out", [])]
-    return any(found["batches"] not in known and found["batches"][0] < saved["loader"]["step"] for found in left_out)
+def _trained_on(checkpoint: Path, left_out: Sequence[dict[str, Any]]) -> bool:
+    """Whether a checkpoint has trained on batches that were left out only later."""
+    if not left_out:
+        return False
+    saved = read_json(checkpoint / MANIFEST)
+    known = [entry["batches"] for entry in saved.get("left_out", [])]
+    return any(entry["batches"] not in known and entry["batches"][0] < saved["loader"]["step"] for entry in left_out)
 
 
-def prune(checkpoints: Path, *, keep: int, milestones: int | None) -> None:
-    """Delete old checkpoints.
+def commit_checkpoint(
+    checkpoints: Path,
+    step: int,
+    files: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    *,
+    keep: int,
+    milestones: int | None,
+) -> None:
+    """Make a checkpoint complete and delete old ones; for the first process, after all processes have written.
 
     Parameters
     ----------
     checkpoints : Path
         The folder ``checkpoints`` of a run directory.
+    step : int
+        Optimiser steps done.
+    files : mapping
+        `file_record` of every file by name.
+    manifest : mapping
+        Other values for the manifest.
     keep : int
-        Newest complete ones that stay.
+        Number of newest checkpoints to keep.
     milestones : int, optional
-        Those of every so many steps stay too.
+        Checkpoints whose step is a multiple of this number are kept as well.
     """
+    partial, final = partial_folder(checkpoints, step), step_folder(checkpoints, step)
+    write_json(partial / MANIFEST, {**manifest, "format": FORMAT, "step": step, "files": dict(files)})
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    atomic_write_text(checkpoints.parent / "latest", final.name + "\n")
     for old in complete_checkpoints(checkpoints)[:-keep]:
         if not milestones or int(old.name.removeprefix("step_")) % milestones:
             shutil.rmtree(old)
 
 
-class CheckpointWriter:
-    """Writes the checkpoints of a training, each process its share; in a thread where that is wished.
-
-    A thread never talks to other processes: its outcome rides in a reduction of the training loop, and the checkpoint
-    counts once every process has said that its share is written.
+class CheckpointReader:
+    """The content of a complete checkpoint: tensors by name, and the manifest. Use it in a ``with`` block.
 
     Parameters
     ----------
-    run : RunDirectory
-        Where to.
-    world : World
-        This process among all.
-    keep : int
-        Newest checkpoints that stay.
-    milestones : int, optional
-        Those of every so many steps stay too.
+    folder : Path
+        The checkpoint's folder.
 
     Attributes
     ----------
-    failed : int
-        Checkpoints that could not be written.
+    manifest : dict
+        The manifest.
+
+    Raises
+    ------
+    RequestError
+        If this version cannot read the checkpoint, or a file of it is damaged.
     """
 
-    def __init__(self, run: RunDirectory, world: World, *, keep: int, milestones: int | None = None) -> None:
-        self._run, self._world, self._keep, self._milestones = run, world, keep, milestones
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-        self._step: int | None = None
-        self._manifest: dict[str, Any] = {}
-        self.failed = 0
-
-    def progress(self) -> tuple[float, float]:
-        """How this process's share stands; to be summed over the processes and given to `settle`.
-
-        Returns
-        -------
-        written, failed : float
-            1 or 0; both 0 where nothing is under way.
-        """
-        if self._step is None or (self._thread is not None and self._thread.is_alive()):
-            return 0.0, 0.0
-        return 1.0, float(self._error is not None)
-
-    def begin(
-        self, step: int, files: Mapping[str, Mapping[str, Any]], manifest: Mapping[str, Any], *, asynchronous: bool
-    ) -> None:
-        """Begin to write; every process must call it, and nothing may be under way.
-
-        Parameters
-        ----------
-        step : int
-            Optimiser steps done.
-        files : mapping
-            This process's files: name to tensors by name, on the processor, which nobody changes any more.
-        manifest : mapping
-            What the checkpoint says besides its files.
-        asynchronous : bool
-            True to write in a thread and return at once.
-        """
-        assert self._step is None
-        # Deep: the training goes on to change its lists of losses before an asynchronous checkpoint counts.
-        self._step, self._error, self._manifest = step, None, copy.deepcopy(dict(manifest))
-        try:
-            folder = self._run.begin_checkpoint(step)
-        except OSError as error:
-            # The others find no folder, and say so.
-            folder, self._error = self._run.partial_directory(step), error
-        self._world.barrier()
-        if asynchronous:
-            self._thread = threading.Thread(target=self._write, args=(folder, files), daemon=True)
-            self._thread.start()
-        else:
-            self._write(folder, files)
-
-    def _write(self, folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-        from safetensors import SafetensorError
-
-        from pretrain.model.weights import save_weights
-
-        try:
-            records = {}
-            for name, tensors in files.items():
-                save_weights(dict(tensors), folder / name)
-                records[name] = file_record(folder / name)
-            write_json(folder / _SUMS.format(rank=self._world.rank), records)
-        except (OSError, SafetensorError) as error:
-            self._error = self._error or error
-
-    def wait(self) -> bool:
-        """Wait for what is under way on every process; every process must call it.
-
-        Returns
-        -------
-        bool
-            Whether the checkpoint counts; True where nothing was under way.
-        """
-        if self._step is None:
-            return True
-        if self._thread is not None:
-            self._thread.join()
-        return bool(self.settle(*self._world.total(*self.progress())))
-
-    def settle(self, written: float, failed: float) -> bool | None:
-        """Let the checkpoint count, or give it up, once every process has written its share.
-
-        Parameters
-        ----------
-        written, failed : float
-            Sums of `progress` over the processes.
-
-        Returns
-        -------
-        bool or None
-            Whether it counts; None while some are still writing.
-        """
-        if self._step is None or written < self._world.size:
-            return None
-        step, self._step, self._thread = self._step, None, None
-        if not failed and self._world.first:
-            try:
-                self._run.commit_checkpoint(
-                    step, keep=self._keep, milestones=self._milestones, files=self._collect(step), **self._manifest
-                )
-            except OSError as error:
-                self._error, failed = error, 1.0
-        if not failed:
-            return True
-        self.failed += 1
-        if self._error is not None:
-            print(
-                f"dreamscale: process {self._world.rank} could not write the checkpoint of step {step} "
-                f"({self._error}); free space there or keep fewer (checkpoint.keep). Until the next one, a restart "
-                f"goes on from an older checkpoint",
-                file=sys.stderr,
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        self._version = self.manifest.get("format")
+        if self._version not in (FORMAT, _FORMAT_2):
+            raise RequestError(
+                f"{folder}: this checkpoint was written by another version of Dreamscale; continue with that version, "
+                "or run the same command with another 'output' to train anew"
             )
-        if self._world.first:
-            shutil.rmtree(self._run.partial_directory(step), ignore_errors=True)
-        return False
+        self._stack = contextlib.ExitStack()
+        # Tensor's name to the file that holds it, and its name there.
+        self._places: dict[str, tuple[Any, str]] = {}
 
-    def _collect(self, step: int) -> dict[str, Any]:
-        folder = self._run.partial_directory(step)
-        records: dict[str, Any] = {}
-        for rank in range(self._world.size):
-            sums = folder / _SUMS.format(rank=rank)
-            records |= read_json(sums)
-            sums.unlink()
-        return records
+    def __enter__(self) -> CheckpointReader:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            for file_name in sorted(self.manifest["files"]):
+                file = self._stack.enter_context(safe_open(self.folder / file_name, framework="pt", device="cpu"))
+                for stored in file.keys():  # noqa: SIM118, not a dictionary
+                    name = self._current_name(file_name, stored)
+                    if name in self._places:
+                        raise RequestError(f"{self.folder}: tensor {name} stands in two files; delete this checkpoint")
+                    self._places[name] = file, stored
+        except BaseException as error:
+            self._stack.close()
+            if isinstance(error, SafetensorError | OSError):
+                raise RequestError(f"{self.folder}: damaged ({error}); delete this checkpoint") from None
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._places.clear()
+        self._stack.close()
+
+    def _current_name(self, file_name: str, stored: str) -> str:
+        in_old_weights = self._version == _FORMAT_2 and file_name == _FORMAT_2_WEIGHTS
+        return f"weights/{stored}" if in_old_weights else stored
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._places)
+
+    def check_names(self, expected: Iterable[str]) -> None:
+        """Check that the checkpoint holds exactly the expected tensors.
+
+        Parameters
+        ----------
+        expected : iterable of str
+            Names.
+
+        Raises
+        ------
+        RequestError
+            If a tensor is missing or unknown.
+        """
+        expected = set(expected)
+        for what, names in (("is missing", expected - self.names), ("is unknown", self.names - expected)):
+            if names:
+                more = f" ({len(names) - 1} more)" if len(names) > 1 else ""
+                raise RequestError(
+                    f"{self.folder}: this checkpoint belongs to another model: tensor {min(names)} {what}{more}"
+                )
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, stored = self._places[name]
+        return file.get_tensor(stored)
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """Return all tensors under a prefix such as ``weights/``, without the prefix in their names."""
+        return {name.removeprefix(prefix): self[name] for name in sorted(self._places) if name.startswith(prefix)}

@@ -1,74 +1,34 @@
-"""The run directory of every training stage: config, metrics, checkpoints, status, and the wish to stop."""
+"""The run directory of every training stage: config, metrics, status and the folder of checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
-import math
-import os
 import shutil
-import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from data_sharding.common.config import to_dict, to_yaml
 from data_sharding.common.errors import RequestError, one_line
-from data_sharding.common.files import atomic_write_text, digest_of, read_json, write_json
-from pretrain.runs.checkpoint import DONE, file_record, newest_whole, prune
+from data_sharding.common.files import atomic_write_text, read_json, write_json
+from pretrain.runs.checkpoint import commit_checkpoint, file_record, newest_checkpoint, partial_folder
+from pretrain.runs.lock import hold_lock
+from pretrain.runs.stored_config import changed_keys, plain, read_stored_config, show
 from pretrain.runs.tracking import TrackerConfig, open_tracker
 
-_SAME_HOST_S, _OTHER_HOST_S = 10, 120
-_SAME_REQUEST_S = 3.0
-STOP_FILE = "DREAMSCALE_STOP_FILE"
-"""Environment variable: a file whose appearance asks to stop, where signals do not reach the training's process."""
+FREE = ("output", "tracker", "num_processes", "device")
+"""Keys that may change when a run of any stage is resumed: what is learned does not depend on them."""
 
-
-class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop looks at.
-
-    A second SIGINT interrupts at once, unless it is the first one over again: torchrun passes on what the terminal or a
-    batch system has sent to its processes, too. The file that `STOP_FILE` names, where it does, is looked for once a
-    second.
-    """
-
-    def __init__(self) -> None:
-        self._signalled = False
-        self._first = math.inf
-        self._previous: dict[int, Any] = {}
-        self._file = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
-        self._looked = time.monotonic()
-
-    @property
-    def requested(self) -> bool:
-        """True once somebody asked."""
-        if self._file is not None and not self._signalled and time.monotonic() - self._looked > 1.0:
-            self._looked = time.monotonic()
-            self._signalled = self._file.exists()
-        return self._signalled
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled and number == signal.SIGINT and time.monotonic() - self._first > _SAME_REQUEST_S:
-            raise KeyboardInterrupt
-        self._first = min(self._first, time.monotonic())
-        self._signalled = True
+# Why a change of these keys is refused, where the reason is not plain. The last part of a dotted key counts.
+_REASONS = {
+    "steps": "the learning rate of every step depends on the number of steps",
+    "epochs": "the learning rate of every step depends on the number of epochs",
+    "batch_size": "the order of samples and the meaning of a step depend on it",
+    "seed": "initial weights, noise and the order of samples depend on it",
+}
 
 
 class RunDirectory:
@@ -77,20 +37,28 @@ class RunDirectory:
     Parameters
     ----------
     path : str or Path
-        The directory; made if it is not there.
+        The directory; created if it is missing.
     config : dataclass instance
-        The resolved config. A directory that holds a run of another config is refused.
+        The resolved config.
     rank : int
-        Only rank 0 writes.
+        Rank of this process. Only rank 0 writes.
     tracker : TrackerConfig, optional
-        Where metrics go besides metrics.jsonl; none by default.
-    ignore : tuple of str
-        Dotted config keys that may differ when a run goes on: they do not change what is learned.
+        Where metrics go besides metrics.jsonl; nowhere by default.
+    free : tuple of str
+        Dotted config keys that may change when the run is resumed. A key stands for all keys below it too.
+    upgrade : callable, optional
+        Turns the stored config of a run that an older version began into today's keys, for the comparison with
+        `config`. By default, keys are renamed as the config classes' ``RENAMED`` say.
+
+    Attributes
+    ----------
+    finished : bool
+        True if the run is complete; then nothing is written.
 
     Raises
     ------
     RequestError
-        If the directory holds a run of another config, or cannot be written.
+        If the directory holds a run whose config differs in a key that is not free, or cannot be written.
     """
 
     def __init__(
@@ -100,24 +68,20 @@ class RunDirectory:
         *,
         rank: int = 0,
         tracker: TrackerConfig | None = None,
-        ignore: tuple[str, ...] = ("output", "tracker", "num_processes", "device"),
+        free: tuple[str, ...] = FREE,
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     ) -> None:
         self.path, self.rank = Path(path), rank
         self.checkpoints = self.path / "checkpoints"
         self._log: Callable[..., None] = lambda step, metrics: None
         self._close: Callable[[], None] = lambda: None
         self._stream = self._lock = None
-        values = to_dict(config)
-        digest = digest_of(_without(values, ignore))
-        known = self.path / "status.json"
-        # Looked at once: the first process may be writing it right now.
-        old = read_json(known) if known.is_file() else None
-        if old is not None and old.get("config") != digest:
-            raise RequestError(
-                f"{self.path}: holds a run of another config (see {self.path / 'config.yaml'}); "
-                f"choose another output, or delete it"
-            )
-        self._digest = digest
+        self._config = plain(to_dict(config))
+        status = self.path / "status.json"
+        # Read once: the first process may be writing this file at the same time.
+        old = read_json(status) if status.is_file() else None
+        if old is not None:
+            self._refuse_other_config(old, config, free, upgrade)
         self.finished = old is not None and old["state"] == "done"
         if rank or self.finished:
             return
@@ -127,10 +91,31 @@ class RunDirectory:
             atomic_write_text(self.path / "config.yaml", to_yaml(config))
         except OSError as error:
             raise RequestError(f"{self.path}: cannot be written ({error.strerror})") from None
-        self._lock = _locked(self.path / "lock")
+        self._lock = hold_lock(self.path / "lock")
         self.status("running")
         self._stream = (self.path / "metrics.jsonl").open("a")
-        self._log, self._close = open_tracker(tracker or TrackerConfig(kind="none"), self.path, values)
+        self._log, self._close = open_tracker(tracker or TrackerConfig(kind="none"), self.path, to_dict(config))
+
+    def _refuse_other_config(
+        self,
+        old: dict[str, Any],
+        config: Any,
+        free: tuple[str, ...],
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None,
+    ) -> None:
+        stored = old.get("config")
+        if not isinstance(stored, dict):
+            # A run of an older version, whose status holds a checksum of the config in place of the config.
+            stored = read_stored_config(self.path / "config.yaml", type(config), upgrade)
+        for key, before, now in changed_keys(stored, config):
+            if any(key == name or key.startswith(f"{name}.") for name in free):
+                continue
+            reason = _REASONS.get(key.rpartition(".")[2])
+            raise RequestError(
+                f"{self.path}: holds a run with another config: {key} was {show(before)}, is {show(now)}"
+                + (f" ({reason})" if reason else "")
+                + f"; set {key} back to resume this run, or choose another output"
+            )
 
     def status(
         self, state: Literal["running", "done", "stopped", "failed"], *, any_rank: bool = False, **extra: Any
@@ -142,27 +127,27 @@ class RunDirectory:
         state : str
             running, done, stopped (on request, with a checkpoint) or failed.
         any_rank : bool
-            True where this process speaks for all, although it may not be the first.
+            True writes on every rank; False on rank 0 alone.
         **extra
-            Anything else, e.g. the step.
+            Further entries, e.g. the step.
         """
         if any_rank or not self.rank:
-            write_json(self.path / "status.json", {"state": state, "config": self._digest, **extra})
+            write_json(self.path / "status.json", {"state": state, "config": self._config, **extra})
 
     def failed(self, reason: str) -> None:
-        """Record a failure, unless another process has: what the others see then follows from it.
+        """Record a failure, unless another process has recorded one: the first failure causes those that follow.
 
         Parameters
         ----------
         reason : str
             What happened.
         """
-        known = self.path / "status.json"
-        if not known.is_file() or read_json(known)["state"] != "failed":
+        status = self.path / "status.json"
+        if not status.is_file() or read_json(status)["state"] != "failed":
             self.status("failed", any_rank=True, reason=reason)
 
     def log(self, step: int, **metrics: Any) -> None:
-        """Append a line to metrics.jsonl and tell the tracker.
+        """Append a line to metrics.jsonl and send the metrics to the tracker.
 
         Parameters
         ----------
@@ -178,28 +163,28 @@ class RunDirectory:
             self._stream.write(json.dumps({"step": step, "time": time.time(), **clean}) + "\n")
             self._stream.flush()
         except OSError as error:
-            # A full disk must not end a training; the next checkpoint says so aloud anyway.
+            # A full disk must not end a training. The next checkpoint reports the full disk as well.
             print(f"dreamscale: metrics of step {step} could not be written ({error})", file=sys.stderr)
         try:
             self._log(step, clean)
         except Exception as error:
-            # Whatever its library raises, a tracker must not end a training either.
+            # A tracker's library may raise any error; none of them may end a training.
             self._log = lambda step, metrics: None
             print(
-                f"dreamscale: the tracker failed at step {step} ({one_line(error)}); metrics go on in "
+                f"dreamscale: the tracker failed at step {step} ({one_line(error)}); from now on metrics go to "
                 f"{self.path / 'metrics.jsonl'} alone",
                 file=sys.stderr,
             )
 
     def rewind_metrics(self, step: int, *, evaluated: bool = True) -> None:
-        """Drop lines beyond a step: a resumed run writes them again.
+        """Delete the lines after a step: the resumed run writes them again.
 
         Parameters
         ----------
         step : int
-            The step of the checkpoint from which the run goes on; -1 drops all.
+            The step from which the run is resumed; -1 deletes all lines.
         evaluated : bool
-            False to drop the evaluation of that very step as well.
+            False deletes the evaluation of that step as well.
         """
         if self.rank or self._stream is None:
             return
@@ -216,127 +201,32 @@ class RunDirectory:
         self._stream = path.open("a")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl so far.
-
-        Returns
-        -------
-        list of dict
-            One dictionary a line.
-        """
+        """Return the lines of metrics.jsonl written so far."""
         path = self.path / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
-    def step_directory(self, step: int) -> Path:
-        """Where the checkpoint of a step stands once it is complete.
-
-        Parameters
-        ----------
-        step : int
-            Optimiser steps done.
-
-        Returns
-        -------
-        Path
-            The directory.
-        """
-        return self.checkpoints / f"step_{step:08d}"
-
-    def partial_directory(self, step: int) -> Path:
-        """Where a checkpoint is written before it counts.
-
-        Parameters
-        ----------
-        step : int
-            Optimiser steps done.
-
-        Returns
-        -------
-        Path
-            The directory.
-        """
-        return self.checkpoints / f".partial_{step:08d}"
-
     def begin_checkpoint(self, step: int) -> Path:
-        """Directory to write a checkpoint into; call on every rank, between barriers.
-
-        Parameters
-        ----------
-        step : int
-            Optimiser steps done.
-
-        Returns
-        -------
-        Path
-            A directory that does not count until `commit_checkpoint`; emptied by rank 0.
-        """
-        partial = self.partial_directory(step)
+        """Make an empty folder on rank 0 for a checkpoint, and return its path."""
+        partial = partial_folder(self.checkpoints, step)
         if not self.rank:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         return partial
 
-    def commit_checkpoint(
-        self,
-        step: int,
-        *,
-        keep: int = 2,
-        milestones: int | None = None,
-        files: dict[str, Any] | None = None,
-        **extra: Any,
-    ) -> None:
-        """Declare a checkpoint complete and delete old ones; rank 0, after all ranks wrote theirs.
-
-        Parameters
-        ----------
-        step : int
-            Optimiser steps done.
-        keep : int
-            Newest checkpoints kept.
-        milestones : int, optional
-            Checkpoints of every so many steps are kept too.
-        files : dict, optional
-            What `pretrain.runs.checkpoint.file_record` says of each file; looked up by default.
-        **extra
-            Written into the checkpoint's own manifest.
-        """
+    def commit_checkpoint(self, step: int, *, keep: int = 2) -> None:
+        """Make a checkpoint complete on rank 0, after all ranks have written their files."""
         if self.rank:
             return
-        partial, final = self.partial_directory(step), self.step_directory(step)
-        if files is None:
-            files = {
-                p.relative_to(partial).as_posix(): file_record(p) for p in sorted(partial.rglob("*")) if p.is_file()
-            }
-        write_json(partial / DONE, {"step": step, "files": files, **extra})
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        atomic_write_text(self.path / "latest", final.name + "\n")
-        prune(self.checkpoints, keep=keep, milestones=milestones)
+        partial = partial_folder(self.checkpoints, step)
+        files = {p.relative_to(partial).as_posix(): file_record(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        commit_checkpoint(self.checkpoints, step, files, {}, keep=keep, milestones=None)
 
     def latest(self, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
-        """Newest checkpoint that is whole to the byte; what a crash left half-written is deleted.
-
-        Parameters
-        ----------
-        left_out : sequence of dict
-            As for `pretrain.runs.checkpoint.newest_whole`.
-
-        Returns
-        -------
-        Path or None
-            Its directory, or None where there never was one.
-
-        Raises
-        ------
-        RequestError
-            If all are damaged.
-        """
-        for partial in self.checkpoints.glob(".partial_*"):
-            shutil.rmtree(partial, ignore_errors=True)
-        return newest_whole(self.checkpoints, left_out)
+        """Return the newest undamaged checkpoint; see `pretrain.runs.checkpoint.newest_checkpoint`."""
+        return newest_checkpoint(self.checkpoints, left_out)
 
     def close(self) -> None:
-        """Close the metrics file and the tracker."""
+        """Close the metrics file and the tracker, and release the lock."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -349,53 +239,9 @@ class RunDirectory:
             self._lock = None
 
 
-def _locked(path: Path) -> IO[str]:
-    """Hold a file as long as this process is there, so that two commands cannot write one run.
-
-    The lock is a POSIX one: it ends with its process, and processes forked off it do not have it. File systems that
-    know no locks are taken as they are.
-    """
-    stream = path.open("a+")
-    waited = 0
-    while True:
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                break
-        stream.seek(0)
-        owner = stream.read().strip()
-        if not waited:
-            print(f"dreamscale: {path.parent} is in use by {owner}; waiting for its end", file=sys.stderr)
-        # One that was killed is gone in a moment; what another host held, its file server lets go of later.
-        if waited >= (_SAME_HOST_S if owner.endswith(f" {socket.gethostname()}") else _OTHER_HOST_S):
-            raise RequestError(
-                f"{path.parent}: {owner} is at work on this run; stop it first, or choose another output (if it is "
-                f"gone, delete {path})"
-            )
-        time.sleep(1)
-        waited += 1
-    stream.truncate(0)
-    stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-    stream.flush()
-    return stream
-
-
 def _step_of(line: str) -> int:
-    """Step of a metrics line; a half-written last line counts as beyond everything."""
+    """Step of a metrics line; a half-written last line counts as beyond every step."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return sys.maxsize
-
-
-def _without(values: dict[str, Any], ignore: tuple[str, ...]) -> dict[str, Any]:
-    """Copy of a nested dictionary without some dotted keys."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in ignore:
-            continue
-        inner = tuple(name[len(key) + 1 :] for name in ignore if name.startswith(f"{key}."))
-        out[key] = _without(value, inner) if inner and isinstance(value, dict) else value
-    return out

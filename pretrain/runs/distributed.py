@@ -1,4 +1,4 @@
-"""Processes of a training run: who takes part, on what device, and what they agree on."""
+"""The processes of a training run: starting them, their devices, and communication between them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import datetime
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,145 +18,112 @@ from data_sharding.common.errors import RankError, RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """One process among all."""
+    """The processes of a training run, as one of them sees them.
 
-    rank: int
-    """Number of this process."""
-    size: int
+    A world of one process needs no process group.
+    """
+
+    rank: int = 0
+    """Number of this process, from 0."""
+    size: int = 1
     """Number of processes."""
-    device: torch.device
-    """Where it computes."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Device on which this process computes."""
 
     @property
     def first(self) -> bool:
-        """True on the process that writes and talks."""
+        """True on rank 0, the process that writes files and prints."""
         return self.rank == 0
 
-    def total(self, *values: float) -> list[float]:
-        """Sum numbers over the processes.
+    def all_reduce_sum(self, *values: float) -> list[float]:
+        """Sum each number over the processes; every process must call this method with equally many numbers."""
+        return self._all_reduce(values, dist.ReduceOp.SUM)
 
-        Parameters
-        ----------
-        *values : float
-            The same number of them on every process.
+    def all_reduce_max(self, *values: float) -> list[float]:
+        """Take each number's maximum over the processes; every process must call it with equally many numbers."""
+        return self._all_reduce(values, dist.ReduceOp.MAX)
 
-        Returns
-        -------
-        list of float
-            Sums, identical on every process.
-        """
-        together = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(together)
-        return together.tolist()
+    def _all_reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
+        if self.size == 1:
+            return [float(value) for value in values]
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(reduced, op=operation)
+        return reduced.tolist()
 
-    def largest(self, *values: float) -> list[float]:
-        """Take the largest of each number over the processes.
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true on any process; every process must call this method."""
+        return self.all_reduce_sum(float(flag))[0] > 0
 
-        Parameters
-        ----------
-        *values : float
-            The same number of them on every process.
-
-        Returns
-        -------
-        list of float
-            Maxima, identical on every process.
-        """
-        together = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(together, op=dist.ReduceOp.MAX)
-        return together.tolist()
-
-    def from_first(self, value: Any) -> Any:
-        """Give every process what the first one has.
-
-        Parameters
-        ----------
-        value : Any
-            Anything picklable; looked at on the first process only.
-
-        Returns
-        -------
-        Any
-            The first process's value.
-        """
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every process; it must be picklable."""
+        if self.size == 1:
+            return value
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def from_all(self, value: Any) -> list[Any]:
-        """Give every process what each one has.
-
-        Parameters
-        ----------
-        value : Any
-            Anything picklable and small.
-
-        Returns
-        -------
-        list
-            Values by rank.
-        """
-        box: list[Any] = [None] * self.size
-        dist.all_gather_object(box, value)
-        return box
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes by rank; they must be picklable and small."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
-        """Wait for all processes."""
-        dist.barrier()
+        """Wait until every process has called this method."""
+        if self.size > 1:
+            dist.barrier()
 
 
 def launched_world() -> tuple[int, int]:
-    """Rank and number of processes that the launcher gave.
-
-    Returns
-    -------
-    rank, size : int
-        0 and 1 without a launcher.
-    """
+    """Return rank and number of processes as the launcher set them; 0 and 1 without a launcher."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_world(num_processes: int, command: str) -> None:
-    """Compare the launcher's processes with those asked for, before anything is started.
+def check_num_processes(num_processes: int, launcher: str) -> None:
+    """Compare the number of processes that the launcher started with the config's, before anything else is started.
 
     Parameters
     ----------
     num_processes : int
-        What the config says.
-    command : str
-        Module to launch, for the message.
+        Number of processes in the config.
+    launcher : str
+        Command that starts so many processes, for the message; ``{}`` stands for their number.
 
     Raises
     ------
     RequestError
-        If they differ.
+        If the numbers differ.
     """
     _, size = launched_world()
     if size != num_processes:
         raise RequestError(
-            f"num_processes is {num_processes}, but {size} {'was' if size == 1 else 'were'} started; "
-            f"use 'torchrun --nproc_per_node {num_processes} -m {command} ...' or set num_processes: {size}"
+            f"num_processes is {num_processes}, but {size} {'was' if size == 1 else 'were'} started; start the stage "
+            f"with 'dreamscale' or '{launcher.format(num_processes)}', or set num_processes: {size}"
         )
 
 
 def choose_device(device: str) -> torch.device:
-    """Device of this process.
+    """Return the device of this process.
 
     Parameters
     ----------
     device : str
-        auto, cpu or cuda.
+        auto, cpu or cuda; auto is a GPU if there is one.
 
     Returns
     -------
     torch.device
-        The processor, or this process's GPU.
+        The CPU, or this process's own GPU.
 
     Raises
     ------
     RequestError
-        If a GPU is asked for and there is none for this process.
+        If the name is unknown, or a GPU is asked for and this process has none.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise RequestError(f"device is {device}; use auto, cpu or cuda")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise RequestError("device is cuda, but PyTorch finds no GPU here; set device: cpu or auto")
@@ -166,18 +133,18 @@ def choose_device(device: str) -> torch.device:
     if local >= torch.cuda.device_count():
         raise RankError(
             f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
-            "start as many processes as GPUs"
+            "start as many processes as there are GPUs"
         )
     return torch.device("cuda", local)
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed so that it neither compiles for minutes nor talks.
+    """Import DeepSpeed, without its compilation at start and its messages.
 
     Parameters
     ----------
     device : torch.device
-        Where training will run.
+        Device on which the training will run.
 
     Returns
     -------
@@ -186,7 +153,7 @@ def import_deepspeed(device: torch.device) -> Any:
     """
     import logging
 
-    # DeepSpeed picks its accelerator when it is imported, and would take a GPU that we were told not to use.
+    # DeepSpeed chooses its accelerator during the import; it would take a GPU even if the config says cpu.
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
@@ -194,31 +161,31 @@ def import_deepspeed(device: torch.device) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
-        # Compiled at start for a minute, and fatal without a compiler; plain gloo does the same work.
+        # DeepSpeed would compile this extension for a minute and fail without a compiler. gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 @contextlib.contextmanager
 def process_group(deepspeed: Any, device: torch.device, *, timeout_s: float = 1800.0) -> Iterator[World]:
-    """Join the other processes, and leave together.
+    """Join the process group for the length of a ``with`` block.
 
     Parameters
     ----------
     deepspeed : module
-        What `import_deepspeed` gave.
+        DeepSpeed, from `import_deepspeed`.
     device : torch.device
-        Where this process computes.
+        Device of this process.
     timeout_s : float
-        Seconds that a collective may take; 0 for a week.
+        Seconds that a collective operation may take; 0 for a week.
 
     Yields
     ------
     World
-        This process among all.
+        The processes.
     """
     if "RANK" not in os.environ:
-        # Not under a launcher: a world of one, on a port that the system says is free.
+        # No launcher started this process: make a world of one process, on a free port.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -242,12 +209,12 @@ def process_group(deepspeed: Any, device: torch.device, *, timeout_s: float = 18
             timeout=datetime.timedelta(seconds=timeout_s or 7 * 86400),
         )
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
-        # Only after a clean end: a process that failed must not wait for the others.
+        # Only after success: a process that failed must not wait for the others.
         dist.barrier()
     finally:
         if dist.is_initialized():
-            # DeepSpeed's own, which lets go of the groups it remembers; and then it must forget that it was started,
-            # or a second run in this process would talk through dead groups.
+            # DeepSpeed remembers its process groups. Without these two lines, a second run in this process would use
+            # groups that do not exist any more.
             deepspeed.comm.destroy_process_group()
             deepspeed.comm.comm.cdb = None
         for name in ours:

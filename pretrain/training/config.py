@@ -4,105 +4,91 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pretrain.model.config import MaskedAutoencoderConfig
+from pretrain.runs.config import CheckpointConfig, check_at_least, samples_per_process
 from pretrain.runs.guards import GuardConfig
+from pretrain.runs.schedule import check_schedule, learning_rate
 from pretrain.runs.tracking import TrackerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, and how its learning rate goes: a linear rise, then half a cosine."""
+    """AdamW and its learning-rate schedule: linear warm-up, then half a cosine."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"clip": "grad_clip"}
 
     lr: float = 2.5e-4
-    """Peak learning rate, for the batch size as given, unless base_batch says otherwise."""
+    """Peak learning rate, for the given batch_size, or for base_batch if that is set."""
     base_batch: int | None = None
-    """Batch size that lr and min_lr are meant for; for another batch_size they are scaled. Nothing is by default."""
+    """Batch size for which lr and min_lr are meant. For another batch_size both are scaled. None: no scaling."""
     batch_scaling: Literal["linear", "sqrt"] = "linear"
-    """How they are scaled: with batch_size / base_batch, or with its square root, which suits Adam."""
+    """How lr and min_lr are scaled: with batch_size / base_batch, or with its square root, which suits Adam."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine."""
     warmup: float = 0.08
-    """Share of all steps in which the learning rate rises (40 of 500 epochs in the released code)."""
+    """Warm-up of the learning rate: a number of steps, or a fraction of all steps if below 1. The default is 40 of 500
+    epochs, as in the released code."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the two moments."""
+    """Decay of Adam's two moments."""
     eps: float = 1e-8
-    """Added to the denominator."""
+    """Added to the denominator of Adam's update."""
     weight_decay: float = 0.05
-    """Decoupled; on matrices only, not on biases, norms and the class and mask tokens."""
-    clip: float = 0.8
+    """Decoupled weight decay of matrices; biases, norms and the class and mask tokens have no decay."""
+    grad_clip: float = 0.8
     """Largest norm of the whole gradient; 0 for no limit."""
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and 0 <= self.min_lr <= self.lr):
-            raise ValueError(f"optimizer: need lr > 0 and 0 <= min_lr <= lr, got {self.lr} and {self.min_lr}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"optimizer.warmup is a share of all steps, from 0 to below 1, got {self.warmup}")
+        check_schedule("optimizer.", lr=self.lr, min_lr=self.min_lr, warmup=self.warmup)
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas must be from 0 to below 1, got {list(self.betas)}")
-        if not (self.clip >= 0 and self.weight_decay >= 0 and self.eps > 0):
-            raise ValueError("optimizer: clip and weight_decay must not be negative, eps must be positive")
-        if self.base_batch is not None and self.base_batch < 1:
-            raise ValueError(f"optimizer.base_batch is {self.base_batch}; it must be at least 1")
+            raise ValueError(f"optimizer.betas are {list(self.betas)}; they must be from 0 to below 1")
+        check_at_least(self, 0, "grad_clip", "weight_decay", prefix="optimizer.")
+        check_at_least(self, 1, "base_batch", prefix="optimizer.")
+        if not self.eps > 0:
+            raise ValueError(f"optimizer.eps is {self.eps}; it must be positive")
 
-    def _factor(self, batch_size: int) -> float:
+    def _scale(self, batch_size: int) -> float:
         ratio = batch_size / (self.base_batch or batch_size)
         return ratio if self.batch_scaling == "linear" else math.sqrt(ratio)
 
-    def peak(self, batch_size: int) -> float:
-        """Learning rate after the warm-up.
-
-        Parameters
-        ----------
-        batch_size : int
-            Windows of one step, for `base_batch`.
-
-        Returns
-        -------
-        float
-            The rate.
-        """
-        return self._factor(batch_size) * self.lr
+    def peak_lr(self, batch_size: int) -> float:
+        """Return the learning rate after the warm-up for a batch size."""
+        return self._scale(batch_size) * self.lr
 
     def lr_at(self, step: int, total: int, batch_size: int | None = None) -> float:
-        """Learning rate of a step.
+        """Return the learning rate of a step.
 
         Parameters
         ----------
         step : int
-            Steps done before it.
+            Optimiser steps done before this one.
         total : int
-            Steps of the run.
+            Optimiser steps of the whole run.
         batch_size : int, optional
-            Windows of one step, for `base_batch`; nothing is scaled without it.
+            Windows of one step, for the scaling with `base_batch`; nothing is scaled without it.
 
         Returns
         -------
         float
-            The rate.
+            The learning rate.
         """
-        if self.base_batch and batch_size:
-            return self._factor(batch_size) * self.lr_at(step, total)
-        rise = round(self.warmup * total)
-        if step < rise:
-            return self.lr * (step + 1) / rise
-        share = (step - rise) / max(1, total - rise)
-        return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(1.0, share)))
+        scale = self._scale(batch_size) if self.base_batch and batch_size else 1.0
+        return scale * learning_rate(step, total, lr=self.lr, min_lr=self.min_lr, warmup=self.warmup)
 
 
 _OURS = {
     "train_batch_size": "batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "micro_batch_size",
-    "gradient_clipping": "optimizer.clip",
+    "gradient_clipping": "optimizer.grad_clip",
     "bf16": "precision",
     "fp16": "precision",
     "optimizer": "optimizer",
     "scheduler": "optimizer",
     "checkpoint": "checkpoint",
 }
-"""What stands for DeepSpeed's own keys."""
+"""Keys of DeepSpeed's own config, and our keys that replace them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,31 +103,8 @@ class EvaluationConfig:
     """Windows of one process at once; as in training by default."""
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.windows < 0 or (self.batch_size is not None and self.batch_size < 1):
-            raise ValueError("evaluation: every and batch_size must be at least 1, windows at least 0")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When to save what is needed to go on."""
-
-    every: int = 500
-    """Steps between two checkpoints; there is one at the end and one at a requested stop anyway."""
-    keep: int = 2
-    """Newest checkpoints kept."""
-    milestones: int | None = None
-    """Checkpoints whose step is a multiple of this are kept for good; a multiple of `every`. None by default."""
-    asynchronous: bool = False
-    """Copy the state to the processor's memory and write it beside the training, which then waits for the copy alone;
-    it takes memory for a second copy: twelve bytes a parameter, shared among the processes."""
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise ValueError("checkpoint: every and keep must be at least 1")
-        if self.milestones is not None and (self.milestones < 1 or self.milestones % self.every):
-            raise ValueError(
-                f"checkpoint.milestones is {self.milestones}; it must be a multiple of checkpoint.every, {self.every}"
-            )
+        check_at_least(self, 1, "every", "batch_size", prefix="evaluation.")
+        check_at_least(self, 0, "windows", prefix="evaluation.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,20 +173,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if bool(self.dataset) == bool(self.datasets):
             raise ValueError("name the data: either dataset, or datasets with a weight for each")
-        for name in ("num_processes", "batch_size", "log_every", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers is {self.num_workers}; it must not be negative")
-        if (self.steps is not None and self.steps < 1) or not self.epochs > 0:
-            raise ValueError("steps and epochs must be positive")
-        if self.batch_size % self.num_processes:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of num_processes {self.num_processes}")
-        share = self.batch_size // self.num_processes
-        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or share % self.micro_batch_size):
-            raise ValueError(
-                f"micro_batch_size is {self.micro_batch_size}; it must divide {share}, a process's share of batch_size"
-            )
+        check_at_least(self, 1, "num_processes", "batch_size", "log_every", "max_skipped", "steps")
+        check_at_least(self, 0, "num_workers", "timeout_s", "restarts")
+        if not self.epochs > 0:
+            raise ValueError(f"epochs is {self.epochs}; it must be positive")
+        samples_per_process(self.batch_size, self.num_processes, self.micro_batch_size)
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision bf16 needs zero_stage 1, 2 or 3: stage 0 keeps no float32 master weights")
         if self.model.compute.compile and self.zero_stage == 3:
@@ -242,8 +196,6 @@ class PretrainConfig:
         for key in ("offload_optimizer", "offload_param"):
             if (zero.get(key) or {}).get("device") == "nvme":
                 raise ValueError(f"deepspeed.zero_optimization.{key}.device nvme is not supported; use offload")
-        if self.timeout_s < 0 or self.restarts < 0:
-            raise ValueError("timeout_s and restarts must not be negative")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"peak_tflops is {self.peak_tflops}; it must be positive")
         for key in self.deepspeed:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.model.build import build_autoencoder, count_parameters
+from pretrain.runs.checkpoint import CheckpointReader, divide_by_size
 from pretrain.runs.distributed import World
 from pretrain.training.config import OptimizerConfig, PretrainConfig
 
@@ -103,7 +103,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: i
     # One pass over memory in place of ten, on a processor, too.
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
     if zero_stage == 0:
-        return GuardedAdamW(groups, clip=config.clip, **options)
+        return GuardedAdamW(groups, clip=config.grad_clip, **options)
     return torch.optim.AdamW(groups, **options)
 
 
@@ -132,7 +132,7 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
         "train_micro_batch_size_per_gpu": config.micro,
         "gradient_accumulation_steps": share // config.micro,
         # Stage 0 clips in its optimiser, where the norm is seen and a NaN stopped.
-        "gradient_clipping": config.optimizer.clip if config.zero_stage else 0.0,
+        "gradient_clipping": config.optimizer.grad_clip if config.zero_stage else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
             "overlap_comm": device.type == "cuda",
@@ -190,7 +190,7 @@ def start_engine(deepspeed: Any, config: PretrainConfig, device: torch.device) -
         # place.
         reduce = engine.buffered_allreduce_fallback
         engine.buffered_allreduce_fallback = lambda grads=None, elements_per_buffer=0: reduce(grads, 0)
-    ready_optimizer(engine)
+    fill_optimizer_state(engine)
     return engine
 
 
@@ -214,7 +214,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def ready_optimizer(engine: Any) -> None:
+def fill_optimizer_state(engine: Any) -> None:
     """Give Adam its moments, zero, before the first step, so that a checkpoint has the same content at any step.
 
     Parameters
@@ -250,135 +250,88 @@ def adam_steps(engine: Any) -> int:
     return int(next(iter(_inner(engine).state.values()))["step"])
 
 
-def shares(engine: Any, world: World) -> list[list[str]]:
-    """Divide a checkpoint's moments among the processes: who writes those of which parameter.
+def divide_state(engine: Any, world: World) -> list[list[str]]:
+    """Divide the tensors of a checkpoint among the processes that write them.
 
     Parameters
     ----------
     engine : DeepSpeedEngine
         The engine.
     world : World
-        This process among all.
+        The processes.
 
     Returns
     -------
     list of list of str
-        Names of parameters by rank. The first process writes the weights, and fewer moments for it.
+        Names of tensors by rank.
     """
-    sizes = {name: _numel(p) for name, p in engine.module.named_parameters() if p.requires_grad}
-    load = [0] * world.size
-    load[0] = sum(sizes.values())
-    out: list[list[str]] = [[] for _ in range(world.size)]
-    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
-        rank = load.index(min(load))
-        out[rank].append(name)
-        load[rank] += len(MOMENTS) * size
-    return out
+    sizes = {f"weights/{name}": buffer.numel() for name, buffer in _buffers(engine.module)}
+    for name, parameter in engine.module.named_parameters():
+        size = _numel(parameter)
+        sizes[f"weights/{name}"] = size
+        if parameter.requires_grad:
+            sizes |= {f"{key}/{name}": size for key in MOMENTS}
+    return divide_by_size(sizes, world.size)
 
 
-def gather_state(engine: Any, world: World) -> dict[str, dict[str, Tensor]]:
-    """Copy this process's share of the whole state to the processor; every process must call it.
+def gather_state(engine: Any, world: World) -> dict[str, Tensor]:
+    """Copy this process's share of the whole state to the CPU; every process must call this function.
 
     Parameters
     ----------
     engine : DeepSpeedEngine
         The engine, of any ZeRO stage.
     world : World
-        This process among all.
-
-    Returns
-    -------
-    dict of str to dict of str to Tensor
-        File name to tensors: the float32 weights on the first process, and Adam's moments of `shares`. Nothing in
-        them depends on the number of processes or the stage.
-    """
-    from pretrain.model.weights import WEIGHTS
-
-    mine = set(shares(engine, world)[world.rank])
-    weights = whole_weights(engine, world)
-    moments: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        for key in MOMENTS:
-            # Collective: every process walks the same parameters in the same order.
-            whole = _whole(engine, parameter, key)
-            if name in mine:
-                moments[f"{key}/{name}"] = _on_processor(whole, parameter)
-    files = {WEIGHTS: weights} if world.first else {}
-    return files | ({f"moments_{world.rank:05d}.safetensors": moments} if moments else {})
-
-
-@torch.no_grad()
-def load_state(engine: Any, folder: Path, steps: int) -> None:
-    """Restore weights and optimiser, for any number of processes and any ZeRO stage.
-
-    Parameters
-    ----------
-    engine : DeepSpeedEngine
-        The engine; `ready_optimizer` was called.
-    folder : Path
-        A complete checkpoint.
-    steps : int
-        Steps that Adam had taken.
-
-    Raises
-    ------
-    RuntimeError
-        If the checkpoint is of another model.
-    """
-    from safetensors import safe_open
-
-    from pretrain.model.weights import WEIGHTS
-
-    with contextlib.ExitStack() as stack:
-        where: dict[str, Any] = {}
-        for path in [folder / WEIGHTS, *sorted(folder.glob("moments_*.safetensors"))]:
-            file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            where |= dict.fromkeys(file.keys(), file)
-        module = engine.module
-        wanted = {name for name, _ in _buffers(module)}
-        for name, parameter in module.named_parameters():
-            wanted |= {name, *(f"{key}/{name}" for key in MOMENTS if parameter.requires_grad)}
-        if wanted != where.keys():
-            odd = sorted(wanted ^ where.keys())
-            raise RuntimeError(f"{folder}: of another model; it differs in {odd[0]} and {len(odd) - 1} more")
-        for name, parameter in module.named_parameters():
-            _set_weight(engine, parameter, where[name].get_tensor(name))
-            if parameter.requires_grad:
-                for key in MOMENTS:
-                    _set_moment(engine, parameter, key, where[f"{key}/{name}"].get_tensor(f"{key}/{name}"))
-        for name, buffer in _buffers(module):
-            buffer.copy_(where[name].get_tensor(name))
-    for state in _inner(engine).state.values():
-        state["step"].fill_(steps)
-
-
-def whole_weights(engine: Any, world: World) -> dict[str, Tensor]:
-    """Gather the float32 weights from all processes, for any ZeRO stage; every process must call it.
-
-    Parameters
-    ----------
-    engine : DeepSpeedEngine
-        The engine.
-    world : World
-        This process among all.
+        The processes.
 
     Returns
     -------
     dict of str to Tensor
-        Weights, and buffers that are part of them, by name on the first process, on the processor; empty on the
-        others.
+        float32 weights as ``weights/NAME`` and Adam's moments as ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. Which
+        tensors there are does not depend on the number of processes or the stage.
     """
-    weights = {}
+    mine = set(divide_state(engine, world)[world.rank])
+    state: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
-        # Collective: every process walks the same parameters in the same order.
-        whole = _whole(engine, parameter, None)
-        if world.first:
-            weights[name] = _on_processor(whole, parameter)
-    if world.first:
-        weights |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in _buffers(engine.module)}
-    return weights
+        kinds = {"weights": None} | ({key: key for key in MOMENTS} if parameter.requires_grad else {})
+        for kind, key in kinds.items():
+            # Gathering is collective: every process visits the same parameters in the same order.
+            whole = _whole(engine, parameter, key)
+            if f"{kind}/{name}" in mine:
+                state[f"{kind}/{name}"] = _to_cpu(whole, parameter)
+    for name, buffer in _buffers(engine.module):
+        if f"weights/{name}" in mine:
+            state[f"weights/{name}"] = buffer.detach().to("cpu", copy=True)
+    return state
+
+
+@torch.no_grad()
+def load_state(engine: Any, saved: CheckpointReader) -> None:
+    """Restore weights and optimiser state, for any number of processes and any ZeRO stage.
+
+    Parameters
+    ----------
+    engine : DeepSpeedEngine
+        The engine; `fill_optimizer_state` was called.
+    saved : CheckpointReader
+        The opened checkpoint.
+
+    Raises
+    ------
+    RequestError
+        If the checkpoint belongs to another model.
+    """
+    module = engine.module
+    saved.check_names(name for names in divide_state(engine, World()) for name in names)
+    for name, parameter in module.named_parameters():
+        _set_weight(engine, parameter, saved[f"weights/{name}"])
+        if parameter.requires_grad:
+            for key in MOMENTS:
+                _set_moment(engine, parameter, key, saved[f"{key}/{name}"])
+    for name, buffer in _buffers(module):
+        buffer.copy_(saved[f"weights/{name}"])
+    for state in _inner(engine).state.values():
+        state["step"].fill_(saved.manifest["adam_steps"])
 
 
 def _inner(engine: Any) -> torch.optim.Optimizer:
@@ -402,7 +355,7 @@ def _numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _on_processor(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+def _to_cpu(whole: Tensor, parameter: nn.Parameter) -> Tensor:
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return whole.detach().to("cpu", torch.float32, copy=True).reshape(shape).contiguous()
 

@@ -87,7 +87,7 @@ def evaluate(
     parts: dict[str, tuple[float, int]] = {}
     for start in range(0, rounds * batch_size, batch_size):
         alive()
-        if world.total(float(stopping()))[0]:
+        if world.any(stopping()):
             model.train()
             return None
         numbers = mine[start : start + batch_size]
@@ -107,9 +107,9 @@ def evaluate(
                     total, number = parts.get(part, (0.0, 0))
                     parts[part] = total + value, number + 1
     model.train()
-    loss, power, count = world.total(loss, power, len(mine))
+    loss, power, count = world.all_reduce_sum(loss, power, len(mine))
     result = {"val_loss": loss / count, "val_explained": 1.0 - loss / power if power else 0.0}
-    return result | _means(world.from_all(parts))
+    return result | _means(world.all_gather(parts))
 
 
 def _means(of_processes: list[dict[str, tuple[float, int]]]) -> dict[str, float]:

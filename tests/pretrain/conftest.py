@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pretrain.runs.checkpoint import CheckpointReader, step_folder
+
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
     "seed": 3,
@@ -74,6 +76,17 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def saved_state(run: Path, step: int) -> dict[str, Any]:
+    """Weights and moments in a checkpoint, by name."""
+    with CheckpointReader(step_folder(run / "checkpoints", step)) as saved:
+        return {name: saved[name] for name in saved.names}
+
+
+def saved_weights(run: Path, step: int) -> dict[str, Any]:
+    with CheckpointReader(step_folder(run / "checkpoints", step)) as saved:
+        return saved.group("weights/")
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from data_sharding.common.config import parse_config
-from pretrain.runs.directory import RunDirectory, StopSignal
+from pretrain.runs.directory import RunDirectory
 from pretrain.runs.distributed import choose_device, import_deepspeed, launched_world, process_group
+from pretrain.runs.stop import StopSignal
 from pretrain.train import FREE, check_request, train_in
 from pretrain.training.config import PretrainConfig
 
@@ -41,7 +42,7 @@ def main() -> None:
             words = [*job["words"], "--num_processes", str(size)]
             config = parse_config(PretrainConfig, words, prog="test", positionals=("config",))
             train, held_out = check_request(config)
-            run = RunDirectory(config.output, config, rank=rank, ignore=FREE)
+            run = RunDirectory(config.output, config, rank=rank, free=FREE)
             train_in(world, deepspeed, config, run, train, held_out, StopAfter(run, job.get("stop_after")))
             run.close()
             # Nobody begins the next one while the first process is still copying what the others read.

@@ -24,7 +24,7 @@ from pretrain.encoder.encoder import EEGEncoder
 from pretrain.export import main as export_main
 from pretrain.model.config import EncoderConfig
 
-from ..conftest import environment
+from ..conftest import environment, saved_weights
 
 NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2", "F7", "F8", "T7", "T8", "P7", "P8", "Fz", "Cz"]
 
@@ -44,7 +44,7 @@ def recording(seconds: float = 6.3, sfreq: float = 500.0) -> mne.io.RawArray:
 class TestPackage:
     def test_holds_the_trained_weights(self, trained_run: Path, encoder_package: Path) -> None:
         encoder = EEGEncoder.from_pretrained(encoder_package)
-        weights = load_file(trained_run / "checkpoints" / "step_00000240" / "model.safetensors")
+        weights = saved_weights(trained_run, 240)
         ours = {k.removeprefix("backbone."): v for k, v in encoder.state_dict().items()}
         theirs = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
         assert ours.keys() == theirs.keys()

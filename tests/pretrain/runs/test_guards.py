@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
@@ -28,9 +27,10 @@ from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.model.config import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
 from pretrain.model.flops import batch_flops, peak_flops, training_flops
-from pretrain.runs.checkpoint import complete_checkpoints
-from pretrain.runs.directory import RunDirectory, StopSignal
+from pretrain.runs.checkpoint import CheckpointReader, complete_checkpoints
+from pretrain.runs.directory import RunDirectory
 from pretrain.runs.guards import GuardConfig, SpikeDetector, Watchdog
+from pretrain.runs.stop import StopSignal
 from pretrain.train import _Training, main
 from pretrain.training.config import OptimizerConfig
 
@@ -44,7 +44,8 @@ def again(run: Path) -> None:
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {name: value for path in checkpoint.glob("*.safetensors") for name, value in load_file(path).items()}
+    with CheckpointReader(checkpoint) as saved:
+        return {name: saved[name] for name in saved.names}
 
 
 def leveldb_records(content: bytes) -> Iterator[bytes]:
@@ -244,7 +245,7 @@ def test_one_interruption_may_come_twice(monkeypatch: pytest.MonkeyPatch) -> Non
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert stop.requested
-        monkeypatch.setattr("pretrain.runs.directory._SAME_REQUEST_S", 0.0)
+        monkeypatch.setattr("pretrain.runs.stop._SAME_REQUEST_S", 0.0)
         time.sleep(0.01)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -252,7 +253,7 @@ def test_one_interruption_may_come_twice(monkeypatch: pytest.MonkeyPatch) -> Non
 
 class TestRunDirectory:
     def test_two_commands_do_not_write_one_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("pretrain.runs.directory._SAME_HOST_S", 1)
+        monkeypatch.setattr("pretrain.runs.lock._SAME_HOST_S", 1)
         hold = "import sys, time; from pretrain.runs.directory import RunDirectory; "
         hold += "from data_sharding.processing.preprocess import PreprocessSpec; "
         hold += "run = RunDirectory(sys.argv[1], PreprocessSpec()); print('here', flush=True); time.sleep(600)"
@@ -341,7 +342,7 @@ class TestCheckpoints:
         shutil.copytree(run, copy)
         again(copy)
         newest = copy / "checkpoints" / "step_00000012"
-        victim = newest / ("complete.json" if kind == "unlisted" else "moments_00000.safetensors")
+        victim = newest / ("complete.json" if kind == "unlisted" else "state_00000.safetensors")
         content = bytearray(victim.read_bytes())
         if kind == "flipped":
             content[-100] ^= 1
@@ -364,7 +365,7 @@ class TestCheckpoints:
         copy = tmp_path / "run"
         shutil.copytree(run, copy)
         again(copy)
-        for path in (copy / "checkpoints").rglob("model.safetensors"):
+        for path in (copy / "checkpoints").rglob("state_00000.safetensors"):
             path.write_bytes(b"")
         assert main([str(config), "--output", str(copy)]) == 2
         assert "every checkpoint is damaged" in capsys.readouterr().err

@@ -21,7 +21,6 @@ import pytest
 import torch
 import yaml
 import zstandard
-from safetensors.torch import load_file
 
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from data_sharding.dataset.loader import Loader
@@ -29,7 +28,7 @@ from data_sharding.dataset.samples import Sample, pad_channels
 from data_sharding.dataset.shard_reader import HEADER, locate
 from pretrain.runs.checkpoint import complete_checkpoints
 
-from ..conftest import ROOT, environment, losses, metrics, run_jobs, write_config
+from ..conftest import ROOT, environment, losses, metrics, run_jobs, saved_weights, write_config
 
 STEPS, BEGUN = 120, 20
 # The agent of torchrun waits so long for a process that it asked to end.
@@ -173,9 +172,7 @@ def is_undisturbed(run: Path, runs: Path) -> None:
     assert epochs == expected[: len(found)]
     if len(found) == STEPS:
         assert json.loads((run / "status.json").read_text())["state"] == "done"
-        ours, theirs = (
-            load_file(p / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors") for p in (run, runs / "whole")
-        )
+        ours, theirs = (saved_weights(p, STEPS) for p in (run, runs / "whole"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -292,12 +289,12 @@ def test_everything_killed_then_a_damaged_checkpoint_under_other_launchers(runs:
     training.wait()
     newest = complete_checkpoints(run / "checkpoints")[-1]
     assert int(newest.name[-4:]) >= BEGUN + 20
-    (newest / "moments_00001.safetensors").write_bytes(b"")
+    (newest / "state_00001.safetensors").write_bytes(b"")
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29611"]
     training = Training([*deepspeed, "--module", "pretrain.train", *words(runs, run)], run, DS_ACCELERATOR="cpu")
     assert training.wait() == 0, training.log.read_text()[-3000:]
     said = training.log.read_text()
-    assert f"checkpoint {newest} is damaged (moments_00001.safetensors" in said
+    assert f"checkpoint {newest} is damaged (state_00001.safetensors" in said
     is_undisturbed(run, runs)
 
 
@@ -320,7 +317,7 @@ def test_bad_data_on_one_process_skip_the_step_on_all(runs: Path) -> None:
         lines = [line for line in metrics(runs / f"bad_{name}") if "loss" in line]
         assert sum(loss is None for loss in found) == 2, name
         assert lines[-1]["skipped_steps"] == 2, name
-        weights = load_file(runs / f"bad_{name}" / "checkpoints" / "step_00000006" / "model.safetensors")
+        weights = saved_weights(runs / f"bad_{name}", 6)
         assert all(torch.isfinite(value).all() for value in weights.values()), name
         saved = json.loads((runs / f"bad_{name}" / "checkpoints" / "step_00000006" / "complete.json").read_text())
         # What was skipped is no step of Adam's either.

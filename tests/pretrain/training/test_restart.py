@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from ..conftest import losses, run_jobs, write_config
+from ..conftest import losses, run_jobs, saved_state, write_config
 
 STEPS, STOP = 8, 4
 STAGES = (0, 1, 2, 3)
@@ -22,8 +21,7 @@ CHANGES = ((0, 2), (1, 2), (2, 1), (2, 3), (3, 1), (3, 0))
 
 def state(run: Path) -> dict[str, torch.Tensor]:
     """Weights and moments of a finished run."""
-    folder = run / "checkpoints" / f"step_{STEPS:08d}"
-    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+    return saved_state(run, STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +101,6 @@ def test_a_checkpoint_is_the_same_whoever_wrote_it(runs: Path) -> None:
         assert apart < 1e-5
     # Both processes write their share of it.
     folder = runs / "whole_2_2" / "checkpoints" / f"step_{STEPS:08d}"
-    assert {"moments_00000.safetensors", "moments_00001.safetensors"} <= {p.name for p in folder.iterdir()}
+    assert {"state_00000.safetensors", "state_00001.safetensors"} <= {p.name for p in folder.iterdir()}
     manifest = json.loads((folder / "complete.json").read_text())
     assert manifest["files"].keys() == {p.name for p in folder.iterdir()} - {"complete.json"}

@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.tracking import TrackerConfig
 from pretrain.train import main
 
-from ..conftest import ROOT, environment, losses, metrics, run_jobs, torchrun, write_config
+from ..conftest import ROOT, environment, losses, metrics, run_jobs, saved_weights, torchrun, write_config
 
 
 def stop_after(run: Path, config: Path, step: int, number: int) -> tuple[int, str]:
@@ -87,8 +86,8 @@ def test_losses_agree_over_zero_stages_processes_and_precision(unpaired_dataset:
         found = losses(tmp_path / f"{variant}_2")
         np.testing.assert_allclose(found, reference, atol=1e-4 if "fp32" in variant else 2e-2, err_msg=variant)
         # The whole weights beside the checkpoint are the trained ones, whatever was spread over the processes.
-        ours = load_file(tmp_path / f"{variant}_2" / "checkpoints" / "step_00000006" / "model.safetensors")
-        theirs = load_file(tmp_path / "0,fp32_1" / "checkpoints" / "step_00000006" / "model.safetensors")
+        ours = saved_weights(tmp_path / f"{variant}_2", 6)
+        theirs = saved_weights(tmp_path / "0,fp32_1", 6)
         assert ours.keys() == theirs.keys()
         assert all(value.dtype == torch.float32 for value in ours.values())
         # All weights together: a key's bias has no gradient but rounding, which Adam's first steps blow up.
@@ -115,9 +114,7 @@ def test_stop_and_resume_give_the_undisturbed_losses(unpaired_dataset: Path, tmp
         log.write('{"step": 39, "loss": 9.0}\n{"step": 40, "lo')
     assert main([str(config)]) == 0
     assert losses(run) == losses(tmp_path / "whole")
-    ours, theirs = (
-        load_file(p / "checkpoints" / "step_00000040" / "model.safetensors") for p in (run, tmp_path / "whole")
-    )
+    ours, theirs = (saved_weights(p, 40) for p in (run, tmp_path / "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -1,0 +1,187 @@
+"""Writing checkpoints: each process writes its share, in the background if wished."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_sharding.common.files import read_json, write_json
+from pretrain.runs.checkpoint import commit_checkpoint, file_record, partial_folder, state_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pretrain.runs.distributed import World
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run.
+
+    A background thread never talks to other processes. Instead, the training loop sums `progress` over the processes,
+    together with other numbers that it reduces anyway, and passes the sums to `settle`. The checkpoint becomes complete
+    once every process has written its share.
+
+    Parameters
+    ----------
+    checkpoints : Path
+        The folder ``checkpoints`` of the run directory.
+    world : World
+        The processes of the run.
+    keep : int
+        Number of newest checkpoints to keep.
+    milestones : int, optional
+        Checkpoints whose step is a multiple of this number are kept as well.
+
+    Attributes
+    ----------
+    failed : int
+        Number of checkpoints that could not be written.
+    """
+
+    def __init__(self, checkpoints: Path, world: World, *, keep: int = 2, milestones: int | None = None) -> None:
+        self._checkpoints, self._world, self._keep, self._milestones = checkpoints, world, keep, milestones
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        # Step of the checkpoint that is being written; None if there is no such checkpoint.
+        self._step: int | None = None
+        self._manifest: dict[str, Any] = {}
+        self.failed = 0
+
+    def progress(self) -> tuple[float, float]:
+        """Return the progress of this process, to be summed over the processes and given to `settle`.
+
+        Returns
+        -------
+        written, failed : float
+            1 or 0 each: whether this process has finished its share, and whether it failed to write it. Both are 0 if
+            no checkpoint is being written.
+        """
+        if self._step is None or (self._thread is not None and self._thread.is_alive()):
+            return 0.0, 0.0
+        return 1.0, float(self._error is not None)
+
+    def begin(
+        self, step: int, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, asynchronous: bool = False
+    ) -> None:
+        """Begin a checkpoint; every process must call this method, after the checkpoint before has been settled.
+
+        Parameters
+        ----------
+        step : int
+            Optimiser steps done.
+        tensors : mapping of str to Tensor
+            This process's share of the tensors, by name (see `divide_by_size`). If the checkpoint is written in the
+            background, the tensors must be copies that the training does not change.
+        manifest : mapping
+            Further values that a resume needs; they must be the same on every process and fit into JSON.
+        asynchronous : bool
+            True writes in a background thread and returns at once.
+        """
+        assert self._step is None
+        # A deep copy: training may change lists in the manifest before a checkpoint in the background is complete.
+        self._step, self._error = step, None
+        self._manifest = copy.deepcopy({**manifest, "world_size": self._world.size})
+        folder = partial_folder(self._checkpoints, step)
+        try:
+            if self._world.first:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+        except OSError as error:
+            # The other processes will find no folder, so they report the failure as well.
+            self._error = error
+        self._world.barrier()
+        if asynchronous:
+            self._thread = threading.Thread(target=self._write, args=(folder, tensors), daemon=True)
+            self._thread.start()
+        else:
+            self._write(folder, tensors)
+
+    def _write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        from safetensors import SafetensorError
+
+        from pretrain.model.weights import save_weights
+
+        try:
+            records = {}
+            if tensors:
+                name = state_file(self._world.rank)
+                save_weights(dict(tensors), folder / name)
+                records[name] = file_record(folder / name)
+            write_json(folder / self._records_file(self._world.rank), records)
+        except (OSError, SafetensorError) as error:
+            self._error = self._error or error
+
+    def wait(self) -> bool:
+        """Wait until every process has written its share; every process must call this method.
+
+        Returns
+        -------
+        bool
+            Whether the checkpoint is complete; True if none was being written.
+        """
+        if self._step is None:
+            return True
+        if self._thread is not None:
+            self._thread.join()
+        return bool(self.settle(*self._world.all_reduce_sum(*self.progress())))
+
+    def settle(self, written: float, failed: float) -> bool | None:
+        """Complete the checkpoint, or give it up, if every process has finished its share.
+
+        Parameters
+        ----------
+        written, failed : float
+            Sums of `progress` over the processes.
+
+        Returns
+        -------
+        bool or None
+            Whether the checkpoint is complete; None if a process is still writing, or no checkpoint is being written.
+        """
+        if self._step is None or written < self._world.size:
+            return None
+        step, self._step, self._thread = self._step, None, None
+        if not failed and self._world.first:
+            try:
+                commit_checkpoint(
+                    self._checkpoints,
+                    step,
+                    self._collect_records(step),
+                    self._manifest,
+                    keep=self._keep,
+                    milestones=self._milestones,
+                )
+            except OSError as error:
+                self._error, failed = error, 1.0
+        if not failed:
+            return True
+        self.failed += 1
+        if self._error is not None:
+            print(
+                f"dreamscale: process {self._world.rank} could not write the checkpoint of step {step} "
+                f"({self._error}); free some space on that disk, or keep fewer checkpoints (checkpoint.keep). Until "
+                f"the next checkpoint is written, a restart resumes from an older one",
+                file=sys.stderr,
+            )
+        if self._world.first:
+            shutil.rmtree(partial_folder(self._checkpoints, step), ignore_errors=True)
+        return False
+
+    @staticmethod
+    def _records_file(rank: int) -> str:
+        return f"records_{rank:05d}.json"
+
+    def _collect_records(self, step: int) -> dict[str, Any]:
+        """Gather what each process recorded of its file, and delete those records."""
+        folder = partial_folder(self._checkpoints, step)
+        files: dict[str, Any] = {}
+        for rank in range(self._world.size):
+            path = folder / self._records_file(rank)
+            files |= read_json(path)
+            path.unlink()
+        return files

@@ -1,0 +1,60 @@
+"""Requests to stop a training: signals, or a file that appears."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+STOP_FILE = "DREAMSCALE_STOP_FILE"
+"""Environment variable: path of a file that asks the training to stop when it appears. A launcher sets this variable
+where its signals do not reach the training processes."""
+
+# A signal that arrives twice within this time counts as one request.
+_SAME_REQUEST_S = 3.0
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop reads.
+
+    A second SIGINT interrupts the process at once, unless it follows the first within a few seconds: a terminal or a
+    batch system signals every process, and torchrun then passes the same signal on to its workers. If the environment
+    variable `STOP_FILE` is set, the flag is also raised when that file appears; the file is looked for once a second.
+    """
+
+    def __init__(self) -> None:
+        self._signalled = False
+        self._first = math.inf
+        self._previous: dict[int, Any] = {}
+        self._file = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
+        self._checked_file = time.monotonic()
+
+    @property
+    def requested(self) -> bool:
+        """True after the first request to stop."""
+        if self._file is not None and not self._signalled and time.monotonic() - self._checked_file > 1.0:
+            self._checked_file = time.monotonic()
+            self._signalled = self._file.exists()
+        return self._signalled
+
+    def __enter__(self) -> StopSignal:
+        # Python allows signal handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled and number == signal.SIGINT and time.monotonic() - self._first > _SAME_REQUEST_S:
+            raise KeyboardInterrupt
+        self._first = min(self._first, time.monotonic())
+        self._signalled = True

@@ -1,0 +1,157 @@
+"""The config that a run directory keeps: read again, also in an older form, and compared with a new one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from data_sharding.common.config import parse_config, to_dict
+from data_sharding.common.errors import RequestError, one_line
+
+T = TypeVar("T")
+
+
+def read_stored_config(
+    path: Path, config_class: type, upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Read the config.yaml of a run, also of one that an older version began.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    config_class : type
+        The config's dataclass, whose ``RENAMED`` and those of its parts name the old keys.
+    upgrade : callable, optional
+        Does further changes from the old keys to today's.
+
+    Returns
+    -------
+    dict
+        The values under today's keys.
+
+    Raises
+    ------
+    RequestError
+        If the file is missing or is no config.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RequestError(f"{path}: cannot be read ({one_line(error)}); choose another output") from None
+    if not isinstance(values, dict):
+        raise RequestError(f"{path}: holds no config; choose another output")
+    values = upgrade(values) if upgrade else values
+    return plain(_rename(values, config_class))
+
+
+def load_stored_config(path: Path, config_class: type[T]) -> T:
+    """Read the config.yaml of a run into its dataclass, also that of a run that an older version began.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    config_class : type
+        The config's dataclass.
+
+    Returns
+    -------
+    object
+        The config.
+
+    Raises
+    ------
+    RequestError
+        If the file is missing, or is not a config of that class.
+    """
+    import yaml
+
+    values = read_stored_config(path, config_class)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / path.name
+        file.write_text(yaml.safe_dump(values, sort_keys=False))
+        try:
+            return parse_config(config_class, [str(file)], prog="dreamscale", positionals=("config",))
+        except RequestError as error:
+            raise RequestError(f"{path}: not the config of such a run ({error})") from None
+
+
+def _rename(values: dict[str, Any], config_class: type) -> dict[str, Any]:
+    """Copy of a stored config with its old keys under their new names."""
+    import typing
+
+    values = dict(values)
+    for old, new in getattr(config_class, "RENAMED", {}).items():
+        # A sentence in place of a name says that no key means the same; dots lead into another part.
+        if old in values and " " not in new:
+            *parts, name = new.split(".")
+            place = values
+            for part in parts:
+                place[part] = dict(place.get(part) or {})
+                place = place[part]
+            place.setdefault(name, values.pop(old))
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(hints[field.name]) and isinstance(values.get(field.name), dict):
+            values[field.name] = _rename(values[field.name], hints[field.name])
+    return values
+
+
+def changed_keys(stored: dict[str, Any], config: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Compare a stored config with a new one.
+
+    Parameters
+    ----------
+    stored : dict
+        The stored values. A key that is missing there did not exist when the run began; its default stands for it.
+    config : dataclass instance
+        The new config.
+    prefix : str
+        Dotted name of this part of the config, with a dot at the end.
+
+    Returns
+    -------
+    list of tuple
+        Dotted key, old value and new value of each difference, in the order of the config.
+    """
+    changed = []
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value) and isinstance(stored.get(field.name), dict):
+            changed += changed_keys(stored[field.name], value, f"{key}.")
+            continue
+        if field.name in stored:
+            before = stored[field.name]
+        elif field.default is not dataclasses.MISSING:
+            before = plain(_value(field.default))
+        elif field.default_factory is not dataclasses.MISSING:
+            before = plain(_value(field.default_factory()))
+        else:
+            continue
+        now = plain(_value(value))
+        if before != now:
+            changed.append((key, before, now))
+    return changed
+
+
+def _value(value: Any) -> Any:
+    """Return a config value, dataclass or not, as plain data."""
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
+
+
+def plain(value: Any) -> Any:
+    """Copy of a value as JSON gives it back, with NaN and infinities as text: JSON has no such numbers."""
+    return json.loads(json.dumps(value, default=str), parse_constant=str)
+
+
+def show(value: Any) -> str:
+    """Short text of a config value for a message."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
