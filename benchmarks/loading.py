@@ -101,7 +101,7 @@ def open_index(root: Path) -> dict[str, float]:
     seconds, rss = time.perf_counter() - start, psutil.Process().memory_info().rss - before
     loader, start = Loader(data, 64, 0), time.perf_counter()
     for step in range(100):
-        data.places(loader.positions(step)[0])
+        data.locations(loader.positions(step)[0])
     found = {"samples": len(data), "open_s": seconds, "bytes_per_sample": rss / len(data)}
     return {**found, "order_us_per_sample": 1e6 * (time.perf_counter() - start) / 6400}
 

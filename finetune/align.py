@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, run_main
 from data_sharding.common.files import write_json
+from data_sharding.dataset.batch import Batch, sequential
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import Batch, sequential
 from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import clip_image_embeddings
 from finetune.eeg import ImageAugmentConfig, eeg_for_model, load_encoder, prepare_eeg

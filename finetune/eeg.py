@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_sharding.dataset.batch import Batch, collate
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import Batch, collate
 from data_sharding.dataset.samples import pad_channels
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.images import ImageTable

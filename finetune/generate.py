@@ -18,8 +18,8 @@ from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, StopRequested, run_main
 from data_sharding.common.files import atomic_directory, write_json
 from data_sharding.common.progress import progress
+from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import collate
 from finetune.generators import Generator, load_generator
 from finetune.images import decode_image, open_paired
 from finetune.training.accelerate import pick_device, quiet_libraries
@@ -148,27 +148,27 @@ def generate(
         for start in range(0, len(numbers), config.batch):
             part, eeg = numbers[start : start + config.batch], sources[start : start + config.batch]
             batch = collate(dataset, eeg)
-            samples = [dataset[number] for number in part]
+            keys = [dataset.key(number) for number in part]
             images = generator.generate(
                 batch.padded(dtype=torch.float32),
                 steps=config.steps,
                 guidance_scale=config.guidance_scale,
-                seeds=[trial_seed(config.seed, sample.key) for sample in samples],
+                seeds=[trial_seed(config.seed, key) for key in keys],
             )
-            for sample, eeg_key, image in zip(samples, batch.keys, images, strict=True):
-                assert sample.image is not None
-                real = decode_image(sample.image, image.shape[0], name=f"{dataset.path}: sample {sample.key}")
-                _save_png(root / "images" / f"{sample.key}.png", image)
-                _save_png(root / "real" / f"{sample.key}.png", real)
+            for number, key, eeg_key, image in zip(part, keys, batch.keys, images, strict=True):
+                meta = dataset.meta(number)
+                real = decode_image(dataset.image(number), image.shape[0], name=f"{dataset.path}: sample {key}")
+                _save_png(root / "images" / f"{key}.png", image)
+                _save_png(root / "real" / f"{key}.png", real)
                 trials.append(
                     {
-                        "key": sample.key,
+                        "key": key,
                         "eeg_key": eeg_key,
-                        "image_id": sample.meta["image_id"],
-                        "label": sample.meta["label"],
-                        "subject": sample.meta["subject"],
-                        "file": f"images/{sample.key}.png",
-                        "real_file": f"real/{sample.key}.png",
+                        "image_id": meta["image_id"],
+                        "label": meta["label"],
+                        "subject": meta["subject"],
+                        "file": f"images/{key}.png",
+                        "real_file": f"real/{key}.png",
                     }
                 )
             advance(len(part))

@@ -191,9 +191,9 @@ class ImageTable:
         """
         out = []
         for row in range(len(self)) if rows is None else rows:
-            sample = self.dataset[self._first[row]]
-            assert sample.image is not None
-            out.append(decode_image(sample.image, size, name=f"{self.dataset.path}: sample {sample.key}"))
+            number = self._first[row]
+            name = f"{self.dataset.path}: sample {self.dataset.key(number)}"
+            out.append(decode_image(self.dataset.image(number), size, name=name))
         if len({image.shape for image in out}) > 1:
             raise RequestError(f"{self.dataset.path}: images of different sizes; name the size to bring them to")
         return np.stack(out)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, StopRequested, run_main
 from data_sharding.common.files import read_json, write_json
+from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import Batch, Loader
+from data_sharding.dataset.loader import Loader
 from data_sharding.dataset.mixture import Mixture
 from data_sharding.dataset.samples import N_PADDED
 from pretrain.model.flops import batch_flops, peak_flops

@@ -1,6 +1,6 @@
-"""A written dataset: random access to its samples, and a small writer for tests and tools.
+"""Random access to the samples of a dataset, and a function that writes a small dataset for tests and tools.
 
-Shapes: b samples, n true channels, T samples a window.
+Shapes: b samples, n true channels, T time points of a window.
 """
 
 from __future__ import annotations
@@ -23,10 +23,19 @@ from data_sharding.dataset.cache import ShardCache
 from data_sharding.dataset.manifest import NAME as MANIFEST
 from data_sharding.dataset.manifest import Manifest, Shard
 from data_sharding.dataset.samples import IMAGE_EXTENSIONS, Sample, ShardWriter
-from data_sharding.dataset.shard_reader import HEADER, INDEX, Packed, Place, Reader, locate, pack, parse_index
+from data_sharding.dataset.shard_reader import (
+    HEADER,
+    INDEX,
+    PackedSamples,
+    SampleLocation,
+    ShardReader,
+    locate,
+    pack,
+    parse_index,
+)
 from data_sharding.processing.preprocess import PreprocessSpec
 
-_FETCH_SIDE_BY_SIDE = 16
+_PARALLEL_FETCHES = 16
 
 
 class EEGDataset:
@@ -35,25 +44,25 @@ class EEGDataset:
     Parameters
     ----------
     path : str, Path or UPath
-        The dataset's directory, on this machine or on an object store (``s3://bucket/lab``). Shards of a remote one are
-        fetched whole, checked, and kept in a bounded cache (`data_sharding.dataset.cache`).
+        Directory of the dataset, on this machine or on an object store (``s3://bucket/lab``). Shards of a remote
+        dataset are downloaded whole, checked, and kept in a bounded cache (`data_sharding.dataset.cache`).
     split : str
         train, val or test.
     cache_gb : float, optional
-        Bound of the cache; DREAMSCALE_CACHE_GB by default, or 50 where that is not set.
+        Size limit of the cache; by default DREAMSCALE_CACHE_GB, or 50 if that variable is not set.
 
     Attributes
     ----------
     shards : list of Shard
-        The split's shards, as the manifest has them.
+        Shards of the split, as the manifest lists them.
     first : ndarray of int, shape (shards + 1,)
-        Number of each shard's first sample, and of samples.
+        Number of each shard's first sample, then the number of samples.
 
     Raises
     ------
     RequestError
-        If there is no complete dataset, no such split, the split is empty, or a shard is missing or of another size
-        than the manifest says.
+        If there is no complete dataset, if the split does not exist or is empty, or if a shard is missing or its size
+        differs from the manifest.
     """
 
     def __init__(self, path: str | Path | AnyPath, split: str = "train", *, cache_gb: float | None = None) -> None:
@@ -64,16 +73,16 @@ class EEGDataset:
         self.shards = self.manifest.splits.get(split) or []
         if not self.manifest.samples(split):
             have = [name for name in ("train", "val", "test") if self.manifest.samples(name)]
-            raise RequestError(f"{self.path}: no samples in split '{split}'; it has {', '.join(have) or 'none at all'}")
+            raise RequestError(f"{self.path}: no samples in split '{split}'; it has {', '.join(have) or 'no samples'}")
         self.first = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self.index = np.empty(self.first[-1], INDEX)
-        with ThreadPoolExecutor(_FETCH_SIDE_BY_SIDE if self.cache else 1) as pool:
-            for first, rows in zip(self.first, pool.map(self._index_of, self.shards), strict=False):
+        with ThreadPoolExecutor(_PARALLEL_FETCHES if self.cache else 1) as pool:
+            for first, rows in zip(self.first, pool.map(self._read_index, self.shards), strict=False):
                 self.index[first : first + len(rows)] = rows
         self._names = [str(self.path / shard.path) for shard in self.shards]
         self._local = threading.local()
 
-    def _index_of(self, shard: Shard) -> np.ndarray:
+    def _read_index(self, shard: Shard) -> np.ndarray:
         tar = self.path / shard.path
         index = tar.with_suffix(".idx")
         if self.cache:
@@ -98,17 +107,17 @@ class EEGDataset:
 
     @property
     def labels(self) -> list[str]:
-        """Names of the labels by number; empty where the dataset has no images."""
+        """Name of each label, in the order of the label numbers; empty if the dataset has no images."""
         return self.manifest.labels
 
     @property
     def paired(self) -> bool:
-        """True where every sample has an image."""
+        """Whether every sample has an image."""
         return bool(self.index["image"].all())
 
     @property
     def parts(self) -> list[EEGDataset]:
-        """The dataset itself: a mixture has several (`data_sharding.dataset.mixture`)."""
+        """A list of this dataset alone; the `parts` of a mixture are its datasets (`data_sharding.dataset.mixture`)."""
         return [self]
 
     def require_images(self) -> EEGDataset:
@@ -117,7 +126,7 @@ class EEGDataset:
         Returns
         -------
         EEGDataset
-            The dataset itself.
+            This dataset.
 
         Raises
         ------
@@ -132,30 +141,30 @@ class EEGDataset:
         return self
 
     def require_preprocess(self, spec: PreprocessSpec, what: str) -> EEGDataset:
-        """Refuse a dataset that was preprocessed in another way than a model's training data.
+        """Refuse a dataset whose preprocessing differs from that of a model's training data.
 
         Parameters
         ----------
         spec : PreprocessSpec
-            The model's.
+            Preprocessing of the model.
         what : str
-            The model's name in the message.
+            Name of the model, for the message.
 
         Returns
         -------
         EEGDataset
-            The dataset itself.
+            This dataset.
 
         Raises
         ------
         RequestError
-            If they differ, with every differing key named. `stride` and `reject_uv` may: they say which windows there
-            are, and change nothing in one.
+            If a key differs; the message names every such key. `stride` and `reject_uv` may differ: they decide which
+            windows exist, but not the values in a window.
         """
         differ = spec.differences(self.spec)
-        if what_differs := [text for key, text in differ.items() if key not in ("stride", "reject_uv")]:
+        if found := [text for key, text in differ.items() if key not in ("stride", "reject_uv")]:
             raise RequestError(
-                f"{what} and {self.path} were preprocessed differently ({', '.join(what_differs)}); "
+                f"{what} and {self.path} were preprocessed differently ({', '.join(found)}); "
                 f"shard the recordings with the model's preprocess settings"
             )
         return self
@@ -171,60 +180,49 @@ class EEGDataset:
         self._local = threading.local()
 
     @property
-    def reader(self) -> Reader:
-        """Open shards and buffers of this thread."""
+    def reader(self) -> ShardReader:
+        """Open shards and buffers of the current thread."""
         reader = getattr(self._local, "reader", None)
         if reader is None:
-            reader = self._local.reader = Reader(self)
+            reader = self._local.reader = ShardReader(self)
         return reader
 
-    def places(self, numbers: Sequence[int] | np.ndarray) -> list[Place]:
-        """Where samples lie.
+    def locations(self, numbers: Sequence[int] | np.ndarray) -> list[SampleLocation]:
+        """Compute where samples lie.
 
         Parameters
         ----------
         numbers : sequence of int
-            Which samples; negative ones count from the end.
+            Numbers of the samples; negative numbers count from the end.
 
         Returns
         -------
-        list of Place
+        list of SampleLocation
             In the order of `numbers`.
 
         Raises
         ------
         IndexError
-            If there is no such sample.
+            If the split has no sample of such a number.
         """
         return locate(self.index, self.first, numbers)
 
     def shard_name(self, shard: int) -> str:
-        """Whole path of a shard, for messages.
-
-        Parameters
-        ----------
-        shard : int
-            Its number in `shards`.
-
-        Returns
-        -------
-        str
-            The path.
-        """
+        """Path of a shard (by its number in `shards`), for messages."""
         return self._names[shard]
 
     def open_shard(self, shard: int) -> int:
-        """Open a shard for reading, fetched first where it is remote.
+        """Open a shard for reading; a shard of a remote dataset is downloaded first.
 
         Parameters
         ----------
         shard : int
-            Its number in `shards`.
+            Number of the shard in `shards`.
 
         Returns
         -------
         int
-            File descriptor, the caller's to close.
+            File descriptor; the caller closes it.
         """
         entry = self.shards[shard]
         if self.cache:
@@ -232,86 +230,90 @@ class EEGDataset:
         return os.open(str(self.path / entry.path), os.O_RDONLY)
 
     def key(self, number: int) -> str:
-        """Key of a sample.
-
-        Parameters
-        ----------
-        number : int
-            Which sample.
-
-        Returns
-        -------
-        str
-            Its key.
-        """
-        (place,) = self.places([number])
-        return self.reader.key(place, self.reader.read(place, place.start, HEADER))
+        """Read the key of a sample."""
+        (location,) = self.locations([number])
+        return self.reader.parse_key(location, self.reader.read(location, location.start, HEADER))
 
     def meta(self, number: int) -> dict[str, Any]:
-        """JSON of a sample, without reading its signal.
+        """Read the metadata of a sample; its EEG is not read."""
+        (location,) = self.locations([number])
+        return self.reader.meta(location, bytes(self.reader.read(location, location.meta_at, location.meta)))
+
+    def image(self, number: int) -> bytes:
+        """Read the image of a sample; its EEG is neither read nor decompressed.
 
         Parameters
         ----------
         number : int
-            Which sample.
+            Number of the sample; negative numbers count from the end.
 
         Returns
         -------
-        dict
-            Its metadata.
-        """
-        (place,) = self.places([number])
-        return self.reader.meta(place, bytes(self.reader.read(place, place.meta_at, place.meta)))
+        bytes
+            The image file, as the corpus has it.
 
-    def pack(self, numbers: Sequence[int], out: np.ndarray | None = None) -> Packed:
+        Raises
+        ------
+        RequestError
+            If the sample has no image, or its image cannot be read.
+        """
+        (location,) = self.locations([number])
+        if not location.image:
+            raise RequestError(
+                f"{self.path}: sample {self.key(number)} has no image; "
+                "images are in EEG-image datasets only (from a corpus of kind 'events')"
+            )
+        return self.reader.image(location)
+
+    def pack(self, numbers: Sequence[int], out: np.ndarray | None = None) -> PackedSamples:
         """Read samples without their images.
 
         Parameters
         ----------
         numbers : sequence of int
-            Which samples.
+            Numbers of the samples.
         out : ndarray of float16, shape (rows, T), optional
-            Where signals go if they find room there.
+            Memory for the signals. If it is too small, new memory is allocated.
 
         Returns
         -------
-        Packed
+        PackedSamples
             True channels one after another, in the order of `numbers`.
 
         Raises
         ------
         RequestError
-            If one is damaged, with file and key.
+            If a sample is damaged; the message names the file and the sample's key.
         """
         reader = self.reader
-        reader.let_go()
-        return pack([(reader, place) for place in self.places(numbers)], self.spec.window, out)
+        reader.close_evicted()
+        return pack([(reader, location) for location in self.locations(numbers)], self.spec.window, out)
 
     def __getitem__(self, number: int) -> Sample:
-        (place,) = self.places([number])
+        (location,) = self.locations([number])
         reader = self.reader
-        key, text, n = reader.load(place)
+        key, text, n = reader.load(location)
         return Sample(
             key=key,
             eeg=reader.window[:n].copy(),
-            meta=reader.meta(place, text, key),
-            image=bytes(reader.read(place, place.image_at, place.image)) if place.image else None,
-            image_ext=IMAGE_EXTENSIONS[place.ext] if place.image else "png",
+            meta=reader.meta(location, text, key),
+            image=reader.image(location) if location.image else None,
+            image_ext=IMAGE_EXTENSIONS[location.ext] if location.image else "png",
         )
 
 
 def read_manifest(path: AnyPath) -> Manifest:
-    """Manifest of a dataset, wherever it lies.
+    """Read the manifest of a local or remote dataset.
 
     Parameters
     ----------
     path : Path or UPath
-        The dataset.
+        Directory of the dataset.
 
     Returns
     -------
     Manifest
-        What it holds.
+        The manifest.
 
     Raises
     ------
@@ -332,16 +334,16 @@ def read_manifest(path: AnyPath) -> Manifest:
 
 
 def shard_record(root: Path, tar: Path, samples: int) -> Shard:
-    """Manifest entry of a finished shard.
+    """Make the manifest entry of a finished shard.
 
     Parameters
     ----------
     root : Path
-        The dataset's directory.
+        Directory of the dataset.
     tar : Path
-        The shard inside it, its index beside it.
+        The shard in this directory; its index lies beside it.
     samples : int
-        Samples in it.
+        Number of samples in the shard.
 
     Returns
     -------
@@ -365,25 +367,25 @@ def write_dataset(
     labels: list[str] | None = None,
     samples_per_shard: int = 256,
 ) -> Manifest:
-    """Write a dataset from samples in memory; corpora on disk go through the Ray job (`data_sharding.job.run`).
+    """Write a dataset from samples in memory. Recordings on disk are sharded by the job (`data_sharding.job.run`).
 
     Parameters
     ----------
     path : str, Path or UPath
-        The dataset to write, also on an object store; replaced once the new one is whole.
+        Directory to write, also on an object store; an old dataset there is replaced when the new one is complete.
     samples : mapping of str to iterable of Sample
         Samples of each split.
     spec : PreprocessSpec
-        What was applied to them.
+        Preprocessing that was applied to the samples.
     labels : list of str, optional
-        Names of the labels by number.
+        Name of each label, in the order of the label numbers.
     samples_per_shard : int
-        Samples a tar.
+        Samples in one tar.
 
     Returns
     -------
     Manifest
-        What was written.
+        Manifest of the new dataset.
     """
     target = as_path(path)
     if is_remote(target):

@@ -1,6 +1,6 @@
-"""Batches in an order that is exactly once an epoch, the same for any number of ranks and workers.
+"""Stream of batches for training. It visits every sample exactly once an epoch, for any number of ranks and workers.
 
-Shapes: b samples of this rank, n true channels of a sample, T samples a window.
+Shapes: b samples of this rank, n true channels of a sample, T time points of a window.
 """
 
 from __future__ import annotations
@@ -10,178 +10,45 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from data_sharding.common.errors import RankError, RequestError
+from data_sharding.dataset.batch import Batch, collate
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.order import EpochOrder, Interleaved, Order
+from data_sharding.dataset.mixture import Mixture
+from data_sharding.dataset.order import DatasetInterleaver, EpochOrder, Order
 from data_sharding.dataset.samples import N_PADDED
-from data_sharding.dataset.shard_reader import parse_meta
-from data_sharding.dataset.shared_memory import Shipped, Slots
+from data_sharding.dataset.shared_memory import BatchInSlot, Slots
 
-if TYPE_CHECKING:
-    import torch
-
-    from data_sharding.dataset.mixture import Mixture
-
-
-_UNDER_WAY = 4
-"""Batches that a reading process prepares ahead."""
-_LISTS = ("channels", "keys", "json", "shards", "numbers", "epochs")
-
-
-@dataclass(kw_only=True)
-class Batch:
-    """Samples of one rank for one step; `len` is b, and a slice is a batch of fewer."""
-
-    packed: torch.Tensor
-    """[sum of n, T] float16 microvolts: true channels only, sample after sample. `padded` makes windows of them."""
-    channels: list[int]
-    """n of each sample."""
-    keys: list[str]
-    """Keys of the samples."""
-    json: list[bytes]
-    """Their metadata as it is stored; `metas` parses it."""
-    shards: list[str]
-    """The shard that each comes from."""
-    numbers: list[int]
-    """Their numbers in the dataset."""
-    epochs: list[int]
-    """The epoch each belongs to: a batch may straddle two."""
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, part: slice) -> Batch:
-        start, stop, step = part.indices(len(self))
-        if step != 1:
-            raise ValueError("batches are cut without gaps")
-        ends = np.cumsum([0, *self.channels])
-        rows = slice(int(ends[start]), int(ends[max(start, stop)]))
-        lists = {name: getattr(self, name)[part] for name in _LISTS}
-        return Batch(packed=self.packed[rows], **lists)
-
-    @functools.cached_property
-    def metas(self) -> list[dict[str, Any]]:
-        """Their JSON, parsed; a RequestError names file and key of a damaged one."""
-        return [parse_meta(*of) for of in zip(self.json, self.shards, self.keys, strict=True)]
-
-    @functools.cached_property
-    def eeg(self) -> torch.Tensor:
-        """[b, 128, T] float16 microvolts on the CPU, padded by replication."""
-        return self.padded()
-
-    def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Windows of 128 channels, row i the true channel i mod n.
-
-        Only true channels travel to the device, as float16; they are replicated and cast there.
-
-        Parameters
-        ----------
-        device : torch.device or str, optional
-            Where to; stays where it is by default.
-        dtype : torch.dtype, optional
-            Of the result; float16 by default.
-
-        Returns
-        -------
-        Tensor, shape (b, 128, T)
-            Microvolts.
-
-        References
-        ----------
-        Bai et al., DreamDiffusion, arXiv 2306.16934, section 3.1.
-        """
-        import torch
-
-        n_b1 = np.array(self.channels)[:, None]
-        rows_bC = (np.cumsum(n_b1, axis=0) - n_b1) + np.arange(N_PADDED) % n_b1
-        rows = torch.from_numpy(rows_bC.ravel())
-        device = torch.device(device or self.packed.device)
-        if device.type == "cuda":
-            rows = rows.pin_memory()
-        x = self.packed.to(device, non_blocking=True)
-        # Cast before replicating: fewer rows to cast.
-        x = x if dtype is None else x.to(dtype)
-        return x.index_select(0, rows.to(device, non_blocking=True)).view(len(self), N_PADDED, -1)
-
-    def pin_memory(self) -> Batch:
-        """Move to page-locked memory, from which copies to a GPU run beside its work.
-
-        Returns
-        -------
-        Batch
-            Itself.
-        """
-        self.packed = self.packed.pin_memory()
-        return self
-
-
-def collate(
-    dataset: EEGDataset | Mixture,
-    numbers: Sequence[int],
-    epochs: Sequence[int] | None = None,
-    out: np.ndarray | None = None,
-) -> Batch:
-    """Read samples into a batch.
-
-    Parameters
-    ----------
-    dataset : EEGDataset or Mixture
-        Where from.
-    numbers : sequence of int
-        Which samples.
-    epochs : sequence of int, optional
-        The epoch each belongs to; 0 by default.
-    out : ndarray of float16, shape (rows, T), optional
-        Memory for the signals, if they find room there.
-
-    Returns
-    -------
-    Batch
-        The batch.
-
-    Raises
-    ------
-    RequestError
-        If a sample is damaged, with file and key.
-    """
-    import torch
-
-    packed = dataset.pack(numbers, out)
-    return Batch(
-        packed=torch.from_numpy(packed.eeg),
-        channels=packed.channels,
-        keys=packed.keys,
-        json=packed.json,
-        shards=packed.shards,
-        numbers=list(numbers),
-        epochs=list(epochs or [0] * len(numbers)),
-    )
+_PREFETCH_BATCHES = 4
+"""Batches that each worker prefetches."""
 
 
 @dataclass(frozen=True)
-class _Refusal:
-    """What a reading process says in place of a batch; torch would wrap an exception's one line in a traceback."""
+class _WorkerError:
+    """Error message that a worker sends in place of a batch.
+
+    If the worker raised the error, torch would wrap its one line in a traceback.
+    """
 
     message: str
 
 
-class _Ahead:
-    """Fetches the shards of this window and the next one of remote datasets, beside the reading."""
+class _ShardPrefetcher:
+    """Downloads the shards of the current and the next window of remote datasets, in background threads."""
 
     def __init__(self) -> None:
         self.windows: dict[int, tuple[int, int]] = {}
 
-    def fetch(self, loader: Loader, step: int) -> None:
-        """Start a thread for each dataset of which this step begins a window."""
+    def prefetch(self, loader: Loader, step: int) -> None:
+        """Start a download thread for each dataset that enters a new window at this step."""
         if loader.order != "shards":
             return
-        for stream, (part, place) in enumerate(zip(loader.dataset.parts, loader.first_places(step), strict=True)):
+        for stream, (part, place) in enumerate(zip(loader.dataset.parts, loader.stream_places(step), strict=True)):
             if not part.cache:
                 continue
             window, shards = loader.orders[stream].windows(place)
@@ -190,51 +57,51 @@ class _Ahead:
                 threading.Thread(target=self._run, args=(part, stream, window, shards), daemon=True).start()
 
     def _run(self, part: EEGDataset, stream: int, window: tuple[int, int], shards: list[int]) -> None:
-        # Other processes want the same ones: each begins elsewhere.
+        # Other processes download the same shards, so each process starts at another one.
         turn = os.getpid() % len(shards)
         for shard in shards[turn:] + shards[:turn]:
             if self.windows.get(stream) != window:
-                # Reading was faster, and what it has passed would only take room.
+                # Reading has already left this window; its shards would only fill the cache.
                 return
             try:
                 os.close(part.open_shard(shard))
             except (OSError, RequestError):
-                # Who needs the shard will find the same, and say so.
+                # The process that reads a sample of this shard meets the same error and reports it.
                 return
 
 
-class _Steps:
-    """Map-style view of the stream for torch's DataLoader: item t is this rank's part of global batch t."""
+class _StepDataset:
+    """Map-style dataset for torch's DataLoader: item t is this rank's part of global batch t."""
 
     def __init__(self, loader: Loader, slots: Slots | None = None) -> None:
-        self.loader, self.ahead, self.slots = loader, _Ahead(), slots
+        self.loader, self.prefetcher, self.slots = loader, _ShardPrefetcher(), slots
         self.served = 0
 
     def __len__(self) -> int:
         return 2**62
 
-    def __getitem__(self, step: int) -> Batch | Shipped | _Refusal:
+    def __getitem__(self, step: int) -> Batch | BatchInSlot | _WorkerError:
         from torch.utils.data import get_worker_info
 
         numbers, epochs = self.loader.positions(step)
-        self.ahead.fetch(self.loader, step)
-        worker, out, place = get_worker_info(), None, 0
+        self.prefetcher.prefetch(self.loader, step)
+        worker, out, slot = get_worker_info(), None, 0
         if self.slots and worker:
-            place = worker.id * self.slots.each + self.served % self.slots.each
-            out = self.slots.view(place)
+            slot = worker.id * self.slots.per_worker + self.served % self.slots.per_worker
+            out = self.slots.view(slot)
             self.served += 1
         try:
             batch = collate(self.loader.dataset, numbers, epochs, out)
         except RequestError as error:
-            return _Refusal(str(error))
+            return _WorkerError(str(error))
         if self.slots is None or out is None or batch.packed.data_ptr() != out.ctypes.data:
             return batch
         rows, batch.packed = len(batch.packed), batch.packed[:0].clone()
-        return Shipped(batch=batch, slots=self.slots.number, place=place, rows=rows)
+        return BatchInSlot(batch=batch, slots=self.slots.number, slot=slot, rows=rows)
 
 
-class _From:
-    """Steps from a place on, without end."""
+class _StepSampler:
+    """Endless sampler for torch's DataLoader: steps from `start` on."""
 
     def __init__(self, start: int) -> None:
         self.start = start
@@ -247,8 +114,8 @@ class _From:
 
 
 @contextlib.contextmanager
-def _held_back(number: signal.Signals) -> Iterator[None]:
-    """Hold a signal back from this thread, and from all threads of the processes that it starts meanwhile."""
+def _block_signal(number: signal.Signals) -> Iterator[None]:
+    """Block a signal in this thread, and in all threads of the processes that it starts inside the context."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
@@ -256,14 +123,22 @@ def _held_back(number: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _outlive_signals(reads_for: int, worker: int) -> None:
-    """Let a reading process outlive what is meant for the training, which decides by itself when to stop.
+def _ignore_job_signals(parent: int, worker: int) -> None:
+    """Let a worker ignore the signals that a batch system sends to a whole job.
 
-    Batch systems and torchrun signal every process of a job. Of SIGTERM, torch's reading processes die unless it comes
-    from the process that they read for, and that one fails as soon as one of them is dead. The process must have been
-    started with SIGTERM held back, or a thread that some library starts in every new process could still take it.
+    Batch systems and torchrun signal every process of a job, but only the training process decides when to stop. A
+    worker of torch would die of SIGTERM, and the training process fails when a worker is dead. So a worker ends at a
+    SIGTERM only if its parent sent the signal. The worker must be started with SIGTERM blocked: otherwise a thread
+    that some library starts in every new process could still receive the signal.
 
-    Where the process read for is gone, this one ends, too: torch's would wait for somebody to empty its queue.
+    The worker also ends when its parent is gone. A worker of torch would wait for ever for a reader of its queue.
+
+    Parameters
+    ----------
+    parent : int
+        Process id of the training process.
+    worker : int
+        Number of the worker; torch passes it, and it is not used.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -271,9 +146,9 @@ def _outlive_signals(reads_for: int, worker: int) -> None:
         return
 
     def wait() -> None:
-        while os.getppid() == reads_for:
+        while os.getppid() == parent:
             found = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-            if found and found.si_pid == reads_for:
+            if found and found.si_pid == parent:
                 break
         os._exit(0)
 
@@ -283,35 +158,36 @@ def _outlive_signals(reads_for: int, worker: int) -> None:
 class Loader:
     """Endless stream of batches.
 
-    The epochs' orders stand one after another; global batch t is the slice ``[tB, (t + 1)B)`` of that line, and
-    each rank takes every world_size-th sample of it. So every sample comes exactly once an epoch, all ranks take equal
-    steps, and the global batches do not depend on ranks or workers. In a mixture each dataset has such a line of its
-    own, and its weight says how large a share of the places is dealt to it.
+    Imagine the orders of epoch 0, 1, 2 ... written one after another on one line. Global batch t is the slice
+    ``[tB, (t + 1)B)`` of that line, where B is the global batch size, and each rank takes every world_size-th sample
+    of the slice. So every sample comes exactly once an epoch, all ranks take the same number of steps, and the global
+    batches do not depend on the number of ranks or workers. In a mixture each dataset has its own line; the weight of
+    a dataset is the share of the places of a global batch that it fills.
 
     Parameters
     ----------
     dataset : EEGDataset or Mixture
-        What to read.
+        Dataset to read from.
     global_batch : int
-        Samples of a step over all ranks.
+        Samples of a step, over all ranks.
     seed : int
-        Of the order.
+        Seed of the order.
     rank, world_size : int
-        This process among how many.
+        Rank of this process and number of ranks.
     num_workers : int
-        Reading processes; 0 reads in this one.
+        Worker processes that read; with 0, this process reads.
     order : {"global", "shards"}
-        global: at random over all samples; a remote dataset must then fit into the cache. shards: shards at random, and
-        samples at random within each `window` of them; only two windows need fit.
+        global: random order over all samples; a remote dataset must then fit into the cache. shards: random order of
+        the shards, and random order of the samples within each `window` of shards; the cache holds two windows.
     window : int
         Shards that are read at a time under order shards.
     pin_memory : bool, optional
-        Whether batches come in page-locked memory; where there is a GPU by default.
+        Whether the batches are in page-locked memory; by default only if there is a GPU.
 
     Raises
     ------
     RequestError
-        If the global batch is not a multiple of the world size, or what is read at a time exceeds the cache.
+        If the global batch is not a multiple of the world size, or the cache is too small for the order.
     """
 
     def __init__(
@@ -332,7 +208,9 @@ class Loader:
                 f"global batch {global_batch} must be a multiple of the number of processes, {world_size}"
             )
         if order not in ("global", "shards") or window < 1:
-            raise RequestError(f"order is '{order}' and window {window}: need global or shards, and a window from 1")
+            raise RequestError(
+                f"order is '{order}' and window is {window}; order must be global or shards, and window at least 1"
+            )
         self.dataset, self.global_batch, self.seed = dataset, global_batch, seed
         self.rank, self.world_size, self.num_workers = rank, world_size, num_workers
         self.order: Order = order
@@ -344,10 +222,10 @@ class Loader:
         ]
         self._first = np.cumsum([0, *(len(part) for part in dataset.parts)])
         weights = getattr(dataset, "weights", None)
-        self._turns = Interleaved(weights, seed) if weights else None
+        self._interleaver = DatasetInterleaver(weights, seed) if weights else None
 
     def positions(self, step: int) -> tuple[list[int], list[int]]:
-        """Samples of this rank in a step.
+        """Compute which samples this rank reads in a step.
 
         Parameters
         ----------
@@ -357,15 +235,15 @@ class Loader:
         Returns
         -------
         numbers : list of int
-            Samples of the dataset.
+            Numbers of the samples in the dataset.
         epochs : list of int
-            The epoch each belongs to, of its own dataset in a mixture.
+            Epoch of each sample; in a mixture, the epoch of the sample's own dataset.
         """
         line = np.arange(step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world_size)
-        if self._turns is None:
+        if self._interleaver is None:
             numbers, epochs = self.orders[0].at(line)
             return numbers.tolist(), epochs.tolist()
-        which, place = self._turns.at(line)
+        which, place = self._interleaver.at(line)
         numbers, epochs = np.empty_like(line), np.empty_like(line)
         for stream in np.unique(which).tolist():
             mine = which == stream
@@ -373,8 +251,8 @@ class Loader:
             numbers[mine] += self._first[stream]
         return numbers.tolist(), epochs.tolist()
 
-    def first_places(self, step: int) -> list[int]:
-        """Where a step begins in each dataset's own order.
+    def stream_places(self, step: int) -> list[int]:
+        """Compute where a step begins in the order of each dataset.
 
         Parameters
         ----------
@@ -384,49 +262,50 @@ class Loader:
         Returns
         -------
         list of int
-            A place for each dataset; within a block of the mixture's turns, where that block begins.
+            One place for each dataset. In a mixture, it is the place at which the block of this step begins
+            (see `DatasetInterleaver`).
         """
         place = step * self.global_batch
-        return [place] if self._turns is None else self._turns.begun(place)
+        return [place] if self._interleaver is None else self._interleaver.dealt_before(place)
 
     @property
     def epoch(self) -> float:
-        """Epochs consumed so far; of a mixture, samples consumed over the samples that it has."""
+        """Samples consumed so far, divided by the number of samples of the dataset or of the whole mixture."""
         return self.step * self.global_batch / len(self.dataset)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the present step on; the step counts what was taken, not what was read ahead."""
+        """Yield batches from the current step on; `step` counts the batches that were taken, not prefetched ones."""
         import torch
         from torch.utils.data import DataLoader
 
         slots = None
-        if self.num_workers and Slots.possible():
-            # Torch deals steps out in turn and lets each process have so many under way; one more is being copied.
+        if self.num_workers and Slots.supported():
             known = [int(part.index["n"].max()) if part.index["n"].all() else N_PADDED for part in self.dataset.parts]
             rows = self.global_batch // self.world_size * max(known)
-            slots = Slots(self.num_workers, _UNDER_WAY + 2, rows, self.dataset.spec.window)
+            # Two slots more than prefetched batches: the worker writes to one while the parent copies another.
+            slots = Slots(self.num_workers, _PREFETCH_BATCHES + 2, rows, self.dataset.spec.window)
         reader = DataLoader(
-            _Steps(self, slots),  # type: ignore[arg-type]
-            sampler=_From(self.step),
+            _StepDataset(self, slots),  # type: ignore[arg-type]
+            sampler=_StepSampler(self.step),
             batch_size=None,
             num_workers=self.num_workers,
-            prefetch_factor=_UNDER_WAY if self.num_workers else None,
+            prefetch_factor=_PREFETCH_BATCHES if self.num_workers else None,
             multiprocessing_context="fork" if slots else None,
-            worker_init_fn=functools.partial(_outlive_signals, os.getpid()),
+            worker_init_fn=functools.partial(_ignore_job_signals, os.getpid()),
             pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
         )
-        with _held_back(signal.SIGTERM):
+        with _block_signal(signal.SIGTERM):
             batches = iter(reader)
         for batch in batches:
-            if isinstance(batch, _Refusal):
+            if isinstance(batch, _WorkerError):
                 raise RankError(batch.message)
-            if isinstance(batch, Shipped):
-                batch = batch.arrived()
+            if isinstance(batch, BatchInSlot):
+                batch = batch.copy_out()
             self.step += 1
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands; of constant size."""
+        """Return the position of the stream; its size does not grow with the number of steps."""
         return {
             "dataset_id": self.dataset.manifest.dataset_id,
             "split": self.dataset.split,
@@ -437,17 +316,17 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved place, with any number of ranks and workers.
+        """Resume from a saved position; the number of ranks and workers may have changed.
 
         Parameters
         ----------
         state : dict
-            What `state_dict` gave.
+            A result of `state_dict`.
 
         Raises
         ------
         RequestError
-            If it belongs to another dataset, seed, order or global batch.
+            If the state belongs to another dataset, seed, order or global batch.
         """
         for key, value in self.state_dict().items():
             if key != "step" and state.get(key) != value:
@@ -459,21 +338,21 @@ class Loader:
 
 
 def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> None:
-    """Refuse an order under which a bounded cache would fetch the same shards over and over.
+    """Refuse an order for which the cache is too small: the same shards would be downloaded again and again.
 
     Parameters
     ----------
     dataset : EEGDataset or Mixture
-        What is to be read.
+        Dataset to read from.
     order : {"global", "shards"}
-        The order.
+        Order of the samples.
     window : int
         Shards that are read at a time under order shards.
 
     Raises
     ------
     RequestError
-        If what is read at a time is more than the cache holds.
+        If the shards that are read at a time are larger than the cache.
     """
     remote = [part for part in dataset.parts if part.cache]
     if not remote:
@@ -481,7 +360,7 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     need = 0
     for part in remote:
         sizes = sorted((shard.bytes for shard in part.shards), reverse=True)
-        # A window is finished while the next one begins.
+        # At the border of two windows, a batch contains samples of both.
         need += sum(sizes if order == "global" else sizes[: 2 * window])
     limit = min(part.cache.limit for part in remote if part.cache)
     if need > limit:
@@ -490,25 +369,3 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
             f"{dataset.path} ({dataset.split}): order '{order}' reads {need / 1e9:.3g} GB at a time, the cache holds "
             f"{limit / 1e9:.3g} GB; {advice}raise DREAMSCALE_CACHE_GB"
         )
-
-
-def sequential(dataset: EEGDataset, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-    """Every sample of a split once, in its own order, for evaluation.
-
-    Parameters
-    ----------
-    dataset : EEGDataset
-        What to read.
-    batch_size : int
-        Samples a batch; the last one may be smaller.
-    rank, world_size : int
-        This process takes every world_size-th sample; the ranks' counts may differ by one.
-
-    Yields
-    ------
-    Batch
-        The next batch.
-    """
-    numbers = list(range(rank, len(dataset), world_size))
-    for start in range(0, len(numbers), batch_size):
-        yield collate(dataset, numbers[start : start + batch_size])

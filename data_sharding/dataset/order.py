@@ -1,8 +1,12 @@
-"""Orders of samples as pure functions of seed, epoch and place: nothing is kept in memory but a row a shard.
+"""Order of the samples in training, as a function of seed, epoch and place.
 
-A permutation of a hundred million samples takes 0.8 GB in every reading process of every rank, and numpy does not
-promise the same one from release to release. A Feistel network over the places costs a microsecond a sample, needs no
-memory, and is the same everywhere and for good.
+A place is a position in the order: 0 is the first sample of epoch 0, n the first sample of epoch 1, and so on. The
+functions here compute the sample at any place directly. So a resumed run, another number of ranks and a worker all
+find the same sample without any state.
+
+Why not `numpy.random.permutation`: it takes 0.8 GB for a hundred million samples, in every worker of every rank, and
+NumPy does not promise the same permutation in every release. The Feistel network below takes about a microsecond a
+sample and no memory, and its result never changes. Only one number for each shard is kept in memory.
 
 Shapes: b places, S shards.
 """
@@ -14,17 +18,17 @@ from typing import Literal
 import numpy as np
 
 Order = Literal["global", "shards"]
-"""How an epoch goes: at random over all samples, or over a few shards at a time."""
+"""Order within an epoch: random over all samples (global), or over a few shards at a time (shards)."""
 
 _ROUNDS = 8
 _BLOCK = 4096
-"""Places of a mixture within which its shares are dealt out."""
+"""Number of consecutive places of a mixture in which each dataset gets its share."""
 _UNIT = 1 << 40
-"""Shares are kept as whole parts of this, so that they add up exactly."""
+"""Shares are stored as integers, in parts of this number, so that they add up exactly."""
 
 
 def mix(value: np.ndarray) -> np.ndarray:
-    """Step of SplitMix64: turn counters into 64 bits each that look independent.
+    """Hash counters to 64 random-looking bits each (one step of SplitMix64).
 
     Parameters
     ----------
@@ -34,7 +38,7 @@ def mix(value: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray of uint64
-        Bits.
+        Hashes, in the shape of `value`.
 
     References
     ----------
@@ -48,21 +52,29 @@ def mix(value: np.ndarray) -> np.ndarray:
 
 
 def permute(places: np.ndarray, n: int, *key: int) -> np.ndarray:
-    """Look up places in a random permutation without writing it out.
+    """Compute elements of a random permutation of 0 .. n - 1 without computing the whole permutation.
 
     Parameters
     ----------
     places : ndarray of int, shape (b,)
-        From 0 to n - 1.
+        Indices into the permutation, from 0 to n - 1.
     n : int
         Length of the permutation.
     *key : int
-        What it depends on.
+        Seed of the permutation, as any number of integers.
 
     Returns
     -------
     ndarray of int64, shape (b,)
-        The numbers at these places; over all n places every number comes once.
+        Elements of the permutation at these indices.
+
+    Notes
+    -----
+    A Feistel network splits a number of k bits into a left and a right half, and changes in turn one half by the XOR
+    with a hash of the other half. Each of these rounds can be undone, so the network permutes the numbers below 2^k.
+    Since n lies between 2^(k - 1) and 2^k, some results are n or larger. Such a result goes through the network again
+    until it is below n (cycle walking). This is still a permutation: each number is on one cycle of the network, and
+    the walk leads to the next number of the cycle that is below n.
 
     References
     ----------
@@ -79,7 +91,7 @@ def permute(places: np.ndarray, n: int, *key: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         round_keys = mix(state + np.arange(_ROUNDS, dtype=np.uint64))
 
-    def shuffled(x: np.ndarray) -> np.ndarray:
+    def apply_network(x: np.ndarray) -> np.ndarray:
         left, right = x >> low, x & low_mask
         for number, round_key in enumerate(round_keys):
             if number % 2:
@@ -88,22 +100,21 @@ def permute(places: np.ndarray, n: int, *key: int) -> np.ndarray:
                 left = left ^ (mix(right ^ round_key) & high_mask)
         return (left << low) | right
 
-    # Numbers beyond n lead on to others until one below it comes: a permutation of the n stays one.
-    out = shuffled(np.asarray(places).astype(np.uint64))
+    out = apply_network(np.asarray(places).astype(np.uint64))
     while (beyond := out >= n).any():
-        out[beyond] = shuffled(out[beyond])
+        out[beyond] = apply_network(out[beyond])
     return out.astype(np.int64)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of an epoch over all samples.
+    """Compute the whole global order of an epoch.
 
     Parameters
     ----------
     n : int
-        Samples of the dataset.
+        Number of samples of the dataset.
     seed, epoch : int
-        What the order depends on.
+        Seed of the order, and the epoch.
 
     Returns
     -------
@@ -114,21 +125,21 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class EpochOrder:
-    """Order of one dataset, epoch after epoch.
+    """Order of the samples of one dataset, epoch after epoch.
 
     Parameters
     ----------
     shard_samples : ndarray of int, shape (S,)
-        Samples of each shard.
+        Number of samples of each shard.
     seed : int
-        Of the order.
+        Seed of the order.
     order : {"global", "shards"}
-        global: at random over all samples. shards: shards at random, and samples at random within each `window` of
-        them, so that a bounded cache holds what is read next.
+        global: random over all samples. shards: the shards come in random order, and the samples are shuffled within
+        each `window` of consecutive shards, so that a bounded cache can hold the shards that are read next.
     window : int
-        Shards that are read at a time.
+        Shards that are read at a time under order shards.
     stream : int
-        The dataset's number in a mixture.
+        Number of the dataset in a mixture; each dataset gets another order.
     """
 
     def __init__(
@@ -141,19 +152,19 @@ class EpochOrder:
         self._shards: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def at(self, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Look up places in the epochs' orders, one after another.
+        """Compute the samples at some places.
 
         Parameters
         ----------
         line : ndarray of int, shape (b,)
-            Places, from 0 without end.
+            Places, from 0 without end: place `epoch * n + i` is the i-th sample of an epoch.
 
         Returns
         -------
         numbers : ndarray of int, shape (b,)
-            Samples of the dataset.
+            Numbers of the samples in the dataset.
         epochs : ndarray of int, shape (b,)
-            The epoch that each place is in.
+            Epoch of each place.
         """
         epochs, places = np.divmod(np.asarray(line, np.int64), self.n)
         numbers = np.empty_like(places)
@@ -162,78 +173,86 @@ class EpochOrder:
             if self.order == "global":
                 numbers[mine] = permute(places[mine], self.n, self.seed, self.stream, epoch)
             else:
-                numbers[mine] = self._by_shards(places[mine], epoch)
+                numbers[mine] = self._order_by_shards(places[mine], epoch)
         return numbers, epochs
 
     def windows(self, place: int) -> tuple[tuple[int, int], list[int]]:
-        """Shards that are read around a place under order shards.
+        """List the shards that are read at a place and soon after it, under order shards.
 
         Parameters
         ----------
         place : int
-            Place, from 0 without end.
+            A place, from 0 without end.
 
         Returns
         -------
         window : (int, int)
-            Epoch, and number of the window in it.
+            The epoch, and the number of the window in this epoch.
         shards : list of int
-            Shards of this window and of the next one.
+            Shards of this window and of the next window.
         """
-        epoch, spot = divmod(place, self.n)
-        shards, _, bounds = self._shard_order(epoch)
-        number = int(np.searchsorted(bounds, spot, side="right"))
+        epoch, within_epoch = divmod(place, self.n)
+        shards, _, window_ends = self._shard_order(epoch)
+        number = int(np.searchsorted(window_ends, within_epoch, side="right"))
         found = shards[number * self.window : (number + 2) * self.window].tolist()
-        if number + 1 == len(bounds):
+        if number + 1 == len(window_ends):
             found += self._shard_order(epoch + 1)[0][: self.window].tolist()
         return (epoch, number), found
 
-    def _by_shards(self, places: np.ndarray, epoch: int) -> np.ndarray:
-        shards, ends, bounds = self._shard_order(epoch)
-        group = np.searchsorted(bounds, places, side="right")
-        base = np.concatenate([[0], bounds])
-        spot = np.empty_like(places)
-        for g in np.unique(group).tolist():
-            mine = group == g
-            size = int(base[g + 1] - base[g])
-            spot[mine] = base[g] + permute(places[mine] - base[g], size, self.seed, self.stream, epoch, g + 2)
-        where = np.searchsorted(ends, spot, side="right")
-        return self._first[shards[where]] + spot - (ends[where] - self.samples[shards[where]])
+    def _order_by_shards(self, places: np.ndarray, epoch: int) -> np.ndarray:
+        """Compute the samples at places of one epoch.
+
+        Lay the shards of the epoch side by side in their random order. A place lies in one window of shards; it is
+        moved to a random other place of the same window. The shard at the new place, and the offset in that shard,
+        give the sample.
+        """
+        shards, shard_ends, window_ends = self._shard_order(epoch)
+        window = np.searchsorted(window_ends, places, side="right")
+        edges = np.concatenate([[0], window_ends])
+        moved = np.empty_like(places)
+        for w in np.unique(window).tolist():
+            mine = window == w
+            size = int(edges[w + 1] - edges[w])
+            # Key 1 belongs to the order of the shards, so the windows begin with key 2.
+            moved[mine] = edges[w] + permute(places[mine] - edges[w], size, self.seed, self.stream, epoch, w + 2)
+        which = np.searchsorted(shard_ends, moved, side="right")
+        return self._first[shards[which]] + moved - (shard_ends[which] - self.samples[shards[which]])
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Shards of an epoch in order, the places at which each ends, and those at which each window ends."""
+        """Shards of an epoch in their random order, and the places at which each shard and each window ends."""
         if epoch not in self._shards:
-            # Two epochs at the most meet in a batch larger than what is left of one; keep few.
+            # Batches move forward from epoch to epoch: only the previous epoch may still be needed.
             self._shards = {k: v for k, v in self._shards.items() if k >= epoch - 1}
             count = len(self.samples)
             shards = permute(np.arange(count), count, self.seed, self.stream, epoch, 1)
-            ends = np.cumsum(self.samples[shards])
-            bounds = ends[self.window - 1 :: self.window]
-            if not len(bounds) or bounds[-1] != self.n:
-                bounds = np.append(bounds, self.n)
-            self._shards[epoch] = shards, ends, bounds
+            shard_ends = np.cumsum(self.samples[shards])
+            window_ends = shard_ends[self.window - 1 :: self.window]
+            if not len(window_ends) or window_ends[-1] != self.n:
+                window_ends = np.append(window_ends, self.n)
+            self._shards[epoch] = shards, shard_ends, window_ends
         return self._shards[epoch]
 
 
-class Interleaved:
-    """Which dataset of a mixture each place takes, and the how-manieth of that dataset it is.
+class DatasetInterleaver:
+    """Decide which dataset of a mixture fills each place.
 
     Parameters
     ----------
     weights : sequence of float
-        Shares of the places; they need not sum to 1.
+        Share of each dataset; they need not sum to 1.
     seed : int
-        Of the order in which datasets take turns.
+        Seed of the order in which the datasets alternate.
 
     Notes
     -----
-    Every 4096 places hold each dataset's share but for less than two samples, and what is missing comes in the next:
-    shares are met exactly in the long run.
+    Places are dealt in blocks of 4096. In each block a dataset gets its share of the places, rounded, and a
+    permutation shuffles which places these are. The rounding error of a block (below two places) is made up in the
+    next blocks, so in the long run the shares are exact.
 
     Raises
     ------
     ValueError
-        If a weight is not positive, or so small beside the others that a block would not hold two of it.
+        If a weight is not positive, or so small that its dataset would get less than two places of a block.
     """
 
     def __init__(self, weights: list[float], seed: int) -> None:
@@ -245,46 +264,50 @@ class Interleaved:
         self.seed = seed
         self._edges = [round(float(edge) * _UNIT) for edge in edges[:-1]] + [_UNIT]
 
-    def _dealt(self, block: int) -> np.ndarray:
-        """Places that datasets 0 .. j have taken before a block, for each j; python's integers do not overflow."""
+    def _cumulative_places(self, block: int) -> np.ndarray:
+        """Places before a block that the first j datasets got together, for j = 0, 1, 2 ...
+
+        Python's integers are used because the product would overflow 64 bits.
+        """
         return np.array([block * _BLOCK * edge // _UNIT for edge in self._edges], np.int64)
 
-    def begun(self, place: int) -> list[int]:
-        """Places that each dataset has been dealt before the block of a place.
+    def dealt_before(self, place: int) -> list[int]:
+        """Count the places that each dataset got before the block of a place.
 
         Parameters
         ----------
         place : int
-            Place, from 0 without end.
+            A place of the mixture, from 0 without end.
 
         Returns
         -------
         list of int
-            One a dataset.
+            A number for each dataset.
         """
-        return np.diff(self._dealt(place // _BLOCK)).tolist()
+        return np.diff(self._cumulative_places(place // _BLOCK)).tolist()
 
     def at(self, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Look up places.
+        """Compute the dataset of some places, and the place in the own order of that dataset.
 
         Parameters
         ----------
         line : ndarray of int, shape (b,)
-            Places, from 0 without end.
+            Places of the mixture, from 0 without end.
 
         Returns
         -------
         which : ndarray of int, shape (b,)
             Dataset of each place.
         place : ndarray of int, shape (b,)
-            Place in that dataset's own order; all of 0, 1, 2 ... come once.
+            Place in the order of that dataset. Over the whole line each of its places 0, 1, 2 ... comes once.
         """
         blocks, places = np.divmod(np.asarray(line, np.int64), _BLOCK)
         which, place = np.empty_like(places), np.empty_like(places)
         for block in np.unique(blocks).tolist():
             mine = blocks == block
-            before, after = self._dealt(block), self._dealt(block + 1)
-            # Slots of the block stand sorted by dataset; a permutation deals them out.
+            before, after = self._cumulative_places(block), self._cumulative_places(block + 1)
+            # The slots of a block are sorted by dataset: dataset j has the slots ends[j] .. ends[j + 1]. A
+            # permutation assigns a slot to each place.
             ends = after - before
             slot = permute(places[mine], _BLOCK, self.seed, block)
             which[mine] = np.searchsorted(ends, slot, side="right") - 1

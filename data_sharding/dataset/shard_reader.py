@@ -1,6 +1,9 @@
-"""Samples out of shards: the index in memory, and what a thread needs to read by it.
+"""Read samples out of shards: the index in memory, and the open files and buffers of a thread.
 
-Shapes: b samples, n true channels, T samples a window.
+Python's `tarfile` is not used for reading. It walks through the headers of a whole tar, while the index gives the
+offset of each sample, so that one system call reads the sample.
+
+Shapes: b samples, n true channels, T time points of a window.
 """
 
 from __future__ import annotations
@@ -11,69 +14,92 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.samples import IMAGE_EXTENSIONS, N_PADDED
-
-if TYPE_CHECKING:
-    from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.processing.preprocess import PreprocessSpec
 
 INDEX = np.dtype(
     [("start", "<i8"), ("eeg", "<u4"), ("image", "<u4"), ("json", "<u4"), ("ext", "u1"), ("n", "u1")],
 )
-"""What is kept in memory of a sample, 22 bytes: where its first tar header is, its members' bytes, and n.
+"""The 22 bytes that are kept in memory for each sample: offset of its first tar header, sizes of its members, and n.
 
-Everything else follows from the layout of a tar, or is read with the sample: ten million samples take 0.2 GB.
+The other offsets follow from the layout of a tar. Ten million samples take 0.2 GB.
 """
 _EEG = "eeg.npy.zst"
 _SUFFIX = b".eeg.npy.zst"
 HEADER = 512
-"""Bytes of a member's header in a tar, and what members are rounded up to."""
+"""Bytes of a member's header in a tar; the size of a member is rounded up to a multiple of it."""
 _OPEN_FILES = 128
 
 
+class ShardSource(Protocol):
+    """The part of `EEGDataset` that a `ShardReader` uses."""
+
+    first: np.ndarray
+    """[shards + 1] number of each shard's first sample, then the number of samples."""
+
+    @property
+    def spec(self) -> PreprocessSpec:
+        """Preprocessing of every sample."""
+        ...
+
+    @property
+    def cache(self) -> object | None:
+        """Local cache of the shards; None if the dataset is on this machine."""
+        ...
+
+    def shard_name(self, shard: int) -> str:
+        """Path of a shard, for messages."""
+        ...
+
+    def open_shard(self, shard: int) -> int:
+        """Open a shard and return its file descriptor."""
+        ...
+
+
 @dataclass(kw_only=True)
-class Packed:
-    """Samples as they come off the disk: true channels only, one after another."""
+class PackedSamples:
+    """Samples as they are read from disk: only the true channels, one sample after another."""
 
     eeg: np.ndarray
     """[sum of n, T] float16 microvolts."""
     channels: list[int]
-    """n of each sample."""
+    """Number of true channels n of each sample."""
     keys: list[str]
-    """Their keys."""
+    """Key of each sample."""
     json: list[bytes]
-    """Their metadata, not parsed yet."""
+    """Metadata of each sample as JSON, not parsed yet."""
     shards: list[str]
-    """The shard that each lies in, with its whole path."""
+    """Path of the shard of each sample."""
 
 
-class Place(NamedTuple):
-    """Where a sample lies; all but `number` within its shard, in bytes from the beginning."""
+class SampleLocation(NamedTuple):
+    """Where a sample lies. Offsets are bytes from the beginning of the shard, sizes are bytes."""
 
     number: int
-    """In the dataset."""
+    """Number of the sample in the dataset."""
     shard: int
     """Number of the shard."""
     start: int
-    """Its first tar header."""
+    """Offset of the sample's first tar header. The EEG follows this header."""
     eeg: int
-    """Length of the signal, which begins after that header."""
+    """Size of the EEG."""
     image_at: int
-    """Offset of the image, where there is one."""
+    """Offset of the image, if the sample has an image."""
     image: int
-    """Length of the image; 0 where there is none."""
+    """Size of the image; 0 if the sample has no image."""
     meta_at: int
     """Offset of the JSON."""
     meta: int
-    """Length of the JSON."""
+    """Size of the JSON."""
     ext: int
-    """Kind of the image, by its place in IMAGE_EXTENSIONS."""
+    """File type of the image, as an index of IMAGE_EXTENSIONS."""
     n: int
-    """True channels; 0 where the index does not know."""
+    """True channels; 0 if the index was written before it contained n."""
 
 
 def _padded(size: Any) -> Any:
@@ -82,26 +108,26 @@ def _padded(size: Any) -> Any:
 
 
 def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
-    """Read a shard's index into an array.
+    """Read the index of a shard into an array.
 
     Parameters
     ----------
     data : bytes
-        The ``.idx`` file.
+        Content of the ``.idx`` file.
     name : str
-        What it is called in a message.
+        Path of the file, for messages.
     samples : int
-        Samples that the manifest says.
+        Number of samples according to the manifest.
 
     Returns
     -------
     ndarray of `INDEX`, shape (samples,)
-        Its rows, in order.
+        One row for each sample, in the order of the tar.
 
     Raises
     ------
     RequestError
-        If it is damaged, or is no index of a shard that Dreamscale wrote.
+        If the index is damaged, or is not the index of a shard that Dreamscale wrote.
     """
     try:
         entries = json.loads(data)
@@ -117,95 +143,100 @@ def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
         n = np.array([entry.get("n", 0) for entry in entries], np.int64)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise RequestError(
-            f"{name}: no index of a shard ({type(error).__name__}: {error}); it is damaged, copy the dataset again"
+            f"{name}: this is no index of a shard ({type(error).__name__}: {error}); the file is damaged, "
+            "copy the dataset again"
         ) from None
     if len(entries) != samples:
-        raise RequestError(f"{name}: {len(entries)} samples, the manifest says {samples}")
+        raise RequestError(
+            f"{name}: the index lists {len(entries)} samples, the manifest says {samples}; copy the dataset again"
+        )
     has_image = image[:, 1] > 0
     after_eeg = eeg[:, 0] + _padded(eeg[:, 1]) + HEADER
     after_image = np.where(has_image, after_eeg + _padded(image[:, 1]) + HEADER, after_eeg)
     fits = (~has_image | (image[:, 0] == after_eeg)) & (meta[:, 0] == after_image) & (n >= 0) & (n <= N_PADDED)
     if not fits.all():
         key = entries[int(np.argmin(fits))]["key"]
-        raise RequestError(f"{name}: sample {key} does not lie as Dreamscale writes it; copy the dataset again")
+        raise RequestError(
+            f"{name}: the offsets of sample {key} are not those that Dreamscale writes; copy the dataset again"
+        )
     rows = np.empty(samples, INDEX)
     rows["start"], rows["eeg"], rows["image"], rows["json"] = eeg[:, 0] - HEADER, eeg[:, 1], image[:, 1], meta[:, 1]
     rows["ext"], rows["n"] = ext, n
     return rows
 
 
-def damaged(shard: str, sample: str | int, what: str) -> RequestError:
-    """Error for a sample that cannot be read.
+def damage_error(shard: str, sample: str | int, fault: str) -> RequestError:
+    """Make the error for a sample that cannot be read.
 
     Parameters
     ----------
     shard : str
-        Path of its shard.
+        Path of the shard.
     sample : str or int
-        Its key, or its place in the shard where the key cannot be read.
-    what : str
-        What is wrong.
+        Key of the sample, or its number in the shard if the key cannot be read.
+    fault : str
+        What is wrong with the sample.
 
     Returns
     -------
     RequestError
-        To be raised.
+        The error, for the caller to raise.
     """
     root = shard.rsplit("/", 2)[0]
     return RequestError(
-        f"{shard}: sample {sample}: {what}; run 'dreamscale verify {root}', and copy or shard the dataset again"
+        f"{shard}: sample {sample}: {fault}; run 'dreamscale verify {root}', and copy or shard the dataset again"
     )
 
 
 def parse_meta(text: bytes, shard: str, sample: str | int) -> dict[str, Any]:
-    """Parse a sample's JSON.
+    """Parse the JSON of a sample.
 
     Parameters
     ----------
     text : bytes
-        As it is stored.
+        The stored JSON.
     shard : str
-        Path of its shard, for the message.
+        Path of the shard, for the message.
     sample : str or int
-        Its key or place, for the message.
+        Key or number of the sample, for the message.
 
     Returns
     -------
     dict
-        Its metadata.
+        Metadata of the sample.
 
     Raises
     ------
     RequestError
-        If it is damaged.
+        If the JSON is damaged.
     """
     try:
         return json.loads(text)
     except ValueError as error:
-        raise damaged(shard, sample, f"its JSON is damaged ({error})") from None
+        raise damage_error(shard, sample, f"its JSON is damaged ({error})") from None
 
 
-def locate(index: np.ndarray, first: np.ndarray, numbers: Sequence[int] | np.ndarray) -> list[Place]:
-    """Where samples lie.
+def locate(index: np.ndarray, first: np.ndarray, numbers: Sequence[int] | np.ndarray) -> list[SampleLocation]:
+    """Compute where samples lie.
 
     Parameters
     ----------
     index : ndarray of `INDEX`, shape (samples,)
-        Of a whole split.
+        Index of a whole split.
     first : ndarray of int, shape (shards + 1,)
-        Number of each shard's first sample.
+        Number of each shard's first sample, then the number of samples.
     numbers : sequence of int
-        Which samples; negative ones count from the end.
+        Numbers of the samples; negative numbers count from the end.
 
     Returns
     -------
-    list of Place
+    list of SampleLocation
         In the order of `numbers`.
 
     Raises
     ------
     IndexError
-        If there is no such sample.
+        If the split has no sample of such a number.
     """
     at = np.asarray(numbers, np.int64)
     rows = index[at]
@@ -215,13 +246,13 @@ def locate(index: np.ndarray, first: np.ndarray, numbers: Sequence[int] | np.nda
     image_at = start + 2 * HEADER + _padded(rows["eeg"].astype(np.int64))
     meta_at = np.where(image > 0, image_at + HEADER + _padded(image), image_at)
     columns = at, shard, start, rows["eeg"], image_at, image, meta_at, rows["json"], rows["ext"], rows["n"]
-    return list(map(Place._make, zip(*(column.tolist() for column in columns), strict=True)))
+    return list(map(SampleLocation._make, zip(*(column.tolist() for column in columns), strict=True)))
 
 
-class Reader:
-    """Open shards and buffers of one thread: nothing is opened or allocated twice."""
+class ShardReader:
+    """Open shards and buffers of one thread. Files and buffers are reused from sample to sample."""
 
-    def __init__(self, dataset: EEGDataset) -> None:
+    def __init__(self, dataset: ShardSource) -> None:
         import zstandard
 
         self.dataset = dataset
@@ -231,7 +262,7 @@ class Reader:
         shape = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({N_PADDED}, {dataset.spec.window}), }}"
         self.npy = b"\x93NUMPY\x01\x00v\x00" + shape.ljust(117).encode() + b"\n"
         self.size = len(self.npy) + N_PADDED * dataset.spec.window * 2
-        # Longer than a sample, so that the decompressor reaches the checksum at the frame's end.
+        # Longer than a sample: only then does the decompressor read and check the checksum at the end of the frame.
         self.plain = bytearray(self.size + 64)
         self.window = np.frombuffer(self.plain, np.float16, N_PADDED * dataset.spec.window, len(self.npy))
         self.window = self.window.reshape(N_PADDED, -1)
@@ -242,12 +273,12 @@ class Reader:
             os.close(descriptor)
 
     def file(self, shard: int) -> int:
-        """Descriptor of an open shard."""
+        """Return the file descriptor of a shard; the shard is opened if necessary."""
         descriptor = self.files.get(shard)
         if descriptor is None:
             descriptor = self.dataset.open_shard(shard)
-            # Room for it may have been made of what is open here.
-            self.let_go()
+            # To make room for this shard, the cache may have evicted files that are still open here.
+            self.close_evicted()
             self.files[shard] = descriptor
             if len(self.files) > _OPEN_FILES:
                 os.close(self.files.popitem(last=False)[1])
@@ -255,111 +286,119 @@ class Reader:
             self.files.move_to_end(shard)
         return descriptor
 
-    def let_go(self) -> None:
-        """Close what the cache has evicted: its bytes stay on the disk as long as somebody has it open."""
+    def close_evicted(self) -> None:
+        """Close files that the cache has evicted: the disk space is only freed when nobody has the file open."""
         if not self.dataset.cache:
             return
         for shard, descriptor in list(self.files.items()):
             if not os.fstat(descriptor).st_nlink:
                 os.close(self.files.pop(shard))
 
-    def announce(self, place: Place) -> None:
-        """Tell the system what will be read: it fetches a whole batch side by side, where the disk is what is slow."""
+    def start_readahead(self, location: SampleLocation) -> None:
+        """Ask the operating system to read a sample soon; on a slow disk, all samples of a batch load in parallel."""
         if not hasattr(os, "posix_fadvise"):
-            return  # macOS has none
-        # Who reads the sample will find the same fault, and say so.
+            return  # macOS does not have this call.
+        # If this fails, reading the sample fails, too, and reports the error.
         with contextlib.suppress(OSError):
-            length = place.meta_at + place.meta - place.start
-            os.posix_fadvise(self.file(place.shard), place.start, length, os.POSIX_FADV_WILLNEED)
+            length = location.meta_at + location.meta - location.start
+            os.posix_fadvise(self.file(location.shard), location.start, length, os.POSIX_FADV_WILLNEED)
 
-    def read(self, place: Place, start: int, size: int) -> memoryview:
-        """Bytes of a shard, in a buffer that the next call writes over."""
+    def read(self, location: SampleLocation, start: int, size: int) -> memoryview:
+        """Read bytes of a sample's shard into a buffer; the next call overwrites the buffer."""
         if size > len(self.raw):
             self.raw = bytearray(size)
         view = memoryview(self.raw)[:size]
         done = 0
         try:
             while done < size:
-                got = os.preadv(self.file(place.shard), [view[done:]], start + done)
+                got = os.preadv(self.file(location.shard), [view[done:]], start + done)
                 if not got:
-                    raise self.fault(place, f"the file ends {size - done} bytes early")
+                    raise self.damage(location, f"the file ends {size - done} bytes early")
                 done += got
         except OSError as error:
-            raise self.fault(place, f"cannot be read: {error.strerror}") from None
+            raise self.damage(location, f"cannot be read: {error.strerror}") from None
         return view
 
-    def name(self, place: Place, key: str) -> str | int:
-        """Key of a sample, or its number in the shard where the key is not known."""
-        return key or place.number - int(self.dataset.first[place.shard])
+    def name(self, location: SampleLocation, key: str) -> str | int:
+        """Return the key of a sample, or its number in the shard if the key is empty (unknown)."""
+        return key or location.number - int(self.dataset.first[location.shard])
 
-    def fault(self, place: Place, what: str, key: str = "") -> RequestError:
-        """Error that names file and sample."""
-        return damaged(self.dataset.shard_name(place.shard), self.name(place, key), what)
+    def damage(self, location: SampleLocation, fault: str, key: str = "") -> RequestError:
+        """Make the error that names the file and the sample."""
+        return damage_error(self.dataset.shard_name(location.shard), self.name(location, key), fault)
 
-    def key(self, place: Place, header: memoryview) -> str:
-        """Key of a sample, from the tar header of its signal."""
+    def parse_key(self, location: SampleLocation, header: memoryview, suffix: bytes = _SUFFIX) -> str:
+        """Return the key of a sample, from the tar header of its EEG (or of the member with another suffix)."""
         name = bytes(header[:100]).rstrip(b"\0")
-        if header[257:262] != b"ustar" or not name.endswith(_SUFFIX):
-            raise self.fault(place, "the index does not point at a sample")
-        return name[: -len(_SUFFIX)].decode("ascii", "replace")
+        if header[257:262] != b"ustar" or not name.endswith(suffix):
+            raise self.damage(location, "the index does not point at a sample")
+        return name[: -len(suffix)].decode("ascii", "replace")
 
-    def load(self, place: Place) -> tuple[str, bytes, int]:
-        """Key, JSON and true channels of a sample, whose signal then is in `window`."""
-        start, size, meta_at = place.start, place.eeg, place.meta_at
-        # Signal and JSON are neighbours: one call reads both. An image in between is not worth reading.
-        whole = self.read(place, start, HEADER + size if place.image else meta_at + place.meta - start)
-        key = self.key(place, whole)
+    def load(self, location: SampleLocation) -> tuple[str, bytes, int]:
+        """Read a sample: returns its key, JSON and number of true channels; its signal is then in `window`."""
+        start, size, meta_at = location.start, location.eeg, location.meta_at
+        # EEG and JSON are neighbours if there is no image: one call reads both. Otherwise two calls skip the image.
+        whole = self.read(location, start, HEADER + size if location.image else meta_at + location.meta - start)
+        key = self.parse_key(location, whole)
         try:
             got = self.zstd.stream_reader(whole[HEADER : HEADER + size]).readinto(self.plain)
         except self.zstd_error as error:
-            raise self.fault(place, f"damaged ({error})", key) from None
+            raise self.damage(location, f"damaged ({error})", key) from None
         if got != self.size or not self.plain.startswith(self.npy):
             window = self.dataset.spec.window
-            raise self.fault(place, f"damaged, or not float16 [{N_PADDED}, {window}]", key)
-        text = bytes(self.read(place, meta_at, place.meta) if place.image else whole[meta_at - start :])
-        return key, text, place.n or int(self.meta(place, text, key)["n"])
+            raise self.damage(location, f"damaged, or not float16 [{N_PADDED}, {window}]", key)
+        text = bytes(self.read(location, meta_at, location.meta) if location.image else whole[meta_at - start :])
+        return key, text, location.n or int(self.meta(location, text, key)["n"])
 
-    def meta(self, place: Place, text: bytes, key: str = "") -> dict[str, Any]:
-        """Parse a sample's JSON."""
-        return parse_meta(text, self.dataset.shard_name(place.shard), self.name(place, key))
+    def image(self, location: SampleLocation) -> bytes:
+        """Read the image of a sample that has an image; its EEG is not read."""
+        whole = self.read(location, location.image_at - HEADER, HEADER + location.image)
+        self.parse_key(location, whole, f".image.{IMAGE_EXTENSIONS[location.ext]}".encode())
+        return bytes(whole[HEADER:])
+
+    def meta(self, location: SampleLocation, text: bytes, key: str = "") -> dict[str, Any]:
+        """Parse the JSON of a sample."""
+        return parse_meta(text, self.dataset.shard_name(location.shard), self.name(location, key))
 
 
-def pack(samples: Sequence[tuple[Reader, Place]], window: int, out: np.ndarray | None = None) -> Packed:
+def pack(
+    samples: Sequence[tuple[ShardReader, SampleLocation]], window: int, out: np.ndarray | None = None
+) -> PackedSamples:
     """Read samples of one or several datasets, without their images.
 
     Parameters
     ----------
-    samples : sequence of (EEGDataset.reader, Place)
-        Where from.
+    samples : sequence of (EEGDataset.reader, SampleLocation)
+        The samples to read.
     window : int
-        T, the same in all of them.
+        T, the same in all datasets.
     out : ndarray of float16, shape (rows, window), optional
-        Where signals go if they find room there.
+        Memory for the signals. If it is too small, new memory is allocated.
 
     Returns
     -------
-    Packed
+    PackedSamples
         True channels one after another, in the order of `samples`.
 
     Raises
     ------
     RequestError
-        If one is damaged, with file and key.
+        If a sample is damaged; the message names the file and the sample's key.
     """
-    # An index from before it knew n says 0: room for all.
-    room = sum(place.n or N_PADDED for _, place in samples)
-    eeg = out if out is not None and len(out) >= room else np.empty((room, window), np.float16)
-    packed = Packed(eeg=eeg, channels=[], keys=[], json=[], shards=[])
-    for reader, place in samples:
-        reader.announce(place)
+    # n is 0 if the index was written before it contained n; such a sample may need 128 rows.
+    rows = sum(location.n or N_PADDED for _, location in samples)
+    eeg = out if out is not None and len(out) >= rows else np.empty((rows, window), np.float16)
+    packed = PackedSamples(eeg=eeg, channels=[], keys=[], json=[], shards=[])
+    for reader, location in samples:
+        reader.start_readahead(location)
     at = 0
-    for reader, place in samples:
-        key, text, n = reader.load(place)
+    for reader, location in samples:
+        key, text, n = reader.load(location)
         eeg[at : at + n] = reader.window[:n]
         at += n
         packed.channels.append(n)
         packed.keys.append(key)
         packed.json.append(text)
-        packed.shards.append(reader.dataset.shard_name(place.shard))
+        packed.shards.append(reader.dataset.shard_name(location.shard))
     packed.eeg = eeg[:at]
     return packed

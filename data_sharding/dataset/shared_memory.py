@@ -1,7 +1,8 @@
-"""Memory in which reading processes leave signals for the training process, used over and over.
+"""Shared memory through which workers hand the signals of their batches to the training process.
 
-Torch would make a new piece of shared memory for each batch, hand it over through a socket and map it: that costs more
-than reading and decompressing the batch.
+Why not torch's own transport: torch allocates a new piece of shared memory for each batch, sends its file descriptor
+through a socket and maps it. That takes longer than reading and decompressing the batch. Here the memory is allocated
+once, before the workers are forked, and its slots are used again and again.
 """
 
 from __future__ import annotations
@@ -16,110 +17,104 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from data_sharding.dataset.batch import Batch
+
 if TYPE_CHECKING:
     import torch
 
-    from data_sharding.dataset.loader import Batch
-
 
 class Slots:
-    """Room for a number of batches in each of some processes that are forked from this one.
+    """Shared memory for a fixed number of batches of each worker; the workers are forked from this process.
 
     Parameters
     ----------
     workers : int
-        Reading processes.
-    each : int
-        Batches that one of them may have under way.
-    rows, window : int
-        Most channels of a batch, over all of its samples, and samples of a window.
+        Number of workers.
+    per_worker : int
+        Batches that one worker may have written before the training process has copied them.
+    rows : int
+        Largest number of channels of a batch, summed over its samples.
+    window : int
+        Time points of a window.
     """
 
     _numbers: ClassVar = itertools.count()
     _open: ClassVar[WeakValueDictionary[int, Slots]] = WeakValueDictionary()
 
-    def __init__(self, workers: int, each: int, rows: int, window: int) -> None:
-        self.each, self.rows, self.window = each, rows, window
+    def __init__(self, workers: int, per_worker: int, rows: int, window: int) -> None:
+        self.per_worker, self.rows, self.window = per_worker, rows, window
         self.size = -(-rows * window * 2 // mmap.PAGESIZE) * mmap.PAGESIZE
-        # Anonymous: a container's small /dev/shm does not matter. Pages are taken when they are first written to.
-        self.memory = mmap.mmap(-1, workers * each * self.size)
+        # Anonymous memory, because /dev/shm is often small in a container. Linux allocates a page at its first write.
+        self.memory = mmap.mmap(-1, workers * per_worker * self.size)
         self.number = next(self._numbers)
         self._open[self.number] = self
 
     @classmethod
-    def possible(cls) -> bool:
-        """Whether reading processes can share memory of this one."""
+    def supported(cls) -> bool:
+        """Whether workers can share memory with this process (Linux, with fork)."""
         return sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods()
 
     @classmethod
-    def of(cls, number: int) -> Slots:
-        """Slots of this process by their number.
+    def by_number(cls, number: int) -> Slots:
+        """Return the `Slots` object of this process that has a number.
 
-        Parameters
-        ----------
-        number : int
-            Theirs.
-
-        Returns
-        -------
-        Slots
-            The slots.
+        A message from a worker carries this number, because the memory itself cannot be pickled.
         """
         return cls._open[number]
 
-    def view(self, place: int) -> np.ndarray:
-        """Memory of one batch.
+    def view(self, slot: int) -> np.ndarray:
+        """Return the memory of one slot.
 
         Parameters
         ----------
-        place : int
-            Which: ``worker * each + batch``.
+        slot : int
+            ``worker * per_worker + i`` for slot i of a worker.
 
         Returns
         -------
         ndarray of float16, shape (rows, window)
-            A view.
+            A view of the shared memory.
         """
-        flat = np.frombuffer(self.memory, np.float16, self.rows * self.window, place * self.size)
+        flat = np.frombuffer(self.memory, np.float16, self.rows * self.window, slot * self.size)
         return flat.reshape(self.rows, self.window)
 
 
 @dataclass(kw_only=True)
-class Shipped:
-    """A batch on its way: its signals lie in a slot until the training process has copied them."""
+class BatchInSlot:
+    """Message of a worker: a batch whose signals lie in a slot until the training process has copied them."""
 
     batch: Batch
-    """All but its signals."""
+    """The batch without its signals."""
     slots: int
-    """Number of the `Slots`."""
-    place: int
-    """Where in them."""
+    """Number of the `Slots` object."""
+    slot: int
+    """Slot that holds the signals."""
     rows: int
-    """Channels over all samples."""
+    """Number of channels, summed over all samples."""
 
     def _signals(self) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(Slots.of(self.slots).view(self.place)[: self.rows])
+        return torch.from_numpy(Slots.by_number(self.slots).view(self.slot)[: self.rows])
 
-    def arrived(self) -> Batch:
-        """Copy the signals, whereby the slot is free.
+    def copy_out(self) -> Batch:
+        """Copy the signals to ordinary memory; the worker may then write to the slot again.
 
         Returns
         -------
         Batch
-            Whole.
+            The batch with its signals.
         """
         self.batch.packed = self._signals().clone()
         return self.batch
 
     def pin_memory(self) -> Batch:
-        """Copy the signals to page-locked memory; torch calls it in a thread of the training process.
+        """Copy the signals to page-locked memory; torch calls this method in a thread of the training process.
 
         Returns
         -------
         Batch
-            Whole.
+            The batch with its signals.
         """
         self.batch.packed = self._signals().pin_memory()
         return self.batch

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import Batch
 from finetune.diffusion import DenoisingWatcher, denoising_errors
 from finetune.dm_re2i.config import DMRE2IConfig
 from finetune.dm_re2i.eg_ddpm import EGDDPM

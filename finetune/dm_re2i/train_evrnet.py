@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import Batch
 from finetune.dm_re2i.config import DMRE2IConfig
 from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig, unit_variance, whitening_matrix
 from finetune.dm_re2i.model import eeg_features

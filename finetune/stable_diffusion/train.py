@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.dataset.loader import Batch
+from data_sharding.dataset.batch import Batch
 from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import clip_image_embeddings, weights_digest
 from finetune.diffusion import DenoisingWatcher

@@ -20,7 +20,8 @@ import torch
 
 from data_sharding.common.errors import RequestError, StopRequested
 from data_sharding.common.progress import progress
-from data_sharding.dataset.loader import Batch, Loader
+from data_sharding.dataset.batch import Batch
+from data_sharding.dataset.loader import Loader
 from finetune.training.config import TrainingConfig
 from finetune.training.state import EMA, TrainingState, load_trainables, trainables
 from finetune.training.step_random import StepRandom

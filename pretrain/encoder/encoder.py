@@ -156,7 +156,7 @@ class EEGEncoder(nn.Module):
         Parameters
         ----------
         metas : list of dict, [B]
-            Metadata of samples (`data_sharding.dataset.loader.Batch.metas`).
+            Metadata of samples (`data_sharding.dataset.batch.Batch.metas`).
         device : torch.device or str
             Where the encoder is.
 

@@ -160,7 +160,7 @@ class SignalDecoder(nn.Module):
 
 
 class Samples(Protocol):
-    """What a model must know of a batch; `data_sharding.dataset.loader.Batch` is one."""
+    """What a model must know of a batch; `data_sharding.dataset.batch.Batch` is one."""
 
     channels: list[int]
     """[B] true channels."""

@@ -19,8 +19,8 @@ import numpy as np
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.progress import progress
+from data_sharding.dataset.batch import sequential
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import sequential
 from pretrain.probe.config import Standardize
 
 if TYPE_CHECKING:

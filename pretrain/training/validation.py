@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import collate
 from data_sharding.dataset.mixture import Mixture
 from pretrain.runs.distributed import World
 from pretrain.training.config import PretrainConfig

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from data_sharding.common.errors import run_main
+from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import collate
 from finetune.align import infonce, main
 from finetune.clip_head import ClipHead
 from finetune.eeg import eeg_for_model

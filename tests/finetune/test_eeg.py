@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
-from data_sharding.dataset.loader import collate
 from finetune.eeg import AugmentConfig, ImageAugmentConfig, augment_eeg, eeg_for_model, prepare_eeg
 from finetune.images import ImageTable
 from finetune.training.step_random import StepRandom

@@ -23,9 +23,10 @@ from upath import UPath
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import sha256_file
+from data_sharding.dataset.batch import collate
 from data_sharding.dataset.cache import ShardCache, locked
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
-from data_sharding.dataset.loader import Loader, collate
+from data_sharding.dataset.loader import Loader
 from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
 
@@ -160,7 +161,7 @@ def test_the_cache_stays_within_its_bound(tmp_path: Path, own_cache: Path, log: 
     assert len(opened) <= 2 * 12 + 4 + 12
     # Descriptors of evicted shards do not keep their bytes on the disk, from the next batch on.
     for _ in range(200):
-        data.reader.let_go()
+        data.reader.close_evicted()
         gone = [name for name in open_files() if name.startswith(str(own_cache)) and name.endswith("(deleted)")]
         if not gone:
             break

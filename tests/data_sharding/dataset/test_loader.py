@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_sharding.common.errors import RequestError
+from data_sharding.dataset.batch import Batch, collate, sequential
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
-from data_sharding.dataset.loader import Batch, Loader, collate, sequential
+from data_sharding.dataset.loader import Loader
+from data_sharding.dataset.mixture import Mixture
 from data_sharding.dataset.order import EpochOrder, epoch_order, permute
 from data_sharding.dataset.samples import Sample, pad_channels
 from data_sharding.dataset.shard_reader import INDEX, parse_index
-from data_sharding.dataset.shared_memory import Shipped, Slots
+from data_sharding.dataset.shared_memory import BatchInSlot, Slots
 from data_sharding.processing.preprocess import PreprocessSpec
 
 ROOT = Path(__file__).parents[3]
@@ -202,8 +204,8 @@ def test_reading_processes_leave_signals_in_slots() -> None:
         view[:] = number
     assert all(view.shape == (10, 7) and (view == number).all() for number, view in enumerate(views))
     batch = Batch(packed=torch.empty(0), channels=[4], keys=["a"], json=[b"{}"], shards=["s"], numbers=[0], epochs=[0])
-    shipped = pickle.loads(pickle.dumps(Shipped(batch=batch, slots=slots.number, place=5, rows=4)))
-    there = shipped.arrived().packed
+    message = pickle.loads(pickle.dumps(BatchInSlot(batch=batch, slots=slots.number, slot=5, rows=4)))
+    there = message.copy_out().packed
     views[5][:] = 0
     assert there.shape == (4, 7) and (there == 5).all()
 
@@ -275,7 +277,7 @@ def test_index_takes_22_bytes_a_sample_and_is_checked(tmp_path: Path) -> None:
         (text[:-30], "JSON"),
         (b"{}", "0 samples, the manifest says 9"),
         (b'[{"key": "a"}]', "no index of a shard"),
-        (json.dumps(entries).encode(), "train-0004 does not lie"),
+        (json.dumps(entries).encode(), "offsets of sample train-0004"),
     ):
         with pytest.raises(RequestError, match=rf"x\.idx: .*{message}"):
             parse_index(damaged, "x.idx", 9)
@@ -313,7 +315,7 @@ def test_damage_is_refused_with_file_and_sample(tmp_path: Path, how: str, worker
     elif how == "header":
         damage(tar, int(row["start"]), bytes(512))
     else:
-        damage(tar, data.places([13])[0].meta_at, b"!")
+        damage(tar, data.locations([13])[0].meta_at, b"!")
     said = {"bit": "damaged", "end": "bytes early", "header": "does not point at a sample", "json": "JSON is damaged"}
     with pytest.raises(RequestError, match=rf"000001\.tar: sample .*{said[how]}.*dreamscale verify") as caught:
         for batch, _ in zip(Loader(data, 4, 0, num_workers=workers), range(5), strict=False):
@@ -328,3 +330,26 @@ def test_a_missing_shard_is_refused_on_opening(tmp_path: Path, unpaired_dataset:
     (tmp_path / "d" / "train" / "000001.tar").unlink()
     with pytest.raises(RequestError, match=r"000001\.tar: cannot be read .*dreamscale verify"):
         EEGDataset(tmp_path / "d")
+
+
+def test_images_are_read_without_their_eeg(tmp_path: Path, paired_dataset: Path) -> None:
+    data = EEGDataset(shutil.copytree(paired_dataset, tmp_path / "d"))
+    whole = [data[i] for i in range(len(data))]
+    assert [data.image(i) for i in range(len(data))] == [sample.image for sample in whole]
+    assert Mixture({str(tmp_path / "d"): 1.0}).image(3) == data.image(-len(data) + 3) == whole[3].image
+    place, location = tmp_path / "d" / data.shards[0].path, data.locations([3])[0]
+    damage(place, location.start + 512, bytes(location.eeg))
+    assert data.image(3) == whole[3].image
+    with pytest.raises(RequestError, match=rf"sample {whole[3].key}: damaged"):
+        data[3]
+    damage(place, location.image_at - 512, bytes(512))
+    with pytest.raises(RequestError, match="does not point at a sample"):
+        data.image(3)
+    with pytest.raises(IndexError):
+        data.image(len(data))
+
+
+def test_a_sample_without_an_image_is_named(unpaired_dataset: Path) -> None:
+    data = EEGDataset(unpaired_dataset)
+    with pytest.raises(RequestError, match=f"sample {data.key(2)} has no image"):
+        data.image(2)

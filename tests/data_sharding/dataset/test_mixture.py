@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_sharding.common.errors import RequestError
+from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
-from data_sharding.dataset.loader import Loader, collate
+from data_sharding.dataset.loader import Loader
 from data_sharding.dataset.mixture import Mixture
-from data_sharding.dataset.order import Interleaved
+from data_sharding.dataset.order import DatasetInterleaver
 from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
 
@@ -50,7 +51,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 @given(weights=st.lists(st.floats(0.05, 10), min_size=1, max_size=5), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
 def test_places_are_dealt_by_weight_and_none_is_lost(weights: list[float], seed: int) -> None:
-    turns = Interleaved(weights, seed)
+    turns = DatasetInterleaver(weights, seed)
     which, place = turns.at(np.arange(5 * 4096))
     shares = np.array(weights) / sum(weights)
     for number, share in enumerate(shares):

@@ -25,8 +25,8 @@ import yaml
 
 from data_sharding.audit.verify import main as verify
 from data_sharding.common.errors import RequestError
+from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import collate
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 

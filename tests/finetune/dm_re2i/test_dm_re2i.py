@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from data_sharding.common.errors import run_main
+from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import collate
 from data_sharding.dataset.samples import pad_channels
 from finetune.dm_re2i.eg_ddpm import EGDDPM
 from finetune.dm_re2i.model import DMRE2IGenerator

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data_sharding.common.errors import run_main
+from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import collate
 from finetune.generators import load_generator
 from finetune.stable_diffusion.model import EEGDiffusion, cross_attention_parameters, load_base
 from finetune.stable_diffusion.train import StableDiffusionConfig, build, main

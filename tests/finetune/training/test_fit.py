@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from data_sharding.common.errors import RequestError, StopRequested
+from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import Batch, Loader
+from data_sharding.dataset.loader import Loader
 from finetune.training.accelerate import make_accelerator, open_run
 from finetune.training.config import TrainingConfig
 from finetune.training.fit import FitResult, fit

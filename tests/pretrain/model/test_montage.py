@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from data_sharding.common.errors import RequestError
+from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
-from data_sharding.dataset.loader import collate
 from data_sharding.dataset.samples import pad_channels
 from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.encoder.encoder import EEGEncoder

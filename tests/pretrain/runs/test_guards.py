@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from data_sharding.common.errors import RequestError
+from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
-from data_sharding.dataset.loader import Batch, Loader
+from data_sharding.dataset.loader import Loader
 from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.model.config import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig

@@ -1,0 +1,175 @@
+"""A batch of samples as the training step receives it.
+
+Shapes: b samples of this rank, n true channels of a sample, T time points of a window.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.mixture import Mixture
+from data_sharding.dataset.samples import N_PADDED
+from data_sharding.dataset.shard_reader import parse_meta
+
+if TYPE_CHECKING:
+    import torch
+
+_LISTS = ("channels", "keys", "json", "shards", "numbers", "epochs")
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Samples of one rank for one step. `len(batch)` is b, and a slice of a batch is a smaller batch."""
+
+    packed: torch.Tensor
+    """[sum of n, T] float16 microvolts: only the true channels, sample after sample. `padded` makes windows of them."""
+    channels: list[int]
+    """Number of true channels n of each sample."""
+    keys: list[str]
+    """Key of each sample."""
+    json: list[bytes]
+    """Metadata of each sample as stored JSON; `metas` parses it."""
+    shards: list[str]
+    """Path of the shard that each sample comes from."""
+    numbers: list[int]
+    """Number of each sample in the dataset."""
+    epochs: list[int]
+    """Epoch of each sample: a batch may contain the end of one epoch and the beginning of the next."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, part: slice) -> Batch:
+        start, stop, step = part.indices(len(self))
+        if step != 1:
+            raise ValueError(f"a batch can only be sliced with step 1, got {step}")
+        ends = np.cumsum([0, *self.channels])
+        rows = slice(int(ends[start]), int(ends[max(start, stop)]))
+        lists = {name: getattr(self, name)[part] for name in _LISTS}
+        return Batch(packed=self.packed[rows], **lists)
+
+    @functools.cached_property
+    def metas(self) -> list[dict[str, Any]]:
+        """Parsed metadata of each sample; a RequestError names the file and the key of damaged JSON."""
+        return [parse_meta(*sample) for sample in zip(self.json, self.shards, self.keys, strict=True)]
+
+    @functools.cached_property
+    def eeg(self) -> torch.Tensor:
+        """[b, 128, T] float16 microvolts on the CPU, padded by replication."""
+        return self.padded()
+
+    def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Make windows of 128 channels; row i is the true channel i mod n.
+
+        Only the true channels are copied to the device, as float16. The device replicates and casts them.
+
+        Parameters
+        ----------
+        device : torch.device or str, optional
+            Target device; by default the windows stay on the batch's device.
+        dtype : torch.dtype, optional
+            Number format of the result; float16 by default.
+
+        Returns
+        -------
+        Tensor, shape (b, 128, T)
+            Microvolts.
+
+        References
+        ----------
+        Bai et al., DreamDiffusion, arXiv 2306.16934, section 3.1.
+        """
+        import torch
+
+        n_b1 = np.array(self.channels)[:, None]
+        rows_bC = (np.cumsum(n_b1, axis=0) - n_b1) + np.arange(N_PADDED) % n_b1
+        rows = torch.from_numpy(rows_bC.ravel())
+        device = torch.device(device or self.packed.device)
+        if device.type == "cuda":
+            rows = rows.pin_memory()
+        x = self.packed.to(device, non_blocking=True)
+        # Cast before replicating, because there are fewer rows to cast.
+        x = x if dtype is None else x.to(dtype)
+        return x.index_select(0, rows.to(device, non_blocking=True)).view(len(self), N_PADDED, -1)
+
+    def pin_memory(self) -> Batch:
+        """Move the signals to page-locked memory, so that a copy to the GPU runs in parallel with the GPU's work.
+
+        Returns
+        -------
+        Batch
+            This batch.
+        """
+        self.packed = self.packed.pin_memory()
+        return self
+
+
+def collate(
+    dataset: EEGDataset | Mixture,
+    numbers: Sequence[int],
+    epochs: Sequence[int] | None = None,
+    out: np.ndarray | None = None,
+) -> Batch:
+    """Read samples into a batch.
+
+    Parameters
+    ----------
+    dataset : EEGDataset or Mixture
+        Dataset to read from.
+    numbers : sequence of int
+        Numbers of the samples.
+    epochs : sequence of int, optional
+        Epoch of each sample; 0 by default.
+    out : ndarray of float16, shape (rows, T), optional
+        Memory for the signals. If it is too small, new memory is allocated.
+
+    Returns
+    -------
+    Batch
+        The samples, in the order of `numbers`.
+
+    Raises
+    ------
+    RequestError
+        If a sample is damaged; the message names the file and the sample's key.
+    """
+    import torch
+
+    packed = dataset.pack(numbers, out)
+    return Batch(
+        packed=torch.from_numpy(packed.eeg),
+        channels=packed.channels,
+        keys=packed.keys,
+        json=packed.json,
+        shards=packed.shards,
+        numbers=list(numbers),
+        epochs=list(epochs or [0] * len(numbers)),
+    )
+
+
+def sequential(dataset: EEGDataset, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """Read every sample of a split once, in stored order, for evaluation.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        Dataset to read from.
+    batch_size : int
+        Samples of a batch; the last batch may be smaller.
+    rank, world_size : int
+        This process reads every world_size-th sample; the ranks' counts may differ by one.
+
+    Yields
+    ------
+    Batch
+        The next batch.
+    """
+    numbers = list(range(rank, len(dataset), world_size))
+    for start in range(0, len(numbers), batch_size):
+        yield collate(dataset, numbers[start : start + batch_size])
