@@ -1,17 +1,23 @@
 # Dreamscale: `make demo` and `make test` on a fresh machine; each makes .venv and installs what it needs.
-PYTHON ?= python3.11
+
+# The first of these that runs and is Python 3.11, 3.12 or 3.13. `make PYTHON=/path/to/python` takes another one.
+PYTHONS := python3.11 python3.12 python3.13 python3 python
+SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for name in $(PYTHONS); do $$name -c '$(SUITABLE)' 2>/dev/null && echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # Processes that share the tests, file by file.
 WORKERS ?= 2
-SOURCES := data_sharding pretrain finetune launch tests benchmarks
+SOURCES := data_sharding pretrain finetune launch tests benchmarks setup.py
 
-.PHONY: demo test check lint types spelling format clean
+.PHONY: demo test test-python resolve wheel check lint types spelling format clean
 .DEFAULT_GOAL := test
 
 # torch comes first and pinned: an unpinned torch asked for by another package pulls gigabytes of CUDA.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+		{ echo "no Python 3.11 to 3.13 on the PATH; install one, or run 'make PYTHON=/path/to/python'" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
@@ -24,6 +30,19 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: lint types spelling test
+
+# The tests that need no torch, in a small environment of their own: make test-python PYTHON=python3.13
+test-python:
+	$(PYTHON) tests/python_versions.py test
+
+# Whether every dependency can be had for Python 3.11 to 3.13; installs nothing, downloads a few hundred MB.
+resolve: $(VENV)/.installed
+	$(BIN)/python tests/python_versions.py resolve
+
+# The file that `pip install` takes: dist/dreamscale-VERSION-py3-none-any.whl.
+wheel: $(VENV)/.installed
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)
@@ -40,4 +59,4 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format $(SOURCES)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

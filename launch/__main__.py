@@ -6,7 +6,8 @@ import sys
 from launch.cli import main
 from launch.worker import PARENT, end_with_parent
 
-# Set by the demo for its steps; they must not go on writing beside the next demo if this one is killed.
+# The demo sets this variable for its steps. A step must end when its demo is killed: the next demo writes to the same
+# folder.
 if os.environ.pop(PARENT, None) == str(os.getppid()):
     end_with_parent()
 sys.exit(main())

@@ -1,10 +1,12 @@
-"""The ``dreamscale`` command."""
+"""The ``dreamscale`` command: finds the command that the first word names, and runs it."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
@@ -12,25 +14,44 @@ from launch.stages import STAGES
 
 
 def help_text() -> str:
-    """Return what ``dreamscale --help`` prints.
-
-    Returns
-    -------
-    str
-        Usage, one line a command, and what the exit codes mean.
-    """
+    """Return what ``dreamscale --help`` prints."""
     lines = [
         "usage: dreamscale COMMAND [CONFIG.yaml] [--dotted.key value ...]",
         "",
-        "Raw EEG recordings, of any maker, to a pretrained encoder and on to images of what was seen.",
+        "Turn EEG recordings of any maker into a pretrained encoder, and EEG into images of what a person saw.",
         "",
         "commands:",
         *(f"  {name:<10} {stage.help}" for name, stage in STAGES.items()),
         "",
-        "'dreamscale COMMAND --help' explains every key; '--print_config' prints the resolved config.",
-        "exit codes: 0 done, 1 failed, 2 wrong request, 3 too much was set aside, 75 stopped on request (run it again)",
+        "'dreamscale COMMAND --help' explains every key of a command.",
+        "'dreamscale COMMAND ... --print_config' prints the config that would be used, and stops.",
+        "exit codes: 0 done, 1 failed, 2 wrong request, 3 too many recordings set aside, 75 stopped on request (resume",
+        "            with the same command)",
     ]
     return "\n".join(lines)
+
+
+def _check_words(name: str, words: list[str]) -> None:
+    """Refuse a command without arguments, where the command needs some, before anything slow is imported."""
+    usage = STAGES[name].usage
+    if not words and usage and not usage.startswith("["):
+        raise RequestError(
+            f"usage: dreamscale {name} {usage} [--key value ...]; 'dreamscale {name} --help' explains every key"
+        )
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Show on a terminal that a command is being imported: PyTorch alone takes seconds."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print(f"dreamscale {name}: loading ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            # Go back to the beginning of the line and erase it.
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -45,6 +66,7 @@ def _dispatch(argv: list[str]) -> int:
         near = difflib.get_close_matches(name, STAGES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "'dreamscale --help' lists the commands"
         raise RequestError(f"unknown command '{name}'; {hint}")
+    _check_words(name, words)
     stage = STAGES[name]
     if stage.launcher is not None:
         from launch.local import processes_wanted, run_launched
@@ -52,7 +74,9 @@ def _dispatch(argv: list[str]) -> int:
         count = processes_wanted(words)
         if count:
             return run_launched(stage, words, count)
-    return importlib.import_module(stage.module).main(words)
+    with _loading(name):
+        module = importlib.import_module(stage.module)
+    return module.main(words)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0 done, 1 failed, 2 wrong request, 3 too much set aside, 75 stopped on request.
+        Exit code: 0 done, 1 failed, 2 wrong request, 3 too many recordings set aside, 75 stopped on request.
     """
     return run_main(_dispatch, argv)
 

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED
 
 State = Literal["ok", "note", "missing"]
 _READERS = {
@@ -42,21 +42,21 @@ _REQUIRED = (
 
 @dataclass(kw_only=True)
 class DoctorConfig:
-    """Look at what works on this machine and what to install."""
+    """Show what works on this machine, and what to install."""
 
     path: str = "."
-    """Folder whose disk is looked at."""
+    """Folder whose disk is checked for free space."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the table."""
+    """One row of the table that the doctor prints."""
 
     what: str
     state: State
     found: str
     advice: str = ""
-    """What to do, where something is to be done."""
+    """What the user can do; empty where nothing has to be done."""
 
 
 def _version(name: str) -> str | None:
@@ -97,7 +97,10 @@ def _device() -> Finding:
         advice = "this machine has a GPU, but torch is built without CUDA: install a CUDA build of torch"
         return Finding(what="device", state="note", found=f"{cores} CPU cores", advice=advice)
     return Finding(
-        what="device", state="note", found=f"{cores} CPU cores, no GPU", advice="enough for the demo, not more"
+        what="device",
+        state="note",
+        found=f"{cores} CPU cores, no GPU",
+        advice="enough for the demo; larger trainings need a GPU",
     )
 
 
@@ -105,7 +108,7 @@ def _compiler() -> Finding:
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     if found:
         return Finding(what="compiler", state="ok", found=found)
-    advice = "only for DeepSpeed's own kernels: install g++ (Debian: apt install g++)"
+    advice = "needed only for DeepSpeed's own kernels: install g++ (Debian: apt install g++)"
     return Finding(what="compiler", state="note", found="none", advice=advice)
 
 
@@ -117,7 +120,9 @@ def _readers() -> list[Finding]:
             Finding(
                 what=f"reader {module}",
                 state="ok" if there else "note",
-                found=f"{_version(package) or 'there'} ({formats})" if there else f"{formats} files will be set aside",
+                found=f"{_version(package) or 'installed'} ({formats})"
+                if there
+                else f"{formats} files will be set aside",
                 advice="" if there else f"pip install {package}",
             )
         )
@@ -127,14 +132,14 @@ def _readers() -> list[Finding]:
 def _tracking() -> Finding:
     if _version("wandb") is None:
         return Finding(
-            what="wandb", state="note", found="not installed", advice="pip install wandb, or tracker.kind none"
+            what="wandb", state="note", found="not installed", advice="pip install wandb, or set tracker.kind: none"
         )
     from pretrain.runs.tracking import logged_in
 
     if logged_in():
         return Finding(what="wandb", state="ok", found="logged in")
     return Finding(
-        what="wandb", state="ok", found="not logged in: runs are recorded offline; 'wandb login' changes that"
+        what="wandb", state="ok", found="not logged in: runs are recorded offline until you call 'wandb login'"
     )
 
 
@@ -167,23 +172,20 @@ def _clusters() -> list[Finding]:
     findings = []
     for tool, name in (("sbatch", "Slurm"), ("kubectl", "Kubernetes")):
         path = shutil.which(tool)
-        advice = "" if path else f"only for 'dreamscale submit': {tool} on the PATH"
-        findings.append(Finding(what=name, state="ok" if path else "note", found=path or "not here", advice=advice))
+        advice = "" if path else f"needed only for 'dreamscale submit': put {tool} on the PATH"
+        findings.append(
+            Finding(what=name, state="ok" if path else "note", found=path or "not installed", advice=advice)
+        )
     return findings
 
 
 def examine(path: str = ".") -> list[Finding]:
-    """Look at everything.
+    """Run every check and return the rows of the table, in their order.
 
     Parameters
     ----------
     path : str
-        Folder whose disk is looked at.
-
-    Returns
-    -------
-    list of Finding
-        In the order of the table.
+        Folder whose disk is checked for free space.
     """
     checks: list[Callable[[], Finding | list[Finding]]] = [
         _python,
@@ -203,8 +205,7 @@ def examine(path: str = ".") -> list[Finding]:
     return findings
 
 
-def _doctor(argv: list[str]) -> int:
-    config = parse_config(DoctorConfig, argv, prog="dreamscale doctor")
+def _doctor(config: DoctorConfig) -> int:
     findings = examine(config.path)
     from rich.console import Console
     from rich.table import Table
@@ -213,25 +214,15 @@ def _doctor(argv: list[str]) -> int:
     marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "missing": "[red]MISSING[/red]"}
     for finding in findings:
         table.add_row(marks[finding.state], finding.what, finding.found, finding.advice)
-    # A log has no width: wrapping would tear paths apart.
+    # A log file has no width, and a path that is wrapped cannot be copied.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
     missing = [finding.what for finding in findings if finding.state == "missing"]
-    console.print(f"missing: {', '.join(missing)}" if missing else "everything that is required is here")
+    console.print(f"missing: {', '.join(missing)}" if missing else "every required package is installed")
     return EXIT_FAILED if missing else EXIT_DONE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run ``dreamscale doctor``.
+main = command(DoctorConfig, _doctor, prog="dreamscale doctor", positionals=())
 
-    Parameters
-    ----------
-    argv : list of str, optional
-        Arguments.
-
-    Returns
-    -------
-    int
-        0, or 1 where something required is missing.
-    """
-    return run_main(_doctor, argv)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The commands there are, without importing any of them."""
+"""Table of the commands. Nothing heavy is imported here, so that ``dreamscale --help`` answers at once."""
 
 from __future__ import annotations
 
@@ -13,34 +13,36 @@ class Stage:
     module: str
     """Module with ``main(argv) -> int``."""
     usage: str
-    """What follows the command's name."""
+    """Arguments, as the usage line shows them. Arguments in brackets are optional."""
     help: str
-    """One line."""
+    """What the command does, in one line."""
     launcher: Literal["torchrun", "accelerate"] | None = None
-    """What starts its processes when a config asks for more than one."""
+    """Program that starts the processes of a training when ``num_processes`` is larger than 1."""
     config: str | None = None
-    """``module:class`` of the config of a stage that a cluster can run."""
+    """``module:class`` of the config, for commands that ``dreamscale submit`` can hand to a cluster."""
 
 
 STAGES: dict[str, Stage] = {
     "demo": Stage(
-        module="launch.demo.run", usage="[--out DIR]", help="the whole chain, EEG to images, on data it makes"
+        module="launch.demo.run",
+        usage="[--out DIR]",
+        help="the whole chain, from EEG to images, on recordings that the demo makes itself",
     ),
     "shard": Stage(
         module="data_sharding.job.run",
         config="data_sharding.job.request:ShardConfig",
         usage="CONFIG --output DIR",
-        help="recordings of any maker -> dataset, on Ray",
+        help="recordings of any maker -> dataset; Ray distributes the work",
     ),
     "verify": Stage(
         module="data_sharding.audit.verify",
         usage="DATASET [--against OTHER]",
-        help="check every byte and count, and prove that splits, or two datasets, share nothing",
+        help="check every byte of a dataset, and that its splits, or two datasets, share no data",
     ),
     "inspect": Stage(
         module="data_sharding.audit.inspect_dataset",
         usage="DATASET",
-        help="what a dataset holds, and what was set aside and why",
+        help="show what a dataset holds, which recordings were set aside, and why",
     ),
     "pretrain": Stage(
         module="pretrain.train",
@@ -52,32 +54,30 @@ STAGES: dict[str, Stage] = {
     "plan": Stage(
         module="pretrain.plan",
         usage="[CONFIG] [--preset NAME] [--gpus N]",
-        help="memory, arithmetic and days of a pretraining before it is started",
+        help="estimate memory and days of a pretraining before it is started",
     ),
     "export": Stage(module="pretrain.export", usage="RUN OUT", help="pretraining run -> encoder package"),
     "convert": Stage(
         module="pretrain.convert",
         usage="CHECKPOINT OUT",
-        help="checkpoint of DreamDiffusion's released code -> encoder package",
+        help="checkpoint of the code released with DreamDiffusion -> encoder package",
     ),
-    "encode": Stage(
-        module="pretrain.encode", usage="ENCODER RECORDING -o OUT.npz", help="embeddings of any readable recording"
-    ),
+    "encode": Stage(module="pretrain.encode", usage="ENCODER RECORDING -o OUT.npz", help="embeddings of one recording"),
     "probe": Stage(
         module="pretrain.probe.run",
         usage="ENCODER DATASET [--folds split|subjects]",
-        help="linear probe of an encoder beside random weights, classical features, EEGNet and controls",
+        help="linear probe of an encoder, compared with random weights, classical features and EEGNet",
     ),
     "miniature": Stage(
         module="finetune.stable_diffusion.miniature",
         usage="DATASET -o DIR",
-        help="a small Stable Diffusion and CLIP made from a dataset's images",
+        help="train a small Stable Diffusion and CLIP on the images of a dataset",
     ),
     "align": Stage(
         module="finetune.align",
         config="finetune.align:AlignConfig",
         usage="CONFIG",
-        help="align an encoder with CLIP",
+        help="align the embeddings of an encoder with those of CLIP",
         launcher="accelerate",
     ),
     "finetune": Stage(
@@ -95,22 +95,22 @@ STAGES: dict[str, Stage] = {
         launcher="accelerate",
     ),
     "generate": Stage(
-        module="finetune.generate", usage="MODEL DATASET -o DIR", help="images for the trials of a split"
+        module="finetune.generate", usage="MODEL DATASET -o DIR", help="generate an image for each trial of a split"
     ),
     "evaluate": Stage(
         module="finetune.evaluation.evaluate",
         usage="DIR",
-        help="metrics with controls, and a report, of generated images",
+        help="metrics of generated images, with controls, and a report",
     ),
     "submit": Stage(
         module="launch.submit",
         usage="slurm|ray|k8s STAGE CONFIG",
-        help="render and submit a cluster job; --dry-run prints it",
+        help="write a cluster job and submit it; --dry-run only prints it",
     ),
     "configs": Stage(
         module="launch.configs",
         usage="[NAME] [-o DIR]",
         help="list, print or copy the configs that come with Dreamscale",
     ),
-    "doctor": Stage(module="launch.doctor", usage="", help="what works on this machine, and what to install"),
+    "doctor": Stage(module="launch.doctor", usage="", help="show what works on this machine, and what to install"),
 }

@@ -47,6 +47,9 @@ def test_every_command_is_there(name: str, capsys: pytest.CaptureFixture[str]):
     ("words", "names"),
     [
         (["pretain"], "did you mean 'pretrain'"),
+        (["pretrain"], "usage: dreamscale pretrain CONFIG"),
+        (["submit"], "usage: dreamscale submit slurm|ray|k8s STAGE CONFIG"),
+        (["encode"], "usage: dreamscale encode ENCODER RECORDING -o OUT.npz"),
         (["pretrain", "no_such.yaml"], "no_such.yaml"),
         (["shard", "no_such.yaml"], "no_such.yaml"),
         (["verify", "no_such_dataset"], "no_such_dataset"),
