@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, design_of, list_items, open_item, register
+from data_sharding.corpora.base import Adapter, CorpusConfig, list_items, open_item, register
+from data_sharding.corpora.design import design_of
+from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import expand, recording_key
 
 for _module in pkgutil.iter_modules(__path__):

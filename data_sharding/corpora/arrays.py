@@ -18,9 +18,10 @@ import numpy as np
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.storage import AnyPath, localised
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
-from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, register
+from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.events import read_trials, trials_of
 from data_sharding.corpora.folder import KEYS, check_unit_factors, excluded, item_of
+from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text, relative_path
 from data_sharding.dataset.splits import SPLITS
 from data_sharding.formats.signal import Signal

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from data_sharding.common.errors import one_line
+from data_sharding.corpora.item import Item
+from data_sharding.corpora.patch import patched
+from data_sharding.formats.open_signal import open_signal
 from data_sharding.formats.signal import Signal
-from data_sharding.formats.sniffing import Recording
 
 ADAPTERS: dict[str, Adapter] = {}
 """Kinds of corpora by name."""
@@ -82,67 +84,6 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """An image shown, or a label given."""
-
-    onset: float
-    """Seconds from the recording's start; of trials with a `segment`, only their order counts."""
-    image: str
-    """Path of the image; empty where there is a label only."""
-    image_id: str
-    """What tells images apart; empty without an image."""
-    label_name: str
-    """Its category."""
-    caption: str
-    """Its description."""
-    split: str
-    """What the corpus says: train, val, test, `splits.TRAIN_OR_VAL`; empty where it says nothing."""
-    segment: int | None = None
-    """Epoched signals: the segment that the trial is, at whose start its window begins."""
-    block: str = ""
-    """Run of trials of one category shown together, where that is known."""
-    concept: str = ""
-    """What is on the image, where the corpus names it; never on images of two splits if concepts are held out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """A recording with what its corpus says about it."""
-
-    key: str
-    """Unique, and the start of its samples' keys."""
-    corpus: str
-    """Name of the corpus."""
-    path: str
-    """Relative to the corpus's root."""
-    recording: Recording
-    """The files."""
-    subject: str
-    """Who."""
-    session: str
-    """When; may be empty."""
-    unit_factor: float | None = None
-    """From the config."""
-    line_freq: float | None = None
-    """From the config."""
-    trial_offset: float = 0.0
-    """Seconds."""
-    trials: tuple[Trial, ...] | None = None
-    """None for a continuous recording."""
-    reason: str | None = None
-    """Why the corpus already excludes it."""
-    kind: str = "folder"
-    """Kind of corpus whose adapter opens it."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """What the adapter needs to open it: which of several recordings in one file, and the like. JSON-like. Two items of
-    one file differ in it, and by it in the ledger's checksum."""
-    info_patch: dict[str, Any] = field(default_factory=dict)
-    """What files beside the recording say about it; see `patched`. JSON-like."""
-    left_out: dict[str, int] = field(default_factory=dict)
-    """Trials that the corpus itself does not list among `trials`, by reason."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class NoOptions:
     """Kinds of corpora without options of their own."""
 
@@ -197,31 +138,25 @@ class Adapter:
         readers.ReadError
             With the reason for the ledger.
         """
-        from data_sharding.corpora.patch import patched
-        from data_sharding.formats.open_signal import open_signal
-
         return patched(open_signal(item.recording), item.info_patch)
 
-    def design(self, config: CorpusConfig, items: Sequence[Item]) -> tuple[str, str]:
-        """Order in which categories were shown.
+    def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
+        """Say in which order categories were shown.
 
         Parameters
         ----------
         config : CorpusConfig
             The corpus.
-        items : sequence of Item
-            Its recordings.
+        measured : tuple of (str, str)
+            What the order of its trials shows (`data_sharding.corpora.design.order_of`): the design (block, random or
+            unknown), and the evidence in a sentence.
 
         Returns
         -------
-        design : str
-            block, random or unknown.
-        evidence : str
-            Why.
+        tuple of (str, str)
+            The design and the evidence, with what is known of this kind of corpus beside its trials.
         """
-        from data_sharding.corpora.design import order_of
-
-        return order_of(items)
+        return measured
 
     def read_options(self, config: CorpusConfig) -> Any:
         """Options of a config in the kind's own dataclass.
@@ -329,27 +264,3 @@ def open_item(item: Item) -> Signal:
     Some readers can take the process down on a damaged file. Call this where that is survivable.
     """
     return ADAPTERS[item.kind].open(item)
-
-
-def design_of(config: CorpusConfig, items: Sequence[Item]) -> dict[str, str]:
-    """Whether categories were shown in blocks, so that time alone tells them apart.
-
-    Parameters
-    ----------
-    config : CorpusConfig
-        The corpus.
-    items : sequence of Item
-        What `list_items` gave for it.
-
-    Returns
-    -------
-    dict
-        name, kind, design (block, random, or unknown), and the evidence for it in a sentence.
-
-    References
-    ----------
-    Li et al., The perils and pitfalls of block design for EEG classification experiments, TPAMI 43 (2021).
-    """
-    design, evidence = ADAPTERS[config.kind].design(config, items)
-    names = sorted({item.corpus for item in items})
-    return {"name": config.name or ", ".join(names), "kind": config.kind, "design": design, "evidence": evidence}

@@ -19,9 +19,10 @@ from typing import Any
 
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.storage import AnyPath, describe
-from data_sharding.corpora.base import Adapter, CorpusConfig, Item, register
+from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.events import NOTHING, read_trials
 from data_sharding.corpora.folder import KEYS, find, item_of
+from data_sharding.corpora.item import Item
 from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text, root_name
 from data_sharding.formats.edf import VOLTS
 

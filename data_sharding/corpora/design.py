@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_sharding.corpora.base import Item
+from data_sharding.corpora.base import ADAPTERS, CorpusConfig
+from data_sharding.corpora.item import Item
 
 FEWEST_TRIALS = 20
 """Fewer trials say nothing about their order."""
@@ -71,3 +72,27 @@ def order_of(items: Sequence[Item]) -> tuple[str, str]:
     if sigma < CHANCE_SIGMA:
         return "random", text
     return "unknown", f"{text}: longer than chance, but no clear blocks"
+
+
+def design_of(config: CorpusConfig, items: Sequence[Item]) -> dict[str, str]:
+    """Whether categories were shown in blocks, so that time alone tells them apart.
+
+    Parameters
+    ----------
+    config : CorpusConfig
+        The corpus.
+    items : sequence of Item
+        What `list_items` gave for it.
+
+    Returns
+    -------
+    dict
+        name, kind, design (block, random, or unknown), and the evidence for it in a sentence.
+
+    References
+    ----------
+    Li et al., The perils and pitfalls of block design for EEG classification experiments, TPAMI 43 (2021).
+    """
+    design, evidence = ADAPTERS[config.kind].design(config, order_of(items))
+    names = sorted({item.corpus for item in items})
+    return {"name": config.name or ", ".join(names), "kind": config.kind, "design": design, "evidence": evidence}

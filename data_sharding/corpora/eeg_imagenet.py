@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,8 @@ import numpy as np
 
 from data_sharding.common.errors import RequestError
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
-from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, register
+from data_sharding.corpora.base import Adapter, CorpusConfig, register
+from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import check_images, folder_of, local_folder, recording_key, root_name
 from data_sharding.corpora.safe_pickle import RefusedPickle, load_torch
 from data_sharding.dataset.splits import SPLITS
@@ -144,10 +145,9 @@ class EEGImageNetCorpus(Adapter):
             notes=notes,
         )
 
-    def design(self, config: CorpusConfig, items: Sequence[Item]) -> tuple[str, str]:
+    def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
         """Blocks, whatever the order in the file; see `Adapter.design`."""
-        _, evidence = super().design(config, items)
-        return "block", f"each category was shown as one block (Li et al., TPAMI 2021); in this file {evidence}"
+        return "block", f"each category was shown as one block (Li et al., TPAMI 2021); in this file {measured[1]}"
 
 
 def _words(counts: Mapping[str, int]) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, describe
-from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, register
+from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.folder import KEYS, find, item_of
+from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text
 from data_sharding.dataset.splits import SPLITS
 

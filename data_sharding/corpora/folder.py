@@ -8,7 +8,8 @@ from typing import Any
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath
-from data_sharding.corpora.base import Adapter, CorpusConfig, Item, register
+from data_sharding.corpora.base import Adapter, CorpusConfig, register
+from data_sharding.corpora.item import Item
 from data_sharding.corpora.paths import folder_of, recording_key, relative_path, root_name
 from data_sharding.formats.sniffing import Recording, find_recordings
 

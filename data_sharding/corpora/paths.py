@@ -7,14 +7,12 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, as_path, describe, is_remote
+from data_sharding.corpora.base import CorpusConfig
+from data_sharding.corpora.item import Item
 from data_sharding.dataset.samples import safe_key
-
-if TYPE_CHECKING:
-    from data_sharding.corpora.base import CorpusConfig, Item
 
 
 def expand(text: str, key: str) -> AnyPath:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,9 @@ import numpy as np
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.storage import AnyPath
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
-from data_sharding.corpora.base import Adapter, CorpusConfig, Item, Trial, register
+from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.folder import excluded
+from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import check_images, folder_of, local_folder, recording_key, root_name
 from data_sharding.corpora.safe_pickle import RefusedPickle, load_npy
 from data_sharding.dataset.splits import TRAIN_OR_VAL
@@ -161,11 +162,11 @@ class ThingsEEG2Corpus(Adapter):
             notes=notes,
         )
 
-    def design(self, config: CorpusConfig, items: Sequence[Item]) -> tuple[str, str]:
+    def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
         """Random by the experiment's plan; measured where the order is known; see `Adapter.design`."""
         if self.read_options(config).source == "preprocessed":
             return "random", "images were shown in random order (Gifford et al. 2022); the epochs are sorted by image"
-        design, evidence = super().design(config, items)
+        design, evidence = measured
         return design, f"images were shown in random order (Gifford et al. 2022); measured: {evidence}"
 
 
