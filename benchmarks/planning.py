@@ -73,6 +73,7 @@ def measure(n: int) -> dict[str, Any]:
     from data_sharding.audit.duplicates import Print, find_duplicates, signature
     from data_sharding.job.pack_shards import plan_shards
     from data_sharding.job.request import CorpusConfig, ShardConfig, make_plan
+    from data_sharding.job.task import PartResult, new_row
 
     seconds: dict[str, float] = {}
     began = time.perf_counter()
@@ -108,9 +109,10 @@ def measure(n: int) -> dict[str, Any]:
     duplicates = find_duplicates(prints, lambda key: points(seeds[key]))
     lap("duplicates")
     assert len(duplicates) == n // 100
-    rows = [{"key": key, "part": key, "split_samples": {"train": 150, "val": 3}} for key in keys]
+    samples = {"train": 150, "val": 3}
+    results = [PartResult(row=new_row(plan.items[key]), part=key, samples=samples) for key in keys]
     began = time.perf_counter()
-    shards = plan_shards(rows, 4096)
+    shards = plan_shards(results, 4096)
     lap("shards")
     return {
         "recordings": n,

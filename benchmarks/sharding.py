@@ -76,15 +76,16 @@ def ours(edf: Path, folder: Path) -> int:
     """The body of a worker of the job."""
     from data_sharding.corpora import CorpusConfig, list_items
     from data_sharding.dataset.splits import SplitConfig
-    from data_sharding.job.process_recording import Task, process_recording
+    from data_sharding.job.process_recording import process_recording
+    from data_sharding.job.task import Task
     from data_sharding.processing.preprocess import PreprocessSpec
 
     (item,) = [i for i in list_items(CorpusConfig(root=str(edf.parent), line_freq=LINE)) if i.path == edf.name]
     spec, split = PreprocessSpec(**SPEC), SplitConfig(val_fraction=0, test_fraction=0)
     task = Task(item=item, spec=spec, split=split, labels=(), work=folder, timeout_s=3600)
-    row = process_recording(task)
-    assert row["status"] == "sharded", row["reason"]
-    return row["windows"]
+    row = process_recording(task).row
+    assert row.status == "sharded", row.reason
+    return row.windows
 
 
 def mne_default(edf: Path, folder: Path) -> int:

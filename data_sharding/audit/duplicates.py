@@ -18,6 +18,8 @@ from typing import Literal
 
 import numpy as np
 
+from data_sharding.dataset.ledger import LedgerRow
+
 SAME = 0.99
 """Correlation from which two channels are the same."""
 SHARE = 0.6
@@ -295,7 +297,20 @@ def matches(
     return found
 
 
-def find_duplicates(prints: Sequence[Print], load_points: Callable[[str], np.ndarray] | None = None) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """Which recording holds the same signal, and how the two differ."""
+
+    kept: str
+    """Key of the recording that is kept."""
+    difference: str = ""
+    """How the copy differs from it, in words; empty if it does not."""
+
+    def __str__(self) -> str:
+        return f"{self.kept} ({self.difference})" if self.difference else self.kept
+
+
+def find_duplicates(prints: Sequence[Print], load_points: Callable[[str], np.ndarray] | None = None) -> dict[str, Copy]:
     """Recordings to leave out since another one holds the same.
 
     Parameters
@@ -308,17 +323,16 @@ def find_duplicates(prints: Sequence[Print], load_points: Callable[[str], np.nda
 
     Returns
     -------
-    dict
-        Key of a duplicate to the key of the recording that is kept, followed in brackets by how they differ, where the
-        lengths or the references do.
+    dict of str to Copy
+        Key of each duplicate to the recording that is kept in its place.
     """
-    duplicate: dict[str, str] = {}
+    duplicate: dict[str, Copy] = {}
     root: dict[str, Print] = {}
     by_bytes: dict[str, Print] = {}
     rest: list[Print] = []
     for item in prints:
         if item.sha256 and (first := by_bytes.setdefault(item.sha256, item)) is not item:
-            duplicate[item.key] = first.key
+            duplicate[item.key] = Copy(kept=first.key)
             root[item.key] = first
             continue
         if item.signature is None:
@@ -345,25 +359,25 @@ def find_duplicates(prints: Sequence[Print], load_points: Callable[[str], np.nda
             if relation:
                 kept = root.get(rest[i].key, rest[i])
                 root[item.key] = kept
-                how = f" ({HOW[relation]})" if relation == "remixed" else ""
+                difference = HOW[relation] if relation == "remixed" else ""
                 if abs(kept.seconds - item.seconds) > LENGTH_S:
-                    how = f" ({HOW['beginning']}, {item.seconds:.1f} of {kept.seconds:.1f} s)"
-                duplicate[item.key] = kept.key + how
+                    difference = f"{HOW['beginning']}, {item.seconds:.1f} of {kept.seconds:.1f} s"
+                duplicate[item.key] = Copy(kept=kept.key, difference=difference)
                 break
     # Equal bytes may stand for a recording that turned out to be a duplicate itself.
-    for key, value in duplicate.items():
-        if value in root:
-            duplicate[key] = root[value].key
+    for key, copy in duplicate.items():
+        if not copy.difference and copy.kept in root:
+            duplicate[key] = Copy(kept=root[copy.kept].key)
     return duplicate
 
 
-def preference(row: dict, *, trials: bool) -> tuple:
+def preference(row: LedgerRow, *, trials: bool) -> tuple:
     """Which of several recordings of the same signal is kept: the smallest first.
 
     Parameters
     ----------
-    row : dict
-        Ledger row.
+    row : LedgerRow
+        The recording.
     trials : bool
         Whether the recording has trials.
 
@@ -372,4 +386,4 @@ def preference(row: dict, *, trials: bool) -> tuple:
     tuple
         Sort key: with trials, subject known, longer (by minutes: formats pad), more channels, key.
     """
-    return (not trials, row["subject"] == row["key"], -int(row["seconds"] // 60), -row["n_kept"], row["key"])
+    return (not trials, row.subject == row.key, -int(row.seconds // 60), -row.n_kept, row.key)

@@ -18,6 +18,7 @@ import numpy as np
 from data_sharding.audit.duplicates import Print, signature
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, as_path, deliver, scratch_folder
+from data_sharding.dataset.ledger import LedgerRow
 
 NAME = "fingerprints.parquet"
 ROWS_A_GROUP = 256
@@ -34,7 +35,7 @@ THUMB = 16
 
 
 def write_fingerprints(
-    path: str | AnyPath, rows: Iterable[dict[str, Any]], load_points: Callable[[str], np.ndarray]
+    path: str | AnyPath, rows: Iterable[LedgerRow], load_points: Callable[[str], np.ndarray]
 ) -> None:
     """Write the fingerprints of the recordings that a dataset holds, whole or not at all.
 
@@ -42,7 +43,7 @@ def write_fingerprints(
     ----------
     path : str, Path or UPath
         The file.
-    rows : iterable of dict
+    rows : iterable of LedgerRow
         The ledger; rows that are not ``sharded`` are left out.
     load_points : callable
         Key of a recording to its fingerprint [n, P].
@@ -69,7 +70,7 @@ def write_fingerprints(
         deliver(local, as_path(path))
 
 
-def _write(local: Path, schema: Any, rows: Iterable[dict[str, Any]], load_points: Callable[[str], np.ndarray]) -> None:
+def _write(local: Path, schema: Any, rows: Iterable[LedgerRow], load_points: Callable[[str], np.ndarray]) -> None:
     """A group of rows at a time: those of a hundred thousand recordings do not fit into memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -83,13 +84,13 @@ def _write(local: Path, schema: Any, rows: Iterable[dict[str, Any]], load_points
                 group.clear()
 
         for row in rows:
-            if row["status"] != "sharded":
+            if row.status != "sharded":
                 continue
-            points = np.ascontiguousarray(load_points(row["key"]), np.float16)
+            points = np.ascontiguousarray(load_points(row.key), np.float16)
             group.append(
-                {name: row[name] for name in ("key", "corpus", "subject", "sha256", "seconds")}
+                {name: getattr(row, name) for name in ("key", "corpus", "subject", "sha256", "seconds")}
                 | {
-                    "names": row["channels"],
+                    "names": row.channels,
                     "n_points": points.shape[1] if points.ndim == 2 else 0,
                     "points": points.tobytes(),
                     "signature": signature(points),

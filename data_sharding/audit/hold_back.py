@@ -20,8 +20,9 @@ import numpy as np
 
 from data_sharding.audit.duplicates import HOW, Print, matches
 from data_sharding.common.errors import RequestError
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import as_path
-from data_sharding.dataset.ledger import set_aside
+from data_sharding.dataset.ledger import LedgerRow
 
 if TYPE_CHECKING:
     from data_sharding.audit.leakage import Contents
@@ -243,13 +244,20 @@ class HoldBack:
             out.append(item)
         return out
 
-    def mark(self, rows: Sequence[dict[str, Any]], load_points: Callable[[str], np.ndarray]) -> dict[str, int]:
+    def mark(
+        self,
+        rows: Sequence[LedgerRow],
+        prints: Mapping[str, Print],
+        load_points: Callable[[str], np.ndarray],
+    ) -> dict[str, int]:
         """Hold recordings back, after they were read and before duplicates are sought.
 
         Parameters
         ----------
-        rows : sequence of dict
-            Ledger rows with ``signature``, changed in place: status "held back", with reason and ``held_back``.
+        rows : sequence of LedgerRow
+            The ledger; rows of recordings that are held back are changed.
+        prints : mapping of str to Print
+            What is compared of each recording, by key.
         load_points : callable
             Key of a recording to its fingerprint [n, P].
 
@@ -258,21 +266,21 @@ class HoldBack:
         dict
             For each name, list and dataset the number of recordings that it held back.
         """
-        usable = [row for row in rows if row["status"] == "sharded"]
+        usable = [row for row in rows if row.status == "sharded"]
         why: dict[str, tuple[str, str]] = {}
         for row in usable:
-            if name := self.named.get(row["key"]):
-                why[row["key"]] = (name, f"held back: {name}")
-            elif source := self.sha256.get(row["sha256"]):
-                why[row["key"]] = (f"sha256 ({source})", f"held back: its checksum stands in {source}")
+            if name := self.named.get(row.key):
+                why[row.key] = (name, f"{name}")
+            elif source := self.sha256.get(row.sha256):
+                why[row.key] = (f"sha256 ({source})", f"its checksum stands in {source}")
         for contents in self.datasets:
-            self._by_dataset(contents, usable, why, load_points)
-        self._copies(usable, why, load_points)
+            self._by_dataset(contents, usable, why, prints, load_points)
+        self._copies(usable, why, prints, load_points)
         counts: Counter[str] = Counter()
         for row in usable:
-            if row["key"] in why:
-                name, reason = why[row["key"]]
-                set_aside(row, "held back", reason, held_back=name)
+            if row.key in why:
+                name, reason = why[row.key]
+                row.set_aside("held back", Reason("held back", reason), held_back=name)
                 counts[name] += 1
         for contents in self.datasets:
             counts.setdefault(f"dataset {contents.name}", 0)
@@ -281,8 +289,9 @@ class HoldBack:
     def _by_dataset(
         self,
         contents: Contents,
-        rows: Sequence[dict[str, Any]],
+        rows: Sequence[LedgerRow],
         why: dict[str, tuple[str, str]],
+        prints: Mapping[str, Print],
         load_points: Callable[[str], np.ndarray],
     ) -> None:
         name = f"dataset {contents.name}"
@@ -291,63 +300,54 @@ class HoldBack:
         theirs = contents.fingerprints.prints if contents.fingerprints else []
         rest = []
         for row in rows:
-            if row["sha256"] and row["sha256"] in checksums:
-                why.setdefault(row["key"], (name, f"held back: recording of {name} (equal bytes)"))
-            elif (row["corpus"], row["subject"]) in subjects:
-                why.setdefault(row["key"], (name, f"held back: subject {row['subject']} of {name}"))
+            if row.sha256 and row.sha256 in checksums:
+                why.setdefault(row.key, (name, f"recording of {name} (equal bytes)"))
+            elif (row.corpus, row.subject) in subjects:
+                why.setdefault(row.key, (name, f"subject {row.subject} of {name}"))
             else:
                 rest.append(row)
         if theirs and contents.fingerprints:
-            for i, j, relation in matches(_prints(rest), theirs, load_points, contents.fingerprints.load):
-                reason = f"held back: recording of {name} ({HOW[relation]} as {theirs[j].key})"
-                why.setdefault(rest[i]["key"], (name, reason))
+            ours = [prints[row.key] for row in rest]
+            for i, j, relation in matches(ours, theirs, load_points, contents.fingerprints.load):
+                reason = f"recording of {name} ({HOW[relation]} as {theirs[j].key})"
+                why.setdefault(rest[i].key, (name, reason))
         # Who has one recording in a benchmark is a subject of that benchmark.
         people = {
-            (row["corpus"], row["subject"])
-            for row in rows
-            if why.get(row["key"], ("",))[0] == name and row["subject"] != row["key"]
+            (row.corpus, row.subject) for row in rows if why.get(row.key, ("",))[0] == name and row.subject != row.key
         }
         for row in rows:
-            if (row["corpus"], row["subject"]) in people:
-                why.setdefault(row["key"], (name, f"held back: subject {row['subject']} has a recording in {name}"))
+            if (row.corpus, row.subject) in people:
+                why.setdefault(row.key, (name, f"subject {row.subject} has a recording in {name}"))
 
     def _copies(
         self,
-        rows: Sequence[dict[str, Any]],
+        rows: Sequence[LedgerRow],
         why: dict[str, tuple[str, str]],
+        prints: Mapping[str, Print],
         load_points: Callable[[str], np.ndarray],
     ) -> None:
         """Hold back what is the same recording as one that is held back."""
-        held = [row for row in rows if row["key"] in why]
-        rest = [row for row in rows if row["key"] not in why]
-        by_bytes = {row["sha256"]: row for row in held if row["sha256"]}
-        pairs = [(i, by_bytes[row["sha256"]]) for i, row in enumerate(rest) if row["sha256"] in by_bytes]
-        pairs += [(i, held[j]) for i, j, _ in matches(_prints(rest), _prints(held), load_points, load_points)]
+        held = [row for row in rows if row.key in why]
+        rest = [row for row in rows if row.key not in why]
+        by_bytes = {row.sha256: row for row in held if row.sha256}
+        pairs = [(i, by_bytes[row.sha256]) for i, row in enumerate(rest) if row.sha256 in by_bytes]
+        ours, theirs = ([prints[row.key] for row in group] for group in (rest, held))
+        pairs += [(i, held[j]) for i, j, _ in matches(ours, theirs, load_points, load_points)]
         for i, original in pairs:
-            name = why[original["key"]][0]
-            why.setdefault(rest[i]["key"], (name, f"held back: copy of {original['key']}, {name}"))
+            name = why[original.key][0]
+            why.setdefault(rest[i].key, (name, f"copy of {original.key}, {name}"))
 
-    def count_images(self, rows: Iterable[dict[str, Any]]) -> None:
+    def count_images(self, rows: Iterable[LedgerRow]) -> None:
         """Enter the trials that `without_images` took out into the rows' ``windows_left_out``.
 
         Parameters
         ----------
-        rows : iterable of dict
-            Ledger rows, changed in place.
+        rows : iterable of LedgerRow
+            The ledger, changed in place.
         """
-        import json
-
         for row in rows:
-            if number := self.images_left_out.get(row["key"]):
-                left = json.loads(row["windows_left_out"]) | {IMAGE_REASON: number}
-                row["windows_left_out"] = json.dumps(dict(sorted(left.items())))
-
-
-def _prints(rows: Iterable[Mapping[str, Any]]) -> list[Print]:
-    return [
-        Print(key=r["key"], sha256=r["sha256"], seconds=r["seconds"], signature=list(r.get("signature") or ()))
-        for r in rows
-    ]
+            if number := self.images_left_out.get(row.key):
+                row.windows_left_out = dict(sorted({**row.windows_left_out, IMAGE_REASON: number}.items()))
 
 
 def _held_images(paths: Sequence[str], datasets: Sequence[Contents]) -> set[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.dataset.ledger import STATUSES, read_ledger, short_reason
+from data_sharding.dataset.ledger import COLUMNS, STATUSES, LedgerRow, read_ledger, windows_left_out
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 
@@ -57,24 +57,24 @@ def _text(cell: str | int | float) -> str:
     return (f"{cell:.1f}" if cell > 10 else f"{cell:.3f}") if isinstance(cell, float) else str(cell)
 
 
-def _status_counts(rows: Iterable[dict[str, Any]], statuses: Sequence[str]) -> list[int]:
-    count = Counter(row["status"] for row in rows)
+def _status_counts(rows: Iterable[LedgerRow], statuses: Sequence[str]) -> list[int]:
+    count = Counter(row.status for row in rows)
     return [count[status] for status in statuses]
 
 
 def _grouped(
     title: str,
-    rows: Sequence[dict[str, Any]],
-    value: Callable[[dict[str, Any]], Any],
+    rows: Sequence[LedgerRow],
+    value: Callable[[LedgerRow], Any],
     statuses: Sequence[str] = STATUSES,
 ) -> Grid:
     """Hours and recordings by a property, with a last line for all."""
-    groups: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
+    groups: defaultdict[Any, list[LedgerRow]] = defaultdict(list)
     for row in rows:
         groups[value(row)].append(row)
 
-    def line(name: str, group: Sequence[dict[str, Any]]) -> list[str | int | float]:
-        found, written = (sum(row[column] for row in group) / 3600 for column in ("seconds", "seconds_written"))
+    def line(name: str, group: Sequence[LedgerRow]) -> list[str | int | float]:
+        found, written = sum(row.seconds for row in group) / 3600, sum(row.seconds_written for row in group) / 3600
         return [name, float(found), float(written), *_status_counts(group, statuses)]
 
     lines = [line(f"{v:g}" if isinstance(v, float) else str(v), groups[v]) for v in sorted(groups)]
@@ -82,76 +82,71 @@ def _grouped(
     return Grid(title=title, head=[title, "hours found", "hours written", *statuses], lines=lines)
 
 
-def _splits(rows: Sequence[dict[str, Any]], manifest: Manifest) -> Grid:
+def _splits(rows: Sequence[LedgerRow], manifest: Manifest) -> Grid:
     lines: list[list[str | int | float]] = []
     for split in SPLITS:
-        there = [row for row in rows if split in row["split"].split("+")]
-        people = {(row["corpus"], row["subject"]) for row in there}
+        there = [row for row in rows if split in row.splits]
+        people = {(row.corpus, row.subject) for row in there}
         shards = len(manifest.splits.get(split, []))
         lines.append([split, manifest.samples(split), shards, len(there), len(people)])
     return Grid(title="split", head=["split", "samples", "shards", "recordings", "subjects"], lines=lines)
 
 
-def _reasons(rows: Sequence[dict[str, Any]]) -> Grid:
+def _reasons(rows: Sequence[LedgerRow]) -> Grid:
     count: Counter[tuple[str, str]] = Counter()
-    seconds: Counter[tuple[str, str]] = Counter()
+    seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
     for row in rows:
-        if row["reason"]:
-            what = row["status"], short_reason(row["reason"])
+        if row.reason:
+            what = row.status, row.category
             count[what] += 1
-            seconds[what] += row["seconds"]
+            seconds[what] += row.seconds
     lines: list[list[str | int | float]] = [[*what, n, seconds[what] / 3600] for what, n in sorted(count.items())]
     return Grid(title="reasons", head=["status", "reason", "recordings", "hours"], lines=lines)
 
 
-def _held_back(rows: Sequence[dict[str, Any]]) -> Grid:
-    count = Counter(row["held_back"] or row["reason"] for row in rows if row["status"] == "held back")
+def _held_back(rows: Sequence[LedgerRow]) -> Grid:
+    count = Counter(row.held_back or row.reason for row in rows if row.status == "held back")
     lines: list[list[str | int | float]] = [[name, number] for name, number in sorted(count.items())]
     return Grid(title="held back", head=["by", "recordings"], lines=lines)
 
 
-def _left_out(manifest: Manifest) -> Grid:
-    prefix = "left out: "
-    found = sorted((k.removeprefix(prefix), v) for k, v in manifest.counts.items() if k.startswith(prefix))
+def _left_out(rows: Sequence[LedgerRow]) -> Grid:
+    found = sorted(windows_left_out(rows).items())
     return Grid(title="windows left out", head=["windows left out", "number"], lines=[[k, v] for k, v in found])
 
 
-def _path(row: dict[str, Any]) -> str:
-    return row["path"] if row["path"].startswith(f"{row['corpus']}/") else f"{row['corpus']}/{row['path']}"
+def _path(row: LedgerRow) -> str:
+    return row.path if row.path.startswith(f"{row.corpus}/") else f"{row.corpus}/{row.path}"
 
 
-def _recordings(rows: Sequence[dict[str, Any]]) -> Grid:
+def _recordings(rows: Sequence[LedgerRow]) -> Grid:
     lines = []
     for row in rows:
-        eeg = (
-            f"{row['n_kept']} of {row['n_eeg']}"
-            if row["n_kept"] != row["n_eeg"] and row["n_kept"]
-            else str(row["n_eeg"] or "")
-        )
-        amplitude = "" if row["amplitude_uv"] is None else f"{row['amplitude_uv']:.3g}"
-        rate = f"{row['sfreq']:g}" if row["sfreq"] else ""
-        length = f"{row['seconds']:.1f}" if row["sfreq"] else ""
-        bads = str(len(row["bads"])) if row["n_kept"] else ""
-        line = "" if row["line_freq"] is None else f"{row['line_freq']:g}"
-        values = [_path(row), row["format"], eeg, bads, rate, length, amplitude, line]
-        lines.append([*values, str(row["windows"] or ""), row["status"], row["reason"]])
+        eeg = f"{row.n_kept} of {row.n_eeg}" if row.n_kept != row.n_eeg and row.n_kept else str(row.n_eeg or "")
+        amplitude = "" if row.amplitude_uv is None else f"{row.amplitude_uv:.3g}"
+        rate = f"{row.sfreq:g}" if row.sfreq else ""
+        length = f"{row.seconds:.1f}" if row.sfreq else ""
+        bads = str(len(row.bads)) if row.n_kept else ""
+        line = "" if row.line_freq is None else f"{row.line_freq:g}"
+        values = [_path(row), row.format, eeg, bads, rate, length, amplitude, line]
+        lines.append([*values, str(row.windows or ""), row.status, row.reason])
     head = ["recording", "format", "EEG", "bad", "Hz", "s", "µV", "mains", "windows", "status", "reason"]
     return Grid(title="recordings", head=head, lines=lines)
 
 
-def find_recording(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+def find_recording(rows: Sequence[LedgerRow], name: str) -> LedgerRow:
     """Row of a recording by its key or path.
 
     Parameters
     ----------
-    rows : sequence of dict
+    rows : sequence of LedgerRow
         The ledger.
     name : str
         Key, path, or CORPUS/PATH.
 
     Returns
     -------
-    dict
+    LedgerRow
         Its row.
 
     Raises
@@ -159,26 +154,25 @@ def find_recording(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
     RequestError
         If there is none, or several have that path.
     """
-    exact = [row for row in rows if row["key"] == name]
-    found = exact or [row for row in rows if name in (row["path"], f"{row['corpus']}/{row['path']}")]
+    exact = [row for row in rows if row.key == name]
+    found = exact or [row for row in rows if name in (row.path, f"{row.corpus}/{row.path}")]
     if len(found) == 1:
         return found[0]
     if found:
-        raise RequestError(f"recording '{name}': {len(found)} have that path; use a key: {found[0]['key']} ...")
-    near = [row["key"] for row in rows if name.lower() in f"{row['key']} {_path(row)}".lower()][:5]
+        raise RequestError(f"recording '{name}': {len(found)} have that path; use a key: {found[0].key} ...")
+    near = [row.key for row in rows if name.lower() in f"{row.key} {_path(row)}".lower()][:5]
     hint = f"did you mean {', '.join(near)}?" if near else "'--recordings' lists them all"
     raise RequestError(f"recording '{name}': not in the ledger; {hint}")
 
 
-def _in_full(row: dict[str, Any]) -> Grid:
+def _in_full(row: LedgerRow) -> Grid:
     lines = []
-    for name, value in row.items():
+    for name in COLUMNS:
+        value = getattr(row, name)
         if isinstance(value, list):
             value = ", ".join(map(str, value))
-        elif isinstance(value, str) and value.startswith("{"):
-            # Columns of counts or names are JSON in the ledger.
-            pairs = json.loads(value).items()
-            value = "; ".join(f"{k}: {', '.join(v) if isinstance(v, list) else v}" for k, v in pairs)
+        elif isinstance(value, dict):
+            value = "; ".join(f"{k}: {', '.join(v) if isinstance(v, list) else v}" for k, v in value.items())
         lines.append([name, "" if value is None else str(value)])
     return Grid(title="recording", head=["column", "value"], lines=lines)
 
@@ -231,7 +225,7 @@ def _show(grids: Iterable[Grid]) -> None:
         print("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
 
 
-def _as_json(rows: Sequence[dict[str, Any]], manifest: Manifest, grids: Iterable[Grid]) -> str:
+def _as_json(rows: Sequence[LedgerRow], manifest: Manifest, grids: Iterable[Grid]) -> str:
     values = {
         "dataset_id": manifest.dataset_id,
         "preprocess": manifest.preprocess.to_dict(),
@@ -244,7 +238,7 @@ def _as_json(rows: Sequence[dict[str, Any]], manifest: Manifest, grids: Iterable
             if g.title != "recordings"
         },
     }
-    return json.dumps(values | {"recordings": rows}, indent=2)
+    return json.dumps(values | {"recordings": [row.to_columns() for row in rows]}, indent=2)
 
 
 def _main(argv: list[str]) -> int:
@@ -260,24 +254,24 @@ def _main(argv: list[str]) -> int:
     if config.recording:
         row = find_recording(rows, config.recording)
         if config.json:
-            print(json.dumps(row, indent=2))
+            print(json.dumps(row.to_columns(), indent=2))
         else:
             _show([_in_full(row)])
         return EXIT_DONE
-    kept = [row for row in rows if row["status"] == "sharded"]
-    corpora = _grouped("corpus", rows, lambda row: row["corpus"])
+    kept = [row for row in rows if row.status == "sharded"]
+    corpora = _grouped("corpus", rows, lambda row: row.corpus)
     if config.markdown:
         print(_about(manifest))
-        _show_markdown([corpora, _recordings(rows), *(g for g in [_left_out(manifest)] if g.lines)])
+        _show_markdown([corpora, _recordings(rows), *(g for g in [_left_out(rows)] if g.lines)])
         return EXIT_DONE
     grids = [
         corpora,
         _splits(rows, manifest),
-        _grouped("channels kept", kept, lambda row: row["n_kept"], ["sharded"]),
-        _grouped("recorded Hz", kept, lambda row: row["sfreq"], ["sharded"]),
+        _grouped("channels kept", kept, lambda row: row.n_kept, ["sharded"]),
+        _grouped("recorded Hz", kept, lambda row: row.sfreq, ["sharded"]),
         _reasons(rows),
         _held_back(rows),
-        _left_out(manifest),
+        _left_out(rows),
         *([_recordings(rows)] if config.recordings else []),
     ]
     if config.json:

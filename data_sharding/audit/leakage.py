@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from data_sharding.common.files import read_json
 from data_sharding.common.progress import progress
 from data_sharding.common.storage import AnyPath, as_path
 from data_sharding.dataset.ledger import NAME as LEDGER
-from data_sharding.dataset.ledger import read_ledger
+from data_sharding.dataset.ledger import LedgerRow, read_ledger
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.samples import IMAGE_EXTENSIONS, decode_eeg
 from data_sharding.dataset.splits import SPLITS
@@ -85,7 +85,7 @@ class Contents:
     """The dataset as the user named it."""
     manifest: Manifest
     """Its manifest."""
-    rows: dict[str, dict[str, Any]]
+    rows: dict[str, LedgerRow]
     """Ledger rows by key; empty where there is no ledger."""
     fingerprints: Fingerprints | None
     """Of its recordings; None where there are none."""
@@ -131,7 +131,7 @@ class Contents:
         """
         root = as_path(dataset)
         manifest = Manifest.read(root)
-        rows = {row["key"]: row for row in read_ledger(root)} if (root / LEDGER).is_file() else {}
+        rows = {row.key: row for row in read_ledger(root)} if (root / LEDGER).is_file() else {}
         keys: dict[str, int] = {}
         people: list[tuple[str, str]] = []
         columns: list[list[tuple[int, int, float, int]]] = []
@@ -191,7 +191,7 @@ class Contents:
     def checksums(self) -> dict[str, str]:
         """Checksum of a recording's files to the recording; copies that were left out as duplicates lead to it, too."""
         in_it = set(self.recordings)
-        kept = {row["sha256"]: key if key in in_it else row["duplicate_of"] for key, row in self.rows.items()}
+        kept = {row.sha256: key if key in in_it else row.duplicate_of for key, row in self.rows.items()}
         return {sha: key for sha, key in kept.items() if sha and key in in_it}
 
     def windows_of(self, number: int) -> np.ndarray:
@@ -361,7 +361,7 @@ def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[s
         ours, theirs = a.rows.get(key), b.rows.get(key)
         if (key, key) in pairs:
             continue
-        if ours and theirs and ours["sha256"] != theirs["sha256"]:
+        if ours and theirs and ours.sha256 != theirs.sha256:
             text = f"same name: recording {key}; the files differ"
             out.found.append(Finding(kind="recording", text=text, proof=False))
         else:
@@ -507,11 +507,10 @@ def _recordings_twice(contents: Contents, of_recording: dict[int, set[int]], out
         return
     number = {key: i for i, key in enumerate(contents.recordings)}
     twice = find_duplicates(contents.fingerprints.prints, contents.fingerprints.load)
-    for key, text in sorted(twice.items()):
-        kept = text.split(" ")[0]
-        if key in number and kept in number:
-            places = of_recording[number[key]] | of_recording[number[kept]]
-            words = f"recording {key} is a copy of {text}; they are in {_names(places)}"
+    for key, copy in sorted(twice.items(), key=lambda pair: pair[0]):
+        if key in number and copy.kept in number:
+            places = of_recording[number[key]] | of_recording[number[copy.kept]]
+            words = f"recording {key} is a copy of {copy}; they are in {_names(places)}"
             out.found.append(Finding(kind="recording", text=words, proof=len(places) > 1))
     out.compared.append(f"recordings by signal: {len(contents.fingerprints.prints)} with one another")
 

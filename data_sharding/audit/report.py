@@ -19,7 +19,7 @@ from data_sharding.audit.report_figures import (
 from data_sharding.common.files import atomic_write_text
 from data_sharding.common.html.render import Cell, Table, render_page
 from data_sharding.common.storage import AnyPath, as_path
-from data_sharding.dataset.ledger import STATUSES, short_reason
+from data_sharding.dataset.ledger import STATUSES, LedgerRow, windows_left_out
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 
@@ -47,12 +47,12 @@ def _hours_cell(hours: float) -> Cell:
     return Cell(text=format_hours(hours), is_number=True)
 
 
-def sum_hours_by_fate(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
+def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
     """Sum the hours that were found, the hours that each step took away, and the hours that were written.
 
     Parameters
     ----------
-    rows : sequence of dict
+    rows : sequence of LedgerRow
         The ledger.
 
     Returns
@@ -62,18 +62,18 @@ def sum_hours_by_fate(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float]]
     """
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in rows:
-        seconds["found"] += row["seconds"]
-        if row["status"] == "sharded":
-            seconds["written"] += row["seconds_written"]
+        seconds["found"] += row.seconds
+        if row.status == "sharded":
+            seconds["written"] += row.seconds_written
             # The last window of a resampled recording may end a fraction of a sample after the recording.
-            seconds["not in a window"] += max(row["seconds"] - row["seconds_written"], 0.0)
+            seconds["not in a window"] += max(row.seconds - row.seconds_written, 0.0)
         else:
-            seconds[row["status"]] += row["seconds"]
+            seconds[row.status] += row.seconds
     order = ("found", "quarantined", "excluded", "duplicate", "held back", "not in a window", "written")
     return [(name, seconds[name] / 3600) for name in order]
 
 
-def _make_bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _make_bars(rows: Sequence[LedgerRow]) -> list[dict[str, Any]]:
     """Bars of a waterfall chart from the hours found to the hours written; positions are percentages of the width."""
     fates = sum_hours_by_fate(rows)
     total = max(fates[0][1], 1e-12)
@@ -94,23 +94,23 @@ def _make_bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return bars
 
 
-def _known_subjects(rows: Iterable[dict[str, Any]]) -> set[tuple[str, str]]:
+def _known_subjects(rows: Iterable[LedgerRow]) -> set[tuple[str, str]]:
     """Return corpus and subject of the rows whose subject is known."""
-    return {(row["corpus"], row["subject"]) for row in rows if row["subject"] and not _is_unnamed(row)}
+    return {(row.corpus, row.subject) for row in rows if row.subject and not _is_unnamed(row)}
 
 
-def _is_unnamed(row: dict[str, Any]) -> bool:
+def _is_unnamed(row: LedgerRow) -> bool:
     """Whether the recording does not say whose it is, so that its own key stands for the subject."""
-    return row["subject"] == row["key"]
+    return row.subject == row.key
 
 
-def _count_sessions(rows: Iterable[dict[str, Any]]) -> int:
-    return len({(row["corpus"], row["subject"], row["session"]) for row in rows if row["session"]})
+def _count_sessions(rows: Iterable[LedgerRow]) -> int:
+    return len({(row.corpus, row.subject, row.session) for row in rows if row.session})
 
 
-def _make_cards(rows: Sequence[dict[str, Any]], manifest: Manifest) -> list[tuple[str, str]]:
+def _make_cards(rows: Sequence[LedgerRow], manifest: Manifest) -> list[tuple[str, str]]:
     """Return the most important numbers, each with its explanation."""
-    kept = [row for row in rows if row["status"] == "sharded"]
+    kept = [row for row in rows if row.status == "sharded"]
     unnamed = sum(map(_is_unnamed, kept))
     cards = [
         (format_hours(manifest.hours["written"]), f"of EEG written, of {format_hours(manifest.hours['found'])} found"),
@@ -119,7 +119,7 @@ def _make_cards(rows: Sequence[dict[str, Any]], manifest: Manifest) -> list[tupl
             f"{len(_known_subjects(kept)):,}",
             "subjects" + (f", and {unnamed:,} recordings without a subject's name" if unnamed else ""),
         ),
-        (f"{len({row['corpus'] for row in kept}):,}", "corpora"),
+        (f"{len({row.corpus for row in kept}):,}", "corpora"),
         (f"{sum(manifest.samples(split) for split in SPLITS):,}", "samples in train, val and test"),
     ]
     if manifest.labels:
@@ -135,12 +135,12 @@ def _designs_by_corpus(manifest: Manifest) -> dict[str, dict[str, Any]]:
     return {entry.get("name", ""): entry for entry in listed}
 
 
-def find_warnings(rows: Sequence[dict[str, Any]], manifest: Manifest) -> list[str]:
+def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
     """Find what a reader must know before trusting results on this dataset.
 
     Parameters
     ----------
-    rows : sequence of dict
+    rows : sequence of LedgerRow
         The ledger.
     manifest : Manifest
         The dataset's manifest.
@@ -158,7 +158,7 @@ def find_warnings(rows: Sequence[dict[str, Any]], manifest: Manifest) -> list[st
                 "EEG alone reveals the class. A split by image does not prevent this. "
                 f"{entry.get('evidence', '')}".strip()
             )
-    kept = [row for row in rows if row["status"] == "sharded"]
+    kept = [row for row in rows if row.status == "sharded"]
     unnamed = sum(map(_is_unnamed, kept))
     if unnamed and any(manifest.samples(split) for split in ("val", "test")):
         warnings.append(
@@ -168,11 +168,11 @@ def find_warnings(rows: Sequence[dict[str, Any]], manifest: Manifest) -> list[st
     for split in ("val", "test"):
         if not manifest.samples(split):
             warnings.append(f"The {split} split is empty.")
-    quarantined = sum(row["status"] == "quarantined" for row in rows)
+    quarantined = sum(row.status == "quarantined" for row in rows)
     if quarantined > WARN_QUARANTINED * len(rows):
         share = 100 * quarantined / len(rows)
         warnings.append(f"{quarantined:,} of {len(rows):,} recordings ({share:.1f} %) are quarantined.")
-    unlocated = sum(row["montage_confidence"] < 0.5 for row in kept)
+    unlocated = sum(row.montage_confidence < 0.5 for row in kept)
     if unlocated:
         warnings.append(f"{unlocated:,} recordings have electrode positions for less than half of their channels.")
     return warnings
@@ -186,14 +186,14 @@ def _format_range(values: Iterable[float]) -> str:
     return f"{found[0]:g} to {found[-1]:g}"
 
 
-def _make_corpus_table(rows: Sequence[dict[str, Any]], manifest: Manifest) -> Table:
+def _make_corpus_table(rows: Sequence[LedgerRow], manifest: Manifest) -> Table:
     designs = _designs_by_corpus(manifest)
-    groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    groups: defaultdict[str, list[LedgerRow]] = defaultdict(list)
     for row in rows:
-        groups[row["corpus"]].append(row)
+        groups[row.corpus].append(row)
 
-    def hours_written(group: Sequence[dict[str, Any]]) -> float:
-        return sum(row["seconds_written"] for row in group) / 3600
+    def hours_written(group: Sequence[LedgerRow]) -> float:
+        return sum(row.seconds_written for row in group) / 3600
 
     def describe_kind(name: str) -> str:
         entry = designs.get(name, {})
@@ -201,18 +201,18 @@ def _make_corpus_table(rows: Sequence[dict[str, Any]], manifest: Manifest) -> Ta
 
     with_kind = any(describe_kind(name) for name in groups)
 
-    def make_row(name: str, group: Sequence[dict[str, Any]]) -> list[Any]:
-        kept = [row for row in group if row["status"] == "sharded"]
-        status = Counter(row["status"] for row in group)
+    def make_row(name: str, group: Sequence[LedgerRow]) -> list[Any]:
+        kept = [row for row in group if row.status == "sharded"]
+        status = Counter(row.status for row in group)
         return [
             name,
             *([describe_kind(name)] if with_kind else []),
             len(_known_subjects(kept)) or None,
             _count_sessions(kept) or None,
-            _hours_cell(sum(row["seconds"] for row in group) / 3600),
+            _hours_cell(sum(row.seconds for row in group) / 3600),
             _hours_cell(hours_written(group)),
-            _format_range(row["n_kept"] for row in kept),
-            _format_range(row["sfreq"] for row in kept),
+            _format_range(row.n_kept for row in kept),
+            _format_range(row.sfreq for row in kept),
             *(status[s] or None for s in STATUSES),
         ]
 
@@ -226,11 +226,11 @@ def _make_corpus_table(rows: Sequence[dict[str, Any]], manifest: Manifest) -> Ta
     )
 
 
-def _make_split_table(rows: Sequence[dict[str, Any]], manifest: Manifest) -> tuple[Table, int]:
+def _make_split_table(rows: Sequence[LedgerRow], manifest: Manifest) -> tuple[Table, int]:
     """Return the table of the splits, and the number of subjects that appear in more than one split."""
-    rows_by_split: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    rows_by_split: dict[str, list[LedgerRow]] = {split: [] for split in SPLITS}
     for row in rows:
-        for split in row["split"].split("+") if row["split"] else ():
+        for split in row.splits:
             rows_by_split[split].append(row)
     lines = [
         [
@@ -250,16 +250,16 @@ def _make_split_table(rows: Sequence[dict[str, Any]], manifest: Manifest) -> tup
     return Table(head=head, rows=lines), sum(count > 1 for count in appearances.values())
 
 
-def _make_reason_table(rows: Sequence[dict[str, Any]]) -> Table:
-    groups: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+def _make_reason_table(rows: Sequence[LedgerRow]) -> Table:
+    groups: defaultdict[tuple[str, str], list[LedgerRow]] = defaultdict(list)
     for row in rows:
-        if row["status"] != "sharded":
-            groups[row["status"], short_reason(row["reason"])].append(row)
+        if row.status != "sharded":
+            groups[row.status, row.category].append(row)
     lines = []
     for (status, reason), group in sorted(groups.items(), key=lambda pair: (-len(pair[1]), pair[0])):
         names = ", ".join(_full_path(row) for row in group[:EXAMPLES])
         more = f" and {len(group) - EXAMPLES:,} more" if len(group) > EXAMPLES else ""
-        hours = sum(row["seconds"] for row in group) / 3600
+        hours = sum(row.seconds for row in group) / 3600
         lines.append(
             [
                 _status_cell(status),
@@ -277,41 +277,41 @@ def _status_cell(status: str) -> Cell:
     return Cell(text=status, colour=COLOURS[status])
 
 
-def _full_path(row: dict[str, Any]) -> str:
+def _full_path(row: LedgerRow) -> str:
     """Return the recording's path, which begins with the name of its corpus."""
-    return row["path"] if row["path"].startswith(f"{row['corpus']}/") else f"{row['corpus']}/{row['path']}"
+    return row.path if row.path.startswith(f"{row.corpus}/") else f"{row.corpus}/{row.path}"
 
 
-def _make_held_back_table(rows: Sequence[dict[str, Any]]) -> Table:
-    groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+def _make_held_back_table(rows: Sequence[LedgerRow]) -> Table:
+    groups: defaultdict[str, list[LedgerRow]] = defaultdict(list)
     for row in rows:
-        if row["status"] == "held back":
-            groups[row["held_back"] or short_reason(row["reason"])].append(row)
+        if row.status == "held back":
+            groups[row.held_back or row.category].append(row)
     lines = [
-        [name, len(group), len(_known_subjects(group)), _hours_cell(sum(row["seconds"] for row in group) / 3600)]
+        [name, len(group), len(_known_subjects(group)), _hours_cell(sum(row.seconds for row in group) / 3600)]
         for name, group in sorted(groups.items())
     ]
     return Table(head=["held back by", "recordings", "subjects", "length"], rows=lines)
 
 
-def _make_measured_table(rows: Sequence[dict[str, Any]]) -> Table:
+def _make_measured_table(rows: Sequence[LedgerRow]) -> Table:
     """Count units, mains frequencies, montages and references of the recordings that were written."""
-    kept = [row for row in rows if row["status"] == "sharded"]
+    kept = [row for row in rows if row.status == "sharded"]
 
-    def mains(row: dict[str, Any]) -> str:
-        return f"{row['line_freq']:g} Hz ({row['line_freq_from']})" if row["line_freq"] else row["line_freq_from"]
+    def mains(row: LedgerRow) -> str:
+        return f"{row.line_freq:g} Hz ({row.line_freq_from})" if row.line_freq else row.line_freq_from
 
     columns = {
-        "unit": [row["unit"] for row in kept],
-        "factor to volts": ["" if row["unit_factor"] is None else f"{row['unit_factor']:g}" for row in kept],
+        "unit": [row.unit for row in kept],
+        "factor to volts": ["" if row.unit_factor is None else f"{row.unit_factor:g}" for row in kept],
         "mains": [mains(row) for row in kept],
-        "montage": [row["montage"] for row in kept],
-        "selection of channels": [row["channel_selection"] for row in kept],
-        "reference as recorded": [row["reference"] for row in kept],
+        "montage": [row.montage for row in kept],
+        "selection of channels": [row.channel_selection for row in kept],
+        "reference as recorded": [row.reference for row in kept],
     }
     lines = [[name, _count_values(value or "unknown" for value in values)] for name, values in columns.items()]
-    bad = _count_values(word.rpartition(": ")[2] for row in kept for word in row["bads"]) or "none"
-    lines.append(["bad channels", f"{bad} (of {sum(row['n_kept'] for row in kept):,} channels)"])
+    bad = _count_values(kind for row in kept for kind in row.bad_kinds or ["not said"] * len(row.bads)) or "none"
+    lines.append(["bad channels", f"{bad} (of {sum(row.n_kept for row in kept):,} channels)"])
     return Table(head=["measured", "values, with the number of recordings"], rows=lines)
 
 
@@ -322,12 +322,12 @@ def _count_values(values: Iterable[str], most: int = 6) -> str:
     return text + (f", and {len(count) - most:,} other values" if len(count) > most else "")
 
 
-def _make_recording_table(rows: Sequence[dict[str, Any]]) -> Table:
+def _make_recording_table(rows: Sequence[LedgerRow]) -> Table:
     """List recordings, those that were set aside first."""
-    listed = sorted(rows, key=lambda row: (row["status"] == "sharded", row["key"]))[:MAX_RECORDINGS]
+    listed = sorted(rows, key=lambda row: (row.status == "sharded", row.key))[:MAX_RECORDINGS]
     columns = ("format", "n_eeg", "n_kept", "sfreq", "seconds", "amplitude_uv")
     lines = [
-        [_full_path(row), *(row[name] for name in columns), _status_cell(row["status"]), row["reason"]]
+        [_full_path(row), *(getattr(row, name) for name in columns), _status_cell(row.status), row.reason]
         for row in listed
     ]
     head = ["recording", "format", "EEG channels", "kept", "Hz", "seconds", "µV", "status", "reason"]
@@ -335,7 +335,7 @@ def _make_recording_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def write_report(
-    path: str | AnyPath, rows: Sequence[dict[str, Any]], manifest: Manifest, *, root: AnyPath | None = None
+    path: str | AnyPath, rows: Sequence[LedgerRow], manifest: Manifest, *, root: AnyPath | None = None
 ) -> None:
     """Write the report.
 
@@ -343,7 +343,7 @@ def write_report(
     ----------
     path : str, Path or UPath
         The HTML file to write.
-    rows : sequence of dict
+    rows : sequence of LedgerRow
         The ledger.
     manifest : Manifest
         The dataset's manifest.
@@ -352,11 +352,9 @@ def write_report(
         spectra and no traces, and says so.
     """
     root = as_path(path).parent if root is None else root
-    rows = [{"held_back": "", "reference": "", **row} for row in rows]
     windows = sample_windows(root, rows)
     splits, n_crossing = _make_split_table(rows, manifest)
     recordings = _make_recording_table(rows)
-    left_out = {key.removeprefix("left out: "): n for key, n in manifest.counts.items() if key.startswith("left out: ")}
     held_back_request = {key: value for key, value in (manifest.config.get("hold_back") or {}).items() if value}
     made = {"preprocess": manifest.preprocess.to_dict(), "config": manifest.config, "versions": manifest.versions}
     page = render_page(
@@ -368,13 +366,13 @@ def write_report(
         warnings=find_warnings(rows, manifest),
         bars=_make_bars(rows),
         corpora=_make_corpus_table(rows, manifest),
-        n_corpora=len({row["corpus"] for row in rows if row["status"] == "sharded"}),
+        n_corpora=len({row.corpus for row in rows if row.status == "sharded"}),
         splits=splits,
         n_crossing=n_crossing,
         reasons=_make_reason_table(rows),
         held_back=_make_held_back_table(rows),
         held_back_request=", ".join(f"{len(value)} {key}" for key, value in held_back_request.items()),
-        windows_left_out=Table(head=["reason", "windows"], rows=sorted(left_out.items(), key=lambda pair: -pair[1])),
+        windows_left_out=Table(head=["reason", "windows"], rows=windows_left_out(rows).most_common()),
         overview=draw_overview(rows),
         measured=_make_measured_table(rows),
         spectra=draw_spectra(windows, manifest),

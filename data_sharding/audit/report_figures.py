@@ -17,6 +17,7 @@ import numpy as np
 from data_sharding.common.files import read_json
 from data_sharding.common.html.render import Picture, embed_png
 from data_sharding.common.storage import AnyPath
+from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.samples import decode_eeg
 from data_sharding.processing.survey import PLAUSIBLE_UV
@@ -68,12 +69,12 @@ def _escape_dollars(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def draw_overview(rows: Sequence[dict[str, Any]]) -> list[Picture]:
+def draw_overview(rows: Sequence[LedgerRow]) -> list[Picture]:
     """Draw hours by number of channels, hours by sampling rate, and recordings by amplitude.
 
     Parameters
     ----------
-    rows : sequence of dict
+    rows : sequence of LedgerRow
         The ledger.
 
     Returns
@@ -81,7 +82,7 @@ def draw_overview(rows: Sequence[dict[str, Any]]) -> list[Picture]:
     list of Picture
         Three charts.
     """
-    kept = [row for row in rows if row["status"] == "sharded"]
+    kept = [row for row in rows if row.status == "sharded"]
     return [
         _draw_hours(kept, "n_kept", "channels kept"),
         _draw_hours(kept, "sfreq", "sampling rate of the recording, Hz"),
@@ -89,12 +90,12 @@ def draw_overview(rows: Sequence[dict[str, Any]]) -> list[Picture]:
     ]
 
 
-def _draw_hours(rows: Sequence[dict[str, Any]], column: str, title: str) -> Picture:
+def _draw_hours(rows: Sequence[LedgerRow], column: str, title: str) -> Picture:
     """Draw the hours written for each value of a column."""
     figure, axis = _make_figure(2.6)
     hours: defaultdict[float, float] = defaultdict(float)
     for row in rows:
-        hours[row[column]] += row["seconds_written"] / 3600
+        hours[getattr(row, column)] += row.seconds_written / 3600
     values = sorted(hours)
     if len(values) > 14:  # Too many values for a bar each.
         edges = np.linspace(values[0], values[-1], 21)
@@ -107,13 +108,13 @@ def _draw_hours(rows: Sequence[dict[str, Any]], column: str, title: str) -> Pict
     return _to_picture(figure, f"hours written by {title}")
 
 
-def _draw_amplitudes(rows: Sequence[dict[str, Any]]) -> Picture:
+def _draw_amplitudes(rows: Sequence[LedgerRow]) -> Picture:
     figure, axis = _make_figure(2.6)
     axis.axvspan(*PLAUSIBLE_UV, color=COLOURS["sharded"], alpha=0.08)
     groups = {
         status: values
         for status in ("sharded", "duplicate", "held back", "quarantined", "excluded")
-        if (values := [row["amplitude_uv"] for row in rows if row["status"] == status and row["amplitude_uv"]])
+        if (values := [row.amplitude_uv for row in rows if row.status == status and row.amplitude_uv])
     }
     values = np.array([v for group in groups.values() for v in group] or [1.0])
     edges = np.geomspace(min(values.min(), PLAUSIBLE_UV[0]) / 1.5, max(values.max(), PLAUSIBLE_UV[1]) * 1.5, 41)
@@ -145,14 +146,14 @@ def _pick_evenly(values: Sequence[Any], n: int) -> list[Any]:
     return [values[i] for i in np.linspace(0, len(values) - 1, n).round().astype(int)]
 
 
-def sample_windows(root: AnyPath, rows: Sequence[dict[str, Any]]) -> dict[str, list[list[Window]]]:
+def sample_windows(root: AnyPath, rows: Sequence[LedgerRow]) -> dict[str, list[list[Window]]]:
     """Read a few windows of each corpus, chosen evenly and without randomness.
 
     Parameters
     ----------
     root : Path or UPath
         The dataset.
-    rows : sequence of dict
+    rows : sequence of LedgerRow
         The ledger.
 
     Returns
@@ -162,24 +163,24 @@ def sample_windows(root: AnyPath, rows: Sequence[dict[str, Any]]) -> dict[str, l
         A corpus without readable shards is left out.
     """
     hours: defaultdict[str, float] = defaultdict(float)
-    rows_by_corpus: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    rows_by_corpus: defaultdict[str, list[LedgerRow]] = defaultdict(list)
     for row in rows:
-        if row["status"] == "sharded" and row["shards"]:
-            hours[row["corpus"]] += row["seconds_written"]
-            rows_by_corpus[row["corpus"]].append(row)
+        if row.status == "sharded" and row.shards:
+            hours[row.corpus] += row.seconds_written
+            rows_by_corpus[row.corpus].append(row)
     indices: dict[str, list[dict[str, Any]]] = {}
     windows: dict[str, list[list[Window]]] = {}
     for corpus in sorted(hours, key=lambda name: (-hours[name], name))[:MAX_CORPORA]:
         recordings = []
-        for row in _pick_evenly(sorted(rows_by_corpus[corpus], key=lambda row: row["key"]), RECORDINGS):
-            shard = row["shards"][len(row["shards"]) // 2]
+        for row in _pick_evenly(sorted(rows_by_corpus[corpus], key=lambda row: row.key), RECORDINGS):
+            shard = row.shards[len(row.shards) // 2]
             tar = root / shard
             if not tar.is_file():
                 continue
             if shard not in indices:
                 # Keep the index of one shard only: neighbouring rows are mostly in the same shard.
                 indices = {shard: read_json(tar.with_suffix(".idx"))}
-            entries = [entry for entry in indices[shard] if entry["key"].rpartition("-")[0] == row["key"]]
+            entries = [entry for entry in indices[shard] if entry["key"].rpartition("-")[0] == row.key]
             if entries:
                 recordings.append(_read_windows(tar, _pick_evenly(entries, WINDOWS)))
         if recordings:

@@ -126,7 +126,7 @@ def _ledger_faults(root: AnyPath, manifest: Manifest) -> list[str]:
     if sha256_file(root / LEDGER) != manifest.extra["ledger_sha256"]:
         return [f"{LEDGER}: its sha256 is not the manifest's"]
     rows = read_ledger(root)
-    windows = sum(row["windows"] for row in rows)
+    windows = sum(row.windows for row in rows)
     samples = sum(manifest.samples(split) for split in manifest.splits)
     faults = []
     if windows != samples:

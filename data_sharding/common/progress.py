@@ -86,7 +86,7 @@ class JobProgress:
         self.sizes, self.every_s = sizes, every_s
         self.statuses: Counter[str] = Counter()
         self.seconds = self.channel_seconds = 0.0
-        self.running = self.taken_up = 0
+        self.running = self.from_earlier_run = 0
         self._left = self._read = 0
         self._left = sum(sizes.values())
         self._began = self._last = time.monotonic()
@@ -97,24 +97,30 @@ class JobProgress:
         """Recordings that have their row."""
         return self.statuses.total()
 
-    def add(self, row: dict[str, Any], *, taken_up: bool = False) -> None:
-        """Count a recording.
+    def add(self, key: str, status: str, *, seconds: float, channels: int, from_earlier_run: bool = False) -> None:
+        """Count a recording that is finished.
 
         Parameters
         ----------
-        row : dict
-            Its ledger row.
-        taken_up : bool
+        key : str
+            The recording.
+        status : str
+            Its status in the ledger.
+        seconds : float
+            Its length.
+        channels : int
+            Number of its channels.
+        from_earlier_run : bool
             Whether an earlier run had read it.
         """
-        self.statuses[row["status"]] += 1
-        size = self.sizes.get(row["key"], 0)
+        self.statuses[status] += 1
+        size = self.sizes.get(key, 0)
         self._left -= size
-        self.seconds += row["seconds"]
-        self.taken_up += taken_up
-        if not taken_up:
+        self.seconds += seconds
+        self.from_earlier_run += from_earlier_run
+        if not from_earlier_run:
             self._read += size
-            self.channel_seconds += row["seconds"] * (row["n_kept"] or row["n_eeg"])
+            self.channel_seconds += seconds * channels
 
     def figures(self) -> dict[str, str]:
         """What is shown, by title.
@@ -127,7 +133,7 @@ class JobProgress:
         passed = max(time.monotonic() - self._began, 1e-9)
         eta = f"{_clock(self._left * passed / self._read)}" if self._read else "?"
         aside = ", ".join(f"{n} {name}" for name, n in sorted(self.statuses.items()) if name != "sharded")
-        taken = f" ({self.taken_up} from an earlier run)" if self.taken_up else ""
+        taken = f" ({self.from_earlier_run} from an earlier run)" if self.from_earlier_run else ""
         return {
             "recordings": f"{self.done}/{len(self.sizes)}{taken}",
             "set aside": aside or "none",

@@ -282,7 +282,7 @@ def remove_tree(path: AnyPath) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def commit_folder(local: Path, target: AnyPath | str, last: str = "row.json") -> None:
+def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json") -> None:
     """Move a finished local folder to its place; it counts as there once its file `last` is.
 
     Parameters

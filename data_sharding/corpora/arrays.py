@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, localised
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
@@ -70,7 +71,11 @@ class Sidecar:
 
 
 class _Fault(ValueError):
-    """What is wrong with one array or its sidecar."""
+    """An array or its sidecar cannot be used; the arguments are those of `Reason`."""
+
+    def __init__(self, category: str, detail: str = "", *, text: str = "") -> None:
+        self.reason = Reason(category, detail, text=text)
+        super().__init__(self.reason)
 
 
 @register("arrays")
@@ -116,7 +121,8 @@ class ArraysCorpus(Adapter):
             about = _sidecar(sidecars, path)
             trials = _trials(about, path, near, images)
         except (_Fault, RequestError, OSError) as error:
-            return item_of(config, root, relative, dataclasses.replace(recording, problem=one_line(error)))
+            reason = error.reason if isinstance(error, _Fault) else Reason("sidecar broken", text=one_line(error))
+            return item_of(config, root, relative, dataclasses.replace(recording, problem=reason))
         more: dict[str, Any] = {}
         if about.subject:
             more = {"subject": about.subject, "session": about.session}
@@ -135,12 +141,13 @@ class ArraysCorpus(Adapter):
             x = _array(path, own["data"])
             x = _ordered(x, own["axes"], len(own["ch_names"]))
         except _Fault as error:
-            raise ReadError(str(error)) from None
+            raise ReadError(error.reason) from None
         except Exception as error:  # SciPy, h5py and NumPy each have their own
             raise ReadError(unreadable(error)) from None
         if own["epochs"] is not None and (x.ndim != 3 or own["epochs"] != len(x)):
             count = len(x) if x.ndim == 3 else 0
-            raise ReadError(f"the sidecar describes {own['epochs']} epochs, and the array has {count}")
+            text = f"the sidecar describes {own['epochs']} epochs, and the array has {count}"
+            raise ReadError(Reason("array does not fit its sidecar", text=text))
         part: Callable[[int], np.ndarray] = (lambda i: x[i]) if x.ndim == 3 else (lambda _: x)
         standardised = own["unit"] == "standardised"
         return ArraySignal(
@@ -162,7 +169,7 @@ class ArraysCorpus(Adapter):
 def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
     """What the file beside an array says, checked."""
     if not sidecars:
-        raise _Fault(f"sidecar missing: {path.stem}.json (or .yaml) beside it must say sfreq, ch_names and unit")
+        raise _Fault("sidecar missing", f"{path.stem}.json (or .yaml) beside it must say sfreq, ch_names and unit")
     file = sidecars[0]
     try:
         if file.suffix == ".json":
@@ -172,37 +179,39 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
 
             values = yaml.safe_load(read_text(file))
     except Exception as error:  # two libraries, each with its own
-        raise _Fault(f"sidecar broken: {file.name}: {one_line(error)[:200]}") from None
+        raise _Fault("sidecar broken", f"{file.name}: {one_line(error)[:200]}") from None
     if not isinstance(values, dict):
-        raise _Fault(f"sidecar broken: {file.name}: no mapping of keys to values")
+        raise _Fault("sidecar broken", f"{file.name}: no mapping of keys to values")
     known = [f.name for f in dataclasses.fields(Sidecar)]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
-            raise _Fault(f"sidecar broken: {file.name}: unknown key '{key}'; {hint}")
+            raise _Fault("sidecar broken", f"{file.name}: unknown key '{key}'; {hint}")
     for key in ("sfreq", "ch_names", "unit"):
         if key not in values:
-            raise _Fault(f"sidecar broken: {file.name}: key '{key}' is missing")
+            raise _Fault("sidecar broken", f"{file.name}: key '{key}' is missing")
     about = Sidecar(**values)
     lists = {"ch_names": about.ch_names, "ch_types": about.ch_types, "bads": about.bads, "images": about.images}
     lists |= {"captions": about.captions, "splits": about.splits, "blocks": about.blocks}
     for key, value in lists.items():
         if not isinstance(value, list) or not all(isinstance(entry, str | int | float) for entry in value):
-            raise _Fault(f"sidecar broken: {file.name}: {key} is no list of names")
+            raise _Fault("sidecar broken", f"{file.name}: {key} is no list of names")
     about = dataclasses.replace(about, **{key: [str(entry) for entry in value] for key, value in lists.items()})
     if isinstance(about.sfreq, bool) or not isinstance(about.sfreq, int | float) or not 0 < about.sfreq < 1e6:
-        raise _Fault(f"sidecar broken: {file.name}: sfreq '{about.sfreq}' is no rate in Hz")
+        raise _Fault("sidecar broken", f"{file.name}: sfreq '{about.sfreq}' is no rate in Hz")
     if about.line_freq is not None and not isinstance(about.line_freq, int | float):
-        raise _Fault(f"sidecar broken: {file.name}: line_freq '{about.line_freq}' is no frequency in Hz")
+        raise _Fault("sidecar broken", f"{file.name}: line_freq '{about.line_freq}' is no frequency in Hz")
     if about.unit not in UNITS:
-        raise _Fault(f"sidecar broken: {file.name}: unit '{about.unit}' is none of V, mV, uV, nV, standardised")
+        raise _Fault("sidecar broken", f"{file.name}: unit '{about.unit}' is none of V, mV, uV, nV, standardised")
     if not about.ch_names or len(set(about.ch_names)) != len(about.ch_names):
-        raise _Fault(f"sidecar broken: {file.name}: ch_names is empty, or names a channel twice")
+        raise _Fault("sidecar broken", f"{file.name}: ch_names is empty, or names a channel twice")
     if about.ch_types and len(about.ch_types) != len(about.ch_names):
-        raise _Fault(f"sidecar broken: {file.name}: {len(about.ch_types)} ch_types for {len(about.ch_names)} ch_names")
+        raise _Fault(
+            "sidecar broken", f"{file.name}: {len(about.ch_types)} ch_types for {len(about.ch_names)} ch_names"
+        )
     if about.axes and sorted(about.axes.upper()) not in (["C", "T"], ["C", "N", "T"]):
-        raise _Fault(f"sidecar broken: {file.name}: axes '{about.axes}' is no order of C, T, and N for epochs")
+        raise _Fault("sidecar broken", f"{file.name}: axes '{about.axes}' is no order of C, T, and N for epochs")
     texts = {"subject": str(about.subject), "session": str(about.session), "reference": str(about.reference)}
     return dataclasses.replace(about, axes=about.axes.upper(), data=str(about.data), **texts)
 
@@ -214,29 +223,29 @@ def _trials(
     if about.events is not None:
         if isinstance(about.events, str):
             if about.events not in near:
-                raise _Fault(f"sidecar missing: events '{about.events}' is not beside it")
+                raise _Fault("sidecar missing", f"events '{about.events}' is not beside it")
             if images is not None:
                 return read_trials(near[about.events], images)
-            raise _Fault("the events name images, and the corpus has no key 'images'")
+            raise _Fault("sidecar broken", text="the events name images, and the corpus has no key 'images'")
         if not isinstance(about.events, list) or not all(isinstance(row, dict) for row in about.events):
-            raise _Fault("sidecar broken: events is neither the name of a table nor a list of rows")
+            raise _Fault("sidecar broken", "events is neither the name of a table nor a list of rows")
         return trials_of(about.events, images, path.name, first_line=1)
     if isinstance(about.labels, str):
         labels = [str(entry) for entry in _variable(path, about.labels)]
     elif isinstance(about.labels, list):
         labels = [str(entry) for entry in about.labels]
     else:
-        raise _Fault("sidecar broken: labels is neither a list nor the name of a variable")
+        raise _Fault("sidecar broken", "labels is neither a list nor the name of a variable")
     if about.images and images is None:
-        raise _Fault("the sidecar names images, and the corpus has no key 'images'")
+        raise _Fault("sidecar broken", text="the sidecar names images, and the corpus has no key 'images'")
     shown = about.images or ([""] * len(labels))
     if not shown:
         return None
     for name, value in (("labels", labels), ("captions", about.captions), ("splits", about.splits)):
         if value and len(value) != len(shown):
-            raise _Fault(f"sidecar broken: {len(value)} {name} for {len(shown)} epochs")
+            raise _Fault("sidecar broken", f"{len(value)} {name} for {len(shown)} epochs")
     if wrong := sorted(set(about.splits) - {*SPLITS, ""}):
-        raise _Fault(f"sidecar broken: split '{wrong[0]}' is none of {', '.join(SPLITS)}")
+        raise _Fault("sidecar broken", f"split '{wrong[0]}' is none of {', '.join(SPLITS)}")
     rows = [
         {
             "onset": 0.0,
@@ -250,23 +259,28 @@ def _trials(
     ]
     trials = trials_of(rows, images if about.images else None, path.name, first_line=1)
     if len(trials) != len(shown):
-        raise _Fault("sidecar broken: an epoch has neither image nor label")
+        raise _Fault("sidecar broken", "an epoch has neither image nor label")
     return tuple(dataclasses.replace(trial, segment=i, onset=float(i)) for i, trial in enumerate(trials))
 
 
 def _variable(path: AnyPath, name: str) -> np.ndarray:
     if path.suffix.lower() != ".npz":
-        raise _Fault("labels names a variable, which is read from .npz files only; write the list into the sidecar")
+        raise _Fault(
+            "sidecar broken",
+            text="labels names a variable, which is read from .npz files only; write the list into the sidecar",
+        )
     with localised([path]) as (local,):
         try:
             with np.load(local, allow_pickle=False) as archive:
                 if name not in archive:
-                    raise _Fault(f"has no variable '{name}'; it has {', '.join(archive.files)}")
+                    raise _Fault(
+                        "variable not found", text=f"has no variable '{name}'; it has {', '.join(archive.files)}"
+                    )
                 return archive[name].ravel()
         except _Fault:
             raise
         except Exception as error:
-            raise _Fault(f"unreadable: {one_line(error)[:200]}") from None
+            raise _Fault("unreadable", f"{one_line(error)[:200]}") from None
 
 
 def _array(path: Path, name: str) -> np.ndarray:
@@ -284,9 +298,14 @@ def _array(path: Path, name: str) -> np.ndarray:
 
 def _one_of(names: list[str], name: str) -> str:
     if name and name not in names:
-        raise _Fault(f"has no variable '{name}'; it has {', '.join(sorted(names)) or 'none'}")
+        raise _Fault(
+            "variable not found", text=f"has no variable '{name}'; it has {', '.join(sorted(names)) or 'none'}"
+        )
     if not name and len(names) != 1:
-        raise _Fault(f"holds {', '.join(sorted(names)) or 'nothing'}; the sidecar's key 'data' must name one")
+        raise _Fault(
+            "variable not found",
+            text=f"holds {', '.join(sorted(names)) or 'nothing'}; the sidecar's key 'data' must name one",
+        )
     return name or names[0]
 
 
@@ -295,10 +314,16 @@ def _ordered(x: np.ndarray, axes: str, channels: int) -> np.ndarray:
     wanted = "NCT" if x.ndim == 3 else "CT"
     axes = axes or wanted
     if x.ndim not in (2, 3) or len(axes) != x.ndim:
-        raise _Fault(f"an array of {x.ndim} dimensions; continuous recordings have 2, epochs 3 (key 'axes')")
+        raise _Fault(
+            "array does not fit its sidecar",
+            text=f"an array of {x.ndim} dimensions; continuous recordings have 2, epochs 3 (key 'axes')",
+        )
     if x.dtype.kind not in "fiu":
-        raise _Fault(f"an array of {x.dtype}, not of numbers")
+        raise _Fault("array does not fit its sidecar", text=f"an array of {x.dtype}, not of numbers")
     x = x.transpose([axes.index(axis) for axis in wanted])
     if x.shape[-2] != channels:
-        raise _Fault(f"{x.shape[-2]} channels in the array {tuple(x.shape)}, {channels} ch_names (key 'axes')")
+        raise _Fault(
+            "array does not fit its sidecar",
+            text=f"{x.shape[-2]} channels in the array {tuple(x.shape)}, {channels} ch_names (key 'axes')",
+        )
     return x

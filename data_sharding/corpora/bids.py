@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.events import NOTHING, read_trials
@@ -99,9 +100,11 @@ class BIDSCorpus(Adapter):
             if item.reason or recording.problem:
                 pass
             elif not parts[0].startswith("sub-") or match is None or match["suffix"] not in ("eeg", "ieeg"):
-                item = dataclasses.replace(item, reason="not named as BIDS names EEG: sub-X/[ses-X/]eeg/sub-X_..._eeg")
+                named_so = Reason("not named as BIDS names EEG", "sub-X/[ses-X/]eeg/sub-X_..._eeg")
+                item = dataclasses.replace(item, reason=named_so)
             elif kind != "eeg" and not (kind == "ieeg" and config.intracranial):
-                item = dataclasses.replace(item, reason=f"no EEG: it lies in the folder of {kind or 'another kind'}")
+                lies = f"it lies in the folder of {kind or 'another kind'}"
+                item = dataclasses.replace(item, reason=Reason("no EEG", lies))
             elif why := _left_out(people, options, parts[0]):
                 item = dataclasses.replace(item, reason=why)
             else:
@@ -125,10 +128,11 @@ def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_co
         if images is not None:
             table = sidecars.nearest(recording.path, "events", ".tsv")
             trials = read_trials(table, images, label_column=label_column) if table is not None else None
-            reason = "no events: no events.tsv belongs to it" if table is None else None
+            reason = Reason("no events", "no events.tsv belongs to it") if table is None else None
     except (_Broken, RequestError, OSError) as error:
         text = describe(error) if isinstance(error, OSError) else one_line(error)
-        return dataclasses.replace(item, recording=dataclasses.replace(recording, problem=f"sidecar broken: {text}"))
+        problem = Reason("sidecar broken", text)
+        return dataclasses.replace(item, recording=dataclasses.replace(recording, problem=problem))
     return dataclasses.replace(item, info_patch=patch, trials=trials, reason=reason)
 
 
@@ -302,9 +306,9 @@ def _participants(root: AnyPath, folders: Folders, options: BIDSOptions) -> dict
     return {row.get("participant_id", ""): row for row in rows}
 
 
-def _left_out(people: dict[str, Mapping[str, str]], options: BIDSOptions, subject: str) -> str | None:
+def _left_out(people: dict[str, Mapping[str, str]], options: BIDSOptions, subject: str) -> Reason | None:
     for column, wanted in options.participants.items():
         value = people.get(subject, {}).get(column)
         if value not in wanted:
-            return f"participants.tsv: {column} is {value or 'not given'} (option 'participants')"
+            return Reason("participants.tsv", f"{column} is {value or 'not given'} (option 'participants')")
     return None

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_sharding.common.errors import RequestError
+from data_sharding.common.reason import Reason
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.item import Item, Trial
@@ -111,7 +112,7 @@ class EEGImageNetCorpus(Adapter):
                     session="",
                     line_freq=config.line_freq,
                     trials=tuple(subjects[subject]),
-                    reason=None if subjects[subject] else "no trial is left: " + _words(left_out[subject]),
+                    reason=None if subjects[subject] else Reason("no trial is left", _words(left_out[subject])),
                     options={"trials": kept[subject], "unit": options.unit},
                     left_out=dict(sorted(left_out[subject].items())),
                 )
@@ -125,11 +126,11 @@ class EEGImageNetCorpus(Adapter):
 
         trials: list[int] = item.options["trials"]
         if not trials:
-            raise NotContinuous(item.reason or "no trial")
+            raise NotContinuous(item.reason or Reason("no trial"))
         try:
             entries = load_torch(Path(str(item.recording.path)))["dataset"]
         except (RefusedPickle, OSError, KeyError, TypeError) as error:
-            raise ReadError(f"unreadable: {error}") from None
+            raise ReadError(Reason("unreadable", str(error))) from None
         standardised = item.options["unit"] == "standardised"
         notes = ["the release names no channels", *([STANDARDISED] if standardised else [])]
         if item.left_out:

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data_sharding.common.errors import RequestError
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.folder import KEYS, find, item_of
@@ -170,7 +171,7 @@ class EventsCorpus(Adapter):
             if recording.problem is None:
                 table = events_file(recording.path, folders)
                 if table is None:
-                    reason = f"no events: {recording.path.stem}_events.tsv is not beside it"
+                    reason = Reason("no events", f"{recording.path.stem}_events.tsv is not beside it")
                     item = dataclasses.replace(item, reason=item.reason or reason)
                 else:
                     tables += 1

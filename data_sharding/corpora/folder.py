@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from data_sharding.common.errors import RequestError
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.item import Item
@@ -92,7 +93,8 @@ def item_of(config: CorpusConfig, root: AnyPath, relative: str, recording: Recor
         if fnmatch.fnmatch(relative, pattern):
             more["unit_factor"] = factor
     if not config.intracranial and INTRACRANIAL.search(relative):
-        more["reason"] = "intracranial: the path names it so; this dataset is of scalp EEG (key 'intracranial')"
+        text = "the path names it so; this dataset is of scalp EEG (key 'intracranial')"
+        more["reason"] = Reason("intracranial", text)
     values: dict[str, Any] = {"corpus": name, "subject": subject, "session": session}
     return Item(
         key=key,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_sharding.common.reason import Reason
 from data_sharding.formats.sniffing import Recording
 
 
@@ -56,7 +57,7 @@ class Item:
     """Seconds."""
     trials: tuple[Trial, ...] | None = None
     """None for a continuous recording."""
-    reason: str | None = None
+    reason: Reason | None = None
     """Why the corpus already excludes it."""
     kind: str = "folder"
     """Kind of corpus whose adapter opens it."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
@@ -99,7 +100,7 @@ class ThingsEEG2Corpus(Adapter):
                 trials, left_out = _trials(_content(path, own["source"]), own, shown[partition], partition)
             except (ValueError, TypeError, OSError) as error:
                 # Whatever such a file may hold in place of numbers and names.
-                problem = f"unreadable: {one_line(error)[:200]}"
+                problem = Reason("unreadable", one_line(error)[:200])
             out.append(
                 Item(
                     key=recording_key(corpus, relative),
@@ -131,7 +132,7 @@ class ThingsEEG2Corpus(Adapter):
         try:
             content = _content(Path(str(item.recording.path)), own["source"])
         except (ValueError, TypeError, OSError) as error:
-            raise ReadError(f"unreadable: {one_line(error)[:200]}") from None
+            raise ReadError(Reason("unreadable", one_line(error)[:200])) from None
         notes = []
         if item.left_out:
             notes.append("trials left out: " + ", ".join(f"{n} {why}" for why, n in sorted(item.left_out.items())))

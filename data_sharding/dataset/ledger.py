@@ -1,124 +1,238 @@
-"""The ledger: one row for every recording found, and what became of it."""
+"""The ledger: one row for every recording found, with its status and the reason for it."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from collections import defaultdict
+import json
+import types
+import typing
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import atomic_write_bytes
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, as_path
 
 NAME = "ledger.parquet"
-STATUSES = ("sharded", "duplicate", "quarantined", "excluded", "held back")
-MAY_MISS = {"reader": "", "reference": "", "segments": 1, "duplicate_of": "", "held_back": ""}
-"""Columns that a row need not have, with what stands for them."""
+Status = Literal["sharded", "duplicate", "quarantined", "excluded", "held back"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+ADDED_LATER = frozenset(
+    {"reader", "reference", "segments", "duplicate_of", "held_back", "reason_category", "bad_kinds"}
+)
+"""Columns that ledgers of older versions may lack; a row then has the field's default."""
 
 
-def _schema() -> Any:
+@dataclasses.dataclass(kw_only=True)
+class LedgerRow:
+    """What is known of one recording. Each field is a column of ``ledger.parquet``.
+
+    Fields that are dictionaries are stored as JSON text. A recording that could not be opened keeps the defaults.
+    """
+
+    key: str
+    """Unique name of the recording in the dataset. The keys of its samples begin with it."""
+    corpus: str
+    """Name of its corpus."""
+    path: str
+    """Path below the corpus's root."""
+    files: list[str]
+    """Names of all files that belong to the recording."""
+    bytes: int = 0
+    """Size of these files together."""
+    sha256: str = ""
+    """Checksum over these files; empty if they could not be read."""
+    fingerprint: str = ""
+    """Checksum of the signal's fingerprint; empty if there was too little signal."""
+    format: str = ""
+    """File format, such as edf or brainvision."""
+    reader: str = ""
+    """Reader that opened the files; today always the same as `format`."""
+    subject: str
+    """The subject; the recording's own key if nothing names one."""
+    session: str = ""
+    """The session, if it is known."""
+    split: str = ""
+    """Splits in which the recording has windows, joined by ``+``."""
+    status: Status
+    """sharded (its windows are in the dataset), duplicate, quarantined (a fault), excluded (sound, but not usable
+    here), or held back (belongs to a benchmark)."""
+    reason: str = ""
+    """Why it is not sharded, in one sentence; empty if it is."""
+    reason_category: str | None = None
+    """Category of `reason`, to count by. None in ledgers of older versions."""
+    duplicate_of: str = ""
+    """Key of the recording that is kept in place of this duplicate."""
+    held_back: str = ""
+    """Name, list or dataset for which the recording is held back."""
+    channels_by_type: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of channels of each type."""
+    channels_left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Channels that are not used, by reason."""
+    channels: list[str] = dataclasses.field(default_factory=list)
+    """Canonical names of the channels in the windows, in order."""
+    n_eeg: int = 0
+    """Number of EEG channels."""
+    n_kept: int = 0
+    """Number of channels in the windows, at most 128."""
+    channel_selection: str = ""
+    """How these were selected, such as ``all`` or ``128 of 129 by scalp coverage``."""
+    bads: list[str] = dataclasses.field(default_factory=list)
+    """Bad channels among those in the windows, each as ``name: kind``."""
+    bad_kinds: list[str] | None = None
+    """Why each channel of `bads` is bad, such as flat or clipped, in the same order. None in ledgers of older
+    versions."""
+    montage: str = ""
+    """Where the electrode positions come from: the file, a standard montage, or nowhere."""
+    montage_confidence: float = 0.0
+    """Share of the EEG channels that have a position."""
+    reference: str = ""
+    """Reference of the recording, if the file names it."""
+    sfreq: float = 0.0
+    """Sampling rate of the recording in Hz."""
+    seconds: float = 0.0
+    """Length of the recording in seconds."""
+    segments: int = 1
+    """Number of stretches of signal without interruption."""
+    amplitude_uv: float | None = None
+    """Median amplitude of the channels in microvolts; None if it was not measured."""
+    unit: str = ""
+    """How the unit is known: declared (by the file), plausible (by the amplitude), configured (by the config), or
+    unknown."""
+    unit_factor: float | None = None
+    """Factor that brings the values of the file to volts."""
+    line_freq: float | None = None
+    """Mains frequency in Hz that was filtered out; None if there is none."""
+    line_freq_from: str = ""
+    """Where the mains frequency comes from: config, file, spectrum, or none found."""
+    windows: int = 0
+    """Number of windows in the dataset."""
+    seconds_written: float = 0.0
+    """Seconds of signal that these windows cover."""
+    windows_left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of windows or trials that are not in the dataset, by reason."""
+    shards: list[str] = dataclasses.field(default_factory=list)
+    """Shards that hold windows of the recording, relative to the dataset."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """Everything else that a reader of the ledger should know, in sentences."""
+
+    @property
+    def splits(self) -> list[str]:
+        """Splits in which the recording has windows."""
+        return self.split.split("+") if self.split else []
+
+    @property
+    def category(self) -> str:
+        """What to count the recording under, beside its status: the category of the reason.
+
+        Ledgers of older versions have no categories. There, duplicates and held-back recordings count as such, and all
+        others by the whole reason.
+        """
+        if self.reason_category is not None:
+            return self.reason_category
+        return self.status if self.status in ("duplicate", "held back") else self.reason
+
+    def set_reason(self, status: Status, reason: Reason) -> None:
+        """Set status and reason, and keep everything else.
+
+        Raises
+        ------
+        ValueError
+            If there is no such status.
+        """
+        if status not in STATUSES:
+            raise ValueError(f"status '{status}': must be one of {', '.join(STATUSES)}")
+        self.status, self.reason, self.reason_category = status, str(reason), reason.category
+
+    def set_aside(self, status: Status, reason: Reason, *, duplicate_of: str = "", held_back: str = "") -> None:
+        """Take a recording that was read out of the dataset, and keep what is known of it.
+
+        Parameters
+        ----------
+        status : str
+            duplicate or held back.
+        reason : Reason
+            Why.
+        duplicate_of, held_back : str
+            The columns of these names.
+
+        Raises
+        ------
+        ValueError
+            If there is no such status.
+        """
+        self.set_reason(status, reason)
+        self.split, self.windows, self.seconds_written = "", 0, 0.0
+        self.duplicate_of, self.held_back = duplicate_of, held_back
+
+    def to_columns(self) -> dict[str, Any]:
+        """Return the values as they are stored: dictionaries as JSON text."""
+        values = {name: getattr(self, name) for name in COLUMNS}
+        return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()}
+
+    @classmethod
+    def from_columns(cls, values: dict[str, Any]) -> LedgerRow:
+        """Build a row from stored values; columns that this version does not know are ignored.
+
+        Raises
+        ------
+        KeyError
+            With the name of a missing column that every version has written.
+        """
+        known = {}
+        for name in COLUMNS:
+            if name in values:
+                is_json = name in JSON_COLUMNS and isinstance(values[name], str)
+                known[name] = json.loads(values[name]) if is_json else values[name]
+            elif name not in ADDED_LATER:
+                raise KeyError(name)
+        return cls(**known)
+
+
+_TYPES = typing.get_type_hints(LedgerRow)
+COLUMNS = tuple(field.name for field in dataclasses.fields(LedgerRow))
+"""Columns of the ledger, in order."""
+JSON_COLUMNS = frozenset(name for name in COLUMNS if typing.get_origin(_TYPES[name]) is dict)
+"""Columns that hold dictionaries as JSON text."""
+
+
+def schema() -> Any:
+    """Return the pyarrow schema of the ledger, made from the fields of `LedgerRow`."""
     import pyarrow as pa
 
-    text, number, real, words = pa.string(), pa.int64(), pa.float64(), pa.list_(pa.string())
-    return pa.schema(
-        [
-            ("key", text),
-            ("corpus", text),
-            ("path", text),
-            ("files", words),
-            ("bytes", number),
-            ("sha256", text),
-            ("fingerprint", text),
-            ("format", text),
-            ("reader", text),
-            ("subject", text),
-            ("session", text),
-            ("split", text),
-            ("status", text),
-            ("reason", text),
-            ("duplicate_of", text),
-            ("held_back", text),
-            ("channels_by_type", text),
-            ("channels_left_out", text),
-            ("channels", words),
-            ("n_eeg", number),
-            ("n_kept", number),
-            ("channel_selection", text),
-            ("bads", words),
-            ("montage", text),
-            ("montage_confidence", real),
-            ("reference", text),
-            ("sfreq", real),
-            ("seconds", real),
-            ("segments", number),
-            ("amplitude_uv", real),
-            ("unit", text),
-            ("unit_factor", real),
-            ("line_freq", real),
-            ("line_freq_from", text),
-            ("windows", number),
-            ("seconds_written", real),
-            ("windows_left_out", text),
-            ("shards", words),
-            ("notes", words),
-        ]
-    )
+    def arrow_type(python_type: Any) -> Any:
+        if isinstance(python_type, types.UnionType):  # X | None: every column of a Parquet file may be null
+            (python_type,) = (part for part in get_args(python_type) if part is not types.NoneType)
+        if typing.get_origin(python_type) is list:
+            return pa.list_(pa.string())
+        return {int: pa.int64(), float: pa.float64()}.get(python_type, pa.string())
+
+    return pa.schema([(name, arrow_type(_TYPES[name])) for name in COLUMNS])
 
 
-def write_ledger(path: str | AnyPath, rows: Iterable[dict[str, Any]]) -> None:
+def write_ledger(path: str | AnyPath, rows: Iterable[LedgerRow]) -> None:
     """Write the ledger, whole or not at all.
 
     Parameters
     ----------
     path : str, Path or UPath
         The file.
-    rows : iterable of dict
-        One for each recording; keys that are no column are left out.
-
-    Raises
-    ------
-    KeyError
-        If a row lacks a column.
+    rows : iterable of LedgerRow
+        One for each recording.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = _schema()
-    full = [{**MAY_MISS, "reader": row["format"], **row} for row in rows]
-    table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in full], schema=schema)
+    table = pa.Table.from_pylist([row.to_columns() for row in rows], schema=schema())
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     atomic_write_bytes(path, buffer.getvalue())
 
 
-def set_aside(row: dict[str, Any], status: str, reason: str, **columns: str) -> None:
-    """Take a recording that was read out of the dataset, and keep what was learned of it.
-
-    Parameters
-    ----------
-    row : dict
-        Its row, changed in place.
-    status : str
-        duplicate or held back.
-    reason : str
-        Why, in words.
-    **columns : str
-        Further columns, such as ``duplicate_of``.
-
-    Raises
-    ------
-    ValueError
-        If the ledger knows no such status.
-    """
-    if status not in STATUSES:
-        raise ValueError(f"status '{status}' is none of {STATUSES}")
-    row |= {"status": status, "reason": reason, "split": "", "windows": 0, "seconds_written": 0.0, **columns}
-    row["split_samples"] = {}
-
-
-def read_ledger(dataset: str | AnyPath) -> list[dict[str, Any]]:
-    """Read a dataset's ledger.
+def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
+    """Read a dataset's ledger, also one that an older version has written.
 
     Parameters
     ----------
@@ -127,13 +241,13 @@ def read_ledger(dataset: str | AnyPath) -> list[dict[str, Any]]:
 
     Returns
     -------
-    list of dict
+    list of LedgerRow
         One for each recording.
 
     Raises
     ------
     RequestError
-        If there is none, or it is damaged.
+        If there is no ledger, or it is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -142,50 +256,42 @@ def read_ledger(dataset: str | AnyPath) -> list[dict[str, Any]]:
     if not path.is_file():
         raise RequestError(f"{path}: no such file; only 'dreamscale shard' writes a ledger")
     try:
-        # Without arrow's own threads: they were seen to abort the interpreter at its end on a busy machine.
+        # Without arrow's own threads: on a busy machine they have aborted the interpreter at its end.
         table = pq.ParquetFile(io.BytesIO(path.read_bytes()), pre_buffer=False).read(use_threads=False)
-        names = list(dict.fromkeys([*_schema().names, *table.column_names]))
-        found = [{**MAY_MISS, **row} for row in table.to_pylist()]
-        return [{name: row[name] for name in names if name in row} for row in found]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise RequestError(f"{path}: damaged ({error}); shard the corpus again") from None
+        return [LedgerRow.from_columns(row) for row in table.to_pylist()]
+    except KeyError as error:
+        raise RequestError(f"{path}: has no column {error}; run 'dreamscale shard' again into a new folder") from None
+    except (pa.ArrowInvalid, OSError, ValueError) as error:
+        raise RequestError(f"{path}: damaged ({error}); run 'dreamscale shard' again into a new folder") from None
 
 
-def totals(rows: Iterable[dict[str, Any]]) -> tuple[dict[str, int], dict[str, float]]:
-    """Recordings and hours by status.
+def totals(rows: Iterable[LedgerRow]) -> tuple[dict[str, int], dict[str, float]]:
+    """Count recordings and hours by status.
 
     Parameters
     ----------
-    rows : iterable of dict
+    rows : iterable of LedgerRow
         The ledger.
 
     Returns
     -------
     counts : dict of str to int
-        Recordings found and of each status.
+        Number of recordings found, and of each status.
     hours : dict of str to float
-        The same in hours; recordings that could not be opened count zero.
+        Hours of the same; recordings that could not be opened count as zero.
     """
-    counts = {"found": 0, **dict.fromkeys(STATUSES, 0)}
+    counts: dict[str, int] = {"found": 0, **dict.fromkeys(STATUSES, 0)}
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in rows:
-        for name in ("found", row["status"]):
+        for name in ("found", row.status):
             counts[name] += 1
-            seconds[name] += row["seconds"]
+            seconds[name] += row.seconds
     return counts, {name: round(seconds[name] / 3600, 6) for name in counts}
 
 
-def short_reason(reason: str) -> str:
-    """Reason without what is particular to one recording, to count by.
-
-    Parameters
-    ----------
-    reason : str
-        As in the ledger.
-
-    Returns
-    -------
-    str
-        The part before the colon.
-    """
-    return reason.split(":")[0].split(" of ")[0] if reason else ""
+def windows_left_out(rows: Iterable[LedgerRow]) -> Counter[str]:
+    """Count the windows and trials that are not in the dataset, by reason."""
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update(row.windows_left_out)
+    return total

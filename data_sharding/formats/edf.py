@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_sharding.common.reason import Reason
 from data_sharding.formats import headers
 from data_sharding.formats.channels import GRID_NAME, NET_NAME, canonical_name, is_grid, is_net, is_site, kind_of
 from data_sharding.formats.mne_signal import BAD, NotContinuous, RawSignal, ReadError, interruptions, segments_of
@@ -117,7 +118,7 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
         names = [name for part in [raw, *(other for other, _ in others)] for name in part.ch_names]
         types = [kind for part in [raw, *(other for other, _ in others)] for kind in part.get_channel_types()]
         if len(kept) != len(names):
-            raise ReadError("damaged header: the channels cannot be told apart by their names")
+            raise ReadError(Reason("damaged header", "the channels cannot be told apart by their names"))
         for row, i in enumerate(kept):
             if types[row] == "eeg" and layout.units[i] and not VOLTS.fullmatch(layout.units[i]):
                 types[row] = "misc"
@@ -148,7 +149,8 @@ def _mne_of(format_: str, path: Path, layout: headers.Layout, numbers: list[int]
     wanted = {layout.labels[i] for i in numbers}
     exclude = sorted(set(layout.labels) - wanted - {"EDF Annotations", "BDF Annotations"})
     if clash := [i for i, label in enumerate(layout.labels) if label in wanted and i not in numbers]:
-        raise ReadError(f"channel '{layout.labels[clash[0]]}' is there at several rates, and its names are the same")
+        text = f"channel '{layout.labels[clash[0]]}' is there at several rates, and its names are the same"
+        raise ReadError(Reason("a channel is there at several rates", text=text))
     options: dict[str, Any] = {} if format_ == "gdf" else {"encoding": "latin1"}
     return getattr(mne.io, f"read_raw_{format_}")(path, exclude=exclude, **options)
 
@@ -180,5 +182,5 @@ def _rate_of_eeg(layout: headers.Layout) -> int:
         # Electrodes decide; without any, names that may be EEG; without any, whatever there is.
         counts[count] += 1 if other else 10**6 if i in electrodes else 1000
     if not counts:
-        raise NotContinuous("no signal: no channel has samples")
+        raise NotContinuous(Reason("no signal", "no channel has samples"))
     return max(counts, key=lambda count: (counts[count], count))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
 
 MAX_READ = 1 << 22
@@ -144,8 +145,8 @@ def ini_value(text: str, key: str) -> str | None:
     return match.group(1).strip() or None if match else None
 
 
-def _truncated(promised: int, what: str, held: float) -> str:
-    return f"truncated: the header promises {promised} {what}, the file holds {held:.10g}"
+def _truncated(promised: int, what: str, held: float) -> Reason:
+    return Reason("truncated", f"the header promises {promised} {what}, the file holds {held:.10g}")
 
 
 # --- EDF, BDF, GDF ---------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def edf_runs(path: Path, layout: Layout) -> tuple[list[tuple[int, int, float]], 
     return [(a, b, onsets[a] - onsets[0]) for a, b in zip(starts, ends, strict=True) if b > a], notes
 
 
-def check_edf(path: AnyPath, head: bytes = b"") -> tuple[str | None, bool]:
+def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
     """What an EDF or BDF header shows to be wrong.
 
     Parameters
@@ -265,7 +266,7 @@ def check_edf(path: AnyPath, head: bytes = b"") -> tuple[str | None, bool]:
 
     Returns
     -------
-    problem : str or None
+    problem : Reason or None
         The reason.
     continuous : bool
         False where the file is sound, but there is no signal.
@@ -273,14 +274,15 @@ def check_edf(path: AnyPath, head: bytes = b"") -> tuple[str | None, bool]:
     layout = edf_layout(path, head)
     signals = [i for i, label in enumerate(layout.labels) if label not in ("EDF Annotations", "BDF Annotations")]
     if not signals:
-        return "no signal: the file holds annotations only", False
+        return Reason("no signal", "the file holds annotations only"), False
     if not layout.record_s:
-        return "damaged header: a record lasts 0 s, so there is no sampling rate", True
+        return Reason("damaged header", "a record lasts 0 s, so there is no sampling rate"), True
     have = (size_of(path) - layout.header_bytes) / layout.record_bytes
     if layout.n_records > 0 and have < layout.n_records:
-        return f"truncated: the header promises {layout.n_records} records, the file holds {max(have, 0):.1f}", True
+        held = max(have, 0)
+        return Reason("truncated", f"the header promises {layout.n_records} records, the file holds {held:.1f}"), True
     if have < 1 or not layout.n_records:
-        return "no signal: there is no data record", False
+        return Reason("no signal", "there is no data record"), False
     return None, True
 
 
@@ -328,7 +330,7 @@ def gdf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     )
 
 
-def check_gdf(path: AnyPath, head: bytes = b"") -> str | None:
+def check_gdf(path: AnyPath, head: bytes = b"") -> Reason | None:
     """What a GDF header shows to be wrong."""
     layout = gdf_layout(path, head)
     have = (size_of(path) - layout.header_bytes) / layout.record_bytes
@@ -342,7 +344,7 @@ def check_gdf(path: AnyPath, head: bytes = b"") -> str | None:
 # --- the others ------------------------------------------------------------------------------------------------------
 
 
-def check_brainvision(text: str, data: AnyPath) -> str | None:
+def check_brainvision(text: str, data: AnyPath) -> Reason | None:
     """Compare a BrainVision header with its binary data file; V-Amp's holds a channel that its header leaves out."""
     n, points = int(ini_value(text, "NumberOfChannels") or 0), int(ini_value(text, "DataPoints") or 0)
     if n < 1 or points < 0:
@@ -355,11 +357,11 @@ def check_brainvision(text: str, data: AnyPath) -> str | None:
     if points and size < points * frame:
         return _truncated(points, "samples", size / frame)
     if size % frame:
-        return f"truncated: {size} bytes are no whole number of samples of {stored} channels"
-    return "no signal: the data file is empty" if not size else None
+        return Reason("truncated", f"{size} bytes are no whole number of samples of {stored} channels")
+    return Reason("no signal", "the data file is empty") if not size else None
 
 
-def check_neuroscan(path: AnyPath, head: bytes = b"") -> str | None:
+def check_neuroscan(path: AnyPath, head: bytes = b"") -> Reason | None:
     """Compare a Neuroscan CNT header with the file: its event table must lie within it."""
     head = read_range(path, 0, 900, head)
     n, rate = struct.unpack_from("<H", head, 370)[0], struct.unpack_from("<H", head, 376)[0]
@@ -370,10 +372,10 @@ def check_neuroscan(path: AnyPath, head: bytes = b"") -> str | None:
     # Four bytes cannot point beyond 4 GB, so larger files say nothing here.
     if size < 1 << 31 and start < events < 1 << 31 and events > size:
         return _truncated(events, "bytes of signal", size)
-    return "no signal: the file ends with the header" if size <= start else None
+    return Reason("no signal", "the file ends with the header") if size <= start else None
 
 
-def check_ant(path: AnyPath, head: bytes = b"") -> str | None:
+def check_ant(path: AnyPath, head: bytes = b"") -> Reason | None:
     """Compare the length in a RIFF header with the file."""
     head = read_range(path, 0, 12, head)
     promised, offset = struct.unpack_from("<I", head, 4)[0], 8
@@ -383,7 +385,7 @@ def check_ant(path: AnyPath, head: bytes = b"") -> str | None:
     return _truncated(promised + offset, "bytes", size) if size < promised + offset else None
 
 
-def check_nedf(path: AnyPath, head: bytes = b"") -> str | None:
+def check_nedf(path: AnyPath, head: bytes = b"") -> Reason | None:
     """Compare a NEDF header with the file, as far as the layout that MNE reads goes."""
     import defusedxml.ElementTree
 
@@ -393,7 +395,7 @@ def check_nedf(path: AnyPath, head: bytes = b"") -> str | None:
     if n < 1 or samples < 0:
         raise Damaged
     if not samples:
-        return "no signal: the header counts no sample"
+        return Reason("no signal", "the header counts no sample")
     accelerometer = 2 * int(xml.findtext("NumberOfChannelsOfAccelerometer") or 0)
     sample = 3 * n * (3 if xml.find("STIMSettings") is not None else 1) + 4
     full, last = divmod(samples, 5)
@@ -427,16 +429,16 @@ def egi_header(head: bytes) -> dict[str, int] | None:
     return {"version": version, "rate": rate, "channels": n, "samples": samples, "events": events}
 
 
-def check_egi(path: AnyPath, head: bytes) -> tuple[str | None, bool]:
+def check_egi(path: AnyPath, head: bytes) -> tuple[Reason | None, bool]:
     """Compare the header of an EGI simple binary file with its size."""
     fields = egi_header(head)
     if fields is None:
         raise Damaged
     if fields["version"] % 2:
-        return "epoched: a segmented EGI simple binary file, for which there is no reader", False
+        return Reason("epoched", "a segmented EGI simple binary file, for which there is no reader"), False
     n, events, samples = fields["channels"], fields["events"], fields["samples"]
     if samples <= 0 or events < 0:
-        return "no signal: the header counts no sample", False
+        return Reason("no signal", "the header counts no sample"), False
     promised = 36 + 4 * events + samples * (n + events) * (fields["version"] & 6)
     # 2, 4 and 6 stand for 2, 4 and 8 bytes.
     if fields["version"] & 6 == 6:
@@ -445,7 +447,7 @@ def check_egi(path: AnyPath, head: bytes) -> tuple[str | None, bool]:
     return (_truncated(promised, "bytes", size), True) if size < promised else (None, True)
 
 
-def check_curry(data: AnyPath, header: AnyPath) -> str | None:
+def check_curry(data: AnyPath, header: AnyPath) -> Reason | None:
     """Compare Curry's parameters with its data file."""
     text = read_range(header, 0, MAX_READ).decode("latin-1")
 
@@ -462,24 +464,24 @@ def check_curry(data: AnyPath, header: AnyPath) -> str | None:
         raise Damaged
     size = size_of(data)
     if not size:
-        return "no signal: the data file is empty"
+        return Reason("no signal", "the data file is empty")
     if not ascii_ and samples > 0 and size < 4 * n * samples * trials:
         return _truncated(samples * trials, "samples", size / (4 * n))
     return None
 
 
-def check_persyst(text: str, data: AnyPath) -> str | None:
+def check_persyst(text: str, data: AnyPath) -> Reason | None:
     """Compare a Persyst header with its data file, which holds whole frames."""
     n, kind = int(ini_value(text, "WaveformCount") or 0), int(ini_value(text, "DataType") or 0)
     if n < 1 or kind not in (0, 7):
         raise Damaged
     size = size_of(data)
     if size % (n * (4 if kind == 7 else 2)):
-        return f"truncated: {size} bytes are no whole number of samples of {n} channels"
-    return "no signal: the data file is empty" if not size else None
+        return Reason("truncated", f"{size} bytes are no whole number of samples of {n} channels")
+    return Reason("no signal", "the data file is empty") if not size else None
 
 
-def check_nihon(path: AnyPath) -> str | None:
+def check_nihon(path: AnyPath) -> Reason | None:
     """Compare the data blocks of a Nihon Kohden file with its size."""
     size = size_of(path)
 
@@ -503,7 +505,7 @@ def check_nihon(path: AnyPath) -> str | None:
 # --- what only a walk over the whole file shows: asked before it is read, not while it is found ----------------------
 
 
-def check_xdf(files: tuple[Path, ...]) -> str | None:
+def check_xdf(files: tuple[Path, ...]) -> Reason | None:
     """Walk over the chunks of an XDF file."""
     (path,) = files
     size = size_of(path)
@@ -516,12 +518,12 @@ def check_xdf(files: tuple[Path, ...]) -> str | None:
             head = stream.read(9)
             width = head[0]
             if width not in (1, 4, 8):
-                return f"damaged: no chunk begins at byte {at}"
+                return Reason("damaged", f"no chunk begins at byte {at}")
             at += 1 + width + int.from_bytes(head[1 : 1 + width], "little")
     return _truncated(at, "bytes", size) if at > size else None
 
 
-def check_mff(files: tuple[Path, ...]) -> str | None:
+def check_mff(files: tuple[Path, ...]) -> Reason | None:
     """Walk over the blocks of an MFF's signal files."""
     for path in files:
         if not re.fullmatch(r"signal\d+\.bin", path.name):
@@ -537,22 +539,22 @@ def check_mff(files: tuple[Path, ...]) -> str | None:
                 if struct.unpack_from("<i", head)[0] == 0:
                     at += 4 + block
                     if not block:
-                        return f"damaged: the first block of {path.name} has no header"
+                        return Reason("damaged", f"the first block of {path.name} has no header")
                     continue
                 if len(head) < 12:
                     return _truncated(at + 12, f"bytes in {path.name}", size)
                 header, block = struct.unpack_from("<ii", head, 4)
                 if header < 12 or block < 0:
-                    return f"damaged: a block of {path.name} at byte {at} has no length"
+                    return Reason("damaged", f"a block of {path.name} at byte {at} has no length")
                 at += header + block
         if at > size:
             return _truncated(at, f"bytes in {path.name}", size)
         if not size:
-            return f"no signal: {path.name} is empty"
+            return Reason("no signal", f"{path.name} is empty")
     return None
 
 
-def check_fif(files: tuple[Path, ...]) -> str | None:
+def check_fif(files: tuple[Path, ...]) -> Reason | None:
     """Walk over the tags of FIF files."""
     for path in files:
         if not path.name.lower().endswith(".fif"):
@@ -566,7 +568,7 @@ def check_fif(files: tuple[Path, ...]) -> str | None:
                     return _truncated(at + 16, f"bytes in {path.name}", size)
                 _, _, length, following = struct.unpack(">4i", head)
                 if length < 0 or (following > 0 and following <= at):
-                    return f"damaged: the tag at byte {at} of {path.name} leads nowhere"
+                    return Reason("damaged", f"the tag at byte {at} of {path.name} leads nowhere")
                 if at + 16 + length > size:
                     return _truncated(at + 16 + length, f"bytes in {path.name}", size)
                 seen += 1
@@ -596,5 +598,4 @@ def guarded(check: Callable[..., Any], what: str, *args: Any) -> Any:
     try:
         return check(*args)
     except DAMAGED as error:
-        detail = f": {error}" if isinstance(error, Damaged) and str(error) else ""
-        return f"damaged {what} header{detail}"
+        return Reason(f"damaged {what} header", str(error) if isinstance(error, Damaged) else "")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import place_of
 from data_sharding.formats.signal import Segment, SignalInfo
 
@@ -30,7 +31,17 @@ BAD = re.compile(r"bad", re.IGNORECASE)
 
 
 class ReadError(ValueError):
-    """A recording cannot be read; the message is the reason for the ledger."""
+    """A recording cannot be read.
+
+    Parameters
+    ----------
+    reason : Reason
+        Why, for the ledger.
+    """
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class NotContinuous(ReadError):
@@ -89,7 +100,7 @@ class EpochsSignal:
         epochs.drop_bad()
         count, length, sfreq = len(epochs), len(epochs.times), float(epochs.info["sfreq"])
         if not count:
-            raise NotContinuous("epoched: 0 trials")
+            raise NotContinuous(Reason("epoched", "0 trials"))
         self._length = length
         self.info = SignalInfo(
             n_samples=count * length,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_sharding.common.reason import Reason
 from data_sharding.formats import headers
 from data_sharding.formats.edf import open_records
 from data_sharding.formats.mne_signal import (
@@ -90,7 +91,7 @@ def neuroscan_data_format(path: str | Path) -> str:
         start = 900 + 75 * n_channels
         size = (events if start < events <= Path(path).stat().st_size else Path(path).stat().st_size) - start
         if not n_channels or size <= 0:
-            raise ReadError("unreadable: damaged Neuroscan header")
+            raise ReadError(Reason("unreadable", "damaged Neuroscan header"))
         for bits in (16, 32):
             if n_samples and n_channels * n_samples * bits // 8 == size:
                 return f"int{bits}"
@@ -121,7 +122,7 @@ def _fif(path: Path) -> Any:
     try:
         return mne.read_epochs(path, preload=False, proj=False)
     except Exception:
-        raise NotContinuous("no recording in the FIF file: averages or something else") from None
+        raise NotContinuous(Reason("no recording in the FIF file", "averages or something else")) from None
 
 
 def _eeglab(path: Path) -> Any:
@@ -130,7 +131,8 @@ def _eeglab(path: Path) -> Any:
     try:
         raw = mne.io.read_raw_eeglab(path)
     except FileNotFoundError:
-        raise ReadError(f"sidecar missing: the signal of {path.name} is in a .fdt file, which is not there") from None
+        text = f"the signal of {path.name} is in a .fdt file, which is not there"
+        raise ReadError(Reason("sidecar missing", text)) from None
     except TypeError as error:
         if not (match := re.search(r"number of trials is (\d+)", str(error))):
             raise
@@ -143,13 +145,13 @@ def _eeglab(path: Path) -> Any:
             if not (short := re.search(r"array of size (\d+) into shape \((\d+),(\d+),(\d+)\)", str(cut))):
                 raise
             held, n, length, trials = map(int, short.groups())
-            raise ReadError(
-                f"truncated: the header promises {length * trials} samples, the file holds {held / n:g}"
-            ) from None
+            text = f"the header promises {length * trials} samples, the file holds {held / n:g}"
+            raise ReadError(Reason("truncated", text)) from None
     data = Path(str(raw.filenames[0]))
     if data.suffix.lower() == ".fdt" and data.stat().st_size < 4 * len(raw.ch_names) * raw.n_times:
         held = data.stat().st_size / 4 / len(raw.ch_names)
-        raise ReadError(f"truncated: the header promises {raw.n_times} samples, the file holds {held:g}")
+        text = f"the header promises {raw.n_times} samples, the file holds {held:g}"
+        raise ReadError(Reason("truncated", text))
     return raw
 
 
@@ -292,7 +294,7 @@ def open_signal(recording: Recording) -> Signal:
     if recording.problem:
         raise (ReadError if recording.continuous else NotContinuous)(recording.problem)
     if recording.format not in READERS:
-        raise ReadError(f"no reader for the format '{recording.format}'")
+        raise ReadError(Reason(f"no reader for the format '{recording.format}'"))
     walk = WALKS.get(recording.format)
     files = tuple(Path(str(file)) for file in recording.files)
     if walk and (problem := headers.guarded(walk, recording.format.upper(), files)):
@@ -333,7 +335,7 @@ def _signal_of(opened: Any) -> Signal:
     return RawSignal(opened) if isinstance(opened, mne.io.BaseRaw) else EpochsSignal(opened)
 
 
-def unreadable(error: BaseException) -> str:
+def unreadable(error: BaseException) -> Reason:
     """Reason of the ledger for what a reader raised.
 
     Parameters
@@ -343,20 +345,19 @@ def unreadable(error: BaseException) -> str:
 
     Returns
     -------
-    str
-        One line.
+    Reason
+        Of the category ``unreadable``.
     """
-    text = " ".join(str(error).split())[:200]
-    return f"unreadable: {type(error).__name__}: {''.join(c if c.isprintable() else '?' for c in text)}"
+    return Reason("unreadable", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def _missing(format_: str, error: ImportError) -> str:
+def _missing(format_: str, error: ImportError) -> Reason:
     package = PACKAGES.get(format_, error.name or "")
     try:
         importlib.import_module(package)
     except ImportError:
-        return f"reader not installed: pip install {package}"
+        return Reason("reader not installed", f"pip install {package}")
     except ValueError:
         pass
     # The package is there, and what it needs itself is not.
-    return f"reader not installed: {' '.join(str(error).split())[:200]}"
+    return Reason("reader not installed", " ".join(str(error).split())[:200])

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_sharding.common.errors import RequestError
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, is_remote
 from data_sharding.formats import headers
 
@@ -33,9 +34,9 @@ UNSUPPORTED = {
     ".vpd": "Cadwell",
 }
 ORPHANS = {
-    ".eeg": "signal file without its header (.vhdr or .ahdr), and not a Nihon Kohden recording",
-    ".fdt": "EEGLAB signal file without its .set",
-    ".avg": "averaged, not a continuous recording",
+    ".eeg": Reason("signal file without its header (.vhdr or .ahdr), and not a Nihon Kohden recording"),
+    ".fdt": Reason("EEGLAB signal file without its .set"),
+    ".avg": Reason("averaged, not a continuous recording"),
 }
 """Files that hold signal but are no recording by themselves: reported where no header claims them."""
 CLAIMED = {
@@ -53,7 +54,7 @@ CLAIMED = {
     ".xdfz": "XDF",
 }
 """Extensions that promise a recording: without its header the file is named and set aside."""
-MATLAB = "no reader: a MATLAB file says neither rate nor unit; describe it in a corpus of kind arrays"
+MATLAB = Reason("no reader", "a MATLAB file says neither rate nor unit; describe it in a corpus of kind arrays")
 HDF5 = b"\x89HDF\r\n\x1a\n"
 Near = Mapping[str, AnyPath]
 """Files of a folder by lower-case name: makers' software is careless about case."""
@@ -69,7 +70,7 @@ class Recording:
     """Name of the format, a key of `readers.READERS` where it can be read."""
     files: tuple[AnyPath, ...]
     """All files that make it up, sidecars included, sorted."""
-    problem: str | None = None
+    problem: Reason | None = None
     """What the header already shows to be wrong; such a file is not read."""
     continuous: bool = True
     """False for sound files that hold no signal to train on: excluded rather than quarantined."""
@@ -104,18 +105,17 @@ class _File:
         return headers.text_of(data)[0].replace("\r\n", "\n").replace("\r", "\n")
 
     def recording(
-        self, format_: str, *sidecars: str, problem: str | None = None, continuous: bool = True, need: str = ""
+        self, format_: str, *sidecars: str, problem: Reason | None = None, continuous: bool = True, need: str = ""
     ) -> Recording:
         """Of the file and those of `sidecars` that are there; `need` says what is missing where none of them is."""
         there = [self.near[name.lower()] for name in sidecars if name.lower() in self.near] if sidecars else []
         if need and not there:
-            problem = f"sidecar missing: {need}"
+            problem = Reason("sidecar missing", need)
         return Recording(
             path=self.path,
             format=format_,
             files=_by_path([self.path, *there]),
-            # Damaged headers name damaged things; the reason stays one line.
-            problem=problem and "".join(c if c.isprintable() else "?" for c in " ".join(problem.split()))[:300],
+            problem=problem.shortened(300) if problem else None,
             continuous=continuous or bool(need and not there),
         )
 
@@ -128,7 +128,7 @@ def _edf(file: _File) -> Recording | None:
     if format_ is None or len(file.head) < 256:
         return None
     found = headers.guarded(headers.check_edf, format_.upper(), file.path, file.head)
-    problem, continuous = (found, True) if isinstance(found, str) else found
+    problem, continuous = (found, True) if isinstance(found, Reason) else found
     return file.recording(format_, problem=problem, continuous=continuous)
 
 
@@ -152,7 +152,7 @@ def _brainvision(file: _File) -> Recording | None:
                 data = file.near[name.lower()]
                 problem = headers.guarded(headers.check_brainvision, "BrainVision", text, data)
         elif needed:
-            problem = f"sidecar missing: the header names '{name}', which is not there"
+            problem = Reason("sidecar missing", f"the header names '{name}', which is not there")
     return file.recording("brainvision", *files, problem=problem)
 
 
@@ -165,7 +165,9 @@ def _neuroscan(file: _File) -> Recording | None:
         )
     if file.suffix in (".eeg", ".avg"):
         what = (
-            "epoched: a Neuroscan .eeg holds trials, and there is no reader for it; export it as EEGLAB or EDF"
+            Reason(
+                "epoched", "a Neuroscan .eeg holds trials, and there is no reader for it; export it as EEGLAB or EDF"
+            )
             if file.suffix == ".eeg"
             else ORPHANS[".avg"]
         )
@@ -252,7 +254,7 @@ def _curry(file: _File) -> Recording | None:
         return None
     header = next((file.near[name.lower()] for name in needed if name.lower() in file.near), None)
     problem = (
-        f"sidecar missing: none of {', '.join(needed)} is there"
+        Reason("sidecar missing", f"none of {', '.join(needed)} is there")
         if header is None
         else headers.guarded(headers.check_curry, "Curry", file.path, header)
     )
@@ -264,7 +266,7 @@ def _eximia(file: _File) -> Recording | None:
         return None
     # 64 channels of 16 bits, and no header at all: the size is the only thing that can be checked.
     size = headers.size_of(file.path)
-    fault = f"truncated: {size} bytes are no whole number of 64-channel frames"
+    fault = Reason("truncated", f"{size} bytes are no whole number of 64-channel frames")
     return file.recording("eximia", problem=None if size and size % 128 == 0 else fault)
 
 
@@ -272,7 +274,7 @@ def _egi(file: _File) -> Recording | None:
     if headers.egi_header(file.head) is None:
         return None
     found = headers.guarded(headers.check_egi, "EGI simple binary", file.path, file.head)
-    problem, continuous = (found, True) if isinstance(found, str) else found
+    problem, continuous = (found, True) if isinstance(found, Reason) else found
     return file.recording("egi", problem=problem, continuous=continuous)
 
 
@@ -286,9 +288,9 @@ def _claims(file: _File) -> Recording | None:
     if file.suffix in CLAIMED:
         name = CLAIMED[file.suffix]
         what = "an empty file" if not file.head else f"not {name}: the header is not one"
-        return file.recording(name.split()[0].lower(), problem=f"unreadable: {what}")
+        return file.recording(name.split()[0].lower(), problem=Reason("unreadable", what))
     if file.suffix in UNSUPPORTED:
-        return file.recording(file.suffix[1:], problem=f"no reader for {UNSUPPORTED[file.suffix]}")
+        return file.recording(file.suffix[1:], problem=Reason(f"no reader for {UNSUPPORTED[file.suffix]}"))
     if file.suffix in ORPHANS:
         return file.recording(file.suffix[1:], problem=ORPHANS[file.suffix])
     if file.suffix == ".mat":
@@ -319,7 +321,7 @@ FORMATS: tuple[Callable[[_File], Recording | None], ...] = (
 def _mff(path: AnyPath) -> Recording:
     files = [f for f in path.rglob("*") if f.is_file() and not f.name.startswith("._")]
     signals = [f for f in files if re.fullmatch(r"signal\d+\.bin", f.name)]
-    problem = None if signals else "sidecar missing: the MFF folder has no signal*.bin"
+    problem = None if signals else Reason("sidecar missing", "the MFF folder has no signal*.bin")
     return Recording(path=path, format="mff", files=_by_path(files), problem=problem)
 
 
@@ -350,7 +352,7 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
     if path.suffix.lower() in (".mff", ".mefd") and path.is_dir():
         if path.suffix.lower() == ".mff":
             return _mff(path)
-        problem = f"no reader for {UNSUPPORTED['.mefd']}"
+        problem = Reason(f"no reader for {UNSUPPORTED['.mefd']}")
         files = _by_path([f for f in path.rglob("*") if f.is_file()])
         return Recording(path=path, format="mefd", files=files, problem=problem)
     # A folder, or a pipe, socket or device: reading from one may never end.
@@ -426,7 +428,7 @@ def find_recordings(root: str | AnyPath) -> list[Recording]:
             try:
                 recording = sniff(path, near)
             except OSError as error:
-                reason = f"unreadable: {error.strerror or error}"
+                reason = Reason("unreadable", str(error.strerror or error))
                 recording = Recording(path=path, format="unknown", files=(path,), problem=reason)
             if recording:
                 found.append(recording)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import place_of
 from data_sharding.formats.mne_signal import NotContinuous, ReadError
 from data_sharding.formats.signal import Segment, Signal, SignalInfo
@@ -79,17 +80,16 @@ def open_xdf(path: Path) -> Signal:
     ]
     if not eeg:
         kinds = sorted({str(s.get("type") or "untyped") for s in streams}) or ["none"]
-        raise NotContinuous(f"no stream of type EEG: only {', '.join(kinds)}")
+        raise NotContinuous(Reason("no stream of type EEG", f"only {', '.join(kinds)}"))
     if len(eeg) > 1:
         names = ", ".join(str(s.get("name") or s["stream_id"]) for s in eeg)
-        raise ReadError(
-            f"{len(eeg)} streams of type EEG ({names}), and nothing says which is meant; export one of them"
-        )
+        text = f"{len(eeg)} streams of type EEG ({names}), and nothing says which is meant; export one of them"
+        raise ReadError(Reason("several streams of type EEG", text=text))
     streams, _ = pyxdf.load_xdf(str(path), select_streams=[eeg[0]["stream_id"]])
     stream = streams[0]
     x, stamps = np.asarray(stream["time_series"]), np.asarray(stream["time_stamps"], float)
     if x.ndim != 2 or len(x) < 2:
-        raise NotContinuous(f"no signal: {len(x)} samples")
+        raise NotContinuous(Reason("no signal", f"{len(x)} samples"))
     sfreq = _rate(float(stream["info"]["nominal_srate"][0] or 0), stamps)
     wide = np.flatnonzero(np.diff(stamps) > GAP / sfreq) + 1
     edges = [0, *wide.tolist(), len(x)]
@@ -115,7 +115,7 @@ def _rate(nominal: float, stamps: np.ndarray) -> float:
     steps = np.diff(stamps)
     median = float(np.median(steps))
     if not median > 0 or float(np.mean(np.abs(steps - median) > median / 2)) > MAX_JITTER:
-        raise ReadError("the stream has no steady rate: its time stamps are irregular")
+        raise ReadError(Reason("the stream has no steady rate", "its time stamps are irregular"))
     whole = steps[steps < GAP * median]
     effective = 1.0 / float(whole.mean())
     return nominal if nominal > 0 and abs(effective / nominal - 1) < STEADY else round(effective, 2)

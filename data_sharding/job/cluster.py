@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from data_sharding.common.errors import RequestError, StopRequested, one_line
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import FULL, is_storage_error
 from data_sharding.job.isolation import ChildFailed
 
@@ -200,9 +201,9 @@ def run_tasks(
     in_flight: int,
     memory_gb: float,
     done: Callable[[str, Any], None],
-    give_up: Callable[[str, Exception], str | None] | None = None,
+    give_up: Callable[[str, Exception], Reason | None] | None = None,
     look: Callable[[int], None] | None = None,
-) -> dict[str, str]:
+) -> dict[str, Reason]:
     """Run a function once for each argument, in any order, with a bounded number of tasks at a time.
 
     Parameters
@@ -243,7 +244,7 @@ def run_tasks(
     remote = ray.remote(max_retries=0, num_cpus=1, memory=int(memory_gb * 1e9))(function)
     waiting = deque(arguments.items())
     running: dict[Any, tuple[str, Any]] = {}
-    given_up: dict[str, str] = {}
+    given_up: dict[str, Reason] = {}
     lost: Counter[str] = Counter()
     while waiting or running:
         while waiting and len(running) < in_flight:

@@ -6,12 +6,11 @@ Shapes: n channels, T samples a window.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +20,9 @@ from data_sharding.dataset.samples import Sample, ShardWriter
 from data_sharding.dataset.splits import SPLITS
 from data_sharding.formats.channels import Channels
 from data_sharding.formats.signal import Segment, SignalInfo
+from data_sharding.job.task import PartResult, Task
 from data_sharding.processing.preprocess import PreprocessSpec, clean_blocks, window_starts
 from data_sharding.processing.streaming import Scratch
-
-if TYPE_CHECKING:
-    from data_sharding.job.process_recording import Task
 
 FLOAT16_MAX_UV = 65504.0
 
@@ -235,7 +232,7 @@ def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], window: int) -> Iter
 
 
 def write_windows(
-    task: Task, row: dict[str, Any], folder: Path, clean: Clean, scratch: Scratch, info: SignalInfo
+    task: Task, result: PartResult, folder: Path, clean: Clean, scratch: Scratch, info: SignalInfo
 ) -> None:
     """Second pass: filter the segments that hold windows, and write these.
 
@@ -243,8 +240,8 @@ def write_windows(
     ----------
     task : Task
         The recording at work.
-    row : dict
-        Its ledger row, whose columns about windows are filled.
+    result : PartResult
+        Its samples, and the columns about windows in its row, are filled.
     folder : Path
         Where ``train.tar`` and the others go.
     clean : Clean
@@ -294,11 +291,11 @@ def write_windows(
                 segment, covered_to = number, 0
             covered += cut.start + spec.window - max(covered_to, cut.start)
             covered_to = cut.start + spec.window
-    row["seconds_written"] = round(covered / spec.sfreq, 4)
-    row["windows"] = sum(written.values())
-    row["windows_left_out"] = json.dumps(dict(sorted(left_out.items())))
-    row["split_samples"] = {split: written[split] for split in SPLITS if written[split]}
-    row["split"] = "+".join(row["split_samples"])
+    result.samples = {split: written[split] for split in SPLITS if written[split]}
+    row = result.row
+    row.seconds_written, row.windows = round(covered / spec.sfreq, 4), sum(written.values())
+    row.windows_left_out = dict(sorted(left_out.items()))
+    row.split = "+".join(result.samples)
 
 
 def _flaw(window: np.ndarray, good: np.ndarray, start_s: float, spans: np.ndarray, spec: PreprocessSpec) -> str | None:

@@ -27,6 +27,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from data_sharding.common.reason import Reason
+
 CRASHES = 2
 """Deaths by the reader's own doing after which a call is given up."""
 KILLS = 4
@@ -41,7 +43,17 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 
 
 class GivenUp(Exception):
-    """A call cannot be finished, by its own doing; the message is a reason for the ledger."""
+    """A call cannot be finished, and the function itself is the cause.
+
+    Parameters
+    ----------
+    reason : Reason
+        Why, for the ledger.
+    """
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class ChildFailed(RuntimeError):
@@ -85,6 +97,10 @@ def _owned_scratch() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _too_much_memory(memory_gb: float) -> Reason:
+    return Reason("memory", f"needs more than {memory_gb:g} GB (key 'ray.memory_gb')")
+
+
 class Child:
     """One process that calls one function, again and again.
 
@@ -116,14 +132,15 @@ class Child:
             )
         self._pipe = Connection(ours.detach())
         try:
-            if self._receive(time.monotonic() + START_S, limit=False)[0] != "ready":
+            if self._receive(START_S, limit=False)[0] != "ready":
                 raise ChildFailed("the reading process did not start as it should")
         except (_Died, GivenUp) as error:
             self.close()
             how = error.how if isinstance(error, _Died) else f"not within {START_S:g} s"
             raise ChildFailed(f"the reading process did not start ({how}); see Ray's worker log") from None
 
-    def _receive(self, deadline: float, *, limit: bool) -> tuple[str, Any]:
+    def _receive(self, timeout_s: float, *, limit: bool) -> tuple[str, Any]:
+        deadline = time.monotonic() + timeout_s
         while True:
             try:
                 if self._pipe.poll(LOOK_S):
@@ -131,9 +148,9 @@ class Child:
             except (EOFError, OSError):
                 raise _Died(self.process.wait()) from None
             if time.monotonic() > deadline:
-                raise GivenUp("time-out")
+                raise GivenUp(Reason("time-out", f"not finished after {timeout_s:g} s (key 'ray.timeout_s')"))
             if limit and self.memory_gb and _private_bytes(self.process.pid) > self.memory_gb * 1e9:
-                raise GivenUp("memory")
+                raise GivenUp(_too_much_memory(self.memory_gb))
 
     def call(self, argument: Any, timeout_s: float) -> Any:
         """Call the function.
@@ -159,7 +176,7 @@ class Child:
         """
         try:
             self._pipe.send(argument)
-            kind, value = self._receive(time.monotonic() + timeout_s, limit=True)
+            kind, value = self._receive(timeout_s, limit=True)
         except OSError:
             raise _Died(self.process.wait()) from None
         except GivenUp:
@@ -222,19 +239,15 @@ def call_isolated(function: str, argument: Any, *, timeout_s: float, memory_gb: 
             child.close()
             crashes, kills = crashes + (not death.killed), kills + death.killed
             if crashes >= CRASHES:
-                raise GivenUp(f"crashed its reader {crashes} times ({death.how})") from None
+                text = f"crashed its reader {crashes} times ({death.how})"
+                raise GivenUp(Reason("crashed its reader", text=text)) from None
             if kills >= KILLS:
-                raise GivenUp(f"its reader was killed {kills} times ({death.how}: short of memory?)") from None
+                text = f"its reader was killed {kills} times ({death.how}: short of memory?)"
+                raise GivenUp(Reason("killed", text=text)) from None
             continue
-        except GivenUp as error:
-            raise GivenUp(
-                f"time-out: not finished after {timeout_s:g} s (key 'ray.timeout_s')"
-                if str(error) == "time-out"
-                else f"memory: needs more than {memory_gb:g} GB (key 'ray.memory_gb')"
-            ) from None
         except MemoryError:
             child.close()
-            raise GivenUp(f"memory: needs more than {memory_gb:g} GB (key 'ray.memory_gb')") from None
+            raise GivenUp(_too_much_memory(memory_gb)) from None
         except BaseException:
             child.close()
             raise

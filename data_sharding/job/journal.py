@@ -18,6 +18,7 @@ from upath import UPath
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, fresh, is_storage_error
+from data_sharding.job.task import PartResult
 
 EVERY_S = 10.0
 """Seconds between two objects of a journal on a store, where nothing can be appended to a file."""
@@ -55,35 +56,35 @@ class Journal:
             self._stream = (folder / f"{len(segments):06d}-{self._run}.jsonl").open("w")
         self._first = len(segments)
 
-    def find(self, key: str, identity: str) -> dict[str, Any] | None:
-        """Row of a recording, if it is of the same files and the same settings.
+    def find(self, key: str, identity: str) -> PartResult | None:
+        """Result of a recording, if it is of the same files and the same settings.
 
         Parameters
         ----------
         key : str
             The recording.
         identity : str
-            Checksum of everything that its row depends on.
+            Checksum of everything that the result depends on.
 
         Returns
         -------
-        dict or None
-            The row.
+        PartResult or None
+            The result.
         """
-        known, row = self.rows.get(key, ("", None))
-        return row if known == identity else None
+        known, values = self.rows.get(key, ("", None))
+        return PartResult.from_json(values) if values is not None and known == identity else None
 
-    def add(self, key: str, identity: str, row: dict[str, Any]) -> None:
-        """Keep a row.
+    def add(self, key: str, identity: str, result: PartResult) -> None:
+        """Keep a result.
 
         Parameters
         ----------
         key, identity : str
             See `find`.
-        row : dict
+        result : PartResult
             What the worker returned.
         """
-        line = json.dumps({"key": key, "identity": identity, "row": row}, separators=(",", ":")) + "\n"
+        line = json.dumps({"key": key, "identity": identity, "row": result.to_json()}, separators=(",", ":")) + "\n"
         if self._stream is not None:
             self._stream.write(line)
             self._stream.flush()

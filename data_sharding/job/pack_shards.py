@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from upath import UPath
 
@@ -18,6 +17,7 @@ from data_sharding.dataset.dataset import shard_record
 from data_sharding.dataset.manifest import Shard
 from data_sharding.dataset.samples import ShardWriter
 from data_sharding.dataset.splits import SPLITS
+from data_sharding.job.task import PartResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +46,13 @@ class ShardPlan:
     """In order."""
 
 
-def plan_shards(rows: Iterable[dict[str, Any]], samples_per_shard: int) -> list[ShardPlan]:
+def plan_shards(results: Iterable[PartResult], samples_per_shard: int) -> list[ShardPlan]:
     """Distribute samples over shards.
 
     Parameters
     ----------
-    rows : iterable of dict
-        Rows of the recordings to write, in any order.
+    results : iterable of PartResult
+        Recordings to write, in any order.
     samples_per_shard : int
         Most samples a shard.
 
@@ -62,7 +62,7 @@ def plan_shards(rows: Iterable[dict[str, Any]], samples_per_shard: int) -> list[
         By split and number; recordings in the order of their keys.
     """
     plans: list[ShardPlan] = []
-    ordered = sorted(rows, key=lambda row: row["key"])
+    ordered = sorted(results, key=lambda result: result.row.key)
     for split in SPLITS:
         pieces: list[Piece] = []
         room, number = samples_per_shard, 0
@@ -73,11 +73,11 @@ def plan_shards(rows: Iterable[dict[str, Any]], samples_per_shard: int) -> list[
                 plans.append(ShardPlan(path=f"{split}/{number:06d}.tar", pieces=tuple(pieces)))
             pieces, room, number = [], samples_per_shard, number + 1
 
-        for row in ordered:
-            at, left = 0, row["split_samples"].get(split, 0)
+        for result in ordered:
+            at, left = 0, result.samples.get(split, 0)
             while left:
                 take = min(left, room)
-                pieces.append(Piece(key=row["key"], part=row["part"], split=split, start=at, stop=at + take))
+                pieces.append(Piece(key=result.row.key, part=result.part, split=split, start=at, stop=at + take))
                 at, left, room = at + take, left - take, room - take
                 if not room:
                     close()

@@ -13,13 +13,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import shutil
 import uuid
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ import numpy as np
 
 from data_sharding.audit.duplicates import signature
 from data_sharding.common.files import digest_of, read_json, sha256_file, write_json
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import (
     AnyPath,
     as_path,
@@ -37,42 +36,22 @@ from data_sharding.common.storage import (
     scratch_folder,
 )
 from data_sharding.corpora import Item, open_item
-from data_sharding.dataset.splits import SplitConfig
+from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.formats.channels import Channels, canonical_name, choose, pick_channels, restrict
 from data_sharding.formats.open_signal import NotContinuous, ReadError, unreadable
 from data_sharding.formats.signal import Signal, SignalInfo
 from data_sharding.job.cut_windows import Clean, write_windows
+from data_sharding.job.task import PartResult, SetAside, Task, new_row
 from data_sharding.processing.preprocess import PreprocessSpec, band_of, reference_rows
 from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, resampled_length
 from data_sharding.processing.survey import Survey, Verdict
 
-PART_SCHEMA = 5
+PART_SCHEMA = 6
 """Part of a part's name: raise it when the code's results change, and no older part is taken up again."""
+RESULT = "result.json"
+"""File of a part that holds its `PartResult`."""
 MIN_SAMPLES = 16
 """Fewer samples cannot even be measured."""
-
-
-class SetAside(Exception):
-    """A recording is not used: status and reason for the ledger."""
-
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason = status, reason
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """All that a worker needs for one recording."""
-
-    item: Item
-    spec: PreprocessSpec
-    split: SplitConfig
-    labels: tuple[str, ...]
-    """Names of the labels by number, over all corpora."""
-    work: AnyPath
-    """Folder of the parts."""
-    timeout_s: float
-    """Seconds that it may take."""
 
 
 def versions() -> dict[str, str]:
@@ -86,61 +65,6 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "scipy": scipy.__version__,
         "zstandard": zstandard.__version__,
-    }
-
-
-def blank_row(item: Item, status: str, reason: str) -> dict[str, Any]:
-    """Ledger row of a recording of which nothing is known but that it is there.
-
-    Parameters
-    ----------
-    item : Item
-        The recording.
-    status : str
-        sharded, duplicate, quarantined or excluded.
-    reason : str
-        Why; empty for sharded.
-
-    Returns
-    -------
-    dict
-        All columns of the ledger.
-    """
-    return {
-        "key": item.key,
-        "corpus": item.corpus,
-        "path": item.path,
-        "files": [f.name.encode("utf-8", "backslashreplace").decode() for f in item.recording.files],
-        "bytes": 0,
-        "sha256": "",
-        "fingerprint": "",
-        "format": item.recording.format,
-        "subject": item.subject,
-        "session": item.session,
-        "split": "",
-        "status": status,
-        "reason": reason,
-        "channels_by_type": "{}",
-        "channels_left_out": "{}",
-        "channels": [],
-        "n_eeg": 0,
-        "n_kept": 0,
-        "channel_selection": "",
-        "bads": [],
-        "montage": "",
-        "montage_confidence": 0.0,
-        "sfreq": 0.0,
-        "seconds": 0.0,
-        "amplitude_uv": None,
-        "unit": "",
-        "unit_factor": None,
-        "line_freq": None,
-        "line_freq_from": "",
-        "windows": 0,
-        "seconds_written": 0.0,
-        "windows_left_out": "{}",
-        "shards": [],
-        "notes": [],
     }
 
 
@@ -171,54 +95,56 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
     return digest_of([whole, item.options]) if item.options else whole
 
 
-def process_recording(task: Task) -> dict[str, Any]:
+def process_recording(task: Task) -> PartResult:
     """Read a recording, judge it, and commit its windows as a part.
 
     Parameters
     ----------
     task : Task
-        What to do.
+        The recording and what to do with it.
 
     Returns
     -------
-    dict
-        The ledger row. Beside its columns: ``part`` (name of the part's folder), ``split_samples``, and ``signature``
-        (`data_sharding.audit.duplicates.signature`). A part that is committed already is taken as it is.
+    PartResult
+        Its ledger row and what is needed to go on. A part that is committed already is taken as it is.
 
     Raises
     ------
     OSError
-        If the working folder or the scratch cannot be written: the machine's fault, not the recording's.
+        If the working folder or the scratch folder cannot be written: a fault of the machine, not of the recording.
     """
     with contextlib.ExitStack() as stack:
-        row = blank_row(task.item, "quarantined", "")
+        result = PartResult(row=new_row(task.item))
+        row = result.row
         files = task.item.recording.files
         try:
             path, *local = stack.enter_context(localised([task.item.recording.path, *files]))
             hashes = {str(i): _checksum(f, file_state(f)) for i, f in enumerate(local)}
-            row["bytes"] = sum(f.stat().st_size for f in local)
+            row.bytes = sum(f.stat().st_size for f in local)
         except OSError as error:
             if is_remote(task.item.recording.path):
                 raise
-            # Rights can be given without a change of the file: the next run looks again.
-            more = {"part": "", "split_samples": {}, "passing": True}
-            return row | {"reason": f"unreadable: {error.strerror or error}"} | more
-        row["sha256"] = recording_checksum(task.item, list(hashes.values()))
+            row.set_reason("quarantined", Reason("unreadable", str(error.strerror or error)))
+            # Permissions can change while the file stays the same, so the next run tries again.
+            result.may_pass = True
+            return result
+        row.sha256 = recording_checksum(task.item, list(hashes.values()))
         name = _part_name(task, hashes)
         part = task.work / "parts" / name[:2] / name
-        if (part / "row.json").is_file():
-            return read_json(part / "row.json")
+        if (part / RESULT).is_file():
+            return PartResult.from_json(read_json(part / RESULT))
         recording = dataclasses.replace(task.item.recording, path=path, files=tuple(local))
         task = dataclasses.replace(task, item=dataclasses.replace(task.item, recording=recording))
         folder = stack.enter_context(_unfinished(part))
         try:
-            _fill(task, row, folder)
+            _fill(task, result, folder)
         except SetAside as verdict:
-            row |= {"status": verdict.status, "reason": verdict.reason, "split_samples": {}}
-        row["part"] = name
-        write_json(folder / "row.json", row)
+            row.set_reason(verdict.status, verdict.full_reason)
+            result.samples = {}
+        result.part = name
+        write_json(folder / RESULT, result.to_json())
         commit_folder(folder, part)
-        return row
+        return result
 
 
 @contextlib.contextmanager
@@ -263,28 +189,28 @@ def _open(item: Item) -> Signal:
     try:
         return open_item(item)
     except NotContinuous as error:
-        raise SetAside("excluded", str(error)) from None
+        raise SetAside("excluded", error.reason) from None
     except ReadError as error:
-        raise SetAside("quarantined", str(error)) from None
+        raise SetAside("quarantined", error.reason) from None
 
 
-def _fill(task: Task, row: dict[str, Any], folder: Path) -> None:
-    """Do the work; rows of set-aside recordings keep what was learned up to there."""
+def _fill(task: Task, result: PartResult, folder: Path) -> None:
+    """Write the part; the row of a recording that is set aside keeps what was learned until then."""
     item = task.item
     if item.recording.problem:
         raise SetAside("quarantined" if item.recording.continuous else "excluded", item.recording.problem)
     signal = _open(item)
-    with contextlib.closing(signal), prepared(signal, item, task.spec, row, folder) as (clean, scratch):
-        write_windows(task, row, folder, clean, scratch, signal.info)
-    if not row["windows"]:
-        left = json.loads(row["windows_left_out"])
-        raise SetAside("excluded", "no window left: " + ", ".join(f"{n} {why}" for why, n in sorted(left.items())))
-    row["status"] = "sharded"
+    with contextlib.closing(signal), prepare(signal, item, task.spec, result, folder) as (clean, scratch):
+        write_windows(task, result, folder, clean, scratch, signal.info)
+    if not result.row.windows:
+        counts = ", ".join(f"{n} {why}" for why, n in sorted(result.row.windows_left_out.items()))
+        raise SetAside("excluded", Reason("no window left", counts))
+    result.row.status = "sharded"
 
 
 @contextlib.contextmanager
-def prepared(
-    signal: Signal, item: Item, spec: PreprocessSpec, row: dict[str, Any], folder: Path | None = None
+def prepare(
+    signal: Signal, item: Item, spec: PreprocessSpec, result: PartResult, folder: Path | None = None
 ) -> Iterator[tuple[Clean, Scratch]]:
     """Read a recording once, and judge it: all but the filters and the windows.
 
@@ -296,8 +222,8 @@ def prepared(
         What its corpus says about it.
     spec : PreprocessSpec
         What will be done to it.
-    row : dict
-        Its ledger row (`blank_row`), filled with what is learned.
+    result : PartResult
+        Its row and signature are filled with what is learned.
     folder : Path, optional
         Where its fingerprint is put; nowhere by default.
 
@@ -313,32 +239,27 @@ def prepared(
     SetAside
         If the recording cannot be used.
     """
-    info = signal.info
+    info, row = signal.info, result.row
     if not 0 < info.sfreq < np.inf:
-        raise SetAside("quarantined", f"unreadable: its sampling rate reads as {info.sfreq} Hz")
-    row |= {"sfreq": info.sfreq, "seconds": round(info.n_samples / info.sfreq, 4)}
-    row |= {"reference": info.reference, "segments": len(info.segments)}
-    row["notes"] += info.notes
+        raise SetAside("quarantined", Reason("unreadable", f"its sampling rate reads as {info.sfreq} Hz"))
+    row.sfreq, row.seconds = info.sfreq, round(info.n_samples / info.sfreq, 4)
+    row.reference, row.segments = info.reference, len(info.segments)
+    row.notes += info.notes
     if info.n_samples < MIN_SAMPLES:
-        raise SetAside("excluded", f"no signal: {info.n_samples} samples")
+        raise SetAside("excluded", Reason("no signal", f"{info.n_samples} samples"))
     channels = pick_channels(info)
-    row |= {
-        "channels_by_type": json.dumps(channels.by_type),
-        "channels_left_out": json.dumps(channels.left_out),
-        "n_eeg": len(channels.names),
-        "montage": channels.montage,
-        "montage_confidence": channels.confidence,
-    }
-    row["notes"] += channels.notes
+    row.channels_by_type, row.channels_left_out = dict(channels.by_type), dict(channels.left_out)
+    row.n_eeg, row.montage, row.montage_confidence = len(channels.names), channels.montage, channels.confidence
+    row.notes += channels.notes
     if item.reason:
         raise SetAside("excluded", item.reason)
     if not channels.picks:
         others = [n for names in channels.left_out.values() for n in names] or sorted(channels.by_type)
-        raise SetAside("excluded", f"no EEG channel: only {', '.join(others[:5])}")
+        raise SetAside("excluded", Reason("no EEG channel", f"only {', '.join(others[:5])}"))
     read = _Reading(info, channels, spec)
     with Scratch(len(read.picks)) as scratch:
         survey = read.first_pass(signal, scratch)
-        yield _judge(item, row, read, survey, spec, folder), scratch
+        yield _judge(item, result, read, survey, spec, folder), scratch
 
 
 class _Reading:
@@ -348,9 +269,8 @@ class _Reading:
         self.info, self.channels, self.spec = info, channels, spec
         low, high = band_of(info.sfreq, spec)
         if high < 2 * low:
-            raise SetAside(
-                "excluded", f"rate too low: of {info.sfreq:g} Hz not even {low:g} to {2 * low:g} Hz would be left"
-            )
+            text = f"of {info.sfreq:g} Hz not even {low:g} to {2 * low:g} Hz would be left"
+            raise SetAside("excluded", Reason("rate too low", text))
         self.names = list(channels.names)
         self.picks = list(channels.picks)
         known = {name.casefold() for name in self.names}
@@ -363,7 +283,7 @@ class _Reading:
                 if canonical_name(name).casefold() == wanted.casefold() and i not in self.picks
             ]
             if not found:
-                raise SetAside("excluded", f"no reference: channel {wanted} is not in the recording")
+                raise SetAside("excluded", Reason("no reference", f"channel {wanted} is not in the recording"))
             self.names.append(wanted)
             self.picks.append(found[0])
         self.lengths = [resampled_length(s.stop - s.start, info.sfreq, spec.sfreq) for s in info.segments]
@@ -373,11 +293,8 @@ class _Reading:
         if max(self.lengths, default=0) < spec.window:
             longest = max((s.stop - s.start for s in info.segments), default=0) / info.sfreq
             parts = f"{len(info.segments)} {'epochs' if info.epoched else 'pieces'} of at most "
-            raise SetAside(
-                "excluded",
-                f"too short: {parts if len(info.segments) > 1 else ''}{longest:.2f} s, "
-                f"a window has {spec.window_s:.2f} s",
-            )
+            text = f"{parts if len(info.segments) > 1 else ''}{longest:.2f} s, a window has {spec.window_s:.2f} s"
+            raise SetAside("excluded", Reason("too short", text))
 
     def first_pass(self, signal: Signal, scratch: Scratch) -> Survey:
         """Read every sample once: survey it, and put it aside at the target rate."""
@@ -414,19 +331,19 @@ def _read(signal: Signal, start: int, stop: int, picks: list[int]) -> np.ndarray
     except Exception as error:
         raise SetAside("quarantined", unreadable(error)) from None
     if x.shape != (len(picks), stop - start):
-        raise SetAside("quarantined", f"unreadable: samples {start} to {stop} are not all there")
+        raise SetAside("quarantined", Reason("unreadable", f"samples {start} to {stop} are not all there"))
     return x
 
 
 def _judge(
-    item: Item, row: dict[str, Any], read: _Reading, survey: Survey, spec: PreprocessSpec, folder: Path | None
+    item: Item, result: PartResult, read: _Reading, survey: Survey, spec: PreprocessSpec, folder: Path | None
 ) -> Clean:
     """Decide on channels, unit, mains and reference; the fingerprint is kept of whatever has a signal."""
-    info, n_eeg = read.info, len(read.channels.names)
+    info, row, n_eeg = read.info, result.row, len(read.channels.names)
     factor = item.unit_factor if item.unit_factor is not None else 1.0 if info.unit_known else None
     verdict = survey.verdict(factor)
     if item.unit_factor is not None:
-        row["notes"].append(f"unit factor {item.unit_factor:g} from the config")
+        row.notes.append(f"unit factor {item.unit_factor:g} from the config")
     elif info.unit_known:
         verdict.unit = "declared"
     for i, pick in enumerate(read.picks):
@@ -435,34 +352,31 @@ def _judge(
     eeg = _eeg_rows(row, read, verdict)
     channels = restrict(read.channels, eeg, read.channels.selection)
     bad_of = {new: verdict.bads[old] for new, old in enumerate(eeg) if old in verdict.bads}
-    row |= {"amplitude_uv": round(verdict.amplitude_uv, 4), "unit": verdict.unit}
-    row["unit_factor"] = info.scale * verdict.factor
+    row.amplitude_uv, row.unit = round(verdict.amplitude_uv, 4), verdict.unit
+    row.unit_factor = info.scale * verdict.factor
     prints = verdict.fingerprint[eeg]
     if prints.shape[1]:
-        row["fingerprint"] = hashlib.sha256(np.round(prints, 2).astype(np.float16).tobytes()).hexdigest()
+        row.fingerprint = hashlib.sha256(np.round(prints, 2).astype(np.float16).tobytes()).hexdigest()
     chosen, rule = choose(channels, list(bad_of))
     kept = restrict(channels, chosen, rule)
     left_out = {read.names[i]: "NaN or infinite values" for i in verdict.not_finite if i < n_eeg}
     left_out |= {name: "beyond 128 channels" for name in channels.names if name not in kept.names}
     bads = [new for new, old in enumerate(chosen) if old in bad_of]
-    row |= {
-        "n_kept": len(chosen),
-        "channels": kept.names,
-        "channel_selection": rule,
-        "bads": [f"{kept.names[i]}: {bad_of[chosen[i]]}" for i in bads],
-    }
+    row.n_kept, row.channels, row.channel_selection = len(chosen), kept.names, rule
+    row.bad_kinds = [bad_of[chosen[i]] for i in bads]
+    row.bads = [f"{kept.names[i]}: {kind}" for i, kind in zip(bads, row.bad_kinds, strict=True)]
     points = prints[chosen].astype(np.float16)
     if folder is not None:
         np.save(folder / "fingerprint.npy", points)
-    row["signature"] = signature(points.astype(np.float32))
+    result.signature = signature(points.astype(np.float32))
     _refuse(bad_of, verdict, eeg)
     if item.line_freq is not None:
-        row["line_freq"], row["line_freq_from"] = item.line_freq, "config"
+        row.line_freq, row.line_freq_from = item.line_freq, "config"
     elif info.line_freq:
-        row["line_freq"], row["line_freq_from"] = float(info.line_freq), "file"
+        row.line_freq, row.line_freq_from = float(info.line_freq), "file"
     else:
-        row["line_freq"] = verdict.line_freq
-        row["line_freq_from"] = "spectrum" if verdict.line_freq else "none found"
+        row.line_freq = verdict.line_freq
+        row.line_freq_from = "spectrum" if verdict.line_freq else "none found"
     rows = [eeg[i] for i in chosen]
     extra = [i for i in range(len(read.picks)) if i not in rows and (i >= n_eeg or read.names[i] in _named(spec))]
     rows += extra
@@ -470,14 +384,14 @@ def _judge(
     try:
         reference = reference_rows(len(chosen), spec, dead, [read.names[i] for i in rows])
     except ValueError as error:
-        raise SetAside("quarantined", f"cannot be preprocessed: {error}") from None
+        raise SetAside("quarantined", Reason("cannot be preprocessed", str(error))) from None
     return Clean(
         channels=kept,
         rows=rows,
         reference=reference,
         bads=bads,
         factor=verdict.factor,
-        line_freq=row["line_freq"],
+        line_freq=row.line_freq,
         begins=read.begins,
         lengths=read.lengths,
         left_out=left_out,
@@ -488,15 +402,15 @@ def _named(spec: PreprocessSpec) -> set[str]:
     return set(spec.reference_channels)
 
 
-def _eeg_rows(row: dict[str, Any], read: _Reading, verdict: Verdict) -> list[int]:
+def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
     """Rows that are EEG by their signal, too; the others are named in the ledger."""
     n_eeg = len(read.channels.names)
     absent = [i for i in verdict.not_finite if i < n_eeg]
     if len(absent) == n_eeg:
-        raise SetAside("quarantined", "the signal holds NaN or infinite values in every channel")
+        raise SetAside("quarantined", Reason("the signal holds NaN or infinite values in every channel"))
     if absent:
         names = [read.names[i] for i in absent]
-        row["notes"].append(f"NaN or infinite values, left out: {', '.join(names)}")
+        row.notes.append(f"NaN or infinite values, left out: {', '.join(names)}")
     left_out = {why: list(names) for why, names in read.channels.left_out.items()}
     for i, what in verdict.not_eeg.items():
         if i < n_eeg:
@@ -506,11 +420,11 @@ def _eeg_rows(row: dict[str, Any], read: _Reading, verdict: Verdict) -> list[int
     zero = [i for i in range(n_eeg) if read.names[i] in alone]
     for i in zero:
         left_out.setdefault("reference", []).append(read.info.ch_names[read.picks[i]])
-    row["channels_left_out"] = json.dumps(left_out)
+    row.channels_left_out = left_out
     eeg = [i for i in range(n_eeg) if i not in absent and i not in verdict.not_eeg and i not in zero]
     if not eeg:
         others = [name for names in left_out.values() for name in names]
-        raise SetAside("excluded", f"no EEG channel: only {', '.join(others[:5])}")
+        raise SetAside("excluded", Reason("no EEG channel", f"only {', '.join(others[:5])}"))
     return eeg
 
 
@@ -519,18 +433,15 @@ def _refuse(bad_of: dict[int, str], verdict: Verdict, eeg: list[int]) -> None:
     if len(bad_of) == len(eeg):
         kinds = Counter(bad_of.values())
         text = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        raise SetAside("quarantined", f"no usable channel: {text}")
+        raise SetAside("quarantined", Reason("no usable channel", text))
     if verdict.unit != "unknown":
         return
     dead = sum(kind in ("flat", "clipped", "test tone") for kind in bad_of.values())
     if dead > 0.75 * len(eeg):
-        raise SetAside(
-            "quarantined",
-            f"no usable channel: {dead} flat or clipped, the other {len(eeg) - dead} at "
-            f"{verdict.amplitude_uv:.3g} microvolts",
-        )
+        text = f"{dead} flat or clipped, the other {len(eeg) - dead} at {verdict.amplitude_uv:.3g} microvolts"
+        raise SetAside("quarantined", Reason("no usable channel", text))
     raise SetAside(
         "quarantined",
-        f"unit unknown: set aside; the amplitude reads as {verdict.amplitude_uv:.3g} microvolts "
-        "(key 'unit_factors' says what it is)",
+        Reason("unit unknown", f"set aside; the amplitude reads as {verdict.amplitude_uv:.3g} microvolts"),
+        hint="key 'unit_factors' says what it is",
     )

@@ -7,7 +7,6 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError, run_main
 from data_sharding.common.files import digest_of, sha256_file
 from data_sharding.common.progress import JobProgress, progress
+from data_sharding.common.reason import Reason
 from data_sharding.common.storage import (
     AnyPath,
     deliver,
@@ -30,7 +30,7 @@ from data_sharding.common.storage import (
     scratch_folder,
 )
 from data_sharding.dataset.ledger import NAME as LEDGER
-from data_sharding.dataset.ledger import STATUSES, read_ledger, set_aside, short_reason, totals, write_ledger
+from data_sharding.dataset.ledger import STATUSES, LedgerRow, read_ledger, totals, windows_left_out, write_ledger
 from data_sharding.dataset.manifest import NAME as MANIFEST
 from data_sharding.dataset.manifest import Manifest, Shard
 from data_sharding.dataset.splits import SPLITS
@@ -38,8 +38,9 @@ from data_sharding.job.cluster import ClusterFailed, missing_on_nodes, ray_sessi
 from data_sharding.job.isolation import GivenUp, call_isolated
 from data_sharding.job.journal import Journal, alone
 from data_sharding.job.pack_shards import ShardPlan, plan_shards, write_shard
-from data_sharding.job.process_recording import PART_SCHEMA, Task, blank_row, recording_checksum, versions
+from data_sharding.job.process_recording import PART_SCHEMA, recording_checksum, versions
 from data_sharding.job.request import Plan, ShardConfig, essence, make_plan, place_of
+from data_sharding.job.task import PartResult, Task, new_row
 
 WORK = ".work"
 """Folder inside the output for what is not finished; gone when the dataset is."""
@@ -76,7 +77,7 @@ def _finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | No
     written = file_state(output / MANIFEST)[1]
     newer = [item for item in plan.items.values() if any(_changed_ns(f) > written for f in item.recording.files)]
     if newer:
-        known = {row["key"]: row["sha256"] for row in read_ledger(output)}
+        known = {row.key: row.sha256 for row in read_ledger(output)}
         for item in newer:
             if known.get(item.key) != recording_checksum(item, [sha256_file(f) for f in item.recording.files]):
                 raise RequestError(
@@ -90,7 +91,7 @@ def _changed_ns(file: AnyPath) -> int:
     return max(file.stat().st_ctime_ns, file.stat().st_mtime_ns) if isinstance(file, Path) else file_state(file)[1]
 
 
-def read_isolated(task: Task, memory_gb: float) -> dict[str, Any]:
+def read_isolated(task: Task, memory_gb: float) -> PartResult:
     """Body of the Ray task of the first phase: a recording, read in the worker's child.
 
     Parameters
@@ -102,25 +103,20 @@ def read_isolated(task: Task, memory_gb: float) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        The ledger row, with ``part`` and ``split_samples`` beside its columns; quarantined where its reader crashed,
-        hung or took too much memory.
+    PartResult
+        The recording's result; quarantined if its reader crashed, hung or took too much memory.
     """
     try:
         return call_isolated(READER, task, timeout_s=task.timeout_s, memory_gb=memory_gb)
     except GivenUp as error:
-        return _set_aside(task.item, str(error))
+        return PartResult(row=new_row(task.item, "quarantined", error.reason))
 
 
-def _set_aside(item: Any, reason: str) -> dict[str, Any]:
-    return blank_row(item, "quarantined", reason) | {"part": "", "split_samples": {}}
-
-
-def _read(argument: tuple[Task, float]) -> dict[str, Any]:
+def _read(argument: tuple[Task, float]) -> PartResult:
     return read_isolated(*argument)
 
 
-def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: int) -> list[dict[str, Any]]:
+def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: int) -> list[PartResult]:
     """First phase: every recording to a part, each in a process that may die.
 
     Parameters
@@ -136,9 +132,9 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
 
     Returns
     -------
-    list of dict
-        One ledger row for each recording, sorted by key. What an earlier run has read of files that are still the
-        same is taken up without a look into them.
+    list of PartResult
+        One for each recording, sorted by key. Results of an earlier run are used again, without opening the files, if
+        files and settings are still the same.
     """
     limits = config.ray.timeout_s, config.ray.memory_gb
     settings = digest_of(
@@ -150,19 +146,23 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
             "versions": versions(),
         }
     )
-    rows: dict[str, dict[str, Any]] = {}
+    results: dict[str, PartResult] = {}
     tasks: dict[str, tuple[Task, float]] = {}
     sizes = {key: plan.size(key) for key in plan.items}
     with Journal(work / "rows") as journal, JobProgress(sizes) as shown:
+
+        def count(row: LedgerRow, *, from_earlier_run: bool = False) -> None:
+            channels = row.n_kept or row.n_eeg
+            shown.add(row.key, row.status, seconds=row.seconds, channels=channels, from_earlier_run=from_earlier_run)
+
         identities = {key: plan.identity(key, settings) for key in plan.items}
         # The largest first: at the end no worker waits for another one's hour.
         for key, item in sorted(plan.items.items(), key=lambda entry: (-sizes[entry[0]], entry[0])):
-            row = journal.find(key, identities[key])
-            # What was given up under other limits, or for a fault that may have passed, is tried again.
-            current = row is not None and row.get("limits", list(limits)) == list(limits) and not row.get("passing")
-            if row is not None and current and _has_part(row, work):
-                rows[key] = row
-                shown.add(row, taken_up=True)
+            result = journal.find(key, identities[key])
+            # A recording that was given up under other limits, or for a fault that may be gone, is tried again.
+            if result and result.limits in (None, limits) and not result.may_pass and _has_part(result, work):
+                results[key] = result
+                count(result.row, from_earlier_run=True)
                 continue
             task = Task(
                 item=item,
@@ -174,19 +174,20 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
             )
             tasks[key] = (task, config.ray.memory_gb)
 
-        def done(key: str, row: dict[str, Any]) -> None:
-            if not row["part"]:
-                row |= {"limits": list(limits), "bytes": row["bytes"] or sizes[key]}
-            rows[key] = row
-            journal.add(key, identities[key], row)
-            shown.add(row)
+        def done(key: str, result: PartResult) -> None:
+            if not result.part:
+                result.limits = limits
+                result.row.bytes = result.row.bytes or sizes[key]
+            results[key] = result
+            journal.add(key, identities[key], result)
+            count(result.row)
 
-        def give_up(key: str, error: Exception) -> str | None:
+        def give_up(key: str, error: Exception) -> Reason | None:
             files = {str(f) for f in plan.items[key].recording.files}
             if is_storage_error(error):
                 name = str(getattr(error, "filename", None) or "")
-                return f"unreadable: {describe(error)}" if name in files else None
-            return f"failed: {type(error).__name__}: {describe(error)}"
+                return Reason("unreadable", describe(error)) if name in files else None
+            return Reason("failed", f"{type(error).__name__}: {describe(error)}")
 
         given_up = run_tasks(
             _read,
@@ -198,13 +199,13 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
             look=shown.look,
         )
         for key, reason in given_up.items():
-            done(key, _set_aside(plan.items[key], reason) | {"passing": True})
-    return [rows[key] for key in sorted(rows)]
+            done(key, PartResult(row=new_row(plan.items[key], "quarantined", reason), may_pass=True))
+    return [results[key] for key in sorted(results)]
 
 
-def _has_part(row: dict[str, Any], work: AnyPath) -> bool:
-    part = row["part"]
-    # On a store a look costs more than it tells.
+def _has_part(result: PartResult, work: AnyPath) -> bool:
+    part = result.part
+    # On an object store the journal is trusted: asking for a hundred thousand folders would take hours.
     return not part or is_remote(work) or (work / "parts" / part[:2] / part).is_dir()
 
 
@@ -213,14 +214,14 @@ class Points:
 
     Parameters
     ----------
-    rows : list of dict
+    results : list of PartResult
         What the first phase returned.
     work : Path or UPath
         The job's working folder.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], work: AnyPath) -> None:
-        self.parts = {row["key"]: row["part"] for row in rows}
+    def __init__(self, results: list[PartResult], work: AnyPath) -> None:
+        self.parts = {result.row.key: result.part for result in results}
         self.folder = work / "parts"
 
     def __call__(self, key: str) -> np.ndarray:
@@ -240,44 +241,49 @@ class Points:
         return np.load(io.BytesIO((self.folder / part[:2] / part / "fingerprint.npy").read_bytes()))
 
 
-def mark_duplicates(rows: list[dict[str, Any]], plan: Plan, load_points: Points) -> None:
-    """Write every signal once.
+def mark_duplicates(results: list[PartResult], plan: Plan, prints: dict[str, Print], load_points: Points) -> None:
+    """Keep one recording of each signal, and set its copies aside as duplicates.
 
     Parameters
     ----------
-    rows : list of dict
-        The ledger; duplicates are marked in place.
+    results : list of PartResult
+        What the first phase returned; the rows of duplicates are changed.
     plan : Plan
-        What is done.
+        The job's plan.
+    prints : dict of str to Print
+        What is compared of each recording, by key.
     load_points : Points
-        Full fingerprints, looked at where signatures meet.
+        Full fingerprints; loaded only for recordings whose signatures meet.
     """
-    candidates = [row for row in rows if row["status"] == "sharded"]
-    candidates.sort(key=lambda row: preference(row, trials=plan.items[row["key"]].trials is not None))
-    duplicates = find_duplicates(_prints(candidates), load_points)
+    rows = [result.row for result in results]
+    candidates = [row for row in rows if row.status == "sharded"]
+    candidates.sort(key=lambda row: preference(row, trials=plan.items[row.key].trials is not None))
+    duplicates = find_duplicates([prints[row.key] for row in candidates], load_points)
     for row in candidates:
-        if kept := duplicates.get(row["key"]):
-            set_aside(row, "duplicate", f"duplicate of {kept}", duplicate_of=kept.split(" ")[0])
-    # Whoever mends a quarantined recording should know of its twin.
-    unused = [row for row in rows if row["status"] == "quarantined" and row.get("signature")]
-    kept_rows = [row for row in candidates if row["status"] == "sharded"]
-    twins = find_duplicates(_prints([*kept_rows, *unused]), load_points)
+        if copy := duplicates.get(row.key):
+            reason = Reason("duplicate", text=f"duplicate of {copy}")
+            row.set_aside("duplicate", reason, duplicate_of=copy.kept)
+    # A note tells whoever repairs a quarantined recording that the dataset already has its signal.
+    unused = [result.row for result in results if result.row.status == "quarantined" and result.signature]
+    kept_rows = [row for row in candidates if row.status == "sharded"]
+    copies = find_duplicates([prints[row.key] for row in [*kept_rows, *unused]], load_points)
     for row in unused:
-        if twin := twins.get(row["key"]):
-            row["notes"].append(f"the same signal as {twin}")
+        if copy := copies.get(row.key):
+            row.notes.append(f"the same signal as {copy}")
 
 
-def _prints(rows: list[dict[str, Any]]) -> list[Print]:
-    return [
-        Print(
-            key=row["key"],
-            sha256=row["sha256"],
-            seconds=row["seconds"],
-            names=row["channels"],
-            signature=row["signature"],
+def prints_of(results: list[PartResult]) -> dict[str, Print]:
+    """Return what is compared of each recording, by key."""
+    return {
+        result.row.key: Print(
+            key=result.row.key,
+            sha256=result.row.sha256,
+            seconds=result.row.seconds,
+            names=result.row.channels,
+            signature=result.signature,
         )
-        for row in rows
-    ]
+        for result in results
+    }
 
 
 def pack(config: ShardConfig, plans: list[ShardPlan], output: AnyPath, in_flight: int) -> dict[str, list[Shard]]:
@@ -319,7 +325,7 @@ def _write_shard(task: tuple[ShardPlan, AnyPath]) -> Shard:
 def _publish(
     config: ShardConfig,
     plan: Plan,
-    rows: list[dict[str, Any]],
+    rows: list[LedgerRow],
     splits: dict[str, list[Shard]],
     output: AnyPath,
     points: Points,
@@ -334,11 +340,9 @@ def _publish(
             if Path(stale.name).stem not in wanted:
                 stale.unlink()
     counts, hours = totals(rows)
-    hours["written"] = round(sum(row["seconds_written"] for row in rows) / 3600, 6)
-    counts["windows"] = sum(row["windows"] for row in rows)
-    for row in rows:
-        for why, number in json.loads(row["windows_left_out"]).items():
-            counts[f"left out: {why}"] = counts.get(f"left out: {why}", 0) + number
+    hours["written"] = round(sum(row.seconds_written for row in rows) / 3600, 6)
+    counts["windows"] = sum(row.windows for row in rows)
+    counts |= {f"left out: {why}": number for why, number in windows_left_out(rows).items()}
     content = {
         "preprocess": config.preprocess.to_dict(),
         "labels": plan.labels,
@@ -383,7 +387,7 @@ def _exit_code(config: ShardConfig, manifest: Manifest) -> int:
     return EXIT_DONE
 
 
-def _say_result(manifest: Manifest, rows: list[dict[str, Any]], output: AnyPath) -> None:
+def _say_result(manifest: Manifest, rows: list[LedgerRow], output: AnyPath) -> None:
     counts, hours = manifest.counts, manifest.hours
     say(
         f"{output}: {counts['sharded']} of {counts['found']} recordings sharded, {hours['written']:.3f} h in "
@@ -391,7 +395,7 @@ def _say_result(manifest: Manifest, rows: list[dict[str, Any]], output: AnyPath)
         + " samples; "
         + ", ".join(f"{counts[status]} {status}" for status in STATUSES if status != "sharded")
     )
-    for (status, reason), number in sorted(Counter((r["status"], short_reason(r["reason"])) for r in rows).items()):
+    for (status, reason), number in sorted(Counter((row.status, row.category) for row in rows).items()):
         if status in ("quarantined", "excluded", "held back"):
             say(f"  {status}: {number} x {reason}")
 
@@ -427,14 +431,14 @@ def run(config: ShardConfig) -> int:
         with alone(work), ray_session(config.ray) as in_flight:
             _check_nodes(plan, work)
             remove_tree(work / "new")  # Shards that nobody finished.
-            rows = read_recordings(config, plan, work, in_flight)
-            points = Points(rows, work)
-            plan.hold_back.mark(rows, points)
-            mark_duplicates(rows, plan, points)
+            results = read_recordings(config, plan, work, in_flight)
+            rows, points, prints = [result.row for result in results], Points(results, work), prints_of(results)
+            plan.hold_back.mark(rows, prints, points)
+            mark_duplicates(results, plan, prints, points)
             plan.hold_back.count_images(rows)
             _count_unlisted(rows, plan)
-            kept = [row for row in rows if row["status"] == "sharded"]
-            if not any("train" in row["split_samples"] for row in kept):
+            kept = [result for result in results if result.row.status == "sharded"]
+            if not any("train" in result.samples for result in kept):
                 _refuse_empty(rows, work)
             plans = plan_shards(kept, config.samples_per_shard)
             shards_of: dict[str, list[str]] = {}
@@ -442,19 +446,18 @@ def run(config: ShardConfig) -> int:
                 for piece in shard.pieces:
                     shards_of.setdefault(piece.key, []).append(shard.path)
             for row in rows:
-                row["shards"] = list(dict.fromkeys(shards_of.get(row["key"], [])))
+                row.shards = list(dict.fromkeys(shards_of.get(row.key, [])))
             splits = pack(config, plans, output, in_flight)
             manifest = _publish(config, plan, rows, splits, output, points)
     _say_result(manifest, rows, output)
     return _exit_code(config, manifest)
 
 
-def _count_unlisted(rows: list[dict[str, Any]], plan: Plan) -> None:
-    """Enter the trials that a corpus itself takes out into the rows' ``windows_left_out``."""
+def _count_unlisted(rows: list[LedgerRow], plan: Plan) -> None:
+    """Add the trials that a corpus itself leaves out to the rows' ``windows_left_out``."""
     for row in rows:
-        if unlisted := plan.items[row["key"]].left_out:
-            left = Counter(json.loads(row["windows_left_out"])) + Counter(unlisted)
-            row["windows_left_out"] = json.dumps(dict(sorted(left.items())))
+        if unlisted := plan.items[row.key].left_out:
+            row.windows_left_out = dict(sorted((Counter(row.windows_left_out) + Counter(unlisted)).items()))
 
 
 def _check_nodes(plan: Plan, work: AnyPath) -> None:
@@ -479,11 +482,11 @@ def _make_folder(output: AnyPath) -> None:
         raise RequestError(f"output '{output}': no permission to write there")
 
 
-def _refuse_empty(rows: list[dict[str, Any]], work: AnyPath) -> None:
+def _refuse_empty(rows: list[LedgerRow], work: AnyPath) -> None:
     with scratch_folder() as folder:
         write_ledger(folder / LEDGER, rows)
         deliver(folder / LEDGER, work / LEDGER)
-    reasons = Counter(short_reason(row["reason"]) for row in rows if row["reason"]).most_common(3)
+    reasons = Counter(row.category for row in rows if row.reason).most_common(3)
     why = (
         ", ".join(f"{number} x {reason}" for reason, number in reasons) or "every subject with usable data is held out"
     )

@@ -6,7 +6,6 @@ Shapes: n channels, T samples a window.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import numbers
 from collections import Counter
@@ -91,7 +90,8 @@ def windows_of(
     from data_sharding.corpora import Item
     from data_sharding.formats.open_signal import Recording
     from data_sharding.job.cut_windows import clean_windows, whole_windows
-    from data_sharding.job.process_recording import SetAside, blank_row, prepared
+    from data_sharding.job.process_recording import prepare
+    from data_sharding.job.task import PartResult, SetAside, new_row
 
     if isinstance(recording, tuple):
         unit_factor = unit_factor or 1.0
@@ -106,16 +106,15 @@ def windows_of(
         unit_factor=unit_factor,
         line_freq=line_freq,
     )
-    row, info, flawed = blank_row(item, "", ""), recorded.info, Counter()
+    result, info, flawed = PartResult(row=new_row(item)), recorded.info, Counter()
     with contextlib.ExitStack() as stack:
         try:
-            clean, scratch = stack.enter_context(prepared(recorded, item, spec, row))
+            clean, scratch = stack.enter_context(prepare(recorded, item, spec, result))
         except SetAside as verdict:
-            hint = "; unit_factor says how to correct it" if row["unit"] == "unknown" else ""
-            reason = str(verdict).removesuffix(" (key 'unit_factors' says what it is)")
-            raise RequestError(f"the recording cannot be used: {reason}{hint}") from None
+            hint = "; unit_factor says how to correct it" if result.row.unit == "unknown" else ""
+            raise RequestError(f"the recording cannot be used: {verdict.reason}{hint}") from None
         names = clean.channels.names
-        left_out = {name: kind for kind, found in json.loads(row["channels_left_out"]).items() for name in found}
+        left_out = {name: kind for kind, found in result.row.channels_left_out.items() for name in found}
         left_out |= {name: kind for name, kind in zip(info.ch_names, info.ch_types, strict=True) if kind != "eeg"}
         left_out |= clean.left_out
         cuts = whole_windows(clean.lengths, spec)
@@ -129,7 +128,7 @@ def windows_of(
             bads=[names[i] for i in clean.bads],
             sfreq=info.sfreq,
             line_freq=clean.line_freq,
-            seconds=row["seconds"],
+            seconds=result.row.seconds,
             most=sum(map(len, cuts.values())),
             tails=tails / spec.sfreq,
             flawed=flawed,

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_sharding.common.reason import Reason
+from data_sharding.dataset.ledger import LedgerRow, Status
+
 NAMES = [
     "Fp1",
     "Fp2",
@@ -155,33 +158,46 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
                 )
             )
         where = sorted({split for _, split in trials})
-        rows.append(ledger_row(r["key"], subject=r["subject"], corpus=r.get("corpus", "lab"), split="+".join(where)))
-        rows[-1] |= {"sha256": r.get("sha256", r["key"]), "channels": raw.ch_names, "windows": len(trials)}
-        rows[-1] |= {"seconds": raw.n_times / rate, "seconds_written": 1.0 * len(trials), "n_kept": len(y)}
-        rows[-1] |= {"shards": [f"{split}/000000.tar" for split in where], "amplitude_uv": 10.0}
-        rows[-1] |= {"sfreq": rate, "n_eeg": len(y)}
+        rows.append(
+            ledger_row(
+                r["key"],
+                subject=r["subject"],
+                corpus=r.get("corpus", "lab"),
+                split="+".join(where),
+                sha256=r.get("sha256", r["key"]),
+                channels=raw.ch_names,
+                windows=len(trials),
+                seconds=raw.n_times / rate,
+                seconds_written=1.0 * len(trials),
+                n_eeg=len(y),
+                n_kept=len(y),
+                shards=[f"{split}/000000.tar" for split in where],
+                amplitude_uv=10.0,
+                sfreq=rate,
+            )
+        )
     manifest = write_dataset(path, samples, spec)
     write_ledger(path / NAME, rows)
     write_fingerprints(path / FINGERPRINTS, rows, points.__getitem__)
     counts, hours = totals(rows)
     extra = {"ledger_sha256": sha256_file(path / NAME), "fingerprints_sha256": sha256_file(path / FINGERPRINTS)}
-    hours["written"] = sum(row["seconds_written"] for row in rows) / 3600
+    hours["written"] = sum(row.seconds_written for row in rows) / 3600
     manifest = dataclasses.replace(manifest, counts=counts, hours=hours, extra=extra)
     manifest.write(path)
     return manifest
 
 
-def ledger_row(key: str, *, status: str = "sharded", reason: str = "", **columns) -> dict:
+def ledger_row(key: str, *, status: Status = "sharded", reason: Reason | None = None, **columns) -> LedgerRow:
     """A row of the ledger with a value in every column."""
-    row = {
-        "key": key, "corpus": "lab", "path": f"{key}.edf", "files": [f"{key}.edf"], "bytes": 1000, "sha256": key,
-        "fingerprint": "", "format": "edf", "subject": key, "session": "", "split": "", "status": status,
-        "reason": reason, "channels_by_type": "{}", "channels_left_out": "{}", "channels": [], "n_eeg": 0, "n_kept": 0,
-        "channel_selection": "", "bads": [], "montage": "", "montage_confidence": 0.0, "sfreq": 200.0, "seconds": 60.0,
-        "amplitude_uv": None, "unit": "plausible", "unit_factor": 1.0, "line_freq": 50.0, "line_freq_from": "spectrum",
-        "windows": 0, "seconds_written": 0.0, "windows_left_out": "{}", "shards": [], "notes": [],
+    values = {
+        "corpus": "lab", "path": f"{key}.edf", "files": [f"{key}.edf"], "bytes": 1000, "sha256": key, "format": "edf",
+        "reader": "edf", "subject": key, "sfreq": 200.0, "seconds": 60.0, "unit": "plausible", "unit_factor": 1.0,
+        "line_freq": 50.0, "line_freq_from": "spectrum",
     }  # fmt: skip
-    return row | columns
+    row = LedgerRow(**{"key": key, "status": status, **values, **columns})
+    if reason is not None:
+        row.set_reason(status, reason)
+    return row
 
 
 @pytest.fixture(scope="session", name="publish")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from data_sharding.audit.duplicates import signature
+from data_sharding.audit.duplicates import Print, signature
 from data_sharding.audit.hold_back import IMAGE_REASON, HoldBack, HoldBackConfig, read_list
 from data_sharding.audit.inspect_dataset import main as inspect
 from data_sharding.audit.verify import main as verify
 from data_sharding.common.errors import RequestError
 from data_sharding.corpora import CorpusConfig, list_items
-from data_sharding.dataset.ledger import STATUSES, read_ledger
+from data_sharding.dataset.ledger import STATUSES, LedgerRow, read_ledger
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.processing.survey import assess
 
@@ -31,21 +30,23 @@ class Rows:
     def __init__(self, make_row, make_raw) -> None:
         self.make_row, self.make_raw = make_row, make_raw
         self.points: dict[str, np.ndarray] = {}
-        self.rows: list[dict] = []
+        self.rows: list[LedgerRow] = []
+        self.prints: dict[str, Print] = {}
 
-    def add(self, key: str, seed: int, **columns) -> dict:
+    def add(self, key: str, seed: int, **columns) -> LedgerRow:
         raw = self.make_raw(6, 200, 8, seed=seed)
         raw.apply_function(lambda x: np.round(x * 1e7) / 1e7)
         self.points[key] = assess(1e6 * raw.get_data(), 200.0).fingerprint
         row = self.make_row(key, seconds=8.0, windows=8, **columns)
-        self.rows.append(row | {"signature": signature(self.points[key]), "split_samples": {"train": 8}})
+        self.prints[key] = Print(key=key, sha256=row.sha256, seconds=row.seconds, signature=signature(self.points[key]))
+        self.rows.append(row)
         return self.rows[-1]
 
     def mark(self, held: HoldBack) -> dict[str, int]:
-        return held.mark(self.rows, self.points.__getitem__)
+        return held.mark(self.rows, self.prints, self.points.__getitem__)
 
     def status(self) -> dict[str, str]:
-        return {row["key"]: row["status"] for row in self.rows}
+        return {row.key: row.status for row in self.rows}
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ class TestContent:
         rows.add("copy", 1)
         rows.add("bytes", 2, sha256="named")
         rows.add("other", 3)
-        rows.add("broken", 1)["status"] = "quarantined"
+        rows.add("broken", 1).status = "quarantined"
         held = HoldBack(named={"named": "subject x (hold_back.subjects)"}, sha256={}, datasets=[], identity={})
         assert rows.mark(held) == {"subject x (hold_back.subjects)": 3}
         assert rows.status() == {
@@ -129,15 +130,15 @@ class TestContent:
             "other": "sharded",
             "broken": "quarantined",
         }
-        assert rows.rows[0]["reason"] == "held back: subject x (hold_back.subjects)"
-        assert rows.rows[1]["reason"] == "held back: copy of named, subject x (hold_back.subjects)"
-        assert all(r["split_samples"] == {} and r["windows"] == 0 and r["seconds"] == 8.0 for r in rows.rows[:3])
+        assert rows.rows[0].reason == "held back: subject x (hold_back.subjects)"
+        assert rows.rows[1].reason == "held back: copy of named, subject x (hold_back.subjects)"
+        assert all(r.windows == 0 and r.seconds == 8.0 for r in rows.rows[:3])
 
     def test_checksums(self, rows: Rows) -> None:
         rows.add("a", 1, sha256="ab" * 32)
         rows.add("b", 2)
         held = HoldBack(named={}, sha256={"ab" * 32: "list.txt, line 3"}, datasets=[], identity={})
-        assert rows.mark(held) == {"sha256 (list.txt, line 3)": 1} and rows.rows[0]["held_back"].startswith("sha256")
+        assert rows.mark(held) == {"sha256 (list.txt, line 3)": 1} and rows.rows[0].held_back.startswith("sha256")
 
     def test_whole_datasets_with_their_people(self, rows: Rows, publish, make_raw, items, tmp_path: Path) -> None:
         benchmark = tmp_path / "benchmark"
@@ -154,7 +155,7 @@ class TestContent:
         held = HoldBack.plan(HoldBackConfig(datasets=[str(benchmark)]), items)
         assert rows.mark(held) == {f"dataset {benchmark}": 4}
         assert {k for k, s in rows.status().items() if s == "sharded"} == {"namesake"}
-        why = {row["key"]: row["reason"] for row in rows.rows}
+        why = {row.key: row.reason for row in rows.rows}
         assert "same signal as b0" in why["signal"] and "has a recording in" in why["same-person"]
         assert "equal bytes" in why["bytes"] and "subject sub-02 of dataset" in why["subject"]
 
@@ -179,9 +180,9 @@ def test_images_of_a_dataset(events_corpus: Path, publish, make_raw, make_row, t
     kept = held.without_images(items)
     assert [len(i.trials or ()) - len(k.trials or ()) for i, k in zip(items, kept, strict=True)] == [1, 1, 1]
     assert not any(t.image_id == "img-3" for item in kept for t in item.trials or ())
-    row = make_row(items[0].key, windows_left_out='{"a": 2}')
+    row = make_row(items[0].key, windows_left_out={"a": 2})
     held.count_images([row, make_row("other")])
-    assert json.loads(row["windows_left_out"]) == {"a": 2, IMAGE_REASON: 1}
+    assert row.windows_left_out == {"a": 2, IMAGE_REASON: 1}
 
     shown = {"starts": [0], "images": [("img-5", other)]}
     named = {"key": "b", "subject": "s", "corpus": items[0].corpus, "raw": make_raw(4, 200, 8, seed=1), **shown}
@@ -223,8 +224,8 @@ class TestJob:
     """A benchmark under another corpus name, in the corpus twice: as it is, and in another format."""
 
     def test_the_benchmark_and_its_copy_are_held_back(self, sharded: tuple[Path, Path]) -> None:
-        rows = {row["path"]: row for row in read_ledger(sharded[1])}
-        held = {path: row["reason"] for path, row in rows.items() if row["status"] == "held back"}
+        rows = {row.path: row for row in read_ledger(sharded[1])}
+        held = {path: row.reason for path, row in rows.items() if row.status == "held back"}
         assert set(held) == {"sub-01/sub-01_task-rest_eeg.edf", "copies/again_raw.fif"}
         assert "equal bytes" in held["sub-01/sub-01_task-rest_eeg.edf"]
         assert "same signal as" in held["copies/again_raw.fif"]

@@ -13,7 +13,8 @@ import pytest
 from data_sharding.audit.inspect_dataset import main as inspect
 from data_sharding.audit.report import find_warnings, sum_hours_by_fate, write_report
 from data_sharding.audit.report_figures import Window, compute_spectrum, measure_mains_peaks, sample_windows
-from data_sharding.dataset.ledger import STATUSES, read_ledger, set_aside, totals, write_ledger
+from data_sharding.common.reason import Reason
+from data_sharding.dataset.ledger import STATUSES, LedgerRow, read_ledger, totals, write_ledger
 from data_sharding.dataset.manifest import Manifest
 
 CORPORA = ("lab", "<script>alert('clinic')</script>")
@@ -31,21 +32,23 @@ def dataset(publish, make_raw, make_row, tmp_path_factory) -> Path:
     publish(path, recordings)
     rows = [
         *read_ledger(path),
-        make_row("copy", status="duplicate", reason="duplicate of r1", duplicate_of="r1", seconds=8.0),
-        make_row("bad", status="quarantined", reason="unreadable: <script>alert(1)</script>", seconds=0.0),
-        make_row("short", status="excluded", reason="too short: 0.45 s", seconds=0.45),
-        make_row("mine", status="held back", reason="held back: subject x", held_back="subject x", seconds=60.0),
+        make_row("copy", status="duplicate", reason=Reason("duplicate of r1"), duplicate_of="r1", seconds=8.0),
+        make_row("bad", status="quarantined", reason=Reason("unreadable", "<script>alert(1)</script>"), seconds=0.0),
+        make_row("short", status="excluded", reason=Reason("too short", "0.45 s"), seconds=0.45),
+        make_row(
+            "mine", status="held back", reason=Reason("held back", "subject x"), held_back="subject x", seconds=60.0
+        ),
     ]
     write_ledger(path / "ledger.parquet", rows)
     return path
 
 
-def page_of(dataset: Path, tmp_path: Path, rows: list[dict] | None = None, **extra) -> str:
+def page_of(dataset: Path, tmp_path: Path, rows: list[LedgerRow] | None = None, **extra) -> str:
     import dataclasses
 
     rows = read_ledger(dataset) if rows is None else rows
     counts, hours = totals(rows)
-    hours["written"] = sum(row["seconds_written"] for row in rows) / 3600
+    hours["written"] = sum(row.seconds_written for row in rows) / 3600
     manifest = dataclasses.replace(Manifest.read(dataset), counts=counts, hours=hours, extra=extra)
     write_report(tmp_path / "report.html", rows, manifest, root=dataset)
     return (tmp_path / "report.html").read_text()
@@ -137,7 +140,7 @@ def test_warnings(dataset: Path, make_row) -> None:
     assert find_warnings(fine, manifest) == []
     unnamed = [*fine, make_row("r99", montage_confidence=0.2)]
     assert [w.split(" recordings")[0] for w in find_warnings(unnamed, manifest)] == ["1 of 31", "1"]
-    broken = [*fine, *(make_row(f"b{i}", status="quarantined", reason="x", subject="s") for i in range(9))]
+    broken = [*fine, *(make_row(f"b{i}", status="quarantined", reason=Reason("x"), subject="s") for i in range(9))]
     assert "9 of 39 recordings (23.1 %) are quarantined" in find_warnings(broken, manifest)[0]
 
 
@@ -199,29 +202,3 @@ class TestInspect:
     def test_markdown(self, dataset: Path, capsys) -> None:
         lines = [line for line in self.run(capsys, str(dataset), "--markdown").splitlines() if line.startswith("|")]
         assert all(line.endswith("|") for line in lines) and any("| all |" in line for line in lines)
-
-
-class TestLedger:
-    def test_set_aside_keeps_what_was_learned(self, make_row) -> None:
-        row = make_row("a", windows=9, seconds_written=9.0, split="train", sfreq=500.0) | {
-            "split_samples": {"train": 9}
-        }
-        set_aside(row, "held back", "held back: x", held_back="x")
-        assert (row["windows"], row["seconds_written"], row["split"], row["split_samples"]) == (0, 0.0, "", {})
-        assert row["sfreq"] == 500.0 and row["held_back"] == "x"
-        with pytest.raises(ValueError, match="lost"):
-            set_aside(row, "lost", "")
-
-    def test_columns(self, make_row, tmp_path: Path) -> None:
-        write_ledger(tmp_path / "ledger.parquet", [make_row("a") | {"signature": [1], "part": "p"}])
-        row = read_ledger(tmp_path)[0]
-        assert row["reader"] == "edf" and row["duplicate_of"] == "" and row["segments"] == 1 and "part" not in row
-        lacking = make_row("b")
-        del lacking["seconds"]
-        with pytest.raises(KeyError, match="seconds"):
-            write_ledger(tmp_path / "ledger.parquet", [lacking])
-
-    def test_totals(self, make_row) -> None:
-        rows = [make_row("a", seconds=3600.0), make_row("b", seconds=1800.0, status="held back", reason="x")]
-        counts, hours = totals(rows)
-        assert counts["found"] == 2 and counts["held back"] == 1 and hours["held back"] == 0.5 and hours["found"] == 1.5

@@ -10,19 +10,15 @@ from rich.console import Console
 from data_sharding.common.progress import JobProgress
 
 
-def row(key: str, status: str = "sharded", seconds: float = 3600.0, channels: int = 64) -> dict:
-    return {"key": key, "status": status, "seconds": seconds, "n_kept": channels, "n_eeg": channels}
-
-
 def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("data_sharding.common.progress.time.monotonic", lambda: now[0])
     shown = JobProgress({"a": 10, "b": 20, "c": 30, "d": 40})
     assert shown.figures()["left"] == "?"
-    shown.add(row("a"), taken_up=True)
+    shown.add("a", "sharded", seconds=3600.0, channels=64, from_earlier_run=True)
     now[0] += 50
-    shown.add(row("b"))
-    shown.add(row("c", "quarantined", seconds=0.0, channels=0))
+    shown.add("b", "sharded", seconds=3600.0, channels=64)
+    shown.add("c", "quarantined", seconds=0.0, channels=0)
     shown.running = 1
     figures = shown.figures()
     assert figures["recordings"] == "3/4 (1 from an earlier run)" and figures["set aside"] == "1 quarantined"
@@ -38,15 +34,15 @@ def test_a_line_now_and_then_in_a_log(capsys: pytest.CaptureFixture[str], monkey
         for _ in range(100):
             now[0] += 0.5
             shown.look(2)
-        shown.add(row("a"))
-        shown.add(row("b"))
+        shown.add("a", "sharded", seconds=3600.0, channels=64)
+        shown.add("b", "sharded", seconds=3600.0, channels=64)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5 + 1 and lines[-1].startswith("reading: recordings 2/2") and "in flight 2" in lines[0]
 
 
 def test_a_table_on_a_terminal() -> None:
     shown = JobProgress({"a": 1, "b": 1})
-    shown.add(row("a", "excluded"))
+    shown.add("a", "excluded", seconds=3600.0, channels=64)
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     console.print(shown._table())
     text = console.file.getvalue()  # type: ignore[attr-defined]

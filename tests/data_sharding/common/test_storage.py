@@ -63,9 +63,9 @@ def test_a_folder_is_committed_once_and_whole(place: Path | UPath, tmp_path: Pat
     target = place / "parts" / "ab"
     (target / "sub").mkdir(parents=True, exist_ok=True)
     (target / "left.tar").write_text("of an attempt that died")
-    commit_folder(folder(tmp_path / "one", train_tar="first", row_json="{}"), target)
-    assert sorted(p.name for p in target.iterdir()) == ["row.json", "train.tar"]
-    commit_folder(folder(tmp_path / "two", train_tar="again", row_json="{}"), target)
+    commit_folder(folder(tmp_path / "one", train_tar="first", result_json="{}"), target)
+    assert sorted(p.name for p in target.iterdir()) == ["result.json", "train.tar"]
+    commit_folder(folder(tmp_path / "two", train_tar="again", result_json="{}"), target)
     assert (target / "train.tar").read_text() == "first"
     assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
     with pytest.raises(FileNotFoundError):

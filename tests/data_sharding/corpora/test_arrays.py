@@ -18,7 +18,8 @@ from data_sharding.corpora import CorpusConfig, Item, list_items, open_item
 from data_sharding.corpora.array_signal import ArraySignal
 from data_sharding.dataset.splits import SplitConfig
 from data_sharding.formats.open_signal import ReadError
-from data_sharding.job.process_recording import Task, process_recording
+from data_sharding.job.process_recording import process_recording
+from data_sharding.job.task import Task
 from data_sharding.processing.preprocess import PreprocessSpec
 
 RNG = np.random.default_rng(0)
@@ -120,9 +121,10 @@ def test_to_samples(tmp_path: Path) -> None:
     split = SplitConfig(val_fraction=0, test_fraction=0)
     for item, windows in zip(items_of(tmp_path / "in").values(), (4, 10), strict=True):
         task = Task(item=item, spec=spec, split=split, labels=("left", "right"), work=tmp_path / "work", timeout_s=60)
-        row = process_recording(task)
-        assert (row["status"], row["unit"], row["windows"]) == ("sharded", "plausible", windows)
-        assert row["split_samples"] == {"train": windows}
+        result = process_recording(task)
+        row = result.row
+        assert (row.status, row.unit, row.windows) == ("sharded", "plausible", windows)
+        assert result.samples == {"train": windows}
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from data_sharding.common.errors import RequestError
 from data_sharding.corpora import CorpusConfig, Item, list_items, open_item
 from data_sharding.dataset.splits import SplitConfig
-from data_sharding.job.process_recording import Task, process_recording
+from data_sharding.job.process_recording import process_recording
+from data_sharding.job.task import Task
 from data_sharding.processing.preprocess import PreprocessSpec
 
 
@@ -89,9 +90,9 @@ def test_sidecars_reach_the_ledger(clean: Path, tmp_path: Path) -> None:
     spec = PreprocessSpec(sfreq=100, highpass=1, lowpass=40, window=100, stride=100)
     split = SplitConfig(val_fraction=0, test_fraction=0)
     task = Task(item=items_of(clean)[NAME], spec=spec, split=split, labels=(), work=tmp_path, timeout_s=60)
-    row = process_recording(task)
-    assert (row["status"], row["windows"], row["line_freq"], row["line_freq_from"]) == ("sharded", 4, 60, "file")
-    assert row["n_eeg"] == 7 and row["bads"] == ["F4: marked bad"] and row["montage"] == "file"
+    row = process_recording(task).row
+    assert (row.status, row.windows, row.line_freq, row.line_freq_from) == ("sharded", 4, 60, "file")
+    assert row.n_eeg == 7 and row.bads == ["F4: marked bad"] and row.montage == "file"
 
 
 def test_sidecars_higher_up_count_and_the_nearest_wins(bids: Path) -> None:

@@ -21,8 +21,9 @@ from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.samples import decode_eeg
 from data_sharding.dataset.splits import TRAIN_OR_VAL, SplitConfig
 from data_sharding.formats.open_signal import ReadError
-from data_sharding.job.process_recording import Task, process_recording
+from data_sharding.job.process_recording import process_recording
 from data_sharding.job.run import main as shard_main
+from data_sharding.job.task import PartResult, Task
 from data_sharding.processing.preprocess import PreprocessSpec
 
 SYNSETS = ["n02106662", "n02124075", "n02281787"]
@@ -30,22 +31,20 @@ RNG = np.random.default_rng(0)
 BY_CORPUS = SplitConfig(by="concept", val_fraction=0, test_fraction=0, image_val_fraction=0.2)
 
 
-def shard(
-    item: Item, work: Path, spec: PreprocessSpec, split: SplitConfig
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ledger row of an item, and its samples' metadata with the window under 'eeg' and the image's bytes."""
+def shard(item: Item, work: Path, spec: PreprocessSpec, split: SplitConfig) -> tuple[PartResult, list[dict[str, Any]]]:
+    """Result of an item, and its samples' metadata with the window under 'eeg' and the image's bytes."""
     labels = tuple(sorted({trial.label_name for trial in item.trials or ()}))
-    row = process_recording(Task(item=item, spec=spec, split=split, labels=labels, work=work, timeout_s=60))
+    result = process_recording(Task(item=item, spec=spec, split=split, labels=labels, work=work, timeout_s=60))
     out = []
-    for name in row["split_samples"]:
-        folder = work / "parts" / row["part"][:2] / row["part"]
+    for name in result.samples:
+        folder = work / "parts" / result.part[:2] / result.part
         data = (folder / f"{name}.tar").read_bytes()
         for entry in read_json(folder / f"{name}.idx"):
             parts = {name: data[at : at + size] for name, (at, size) in entry["members"].items()}
             meta = json.loads(parts["json"])
             image = next((parts[key] for key in parts if key.startswith("image.")), None)
             out.append({**meta, "eeg": decode_eeg(parts["eeg.npy.zst"], meta["n"]).astype(float), "bytes": image})
-    return row, out
+    return result, out
 
 
 def released(lengths: dict[int, int] | None = None) -> dict[str, Any]:
@@ -127,18 +126,19 @@ class TestEEGImageNet:
     def test_to_samples(self, tmp_path: Path) -> None:
         items = list_items(write_imagenet(tmp_path, released({12: 400}), splits()))
         spec = PreprocessSpec(sfreq=1000, highpass=5, lowpass=95, window=440, stride=440, notch="off", reference="keep")
-        row, samples = shard(items[1], tmp_path / "work", spec, BY_CORPUS)
-        assert (row["status"], row["unit"], row["windows"], row["n_eeg"]) == ("sharded", "declared", 11, 128)
-        assert {name: row["split_samples"][name] for name in row["split_samples"]} == {"train": 5, "val": 3, "test": 3}
+        result, samples = shard(items[1], tmp_path / "work", spec, BY_CORPUS)
+        row = result.row
+        assert (row.status, row.unit, row.windows, row.n_eeg) == ("sharded", "declared", 11, 128)
+        assert result.samples == {"train": 5, "val": 3, "test": 3}
         assert {s["block"] for s in samples} == {f"sub-4-block-{i}" for i in range(3)}
         assert all(s["eeg"].shape == (128, 440) and s["bytes"] == b"\xff\xd8\xff" for s in samples)
         assert 1 < np.median([s["eeg"].std() for s in samples]) < 10
         # As the published code does it: 440 samples stretched to 512.
         stretched = dataclasses.replace(spec, sfreq=1163.6364, window=512)
-        row_512, samples = shard(items[1], tmp_path / "work", stretched, BY_CORPUS)
-        assert row_512["windows"] == 11 and all(s["eeg"].shape == (128, 512) for s in samples)
+        result_512, samples = shard(items[1], tmp_path / "work", stretched, BY_CORPUS)
+        assert result_512.row.windows == 11 and all(s["eeg"].shape == (128, 512) for s in samples)
         # Six subjects lie in one file: they are six recordings all the same.
-        assert shard(items[0], tmp_path / "work", spec, BY_CORPUS)[0]["sha256"] != row["sha256"]
+        assert shard(items[0], tmp_path / "work", spec, BY_CORPUS)[0].row.sha256 != row.sha256
 
     def test_without_the_given_splits(self, tmp_path: Path) -> None:
         config = write_imagenet(tmp_path, released(), splits())
@@ -315,15 +315,17 @@ class TestThingsEEG2:
     def test_to_samples(self, tmp_path: Path) -> None:
         items = list_items(write_things(tmp_path / "epochs"))
         spec = PreprocessSpec(sfreq=100, highpass=1, lowpass=40, window=80, stride=80, notch="off", reference="keep")
-        row, samples = shard(items[0], tmp_path / "work", spec, BY_CORPUS)
-        assert (row["status"], row["unit"], row["split_samples"]) == ("sharded", "declared", {"test": 16})
+        result, samples = shard(items[0], tmp_path / "work", spec, BY_CORPUS)
+        row = result.row
+        assert (row.status, row.unit, result.samples) == ("sharded", "declared", {"test": 16})
         assert {s["concept"] for s in samples} == {"aircraft_carrier", "antelope"}
         assert {s["image_id"] for s in samples} == {t.image_id for t in items[0].trials or ()}
         assert all(s["eeg"].shape == (3, 80) and s["bytes"] is not None for s in samples)
         raw = dataclasses.replace(write_things(tmp_path / "raw", raw=True), options={"source": "raw"}, trial_offset=0.1)
-        row, samples = shard(list_items(raw)[1], tmp_path / "work", spec, BY_CORPUS)
-        assert row["status"] == "sharded" and row["unit"] == "plausible" and row["channels"] == CHANNELS
-        assert row["windows"] == 24 and set(row["split_samples"]) <= {"train", "val"}
+        result, samples = shard(list_items(raw)[1], tmp_path / "work", spec, BY_CORPUS)
+        row = result.row
+        assert row.status == "sharded" and row.unit == "plausible" and row.channels == CHANNELS
+        assert row.windows == 24 and set(result.samples) <= {"train", "val"}
 
     def test_concepts_never_cross(self, tmp_path: Path) -> None:
         items = list_items(write_things(tmp_path))

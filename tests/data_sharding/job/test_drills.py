@@ -371,7 +371,7 @@ def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Li
     remote, output = Drill(folder, "s3://bucket/recordings"), "s3://bucket/made/dataset"
 
     process = remote.start(output, "--ray.num_cpus", "1")
-    until(lambda: len(store.glob("bucket/made/dataset/.work/parts/*/*/row.json")) >= 2 or process.poll() is not None)
+    until(lambda: len(store.glob("bucket/made/dataset/.work/parts/*/*/result.json")) >= 2 or process.poll() is not None)
     line.cut()
     err = finish(process, code=1)
     (said,) = [text for text in err.splitlines() if text.startswith("dreamscale:")]

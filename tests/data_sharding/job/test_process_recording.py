@@ -15,7 +15,8 @@ from data_sharding.common.files import read_json
 from data_sharding.corpora import CorpusConfig, Trial, list_items
 from data_sharding.dataset.samples import decode_eeg
 from data_sharding.dataset.splits import SplitConfig
-from data_sharding.job.process_recording import Task, process_recording
+from data_sharding.job.process_recording import process_recording
+from data_sharding.job.task import PartResult, Task
 from data_sharding.processing import preprocess as preprocessing
 from data_sharding.processing import streaming
 from data_sharding.processing.preprocess import PreprocessSpec, preprocess
@@ -27,7 +28,7 @@ SPEC = PreprocessSpec(sfreq=100, highpass=1.0, lowpass=40.0, window=100, stride=
 def process(tmp_path: Path):
     """Run the only recording of a folder."""
 
-    def run(root: Path, spec: PreprocessSpec = SPEC, trials: tuple[Trial, ...] | None = None, **corpus) -> dict:
+    def run(root: Path, spec: PreprocessSpec = SPEC, trials: tuple[Trial, ...] | None = None, **corpus) -> PartResult:
         (item,) = list_items(CorpusConfig(root=str(root), name="c", **corpus))
         item = dataclasses.replace(item, trials=trials)
         split = SplitConfig(val_fraction=0, test_fraction=0)
@@ -39,9 +40,9 @@ def process(tmp_path: Path):
     return run
 
 
-def samples(tmp_path: Path, row: dict) -> list[tuple[dict, np.ndarray]]:
-    """What the part of a row holds."""
-    folder = tmp_path / "work" / "parts" / row["part"][:2] / row["part"]
+def samples(tmp_path: Path, result: PartResult) -> list[tuple[dict, np.ndarray]]:
+    """Metadata and windows of a part."""
+    folder = tmp_path / "work" / "parts" / result.part[:2] / result.part
     data, out = (folder / "train.tar").read_bytes(), []
     for entry in read_json(folder / "train.idx"):
         parts = {name: data[at : at + size] for name, (at, size) in entry["members"].items()}
@@ -58,52 +59,56 @@ def test_windows_do_not_reach_over_gaps(tmp_path: Path, make_raw, write_raw, pro
     raw = make_raw(4, 200, 6)
     raw.set_annotations(mne.Annotations([0.0, 2.5, 4.2], [0, 0, 0.3], ["boundary", "boundary", "BAD_ACQ_SKIP"]))
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
-    row = process(tmp_path / "eeg")
+    result = process(tmp_path / "eeg")
+    row = result.row
     # Each piece is cut from its own beginning: 2.5 s, 1.7 s and 1.5 s.
-    assert row["windows"] == 4 and row["seconds_written"] == 4.0
+    assert row.windows == 4 and row.seconds_written == 4.0
 
 
 def test_unknown_unit_is_set_aside_and_can_be_said(tmp_path: Path, make_raw, write_raw, process) -> None:
     raw = make_raw(4, 200, 6)
     raw.apply_function(lambda x: 1e6 * x)
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
-    row = process(tmp_path / "eeg")
-    assert row["status"] == "quarantined" and row["reason"].startswith("unit unknown: set aside")
-    assert row["amplitude_uv"] > 1e6
-    row = process(tmp_path / "eeg", unit_factors={"*.fif": 1e-6})
-    assert row["status"] == "sharded" and row["unit"] == "configured" and 2 < row["amplitude_uv"] < 20
+    result = process(tmp_path / "eeg")
+    row = result.row
+    assert row.status == "quarantined" and row.reason.startswith("unit unknown: set aside")
+    assert row.amplitude_uv > 1e6
+    result = process(tmp_path / "eeg", unit_factors={"*.fif": 1e-6})
+    row = result.row
+    assert row.status == "sharded" and row.unit == "configured" and 2 < row.amplitude_uv < 20
 
 
 def test_channels_without_numbers_are_left_out_and_named(tmp_path: Path, make_raw, write_raw, process) -> None:
     raw = make_raw(4, 200, 6)
     raw._data[2, 100] = np.nan
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
-    row = process(tmp_path / "eeg")
-    assert row["status"] == "sharded" and row["channels"] == ["Fp1", "Fp2", "F4"]
-    assert row["notes"] == ["NaN or infinite values, left out: F3"]
+    result = process(tmp_path / "eeg")
+    row = result.row
+    assert row.status == "sharded" and row.channels == ["Fp1", "Fp2", "F4"]
+    assert row.notes == ["NaN or infinite values, left out: F3"]
 
 
 def test_too_short_flat_and_foreign_recordings(tmp_path: Path, make_raw, write_raw, process) -> None:
     write_raw(make_raw(4, 200, 0.8), tmp_path / "short" / "a_raw.fif")
-    assert process(tmp_path / "short")["reason"].startswith("too short: 0.80 s")
+    assert process(tmp_path / "short").row.reason.startswith("too short: 0.80 s")
     flat = make_raw(3, 200, 3)
     flat.apply_function(lambda x: 0 * x + 1e-5)
     write_raw(flat, tmp_path / "flat" / "a_raw.fif")
-    assert process(tmp_path / "flat")["reason"] == "no usable channel: 3 flat"
+    assert process(tmp_path / "flat").row.reason == "no usable channel: 3 flat"
     write_raw(make_raw(2, 200, 3, names=["ECG", "HEOG"]), tmp_path / "ecg" / "a_raw.fif")
-    assert process(tmp_path / "ecg")["reason"] == "no EEG channel: only ECG, HEOG"
+    assert process(tmp_path / "ecg").row.reason == "no EEG channel: only ECG, HEOG"
 
 
 def test_a_part_is_taken_up_again_only_for_the_same_work(tmp_path: Path, make_raw, write_raw, process) -> None:
     path = write_raw(make_raw(3, 200, 3, seed=1), tmp_path / "eeg" / "a_raw.fif")
     first = process(tmp_path / "eeg")
-    folder = tmp_path / "work" / "parts" / first["part"][:2] / first["part"]
+    folder = tmp_path / "work" / "parts" / first.part[:2] / first.part
     stamp = (folder / "train.tar").stat().st_mtime_ns
-    assert process(tmp_path / "eeg") == first == read_json(folder / "row.json")
+    assert process(tmp_path / "eeg") == first == PartResult.from_json(read_json(folder / "result.json"))
     assert (folder / "train.tar").stat().st_mtime_ns == stamp
     write_raw(make_raw(3, 200, 3, seed=2), path)
-    assert process(tmp_path / "eeg")["part"] != first["part"]
-    assert process(tmp_path / "eeg", line_freq=50.0)["line_freq_from"] == "config"
+    assert process(tmp_path / "eeg").part != first.part
+    assert process(tmp_path / "eeg", line_freq=50.0).row.line_freq_from == "config"
 
 
 def test_windows_are_those_of_the_whole_segment(
@@ -115,13 +120,14 @@ def test_windows_are_those_of_the_whole_segment(
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
     monkeypatch.setattr(streaming, "BLOCK_BYTES", 5 * 8 * 1500)
     monkeypatch.setattr(preprocessing, "FILTER_BYTES", 1)
-    row = process(tmp_path / "eeg", line_freq=50.0)
+    result = process(tmp_path / "eeg", line_freq=50.0)
+    row = result.row
     x_uv = 1e6 * raw.get_data()
     wanted = np.concatenate(
         [preprocess(part, 160, SPEC, line_freq=50.0) for part in (x_uv[:, :4800], x_uv[:, 4800:])], axis=1
     )
-    found = samples(tmp_path, row)
-    assert row["windows"] == len(found) == 70 and row["seconds_written"] == 70.0
+    found = samples(tmp_path, result)
+    assert row.windows == len(found) == 70 and row.seconds_written == 70.0
     for i, (meta, eeg) in enumerate(found):
         assert meta["start"] == i and meta["reference"] == "average"
         # The file holds float32 volts with an offset of 0.23 V: 0.015 microvolts a step.
@@ -137,7 +143,7 @@ def test_memory_does_not_grow_with_the_recording(
     for seconds in (40, 280):
         write_raw(make_raw(16, 1000, seconds), tmp_path / f"{seconds}" / "a.edf")
         tracemalloc.start()
-        assert process(tmp_path / f"{seconds}")["windows"] == seconds
+        assert process(tmp_path / f"{seconds}").row.windows == seconds
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     # As float64 the longer one has 36 MB.
@@ -149,9 +155,10 @@ def test_spans_marked_as_bad_are_left_out_and_counted(tmp_path: Path, make_raw, 
     raw.set_annotations(mne.Annotations([1.5, 3.2], [0.2, 1.0], ["BAD_muscle", "bad"]))
     raw.info["bads"] = ["Fp2"]
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
-    row = process(tmp_path / "eeg")
-    assert json.loads(row["windows_left_out"]) == {"over a span marked as bad": 3} and row["seconds_written"] == 3.0
-    assert row["bads"] == ["Fp2: marked bad"]
+    result = process(tmp_path / "eeg")
+    row = result.row
+    assert row.windows_left_out == {"over a span marked as bad": 3} and row.seconds_written == 3.0
+    assert row.bads == ["Fp2: marked bad"]
 
 
 def test_reference_by_name(tmp_path: Path, make_raw, write_raw, process) -> None:
@@ -163,18 +170,21 @@ def test_reference_by_name(tmp_path: Path, make_raw, write_raw, process) -> None
     assert linked[0][0]["ch_names"] == ["C3", "C4", "Pz", "O1"] and linked[0][0]["reference"] == "M1+M2"
     ears = preprocess(1e6 * raw.get_data(["M1", "M2"]), 200, dataclasses.replace(SPEC, reference="keep")).mean(axis=0)
     np.testing.assert_allclose(linked[2][1], kept[2][1] - ears[200:300], atol=0.05)
-    row = process(tmp_path / "eeg", dataclasses.replace(SPEC, reference="Pz"))
-    assert row["channels"] == ["C3", "C4", "O1"] and "Pz" in json.loads(row["channels_left_out"])["reference"]
-    row = process(tmp_path / "eeg", dataclasses.replace(SPEC, reference=["TP9", "M2"]))
-    assert (row["status"], row["reason"]) == ("excluded", "no reference: channel TP9 is not in the recording")
+    result = process(tmp_path / "eeg", dataclasses.replace(SPEC, reference="Pz"))
+    row = result.row
+    assert row.channels == ["C3", "C4", "O1"] and "Pz" in row.channels_left_out["reference"]
+    result = process(tmp_path / "eeg", dataclasses.replace(SPEC, reference=["TP9", "M2"]))
+    row = result.row
+    assert (row.status, row.reason) == ("excluded", "no reference: channel TP9 is not in the recording")
 
 
 def test_windows_beyond_a_peak_to_peak_are_left_out(tmp_path: Path, make_raw, write_raw, process) -> None:
     raw = make_raw(4, 200, 6)
     raw._data[1, 500:520] += 600e-6
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
-    row = process(tmp_path / "eeg", dataclasses.replace(SPEC, reject_uv=200.0))
-    assert json.loads(row["windows_left_out"]) == {"peak to peak beyond 200 microvolts": 1} and row["windows"] == 5
+    result = process(tmp_path / "eeg", dataclasses.replace(SPEC, reject_uv=200.0))
+    row = result.row
+    assert row.windows_left_out == {"peak to peak beyond 200 microvolts": 1} and row.windows == 5
 
 
 def test_trigger_line_typed_as_eeg_is_left_out_by_its_signal(tmp_path: Path, make_raw, write_raw, process) -> None:
@@ -182,9 +192,10 @@ def test_trigger_line_typed_as_eeg_is_left_out_by_its_signal(tmp_path: Path, mak
     raw._data[2] = 0
     raw._data[2, 100::200] = 1e-3
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
-    row = process(tmp_path / "eeg")
-    assert row["channels"] == ["C3", "C4", "Pz", "O1"] and row["bads"] == []
-    assert json.loads(row["channels_left_out"]) == {"trigger, by its signal": ["Line"]}
+    result = process(tmp_path / "eeg")
+    row = result.row
+    assert row.channels == ["C3", "C4", "Pz", "O1"] and row.bads == []
+    assert row.channels_left_out == {"trigger, by its signal": ["Line"]}
 
 
 def test_epochs_are_segments_of_their_own(tmp_path: Path, make_raw, write_raw, process) -> None:
@@ -193,27 +204,31 @@ def test_epochs_are_segments_of_their_own(tmp_path: Path, make_raw, write_raw, p
     epochs = mne.Epochs(raw, events, tmin=-0.5, tmax=1.0 - 1 / 200, baseline=None, preload=True, verbose="ERROR")
     (tmp_path / "eeg").mkdir()
     epochs.save(tmp_path / "eeg" / "a-epo.fif", verbose="ERROR")
-    row = process(tmp_path / "eeg")
-    assert row["status"] == "sharded" and row["windows"] == 4 and row["seconds"] == 6.0
+    result = process(tmp_path / "eeg")
+    row = result.row
+    assert row.status == "sharded" and row.windows == 4 and row.seconds == 6.0
     wanted = preprocess(1e6 * epochs.get_data()[2], 200, SPEC)[:, :100]
-    np.testing.assert_allclose(samples(tmp_path, row)[2][1], wanted, atol=0.05)
+    np.testing.assert_allclose(samples(tmp_path, result)[2][1], wanted, atol=0.05)
     shown = (trial(99.0, segment=1), trial(99.0, segment=3), trial(99.0, segment=4))
-    row = process(tmp_path / "eeg", trials=shown)
-    assert row["windows"] == 2 and json.loads(row["windows_left_out"]) == {"trial beyond the recording": 1}
+    result = process(tmp_path / "eeg", trials=shown)
+    row = result.row
+    assert row.windows == 2 and row.windows_left_out == {"trial beyond the recording": 1}
     wanted = preprocess(1e6 * epochs.get_data()[3], 200, SPEC)[:, :100]
-    np.testing.assert_allclose(samples(tmp_path, row)[1][1], wanted, atol=0.05)
-    row = process(tmp_path / "eeg", dataclasses.replace(SPEC, window=200, stride=200))
-    assert row["status"] == "excluded" and row["reason"].startswith("too short: 4 epochs of at most 1.50 s")
+    np.testing.assert_allclose(samples(tmp_path, result)[1][1], wanted, atol=0.05)
+    result = process(tmp_path / "eeg", dataclasses.replace(SPEC, window=200, stride=200))
+    row = result.row
+    assert row.status == "excluded" and row.reason.startswith("too short: 4 epochs of at most 1.50 s")
 
 
 def test_trials_near_a_gap_and_out_of_order(tmp_path: Path, make_raw, write_raw, process) -> None:
     raw = make_raw(4, 200, 8)
     raw.set_annotations(mne.Annotations([3.0], [0.5], ["BAD_ACQ_SKIP"]))
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
-    row = process(tmp_path / "eeg", trials=tuple(trial(t) for t in (5.25, 0.4, 2.5, 3.2, 7.5, -0.3, 0.9)))
-    found = samples(tmp_path, row)
+    result = process(tmp_path / "eeg", trials=tuple(trial(t) for t in (5.25, 0.4, 2.5, 3.2, 7.5, -0.3, 0.9)))
+    row = result.row
+    found = samples(tmp_path, result)
     assert [meta["start"] for meta, _ in found] == [0.4, 0.9, 5.25]
-    assert json.loads(row["windows_left_out"]) == {
+    assert row.windows_left_out == {
         "over a gap in the recording": 2,
         "trial beyond the recording": 2,
     }

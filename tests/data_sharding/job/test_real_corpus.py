@@ -225,11 +225,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_file_has_its_verdict(dataset: Path) -> None:
-    rows = {row["path"]: row for row in read_ledger(dataset)}
+    rows = {row.path: row for row in read_ledger(dataset)}
     assert set(rows) == set(SHARDED) | set(SET_ASIDE)
-    assert {p: r["windows"] for p, r in rows.items() if r["status"] == "sharded"} == SHARDED
+    assert {p: r.windows for p, r in rows.items() if r.status == "sharded"} == SHARDED
     for path, (status, reason) in SET_ASIDE.items():
-        assert rows[path]["status"] == status and rows[path]["reason"].startswith(reason), path
+        assert rows[path].status == status and rows[path].reason.startswith(reason), path
 
 
 def test_amplitudes_are_those_of_eeg(dataset: Path) -> None:
@@ -243,18 +243,18 @@ def test_amplitudes_are_those_of_eeg(dataset: Path) -> None:
 
 
 def test_traps(dataset: Path) -> None:
-    rows = {row["path"]: row for row in read_ledger(dataset)}
+    rows = {row.path: row for row in read_ledger(dataset)}
     biosemi = rows["biosemi/test_reduced.edf"]
     # A1 is an electrode of the cap, but was stored at 1 Hz; A10 was not.
-    assert biosemi["n_eeg"] == 136 and biosemi["n_kept"] <= 128 and biosemi["montage"] == "none"
-    assert "A10" in biosemi["channels"] and "A1" not in biosemi["channels"] and "A1 1 Hz" in biosemi["notes"][0]
-    assert rows["eeglab/test_raw_chanloc_fids.set"]["channel_selection"] == "128 of 129 by scalp coverage"
-    assert "$A1" not in " ".join(rows["nihon-kohden/MB0400FU.EDF"]["channels"])
-    assert rows["physionet/test_edf_overlapping_annotations.edf"]["channels"][0] == "FC5"
-    assert rows["eximia/test_eximia.nxe"]["unit_factor"] == 1e-6 and rows["neuroscan/scan41_short.cnt"]["n_eeg"] == 124
-    assert rows["ant/test-na-271.cnt"]["line_freq"] == 50.0
+    assert biosemi.n_eeg == 136 and biosemi.n_kept <= 128 and biosemi.montage == "none"
+    assert "A10" in biosemi.channels and "A1" not in biosemi.channels and "A1 1 Hz" in biosemi.notes[0]
+    assert rows["eeglab/test_raw_chanloc_fids.set"].channel_selection == "128 of 129 by scalp coverage"
+    assert "$A1" not in " ".join(rows["nihon-kohden/MB0400FU.EDF"].channels)
+    assert rows["physionet/test_edf_overlapping_annotations.edf"].channels[0] == "FC5"
+    assert rows["eximia/test_eximia.nxe"].unit_factor == 1e-6 and rows["neuroscan/scan41_short.cnt"].n_eeg == 124
+    assert rows["ant/test-na-271.cnt"].line_freq == 50.0
     curry, bdf = (rows[p] for p in SET_ASIDE if "test_bdf_stim_channel" in p)
-    assert f"the same signal as {bdf['key']}" in curry["notes"] or f"the same signal as {curry['key']}" in bdf["notes"]
+    assert f"the same signal as {bdf.key}" in curry.notes or f"the same signal as {curry.key}" in bdf.notes
 
 
 def test_manifest(dataset: Path) -> None:

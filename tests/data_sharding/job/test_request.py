@@ -14,9 +14,11 @@ import data_sharding.job.request as planning
 from data_sharding.audit.hold_back import HoldBackConfig
 from data_sharding.common.errors import RequestError
 from data_sharding.corpora import CorpusConfig
+from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.job.journal import Journal, alone
 from data_sharding.job.pack_shards import plan_shards
 from data_sharding.job.request import ShardConfig, make_plan, place_of
+from data_sharding.job.task import PartResult
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "planning.py"))
 make_corpus, measure = BENCHMARK["make_corpus"], BENCHMARK["measure"]
@@ -24,6 +26,11 @@ make_corpus, measure = BENCHMARK["make_corpus"], BENCHMARK["measure"]
 
 def config(root: Path | str, **more) -> ShardConfig:
     return ShardConfig(corpora=[CorpusConfig(root=str(root), name="lab")], output="/nowhere", **more)
+
+
+def result(key: str, **fields) -> PartResult:
+    row = LedgerRow(key=key, corpus="c", path="p", files=[], subject="s", status="sharded", windows_left_out={"x": 1})
+    return PartResult(row=row, **fields)
 
 
 @pytest.fixture
@@ -75,16 +82,18 @@ def test_memory_is_refused_where_several_processes_must_see_it(corpus: Path) -> 
 def test_journal_goes_on_after_a_torn_line(tmp_path: Path, remote: bool) -> None:
     folder = UPath(f"memory://{tmp_path.name}/rows") if remote else tmp_path / "rows"
     with Journal(folder) as journal:
-        journal.add("a", "1", {"status": "sharded"})
-        journal.add("b", "1", {"status": "excluded"})
+        journal.add("a", "1", result("a", part="p", signature=[1, 2], samples={"train": 3}))
+        journal.add("b", "1", result("b", limits=(60.0, 2.0), may_pass=True))
     (segment,) = folder.iterdir()
     segment.write_text(segment.read_text() + '{"key": "c", "ident')
     with Journal(folder) as journal:
-        assert journal.find("a", "1") == {"status": "sharded"} and journal.find("a", "2") is None
+        assert journal.find("a", "1") == result("a", part="p", signature=[1, 2], samples={"train": 3})
+        assert journal.find("b", "1") == result("b", limits=(60.0, 2.0), may_pass=True)
+        assert journal.find("a", "2") is None
         assert journal.find("c", "1") is None
-        journal.add("a", "2", {"status": "quarantined"})
+        journal.add("a", "2", result("a"))
     with Journal(folder) as journal:
-        assert journal.find("a", "2") == {"status": "quarantined"} and journal.find("b", "1")
+        assert journal.find("a", "2") == result("a") and journal.find("b", "1")
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -105,16 +114,14 @@ def test_a_dead_jobs_lock_is_taken_over() -> None:
 
 
 def test_samples_are_shared_out_exactly_once() -> None:
-    rows = [
-        {"key": f"k{i:02d}", "part": f"p{i}", "split_samples": {"train": 3 + i % 5, "val": i % 2}} for i in range(20)
-    ]
-    plans = plan_shards(rows[::-1], 8)
-    assert plans == plan_shards(rows, 8)
+    results = [result(f"k{i:02d}", part=f"p{i}", samples={"train": 3 + i % 5, "val": i % 2}) for i in range(20)]
+    plans = plan_shards(results[::-1], 8)
+    assert plans == plan_shards(results, 8)
     seen = Counter(
         (piece.key, piece.split, n) for plan in plans for piece in plan.pieces for n in range(piece.start, piece.stop)
     )
     assert set(seen.values()) == {1}
-    assert len(seen) == sum(sum(row["split_samples"].values()) for row in rows)
+    assert len(seen) == sum(sum(one.samples.values()) for one in results)
     sizes = [sum(piece.stop - piece.start for piece in plan.pieces) for plan in plans if "train" in plan.path]
     assert set(sizes[:-1]) == {8} and sizes[-1] <= 8
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -59,8 +58,8 @@ def dataset(folder_config: Path) -> Path:
 
 class TestFolder:
     def test_every_recording_has_its_row(self, dataset: Path) -> None:
-        rows = {row["path"]: row for row in read_ledger(dataset)}
-        statuses = {path: row["status"] for path, row in rows.items()}
+        rows = {row.path: row for row in read_ledger(dataset)}
+        statuses = {path: row.status for path, row in rows.items()}
         assert statuses == {
             "broken.bdf": "quarantined",
             "copies/again_raw.fif": "duplicate",
@@ -70,10 +69,8 @@ class TestFolder:
             "sub-03/sub-03_task-rest_eeg.set": "sharded",
             "sub-04/sub-04_task-rest_raw.fif": "sharded",
         }
-        assert (
-            rows["copies/again_raw.fif"]["reason"] == f"duplicate of {rows['sub-01/sub-01_task-rest_eeg.edf']['key']}"
-        )
-        assert "sidecar missing" in rows["lost.vhdr"]["reason"] and "unreadable" in rows["broken.bdf"]["reason"]
+        assert rows["copies/again_raw.fif"].reason == f"duplicate of {rows['sub-01/sub-01_task-rest_eeg.edf'].key}"
+        assert "sidecar missing" in rows["lost.vhdr"].reason and "unreadable" in rows["broken.bdf"].reason
         counts = Manifest.read(dataset).counts
         assert (counts["found"], counts["sharded"], counts["duplicate"], counts["quarantined"]) == (7, 4, 1, 2)
 
@@ -96,7 +93,7 @@ class TestFolder:
             split = EEGDataset(dataset, name)
             seen[name] = {split.meta(i)["subject"] for i in range(len(split))}
             keys += [split.key(i) for i in range(len(split))]
-        assert len(keys) == len(set(keys)) == sum(row["windows"] for row in read_ledger(dataset)) == 6 + 5 + 6 + 4
+        assert len(keys) == len(set(keys)) == sum(row.windows for row in read_ledger(dataset)) == 6 + 5 + 6 + 4
         assert not (seen["train"] & seen["val"] or seen["train"] & seen["test"] or seen["val"] & seen["test"])
 
     def test_one_worker_writes_the_same_bytes(self, dataset: Path, folder_config: Path) -> None:
@@ -161,15 +158,15 @@ def test_benchmarks_are_held_back(folder_corpus: Path, dataset: Path, tmp_path: 
         hold_back={"subjects": ["04"], "lists": [str(tmp_path / "benchmark.txt")]},
     )
     assert main([str(config)]) == 0
-    rows = {row["path"]: row for row in read_ledger(tmp_path / "a")}
-    held = {path for path, row in rows.items() if row["status"] == "held back"}
+    rows = {row.path: row for row in read_ledger(tmp_path / "a")}
+    held = {path for path, row in rows.items() if row.status == "held back"}
     assert held == {
         "sub-01/sub-01_task-rest_eeg.edf",
         "copies/again_raw.fif",
         "sub-04/sub-04_task-rest_raw.fif",
     }
-    assert "benchmark.txt, line 1" in rows["sub-01/sub-01_task-rest_eeg.edf"]["held_back"]
-    assert Manifest.read(tmp_path / "a").counts["held back"] == 3 and rows["lost.vhdr"]["status"] == "quarantined"
+    assert "benchmark.txt, line 1" in rows["sub-01/sub-01_task-rest_eeg.edf"].held_back
+    assert Manifest.read(tmp_path / "a").counts["held back"] == 3 and rows["lost.vhdr"].status == "quarantined"
     config = write_config(
         tmp_path / "b.yaml", [{"root": str(folder_corpus), "name": "lab"}], hold_back={"datasets": [str(dataset)]}
     )
@@ -231,13 +228,13 @@ class TestTrouble:
             split={"val_fraction": 0, "test_fraction": 0},
         )
         assert main([str(config)]) == 0
-        rows = {row["path"]: row for row in read_ledger(tmp_path / "a")}
-        assert rows["good_raw.fif"]["status"] == "sharded"
+        rows = {row.path: row for row in read_ledger(tmp_path / "a")}
+        assert rows["good_raw.fif"].status == "sharded"
         assert (
-            rows["deadly_raw.fif"]["status"] == "quarantined"
-            and "crashed its reader 2 times" in rows["deadly_raw.fif"]["reason"]
+            rows["deadly_raw.fif"].status == "quarantined"
+            and "crashed its reader 2 times" in rows["deadly_raw.fif"].reason
         )
-        assert rows["endless_raw.fif"]["status"] == "quarantined" and "time-out" in rows["endless_raw.fif"]["reason"]
+        assert rows["endless_raw.fif"].status == "quarantined" and "time-out" in rows["endless_raw.fif"].reason
 
 
 class TestEvents:
@@ -359,8 +356,8 @@ class TestBadRequests:
 
 
 def test_ledger_columns_tell_the_channels(dataset: Path) -> None:
-    row = next(r for r in read_ledger(dataset) if r["path"].endswith("sub-02_task-rest_eeg.vhdr"))
-    assert row["n_eeg"] == row["n_kept"] == len(row["channels"]) == 19 and row["montage"] == "standard_1005"
-    assert json.loads(row["channels_by_type"]) == {"eeg": 19} and row["unit"] == "plausible"
-    assert len(row["files"]) == 3 and len(row["sha256"]) == 64 and 5 < row["amplitude_uv"] < 20
-    assert Counter(Path(s).parts[0] for s in row["shards"])
+    row = next(r for r in read_ledger(dataset) if r.path.endswith("sub-02_task-rest_eeg.vhdr"))
+    assert row.n_eeg == row.n_kept == len(row.channels) == 19 and row.montage == "standard_1005"
+    assert row.channels_by_type == {"eeg": 19} and row.unit == "plausible"
+    assert len(row.files) == 3 and len(row.sha256) == 64 and 5 < row.amplitude_uv < 20
+    assert Counter(Path(s).parts[0] for s in row.shards)

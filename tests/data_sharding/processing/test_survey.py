@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_sharding.audit.duplicates import Print, find_duplicates
+from data_sharding.audit.duplicates import Copy, Print, find_duplicates
 from data_sharding.formats.signal import Segment
 from data_sharding.processing.survey import Survey, assess, stretches_of
 
@@ -171,10 +171,17 @@ class TestDuplicates:
             self.make("other", other),
         ]
         prints += [self.make("fewer", fewer, "fdba"), self.make("scaled", 1e-3 * x + 50)]
-        assert find_duplicates(prints) == {"rounded": "a", "padded": "a", "fewer": "a", "scaled": "a"}
+        assert find_duplicates(prints) == {
+            "rounded": Copy(kept="a"),
+            "padded": Copy(kept="a"),
+            "fewer": Copy(kept="a"),
+            "scaled": Copy(kept="a"),
+        }
 
     def test_the_same_bytes(self) -> None:
-        assert find_duplicates([self.make("a", eeg(), sha="x"), self.make("b", eeg(seed=2), sha="x")]) == {"b": "a"}
+        assert find_duplicates([self.make("a", eeg(), sha="x"), self.make("b", eeg(seed=2), sha="x")]) == {
+            "b": Copy(kept="a")
+        }
 
     def test_many_recordings_of_one_length_are_different(self) -> None:
         assert find_duplicates([self.make(str(i), eeg(seed=i)) for i in range(60)]) == {}
