@@ -266,7 +266,7 @@ def _make_reason_table(rows: Sequence[LedgerRow]) -> Table:
                 reason,
                 len(group),
                 _hours_cell(hours) if hours else None,
-                group[0]["reason"],
+                group[0].reason,
                 names + more,
             ]
         )

@@ -1,6 +1,7 @@
-"""Corpora: which recordings there are, whose they are, and which trials they hold.
+"""Corpora: find the recordings, the subject of each, and the trials in it.
 
-One adapter a kind of corpus, each in a file of its own: a new kind is a new file here with a class under `register`.
+Each kind of corpus has an adapter in a file of its own. To add a kind, add a file with a class under `register`; all
+files of this folder are imported, so nothing else has to be changed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every kind of corpus shares: its config, what it lists, and the table of kinds."""
+"""What all kinds of corpora share: the config, the interface of an adapter, and the table of kinds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, ClassVar, TypeVar
 
 from data_sharding.common.errors import one_line
 from data_sharding.corpora.item import Item
-from data_sharding.corpora.patch import patched
+from data_sharding.corpora.patch import patch_signal
 from data_sharding.formats.open_signal import open_signal
 from data_sharding.formats.signal import Signal
 
 ADAPTERS: dict[str, Adapter] = {}
-"""Kinds of corpora by name."""
+"""One adapter for each kind of corpus, by the name of the kind."""
 COMMON_KEYS = ("kind", "root", "name", "line_freq", "options")
-"""Keys that every kind knows."""
+"""Keys that every kind of corpus has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,31 +26,33 @@ class CorpusConfig:
     """A collection of recordings."""
 
     kind: str = "folder"
-    """folder: continuous recordings, cut into windows. events: beside each recording a table of the images shown, one
-    sample a trial. bids: a BIDS dataset with its sidecars. eeg_imagenet, things_eeg2: those published sets as they are
-    released. arrays: .npy, .npz or .mat files, each described by a JSON or YAML file."""
+    """folder: continuous recordings, cut into windows. events: recordings with a table of the images shown beside
+    each; every trial becomes a sample. bids: a BIDS dataset with its sidecars. eeg_imagenet, things_eeg2: these two
+    published datasets as they are released. arrays: .npy, .npz or .mat files, each described by a JSON or YAML
+    file."""
     root: str
-    """Folder with the recordings; ${NAME} stands for an environment variable."""
+    """Folder with the recordings. ${NAME} is replaced by the environment variable NAME."""
     name: str = ""
-    """Name in the ledger; empty: the first folder below root that a recording lies in, or root's own name."""
+    """Name of the corpus in the ledger. Empty: the first folder below root in which the recording is, or the name of
+    root."""
     images: str = ""
-    """Folder that the images' names are relative to; for corpora of EEG and images."""
+    """Folder of the images, for corpora of EEG and images; the names of images are relative to it."""
     trial_offset: float = 0.0
     """Seconds from an image's onset to the start of its window."""
     exclude: list[str] = field(default_factory=list)
-    """Glob patterns, relative to root, of what is not looked at."""
+    """Glob patterns of files to ignore, relative to root."""
     unit_factors: dict[str, float] = field(default_factory=dict)
-    """Glob pattern, relative to root, to the factor that brings a recording's values, read as volts, to volts.
-    For recordings that were set aside as 'unit unknown'."""
+    """For recordings that were set aside as 'unit unknown': a glob pattern relative to root, and the factor that the
+    values (read as volts) must be multiplied by to become true volts."""
     line_freq: float | None = None
-    """Mains frequency in Hz; empty: from the file, else from the spectrum."""
+    """Mains frequency in Hz. Empty: taken from the file, or else from the spectrum."""
     subject_pattern: str = ""
-    """Regular expression with the named groups 'subject' and, if wanted, 'session', searched in the path relative to
-    root. Empty: BIDS parts sub-X and ses-X, else every recording is a subject of its own."""
+    """Regular expression that is searched in the path below root, with the named group 'subject' and optionally
+    'session'. Empty: the BIDS parts sub-X and ses-X; without them, every recording is a subject of its own."""
     intracranial: bool = False
-    """Take recordings whose path names them ECoG, iEEG or SEEG, too; they are excluded otherwise."""
+    """Also use recordings whose path contains ECoG, iEEG or SEEG. By default they are excluded."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What only this kind of corpus knows; docs/corpora.md lists the keys."""
+    """Options that only this kind of corpus has; docs/corpora.md lists them."""
 
     def __post_init__(self) -> None:
         adapter = ADAPTERS.get(self.kind)
@@ -85,23 +87,23 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
-    """Kinds of corpora without options of their own."""
+    """Options of a kind of corpus that has none."""
 
 
 class Adapter:
-    """A kind of corpus: lists its recordings, and opens them."""
+    """A kind of corpus: lists the recordings and opens them."""
 
     kind: ClassVar[str] = ""
-    """Filled in by `register`."""
+    """Name of the kind; set by `register`."""
     keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys of `CorpusConfig`, beside those that every kind knows, that mean something here."""
+    """Keys of `CorpusConfig` that this kind uses, in addition to `COMMON_KEYS`."""
     needs_images: ClassVar[bool] = False
-    """Whether the key 'images' must be there."""
+    """Whether the key 'images' is required."""
     options: ClassVar[type] = NoOptions
-    """Dataclass of the kind's own options."""
+    """Dataclass of the options that only this kind has."""
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """All recordings of a corpus.
+        """List all recordings of a corpus.
 
         Parameters
         ----------
@@ -111,12 +113,12 @@ class Adapter:
         Returns
         -------
         list of Item
-            Sorted by path; those that cannot be used are among them, with the reason.
+            Sorted by path. Recordings that cannot be used are among them, with the reason.
 
         Raises
         ------
         RequestError
-            If something is missing that the user can mend.
+            If something is missing that the user can repair.
         """
         raise NotImplementedError
 
@@ -126,7 +128,7 @@ class Adapter:
         Parameters
         ----------
         item : Item
-            Of `items`, with `recording` on a local disk.
+            One of `items`, with `recording` on a local disk.
 
         Returns
         -------
@@ -135,10 +137,10 @@ class Adapter:
 
         Raises
         ------
-        readers.ReadError
-            With the reason for the ledger.
+        ReadError
+            If the recording cannot be read, with the reason for the ledger.
         """
-        return patched(open_signal(item.recording), item.info_patch)
+        return patch_signal(open_signal(item.recording), item.info_patch)
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
         """Say in which order categories were shown.
@@ -159,7 +161,7 @@ class Adapter:
         return measured
 
     def read_options(self, config: CorpusConfig) -> Any:
-        """Options of a config in the kind's own dataclass.
+        """Read the options of a config into the dataclass of this kind.
 
         Parameters
         ----------
@@ -169,12 +171,12 @@ class Adapter:
         Returns
         -------
         object
-            An `Adapter.options`.
+            An instance of `options`.
 
         Raises
         ------
         ValueError
-            Naming the option that is unknown or has a bad value.
+            If an option is unknown or has a wrong value; the message names it.
         """
         known = [entry.name for entry in dataclasses.fields(self.options)]
         for name in config.options:
@@ -197,17 +199,17 @@ AdapterType = TypeVar("AdapterType", bound=Adapter)
 
 
 def register(kind: str) -> Callable[[type[AdapterType]], type[AdapterType]]:
-    """Make a kind of corpus known.
+    """Register a kind of corpus.
 
     Parameters
     ----------
     kind : str
-        The word for the key 'kind'.
+        Its name, the value of the key 'kind'.
 
     Returns
     -------
     callable
-        Decorator of an `Adapter`.
+        Decorator for an `Adapter`.
     """
 
     def enter(cls: type[AdapterType]) -> type[AdapterType]:
@@ -219,7 +221,7 @@ def register(kind: str) -> Callable[[type[AdapterType]], type[AdapterType]]:
 
 
 def list_items(config: CorpusConfig) -> list[Item]:
-    """All recordings of a corpus.
+    """List all recordings of a corpus.
 
     Parameters
     ----------
@@ -229,12 +231,13 @@ def list_items(config: CorpusConfig) -> list[Item]:
     Returns
     -------
     list of Item
-        Sorted by path; recordings that cannot be used are among them, with the reason.
+        Sorted by path. Recordings that cannot be used are among them, with the reason.
 
     Raises
     ------
     RequestError
-        If a folder is missing, there is no recording, or (with images) no trial or an image that is not there.
+        If a folder is missing or holds no recording; for corpora with images also if there is no trial, or if an
+        image is missing.
     """
     return [dataclasses.replace(item, kind=config.kind) for item in ADAPTERS[config.kind].items(config)]
 
@@ -245,22 +248,22 @@ def open_item(item: Item) -> Signal:
     Parameters
     ----------
     item : Item
-        Of `list_items`; where its corpus is remote, with `recording` replaced by local files.
+        One of `list_items`; if its corpus is on an object store, with `recording` replaced by local copies.
 
     Returns
     -------
     Signal
-        The recording, with what its corpus says about it.
+        The recording, with everything that its corpus says about it.
 
     Raises
     ------
-    readers.NotContinuous
-        If it is sound, but holds no signal to train on.
-    readers.ReadError
-        With the reason for the ledger.
+    NotContinuous
+        If the files are sound but hold no continuous signal.
+    ReadError
+        If the recording cannot be read. Both errors carry the reason for the ledger.
 
     Notes
     -----
-    Some readers can take the process down on a damaged file. Call this where that is survivable.
+    Some readers crash the whole process on a damaged file, so call this in a process that may die.
     """
     return ADAPTERS[item.kind].open(item)

@@ -213,7 +213,7 @@ def _rows(path: AnyPath) -> list[dict[str, str]]:
 
 
 def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
-    """What the sidecars of a recording say; see `patch.patched`."""
+    """What the sidecars of a recording say; see `patch_signal`."""
     patch: dict[str, Any] = {}
     notes: list[str] = []
     about: dict[str, Any] = {}

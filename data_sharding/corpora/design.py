@@ -1,4 +1,8 @@
-"""Whether categories were shown in blocks, told from the order of trials."""
+"""Finds out from the order of the trials whether categories were shown in blocks.
+
+In a block design all trials of one category follow one another, so that the time of recording alone tells the category
+and a classifier can be right without using the brain's response.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,17 @@ from data_sharding.corpora.base import ADAPTERS, CorpusConfig
 from data_sharding.corpora.item import Item
 
 FEWEST_TRIALS = 20
-"""Fewer trials say nothing about their order."""
+"""With fewer trials nothing can be said about their order."""
 SURE_SIGMA = 5.0
-"""Standard deviations over chance from which repeats of a category are no accident."""
+"""Repeats of a category that are this many standard deviations above chance are not random."""
 CHANCE_SIGMA = 3.0
-"""Standard deviations up to which they may be one."""
+"""Repeats that are fewer standard deviations above chance may be random."""
 LONGER = 2.0
-"""Mean length of runs over its chance value from which they are blocks."""
+"""Runs of one category are blocks if they are on average this many times longer than by chance."""
 
 
 def order_of(items: Sequence[Item]) -> tuple[str, str]:
-    r"""Tell blocks from a random order.
+    r"""Tell a block design from a random order.
 
     Parameters
     ----------
@@ -34,13 +38,13 @@ def order_of(items: Sequence[Item]) -> tuple[str, str]:
     design : str
         block, random or unknown.
     evidence : str
-        The figures, in a sentence.
+        A sentence with the numbers.
 
     Notes
     -----
-    Counted is how often a trial has the category of the one before it. With :math:`n_k` of :math:`n` trials in
-    category k, a random order gives :math:`\sum n_k (n_k - 1) / n` such repeats; their variance is taken as that of
-    independent draws. The mean length of a run is :math:`n / (n - repeats)`.
+    A repeat is a trial with the same category as the trial before it. If :math:`n_k` of :math:`n` trials have
+    category k, a random order has :math:`\sum n_k (n_k - 1) / n` repeats on average; the variance is computed as if
+    the draws were independent. The mean length of a run is :math:`n / (n - repeats)`.
     """
     repeats, expected, variance, trials, recordings = 0, 0.0, 0.0, 0, 0
     labels: set[str] = set()
@@ -75,19 +79,19 @@ def order_of(items: Sequence[Item]) -> tuple[str, str]:
 
 
 def design_of(config: CorpusConfig, items: Sequence[Item]) -> dict[str, str]:
-    """Whether categories were shown in blocks, so that time alone tells them apart.
+    """Describe in which order a corpus shows its categories.
 
     Parameters
     ----------
     config : CorpusConfig
         The corpus.
     items : sequence of Item
-        What `list_items` gave for it.
+        The recordings that `list_items` returned for it.
 
     Returns
     -------
     dict
-        name, kind, design (block, random, or unknown), and the evidence for it in a sentence.
+        The keys name, kind, design (block, random or unknown), and evidence (a sentence).
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Folders of makers' recordings, whatever their layout."""
+"""Folders of recordings in the file formats of EEG makers, in any layout."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from data_sharding.formats.sniffing import Recording, find_recordings
 
 INTRACRANIAL = re.compile(r"(?:^|[_\W])(ecog|ieeg|seeg)(?:$|[_\W])", re.IGNORECASE)
 KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "intracranial"})
-"""Keys of a corpus of makers' files."""
+"""Keys of all corpora that consist of such files."""
 
 
 def excluded(config: CorpusConfig, relative: str) -> bool:
-    """Whether a path is not to be looked at.
+    """Whether a path is to be ignored.
 
     Parameters
     ----------
@@ -32,13 +32,13 @@ def excluded(config: CorpusConfig, relative: str) -> bool:
     Returns
     -------
     bool
-        True where a pattern of 'exclude' fits.
+        True if it matches a pattern of 'exclude'.
     """
     return any(fnmatch.fnmatch(relative, pattern) for pattern in config.exclude)
 
 
-def who(config: CorpusConfig, relative: str, key: str) -> tuple[str, str]:
-    """Subject and session of a recording, from its path.
+def find_subject(config: CorpusConfig, relative: str, key: str) -> tuple[str, str]:
+    """Find subject and session in the path of a recording.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def who(config: CorpusConfig, relative: str, key: str) -> tuple[str, str]:
     relative : str
         Path below its root.
     key : str
-        Key of the recording: its subject where the path names none.
+        Key of the recording, which stands for the subject if the path names no subject.
 
     Returns
     -------
@@ -66,7 +66,7 @@ def who(config: CorpusConfig, relative: str, key: str) -> tuple[str, str]:
 
 
 def item_of(config: CorpusConfig, root: AnyPath, relative: str, recording: Recording, **more: Any) -> Item:
-    """A maker's recording as an item.
+    """Make the item of a recording.
 
     Parameters
     ----------
@@ -84,16 +84,16 @@ def item_of(config: CorpusConfig, root: AnyPath, relative: str, recording: Recor
     Returns
     -------
     Item
-        With all that path and config say.
+        With everything that path and config say.
     """
     name = config.name or (relative.split("/")[0] if "/" in relative else root_name(root))
     key = recording_key(name, relative)
-    subject, session = who(config, relative, key)
+    subject, session = find_subject(config, relative, key)
     for pattern, factor in config.unit_factors.items():
         if fnmatch.fnmatch(relative, pattern):
             more["unit_factor"] = factor
     if not config.intracranial and INTRACRANIAL.search(relative):
-        text = "the path names it so; this dataset is of scalp EEG (key 'intracranial')"
+        text = "the path says so; only scalp EEG is used (key 'intracranial' changes this)"
         more["reason"] = Reason("intracranial", text)
     values: dict[str, Any] = {"corpus": name, "subject": subject, "session": session}
     return Item(
@@ -107,19 +107,19 @@ def item_of(config: CorpusConfig, root: AnyPath, relative: str, recording: Recor
 
 
 def check_unit_factors(config: CorpusConfig, paths: list[str]) -> None:
-    """Refuse unit factors for recordings that are not there.
+    """Refuse unit factors that match no recording.
 
     Parameters
     ----------
     config : CorpusConfig
         The corpus.
     paths : list of str
-        Its recordings, below its root.
+        Paths of its recordings, below its root.
 
     Raises
     ------
     RequestError
-        Naming the pattern.
+        With the pattern.
     """
     for pattern in config.unit_factors:
         if not any(fnmatch.fnmatch(path, pattern) for path in paths):
@@ -127,7 +127,7 @@ def check_unit_factors(config: CorpusConfig, paths: list[str]) -> None:
 
 
 def find(config: CorpusConfig) -> tuple[AnyPath, list[tuple[str, Recording]]]:
-    """Makers' recordings of a corpus, by content.
+    """Find the recordings of a corpus by the content of their files.
 
     Parameters
     ----------
@@ -139,12 +139,12 @@ def find(config: CorpusConfig) -> tuple[AnyPath, list[tuple[str, Recording]]]:
     root : Path or UPath
         Its root.
     found : list of (str, Recording)
-        Path below the root, and the recording; sorted.
+        Path below the root and the recording, sorted.
 
     Raises
     ------
     RequestError
-        If there is no folder, or no recording in it.
+        If the folder does not exist or holds no recording.
     """
     root = folder_of(config.root, "corpora: root")
     found = [(relative_path(recording.path, root), recording) for recording in find_recordings(root)]
@@ -162,6 +162,6 @@ class FolderCorpus(Adapter):
     keys = KEYS
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """All recordings under the root; see `Adapter.items`."""
+        """List all recordings under the root; see `Adapter.items`."""
         root, found = find(config)
         return [item_of(config, root, relative, recording) for relative, recording in found]

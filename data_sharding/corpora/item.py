@@ -11,60 +11,60 @@ from data_sharding.formats.sniffing import Recording
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """An image shown, or a label given."""
+    """One presentation of an image, or one labelled stretch of signal."""
 
     onset: float
-    """Seconds from the recording's start; of trials with a `segment`, only their order counts."""
+    """Seconds from the start of the recording. For trials with a `segment`, only their order matters."""
     image: str
-    """Path of the image; empty where there is a label only."""
+    """Path of the image; empty if the trial has a label only."""
     image_id: str
-    """What tells images apart; empty without an image."""
+    """Identifies the image; empty without an image."""
     label_name: str
-    """Its category."""
+    """Category of the image or of the trial."""
     caption: str
-    """Its description."""
+    """Description of the image."""
     split: str
-    """What the corpus says: train, val, test, `splits.TRAIN_OR_VAL`; empty where it says nothing."""
+    """Split that the corpus itself assigns: train, val, test or `splits.TRAIN_OR_VAL`; empty if it assigns none."""
     segment: int | None = None
-    """Epoched signals: the segment that the trial is, at whose start its window begins."""
+    """For epoched signals: number of the segment that is this trial. The window begins at the start of the segment."""
     block: str = ""
-    """Run of trials of one category shown together, where that is known."""
+    """Name of the block of trials of one category that this trial is part of, if it is known."""
     concept: str = ""
-    """What is on the image, where the corpus names it; never on images of two splits if concepts are held out."""
+    """What the image shows, if the corpus names it. If concepts are held out, no concept is in two splits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A recording with what its corpus says about it."""
+    """A recording, with everything that its corpus says about it."""
 
     key: str
-    """Unique, and the start of its samples' keys."""
+    """Unique name of the recording. The keys of its samples begin with it."""
     corpus: str
     """Name of the corpus."""
     path: str
-    """Relative to the corpus's root."""
+    """Path relative to the root of the corpus."""
     recording: Recording
-    """The files."""
+    """Its files and their format."""
     subject: str
-    """Who."""
+    """The subject."""
     session: str
-    """When; may be empty."""
+    """The session; may be empty."""
     unit_factor: float | None = None
-    """From the config."""
+    """Factor to true volts from the config, if it gives one."""
     line_freq: float | None = None
-    """From the config."""
+    """Mains frequency in Hz from the config, if it gives one."""
     trial_offset: float = 0.0
-    """Seconds."""
+    """Seconds from the onset of an image to the start of its window."""
     trials: tuple[Trial, ...] | None = None
-    """None for a continuous recording."""
+    """The trials; None for a continuous recording."""
     reason: Reason | None = None
-    """Why the corpus already excludes it."""
+    """Why the corpus excludes the recording before it is opened; None if it does not."""
     kind: str = "folder"
-    """Kind of corpus whose adapter opens it."""
+    """Kind of the corpus, whose adapter opens the recording."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the adapter needs to open it: which of several recordings in one file, and the like. JSON-like. Two items of
-    one file differ in it, and by it in the ledger's checksum."""
+    """What the adapter needs to open the recording, such as which of several recordings in one file. Plain JSON
+    types. Two items of the same file differ here, which makes their checksums in the ledger differ, too."""
     info_patch: dict[str, Any] = field(default_factory=dict)
-    """What files beside the recording say about it; see `patched`. JSON-like."""
+    """What sidecar files say about the recording; see `patch_signal`. Plain JSON types."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Trials that the corpus itself does not list among `trials`, by reason."""
+    """Number of trials that the corpus leaves out of `trials`, by reason."""

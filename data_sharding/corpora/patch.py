@@ -1,4 +1,4 @@
-"""What files beside a recording say about it, laid over what the recording says itself."""
+"""Overwrites what a recording says about itself with what its sidecar files say."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from data_sharding.formats.channels import canonical_name
 from data_sharding.formats.signal import Signal
 
 
-def patched(signal: Signal, patch: dict[str, Any]) -> Signal:
-    """Lay a patch over what is known of a signal.
+def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
+    """Change what is known about a signal.
 
     Parameters
     ----------
     signal : Signal
-        As its reader gave it; its `info` is replaced.
+        The signal as its reader returned it; its `info` is replaced.
     patch : dict
-        Any of: ``types`` (channel to MNE's word), ``positions`` (channel to three metres), ``bads`` (channels, added to
-        the recording's own), ``line_freq`` (Hz), ``reference``, ``notes``. Channels are found by their name, or by what
-        it means: Fp1 is ``EEG Fp1-REF``.
+        Any of these keys: ``types`` (channel to MNE channel type), ``positions`` (channel to x, y, z in metres),
+        ``bads`` (channels, in addition to those of the recording), ``line_freq`` (Hz), ``reference``, ``notes``.
+        Channels are found by their exact name or by their canonical name, so Fp1 also finds ``EEG Fp1-REF``.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Folders, paths and keys, as adapters of corpora need them."""
+"""Folders, paths and keys that the adapters of corpora share."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def expand(text: str, key: str) -> AnyPath:
     Parameters
     ----------
     text : str
-        The path as in the config.
+        The path as it is written in the config.
     key : str
-        The config's key, for the message.
+        The key of the config, for error messages.
 
     Returns
     -------
@@ -33,7 +33,7 @@ def expand(text: str, key: str) -> AnyPath:
     Raises
     ------
     RequestError
-        If a variable is not set, or the path is of an unknown protocol.
+        If a variable is not set, or the path has an unknown protocol.
     """
     out = os.path.expandvars(text)
     if unset := re.search(r"\$\{?(\w+)\}?", out):
@@ -44,14 +44,14 @@ def expand(text: str, key: str) -> AnyPath:
 
 
 def folder_of(text: str, key: str) -> AnyPath:
-    """Folder of a config that is there and can be read.
+    """Return a folder that the config names, after checking that it can be read.
 
     Parameters
     ----------
     text : str
-        The path as in the config.
+        The path as it is written in the config.
     key : str
-        The config's key, for the message.
+        The key of the config, for error messages.
 
     Returns
     -------
@@ -61,13 +61,13 @@ def folder_of(text: str, key: str) -> AnyPath:
     Raises
     ------
     RequestError
-        If it is not there, or not to be read.
+        If it does not exist or cannot be read.
     """
     path = expand(text, key)
     try:
         found = path.is_dir()
-    except Exception as error:  # the stores' libraries have errors of their own
-        raise RequestError(f"{key} '{path}': cannot be looked at ({describe(error)})") from None
+    except Exception as error:  # each object store's library has its own errors
+        raise RequestError(f"{key} '{path}': cannot be read ({describe(error)})") from None
     if not found:
         raise RequestError(f"{key} '{path}': no such folder")
     if not is_remote(path) and not os.access(str(path), os.R_OK | os.X_OK):
@@ -76,7 +76,7 @@ def folder_of(text: str, key: str) -> AnyPath:
 
 
 def local_folder(config: CorpusConfig) -> Path:
-    """Root of a corpus that is read through memory maps.
+    """Return the root of a corpus whose files are memory-mapped.
 
     Parameters
     ----------
@@ -91,19 +91,19 @@ def local_folder(config: CorpusConfig) -> Path:
     Raises
     ------
     RequestError
-        If it is not there, or not on a local disk.
+        If it does not exist, or is not on a local disk.
     """
     root = folder_of(config.root, "corpora: root")
     if is_remote(root):
         raise RequestError(
-            f"corpora: root '{root}': kind {config.kind} maps its files into memory and needs them on a disk; "
+            f"corpora: root '{root}': kind {config.kind} memory-maps its files, which works on a local disk only; "
             "copy the folder there"
         )
     return Path(str(root))
 
 
 def relative_path(path: AnyPath, root: AnyPath) -> str:
-    """Path below a root, as it stands in the ledger.
+    """Return the path below a root, as it is stored in the ledger.
 
     Parameters
     ----------
@@ -113,7 +113,8 @@ def relative_path(path: AnyPath, root: AnyPath) -> str:
     Returns
     -------
     str
-        With slashes; a name that is no UTF-8 is spelled in escapes, since it could not stand in the ledger.
+        With forward slashes. Bytes of a name that are not valid UTF-8 are replaced by escapes, because the ledger can
+        store UTF-8 only.
     """
     full, top = (p.path if is_remote(p) else p.as_posix() for p in (path, root))  # type: ignore[union-attr]
     relative = full[len(top.rstrip("/")) :].lstrip("/") if top != "." else full
@@ -121,7 +122,7 @@ def relative_path(path: AnyPath, root: AnyPath) -> str:
 
 
 def recording_key(corpus: str, relative: str) -> str:
-    """Key of a recording: readable, unique, short enough for a tar's header.
+    """Make the key of a recording: readable, unique, and short enough for the header of a tar.
 
     Parameters
     ----------
@@ -141,7 +142,7 @@ def recording_key(corpus: str, relative: str) -> str:
 
 
 def root_name(root: AnyPath) -> str:
-    """Name of a root for the ledger.
+    """Return the name of a root for the ledger.
 
     Parameters
     ----------
@@ -157,13 +158,13 @@ def root_name(root: AnyPath) -> str:
 
 
 class Folders:
-    """What lies in folders, each listed once."""
+    """Lists folders, each of them only once."""
 
     def __init__(self) -> None:
         self._names: dict[str, dict[str, AnyPath]] = {}
 
     def __call__(self, folder: AnyPath) -> dict[str, AnyPath]:
-        """Entries of a folder by name; none where there is no such folder.
+        """Return the entries of a folder by name; nothing if the folder does not exist.
 
         Parameters
         ----------
@@ -185,7 +186,7 @@ class Folders:
 
 
 def read_text(path: AnyPath) -> str:
-    """Text of a file from anyone's hand.
+    """Read a text file whose encoding is not known.
 
     Parameters
     ----------
@@ -195,12 +196,12 @@ def read_text(path: AnyPath) -> str:
     Returns
     -------
     str
-        Decoded as UTF-8, with or without its mark, else as Latin-1.
+        Decoded as UTF-8, with or without a byte order mark, or else as Latin-1.
 
     Raises
     ------
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     """
     data = path.read_bytes()
     try:
@@ -210,23 +211,23 @@ def read_text(path: AnyPath) -> str:
 
 
 def check_images(items: Iterable[Item], images: AnyPath) -> None:
-    """Refuse a corpus whose images are not all there.
+    """Refuse a corpus if images are missing.
 
     Parameters
     ----------
     items : iterable of Item
-        Its recordings.
+        The recordings of the corpus.
     images : Path or UPath
         Folder of the images.
 
     Raises
     ------
     RequestError
-        With the number that is missing, and the first.
+        With the number of missing images and the first of them.
     """
     shown = sorted({trial.image for item in items for trial in item.trials or () if trial.image})
     if is_remote(images):
-        # One listing: a question for each of 16,540 images would take the store an hour.
+        # One listing of the store: asking for each of 16,540 images by itself would take an hour.
         there = {p for p in images.fs.find(images.path)} if shown else set()  # type: ignore[union-attr]
         absent = [image for image in shown if as_path(image).path not in there]  # type: ignore[union-attr]
     else:

@@ -232,7 +232,7 @@ def test_fingerprints_file(dataset, recordings) -> None:
     from data_sharding.processing.survey import assess
 
     stored = Fingerprints(dataset)
-    assert [p.key for p in stored.prints] == [r.key for r in recordings]
+    assert [p.key for p in stored.prints] == [r["key"] for r in recordings]
     raw = recordings[3]["raw"]
     expected = assess(1e6 * raw.get_data(), raw.info["sfreq"]).fingerprint
     np.testing.assert_allclose(stored.load("r3"), expected, atol=1e-3)

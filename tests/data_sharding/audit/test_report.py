@@ -121,11 +121,12 @@ class TestPage:
         for i in range(100_000):
             status = STATUSES[int(rng.integers(5))]
             row = make_row(f"r{i:06d}", corpus=f"corpus-{i % 300}", subject=f"s{i % 5000}", seconds=600.0)
-            row |= {"sfreq": float(rng.integers(100, 1000)), "n_kept": int(rng.integers(1, 128)), "amplitude_uv": 9.0}
+            row.sfreq, row.n_kept = float(rng.integers(100, 1000)), int(rng.integers(1, 128))
+            row.amplitude_uv = 9.0
             if status == "sharded":
-                row |= {"seconds_written": 500.0, "windows": 500, "split": "train"}
+                row.seconds_written, row.windows, row.split = 500.0, 500, "train"
             else:
-                row |= {"status": status, "reason": f"fault {i % 70}: of file {i}"}
+                row.set_reason(status, Reason(f"fault {i % 70}", f"of file {i}"))
             rows.append(row)
         page = page_of(dataset, tmp_path, rows)
         assert len(page) < 2e6 and "... and 275 more." in page
