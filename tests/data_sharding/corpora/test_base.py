@@ -108,7 +108,7 @@ def test_events_on_an_object_store(events_corpus: Path) -> None:
         list_items(CorpusConfig(kind="events", root=f"{root}/eeg", images=f"{root}/images"))
     with pytest.raises(RequestError, match="no such folder"):
         list_items(CorpusConfig(root="memory://nothing-there"))
-    with pytest.raises(RequestError, match="needs them on a disk"):
+    with pytest.raises(RequestError, match="works on a local disk only"):
         list_items(CorpusConfig(kind="eeg_imagenet", root=root, images=root))
 
 
