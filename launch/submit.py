@@ -1,8 +1,10 @@
-"""Cluster jobs: ``dreamscale submit slurm|ray|k8s STAGE CONFIG`` renders a job file and hands it in."""
+"""``dreamscale submit slurm|ray|k8s STAGE CONFIG``: render a job file for a cluster, and submit the job."""
 
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import os
 import re
 import shlex
@@ -11,106 +13,113 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, run_main
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound
+
+from data_sharding.common.config import command, parse_config
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError
 from data_sharding.common.shipped import shipped_configs
 from launch.stages import STAGES, Stage
 
-_FILES = {"slurm": "slurm.sh", "ray": "ray.sh", "k8s": "k8s.yaml"}
-_TOOLS = {"slurm": "sbatch", "ray": "ray", "k8s": "kubectl"}
+TEMPLATES = {"slurm": "slurm.sh.j2", "ray": "ray.sh.j2", "k8s": "k8s.yaml.j2"}
+"""Scheduler to its job template in ``configs/cluster``."""
+COMMANDS = {"slurm": ["sbatch"], "ray": ["bash", "-s"], "k8s": ["kubectl", "apply", "-f", "-"]}
+"""Scheduler to the command that takes the job file on its standard input."""
+TOOLS = {"slurm": "sbatch", "ray": "ray", "k8s": "kubectl"}
+"""Scheduler to the program that must be installed to submit a job."""
 
 
 @dataclass(kw_only=True)
 class SubmitConfig:
-    """Render a cluster job for a stage and submit it. What follows '--' goes to the stage."""
+    """Render a cluster job for a stage, and submit it. Arguments after '--' are passed to the stage."""
 
     scheduler: Literal["slurm", "ray", "k8s"]
-    """Who runs it."""
+    """Scheduler that runs the job."""
     stage: str
-    """shard, pretrain, align, finetune or ddpm."""
+    """Stage to run: shard, pretrain, align, finetune or ddpm."""
     stage_config: str
-    """The stage's YAML file, at a path that the cluster's machines see."""
+    """YAML file of the stage, at a path that exists on the machines of the cluster."""
     dry_run: bool = False
     """Print the job file instead of submitting it."""
     nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     gpus_per_node: int = 8
-    """GPUs, and so processes, of each machine; 0 trains one process a machine on the CPU."""
+    """GPUs of each machine. Training runs one process for each GPU; with 0, one process on the CPU of each machine."""
     cpus_per_node: int = 64
-    """Cores of each machine; Ray is asked for none."""
+    """CPU cores of each machine. Not used with Ray."""
     name: str = ""
-    """Name of the job; dreamscale-STAGE by default."""
+    """Name of the job; by default dreamscale-STAGE."""
     directory: str = ""
-    """Folder to run in, as the cluster sees it; this one by default."""
+    """Folder on the cluster in which the job runs; by default the current folder."""
     python: str = "python"
-    """Python of an environment with Dreamscale, as the cluster sees it."""
+    """Python interpreter on the cluster, of an environment with Dreamscale."""
     time: str = "24:00:00"
-    """Slurm: limit of one stretch; training goes on in the next one."""
+    """Slurm: time limit. When it is reached, the job goes back into the queue and resumes."""
     partition: str = ""
-    """Slurm."""
+    """Slurm: partition; by default the cluster's own default."""
     account: str = ""
-    """Slurm."""
+    """Slurm: account to charge; by default the user's default account."""
     logs: str = "."
-    """Slurm: folder for the job's output."""
+    """Slurm: folder for the log file of the job."""
     address: str = "http://127.0.0.1:8265"
-    """Ray: the cluster's job server."""
+    """Ray: address of the cluster's job server."""
     image: str = "dreamscale:latest"
-    """Kubernetes: container image with Dreamscale."""
+    """Kubernetes: container image with Dreamscale installed."""
     namespace: str = "default"
-    """Kubernetes."""
+    """Kubernetes: namespace of the job."""
     claim: str = "dreamscale-data"
-    """Kubernetes: persistent volume claim with data, configs and runs."""
+    """Kubernetes: persistent volume claim that holds data, configs and runs."""
     mount: str = "/data"
-    """Kubernetes: where it is mounted."""
+    """Kubernetes: folder at which the claim is mounted."""
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.gpus_per_node < 0 or self.cpus_per_node < 1:
-            raise ValueError("need nodes >= 1, gpus_per_node >= 0 and cpus_per_node >= 1")
+            raise ValueError("nodes and cpus_per_node must be at least 1, and gpus_per_node at least 0")
         self.name = self.name or f"dreamscale-{self.stage}"
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?", self.name):
-            raise ValueError(f"name '{self.name}': lower-case letters, digits and '-' only, at most 52 of them")
+            raise ValueError(f"name '{self.name}': use only lower-case letters, digits and '-', at most 52 characters")
         for key in ("time", "partition", "account", "logs", "address", "image", "namespace", "claim", "mount"):
-            if re.search(r"[\s\"'`$\\]", getattr(self, key)):
-                raise ValueError(f"{key} '{getattr(self, key)}': no blanks, quotes, '$' or '\\' can be used here")
+            # Slurm reads its options from comments, in which a blank or '#' ends a value. No other value needs them.
+            if re.search(r"[\s\"'`$\\#]", getattr(self, key)):
+                raise ValueError(f"{key} '{getattr(self, key)}': use no blanks, quotes, '$', '#' or '\\' in this value")
 
     @property
     def processes(self) -> int:
-        """Training processes of the whole job."""
+        """Training processes on all machines together."""
         return self.nodes * max(1, self.gpus_per_node)
 
 
-def stage_words(config: SubmitConfig, extra: list[str]) -> tuple[Stage, list[str]]:
-    """Check the stage's own request, and complete it with the number of processes.
+def check_stage(config: SubmitConfig, extra: list[str]) -> tuple[Stage, list[str]]:
+    """Check the arguments of the stage, and add the number of processes to them.
 
     Parameters
     ----------
     config : SubmitConfig
         The request.
     extra : list of str
-        Keys for the stage.
+        Arguments after '--', for the stage.
 
     Returns
     -------
     stage : Stage
-        What is to run.
+        The stage to run.
     words : list of str
-        Its arguments.
+        All arguments of the stage.
 
     Raises
     ------
     RequestError
-        If there is no such stage, or its request is wrong.
+        If the stage does not exist, or its arguments are wrong.
     """
-    able = [name for name, stage in STAGES.items() if stage.config]
+    available = [name for name, stage in STAGES.items() if stage.config]
     stage = STAGES.get(config.stage)
     if stage is None or stage.config is None:
-        raise RequestError(f"stage '{config.stage}' cannot be submitted; it is one of {', '.join(able)}")
+        raise RequestError(f"stage '{config.stage}' cannot be submitted; use one of {', '.join(available)}")
     if stage.launcher is None and config.nodes > 1 and config.scheduler != "ray":
-        raise RequestError(f"{config.stage} spreads over machines by itself, through Ray; use 'submit ray', or nodes 1")
+        raise RequestError(f"{config.stage} uses several machines only through Ray; use 'submit ray', or --nodes 1")
     if stage.launcher is not None and config.nodes > 1 and config.scheduler == "ray":
-        raise RequestError("ray runs training on one machine of its cluster; use slurm or k8s for more nodes")
+        raise RequestError("with ray, training runs on one machine; use slurm or k8s for more nodes")
     words = [config.stage_config, *extra]
     if stage.launcher is not None:
         words += ["--num_processes", str(config.processes)]
@@ -124,22 +133,22 @@ def stage_words(config: SubmitConfig, extra: list[str]) -> tuple[Stage, list[str
     return stage, words
 
 
-def launch_line(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
-    """Build the command of one node.
+def build_command(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
+    """Build the command that runs on each node.
 
     Parameters
     ----------
     config : SubmitConfig
         The request.
     stage : Stage
-        What to run.
+        The stage to run.
     words : list of str
-        Its arguments.
+        Arguments of the stage.
 
     Returns
     -------
     str
-        For a shell that knows HEAD_NODE, PORT and the node's index.
+        Command line for a shell. The variables HEAD_NODE and PORT, and SLURM_NODEID or NODE_INDEX, must be set there.
     """
     python, arguments = shlex.quote(config.python), shlex.join(words)
     if stage.launcher is None:
@@ -161,134 +170,146 @@ def launch_line(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
     return f"{python} -m launch.agent {flags} -m launch.worker {stage.module} {arguments}"
 
 
+def _environment() -> Environment:
+    """Return the environment of the job templates: their filters quote values for a shell or for YAML."""
+    environment = Environment(
+        loader=FileSystemLoader(shipped_configs() / "cluster"),
+        undefined=StrictUndefined,
+        # Job files are no HTML. Each value is quoted by a filter of the template instead.
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["shell"] = shlex.quote
+    # Every JSON string is also a YAML string. Jinja's own filter `tojson` would escape HTML characters.
+    environment.filters["json"] = json.dumps
+    return environment
+
+
 def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
-    """Write the job file.
+    """Render the job file.
 
     Parameters
     ----------
     config : SubmitConfig
         The request.
     stage : Stage
-        What to run.
+        The stage to run.
     words : list of str
-        Its arguments.
+        Arguments of the stage.
 
     Returns
     -------
     str
-        The file's text.
+        Text of the job file.
 
     Raises
     ------
     RequestError
-        If an argument cannot be put into such a file.
+        If the template is not installed.
     """
-    template = shipped_configs() / "cluster" / _FILES[config.scheduler]
-    if not template.is_file():
-        raise RequestError(f"{template}: no such file; install Dreamscale again, with pip")
-    line = launch_line(config, stage, words)
-    if config.scheduler != "ray" and re.search(r"['\"\\\n]", line):
+    try:
+        template = _environment().get_template(TEMPLATES[config.scheduler])
+    except TemplateNotFound as error:
         raise RequestError(
-            f"{config.stage}: arguments with blanks or quotes belong into the YAML file, not behind '--'"
-        )
-    gpus = config.gpus_per_node
-    options = [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(config, key))]
-    resources = f" --entrypoint-num-gpus {gpus}" if stage.launcher and gpus else ""
-    values: dict[str, Any] = {
-        "NAME": config.name,
-        "NODES": config.nodes,
-        "RETRIES": 3 * config.nodes,
-        "CPUS": config.cpus_per_node,
-        "THREADS": max(1, config.cpus_per_node // max(1, gpus)),
-        "GPU_LINE": f"#SBATCH --gpus-per-node={gpus}" if gpus and stage.launcher else "",
-        "EXTRA_LINES": "\n".join(f"#SBATCH {option}" for option in options),
-        "TIME": config.time,
-        "LOGS": config.logs,
-        "DIRECTORY": config.directory or str(Path.cwd()),
-        "LAUNCH": line,
-        # Ray begins wherever its head was started.
-        "SHELL": shlex.join(["bash", "-c", f"cd {shlex.quote(config.directory or str(Path.cwd()))} && exec {line}"]),
-        "ADDRESS": config.address,
-        "RESOURCES": resources,
-        "IMAGE": config.image,
-        "NAMESPACE": config.namespace,
-        "CLAIM": config.claim,
-        "MOUNT": config.mount,
-        "LIMITS": f"{{nvidia.com/gpu: {gpus}}}" if gpus and stage.launcher else "{}",
-    }
-    if config.scheduler == "slurm":
-        values["DIRECTORY"] = shlex.quote(values["DIRECTORY"])
-    text = re.sub(r"@([A-Z_]+)@", lambda match: str(values[match.group(1)]), template.read_text())
-    return re.sub(r"\n\n+(#SBATCH)", r"\n\1", text)
+            f"{shipped_configs() / 'cluster' / str(error)}: no such file; install Dreamscale again, with pip"
+        ) from None
+    return template.render(
+        name=config.name,
+        nodes=config.nodes,
+        cpus=config.cpus_per_node,
+        # Stages without a launcher get their resources from Ray.
+        gpus=config.gpus_per_node if stage.launcher else 0,
+        threads=max(1, config.cpus_per_node // max(1, config.gpus_per_node)),
+        time=config.time,
+        partition=config.partition,
+        account=config.account,
+        logs=config.logs,
+        directory=config.directory or str(Path.cwd()),
+        launch=build_command(config, stage, words),
+        address=config.address,
+        image=config.image,
+        namespace=config.namespace,
+        claim=config.claim,
+        mount=config.mount,
+    )
 
 
 def submit(config: SubmitConfig, text: str) -> int:
-    """Hand a job file in.
+    """Submit a job file.
 
     Parameters
     ----------
     config : SubmitConfig
         The request.
     text : str
-        The job file.
+        Text of the job file.
 
     Returns
     -------
     int
-        0, or 1 where the cluster refused.
+        0, or 1 if the cluster refused the job.
 
     Raises
     ------
     RequestError
-        If the cluster's tool is not installed here.
+        If the cluster's command-line tool is not installed on this machine.
     """
-    tool = _TOOLS[config.scheduler]
-    beside = str(Path(sys.executable).parent)
-    path = os.pathsep.join((os.environ.get("PATH", os.defpath), beside))
+    tool = TOOLS[config.scheduler]
+    # The folder of this Python holds Ray's tool, even if the environment is not activated.
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
     if shutil.which(tool, path=path) is None:
         raise RequestError(
-            f"'{tool}' is not on this machine's PATH; run this where jobs are submitted, or use --dry-run"
+            f"'{tool}' is not on the PATH of this machine; submit from a machine that has it, or use --dry-run"
         )
-    command = {"slurm": ["sbatch"], "ray": ["bash", "-s"], "k8s": ["kubectl", "apply", "-f", "-"]}[config.scheduler]
-    done = subprocess.run(command, input=text, text=True, env={**os.environ, "PATH": path}, check=False)
+    done = subprocess.run(
+        COMMANDS[config.scheduler], input=text, text=True, env={**os.environ, "PATH": path}, check=False
+    )
     if done.returncode:
         print(f"dreamscale: {tool} refused the job (exit code {done.returncode})", file=sys.stderr)
     return EXIT_FAILED if done.returncode else EXIT_DONE
 
 
-def _main(argv: list[str]) -> int:
-    own, extra = argv, []
-    if "--" in argv:
-        own, extra = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    words = []
-    for position, word in enumerate(own):
+def _normalise_flags(words: list[str]) -> list[str]:
+    """Accept ``--gpus-per-node`` for ``--gpus_per_node``, and ``--dry-run`` without a value."""
+    normal = []
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         if word.startswith("--"):
             key, sign, value = word.partition("=")
-            word = key[:2] + key[2:].replace("-", "_") + sign + value
-        following = own[position + 1] if position + 1 < len(own) else ""
-        words.append("--dry_run=true" if word == "--dry_run" and following not in ("true", "false") else word)
-    config = parse_config(
-        SubmitConfig, words, prog="dreamscale submit", positionals=("scheduler", "stage", "stage_config")
-    )
-    stage, arguments = stage_words(config, extra)
-    text = render(config, stage, arguments)
-    if config.dry_run:
-        print(text, end="")
-        return EXIT_DONE
-    return submit(config, text)
+            word = "--" + key[2:].replace("-", "_") + sign + value
+        normal.append("--dry_run=true" if word == "--dry_run" and following not in ("true", "false") else word)
+    return normal
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``dreamscale submit slurm|ray|k8s STAGE CONFIG [--key value ...] [-- STAGE'S KEYS]``.
+    """Run ``dreamscale submit slurm|ray|k8s STAGE CONFIG [--key value ...] [-- ARGUMENTS OF THE STAGE]``.
 
     Parameters
     ----------
     argv : list of str, optional
-        Arguments.
+        Arguments; `sys.argv[1:]` by default.
 
     Returns
     -------
     int
         Exit code.
     """
-    return run_main(_main, argv)
+    words = sys.argv[1:] if argv is None else argv
+    end = words.index("--") if "--" in words else len(words)
+    own, extra = words[:end], words[end + 1 :]
+
+    def render_and_submit(config: SubmitConfig) -> int:
+        text = render(config, *check_stage(config, extra))
+        if config.dry_run:
+            print(text, end="")
+            return EXIT_DONE
+        return submit(config, text)
+
+    positionals = ("scheduler", "stage", "stage_config")
+    run = command(SubmitConfig, render_and_submit, prog="dreamscale submit", positionals=positionals)
+    return run(_normalise_flags(own))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.submit import SubmitConfig, launch_line, stage_words
+from launch.submit import SubmitConfig, build_command, check_stage
 
 TINY = [
     *("--num_processes", "2", "--batch_size", "8", "--num_workers", "0", "--tracker.kind", "none", "--device", "cpu"),
@@ -95,8 +95,8 @@ def test_the_line_of_a_cluster_job_runs_and_answers_usr1(pretraining: list[str],
     submit = SubmitConfig(
         scheduler="slurm", stage="pretrain", stage_config=str(config), gpus_per_node=2, python=sys.executable
     )
-    stage, words = stage_words(submit, [*pretraining, "--steps", "100000"])
-    line = launch_line(submit, stage, words)
+    stage, words = check_stage(submit, [*pretraining, "--steps", "100000"])
+    line = build_command(submit, stage, words)
     process = start(
         [
             "env",

@@ -80,7 +80,7 @@ def test_first_contact_outside_a_checkout(site: Path, tmp_path: Path) -> None:
     assert where.strip() == str(site / "launch" / "cli.py")
     assert "configs" in dreamscale(site, tmp_path, "--help")
     listed = dreamscale(site, tmp_path, "configs")
-    assert "configs/pretrain/released.yaml" in listed and "configs/cluster/slurm.sh" in listed
+    assert "configs/pretrain/released.yaml" in listed and "configs/cluster/slurm.sh.j2" in listed
     dreamscale(site, tmp_path, "configs", "demo", "-o", "mine")
     assert (tmp_path / "mine" / "demo" / "smoke.yaml").is_file()
 
