@@ -141,10 +141,7 @@ def test_packages_import_one_way() -> None:
     assert not wrong
 
 
-_OPENING = pytest.mark.xfail(reason="the last import circles are being opened", strict=False)
-
-
-@pytest.mark.parametrize("package", [pytest.param(p, marks=[_OPENING] * (p == "finetune")) for p in PACKAGES])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_folders_import_one_way(package: str) -> None:
     order = FOLDERS[package]
     present = {module.split(".")[1] for module in FILES if module.startswith(f"{package}.")}
@@ -158,7 +155,6 @@ def test_folders_import_one_way(package: str) -> None:
     assert not wrong
 
 
-@_OPENING
 def test_no_file_takes_part_in_an_import_circle() -> None:
     assert not _circles(GRAPH)
 
