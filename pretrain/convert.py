@@ -1,10 +1,11 @@
-"""Checkpoints of DreamDiffusion's released code to encoder packages: ``dreamscale convert CHECKPOINT OUT``.
+"""Convert checkpoints of DreamDiffusion's released code to encoder packages: ``dreamscale convert CHECKPOINT OUT``.
 
-Their files are pickles that hold an object of their own class beside the weights. Only tensors and plain values are
-read, by PyTorch's restricted unpickler; in place of their config class stands an empty one, and any other class is
-refused. No code of a checkpoint is ever run.
+The checkpoints are pickles. Beside the weights they hold an object of DreamDiffusion's config class. PyTorch's
+restricted unpickler reads only tensors and plain values from them: an empty class takes the place of the config class,
+and a checkpoint with an object of any other class is refused. No code of a checkpoint is ever run.
 
-Letters in names: C channels, D width, P time samples of a token, N tokens.
+In this file, "foreign" names and weights are those of DreamDiffusion's code, and "own" names are those of
+`pretrain.model`. Letters of shapes: see `pretrain.model`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, RequestError, one_line, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, RequestError, one_line
 from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.model.autoencoder import SignalDecoder, SignalEncoder
 from pretrain.model.build import count_parameters
@@ -28,10 +29,10 @@ from pretrain.model.config import DecoderConfig, EncoderConfig
 from pretrain.model.transformer import sincos_positions
 
 DECODER = "decoder.safetensors"
-"""Beside the package's own files, where the checkpoint has a decoder."""
-# The encoder inside the checkpoint of a fine-tuned Stable Diffusion.
+"""Additional file of the package with the decoder's weights, if the checkpoint has a decoder."""
+# Prefix of the encoder's weights in the checkpoint of a fine-tuned Stable Diffusion.
 _FINE_TUNED = "cond_stage_model.mae."
-# Where their several scripts put the weights.
+# Keys under which DreamDiffusion's scripts store the weights.
 _WEIGHTS = ("model", "model_state_dict", "state_dict")
 
 
@@ -39,55 +40,55 @@ _WEIGHTS = ("model", "model_state_dict", "state_dict")
 class ConvertConfig:
     """Write an encoder package from a checkpoint of DreamDiffusion's released code.
 
-    Pretraining checkpoints (their ``model``) and fine-tuned ones (``model_state_dict`` of the whole Stable Diffusion,
-    of which the encoder is taken) are told apart by their names.
+    The names of the weights tell two kinds of checkpoints apart: those of pretraining (key ``model``), and those of a
+    fine-tuned Stable Diffusion (key ``model_state_dict``), of which only the encoder is converted.
     """
 
     checkpoint: str
-    """Their file, .pth; read without running any code in it."""
+    """Checkpoint of DreamDiffusion, a .pth file. It is read without running any code in it."""
     output: str
-    """Directory to write; a package that is there is replaced."""
+    """Directory to write; an existing package is replaced."""
     heads: int | None = None
-    """Attention heads of the encoder, where the checkpoint does not say; theirs have 16."""
+    """Attention heads of the encoder, if the checkpoint does not say. DreamDiffusion's encoders have 16."""
     decoder_heads: int | None = None
-    """Attention heads of the decoder, likewise."""
+    """Attention heads of the decoder, if the checkpoint does not say. DreamDiffusion's decoders have 16."""
     sfreq: float = 256.0
-    """Sampling rate of the signal in Hz. Their code does not fix one: it takes what a file has, and stretches the
-    440 ms of a trial to 512 samples when it fine-tunes."""
+    """Sampling rate of the signal in Hz. DreamDiffusion's code has no fixed rate: its pretraining takes each file at
+    the rate of the file, and its fine-tuning stretches the 440 ms of a trial to 512 samples."""
     highpass: float = 5.0
-    """Lower edge of the band in Hz (the paper's)."""
+    """Lower edge of the band in Hz; the default is the paper's."""
     lowpass: float = 95.0
-    """Upper edge of the band in Hz (the paper's)."""
+    """Upper edge of the band in Hz; the default is the paper's."""
     scale_uv: float = 10.0
-    """Constant divisor of the signal: 10 when they pretrain; they say 1 when they fine-tune."""
+    """Constant by which microvolts are divided. DreamDiffusion's pretraining uses 10, its fine-tuning 1."""
     program: bool = True
-    """Also write encoder.pt2, which runs with PyTorch alone."""
+    """Also write encoder.pt2, which runs with PyTorch only."""
 
 
-class _Theirs:
-    """Stands for their config class: takes its attributes and does nothing."""
+class _ForeignConfig:
+    """Takes the place of DreamDiffusion's config class: receives its attributes and does nothing."""
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the weights and plain settings of one of their checkpoints; runs no code in it.
+    """Read the weights and plain settings of a DreamDiffusion checkpoint, without running any code in it.
 
     Parameters
     ----------
     path : str or Path
-        The file.
+        The checkpoint.
 
     Returns
     -------
     weights : dict of str to Tensor
-        By their names; the encoder's part of a fine-tuned model alone.
+        Weights by their foreign names; of a fine-tuned model only the weights of the encoder.
     settings : dict
-        Numbers and texts of their config; empty where there is none.
+        Numbers and texts of the checkpoint's config; empty if it has no config.
 
     Raises
     ------
     RequestError
-        If there is no such file, it is damaged or in a format from before PyTorch 1.6, holds objects other than
-        tensors, plain values and their config, or none of the weights looked for.
+        If there is no such file; if it is damaged or older than PyTorch 1.6; if it holds objects other than tensors,
+        plain values and the config; or if it does not hold an encoder of DreamDiffusion.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,85 +97,92 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception as error:
         raise RequestError(
-            f"{path}: no checkpoint of PyTorch 1.6 or later, or damaged ({one_line(error)[:120]}); download it again"
+            f"{path}: damaged, or not a checkpoint of PyTorch 1.6 or later ({one_line(error)[:120]}); download it again"
         ) from None
     refused = [name for name in foreign if not re.fullmatch(r"[\w.]*\bConfig_\w+", name)]
     if refused:
         raise RequestError(
-            f"{path}: asks to load {', '.join(sorted(refused)[:3])}; only tensors, plain values and a config of "
-            "DreamDiffusion are read from a checkpoint, since anything else could run code"
+            f"{path}: the checkpoint asks to load {', '.join(sorted(refused)[:3])}; only tensors, plain values and a "
+            "config of DreamDiffusion are read from a checkpoint, because anything else could run code"
         )
     try:
-        with torch.serialization.safe_globals([(_Theirs, name) for name in foreign]):
-            # Mapped, not read: of a fine-tuned model's five gigabytes the encoder is a tenth.
+        with torch.serialization.safe_globals([(_ForeignConfig, name) for name in foreign]):
+            # The file is mapped, not read as a whole: the encoder is a tenth of the 5 GB of a fine-tuned model.
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise RequestError(f"{path}: damaged ({one_line(error)[:200]}); download it again") from None
     if not isinstance(saved, dict):
-        raise RequestError(f"{path}: holds a {type(saved).__name__}, not a dictionary of weights")
+        raise RequestError(
+            f"{path}: the file holds a {type(saved).__name__}, not a dictionary of weights; give a checkpoint of "
+            "DreamDiffusion"
+        )
     found = next((saved[name] for name in _WEIGHTS if isinstance(saved.get(name), dict)), saved)
     weights = {str(k).removeprefix("module."): v for k, v in found.items() if isinstance(v, Tensor)}
     if any(name.startswith(_FINE_TUNED) for name in weights):
         weights = {k.removeprefix(_FINE_TUNED): v for k, v in weights.items() if k.startswith(_FINE_TUNED)}
     if "patch_embed.proj.weight" not in weights:
-        raise RequestError(f"{path}: no encoder of DreamDiffusion in it (patch_embed.proj.weight is missing)")
+        raise RequestError(
+            f"{path}: the checkpoint has no encoder of DreamDiffusion (patch_embed.proj.weight is missing); give a "
+            "checkpoint of DreamDiffusion's pretraining or fine-tuning"
+        )
     config = saved.get("config")
     settings = config if isinstance(config, dict) else getattr(config, "__dict__", {})
-    # What JSON can hold: the package's config.json will have them.
+    # The settings go into the package's config.json, so only values that JSON can hold are kept.
     plain = {str(k): v for k, v in settings.items() if isinstance(v, int | float | str)}
     return weights, {k: v for k, v in plain.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Converted:
-    """One of their checkpoints in our names."""
+    """A checkpoint of DreamDiffusion as a model of this project."""
 
     encoder: EncoderConfig
     """Shape of the encoder."""
     encoder_weights: dict[str, Tensor]
-    """float32, for `pretrain.model.autoencoder.SignalEncoder`."""
+    """float32 weights of `pretrain.model.autoencoder.SignalEncoder`."""
     decoder: DecoderConfig | None
-    """Shape of the decoder; None in a fine-tuned checkpoint, which has none."""
+    """Shape of the decoder; None for a fine-tuned checkpoint, which has no decoder."""
     decoder_weights: dict[str, Tensor]
-    """float32, for `pretrain.model.autoencoder.SignalDecoder`."""
+    """float32 weights of `pretrain.model.autoencoder.SignalDecoder`; empty if there is no decoder."""
 
 
 def convert_weights(
     weights: dict[str, Tensor], *, heads: int | None, decoder_heads: int | None, class_token: bool | None = None
 ) -> Converted:
-    """Translate names and layout.
+    """Translate the names and the layout of weights.
 
     Parameters
     ----------
     weights : dict of str to Tensor
-        By their names.
+        Weights by their foreign names.
     heads, decoder_heads : int, optional
-        Attention heads, which weights do not tell.
+        Attention heads, which the weights do not show.
     class_token : bool, optional
-        Whether the encoder runs with its class token; by default where there is a decoder, as in their code.
+        Whether the encoder runs with its class token. By default it does if the checkpoint has a decoder, as in
+        DreamDiffusion's code.
 
     Returns
     -------
     Converted
-        The same model in ours.
+        The same model with own names and layout.
 
     Raises
     ------
     RequestError
-        If weights are missing, left over, of another shape or no finite numbers, the decoder's fixed positions are not
-        the usual ones, or heads are not known.
+        If weights are missing, unknown, of a wrong shape or not finite; if the decoder's fixed positions are not the
+        usual ones; or if the number of heads is not known.
     """
-    # Of an image encoder that some of their checkpoints hold as well.
-    weights = {name: _real(name, value) for name, value in weights.items() if not name.startswith("nature_img_")}
+    # Some checkpoints also hold an image encoder, whose weights have this prefix; they are ignored.
+    weights = {name: _to_float32(name, value) for name, value in weights.items() if not name.startswith("nature_img_")}
     with_decoder = "decoder_pred.weight" in weights
-    # Their encoder for fine-tuning has these two among its weights and never uses them.
+    # Weights that the foreign encoder for fine-tuning has but never uses.
     unused = () if with_decoder else ("mask_token",)
     class_token = with_decoder if class_token is None else class_token
-    width, channels, patch = _telling(weights, "patch_embed.proj.weight", 3).shape
-    shape = _shape_of(weights, "blocks", width, heads, "heads")
-    table = _positions(weights, "pos_embed", width)
+    width, channels, patch = _get_weight(weights, "patch_embed.proj.weight", 3).shape
+    shape = _find_shape(weights, "blocks", width, heads, "heads")
+    table = _get_positions(weights, "pos_embed", width)
     tokens = table.shape[0] - 1
-    # Fine-tuning trains everything in the encoder, its fixed positions too.
+    # DreamDiffusion's fine-tuning trains everything in the encoder, even the positions that were fixed before.
     learned = _distance(table) > 1e-4
     encoder = EncoderConfig(
         channels=channels,
@@ -185,7 +193,7 @@ def convert_weights(
         learned_positions=learned,
         **shape,
     )
-    ours = {
+    names = {
         "patch_embed.weight": "patch_embed.proj.weight",
         "patch_embed.bias": "patch_embed.proj.bias",
         "norm.weight": "norm.weight",
@@ -193,21 +201,22 @@ def convert_weights(
         **_block_names("blocks", encoder.depth),
     }
     if class_token:
-        ours["cls_token"] = "cls_token"
+        names["cls_token"] = "cls_token"
     else:
         unused += ("cls_token",)
     taken = {"pos_embed", *unused}
     decoder, decoder_weights = None, {}
     if with_decoder:
-        narrow = _telling(weights, "decoder_pred.weight", 2).shape[1]
-        shape = _shape_of(weights, "decoder_blocks", narrow, decoder_heads, "decoder_heads")
-        fixed = _positions(weights, "decoder_pos_embed", narrow)
+        narrow = _get_weight(weights, "decoder_pred.weight", 2).shape[1]
+        shape = _find_shape(weights, "decoder_blocks", narrow, decoder_heads, "decoder_heads")
+        fixed = _get_positions(weights, "decoder_pos_embed", narrow)
         if len(fixed) != len(table) or _distance(fixed) > 1e-4:
             raise RequestError(
-                "decoder_pos_embed is not the fixed sine and cosine code of as many tokens as the encoder's"
+                "decoder_pos_embed is not the fixed sine and cosine code of the encoder's tokens, so this is not the "
+                "decoder of DreamDiffusion's released code"
             )
         decoder = DecoderConfig(dim=narrow, **shape)
-        names = {
+        decoder_names = {
             "embed.weight": "decoder_embed.weight",
             "embed.bias": "decoder_embed.bias",
             "mask_token": "mask_token",
@@ -218,50 +227,54 @@ def convert_weights(
             **_block_names("decoder_blocks", decoder.depth),
         }
         with torch.device("meta"):
-            decoder_weights = _take(weights, names, taken, SignalDecoder(decoder, encoder))
-        # They lay a token's values out time by time, we channel by channel.
+            decoder_weights = _take(weights, decoder_names, taken, SignalDecoder(decoder, encoder))
+        # The foreign decoder orders the values of a token by time and then channel, the own one by channel and then
+        # time.
         order = torch.arange(channels * patch).view(patch, channels).T.flatten()
         for name in ("predict.weight", "predict.bias"):
             decoder_weights[name] = decoder_weights[name][order].contiguous()
         taken.add("decoder_pos_embed")
     with torch.device("meta"):
-        encoder_weights = _take(weights, ours, taken, SignalEncoder(encoder))
+        encoder_weights = _take(weights, names, taken, SignalEncoder(encoder))
     if learned:
         encoder_weights["positions_ND"] = table[1:]
     if class_token:
-        # Ours has no position; theirs is zero, unless it was trained.
+        # The own class token has no position. The foreign one has a position, which is zero unless it was trained.
         encoder_weights["cls_token"] = encoder_weights["cls_token"] + table[0]
     left = sorted(weights.keys() - taken)
     if left:
-        raise RequestError(f"weights that no part of the model takes: {', '.join(left[:3])}{' ...' * (len(left) > 3)}")
+        raise RequestError(
+            f"the checkpoint has weights that no part of the model takes: {', '.join(left[:3])}"
+            f"{' ...' * (len(left) > 3)}; it is of another model than DreamDiffusion's released code"
+        )
     return Converted(encoder=encoder, encoder_weights=encoder_weights, decoder=decoder, decoder_weights=decoder_weights)
 
 
-def _block_names(theirs: str, depth: int) -> dict[str, str]:
-    """Our names of the blocks' weights to theirs."""
+def _block_names(foreign: str, depth: int) -> dict[str, str]:
+    """Map the own names of the blocks' weights to the foreign names, which start with `foreign`."""
     parts = {"norm1": "norm1", "attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "norm2": "norm2"}
     parts |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
     return {
-        f"blocks.{i}.{ours}.{kind}": f"{theirs}.{i}.{name}.{kind}"
+        f"blocks.{i}.{own}.{kind}": f"{foreign}.{i}.{name}.{kind}"
         for i in range(depth)
-        for ours, name in parts.items()
+        for own, name in parts.items()
         for kind in ("weight", "bias")
     }
 
 
-def _real(name: str, value: Tensor) -> Tensor:
-    """float32, where nothing but precision is lost by that."""
+def _to_float32(name: str, value: Tensor) -> Tensor:
+    """Convert a weight to float32; refuse tensors that would lose more than precision."""
     if value.layout != torch.strided or value.is_nested or value.is_meta or not value.is_floating_point():
         kind = f"{value.dtype}, {value.layout}, {value.device}"
-        raise RequestError(f"{name} is no plain tensor of real numbers ({kind}); save it as float32")
+        raise RequestError(f"{name} is not a plain tensor of real numbers ({kind}); save it as float32")
     value = value.float()
     if not value.isfinite().all():
-        raise RequestError(f"{name} holds NaN or infinite values: the training had failed; take an earlier checkpoint")
+        raise RequestError(f"{name} holds NaN or infinite values: the training failed; take an earlier checkpoint")
     return value
 
 
-def _telling(weights: dict[str, Tensor], name: str, rank: int) -> Tensor:
-    """Give a weight whose shape tells the model's."""
+def _get_weight(weights: dict[str, Tensor], name: str, rank: int) -> Tensor:
+    """Return a weight from whose shape the shape of the model is read; it must have `rank` dimensions."""
     if name not in weights:
         raise RequestError(f"weights are missing: {name}")
     value = weights[name]
@@ -271,49 +284,53 @@ def _telling(weights: dict[str, Tensor], name: str, rank: int) -> Tensor:
 
 
 def _take(weights: dict[str, Tensor], names: dict[str, str], taken: set[str], model: nn.Module) -> dict[str, Tensor]:
-    """Rename the weights that a model of ours, which may be on the meta device, is to be loaded with."""
-    missing = sorted(theirs for theirs in names.values() if theirs not in weights)
+    """Return the weights of `model` by their own names, and add their foreign names to `taken`.
+
+    The model only gives the expected shapes and may be on the meta device.
+    """
+    missing = sorted(foreign for foreign in names.values() if foreign not in weights)
     if missing:
         raise RequestError(f"weights are missing: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)}")
-    shapes = {theirs: model.get_parameter(ours).shape for ours, theirs in names.items()}
-    wrong = sorted(theirs for theirs, shape in shapes.items() if weights[theirs].shape != shape)
+    shapes = {foreign: model.get_parameter(own).shape for own, foreign in names.items()}
+    wrong = sorted(foreign for foreign, shape in shapes.items() if weights[foreign].shape != shape)
     if wrong:
         raise RequestError(
-            f"{wrong[0]} has the shape {list(weights[wrong[0]].shape)}; {list(shapes[wrong[0]])} goes with the other "
-            "weights"
+            f"{wrong[0]} has the shape {list(weights[wrong[0]].shape)}, but the other weights need "
+            f"{list(shapes[wrong[0]])}"
         )
     taken.update(names.values())
-    return {ours: weights[theirs] for ours, theirs in names.items()}
+    return {own: weights[foreign] for own, foreign in names.items()}
 
 
-def _shape_of(weights: dict[str, Tensor], blocks: str, width: int, heads: int | None, key: str) -> dict[str, Any]:
+def _find_shape(weights: dict[str, Tensor], blocks: str, width: int, heads: int | None, key: str) -> dict[str, Any]:
+    """Read depth, heads and hidden width of transformer blocks from the weights."""
     numbers = {int(m[1]) for name in weights if (m := re.match(rf"{blocks}\.(\d+)\.", name))}
-    first = _telling(weights, f"{blocks}.0.mlp.fc1.weight", 2)
+    first = _get_weight(weights, f"{blocks}.0.mlp.fc1.weight", 2)
     if heads is None:
         raise RequestError(
-            f"the checkpoint does not say how many attention heads there are; give --{key} (16 in theirs)"
+            f"the checkpoint does not say how many attention heads it has; give --{key} (16 in DreamDiffusion's models)"
         )
     if width % 2:
-        raise RequestError(f"the width of {blocks} is {width}; only even ones have their fixed positions")
-    # Out of a checkpoint it may be anything.
+        raise RequestError(f"the width of {blocks} is {width}; it must be even, since sines and cosines come in pairs")
+    # A number that was read from a checkpoint may be of any type.
     if type(heads) is not int or heads < 1 or width % heads:
         raise RequestError(f"{key} is {heads!r}; give --{key}, a whole number that divides the width {width}")
     ratio = first.shape[0] / width
-    # Rounded down when the shape is built again.
+    # The model computes int(width * ratio), which rounds down; make sure that it arrives at the same number.
     ratio = ratio if int(width * ratio) == first.shape[0] else math.nextafter(ratio, math.inf)
     return {"depth": len(numbers), "heads": heads, "mlp_ratio": ratio}
 
 
-def _positions(weights: dict[str, Tensor], name: str, width: int) -> Tensor:
-    """Positions [1 + N, D], that of the class token first."""
-    table = _telling(weights, name, 3)
+def _get_positions(weights: dict[str, Tensor], name: str, width: int) -> Tensor:
+    """Return positions [1 + N, D]; the first row belongs to the class token."""
+    table = _get_weight(weights, name, 3)
     if table.shape[0] != 1 or table.shape[1] < 2 or table.shape[2] != width:
         raise RequestError(f"{name} has the shape {list(table.shape)}; it must be [1, 1 + tokens, {width}]")
     return table[0]
 
 
 def _distance(table: Tensor) -> float:
-    """How far positions are from the fixed code."""
+    """Return the largest difference between positions and the fixed sine and cosine code."""
     tokens, width = table.shape[0] - 1, table.shape[1]
     expected = torch.cat([torch.zeros(1, width), sincos_positions(tokens, width)])
     return float((table - expected).abs().max())
@@ -330,7 +347,7 @@ def convert(config: ConvertConfig) -> int:
     Returns
     -------
     int
-        0.
+        Exit code 0.
 
     Raises
     ------
@@ -338,7 +355,7 @@ def convert(config: ConvertConfig) -> int:
         If the checkpoint cannot be used.
     """
     from pretrain.encoder.encoder import EEGEncoder
-    from pretrain.export import check_output
+    from pretrain.encoder.package import check_output
     from pretrain.model.weights import save_weights
 
     output = check_output(config.output)
@@ -375,10 +392,11 @@ def convert(config: ConvertConfig) -> int:
         "# EEG encoder of DreamDiffusion",
         "",
         f"Converted from `{Path(config.checkpoint).name}`, {kind} with the released code of Bai et al. (arXiv "
-        f"2306.16934); {count_parameters(encoder) / 1e6:.1f}M parameters. Weights and licence are theirs.",
+        f"2306.16934); {count_parameters(encoder) / 1e6:.1f}M parameters. The weights are theirs, under their licence.",
         "",
-        "The code fixes no sampling rate, reference or notch: `preprocess.json` holds the paper's band, the divisor "
-        f"{config.scale_uv:g} and otherwise this project's usual values. Check them against your data.",
+        "DreamDiffusion's code has no fixed sampling rate, reference or notch filter: `preprocess.json` holds the "
+        f"paper's band, the divisor {config.scale_uv:g} and otherwise the default values of Dreamscale. Check them "
+        "against your data.",
         "",
     ]
     encoder.save_pretrained(
@@ -396,31 +414,12 @@ def convert(config: ConvertConfig) -> int:
     EEGEncoder.from_pretrained(output)
     print(
         f"dreamscale convert: {kind} encoder, {shape.depth} layers x {shape.dim}"
-        f"{', and its decoder' if decoder else ''} in {output}"
+        f"{', with its decoder,' if decoder else ''} in {output}; next: dreamscale encode {output} RECORDING -o OUT.npz"
     )
     return EXIT_DONE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Convert from the command line.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        ``CHECKPOINT OUT [--key value ...]``.
-
-    Returns
-    -------
-    int
-        Exit code.
-    """
-    return run_main(
-        lambda words: convert(
-            parse_config(ConvertConfig, words, prog="dreamscale convert", positionals=("checkpoint", "output"))
-        ),
-        argv,
-    )
-
+main = command(ConvertConfig, convert, prog="dreamscale convert", positionals=("checkpoint", "output"))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Features of any readable recording: ``dreamscale encode ENCODER RECORDING -o OUT.npz``."""
+"""Compute the features of a recording: ``dreamscale encode ENCODER RECORDING -o OUT.npz``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import uuid
 from pathlib import Path
 from typing import Literal
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, RequestError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,17 +20,18 @@ class EncodeConfig:
     encoder: str
     """Encoder package: a directory, or a name on the Hugging Face hub."""
     recording: str
-    """Any file that sharding reads."""
+    """Recording in any format that sharding reads."""
     output: str
-    """File to write, .npz: tokens [windows, tokens, width], pooled [windows, width], times [windows], report."""
+    """File to write, .npz. It holds the arrays tokens [windows, tokens, width], pooled [windows, width] and times
+    [windows], and a report."""
     line_freq: float | None = None
-    """Mains frequency in Hz, 40 to 70; found in the recording by default."""
+    """Mains frequency in Hz, from 40 to 70. By default it is found in the recording."""
     unit_factor: float | None = None
-    """Factor to true volts, where the recording's unit is wrong."""
+    """Factor to true volts, if the recording has a wrong unit."""
     batch_size: int = 64
-    """Windows encoded at once."""
+    """Number of windows to encode at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one, otherwise the CPU."""
 
     def __post_init__(self) -> None:
         from pretrain.encoder.recording import check_numbers
@@ -43,7 +44,7 @@ class EncodeConfig:
 
 
 def encode(config: EncodeConfig) -> int:
-    """Encode a recording.
+    """Encode a recording and write its features.
 
     Parameters
     ----------
@@ -53,12 +54,12 @@ def encode(config: EncodeConfig) -> int:
     Returns
     -------
     int
-        0.
+        Exit code 0.
 
     Raises
     ------
     RequestError
-        If the package or the recording cannot be used.
+        If the package or the recording cannot be used, or the output cannot be written.
     """
     import numpy as np
 
@@ -79,7 +80,7 @@ def encode(config: EncodeConfig) -> int:
     except RequestError as error:
         raise RequestError(f"{config.recording}: {error}") from None
     output = Path(config.output)
-    # Written beside and renamed: a file that is there is whole.
+    # Written under another name and then renamed, so that a file with the final name is always complete.
     partial = output.with_name(f".{output.stem}.{uuid.uuid4().hex[:8]}.npz")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -92,39 +93,20 @@ def encode(config: EncodeConfig) -> int:
         )
         partial.replace(output)
     except OSError as error:
-        raise RequestError(f"{output}: cannot be written ({error.strerror})") from None
+        raise RequestError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
     finally:
         partial.unlink(missing_ok=True)
-    print(f"{found.report}\ndreamscale encode: {found.tokens.shape} tokens in {output}")
+    windows, tokens, width = found.tokens.shape
+    print(
+        f"{found.report}\ndreamscale encode: {windows} windows x {tokens} tokens x {width} values in {output}; next: "
+        f"numpy.load('{output}')['pooled'] in Python"
+    )
     return EXIT_DONE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Encode from the command line.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        ``ENCODER RECORDING -o OUT.npz [--key value ...]``.
-
-    Returns
-    -------
-    int
-        Exit code.
-    """
-    return run_main(
-        lambda words: encode(
-            parse_config(
-                EncodeConfig,
-                words,
-                prog="dreamscale encode",
-                positionals=("encoder", "recording"),
-                aliases={"-o": "output"},
-            )
-        ),
-        argv,
-    )
-
+main = command(
+    EncodeConfig, encode, prog="dreamscale encode", positionals=("encoder", "recording"), aliases={"-o": "output"}
+)
 
 if __name__ == "__main__":
     sys.exit(main())

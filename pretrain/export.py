@@ -180,30 +180,6 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
     return "\n".join(lines)
 
 
-def check_output(path: str | Path) -> Path:
-    """Refuse to replace anything but an encoder package.
-
-    Parameters
-    ----------
-    path : str or Path
-        Where a package is to be written.
-
-    Returns
-    -------
-    Path
-        The same.
-
-    Raises
-    ------
-    RequestError
-        If something else is there.
-    """
-    output = Path(path)
-    if output.exists() and not (output / "config.json").is_file() and (output.is_file() or any(output.iterdir())):
-        raise RequestError(f"{output}: is there and is no encoder package; choose another place")
-    return output
-
-
 def export(config: ExportConfig) -> int:
     """Write an encoder package.
 
@@ -222,6 +198,8 @@ def export(config: ExportConfig) -> int:
     RequestError
         If the run has nothing to export.
     """
+    from pretrain.encoder.package import check_output
+
     run_config, checkpoint, saved = read_run(config.run)
     output = check_output(config.output)
     import json

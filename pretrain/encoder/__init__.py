@@ -1,4 +1,4 @@
-"""The encoder package: ``EEGEncoder.from_pretrained(path).encode(recording)``."""
+"""The pretrained encoder for users: ``EEGEncoder.from_pretrained(path).encode(recording)``."""
 
 from pretrain.encoder.encoder import EEGEncoder
 

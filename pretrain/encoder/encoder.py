@@ -1,16 +1,13 @@
-"""The encoder package: a pretrained encoder, its preprocessing and a proof of both, for anyone's downstream work.
+"""The encoder as users see it: pretrained weights together with the preprocessing that belongs to them.
 
-Letters in names: B samples or windows, C channels, T time samples, N tokens, D width.
+Letters of shapes: see `pretrain.model`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import importlib.metadata
 import itertools
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,28 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_sharding.common.errors import RequestError, one_line
-from data_sharding.common.files import atomic_directory, atomic_write_text, read_json, write_json
+from data_sharding.common.errors import RequestError
 from data_sharding.dataset.samples import N_PADDED, pad_channels
 from data_sharding.processing.preprocess import PreprocessSpec, band_of
+from pretrain.encoder.package import check_example, damaged, read_package, write_package
 from pretrain.encoder.result import CoverageReport, Encoding
-from pretrain.model.build import build_encoder, count_parameters
+from pretrain.model.build import build_encoder
 from pretrain.model.config import EncoderConfig
-from pretrain.model.weights import WEIGHTS, load_strictly, save_weights
+from pretrain.model.weights import WEIGHTS, load_strictly
 
 if TYPE_CHECKING:
     import mne
 
     from data_sharding.dataset.dataset import EEGDataset
     from data_sharding.formats.signal import Signal
-
-KIND = "dreamscale_eeg_encoder"
-SCHEMA = 1
-CONFIG, SPEC, EXAMPLE, CARD = "config.json", "preprocess.json", "example.npz", "model_card.md"
-PROGRAM = "encoder.pt2"
-# The output is layer-normed, so of order one; other processors' sums differ by some 1e-5.
-TOLERANCE = 2e-3
-_EXAMPLE_INPUTS = ("x", "positions", "count")
 
 
 class EEGEncoder(nn.Module):
@@ -49,19 +38,19 @@ class EEGEncoder(nn.Module):
     Parameters
     ----------
     config : EncoderConfig, optional
-        Shape; built from the Braindecode arguments and `shape` where None.
+        Shape of the encoder. By default it is made from the arguments below, which have Braindecode's names.
     spec : PreprocessSpec, optional
-        Preprocessing that the weights belong to.
+        Preprocessing that the weights were trained with.
     n_chans : int, optional
-        Channels of the windows that `forward` will get, up to 128; they are padded by replication.
+        Channels of the windows that `forward` will get, at most 128. Windows are padded to 128 rows by replication.
     n_times : int, optional
         Samples of a window.
     sfreq : float, optional
-        Rate in Hz.
+        Sampling rate in Hz.
     n_outputs : int, optional
-        Classes of a linear head on the pooled tokens. Without it `forward` returns tokens.
+        Number of classes of a linear head on the mean token. Without it `forward` returns tokens.
     chs_info : list of dict, optional
-        MNE's channel descriptions: their number, and for the montage tokenizer the electrodes' positions (``loc``).
+        MNE's channel descriptions. They give the number of channels and the positions of the electrodes (``loc``).
     input_window_seconds : float, optional
         Length of a window in seconds, in place of `n_times`.
     **shape
@@ -136,7 +125,7 @@ class EEGEncoder(nn.Module):
         self.chs_info = list(chs_info) if chs_info is not None else None
         self.backbone: Any = build_encoder(config)
         positions_C3 = _positions_of(self.chs_info) if self.chs_info is not None else None
-        # No part of the weights: the same encoder takes any montage.
+        # Positions are not saved with the weights: the same encoder takes any montage.
         self.register_buffer("positions_C3", positions_C3, persistent=False)
         self.head = _head(config.dim, n_outputs)
 
@@ -151,19 +140,19 @@ class EEGEncoder(nn.Module):
         return self.config.tokens
 
     def inputs_of(self, metas: list[dict[str, Any]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Say where the electrodes of a dataset's samples sit, for those encoders that ask.
+        """Return the electrodes of samples, for encoders that need them.
 
         Parameters
         ----------
         metas : list of dict, [B]
             Metadata of samples (`data_sharding.dataset.batch.Batch.metas`).
         device : torch.device or str
-            Where the encoder is.
+            Device of the encoder.
 
         Returns
         -------
         dict of str to Tensor
-            Further arguments of `tokens` and `forward`; none for the temporal tokenizer.
+            Keyword arguments of `tokens` and `forward`; empty for the temporal tokenizer.
         """
         return {name: value.to(device) for name, value in self.backbone.electrode_inputs(metas).items()}
 
@@ -185,15 +174,16 @@ class EEGEncoder(nn.Module):
             self.positions_C3 = positions_C3
 
     def scale_for_model(self, x_uv_BCT: Tensor, channels: Any = None) -> Tensor:
-        """Bring microvolts to what this encoder sees, as its pretraining did.
+        """Scale microvolts to model units, as the pretraining did.
 
         Parameters
         ----------
         x_uv_BCT : Tensor, [B, C, T]
             Windows in microvolts, padded or not; float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            True channels of each window: the montage tokenizer's scale is theirs alone. As many as `chs_info` by
-            default, or all; the temporal tokenizer's is that of the padded window.
+            Number of true channels of each window. The montage tokenizer computes the scale of a window over these
+            channels only; by default over the channels of `chs_info`, or over all. The temporal tokenizer computes it
+            over the padded window.
 
         Returns
         -------
@@ -208,24 +198,25 @@ class EEGEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Windows in model units (`scale_for_model`); fewer channels than the encoder's are padded.
+            Windows in model units (`scale_for_model`). Windows with fewer channels than the encoder's are padded.
         positions : Tensor, [C, 3] or [B, C, 3], optional
-            Montage tokenizer only: electrodes in metres, NaN where not known; rows of `x_BCT` beyond them are left out.
-            Those of `chs_info` by default.
+            Montage tokenizer only: electrodes in metres, NaN where a position is not known. Rows of `x_BCT` without a
+            row of positions are ignored. By default the positions of `chs_info`.
         count_B : Tensor, [B], int64, optional
-            Montage tokenizer only: true channels of each window, where they differ.
+            Montage tokenizer only: number of true channels of each window, if the windows differ.
 
         Returns
         -------
         Tensor, [B, N, D]
-            Tokens in the order of time, without the class token; of the montage tokenizer the mean over channels.
+            Tokens in the order of time, without the class token. The montage tokenizer's tokens are averaged over the
+            channels.
 
         Raises
         ------
         ValueError
-            If the windows have another length, or too many channels.
+            If the windows have another length than the encoder's, or too many channels.
         RequestError
-            If the montage tokenizer is given no positions.
+            If the tokenizer is montage and there are no positions.
         """
         if x_BCT.shape[-1] != self.config.samples or x_BCT.shape[-2] > self.config.channels:
             raise ValueError(
@@ -238,19 +229,19 @@ class EEGEncoder(nn.Module):
         return self.backbone.over_time(x_BCT, positions, count_B)
 
     def forward(self, x_BCT: Tensor, positions: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
-        """Encode windows, and classify them where there is a head.
+        """Encode windows, and classify them if the encoder has a head.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Windows in model units (`scale_for_model`); fewer channels than the encoder's are padded.
+            Windows in model units (`scale_for_model`). Windows with fewer channels than the encoder's are padded.
         positions, count_B : Tensor, optional
-            As for `tokens`.
+            See `tokens`.
 
         Returns
         -------
         Tensor, [B, N, D] or [B, n_outputs]
-            Tokens in the order of time without the class token; logits where `n_outputs` was given.
+            Tokens in the order of time, without the class token; or logits if the encoder has a head.
         """
         tokens_BND = self.tokens(x_BCT, positions, count_B)
         return tokens_BND if self.head is None else self.head(tokens_BND.mean(dim=1))
@@ -269,15 +260,15 @@ class EEGEncoder(nn.Module):
         Parameters
         ----------
         recording : mne.io.BaseRaw, mne.BaseEpochs, data_sharding.formats.signal.Signal or tuple
-            A recording, or ``(x, ch_names, sfreq, unit)`` with x an array [C, samples] and unit one of
+            A recording, or ``(x, ch_names, sfreq, unit)`` where x is an array [C, samples] and unit is one of
             "V", "mV", "uV", "nV".
         line_freq : float, optional
-            Mains frequency in Hz to notch out, 40 to 70, where the spec asks for that; found in the recording by
-            default.
+            Mains frequency in Hz, from 40 to 70, to remove with a notch filter if the preprocessing has one. By default
+            it is found in the recording.
         unit_factor : float, optional
-            Factor to true volts, where the recording's unit is wrong.
+            Factor to true volts, if the recording has a wrong unit.
         batch_size : int
-            Windows encoded at once.
+            Number of windows to encode at once.
 
         Returns
         -------
@@ -287,8 +278,8 @@ class EEGEncoder(nn.Module):
         Raises
         ------
         RequestError
-            If there is no EEG channel, or more of them than the encoder takes, the unit is unknown, values are
-            missing, it is shorter than a window, or an argument makes no sense.
+            If the recording has no EEG channel or more of them than the encoder takes, its unit is unknown, values are
+            missing or it is shorter than a window; or if an argument makes no sense.
         """
         from pretrain.encoder.recording import windows_of
 
@@ -302,16 +293,17 @@ class EEGEncoder(nn.Module):
         ):
             if len(found.names) > self.config.channels:
                 raise RequestError(
-                    f"{len(found.names)} EEG channels of the recording would be encoded, and this encoder takes at "
-                    f"most {self.config.channels}; pick that many of them"
+                    f"the recording has {len(found.names)} EEG channels to encode, but this encoder takes at most "
+                    f"{self.config.channels}; pick at most {self.config.channels} channels of the recording"
                 )
-            # Flawed windows leave rows at the end that are never touched, and so take no memory.
+            # Sized for all windows. Rows that flawed windows leave unused at the end are never written, and memory
+            # that is never written is never allocated.
             tokens_BND = np.empty((found.most, self.n_tokens, self.dim), np.float32)
-            # The same for every window; the encoder looks at true channels only, where it tells channels apart.
+            # All windows have the same electrodes.
             inputs = self.inputs_of([{"n": len(found.names), "positions": found.positions}], device)
             positions_C3 = inputs["positions"][0] if inputs else None
             while batch := list(itertools.islice(found.stream, batch_size)):
-                # Through float16 microvolts, as training sees them.
+                # Round to float16 microvolts, because the windows of the pretraining were stored so.
                 block = np.stack([x.astype(np.float16).astype(np.float32) for _, x in batch])
                 uv_BCT = torch.from_numpy(pad_channels(block, self.config.channels)).to(device)
                 x_BCT = self.scale_for_model(uv_BCT, len(found.names))
@@ -342,16 +334,16 @@ class EEGEncoder(nn.Module):
     def save_pretrained(
         self, path: str | Path, *, card: str | None = None, program: bool = False, extra: dict[str, Any] | None = None
     ) -> None:
-        """Write an encoder package, whole or not at all.
+        """Write an encoder package, either completely or not at all.
 
         Parameters
         ----------
         path : str or Path
-            Directory to write; one that is there is replaced.
+            Directory to write; an existing package is replaced.
         card : str, optional
-            Text of the model card; a short one by default.
+            Text of the model card; a short text by default.
         program : bool
-            Also write `encoder.pt2`, which needs PyTorch and nothing of ours.
+            Also write `encoder.pt2`, which runs with PyTorch only.
         extra : dict, optional
             Provenance for `config.json`.
 
@@ -360,107 +352,45 @@ class EEGEncoder(nn.Module):
         RequestError
             If the encoder's output holds NaN or infinite values; nothing is written then.
         """
-        # A copy on the processor in float32: the example must not depend on where the model trains.
+        # A copy on the CPU in float32: the output of the example must not depend on the device of training.
         model = EEGEncoder(self.config, self.spec, n_chans=self.n_chans, n_outputs=self.n_outputs)
         model.load_state_dict({k: v.detach().float().cpu() for k, v in self.state_dict().items()})
         model.eval()
-        example = _example_input(model)
-        with torch.no_grad():
-            output = model(*example)
-        if not output.isfinite().all():
-            raise RequestError(f"{path}: not written: the encoder's output holds NaN or infinite values")
-        with atomic_directory(path) as folder:
-            save_weights(model.state_dict(), folder / WEIGHTS)
-            write_json(folder / SPEC, self.spec.to_dict())
-            write_json(
-                folder / CONFIG,
-                {
-                    "kind": KIND,
-                    "schema": SCHEMA,
-                    "encoder": dataclasses.asdict(self.config),
-                    "n_chans": self.n_chans,
-                    "n_outputs": self.n_outputs,
-                    "positions": None if self.positions_C3 is None else _as_lists(self.positions_C3),
-                    "parameters": count_parameters(model),
-                    "versions": {"torch": torch.__version__, "dreamscale": _own_version()},
-                    "extra": extra or {},
-                },
-            )
-            arrays = dict(zip(_EXAMPLE_INPUTS, (value.numpy() for value in example), strict=False))
-            np.savez(folder / EXAMPLE, **arrays, y=output.numpy(), tolerance=np.float64(TOLERANCE))
-            atomic_write_text(folder / CARD, card or f"# EEG encoder\n\n{self.config}\n\n{self.spec}\n")
-            if program:
-                export_program(model, folder / PROGRAM)
+        write_package(path, model, self.positions_C3, card=card, program=program, extra=extra or {})
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, n_outputs: int | None = None) -> EEGEncoder:
-        """Read an encoder package and prove that it computes what it did where it was written.
+        """Read an encoder package, and check that the encoder computes what it computed where it was written.
 
         Parameters
         ----------
         path_or_hub_id : str or Path
             Directory of the package, or its name on the Hugging Face hub (``user/name``).
         n_outputs : int, optional
-            Put a fresh classification head of this many classes on it.
+            Add a new classification head with this many classes.
 
         Returns
         -------
         EEGEncoder
-            On the processor, in float32, in evaluation mode.
+            On the CPU, in float32, in evaluation mode.
 
         Raises
         ------
         RequestError
-            If a file is missing or damaged, a weight is missing or too many, or the example's output differs.
+            If a file is missing or damaged, the weights do not fit the config, or the output of the example differs.
         """
-        folder = _resolve(path_or_hub_id)
-        values = read_json(folder / CONFIG)
-        if not isinstance(values, dict) or values.get("kind") != KIND:
-            raise RequestError(f"{folder / CONFIG}: no encoder package of Dreamscale")
-        if values.get("schema") != SCHEMA:
-            raise RequestError(f"{folder / CONFIG}: schema {values.get('schema')}, this version reads {SCHEMA}")
-        saved_outputs = values.get("n_outputs")
+        found = read_package(path_or_hub_id)
         try:
-            spec = PreprocessSpec.from_dict(read_json(folder / SPEC))
-            model = cls(
-                EncoderConfig(**values["encoder"]), spec, n_chans=values.get("n_chans"), n_outputs=saved_outputs
-            )
-            if values.get("positions"):
-                model.positions_C3 = _positions_from(values["positions"])
-        except RequestError:
-            raise
-        except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise RequestError(f"{folder}: {CONFIG} or {SPEC} is damaged ({error}); export it again") from None
-        load_strictly(model, folder / WEIGHTS)
+            model = cls(found.config, found.spec, n_chans=found.n_chans, n_outputs=found.n_outputs)
+        except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
+            raise damaged(found.folder, error) from None
+        model.positions_C3 = found.positions_C3
+        load_strictly(model, found.folder / WEIGHTS)
         model.eval()
-        _check_example(model, folder / EXAMPLE)
-        if n_outputs and n_outputs != saved_outputs:
+        check_example(model, found.folder)
+        if n_outputs and n_outputs != found.n_outputs:
             model.head, model.n_outputs = _head(model.dim, n_outputs), n_outputs
         return model
-
-
-def export_program(model: EEGEncoder, path: Path) -> None:
-    """Write a model as a program that PyTorch runs without this package.
-
-    Parameters
-    ----------
-    model : EEGEncoder
-        On the processor, in evaluation mode.
-    path : Path
-        File to write, `.pt2`.
-
-    Notes
-    -----
-    ``torch.export.load(path).module()(x_BCT)`` runs it: any number of windows, 128 channels, in model units. With the
-    montage tokenizer it is ``(x_BCT, positions_BC3, count_B)``: any number of windows, 1 to 128 rows, electrodes in
-    metres with NaN where not known, and how many rows of each window are true channels.
-    """
-    example = tuple(value.repeat(2, *[1] * (value.ndim - 1)) for value in _example_input(model))
-    batch = torch.export.Dim("batch", min=1)
-    rows = {1: torch.export.Dim("channels", min=1, max=model.config.channels)} if len(example) > 1 else {}
-    dynamic = ({0: batch, **rows}, {0: batch, **rows}, {0: batch})[: len(example)]
-    program = torch.export.export(model, example, dynamic_shapes=dynamic)
-    torch.export.save(program, path)
 
 
 def _head(dim: int, n_outputs: int | None) -> nn.Linear | None:
@@ -470,11 +400,11 @@ def _head(dim: int, n_outputs: int | None) -> nn.Linear | None:
 
 
 def _positions_of(chs_info: Sequence[dict[str, Any]]) -> Tensor:
-    """Electrodes [C, 3] in metres out of MNE's channel descriptions; NaN where there is none."""
+    """Read electrodes [C, 3] in metres from MNE's channel descriptions; NaN where there is no position."""
     places_C3 = torch.full((len(chs_info), 3), math.nan)
     for row, channel in zip(places_C3, chs_info, strict=True):
         place = np.asarray(channel.get("loc", [math.nan] * 3), np.float64)[:3]
-        # MNE writes NaN, some files zeros, where there is no position.
+        # Where there is no position, MNE writes NaN and some files have zeros.
         if np.isfinite(place).all() and place.any():
             row[:] = torch.from_numpy(place)
     return places_C3
@@ -488,79 +418,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _as_lists(positions_C3: Tensor) -> list[list[float] | None]:
-    return [place if all(map(math.isfinite, place)) else None for place in positions_C3.tolist()]
-
-
-def _positions_from(lists: list[list[float] | None]) -> Tensor:
-    """Invert `_as_lists`."""
-    if not all(place is None or (isinstance(place, list) and len(place) == 3) for place in lists):
-        raise ValueError("positions must hold three numbers or null for each channel")
-    return torch.tensor([place or [math.nan] * 3 for place in lists])
-
-
-def _example_input(model: EEGEncoder) -> tuple[Tensor, ...]:
-    """Input of the self-check: oscillations written by formula, so that a package holds nobody's recording."""
-    config = model.config
-    time_T = torch.arange(config.samples, dtype=torch.float64) / config.samples
-    channel_C1 = torch.arange(config.channels, dtype=torch.float64)[:, None]
-    waves_CT = torch.sin(2 * math.pi * (3 + channel_C1 % 17) * time_T + channel_C1) + 0.5 * torch.cos(
-        2 * math.pi * (1 + channel_C1 % 5) * time_T
-    )
-    # Electrodes on a spiral over a sphere of a head's size, every fifth not known; the last quarter are no channels.
-    turns = torch.arange(config.channels, dtype=torch.float64)
-    height = 1 - turns / config.channels
-    around = (1 - height**2).sqrt()
-    sphere_C3 = 0.095 * torch.stack([around * (2.4 * turns).cos(), around * (2.4 * turns).sin(), height], dim=1)
-    places = [None if i % 5 == 4 else place for i, place in enumerate(sphere_C3.tolist())]
-    electrodes = model.backbone.electrode_inputs([{"n": config.channels, "positions": places}])
-    if "count_B" in electrodes:
-        electrodes["count_B"] = torch.tensor([max(1, config.channels * 3 // 4)])
-    return waves_CT.float()[None], *electrodes.values()
-
-
-def _check_example(model: EEGEncoder, path: Path) -> None:
-    if not path.is_file():
-        raise RequestError(f"{path}: no such file; the package is not complete, export it again")
-    try:
-        with np.load(path, allow_pickle=False) as example:
-            inputs = [torch.from_numpy(example[name]) for name in _EXAMPLE_INPUTS if name in example]
-            y, tolerance = example["y"], float(example["tolerance"])
-        with torch.no_grad():
-            error = float(np.abs(model(*inputs).numpy() - y).max())
-    except Exception as problem:
-        # A damaged archive fails in as many ways as there are layers in it: zip, zlib, NumPy's header, shapes.
-        why = f"{type(problem).__name__}: {one_line(problem)[:200]}"
-        raise RequestError(f"{path}: damaged ({why}); export it again") from None
-    if not error <= tolerance:
-        raise RequestError(
-            f"{path}: the encoder's output differs from the stored one by {error:.3g} (allowed {tolerance:g}); "
-            "weights and config do not belong together, export it again"
-        )
-
-
-def _resolve(path_or_hub_id: str | Path) -> Path:
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        if not (path / CONFIG).is_file():
-            raise RequestError(f"{path}: no {CONFIG}, so no encoder package; write one with 'dreamscale export'")
-        return path
-    if not re.fullmatch(r"[\w-]+/[\w.-]+", str(path_or_hub_id)) or path.exists():
-        raise RequestError(f"{path}: no such encoder package")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path_or_hub_id)))
-    except Exception as error:
-        raise RequestError(
-            f"{path_or_hub_id}: no such directory, and not to be had from the Hugging Face hub ({type(error).__name__})"
-        ) from None
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("dreamscale")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

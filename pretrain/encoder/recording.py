@@ -1,6 +1,6 @@
-"""A recording to the windows that the encoder was pretrained on, by the very code of sharding.
+"""Turn a recording into windows, with the same code as sharding, so that they look like those of the pretraining.
 
-Shapes: n channels, T samples a window.
+Letters of shapes: see `pretrain.model`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import mne
 
 UNITS = {"V": 1e6, "mV": 1e3, "uV": 1.0, "µV": 1.0, "μV": 1.0, "nV": 1e-3}
-"""Factor to microvolts."""
+"""Factor from each unit to microvolts."""
 LINE_FREQS = (40.0, 70.0)
-"""Hz between which a mains frequency lies: 50 or 60 everywhere, and generators drift."""
+"""Lowest and highest mains frequency in Hz that is accepted. Mains have 50 or 60 Hz, but generators drift."""
 
 
 @dataclass(kw_only=True)
@@ -34,57 +34,58 @@ class Windows:
     """Windows of a recording, ready for `PreprocessSpec.scale_for_model`."""
 
     names: list[str]
-    """Channels of the rows."""
+    """Names of the channels, in the order of the rows."""
     positions: list[list[float] | None]
-    """Electrodes of the rows in metres, None where not known."""
+    """Position of each channel's electrode in metres, None for an unknown position."""
     left_out: dict[str, str]
-    """Other channels of the recording, and why."""
+    """Channels of the recording that are not in the windows, each with the reason."""
     selection: str
-    """How channels were chosen where there are more than 128."""
+    """Rule by which channels were chosen, if the recording has more than 128."""
     bads: list[str]
-    """Channels that are flat, clipped, noisy or out of range: kept, but left out of the average reference."""
+    """Channels that are flat, clipped, noisy or out of range. They stay in the windows, but are left out of the average
+    reference."""
     sfreq: float
-    """The recording's rate in Hz."""
+    """Sampling rate of the recording in Hz."""
     line_freq: float | None
-    """Mains frequency in Hz, from the recording or found in its spectrum."""
+    """Mains frequency in Hz, as the recording says or as found in its spectrum."""
     seconds: float
     """Length of the recording."""
     most: int
-    """Windows that `stream` can give: all of them, where none is flawed."""
+    """Largest number of windows that `stream` can yield; flawed windows are missing from it."""
     tails: float
-    """Seconds at the ends of its segments that are too short for a window."""
+    """Seconds at the ends of segments that are too short for a window."""
     flawed: Counter[str] = field(default_factory=Counter)
-    """Reason to windows that were left out; complete once `stream` has ended."""
+    """Number of windows that were left out, for each reason; complete when `stream` has ended."""
     stream: Iterator[tuple[float, np.ndarray]] = field(repr=False)
-    """Start in seconds and [n, T] float32 microvolts of every other one."""
+    """Start in seconds and signal [C, T] in float32 microvolts of each window that is not flawed."""
 
 
 @contextlib.contextmanager
 def windows_of(
     recording: Any, spec: PreprocessSpec, *, unit_factor: float | None = None, line_freq: float | None = None
 ) -> Iterator[Windows]:
-    """Bring a recording to windows, with the channels, units and filters that sharding would give it.
+    """Turn a recording into windows, with the channels, units and filters that sharding would choose.
 
     Parameters
     ----------
     recording : mne.io.BaseRaw, mne.BaseEpochs, data_sharding.formats.signal.Signal or tuple
-        A recording, or ``(x, ch_names, sfreq, unit)`` with x an array [n, samples].
+        A recording, or ``(x, ch_names, sfreq, unit)`` where x is an array [C, samples].
     spec : PreprocessSpec
         The preprocessing of the pretraining.
     unit_factor : float, optional
-        Factor to true volts, where the file's unit is wrong; the amplitude is not judged then.
+        Factor to true volts, if the file has a wrong unit. With this factor the amplitude is not checked.
     line_freq : float, optional
-        Mains frequency in Hz, within `LINE_FREQS`, where it is known better than from the recording.
+        Mains frequency in Hz, within `LINE_FREQS`. By default it is found in the recording.
 
     Yields
     ------
     Windows
-        To be used up inside the context: the filtered signal lies on disk, and is gone afterwards.
+        The windows. Read them inside the context: the filtered signal is a temporary file that is deleted at its end.
 
     Raises
     ------
     RequestError
-        If the recording cannot be used, with sharding's reason, or a number makes no sense.
+        If sharding would set the recording aside (the message has sharding's reason), or a number makes no sense.
     """
     check_numbers(unit_factor=unit_factor, line_freq=line_freq)
     from data_sharding.corpora import Item
@@ -95,7 +96,7 @@ def windows_of(
 
     if isinstance(recording, tuple):
         unit_factor = unit_factor or 1.0
-    recorded = _recorded(recording)
+    signal = _wrap(recording)
     item = Item(
         key="recording",
         corpus="",
@@ -106,10 +107,10 @@ def windows_of(
         unit_factor=unit_factor,
         line_freq=line_freq,
     )
-    result, info, flawed = PartResult(row=new_row(item)), recorded.info, Counter()
+    result, info, flawed = PartResult(row=new_row(item)), signal.info, Counter()
     with contextlib.ExitStack() as stack:
         try:
-            clean, scratch = stack.enter_context(prepare(recorded, item, spec, result))
+            clean, scratch = stack.enter_context(prepare(signal, item, spec, result))
         except SetAside as verdict:
             hint = "; unit_factor says how to correct it" if result.row.unit == "unknown" else ""
             raise RequestError(f"the recording cannot be used: {verdict.reason}{hint}") from None
@@ -137,72 +138,72 @@ def windows_of(
 
 
 def check_numbers(*, unit_factor: float | None, line_freq: float | None) -> None:
-    """Refuse what no recording can have.
+    """Refuse numbers that no recording can have.
 
     Parameters
     ----------
     unit_factor, line_freq : float, optional
-        As for `windows_of`.
+        See `windows_of`.
 
     Raises
     ------
     RequestError
-        If one is given and makes no sense.
+        If a number is given and makes no sense.
     """
     if unit_factor is not None and not 0 < unit_factor < math.inf:
         raise RequestError(f"unit_factor is {unit_factor}; it must be above 0 and finite, or left out")
     low, high = LINE_FREQS
     if line_freq is not None and not low <= line_freq <= high:
         raise RequestError(
-            f"line_freq is {line_freq}; the mains have 50 or 60 Hz, so it must be from {low:g} to {high:g}; leave it "
-            "out to have it found in the recording"
+            f"line_freq is {line_freq}; mains have 50 or 60 Hz, so it must be from {low:g} to {high:g}; without "
+            "line_freq the frequency is found in the recording"
         )
 
 
 def open_recording(path: str | Path) -> Signal:
-    """Open any readable file.
+    """Open a recording in any format that sharding reads.
 
     Parameters
     ----------
     path : str or Path
-        A recording in any format that sharding reads.
+        The recording.
 
     Returns
     -------
     data_sharding.formats.signal.Signal
-        The recording, its samples not read yet.
+        The recording; its samples are not read yet.
 
     Raises
     ------
     RequestError
-        If there is no such file, or it is no recording, or it cannot be read.
+        If there is no such file, it is not a recording, or it cannot be read.
     """
     from data_sharding.formats.open_signal import ReadError, open_signal
     from data_sharding.formats.sniffing import sniff
 
     path = Path(path)
     if not path.exists():
-        raise RequestError(f"{path}: no such recording")
+        raise RequestError(f"{path}: no such file; give the path of a recording")
     try:
         found = sniff(path)
     except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+        raise RequestError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
     if found is None:
-        raise RequestError(f"{path}: not an EEG recording of a known format")
+        raise RequestError(f"{path}: not an EEG recording in a known format; docs/formats.md lists the formats")
     try:
         return open_signal(found)
     except ReadError as error:
         raise RequestError(f"{path}: {error}") from None
 
 
-def _recorded(recording: Any) -> Signal:
-    """Behind one interface: what MNE reads, arrays, and what has that interface already."""
+def _wrap(recording: Any) -> Signal:
+    """Wrap MNE objects and arrays in the interface of sharding; a recording that has the interface is returned."""
     import mne
 
     from data_sharding.formats.mne_signal import EpochsSignal, RawSignal
 
     if isinstance(recording, tuple):
-        recording = _raw_of(recording)
+        recording = _make_raw(recording)
     if isinstance(recording, mne.io.BaseRaw | mne.BaseEpochs) and not recording.ch_names:
         raise RequestError("the recording has no channel; give the file that holds the signal, not its annotations")
     if isinstance(recording, mne.io.BaseRaw):
@@ -211,18 +212,20 @@ def _recorded(recording: Any) -> Signal:
         return EpochsSignal(recording.copy())
     if isinstance(getattr(recording, "info", None), SignalInfo):
         return recording
-    raise RequestError(f"cannot encode a {type(recording).__name__}; give an mne Raw or (x, ch_names, sfreq, unit)")
+    raise RequestError(
+        f"cannot encode a {type(recording).__name__}; give an mne Raw or Epochs object or (x, ch_names, sfreq, unit)"
+    )
 
 
-def _raw_of(recording: tuple[Any, ...]) -> mne.io.BaseRaw:
+def _make_raw(recording: tuple[Any, ...]) -> mne.io.BaseRaw:
     import mne
 
     if len(recording) != 4:
-        raise RequestError("an array is encoded as (x, ch_names, sfreq, unit)")
+        raise RequestError(f"the tuple has {len(recording)} values; give (x, ch_names, sfreq, unit)")
     x, names, sfreq, unit = recording
     if unit not in UNITS:
         raise RequestError(f"unit '{unit}' is unknown; use one of V, mV, uV, nV")
-    x, names = np.asarray(x, dtype=np.float64), _distinct(names)
+    x, names = np.asarray(x, dtype=np.float64), _check_names(names)
     if x.ndim != 2 or len(x) != len(names):
         raise RequestError(f"x has shape {x.shape}, but there are {len(names)} channel names")
     if not isinstance(sfreq, numbers.Real) or not 0 < float(sfreq) < math.inf:
@@ -230,9 +233,9 @@ def _raw_of(recording: tuple[Any, ...]) -> mne.io.BaseRaw:
     return mne.io.RawArray(x * (UNITS[unit] * 1e-6), mne.create_info(names, float(sfreq), "eeg"), verbose="ERROR")
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def _check_names(names: Sequence[str]) -> list[str]:
     out = [str(name) for name in names]
     twice = sorted({name for name in out if out.count(name) > 1})
     if twice:
-        raise RequestError(f"channel names must differ; more than once: {', '.join(twice[:3])}")
+        raise RequestError(f"every channel needs a different name; these occur twice: {', '.join(twice[:3])}")
     return out

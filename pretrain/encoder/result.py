@@ -1,6 +1,6 @@
-"""What comes of a recording that was encoded.
+"""The result of encoding a recording: its features, and a report of what was used.
 
-Letters in names: B windows, N tokens, D width.
+Letters of shapes: see `pretrain.model`.
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CoverageReport:
-    """What became of a recording on its way into the encoder."""
+    """Which parts of a recording were encoded, and how they were preprocessed."""
 
     channels_used: list[str]
-    """Channels that the encoder saw, in its order, before padding by replication."""
+    """Channels that were encoded, in the order of the rows, without the copies of padding."""
     channels_left_out: dict[str, str]
-    """Other channels and why."""
+    """Channels that were not encoded, each with the reason."""
     channel_selection: str
-    """How channels were chosen where there are more than 128."""
+    """Rule by which channels were chosen, if the recording has more than 128."""
     channels_bad: list[str]
-    """Flat, clipped or out of range: used, but left out of the average reference."""
+    """Channels that are flat, clipped or out of range. They are encoded, but left out of the average reference."""
     sfreq_in: float
-    """The recording's rate in Hz."""
+    """Sampling rate of the recording in Hz."""
     sfreq_model: float
-    """Rate that it was resampled to in Hz."""
+    """Sampling rate of the encoder in Hz, to which the recording was resampled."""
     band: tuple[float, float]
-    """Pass band in Hz that was really applied."""
+    """Pass band in Hz that was applied. It is narrower than asked for if the recording's rate is low."""
     line_freq: float | None
-    """Mains frequency in Hz that was notched out; None where there was none or it was not asked for."""
+    """Mains frequency in Hz that was removed by a notch filter; None if no notch filter was applied."""
     seconds: float
     """Length of the recording."""
     window_seconds: float
     """Length of a window."""
     windows: int
-    """Windows encoded."""
+    """Number of windows that were encoded."""
     windows_left_out: dict[str, int]
-    """Windows that sharding would have left out as well, by reason."""
+    """Number of windows that were not encoded, for each reason. Sharding leaves out windows for the same reasons."""
     seconds_left_out: float
-    """Tail too short for a window."""
+    """Seconds at the ends of segments that are too short for a window."""
 
     def __str__(self) -> str:
         channels = f"{len(self.channels_used)} channels used"
@@ -52,7 +52,7 @@ class CoverageReport:
             rate += f", {self.line_freq:g} Hz notched"
         windows = f"{self.windows} windows of {self.window_seconds:g} s out of {self.seconds:.1f} s"
         if self.seconds_left_out:
-            windows += f"; {self.seconds_left_out:.2f} s at the end left out"
+            windows += f"; {self.seconds_left_out:.2f} s left out, too short for a window"
         windows += "".join(f"; {count} left out: {why}" for why, count in self.windows_left_out.items())
         return "\n".join([channels, rate, windows])
 
@@ -62,10 +62,10 @@ class Encoding:
     """Features of a recording."""
 
     tokens: np.ndarray
-    """[B, N, D] float32, one row of tokens a window."""
+    """[B, N, D] float32, the tokens of each window."""
     pooled: np.ndarray
-    """[B, D] float32, mean over the tokens of each window."""
+    """[B, D] float32, the mean over the tokens of each window."""
     times: np.ndarray
-    """[B] float64, start of each window in seconds from the recording's start."""
+    """[B] float64, the start of each window in seconds from the start of the recording."""
     report: CoverageReport
-    """What was used and what was not."""
+    """What was encoded and what was left out."""

@@ -1,1 +1,26 @@
-"""The masked autoencoder: configuration, tokenizers, transformer, masking, weights."""
+"""The masked autoencoder: configuration, tokenizers, transformer, masking, weights.
+
+The last part of a tensor's name gives its shape, one letter for each dimension: ``x_BCT`` is [B, C, T]. The letters
+mean the same in the whole project (this is the only legend):
+
+====  ==========================================================================
+B     samples of a batch: windows or trials
+n     all trials of a dataset, in the probe; m: the trials to score
+C     channels, which are the rows of a window
+T     time samples of a window
+N     tokens along a window: T / patch
+M     all tokens of a window. With the temporal tokenizer M = N. With the montage
+      tokenizer M = C x N, and token ``c N + i`` is moment i of channel c
+K     visible tokens, i.e. those that are not masked
+P     values of the signal in one token: C x patch with the temporal tokenizer,
+      patch with the montage tokenizer
+D     width of a token
+H, E  attention heads, and the width of one head
+F     features
+L     labels (classes)
+S     sets of labels, or classifiers
+1, 3  a dimension of this size; 3 are the coordinates of an electrode
+====  ==========================================================================
+
+A letter that is used in a single function is explained there.
+"""

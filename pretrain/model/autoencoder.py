@@ -1,7 +1,7 @@
-"""The masked-signal autoencoder of DreamDiffusion: tokens over time, mask over time, all channels together.
+"""The masked autoencoder of DreamDiffusion: a token is a moment of all channels together.
 
-Letters in names: B samples, C channels, T time samples, N tokens, K visible tokens, D width, P values of a token
-(C x patch).
+The encoder sees some of the tokens of a window. The decoder predicts the signal of all tokens from them, and the loss
+is the error on the tokens that the encoder did not see. Letters of shapes: see `pretrain.model`.
 
 References
 ----------
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 
 class SignalEncoder(nn.Module):
-    """A window of EEG to tokens over time.
+    """Encoder from a window of EEG to tokens over time.
 
     Parameters
     ----------
     config : EncoderConfig
-        Shape.
+        Shape of the encoder.
     """
 
     positions_ND: Tensor
@@ -44,7 +44,7 @@ class SignalEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.class_token else None
         self.blocks = Blocks(config)
         self.norm = nn.LayerNorm(config.dim)
-        # A function of the shape, so no part of the weights where not asked for. The class token's position is zero.
+        # Fixed positions follow from the shape, so they are not saved with the weights. The class token has none.
         positions_ND = sincos_positions(config.tokens, config.dim)
         if config.learned_positions:
             self.positions_ND = nn.Parameter(positions_ND)
@@ -63,12 +63,12 @@ class SignalEncoder(nn.Module):
         x_BCT : Tensor, [B, C, T]
             Scaled signal, padded to the encoder's channels.
         keep_BK : Tensor, [B, K], int64, optional
-            Tokens that may be seen, in rising order; all of them by default.
+            Visible tokens, in rising order; all tokens by default.
 
         Returns
         -------
         Tensor, [B, 1 + K, D]
-            The class token where there is one, then the (visible) tokens in the order of time.
+            The class token if the encoder has one, then the visible tokens in the order of time.
         """
         x_BCT = x_BCT.to(self.patch_embed.weight.dtype)
         x_BND = self.patch_embed(x_BCT).transpose(1, 2) + self.positions_ND.to(x_BCT.dtype)
@@ -84,7 +84,7 @@ class SignalEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C or fewer, T]
-            Scaled signal; padded here by replication.
+            Scaled signal. This method pads it by replication.
         positions_BC3, count_B : Tensor, optional
             Not used: this encoder does not know electrodes.
 
@@ -96,27 +96,27 @@ class SignalEncoder(nn.Module):
         return self(pad_channels(x_BCT, self.config.channels))[:, int(self.cls_token is not None) :]
 
     def electrode_inputs(self, metas: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return the electrodes of samples as arguments of `EEGEncoder.tokens`: none, this encoder needs none."""
+        """Return no arguments for `EEGEncoder.tokens`, because this encoder does not use electrodes."""
         return {}
 
     def common_positions(self, dataset: EEGDataset) -> Tensor | None:
-        """Return the electrodes that are to be kept with the encoder for a dataset: None, it needs none."""
+        """Return None: this encoder does not use the electrodes of a dataset."""
         return None
 
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
-        """Return the true channels over which a window's scale is computed: None, for all rows of the padded window."""
+        """Return None: the scale of a window is computed over all rows of the padded window."""
         return None
 
 
 class SignalDecoder(nn.Module):
-    """Visible tokens to the signal of every token.
+    """Decoder from the visible tokens to the signal of all tokens.
 
     Parameters
     ----------
     config : DecoderConfig
-        Shape.
+        Shape of the decoder.
     encoder : EncoderConfig
-        Shape of the encoder that it follows.
+        Shape of the encoder.
     """
 
     positions_ND: Tensor
@@ -138,14 +138,14 @@ class SignalDecoder(nn.Module):
         Parameters
         ----------
         x_BKD : Tensor, [B, 1 + K, D]
-            The encoder's output: class token, then visible tokens.
+            The encoder's output: the class token, then the visible tokens.
         keep_BK : Tensor, [B, K], int64
-            Which tokens these are.
+            Numbers of the visible tokens.
 
         Returns
         -------
         Tensor, [B, N, P]
-            Values of every token, visible or not, channels first.
+            Signal of all tokens, visible or not; the values of a token are ordered by channel, then time.
         """
         x_BKD = self.embed(x_BKD)
         B, _, D = x_BKD.shape
@@ -160,20 +160,19 @@ class SignalDecoder(nn.Module):
 
 
 class Samples(Protocol):
-    """What a model must know of a batch; `data_sharding.dataset.batch.Batch` is one."""
+    """What a model reads of a batch. `data_sharding.dataset.batch.Batch` fulfils this protocol."""
 
     channels: list[int]
-    """[B] true channels."""
-
+    """[B] number of true channels of each sample."""
     numbers: list[int]
-    """[B] numbers in the dataset."""
+    """[B] number of each sample in the dataset."""
     epochs: list[int]
-    """[B] the epoch each belongs to."""
+    """[B] epoch of each sample."""
     metas: list[dict[str, Any]]
-    """[B] their metadata (docs/data_format.md): ``n`` true channels, ``positions`` in metres."""
+    """[B] metadata of each sample (docs/data_format.md): ``n`` true channels, ``positions`` in metres."""
 
     def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """[B, C, T] microvolts, padded by replication."""
+        """Return [B, C, T] microvolts, padded by replication."""
         ...
 
 
@@ -187,30 +186,30 @@ class MaskedAutoencoder(nn.Module):
 
     Notes
     -----
-    Which tokens are hidden depends on the seed and on the sample, never on the number of processes: `prepare` says it
-    on the processor, and its result goes into `forward` as keyword arguments.
+    Which tokens are hidden depends on the seed, the epoch and the sample, never on the number of processes. `prepare`
+    draws the masks on the CPU, and its result goes into `forward` as keyword arguments.
     """
 
     def __init__(self, config: MaskedAutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = self._parts(config)
+        self.encoder, self.decoder = self._build_parts(config)
         apply_options(config, (self.encoder.blocks, self.decoder.blocks))
 
-    def _parts(self, config: MaskedAutoencoderConfig) -> tuple[Any, Any]:
+    def _build_parts(self, config: MaskedAutoencoderConfig) -> tuple[Any, Any]:
         return SignalEncoder(config.encoder), SignalDecoder(config.decoder, config.encoder)
 
     def windows(self, batch: Samples, spec: PreprocessSpec, device: torch.device) -> Tensor:
-        """Bring samples to what the model sees.
+        """Turn samples into the input of the model.
 
         Parameters
         ----------
         batch : Samples
             The samples.
         spec : PreprocessSpec
-            Their dataset's; it says how to scale.
+            Preprocessing of their dataset, which says how to scale.
         device : torch.device
-            Where to.
+            Device of the result.
 
         Returns
         -------
@@ -220,7 +219,7 @@ class MaskedAutoencoder(nn.Module):
         return spec.scale_for_model(batch.padded(device, torch.float32), self.channels_for_scale(batch))
 
     def channels_for_scale(self, batch: Samples) -> list[int] | None:
-        """Say over how many rows a window's scale is taken.
+        """Return the number of rows over which the scale of each window is computed.
 
         Parameters
         ----------
@@ -230,26 +229,27 @@ class MaskedAutoencoder(nn.Module):
         Returns
         -------
         list of int, [B], or None
-            For `data_sharding.processing.preprocess.PreprocessSpec.divisor`; None for all rows, copies too.
+            Argument of `data_sharding.processing.preprocess.PreprocessSpec.divisor`; None means all rows of the padded
+            window.
         """
         return self.encoder.channels_for_scale(batch.channels)
 
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
-        """Say what the model is to see of some samples; looks at no weights.
+        """Draw the masks of samples. This does not use the weights.
 
         Parameters
         ----------
         batch : Samples
             The samples.
         seed : int
-            Of the masks.
+            Seed for the masks.
         training : bool
-            False leaves all channels in.
+            Whether to drop channels as the config says; otherwise no channel is dropped.
 
         Returns
         -------
         dict of str to Tensor, [B, ...]
-            Keyword arguments of `forward`, on the processor; every tensor's first dimension is the sample.
+            Keyword arguments of `forward`, on the CPU.
         """
         config = self.config
         inputs = {
@@ -270,54 +270,54 @@ class MaskedAutoencoder(nn.Module):
         return inputs
 
     def hidden(self, keep_BK: Tensor, **inputs: Tensor) -> Tensor:
-        """Which tokens are hidden, as a table.
+        """Mark the hidden tokens.
 
         Parameters
         ----------
         keep_BK : Tensor, [B, K], int64
             Visible tokens.
         **inputs : Tensor
-            What else `prepare` gave.
+            The other results of `prepare`.
 
         Returns
         -------
         Tensor, [B, N], bool
-            True for hidden tokens, which are those that count.
+            True for hidden tokens; the loss is computed on these.
         """
         table_BN = torch.ones(len(keep_BK), self.config.encoder.tokens, dtype=torch.bool, device=keep_BK.device)
         return table_BN.scatter(1, keep_BK, False)
 
     def hidden_signal(self, **inputs: Tensor) -> Tensor:
-        """Which part of the signal is hidden, e.g. for figures.
+        """Mark the hidden part of the signal, e.g. for figures.
 
         Parameters
         ----------
         **inputs : Tensor
-            What `prepare` gave.
+            The results of `prepare`.
 
         Returns
         -------
         Tensor, [B, C, T], bool
-            True where a token that counts covers the signal.
+            True for the signal of hidden tokens.
         """
         shape = self.config.encoder
         hidden_BN = self.hidden(**inputs)
         return self.untokenize(hidden_BN.unsqueeze(-1).expand(-1, -1, shape.channels * shape.patch))
 
     def power(self, x_BCT: Tensor, **inputs: Tensor) -> Tensor:
-        """Loss of predicting zero, which a reconstruction is to be compared with.
+        """Compute the loss of predicting zero everywhere, as a baseline for the loss of the model.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
             Scaled signal.
         **inputs : Tensor
-            What `prepare` gave.
+            The results of `prepare`.
 
         Returns
         -------
         Tensor, [B]
-            Mean square of the hidden tokens' targets.
+            Mean square of the targets of hidden tokens.
         """
         return _mean_where(self.targets(x_BCT, **inputs).square().mean(dim=-1), self.hidden(**inputs))
 
@@ -332,7 +332,7 @@ class MaskedAutoencoder(nn.Module):
         Returns
         -------
         Tensor, [B, N, P]
-            Values by token, channels first, then time within the token.
+            Values of each token, ordered by channel, then time.
         """
         B, C, T = x_BCT.shape
         patch = self.config.encoder.patch
@@ -344,7 +344,7 @@ class MaskedAutoencoder(nn.Module):
         Parameters
         ----------
         y_BNP : Tensor, [B, N, P]
-            Values by token.
+            Values of each token.
 
         Returns
         -------
@@ -356,19 +356,19 @@ class MaskedAutoencoder(nn.Module):
         return y_BNP.reshape(B, N, P // patch, patch).permute(0, 2, 1, 3).reshape(B, P // patch, N * patch)
 
     def targets(self, x_BCT: Tensor, **inputs: Tensor) -> Tensor:
-        """What the decoder is asked for.
+        """Compute the values that the decoder must predict.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
             Scaled signal.
         **inputs : Tensor
-            What `prepare` gave; it changes nothing here.
+            The results of `prepare`; not used here.
 
         Returns
         -------
         Tensor, [B, N, P], float32 or float64
-            Values by token; each token standardised where the config says so.
+            Values of each token; with ``normalize_targets`` each token is standardised.
         """
         target_BNP = self.tokenize(full_precision(x_BCT))
         if self.config.normalize_targets:
@@ -378,7 +378,7 @@ class MaskedAutoencoder(nn.Module):
         return target_BNP
 
     def reconstruct(self, x_BCT: Tensor, keep_BK: Tensor, **inputs: Tensor) -> Tensor:
-        """Predict every token from the visible ones.
+        """Predict the signal of all tokens from the visible tokens.
 
         Parameters
         ----------
@@ -387,28 +387,28 @@ class MaskedAutoencoder(nn.Module):
         keep_BK : Tensor, [B, K], int64
             Visible tokens.
         **inputs : Tensor
-            What else `prepare` gave: ``dropped_BC``, bool, names channels that the encoder sees as zero.
+            The other results of `prepare`. ``dropped_BC`` (bool) marks channels that the encoder sees as zero.
 
         Returns
         -------
         Tensor, [B, N, P]
-            Predicted values by token.
+            Predicted values of each token.
         """
         if "dropped_BC" in inputs:
             x_BCT = x_BCT.masked_fill(inputs["dropped_BC"].unsqueeze(-1), 0.0)
         return self.decoder(self.encoder(x_BCT, keep_BK), keep_BK)
 
     def forward(self, x_BCT: Tensor, keep_BK: Tensor, **inputs: Tensor) -> Tensor:
-        """Loss of each sample on its hidden tokens.
+        """Compute the loss of each sample on its hidden tokens.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
             Scaled signal.
         keep_BK : Tensor, [B, K], int64
-            Visible tokens; the same number for every sample.
+            Visible tokens; every sample has the same number.
         **inputs : Tensor
-            What else `prepare` gave.
+            The other results of `prepare`.
 
         Returns
         -------
@@ -421,18 +421,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Bring half precision to float32; losses are never computed in less.
-
-    Parameters
-    ----------
-    x : Tensor
-        Any floating type.
-
-    Returns
-    -------
-    Tensor
-        float32, or float64 where it was that already.
-    """
+    """Convert half precision to float32 and leave float64 as it is; losses are never computed in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -1,4 +1,4 @@
-"""Shape, objective and computation of the masked-signal autoencoder, as a config says them."""
+"""The configuration of the masked autoencoder: its shape, its objective and how it is computed."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ class EncoderConfig:
     """Shape of the encoder."""
 
     tokenizer: Literal["temporal", "montage"] = "temporal"
-    """temporal: a token is a moment of all channels together, as in DreamDiffusion; montage: a moment of one channel,
-    which carries its electrode's place (`pretrain.model.montage`)."""
+    """temporal: a token is a moment of all channels together, as in DreamDiffusion. montage: a token is a moment of one
+    channel and carries the position of the channel's electrode (`pretrain.model.montage`)."""
     channels: int = 128
-    """Channels of the input, after padding by replication; for montage the most there may be."""
+    """Channels of the input after padding by replication. With the montage tokenizer, the largest number of
+    channels."""
     samples: int = 512
     """Time samples of one window."""
     patch: int = 4
-    """Neighbouring time samples that make one token."""
+    """Number of neighbouring time samples in one token."""
     dim: int = 1024
     """Width of a token."""
     depth: int = 24
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     heads: int = 16
     """Attention heads; must divide `dim`."""
     mlp_ratio: float = 4.0
     """Hidden width of the blocks' perceptrons as a multiple of `dim` (4.0 in the paper, 1.0 in the released code)."""
     class_token: bool = True
-    """A learned token beside those of the signal. False is how DreamDiffusion's code runs the encoder when it
-    fine-tunes; pretraining needs it."""
+    """Add a learned token to the tokens of the signal. Pretraining needs this token. DreamDiffusion's code fine-tunes
+    the encoder without it."""
     learned_positions: bool = False
-    """Temporal tokenizer only: positions in time are weights, which begin as the fixed code. The code of
-    DreamDiffusion trains them when it fine-tunes, though not before."""
+    """Temporal tokenizer only: train the positions in time, which start as the fixed sine and cosine code.
+    DreamDiffusion's code trains them in fine-tuning, but not in pretraining."""
 
     def __post_init__(self) -> None:
         for name in ("channels", "samples", "patch", "dim", "depth", "heads"):
@@ -46,7 +47,7 @@ class EncoderConfig:
                 raise ValueError(f"model.encoder.{name} is {getattr(self, name)}; it must be at least 1")
         if self.samples % self.patch:
             raise ValueError(
-                f"model.encoder.samples is {self.samples}, which is no multiple of model.encoder.patch {self.patch}"
+                f"model.encoder.samples is {self.samples}; it must be a multiple of model.encoder.patch ({self.patch})"
             )
         _check_width("model.encoder.", self.dim, self.heads, self.mlp_ratio)
 
@@ -97,12 +98,12 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shape of the decoder, which is dropped after pretraining."""
+    """Shape of the decoder, which is used in pretraining only."""
 
     dim: int = 512
     """Width of a token."""
     depth: int = 8
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     heads: int = 16
     """Attention heads; must divide `dim`."""
     mlp_ratio: float = 4.0
@@ -117,16 +118,16 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the model is computed; none of it changes what is learned beyond rounding."""
+    """How the model is computed. These settings change the results by rounding only."""
 
     attention: AttentionKind = "auto"
-    """sdpa: PyTorch's fused attention; plain: two matrix products and a softmax; auto: plain for bf16 on a processor,
-    where it is faster, else sdpa."""
+    """sdpa: PyTorch's fused attention. plain: two matrix products and a softmax. auto: plain for bf16 on a CPU, where
+    it is faster, and sdpa otherwise."""
     checkpointing: bool = False
-    """Keep only the input of each block for the backward pass and compute the rest again: a quarter more arithmetic,
-    far less memory."""
+    """Keep only the input of each block for the backward pass and compute the block again. This needs a quarter more
+    arithmetic and far less memory."""
     compile: bool = False
-    """Compile each block in place with torch.compile; for zero_stage 0 to 2."""
+    """Compile each block in place with torch.compile. Works with zero_stage 0 to 2."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,30 +135,35 @@ class MaskedAutoencoderConfig:
     """Shape and objective of the masked-signal autoencoder."""
 
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
-    """The part that is kept."""
+    """The encoder, which is kept after pretraining."""
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
-    """The part that is dropped after pretraining."""
+    """The decoder, which is used in pretraining only."""
     mask_ratio: float = 0.75
     """Share of a window's tokens that is hidden from the encoder (0.75 in the paper, 0.1 in the released code)."""
     mask_block: int = 1
-    """Hidden tokens come in contiguous spans of this many; 1 as published. Neighbouring tokens are so alike that single
-    gaps are filled by interpolation."""
+    """Number of neighbouring tokens that are hidden together; 1 in the paper. Neighbouring tokens are so similar that a
+    model can fill single gaps by interpolation."""
     mask_each_channel: bool = False
-    """Montage only: a mask of its own for every channel. Otherwise all channels are hidden at the same moments, as in
-    DreamDiffusion; neighbouring electrodes see nearly the same."""
+    """Montage tokenizer only: draw a separate mask for each channel. Otherwise all channels are hidden at the same
+    moments, as in DreamDiffusion. Neighbouring electrodes record nearly the same signal, so with separate masks a model
+    can copy from a neighbour."""
     normalize_targets: bool = False
-    """Score every token against its own mean and standard deviation instead of its raw values."""
+    """Standardise the target of each token with the token's own mean and standard deviation."""
     channel_dropout: float = 0.0
-    """Probability of each channel to be withheld from the encoder in training; 0 as published. It stays a target."""
+    """Probability with which a channel is hidden from the encoder in training; 0 in the paper. A hidden channel stays a
+    target of the decoder."""
     mimetic: float = 0.0
-    """How much a token prefers its neighbours in time at the start (queries and keys begin alike); 0 as published.
-    Small models on little data otherwise predict zero for hundreds of steps before they find their neighbours."""
+    """Strength of a special start: queries and keys begin with equal weights, so that a token attends to its neighbours
+    in time from the first step. 0 in the paper. Without it, small models on little data predict zero for hundreds of
+    steps."""
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
-    """How it is computed."""
+    """How the model is computed."""
 
     def __post_init__(self) -> None:
         if not self.encoder.class_token:
-            raise ValueError("model.encoder.class_token is false; pretraining needs the class token")
+            raise ValueError(
+                "model.encoder.class_token is false, but pretraining needs the class token; set it to true"
+            )
         if not 0 <= self.channel_dropout < 1:
             raise ValueError(f"model.channel_dropout is {self.channel_dropout}; it must be from 0 to below 1")
         if self.mask_each_channel and not self.encoder.by_channel:
@@ -171,8 +177,8 @@ class MaskedAutoencoderConfig:
         visible = visible_tokens(self.encoder.tokens, self.mask_ratio) if 0 < self.mask_ratio < 1 else 0
         if not 0 < visible < self.encoder.tokens:
             raise ValueError(
-                f"model.mask_ratio is {self.mask_ratio}; of {self.encoder.tokens} tokens it must hide at least one "
-                "and leave at least one"
+                f"model.mask_ratio is {self.mask_ratio}; it must hide at least one of the {self.encoder.tokens} tokens "
+                "and leave at least one visible"
             )
         if not 1 <= self.mask_block <= self.encoder.tokens - visible:
             raise ValueError(

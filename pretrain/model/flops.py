@@ -1,4 +1,4 @@
-"""How much arithmetic a training does, and how much its device could do."""
+"""The arithmetic of a training, and the most arithmetic that its device can do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pretrain.model.build import build_autoencoder
 from pretrain.model.config import ComputeConfig, MaskedAutoencoderConfig
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    # Dense, from the makers' data sheets; the first name that is part of the device's wins.
+    # Dense TFLOP/s from the makers' data sheets. The first name that occurs in the name of the device is taken, so
+    # a longer name stands before a shorter name that it contains.
     "B200": {"bf16": 2250.0, "fp32": 75.0},
     "GH200": {"bf16": 989.0, "fp32": 67.0},
     "H200": {"bf16": 989.0, "fp32": 67.0},
@@ -35,7 +36,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "RTX 3090": {"bf16": 71.0, "fp32": 35.6},
     "MI300X": {"bf16": 1307.0, "fp32": 163.4},
 }
-"""TFLOP/s by name of the device and precision."""
+"""TFLOP/s for each name of a device and each precision."""
 
 
 @functools.cache
@@ -50,14 +51,15 @@ def training_flops(config: MaskedAutoencoderConfig) -> float:
     Returns
     -------
     float
-        Three times those of the forward pass's matrix products and convolutions: forward, and backward to inputs and
-        weights. What is computed twice to save memory counts once. Counted by PyTorch on the meta device.
+        Three times the operations of the forward pass's matrix products and convolutions: one part for the forward pass
+        and two for the backward pass, to inputs and to weights. Activations that are computed again to save memory are
+        not counted again. PyTorch counts the operations on the meta device.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     shape = config.encoder
     with torch.device("meta"):
-        # Fixed positions are made on the processor whatever the device.
+        # The fixed positions are always made on the CPU, so the model is moved to the meta device as a whole.
         model = build_autoencoder(dataclasses.replace(config, compute=ComputeConfig(attention="plain"))).to("meta")
     window: Any = SimpleNamespace(
         numbers=[0], epochs=[0], metas=[{"n": shape.channels, "positions": [None] * shape.channels}]
@@ -70,7 +72,7 @@ def training_flops(config: MaskedAutoencoderConfig) -> float:
 
 
 def _window_flops(config: MaskedAutoencoderConfig, rows: int) -> float:
-    """Operations of a window of which the model reads `rows` rows."""
+    """Count the operations of training on one window, of which the model reads `rows` rows."""
     if rows == config.encoder.channels:
         return training_flops(config)
     constant, linear, square = _by_channels(config)
@@ -79,7 +81,11 @@ def _window_flops(config: MaskedAutoencoderConfig, rows: int) -> float:
 
 @functools.cache
 def _by_channels(config: MaskedAutoencoderConfig) -> tuple[float, float, float]:
-    """Polynomial in the true channels: tokens grow with them, and attention with their square."""
+    """Fit the operations as a polynomial of the number of rows: constant, linear and square coefficient.
+
+    The number of tokens grows with the rows, and attention with the square of the number of tokens, so a polynomial of
+    degree 2 is exact.
+    """
     some = (1, 64, 128)
     counts = [
         training_flops(dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, channels=n)))
@@ -90,47 +96,47 @@ def _by_channels(config: MaskedAutoencoderConfig) -> tuple[float, float, float]:
 
 
 def batch_flops(config: MaskedAutoencoderConfig, channels: Sequence[int]) -> float:
-    """Count the floating-point operations of training on some windows.
+    """Count the floating-point operations of training on several windows.
 
     Parameters
     ----------
     config : MaskedAutoencoderConfig
         Shape of the model.
     channels : sequence of int, [B]
-        True channels of each window: the montage tokenizer's arithmetic is of these, the temporal one's of 128 rows
-        always.
+        Number of true channels of each window. The montage tokenizer reads only these rows, the temporal tokenizer
+        always reads the padded window.
 
     Returns
     -------
     float
-        Operations, as `training_flops` counts them; those on padding, which is no use to anybody, do not count.
+        Operations, as `training_flops` counts them. Work on tokens that only pad a batch is useless and not counted.
     """
     return math.fsum(_window_flops(config, config.encoder.signal_rows(n)) for n in channels)
 
 
 def peak_flops(device: torch.device, precision: str, override_tflops: float | None = None) -> float | None:
-    """Look up what a device can do at most.
+    """Look up the peak arithmetic of a device.
 
     Parameters
     ----------
     device : torch.device
-        Where training runs.
+        Device of the training.
     precision : str
         fp32 or bf16.
     override_tflops : float, optional
-        TFLOP/s as the user knows them.
+        TFLOP/s given by the user, used in place of the table.
 
     Returns
     -------
     float or None
-        FLOP/s; None for processors and devices that `PEAK_TFLOPS` does not know.
+        FLOP/s; None for CPUs and for devices that are not in `PEAK_TFLOPS`.
     """
     if override_tflops is not None:
         return override_tflops * 1e12
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    # Whole words: an L40 is no L4.
+    # Compare whole words: the name "L40" contains "L4", but is another device.
     found = next(
         (v[precision] for known, v in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(known)}\b", name)), None
     )

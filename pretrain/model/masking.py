@@ -1,6 +1,10 @@
-"""Which tokens are hidden and which channels dropped: a function of seed, epoch and sample, and of nothing else.
+"""Which tokens are hidden and which channels are dropped.
 
-Letters in names: B samples, C channels, N tokens, K visible tokens.
+Both are functions of the seed, the epoch and the number of the sample only. A sample therefore gets the same mask in an
+epoch whatever the number of processes and workers, and after a resume. To make this cheap, the random numbers come from
+a hash of (seed, epoch, sample, counter) instead of a generator with a state.
+
+Letters of shapes: see `pretrain.model`.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Keeps the draws of channel dropout apart from those of the masks.
+# Mixed into the hash, so that the random numbers of channel dropout differ from those of the masks.
 _DROPOUT = np.uint64(0xD20C4A11E15)
 
 
@@ -23,14 +27,14 @@ def visible_tokens(tokens: int, mask_ratio: float) -> int:
     tokens : int
         Tokens of a window.
     mask_ratio : float
-        Share hidden, between 0 and 1.
+        Share of hidden tokens, between 0 and 1.
 
     Returns
     -------
     int
-        The same for every sample, so that a batch stays rectangular.
+        Number of visible tokens. All samples have the same number, so that a batch is rectangular.
     """
-    # Rounded first: 1 - 0.9 is a hair below 0.1, and truncation would lose a token.
+    # Rounded first: in floating point 1 - 0.9 is slightly below 0.1, and int() alone would lose a token.
     return int(round(tokens * (1.0 - mask_ratio), 6))
 
 
@@ -44,31 +48,31 @@ def keep_indices(
     block: int = 1,
     channels: Sequence[int] | None = None,
 ) -> Tensor:
-    """Draw the visible tokens of some samples.
+    """Draw the visible tokens of samples.
 
     Parameters
     ----------
     seed : int
-        The run's seed.
+        Seed of the run.
     epochs : sequence of int, [B]
-        The epoch of each sample.
+        Epoch of each sample.
     numbers : sequence of int, [B]
-        Each sample's number in the dataset.
+        Number of each sample in the dataset.
     tokens : int
         Tokens of a window.
     mask_ratio : float
         Share of the tokens to hide.
     block : int
-        Hidden tokens come in contiguous spans of this length; a last, shorter span fills the share up.
+        Length of the spans of neighbouring tokens that are hidden together. If the number of hidden tokens is not a
+        multiple of it, one span is shorter.
     channels : sequence of int, [B], optional
-        Where every channel has a mask of its own: which channel each row is for.
+        Channel for which each row is drawn, if every channel has a separate mask.
 
     Returns
     -------
     Tensor, [B, K], int64
-        Visible tokens of each sample, in rising order. Every subset of this size is equally likely, or for blocks
-        every arrangement of the spans among the visible tokens. The same sample has the same mask in the same epoch
-        for any number of processes, workers or resumptions.
+        Visible tokens of each sample, in rising order. Every subset of this size is equally likely; with blocks, every
+        arrangement of the spans among the visible tokens is.
     """
     state_B = _state(seed, epochs, numbers)
     if channels is not None:
@@ -77,42 +81,43 @@ def keep_indices(
     if block == 1:
         order_BN = np.argsort(_noise(state_B, tokens), axis=1, kind="stable")[:, :visible]
         return torch.from_numpy(np.sort(order_BN, axis=1).astype(np.int64))
-    # Spans and visible tokens as beads on a string: shuffle the beads, then see where the visible ones lie.
+    # Shuffle J pieces, which are spans of hidden tokens and single visible tokens. Laid one after the other in the new
+    # order, the pieces fill the window, and the starts of the visible pieces are the visible tokens.
     spans, rest = divmod(tokens - visible, block)
     lengths = np.array([block] * spans + [rest] * (rest > 0) + [1] * visible)
-    beads_BM = np.argsort(_noise(state_B, len(lengths)), axis=1, kind="stable")
-    start_BM = np.cumsum(lengths[beads_BM], axis=1) - lengths[beads_BM]
-    seen_BM = beads_BM >= len(lengths) - visible
-    return torch.from_numpy(start_BM[seen_BM].reshape(len(beads_BM), visible).astype(np.int64))
+    order_BJ = np.argsort(_noise(state_B, len(lengths)), axis=1, kind="stable")
+    start_BJ = np.cumsum(lengths[order_BJ], axis=1) - lengths[order_BJ]
+    seen_BJ = order_BJ >= len(lengths) - visible
+    return torch.from_numpy(start_BJ[seen_BJ].reshape(len(order_BJ), visible).astype(np.int64))
 
 
 def dropped_channels(
     seed: int, epochs: Sequence[int], numbers: Sequence[int], counts: Sequence[int], share: float, width: int
 ) -> Tensor:
-    """Draw the channels whose signal is withheld from the encoder.
+    """Draw the channels that are hidden from the encoder.
 
     Parameters
     ----------
     seed : int
-        The run's seed.
+        Seed of the run.
     epochs, numbers : sequence of int, [B]
-        As for `keep_indices`.
+        See `keep_indices`.
     counts : sequence of int, [B]
-        True channels of each sample.
+        Number of true channels of each sample.
     share : float
-        Probability of each true channel to be dropped; one at least always stays.
+        Probability with which a true channel is dropped. At least one channel always stays.
     width : int
         Rows of the padded window.
 
     Returns
     -------
     Tensor, [B, width], bool
-        True for the rows to withhold. All copies of a channel go with it: row i is channel ``i mod n``.
+        True for rows to hide. All copies of a dropped channel are hidden too: row i is channel ``i mod n``.
     """
     counts_B = np.asarray(counts, np.int64)
     noise_BC = _noise(_mix(_state(seed, epochs, numbers) ^ _DROPOUT), width) / 2.0**64
     real_BC = np.arange(width) < counts_B[:, None]
-    # The channel with the largest draw stays, whatever the share.
+    # The true channel with the largest random number stays, whatever the share.
     stays_B = np.where(real_BC, noise_BC, -1.0).argmax(axis=1)
     dropped_BC = noise_BC < share
     dropped_BC[np.arange(len(counts_B)), stays_B] = False
@@ -121,17 +126,19 @@ def dropped_channels(
 
 
 def _state(seed: int, epochs: Sequence[int], numbers: Sequence[int]) -> np.ndarray:
+    """Hash seed, epoch and number of each sample to 64 bits."""
     state_B = _mix(_mix(np.full(len(epochs), seed % 2**64, np.uint64)) ^ np.asarray(epochs, np.uint64))
     return _mix(state_B ^ np.asarray(numbers, np.uint64))
 
 
 def _noise(state_B: np.ndarray, draws: int) -> np.ndarray:
+    """Return `draws` random 64-bit numbers for each sample, [B, draws]."""
     with np.errstate(over="ignore"):
         return _mix(state_B[:, None] + np.arange(draws, dtype=np.uint64))
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """Step of SplitMix64: turns a counter into 64 independent-looking bits."""
+    """Apply one step of SplitMix64, a hash whose 64 bits look independent even for neighbouring inputs."""
     with np.errstate(over="ignore"):
         value = (value + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,10 +1,10 @@
-"""A tokenizer that knows the montage: patches of single channels, with the electrode's place and the moment.
+"""The masked autoencoder with the montage tokenizer: a token is a moment of one channel.
 
-Nothing depends on the order of the channels or on how many rows a window was padded to: a channel is known by its
-electrode's position alone, and rows beyond the true channels are neither attended to nor scored.
+Each token carries the position of its electrode on the head and its moment in time. The results do not depend on the
+order of the channels, because the model knows a channel only by the position of its electrode. They do not depend on
+the number of padding rows either: tokens of padding are neither attended to nor scored.
 
-Letters in names: B samples, C channels, T time samples, N tokens along a window, M = C x N tokens of a sample (token
-``c N + i`` is moment i of channel c), K visible tokens, D width, P time samples of a token.
+Letters of shapes: see `pretrain.model`.
 
 References
 ----------
@@ -30,27 +30,28 @@ from pretrain.model.transformer import Blocks, initialise, sincos_positions
 if TYPE_CHECKING:
     from data_sharding.dataset.dataset import EEGDataset
 
-# Metres: from twice the head's width to the distance of neighbours in a montage of 128 electrodes.
+# Longest and shortest wavelength in metres: twice the width of a head, and the distance between neighbours in a montage
+# of 128 electrodes.
 _WAVELENGTHS = (0.4, 0.02)
 _BANDS = 8
 
 
 def electrode_positions(metas: list[dict[str, Any]], most: int) -> tuple[Tensor, Tensor]:
-    """Electrodes of some samples as tensors.
+    """Return the electrodes of samples as tensors.
 
     Parameters
     ----------
     metas : list of dict, [B]
-        Metadata of samples: ``n`` true channels and ``positions`` in metres, null where not known.
+        Metadata of samples: ``n`` true channels and their ``positions`` in metres, None for an unknown position.
     most : int
-        Channels of a padded window.
+        Largest number of channels.
 
     Returns
     -------
     positions_BC3 : Tensor, [B, C, 3], float32
-        Metres, NaN where not known; C is the largest number of true channels among the samples.
+        Metres, NaN for an unknown position. C is the largest number of true channels among the samples.
     count_B : Tensor, [B], int64
-        True channels of each sample.
+        Number of true channels of each sample.
     """
     counts = [min(int(meta["n"]), most) for meta in metas]
     positions_BC3 = np.full((len(metas), max(counts), 3), np.nan, np.float32)
@@ -62,7 +63,7 @@ def electrode_positions(metas: list[dict[str, Any]], most: int) -> tuple[Tensor,
 
 
 def common_positions(dataset: EEGDataset) -> Tensor:
-    """Electrodes of a dataset that was recorded with one montage, as EEG-image datasets are.
+    """Return the electrodes of a dataset that was recorded with one montage, as EEG-image datasets are.
 
     Parameters
     ----------
@@ -72,12 +73,12 @@ def common_positions(dataset: EEGDataset) -> Tensor:
     Returns
     -------
     Tensor, [C, 3], float32
-        Metres, NaN where not known. As ``positions_C3`` of an encoder they allow calls with windows alone.
+        Metres, NaN for an unknown position.
 
     Raises
     ------
     RequestError
-        If its samples have several montages.
+        If the samples have different montages.
     """
     first = dataset.meta(0)
     for number in range(1, len(dataset)):
@@ -85,19 +86,23 @@ def common_positions(dataset: EEGDataset) -> Tensor:
         if meta["n"] != first["n"] or meta.get("positions") != first.get("positions"):
             raise RequestError(
                 f"{dataset.path} ({dataset.split}): sample {dataset.key(number)} has other electrodes than "
-                f"{dataset.key(0)}; this stage takes one montage, or an encoder with the temporal tokenizer"
+                f"{dataset.key(0)}; this stage needs a dataset with one montage, or an encoder with the temporal "
+                "tokenizer"
             )
     positions_BC3, _ = electrode_positions([first], first["n"])
     return positions_BC3[0]
 
 
 class ElectrodePlace(nn.Module):
-    """Where an electrode sits on the head, as a vector.
+    """Embedding of the position of an electrode.
+
+    Sines and cosines of several wavelengths along x, y and z (Fourier features [1]_), and a linear map of them. All
+    electrodes of unknown position share one learned vector.
 
     Parameters
     ----------
     dim : int
-        Width of the vector.
+        Width of the embedding.
     """
 
     waves_F: Tensor
@@ -112,20 +117,20 @@ class ElectrodePlace(nn.Module):
         nn.init.normal_(self.unknown, std=0.02)
 
     def forward(self, positions_BC3: Tensor) -> Tensor:
-        """Describe places.
+        """Embed positions.
 
         Parameters
         ----------
         positions_BC3 : Tensor, [B, C, 3], float32
-            Metres in the head's frame; NaN where a position is not known.
+            Metres in the head's frame; NaN for an unknown position.
 
         Returns
         -------
         Tensor, [B, C, D]
-            Vectors; one and the same for all electrodes whose position is not known.
+            Embeddings.
         """
         known_BC1 = positions_BC3.isfinite().all(dim=-1, keepdim=True)
-        # Zeroed first: a NaN that `where` leaves out would still reach the gradient.
+        # NaN must be replaced before the sines: `torch.where` at the end would still pass NaN to the gradient.
         places_BC3 = torch.where(known_BC1, positions_BC3, 0.0).to(self.waves_F.dtype)
         angles_BCW = (places_BC3.unsqueeze(-1) * self.waves_F).flatten(-2)
         waves_BCW = torch.cat([angles_BCW.sin(), angles_BCW.cos()], dim=-1)
@@ -133,12 +138,12 @@ class ElectrodePlace(nn.Module):
 
 
 class MontageEncoder(nn.Module):
-    """A window of EEG of any montage to tokens.
+    """Encoder from a window of EEG of any montage to tokens.
 
     Parameters
     ----------
     config : EncoderConfig
-        Shape; `channels` is the most there may be and sizes nothing.
+        Shape of the encoder. `channels` limits the number of channels; no weight depends on it.
     """
 
     positions_ND: Tensor
@@ -169,21 +174,21 @@ class MontageEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C or more, T]
-            Scaled signal; rows beyond those of `positions_BC3` are copies and left out.
+            Scaled signal. Rows beyond those of `positions_BC3` are copies, and are ignored.
         positions_BC3 : Tensor, [B, C, 3]
-            Electrodes in metres, NaN where not known.
+            Electrodes in metres, NaN for an unknown position.
         count_B : Tensor, [B], int64, optional
-            True channels of each sample; C by default.
+            Number of true channels of each sample; C by default.
         keep_BK : Tensor, [B, K], int64, optional
-            Tokens that may be seen; all of them by default.
+            Numbers of the visible tokens; all tokens by default.
         seen_BK : Tensor, [B, K], bool, optional
-            False where `keep_BK` only fills the batch.
+            False for padding in `keep_BK`; samples may have different numbers of visible tokens.
 
         Returns
         -------
         Tensor, [B, 1 + K or 1 + M, D]
-            The class token where there is one, then the tokens, channel by channel. What comes of tokens that only
-            fill the batch means nothing.
+            The class token if the encoder has one, then the tokens, channel by channel. Output at padding tokens is
+            meaningless.
         """
         shape, channels = self.config, positions_BC3.shape[1]
         dtype = self.patch_embed.weight.dtype
@@ -200,12 +205,12 @@ class MontageEncoder(nn.Module):
         return self.norm(self.blocks(x_BMD, real_BM))
 
     def over_time(self, x_BCT: Tensor, positions_BC3: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
-        """Encode windows and average the tokens over the channels, so that every montage gives as many tokens.
+        """Encode windows and average the tokens over the channels: every montage gives the same number of tokens.
 
         Parameters
         ----------
         x_BCT, positions_BC3, count_B : Tensor
-            As for `forward`.
+            See `forward`.
 
         Returns
         -------
@@ -219,8 +224,9 @@ class MontageEncoder(nn.Module):
         """
         if positions_BC3 is None:
             raise RequestError(
-                "this encoder's montage tokenizer needs to know where the electrodes sit: give positions [channels, 3] "
-                "in metres, NaN where not known (inputs_of has them for a dataset's samples), or build it with chs_info"
+                "this encoder's montage tokenizer needs the positions of the electrodes: give positions [channels, 3] "
+                "in metres, NaN for an unknown position (for samples of a dataset, inputs_of returns them), or build "
+                "the encoder with chs_info"
             )
         if positions_BC3.shape[1] > x_BCT.shape[1]:
             raise ValueError(f"got positions of {positions_BC3.shape[1]} channels for windows of {x_BCT.shape[1]}")
@@ -239,26 +245,27 @@ class MontageEncoder(nn.Module):
         return {"positions": positions_BC3, "count_B": count_B}
 
     def common_positions(self, dataset: EEGDataset) -> Tensor | None:
-        """Return the electrodes that are to be kept with the encoder for a dataset; see `common_positions`."""
+        """Return the electrodes of a dataset with one montage; see the function `common_positions`."""
         return common_positions(dataset)
 
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
-        """Return the true channels over which a window's scale is computed.
+        """Return the number of true channels of each window, over which its scale is computed.
 
-        Copies in a padded window must not count: some channels would weigh more than others, depending on their order.
+        Copies in a padded window are left out. Otherwise the channels with one copy more than others would have a
+        larger weight, and the result would depend on the order of the channels.
         """
         return len(positions_C3) if channels is None and positions_C3 is not None else channels
 
 
 class MontageDecoder(nn.Module):
-    """Visible tokens to the signal of every token.
+    """Decoder from the visible tokens to the signal of all tokens.
 
     Parameters
     ----------
     config : DecoderConfig
         Shape of the decoder.
     encoder : EncoderConfig
-        Shape of the encoder that it follows.
+        Shape of the encoder.
     """
 
     positions_ND: Tensor
@@ -281,23 +288,23 @@ class MontageDecoder(nn.Module):
         Parameters
         ----------
         x_BKD : Tensor, [B, 1 + K, D]
-            The encoder's output: class token, then visible tokens.
+            The encoder's output: the class token, then the visible tokens.
         keep_BK : Tensor, [B, K], int64
-            Which tokens these are; M for what only fills the batch.
+            Numbers of the visible tokens; M for padding.
         positions_BC3 : Tensor, [B, C, 3]
-            Electrodes in metres, NaN where not known.
+            Electrodes in metres, NaN for an unknown position.
         count_B : Tensor, [B], int64, optional
-            True channels of each sample.
+            Number of true channels of each sample.
 
         Returns
         -------
         Tensor, [B, M, P]
-            Values of every token, visible or not.
+            Signal of all tokens, visible or not.
         """
         x_BKD = self.embed(x_BKD)
         B, _, D = x_BKD.shape
         N, C = self.positions_ND.shape[0], positions_BC3.shape[1]
-        # One place too many, which takes what only fills the batch.
+        # One row more than there are tokens: padding has the number M, is written into this row and cut off.
         x_BMD = (
             self.mask_token.to(x_BKD.dtype)
             .expand(B, C * N + 1, D)
@@ -310,19 +317,19 @@ class MontageDecoder(nn.Module):
 
 
 def real_tokens(count_B: Tensor | None, channels: int, tokens: int) -> Tensor | None:
-    """Which tokens belong to true channels.
+    """Mark the tokens that belong to true channels.
 
     Parameters
     ----------
     count_B : Tensor, [B], int64, or None
-        True channels of each sample.
+        Number of true channels of each sample; None if all rows are true channels.
     channels, tokens : int
-        Rows of a window and tokens along it.
+        Rows of a window, and tokens along it.
 
     Returns
     -------
     Tensor, [B, M], bool, or None
-        None where all do.
+        True for tokens of true channels; None if all tokens are.
     """
     if count_B is None:
         return None
@@ -331,23 +338,12 @@ def real_tokens(count_B: Tensor | None, channels: int, tokens: int) -> Tensor | 
 
 
 def with_class_token(real_BM: Tensor | None) -> Tensor | None:
-    """Put the class token, which is always real, before a table of tokens.
-
-    Parameters
-    ----------
-    real_BM : Tensor, [B, M], bool, or None
-        The table.
-
-    Returns
-    -------
-    Tensor, [B, 1 + M], bool, or None
-        None stays None.
-    """
+    """Add the class token, which is always real, in front of the marks of `real_tokens`; None stays None."""
     return None if real_BM is None else torch.cat([torch.ones_like(real_BM[:, :1]), real_BM], dim=1)
 
 
 class MontageAutoencoder(MaskedAutoencoder):
-    """Asymmetric masked autoencoder over the tokens of single channels.
+    """Asymmetric masked autoencoder with the montage tokenizer.
 
     Parameters
     ----------
@@ -356,34 +352,35 @@ class MontageAutoencoder(MaskedAutoencoder):
 
     Notes
     -----
-    The mask is drawn for true channels; their copies in a padded window are never tokens, so a hidden channel cannot be
-    read from its copy. A dropped channel is one with no visible token.
+    Only true channels become tokens. Their copies in a padded window do not, so the model cannot read a hidden channel
+    from its copy. A channel that is dropped has no visible token.
     """
 
-    def _parts(self, config: MaskedAutoencoderConfig) -> tuple[Any, Any]:
+    def _build_parts(self, config: MaskedAutoencoderConfig) -> tuple[Any, Any]:
         return MontageEncoder(config.encoder), MontageDecoder(config.decoder, config.encoder)
 
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
-        """Say what the model is to see of some samples; looks at no weights.
+        """Draw the masks of samples and collect their electrodes. This does not use the weights.
 
         Parameters
         ----------
         batch : Samples
-            The samples; of their metadata it reads ``n`` and ``positions``.
+            The samples. Of their metadata this reads ``n`` and ``positions``.
         seed : int
-            Of the masks.
+            Seed for the masks.
         training : bool
-            False leaves all channels in.
+            Whether to drop channels as the config says; otherwise no channel is dropped.
 
         Returns
         -------
         dict of str to Tensor, [B, ...]
-            Keyword arguments of `forward`, on the processor; every tensor's first dimension is the sample.
+            Keyword arguments of `forward`, on the CPU.
         """
         config, shape = self.config, self.config.encoder
         positions_BC3, count_B = electrode_positions(batch.metas, shape.channels)
         B, C, _ = positions_BC3.shape
         each = config.mask_each_channel
+        # R rows of masks: one for each channel of each sample, or one for each sample.
         rows = np.repeat(np.arange(B), C if each else 1)
         keep_RK = keep_indices(
             seed,
@@ -401,12 +398,13 @@ class MontageAutoencoder(MaskedAutoencoder):
                 seed, batch.epochs, batch.numbers, count_B.tolist(), config.channel_dropout, shape.channels
             )[:, :C]
         seen_BK = seen_BC.unsqueeze(-1).expand_as(keep_BCK).flatten(1)
-        # Visible tokens to the front, and no longer than the sample that has most of them.
+        # Samples have different numbers of visible tokens. Move the visible tokens to the front, and cut all samples to
+        # the largest number of visible tokens. What is left of padding gets the number M and False in `seen_BK`.
         order_BK = seen_BK.int().argsort(dim=1, descending=True, stable=True)[:, : int(seen_BK.sum(dim=1).max())]
         seen_BK = seen_BK.gather(1, order_BK)
         keep_BK = keep_BCK.flatten(1).gather(1, order_BK).masked_fill(~seen_BK, C * shape.tokens)
         inputs = {"keep_BK": keep_BK, "positions_BC3": positions_BC3}
-        # Tables that are true throughout are left out: attention without a mask is faster.
+        # Without padding no marks are needed, and attention without a mask is faster.
         if not bool(seen_BK.all()):
             inputs["seen_BK"] = seen_BK
         if int(count_B.min()) < C:
@@ -414,19 +412,19 @@ class MontageAutoencoder(MaskedAutoencoder):
         return inputs
 
     def hidden(self, keep_BK: Tensor, **inputs: Tensor) -> Tensor:
-        """Which tokens are hidden, as a table.
+        """Mark the hidden tokens.
 
         Parameters
         ----------
         keep_BK : Tensor, [B, K], int64
             Visible tokens.
         **inputs : Tensor
-            What else `prepare` gave.
+            The other results of `prepare`.
 
         Returns
         -------
         Tensor, [B, M], bool
-            True for hidden tokens of true channels, which are those that count.
+            True for hidden tokens of true channels; the loss is computed on these.
         """
         channels, tokens = inputs["positions_BC3"].shape[1], self.config.encoder.tokens
         table_BM = torch.ones(len(keep_BK), channels * tokens + 1, dtype=torch.bool, device=keep_BK.device)
@@ -435,17 +433,18 @@ class MontageAutoencoder(MaskedAutoencoder):
         return table_BM if real_BM is None else table_BM & real_BM
 
     def hidden_signal(self, **inputs: Tensor) -> Tensor:
-        """Which part of the signal is hidden, e.g. for figures.
+        """Mark the hidden part of the signal, e.g. for figures.
 
         Parameters
         ----------
         **inputs : Tensor
-            What `prepare` gave.
+            The results of `prepare`.
 
         Returns
         -------
         Tensor, [B, C, T], bool
-            True where a token that counts covers the signal; C is the largest number of true channels.
+            True for the signal of hidden tokens of true channels. C is the largest number of true channels among the
+            samples.
         """
         return self.untokenize(self.hidden(**inputs).unsqueeze(-1).expand(-1, -1, self.config.encoder.patch))
 
@@ -460,7 +459,7 @@ class MontageAutoencoder(MaskedAutoencoder):
         Returns
         -------
         Tensor, [B, M, P]
-            Values by token.
+            Values of each token.
         """
         shape = self.config.encoder
         return x_BCT.unflatten(-1, (shape.tokens, shape.patch)).flatten(1, 2)
@@ -471,7 +470,7 @@ class MontageAutoencoder(MaskedAutoencoder):
         Parameters
         ----------
         y_BNP : Tensor, [B, M, P]
-            Values by token.
+            Values of each token.
 
         Returns
         -------
@@ -481,24 +480,24 @@ class MontageAutoencoder(MaskedAutoencoder):
         return y_BNP.unflatten(1, (-1, self.config.encoder.tokens)).flatten(-2)
 
     def targets(self, x_BCT: Tensor, **inputs: Tensor) -> Tensor:
-        """What the decoder is asked for.
+        """Compute the values that the decoder must predict.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C or more, T]
             Scaled signal.
         **inputs : Tensor
-            What `prepare` gave.
+            The results of `prepare`.
 
         Returns
         -------
         Tensor, [B, M, P], float32 or float64
-            Values by token; each token standardised where the config says so.
+            Values of each token; with ``normalize_targets`` each token is standardised.
         """
         return super().targets(x_BCT[:, : inputs["positions_BC3"].shape[1]])
 
     def reconstruct(self, x_BCT: Tensor, keep_BK: Tensor, **inputs: Tensor) -> Tensor:
-        """Predict every token from the visible ones.
+        """Predict the signal of all tokens from the visible tokens.
 
         Parameters
         ----------
@@ -507,12 +506,12 @@ class MontageAutoencoder(MaskedAutoencoder):
         keep_BK : Tensor, [B, K], int64
             Visible tokens.
         **inputs : Tensor
-            What else `prepare` gave.
+            The other results of `prepare`.
 
         Returns
         -------
         Tensor, [B, M, P]
-            Predicted values by token.
+            Predicted values of each token.
         """
         positions_BC3, count_B = inputs["positions_BC3"], inputs.get("count_B")
         x_BKD = self.encoder(x_BCT, positions_BC3, count_B, keep_BK, inputs.get("seen_BK"))

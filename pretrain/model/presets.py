@@ -1,4 +1,4 @@
-"""Shapes of the masked autoencoder by name; `configs/pretrain/` spells the same ones out."""
+"""Shapes of the masked autoencoder by name. A config in `configs/pretrain/` repeats each shape in full."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ from pretrain.model.config import ComputeConfig, DecoderConfig, EncoderConfig, M
 _TINY_DECODER = DecoderConfig(dim=96, depth=2, heads=4, mlp_ratio=2.0)
 
 PRESETS: dict[str, MaskedAutoencoderConfig] = {
-    # The demo's: one second at 128 Hz, minutes on two processor cores.
+    # For the demo: windows of one second at 128 Hz, trained in minutes on two CPU cores.
     "tiny": MaskedAutoencoderConfig(
         encoder=EncoderConfig(samples=128, dim=160, depth=4, heads=4, mlp_ratio=2.0),
         decoder=_TINY_DECODER,
         mask_ratio=0.5,
         mimetic=3.0,
     ),
-    # DreamDiffusion's released code: 151.8M in the encoder, 13.4M in the decoder, a tenth of the tokens hidden.
+    # DreamDiffusion's released code: 151.8M parameters in the encoder, 13.4M in the decoder. It hides a tenth of the
+    # tokens.
     "released": MaskedAutoencoderConfig(
         encoder=EncoderConfig(mlp_ratio=1.0), decoder=DecoderConfig(mlp_ratio=1.0), mask_ratio=0.1
     ),
-    # DreamDiffusion's paper ("297M"): 302.8M in the encoder, three quarters hidden.
+    # DreamDiffusion's paper ("297M"): 302.8M parameters in the encoder. It hides three quarters of the tokens.
     "paper": MaskedAutoencoderConfig(),
-    # The sizes of its ablation. The paper gives the counts alone; width and depth are ours.
+    # The sizes of the paper's ablation. The paper gives only the numbers of parameters; width and depth are our choice.
     "18m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=256, depth=23, heads=4)),
     "74m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=640, depth=15, heads=10)),
     "162m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=800, depth=21, heads=10)),
     "458m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=1280, depth=24, heads=20, mlp_ratio=3.8125)),
-    # Beyond the paper.
+    # Larger than in the paper.
     "1b": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=1792, depth=26, heads=28)),
     "3b": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=2560, depth=38, heads=20)),
-    # Knows electrodes by their place, takes any montage; a token is an eighth of a second of one channel at 256 Hz.
+    # Montage tokenizer, for recordings of any montage. At 256 Hz a token is an eighth of a second of one channel.
     "montage": MaskedAutoencoderConfig(
         encoder=EncoderConfig(tokenizer="montage", patch=32, dim=512, depth=12, heads=8),
         decoder=DecoderConfig(dim=256, depth=4, heads=4),
         mask_block=2,
         compute=ComputeConfig(checkpointing=True),
     ),
-    # The demo's size with that tokenizer.
+    # Montage tokenizer in the size of the demo.
     "tiny_montage": MaskedAutoencoderConfig(
         encoder=EncoderConfig(tokenizer="montage", samples=128, patch=16, dim=160, depth=4, heads=4, mlp_ratio=2.0),
         decoder=_TINY_DECODER,
@@ -43,4 +44,4 @@ PRESETS: dict[str, MaskedAutoencoderConfig] = {
         mimetic=3.0,
     ),
 }
-"""Name to shape and objective."""
+"""Shape and objective for each name."""

@@ -1,6 +1,6 @@
-"""Transformer blocks, and the fixed code of a position in time.
+"""Transformer blocks, and the fixed sine and cosine code of positions in time.
 
-Letters in names: B samples, N tokens, D width, H heads, E width of a head.
+Letters of shapes: see `pretrain.model`. In this file N counts all tokens of a sequence, the class token included.
 
 References
 ----------
@@ -20,7 +20,7 @@ from pretrain.model.config import AttentionKind, ComputeConfig, DecoderConfig, E
 
 
 def sincos_positions(length: int, dim: int) -> Tensor:
-    """Fixed sine and cosine position code.
+    """Return the fixed sine and cosine code of positions.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def sincos_positions(length: int, dim: int) -> Tensor:
     Tensor, [length, dim], float32
         Sines in the first half of the columns, cosines in the second.
     """
-    # The processor by name: a model built on the meta device still gets real numbers.
+    # On the CPU even if the model is built on the meta device, whose tensors hold no numbers.
     frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies[None]
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         x_BND : Tensor, [B, N, D]
             Tokens.
         real_BN : Tensor, [B, N], bool, optional
-            False for tokens that only fill the batch: nobody attends to them.
+            False for padding tokens. No token attends to padding.
 
         Returns
         -------
@@ -76,8 +76,8 @@ class Attention(nn.Module):
         B, N, D = x_BND.shape
         q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         mask_B11N = None if real_BN is None else real_BN[:, None, None]
-        on_processor = x_BND.device.type == "cpu" and q_BHNE.dtype == torch.bfloat16
-        if self.kind == "plain" or (self.kind == "auto" and on_processor):
+        bf16_on_cpu = x_BND.device.type == "cpu" and q_BHNE.dtype == torch.bfloat16
+        if self.kind == "plain" or (self.kind == "auto" and bf16_on_cpu):
             score_BHNN = (q_BHNE * q_BHNE.shape[-1] ** -0.5) @ k_BHNE.transpose(-2, -1)
             if mask_B11N is not None:
                 score_BHNN = score_BHNN.masked_fill(~mask_B11N, float("-inf"))
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then a perceptron, each beside a skip.
+    """Pre-norm transformer block: attention, then a perceptron, each with a skip connection.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ class Block(nn.Module):
         x_BND : Tensor, [B, N, D]
             Tokens.
         real_BN : Tensor, [B, N], bool, optional
-            False for tokens that only fill the batch.
+            False for padding tokens.
 
         Returns
         -------
@@ -163,7 +163,7 @@ class Blocks(nn.ModuleList):
         x_BND : Tensor, [B, N, D]
             Tokens.
         real_BN : Tensor, [B, N], bool, optional
-            False for tokens that only fill the batch.
+            False for padding tokens.
 
         Returns
         -------
@@ -172,7 +172,7 @@ class Blocks(nn.ModuleList):
         """
         for block in self:
             if self.checkpointing and torch.is_grad_enabled():
-                # Nothing in a block draws random numbers, so their state need not be kept.
+                # A block draws no random numbers, so the state of the generator need not be saved.
                 x_BND = checkpoint(block, x_BND, real_BN, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BND = block(x_BND, real_BN)
@@ -180,14 +180,14 @@ class Blocks(nn.ModuleList):
 
 
 def apply_options(config: MaskedAutoencoderConfig, stacks: Iterable[Blocks]) -> None:
-    """Start and compute blocks as a config says.
+    """Initialise and compute transformer blocks as a config says.
 
     Parameters
     ----------
     config : MaskedAutoencoderConfig
         The config.
     stacks : iterable of Blocks
-        The encoder's and the decoder's.
+        The blocks of the encoder and those of the decoder.
     """
     for blocks in stacks:
         if config.mimetic:
@@ -198,13 +198,7 @@ def apply_options(config: MaskedAutoencoderConfig, stacks: Iterable[Blocks]) -> 
 
 
 def initialise(module: nn.Module) -> None:
-    """Start a model's linear maps: Xavier weights, no bias.
-
-    Parameters
-    ----------
-    module : nn.Module
-        The model.
-    """
+    """Initialise all linear layers of a model with Xavier weights and zero bias."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
@@ -213,7 +207,7 @@ def initialise(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _make_mimetic(attention: Attention, gain: float) -> None:
-    """Start queries and keys alike, so that tokens of close positions attend to each other from the first step."""
+    """Give queries and keys equal weights, so that neighbouring tokens attend to each other from the first step."""
     dim = attention.proj.weight.shape[0]
     query_DD = torch.randn(dim, dim, device=attention.qkv.weight.device) * (gain / dim) ** 0.5
     attention.qkv.weight[:dim] = query_DD

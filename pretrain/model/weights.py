@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors, read back strictly."""
+"""Weights on disk: writing safetensors, and reading them with a strict check of names and shapes."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from torch import Tensor, nn
 from data_sharding.common.errors import RequestError
 
 WEIGHTS = "model.safetensors"
-"""File of a checkpoint, an encoder package or a model that holds the weights."""
+"""Name of the file with the weights in a checkpoint, an encoder package or another saved model."""
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write weights as safetensors, readable for whom the folder is.
+    """Write weights as safetensors, with the permissions of the folder.
 
     Parameters
     ----------
     weights : dict of str to Tensor
-        On the processor.
+        Weights on the CPU.
     path : Path
         File to write.
     """
     from safetensors.torch import save_file
 
     save_file({name: value.contiguous() for name, value in weights.items()}, path)
-    # safetensors writes for the owner alone; a package is for others too, as far as the folder lets them in.
+    # safetensors lets only the owner read the file. Give it the permissions of its folder instead.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def load_strictly(model: nn.Module, path: Path, config: str = "config.json") -> None:
-    """Load a file of weights, every one of them and no other.
+    """Load weights whose names and shapes must be exactly those of the model.
 
     Parameters
     ----------
     model : nn.Module
         The model.
     path : Path
-        safetensors file.
+        The safetensors file.
     config : str
-        Name of the file that describes the model's shape, for messages.
+        Name of the config that gave the model its shape, for error messages.
 
     Raises
     ------
@@ -50,16 +50,16 @@ def load_strictly(model: nn.Module, path: Path, config: str = "config.json") -> 
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise RequestError(f"{path}: no such file, so what it belongs to is not complete; write it again")
+        raise RequestError(f"{path}: no such file, so {path.parent} is not complete; write {path.parent} again")
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise RequestError(f"{path}: damaged ({error}); write it again") from None
+        raise RequestError(f"{path}: damaged ({error}); write {path.parent} again") from None
     set_weights(model, weights, path, config)
 
 
 def set_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, config: str) -> None:
-    """Give a model its weights, every one of them and no other.
+    """Set the weights of a model; their names and shapes must be exactly those of the model.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ def set_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, config
     weights : dict of str to Tensor
         Weights by name.
     path, config : Path and str
-        Where the weights come from, and the file that describes the model's shape, for messages.
+        File of the weights, and name of the config that gave the model its shape; both for error messages.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Checkpoints of DreamDiffusion's released code: read without running code in them, and the same model afterwards."""
+"""Conversion of DreamDiffusion's checkpoints: no code in them is run, and the model computes the same afterwards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHANNELS, PATCH, TOKENS, WIDTH, NARROW, HEADS, NARROW_HEADS = 128, 4, 16, 32, 24
 
 
 class Layer(nn.Module):
-    """A block under the names that their weights have, with attention written out."""
+    """A transformer block with the names of DreamDiffusion's weights; its attention is written out."""
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def table(width: int) -> nn.Parameter:
 
 
 class Pretrained(nn.Module):
-    """Their masked autoencoder: names and order of operations, nothing else of theirs."""
+    """DreamDiffusion's masked autoencoder, rebuilt from the names of its weights and the order of its operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Pretrained(nn.Module):
 
 
 class FineTuned(nn.Module):
-    """Their encoder as it is fine-tuned: no class token among the tokens, everything trained."""
+    """DreamDiffusion's encoder in fine-tuning: no class token among the tokens, and trained positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class FineTuned(nn.Module):
         return self.norm(x)
 
 
-def shaken(model: nn.Module) -> Any:
+def perturb(model: nn.Module) -> Any:
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -109,21 +109,21 @@ def shaken(model: nn.Module) -> Any:
 
 @pytest.fixture
 def their_config(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An object of a class of their module, which is gone again when the checkpoint is read."""
+    """A config object whose class is in a module that no longer exists when the checkpoint is read."""
     module = types.ModuleType("config")
     cls = type("Config_MBM_EEG", (), {"__module__": "config"})
     module.Config_MBM_EEG = cls  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "config", module)
     config = cls()
     config.__dict__ |= {"num_heads": HEADS, "decoder_num_heads": NARROW_HEADS, "mask_ratio": 0.1, "focus_range": None}
-    # JSON has no such number.
+    # JSON cannot hold infinity.
     config.best_loss = float("inf")
     return config
 
 
 @pytest.fixture
 def pretrained(tmp_path: Path, their_config: Any) -> tuple[Pretrained, Path]:
-    model = shaken(Pretrained())
+    model = perturb(Pretrained())
     saved = {
         "model": model.state_dict(),
         "optimizer": {"state": {0: torch.zeros(2)}},
@@ -150,7 +150,7 @@ def test_pretrained_model_is_the_same_afterwards(pretrained: tuple[Pretrained, P
         expected = theirs.encode(x, keep)
         torch.testing.assert_close(encoder(x, keep_BK), expected, rtol=0, atol=1e-5)
         made = decoder(encoder(x, keep_BK), keep_BK)
-        # Their targets are laid out time by time: [token, time in it, channel].
+        # DreamDiffusion orders the values of a token by time and then channel: [token, time, channel].
         rebuilt = theirs.decode(expected, keep).view(3, TOKENS, PATCH, CHANNELS).transpose(2, 3).flatten(2)
         torch.testing.assert_close(made, rebuilt, rtol=0, atol=1e-5)
 
@@ -165,13 +165,13 @@ def test_command_writes_a_package(pretrained: tuple[Pretrained, Path], tmp_path:
     with torch.no_grad():
         torch.testing.assert_close(encoder(x), theirs.encode(x, list(range(TOKENS)))[:, 1:], rtol=0, atol=1e-5)
     assert load_file(out / DECODER)["mask_token"].shape == (1, 1, NARROW)
-    # Features of a real recording come out of it.
+    # The package encodes a recording.
     signal = np.random.default_rng(0).normal(scale=20.0, size=(4, 1000))
     assert encoder.encode((signal, ["Fz", "Cz", "Pz", "Oz"], 250.0, "uV")).pooled.shape[1] == WIDTH
 
 
 def test_fine_tuned_encoder_runs_without_its_class_token(tmp_path: Path, their_config: Any) -> None:
-    theirs = shaken(FineTuned())
+    theirs = perturb(FineTuned())
     inside = {f"cond_stage_model.mae.{k}": v for k, v in theirs.state_dict().items()}
     rest = {"model.diffusion_model.out.weight": torch.zeros(3), "cond_stage_model.mapping.fc.weight": torch.zeros(2, 2)}
     del their_config.decoder_num_heads
@@ -188,12 +188,12 @@ def test_fine_tuned_encoder_runs_without_its_class_token(tmp_path: Path, their_c
     torch.testing.assert_close(program(x), encoder(x), rtol=0, atol=1e-5)
 
 
-def reshaped(name: str, *shape: int) -> Any:
+def reshape(name: str, *shape: int) -> Any:
     return lambda weights: weights.update({name: torch.ones(shape)})
 
 
 class TestRefusals:
-    def refused(self, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    def refuse(self, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], *words: str) -> str:
         assert main([str(path), str(tmp_path / "out"), *words]) == 2
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
@@ -204,16 +204,16 @@ class TestRefusals:
                 return os.system, (f"touch {tmp_path / 'sprung'}",)
 
         torch.save({"model": {"patch_embed.proj.weight": torch.zeros(1)}, "config": Trap()}, tmp_path / "evil.pth")
-        assert "system" in self.refused(tmp_path / "evil.pth", tmp_path, capsys)
+        assert "system" in self.refuse(tmp_path / "evil.pth", tmp_path, capsys)
         assert not (tmp_path / "sprung").exists()
 
     def test_old_format_and_damage(self, tmp_path: Path, capsys: Any) -> None:
         torch.save({"model": {}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-        assert "PyTorch 1.6" in self.refused(tmp_path / "old.pth", tmp_path, capsys)
+        assert "PyTorch 1.6" in self.refuse(tmp_path / "old.pth", tmp_path, capsys)
         torch.save({"model": {"x": torch.zeros(1000)}}, tmp_path / "cut.pth")
         (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-600])
-        assert "damaged" in self.refused(tmp_path / "cut.pth", tmp_path, capsys)
-        assert "no such checkpoint" in self.refused(tmp_path / "none.pth", tmp_path, capsys)
+        assert "damaged" in self.refuse(tmp_path / "cut.pth", tmp_path, capsys)
+        assert "no such checkpoint" in self.refuse(tmp_path / "none.pth", tmp_path, capsys)
 
     @pytest.mark.parametrize(
         ("change", "says"),
@@ -222,45 +222,45 @@ class TestRefusals:
             (lambda w: w.pop("patch_embed.proj.weight"), "no encoder of DreamDiffusion"),
             (lambda w: w.update(extra=torch.zeros(1)), "no part of the model takes: extra"),
             (lambda w: w["decoder_pos_embed"].add_(0.1), "decoder_pos_embed"),
-            (reshaped("patch_embed.proj.weight", WIDTH, 512), "patch_embed.proj.weight has the shape [32, 512]"),
-            (reshaped("patch_embed.proj.weight"), "patch_embed.proj.weight has the shape []"),
-            (reshaped("pos_embed", 0, TOKENS + 1, WIDTH), "pos_embed has the shape [0, 17, 32]"),
-            (reshaped("pos_embed", 1, 1, WIDTH), "pos_embed has the shape [1, 1, 32]"),
-            (reshaped("blocks.0.mlp.fc1.weight"), "fc1.weight has the shape []"),
-            (reshaped("blocks.0.attn.qkv.weight", WIDTH, WIDTH), "[96, 32] goes with the other weights"),
-            (reshaped("norm.weight", 5), "norm.weight has the shape [5]"),
-            (reshaped("decoder_pred.weight", 512), "decoder_pred.weight has the shape [512]"),
-            (reshaped("decoder_pred.weight", 100, NARROW), "decoder_pred.weight has the shape [100, 24]"),
-            (reshaped("decoder_pred.bias", 2000), "decoder_pred.bias has the shape [2000]"),
-            (reshaped("decoder_norm.weight", 3), "decoder_norm.weight has the shape [3]"),
-            (lambda w: w.update({"norm.weight": w["norm.weight"].to_sparse()}), "norm.weight is no plain tensor"),
-            (lambda w: w.update({"norm.weight": w["norm.weight"].to("meta")}), "norm.weight is no plain tensor"),
-            (lambda w: w.update({"norm.weight": w["norm.weight"] + 1j}), "norm.weight is no plain tensor"),
-            (lambda w: w.update({"norm.weight": w["norm.weight"].int()}), "norm.weight is no plain tensor"),
+            (reshape("patch_embed.proj.weight", WIDTH, 512), "patch_embed.proj.weight has the shape [32, 512]"),
+            (reshape("patch_embed.proj.weight"), "patch_embed.proj.weight has the shape []"),
+            (reshape("pos_embed", 0, TOKENS + 1, WIDTH), "pos_embed has the shape [0, 17, 32]"),
+            (reshape("pos_embed", 1, 1, WIDTH), "pos_embed has the shape [1, 1, 32]"),
+            (reshape("blocks.0.mlp.fc1.weight"), "fc1.weight has the shape []"),
+            (reshape("blocks.0.attn.qkv.weight", WIDTH, WIDTH), "the other weights need [96, 32]"),
+            (reshape("norm.weight", 5), "norm.weight has the shape [5]"),
+            (reshape("decoder_pred.weight", 512), "decoder_pred.weight has the shape [512]"),
+            (reshape("decoder_pred.weight", 100, NARROW), "decoder_pred.weight has the shape [100, 24]"),
+            (reshape("decoder_pred.bias", 2000), "decoder_pred.bias has the shape [2000]"),
+            (reshape("decoder_norm.weight", 3), "decoder_norm.weight has the shape [3]"),
+            (lambda w: w.update({"norm.weight": w["norm.weight"].to_sparse()}), "norm.weight is not a plain tensor"),
+            (lambda w: w.update({"norm.weight": w["norm.weight"].to("meta")}), "norm.weight is not a plain tensor"),
+            (lambda w: w.update({"norm.weight": w["norm.weight"] + 1j}), "norm.weight is not a plain tensor"),
+            (lambda w: w.update({"norm.weight": w["norm.weight"].int()}), "norm.weight is not a plain tensor"),
             (lambda w: w["decoder_norm.bias"].fill_(torch.inf), "decoder_norm.bias holds NaN or infinite"),
         ],
     )
     def test_weights_that_do_not_fit(self, change: Any, says: str, tmp_path: Path, capsys: Any) -> None:
-        weights = shaken(Pretrained()).state_dict()
+        weights = perturb(Pretrained()).state_dict()
         change(weights)
         torch.save({"model": weights}, tmp_path / "c.pth")
         heads = ("--heads", str(HEADS), "--decoder_heads", str(NARROW_HEADS))
-        assert says in self.refused(tmp_path / "c.pth", tmp_path, capsys, *heads)
+        assert says in self.refuse(tmp_path / "c.pth", tmp_path, capsys, *heads)
 
     @pytest.mark.parametrize("heads", ["4", 4.0, 0, -4, 5])
     def test_heads_of_a_checkpoint_may_be_nonsense(self, heads: Any, tmp_path: Path, capsys: Any) -> None:
         config = {"num_heads": heads, "decoder_num_heads": NARROW_HEADS}
-        torch.save({"model": shaken(Pretrained()).state_dict(), "config": config}, tmp_path / "c.pth")
-        assert f"heads is {heads!r}; give --heads" in self.refused(tmp_path / "c.pth", tmp_path, capsys)
-        # The command line's win, and are no less looked at.
+        torch.save({"model": perturb(Pretrained()).state_dict(), "config": config}, tmp_path / "c.pth")
+        assert f"heads is {heads!r}; give --heads" in self.refuse(tmp_path / "c.pth", tmp_path, capsys)
+        # Numbers from the command line replace those of the checkpoint, and are checked as well.
         words = ("--heads", str(HEADS), "--decoder_heads", "-3")
-        assert "decoder_heads is -3" in self.refused(tmp_path / "c.pth", tmp_path, capsys, *words)
+        assert "decoder_heads is -3" in self.refuse(tmp_path / "c.pth", tmp_path, capsys, *words)
 
     def test_an_odd_width_has_no_positions(self, tmp_path: Path, capsys: Any) -> None:
-        weights = shaken(Pretrained()).state_dict()
+        weights = perturb(Pretrained()).state_dict()
         weights["patch_embed.proj.weight"] = torch.zeros(WIDTH - 1, CHANNELS, PATCH)
         torch.save({"model": weights, "config": {"num_heads": 1}}, tmp_path / "c.pth")
-        assert "the width of blocks is 31" in self.refused(tmp_path / "c.pth", tmp_path, capsys)
+        assert "the width of blocks is 31" in self.refuse(tmp_path / "c.pth", tmp_path, capsys)
 
     def test_failed_training_replaces_no_package(
         self, pretrained: tuple[Pretrained, Path], tmp_path: Path, capsys: Any
@@ -277,5 +277,5 @@ class TestRefusals:
         assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
     def test_heads_must_be_known(self, tmp_path: Path, capsys: Any) -> None:
-        torch.save({"model": shaken(Pretrained()).state_dict()}, tmp_path / "c.pth")
-        assert "--heads" in self.refused(tmp_path / "c.pth", tmp_path, capsys)
+        torch.save({"model": perturb(Pretrained()).state_dict()}, tmp_path / "c.pth")
+        assert "--heads" in self.refuse(tmp_path / "c.pth", tmp_path, capsys)

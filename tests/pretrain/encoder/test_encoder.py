@@ -19,10 +19,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.samples import pad_channels
+from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.encode import main as encode_main
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.export import main as export_main
+from pretrain.model.autoencoder import SignalEncoder
 from pretrain.model.config import EncoderConfig
+from pretrain.model.weights import WEIGHTS
 
 from ..conftest import environment, saved_weights
 
@@ -85,7 +88,7 @@ class TestPackage:
             (lambda p: (p / "model.safetensors").unlink(), "model.safetensors"),
             (lambda p: (p / "example.npz").unlink(), "example.npz"),
             (lambda p: (p / "preprocess.json").write_text('{"sfreq": 1'), "preprocess.json"),
-            (lambda p: (p / "config.json").write_text("{}"), "no encoder package"),
+            (lambda p: (p / "config.json").write_text("{}"), "not the config of a"),
             (lambda p: (p / "config.json").unlink(), "dreamscale export"),
             (lambda p: _edit(p, lambda w: w.pop("backbone.norm.bias")), "missing backbone.norm.bias"),
             (lambda p: _edit(p, lambda w: w.update(extra=torch.zeros(1))), "unknown extra"),
@@ -107,6 +110,43 @@ class TestPackage:
         damage(copy)
         with pytest.raises(RequestError, match=says):
             EEGEncoder.from_pretrained(copy)
+
+    def test_packages_of_earlier_versions_are_read(self, tmp_path: Path) -> None:
+        """Every file as version 0.1.0 wrote it, written here by hand."""
+        torch.manual_seed(0)
+        shape = {"samples": 32, "patch": 4, "dim": 8, "depth": 1, "heads": 2, "mlp_ratio": 1.0}
+        spec = PreprocessSpec(sfreq=128.0, lowpass=50.0, window=32, stride=32)
+        backbone = SignalEncoder(EncoderConfig(**shape)).eval()
+        x = torch.randn(1, 128, 32)
+        with torch.no_grad():
+            y = backbone(x)[:, 1:]
+        save_file({f"backbone.{name}": value for name, value in backbone.state_dict().items()}, tmp_path / WEIGHTS)
+        full = {"tokenizer": "temporal", "channels": 128, "class_token": True, "learned_positions": False}
+        config = {
+            "kind": "dreamscale_eeg_encoder",
+            "schema": 1,
+            "encoder": full | shape,
+            "n_chans": 128,
+            "n_outputs": None,
+            "positions": None,
+            "parameters": 4592,
+            "versions": {"torch": "2.11.0", "dreamscale": "0.1.0"},
+            "extra": {},
+        }
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "preprocess.json").write_text(json.dumps(spec.to_dict()))
+        np.savez(tmp_path / "example.npz", x=x.numpy(), y=y.numpy(), tolerance=np.float64(2e-3))
+        (tmp_path / "model_card.md").write_text("# EEG encoder\n")
+        encoder = EEGEncoder.from_pretrained(tmp_path)
+        assert encoder.spec == spec and encoder.n_outputs is None and encoder.positions_C3 is None
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(x), y)
+        # And a package written now has the same files with the same keys.
+        encoder.save_pretrained(tmp_path / "now")
+        assert {path.name for path in (tmp_path / "now").iterdir()} == {p.name for p in tmp_path.iterdir()} - {"now"}
+        now = json.loads((tmp_path / "now" / "config.json").read_text())
+        assert now.keys() == config.keys() and now["encoder"] == config["encoder"]
+        assert now["parameters"] == config["parameters"]
 
     def test_an_encoder_without_numbers_replaces_nothing(self, tmp_path: Path) -> None:
         encoder = EEGEncoder(n_times=16, dim=8, depth=1, heads=1)

@@ -1,0 +1,310 @@
+"""The files of an encoder package, their writing and their reading.
+
+A package is a directory:
+
+=====================  ==============================================================================
+``config.json``        kind and schema of the package, shape of the encoder, provenance
+``preprocess.json``    the preprocessing of the pretraining, `PreprocessSpec`
+``model.safetensors``  the weights, float32
+``example.npz``        an input, the encoder's output for it, and the tolerance of the self-check
+``model_card.md``      what the encoder is, for people
+``encoder.pt2``        optional: the encoder as a program that needs PyTorch only
+=====================  ==============================================================================
+
+Letters of shapes: see `pretrain.model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.files import atomic_directory, atomic_write_text, read_json, write_json
+from data_sharding.processing.preprocess import PreprocessSpec
+from pretrain.model.build import count_parameters
+from pretrain.model.config import EncoderConfig
+from pretrain.model.weights import WEIGHTS, save_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+KIND = "dreamscale_eeg_encoder"
+SCHEMA = 1
+CONFIG, SPEC, EXAMPLE, CARD = "config.json", "preprocess.json", "example.npz", "model_card.md"
+PROGRAM = "encoder.pt2"
+# The output is layer-normed, so its values are about 1. On other CPUs they differ by about 1e-5.
+TOLERANCE = 2e-3
+_EXAMPLE_INPUTS = ("x", "positions", "count")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackageContents:
+    """What a package says of its encoder; the weights are read separately."""
+
+    folder: Path
+    """Directory of the package."""
+    config: EncoderConfig
+    """Shape of the encoder."""
+    spec: PreprocessSpec
+    """Preprocessing of the pretraining."""
+    n_chans: int | None
+    """Channels of the windows that `EEGEncoder.forward` gets."""
+    n_outputs: int | None
+    """Classes of the head; None or 0 if there is no head."""
+    positions_C3: Tensor | None
+    """Electrodes in metres that are kept with the encoder, NaN where a position is not known."""
+
+
+def check_output(path: str | Path) -> Path:
+    """Refuse to replace anything but an encoder package.
+
+    Parameters
+    ----------
+    path : str or Path
+        Directory to which a package is to be written.
+
+    Returns
+    -------
+    Path
+        The same directory.
+
+    Raises
+    ------
+    RequestError
+        If the path is a file, or a directory that holds something else.
+    """
+    output = Path(path)
+    if output.exists() and not (output / CONFIG).is_file() and (output.is_file() or any(output.iterdir())):
+        raise RequestError(f"{output}: exists already and is not an encoder package; choose another place")
+    return output
+
+
+def write_package(
+    path: str | Path, model: Any, positions_C3: Tensor | None, *, card: str | None, program: bool, extra: dict[str, Any]
+) -> None:
+    """Write an encoder package, either completely or not at all.
+
+    Parameters
+    ----------
+    path : str or Path
+        Directory to write; an existing package is replaced.
+    model : EEGEncoder
+        The encoder, on the CPU, in float32 and in evaluation mode.
+    positions_C3 : Tensor, [C, 3], or None
+        Electrodes to keep with the encoder.
+    card : str or None
+        Text of the model card; a short text if None.
+    program : bool
+        Whether to write `encoder.pt2` too.
+    extra : dict
+        Provenance for `config.json`.
+
+    Raises
+    ------
+    RequestError
+        If the encoder's output holds NaN or infinite values; nothing is written then.
+    """
+    example = _make_example(model)
+    with torch.no_grad():
+        output = model(*example)
+    if not output.isfinite().all():
+        raise RequestError(f"{path}: not written, because the encoder's output holds NaN or infinite values")
+    with atomic_directory(path) as folder:
+        save_weights(model.state_dict(), folder / WEIGHTS)
+        write_json(folder / SPEC, model.spec.to_dict())
+        write_json(
+            folder / CONFIG,
+            {
+                "kind": KIND,
+                "schema": SCHEMA,
+                "encoder": dataclasses.asdict(model.config),
+                "n_chans": model.n_chans,
+                "n_outputs": model.n_outputs,
+                "positions": None if positions_C3 is None else _to_lists(positions_C3),
+                "parameters": count_parameters(model),
+                "versions": {"torch": torch.__version__, "dreamscale": _own_version()},
+                "extra": extra,
+            },
+        )
+        arrays = dict(zip(_EXAMPLE_INPUTS, (value.numpy() for value in example), strict=False))
+        np.savez(folder / EXAMPLE, **arrays, y=output.numpy(), tolerance=np.float64(TOLERANCE))
+        atomic_write_text(folder / CARD, card or f"# EEG encoder\n\n{model.config}\n\n{model.spec}\n")
+        if program:
+            export_program(model, folder / PROGRAM)
+
+
+def read_package(path_or_hub_id: str | Path) -> PackageContents:
+    """Read what a package says of its encoder.
+
+    Parameters
+    ----------
+    path_or_hub_id : str or Path
+        Directory of the package, or its name on the Hugging Face hub (``user/name``).
+
+    Returns
+    -------
+    PackageContents
+        Shape, preprocessing and settings.
+
+    Raises
+    ------
+    RequestError
+        If there is no such package, or one of its JSON files is missing or damaged.
+    """
+    folder = _find_folder(path_or_hub_id)
+    values = read_json(folder / CONFIG)
+    if not isinstance(values, dict) or values.get("kind") != KIND:
+        raise RequestError(f"{folder / CONFIG}: not the config of a Dreamscale encoder package")
+    if values.get("schema") != SCHEMA:
+        raise RequestError(
+            f"{folder / CONFIG}: the package has schema {values.get('schema')}, but this version of Dreamscale reads "
+            f"schema {SCHEMA}; export the encoder again with this version"
+        )
+    try:
+        return PackageContents(
+            folder=folder,
+            config=EncoderConfig(**values["encoder"]),
+            spec=PreprocessSpec.from_dict(read_json(folder / SPEC)),
+            n_chans=values.get("n_chans"),
+            n_outputs=values.get("n_outputs"),
+            positions_C3=_from_lists(values["positions"]) if values.get("positions") else None,
+        )
+    except RequestError:
+        raise
+    except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise damaged(folder, error) from None
+
+
+def damaged(folder: Path, error: Exception) -> RequestError:
+    """Make the error for JSON files that do not describe an encoder."""
+    return RequestError(f"{folder}: {CONFIG} or {SPEC} is damaged ({error}); export the encoder again")
+
+
+def check_example(model: Any, folder: Path) -> None:
+    """Check that an encoder computes the output that was stored when its package was written.
+
+    Parameters
+    ----------
+    model : EEGEncoder
+        The encoder with the weights of the package, on the CPU.
+    folder : Path
+        Directory of the package.
+
+    Raises
+    ------
+    RequestError
+        If the example is missing or damaged, or the output differs by more than its tolerance.
+    """
+    path = folder / EXAMPLE
+    if not path.is_file():
+        raise RequestError(f"{path}: no such file, so the package is not complete; export the encoder again")
+    try:
+        with np.load(path, allow_pickle=False) as example:
+            inputs = [torch.from_numpy(example[name]) for name in _EXAMPLE_INPUTS if name in example]
+            y, tolerance = example["y"], float(example["tolerance"])
+        with torch.no_grad():
+            error = float(np.abs(model(*inputs).numpy() - y).max())
+    except Exception as problem:
+        # A damaged archive can fail in zip, in zlib, in NumPy's header or in a shape, with a different error in each.
+        why = f"{type(problem).__name__}: {one_line(problem)[:200]}"
+        raise RequestError(f"{path}: damaged ({why}); export the encoder again") from None
+    if not error <= tolerance:
+        raise RequestError(
+            f"{path}: the encoder's output differs from the stored one by {error:.3g} (allowed {tolerance:g}), so "
+            "weights and config do not belong together; export the encoder again"
+        )
+
+
+def export_program(model: Any, path: Path) -> None:
+    """Write an encoder as a program that PyTorch runs without this project.
+
+    Parameters
+    ----------
+    model : EEGEncoder
+        The encoder, on the CPU, in evaluation mode.
+    path : Path
+        File to write, `.pt2`.
+
+    Notes
+    -----
+    ``torch.export.load(path).module()(x_BCT)`` runs the program on any number of windows with 128 channels, in model
+    units. With the montage tokenizer the call is ``(x_BCT, positions_BC3, count_B)``: any number of windows with 1 to
+    128 rows, electrodes in metres (NaN where not known), and the number of true channels of each window.
+    """
+    example = tuple(value.repeat(2, *[1] * (value.ndim - 1)) for value in _make_example(model))
+    batch = torch.export.Dim("batch", min=1)
+    rows = {1: torch.export.Dim("channels", min=1, max=model.config.channels)} if len(example) > 1 else {}
+    dynamic = ({0: batch, **rows}, {0: batch, **rows}, {0: batch})[: len(example)]
+    program = torch.export.export(model, example, dynamic_shapes=dynamic)
+    torch.export.save(program, path)
+
+
+def _make_example(model: Any) -> tuple[Tensor, ...]:
+    """Make the input of the self-check from formulas, so that no package holds anybody's recording."""
+    config: EncoderConfig = model.config
+    time_T = torch.arange(config.samples, dtype=torch.float64) / config.samples
+    channel_C1 = torch.arange(config.channels, dtype=torch.float64)[:, None]
+    waves_CT = torch.sin(2 * math.pi * (3 + channel_C1 % 17) * time_T + channel_C1) + 0.5 * torch.cos(
+        2 * math.pi * (1 + channel_C1 % 5) * time_T
+    )
+    # Electrodes lie on a spiral over a sphere as large as a head. The position of every fifth electrode is not known.
+    turns = torch.arange(config.channels, dtype=torch.float64)
+    height = 1 - turns / config.channels
+    around = (1 - height**2).sqrt()
+    sphere_C3 = 0.095 * torch.stack([around * (2.4 * turns).cos(), around * (2.4 * turns).sin(), height], dim=1)
+    places = [None if i % 5 == 4 else place for i, place in enumerate(sphere_C3.tolist())]
+    electrodes = model.backbone.electrode_inputs([{"n": config.channels, "positions": places}])
+    if "count_B" in electrodes:
+        # The last quarter of the rows is padding, so that the check covers padding too.
+        electrodes["count_B"] = torch.tensor([max(1, config.channels * 3 // 4)])
+    return waves_CT.float()[None], *electrodes.values()
+
+
+def _to_lists(positions_C3: Tensor) -> list[list[float] | None]:
+    return [place if all(map(math.isfinite, place)) else None for place in positions_C3.tolist()]
+
+
+def _from_lists(lists: Sequence[list[float] | None]) -> Tensor:
+    """Invert `_to_lists`."""
+    if not all(place is None or (isinstance(place, list) and len(place) == 3) for place in lists):
+        raise ValueError("positions must hold three numbers or null for each channel")
+    return torch.tensor([place or [math.nan] * 3 for place in lists])
+
+
+def _find_folder(path_or_hub_id: str | Path) -> Path:
+    """Return the directory of a package; download it if it is on the Hugging Face hub."""
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise RequestError(
+                f"{path}: the folder has no {CONFIG}, so it is not an encoder package; write a package with "
+                "'dreamscale export'"
+            )
+        return path
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", str(path_or_hub_id)) or path.exists():
+        raise RequestError(f"{path}: no such encoder package; write a package with 'dreamscale export'")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path_or_hub_id)))
+    except Exception as error:
+        raise RequestError(
+            f"{path_or_hub_id}: no such directory, and the Hugging Face hub has no such package or cannot be reached "
+            f"({type(error).__name__})"
+        ) from None
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("dreamscale")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
