@@ -1,1 +1,1 @@
-"""The whole chain on data that it makes itself: corpus, sharding, training, images, report."""
+"""The demo: it simulates recordings, runs every stage on them, and writes a report."""

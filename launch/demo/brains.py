@@ -1,8 +1,8 @@
 """Simulated heads: background EEG, artefacts and responses to pictures, on any electrode layout.
 
-Everything is made from sources that live on the scalp's sphere, so a head gives consistent signals through any cap.
+All signals come from sources on a sphere, so that a head gives consistent signals under every cap.
 
-Legend of suffixes: n electrodes, K sources, C response components, T samples.
+Shapes: n electrodes, K sources, C response components, T samples.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ Array = NDArray[np.float32]
 
 N_SOURCES = 40
 RESPONSE_GAIN = 2.6
-"""Scale of the evoked responses; sets how well a single trial tells the category."""
+"""Scale of the evoked responses. A larger value makes it easier to decode the category from a single trial."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """One part of the evoked response: where, when, and what moves it."""
+    """One part of the evoked response: its place, its time, and the feature of the picture that drives it."""
 
     name: str
     centre: tuple[float, float, float]
-    """Direction from the head's middle: x right, y front, z up."""
+    """Direction from the middle of the head: x to the right, y to the front, z up."""
     width: float
+    """Width of the potential's maximum on the unit sphere."""
     latency: float
-    """Seconds after onset."""
+    """Seconds from the onset of the picture to the peak."""
     duration: float
-    """Standard deviation of the bump, seconds."""
+    """Standard deviation of the Gaussian peak, seconds."""
     gain: float
-    """Microvolts at the field's maximum for a feature of 1."""
+    """Microvolts at the potential's maximum, for a feature of 1."""
     feature: str
+    """Name of the picture's feature that scales this part; see `compute_features`."""
 
 
-# Categories differ in place, time and sign, as object responses over the occipito-temporal cortex do.
+# Categories differ in place, time and sign, like the responses of the occipito-temporal cortex to objects.
 COMPONENTS = (
     Component("P1", (0.0, -0.9, 0.35), 0.55, 0.105, 0.018, 3.5, "always"),
     Component("N1", (0.0, -0.8, 0.1), 0.60, 0.165, 0.020, -4.5, "size"),
@@ -60,18 +62,18 @@ COMPONENTS = (
 )
 
 
-def features(picture: Picture) -> Array:
-    """Tell how strongly a picture drives each component, before any jitter.
+def compute_features(picture: Picture) -> Array:
+    """Compute how strongly a picture drives each component, before random variation.
 
     Parameters
     ----------
     picture : Picture
-        What is shown.
+        The picture that is shown.
 
     Returns
     -------
     ndarray, shape (C,)
-        One factor a component.
+        One factor for each component.
     """
     table = {
         "always": 1.0,
@@ -84,19 +86,24 @@ def features(picture: Picture) -> Array:
     return np.array([table[c.feature] for c in COMPONENTS], np.float32)
 
 
-def _unit(vectors: Any) -> NDArray[np.float64]:
+def _normalise(vectors: Any) -> NDArray[np.float64]:
     vectors = np.asarray(vectors, float)
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def _field(electrodes_n3: NDArray[np.float64], centre: Any, width: float) -> Array:
-    """Potential of a smooth source: a bump on the sphere with a shallow opposite surround."""
-    cosine = electrodes_n3 @ _unit(centre)
+def _compute_potential(electrodes_n3: NDArray[np.float64], centre: Any, width: float) -> Array:
+    """Return the potential of a source at the electrodes: a peak with a weak surround of opposite sign."""
+    cosine = electrodes_n3 @ _normalise(centre)
     return (np.exp((cosine - 1) / width**2) - 0.5 * np.exp((cosine - 1) / (2 * width) ** 2) * width).astype(np.float32)
 
 
-def _noise(rng: np.random.Generator, rows: int, samples: int, sfreq: float, exponent: Any, band: Any = None) -> Array:
-    """Gaussian noise whose power falls as 1/f^exponent, each row with unit variance."""
+def _draw_noise(
+    rng: np.random.Generator, rows: int, samples: int, sfreq: float, exponent: Any, band: Any = None
+) -> Array:
+    """Draw Gaussian noise with unit variance in each row.
+
+    Its power falls as 1/f^exponent; with a band (centre, width in Hz), it is confined to that band instead.
+    """
     length = int(scipy.fft.next_fast_len(samples, real=True) or samples)
     f = np.fft.rfftfreq(length, 1 / sfreq).astype(np.float32)
     gain = np.maximum(f, 0.5)[None, :] ** (-np.atleast_1d(exponent).astype(np.float32)[:, None] / 2)
@@ -109,21 +116,21 @@ def _noise(rng: np.random.Generator, rows: int, samples: int, sfreq: float, expo
 
 
 class Head:
-    """A person: where the sources sit, how large the rhythms are, how the responses deviate from the average.
+    """A person: the places of the sources, the strength of the rhythms, and the person's own response to pictures.
 
     Parameters
     ----------
     seed : int
         Seed of the corpus.
     subject : str
-        Name; with the seed it decides everything.
+        Name of the person. Seed and name determine all properties.
     """
 
     def __init__(self, seed: int, subject: str) -> None:
         rng = np.random.default_rng([seed, 2, zlib.crc32(subject.encode())])
         centres = rng.standard_normal((N_SOURCES, 3))
         centres[:, 2] = abs(centres[:, 2]) * 1.2 - 0.5
-        self.centres_K3 = _unit(centres)
+        self.centres_K3 = _normalise(centres)
         self.widths_K = rng.uniform(0.35, 0.9, N_SOURCES)
         self.exponents_K = rng.uniform(1.0, 1.9, N_SOURCES)
         self.powers_K = rng.lognormal(0.0, 0.35, N_SOURCES)
@@ -131,12 +138,14 @@ class Head:
         self.alpha_uv = float(rng.uniform(4.0, 8.0))
         self.blinks_per_minute = float(rng.uniform(6, 14))
         n = len(COMPONENTS)
-        self.response_centres_C3 = _unit(_unit([c.centre for c in COMPONENTS]) + 0.12 * rng.standard_normal((n, 3)))
+        self.response_centres_C3 = _normalise(
+            _normalise([c.centre for c in COMPONENTS]) + 0.12 * rng.standard_normal((n, 3))
+        )
         self.response_gains_C = rng.lognormal(0.0, 0.2) * rng.lognormal(0.0, 0.15, n)
         self.response_delays_C = rng.normal(0.0, 0.008) + rng.normal(0.0, 0.004, n)
 
-    def facts(self) -> dict[str, float]:
-        """Return the person's constants that `truth.json` records."""
+    def describe(self) -> dict[str, float]:
+        """Return the person's properties for `truth.json`."""
         return {
             "alpha_hz": round(self.alpha_hz, 3),
             "alpha_uv": round(self.alpha_uv, 3),
@@ -145,54 +154,54 @@ class Head:
             "response_delay_s": round(float(self.response_delays_C.mean()), 5),
         }
 
-    def background(
+    def simulate_background(
         self, electrodes_n3: NDArray[np.float64], sfreq: float, seconds: float, rng: np.random.Generator, line_hz: float
     ) -> Array:
-        """Simulate the ongoing signal with rhythms, blinks, muscle, line noise and drift.
+        """Simulate the background EEG, with rhythms, blinks, muscle activity, mains hum and drift.
 
         Parameters
         ----------
         electrodes_n3 : ndarray, shape (n, 3)
-            Unit vectors from the head's middle to the electrodes.
+            Unit vectors from the middle of the head to the electrodes.
         sfreq : float
             Sampling rate, Hz.
         seconds : float
-            Length.
+            Length of the recording.
         rng : numpy.random.Generator
-            Randomness of this recording.
+            Random numbers for this recording.
         line_hz : float
             Mains frequency, Hz.
 
         Returns
         -------
         ndarray of float32, shape (n, T)
-            Microvolts against an ideal reference.
+            Microvolts, relative to an ideal reference without any signal.
         """
         n, samples = len(electrodes_n3), round(seconds * sfreq)
         mixing_nK = np.stack(
-            [_field(electrodes_n3, c, w) for c, w in zip(self.centres_K3, self.widths_K, strict=True)], 1
+            [_compute_potential(electrodes_n3, c, w) for c, w in zip(self.centres_K3, self.widths_K, strict=True)], 1
         )
-        sources_KT = _noise(rng, N_SOURCES, samples, sfreq, self.exponents_K)
+        sources_KT = _draw_noise(rng, N_SOURCES, samples, sfreq, self.exponents_K)
         data_nT: Array = (mixing_nK * (4.5 * self.powers_K)).astype(np.float32) @ sources_KT
 
-        # Alpha: two occipital generators that wax and wane on their own.
-        alpha_KT = _noise(rng, 2, samples, sfreq, 0, band=(self.alpha_hz, 0.6))
-        alpha_KT *= np.maximum(0.2, 1 + 0.7 * _noise(rng, 2, samples, sfreq, 0, band=(0.1, 0.08)))
-        alpha_n2 = np.stack([_field(electrodes_n3, (side, -0.85, 0.45), 0.6) for side in (-0.35, 0.35)], 1)
+        # Alpha rhythm: two occipital sources, whose amplitudes change independently.
+        alpha_KT = _draw_noise(rng, 2, samples, sfreq, 0, band=(self.alpha_hz, 0.6))
+        alpha_KT *= np.maximum(0.2, 1 + 0.7 * _draw_noise(rng, 2, samples, sfreq, 0, band=(0.1, 0.08)))
+        alpha_n2 = np.stack([_compute_potential(electrodes_n3, (side, -0.85, 0.45), 0.6) for side in (-0.35, 0.35)], 1)
         data_nT += (alpha_n2 * np.float32(self.alpha_uv)) @ alpha_KT
 
-        data_nT += self._blinks(electrodes_n3, sfreq, samples, rng)
-        self._muscle(data_nT, electrodes_n3, sfreq, rng)
+        data_nT += self._simulate_blinks(electrodes_n3, sfreq, samples, rng)
+        self._add_muscle(data_nT, electrodes_n3, sfreq, rng)
 
         time = np.arange(samples, dtype=np.float64) / sfreq
         pickup = rng.lognormal(np.log(2.5), 0.5, n).astype(np.float32)
         data_nT += pickup[:, None] * np.sin(2 * np.pi * line_hz * time + rng.uniform(0, 0.4)).astype(np.float32)
-        drift = _noise(rng, n, samples, sfreq, 0, band=(0.03, 0.03)) * rng.lognormal(np.log(15), 0.4, (n, 1))
+        drift = _draw_noise(rng, n, samples, sfreq, 0, band=(0.03, 0.03)) * rng.lognormal(np.log(15), 0.4, (n, 1))
         data_nT += drift.astype(np.float32)
         data_nT += rng.standard_normal((n, samples), dtype=np.float32) * np.float32(1.2)
         return data_nT
 
-    def _blinks(
+    def _simulate_blinks(
         self, electrodes_n3: NDArray[np.float64], sfreq: float, samples: int, rng: np.random.Generator
     ) -> Array:
         trace = np.zeros(samples, np.float32)
@@ -200,23 +209,23 @@ class Head:
         shape = np.hanning(round(0.35 * sfreq)).astype(np.float32)
         for start in rng.integers(0, samples - len(shape), count):
             trace[start : start + len(shape)] += shape * np.float32(rng.uniform(70, 130))
-        topography = _field(electrodes_n3, (0.0, 1.0, -0.25), 0.5)
+        topography = _compute_potential(electrodes_n3, (0.0, 1.0, -0.25), 0.5)
         return np.maximum(topography, 0)[:, None] * trace[None, :]
 
-    def _muscle(
+    def _add_muscle(
         self, data_nT: Array, electrodes_n3: NDArray[np.float64], sfreq: float, rng: np.random.Generator
     ) -> None:
-        """Add bursts of jaw muscle over one temple, in place."""
+        """Add bursts of jaw muscle activity over one temple, in place."""
         length = round(1.5 * sfreq)
         for _ in range(rng.poisson(data_nT.shape[1] / sfreq / 60)):
             start = int(rng.integers(0, data_nT.shape[1] - length))
-            topography = _field(electrodes_n3, (rng.choice([-1.0, 1.0]), 0.25, 0.0), 0.35)
+            topography = _compute_potential(electrodes_n3, (rng.choice([-1.0, 1.0]), 0.25, 0.0), 0.35)
             burst = np.diff(rng.standard_normal((len(electrodes_n3), length + 1), dtype=np.float32)) * np.hanning(
                 length
             )
             data_nT[:, start : start + length] += 8 * np.maximum(topography, 0)[:, None] * burst.astype(np.float32)
 
-    def responses(
+    def simulate_responses(
         self,
         electrodes_n3: NDArray[np.float64],
         sfreq: float,
@@ -225,31 +234,31 @@ class Head:
         pictures: list[Picture],
         rng: np.random.Generator,
     ) -> Array:
-        """Simulate what the pictures evoke.
+        """Simulate the evoked responses to pictures.
 
         Parameters
         ----------
         electrodes_n3 : ndarray, shape (n, 3)
-            Unit vectors to the electrodes.
+            Unit vectors from the middle of the head to the electrodes.
         sfreq : float
             Sampling rate, Hz.
         samples : int
             Length of the recording.
         onsets : ndarray, shape (trials,)
-            Seconds at which each picture appears.
+            Onset of each picture, seconds.
         pictures : list of Picture
-            What appears.
+            The pictures that appear, in the order of `onsets`.
         rng : numpy.random.Generator
-            Randomness of this recording.
+            Random numbers for this recording.
 
         Returns
         -------
         ndarray of float32, shape (n, samples)
-            Microvolts, to be added to the background.
+            Microvolts. Add them to the background.
         """
         topographies_nC = np.stack(
             [
-                _field(electrodes_n3, centre, c.width)
+                _compute_potential(electrodes_n3, centre, c.width)
                 for centre, c in zip(self.response_centres_C3, COMPONENTS, strict=True)
             ],
             1,
@@ -263,7 +272,7 @@ class Head:
             first = round(onset * sfreq)
             time = (np.arange(length) + first) / sfreq - onset
             when = latency + rng.normal(0, 0.008) + rng.normal(0, 0.004, len(latency))
-            amplitude = gain * features(picture) * rng.lognormal(0, 0.2) * rng.lognormal(0, 0.2, len(gain))
+            amplitude = gain * compute_features(picture) * rng.lognormal(0, 0.2) * rng.lognormal(0, 0.2, len(gain))
             bumps = amplitude[:, None] * np.exp(-(((time[None, :] - when[:, None]) / duration[:, None]) ** 2) / 2)
             stop = min(samples, first + length)
             trace_CT[:, first:stop] += bumps[:, : stop - first].astype(np.float32)

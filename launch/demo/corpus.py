@@ -1,8 +1,8 @@
-"""The demo's corpus: recordings of five makes with a known truth, as heterogeneous as a real collection.
+"""The demo's corpus: simulated recordings that are as heterogeneous as a real collection, with a known ground truth.
 
-Two parts. ``unpaired/`` holds one resting recording of each of twelve subjects, spread over five file formats, five
-electrode layouts (19 to 128 channels) and four sampling rates. ``paired/`` holds eight of the subjects watching
-pictures under one 64-channel cap. ``truth.json`` says what was put in.
+The corpus has two parts. ``unpaired/`` holds one resting recording of each of twelve subjects, in five file formats,
+five electrode layouts (19 to 128 channels) and four sampling rates. ``paired/`` holds recordings of eight of these
+subjects, who look at pictures and wear a cap of 64 channels. ``truth.json`` holds the parameters of the simulation.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE
 from data_sharding.common.files import atomic_directory
 from launch.demo.brains import COMPONENTS, Head
-from launch.demo.pictures import CATEGORIES, SPLIT_SIZES, Picture, draw, make_pictures
+from launch.demo.pictures import CATEGORIES, SPLIT_SIZES, Picture, draw_picture, make_pictures
+from launch.demo.writers import write_recording
 
 LINE_HZ = 50.0
 TENTWENTY = [
@@ -49,27 +50,32 @@ TENTWENTY = [
 ]
 SUBJECTS = tuple(f"sub-{index:02d}" for index in range(1, 13))
 PAIRED_SUBJECTS = {"train": SUBJECTS[:5], "val": SUBJECTS[5:6], "test": SUBJECTS[6:8]}
-"""Subjects of the pictures; those of val and test are held out of pretraining, too."""
+"""Subjects who look at pictures, by split. Pretraining does not use the subjects of val and test either."""
 DEAD_CHANNELS = {"unpaired": {"sub-02": "Pz", "sub-03": "C3", "sub-09": "E40"}, "paired": {"sub-03": "FT7"}}
 REFERENCES = {"M1": (-0.85, -0.35, -0.45), "nose": (0.0, 0.95, -0.55), "CMS": (-0.15, -0.15, 0.97)}
-"""Directions of the reference electrodes, none of which is a channel."""
+"""Directions of the reference electrodes from the middle of the head. No reference electrode is a channel."""
 UNPAIRED_S = (100.0, 120.0)
 PAIRED_SFREQ = 250.0
 SPACING_S = 1.2
-"""Seconds from one picture to the next."""
+"""Seconds from the onset of one picture to the onset of the next."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """A laboratory: what its amplifier and its files are like."""
+    """A laboratory: the properties of its amplifier and of its files."""
 
     format: str
+    """File format."""
     suffix: str
+    """End of the file names."""
     montage: str
+    """Electrode layout."""
     sfreq: float
+    """Sampling rate, Hz."""
     reference: str
-    """One of `REFERENCES`, or ``average``."""
+    """Reference electrode, a key of `REFERENCES`; or ``average``."""
     n: int
+    """Number of channels."""
 
 
 SITES = (
@@ -84,49 +90,50 @@ CAP = Site("BrainVision", ".vhdr", "biosemi64", PAIRED_SFREQ, "nose", 64)
 
 @dataclass(kw_only=True)
 class CorpusRequest:
-    """Write the demo's corpus."""
+    """Simulate the recordings of the demo."""
 
     out: str
-    """Folder to make."""
+    """Folder to write. An existing folder is replaced."""
     seed: int = 0
-    """Everything follows from it."""
+    """Seed of the simulation. The same seed gives the same bytes."""
 
 
 def _standard_positions(montage: str) -> dict[str, NDArray[np.float64]]:
     import mne
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer MNE renames standard_1005, older ones lack the new name
+        # Newer versions of MNE warn that standard_1005 has a new name, which older versions do not know.
+        warnings.simplefilter("ignore", FutureWarning)
         return mne.channels.make_standard_montage(montage).get_positions()["ch_pos"]
 
 
-def electrodes(montage: str) -> dict[str, NDArray[np.float64]]:
-    """Positions of a layout's electrodes.
+def locate_electrodes(montage: str) -> dict[str, NDArray[np.float64]]:
+    """Return the positions of the electrodes of a layout.
 
     Parameters
     ----------
     montage : str
-        A layout named by one of the sites.
+        The layout's name, as in `SITES`.
 
     Returns
     -------
     dict of str to ndarray, shape (3,)
-        Channel name to head position in metres, in the order of the amplifier.
+        Channel name to position on the head in metres, in the order of the amplifier's channels.
     """
     if montage not in ("10-20", "10-05"):
         return _standard_positions(montage)
     dense = _standard_positions("standard_1005")
     if montage == "10-20":
         return {name: dense[name] for name in TENTWENTY}
-    # The 10-10 electrodes of a common cap, filled up to 96 with evenly spread half-steps of the 10-05 system.
+    # 96 electrodes: the 10-10 positions of a common cap, and evenly chosen half-steps of the 10-05 system.
     base = [name for name in _standard_positions("biosemi64") if name in dense]
     half = [name for name in dense if name.endswith("h")]
     extra = half[:: len(half) // (96 - len(base))][: 96 - len(base)]
     return {name: dense[name] for name in [*base, *extra]}
 
 
-def _directions(positions: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Unit vectors from the middle of the best sphere through the electrodes."""
+def _fit_directions(positions: dict[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Fit a sphere to the electrodes, and return the unit vectors from its middle to the electrodes."""
     points = np.stack(list(positions.values()))
     system = np.c_[2 * points, np.ones(len(points))]
     solution = np.linalg.lstsq(system, (points**2).sum(axis=1), rcond=None)[0]
@@ -134,8 +141,9 @@ def _directions(positions: dict[str, NDArray[np.float64]]) -> NDArray[np.float64
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def _directions_with_reference(positions: dict[str, NDArray[np.float64]], reference: str) -> NDArray[np.float64]:
-    directions = _directions(positions)
+def _compute_directions(positions: dict[str, NDArray[np.float64]], reference: str) -> NDArray[np.float64]:
+    """Return the unit vectors to the electrodes, followed by that to the reference electrode if there is one."""
+    directions = _fit_directions(positions)
     if reference == "average":
         return directions
     place = np.array(REFERENCES[reference])
@@ -143,7 +151,10 @@ def _directions_with_reference(positions: dict[str, NDArray[np.float64]], refere
 
 
 def _record(data_nT: NDArray[np.float32], names: list[str], site: Site, dead: str | None) -> NDArray[np.float32]:
-    """Measure against the site's reference, which is the last row unless it is the average, and kill a channel."""
+    """Subtract the site's reference, and set the dead channel to zero.
+
+    The reference is the average of all rows, or else the last row, which is then removed.
+    """
     out = data_nT - data_nT.mean(axis=0) if site.reference == "average" else data_nT[:-1] - data_nT[-1]
     if dead is not None:
         out[names.index(dead)] = 0.0
@@ -153,18 +164,17 @@ def _record(data_nT: NDArray[np.float32], names: list[str], site: Site, dead: st
 def _make_unpaired(folder: Path, seed: int, index: int) -> dict[str, Any]:
     subject, site = SUBJECTS[index], SITES[index % len(SITES)]
     rng = np.random.default_rng([seed, 3, index])
-    positions = electrodes(site.montage)
+    positions = locate_electrodes(site.montage)
     names = list(positions)
     seconds = float(np.round(rng.uniform(*UNPAIRED_S)))
     head = Head(seed, subject)
-    data = head.background(_directions_with_reference(positions, site.reference), site.sfreq, seconds, rng, LINE_HZ)
+    data = head.simulate_background(_compute_directions(positions, site.reference), site.sfreq, seconds, rng, LINE_HZ)
     dead = DEAD_CHANNELS["unpaired"].get(subject)
     data = _record(data, names, site, dead)
     path = folder / subject / f"{subject}_task-rest{site.suffix}"
     path.parent.mkdir(parents=True)
-    from launch.demo import writers
 
-    writers.write(path, data, positions, site.sfreq, site.format, rng)
+    write_recording(path, data, positions, site.sfreq, site.format, rng)
     return {
         "path": f"unpaired/{subject}/{path.name}",
         "subject": subject,
@@ -182,28 +192,27 @@ def _make_unpaired(folder: Path, seed: int, index: int) -> dict[str, Any]:
 def _make_paired(folder: Path, seed: int, index: int, pictures: list[Picture]) -> dict[str, Any]:
     subject = SUBJECTS[index]
     rng = np.random.default_rng([seed, 4, index])
-    positions = electrodes(CAP.montage)
-    names, directions = list(positions), _directions_with_reference(positions, CAP.reference)
+    positions = locate_electrodes(CAP.montage)
+    names, directions = list(positions), _compute_directions(positions, CAP.reference)
     order = rng.permutation(len(pictures))
     onsets = 2.0 + SPACING_S * np.arange(len(pictures)) + rng.uniform(0, 0.08, len(pictures))
     onsets = np.round(onsets * PAIRED_SFREQ) / PAIRED_SFREQ
     seconds = float(np.ceil(onsets[-1] + 3))
     shown = [pictures[i] for i in order]
     head = Head(seed, subject)
-    data = head.background(directions, PAIRED_SFREQ, seconds, rng, LINE_HZ)
-    data += head.responses(directions, PAIRED_SFREQ, data.shape[1], onsets, shown, rng)
+    data = head.simulate_background(directions, PAIRED_SFREQ, seconds, rng, LINE_HZ)
+    data += head.simulate_responses(directions, PAIRED_SFREQ, data.shape[1], onsets, shown, rng)
     dead = DEAD_CHANNELS["paired"].get(subject)
     data = _record(data, names, CAP, dead)
     stem = f"{subject}_task-pictures"
     path = folder / subject / f"{stem}.vhdr"
     path.parent.mkdir(parents=True)
-    from launch.demo import writers
 
     markers = [
         {"onset": round(onset * PAIRED_SFREQ), "duration": 1, "description": picture.category + 1}
         for onset, picture in zip(onsets, shown, strict=True)
     ]
-    writers.write(path, data, positions, PAIRED_SFREQ, CAP.format, rng, markers)
+    write_recording(path, data, positions, PAIRED_SFREQ, CAP.format, rng, markers)
     lines = ["onset\tduration\timage\tlabel_name\tcaption\timage_id\tsplit"]
     for onset, p in zip(onsets, shown, strict=True):
         fields = (
@@ -232,39 +241,43 @@ def _make_images(folder: Path, pictures: list[Picture]) -> None:
 
     folder.mkdir(parents=True)
     for picture in pictures:
-        Image.fromarray(draw(picture)).save(folder / f"{picture.image_id}.png")
+        Image.fromarray(draw_picture(picture)).save(folder / f"{picture.image_id}.png")
 
 
 def make_corpus(out: Path, seed: int) -> None:
-    """Write the whole corpus, or nothing.
+    """Write the corpus; if it fails, nothing is left behind.
 
     Parameters
     ----------
     out : Path
-        Folder to make; one that exists is replaced when the new one is complete.
+        Folder to write. An existing folder is replaced when the new one is complete.
     seed : int
-        Everything follows from it: the same seed writes the same bytes.
+        Seed of the simulation. The same seed gives the same bytes.
     """
     import mne
 
     pictures = make_pictures(seed)
-    paired = [SUBJECTS.index(subject) for members in PAIRED_SUBJECTS.values() for subject in members]
+    paired_indices = [SUBJECTS.index(subject) for members in PAIRED_SUBJECTS.values() for subject in members]
     with atomic_directory(out) as folder, mne.utils.use_log_level("error"):
         _make_images(folder / "paired" / "images", pictures)
         with contextlib.ExitStack() as stack:
-            # Threads: most of the work is transforms, products and writing, which let the interpreter go.
+            # Threads are enough: FFTs, matrix products and writing release the interpreter lock.
             pool = stack.enter_context(ThreadPoolExecutor(2))
             stack.callback(pool.shutdown, cancel_futures=True)
-            watched = [pool.submit(_make_paired, folder / "paired", seed, index, pictures) for index in paired]
-            rested = [pool.submit(_make_unpaired, folder / "unpaired", seed, index) for index in range(len(SUBJECTS))]
+            paired_futures = [
+                pool.submit(_make_paired, folder / "paired", seed, index, pictures) for index in paired_indices
+            ]
+            unpaired_futures = [
+                pool.submit(_make_unpaired, folder / "unpaired", seed, index) for index in range(len(SUBJECTS))
+            ]
             truth = {
                 "seed": seed,
                 "categories": list(CATEGORIES),
                 "pictures_per_category": dict(SPLIT_SIZES),
                 "paired_subjects": {split: list(members) for split, members in PAIRED_SUBJECTS.items()},
-                "unpaired": [future.result() for future in rested],
-                "paired": [future.result() for future in watched],
-                "subjects": {subject: Head(seed, subject).facts() for subject in SUBJECTS},
+                "unpaired": [future.result() for future in unpaired_futures],
+                "paired": [future.result() for future in paired_futures],
+                "subjects": {subject: Head(seed, subject).describe() for subject in SUBJECTS},
                 "pictures": [picture.to_dict() for picture in pictures],
                 "components": [
                     {"name": c.name, "latency_s": c.latency, "uv": c.gain, "driven_by": c.feature} for c in COMPONENTS
@@ -273,25 +286,15 @@ def make_corpus(out: Path, seed: int) -> None:
         (folder / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run ``python -m launch.demo.corpus OUT [--seed N]``.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        Arguments.
-
-    Returns
-    -------
-    int
-        Exit code.
-    """
-    config = parse_config(CorpusRequest, argv, prog="python -m launch.demo.corpus", positionals=("out",))
+def write_corpus(config: CorpusRequest) -> int:
+    """Write the corpus, print what it holds, and return the exit code."""
     make_corpus(Path(config.out), config.seed)
-    watched = sum(len(members) for members in PAIRED_SUBJECTS.values())
-    print(f"{config.out}: {len(SUBJECTS)} resting recordings, {watched} recordings with pictures")
+    paired = sum(len(members) for members in PAIRED_SUBJECTS.values())
+    print(f"{config.out}: {len(SUBJECTS)} resting recordings, {paired} recordings with pictures")
     return EXIT_DONE
 
 
+main = command(CorpusRequest, write_corpus, prog="python -m launch.demo.corpus", positionals=("out",))
+
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The demo's pictures: simple shapes whose category and looks are known exactly."""
+"""The demo's pictures: simple shapes with a known category and appearance."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 CATEGORIES = ("disc", "cross", "stripes", "triangle")
-"""Chosen to stay apart at 32 x 32 pixels even when drawn badly."""
+"""Shapes that can be told apart at 32 x 32 pixels, even when a model draws them badly."""
 HUES = {"red": 0.0, "yellow": 0.14, "green": 0.36, "blue": 0.62}
 SPLIT_SIZES = {"train": 60, "val": 8, "test": 14}
-"""Pictures a category in each split."""
+"""Number of pictures of each category, by split."""
 PIXELS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One picture and everything that determines its looks."""
+    """The attributes of one picture; they determine every pixel."""
 
     image_id: str
     category: int
@@ -38,19 +38,19 @@ class Picture:
 
     @property
     def caption(self) -> str:
-        """A sentence that describes the picture, as a text encoder would like it."""
+        """A caption for a text encoder."""
         shade = "a dark" if self.background < 0.3 else "a light"
         return f"a {self.colour} {CATEGORIES[self.category]} on {shade} background"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the attributes with the names that `truth.json` uses."""
+        """Return the attributes for `truth.json`."""
         return {**asdict(self), "label_name": CATEGORIES[self.category], "caption": self.caption}
 
 
 def make_pictures(seed: int) -> list[Picture]:
-    """Draw the attributes of all pictures.
+    """Choose the attributes of all pictures at random.
 
-    Colours and backgrounds are balanced within each category and split, so that neither gives the category away.
+    Colours and backgrounds are balanced within each category and split, so that they do not reveal the category.
 
     Parameters
     ----------
@@ -87,20 +87,21 @@ def make_pictures(seed: int) -> list[Picture]:
     return pictures
 
 
-def draw(picture: Picture) -> NDArray[np.uint8]:
-    """Render a picture with smooth edges.
+def draw_picture(picture: Picture) -> NDArray[np.uint8]:
+    """Draw a picture with smooth edges.
 
     Parameters
     ----------
     picture : Picture
-        What to draw.
+        Attributes of the picture.
 
     Returns
     -------
     ndarray of uint8, shape (32, 32, 3)
         RGB pixels.
     """
-    fine = 4  # supersampling: edges become smooth, so position and size survive at a fraction of a pixel
+    # Supersampling makes the edges smooth, so that position and size are exact to a fraction of a pixel.
+    fine = 4
     axis = (np.arange(PIXELS * fine) + 0.5) / fine - PIXELS / 2
     x, y, half = axis[None, :] - picture.x, axis[:, None] - picture.y, picture.size
     name = CATEGORIES[picture.category]

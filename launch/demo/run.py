@@ -1,4 +1,4 @@
-"""``dreamscale demo``: the whole chain on two processor cores, one ordinary command after the other."""
+"""``dreamscale demo``: run every stage on simulated data, on two CPU cores, each as an ordinary command."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from launch.demo.steps import Step, make_steps
 from launch.worker import PARENT
 
 TAIL = 25
-"""Lines of a failed step's log that are shown."""
+"""Number of lines of the log that are printed when a step fails."""
 GRACE_S = 120.0
-"""Seconds that a step gets to stop in good order."""
+"""Seconds that a step gets to write a checkpoint and stop, before it is killed."""
 
 
 @dataclass(kw_only=True)
 class DemoConfig:
-    """Run the whole chain on data it makes: recordings in, images out, one report."""
+    """Run every stage on simulated recordings, from EEG to images, and write a report."""
 
     out: str = "runs/demo"
-    """Folder for everything. Steps that are complete there already are not run again."""
+    """Folder for all files of the demo. Steps that are already complete in this folder do not run again."""
     seed: int = 0
-    """Of the people, the pictures and the training. Another seed than the folder's goes to its subfolder seed-N."""
+    """Seed of people, pictures and training. If the folder holds another seed's demo, the subfolder seed-N is used."""
     profile: Literal["full", "smoke"] = "full"
-    """smoke: the same steps with hardly any training, to see that they run; its images mean nothing."""
+    """full, or smoke: the same steps with hardly any training, to test that they run. Its images mean nothing."""
 
 
 class StepFailedError(Exception):
-    """A step ended with another exit code than 0.
+    """A step failed.
 
     Parameters
     ----------
     step : Step
-        Which.
+        The step.
     code : int
-        Its exit code.
+        The step's exit code.
     """
 
     def __init__(self, step: Step, code: int) -> None:
@@ -56,7 +56,7 @@ class StepFailedError(Exception):
 
 
 def choose_folder(config: DemoConfig) -> Path:
-    """Find the folder for this seed and profile, so that two demos never mix.
+    """Choose the folder for this seed and profile, so that two demos never share a folder.
 
     Parameters
     ----------
@@ -66,38 +66,40 @@ def choose_folder(config: DemoConfig) -> Path:
     Returns
     -------
     Path
-        `out`, or a subfolder of it where `out` holds another demo.
+        `out`, or a subfolder of `out` if `out` holds a demo with another seed or profile.
 
     Raises
     ------
     RequestError
-        If `out` holds something else than a demo.
+        If `out` is a file, cannot be written, or holds other files than those of a demo.
     """
     out, wanted = Path(config.out), {"seed": config.seed, "profile": config.profile}
     if out.exists() and not out.is_dir():
-        raise RequestError(f"--out {out}: is a file; choose a folder")
+        raise RequestError(f"--out {out}: this is a file; choose a folder")
     if (out / "demo.json").is_file():
         if read_json(out / "demo.json") == wanted:
             return out
         out = out / (f"seed-{config.seed}" + ("-smoke" if config.profile == "smoke" else ""))
     elif out.is_dir() and any(out.iterdir()):
-        raise RequestError(f"--out {out}: not empty, and no demo; choose another folder")
+        raise RequestError(f"--out {out}: the folder is not empty and is not a demo; choose another folder")
     try:
         write_json(out / "demo.json", wanted)
     except OSError as error:
-        raise RequestError(f"--out {out}: cannot be written ({error.strerror})") from None
+        raise RequestError(
+            f"--out {out}: the folder cannot be written ({error.strerror}); choose another folder"
+        ) from None
     return out
 
 
 class Chain:
-    """Runs steps, or finds that they are done.
+    """Runs steps that are not complete yet.
 
     Parameters
     ----------
     out : Path
         The demo's folder.
     say : callable
-        Prints a line for the user.
+        Called with each line to print for the user.
     """
 
     def __init__(self, out: Path, say: Callable[[str], None]) -> None:
@@ -108,32 +110,32 @@ class Chain:
         self.stopping = False
 
     def run(self, step: Step, position: str) -> None:
-        """Run a step unless it is complete.
+        """Run a step, unless it is already complete.
 
         Parameters
         ----------
         step : Step
-            What to run; the steps that it needs were run before.
+            The step. All steps that it needs were run before.
         position : str
-            Shown before its title.
+            Text that is printed before the title.
 
         Raises
         ------
         StepFailedError
-            If it failed.
+            If the step failed.
         StopRequested
-            If a signal came.
+            If a signal asked the demo to stop.
         """
         key = digest_of([step.words, step.config, *(self.keys[name] for name in step.needs)])
         self.keys[step.name] = key
         marker, begun = self._marker(step, "done"), self._marker(step, "begun")
-        if self._says(marker, key) and all((self.out / name).exists() for name in (*step.outputs, *step.proofs)):
+        if self._matches(marker, key) and all((self.out / name).exists() for name in (*step.outputs, *step.proofs)):
             self.seconds[step.name] = read_json(marker)["seconds"]
-            self.say(f"{position} {step.title}: done before ({_clock(self.seconds[step.name])})")
+            self.say(f"{position} {step.title}: already complete ({_format_time(self.seconds[step.name])})")
             return
         marker.unlink(missing_ok=True)
         spent = 0.0
-        if self._says(begun, key):
+        if self._matches(begun, key):
             spent = read_json(begun)["seconds"]
         else:
             for folder in step.outputs:
@@ -152,7 +154,7 @@ class Chain:
             spent += time.monotonic() - started
             write_json(begun, {"key": key, "seconds": round(spent, 2)})
         if self.stopping or code == EXIT_STOPPED:
-            raise StopRequested(f"in step '{step.name}'; run the same command to go on")
+            raise StopRequested(f"in step '{step.name}'; run the same command to resume")
         if code != EXIT_DONE:
             raise StepFailedError(step, code)
         write_json(marker, {"key": key, "seconds": round(spent, 2), "command": step.command})
@@ -162,14 +164,15 @@ class Chain:
     def _marker(self, step: Step, what: str) -> Path:
         return self.out / "steps" / f"{step.name}.{what}.json"
 
-    def _says(self, marker: Path, key: str) -> bool:
+    def _matches(self, marker: Path, key: str) -> bool:
+        """Whether the marker was written for the same command, config and inputs."""
         try:
             return read_json(marker)["key"] == key
         except (RequestError, KeyError, TypeError):
             return False
 
     def log(self, step: Step) -> Path:
-        """Path of a step's log."""
+        """Return the path of a step's log."""
         return self.out / "logs" / f"{step.name}.log"
 
     def _spawn(self, step: Step) -> int:
@@ -188,17 +191,17 @@ class Chain:
                 start_new_session=True,
             )
             try:
-                with _display(log, step) as refresh:
+                with _display_progress(log) as refresh:
                     while (code := self.child.poll()) is None:
                         time.sleep(0.1)
                         refresh()
                 return code
             finally:
                 if self.child.poll() is None:
-                    self._end()
+                    self._stop_child()
                 self.child = None
 
-    def _end(self) -> None:
+    def _stop_child(self) -> None:
         assert self.child is not None
         self.child.terminate()
         try:
@@ -208,14 +211,14 @@ class Chain:
             self.child.wait()
 
     @contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """Pass requests to stop on to the step that runs."""
+    def forward_signals(self) -> Iterator[None]:
+        """Forward signals that ask to stop to the step that is running."""
 
         def stop(number: int, _: FrameType | None) -> None:
             again = self.stopping
             self.stopping = True
             if self.child is None:
-                raise StopRequested("run the same command to go on")
+                raise StopRequested("run the same command to resume")
             if again and number == signal.SIGINT:
                 os.killpg(self.child.pid, signal.SIGKILL)
             else:
@@ -230,11 +233,11 @@ class Chain:
                 signal.signal(number, handler)
 
 
-def _clock(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def _last_line(log: Path) -> str:
+def _read_last_line(log: Path) -> str:
     with log.open("rb") as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - 2000))
         lines = stream.read().decode(errors="replace").replace("\r", "\n").split("\n")
@@ -242,12 +245,12 @@ def _last_line(log: Path) -> str:
 
 
 @contextmanager
-def _display(log: Path, step: Step) -> Iterator[Callable[[], None]]:
-    """Show, on a terminal, how long a step has been running and what it says; elsewhere say it once, at the end."""
+def _display_progress(log: Path) -> Iterator[Callable[[], None]]:
+    """Show the running time of a step and the last line of its log; without a terminal, print only the total time."""
     started = time.monotonic()
     if not sys.stderr.isatty():
         yield lambda: None
-        print(f"        {_clock(time.monotonic() - started)}", file=sys.stderr, flush=True)
+        print(f"        {_format_time(time.monotonic() - started)}", file=sys.stderr, flush=True)
         return
     from rich.console import Console
     from rich.markup import escape
@@ -256,11 +259,11 @@ def _display(log: Path, step: Step) -> Iterator[Callable[[], None]]:
     with console.status("") as status:
 
         def refresh() -> None:
-            note = escape(_last_line(log))[: max(20, console.width - 20)]
-            status.update(f"[bold]{_clock(time.monotonic() - started)}[/bold] [dim]{note}[/dim]")
+            note = escape(_read_last_line(log))[: max(20, console.width - 20)]
+            status.update(f"[bold]{_format_time(time.monotonic() - started)}[/bold] [dim]{note}[/dim]")
 
         yield refresh
-    console.print(f"        [green]{_clock(time.monotonic() - started)}[/green]")
+    console.print(f"        [green]{_format_time(time.monotonic() - started)}[/green]")
 
 
 def _say(text: str) -> None:
@@ -276,7 +279,7 @@ def _say(text: str) -> None:
 
 
 def run_demo(config: DemoConfig) -> int:
-    """Run the chain and write the report.
+    """Run all steps and write the report.
 
     Parameters
     ----------
@@ -293,14 +296,14 @@ def run_demo(config: DemoConfig) -> int:
     RequestError
         If the folder cannot be used.
     StopRequested
-        If a signal came.
+        If a signal asked the demo to stop.
     """
     from launch.demo.report import write_report
 
     folder = choose_folder(config)
     steps = make_steps(folder, config.seed, config.profile)
     chain = Chain(folder, _say)
-    with chain.stoppable():
+    with chain.forward_signals():
         try:
             for number, step in enumerate(steps, 1):
                 chain.run(step, f"[{number:2d}/{len(steps) + 1}]")

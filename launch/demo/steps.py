@@ -1,4 +1,4 @@
-"""The demo's steps: what each one runs, on what, and what it leaves."""
+"""The steps of the demo: the command of each step, its config, its inputs and its outputs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.shipped import shipped_configs
 
 DEFAULT_OUT = "runs/demo"
-"""Where the paths in ``configs/demo`` point to."""
+"""The folder that the paths in ``configs/demo`` name."""
 MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
-"""Generator's kind to the folder of the run that makes it."""
+"""Kind of generator to the folder of the training run that makes it."""
 CONTROLS = {"none": "", "shuffle": "-shuffled"}
-"""Control to the ending of the folder's name."""
+"""Control to the suffix of the folder that holds its images."""
 Profile = Literal["full", "smoke"]
 
 
@@ -25,19 +25,19 @@ class Step:
 
     name: str
     title: str
-    """What it does, in plain words."""
+    """What the step does, in plain words."""
     words: list[str]
-    """The command, without its program."""
+    """Arguments of the command."""
     outputs: list[str]
-    """Folders, relative to the demo's, that it writes; removed when it must begin anew."""
+    """Folders that the step writes, relative to the demo's folder. They are removed when the step starts anew."""
     proofs: list[str] = field(default_factory=list)
-    """Files, relative to the demo's folder, without which it is not complete."""
+    """Files, relative to the demo's folder, that must exist when the step is complete."""
     needs: list[str] = field(default_factory=list)
-    """Steps whose outputs it reads."""
+    """Steps whose outputs this step reads."""
     config: dict[str, Any] | None = None
-    """Resolved config, written to ``configs/NAME.yaml`` before the step runs."""
+    """Config of the step, written to ``configs/NAME.yaml`` in the demo's folder before the step runs."""
     program: tuple[str, ...] = ("-m", "launch")
-    """Python's arguments in place of ``dreamscale``."""
+    """Arguments with which Python runs the program."""
 
     @property
     def command(self) -> str:
@@ -49,23 +49,7 @@ class Step:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one of the project's YAML files.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-
-    Returns
-    -------
-    dict
-        Its content.
-
-    Raises
-    ------
-    RequestError
-        If it is not there.
-    """
+    """Read a YAML file of the project; raise `RequestError` if it does not exist."""
     import yaml
 
     if not path.is_file():
@@ -81,12 +65,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _moved(value: Any, out: Path) -> Any:
-    """Point paths below the default folder to the one asked for."""
+def _replace_folder(value: Any, out: Path) -> Any:
+    """Replace the default folder at the start of paths by another folder, in all strings of a config."""
     if isinstance(value, dict):
-        return {key: _moved(item, out) for key, item in value.items()}
+        return {key: _replace_folder(item, out) for key, item in value.items()}
     if isinstance(value, list):
-        return [_moved(item, out) for item in value]
+        return [_replace_folder(item, out) for item in value]
     if isinstance(value, str) and (value == DEFAULT_OUT or value.startswith(f"{DEFAULT_OUT}/")):
         return str(out) + value[len(DEFAULT_OUT) :]
     return value
@@ -104,24 +88,27 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
     out : Path
         The demo's folder.
     seed : int
-        Of everything.
+        Seed of every step.
     profile : str
-        full, or smoke: the same chain with hardly any training.
+        full, or smoke: the same steps with hardly any training.
 
     Returns
     -------
     list of Step
-        In the order in which they run.
+        The steps, in the order in which they run.
 
     Raises
     ------
     RequestError
-        If the configs are not there.
+        If the configs are not installed.
     """
     smoke = read_yaml(shipped_configs() / "demo" / "smoke.yaml") if profile == "smoke" else {}
 
+    def read_config(name: str) -> dict[str, Any]:
+        return _replace_folder(read_yaml(shipped_configs() / "demo" / f"{name}.yaml"), out)
+
     def resolve(name: str) -> dict[str, Any]:
-        config = _merge(_moved(read_yaml(shipped_configs() / "demo" / f"{name}.yaml"), out), smoke.get(name, {}))
+        config = _merge(read_config(name), smoke.get(name, {}))
         if "seed" in config:
             config["seed"] = seed
         return config
@@ -140,7 +127,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
     steps = [
         Step(
             name="corpus",
-            title="make recordings of 12 people: 5 formats, 5 electrode layouts, 4 rates",
+            title="simulate recordings of 12 people: 5 formats, 5 electrode layouts, 4 sampling rates",
             words=[str(out / "corpus"), "--seed", str(seed)],
             outputs=["corpus"],
             program=("-m", "launch.demo.corpus"),
@@ -150,7 +137,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
         staged(
             "pretrain",
             "pretrain",
-            "pretrain the masked autoencoder: DeepSpeed ZeRO-2, two processes",
+            "pretrain the masked autoencoder, with DeepSpeed ZeRO-2 and two processes",
             ["shard_unpaired"],
         ),
         Step(
@@ -163,7 +150,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
         staged(
             "miniature",
             "miniature",
-            "make a miniature Stable Diffusion and CLIP of the training pictures",
+            "train a miniature Stable Diffusion and CLIP on the training pictures",
             ["shard_paired"],
             ["--config"],
         ),
@@ -171,24 +158,24 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
         staged(
             "stable_diffusion",
             "finetune",
-            "fine-tune Stable Diffusion on EEG: Accelerate",
+            "fine-tune Stable Diffusion on EEG, with Accelerate",
             ["align", "miniature", "shard_paired"],
         ),
-        staged("dm_re2i", "ddpm", "train EVRNet and the EEG-guided DDPM: Accelerate", ["shard_paired"]),
+        staged("dm_re2i", "ddpm", "train EVRNet and the EEG-guided DDPM, with Accelerate", ["shard_paired"]),
     ]
-    images = _merge(_moved(read_yaml(shipped_configs() / "demo" / "images.yaml"), out), smoke.get("images", {}))
+    images = _merge(read_config("images"), smoke.get("images", {}))
     judge: str | None = None
     for kind, run in MODELS.items():
         options = _flags(images["generate"].get(kind, {}))
         for control, ending in CONTROLS.items():
             folder = f"generated/{kind}{ending}"
-            what = "EEG of people never trained on" if control == "none" else "the control: EEG of another trial"
+            source = "the EEG of new people" if control == "none" else "shuffled EEG, as a control"
             words = ["generate", str(out / run / "model"), str(out / "paired"), "-o", str(out / folder)]
             words += ["--split", "test", "--control", control, "--seed", str(seed), *options]
             steps.append(
                 Step(
                     name=f"generate_{kind}{ending.replace('-', '_')}",
-                    title=f"generate pictures, {kind.replace('_', ' ')}, from {what}",
+                    title=f"generate pictures with {kind.replace('_', ' ')} from {source}",
                     words=words,
                     outputs=[folder],
                     needs=[run],
@@ -196,14 +183,14 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
             )
         own = out / "generated" / kind
         words = ["evaluate", str(own), "--control_dir", f"{own}-shuffled"]
-        # One judge for all: the second generator is judged by the network that was trained for the first.
+        # One classifier judges both generators: the first evaluation trains it, and the second evaluation loads it.
         words += _flags(images["evaluate"]) if judge is None else ["--classifier", judge]
         first = [] if judge is None else [next(step.name for step in steps if step.name.startswith("evaluate"))]
         judge = judge or str(own / "classifier.safetensors")
         steps.append(
             Step(
                 name=f"evaluate_{kind}",
-                title=f"evaluate {kind.replace('_', ' ')}",
+                title=f"evaluate the pictures of {kind.replace('_', ' ')}",
                 words=[*words, "--seed", str(seed)],
                 outputs=[],
                 proofs=[f"generated/{kind}/metrics.json"],

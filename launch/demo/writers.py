@@ -1,4 +1,4 @@
-"""Recordings written in five makers' formats, the same bytes for the same signal."""
+"""Write recordings in five file formats; the same signal always gives the same bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 MEASURED = datetime.datetime(2024, 5, 6, 9, 0, tzinfo=datetime.UTC)
 
 
-def write(
+def write_recording(
     path: Path,
     data_nT: NDArray[np.float32],
     positions: dict[str, NDArray[np.float64]],
@@ -27,19 +27,19 @@ def write(
     Parameters
     ----------
     path : Path
-        File with the format's ending; companions go beside it.
+        File with the extension of the format; a format of several files writes the others to the same folder.
     data_nT : ndarray, shape (n, T)
         Microvolts.
     positions : dict of str to ndarray
-        Channel names, in order, and head positions in metres.
+        Channel names, in the order of the rows, and positions on the head in metres.
     sfreq : float
         Sampling rate, Hz.
     format_ : str
         EDF, BDF, BrainVision, EEGLAB or FIF.
     rng : numpy.random.Generator
-        For the electrode offsets that a BioSemi amplifier records.
+        Source of the electrode offsets, which a BioSemi amplifier also records.
     markers : list of dict, optional
-        BrainVision markers (onset and duration in samples, description).
+        BrainVision markers: onset and duration in samples, and a description.
     """
     names = list(positions)
     if format_ == "EDF":
@@ -100,7 +100,8 @@ def _write_eeglab(path: Path, data_nT: NDArray[Any], positions: dict[str, NDArra
     # EEGLAB's x axis points to the nose, its y axis to the left ear, and it counts in millimetres.
     places = np.stack([(y, -x, z) for x, y, z in positions.values()]) * 1e3
     eeglabio.raw.export_set(str(path), data=data_nT * 1e-6, sfreq=sfreq, ch_names=list(positions), ch_locs=places)
-    with path.open("r+b") as stream:  # the header's text carries the time of writing
+    # The header's text holds the time of writing; replace it, so that the bytes are always the same.
+    with path.open("r+b") as stream:
         stream.write(b"MATLAB 5.0 MAT-file".ljust(116))
 
 
@@ -112,11 +113,11 @@ def _write_fif(path: Path, data_nT: NDArray[Any], positions: dict[str, NDArray[n
     raw.set_montage(mne.channels.make_dig_montage(positions, coord_frame="head"))
     raw.set_meas_date(MEASURED)
     raw.save(path, fmt="single", verbose="error")
-    _forget_time_of_writing(path)
+    _erase_identifiers(path)
 
 
-def _forget_time_of_writing(path: Path) -> None:
-    """Blank the identifiers of a FIF file, which hold the machine and the time of writing."""
+def _erase_identifiers(path: Path) -> None:
+    """Set the identifiers of a FIF file to zero; they hold the machine and the time of writing."""
     content = bytearray(path.read_bytes())
     place = 0
     while place + 16 <= len(content):

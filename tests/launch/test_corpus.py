@@ -1,4 +1,4 @@
-"""The demo's corpus: the same bytes for a seed, readable, and with the truth it states."""
+"""The demo's corpus: a seed gives the same bytes, and the recordings hold what `truth.json` says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch.demo.corpus import make_corpus
-from launch.demo.pictures import CATEGORIES, draw, make_pictures
+from launch.demo.pictures import CATEGORIES, draw_picture, make_pictures
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,14 @@ def truth(corpus: Path) -> dict:
     return json.loads((corpus / "truth.json").read_text())
 
 
-def fingerprint(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_seed_decides_every_byte(corpus: Path, tmp_path: Path):
+def test_a_seed_gives_the_same_bytes(corpus: Path, tmp_path: Path):
     make_corpus(tmp_path / "again", 5)
-    assert fingerprint(tmp_path / "again") == fingerprint(corpus)
+    assert hash_files(tmp_path / "again") == hash_files(corpus)
     assert make_pictures(5) != make_pictures(6)
 
 
@@ -43,48 +43,48 @@ def read(path: Path):
     return mne.io.read_raw(path, preload=True, verbose="error")
 
 
-def test_recordings_are_what_the_truth_says(corpus: Path, truth: dict):
+def test_recordings_hold_what_truth_says(corpus: Path, truth: dict):
     assert len(truth["unpaired"]) == 12
     assert len({r["format"] for r in truth["unpaired"]}) == 5
     assert len({r["montage"] for r in truth["unpaired"]}) == 5
     assert len({r["sfreq"] for r in truth["unpaired"]}) == 4
     seen = set()
-    for told in truth["unpaired"]:
-        if told["format"] in seen and not told["dead_channel"]:
+    for facts in truth["unpaired"]:
+        if facts["format"] in seen and not facts["dead_channel"]:
             continue
-        seen.add(told["format"])
-        raw = read(corpus / told["path"])
-        assert (len(raw.ch_names), raw.info["sfreq"]) == (told["channels"], told["sfreq"])
-        assert len(raw.times) / told["sfreq"] == pytest.approx(told["seconds"], abs=1)
+        seen.add(facts["format"])
+        raw = read(corpus / facts["path"])
+        assert (len(raw.ch_names), raw.info["sfreq"]) == (facts["channels"], facts["sfreq"])
+        assert len(raw.times) / facts["sfreq"] == pytest.approx(facts["seconds"], abs=1)
         x = raw.get_data() * 1e6
         x -= x.mean(axis=1, keepdims=True)
         flat = [name for name, row in zip(raw.ch_names, x, strict=True) if row.std() < 0.1]
-        assert flat == ([told["dead_channel"]] if told["dead_channel"] else [])
+        assert flat == ([facts["dead_channel"]] if facts["dead_channel"] else [])
         spread = np.median(x.std(axis=1))
         assert 3 < spread < 100, "microvolts"
         power = (np.abs(np.fft.rfft(x, axis=1)) ** 2).mean(axis=0)
-        f = np.fft.rfftfreq(x.shape[1], 1 / told["sfreq"])
+        f = np.fft.rfftfreq(x.shape[1], 1 / facts["sfreq"])
 
         def band(low: float, high: float, power=power, f=f) -> float:
             return float(power[(f >= low) & (f < high)].mean())
 
-        assert band(1, 4) > band(13, 20) > band(30, 45), "falls with frequency"
+        assert band(1, 4) > band(13, 20) > band(30, 45), "power falls with frequency"
         assert band(49.5, 50.5) > 5 * band(40, 48), "mains hum"
-        own = truth["subjects"][told["subject"]]["alpha_hz"]
+        own = truth["subjects"][facts["subject"]]["alpha_hz"]
         assert band(own - 0.5, own + 0.5) > 1.5 * band(14, 18), "alpha"
 
 
 def test_events_and_pictures(corpus: Path, truth: dict):
-    told = truth["paired"][0]
-    recording = corpus / told["path"]
+    facts = truth["paired"][0]
+    recording = corpus / facts["path"]
     with (recording.parent / f"{recording.stem}_events.tsv").open() as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
-    assert len(rows) == len({row["image_id"] for row in rows}) == told["trials"] == len(truth["pictures"])
+    assert len(rows) == len({row["image_id"] for row in rows}) == facts["trials"] == len(truth["pictures"])
     assert all((corpus / "paired" / row["image"]).is_file() for row in rows)
     assert np.diff([float(row["onset"]) for row in rows]).min() > 1.05
     order = [CATEGORIES.index(row["label_name"]) for row in rows]
     repeats = np.mean(np.diff(order) == 0)
-    assert 0.15 < repeats < 0.35, "no blocks: the next category is the same as often as luck has it"
+    assert 0.15 < repeats < 0.35, "no blocks: a category follows itself as often as in random order"
     counts = {split: sum(row["split"] == split for row in rows) for split in ("train", "val", "test")}
     assert counts == {split: 4 * number for split, number in truth["pictures_per_category"].items()}
     others = [
@@ -92,24 +92,24 @@ def test_events_and_pictures(corpus: Path, truth: dict):
         for r in truth["paired"][1:3]
     ]
     orders = [[row["image_id"] for row in rows], *([row["image_id"] for row in other] for other in others)]
-    assert len({tuple(o) for o in orders}) == 3, "everyone has an order of their own"
+    assert len({tuple(o) for o in orders}) == 3, "every subject sees the pictures in another order"
 
 
-def test_pictures_do_not_give_the_category_away_by_colour():
+def test_colours_do_not_reveal_the_category():
     pictures = make_pictures(0)
     for category in range(len(CATEGORIES)):
         own = [p for p in pictures if p.category == category and p.split == "train"]
         assert len({p.colour for p in own}) == 4
         assert np.mean([p.background for p in own]) == pytest.approx(0.3, abs=0.02)
-    assert draw(pictures[0]).shape == (32, 32, 3)
+    assert draw_picture(pictures[0]).shape == (32, 32, 3)
 
 
-def test_responses_tell_the_category_across_people(corpus: Path, truth: dict):
+def test_the_category_can_be_decoded_across_people(corpus: Path, truth: dict):
     from scipy.signal import butter, sosfiltfilt
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    def epochs(told: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        path = corpus / told["path"]
+    def epochs(facts: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        path = corpus / facts["path"]
         raw = read(path)
         x = raw.get_data() * 1e6
         x = sosfiltfilt(butter(4, (0.5, 45), "band", fs=250, output="sos"), x - x.mean(axis=0))
@@ -125,4 +125,4 @@ def test_responses_tell_the_category_across_people(corpus: Path, truth: dict):
     held_x, held_y = (np.concatenate([p[i][p[2] == "test"] for p in people["test"]]) for i in (0, 1))
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(x, y)
     accuracy = model.score(held_x, held_y)
-    assert 0.6 < accuracy < 0.995, "decodable across people, and not trivially"
+    assert 0.6 < accuracy < 0.995, "decodable across people, but not perfectly"

@@ -1,4 +1,4 @@
-"""The demo: its steps, its report, going on after a stop, and the whole chain with hardly any training."""
+"""The demo: its steps, its report, resuming after a stop, and the whole chain with hardly any training."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_folders_of_two_seeds_do_not_mix(tmp_path: Path):
     assert choose_folder(DemoConfig(out=str(out), seed=1, profile="smoke")) == out / "seed-1-smoke"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(RequestError, match="no demo"):
+    with pytest.raises(RequestError, match="not a demo"):
         choose_folder(DemoConfig(out=str(tmp_path / "other")))
 
 
@@ -121,7 +121,7 @@ def check_that_names_are_escaped(out: Path, tmp_path: Path) -> None:
 
 def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     out = tmp_path / "demo"
-    # Stopped in the middle of a step, it goes on from there.
+    # Stop the demo in the middle of a step; the second run resumes there.
     process = demo(out)
     while not (out / "steps" / "corpus.done.json").is_file():
         assert process.poll() is None, process.stderr.read()
@@ -138,7 +138,7 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     text, err = process.communicate()
     assert process.returncode == 0, err
     assert text.splitlines()[-1] == str(out / "report.html")
-    assert "5 formats, 5 electrode layouts, 4 rates: done before" in err
+    assert "5 formats, 5 electrode layouts, 4 sampling rates: already complete" in err
     assert not list((out / "steps").glob("*.begun.json"))
 
     numbers = json.loads((out / "report.json").read_text())
@@ -168,15 +168,15 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     with Image.open(out / "overview.png") as picture:
         assert min(picture.size) > 500
 
-    # Complete: nothing runs again, and the report is the same.
+    # The demo is complete: no step runs again, and the report is the same.
     before = (out / "report.json").read_bytes()
     process = demo(out)
     text, err = process.communicate()
     assert process.returncode == 0
-    assert err.count("done before") == len(steps)
+    assert err.count("already complete") == len(steps)
     assert (out / "report.json").read_bytes() == before
 
-    # A step that fails says so, with its log and its exit code.
+    # If a step fails, the demo names its log and returns its exit code.
     (out / "generated" / "eg_ddpm" / "metrics.json").unlink()
     (out / "generated" / "eg_ddpm-shuffled" / "generated.json").unlink()
     process = demo(out)
