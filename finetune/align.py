@@ -1,24 +1,26 @@
-"""EEG -> CLIP: trains an encoder and a small head so that a trial lands where CLIP puts the image that was seen.
+"""EEG to CLIP: trains an encoder and a small head so that the embedding of a trial is close to that of the seen image.
 
 Started as ``dreamscale align CONFIG`` or ``accelerate launch -m finetune.align CONFIG``.
 
-Shapes: b trials of this rank, G of all ranks, C channels, T samples, N tokens of width D, P width of CLIP's projection,
-M different images.
+Shapes: b trials of this process, G trials of all processes, C channels, T samples, N tokens of width D, P width of
+CLIP's projection, M different images.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE
 from data_sharding.common.files import write_json
 from data_sharding.dataset.batch import Batch, sequential
 from data_sharding.dataset.dataset import EEGDataset
@@ -26,8 +28,8 @@ from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import clip_image_embeddings
 from finetune.eeg import ImageAugmentConfig, eeg_for_model, load_encoder, prepare_eeg
 from finetune.images import ImageTable, open_paired
-from finetune.training.accelerate import make_accelerator, open_run, quiet_libraries, rank_loader
-from finetune.training.config import TrainingConfig
+from finetune.training.accelerate import make_accelerator, make_loader, open_run, quiet_libraries
+from finetune.training.config import TrainingConfig, free_keys
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
 from finetune.training.step_random import StepRandom
@@ -37,34 +39,34 @@ from pretrain.runs.tracking import TrackerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    """EEG to CLIP alignment: encoder and head train, CLIP is frozen."""
+    """Alignment of EEG with CLIP: the encoder and a head are trained, CLIP is frozen."""
 
     dataset: str
     """EEG-image dataset with train and val splits."""
     encoder: str
-    """Encoder package of `dreamscale export`, or its hub id."""
+    """Encoder package that `dreamscale export` wrote, or its hub id."""
     clip: str
     """CLIP model: a directory, or a hub id such as openai/clip-vit-large-patch14."""
     output: str
-    """Run directory; `encoder/` and `align/` are written into it."""
+    """Run directory. The results are `encoder/` and `align/` in it."""
     pretrained: bool = True
-    """False: the encoder's shape with fresh weights, the ablation without pretraining."""
+    """False starts from random weights of the same architecture: the ablation without pretraining."""
     loss: Literal["cosine", "infonce", "both"] = "both"
-    """cosine: DreamDiffusion's 1 - cosine; infonce: contrast with the other images of the batch; both: their sum."""
+    """cosine: 1 - cosine, as in DreamDiffusion; infonce: contrast with the other images of the batch; both: the sum."""
     temperature: float = 0.1
-    """Of the contrast."""
+    """Temperature of the contrast: the cosines are divided by it."""
     encoder_lr: float = 1.0
-    """Learning rate of the encoder over that of the head."""
+    """Factor of the encoder's learning rate; the head always has training.lr."""
     watch: Literal["cosine", "top1", "top5"] = "cosine"
-    """What decides on the val split which weights are kept."""
+    """Metric on the val split that decides which weights are kept."""
     augment: ImageAugmentConfig = field(default_factory=ImageAugmentConfig)
-    """Changes of the EEG in training."""
+    """Random changes of the EEG in training."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """Steps, batch, rates."""
+    """Steps, batch size, learning rate and so on."""
     num_processes: int = 1
-    """Processes over all machines."""
+    """Number of processes on all machines together."""
     seed: int = 0
-    """Of order, noise and fresh weights."""
+    """Seed for sample order, noise and initial weights."""
     device: str = "auto"
     """auto, cpu or cuda."""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
@@ -75,36 +77,35 @@ class AlignConfig:
             raise ValueError("need temperature > 0 and encoder_lr >= 0")
 
 
-def gathered(x_bP: Tensor) -> Tensor:
-    """Rows of all ranks; only our own carry gradients.
+def gather_rows(x_b: Tensor) -> Tensor:
+    """Gather the rows of all processes, in the order of the ranks; gradients flow back to every process.
 
     Parameters
     ----------
-    x_bP : Tensor, [b, ...]
-        Of this rank; the same number on every rank.
+    x_b : Tensor, [b, ...]
+        Rows of this process; every process has equally many.
 
     Returns
     -------
     Tensor, [G, ...]
-        In the order of the ranks.
+        Rows of all processes.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return x_bP
-    parts = [torch.empty_like(x_bP) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, x_bP.detach().contiguous())
-    parts[torch.distributed.get_rank()] = x_bP
-    return torch.cat(parts)
+        return x_b
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x_b.contiguous()))
 
 
-def infonce(embeds_GP: Tensor, target_GP: Tensor, rows_G: Tensor, temperature: float) -> Tensor:
+def infonce(embeds_GP: Tensor, target_GP: Tensor, row_G: Tensor, temperature: float) -> Tensor:
     """Contrast each trial with the other images of the batch, and each image with the other trials.
 
     Parameters
     ----------
     embeds_GP, target_GP : Tensor, [G, P]
-        Of trials and of their images, unit length.
-    rows_G : Tensor of int, [G]
-        Which image each trial saw: two trials of one image are not each other's negatives.
+        Embeddings of the trials and of their images, unit length.
+    row_G : Tensor of int, [G]
+        Which image each trial saw. Two trials of one image do not count as a wrong pair.
     temperature : float
         Divisor of the cosines.
 
@@ -113,25 +114,25 @@ def infonce(embeds_GP: Tensor, target_GP: Tensor, rows_G: Tensor, temperature: f
     Tensor, scalar
         Mean cross-entropy of the two directions.
     """
-    same_GG = rows_G[:, None] == rows_G[None]
-    target_GG = same_GG.float() / same_GG.sum(1, keepdim=True)
+    same_GG = row_G[:, None] == row_G[None]
+    probability_GG = same_GG.float() / same_GG.sum(1, keepdim=True)
     logits_GG = embeds_GP @ target_GP.T / temperature
-    return (F.cross_entropy(logits_GG, target_GG) + F.cross_entropy(logits_GG.T, target_GG)) / 2
+    return (F.cross_entropy(logits_GG, probability_GG) + F.cross_entropy(logits_GG.T, probability_GG)) / 2
 
 
 class Aligner(nn.Module):
-    """Encoder and head with the alignment loss; all of it trains.
+    """Encoder and head with the alignment loss; both train.
 
     Parameters
     ----------
     encoder : EEGEncoder
         The encoder.
     head : ClipHead
-        The head.
+        Tokens to CLIP's image space.
     loss : str
         cosine, infonce or both.
     temperature : float
-        Of the contrast.
+        Temperature of the contrast.
     """
 
     def __init__(self, encoder: EEGEncoder, head: ClipHead, loss: str, temperature: float) -> None:
@@ -144,7 +145,7 @@ class Aligner(nn.Module):
         return F.normalize(self.head(self.encoder(x_bCT)).float(), dim=-1)
 
     def forward(self, x: Tensor, target: Tensor, row: Tensor) -> dict[str, Tensor]:
-        """Loss of a batch.
+        """Compute the loss of a batch.
 
         Parameters
         ----------
@@ -153,35 +154,42 @@ class Aligner(nn.Module):
         target : Tensor, [b, P]
             CLIP embeddings of the images, unit length.
         row : Tensor of int, [b]
-            Which image.
+            Which image each trial saw.
 
         Returns
         -------
         dict
-            loss, cosine (1 - cosine) and infonce; each the same mean over all ranks' trials.
+            loss, cosine (1 - cosine) and infonce. Cosine is a mean over this process's trials, infonce over those of
+            all processes.
         """
         embeds_bP = self.embed(x)
         out = {"cosine": 1 - (embeds_bP * target).sum(-1).mean()}
         loss = out["cosine"] if self.loss != "infonce" else torch.zeros_like(out["cosine"])
         if self.loss != "cosine":
-            contrast = infonce(gathered(embeds_bP), gathered(target), gathered(row), self.temperature)
+            # Every process computes the same contrast. The backward pass of the gather adds up the processes' equal
+            # gradients, and Accelerate then averages them over the processes: the result is the true gradient.
+            contrast = infonce(gather_rows(embeds_bP), gather_rows(target), gather_rows(row), self.temperature)
             out["infonce"] = contrast
-            # Gradients are averaged over ranks, but each rank holds only its own rows' part of this one: undo the mean.
-            world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-            loss = loss + contrast * world - (contrast * (world - 1)).detach()
+            loss = loss + contrast
         return {"loss": loss, **{name: value.detach() for name, value in out.items()}}
 
 
 @torch.no_grad()
-def retrieval(
-    embed: Any, dataset: EEGDataset, table: ImageTable, target_MP: Tensor, device: Any, batch_size: int = 64
+def measure_retrieval(
+    embed: Callable[[Tensor], Tensor],
+    dataset: EEGDataset,
+    table: ImageTable,
+    target_MP: Tensor,
+    device: Any,
+    pulse: Callable[[], None] = lambda: None,
+    batch_size: int = 64,
 ) -> dict[str, float]:
-    """Score how well images are found by EEG within a split.
+    """Measure how well the seen image can be found among all images of a split.
 
     Parameters
     ----------
     embed : callable
-        [b, 128, T] in microvolts to [b, P] of unit length.
+        Takes EEG in microvolts, [b, 128, T], and returns embeddings of unit length, [b, P].
     dataset : EEGDataset
         The split.
     table : ImageTable
@@ -189,47 +197,49 @@ def retrieval(
     target_MP : Tensor, [M, P]
         Their CLIP embeddings.
     device : torch.device
-        Where to compute.
+        Device of the computation.
+    pulse : callable
+        Called before each batch; `fit` uses it to interrupt.
     batch_size : int
-        Trials at a time.
+        Trials of one forward pass.
 
     Returns
     -------
     dict
-        ``cosine`` (1 - cosine, mean), ``top1`` and ``top5`` (share of trials whose image comes first, among the first
-        five of the split's images), ``label`` (share whose first image has the right label) and ``images``, M.
+        ``cosine``: mean of 1 - cosine. ``top1`` and ``top5``: share of trials whose image is the most similar, or among
+        the five most similar. ``label``: share of trials whose most similar image has the right label. ``images``: M.
     """
     parts = []
     for batch in sequential(dataset, batch_size):
+        pulse()
         parts.append(embed(batch.padded(device)).float().cpu())
     embeds_BP = torch.cat(parts)
     row_B = torch.as_tensor(table.row_of)
     similarity_BM = embeds_BP @ target_MP.T
-    ranks_B = (similarity_BM > similarity_BM.gather(1, row_B[:, None])).sum(1)
+    better_B = (similarity_BM > similarity_BM.gather(1, row_B[:, None])).sum(1)
     labels_M = torch.as_tensor(table.labels)
     return {
         "cosine": float(1 - (embeds_BP * target_MP[row_B]).sum(-1).mean()),
-        "top1": float((ranks_B < 1).float().mean()),
-        "top5": float((ranks_B < 5).float().mean()),
+        "top1": float((better_B < 1).float().mean()),
+        "top5": float((better_B < 5).float().mean()),
         "label": float((labels_M[similarity_BM.argmax(1)] == labels_M[row_B]).float().mean()),
         "images": len(table),
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def align(config: AlignConfig) -> int:
     """Align an encoder with CLIP.
 
     Parameters
     ----------
-    argv : list of str, optional
-        ``CONFIG.yaml`` and any key of `AlignConfig`.
+    config : AlignConfig
+        The request.
 
     Returns
     -------
     int
         Exit code.
     """
-    config = parse_config(AlignConfig, argv, prog="dreamscale align", positionals=("config",))
     quiet_libraries()
     data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")
     torch.manual_seed(config.seed)
@@ -238,9 +248,9 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = make_accelerator(
         num_processes=config.num_processes, device=config.device, precision=config.training.precision
     )
-    run = open_run(config, accelerator)
+    run = open_run(config, accelerator, free=free_keys("training", independent_samples=config.loss == "cosine"))
     if run.finished:
-        print(f"{config.output}: done already")
+        print(f"{config.output}: this run is complete; nothing to do")
         return EXIT_DONE
     target_MP, val_target_MP = (
         clip_image_embeddings(
@@ -260,21 +270,21 @@ def main(argv: list[str] | None = None) -> int:
         x, target = prepare_eeg(batch, data, table, config.augment, random, encoder), target_MP[row]
         return {"x": x, "target": target, "row": row}
 
+    def evaluate(module: Aligner, pulse: Callable[[], None]) -> dict[str, float]:
+        def embed(microvolts_bCT: Tensor) -> Tensor:
+            return module.embed(eeg_for_model(microvolts_bCT, module.encoder))
+
+        return measure_retrieval(embed, val, val_table, val_target_MP, accelerator.device, pulse)
+
     result = fit(
         aligner,
         config=config.training,
         seed=config.seed,
         accelerator=accelerator,
         run=run,
-        loader=rank_loader(data, config.training, config.seed, accelerator),
+        loader=make_loader(data, config.training, config.seed, accelerator),
         inputs=inputs,
-        validate=lambda module: retrieval(
-            lambda uv_bCT: module.embed(eeg_for_model(uv_bCT, module.encoder)),
-            val,
-            val_table,
-            val_target_MP,
-            accelerator.device,
-        ),
+        evaluate=evaluate,
         watch=config.watch,
         mode="min" if config.watch == "cosine" else "max",
         lr_scale=lambda name: config.encoder_lr if name.startswith("encoder.") else 1.0,
@@ -288,9 +298,10 @@ def main(argv: list[str] | None = None) -> int:
         write_json(run.path / "align" / "result.json", found)
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "train/cosine", "val/cosine"])
         run.status("done", **found)
-        label = result.best["label"]
         print(
-            f"alignment: val {1 - result.best['cosine']:.3f} cosine, {label:.1%} right label -> {run.path / 'encoder'}"
+            f"alignment: on the val split, mean cosine {1 - result.best['cosine']:.3f}, right label "
+            f"{result.best['label']:.1%} -> {run.path / 'encoder'}; next: dreamscale finetune "
+            f"configs/finetune/stable_diffusion.yaml --dataset {config.dataset} --encoder {run.path / 'encoder'}"
         )
     run.close()
     accelerator.wait_for_everyone()
@@ -298,5 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_DONE
 
 
+main = command(AlignConfig, align, prog="dreamscale align")
+
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

@@ -18,15 +18,15 @@ class ClipHeadConfig:
     """Sizes of the CLIP head."""
 
     tokens: int
-    """EEG tokens, N."""
+    """Number of EEG tokens, N."""
     dim: int
-    """Their width, D."""
+    """Width of the EEG tokens, D."""
     projection: int
     """Width of CLIP's image embeddings, P."""
 
 
 class ClipHead(nn.Module):
-    """EEG tokens to CLIP's image space: the h of DreamDiffusion's alignment loss.
+    """Maps EEG tokens to CLIP's image space: h in DreamDiffusion's alignment loss.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class ClipHead(nn.Module):
         self.config = config
         self.token_mapper = nn.Conv1d(config.tokens, 1, 1)
         self.dim_mapper = nn.Linear(config.dim, config.projection)
-        # Equal weights of the tokens to start with: what is wanted is a mean with preferences.
+        # All tokens start with the same weight: a plain mean, up to a factor.
         nn.init.constant_(self.token_mapper.weight, config.tokens**-0.5)
         nn.init.zeros_(self.token_mapper.bias)  # type: ignore[arg-type]
 
@@ -54,7 +54,7 @@ class ClipHead(nn.Module):
         Returns
         -------
         Tensor, [B, P]
-            Not normalised.
+            Embeddings, not normalised.
         """
         return self.dim_mapper(self.token_mapper(tokens_BND)[:, 0])
 

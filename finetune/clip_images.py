@@ -22,23 +22,23 @@ def is_local(model: str | Path) -> bool:
     Parameters
     ----------
     model : str or Path
-        As the config has it.
+        Value from the config.
 
     Returns
     -------
     bool
-        True for anything that looks like a path or is one.
+        True for a directory.
 
     Raises
     ------
     RequestError
-        If it looks like a path and is no directory.
+        If the value looks like a path, but there is no such directory.
     """
     text = str(model)
-    looks = text.startswith((".", "/", "~")) or text.count("/") != 1
+    looks_like_path = text.startswith((".", "/", "~")) or text.count("/") != 1
     if Path(text).is_dir():
         return True
-    if looks:
+    if looks_like_path:
         raise RequestError(f"{text}: no such directory, and not a hub id ('owner/name') either")
     return False
 
@@ -46,7 +46,7 @@ def is_local(model: str | Path) -> bool:
 def clip_image_embeddings(
     table: ImageTable, clip: str | Path, *, device: Any = "cpu", cache: str | Path | None = None, write: bool = True
 ) -> Tensor:
-    """Embed every image of a table.
+    """Compute the CLIP embedding of every image of a table.
 
     Parameters
     ----------
@@ -55,11 +55,11 @@ def clip_image_embeddings(
     clip : str or Path
         Directory of a CLIP model with its image processor, or its hub id, e.g. ``openai/clip-vit-large-patch14``.
     device : torch.device
-        Where to compute.
+        Device of the computation.
     cache : str or Path, optional
-        Directory for the result.
+        Directory in which the result is kept.
     write : bool
-        False on every rank but the first.
+        Whether this process writes the cache; False on every rank but the first.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def clip_image_embeddings(
     Raises
     ------
     RequestError
-        If it is no CLIP model, or cannot be had.
+        If it is not a CLIP model, or cannot be loaded.
     """
     from transformers import CLIPVisionModelWithProjection
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -90,14 +90,14 @@ def clip_image_embeddings(
             embeds_BP = model(pixel_values=values.to(device)).image_embeds.float()
         return torch.nn.functional.normalize(embeds_BP, dim=-1)
 
-    # The processor brings images to CLIP's size itself; a square of that size keeps batches rectangular.
+    # CLIP's processor resizes images as well. They are resized here first, because a batch needs one size.
     size = int(model.config.image_size)  # pyright: ignore[reportArgumentType] - a number in every CLIP
     key = {"what": "clip", "weights": weights_digest(model)}
     return table.features(compute, size=size, key=key, cache=cache, write=write)
 
 
 def weights_digest(model: torch.nn.Module) -> list[float]:
-    """Tell two frozen models apart, for the keys of caches.
+    """Compute a short digest of a frozen model's weights, for the keys of caches.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def weights_digest(model: torch.nn.Module) -> list[float]:
     Returns
     -------
     list of float
-        Sums of a few tensors: enough, without reading the files again.
+        Sums of a few tensors. They tell models apart without reading the files again.
     """
     parameters = list(model.parameters())
     picked = [*parameters[:: max(1, len(parameters) // 8)], parameters[-1]]

@@ -176,13 +176,15 @@ class DenoisingWatcher:
         u = (torch.rand(self.REPEATS, len(clean), generator=generator) + quarters) / self.REPEATS
         self.time = (u * noise_steps).long()
 
-    def __call__(self, task: DenoisingTask) -> dict[str, float]:
+    def __call__(self, task: DenoisingTask, pulse: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Measure a model.
 
         Parameters
         ----------
         task : DenoisingTask
             In evaluation mode.
+        pulse : callable
+            Called before each batch; `fit` uses it to interrupt.
 
         Returns
         -------
@@ -197,6 +199,7 @@ class DenoisingWatcher:
         for name, given in used.items():
             for noise, time in zip(self.noise, self.time, strict=True):
                 for at in torch.arange(n).split(self.BATCH):
+                    pulse()
                     parts = (self.clean[at].to(device), noise[at].to(device), time[at].to(device))
                     totals[name] += float(task.errors(given[at.to(device)], *parts).sum())
         return {name: total / (self.REPEATS * n) for name, total in totals.items()}

@@ -1,4 +1,4 @@
-"""Images for the trials of a split, beside the ones that were seen.
+"""Generates images from the EEG of a split's trials, and stores them beside the images that were seen.
 
 Shapes: B trials, H, W pixels.
 """
@@ -9,85 +9,78 @@ import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, RequestError, StopRequested, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, RequestError, StopRequested
 from data_sharding.common.files import atomic_directory, write_json
 from data_sharding.common.progress import progress
 from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
+from finetune.eeg import choose_evenly
 from finetune.generators import Generator, load_generator
 from finetune.images import decode_image, open_paired
-from finetune.training.accelerate import pick_device, quiet_libraries
+from finetune.training.accelerate import quiet_libraries
+from pretrain.runs.distributed import choose_device
 from pretrain.runs.stop import StopSignal
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Images for the trials of a split of an EEG-image dataset."""
+    """Images for the trials of one split of an EEG-image dataset."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"batch": "batch_size"}
 
     model: str
-    """A fine-tuned run, or its `model` directory."""
+    """Run directory of a fine-tuned model, or its `model` folder."""
     dataset: str
-    """EEG-image dataset, preprocessed as the model's training data."""
+    """EEG-image dataset with the preprocessing of the model's training data."""
     output: str
-    """Directory for images/, real/ and generated.json; an earlier result is replaced once the new one is whole."""
+    """Directory for images/, real/ and generated.json. An earlier result there is replaced when the new one is
+    complete."""
     split: str = "test"
-    """Which split's trials."""
+    """Split whose trials are used."""
     control: Literal["none", "shuffle"] = "none"
-    """shuffle: every trial gets another trial's EEG, whatever their labels: what a model does without the right EEG."""
+    """shuffle gives each trial the EEG of another trial, of any category. The result shows how good a model seems
+    without the right EEG."""
     steps: int = 25
     """Denoising steps."""
     guidance_scale: float = 2.0
-    """Classifier-free guidance; 1 for none."""
+    """Strength of classifier-free guidance; 1 switches guidance off."""
     limit: int = 0
-    """At most so many trials, evenly spread over the split; 0 for all."""
-    batch: int = 32
-    """Trials at a time; does not change the images' noise."""
+    """Largest number of trials, evenly spread over the split; 0 for all trials."""
+    batch_size: int = 32
+    """Trials of one forward pass. The noise of an image does not depend on it."""
     seed: int = 0
-    """Of the noise and of the shuffling."""
+    """Seed for the noise and for the shuffling."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
+        for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.limit < 0:
-            raise ValueError(f"limit must be 0 (all) or more, got {self.limit}")
+            raise ValueError(f"limit must be 0 (all trials) or more, got {self.limit}")
 
 
 def trial_seed(seed: int, key: str) -> int:
-    """Seed of a trial's noise.
-
-    Parameters
-    ----------
-    seed : int
-        The run's.
-    key : str
-        The trial's.
-
-    Returns
-    -------
-    int
-        63 bits of a hash of both.
-    """
+    """Return the seed of a trial's noise: 63 bits of a hash of the config's seed and the trial's key."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") >> 1
 
 
-def derangement(n: int, seed: int) -> np.ndarray:
-    """Permutation that leaves nothing in its place, each one equally likely.
+def derange(n: int, seed: int) -> np.ndarray:
+    """Draw a permutation that leaves no number in its place; all such permutations are equally likely.
 
     Parameters
     ----------
     n : int
-        How many, at least 2.
+        Length of the permutation, at least 2.
     seed : int
-        What it depends on.
+        Seed for the draw.
 
     Returns
     -------
@@ -96,7 +89,8 @@ def derangement(n: int, seed: int) -> np.ndarray:
     """
     assert n > 1
     rng = np.random.default_rng([seed, n])
-    while True:  # a third of all permutations will do
+    # About one permutation in three leaves no number in its place, so this loop is short.
+    while True:
         order = rng.permutation(n)
         if (order != np.arange(n)).all():
             return order
@@ -108,7 +102,7 @@ def _save_png(path: Path, pixels_HW3: np.ndarray) -> None:
     Image.fromarray(pixels_HW3).save(path)
 
 
-def generate(
+def generate_images(
     generator: Generator,
     dataset: EEGDataset,
     numbers: list[int],
@@ -116,7 +110,7 @@ def generate(
     config: GenerateConfig,
     root: Path,
 ) -> list[dict[str, Any]]:
-    """Make and save the images of some trials.
+    """Generate the images of some trials and save them.
 
     Parameters
     ----------
@@ -125,28 +119,28 @@ def generate(
     dataset : EEGDataset
         The split.
     numbers : list of int
-        Trials to make images for.
+        Trials to generate images for.
     sources : list of int
-        The trial whose EEG each of them gets.
+        For each of these trials, the trial whose EEG is used.
     config : GenerateConfig
         Steps, guidance, seed.
     root : Path
-        Where ``images/`` and ``real/`` are.
+        Directory with the folders ``images`` and ``real``.
 
     Returns
     -------
     list of dict
-        What generated.json says of each trial.
+        Entries of generated.json, one a trial.
 
     Raises
     ------
     StopRequested
-        If a signal came.
+        If a stop was requested.
     """
     trials: list[dict[str, Any]] = []
     with StopSignal() as stop, progress(f"images ({config.control} control)", len(numbers)) as advance:
-        for start in range(0, len(numbers), config.batch):
-            part, eeg = numbers[start : start + config.batch], sources[start : start + config.batch]
+        for start in range(0, len(numbers), config.batch_size):
+            part, eeg = numbers[start : start + config.batch_size], sources[start : start + config.batch_size]
             batch = collate(dataset, eeg)
             keys = [dataset.key(number) for number in part]
             images = generator.generate(
@@ -173,45 +167,40 @@ def generate(
                 )
             advance(len(part))
             if stop.requested:
-                raise StopRequested("nothing was written; run the same command again")
+                raise StopRequested("no image was kept; run the same command again")
     return trials
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Make images for the trials of a split.
+def generate(config: GenerateConfig) -> int:
+    """Generate images for the trials of a split.
 
     Parameters
     ----------
-    argv : list of str, optional
-        ``MODEL DATASET -o DIR`` and any key of `GenerateConfig`.
+    config : GenerateConfig
+        The request.
 
     Returns
     -------
     int
         Exit code.
     """
-    config = parse_config(
-        GenerateConfig, argv, prog="dreamscale generate", positionals=("model", "dataset"), aliases={"-o": "output"}
-    )
     quiet_libraries()
     output = Path(config.output)
     if output.exists() and not (output / "generated.json").is_file() and (output.is_file() or any(output.iterdir())):
         raise RequestError(f"{output}: exists and holds something else; choose another output")
     dataset = open_paired(config.dataset, config.split)
-    generator = load_generator(config.model, pick_device(config.device))
+    generator = load_generator(config.model, str(choose_device(config.device)))
     dataset.require_preprocess(generator.spec, f"model {config.model}")
-    n = len(dataset)
-    count = min(config.limit or n, n)
-    numbers = np.unique(np.linspace(0, n - 1, count).round().astype(int)).tolist()
+    numbers = choose_evenly(len(dataset), config.limit or len(dataset))
     sources = numbers
     if config.control == "shuffle":
-        if count < 2:
-            raise RequestError(f"{config.dataset} ({config.split}): shuffling needs at least two trials")
-        sources = np.asarray(numbers)[derangement(len(numbers), config.seed)].tolist()
+        if len(numbers) < 2:
+            raise RequestError(f"{config.dataset} ({config.split}): --control shuffle needs at least two trials")
+        sources = np.asarray(numbers)[derange(len(numbers), config.seed)].tolist()
     with atomic_directory(output) as root:
         for name in ("images", "real"):
             (root / name).mkdir()
-        trials = generate(generator, dataset, numbers, sources, config, root)
+        trials = generate_images(generator, dataset, numbers, sources, config, root)
         write_json(
             root / "generated.json",
             {
@@ -229,9 +218,20 @@ def main(argv: list[str] | None = None) -> int:
                 "trials": trials,
             },
         )
-    print(f"{len(trials)} images -> {output / 'images'}")
+    following = f"dreamscale evaluate {output}"
+    if config.control == "shuffle":
+        following = f"dreamscale evaluate OWN --control_dir {output} (OWN: the images without --control shuffle)"
+    print(f"{len(trials)} images -> {output / 'images'}; next: {following}")
     return EXIT_DONE
 
 
+main = command(
+    GenerateConfig,
+    generate,
+    prog="dreamscale generate",
+    positionals=("model", "dataset"),
+    aliases={"-o": "output"},
+)
+
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

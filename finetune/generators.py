@@ -1,4 +1,4 @@
-"""The kinds of image generators, loaded by what their package says it is."""
+"""The kinds of image generators. The package of a model names its kind."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ KINDS = {
     "stable_diffusion": "finetune.stable_diffusion.model:StableDiffusionGenerator",
     "eg_ddpm": "finetune.dm_re2i.model:DMRE2IGenerator",
 }
-"""Kind in dreamscale.json -> class, imported when it is needed."""
+"""Kind in dreamscale.json to class. A class is imported when a model of its kind is loaded."""
 
 
 class Generator(Protocol):
-    """What turns EEG into images."""
+    """A model that turns EEG into images."""
 
     kind: str
 
     @property
     def spec(self) -> PreprocessSpec:
-        """What the EEG must have gone through."""
+        """Preprocessing that the EEG must have."""
         ...
 
     def generate(self, eeg_B128T: torch.Tensor, *, steps: int, guidance_scale: float, seeds: list[int]) -> np.ndarray:
-        """Make one image a trial.
+        """Generate one image for each trial.
 
         Parameters
         ----------
@@ -41,9 +41,9 @@ class Generator(Protocol):
         steps : int
             Denoising steps.
         guidance_scale : float
-            Strength of classifier-free guidance; 1 for none.
+            Strength of classifier-free guidance; 1 switches guidance off.
         seeds : list of int
-            One a trial; a trial's noise depends on its own seed alone.
+            One seed a trial. A trial's noise depends on its own seed alone.
 
         Returns
         -------
@@ -59,7 +59,7 @@ def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:
     Parameters
     ----------
     model_dir : str or Path
-        A run's ``model`` directory, or the run itself.
+        The ``model`` folder of a run, or the run directory itself.
     device : str
         cpu or cuda.
 
@@ -71,18 +71,21 @@ def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:
     Raises
     ------
     RequestError
-        If there is no model, or of an unknown kind.
+        If there is no model, or its kind is unknown.
     """
     folder = Path(model_dir)
     if not (folder / "dreamscale.json").is_file() and (folder / "model" / "dreamscale.json").is_file():
         folder = folder / "model"
     if not (folder / "dreamscale.json").is_file():
         raise RequestError(
-            f"{model_dir}: no dreamscale.json, so this is not a fine-tuned model; give a run's 'model' directory"
+            f"{model_dir}: has no dreamscale.json, so it is not a fine-tuned model; give the 'model' folder of a run"
         )
     values = read_json(folder / "dreamscale.json")
     kind = values.get("kind") if isinstance(values, dict) else None
     if kind not in KINDS:
-        raise RequestError(f"{folder / 'dreamscale.json'}: kind '{kind}' is none of {', '.join(KINDS)}")
+        raise RequestError(
+            f"{folder / 'dreamscale.json'}: the kind '{kind}' is unknown to this version (known: {', '.join(KINDS)}); "
+            f"train the model again"
+        )
     module, name = KINDS[kind].split(":")
     return getattr(importlib.import_module(module), name)(folder, device)

@@ -1,4 +1,4 @@
-"""Trials with their images: decoding, sizes and ranges, one row an image however often it was seen.
+"""The images of EEG-image datasets: decoding, sizes, value ranges, and a table with one row for each image.
 
 Shapes: B trials, M different images, H, W pixels.
 """
@@ -38,22 +38,22 @@ def open_paired(path: str | Path, split: str) -> EEGDataset:
     Raises
     ------
     RequestError
-        If there is no complete dataset, no such split, or a trial has no image.
+        If the dataset is incomplete, the split does not exist, or a trial has no image.
     """
     return EEGDataset(path, split).require_images()
 
 
 def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -> np.ndarray:
-    """Decode an image file, cut its central square and bring it to a size.
+    """Decode an image file. If a size is given, cut out the central square and resize it.
 
     Parameters
     ----------
     data : bytes
         PNG, JPEG or WebP.
     size : int, optional
-        Pixels of a side; as it is where None.
+        Width and height of the result in pixels; None keeps the image as it is.
     name : str
-        What it is called in a message.
+        Name of the image in error messages.
 
     Returns
     -------
@@ -63,14 +63,16 @@ def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -
     Raises
     ------
     RequestError
-        If it cannot be decoded.
+        If the image cannot be decoded.
     """
     from PIL import Image
 
     try:
         image = Image.open(io.BytesIO(data)).convert("RGB")
     except OSError as error:
-        raise RequestError(f"{name}: the image cannot be decoded ({error}); mend it and shard again") from None
+        raise RequestError(
+            f"{name}: the image cannot be decoded ({error}); repair the file and make the dataset again"
+        ) from None
     if size is not None:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -80,7 +82,7 @@ def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -
 
 
 def to_model_range(pixels_BHW3: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Bring bytes to what image models see.
+    """Convert bytes to the value range of image models.
 
     Parameters
     ----------
@@ -90,7 +92,7 @@ def to_model_range(pixels_BHW3: np.ndarray | torch.Tensor) -> torch.Tensor:
     Returns
     -------
     Tensor of float32, shape (B, 3, H, W)
-        From -1 to 1.
+        Values from -1 to 1.
     """
     import torch
 
@@ -98,12 +100,12 @@ def to_model_range(pixels_BHW3: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def to_pixels(x_B3HW: torch.Tensor) -> np.ndarray:
-    """Bring a model's images to bytes.
+    """Convert a model's images to bytes.
 
     Parameters
     ----------
     x_B3HW : Tensor, shape (B, 3, H, W)
-        From -1 to 1; what lies beyond is limited, as a screen would.
+        Values from -1 to 1; values outside are clipped.
 
     Returns
     -------
@@ -114,7 +116,7 @@ def to_pixels(x_B3HW: torch.Tensor) -> np.ndarray:
 
 
 class ImageTable:
-    """The different images of a split: several subjects saw the same one, and it is worth decoding once.
+    """The different images of a split. Several trials may show the same image; the table has one row for it.
 
     Parameters
     ----------
@@ -124,15 +126,15 @@ class ImageTable:
     Attributes
     ----------
     ids : list of str
-        Image ids, one a row, sorted.
+        Image id of each row, sorted.
     labels : ndarray of int, shape (M,)
-        Label of each image.
+        Label of each row's image.
     captions : list of str
-        Caption of each; its label's name where it has none.
+        Caption of each row's image; the name of its label where it has no caption.
     row_of : ndarray of int, shape (trials,)
-        Row of each trial's image, by the trial's number in the dataset.
+        Row of each trial's image; trials by their number in the dataset.
     companions : list of list of int
-        For each trial, the other trials of the same image under the same channels.
+        For each trial, the numbers of the other trials with the same image and the same channels.
 
     Raises
     ------
@@ -146,7 +148,7 @@ class ImageTable:
         missing = next((n for n, m in enumerate(metas) if not {"image_id", "label"} <= m.keys()), None)
         if missing is not None:
             raise RequestError(
-                f"{dataset.path}: sample {dataset.key(missing)} has no image_id or label; shard it again"
+                f"{dataset.path}: sample {dataset.key(missing)} has no image_id or label; make the dataset again"
             )
         first: dict[str, int] = {}
         for number, meta in enumerate(metas):
@@ -156,10 +158,10 @@ class ImageTable:
         rows = {image_id: row for row, image_id in enumerate(self.ids)}
         self.row_of = np.array([rows[meta["image_id"]] for meta in metas])
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-        alike = [(int(row), tuple(meta["ch_names"])) for row, meta in zip(self.row_of, metas, strict=True)]
-        for number, what in enumerate(alike):
-            groups.setdefault(what, []).append(number)
-        self.companions = [[n for n in groups[what] if n != number] for number, what in enumerate(alike)]
+        keys = [(int(row), tuple(meta["ch_names"])) for row, meta in zip(self.row_of, metas, strict=True)]
+        for number, key in enumerate(keys):
+            groups.setdefault(key, []).append(number)
+        self.companions = [[n for n in groups[key] if n != number] for number, key in enumerate(keys)]
         self.labels = np.array([int(metas[n]["label"]) for n in self._first])
         self.captions = [
             str(metas[n].get("caption") or metas[n].get("label_name") or f"label {metas[n]['label']}")
@@ -175,9 +177,9 @@ class ImageTable:
         Parameters
         ----------
         rows : sequence of int, optional
-            Which; all of them by default.
+            Rows to decode; all rows by default.
         size : int, optional
-            Pixels of a side; without it all images must have one size.
+            Width and height of the result in pixels. Without it, all images must have the same size.
 
         Returns
         -------
@@ -187,7 +189,7 @@ class ImageTable:
         Raises
         ------
         RequestError
-            If an image cannot be decoded, or sizes differ and none was asked for.
+            If an image cannot be decoded, or the images differ in size and no size was given.
         """
         out = []
         for row in range(len(self)) if rows is None else rows:
@@ -195,7 +197,9 @@ class ImageTable:
             name = f"{self.dataset.path}: sample {self.dataset.key(number)}"
             out.append(decode_image(self.dataset.image(number), size, name=name))
         if len({image.shape for image in out}) > 1:
-            raise RequestError(f"{self.dataset.path}: images of different sizes; name the size to bring them to")
+            raise RequestError(
+                f"{self.dataset.path}: the images have different sizes; give the size to which they are resized"
+            )
         return np.stack(out)
 
     def features(
@@ -208,27 +212,27 @@ class ImageTable:
         batch_size: int = 64,
         write: bool = True,
     ) -> torch.Tensor:
-        """Compute something of every image once, and keep it on disk.
+        """Compute a feature of every image once, and keep the result on disk.
 
         Parameters
         ----------
         compute : callable
-            Takes uint8 [B, H, W, 3], gives a tensor [B, ...].
+            Takes images as uint8 [B, H, W, 3] and returns a tensor [B, ...].
         size : int or None
-            Size to which images are brought.
+            Size to which images are resized.
         key : dict
-            What the result depends on besides the images, e.g. the model's path and checksum.
+            Everything that the result depends on besides the images, e.g. a digest of the model's weights.
         cache : str or Path, optional
-            Directory for the result; nothing is kept without it.
+            Directory in which the result is kept; without it, nothing is kept.
         batch_size : int
-            Images at a time.
+            Images of one call.
         write : bool
-            False on every rank but the first.
+            Whether this process writes the cache; False on every rank but the first.
 
         Returns
         -------
         Tensor, shape (M, ...)
-            On the CPU, one row an image.
+            On the CPU, one row for each image.
         """
         import torch
         from safetensors.torch import load_file, save_file

@@ -1,4 +1,4 @@
-"""``python -m finetune.dm_re2i CONFIG.yaml``, for `accelerate launch -m` and the like."""
+"""``python -m finetune.dm_re2i CONFIG.yaml``, for `accelerate launch -m` and other launchers."""
 
 import sys
 

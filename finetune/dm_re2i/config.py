@@ -1,4 +1,4 @@
-"""Config of DM-RE2I: EVRNet, then the EEG-guided DDPM."""
+"""Config of DM-RE2I: EVRNet, then the EEG-guided DDPM (EG-DDPM)."""
 
 from __future__ import annotations
 
@@ -7,46 +7,48 @@ from typing import Literal
 
 from finetune.dm_re2i.evrnet import EVRNetConfig
 from finetune.eeg import AugmentConfig
-from finetune.training.config import TrainingConfig
+from finetune.training.config import TrainingConfig, free_keys
 from pretrain.runs.tracking import TrackerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class EVRNetStage:
-    """The first stage: EEG to the category of the image."""
+    """The first stage: EVRNet learns the category of the image from the EEG."""
 
     channels: int = 128
-    """Rows of the padded window that are used; fewer lose nothing where no trial has more true channels."""
+    """Number of channels that the network takes, from 1 to 128. It must not be below the trials' true channels; the
+    channels above those are copies."""
     widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
-    """Feature maps of the temporal, spatial and TS convolutions; the last is the feature's width."""
+    """Feature maps of the two temporal, the two spatial and the TS convolutions. The last is the feature's width."""
     dropout: float = 0.0
-    """Share of the feature dropped before the linear layer; the paper shows none."""
+    """Dropout of the feature before the linear layer. The paper has none."""
     label_smoothing: float = 0.0
-    """Of the cross-entropy."""
+    """Label smoothing of the cross-entropy."""
     whiten: float = 0.0
-    """Multivariate noise normalisation before the network, with this shrinkage (0.05 is usual); for trials of one
-    electrode layout. 0 for none, as in the paper."""
+    """Shrinkage of a multivariate noise normalisation before the network; 0.05 is usual. It needs trials of one
+    electrode layout. 0 switches it off, as in the paper."""
     average: int = 1
-    """At the start of training, replace a trial by the mean of 1 to so many trials of its category in the batch.
-    Single trials are mostly noise: what they share is found sooner. 1 for never."""
+    """At the start of training, a trial is replaced by the mean of 1 to `average` trials of its category in the batch.
+    Single trials are mostly noise, and their common signal is learned faster from means. 1 switches it off."""
     average_end: int = 1
-    """What `average` falls to, evenly, by the end of training."""
+    """Value of `average` at the end of training; in between, it falls linearly."""
     mixup: float = 0.0
-    """Largest share of another trial and of its category; 0 for none."""
+    """Largest share of another trial and of that trial's category in a training trial; 0 switches mixing off."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Changes of the EEG in training."""
+    """Random changes of the EEG in training, after the noise normalisation."""
     watch: Literal["accuracy", "loss"] = "accuracy"
-    """What decides on the val split which weights are kept."""
+    """Metric on the val split that decides which weights are kept."""
     calibration_trials: int = 512
-    """Train trials from which the batch norms' statistics are taken before each validation and at the end."""
+    """Number of train trials from which the statistics of the batch norms are computed, before each evaluation and at
+    the end."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(lr=1e-3))
-    """Steps, batch, rates."""
+    """Steps, batch size, learning rate and so on."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= 128 or self.calibration_trials < 2:
             raise ValueError("evrnet: need 1 <= channels <= 128 and calibration_trials >= 2")
         if not 0 <= self.whiten <= 1:
-            raise ValueError(f"evrnet.whiten must lie in [0, 1], got {self.whiten}")
+            raise ValueError(f"evrnet.whiten must be from 0 to 1, got {self.whiten}")
         if not 1 <= self.average_end <= self.average or not 0 <= self.mixup <= 0.5 or not 0 <= self.label_smoothing < 1:
             raise ValueError("evrnet: need 1 <= average_end <= average, 0 <= mixup <= 0.5 and 0 <= label_smoothing < 1")
         EVRNetConfig(widths=self.widths, dropout=self.dropout, n_channels=self.channels)
@@ -54,14 +56,14 @@ class EVRNetStage:
 
 @dataclass(frozen=True, kw_only=True)
 class EGDDPMStage:
-    """The second stage: noise to the image, guided by the EEG's feature."""
+    """The second stage: a diffusion model in pixel space, guided by EVRNet's feature."""
 
     image_size: int = 64
-    """Pixels of a side."""
+    """Width and height of the images in pixels."""
     base_channels: int = 64
     """Feature maps at the first level."""
     multipliers: tuple[int, ...] = (1, 2, 4, 8)
-    """Feature maps of the levels over those of the first."""
+    """Feature maps of each level, as multiples of `base_channels`."""
     expansion: int = 2
     """Width multiple inside the ConvNeXt blocks."""
     heads: int = 4
@@ -69,23 +71,25 @@ class EGDDPMStage:
     head_dim: int = 32
     """Width of a head."""
     scale_shift: bool = False
-    """FiLM in place of adding the embedding; not in the paper."""
+    """Let the embedding scale and shift the feature maps (FiLM) instead of adding it; not in the paper."""
     patch: int = 1
-    """Fold squares of so many pixels into channels; 2 is four times cheaper; not in the paper."""
+    """Fold squares of this many pixels a side into channels; 2 makes the network four times cheaper. Not in the
+    paper."""
     join_first: bool = False
-    """Have the first level's copy join on the way up, too; narrow networks need it; not in the paper."""
+    """Add a skip connection from the first level; narrow networks need it. Not in the paper."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What the network predicts. The paper's is the noise (epsilon); v_prediction draws forms after fewer steps."""
+    """What the network predicts: the noise (epsilon), as in the paper, or the velocity (v_prediction), which shows
+    forms after fewer steps."""
     loss: Literal["l1", "l2"] = "l2"
-    """Norm of the error; the paper does not say."""
+    """Norm of the error. The paper does not name it."""
     noise_steps: int = 1000
-    """Steps of the forward process, with the cosine schedule (squaredcos_cap_v2)."""
+    """Steps of the forward process. Its noise schedule is the cosine (squaredcos_cap_v2)."""
     drop: float = 0.1
-    """Share of trials whose condition is dropped, for classifier-free guidance; the paper's is 0."""
+    """Share of trials whose condition is dropped in training; classifier-free guidance needs some. 0 in the paper."""
     condition_noise: float = 0.0
-    """Standard deviation of noise on the standardised feature in training."""
+    """Standard deviation of noise that is added to the standardised feature in training."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.995))
-    """Steps, batch, rates."""
+    """Steps, batch size, learning rate and so on."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1 or self.condition_noise < 0 or self.noise_steps < 2:
@@ -93,11 +97,11 @@ class EGDDPMStage:
         multiple = self.patch * 2 ** (len(self.multipliers) - 1)
         if len(self.multipliers) < 2 or self.patch < 1 or self.image_size < 1 or self.image_size % multiple:
             raise ValueError(
-                f"ddpm.image_size {self.image_size} must be a multiple of {multiple}, which patch {self.patch} and "
-                f"{len(self.multipliers)} levels (2 or more) ask for"
+                f"ddpm.image_size {self.image_size} must be a multiple of {multiple}, because of patch {self.patch} "
+                f"and {len(self.multipliers)} levels (at least 2)"
             )
         if self.base_channels < 4 or self.base_channels % 2:
-            raise ValueError(f"ddpm.base_channels must be even and 4 or more, got {self.base_channels}")
+            raise ValueError(f"ddpm.base_channels must be even and at least 4, got {self.base_channels}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,19 +111,19 @@ class DMRE2IConfig:
     dataset: str
     """EEG-image dataset with train and val splits."""
     output: str
-    """Run directory; `evrnet/` holds the first stage's run, `model/` the result."""
+    """Run directory. `evrnet/` in it is the first stage's run, `model/` the result."""
     evrnet: EVRNetStage = field(default_factory=EVRNetStage)
     """First stage."""
     evrnet_from: str | None = None
-    """EVRNet of an earlier run (its `model/evrnet`) to take in place of training one."""
+    """EVRNet of an earlier run (`model/evrnet` in it), to use instead of training one."""
     ddpm: EGDDPMStage = field(default_factory=EGDDPMStage)
     """Second stage."""
     val_trials: int = 256
-    """Trials of the val split that are watched, evenly spread."""
+    """Largest number of trials of the val split for the evaluation, evenly spread over the split."""
     num_processes: int = 1
-    """Processes over all machines."""
+    """Number of processes on all machines together."""
     seed: int = 0
-    """Of order, noise and fresh weights."""
+    """Seed for sample order, noise and initial weights."""
     device: str = "auto"
     """auto, cpu or cuda."""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
@@ -128,3 +132,10 @@ class DMRE2IConfig:
     def __post_init__(self) -> None:
         if self.val_trials < 2:
             raise ValueError(f"val_trials must be at least 2, got {self.val_trials}")
+
+    @staticmethod
+    def free_keys() -> tuple[str, ...]:
+        """Return the keys that may change when a run is resumed."""
+        # EVRNet's batch norms couple the samples of one forward pass; EG-DDPM has no such layer.
+        evrnet = free_keys("evrnet.training", independent_samples=False)
+        return (*evrnet, *free_keys("ddpm.training", independent_samples=True))

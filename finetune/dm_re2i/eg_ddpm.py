@@ -1,6 +1,6 @@
-"""EG-DDPM: a pixel-space U-Net that predicts noise, guided by an EEG feature added to the time embedding.
+"""EG-DDPM: a U-Net in pixel space that predicts noise. The EEG's feature is added to the embedding of the step.
 
-Legend of suffixes: B batch, C image channels, F feature maps, H rows, W columns, D width of the EEG feature, E width of
+Shapes: B batch, C image channels, F feature maps, H rows, W columns, D width of the EEG feature, E width of
 the embedding, N positions (H times W).
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Sine and cosine of the step at geometrically spaced frequencies.
+    """Embedding of a diffusion step: sine and cosine at geometrically spaced frequencies.
 
     Parameters
     ----------
     width : int
-        Width E of the embedding; even.
+        Width E of the embedding, an even number.
     """
 
     def __init__(self, width: int) -> None:
@@ -33,7 +33,7 @@ class SinusoidalEmbedding(nn.Module):
         Parameters
         ----------
         step_B : Tensor, shape (B,)
-            Steps of the diffusion.
+            Steps of the forward process.
 
         Returns
         -------
@@ -47,7 +47,7 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """Layer norm over the feature maps of each pixel.
+    """Layer norm over the feature maps, for each pixel.
 
     Parameters
     ----------
@@ -71,25 +71,27 @@ class ChannelNorm(nn.Module):
         Returns
         -------
         Tensor, shape (B, F, H, W)
-            Feature maps with zero mean and unit variance over F before the learned scale and shift.
+            Feature maps. Before the learned scale and shift, they have zero mean and unit variance over F.
         """
         variance, mean = torch.var_mean(x_BFHW, dim=1, unbiased=False, keepdim=True)
         return (x_BFHW - mean) * torch.rsqrt(variance + 1e-5) * self.weight + self.bias
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise 7x7, the embedding added, layer norm, 3x3, GELU, 3x3, and a 1x1 shortcut.
+    """Convolutions: depthwise 7x7, then 3x3 and 3x3, with a 1x1 shortcut from input to output.
+
+    After the depthwise convolution, the embedding is added and a layer norm follows; a GELU stands between the others.
 
     Parameters
     ----------
     inputs, outputs : int
-        Feature maps in and out.
+        Number of feature maps at input and output.
     embedding : int or None
-        Width E of the embedding; None for the last block, which gets none.
+        Width E of the embedding; None for a block without an embedding, as the last block is.
     expansion : int
-        Width multiple between the two 3x3 convolutions.
+        Feature maps between the two 3x3 convolutions, as a multiple of `outputs`.
     scale_shift : bool
-        Let the embedding also scale the normalised maps (FiLM) in place of only adding to them.
+        Let the embedding scale and shift the normalised feature maps (FiLM) instead of adding it before the norm.
     """
 
     def __init__(self, inputs: int, outputs: int, embedding: int | None, expansion: int, scale_shift: bool) -> None:
@@ -115,7 +117,7 @@ class ConvNeXtBlock(nn.Module):
         x_BFHW : Tensor, shape (B, F, H, W)
             Feature maps.
         embedding_BE : Tensor, shape (B, E), optional
-            Embedding of step and EEG.
+            Embedding of the step and the EEG.
 
         Returns
         -------
@@ -139,11 +141,11 @@ class ResidualAttention(nn.Module):
     Parameters
     ----------
     width : int
-        Feature maps.
+        Number of feature maps.
     heads, head_dim : int
         Number of heads and width of each.
     linear : bool
-        Attention whose cost grows linearly with the pixels; else the full one.
+        Linear attention, whose cost grows linearly with the number of pixels; False for full attention.
     """
 
     def __init__(self, width: int, heads: int, head_dim: int, *, linear: bool) -> None:
@@ -180,12 +182,12 @@ class ResidualAttention(nn.Module):
 
 
 class CABlock(nn.Module):
-    """ConvNeXt, ConvNeXt, residual linear attention.
+    """Two ConvNeXt blocks and a residual linear attention.
 
     Parameters
     ----------
     inputs, outputs : int
-        Feature maps in and out.
+        Number of feature maps at input and output.
     embedding : int
         Width E of the embedding.
     expansion : int
@@ -193,7 +195,7 @@ class CABlock(nn.Module):
     heads, head_dim : int
         Attention heads and the width of each.
     scale_shift : bool
-        FiLM in the ConvNeXt blocks.
+        Whether the ConvNeXt blocks use FiLM.
     """
 
     def __init__(
@@ -205,14 +207,14 @@ class CABlock(nn.Module):
         self.attention = ResidualAttention(outputs, heads, head_dim, linear=True)
 
     def forward(self, x_BFHW: Tensor, embedding_BE: Tensor) -> Tensor:
-        """Apply the three parts in turn.
+        """Apply the three parts, one after the other.
 
         Parameters
         ----------
         x_BFHW : Tensor, shape (B, F, H, W)
             Feature maps.
         embedding_BE : Tensor, shape (B, E)
-            Embedding of step and EEG.
+            Embedding of the step and the EEG.
 
         Returns
         -------
@@ -223,18 +225,18 @@ class CABlock(nn.Module):
 
 
 class EGDDPM(ModelMixin, ConfigMixin):
-    """EEG-guided U-Net: eps(x_t, t, e), with FC(e) added to the embedding of t.
+    """EEG-guided U-Net eps(x_t, t, e): a linear map of the EEG feature e is added to the embedding of t.
 
     Parameters
     ----------
     sample_size : int
-        Rows and columns of the images; divisible by 2 to the number of levels less one.
+        Rows and columns of the images; a multiple of ``patch * 2 ** (levels - 1)``.
     in_channels : int
         Image channels.
     condition_dim : int
         Width D of the EEG feature.
     base_channels : int
-        Feature maps at the first level; even. The embedding's width E is four times this.
+        Feature maps at the first level, an even number. The embedding is four times as wide.
     multipliers : sequence of int
         Feature maps of each level as multiples of `base_channels`.
     expansion : int
@@ -242,15 +244,15 @@ class EGDDPM(ModelMixin, ConfigMixin):
     heads, head_dim : int
         Attention heads and the width of each.
     scale_shift : bool
-        FiLM in place of addition; not in the paper.
+        Let the embedding scale and shift feature maps (FiLM) instead of adding it; not in the paper.
     null_condition : bool
-        Have a learned null vector, for classifier-free guidance; not in the paper.
+        Add a learned null vector, for classifier-free guidance; not in the paper.
     patch : int
-        Fold squares of this many pixels into channels before the first level and unfold them after the last: 2 makes
-        every level four times cheaper. 1, as in the paper, folds nothing.
+        Fold squares of this many pixels a side into channels before the first level, and unfold them after the last.
+        2 makes every level four times cheaper. 1, as in the paper, folds nothing.
     join_first : bool
-        Have the first level's copy join, too, before the last block: narrow networks then need not carry the noise
-        through the second level. Not in the paper.
+        Add a skip connection from the first level to the last block. Without it, all details of the noise must pass
+        through the second level, which is too much for narrow networks. Not in the paper.
 
     References
     ----------
@@ -294,7 +296,7 @@ class EGDDPM(ModelMixin, ConfigMixin):
         )
         self.condition = nn.Linear(condition_dim, embedding)
         self.null = nn.Parameter(torch.zeros(condition_dim)) if null_condition else None
-        # Features enter standardised: their scale depends on how the EEG network was trained, and guidance must not.
+        # The features are standardised, because their scale depends on EVRNet's training, and guidance should not.
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
         self.register_buffer("condition_std", torch.ones(condition_dim))
 
@@ -306,7 +308,7 @@ class EGDDPM(ModelMixin, ConfigMixin):
         self.middle_first = ConvNeXtBlock(maps[-1], maps[-1], embedding, expansion, scale_shift)
         self.middle_attention = ResidualAttention(maps[-1], heads, head_dim, linear=False)
         self.middle_second = ConvNeXtBlock(maps[-1], maps[-1], embedding, expansion, scale_shift)
-        # As published, the copies of every level but the first join on the way up.
+        # As published, every level but the first has a skip connection.
         self.up = nn.ModuleList(ca(2 * maps[k], maps[k - 1]) for k in range(levels - 1, 0, -1))
         self.grow = nn.ModuleList(
             nn.ConvTranspose2d(maps[k - 1], maps[k - 1], 4, 2, 1) for k in range(levels - 1, 0, -1)
@@ -318,21 +320,21 @@ class EGDDPM(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def set_condition_statistics(self, mean_D: Tensor, std_D: Tensor) -> None:
-        """Store the mean and standard deviation by which features are standardised; saved with the weights.
+        """Set the mean and standard deviation that standardise features; they are saved with the weights.
 
         Parameters
         ----------
         mean_D, std_D : Tensor, shape (D,)
-            Statistics of the training trials' features.
+            Statistics of the features over the training trials.
         """
         self.condition_mean.copy_(mean_D)
-        # A feature that never moved in training must not be blown up by one that does later.
+        # A feature that was constant in training keeps its scale; otherwise a small change would be enlarged a lot.
         self.condition_std.copy_(
             torch.where(std_D > 1e-3 * std_D.max().clamp_min(1e-12), std_D, torch.ones_like(std_D))
         )
 
     def encode_condition(self, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:
-        """Standardise features and put the learned null vector where the condition is dropped.
+        """Standardise features, and replace those of dropped conditions by the learned null vector.
 
         Parameters
         ----------
@@ -344,19 +346,19 @@ class EGDDPM(ModelMixin, ConfigMixin):
         Returns
         -------
         Tensor, shape (B, D)
-            What goes through FC.
+            Input of the linear map to the embedding.
 
         Raises
         ------
         ValueError
-            If a condition is to be dropped and the network has no null vector.
+            If `keep_B` is given, but the network has no null vector.
         """
         e_BD = (e_BD - self.condition_mean) / self.condition_std
         if keep_B is None:
             return e_BD
         if self.null is None:
             raise ValueError("this EG-DDPM has no null vector; build it with null_condition=True to drop conditions")
-        # No branch on the values: every rank runs the same graph.
+        # torch.where, not a branch: all processes must have the same graph.
         return torch.where(keep_B[:, None], e_BD, self.null[None, :])
 
     def forward(self, sample: Tensor, timestep: Tensor | int, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:
@@ -365,9 +367,9 @@ class EGDDPM(ModelMixin, ConfigMixin):
         Parameters
         ----------
         sample : Tensor, shape (B, C, H, W)
-            Noisy images x_t.
+            Noisy images, x_t.
         timestep : Tensor, shape (B,) or (), or int
-            Steps t.
+            Steps of the forward process, t.
         e_BD : Tensor, shape (B, D)
             EEG features.
         keep_B : Tensor of bool, shape (B,), optional

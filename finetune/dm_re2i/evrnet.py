@@ -1,6 +1,6 @@
-"""EVRNet: single EEG trials to a semantic feature and a class.
+"""EVRNet: from single EEG trials to a semantic feature and class scores.
 
-Legend of suffixes: B batch, C channels (electrodes), T samples, D feature width, K classes, F feature maps.
+Shapes: B batch, C channels (electrodes), T samples, D feature width, K classes, F feature maps.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from finetune.training.module_files import load_module, save_module
 
 @dataclass(frozen=True, kw_only=True)
 class EVRNetConfig:
-    """Shape of an EVRNet; the defaults are the published network's."""
+    """Sizes of an EVRNet. The defaults are those of the published network."""
 
     n_classes: int = 40
     """Number of classes."""
     n_channels: int = 128
-    """Rows of the input."""
+    """Number of channels, C."""
     widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
-    """Feature maps after the two temporal, the two spatial and the TS convolution; the last is the feature's width."""
+    """Feature maps after the two temporal, the two spatial and the TS convolutions. The last is the feature's width."""
     multi_kernels: tuple[int, int] = (3, 5)
     """Kernel sizes of the multi-kernel residual blocks."""
     dropout: float = 0.0
-    """Share of the semantic feature dropped before the linear layer while training; the paper shows none."""
+    """Dropout of the semantic feature before the linear layer; the paper has none."""
     noise_normalisation: bool = False
-    """Begin with a fixed matrix over the channels that makes the background activity white; the paper shows none."""
+    """Start with a fixed matrix over the channels that whitens the background activity; the paper has none."""
 
     def __post_init__(self) -> None:
-        """Refuse shapes that cannot be built."""
         if len(self.widths) != 5 or min(self.widths) < 1:
             raise ValueError(f"widths must be five positive numbers, not {self.widths}")
         if len(self.multi_kernels) != 2 or any(k < 1 or k % 2 == 0 for k in self.multi_kernels):
@@ -43,16 +42,16 @@ class EVRNetConfig:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
 
 
-def _plain(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int]) -> nn.Sequential:
-    """Convolution, batch norm, ReLU; halves what it strides over."""
+def _conv_block(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int]) -> nn.Sequential:
+    """Return convolution, batch norm and ReLU; an axis with stride 2 becomes half as long."""
     padding = (kernel[0] // 2, kernel[1] // 2)
-    # No bias: the batch norm's shift would undo it, and the published count has none.
+    # No bias: the batch norm removes it, and the published number of parameters does not include it.
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def unit_variance(x: Tensor) -> Tensor:
-    """Bring each trial to unit variance over its channels and samples.
+def scale_to_unit_variance(x: Tensor) -> Tensor:
+    """Scale each trial to unit variance over its channels and samples.
 
     Parameters
     ----------
@@ -62,20 +61,21 @@ def unit_variance(x: Tensor) -> Tensor:
     Returns
     -------
     Tensor, shape (..., C, T)
-        Scaled; a trial that is zero everywhere stays zero.
+        Scaled trials. A trial that is zero everywhere stays zero.
     """
     return x / x.std(dim=(-2, -1), keepdim=True).clamp_min(1e-6)
 
 
 def whitening_matrix(x_BCT: Tensor, shrinkage: float) -> Tensor:
-    """Symmetric matrix that makes the activity of trials white over the channels.
+    """Compute the symmetric matrix that whitens the activity of trials over the channels.
 
     Parameters
     ----------
     x_BCT : Tensor, shape (B, C, T)
         Trials in model units.
     shrinkage : float
-        Share of the mean variance added to every direction, so that silent ones are not blown up.
+        Share of the mean variance that is added to every direction, so that directions with hardly any activity are
+        not enlarged too much.
 
     Returns
     -------
@@ -95,15 +95,15 @@ def whitening_matrix(x_BCT: Tensor, shrinkage: float) -> Tensor:
 
 
 class MKRB(nn.Module):
-    """Multi-kernel residual block: two convolutions of different reach, both with the block's input as their skip.
+    """Multi-kernel residual block: two convolutions of different kernel sizes, both with a skip from the block's input.
 
-    ``y0 = ReLU(ReLU(BN(Conv3x3(v))) + v)``, ``y = ReLU(ReLU(BN(Conv5x5(y0))) + v)``. The second skip starts at `v`,
-    not at `y0` as in a chain of two residual blocks.
+    ``y0 = ReLU(ReLU(BN(Conv3x3(v))) + v)``, ``y = ReLU(ReLU(BN(Conv5x5(y0))) + v)``. The second skip starts at `v`.
+    In a chain of two residual blocks, it would start at `y0`.
 
     Parameters
     ----------
     width : int
-        Feature maps in and out.
+        Number of feature maps at input and output.
     kernels : tuple of int
         Sizes of the two kernels.
     """
@@ -111,8 +111,8 @@ class MKRB(nn.Module):
     def __init__(self, width: int, kernels: tuple[int, int] = (3, 5)) -> None:
         super().__init__()
         small, large = kernels
-        self.small = _plain(width, width, (small, small), (1, 1))
-        self.large = _plain(width, width, (large, large), (1, 1))
+        self.small = _conv_block(width, width, (small, small), (1, 1))
+        self.large = _conv_block(width, width, (large, large), (1, 1))
 
     def forward(self, v_BFCT: Tensor) -> Tensor:
         """Apply the block.
@@ -132,12 +132,12 @@ class MKRB(nn.Module):
 
 
 class EVRNet(nn.Module):
-    """Visual features from EEG: temporal, spatial and joint convolutions around two multi-kernel residual blocks.
+    """Computes visual features of EEG with temporal, spatial and joint convolutions and two multi-kernel blocks.
 
     Parameters
     ----------
     config : EVRNetConfig, optional
-        Shape; the published one by default (3,700,040 parameters).
+        Sizes; by default those of the published network, which has 3,700,040 parameters.
 
     References
     ----------
@@ -149,14 +149,14 @@ class EVRNet(nn.Module):
         super().__init__()
         self.config = config = config or EVRNetConfig()
         w1, w2, w3, w4, w5 = config.widths
-        # Not a parameter: it is computed from trials, once, and travels with the weights.
+        # A buffer, not a parameter: it is computed once, from trials, and saved with the weights.
         eye = torch.eye(config.n_channels) if config.noise_normalisation else None
         self.register_buffer("whitening_CC", eye)
-        self.temporal = nn.Sequential(_plain(1, w1, (1, 3), (1, 2)), _plain(w1, w2, (1, 3), (1, 2)))
+        self.temporal = nn.Sequential(_conv_block(1, w1, (1, 3), (1, 2)), _conv_block(w1, w2, (1, 3), (1, 2)))
         self.temporal_mkrb = MKRB(w2, config.multi_kernels)
-        self.spatial = nn.Sequential(_plain(w2, w3, (3, 1), (2, 1)), _plain(w3, w4, (3, 1), (2, 1)))
+        self.spatial = nn.Sequential(_conv_block(w2, w3, (3, 1), (2, 1)), _conv_block(w3, w4, (3, 1), (2, 1)))
         self.spatial_mkrb = MKRB(w4, config.multi_kernels)
-        self.ts = _plain(w4, w5, (3, 3), (2, 2))
+        self.ts = _conv_block(w4, w5, (3, 3), (2, 2))
         self.dropout = nn.Dropout(config.dropout)
         self.fc = nn.Linear(w5, config.n_classes)
 
@@ -166,7 +166,7 @@ class EVRNet(nn.Module):
         return self.config.widths[-1]
 
     def normalise(self, x_B1CT: Tensor) -> Tensor:
-        """Make the background activity white, if the configuration says so.
+        """Whiten the background activity, if the config says so.
 
         Parameters
         ----------
@@ -176,11 +176,11 @@ class EVRNet(nn.Module):
         Returns
         -------
         Tensor, shape (B, 1, C, T)
-            With unit variance over each trial; the input itself without noise normalisation.
+            Whitened trials of unit variance; without noise normalisation, the input itself.
         """
         if not isinstance(self.whitening_CC, Tensor):
             return x_B1CT
-        return unit_variance(self.whitening_CC @ x_B1CT)
+        return scale_to_unit_variance(self.whitening_CC @ x_B1CT)
 
     def forward(self, x_B1CT: Tensor, *, normalised: bool = False) -> tuple[Tensor, Tensor]:
         """Compute the semantic feature and the class scores.
@@ -190,7 +190,7 @@ class EVRNet(nn.Module):
         x_B1CT : Tensor, shape (B, 1, C, T)
             Trials in model units (`PreprocessSpec.scale_for_model`).
         normalised : bool
-            They went through `normalise` already.
+            True if the trials have already been through `normalise`.
 
         Returns
         -------

@@ -1,10 +1,11 @@
 """DM-RE2I as a package on disk and as a generator: EVRNet's feature guides a DDPM from noise to an image.
 
-Legend of suffixes: B trials, C channels, T samples, D feature width, H rows, W columns.
+Shapes: B trials, C channels, T samples, D feature width, K classes, H rows, W columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ KIND = "eg_ddpm"
 SCHEMA = 1
 
 
-def true_channels(eeg_CT: Tensor) -> int:
-    """Count the channels before padding by replication.
+def count_true_channels(eeg_CT: Tensor) -> int:
+    """Return the number of channels that a window had before its padding by replication.
 
     Parameters
     ----------
@@ -43,17 +44,22 @@ def true_channels(eeg_CT: Tensor) -> int:
 
 
 @torch.no_grad()
-def eeg_features(evrnet: EVRNet, x_BCT: Tensor, batch: int = 128) -> tuple[Tensor, Tensor]:
-    """Semantic features and class scores of trials.
+def compute_features(
+    evrnet: EVRNet, x_BCT: Tensor, batch: int = 128, pulse: Callable[[], None] = lambda: None
+) -> tuple[Tensor, Tensor]:
+    """Compute EVRNet's features and class scores.
 
     Parameters
     ----------
     evrnet : EVRNet
         In evaluation mode.
     x_BCT : Tensor, shape (B, C, T)
-        Model units, padded by replication; rows beyond the network's are copies and not used.
+        Trials in model units, padded by replication. Only the rows that the network takes are used; the others are
+        copies.
     batch : int
-        Trials at a time.
+        Trials of one forward pass.
+    pulse : callable
+        Called before each forward pass; `fit` uses it to interrupt.
 
     Returns
     -------
@@ -62,30 +68,35 @@ def eeg_features(evrnet: EVRNet, x_BCT: Tensor, batch: int = 128) -> tuple[Tenso
     """
     assert not evrnet.training
     rows = evrnet.config.n_channels
-    parts = [evrnet(part[:, None, :rows]) for part in x_BCT.split(batch)]
-    return torch.cat([e for e, _ in parts]), torch.cat([logits for _, logits in parts])
+    features, logits = [], []
+    for part in x_BCT.split(batch):
+        pulse()
+        e_BD, logits_BK = evrnet(part[:, None, :rows])
+        features.append(e_BD)
+        logits.append(logits_BK)
+    return torch.cat(features), torch.cat(logits)
 
 
 @torch.no_grad()
 def sample_images(
     unet: EGDDPM, noising_config: Any, e_BD: Tensor, *, steps: int, guidance_scale: float, seeds: list[int]
 ) -> Tensor:
-    """Denoise from pure noise with DDIM.
+    """Generate images with DDIM.
 
     Parameters
     ----------
     unet : EGDDPM
         In evaluation mode.
     noising_config : dict
-        Configuration of the scheduler of training.
+        Config of the scheduler of training.
     e_BD : Tensor, shape (B, D)
         EEG features, on the network's device.
     steps : int
         Denoising steps.
     guidance_scale : float
-        1: the condition alone; above: away from the unconditional prediction.
+        1: the prediction under the condition; above 1: classifier-free guidance.
     seeds : list of int
-        One a trial; a trial's noise depends on nothing else.
+        One seed a trial. A trial's noise depends on its own seed alone.
 
     Returns
     -------
@@ -95,16 +106,19 @@ def sample_images(
     Raises
     ------
     RequestError
-        If guidance is asked of a network that was trained without a null vector, or too many steps.
+        If the network has no null vector, which guidance needs, or `steps` is above the steps of training.
     """
     from diffusers import DDIMScheduler
 
     if guidance_scale != 1 and unet.null is None:
         raise RequestError("this model was trained without dropping conditions (drop 0); use --guidance_scale 1")
-    # Trailing: the first step starts at the last, noisiest step of training, as x_T ~ N(0, I) asks.
+    # Trailing: sampling starts at the last and noisiest step of training, because x starts as pure noise.
     scheduler = DDIMScheduler.from_config(noising_config, timestep_spacing="trailing")
     if steps > scheduler.config.num_train_timesteps:
-        raise RequestError(f"--steps {steps}: the model was trained with {scheduler.config.num_train_timesteps}")
+        raise RequestError(
+            f"--steps is {steps}; it must not be above {scheduler.config.num_train_timesteps}, the steps of the "
+            f"model's training"
+        )
     size, device = unet.config.sample_size, e_BD.device
     noise = draw_noise((unet.config.in_channels, size, size), seeds, device).to(e_BD.dtype)
     kept_B = torch.ones(len(seeds), dtype=torch.bool, device=device)
@@ -122,7 +136,7 @@ def sample_images(
 def save_model(
     folder: Path, evrnet: EVRNet, unet: EGDDPM, noising: Any, spec: PreprocessSpec, extra: dict[str, Any]
 ) -> None:
-    """Write the package of a trained DM-RE2I, whole or not at all.
+    """Write the package of a trained DM-RE2I; the folder appears only when the package is complete.
 
     Parameters
     ----------
@@ -131,13 +145,13 @@ def save_model(
     evrnet : EVRNet
         EEG to features.
     unet : EGDDPM
-        With the statistics of the features.
+        The trained U-Net.
     noising : DDPMScheduler
         The scheduler of training.
     spec : PreprocessSpec
-        What the EEG must have gone through.
+        Preprocessing of the EEG.
     extra : dict
-        Provenance, into dreamscale.json.
+        Origin of the model, for dreamscale.json.
     """
     with atomic_directory(folder) as root:
         evrnet.save_pretrained(root / "evrnet")
@@ -160,7 +174,7 @@ class DMRE2IGenerator:
     Attributes
     ----------
     spec : PreprocessSpec
-        What the EEG must have gone through.
+        Preprocessing that the EEG must have.
     kind : str
         ``eg_ddpm``.
 
@@ -178,29 +192,37 @@ class DMRE2IGenerator:
         folder = Path(folder)
         values = read_json(folder / "dreamscale.json")
         if values.get("kind") != KIND or values.get("schema") != SCHEMA:
-            raise RequestError(f"{folder}: not a '{KIND}' model that this version can read")
+            raise RequestError(
+                f"{folder}: not a '{KIND}' model of this version; train it again with 'dreamscale ddpm CONFIG'"
+            )
         self.folder, self.device = folder, torch.device(device)
         try:
             self.spec = PreprocessSpec.from_dict(read_json(folder / "preprocess.json"))
         except (TypeError, ValueError) as error:
-            raise RequestError(f"{folder / 'preprocess.json'}: not a preprocessing ({one_line(error)})") from None
+            raise RequestError(
+                f"{folder / 'preprocess.json'}: not a preprocessing spec ({one_line(error)}); train the model again"
+            ) from None
         self.evrnet = EVRNet.from_pretrained(folder / "evrnet").requires_grad_(False).to(self.device)
         try:
             loaded: Any = EGDDPM.from_pretrained(str(folder / "unet"), local_files_only=True, output_loading_info=True)
             unet, report = loaded
             self.noising = DDPMScheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-            raise RequestError(f"{folder}: U-Net or scheduler cannot be loaded ({one_line(error)[:200]})") from None
+            raise RequestError(
+                f"{folder}: U-Net or scheduler cannot be loaded ({one_line(error)[:200]}); train the model again"
+            ) from None
         odd = [*report["missing_keys"], *report["unexpected_keys"]]
         if odd:
-            raise RequestError(f"{folder / 'unet'}: {len(odd)} parameters do not fit, the first is {odd[0]}")
+            raise RequestError(
+                f"{folder / 'unet'}: {len(odd)} parameters do not fit, the first is {odd[0]}; train the model again"
+            )
         self.unet = unet.eval().requires_grad_(False).to(self.device)
 
     @torch.no_grad()
     def generate(
         self, eeg_B128T: Tensor, *, steps: int = 50, guidance_scale: float = 1.0, seeds: list[int]
     ) -> np.ndarray:
-        """Make one image a trial.
+        """Generate one image for each trial.
 
         Parameters
         ----------
@@ -209,9 +231,9 @@ class DMRE2IGenerator:
         steps : int
             Denoising steps; 25 to 50 are enough.
         guidance_scale : float
-            1 is the paper's: the condition alone; above: away from the unconditional prediction.
+            1, as in the paper: the prediction under the condition; above 1: classifier-free guidance.
         seeds : list of int
-            One a trial; a trial's noise does not depend on what else is in the batch.
+            One seed a trial. A trial's noise depends on its own seed alone.
 
         Returns
         -------
@@ -225,9 +247,12 @@ class DMRE2IGenerator:
         """
         assert len(eeg_B128T) == len(seeds)
         rows = self.evrnet.config.n_channels
-        if rows < eeg_B128T.shape[1] and (most := max(true_channels(eeg_CT) for eeg_CT in eeg_B128T)) > rows:
-            raise RequestError(f"{self.folder}: made for up to {rows} channels, but a trial has {most}")
-        e_BD, _ = eeg_features(self.evrnet, eeg_for_model(eeg_B128T, self.spec, self.device))
+        if rows < eeg_B128T.shape[1] and (most := max(count_true_channels(eeg_CT) for eeg_CT in eeg_B128T)) > rows:
+            raise RequestError(
+                f"{self.folder}: made for up to {rows} channels, but a trial has {most}; train a model with "
+                f"evrnet.channels {most} or more"
+            )
+        e_BD, _ = compute_features(self.evrnet, eeg_for_model(eeg_B128T, self.spec, self.device))
         images = sample_images(
             self.unet, self.noising.config, e_BD, steps=steps, guidance_scale=guidance_scale, seeds=seeds
         )

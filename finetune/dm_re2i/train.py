@@ -1,9 +1,9 @@
-"""Trains DM-RE2I: EVRNet as a classifier, then the DDPM guided by its frozen feature.
+"""Trains DM-RE2I: EVRNet as a classifier, then the DDPM guided by EVRNet's frozen feature.
 
 Started as ``dreamscale ddpm CONFIG`` or ``accelerate launch -m finetune.dm_re2i CONFIG``.
 
-Legend of suffixes: B trials, b trials of this rank, C channels, T samples, D feature width, K classes, M images,
-H rows, W columns.
+Shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes, M images, H rows,
+W columns.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.diffusion import DenoisingWatcher, denoising_errors
 from finetune.dm_re2i.config import DMRE2IConfig
 from finetune.dm_re2i.eg_ddpm import EGDDPM
 from finetune.dm_re2i.evrnet import EVRNet
-from finetune.dm_re2i.model import eeg_features, sample_images, save_model
+from finetune.dm_re2i.model import compute_features, sample_images, save_model
 from finetune.dm_re2i.train_evrnet import train_evrnet
 from finetune.eeg import choose_evenly, read_trials
 from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
-from finetune.training.accelerate import make_accelerator, open_run, quiet_libraries, rank_loader
+from finetune.training.accelerate import make_accelerator, make_loader, open_run, quiet_libraries, report_finished
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
 from finetune.training.step_random import StepRandom
@@ -104,7 +104,7 @@ def train_ddpm(
     val: EEGDataset,
     tables: tuple[ImageTable, ImageTable],
     run: RunDirectory,
-    accel: Accelerator,
+    accelerator: Accelerator,
 ) -> None:
     """Train the guided DDPM and write the model.
 
@@ -115,22 +115,22 @@ def train_ddpm(
     evrnet : EVRNet
         In evaluation mode, frozen.
     data, val : EEGDataset
-        The splits.
+        The train and val splits.
     tables : tuple of ImageTable
-        Their images.
+        Images of the two splits.
     run : RunDirectory
-        Of this stage.
-    accel : Accelerator
-        The world.
+        Run of this stage.
+    accelerator : Accelerator
+        From `make_accelerator`.
     """
     from diffusers import DDPMScheduler
 
-    stage, device = config.ddpm, accel.device
+    stage, device = config.ddpm, accelerator.device
     pixels = torch.from_numpy(tables[0].pixels(size=stage.image_size))
-    e_train, _ = eeg_features(evrnet, read_trials(data, list(range(len(data))), data.spec, device))
-    numbers = choose_evenly(len(val), config.val_trials)
-    e_val, logits_val = eeg_features(evrnet, read_trials(val, numbers, val.spec, device))
-    val_pixels = tables[1].pixels(tables[1].row_of[numbers], stage.image_size)
+    features, _ = compute_features(evrnet, read_trials(data, list(range(len(data))), data.spec, device))
+    watched = choose_evenly(len(val), config.val_trials)
+    val_features, val_logits = compute_features(evrnet, read_trials(val, watched, val.spec, device))
+    val_pixels = tables[1].pixels(tables[1].row_of[watched], stage.image_size)
     torch.manual_seed(config.seed)
     unet = EGDDPM(
         sample_size=stage.image_size,
@@ -145,19 +145,19 @@ def train_ddpm(
         patch=stage.patch,
         join_first=stage.join_first,
     )
-    std_D = e_train.std(dim=0)
-    unet.set_condition_statistics(e_train.mean(dim=0), std_D)
+    std_D = features.std(dim=0)
+    unet.set_condition_statistics(features.mean(dim=0), std_D)
     noising = DDPMScheduler(
         num_train_timesteps=stage.noise_steps, beta_schedule="squaredcos_cap_v2", prediction_type=stage.prediction
     )
     task = EGDDPMTask(unet, noising, stage.loss)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - missing from torch's overloads
-    e_train, std_D = e_train.cpu(), std_D.cpu()
+    features, std_D = features.cpu(), std_D.cpu()
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         b = len(batch.numbers)
         image = to_model_range(pixels[torch.as_tensor(tables[0].row_of[batch.numbers])])
-        e = e_train[batch.numbers]
+        e = features[batch.numbers]
         tensors = {
             "image": image,
             "noise": random.normal(b, *image.shape[1:]),
@@ -170,42 +170,46 @@ def train_ddpm(
         task,
         config=stage.training,
         seed=config.seed,
-        accelerator=accel,
+        accelerator=accelerator,
         run=run,
-        loader=rank_loader(data, stage.training, config.seed, accel),
+        loader=make_loader(data, stage.training, config.seed, accelerator),
         inputs=inputs,
-        validate=DenoisingWatcher(e_val, to_model_range(val_pixels), stage.noise_steps),
+        evaluate=DenoisingWatcher(val_features, to_model_range(val_pixels), stage.noise_steps),
         description="EG-DDPM",
     )
-    if accel.is_main_process:
-        accuracy = float((logits_val.argmax(1).cpu().numpy() == tables[1].labels[tables[1].row_of[numbers]]).mean())
+    if accelerator.is_main_process:
+        right = val_logits.argmax(1).cpu().numpy() == tables[1].labels[tables[1].row_of[watched]]
         found = {"best_step": result.best_step, "val": result.best, "dataset_id": data.manifest.dataset_id}
-        origin = {"dataset": config.dataset, "labels": data.labels, "evrnet_val_accuracy": accuracy}
+        origin = {"dataset": config.dataset, "labels": data.labels, "evrnet_val_accuracy": float(right.mean())}
         save_model(run.path / "model", evrnet, unet, noising, data.spec, {**found, **origin})
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "val/loss", "val/shuffled"])
-        _plot_samples(run.path / "plots" / "samples.png", unet, noising, e_val[:16], val_pixels[:16], stage.drop > 0)
+        _plot_samples(run.path / "plots" / "samples.png", unet, noising, val_features[:16], val_pixels[:16])
         run.status("done", **found)
-        own, other = result.best["loss"], result.best["shuffled"]
-        print(f"EG-DDPM: val loss {own:.4f}, with other trials' EEG {other:.4f} -> {run.path / 'model'}")
+        print(
+            f"EG-DDPM: val loss {result.best['loss']:.4f}, with other trials' EEG {result.best['shuffled']:.4f} -> "
+            f"{run.path / 'model'}; next: dreamscale generate {run.path / 'model'} {config.dataset} -o OUTPUT"
+        )
 
 
-def _plot_samples(path: Path, unet: EGDDPM, noising: Any, e_BD: Tensor, real: np.ndarray, guided: bool) -> None:
-    """Val trials: what was seen above what is made of their EEG."""
+def _plot_samples(path: Path, unet: EGDDPM, noising: Any, e_BD: Tensor, real_BHW3: np.ndarray) -> None:
+    """Draw two rows: the images that were seen, and images generated from the same trials' EEG."""
     from PIL import Image
 
-    scale = 2.0 if guided else 1.0
+    scale = 1.0 if unet.null is None else 2.0
     seeds = list(range(len(e_BD)))
     made = to_pixels(sample_images(unet, noising.config, e_BD, steps=25, guidance_scale=scale, seeds=seeds))
-    rows = [np.concatenate(list(images), axis=1) for images in (real, made)]
+    rows = [np.concatenate(list(images), axis=1) for images in (real_BHW3, made)]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows)).save(path)
 
 
 def _check_data(config: DMRE2IConfig, splits: tuple[EEGDataset, EEGDataset], tables: tuple[ImageTable, ...]) -> None:
-    """Refuse data that the request does not fit, before any long work."""
+    """Refuse data that do not fit the request, before any long work."""
     for dataset, table in zip(splits, tables, strict=True):
         if len(dataset.labels) < 2:
-            raise RequestError(f"{dataset.path}: EVRNet needs two categories or more, there are {len(dataset.labels)}")
+            raise RequestError(
+                f"{dataset.path}: EVRNet needs at least two categories, but the dataset has {len(dataset.labels)}"
+            )
         if table.labels.min() < 0 or table.labels.max() >= len(dataset.labels):
             raise RequestError(f"{dataset.path} ({dataset.split}): a trial's label is not in the manifest's labels")
         most = max(int(dataset.meta(number)["n"]) for number in range(len(dataset)))
@@ -216,20 +220,23 @@ def _check_data(config: DMRE2IConfig, splits: tuple[EEGDataset, EEGDataset], tab
             )
 
 
-def _given_evrnet(path: str, labels: list[str]) -> EVRNet:
+def _load_evrnet(path: str, labels: list[str]) -> EVRNet:
     evrnet = EVRNet.from_pretrained(path)
     if evrnet.config.n_classes != len(labels):
-        raise RequestError(f"{path}: knows {evrnet.config.n_classes} categories, the dataset has {len(labels)}")
+        raise RequestError(
+            f"{path}: this EVRNet has {evrnet.config.n_classes} categories, but the dataset has {len(labels)}; give "
+            f"an EVRNet of this dataset as evrnet_from, or leave evrnet_from out"
+        )
     return evrnet.requires_grad_(False)
 
 
-def main(argv: list[str] | None = None) -> int:
+def train(config: DMRE2IConfig) -> int:
     """Train EVRNet, then the EEG-guided DDPM.
 
     Parameters
     ----------
-    argv : list of str, optional
-        ``CONFIG.yaml`` and any key of `DMRE2IConfig`.
+    config : DMRE2IConfig
+        The request.
 
     Returns
     -------
@@ -237,29 +244,29 @@ def main(argv: list[str] | None = None) -> int:
         Exit code.
     """
     quiet_libraries()
-    config = parse_config(DMRE2IConfig, argv, prog="dreamscale ddpm", positionals=("config",))
     data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")
     tables = ImageTable(data), ImageTable(val)
     _check_data(config, (data, val), tables)
-    given = _given_evrnet(config.evrnet_from, data.labels) if config.evrnet_from else None
+    given = _load_evrnet(config.evrnet_from, data.labels) if config.evrnet_from else None
     precision = config.ddpm.training.precision
     if precision != config.evrnet.training.precision:
-        raise RequestError("evrnet.training.precision and ddpm.training.precision must be equal: one world serves both")
-    accel = make_accelerator(num_processes=config.num_processes, device=config.device, precision=precision)
-    # One after the other: a tracker knows one run at a time.
-    evrnet = given.to(accel.device) if given is not None else train_evrnet(config, data, val, tables, accel)
-    run = open_run(config, accel)
-    if run.finished and (run.path / "model" / "dreamscale.json").is_file():
-        print(f"{config.output}: done already")
+        raise RequestError(
+            "evrnet.training.precision and ddpm.training.precision must be equal: both stages share one Accelerator"
+        )
+    accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, precision=precision)
+    # The second run is opened after the first is closed: a tracker can follow one run at a time.
+    evrnet = given.to(accelerator.device) if given else train_evrnet(config, data, val, tables, accelerator)
+    run = open_run(config, accelerator, free=config.free_keys())
+    if report_finished(run):
         return EXIT_DONE
-    if run.finished:
-        raise RequestError(f"{config.output}: finished, but its model is gone; choose another output, or delete it")
-    train_ddpm(config, evrnet, data, val, tables, run, accel)
+    train_ddpm(config, evrnet, data, val, tables, run, accelerator)
     run.close()
-    accel.wait_for_everyone()
-    accel.end_training()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return EXIT_DONE
 
 
+main = command(DMRE2IConfig, train, prog="dreamscale ddpm")
+
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

@@ -1,10 +1,11 @@
-"""The first stage of DM-RE2I: EVRNet learns to tell the category of the image from single trials.
+"""The first stage of DM-RE2I: EVRNet learns the category of the seen image from single trials.
 
-Legend of suffixes: B trials, b trials of this rank, C channels, T samples, D feature width, K classes.
+Shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_sharding.common.errors import RequestError
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.dm_re2i.config import DMRE2IConfig
-from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig, unit_variance, whitening_matrix
-from finetune.dm_re2i.model import eeg_features
+from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig, scale_to_unit_variance, whitening_matrix
+from finetune.dm_re2i.model import compute_features
 from finetune.eeg import augment_eeg, choose_evenly, eeg_for_model, read_trials
 from finetune.images import ImageTable
-from finetune.training.accelerate import open_run, rank_loader
+from finetune.training.accelerate import make_loader, open_run
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
 from finetune.training.step_random import StepRandom
@@ -30,19 +32,19 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None:
-    """Take the batch norms' statistics from given trials, whatever training left there.
+    """Compute the running statistics of the batch norms anew, from given trials.
 
-    They thereby depend on the weights alone: on averaged weights, after a resume, and although training saw averaged
-    and noisy trials, they are those of the trials that will be asked about.
+    The statistics then depend on the weights and these trials alone. Those of the training do not fit: training sees
+    averaged and noisy trials, and its statistics belong to the last weights, not to the averaged ones.
 
     Parameters
     ----------
     net : Module
         Left in evaluation mode.
     x_BCT : Tensor, shape (B, C, T)
-        Clean trials in model units.
+        Trials in model units, without augmentation.
     batch : int
-        Trials at a time.
+        Trials of one forward pass.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -52,8 +54,8 @@ def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None
         dropout.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the batches
-    # Equal batches: each counts the same in the mean.
+        norm.momentum = None  # the plain mean over the batches
+    # All batches are of equal size, because each has the same weight in the mean. Surplus trials are left out.
     for part in x_BCT[: max(batch, len(x_BCT) // batch * batch)].split(batch):
         net(part[:, None])
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -61,7 +63,7 @@ def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None
     net.eval()
 
 
-def same_category_average(x_bCT: Tensor, labels_b: Tensor, most: int, random: StepRandom) -> Tensor:
+def average_within_category(x_bCT: Tensor, labels_b: Tensor, most: int, random: StepRandom) -> Tensor:
     """Replace trials by means over trials of their category.
 
     Parameters
@@ -69,18 +71,19 @@ def same_category_average(x_bCT: Tensor, labels_b: Tensor, most: int, random: St
     x_bCT : Tensor, shape (b, C, T)
         Trials in model units.
     labels_b : Tensor of int, shape (b,)
-        Their categories.
+        Categories of the trials.
     most : int
-        Each becomes the mean of 1 to `most` trials, itself among them; a trial may count twice.
+        A trial becomes the mean of 1 to `most` trials: itself, and others of its category that may repeat.
     random : StepRandom
-        Of this step.
+        Random numbers of this step.
 
     Returns
     -------
     Tensor, shape (b, C, T)
-        Means, brought back to each trial's own standard deviation.
+        The means, each scaled to the standard deviation of the trial that it replaces.
     """
     b = len(x_bCT)
+    # For each trial and each of its most - 1 places, the partner is the trial of its category with the best score.
     scores = random.uniform(b, most - 1, b)
     same = (labels_b[:, None] == labels_b[None, :])[:, None, :]
     partner = scores.masked_fill(~same, -1.0).argmax(dim=2)
@@ -100,7 +103,7 @@ class EVRNetTask(nn.Module):
     net : EVRNet
         The network.
     label_smoothing : float
-        Of the cross-entropy.
+        Label smoothing of the cross-entropy.
     """
 
     def __init__(self, net: EVRNet, label_smoothing: float) -> None:
@@ -108,12 +111,12 @@ class EVRNetTask(nn.Module):
         self.net, self.label_smoothing = net, label_smoothing
 
     def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Loss of a batch.
+        """Compute the loss of a batch.
 
         Parameters
         ----------
         x : Tensor, shape (B, C, T)
-            EEG in model units, normalised.
+            EEG in model units, after the noise normalisation.
         target : Tensor, shape (B, K)
             Share of each category.
 
@@ -128,30 +131,44 @@ class EVRNetTask(nn.Module):
 
 
 def train_evrnet(
-    config: DMRE2IConfig, data: EEGDataset, val: EEGDataset, tables: tuple[ImageTable, ImageTable], accel: Accelerator
+    config: DMRE2IConfig,
+    data: EEGDataset,
+    val: EEGDataset,
+    tables: tuple[ImageTable, ImageTable],
+    accelerator: Accelerator,
 ) -> EVRNet:
-    """Train the classifier, or load it where its run is finished.
+    """Train EVRNet, or load it if its run is complete.
 
     Parameters
     ----------
     config : DMRE2IConfig
         The request.
     data, val : EEGDataset
-        The splits.
+        The train and val splits.
     tables : tuple of ImageTable
-        Their images.
-    accel : Accelerator
-        The world.
+        Images of the two splits.
+    accelerator : Accelerator
+        From `make_accelerator`.
 
     Returns
     -------
     EVRNet
-        With the weights that were best on val, in evaluation mode, frozen.
+        With the weights that were best on the val split, in evaluation mode, frozen.
+
+    Raises
+    ------
+    RequestError
+        If the run is complete, but its result was deleted.
     """
-    stage, device = config.evrnet, accel.device
-    run = open_run(config, accel, output=Path(config.output) / "evrnet")
+    stage, device = config.evrnet, accelerator.device
+    run = open_run(config, accelerator, free=config.free_keys(), output=Path(config.output) / "evrnet")
     if run.finished and (run.path / "package" / "config.json").is_file():
         return EVRNet.from_pretrained(run.path / "package").requires_grad_(False).to(device)
+    if run.finished:
+        raise RequestError(
+            f"{run.path}: this run is complete, but its 'package' folder is missing; delete {run.path} to train EVRNet "
+            f"again"
+        )
     n_classes = len(data.labels)
     torch.manual_seed(config.seed)
     shape = EVRNetConfig(
@@ -164,28 +181,29 @@ def train_evrnet(
     task = EVRNetTask(EVRNet(shape), stage.label_smoothing)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - missing from torch's overloads
     labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
-    numbers = choose_evenly(len(val), config.val_trials)
     calibration = choose_evenly(len(data), stage.calibration_trials)
     clean = read_trials(data, calibration, data.spec, device)[:, : stage.channels]
     whitening_CC = task.net.whitening_CC
     if isinstance(whitening_CC, Tensor):
         whitening_CC.copy_(whitening_matrix(clean.cpu(), stage.whiten))
-    # Training changes whitened trials: noise and silenced channels would else be spread over all of them.
+    # In training, the whitening comes before the augmentation: otherwise it would spread the added noise and the
+    # silenced channels over all channels.
     normaliser = whitening_CC.clone() if isinstance(whitening_CC, Tensor) else None
-    x_val = read_trials(val, numbers, val.spec, device)
-    y_val = torch.as_tensor(tables[1].labels[tables[1].row_of[numbers]], device=device)
-    loader, steps = rank_loader(data, stage.training, config.seed, accel), stage.training.steps
+    watched = choose_evenly(len(val), config.val_trials)
+    x_val = read_trials(val, watched, val.spec, device)
+    y_val = torch.as_tensor(tables[1].labels[tables[1].row_of[watched]], device=device)
+    loader, steps = make_loader(data, stage.training, config.seed, accelerator), stage.training.steps
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         y = labels[batch.numbers]
         x = eeg_for_model(batch.padded(), data.spec)[:, : stage.channels]
         if normaliser is not None:
-            x = unit_variance(normaliser @ x)
+            x = scale_to_unit_variance(normaliser @ x)
         target = F.one_hot(y, n_classes).float()
         done = (loader.step - 1) / steps
         most = round(stage.average + (stage.average_end - stage.average) * done)
         if most > 1:
-            x = same_category_average(x, y, most, random)
+            x = average_within_category(x, y, most, random)
         if stage.mixup:
             share = stage.mixup * random.uniform(len(x), 1)
             other = random.uniform(len(x)).argsort()
@@ -193,34 +211,39 @@ def train_evrnet(
             target = torch.lerp(target, target[other], share)
         return {"x": augment_eeg(x, [int(meta["n"]) for meta in batch.metas], stage.augment, random), "target": target}
 
-    def validate(module: EVRNetTask) -> dict[str, float]:
+    def evaluate(module: EVRNetTask, pulse: Callable[[], None]) -> dict[str, float]:
         net = module.net
+        pulse()
         calibrate_batch_norm(net, clean)
-        _, logits = eeg_features(net, x_val)
+        pulse()
+        _, logits = compute_features(net, x_val, pulse=pulse)
         accuracy = float((logits.argmax(1) == y_val).float().mean())
         loss = float(F.cross_entropy(logits, y_val))
-        # On few val trials accuracies tie: the loss then decides.
+        # With few val trials, evaluations often have the same accuracy; the loss then decides.
         return {"accuracy": accuracy, "loss": loss, "score": accuracy - 1e-4 * min(loss, 100.0)}
 
     result = fit(
         task,
         config=stage.training,
         seed=config.seed,
-        accelerator=accel,
+        accelerator=accelerator,
         run=run,
         loader=loader,
         inputs=inputs,
-        validate=validate,
+        evaluate=evaluate,
         watch="score" if stage.watch == "accuracy" else "loss",
         mode="max" if stage.watch == "accuracy" else "min",
         description="EVRNet",
     )
     calibrate_batch_norm(task.net, clean)
-    if accel.is_main_process:
+    if accelerator.is_main_process:
         task.net.save_pretrained(run.path / "package")
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "val/loss", "train/accuracy", "val/accuracy"])
         run.status("done", best_step=result.best_step, val=result.best)
-        print(f"EVRNet: val accuracy {result.best['accuracy']:.3f} (chance {1 / n_classes:.3f}) at {result.best_step}")
+        print(
+            f"EVRNet: val accuracy {result.best['accuracy']:.3f} (chance {1 / n_classes:.3f}) at step "
+            f"{result.best_step} -> {run.path / 'package'}"
+        )
     run.close()
-    accel.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return task.net.requires_grad_(False)

@@ -1,9 +1,9 @@
-"""A small image classifier, trained on a dataset's own training images, to judge what generated images show.
+"""A small image classifier that judges what generated images show; it is trained on a dataset's training images.
 
-It stands where an ImageNet network stands in the papers: no weights have to be downloaded, and it never sees an EEG, a
-generated image, or an image of the splits it is judged on.
+The papers use an ImageNet network for this. The classifier here needs no download. It never sees EEG, generated images,
+or real images of the val and test splits.
 
-Legend of suffixes: B images, H rows, W columns, D feature width, K classes.
+Shapes: B images, H rows, W columns, D feature width, K classes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,27 +28,28 @@ Images = NDArray[np.uint8]
 class ClassifierConfig:
     """Shape and training of the classifier."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"batch": "batch_size"}
+
     steps: int = 250
     """Optimiser steps."""
-    batch: int = 64
-    """Images a step."""
+    batch_size: int = 64
+    """Images of one optimiser step."""
     lr: float = 3e-3
     """Peak learning rate."""
     width: int = 24
-    """Feature maps of the first convolution; the features have four times as many."""
+    """Feature maps of the first convolution. The features are four times as wide."""
     size: int = 32
-    """Pixels of a side to which images are brought; a multiple of 8."""
+    """Width and height in pixels to which images are resized; a multiple of 8."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained."""
-        if self.steps < 1 or self.batch < 2 or self.width < 4 or not self.lr > 0:
-            raise ValueError("classifier: need steps >= 1, batch >= 2, width >= 4 and lr > 0")
+        if self.steps < 1 or self.batch_size < 2 or self.width < 4 or not self.lr > 0:
+            raise ValueError("training: need steps >= 1, batch_size >= 2, width >= 4 and lr > 0")
         if self.size < 16 or self.size % 8:
-            raise ValueError(f"classifier.size must be a multiple of 8, 16 or more, not {self.size}")
+            raise ValueError(f"training.size must be a multiple of 8 and at least 16, got {self.size}")
 
 
 class ImageClassifier(nn.Module):
-    """Four convolutions, mean and maximum over the picture, one linear layer.
+    """Four convolutions, mean and maximum over the image, two linear layers.
 
     Parameters
     ----------
@@ -56,7 +58,7 @@ class ImageClassifier(nn.Module):
     width : int
         Feature maps of the first convolution.
     size : int
-        Pixels of a side.
+        Width and height of the images in pixels.
     """
 
     def __init__(self, n_classes: int, width: int = 24, size: int = 32) -> None:
@@ -91,14 +93,14 @@ class ImageClassifier(nn.Module):
 
     @torch.no_grad()
     def judge(self, images_BHW3: Images, batch: int = 256) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Features and class probabilities of images.
+        """Compute features and class probabilities of images.
 
         Parameters
         ----------
         images_BHW3 : ndarray of uint8, shape (B, H, W, 3)
             Square images of any size.
         batch : int
-            Images at a time.
+            Images of one forward pass.
 
         Returns
         -------
@@ -123,7 +125,7 @@ class ImageClassifier(nn.Module):
         path : str or Path
             The file.
         metadata : dict of str to str
-            What else to remember, e.g. the dataset it was trained on.
+            Text to store with the weights, e.g. the dataset's id.
         """
         from safetensors.torch import save
 
@@ -135,7 +137,7 @@ class ImageClassifier(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> tuple[ImageClassifier, dict[str, str]]:
-        """Load what `save` wrote.
+        """Load a classifier that `save` wrote.
 
         Parameters
         ----------
@@ -147,18 +149,18 @@ class ImageClassifier(nn.Module):
         classifier : ImageClassifier
             In evaluation mode.
         metadata : dict of str to str
-            What was remembered with it.
+            Text that was stored with the weights.
 
         Raises
         ------
         RequestError
-            If the file is missing, damaged, or something else.
+            If the file is missing or damaged, or is not a classifier.
         """
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
         if not path.is_file():
-            raise RequestError(f"{path}: no such classifier file")
+            raise RequestError(f"{path}: no such classifier file; leave --classifier out to train one")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -171,7 +173,7 @@ class ImageClassifier(nn.Module):
         except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
             if isinstance(error, RequestError):
                 raise
-            raise RequestError(f"{path}: a damaged classifier ({error}); delete it and evaluate again") from None
+            raise RequestError(f"{path}: the classifier is damaged ({error}); delete it and evaluate again") from None
         return model.eval(), metadata
 
 
@@ -183,7 +185,10 @@ def _to_input(images_BHW3: Images, size: int) -> Tensor:
 
 
 def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """Shifts, mirror images, colours, contrast, a soft focus and grain: what a generator may get wrong of a class."""
+    """Mirror, zoom and shift images, change colours and contrast, blur them and add noise.
+
+    A generator may get these properties wrong although it draws the right category.
+    """
     b, _, height, width = x_B3HW.shape
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -196,7 +201,7 @@ def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     matrix[:, :, 2] = uniform(-0.2, 0.2, 2)
     grid = nn.functional.affine_grid(matrix, [b, 3, height, width], align_corners=False)
     x = nn.functional.grid_sample(x_B3HW, grid, padding_mode="reflection", align_corners=False)
-    # Mixed colour channels: a class must be known by its form, for the generator draws in any colour.
+    # Mix the colour channels, so that the classifier learns forms: a generator may draw a category in any colour.
     mixing = torch.softmax(uniform(-3, 3, 3, 3), dim=2)
     x = torch.where((uniform(0, 1) < 0.5)[:, None, None, None], torch.einsum("bij,bjhw->bihw", mixing, x), x)
     x = x * uniform(0.6, 1.3, 1, 1, 1) + uniform(-0.25, 0.25, 1, 1, 1)
@@ -208,20 +213,20 @@ def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
 def train_classifier(
     images_BHW3: Images, labels_B: NDArray[np.integer], n_classes: int, *, config: ClassifierConfig, seed: int
 ) -> ImageClassifier:
-    """Train the classifier; the same arguments give the same weights on one machine.
+    """Train the classifier. On one machine, equal arguments give equal weights.
 
     Parameters
     ----------
     images_BHW3 : ndarray of uint8, shape (B, H, W, 3)
-        Real images, each once.
+        Real images, each of them once.
     labels_B : ndarray of int, shape (B,)
-        Their classes.
+        Classes of the images.
     n_classes : int
         Number of classes K.
     config : ClassifierConfig
         Shape and training.
     seed : int
-        Of weights, order and augmentation.
+        Seed for initial weights, order of images and augmentation.
 
     Returns
     -------
@@ -238,9 +243,9 @@ def train_classifier(
     order = torch.empty(0, dtype=torch.long)
     with progress("training the classifier", config.steps) as advance:
         for _ in range(config.steps):
-            while len(order) < config.batch:
+            while len(order) < config.batch_size:
                 order = torch.cat([order, torch.randperm(len(x), generator=generator)])
-            rows, order = order[: config.batch], order[config.batch :]
+            rows, order = order[: config.batch_size], order[config.batch_size :]
             _, logits = model(_augment(x[rows], generator))
             loss = nn.functional.cross_entropy(logits, y[rows], label_smoothing=0.05)
             optimizer.zero_grad()

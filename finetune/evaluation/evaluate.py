@@ -1,6 +1,6 @@
-"""Judges generated images: metrics, controls beside every number, and a report on one page.
+"""Judges generated images: metrics, controls for every number, and a report on one page.
 
-Legend of suffixes: B trials, M images, H rows, W columns, D feature width, K classes.
+Shapes: B trials, M images, H rows, W columns, D feature width, K classes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.files import atomic_write_text, write_json
 from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
@@ -23,42 +23,45 @@ from finetune.evaluation.report import render_report
 from finetune.images import ImageTable, open_paired
 
 JUDGE = "dataset-classifier"
-"""Name of our own classifier in the results: its Fréchet distance is not the FID."""
+"""Name of this project's classifier in the results. A Fréchet distance of its features is not the FID."""
+
+TOO_SMALL = "not computed: the images are smaller than 11 pixels"
+SAME_IMAGE = "not computed: all trials show the same image"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Metrics, controls and a report of a directory of generated images."""
+    """Metrics, controls and a report for a folder of generated images."""
 
     directory: str
-    """What `dreamscale generate` wrote; metrics.json and report.html are written into it."""
+    """Folder that `dreamscale generate` wrote. metrics.json and report.html are written into it."""
     control_dir: str | None = None
-    """The same trials generated with `--control shuffle`."""
+    """Folder of the same trials, generated with `--control shuffle`."""
     dataset: str | None = None
-    """The EEG-image dataset, if it is no longer where generated.json says."""
+    """The EEG-image dataset, if it was moved since the images were generated."""
     classifier: str | None = None
-    """classifier.safetensors of an earlier evaluation on this dataset; without it, one is trained."""
+    """classifier.safetensors of an earlier evaluation on this dataset. Without it, a classifier is trained."""
     training: ClassifierConfig = field(default_factory=ClassifierConfig)
-    """The classifier's shape and training."""
+    """Size and training of the classifier."""
     n_way: list[int] = field(default_factory=lambda: [2, 50])
-    """Numbers of classes for the n-way accuracy; those above the dataset's are left out."""
+    """Numbers of classes for the n-way accuracy. Numbers above the dataset's number of classes are left out."""
     permutations: int = 10_000
-    """Shuffles of the labels between images for the p-value."""
+    """Number of shuffles of the labels between images, for the p-value."""
     inception: str | None = None
-    """TorchScript Inception-V3 (inception-2015-12-05.pt) for FID, KID and IS; not computed without."""
+    """TorchScript file of Inception-V3 (inception-2015-12-05.pt). FID and KID are computed only if it is given."""
     lpips: str | None = None
-    """TorchScript VGG-16 with LPIPS weights (vgg16.pt) for LPIPS; not computed without."""
+    """TorchScript file of VGG-16 with LPIPS weights (vgg16.pt). LPIPS is computed only if it is given."""
     examples: int = 24
-    """Trials shown in the report."""
+    """Number of trials that the report shows."""
     seed: int = 0
-    """Of the classifier, the random pairs and the shuffles."""
+    """Seed for the classifier, the random pairs and the shuffles."""
 
     def __post_init__(self) -> None:
         if self.permutations < 99 or self.examples < 1 or any(n < 2 for n in self.n_way):
             raise ValueError("need permutations >= 99, examples >= 1 and every n_way >= 2")
 
 
-def _resized(images_BHW3: Images, size: int) -> Images:
+def _resize(images_BHW3: Images, size: int) -> Images:
     from PIL import Image
 
     if images_BHW3.shape[1:3] == (size, size):
@@ -67,11 +70,11 @@ def _resized(images_BHW3: Images, size: int) -> Images:
     return np.stack([np.asarray(image, np.uint8) for image in resized])
 
 
-def _torchscript(path: str, key: str) -> Any:
+def _load_torchscript(path: str, key: str) -> Any:
     import torch
 
     if not Path(path).is_file():
-        raise RequestError(f"{key} '{path}': no such file")
+        raise RequestError(f"{key} '{path}': no such file; give the path of the TorchScript file, or leave {key} out")
     try:
         return torch.jit.load(path, map_location="cpu").eval()
     except RuntimeError as error:
@@ -79,7 +82,7 @@ def _torchscript(path: str, key: str) -> Any:
 
 
 def _run_script(script: Any, images_BHW3: Images, batch: int = 32, **options: Any) -> NDArray[np.float64]:
-    """Outputs of a TorchScript network that takes [B, 3, H, W] from 0 to 255."""
+    """Run a TorchScript network whose input is [B, 3, H, W], values from 0 to 255."""
     import torch
 
     parts = []
@@ -92,16 +95,16 @@ def _run_script(script: Any, images_BHW3: Images, batch: int = 32, **options: An
 
 @dataclass(kw_only=True)
 class Judges:
-    """The networks that judge."""
+    """The networks that judge images."""
 
     classifier: ImageClassifier
-    """Trained on the dataset's own training images."""
+    """Classifier, trained on the dataset's training images."""
     size: int
-    """Pixels to which images are brought for it."""
+    """Width and height in pixels of the classifier's images."""
     inception: Any = None
-    """TorchScript, or None."""
+    """TorchScript network for FID and KID, or None."""
     lpips: Any = None
-    """TorchScript, or None."""
+    """TorchScript network for LPIPS, or None."""
 
 
 def measure(
@@ -112,11 +115,11 @@ def measure(
     Parameters
     ----------
     images_BHW3, real_BHW3 : ndarray of uint8, shape (B, H, W, 3)
-        Images to judge, and what was seen.
+        Images to judge, and the images that were seen.
     labels_B : ndarray of int, shape (B,)
-        Categories of what was seen.
+        Categories of the images that were seen.
     image_ids : list of str
-        Image of each trial.
+        Id of the image of each trial.
     judges : Judges
         The networks.
     config : EvaluateConfig
@@ -125,18 +128,20 @@ def measure(
     Returns
     -------
     dict
-        Name to number or dictionary of numbers; a text that says why where a metric was not computed. The feature
-        network's name stands in brackets.
+        Metric's name to a number or a dictionary of numbers. Where a metric was not computed, a text says why. The name
+        of the feature network stands in brackets after the metric's name.
     """
-    features, probabilities = judges.classifier.judge(_resized(images_BHW3, judges.size))
-    real_features, _ = judges.classifier.judge(_resized(real_BHW3, judges.size))
+    features, probabilities = judges.classifier.judge(_resize(images_BHW3, judges.size))
+    real_features, _ = judges.classifier.judge(_resize(real_BHW3, judges.size))
     predicted, classes = probabilities.argmax(axis=1), probabilities.shape[1]
     decibels = metrics.psnr(images_BHW3, real_BHW3)
     small = min(images_BHW3.shape[1:3]) < 11
     confusion = np.zeros((classes, classes), int)
     np.add.at(confusion, (labels_B, predicted), 1)
     few = min(len(images_BHW3), len(real_BHW3)) < 2
-    fid_note = f"biased: {len(images_BHW3)} images, 2048 or more are usual" if len(images_BHW3) < 2048 else ""
+    fid_note = (
+        f"biased: there are {len(images_BHW3)} images, and 2048 or more are usual" if len(images_BHW3) < 2048 else ""
+    )
     out: dict[str, Any] = {
         f"accuracy[{JUDGE}]": metrics.accuracy_with_p_value(
             predicted, labels_B, image_ids, permutations=config.permutations, seed=config.seed
@@ -148,8 +153,8 @@ def measure(
             for k in (1, 5)
             if k < n
         },
-        "psnr": float(decibels.mean()) if np.isfinite(decibels).all() else "infinite: images equal to the real ones",
-        "ssim": "not computed: images below 11 pixels" if small else float(metrics.ssim(images_BHW3, real_BHW3).mean()),
+        "psnr": float(decibels.mean()) if np.isfinite(decibels).all() else "infinite: equal to the real images",
+        "ssim": TOO_SMALL if small else float(metrics.ssim(images_BHW3, real_BHW3).mean()),
         f"frechet_distance[{JUDGE}]": (
             "not computed: fewer than two images" if few else metrics.frechet_distance(real_features, features)
         ),
@@ -166,7 +171,7 @@ def measure(
         out["fid"] = metrics.frechet_distance(theirs, ours)
         out["kid"] = metrics.kernel_distance(theirs, ours)
     else:
-        out["fid"] = out["kid"] = "not computed: needs Inception-V3 weights (--inception PATH) and two images or more"
+        out["fid"] = out["kid"] = "not computed: needs Inception-V3 weights (--inception PATH) and at least two images"
     if judges.lpips is not None:
         a, b = (_run_script(judges.lpips, x, resize_images=False, return_lpips=True) for x in (images_BHW3, real_BHW3))
         out["lpips"] = float(np.square(a - b).sum(axis=1).mean())
@@ -178,29 +183,32 @@ def measure(
 def random_pairs(
     images_BHW3: Images, real_BHW3: Images, image_ids: list[str], *, seed: int, draws: int = 10
 ) -> dict[str, Any]:
-    """PSNR and SSIM of each generated image with the real image of a random other trial.
+    """Compute PSNR and SSIM of each generated image with the real image of a random other trial.
 
     Parameters
     ----------
     images_BHW3, real_BHW3 : ndarray of uint8, shape (B, H, W, 3)
         Generated and real images.
     image_ids : list of str
-        Image of each trial; a trial's own image is never drawn.
+        Id of the image of each trial. A trial's own image is never drawn.
     seed : int
-        Of the draws.
+        Seed for the draws.
     draws : int
-        Partners a trial.
+        Number of partners for each trial.
 
     Returns
     -------
     dict
-        Mean psnr and ssim; a text where all trials show one image.
+        Mean psnr and ssim; a text instead if all trials show the same image.
     """
     ids = np.asarray(image_ids)
     rng = np.random.default_rng(seed)
     other = ids[:, None] != ids[None, :]
     if not other.any(axis=1).all():
-        return {"psnr": "not computed: all trials show one image", "ssim": "not computed: all trials show one image"}
+        return {
+            "psnr": SAME_IMAGE,
+            "ssim": SAME_IMAGE,
+        }
     found: dict[str, list[float]] = {"psnr": [], "ssim": []}
     for _ in range(draws):
         partner = np.where(other, rng.random(other.shape), -1).argmax(axis=1)
@@ -208,16 +216,16 @@ def random_pairs(
         found["psnr"].append(float(values[np.isfinite(values)].mean()))
         if min(images_BHW3.shape[1:3]) >= 11:
             found["ssim"].append(float(metrics.ssim(images_BHW3, real_BHW3[partner]).mean()))
-    return {k: float(np.mean(v)) if v else "not computed: images below 11 pixels" for k, v in found.items()}
+    return {k: float(np.mean(v)) if v else TOO_SMALL for k, v in found.items()}
 
 
 def nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> NDArray[np.float64]:
-    """Distance of each image to the nearest training image.
+    """Compute the distance of each image to the most similar training image.
 
     Parameters
     ----------
     images_BHW3, train_MHW3 : ndarray of uint8
-        Images of one size.
+        Images; all of the same size.
 
     Returns
     -------
@@ -238,7 +246,7 @@ def _quartiles(values: NDArray[np.float64]) -> dict[str, float]:
 def _classifier(
     config: EvaluateConfig, table: ImageTable, dataset_id: str, labels: list[str], output: Path
 ) -> ImageClassifier:
-    """Load the classifier, or train it on the training images and keep it."""
+    """Load the classifier, or train it on the training images and save it."""
     if config.classifier is not None:
         classifier, about = ImageClassifier.load(config.classifier)
         if about.get("dataset_id") != dataset_id or classifier.n_classes != len(labels):
@@ -255,14 +263,14 @@ def _read_control(config: EvaluateConfig, own: GeneratedSet) -> GeneratedSet | N
         return None
     control = read_generated(config.control_dir)
     if control.about["control"] != "shuffle":
-        raise RequestError(f"{config.control_dir}: is no control; generate it with --control shuffle")
+        raise RequestError(f"{config.control_dir}: this folder is not a control; generate it with --control shuffle")
     if own.about["control"] != "none":
-        raise RequestError(f"{config.directory}: is a control itself; give it as --control_dir")
+        raise RequestError(f"{config.directory}: this folder is a control itself; give it as --control_dir")
     for key in ("dataset_id", "split", "kind", "steps", "guidance_scale"):
         if control.about.get(key) != own.about.get(key):
             raise RequestError(
                 f"{config.control_dir}: {key} is {control.about.get(key)!r}, but {own.about.get(key)!r} in "
-                f"{config.directory}; generate both alike"
+                f"{config.directory}; generate both with the same settings"
             )
     if [t["key"] for t in control.trials] != [t["key"] for t in own.trials]:
         raise RequestError(f"{config.control_dir}: holds other trials than {config.directory}; generate both alike")
@@ -270,7 +278,7 @@ def _read_control(config: EvaluateConfig, own: GeneratedSet) -> GeneratedSet | N
 
 
 def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
-    """Accuracy of the classifier on real images that it was not trained on."""
+    """Measure the classifier's accuracy on real images that it was not trained on."""
     correct, total, ids = 0, 0, []
     for split in dict.fromkeys(("val", "test", dataset_split)):
         if split == "train":
@@ -278,7 +286,7 @@ def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
         try:
             table = ImageTable(open_paired(path, split))
         except RequestError:
-            continue  # a dataset may lack one of the splits; the count says how many images there were
+            continue  # a dataset may lack val or test; "n" and "splits" in the result show what was there
         _, probabilities = judges.classifier.judge(table.pixels(size=judges.size))
         correct += int((probabilities.argmax(axis=1) == table.labels).sum())
         total += len(table)
@@ -294,7 +302,7 @@ def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Compute everything that metrics.json holds.
+    """Compute the content of metrics.json, and write it and the report.
 
     Parameters
     ----------
@@ -304,22 +312,22 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``generated``, ``shuffled`` and ``real`` (the ceiling) as `measure` gives them, ``random_pairs``,
-        ``memorisation``, ``classifier``.
+        Among others ``generated``, ``shuffled`` and ``real`` (the upper limit), all from `measure`; ``random_pairs``,
+        ``memorisation`` and ``classifier``.
 
     Raises
     ------
     RequestError
-        If a directory is not whole, or the parts do not belong together.
+        If a folder is incomplete, or the folders and the dataset do not belong together.
     """
     own = read_generated(config.directory)
     control = _read_control(config, own)
     path = Path(config.dataset or own.about["dataset"])
     train = open_paired(path, "train")
     if train.manifest.dataset_id != own.about["dataset_id"]:
-        raise RequestError(f"{path}: is not the dataset of which {config.directory} was made; give it as --dataset")
-    inception = _torchscript(config.inception, "inception") if config.inception else None
-    lpips = _torchscript(config.lpips, "lpips") if config.lpips else None
+        raise RequestError(f"{path}: is not the dataset of {config.directory}; give the right one as --dataset")
+    inception = _load_torchscript(config.inception, "inception") if config.inception else None
+    lpips = _load_torchscript(config.lpips, "lpips") if config.lpips else None
     table = ImageTable(train)
     labels = own.about["labels"]
     classifier = _classifier(config, table, train.manifest.dataset_id, labels, own.path)
@@ -354,8 +362,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         image_of = {trial["key"]: trial["image_id"] for trial in own.trials}
         givers = [trial["eeg_key"] for trial in control.trials]
         if set(givers) <= label_of.keys():
-            _, probabilities = classifier.judge(_resized(control.images_BHW3, judges.size))
-            # The control fails on the image that was shown, and should succeed on the one its EEG belongs to.
+            _, probabilities = classifier.judge(_resize(control.images_BHW3, judges.size))
+            # With the EEG of another trial, a good model shows the category of that other trial's image.
             result["shuffled"][f"accuracy_of_eeg[{JUDGE}]"] = metrics.accuracy_with_p_value(
                 probabilities.argmax(axis=1),
                 np.array([label_of[key] for key in givers]),
@@ -364,11 +372,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 seed=config.seed,
             )
     train_images = table.pixels(size=judges.size)
-    # What the nearest of real unseen images are to the training images is what a generator may reach without copying.
+    # Real images of this split set the scale: a generator that does not copy should come no closer to the training
+    # images than they do.
     result["memorisation"] = {
         "measure": f"RMS pixel difference to the nearest of {len(table)} training images at {judges.size} pixels",
-        "generated": _quartiles(nearest_training_image(_resized(own.images_BHW3, judges.size), train_images)),
-        "real": _quartiles(nearest_training_image(_resized(own.real_BHW3, judges.size), train_images)),
+        "generated": _quartiles(nearest_training_image(_resize(own.images_BHW3, judges.size), train_images)),
+        "real": _quartiles(nearest_training_image(_resize(own.real_BHW3, judges.size), train_images)),
     }
     write_json(own.path / "metrics.json", result)
     page = render_report(result, own, control, examples=config.examples)
@@ -376,30 +385,41 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Evaluate generated images.
+def evaluate_and_print(config: EvaluateConfig) -> int:
+    """Evaluate generated images and print the most important numbers.
 
     Parameters
     ----------
-    argv : list of str, optional
-        ``DIR`` and any key of `EvaluateConfig`.
+    config : EvaluateConfig
+        The request.
 
     Returns
     -------
     int
         Exit code.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    words = [w.replace("--control-dir", "--control_dir", 1) for w in words]
-    config = parse_config(EvaluateConfig, words, prog="dreamscale evaluate", positionals=("directory",))
     result = evaluate(config)
     found, real = (result[name][f"accuracy[{JUDGE}]"] for name in ("generated", "real"))
     line = f"accuracy {found['accuracy']:.3f} (chance {found['chance']:.3f}, p {found['p_value']:.2g}, n {found['n']})"
+    following = ""
     if isinstance(result["shuffled"], dict):
-        line += f"; EEG shuffled {result['shuffled'][f'accuracy[{JUDGE}]']['accuracy']:.3f}"
-    print(f"{line}; real images {real['accuracy']:.3f} -> {Path(config.directory) / 'report.html'}")
+        line += f"; with shuffled EEG {result['shuffled'][f'accuracy[{JUDGE}]']['accuracy']:.3f}"
+    else:
+        following = "; next: generate the same trials with --control shuffle, and give that folder as --control_dir"
+    report = Path(config.directory) / "report.html"
+    print(f"{line}; real images {real['accuracy']:.3f} -> {report}{following}")
     return EXIT_DONE
 
 
+_main = command(EvaluateConfig, evaluate_and_print, prog="dreamscale evaluate", positionals=("directory",))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``dreamscale evaluate``; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # The option was documented with a hyphen as well.
+    return _main([word.replace("--control-dir", "--control_dir", 1) for word in words])
+
+
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

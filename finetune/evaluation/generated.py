@@ -21,20 +21,20 @@ Images = NDArray[np.uint8]
 
 @dataclass(kw_only=True)
 class GeneratedSet:
-    """What `dreamscale generate` wrote."""
+    """A folder that `dreamscale generate` wrote."""
 
     path: Path
     """The directory."""
     about: dict[str, Any]
-    """generated.json."""
+    """Content of generated.json."""
     images_BHW3: Images
-    """Generated images."""
+    """The generated images."""
     real_BHW3: Images
-    """What was seen."""
+    """The images that were seen."""
 
     @property
     def trials(self) -> list[dict[str, Any]]:
-        """One dictionary a trial."""
+        """Entry of each trial in generated.json."""
         return self.about["trials"]
 
     @property
@@ -44,30 +44,32 @@ class GeneratedSet:
 
 
 def read_generated(path: str | Path) -> GeneratedSet:
-    """Read a directory of generated images, and check that it is whole.
+    """Read a folder of generated images, and check that it is complete.
 
     Parameters
     ----------
     path : str or Path
-        The directory.
+        The folder.
 
     Returns
     -------
     GeneratedSet
-        Its images.
+        The images and what is known about them.
 
     Raises
     ------
     RequestError
-        If generated.json or an image is missing or damaged, or sizes differ.
+        If generated.json or an image is missing or damaged, or the images differ in size.
     """
     path = Path(path)
-    if not (path / "generated.json").is_file():
-        raise RequestError(f"{path}: no generated.json, so 'dreamscale generate' did not finish there; run it first")
-    about = read_json(path / "generated.json")
+    record = path / "generated.json"
+    again = "generate the images again"
+    if not record.is_file():
+        raise RequestError(f"{path}: has no generated.json; make the folder with 'dreamscale generate'")
+    about = read_json(record)
     needed = {"dataset", "dataset_id", "split", "control", "labels", "trials"}
     if not isinstance(about, dict) or needed - about.keys() or not about["trials"]:
-        raise RequestError(f"{path / 'generated.json'}: lacks what 'dreamscale generate' writes; generate again")
+        raise RequestError(f"{record}: an entry that 'dreamscale generate' writes is missing; {again}")
     found: dict[str, Images] = {}
     for name in ("file", "real_file"):
         images = []
@@ -77,14 +79,14 @@ def read_generated(path: str | Path) -> GeneratedSet:
                 images.append(decode_image(file.read_bytes(), name=str(file)))
                 known = isinstance(trial["label"], int) and 0 <= trial["label"] < len(about["labels"])
             except KeyError as error:
-                raise RequestError(f"{path / 'generated.json'}: a trial has no {error}; generate again") from None
+                raise RequestError(f"{record}: a trial has no {error}; {again}") from None
             except OSError as error:
-                raise RequestError(f"{path / trial[name]}: {error.strerror or error}; generate again") from None
+                raise RequestError(f"{path / trial[name]}: {error.strerror or error}; {again}") from None
             if not known:
-                raise RequestError(f"{path / 'generated.json'}: trial {trial.get('key')} has no valid label")
+                raise RequestError(f"{record}: trial {trial.get('key')} has no valid label; {again}")
         if len({image.shape for image in images}) > 1:
-            raise RequestError(f"{path}: images of different sizes; generate again")
+            raise RequestError(f"{path}: the images have different sizes; {again}")
         found[name] = np.stack(images)
     if found["file"].shape != found["real_file"].shape:
-        raise RequestError(f"{path}: generated and real images are not of one size; generate again")
+        raise RequestError(f"{path}: generated and real images have different sizes; {again}")
     return GeneratedSet(path=path, about=about, images_BHW3=found["file"], real_BHW3=found["real_file"])

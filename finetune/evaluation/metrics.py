@@ -1,8 +1,8 @@
-"""What papers print about reconstructed images, and whether it could be luck.
+"""Metrics of reconstructed images as papers report them, and tests of their significance.
 
-Everything here is plain NumPy on arrays; which network gave the features or probabilities is for the caller to name.
+All functions work on NumPy arrays. The caller knows which network computed the features or probabilities.
 
-Legend of suffixes: B images, H rows, W columns, D feature width, K classes, N trials.
+Shapes: B images, H rows, W columns, D feature width, K classes, N trials.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _pairs(a_BHW3: Images, b_BHW3: Images) -> tuple[Floats, Floats]:
 
 
 def psnr(a_BHW3: Images, b_BHW3: Images) -> Floats:
-    """Peak signal-to-noise ratio of each pair, 10 log10(255^2 / MSE).
+    """Compute the peak signal-to-noise ratio of each pair, 10 log10(255^2 / MSE).
 
     Parameters
     ----------
@@ -48,14 +48,16 @@ def psnr(a_BHW3: Images, b_BHW3: Images) -> Floats:
 
 
 def ssim(a_BHW3: Images, b_BHW3: Images, *, window: int = 11, sigma: float = 1.5) -> Floats:
-    """Structural similarity of each pair: Gaussian window, mean over the pixels it fits around and over the colours.
+    """Compute the structural similarity of each pair, with a Gaussian window.
+
+    The result is the mean over the colours and over all pixels around which the window fits into the image.
 
     Parameters
     ----------
     a_BHW3, b_BHW3 : ndarray of uint8, shape (B, H, W, 3)
         Images, at least `window` pixels wide and high.
     window : int
-        Width of the window in pixels; odd.
+        Width of the window in pixels, an odd number.
     sigma : float
         Standard deviation of the window in pixels.
 
@@ -94,17 +96,19 @@ def ssim(a_BHW3: Images, b_BHW3: Images, *, window: int = 11, sigma: float = 1.5
 
 
 def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
-    """Fréchet distance of two sets of features taken as Gaussians; FID where the features are Inception-V3's.
+    """Compute the Fréchet distance of two sets of features, as if they were Gaussian.
+
+    With features of Inception-V3 it is the FID.
 
     Parameters
     ----------
     real_BD, generated_BD : ndarray, shape (B, D)
-        Features, two rows or more each; the numbers of rows may differ.
+        Features, at least two rows each; the numbers of rows may differ.
 
     Returns
     -------
     float
-        ``|mu_r - mu_g|^2 + Tr(S_r + S_g - 2 (S_r S_g)^(1/2))``. Biased upwards for few images.
+        ``|mu_r - mu_g|^2 + Tr(S_r + S_g - 2 (S_r S_g)^(1/2))``. With few images, the value is too large.
 
     Raises
     ------
@@ -113,9 +117,10 @@ def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
     """
     real, generated = np.asarray(real_BD, np.float64), np.asarray(generated_BD, np.float64)
     if min(len(real), len(generated)) < 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(f"need two sets of two or more features of one width, not {real.shape} and {generated.shape}")
+        raise ValueError(f"need two or more features of one width in each set, not {real.shape} and {generated.shape}")
     cov_r, cov_g = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (real, generated))
-    # Tr (S_r S_g)^(1/2) is the trace of the root of S_r^(1/2) S_g S_r^(1/2), which is symmetric: no complex roots.
+    # Tr (S_r S_g)^(1/2) equals the trace of the root of S_r^(1/2) S_g S_r^(1/2). This matrix is symmetric, so its root
+    # has no complex numbers.
     values, vectors = np.linalg.eigh(cov_r)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_g @ root).clip(0)).sum()
@@ -124,17 +129,19 @@ def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
 
 
 def kernel_distance(real_BD: Floats, generated_BD: Floats) -> float:
-    """Squared maximum mean discrepancy with the cubic kernel, unbiased; KID where the features are Inception-V3's.
+    """Compute the unbiased squared maximum mean discrepancy with the cubic kernel.
+
+    With features of Inception-V3 it is the KID.
 
     Parameters
     ----------
     real_BD, generated_BD : ndarray, shape (B, D)
-        Features, two rows or more each.
+        Features, at least two rows each.
 
     Returns
     -------
     float
-        Zero on average for two sets from one distribution, whatever their sizes; may be negative.
+        For two sets of the same distribution the mean is zero, whatever their sizes. The value may be negative.
 
     References
     ----------
@@ -142,7 +149,7 @@ def kernel_distance(real_BD: Floats, generated_BD: Floats) -> float:
     """
     x, y = np.asarray(real_BD, np.float64), np.asarray(generated_BD, np.float64)
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"need two sets of two or more features of one width, not {x.shape} and {y.shape}")
+        raise ValueError(f"need two or more features of one width in each set, not {x.shape} and {y.shape}")
 
     def kernel(p: Floats, q: Floats) -> Floats:
         return (p @ q.T / p.shape[1] + 1) ** 3
@@ -155,7 +162,9 @@ def kernel_distance(real_BD: Floats, generated_BD: Floats) -> float:
 
 
 def inception_score(probabilities_BK: Floats) -> float:
-    """``exp(mean KL(p(y|x) || p(y)))`` of a classifier's probabilities; the Inception Score where it is Inception-V3.
+    """Compute ``exp(mean KL(p(y|x) || p(y)))`` of a classifier's probabilities.
+
+    With probabilities of Inception-V3 it is the Inception Score.
 
     Parameters
     ----------
@@ -165,7 +174,7 @@ def inception_score(probabilities_BK: Floats) -> float:
     Returns
     -------
     float
-        From 1 (every image alike, or none clear) to K.
+        From 1 (all images have the same probabilities) to K.
     """
     p = np.asarray(probabilities_BK, np.float64)
     marginal = p.mean(axis=0, keepdims=True)
@@ -177,7 +186,9 @@ def inception_score(probabilities_BK: Floats) -> float:
 def n_way_top_k(
     probabilities_NK: Floats, labels_N: NDArray[np.integer], *, n: int, k: int = 1, repeats: int = 100, seed: int = 0
 ) -> dict[str, float]:
-    """N-way top-k accuracy: the true class against n - 1 others drawn anew for every trial, many times over.
+    """Compute the n-way top-k accuracy: the true class among n - 1 random other classes.
+
+    The other classes are drawn anew for each trial and each repeat.
 
     Parameters
     ----------
@@ -186,13 +197,13 @@ def n_way_top_k(
     labels_N : ndarray of int, shape (N,)
         True classes.
     n : int
-        Classes a trial is judged among, the true one included; from 2 to K.
+        Number of classes, the true class included; from 2 to K.
     k : int
-        The true class must be among the k most likely of them.
+        A trial is right if the true class is among the k most likely of the n classes.
     repeats : int
-        Draws of the other classes.
+        Number of draws of the other classes.
     seed : int
-        Of the draws.
+        Seed for the draws.
 
     Returns
     -------
@@ -215,7 +226,7 @@ def n_way_top_k(
     rng = np.random.default_rng(seed)
     rows = np.arange(trials)
     own = p[rows, labels_N][:, None]
-    # Ties count against the trial: a classifier that says nothing must not score.
+    # Equal probabilities count against the trial, so that a constant classifier has an accuracy of zero.
     beats = (p >= own).astype(np.int64)
     hits = np.empty(repeats)
     for draw in range(repeats):
@@ -227,12 +238,12 @@ def n_way_top_k(
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a share.
+    """Compute Wilson's confidence interval of a share.
 
     Parameters
     ----------
     successes, n : int
-        How many of how many.
+        Number of successes, and of attempts.
     z : float
         Standard normal quantile; 95 % by default.
 
@@ -255,36 +266,39 @@ def accuracy_with_p_value(
     permutations: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Accuracy, and how often labels shuffled between the images would do as well.
+    """Compute the accuracy, and how often shuffled labels would be as accurate.
 
-    Trials of one image share it, so they are not independent: what is shuffled is the label of each image, with all its
-    trials, not the label of each trial.
+    Trials of the same image are not independent. Therefore labels are shuffled between images, and all trials of an
+    image get the same new label. A shuffle between trials would give p-values that are too small.
 
     Parameters
     ----------
     predicted_N, labels_N : ndarray of int, shape (N,)
         Predicted and true class of each trial.
     image_ids : list of str
-        The image of each trial; trials of one image must have one label.
+        Id of the image of each trial. All trials of an image must have the same label.
     permutations : int
-        Shuffles.
+        Number of shuffles.
     seed : int
-        Of the shuffles.
+        Seed for the shuffles.
 
     Returns
     -------
     dict
-        ``accuracy``; ``chance``, the mean over all shuffles; ``n`` trials; ``images``; ``p_value`` = (1 + k) /
-        (1 + shuffles), with k the shuffles that did as well or better; ``interval``, Wilson's over trials, 95 %.
+        ``accuracy``; ``chance``: mean accuracy over all shuffles; ``n`` and ``images``: numbers of trials and images;
+        ``p_value``: (1 + k) / (1 + shuffles), where k shuffles were as accurate or more; ``interval``: Wilson's 95 %
+        confidence interval, as if trials were independent.
 
     Raises
     ------
     ValueError
-        If there is no trial, lengths differ, or an image has two labels.
+        If there is no trial, the lengths differ, or an image has two labels.
     """
     predicted, labels = np.asarray(predicted_N), np.asarray(labels_N)
     if not len(predicted) or not len(predicted) == len(labels) == len(image_ids):
-        raise ValueError(f"need equal, positive numbers: {len(predicted)}, {len(labels)}, {len(image_ids)}")
+        raise ValueError(
+            f"need as many labels and image ids as predictions, at least 1, got {len(labels)} and {len(image_ids)}"
+        )
     names, row = np.unique(np.asarray(image_ids), return_inverse=True)
     label_of = np.zeros(len(names), np.int64)
     label_of[row] = labels

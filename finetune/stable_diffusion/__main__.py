@@ -1,4 +1,4 @@
-"""``python -m finetune.stable_diffusion CONFIG.yaml``, for `accelerate launch -m` and the like."""
+"""``python -m finetune.stable_diffusion CONFIG.yaml``, for `accelerate launch -m` and other launchers."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What turns the EEG encoder's tokens into a diffusion model's condition.
+"""Turns the EEG encoder's tokens into the condition of Stable Diffusion.
 
 Shapes: B trials, N EEG tokens of width D, L condition tokens of width W, E width of the time embedding.
 """
@@ -16,24 +16,25 @@ from finetune.training.module_files import load_module, save_module
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionerConfig:
-    """Sizes of the conditioner; those of DreamDiffusion are N 128, D 1024, L 77, W 768, hidden 64, E 1280."""
+    """Sizes of the conditioner. DreamDiffusion has N 128, D 1024, L 77, W 768, hidden 64, E 1280."""
 
     tokens: int
-    """EEG tokens, N."""
+    """Number of EEG tokens, N."""
     dim: int
-    """Their width, D."""
+    """Width of the EEG tokens, D."""
     length: int
-    """Condition tokens, L: the base model's longest text."""
+    """Number of condition tokens, L: the base model's longest text."""
     width: int
-    """Their width, W: the base model's cross-attention."""
+    """Width of the condition tokens, W: that of the base model's cross-attention."""
     hidden: int = 64
-    """Tokens between the two convolutions."""
+    """Number of tokens between the two convolutions."""
     time_dim: int = 0
-    """E, for a second path into the time embedding, as in the released code; 0 for none, as in the paper."""
+    """Width of the time embedding, E. The EEG then also enters through it, as in the released code. 0 switches this
+    second path off, as in the paper."""
 
 
 class Conditioner(nn.Module):
-    """EEG tokens to cross-attention states and, as an option, a vector for the time embedding.
+    """Maps EEG tokens to cross-attention states and, if wished, to a vector for the time embedding.
 
     Parameters
     ----------
@@ -42,9 +43,9 @@ class Conditioner(nn.Module):
 
     Notes
     -----
-    Convolutions over the token axis N -> hidden -> L, then a linear map D -> W. The second path goes on from there:
-    L -> L // 2 -> 1 tokens, W -> E. Its last layer starts at zero, so that training starts from the base model's own
-    time embedding.
+    Two convolutions over the token axis, N -> hidden -> L, then a linear map D -> W. The second path starts from their
+    result: L -> L // 2 -> 1 tokens, then W -> E. Its last layer is initialised with zeros, so that training starts from
+    the base model's own time embedding.
 
     References
     ----------
@@ -68,40 +69,40 @@ class Conditioner(nn.Module):
             nn.init.zeros_(self.time_mapper.bias)
 
     def forward(self, tokens_BND: Tensor, keep_B: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Make the condition.
+        """Compute the condition.
 
         Parameters
         ----------
         tokens_BND : Tensor, [B, N, D]
             The encoder's tokens, without the class token.
         keep_B : Tensor of bool, [B], optional
-            False where the condition is dropped, for classifier-free guidance; all are kept by default.
+            False where the condition is dropped, for classifier-free guidance; by default every condition is kept.
 
         Returns
         -------
         states_BLW : Tensor, [B, L, W]
-            In place of a text encoder's states.
+            Cross-attention states, in place of those of a text encoder.
         time_BE : Tensor, [B, E], or None
-            To be added to the time embedding.
+            Vector to add to the time embedding.
         """
         states_BLW = self.dim_mapper(self.token_mapper(tokens_BND))
         time_BE = None
         if self.time_mapper is not None:
             time_BE = self.time_mapper(self.time_tokens(states_BLW)[:, 0])
         if keep_B is not None:
-            # torch.where on every rank alike: a branch would leave ranks with different graphs.
+            # torch.where, not a branch: with a branch, processes would have different graphs and wait for each other.
             states_BLW = torch.where(keep_B[:, None, None], states_BLW, self.null_LW.to(states_BLW.dtype))
             if time_BE is not None:
                 time_BE = torch.where(keep_B[:, None], time_BE, torch.zeros_like(time_BE))
         return states_BLW, time_BE
 
     def null(self, batch: int) -> tuple[Tensor, Tensor | None]:
-        """Condition of no EEG at all.
+        """Return the condition without EEG.
 
         Parameters
         ----------
         batch : int
-            B.
+            Number of trials, B.
 
         Returns
         -------

@@ -1,7 +1,7 @@
 """A miniature Stable Diffusion and CLIP of the real classes, trained from a dataset's own images in minutes.
 
-It stands in for Stable Diffusion 1.5 and CLIP ViT-L/14 where neither can be downloaded: the demo and the tests. Every
-file is laid out as diffusers and transformers lay theirs out, so nothing downstream knows the difference.
+The demo and the tests use it in place of Stable Diffusion 1.5 and CLIP ViT-L/14, which are too large for them. Its
+files have the layout of diffusers and transformers, so all other code treats it like the originals.
 
 Shapes: B images, H = W pixels, L tokens of a caption.
 """
@@ -9,22 +9,21 @@ Shapes: B images, H = W pixels, L tokens of a caption.
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_sharding.common.config import parse_config, to_dict
-from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.config import command, to_dict
+from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.files import atomic_directory, digest_of, read_json, write_json
 from data_sharding.common.progress import progress
 from finetune.images import ImageTable, open_paired, to_model_range
@@ -36,50 +35,52 @@ if TYPE_CHECKING:
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 16
-"""Longest caption; CLIP's own 77 would make every cross-attention five times longer for nothing."""
+"""Length of the longest caption. CLIP's own limit of 77 would make every cross-attention five times longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MiniatureConfig:
     """A miniature Stable Diffusion and CLIP of the real classes, trained on a dataset's training images."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"batch": "batch_size"}
+
     dataset: str
-    """EEG-image dataset; only the images and captions of its train split are used."""
+    """EEG-image dataset. Only the images and captions of its train split are used."""
     output: str
-    """Directory for clip/ and stable-diffusion/."""
+    """Directory to create, with clip/ and stable-diffusion/."""
     size: int = 32
-    """Pixels of a side; a multiple of 8."""
+    """Width and height of the images in pixels; a multiple of 8."""
     seed: int = 0
-    """Of weights, order and augmentation."""
-    batch: int = 64
-    """Images of a step; half as many for the autoencoder."""
+    """Seed for initial weights, order of images and augmentation."""
+    batch_size: int = 64
+    """Images of one optimiser step; the autoencoder takes half as many."""
     clip_steps: int = 300
-    """Steps of the contrastive training."""
+    """Optimiser steps of CLIP."""
     vae_steps: int = 600
-    """Steps of the autoencoder."""
+    """Optimiser steps of the autoencoder."""
     unet_steps: int = 1200
-    """Steps of the U-Net."""
+    """Optimiser steps of the U-Net."""
 
     def __post_init__(self) -> None:
         if self.size % 8 or self.size < 16:
             raise ValueError(f"size must be a multiple of 8 and at least 16, got {self.size}")
-        for name in ("batch", "clip_steps", "vae_steps", "unet_steps"):
+        for name in ("batch_size", "clip_steps", "vae_steps", "unet_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
-    """Build a CLIP tokenizer whose merges make a token of every word of the captions.
+    """Build a CLIP tokenizer in which every word of the captions is one token.
 
     Parameters
     ----------
     captions : sequence of str
-        The text it must be good at; other text falls into letters, as with any byte-pair encoding.
+        The captions. A word that they do not contain is divided into several tokens.
 
     Returns
     -------
     CLIPTokenizer
-        With CLIP's byte alphabet and special tokens.
+        The tokenizer, with CLIP's byte alphabet and special tokens.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -91,7 +92,7 @@ def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
         pairs = Counter(pair for split in pieces.values() for pair in itertools.pairwise(split))
         if not pairs:
             break
-        # Byte-pair encoding: the commonest pair first, the alphabet decides between equals.
+        # Byte-pair encoding merges the most frequent pair first. Between equally frequent pairs, the alphabet decides.
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         for word, split in pieces.items():
@@ -114,7 +115,7 @@ def _tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 
 def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[tuple[Tensor, torch.Generator]]:
-    """Rows of each step and a generator for its augmentation."""
+    """Yield the image numbers of each step, and the generator for its augmentation."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):
@@ -125,7 +126,7 @@ def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[tuple[Tensor
 
 
 def _augment(x_B3HW: Tensor, generator: torch.Generator, *, colours: bool, shift: int = 3) -> Tensor:
-    """Mirror and move pictures, and exchange their colours where only pixels matter."""
+    """Mirror and shift images; if `colours`, also permute their colour channels."""
     b, size = len(x_B3HW), x_B3HW.shape[-1]
     flip = torch.rand(b, 1, 1, 1, generator=generator) < 0.5
     x = torch.where(flip, x_B3HW.flip(-1), x_B3HW)
@@ -140,7 +141,7 @@ def _augment(x_B3HW: Tensor, generator: torch.Generator, *, colours: bool, shift
 
 
 def _warp(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror, move, turn and scale pictures a little: a small transformer needs more positions than a set has."""
+    """Mirror, shift, rotate and scale images a little: the small CLIP otherwise learns positions by heart."""
     b = len(x_B3HW)
     u_5b = torch.rand(5, b, generator=generator) * 2 - 1
     mirror, turn, scale = u_5b[0].sign(), 0.15 * u_5b[1], 1 + 0.15 * u_5b[2]
@@ -150,7 +151,7 @@ def _warp(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(x_B3HW, grid, padding_mode="border", align_corners=False)
 
 
-def _optimise(
+def _make_optimizer(
     parameters: Any, lr: float, steps: int, weight_decay: float = 0.01
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
@@ -161,7 +162,7 @@ def _optimise(
 def _train_clip(
     x_M3HW: Tensor, captions: Sequence[str], tokenizer: CLIPTokenizer, config: MiniatureConfig
 ) -> CLIPModel:
-    """Train a small CLIP from scratch; pictures with the same caption are not each other's negatives."""
+    """Train a small CLIP from scratch. Images with the same caption do not count as wrong pairs."""
     from transformers import CLIPConfig, CLIPModel
 
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -192,10 +193,10 @@ def _train_clip(
     mean, std = _clip_statistics()
     tokens = _tokenize(tokenizer, captions)
     alike = torch.tensor([[a == b for b in captions] for a in captions])
-    optimizer, schedule = _optimise(clip.parameters(), 1.5e-3, config.clip_steps, 0.05)
+    optimizer, schedule = _make_optimizer(clip.parameters(), 1.5e-3, config.clip_steps, 0.05)
     clip.train()
     with progress("miniature CLIP", config.clip_steps) as advance:
-        for rows, generator in _batches(len(x_M3HW), config.batch, config.clip_steps, config.seed + 1):
+        for rows, generator in _batches(len(x_M3HW), config.batch_size, config.clip_steps, config.seed + 1):
             pixels = (_warp(x_M3HW[rows], generator) / 2 + 0.5 - mean) / std
             out = clip(input_ids=tokens[rows], pixel_values=pixels)
             target = alike[rows][:, rows].float()
@@ -217,7 +218,7 @@ def _clip_statistics() -> tuple[Tensor, Tensor]:
 
 
 def _train_vae(x_M3HW: Tensor, config: MiniatureConfig) -> AutoencoderKL:
-    """Train a small autoencoder, a quarter of the pixels a side and 4 channels deep."""
+    """Train a small autoencoder. Its latents have 4 channels and a quarter of the width and height."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(  # pyright: ignore[reportCallIssue] - its decorator hides the signature
@@ -232,17 +233,17 @@ def _train_vae(x_M3HW: Tensor, config: MiniatureConfig) -> AutoencoderKL:
         sample_size=config.size,
     ).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        # Start with hardly any noise on the latents: while it drowns them, colours are learned last or not at all.
+        # Start with very little noise on the latents: with strong noise, the colours are learned late or never.
         vae.quant_conv.bias[4:] -= 6.0
-    optimizer, schedule = _optimise(vae.parameters(), 3e-3, config.vae_steps)
+    optimizer, schedule = _make_optimizer(vae.parameters(), 3e-3, config.vae_steps)
     vae.train()
     with progress("miniature autoencoder", config.vae_steps) as advance:
-        for rows, generator in _batches(len(x_M3HW), max(1, config.batch // 2), config.vae_steps, config.seed + 2):
+        for rows, generator in _batches(len(x_M3HW), max(1, config.batch_size // 2), config.vae_steps, config.seed + 2):
             x = _augment(x_M3HW[rows], generator, colours=True).contiguous(memory_format=torch.channels_last)
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             y = vae.decode(posterior.mean + posterior.std * noise).sample
-            # L1 keeps edges; the divergence only keeps the latents' scale, as in Stable Diffusion.
+            # L1 keeps edges sharp. The KL divergence only limits the scale of the latents, as in Stable Diffusion.
             loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-6 * posterior.kl().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -265,7 +266,7 @@ def _train_unet(
     vae: AutoencoderKL,
     config: MiniatureConfig,
 ) -> tuple[UNet2DConditionModel, Any]:
-    """Train a small U-Net of Stable Diffusion 1.5's blocks on captions, one in ten dropped."""
+    """Train a small U-Net, of the blocks of Stable Diffusion 1.5, on captions; one caption in ten is dropped."""
     from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig
 
@@ -284,7 +285,7 @@ def _train_unet(
         cross_attention_dim=width,
         attention_head_dim=4,
     )
-    # Stable Diffusion 1.5's own scheduler settings.
+    # The scheduler settings of Stable Diffusion 1.5.
     scheduler = PNDMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -297,7 +298,7 @@ def _train_unet(
     noising = DDPMScheduler.from_config(scheduler.config)
     scale = vae.config.scaling_factor
     with torch.no_grad():
-        # Encoded once in a few positions: the autoencoder is done changing.
+        # The autoencoder is trained, so each image is encoded once, in eight variants.
         generator = torch.Generator().manual_seed(config.seed + 3)
         views = [x_M3HW, *(_augment(x_M3HW, generator, colours=False) for _ in range(7))]
         latents = torch.cat([vae.encode(p).latent_dist.mean * scale for view in views for p in view.split(64)])
@@ -305,11 +306,11 @@ def _train_unet(
         states = clip.text_model(tokens).last_hidden_state
     text = torch.arange(len(captions)).repeat(len(views))
     ema = {name: p.detach().clone() for name, p in unet.named_parameters()}
-    optimizer, schedule = _optimise(unet.parameters(), 2e-3, config.unet_steps)
+    optimizer, schedule = _make_optimizer(unet.parameters(), 2e-3, config.unet_steps)
     unet.train()
     with progress("miniature U-Net", config.unet_steps) as advance:
         for step, (rows, generator) in enumerate(
-            _batches(len(latents), config.batch, config.unet_steps, config.seed + 4)
+            _batches(len(latents), config.batch_size, config.unet_steps, config.seed + 4)
         ):
             b = len(rows)
             noise = torch.randn(latents[rows].shape, generator=generator)
@@ -335,16 +336,16 @@ def _train_unet(
 
 
 def make_miniature(pixels_MHW3: np.ndarray, captions: Sequence[str], out: str | Path, config: MiniatureConfig) -> Path:
-    """Train the miniature and write it in diffusers' and transformers' layouts, whole or not at all.
+    """Train the miniature and write it; the folder appears only when it is complete.
 
     Parameters
     ----------
     pixels_MHW3 : ndarray of uint8, shape (M, H, W, 3)
         Training images, H = W = `config.size`.
     captions : sequence of str
-        One an image.
+        One caption for each image.
     out : str or Path
-        Directory to write: ``clip/`` (model, tokenizer, image processor) and ``stable-diffusion/`` (a pipeline).
+        Directory to create, with ``clip/`` (model, tokenizer, image processor) and ``stable-diffusion/`` (pipeline).
     config : MiniatureConfig
         Seed, steps, size.
 
@@ -408,40 +409,40 @@ def _digest(config: MiniatureConfig) -> str:
     return digest_of({k: v for k, v in to_dict(config).items() if k != "output"})
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Make the miniature out of a dataset's training images.
+def make(config: MiniatureConfig) -> int:
+    """Make the miniature from a dataset's training images, unless the same miniature exists already.
 
     Parameters
     ----------
-    argv : list of str, optional
-        ``DATASET -o DIR`` and any key of `MiniatureConfig`.
+    config : MiniatureConfig
+        The request.
 
     Returns
     -------
     int
-        Exit code; 0 at once where the same miniature is there already.
+        Exit code.
     """
-    config = parse_config(
-        MiniatureConfig,
-        argv,
-        prog="python -m finetune.stable_diffusion.miniature",
-        positionals=("dataset",),
-        aliases={"-o": "output"},
-    )
     quiet_libraries()
     table = ImageTable(open_paired(config.dataset, "train"))
     made = Path(config.output) / "miniature.json"
     if made.is_file():
         if read_json(made).get("digest") == _digest(config):
-            print(f"{config.output}: there already")
+            print(f"{config.output}: this miniature exists already; nothing to do")
             return EXIT_DONE
-        raise RequestError(f"{config.output}: holds a miniature of another config; choose another output, or delete it")
+        raise RequestError(
+            f"{config.output}: holds a miniature of another config or version; choose another output, or delete it"
+        )
     if Path(config.output).exists():
-        raise RequestError(f"{config.output}: exists and is no miniature; choose another output")
+        raise RequestError(f"{config.output}: exists and is not a miniature; choose another output")
     make_miniature(table.pixels(size=config.size), table.captions, config.output, config)
-    print(json.dumps({"miniature": config.output, "images": len(table)}))
+    print(
+        f"miniature of {len(table)} images -> {config.output}; next: dreamscale align "
+        f"configs/demo/align.yaml --dataset {config.dataset} --clip {Path(config.output) / 'clip'} --encoder ENCODER"
+    )
     return EXIT_DONE
 
 
+main = command(MiniatureConfig, make, prog="dreamscale miniature", positionals=("dataset",), aliases={"-o": "output"})
+
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

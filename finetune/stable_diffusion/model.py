@@ -1,4 +1,4 @@
-"""Stable Diffusion conditioned on EEG: its parts, its loss, its package on disk, and the images it makes.
+"""Stable Diffusion conditioned on EEG: parts, loss, package on disk, and generation of images.
 
 Shapes: B trials, C channels, T samples, N tokens of width D, L condition tokens of width W, h, w latent pixels.
 """
@@ -48,7 +48,7 @@ def load_base(base: str | Path) -> StableDiffusionPipeline:
     Raises
     ------
     RequestError
-        If it is no such pipeline, or cannot be had.
+        If it is not a Stable Diffusion pipeline, or cannot be loaded.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -56,9 +56,9 @@ def load_base(base: str | Path) -> StableDiffusionPipeline:
     if local:
         index = Path(base) / "model_index.json"
         if not index.is_file():
-            raise RequestError(f"{base}: not a diffusers pipeline (no model_index.json)")
+            raise RequestError(f"{base}: not a diffusers pipeline (no model_index.json); give the pipeline's directory")
         if (name := read_json(index).get("_class_name")) != "StableDiffusionPipeline":
-            raise RequestError(f"{base}: holds a {name}, not a StableDiffusionPipeline")
+            raise RequestError(f"{base}: holds a {name}, not a StableDiffusionPipeline; choose another base")
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             str(base), local_files_only=local, safety_checker=None, requires_safety_checker=False
@@ -71,12 +71,13 @@ def load_base(base: str | Path) -> StableDiffusionPipeline:
 
 
 def open_time_path(unet: UNet2DConditionModel) -> int:
-    """Let a U-Net take a vector that is added to its time embedding.
+    """Give a U-Net a second input: a vector that is added to its time embedding.
 
     Parameters
     ----------
     unet : UNet2DConditionModel
-        Changed in place; diffusers' own ``class_embed_type: identity``, so it survives saving.
+        Changed in place. The input is diffusers' own ``class_embed_type: identity``, so it is kept when the U-Net is
+        saved.
 
     Returns
     -------
@@ -86,18 +87,18 @@ def open_time_path(unet: UNet2DConditionModel) -> int:
     Raises
     ------
     RequestError
-        If the base is class-conditioned already.
+        If the base model uses this input for classes.
     """
     kind = unet.config.class_embed_type
     if kind not in (None, "identity") or unet.config.num_class_embeds is not None:
-        raise RequestError("the base model is class-conditioned already; set time_path to false")
+        raise RequestError("the base model is conditioned on classes; set time_path: false, or choose another base")
     unet.class_embedding = nn.Identity()
     unet.register_to_config(class_embed_type="identity")
     return int(unet.time_embedding.linear_2.out_features)
 
 
 def cross_attention_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of the cross-attentions and of their norms: the "A" of DreamDiffusion.
+    """Find the parameters of the cross-attentions and of their norms: the "A" of DreamDiffusion.
 
     Parameters
     ----------
@@ -107,10 +108,11 @@ def cross_attention_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     Returns
     -------
     dict
-        Name in the U-Net to parameter. Found by the blocks' class, not by name: residual blocks have a ``norm2``, too.
+        Name in the U-Net to parameter.
     """
     from diffusers.models.attention import BasicTransformerBlock
 
+    # The class of the block decides, not the name: residual blocks have a "norm2" as well.
     found = {}
     for block_name, block in unet.named_modules():
         if isinstance(block, BasicTransformerBlock) and block.attn2 is not None:
@@ -121,7 +123,7 @@ def cross_attention_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class EEGDiffusion(nn.Module):
-    """Encoder, conditioner, U-Net and, in joint training, the CLIP head: all that gradients pass through.
+    """Everything that gradients pass through: encoder, conditioner, U-Net and, in joint training, the CLIP head.
 
     Parameters
     ----------
@@ -130,11 +132,11 @@ class EEGDiffusion(nn.Module):
     conditioner : Conditioner
         Tokens to the condition.
     unet : UNet2DConditionModel
-        The base model's.
+        The base model's U-Net.
     noising : DDPMScheduler
         The base model's forward process.
     head : ClipHead, optional
-        For the CLIP loss.
+        Tokens to CLIP's image space, for the CLIP loss.
     clip_weight : float
         Weight of the CLIP loss.
     """
@@ -153,13 +155,13 @@ class EEGDiffusion(nn.Module):
         self.noising, self.clip_weight = noising, clip_weight
 
     def choose_trainables(self, tune: Tune) -> None:
-        """Let exactly what is asked for train.
+        """Choose the parts that train; the others are frozen.
 
         Parameters
         ----------
         tune : str
-            E: encoder and conditioner; A: the U-Net's cross-attentions with their norms; E+A: both. The CLIP head
-            trains wherever there is one.
+            E: encoder and conditioner; A: the U-Net's cross-attentions and their norms; E+A: both. A CLIP head always
+            trains.
         """
         self.requires_grad_(False)
         if "E" in tune:
@@ -206,7 +208,7 @@ class EEGDiffusion(nn.Module):
     def forward(
         self, x: Tensor, latent: Tensor, noise: Tensor, time: Tensor, keep: Tensor, target: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Loss of a batch.
+        """Compute the loss of a batch.
 
         Parameters
         ----------
@@ -215,7 +217,7 @@ class EEGDiffusion(nn.Module):
         latent, noise : Tensor, [B, 4, h, w]
             Scaled latents of the images, and noise.
         time : Tensor of int, [B]
-            Noise level.
+            Step of the forward process.
         keep : Tensor of bool, [B]
             False where the condition is dropped.
         target : Tensor, [B, P], optional
@@ -238,18 +240,18 @@ class EEGDiffusion(nn.Module):
 
 
 def save_model(folder: Path, model: EEGDiffusion, pipeline: Any, extra: dict[str, Any]) -> None:
-    """Write the package of a fine-tuned model, whole or not at all.
+    """Write the package of a fine-tuned model; the folder appears only when the package is complete.
 
     Parameters
     ----------
     folder : Path
         ``<run>/model``.
     model : EEGDiffusion
-        With the weights to keep.
+        The trained model.
     pipeline : StableDiffusionPipeline
-        The base; its U-Net is the model's.
+        The base pipeline, which holds the model's U-Net.
     extra : dict
-        Provenance, into dreamscale.json.
+        Origin of the model, for dreamscale.json.
     """
     assert pipeline.unet is model.unet
     with atomic_directory(folder) as root:
@@ -272,7 +274,7 @@ class StableDiffusionGenerator:
     Attributes
     ----------
     spec : PreprocessSpec
-        What the EEG must have gone through.
+        Preprocessing that the EEG must have.
     kind : str
         ``stable_diffusion``.
     """
@@ -285,14 +287,16 @@ class StableDiffusionGenerator:
         folder = Path(folder)
         values = read_json(folder / "dreamscale.json")
         if values.get("kind") != KIND or values.get("schema") != SCHEMA:
-            raise RequestError(f"{folder}: not a '{KIND}' model that this version can read")
+            raise RequestError(
+                f"{folder}: not a '{KIND}' model of this version; train it again with 'dreamscale finetune CONFIG'"
+            )
         self.device = torch.device(device)
         self.pipeline = load_base(folder / "pipeline")
         self.encoder = EEGEncoder.from_pretrained(folder / "encoder").requires_grad_(False).to(self.device)
         self.conditioner = Conditioner.from_pretrained(folder / "conditioner").requires_grad_(False).to(self.device)
         self.unet, self.vae = self.pipeline.unet.to(self.device), self.pipeline.vae.to(self.device)
         config = self.pipeline.scheduler.config
-        # The solver diverges on cosine schedules; elsewhere it needs a tenth of the steps.
+        # DPM-Solver++ needs a tenth of DDIM's steps, but it diverges on the cosine noise schedule.
         if config.beta_schedule == "squaredcos_cap_v2":
             self.scheduler: Any = DDIMScheduler.from_config(config, clip_sample=False)
         else:
@@ -300,14 +304,14 @@ class StableDiffusionGenerator:
 
     @property
     def spec(self) -> PreprocessSpec:
-        """What the EEG must have gone through."""
+        """Preprocessing that the EEG must have."""
         return self.encoder.spec
 
     @torch.no_grad()
     def generate(
         self, eeg_B128T: Tensor, *, steps: int = 25, guidance_scale: float = 2.0, seeds: list[int]
     ) -> np.ndarray:
-        """Make one image a trial.
+        """Generate one image for each trial.
 
         Parameters
         ----------
@@ -316,9 +320,9 @@ class StableDiffusionGenerator:
         steps : int
             Denoising steps.
         guidance_scale : float
-            1: the condition alone; above: away from the unconditional prediction.
+            1: the prediction under the condition; above 1: classifier-free guidance.
         seeds : list of int
-            One a trial; a trial's noise does not depend on what else is in the batch.
+            One seed a trial. A trial's noise depends on its own seed alone.
 
         Returns
         -------

@@ -1,4 +1,4 @@
-"""Fine-tunes Stable Diffusion on EEG.
+"""Fine-tunes Stable Diffusion on EEG, after DreamDiffusion.
 
 Started as ``dreamscale finetune CONFIG`` or ``accelerate launch -m finetune.stable_diffusion CONFIG``.
 
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE
 from data_sharding.dataset.batch import Batch
 from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import clip_image_embeddings, weights_digest
@@ -26,8 +26,8 @@ from finetune.eeg import ImageAugmentConfig, choose_evenly, load_encoder, prepar
 from finetune.images import ImageTable, open_paired, to_model_range
 from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
 from finetune.stable_diffusion.model import EEGDiffusion, load_base, open_time_path, save_model
-from finetune.training.accelerate import make_accelerator, open_run, quiet_libraries, rank_loader
-from finetune.training.config import TrainingConfig
+from finetune.training.accelerate import make_accelerator, make_loader, open_run, quiet_libraries, report_finished
+from finetune.training.config import TrainingConfig, free_keys
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
 from finetune.training.step_random import StepRandom
@@ -36,46 +36,48 @@ from pretrain.runs.tracking import TrackerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StableDiffusionConfig:
-    """Stable Diffusion on EEG, after DreamDiffusion: encoder, projector and cross-attentions train."""
+    """Stable Diffusion on EEG, after DreamDiffusion: the encoder, its projector and the cross-attentions train."""
 
     dataset: str
     """EEG-image dataset with train and val splits."""
     encoder: str
-    """Encoder package: an aligned run's `encoder/` (sequential), or a pretrained one (joint)."""
+    """Encoder package: `encoder/` of an alignment run (order sequential), or a pretrained encoder (order joint)."""
     base: str
-    """Stable Diffusion in diffusers' layout: a directory, or a hub id."""
+    """Stable Diffusion in the layout of diffusers: a directory, or a hub id."""
     output: str
-    """Run directory; `model/` is written into it."""
+    """Run directory. The result is `model/` in it."""
     order: Literal["sequential", "joint"] = "sequential"
-    """sequential: the encoder is aligned already, only the noise prediction counts; joint: plus the CLIP loss."""
+    """sequential: the encoder is already aligned with CLIP, and the loss is that of the denoising alone; joint: the
+    CLIP loss is added."""
     clip: str | None = None
-    """CLIP model for the joint order."""
+    """CLIP model for order joint: a directory, or a hub id."""
     clip_weight: float = 1.0
-    """Weight of 1 - cosine in the joint order."""
+    """Weight of 1 - cosine in order joint."""
     pretrained: bool = True
-    """False: the encoder's shape with fresh weights, the ablation without pretraining."""
+    """False starts from random encoder weights of the same architecture: the ablation without pretraining."""
     tune: Literal["E+A", "E", "A"] = "E+A"
-    """E: encoder with its projector; A: the U-Net's attn2 with its norm2."""
+    """Which parts train. E: the encoder and its projector; A: the U-Net's cross-attentions and their norms (attn2,
+    norm2); E+A: both."""
     time_path: bool = True
-    """Also add a projection of the EEG to the time embedding, as the released code does; the paper has none."""
+    """Also add a projection of the EEG to the time embedding, as the released code does. The paper does not."""
     hidden: int = 64
-    """Tokens between the projector's two convolutions."""
+    """Number of tokens between the projector's two convolutions."""
     drop: float = 0.1
-    """Share of trials whose condition is dropped in training, for classifier-free guidance."""
+    """Share of trials whose condition is dropped in training; classifier-free guidance needs some."""
     encoder_lr: float = 1.0
-    """Learning rate of the encoder over the peak."""
+    """Factor of the encoder's learning rate."""
     attention_lr: float = 1.0
-    """Learning rate of the U-Net's cross-attentions over the peak."""
+    """Factor of the learning rate of the U-Net's cross-attentions."""
     augment: ImageAugmentConfig = field(default_factory=ImageAugmentConfig)
-    """Changes of the EEG in training."""
+    """Random changes of the EEG in training."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.99))
-    """Steps, batch, rates."""
+    """Steps, batch size, learning rate and so on."""
     val_trials: int = 256
-    """Trials of the val split that are watched, evenly spread."""
+    """Largest number of trials of the val split for the evaluation, evenly spread over the split."""
     num_processes: int = 1
-    """Processes over all machines."""
+    """Number of processes on all machines together."""
     seed: int = 0
-    """Of order, noise and fresh weights."""
+    """Seed for sample order, noise and initial weights."""
     device: str = "auto"
     """auto, cpu or cuda."""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
@@ -88,30 +90,30 @@ class StableDiffusionConfig:
             raise ValueError("order joint needs 'clip': the CLIP model whose image embeddings the encoder follows")
 
 
-def image_latents(
+def encode_images(
     table: ImageTable, pipeline: Any, size: int, *, device: Any, cache: Path | None, write: bool
 ) -> Tensor:
-    """Encode every image once.
+    """Encode every image of a table to the distribution of its latents.
 
     Parameters
     ----------
     table : ImageTable
         The images.
     pipeline : StableDiffusionPipeline
-        Whose autoencoder.
+        Its autoencoder is used.
     size : int
-        Pixels of a side.
+        Width and height of the images in pixels.
     device : torch.device
-        Where to compute.
+        Device of the computation.
     cache : Path or None
-        Directory for the result.
+        Directory in which the result is kept.
     write : bool
-        False on every rank but the first.
+        Whether this process writes the cache; False on every rank but the first.
 
     Returns
     -------
     Tensor, [M, 2, 4, h, w]
-        Mean and standard deviation of the latents, scaled as the U-Net sees them; on the CPU.
+        Mean and standard deviation of the latents, scaled as for the U-Net; on the CPU.
     """
     vae = pipeline.vae.to(device)
 
@@ -120,6 +122,7 @@ def image_latents(
             posterior = vae.encode(to_model_range(pixels_BHW3).to(device)).latent_dist
         return torch.stack([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor
 
+    # As many pixels at a time as 64 images of 128 x 128: the memory does not grow with the size.
     batch_size = max(1, min(64, 64 * 128 * 128 // size**2))
     key = {"what": "latents", "weights": weights_digest(vae)}
     latents = table.features(compute, size=size, key=key, cache=cache, batch_size=batch_size, write=write)
@@ -129,23 +132,23 @@ def image_latents(
 
 @torch.no_grad()
 def build(config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection: int | None) -> EEGDiffusion:
-    """Put the model together, ready to train.
+    """Assemble the model.
 
     Parameters
     ----------
     config : StableDiffusionConfig
         The request.
     pipeline : StableDiffusionPipeline
-        The base.
+        The base model.
     encoder : EEGEncoder
         The encoder.
     projection : int or None
-        Width of CLIP's embeddings in the joint order.
+        Width of CLIP's embeddings in order joint; None in order sequential.
 
     Returns
     -------
     EEGDiffusion
-        Its trainable parameters are those that `tune` names.
+        Ready to train; the parts that ``config.tune`` names are trainable.
     """
     from diffusers import DDPMScheduler
 
@@ -163,7 +166,7 @@ def build(config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection
             time_dim=open_time_path(unet) if config.time_path else 0,
         )
     )
-    # No EEG starts as what the base model knows as no text.
+    # Start the null condition from the embedding of an empty prompt, which the base model knows.
     conditioner.null_LW.copy_(null_LW)
     head = None
     if projection is not None:
@@ -174,20 +177,19 @@ def build(config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection
     return model
 
 
-def main(argv: list[str] | None = None) -> int:
+def train(config: StableDiffusionConfig) -> int:
     """Fine-tune Stable Diffusion on EEG.
 
     Parameters
     ----------
-    argv : list of str, optional
-        ``CONFIG.yaml`` and any key of `StableDiffusionConfig`.
+    config : StableDiffusionConfig
+        The request.
 
     Returns
     -------
     int
         Exit code.
     """
-    config = parse_config(StableDiffusionConfig, argv, prog="dreamscale finetune", positionals=("config",))
     quiet_libraries()
     data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")
     torch.manual_seed(config.seed)
@@ -198,25 +200,24 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = make_accelerator(
         num_processes=config.num_processes, device=config.device, precision=config.training.precision
     )
-    run = open_run(config, accelerator)
-    if run.finished and (run.path / "model" / "dreamscale.json").is_file():
-        print(f"{config.output}: done already")
+    run = open_run(config, accelerator, free=free_keys("training", independent_samples=True))
+    if report_finished(run):
         return EXIT_DONE
-    if run.finished:
-        raise RequestError(f"{config.output}: finished, but its model is gone; choose another output, or delete it")
-    once: dict[str, Any] = {
+    caching: dict[str, Any] = {
         "device": accelerator.device,
         "cache": Path(config.output) / "cache",
         "write": accelerator.is_main_process,
     }
-    latents = image_latents(table, pipeline, size, **once)
-    val_latents = image_latents(val_table, pipeline, size, **once)
-    target_MP = clip_image_embeddings(table, config.clip, **once) if config.order == "joint" and config.clip else None
+    latents = encode_images(table, pipeline, size, **caching)
+    val_latents = encode_images(val_table, pipeline, size, **caching)
+    target_MP = None
+    if config.order == "joint" and config.clip:
+        target_MP = clip_image_embeddings(table, config.clip, **caching)
     model = build(config, pipeline, encoder, None if target_MP is None else target_MP.shape[1])
-    times = int(model.noising.config.num_train_timesteps)
+    noise_steps = int(model.noising.config.num_train_timesteps)
     watched = choose_evenly(len(val), config.val_trials)
     watcher = DenoisingWatcher(
-        read_trials(val, watched, encoder, accelerator.device), val_latents[val_table.row_of[watched], 0], times
+        read_trials(val, watched, encoder, accelerator.device), val_latents[val_table.row_of[watched], 0], noise_steps
     )
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
             "x": prepare_eeg(batch, data, table, config.augment, random, encoder),
             "latent": mean + std * random.normal(b, *mean.shape[1:]),
             "noise": random.normal(b, *mean.shape[1:]),
-            "time": random.integers(times, b),
+            "time": random.integers(noise_steps, b),
             "keep": random.uniform(b) >= config.drop,
         }
         return tensors if target_MP is None else {**tensors, "target": target_MP[row]}
@@ -240,9 +241,9 @@ def main(argv: list[str] | None = None) -> int:
         seed=config.seed,
         accelerator=accelerator,
         run=run,
-        loader=rank_loader(data, config.training, config.seed, accelerator),
+        loader=make_loader(data, config.training, config.seed, accelerator),
         inputs=inputs,
-        validate=watcher,
+        evaluate=watcher,
         lr_scale=lr_scale,
         description="Stable Diffusion on EEG",
     )
@@ -252,13 +253,18 @@ def main(argv: list[str] | None = None) -> int:
         save_model(run.path / "model", model, pipeline, {**found, **origin, "tune": config.tune, "order": config.order})
         plot_losses(run, run.path / "plots" / "loss.png", ["train/denoise", "val/loss", "val/shuffled"])
         run.status("done", **found)
-        own, other = result.best["loss"], result.best["shuffled"]
-        print(f"Stable Diffusion: val loss {own:.4f}, with other trials' EEG {other:.4f} -> {run.path / 'model'}")
+        print(
+            f"Stable Diffusion: val loss {result.best['loss']:.4f}, with other trials' EEG "
+            f"{result.best['shuffled']:.4f} -> {run.path / 'model'}; next: dreamscale generate {run.path / 'model'} "
+            f"{config.dataset} -o OUTPUT"
+        )
     run.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return EXIT_DONE
 
 
+main = command(StableDiffusionConfig, train, prog="dreamscale finetune")
+
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(main())

@@ -1,18 +1,16 @@
-"""Accelerate set up and checked: libraries, device, processes, run directory, batches of a rank."""
+"""Start of a fine-tuning stage: quiet libraries, Accelerate set up and checked, the run directory, the data loader."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.loader import Loader
-from finetune.training.config import TrainingConfig
-from pretrain.runs.directory import RunDirectory
+from finetune.training.config import TrainingConfig, upgrade_config
+from pretrain.runs.directory import FREE, RunDirectory
+from pretrain.runs.distributed import World, check_num_processes, choose_device, launched_world
 from pretrain.runs.tracking import TrackerConfig
 
 if TYPE_CHECKING:
@@ -20,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def quiet_libraries() -> None:
-    """Keep the model libraries' loading bars, reports and advice off the terminal; errors still come as exceptions."""
+    """Switch off the model libraries' progress bars, warnings and advice; their errors still arrive as exceptions."""
     import logging
 
     from transformers.utils import logging as transformers_logging
 
-    # Before diffusers is imported: its import makes transformers speak.
+    # This must come before the import of diffusers, because that import makes transformers print warnings.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     from diffusers.utils import logging as diffusers_logging
@@ -35,47 +33,22 @@ def quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 
-def pick_device(device: str) -> str:
-    """Turn auto into what the machine has.
-
-    Parameters
-    ----------
-    device : str
-        auto, cpu or cuda.
-
-    Returns
-    -------
-    str
-        cpu or cuda.
-
-    Raises
-    ------
-    RequestError
-        If cuda was asked for and there is none, or the name is unknown.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise RequestError(f"device '{device}' is none of auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RequestError("device cuda was asked for, but torch sees no GPU here; use device auto or cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def make_accelerator(*, num_processes: int, device: str = "auto", precision: str = "no") -> Accelerator:
-    """Set Accelerate up and check that it got the world that the config asks for.
+def make_accelerator(*, num_processes: int, device: str = "auto", precision: str = "fp32") -> Accelerator:
+    """Set Accelerate up, and check that it started the processes that the config asks for.
 
     Parameters
     ----------
     num_processes : int
-        Processes that the config asks for.
+        Number of processes in the config.
     device : str
         auto, cpu or cuda.
     precision : str
-        no or bf16.
+        fp32 or bf16.
 
     Returns
     -------
     Accelerator
-        With an explicit backend: without one, every process on a CPU would believe that it is alone.
+        Ready to use.
 
     Raises
     ------
@@ -85,70 +58,106 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import DistributedType
 
-    cpu = pick_device(device) == "cpu"
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != num_processes:
-        raise RequestError(
-            f"num_processes is {num_processes}, but this launch has {launched}; start it with 'dreamscale', or with "
-            f"'accelerate launch --multi_gpu --num_processes {num_processes} -m ...' (see configs/accelerate)"
-        )
-    # Accelerate passes the keyword on even to a single process, where a backend means nothing.
+    cpu = choose_device(device).type == "cpu"
+    check_num_processes(num_processes, "accelerate launch --multi_gpu --num_processes {} -m ...")
+    _, launched = launched_world()
+    # The backend is named because, without a name, each process on a CPU would start a world of its own. A single
+    # process gets no such argument: Accelerate would reject it.
     handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl")] if launched > 1 else []
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers
+    )
     expected = (
         DistributedType.NO if launched == 1 else (DistributedType.MULTI_CPU if cpu else DistributedType.MULTI_GPU)
     )
     if accelerator.distributed_type != expected:
         raise RequestError(
-            f"Accelerate started as {accelerator.distributed_type.value}, not as {expected.value}; DeepSpeed and FSDP "
-            f"are not for this stage: use one of configs/accelerate"
+            f"Accelerate started as {accelerator.distributed_type.value}, not as {expected.value}; this stage does "
+            f"not support DeepSpeed and FSDP: use one of configs/accelerate"
         )
     if accelerator.num_processes != num_processes:
-        raise RequestError(f"num_processes is {num_processes}, Accelerate's world has {accelerator.num_processes}")
+        raise RequestError(
+            f"num_processes is {num_processes}, but Accelerate started {accelerator.num_processes} processes"
+        )
     return accelerator
 
 
-def open_run(config: Any, accelerator: Accelerator, *, output: str | Path | None = None) -> RunDirectory:
-    """Open the run directory of a stage on every rank.
+def world_of(accelerator: Accelerator) -> World:
+    """Return Accelerate's processes as a `World`."""
+    return World(rank=accelerator.process_index, size=accelerator.num_processes, device=accelerator.device)
+
+
+def open_run(
+    config: Any, accelerator: Accelerator, *, free: tuple[str, ...] = FREE, output: str | Path | None = None
+) -> RunDirectory:
+    """Open the run directory of a stage on every process.
 
     Parameters
     ----------
     config : dataclass instance
-        The stage's config, with ``output`` and perhaps ``tracker``.
+        The stage's config, with ``output`` and possibly ``tracker``.
     accelerator : Accelerator
-        The world.
+        From `make_accelerator`.
+    free : tuple of str
+        Config keys that may change when the run is resumed, from `free_keys`.
     output : str or Path, optional
-        Instead of the config's, for a stage of several runs.
+        Directory in place of the config's ``output``, for a stage with several runs.
 
     Returns
     -------
     RunDirectory
-        The run; `finished` is True where there is nothing left to do.
+        The run. Its `finished` is True if nothing is left to do.
     """
     tracker: TrackerConfig | None = getattr(config, "tracker", None)
-    run = RunDirectory(output or config.output, config, rank=accelerator.process_index, tracker=tracker)
+    run = RunDirectory(
+        output or config.output,
+        config,
+        rank=accelerator.process_index,
+        tracker=tracker,
+        free=free,
+        upgrade=upgrade_config,
+    )
     accelerator.wait_for_everyone()
     return run
 
 
-def rank_loader(dataset: EEGDataset, config: TrainingConfig, seed: int, accelerator: Accelerator) -> Loader:
-    """Batches of this rank.
+def make_loader(dataset: EEGDataset, config: TrainingConfig, seed: int, accelerator: Accelerator) -> Loader:
+    """Make the endless loader of this process's batches.
 
     Parameters
     ----------
     dataset : EEGDataset
         The train split.
     config : TrainingConfig
-        Batch and workers.
+        Batch size and workers.
     seed : int
-        Of the order.
+        Seed for the order of samples.
     accelerator : Accelerator
-        The world.
+        From `make_accelerator`.
 
     Returns
     -------
     Loader
-        Endless.
+        Each batch holds this process's share of the global batch.
     """
     world = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    return Loader(dataset, config.batch, seed, **world, num_workers=config.workers)
+    return Loader(dataset, config.batch_size, seed, **world, num_workers=config.num_workers)
+
+
+def report_finished(run: RunDirectory) -> bool:
+    """Return whether a run is complete, and print so; its result is the package ``model/`` in the run directory.
+
+    Raises
+    ------
+    RequestError
+        If the run is complete, but its package was deleted.
+    """
+    if not run.finished:
+        return False
+    if not (run.path / "model" / "dreamscale.json").is_file():
+        raise RequestError(
+            f"{run.path}: this run is complete, but its 'model' folder is missing; choose another output, or delete "
+            f"{run.path} to train again"
+        )
+    print(f"{run.path}: this run is complete; nothing to do")
+    return True

@@ -1,9 +1,14 @@
-"""The training loop that every fine-tuning stage shares: resume, EMA, validation, checkpoints, stopping.
+"""The training loop of every fine-tuning stage: resume, moving average, evaluation, checkpoints, stopping.
 
-A stage puts all that trains (and all that gradients pass through) into one module whose ``forward(**inputs)`` gives a
-dictionary of scalars with ``loss`` among them, and calls `fit`.
+A stage puts everything that trains, and everything that gradients pass through, into one module. The module's
+``forward(**inputs)`` returns a dictionary of scalars, among them ``loss``. The stage then calls `fit`.
 
-Shapes: G samples of a global batch, b samples of this rank.
+How a run repeats itself exactly, whatever stops it:
+
+- The loader's order of samples depends on the seed alone, and its place is part of the checkpoint.
+- Noise and dropout of a step depend on the seed and the number of the step, not on what was drawn before.
+- A checkpoint is written after the step's evaluation. If a stop comes before or during the evaluation, the checkpoint
+  is written at once and says that the evaluation is still due; the resumed run begins with it.
 """
 
 from __future__ import annotations
@@ -13,7 +18,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,9 +26,12 @@ from data_sharding.common.errors import RequestError, StopRequested
 from data_sharding.common.progress import progress
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.loader import Loader
+from finetune.training.accelerate import world_of
 from finetune.training.config import TrainingConfig
-from finetune.training.state import EMA, TrainingState, load_trainables, trainables
+from finetune.training.state import EMA, TrainingState, load_trainables, make_optimizer, trainables
 from finetune.training.step_random import StepRandom
+from pretrain.runs.checkpoint import CheckpointReader, newest_checkpoint
+from pretrain.runs.checkpoint_writer import CheckpointWriter
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.stop import StopSignal
 
@@ -32,51 +39,26 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED = 10
-"""Steps in a row with gradients that are not finite before a run gives up."""
+"""The run ends if the gradient is not finite in this many steps in a row."""
+
+Inputs = Callable[[Batch, StepRandom], dict[str, torch.Tensor]]
+Evaluate = Callable[[Any, Callable[[], None]], dict[str, float]]
+
+
+class _EvaluationStopped(Exception):
+    """A stop was requested during an evaluation."""
 
 
 @dataclass(kw_only=True)
 class FitResult:
-    """What training came to; the module holds the best weights."""
+    """Result of a training. The module holds the best weights."""
 
     step: int
-    """Steps done."""
+    """Optimiser steps done."""
     best_step: int
-    """The validation that was best; the last step where nothing was watched."""
+    """Step of the best evaluation; the last step if there was no evaluation."""
     best: dict[str, float] = field(default_factory=dict)
-    """Its metrics."""
-
-
-def _optimizer(
-    module: torch.nn.Module, config: TrainingConfig, lr_scale: Callable[[str], float] | None
-) -> torch.optim.AdamW:
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in trainables(module).items():
-        decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((lr_scale(name) if lr_scale else 1.0, decay), []).append(parameter)
-    if not groups:
-        raise ValueError("nothing to train: no parameter requires a gradient")
-    return torch.optim.AdamW(
-        [{"params": p, "weight_decay": decay, "scale": scale} for (scale, decay), p in groups.items()],
-        lr=config.lr,
-        betas=config.betas,
-    )
-
-
-def _same_on_all(accelerator: Accelerator, value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    if accelerator.num_processes == 1:
-        return value
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0]
-
-
-def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    if accelerator.num_processes == 1:
-        return flag
-    total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device))
-    return bool(total > 0)
+    """Metrics of the best evaluation."""
 
 
 def fit(
@@ -87,153 +69,257 @@ def fit(
     accelerator: Accelerator,
     run: RunDirectory,
     loader: Loader,
-    inputs: Callable[[Batch, StepRandom], dict[str, torch.Tensor]],
-    validate: Callable[[Any], dict[str, float]] | None = None,
+    inputs: Inputs,
+    evaluate: Evaluate | None = None,
     watch: str = "loss",
     mode: Literal["min", "max"] = "min",
     lr_scale: Callable[[str], float] | None = None,
     description: str = "training",
 ) -> FitResult:
-    """Train, resume where a checkpoint is, stop on request, and leave the best weights in the module.
+    """Train a module, from the newest checkpoint if there is one, and leave the best weights in it.
 
     Parameters
     ----------
     module : Module
-        Everything that gradients pass through; ``module(**inputs)`` gives a dictionary of scalars, ``loss`` among them.
-        Its parameters with `requires_grad` are what trains. It is moved to the accelerator's device.
+        ``module(**inputs)`` returns a dictionary of scalars, among them ``loss``. Parameters with `requires_grad`
+        train. The module is moved to the accelerator's device.
     config : TrainingConfig
-        Steps, rates and so on.
+        Steps, batch, rates and cadence.
     seed : int
-        Of noise and dropout; the loader has its own.
+        Seed for noise and dropout. The loader has its own seed for the order of samples.
     accelerator : Accelerator
         From `make_accelerator`.
     run : RunDirectory
-        From `open_run`; checkpoints and metrics go there.
+        From `open_run`; holds checkpoints and metrics.
     loader : Loader
-        Batches of this rank, from `rank_loader`.
+        From `make_loader`.
     inputs : callable
-        ``inputs(batch, random)`` gives tensors with the batch first, for the module; moved to the device here.
-    validate : callable, optional
-        ``validate(module)`` gives numbers; called on every rank with the bare module in eval mode and without
-        gradients, under the EMA weights where there are any. Rank 0's numbers count.
+        ``inputs(batch, random)`` returns the module's arguments, tensors with the batch first. They are moved to the
+        device here.
+    evaluate : callable, optional
+        ``evaluate(module, pulse)`` returns numbers. Every process calls it with the bare module, in evaluation mode,
+        without gradients, with the averaged weights if there are any; rank 0's numbers count. The function calls
+        ``pulse()`` between its batches, equally often on every process: this is where a requested stop interrupts.
     watch : str
-        The number by which the best weights are chosen.
+        Name of the number that decides which weights are best.
     mode : str
-        Whether it should be small or large.
+        min: the smallest number is best; max: the largest.
     lr_scale : callable, optional
         Factor of the learning rate by parameter name.
     description : str
-        Shown beside the progress bar.
+        Text beside the progress bar.
 
     Returns
     -------
     FitResult
-        The best validation. The module then holds its weights; without `validate`, the EMA's or the last.
+        The best evaluation. Without `evaluate`, the module keeps its averaged weights or its last ones.
 
     Raises
     ------
     StopRequested
-        If a signal came; a checkpoint was written.
+        If a stop was requested; a checkpoint was written.
+    RequestError
+        If the batch cannot be divided, or the newest checkpoint belongs to another model or version.
     RuntimeError
-        If gradients were not finite `MAX_SKIPPED` times in a row.
+        If the gradient was not finite in `MAX_SKIPPED` steps in a row.
     """
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if (config.batch // world) % config.accumulate:
-        raise RequestError(
-            f"training.batch {config.batch} on {world} processes cannot be cut into {config.accumulate} equal parts"
+    loop = _Loop(module, config, seed, accelerator, run, loader, inputs, evaluate, (watch, mode), lr_scale, description)
+    loop.resume()
+    loop.train()
+    return loop.finish()
+
+
+class _Loop:
+    """The loop behind `fit`; arguments as there."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        config: TrainingConfig,
+        seed: int,
+        accelerator: Accelerator,
+        run: RunDirectory,
+        loader: Loader,
+        inputs: Inputs,
+        evaluate: Evaluate | None,
+        best: tuple[str, str],
+        lr_scale: Callable[[str], float] | None,
+        description: str,
+    ) -> None:
+        self.module, self.config, self.seed, self.run, self.loader = module, config, seed, run, loader
+        self.accelerator, self.world = accelerator, world_of(accelerator)
+        self.inputs, self.evaluate, self.description = inputs, evaluate, description
+        self.watch, self.mode = best
+        try:
+            self.micro_batches = config.micro_batches(self.world.size)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        module.to(accelerator.device)
+        self.optimizer: Any = make_optimizer(module, config, lr_scale)
+        self.state = TrainingState(module, self.optimizer, EMA(module, config.ema) if config.ema else None)
+        self.writer = CheckpointWriter(
+            run.checkpoints, self.world, keep=config.checkpoint.keep, milestones=config.checkpoint.milestones
         )
-    module.to(accelerator.device)
-    optimizer = _optimizer(module, config, lr_scale)
-    ema = EMA(module, config.ema) if config.ema else None
-    state = TrainingState(module, optimizer, loader, ema)
-    latest = _same_on_all(accelerator, str(run.latest() or ""))
-    if latest:
-        state.load(Path(latest))
-        run.rewind_metrics(state.step)
-    wrapped, optimizer = accelerator.prepare(module, optimizer)
-    names = list(trainables(module))
-    sums: dict[str, float] = {}
-    logged, skipped, since = state.step, 0, time.monotonic()
+        self.stop = StopSignal()
+        self.stopping = False
+        self.skipped = 0
+        self.sums: dict[str, float] = {}
+        self.logged, self.since = 0, time.monotonic()
 
-    def check() -> dict[str, float]:
-        module.eval()
-        with torch.no_grad(), ema.applied(module) if ema else nullcontext():
-            found = _same_on_all(accelerator, validate(module)) if validate else {}
-            value, known = found.get(watch), state.best.get(watch)
-            if value is not None and math.isfinite(value):
-                better = known is None or (value < known if mode == "min" else value > known)
-                if better:
+    def resume(self) -> None:
+        """Load the newest checkpoint, if there is one, and hand module and optimiser to Accelerate."""
+        state = self.state
+        # Rank 0 decides for all: it may rename damaged checkpoints while it looks for a whole one.
+        folder = self.world.broadcast(newest_checkpoint(self.run.checkpoints) if self.world.first else None)
+        if folder is not None:
+            with CheckpointReader(folder) as reader:
+                state.load(reader)
+                self.loader.load_state_dict(reader.manifest["loader"])
+            self.run.rewind_metrics(state.step)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
+        self.logged = state.step
+
+    def train(self) -> None:
+        """Take all remaining steps."""
+        config, state = self.config, self.state
+        self.module.train()
+        with self.stop, progress(self.description, config.steps, enabled=self.world.first) as advance:
+            self.advance = advance
+            advance(state.step)
+            if state.evaluation_due:
+                self.end_step()
+            batches = iter(self.loader)
+            while state.step < config.steps:
+                self.take_step(next(batches))
+                self.end_step()
+        self.accelerator.wait_for_everyone()
+
+    def take_step(self, batch: Batch) -> None:
+        """Take one optimiser step."""
+        config, state, world = self.config, self.state, self.world
+        random = StepRandom(self.seed, state.step, rank=world.rank, world_size=world.size)
+        tensors = {k: v.to(self.accelerator.device) for k, v in self.inputs(batch, random).items()}
+        # Dropout draws from the global generator, which therefore must depend on the step as well.
+        torch.manual_seed((self.seed * 1_000_003 + state.step) * 1_009 + world.rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr_at(state.step) * group["scale"]
+        parts = self.micro_batches
+        for part in range(parts):
+            piece = {k: v.chunk(parts)[part] for k, v in tensors.items()}
+            # Gradients are exchanged in the last backward pass only; until then each process adds up its own.
+            with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.wrapped):
+                out = self.wrapped(**piece)
+                self.accelerator.backward(out["loss"] / parts)
+            for name, value in out.items():
+                self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) / parts
+        # After the exchange every process holds the same gradient, so all decide alike whether to skip the step.
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in trainables(self.module).values() if p.grad is not None], config.grad_clip or math.inf
+        )
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            self.skipped = 0
+            if state.ema:
+                state.ema.update(self.module)
+        else:
+            self.skipped += 1
+            if self.skipped >= MAX_SKIPPED:
+                raise RuntimeError(
+                    f"{self.description}: the gradient was not finite in {self.skipped} steps in a row; a lower "
+                    f"training.lr may help"
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        final = state.step == config.steps
+        state.evaluation_due = self.evaluate is not None and (state.step % config.evaluation.every == 0 or final)
+        if state.step % config.log_every == 0 or final:
+            self.log(float(norm))
+
+    def log(self, grad_norm: float) -> None:
+        """Write a line of metrics: means since the line before."""
+        config, state = self.config, self.state
+        n, seconds = state.step - self.logged, time.monotonic() - self.since
+        means = {f"train/{k}": v / n for k, v in self.sums.items()}
+        if self.world.size > 1:
+            stacked = torch.tensor(list(means.values()), device=self.accelerator.device)
+            reduced: Any = self.accelerator.reduce(stacked, "mean")
+            means = dict(zip(means, reduced.tolist(), strict=True))
+        rates = {"lr": config.lr_at(state.step - 1), "grad_norm": grad_norm, "epoch": self.loader.epoch}
+        speed = {"samples_per_s": n * config.batch_size / seconds, "skipped": self.skipped}
+        self.run.log(state.step, **means, **rates, **speed)
+        self.advance(n, note=f"loss {means['train/loss']:.4f}")
+        self.sums, self.logged, self.since = {}, state.step, time.monotonic()
+
+    def end_step(self) -> None:
+        """Evaluate, write a checkpoint and stop, each of them if it is time."""
+        config, state = self.config, self.state
+        final = state.step == config.steps
+        if state.evaluation_due and not self.check_stop():
+            self.run_evaluation()
+        if self.check_stop() or final or state.step % config.checkpoint.every == 0:
+            complete = self.save()
+            if self.stopping and (not final or state.evaluation_due):
+                if not complete:
+                    raise RuntimeError(f"{self.run.path}: the checkpoint of step {state.step} could not be written")
+                self.run.status("stopped", at=state.step)
+                self.run.close()
+                raise StopRequested(f"checkpoint at step {state.step}; run the same command to resume")
+
+    def check_stop(self) -> bool:
+        """Return whether a stop was requested on any process; every process must call this method."""
+        # The progress of a checkpoint in the background travels with the question.
+        stop, written, failed = self.world.all_reduce_sum(float(self.stop.requested), *self.writer.progress())
+        self.writer.settle(written, failed)
+        self.stopping = self.stopping or stop > 0
+        return self.stopping
+
+    def pulse(self) -> None:
+        """Interrupt the evaluation if a stop was requested."""
+        if self.check_stop():
+            raise _EvaluationStopped
+
+    def run_evaluation(self) -> None:
+        """Evaluate, and keep the weights if they are the best so far."""
+        state, ema = self.state, self.state.ema
+        assert self.evaluate is not None
+        self.module.eval()
+        try:
+            with torch.no_grad(), ema.apply_to(self.module) if ema else nullcontext():
+                found = self.world.broadcast(self.evaluate(self.module, self.pulse))
+                value, best = found.get(self.watch), state.best.get(self.watch)
+                if (
+                    value is not None
+                    and math.isfinite(value)
+                    and (best is None or (value < best if self.mode == "min" else value > best))
+                ):
                     state.best, state.best_step = found, state.step
-                    weights = {n: p.detach().cpu().clone() for n, p in trainables(module).items()}
-                    state.best_weights = weights
-        module.train()
-        return found
+                    state.best_weights = {n: p.detach().cpu().clone() for n, p in trainables(self.module).items()}
+        except _EvaluationStopped:
+            return
+        finally:
+            self.module.train()
+        state.evaluation_due = False
+        self.run.log(state.step, **{f"val/{k}": v for k, v in found.items()})
+        self.since = time.monotonic()
 
-    module.train()
-    with (
-        StopSignal() as stop,
-        progress(description, config.steps, enabled=accelerator.is_main_process) as advance,
-    ):
-        advance(state.step)
-        batches = iter(loader)
-        while state.step < config.steps:
-            batch = next(batches)
-            random = StepRandom(seed, state.step, rank=rank, world_size=world)
-            tensors = {k: v.to(accelerator.device) for k, v in inputs(batch, random).items()}
-            # Dropout and the like draw from the global generator: make it a function of the step, too.
-            torch.manual_seed((seed * 1_000_003 + state.step) * 1_009 + rank)
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr_at(state.step) * group["scale"]
-            for part in range(config.accumulate):
-                last = part == config.accumulate - 1
-                piece = {k: v.chunk(config.accumulate)[part] for k, v in tensors.items()}
-                with nullcontext() if last else accelerator.no_sync(wrapped):
-                    out = wrapped(**piece)
-                    accelerator.backward(out["loss"] / config.accumulate)
-                for name, value in out.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / config.accumulate
-            # After the backward pass all ranks hold the same gradient, so all of them decide alike.
-            norm = torch.nn.utils.clip_grad_norm_(
-                [p for p in trainables(module).values() if p.grad is not None], config.clip_norm or math.inf
-            )
-            if torch.isfinite(norm):
-                optimizer.step()
-                skipped = 0
-                if ema:
-                    ema.update(module)
-            else:
-                skipped += 1
-                if skipped >= MAX_SKIPPED:
-                    raise RuntimeError(f"{description}: the gradient was not finite {skipped} steps in a row")
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            final = state.step == config.steps
-            if state.step % config.log_every == 0 or final:
-                n, seconds = state.step - logged, time.monotonic() - since
-                means = {f"train/{k}": v / n for k, v in sums.items()}
-                if world > 1:
-                    stacked = torch.tensor(list(means.values()), device=accelerator.device)
-                    means = dict(zip(means, accelerator.reduce(stacked, "mean").tolist(), strict=True))
-                rates = {"lr": config.lr_at(state.step - 1), "grad_norm": float(norm), "epoch": loader.epoch}
-                run.log(state.step, **means, **rates, samples_per_s=n * config.batch / seconds, skipped=skipped)
-                advance(n, note=f"loss {means['train/loss']:.4f}")
-                sums, logged, since = {}, state.step, time.monotonic()
-            if validate and (state.step % config.validate_every == 0 or final):
-                run.log(state.step, **{f"val/{k}": v for k, v in check().items()})
-                since = time.monotonic()
-            stopping = _any_rank(accelerator, stop.requested)
-            if state.step % config.checkpoint_every == 0 or final or stopping:
-                state.save(run, accelerator)
-                since = time.monotonic()
-            if stopping and not final:
-                run.status("stopped", at=state.step)
-                run.close()
-                raise StopRequested(f"checkpoint at step {state.step}; run the same command to go on")
-    accelerator.wait_for_everyone()
-    assert list(trainables(module)) == names
-    if state.best_weights is not None:
-        load_trainables(module, state.best_weights)
-    elif ema is not None:
-        load_trainables(module, ema.shadow)
-    module.eval()
-    return FitResult(step=state.step, best_step=state.best_step if state.best else state.step, best=state.best)
+    def save(self) -> bool:
+        """Write a checkpoint; return False if it could not be written."""
+        self.writer.wait()
+        background = self.config.checkpoint.asynchronous
+        tensors = self.state.tensors(self.world.rank, self.world.size, copy=background)
+        manifest = {**self.state.values(), "loader": self.loader.state_dict()}
+        self.writer.begin(self.state.step, tensors, manifest, asynchronous=background)
+        last = self.stopping or self.state.step == self.config.steps
+        complete = self.writer.wait() if last or not background else True
+        self.since = time.monotonic()
+        return complete
+
+    def finish(self) -> FitResult:
+        """Put the best weights into the module."""
+        state = self.state
+        if state.best_weights is not None:
+            load_trainables(self.module, state.best_weights)
+        elif state.ema is not None:
+            load_trainables(self.module, state.ema.shadow)
+        self.module.eval()
+        return FitResult(step=state.step, best_step=state.best_step if state.best else state.step, best=state.best)

@@ -1,4 +1,4 @@
-"""Curves of a fine-tuning run."""
+"""Plots of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pretrain.runs.directory import RunDirectory
 
 
 def plot_losses(run: RunDirectory, path: Path, columns: list[str]) -> None:
-    """Draw curves of metrics.jsonl.
+    """Plot metrics of a run over its steps.
 
     Parameters
     ----------
     run : RunDirectory
         The run.
     path : Path
-        PNG to write.
+        PNG file to write.
     columns : list of str
-        Metrics to draw, e.g. ``train/loss``; those that are not there are left out.
+        Names of the metrics, e.g. ``train/loss``. A metric that the run does not have is left out.
     """
     import matplotlib
 

@@ -1,37 +1,26 @@
-"""What a checkpoint keeps: trainable weights, their average, the optimiser, the place in the data, the best so far."""
+"""The state of a training: weights, their moving average, AdamW's moments, and the best weights so far.
+
+A checkpoint holds these tensors by name: ``weights/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``, ``ema/NAME`` and
+``best/NAME``. All processes hold the same tensors, so each writes a part of them.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from data_sharding.common.errors import RequestError
-from data_sharding.common.files import write_json
-from data_sharding.dataset.loader import Loader
-from pretrain.runs.directory import RunDirectory
+from finetune.training.config import TrainingConfig
+from pretrain.runs.checkpoint import CheckpointReader, divide_by_size
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def trainables(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters that train, by name.
-
-    Parameters
-    ----------
-    module : Module
-        Any module; wrappers of Accelerate taken off.
-
-    Returns
-    -------
-    dict
-        Name to parameter.
-    """
+    """Return the parameters that train, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -41,7 +30,7 @@ def load_trainables(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -
     Parameters
     ----------
     module : Module
-        Where to.
+        The module to change.
     tensors : dict
         Name to tensor.
 
@@ -54,7 +43,7 @@ def load_trainables(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise RequestError(
-            f"checkpoint holds other parameters than this model trains: {odd[0]} and {len(odd) - 1} more"
+            f"the checkpoint holds other parameters than this model trains: {odd[0]} and {len(odd) - 1} more"
         )
     with torch.no_grad():
         for name, parameter in own.items():
@@ -65,15 +54,50 @@ def load_trainables(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -
             parameter.copy_(tensors[name])
 
 
-class EMA:
-    """Moving average of the trainable weights, in fp32.
+def make_optimizer(
+    module: torch.nn.Module, config: TrainingConfig, lr_scale: Callable[[str], float] | None = None
+) -> torch.optim.AdamW:
+    """Make AdamW with one group for each learning rate and weight decay.
 
     Parameters
     ----------
     module : Module
-        Whose trainable parameters to average.
+        Its trainable parameters are optimised.
+    config : TrainingConfig
+        Rates and weight decay.
+    lr_scale : callable, optional
+        Factor of the learning rate by parameter name.
+
+    Returns
+    -------
+    AdamW
+        Each group has an entry ``scale``, the factor of its learning rate.
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in trainables(module).items():
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((lr_scale(name) if lr_scale else 1.0, decay), []).append(parameter)
+    if not groups:
+        raise ValueError("nothing to train: no parameter requires a gradient")
+    return torch.optim.AdamW(
+        [{"params": p, "weight_decay": decay, "scale": scale} for (scale, decay), p in groups.items()],
+        lr=config.lr,
+        betas=config.betas,
+    )
+
+
+class EMA:
+    """Exponential moving average of the trainable weights, in fp32.
+
+    diffusers' `EMAModel` is not used: it keeps its averages in a list, while the checkpoint needs their names, and it
+    rounds its update in another way, so that runs would not repeat to the digit.
+
+    Parameters
+    ----------
+    module : Module
+        The module whose trainable parameters are averaged.
     decay : float
-        Final decay; early on it is ``(1 + n) / (10 + n)``.
+        Final decay. The decay of update n is ``(1 + n) / (10 + n)`` as long as that is smaller.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
@@ -82,15 +106,15 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
-        """Take the present weights in."""
+        """Include the current weights in the average."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = [p.detach().float() for p in trainables(module).values()]
         torch._foreach_lerp_(list(self.shadow.values()), parameters, 1 - decay)
 
     @contextmanager
-    def applied(self, module: torch.nn.Module) -> Iterator[None]:
-        """Put the averages into the module for the length of a block."""
+    def apply_to(self, module: torch.nn.Module) -> Iterator[None]:
+        """Replace the module's weights by their averages within a ``with`` block."""
         kept = {name: p.detach().clone() for name, p in trainables(module).items()}
         load_trainables(module, self.shadow)
         try:
@@ -100,59 +124,105 @@ class EMA:
 
 
 class TrainingState:
-    """All that a checkpoint keeps."""
+    """Everything that changes while a module trains.
 
-    def __init__(
-        self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, loader: Loader, ema: EMA | None
-    ) -> None:
-        self.module, self.optimizer, self.loader, self.ema = module, optimizer, loader, ema
+    Parameters
+    ----------
+    module : Module
+        The bare module, on its device.
+    optimizer : AdamW
+        Its optimiser.
+    ema : EMA or None
+        The moving average of its weights.
+
+    Attributes
+    ----------
+    step : int
+        Optimiser steps done.
+    evaluation_due : bool
+        The evaluation of this step has not been done yet, because a stop came first.
+    best, best_step, best_weights
+        Metrics, step and weights of the best evaluation so far.
+    """
+
+    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None) -> None:
+        self.module, self.optimizer, self.ema = module, optimizer, ema
         self.step = 0
+        self.evaluation_due = False
         self.best: dict[str, float] = {}
         self.best_step = -1
         self.best_weights: dict[str, torch.Tensor] | None = None
 
-    def save(self, run: RunDirectory, accelerator: Accelerator) -> None:
-        """Write a checkpoint; every rank must call this."""
-        from safetensors.torch import save_file
+    def tensors(self, rank: int, world_size: int, *, copy: bool) -> dict[str, torch.Tensor]:
+        """Return one process's share of the tensors of a checkpoint, on the CPU.
 
-        accelerator.wait_for_everyone()
-        directory = run.begin_checkpoint(self.step)
-        if accelerator.is_main_process:
-            weights = {name: p.detach().cpu().contiguous() for name, p in trainables(self.module).items()}
-            save_file(weights, directory / "trainables.safetensors")
-            if self.ema is not None:
-                save_file({n: p.cpu().contiguous() for n, p in self.ema.shadow.items()}, directory / "ema.safetensors")
-            if self.best_weights is not None:
-                # Weights may lie channels-last in memory, which safetensors does not keep.
-                best = {n: p.contiguous() for n, p in self.best_weights.items()}
-                save_file(best, directory / "best.safetensors")
-            torch.save(self.optimizer.state_dict(), directory / "optimizer.pt")
-            write_json(
-                directory / "state.json",
-                {
-                    "step": self.step,
-                    "loader": self.loader.state_dict(),
-                    "best": self.best,
-                    "best_step": self.best_step,
-                    "ema_updates": self.ema.updates if self.ema else 0,
-                },
-            )
-            run.commit_checkpoint(self.step)
-        accelerator.wait_for_everyone()
+        Parameters
+        ----------
+        rank, world_size : int
+            Number of this process, and of all processes.
+        copy : bool
+            True for copies that the training does not change.
 
-    def load(self, directory: Path) -> None:
-        """Load a checkpoint; every rank must call this."""
-        from safetensors.torch import load_file
+        Returns
+        -------
+        dict
+            Name to tensor.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for name, parameter in trainables(self.module).items():
+            found[f"weights/{name}"] = parameter.detach()
+            # A parameter that never had a gradient has no moments.
+            for moment in _MOMENTS:
+                if moment in (state := self.optimizer.state.get(parameter, {})):
+                    found[f"{moment}/{name}"] = state[moment]
+        for group, tensors in (("ema", self.ema and self.ema.shadow), ("best", self.best_weights)):
+            found |= {f"{group}/{name}": tensor for name, tensor in (tensors or {}).items()}
+        own = divide_by_size({name: tensor.numel() for name, tensor in found.items()}, world_size)[rank]
+        # Weights may lie channels-last in memory, which safetensors does not keep.
+        held = {name: found[name].cpu().contiguous() for name in own}
+        return {name: t.clone() if copy and t is found[name] else t for name, t in held.items()}
 
-        load_trainables(self.module, load_file(directory / "trainables.safetensors"))
-        state = json.loads((directory / "state.json").read_text())
+    def values(self) -> dict[str, Any]:
+        """Return the numbers of a checkpoint, for its manifest."""
+        steps = {int(state["step"]) for state in self.optimizer.state.values()}
+        assert len(steps) <= 1
+        return {
+            "optimizer_step": max(steps, default=0),
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "evaluation_due": self.evaluation_due,
+            "best": self.best,
+            "best_step": self.best_step,
+        }
+
+    def load(self, reader: CheckpointReader) -> None:
+        """Continue from a checkpoint.
+
+        Parameters
+        ----------
+        reader : CheckpointReader
+            The open checkpoint.
+
+        Raises
+        ------
+        RequestError
+            If the checkpoint belongs to another model.
+        """
+        manifest = reader.manifest
+        load_trainables(self.module, reader.group("weights/"))
+        moments = {moment: reader.group(f"{moment}/") for moment in _MOMENTS}
+        for name, parameter in trainables(self.module).items():
+            if name in moments["exp_avg"]:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(manifest["optimizer_step"])),
+                    # Copied into the layout of the weights, as AdamW itself makes them.
+                    **{key: torch.zeros_like(parameter).copy_(tensors[name]) for key, tensors in moments.items()},
+                }
         if self.ema is not None:
-            shadow = load_file(directory / "ema.safetensors")
-            assert shadow.keys() == self.ema.shadow.keys()
-            self.ema.shadow = {n: shadow[n].to(p.device) for n, p in self.ema.shadow.items()}
-            self.ema.updates = state["ema_updates"]
-        if (directory / "best.safetensors").is_file():
-            self.best_weights = load_file(directory / "best.safetensors")
-        self.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"))
-        self.loader.load_state_dict(state["loader"])
-        self.step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
+            shadow = reader.group("ema/")
+            if shadow.keys() != self.ema.shadow.keys():
+                raise RequestError(f"{reader.folder}: this checkpoint has no moving average of this model's weights")
+            self.ema.shadow = {name: tensor.copy_(shadow[name]) for name, tensor in self.ema.shadow.items()}
+            self.ema.updates = manifest["ema_updates"]
+        self.best_weights = reader.group("best/") or None
+        self.step, self.best, self.best_step = manifest["step"], manifest["best"], manifest["best_step"]
+        self.evaluation_due = manifest["evaluation_due"]

@@ -1,4 +1,4 @@
-"""Random numbers of one step, the same for every number of processes."""
+"""Random numbers of one training step, the same for every number of processes."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 
 
 class StepRandom:
-    """Randomness of one step: drawn for the global batch, cut for the rank.
+    """Random numbers of one step: drawn for the global batch, then divided among the processes.
 
-    So a step's noise depends on the seed and the step alone, not on the number of processes nor on what was drawn
-    before, and a resumed run draws what it would have drawn.
+    The numbers depend on the seed and the step alone: not on the number of processes, and not on earlier draws. So a
+    resumed run draws the same numbers as an uninterrupted one.
 
     Parameters
     ----------
     seed, step : int
-        What it depends on.
+        Seed of the run, and number of the step.
     rank, world_size : int
-        Which samples of the global batch are ours: every world_size-th.
+        Number of this process, and of all processes. The process takes every world_size-th sample of the global batch.
     """
 
     def __init__(self, seed: int, step: int, *, rank: int = 0, world_size: int = 1) -> None:
-        # A hash of both: consecutive seeds and steps must not share their streams.
+        # The multiplication separates the streams: with seed + step, seed 1 would repeat seed 0 one step later.
         self._generator = torch.Generator().manual_seed(((seed + 1) * 0x9E3779B97F4A7C15 + step) % (1 << 63))
         self.rank, self.world_size = rank, world_size
 
@@ -30,13 +30,13 @@ class StepRandom:
         return draw((b * self.world_size, *shape), generator=self._generator)[self.rank :: self.world_size]
 
     def normal(self, b: int, *shape: int) -> torch.Tensor:
-        """Standard normal numbers [b, *shape] on the CPU."""
+        """Draw standard normal numbers [b, *shape] on the CPU."""
         return self._draw(torch.randn, b, *shape)
 
     def uniform(self, b: int, *shape: int) -> torch.Tensor:
-        """Numbers in [0, 1), [b, *shape], on the CPU."""
+        """Draw numbers in [0, 1), [b, *shape], on the CPU."""
         return self._draw(torch.rand, b, *shape)
 
     def integers(self, high: int, b: int, *shape: int) -> torch.Tensor:
-        """Integers in [0, high), [b, *shape], on the CPU."""
+        """Draw integers in [0, high), [b, *shape], on the CPU."""
         return self._draw(lambda size, generator: torch.randint(high, size, generator=generator), b, *shape)

@@ -1,4 +1,4 @@
-"""A tiny encoder package and a miniature Stable Diffusion that the fine-tuning suites share."""
+"""A tiny encoder package and a miniature Stable Diffusion for the tests of fine-tuning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _quiet() -> None:
 
 @pytest.fixture(scope="session")
 def encoder_package(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Encoder of fresh weights, 32 tokens of width 32, for the paired dataset's preprocessing."""
+    """Encoder with random weights, 32 tokens of width 32, for the preprocessing of the paired dataset."""
     import torch
 
     from data_sharding.dataset.dataset import EEGDataset
@@ -38,26 +38,28 @@ def encoder_package(paired_dataset: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def miniature(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Miniature Stable Diffusion and CLIP of two steps each, made by the real command."""
+    """Miniature Stable Diffusion and CLIP, trained for two steps each by the real command."""
     from finetune.stable_diffusion.miniature import main
 
     path = tmp_path_factory.mktemp("miniature") / "miniature"
-    steps = ["--clip_steps", "2", "--vae_steps", "2", "--unet_steps", "2", "--batch", "8"]
+    steps = ["--clip_steps", "2", "--vae_steps", "2", "--unet_steps", "2", "--batch_size", "8"]
     assert main([str(paired_dataset), "-o", str(path), *steps]) == 0
     return path
 
 
 @pytest.fixture(scope="session")
 def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``launch(module, *args, processes=1)`` runs a stage under the real ``accelerate launch``."""
+    """``launch(module, *args, processes=1, env={})`` runs a stage under the real ``accelerate launch``."""
     folder = Path(__file__).parents[2] / "configs" / "accelerate"
     configs = {1: folder / "cpu.yaml", 2: folder / "cpu_two_processes.yaml"}
 
-    def run(module: str, *args: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    def run(
+        module: str, *args: object, processes: int = 1, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configs[processes])]
         if processes > 1:
             command += ["--main_process_port", "0"]
         command += ["-m", module, *map(str, args), "--num_processes", str(processes), "--device", "cpu"]
-        return subprocess.run(command, env=LAUNCH_ENV, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, env=LAUNCH_ENV | (env or {}), capture_output=True, text=True, timeout=300)
 
     return run

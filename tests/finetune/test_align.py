@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.batch import collate
@@ -15,6 +16,7 @@ from finetune.clip_head import ClipHead
 from finetune.eeg import eeg_for_model
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.model.config import EncoderConfig
+from pretrain.runs.stop import STOP_FILE
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TINY = ["--tracker.kind", "none", "--training.warmup", "2", "--training.log_every", "1"]
@@ -29,12 +31,11 @@ def test_alignment_learns_and_two_processes_learn_the_same(
     paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path: Path, launch: Launch
 ) -> None:
     curves = {}
+    more = ["--training.batch_size", 16, "--training.lr", 3e-3, "--training.evaluation.every", 6]
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        args = _args(paired_dataset, encoder_package, miniature, output, "--training.steps", 12, "--training.batch", 16)
-        done = launch(
-            "finetune.align", *args, "--training.lr", 3e-3, "--training.validate_every", 6, processes=processes
-        )
+        args = _args(paired_dataset, encoder_package, miniature, output, "--training.steps", 12)
+        done = launch("finetune.align", *args, *more, processes=processes)
         assert done.returncode == 0, done.stderr
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         curves[processes] = [line["train/loss"] for line in lines if "train/loss" in line]
@@ -52,6 +53,30 @@ def test_alignment_learns_and_two_processes_learn_the_same(
     assert json.loads((tmp_path / "1" / "status.json").read_text())["state"] == "done"
 
 
+def test_two_stopped_processes_resume_to_the_same_weights(
+    paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path: Path, launch: Launch
+) -> None:
+    more = ["--training.steps", 150, "--training.batch_size", 16, "--training.ema", 0.9]
+    more += ["--training.evaluation.every", 20]
+
+    def run(name: str, **env: str) -> subprocess.CompletedProcess[str]:
+        args = _args(paired_dataset, encoder_package, miniature, tmp_path / name, *more)
+        return launch("finetune.align", *args, processes=2, env=env)
+
+    assert run("whole").returncode == 0
+    (tmp_path / "stop").touch()
+    # The stop file exists from the start, and the training looks for it once a second, so it stops before the end.
+    stopped = run("parts", **{STOP_FILE: str(tmp_path / "stop")})
+    assert stopped.returncode != 0 and "stopped on request" in stopped.stderr
+    (checkpoint,) = (tmp_path / "parts" / "checkpoints").iterdir()
+    files = {path.name for path in checkpoint.iterdir()}
+    assert files == {"complete.json", "state_00000.safetensors", "state_00001.safetensors"}
+    assert run("parts").returncode == 0
+    for name in ("encoder", "align"):
+        whole, parts = (load_file(tmp_path / run / name / "model.safetensors") for run in ("whole", "parts"))
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -60,7 +85,7 @@ def test_alignment_learns_and_two_processes_learn_the_same(
         (["--encoder", "nowhere/"], "nowhere"),
         (["--loss", "hinge"], "loss"),
         (["--training.setps", "3"], "training.steps"),
-        (["--num_processes", "2"], "this launch has 1"),
+        (["--num_processes", "2"], "but 1 was started"),
     ],
 )
 def test_wrong_requests_end_with_one_line(
@@ -95,7 +120,7 @@ def test_an_encoder_of_single_channels_keeps_the_electrodes(
         torch.testing.assert_close(encoder(x), encoder(x, **encoder.inputs_of(batch.metas)))
 
 
-def test_trials_of_one_image_are_not_each_others_negatives() -> None:
+def test_trials_of_one_image_are_not_wrong_pairs() -> None:
     images = F.normalize(torch.randn(3, 8), dim=-1)
     rows = torch.tensor([0, 1, 1, 2])
     perfect = images[rows]

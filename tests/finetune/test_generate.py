@@ -8,7 +8,7 @@ from PIL import Image
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from data_sharding.processing.preprocess import PreprocessSpec
-from finetune.generate import derangement, main, trial_seed
+from finetune.generate import derange, main, trial_seed
 from finetune.images import decode_image
 from finetune.stable_diffusion.train import main as finetune
 
@@ -19,14 +19,16 @@ def model(
 ) -> Path:
     path = tmp_path_factory.mktemp("run") / "run"
     args = {"dataset": paired_dataset, "encoder": encoder_package, "base": miniature / "stable-diffusion"}
-    args |= {"output": path, "device": "cpu", "tracker.kind": "none", "training.steps": 1, "training.batch": 8}
+    args |= {"output": path, "device": "cpu", "tracker.kind": "none", "training.steps": 1, "training.batch_size": 8}
     assert finetune([str(word) for key, value in args.items() for word in (f"--{key}", value)]) == 0
     return path / "model"
 
 
-def test_one_image_a_trial_beside_the_one_seen(model: Path, paired_dataset: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert main([str(model), str(paired_dataset), "-o", str(out), "--steps", "2", "--limit", "5", "--batch", "2"]) == 0
+def test_each_trial_gets_one_image_and_the_real_one_beside_it(
+    model: Path, paired_dataset: Path, tmp_path: Path
+) -> None:
+    out, few = tmp_path / "out", ["--steps", "2", "--limit", "5"]
+    assert main([str(model), str(paired_dataset), "-o", str(out), *few, "--batch_size", "2"]) == 0
     result = json.loads((out / "generated.json").read_text())
     assert (result["kind"], result["control"], result["split"]) == ("stable_diffusion", "none", "test")
     assert result["labels"] == ["circle", "square"] and len(result["trials"]) == 5
@@ -38,16 +40,17 @@ def test_one_image_a_trial_beside_the_one_seen(model: Path, paired_dataset: Path
         assert Image.open(out / trial["file"]).size == (32, 32)
         np.testing.assert_array_equal(Image.open(out / trial["real_file"]), decode_image(sample.image))
 
-    # The same request again gives the same images, whatever the batch.
+    # A second run gives the same images, also with another batch size.
     again = tmp_path / "again"
-    args = [str(model), str(paired_dataset), "-o", str(again), "--steps", "2", "--limit", "5", "--batch", "5"]
-    assert main(args) == 0
+    assert main([str(model), str(paired_dataset), "-o", str(again), *few, "--batch_size", "5"]) == 0
     for trial in result["trials"]:
         a, b = (np.asarray(Image.open(d / trial["file"])).astype(int) for d in (out, again))
         assert abs(a - b).max() <= 1
 
 
-def test_the_control_gives_every_trial_anothers_eeg(model: Path, paired_dataset: Path, tmp_path: Path) -> None:
+def test_the_control_gives_each_trial_the_eeg_of_another_trial(
+    model: Path, paired_dataset: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     assert main([str(model), str(paired_dataset), "-o", str(out), "--steps", "1", "--control", "shuffle"]) == 0
     trials = json.loads((out / "generated.json").read_text())["trials"]
@@ -56,11 +59,11 @@ def test_the_control_gives_every_trial_anothers_eeg(model: Path, paired_dataset:
     assert len(trials) == 16
 
 
-def test_derangements_and_seeds_are_fixed_by_the_seed() -> None:
+def test_derangements_and_trial_seeds_depend_on_the_seed() -> None:
     for n in (2, 3, 50):
-        order = derangement(n, 4)
+        order = derange(n, 4)
         assert (order != np.arange(n)).all() and sorted(order) == list(range(n))
-        np.testing.assert_array_equal(order, derangement(n, 4))
+        np.testing.assert_array_equal(order, derange(n, 4))
     assert trial_seed(0, "a") == trial_seed(0, "a") != trial_seed(1, "a")
 
 

@@ -10,7 +10,7 @@ from data_sharding.dataset.dataset import EEGDataset
 from finetune.images import ImageTable, decode_image, open_paired, to_model_range, to_pixels
 
 
-def test_bytes_survive_the_way_to_the_model_and_back() -> None:
+def test_pixels_are_unchanged_after_conversion_to_the_model_and_back() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     x = to_model_range(pixels)
     assert x.shape == (2, 3, 8, 8) and x.min() >= -1 and x.max() <= 1
@@ -59,14 +59,14 @@ def test_features_are_computed_once(paired_dataset: Path, tmp_path: Path) -> Non
     assert sum(calls) == 2 * len(table)
 
 
-def test_no_images_no_fine_tuning(unpaired_dataset: Path) -> None:
+def test_a_dataset_without_images_is_refused(unpaired_dataset: Path) -> None:
     with pytest.raises(RequestError, match="no paired images"):
         open_paired(unpaired_dataset, "train")
 
 
 def test_another_preprocessing_is_refused_with_the_key(paired_dataset: Path) -> None:
     data = EEGDataset(paired_dataset)
-    # Which windows there are is the dataset's own business.
+    # Stride and rejection only choose the windows, so they may differ.
     assert data.require_preprocess(dataclasses.replace(data.spec, stride=7, reject_uv=80.0), "model") is data
     with pytest.raises(RequestError, match=r"\(preprocess\.highpass 2\.0 against 0\.5\)"):
         data.require_preprocess(dataclasses.replace(data.spec, highpass=2.0, reject_uv=80.0), "model m")

@@ -33,17 +33,17 @@ TINY = {
     "evrnet.mixup": 0.1,
     "evrnet.augment.drop_channels": 0.1,
     "evrnet.training.steps": 30,
-    "evrnet.training.batch": 16,
+    "evrnet.training.batch_size": 16,
     "evrnet.training.lr": 0.01,
     "evrnet.training.warmup": 2,
-    "evrnet.training.validate_every": 10,
+    "evrnet.training.evaluation.every": 10,
     "ddpm.image_size": 16,
     "ddpm.base_channels": 8,
     "ddpm.multipliers": "[1,2]",
     "ddpm.heads": 2,
     "ddpm.head_dim": 4,
     "ddpm.training.steps": 6,
-    "ddpm.training.batch": 8,
+    "ddpm.training.batch_size": 8,
     "ddpm.training.log_every": 1,
     "ddpm.training.ema": 0.9,
 }
@@ -56,7 +56,7 @@ def _args(dataset: Path, output: Path, **more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
-    """Both stages, under the real launcher."""
+    """Run of both stages, started by the real launcher."""
     output = tmp_path_factory.mktemp("dm-re2i") / "run"
     done = launch("finetune.dm_re2i", *_args(paired_dataset, output))
     assert done.returncode == 0, done.stderr
@@ -68,10 +68,10 @@ def _eeg(dataset: Path, count: int) -> torch.Tensor:
     return collate(EEGDataset(dataset, "test"), list(range(count))).eeg.float()
 
 
-def test_both_stages_leave_a_whole_model_and_their_records(trained: Path, paired_dataset: Path) -> None:
+def test_both_stages_write_a_complete_model_and_their_records(trained: Path, paired_dataset: Path) -> None:
     about = json.loads((trained / "model" / "dreamscale.json").read_text())
     assert about["kind"] == "eg_ddpm" and about["labels"] == ["circle", "square"]
-    assert about["evrnet_val_accuracy"] >= 0.8  # the evoked bump's sign tells the category
+    assert about["evrnet_val_accuracy"] >= 0.8  # the sign of the evoked response shows the category
     assert json.loads((trained / "status.json").read_text())["state"] == "done"
     assert {"loss", "shuffled"} == set(about["val"])
     for folder, steps in ((trained, 6), (trained / "evrnet", 30)):
@@ -116,7 +116,7 @@ def _stop_when(path: Path) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def test_stopped_in_either_stage_it_goes_on_to_the_same_weights(
+def test_a_run_stopped_in_either_stage_resumes_to_the_same_weights(
     paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = {"evrnet__training__log_every": 1, "evrnet__training__steps": 20, "ddpm__training__steps": 20}
@@ -136,11 +136,13 @@ def test_stopped_in_either_stage_it_goes_on_to_the_same_weights(
             torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-5)
     capsys.readouterr()
     assert run_main(main, broken) == 0
-    assert "done already" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
 
 
-def test_two_processes_train_what_one_does(paired_dataset: Path, trained: Path, tmp_path: Path, launch: Launch) -> None:
-    """The second stage alone: a batch norm sees its own process's part of the batch, the U-Net has none."""
+def test_two_processes_train_the_same_weights_as_one(
+    paired_dataset: Path, trained: Path, tmp_path: Path, launch: Launch
+) -> None:
+    """Only the second stage is compared: EVRNet's batch norms see the samples of one process, the U-Net has none."""
     more = {"evrnet_from": trained / "model" / "evrnet"}
     two = launch("finetune.dm_re2i", *_args(paired_dataset, tmp_path / "two", **more), processes=2)
     assert two.returncode == 0, two.stderr
@@ -156,7 +158,7 @@ def test_two_processes_train_what_one_does(paired_dataset: Path, trained: Path, 
         ({"ddpm__image_size": 17}, "ddpm.image_size 17 must be a multiple of 2"),
         ({"evrnet__widths": "[4,8]"}, "widths"),
         ({"ddpm__bass_channels": 8}, "did you mean 'ddpm.base_channels'"),
-        ({"num_processes": 2}, "num_processes is 2, but this launch has 1"),
+        ({"num_processes": 2}, "num_processes is 2, but 1 was started"),
         ({"evrnet_from": "nowhere"}, "nowhere"),
     ],
 )
@@ -176,7 +178,7 @@ def test_data_without_images_is_refused(
     assert "no paired images" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_whole_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_an_incomplete_model_is_refused(trained: Path, tmp_path: Path) -> None:
     import shutil
 
     for name, message in (

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune.dm_re2i.eg_ddpm import EGDDPM, ChannelNorm, ResidualAttention
-from finetune.dm_re2i.model import sample_images, true_channels
+from finetune.dm_re2i.model import count_true_channels, sample_images
 
 NOISING = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 
@@ -49,7 +49,7 @@ def test_condition_is_added_to_the_time_embedding_and_reaches_all_blocks_but_the
     with torch.no_grad():
         plain = net(x, step, e)
         assert not torch.allclose(plain, net(x, step, e.flip(0)), atol=1e-4)
-        # What FC(e) contributes can as well be put into the time embedding's bias.
+        # Adding the condition to the bias of the time embedding must have the same effect.
         net.time[-1].bias += net.condition(e[:1])[0]
         net.condition.weight.zero_()
         net.condition.bias.zero_()
@@ -124,7 +124,7 @@ def test_features_are_standardised_by_what_the_model_stores() -> None:
         ({"base_channels": 5}, "even"),
     ],
 )
-def test_impossible_shapes_are_refused(options: dict, message: str) -> None:
+def test_impossible_sizes_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**options)
 
@@ -139,7 +139,7 @@ def test_a_trials_image_does_not_depend_on_its_batch() -> None:
 
 
 def test_sampling_recovers_an_image_from_a_perfect_noise_predictor() -> None:
-    """The sampler's schedule is the training schedule, shortened: a predictor that knows the image leads to it."""
+    """Sampling uses the noise schedule of training with fewer steps: a perfect predictor must lead to the image."""
     from diffusers import DDPMScheduler
 
     image = torch.rand(1, 3, 8, 8) * 2 - 1
@@ -155,8 +155,8 @@ def test_sampling_recovers_an_image_from_a_perfect_noise_predictor() -> None:
     torch.testing.assert_close(out, image, atol=1e-3, rtol=0)
 
 
-def test_true_channels_are_found_below_the_padding() -> None:
+def test_true_channels_are_counted_without_the_padding() -> None:
     x = torch.randn(5, 7)
-    assert true_channels(x) == 5
-    assert true_channels(x[torch.arange(13) % 5]) == 5
-    assert true_channels(x[:1].expand(4, 7)) == 1
+    assert count_true_channels(x) == 5
+    assert count_true_channels(x[torch.arange(13) % 5]) == 5
+    assert count_true_channels(x[:1].expand(4, 7)) == 1

@@ -11,7 +11,7 @@ from torch import nn
 
 from data_sharding.common.errors import RequestError
 from finetune.dm_re2i.evrnet import MKRB, EVRNet, EVRNetConfig, whitening_matrix
-from finetune.dm_re2i.train_evrnet import calibrate_batch_norm, same_category_average
+from finetune.dm_re2i.train_evrnet import average_within_category, calibrate_batch_norm
 from finetune.training.step_random import StepRandom
 
 SMALL = EVRNetConfig(n_classes=3, n_channels=16, widths=(4, 4, 8, 8, 12))
@@ -51,7 +51,7 @@ def test_both_skips_of_a_multi_kernel_block_start_at_its_input() -> None:
     for part in (block.small, block.large):
         part[1].running_mean.normal_()
         part[1].running_var.uniform_(0.5, 2)
-    # Plain: every output is a sum over an unfolded neighbourhood.
+    # The reference computes each convolution as a sum over unfolded neighbourhoods.
     outputs = []
     for part, size in ((block.small, 3), (block.large, 5)):
         source = v if not outputs else outputs[-1]
@@ -59,7 +59,7 @@ def test_both_skips_of_a_multi_kernel_block_start_at_its_input() -> None:
         convolved = (part[0].weight.reshape(5, -1) @ columns).reshape(v.shape)
         outputs.append(torch.relu(torch.relu(_norm(convolved, part[1])) + v))
     torch.testing.assert_close(block(v), outputs[1], atol=1e-5, rtol=1e-5)
-    # A chain of two residual blocks would have added y0 at the end.
+    # A chain of two residual blocks would add y0 instead of v at the end.
     assert not torch.allclose(block(v), torch.relu(outputs[1] - v + outputs[0]), atol=1e-3)
 
 
@@ -73,7 +73,7 @@ def test_saving_and_loading_keeps_every_output(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, atol=0, rtol=0)
 
 
-def test_a_damaged_or_foreign_folder_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_or_other_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no such file"):
         EVRNet.from_pretrained(tmp_path)
     EVRNet(SMALL).save_pretrained(tmp_path / "a")
@@ -98,7 +98,7 @@ def test_batch_norm_statistics_depend_on_the_weights_alone() -> None:
     for name, value in net.state_dict().items():
         torch.testing.assert_close(value, first[name], atol=0, rtol=0)
     assert all(m.momentum == 0.1 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-    # The first norm's mean is that of its convolution's output over the given trials.
+    # The first batch norm's mean is the mean output of the convolution before it, over the given trials.
     by_hand = net.temporal[0][0](x[:, None]).mean(dim=(0, 2, 3))
     torch.testing.assert_close(net.temporal[0][1].running_mean, by_hand, atol=1e-5, rtol=1e-4)
 
@@ -109,18 +109,18 @@ def test_averages_stay_within_a_category() -> None:
     for label in range(3):
         pattern[label, label] = torch.linspace(-1, 1, 10)
     x = pattern[labels] + 0.01 * torch.randn(6, 4, 10)
-    mean = same_category_average(x, labels, 4, StepRandom(0, 0))
+    mean = average_within_category(x, labels, 4, StepRandom(0, 0))
     assert mean.shape == x.shape
     torch.testing.assert_close(mean.std(dim=(1, 2)), x.std(dim=(1, 2)), rtol=1e-4, atol=1e-5)
     energy = mean.square().mean(dim=2)
     assert (energy.argmax(dim=1) == labels).all()
     assert np.isclose(float((energy.sum(1) - energy.max(1).values).max()), 0, atol=1e-3)
-    torch.testing.assert_close(mean[4], x[4])  # alone in its category
+    torch.testing.assert_close(mean[4], x[4])  # the only trial of its category
 
 
-def test_noise_normalisation_makes_the_background_white_and_travels_with_the_weights(tmp_path: Path) -> None:
+def test_noise_normalisation_whitens_the_background_and_is_saved_with_the_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    mixing = torch.eye(16) + 0.1 * torch.randn(16, 16) + 0.5  # noise that all channels share
+    mixing = torch.eye(16) + 0.1 * torch.randn(16, 16) + 0.5  # noise common to all channels
     x = mixing @ torch.randn(40, 16, 200)
     net = EVRNet(dataclasses.replace(SMALL, noise_normalisation=True)).eval()
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in EVRNet(SMALL).parameters())
@@ -134,7 +134,7 @@ def test_noise_normalisation_makes_the_background_white_and_travels_with_the_wei
     a, b = net(x[:2, None])[0], EVRNet.from_pretrained(tmp_path)(x[:2, None])[0]
     torch.testing.assert_close(a, b, atol=0, rtol=0)
     torch.testing.assert_close(a, net(net.normalise(x[:2, None]), normalised=True)[0], atol=0, rtol=0)
-    # A silent direction, as an average reference leaves one, is not blown up.
+    # After an average reference, one direction has no activity; it must not be enlarged too much.
     flat = x - x.mean(dim=1, keepdim=True)
     gain = (whitening_matrix(flat, 0.05) @ torch.full((16,), 0.25)).norm()
     assert gain == pytest.approx(float((0.05 * flat.var(dim=2).mean()) ** -0.5), rel=0.02)

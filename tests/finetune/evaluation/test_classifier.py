@@ -9,11 +9,11 @@ import torch
 from data_sharding.common.errors import RequestError
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
 
-CONFIG = ClassifierConfig(steps=60, batch=32, width=8, size=16)
+CONFIG = ClassifierConfig(steps=60, batch_size=32, width=8, size=16)
 
 
 def _bars(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bright bars, upright or lying, anywhere, in any colour."""
+    """Draw bright bars, vertical or horizontal, at random places and in random colours."""
     images, labels = rng.integers(0, 60, (n, 16, 16, 3), dtype=np.uint8), rng.integers(0, 2, n)
     for image, label in zip(images, labels, strict=True):
         at, colour = rng.integers(3, 11), rng.integers(100, 256, 3)
@@ -21,7 +21,7 @@ def _bars(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def test_learns_from_its_images_alone_and_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
+def test_it_learns_and_equal_seeds_give_equal_weights(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images, labels = _bars(rng, 80)
     state = torch.random.get_rng_state()
@@ -42,7 +42,7 @@ def test_learns_from_its_images_alone_and_is_the_same_for_the_same_seed(tmp_path
     np.testing.assert_array_equal(again.judge(unseen)[1], probabilities)
 
 
-def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_or_other_file_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     with pytest.raises(RequestError, match="no such"):

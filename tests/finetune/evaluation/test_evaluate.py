@@ -25,7 +25,7 @@ QUICK = ["--training.steps", "60", "--training.width", "8", "--permutations", "4
 def _write(
     folder: Path, dataset: Path, *, donors: Callable[[int, int], int], control: str, split: str = "test"
 ) -> Path:
-    """What 'dreamscale generate' writes, by a model that shows the real image of another trial."""
+    """Write a folder as 'dreamscale generate' does, with the real image of another trial as the generated image."""
     data = EEGDataset(dataset, split)
     table = ImageTable(data)
     pixels = table.pixels()
@@ -49,7 +49,7 @@ def _write(
 
 @pytest.fixture(scope="module")
 def perfect(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shows another image of the right category, and with shuffled EEG one of that EEG's category; evaluated."""
+    """Evaluated folders of a perfect model: it shows another image of the category that belongs to the EEG."""
     root = tmp_path_factory.mktemp("evaluate")
     own = _write(root / "own", paired_dataset, donors=lambda i, n: (i + 2) % n, control="none")
     shuffled = _write(root / "shuffled", paired_dataset, donors=lambda i, n: (i + 1 + i % 4) % n, control="shuffle")
@@ -65,7 +65,9 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
     assert own["p_value"] < 0.01 < 0.05 < shuffled["p_value"]
     assert found["shuffled"][f"accuracy_of_eeg[{JUDGE}]"]["accuracy"] == real["accuracy"]
     assert found["images_also_in_train"] == 0 and found["trials"] == 16
-    assert found["generated"][f"frechet_distance[{JUDGE}]"] == pytest.approx(0, abs=1e-3)  # the same images, moved
+    assert found["generated"][f"frechet_distance[{JUDGE}]"] == pytest.approx(
+        0, abs=1e-3
+    )  # the same images in another order
     assert found["generated"]["psnr"] > found["random_pairs"]["psnr"]
     assert found["real"]["psnr"].startswith("infinite")
     assert found["memorisation"]["generated"] == found["memorisation"]["real"]
@@ -75,7 +77,7 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
     assert found["generated"][f"2-way-top-1[{JUDGE}]"]["accuracy"] == own["accuracy"]
 
 
-def test_the_report_is_one_file_that_says_what_the_numbers_say(perfect: Path) -> None:
+def test_the_report_is_one_file_with_the_numbers_of_the_metrics(perfect: Path) -> None:
     page = (perfect / "own" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 * 16
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
@@ -83,7 +85,7 @@ def test_the_report_is_one_file_that_says_what_the_numbers_say(perfect: Path) ->
     assert f"{found['generated'][f'accuracy[{JUDGE}]']['accuracy']:.1%}" in page and "not computed" in page
 
 
-def test_the_same_request_gives_the_same_numbers_with_the_kept_classifier(perfect: Path, tmp_path: Path) -> None:
+def test_a_second_evaluation_with_the_saved_classifier_gives_the_same_numbers(perfect: Path, tmp_path: Path) -> None:
     first = json.loads((perfect / "own" / "metrics.json").read_text())
     copy = shutil.copytree(perfect / "own", tmp_path / "copy")
     kept = str(perfect / "own" / "classifier.safetensors")
@@ -101,7 +103,7 @@ class _Lpips(torch.nn.Module):
         return x.flatten(1) / 1000
 
 
-def test_named_weights_are_used_where_they_are_given(perfect: Path, tmp_path: Path) -> None:
+def test_inception_and_lpips_files_are_used_if_given(perfect: Path, tmp_path: Path) -> None:
     torch.jit.script(_Features()).save(str(tmp_path / "inception.pt"))
     torch.jit.script(_Lpips()).save(str(tmp_path / "lpips.pt"))
     copy = shutil.copytree(perfect / "own", tmp_path / "copy")
@@ -115,7 +117,7 @@ def test_named_weights_are_used_where_they_are_given(perfect: Path, tmp_path: Pa
     assert found["shuffled"].startswith("not computed")
 
 
-def test_copies_of_training_images_are_seen_as_such(paired_dataset: Path) -> None:
+def test_copies_of_training_images_are_detected(paired_dataset: Path) -> None:
     train = ImageTable(EEGDataset(paired_dataset, "train")).pixels()
     assert nearest_training_image(train[3:6], train).max() == 0
     noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
@@ -126,11 +128,11 @@ def test_copies_of_training_images_are_seen_as_such(paired_dataset: Path) -> Non
 def test_random_pairs_never_take_a_trials_own_image() -> None:
     images = np.stack([np.full((12, 12, 3), 40 * i, np.uint8) for i in range(3)])[[0, 0, 1, 2]]
     found = random_pairs(images, images, ["a", "a", "b", "c"], seed=0)
-    assert found["psnr"] < 20 * np.log10(255 / 40) + 1e-6  # never the infinite one
+    assert found["psnr"] < 20 * np.log10(255 / 40) + 1e-6  # the infinite PSNR of an image with itself never occurs
     assert random_pairs(images[:2], images[:2], ["a", "a"], seed=0)["psnr"].startswith("not computed")
 
 
-def _spoil_json(folder: Path, **changes: object) -> None:
+def _change_json(folder: Path, **changes: object) -> None:
     about = json.loads((folder / "generated.json").read_text())
     (folder / "generated.json").write_text(json.dumps(about | changes))
 
@@ -140,14 +142,14 @@ def _spoil_json(folder: Path, **changes: object) -> None:
     [
         (lambda d: (d / "generated.json").unlink(), "no generated.json"),
         (lambda d: (d / "generated.json").write_text("{"), "not valid JSON"),
-        (lambda d: _spoil_json(d, trials=[]), "lacks what 'dreamscale generate' writes"),
+        (lambda d: _change_json(d, trials=[]), "an entry that 'dreamscale generate' writes is missing"),
         (lambda d: next((d / "images").iterdir()).unlink(), "No such file"),
         (lambda d: next((d / "images").iterdir()).write_bytes(b"\x89PNG"), "cannot be decoded"),
         (lambda d: Image.new("RGB", (8, 8)).save(next((d / "images").iterdir())), "different sizes"),
-        (lambda d: _spoil_json(d, dataset_id="0"), "is not the dataset"),
-        (lambda d: _spoil_json(d, dataset="/nowhere"), "/nowhere"),
-        (lambda d: _spoil_json(d, control="shuffle"), "is a control itself"),
-        (lambda d: _spoil_json(d, guidance_scale=3.0), "guidance_scale"),
+        (lambda d: _change_json(d, dataset_id="0"), "is not the dataset"),
+        (lambda d: _change_json(d, dataset="/nowhere"), "/nowhere"),
+        (lambda d: _change_json(d, control="shuffle"), "is a control itself"),
+        (lambda d: _change_json(d, guidance_scale=3.0), "guidance_scale"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -163,6 +165,6 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert (copy / "metrics.json").read_bytes() == before
 
 
-def test_a_set_that_is_no_control_is_refused(perfect: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_not_a_control_is_refused(perfect: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(main, [str(perfect / "own"), "--control_dir", str(perfect / "own")]) == 2
-    assert "is no control" in capsys.readouterr().err
+    assert "is not a control" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_frechet_distance_against_the_formula() -> None:
     plain = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(sx + sy - 2 * scipy.linalg.sqrtm(sx @ sy).real)
     assert metrics.frechet_distance(x, y) == pytest.approx(plain, rel=1e-8)
     assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
-    # Fewer rows than columns: singular covariances must not give complex numbers.
+    # With fewer rows than columns, the covariances are singular; the result must still be a real number.
     assert metrics.frechet_distance(x[:3], y[:3]) > 0
 
 
@@ -72,14 +72,14 @@ def test_kernel_distance_is_unbiased() -> None:
     assert metrics.kernel_distance(rng.normal(size=(50, 4)), rng.normal(size=(50, 4)) + 2) > 10 * np.std(null)
 
 
-def test_inception_score_at_its_ends() -> None:
+def test_inception_score_at_its_limits() -> None:
     assert metrics.inception_score(np.eye(5)[[0, 1, 2, 3, 4] * 3]) == pytest.approx(5)
     assert metrics.inception_score(np.eye(5)[[2] * 6]) == pytest.approx(1)
     assert metrics.inception_score(np.full((4, 5), 0.2)) == pytest.approx(1)
 
 
 def test_n_way_accuracy_against_its_expectation() -> None:
-    """A trial whose true class is beaten by b of K - 1 others is right where none of them is among the n - 1 drawn."""
+    """If b of the K - 1 other classes are more likely than the true one, none of them may be drawn."""
     rng = np.random.default_rng(0)
     p, labels = rng.dirichlet(np.ones(6), 40), rng.integers(0, 6, 40)
     beaten = (p > p[np.arange(40), labels][:, None]).sum(1)
@@ -93,13 +93,13 @@ def test_n_way_accuracy_against_its_expectation() -> None:
 
 
 def test_wilson_interval_of_a_known_case() -> None:
-    # Newcombe 1998, table I: 81 of 263.
+    # Table I of Newcombe (1998): 81 of 263.
     assert metrics.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert metrics.wilson_interval(0, 10)[0] == 0
 
 
 def test_p_value_keeps_its_level_although_trials_of_an_image_agree() -> None:
-    """Predictions follow the image, not its label; shuffling single trials would call this significant."""
+    """Predictions depend on the image, not on its label. A shuffle of single trials would find this significant."""
     rng = np.random.default_rng(0)
     small = 0
     for run in range(300):
@@ -110,7 +110,7 @@ def test_p_value_keeps_its_level_although_trials_of_an_image_agree() -> None:
         )
         small += found["p_value"] <= 0.1
         assert found["p_value"] >= 1 / 200
-    assert 12 <= small <= 48  # binomial(300, 0.1), or a little less for ties
+    assert 12 <= small <= 48  # binomial(300, 0.1); ties make it a little smaller
 
 
 def test_accuracy_chance_and_p_value_of_a_clear_case() -> None:
@@ -121,7 +121,7 @@ def test_accuracy_chance_and_p_value_of_a_clear_case() -> None:
     assert found["n"] == 48 and found["images"] == 24 and found["p_value"] == pytest.approx(1 / 10_001)
     always = metrics.accuracy_with_p_value(np.zeros(48, int), labels, ids)
     assert always["accuracy"] == always["chance"] == 0.25 and always["p_value"] == 1
-    # A predictor's favourite counts: half the images are of class 0, and it says so always.
+    # Half the images are of class 0, so a constant prediction of class 0 has an accuracy of one half by chance.
     skewed = metrics.accuracy_with_p_value(np.zeros(8, int), np.array([0, 0, 0, 0, 1, 1, 2, 3]), list("abcdefgh"))
     assert skewed["chance"] == 0.5 and skewed["p_value"] == 1
     with pytest.raises(ValueError, match="two labels"):

@@ -8,11 +8,11 @@ from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
 
 
-def test_dream_diffusions_sizes() -> None:
+def test_sizes_of_dream_diffusion() -> None:
     config = ConditionerConfig(tokens=128, dim=1024, length=77, width=768, time_dim=1280)
     states, time = Conditioner(config)(torch.randn(2, 128, 1024))
     assert states.shape == (2, 77, 768)
-    # The second path starts at nothing, so that training starts from the base model.
+    # The second path is zero at first, so that training starts from the base model.
     assert time is not None and time.shape == (2, 1280) and not time.any()
     head = ClipHead(ClipHeadConfig(tokens=128, dim=1024, projection=768))
     assert head(torch.randn(2, 128, 1024)).shape == (2, 768)
@@ -31,7 +31,7 @@ def test_dropped_trials_get_the_null_condition_and_no_gradient() -> None:
     assert conditioner.null_LW.grad.any()
 
 
-def test_a_conditioner_survives_the_disk(tmp_path: Path) -> None:
+def test_a_saved_conditioner_is_loaded_unchanged(tmp_path: Path) -> None:
     conditioner = Conditioner(ConditionerConfig(tokens=4, dim=6, length=3, width=5))
     conditioner.save_pretrained(tmp_path)
     tokens = torch.randn(2, 4, 6)

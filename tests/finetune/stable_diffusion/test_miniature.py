@@ -12,7 +12,7 @@ from finetune.stable_diffusion.model import load_base
 CAPTIONS = ["a red disc on a dark background", "a green disc", "two stripes"]
 
 
-def test_every_word_of_the_captions_is_a_token_and_other_words_fall_apart() -> None:
+def test_words_of_the_captions_are_single_tokens_and_other_words_are_divided() -> None:
     tokenizer = make_tokenizer(CAPTIONS)
     assert tokenizer.tokenize(CAPTIONS[0]) == [f"{word}</w>" for word in CAPTIONS[0].split()]
     assert tokenizer.decode(tokenizer("zebra stripes").input_ids, skip_special_tokens=True) == "zebra stripes"
@@ -20,7 +20,7 @@ def test_every_word_of_the_captions_is_a_token_and_other_words_fall_apart() -> N
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
 
 
-def test_augmentation_moves_and_recolours_but_invents_nothing() -> None:
+def test_augmentation_only_moves_pixels_and_permutes_colours() -> None:
     x = torch.rand(6, 3, 16, 16)
     y = _augment(x, torch.Generator().manual_seed(0), colours=True)
     assert y.shape == x.shape
@@ -31,11 +31,11 @@ def test_the_miniature_is_a_pipeline_of_the_real_classes(miniature: Path) -> Non
     pipeline = load_base(miniature / "stable-diffusion")
     image = pipeline("a circle", num_inference_steps=3, guidance_scale=2.0, output_type="np").images
     assert image.shape == (1, 32, 32, 3)
-    # The U-Net sees latents of unit scale, as it does in Stable Diffusion.
+    # Latents are scaled to unit variance, as in Stable Diffusion.
     assert pipeline.vae.config.scaling_factor > 0
 
 
-def test_text_tower_and_tokenizer_are_those_of_the_clip(miniature: Path) -> None:
+def test_the_pipeline_has_the_text_encoder_and_tokenizer_of_the_clip(miniature: Path) -> None:
     from transformers import CLIPModel, CLIPTokenizer
 
     clip = CLIPModel.from_pretrained(miniature / "clip")
@@ -55,17 +55,19 @@ def test_clip_embeds_the_images_of_a_split(miniature: Path, paired_dataset: Path
     torch.testing.assert_close(embeds.norm(dim=1), torch.ones(len(table)))
 
 
-def test_made_once_and_never_over_something_else(miniature: Path, paired_dataset: Path, tmp_path: Path) -> None:
+def test_it_is_made_once_and_never_overwrites_anything(
+    miniature: Path, paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     again = [str(paired_dataset), "-o", str(miniature), "--clip_steps", "2", "--vae_steps", "2", "--unet_steps", "2"]
-    assert main([*again, "--batch", "8"]) == 0
-    with pytest.raises(RequestError, match="another config"):
-        main([*again, "--batch", "9"])
+    assert main([*again, "--batch_size", "8"]) == 0
+    assert main([*again, "--batch_size", "9"]) == 2
+    assert "another config" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(RequestError, match="no miniature"):
-        main([str(paired_dataset), "-o", str(tmp_path)])
+    assert main([str(paired_dataset), "-o", str(tmp_path)]) == 2
+    assert "not a miniature" in capsys.readouterr().err
 
 
-def test_what_is_no_model_is_refused(tmp_path: Path, unpaired_dataset: Path, paired_dataset: Path) -> None:
+def test_folders_without_a_model_are_refused(tmp_path: Path, unpaired_dataset: Path, paired_dataset: Path) -> None:
     with pytest.raises(RequestError, match=r"no model_index\.json"):
         load_base(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')

@@ -15,7 +15,7 @@ from finetune.stable_diffusion.train import StableDiffusionConfig, build, main
 from pretrain.encoder.encoder import EEGEncoder
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
-TINY = ["--tracker.kind", "none", "--training.warmup", "2", "--training.log_every", "1", "--training.batch", "8"]
+TINY = ["--tracker.kind", "none", "--training.warmup", "2", "--training.log_every", "1", "--training.batch_size", "8"]
 
 
 def _args(dataset: Path, encoder: Path, miniature: Path, output: Path, *more: object) -> list[str]:
@@ -33,10 +33,11 @@ def _built(
 
 
 @pytest.mark.parametrize("tune", ["E+A", "E", "A"])
-def test_exactly_what_is_named_trains(tune: str, paired_dataset: Path, encoder_package: Path, miniature: Path) -> None:
+def test_only_the_named_parts_train(tune: str, paired_dataset: Path, encoder_package: Path, miniature: Path) -> None:
     model = _built(paired_dataset, encoder_package, miniature, tune=tune)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    # One transformer down, two up, one in the middle; three matrices without a bias, an output with one, and a norm.
+    # The U-Net has one transformer block on the way down, one in the middle and two on the way up. Each attention has
+    # three matrices without bias, an output matrix with bias, and a norm.
     blocks = {
         "down_blocks.0.attentions.0",
         "mid_block.attentions.0",
@@ -50,13 +51,15 @@ def test_exactly_what_is_named_trains(tune: str, paired_dataset: Path, encoder_p
     assert trains == (attention if "A" in tune else set()) | (eeg if "E" in tune else set())
 
 
-def test_a_norm2_elsewhere_is_not_taken(miniature: Path) -> None:
+def test_norm2_of_residual_blocks_does_not_train(miniature: Path) -> None:
     unet = load_base(miniature / "stable-diffusion").unet
     assert any("resnets" in name and ".norm2." in name for name, _ in unet.named_parameters())
     assert all(".transformer_blocks." in name for name in cross_attention_parameters(unet))
 
 
-def test_without_eeg_the_model_starts_as_the_base(paired_dataset: Path, encoder_package: Path, miniature: Path) -> None:
+def test_without_eeg_the_new_model_equals_the_base_model(
+    paired_dataset: Path, encoder_package: Path, miniature: Path
+) -> None:
     pipeline = load_base(miniature / "stable-diffusion")
     model = _built(paired_dataset, encoder_package, miniature)
     z, time = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
@@ -87,7 +90,7 @@ def test_joint_training_adds_the_clip_loss(paired_dataset: Path, encoder_package
 def test_fine_tuning_changes_only_what_trains_and_two_processes_agree(
     paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path: Path, launch: Launch
 ) -> None:
-    more = ["--training.steps", 4, "--training.validate_every", 2, "--training.lr", 1e-2]
+    more = ["--training.steps", 4, "--training.evaluation.every", 2, "--training.lr", 1e-2]
     curves = []
     for processes in (1, 2):
         args = _args(paired_dataset, encoder_package, miniature, tmp_path / str(processes), *more)
@@ -107,7 +110,7 @@ def test_fine_tuning_changes_only_what_trains_and_two_processes_agree(
     before, after = EEGEncoder.from_pretrained(encoder_package), EEGEncoder.from_pretrained(model / "encoder")
     assert not torch.equal(before.backbone.norm.weight, after.backbone.norm.weight)
 
-    # A finished run has nothing left to do, and another request does not overwrite it.
+    # A complete run is not trained again, and a request with another config does not overwrite it.
     args = _args(paired_dataset, encoder_package, miniature, tmp_path / "1", *more)
     stamp = (model / "dreamscale.json").stat().st_mtime_ns
     assert run_main(main, [*args, "--device", "cpu"]) == 0
@@ -115,7 +118,7 @@ def test_fine_tuning_changes_only_what_trains_and_two_processes_agree(
     assert run_main(main, [*args, "--device", "cpu", "--seed", "5"]) == 2
 
 
-def test_a_trials_image_does_not_depend_on_its_neighbours(
+def test_a_trials_image_does_not_depend_on_the_batch(
     paired_dataset: Path, encoder_package: Path, miniature: Path, tmp_path: Path
 ) -> None:
     args = _args(paired_dataset, encoder_package, miniature, tmp_path / "run", "--training.steps", 1)
