@@ -1,4 +1,4 @@
-"""torchrun and ``accelerate launch``, ending with the training's own exit code and without a traceback of theirs.
+"""A wrapper of torchrun and ``accelerate launch`` that returns the training's exit code and prints no traceback.
 
 ``python -m launch.agent torchrun|accelerate [LAUNCHER'S ARGUMENTS] -m launch.worker MODULE [ARGUMENTS]``
 """
@@ -16,14 +16,14 @@ from launch.worker import FOLDER, end_with_parent, read_numbers
 
 
 def _launch(kind: str, words: list[str]) -> tuple[int, bool]:
-    """Run a launcher to its end: the exit code of its first failure, and whether a signal ended it."""
+    """Run a launcher; return the exit code of its first failed process, and whether a signal ended the launcher."""
     import logging
     import warnings
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # They repeat, at length, what the training process has said.
+    # The launchers repeat the error messages of the training process at length.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="torch.distributed")
     try:
@@ -39,8 +39,8 @@ def _launch(kind: str, words: list[str]) -> tuple[int, bool]:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0 and failure.signal_name() != "SIGTERM":
             print(
-                f"dreamscale: training process {rank} was ended by {failure.signal_name()}; if nobody did that, by the "
-                "system for want of memory",
+                f"dreamscale: training process {rank} was ended by {failure.signal_name()}; if nobody sent this "
+                "signal, the system probably ran out of memory",
                 file=sys.stderr,
             )
         return failure.exitcode if failure.exitcode > 0 else EXIT_FAILED, False
@@ -55,19 +55,19 @@ def main(argv: list[str] | None = None) -> int:
     Parameters
     ----------
     argv : list of str, optional
-        ``torchrun`` or ``accelerate``, and what its command line takes.
+        ``torchrun`` or ``accelerate``, and the arguments for that launcher.
 
     Returns
     -------
     int
-        Exit code of the training processes of this machine: the worst of theirs, 75 after a requested stop.
+        The worst exit code of this machine's training processes; 75 after a requested stop.
     """
     kind, *words = sys.argv[1:] if argv is None else argv
     end_with_parent()
-    # torchrun dies of SIGUSR1, which clusters send before they take a node away, unless it is told of it.
+    # Clusters send SIGUSR1 before they take a node away. Without this setting, torchrun would die from that signal.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "100")
-    # A restarted gloo would read stale addresses from the store that it shares with the launcher.
+    # Otherwise, after a restart, gloo would read old addresses from the store that it shares with the launcher.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     own = None if FOLDER in os.environ else tempfile.mkdtemp(prefix="dreamscale-launch-")
     if own:

@@ -1,7 +1,8 @@
-"""Several training processes on this machine: started, told to stop, and their outcome as one exit code.
+"""Several training processes on this machine: starting them, stopping them, and one exit code for all of them.
 
-The launcher (torchrun or Accelerate's) runs in a session of its own, so that Ctrl-C reaches only us. We pass a request
-to stop to the training processes themselves: told by the launcher, they would have a limited time for their checkpoint.
+The launcher (torchrun or Accelerate's) runs in a session of its own, so that Ctrl-C reaches only the command itself.
+The command passes a request to stop directly to the training processes. If the launcher passed the request on, it would
+give them limited time to write their checkpoint.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from launch.stages import Stage
 from launch.worker import FOLDER, read_numbers
 
 LONE_REFUSAL_S = 20.0
-"""Seconds that the other processes get to find the same fault in the request."""
+"""Seconds to wait, after one process refused the request, until the other processes refuse it too."""
 LAST_CHECKPOINT_S = 110.0
-"""Seconds that processes without a launcher get to save and end."""
+"""Seconds to wait, after the launcher was killed, until the training processes have written a checkpoint."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def processes_wanted(argv: Sequence[str]) -> int:
-    """Read how many processes a request asks for, without importing the stage.
+    """Read from a request how many processes to launch, without importing the stage.
 
     Parameters
     ----------
@@ -41,9 +42,9 @@ def processes_wanted(argv: Sequence[str]) -> int:
     Returns
     -------
     int
-        `num_processes` of the command line, else of the YAML file. 0, for this very process, where that is 1 and no
-        `restarts` are asked for, where only help or the config is, where a launcher started this process already, or
-        where the request cannot be read (the stage then says why).
+        `num_processes` of the command line, or else of the YAML file. 0 means that no launcher is needed and the stage
+        runs in this process: with 1 process and no `restarts`, for help or printing the config, if a launcher started
+        this process, or if the request cannot be read (the stage then reports the reason).
     """
     if {"-h", "--help"} & set(argv) or any(word.startswith("--print_config") for word in argv):
         return 0
@@ -54,7 +55,7 @@ def processes_wanted(argv: Sequence[str]) -> int:
 
 
 def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
-    """Read a whole number of a request, without importing the stage.
+    """Read an integer from a request, without importing the stage.
 
     Parameters
     ----------
@@ -63,12 +64,12 @@ def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
     name : str
         The key.
     default : int
-        Where it is not given, or cannot be read (the stage then says why).
+        Value if the key is not given or cannot be read (the stage then reports the reason).
 
     Returns
     -------
     int
-        The command line's value, else the YAML file's.
+        The value on the command line, or else in the YAML file.
     """
     wanted: object = None
     files = [argv[0]] if argv and not argv[0].startswith("-") else []
@@ -96,21 +97,21 @@ def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
 
 
 def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[str]:
-    """Build the command that starts the processes.
+    """Build the launcher's command line.
 
     Parameters
     ----------
     stage : Stage
-        What to run.
+        The stage to run.
     argv : sequence of str
-        Its arguments.
+        The stage's arguments.
     processes : int
-        How many.
+        Number of processes.
 
     Returns
     -------
     list of str
-        For `subprocess`.
+        The command for `subprocess`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -119,7 +120,8 @@ def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[
         flags = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1"]
         flags += ["--master-port", str(port)]
     else:
-        # '--cpu --num_processes 2' would silently run one process; '--multi_gpu' starts them all, with or without GPUs.
+        # With '--cpu --num_processes 2', Accelerate silently runs one process. '--multi_gpu' starts all processes, also
+        # on a machine without GPUs.
         flags = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
         flags += ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
     return [
@@ -144,7 +146,7 @@ def _environment(folder: Path, processes: int) -> dict[str, str]:
 
 
 class _Processes:
-    """The launcher and what it started."""
+    """The launcher and the training processes that it started."""
 
     def __init__(self, command: list[str], folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
@@ -153,7 +155,7 @@ class _Processes:
         self.agent = subprocess.Popen(command, env=_environment(folder, count), start_new_session=True)
 
     def ask_to_stop(self, number: int, _: FrameType | None) -> None:
-        """Pass a request on; the second Ctrl-C ends everything at once."""
+        """Pass a request to stop on to the training processes; the second Ctrl-C kills everything."""
         self.requests += 1
         if number == signal.SIGINT and self.requests > 1:
             self.killed = True
@@ -161,20 +163,20 @@ class _Processes:
             return
         workers = read_numbers(self.folder, "pid")
         if len(workers) < self.count:
-            # They are only just starting: nothing is lost by ending them.
+            # The processes are still starting, so nothing is lost by ending them.
             self.kill(signal.SIGTERM)
         for pid in workers.values():
             _send(pid, signal.SIGTERM)
 
     def kill(self, number: signal.Signals) -> None:
-        """Send a signal to the launcher and to all that it started."""
+        """Send a signal to the launcher and to all processes that it started."""
         if number == signal.SIGKILL:
             for pid in read_numbers(self.folder, "pid").values():
                 _send(pid, number, group=True)
         _send(self.agent.pid, number, group=True)
 
     def wait(self) -> int:
-        """Wait for the end and return one exit code."""
+        """Wait until the launcher ends, and return one exit code."""
         lone_since = None
         while self.agent.poll() is None:
             time.sleep(0.1)
@@ -188,18 +190,18 @@ class _Processes:
         if EXIT_BAD_REQUEST in found:
             return EXIT_BAD_REQUEST
         if self.requests and code not in (EXIT_DONE, EXIT_STOPPED) and EXIT_FAILED not in found:
-            how = "ended at once, without a checkpoint" if self.killed else "stopped before training began"
+            how = "killed, without a new checkpoint" if self.killed else "stopped before training began"
             print(f"dreamscale: {how}; run the same command again", file=sys.stderr)
             return EXIT_STOPPED
         return code if code >= 0 else EXIT_FAILED
 
-    def died(self, code: int) -> bool:
-        """Whether a process left no exit code although nobody asked; waits until all of them are gone."""
+    def any_died(self, code: int) -> bool:
+        """Return whether a process ended without an exit code and without a request; waits until all have ended."""
         if code != EXIT_FAILED or self.requests:
             return False
         until = time.monotonic() + LAST_CHECKPOINT_S
         workers = read_numbers(self.folder, "pid")
-        # Where the launcher itself was killed, they are only just writing their checkpoint.
+        # If the launcher was killed, the training processes are still writing their checkpoint.
         while (left := [pid for pid in workers.values() if _alive(pid)]) and time.monotonic() < until:
             time.sleep(0.1)
         for pid in left:
@@ -211,7 +213,7 @@ class _Processes:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-        # One that nobody has waited for yet still has its number.
+        # A process that has ended keeps its id (state Z) until its parent has waited for it.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, PermissionError):
         return False
@@ -233,36 +235,36 @@ def run_launched(stage: Stage, argv: Sequence[str], processes: int) -> int:
     Parameters
     ----------
     stage : Stage
-        What to run.
+        The stage to run.
     argv : sequence of str
-        Its arguments.
+        The stage's arguments.
     processes : int
-        How many processes.
+        Number of processes.
 
     Returns
     -------
     int
-        Exit code: as of the stage alone, 75 after a requested stop whatever the launcher says.
+        The stage's exit code; 75 after a requested stop, whatever the launcher returns.
     """
     restarts = number_wanted(argv, "restarts", 0)
     for left in range(restarts, -1, -1):
         code, died = _run_once(stage, argv, processes)
         if not died:
             break
-        hint = f"starting again, {left - 1} more times at most" if left else "run the same command again"
+        hint = f"restarting (restarts left: {left - 1})" if left else "run the same command again"
         print(f"dreamscale: a training process died; {hint}", file=sys.stderr)
     return code
 
 
 def _run_once(stage: Stage, argv: Sequence[str], processes: int) -> tuple[int, bool]:
-    """Exit code of one launch, and whether a process was killed rather than ended by itself."""
+    """Launch once; return the exit code, and whether a process was killed."""
     folder = Path(tempfile.mkdtemp(prefix="dreamscale-launch-"))
     try:
         running = _Processes(launcher_command(stage, argv, processes), folder, processes)
         before = {number: signal.signal(number, running.ask_to_stop) for number in _SIGNALS}
         try:
             code = running.wait()
-            died = running.died(code)
+            died = running.any_died(code)
         finally:
             if running.agent.poll() is None:
                 running.kill(signal.SIGKILL)

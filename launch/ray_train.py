@@ -1,8 +1,9 @@
-"""Pretraining on the processes of a Ray cluster, through Ray Train.
+"""Pretraining on a Ray cluster, through Ray Train.
 
-``python -m launch.ray_train CONFIG.yaml [--dotted.key value ...]`` asks the cluster of RAY_ADDRESS (or one that it
-starts on this machine) for `num_processes` workers, each with a GPU where `device` and the cluster have them, and runs
-``pretrain.train`` in each. All of them must reach dataset and output under the same path.
+``python -m launch.ray_train CONFIG.yaml [--dotted.key value ...]`` starts `num_processes` workers in the Ray cluster at
+RAY_ADDRESS, or in a new cluster on this machine if RAY_ADDRESS is not set. Each worker runs ``pretrain.train``, with a
+GPU if the cluster has enough of them and `device` allows it. Dataset and output must have the same path on all
+machines.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ _STOP, _EXIT = "stop", "exit"
 
 
 def _train(job: dict[str, Any]) -> None:
-    """What Ray runs in each worker."""
+    """Run the training in one of Ray's workers."""
     from pretrain.runs.stop import STOP_FILE
     from pretrain.train import main
 
-    # Ray works elsewhere; the paths in the config are meant from where the command was given.
+    # Ray starts workers in another folder; relative paths in the config refer to the folder of the command.
     os.chdir(job["cwd"])
     folder = Path(job["folder"])
     os.environ[STOP_FILE] = str(folder / _STOP)
@@ -39,7 +40,7 @@ def _train(job: dict[str, Any]) -> None:
 
 
 def launch(words: list[str]) -> int:
-    """Run a pretraining on Ray.
+    """Run a pretraining run on Ray.
 
     Parameters
     ----------
@@ -49,7 +50,7 @@ def launch(words: list[str]) -> int:
     Returns
     -------
     int
-        Exit code of the training, 75 after SIGTERM, SIGINT or SIGUSR1 to this process.
+        Exit code of the training; 75 if this process received SIGTERM, SIGINT or SIGUSR1.
 
     Raises
     ------
@@ -60,7 +61,7 @@ def launch(words: list[str]) -> int:
 
     config = parse_config(PretrainConfig, words, prog="dreamscale pretrain", positionals=("config",))
     if "RAY_ADDRESS" not in os.environ:
-        # A cluster of its own must not ask for a token that nobody has given out.
+        # A new cluster on this machine would otherwise ask for a token, and there is none.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
@@ -69,8 +70,9 @@ def launch(words: list[str]) -> int:
 
     ray.init(log_to_driver=True, include_dashboard=False, configure_logging=False)
     output = Path(config.output).absolute()
-    # Ray's own records, and ours; outside the run directory, which a refused request must not make. Ray would go on
-    # with what it finds there, but the training itself knows better where it stood.
+    # Folder for Ray's own records and for the two files of this module. It is not inside the run directory, because
+    # that must not be created before the request has been checked. Records of an earlier launch are deleted: Ray would
+    # resume from them, but the training resumes from its own checkpoints.
     folder = output.with_name(f".{output.name}.ray")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -104,18 +106,7 @@ def launch(words: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Pretrain on Ray from the command line.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        ``CONFIG.yaml [--dotted.key value ...]``.
-
-    Returns
-    -------
-    int
-        Exit code.
-    """
+    """Pretrain on Ray: ``CONFIG.yaml [--dotted.key value ...]``; returns the exit code."""
     return run_main(launch, argv)
 
 

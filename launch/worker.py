@@ -1,7 +1,8 @@
-"""What a launcher starts in each process: the stage, with its exit code left where the launching command finds it.
+"""The program that a launcher starts in each process: it runs a stage and writes the stage's exit code to a file.
 
-``python -m launch.worker MODULE [ARGUMENTS]``. Launchers take every code but 0 for a failure and end the other
-processes; so a requested stop ends with 0 here, and its true code is in the folder.
+``python -m launch.worker MODULE [ARGUMENTS]``. A launcher treats every exit code except 0 as a failure and then ends
+the other processes. So this program exits with 0 after a requested stop, and the command reads the true code from the
+file.
 """
 
 from __future__ import annotations
@@ -15,15 +16,13 @@ from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ru
 from data_sharding.common.files import atomic_write_text
 
 FOLDER = "DREAMSCALE_LAUNCH_FOLDER"
-"""Environment variable: where process ids and exit codes go."""
-
-
+"""Environment variable: folder for the files with process ids and exit codes."""
 PARENT = "DREAMSCALE_PARENT"
-"""Environment variable: id of the process that a command must not outlive."""
+"""Environment variable: process id of a parent; the command ends when this parent ends."""
 
 
 def end_with_parent() -> None:
-    """Ask the system for SIGTERM when the parent process dies; only Linux can."""
+    """Ask the system to send SIGTERM to this process when its parent dies; this works on Linux only."""
     if sys.platform != "linux":
         return
     import ctypes
@@ -33,30 +32,30 @@ def end_with_parent() -> None:
 
 
 def read_numbers(folder: Path, suffix: str) -> dict[int, int]:
-    """Read what the training processes left.
+    """Read the files of the training processes in a folder.
 
     Parameters
     ----------
     folder : Path
-        Where.
+        The folder.
     suffix : str
         ``pid`` or ``exit``.
 
     Returns
     -------
     dict of int to int
-        Rank to process id or exit code.
+        Process id or exit code by rank.
     """
     return {int(path.stem): int(path.read_text()) for path in folder.glob(f"[0-9]*.{suffix}")}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a stage and leave its exit code.
+    """Run a stage, write its exit code to a file, and return the exit code for the launcher.
 
     Parameters
     ----------
     argv : list of str, optional
-        Module and its arguments.
+        The stage's module and its arguments.
 
     Returns
     -------
@@ -68,15 +67,16 @@ def main(argv: list[str] | None = None) -> int:
     if folder:
         end_with_parent()
         atomic_write_text(Path(folder) / f"{rank}.pid", str(os.getpid()))
-    code, tell = EXIT_FAILED, True
+    code, report = EXIT_FAILED, True
     try:
         code = run_main(importlib.import_module(module).main, words)
     except RuntimeError as error:
-        # A reading process was killed, the likely victim where memory is short: as if this one had been.
-        tell = not str(error).startswith("DataLoader worker")
+        # A reading process was killed, probably because memory is short. Treat this as if the training process itself
+        # had been killed: write no exit code, so that the run is restarted.
+        report = not str(error).startswith("DataLoader worker")
         raise
     finally:
-        if folder and tell and Path(folder).is_dir():
+        if folder and report and Path(folder).is_dir():
             atomic_write_text(Path(folder) / f"{rank}.exit", str(code))
     return EXIT_DONE if code == EXIT_STOPPED and folder else code
 

@@ -1,4 +1,4 @@
-"""Export a pretrained encoder for anyone's use: ``dreamscale export RUN OUT``."""
+"""Export the encoder of a pretraining run as a package: ``dreamscale export RUN OUT``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.files import read_json
 from pretrain.runs.checkpoint import MANIFEST, CheckpointReader, complete_checkpoints
 from pretrain.runs.stored_config import load_stored_config
@@ -17,37 +17,37 @@ from pretrain.training.config import PretrainConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write an encoder package from a pretraining run's newest complete checkpoint."""
+    """Write an encoder package from the newest checkpoint of a pretraining run."""
 
     run: str
-    """Run directory of 'dreamscale pretrain', running or done."""
+    """Run directory of 'dreamscale pretrain'; the run may still be running."""
     output: str
-    """Directory to write; a package that is there is replaced."""
+    """Directory to write; an encoder package in this place is replaced."""
     program: bool = True
-    """Also write encoder.pt2, which runs with PyTorch alone."""
+    """Also write encoder.pt2, a program that runs with PyTorch alone."""
 
 
 def read_run(run: str | Path) -> tuple[PretrainConfig, Path, dict[str, Any]]:
-    """Find what a pretraining run learned.
+    """Read the config of a pretraining run, and find its newest checkpoint.
 
     Parameters
     ----------
     run : str or Path
-        Its directory.
+        The run directory.
 
     Returns
     -------
     config : PretrainConfig
-        As it ran.
+        The run's config.
     checkpoint : Path
-        Newest complete checkpoint.
+        Folder of the newest checkpoint.
     saved : dict
-        The checkpoint's own manifest.
+        The checkpoint's manifest.
 
     Raises
     ------
     RequestError
-        If this is no pretraining run, or it has no complete checkpoint yet.
+        If this is no pretraining run, or has no complete checkpoint yet.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
@@ -60,19 +60,19 @@ def read_run(run: str | Path) -> tuple[PretrainConfig, Path, dict[str, Any]]:
 
 
 def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
-    """Rebuild the autoencoder of a checkpoint, for any ZeRO stage and number of processes that wrote it.
+    """Build the autoencoder of a checkpoint; any ZeRO stage and number of processes may have written the checkpoint.
 
     Parameters
     ----------
     config : PretrainConfig
-        The run's.
+        The run's config.
     checkpoint : Path
-        A complete checkpoint.
+        Folder of a complete checkpoint.
 
     Returns
     -------
     MaskedAutoencoder
-        On the processor, in float32.
+        The model on the CPU, in float32 and in evaluation mode.
 
     Raises
     ------
@@ -89,18 +89,18 @@ def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
 
 
 def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict[str, Any]], parameters: int) -> str:
-    """Describe an encoder: what it is, what it learned from, and how well.
+    """Write the model card of an encoder: its shape, its training data, and its held-out loss.
 
     Parameters
     ----------
     config : PretrainConfig
-        The run's.
+        The run's config.
     saved : dict
         The checkpoint's manifest.
     metrics : list of dict
         Lines of metrics.jsonl.
     parameters : int
-        Of the encoder.
+        Number of the encoder's parameters.
 
     Returns
     -------
@@ -121,7 +121,7 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         "# EEG encoder",
         "",
         f"A transformer ({shape.depth} layers x {shape.dim}, {parameters / 1e6:.1f}M parameters) that "
-        f"turns {spec['window'] / spec['sfreq']:g} s of EEG into {shape.tokens} tokens, pretrained by rebuilding "
+        f"turns {spec['window'] / spec['sfreq']:g} s of EEG into {shape.tokens} tokens, pretrained by reconstructing "
         f"masked signal. {shape.about}",
         "",
         "```python",
@@ -173,8 +173,8 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         "",
         "## Limits",
         "",
-        "Rebuilding masked signal is what was measured here. What the features are worth for a task is measured with "
-        "`dreamscale probe`, beside an encoder with random weights and band power. Not a medical device.",
+        "The loss above measures the reconstruction of masked signal. `dreamscale probe` measures how useful the "
+        "features are for a task, in comparison with an untrained encoder and with band power. Not a medical device.",
         "",
     ]
     return "\n".join(lines)
@@ -196,7 +196,7 @@ def export(config: ExportConfig) -> int:
     Raises
     ------
     RequestError
-        If the run has nothing to export.
+        If the run has no checkpoint, or the output cannot be replaced.
     """
     from pretrain.encoder.package import check_output
 
@@ -219,31 +219,16 @@ def export(config: ExportConfig) -> int:
         program=config.program,
         extra={"step": saved["step"], "dataset_id": saved["data"]["dataset_id"], "run": Path(config.run).name},
     )
-    # The reader's own check, before anyone relies on it.
+    # Read the package, which checks it.
     EEGEncoder.from_pretrained(output)
-    print(f"dreamscale export: encoder of step {saved['step']} in {output}")
+    print(
+        f"dreamscale export: encoder of step {saved['step']} in {output}. Next: 'dreamscale probe {output} DATASET' "
+        f"or 'dreamscale encode {output} RECORDING'"
+    )
     return EXIT_DONE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Export from the command line.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        ``RUN OUT [--key value ...]``.
-
-    Returns
-    -------
-    int
-        Exit code.
-    """
-    return run_main(
-        lambda words: export(
-            parse_config(ExportConfig, words, prog="dreamscale export", positionals=("run", "output"))
-        ),
-        argv,
-    )
+main = command(ExportConfig, export, prog="dreamscale export", positionals=("run", "output"), aliases={"-o": "output"})
 
 
 if __name__ == "__main__":

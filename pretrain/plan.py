@@ -1,7 +1,8 @@
-"""What a pretraining needs before it is started: ``dreamscale plan CONFIG``, or ``--preset paper --gpus 8``.
+"""Estimate memory and time of a pretraining run: ``dreamscale plan CONFIG``, or ``--preset paper --gpus 8``.
 
-Counts, not measurements: bytes that ZeRO leaves on each GPU, tensors that the backward pass keeps, arithmetic, and what
-these come to at a utilisation that the user states. Every assumption is printed with the answer.
+The numbers are counted, not measured: the bytes that ZeRO leaves on each GPU, the tensors that autograd keeps for the
+backward pass, and the arithmetic. The time follows from a utilisation that the user states. Every assumption is printed
+with the result.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.config import command, parse_config
+from data_sharding.common.errors import EXIT_DONE, RequestError
+from pretrain.runs.config import check_at_least
 
 if TYPE_CHECKING:
     from pretrain.model.config import DecoderConfig, EncoderConfig, MaskedAutoencoderConfig
 
 GIB = 2**30
 MEMORY_GIB: dict[str, float] = {
-    # What the driver reports, which is a little less or more than the name says.
+    # As reported by the driver, which differs a little from the advertised size.
     "B200": 179.0,
     "GH200": 95.0,
     "H200": 140.0,
@@ -38,82 +40,79 @@ MEMORY_GIB: dict[str, float] = {
     "RTX 3090": 24.0,
     "MI300X": 192.0,
 }
-"""GiB by the names of `pretrain.model.flops.PEAK_TFLOPS`."""
+"""Memory in GiB by kind of GPU, with the names of `pretrain.model.flops.PEAK_TFLOPS`."""
 DEFAULT_WINDOWS = 120_000
-"""Windows of DreamDiffusion's corpus, where no dataset is there to be counted."""
+"""Number of windows in DreamDiffusion's corpus, used if there is no dataset to count."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Memory, arithmetic and days of a pretraining."""
+    """Estimate memory, arithmetic and days of a pretraining run."""
 
     run_config: str | None = None
-    """Config of 'dreamscale pretrain'; what follows is taken from it where it is not given."""
+    """Config of 'dreamscale pretrain'. It gives the defaults of the keys below."""
     preset: str | None = None
-    """Name of a shape (`pretrain.model.presets`), in place of a config."""
+    """Name of a model preset (`pretrain.model.presets`), in place of a config."""
     gpus: int | None = None
-    """GPUs over all machines; num_processes of the config by default, else 1."""
+    """Number of GPUs over all machines; by default num_processes of the config, or 1 without a config."""
     gpu: str = "H200"
     """Kind of GPU: B200, GH200, H200, H100, A100, A40, L40S, RTX 4090 and the like."""
     gpu_memory_gib: float | None = None
-    """Memory of a GPU in GiB, where it is not the usual one."""
+    """Memory of one GPU in GiB, if it differs from the usual size of that kind."""
     peak_tflops: float | None = None
-    """Dense TFLOP/s of a GPU at the run's precision, where it is not known or not the maker's."""
+    """Peak of one GPU in dense TFLOP/s at the run's precision, if it is unknown or differs from the data sheet."""
     mfu: float = 0.4
-    """Model-FLOPs utilisation that you expect, as metrics.jsonl has it: share of the peak that the model's own
-    arithmetic reaches. What is computed again does not count as such, so checkpointing lowers it by up to a quarter."""
+    """Model-FLOPs utilisation that you expect, as defined for metrics.jsonl: the model's own arithmetic as a share of
+    the peak. Recomputed activations do not count, so activation checkpointing lowers it by up to a quarter."""
     batch_size: int | None = None
-    """Windows of one step over all GPUs; the config's by default, else 100 a GPU."""
+    """Windows of one optimiser step over all GPUs; by default the config's, or 100 for each GPU without a config."""
     micro_batch_size: int | None = None
-    """Windows of one GPU at once; by default the config's, else its whole share."""
+    """Windows of one GPU in one forward pass; by default the config's, or the GPU's whole share of the batch."""
     precision: Literal["fp32", "bf16"] | None = None
-    """The config's by default, else bf16."""
+    """Number format; by default the config's, or bf16 without a config."""
     offload: Literal["none", "optimizer", "all"] | None = None
-    """What waits in the processor's memory; the config's by default, else none."""
+    """What is kept in the CPU's memory; by default as in the config, or none without a config."""
     checkpointing: bool | None = None
-    """Recompute activations; as the model says by default. The table shows both."""
+    """Recompute activations in the backward pass; by default as in the model's config. The table shows both cases."""
     channels: int | None = None
-    """Montage tokenizer: true channels of a window; its largest number by default."""
+    """Number of true channels of a window, for the montage tokenizer; by default the largest number it allows."""
     windows: int | None = None
-    """Training windows; by default the dataset's where it is there, else 120,000."""
+    """Number of training windows; by default counted in the config's dataset if that exists, else 120,000."""
     epochs: float | None = None
-    """Passes over them; the config's by default, else 500."""
+    """Passes over the training windows; by default the config's, or 500 without a config."""
     gpus_per_machine: int = 8
-    """GPUs that talk to each other without the network."""
+    """Number of GPUs in one machine, which communicate without the network."""
     link_gb_s: float = 400.0
-    """GB/s that a GPU exchanges with the others of its machine."""
+    """Bandwidth in GB/s between one GPU and the other GPUs of its machine."""
     network_gb_s: float = 40.0
-    """GB/s that a GPU exchanges with other machines."""
+    """Bandwidth in GB/s between one GPU and other machines."""
     reserve_gib: float = 3.0
-    """GiB of each GPU for the driver, the libraries and gaps between tensors."""
+    """Memory of each GPU in GiB that is reserved for the driver, libraries and fragmentation."""
     output: str | None = None
-    """JSON file to write, too."""
+    """JSON file to which the plan is written as well."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "batch_size", "micro_batch_size", "channels", "windows", "gpus_per_machine"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_at_least(self, 1, "gpus", "batch_size", "micro_batch_size", "channels", "windows", "gpus_per_machine")
+        check_at_least(self, 0, "reserve_gib")
         for name in ("gpu_memory_gib", "peak_tflops", "epochs", "link_gb_s", "network_gb_s"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"mfu is {self.mfu}; it must be above 0 and at most 1")
-        if self.reserve_gib < 0:
-            raise ValueError(f"reserve_gib is {self.reserve_gib}; it must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateBytes:
-    """What a GPU holds whatever the batch."""
+    """Memory of one GPU that does not depend on the batch, in bytes."""
 
     weights: float
-    """Weights that the model computes with."""
+    """Weights in the number format of the computation."""
     gradients: float
-    """Gradients as they are added up."""
+    """Accumulated gradients."""
     optimizer: float
-    """float32 master weights, where they are kept apart, and Adam's two moments."""
+    """Adam's two moments, and float32 master weights if ZeRO keeps such a copy."""
     buffers: float
-    """Gathered weights of stage 3, and buckets of the exchange."""
+    """Gathered weights of stage 3, and communication buckets."""
 
     @property
     def total(self) -> float:
@@ -122,26 +121,26 @@ class StateBytes:
 
 
 def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, offload: str = "none") -> StateBytes:
-    """Count what ZeRO leaves on a GPU.
+    """Count the bytes that ZeRO leaves on each GPU.
 
     Parameters
     ----------
     parameters : int
-        Trainable values of the model.
+        Number of trainable parameters of the model.
     zero_stage : int
-        0 spreads nothing, 1 the optimiser's state, 2 and the gradients, 3 and the weights.
+        ZeRO's stage; it divides among the GPUs: 0 nothing, 1 the optimiser state, 2 the gradients too, 3 the weights
+        too.
     gpus : int
-        Over how many.
+        Number of GPUs.
     precision : str
-        fp32 or bf16; gradients add up in float32 either way.
+        fp32 or bf16; gradients are accumulated in float32 in both cases.
     offload : str
-        What waits in the processor's memory: none, optimizer, or all; where the stage has it. Gradients are counted
-        here all the same.
+        What is kept in the CPU's memory: none, optimizer or all. Gradients are counted on the GPU even then.
 
     Returns
     -------
     StateBytes
-        Bytes of one GPU.
+        Bytes on one GPU.
 
     References
     ----------
@@ -151,12 +150,12 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
     weights = parameters * value / (gpus if zero_stage == 3 else 1)
     gradients = parameters * 4 / (gpus if zero_stage >= 2 else 1)
     moments = parameters * 8 / (gpus if zero_stage else 1)
-    # Stage 0 steps the weights themselves; ZeRO keeps a float32 copy of its part, for fp32, too.
+    # At stage 0 Adam updates the weights themselves. ZeRO keeps a float32 copy of its part, even for fp32.
     master = parameters * 4 / gpus if zero_stage else 0
-    # As `pretrain.training.deepspeed_engine` sets them; two of them where the exchange overlaps the backward pass.
+    # Bucket size as in `pretrain.training.deepspeed_engine`. Overlap with the backward pass takes two buckets.
     bucket = min(5e8, max(parameters, 2**16)) * value
     gathered = min(parameters, 10**9) * value if zero_stage == 3 else 0
-    # Stage 1 adds each bf16 gradient to the float32 ones at once and reduces those where they lie.
+    # With bf16, stage 1 reduces the accumulated float32 gradients in place, without a bucket.
     in_place = precision == "bf16" and zero_stage == 1
     buckets = 2 if zero_stage >= 2 else 1 if gpus > 1 and not in_place else 0
     buffers = gathered + buckets * bucket
@@ -166,19 +165,19 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
 
 
 def tokens_of(model: MaskedAutoencoderConfig, channels: int | None = None) -> tuple[int, int]:
-    """Count the tokens that the two halves of a model work on.
+    """Count the tokens of one window in encoder and decoder.
 
     Parameters
     ----------
     model : MaskedAutoencoderConfig
         The model.
     channels : int, optional
-        True channels, for the montage tokenizer; the most there may be by default.
+        Number of true channels, for the montage tokenizer; by default the largest number it allows.
 
     Returns
     -------
     encoder, decoder : int
-        Tokens of a window, class token included.
+        Numbers of tokens, class token included.
     """
     from pretrain.model.masking import visible_tokens
 
@@ -190,7 +189,7 @@ def tokens_of(model: MaskedAutoencoderConfig, channels: int | None = None) -> tu
 def activation_bytes(
     model: MaskedAutoencoderConfig, *, precision: str, checkpointing: bool, channels: int | None = None
 ) -> float:
-    """Count what the backward pass keeps of one window.
+    """Count the bytes of one window that autograd keeps for the backward pass.
 
     Parameters
     ----------
@@ -199,9 +198,9 @@ def activation_bytes(
     precision : str
         fp32 or bf16.
     checkpointing : bool
-        Whether blocks are computed again.
+        Whether each block is recomputed in the backward pass.
     channels : int, optional
-        True channels, for the montage tokenizer.
+        Number of true channels, for the montage tokenizer.
 
     Returns
     -------
@@ -212,8 +211,8 @@ def activation_bytes(
     seen, every = tokens_of(model, channels)
 
     def block(shape: EncoderConfig | DecoderConfig, tokens: int) -> float:
-        # Input, norm, q k v, attention's output, sum, norm: 8 widths; before and after the GELU: 2 hidden widths.
-        # Beside them two float32 statistics a norm and one a head and token.
+        # Per token: input, norm, q, k, v, attention's output, sum and norm have 8 widths; the values before and after
+        # the GELU have 2 hidden widths. In float32: two statistics for each norm, and one for each head.
         wide = tokens * (8 * shape.dim + 2 * int(shape.dim * shape.mlp_ratio)) * value
         return wide + tokens * 4 * (4 + shape.heads)
 
@@ -223,7 +222,7 @@ def activation_bytes(
         kept += max(block(shape, tokens) for shape, tokens in stacks)
     else:
         kept = sum(shape.depth * block(shape, tokens) for shape, tokens in stacks)
-    # Last norms and what they feed, the window in float32 and as the model casts it, and the errors in float32.
+    # The last norms and their outputs; the window in float32 and in the model's format; the errors in float32.
     ends = sum(2 * tokens * shape.dim * value for shape, tokens in stacks)
     rows = model.encoder.signal_rows(channels)
     return kept + ends + rows * model.encoder.samples * (8 + value % 4)
@@ -231,44 +230,44 @@ def activation_bytes(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A pretraining as it is planned, everything decided."""
+    """A planned pretraining run, with all defaults filled in."""
 
     model: MaskedAutoencoderConfig
     """Shape and objective."""
     name: str
-    """Where it comes from."""
+    """Name of the config or the preset."""
     gpus: int
-    """Over all machines."""
+    """Number of GPUs over all machines."""
     gpu: str
-    """Kind."""
+    """Kind of GPU."""
     gpu_gib: float
-    """Memory of one in GiB."""
+    """Memory of one GPU in GiB."""
     peak: float
-    """FLOP/s of one."""
+    """Peak of one GPU in FLOP/s."""
     batch_size: int
-    """Windows a step."""
+    """Windows of one optimiser step."""
     micro: int
-    """Windows of one GPU at once."""
+    """Windows of one GPU in one forward pass."""
     precision: str
     """fp32 or bf16."""
     zero_stage: int
-    """What the run asks for."""
+    """ZeRO's stage in the config."""
     offload: str
     """none, optimizer or all."""
     checkpointing: bool
-    """Whether activations are computed again."""
+    """Whether activations are recomputed in the backward pass."""
     windows: int
-    """Training windows."""
+    """Number of training windows."""
     windows_from: str
-    """Who says so."""
+    """Source of that number."""
     epochs: float
-    """Passes over them."""
+    """Passes over the training windows."""
     steps: int
     """Optimiser steps."""
 
 
 def resolve(config: PlanConfig) -> Request:
-    """Decide what the user left open.
+    """Fill in the defaults of a request.
 
     Parameters
     ----------
@@ -278,12 +277,12 @@ def resolve(config: PlanConfig) -> Request:
     Returns
     -------
     Request
-        Everything decided.
+        The request with all defaults filled in.
 
     Raises
     ------
     RequestError
-        If there is no config and no preset, or both, or the GPU is not known, or numbers do not divide.
+        If there is no config and no preset, or both; if the GPU is unknown; or if batch_size does not divide evenly.
     """
     from data_sharding.common.storage import as_path
     from data_sharding.dataset.dataset import MANIFEST, read_manifest
@@ -323,12 +322,12 @@ def resolve(config: PlanConfig) -> Request:
     windows, windows_from = config.windows, "--windows"
     if windows is None and run is not None:
         datasets = [as_path(path) for path in run.datasets or [run.dataset]]
-        # Not there yet, or on another machine: a plan is made for what is to come.
+        # The dataset may not exist yet, or exist on another machine only.
         if all((path / MANIFEST).is_file() for path in datasets):
             windows = sum(read_manifest(path).samples("train") for path in datasets)
             windows_from = ", ".join(map(str, datasets))
     if windows is None:
-        windows, windows_from = DEFAULT_WINDOWS, "as many as DreamDiffusion's corpus had"
+        windows, windows_from = DEFAULT_WINDOWS, "the size of DreamDiffusion's corpus"
     epochs = config.epochs or (run.epochs if run else 500.0)
     steps = math.ceil(epochs * windows / batch_size)
     if run is not None and run.steps is not None and config.epochs is None:
@@ -354,12 +353,12 @@ def resolve(config: PlanConfig) -> Request:
 
 
 def exchanged_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, micro_batches: int) -> float:
-    """Count what a GPU sends in one step.
+    """Count the bytes that one GPU sends in one optimiser step.
 
     Parameters
     ----------
     parameters : int
-        Trainable values of the model.
+        Number of trainable parameters of the model.
     zero_stage, gpus, precision
         As for `state_bytes`.
     micro_batches : int
@@ -368,8 +367,8 @@ def exchanged_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: s
     Returns
     -------
     float
-        Bytes: gradients in float32, weights at the run's precision, by rings. Stages 2 and 3 reduce gradients, and
-        stage 3 gathers weights, with every micro batch.
+        Bytes, for ring algorithms. Gradients are sent in float32, weights at the run's precision. Stages 2 and 3 reduce
+        gradients for every micro batch; stage 3 gathers the weights for every micro batch too.
     """
     value = 2 if precision == "bf16" else 4
     reduced = 4 * (micro_batches if zero_stage >= 2 else 1)
@@ -378,7 +377,7 @@ def exchanged_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: s
 
 
 def make_plan(config: PlanConfig) -> dict[str, Any]:
-    """Work out a plan.
+    """Compute a plan.
 
     Parameters
     ----------
@@ -405,7 +404,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     model = request.model
     if config.channels is not None:
         if not model.encoder.by_channel:
-            raise RequestError("channels matters to the montage tokenizer alone; the temporal one always has 128 rows")
+            raise RequestError("channels is for the montage tokenizer only; the temporal tokenizer always has 128 rows")
         model = dataclasses.replace(model, encoder=dataclasses.replace(model.encoder, channels=config.channels))
     with torch.device("meta"):
         built = build_autoencoder(model)
@@ -444,7 +443,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     )
     speed = config.link_gb_s if request.gpus <= config.gpus_per_machine else config.network_gb_s
     exchange_s = sent / (speed * 1e9)
-    offloaded = [f"offload {request.offload}: gradients counted on the GPU all the same, no time for the way there"]
+    offloaded = [f"offload {request.offload}: gradients are counted on the GPU; the transfer to the CPU takes no time"]
     offloaded = offloaded if request.offload != "none" else []
     step_s = arithmetic_s + max(0.0, exchange_s - arithmetic_s * 2 / 3)
     return {
@@ -467,16 +466,15 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
         },
         "assumptions": [
             f"{request.gpu}: {request.peak / 1e12:g} TFLOP/s dense at {request.precision}, {request.gpu_gib:g} GiB, "
-            f"{config.reserve_gib:g} of them kept for driver, libraries and gaps",
-            f"model-FLOPs utilisation {config.mfu:.0%}, as metrics.jsonl has it: of the model's own arithmetic, not of "
-            "what is computed again",
+            f"of which {config.reserve_gib:g} GiB are reserved for driver, libraries and fragmentation",
+            f"model-FLOPs utilisation {config.mfu:.0%}, as in metrics.jsonl: recomputed activations do not count",
             f"{request.windows:,} windows ({request.windows_from}), {request.epochs:g} passes",
-            "gradients add up and travel in float32; AdamW with two moments; ZeRO's float32 master weights",
-            "stage 3 keeps up to 1e9 gathered weights (DeepSpeed's default); buckets as this project sets them",
-            "fused attention; activations are what the backward pass keeps, without passing buffers: allow 25 % more",
-            f"{speed:g} GB/s a GPU between {'machines' if request.gpus > config.gpus_per_machine else 'GPUs'}; the "
-            "exchange hides behind the backward pass, two thirds of the arithmetic",
-            "no time for evaluation, checkpoints, or waiting for data",
+            "gradients are accumulated and sent in float32; AdamW has two moments; ZeRO keeps float32 master weights",
+            "stage 3 keeps up to 1e9 gathered weights, DeepSpeed's default; bucket sizes as set by Dreamscale",
+            "fused attention; activations without temporary buffers, which may take 25 % more",
+            f"{speed:g} GB/s for each GPU between {'machines' if request.gpus > config.gpus_per_machine else 'GPUs'}; "
+            "communication overlaps the backward pass, which is two thirds of the arithmetic",
+            "evaluation, checkpoints and waiting for data take no time",
             *offloaded,
         ],
     }
@@ -488,7 +486,7 @@ def show(plan: dict[str, Any]) -> None:
     Parameters
     ----------
     plan : dict
-        What `make_plan` gave.
+        Result of `make_plan`.
     """
     from rich.console import Console
     from rich.table import Table
@@ -498,11 +496,11 @@ def show(plan: dict[str, Any]) -> None:
     counts = model["parameters"]
     console.print(
         f"[bold]{request['name']}[/]: {counts['encoder'] / 1e6:,.1f}M + {counts['decoder'] / 1e6:,.1f}M parameters, "
-        f"{model['tokens']['encoder']} of {model['tokens']['decoder']} tokens seen, "
-        f"{model['training_flops_a_window'] / 1e9:,.1f} GFLOP a window"
+        f"{model['tokens']['encoder']} of {model['tokens']['decoder']} tokens visible, "
+        f"{model['training_flops_a_window'] / 1e9:,.1f} GFLOP for each window"
     )
     table = Table(
-        title=f"GiB on each of {request['gpus']} {request['gpu']}, {request['micro']} windows at once, "
+        title=f"GiB on each of {request['gpus']} {request['gpu']}, {request['micro']} windows in one forward pass, "
         f"{request['precision']}",
         title_justify="left",
     )
@@ -526,7 +524,7 @@ def show(plan: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"A step of {request['batch_size']} windows: {time['step_s']:.3f} s ({time['arithmetic_s']:.3f} s of "
-        f"arithmetic, {time['exchange_s']:.3f} s of exchange), {time['windows_per_s']:,.0f} windows/s."
+        f"arithmetic, {time['exchange_s']:.3f} s of communication), {time['windows_per_s']:,.0f} windows/s."
     )
     console.print(f"[bold]{time['steps']:,} steps: {time['days']:,.2f} days[/], {time['gpu_hours']:,.0f} GPU hours.")
     console.print("Assumed:")
@@ -535,7 +533,7 @@ def show(plan: dict[str, Any]) -> None:
 
 
 def run_plan(config: PlanConfig) -> int:
-    """Print a plan, and write it where asked.
+    """Print a plan, and write it to `output` if that is set.
 
     Parameters
     ----------
@@ -564,23 +562,7 @@ def run_plan(config: PlanConfig) -> int:
     return EXIT_DONE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Plan from the command line.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        ``[CONFIG.yaml] [--preset NAME] [--key value ...]``.
-
-    Returns
-    -------
-    int
-        Exit code.
-    """
-    return run_main(
-        lambda words: run_plan(parse_config(PlanConfig, words, prog="dreamscale plan", positionals=("run_config",))),
-        argv,
-    )
+main = command(PlanConfig, run_plan, prog="dreamscale plan", positionals=("run_config",), aliases={"-o": "output"})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Guards of a training: loss spikes, and processes that hang."""
+"""Guards of a training run: detection of loss spikes and of hanging processes."""
 
 from __future__ import annotations
 
@@ -16,41 +16,40 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_sharding.common.errors import EXIT_FAILED
+from pretrain.runs.config import check_at_least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What counts as a loss spike, and what is done about it."""
+    """Which losses count as spikes, and what happens then."""
 
     spike_sigma: float = 6.0
-    """A loss so many standard deviations above the mean of the last ones is a spike: training goes back to its newest
-    checkpoint and leaves the batches that led to it out. 0 for never."""
+    """A loss is a spike if it is this many standard deviations above the mean of the last losses. Training then goes
+    back to its newest checkpoint and leaves out the batches that led to the spike. 0 switches this off."""
     spike_window: int = 128
-    """Losses that the mean and the standard deviation are of; none is judged before there are so many."""
+    """Number of last losses that give the mean and the standard deviation. Earlier losses of a run are not judged."""
     leave_out: int = 8
-    """Batches left out: the one of the spike and those just before it."""
+    """Number of batches left out: the batch of the spike and the batches just before it."""
     max_rewinds: int = 5
-    """Spikes after which the run fails: more of them are a matter of the learning rate, not of the data."""
+    """Number of spikes after which the run fails. More spikes than this come from the learning rate, not the data."""
 
     def __post_init__(self) -> None:
-        if self.spike_sigma < 0 or self.spike_window < 2 or self.leave_out < 1 or self.max_rewinds < 0:
-            raise ValueError(
-                "guards: spike_sigma and max_rewinds must not be negative, "
-                "spike_window must be at least 2, leave_out at least 1"
-            )
+        check_at_least(self, 0, "spike_sigma", "max_rewinds", prefix="guards.")
+        check_at_least(self, 1, "leave_out", prefix="guards.")
+        check_at_least(self, 2, "spike_window", prefix="guards.")
 
 
 class SpikeDetector:
-    """Finds losses far above those just before them.
+    """Finds losses that are far above the losses just before them.
 
-    Every process is given the same losses and comes to the same verdict, so none has to ask another.
+    Every process passes the same losses in and gets the same result, so the processes need no communication here.
 
     Parameters
     ----------
     config : GuardConfig
-        What counts.
+        Which losses count as spikes.
     recent : sequence of float
-        The last losses of a training that goes on.
+        The last losses, where a run is resumed.
     """
 
     def __init__(self, config: GuardConfig, recent: Sequence[float] = ()) -> None:
@@ -59,21 +58,21 @@ class SpikeDetector:
 
     @property
     def recent(self) -> list[float]:
-        """The last losses, for the checkpoint."""
+        """The last losses, to be kept in the checkpoint."""
         return list(self._recent)
 
-    def seen(self, loss: float) -> str | None:
-        """Judge a loss, and remember it where it is no spike.
+    def check(self, loss: float) -> str | None:
+        """Judge a loss, and remember it unless it is a spike.
 
         Parameters
         ----------
         loss : float
-            Mean over the global batch; one that is not finite is neither judged nor remembered.
+            Mean over the global batch. A loss that is not finite is neither judged nor remembered.
 
         Returns
         -------
         str or None
-            What is wrong with it, or None.
+            Description of the spike; None if the loss is no spike.
         """
         if not math.isfinite(loss):
             return None
@@ -81,42 +80,38 @@ class SpikeDetector:
             mean = math.fsum(self._recent) / len(self._recent)
             sigma = math.sqrt(math.fsum((value - mean) ** 2 for value in self._recent) / (len(self._recent) - 1))
             if loss > mean + self._config.spike_sigma * sigma:
-                return f"{loss:.4g}, where the last {len(self._recent)} were {mean:.4g} with a deviation of {sigma:.2g}"
+                last = f"the last {len(self._recent)} losses had mean {mean:.4g} and standard deviation {sigma:.2g}"
+                return f"{loss:.4g}; {last}"
         self.accept(loss)
         return None
 
     def accept(self, loss: float) -> None:
-        """Remember a loss, spike or not.
-
-        Parameters
-        ----------
-        loss : float
-            Mean over the global batch.
-        """
+        """Remember a loss, even a spike."""
         self._recent.append(loss)
 
 
 PHASES = ("waiting for data", "computing", "agreeing on the loss", "updating", "evaluating", "saving")
-"""What a process does in a step, in this order."""
+"""What a process does in one step, in this order."""
 
 
 class Watchdog:
-    """Ends a training in which a process hangs, and names that process.
+    """Ends a training run in which a process hangs, and names that process.
 
-    A thread of each process tells the others, through the store at which they met, where its training stands. When
-    the own training stands still for too long, the thread compares: those that do not answer, or that are furthest
-    behind, are the ones that all others wait for. Then it ends this process, so that a launcher can start anew.
+    A thread in each process reports the progress of its own training loop to the others, through the key-value store
+    of the process group. If a training loop makes no progress for too long, its thread compares the reports: the
+    processes that do not report any more, or that are furthest behind, are the ones for which all others wait. The
+    thread then ends its own process, so that a launcher can restart the run.
 
     Parameters
     ----------
     timeout_s : float
-        Seconds without progress after which to end; 0 for never.
+        Seconds without progress after which the run ends; 0 for never.
     rank, size : int
-        This process among how many.
+        Rank of this process, and number of processes.
     run : RunDirectory
-        Whose status becomes "failed".
+        Its status becomes "failed".
     store : torch.distributed.Store, optional
-        Through which the processes tell each other; a connection of its own to where they met by default.
+        Store for the reports; by default a new connection to the process group's store.
     """
 
     def __init__(self, timeout_s: float, *, rank: int, size: int, run: Any, store: Any = None) -> None:
@@ -130,39 +125,31 @@ class Watchdog:
         if timeout_s > 0:
             import torch.distributed as dist
 
-            # Not the shared connection: a thread that waits in it would block the training.
+            # A connection of its own: while a thread waits for an answer, it blocks all others on that connection.
             store = store or dist.distributed_c10d._get_default_store().clone()
             self._store = dist.PrefixStore("dreamscale_watchdog", store)
             self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Watchdog:
         if self._store is not None:
-            self._tell()
+            self._report()
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end.set()
         if self._store is not None:
-            # Not for good: it may wait for a store that does not answer.
+            # With a time limit: the thread may be waiting for a store that does not answer.
             self._thread.join(timeout=2 * self._period_s)
 
     def at(self, step: int, phase: str) -> None:
-        """Say where the training stands.
-
-        Parameters
-        ----------
-        step : int
-            Optimiser steps done.
-        phase : str
-            One of `PHASES`.
-        """
+        """Report progress: the number of optimiser steps done, and one of `PHASES`."""
         self._place, self._since = (step, PHASES.index(phase)), time.monotonic()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         self._beat += 1
         state = {"place": self._place, "beat": self._beat, "host": socket.gethostname(), "pid": os.getpid()}
-        # Where the process that keeps the store is gone, the training finds out by itself.
+        # If the process that holds the store is gone, the training loop gets an error by itself.
         with contextlib.suppress(RuntimeError):
             self._store.set(str(self._rank), json.dumps(state))
 
@@ -170,40 +157,35 @@ class Watchdog:
         while not self._end.wait(self._period_s):
             late = time.monotonic() - self._since > self._timeout_s
             if late:
-                # Where the host of the store is frozen, asking it takes forever.
+                # If the host of the store is frozen, a request to the store never returns.
                 alone = threading.Timer(6 * self._period_s, self._give_up, ("the store does not answer",))
                 alone.daemon = True
                 alone.start()
-            self._tell()
+            self._report()
             if late:
-                self._bark()
+                self._end_late()
 
-    def _bark(self) -> None:
-        verdict = self.verdict()
+    def _end_late(self) -> None:
+        diagnosis = self.diagnose()
         try:
-            first = self._store.add("said", 1) == 1
+            # Only the first process prints the diagnosis.
+            first = self._store.add("diagnosed", 1) == 1
         except RuntimeError:
             first = True
-        self._give_up(verdict if first else None)
+        self._give_up(diagnosis if first else None)
 
-    def _give_up(self, verdict: str | None) -> None:
+    def _give_up(self, diagnosis: str | None) -> None:
         if self._end.is_set():
             return
-        if verdict:
-            message = f"no progress for {self._timeout_s:g} s: {verdict}"
+        if diagnosis:
+            message = f"no progress for {self._timeout_s:g} s: {diagnosis}"
             print(f"dreamscale pretrain: {message}", file=sys.stderr, flush=True)
             self._run.failed(message)
-        # The main thread is stuck in a system call or in a collective: nothing gentler reaches it.
+        # The main thread hangs in a system call or a collective operation, where exceptions do not reach it.
         os._exit(EXIT_FAILED)
 
-    def verdict(self) -> str:
-        """Say who holds the training up, as far as the processes' reports show.
-
-        Returns
-        -------
-        str
-            Part of a sentence.
-        """
+    def diagnose(self) -> str:
+        """Return, as part of a sentence, which processes hang according to the reports."""
         before = self._states()
         time.sleep(3 * self._period_s)
         after = self._states()

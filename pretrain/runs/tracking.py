@@ -1,4 +1,4 @@
-"""Where a training can be watched: tracker, and a live table on the terminal."""
+"""Showing a training run while it runs: in a tracker, and in a live table on the terminal."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from data_sharding.common.files import atomic_write_text
 
 @dataclass(frozen=True, kw_only=True)
 class TrackerConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics are sent, in addition to metrics.jsonl."""
 
     kind: Literal["none", "wandb", "tensorboard"] = "wandb"
-    """wandb is offline unless the user is logged in ('wandb login' or WANDB_API_KEY) or WANDB_MODE says otherwise."""
+    """Kind of tracker. wandb is offline unless you are logged in ('wandb login' or WANDB_API_KEY) or set WANDB_MODE."""
     project: str = "dreamscale"
-    """Project's name at wandb."""
+    """Name of the project at wandb."""
     name: str | None = None
-    """Name of the run; the run directory's by default."""
+    """Name of the run; by default the name of the run directory."""
 
 
 def open_tracker(
@@ -38,16 +38,16 @@ def open_tracker(
     Parameters
     ----------
     config : TrackerConfig
-        Which.
+        The choice.
     path : Path
         The run directory.
     values : dict
-        The resolved config, to be kept with the run.
+        The resolved config, stored with the run.
 
     Returns
     -------
     log : callable
-        ``log(step, metrics)``; takes numbers, and leaves out what is none.
+        ``log(step, metrics)``; values that are not numbers are left out.
     close : callable
         ``close()``.
     """
@@ -73,44 +73,39 @@ def _open_wandb(
     import wandb
 
     name = config.name or path.name
-    # Without a key or a mode wandb fails at init: choose offline ourselves.
+    # wandb fails at init if it has neither a key nor a mode, so the mode is set here.
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
     common: dict[str, Any] = {
         "project": config.project,
         "name": name,
-        # Offline, each start is a run of its own until it is sent: the group holds them together.
+        # Offline, wandb makes a new run at each start. The group holds the runs of one training together.
         "group": os.environ.get("WANDB_RUN_GROUP") or name,
         "dir": str(path),
         "config": values,
-        # A dictionary: wandb writes into a Settings object, and a second try would go on with the first one's run.
+        # A dictionary and not a Settings object: wandb would store the run in that object, and a second attempt to
+        # open a run would then continue the first.
         "settings": {"silent": True, "console": "off"},
     }
     if mode == "online":
         try:
-            # A training that was preempted goes on in the run that it began.
+            # A resumed training continues the run that it began at wandb.
             run = wandb.init(**common, mode=mode, id=_run_id(path), resume="allow")
         except wandb.errors.CommError as error:
             print(
-                f"dreamscale: wandb cannot be reached ({one_line(error)}); metrics are kept in {path / 'wandb'}, and "
+                f"dreamscale: wandb cannot be reached ({one_line(error)}); metrics are stored in {path / 'wandb'}; "
                 "'wandb sync' sends them later",
                 file=sys.stderr,
             )
             mode = "offline"
     if mode != "online":
         run = wandb.init(**common, mode=mode)
-    # An axis of our own: a run that went back to a checkpoint logs steps again, which wandb's own axis refuses.
+    # The metric "step" is the x-axis, because wandb's own step must not decrease, as it does after a loss spike.
     run.define_metric("*", step_metric="step")
     return (lambda step, metrics: run.log({"step": step, **metrics})), run.finish
 
 
 def logged_in() -> bool:
-    """Find out whether wandb has a key, without asking for one.
-
-    Returns
-    -------
-    bool
-        True for a key in WANDB_API_KEY or where ``wandb login`` leaves it.
-    """
+    """Return whether wandb has a key, in WANDB_API_KEY or where ``wandb login`` stores it; asks for nothing."""
     import wandb
 
     if os.environ.get("WANDB_API_KEY"):
@@ -123,7 +118,7 @@ def logged_in() -> bool:
 
 
 def _run_id(path: Path) -> str:
-    """Name of the run at wandb, the same whenever the run in a directory goes on."""
+    """Id of the run at wandb; it stays the same when the run is resumed."""
     known = path / "wandb" / "run_id"
     if "WANDB_RUN_ID" in os.environ:
         return os.environ["WANDB_RUN_ID"]
@@ -133,7 +128,7 @@ def _run_id(path: Path) -> str:
     return known.read_text().strip()
 
 
-# Rows of the live table: metric, title, format.
+# Rows of the live table: name of the metric, title, format.
 _ROWS = (
     ("loss", "loss", "{:.4f}"),
     ("val_loss", "held-out loss", "{:.4f}"),
@@ -152,18 +147,7 @@ _ROWS = (
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Rows of the table that a training shows.
-
-    Parameters
-    ----------
-    metrics : mapping
-        Newest value of each metric.
-
-    Returns
-    -------
-    list of tuple of str
-        Title and value of those there are.
-    """
+    """Return title and formatted value of each row of the live table, from the newest value of each metric."""
     return [(title, form.format(metrics[name])) for name, title, form in _ROWS if metrics.get(name) is not None]
 
 
@@ -171,23 +155,23 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 def live_table(
     title: str, total: int, *, enabled: bool = True, every_s: float = 10.0
 ) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-    """Show a training while it runs: a table on a terminal, a line now and then in a job's log.
+    """Show a training while it runs: a table on a terminal, or lines at intervals where stderr is no terminal.
 
     Parameters
     ----------
     title : str
-        What is trained.
+        Name of the training.
     total : int
         Steps of the run.
     enabled : bool
-        False for every process but the first.
+        False shows nothing; for all processes but the first.
     every_s : float
-        Seconds between lines where there is no terminal.
+        Seconds between two lines, where stderr is no terminal.
 
     Yields
     ------
     callable
-        ``show(step, metrics)``: steps done, and the metrics that are new.
+        ``show(step, metrics)``: steps done, and the metrics that have new values.
     """
     known: dict[str, Any] = {}
     if not enabled:

@@ -1,4 +1,4 @@
-"""Request of a pretraining run."""
+"""Config of a pretraining run."""
 
 from __future__ import annotations
 
@@ -96,11 +96,11 @@ class EvaluationConfig:
     """Loss on the val split, with the same masks every time."""
 
     every: int = 500
-    """Steps between two evaluations; there is one before the first step and one after the last anyway."""
+    """Steps between two evaluations. There is always one before the first step and one after the last step."""
     windows: int = 2048
-    """Most windows to evaluate on, spread evenly over the split; 0 for all."""
+    """Largest number of windows to evaluate on, spread evenly over the split; 0 for all windows."""
     batch_size: int | None = None
-    """Windows of one process at once; as in training by default."""
+    """Windows of one process in one forward pass; by default as many as in training."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every", "batch_size", prefix="evaluation.")
@@ -112,78 +112,82 @@ class PretrainConfig:
     """Pretrain a masked-signal autoencoder on a sharded dataset with DeepSpeed ZeRO."""
 
     dataset: str = ""
-    """Directory written by 'dreamscale shard', here or on an object store (s3://bucket/lab); its windows must be as
-    long as model.encoder.samples."""
+    """Directory written by 'dreamscale shard', on a disk or an object store (s3://bucket/lab). The length of its
+    windows must be model.encoder.samples."""
     datasets: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Several of them in place of dataset: each one's share of the samples that training sees, by its directory. They
-    must have been preprocessed alike."""
+    """Several datasets in place of one: directory of each dataset, and its share of the samples that training sees. All
+    must have the same preprocessing."""
     order: Literal["global", "shards"] = "global"
-    """How an epoch goes: at random over all samples, or over 16 shards at a time. Remote datasets larger than the cache
-    (DREAMSCALE_CACHE_GB, 50 by default, in DREAMSCALE_CACHE) need shards."""
+    """Order of samples in an epoch. global: random over all samples; shards: random over 16 shards at a time. Use
+    shards for a remote dataset that is larger than the cache (its folder is DREAMSCALE_CACHE, its size
+    DREAMSCALE_CACHE_GB, 50 by default)."""
     output: str
-    """Run directory. A run that was stopped goes on when it is started again."""
+    """Run directory. The same command resumes a run that was interrupted."""
     num_processes: int = 1
-    """Processes over all machines, one a GPU; the launcher must give exactly so many."""
+    """Number of processes over all machines, one for each GPU. The launcher must start exactly this number."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: a GPU if there is one, else the CPU."""
     seed: int = 0
-    """Of the weights, the order of the samples and the masks."""
+    """Seed for initial weights, order of samples and masks."""
     model: MaskedAutoencoderConfig = dataclasses.field(default_factory=MaskedAutoencoderConfig)
-    """Shape and objective."""
+    """Shape and objective of the model."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    """How it learns."""
+    """Optimiser and learning-rate schedule."""
     epochs: float = 500.0
-    """Passes over the training split, unless steps is given."""
+    """Passes over the training split; not used if steps is given."""
     steps: int | None = None
-    """Optimiser steps, in place of epochs."""
+    """Number of optimiser steps, in place of epochs."""
     batch_size: int = 128
-    """Windows of one step over all processes."""
+    """Windows of one optimiser step, over all processes."""
     micro_batch_size: int | None = None
-    """Windows of one process at once; gradients add up until the batch is full. The whole share by default."""
+    """Windows of one process in one forward pass. Gradients are accumulated until the batch is complete. By default
+    each process computes its whole share of the batch at once."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 keeps float32 master weights, and reduces and accumulates gradients in float32; needs zero_stage 1 to 3."""
+    """Number format of the computation. bf16 still keeps float32 master weights, and accumulates and reduces gradients
+    in float32; it needs zero_stage 1 to 3."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What is spread over the processes: 1 the optimiser's state, 2 and the gradients, 3 and the weights; 0 nothing."""
+    """What ZeRO divides among the processes. 0: nothing; 1: optimiser state; 2: gradients too; 3: weights too."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What waits in the processor's memory: the optimiser's state (zero_stage 1 to 3), or the weights too (3)."""
+    """What is kept in the CPU's memory. optimizer: the optimiser state, for zero_stage 1 to 3; all: the weights too,
+    for zero_stage 3."""
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Further keys for DeepSpeed's own config, merged over the generated ones."""
+    """Further keys of DeepSpeed's own config. They take precedence over the generated values."""
     num_workers: int = 2
-    """Reading processes a training process; 0 reads in the training process itself."""
+    """Reading processes for each training process; 0 reads in the training process itself."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    """Held-out loss."""
+    """Evaluation on the val split."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    """Saving."""
+    """When to write checkpoints."""
     max_skipped: int = 20
-    """Steps in a row that may be skipped because the gradient was not finite; then the run fails."""
+    """The run fails when the gradient was not finite for this many steps in a row. Such steps are skipped."""
     guards: GuardConfig = dataclasses.field(default_factory=GuardConfig)
-    """Loss spikes."""
+    """Detection of loss spikes."""
     timeout_s: float = 1800.0
-    """Seconds without progress after which the run fails and says which process hangs; 0 for never."""
+    """Seconds without progress after which the run fails and names the hanging process; 0 for never."""
     restarts: int = 0
-    """How often 'dreamscale pretrain' starts its processes again after one of them was killed; the run goes on from its
-    newest checkpoint. (For torchrun: --max-restarts.)"""
+    """How many times 'dreamscale pretrain' restarts its processes after one of them was killed; the run resumes from
+    its newest checkpoint. With torchrun, use its own flag --max-restarts."""
     peak_tflops: float | None = None
-    """What the device can do at most, for the utilisation in the metrics; known for common GPUs."""
+    """Peak of the device in TFLOP/s, for the utilisation in the metrics (mfu). The peak of common GPUs is known."""
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
     """Where metrics go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
         if bool(self.dataset) == bool(self.datasets):
-            raise ValueError("name the data: either dataset, or datasets with a weight for each")
+            raise ValueError("set either dataset, or datasets with a share for each of them")
         check_at_least(self, 1, "num_processes", "batch_size", "log_every", "max_skipped", "steps")
         check_at_least(self, 0, "num_workers", "timeout_s", "restarts")
         if not self.epochs > 0:
             raise ValueError(f"epochs is {self.epochs}; it must be positive")
         samples_per_process(self.batch_size, self.num_processes, self.micro_batch_size)
         if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError("precision bf16 needs zero_stage 1, 2 or 3: stage 0 keeps no float32 master weights")
+            raise ValueError("precision bf16 needs zero_stage 1, 2 or 3; stage 0 keeps no float32 master weights")
         if self.model.compute.compile and self.zero_stage == 3:
             raise ValueError(
                 "model.compute.compile needs zero_stage 0, 1 or 2: stage 3 gathers weights inside each block, "
-                "which breaks its graph"
+                "which the compiler cannot handle"
             )
         if (self.offload == "all" and self.zero_stage != 3) or (self.offload == "optimizer" and not self.zero_stage):
             raise ValueError(
@@ -192,7 +196,7 @@ class PretrainConfig:
             )
         zero = self.deepspeed.get("zero_optimization", {})
         if not isinstance(zero, dict):
-            raise ValueError(f"deepspeed.zero_optimization is {zero!r}; it must hold keys, or be left out")
+            raise ValueError(f"deepspeed.zero_optimization is {zero!r}; it must be a mapping of keys, or be left out")
         for key in ("offload_optimizer", "offload_param"):
             if (zero.get(key) or {}).get("device") == "nvme":
                 raise ValueError(f"deepspeed.zero_optimization.{key}.device nvme is not supported; use offload")
@@ -200,26 +204,15 @@ class PretrainConfig:
             raise ValueError(f"peak_tflops is {self.peak_tflops}; it must be positive")
         for key in self.deepspeed:
             if key in _OURS:
-                raise ValueError(f"deepspeed.{key} would bypass what checkpoints and guards rely on; use {_OURS[key]}")
+                raise ValueError(f"deepspeed.{key} is set by Dreamscale, which relies on its value; use {_OURS[key]}")
         if "stage" in zero:
-            raise ValueError("deepspeed.zero_optimization.stage: use zero_stage")
+            raise ValueError("deepspeed.zero_optimization.stage is set by Dreamscale; use zero_stage")
 
     @property
     def micro(self) -> int:
-        """Windows of one process in one forward pass."""
+        """Windows of one process in one forward pass, resolved."""
         return self.micro_batch_size or self.batch_size // self.num_processes
 
     def total_steps(self, samples: int) -> int:
-        """Optimiser steps of the run.
-
-        Parameters
-        ----------
-        samples : int
-            Samples of the training split.
-
-        Returns
-        -------
-        int
-            `steps`, or as many as fill the epochs.
-        """
+        """Return the number of optimiser steps for a training split with this number of samples."""
         return self.steps or math.ceil(self.epochs * samples / self.batch_size)

@@ -1,4 +1,4 @@
-"""DeepSpeed around the autoencoder: its config, optimiser, and the whole state out of it and back."""
+"""The DeepSpeed engine: its config and optimiser, and saving and restoring its whole state."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pretrain.runs.distributed import World
 from pretrain.training.config import OptimizerConfig, PretrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's two, as PyTorch names them."""
+"""PyTorch's names of Adam's two moments."""
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips the gradient and leaves out a step whose gradient is not finite.
+    """AdamW that clips the gradient and skips a step whose gradient is not finite.
 
-    ZeRO's optimisers do so themselves; this one is for stage 0, where DeepSpeed would step into the NaN.
+    ZeRO's own optimisers do this for stages 1 to 3. At stage 0, DeepSpeed would take the step and spoil the weights.
 
     Parameters
     ----------
@@ -37,20 +37,14 @@ class GuardedAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], *, clip: float, **options: Any) -> None:
         super().__init__(groups, **options)
         self._clip = clip
-        # DeepSpeed's engine looks for these two.
+        # DeepSpeed's engine reads these two attributes.
         self.overflow = False
         self._global_grad_norm = 0.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take a step, unless the gradient is not finite.
-
-        Parameters
-        ----------
-        closure : None
-            Not supported.
-        """
-        # Gradients are averaged over the processes by now, so all of them come to the same verdict.
+        """Take a step, unless the gradient is not finite; `closure` is not supported."""
+        # The gradients are averaged over the processes already, so every process makes the same decision.
         parameters = [p for group in self.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
         self._global_grad_norm = float(norm)
@@ -60,37 +54,37 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split parameters into those that decay and those that do not.
+    """Split the parameters into a group with weight decay and a group without.
 
     Parameters
     ----------
     module : nn.Module
         The model.
     weight_decay : float
-        Decay of the matrices.
+        Weight decay of the matrices.
 
     Returns
     -------
     list of dict
-        Two groups for an optimiser; every trainable parameter is in exactly one.
+        Two parameter groups for an optimiser. Every trainable parameter is in exactly one of them.
     """
-    decayed, kept = [], []
+    decayed, others = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             free = parameter.ndim <= 1 or name.endswith(("cls_token", "mask_token"))
-            (kept if free else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+            (others if free else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: int) -> torch.optim.Optimizer:
-    """PyTorch's own AdamW: nothing to compile, and one of those that ZeRO knows.
+    """Build PyTorch's AdamW, which ZeRO supports and which needs no compilation.
 
     Parameters
     ----------
     module : nn.Module
         The model.
     config : OptimizerConfig
-        How it learns.
+        Optimiser settings.
     zero_stage : int
         ZeRO's stage.
 
@@ -100,7 +94,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: i
         The optimiser that DeepSpeed wraps.
     """
     groups = parameter_groups(module, config.weight_decay)
-    # One pass over memory in place of ten, on a processor, too.
+    # The fused version passes over the memory once in place of ten times, on CPUs too.
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
     if zero_stage == 0:
         return GuardedAdamW(groups, clip=config.grad_clip, **options)
@@ -108,30 +102,30 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: i
 
 
 def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's own config out of ours.
+    """Translate the run's config into DeepSpeed's own.
 
     Parameters
     ----------
     config : PretrainConfig
         The request.
     parameters : int
-        Trainable values of the model.
+        Number of trainable parameters of the model.
     device : torch.device
-        Where it trains.
+        Device of the training.
 
     Returns
     -------
     dict
-        What `deepspeed.initialize` takes; `config.deepspeed` is merged over it.
+        The config for `deepspeed.initialize`, with `config.deepspeed` merged over it.
     """
     share = config.batch_size // config.num_processes
-    # The buckets are buffers: of DeepSpeed's 5e8 values each, a small model would pay gigabytes.
+    # Each bucket is a buffer. DeepSpeed's default of 5e8 values would cost gigabytes even for a small model.
     bucket = int(min(5e8 if device.type == "cuda" else 5e7, max(parameters, 2**16)))
     generated: dict[str, Any] = {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.micro,
         "gradient_accumulation_steps": share // config.micro,
-        # Stage 0 clips in its optimiser, where the norm is seen and a NaN stopped.
+        # At stage 0, `GuardedAdamW` clips: it computes the norm anyway and stops NaN.
         "gradient_clipping": config.optimizer.grad_clip if config.zero_stage else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
@@ -140,12 +134,12 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         },
-        # Stage 1 adds each bf16 gradient to the float32 ones as soon as it is there, and drops it.
+        # Stage 1 then adds each bf16 gradient to the float32 gradients at once and frees it.
         "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": config.precision == "bf16"},
-        # Without these two, bf16 gradients are summed over processes and micro batches in bf16.
+        # Without these two keys, bf16 gradients would be reduced and accumulated in bf16.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        # PyTorch's own Adam works on the processor too; DeepSpeed's is compiled for minutes.
+        # PyTorch's Adam works on the CPU too, whereas DeepSpeed's CPU Adam is compiled for minutes.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -155,67 +149,58 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
         generated["zero_optimization"]["offload_optimizer"] = pinned
         if config.offload == "all":
             generated["zero_optimization"]["offload_param"] = dict(pinned)
-    return merged(generated, config.deepspeed)
+    return merge(generated, config.deepspeed)
 
 
 def start_engine(deepspeed: Any, config: PretrainConfig, device: torch.device) -> Any:
-    """Build the model, its optimiser and DeepSpeed's engine around them.
+    """Build the model, its optimiser and DeepSpeed's engine.
 
     Parameters
     ----------
     deepspeed : module
-        DeepSpeed, as `pretrain.runs.distributed.import_deepspeed` gives it.
+        DeepSpeed, from `pretrain.runs.distributed.import_deepspeed`.
     config : PretrainConfig
-        The request.
+        The run's config.
     device : torch.device
-        Where it trains.
+        Device of the training.
 
     Returns
     -------
     DeepSpeedEngine
-        The engine, with Adam's moments in place.
+        The engine, with Adam's moments allocated.
     """
     torch.manual_seed(config.seed)
     model = build_autoencoder(config.model)
     settings = deepspeed_config(config, parameters=count_parameters(model), device=device)
-    # Fused AdamW wants its parameters on the GPU already.
+    # Fused AdamW needs its parameters on the GPU when it is created.
     model.to(device)
     optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage)
-    # Its bf16 optimiser prints memory tables, whatever the log level.
+    # DeepSpeed's bf16 optimiser prints memory tables at every log level.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if hasattr(engine.optimizer, "get_grads_for_reduction"):
-        # The bf16 optimiser of stage 1 keeps its float32 gradients in one tensor a group. Bucketed together they would
-        # be copied to a new buffer and back at every step, on a single process, too; one by one they are reduced in
-        # place.
+        # The bf16 optimiser of stage 1 keeps the float32 gradients of each parameter group in one tensor. DeepSpeed
+        # would copy these tensors into a bucket and back in every step, even in a world of one process. With a bucket
+        # size of 0, each tensor is reduced in place.
         reduce = engine.buffered_allreduce_fallback
         engine.buffered_allreduce_fallback = lambda grads=None, elements_per_buffer=0: reduce(grads, 0)
     fill_optimizer_state(engine)
     return engine
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested dictionaries.
-
-    Parameters
-    ----------
-    base, over : mapping
-        Where both have a value, `over` wins.
-
-    Returns
-    -------
-    dict
-        A new dictionary.
-    """
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested dictionaries into a new one; where both have a value, the value of `over` is taken."""
     out = dict(base)
     for key, value in over.items():
         below = out.get(key)
-        out[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        out[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return out
 
 
 def fill_optimizer_state(engine: Any) -> None:
-    """Give Adam its moments, zero, before the first step, so that a checkpoint has the same content at any step.
+    """Allocate Adam's moments, filled with zeros, before the first step.
+
+    A checkpoint then holds the same tensors at any step.
 
     Parameters
     ----------
@@ -224,29 +209,18 @@ def fill_optimizer_state(engine: Any) -> None:
     """
     inner = _inner(engine)
     fused = bool(inner.defaults.get("fused"))
-    for flat in _stepped(engine):
+    for flat in _updated_tensors(engine):
         if not inner.state[flat]:
-            # As torch.optim.Adam itself makes them at the first step.
+            # The same tensors that torch.optim.Adam creates in its first step.
             counter = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
             inner.state[flat] = {"step": counter} | {name: torch.zeros_like(flat) for name in MOMENTS}
     if engine.zero_optimization_stage() in (1, 2):
-        # Where each parameter's moments lie; DeepSpeed finds out at its first step otherwise.
+        # DeepSpeed otherwise finds out in its first step where the moments of each parameter are.
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def adam_steps(engine: Any) -> int:
-    """Count the steps that Adam took, without those left out; its bias correction depends on them.
-
-    Parameters
-    ----------
-    engine : DeepSpeedEngine
-        The engine.
-
-    Returns
-    -------
-    int
-        Steps.
-    """
+    """Return the number of steps that Adam took, skipped steps not counted; its bias correction depends on it."""
     return int(next(iter(_inner(engine).state.values()))["step"])
 
 
@@ -335,20 +309,21 @@ def load_state(engine: Any, saved: CheckpointReader) -> None:
 
 
 def _inner(engine: Any) -> torch.optim.Optimizer:
-    """Adam itself, under ZeRO's wrapping."""
+    """Adam itself, inside ZeRO's wrapper."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _stepped(engine: Any) -> list[Tensor]:
-    """Tensors that Adam steps: the parameters at stage 0, else this process's flat parts of the float32 weights."""
+def _updated_tensors(engine: Any) -> list[Tensor]:
+    """Tensors that Adam updates: the parameters at stage 0, else this process's flat parts of the float32 weights."""
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in _inner(engine).param_groups for p in group["params"] if p.requires_grad]
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    kept = module.state_dict().keys()
-    return [(name, buffer) for name, buffer in module.named_buffers() if name in kept]
+    """Buffers that belong to the weights, by name."""
+    saved = module.state_dict().keys()
+    return [(name, buffer) for name, buffer in module.named_buffers() if name in saved]
 
 
 def _numel(parameter: nn.Parameter) -> int:
@@ -361,13 +336,13 @@ def _to_cpu(whole: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
-    """Whole float32 weight (without a key) or moment of a parameter; collective from stage 1 on."""
+    """Gather a parameter's whole moment, or float32 weight if key is None; a collective operation from stage 1 on."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if engine.zero_optimization_stage() == 0:
         return parameter if key is None else _inner(engine).state[parameter][key]
     if key is None and not hasattr(parameter, "ds_id") and parameter.dtype == torch.float32:
-        # Float32 parameters of stages 1 and 2 are whole on every process.
+        # At stages 1 and 2, each process holds the whole float32 parameters.
         return parameter
     found = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
     assert found is not None
@@ -375,7 +350,7 @@ def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
 
 
 def _own_part(parameter: Any, whole: Tensor) -> Tensor:
-    """Cut out the part of a parameter that lies here under stage 3, with zeros behind the end."""
+    """Cut out the part of a parameter that this process holds under stage 3; zeros pad the last part."""
     size = parameter.ds_tensor.numel()
     flat = whole.flatten()
     start = size * torch.distributed.get_rank()
@@ -395,10 +370,10 @@ def _set_weight(engine: Any, parameter: Any, whole: Tensor) -> None:
             safe_set_local_fp32_param(parameter, part)
         parameter.ds_tensor.data.copy_(part)
         if parameter.numel() == parameter.ds_numel:
-            # Small ones stay whole on every process.
+            # DeepSpeed keeps small parameters whole on every process.
             parameter.data.copy_(whole.view(parameter.ds_shape))
         return
-    # Rounded as DeepSpeed itself rounds its float32 masters.
+    # Copying rounds float32 to the parameter's own format, as DeepSpeed does with its master weights.
     parameter.data.copy_(whole)
     if engine.zero_optimization_stage() and parameter.requires_grad:
         safe_set_full_fp32_param(parameter, whole)

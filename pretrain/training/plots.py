@@ -24,18 +24,18 @@ INK, TRUE, MADE, SHADE, SOFT = "#22303c", "#8d99a6", "#d1495b", "#eef1f4", "#9cc
 def plot_reconstruction(
     path: Path, model: Any, dataset: EEGDataset | Mixture, world: World, *, step: int, windows: int = 4
 ) -> None:
-    """Draw hidden, rebuilt and true signal of some held-out windows; every process must call it.
+    """Draw hidden, reconstructed and true signal of some held-out windows; every process must call this function.
 
     Parameters
     ----------
     path : Path
-        Image to write; only the first process does.
+        Image to write; only the first process writes it.
     model : MaskedAutoencoder
-        The model as it trains, possibly spread over the processes.
+        The model, possibly divided among the processes.
     dataset : EEGDataset or Mixture
         The val split.
     world : World
-        This process among all.
+        The processes.
     step : int
         Optimiser steps done, for the title.
     windows : int
@@ -53,10 +53,10 @@ def plot_reconstruction(
     made_BNP = model.reconstruct(x_BCT, **inputs).float()
     model.train()
     hidden_BCT = model.hidden_signal(**inputs).cpu().numpy()
-    # The montage tokenizer rebuilds true channels alone.
+    # The montage tokenizer reconstructs true channels only, so the padding rows are cut off.
     x_BCT = x_BCT[:, : hidden_BCT.shape[1]]
     if model.config.normalize_targets:
-        # Predictions are in units of each token's own spread: bring them back with the true one.
+        # The model predicts normalized tokens. Scale them back with mean and deviation of the true tokens.
         true_BNP = model.tokenize(x_BCT)
         made_BNP = made_BNP * (true_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt() + true_BNP.mean(dim=-1, keepdim=True)
     if not world.first:
@@ -88,7 +88,7 @@ def _draw(
     time_T = np.arange(true_BCT.shape[-1]) / dataset.spec.sfreq
     for row, meta in enumerate(metas):
         true_CT, made_CT = true_BCT[row], made_BCT[row]
-        # Two channels apart from each other; the order of the names usually runs from front to back.
+        # Two channels at a distance: the order of channels usually runs from the front of the head to its back.
         for column, channel in enumerate((meta["n"] // 4, (3 * meta["n"]) // 4)):
             axis = axes[row][column]
             hidden_T = hidden_BCT[row, channel]
@@ -99,8 +99,8 @@ def _draw(
             axis.plot(time_T, true_CT[channel], color=TRUE, linewidth=1.1, zorder=2)
             seen = np.where(hidden_T, np.nan, true_CT[channel])
             axis.plot(time_T, seen, color=INK, linewidth=2.4, zorder=3, solid_capstyle="round")
-            rebuilt = np.where(hidden_T, made_CT[channel], np.nan)
-            axis.plot(time_T, rebuilt, color=MADE, linewidth=1.8, zorder=4)
+            reconstructed = np.where(hidden_T, made_CT[channel], np.nan)
+            axis.plot(time_T, reconstructed, color=MADE, linewidth=1.8, zorder=4)
             fit = _correlation(true_CT[channel][hidden_T], made_CT[channel][hidden_T])
             axis.set_title(
                 f"{meta['subject']} · {meta['ch_names'][channel]}", loc="left", fontsize=10, color=INK, pad=4
@@ -117,11 +117,11 @@ def _draw(
     handles = [
         Line2D([], [], color=INK, linewidth=2.4, label="shown to the model"),
         Line2D([], [], color=TRUE, linewidth=1.1, label="true signal"),
-        Line2D([], [], color=MADE, linewidth=1.8, label="rebuilt by the model"),
+        Line2D([], [], color=MADE, linewidth=1.8, label="reconstructed by the model"),
         Patch(color=SHADE, label="hidden from the model"),
     ]
     figure.suptitle(
-        f"Held-out EEG, rebuilt from the {1 - hidden_BCT[0, 0].mean():.0%} of it that the model saw (step {step})",
+        f"Held-out EEG, reconstructed from the {1 - hidden_BCT[0, 0].mean():.0%} that the model saw (step {step})",
         color=INK,
         fontsize=13,
     )
@@ -136,7 +136,7 @@ def _correlation(a_T: np.ndarray, b_T: np.ndarray) -> float:
 
 
 def plot_loss(path: Path, metrics: list[dict[str, Any]]) -> None:
-    """Draw training and held-out loss over steps.
+    """Draw the training loss and the held-out loss over the steps.
 
     Parameters
     ----------

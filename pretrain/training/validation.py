@@ -1,4 +1,4 @@
-"""Held-out loss: the same windows and the same masks every time, for any number of processes.
+"""Held-out loss: on the same windows and with the same masks every time, for any number of processes.
 
 Letters in names: B windows, C channels, T time samples.
 """
@@ -18,25 +18,13 @@ from data_sharding.dataset.mixture import Mixture
 from pretrain.runs.distributed import World
 from pretrain.training.config import PretrainConfig
 
-# Of the evaluation's masks; apart from the run's seed, so that runs of different seeds are comparable.
 MASK_SEED = 20230629
+"""Seed for the masks of the evaluation. It does not depend on the run's seed, so runs with different seeds can be
+compared."""
 
 
-def held_out_windows(dataset: EEGDataset | Mixture, most: int) -> list[int]:
-    """Choose the windows that the model is judged on.
-
-    Parameters
-    ----------
-    dataset : EEGDataset or Mixture
-        The val split.
-    most : int
-        Most windows; 0 for all.
-
-    Returns
-    -------
-    list of int
-        Their numbers, spread evenly over the split.
-    """
+def choose_windows(dataset: EEGDataset | Mixture, most: int) -> list[int]:
+    """Return the numbers of at most `most` windows, spread evenly over the split; of all windows if `most` is 0."""
     count = min(most or len(dataset), len(dataset))
     return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
 
@@ -48,10 +36,10 @@ def evaluate(
     config: PretrainConfig,
     world: World,
     *,
-    alive: Callable[[], None] = lambda: None,
+    before_batch: Callable[[], None] = lambda: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Loss on the val split; every process must call it.
+    """Compute the loss on the val split; every process must call this function.
 
     Parameters
     ----------
@@ -60,38 +48,40 @@ def evaluate(
     dataset : EEGDataset or Mixture
         The val split.
     config : PretrainConfig
-        The request.
+        The run's config.
     world : World
-        This process among all.
-    alive : callable
-        Called before each batch, for whoever watches over hanging processes.
+        The processes.
+    before_batch : callable
+        Called before each batch, to report progress to the watchdog.
     stopping : callable
-        Asked before each batch whether somebody wants the training to stop.
+        Called before each batch; tells whether a stop was requested in this process.
 
     Returns
     -------
     dict or None
-        ``val_loss``, mean over the windows, and ``val_explained``, the share of the hidden tokens' squares that the
-        reconstruction accounts for (0 for predicting zero, 1 for perfect); then the loss of each corpus and of each
-        number of true channels among the windows, as ``val_loss_corpus/NAME`` and ``val_loss_channels/NUMBER``. None
-        where somebody wants to stop, on any process: a whole evaluation may take longer than the grace that is left.
+        ``val_loss``: mean over the windows. ``val_explained``: share of the hidden tokens' squares that the
+        reconstruction explains; 0 for predicting zero, 1 for a perfect reconstruction. ``val_loss_corpus/NAME`` and
+        ``val_loss_channels/NUMBER``: mean over the windows of one corpus, or with one number of true channels. None if
+        a stop was requested in any process: a batch system may not wait until a whole evaluation ends.
     """
-    windows = held_out_windows(dataset, config.evaluation.windows)
+    windows = choose_windows(dataset, config.evaluation.windows)
     mine = windows[world.rank :: world.size]
     batch_size = config.evaluation.batch_size or config.micro
-    # The model may be spread over the processes: all of them must run it equally often.
+    # Under ZeRO stage 3 a forward pass is a collective operation, so all processes must run equally many.
     rounds = math.ceil(math.ceil(len(windows) / world.size) / batch_size)
     model = engine.module
     model.eval()
     loss, power = 0.0, 0.0
+    # Sum of losses and number of windows of each part.
     parts: dict[str, tuple[float, int]] = {}
     for start in range(0, rounds * batch_size, batch_size):
-        alive()
+        before_batch()
         if world.any(stopping()):
             model.train()
             return None
         numbers = mine[start : start + batch_size]
         counted = bool(numbers)
+        # A process without windows in this round runs any window, and does not count the result.
         numbers = numbers or windows[:1]
         batch = collate(dataset, numbers)
         x_BCT = model.windows(batch, dataset.spec, world.device)
@@ -109,11 +99,14 @@ def evaluate(
     model.train()
     loss, power, count = world.all_reduce_sum(loss, power, len(mine))
     result = {"val_loss": loss / count, "val_explained": 1.0 - loss / power if power else 0.0}
-    return result | _means(world.all_gather(parts))
+    return result | _average_parts(world.all_gather(parts))
 
 
-def _means(of_processes: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """Mean loss of each part of the windows, out of the processes' sums and counts."""
-    names = sorted({name for parts in of_processes for name in parts})
-    found = {name: [parts[name] for parts in of_processes if name in parts] for name in names}
-    return {f"val_loss_{name}": sum(v for v, _ in pairs) / sum(n for _, n in pairs) for name, pairs in found.items()}
+def _average_parts(of_processes: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
+    """Mean loss of each part of the windows, from the sums and counts of all processes."""
+    sums: dict[str, tuple[float, int]] = {}
+    for parts in of_processes:
+        for name, (total, number) in parts.items():
+            before, counted = sums.get(name, (0.0, 0))
+            sums[name] = before + total, counted + number
+    return {f"val_loss_{name}": total / number for name, (total, number) in sorted(sums.items())}

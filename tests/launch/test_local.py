@@ -76,7 +76,7 @@ def test_stop_ends_with_75_and_the_same_command_goes_on(pretraining: list[str], 
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 75, text
-    assert f"going on from step {status['step']}" in text
+    assert f"resuming from step {status['step']}" in text
 
 
 def test_a_refusal_of_the_processes_is_one_line_and_2(pretraining: list[str], tmp_path: Path):

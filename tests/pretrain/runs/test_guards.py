@@ -32,8 +32,9 @@ from pretrain.runs.checkpoint import CheckpointReader, complete_checkpoints
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.guards import GuardConfig, SpikeDetector, Watchdog
 from pretrain.runs.stop import StopSignal
-from pretrain.train import _Training, main
+from pretrain.train import main
 from pretrain.training.config import OptimizerConfig
+from pretrain.training.trainer import Trainer
 
 from ..conftest import ROOT, environment, losses, metrics, write_config
 
@@ -69,15 +70,15 @@ class TestSpikes:
     def test_only_what_is_far_above_the_last_losses_counts(self) -> None:
         detector = SpikeDetector(GuardConfig(spike_window=16))
         values = np.random.default_rng(0).normal(1.0, 0.01, 200)
-        assert all(detector.seen(float(value)) is None for value in values)
-        assert detector.seen(0.5) is None
-        assert detector.seen(float("nan")) is None
+        assert all(detector.check(float(value)) is None for value in values)
+        assert detector.check(0.5) is None
+        assert detector.check(float("nan")) is None
         detector = SpikeDetector(GuardConfig(spike_window=16), values[-16:].tolist())
-        assert "1.2" in (detector.seen(1.2) or "")
+        assert "1.2" in (detector.check(1.2) or "")
         # The spike itself is not remembered: the next one is seen as well.
-        assert detector.seen(1.2) is not None
-        assert SpikeDetector(GuardConfig(spike_window=16), values[:15].tolist()).seen(9.0) is None
-        assert SpikeDetector(GuardConfig(spike_window=16, spike_sigma=0), values[:16].tolist()).seen(9.0) is None
+        assert detector.check(1.2) is not None
+        assert SpikeDetector(GuardConfig(spike_window=16), values[:15].tolist()).check(9.0) is None
+        assert SpikeDetector(GuardConfig(spike_window=16, spike_sigma=0), values[:16].tolist()).check(9.0) is None
 
     @pytest.fixture(scope="class")
     def with_giant(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -124,7 +125,7 @@ class TestSpikes:
         run = tmp_path / "run"
         config = write_config(tmp_path / "c.yaml", output=str(run), **self.settings(with_giant, seed))
         assert main([str(config)]) == 0
-        assert "back to step 6, and without batches 7 to 8" in capsys.readouterr().err
+        assert "back to step 6; batches 7 to 8 are left out" in capsys.readouterr().err
         # The spike came in step 9, that is batch 8; the checkpoint before it is of step 6.
         assert [found["batches"] for found in json.loads((run / "left_out.json").read_text())] == [[7, 9]]
         assert [line["rewound_from"] for line in metrics(run) if "rewound_from" in line] == [9]
@@ -171,7 +172,7 @@ class TestSpikes:
     ) -> None:
         config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "run"), **self.settings(with_giant, seed))
         assert main([str(config), "--checkpoint.every", "2", "--checkpoint.keep", "1"]) == 0
-        assert "back to step 8, and without batches 7 to 8" in capsys.readouterr().err
+        assert "back to step 8; batches 7 to 8 are left out" in capsys.readouterr().err
 
     def test_a_spike_before_the_first_checkpoint_is_a_step_like_any_other(
         self, with_giant: Path, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -179,7 +180,7 @@ class TestSpikes:
         settings = self.settings(with_giant, seed) | {"checkpoint": {"every": 9}, "evaluation": {"every": 9}}
         config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "run"), **settings)
         assert main([str(config)]) == 0
-        assert "there is no checkpoint to go back to yet" in capsys.readouterr().err
+        assert "there is no checkpoint yet" in capsys.readouterr().err
         assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == list(range(1, 15))
         assert [line["step"] for line in metrics(tmp_path / "run") if "val_loss" in line] == [0, 9, 14]
         assert (tmp_path / "run" / "checkpoints" / "step_00000009").is_dir()
@@ -195,14 +196,14 @@ class TestWatchdog:
             for dog in dogs:
                 dog.at(7, "computing")
             time.sleep(0.2)
-            assert "all processes wait in step 8 while computing" in dogs[0].verdict()
+            assert "all processes wait in step 8 while computing" in dogs[0].diagnose()
             for dog in (dogs[0], dogs[2]):
                 dog.at(8, "agreeing on the loss")
             time.sleep(0.2)
             for dog in dogs:
-                assert re.search(r"rank 1 .* in step 8 while computing: the others wait for it", dog.verdict())
+                assert re.search(r"rank 1 .* in step 8 while computing: the others wait for it", dog.diagnose())
             dogs[1].__exit__()
-            assert re.search(r"rank 1 .*: stopped, dead or cut off", dogs[0].verdict())
+            assert re.search(r"rank 1 .*: stopped, dead or cut off", dogs[0].diagnose())
 
     def test_a_store_that_does_not_answer_is_not_waited_for(self, tmp_path: Path) -> None:
         keep = "import sys, time, torch.distributed as dist; "
@@ -354,7 +355,7 @@ class TestCheckpoints:
         error = capsys.readouterr().err
         assert f"checkpoint {newest} is damaged" in error
         assert victim.name in error
-        assert "going on from step 10" in error
+        assert "resuming from step 10" in error
         assert losses(copy) == losses(run)
         ours, theirs = weights(newest), weights(run / "checkpoints" / "step_00000012")
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -378,15 +379,15 @@ class TestCheckpoints:
     ) -> None:
         config, whole = finished
         words = [str(config), "--output", str(tmp_path / "run")]
-        take_step = _Training.take_step
+        take_step = Trainer.take_step
 
-        def fails(training: _Training, batch: Batch) -> float:
-            if training.step == 4:
+        def fails(training: Trainer, batch: Batch) -> float:
+            if training.global_step == 4:
                 raise OSError("power cut")
             return take_step(training, batch)
 
         with monkeypatch.context() as patch, pytest.raises(OSError, match="power cut"):
-            patch.setattr(_Training, "take_step", fails)
+            patch.setattr(Trainer, "take_step", fails)
             main([*words, "--checkpoint.every", "8", "--checkpoint.milestones", "null"])
         assert len(losses(tmp_path / "run")) == 4
         (tmp_path / "run" / "left_out.json").write_text('[{"batches": [0, 4], "step": 4, "loss": "of old"}]')
@@ -451,7 +452,7 @@ class TestCheckpoints:
         # With room again, the same command finishes from what there was.
         shutil.copytree(small_disk / "run", tmp_path / "roomy")
         assert main([str(config), "--output", str(tmp_path / "roomy")]) == 0
-        assert "going on from step 2" in capsys.readouterr().err
+        assert "resuming from step 2" in capsys.readouterr().err
         assert losses(tmp_path / "roomy") == losses(run)
 
 

@@ -182,8 +182,8 @@ def test_a_killed_process_costs_some_steps_again(runs: Path, run: Path) -> None:
     os.kill(training.workers()[1], signal.SIGKILL)
     assert training.wait() == 0, training.log.read_text()[-3000:]
     said = training.log.read_text()
-    assert "a training process died; starting again" in said
-    assert said.count("going on from step") == 2
+    assert "a training process died; restarting" in said
+    assert said.count("resuming from step") == 2
     is_undisturbed(run, runs)
 
 
@@ -193,7 +193,7 @@ def test_a_killed_reading_process_counts_as_one_of_the_training(runs: Path, run:
     training.wait_for(BEGUN + 15)
     os.kill(training.readers()[1], signal.SIGKILL)
     assert training.wait() == 0, training.log.read_text()[-3000:]
-    assert "a training process died; starting again" in training.log.read_text()
+    assert "a training process died; restarting" in training.log.read_text()
     is_undisturbed(run, runs)
 
 
@@ -202,7 +202,7 @@ def test_a_lone_process_is_started_again_too(runs: Path, run: Path) -> None:
     training.wait_for(BEGUN + 15)
     os.kill(training.workers()[0], signal.SIGKILL)
     assert training.wait() == 0, training.log.read_text()[-3000:]
-    assert training.log.read_text().count("going on from step") == 2
+    assert training.log.read_text().count("resuming from step") == 2
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, STEPS + 1))
 
 
@@ -372,7 +372,7 @@ def test_two_hosts_survive_the_loss_of_one(two_hosts: list[str], runs: Path, run
     second = host(1)
     assert first.wait() == 0, first.log.read_text()[-3000:]
     assert second.wait() == 0
-    assert first.log.read_text().count("going on from step") == 2
+    assert first.log.read_text().count("resuming from step") == 2
     is_undisturbed(run, runs)
 
 

@@ -1,0 +1,121 @@
+"""Counting of work and time between two lines of metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from data_sharding.dataset.batch import Batch
+from pretrain.model.flops import batch_flops, peak_flops
+from pretrain.runs.distributed import World
+from pretrain.training.config import PretrainConfig
+
+
+class Throughput:
+    """Steps, losses, tokens, arithmetic and waiting time since the last line of metrics.
+
+    Parameters
+    ----------
+    config : PretrainConfig
+        The run's config.
+    world : World
+        The processes.
+
+    Attributes
+    ----------
+    steps : int
+        Steps since the last line, those before an interruption of the run included.
+    losses : list of float or None
+        Losses of these steps; None for a loss that was not finite.
+    """
+
+    def __init__(self, config: PretrainConfig, world: World) -> None:
+        self._model, self._batch_size, self._world = config.model, config.batch_size, world
+        self._peak = peak_flops(world.device, config.precision, config.peak_tflops)
+        if self._peak is not None:
+            # The first call counts the model's operations, which takes seconds. Call it here, so that it does not
+            # count as training time. A window of one channel also prepares the count for other numbers of channels.
+            batch_flops(self._model, [1, self._model.encoder.channels])
+        self.reset()
+
+    def reset(self, steps: int = 0, losses: Sequence[float | None] = ()) -> None:
+        """Begin a new line of metrics.
+
+        Parameters
+        ----------
+        steps : int
+            Steps that belong to the line already, where a run is resumed between two lines.
+        losses : sequence of float or None
+            Losses of these steps.
+        """
+        self.steps, self.losses = steps, list(losses)
+        # Steps, arithmetic and tokens of this process since it was started: an interruption must not change the rates.
+        self._timed_steps = 0
+        self._stall_s = self._flops = 0.0
+        self._tokens = 0
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Count time from now on."""
+        self._started = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time within the block out of the count."""
+        since = time.monotonic()
+        yield
+        self._started += time.monotonic() - since
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time within the block as waiting for data."""
+        since = time.monotonic()
+        yield
+        self._stall_s += time.monotonic() - since
+
+    def add(self, batch: Batch, loss: float) -> None:
+        """Count a step.
+
+        Parameters
+        ----------
+        batch : Batch
+            This process's part of the batch.
+        loss : float
+            Mean loss over the global batch.
+        """
+        self.steps += 1
+        self._timed_steps += 1
+        self.losses.append(loss if math.isfinite(loss) else None)
+        encoder = self._model.encoder
+        self._tokens += sum(map(encoder.token_rows, batch.channels)) * encoder.tokens
+        if self._peak is not None:
+            self._flops += batch_flops(self._model, batch.channels)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss since the last line; NaN if one of the losses was not finite."""
+        return sum(float("nan") if loss is None else loss for loss in self.losses) / self.steps
+
+    def rates(self) -> dict[str, Any]:
+        """Return the rates since the last line; every process must call this method.
+
+        Returns
+        -------
+        dict
+            ``samples_per_s`` and ``tokens_per_s`` over all processes, ``mfu`` (model-FLOPs utilisation, or None for a
+            device whose peak is not known), and ``data_stall_s`` and ``data_stall_share`` of the process that waited
+            longest.
+        """
+        seconds = time.monotonic() - self._started
+        (stall_s,) = self._world.all_reduce_max(self._stall_s)
+        flops, tokens = self._world.all_reduce_sum(self._flops, self._tokens)
+        return {
+            "samples_per_s": self._timed_steps * self._batch_size / seconds,
+            "tokens_per_s": tokens / seconds,
+            "mfu": None if self._peak is None else flops / seconds / self._peak / self._world.size,
+            "data_stall_s": stall_s,
+            "data_stall_share": stall_s / seconds,
+        }

@@ -1,0 +1,418 @@
+"""The training loop of pretraining: steps, metrics, evaluations, checkpoints, and the return from a loss spike."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_sharding.common.errors import RequestError
+from data_sharding.dataset.batch import Batch
+from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.loader import Loader
+from data_sharding.dataset.mixture import Mixture
+from pretrain.runs.checkpoint import CheckpointReader, complete_checkpoints, find_damage, step_folder
+from pretrain.runs.checkpoint_writer import CheckpointWriter
+from pretrain.runs.directory import RunDirectory
+from pretrain.runs.distributed import World
+from pretrain.runs.guards import SpikeDetector, Watchdog
+from pretrain.runs.stop import StopSignal
+from pretrain.runs.tracking import live_table
+from pretrain.training.config import PretrainConfig
+from pretrain.training.data_summary import count_subjects, describe_data
+from pretrain.training.deepspeed_engine import adam_steps, gather_state, load_state
+from pretrain.training.left_out import LEFT_OUT, is_left_out, read_left_out, write_left_out
+from pretrain.training.throughput import Throughput
+from pretrain.training.validation import evaluate
+
+
+class Trainer:
+    """One pretraining run, as one of its processes sees it.
+
+    Every process makes the same decisions in the same order, because most methods contain collective operations: they
+    decide from values that are equal on all processes (the reduced loss, the step), or rank 0 decides and broadcasts.
+
+    Parameters
+    ----------
+    config : PretrainConfig
+        The run's config.
+    run : RunDirectory
+        Where the run is written.
+    train, held_out : EEGDataset or Mixture
+        Splits train and val.
+    engine : DeepSpeedEngine
+        From `pretrain.training.deepspeed_engine.start_engine`.
+    world : World
+        The processes.
+    stop : StopSignal
+        Tells whether a stop was requested.
+
+    Attributes
+    ----------
+    global_step : int
+        Optimiser steps done.
+    total_steps : int
+        Optimiser steps of the whole run.
+    stopping : bool
+        True once a stop was requested on any process.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        run: RunDirectory,
+        train: EEGDataset | Mixture,
+        held_out: EEGDataset | Mixture,
+        engine: Any,
+        world: World,
+        stop: StopSignal,
+    ) -> None:
+        self.config, self.run, self.engine, self.world, self.stop = config, run, engine, world, stop
+        self.train_set, self.held_out = train, held_out
+        self.loader = Loader(
+            train,
+            config.batch_size,
+            config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            num_workers=config.num_workers,
+            order=config.order,
+        )
+        self.total_steps = config.total_steps(len(train))
+        self.global_step = self.skipped = self.skipped_in_a_row = 0
+        self.stopping = False
+        # True before the first step, and after an evaluation that was interrupted by a requested stop.
+        self.evaluation_due = True
+        self.throughput = Throughput(config, world)
+        self.spikes = SpikeDetector(config.guards)
+        self.left_out: list[dict[str, Any]] = world.broadcast(read_left_out(run) if world.first else None)
+        self.writer = CheckpointWriter(
+            run.checkpoints, world, keep=config.checkpoint.keep, milestones=config.checkpoint.milestones
+        )
+        self.watchdog = Watchdog(config.timeout_s, rank=world.rank, size=world.size, run=run)
+        self.subjects = count_subjects(train) if world.first else 0
+
+    def resume(self, *, rewind: bool = False) -> None:
+        """Restore the newest undamaged checkpoint, if there is one.
+
+        Parameters
+        ----------
+        rewind : bool
+            True when a running training goes back to a checkpoint; then there is at least one.
+
+        Raises
+        ------
+        RequestError
+            If all checkpoints are damaged, or this version cannot read the newest.
+        """
+        folder, fault = self.world.broadcast(self._find_newest() if self.world.first else None)
+        if fault is not None:
+            raise RequestError(fault)
+        if folder is None:
+            # An earlier attempt may have ended before its first checkpoint: delete what it wrote.
+            self.run.rewind_metrics(-1)
+            self.left_out = []
+            if self.world.first:
+                write_left_out(self.run, [])
+            return
+        with CheckpointReader(folder) as reader:
+            saved = reader.manifest
+            self.loader.load_state_dict(saved["loader"])
+            load_state(self.engine, reader)
+        self.global_step, self.skipped = saved["step"], saved["skipped"]
+        self.skipped_in_a_row = saved["skipped_in_a_row"]
+        self.spikes = SpikeDetector(self.config.guards, saved["recent_losses"])
+        self.evaluation_due = not rewind and saved.get("evaluation_due", False)
+        self.throughput.reset(saved["interval"]["steps"], saved["interval"]["losses"])
+        # The evaluation of the last step is written after the last checkpoint, so it will be written again.
+        evaluated = not self.evaluation_due and self.global_step < self.total_steps
+        self.run.rewind_metrics(self.global_step, evaluated=evaluated)
+        if self.world.first and not rewind:
+            print(f"dreamscale pretrain: resuming from step {self.global_step} ({folder})", file=sys.stderr)
+
+    def _find_newest(self) -> tuple[Path | None, str | None]:
+        """Newest checkpoint, or the reason why there is none; rank 0 tells the others either way."""
+        try:
+            return self.run.latest(self.left_out), None
+        except RequestError as error:
+            return None, str(error)
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step, unless there is one; wait for it unless it is asynchronous."""
+        self.writer.wait()
+        folder = step_folder(self.run.checkpoints, self.global_step)
+        # Rank 0 alone looks at the disk; other machines may see it late.
+        if not self.world.broadcast(self.world.first and find_damage(folder, read_bytes=False)):
+            return
+        manifest = {
+            "zero_stage": self.config.zero_stage,
+            "precision": self.config.precision,
+            "loader": self.loader.state_dict(),
+            "adam_steps": adam_steps(self.engine),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "recent_losses": self.spikes.recent,
+            "evaluation_due": self.evaluation_due,
+            "interval": {"steps": self.throughput.steps, "losses": self.throughput.losses},
+            "left_out": self.left_out,
+            "epochs": self.loader.epoch,
+            "data": describe_data(self.train_set, self.subjects, self.global_step * self.config.batch_size),
+        }
+        tensors = gather_state(self.engine, self.world)
+        asynchronous = self.config.checkpoint.asynchronous
+        self.writer.begin(self.global_step, tensors, manifest, asynchronous=asynchronous)
+        if not asynchronous:
+            self.writer.wait()
+
+    def save_last(self) -> None:
+        """Write a checkpoint of this step and wait until it is complete.
+
+        Raises
+        ------
+        RuntimeError
+            If the checkpoint could not be written.
+        """
+        self.watchdog.at(self.global_step, "saving")
+        # An earlier asynchronous checkpoint may fail; that does not concern the last one.
+        self.writer.wait()
+        failed = self.writer.failed
+        self.save()
+        if not self.writer.wait() or self.writer.failed > failed:
+            raise RuntimeError(
+                f"the last checkpoint, of step {self.global_step}, could not be written; make room at {self.run.path} "
+                "and run the same command again: it resumes from the checkpoint before"
+            )
+
+    def rewind(self, spike: str, loss: float) -> bool:
+        """Go back to a checkpoint before a loss spike, and leave the batches that led to it out from now on.
+
+        Parameters
+        ----------
+        spike : str
+            Description of the spike.
+        loss : float
+            Loss of this step.
+
+        Returns
+        -------
+        bool
+            False if there is no checkpoint yet; then training continues.
+
+        Raises
+        ------
+        RuntimeError
+            If there were too many spikes.
+        """
+        guards = self.config.guards
+        self.writer.wait()
+        if not self.world.broadcast(self.world.first and bool(complete_checkpoints(self.run.checkpoints))):
+            self._say(
+                f"loss spike at step {self.global_step} ({spike}); training goes on, as there is no checkpoint yet"
+            )
+            self.spikes.accept(loss)
+            return False
+        end = self.loader.step
+        batches = f"batches {end - guards.leave_out} to {end - 1}"
+        if len(self.left_out) >= guards.max_rewinds:
+            raise RuntimeError(
+                f"loss spike at step {self.global_step} ({spike}), in {batches}, after {len(self.left_out)} earlier "
+                f"spikes (their batches are listed in {LEFT_OUT} of the run). To continue, run the same command with a "
+                f"larger guards.max_rewinds or guards.spike_sigma; or start another run, in another output, with a "
+                f"lower optimizer.lr"
+            )
+        spiked_at = self.global_step
+        self.left_out = [*self.left_out, {"batches": [end - guards.leave_out, end], "step": spiked_at, "loss": spike}]
+        if self.world.first:
+            # On disk before anything else, so that a restart leaves out the same batches.
+            write_left_out(self.run, self.left_out)
+        self.resume(rewind=True)
+        self.run.log(self.global_step, rewound_from=spiked_at, rewinds=len(self.left_out))
+        self._say(
+            f"loss spike at step {spiked_at} ({spike}); back to step {self.global_step}; {batches} are left out from "
+            "now on"
+        )
+        return True
+
+    def _say(self, message: str) -> None:
+        if self.world.first:
+            print(f"dreamscale pretrain: {message}", file=sys.stderr)
+
+    def evaluate(self) -> dict[str, float]:
+        """Compute the held-out loss and write it to the metrics.
+
+        Returns
+        -------
+        dict
+            The new metrics. Empty if a stop was requested meanwhile; then the evaluation is due again.
+        """
+        result = evaluate(
+            self.engine,
+            self.held_out,
+            self.config,
+            self.world,
+            before_batch=lambda: self.watchdog.at(self.global_step, "evaluating"),
+            stopping=lambda: self.stop.requested,
+        )
+        self.evaluation_due = result is None
+        if result is None:
+            self.stopping = True
+            return {}
+        self.run.log(self.global_step, **result)
+        return result
+
+    def take_step(self, batch: Batch) -> float:
+        """Take one optimiser step on one global batch.
+
+        Parameters
+        ----------
+        batch : Batch
+            This process's part.
+
+        Returns
+        -------
+        float
+            Mean loss over the global batch; NaN if it was not finite.
+
+        Raises
+        ------
+        RuntimeError
+            If the gradient was not finite in too many steps in a row.
+        """
+        config, engine = self.config, self.engine
+        for group in engine.optimizer.param_groups:
+            group["lr"] = config.optimizer.lr_at(self.global_step, self.total_steps, config.batch_size)
+        self.watchdog.at(self.global_step, "computing")
+        own_loss = self._accumulate_gradient(batch)
+        finite = math.isfinite(own_loss)
+        self.watchdog.at(self.global_step, "agreeing on the loss")
+        # One small all-reduce gives every process the loss, whether a loss was not finite, whether a stop was
+        # requested, and how far the asynchronous checkpoint is.
+        total, bad, stops, *written = self.world.all_reduce_sum(
+            own_loss if finite else 0.0, float(not finite), float(self.stop.requested), *self.writer.progress()
+        )
+        self.writer.settle(*written)
+        self.watchdog.at(self.global_step, "updating")
+        # The engine skips the step, on every process alike, if the reduced gradient is not finite.
+        engine.step()
+        skipped = not engine.was_step_applied()
+        if bad and not skipped:
+            raise RuntimeError(f"step {self.global_step}: the loss was not finite, but DeepSpeed took the step")
+        self.global_step += 1
+        self.stopping = self.stopping or stops > 0
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= config.max_skipped:
+            raise RuntimeError(
+                f"the gradient was not finite for {self.skipped_in_a_row} steps in a row, up to step "
+                f"{self.global_step}; check the data with 'dreamscale verify {self.train_set.path}'. The same command "
+                f"resumes from the newest checkpoint, with a larger max_skipped if you wish; a lower optimizer.lr "
+                f"needs another run, in another output"
+            )
+        return float("nan") if bad else total / self.world.size
+
+    def _accumulate_gradient(self, batch: Batch) -> float:
+        """Run forward and backward on this process's part, micro batch by micro batch; return its mean loss."""
+        config, engine, device = self.config, self.engine, self.world.device
+        # Masks are drawn for the whole part at once, so they do not depend on micro_batch_size.
+        inputs = engine.module.prepare(batch, config.seed)
+        losses = []
+        for start in range(0, len(batch.numbers), config.micro):
+            part = slice(start, start + config.micro)
+            x_BCT = engine.module.windows(batch[part], self.train_set.spec, device)
+            loss = engine(x_BCT, **{k: v[part].to(device, non_blocking=True) for k, v in inputs.items()}).mean()
+            engine.backward(loss)
+            losses.append(loss.detach())
+            if start + config.micro < len(batch.numbers):
+                # Not an update: DeepSpeed counts micro batches by these calls. The last call, in `take_step`, updates.
+                engine.step()
+        return float(torch.stack(losses).mean())
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch that is not left out."""
+        while is_left_out(self.loader.step, self.left_out):
+            next(batches)
+        return next(batches)
+
+    def loop(self) -> None:
+        """Train until the last step or a requested stop."""
+        config, throughput = self.config, self.throughput
+        with live_table("pretrain", self.total_steps, enabled=self.world.first) as show:
+            if self.evaluation_due and self.global_step < self.total_steps:
+                show(self.global_step, self.evaluate())
+            batches: Iterator[Batch] = iter(self.loader)
+            throughput.start_clock()
+            while self.global_step < self.total_steps and not self.stopping:
+                self.watchdog.at(self.global_step, "waiting for data")
+                with throughput.waiting_for_data():
+                    batch = self.next_batch(batches)
+                loss = self.take_step(batch)
+                throughput.add(batch, loss)
+                show(self.global_step, {"loss": loss})
+                spike = self.spikes.check(loss)
+                if spike and self.rewind(spike, loss):
+                    if self.global_step < self.total_steps and not self.stopping:
+                        # The loader stands elsewhere now; its old iterator would go on from the old place.
+                        batches = iter(self.loader)
+                    continue
+                last = self.global_step == self.total_steps
+                if self.global_step % config.log_every == 0 or last:
+                    show(self.global_step, self.log())
+                with throughput.paused():
+                    if self.global_step % config.evaluation.every == 0 and not last:
+                        show(self.global_step, self.evaluate())
+                    if self.global_step % config.checkpoint.every == 0 and not last:
+                        self.watchdog.at(self.global_step, "saving")
+                        self.save()
+
+    def log(self) -> dict[str, Any]:
+        """Write a line of metrics, begin the next one, and return the metrics."""
+        (rss,) = self.world.all_reduce_max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        on_gpu = self.world.device.type == "cuda"
+        norm = self.engine.get_global_grad_norm()
+        metrics = {
+            "loss": self.throughput.loss,
+            "lr": self.config.optimizer.lr_at(self.global_step - 1, self.total_steps, self.config.batch_size),
+            "grad_norm": None if norm is None else float(norm),
+            "epoch": self.loader.epoch,
+            **self.throughput.rates(),
+            "skipped_steps": self.skipped,
+            "rewinds": len(self.left_out),
+            "failed_checkpoints": self.writer.failed,
+            "memory_peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else rss,
+        }
+        self.run.log(self.global_step, **metrics)
+        self.throughput.reset()
+        return metrics
+
+    def finish(self) -> bool:
+        """Write the last checkpoint, evaluate, and draw the figures.
+
+        Returns
+        -------
+        bool
+            False if a stop was requested meanwhile; a resumed run does the rest.
+        """
+        from pretrain.training.plots import plot_loss, plot_reconstruction
+
+        # The checkpoint comes first: the evaluation may take longer than a batch system waits after its signal.
+        self.save_last()
+        result = self.evaluate()
+        if not result:
+            return False
+        plots = self.run.path / "plots"
+        plot_reconstruction(
+            plots / "reconstruction.png", self.engine.module, self.held_out, self.world, step=self.global_step
+        )
+        if self.world.first:
+            plot_loss(plots / "loss.png", self.run.metrics())
+            print(
+                f"dreamscale pretrain: {self.global_step} steps, held-out loss {result['val_loss']:.4f}, "
+                f"{result['val_explained']:.1%} of the hidden signal explained; run in {self.run.path}. "
+                f"Next: 'dreamscale export {self.run.path} ENCODER'"
+            )
+        return True
