@@ -1,4 +1,4 @@
-"""A small pretraining request, and a run of it by a real launcher."""
+"""A small pretraining config, and a run of it with a real launcher."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ SMALL: dict[str, Any] = {
 }
 
 
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
-        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
 
 
 def write_config(path: Path, **over: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(merged(SMALL, over)))
+    path.write_text(yaml.safe_dump(merge(SMALL, over)))
     return path
 
 
@@ -62,7 +62,7 @@ def torchrun(words: Sequence[str], *, processes: int = 2, **options: Any) -> sub
 
 
 def run_jobs(folder: Path, processes: int, jobs: list[dict[str, Any]]) -> str:
-    """Run several trainings in one launch (see jobs_worker.py), and return what was said."""
+    """Run several trainings in one launch (see jobs_worker.py), and return their stderr."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     done = torchrun([str(Path(__file__).with_name("jobs_worker.py")), str(path)], processes=processes)
@@ -89,9 +89,15 @@ def saved_weights(run: Path, step: int) -> dict[str, Any]:
         return saved.group("weights/")
 
 
+def mark_interrupted(run: Path) -> None:
+    """Change the status of a finished run to that of an interrupted run."""
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"state": "running"}))
+
+
 @pytest.fixture(scope="session")
 def trained_run(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ZeRO-2 on two processes, by torchrun, for long enough to learn something."""
+    """A run with ZeRO stage 2 on two processes under torchrun, long enough to learn something."""
     folder = tmp_path_factory.mktemp("pretrain")
     config = write_config(
         folder / "config.yaml",
@@ -112,7 +118,7 @@ def trained_run(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def encoder_package(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained run's encoder, exported."""
+    """The exported encoder of the trained run."""
     from pretrain.export import main
 
     out = tmp_path_factory.mktemp("package") / "encoder"

@@ -1,7 +1,7 @@
-"""Several short trainings in one launch, since starting DeepSpeed takes longer: ``torchrun jobs_worker.py JOBS.json``.
+"""Several short trainings in one launch, because DeepSpeed starts slowly: ``torchrun jobs_worker.py JOBS.json``.
 
-Each job: ``words``, the command line of 'dreamscale pretrain', and ``stop_after``, steps after which somebody asks the
-training to stop (null for never). Jobs of an output that exists go on with it.
+Each job has ``words``, the command line of 'dreamscale pretrain', and ``stop_after``, the number of steps after which a
+stop is requested (null for never). A job whose output exists resumes that run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pretrain.training.config import PretrainConfig
 
 
 class StopAfter(StopSignal):
-    """As if a signal had come in the last of some steps; each step has logged its line."""
+    """Requests a stop after a number of steps; the config must log a line in each step."""
 
     def __init__(self, run: RunDirectory, steps: int | None) -> None:
         self.run, self.steps = run, steps
 
     @property
     def requested(self) -> bool:  # type: ignore[override]
-        # The first process alone has the lines for sure, and one that asks is enough.
+        # Rank 0 writes the lines, so only rank 0 can count them; a request in one process is enough.
         if self.steps is None or self.run.rank:
             return False
         return sum("lr" in line for line in self.run.metrics()) >= self.steps - 1
@@ -45,7 +45,7 @@ def main() -> None:
             run = RunDirectory(config.output, config, rank=rank, free=FREE)
             train_in(world, deepspeed, config, run, train, held_out, StopAfter(run, job.get("stop_after")))
             run.close()
-            # Nobody begins the next one while the first process is still copying what the others read.
+            # Rank 0 still writes files after its last collective operation; the other ranks wait for it here.
             world.barrier()
 
 

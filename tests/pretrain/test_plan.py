@@ -1,4 +1,4 @@
-"""The plan of a pretraining against what is measured on a small model."""
+"""The plan of a pretraining run, compared with measurements on a small model."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def nbytes(tensors: Any) -> int:
 
 
 def kept_bytes(config: MaskedAutoencoderConfig, windows: int) -> int:
-    """Storages that autograd keeps between a forward and a backward pass, weights apart."""
+    """Bytes that autograd keeps between a forward and a backward pass, weights not included."""
     torch.manual_seed(0)
     model = build_autoencoder(config)
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        # Held, so that no address is used twice.
+        # Keep a reference, so that no address is used twice.
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
@@ -68,7 +68,7 @@ def test_activations_are_what_autograd_keeps(mask_ratio: float) -> None:
     measured = kept_bytes(config, 8) / 8
     planned = activation_bytes(config, precision="fp32", checkpointing=False)
     assert 0.9 < measured / planned < 1.1
-    # Recomputing, one block's worth comes on top of what is kept between the passes.
+    # With recomputation, the plan also counts the activations of the one block that is being recomputed.
     spared = dataclasses.replace(config, compute=ComputeConfig(attention="sdpa", checkpointing=True))
     measured_spared = kept_bytes(spared, 8) / 8
     planned_spared = activation_bytes(spared, precision="fp32", checkpointing=True)
@@ -76,8 +76,8 @@ def test_activations_are_what_autograd_keeps(mask_ratio: float) -> None:
     assert planned_spared < 0.5 * planned
 
 
-def test_arithmetic_is_that_of_the_layout() -> None:
-    """Matrix products on paper: 2 a weight and token, and 4 a width and pair of tokens for attention."""
+def test_arithmetic_follows_from_the_shapes() -> None:
+    """Count by hand: 2 operations for each weight and token; for attention, 4 for each width and pair of tokens."""
 
     def blocks(dim: int, depth: int, ratio: float, tokens: int) -> float:
         return depth * (2 * tokens * (4 + 2 * ratio) * dim**2 + 4 * tokens**2 * dim)
@@ -90,7 +90,7 @@ def test_arithmetic_is_that_of_the_layout() -> None:
     assert training_flops(PRESETS["paper"]) == pytest.approx(3 * forward, rel=1e-3)
 
 
-def test_zero_spreads_what_it_says() -> None:
+def test_each_zero_stage_divides_its_part() -> None:
     size = 302_837_760
     totals = {}
     for stage in range(4):
@@ -99,7 +99,7 @@ def test_zero_spreads_what_it_says() -> None:
         assert one.weights / eight.weights == (8 if stage == 3 else 1)
         assert one.gradients / eight.gradients == (8 if stage >= 2 else 1)
         assert one.optimizer / eight.optimizer == (8 if stage else 1)
-    # 2 bytes of weights, 4 of gradients, 12 of master weights and moments, over 8.
+    # For each parameter 2 bytes of weights, 4 of gradients, and 12 of master weights and moments, divided by 8 GPUs.
     assert totals[3].weights + totals[3].gradients + totals[3].optimizer == 18 * size / 8
     words: dict[str, Any] = {"gpus": 8, "precision": "bf16", "micro_batches": 4}
     assert exchanged_bytes(size, zero_stage=1, **words) == size * 6 * 7 / 8
@@ -142,7 +142,7 @@ def test_deepspeed_holds_what_is_planned() -> None:
     )
     held, size = map(int, next(line for line in done.stdout.splitlines() if line.startswith("BYTES")).split()[1:])
     planned = state_bytes(size, zero_stage=1, gpus=1, precision="bf16")
-    # After a step, so without what is on its way; beside it only the window and a few numbers.
+    # After a step there are no temporary buffers. Other than the state, only the window and a few numbers are left.
     assert held == pytest.approx(planned.weights + planned.gradients + planned.optimizer, rel=0.02)
 
 
@@ -179,7 +179,7 @@ class TestCommand:
         assert not any(row["fits"] for row in json.loads(out.read_text())["memory"])
         assert "none" in capsys.readouterr().out
 
-    def test_a_mixture_is_counted_as_training_counts_it(self, unpaired_dataset: Path, tmp_path: Path) -> None:
+    def test_windows_of_a_mixture_are_counted_as_in_training(self, unpaired_dataset: Path, tmp_path: Path) -> None:
         data, small = EEGDataset(unpaired_dataset), tmp_path / "small"
         write_dataset(small, {"train": [data[number] for number in range(5)]}, data.spec)
         config = write_config(
@@ -194,7 +194,7 @@ class TestCommand:
         assert request["windows"] == len(data) + 5
         assert request["steps"] == -(-2 * (len(data) + 5) // 16)
 
-    def test_what_waits_elsewhere_is_not_on_the_gpu(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_offloaded_state_is_not_on_the_gpu(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         rows = {}
         for offload in ("none", "optimizer", "all"):
             words = ["--preset", "paper", "--gpus", "8", "--offload", offload, "--output", str(tmp_path / "p.json")]
@@ -207,7 +207,7 @@ class TestCommand:
         assert rows["none"][3]["total"] > rows["optimizer"][3]["total"] > rows["all"][3]["total"]
 
     def test_utilisation_is_that_of_the_metrics(self, tmp_path: Path) -> None:
-        """Computing twice is in the utilisation that a run measures; it does not count again."""
+        """Recomputation lowers the measured utilisation, so the plan must not count its time again."""
         seconds = []
         for again in ("true", "false"):
             words = ["--preset", "paper", "--checkpointing", again, "--output", str(tmp_path / "p.json")]

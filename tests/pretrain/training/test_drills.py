@@ -1,4 +1,4 @@
-"""Disasters: processes, launchers and hosts that die, signals, hangs and bad data; the loss curve must not notice."""
+"""Failures of processes, launchers and hosts, signals, hangs and bad data: the loss curve stays the same."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from pretrain.runs.checkpoint import complete_checkpoints
 from ..conftest import ROOT, environment, losses, metrics, run_jobs, saved_weights, write_config
 
 STEPS, BEGUN = 120, 20
-# The agent of torchrun waits so long for a process that it asked to end.
+# PET_SHUTDOWN_TIMEOUT: seconds that torchrun waits for a process that it asked to end.
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PET_SHUTDOWN_TIMEOUT": "10"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 TORCHRUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
 
-def as_it_is(eeg: np.ndarray) -> bytes:
-    """Bytes of a window in a shard, whatever its values."""
+def encode_unchecked(eeg: np.ndarray) -> bytes:
+    """Bytes of a window in a shard, without a check of its values."""
     buffer = io.BytesIO()
     np.save(buffer, pad_channels(eeg.astype(np.float16)))
     return zstandard.ZstdCompressor().compress(buffer.getvalue())
@@ -46,15 +46,15 @@ def as_it_is(eeg: np.ndarray) -> bytes:
 
 @pytest.fixture(scope="module")
 def runs(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undisturbed run of two processes, one that was just begun, and some on data with a bad window."""
+    """Runs of two processes: one without interruption, one stopped at step 20, and some on data with a bad window."""
     folder = tmp_path_factory.mktemp("drills")
     train = EEGDataset(unpaired_dataset)
     samples = [train[number] for number in range(24)]
     bad = samples[5]
     samples[5] = Sample(key=bad.key, eeg=np.full_like(bad.eeg, np.nan), meta=bad.meta, image=None, image_ext="png")
     with pytest.MonkeyPatch.context() as patch:
-        # Our own writer refuses it; another one might not.
-        patch.setattr("data_sharding.dataset.samples.encode_eeg", as_it_is)
+        # Dreamscale's writer refuses such a window, but other software may write one.
+        patch.setattr("data_sharding.dataset.samples.encode_eeg", encode_unchecked)
         write_dataset(folder / "bad", {"train": samples, "val": samples[8:16]}, train.spec)
     config = write_config(
         folder / "config.yaml",
@@ -79,13 +79,13 @@ def runs(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def run(runs: Path, tmp_path: Path) -> Path:
-    """A run that has got as far as step 20."""
+    """A copy of the run that was stopped at step 20."""
     shutil.copytree(runs / "begun", tmp_path / "run")
     return tmp_path / "run"
 
 
 class Training:
-    """A command that trains, its output in a file, with the processes that it started."""
+    """A training command in a process of its own; its output goes to a file."""
 
     def __init__(self, words: Sequence[str], run: Path, **extra: str) -> None:
         self.run, self.log = run, run.with_name("log.txt")
@@ -102,7 +102,7 @@ class Training:
             )
 
     def steps(self) -> int:
-        """Steps logged so far."""
+        """Number of steps logged so far."""
         path = self.run / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
@@ -118,7 +118,7 @@ class Training:
         return self.process.wait(timeout=150)
 
     def processes(self) -> dict[int, str]:
-        """All processes that name this run, and their command lines."""
+        """Command lines of all processes that name this run, by process id."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -130,7 +130,7 @@ class Training:
         return found
 
     def ranks(self) -> dict[int, int]:
-        """Ranks by process, their reading processes included."""
+        """Rank of each training process and each of its reading processes, by process id."""
         found = {}
         for pid in self.processes():
             try:
@@ -144,12 +144,12 @@ class Training:
         return found
 
     def workers(self) -> list[int]:
-        """Training processes by rank."""
+        """Process ids of the training processes, by rank."""
         ranks = self.ranks()
         return sorted((pid for pid in ranks if parent(pid) not in ranks), key=lambda pid: ranks[pid])
 
     def readers(self) -> list[int]:
-        """Their reading processes, by rank."""
+        """Process ids of the reading processes, by rank."""
         ranks = self.ranks()
         return sorted((pid for pid in ranks if parent(pid) in ranks), key=lambda pid: ranks[pid])
 
@@ -162,8 +162,8 @@ def dreamscale(runs: Path, run: Path, *more: str) -> Training:
     return Training([sys.executable, "-m", "launch", "pretrain", *words(runs, run, *more)], run)
 
 
-def is_undisturbed(run: Path, runs: Path) -> None:
-    """Losses and data are those of the undisturbed run; at the end, so are the weights."""
+def check_undisturbed(run: Path, runs: Path) -> None:
+    """Check that losses and epochs equal those of the undisturbed run; if the run is complete, the weights too."""
     whole = losses(runs / "whole")
     found = losses(run)
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, len(found) + 1))
@@ -176,7 +176,7 @@ def is_undisturbed(run: Path, runs: Path) -> None:
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_killed_process_costs_some_steps_again(runs: Path, run: Path) -> None:
+def test_after_a_killed_process_some_steps_are_repeated(runs: Path, run: Path) -> None:
     training = dreamscale(runs, run, "--restarts", "1")
     training.wait_for(BEGUN + 15)
     os.kill(training.workers()[1], signal.SIGKILL)
@@ -184,20 +184,20 @@ def test_a_killed_process_costs_some_steps_again(runs: Path, run: Path) -> None:
     said = training.log.read_text()
     assert "a training process died; restarting" in said
     assert said.count("resuming from step") == 2
-    is_undisturbed(run, runs)
+    check_undisturbed(run, runs)
 
 
-def test_a_killed_reading_process_counts_as_one_of_the_training(runs: Path, run: Path) -> None:
-    """It is what the system kills where memory is short."""
+def test_a_killed_reading_process_restarts_the_run(runs: Path, run: Path) -> None:
+    """When memory is short, the system usually kills a reading process."""
     training = dreamscale(runs, run, "--restarts", "1", "--num_workers", "1")
     training.wait_for(BEGUN + 15)
     os.kill(training.readers()[1], signal.SIGKILL)
     assert training.wait() == 0, training.log.read_text()[-3000:]
     assert "a training process died; restarting" in training.log.read_text()
-    is_undisturbed(run, runs)
+    check_undisturbed(run, runs)
 
 
-def test_a_lone_process_is_started_again_too(runs: Path, run: Path) -> None:
+def test_a_run_of_one_process_is_restarted_too(runs: Path, run: Path) -> None:
     training = dreamscale(runs, run, "--restarts", "1", "--num_processes", "1")
     training.wait_for(BEGUN + 15)
     os.kill(training.workers()[0], signal.SIGKILL)
@@ -206,9 +206,9 @@ def test_a_lone_process_is_started_again_too(runs: Path, run: Path) -> None:
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, STEPS + 1))
 
 
-def test_what_one_process_alone_finds_is_told_and_kept(runs: Path, run: Path, tmp_path: Path) -> None:
+def test_a_fault_found_by_one_process_alone_is_reported(runs: Path, run: Path, tmp_path: Path) -> None:
     data = EEGDataset(yaml.safe_load((runs / "config.yaml").read_text())["dataset"])
-    # The second process's half of a batch to come.
+    # A window in the second process's half of a later batch.
     number = Loader(data, 16, 3, rank=1, world_size=2).positions(BEGUN + 1)[0][0]
     (place,) = locate(data.index, data.first, [number])
     shutil.copytree(data.path, tmp_path / "data")
@@ -223,7 +223,7 @@ def test_what_one_process_alone_finds_is_told_and_kept(runs: Path, run: Path, tm
     assert Path(name).name in json.loads((run / "status.json").read_text())["reason"]
 
 
-def test_usr1_leaves_a_checkpoint_and_75(runs: Path, run: Path) -> None:
+def test_usr1_writes_a_checkpoint_and_exits_with_75(runs: Path, run: Path) -> None:
     training = dreamscale(runs, run)
     training.wait_for(BEGUN + 3)
     training.process.send_signal(signal.SIGUSR1)
@@ -232,10 +232,10 @@ def test_usr1_leaves_a_checkpoint_and_75(runs: Path, run: Path) -> None:
     assert status["state"] == "stopped"
     assert BEGUN + 3 <= status["step"] < STEPS
     assert complete_checkpoints(run / "checkpoints")[-1].name == f"step_{status['step']:08d}"
-    is_undisturbed(run, runs)
+    check_undisturbed(run, runs)
 
 
-def test_a_killed_launcher_leaves_a_checkpoint_and_no_process(runs: Path, run: Path) -> None:
+def test_after_a_killed_launcher_a_checkpoint_and_no_process_is_left(runs: Path, run: Path) -> None:
     training = dreamscale(runs, run)
     training.wait_for(BEGUN + 3)
     (agent,) = [pid for pid, line in training.processes().items() if "launch.agent" in line]
@@ -245,13 +245,13 @@ def test_a_killed_launcher_leaves_a_checkpoint_and_no_process(runs: Path, run: P
     assert not training.processes()
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
     assert complete_checkpoints(run / "checkpoints")[-1].name != f"step_{BEGUN:08d}"
-    is_undisturbed(run, runs)
+    check_undisturbed(run, runs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_torchrun_passes_signals_on_and_waits(number: int, runs: Path, run: Path) -> None:
     listed = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    # It signals the reading processes, too.
+    # torchrun signals the reading processes too.
     line = words(runs, run, "--num_workers", "2")
     training = Training([*TORCHRUN, *listed, "-m", "pretrain.train", *line], run)
     training.wait_for(BEGUN + 3)
@@ -260,12 +260,12 @@ def test_torchrun_passes_signals_on_and_waits(number: int, runs: Path, run: Path
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "stopped"
     assert complete_checkpoints(run / "checkpoints")[-1].name == f"step_{status['step']:08d}"
-    is_undisturbed(run, runs)
+    check_undisturbed(run, runs)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_every_process_is_one_request(number: int, runs: Path, run: Path) -> None:
-    """As batch systems send it; a tracker's library starts threads in the reading processes."""
+    """Batch systems signal every process. The tracker is on because its library starts threads in reading processes."""
     training = dreamscale(runs, run, "--num_workers", "2", "--tracker.kind", "wandb")
     training.wait_for(BEGUN + 3)
     assert len(training.readers()) == 4
@@ -274,11 +274,11 @@ def test_a_signal_to_every_process_is_one_request(number: int, runs: Path, run: 
     assert training.wait() == 75, training.log.read_text()[-3000:]
     assert not training.processes()
     assert "Traceback" not in training.log.read_text()
-    is_undisturbed(run, runs)
+    check_undisturbed(run, runs)
 
 
-def test_everything_killed_then_a_damaged_checkpoint_under_other_launchers(runs: Path, run: Path) -> None:
-    """Begun by torchrun, killed under Accelerate, finished by DeepSpeed's launcher."""
+def test_a_run_continues_under_other_launchers_after_a_kill_and_damage(runs: Path, run: Path) -> None:
+    """Started by torchrun, continued and killed under Accelerate, finished by DeepSpeed's launcher."""
     flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     flags += ["--dynamo_backend", "no", "--main_process_port", "0"]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags]
@@ -295,7 +295,7 @@ def test_everything_killed_then_a_damaged_checkpoint_under_other_launchers(runs:
     assert training.wait() == 0, training.log.read_text()[-3000:]
     said = training.log.read_text()
     assert f"checkpoint {newest} is damaged (state_00001.safetensors" in said
-    is_undisturbed(run, runs)
+    check_undisturbed(run, runs)
 
 
 def test_a_hanging_process_is_named(runs: Path, run: Path) -> None:
@@ -310,8 +310,8 @@ def test_a_hanging_process_is_named(runs: Path, run: Path) -> None:
     assert "rank 1" in json.loads((run / "status.json").read_text())["reason"]
 
 
-def test_bad_data_on_one_process_skip_the_step_on_all(runs: Path) -> None:
-    """The bad window comes once in each of two epochs of three steps."""
+def test_bad_data_on_one_process_skips_the_step_on_all(runs: Path) -> None:
+    """The run has two epochs of three steps; the bad window is used once in each epoch."""
     for name in ("0_fp32", "1_fp32", "2_fp32", "3_fp32", "1_bf16", "2_bf16", "3_bf16"):
         found = losses(runs / f"bad_{name}")
         lines = [line for line in metrics(runs / f"bad_{name}") if "loss" in line]
@@ -320,7 +320,7 @@ def test_bad_data_on_one_process_skip_the_step_on_all(runs: Path) -> None:
         weights = saved_weights(runs / f"bad_{name}", 6)
         assert all(torch.isfinite(value).all() for value in weights.values()), name
         saved = json.loads((runs / f"bad_{name}" / "checkpoints" / "step_00000006" / "complete.json").read_text())
-        # What was skipped is no step of Adam's either.
+        # Adam does not count skipped steps.
         assert saved["adam_steps"] == 4, name
         for ours, theirs in zip(found, losses(runs / "bad_0_fp32"), strict=True):
             assert ours is theirs is None or abs(ours - theirs) < (1e-4 if "fp32" in name else 2e-2), name
@@ -328,7 +328,7 @@ def test_bad_data_on_one_process_skip_the_step_on_all(runs: Path) -> None:
 
 @pytest.fixture
 def two_hosts() -> Iterator[list[str]]:
-    """Two network namespaces with an address each and a cable between them."""
+    """Two network namespaces, each with an address, connected by a virtual cable."""
     hosts = [f"dreamscale{os.getpid()}{side}" for side in "ab"]
     commands = [f"ip netns add {host}" for host in hosts]
     commands += [
@@ -361,19 +361,20 @@ def test_two_hosts_survive_the_loss_of_one(two_hosts: list[str], runs: Path, run
 
     first, second = host(0), host(1)
     first.wait_for(BEGUN + 15)
-    # Power cut: torchrun and its training process on the second host, whose parents tell them from the first host's.
+    # Power cut on the second host: kill its torchrun and its training process. The parent process tells which processes
+    # belong to this host.
     mine = [
         pid for pid in first.processes() if os.getsid(pid) == second.process.pid or parent(pid) == second.process.pid
     ]
     for pid in mine:
         os.kill(pid, signal.SIGKILL)
     second.process.wait(timeout=30)
-    # The host comes back.
+    # The host is back.
     second = host(1)
     assert first.wait() == 0, first.log.read_text()[-3000:]
     assert second.wait() == 0
     assert first.log.read_text().count("resuming from step") == 2
-    is_undisturbed(run, runs)
+    check_undisturbed(run, runs)
 
 
 def parent(pid: int) -> int:
@@ -384,7 +385,7 @@ def parent(pid: int) -> int:
 
 
 def test_ray_trains_and_stops_on_request(runs: Path, run: Path) -> None:
-    # Unix sockets have short names: Ray's cannot lie as deep as the test's folder.
+    # Paths of Unix sockets must be short, and the path of the test's folder is too long for Ray's sockets.
     temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     try:
         line = [sys.executable, "-m", "launch.ray_train", *words(runs, run)]
@@ -394,6 +395,6 @@ def test_ray_trains_and_stops_on_request(runs: Path, run: Path) -> None:
         training.process.send_signal(signal.SIGTERM)
         assert training.wait() == 75, training.log.read_text()[-3000:]
         assert json.loads((run / "status.json").read_text())["state"] == "stopped"
-        is_undisturbed(run, runs)
+        check_undisturbed(run, runs)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,8 +1,8 @@
-"""One loss curve, whatever computes it: stages of ZeRO, numbers of processes, micro batches, interruptions, and time.
+"""The loss curve is the same for all ZeRO stages, numbers of processes, micro batches, interruptions and versions.
 
-The golden losses are those of this model, data and seed when the test was written (torch 2.13, float32 on a processor).
-Another processor's or version's rounding moves them by some 1e-5; a change that moves them more changes what is learned
-and has to say so.
+The golden losses were computed with this model, data and seed when the test was written (torch 2.13, float32 on a CPU).
+Rounding on another CPU or in another version of torch changes them by about 1e-5. A larger difference means that the
+training itself has changed, which must be intended and documented.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def runs(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         jobs = []
         for stage in range(4):
             jobs.append(job(f"{stage}_{size}", stage))
-            # Interrupted in the middle of an epoch; goes on in the same launch.
+            # This run is interrupted in the middle of an epoch and resumed in the same launch.
             jobs += [job(f"{stage}_{size}_again", stage, stop_after=4), job(f"{stage}_{size}_again", stage)]
         jobs.append(job(f"micro_{size}", 1, "--micro_batch_size", "4"))
         jobs.append(job(f"checkpointing_{size}", 2, "--model.compute.checkpointing", "true"))
@@ -62,5 +62,5 @@ def test_stages_and_processes_agree(stage: int, size: int, runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["micro_1", "micro_2", "checkpointing_1", "checkpointing_2"])
-def test_how_it_is_computed_changes_nothing(name: str, runs: Path) -> None:
+def test_micro_batches_and_checkpointing_change_nothing(name: str, runs: Path) -> None:
     np.testing.assert_allclose(losses(runs / name), GOLDEN, atol=TOLERANCE)

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if nothing had been, on any number of processes and under any ZeRO stage."""
+"""A stopped run is resumed as if it had not been stopped, on any number of processes and under any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def state(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def runs(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Undisturbed and interrupted runs; three launches."""
+    """Runs with and without interruption, in three launches."""
     folder = tmp_path_factory.mktemp("restart")
-    # 14 windows a step of 96: the epoch ends in the middle of a batch.
+    # 96 windows and 14 windows in each step: the epoch ends in the middle of a batch.
     config = write_config(
         folder / "config.yaml", dataset=str(unpaired_dataset), output="unused", steps=STEPS, batch_size=14
     )
@@ -69,7 +69,7 @@ def runs(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_same_processes_and_stage_go_on_to_the_bit(runs: Path) -> None:
+def test_the_same_processes_and_stage_resume_to_the_bit(runs: Path) -> None:
     pairs = [(f"same_2_{stage}", f"whole_2_{stage}") for stage in STAGES]
     pairs += [(f"bf16_half_{stage}", f"bf16_whole_{stage}") for stage in (1, 2, 3)]
     for ours, theirs in pairs:
@@ -90,7 +90,7 @@ def test_other_numbers_of_processes_and_stages_follow_the_undisturbed_losses(run
         np.testing.assert_allclose(losses(runs / name), reference, atol=1e-4, err_msg=name)
 
 
-def test_a_checkpoint_is_the_same_whoever_wrote_it(runs: Path) -> None:
+def test_a_checkpoint_does_not_depend_on_who_wrote_it(runs: Path) -> None:
     reference = state(runs / "reference")
     for stage in STAGES:
         found = state(runs / f"whole_2_{stage}")
@@ -99,7 +99,7 @@ def test_a_checkpoint_is_the_same_whoever_wrote_it(runs: Path) -> None:
         moments = [name for name in reference if name.startswith("exp_avg/")]
         apart = torch.cat([(found[name] - reference[name]).flatten() for name in moments]).abs().max()
         assert apart < 1e-5
-    # Both processes write their share of it.
+    # Both processes have written a share.
     folder = runs / "whole_2_2" / "checkpoints" / f"step_{STEPS:08d}"
     assert {"state_00000.safetensors", "state_00001.safetensors"} <= {p.name for p in folder.iterdir()}
     manifest = json.loads((folder / "complete.json").read_text())

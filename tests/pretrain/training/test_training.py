@@ -1,4 +1,4 @@
-"""Real DeepSpeed trainings: they learn, agree over stages and processes, stop, go on, and refuse bad requests."""
+"""Real DeepSpeed runs: they learn, agree for all stages and numbers of processes, stop, resume, and refuse mistakes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..conftest import ROOT, environment, losses, metrics, run_jobs, saved_weigh
 
 
 def stop_after(run: Path, config: Path, step: int, number: int) -> tuple[int, str]:
-    """Start a training as a process, and signal it once it has logged some step."""
+    """Start a training in a process, and send it a signal after some step; return exit code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pretrain.train", str(config)],
         env=environment(),
@@ -45,7 +45,7 @@ def stop_after(run: Path, config: Path, step: int, number: int) -> tuple[int, st
     return process.returncode, stderr
 
 
-def test_two_processes_learn_and_leave_everything_behind(trained_run: Path) -> None:
+def test_two_processes_learn_and_write_all_files(trained_run: Path) -> None:
     held_out = [line["val_loss"] for line in metrics(trained_run) if "val_loss" in line]
     assert len(held_out) == 3
     assert held_out[-1] < 0.9 * held_out[0]
@@ -85,18 +85,19 @@ def test_losses_agree_over_zero_stages_processes_and_precision(unpaired_dataset:
     for variant in variants:
         found = losses(tmp_path / f"{variant}_2")
         np.testing.assert_allclose(found, reference, atol=1e-4 if "fp32" in variant else 2e-2, err_msg=variant)
-        # The whole weights beside the checkpoint are the trained ones, whatever was spread over the processes.
+        # The checkpoint holds the trained weights, however they were divided among the processes.
         ours = saved_weights(tmp_path / f"{variant}_2", 6)
         theirs = saved_weights(tmp_path / "0,fp32_1", 6)
         assert ours.keys() == theirs.keys()
         assert all(value.dtype == torch.float32 for value in ours.values())
-        # All weights together: a key's bias has no gradient but rounding, which Adam's first steps blow up.
+        # The mean over all weights: the bias of attention's keys has a gradient of rounding errors alone, which Adam's
+        # first steps enlarge.
         apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in theirs]).abs().mean()
         assert apart < (1e-5 if "fp32" in variant else 1e-3), variant
 
 
 def test_stop_and_resume_give_the_undisturbed_losses(unpaired_dataset: Path, tmp_path: Path) -> None:
-    # 13 windows a step of 96: epochs end in the middle of batches.
+    # 96 windows and 13 windows in each step: epochs end in the middle of a batch.
     settings: dict[str, Any] = {"dataset": str(unpaired_dataset), "steps": 40, "batch_size": 13, "zero_stage": 2}
     whole = write_config(tmp_path / "whole.yaml", output=str(tmp_path / "whole"), **settings)
     assert main([str(whole)]) == 0
@@ -108,7 +109,7 @@ def test_stop_and_resume_give_the_undisturbed_losses(unpaired_dataset: Path, tmp
     assert status["state"] == "stopped"
     assert 5 <= status["step"] < 40
     assert "run the same command" in stderr
-    # What a crash would leave: a half-written checkpoint and lines beyond the last complete one.
+    # As after a crash: a half-written checkpoint, and lines of metrics after the last complete checkpoint.
     (run / "checkpoints" / ".partial_00000039").mkdir()
     with (run / "metrics.jsonl").open("a") as log:
         log.write('{"step": 39, "loss": 9.0}\n{"step": 40, "lo')
@@ -118,18 +119,18 @@ def test_stop_and_resume_give_the_undisturbed_losses(unpaired_dataset: Path, tmp
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_process_may_begin_while_the_first_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_may_start_while_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     is_file, config = Path.is_file, TrackerConfig()
 
-    def then_it_is_there(path: Path) -> bool:
+    def write_after_check(path: Path) -> bool:
         found = is_file(path)
         if path.name == "status.json" and not found:
             RunDirectory(tmp_path / "run", config).close()
         return found
 
     with monkeypatch.context() as patch:
-        # The first process's own look must find nothing, too, and not begin once more.
-        patch.setattr(Path, "is_file", lambda path: patch.undo() or then_it_is_there(path))
+        # The first process, which is started inside the patched function, must use the original function.
+        patch.setattr(Path, "is_file", lambda path: patch.undo() or write_after_check(path))
         second = RunDirectory(tmp_path / "run", config, rank=1)
     assert not second.finished
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "running"
@@ -157,7 +158,8 @@ def test_a_stop_does_not_wait_for_an_evaluation(
     batches = calls // 3
     assert batches >= 3
     config = write_config(tmp_path / "stopped.yaml", output=str(run), **settings)
-    # In the second batch of the evaluation before the first step; then, that one being made up for, of the next one.
+    # The first signal arrives in the second batch of the evaluation before step 1. Each resumed run completes the
+    # interrupted evaluation first, and gets the next signal in the second batch of the evaluation after that.
     for step, signal_at in ((0, 2), (2, batches + 2), (4, batches + 2)):
         calls = 0
         assert main([str(config), *words]) == 75
@@ -173,7 +175,7 @@ def test_a_stop_does_not_wait_for_an_evaluation(
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_gradient_that_is_not_finite_is_skipped_counted_and_ends_the_run(
+def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_end_the_run(
     stage: int, unpaired_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from data_sharding.processing.preprocess import PreprocessSpec
@@ -190,7 +192,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_counted_and_ends_the_run(
     def poisoned(self: PreprocessSpec, x_uv: Any, channels: Any = None) -> Any:
         calls.append(len(x_uv))
         x = scale(self, x_uv, channels)
-        # Two batches of the evaluation come first, then step 2 is bad alone, and steps 4 and 5 are bad in a row.
+        # The first two calls belong to the evaluation. Then step 2 alone is bad, and later steps 4 and 5 in a row.
         return x * float("nan") if len(calls) - 2 in (2, 4, 5) else x
 
     monkeypatch.setattr(PreprocessSpec, "scale_for_model", poisoned)
@@ -228,7 +230,7 @@ class TestBadRequests:
             (["--zero_stage", "2", "--offload", "all"], "offload all"),
         ],
     )
-    def test_what_does_not_go_together(
+    def test_options_that_exclude_each_other(
         self, words: list[str], named: str, unpaired_dataset: Path, tmp_path: Path, capsys: Any
     ) -> None:
         config = write_config(tmp_path / "c.yaml", dataset=str(unpaired_dataset), output=str(tmp_path / "run"))

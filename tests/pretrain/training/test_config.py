@@ -1,0 +1,33 @@
+"""Settings of the optimiser."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pretrain.train import main
+from pretrain.training.config import OptimizerConfig
+
+from ..conftest import losses, write_config
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize(("rule", "factor"), [("linear", 4.0), ("sqrt", 2.0)])
+    def test_base_batch_scales_the_learning_rate(self, rule: Any, factor: float) -> None:
+        plain = OptimizerConfig(lr=1e-3, warmup=0.1)
+        scaled = OptimizerConfig(lr=1e-3, warmup=0.1, base_batch=64, batch_scaling=rule)
+        for step in (0, 9, 10, 50, 99):
+            assert math.isclose(scaled.lr_at(step, 100, 256), factor * plain.lr_at(step, 100))
+            assert plain.lr_at(step, 100, 256) == plain.lr_at(step, 100)
+
+    def test_the_optimiser_state_can_be_offloaded(self, unpaired_dataset: Path, tmp_path: Path) -> None:
+        config = write_config(
+            tmp_path / "c.yaml", dataset=str(unpaired_dataset), output=str(tmp_path / "a"), zero_stage=2
+        )
+        assert main([str(config)]) == 0
+        assert main([str(config), "--output", str(tmp_path / "b"), "--offload", "optimizer"]) == 0
+        np.testing.assert_allclose(losses(tmp_path / "b"), losses(tmp_path / "a"), atol=1e-5)
