@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,27 @@ os.environ.setdefault("WANDB_MODE", "offline")
 from data_sharding.dataset.dataset import write_dataset
 from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out test files that import torch, where torch is not installed (``make test-python``)."""
+    if HAS_TORCH or collection_path.suffix != ".py":
+        return None
+    return True if re.search(r"^(import|from) torch\b", collection_path.read_text(), re.MULTILINE) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Any:
+    """Skip a test that fails only because torch is not installed."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if HAS_TORCH or error.name != "torch":
+            raise
+        pytest.skip("needs torch")
+
 
 SPEC = PreprocessSpec(sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, stride=128)
 LABELS = ["circle", "square"]

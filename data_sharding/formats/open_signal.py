@@ -28,6 +28,7 @@ from data_sharding.formats.mne_signal import (
     quiet,
     segments_of,
 )
+from data_sharding.formats.readers import find_formats
 from data_sharding.formats.signal import Segment, Signal
 from data_sharding.formats.sniffing import Recording
 
@@ -43,7 +44,7 @@ PACKAGES = {
     "xdf": "pyxdf",
 }
 """What MNE's reader of a format, or ours, needs besides."""
-SUFFIXES = {
+SUFFIXES: dict[str, tuple[str, ...]] = {
     "edf": (".edf",),
     "bdf": (".bdf",),
     "gdf": (".gdf",),
@@ -51,12 +52,6 @@ SUFFIXES = {
     "xdf": (".xdf", ".xdfz", ".xdf.gz"),
 }
 """What a reader insists that a name ends with, of formats of one file; Physionet's EDF is called .rec."""
-UNIT_FACTORS = {"eximia": 1e-6}
-"""Formats whose reader returns another unit than volts, with the factor to volts.
-
-eXimia: a converter of 10 V and 16 bits behind a gain of 2000 has 0.0763 microvolts a bit, and MNE's reader returns
-that number as if it were volts.
-"""
 
 
 def neuroscan_data_format(path: str | Path) -> str:
@@ -253,12 +248,21 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "persyst": _persyst,
     "nedf": _mne("nedf"),
     "curry": _mne("curry"),
-    "eximia": _mne("eximia"),
     "egi": _mne("egi", events_as_annotations=True),
     "mff": _mne("egi", events_as_annotations=True),
     "xdf": _xdf,
 }
 """Format to its reader, which returns a raw or epochs of MNE's, or a `Signal`."""
+UNIT_FACTORS: dict[str, float] = {}
+"""Formats whose reader returns another unit than volts, with the factor to volts."""
+for _format in find_formats():
+    READERS[_format.name] = _format.open
+    if _format.suffixes:
+        SUFFIXES[_format.name] = _format.suffixes
+    if _format.package:
+        PACKAGES[_format.name] = _format.package
+    if _format.unit_factor is not None:
+        UNIT_FACTORS[_format.name] = _format.unit_factor
 WALKS: dict[str, Callable[[tuple[Path, ...]], str | None]] = {
     "mff": headers.check_mff,
     "fif": headers.check_fif,

@@ -18,6 +18,7 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, is_remote
 from data_sharding.formats import headers
+from data_sharding.formats.readers import find_formats
 
 HEAD_BYTES = 1 << 15
 """Enough for the header of almost every file: on an object store, each further range is a request."""
@@ -84,8 +85,8 @@ def _near(path: AnyPath) -> Near:
     return {entry.name.lower(): entry for entry in path.parent.iterdir()}
 
 
-class _File:
-    """A file at which the formats look in turn."""
+class File:
+    """A file, as the functions that recognise a format see it: path, first bytes, and files beside it."""
 
     def __init__(self, path: AnyPath, near: Near | None) -> None:
         self.path, self._listing = path, near
@@ -96,18 +97,23 @@ class _File:
 
     @property
     def near(self) -> Near:
+        """Files of the same folder, by lower-case name."""
         if self._listing is None:
             self._listing = _near(self.path)
         return self._listing
 
     def all_text(self, path: AnyPath | None = None) -> str:
+        """Return the beginning of this file, or of another file, as text in which every line ends with a newline."""
         data = headers.read_range(path or self.path, 0, TEXT_BYTES)
         return headers.text_of(data)[0].replace("\r\n", "\n").replace("\r", "\n")
 
     def recording(
         self, format_: str, *sidecars: str, problem: Reason | None = None, continuous: bool = True, need: str = ""
     ) -> Recording:
-        """Of the file and those of `sidecars` that are there; `need` says what is missing where none of them is."""
+        """Make a recording of this file and of those `sidecars` that exist.
+
+        `need` says what is missing; it becomes the recording's problem if none of the sidecars exists.
+        """
         there = [self.near[name.lower()] for name in sidecars if name.lower() in self.near] if sidecars else []
         if need and not there:
             problem = Reason("sidecar missing", need)
@@ -123,7 +129,7 @@ class _File:
 # --- one function a format: a recording, or None where the file is something else -----------------------------------
 
 
-def _edf(file: _File) -> Recording | None:
+def _edf(file: File) -> Recording | None:
     format_ = "edf" if file.head[:8] == b"0       " else "bdf" if file.head[:8] == b"\xffBIOSEMI" else None
     if format_ is None or len(file.head) < 256:
         return None
@@ -132,13 +138,13 @@ def _edf(file: _File) -> Recording | None:
     return file.recording(format_, problem=problem, continuous=continuous)
 
 
-def _gdf(file: _File) -> Recording | None:
+def _gdf(file: File) -> Recording | None:
     if file.head[:4] != b"GDF ":
         return None
     return file.recording("gdf", problem=headers.guarded(headers.check_gdf, "GDF", file.path, file.head))
 
 
-def _brainvision(file: _File) -> Recording | None:
+def _brainvision(file: File) -> Recording | None:
     if not re.match(rb"Brain ?Vision (Data Exchange Header|V-Amp Data Header|Core Data Format)", file.text):
         return None
     text, files, problem = file.all_text(), [], None
@@ -156,7 +162,7 @@ def _brainvision(file: _File) -> Recording | None:
     return file.recording("brainvision", *files, problem=problem)
 
 
-def _neuroscan(file: _File) -> Recording | None:
+def _neuroscan(file: File) -> Recording | None:
     if file.head[:9] != b"Version 3":
         return None
     if file.suffix == ".cnt":
@@ -175,7 +181,7 @@ def _neuroscan(file: _File) -> Recording | None:
     return None
 
 
-def _ant(file: _File) -> Recording | None:
+def _ant(file: File) -> Recording | None:
     if file.head[:4] not in (b"RIFF", b"RF64"):
         return None
     if file.suffix != ".cnt" and not file.head[8:16].rstrip(b"\0 ").endswith(b"CNT"):
@@ -185,7 +191,7 @@ def _ant(file: _File) -> Recording | None:
     )
 
 
-def _fif(file: _File) -> Recording | None:
+def _fif(file: File) -> Recording | None:
     name = file.path.name.lower()
     if name.endswith(".fif.gz"):
         return file.recording("fif") if file.head[:2] == b"\x1f\x8b" else None
@@ -205,7 +211,7 @@ def _fif(file: _File) -> Recording | None:
     return file.recording("fif", *parts)
 
 
-def _matlab(file: _File) -> Recording | None:
+def _matlab(file: File) -> Recording | None:
     if not file.head.startswith((b"MATLAB", HDF5)):
         return None
     if file.suffix == ".set":
@@ -215,14 +221,14 @@ def _matlab(file: _File) -> Recording | None:
     return None
 
 
-def _nihon(file: _File) -> Recording | None:
+def _nihon(file: File) -> Recording | None:
     if file.suffix != ".eeg" or not re.match(rb"EEG-\d{4}[A-Z]|DAE-\d{4}[A-Z]|QI-\d{3}[A-Z]|NKC", file.head):
         return None
     sidecars = [file.stem + s for s in NIHON_SIDECARS]
     return file.recording("nihon", *sidecars, problem=headers.guarded(headers.check_nihon, "Nihon Kohden", file.path))
 
 
-def _persyst(file: _File) -> Recording | None:
+def _persyst(file: File) -> Recording | None:
     if file.suffix != ".lay" or file.text.lstrip()[:10].lower() != b"[fileinfo]":
         return None
     text, problem = file.all_text(), None
@@ -233,7 +239,7 @@ def _persyst(file: _File) -> Recording | None:
     return file.recording("persyst", name, problem=problem, need=f"the header names '{name}', which is not there")
 
 
-def _nedf(file: _File) -> Recording | None:
+def _nedf(file: File) -> Recording | None:
     if b"<NEDFversion>" not in file.head:
         return None
     try:
@@ -243,7 +249,7 @@ def _nedf(file: _File) -> Recording | None:
     return file.recording("nedf", problem=problem)
 
 
-def _curry(file: _File) -> Recording | None:
+def _curry(file: File) -> Recording | None:
     if file.suffix == ".cdt":
         sidecars = [file.path.name + s for s in CURRY8_SIDECARS]
         needed = sidecars[:2]
@@ -261,16 +267,7 @@ def _curry(file: _File) -> Recording | None:
     return file.recording("curry", *sidecars, problem=problem)
 
 
-def _eximia(file: _File) -> Recording | None:
-    if file.suffix != ".nxe":
-        return None
-    # 64 channels of 16 bits, and no header at all: the size is the only thing that can be checked.
-    size = headers.size_of(file.path)
-    fault = Reason("truncated", f"{size} bytes are no whole number of 64-channel frames")
-    return file.recording("eximia", problem=None if size and size % 128 == 0 else fault)
-
-
-def _egi(file: _File) -> Recording | None:
+def _egi(file: File) -> Recording | None:
     if headers.egi_header(file.head) is None:
         return None
     found = headers.guarded(headers.check_egi, "EGI simple binary", file.path, file.head)
@@ -278,12 +275,12 @@ def _egi(file: _File) -> Recording | None:
     return file.recording("egi", problem=problem, continuous=continuous)
 
 
-def _xdf(file: _File) -> Recording | None:
+def _xdf(file: File) -> Recording | None:
     gzipped = file.suffix == ".xdfz" or file.path.name.lower().endswith(".xdf.gz")
     return file.recording("xdf") if file.head[:4] == b"XDF:" or (gzipped and file.head[:2] == b"\x1f\x8b") else None
 
 
-def _claims(file: _File) -> Recording | None:
+def _claims(file: File) -> Recording | None:
     """Files that are none of the formats, but claim to be one by their extension."""
     if file.suffix in CLAIMED:
         name = CLAIMED[file.suffix]
@@ -298,7 +295,7 @@ def _claims(file: _File) -> Recording | None:
     return None
 
 
-FORMATS: tuple[Callable[[_File], Recording | None], ...] = (
+FORMATS: tuple[Callable[[File], Recording | None], ...] = (
     _edf,
     _gdf,
     _brainvision,
@@ -311,11 +308,11 @@ FORMATS: tuple[Callable[[_File], Recording | None], ...] = (
     _persyst,
     _nedf,
     _curry,
-    _eximia,
     _egi,
+    *(format_.recognise for format_ in find_formats()),
     _claims,
 )
-"""Asked in this order."""
+"""Functions that recognise a format, asked in this order."""
 
 
 def _mff(path: AnyPath) -> Recording:
@@ -358,7 +355,7 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
     # A folder, or a pipe, socket or device: reading from one may never end.
     if not is_remote(path) and not stat.S_ISREG(path.stat().st_mode):
         return None
-    file = _File(path, near)
+    file = File(path, near)
     for look in FORMATS:
         if found := look(file):
             return found

@@ -1,0 +1,40 @@
+"""Nexstim eXimia (``.nxe``): 64 channels of 16 bits, and no header at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_sharding.common.reason import Reason
+from data_sharding.formats import headers
+from data_sharding.formats.readers import Format
+
+if TYPE_CHECKING:
+    from data_sharding.formats.sniffing import File, Recording
+
+FRAME_BYTES = 64 * 2
+
+
+def _recognise(file: File) -> Recording | None:
+    if file.suffix != ".nxe":
+        return None
+    # The size is the only thing that can be checked.
+    size = headers.size_of(file.path)
+    fault = Reason("truncated", f"{size} bytes are no whole number of 64-channel frames")
+    return file.recording("eximia", problem=None if size and size % FRAME_BYTES == 0 else fault)
+
+
+def _open(path: Path) -> Any:
+    import mne
+
+    return mne.io.read_raw_eximia(path)
+
+
+FORMAT = Format(
+    name="eximia",
+    recognise=_recognise,
+    open=_open,
+    # A converter of 10 V and 16 bits behind a gain of 2000 resolves 0.0763 microvolts a bit. MNE's reader returns this
+    # number as if it were volts.
+    unit_factor=1e-6,
+)

@@ -1,0 +1,33 @@
+"""Formats that are described in one file of ``data_sharding/formats/readers``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data_sharding.formats.open_signal import READERS, open_signal
+from data_sharding.formats.readers import find_formats
+from data_sharding.formats.sniffing import sniff
+
+
+def test_every_format_is_found_and_can_be_opened() -> None:
+    names = [format_.name for format_ in find_formats()]
+    assert "eximia" in names and len(set(names)) == len(names)
+    assert all(READERS[format_.name] is format_.open for format_ in find_formats())
+
+
+def test_eximia_is_read_in_volts_and_a_truncated_file_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "a.nxe"
+    frames = np.random.default_rng(0).integers(-3000, 3000, (2900, 64)).astype("<i2")
+    path.write_bytes(frames.tobytes())
+    recording = sniff(path)
+    assert recording is not None and recording.format == "eximia" and recording.problem is None
+    signal = open_signal(recording)
+    kept = [i for i, kind in enumerate(signal.info.ch_types) if kind == "eeg"]
+    volts = signal.read(0, 100, kept) * signal.info.scale
+    assert volts.shape == (60, 100) and 1e-6 < np.abs(volts).max() < 1e-3
+    assert any("eximia" in note for note in signal.info.notes)
+    path.write_bytes(frames.tobytes()[:-1])
+    truncated = sniff(path)
+    assert truncated is not None and "64-channel frames" in str(truncated.problem)
