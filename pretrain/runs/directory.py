@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from data_sharding.common.config import to_dict, to_yaml
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import atomic_write_text, read_json, write_json
-from pretrain.runs.checkpoint import commit_checkpoint, file_record, newest_checkpoint, partial_folder
+from pretrain.runs.checkpoint import newest_checkpoint
 from pretrain.runs.lock import hold_lock
 from pretrain.runs.stored_config import changed_keys, plain, read_stored_config, show
 from pretrain.runs.tracking import TrackerConfig, open_tracker
@@ -204,22 +203,6 @@ class RunDirectory:
         """Return the lines of metrics.jsonl written so far."""
         path = self.path / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-    def begin_checkpoint(self, step: int) -> Path:
-        """Make an empty folder on rank 0 for a checkpoint, and return its path."""
-        partial = partial_folder(self.checkpoints, step)
-        if not self.rank:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        return partial
-
-    def commit_checkpoint(self, step: int, *, keep: int = 2) -> None:
-        """Make a checkpoint complete on rank 0, after all ranks have written their files."""
-        if self.rank:
-            return
-        partial = partial_folder(self.checkpoints, step)
-        files = {p.relative_to(partial).as_posix(): file_record(p) for p in sorted(partial.rglob("*")) if p.is_file()}
-        commit_checkpoint(self.checkpoints, step, files, {}, keep=keep, milestones=None)
 
     def latest(self, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
         """Return the newest undamaged checkpoint; see `pretrain.runs.checkpoint.newest_checkpoint`."""

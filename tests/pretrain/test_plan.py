@@ -18,7 +18,8 @@ from pretrain.model.config import ComputeConfig, MaskedAutoencoderConfig
 from pretrain.model.flops import training_flops
 from pretrain.model.masking import keep_indices
 from pretrain.model.presets import PRESETS
-from pretrain.plan import GIB, activation_bytes, exchanged_bytes, main, state_bytes, tokens_of
+from pretrain.plan import GIB, main
+from pretrain.training.estimates import activation_bytes, exchanged_bytes, state_bytes, tokens_of
 
 from .conftest import ROOT, environment, write_config
 
