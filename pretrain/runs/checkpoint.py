@@ -3,7 +3,7 @@
 A checkpoint is the folder ``RUN/checkpoints/step_N``:
 
 - ``state_RANK.safetensors``, one file a process: that process's share of the named tensors, such as ``weights/NAME``,
-  ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. Each tensor is whole and stands in exactly one file.
+  ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. Each tensor is whole, and is stored in exactly one file.
 - ``complete.json``, the manifest: every file with its size and SHA-256, and all other values that a resume needs.
 
 The folder is filled under another name and renamed at the end, so a folder with a manifest is complete. The content
@@ -52,7 +52,7 @@ def partial_folder(checkpoints: Path, step: int) -> Path:
 
 
 def divide_by_size(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
-    """Divide named tensors among processes so that each process writes about as much.
+    """Divide named tensors among processes so that all processes write about equally much.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def divide_by_size(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
         Names by rank, the same on every process.
     """
     names: list[list[str]] = [[] for _ in range(parts)]
-    # The largest tensors first, each to the process that has least so far.
+    # Go from the largest tensor to the smallest; give each tensor to the process with the smallest load so far.
     load = [(0, rank) for rank in range(parts)]
     for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
         total, rank = heapq.heappop(load)
@@ -77,7 +77,7 @@ def divide_by_size(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """Return a file's size and SHA-256, as they stand in the manifest."""
+    """Return a file's size and SHA-256 for the manifest."""
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
@@ -132,7 +132,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
-    """Find the newest checkpoint of which every byte is as it was written.
+    """Find the newest checkpoint without damage; every byte of the checkpoint is read and compared with its checksum.
 
     Damaged checkpoints are renamed, so that their steps can be written again; their files are kept for inspection.
 
@@ -141,8 +141,9 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
     checkpoints : Path
         The folder ``checkpoints`` of a run directory.
     left_out : sequence of dict
-        Batches that the run must not train on any more (``batches``: first, and end). A checkpoint that has trained on
-        some of them is deleted, and an older one is used. If every checkpoint has, the newest one is used.
+        Batches on which the run must not train any more (``batches``: number of the first batch, and of the first batch
+        after them). A checkpoint that has trained on some of these batches is deleted, and an older checkpoint is used.
+        If every checkpoint has trained on some of them, the newest checkpoint is used.
 
     Returns
     -------
@@ -181,7 +182,7 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
 
 
 def _trained_on(checkpoint: Path, left_out: Sequence[dict[str, Any]]) -> bool:
-    """Whether a checkpoint has trained on batches that were left out only later."""
+    """Whether a checkpoint has trained on batches that were left out after it was written."""
     if not left_out:
         return False
     saved = read_json(checkpoint / MANIFEST)
@@ -267,7 +268,7 @@ class CheckpointReader:
                 for stored in file.keys():  # noqa: SIM118, not a dictionary
                     name = self._current_name(file_name, stored)
                     if name in self._places:
-                        raise RequestError(f"{self.folder}: tensor {name} stands in two files; delete this checkpoint")
+                        raise RequestError(f"{self.folder}: tensor {name} is stored twice; delete this checkpoint")
                     self._places[name] = file, stored
         except BaseException as error:
             self._stack.close()

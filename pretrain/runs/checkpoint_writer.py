@@ -1,4 +1,4 @@
-"""Writing checkpoints: each process writes its share, in the background if wished."""
+"""Writing checkpoints: each process writes its share, in the background on request."""
 
 from __future__ import annotations
 

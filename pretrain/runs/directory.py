@@ -44,10 +44,10 @@ class RunDirectory:
     tracker : TrackerConfig, optional
         Where metrics go besides metrics.jsonl; nowhere by default.
     free : tuple of str
-        Dotted config keys that may change when the run is resumed. A key stands for all keys below it too.
+        Dotted config keys that may change when the run is resumed. A key includes all keys below it.
     upgrade : callable, optional
-        Turns the stored config of a run that an older version began into today's keys, for the comparison with
-        `config`. By default, keys are renamed as the config classes' ``RENAMED`` say.
+        Changes the stored config of a run that an older version began, so that it can be compared with `config`. Keys
+        in ``RENAMED`` of the config classes are renamed in any case.
 
     Attributes
     ----------
@@ -104,7 +104,7 @@ class RunDirectory:
     ) -> None:
         stored = old.get("config")
         if not isinstance(stored, dict):
-            # A run of an older version, whose status holds a checksum of the config in place of the config.
+            # In runs of older versions, the status holds a checksum of the config in place of the config.
             stored = read_stored_config(self.path / "config.yaml", type(config), upgrade)
         for key, before, now in changed_keys(stored, config):
             if any(key == name or key.startswith(f"{name}.") for name in free):
@@ -167,7 +167,7 @@ class RunDirectory:
         try:
             self._log(step, clean)
         except Exception as error:
-            # A tracker's library may raise any error; none of them may end a training.
+            # A tracker's library may raise any kind of error, and no such error may end a training.
             self._log = lambda step, metrics: None
             print(
                 f"dreamscale: the tracker failed at step {step} ({one_line(error)}); from now on metrics go to "

@@ -82,14 +82,14 @@ def launched_world() -> tuple[int, int]:
 
 
 def check_num_processes(num_processes: int, launcher: str) -> None:
-    """Compare the number of processes that the launcher started with the config's, before anything else is started.
+    """Check that the launcher started as many processes as the config says.
 
     Parameters
     ----------
     num_processes : int
-        Number of processes in the config.
+        Number of processes according to the config.
     launcher : str
-        Command that starts so many processes, for the message; ``{}`` stands for their number.
+        Command that starts the right number of processes, for the message; ``{}`` is replaced by that number.
 
     Raises
     ------

@@ -125,7 +125,7 @@ class Watchdog:
         if timeout_s > 0:
             import torch.distributed as dist
 
-            # A connection of its own: while a thread waits for an answer, it blocks all others on that connection.
+            # Open a new connection: a thread that waits for an answer blocks all other users of its connection.
             store = store or dist.distributed_c10d._get_default_store().clone()
             self._store = dist.PrefixStore("dreamscale_watchdog", store)
             self._thread = threading.Thread(target=self._watch, daemon=True)

@@ -46,7 +46,7 @@ def hold_lock(path: Path) -> IO[str]:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
-            # Any other error: this file system does not support locks, so the run goes on without one.
+            # Any other error: this file system does not support locks, so continue without a lock.
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 break
         stream.seek(0)

@@ -18,26 +18,26 @@ T = TypeVar("T")
 def read_stored_config(
     path: Path, config_class: type, upgrade: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Read the config.yaml of a run, also of one that an older version began.
+    """Read the config.yaml of a run, which an older version may have written.
 
     Parameters
     ----------
     path : Path
         The file.
     config_class : type
-        The config's dataclass, whose ``RENAMED`` and those of its parts name the old keys.
+        The config's dataclass. ``RENAMED`` of this class and of its nested classes gives the old keys.
     upgrade : callable, optional
-        Does further changes from the old keys to today's.
+        Makes further changes of an old config, before keys are renamed.
 
     Returns
     -------
     dict
-        The values under today's keys.
+        The values with the current names of keys.
 
     Raises
     ------
     RequestError
-        If the file is missing or is no config.
+        If the file is missing, or does not hold a config.
     """
     import yaml
 
@@ -46,13 +46,13 @@ def read_stored_config(
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RequestError(f"{path}: cannot be read ({one_line(error)}); choose another output") from None
     if not isinstance(values, dict):
-        raise RequestError(f"{path}: holds no config; choose another output")
+        raise RequestError(f"{path}: does not hold a config; choose another output")
     values = upgrade(values) if upgrade else values
     return plain(_rename(values, config_class))
 
 
 def load_stored_config(path: Path, config_class: type[T]) -> T:
-    """Read the config.yaml of a run into its dataclass, also that of a run that an older version began.
+    """Read the config.yaml of a run, which an older version may have written, into its dataclass.
 
     Parameters
     ----------
@@ -80,16 +80,17 @@ def load_stored_config(path: Path, config_class: type[T]) -> T:
         try:
             return parse_config(config_class, [str(file)], prog="dreamscale", positionals=("config",))
         except RequestError as error:
-            raise RequestError(f"{path}: not the config of such a run ({error})") from None
+            raise RequestError(f"{path}: cannot be read as the config of this kind of run ({error})") from None
 
 
 def _rename(values: dict[str, Any], config_class: type) -> dict[str, Any]:
-    """Copy of a stored config with its old keys under their new names."""
+    """Return a copy of a stored config in which old keys have their new names."""
     import typing
 
     values = dict(values)
     for old, new in getattr(config_class, "RENAMED", {}).items():
-        # A sentence in place of a name says that no key means the same; dots lead into another part.
+        # If no new key means the same, RENAMED gives a sentence in place of a key; such an old key is ignored. A dot in
+        # a new key leads into a nested config.
         if old in values and " " not in new:
             *parts, name = new.split(".")
             place = values
@@ -110,7 +111,7 @@ def changed_keys(stored: dict[str, Any], config: Any, prefix: str = "") -> list[
     Parameters
     ----------
     stored : dict
-        The stored values. A key that is missing there did not exist when the run began; its default stands for it.
+        The stored values. If a key is missing, it did not exist when the run began; then its default counts as stored.
     config : dataclass instance
         The new config.
     prefix : str
@@ -147,11 +148,11 @@ def _value(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Copy of a value as JSON gives it back, with NaN and infinities as text: JSON has no such numbers."""
+    """Return a value as JSON would store and read it; NaN and infinities, which JSON does not have, become text."""
     return json.loads(json.dumps(value, default=str), parse_constant=str)
 
 
 def show(value: Any) -> str:
-    """Short text of a config value for a message."""
+    """Return a short text of a config value for a message."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

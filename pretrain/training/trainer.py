@@ -212,7 +212,7 @@ class Trainer:
         self.writer.wait()
         if not self.world.broadcast(self.world.first and bool(complete_checkpoints(self.run.checkpoints))):
             self._say(
-                f"loss spike at step {self.global_step} ({spike}); training goes on, as there is no checkpoint yet"
+                f"loss spike at step {self.global_step} ({spike}); there is no checkpoint yet, so training continues"
             )
             self.spikes.accept(loss)
             return False
@@ -310,7 +310,7 @@ class Trainer:
             raise RuntimeError(
                 f"the gradient was not finite for {self.skipped_in_a_row} steps in a row, up to step "
                 f"{self.global_step}; check the data with 'dreamscale verify {self.train_set.path}'. The same command "
-                f"resumes from the newest checkpoint, with a larger max_skipped if you wish; a lower optimizer.lr "
+                f"resumes from the newest checkpoint, with a larger max_skipped if you set one; a lower optimizer.lr "
                 f"needs another run, in another output"
             )
         return float("nan") if bad else total / self.world.size
@@ -356,7 +356,7 @@ class Trainer:
                 spike = self.spikes.check(loss)
                 if spike and self.rewind(spike, loss):
                     if self.global_step < self.total_steps and not self.stopping:
-                        # The loader stands elsewhere now; its old iterator would go on from the old place.
+                        # The loader was moved back. Its old iterator would still continue from the old position.
                         batches = iter(self.loader)
                     continue
                 last = self.global_step == self.total_steps

@@ -70,7 +70,7 @@ def test_stop_ends_with_75_and_the_same_command_goes_on(pretraining: list[str], 
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "stopped"
     assert not alive(str(run))
-    # It goes on from there, and a second request is honoured as well.
+    # The same command resumes the run, and a second request to stop works too.
     process = start([*words, "--steps", "100000"])
     wait_for_steps(run, process, steps=status["step"] + 2)
     process.send_signal(signal.SIGINT)
@@ -89,7 +89,7 @@ def test_a_refusal_of_the_processes_is_one_line_and_2(pretraining: list[str], tm
 
 
 def test_the_line_of_a_cluster_job_runs_and_answers_usr1(pretraining: list[str], tmp_path: Path):
-    """What Slurm starts on a node, with what Slurm would set."""
+    """Run the command that Slurm starts on a node, with the environment variables that Slurm sets."""
     config = tmp_path / "pretrain.yaml"
     config.write_text("{}\n")
     submit = SubmitConfig(

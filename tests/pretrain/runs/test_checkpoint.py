@@ -87,7 +87,7 @@ class TestStore:
         manifest = json.loads((folder / MANIFEST).read_text())
         manifest["files"]["state_00001.safetensors"] = file_record(folder / "state_00001.safetensors")
         (folder / MANIFEST).write_text(json.dumps(manifest))
-        with pytest.raises(RequestError, match="best/count stands in two files"), CheckpointReader(folder):
+        with pytest.raises(RequestError, match="best/count is stored twice"), CheckpointReader(folder):
             pass
 
     def test_a_checkpoint_of_an_unknown_format_is_refused_in_one_line(self, tmp_path: Path) -> None:
