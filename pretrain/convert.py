@@ -392,7 +392,7 @@ def convert(config: ConvertConfig) -> int:
         "# EEG encoder of DreamDiffusion",
         "",
         f"Converted from `{Path(config.checkpoint).name}`, {kind} with the released code of Bai et al. (arXiv "
-        f"2306.16934); {count_parameters(encoder) / 1e6:.1f}M parameters. The weights are theirs, under their licence.",
+        f"2306.16934); {count_parameters(encoder) / 1e6:.1f}M parameters. The licence of the released weights applies.",
         "",
         "DreamDiffusion's code has no fixed sampling rate, reference or notch filter: `preprocess.json` holds the "
         f"paper's band, the divisor {config.scale_uv:g} and otherwise the default values of Dreamscale. Check them "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.samples import N_PADDED, pad_channels
 from data_sharding.processing.preprocess import PreprocessSpec, band_of
-from pretrain.encoder.package import check_example, damaged, read_package, write_package
+from pretrain.encoder.package import check_example, damage_error, read_package, write_package
 from pretrain.encoder.result import CoverageReport, Encoding
 from pretrain.model.build import build_encoder
 from pretrain.model.config import EncoderConfig
@@ -157,7 +157,7 @@ class EEGEncoder(nn.Module):
         return {name: value.to(device) for name, value in self.backbone.electrode_inputs(metas).items()}
 
     def keep_electrodes(self, dataset: EEGDataset) -> None:
-        """Keep the electrodes of a dataset with the encoder, so that windows alone are enough for `tokens`.
+        """Store the electrodes of a dataset in the encoder, so that `tokens` can be called with windows only.
 
         Parameters
         ----------
@@ -288,7 +288,7 @@ class EEGEncoder(nn.Module):
         spec, device = self.spec, next(self.parameters()).device
         times: list[float] = []
         with (
-            _evaluating(self),
+            _evaluation_mode(self),
             windows_of(recording, spec, unit_factor=unit_factor, line_freq=line_freq) as found,
         ):
             if len(found.names) > self.config.channels:
@@ -360,7 +360,7 @@ class EEGEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, n_outputs: int | None = None) -> EEGEncoder:
-        """Read an encoder package, and check that the encoder computes what it computed where it was written.
+        """Read an encoder package, and check that the encoder still computes the output stored in the package.
 
         Parameters
         ----------
@@ -383,7 +383,7 @@ class EEGEncoder(nn.Module):
         try:
             model = cls(found.config, found.spec, n_chans=found.n_chans, n_outputs=found.n_outputs)
         except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
-            raise damaged(found.folder, error) from None
+            raise damage_error(found.folder, error) from None
         model.positions_C3 = found.positions_C3
         load_strictly(model, found.folder / WEIGHTS)
         model.eval()
@@ -411,7 +411,7 @@ def _positions_of(chs_info: Sequence[dict[str, Any]]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

@@ -7,7 +7,7 @@ A package is a directory:
 ``preprocess.json``    the preprocessing of the pretraining, `PreprocessSpec`
 ``model.safetensors``  the weights, float32
 ``example.npz``        an input, the encoder's output for it, and the tolerance of the self-check
-``model_card.md``      what the encoder is, for people
+``model_card.md``      a description of the encoder for its users
 ``encoder.pt2``        optional: the encoder as a program that needs PyTorch only
 =====================  ==============================================================================
 
@@ -48,7 +48,7 @@ _EXAMPLE_INPUTS = ("x", "positions", "count")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackageContents:
-    """What a package says of its encoder; the weights are read separately."""
+    """The description of an encoder in its package; the weights are read separately."""
 
     folder: Path
     """Directory of the package."""
@@ -143,7 +143,7 @@ def write_package(
 
 
 def read_package(path_or_hub_id: str | Path) -> PackageContents:
-    """Read what a package says of its encoder.
+    """Read the description of an encoder from its package, without the weights.
 
     Parameters
     ----------
@@ -181,10 +181,10 @@ def read_package(path_or_hub_id: str | Path) -> PackageContents:
     except RequestError:
         raise
     except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise damaged(folder, error) from None
+        raise damage_error(folder, error) from None
 
 
-def damaged(folder: Path, error: Exception) -> RequestError:
+def damage_error(folder: Path, error: Exception) -> RequestError:
     """Make the error for JSON files that do not describe an encoder."""
     return RequestError(f"{folder}: {CONFIG} or {SPEC} is damaged ({error}); export the encoder again")
 

@@ -1,10 +1,12 @@
 """Which trials a probe fits, uses for choices and scores.
 
-Trials of one subject resemble each other, and so do trials of one image. A classifier that has seen either in training
-would be scored too well. Therefore no fit is scored on a subject or an image that it was fitted on: the images are
-checked here in every case, the subjects with ``folds: subjects`` (with ``folds: split`` the dataset's splits decide,
-and the report names subjects that are on both sides). Choices, such as the ridge's penalty, follow the same rules on
-inner folds within the training trials.
+Trials of one subject resemble each other, and so do trials of one image. If a classifier has seen the subject or the
+image of a trial in training, its accuracy on this trial is too high. The rules against this:
+
+- No image is in both the fitted and the scored trials of a fold.
+- With ``folds: subjects``, no subject is in both either. With ``folds: split`` the splits of the dataset decide, and the
+  report names the subjects that are in both.
+- Choices, such as the ridge's penalty, are made by the same rules on inner folds within the training trials.
 
 Letters of shapes: see `pretrain.model`.
 """

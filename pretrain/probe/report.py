@@ -127,8 +127,7 @@ def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:
         notes.append(f"The row '{TUNED_RANDOM}' is compared with '{TUNED}'.")
     if result["subjects_in_both"]:
         notes.append(
-            f"Not independent: {len(result['subjects_in_both'])} subject(s) have trials among the fitted ones and "
-            "among the scored ones."
+            f"Not independent: {len(result['subjects_in_both'])} subject(s) have both fitted and scored trials."
         )
     return notes
 

@@ -1,6 +1,7 @@
-"""How certain the numbers of a probe are, given that trials of one image or of one subject are not independent.
+"""Intervals and tests for the accuracies of a probe.
 
-The unit of all intervals and tests is therefore a cluster of trials: an image, or a subject.
+Trials of one image are not independent, and neither are trials of one subject. Each interval and each test therefore
+treats all trials of an image, or all trials of a subject, as one unit (a cluster).
 
 Letters of shapes: see `pretrain.model`.
 """
@@ -28,8 +29,8 @@ def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, 
     Returns
     -------
     low, high : float
-        Wilson's interval for the effective number of trials: as many independent trials as would scatter as much as
-        the means of the images do.
+        Wilson's interval for the effective number of trials. This is the number of independent trials whose mean would
+        vary as much as the mean of the clustered trials does.
     """
     _, image_n = np.unique(images_n, return_inverse=True)
     sums, counts = np.bincount(image_n, weights=hits_n), np.bincount(image_n)

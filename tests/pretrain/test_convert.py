@@ -108,7 +108,7 @@ def perturb(model: nn.Module) -> Any:
 
 
 @pytest.fixture
-def their_config(monkeypatch: pytest.MonkeyPatch) -> Any:
+def foreign_config(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A config object whose class is in a module that no longer exists when the checkpoint is read."""
     module = types.ModuleType("config")
     cls = type("Config_MBM_EEG", (), {"__module__": "config"})
@@ -122,21 +122,21 @@ def their_config(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def pretrained(tmp_path: Path, their_config: Any) -> tuple[Pretrained, Path]:
+def pretrained(tmp_path: Path, foreign_config: Any) -> tuple[Pretrained, Path]:
     model = perturb(Pretrained())
     saved = {
         "model": model.state_dict(),
         "optimizer": {"state": {0: torch.zeros(2)}},
         "epoch": 3,
-        "config": their_config,
+        "config": foreign_config,
     }
     torch.save(saved, tmp_path / "checkpoint.pth")
     del sys.modules["config"]
     return model, tmp_path / "checkpoint.pth"
 
 
-def test_pretrained_model_is_the_same_afterwards(pretrained: tuple[Pretrained, Path]) -> None:
-    theirs, path = pretrained
+def test_converted_model_computes_the_same(pretrained: tuple[Pretrained, Path]) -> None:
+    foreign, path = pretrained
     weights, settings = read_checkpoint(path)
     assert settings["mask_ratio"] == 0.1
     found = convert_weights(weights, heads=settings["num_heads"], decoder_heads=settings["decoder_num_heads"])
@@ -147,35 +147,35 @@ def test_pretrained_model_is_the_same_afterwards(pretrained: tuple[Pretrained, P
     x, keep = torch.randn(3, CHANNELS, TOKENS * PATCH), [0, 3, 4, 9, 15]
     keep_BK = torch.tensor([keep] * 3)
     with torch.no_grad():
-        expected = theirs.encode(x, keep)
+        expected = foreign.encode(x, keep)
         torch.testing.assert_close(encoder(x, keep_BK), expected, rtol=0, atol=1e-5)
         made = decoder(encoder(x, keep_BK), keep_BK)
         # DreamDiffusion orders the values of a token by time and then channel: [token, time, channel].
-        rebuilt = theirs.decode(expected, keep).view(3, TOKENS, PATCH, CHANNELS).transpose(2, 3).flatten(2)
+        rebuilt = foreign.decode(expected, keep).view(3, TOKENS, PATCH, CHANNELS).transpose(2, 3).flatten(2)
         torch.testing.assert_close(made, rebuilt, rtol=0, atol=1e-5)
 
 
 def test_command_writes_a_package(pretrained: tuple[Pretrained, Path], tmp_path: Path) -> None:
-    theirs, path = pretrained
+    foreign, path = pretrained
     out = tmp_path / "encoder"
     assert main([str(path), str(out), "--program", "false"]) == 0
     encoder = EEGEncoder.from_pretrained(out)
     assert (encoder.spec.scaling, encoder.spec.scale_uv, encoder.spec.window) == ("constant", 10.0, TOKENS * PATCH)
     x = torch.randn(2, CHANNELS, TOKENS * PATCH)
     with torch.no_grad():
-        torch.testing.assert_close(encoder(x), theirs.encode(x, list(range(TOKENS)))[:, 1:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(encoder(x), foreign.encode(x, list(range(TOKENS)))[:, 1:], rtol=0, atol=1e-5)
     assert load_file(out / DECODER)["mask_token"].shape == (1, 1, NARROW)
     # The package encodes a recording.
     signal = np.random.default_rng(0).normal(scale=20.0, size=(4, 1000))
     assert encoder.encode((signal, ["Fz", "Cz", "Pz", "Oz"], 250.0, "uV")).pooled.shape[1] == WIDTH
 
 
-def test_fine_tuned_encoder_runs_without_its_class_token(tmp_path: Path, their_config: Any) -> None:
-    theirs = perturb(FineTuned())
-    inside = {f"cond_stage_model.mae.{k}": v for k, v in theirs.state_dict().items()}
+def test_fine_tuned_encoder_runs_without_its_class_token(tmp_path: Path, foreign_config: Any) -> None:
+    foreign = perturb(FineTuned())
+    inside = {f"cond_stage_model.mae.{k}": v for k, v in foreign.state_dict().items()}
     rest = {"model.diffusion_model.out.weight": torch.zeros(3), "cond_stage_model.mapping.fc.weight": torch.zeros(2, 2)}
-    del their_config.decoder_num_heads
-    saved = {"model_state_dict": inside | rest, "config": their_config, "state": torch.random.get_rng_state()}
+    del foreign_config.decoder_num_heads
+    saved = {"model_state_dict": inside | rest, "config": foreign_config, "state": torch.random.get_rng_state()}
     torch.save(saved, tmp_path / "model.pth")
     del sys.modules["config"]
     assert main([str(tmp_path / "model.pth"), str(tmp_path / "encoder"), "--scale_uv", "1", "--program", "true"]) == 0
@@ -183,7 +183,7 @@ def test_fine_tuned_encoder_runs_without_its_class_token(tmp_path: Path, their_c
     assert encoder.config.learned_positions and not encoder.config.class_token
     x = torch.randn(2, CHANNELS, TOKENS * PATCH)
     with torch.no_grad():
-        torch.testing.assert_close(encoder(x), theirs(x), rtol=0, atol=1e-5)
+        torch.testing.assert_close(encoder(x), foreign(x), rtol=0, atol=1e-5)
     program = torch.export.load(tmp_path / "encoder" / "encoder.pt2").module()
     torch.testing.assert_close(program(x), encoder(x), rtol=0, atol=1e-5)
 
@@ -248,7 +248,7 @@ class TestRefusals:
         assert says in self.refuse(tmp_path / "c.pth", tmp_path, capsys, *heads)
 
     @pytest.mark.parametrize("heads", ["4", 4.0, 0, -4, 5])
-    def test_heads_of_a_checkpoint_may_be_nonsense(self, heads: Any, tmp_path: Path, capsys: Any) -> None:
+    def test_impossible_heads_of_a_checkpoint_are_refused(self, heads: Any, tmp_path: Path, capsys: Any) -> None:
         config = {"num_heads": heads, "decoder_num_heads": NARROW_HEADS}
         torch.save({"model": perturb(Pretrained()).state_dict(), "config": config}, tmp_path / "c.pth")
         assert f"heads is {heads!r}; give --heads" in self.refuse(tmp_path / "c.pth", tmp_path, capsys)
@@ -256,13 +256,13 @@ class TestRefusals:
         words = ("--heads", str(HEADS), "--decoder_heads", "-3")
         assert "decoder_heads is -3" in self.refuse(tmp_path / "c.pth", tmp_path, capsys, *words)
 
-    def test_an_odd_width_has_no_positions(self, tmp_path: Path, capsys: Any) -> None:
+    def test_an_odd_width_is_refused(self, tmp_path: Path, capsys: Any) -> None:
         weights = perturb(Pretrained()).state_dict()
         weights["patch_embed.proj.weight"] = torch.zeros(WIDTH - 1, CHANNELS, PATCH)
         torch.save({"model": weights, "config": {"num_heads": 1}}, tmp_path / "c.pth")
         assert "the width of blocks is 31" in self.refuse(tmp_path / "c.pth", tmp_path, capsys)
 
-    def test_failed_training_replaces_no_package(
+    def test_weights_of_a_failed_training_do_not_replace_a_package(
         self, pretrained: tuple[Pretrained, Path], tmp_path: Path, capsys: Any
     ) -> None:
         words = [str(tmp_path / "out"), "--program", "false"]

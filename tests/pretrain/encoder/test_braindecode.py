@@ -1,4 +1,4 @@
-"""Braindecode trains with the encoder, from its own data sets and with its own training loop."""
+"""Braindecode trains the encoder, with Braindecode's datasets and training loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SFREQ, SECONDS = 128.0, 0.5
 
 @pytest.fixture(scope="module")
 def braindecode() -> Any:
-    """Braindecode and its data sets."""
+    """Braindecode with its datasets."""
     return pytest.importorskip("braindecode", reason="Braindecode is not installed (pip install -e '.[dev]')")
 
 
@@ -78,6 +78,6 @@ def test_constructor_takes_braindecodes_names(braindecode: Any) -> None:
 
     from braindecode.models.base import EEGModuleMixin
 
-    # The last one is gone in Braindecode 1.
-    theirs = set(inspect.signature(EEGModuleMixin.__init__).parameters) - {"self", "add_log_softmax"}
-    assert theirs <= set(inspect.signature(EEGEncoder.__init__).parameters)
+    # Braindecode 1 no longer has the last of these arguments.
+    expected = set(inspect.signature(EEGModuleMixin.__init__).parameters) - {"self", "add_log_softmax"}
+    assert expected <= set(inspect.signature(EEGEncoder.__init__).parameters)

@@ -1,4 +1,4 @@
-"""The encoder package: written, read back strictly, run alone, and applied to recordings."""
+"""The encoder package: writing it, reading it with strict checks, running its program, and encoding recordings."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class TestPackage:
     def test_holds_the_trained_weights(self, trained_run: Path, encoder_package: Path) -> None:
         encoder = EEGEncoder.from_pretrained(encoder_package)
         weights = saved_weights(trained_run, 240)
-        ours = {k.removeprefix("backbone."): v for k, v in encoder.state_dict().items()}
-        theirs = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        found = {k.removeprefix("backbone."): v for k, v in encoder.state_dict().items()}
+        expected = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
     def test_card_names_data_and_training(self, encoder_package: Path, unpaired_dataset: Path) -> None:
         card = (encoder_package / "model_card.md").read_text()
@@ -112,7 +112,7 @@ class TestPackage:
             EEGEncoder.from_pretrained(copy)
 
     def test_packages_of_earlier_versions_are_read(self, tmp_path: Path) -> None:
-        """Every file as version 0.1.0 wrote it, written here by hand."""
+        """The test writes every file as version 0.1.0 wrote it, without the code of the package."""
         torch.manual_seed(0)
         shape = {"samples": 32, "patch": 4, "dim": 8, "depth": 1, "heads": 2, "mlp_ratio": 1.0}
         spec = PreprocessSpec(sfreq=128.0, lowpass=50.0, window=32, stride=32)
@@ -141,23 +141,23 @@ class TestPackage:
         assert encoder.spec == spec and encoder.n_outputs is None and encoder.positions_C3 is None
         with torch.no_grad():
             torch.testing.assert_close(encoder(x), y)
-        # And a package written now has the same files with the same keys.
+        # A package that is written now has the same files and the same keys.
         encoder.save_pretrained(tmp_path / "now")
         assert {path.name for path in (tmp_path / "now").iterdir()} == {p.name for p in tmp_path.iterdir()} - {"now"}
         now = json.loads((tmp_path / "now" / "config.json").read_text())
         assert now.keys() == config.keys() and now["encoder"] == config["encoder"]
         assert now["parameters"] == config["parameters"]
 
-    def test_an_encoder_without_numbers_replaces_nothing(self, tmp_path: Path) -> None:
+    def test_an_encoder_with_infinite_output_is_not_written(self, tmp_path: Path) -> None:
         encoder = EEGEncoder(n_times=16, dim=8, depth=1, heads=1)
         encoder.save_pretrained(tmp_path / "encoder")
-        # Each weight is finite, and their sums are not.
+        # Each weight is finite, but their sums are infinite.
         torch.nn.init.constant_(encoder.backbone.patch_embed.weight, 3e38)
         with pytest.raises(RequestError, match="not written"):
             encoder.save_pretrained(tmp_path / "encoder")
         EEGEncoder.from_pretrained(tmp_path / "encoder")
 
-    def test_export_refuses_what_is_no_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_export_refuses_a_folder_without_a_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert export_main([str(tmp_path), str(tmp_path / "out")]) == 2
         assert "config.yaml" in capsys.readouterr().err
 
@@ -197,7 +197,7 @@ class TestModule:
         x = torch.randn(2, 19, 128)
         torch.testing.assert_close(encoder(x), encoder(pad_channels(x)))
 
-    def test_speaks_braindecode(self, tmp_path: Path) -> None:
+    def test_takes_the_arguments_of_braindecode(self, tmp_path: Path) -> None:
         chs_info = mne.create_info(NAMES, 128.0, "eeg")["chs"]
         model = EEGEncoder(chs_info=chs_info, n_times=256, sfreq=128.0, n_outputs=4, dim=32, depth=1, heads=2)
         assert (model.n_chans, model.n_times, model.sfreq, model.n_outputs) == (18, 256, 128.0, 4)
@@ -242,7 +242,7 @@ class TestEncode:
             np.testing.assert_allclose(again.tokens, found.tokens, atol=1e-4)
 
     def test_is_what_training_saw(self, encoder_package: Path) -> None:
-        """The windows go through the very steps of sharding: preprocessing, padding, scaling."""
+        """The windows go through the same steps as in sharding: preprocessing, padding, scaling."""
         from data_sharding.processing.preprocess import preprocess
 
         encoder = EEGEncoder.from_pretrained(encoder_package)
@@ -319,9 +319,9 @@ class TestEncode:
         raw = recording()
         raw.set_annotations(mne.Annotations([2.4], [0.3], ["BAD_chewing"]))
         whole, found = encoder.encode(recording(), batch_size=1), encoder.encode(raw, batch_size=1)
-        # The batch at work and the one before it; the others are in the result alone.
+        # Only the current batch and the one before exist as tensors; older batches are in the result only.
         assert len(encoder.given) >= 6 + 5 and encoder.alive <= 2
-        # A window that was left out leaves no row.
+        # A window that was left out has no row in the result.
         np.testing.assert_array_equal(found.tokens, np.delete(whole.tokens, 2, axis=0))
         assert found.pooled.shape == (5, 32)
 
@@ -337,6 +337,6 @@ class TestEncode:
         (tmp_path / "broken.edf").write_bytes(b"0       " + b"?" * 300)
         assert encode_main([str(encoder_package), str(tmp_path / "broken.edf"), "-o", str(out)]) == 2
         assert "broken.edf" in capsys.readouterr().err
-        # Told before anything is read.
+        # Refused before the recording, which does not exist, is opened.
         assert encode_main([str(encoder_package), "no.edf", "-o", str(out), "--line_freq", "0"]) == 2
         assert "line_freq is 0" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The autoencoder against a plain implementation written apart from it, its sizes, and its masks."""
+"""The autoencoder compared with a plain implementation that shares no code with it, and its masks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def plain_loss(
 
     def position(index: int, dim: int) -> torch.Tensor:
         angles = [index / 10000 ** (i / (dim // 2)) for i in range(dim // 2)]
-        # Through float32, in which the model keeps them: all else agrees to the end of float64.
+        # The model keeps positions in float32, so round to float32 here; everything else is computed in float64.
         return torch.tensor([np.sin(a) for a in angles] + [np.cos(a) for a in angles]).float().double()
 
     losses = []
@@ -95,7 +95,7 @@ def test_loss_and_gradients_match_a_plain_implementation(normalize: bool, comput
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, normalize_targets=normalize, compute=compute)
     model = MaskedAutoencoder(config).double()
-    # Biases and norms away from where they start, so that none of them is tested at 0 or 1 alone.
+    # Biases start at 0 and norms at 1, where many mistakes would not show; move all parameters away from their start.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -129,7 +129,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
     assert kept[True] < 0.6 * kept[False]
 
 
-def test_bf16_on_a_processor_takes_plain_attention_and_gives_the_same() -> None:
+def test_bf16_on_a_cpu_takes_plain_attention_and_gives_the_same() -> None:
     torch.manual_seed(0)
     attention = Attention(64, 2).bfloat16()
     x, real = torch.randn(2, 10, 64).bfloat16(), torch.arange(10) < torch.tensor([[10], [4]])
@@ -144,11 +144,11 @@ def test_bf16_on_a_processor_takes_plain_attention_and_gives_the_same() -> None:
 def test_blocks_compile_in_place_one_by_one() -> None:
     model = MaskedAutoencoder(dataclasses.replace(SMALL, compute=ComputeConfig(compile=True)))
     plain = MaskedAutoencoder(SMALL)
-    # Names stay, so that checkpoints fit whether compiled or not.
+    # The names of the weights do not change, so compiled and plain models read the same checkpoints.
     plain.load_state_dict(model.state_dict())
     compiled = [block for block in (*model.encoder.blocks, *model.decoder.blocks) if block._compiled_call_impl]
     assert len(compiled) == 3
-    # What was compiled is the block; the compiler itself takes most of a minute here, so another backend runs it.
+    # Torch's default compiler takes most of a minute here, so the blocks are run with a fast backend.
     for block in compiled:
         block.compile(backend="eager")
     x, keep = torch.randn(2, 6, 24), torch.tensor([[0, 2, 5], [1, 2, 3]])
@@ -165,7 +165,7 @@ def test_only_hidden_tokens_count_and_hidden_signal_is_not_seen() -> None:
     changed[:, :, 4:8] += 5.0
     torch.testing.assert_close(model.reconstruct(changed, keep), made)
     assert model(changed, keep) != model(x, keep)
-    # An error on a visible token's target costs nothing.
+    # Errors on visible tokens do not enter the loss.
     target = model.targets(x)
     hidden = [1, 3, 4]
     expected = (made - target)[:, hidden].square().mean()
@@ -203,27 +203,27 @@ def test_visible_tokens(ratio: float, tokens: int, visible: int) -> None:
     assert visible_tokens(tokens, ratio) == visible
 
 
-def test_masks_are_uniform_distinct_and_independent_of_company() -> None:
+def test_masks_are_uniform_and_do_not_depend_on_other_samples() -> None:
     n = 4000
     keep = keep_indices(7, [0] * n, list(range(n)), 32, 0.75)
     assert keep.shape == (n, 8)
     assert (keep.diff(dim=1) > 0).all()
     share = torch.bincount(keep.flatten(), minlength=32) / n
-    # Five standard errors around a quarter.
+    # Within five standard errors of a quarter.
     assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / n) ** 0.5
     assert len({tuple(row) for row in keep.tolist()}) > 0.99 * n
-    # The same sample draws the same mask alone, and another one in the next epoch or with another seed.
+    # A sample has the same mask alone as in a batch, and another mask in the next epoch or with another seed.
     torch.testing.assert_close(keep_indices(7, [0], [1234], 32, 0.75)[0], keep[1234])
     assert not torch.equal(keep_indices(7, [1], [1234], 32, 0.75)[0], keep[1234])
     assert not torch.equal(keep_indices(8, [0], [1234], 32, 0.75)[0], keep[1234])
 
 
 def test_masks_are_the_same_as_ever() -> None:
-    """A run that was begun with an earlier version goes on with the same masks."""
+    """A run that was started with an earlier version is resumed with the same masks."""
     assert keep_indices(7, [0, 3], [1234, 5], 16, 0.75).tolist() == FIXED_MASKS
 
 
-def test_blocks_of_hidden_tokens_are_spans_anywhere() -> None:
+def test_blocks_of_hidden_tokens_are_spans() -> None:
     n, tokens, span = 3000, 32, 5
     keep = keep_indices(7, [0] * n, list(range(n)), tokens, 0.5, block=span)
     assert keep.shape == (n, 16) and (keep.diff(dim=1) > 0).all()
@@ -231,9 +231,9 @@ def test_blocks_of_hidden_tokens_are_spans_anywhere() -> None:
     assert (hidden.sum(dim=1) == 16).all()
     for row in hidden[:200].tolist():
         runs = [len(run) for run in "".join(".#"[h] for h in row).split(".") if run]
-        # Three spans of 5 and what is left of 16, which may touch each other.
+        # 16 hidden tokens are three spans of 5 and one of 1; spans may touch each other.
         assert all(run % span in (0, 1) for run in runs) and sum(run % span for run in runs) == 1
-    # Every place is hidden about equally often; the ends less, since a span that covers them can lie one way only.
+    # All tokens are hidden about equally often, except near the ends, which fewer positions of a span cover.
     share = hidden.double().mean(dim=0)
     assert share[8:24].min() > 0.45 and share[8:24].max() < 0.58 and share[0] < share[8]
     torch.testing.assert_close(share, share.flip(0), atol=5 * 0.5 / n**0.5 * 1.5, rtol=0)
@@ -256,7 +256,7 @@ def test_channels_drop_with_all_their_copies_and_never_all_of_them() -> None:
 def test_a_dropped_channel_reaches_no_token_and_stays_a_target() -> None:
     torch.manual_seed(0)
     model = MaskedAutoencoder(dataclasses.replace(SMALL, channel_dropout=0.5)).double()
-    # Three true channels in rows of six.
+    # Three true channels, padded to six rows.
     samples: Any = SimpleNamespace(numbers=[1, 2, 3], epochs=[0, 0, 0], metas=[{"n": 3}] * 3)
     inputs = model.prepare(samples, seed=4)
     dropped = inputs["dropped_BC"]

@@ -1,4 +1,4 @@
-"""The tokenizer that knows electrodes by their place: blind to order and padding, from training to export."""
+"""The montage tokenizer: results do not depend on the order of channels or on padding, from training to export."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SPEC = PreprocessSpec(sfreq=128.0, lowpass=50.0, window=32, stride=32)
 
 
 def metas(*counts: int) -> list[dict[str, Any]]:
-    """Samples with electrodes here and there on a sphere, the third of each unknown."""
+    """Samples with electrodes at random places on a sphere; the third electrode of each has no known position."""
     out = []
     for count in counts:
         places = np.random.default_rng(count).normal(size=(count, 3))
@@ -69,7 +69,7 @@ class TestEmbedding:
         order = torch.randperm(20)
         expected = encoder.over_time(x, places)
         torch.testing.assert_close(encoder.over_time(x[:, order], places[:, order]), expected, rtol=0, atol=1e-12)
-        # It does see who is where: the same signals on other electrodes are another embedding.
+        # The same signals on other electrodes give another embedding, so the encoder does use the positions.
         assert (encoder.over_time(x[:, order], places) - expected).abs().max() > 1e-3
 
     @pytest.mark.parametrize("width", [32, 64, 128])
@@ -79,12 +79,12 @@ class TestEmbedding:
         expected = encoder.over_time(x, places)
         padded = pad_channels(x, width)
         torch.testing.assert_close(encoder.over_time(padded, places), expected)
-        # The same where the places are padded, too, as in a batch with a larger montage.
+        # The positions may be padded too, as in a batch with a larger montage.
         wide = torch.full((1, width, 3), float("nan"))
         wide[:, :20] = places
         torch.testing.assert_close(encoder.over_time(padded, wide, count), expected, rtol=0, atol=1e-12)
 
-    def test_does_not_change_with_the_company_in_a_batch(self, encoder: MontageEncoder) -> None:
+    def test_does_not_depend_on_other_samples_of_the_batch(self, encoder: MontageEncoder) -> None:
         x = torch.randn(3, 128, 32, dtype=torch.float64)
         places, count = electrode_positions(metas(5, 64, 19), 128)
         together = encoder.over_time(x, places, count)
@@ -121,10 +121,11 @@ class TestAutoencoder:
             return [x_CT[np.argsort(order)].numpy() for x_CT, order in zip(x_BCT, orders, strict=True)]
 
         straight = windows([np.arange(len(x)) for x in signals])
-        for ours, theirs, x in zip(windows([rng.permutation(len(x)) for x in signals]), straight, signals, strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+        shuffled = windows([rng.permutation(len(x)) for x in signals])
+        for found, expected, x in zip(shuffled, straight, signals, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
             divisor = x.std() if scaling == "window" else spec.scale_uv
-            np.testing.assert_allclose(theirs, x / divisor, rtol=1e-12)
+            np.testing.assert_allclose(expected, x / divisor, rtol=1e-12)
 
     def test_no_gradient_from_padding_and_finite_ones_from_unknown_places(
         self, autoencoder: MontageAutoencoder
@@ -138,7 +139,7 @@ class TestAutoencoder:
         for name, parameter in autoencoder.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
-    def test_a_sample_loses_and_learns_alike_alone_and_in_company(self, autoencoder: MontageAutoencoder) -> None:
+    def test_a_sample_has_the_same_loss_alone_and_in_a_batch(self, autoencoder: MontageAutoencoder) -> None:
         x = torch.randn(2, 128, 32, dtype=torch.float64)
         both = batch(4, 7)
         loss = autoencoder(x, **autoencoder.prepare(both, seed=1))
@@ -174,7 +175,7 @@ class TestAutoencoder:
         torch.testing.assert_close(autoencoder.power(x, **inputs), torch.stack(power))
         assert not hidden[0, 3:].any()
 
-    def test_a_dropped_channel_shows_nothing_and_stays_a_target(self) -> None:
+    def test_a_dropped_channel_is_hidden_and_stays_a_target(self) -> None:
         model = MontageAutoencoder(dataclasses.replace(SMALL, channel_dropout=0.6)).double()
         inputs = model.prepare(batch(8, 8, 8), seed=2)
         hidden = model.hidden_signal(**inputs).all(dim=-1)
@@ -235,14 +236,14 @@ class TestPackage:
         assert again.positions_C3 is not None
         torch.testing.assert_close(again(x[:, [1, 0, 2]], again.positions_C3[[1, 0, 2]]), model(x))
 
-    # 8 copies of the whole montage fill 128 rows; of 7 channels, 2 have one copy more than the others.
+    # 8 channels fill 128 rows with equal numbers of copies. Of 7 channels, 2 have one copy more than the others.
     @pytest.mark.parametrize("count", [8, 7])
     def test_encodes_a_recording_whatever_the_order_of_its_channels(self, count: int, package: Path) -> None:
         names = ["Fp1", "Fp2", "C3", "C4", "O1", "O2", "T7", "T8"][:count]
         rng = np.random.default_rng(0)
         time = np.arange(1000) / 250
         x = 20 * np.sin(2 * np.pi * 9 * time + rng.uniform(0, 6, (count, 1))) + 5 * rng.normal(size=(count, 1000))
-        # Uneven channels: copies of the loud ones would raise the scale.
+        # Channels of different amplitude: additional copies of a strong channel would change the scale.
         x *= np.geomspace(0.3, 3, count)[:, None]
         encoder = EEGEncoder.from_pretrained(package)
         found = encoder.encode((x, names, 250.0, "uV"))
@@ -269,7 +270,7 @@ def test_a_dataset_of_one_montage_needs_no_positions_beside_its_windows(
         common_positions(EEGDataset(unpaired_dataset, "val"))
 
 
-def test_trains_checkpoints_and_exports_spread_or_not(unpaired_dataset: Path, tmp_path: Path) -> None:
+def test_trains_and_exports_the_same_on_one_and_two_processes(unpaired_dataset: Path, tmp_path: Path) -> None:
     from pretrain.export import main as export
     from pretrain.train import main as pretrain
 
@@ -293,7 +294,7 @@ def test_trains_checkpoints_and_exports_spread_or_not(unpaired_dataset: Path, tm
     assert export([str(tmp_path / "one"), str(tmp_path / "encoder"), "--program", "false"]) == 0
     card = (tmp_path / "encoder" / "model_card.md").read_text()
     assert "any montage" in card and "standard deviation over its true channels" in card
-    # Samples of 19 to 64 channels fall into other batches on two processes, and nothing changes.
+    # On two processes the samples of 19 to 64 channels are batched differently, and the losses are the same.
     variants = [("1", "bf16"), ("3", "fp32")]
     jobs = []
     for stage, precision in variants:

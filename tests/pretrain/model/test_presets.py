@@ -1,4 +1,4 @@
-"""Sizes of the shapes by name, counted on the meta device, and the configs that spell them out."""
+"""Numbers of parameters of the presets, counted on the meta device, and the configs that repeat the presets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pretrain.model.presets import PRESETS
 from pretrain.training.config import PretrainConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "pretrain"
-# Trainable values of encoder and decoder.
+# Number of trainable values in the encoder and in the decoder.
 SIZES = {
     "tiny": (908_800, 214_976),
     "released": (151_769_088, 13_412_864),
@@ -38,7 +38,7 @@ def test_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if PRESETS[n].encoder.tokenizer == "temporal"])
 def test_counts_follow_from_the_layout(name: str) -> None:
-    """The same numbers from the architecture on paper: four attention matrices, two of the perceptron, norms, ends."""
+    """Count by formula: four matrices of attention, two of the perceptron, norms, and the first and last layers."""
 
     def blocks(dim: int, depth: int, mlp_ratio: float) -> int:
         hidden = int(dim * mlp_ratio)
@@ -52,11 +52,11 @@ def test_counts_follow_from_the_layout(name: str) -> None:
 
 
 def test_published_counts() -> None:
-    """What the papers and their code say, against the exact counts above."""
+    """Compare the numbers in the papers and in their code with the exact counts above."""
     assert [round(n / 1e6, 1) for n in SIZES["released"]] == [151.8, 13.4]
-    # Their code keeps the fixed positions, class token's included, among its parameters: 165.4M in all.
+    # The released code also counts the fixed positions, with that of the class token, as parameters: 165.4M in all.
     assert round((sum(SIZES["released"]) + 129 * (1024 + 512)) / 1e6, 1) == 165.4
-    # The paper says 297M; its architecture counts 302.8M.
+    # The paper says 297M, but the architecture that it describes has 302.8M parameters.
     assert round(SIZES["paper"][0] / 1e6, 1) == 302.8
     for name, stated in (("18m", 18.3), ("74m", 74), ("162m", 162), ("458m", 458)):
         assert SIZES[name][0] / 1e6 == pytest.approx(stated, abs=0.05 if name == "18m" else 0.5)

@@ -1,4 +1,4 @@
-"""Probing: what is told apart, what must not be, and that nothing leaks."""
+"""The probe: methods find the labels that they can find, controls stay at chance, and no test label leaks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ SUBJECTS = {"train": ("s1", "s2", "s3", "s4"), "val": ("s5",), "test": ("s6", "s
 
 
 def write_trials(path: Path, *, images: dict[str, int], caps: bool = False, own_images: bool = False) -> Path:
-    """Two labels, told by the sign of a bump 0.4 s after onset; every subject sees the images of its split."""
+    """Write trials with two labels: the label is the sign of a bump 0.4 s after onset. All subjects of a split see the
+    same images.
+    """
     rng = np.random.default_rng(5)
     splits: dict[str, list[Sample]] = {}
     names = [f"E{i + 1}" for i in range(8)]
@@ -113,7 +115,7 @@ class TestCommand:
         found = json.loads((tmp_path / "p.json").read_text())
         score = {name: value["mean"] for name, value in found["accuracy"].items()}
         assert score.keys() == {"encoder", *DEFAULT_METHODS, "commonest label", "encoder, labels shuffled"}
-        # Any linear map sees the bump's sign; power and covariance do not.
+        # A linear map of the signal shows the sign of the bump. Power and covariance do not depend on the sign.
         assert min(score["encoder"], score["random weights"], score["time courses"], score["EEGNet"]) > 0.8
         assert max(score["band power"], score["covariance"]) < 0.75
         assert 0.3 < score["encoder, labels shuffled"] < 0.7
@@ -137,7 +139,7 @@ class TestCommand:
         assert found["left_out_for_shared_images"]["train"] > 0
         assert found["accuracy"].keys() == {"encoder", "band power", "time courses", "commonest label"}
         assert found["accuracy"]["encoder"]["mean"] > 0.8
-        # Seven subjects, all of them better: 2 of 128 flips are as large.
+        # The encoder is better for all seven subjects, so only 2 of 128 flips give as large a difference.
         assert found["encoder_minus"]["band power"]["p_subjects"] == 2 / 2**7
         low, high = found["encoder_minus"]["band power"]["ci95_subjects"]
         assert 0 < low < found["encoder_minus"]["band power"]["mean"] < high
@@ -150,12 +152,12 @@ class TestCommand:
         assert main(words) == 0
         found = json.loads((tmp_path / "p.json").read_text())
         assert found["accuracy"].keys() == {"encoder", "commonest label", TUNED, TUNED_RANDOM}
-        # One fit, one rate.
+        # There is one fit, so one learning rate was chosen.
         assert found["chosen"][TUNED][0] in (2e-3, 4e-3)
         assert found["accuracy"][TUNED]["mean"] > 0.8
         assert found["encoder_minus"][TUNED_RANDOM]["of"] == TUNED
         assert found["encoder_minus"]["commonest label"]["of"] == "encoder"
-        # The features were not touched by it.
+        # Fine-tuning did not change the encoder whose features were scored.
         assert main([*words[:2], "--methods", "[]", "--shuffles", "0", *words[-2:]]) == 0
         again = json.loads((tmp_path / "p.json").read_text())
         assert again["accuracy"]["encoder"] == found["accuracy"]["encoder"]
@@ -191,7 +193,7 @@ class TestCommand:
         assert says in capsys.readouterr().err
 
     def test_labels_that_are_subjects_are_refused(self, package: Path, paired_dataset: Path, capsys: Any) -> None:
-        # In this dataset every subject saw one category.
+        # In this dataset every subject saw images of one label only.
         assert main([str(package), str(paired_dataset), "--methods", "[]"]) == 2
         assert "standardize: none" in capsys.readouterr().err
         assert main([str(package), str(paired_dataset), "--methods", "[]", "--standardize", "none"]) == 0
@@ -254,7 +256,7 @@ class TestFolds:
 
 class TestFit:
     @pytest.mark.parametrize("features", [5, 60])
-    def test_ridge_is_scikit_learns(self, features: int) -> None:
+    def test_ridge_agrees_with_scikit_learn(self, features: int) -> None:
         from sklearn.linear_model import Ridge
 
         rng = np.random.default_rng(0)
@@ -309,7 +311,7 @@ class TestFit:
         plain = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=steps, pct_start=0.1)
         assert rates(partial(one_cycle, rate=1.0, steps=steps)) == rates(plain)
 
-    def test_eegnet_is_the_articles(self) -> None:
+    def test_eegnet_has_the_size_of_the_article(self) -> None:
         model = EEGNet(64, 128, 128.0, 4)
         # Table 2 of the article: 8x64 + 2x8x64 + 16x16 + 16x16 weights, 2 (8 + 16 + 16) of batch normalisation, head.
         count = sum(p.numel() for p in model.parameters())
@@ -342,7 +344,7 @@ class TestFeatures:
         np.testing.assert_allclose(average_bins(x, 1), [[5.5]])
         assert average_bins(np.ones((2, 10)), 4).tolist() == [[1.0] * 4] * 2
 
-    def test_covariance_is_a_distance_that_scaling_shifts(self) -> None:
+    def test_scaling_shifts_only_the_diagonal_of_the_covariance(self) -> None:
         x = np.random.default_rng(0).normal(size=(2, 5, 400))
         one, double = covariance(x), covariance(2 * x)
         assert one.shape == (2, 15)
@@ -351,7 +353,7 @@ class TestFeatures:
         np.testing.assert_allclose(np.delete(double - one, diagonal, axis=1), 0, atol=1e-4)
         assert np.isfinite(covariance(np.zeros((1, 3, 20)))).all()
 
-    def test_standardizing_looks_at_what_it_may(self) -> None:
+    def test_standardizing_uses_only_the_trials_it_may(self) -> None:
         rng = np.random.default_rng(0)
         x = rng.normal(5, 3, (20, 4))
         x[:, 3] = 7
@@ -376,7 +378,7 @@ class TestStatistics:
         more = np.where(clusters == 0, -1.0, 1.0)
         assert flip_test(more, clusters, 1000, 0) == 14 / 64
 
-    def test_flip_test_agrees_with_mcnemars(self) -> None:
+    def test_flip_test_agrees_with_mcnemars_test(self) -> None:
         from scipy.stats import binomtest
 
         more = np.array([1.0] * 21 + [-1.0] * 8 + [0.0] * 40)
@@ -384,14 +386,14 @@ class TestStatistics:
         assert flip_test(more, np.arange(69), 20_000, 0) == pytest.approx(exact, abs=0.01)
 
     @pytest.mark.parametrize(("hits", "images"), [([0, 1] * 30, 30), ([0, 1, 1] * 8, 8), ([0] * 20, 20), ([1] * 9, 9)])
-    def test_accuracy_interval_is_scipys_without_scatter_between_images(self, hits: list[int], images: int) -> None:
+    def test_accuracy_interval_agrees_with_scipy_if_images_do_not_scatter(self, hits: list[int], images: int) -> None:
         from scipy.stats import binomtest
 
         image = np.repeat(np.arange(images), len(hits) // images)
         expected = binomtest(sum(hits), len(hits)).proportion_ci(0.95, method="wilson")
         np.testing.assert_allclose(accuracy_interval(np.array(hits, float), image), expected, atol=1e-7)
 
-    def test_clusters_widen(self) -> None:
+    def test_clusters_widen_the_intervals(self) -> None:
         rng = np.random.default_rng(0)
         hits = np.repeat(rng.integers(0, 2, 30), 10).astype(float)
         images = np.repeat(np.arange(30), 10)
