@@ -4,8 +4,8 @@ Trials of one subject resemble each other, and so do trials of one image. If a c
 image of a trial in training, its accuracy on this trial is too high. The rules against this:
 
 - No image is in both the fitted and the scored trials of a fold.
-- With ``folds: subjects``, no subject is in both either. With ``folds: split`` the splits of the dataset decide, and the
-  report names the subjects that are in both.
+- With ``folds: subjects``, no subject is in both either. With ``folds: split`` the splits of the dataset decide, and
+  the report names the subjects that are in both.
 - Choices, such as the ridge's penalty, are made by the same rules on inner folds within the training trials.
 
 Letters of shapes: see `pretrain.model`.
