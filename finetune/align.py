@@ -199,7 +199,7 @@ def measure_retrieval(
     device : torch.device
         Device of the computation.
     pulse : callable
-        Called before each batch; `fit` uses it to interrupt.
+        Called before each batch; `fit` interrupts the evaluation there if a stop was requested.
     batch_size : int
         Trials of one forward pass.
 

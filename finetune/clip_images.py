@@ -17,7 +17,7 @@ from finetune.images import ImageTable
 
 
 def is_local(model: str | Path) -> bool:
-    """Tell a directory from a hub id.
+    """Return whether a model is given as a directory; otherwise it is a hub id.
 
     Parameters
     ----------

@@ -184,7 +184,7 @@ class DenoisingWatcher:
         task : DenoisingTask
             In evaluation mode.
         pulse : callable
-            Called before each batch; `fit` uses it to interrupt.
+            Called before each batch; `fit` interrupts the evaluation there if a stop was requested.
 
         Returns
         -------

@@ -59,7 +59,7 @@ def compute_features(
     batch : int
         Trials of one forward pass.
     pulse : callable
-        Called before each forward pass; `fit` uses it to interrupt.
+        Called before each forward pass; `fit` interrupts the evaluation there if a stop was requested.
 
     Returns
     -------

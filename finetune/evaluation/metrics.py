@@ -237,25 +237,12 @@ def n_way_top_k(
     return {"accuracy": float(hits.mean()), "std": float(hits.std()), "chance": k / n}
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Compute Wilson's confidence interval of a share.
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % confidence interval of the share of successes among n attempts."""
+    from scipy.stats import binomtest
 
-    Parameters
-    ----------
-    successes, n : int
-        Number of successes, and of attempts.
-    z : float
-        Standard normal quantile; 95 % by default.
-
-    Returns
-    -------
-    tuple of float
-        Lower and upper end.
-    """
-    share, weight = successes / n, z**2 / n
-    middle = (share + weight / 2) / (1 + weight)
-    half = z * np.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
-    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
+    found = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def accuracy_with_p_value(
@@ -278,7 +265,7 @@ def accuracy_with_p_value(
     image_ids : list of str
         Id of the image of each trial. All trials of an image must have the same label.
     permutations : int
-        Number of shuffles.
+        Largest number of shuffles.
     seed : int
         Seed for the shuffles.
 
@@ -286,14 +273,16 @@ def accuracy_with_p_value(
     -------
     dict
         ``accuracy``; ``chance``: mean accuracy over all shuffles; ``n`` and ``images``: numbers of trials and images;
-        ``p_value``: (1 + k) / (1 + shuffles), where k shuffles were as accurate or more; ``interval``: Wilson's 95 %
-        confidence interval, as if trials were independent.
+        ``p_value``: (1 + k) / (1 + shuffles), where k shuffles were as accurate or more; with few images, the exact
+        share of such shuffles; ``interval``: Wilson's 95 % confidence interval, as if trials were independent.
 
     Raises
     ------
     ValueError
         If there is no trial, the lengths differ, or an image has two labels.
     """
+    from scipy.stats import permutation_test
+
     predicted, labels = np.asarray(predicted_N), np.asarray(labels_N)
     if not len(predicted) or not len(predicted) == len(labels) == len(image_ids):
         raise ValueError(
@@ -309,19 +298,33 @@ def accuracy_with_p_value(
     np.add.at(votes_MK, (row, predicted), 1)
     own = int(votes_MK[np.arange(len(names)), label_of].sum())
     share_K = np.bincount(label_of, minlength=classes) / len(names)
-    rng = np.random.default_rng(seed)
-    as_good, done = 0, 0
-    block = max(1, 2_000_000 // len(names))
-    while done < permutations:
-        count = min(block, permutations - done)
-        shuffled = rng.permuted(np.broadcast_to(label_of, (count, len(names))), axis=1)
-        as_good += int((votes_MK[np.arange(len(names)), shuffled].sum(axis=1) >= own).sum())
-        done += count
+
+    def count_right(labels_M: NDArray[np.integer], axis: int) -> NDArray[np.integer]:
+        """Count the trials that are right under given labels of the images, which are on the last axis."""
+        assert axis == -1
+        return votes_MK[np.arange(len(names)), labels_M].sum(axis=-1)
+
+    # A single image has nothing to be shuffled with.
+    p_value = 1.0
+    if len(names) > 1:
+        found = permutation_test(
+            (label_of,),
+            count_right,
+            permutation_type="pairings",
+            vectorized=True,
+            n_resamples=permutations,
+            # Limits the memory of one call of the function above.
+            batch=max(1, 2_000_000 // len(names)),
+            alternative="greater",
+            axis=-1,
+            rng=np.random.default_rng(seed),
+        )
+        p_value = float(found.pvalue)
     return {
         "accuracy": own / len(labels),
         "chance": float((votes_MK.sum(axis=0) * share_K).sum() / len(labels)),
         "n": len(labels),
         "images": len(names),
-        "p_value": (1 + as_good) / (1 + permutations),
+        "p_value": p_value,
         "interval": list(wilson_interval(own, len(labels))),
     }

@@ -124,5 +124,9 @@ def test_accuracy_chance_and_p_value_of_a_clear_case() -> None:
     # Half the images are of class 0, so a constant prediction of class 0 has an accuracy of one half by chance.
     skewed = metrics.accuracy_with_p_value(np.zeros(8, int), np.array([0, 0, 0, 0, 1, 1, 2, 3]), list("abcdefgh"))
     assert skewed["chance"] == 0.5 and skewed["p_value"] == 1
+    # Labels of a few images are shuffled in all 3! ways; a single image has no other label.
+    few = metrics.accuracy_with_p_value(np.arange(3), np.arange(3), list("abc"))
+    assert few["p_value"] == pytest.approx(1 / 6)
+    assert metrics.accuracy_with_p_value(np.array([1, 0]), np.array([1, 1]), ["a", "a"])["p_value"] == 1
     with pytest.raises(ValueError, match="two labels"):
         metrics.accuracy_with_p_value(np.array([0, 0]), np.array([0, 1]), ["a", "a"])
