@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING, Protocol
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
 from data_sharding.processing.preprocess import PreprocessSpec
+from finetune.papers import find_papers
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-KINDS = {
-    "stable_diffusion": "finetune.stable_diffusion.model:StableDiffusionGenerator",
-    "eg_ddpm": "finetune.dm_re2i.model:DMRE2IGenerator",
-}
-"""Kind in dreamscale.json to class. A class is imported when a model of its kind is loaded."""
 
 
 class Generator(Protocol):
@@ -82,10 +77,11 @@ def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:
         )
     values = read_json(folder / "dreamscale.json")
     kind = values.get("kind") if isinstance(values, dict) else None
-    if kind not in KINDS:
+    kinds = {paper.kind: paper.generator for paper in find_papers()}
+    if kind not in kinds:
         raise RequestError(
-            f"{folder / 'dreamscale.json'}: the kind '{kind}' is unknown to this version (known: {', '.join(KINDS)}); "
+            f"{folder / 'dreamscale.json'}: the kind '{kind}' is unknown to this version (known: {', '.join(kinds)}); "
             f"train the model again"
         )
-    module, name = KINDS[kind].split(":")
+    module, name = kinds[kind].split(":")
     return getattr(importlib.import_module(module), name)(folder, device)

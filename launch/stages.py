@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.papers import find_papers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -80,20 +82,12 @@ STAGES: dict[str, Stage] = {
         help="align the embeddings of an encoder with those of CLIP",
         launcher="accelerate",
     ),
-    "finetune": Stage(
-        module="finetune.stable_diffusion.train",
-        config="finetune.stable_diffusion.train:StableDiffusionConfig",
-        usage="CONFIG",
-        help="fine-tune Stable Diffusion on EEG",
-        launcher="accelerate",
-    ),
-    "ddpm": Stage(
-        module="finetune.dm_re2i.train",
-        config="finetune.dm_re2i.config:DMRE2IConfig",
-        usage="CONFIG",
-        help="train EVRNet, then the EEG-guided DDPM",
-        launcher="accelerate",
-    ),
+    **{
+        paper.command: Stage(
+            module=paper.module, config=paper.config, usage="CONFIG", help=paper.help, launcher="accelerate"
+        )
+        for paper in find_papers()
+    },
     "generate": Stage(
         module="finetune.generate", usage="MODEL DATASET -o DIR", help="generate an image for each trial of a split"
     ),

@@ -26,7 +26,7 @@ FOLDERS = {
     ],
     "finetune": [
         *("align", "generate", "stable_diffusion", "dm_re2i", "evaluation"),
-        *("eeg", "clip_head", "diffusion", "training", "clip_images", "generators", "images"),
+        *("eeg", "clip_head", "diffusion", "training", "clip_images", "images", "generators", "papers"),
     ],
     "pretrain": [
         *("train", "plan", "convert", "export", "encode"),

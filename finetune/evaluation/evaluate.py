@@ -19,13 +19,10 @@ from data_sharding.common.files import atomic_write_text, write_json
 from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
 from finetune.evaluation.generated import GeneratedSet, Images, read_generated
+from finetune.evaluation.metrics import JUDGE, METRICS, TOO_SMALL, JudgedImages
 from finetune.evaluation.report import render_report
 from finetune.images import ImageTable, open_paired
 
-JUDGE = "dataset-classifier"
-"""Name of this project's classifier in the results. A Fréchet distance of its features is not the FID."""
-
-TOO_SMALL = "not computed: the images are smaller than 11 pixels"
 SAME_IMAGE = "not computed: all trials show the same image"
 
 
@@ -134,8 +131,13 @@ def measure(
     features, probabilities = judges.classifier.judge(_resize(images_BHW3, judges.size))
     real_features, _ = judges.classifier.judge(_resize(real_BHW3, judges.size))
     predicted, classes = probabilities.argmax(axis=1), probabilities.shape[1]
-    decibels = metrics.psnr(images_BHW3, real_BHW3)
-    small = min(images_BHW3.shape[1:3]) < 11
+    judged = JudgedImages(
+        images_BHW3=images_BHW3,
+        real_BHW3=real_BHW3,
+        features_BD=features,
+        real_features_BD=real_features,
+        probabilities_BK=probabilities,
+    )
     confusion = np.zeros((classes, classes), int)
     np.add.at(confusion, (labels_B, predicted), 1)
     few = min(len(images_BHW3), len(real_BHW3)) < 2
@@ -153,15 +155,7 @@ def measure(
             for k in (1, 5)
             if k < n
         },
-        "psnr": float(decibels.mean()) if np.isfinite(decibels).all() else "infinite: equal to the real images",
-        "ssim": TOO_SMALL if small else float(metrics.ssim(images_BHW3, real_BHW3).mean()),
-        f"frechet_distance[{JUDGE}]": (
-            "not computed: fewer than two images" if few else metrics.frechet_distance(real_features, features)
-        ),
-        f"kernel_distance[{JUDGE}]": (
-            "not computed: fewer than two images" if few else metrics.kernel_distance(real_features, features)
-        ),
-        f"inception_score[{JUDGE}]": metrics.inception_score(probabilities),
+        **{name: compute(judged) for name, compute in METRICS.items()},
         "frechet_note": fid_note,
         "confusion": confusion.tolist(),
     }

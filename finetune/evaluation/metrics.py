@@ -7,6 +7,8 @@ Shapes: B images, H rows, W columns, D feature width, K classes, N trials.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ from numpy.typing import NDArray
 
 Images = NDArray[np.uint8]
 Floats = NDArray[np.float64]
+JUDGE = "dataset-classifier"
+"""Name of this project's classifier in the results. A Fréchet distance of its features is not the FID."""
+TOO_SMALL = "not computed: the images are smaller than 11 pixels"
 
 
 def _pairs(a_BHW3: Images, b_BHW3: Images) -> tuple[Floats, Floats]:
@@ -328,3 +333,53 @@ def accuracy_with_p_value(
         "p_value": p_value,
         "interval": list(wilson_interval(own, len(labels))),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedImages:
+    """Generated images and the images that were seen, with the outputs of the dataset's classifier for both."""
+
+    images_BHW3: Images
+    """Generated images."""
+    real_BHW3: Images
+    """The images that were seen, in the same order."""
+    features_BD: Floats
+    """Features of the generated images."""
+    real_features_BD: Floats
+    """Features of the images that were seen."""
+    probabilities_BK: Floats
+    """Probability of each category, for the generated images."""
+
+
+def _mean_psnr(judged: JudgedImages) -> float | str:
+    decibels = psnr(judged.images_BHW3, judged.real_BHW3)
+    return float(decibels.mean()) if np.isfinite(decibels).all() else "infinite: equal to the real images"
+
+
+def _mean_ssim(judged: JudgedImages) -> float | str:
+    if min(judged.images_BHW3.shape[1:3]) < 11:
+        return TOO_SMALL
+    return float(ssim(judged.images_BHW3, judged.real_BHW3).mean())
+
+
+def _compare_features(distance: Callable[[Floats, Floats], float]) -> Callable[[JudgedImages], float | str]:
+    def compute(judged: JudgedImages) -> float | str:
+        if min(len(judged.images_BHW3), len(judged.real_BHW3)) < 2:
+            return "not computed: fewer than two images"
+        return distance(judged.real_features_BD, judged.features_BD)
+
+    return compute
+
+
+METRICS: dict[str, Callable[[JudgedImages], float | str]] = {
+    "psnr": _mean_psnr,
+    "ssim": _mean_ssim,
+    f"frechet_distance[{JUDGE}]": _compare_features(frechet_distance),
+    f"kernel_distance[{JUDGE}]": _compare_features(kernel_distance),
+    f"inception_score[{JUDGE}]": lambda judged: inception_score(judged.probabilities_BK),
+}
+"""Name of a metric in metrics.json and in the report -> function that computes the metric.
+
+The function returns a number, or a text that says why the metric was not computed. `evaluate.measure` calls every
+function of this table, for the generated images and for their controls.
+"""

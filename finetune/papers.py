@@ -1,0 +1,38 @@
+"""The papers that this project reproduces: one folder each, found by the folder.
+
+Nothing heavy is imported here: ``dreamscale --help`` lists the commands of the papers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """What the other parts need to know of a paper. Its folder has one as ``PAPER`` in ``__init__.py``."""
+
+    command: str
+    """Name of the ``dreamscale`` command that trains the model."""
+    help: str
+    """What the command does, in one line."""
+    module: str
+    """Module with the command's ``main``."""
+    config: str
+    """``module:class`` of the command's config."""
+    kind: str
+    """Kind of the trained model, as the file ``dreamscale.json`` of the model names it."""
+    generator: str
+    """``module:class`` that loads such a model: a `finetune.generators.Generator`."""
+
+
+@functools.cache
+def find_papers() -> tuple[Paper, ...]:
+    """Return the papers of all folders of ``finetune``, in the order of the folders' names."""
+    package = importlib.import_module("finetune")
+    folders = [module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg]
+    found = (getattr(importlib.import_module(f"finetune.{name}"), "PAPER", None) for name in sorted(folders))
+    return tuple(paper for paper in found if isinstance(paper, Paper))
