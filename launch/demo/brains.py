@@ -87,6 +87,7 @@ def compute_features(picture: Picture) -> Array:
 
 
 def _normalise(vectors: Any) -> NDArray[np.float64]:
+    """Scale vectors to length 1."""
     vectors = np.asarray(vectors, float)
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
@@ -102,7 +103,8 @@ def _draw_noise(
 ) -> Array:
     """Draw Gaussian noise with unit variance in each row.
 
-    Its power falls as 1/f^exponent; with a band (centre, width in Hz), it is confined to that band instead.
+    The power of the noise falls as 1/f^exponent. If a band is given (centre and width in Hz), the exponent is ignored
+    and the noise lies in this band.
     """
     length = int(scipy.fft.next_fast_len(samples, real=True) or samples)
     f = np.fft.rfftfreq(length, 1 / sfreq).astype(np.float32)
@@ -204,6 +206,7 @@ class Head:
     def _simulate_blinks(
         self, electrodes_n3: NDArray[np.float64], sfreq: float, samples: int, rng: np.random.Generator
     ) -> Array:
+        """Simulate blinks: bumps of a third of a second, strongest at the front of the head."""
         trace = np.zeros(samples, np.float32)
         count = rng.poisson(self.blinks_per_minute * samples / sfreq / 60)
         shape = np.hanning(round(0.35 * sfreq)).astype(np.float32)

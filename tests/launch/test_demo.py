@@ -22,7 +22,7 @@ from launch.demo.steps import make_steps
 from launch.local import processes_wanted
 
 
-def demo(out: Path, *words: str) -> subprocess.Popen[str]:
+def start_demo(out: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "launch", "demo", "--out", str(out), "--profile", "smoke", *words]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
@@ -65,7 +65,7 @@ def test_folders_of_two_seeds_do_not_mix(tmp_path: Path):
         choose_folder(DemoConfig(out=str(tmp_path / "other")))
 
 
-def found(accuracy: float, p: float, shuffled_p: float) -> dict:
+def make_scores(accuracy: float, p: float, shuffled_p: float) -> dict:
     return {
         "accuracy": accuracy,
         "chance": 0.25,
@@ -78,9 +78,9 @@ def found(accuracy: float, p: float, shuffled_p: float) -> dict:
 @pytest.mark.parametrize(
     ("models", "passed"),
     [
-        ({"stable_diffusion": found(0.7, 1e-4, 0.6), "eg_ddpm": found(0.6, 1e-4, 0.5)}, True),
-        ({"stable_diffusion": found(0.7, 1e-4, 0.6), "eg_ddpm": found(0.3, 0.2, 0.5)}, False),
-        ({"stable_diffusion": found(0.7, 1e-4, 0.001), "eg_ddpm": found(0.6, 1e-4, 0.5)}, False),
+        ({"stable_diffusion": make_scores(0.7, 1e-4, 0.6), "eg_ddpm": make_scores(0.6, 1e-4, 0.5)}, True),
+        ({"stable_diffusion": make_scores(0.7, 1e-4, 0.6), "eg_ddpm": make_scores(0.3, 0.2, 0.5)}, False),
+        ({"stable_diffusion": make_scores(0.7, 1e-4, 0.001), "eg_ddpm": make_scores(0.6, 1e-4, 0.5)}, False),
     ],
 )
 def test_the_conclusion_follows_the_numbers(models: dict, passed: bool):
@@ -89,7 +89,7 @@ def test_the_conclusion_follows_the_numbers(models: dict, passed: bool):
     assert ("Not shown" in concluded["conclusion"]) is not passed
 
 
-class Page(HTMLParser):
+class PageParser(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.pictures: list[str] = []
@@ -122,7 +122,7 @@ def check_that_names_are_escaped(out: Path, tmp_path: Path) -> None:
 def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     out = tmp_path / "demo"
     # Stop the demo in the middle of a step; the second run resumes there.
-    process = demo(out)
+    process = start_demo(out)
     while not (out / "steps" / "corpus.done.json").is_file():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
@@ -134,7 +134,7 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     begun = list((out / "steps").glob("*.begun.json"))
     assert len(begun) == 1
 
-    process = demo(out)
+    process = start_demo(out)
     text, err = process.communicate()
     assert process.returncode == 0, err
     assert text.splitlines()[-1] == str(out / "report.html")
@@ -155,7 +155,7 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     assert set(numbers["seconds"]) == {step.name for step in steps} | {"total"}
     assert numbers["versions"]["deepspeed"]
 
-    page = Page()
+    page = PageParser()
     page.feed((out / "report.html").read_text())
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links), "the page needs nothing else"
     assert len(page.pictures) >= 4 * 3 * 5
@@ -170,7 +170,7 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
 
     # The demo is complete: no step runs again, and the report is the same.
     before = (out / "report.json").read_bytes()
-    process = demo(out)
+    process = start_demo(out)
     text, err = process.communicate()
     assert process.returncode == 0
     assert err.count("already complete") == len(steps)
@@ -179,7 +179,7 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     # If a step fails, the demo names its log and returns its exit code.
     (out / "generated" / "eg_ddpm" / "metrics.json").unlink()
     (out / "generated" / "eg_ddpm-shuffled" / "generated.json").unlink()
-    process = demo(out)
+    process = start_demo(out)
     text, err = process.communicate()
     assert process.returncode == 2
     assert "generated.json" in err

@@ -1,4 +1,4 @@
-"""Cluster jobs: files that their readers accept, checked requests."""
+"""Cluster jobs: the job files are valid, every value is quoted, and wrong requests are refused."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ CONFIGS = {
     "finetune": DEMO / "stable_diffusion.yaml",
     "ddpm": DEMO / "dm_re2i.yaml",
 }
+GPUS = ["--gpus-per-node", "2"]
 
 
-def job(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def render_job(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert main(["submit", *words[:3], "--dry-run", *words[3:]]) == 0
     return capsys.readouterr().out
 
@@ -36,7 +37,7 @@ def test_every_stage_with_a_config_is_covered():
 @pytest.mark.parametrize("stage", CONFIGS)
 @pytest.mark.parametrize("scheduler", ["slurm", "ray", "k8s"])
 def test_jobs_are_well_formed(scheduler: str, stage: str, capsys: pytest.CaptureFixture[str]):
-    text = job(capsys, scheduler, stage, str(CONFIGS[stage]), "--gpus-per-node", "2")
+    text = render_job(capsys, scheduler, stage, str(CONFIGS[stage]), "--gpus-per-node", "2")
     assert str(CONFIGS[stage]) in text
     assert "{{" not in text and "{%" not in text
     if scheduler == "k8s":
@@ -51,15 +52,17 @@ def test_jobs_are_well_formed(scheduler: str, stage: str, capsys: pytest.Capture
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
-def test_ray_runs_where_it_was_submitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_ray_runs_in_the_chosen_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "a lab's"
     folder.mkdir()
-    text = job(capsys, "ray", "pretrain", str(CONFIGS["pretrain"]), "--directory", str(folder), "--gpus-per-node", "2")
-    entry = shlex.split(text.partition(" -- ")[2].replace("\\\n", ""))
-    where, _, launch = entry.pop().partition(" && exec ")
+    text = render_job(
+        capsys, "ray", "pretrain", str(CONFIGS["pretrain"]), "--directory", str(folder), "--gpus-per-node", "2"
+    )
+    entrypoint = shlex.split(text.partition(" -- ")[2].replace("\\\n", ""))
+    where, _, launch = entrypoint.pop().partition(" && exec ")
     assert launch == f"python -m launch pretrain {CONFIGS['pretrain']} --num_processes 2"
-    stood = subprocess.run([*entry, f"{where} && pwd"], capture_output=True, text=True, cwd="/").stdout
-    assert stood.strip() == str(folder)
+    working_folder = subprocess.run([*entrypoint, f"{where} && pwd"], capture_output=True, text=True, cwd="/").stdout
+    assert working_folder.strip() == str(folder)
 
 
 WORDS = ["--evaluation.every", "3", "--output", 'runs/it\'s $(HEAD_NODE) "quoted"']
@@ -72,7 +75,9 @@ def test_blanks_and_quotes_reach_the_stage(scheduler: str, tmp_path: Path, capsy
     fake.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
     config = str(CONFIGS["pretrain"])
-    text = job(capsys, scheduler, "pretrain", config, "--python", str(fake), "--gpus_per_node", "2", "--", *WORDS)
+    text = render_job(
+        capsys, scheduler, "pretrain", config, "--python", str(fake), "--gpus_per_node", "2", "--", *WORDS
+    )
     if scheduler == "k8s":
         *_, batch = yaml.safe_load_all(text)
         shell = batch["spec"]["template"]["spec"]["containers"][0]["command"]
@@ -89,12 +94,12 @@ def test_blanks_and_quotes_reach_the_stage(scheduler: str, tmp_path: Path, capsy
 
 def test_yaml_strings_stay_strings(capsys: pytest.CaptureFixture[str]):
     words = ["--name", "123", "--namespace", "1e3", "--directory", 'a: "b" #c', "--gpus-per-node", "2"]
-    service, batch = yaml.safe_load_all(job(capsys, "k8s", "pretrain", str(CONFIGS["pretrain"]), *words))
+    service, batch = yaml.safe_load_all(render_job(capsys, "k8s", "pretrain", str(CONFIGS["pretrain"]), *words))
     assert service["metadata"] == {"name": "123", "namespace": "1e3"}
     assert batch["spec"]["template"]["spec"]["containers"][0]["workingDir"] == 'a: "b" #c'
 
 
-def test_slurm_over_nodes(capsys: pytest.CaptureFixture[str]):
+def test_slurm_on_several_nodes(capsys: pytest.CaptureFixture[str]):
     words = ["--nodes", "4", "--gpus-per-node", "8", "--partition", "long", "--", "--batch_size", "256"]
     assert main(["submit", "slurm", "pretrain", str(CONFIGS["pretrain"]), "--dry-run", *words]) == 0
     text = capsys.readouterr().out
@@ -116,7 +121,7 @@ def test_slurm_over_nodes(capsys: pytest.CaptureFixture[str]):
         (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--partition", "a b"], "partition"),
     ],
 )
-def test_wrong_requests_are_2(words: list[str], names: str, capsys: pytest.CaptureFixture[str]):
+def test_wrong_requests_end_with_exit_code_2(words: list[str], names: str, capsys: pytest.CaptureFixture[str]):
     assert main(["submit", *words, "--dry-run"]) == 2
     assert names in capsys.readouterr().err
 

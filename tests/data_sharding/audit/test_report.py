@@ -1,4 +1,4 @@
-"""The report and the tables of a dataset say what is in it and what is not, for one recording or a hundred thousand."""
+"""The report and the tables of a dataset account for every recording, whether there are eight or a hundred thousand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CORPORA = ("lab", "<script>alert('clinic')</script>")
 
 @pytest.fixture(scope="module")
 def dataset(publish, make_raw, make_row, tmp_path_factory) -> Path:
-    """Four recordings of two corpora that are sharded, and one of every other fate."""
+    """A dataset with four sharded recordings of two corpora, and one recording of every other status."""
     path = tmp_path_factory.mktemp("report") / "set"
     recordings = [
         {"key": f"r{i}", "subject": f"<script>alert({i})</script>", "corpus": CORPORA[i % 2], "split": split}
@@ -43,7 +43,7 @@ def dataset(publish, make_raw, make_row, tmp_path_factory) -> Path:
     return path
 
 
-def page_of(dataset: Path, tmp_path: Path, rows: list[LedgerRow] | None = None, **extra) -> str:
+def render(dataset: Path, tmp_path: Path, rows: list[LedgerRow] | None = None, **extra) -> str:
     import dataclasses
 
     rows = read_ledger(dataset) if rows is None else rows
@@ -54,8 +54,8 @@ def page_of(dataset: Path, tmp_path: Path, rows: list[LedgerRow] | None = None, 
     return (tmp_path / "report.html").read_text()
 
 
-class Strict(html.parser.HTMLParser):
-    """Counts tags, so that an unclosed one is seen."""
+class TagChecker(html.parser.HTMLParser):
+    """Parser that keeps the list of open tags, so that a tag that is never closed is found."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,9 +76,9 @@ class Strict(html.parser.HTMLParser):
 
 class TestPage:
     def test_complete_and_self_contained(self, dataset: Path, tmp_path: Path) -> None:
-        page = page_of(dataset, tmp_path)
-        assert page == page_of(dataset, tmp_path), "the same page for the same dataset"
-        parser = Strict()
+        page = render(dataset, tmp_path)
+        assert page == render(dataset, tmp_path), "the same page for the same dataset"
+        parser = TagChecker()
         parser.feed(page)
         assert parser.open == []
         text = " ".join(parser.text)
@@ -94,28 +94,28 @@ class TestPage:
             assert title in text
         assert page.count("data:image/png;base64,") == 3 + 2 + 2, "overview, spectra and traces"
         assert "http" not in page and "<script" not in page and 'src="/' not in page
-        assert "<script>alert(1)</script>" in text and CORPORA[1] in text, "names are shown, not run"
+        assert "<script>alert(1)</script>" in text and CORPORA[1] in text, "names are shown as text"
         assert "No subject appears in more than one split" in text and "subject x" in text
 
     def test_in_a_browser(self, dataset: Path, tmp_path: Path, open_in_browser) -> None:
-        page_of(dataset, tmp_path)
+        render(dataset, tmp_path)
         assert {view["pictures"] for view in open_in_browser(tmp_path / "report.html")} == {3 + 2 + 2}
 
-    def test_without_shards_it_says_so(self, dataset: Path, tmp_path: Path) -> None:
+    def test_missing_shards_are_mentioned(self, dataset: Path, tmp_path: Path) -> None:
         write_report(tmp_path / "report.html", read_ledger(dataset), Manifest.read(dataset))
         page = (tmp_path / "report.html").read_text()
         assert page.count("data:image/png;base64,") == 3 and page.count("Not drawn") == 2
 
-    def test_block_design_is_warned_of(self, dataset: Path, tmp_path: Path) -> None:
+    def test_block_design_gives_a_warning(self, dataset: Path, tmp_path: Path) -> None:
         corpora = [
             {"name": "lab", "kind": "eeg_imagenet", "design": "block", "evidence": "runs of 50 trials of one class"},
             {"name": CORPORA[1], "kind": "events", "design": "random", "evidence": ""},
         ]
-        text = page_of(dataset, tmp_path, corpora=corpora)
+        text = render(dataset, tmp_path, corpora=corpora)
         assert "lab: block design" in text and "runs of 50 trials" in text and "script&gt;: block" not in text
 
     def test_a_hundred_thousand_recordings(self, dataset: Path, tmp_path: Path, make_row) -> None:
-        """Tables stay short, and what they leave out is counted."""
+        """Tables stay short, and count the rows that they leave out."""
         rng = np.random.default_rng(0)
         rows = []
         for i in range(100_000):
@@ -128,9 +128,9 @@ class TestPage:
             else:
                 row.set_reason(status, Reason(f"fault {i % 70}", f"of file {i}"))
             rows.append(row)
-        page = page_of(dataset, tmp_path, rows)
+        page = render(dataset, tmp_path, rows)
         assert len(page) < 2e6 and "... and 275 more." in page
-        parser = Strict()
+        parser = TagChecker()
         parser.feed(page)
         assert re.search(r"\.\.\. and \d+ more\.", page[page.index('id="recordings-set-aside') :])
 
@@ -159,7 +159,7 @@ def test_windows_are_spread_over_recordings(dataset: Path) -> None:
     x = np.random.default_rng(0).normal(0, 1, (4, 400)) + 5 * np.sin(2 * np.pi * 10 * t)
     x[3] = 1e4 * np.sin(2 * np.pi * 30 * t)
     frequency, power = compute_spectrum([Window(eeg=x, meta={"ch_names": list("abcd"), "bads": ["d"]})], 100.0)
-    assert frequency[power.argmax()] == 10.0 and power.max() < 100, "of good channels"
+    assert frequency[power.argmax()] == 10.0 and power.max() < 100, "only good channels are used"
 
 
 def test_measure_mains_peaks() -> None:
@@ -181,7 +181,7 @@ class TestInspect:
         out = self.run(capsys, str(dataset))
         for word in ("lab", "held back", "recorded Hz", "channels kept", "too short", "subject x"):
             assert word in out
-        assert "─" not in out and all(len(line) < 200 for line in out.splitlines()), "plain text where no one looks"
+        assert "─" not in out and all(len(line) < 200 for line in out.splitlines()), "plain text without a terminal"
 
     def test_json(self, dataset: Path, capsys) -> None:
         values = json.loads(self.run(capsys, str(dataset), "--json"))
