@@ -37,7 +37,7 @@ def test_every_stage_with_a_config_is_covered():
 @pytest.mark.parametrize("stage", CONFIGS)
 @pytest.mark.parametrize("scheduler", ["slurm", "ray", "k8s"])
 def test_jobs_are_well_formed(scheduler: str, stage: str, capsys: pytest.CaptureFixture[str]):
-    text = render_job(capsys, scheduler, stage, str(CONFIGS[stage]), "--gpus-per-node", "2")
+    text = render_job(capsys, scheduler, stage, str(CONFIGS[stage]), *GPUS)
     assert str(CONFIGS[stage]) in text
     assert "{{" not in text and "{%" not in text
     if scheduler == "k8s":
@@ -55,9 +55,7 @@ def test_jobs_are_well_formed(scheduler: str, stage: str, capsys: pytest.Capture
 def test_ray_runs_in_the_chosen_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "a lab's"
     folder.mkdir()
-    text = render_job(
-        capsys, "ray", "pretrain", str(CONFIGS["pretrain"]), "--directory", str(folder), "--gpus-per-node", "2"
-    )
+    text = render_job(capsys, "ray", "pretrain", str(CONFIGS["pretrain"]), "--directory", str(folder), *GPUS)
     entrypoint = shlex.split(text.partition(" -- ")[2].replace("\\\n", ""))
     where, _, launch = entrypoint.pop().partition(" && exec ")
     assert launch == f"python -m launch pretrain {CONFIGS['pretrain']} --num_processes 2"
@@ -75,9 +73,7 @@ def test_blanks_and_quotes_reach_the_stage(scheduler: str, tmp_path: Path, capsy
     fake.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
     config = str(CONFIGS["pretrain"])
-    text = render_job(
-        capsys, scheduler, "pretrain", config, "--python", str(fake), "--gpus_per_node", "2", "--", *WORDS
-    )
+    text = render_job(capsys, scheduler, "pretrain", config, "--python", str(fake), *GPUS, "--", *WORDS)
     if scheduler == "k8s":
         *_, batch = yaml.safe_load_all(text)
         shell = batch["spec"]["template"]["spec"]["containers"][0]["command"]
@@ -93,7 +89,7 @@ def test_blanks_and_quotes_reach_the_stage(scheduler: str, tmp_path: Path, capsy
 
 
 def test_yaml_strings_stay_strings(capsys: pytest.CaptureFixture[str]):
-    words = ["--name", "123", "--namespace", "1e3", "--directory", 'a: "b" #c', "--gpus-per-node", "2"]
+    words = ["--name", "123", "--namespace", "1e3", "--directory", 'a: "b" #c', *GPUS]
     service, batch = yaml.safe_load_all(render_job(capsys, "k8s", "pretrain", str(CONFIGS["pretrain"]), *words))
     assert service["metadata"] == {"name": "123", "namespace": "1e3"}
     assert batch["spec"]["template"]["spec"]["containers"][0]["workingDir"] == 'a: "b" #c'
@@ -128,5 +124,5 @@ def test_wrong_requests_end_with_exit_code_2(words: list[str], names: str, capsy
 
 @pytest.mark.skipif(shutil.which("sbatch") is not None, reason="would submit a job")
 def test_a_missing_tool_is_named(capsys: pytest.CaptureFixture[str]):
-    assert main(["submit", "slurm", "pretrain", str(CONFIGS["pretrain"]), "--gpus-per-node", "2"]) == 2
+    assert main(["submit", "slurm", "pretrain", str(CONFIGS["pretrain"]), *GPUS]) == 2
     assert "sbatch" in capsys.readouterr().err
