@@ -1,9 +1,10 @@
-"""Loading speed: our Loader, ``wds.WebDataset`` on the same shards, and a memory map of the decoded data.
+"""Speed of loading: our Loader, ``wds.WebDataset`` on the same shards, and a memory map of the decoded data.
 
-``python benchmarks/loading.py --out loading.json``. All give float32 batches of 128 channels, replicated from 64, in a
-random order (WebDataset: shuffled shards and a buffer), and count the same samples. Each way runs in a process of its
-own, several times in turn; memory is the largest proportional set size (PSS) of its process tree, page cache of the
-files left out. ``--index-samples`` measures opening a dataset of that many samples, whose shards are holes.
+``python benchmarks/loading.py --out loading.json``. All three make float32 batches of 128 channels, replicated from 64,
+in a random order (WebDataset shuffles shards and uses a buffer), from the same samples. Each of them runs in a process
+of its own, and the three take turns several times. Memory is the largest proportional set size (PSS) of the process
+tree, without the page cache of files. ``--index-samples`` measures how long it takes to open a dataset of that many
+samples; the shards of this dataset are sparse files without content.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ WAYS = ("ours, 0 workers", "ours, 2 workers", "webdataset, 0 workers", "webdatas
 
 
 def signal(rng: np.random.Generator) -> np.ndarray:
-    """Filtered noise of EEG's amplitude and correlations: compresses as recordings do, by little."""
+    """Make noise with the amplitude and the correlations of EEG; like recordings, it compresses only a little."""
     sources = np.cumsum(rng.normal(0, 1, (16, WINDOW)), axis=1)
     sources -= sources.mean(axis=1, keepdims=True)
     return rng.normal(0, 1, (CHANNELS, 16)) @ sources + rng.normal(0, 3, (CHANNELS, WINDOW))
@@ -68,7 +69,7 @@ def write(root: Path, samples: int) -> None:
 
 
 def write_index(root: Path, samples: int, samples_per_shard: int = 2000) -> None:
-    """Dataset of which there is only the manifest and the index: its shards are holes of the right size."""
+    """Write a dataset that consists of its manifest and index; the shards are sparse files of the right size."""
     from data_sharding.dataset.manifest import Manifest, Shard
     from data_sharding.processing.preprocess import PreprocessSpec
 
@@ -124,14 +125,14 @@ def webdataset(root: Path, batch: int, workers: int) -> Iterator[int]:
 
     urls = sorted(str(path) for path in (root / "dataset" / "train").glob("*.tar"))
     if workers > 1:
-        # A worker without a shard would end the run.
+        # WebDataset ends with an error if a worker has no shard.
         assert len(urls) >= workers
     shards = wds.WebDataset(
         urls, shardshuffle=len(urls), seed=0, nodesplitter=wds.split_by_node, workersplitter=wds.split_by_worker
     )
     rows = shards.shuffle(256).decode(wds_decoder).to_tuple("__key__", "eeg.npy.zst", "json").batched(batch)
     for _, eeg, _ in wds.WebLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
-        # The shards are padded already: nothing is left to do but to cast.
+        # `wds_decoder` has padded the channels already; only the cast is left.
         yield len(torch.as_tensor(eeg).float())
 
 
@@ -154,14 +155,14 @@ def endless(make: Callable[..., Iterator[int]], *args: object) -> Iterator[int]:
 
 
 class Memory(threading.Thread):
-    """Largest PSS of this process and its children that is not page cache of files."""
+    """Thread that records the largest PSS of this process and its children, without the page cache of files."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self.done = 0, threading.Event()
 
     def run(self) -> None:
-        """Look four times a second."""
+        """Measure four times a second."""
         import psutil
 
         me = psutil.Process()
@@ -178,18 +179,18 @@ class Memory(threading.Thread):
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and its children so far."""
+    """Return the CPU time that this process and its children have used."""
     import psutil
 
     me = psutil.Process()
     own = me.cpu_times()
     each = [own, *(process.cpu_times() for process in me.children(recursive=True))]
-    # Children that have ended, too: webdataset's do with each epoch.
+    # Children that have ended count as well: the workers of webdataset end after each epoch.
     return sum(times.user + times.system for times in each) + own.children_user + own.children_system
 
 
 def measure(way: str, root: Path, batch: int, samples: int) -> dict[str, float]:
-    """Samples a second after a warm-up of a tenth, and memory."""
+    """Measure samples a second and memory, after a warm-up with a tenth of the samples."""
     name, _, workers = way.partition(", ")
     make = {"ours": ours, "webdataset": webdataset, "memory map": memory_map}[name]
     stream = endless(make, root, batch, int(workers.split()[0]) if workers else 0)
@@ -210,11 +211,18 @@ def measure(way: str, root: Path, batch: int, samples: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=4000, help="samples of the dataset, and of each measurement")
+    parser.add_argument(
+        "--samples", type=int, default=4000, help="number of samples of the dataset, and of each measurement"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
-    parser.add_argument("--index-samples", type=int, default=1_000_000, help="samples of the dataset that is opened")
+    parser.add_argument("--out", type=Path, help="file for the results, as JSON")
+    parser.add_argument(
+        "--index-samples",
+        type=int,
+        default=1_000_000,
+        help="number of samples of the dataset whose opening is measured",
+    )
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure and args.measure[0] == "index":
@@ -254,7 +262,7 @@ def main() -> None:
         print(f"{way:22} {ways[way]['samples_per_s']:9.0f} samples/s ({low:.0f} to {high:.0f})", end="")
         print(f" {ways[way]['cpu_us_per_sample']:6.0f} us CPU {ways[way]['peak_bytes'] / 1e6:5.0f} MB")
     result["ways"] = ways
-    # Samples a CPU second say the same on a machine that is shared.
+    # On a shared machine, samples for each second of CPU time are more reliable than samples a second.
     for name, rate in (
         ("samples_per_s", {way: values["samples_per_s"] for way, values in ways.items()}),
         ("samples_per_cpu_s", {way: 1e6 / values["cpu_us_per_sample"] for way, values in ways.items()}),

@@ -1,6 +1,6 @@
-"""Write docs/performance.md out of the results that the benchmarks left: ``python benchmarks/performance_page.py``.
+"""Write docs/performance.md from the results of the benchmarks: ``python benchmarks/performance_page.py``.
 
-Each file of ``benchmarks/results`` is what a benchmark wrote with ``--out``; its command stands on the page.
+A benchmark wrote each file of ``benchmarks/results`` with ``--out``. The page names the command of each benchmark.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ RESULTS = Path(__file__).with_name("results")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 HEAD = """# Performance
 
-Written by `python benchmarks/performance_page.py` out of `benchmarks/results/*.json`, which the commands below wrote
-with `--out`. Ratios are of one machine. No figure of a GPU has been measured yet.
+`python benchmarks/performance_page.py` writes this page from `benchmarks/results/*.json`. The commands below wrote
+these files with `--out`. Both sides of every comparison ran on the same machine. No GPU has been measured yet.
 
 Machine: two cores of an Intel Xeon with AMX, 24 GB, no GPU; {versions}. 2026-11-21.
 """
@@ -33,13 +33,14 @@ def sharding(found: dict[str, Any]) -> str:
     ]
     return f"""## Sharding a recording
 
-`python benchmarks/sharding.py --seconds 3600`: {found["data"]}, windows of 2 s, one thread each.
+`python benchmarks/sharding.py --seconds 3600`: {found["data"]}, windows of 2 s. Each program used one thread.
 
 {table(["way", "CPU s", "wall s", "peak MB", "windows"], rows)}
 
-**{found["cpu_ratio"]:.1f} times less CPU** (aim: 3), and memory does not grow with the recording (aim: below 1 GB).
-MNE's path loads the recording, band-passes it (FIR), resamples it (FFT) and subtracts the average; ours also notches
-the mains, judges units and channels, and hashes the file. On recordings of a minute, MNE's path is the faster one.
+Dreamscale needs **{found["cpu_ratio"]:.1f} times less CPU time** (aim: 3). Its memory does not grow with the length of
+the recording (aim: below 1 GB). MNE's path loads the recording, applies a band-pass filter (FIR), resamples (FFT) and
+subtracts the average. Dreamscale also removes the mains frequency, checks units and channels, and hashes the file. For
+recordings of one minute, MNE's path is faster.
 """
 
 
@@ -57,12 +58,12 @@ def workers(found: dict[str, Any]) -> str:
     ]
     return f"""## The sharding job on one and two workers
 
-`python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`: {job["data"]}, through Ray, on
-two cores.
+`python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`: {job["data"]}, on Ray and two
+CPU cores.
 
-{table(["workers", "whole job s", "recordings/s once the workers are up", "speed-up"], rows)}
+{table(["workers", "whole job s", "recordings/s after the workers have started", "speed-up"], rows)}
 
-The aim is 1.8.
+The aim is a speed-up of 1.8.
 """
 
 
@@ -79,12 +80,13 @@ def planning(found: dict[str, Any]) -> str:
     names = [f"{name} s" for name in found["results"][0]["seconds"]]
     return f"""## Planning many recordings
 
-`python benchmarks/planning.py --sizes 1000 10000 100000`: simulated EDF files, found, recognised by their headers,
-planned, compared for duplicates by their signatures, and distributed over shards.
+`python benchmarks/planning.py --sizes 1000 10000 100000`: the benchmark simulates EDF files, finds them, recognises
+them by their headers, plans the job, finds duplicates through signatures, and distributes the recordings over shards.
 
 {table(["recordings", *names, "total s", "peak GB"], rows)}
 
-Aims for 100,000: 60 s and 2 GB. Time grows as the number of recordings to the power {found["exponent"]:.2f}.
+The aims for 100,000 recordings are 60 s and 2 GB. The time grows with the number of recordings to the power
+{found["exponent"]:.2f}.
 """
 
 
@@ -102,14 +104,15 @@ def loading(found: dict[str, Any]) -> str:
     index = found["index"]
     return f"""## Loading
 
-`python benchmarks/loading.py --samples 1500 --repeats 3`: {found["data"]}, to float32 batches padded to 128 channels.
+`python benchmarks/loading.py --samples 1500 --repeats 3`: {found["data"]}. Every program
+makes float32 batches, padded to 128 channels.
 
 {table(["way", "samples/s (lowest to highest)", "CPU µs a sample", "peak MB"], rows)}
 
-Against `wds.WebDataset` on the same shards: **{over["webdataset, 0 workers"]:.1f} times** without and
-**{over["webdataset, 2 workers"]:.1f} times** with two reading processes (aim: 3). Against a memory map of the decoded
-data: **{over["memory map"]:.2f}** (aim: 0.5). A dataset of {index["samples"]:,}
-samples opens in {index["open_s"]:.1f} s with {index["bytes_per_sample"]:.0f} bytes a sample.
+The loader is **{over["webdataset, 0 workers"]:.1f} times** as fast as `wds.WebDataset` on the same shards without
+workers, and **{over["webdataset, 2 workers"]:.1f} times** as fast with two workers (aim: 3). It reaches
+**{over["memory map"]:.2f}** of the speed of a memory map of the decoded data (aim: 0.5). Opening a dataset of
+{index["samples"]:,} samples takes {index["open_s"]:.1f} s, and {index["bytes_per_sample"]:.0f} bytes a sample.
 """
 
 
@@ -136,7 +139,7 @@ def pretraining(found: dict[str, Any]) -> str:
             ours[key] = r
         elif not mine and key in ours:
             ratios.append(f"{r['step_s'] / ours[key]['step_s']:.2f} times in {key[0]} at batch {key[1]}")
-    # Where the time of the smallest batch goes, ours beside theirs.
+    # Time of each kind of operation at the smallest batch size, for our code and for the released code.
     batch = min(number for precision, number in ours if precision == "bf16")
     profiles = {
         r["code"]: r["profile_s"]
@@ -153,20 +156,20 @@ def pretraining(found: dict[str, Any]) -> str:
     return f"""## A pretraining step
 
 `python benchmarks/pretraining.py --presets ... --precisions ... --stages ... --compile 0,1 --batch N --steps 4
---profile --reference PATH` on the processor; PATH is a checkout of the released code, timed with
-`--presets ''` in a process of its own, for it is slower where other models ran before. Utilisation is against the best
-matrix product measured beside it, TFLOP/s: {peak}.
+--profile --reference PATH` on the CPU. PATH is a checkout of the released code. It was timed in a separate process,
+with `--presets ''`, because it is slower if other models ran before in the same process. Utilisation is relative to the
+fastest matrix product that was measured in the same run, in TFLOP/s: {peak}.
 
 {table(["model", "how", "precision", "batch", "s a step", "windows/s", "TFLOP/s", "utilised", "GiB"], rows)}
 
-Windows/s over the released code's: {", ".join(ratios)}.
-The aim is 2, and is not met. Where a step's time goes at batch {batch} in bf16, milliseconds under the profiler:
+Windows/s of Dreamscale relative to the released code: {", ".join(ratios)}.
+The aim is 2 times, and is not met. Milliseconds of one step at batch {batch} in bf16, under the profiler:
 
 {table(["", "Dreamscale", "released code"], kinds)}
 
-Our matrix products alone take {products / released:.0%} of the time of the released code's whole step, and everything
-would have to fit in 50%. A third of them, the gradients of the weights, have a transposed first factor, with which this
-machine reaches {best["bf16"]["first factor transposed"]:.1f} TFLOP/s in place of {best["bf16"]["plain"]:.1f}.
+To meet the aim, a whole step would have to take 50% of the time of the released code. Our matrix products alone take
+{products / released:.0%}. A third of them, the gradients of the weights, have a transposed first factor; this machine
+computes such products at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s instead of {best["bf16"]["plain"]:.1f}.
 """
 
 

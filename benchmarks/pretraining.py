@@ -1,12 +1,13 @@
-"""Throughput, utilisation and memory of a pretraining step, over presets, precisions, compilation and ZeRO stages.
+"""Throughput, utilisation and memory of a pretraining step, for presets, precisions, compilation and ZeRO stages.
 
 ``python benchmarks/pretraining.py [--presets tiny,released] [--precisions fp32,bf16] [--stages 1] [--compile 0,1]``
-``[--batch 8] [--steps 5] [--reference PATH] [--profile] [--out FILE.json]``; under torchrun for several processes.
+``[--batch 8] [--steps 5] [--reference PATH] [--profile] [--out FILE.json]``. Use torchrun for several processes.
 
-``--reference PATH`` also times the released model code, from a checkout of bbaaii/DreamDiffusion at PATH, at the
-released shape, with PyTorch's own AdamW, under the autocast of each precision. Signals are noise on the device: data
-loading is not part of it (benchmarks/loading.py). ``--profile`` runs one more step under PyTorch's profiler and says
-where its time goes. Where the device's peak is not known, utilisation is against the best matrix product measured here.
+``--reference PATH`` also times the released model code, from a checkout of bbaaii/DreamDiffusion at PATH: the released
+shape, PyTorch's own AdamW, and autocast to each precision. The signals are noise that is made on the device;
+benchmarks/loading.py measures data loading. ``--profile`` runs one more step under PyTorch's profiler and prints the
+time of each kind of operation. If the peak of the device is not known, utilisation is relative to the fastest matrix
+product that this benchmark measures.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from pretrain.training.config import PretrainConfig
 from pretrain.training.deepspeed_engine import start_engine
 
 
-def timed(step: Callable[[], object], steps: int, device: torch.device) -> tuple[float, float]:
-    """Median seconds of a step after two that warm up, and the memory peak in GiB."""
+def time_step(step: Callable[[], object], steps: int, device: torch.device) -> tuple[float, float]:
+    """Return the median seconds of a step, after two warm-up steps, and the peak memory in GiB."""
     durations = []
     for number in range(steps + 2):
         if device.type == "cuda":
@@ -65,11 +66,11 @@ KINDS = {
     "sums and norms of gradients": ("aten::add_", "aten::mul_", "vector_norm", "AccumulateGrad", "_foreach_norm"),
     "softmax, LayerNorm, GELU": ("softmax", "layer_norm", "gelu"),
 }
-"""What a step's time goes into, by parts of operators' names."""
+"""Kinds of operations in a step, each with parts of the operators' names."""
 
 
-def profiled(step: Callable[[], None]) -> dict[str, float]:
-    """Seconds of one step on the processor by kind of work."""
+def profile_step(step: Callable[[], None]) -> dict[str, float]:
+    """Return the CPU seconds of one step for each kind of operation."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -82,22 +83,22 @@ def profiled(step: Callable[[], None]) -> dict[str, float]:
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Best TFLOP/s of a matrix product of the released architecture's shapes and of a large square one.
+    """Measure the best TFLOP/s of matrix products: with the shapes of the released architecture, and a large square.
 
-    Backward passes multiply with a transposed first factor for the gradients of the weights.
+    The backward pass computes the gradients of the weights with a transposed first factor.
     """
     best = {"plain": 0.0, "first factor transposed": 0.0}
     for M, K, N in ((928, 1024, 4096), (3712, 1024, 4096), (4096, 4096, 4096)):
         a, b = torch.randn(M, K, device=device, dtype=dtype), torch.randn(K, N, device=device, dtype=dtype)
         transposed = a.T.contiguous().T
         for name, first in (("plain", a), ("first factor transposed", transposed)):
-            seconds, _ = timed(lambda first=first, b=b: torch.mm(first, b), 10, device)
+            seconds, _ = time_step(lambda first=first, b=b: torch.mm(first, b), 10, device)
             best[name] = max(best[name], 2 * M * K * N / seconds / 1e12)
     return best
 
 
 def resident_gib() -> float:
-    """Memory of this process now; its peak would be that of whatever ran before."""
+    """Return the present memory of this process. Its peak could come from a model that ran before."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -113,7 +114,7 @@ def fake_batch(shape: MaskedAutoencoderConfig, batch: int) -> Any:
 def ours(
     deepspeed: Any, world: World, preset: str, precision: str, stage: int, compiled: bool, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One variant of our step: forward, backward and the optimiser, under DeepSpeed as in training."""
+    """Measure one variant of our step: forward, backward and optimiser, under DeepSpeed as in training."""
     shape = dataclasses.replace(
         PRESETS[preset], compute=ComputeConfig(compile=compiled, checkpointing=options.checkpointing)
     )
@@ -128,7 +129,7 @@ def ours(
     )
     engine = start_engine(deepspeed, config, world.device)
     model = engine.module
-    # Under stage 3 this process holds but a part of each.
+    # Under stage 3, this process holds only a part of each parameter.
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     x_BCT = torch.randn(options.batch, shape.encoder.channels, shape.encoder.samples, device=world.device)
     inputs = {k: v.to(world.device) for k, v in model.prepare(fake_batch(shape, options.batch), 0).items()}
@@ -137,8 +138,8 @@ def ours(
         engine.backward(engine(x_BCT, **inputs).mean())
         engine.step()
 
-    seconds, memory = timed(step, options.steps, world.device)
-    profile = profiled(step) if options.profile else None
+    seconds, memory = time_step(step, options.steps, world.device)
+    profile = profile_step(step) if options.profile else None
     engine.destroy()
     rate = options.batch * world.size / seconds
     peak = peak_flops(world.device, precision, options.peak_tflops) or options.matmul[precision]["plain"] * 1e12
@@ -164,13 +165,13 @@ def ours(
 
 
 def load_reference(path: Path) -> Any:
-    """Class MAEforEEG of a checkout of the released code, without the packages that its training alone needs."""
+    """Import the class MAEforEEG from a checkout of the released code, without the packages for its training."""
     code = path / "code"
     file = code / "sc_mbm" / "mae_for_eeg.py"
     if not file.is_file():
         raise SystemExit(f"{file}: no such file; --reference wants a checkout of bbaaii/DreamDiffusion")
     sys.path.insert(0, str(code))
-    # Written for a NumPy that still had it.
+    # The released code uses np.float, which newer versions of NumPy do not have.
     np.float = float  # type: ignore[attr-defined]
     if importlib.util.find_spec("timm") is None:
         sys.modules.update(_stand_in_for_timm())
@@ -180,7 +181,7 @@ def load_reference(path: Path) -> Any:
 
 
 def _stand_in_for_timm() -> dict[str, types.ModuleType]:
-    """Timm's transformer block in its plain form, as of the version that the released code pins (0.5.4)."""
+    """Make a module with timm's plain transformer block, as in the version that the released code requires (0.5.4)."""
     from torch import nn
 
     class Attention(nn.Module):
@@ -222,7 +223,7 @@ def _stand_in_for_timm() -> dict[str, types.ModuleType]:
 
 
 def reference(path: Path, precision: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """The released model's step: eager, autocast, PyTorch's AdamW."""
+    """Measure the step of the released model: eager mode, autocast, PyTorch's AdamW."""
     shape = PRESETS["released"]
     torch.manual_seed(0)
     model = load_reference(path)(
@@ -248,8 +249,8 @@ def reference(path: Path, precision: str, device: torch.device, options: argpars
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.8)
         optimizer.step()
 
-    seconds, memory = timed(step, options.steps, device)
-    profile = profiled(step) if options.profile else None
+    seconds, memory = time_step(step, options.steps, device)
+    profile = profile_step(step) if options.profile else None
     rate = options.batch / seconds
     peak = peak_flops(device, precision, options.peak_tflops) or options.matmul[precision]["plain"] * 1e12
     flops = training_flops(shape)
@@ -271,7 +272,7 @@ def reference(path: Path, precision: str, device: torch.device, options: argpars
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", default="tiny", help="'' for the released code alone")
+    parser.add_argument("--presets", default="tiny", help="names of presets; '' measures only the released code")
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--stages", default="1")
     parser.add_argument("--compile", default="0")

@@ -1,14 +1,14 @@
-"""Sharding speed and memory: our worker against MNE's default path, and one worker of the whole job against two.
+"""Speed and memory of sharding: our worker compared with MNE's default path, and the job with one and two workers.
 
-``python benchmarks/sharding.py --seconds 3600 --out sharding.json`` writes a 64-channel EDF of 1 kHz once (kept in
-``--cache``), then measures, each in a process of its own and with one thread:
+``python benchmarks/sharding.py --seconds 3600 --out sharding.json`` writes an EDF file with 64 channels at 1 kHz, and
+keeps it in ``--cache``. Then it measures two programs, each in a process of its own and with one thread:
 
 - ours: `data_sharding.job.process_recording.process_recording`, from the file to the finished part;
-- MNE: load the file, FIR band-pass, FFT resampling, average reference, and `wds.TarWriter`. Ours takes the mains out,
-  too, judges channels and units, and keeps checksums.
+- MNE: load the file, FIR band-pass, FFT resampling, average reference, and `wds.TarWriter`. Our program also removes
+  the mains frequency, checks channels and units, and computes checksums.
 
-CPU seconds are user and system together, without imports; memory is the largest resident set. ``--workers 1 2`` then
-runs the whole job on many shorter recordings with one and with two workers.
+CPU seconds are the sum of user and system time, without imports. Memory is the largest resident set. ``--workers 1 2``
+also runs the whole job on many shorter recordings, with one and with two workers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LINE = 50.0
 
 
 def make_edf(path: Path, seconds: int, seed: int = 0) -> Path:
-    """EDF of noise with EEG's spectrum, amplitude and correlations, electrode drift and a little mains."""
+    """Write an EDF file of noise with the spectrum, amplitude and correlations of EEG, drift and some mains noise."""
     if path.is_file():
         return path
     import edfio
@@ -73,7 +73,7 @@ def make_edf(path: Path, seconds: int, seed: int = 0) -> Path:
 
 
 def ours(edf: Path, folder: Path) -> int:
-    """The body of a worker of the job."""
+    """Shard a recording as a worker of the job does."""
     from data_sharding.corpora import CorpusConfig, list_items
     from data_sharding.dataset.splits import SplitConfig
     from data_sharding.job.process_recording import process_recording
@@ -89,7 +89,7 @@ def ours(edf: Path, folder: Path) -> int:
 
 
 def mne_default(edf: Path, folder: Path) -> int:
-    """What a lab does with MNE's defaults."""
+    """Shard a recording with the defaults of MNE."""
     import mne
     import webdataset as wds
 
@@ -111,19 +111,19 @@ WAYS: dict[str, Callable[[Path, Path], int]] = {"ours": ours, "mne": mne_default
 
 
 def warm_up(edf: Path) -> Path:
-    """The short recording that belongs to a long one."""
+    """Return the path of the short recording that is processed first."""
     return edf.parent.parent / "warm-up" / edf.name
 
 
 def measure(way: str, edf: Path) -> dict[str, float]:
-    """CPU, time and memory of one way, in this process."""
+    """Measure CPU time, wall time and memory of one program, in this process."""
     import mne
 
     mne.set_log_level("ERROR")
-    # A short recording first, so that imports count for neither.
+    # Process a short recording first, so that the time of imports is not counted.
     with tempfile.TemporaryDirectory() as folder:
         WAYS[way](warm_up(edf), Path(folder))
-    with edf.open("rb") as stream:  # Both find the file in the page cache.
+    with edf.open("rb") as stream:  # Read the file, so that it is in the page cache.
         while stream.read(2**22):
             pass
     with tempfile.TemporaryDirectory() as folder:
@@ -140,10 +140,10 @@ def measure(way: str, edf: Path) -> dict[str, float]:
 
 
 def job(folder: Path, workers: int) -> dict[str, float]:
-    """Wall seconds of the whole job, and its rate once its workers are up.
+    """Measure the wall time of the whole job, and its rate after the workers have started.
 
-    Starting Ray and importing in every worker takes seconds that a real corpus does not notice: the rate is counted
-    from the moment when each worker has returned its first recordings.
+    Ray needs seconds to start, and so do the imports of each worker. This does not matter for a real corpus. So the
+    rate is measured from the moment when each worker has returned its first recordings.
     """
     from data_sharding.job import run as module
 
