@@ -1,7 +1,8 @@
-"""``python -m data_sharding CONFIG.yaml --output DIR``: the sharding job, for `ray job submit` and the like."""
+"""``python -m data_sharding CONFIG.yaml --output DIR``: the sharding job, as it is started by `ray job submit`."""
 
 import sys
 
 from data_sharding.job.run import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,8 @@
-"""Command lines and YAML files as typed dataclasses, through jsonargparse."""
+"""Reads command lines and YAML files into typed dataclasses, with jsonargparse."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,58 +15,11 @@ T = TypeVar("T")
 
 
 class Main(Protocol):
-    """A command: takes its arguments (`sys.argv[1:]` by default) and returns its exit code."""
+    """A command: takes its arguments (default: `sys.argv[1:]`) and returns its exit code."""
 
     def __call__(self, argv: list[str] | None = None) -> int:
         """Run the command."""
         ...
-
-
-def _leaf_keys(cls: type, prefix: str = "") -> list[str]:
-    """Dotted names of every field of a dataclass, nested ones included."""
-    import typing
-
-    hints = typing.get_type_hints(cls)
-    keys = []
-    for field in dataclasses.fields(cls):
-        keys.append(prefix + field.name)
-        if dataclasses.is_dataclass(hints[field.name]):
-            keys += _leaf_keys(hints[field.name], f"{prefix}{field.name}.")
-    return keys
-
-
-def _renamed_keys(cls: type, prefix: str = "") -> dict[str, str]:
-    """Keys that a config had in older versions, nested ones included, with what to use instead.
-
-    A config class lists its own in ``RENAMED: ClassVar[dict[str, str]]``: the old key to the new one, both relative to
-    the class, or to a sentence where a new name does not say enough.
-    """
-    import typing
-
-    found = {}
-    for old, new in getattr(cls, "RENAMED", {}).items():
-        found[prefix + old] = new if " " in new else f"use '{prefix}{new}'"
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            found |= _renamed_keys(hints[field.name], f"{prefix}{field.name}.")
-    return found
-
-
-def _explain(error: Exception, cls: type) -> str:
-    """One line that names the key and what to do, out of jsonargparse's message."""
-    message = one_line(error)
-    unknown = re.search(r"Key ['\"]?([\w.]+)['\"]? is not expected|[Uu]nrecognized arguments?: *--([\w.]+)", message)
-    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    if unknown or group:
-        key = f"{group.group(1)}.{group.group(2)}" if group else next(k for k in unknown.groups() if k)  # type: ignore[union-attr]
-        if key in (renamed := _renamed_keys(cls)):
-            return f"the key '{key}' has another name now; {renamed[key]}"
-        keys = _leaf_keys(cls)
-        near = difflib.get_close_matches(key, keys, n=1) or [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
-        hint = f"did you mean '{near[0]}'?" if near else "see --help for the keys there are"
-        return f"unknown key '{key}'; {hint}"
-    return message
 
 
 def parse_config(
@@ -79,52 +30,51 @@ def parse_config(
     positionals: Sequence[str] = (),
     aliases: Mapping[str, str] | None = None,
 ) -> T:
-    """Read a stage's request into its dataclass.
+    """Read the config of a command into its dataclass.
 
     Parameters
     ----------
     cls : type
         A dataclass with keyword-only, typed fields, each with a docstring under it.
     argv : sequence of str or None
-        Arguments; `sys.argv[1:]` where None.
+        The arguments; None stands for `sys.argv[1:]`.
     prog : str
-        The command as the user typed it, for help and messages.
+        The command as the user types it, for help and messages.
     positionals : sequence of str
-        What the leading arguments mean, in order: the name of a field, or ``"config"`` for a YAML file.
+        Meaning of the leading arguments, in order: the name of a field, or ``"config"`` for a YAML file.
     aliases : mapping, optional
         Short flags to field names, e.g. ``{"-o": "output"}``.
 
     Returns
     -------
     object
-        An instance of `cls`; values given on the command line win over the YAML file's.
+        An instance of `cls`. A value on the command line overrides the value in the YAML file.
 
     Raises
     ------
     RequestError
-        For an unknown key, a value of the wrong type, a missing key or file, with the key named.
+        If a key is unknown or missing, a value has the wrong type, or a file is missing. The message names the key.
     """
     from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    flags = dict(aliases or {})
     words = list(sys.argv[1:] if argv is None else argv)
-    for short, name in (aliases or {}).items():
-        words = [f"--{name}" if word == short else word for word in words]
+    words = [f"--{flags[word]}" if word in flags else word for word in words]
     lead: list[str] = []
     while words and not words[0].startswith("-") and len(lead) < 2 * len(positionals):
         lead += [f"--{positionals[len(lead) // 2]}", words.pop(0)]
-    if words and not words[0].startswith("-"):
-        raise RequestError(
-            f"{prog}: unexpected argument '{words[0]}'; usage: {prog} {' '.join(p.upper() for p in positionals)}"
-        )
-    words = lead + words
     usage = " ".join(
         [
             prog,
-            *(f"[{p.upper()}.yaml]" if p == "config" else p.upper() for p in positionals),
+            *("[CONFIG.yaml]" if name == "config" else name.upper() for name in positionals),
+            *(f"[{short} {name.upper()}]" for short, name in flags.items()),
             "[--key value ...]",
         ]
     )
+    if words and not words[0].startswith("-"):
+        raise RequestError(f"{prog}: unexpected argument '{words[0]}'; usage: {usage}")
+    words = lead + words
     parser = ArgumentParser(
         prog=prog,
         usage=usage,
@@ -134,12 +84,16 @@ def parse_config(
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of the keys below.")
     parser.add_class_arguments(cls, nested_key=None, sub_configs=False)
+    short_of = {name: short for short, name in flags.items()}
+    for action in parser._actions:
+        # Only for the help: the short flags are already replaced above.
+        if short := short_of.get(action.dest):
+            action.option_strings = [short, *action.option_strings]
+    files = []
     for position, word in enumerate(words):
-        if word != "--config" or position + 1 == len(words):
-            continue
-        words[position + 1] = str(find_config(words[position + 1]))
-        if not Path(words[position + 1]).is_file():
-            raise RequestError(f"{words[position + 1]}: no such config file")
+        if word == "--config" and position + 1 < len(words):
+            words[position + 1] = _check_config_file(words[position + 1])
+            files.append(Path(words[position + 1]))
     try:
         namespace = parser.parse_args(words)
         built = parser.instantiate_classes(namespace)
@@ -147,12 +101,26 @@ def parse_config(
     except RequestError:
         raise
     except Exception as error:
-        # jsonargparse raises its own error, yaml's, TypeError or our ValueError from __post_init__: all are the user's.
-        raise RequestError(_explain(error, cls)) from None
-    # The same rule in every stage: NumPy takes no others.
+        # The parser raises errors of its own, of YAML and of the config classes; the user can repair all of them.
+        from data_sharding.common.config_errors import explain
+
+        raise RequestError(explain(error, cls, files, words, flags)) from None
+    # NumPy takes no negative seeds, in whatever stage.
     if (seed := getattr(request, "seed", 0)) < 0:
         raise RequestError(f"seed is {seed}; it must not be negative")
     return request
+
+
+def _check_config_file(text: str) -> str:
+    """Return the path of a config file, or refuse what is not a file."""
+    path = find_config(text)
+    if path.is_dir():
+        inside = sorted(file.name for pattern in ("*.yaml", "*.yml") for file in path.glob(pattern))
+        hint = f"give one of its files: {', '.join(inside[:5])}" if inside else "give a YAML file"
+        raise RequestError(f"{text}: is a folder, not a config file; {hint}")
+    if not path.is_file():
+        raise RequestError(f"{text}: no such config file; 'dreamscale configs' lists those that come with the package")
+    return str(path)
 
 
 def command(
@@ -168,9 +136,10 @@ def command(
     Parameters
     ----------
     config_class : type
-        The request, as for `parse_config`.
+        Class of the config, as for `parse_config`.
     body : callable
-        Does the work on an instance of it and returns the exit code; may raise `RequestError` and `StopRequested`.
+        Takes an instance of the class, does the work and returns the exit code. It may raise `RequestError` and
+        `StopRequested`.
     prog, positionals, aliases
         As for `parse_config`.
 
@@ -181,7 +150,7 @@ def command(
     """
 
     def run(words: list[str]) -> int:
-        # DeepSpeed's launcher adds this flag; the environment says the same.
+        # DeepSpeed's launcher adds this flag; the environment holds the same number.
         words = [word for word in words if not word.startswith("--local_rank=")]
         return body(parse_config(config_class, words, prog=prog, positionals=positionals, aliases=aliases))
 
@@ -193,7 +162,7 @@ def command(
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dictionary of a config dataclass.
+    """Convert a config dataclass to nested dictionaries.
 
     Parameters
     ----------
@@ -203,7 +172,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     Returns
     -------
     dict
-        Dictionaries, lists and scalars only; paths become strings.
+        It holds only dictionaries, lists and scalars; paths become strings.
     """
 
     def plain(value: Any) -> Any:
@@ -219,7 +188,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """YAML text of a config dataclass, in the order of its fields.
+    """Convert a config dataclass to YAML text, in the order of its fields.
 
     Parameters
     ----------
@@ -229,7 +198,7 @@ def to_yaml(config: Any) -> str:
     Returns
     -------
     str
-        What `parse_config` reads back to an equal config.
+        Text from which `parse_config` reads an equal config.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""Errors of the whole project, and the exit codes they become."""
+"""Errors that all parts of the project share, and the exit codes of the commands."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ EXIT_STOPPED = 75
 
 
 class RequestError(ValueError):
-    """What was asked for cannot be done, and the user can mend it.
+    """A request cannot be carried out, and the user can correct it.
 
-    The message is one line: it names the file, key or recording, what is wrong with it, and what to do.
+    The message is one line that names the file, key or recording, what is wrong with it, and what to do.
     """
 
 
 class RankError(RequestError):
-    """A fault that one process of a training finds and the others do not, so that it has to tell of it itself."""
+    """A `RequestError` that only one process of a training finds, so that this process must print it."""
 
 
 class StopRequested(Exception):
-    """A signal asked the work to stop; what was finished is safe, and the same command goes on from there."""
+    """A signal asked the work to stop. All finished work is kept, and the same command resumes it."""
 
 
 def one_line(text: object) -> str:
@@ -34,35 +34,35 @@ def one_line(text: object) -> str:
     Parameters
     ----------
     text : object
-        Anything whose `str` is the message.
+        The message, or an object whose `str` is the message.
 
     Returns
     -------
     str
-        The message with every run of white space replaced by one blank.
+        The message, with every run of white space replaced by one space.
     """
     return " ".join(str(text).split())
 
 
 def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
-    """Run a stage's body and turn its errors into the project's exit codes.
+    """Run the body of a command and turn its errors into exit codes.
 
     Parameters
     ----------
     main : callable
-        The stage's body: takes the arguments, returns an exit code.
+        The body: takes the arguments and returns an exit code.
     argv : list of str, optional
         Arguments without the program's name; `sys.argv[1:]` by default.
 
     Returns
     -------
     int
-        0 done, 1 failed, 2 the request was wrong, 3 too much was set aside, 75 stopped on request.
+        0: done; 1: failed; 2: the request was wrong; 3: too many recordings were quarantined; 75: stopped on request.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except RequestError as error:
-        # Under a launcher every rank of a machine finds the same fault; one line is enough.
+        # Under a launcher all ranks find the same fault; one line for each machine is enough.
         rank = os.environ.get("RANK", "0")
         if os.environ.get("LOCAL_RANK", rank) == "0" or rank == "0" or isinstance(error, RankError):
             who = f"process {rank}: " if rank != "0" else ""
@@ -71,10 +71,10 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     except StopRequested as stop:
         if int(os.environ.get("RANK", "0")) == 0:
             print(
-                f"dreamscale: stopped on request; {one_line(stop) or 'run the same command to go on'}",
+                f"dreamscale: stopped on request; {one_line(stop) or 'run the same command to resume'}",
                 file=sys.stderr,
             )
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        print("dreamscale: interrupted; run the same command to go on", file=sys.stderr)
+        print("dreamscale: interrupted; run the same command to resume", file=sys.stderr)
         return EXIT_STOPPED

@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, a line now and then elsewhere."""
+"""Shows the progress of long work: a live display on a terminal, and a line from time to time in a log file."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any
 def progress(
     description: str, total: int, *, enabled: bool = True, every_s: float = 10.0
 ) -> Iterator[Callable[..., None]]:
-    """Show how far a loop is.
+    """Show the progress of a loop.
 
     Parameters
     ----------
     description : str
-        What is being done.
+        What the loop does.
     total : int
         Number of steps.
     enabled : bool
-        False for every rank but the first.
+        Whether to show anything; False on all ranks except the first.
     every_s : float
-        Seconds between lines where there is no terminal (a job's log).
+        Seconds between two lines if the output is not a terminal.
 
     Yields
     ------
     callable
-        ``advance(n=1, note="")``: `n` more steps are done; `note` is shown beside the bar.
+        ``advance(n=1, note="")`` counts `n` more steps as done; `note` is shown beside the bar.
     """
     if not enabled:
         yield lambda n=1, note="": None
@@ -72,14 +72,15 @@ def progress(
 
 
 class JobProgress:
-    """How far the reading of recordings is: a live table on a terminal, a line now and then elsewhere.
+    """Shows the progress of reading recordings: a live table on a terminal, lines from time to time in a log file.
 
     Parameters
     ----------
     sizes : dict of str to int
-        Bytes of every recording by key: what is left of them, not of the recordings, tells the time that is left.
+        Bytes of every recording by key. The remaining time is estimated from the bytes that are left, because
+        recordings differ much in size.
     every_s : float
-        Seconds between lines where there is no terminal (a job's log).
+        Seconds between two lines if the output is not a terminal.
     """
 
     def __init__(self, sizes: dict[str, int], *, every_s: float = 10.0) -> None:
@@ -94,7 +95,7 @@ class JobProgress:
 
     @property
     def done(self) -> int:
-        """Recordings that have their row."""
+        """Number of recordings that are finished."""
         return self.statuses.total()
 
     def add(self, key: str, status: str, *, seconds: float, channels: int, from_earlier_run: bool = False) -> None:
@@ -123,12 +124,12 @@ class JobProgress:
             self.channel_seconds += seconds * channels
 
     def figures(self) -> dict[str, str]:
-        """What is shown, by title.
+        """Return the numbers to show, by title.
 
         Returns
         -------
         dict of str to str
-            Recordings, set aside, hours, speed, in flight, time left.
+            Recordings, recordings set aside, hours, speed, tasks in flight, elapsed and remaining time.
         """
         passed = max(time.monotonic() - self._began, 1e-9)
         eta = f"{_clock(self._left * passed / self._read)}" if self._read else "?"
@@ -145,12 +146,12 @@ class JobProgress:
         }
 
     def look(self, running: int) -> None:
-        """Show where the job is, if it is time to.
+        """Update the display, if it is time to.
 
         Parameters
         ----------
         running : int
-            Recordings handed out.
+            Number of recordings that workers have at the moment.
         """
         self.running = running
         if self._live is not None:

@@ -1,4 +1,4 @@
-"""Arrays as a `Signal`: continuous, or one segment an epoch.
+"""Makes a `Signal` from arrays: a continuous recording, or one segment for each epoch.
 
 Shapes: C channels, S samples, T samples an epoch, N epochs.
 """
@@ -14,25 +14,26 @@ import numpy as np
 from data_sharding.formats.signal import Segment, SignalInfo
 
 NOMINAL_V = 1e-5
-"""Volts that one unit of a standardised signal is stored as: 10 microvolts, about EEG's own standard deviation."""
+"""A standardised signal has no unit. Its standard deviation of 1 is stored as this many volts: 10 microvolts, which is
+about the standard deviation of EEG."""
 STANDARDISED = "standardised: no physical unit; 1 is stored as 10 microvolts"
 
 
 class ArraySignal:
-    """Signal of arrays in memory, or mapped from a file.
+    """A signal that consists of arrays, in memory or memory-mapped.
 
     Parameters
     ----------
     part : callable
-        Number of a segment to its array [C, T]; called for what is read only.
+        Function from the number of a segment to its array [C, T]; called only for segments that are read.
     lengths : sequence of int
-        Samples of each segment.
+        Number of samples of each segment.
     sfreq : float
-        Hz.
+        Sampling rate in Hz.
     ch_names : sequence of str
-        C names.
+        Names of the C channels.
     **more : Any
-        Other fields of `SignalInfo`; channels are EEG without a position unless they say so.
+        Other fields of `SignalInfo`. By default all channels are EEG and have no position.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ArraySignal:
         )
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Samples of some channels; see `Signal.read`."""
+        """Read samples of some channels; see `Signal.read`."""
         blocks = []
         number = max(0, bisect.bisect_right(self._starts, start) - 1)
         while start < stop and number < len(self._starts):
@@ -76,7 +77,7 @@ class ArraySignal:
         return np.asarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
 
     def close(self) -> None:
-        """Let go of the arrays."""
+        """Release the arrays."""
         self._part = _closed
 
 

@@ -1,4 +1,4 @@
-"""Arrays of anyone's making, each with a file beside it that says what it is.
+"""Arrays of any origin, each with a JSON or YAML file beside it that describes it.
 
 Shapes: C channels, S samples of a recording, N epochs, T samples an epoch.
 """
@@ -35,39 +35,42 @@ UNITS = {"V": 1.0, "mV": 1e-3, "uV": 1e-6, "µV": 1e-6, "μV": 1e-6, "nV": 1e-9,
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """What the file beside an array says."""
+    """Content of the file beside an array."""
 
     sfreq: float
-    """Hz."""
+    """Sampling rate in Hz."""
     ch_names: list[str]
-    """C names."""
+    """Names of the C channels."""
     unit: str
-    """V, mV, uV, nV, or standardised for numbers without one."""
+    """Unit: V, mV, uV, nV, or standardised for values without a unit."""
     data: str = ""
-    """Name of the variable, in .npz and .mat files that hold several."""
+    """Name of the variable, for .npz and .mat files that hold several."""
     axes: str = ""
-    """Order of the dimensions: C channels, T time, N epochs. Empty: CT, or NCT where there are three."""
+    """Order of the dimensions: C channels, T time, N epochs. Empty: CT, or NCT for an array of three dimensions."""
     ch_types: list[str] = field(default_factory=list)
-    """MNE's words; empty: told from the names."""
+    """Channel types of MNE; empty: guessed from the names."""
     subject: str = ""
+    """The subject; empty: told from the path."""
     session: str = ""
+    """The session, if there is one."""
     line_freq: float | None = None
-    """Mains in Hz."""
+    """Mains frequency in Hz."""
     reference: str = ""
+    """Reference of the recording."""
     bads: list[str] = field(default_factory=list)
     """Channels known to be bad."""
     events: Any = None
-    """Continuous recordings: path of an events table (.tsv) beside it, or a list of its rows."""
+    """For continuous recordings: name of an events table (.tsv) beside the array, or a list of its rows."""
     images: list[str] = field(default_factory=list)
-    """Epochs: N images, relative to the corpus's key 'images'."""
+    """For epochs: N images, relative to the folder of the corpus's key 'images'."""
     labels: Any = field(default_factory=list)
-    """Epochs: N categories, or the name of the variable of an .npz file that holds them."""
+    """For epochs: N categories, or the name of the variable of an .npz file that holds them."""
     captions: list[str] = field(default_factory=list)
-    """Epochs: N descriptions."""
+    """For epochs: N descriptions of the images."""
     splits: list[str] = field(default_factory=list)
-    """Epochs: N of train, val or test."""
+    """For epochs: N splits, each train, val or test."""
     blocks: list[str] = field(default_factory=list)
-    """Epochs: N names of runs shown together."""
+    """For epochs: N names of the blocks in which the images were shown."""
 
 
 class _Fault(ValueError):
@@ -85,7 +88,7 @@ class ArraysCorpus(Adapter):
     keys = KEYS | {"images", "trial_offset"}
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """All arrays under the root; see `Adapter.items`."""
+        """List all arrays under the root; see `Adapter.items`."""
         root = folder_of(config.root, "corpora: root")
         images = folder_of(config.images, "corpora: images") if config.images else None
         folders, items = Folders(), []
@@ -133,7 +136,7 @@ class ArraysCorpus(Adapter):
         return item_of(config, root, relative, recording, trials=trials, options={**own, "epochs": count}, **more)
 
     def open(self, item: Item) -> Signal:
-        """An array, mapped from the file where its format allows it; see `Adapter.open`."""
+        """Open an array, memory-mapped if the format allows it; see `Adapter.open`."""
         from data_sharding.formats.open_signal import ReadError, unreadable
 
         path, own = Path(str(item.recording.path)), item.options
@@ -142,7 +145,7 @@ class ArraysCorpus(Adapter):
             x = _ordered(x, own["axes"], len(own["ch_names"]))
         except _Fault as error:
             raise ReadError(error.reason) from None
-        except Exception as error:  # SciPy, h5py and NumPy each have their own
+        except Exception as error:  # SciPy, h5py and NumPy have different errors
             raise ReadError(unreadable(error)) from None
         if own["epochs"] is not None and (x.ndim != 3 or own["epochs"] != len(x)):
             count = len(x) if x.ndim == 3 else 0
@@ -167,7 +170,7 @@ class ArraysCorpus(Adapter):
 
 
 def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
-    """What the file beside an array says, checked."""
+    """Read and check the file beside an array."""
     if not sidecars:
         raise _Fault("sidecar missing", f"{path.stem}.json (or .yaml) beside it must say sfreq, ch_names and unit")
     file = sidecars[0]
@@ -178,10 +181,10 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
             import yaml
 
             values = yaml.safe_load(read_text(file))
-    except Exception as error:  # two libraries, each with its own
+    except Exception as error:  # JSON and YAML have different errors
         raise _Fault("sidecar broken", f"{file.name}: {one_line(error)[:200]}") from None
     if not isinstance(values, dict):
-        raise _Fault("sidecar broken", f"{file.name}: no mapping of keys to values")
+        raise _Fault("sidecar broken", f"{file.name}: must consist of keys with values")
     known = [f.name for f in dataclasses.fields(Sidecar)]
     for key in values:
         if key not in known:
@@ -196,14 +199,14 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
     lists |= {"captions": about.captions, "splits": about.splits, "blocks": about.blocks}
     for key, value in lists.items():
         if not isinstance(value, list) or not all(isinstance(entry, str | int | float) for entry in value):
-            raise _Fault("sidecar broken", f"{file.name}: {key} is no list of names")
+            raise _Fault("sidecar broken", f"{file.name}: {key} must be a list of names")
     about = dataclasses.replace(about, **{key: [str(entry) for entry in value] for key, value in lists.items()})
     if isinstance(about.sfreq, bool) or not isinstance(about.sfreq, int | float) or not 0 < about.sfreq < 1e6:
-        raise _Fault("sidecar broken", f"{file.name}: sfreq '{about.sfreq}' is no rate in Hz")
+        raise _Fault("sidecar broken", f"{file.name}: sfreq '{about.sfreq}' is not a sampling rate in Hz")
     if about.line_freq is not None and not isinstance(about.line_freq, int | float):
-        raise _Fault("sidecar broken", f"{file.name}: line_freq '{about.line_freq}' is no frequency in Hz")
+        raise _Fault("sidecar broken", f"{file.name}: line_freq '{about.line_freq}' is not a frequency in Hz")
     if about.unit not in UNITS:
-        raise _Fault("sidecar broken", f"{file.name}: unit '{about.unit}' is none of V, mV, uV, nV, standardised")
+        raise _Fault("sidecar broken", f"{file.name}: unit '{about.unit}' must be one of V, mV, uV, nV, standardised")
     if not about.ch_names or len(set(about.ch_names)) != len(about.ch_names):
         raise _Fault("sidecar broken", f"{file.name}: ch_names is empty, or names a channel twice")
     if about.ch_types and len(about.ch_types) != len(about.ch_names):
@@ -211,7 +214,7 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
             "sidecar broken", f"{file.name}: {len(about.ch_types)} ch_types for {len(about.ch_names)} ch_names"
         )
     if about.axes and sorted(about.axes.upper()) not in (["C", "T"], ["C", "N", "T"]):
-        raise _Fault("sidecar broken", f"{file.name}: axes '{about.axes}' is no order of C, T, and N for epochs")
+        raise _Fault("sidecar broken", f"{file.name}: axes '{about.axes}' must be an order of C, T and (for epochs) N")
     texts = {"subject": str(about.subject), "session": str(about.session), "reference": str(about.reference)}
     return dataclasses.replace(about, axes=about.axes.upper(), data=str(about.data), **texts)
 
@@ -219,7 +222,7 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
 def _trials(
     about: Sidecar, path: AnyPath, near: dict[str, AnyPath], images: AnyPath | None
 ) -> tuple[Trial, ...] | None:
-    """Trials that the sidecar describes; None where it describes none."""
+    """Return the trials that the sidecar describes; None if it describes none."""
     if about.events is not None:
         if isinstance(about.events, str):
             if about.events not in near:
@@ -245,7 +248,7 @@ def _trials(
         if value and len(value) != len(shown):
             raise _Fault("sidecar broken", f"{len(value)} {name} for {len(shown)} epochs")
     if wrong := sorted(set(about.splits) - {*SPLITS, ""}):
-        raise _Fault("sidecar broken", f"split '{wrong[0]}' is none of {', '.join(SPLITS)}")
+        raise _Fault("sidecar broken", f"split '{wrong[0]}' must be one of {', '.join(SPLITS)}")
     rows = [
         {
             "onset": 0.0,
@@ -310,7 +313,7 @@ def _one_of(names: list[str], name: str) -> str:
 
 
 def _ordered(x: np.ndarray, axes: str, channels: int) -> np.ndarray:
-    """Array in the order CT or NCT."""
+    """Return the array with its dimensions in the order CT or NCT."""
     wanted = "NCT" if x.ndim == 3 else "CT"
     axes = axes or wanted
     if x.ndim not in (2, 3) or len(axes) != x.ndim:

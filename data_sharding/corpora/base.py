@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+from data_sharding.common.config_errors import find_fault
 from data_sharding.common.errors import one_line
 from data_sharding.corpora.item import Item
 from data_sharding.corpora.patch import patch_signal
@@ -55,11 +56,12 @@ class CorpusConfig:
     """Options that only this kind of corpus has; docs/corpora.md lists them."""
 
     def __post_init__(self) -> None:
+        # Messages do not name the corpus: whoever reads the config knows its place in the list and adds it.
         adapter = ADAPTERS.get(self.kind)
         if adapter is None:
             near = difflib.get_close_matches(self.kind, ADAPTERS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(sorted(ADAPTERS))}"
-            raise ValueError(f"corpora: '{self.root}' has the unknown kind '{self.kind}'; {hint}")
+            hint = f"did you mean '{near[0]}'? The" if near else "the"
+            raise ValueError(f"unknown kind '{self.kind}'; {hint} kinds are {', '.join(sorted(ADAPTERS))}")
         for entry in dataclasses.fields(self):
             if entry.name in COMMON_KEYS or entry.name in adapter.keys:
                 continue
@@ -67,21 +69,19 @@ class CorpusConfig:
             if getattr(self, entry.name) != default:
                 others = sorted(kind for kind, other in ADAPTERS.items() if entry.name in other.keys)
                 raise ValueError(
-                    f"corpora: '{self.root}' has the key '{entry.name}' but is of kind {self.kind}; "
-                    f"{', '.join(others)} {'has' if len(others) == 1 else 'have'} it"
+                    f"the key '{entry.name}' does not belong to kind {self.kind}; remove it, or use a kind that has it "
+                    f"({', '.join(others)})"
                 )
         if adapter.needs_images and not self.images:
-            raise ValueError(
-                f"corpora: '{self.root}' is of kind {self.kind} and needs the key 'images', the folder of the images"
-            )
+            raise ValueError(f"kind {self.kind} needs the key 'images', the folder of the images")
         try:
             groups = re.compile(self.subject_pattern).groupindex
         except re.error as error:
             raise ValueError(
-                f"corpora: subject_pattern '{self.subject_pattern}' is no regular expression ({error})"
+                f"subject_pattern '{self.subject_pattern}' is not a valid regular expression ({error})"
             ) from None
         if self.subject_pattern and "subject" not in groups:
-            raise ValueError(f"corpora: subject_pattern '{self.subject_pattern}' needs a group (?P<subject>...)")
+            raise ValueError(f"subject_pattern '{self.subject_pattern}' needs a group (?P<subject>...)")
         adapter.read_options(self)
 
 
@@ -181,8 +181,12 @@ class Adapter:
         known = [entry.name for entry in dataclasses.fields(self.options)]
         for name in config.options:
             if name not in known:
-                what = f"its options are {', '.join(known)}" if known else "it has no options"
-                raise ValueError(f"corpora: '{config.root}' has the option '{name}' but is of kind {self.kind}; {what}")
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean '{near[0]}'? The" if near else "the"
+                which = f"{hint} options are {', '.join(known)}" if known else "this kind has no options"
+                raise ValueError(f"unknown option '{name}' for kind {self.kind}; {which}")
+        if fault := find_fault(self.options, config.options, "options"):
+            raise ValueError(fault)
         if not config.options:
             return self.options()
         from jsonargparse import ArgumentParser
@@ -191,8 +195,8 @@ class Adapter:
         parser.add_class_arguments(self.options, nested_key=None)
         try:
             return self.options(**vars(parser.parse_object(dict(config.options))))
-        except Exception as error:  # jsonargparse's own errors, and the options' ValueError
-            raise ValueError(f"corpora: '{config.root}', options: {one_line(error)}") from None
+        except Exception as error:  # errors of jsonargparse, and the ValueError of the options themselves
+            raise ValueError(f"options: {one_line(error)}") from None
 
 
 AdapterType = TypeVar("AdapterType", bound=Adapter)

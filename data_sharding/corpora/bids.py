@@ -1,7 +1,7 @@
-"""BIDS datasets, with what their sidecars say: types, status, positions, mains, reference, events.
+"""BIDS datasets, with what their sidecar files say about channels, positions, mains, reference and events.
 
-The sidecars are read here rather than through mne-bids, because roots may lie on an object store, and because a broken
-sidecar must cost its own recording only. mne-bids writes the datasets of the tests.
+The sidecars are read here and not with mne-bids, because a root may be on an object store, and because a broken sidecar
+must affect only its own recording. The tests write their datasets with mne-bids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from data_sharding.corpora.paths import Folders, check_images, folder_of, read_t
 from data_sharding.formats.edf import VOLTS
 
 NOT_RAW = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
-"""Folders at the top of a dataset that hold no raw recordings."""
+"""Folders at the top of a dataset that do not hold raw recordings."""
 TYPES = {
     "EEG": "eeg",
     "EOG": "eog",
@@ -46,45 +46,46 @@ TYPES = {
     "ECOG": "ecog",
     "DBS": "dbs",
 }
-"""Types of channels.tsv as MNE calls them; all others are misc."""
+"""Channel types of channels.tsv and their names in MNE; all other types become misc."""
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 SYSTEMS = {"captrak": (0, 1, 2), "eeglab": (1, 0, 2)}
-"""Coordinate systems that are a head's own, and where x, y and z of MNE's head frame stand in them."""
+"""Coordinate systems of the head, and the axes in them that are x, y and z of MNE's head frame."""
 FARTHEST_M = 0.2
-"""Electrodes are not farther from the middle of a head."""
+"""Electrodes farther than this from the middle of the head (m) are an error."""
 NAME = re.compile(r"(?P<entities>sub-[^_]+(?:_[A-Za-z]+-[^_]+)*)_(?P<suffix>[A-Za-z]+)(?P<extension>\..+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BIDSOptions:
-    """What to take of a BIDS dataset."""
+    """What to use of a BIDS dataset."""
 
     participants: dict[str, list[str]] = field(default_factory=dict)
-    """Column of participants.tsv to the values that are taken, e.g. {group: [control]}; everyone else is excluded."""
+    """Columns of participants.tsv, each with the values to use, e.g. {group: [control]}. All other participants are
+    excluded."""
     label_column: str = "label_name"
-    """Column of events.tsv that holds the category; without it, the image's folder."""
+    """Column of events.tsv that holds the category. If it is missing, the folder of the image is the category."""
 
 
 class _Broken(ValueError):
-    """A sidecar that cannot be made sense of."""
+    """A sidecar cannot be read."""
 
 
 @register("bids")
 class BIDSCorpus(Adapter):
-    """Recordings of a BIDS dataset; paired with images where the key 'images' says where they are."""
+    """Recordings of a BIDS dataset; with the key 'images' they are paired with the images shown."""
 
     keys = KEYS - {"subject_pattern"} | {"images", "trial_offset"}
     options = BIDSOptions
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """All raw recordings; see `Adapter.items`."""
+        """List all raw recordings; see `Adapter.items`."""
         options: BIDSOptions = self.read_options(config)
         root = folder_of(config.root, "corpora: root")
         images = folder_of(config.images, "corpora: images") if config.images else None
         folders = Folders()
         if "dataset_description.json" not in folders(root):
             raise RequestError(
-                f"corpora: root '{root}': no BIDS dataset, dataset_description.json is missing; point to its top "
+                f"corpora: root '{root}': not a BIDS dataset, dataset_description.json is missing; give its top "
                 "folder, or use kind: folder"
             )
         people = _participants(root, folders, options)
@@ -120,7 +121,7 @@ class BIDSCorpus(Adapter):
 
 
 def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_column: str) -> Item:
-    """A recording with what its sidecars say; with what is wrong with them, if anything is."""
+    """Add the content of the sidecars to a recording; if a sidecar is broken, add the reason instead."""
     recording = item.recording
     try:
         patch = _patch(sidecars, recording.path)
@@ -137,7 +138,11 @@ def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_co
 
 
 class _Sidecars:
-    """Finds the sidecars that count for a recording: beside it, and in every folder above, the nearest first."""
+    """Finds the sidecars of a recording, by the inheritance principle of BIDS.
+
+    A sidecar applies to all recordings below its folder whose names contain all its entities (such as ``task-rest``).
+    Values of a nearer sidecar override those of one farther up.
+    """
 
     def __init__(self, root: AnyPath, folders: Folders) -> None:
         self.root, self.folders = root, folders
@@ -156,7 +161,7 @@ class _Sidecars:
         return self._inherited[key]
 
     def all(self, recording: AnyPath, suffix: str, extension: str) -> list[AnyPath]:
-        """Sidecars that apply, the most general first."""
+        """Return all sidecars of a recording, the most general first."""
         match = NAME.fullmatch(recording.name)
         entities = set(match["entities"].split("_")) if match else set()
         out, folder = [], recording.parent
@@ -164,7 +169,7 @@ class _Sidecars:
             fitting = [
                 (len(own), path)
                 for own, word, ending, path in self._files(folder)
-                # Positions are given in a space of their own, which is no property of the recording.
+                # The entity space- names the coordinate system of positions and does not belong to the recording.
                 if word == suffix and ending == extension and {e for e in own if not e.startswith("space-")} <= entities
             ]
             out += [path for _, path in sorted(fitting, key=lambda pair: (-pair[0], pair[1].name))]
@@ -173,25 +178,25 @@ class _Sidecars:
             folder = folder.parent
 
     def nearest(self, recording: AnyPath, suffix: str, extension: str) -> AnyPath | None:
-        """The sidecar that counts where only one does."""
+        """Return the nearest sidecar, for files of which only one applies; None if there is none."""
         found = self.all(recording, suffix, extension)
         return found[-1] if found else None
 
     def json(self, path: AnyPath) -> dict[str, Any]:
-        """A JSON file's mapping."""
+        """Read a JSON file that holds keys and values."""
         key = str(path)
         if key not in self._parsed:
             try:
                 value = json.loads(read_text(path))
             except (ValueError, RecursionError) as error:
-                raise _Broken(f"{path.name}: no JSON ({one_line(error)[:100]})") from None
+                raise _Broken(f"{path.name}: not valid JSON ({one_line(error)[:100]})") from None
             if not isinstance(value, dict):
-                raise _Broken(f"{path.name}: no mapping of keys to values")
+                raise _Broken(f"{path.name}: must consist of keys with values")
             self._parsed[key] = value
         return self._parsed[key]
 
     def tsv(self, path: AnyPath, *columns: str) -> list[dict[str, str]]:
-        """A table's rows, with all of some columns in it."""
+        """Read the rows of a table, and check that it has some columns."""
         key = str(path)
         if key not in self._parsed:
             self._parsed[key] = _rows(path)
@@ -208,12 +213,12 @@ def _rows(path: AnyPath) -> list[dict[str, str]]:
         raise _Broken(f"{path.name}: {error}") from None
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
-            raise _Broken(f"{path.name}, line {number}: another number of columns than the first line")
+            raise _Broken(f"{path.name}, line {number}: its number of columns differs from the first line")
     return [{str(key): str(value).strip() for key, value in row.items()} for row in rows]
 
 
 def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
-    """What the sidecars of a recording say; see `patch_signal`."""
+    """Collect what the sidecars say about a recording; see `patch_signal`."""
     patch: dict[str, Any] = {}
     notes: list[str] = []
     about: dict[str, Any] = {}
@@ -223,7 +228,7 @@ def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
     line = about.get("PowerLineFrequency", "n/a")
     if line not in NOTHING:
         if isinstance(line, bool) or not isinstance(line, int | float) or not 0 < line < 1000:
-            raise _Broken(f"PowerLineFrequency '{line}' is no frequency in Hz")
+            raise _Broken(f"PowerLineFrequency '{line}' is not a frequency in Hz")
         patch["line_freq"] = float(line)
     reference = about.get("EEGReference", about.get("iEEGReference", ""))
     if isinstance(reference, str) and reference.strip() not in NOTHING:
@@ -232,7 +237,7 @@ def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
         rows = sidecars.tsv(path, "name", "type", "units")
         twice = [name for name, count in Counter(row["name"] for row in rows).items() if count > 1]
         if twice:
-            raise _Broken(f"{path.name}: channel '{twice[0]}' stands there twice")
+            raise _Broken(f"{path.name}: channel '{twice[0]}' is listed twice")
         types = {}
         for row in rows:
             if row["type"] in NOTHING:
@@ -254,7 +259,7 @@ def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
 
 
 def _positions(sidecars: _Sidecars, recording: AnyPath) -> tuple[dict[str, list[float]], str]:
-    """Electrodes in metres of the head frame, and why there are none where they cannot be used."""
+    """Return electrode positions in metres in the head frame, and the reason if they cannot be used."""
     table = sidecars.nearest(recording, "electrodes", ".tsv")
     if table is None:
         return {}, ""
@@ -273,8 +278,8 @@ def _positions(sidecars: _Sidecars, recording: AnyPath) -> tuple[dict[str, list[
         try:
             own = [float(row[axis]) * METRES[unit] for axis in "xyz"]
         except ValueError:
-            raise _Broken(f"{table.name}: the position of '{row['name']}' is no number") from None
-        # EEGLAB's x points to the nose and its y to the left ear.
+            raise _Broken(f"{table.name}: the position of '{row['name']}' is not a number") from None
+        # In EEGLAB x points to the nose and y to the left ear; in MNE x points to the right ear and y to the nose.
         place = [own[axis] for axis in SYSTEMS[system]]
         place[0] *= -1 if system == "eeglab" else 1
         if not math.dist(place, (0, 0, 0)) <= FARTHEST_M:
@@ -284,7 +289,7 @@ def _positions(sidecars: _Sidecars, recording: AnyPath) -> tuple[dict[str, list[
 
 
 def _participants(root: AnyPath, folders: Folders, options: BIDSOptions) -> dict[str, Mapping[str, str]]:
-    """Rows of participants.tsv by subject, where they are asked for."""
+    """Return the rows of participants.tsv by subject; nothing if the option 'participants' is not set."""
     if not options.participants:
         return {}
     path = folders(root).get("participants.tsv")

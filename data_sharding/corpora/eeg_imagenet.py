@@ -1,4 +1,4 @@
-"""EEG-ImageNet as released: six subjects, 40 categories of ImageNet in blocks, 128 channels.
+"""EEG-ImageNet as it is released: six subjects, 40 categories of ImageNet shown in blocks, 128 channels.
 
 Shapes: C = 128 channels, L samples of a trial (about 500), T = 440 of them used.
 """
@@ -28,29 +28,30 @@ from data_sharding.formats.sniffing import Recording
 SFREQ = 1000.0
 N_CHANNELS = 128
 LENGTHS = (450, 600)
-"""Samples that a trial may have, both ends included; others are set aside, as in the published work."""
+"""Smallest and largest number of samples of a trial. Other trials are left out, as in the published work."""
 USED = slice(20, 460)
-"""Samples that are used: without the first 20 ms, in which the image before still tells."""
+"""Samples to use. The first 20 ms are left out, because they still reflect the image before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EEGImageNetOptions:
-    """Which of the released files."""
+    """Which released files to use."""
 
     file: str = "eeg_5_95_std.pth"
-    """The recordings, below root: eeg_5_95_std.pth, eeg_14_70_std.pth or eeg_55_95_std.pth, by their band."""
+    """File with the recordings, below root: eeg_5_95_std.pth, eeg_14_70_std.pth or eeg_55_95_std.pth. The numbers are
+    the frequency band in Hz."""
     splits: str = "block_splits_by_image_all.pth"
-    """The released split by image, below root: block_splits_by_image_all.pth, or block_splits_by_image_single.pth (of
-    subject 4); empty: images are split by hash."""
+    """File with the released split by image, below root: block_splits_by_image_all.pth, or
+    block_splits_by_image_single.pth for subject 4. Empty: images are split by hash."""
     fold: int = 0
     """Number of the split in that file."""
     unit: Literal["standardised", "uV"] = "standardised"
-    """What the numbers are: the released *_std files are standardised and have no unit."""
+    """Unit of the values. The released *_std files are standardised and have no unit."""
 
 
 @register("eeg_imagenet")
 class EEGImageNetCorpus(Adapter):
-    """One recording a subject, one segment a trial.
+    """One recording for each subject, with one segment for each trial.
 
     References
     ----------
@@ -63,7 +64,7 @@ class EEGImageNetCorpus(Adapter):
     options = EEGImageNetOptions
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """One item a subject; see `Adapter.items`."""
+        """List one item for each subject; see `Adapter.items`."""
         options: EEGImageNetOptions = self.read_options(config)
         root, images = local_folder(config), folder_of(config.images, "corpora: images")
         path = root / options.file
@@ -73,6 +74,7 @@ class EEGImageNetCorpus(Adapter):
         subjects: dict[int, list[Trial]] = defaultdict(list)
         kept: dict[int, list[int]] = defaultdict(list)
         left_out: dict[int, Counter[str]] = defaultdict(Counter)
+        block_number: Counter[int] = Counter()
         for index, entry in enumerate(entries):
             subject = int(entry["subject"])
             if reason := _fault(entry, split_of is not None and index not in split_of):
@@ -81,8 +83,8 @@ class EEGImageNetCorpus(Adapter):
             label, image = labels[int(entry["label"])], names[int(entry["image"])]
             synset = image.split("_")[0]
             trials = subjects[subject]
-            repeat = bool(trials) and trials[-1].label_name == label
-            run = int(trials[-1].block.rsplit("-", 1)[1]) + (not repeat) if trials else 0
+            if trials and trials[-1].label_name != label:
+                block_number[subject] += 1
             trials.append(
                 Trial(
                     onset=len(trials) * (USED.stop - USED.start) / SFREQ,
@@ -92,7 +94,7 @@ class EEGImageNetCorpus(Adapter):
                     caption=label,
                     split=split_of[index] if split_of is not None else "",
                     segment=len(trials),
-                    block=f"sub-{subject}-block-{run}",
+                    block=f"sub-{subject}-block-{block_number[subject]}",
                     concept=label,
                 )
             )
@@ -121,7 +123,7 @@ class EEGImageNetCorpus(Adapter):
         return out
 
     def open(self, item: Item) -> Signal:
-        """Trials of one subject, mapped from the file; see `Adapter.open`."""
+        """Open the trials of one subject, memory-mapped; see `Adapter.open`."""
         from data_sharding.formats.open_signal import NotContinuous, ReadError
 
         trials: list[int] = item.options["trials"]
@@ -147,7 +149,7 @@ class EEGImageNetCorpus(Adapter):
         )
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """Blocks, whatever the order in the file; see `Adapter.design`."""
+        """The experiment showed categories in blocks, in whatever order the file lists them; see `Adapter.design`."""
         return "block", f"each category was shown as one block (Li et al., TPAMI 2021); in this file {measured[1]}"
 
 
@@ -165,21 +167,21 @@ def _load(path: Path) -> Any:
 
 
 def _tables(path: Path, content: Any) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Trials, categories and names of images of the released file."""
+    """Check the released file; return its trials, categories and names of images."""
     wanted = {"dataset", "labels", "images"}
     if not isinstance(content, dict) or not wanted <= set(content):
         raise RequestError(f"{path}: not EEG-ImageNet as released; it needs the entries {', '.join(sorted(wanted))}")
     entries, labels, names = content["dataset"], content["labels"], content["images"]
     for key, value in (("dataset", entries), ("labels", labels), ("images", names)):
         if not isinstance(value, list | tuple):
-            raise RequestError(f"{path}: entry '{key}' is no list")
+            raise RequestError(f"{path}: entry '{key}' is not a list")
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict) or not {"eeg", "image", "label", "subject"} <= set(entry):
             raise RequestError(f"{path}: trial {index} lacks one of eeg, image, label, subject")
         if not isinstance(entry["eeg"], np.ndarray) or entry["eeg"].dtype.kind not in "fiu":
-            raise RequestError(f"{path}: the eeg of trial {index} is no array of numbers")
+            raise RequestError(f"{path}: the eeg of trial {index} is not an array of numbers")
         if not all(isinstance(entry[key], int | np.integer) for key in ("image", "label", "subject")):
-            raise RequestError(f"{path}: image, label or subject of trial {index} is no whole number")
+            raise RequestError(f"{path}: image, label or subject of trial {index} is not a whole number")
         if not (0 <= int(entry["label"]) < len(labels) and 0 <= int(entry["image"]) < len(names)):
             raise RequestError(f"{path}: trial {index} names a category or an image that is not in its list")
     return list(entries), [str(label) for label in labels], [str(name) for name in names]
@@ -197,11 +199,11 @@ def _fault(entry: dict[str, Any], not_split: bool) -> str | None:
 
 
 def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
-    """Split of each trial by its number."""
+    """Read the split of each trial, by the number of the trial."""
     content = _load(path)
     folds = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(folds, list | tuple) or not folds:
-        raise RequestError(f"{path}: no split of EEG-ImageNet; it needs the entry 'splits'")
+        raise RequestError(f"{path}: not a split of EEG-ImageNet; it needs the entry 'splits'")
     if not 0 <= fold < len(folds):
         raise RequestError(f"{path}: has {len(folds)} splits, and the option 'fold' is {fold}")
     chosen = folds[fold]
@@ -212,7 +214,7 @@ def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
         try:
             indices = [operator.index(index) for index in chosen[split]]
         except TypeError:
-            raise RequestError(f"{path}: '{split}' of split {fold} is no list of whole numbers") from None
+            raise RequestError(f"{path}: '{split}' of split {fold} is not a list of whole numbers") from None
         for index in indices:
             if not 0 <= index < n:
                 raise RequestError(f"{path}: names trial {index} of {n}; it belongs to another file of recordings")
@@ -222,12 +224,12 @@ def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
 
 
 def _check_crossings(path: Path, subjects: dict[int, list[Trial]]) -> None:
-    """Refuse a split that shows one image in two splits."""
+    """Refuse a split file that puts one image into two splits."""
     found: dict[str, str] = {}
     for trials in subjects.values():
         for trial in trials:
             if found.setdefault(trial.image_id, trial.split) != trial.split:
                 raise RequestError(
                     f"{path}: image '{trial.image_id}' is in {found[trial.image_id]} and in {trial.split}; "
-                    "set the option 'splits' to nothing for a split by hash"
+                    "leave the option 'splits' empty for a split by hash"
                 )

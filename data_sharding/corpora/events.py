@@ -1,4 +1,4 @@
-"""Recordings with a table of the images shown beside each."""
+"""Recordings with a table beside each that lists the images shown."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from data_sharding.corpora.paths import Folders, check_images, folder_of, read_t
 from data_sharding.dataset.splits import SPLITS
 
 IMAGE_COLUMNS = ("image", "stim_file")
-"""Columns that name an image: ours, and BIDS's."""
+"""Columns that name an image: the name of this project, and that of BIDS."""
 NOTHING = ("", "n/a")
-"""What BIDS writes where there is nothing."""
+"""What BIDS writes into a cell without a value."""
 
 
 def events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
-    """Table of the images shown during a recording.
+    """Find the table of the images shown during a recording.
 
     Parameters
     ----------
     recording : Path or UPath
         The recording.
     folders : Folders
-        What lies where.
+        Lists the folder of the recording.
 
     Returns
     -------
     Path, UPath or None
-        ``<stem>_events.tsv`` beside it, where BIDS's suffix ``_eeg`` and MNE's ``_raw`` do not count to the stem.
+        ``<stem>_events.tsv`` beside the recording. The stem is tried with and without its suffix ``_eeg`` or ``_raw``.
     """
     stem = re.sub(r"\.fif$", "", recording.stem)
     near = folders(recording.parent)
@@ -50,27 +50,27 @@ def events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
 
 
 def read_trials(table: AnyPath, images: AnyPath, *, label_column: str = "label_name") -> tuple[Trial, ...]:
-    """Trials of an events table.
+    """Read the trials of an events table.
 
     Parameters
     ----------
     table : Path or UPath
-        Tab-separated: onset in seconds, and image or stim_file, relative to `images`. Read if there: label_name,
-        caption, image_id, split, block, concept.
+        Tab-separated table with the columns onset (seconds) and image or stim_file (relative to `images`). The
+        columns label_name, caption, image_id, split, block and concept are optional.
     images : Path or UPath
         Folder of the images.
     label_column : str
-        Column of the category.
+        Column that holds the category.
 
     Returns
     -------
     tuple of Trial
-        In the table's order; rows that name no image are other events, and passed over.
+        In the order of the table. Rows without an image are other events and are skipped.
 
     Raises
     ------
     RequestError
-        If the table cannot be read, naming the line.
+        If the table cannot be read; the message names the line.
     """
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(table), newline=""), delimiter="\t"))
@@ -94,30 +94,30 @@ def trials_of(
     first_line: int,
     label_column: str = "label_name",
 ) -> tuple[Trial, ...]:
-    """Trials of rows that say what was shown when.
+    """Make trials from rows that say what was shown and when.
 
     Parameters
     ----------
     rows : sequence of mapping
-        See `read_trials`.
+        Rows with the columns of `read_trials`.
     images : Path, UPath or None
-        Folder of the images; without one, every row with a label is a trial.
+        Folder of the images. If None, every row with a label is a trial.
     where : str
-        Where the rows stand, for messages.
+        Name of the table, for error messages.
     first_line : int
-        Number of the first row, for messages.
+        Line number of the first row, for error messages.
     label_column : str
-        Key of the category.
+        Column that holds the category.
 
     Returns
     -------
     tuple of Trial
-        In the rows' order.
+        In the order of the rows.
 
     Raises
     ------
     RequestError
-        Naming the row.
+        If a value of a row is wrong; the message names the line.
     """
     trials = []
     for number, row in enumerate(rows, start=first_line):
@@ -128,15 +128,15 @@ def trials_of(
 
         image = next((given(name) for name in IMAGE_COLUMNS if given(name)), "") if images is not None else ""
         if not image and (images is not None or not given(label_column)):
-            continue  # tables hold responses and other events, too
+            continue  # tables also hold responses and other events
         try:
             onset = float(given("onset"))
         except ValueError:
             onset = math.nan
         if not math.isfinite(onset):
-            raise RequestError(f"{where}, line {number}: onset '{row.get('onset')}' is no number of seconds")
+            raise RequestError(f"{where}, line {number}: onset '{row.get('onset')}' is not a number of seconds")
         if given("split") not in (*SPLITS, ""):
-            raise RequestError(f"{where}, line {number}: split '{given('split')}' is none of {', '.join(SPLITS)}")
+            raise RequestError(f"{where}, line {number}: split '{given('split')}' must be one of {', '.join(SPLITS)}")
         label = given(label_column) or (PurePosixPath(image).parent.name or "image")
         name = PurePosixPath(image).with_suffix("").as_posix() if image else ""
         trials.append(
@@ -156,13 +156,13 @@ def trials_of(
 
 @register("events")
 class EventsCorpus(Adapter):
-    """EEG recorded while images were shown: one sample a trial."""
+    """EEG recorded while images were shown; every trial becomes a sample."""
 
     keys = KEYS | {"images", "trial_offset"}
     needs_images = True
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """All recordings under the root, with their tables; see `Adapter.items`."""
+        """List all recordings under the root, with their tables; see `Adapter.items`."""
         images = folder_of(config.images, "corpora: images")
         root, found = find(config)
         folders, items, tables = Folders(), [], 0

@@ -1,8 +1,12 @@
-"""Read what others pickled without running what they pickled: arrays, tensors and plain containers, nothing else.
+"""Reads pickled arrays, tensors and plain containers from untrusted files, without running any code in them.
 
 EEG-image corpora are distributed as ``.npy`` files that hold a pickled dictionary, and as ``.pth`` files. A pickle is a
-program; Python's own reader runs it. The one here knows the instructions that data need, maps each name that a pickle
-may ask for to a function of its own, and refuses everything else by name. Large arrays are not read but mapped.
+program, and Python's own unpickler runs it. The reader here executes only the instructions that data need. Each name
+that a pickle may ask for stands for a function of this module; all other names are refused with a message. Large arrays
+are memory-mapped instead of read.
+
+This is written by hand because no library serves: ``numpy.load`` refuses pickled dictionaries unless it may run them,
+and ``torch.load(weights_only=True)`` has the limits that `load_torch` lists.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 MAP_BYTES = 1 << 16
-"""Bytes of an array from which on it is mapped instead of read."""
+"""Arrays of at least this many bytes are memory-mapped instead of read."""
 MAX_INSTRUCTIONS = 20_000_000
-"""An instruction of one byte can make an object of a hundred: this bounds what a small file can ask for."""
+"""One byte of a pickle can create an object of a hundred bytes, so the number of instructions is limited."""
 PLAIN_KEYS = (str, bytes, int, float, complex, np.generic, type(None))
 PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[US]\d{1,6}|O8?")
 TORCH_DTYPES = {
@@ -39,7 +43,7 @@ TORCH_DTYPES = {
     "BoolStorage": "?",
 }
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-"""First object of a file that `torch.save` wrote before version 1.6."""
+"""First object in a file that `torch.save` wrote before PyTorch 1.6."""
 OPCODES = """
 PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT
 BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE BINUNICODE
@@ -47,15 +51,15 @@ BINUNICODE8 SHORT_BINUNICODE TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST L
 SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL
 STACK_GLOBAL REDUCE BUILD BINPERSID
 """
-"""Instructions that data need, by their names in `pickle`."""
+"""Pickle instructions that data need, by their names in the module `pickle`."""
 
 
 class RefusedPickle(ValueError):
-    """A file asks for more than data, or is damaged."""
+    """A pickle asks for something other than data, or is damaged."""
 
 
 class _Blob:
-    """Bytes that stay in the file."""
+    """Bytes that are not read but stay in the file."""
 
     def __init__(self, start: int, size: int) -> None:
         self.start, self.size = start, size
@@ -64,24 +68,26 @@ class _Blob:
 class _DType:
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not PLAIN_DTYPE.fullmatch(code):
-            raise RefusedPickle(f"refused: it holds an array of the type {code!r:.60}; only plain numbers and text are")
+            raise RefusedPickle(
+                f"refused: it holds an array of the type {code!r:.60}; only plain numbers and text are allowed"
+            )
         self.dtype = np.dtype(code)
 
     def build(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) != 8 or any(part is not None for part in state[2:5]):
-            raise RefusedPickle("refused: it holds an array of records, and only plain arrays are read")
+            raise RefusedPickle("refused: it holds an array of records; only plain arrays are allowed")
         if state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
-    """An array whose state comes later."""
+    """An array whose shape and content follow later in the pickle."""
 
     state: tuple[Any, ...] | None = None
 
     def build(self, state: Any) -> None:
         if not isinstance(state, tuple) or len(state) != 5 or not isinstance(state[2], _DType):
-            raise RefusedPickle("damaged: the state of an array is none")
+            raise RefusedPickle("damaged: the content of an array is missing")
         self.state = state
 
 
@@ -95,16 +101,16 @@ class _Tensor:
     def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> None:
         whole = (isinstance(v, int) and v >= 0 for v in (offset, *size, *stride))
         if not isinstance(storage, _Storage) or len(size) != len(stride) or not all(whole):
-            raise RefusedPickle("damaged: the shape of a tensor is none")
+            raise RefusedPickle("damaged: a tensor has no valid shape")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        # A stride of 0 would make terabytes of one number.
+        # With a stride of 0, one number in the file could become terabytes.
         if math.prod(size) and (last >= storage.count or math.prod(size) > storage.count):
             raise RefusedPickle("damaged: a tensor reaches beyond its storage")
         self.storage, self.offset, self.size, self.stride = storage, offset, tuple(size), tuple(stride)
 
 
 class _File:
-    """A file that never gives, nor makes room for, more than it holds."""
+    """A file that refuses to read, or to allocate memory for, more bytes than it holds."""
 
     def __init__(self, stream: Any, size: int) -> None:
         self.stream, self.size = stream, size
@@ -137,7 +143,7 @@ def _instructions() -> dict[int, Callable[[Any], None]]:
 
 
 class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
-    """One pickle at the place where a file stands."""
+    """Reads one pickle, at the current position of a file."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = _instructions()
 
@@ -162,7 +168,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             self.known[f"{core}.multiarray", "_reconstruct"] = lambda *_: _Array()
             self.known[f"{core}.multiarray", "scalar"] = self._scalar
             self.known[f"{core}.numeric", "_frombuffer"] = self._from_buffer
-        # Names as Python 2 has them, in which old protocols write; no bytes are written as bytes().
+        # Old protocols use the names of Python 2, and write an empty byte string as a call of bytes().
         for name in ("set", "frozenset"):
             self.known["__builtin__", name] = self.known["builtins", name]
         self.known["__builtin__", "bytes"] = lambda: b""
@@ -181,7 +187,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             raise RefusedPickle(f"damaged: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
 
     def load(self) -> Any:
-        """Read to the end of the pickle; the base class's loop, with a count and a word for what is refused."""
+        """Read to the end of the pickle: the loop of the base class, with a limit and a message for what is refused."""
         self._unframer = pickle._Unframer(self.file.read, self.file.readline)  # type: ignore[attr-defined]
         self.read, self.readinto, self.readline = self._unframer.read, self._unframer.readinto, self._unframer.readline
         self.metastack: list[list[Any]] = []
@@ -194,7 +200,9 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
                 raise EOFError
             step = dispatch.get(code[0])
             if step is None:
-                raise RefusedPickle(f"refused: the instruction {code!r} makes objects of classes, and data need none")
+                raise RefusedPickle(
+                    f"refused: the instruction {code!r} creates objects of classes, which data do not need"
+                )
             try:
                 step(self)
             except pickle._Stop as stop:  # type: ignore[attr-defined]
@@ -202,29 +210,29 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         raise RefusedPickle(f"refused: more than {MAX_INSTRUCTIONS} instructions")
 
     def find_class(self, module: str, name: str) -> Any:
-        """A function of this module's for a name, or a refusal."""
+        """Return the function of this module that stands for a name, or refuse the name."""
         try:
             return self.known[module, name]
         except KeyError:
             raise RefusedPickle(
-                f"refused: it asks for {module}.{name}, and a file of data needs arrays and plain containers only"
+                f"refused: it asks for {module}.{name}; a file of data needs only arrays and plain containers"
             ) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """A tensor's storage, named as `torch.save` does."""
+        """Return the storage of a tensor, by the name that `torch.save` gave it."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[4], int):
-            raise RefusedPickle("refused: a reference to something outside of the file")
+            raise RefusedPickle("refused: a reference to something outside the file")
         if pid[1] not in TORCH_DTYPES.values():
             raise RefusedPickle(f"refused: a tensor storage of the type {pid[1]!r:.60}")
         if len(pid) > 5 and pid[5] is not None:
-            raise RefusedPickle("refused: a view of a tensor storage, which only very old files hold")
+            raise RefusedPickle("refused: a view of a tensor storage, which only very old files have")
         return self.storages.setdefault(str(pid[2]), _Storage(str(pid[2]), pid[1], pid[4]))
 
     def spend(self, *values: Any) -> None:
-        """Count what is made of what is there already: one long text can be asked for a million times."""
+        """Count the memory of new objects. Without a limit a pickle could copy one long text a million times."""
         self.budget -= 64 + sum(len(v) for v in values if hasattr(v, "__len__"))
         if self.budget < 0:
-            raise RefusedPickle("refused: it makes far more of its content than the file is long")
+            raise RefusedPickle("refused: its content would take far more memory than the file is long")
 
     def _ordered(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
         return OrderedDict(pairs)
@@ -236,7 +244,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     def _scalar(self, dtype: Any, data: Any = b"") -> Any:
         if not isinstance(dtype, _DType) or not isinstance(data, bytes) or dtype.dtype.hasobject:
-            raise RefusedPickle("damaged: a number is none")
+            raise RefusedPickle("damaged: a number has no valid type")
         return np.frombuffer(data, dtype.dtype, count=1)[0]
 
     def _from_buffer(self, data: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
@@ -245,15 +253,15 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         return array
 
     def load_reduce(self) -> None:
-        """Call one of this module's functions; nothing else can stand on the stack as a function."""
+        """Call a function of this module; no other functions can be on the stack."""
         arguments, function = self.stack.pop(), self.stack[-1]
         if not callable(function) or not isinstance(arguments, tuple):
-            raise RefusedPickle("damaged: what is to be called is no function")
+            raise RefusedPickle("damaged: it calls something that is not a function")
         self.spend(*arguments)
         self.stack[-1] = function(*arguments)
 
     def load_build(self) -> None:
-        """Give an array or a dtype its state; anything else has none."""
+        """Set the content of an array or a dtype; other objects are refused."""
         state, target = self.stack.pop(), self.stack[-1]
         if not isinstance(target, _Array | _DType):
             raise RefusedPickle(f"refused: it sets the state of a {type(target).__name__}")
@@ -262,22 +270,22 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         target.build(state)
 
     def _bytes(self, size: int) -> None:
-        # Outside of a frame, the file stands where the bytes begin.
+        # Outside a frame, the position of the file is where the bytes begin.
         if size < MAP_BYTES or self._unframer.current_frame:
             self.append(self.read(size))
         else:
             self.append(_Blob(self.file.skip(size), size))
 
     def load_binbytes(self) -> None:
-        """Bytes with a length of 32 bits."""
+        """Read bytes whose length is stored in 32 bits."""
         self._bytes(struct.unpack("<I", self.read(4))[0])
 
     def load_binbytes8(self) -> None:
-        """Bytes with a length of 64 bits."""
+        """Read bytes whose length is stored in 64 bits."""
         self._bytes(struct.unpack("<Q", self.read(8))[0])
 
     def load_long4(self) -> None:
-        """No number that data hold has so many digits."""
+        """Refuse very long integers, which data do not need."""
         raise RefusedPickle("refused: an integer of more than 255 bytes")
 
     dispatch[pickle.REDUCE[0]] = load_reduce
@@ -289,7 +297,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
 
 class _Resolver:
-    """Puts real arrays where the stand-ins are."""
+    """Replaces the stand-ins for arrays and tensors by real arrays."""
 
     def __init__(self, data: mmap.mmap | bytes) -> None:
         self.data = data
@@ -324,11 +332,11 @@ class _Resolver:
         if isinstance(value, _DType):
             return value.dtype
         if callable(value) or isinstance(value, _Storage):
-            raise RefusedPickle("refused: it holds a class or a function as a value")
+            raise RefusedPickle("refused: one of its values is a class or a function")
         return value
 
     def _check_plain(self, keys: Iterable[Any]) -> None:
-        """Keys of dictionaries and members of sets are numbers and text, or tuples of them."""
+        """Check that keys of dictionaries and members of sets are numbers, text, or tuples of these."""
         for key in keys:
             if isinstance(key, tuple | frozenset):
                 self._check_plain(key)
@@ -337,19 +345,19 @@ class _Resolver:
 
     def _keep(self, value: Any, made: Any) -> Any:
         self.done[id(value)] = made
-        self.kept.append(value)  # an id counts as long as its object lives
+        self.kept.append(value)  # keep the object alive, because another one could get its id
         return made
 
     def _array(self, array: _Array) -> np.ndarray:
         if array.state is None:
-            raise RefusedPickle("damaged: an array without content")
+            raise RefusedPickle("damaged: an array has no content")
         _, shape, wanted, fortran, data = array.state
         if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise RefusedPickle("damaged: the shape of an array is none")
+            raise RefusedPickle("damaged: an array has no valid shape")
         dtype, count, order = wanted.dtype, math.prod(shape), "F" if fortran else "C"
         if dtype.hasobject:
             if not isinstance(data, list) or len(data) != count:
-                raise RefusedPickle("damaged: an array of objects is not as long as it says")
+                raise RefusedPickle("damaged: an array of objects has another length than its shape says")
             out = np.empty(count, object)
             for i, entry in enumerate(data):
                 out[i] = self(entry)
@@ -358,7 +366,7 @@ class _Resolver:
             data = data.encode("latin1")
         have = data.size if isinstance(data, _Blob) else len(data) if isinstance(data, bytes | bytearray) else -1
         if have != count * dtype.itemsize:
-            raise RefusedPickle("damaged: an array is not as long as it says")
+            raise RefusedPickle("damaged: an array has another length than its shape says")
         if isinstance(data, _Blob):
             flat = np.frombuffer(self.data, dtype, count=count, offset=data.start)
         else:
@@ -368,7 +376,7 @@ class _Resolver:
     def _tensor(self, tensor: _Tensor) -> np.ndarray:
         storage = tensor.storage
         if storage.start < 0:
-            raise RefusedPickle(f"damaged: the numbers of tensor storage '{storage.key}' are not in the file")
+            raise RefusedPickle(f"damaged: the values of tensor storage '{storage.key}' are not in the file")
         if storage.start + storage.count * storage.dtype.itemsize > len(self.data):
             raise RefusedPickle("damaged: it ends too early")
         flat = np.frombuffer(self.data, storage.dtype, count=storage.count, offset=storage.start)
@@ -382,11 +390,11 @@ def _finish(path: Path, value: Any) -> Any:
     try:
         return _Resolver(data)(value)
     except RecursionError:
-        raise RefusedPickle("refused: containers nested beyond all need") from None
+        raise RefusedPickle("refused: its containers are nested too deeply") from None
 
 
 def load_npy(path: Path) -> Any:
-    """Read a ``.npy`` file, or a bare pickle under that name, that may hold pickled containers of arrays.
+    """Read a ``.npy`` file, or a plain pickle with that name, that may hold pickled containers of arrays.
 
     Parameters
     ----------
@@ -396,12 +404,13 @@ def load_npy(path: Path) -> Any:
     Returns
     -------
     Any
-        An array, mapped and read-only; of a pickled object what it is, with arrays mapped: usually a dictionary.
+        A memory-mapped, read-only array. For a pickle: the pickled object (usually a dictionary), with such arrays in
+        it.
 
     Raises
     ------
     RefusedPickle
-        If the pickle asks for anything but arrays and plain containers, or is damaged. The message says what.
+        If the pickle asks for anything except arrays and plain containers, or is damaged. The message says which.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -427,23 +436,24 @@ def load_torch(path: Path) -> Any:
     Parameters
     ----------
     path : Path
-        What `torch.save` wrote, in today's format or the one before version 1.6.
+        A file of `torch.save`, in the current format or in the one before PyTorch 1.6.
 
     Returns
     -------
     Any
-        The object; tensors are arrays mapped from the file, read-only.
+        The stored object. Tensors become memory-mapped, read-only arrays.
 
     Raises
     ------
     RefusedPickle
-        If the file asks for anything but tensors, arrays and plain containers, or is damaged. The message says what.
+        If the file asks for anything except tensors, arrays and plain containers, or is damaged. The message says
+        which.
 
     Notes
     -----
-    ``torch.load(weights_only=True)`` would do for most files, but it cannot map the older format (then a corpus of
-    gigabytes is copied into every worker), refuses NumPy's numbers among the labels, makes room for whatever length a
-    file names, and needs PyTorch in workers that otherwise do without.
+    ``torch.load(weights_only=True)`` would be safe, too. But it cannot memory-map the older format, so every worker
+    would copy gigabytes; it refuses labels that are NumPy numbers; it allocates memory for any length that a damaged
+    file states; and it needs PyTorch, which the workers do not import otherwise.
     """
     return _load_torch_zip(path) if zipfile.is_zipfile(path) else _load_torch_legacy(path)
 
@@ -453,18 +463,18 @@ def _load_torch_zip(path: Path) -> Any:
         entries = {entry.filename: entry for entry in archive.infolist()}
         name = next((n for n in entries if re.fullmatch(r"[^/]+/data\.pkl", n)), None)
         if name is None or entries[name].compress_type != zipfile.ZIP_STORED:
-            raise RefusedPickle("damaged: no file of torch.save")
+            raise RefusedPickle("damaged: not a file of torch.save")
         pickled = archive.read(name)
         reader = _Reader(_File(io.BytesIO(pickled), len(pickled)))
-        # Numbers in the archive's pickle are few; the tensors' are in files of their own. Nothing in it is mapped.
+        # The pickle itself is small, because the values of tensors are in other files of the archive: nothing to map.
         reader._bytes = lambda size: reader.append(reader.read(size))  # type: ignore[method-assign]
         value = reader.run()
         for key, storage in reader.storages.items():
             entry = entries.get(f"{name[: -len('data.pkl')]}data/{key}")
             if entry is None or entry.compress_type != zipfile.ZIP_STORED:
-                raise RefusedPickle(f"damaged: the numbers of tensor storage '{key}' are not in the file")
+                raise RefusedPickle(f"damaged: the values of tensor storage '{key}' are not in the file")
             if storage.count * storage.dtype.itemsize > entry.file_size:
-                raise RefusedPickle(f"damaged: tensor storage '{key}' is shorter than it says")
+                raise RefusedPickle(f"damaged: tensor storage '{key}' is shorter than its size says")
             stream.seek(entry.header_offset + 26)
             lengths = struct.unpack("<HH", stream.read(4))
             storage.start = entry.header_offset + 30 + sum(lengths)
@@ -476,11 +486,11 @@ def _load_torch_legacy(path: Path) -> Any:
     with path.open("rb") as stream:
         file = _File(stream, size)
         if _Reader(file).run() != TORCH_MAGIC:
-            raise RefusedPickle("no file of torch.save")
+            raise RefusedPickle("not a file of torch.save")
         _Reader(file).run()  # version of the format
         about = _Reader(file).run()
         if not isinstance(about, dict) or not about.get("little_endian", True):
-            raise RefusedPickle("refused: numbers in big-endian order")
+            raise RefusedPickle("refused: its numbers are in big-endian order")
         reader = _Reader(file)
         value = reader.run()
         keys = _Reader(file).run()
@@ -488,6 +498,6 @@ def _load_torch_legacy(path: Path) -> Any:
             storage = reader.storages.get(str(key))
             count = struct.unpack("<q", file.read(8))[0]
             if storage is None or count != storage.count or count < 0:
-                raise RefusedPickle(f"damaged: tensor storage '{key!s:.40}' is not as long as it says")
+                raise RefusedPickle(f"damaged: tensor storage '{key!s:.40}' has another length than its size says")
             storage.start = file.skip(count * storage.dtype.itemsize)
     return _finish(path, value)

@@ -1,4 +1,4 @@
-"""THINGS-EEG2 as released: ten subjects, 16,740 images of 1,854 concepts in random order.
+"""THINGS-EEG2 as it is released: ten subjects, 16,740 images of 1,854 concepts in random order.
 
 Shapes: I images, R repetitions, C channels, T samples an epoch, S samples of a recording.
 """
@@ -28,28 +28,29 @@ from data_sharding.formats.signal import Signal
 from data_sharding.formats.sniffing import Recording
 
 TARGET = 99999
-"""Event code of the trials on which subjects had to press a key; their image is none of the set."""
+"""Event code of target trials, on which subjects had to press a key. Their image does not belong to the image set."""
 METADATA = "image_metadata.npy"
 SCALES = {"whitened": NOMINAL_V, "uV": 1e-6, "V": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThingsEEG2Options:
-    """Which of the released files, and which trials."""
+    """Which released files and which trials to use."""
 
     source: Literal["preprocessed", "raw"] = "preprocessed"
     """preprocessed: epochs (preprocessed_eeg_training.npy); raw: continuous recordings (raw_eeg_training.npy)."""
     partitions: list[Literal["training", "test"]] = field(default_factory=lambda: ["training", "test"])
-    """Which of the two sets of images."""
+    """Which of the two image sets to use."""
     repetitions: Literal["all", "average"] = "all"
-    """all: each presentation is a trial; average: the mean over an image's presentations is one. Preprocessed only."""
+    """all: each presentation is a trial. average: the mean over all presentations of an image is one trial; only for
+    preprocessed files."""
     test_repetitions: Literal["same", "all", "average"] = "same"
-    """The same for the test images, 80 presentations each, where it differs."""
+    """The same choice for the test images, which have 80 presentations each; same: as `repetitions`."""
     unit: Literal["whitened", "uV", "V"] = "whitened"
-    """What the preprocessed numbers are: the released ones are whitened (multivariate noise normalisation) and have no
-    unit. Raw recordings are in volts."""
+    """Unit of the preprocessed values. The released files are whitened (multivariate noise normalisation) and have no
+    unit. Raw recordings are always in volts."""
     metadata: str = ""
-    """Path of image_metadata.npy; empty: in the root, or beside the images."""
+    """Path of image_metadata.npy. Empty: it is searched in root and beside the images."""
 
     def __post_init__(self) -> None:
         if not self.partitions:
@@ -67,7 +68,7 @@ class _Image:
 
 @register("things_eeg2")
 class ThingsEEG2Corpus(Adapter):
-    """One recording a subject and partition, or (raw) a session and partition.
+    """One recording for each subject and partition; for raw files one for each session and partition.
 
     References
     ----------
@@ -79,7 +80,7 @@ class ThingsEEG2Corpus(Adapter):
     options = ThingsEEG2Options
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """All recordings under the root; see `Adapter.items`."""
+        """List all recordings under the root; see `Adapter.items`."""
         options: ThingsEEG2Options = self.read_options(config)
         root, images = local_folder(config), folder_of(config.images, "corpora: images")
         shown = _images(options, root, images)
@@ -99,7 +100,7 @@ class ThingsEEG2Corpus(Adapter):
             try:
                 trials, left_out = _trials(_content(path, own["source"]), own, shown[partition], partition)
             except (ValueError, TypeError, OSError) as error:
-                # Whatever such a file may hold in place of numbers and names.
+                # A damaged file may hold anything in place of numbers and names.
                 problem = Reason("unreadable", one_line(error)[:200])
             out.append(
                 Item(
@@ -125,7 +126,7 @@ class ThingsEEG2Corpus(Adapter):
         return out
 
     def open(self, item: Item) -> Signal:
-        """Epochs or a recording, mapped from the file; see `Adapter.open`."""
+        """Open epochs or a recording, memory-mapped; see `Adapter.open`."""
         from data_sharding.formats.open_signal import ReadError
 
         own = item.options
@@ -145,7 +146,7 @@ class ThingsEEG2Corpus(Adapter):
                 content["ch_names"],
                 ch_types=content["ch_types"],
                 epoched=False,
-                notes=[*notes, "parts of the session follow one another without a mark"],
+                notes=[*notes, "the boundaries between parts of the session are not marked"],
             )
         x_IRCT = content["x"]
         images, reps, _, length = x_IRCT.shape
@@ -164,7 +165,7 @@ class ThingsEEG2Corpus(Adapter):
         )
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """Random by the experiment's plan; measured where the order is known; see `Adapter.design`."""
+        """The experiment showed images in random order; see `Adapter.design`."""
         if self.read_options(config).source == "preprocessed":
             return "random", "images were shown in random order (Gifford et al. 2022); the epochs are sorted by image"
         design, evidence = measured
@@ -172,7 +173,7 @@ class ThingsEEG2Corpus(Adapter):
 
 
 class _Unusable(ValueError):
-    """A file that is not what its name says."""
+    """The content of a file does not match its name."""
 
 
 def _epochs(x_IRCT: np.ndarray, repetitions: str) -> Callable[[int], np.ndarray]:
@@ -183,14 +184,14 @@ def _epochs(x_IRCT: np.ndarray, repetitions: str) -> Callable[[int], np.ndarray]
 
 
 def _content(path: Path, source: str) -> dict[str, Any]:
-    """Array, rate and channels of a released file."""
+    """Read array, sampling rate and channels of a released file."""
     content = load_npy(path)
     key, ndim = ("preprocessed_eeg_data", 4) if source == "preprocessed" else ("raw_eeg_data", 2)
     if not isinstance(content, dict) or key not in content or "ch_names" not in content:
         raise _Unusable(f"not a file of THINGS-EEG2 as released; it needs the entries {key} and ch_names")
     x, names = content[key], [str(name) for name in content["ch_names"]]
     if not isinstance(x, np.ndarray) or x.ndim != ndim or x.dtype.kind not in "fiu":
-        raise _Unusable(f"{key} is no array of numbers in {ndim} dimensions")
+        raise _Unusable(f"{key} is not an array of numbers in {ndim} dimensions")
     if x.shape[-2] != len(names):
         raise _Unusable(f"{x.shape[-2]} channels and {len(names)} names")
     if source == "raw":
@@ -202,14 +203,14 @@ def _content(path: Path, source: str) -> dict[str, Any]:
     times = np.asarray(content.get("times", []), float)
     if times.ndim != 1 or len(times) < 2 or not np.median(np.diff(times)) > 0:
         raise _Unusable("it needs the entry times, in seconds")
-    # Times have few digits: what they mean is a whole number of Hz.
+    # The times are stored with few digits, so the rate is rounded.
     return {"x": x, "ch_names": names, "sfreq": float(np.round((len(times) - 1) / (times[-1] - times[0]), 2))}
 
 
 def _trials(
     content: dict[str, Any], own: Mapping[str, str], images: list[_Image], partition: str
 ) -> tuple[tuple[Trial, ...], dict[str, int]]:
-    """Trials of a file, and how many are left out."""
+    """Return the trials of a file, and the number of trials left out by reason."""
     split = "test" if partition == "test" else TRAIN_OR_VAL
 
     def trial(number: int, onset: float, segment: int | None) -> Trial:
@@ -236,7 +237,7 @@ def _trials(
     stim = np.asarray(content["x"][content["ch_types"].index("stim")])
     if not np.isfinite(stim).all():
         raise _Unusable("the stim channel is not finite")
-    # A code that stands for several samples is one event.
+    # A code that lasts several samples is one event.
     at = np.flatnonzero((stim != 0) & (np.diff(stim, prepend=0) != 0))
     codes = np.round(stim[at]).astype(np.int64)
     left_out: Counter[str] = Counter()
@@ -252,7 +253,7 @@ def _trials(
 
 
 def _images(options: ThingsEEG2Options, root: Path, images: AnyPath) -> dict[str, list[_Image]]:
-    """Images of both partitions in the order of their numbers."""
+    """Return the images of both partitions, in the order of their numbers."""
     places = [Path(options.metadata)] if options.metadata else [root / METADATA, Path(str(images)) / METADATA]
     path = next((place for place in places if place.is_file()), None)
     if path is None:

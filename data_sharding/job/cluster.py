@@ -1,4 +1,4 @@
-"""Ray: a session that ends cleanly, and tasks of which one may kill its worker without harm to the others."""
+"""Ray: a session that ends cleanly, and tasks that may crash their worker without harm to other tasks."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ from data_sharding.common.storage import FULL, is_storage_error
 from data_sharding.job.isolation import ChildFailed
 
 INFRASTRUCTURE_RETRIES = 5
-"""How often a task is begun again when a node, rather than its own work, was at fault."""
+"""How often a task is retried if its machine or worker failed, rather than its own work."""
 NODE_S = 60.0
-"""Seconds that a machine has to say what it sees."""
+"""Time limit (s) for a machine to answer which folders it sees."""
 STORAGE_TRIES = 3
-"""How often a task is tried that a disk or a store refuses, unless for want of room."""
+"""How often a task is tried if a disk or an object store fails, unless the disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RayConfig:
-    """Where the job runs."""
+    """Ray cluster on which the job runs, and limits for each recording."""
 
     address: str = ""
-    """Cluster to join, e.g. auto or ray://head:10001; empty: RAY_ADDRESS if it is set, else a cluster of
+    """Address of the cluster, e.g. auto or ray://head:10001. Empty: RAY_ADDRESS if it is set, else a new cluster on
     this machine."""
     num_cpus: int = 0
-    """Workers of this machine's cluster; 0: one a core."""
+    """Number of workers of a new cluster on this machine; 0: one for each core."""
     max_in_flight: int = 0
-    """Most tasks handed out at a time; 0: twice the cluster's cores."""
+    """Largest number of tasks submitted at a time; 0: twice as many as the cluster can run at once."""
     timeout_s: float = 3600.0
-    """Seconds after which a recording is given up and quarantined."""
+    """Time limit (s) for a recording; after it the recording is quarantined."""
     memory_gb: float = 2.0
-    """GB (1e9 bytes) of memory that a recording may take before it is quarantined; Ray keeps as much free for each."""
+    """Memory limit (GB, 1e9 bytes) for a recording; beyond it the recording is quarantined. Ray reserves this much for
+    each."""
     auth_mode: Literal["", "disabled", "token"] = ""
-    """Ray's authentication. Empty: RAY_AUTH_MODE if it is set, else disabled for this machine's cluster."""
+    """Authentication of Ray. Empty: RAY_AUTH_MODE if it is set, else disabled for a new cluster on this machine."""
 
     def __post_init__(self) -> None:
         if self.num_cpus < 0 or self.max_in_flight < 0:
-            raise ValueError("ray: num_cpus and max_in_flight must not be negative; 0 chooses them")
+            raise ValueError("ray: num_cpus and max_in_flight must not be negative; 0 chooses automatically")
         if not self.timeout_s > 0:
             raise ValueError(f"ray.timeout_s must be positive, got {self.timeout_s}")
         if not self.memory_gb >= 0.5:
@@ -68,7 +69,9 @@ def stop_signals() -> Iterator[None]:
         return
 
     def stop(number: int, _: FrameType | None) -> None:
-        raise StopRequested(f"{signal.Signals(number).name}: what is finished is kept; run the same command to go on")
+        raise StopRequested(
+            f"{signal.Signals(number).name}: finished recordings are kept; run the same command to resume"
+        )
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -80,25 +83,25 @@ def stop_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ray_session(config: RayConfig) -> Iterator[int]:
-    """Join or start a Ray cluster, and leave it at the end however the body ends.
+    """Join or start a Ray cluster, and leave it when the body ends, also with an error.
 
     Parameters
     ----------
     config : RayConfig
-        Which.
+        The cluster.
 
     Yields
     ------
     int
-        Tasks to hand out at a time.
+        Number of tasks to submit at a time.
 
     Raises
     ------
     RequestError
-        If the cluster does not answer.
+        If the cluster cannot be reached or started, or has too little memory.
     """
     address = config.address or os.environ.get("RAY_ADDRESS", "")
-    # A local cluster otherwise decides by itself, depending on the machine's history, whether it wants a token.
+    # Without this setting a local cluster may demand a token, depending on what ran on the machine before.
     if config.auth_mode or not address:
         os.environ["RAY_AUTH_MODE"] = config.auth_mode or os.environ.get("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -110,7 +113,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         options |= {"address": address}
     else:
         cpus = config.num_cpus or os.cpu_count() or 1
-        # Only metadata travels through the object store.
+        # Results are small, so Ray's object store can be small, too.
         options |= {
             "address": "local",
             "num_cpus": cpus,
@@ -123,7 +126,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         where = f"ray.address '{address}'" if address else "a local Ray"
         raise RequestError(f"{where} could not be reached or started: {one_line(error)[:300]}") from None
     try:
-        # Ray puts its own handler on SIGTERM, which would leave without a word.
+        # Ray installs its own handler for SIGTERM, which would end the job without a message.
         with stop_signals():
             yield config.max_in_flight or 2 * _slots(config)
     finally:
@@ -131,27 +134,27 @@ def ray_session(config: RayConfig) -> Iterator[int]:
 
 
 def _slots(config: RayConfig) -> int:
-    """Recordings that the cluster reads at a time."""
+    """Return how many recordings the cluster can read at a time."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = sum(int(node.get("CPU", 0)) for node in nodes)
     slots = sum(int(min(node.get("CPU", 0), node.get("memory", 0) // (config.memory_gb * 1e9))) for node in nodes)
     if not cpus:
-        raise RequestError("ray: the cluster has no CPU to give; every recording takes one")
+        raise RequestError("ray: the cluster has no free CPU, and every recording needs one")
     if not slots:
         most = max(node.get("memory", 0) for node in nodes) / 1e9
         raise RequestError(
-            f"ray.memory_gb {config.memory_gb:g}: no machine of the cluster has as much free, the most is "
-            f"{most:.1f} GB; lower it, or free memory"
+            f"ray.memory_gb {config.memory_gb:g}: no machine of the cluster has this much free memory, the largest has "
+            f"{most:.1f} GB; lower the key, or free memory"
         )
     if slots < cpus:
-        say(f"ray: memory for {slots} recordings at a time on {cpus} cores (key 'ray.memory_gb', {config.memory_gb:g})")
+        say(f"ray: memory for {slots} recordings at a time on {cpus} cores (ray.memory_gb {config.memory_gb:g})")
     return slots
 
 
 def missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
-    """Folders that some machine of the cluster does not have: network folders that are not mounted there.
+    """Find folders that a machine of the cluster does not see, such as network folders that are not mounted there.
 
     Parameters
     ----------
@@ -161,7 +164,7 @@ def missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        A machine's address to the paths that are missing there.
+        Address of a machine to the paths that are missing on it. Machines that see all paths are not listed.
     """
     import ray
     from ray.exceptions import RayError
@@ -179,7 +182,7 @@ def missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
     }
     found: dict[str, list[str]] = {}
     for address, reference in asked.items():
-        # A machine that dies at this moment is no reason to stop: its tasks go elsewhere.
+        # If a machine fails at this moment, the job need not stop: other machines take its tasks.
         with contextlib.suppress(RayError):
             if missing := ray.get(reference, timeout=NODE_S):
                 found[address] = missing
@@ -191,7 +194,7 @@ def _missing(paths: list[str]) -> list[str]:
 
 
 class ClusterFailed(RuntimeError):
-    """The cluster, not the work, is at fault, again and again."""
+    """A task has failed too often because of the cluster, not because of its own work."""
 
 
 def run_tasks(
@@ -204,39 +207,39 @@ def run_tasks(
     give_up: Callable[[str, Exception], Reason | None] | None = None,
     look: Callable[[int], None] | None = None,
 ) -> dict[str, Reason]:
-    """Run a function once for each argument, in any order, with a bounded number of tasks at a time.
+    """Run a function for each argument, in any order, with a limited number of tasks at a time.
 
     Parameters
     ----------
     function : callable
-        A function of a module that the workers can import; what it returns should be small. It must be safe to run
-        again: a task whose worker, raylet or machine dies is begun anew, elsewhere where there is an elsewhere.
+        A function of a module that the workers can import, with a small result. It must be safe to run it twice: if
+        a worker, a raylet or a machine dies, its tasks are run again, on another machine if there is one.
     arguments : mapping
-        Key to argument.
+        Argument of each task, by key.
     in_flight : int
-        Most tasks at a time.
+        Largest number of tasks at a time.
     memory_gb : float
-        GB that Ray keeps free for each.
+        Memory in GB that Ray reserves for each task.
     done : callable
-        ``done(key, result)`` for every task that returned.
+        Called as ``done(key, result)`` for every task that returned.
     give_up : callable, optional
-        ``give_up(key, error)`` after a task raised, or took its machine's memory time and again; returns the reason
-        to go on without it, or None to fail.
+        Called as ``give_up(key, error)`` for a task that raised an error, or that used up its machine's memory several
+        times. Returns the reason if the job is to continue without the task, and None if the job is to fail.
     look : callable, optional
-        ``look(running)`` at least twice a second.
+        Called as ``look(running)`` at least twice a second.
 
     Returns
     -------
     dict
-        Key to reason, for tasks that were given up.
+        Reason for each task that was given up, by key.
 
     Raises
     ------
     ClusterFailed
-        If the same task lost its worker time and again.
+        If the same task lost its worker too often.
     Exception
-        What a task raised, where nobody gave it up; errors of disks and stores only after some tries, unless there is
-        no room left.
+        The error of a task that was not given up. Errors of disks and object stores are raised only after some
+        retries, unless the disk is full.
     """
     import ray
     from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
@@ -253,7 +256,7 @@ def run_tasks(
         if look:
             look(len(running))
         finished: list[Any] = ray.wait(list(running), num_returns=1, timeout=0.5)[0]
-        if finished:  # Whatever else is there by now: thousands may be.
+        if finished:  # Also take all others that have finished by now; there may be thousands.
             finished = ray.wait(list(running), num_returns=len(running), timeout=0)[0]
         for reference in finished:
             key, argument = running.pop(reference)
@@ -275,12 +278,12 @@ def run_tasks(
             if lost[key] < often:
                 waiting.append((key, argument))
                 continue
-            # Memory is the one thing of a machine that a task itself may take away.
-            theirs = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
-            if theirs and not isinstance(failure, OutOfMemoryError):
+            # A machine that runs out of memory may be the fault of the task itself, all other losses are not.
+            is_clusters_fault = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
+            if is_clusters_fault and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(
                     f"{key}: its worker was lost {lost[key]} times ({type(failure).__name__}: "
-                    f"{one_line(failure)[:200]}); is the cluster well?"
+                    f"{one_line(failure)[:200]}); check the machines of the cluster and the logs of Ray."
                 )
             reason = give_up(key, failure) if give_up else None
             if reason is None:
@@ -290,7 +293,7 @@ def run_tasks(
 
 
 def say(text: str) -> None:
-    """Print a line for the user, on stderr: stdout is for results.
+    """Print a line for the user on stderr; stdout is reserved for results.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The second pass over a recording: out of the scratch file, through the filters, into windows.
+"""The second pass over a recording: filter the signal in the scratch file and cut it into windows.
 
 Shapes: n channels, T samples a window.
 """
@@ -29,56 +29,58 @@ FLOAT16_MAX_UV = 65504.0
 
 @dataclass(kw_only=True)
 class Clean:
-    """What the second pass is to do with the scratch file."""
+    """Instructions for the second pass over the scratch file."""
 
     channels: Channels
-    """The channels of the windows."""
+    """Channels of the windows."""
     rows: list[int]
-    """Rows of the scratch file that are filtered: those of the windows first."""
+    """Rows of the scratch file to filter; the rows of the windows come first."""
     reference: list[int]
-    """Which of `rows` are averaged to the reference."""
+    """Which of `rows` are averaged to become the reference."""
     bads: list[int]
-    """Bad rows of the windows."""
+    """Rows of the windows that are bad."""
     factor: float
-    """What brings the scratch file to microvolts."""
+    """Factor from the values in the scratch file to microvolts."""
     line_freq: float | None
-    """Mains in Hz."""
+    """Mains frequency in Hz; None: there is none to filter out."""
     begins: list[int]
     """First sample of each segment in the scratch file."""
     lengths: list[int]
-    """Samples of each segment there."""
+    """Number of samples of each segment in the scratch file."""
     left_out: dict[str, str]
-    """Channels of EEG that are not in the windows, and why."""
+    """EEG channels that are not in the windows, with the reason."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A window to be cut."""
+    """A window to cut out."""
 
     start: int
-    """First sample in its segment, at the target rate."""
+    """First sample, counted from the start of its segment at the target rate."""
     number: int
-    """End of its key."""
+    """Number of the window, at the end of its key."""
     split: str
+    """Split that the window belongs to."""
     extra: dict[str, Any]
+    """Metadata of its trial; empty without trials."""
 
 
 def whole_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> dict[int, list[Cut]]:
-    """Windows of a recording without trials.
+    """Plan the windows of a recording without trials.
 
     Parameters
     ----------
     lengths : list of int
-        Samples of each segment at the target rate.
+        Number of samples of each segment at the target rate.
     spec : PreprocessSpec
-        Window and stride.
+        Gives length and stride of the windows.
     split : str
-        Where they go.
+        Split of all windows.
 
     Returns
     -------
     dict
-        Segment to its windows, in order of time.
+        Windows of each segment, by its number, in order of time.
     """
     cuts: dict[int, list[Cut]] = {}
     number = 0
@@ -98,33 +100,33 @@ def clean_windows(
     cuts: dict[int, list[Cut]],
     left_out: Counter[str],
 ) -> Iterator[tuple[int, Cut, float, np.ndarray]]:
-    """Filter the segments that hold windows, and cut these.
+    """Filter the segments that hold windows, and cut the windows out.
 
     Parameters
     ----------
     clean : Clean
-        What to do.
+        The instructions of the first pass.
     scratch : Scratch
         The signal at the target rate.
     info : SignalInfo
-        What is known of the recording.
+        Description of the recording.
     spec : PreprocessSpec
-        Filters and window.
+        The preprocessing.
     cuts : dict
-        Segment to its windows, in order of time.
+        Windows of each segment, by its number, in order of time.
     left_out : Counter
-        Reason to windows, counted up for those that are not fit to be used.
+        Number of windows that cannot be used, by reason; it is increased here.
 
     Yields
     ------
     segment : int
-        Where the window lies.
+        Number of the segment that holds the window.
     cut : Cut
-        Which it is.
+        The window's plan.
     start : float
-        Seconds from the recording's beginning.
+        Start of the window in seconds from the start of the recording.
     window : ndarray, shape (n, T), float32
-        Microvolts.
+        The signal in microvolts.
     """
     n = len(clean.channels.names)
     good = np.setdiff1d(np.arange(n), clean.bads)
@@ -152,7 +154,7 @@ def clean_windows(
 
 
 def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
-    """Every window that lies in a segment, by segment, in order of time."""
+    """Plan the windows of a recording: by segment, in order of time."""
     item, spec = task.item, task.spec
     cuts: dict[int, list[Cut]] = {}
     if item.trials is None:
@@ -172,8 +174,8 @@ def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[st
             last = segment == len(lengths) - 1
             left_out["trial beyond the recording" if last else "over a gap in the recording"] += 1
         else:
-            said = {name: getattr(trial, name) for name in ("image_id", "label_name", "block", "concept")}
-            extra: dict[str, Any] = {name: value for name, value in said.items() if value}
+            values = {name: getattr(trial, name) for name in ("image_id", "label_name", "block", "concept")}
+            extra: dict[str, Any] = {name: value for name, value in values.items() if value}
             if trial.label_name:
                 extra["label"] = numbers[trial.label_name]
             extra |= {"caption": trial.caption, "image_path": trial.image}
@@ -184,12 +186,12 @@ def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[st
 def _place(
     trial: Trial, offset_s: float, segments: list[Segment], onsets: np.ndarray, spec: PreprocessSpec
 ) -> tuple[int | None, int]:
-    """Segment in which a trial's window begins, and where in it."""
+    """Return the segment in which the window of a trial begins, and the first sample in it; None if there is none."""
     if trial.segment is not None:
         start = round(offset_s * spec.sfreq)
         return (trial.segment, start) if 0 <= trial.segment < len(segments) and start >= 0 else (None, 0)
     begin = trial.onset + offset_s
-    # Half a sample early is rounding.
+    # A begin that is up to half a sample before the segment is a rounding error.
     segment = int(np.searchsorted(onsets, begin + 0.5 / spec.sfreq, side="right")) - 1
     if segment < 0:
         return None, 0
@@ -197,17 +199,17 @@ def _place(
 
 
 def image_type(data: bytes) -> str | None:
-    """Extension of an image by its first bytes.
+    """Tell the type of an image from its first bytes.
 
     Parameters
     ----------
     data : bytes
-        The file.
+        The image file.
 
     Returns
     -------
     str or None
-        jpg, png or webp; None for anything else.
+        Its file extension: jpg, png or webp; None for any other type.
     """
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
@@ -217,7 +219,7 @@ def image_type(data: bytes) -> str | None:
 
 
 def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], window: int) -> Iterator[tuple[Cut, np.ndarray]]:
-    """Cut windows, in order of their starts, out of a signal that comes in blocks."""
+    """Cut windows, sorted by their starts, out of a signal that comes in blocks."""
     held, at, following = None, 0, 0
     for block in blocks:
         held = block if held is None else np.concatenate([held, block], axis=1)
@@ -234,22 +236,22 @@ def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], window: int) -> Iter
 def write_windows(
     task: Task, result: PartResult, folder: Path, clean: Clean, scratch: Scratch, info: SignalInfo
 ) -> None:
-    """Second pass: filter the segments that hold windows, and write these.
+    """Do the second pass: filter the segments that hold windows, and write the windows.
 
     Parameters
     ----------
     task : Task
-        The recording at work.
+        The recording and what to do with it.
     result : PartResult
         Its samples, and the columns about windows in its row, are filled.
     folder : Path
-        Where ``train.tar`` and the others go.
+        Folder for ``train.tar`` and the tars of the other splits.
     clean : Clean
-        What to do.
+        The instructions of the first pass.
     scratch : Scratch
         The signal at the target rate.
     info : SignalInfo
-        What is known of the recording.
+        Description of the recording.
     """
     item, spec = task.item, task.spec
     left_out: Counter[str] = Counter()
@@ -286,7 +288,7 @@ def write_windows(
                 Sample(key=f"{item.key}-{cut.number:06d}", eeg=window, meta=meta, image=image, image_ext=kind)
             )
             written[cut.split] += 1
-            # Windows may overlap: what counts as written is the signal that they cover.
+            # Windows may overlap, so count the seconds that they cover and not the sum of their lengths.
             if number != segment:
                 segment, covered_to = number, 0
             covered += cut.start + spec.window - max(covered_to, cut.start)
@@ -299,7 +301,7 @@ def write_windows(
 
 
 def _flaw(window: np.ndarray, good: np.ndarray, start_s: float, spans: np.ndarray, spec: PreprocessSpec) -> str | None:
-    """Why a window is left out."""
+    """Return why a window is left out; None if it is kept."""
     if ((spans[:, 0] < start_s + spec.window_s) & (spans[:, 1] > start_s)).any():
         return "over a span marked as bad"
     if max(-float(window.min()), float(window.max())) > FLOAT16_MAX_UV:

@@ -1,7 +1,8 @@
-"""A function in a child process of its own: what crashes, hangs or eats memory there costs only the call.
+"""Runs a function in a child process, so that a crash, an endless loop or too much memory ends only one call.
 
-``python -m data_sharding.job.isolation`` is the child. It is started afresh rather than forked, knows nothing
-of Ray, and ends when its parent does.
+Readers of file formats may crash on damaged files. Ray would lose its worker then; here only the child is lost.
+``python -m data_sharding.job.isolation`` is the child. It is a new process, not a fork, does not import Ray, and ends
+together with its parent.
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ from typing import Any
 from data_sharding.common.reason import Reason
 
 CRASHES = 2
-"""Deaths by the reader's own doing after which a call is given up."""
+"""A call is given up after this many crashes of the child."""
 KILLS = 4
-"""Deaths by SIGKILL or SIGTERM, which no reader does to itself: someone else (the kernel, short of memory) did."""
+"""A call is given up after the child was killed this often with SIGKILL or SIGTERM. Such a signal comes from outside,
+mostly from the kernel when memory is short, so more retries are allowed than after a crash."""
 START_S = 300.0
-"""Seconds that a child has to start: importing from a loaded network folder is slow."""
+"""Time limit (s) for the start of a child; imports from a busy network folder are slow."""
 LOOK_S = 0.1
-"""Seconds between two looks at the child's memory."""
+"""Seconds between two checks of the child's memory."""
 PR_SET_PDEATHSIG = 1
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""Of a machine's two uses of many cores, many recordings at once is the better one."""
+"""Each child uses one core: many recordings at once are faster than many threads for one recording."""
 
 
 class GivenUp(Exception):
@@ -57,7 +59,7 @@ class GivenUp(Exception):
 
 
 class ChildFailed(RuntimeError):
-    """A child did not even start: the machine's fault, not the call's."""
+    """A child process did not start, which is the fault of the machine and not of the call."""
 
 
 class _Died(Exception):
@@ -67,7 +69,7 @@ class _Died(Exception):
 
 
 def _private_bytes(pid: int) -> int:
-    """Memory of a process that is its own: pages of mapped files can be dropped at any time and do not count."""
+    """Return the private memory of a process. Pages of mapped files do not count, as the kernel can drop them."""
     import psutil
 
     try:
@@ -79,14 +81,19 @@ def _private_bytes(pid: int) -> int:
 
 @contextlib.contextmanager
 def _owned_scratch() -> Iterator[Path]:
-    """Scratch folder that is known to be in use by a lock, which a death of any kind lets go."""
+    """Make a scratch folder, and remove those of processes that have died.
+
+    Each folder is locked by its owner. The operating system releases the lock when the owner ends in any way, so a
+    folder without a locked file has no owner. The lock is taken by hand rather than with filelock, because the folder
+    is renamed while the lock is held.
+    """
     base = Path(os.environ.get("DREAMSCALE_SCRATCH") or tempfile.gettempdir())
     base.mkdir(parents=True, exist_ok=True)
     for old in base.glob("dreamscale-child-*"):
         with contextlib.suppress(OSError), (old / "lock").open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(old, ignore_errors=True)
-    # The folder has its name only once the lock is held: until then nobody takes it for an orphan.
+    # The folder gets its final name after it is locked. Under the first name no other process looks for it.
     made = Path(tempfile.mkdtemp(prefix="dreamscale-new-", dir=base))
     with (made / "lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -102,14 +109,14 @@ def _too_much_memory(memory_gb: float) -> Reason:
 
 
 class Child:
-    """One process that calls one function, again and again.
+    """A child process that calls one function repeatedly.
 
     Parameters
     ----------
     function : str
         ``module:name`` of a function of one argument; argument and result must be picklable.
     memory_gb : float
-        Memory that a call may take, in GB (1e9 bytes); 0 sets no limit.
+        Memory limit for a call in GB (1e9 bytes); 0: no limit.
     """
 
     def __init__(self, function: str, memory_gb: float = 0.0) -> None:
@@ -122,7 +129,7 @@ class Child:
             **ONE_THREAD,
             "DREAMSCALE_SCRATCH": str(folder),
             "TMPDIR": str(folder),
-            # The job's own code may have come to this process by other ways than the environment.
+            # The job's code may be on this process's path without being in the environment.
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path)),  # noqa: PTH109
         }
         with theirs:
@@ -160,7 +167,7 @@ class Child:
         argument : Any
             Its argument.
         timeout_s : float
-            Seconds until it is given up.
+            Time limit in seconds.
 
         Returns
         -------
@@ -170,7 +177,7 @@ class Child:
         Raises
         ------
         GivenUp
-            If it runs out of time or memory. The child is gone then.
+            If the call exceeds its time or memory. The child has ended then.
         Exception
             What the function raised.
         """
@@ -187,7 +194,7 @@ class Child:
         return value
 
     def close(self) -> None:
-        """End the child at once, and remove its scratch."""
+        """Kill the child and remove its scratch folder."""
         self.process.kill()
         self.process.wait()
         self._pipe.close()
@@ -195,7 +202,7 @@ class Child:
 
     @property
     def worn(self) -> bool:
-        """True where what calls have left behind takes half of the memory allowed."""
+        """Whether the child should be replaced, because it still uses half of the memory limit after its calls."""
         return bool(self.memory_gb) and _private_bytes(self.process.pid) > 0.5e9 * self.memory_gb
 
 
@@ -203,7 +210,7 @@ _children: dict[tuple[str, float], Child] = {}
 
 
 def call_isolated(function: str, argument: Any, *, timeout_s: float, memory_gb: float = 0.0) -> Any:
-    """Call a function in this process's child, which is started where there is none.
+    """Call a function in a child of this process; the child is started if there is none.
 
     Parameters
     ----------
@@ -212,9 +219,9 @@ def call_isolated(function: str, argument: Any, *, timeout_s: float, memory_gb: 
     argument : Any
         Its argument.
     timeout_s : float
-        Seconds that it may take (key ``ray.timeout_s``).
+        Time limit in seconds (key ``ray.timeout_s``).
     memory_gb : float
-        GB that it may take (key ``ray.memory_gb``); 0 sets no limit.
+        Memory limit in GB (key ``ray.memory_gb``); 0: no limit.
 
     Returns
     -------
@@ -224,7 +231,7 @@ def call_isolated(function: str, argument: Any, *, timeout_s: float, memory_gb: 
     Raises
     ------
     GivenUp
-        If it ran out of time or memory, or its process died again and again; the message says which.
+        If the call exceeded its time or memory, or its process died too often; the reason says which.
     ChildFailed
         If no child could be started.
     Exception
@@ -259,14 +266,14 @@ def call_isolated(function: str, argument: Any, *, timeout_s: float, memory_gb: 
 
 
 def close_children() -> None:
-    """End this process's children."""
+    """End all children of this process."""
     while _children:
         _children.popitem()[1].close()
 
 
 def _portable(error: Exception) -> Exception:
-    """The error as another process can read it."""
-    traceback.print_exception(error)  # To Ray's log of the worker.
+    """Return the error in a form that can be sent to another process."""
+    traceback.print_exception(error)  # This goes to Ray's log of the worker.
     with contextlib.suppress(Exception):
         pickle.loads(pickle.dumps(error))
         return error
@@ -276,13 +283,13 @@ def _portable(error: Exception) -> Exception:
 def _serve(pipe: Connection, parent: int, name: str, memory_gb: float) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # It died before the line above took effect.
+    if os.getppid() != parent:  # The parent died before the line above took effect.
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Only the main process of the job handles Ctrl-C.
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_gb:
-        # Far beyond the limit at once, by a header's word: refused at the call rather than seen afterwards.
+        # A damaged header may ask for far more than the limit at once. The kernel refuses this before it is used.
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         wanted = int(2e9 * memory_gb + 2**30)
         if hard == resource.RLIM_INFINITY or wanted < hard:

@@ -1,9 +1,8 @@
-"""What an unfinished job leaves in its working folder: the rows it has, and the mark that somebody is at work."""
+"""Files of an unfinished job in its working folder: the journal of finished recordings, and the lock of the job."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from upath import UPath
 
 from data_sharding.common.errors import RequestError
@@ -21,20 +21,20 @@ from data_sharding.common.storage import AnyPath, fresh, is_storage_error
 from data_sharding.job.task import PartResult
 
 EVERY_S = 10.0
-"""Seconds between two objects of a journal on a store, where nothing can be appended to a file."""
+"""On an object store nothing can be appended to a file, so the journal is written as a new object this often (s)."""
 BEAT_S = 15.0
-"""Seconds between two signs of life of a job that writes to a store."""
+"""A job that writes to an object store renews its lock this often (s)."""
 DEAD_S = 90.0
-"""Seconds without a sign of life after which another job may take over."""
+"""A lock on an object store that was not renewed for this long (s) is that of a dead job."""
 
 
 class Journal:
-    """Rows of recordings that are done, so that the next run need not even open their files.
+    """Keeps the results of recordings that are finished, so that the next run does not open their files again.
 
     Parameters
     ----------
     folder : Path or UPath
-        Where its files lie; each run adds its own.
+        Folder of its files; each run adds one.
     """
 
     def __init__(self, folder: AnyPath) -> None:
@@ -47,7 +47,7 @@ class Journal:
         segments = sorted(fresh(folder).glob("*.jsonl"), key=lambda p: p.name) if folder.is_dir() else []
         for segment in segments:
             for line in segment.read_text().splitlines():
-                # The last line of a run that was killed may be torn.
+                # The last line of a run that was killed may be incomplete.
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
                     self.rows[entry["key"]] = (entry["identity"], entry["row"])
@@ -57,7 +57,7 @@ class Journal:
         self._first = len(segments)
 
     def find(self, key: str, identity: str) -> PartResult | None:
-        """Result of a recording, if it is of the same files and the same settings.
+        """Return the result of a recording, if files and settings are still the same.
 
         Parameters
         ----------
@@ -69,13 +69,13 @@ class Journal:
         Returns
         -------
         PartResult or None
-            The result.
+            The result; None if there is none, or if it belongs to other files or settings.
         """
         known, values = self.rows.get(key, ("", None))
         return PartResult.from_json(values) if values is not None and known == identity else None
 
     def add(self, key: str, identity: str, result: PartResult) -> None:
-        """Keep a result.
+        """Add a result.
 
         Parameters
         ----------
@@ -101,7 +101,7 @@ class Journal:
         self._last = time.monotonic()
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write all results that are not written yet."""
         if self._stream is not None:
             self._stream.close()
         else:
@@ -120,12 +120,12 @@ class Journal:
 
 @contextlib.contextmanager
 def alone(work: AnyPath) -> Iterator[None]:
-    """Keep a second job out of the same output.
+    """Hold the lock of an output while the body runs, so that no second job writes there.
 
     Parameters
     ----------
     work : Path or UPath
-        The job's working folder; it is made.
+        The job's working folder; it is created if necessary.
 
     Yields
     ------
@@ -134,25 +134,30 @@ def alone(work: AnyPath) -> Iterator[None]:
     Raises
     ------
     RequestError
-        If another job is writing there, or nothing can be written there.
+        If another job holds the lock, or the folder cannot be written.
     """
     if isinstance(work, UPath):
         with _lease(work):
             yield
         return
+    # The operating system ends such a lock with its process, on network disks, too. A file that merely exists would
+    # stay after a crash, so the fall-back of filelock for disks without real locks is turned off.
+    lock = FileLock(work / "lock", fallback_to_soft=False)
     try:
         work.mkdir(parents=True, exist_ok=True)
-        stream = (work / "lock").open("w")
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise RequestError(
+            f"output '{work.parent}': another job is writing there; wait for it, or choose another folder"
+        ) from None
     except OSError as error:
-        raise RequestError(f"output '{work.parent}': cannot be written ({error.strerror})") from None
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RequestError(
-                f"output '{work.parent}': another job is writing there; wait for it, or choose another folder"
-            ) from None
+        raise RequestError(
+            f"output '{work.parent}': cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _owner(lock: UPath) -> dict[str, Any] | None:
@@ -163,7 +168,10 @@ def _owner(lock: UPath) -> dict[str, Any] | None:
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the job that wrote a lock has ended: known at once on its own machine, elsewhere by its silence."""
+    """Whether the job that wrote a lock has ended.
+
+    On its own machine its process is looked up; for other machines the age of the lock decides.
+    """
     if owner["host"] == socket.gethostname() and not Path(f"/proc/{owner['pid']}").exists():
         return True
     return time.time() - owner["time"] > DEAD_S
@@ -171,29 +179,30 @@ def _is_gone(owner: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _lease(work: UPath) -> Iterator[None]:
+    """Hold a lock on an object store, which has no locks: an object that its owner renews while it is alive."""
     lock = work / "lock.json"
     mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     stop = threading.Event()
 
-    def sign() -> None:
+    def renew() -> None:
         lock.write_text(json.dumps({**mine, "time": time.time()}))
 
     def beat() -> None:
         while not stop.wait(BEAT_S):
-            # One sign lost is no harm; a store that is gone shows in the job's own writing.
+            # One failed renewal does no harm, and if the store is gone, the job itself will fail when it writes.
             with contextlib.suppress(Exception):
-                sign()
+                renew()
 
     try:
         if (owner := _owner(lock)) and not _is_gone(owner):
             raise RequestError(
                 f"output '{work.parent}': another job is writing there (host {owner['host']}, process {owner['pid']}); "
-                f"wait for it, or, if it is dead, for {DEAD_S:g} s"
+                f"wait for it; if it has died, wait {DEAD_S:g} s"
             )
-        sign()
-        time.sleep(0.5)  # Of two that came at the same moment, the one that wrote last goes on.
+        renew()
+        time.sleep(0.5)  # If two jobs begin at the same moment, the one that wrote last continues.
         if (_owner(lock) or {}).get("id") != mine["id"]:
-            raise RequestError(f"output '{work.parent}': another job has begun to write there at the same moment")
+            raise RequestError(f"output '{work.parent}': another job began at the same moment; wait for it")
     except Exception as error:
         if isinstance(error, RequestError) or not is_storage_error(error):
             raise

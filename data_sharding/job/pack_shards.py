@@ -1,4 +1,7 @@
-"""Parts of recordings to shards of bounded size, the same bytes for any number of workers."""
+"""Copies samples from the parts of recordings into shards of bounded size.
+
+The shards have the same bytes for any number of workers, because the plan depends only on the order of the keys.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ from data_sharding.job.task import PartResult
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Samples of one part that go into a shard."""
+    """A run of samples of one part that goes into a shard."""
 
     key: str
     """The recording."""
     part: str
-    """Name of its part."""
+    """Name of its part's folder."""
     split: str
-    """Which tar of the part."""
+    """Split, which names the tar of the part."""
     start: int
     """First sample."""
     stop: int
@@ -38,28 +41,28 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """What goes into a shard."""
+    """The content of a shard."""
 
     path: str
-    """Relative to the dataset."""
+    """Path of the shard, relative to the dataset."""
     pieces: tuple[Piece, ...]
-    """In order."""
+    """The samples, in order."""
 
 
 def plan_shards(results: Iterable[PartResult], samples_per_shard: int) -> list[ShardPlan]:
-    """Distribute samples over shards.
+    """Plan which samples go into which shard.
 
     Parameters
     ----------
     results : iterable of PartResult
         Recordings to write, in any order.
     samples_per_shard : int
-        Most samples a shard.
+        Largest number of samples in a shard.
 
     Returns
     -------
     list of ShardPlan
-        By split and number; recordings in the order of their keys.
+        Sorted by split and number; recordings are in the order of their keys.
     """
     plans: list[ShardPlan] = []
     ordered = sorted(results, key=lambda result: result.row.key)
@@ -86,23 +89,23 @@ def plan_shards(results: Iterable[PartResult], samples_per_shard: int) -> list[S
 
 
 def write_shard(plan: ShardPlan, parts: AnyPath, root: AnyPath, work: AnyPath) -> Shard:
-    """Copy samples from their parts into a shard; nothing is decoded.
+    """Copy samples from their parts into a shard without decoding them.
 
     Parameters
     ----------
     plan : ShardPlan
-        What goes in.
+        The content of the shard.
     parts : Path or UPath
         Folder of the parts.
     root : Path or UPath
-        The dataset, which the shard's path is relative to.
+        Folder of the dataset.
     work : Path or UPath
-        The job's working folder; what it records of finished shards lies in ``shards``.
+        The job's working folder; its folder ``shards`` holds a record of each finished shard.
 
     Returns
     -------
     Shard
-        Its manifest entry. A shard that is there with the same plan is taken as it is.
+        The entry of the shard in the manifest. A finished shard with the same plan is not written again.
     """
     tar = root / plan.path
     done = work / "shards" / f"{plan.path}.json"
@@ -133,7 +136,7 @@ def write_shard(plan: ShardPlan, parts: AnyPath, root: AnyPath, work: AnyPath) -
 
 @contextlib.contextmanager
 def _folder(base: AnyPath) -> Iterator[Path]:
-    """Temporary folder on the dataset's own disk, from which files can be renamed into it."""
+    """Make a temporary folder on the disk of the dataset, so that its files can be renamed into the dataset."""
     folder = Path(str(base)) / uuid.uuid4().hex
     folder.mkdir(parents=True)
     try:

@@ -1,8 +1,9 @@
-"""One recording to a part of the dataset: what a worker of the Ray job does, in a process that may die.
+"""Turns one recording into a part of the dataset. This is the work of one Ray task, in a child process.
 
-The signal passes by twice. First block by block out of the file: it is surveyed, and resampled into a scratch file.
-Then, with unit, bad channels and mains known, out of the scratch file through the filters into windows. Memory does
-not grow with the recording's length.
+The signal is read twice. In the first pass it comes from the recording's file in blocks; each block is measured
+(`data_sharding.processing.survey`), resampled, and written to a scratch file. After that the unit, the bad channels and
+the mains frequency are known. In the second pass (`data_sharding.job.cut_windows`) the signal comes from the scratch
+file, is filtered, and is cut into windows. Memory does not grow with the length of the recording.
 
 Shapes: n channels, S samples at the recording's rate, T samples a window.
 """
@@ -47,15 +48,16 @@ from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, re
 from data_sharding.processing.survey import Survey, Verdict
 
 PART_SCHEMA = 6
-"""Part of a part's name: raise it when the code's results change, and no older part is taken up again."""
+"""Version of parts, which is part of their names. Raise it when the results of the code change, so that older parts
+are not used again."""
 RESULT = "result.json"
 """File of a part that holds its `PartResult`."""
 MIN_SAMPLES = 16
-"""Fewer samples cannot even be measured."""
+"""A recording with fewer samples cannot be measured."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that shape a part's bytes."""
+    """Return the versions of the libraries on which the bytes of a part depend."""
     import mne
     import scipy
     import zstandard
@@ -70,13 +72,13 @@ def versions() -> dict[str, str]:
 
 @functools.lru_cache(maxsize=256)
 def _checksum(path: Path, state: tuple[int, int, str]) -> str:
-    """Checksum of a file; of one that holds many recordings only once."""
+    """Return the checksum of a file. It is cached, because one file may hold many recordings."""
     del state
     return sha256_file(path)
 
 
 def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
-    """Checksum of a recording: of its files, and of which of several recordings in them it is.
+    """Return the checksum of a recording: of its files, and of its options if one file holds several recordings.
 
     Parameters
     ----------
@@ -88,10 +90,10 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
     Returns
     -------
     str
-        Hexadecimal; a single file's own where that holds one recording.
+        Hexadecimal. For a single file with one recording it is the SHA-256 of the file.
     """
     whole = digest_of(sorted(hashes)) if len(hashes) > 1 else hashes[0]
-    # The file's checksum alone would make its recordings copies of one another.
+    # With the checksum of the file alone, all its recordings would count as copies of one another.
     return digest_of([whole, item.options]) if item.options else whole
 
 
@@ -106,7 +108,7 @@ def process_recording(task: Task) -> PartResult:
     Returns
     -------
     PartResult
-        Its ledger row and what is needed to go on. A part that is committed already is taken as it is.
+        The ledger row and what the next phase needs. If the part is finished already, its result is returned.
 
     Raises
     ------
@@ -149,7 +151,11 @@ def process_recording(task: Task) -> PartResult:
 
 @contextlib.contextmanager
 def _unfinished(part: AnyPath) -> Iterator[Path]:
-    """Folder on this machine to write a part into: beside its place, from where it is only renamed, or in scratch."""
+    """Make a local folder to write a part into.
+
+    On a disk it is beside the final place, so that it is only renamed in the end. For an object store it is in the
+    scratch folder.
+    """
     if is_remote(part):
         with scratch_folder() as scratch:
             (scratch / "part").mkdir()
@@ -212,27 +218,27 @@ def _fill(task: Task, result: PartResult, folder: Path) -> None:
 def prepare(
     signal: Signal, item: Item, spec: PreprocessSpec, result: PartResult, folder: Path | None = None
 ) -> Iterator[tuple[Clean, Scratch]]:
-    """Read a recording once, and judge it: all but the filters and the windows.
+    """Do the first pass over a recording: read, measure and resample it, and decide about its channels.
 
     Parameters
     ----------
     signal : Signal
         The open recording.
     item : Item
-        What its corpus says about it.
+        The recording as its corpus describes it.
     spec : PreprocessSpec
-        What will be done to it.
+        The preprocessing of the second pass.
     result : PartResult
         Its row and signature are filled with what is learned.
     folder : Path, optional
-        Where its fingerprint is put; nowhere by default.
+        Folder for the fingerprint; None: it is not written.
 
     Yields
     ------
     clean : Clean
-        What `data_sharding.job.cut_windows` is to do.
+        Instructions for the second pass.
     scratch : Scratch
-        The signal at the target rate; it is gone afterwards.
+        The signal at the target rate. It exists only inside the context.
 
     Raises
     ------
@@ -263,7 +269,7 @@ def prepare(
 
 
 class _Reading:
-    """What is read of a recording: its EEG, and after it the reference channels that are none of it."""
+    """The channels that are read: the EEG channels, followed by reference channels that are not among them."""
 
     def __init__(self, info: SignalInfo, channels: Channels, spec: PreprocessSpec) -> None:
         self.info, self.channels, self.spec = info, channels, spec
@@ -287,7 +293,7 @@ class _Reading:
             self.names.append(wanted)
             self.picks.append(found[0])
         self.lengths = [resampled_length(s.stop - s.start, info.sfreq, spec.sfreq) for s in info.segments]
-        """Samples of each segment at the target rate."""
+        """Number of samples of each segment at the target rate."""
         self.begins = np.concatenate([[0], np.cumsum(self.lengths)]).tolist()
         """First sample of each segment in the scratch file."""
         if max(self.lengths, default=0) < spec.window:
@@ -297,12 +303,12 @@ class _Reading:
             raise SetAside("excluded", Reason("too short", text))
 
     def first_pass(self, signal: Signal, scratch: Scratch) -> Survey:
-        """Read every sample once: survey it, and put it aside at the target rate."""
+        """Read every sample once; measure the blocks, and write them to the scratch file at the target rate."""
         info, scale = self.info, 1e6 * self.info.scale
         survey = Survey(len(self.picks), info.sfreq, info.segments, scale)
         passband = band_of(info.sfreq, self.spec)[1]
         resampler, offset = Resampler(info.sfreq, self.spec.sfreq, passband), np.zeros((len(self.picks), 1))
-        # Channels without numbers are found by the survey and left out; until then they pass through.
+        # Channels with NaN or infinite values are found by the survey and left out later, so ignore warnings here.
         with np.errstate(invalid="ignore", over="ignore"):
             for block in blocks_of(info.segments, len(self.picks)):
                 first = block[0].start
@@ -313,7 +319,7 @@ class _Reading:
                     part = x[:, piece.start - first : piece.stop - first]
                     if piece.start == segment.start:
                         resampler = Resampler(info.sfreq, self.spec.sfreq, passband)
-                        # An offset of 230 mV would cost float32 its precision, and tells nothing.
+                        # A constant offset holds no information, and one of 230 mV would use up float32's precision.
                         offset = scale * part[:, :1]
                     scratch.write(resampler.push(part, scale, offset))
                     if piece.stop == segment.stop:
@@ -338,7 +344,7 @@ def _read(signal: Signal, start: int, stop: int, picks: list[int]) -> np.ndarray
 def _judge(
     item: Item, result: PartResult, read: _Reading, survey: Survey, spec: PreprocessSpec, folder: Path | None
 ) -> Clean:
-    """Decide on channels, unit, mains and reference; the fingerprint is kept of whatever has a signal."""
+    """Decide on channels, unit, mains and reference, and keep the fingerprint of every recording with a signal."""
     info, row, n_eeg = read.info, result.row, len(read.channels.names)
     factor = item.unit_factor if item.unit_factor is not None else 1.0 if info.unit_known else None
     verdict = survey.verdict(factor)
@@ -403,7 +409,7 @@ def _named(spec: PreprocessSpec) -> set[str]:
 
 
 def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
-    """Rows that are EEG by their signal, too; the others are named in the ledger."""
+    """Return the rows whose signal is EEG; the other channels are named in the ledger."""
     n_eeg = len(read.channels.names)
     absent = [i for i in verdict.not_finite if i < n_eeg]
     if len(absent) == n_eeg:
@@ -415,7 +421,7 @@ def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
     for i, what in verdict.not_eeg.items():
         if i < n_eeg:
             left_out.setdefault(f"{what}, by its signal", []).append(read.info.ch_names[read.picks[i]])
-    # A channel that everything is referenced to is zero from then on.
+    # If all channels are referenced to one channel, that channel becomes zero.
     alone = read.spec.reference_channels if len(read.spec.reference_channels) == 1 else []
     zero = [i for i in range(n_eeg) if read.names[i] in alone]
     for i in zero:
@@ -429,7 +435,7 @@ def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
 
 
 def _refuse(bad_of: dict[int, str], verdict: Verdict, eeg: list[int]) -> None:
-    """Set aside what has no usable channel, or no unit that makes sense."""
+    """Set a recording aside if it has no usable channel, or no plausible unit."""
     if len(bad_of) == len(eeg):
         kinds = Counter(bad_of.values())
         text = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -443,5 +449,5 @@ def _refuse(bad_of: dict[int, str], verdict: Verdict, eeg: list[int]) -> None:
     raise SetAside(
         "quarantined",
         Reason("unit unknown", f"set aside; the amplitude reads as {verdict.amplitude_uv:.3g} microvolts"),
-        hint="key 'unit_factors' says what it is",
+        hint="set the key 'unit_factors' if you know the unit",
     )

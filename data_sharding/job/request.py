@@ -1,4 +1,4 @@
-"""What a sharding job is asked to do, checked as far as it can be without opening a recording."""
+"""The config of a sharding job, and the plan made from it without opening any recording."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from data_sharding.job.cluster import RayConfig
 from data_sharding.processing.preprocess import PreprocessSpec
 
 FileState = tuple[int, int, str]
-"""Size, time of the last change in nanoseconds, and a store's own checksum."""
+"""Size in bytes, time of the last change in nanoseconds, and the checksum of an object store."""
 
 
 @dataclass(kw_only=True)
 class ShardConfig:
-    """Recordings of any maker to a dataset of WebDataset shards."""
+    """Make a dataset of WebDataset shards from EEG recordings of any format."""
 
     corpora: list[CorpusConfig]
-    """Where the recordings are."""
+    """The corpora: a list, in which each entry names a folder of recordings and its kind."""
     output: str
-    """Folder of the dataset, or a URL as s3://bucket/folder; a finished different dataset there is never replaced."""
+    """Folder of the dataset, or a URL such as s3://bucket/folder. A finished dataset in it is never replaced."""
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
-    """Rate, band, reference and window; stored with the dataset and with every encoder trained on it."""
+    """Sampling rate, band, reference and window. They are stored in the dataset and in every encoder trained on it."""
     split: SplitConfig = field(default_factory=SplitConfig)
-    """Who and what is held out."""
+    """Which subjects and images are held out for validation and test."""
     hold_back: HoldBackConfig = field(default_factory=HoldBackConfig)
-    """Benchmarks that must not enter the dataset."""
+    """Recordings, subjects and datasets (such as benchmarks) that must not enter the dataset."""
     samples_per_shard: int = 4096
-    """Most samples a tar."""
+    """Largest number of samples in a shard."""
     allowed_set_aside: float = 0.05
-    """Share of the recordings found that may be quarantined before the job ends with exit code 3."""
+    """If a larger share of the recordings is quarantined, the job ends with exit code 3."""
     ray: RayConfig = field(default_factory=RayConfig)
-    """Where the job runs."""
+    """Ray cluster on which the job runs, and limits for each recording."""
 
     def __post_init__(self) -> None:
         if not self.corpora:
@@ -55,25 +55,25 @@ class ShardConfig:
 
 @dataclass(kw_only=True)
 class Plan:
-    """What is to be done, known before any recording is opened."""
+    """Everything that is known before any recording is opened."""
 
     items: dict[str, Item]
     """Recordings by key."""
     states: dict[str, list[FileState]]
-    """States of each recording's files, by key: looked at once."""
+    """State of each file of a recording, by the recording's key. The files are looked up only once."""
     labels: list[str]
-    """Names of the labels by number."""
+    """Names of the labels; the number of a label is its place in this list."""
     request: str
-    """Checksum of config and file listing: the same for the same request."""
+    """Checksum of the config and the list of files, by which a finished dataset is recognised."""
     hold_back: HoldBack
-    """What is held back, its names resolved."""
+    """What is held back, with the recordings that its names match."""
     corpora: list[dict[str, str]] = field(default_factory=list)
-    """What is known of each corpus's design."""
+    """For each corpus, the order in which it shows categories (`data_sharding.corpora.design.design_of`)."""
     images: dict[str, FileState] = field(default_factory=dict)
-    """States of the images shown, by path."""
+    """State of each image file, by path."""
 
     def size(self, key: str) -> int:
-        """Bytes of a recording's files.
+        """Return the size of a recording.
 
         Parameters
         ----------
@@ -83,24 +83,24 @@ class Plan:
         Returns
         -------
         int
-            Their sum.
+            Bytes of all its files together.
         """
         return sum(max(size, 0) for size, _, _ in self.states[key])
 
     def identity(self, key: str, settings: str) -> str:
-        """Checksum of all that a recording's row depends on.
+        """Return a checksum of everything that the result of a recording depends on.
 
         Parameters
         ----------
         key : str
             The recording.
         settings : str
-            Checksum of what is the same for all recordings.
+            Checksum of the settings that are the same for all recordings.
 
         Returns
         -------
         str
-            Another one as soon as a file has changed, by size, time or a store's checksum.
+            The checksum. It changes when a file changes its size, its time or its checksum on an object store.
         """
         item = self.items[key]
         shown = sorted({t.image for t in item.trials or ()})
@@ -109,7 +109,7 @@ class Plan:
 
 
 def _content(item: Item) -> dict[str, Any]:
-    """What an item says, without copying its trials one by one."""
+    """Return the content of an item for a checksum; `dataclasses.asdict` would copy every trial."""
     values = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
     recording = item.recording
     values["recording"] = [recording.format, [str(f) for f in recording.files], recording.problem]
@@ -118,7 +118,7 @@ def _content(item: Item) -> dict[str, Any]:
 
 
 def essence(config: ShardConfig) -> dict[str, Any]:
-    """The config without what does not change the dataset.
+    """Return the part of the config that determines the dataset.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ def essence(config: ShardConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        JSON-like.
+        Plain JSON types, without the keys output, ray and allowed_set_aside.
     """
     values = to_dict(config)
     for key in ("output", "ray", "allowed_set_aside"):
@@ -137,7 +137,7 @@ def essence(config: ShardConfig) -> dict[str, Any]:
 
 
 def refuse_memory(text: str, key: str) -> None:
-    """Refuse fsspec's memory for what several processes must see.
+    """Refuse a path in fsspec's memory, which other processes cannot see.
 
     Parameters
     ----------
@@ -149,32 +149,32 @@ def refuse_memory(text: str, key: str) -> None:
     Raises
     ------
     RequestError
-        If it is of ``memory://``.
+        If the path begins with ``memory://``.
     """
     if text.startswith("memory://"):
         raise RequestError(
-            f"{key} '{text}': lies in the memory of one process, and the job's workers are others; "
+            f"{key} '{text}': is in the memory of one process, where the job's workers cannot see it; "
             "give a folder or an object store"
         )
 
 
 def place_of(output: str) -> AnyPath:
-    """Where the dataset goes.
+    """Return the path of the dataset.
 
     Parameters
     ----------
     output : str
-        As in the config.
+        The path as it is written in the config.
 
     Returns
     -------
     Path or UPath
-        Absolute: the workers' own folders are others.
+        An absolute path, because workers have other working directories.
 
     Raises
     ------
     RequestError
-        If the workers could not reach it.
+        If workers cannot reach it.
     """
     refuse_memory(output, "output")
     path = as_path(output)
@@ -182,7 +182,7 @@ def place_of(output: str) -> AnyPath:
 
 
 def _states(files: Iterable[AnyPath]) -> list[FileState]:
-    """States of files; one that is gone, or that may not be looked at, has its worker find out why."""
+    """Return the states of files. A file that cannot be looked up gets a stand-in; its worker will find the reason."""
     states = []
     for file in files:
         try:
@@ -195,7 +195,7 @@ def _states(files: Iterable[AnyPath]) -> list[FileState]:
 
 
 def make_plan(config: ShardConfig) -> Plan:
-    """Find the recordings and check everything that can be checked without opening them.
+    """Find the recordings, and check everything that can be checked without opening them.
 
     Parameters
     ----------
@@ -205,12 +205,13 @@ def make_plan(config: ShardConfig) -> Plan:
     Returns
     -------
     Plan
-        What is to be done.
+        The recordings and everything that is known about them.
 
     Raises
     ------
     RequestError
-        If a corpus is missing, empty or unpaired, keys clash, or nobody is left to train on.
+        If a corpus is missing or empty, a corpus of images has no trials, two recordings have the same key, or no
+        subject is left for training.
     """
     items: dict[str, Item] = {}
     designs: list[dict[str, str]] = []
@@ -238,7 +239,7 @@ def make_plan(config: ShardConfig) -> Plan:
         and not any(config.split.trial(i.subject, t.image_id, t.split, t.concept) == "train" for i, t in shown)
     ):
         raise RequestError(
-            "split: no trial is left for train: no training subject saw a training image; change the split"
+            "split: no trial is left for train, because no training subject saw a training image; change the split"
         )
     states = {key: _states(item.recording.files) for key, item in items.items()}
     listing = [

@@ -1,4 +1,9 @@
-"""The sharding job: corpora of recordings to one dataset, with an account of every recording."""
+"""The sharding job: makes one dataset from corpora of recordings, with a row in the ledger for every recording.
+
+The job has two phases. First every recording is read, judged, and its windows are written to a *part*, a folder of its
+own in the working folder. Then, when it is known which recordings are duplicates or held back, samples are copied from
+the parts into shards. Both phases can be stopped at any time; the same command continues where the job was stopped.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +18,8 @@ import numpy as np
 from data_sharding.audit.duplicates import Print, find_duplicates, preference
 from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
 from data_sharding.audit.fingerprints import write_fingerprints
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError
 from data_sharding.common.files import digest_of, sha256_file
 from data_sharding.common.progress import JobProgress, progress
 from data_sharding.common.reason import Reason
@@ -42,25 +47,26 @@ from data_sharding.job.process_recording import PART_SCHEMA, recording_checksum,
 from data_sharding.job.request import Plan, ShardConfig, essence, make_plan, place_of
 from data_sharding.job.task import PartResult, Task, new_row
 
+REPORT = "report.html"
 WORK = ".work"
-"""Folder inside the output for what is not finished; gone when the dataset is."""
+"""Folder in the output for unfinished work; it is removed when the dataset is finished."""
 READER = "data_sharding.job.process_recording:process_recording"
-"""What runs in a worker's child."""
+"""Function that a worker's child process runs."""
 
 
 def _finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | None:
-    """The dataset that is there already, if it is the one asked for.
+    """Return the dataset that is there already, if it is the requested one.
 
     Raises
     ------
     RequestError
-        If the folder holds something else.
+        If the output holds something else.
     """
     if fresh(output).exists() and not output.is_dir():
-        raise RequestError(f"output '{output}': is a file, not a folder")
+        raise RequestError(f"output '{output}': is a file, not a folder; choose another path")
     if not (output / MANIFEST).is_file():
         if output.is_dir() and any(output.iterdir()) and not (output / WORK).is_dir():
-            raise RequestError(f"output '{output}': not empty, and no unfinished dataset; choose another folder")
+            raise RequestError(f"output '{output}': not empty, and not an unfinished dataset; choose another folder")
         return None
     manifest = Manifest.read(output)
     if manifest.extra.get("request") != plan.request:
@@ -70,7 +76,7 @@ def _finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | No
             for key in ours
             if json.dumps(ours[key], sort_keys=True) != json.dumps(manifest.config.get(key), sort_keys=True)
         ]
-        what = f"made with other settings ({', '.join(other)})" if other else "made of other recordings"
+        what = f"with other settings ({', '.join(other)})" if other else "of other recordings"
         raise RequestError(
             f"output '{output}': holds a finished dataset {what}; choose another folder, or remove it first"
         )
@@ -87,19 +93,19 @@ def _finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | No
 
 
 def _changed_ns(file: AnyPath) -> int:
-    # A copy may carry its original's time; when it came here, it cannot choose.
+    # A copied file may keep the modification time of the original; its change time is always that of the copy.
     return max(file.stat().st_ctime_ns, file.stat().st_mtime_ns) if isinstance(file, Path) else file_state(file)[1]
 
 
 def read_isolated(task: Task, memory_gb: float) -> PartResult:
-    """Body of the Ray task of the first phase: a recording, read in the worker's child.
+    """Read a recording in the worker's child process: the body of a Ray task in the first phase.
 
     Parameters
     ----------
     task : Task
-        What to do.
+        The recording and what to do with it.
     memory_gb : float
-        Memory that it may take.
+        Memory in GB that it may use.
 
     Returns
     -------
@@ -117,18 +123,18 @@ def _read(argument: tuple[Task, float]) -> PartResult:
 
 
 def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: int) -> list[PartResult]:
-    """First phase: every recording to a part, each in a process that may die.
+    """First phase: read every recording into a part, in child processes that may crash.
 
     Parameters
     ----------
     config : ShardConfig
-        The request.
+        The config of the job.
     plan : Plan
-        What is to be done.
+        The recordings and what is known of them.
     work : Path or UPath
         The job's working folder.
     in_flight : int
-        Tasks at a time.
+        Number of tasks at a time.
 
     Returns
     -------
@@ -156,7 +162,7 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
             shown.add(row.key, row.status, seconds=row.seconds, channels=channels, from_earlier_run=from_earlier_run)
 
         identities = {key: plan.identity(key, settings) for key in plan.items}
-        # The largest first: at the end no worker waits for another one's hour.
+        # Start with the largest recordings, so that at the end no worker waits long for another one.
         for key, item in sorted(plan.items.items(), key=lambda entry: (-sizes[entry[0]], entry[0])):
             result = journal.find(key, identities[key])
             # A recording that was given up under other limits, or for a fault that may be gone, is tried again.
@@ -210,7 +216,7 @@ def _has_part(result: PartResult, work: AnyPath) -> bool:
 
 
 class Points:
-    """Fingerprints of recordings, out of their parts.
+    """Loads fingerprints of recordings from their parts.
 
     Parameters
     ----------
@@ -225,17 +231,17 @@ class Points:
         self.folder = work / "parts"
 
     def __call__(self, key: str) -> np.ndarray:
-        """Fingerprint of a recording.
+        """Load the fingerprint of a recording.
 
         Parameters
         ----------
         key : str
-            The recording; it must have a part.
+            The recording, which must have a part.
 
         Returns
         -------
         ndarray of float16, shape (n, P)
-            Its points.
+            The fingerprint: n channels with P points each.
         """
         part = self.parts[key]
         return np.load(io.BytesIO((self.folder / part[:2] / part / "fingerprint.npy").read_bytes()))
@@ -287,23 +293,23 @@ def prints_of(results: list[PartResult]) -> dict[str, Print]:
 
 
 def pack(config: ShardConfig, plans: list[ShardPlan], output: AnyPath, in_flight: int) -> dict[str, list[Shard]]:
-    """Second phase: parts to shards.
+    """Second phase: copy the samples from the parts into shards.
 
     Parameters
     ----------
     config : ShardConfig
-        The request.
+        The config of the job.
     plans : list of ShardPlan
-        What goes where.
+        Which samples go into which shard.
     output : Path or UPath
-        The dataset, which is none before its manifest is there.
+        Folder of the dataset. It counts as a dataset once it has a manifest.
     in_flight : int
-        Tasks at a time.
+        Number of tasks at a time.
 
     Returns
     -------
     dict
-        Shards of each split, in order.
+        The shards of each split, in order.
     """
     records: dict[str, Shard] = {}
     with progress("writing shards", len(plans)) as advance:
@@ -330,13 +336,13 @@ def _publish(
     output: AnyPath,
     points: Points,
 ) -> Manifest:
-    """Account for everything, and write the manifest last."""
+    """Write ledger, fingerprints, report and manifest. The manifest is last, because it makes the folder a dataset."""
     from data_sharding.audit.report import write_report
 
     for split in SPLITS:
         wanted = {Path(shard.path).stem for shard in splits[split]}
         for stale in fresh(output / split).iterdir() if (output / split).is_dir() else ():
-            # Of an interrupted run with other settings.
+            # Left over from an interrupted run with other settings.
             if Path(stale.name).stem not in wanted:
                 stale.unlink()
     counts, hours = totals(rows)
@@ -368,23 +374,28 @@ def _publish(
             versions=versions(),
             extra=extra,
         )
-        write_report(folder / "report.html", rows, manifest, root=output)
+        write_report(folder / REPORT, rows, manifest, root=output)
         manifest.write(folder)
-        for name in (LEDGER, FINGERPRINTS, "report.html", MANIFEST):
+        for name in (LEDGER, FINGERPRINTS, REPORT, MANIFEST):
             deliver(folder / name, output / name)
     remove_tree(output / WORK)
     return manifest
 
 
-def _exit_code(config: ShardConfig, manifest: Manifest) -> int:
+def _finish(config: ShardConfig, manifest: Manifest, output: AnyPath) -> int:
+    """Say where the report is and what to do next; return the exit code."""
     found, quarantined = manifest.counts["found"], manifest.counts["quarantined"]
-    if quarantined > config.allowed_set_aside * found:
+    too_many = quarantined > config.allowed_set_aside * found
+    if too_many:
         say(
-            f"dreamscale: {quarantined} of {found} recordings were set aside, more than allowed_set_aside "
-            f"{config.allowed_set_aside:g}; 'dreamscale inspect {config.output}' says why"
+            f"dreamscale: {quarantined} of {found} recordings are quarantined, more than allowed_set_aside "
+            f"{config.allowed_set_aside:g}; 'dreamscale inspect {output}' lists the reasons"
         )
-        return EXIT_SET_ASIDE
-    return EXIT_DONE
+    say(
+        f"report: {output / REPORT}; next: 'dreamscale inspect {output}' for tables, 'dreamscale verify {output}' to "
+        f"check the files, 'dreamscale pretrain CONFIG --dataset {output}' to train an encoder"
+    )
+    return EXIT_SET_ASIDE if too_many else EXIT_DONE
 
 
 def _say_result(manifest: Manifest, rows: list[LedgerRow], output: AnyPath) -> None:
@@ -406,31 +417,35 @@ def run(config: ShardConfig) -> int:
     Parameters
     ----------
     config : ShardConfig
-        The request.
+        The config of the job.
 
     Returns
     -------
     int
-        0, or 3 where more was quarantined than `allowed_set_aside`.
+        0, or 3 if more recordings are quarantined than `allowed_set_aside` permits.
 
     Raises
     ------
     RequestError
-        If the request is wrong: before Ray starts, but for a train split that turns out empty.
+        If the config is wrong. All checks are done before Ray starts, except one: only after reading is it known
+        whether any sample is left for train.
     """
     output = place_of(config.output)
     work = output / WORK
     with stop_signals():
+        say(f"listing recordings in {', '.join(corpus.root for corpus in config.corpora)}")
         plan = make_plan(config)
         if manifest := _finished(config, plan, output):
-            remove_tree(work)  # It was killed between its manifest and its end.
+            remove_tree(work)  # The job was killed after it wrote the manifest and before it removed the folder.
             say(f"{output}: this dataset is finished already; nothing to do")
-            return _exit_code(config, manifest)
+            return _finish(config, manifest, output)
         if not is_remote(output):
             _make_folder(output)
+        say(f"found {len(plan.items)} recordings; starting Ray, which takes some seconds")
         with alone(work), ray_session(config.ray) as in_flight:
             _check_nodes(plan, work)
-            remove_tree(work / "new")  # Shards that nobody finished.
+            remove_tree(work / "new")  # Unfinished shards of an earlier run.
+            say(f"reading recordings, up to {in_flight} tasks at a time")
             results = read_recordings(config, plan, work, in_flight)
             rows, points, prints = [result.row for result in results], Points(results, work), prints_of(results)
             plan.hold_back.mark(rows, prints, points)
@@ -450,7 +465,7 @@ def run(config: ShardConfig) -> int:
             splits = pack(config, plans, output, in_flight)
             manifest = _publish(config, plan, rows, splits, output, points)
     _say_result(manifest, rows, output)
-    return _exit_code(config, manifest)
+    return _finish(config, manifest, output)
 
 
 def _count_unlisted(rows: list[LedgerRow], plan: Plan) -> None:
@@ -461,7 +476,7 @@ def _count_unlisted(rows: list[LedgerRow], plan: Plan) -> None:
 
 
 def _check_nodes(plan: Plan, work: AnyPath) -> None:
-    """Refuse a cluster of which some machine does not see the folders."""
+    """Refuse a cluster if one of its machines does not see the folders."""
     local = [] if is_remote(work) else [str(work / "lock")]
     firsts = {
         item.corpus: str(item.recording.path) for item in plan.items.values() if not is_remote(item.recording.path)
@@ -469,7 +484,7 @@ def _check_nodes(plan: Plan, work: AnyPath) -> None:
     for address, missing in missing_on_nodes([*local, *firsts.values()]).items():
         raise RequestError(
             f"ray: machine {address} does not see {missing[0]}; every machine needs the same folders under the same "
-            "paths: mount them there, or use an object store"
+            "paths: mount the folder there, or use an object store"
         )
 
 
@@ -493,33 +508,31 @@ def _refuse_empty(rows: list[LedgerRow], work: AnyPath) -> None:
     raise RequestError(f"no sample is left for train ({why}); see {work / LEDGER}, and change the corpora or the split")
 
 
-def _main(argv: list[str]) -> int:
-    config = parse_config(ShardConfig, argv, prog="dreamscale shard", positionals=("config",), aliases={"-o": "output"})
-    try:
-        return run(config)
-    except ClusterFailed as error:
-        say(f"dreamscale: {error} What is finished is kept; run the same command to go on")
-    except Exception as error:
-        if not is_storage_error(error):
-            raise
-        say(
-            f"dreamscale: a disk or a store failed: {describe(error)}; what is finished is kept in {config.output}: "
-            "mend it, and run the same command to go on"
-        )
-    return EXIT_FAILED
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run ``dreamscale shard CONFIG.yaml --output DIR``.
+def shard(config: ShardConfig) -> int:
+    """Run the job, and report failures of the cluster or of a disk in one line.
 
     Parameters
     ----------
-    argv : list of str, optional
-        Arguments; `sys.argv[1:]` by default.
+    config : ShardConfig
+        The config of the job.
 
     Returns
     -------
     int
-        Exit code.
+        As of `run`; 1 if the cluster, a disk or an object store failed.
     """
-    return run_main(_main, argv)
+    try:
+        return run(config)
+    except ClusterFailed as error:
+        say(f"dreamscale: {error} All finished work is kept; run the same command to resume")
+    except Exception as error:
+        if not is_storage_error(error):
+            raise
+        say(
+            f"dreamscale: a disk or an object store failed: {describe(error)}; all finished work is kept in "
+            f"{config.output}; repair the storage and run the same command to resume"
+        )
+    return EXIT_FAILED
+
+
+main = command(ShardConfig, shard, prog="dreamscale shard", aliases={"-o": "output"})

@@ -1,9 +1,10 @@
-"""Requests become dataclasses, and bad ones a single line that names the key."""
+"""Configs are read into dataclasses, and faults in them are explained in one line that names the key."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -53,10 +54,14 @@ def test_command_line_wins_over_yaml_and_round_trips(tmp_path: Path) -> None:
     ("argv", "said"),
     [
         (["--inner.widht", "1", "-o", "a"], "unknown key 'inner.widht'; did you mean 'inner.width'?"),
-        (["--inner.width", "many", "-o", "a"], "inner.width"),
+        (["--inner.width", "many", "-o", "a"], "inner.width must be a whole number, not 'many'"),
         (["--inner.wid", "1", "-o", "a"], "unknown key 'inner.wid'; did you mean 'inner.width'?"),
         (["-o", "a", "--seed", "-1"], "seed is -1; it must not be negative"),
         ([], "output"),
+        ([], "missing key 'output'; write it into the config file, or give --output (short: -o)"),
+        (["-o"], "the key 'output' has no value; write --output VALUE"),
+        (["-o", "a", "--outptu", "b"], "unknown key 'outptu'; did you mean 'output'?"),
+        (["a.yaml", "b.yaml"], "unexpected argument 'b.yaml'; usage: dreamscale test [CONFIG.yaml] [-o OUTPUT]"),
         (["missing.yaml"], "missing.yaml: no such config file"),
         (["-o", "a", "--preprocess.sfreq", "100"], "preprocess.lowpass 95.0 Hz needs sfreq"),
     ],
@@ -87,12 +92,12 @@ def test_print_config_prints_every_key(capsys: pytest.CaptureFixture[str]) -> No
     [
         ("0", "0", RequestError, "dreamscale: wrong\n"),
         ("1", "1", RequestError, ""),
-        # One line a machine, and whatever only this process knows.
+        # One line for each machine, and every fault that only one process finds.
         ("8", "0", RequestError, "dreamscale: process 8: wrong\n"),
         ("1", "1", RankError, "dreamscale: process 1: wrong\n"),
     ],
 )
-def test_who_tells_of_a_fault(
+def test_which_process_prints_a_fault(
     rank: str,
     local: str,
     error: type[Exception],
@@ -114,3 +119,91 @@ def test_stop_is_75() -> None:
         raise StopRequested
 
     assert run_main(main, []) == EXIT_STOPPED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """An entry of a list, with a rule of its own."""
+
+    kind: str = "plain"
+    """Kind."""
+    root: str
+    """Folder."""
+    factor: float | None = None
+    """Factor."""
+    mode: Literal["fast", "slow"] = "fast"
+    """Mode."""
+    patterns: list[str] = field(default_factory=list)
+    """Patterns."""
+    units: dict[str, float] = field(default_factory=dict)
+    """Units."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("plain", "other"):
+            raise ValueError(f"unknown kind '{self.kind}'; the kinds are other, plain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A request with a list of entries."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"old": "inner.width"}
+    entries: list[Entry]
+    """Entries."""
+    inner: Inner = field(default_factory=Inner)
+    """Inner options."""
+    use_it: bool = True
+    """Whether to use it."""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("entries: [{rooot: a}]", "entries[0] (kind plain): unknown key 'rooot'; did you mean 'root'?"),
+        ("entries: [{root: a}, {kind: other}]", "entries[1] (kind other): missing key 'root'; add it"),
+        ("entries: [{root: a, kind: strange}]", "entries[0] (kind strange): unknown kind 'strange'; the kinds are"),
+        ("entries: [{root: 5}]", "entries[0] (kind plain): root must be text, not 5; put it into quotes"),
+        ("entries: [{root: a, factor: x}]", "entries[0] (kind plain): factor must be a number or empty, not 'x'"),
+        ("entries: [{root: a, mode: slo}]", "entries[0] (kind plain): mode must be one of fast, slow, not 'slo'"),
+        ("entries: [{root: a, patterns: b}]", "patterns must be a list of texts, not 'b'; write [\"b\"]"),
+        ("entries: [{root: a, patterns: [b, [c]]}]", "entries[0] (kind plain): patterns[1] must be text, not a list"),
+        ("entries: [{root: a, units: {x: y}}]", "entries[0] (kind plain): units['x'] must be a number, not 'y'"),
+        ("entries: {root: a}", "entries must be a list, not keys with values; write each entry with a dash: '- root: "),
+        ("entries: a", "entries must be a list, not 'a'; write each entry with a dash: '- root: ...'"),
+        ("entries: [a]", "entries[0] must be keys with values, such as 'root: ...', not 'a'"),
+        ("entries: [null]", "entries[0] must be keys with values, such as 'root: ...', not empty"),
+        ("inner: 3", "inner must be a group of keys (width), not 3"),
+        ("entries: [{root: a}]\nuse_it: perhaps", "use_it must be true or false, not 'perhaps'"),
+        ("entries: [{root: a}]\ninner: {width: 1.5}", "inner.width must be a whole number, not 1.5"),
+        ("entries: [{root: a}]\nentriess: b", "unknown key 'entriess'; did you mean 'entries'?"),
+        ("entries: [{root: a}]\nold: 3", "the key 'old' has another name now; use 'inner.width'"),
+        ("use_it: true", "missing key 'entries'; write it into the config file"),
+        ("entries: [{root: a", "c.yaml, line 1: not valid YAML"),
+        ("- entries", "must consist of lines such as 'key: value', not a list"),
+        ("", "c.yaml: the file is empty"),
+        ("\x00\x01", "c.yaml: not a YAML file"),
+    ],
+)
+def test_faults_inside_a_config_are_explained_in_its_own_words(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(RequestError) as error:
+        parse_config(Listed, [str(path)], prog="dreamscale test", positionals=("config",))
+    message = str(error.value)
+    assert said in message and "\n" not in message
+    assert not any(word in message for word in ("Parser", "Union", "class", "subtype"))
+
+
+def test_a_folder_given_as_config_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="is a folder, not a config file; give a YAML file"):
+        parse(str(tmp_path))
+    (tmp_path / "lab.yaml").write_text("output: a")
+    with pytest.raises(RequestError, match=r"is a folder, not a config file; give one of its files: lab\.yaml"):
+        parse(str(tmp_path))
+
+
+def test_the_help_shows_the_short_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    out = capsys.readouterr().out
+    assert "[-o OUTPUT]" in out.splitlines()[0] and "-o OUTPUT, --output OUTPUT" in out

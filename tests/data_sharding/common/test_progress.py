@@ -1,4 +1,4 @@
-"""What a job says of itself while it runs."""
+"""The progress display of a job."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     shown.running = 1
     figures = shown.figures()
     assert figures["recordings"] == "3/4 (1 from an earlier run)" and figures["set aside"] == "1 quarantined"
-    # 50 bytes were read in 50 s, 40 are left; what an earlier run read has no part in the speed.
+    # 50 bytes were read in 50 s and 40 bytes are left. Recordings of an earlier run do not count for the speed.
     assert figures["left"] == "0:00:40" and figures["elapsed"] == "0:00:50"
     assert figures["hours"] == "2.00" and figures["channel-hours/s"] == f"{64 / 50:.2f}" and figures["in flight"] == "1"
 
 
-def test_a_line_now_and_then_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_from_time_to_time_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("data_sharding.common.progress.time.monotonic", lambda: now[0])
     with JobProgress({"a": 1, "b": 1}, every_s=10.0) as shown:

@@ -1,4 +1,4 @@
-"""Arrays with a sidecar."""
+"""Corpora of arrays with sidecars."""
 
 from __future__ import annotations
 
@@ -179,8 +179,8 @@ def test_yaml_sidecar(tmp_path: Path) -> None:
     ("about", "words"),
     [
         ({"sfrq": 250}, "unknown key 'sfrq'; did you mean 'sfreq'?"),
-        ({"unit": "furlong"}, "unit 'furlong' is none of"),
-        ({"sfreq": "fast"}, "sfreq 'fast' is no rate"),
+        ({"unit": "furlong"}, "unit 'furlong' must be one of"),
+        ({"sfreq": "fast"}, "sfreq 'fast' is not a sampling rate"),
         ({"ch_names": ["a", "a", "b"]}, "names a channel twice"),
         ({"axes": "XY"}, "axes 'XY'"),
         ({"images": ["x.png"]}, "no key 'images'"),
@@ -189,7 +189,7 @@ def test_yaml_sidecar(tmp_path: Path) -> None:
         ({"events": "gone.tsv"}, "'gone.tsv' is not beside it"),
     ],
 )
-def test_a_broken_sidecar_costs_its_recording_only(tmp_path: Path, about: dict[str, Any], words: str) -> None:
+def test_a_broken_sidecar_affects_only_its_recording(tmp_path: Path, about: dict[str, Any], words: str) -> None:
     write(tmp_path, "a.npy", X, **about)
     write(tmp_path, "b.npy", X)
     items = items_of(tmp_path)

@@ -1,4 +1,4 @@
-"""What all kinds of corpora share, folders and events on any storage, and the order of trials."""
+"""Config and kinds of corpora, folders and events tables on any storage, and the order of trials."""
 
 from __future__ import annotations
 
@@ -21,17 +21,23 @@ from data_sharding.formats.sniffing import Recording
     ("values", "words"),
     [
         ({"kind": "bidz"}, "unknown kind 'bidz'; did you mean 'bids'?"),
-        ({"kind": "folder", "images": "y"}, "has the key 'images' but is of kind folder; arrays, bids, "),
+        (
+            {"kind": "folder", "images": "y"},
+            "the key 'images' does not belong to kind folder; remove it, or use a kind that has it (arrays, bids, ",
+        ),
         ({"kind": "events"}, "needs the key 'images'"),
         (
             {"kind": "eeg_imagenet", "images": "y", "exclude": ["*"]},
-            "has the key 'exclude' but is of kind eeg",
+            "the key 'exclude' does not belong to kind eeg",
         ),
-        ({"kind": "folder", "options": {"fold": 1}}, "has the option 'fold' but is of kind folder; it has no options"),
-        ({"kind": "eeg_imagenet", "images": "y", "options": {"flod": 1}}, "its options are file, splits, fold, unit"),
+        ({"kind": "folder", "options": {"fold": 1}}, "unknown option 'fold' for kind folder; this kind has no options"),
+        (
+            {"kind": "eeg_imagenet", "images": "y", "options": {"flod": 1}},
+            "did you mean 'fold'? The options are file, splits, fold, unit",
+        ),
         ({"kind": "eeg_imagenet", "images": "y", "options": {"fold": "one"}}, "fold"),
         ({"subject_pattern": "(?P<who>x)"}, "needs a group"),
-        ({"subject_pattern": "("}, "no regular expression"),
+        ({"subject_pattern": "("}, "not a valid regular expression"),
     ],
 )
 def test_keys_of_another_kind_are_refused_in_one_line(values: dict, words: str) -> None:
@@ -127,7 +133,7 @@ def test_bids_columns_in_an_events_table(events_corpus: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "soon", ""])
-def test_an_onset_that_is_no_time(events_corpus: Path, tmp_path: Path, value: str) -> None:
+def test_an_onset_that_is_not_a_number(events_corpus: Path, tmp_path: Path, value: str) -> None:
     from shutil import copytree
 
     root = Path(copytree(events_corpus, tmp_path / "copy"))
@@ -187,7 +193,7 @@ class TestOrder:
         names = ["common"] * 250 + ["rare"] * 50
         assert order_of([item(list(np.random.default_rng(0).permutation(names)))])[0] == "random"
 
-    def test_the_order_is_that_of_time_not_of_the_table(self) -> None:
+    def test_the_order_is_that_of_the_onsets_not_of_the_table(self) -> None:
         shuffled = np.random.default_rng(0).permutation(200)
         blocks = item(BLOCKS)
         trials = tuple((blocks.trials or ())[i] for i in shuffled)
@@ -200,7 +206,7 @@ class TestOrder:
             "unknown",
             "no trials: continuous recordings",
         )
-        # Pairs of one category: longer than chance, but no blocks.
+        # Pairs of one category are more frequent than by chance, but they are not blocks.
         rng = np.random.default_rng(0)
         pairs = [name for name in rng.permutation([f"c{i % 3}" for i in range(150)]) for _ in range(2)]
         assert order_of([item(pairs)])[0] == "unknown"

@@ -1,4 +1,4 @@
-"""BIDS datasets as mne-bids writes them, and as people leave them."""
+"""BIDS datasets as mne-bids writes them, and with typical faults."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_sidecars_reach_the_ledger(clean: Path, tmp_path: Path) -> None:
     assert row.n_eeg == 7 and row.bads == ["F4: marked bad"] and row.montage == "file"
 
 
-def test_sidecars_higher_up_count_and_the_nearest_wins(bids: Path) -> None:
+def test_the_nearest_sidecar_overrides_those_above(bids: Path) -> None:
     for session in ("a", "b"):
         path = folder(bids, "01", session) / f"sub-01_ses-{session}_task-see_eeg.json"
         values = json.loads(path.read_text())
@@ -114,15 +114,15 @@ def test_sidecars_higher_up_count_and_the_nearest_wins(bids: Path) -> None:
 @pytest.mark.parametrize(
     ("suffix", "content", "words"),
     [
-        ("eeg.json", "{", "eeg.json: no JSON"),
-        ("eeg.json", "[1]", "no mapping"),
-        ("eeg.json", '{"PowerLineFrequency": "fifty"}', "'fifty' is no frequency"),
+        ("eeg.json", "{", "eeg.json: not valid JSON"),
+        ("eeg.json", "[1]", "must consist of keys with values"),
+        ("eeg.json", '{"PowerLineFrequency": "fifty"}', "'fifty' is not a frequency"),
         ("channels.tsv", "name\ttype\nFp1\tEEG\n", "no column 'units'"),
-        ("channels.tsv", "name\ttype\tunits\nFp1\tEEG\tuV\nFp1\tEEG\tuV\n", "'Fp1' stands there twice"),
+        ("channels.tsv", "name\ttype\tunits\nFp1\tEEG\tuV\nFp1\tEEG\tuV\n", "'Fp1' is listed twice"),
         ("channels.tsv", "name\ttype\tunits\nFp1\tEEG\n", "line 2"),
     ],
 )
-def test_a_broken_sidecar_costs_its_recording_only(bids: Path, suffix: str, content: str, words: str) -> None:
+def test_a_broken_sidecar_affects_only_its_recording(bids: Path, suffix: str, content: str, words: str) -> None:
     (folder(bids) / f"sub-01_ses-a_task-see_{suffix}").write_text(content)
     items = items_of(bids)
     assert len(items) == 3
@@ -146,7 +146,7 @@ SIDECARS = TABLES | st.binary(max_size=40) | MAPPINGS
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["*_eeg.json", "*_channels.tsv", "*_electrodes.tsv", "*_coordsystem.json"]), SIDECARS)
-def test_whatever_a_sidecar_holds_the_others_are_read(bids: Path, pattern: str, content: bytes) -> None:
+def test_any_content_of_a_sidecar_leaves_other_recordings_readable(bids: Path, pattern: str, content: bytes) -> None:
     path = next(folder(bids).glob(pattern))
     before = path.read_bytes()
     path.write_bytes(content)
@@ -163,9 +163,9 @@ def test_whatever_a_sidecar_holds_the_others_are_read(bids: Path, pattern: str, 
         path.write_bytes(before)
 
 
-def test_nested_beyond_all_need(bids: Path) -> None:
+def test_json_that_is_nested_too_deeply(bids: Path) -> None:
     (folder(bids) / "sub-01_ses-a_task-see_eeg.json").write_text("[" * 100_000)
-    assert "no JSON" in (items_of(bids)[NAME].recording.problem or "")
+    assert "not valid JSON" in (items_of(bids)[NAME].recording.problem or "")
 
 
 def test_types_and_units_of_channels_tsv(bids: Path) -> None:
@@ -224,12 +224,12 @@ def test_events_with_images_make_trials(bids: Path, tmp_path: Path) -> None:
     assert [(t.onset, t.label_name, t.image_id) for t in trials] == [(0.5, "cat", "cat/1")]
     assert items[NAME].trial_offset == 0.1
     assert "no events" in (items["sub-01_ses-b_task-see_eeg.vhdr"].reason or "")
-    assert "'soon' is no number" in (items["sub-02_ses-a_task-see_eeg.vhdr"].recording.problem or "")
+    assert "'soon' is not a number" in (items["sub-02_ses-a_task-see_eeg.vhdr"].recording.problem or "")
     other = items_of(bids, images=str(tmp_path / "stimuli"), options={"label_column": "trial_type"})
     assert [t.label_name for t in other[NAME].trials or ()] == ["kitten"]
 
 
-def test_what_is_no_raw_eeg(bids: Path) -> None:
+def test_files_that_are_not_raw_eeg_are_excluded(bids: Path) -> None:
     for name in ("derivatives/clean/sub-01/eeg", "sub-02/ses-a/meg", "sub-02/ses-a/ieeg", "sub-02/ses-a/eeg"):
         (bids / name).mkdir(parents=True, exist_ok=True)
     header = folder(bids) / NAME
@@ -258,14 +258,14 @@ def test_participants(bids: Path) -> None:
         items_of(bids, options={"participants": {"group": ["adults"]}})
 
 
-def test_no_bids(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_bids(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"dataset_description\.json is missing"):
         items_of(tmp_path)
-    with pytest.raises(ValueError, match="has the option 'participant'"):
+    with pytest.raises(ValueError, match="unknown option 'participant' for kind bids; did you mean 'participants'"):
         CorpusConfig(kind="bids", root="x", options={"participant": {}})
     with pytest.raises(ValueError, match="options"):
         CorpusConfig(kind="bids", root="x", options={"label_column": 3.5, "participants": "all"})
-    with pytest.raises(ValueError, match="has the key 'subject_pattern' but is of kind bids"):
+    with pytest.raises(ValueError, match="the key 'subject_pattern' does not belong to kind bids"):
         CorpusConfig(kind="bids", root="x", subject_pattern="(?P<subject>x)")
 
 

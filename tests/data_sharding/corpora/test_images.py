@@ -1,4 +1,4 @@
-"""EEG-ImageNet and THINGS-EEG2 in the very formats of their releases, small."""
+"""Small versions of EEG-ImageNet and THINGS-EEG2, in the formats of their releases."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BY_CORPUS = SplitConfig(by="concept", val_fraction=0, test_fraction=0, image_val
 
 
 def shard(item: Item, work: Path, spec: PreprocessSpec, split: SplitConfig) -> tuple[PartResult, list[dict[str, Any]]]:
-    """Result of an item, and its samples' metadata with the window under 'eeg' and the image's bytes."""
+    """Process an item; return its result, and the metadata of its samples with the window ('eeg') and the image."""
     labels = tuple(sorted({trial.label_name for trial in item.trials or ()}))
     result = process_recording(Task(item=item, spec=spec, split=split, labels=labels, work=work, timeout_s=60))
     out = []
@@ -60,7 +60,7 @@ def released(lengths: dict[int, int] | None = None) -> dict[str, Any]:
 
 
 def splits() -> dict[str, Any]:
-    """By image: the third of each category for val, the fourth for test."""
+    """Split by image: of each category the third image is for val and the fourth for test."""
     of = {"train": (0, 1), "val": (2,), "test": (3,)}
     return {"splits": [{split: [i for i in range(24) if i % 4 in which] for split, which in of.items()}]}
 
@@ -90,7 +90,7 @@ class TestEEGImageNet:
         signal = open_item(items[1])
         assert (signal.info.sfreq, len(signal.info.segments), signal.info.n_samples) == (1000, 11, 11 * 440)
         assert signal.info.unit_known and any("standardised" in note for note in signal.info.notes)
-        # Second trial of the second subject is the one that was left out, so its second segment is number 14.
+        # The second trial of the second subject was left out, so its second segment is trial number 14.
         x = np.asarray(data["dataset"][14]["eeg"])[:, 20:460]
         segment = signal.info.segments[1]
         assert np.array_equal(signal.read(segment.start, segment.stop, list(range(128))), x)
@@ -98,7 +98,7 @@ class TestEEGImageNet:
         assert np.array_equal(over[:, 10:], x[[3, 5], :10]) and over.shape == (2, 20)
         assert 5 < signal.info.scale * 1e6 * over.std() < 15
 
-    def test_splits_are_the_given_ones(self, tmp_path: Path) -> None:
+    def test_splits_are_those_of_the_released_file(self, tmp_path: Path) -> None:
         items = list_items(write_imagenet(tmp_path, released(), splits()))
         config = SplitConfig(val_fraction=0, test_fraction=0)
         found: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
@@ -133,11 +133,11 @@ class TestEEGImageNet:
         assert {s["block"] for s in samples} == {f"sub-4-block-{i}" for i in range(3)}
         assert all(s["eeg"].shape == (128, 440) and s["bytes"] == b"\xff\xd8\xff" for s in samples)
         assert 1 < np.median([s["eeg"].std() for s in samples]) < 10
-        # As the published code does it: 440 samples stretched to 512.
+        # The published code stretches 440 samples to 512.
         stretched = dataclasses.replace(spec, sfreq=1163.6364, window=512)
         result_512, samples = shard(items[1], tmp_path / "work", stretched, BY_CORPUS)
         assert result_512.row.windows == 11 and all(s["eeg"].shape == (128, 512) for s in samples)
-        # Six subjects lie in one file: they are six recordings all the same.
+        # Six subjects are in one file, and still they are six recordings.
         assert shard(items[0], tmp_path / "work", spec, BY_CORPUS)[0].row.sha256 != row.sha256
 
     def test_without_the_given_splits(self, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ JUNK = st.sampled_from(
 
 
 def spoil(value: Any, data: st.DataObject) -> Any:
-    """Put junk somewhere into a released file's content."""
+    """Replace a part of the content of a released file by something wrong."""
     if isinstance(value, dict | list) and value and data.draw(st.integers(0, 9)):
         copy = value.copy()
         key = data.draw(st.sampled_from(list(copy) if isinstance(copy, dict) else range(len(copy))))
@@ -188,7 +188,7 @@ def spoil(value: Any, data: st.DataObject) -> Any:
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_whatever_the_files_hold_is_a_request_error_or_a_row(tmp_path: Path, data: st.DataObject) -> None:
+def test_any_content_gives_a_request_error_or_a_row(tmp_path: Path, data: st.DataObject) -> None:
     if not (tmp_path / "sub-01").is_dir():
         write_things(tmp_path)
         write_imagenet(tmp_path, released(), splits())
@@ -337,7 +337,7 @@ class TestThingsEEG2:
         assert all(len(splits) == 1 for splits in found.values())
         assert {c for c, s in found.items() if s == {"test"}} == {"aircraft_carrier", "antelope"}
 
-    def test_a_broken_file_costs_its_recording_only(self, tmp_path: Path) -> None:
+    def test_a_broken_file_affects_only_its_recording(self, tmp_path: Path) -> None:
         config = write_things(tmp_path)
         (tmp_path / "sub-01" / "preprocessed_eeg_test.npy").write_bytes(b"\x93NUMPY what")
         np.save(tmp_path / "sub-02" / "preprocessed_eeg_test.npy", {"x": Path("a")})  # type: ignore[arg-type]

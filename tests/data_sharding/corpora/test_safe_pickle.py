@@ -1,4 +1,4 @@
-"""Data out of pickles, and nothing else out of them."""
+"""Pickles of data are read, and all other pickles are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 
 class Calls:
-    """Pickles to a call."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -71,7 +71,7 @@ def test_npy_with_a_dictionary_is_mapped(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", DATA)  # type: ignore[arg-type]
     back = load_npy(tmp_path / "a.npy")
     assert same(DATA, back)
-    # A view of the file, not a copy in memory.
+    # The array is a view of the file and not a copy in memory.
     assert not back["big"].flags.owndata and not back["big"].flags.writeable
     np.save(tmp_path / "b.npy", DATA["big"])
     assert np.array_equal(load_npy(tmp_path / "b.npy"), DATA["big"])
@@ -144,7 +144,7 @@ BROKEN = {
         glob("numpy.core.numeric", "_frombuffer"),
         b"(C\x04abcd" + glob("numpy", "dtype") + b"\x8c\x02f4\x85RJ\xff\xff\xff\x7f\x85\x8c\x01CtR",
     ),
-    # One text of 60 kB asked for 60,000 times would be 3.6 GB.
+    # One text of 60 kB, copied 60,000 times, would take 3.6 GB.
     "amplifies": op(
         b"X" + struct.pack("<I", 60_000) + b"a" * 60_000 + b"q\x00(",
         (glob("_codecs", "encode") + b"h\x00\x85R") * 60_000,
@@ -164,7 +164,7 @@ def test_broken_pickles_are_refused_in_one_line(tmp_path: Path, name: str) -> No
 
 @given(st.binary(min_size=1, max_size=8), st.integers(0, 10_000), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_damage_never_does_more_than_refuse(tmp_path_factory, patch: bytes, at: int, cut: bool) -> None:
+def test_damaged_files_are_refused_and_do_no_harm(tmp_path_factory, patch: bytes, at: int, cut: bool) -> None:
     buffer = io.BytesIO()
     torch.save({"a": torch.arange(4.0), "b": [1, "x"]}, buffer, _use_new_zipfile_serialization=False)
     whole = bytearray(buffer.getvalue())

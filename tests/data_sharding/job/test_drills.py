@@ -1,4 +1,4 @@
-"""Everything that goes wrong in a night: processes killed, machines lost, disks full, stores away.
+"""Faults during a job: processes killed, machines lost, disks full, object stores unreachable.
 
 Each drill ends with the very bytes of an undisturbed run. The jobs are real ones, on real Ray.
 """
@@ -102,7 +102,7 @@ def undisturbed(drill: Drill) -> dict[str, str]:
 
 
 def in_the_middle(drill: Drill, output: Path, *args: str, **more) -> subprocess.Popen[str]:
-    """A job that has read some recordings, but not all."""
+    """Start a job, and wait until it has read some recordings but not all."""
     process = drill.start(output, "--ray.num_cpus", "1", *args, **more)
     until(lambda: rows_done(output) >= 2 or process.poll() is not None)
     assert process.poll() is None and rows_done(output) < N
@@ -145,7 +145,10 @@ def test_a_worker_and_a_reader_are_killed(drill: Drill, undisturbed: dict[str, s
 
 
 def test_the_driver_is_killed(drill: Drill, undisturbed: dict[str, str]) -> None:
-    """What is in a recording already read is spoilt meanwhile, without a trace in its size and time: nobody looks."""
+    """The resumed job does not read finished recordings again.
+
+    The content of one is changed before, without changing its size and time, and the job does not notice.
+    """
     output = drill.folder / "driver"
     process = in_the_middle(drill, output)
     others = psutil.Process(process.pid).children(recursive=True)
@@ -158,20 +161,20 @@ def test_the_driver_is_killed(drill: Drill, undisturbed: dict[str, str]) -> None
     try:
         read.write_bytes(content[:middle] + bytes(4000) + content[middle + 4000 :])
         os.utime(read, ns=(before.st_atime_ns, before.st_mtime_ns))
-        # Ray's processes went with the driver, and the next run is not in their way meanwhile.
+        # Ray's processes end with the driver; until then they do not disturb the next run.
         err = drill.run(output)
     finally:
         read.write_bytes(content)
     assert f"({len(lines)} from an earlier run)" in err
     assert bytes_of(output) == undisturbed
     _, alive = psutil.wait_procs(others, timeout=1)
-    # Ray's two agents take a minute to see that there is nobody left to report to; they touch nothing.
+    # Two agents of Ray need a minute to notice that the cluster is gone; they change nothing.
     left = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and "Agent" not in p.name()]
     assert not left
 
 
 def test_no_room_is_left(drill: Drill, undisturbed: dict[str, str]) -> None:
-    """The dataset's disk is full in the middle; later there is room."""
+    """The disk of the dataset becomes full during the job; later there is room again."""
     disk = drill.folder / "disk"
     disk.mkdir()
     small = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
@@ -190,7 +193,7 @@ def test_no_room_is_left(drill: Drill, undisturbed: dict[str, str]) -> None:
 
 
 class TestCluster:
-    """A cluster that is there already: a head without cores, and a raylet that is lost."""
+    """A running cluster with a head without cores; one of its raylets is killed."""
 
     @pytest.fixture(scope="class")
     def ports(self) -> tuple[int, int]:
@@ -236,7 +239,7 @@ class TestCluster:
         gcs, dashboard = map(str, ports)
         more = ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--num-cpus", "1"]
         more += ["--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port())]
-        # Names of sockets must be short.
+        # The paths of sockets must be short.
         with (
             tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temp,
             self.node(
@@ -291,7 +294,7 @@ class TestCluster:
 
 
 class Line:
-    """A line to a server that can be cut: connections to its port are passed on, or refused."""
+    """A connection to a server that can be cut: its port forwards connections, or refuses them."""
 
     def __init__(self, target: int) -> None:
         self.port, self.target = free_port(), target
@@ -326,7 +329,7 @@ class Line:
 
 @pytest.fixture
 def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    """An object store, in a process of its own, at the end of a line."""
+    """An object store in a process of its own, behind such a connection."""
     import s3fs
 
     port = free_port()
@@ -342,7 +345,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
         until(up)
         line = Line(port)
         line.connect()
-        # Another test's store of this process had another address.
+        # fsspec caches the store of an earlier test, which had another address.
         s3fs.S3FileSystem.clear_instance_cache()
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{line.port}",
@@ -360,7 +363,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
 
 
 def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Line) -> None:
-    """Recordings come from an object store and the dataset goes to one; the line to it is cut in the middle."""
+    """Recordings and dataset are on an object store, and the connection to it is cut during the job."""
     import s3fs
 
     store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)

@@ -1,4 +1,4 @@
-"""A call that crashes, hangs or eats memory in its child costs only itself."""
+"""A call that crashes, hangs or uses too much memory in its child affects no other call."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_errors_come_back_as_they_are(tmp_path: Path) -> None:
 
 
 def test_nothing_is_orphaned(tmp_path: Path) -> None:
-    """Its parent is killed in the middle of a call: the child goes too, and the next start removes its scratch."""
+    """If the parent is killed during a call, the child ends too, and the next start removes its scratch folder."""
     code = (
         "from data_sharding.job.isolation import call_isolated as c\n"
         "c('isolated_work:work', ('sleep', %r), timeout_s=9)"

@@ -1,4 +1,4 @@
-"""One recording to its part, without Ray."""
+"""Processing of one recording into its part, without Ray."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPEC = PreprocessSpec(sfreq=100, highpass=1.0, lowpass=40.0, window=100, stride=
 
 @pytest.fixture
 def process(tmp_path: Path):
-    """Run the only recording of a folder."""
+    """Process the only recording in a folder."""
 
     def run(root: Path, spec: PreprocessSpec = SPEC, trials: tuple[Trial, ...] | None = None, **corpus) -> PartResult:
         (item,) = list_items(CorpusConfig(root=str(root), name="c", **corpus))
@@ -61,11 +61,13 @@ def test_windows_do_not_reach_over_gaps(tmp_path: Path, make_raw, write_raw, pro
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
     result = process(tmp_path / "eeg")
     row = result.row
-    # Each piece is cut from its own beginning: 2.5 s, 1.7 s and 1.5 s.
+    # Windows are cut from the start of each piece; the pieces have 2.5 s, 1.7 s and 1.5 s.
     assert row.windows == 4 and row.seconds_written == 4.0
 
 
-def test_unknown_unit_is_set_aside_and_can_be_said(tmp_path: Path, make_raw, write_raw, process) -> None:
+def test_unknown_unit_is_set_aside_unless_the_config_gives_a_factor(
+    tmp_path: Path, make_raw, write_raw, process
+) -> None:
     raw = make_raw(4, 200, 6)
     raw.apply_function(lambda x: 1e6 * x)
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
@@ -78,7 +80,7 @@ def test_unknown_unit_is_set_aside_and_can_be_said(tmp_path: Path, make_raw, wri
     assert row.status == "sharded" and row.unit == "configured" and 2 < row.amplitude_uv < 20
 
 
-def test_channels_without_numbers_are_left_out_and_named(tmp_path: Path, make_raw, write_raw, process) -> None:
+def test_channels_with_nan_are_left_out_and_named(tmp_path: Path, make_raw, write_raw, process) -> None:
     raw = make_raw(4, 200, 6)
     raw._data[2, 100] = np.nan
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
@@ -99,7 +101,7 @@ def test_too_short_flat_and_foreign_recordings(tmp_path: Path, make_raw, write_r
     assert process(tmp_path / "ecg").row.reason == "no EEG channel: only ECG, HEOG"
 
 
-def test_a_part_is_taken_up_again_only_for_the_same_work(tmp_path: Path, make_raw, write_raw, process) -> None:
+def test_a_part_is_used_again_only_for_the_same_work(tmp_path: Path, make_raw, write_raw, process) -> None:
     path = write_raw(make_raw(3, 200, 3, seed=1), tmp_path / "eeg" / "a_raw.fif")
     first = process(tmp_path / "eeg")
     folder = tmp_path / "work" / "parts" / first.part[:2] / first.part
@@ -130,7 +132,7 @@ def test_windows_are_those_of_the_whole_segment(
     assert row.windows == len(found) == 70 and row.seconds_written == 70.0
     for i, (meta, eeg) in enumerate(found):
         assert meta["start"] == i and meta["reference"] == "average"
-        # The file holds float32 volts with an offset of 0.23 V: 0.015 microvolts a step.
+        # The file holds float32 volts with an offset of 0.23 V, whose precision is 0.015 microvolts.
         np.testing.assert_allclose(eeg, wanted[:, 100 * i : 100 * i + 100], rtol=1e-3, atol=0.05)
 
 
@@ -146,7 +148,7 @@ def test_memory_does_not_grow_with_the_recording(
         assert process(tmp_path / f"{seconds}").row.windows == seconds
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    # As float64 the longer one has 36 MB.
+    # As float64 the longer recording takes 36 MB.
     assert peaks[1] < 15e6 and peaks[1] < peaks[0] + 5e6
 
 

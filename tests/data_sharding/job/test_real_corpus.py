@@ -1,4 +1,4 @@
-"""Real recordings of ten makers: each is opened for what it is, gets its verdict, none is lost or written twice."""
+"""Real recordings of ten makers: each format is recognised, and every recording gets exactly one row."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def opened(path: Path) -> Signal:
 
 class TestReaders:
     @pytest.mark.parametrize("path", OPENED)
-    def test_opened_for_what_it_is(self, path: str) -> None:
+    def test_format_is_recognised_and_opened(self, path: str) -> None:
         recording = sniff(CORPUS / path)
         assert recording is not None
         signal = open_signal(recording)
         info, channels = signal.info, pick_channels(signal.info)
         got = (recording.format, len(info.ch_names), len(channels.picks), info.sfreq, info.n_samples)
         assert (*got, channels.montage, channels.confidence) == OPENED[path]
-        # Blocks are the whole; every channel is there.
+        # Blocks together are the whole signal, with every channel.
         picks = channels.picks[:5] or [0]
         whole = signal.read(0, info.n_samples, picks)
         assert whole.shape == (len(picks), info.n_samples) and np.isfinite(whole).all()
@@ -103,8 +103,8 @@ class TestReaders:
         }
 
     @pytest.mark.parametrize("path", [path for path in OPENED if path not in ("eeglab/test_raw_h5.set",)])
-    def test_cut_short(self, path: str, tmp_path: Path) -> None:
-        """A tenth of the signal's file is missing: no format passes that over."""
+    def test_truncated_files_are_reported(self, path: str, tmp_path: Path) -> None:
+        """A tenth of the signal file is missing, and every format reports it."""
         recording = sniff(CORPUS / path)
         assert recording is not None
         if (CORPUS / path).is_dir():
@@ -115,7 +115,7 @@ class TestReaders:
         apart = [f for f in tmp_path.rglob("*") if f.suffix in (".eeg", ".fdt", ".dat") or f.name == "signal1.bin"]
         data = (apart or [tmp_path / (CORPUS / path).name])[0]
         data.chmod(0o600)
-        # Behind this one's signal lie events and more than that.
+        # In this file events and other data follow the signal.
         size = 796420 if recording.format == "neuroscan" else data.stat().st_size
         with data.open("r+b") as stream:
             stream.truncate(size - size // 10 - 1)
@@ -145,7 +145,7 @@ class TestReaders:
 
 class TestChannels:
     def test_biosemi_grid(self) -> None:
-        """A1 to I8 are electrodes of a cap, not earlobes; those too slow for EEG are the first to go beyond 128."""
+        """A1 to I8 are electrodes of a cap and not earlobes. Beyond 128, slow channels are left out first."""
         info = opened(CORPUS / "biosemi/test_reduced.edf").info
         channels = pick_channels(info)
         assert {"A1", "A2", "B16"} <= set(channels.names) and channels.left_out["physiology"] == ["Ergo-Left"]
@@ -242,10 +242,10 @@ def test_amplitudes_are_those_of_eeg(dataset: Path) -> None:
             assert sample.meta["n"] <= 128
 
 
-def test_traps(dataset: Path) -> None:
+def test_recordings_with_traps(dataset: Path) -> None:
     rows = {row.path: row for row in read_ledger(dataset)}
     biosemi = rows["biosemi/test_reduced.edf"]
-    # A1 is an electrode of the cap, but was stored at 1 Hz; A10 was not.
+    # A1 is an electrode of the cap but was stored at 1 Hz; A10 was stored at the full rate.
     assert biosemi.n_eeg == 136 and biosemi.n_kept <= 128 and biosemi.montage == "none"
     assert "A10" in biosemi.channels and "A1" not in biosemi.channels and "A1 1 Hz" in biosemi.notes[0]
     assert rows["eeglab/test_raw_chanloc_fids.set"].channel_selection == "128 of 129 by scalp coverage"

@@ -1,4 +1,4 @@
-"""The plan: one look at every file, identities that follow the files, memory and time in proportion."""
+"""Planning a job: each file is looked up once, identities change with the files, and the time grows linearly."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "corpus"
 
 
-def test_one_look_at_every_file(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_is_looked_up_once(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: Counter[str] = Counter()
     real = planning.file_state
     monkeypatch.setattr(planning, "file_state", lambda file: (looks.update([str(file)]), real(file))[1])
@@ -48,7 +48,7 @@ def test_one_look_at_every_file(corpus: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(plan.size(key) == item.recording.path.stat().st_size for key, item in plan.items.items())
 
 
-def test_identities_follow_the_files(corpus: Path) -> None:
+def test_identities_change_with_the_files(corpus: Path) -> None:
     before = make_plan(config(corpus))
     changed, *_ = sorted(corpus.rglob("*.edf"))
     content = changed.read_bytes()
@@ -58,7 +58,7 @@ def test_identities_follow_the_files(corpus: Path) -> None:
     after = make_plan(config(corpus))
     different = {key for key in before.items if before.identity(key, "s") != after.identity(key, "s")}
     assert {after.items[key].recording.path for key in different} == {changed}
-    # What counts for the dataset are names, sizes and, when it is finished, contents.
+    # The dataset depends on names and sizes of files, and after it is finished on their content.
     assert after.request == before.request
     assert before.identity(next(iter(before.items)), "other settings") != before.identity(next(iter(before.items)), "s")
 
@@ -71,15 +71,15 @@ def test_what_is_held_back_is_part_of_the_request(corpus: Path) -> None:
 
 
 def test_memory_is_refused_where_several_processes_must_see_it(corpus: Path) -> None:
-    with pytest.raises(RequestError, match="output 'memory://x': lies in the memory of one process"):
+    with pytest.raises(RequestError, match="output 'memory://x': is in the memory of one process"):
         place_of("memory://x")
-    with pytest.raises(RequestError, match="corpora: root 'memory://x': lies in the memory of one process"):
+    with pytest.raises(RequestError, match="corpora: root 'memory://x': is in the memory of one process"):
         make_plan(config("memory://x"))
     assert place_of("relative") == Path.cwd() / "relative" and isinstance(place_of("s3://bucket/x"), UPath)
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_journal_goes_on_after_a_torn_line(tmp_path: Path, remote: bool) -> None:
+def test_a_journal_with_an_incomplete_line_is_read(tmp_path: Path, remote: bool) -> None:
     folder = UPath(f"memory://{tmp_path.name}/rows") if remote else tmp_path / "rows"
     with Journal(folder) as journal:
         journal.add("a", "1", result("a", part="p", signature=[1, 2], samples={"train": 3}))
@@ -94,6 +94,16 @@ def test_journal_goes_on_after_a_torn_line(tmp_path: Path, remote: bool) -> None
         journal.add("a", "2", result("a"))
     with Journal(folder) as journal:
         assert journal.find("a", "2") == result("a") and journal.find("b", "1")
+
+
+def test_a_journal_of_an_older_version_is_not_used(tmp_path: Path) -> None:
+    old = '{"key": "a", "identity": "of the older version", "row": {"key": "a", "status": "sharded", "part": "p"}}\n'
+    (tmp_path / "000000-abc.jsonl").write_text(old)
+    with Journal(tmp_path) as journal:
+        assert journal.find("a", "of this version") is None
+        journal.add("a", "of this version", result("a"))
+    with Journal(tmp_path) as journal:
+        assert journal.find("a", "of this version") == result("a")
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -113,7 +123,7 @@ def test_a_dead_jobs_lock_is_taken_over() -> None:
         assert '"id": "x"' not in (work / "lock.json").read_text()
 
 
-def test_samples_are_shared_out_exactly_once() -> None:
+def test_each_sample_is_in_exactly_one_shard() -> None:
     results = [result(f"k{i:02d}", part=f"p{i}", samples={"train": 3 + i % 5, "val": i % 2}) for i in range(20)]
     plans = plan_shards(results[::-1], 8)
     assert plans == plan_shards(results, 8)
@@ -127,7 +137,7 @@ def test_samples_are_shared_out_exactly_once() -> None:
 
 
 def test_planning_is_linear() -> None:
-    """Measured in calls of the profiler, which no busy machine disturbs."""
+    """The number of function calls is measured, which does not depend on the load of the machine."""
     import cProfile
     import pstats
 

@@ -1,4 +1,4 @@
-"""The sharding job end to end, on real Ray and real files."""
+"""The whole sharding job, with real Ray and real files."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TestFolder:
         counts = Manifest.read(dataset).counts
         assert (counts["found"], counts["sharded"], counts["duplicate"], counts["quarantined"]) == (7, 4, 1, 2)
 
-    def test_windows_are_the_recordings(self, dataset: Path, make_raw) -> None:
+    def test_windows_hold_the_signal_of_the_recordings(self, dataset: Path, make_raw) -> None:
         from data_sharding.processing.preprocess import PreprocessSpec, preprocess
 
         split = EEGDataset(dataset, "test")
@@ -115,7 +115,7 @@ class TestFolder:
             n = sample["json"]["n"]
             np.testing.assert_array_equal(sample["eeg.npy.zst"][n : 2 * n], sample["eeg.npy.zst"][:n][: 128 - n])
 
-    def test_finished_dataset_is_left_alone(self, dataset: Path, folder_config: Path, capsys) -> None:
+    def test_finished_dataset_is_not_changed(self, dataset: Path, folder_config: Path, capsys) -> None:
         before = (dataset / "manifest.json").stat().st_mtime_ns
         assert main([str(folder_config), "--output", str(dataset)]) == 0
         assert (
@@ -135,7 +135,7 @@ class TestFolder:
         assert not any(n.endswith(".tmp") or n == ".work" for n in names)
 
 
-def test_too_much_set_aside_is_said(folder_corpus: Path, tmp_path: Path) -> None:
+def test_too_many_quarantined_recordings_are_reported(folder_corpus: Path, tmp_path: Path, capsys) -> None:
     root = tmp_path / "corpus"
     root.mkdir()
     for path in (folder_corpus / "sub-01").iterdir():
@@ -146,10 +146,17 @@ def test_too_much_set_aside_is_said(folder_corpus: Path, tmp_path: Path) -> None
     )
     assert main([str(config)]) == 3
     assert len(EEGDataset(tmp_path / "a")) == 6
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"listing recordings in {root}" and said[1].startswith("found 2 recordings; starting Ray")
+    assert "1 of 2 recordings are quarantined" in said[-2] and "dreamscale inspect" in said[-2]
+    assert said[-1].startswith(f"report: {tmp_path / 'a' / 'report.html'}; next: 'dreamscale inspect {tmp_path / 'a'}'")
+    assert main([str(config)]) == 3
+    said = capsys.readouterr().err.splitlines()
+    assert "finished already" in said[-3] and said[-1].startswith("report: ")
 
 
 def test_benchmarks_are_held_back(folder_corpus: Path, dataset: Path, tmp_path: Path) -> None:
-    """A recording named in a list takes its copy along; a subject; and all of it again by a dataset that has it."""
+    """A recording in a list is held back together with its copy; so are a subject, and another dataset."""
     (tmp_path / "benchmark.txt").write_text("recording lab/sub-01/*  # the copy of it is in another folder\n")
     config = write_config(
         tmp_path / "a.yaml",
@@ -177,7 +184,7 @@ class TestTrouble:
     def test_sigterm_stops_cleanly(self, folder_corpus: Path, tmp_path: Path) -> None:
         root = tmp_path / "corpus"
         root.mkdir()
-        # So many that the job is not done before the signal comes.
+        # So many recordings that the job is not finished before the signal.
         for number in range(300):
             shutil.copy(folder_corpus / "sub-04" / "sub-04_task-rest_raw.fif", root / f"{number:03d}_raw.fif")
         config = write_config(tmp_path / "stopped.yaml", [{"root": str(root)}], ray={"num_cpus": 1})
@@ -193,10 +200,10 @@ class TestTrouble:
         assert process.returncode == 75, err
         assert "run the same command" in err and "Traceback" not in err
 
-    def test_a_file_that_kills_or_hangs_its_reader_costs_itself_only(
+    def test_a_file_that_crashes_or_hangs_its_reader_affects_no_other(
         self, folder_corpus: Path, tmp_path: Path, monkeypatch
     ) -> None:
-        """A plug-in on the workers' path stands for a reader that dies in C: os.abort and an endless sleep are real."""
+        """A plug-in on the workers' path makes the reader crash with os.abort, or sleep without end."""
         plugin = tmp_path / "plugin"
         plugin.mkdir()
         (plugin / "sitecustomize.py").write_text(
@@ -273,7 +280,7 @@ class TestEvents:
 
 
 class TestBadRequests:
-    """Exit code 2 and one line that names the fault, before Ray starts."""
+    """A wrong request ends with exit code 2 and one line that names the fault, before Ray starts."""
 
     @pytest.fixture(autouse=True)
     def no_ray(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,8 +291,9 @@ class TestBadRequests:
 
     def check(self, capsys, config: Path, *words: str, args: tuple[str, ...] = ()) -> None:
         assert main([str(config), *args]) == 2
-        err = capsys.readouterr().err.strip()
-        assert len(err.splitlines()) == 1 and all(word in err for word in words), err
+        *said, error = capsys.readouterr().err.strip().splitlines()
+        assert all(word in error for word in words), error
+        assert all(line.startswith("listing recordings in ") for line in said), said
 
     def test_root(self, tmp_path: Path, capsys) -> None:
         self.check(
@@ -309,7 +317,12 @@ class TestBadRequests:
         self.check(capsys, config, "sample_per_shard")
 
     def test_unknown_key_of_a_corpus(self, folder_corpus: Path, tmp_path: Path, capsys) -> None:
-        self.check(capsys, write_config(tmp_path / "a.yaml", [{"root": str(folder_corpus), "imagez": "x"}]), "imagez")
+        self.check(
+            capsys,
+            write_config(tmp_path / "a.yaml", [{"root": str(folder_corpus), "imagez": "x"}]),
+            "corpora[0]",
+            "imagez",
+        )
 
     def test_missing_config(self, tmp_path: Path, capsys) -> None:
         self.check(capsys, tmp_path / "none.yaml", "none.yaml")
@@ -339,7 +352,7 @@ class TestBadRequests:
         config = write_config(tmp_path / "a.yaml", [{"root": str(folder_corpus)}], output="memory://out")
         self.check(capsys, config, "memory://out", "object store")
 
-    def test_output_that_is_no_folder(self, folder_corpus: Path, tmp_path: Path, capsys) -> None:
+    def test_output_that_is_not_a_folder(self, folder_corpus: Path, tmp_path: Path, capsys) -> None:
         config = write_config(tmp_path / "a.yaml", [{"root": str(folder_corpus)}], output=str(tmp_path / "file" / "x"))
         (tmp_path / "file").write_text("x")
         self.check(capsys, config, "cannot be made", "Not a directory")
