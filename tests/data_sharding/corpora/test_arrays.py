@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_sharding.common.errors import RequestError
@@ -127,6 +127,7 @@ def test_to_samples(tmp_path: Path) -> None:
         assert result.samples == {"train": windows}
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
 def test_any_range_over_segments_is_the_arrays_in_a_row(lengths: list[int], data: st.DataObject) -> None:
     parts = [np.random.default_rng(i).normal(size=(3, n)) for i, n in enumerate(lengths)]
