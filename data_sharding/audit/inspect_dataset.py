@@ -13,7 +13,7 @@ from typing import Any
 
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
-from data_sharding.dataset.ledger import COLUMNS, STATUSES, LedgerRow, read_ledger, windows_left_out
+from data_sharding.dataset.ledger import COLUMNS, STATUSES, LedgerRow, count_windows_left_out, read_ledger
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 
@@ -111,7 +111,7 @@ def _held_back(rows: Sequence[LedgerRow]) -> Grid:
 
 
 def _left_out(rows: Sequence[LedgerRow]) -> Grid:
-    found = sorted(windows_left_out(rows).items())
+    found = sorted(count_windows_left_out(rows).items())
     return Grid(title="windows left out", head=["windows left out", "number"], lines=[[k, v] for k, v in found])
 
 

@@ -19,7 +19,7 @@ from data_sharding.audit.report_figures import (
 from data_sharding.common.files import atomic_write_text
 from data_sharding.common.html.render import Cell, Table, render_page
 from data_sharding.common.storage import AnyPath, as_path
-from data_sharding.dataset.ledger import STATUSES, LedgerRow, windows_left_out
+from data_sharding.dataset.ledger import STATUSES, LedgerRow, count_windows_left_out
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 
@@ -372,7 +372,7 @@ def write_report(
         reasons=_make_reason_table(rows),
         held_back=_make_held_back_table(rows),
         held_back_request=", ".join(f"{len(value)} {key}" for key, value in held_back_request.items()),
-        windows_left_out=Table(head=["reason", "windows"], rows=windows_left_out(rows).most_common()),
+        windows_left_out=Table(head=["reason", "windows"], rows=count_windows_left_out(rows).most_common()),
         overview=draw_overview(rows),
         measured=_make_measured_table(rows),
         spectra=draw_spectra(windows, manifest),

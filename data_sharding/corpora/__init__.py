@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 
 from data_sharding.corpora.base import Adapter, CorpusConfig, list_items, open_item, register
-from data_sharding.corpora.design import design_of
+from data_sharding.corpora.design import describe_design
 from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import expand, recording_key
 
@@ -22,7 +22,7 @@ __all__ = [
     "CorpusConfig",
     "Item",
     "Trial",
-    "design_of",
+    "describe_design",
     "expand",
     "list_items",
     "open_item",

@@ -20,10 +20,10 @@ from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, localised
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
-from data_sharding.corpora.events import read_trials, trials_of
-from data_sharding.corpora.folder import KEYS, check_unit_factors, excluded, item_of
+from data_sharding.corpora.events import make_trials, read_trials
+from data_sharding.corpora.folder import KEYS, check_unit_factors, is_excluded, make_item
 from data_sharding.corpora.item import Item, Trial
-from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text, relative_path
+from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text, relative_path
 from data_sharding.dataset.splits import SPLITS
 from data_sharding.formats.signal import Signal
 from data_sharding.formats.sniffing import Recording
@@ -89,12 +89,12 @@ class ArraysCorpus(Adapter):
 
     def items(self, config: CorpusConfig) -> list[Item]:
         """List all arrays under the root; see `Adapter.items`."""
-        root = folder_of(config.root, "corpora: root")
-        images = folder_of(config.images, "corpora: images") if config.images else None
+        root = check_folder(config.root, "corpora: root")
+        images = check_folder(config.images, "corpora: images") if config.images else None
         folders, items = Folders(), []
         for path in sorted((p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES), key=lambda p: p.as_posix()):
             relative = relative_path(path, root)
-            if path.name.startswith(".") or excluded(config, relative):
+            if path.name.startswith(".") or is_excluded(config, relative):
                 continue
             items.append(self._item(config, root, relative, path, images, folders))
         if not items:
@@ -125,7 +125,7 @@ class ArraysCorpus(Adapter):
             trials = _trials(about, path, near, images)
         except (_Fault, RequestError, OSError) as error:
             reason = error.reason if isinstance(error, _Fault) else Reason("sidecar broken", text=one_line(error))
-            return item_of(config, root, relative, dataclasses.replace(recording, problem=reason))
+            return make_item(config, root, relative, dataclasses.replace(recording, problem=reason))
         more: dict[str, Any] = {}
         if about.subject:
             more = {"subject": about.subject, "session": about.session}
@@ -133,7 +133,7 @@ class ArraysCorpus(Adapter):
         for name in ("subject", "session", "events", "images", "labels", "captions", "splits", "blocks"):
             own.pop(name)
         count = None if trials is None or about.events is not None else len(trials)
-        return item_of(config, root, relative, recording, trials=trials, options={**own, "epochs": count}, **more)
+        return make_item(config, root, relative, recording, trials=trials, options={**own, "epochs": count}, **more)
 
     def open(self, item: Item) -> Signal:
         """Open an array, memory-mapped if the format allows it; see `Adapter.open`."""
@@ -232,7 +232,7 @@ def _trials(
             raise _Fault("sidecar broken", text="the events name images, and the corpus has no key 'images'")
         if not isinstance(about.events, list) or not all(isinstance(row, dict) for row in about.events):
             raise _Fault("sidecar broken", "events is neither the name of a table nor a list of rows")
-        return trials_of(about.events, images, path.name, first_line=1)
+        return make_trials(about.events, images, path.name, first_line=1)
     if isinstance(about.labels, str):
         labels = [str(entry) for entry in _variable(path, about.labels)]
     elif isinstance(about.labels, list):
@@ -260,7 +260,7 @@ def _trials(
         }
         for i, image in enumerate(shown)
     ]
-    trials = trials_of(rows, images if about.images else None, path.name, first_line=1)
+    trials = make_trials(rows, images if about.images else None, path.name, first_line=1)
     if len(trials) != len(shown):
         raise _Fault("sidecar broken", "an epoch has neither image nor label")
     return tuple(dataclasses.replace(trial, segment=i, onset=float(i)) for i, trial in enumerate(trials))

@@ -150,7 +150,7 @@ class Adapter:
         config : CorpusConfig
             The corpus.
         measured : tuple of (str, str)
-            What the order of its trials shows (`data_sharding.corpora.design.order_of`): the design (block, random or
+            The result of `data_sharding.corpora.design.measure_order` for its trials: the design (block, random or
             unknown), and the evidence in a sentence.
 
         Returns

@@ -22,9 +22,9 @@ from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.events import NOTHING, read_trials
-from data_sharding.corpora.folder import KEYS, find, item_of
+from data_sharding.corpora.folder import KEYS, find, make_item
 from data_sharding.corpora.item import Item
-from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text, root_name
+from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text, root_name
 from data_sharding.formats.edf import VOLTS
 
 NOT_RAW = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
@@ -80,8 +80,8 @@ class BIDSCorpus(Adapter):
     def items(self, config: CorpusConfig) -> list[Item]:
         """List all raw recordings; see `Adapter.items`."""
         options: BIDSOptions = self.read_options(config)
-        root = folder_of(config.root, "corpora: root")
-        images = folder_of(config.images, "corpora: images") if config.images else None
+        root = check_folder(config.root, "corpora: root")
+        images = check_folder(config.images, "corpora: images") if config.images else None
         folders = Folders()
         if "dataset_description.json" not in folders(root):
             raise RequestError(
@@ -94,7 +94,7 @@ class BIDSCorpus(Adapter):
         sidecars = _Sidecars(root, folders)
         items = []
         for relative, recording in found:
-            item = item_of(named, root, relative, recording)
+            item = make_item(named, root, relative, recording)
             parts = relative.split("/")
             kind = parts[-2] if len(parts) > 2 else ""
             match = NAME.fullmatch(parts[-1])

@@ -25,7 +25,7 @@ LONGER = 2.0
 """Runs of one category are blocks if they are on average this many times longer than by chance."""
 
 
-def order_of(items: Sequence[Item]) -> tuple[str, str]:
+def measure_order(items: Sequence[Item]) -> tuple[str, str]:
     r"""Tell a block design from a random order.
 
     Parameters
@@ -78,7 +78,7 @@ def order_of(items: Sequence[Item]) -> tuple[str, str]:
     return "unknown", f"{text}: longer than chance, but no clear blocks"
 
 
-def design_of(config: CorpusConfig, items: Sequence[Item]) -> dict[str, str]:
+def describe_design(config: CorpusConfig, items: Sequence[Item]) -> dict[str, str]:
     """Describe in which order a corpus shows its categories.
 
     Parameters
@@ -97,6 +97,6 @@ def design_of(config: CorpusConfig, items: Sequence[Item]) -> dict[str, str]:
     ----------
     Li et al., The perils and pitfalls of block design for EEG classification experiments, TPAMI 43 (2021).
     """
-    design, evidence = ADAPTERS[config.kind].design(config, order_of(items))
+    design, evidence = ADAPTERS[config.kind].design(config, measure_order(items))
     names = sorted({item.corpus for item in items})
     return {"name": config.name or ", ".join(names), "kind": config.kind, "design": design, "evidence": evidence}

@@ -19,7 +19,7 @@ from data_sharding.common.reason import Reason
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.item import Item, Trial
-from data_sharding.corpora.paths import check_images, folder_of, local_folder, recording_key, root_name
+from data_sharding.corpora.paths import check_folder, check_images, check_local_folder, recording_key, root_name
 from data_sharding.corpora.safe_pickle import RefusedPickle, load_torch
 from data_sharding.dataset.splits import SPLITS
 from data_sharding.formats.signal import Signal
@@ -66,7 +66,7 @@ class EEGImageNetCorpus(Adapter):
     def items(self, config: CorpusConfig) -> list[Item]:
         """List one item for each subject; see `Adapter.items`."""
         options: EEGImageNetOptions = self.read_options(config)
-        root, images = local_folder(config), folder_of(config.images, "corpora: images")
+        root, images = check_local_folder(config), check_folder(config.images, "corpora: images")
         path = root / options.file
         content = _load(path)
         entries, labels, names = _tables(path, content)

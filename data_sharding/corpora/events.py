@@ -15,9 +15,9 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
-from data_sharding.corpora.folder import KEYS, find, item_of
+from data_sharding.corpora.folder import KEYS, find, make_item
 from data_sharding.corpora.item import Item, Trial
-from data_sharding.corpora.paths import Folders, check_images, folder_of, read_text
+from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text
 from data_sharding.dataset.splits import SPLITS
 
 IMAGE_COLUMNS = ("image", "stim_file")
@@ -26,7 +26,7 @@ NOTHING = ("", "n/a")
 """What BIDS writes into a cell without a value."""
 
 
-def events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
+def find_events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
     """Find the table of the images shown during a recording.
 
     Parameters
@@ -83,10 +83,10 @@ def read_trials(table: AnyPath, images: AnyPath, *, label_column: str = "label_n
     if "onset" not in rows[0] or not any(name in rows[0] for name in IMAGE_COLUMNS):
         missing = "onset" if "onset" not in rows[0] else "image"
         raise RequestError(f"{table}: no column '{missing}'; it needs at least onset and image, tab-separated")
-    return trials_of(rows, images, str(table), first_line=2, label_column=label_column)
+    return make_trials(rows, images, str(table), first_line=2, label_column=label_column)
 
 
-def trials_of(
+def make_trials(
     rows: Sequence[Mapping[str, Any]],
     images: AnyPath | None,
     where: str,
@@ -163,13 +163,13 @@ class EventsCorpus(Adapter):
 
     def items(self, config: CorpusConfig) -> list[Item]:
         """List all recordings under the root, with their tables; see `Adapter.items`."""
-        images = folder_of(config.images, "corpora: images")
+        images = check_folder(config.images, "corpora: images")
         root, found = find(config)
         folders, items, tables = Folders(), [], 0
         for relative, recording in found:
-            item = item_of(config, root, relative, recording)
+            item = make_item(config, root, relative, recording)
             if recording.problem is None:
-                table = events_file(recording.path, folders)
+                table = find_events_file(recording.path, folders)
                 if table is None:
                     reason = Reason("no events", f"{recording.path.stem}_events.tsv is not beside it")
                     item = dataclasses.replace(item, reason=item.reason or reason)

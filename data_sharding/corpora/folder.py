@@ -11,7 +11,7 @@ from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.item import Item
-from data_sharding.corpora.paths import folder_of, recording_key, relative_path, root_name
+from data_sharding.corpora.paths import check_folder, recording_key, relative_path, root_name
 from data_sharding.formats.sniffing import Recording, find_recordings
 
 INTRACRANIAL = re.compile(r"(?:^|[_\W])(ecog|ieeg|seeg)(?:$|[_\W])", re.IGNORECASE)
@@ -19,7 +19,7 @@ KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "intracranial"})
 """Keys of all corpora that consist of such files."""
 
 
-def excluded(config: CorpusConfig, relative: str) -> bool:
+def is_excluded(config: CorpusConfig, relative: str) -> bool:
     """Whether a path is to be ignored.
 
     Parameters
@@ -65,7 +65,7 @@ def find_subject(config: CorpusConfig, relative: str, key: str) -> tuple[str, st
     return subject.group(1) if subject else key, session.group(1) if session else ""
 
 
-def item_of(config: CorpusConfig, root: AnyPath, relative: str, recording: Recording, **more: Any) -> Item:
+def make_item(config: CorpusConfig, root: AnyPath, relative: str, recording: Recording, **more: Any) -> Item:
     """Make the item of a recording.
 
     Parameters
@@ -146,9 +146,9 @@ def find(config: CorpusConfig) -> tuple[AnyPath, list[tuple[str, Recording]]]:
     RequestError
         If the folder does not exist or holds no recording.
     """
-    root = folder_of(config.root, "corpora: root")
+    root = check_folder(config.root, "corpora: root")
     found = [(relative_path(recording.path, root), recording) for recording in find_recordings(root)]
-    found = [(relative, recording) for relative, recording in found if not excluded(config, relative)]
+    found = [(relative, recording) for relative, recording in found if not is_excluded(config, relative)]
     if not found:
         raise RequestError(f"corpora: root '{root}': no recording found there; check the path and the key 'exclude'")
     check_unit_factors(config, [relative for relative, _ in found])
@@ -164,4 +164,4 @@ class FolderCorpus(Adapter):
     def items(self, config: CorpusConfig) -> list[Item]:
         """List all recordings under the root; see `Adapter.items`."""
         root, found = find(config)
-        return [item_of(config, root, relative, recording) for relative, recording in found]
+        return [make_item(config, root, relative, recording) for relative, recording in found]

@@ -43,7 +43,7 @@ def expand(text: str, key: str) -> AnyPath:
     return as_path(out)
 
 
-def folder_of(text: str, key: str) -> AnyPath:
+def check_folder(text: str, key: str) -> AnyPath:
     """Return a folder that the config names, after checking that it can be read.
 
     Parameters
@@ -75,7 +75,7 @@ def folder_of(text: str, key: str) -> AnyPath:
     return path
 
 
-def local_folder(config: CorpusConfig) -> Path:
+def check_local_folder(config: CorpusConfig) -> Path:
     """Return the root of a corpus whose files are memory-mapped.
 
     Parameters
@@ -93,7 +93,7 @@ def local_folder(config: CorpusConfig) -> Path:
     RequestError
         If it does not exist, or is not on a local disk.
     """
-    root = folder_of(config.root, "corpora: root")
+    root = check_folder(config.root, "corpora: root")
     if is_remote(root):
         raise RequestError(
             f"corpora: root '{root}': kind {config.kind} memory-maps its files, which works on a local disk only; "

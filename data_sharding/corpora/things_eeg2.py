@@ -19,9 +19,9 @@ from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
-from data_sharding.corpora.folder import excluded
+from data_sharding.corpora.folder import is_excluded
 from data_sharding.corpora.item import Item, Trial
-from data_sharding.corpora.paths import check_images, folder_of, local_folder, recording_key, root_name
+from data_sharding.corpora.paths import check_folder, check_images, check_local_folder, recording_key, root_name
 from data_sharding.corpora.safe_pickle import RefusedPickle, load_npy
 from data_sharding.dataset.splits import TRAIN_OR_VAL
 from data_sharding.formats.signal import Signal
@@ -82,14 +82,14 @@ class ThingsEEG2Corpus(Adapter):
     def items(self, config: CorpusConfig) -> list[Item]:
         """List all recordings under the root; see `Adapter.items`."""
         options: ThingsEEG2Options = self.read_options(config)
-        root, images = local_folder(config), folder_of(config.images, "corpora: images")
+        root, images = check_local_folder(config), check_folder(config.images, "corpora: images")
         shown = _images(options, root, images)
         stem = "preprocessed_eeg" if options.source == "preprocessed" else "raw_eeg"
         corpus, out = config.name or root_name(root), []
         for path in sorted(root.rglob(f"{stem}_*.npy")):
             relative = path.relative_to(root).as_posix()
             partition = path.stem.removeprefix(f"{stem}_")
-            if partition not in options.partitions or excluded(config, relative):
+            if partition not in options.partitions or is_excluded(config, relative):
                 continue
             subject = re.search(r"(?:^|/)(sub-[A-Za-z0-9]+)/", relative)
             session = re.search(r"(?:^|/)(ses-[A-Za-z0-9]+)/", relative)

@@ -265,7 +265,7 @@ def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
         raise RequestError(f"{path}: damaged ({error}); run 'dreamscale shard' again into a new folder") from None
 
 
-def totals(rows: Iterable[LedgerRow]) -> tuple[dict[str, int], dict[str, float]]:
+def count_by_status(rows: Iterable[LedgerRow]) -> tuple[dict[str, int], dict[str, float]]:
     """Count recordings and hours by status.
 
     Parameters
@@ -289,7 +289,7 @@ def totals(rows: Iterable[LedgerRow]) -> tuple[dict[str, int], dict[str, float]]
     return counts, {name: round(seconds[name] / 3600, 6) for name in counts}
 
 
-def windows_left_out(rows: Iterable[LedgerRow]) -> Counter[str]:
+def count_windows_left_out(rows: Iterable[LedgerRow]) -> Counter[str]:
     """Count the windows and trials that are not in the dataset, by reason."""
     total: Counter[str] = Counter()
     for row in rows:

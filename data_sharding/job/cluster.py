@@ -57,7 +57,7 @@ class RayConfig:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[None]:
+def raise_on_stop_signals() -> Iterator[None]:
     """Turn SIGTERM and SIGINT into `StopRequested` while the body runs.
 
     Yields
@@ -127,7 +127,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         raise RequestError(f"{where} could not be reached or started: {one_line(error)[:300]}") from None
     try:
         # Ray installs its own handler for SIGTERM, which would end the job without a message.
-        with stop_signals():
+        with raise_on_stop_signals():
             yield config.max_in_flight or 2 * _slots(config)
     finally:
         ray.shutdown()
@@ -153,7 +153,7 @@ def _slots(config: RayConfig) -> int:
     return slots
 
 
-def missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
+def find_missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
     """Find folders that a machine of the cluster does not see, such as network folders that are not mounted there.
 
     Parameters

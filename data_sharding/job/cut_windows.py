@@ -65,7 +65,7 @@ class Cut:
     """Metadata of its trial; empty without trials."""
 
 
-def whole_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> dict[int, list[Cut]]:
+def plan_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> dict[int, list[Cut]]:
     """Plan the windows of a recording without trials.
 
     Parameters
@@ -147,19 +147,19 @@ def clean_windows(
         )
         for cut, x in _windows(blocks, wanted, spec.window):
             window, start_s = x[:n], onset + cut.start / spec.sfreq
-            if why := _flaw(window, good, start_s, spans, spec):
+            if why := _find_flaw(window, good, start_s, spans, spec):
                 left_out[why] += 1
             else:
                 yield number, cut, start_s, window
 
 
-def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
+def _plan_cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
     """Plan the windows of a recording: by segment, in order of time."""
     item, spec = task.item, task.spec
     cuts: dict[int, list[Cut]] = {}
     if item.trials is None:
         split = task.split.subject(item.subject) if task.split.by_subject else "train"
-        return whole_windows(lengths, spec, split)
+        return plan_windows(lengths, spec, split)
     numbers = {name: i for i, name in enumerate(task.labels)}
     onsets = np.array([segment.onset for segment in info.segments])
     for number, trial in enumerate(item.trials):
@@ -167,7 +167,7 @@ def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[st
         if split is None:
             left_out["crossed cell of subject split and image split"] += 1
             continue
-        segment, start = _place(trial, item.trial_offset, info.segments, onsets, spec)
+        segment, start = _locate(trial, item.trial_offset, info.segments, onsets, spec)
         if segment is None:
             left_out["trial beyond the recording"] += 1
         elif start + spec.window > lengths[segment]:
@@ -183,7 +183,7 @@ def _cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[st
     return {segment: sorted(cuts[segment], key=lambda cut: (cut.start, cut.number)) for segment in sorted(cuts)}
 
 
-def _place(
+def _locate(
     trial: Trial, offset_s: float, segments: list[Segment], onsets: np.ndarray, spec: PreprocessSpec
 ) -> tuple[int | None, int]:
     """Return the segment in which the window of a trial begins, and the first sample in it; None if there is none."""
@@ -198,7 +198,7 @@ def _place(
     return segment, max(0, round((begin - float(onsets[segment])) * spec.sfreq))
 
 
-def image_type(data: bytes) -> str | None:
+def detect_image_type(data: bytes) -> str | None:
     """Tell the type of an image from its first bytes.
 
     Parameters
@@ -272,12 +272,12 @@ def write_windows(
     }
     with contextlib.ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
-        cuts = _cuts(task, info, clean.lengths, left_out)
+        cuts = _plan_cuts(task, info, clean.lengths, left_out)
         for number, cut, start_s, window in clean_windows(clean, scratch, info, spec, cuts, left_out):
             extra, image, kind = dict(cut.extra), None, "png"
             if path := extra.pop("image_path", None):
                 image = as_path(path).read_bytes()
-                if (found := image_type(image)) is None:
+                if (found := detect_image_type(image)) is None:
                     left_out["image is neither jpg, png nor webp"] += 1
                     continue
                 kind = found
@@ -300,7 +300,9 @@ def write_windows(
     row.split = "+".join(result.samples)
 
 
-def _flaw(window: np.ndarray, good: np.ndarray, start_s: float, spans: np.ndarray, spec: PreprocessSpec) -> str | None:
+def _find_flaw(
+    window: np.ndarray, good: np.ndarray, start_s: float, spans: np.ndarray, spec: PreprocessSpec
+) -> str | None:
     """Return why a window is left out; None if it is kept."""
     if ((spans[:, 0] < start_s + spec.window_s) & (spans[:, 1] > start_s)).any():
         return "over a span marked as bad"

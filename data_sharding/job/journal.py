@@ -119,7 +119,7 @@ class Journal:
 
 
 @contextlib.contextmanager
-def alone(work: AnyPath) -> Iterator[None]:
+def lock_output(work: AnyPath) -> Iterator[None]:
     """Hold the lock of an output while the body runs, so that no second job writes there.
 
     Parameters

@@ -56,7 +56,7 @@ MIN_SAMPLES = 16
 """A recording with fewer samples cannot be measured."""
 
 
-def versions() -> dict[str, str]:
+def get_library_versions() -> dict[str, str]:
     """Return the versions of the libraries on which the bytes of a part depend."""
     import mne
     import scipy
@@ -181,7 +181,7 @@ def _part_name(task: Task, hashes: dict[str, str]) -> str:
             "spec": task.spec.to_dict(),
             "split": dataclasses.asdict(task.split),
             "labels": list(task.labels),
-            "versions": versions(),
+            "versions": get_library_versions(),
         }
     )
 

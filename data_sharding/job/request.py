@@ -14,7 +14,7 @@ from data_sharding.common.config import to_dict
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of
 from data_sharding.common.storage import AnyPath, as_path, describe, file_state, is_storage_error
-from data_sharding.corpora import CorpusConfig, Item, design_of, list_items
+from data_sharding.corpora import CorpusConfig, Item, describe_design, list_items
 from data_sharding.dataset.splits import SplitConfig
 from data_sharding.job.cluster import RayConfig
 from data_sharding.processing.preprocess import PreprocessSpec
@@ -68,7 +68,7 @@ class Plan:
     hold_back: HoldBack
     """What is held back, with the recordings that its names match."""
     corpora: list[dict[str, str]] = field(default_factory=list)
-    """For each corpus, the order in which it shows categories (`data_sharding.corpora.design.design_of`)."""
+    """For each corpus, the order in which it shows categories (`data_sharding.corpora.design.describe_design`)."""
     images: dict[str, FileState] = field(default_factory=dict)
     """State of each image file, by path."""
 
@@ -117,7 +117,7 @@ def _content(item: Item) -> dict[str, Any]:
     return values
 
 
-def essence(config: ShardConfig) -> dict[str, Any]:
+def reduce_config(config: ShardConfig) -> dict[str, Any]:
     """Return the part of the config that determines the dataset.
 
     Parameters
@@ -158,7 +158,7 @@ def refuse_memory(text: str, key: str) -> None:
         )
 
 
-def place_of(output: str) -> AnyPath:
+def resolve_output(output: str) -> AnyPath:
     """Return the path of the dataset.
 
     Parameters
@@ -218,7 +218,7 @@ def make_plan(config: ShardConfig) -> Plan:
     for corpus in config.corpora:
         refuse_memory(corpus.root, "corpora: root")
         listed = list_items(corpus)
-        designs.append(design_of(corpus, listed))
+        designs.append(describe_design(corpus, listed))
         for item in listed:
             if item.key in items:
                 raise RequestError(
@@ -256,7 +256,7 @@ def make_plan(config: ShardConfig) -> Plan:
         states=states,
         labels=sorted({trial.label_name for _, trial in shown}),
         request=digest_of(
-            {"config": essence(config), "files": listing, "trials": trials, "hold_back": hold_back.identity}
+            {"config": reduce_config(config), "files": listing, "trials": trials, "hold_back": hold_back.identity}
         ),
         hold_back=hold_back,
         corpora=designs,

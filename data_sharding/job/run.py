@@ -35,16 +35,30 @@ from data_sharding.common.storage import (
     scratch_folder,
 )
 from data_sharding.dataset.ledger import NAME as LEDGER
-from data_sharding.dataset.ledger import STATUSES, LedgerRow, read_ledger, totals, windows_left_out, write_ledger
+from data_sharding.dataset.ledger import (
+    STATUSES,
+    LedgerRow,
+    count_by_status,
+    count_windows_left_out,
+    read_ledger,
+    write_ledger,
+)
 from data_sharding.dataset.manifest import NAME as MANIFEST
 from data_sharding.dataset.manifest import Manifest, Shard
 from data_sharding.dataset.splits import SPLITS
-from data_sharding.job.cluster import ClusterFailed, missing_on_nodes, ray_session, run_tasks, say, stop_signals
+from data_sharding.job.cluster import (
+    ClusterFailed,
+    find_missing_on_nodes,
+    raise_on_stop_signals,
+    ray_session,
+    run_tasks,
+    say,
+)
 from data_sharding.job.isolation import GivenUp, call_isolated
-from data_sharding.job.journal import Journal, alone
+from data_sharding.job.journal import Journal, lock_output
 from data_sharding.job.pack_shards import ShardPlan, plan_shards, write_shard
-from data_sharding.job.process_recording import PART_SCHEMA, recording_checksum, versions
-from data_sharding.job.request import Plan, ShardConfig, essence, make_plan, place_of
+from data_sharding.job.process_recording import PART_SCHEMA, get_library_versions, recording_checksum
+from data_sharding.job.request import Plan, ShardConfig, make_plan, reduce_config, resolve_output
 from data_sharding.job.task import PartResult, Task, new_row
 
 REPORT = "report.html"
@@ -54,7 +68,7 @@ READER = "data_sharding.job.process_recording:process_recording"
 """Function that a worker's child process runs."""
 
 
-def _finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | None:
+def _find_finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | None:
     """Return the dataset that is there already, if it is the requested one.
 
     Raises
@@ -70,7 +84,7 @@ def _finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | No
         return None
     manifest = Manifest.read(output)
     if manifest.extra.get("request") != plan.request:
-        ours = essence(config)
+        ours = reduce_config(config)
         other = [
             key
             for key in ours
@@ -147,9 +161,9 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
         {
             "schema": PART_SCHEMA,
             "preprocess": config.preprocess.to_dict(),
-            "split": essence(config)["split"],
+            "split": reduce_config(config)["split"],
             "labels": plan.labels,
-            "versions": versions(),
+            "versions": get_library_versions(),
         }
     )
     results: dict[str, PartResult] = {}
@@ -215,7 +229,7 @@ def _has_part(result: PartResult, work: AnyPath) -> bool:
     return not part or is_remote(work) or (work / "parts" / part[:2] / part).is_dir()
 
 
-class Points:
+class FingerprintLoader:
     """Loads fingerprints of recordings from their parts.
 
     Parameters
@@ -247,7 +261,9 @@ class Points:
         return np.load(io.BytesIO((self.folder / part[:2] / part / "fingerprint.npy").read_bytes()))
 
 
-def mark_duplicates(results: list[PartResult], plan: Plan, prints: dict[str, Print], load_points: Points) -> None:
+def mark_duplicates(
+    results: list[PartResult], plan: Plan, prints: dict[str, Print], load_points: FingerprintLoader
+) -> None:
     """Keep one recording of each signal, and set its copies aside as duplicates.
 
     Parameters
@@ -258,7 +274,7 @@ def mark_duplicates(results: list[PartResult], plan: Plan, prints: dict[str, Pri
         The job's plan.
     prints : dict of str to Print
         What is compared of each recording, by key.
-    load_points : Points
+    load_points : FingerprintLoader
         Full fingerprints; loaded only for recordings whose signatures meet.
     """
     rows = [result.row for result in results]
@@ -278,7 +294,7 @@ def mark_duplicates(results: list[PartResult], plan: Plan, prints: dict[str, Pri
             row.notes.append(f"the same signal as {copy}")
 
 
-def prints_of(results: list[PartResult]) -> dict[str, Print]:
+def collect_prints(results: list[PartResult]) -> dict[str, Print]:
     """Return what is compared of each recording, by key."""
     return {
         result.row.key: Print(
@@ -334,7 +350,7 @@ def _publish(
     rows: list[LedgerRow],
     splits: dict[str, list[Shard]],
     output: AnyPath,
-    points: Points,
+    points: FingerprintLoader,
 ) -> Manifest:
     """Write ledger, fingerprints, report and manifest. The manifest is last, because it makes the folder a dataset."""
     from data_sharding.audit.report import write_report
@@ -345,10 +361,10 @@ def _publish(
             # Left over from an interrupted run with other settings.
             if Path(stale.name).stem not in wanted:
                 stale.unlink()
-    counts, hours = totals(rows)
+    counts, hours = count_by_status(rows)
     hours["written"] = round(sum(row.seconds_written for row in rows) / 3600, 6)
     counts["windows"] = sum(row.windows for row in rows)
-    counts |= {f"left out: {why}": number for why, number in windows_left_out(rows).items()}
+    counts |= {f"left out: {why}": number for why, number in count_windows_left_out(rows).items()}
     content = {
         "preprocess": config.preprocess.to_dict(),
         "labels": plan.labels,
@@ -370,8 +386,8 @@ def _publish(
             labels=plan.labels,
             counts=counts,
             hours=hours,
-            config=essence(config),
-            versions=versions(),
+            config=reduce_config(config),
+            versions=get_library_versions(),
             extra=extra,
         )
         write_report(folder / REPORT, rows, manifest, root=output)
@@ -430,24 +446,25 @@ def run(config: ShardConfig) -> int:
         If the config is wrong. All checks are done before Ray starts, except one: only after reading is it known
         whether any sample is left for train.
     """
-    output = place_of(config.output)
+    output = resolve_output(config.output)
     work = output / WORK
-    with stop_signals():
+    with raise_on_stop_signals():
         say(f"listing recordings in {', '.join(corpus.root for corpus in config.corpora)}")
         plan = make_plan(config)
-        if manifest := _finished(config, plan, output):
+        if manifest := _find_finished(config, plan, output):
             remove_tree(work)  # The job was killed after it wrote the manifest and before it removed the folder.
             say(f"{output}: this dataset is finished already; nothing to do")
             return _finish(config, manifest, output)
         if not is_remote(output):
             _make_folder(output)
         say(f"found {len(plan.items)} recordings; starting Ray, which takes some seconds")
-        with alone(work), ray_session(config.ray) as in_flight:
+        with lock_output(work), ray_session(config.ray) as in_flight:
             _check_nodes(plan, work)
             remove_tree(work / "new")  # Unfinished shards of an earlier run.
             say(f"reading recordings, up to {in_flight} tasks at a time")
             results = read_recordings(config, plan, work, in_flight)
-            rows, points, prints = [result.row for result in results], Points(results, work), prints_of(results)
+            rows = [result.row for result in results]
+            points, prints = FingerprintLoader(results, work), collect_prints(results)
             plan.hold_back.mark(rows, prints, points)
             mark_duplicates(results, plan, prints, points)
             plan.hold_back.count_images(rows)
@@ -481,7 +498,7 @@ def _check_nodes(plan: Plan, work: AnyPath) -> None:
     firsts = {
         item.corpus: str(item.recording.path) for item in plan.items.values() if not is_remote(item.recording.path)
     }
-    for address, missing in missing_on_nodes([*local, *firsts.values()]).items():
+    for address, missing in find_missing_on_nodes([*local, *firsts.values()]).items():
         raise RequestError(
             f"ray: machine {address} does not see {missing[0]}; every machine needs the same folders under the same "
             "paths: mount the folder there, or use an object store"

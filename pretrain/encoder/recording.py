@@ -90,7 +90,7 @@ def windows_of(
     check_numbers(unit_factor=unit_factor, line_freq=line_freq)
     from data_sharding.corpora import Item
     from data_sharding.formats.open_signal import Recording
-    from data_sharding.job.cut_windows import clean_windows, whole_windows
+    from data_sharding.job.cut_windows import clean_windows, plan_windows
     from data_sharding.job.process_recording import prepare
     from data_sharding.job.task import PartResult, SetAside, new_row
 
@@ -118,7 +118,7 @@ def windows_of(
         left_out = {name: kind for kind, found in result.row.channels_left_out.items() for name in found}
         left_out |= {name: kind for name, kind in zip(info.ch_names, info.ch_types, strict=True) if kind != "eeg"}
         left_out |= clean.left_out
-        cuts = whole_windows(clean.lengths, spec)
+        cuts = plan_windows(clean.lengths, spec)
         ends = {segment: found[-1].start + spec.window for segment, found in cuts.items()}
         tails = sum(length - ends.get(segment, 0) for segment, length in enumerate(clean.lengths))
         yield Windows(

@@ -126,7 +126,7 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
     from data_sharding.audit.fingerprints import write_fingerprints
     from data_sharding.common.files import sha256_file
     from data_sharding.dataset.dataset import write_dataset
-    from data_sharding.dataset.ledger import NAME, totals, write_ledger
+    from data_sharding.dataset.ledger import NAME, count_by_status, write_ledger
     from data_sharding.dataset.samples import Sample
     from data_sharding.processing.preprocess import PreprocessSpec, preprocess
     from data_sharding.processing.survey import assess
@@ -179,7 +179,7 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
     manifest = write_dataset(path, samples, spec)
     write_ledger(path / NAME, rows)
     write_fingerprints(path / FINGERPRINTS, rows, points.__getitem__)
-    counts, hours = totals(rows)
+    counts, hours = count_by_status(rows)
     extra = {"ledger_sha256": sha256_file(path / NAME), "fingerprints_sha256": sha256_file(path / FINGERPRINTS)}
     hours["written"] = sum(row.seconds_written for row in rows) / 3600
     manifest = dataclasses.replace(manifest, counts=counts, hours=hours, extra=extra)

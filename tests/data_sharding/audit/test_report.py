@@ -14,7 +14,7 @@ from data_sharding.audit.inspect_dataset import main as inspect
 from data_sharding.audit.report import find_warnings, sum_hours_by_fate, write_report
 from data_sharding.audit.report_figures import Window, compute_spectrum, measure_mains_peaks, sample_windows
 from data_sharding.common.reason import Reason
-from data_sharding.dataset.ledger import STATUSES, LedgerRow, read_ledger, totals, write_ledger
+from data_sharding.dataset.ledger import STATUSES, LedgerRow, count_by_status, read_ledger, write_ledger
 from data_sharding.dataset.manifest import Manifest
 
 CORPORA = ("lab", "<script>alert('clinic')</script>")
@@ -47,7 +47,7 @@ def render(dataset: Path, tmp_path: Path, rows: list[LedgerRow] | None = None, *
     import dataclasses
 
     rows = read_ledger(dataset) if rows is None else rows
-    counts, hours = totals(rows)
+    counts, hours = count_by_status(rows)
     hours["written"] = sum(row.seconds_written for row in rows) / 3600
     manifest = dataclasses.replace(Manifest.read(dataset), counts=counts, hours=hours, extra=extra)
     write_report(tmp_path / "report.html", rows, manifest, root=dataset)

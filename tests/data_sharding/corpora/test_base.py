@@ -10,9 +10,19 @@ import pytest
 
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import RequestError
-from data_sharding.corpora import Adapter, CorpusConfig, Item, Trial, design_of, expand, list_items, open_item, register
+from data_sharding.corpora import (
+    Adapter,
+    CorpusConfig,
+    Item,
+    Trial,
+    describe_design,
+    expand,
+    list_items,
+    open_item,
+    register,
+)
 from data_sharding.corpora.base import ADAPTERS
-from data_sharding.corpora.design import order_of
+from data_sharding.corpora.design import measure_order
 from data_sharding.formats.signal import Signal
 from data_sharding.formats.sniffing import Recording
 
@@ -77,7 +87,7 @@ def test_a_new_kind_is_a_class(folder_corpus: Path) -> None:
     try:
         config = CorpusConfig(kind="one", root=str(folder_corpus))
         items = list_items(config)
-        assert [item.kind for item in items] == ["one"] and design_of(config, items)["design"] == "unknown"
+        assert [item.kind for item in items] == ["one"] and describe_design(config, items)["design"] == "unknown"
         with pytest.raises(FileNotFoundError, match="one"):
             open_item(items[0])
     finally:
@@ -174,39 +184,39 @@ BLOCKS = [f"c{i // 20}" for i in range(200)]
 
 class TestOrder:
     def test_blocks_are_recognised_from_one_recording_or_many(self) -> None:
-        design, evidence = order_of([item(BLOCKS)])
+        design, evidence = measure_order([item(BLOCKS)])
         assert design == "block" and "20.0 trials long" in evidence and "200 trials of 10 categories" in evidence
-        assert order_of([item(BLOCKS[i : i + 50]) for i in (0, 50, 100, 150)])[0] == "block"
-        assert order_of([item([name] * 30) for name in ("a", "b")])[0] == "block"
+        assert measure_order([item(BLOCKS[i : i + 50]) for i in (0, 50, 100, 150)])[0] == "block"
+        assert measure_order([item([name] * 30) for name in ("a", "b")])[0] == "block"
 
     def test_two_categories_in_blocks(self) -> None:
-        assert order_of([item((["a"] * 25 + ["b"] * 25) * 2)])[0] == "block"
+        assert measure_order([item((["a"] * 25 + ["b"] * 25) * 2)])[0] == "block"
 
     @pytest.mark.parametrize("seed", range(20))
     @pytest.mark.parametrize("categories", [2, 10, 150])
     def test_random_order_is_not(self, seed: int, categories: int) -> None:
         rng = np.random.default_rng(seed)
         names = [f"c{i % categories}" for i in range(300)]
-        assert order_of([item(list(rng.permutation(names)))])[0] == "random"
+        assert measure_order([item(list(rng.permutation(names)))])[0] == "random"
 
     def test_rare_and_frequent_categories_in_random_order(self) -> None:
         names = ["common"] * 250 + ["rare"] * 50
-        assert order_of([item(list(np.random.default_rng(0).permutation(names)))])[0] == "random"
+        assert measure_order([item(list(np.random.default_rng(0).permutation(names)))])[0] == "random"
 
     def test_the_order_is_that_of_the_onsets_not_of_the_table(self) -> None:
         shuffled = np.random.default_rng(0).permutation(200)
         blocks = item(BLOCKS)
         trials = tuple((blocks.trials or ())[i] for i in shuffled)
-        assert order_of([dataclasses.replace(blocks, trials=trials)])[0] == "block"
+        assert measure_order([dataclasses.replace(blocks, trials=trials)])[0] == "block"
 
     def test_what_cannot_be_told(self) -> None:
-        assert order_of([item(["a", "a", "b", "b"])])[0] == "unknown"
-        assert order_of([item(["a"] * 100)])[0] == "unknown"
-        assert order_of([dataclasses.replace(item([]), trials=None)]) == (
+        assert measure_order([item(["a", "a", "b", "b"])])[0] == "unknown"
+        assert measure_order([item(["a"] * 100)])[0] == "unknown"
+        assert measure_order([dataclasses.replace(item([]), trials=None)]) == (
             "unknown",
             "no trials: continuous recordings",
         )
         # Pairs of one category are more frequent than by chance, but they are not blocks.
         rng = np.random.default_rng(0)
         pairs = [name for name in rng.permutation([f"c{i % 3}" for i in range(150)]) for _ in range(2)]
-        assert order_of([item(pairs)])[0] == "unknown"
+        assert measure_order([item(pairs)])[0] == "unknown"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
-from data_sharding.corpora import CorpusConfig, Item, design_of, list_items, open_item
+from data_sharding.corpora import CorpusConfig, Item, describe_design, list_items, open_item
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.samples import decode_eeg
 from data_sharding.dataset.splits import TRAIN_OR_VAL, SplitConfig
@@ -120,7 +120,7 @@ class TestEEGImageNet:
         config = write_imagenet(tmp_path, released(), splits())
         items = list_items(config)
         assert [t.block for t in items[0].trials or ()] == [f"sub-1-block-{b}" for b in (0, 1, 2) for _ in range(4)]
-        design = design_of(config, items)
+        design = describe_design(config, items)
         assert design["design"] == "block" and design["name"] == "imagenet" and "4.0 trials long" in design["evidence"]
 
     def test_to_samples(self, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def write_things(root: Path, *, raw: bool = False) -> CorpusConfig:
     return CorpusConfig(kind="things_eeg2", root=str(root), images=str(root / "images"))
 
 
-def trials_of(item: Item) -> list[tuple[str, str, str]]:
+def make_trials(item: Item) -> list[tuple[str, str, str]]:
     return [(t.image_id, t.concept, t.split) for t in item.trials or ()]
 
 
@@ -273,8 +273,8 @@ class TestThingsEEG2:
             (f"sub-0{s}/preprocessed_eeg_{p}.npy", n) for s in (1, 2) for p, n in (("test", 16), ("training", 24))
         ]
         test, training = items[:2]
-        assert trials_of(training)[4] == ("00001_aardvark/aardvark_02b", "aardvark", TRAIN_OR_VAL)
-        assert trials_of(test)[8] == ("00002_antelope/antelope_01b", "antelope", "test")
+        assert make_trials(training)[4] == ("00001_aardvark/aardvark_02b", "aardvark", TRAIN_OR_VAL)
+        assert make_trials(test)[8] == ("00002_antelope/antelope_01b", "antelope", "test")
         signal = open_item(training)
         assert signal.info.sfreq == 100 and signal.info.ch_names == CHANNELS and len(signal.info.segments) == 24
         x = np.load(tmp_path / "sub-01" / "preprocessed_eeg_training.npy", allow_pickle=True).item()
@@ -309,7 +309,7 @@ class TestThingsEEG2:
         signal = open_item(training)
         assert signal.info.ch_types == ["eeg", "eeg", "eeg", "stim"] and len(signal.info.segments) == 1
         assert np.array_equal(signal.read(100, 400, [1]), x[[1], 100:400])
-        design = design_of(config, items)
+        design = describe_design(config, items)
         assert design["design"] == "random" and "160 trials" in design["evidence"]
 
     def test_to_samples(self, tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from data_sharding.dataset.ledger import (
     JSON_COLUMNS,
     STATUSES,
     LedgerRow,
+    count_by_status,
+    count_windows_left_out,
     read_ledger,
     schema,
-    totals,
-    windows_left_out,
     write_ledger,
 )
 
@@ -73,12 +73,12 @@ class TestRow:
 
     def test_totals(self, make_row) -> None:
         rows = [make_row("a", seconds=3600.0), make_row("b", seconds=1800.0, status="held back", reason=Reason("x"))]
-        counts, hours = totals(rows)
+        counts, hours = count_by_status(rows)
         assert counts["found"] == 2 and counts["held back"] == 1 and hours["held back"] == 0.5 and hours["found"] == 1.5
 
     def test_windows_left_out(self, make_row) -> None:
         rows = [make_row("a", windows_left_out={"flat": 2}), make_row("b", windows_left_out={"flat": 1, "gap": 3})]
-        assert windows_left_out(rows) == {"flat": 3, "gap": 3}
+        assert count_windows_left_out(rows) == {"flat": 3, "gap": 3}
 
 
 class TestOlderLedgers:

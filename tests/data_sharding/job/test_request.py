@@ -15,9 +15,9 @@ from data_sharding.audit.hold_back import HoldBackConfig
 from data_sharding.common.errors import RequestError
 from data_sharding.corpora import CorpusConfig
 from data_sharding.dataset.ledger import LedgerRow
-from data_sharding.job.journal import Journal, alone
+from data_sharding.job.journal import Journal, lock_output
 from data_sharding.job.pack_shards import plan_shards
-from data_sharding.job.request import ShardConfig, make_plan, place_of
+from data_sharding.job.request import ShardConfig, make_plan, resolve_output
 from data_sharding.job.task import PartResult
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "planning.py"))
@@ -72,10 +72,10 @@ def test_what_is_held_back_is_part_of_the_request(corpus: Path) -> None:
 
 def test_memory_is_refused_where_several_processes_must_see_it(corpus: Path) -> None:
     with pytest.raises(RequestError, match="output 'memory://x': is in the memory of one process"):
-        place_of("memory://x")
+        resolve_output("memory://x")
     with pytest.raises(RequestError, match="corpora: root 'memory://x': is in the memory of one process"):
         make_plan(config("memory://x"))
-    assert place_of("relative") == Path.cwd() / "relative" and isinstance(place_of("s3://bucket/x"), UPath)
+    assert resolve_output("relative") == Path.cwd() / "relative" and isinstance(resolve_output("s3://bucket/x"), UPath)
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -109,9 +109,9 @@ def test_a_journal_of_an_older_version_is_not_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize("remote", [False, True])
 def test_one_job_at_a_time(tmp_path: Path, remote: bool) -> None:
     work = UPath(f"memory://{tmp_path.name}/out/.work") if remote else tmp_path / "out" / ".work"
-    with alone(work), pytest.raises(RequestError, match="another job is writing there"), alone(work):
+    with lock_output(work), pytest.raises(RequestError, match="another job is writing there"), lock_output(work):
         pass
-    with alone(work):
+    with lock_output(work):
         pass
 
 
@@ -119,7 +119,7 @@ def test_a_dead_jobs_lock_is_taken_over() -> None:
     work = UPath("memory://dead/.work")
     work.mkdir(parents=True, exist_ok=True)
     (work / "lock.json").write_text('{"id": "x", "host": "elsewhere", "pid": 1, "time": 1.0}')
-    with alone(work):
+    with lock_output(work):
         assert '"id": "x"' not in (work / "lock.json").read_text()
 
 
