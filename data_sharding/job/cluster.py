@@ -122,7 +122,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         }
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises many types, a bare Exception among them if it does not start in time
         where = f"ray.address '{address}'" if address else "a local Ray"
         raise RequestError(f"{where} could not be reached or started: {one_line(error)[:300]}") from None
     try:
