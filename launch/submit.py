@@ -170,12 +170,13 @@ def build_command(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
     return f"{python} -m launch.agent {flags} -m launch.worker {stage.module} {arguments}"
 
 
-def _environment() -> Environment:
+def _make_environment() -> Environment:
     """Return the environment of the job templates: their filters quote values for a shell or for YAML."""
     environment = Environment(
         loader=FileSystemLoader(shipped_configs() / "cluster"),
         undefined=StrictUndefined,
-        # Job files are no HTML. Each value is quoted by a filter of the template instead.
+        # Job files are not HTML. The filters below quote each value, except in Slurm's comments: `SubmitConfig` refuses
+        # special characters there.
         autoescape=False,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -210,7 +211,7 @@ def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
         If the template is not installed.
     """
     try:
-        template = _environment().get_template(TEMPLATES[config.scheduler])
+        template = _make_environment().get_template(TEMPLATES[config.scheduler])
     except TemplateNotFound as error:
         raise RequestError(
             f"{shipped_configs() / 'cluster' / str(error)}: no such file; install Dreamscale again, with pip"
