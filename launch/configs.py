@@ -13,6 +13,9 @@ from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.shipped import shipped_configs
 
+LONGEST = 90
+"""Characters of a sentence that the list shows as a whole."""
+
 
 @dataclass(kw_only=True)
 class ConfigsConfig:
@@ -25,7 +28,7 @@ class ConfigsConfig:
 
 
 def describe(path: Path) -> str:
-    """Return the first sentence of the comment that a config begins with.
+    """Return the first sentence of the comment that a config begins with, or its beginning if the sentence is long.
 
     Parameters
     ----------
@@ -40,7 +43,8 @@ def describe(path: Path) -> str:
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
     # Indented lines of the comment are commands.
     words = [line.removeprefix("# ") for line in lines if not line.startswith(("#!", "#  "))]
-    return re.split(r"(?<=[.:])\s", " ".join(words), maxsplit=1)[0]
+    sentence = re.split(r"(?<=\.)\s", " ".join(words), maxsplit=1)[0]
+    return sentence if len(sentence) <= LONGEST else re.split(r"[:;]\s", sentence, maxsplit=1)[0]
 
 
 def select_configs(name: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Tiny real datasets that the suites share."""
+"""Tiny datasets that all tests share, and rules for tests without torch."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ SPEC = PreprocessSpec(sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, strid
 LABELS = ["circle", "square"]
 
 
-def _window(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Correlated 10 Hz activity with noise, in microvolts: something a masked autoencoder can learn."""
+def _make_window(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Make 10 Hz activity that is correlated between channels, with noise, in microvolts."""
     t = np.arange(SPEC.window) / SPEC.sfreq
     waves = np.sin(2 * np.pi * (10 * t + rng.uniform())) * rng.uniform(5, 20)
     return (np.outer(np.linspace(0.5, 1.5, n), waves) + rng.normal(0, 2, (n, SPEC.window))).astype(np.float32)
 
 
-def _meta(n: int, subject: str, number: int, split: str) -> dict:
+def _make_meta(n: int, subject: str, number: int, split: str) -> dict:
     return {
         "n": n,
         "ch_names": [f"E{i + 1}" for i in range(n)],
@@ -72,17 +72,17 @@ def _meta(n: int, subject: str, number: int, split: str) -> dict:
     }
 
 
-def _unpaired(split: str, count: int, seed: int) -> list[Sample]:
+def _make_unpaired(split: str, count: int, seed: int) -> list[Sample]:
     rng = np.random.default_rng(seed)
     out = []
     for i in range(count):
         n = (19, 32, 64)[i % 3]
         subject = f"{split}-{i % 3}"
-        out.append(Sample(key=f"{split}-{i:05d}", eeg=_window(rng, n), meta=_meta(n, subject, i, split)))
+        out.append(Sample(key=f"{split}-{i:05d}", eeg=_make_window(rng, n), meta=_make_meta(n, subject, i, split)))
     return out
 
 
-def _picture(label: int, rng: np.random.Generator) -> bytes:
+def _draw_picture(label: int, rng: np.random.Generator) -> bytes:
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (32, 32), (20, 20, 20))
@@ -94,22 +94,22 @@ def _picture(label: int, rng: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def _paired(split: str, count: int, seed: int) -> list[Sample]:
+def _make_paired(split: str, count: int, seed: int) -> list[Sample]:
     rng = np.random.default_rng(seed)
     out = []
     for i in range(count):
         label, n = i % 2, 16
-        eeg = _window(rng, n)
-        # The label is carried by an evoked bump of opposite sign.
+        eeg = _make_window(rng, n)
+        # The sign of an evoked response carries the label.
         eeg += (1 if label else -1) * 25 * np.exp(-((np.arange(SPEC.window) - 50) ** 2) / 200)
-        meta = _meta(n, f"{split}-{i % 2}", i, split)
+        meta = _make_meta(n, f"{split}-{i % 2}", i, split)
         meta |= {
             "image_id": f"{split}-img-{i:04d}",
             "label": label,
             "label_name": LABELS[label],
             "caption": f"a {LABELS[label]}",
         }
-        out.append(Sample(key=f"{split}-{i:05d}", eeg=eeg, meta=meta, image=_picture(label, rng), image_ext="png"))
+        out.append(Sample(key=f"{split}-{i:05d}", eeg=eeg, meta=meta, image=_draw_picture(label, rng), image_ext="png"))
     return out
 
 
@@ -118,9 +118,9 @@ def unpaired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 train, 24 val and 24 test windows of 19 to 64 channels, 128 samples at 128 Hz."""
     path = tmp_path_factory.mktemp("data") / "unpaired"
     splits = {
-        "train": _unpaired("train", 96, 0),
-        "val": _unpaired("val", 24, 1),
-        "test": _unpaired("test", 24, 2),
+        "train": _make_unpaired("train", 96, 0),
+        "val": _make_unpaired("val", 24, 1),
+        "test": _make_unpaired("test", 24, 2),
     }
     write_dataset(path, splits, SPEC, samples_per_shard=40)
     return path
@@ -130,7 +130,11 @@ def unpaired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def paired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 train, 16 val and 16 test trials of 16 channels with 32 x 32 images of two categories."""
     path = tmp_path_factory.mktemp("data") / "paired"
-    splits = {"train": _paired("train", 64, 0), "val": _paired("val", 16, 1), "test": _paired("test", 16, 2)}
+    splits = {
+        "train": _make_paired("train", 64, 0),
+        "val": _make_paired("val", 16, 1),
+        "test": _make_paired("test", 16, 2),
+    }
     write_dataset(path, splits, SPEC, labels=LABELS, samples_per_shard=40)
     return path
 

@@ -1,4 +1,4 @@
-"""Every file in configs/ loads as what it is for."""
+"""Every file in configs/ is accepted by the command for which it was written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from data_sharding.common.config import parse_config, to_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-STAGES = {
+STAGES = {  # pattern of a file's name -> config class
     "data_sharding/*": "data_sharding.job.request:ShardConfig",
     "demo/shard_*": "data_sharding.job.request:ShardConfig",
     "pretrain/*": "pretrain.training.config:PretrainConfig",
@@ -23,7 +23,7 @@ STAGES = {
     "finetune/evaluate": "finetune.evaluation.evaluate:EvaluateConfig",
 }
 FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("accelerate", "cluster"))
-# Not one stage's request, but options for several of the demo's.
+# These files hold options for several commands of the demo.
 SEVERAL = {"demo/images", "demo/smoke"}
 
 
@@ -34,7 +34,7 @@ def _name(path: Path) -> str:
 @pytest.mark.parametrize("path", [p for p in FILES if _name(p) not in SEVERAL], ids=_name)
 def test_config_loads_and_round_trips(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     where = [target for pattern, target in STAGES.items() if Path(_name(path)).match(pattern)]
-    assert len(where) == 1, f"{path}: no test says what this config is for; name its class in STAGES"
+    assert len(where) == 1, f"{path}: its config class is missing in STAGES of this test"
     module, _, name = where[0].partition(":")
     cls = getattr(importlib.import_module(module), name)
     config = parse_config(cls, [str(path)], prog="dreamscale", positionals=("config",))
@@ -44,7 +44,7 @@ def test_config_loads_and_round_trips(path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("profile", ["full", "smoke"])
-def test_the_demos_steps_are_requests_that_their_stages_accept(profile: str, tmp_path: Path) -> None:
+def test_commands_accept_the_configs_of_the_demo(profile: str, tmp_path: Path) -> None:
     from launch.demo.steps import make_steps
 
     steps = make_steps(tmp_path / "demo", 3, profile)  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def test_the_demos_steps_are_requests_that_their_stages_accept(profile: str, tmp
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
-def test_accelerate_reads_its_launch_files(path: Path) -> None:
+def test_accelerate_reads_its_config_files(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     assert load_config_from_file(str(path)).num_processes == yaml.safe_load(path.read_text())["num_processes"]

@@ -1,4 +1,4 @@
-"""The command line: quick help, every command there, bad requests in one line."""
+"""The command line: fast help, every command can be called, wrong requests are refused in one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_command_is_there(name: str, capsys: pytest.CaptureFixture[str]):
+def test_every_command_answers_help(name: str, capsys: pytest.CaptureFixture[str]):
     stage = STAGES[name]
     assert callable(importlib.import_module(stage.module).main)
     if stage.config:
@@ -60,7 +60,7 @@ def test_every_command_is_there(name: str, capsys: pytest.CaptureFixture[str]):
         (["doctor", "--path", "a", "b"], "b"),
     ],
 )
-def test_bad_requests_are_one_line_and_2(words: list[str], names: str, tmp_path: Path):
+def test_wrong_requests_are_one_line_and_exit_code_2(words: list[str], names: str, tmp_path: Path):
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert names in done.stderr
@@ -77,7 +77,7 @@ def test_processes_are_read_from_config_and_command_line(tmp_path: Path, monkeyp
     assert processes_wanted([str(config), "--num_processes", "2"]) == 2
     assert processes_wanted(["--config", str(config), "--num_processes=4"]) == 4
     assert processes_wanted([str(config), "--num_processes", "1"]) == 0
-    # Somebody has to be there to start it again.
+    # With restarts, a parent process must exist that starts the training again.
     assert processes_wanted([str(config), "--num_processes", "1", "--restarts", "2"]) == 1
     assert processes_wanted([str(config), "--help"]) == 0
     assert processes_wanted([str(tmp_path / "none.yaml")]) == 0
@@ -88,7 +88,7 @@ def test_processes_are_read_from_config_and_command_line(tmp_path: Path, monkeyp
     assert processes_wanted(["--num_processes", "4"]) == 0
 
 
-def test_launchers_get_the_stage_and_its_words():
+def test_launchers_get_the_module_and_its_arguments():
     for name, stage in STAGES.items():
         if stage.launcher:
             words = launcher_command(stage, ["c.yaml", "--seed", "1"], 2)

@@ -1,4 +1,4 @@
-"""The doctor: what is here, what is missing."""
+"""``dreamscale doctor`` names what is installed and what is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launch import doctor
 from launch.cli import main
 
 
-def test_table_names_versions_and_all_is_here(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_the_table_names_versions_and_nothing_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert main(["doctor", "--path", str(tmp_path / "not" / "there" / "yet")]) == 0
     text = capsys.readouterr().out
     for name in ("torch", "ray", "deepspeed"):
@@ -19,7 +19,9 @@ def test_table_names_versions_and_all_is_here(capsys: pytest.CaptureFixture[str]
     assert "MISSING" not in text
 
 
-def test_what_is_missing_is_1_with_advice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_missing_package_is_exit_code_1_with_advice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr(doctor, "_REQUIRED", ("numpy", "no-such-package"))
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out

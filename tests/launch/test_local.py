@@ -1,4 +1,4 @@
-"""Several real processes under torchrun and Accelerate: outcome, stop, refusal."""
+"""Real processes under torchrun and Accelerate: their exit codes, requests to stop, and wrong requests."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def pretraining(unpaired_dataset: Path, tmp_path: Path) -> list[str]:
     return ["--dataset", str(unpaired_dataset), "--output", str(tmp_path / "run"), *TINY]
 
 
-def test_stop_ends_with_75_and_the_same_command_goes_on(pretraining: list[str], tmp_path: Path):
+def test_a_stopped_run_ends_with_75_and_the_same_command_resumes(pretraining: list[str], tmp_path: Path):
     run = tmp_path / "run"
     words = [sys.executable, "-m", "launch", "pretrain", *pretraining]
     process = start([*words, "--steps", "100000"])
@@ -79,7 +79,7 @@ def test_stop_ends_with_75_and_the_same_command_goes_on(pretraining: list[str], 
     assert f"resuming from step {status['step']}" in text
 
 
-def test_a_refusal_of_the_processes_is_one_line_and_2(pretraining: list[str], tmp_path: Path):
+def test_a_wrong_request_found_by_the_processes_is_one_line_and_2(pretraining: list[str], tmp_path: Path):
     process = start([sys.executable, "-m", "launch", "pretrain", *pretraining, "--model.encoder.samples", "64"])
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 2
@@ -88,7 +88,7 @@ def test_a_refusal_of_the_processes_is_one_line_and_2(pretraining: list[str], tm
     assert not (tmp_path / "run").exists()
 
 
-def test_the_line_of_a_cluster_job_runs_and_answers_usr1(pretraining: list[str], tmp_path: Path):
+def test_the_command_of_a_cluster_job_runs_and_stops_at_usr1(pretraining: list[str], tmp_path: Path):
     """Run the command that Slurm starts on a node, with the environment variables that Slurm sets."""
     config = tmp_path / "pretrain.yaml"
     config.write_text("{}\n")
