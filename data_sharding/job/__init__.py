@@ -1,1 +1,1 @@
-"""The sharding job: a request, one task a recording, shards packed from their parts, on Ray."""
+"""The sharding job: a Ray task reads each recording into a part, and then the parts are packed into shards."""
