@@ -70,7 +70,7 @@ def measure(n: int) -> dict[str, Any]:
     dict
         Seconds of each step, their sum, and the process's peak memory in GB.
     """
-    from data_sharding.audit.duplicates import Print, find_duplicates, signature
+    from data_sharding.audit.duplicates import RecordingFingerprint, find_duplicates, signature
     from data_sharding.job.pack_shards import plan_shards
     from data_sharding.job.request import CorpusConfig, ShardConfig, make_plan
     from data_sharding.job.task import PartResult, new_row
@@ -102,7 +102,7 @@ def measure(n: int) -> dict[str, Any]:
     keys = sorted(plan.items)
     seeds = {key: i - 1 if i % 100 == 99 else i for i, key in enumerate(keys)}
     prints = [
-        Print(key=key, sha256=f"{i:064x}", seconds=600.0, signature=signature(points(seeds[key])))
+        RecordingFingerprint(key=key, sha256=f"{i:064x}", seconds=600.0, signature=signature(points(seeds[key])))
         for i, key in enumerate(keys)
     ]
     began = time.perf_counter()

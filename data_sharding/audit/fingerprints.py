@@ -1,6 +1,6 @@
-"""What tells recordings, windows and pictures apart, whatever file, format or dataset they stand in.
+"""Fingerprints of recordings, windows and images, which do not depend on the file format or the dataset.
 
-Shapes: n channels, T samples a window, P points of a recording's fingerprint.
+Shapes: n channels, T time points of a window, P points of a recording's fingerprint.
 """
 
 from __future__ import annotations
@@ -15,38 +15,39 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.audit.duplicates import Print, signature
+from data_sharding.audit.duplicates import RecordingFingerprint, signature
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, as_path, deliver, scratch_folder
 from data_sharding.dataset.ledger import LedgerRow
 
 NAME = "fingerprints.parquet"
 ROWS_A_GROUP = 256
-"""Recordings of one row group: what is read to look at one of them."""
+"""Recordings in one row group of the file. Reading one fingerprint reads a whole row group."""
 
 NEAR_BITS = 10
-"""Bits of 64 in which the perceptual hashes of one picture may differ after it was encoded or resized again."""
+"""Two images look the same only if at most this many of the 64 bits of their perceptual hashes differ."""
 NEAR_LEVELS = 8.0
-"""Root mean square difference, of 255 levels, between the thumbnails of one picture."""
+"""Two images look the same only if the root mean square difference of their thumbnails is at most this many levels (of
+255)."""
 NEAR_SHARE = 0.25
-"""The same as a share of the picture's own contrast: two pictures of little contrast are not the same for that."""
+"""The same limit as a share of the image's contrast, so that all images of low contrast do not look the same."""
 THUMB = 16
-"""Side of a thumbnail in pixels."""
+"""Width and height of a thumbnail in pixels."""
 
 
 def write_fingerprints(
     path: str | AnyPath, rows: Iterable[LedgerRow], load_points: Callable[[str], np.ndarray]
 ) -> None:
-    """Write the fingerprints of the recordings that a dataset holds, whole or not at all.
+    """Write the fingerprints of the recordings in a dataset. An interrupted write leaves no partial file.
 
     Parameters
     ----------
     path : str, Path or UPath
-        The file.
+        File to write.
     rows : iterable of LedgerRow
-        The ledger; rows that are not ``sharded`` are left out.
+        Rows of the ledger; only those with status ``sharded`` are written.
     load_points : callable
-        Key of a recording to its fingerprint [n, P].
+        Returns the fingerprint [n, P] for the key of a recording.
     """
     import pyarrow as pa
 
@@ -71,7 +72,7 @@ def write_fingerprints(
 
 
 def _write(local: Path, schema: Any, rows: Iterable[LedgerRow], load_points: Callable[[str], np.ndarray]) -> None:
-    """A group of rows at a time: those of a hundred thousand recordings do not fit into memory."""
+    """Write one row group at a time: the fingerprints of a hundred thousand recordings do not fit into memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -102,17 +103,22 @@ def _write(local: Path, schema: Any, rows: Iterable[LedgerRow], load_points: Cal
 
 
 class Fingerprints:
-    """Fingerprints of a dataset's recordings; the points are read when they are asked for.
+    """Fingerprints of a dataset's recordings. The points of a recording are read when `load` is called.
 
     Parameters
     ----------
     dataset : str, Path or UPath
-        The dataset's directory.
+        Directory of the dataset.
+
+    Attributes
+    ----------
+    recordings : list of RecordingFingerprint
+        One for each recording, with its signature but without its points.
 
     Raises
     ------
     RequestError
-        If the dataset has none, or the file is damaged.
+        If the dataset has no file of fingerprints, or the file is damaged.
     """
 
     def __init__(self, dataset: str | AnyPath) -> None:
@@ -128,7 +134,7 @@ class Fingerprints:
             rows = self._file.read(columns=columns, use_threads=False).to_pylist()
         except (pa.ArrowInvalid, OSError, KeyError) as error:
             raise RequestError(f"{self.path}: damaged ({error}); shard the corpus again") from None
-        self.prints = [Print(**row) for row in rows]
+        self.recordings = [RecordingFingerprint(**row) for row in rows]
         self._at = {row["key"]: i for i, row in enumerate(rows)}
         self._group = lru_cache(maxsize=16)(self._read_group)
         bounds = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
@@ -139,17 +145,17 @@ class Fingerprints:
         return table.to_pylist()
 
     def load(self, key: str) -> np.ndarray:
-        """Fingerprint of a recording.
+        """Read the fingerprint of a recording.
 
         Parameters
         ----------
         key : str
-            The recording.
+            Key of the recording.
 
         Returns
         -------
         ndarray of float32, shape (n, P)
-            Its points.
+            Points of the fingerprint.
         """
         at = self._at[key]
         group = int(np.searchsorted(self._starts, at, side="right")) - 1
@@ -158,53 +164,54 @@ class Fingerprints:
 
 
 def window_digest(eeg: np.ndarray) -> int:
-    """Checksum of a window's content, the same however it was compressed or padded.
+    """Compute a checksum of a window's content, which does not depend on compression and padding.
 
     Parameters
     ----------
     eeg : ndarray of float16, shape (n, T)
-        The true channels, as decoded.
+        True channels of the window.
 
     Returns
     -------
     int
-        64 bits of the SHA-256 over shape and values.
+        The first 64 bits of the SHA-256 over shape and values.
     """
     eeg = np.ascontiguousarray(eeg, "<f2")
     return int.from_bytes(hashlib.sha256(repr(eeg.shape).encode() + eeg.tobytes()).digest()[:8], "little")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagePrint:
-    """What is compared of a picture."""
+class ImageFingerprint:
+    """Data of an image that is compared with other images."""
 
     sha256: str
-    """Of the file."""
+    """Checksum of the file."""
     phash: int | None = None
-    """Perceptual hash, 64 bits; None where the file is no picture that Pillow opens."""
+    """Perceptual hash, 64 bits; None if Pillow cannot open the file."""
     thumb: bytes = b""
     """Thumbnail of `THUMB` x `THUMB` RGB pixels."""
 
 
-def image_print(data: bytes, sha256: str = "") -> ImagePrint:
-    """Fingerprint of a picture.
+def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
+    """Compute the fingerprint of an image.
 
     Parameters
     ----------
     data : bytes
-        The file.
+        Content of the image file.
     sha256 : str, optional
-        Its checksum, where it is known.
+        Checksum of the file, if it is known.
 
     Returns
     -------
-    ImagePrint
-        Of the file, and of the decoded pixels.
+    ImageFingerprint
+        Fingerprint of the file and of its pixels.
 
     Notes
     -----
-    The perceptual hash is the usual one: 32 x 32 grey pixels, the 8 x 8 lowest coefficients of their cosine transform
-    against their median (Zauner, Implementation and benchmarking of perceptual image hash functions, 2010).
+    The perceptual hash is the usual one (Zauner, Implementation and benchmarking of perceptual image hash functions,
+    2010): reduce the image to 32 x 32 grey pixels, take the 8 x 8 lowest coefficients of the cosine transform, and set
+    a bit for each coefficient above their median.
     """
     from PIL import Image, ImageOps
     from scipy.fft import dctn
@@ -212,37 +219,38 @@ def image_print(data: bytes, sha256: str = "") -> ImagePrint:
     sha256 = sha256 or hashlib.sha256(data).hexdigest()
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
+            image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return ImagePrint(sha256=sha256)
-    grey = np.asarray(picture.convert("L").resize((32, 32), Image.Resampling.BOX), float)
+        return ImageFingerprint(sha256=sha256)
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), float)
     low = np.asarray(dctn(grey, norm="ortho"))[:8, :8].ravel()
-    # Coefficients of a flat picture are rounding errors: they must not decide bits.
+    # In a flat image the coefficients are only rounding errors, which must not decide any bits.
     low = np.where(np.abs(low) < 1.0, 0.0, low)
     bits = low > np.median(low[1:])
-    thumb = picture.resize((THUMB, THUMB), Image.Resampling.BOX)
-    return ImagePrint(
+    thumb = image.resize((THUMB, THUMB), Image.Resampling.BOX)
+    return ImageFingerprint(
         sha256=sha256, phash=int.from_bytes(np.packbits(bits).tobytes(), "big"), thumb=np.asarray(thumb).tobytes()
     )
 
 
-def similar_images(ours: Sequence[ImagePrint], theirs: Sequence[ImagePrint]) -> list[tuple[int, int]]:
-    """Pictures that look the same: encoded again, resized, converted.
+def find_similar_images(ours: Sequence[ImageFingerprint], theirs: Sequence[ImageFingerprint]) -> list[tuple[int, int]]:
+    """Find images that look the same, for example because one is the other, encoded again or resized.
 
     Parameters
     ----------
-    ours, theirs : sequence of ImagePrint
-        Pictures of two collections.
+    ours, theirs : sequence of ImageFingerprint
+        Images of two collections.
 
     Returns
     -------
     list of (int, int)
-        Places in `ours` and `theirs`; pictures of equal bytes are among them.
+        Position in `ours`, position in `theirs`. Images of equal bytes are found, too.
 
     Notes
     -----
-    Two tests: at most `NEAR_BITS` bits of the hashes differ, and the thumbnails differ by at most `NEAR_LEVELS` and by
-    at most `NEAR_SHARE` of their contrast. Crops, mirror images, rotations and changes of colour are not found.
+    Two images look the same if at most `NEAR_BITS` bits of the hashes differ, and if the thumbnails differ by at most
+    `NEAR_LEVELS` and by at most `NEAR_SHARE` of their contrast. Crops, mirror images, rotations and changes of colour
+    are not found.
     """
     a = [i for i, p in enumerate(ours) if p.phash is not None]
     b = [j for j, p in enumerate(theirs) if p.phash is not None]
@@ -265,5 +273,5 @@ def similar_images(ours: Sequence[ImagePrint], theirs: Sequence[ImagePrint]) -> 
 
 
 def _contrast(thumb: np.ndarray) -> float:
-    """Standard deviation over places, not over the three colours."""
+    """Largest standard deviation of a colour channel over the pixels."""
     return float(thumb.reshape(-1, 3).std(axis=0).max())

@@ -1,9 +1,9 @@
-"""Benchmarks kept out of a dataset: by name before anything is read, by content after.
+"""Hold benchmarks back from a dataset, so that a pretrained model can be tested on them.
 
-What is held back is named by subject, by recording, by lists, or as whole datasets. Names are resolved against the
-corpora before the work begins, and one that matches nothing is refused: a typing error must not leak a benchmark.
-Recordings that are held back are read and fingerprinted like all others, so that a copy of them under another name or
-in another format is held back, too.
+The config names subjects, recordings, lists of both, or whole datasets. Names are looked up in the corpora before any
+recording is read. A name that matches nothing is refused, because a typing error must not let a benchmark into the
+training data. Recordings that are held back are read and fingerprinted like all others. So a copy of a benchmark
+recording under another name or in another format is found and held back, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from data_sharding.audit.duplicates import HOW, Print, matches
+from data_sharding.audit.duplicates import HOW, RecordingFingerprint, find_matches
 from data_sharding.common.errors import RequestError
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import as_path
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from data_sharding.corpora import Item
 
 IMAGE_REASON = "image is held back"
-"""Reason in ``windows_left_out`` of a trial whose image is held back."""
+"""Key in ``windows_left_out`` for trials whose image is held back."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HoldBackConfig:
-    """What must not enter the dataset: recordings, people and images of the benchmarks."""
+    """Recordings, subjects and images of benchmarks, which must not enter the dataset."""
 
     subjects: list[str] = field(default_factory=list)
-    """Subjects as in paths (sub-11 or 11), or CORPUS/SUBJECT for one corpus only."""
+    """Names of subjects as in the paths (sub-11 or 11); CORPUS/SUBJECT means the subject of one corpus only."""
     recordings: list[str] = field(default_factory=list)
-    """Glob patterns over CORPUS/PATH, the path relative to the corpus's root."""
+    """Glob patterns that are matched with CORPUS/PATH, where PATH is relative to the root of the corpus."""
     lists: list[str] = field(default_factory=list)
-    """Text files with one line each: ``subject NAME``, ``recording GLOB`` or ``sha256 HEX``; # begins a comment."""
+    """Text files. Each line is ``subject NAME``, ``recording GLOB`` or ``sha256 HEX``; # begins a comment."""
     datasets: list[str] = field(default_factory=list)
-    """Datasets written by ``dreamscale shard``, all of whose recordings, subjects and images are held back."""
+    """Datasets written by ``dreamscale shard``. All of their recordings, subjects and images are held back."""
 
     def __bool__(self) -> bool:
         return bool(self.subjects or self.recordings or self.lists or self.datasets)
@@ -51,18 +51,18 @@ class HoldBackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One thing that is held back."""
+    """One subject, recording pattern or checksum that is held back."""
 
     kind: Literal["subject", "recording", "sha256"]
-    """What `value` names."""
+    """Kind of `value`."""
     value: str
-    """Name, pattern or checksum."""
+    """Name of a subject, glob pattern of recordings, or checksum of a file."""
     source: str
-    """The config's key, or file and line."""
+    """Where the entry comes from: a key of the config, or a file and its line."""
 
 
 def read_list(path: str) -> list[Entry]:
-    """Read a list of what is held back.
+    """Read a list of subjects, recordings and checksums to hold back.
 
     Parameters
     ----------
@@ -72,12 +72,12 @@ def read_list(path: str) -> list[Entry]:
     Returns
     -------
     list of Entry
-        In the file's order.
+        One for each line, in the order of the file.
 
     Raises
     ------
     RequestError
-        If it is missing or a line is none of the three kinds.
+        If the file is missing, or a line is not of one of the three kinds.
     """
     file = as_path(path)
     try:
@@ -94,11 +94,13 @@ def read_list(path: str) -> list[Entry]:
         where = f"{file.name}, line {number}"
         if kind not in ("subject", "recording", "sha256") or not value:
             raise RequestError(
-                f"hold_back.lists '{path}', line {number}: '{text}' is none of 'subject NAME', 'recording GLOB' and "
-                "'sha256 HEX'"
+                f"hold_back.lists '{path}', line {number}: '{text}' is not understood; write 'subject NAME', "
+                "'recording GLOB' or 'sha256 HEX'"
             )
         if kind == "sha256" and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
-            raise RequestError(f"hold_back.lists '{path}', line {number}: '{value}' is no SHA-256 of 64 digits")
+            raise RequestError(
+                f"hold_back.lists '{path}', line {number}: '{value}' is not a SHA-256 checksum of 64 hexadecimal digits"
+            )
         entries.append(Entry(kind=kind, value=value.lower() if kind == "sha256" else value, source=where))  # type: ignore[arg-type]
     return entries
 
@@ -108,22 +110,22 @@ def _bare(subject: str) -> str:
 
 
 class _Names:
-    """Recordings by the names under which they can be held back: a hundred thousand of them, and long lists."""
+    """Keys of the recordings, by subject and by path: look-ups stay fast with many recordings and long lists."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.subjects: defaultdict[str, list[str]] = defaultdict(list)
         self.paths: defaultdict[str, list[str]] = defaultdict(list)
         for item in items:
-            if item.subject != item.key:  # Of others nobody says whose they are.
+            if item.subject != item.key:  # If they are equal, the subject is unknown.
                 for name in {_bare(item.subject), f"{item.corpus}/{_bare(item.subject)}"}:
                     self.subjects[name].append(item.key)
-            # Where the corpus is named after the first folder, the path begins with its name already.
+            # If the corpus is named after the first folder, the path already begins with the name of the corpus.
             inside = item.path.startswith(f"{item.corpus}/")
             for name in {f"{item.corpus}/{item.path}", *([item.path] if inside else [])}:
                 self.paths[name].append(item.key)
 
     def find(self, entry: Entry) -> list[str]:
-        """Keys of the recordings that an entry names."""
+        """Return the keys of the recordings that an entry names."""
         if entry.kind == "subject":
             corpus, slash, subject = entry.value.rpartition("/")
             return self.subjects.get(f"{corpus}{slash}{_bare(subject)}", [])
@@ -132,32 +134,32 @@ class _Names:
         fits = re.compile(fnmatch.translate(entry.value)).match
         return [key for path, keys in self.paths.items() if fits(path) for key in keys]
 
-    def some(self, kind: str) -> str:
-        """A few names, for a message."""
+    def examples(self, kind: str) -> str:
+        """Return a few names of subjects or recordings, for a message."""
         names = sorted(n for n in (self.subjects if kind == "subject" else self.paths) if kind != "subject" or "/" in n)
         if not names:
-            return "no subjects with a name (subject_pattern gives them one)"
+            return "no named subjects (set subject_pattern in the corpus to name them)"
         return ", ".join(names[:5]) + " ..." * (len(names) > 5)
 
 
 @dataclass(kw_only=True)
 class HoldBack:
-    """What is held back, resolved against the corpora."""
+    """The request to hold benchmarks back, after its names were looked up in the corpora."""
 
     named: dict[str, str]
-    """Key of a recording to the name that holds it back, and where that stands."""
+    """Key of each recording that is held back by name, with the entry and its source."""
     sha256: dict[str, str]
-    """Checksum to where it stands."""
+    """Each checksum that is held back, with its source."""
     datasets: list[Contents]
-    """Held-back datasets, as `data_sharding.audit.leakage.Contents`."""
+    """Contents of the datasets that are held back."""
     identity: dict[str, Any]
-    """What of it shapes the dataset, to be part of the plan's checksum."""
+    """The parts of the request that change the dataset; they enter the checksum of the plan."""
     images_left_out: dict[str, int] = field(default_factory=dict)
-    """Key of a recording to the number of its trials whose image is held back; filled by `without_images`."""
+    """Number of trials of each recording whose image is held back; `drop_held_back_images` fills it."""
 
     @classmethod
     def plan(cls, config: HoldBackConfig, items: Iterable[Item]) -> HoldBack:
-        """Resolve names, before anything is read.
+        """Look up the names of the request, before any recording is read.
 
         Parameters
         ----------
@@ -169,13 +171,13 @@ class HoldBack:
         Returns
         -------
         HoldBack
-            Ready for `without_images` and `mark`.
+            For the calls of `drop_held_back_images` and `mark`.
 
         Raises
         ------
         RequestError
-            If a name matches nothing, a list cannot be read, or a dataset is not complete. A dataset that has nothing
-            in common with the corpora is no mistake.
+            If a name matches nothing, a list cannot be read, or a dataset is not complete. A dataset that shares
+            nothing with the corpora is not an error.
         """
         from data_sharding.audit.leakage import Contents
 
@@ -185,7 +187,9 @@ class HoldBack:
         for path in config.lists:
             found = read_list(path)
             if not found:
-                raise RequestError(f"hold_back.lists '{path}': names nothing; take it out of the config, or fill it")
+                raise RequestError(
+                    f"hold_back.lists '{path}': the list is empty; remove it from the config, or add entries"
+                )
             entries += found
         named: dict[str, str] = {}
         for entry in entries:
@@ -194,8 +198,8 @@ class HoldBack:
             keys = names.find(entry)
             if not keys:
                 raise RequestError(
-                    f"{entry.source}: {entry.kind} '{entry.value}' is in none of the corpora; there are "
-                    f"{names.some(entry.kind)}"
+                    f"{entry.source}: {entry.kind} '{entry.value}' was not found in the corpora; there are "
+                    f"{names.examples(entry.kind)}"
                 )
             for key in keys:
                 named.setdefault(key, f"{entry.kind} {entry.value} ({entry.source})")
@@ -210,8 +214,11 @@ class HoldBack:
             },
         )
 
-    def without_images(self, items: Sequence[Item]) -> list[Item]:
-        """Take trials out whose image is one of a held-back dataset: by bytes, by looks, or by name in one corpus.
+    def drop_held_back_images(self, items: Sequence[Item]) -> list[Item]:
+        """Remove the trials whose image is in a dataset that is held back.
+
+        An image is in such a dataset if the dataset has an image of equal bytes, one that looks the same, or one of the
+        same name in the same corpus.
 
         Parameters
         ----------
@@ -221,19 +228,19 @@ class HoldBack:
         Returns
         -------
         list of Item
-            The same, with fewer trials where images are held back; `images_left_out` counts them.
+            The same recordings, some with fewer trials; `images_left_out` counts the removed trials.
 
         Raises
         ------
         RequestError
             If an image cannot be read.
         """
-        pictured = [contents for contents in self.datasets if contents.images]
+        with_images = [contents for contents in self.datasets if contents.images]
         shown = sorted({trial.image for item in items for trial in item.trials or () if trial.image})
-        if not pictured or not shown:
+        if not with_images or not shown:
             return list(items)
-        held = _held_images(shown, pictured)
-        names = {(use.corpus, use.image_id) for contents in pictured for use in contents.images}
+        held = _find_held_back_images(shown, with_images)
+        names = {(use.corpus, use.image_id) for contents in with_images for use in contents.images}
         out = []
         for item in items:
             trials = item.trials or ()
@@ -247,24 +254,32 @@ class HoldBack:
     def mark(
         self,
         rows: Sequence[LedgerRow],
-        prints: Mapping[str, Print],
+        fingerprints: Mapping[str, RecordingFingerprint],
         load_points: Callable[[str], np.ndarray],
     ) -> dict[str, int]:
-        """Hold recordings back, after they were read and before duplicates are sought.
+        """Hold recordings back, after they were read and before duplicates are searched.
+
+        A recording is held back if one of these is true, in this order:
+
+        1. the config or a list names it, its subject, or its checksum;
+        2. a held-back dataset contains a recording of equal bytes, the same subject of the same corpus, or the same
+           signal;
+        3. its subject has another recording that was held back for the same dataset;
+        4. it is a copy (by bytes or by signal) of a recording that is held back for any of these reasons.
 
         Parameters
         ----------
         rows : sequence of LedgerRow
             The ledger; rows of recordings that are held back are changed.
-        prints : mapping of str to Print
-            What is compared of each recording, by key.
+        fingerprints : mapping of str to RecordingFingerprint
+            Fingerprint of each recording, by key.
         load_points : callable
-            Key of a recording to its fingerprint [n, P].
+            Returns the fingerprint [n, P] for the key of a recording.
 
         Returns
         -------
         dict
-            For each name, list and dataset the number of recordings that it held back.
+            Number of recordings that each name, list and dataset held back.
         """
         usable = [row for row in rows if row.status == "sharded"]
         why: dict[str, tuple[str, str]] = {}
@@ -272,10 +287,10 @@ class HoldBack:
             if name := self.named.get(row.key):
                 why[row.key] = (name, f"{name}")
             elif source := self.sha256.get(row.sha256):
-                why[row.key] = (f"sha256 ({source})", f"its checksum stands in {source}")
+                why[row.key] = (f"sha256 ({source})", f"its checksum is listed in {source}")
         for contents in self.datasets:
-            self._by_dataset(contents, usable, why, prints, load_points)
-        self._copies(usable, why, prints, load_points)
+            self._hold_back_dataset(contents, usable, why, fingerprints, load_points)
+        self._hold_back_copies(usable, why, fingerprints, load_points)
         counts: Counter[str] = Counter()
         for row in usable:
             if row.key in why:
@@ -286,18 +301,18 @@ class HoldBack:
             counts.setdefault(f"dataset {contents.name}", 0)
         return dict(counts)
 
-    def _by_dataset(
+    def _hold_back_dataset(
         self,
         contents: Contents,
         rows: Sequence[LedgerRow],
         why: dict[str, tuple[str, str]],
-        prints: Mapping[str, Print],
+        fingerprints: Mapping[str, RecordingFingerprint],
         load_points: Callable[[str], np.ndarray],
     ) -> None:
         name = f"dataset {contents.name}"
         checksums = contents.checksums()
         subjects = contents.known_subjects()
-        theirs = contents.fingerprints.prints if contents.fingerprints else []
+        theirs = contents.fingerprints.recordings if contents.fingerprints else []
         rest = []
         for row in rows:
             if row.sha256 and row.sha256 in checksums:
@@ -307,11 +322,11 @@ class HoldBack:
             else:
                 rest.append(row)
         if theirs and contents.fingerprints:
-            ours = [prints[row.key] for row in rest]
-            for i, j, relation in matches(ours, theirs, load_points, contents.fingerprints.load):
+            ours = [fingerprints[row.key] for row in rest]
+            for i, j, relation in find_matches(ours, theirs, load_points, contents.fingerprints.load):
                 reason = f"recording of {name} ({HOW[relation]} as {theirs[j].key})"
                 why.setdefault(rest[i].key, (name, reason))
-        # Who has one recording in a benchmark is a subject of that benchmark.
+        # A subject of whom one recording is in the benchmark belongs to the benchmark with all recordings.
         people = {
             (row.corpus, row.subject) for row in rows if why.get(row.key, ("",))[0] == name and row.subject != row.key
         }
@@ -319,26 +334,26 @@ class HoldBack:
             if (row.corpus, row.subject) in people:
                 why.setdefault(row.key, (name, f"subject {row.subject} has a recording in {name}"))
 
-    def _copies(
+    def _hold_back_copies(
         self,
         rows: Sequence[LedgerRow],
         why: dict[str, tuple[str, str]],
-        prints: Mapping[str, Print],
+        fingerprints: Mapping[str, RecordingFingerprint],
         load_points: Callable[[str], np.ndarray],
     ) -> None:
-        """Hold back what is the same recording as one that is held back."""
+        """Hold back copies (by bytes or by signal) of the recordings that are held back so far."""
         held = [row for row in rows if row.key in why]
         rest = [row for row in rows if row.key not in why]
         by_bytes = {row.sha256: row for row in held if row.sha256}
         pairs = [(i, by_bytes[row.sha256]) for i, row in enumerate(rest) if row.sha256 in by_bytes]
-        ours, theirs = ([prints[row.key] for row in group] for group in (rest, held))
-        pairs += [(i, held[j]) for i, j, _ in matches(ours, theirs, load_points, load_points)]
+        ours, theirs = ([fingerprints[row.key] for row in group] for group in (rest, held))
+        pairs += [(i, held[j]) for i, j, _ in find_matches(ours, theirs, load_points, load_points)]
         for i, original in pairs:
             name = why[original.key][0]
             why.setdefault(rest[i].key, (name, f"copy of {original.key}, {name}"))
 
     def count_images(self, rows: Iterable[LedgerRow]) -> None:
-        """Enter the trials that `without_images` took out into the rows' ``windows_left_out``.
+        """Write the numbers of `images_left_out` to the column ``windows_left_out``.
 
         Parameters
         ----------
@@ -350,20 +365,20 @@ class HoldBack:
                 row.windows_left_out = dict(sorted({**row.windows_left_out, IMAGE_REASON: number}.items()))
 
 
-def _held_images(paths: Sequence[str], datasets: Sequence[Contents]) -> set[str]:
-    """Files that are pictures of held-back datasets, by bytes or by looks."""
+def _find_held_back_images(paths: Sequence[str], datasets: Sequence[Contents]) -> set[str]:
+    """Return the image files that have equal bytes with an image of a held-back dataset, or look the same."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from data_sharding.audit.fingerprints import ImagePrint, image_print, similar_images
+    from data_sharding.audit.fingerprints import ImageFingerprint, find_similar_images, fingerprint_image
 
-    def look(path: str) -> ImagePrint:
+    def read(path: str) -> ImageFingerprint:
         try:
-            return image_print(as_path(path).read_bytes())
+            return fingerprint_image(as_path(path).read_bytes())
         except OSError as error:
             raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
 
     with ThreadPoolExecutor() as pool:
-        ours = list(pool.map(look, paths))
+        ours = list(pool.map(read, paths))
     of_sha: defaultdict[str, list[str]] = defaultdict(list)
     for path, picture in zip(paths, ours, strict=True):
         of_sha[picture.sha256].append(path)
@@ -372,5 +387,5 @@ def _held_images(paths: Sequence[str], datasets: Sequence[Contents]) -> set[str]
         theirs = [use.picture for use in contents.images]
         for picture in theirs:
             held.update(of_sha.get(picture.sha256, ()))
-        held.update(paths[i] for i, _ in similar_images(ours, theirs))
+        held.update(paths[i] for i, _ in find_similar_images(ours, theirs))
     return held

@@ -1,4 +1,4 @@
-"""What a dataset is made of: hours and recordings by corpus, and why the rest is not in it."""
+"""``dreamscale inspect``: show hours and recordings of a dataset, and why other recordings are not in it."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.dataset.ledger import COLUMNS, STATUSES, LedgerRow, count_windows_left_out, read_ledger
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 
 FLAGS = ("recordings", "markdown", "json")
-"""Options that need no value."""
+"""Options that may stand without a value; then they mean true."""
 
 
 @dataclass(kw_only=True)
 class InspectConfig:
-    """Show hours and recordings of a dataset by corpus, channels, rate, status and reason."""
+    """Show hours and recordings of a dataset: by corpus, number of channels, sampling rate, status and reason."""
 
     dataset: str
     """Folder of the dataset."""
     recordings: bool = False
-    """Show every recording, too."""
+    """Also show a table of all recordings."""
     recording: str = ""
-    """Show one recording in full: its key, its path, or CORPUS/PATH."""
+    """Show all columns of one recording; give its key, its path, or CORPUS/PATH."""
     json: bool = False
-    """Print JSON: totals, or the recording."""
+    """Print JSON instead of tables."""
     markdown: bool = False
-    """Print Markdown, with every recording, for pages such as docs/real_corpus.md."""
+    """Print Markdown with all recordings, for pages such as docs/real_corpus.md."""
 
 
 @dataclass(kw_only=True)
 class Grid:
-    """A table."""
+    """A table to print."""
 
     title: str
-    """Above it, and its name in JSON."""
+    """Title above the table, and its key in JSON."""
     head: list[str]
     """Names of the columns."""
     lines: list[list[str | int | float]]
-    """Its cells; floats are hours."""
+    """Cells of each line; floats are hours."""
 
-    def text(self) -> list[list[str]]:
-        """Cells as they are printed."""
-        return [[_text(cell) for cell in line] for line in self.lines]
+    def to_text(self) -> list[list[str]]:
+        """Format the cells."""
+        return [[_format_cell(cell) for cell in line] for line in self.lines]
 
 
-def _text(cell: str | int | float) -> str:
+def _format_cell(cell: str | int | float) -> str:
     return (f"{cell:.1f}" if cell > 10 else f"{cell:.3f}") if isinstance(cell, float) else str(cell)
 
 
@@ -62,13 +62,13 @@ def _status_counts(rows: Iterable[LedgerRow], statuses: Sequence[str]) -> list[i
     return [count[status] for status in statuses]
 
 
-def _grouped(
+def _make_group_grid(
     title: str,
     rows: Sequence[LedgerRow],
     value: Callable[[LedgerRow], Any],
     statuses: Sequence[str] = STATUSES,
 ) -> Grid:
-    """Hours and recordings by a property, with a last line for all."""
+    """Make a table of hours and recordings for each value of a property; the last line is the total."""
     groups: defaultdict[Any, list[LedgerRow]] = defaultdict(list)
     for row in rows:
         groups[value(row)].append(row)
@@ -82,7 +82,7 @@ def _grouped(
     return Grid(title=title, head=[title, "hours found", "hours written", *statuses], lines=lines)
 
 
-def _splits(rows: Sequence[LedgerRow], manifest: Manifest) -> Grid:
+def _make_split_grid(rows: Sequence[LedgerRow], manifest: Manifest) -> Grid:
     lines: list[list[str | int | float]] = []
     for split in SPLITS:
         there = [row for row in rows if split in row.splits]
@@ -92,7 +92,7 @@ def _splits(rows: Sequence[LedgerRow], manifest: Manifest) -> Grid:
     return Grid(title="split", head=["split", "samples", "shards", "recordings", "subjects"], lines=lines)
 
 
-def _reasons(rows: Sequence[LedgerRow]) -> Grid:
+def _make_reason_grid(rows: Sequence[LedgerRow]) -> Grid:
     count: Counter[tuple[str, str]] = Counter()
     seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
     for row in rows:
@@ -104,13 +104,13 @@ def _reasons(rows: Sequence[LedgerRow]) -> Grid:
     return Grid(title="reasons", head=["status", "reason", "recordings", "hours"], lines=lines)
 
 
-def _held_back(rows: Sequence[LedgerRow]) -> Grid:
+def _make_held_back_grid(rows: Sequence[LedgerRow]) -> Grid:
     count = Counter(row.held_back or row.reason for row in rows if row.status == "held back")
     lines: list[list[str | int | float]] = [[name, number] for name, number in sorted(count.items())]
     return Grid(title="held back", head=["by", "recordings"], lines=lines)
 
 
-def _left_out(rows: Sequence[LedgerRow]) -> Grid:
+def _make_left_out_grid(rows: Sequence[LedgerRow]) -> Grid:
     found = sorted(count_windows_left_out(rows).items())
     return Grid(title="windows left out", head=["windows left out", "number"], lines=[[k, v] for k, v in found])
 
@@ -119,7 +119,7 @@ def _path(row: LedgerRow) -> str:
     return row.path if row.path.startswith(f"{row.corpus}/") else f"{row.corpus}/{row.path}"
 
 
-def _recordings(rows: Sequence[LedgerRow]) -> Grid:
+def _make_recordings_grid(rows: Sequence[LedgerRow]) -> Grid:
     lines = []
     for row in rows:
         eeg = f"{row.n_kept} of {row.n_eeg}" if row.n_kept != row.n_eeg and row.n_kept else str(row.n_eeg or "")
@@ -135,37 +135,39 @@ def _recordings(rows: Sequence[LedgerRow]) -> Grid:
 
 
 def find_recording(rows: Sequence[LedgerRow], name: str) -> LedgerRow:
-    """Row of a recording by its key or path.
+    """Find the row of a recording by key or path.
 
     Parameters
     ----------
     rows : sequence of LedgerRow
-        The ledger.
+        Rows of the ledger.
     name : str
         Key, path, or CORPUS/PATH.
 
     Returns
     -------
     LedgerRow
-        Its row.
+        The row.
 
     Raises
     ------
     RequestError
-        If there is none, or several have that path.
+        If no recording has this name, or several recordings have this path.
     """
     exact = [row for row in rows if row.key == name]
     found = exact or [row for row in rows if name in (row.path, f"{row.corpus}/{row.path}")]
     if len(found) == 1:
         return found[0]
     if found:
-        raise RequestError(f"recording '{name}': {len(found)} have that path; use a key: {found[0].key} ...")
+        raise RequestError(
+            f"recording '{name}': {len(found)} recordings have this path; use a key, such as {found[0].key}"
+        )
     near = [row.key for row in rows if name.lower() in f"{row.key} {_path(row)}".lower()][:5]
-    hint = f"did you mean {', '.join(near)}?" if near else "'--recordings' lists them all"
+    hint = f"did you mean {', '.join(near)}?" if near else "use --recordings to list all recordings"
     raise RequestError(f"recording '{name}': not in the ledger; {hint}")
 
 
-def _in_full(row: LedgerRow) -> Grid:
+def _make_recording_grid(row: LedgerRow) -> Grid:
     lines = []
     for name in COLUMNS:
         value = getattr(row, name)
@@ -177,7 +179,7 @@ def _in_full(row: LedgerRow) -> Grid:
     return Grid(title="recording", head=["column", "value"], lines=lines)
 
 
-def _about(manifest: Manifest) -> str:
+def _describe(manifest: Manifest) -> str:
     spec = manifest.preprocess
     return (
         f"{spec.sfreq:g} Hz, {spec.highpass:g} to {spec.lowpass:g} Hz, windows of {spec.window_s:g} s; "
@@ -186,22 +188,22 @@ def _about(manifest: Manifest) -> str:
     )
 
 
-def _show_markdown(grids: Iterable[Grid]) -> None:
+def _print_markdown(grids: Iterable[Grid]) -> None:
     for grid in grids:
-        lines = [grid.head, ["---"] * len(grid.head), *grid.text()]
+        lines = [grid.head, ["---"] * len(grid.head), *grid.to_text()]
         text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         print(f"\n{text}")
 
 
-def _show(grids: Iterable[Grid]) -> None:
-    """Tables with frames on a terminal; aligned text without frames or line breaks elsewhere."""
+def _print_tables(grids: Iterable[Grid]) -> None:
+    """Print tables: with frames on a terminal, otherwise as aligned text that other programs can read."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     terminal = sys.stdout.isatty()
     for grid in grids:
-        lines = grid.text()
+        lines = grid.to_text()
         table = Table(
             title=None if grid.title == grid.head[0] else grid.title.capitalize(),
             title_justify="left",
@@ -213,19 +215,19 @@ def _show(grids: Iterable[Grid]) -> None:
             right = number > 0 and all(cell.replace(".", "", 1).isdigit() or not cell for cell in cells)
             table.add_column(name, overflow="fold", justify="right" if right else "left")
         for line in lines:
-            # Brackets in names are names, no markup.
+            # Rich would read brackets in a name as markup.
             table.add_row(*(cell.replace("[", "\\[") for cell in line))
         if terminal:
             Console(highlight=False).print(table)
             continue
-        # As wide as it needs to be: what reads this cuts or searches lines.
+        # Wide enough that no line is broken, because other programs cut or search the lines.
         width = 20 + sum(max(map(len, column)) + 4 for column in zip(grid.head, *lines, strict=True))
         text = io.StringIO()
         Console(file=text, width=width, highlight=False).print(table)
         print("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
 
 
-def _as_json(rows: Sequence[LedgerRow], manifest: Manifest, grids: Iterable[Grid]) -> str:
+def _to_json(rows: Sequence[LedgerRow], manifest: Manifest, grids: Iterable[Grid]) -> str:
     values = {
         "dataset_id": manifest.dataset_id,
         "preprocess": manifest.preprocess.to_dict(),
@@ -241,14 +243,24 @@ def _as_json(rows: Sequence[LedgerRow], manifest: Manifest, grids: Iterable[Grid
     return json.dumps(values | {"recordings": [row.to_columns() for row in rows]}, indent=2)
 
 
-def _main(argv: list[str]) -> int:
-    for flag in FLAGS:
-        # A flag alone means yes.
-        argv = [
-            f"{word}=true" if word == f"--{flag}" and argv[i + 1 : i + 2] not in (["true"], ["false"]) else word
-            for i, word in enumerate(argv)
-        ]
-    config = parse_config(InspectConfig, argv, prog="dreamscale inspect", positionals=("dataset",))
+def inspect(config: InspectConfig) -> int:
+    """Print the tables of a dataset.
+
+    Parameters
+    ----------
+    config : InspectConfig
+        The request.
+
+    Returns
+    -------
+    int
+        0.
+
+    Raises
+    ------
+    RequestError
+        If there is no complete dataset with a ledger, or no such recording.
+    """
     manifest = Manifest.read(config.dataset)
     rows = read_ledger(config.dataset)
     if config.recording:
@@ -256,48 +268,47 @@ def _main(argv: list[str]) -> int:
         if config.json:
             print(json.dumps(row.to_columns(), indent=2))
         else:
-            _show([_in_full(row)])
+            _print_tables([_make_recording_grid(row)])
         return EXIT_DONE
     kept = [row for row in rows if row.status == "sharded"]
-    corpora = _grouped("corpus", rows, lambda row: row.corpus)
+    corpora = _make_group_grid("corpus", rows, lambda row: row.corpus)
     if config.markdown:
-        print(_about(manifest))
-        _show_markdown([corpora, _recordings(rows), *(g for g in [_left_out(rows)] if g.lines)])
+        print(_describe(manifest))
+        _print_markdown([corpora, _make_recordings_grid(rows), *(g for g in [_make_left_out_grid(rows)] if g.lines)])
         return EXIT_DONE
     grids = [
         corpora,
-        _splits(rows, manifest),
-        _grouped("channels kept", kept, lambda row: row.n_kept, ["sharded"]),
-        _grouped("recorded Hz", kept, lambda row: row.sfreq, ["sharded"]),
-        _reasons(rows),
-        _held_back(rows),
-        _left_out(rows),
-        *([_recordings(rows)] if config.recordings else []),
+        _make_split_grid(rows, manifest),
+        _make_group_grid("channels kept", kept, lambda row: row.n_kept, ["sharded"]),
+        _make_group_grid("recorded Hz", kept, lambda row: row.sfreq, ["sharded"]),
+        _make_reason_grid(rows),
+        _make_held_back_grid(rows),
+        _make_left_out_grid(rows),
+        *([_make_recordings_grid(rows)] if config.recordings else []),
     ]
     if config.json:
-        print(_as_json(rows if config.recordings else [], manifest, grids))
+        print(_to_json(rows if config.recordings else [], manifest, grids))
         return EXIT_DONE
-    print(f"Dataset {manifest.dataset_id[:16]}: {_about(manifest)}\n")
-    _show(grid for grid in grids if grid.lines)
+    print(f"Dataset {manifest.dataset_id[:16]}: {_describe(manifest)}\n")
+    _print_tables(grid for grid in grids if grid.lines)
+    print("next: --recordings lists all recordings, --recording NAME shows one of them; report.html has figures")
     return EXIT_DONE
 
 
+_command = command(InspectConfig, inspect, prog="dreamscale inspect", positionals=("dataset",))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run ``dreamscale inspect DATASET``.
-
-    Parameters
-    ----------
-    argv : list of str, optional
-        Arguments; `sys.argv[1:]` by default.
-
-    Returns
-    -------
-    int
-        0, or 2 where there is no complete dataset with a ledger, or no such recording.
-    """
+    """Run ``dreamscale inspect DATASET`` and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for flag in FLAGS:
+        words = [
+            f"{word}=true" if word == f"--{flag}" and words[i + 1 : i + 2] not in (["true"], ["false"]) else word
+            for i, word in enumerate(words)
+        ]
     try:
-        return run_main(_main, argv)
+        return _command(words)
     except BrokenPipeError:
-        # Whoever reads, say `head`, has seen enough; without this the interpreter complains at its end.
+        # The reader of the output, for example `head`, has closed it. Without this, Python prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

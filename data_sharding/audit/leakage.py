@@ -1,4 +1,18 @@
-"""What two datasets, or two splits of one, have in common: people, recordings, windows and images.
+"""Find leakage: subjects, recordings, windows and images that two datasets, or two splits of a dataset, share.
+
+The rules, with the ways in which two things are recognised as the same:
+
+- **Subject**: same corpus and same name. A recording whose subject is unknown counts as a subject of its own. Equal
+  names in two corpora are only a question, since "sub-01" is another person in each corpus.
+- **Recording**: equal bytes (checksum over all files), the same signal (`data_sharding.audit.duplicates`), or the same
+  key unless the checksums show that the files differ.
+- **Window**: equal values, or, within a shared recording, overlapping times. Time is needed because the same second
+  gives other values after another preprocessing.
+- **Image**: equal bytes, same look (`find_similar_images` in `data_sharding.audit.fingerprints`), or the same name in
+  the same corpus.
+
+Each finding is a proof or a question. A question needs a look by a person: equal names alone, or a crossing of splits
+that the config of the dataset allows.
 
 Shapes: W windows of a dataset, R recordings.
 """
@@ -17,9 +31,15 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from data_sharding.audit.duplicates import HOW, find_duplicates, matches
+from data_sharding.audit.duplicates import HOW, find_duplicates, find_matches
 from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
-from data_sharding.audit.fingerprints import Fingerprints, ImagePrint, image_print, similar_images, window_digest
+from data_sharding.audit.fingerprints import (
+    Fingerprints,
+    ImageFingerprint,
+    find_similar_images,
+    fingerprint_image,
+    window_digest,
+)
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
 from data_sharding.common.progress import progress
@@ -36,93 +56,93 @@ KINDS: tuple[Kind, ...] = ("subject", "recording", "window", "image")
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something in common."""
+    """Something that two datasets or two splits share."""
 
     kind: Kind
-    """What."""
+    """Kind of the shared thing."""
     text: str
-    """With names, one line."""
+    """One line that names what is shared."""
     proof: bool = True
-    """False where it is a question: equal names alone, or what the request itself allows."""
+    """False for a question: only the names are equal, or the config of the dataset allows the crossing."""
 
 
 @dataclass(kw_only=True)
 class Findings:
-    """What was found, and how far the comparison reached."""
+    """Result of a comparison."""
 
     found: list[Finding] = field(default_factory=list)
-    """In common."""
+    """Proofs and questions."""
     compared: list[str] = field(default_factory=list)
-    """What was compared, in words."""
+    """Texts that say what was compared."""
     not_compared: list[str] = field(default_factory=list)
-    """What could not be compared, and why."""
+    """Texts that say what could not be compared, and why."""
 
     @property
     def proofs(self) -> list[Finding]:
-        """Findings that are no mere questions."""
+        """Findings that are proofs, not questions."""
         return [finding for finding in self.found if finding.proof]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageUse:
-    """An image of a dataset."""
+    """An image of a dataset, and the splits that show it."""
 
     corpus: str
-    """Whose."""
+    """Corpus of the image."""
     image_id: str
-    """Its name there."""
-    picture: ImagePrint
-    """Its content."""
+    """Name of the image in the corpus."""
+    fingerprint: ImageFingerprint
+    """Fingerprint of the image."""
     splits: tuple[str, ...]
-    """Where it stands."""
+    """Splits in which the image is shown."""
 
 
 @dataclass(kw_only=True)
 class Contents:
-    """What of a dataset is compared."""
+    """Data of a dataset that is compared with other datasets."""
 
     name: str
-    """The dataset as the user named it."""
+    """Path of the dataset as the user wrote it."""
     manifest: Manifest
-    """Its manifest."""
+    """Manifest of the dataset."""
     rows: dict[str, LedgerRow]
-    """Ledger rows by key; empty where there is no ledger."""
+    """Ledger rows by key; empty if the dataset has no ledger."""
     fingerprints: Fingerprints | None
-    """Of its recordings; None where there are none."""
+    """Fingerprints of the recordings; None if the dataset has no such file."""
     recordings: list[str]
-    """Keys of the recordings that have windows."""
+    """[R] keys of the recordings that have windows."""
     people: list[tuple[str, str]]
-    """Corpus and subject of each of them."""
+    """[R] corpus and subject of each recording."""
     recording: np.ndarray = field(repr=False)
-    """[W] place in `recordings`."""
+    """[W] recording of each window, as a position in `recordings`."""
     split: np.ndarray = field(repr=False)
-    """[W] place in `SPLITS`."""
+    """[W] split of each window, as a position in `SPLITS`."""
     start: np.ndarray = field(repr=False)
-    """[W] seconds from the recording's beginning."""
+    """[W] start of each window, in seconds from the beginning of the recording."""
     digest: np.ndarray = field(repr=False)
-    """[W] `data_sharding.audit.fingerprints.window_digest`; empty where windows were not read."""
+    """[W] `data_sharding.audit.fingerprints.window_digest`; empty if the windows were not read."""
     images: list[ImageUse] = field(repr=False)
-    """One for each image and name."""
+    """One entry for each pair of an image and a name."""
     concepts: dict[str, set[str]] = field(default_factory=dict, repr=False)
-    """Concept of the images shown to the splits in which it stands."""
+    """Splits in which each concept is shown."""
     _order: np.ndarray | None = field(default=None, init=False, repr=False)
     _bounds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), init=False, repr=False)
 
     @classmethod
     def read(cls, dataset: str | AnyPath, *, windows: bool = True) -> Contents:
-        """Read a dataset through.
+        """Read a whole dataset.
 
         Parameters
         ----------
         dataset : str, Path or UPath
-            Its directory.
+            Directory of the dataset.
         windows : bool
-            Whether to decode every window, too.
+            Whether to decode the windows, too.
 
         Returns
         -------
         Contents
-            What is compared of it.
+            The data to compare.
 
         Raises
         ------
@@ -135,19 +155,19 @@ class Contents:
         keys: dict[str, int] = {}
         people: list[tuple[str, str]] = []
         columns: list[list[tuple[int, int, float, int]]] = []
-        pictures: dict[str, ImagePrint] = {}
+        fingerprints: dict[str, ImageFingerprint] = {}
         uses: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
         concepts: defaultdict[str, set[str]] = defaultdict(set)
         jobs = [(split, shard.path) for split, shards in manifest.splits.items() for shard in shards]
 
-        def look(job: tuple[str, str]) -> list[tuple[_Sample, str]]:
+        def read_shard(job: tuple[str, str]) -> list[tuple[_Sample, str]]:
             out = []
-            for sample, image in _samples(root, job[1], windows):
+            for sample, image in _read_samples(root, job[1], windows):
                 sha = ""
                 if image is not None:
                     sha = hashlib.sha256(image).hexdigest()
-                    if sha not in pictures:
-                        pictures[sha] = image_print(image, sha)
+                    if sha not in fingerprints:
+                        fingerprints[sha] = fingerprint_image(image, sha)
                 out.append((sample, sha))
             return out
 
@@ -155,7 +175,7 @@ class Contents:
             progress(f"reading {root}", len(jobs)) as advance,
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         ):
-            for (split, _), samples in zip(jobs, pool.map(look, jobs), strict=True):
+            for (split, _), samples in zip(jobs, pool.map(read_shard, jobs), strict=True):
                 place = SPLITS.index(split)
                 column = []
                 for sample, sha in samples:
@@ -182,30 +202,32 @@ class Contents:
             start=np.array([w[2] for w in flat], float),
             digest=np.array([w[3] for w in flat] if windows else [], np.uint64),
             images=[
-                ImageUse(corpus=c, image_id=i, picture=pictures[sha], splits=tuple(s for s in SPLITS if s in where))
+                ImageUse(
+                    corpus=c, image_id=i, fingerprint=fingerprints[sha], splits=tuple(s for s in SPLITS if s in where)
+                )
                 for (c, i, sha), where in sorted(uses.items())
             ],
             concepts=dict(concepts),
         )
 
     def checksums(self) -> dict[str, str]:
-        """Checksum of a recording's files to the recording; copies that were left out as duplicates lead to it, too."""
-        in_it = set(self.recordings)
-        kept = {row.sha256: key if key in in_it else row.duplicate_of for key, row in self.rows.items()}
-        return {sha: key for sha, key in kept.items() if sha and key in in_it}
+        """Map checksums of files to keys of recordings; a left-out duplicate is mapped to the kept recording."""
+        present = set(self.recordings)
+        kept = {row.sha256: key if key in present else row.duplicate_of for key, row in self.rows.items()}
+        return {sha: key for sha, key in kept.items() if sha and key in present}
 
     def windows_of(self, number: int) -> np.ndarray:
-        """Windows of a recording.
+        """Return the windows of a recording.
 
         Parameters
         ----------
         number : int
-            Place in `recordings`.
+            Position of the recording in `recordings`.
 
         Returns
         -------
         ndarray of int
-            Places in `start` and the other columns.
+            Positions in `start` and the other arrays of shape [W].
         """
         if self._order is None:
             self._order = np.argsort(self.recording, kind="stable")
@@ -213,16 +235,16 @@ class Contents:
         return self._order[self._bounds[number] : self._bounds[number + 1]]
 
     def known_subjects(self) -> set[tuple[str, str]]:
-        """Corpus and name of everyone whose name is known: an unnamed recording is its own subject."""
+        """Return corpus and name of the known subjects. The subject of a recording is unknown if it equals the key."""
         return {(c, s) for (c, s), key in zip(self.people, self.recordings, strict=True) if s and s != key}
 
-    def unnamed(self) -> int:
-        """Recordings of which nobody said whose they are."""
+    def count_unnamed(self) -> int:
+        """Count the recordings whose subject is unknown."""
         return sum(s in ("", key) for (_, s), key in zip(self.people, self.recordings, strict=True))
 
 
 class _Sample(NamedTuple):
-    """What is compared of a window; its metadata as a whole would fill the memory."""
+    """Data of a window that is compared. Its whole metadata would take too much memory."""
 
     recording: str
     corpus: str
@@ -233,8 +255,8 @@ class _Sample(NamedTuple):
     digest: int
 
 
-def _samples(root: AnyPath, path: str, windows: bool) -> Iterator[tuple[_Sample, bytes | None]]:
-    """Every sample of a shard with its image."""
+def _read_samples(root: AnyPath, path: str, windows: bool) -> Iterator[tuple[_Sample, bytes | None]]:
+    """Yield every sample of a shard, with its image if it has one."""
     tar = root / path
     try:
         with tar.open("rb") as stream:
@@ -261,13 +283,13 @@ def _samples(root: AnyPath, path: str, windows: bool) -> Iterator[tuple[_Sample,
     except RequestError:
         raise
     except Exception as error:
-        # Whatever a damaged archive raises, the shard is to blame.
-        why = f"cannot be read ({error}); 'dreamscale verify {root}' says what is damaged"
+        # A damaged shard can raise errors of many kinds.
+        why = f"cannot be read ({error}); run 'dreamscale verify {root}' to see what is damaged"
         raise RequestError(f"{tar}: {why}") from None
 
 
-def _equal(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places in a whose value is in b, and one place in b for each; by sorting, which is faster here than hashing."""
+def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find values of a in b, by sorting; returns their positions in a, and a position in b for each of them."""
     if not len(a) or not len(b):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     order_a, order_b = np.argsort(a), np.argsort(b, kind="stable")
@@ -278,11 +300,11 @@ def _equal(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _overlaps(a: np.ndarray, length_a: float, b: np.ndarray, length_b: float) -> np.ndarray:
-    """Which windows of one list reach into a window of the other; both by their starts in seconds."""
+    """Return which windows of list a overlap a window of list b; a and b are starts, and lengths are in seconds."""
     if not len(a) or not len(b):
         return np.zeros(len(a), bool)
     b = np.sort(b)
-    # The last window of b that starts before the end of a's, minus rounding of the starts.
+    # The last window of b that starts before the window of a ends. Starts are rounded, hence the tolerance.
     last = np.searchsorted(b, a + length_a - 1e-4) - 1
     return (last >= 0) & (b[np.maximum(last, 0)] + length_b > a + 1e-4)
 
@@ -297,17 +319,17 @@ def _times(starts: np.ndarray) -> str:
 
 
 def compare_datasets(a: Contents, b: Contents) -> Findings:
-    """What two datasets have in common.
+    """Find what two datasets share.
 
     Parameters
     ----------
     a, b : Contents
-        Two datasets, of the same or of different preprocessing.
+        Two datasets; their preprocessing may differ.
 
     Returns
     -------
     Findings
-        Proofs and questions, and how far the comparison reached.
+        Proofs and questions, and what could be compared.
     """
     out = Findings()
     _compare_subjects(a, b, out)
@@ -330,17 +352,17 @@ def _compare_subjects(a: Contents, b: Contents, out: Findings) -> None:
             text = f"same name: subject {subject} of corpus {corpus}, and of {', '.join(others)} in the other"
             out.found.append(Finding(kind="subject", text=text, proof=False))
     for contents in (a, b):
-        _unnamed(contents, out)
+        _report_unnamed(contents, out)
 
 
-def _unnamed(contents: Contents, out: Findings) -> None:
-    if unnamed := contents.unnamed():
-        text = f"subjects of {unnamed} recordings of {contents.name}: nobody says whose they are (subject_pattern)"
+def _report_unnamed(contents: Contents, out: Findings) -> None:
+    if unnamed := contents.count_unnamed():
+        text = f"subjects of {unnamed} recordings of {contents.name}: they are unknown; set subject_pattern"
         out.not_compared.append(text)
 
 
 def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[str, str]]:
-    """Findings about recordings; pairs of keys that are one recording."""
+    """Add findings about recordings; return pairs of keys (of a and b) that are the same recording."""
     pairs: dict[tuple[str, str], str] = {}
     sums_a, sums_b = a.checksums(), b.checksums()
     for sha in sums_a.keys() & sums_b.keys():
@@ -353,9 +375,9 @@ def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[s
     if sums_a and sums_b:
         out.compared.append(f"recordings by checksum of their files: {len(sums_a)} with {len(sums_b)}")
     if a.fingerprints and b.fingerprints:
-        ours, theirs = a.fingerprints.prints, b.fingerprints.prints
+        ours, theirs = a.fingerprints.recordings, b.fingerprints.recordings
         out.compared.append(f"recordings by signal: {len(ours)} with {len(theirs)}")
-        for i, j, relation in matches(ours, theirs, a.fingerprints.load, b.fingerprints.load):
+        for i, j, relation in find_matches(ours, theirs, a.fingerprints.load, b.fingerprints.load):
             pairs.setdefault((ours[i].key, theirs[j].key), HOW[relation])
     for key in sorted(set(a.recordings) & set(b.recordings)):
         ours, theirs = a.rows.get(key), b.rows.get(key)
@@ -374,18 +396,18 @@ def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[s
 
 def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]], out: Findings) -> None:
     spec_a, spec_b = a.manifest.preprocess, b.manifest.preprocess
-    ours, theirs = _equal(a.digest, b.digest)
+    equal_a, equal_b = _match_values(a.digest, b.digest)
     out.compared.append(f"windows by content: {len(a.digest)} with {len(b.digest)}")
     if spec_a.digest() != spec_b.digest():
         x, y = spec_a.to_dict(), spec_b.to_dict()
         other = ", ".join(sorted(k for k in x.keys() | y.keys() if x.get(k) != y.get(k)))
         out.not_compared.append(
-            f"windows by content, as proof that none is shared: the preprocessing differs ({other}); "
-            "windows of shared recordings are compared by their time"
+            f"windows by content cannot be compared completely, because the preprocessing differs ({other}); "
+            "windows of shared recordings are compared by time"
         )
-    if len(ours):
+    if len(equal_a):
         groups: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-        for i, j in zip(ours, theirs, strict=True):
+        for i, j in zip(equal_a, equal_b, strict=True):
             groups[a.recordings[a.recording[i]], b.recordings[b.recording[j]]].append(float(a.start[i]))
         for (one, other), starts in sorted(groups.items()):
             text = f"{_windows(len(starts))} of {one} equal to windows of {other}, {_times(np.array(starts))}"
@@ -406,45 +428,45 @@ def _compare_images(a: Contents, b: Contents, out: Findings) -> None:
     if not a.images or not b.images:
         return
     out.compared.append(f"images by name, bytes and looks: {len(a.images)} with {len(b.images)}")
-    _unreadable(out, a, b)
-    told: set[tuple[int, int]] = set()
-    for i, j in similar_images([u.picture for u in a.images], [u.picture for u in b.images]):
+    _report_unreadable_images(out, a, b)
+    reported: set[tuple[int, int]] = set()
+    for i, j in find_similar_images([u.fingerprint for u in a.images], [u.fingerprint for u in b.images]):
         x, y = a.images[i], b.images[j]
-        told.add((i, j))
-        how = "equal bytes" if x.picture.sha256 == y.picture.sha256 else "the same picture, encoded again"
+        reported.add((i, j))
+        how = "equal bytes" if x.fingerprint.sha256 == y.fingerprint.sha256 else "the same image, encoded again"
         out.found.append(Finding(kind="image", text=f"image {_image(x)} here is {_image(y)} there: {how}"))
     named: defaultdict[str, list[int]] = defaultdict(list)
     of_sha: defaultdict[str, list[int]] = defaultdict(list)
     for j, use in enumerate(b.images):
         named[use.image_id].append(j)
-        of_sha[use.picture.sha256].append(j)
+        of_sha[use.fingerprint.sha256].append(j)
     for i, use in enumerate(a.images):
-        for j in of_sha[use.picture.sha256]:
-            if (i, j) not in told:
-                told.add((i, j))
+        for j in of_sha[use.fingerprint.sha256]:
+            if (i, j) not in reported:
+                reported.add((i, j))
                 text = f"image {_image(use)} here is {_image(b.images[j])} there: equal bytes"
                 out.found.append(Finding(kind="image", text=text))
         for j in named[use.image_id]:
             other = b.images[j]
-            if (i, j) not in told and use.image_id:
+            if (i, j) not in reported and use.image_id:
                 same = use.corpus == other.corpus
-                text = f"image {_image(use)} here, {_image(other)} there; the pictures differ"
+                text = f"image {_image(use)} here, {_image(other)} there; the contents differ"
                 text = text if same else f"same name: {text}"
                 out.found.append(Finding(kind="image", text=text, proof=same))
 
 
 def _image(use: ImageUse) -> str:
-    return f"{use.corpus}/{use.image_id or use.picture.sha256[:12]}"
+    return f"{use.corpus}/{use.image_id or use.fingerprint.sha256[:12]}"
 
 
-def _unreadable(out: Findings, *contents: Contents) -> None:
-    for one in contents:
-        if blind := sum(use.picture.phash is None for use in one.images):
-            out.not_compared.append(f"{blind} images of {one.name} by looks: Pillow cannot open them")
+def _report_unreadable_images(out: Findings, *contents: Contents) -> None:
+    for each in contents:
+        if unreadable := sum(use.fingerprint.phash is None for use in each.images):
+            out.not_compared.append(f"{unreadable} images of {each.name} by looks: Pillow cannot open them")
 
 
-def _by_design(manifest: Manifest) -> tuple[bool, bool]:
-    """Whether the request itself lets subjects, and images, stand in several splits."""
+def _allowed_crossings(manifest: Manifest) -> tuple[bool, bool]:
+    """Return whether the config allows a subject, and an image, to be in several splits."""
     split = manifest.config.get("split")
     if not split:
         return False, False
@@ -454,7 +476,7 @@ def _by_design(manifest: Manifest) -> tuple[bool, bool]:
 
 
 def compare_splits(contents: Contents) -> Findings:
-    """What the splits of one dataset have in common.
+    """Find what the splits of a dataset share.
 
     Parameters
     ----------
@@ -464,11 +486,11 @@ def compare_splits(contents: Contents) -> Findings:
     Returns
     -------
     Findings
-        Subjects and images that cross splits are questions, not proofs, where the dataset's own config does not hold
-        them out; windows that are equal or overlap across splits always count.
+        A subject or an image in several splits is a question, not a proof, if the config of the dataset does not hold
+        out subjects or images. Windows that are equal or overlap across splits are always proofs.
     """
     out = Findings()
-    free_subjects, free_images = _by_design(contents.manifest)
+    free_subjects, free_images = _allowed_crossings(contents.manifest)
     there = [split for split in SPLITS if contents.manifest.samples(split)]
     out.compared.append(
         f"{', '.join(there)}: {len(contents.recordings)} recordings of {len(set(contents.people))} subjects, "
@@ -490,10 +512,10 @@ def compare_splits(contents: Contents) -> Findings:
         if len(places) > 1:
             text = f"recording {contents.recordings[number]} is in {_names(places)}{allowed}"
             out.found.append(Finding(kind="recording", text=text, proof=not free_subjects))
-    _unnamed(contents, out)
-    _recordings_twice(contents, of_recording, out)
-    _windows_across(contents, of_recording, out)
-    _images_across(contents, free_images, out)
+    _report_unnamed(contents, out)
+    _compare_recordings_of_splits(contents, of_recording, out)
+    _compare_windows_of_splits(contents, of_recording, out)
+    _compare_images_of_splits(contents, free_images, out)
     return out
 
 
@@ -501,21 +523,21 @@ def _names(places: set[int]) -> str:
     return " and ".join(SPLITS[p] for p in sorted(places))
 
 
-def _recordings_twice(contents: Contents, of_recording: dict[int, set[int]], out: Findings) -> None:
+def _compare_recordings_of_splits(contents: Contents, of_recording: dict[int, set[int]], out: Findings) -> None:
     if contents.fingerprints is None:
         out.not_compared.append(f"recordings by signal: there is no {FINGERPRINTS}")
         return
     number = {key: i for i, key in enumerate(contents.recordings)}
-    twice = find_duplicates(contents.fingerprints.prints, contents.fingerprints.load)
+    twice = find_duplicates(contents.fingerprints.recordings, contents.fingerprints.load)
     for key, copy in sorted(twice.items(), key=lambda pair: pair[0]):
         if key in number and copy.kept in number:
             places = of_recording[number[key]] | of_recording[number[copy.kept]]
             words = f"recording {key} is a copy of {copy}; they are in {_names(places)}"
             out.found.append(Finding(kind="recording", text=words, proof=len(places) > 1))
-    out.compared.append(f"recordings by signal: {len(contents.fingerprints.prints)} with one another")
+    out.compared.append(f"recordings by signal: {len(contents.fingerprints.recordings)} with one another")
 
 
-def _windows_across(contents: Contents, of_recording: dict[int, set[int]], out: Findings) -> None:
+def _compare_windows_of_splits(contents: Contents, of_recording: dict[int, set[int]], out: Findings) -> None:
     length = contents.manifest.preprocess.window_s
     order = np.argsort(contents.digest, kind="stable")
     equal = np.flatnonzero(contents.digest[order][1:] == contents.digest[order][:-1]) if len(order) else order
@@ -545,20 +567,20 @@ def _windows_across(contents: Contents, of_recording: dict[int, set[int]], out: 
     out.compared.append(f"windows by content and by time: {len(contents.split)}")
 
 
-def _images_across(contents: Contents, allowed: bool, out: Findings) -> None:
+def _compare_images_of_splits(contents: Contents, allowed: bool, out: Findings) -> None:
     if not contents.images:
         return
-    _unreadable(out, contents)
+    _report_unreadable_images(out, contents)
     why = " (the config does not hold images out)" if allowed else ""
     uses = contents.images
     for use in uses:
         if len(use.splits) > 1:
             text = f"image {_image(use)} is in {' and '.join(use.splits)}{why}"
             out.found.append(Finding(kind="image", text=text, proof=not allowed))
-    pictures = [use.picture for use in uses]
-    for i, j in similar_images(pictures, pictures):
+    fingerprints = [use.fingerprint for use in uses]
+    for i, j in find_similar_images(fingerprints, fingerprints):
         if i < j and set(uses[i].splits) != set(uses[j].splits):
-            how = "equal bytes" if pictures[i].sha256 == pictures[j].sha256 else "the same picture, encoded again"
+            how = "equal bytes" if fingerprints[i].sha256 == fingerprints[j].sha256 else "the same image, encoded again"
             text = (
                 f"image {_image(uses[i])} ({' and '.join(uses[i].splits)}) is {_image(uses[j])} "
                 f"({' and '.join(uses[j].splits)}): {how}{why}"

@@ -1,4 +1,4 @@
-"""Every byte and every count of a dataset against its manifest, and what splits or datasets have in common."""
+"""``dreamscale verify``: check a dataset against its manifest, and check that its splits share nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
 from data_sharding.audit.leakage import KINDS, Contents, Findings, compare_datasets, compare_splits
-from data_sharding.common.config import parse_config
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, run_main
+from data_sharding.common.config import command
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError
 from data_sharding.common.files import read_json, sha256_file
 from data_sharding.common.progress import progress
 from data_sharding.common.storage import AnyPath, as_path
@@ -20,38 +20,38 @@ from data_sharding.dataset.manifest import Manifest, Shard
 
 @dataclass(kw_only=True)
 class VerifyConfig:
-    """Check a dataset's bytes and counts and that its splits share nothing, or that it shares nothing with another."""
+    """Check bytes and counts of a dataset, and that its splits (or this dataset and another one) share nothing."""
 
     dataset: str
     """Folder of the dataset."""
     against: str = ""
-    """Folder of another dataset: prove that the two share no subject, recording, window or image."""
+    """Folder of another dataset: check that the two datasets share no subject, recording, window or image."""
     content: bool = True
-    """Decode every window and compare the splits, too; false: bytes and counts only."""
+    """Also decode every window and compare the splits; false: check only bytes and counts."""
     lines: int = 20
-    """Most findings of a kind that are printed; 0: all."""
+    """Largest number of findings of each kind that are printed; 0 prints all."""
 
     def __post_init__(self) -> None:
         if self.lines < 0:
             raise ValueError(f"lines must not be negative, got {self.lines}")
         if self.against and not self.content:
-            raise ValueError("content: datasets cannot be compared without it; leave it out")
+            raise ValueError("content is false, but against needs it to compare two datasets; leave content out")
 
 
 def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
-    """What is wrong with a shard.
+    """Check a shard.
 
     Parameters
     ----------
     root : Path or UPath
-        The dataset.
+        Directory of the dataset.
     shard : Shard
-        Its manifest entry.
+        Manifest entry of the shard.
 
     Returns
     -------
     list of str
-        One line a fault, naming the file; empty where there is none.
+        One line for each fault, which names the file; empty if the shard is intact.
     """
     name = f"{shard.path.removesuffix('.tar')}.idx"
     tar, index = root / shard.path, root / name
@@ -62,9 +62,9 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
     if tar.stat().st_size != shard.bytes:
         faults.append(f"{shard.path}: {tar.stat().st_size} bytes, the manifest says {shard.bytes}")
     elif sha256_file(tar) != shard.sha256:
-        faults.append(f"{shard.path}: its sha256 is not the manifest's")
+        faults.append(f"{shard.path}: its sha256 differs from the manifest's")
     if sha256_file(index) != shard.index_sha256:
-        return [*faults, f"{name}: its sha256 is not the manifest's"]
+        return [*faults, f"{name}: its sha256 differs from the manifest's"]
     entries = read_json(index)
     if len(entries) != shard.samples:
         faults.append(f"{name}: {len(entries)} samples, the manifest says {shard.samples}")
@@ -73,22 +73,22 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
             members = {m.name: [m.offset_data, m.size] for m in stream}
         indexed = {f"{e['key']}.{name}": at for e in entries for name, at in e["members"].items()}
         if members != indexed:
-            faults.append(f"{name}: does not point at the members of {shard.path}")
+            faults.append(f"{name}: its offsets are not those of the members of {shard.path}")
     return faults
 
 
 def find_faults(dataset: str | AnyPath) -> list[str]:
-    """What is wrong with a dataset.
+    """Check bytes and counts of a dataset.
 
     Parameters
     ----------
     dataset : str, Path or UPath
-        Its directory.
+        Directory of the dataset.
 
     Returns
     -------
     list of str
-        One line a fault; empty where there is none.
+        One line for each fault; empty if the dataset is intact.
 
     Raises
     ------
@@ -124,7 +124,7 @@ def _ledger_faults(root: AnyPath, manifest: Manifest) -> list[str]:
     if not (root / LEDGER).is_file():
         return [f"{LEDGER}: missing"]
     if sha256_file(root / LEDGER) != manifest.extra["ledger_sha256"]:
-        return [f"{LEDGER}: its sha256 is not the manifest's"]
+        return [f"{LEDGER}: its sha256 differs from the manifest's"]
     rows = read_ledger(root)
     windows = sum(row.windows for row in rows)
     samples = sum(manifest.samples(split) for split in manifest.splits)
@@ -136,12 +136,12 @@ def _ledger_faults(root: AnyPath, manifest: Manifest) -> list[str]:
     if (digest := manifest.extra.get("fingerprints_sha256")) and (
         not (root / FINGERPRINTS).is_file() or sha256_file(root / FINGERPRINTS) != digest
     ):
-        faults.append(f"{FINGERPRINTS}: missing, or its sha256 is not the manifest's")
+        faults.append(f"{FINGERPRINTS}: missing, or its sha256 differs from the manifest's")
     return faults
 
 
-def _say(findings: Findings, lines: int) -> None:
-    """Print what was found, kind by kind, and how far the comparison reached."""
+def _print_findings(findings: Findings, lines: int) -> None:
+    """Print the findings by kind, then what was and what was not compared."""
     for proof in (True, False):
         for kind in KINDS:
             these = [f for f in findings.found if f.kind == kind and f.proof == proof]
@@ -155,68 +155,77 @@ def _say(findings: Findings, lines: int) -> None:
         print(f"not compared: {text}")
 
 
-def _counts(findings: Findings) -> str:
+def _count_proofs(findings: Findings) -> str:
     count = Counter(finding.kind for finding in findings.proofs)
     return ", ".join(f"{count[kind]} about {kind}s" for kind in KINDS if count[kind])
 
 
-def _against(config: VerifyConfig) -> int:
+def _verify_against(config: VerifyConfig) -> int:
     if as_path(config.dataset).resolve() == as_path(config.against).resolve():
-        raise RequestError(f"against '{config.against}': is the dataset itself; leave it out to compare its splits")
+        raise RequestError(
+            f"against '{config.against}' is the dataset itself; leave 'against' out to compare the splits"
+        )
     for path in (config.dataset, config.against):
         Manifest.read(path)
     ours, theirs = (Contents.read(path) for path in (config.dataset, config.against))
     findings = compare_datasets(ours, theirs)
-    _say(findings, config.lines)
+    _print_findings(findings, config.lines)
     if findings.proofs:
-        print(f"{config.dataset} and {config.against} share something: {_counts(findings)}")
+        print(f"{config.dataset} and {config.against} share data: {_count_proofs(findings)}")
         return EXIT_FAILED
     questions = len(findings.found)
     print(
-        f"{config.dataset} and {config.against}: nothing shared was found in what could be compared"
-        + (f"; {questions} things to look at" if questions else "")
+        f"{config.dataset} and {config.against}: no shared data was found in what could be compared"
+        + (f"; look at the {questions} lines 'to look at' above" if questions else "")
     )
     return EXIT_DONE
 
 
-def _main(argv: list[str]) -> int:
-    config = parse_config(VerifyConfig, argv, prog="dreamscale verify", positionals=("dataset",))
-    if not config.dataset:
-        raise RequestError("dreamscale verify: name the dataset's folder")
-    if config.against:
-        return _against(config)
-    faults = find_faults(config.dataset)
-    for fault in faults:
-        print(fault)
-    if faults:
-        print(f"{config.dataset}: {len(faults)} faults; shard the corpus again, or copy the dataset again")
-        return EXIT_FAILED
-    manifest = Manifest.read(config.dataset)
-    total = sum(manifest.samples(split) for split in manifest.splits)
-    shards = sum(len(shards) for shards in manifest.splits.values())
-    print(f"{config.dataset}: {total} samples in {shards} shards, every byte and count as the manifest says")
-    if not config.content:
-        return EXIT_DONE
-    findings = compare_splits(Contents.read(config.dataset))
-    _say(findings, config.lines)
-    if findings.proofs:
-        print(f"{config.dataset}: the splits share something: {_counts(findings)}; change the split and shard again")
-        return EXIT_FAILED
-    print(f"{config.dataset}: nothing crosses the splits")
-    return EXIT_DONE
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run ``dreamscale verify DATASET [--against OTHER]``.
+def verify(config: VerifyConfig) -> int:
+    """Check a dataset and print the result.
 
     Parameters
     ----------
-    argv : list of str, optional
-        Arguments; `sys.argv[1:]` by default.
+    config : VerifyConfig
+        The request.
 
     Returns
     -------
     int
-        0 without a fault and with nothing shared, 1 otherwise, 2 where there is no complete dataset.
+        0 if there is no fault and nothing is shared, otherwise 1.
+
+    Raises
+    ------
+    RequestError
+        If there is no complete dataset.
     """
-    return run_main(_main, argv)
+    if not config.dataset:
+        raise RequestError("dreamscale verify: name the folder of the dataset")
+    if config.against:
+        return _verify_against(config)
+    faults = find_faults(config.dataset)
+    for fault in faults:
+        print(fault)
+    if faults:
+        print(f"{config.dataset}: {len(faults)} faults; copy the dataset again, or run 'dreamscale shard' again")
+        return EXIT_FAILED
+    manifest = Manifest.read(config.dataset)
+    total = sum(manifest.samples(split) for split in manifest.splits)
+    shards = sum(len(shards) for shards in manifest.splits.values())
+    print(f"{config.dataset}: {total} samples in {shards} shards; all bytes and counts agree with the manifest")
+    if not config.content:
+        return EXIT_DONE
+    findings = compare_splits(Contents.read(config.dataset))
+    _print_findings(findings, config.lines)
+    if findings.proofs:
+        print(
+            f"{config.dataset}: the splits share data: {_count_proofs(findings)}; "
+            "change 'split' in the config and run 'dreamscale shard' again"
+        )
+        return EXIT_FAILED
+    stage = "align" if manifest.labels else "pretrain"
+    print(f"{config.dataset}: the splits share nothing; next: dreamscale {stage} CONFIG --dataset {config.dataset}")
+    return EXIT_DONE
+
+
+main = command(VerifyConfig, verify, prog="dreamscale verify", positionals=("dataset",))

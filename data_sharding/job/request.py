@@ -228,7 +228,7 @@ def make_plan(config: ShardConfig) -> Plan:
             items[item.key] = item
     hold_back = HoldBack.plan(config.hold_back, items.values())
     if config.hold_back.datasets:
-        items = {item.key: item for item in hold_back.without_images(list(items.values()))}
+        items = {item.key: item for item in hold_back.drop_held_back_images(list(items.values()))}
     usable = [item for item in items.values() if item.recording.problem is None and item.reason is None]
     config.split.check_subjects({item.subject for item in usable})
     shown = [(item, trial) for item in usable for trial in item.trials or ()]

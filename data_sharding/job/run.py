@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_sharding.audit.duplicates import Print, find_duplicates, preference
+from data_sharding.audit.duplicates import RecordingFingerprint, find_duplicates, preference
 from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
 from data_sharding.audit.fingerprints import write_fingerprints
 from data_sharding.common.config import command
@@ -262,7 +262,7 @@ class FingerprintLoader:
 
 
 def mark_duplicates(
-    results: list[PartResult], plan: Plan, prints: dict[str, Print], load_points: FingerprintLoader
+    results: list[PartResult], plan: Plan, prints: dict[str, RecordingFingerprint], load_points: FingerprintLoader
 ) -> None:
     """Keep one recording of each signal, and set its copies aside as duplicates.
 
@@ -272,7 +272,7 @@ def mark_duplicates(
         What the first phase returned; the rows of duplicates are changed.
     plan : Plan
         The job's plan.
-    prints : dict of str to Print
+    prints : dict of str to RecordingFingerprint
         What is compared of each recording, by key.
     load_points : FingerprintLoader
         Full fingerprints; loaded only for recordings whose signatures meet.
@@ -294,10 +294,10 @@ def mark_duplicates(
             row.notes.append(f"the same signal as {copy}")
 
 
-def collect_prints(results: list[PartResult]) -> dict[str, Print]:
+def collect_prints(results: list[PartResult]) -> dict[str, RecordingFingerprint]:
     """Return what is compared of each recording, by key."""
     return {
-        result.row.key: Print(
+        result.row.key: RecordingFingerprint(
             key=result.row.key,
             sha256=result.row.sha256,
             seconds=result.row.seconds,

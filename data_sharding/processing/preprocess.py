@@ -1,6 +1,6 @@
-"""The one preprocessing of sharding, training and encoding: rate, band, line noise, reference, scale.
+"""Preprocessing of the EEG. Sharding, training and `encode` use this same code: rate, band, reference, scale.
 
-Shapes: C channels, S samples at the recording's rate, T samples at the target rate.
+Shapes: C channels, S samples at the recorded rate, T samples at the target rate, B windows of a batch.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from data_sharding.common.files import digest_of
 from data_sharding.processing.streaming import resample, zero_phase
 
 FILTER_BYTES = 8 * 2**20
-"""Size of a block in the filters, as float64."""
+"""Size of a block of samples in the filters, as float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
-    """How a recording becomes windows; hashed into the dataset id and kept in the encoder package.
+    """Settings that turn a recording into windows; they are part of the dataset id and of the encoder package.
 
     References
     ----------
-    The defaults are DreamDiffusion's (Bai et al., arXiv 2306.16934): 5 to 95 Hz, windows of 512 samples.
-    Rate, reference and scaling are not fixed there; these are the field's usual ones.
+    Band and window length are those of DreamDiffusion (Bai et al., arXiv 2306.16934): 5 to 95 Hz, 512 samples. The
+    paper does not give rate, reference and scaling; the defaults here are common choices.
     """
 
     sfreq: float = 256.0
@@ -35,25 +35,27 @@ class PreprocessSpec:
     highpass: float = 5.0
     """Lower edge of the band in Hz."""
     lowpass: float = 95.0
-    """Upper edge of the band in Hz; lowered to 0.45 of a recording's own rate where that is less."""
+    """Upper edge of the band in Hz. If a recording's own rate is low, 0.45 of that rate is used instead."""
     notch: Literal["auto", "off"] | float | bool = "auto"
-    """auto: a notch at the recording's line frequency and its harmonics inside the band; off (or no): none; a number:
-    at that frequency in Hz and its harmonics, whatever the recording says."""
+    """auto: remove the recording's mains frequency and its harmonics inside the band. off (or no): no notch filter. A
+    number in Hz: remove this frequency and its harmonics from every recording."""
     reference: str | list[str] = "average"
-    """average: subtract the mean over good channels; keep: as recorded; names of channels (Cz, or [M1, M2]): subtract
-    their mean. A recording without one of them is set aside."""
+    """average: subtract the mean over good channels. keep: leave the reference as recorded. Names of channels (Cz, or
+    [M1, M2]): subtract their mean; a recording without one of these channels is set aside."""
     window: int = 512
     """Length of a window in samples at the target rate."""
     stride: int = 512
-    """Distance between the starts of two windows in samples at the target rate."""
+    """Distance between the starts of two windows, in samples at the target rate."""
     scaling: Literal["window", "constant"] = "window"
-    """What models see. window: microvolts over the window's own standard deviation; constant: over `scale_uv`."""
+    """Scale of the model input. window: divide a window by its own standard deviation. constant: divide by
+    `scale_uv`."""
     scale_uv: float = 10.0
-    """Divisor in microvolts of the constant scaling."""
+    """Divisor of the constant scaling, in microvolts."""
     clip: float = 20.0
-    """Model units beyond which values are limited, in model input only; 0 for no limit."""
+    """After scaling, limit model input to plus or minus this value (0: no limit). Stored windows are not limited."""
     reject_uv: float = 0.0
-    """Peak-to-peak microvolts in any good channel from which a window is left out, and counted; 0: none is."""
+    """Leave a window out if the peak-to-peak amplitude of a good channel exceeds this value in microvolts. 0 keeps all
+    windows."""
 
     def __post_init__(self) -> None:
         if not self.sfreq > 0:
@@ -76,13 +78,14 @@ class PreprocessSpec:
             object.__setattr__(self, "notch", "auto" if self.notch else "off")
         if not isinstance(self.notch, str) and not 0 < self.notch < 0.5 * self.sfreq:
             raise ValueError(
-                f"preprocess.notch {self.notch} is not between 0 and half of sfreq; use auto, off, or the mains in Hz"
+                f"preprocess.notch {self.notch} is not between 0 and half of sfreq; use auto, off, or the mains "
+                "frequency in Hz"
             )
         if isinstance(self.notch, str) and self.notch not in ("auto", "off"):
-            raise ValueError(f"preprocess.notch '{self.notch}' is none of auto, off, or a frequency in Hz")
+            raise ValueError(f"preprocess.notch '{self.notch}' is not valid; use auto, off, or a frequency in Hz")
         if not self.reference or not all(self.reference):
             raise ValueError("preprocess.reference is empty; use average, keep, or names of channels")
-        # One spelling of one thing, or its checksum would differ.
+        # Equal settings must have equal values, because the checksum is over the values.
         if not isinstance(self.notch, str):
             object.__setattr__(self, "notch", float(self.notch))
         if self.reference not in ("average", "keep"):
@@ -90,14 +93,14 @@ class PreprocessSpec:
 
     @property
     def reference_channels(self) -> list[str]:
-        """Channels whose mean is subtracted, by name; empty for average and keep."""
+        """Names of the channels whose mean is subtracted; empty for average and keep."""
         if isinstance(self.reference, str):
             return [] if self.reference in ("average", "keep") else [self.reference]
         return list(self.reference)
 
     @property
     def reference_name(self) -> str:
-        """What a sample's metadata says of its reference."""
+        """Text for the reference in a sample's metadata."""
         if names := self.reference_channels:
             return "+".join(names)
         return "average" if self.reference == "average" else "recorded"
@@ -108,9 +111,9 @@ class PreprocessSpec:
         return self.window / self.sfreq
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as a plain dictionary.
+        """Return the fields as a plain dictionary.
 
-        `reject_uv` is in it only where it is set, so that specs of before it was there keep their checksum.
+        `reject_uv` is left out if it is 0. Specs from before this field existed thus keep their checksum.
         """
         values = dataclasses.asdict(self)
         if not self.reject_uv:
@@ -119,36 +122,25 @@ class PreprocessSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreprocessSpec:
-        """Build from a plain dictionary.
-
-        Parameters
-        ----------
-        values : dict
-            What `to_dict` gave.
-
-        Returns
-        -------
-        PreprocessSpec
-            The spec.
-        """
+        """Make a spec from a dictionary that `to_dict` returned."""
         return cls(**values)
 
     def digest(self) -> str:
-        """Checksum of the spec, hexadecimal."""
+        """Return the checksum of the spec (hexadecimal SHA-256)."""
         return digest_of(self.to_dict())
 
     def differences(self, other: PreprocessSpec) -> dict[str, str]:
-        """Name what two specs do not have in common.
+        """Describe how another spec differs from this one.
 
         Parameters
         ----------
         other : PreprocessSpec
-            Another one.
+            The other spec.
 
         Returns
         -------
         dict of str to str
-            For each key that differs ``preprocess.KEY OURS against THEIRS``, in the order of the fields.
+            For each key that differs, the text ``preprocess.KEY OURS against THEIRS``, in the order of the fields.
         """
         ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         return {
@@ -158,44 +150,44 @@ class PreprocessSpec:
         }
 
     def scale_for_model(self, x_uv: Any, channels: Any = None) -> Any:
-        """Bring microvolts to what models see.
+        """Scale microvolts to model input.
 
         Parameters
         ----------
         x_uv : ndarray or Tensor, shape (..., C, T)
             Windows in microvolts, float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            As for `divisor`.
+            Number of true channels, as for `divisor`.
 
         Returns
         -------
         ndarray or Tensor, shape (..., C, T)
-            Scaled, and limited to +-`clip`. A window that is zero everywhere stays zero.
+            Scaled windows, limited to +-`clip`. A window that is zero everywhere stays zero.
         """
         scaled = x_uv / self.divisor(x_uv, channels)
         return scaled.clip(-self.clip, self.clip) if self.clip else scaled
 
     def divisor(self, x_uv: Any, channels: Any = None) -> Any:
-        """Microvolts that are one model unit.
+        """Compute the divisor that scales microvolts to model input.
 
         Parameters
         ----------
         x_uv : ndarray or Tensor, shape (..., C, T)
             Windows in microvolts, float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            The window's scale is taken over so many first rows, which are the true channels of a padded window: for
-            models on which neither padding nor the order of the channels must have an effect. All rows by default.
+            Number of true channels of all windows or of each window. Only these first rows of a padded window are used,
+            so that padding and channel order have no effect. All rows are used by default.
 
         Returns
         -------
         float, or ndarray or Tensor, shape (..., 1, 1)
-            `scale_uv` for the constant scaling; else each window's standard deviation, at least 0.001.
+            `scale_uv` for the constant scaling; otherwise the standard deviation of each window, at least 0.001.
 
         Notes
         -----
-        The standard deviation is taken over all channels at once: relative amplitudes between channels stay. Without
-        `channels`, padding by replication weighs the first channels slightly more where their number does not divide
-        that of the rows.
+        The standard deviation is taken over all channels together, so relative amplitudes between channels are kept.
+        Without `channels`, padding by replication gives the first channels a slightly larger weight if the number of
+        rows is not a multiple of the number of channels.
         """
         if self.scaling == "constant":
             return self.scale_uv
@@ -219,39 +211,40 @@ class PreprocessSpec:
 
 
 def band_of(sfreq: float, spec: PreprocessSpec) -> tuple[float, float]:
-    """Band that a recording of this rate really gets.
+    """Return the band that a recording gets.
 
     Parameters
     ----------
     sfreq : float
-        The recording's rate in Hz.
+        Sampling rate of the recording in Hz.
     spec : PreprocessSpec
-        The preprocessing asked for.
+        Preprocessing settings.
 
     Returns
     -------
     tuple of float
-        Lower and upper edge in Hz.
+        Lower and upper edge in Hz; the upper edge is limited to 0.45 of the recording's rate.
     """
     return spec.highpass, min(spec.lowpass, 0.45 * sfreq)
 
 
 def filters(sfreq: float, spec: PreprocessSpec, line_freq: float | None) -> np.ndarray:
-    """Band-pass and notches at the target rate.
+    """Design the band-pass and the notch filters at the target rate.
 
     Parameters
     ----------
     sfreq : float
-        The recording's rate in Hz.
+        Sampling rate of the recording in Hz.
     spec : PreprocessSpec
-        What to do.
+        Preprocessing settings.
     line_freq : float or None
-        Mains frequency in Hz; None where it is unknown or absent, and then only a spec that names one has a notch.
+        Mains frequency of the recording in Hz, or None if it is unknown or absent. Without it, notch filters are only
+        made if `spec.notch` is a number.
 
     Returns
     -------
     ndarray, shape (n_sections, 6)
-        Second-order sections, to be run forward and backward.
+        Second-order sections, for filtering forward and backward.
     """
     low, high = band_of(sfreq, spec)
     line = line_freq if spec.notch == "auto" else None if isinstance(spec.notch, str) else spec.notch
@@ -280,24 +273,24 @@ def clean_blocks(
     reference: Sequence[int],
     block: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Filter and re-reference one segment that is at the target rate already.
+    """Filter and re-reference one segment that already has the target rate.
 
     Parameters
     ----------
     read : callable
-        (start, stop) to microvolts of shape (C, stop - start).
+        Returns microvolts of a range (start, stop), with shape (C, stop - start).
     n_samples : int
         Length of the segment at the target rate.
     sfreq : float
-        Rate of the recording in Hz, which limits the band.
+        Sampling rate of the recording in Hz, which limits the band.
     spec : PreprocessSpec
-        What to do.
+        Preprocessing settings.
     line_freq : float or None
         Mains frequency in Hz, as for `filters`.
     reference : sequence of int
-        Rows whose mean is subtracted; none where it is empty.
+        Rows whose mean is subtracted; if empty, nothing is subtracted.
     block : int, optional
-        Samples at a time; as many as fit into `FILTER_BYTES` by default.
+        Samples per block; by default as many as fit into `FILTER_BYTES`.
 
     Yields
     ------
@@ -305,13 +298,13 @@ def clean_blocks(
         Microvolts, block after block.
     """
     sos = filters(sfreq, spec, line_freq)
-    # Two periods of the slowest frequency on either side, as far as the segment is long enough for that.
+    # Extend each end by two periods of the slowest frequency; a short segment is extended by less.
     pad = int(2 * spec.sfreq / spec.highpass)
     if block is None:
         block = FILTER_BYTES // (8 * max(1, read(0, 1).shape[0]))
     rows = list(reference)
     for x in zero_phase(read, n_samples, sos, pad, block):
-        # numpy's mean over rows picked by a list would copy them all: a product with weights does not.
+        # A product with weights: NumPy's mean over a list of rows would first copy these rows.
         if rows:
             weights = np.zeros(len(x))
             weights[rows] = 1 / len(rows)
@@ -320,23 +313,23 @@ def clean_blocks(
 
 
 def reference_rows(n_channels: int, spec: PreprocessSpec, bads: Sequence[int], names: Sequence[str]) -> list[int]:
-    """Rows whose mean becomes the reference.
+    """Find the rows whose mean is the reference.
 
     Parameters
     ----------
     n_channels : int
-        Rows of the signal.
+        Number of rows of the signal.
     spec : PreprocessSpec
-        What to do.
+        Preprocessing settings.
     bads : sequence of int
-        Rows that take no part in an average reference.
+        Rows that are left out of an average reference.
     names : sequence of str
-        Names of the rows, needed where the spec names reference channels.
+        Names of the rows; needed if the spec names reference channels.
 
     Returns
     -------
     list of int
-        Rows; empty for a signal that stays as recorded.
+        Rows; empty if the signal keeps its recorded reference.
 
     Raises
     ------
@@ -368,45 +361,45 @@ def preprocess(
     bads: list[int] | None = None,
     names: Sequence[str] = (),
 ) -> np.ndarray:
-    """Bring a recording without interruption to the spec's rate, band and reference.
+    """Bring an uninterrupted recording to the rate, band and reference of a spec.
 
     Parameters
     ----------
     data_uv : ndarray, shape (C, S)
         Signal in microvolts.
     sfreq : float
-        Its rate in Hz.
+        Sampling rate of the signal in Hz.
     spec : PreprocessSpec
-        What to do.
+        Preprocessing settings.
     line_freq : float, optional
-        Mains frequency in Hz; None where it is unknown or absent, and then no notch is applied.
+        Mains frequency in Hz, as for `filters`.
     bads : list of int, optional
-        Channels left out of the average reference; they are still referenced and kept.
+        Channels that are left out of the average reference. They are still referenced and kept.
     names : sequence of str, optional
-        Names of the channels, for a spec that names reference channels.
+        Names of the channels; needed if the spec names reference channels.
 
     Returns
     -------
     ndarray, shape (C, T), float32
-        Microvolts at `spec.sfreq`. Scaling for models is `PreprocessSpec.scale_for_model`.
+        Microvolts at `spec.sfreq`. They are not scaled for a model (see `PreprocessSpec.scale_for_model`).
 
     Raises
     ------
     ValueError
-        If the array is not two-dimensional, holds NaN or infinities, no channel is good, or a reference channel is
-        missing.
+        If the array is not two-dimensional or holds NaN or infinities, if no channel is good, or if a reference channel
+        is missing.
 
     Notes
     -----
-    What sharding does with a recording of any length, with everything in one block.
+    Sharding applies the same steps to recordings of any length, block by block. Here the recording is a single block.
     """
     if data_uv.ndim != 2 or not data_uv.size:
         raise ValueError(f"need an array of channels x samples, got shape {data_uv.shape}")
     if not np.isfinite(data_uv).all():
         raise ValueError("the signal holds NaN or infinite values")
-    # DC offsets of hundreds of millivolts would cost float32 its precision: take them away before anything else.
+    # Remove the first sample's value first: an offset of hundreds of millivolts would take precision from float32.
     x = data_uv - np.asarray(data_uv[:, :1], np.float64)
-    # Polyphase first: the filters then run at the lower rate.
+    # Resample before filtering: the filters then run at the lower rate.
     y = resample(x, sfreq, spec.sfreq, band_of(sfreq, spec)[1]).astype(np.float32)
     rows = reference_rows(len(y), spec, bads or [], names)
     blocks = clean_blocks(
@@ -422,18 +415,18 @@ def preprocess(
 
 
 def window_starts(n_samples: int, spec: PreprocessSpec) -> np.ndarray:
-    """First samples of the whole windows of a recording.
+    """Return the starts of the windows of a recording.
 
     Parameters
     ----------
     n_samples : int
-        Length of the recording in samples at the target rate.
+        Length of the recording, in samples at the target rate.
     spec : PreprocessSpec
         Window and stride.
 
     Returns
     -------
     ndarray of int, shape (n_windows,)
-        Starts; empty where the recording is shorter than a window.
+        First sample of each whole window; empty if the recording is shorter than a window.
     """
     return np.arange(0, n_samples - spec.window + 1, spec.stride) if n_samples >= spec.window else np.arange(0)

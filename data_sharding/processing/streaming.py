@@ -1,8 +1,9 @@
-"""Signals too long for memory, block by block: resampling, zero-phase filtering, and the scratch file between the two.
+"""Process signals that are too long for memory: resampling and zero-phase filtering, block by block.
 
-Cut into blocks or taken whole, a signal comes out the same, up to rounding.
+The result does not depend on the blocks, up to rounding. Why own code: `scipy.signal.resample_poly` and `sosfiltfilt`
+need the whole signal in memory, and computing the blocks separately would leave errors at their borders.
 
-Shapes: n channels, S samples at the recording's rate, T samples at the target rate, b samples of a block.
+Shapes: n channels, S samples at the recorded rate, T samples at the target rate, b samples of a block.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import numpy as np
 from data_sharding.formats.signal import Segment
 
 BLOCK_BYTES = 24 * 2**20
-"""Size of a block as float64. A reader may need several times as much to decode it."""
+"""Size of a block as float64. To decode a block, a reader may need several times as much memory."""
 STOP_DB = 80.0
-"""Attenuation of what would fold over; float16 resolves 66 dB below a sample's own size."""
+"""Attenuation in dB of frequencies that would fold over; float16 resolves 66 dB below the size of a sample."""
 TRUNCATION = 1e-7
-"""Share of a filter's response beyond its lookahead."""
+"""Share of a filter's impulse response that may lie beyond the lookahead, and is ignored."""
 HELD_BYTES = 128 * 2**20
-"""Size, as float64, of block and lookahead together beyond which filtered samples wait on disk instead."""
+"""If block and lookahead together are larger than this (as float64), filtered samples wait on disk, not in memory."""
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -39,29 +40,29 @@ class Piece:
     """Part of one segment in a block."""
 
     segment: int
-    """Its number."""
+    """Number of the segment."""
     start: int
-    """First sample in the signal's own numbering."""
+    """Number of the first sample in the signal."""
     stop: int
-    """One past the last."""
+    """Number of the last sample plus one."""
 
 
 def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | None = None) -> Iterator[list[Piece]]:
-    """Cut a signal into runs that fit into memory.
+    """Cut a signal into blocks that fit into memory.
 
     Parameters
     ----------
     segments : sequence of Segment
-        The signal's segments.
+        Segments of the signal.
     n_channels : int
-        Channels that are read.
+        Number of channels that are read.
     block_bytes : int, optional
-        Most bytes of a block as float64; `BLOCK_BYTES` by default.
+        Largest size of a block as float64; `BLOCK_BYTES` by default.
 
     Yields
     ------
     list of Piece
-        Neighbours in the file that are read in one go: part of a long segment, or many short ones.
+        Pieces that are neighbours in the file and are read together: a part of a long segment, or many short segments.
     """
     most = max(1024, (block_bytes or BLOCK_BYTES) // (8 * max(1, n_channels)))
     block: list[Piece] = []
@@ -79,17 +80,17 @@ def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | N
 
 
 class Scratch:
-    """Samples put aside in a file without a name, which vanishes with the process however that ends.
+    """Temporary file of samples. The file has no name, so the system deletes it even if the process crashes.
 
     Parameters
     ----------
     n_channels : int
-        Channels.
+        Number of channels.
 
     Notes
     -----
-    The file lies under DREAMSCALE_SCRATCH where that is set, else in the system's place for temporary files. It is
-    read and written, not mapped: mapped pages would count as the process's memory.
+    The file lies in the folder DREAMSCALE_SCRATCH if that variable is set, otherwise in the system's temporary folder.
+    The file is read and written, not memory-mapped: mapped pages would count as memory of the process.
     """
 
     def __init__(self, n_channels: int) -> None:
@@ -106,7 +107,7 @@ class Scratch:
         Parameters
         ----------
         x : ndarray, shape (n, b)
-            Values; kept as float32.
+            Values; they are stored as float32.
         """
         data = memoryview(np.ascontiguousarray(x.T, dtype=np.float32).reshape(-1).view(np.uint8).data)
         at = self.n_samples * self.n_channels * 4
@@ -116,12 +117,12 @@ class Scratch:
         self.n_samples += x.shape[1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Samples of all channels.
+        """Read samples of all channels.
 
         Parameters
         ----------
         start, stop : int
-            Range in the order in which they were written.
+            Range of samples, in the order in which they were written.
 
         Returns
         -------
@@ -138,7 +139,7 @@ class Scratch:
         return out.T
 
     def close(self) -> None:
-        """Give the space back."""
+        """Close the file; this frees its disk space."""
         self._file.close()
 
     def __enter__(self) -> Scratch:
@@ -153,43 +154,48 @@ class Scratch:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Polyphase filter as a few small matrices: a frame of `inputs` samples becomes one of `outputs`."""
+    """Layout of a polyphase filter as a few small matrices, each for a group of output samples.
+
+    A frame is a run of `inputs` input samples that gives exactly `outputs` output samples. All frames use the same
+    matrices, because the filter's phases repeat after a frame.
+    """
 
     up: int
     down: int
     reach: int
-    """Input samples that an output may need on either side of its own time."""
+    """Number of input samples that an output sample may need before and after its own time."""
     inputs: int
     outputs: int
     groups: tuple[tuple[int, int, np.ndarray], ...]
-    """(first output, first input relative to the frame's start less reach, matrix [inputs, outputs])."""
+    """For each group: number of its first output in the frame; number of its first input, counted from `reach` samples
+    before the frame; and the matrix [inputs of the group, outputs of the group]."""
 
 
 def ratio_of(sfreq: float, target: float) -> Fraction:
-    """Target rate over recorded rate.
+    """Return the target rate divided by the recorded rate.
 
     Parameters
     ----------
     sfreq, target : float
-        Rates in Hz.
+        Recorded rate and target rate in Hz.
 
     Returns
     -------
     Fraction
-        Denominator at most 10,000.
+        The ratio, with a denominator of at most 10,000.
     """
     return Fraction(target / sfreq).limit_denominator(10_000)
 
 
 def resampled_length(n_samples: int, sfreq: float, target: float) -> int:
-    """Samples at the target rate.
+    """Return the number of samples after resampling.
 
     Parameters
     ----------
     n_samples : int
-        Samples at the recorded rate.
+        Number of samples at the recorded rate.
     sfreq, target : float
-        Rates in Hz.
+        Recorded rate and target rate in Hz.
 
     Returns
     -------
@@ -201,10 +207,16 @@ def resampled_length(n_samples: int, sfreq: float, target: float) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _plan(sfreq: float, target: float, passband: float) -> _Plan:
-    """Design the anti-aliasing filter and lay it out.
+    """Design the anti-aliasing filter and lay it out as matrices.
 
-    Scipy's `upfirdn` computes one output at a time. A matrix product with a band of the same filter does more
-    multiplications, and takes a third of the time.
+    Resampling by up/down means: insert up - 1 zeros after each input sample, apply the low-pass filter h, and keep
+    every down-th sample. Output j is at position j * down of the stretched signal, input i at position i * up. So
+    output j is the sum over i of h[half + j * down - i * up] * x[i], and only inputs within `reach` samples of time
+    j * down / up have a weight.
+
+    The weights of `count` neighbouring outputs form a matrix, in which most of the entries near the diagonal are used.
+    One matrix product then computes this group of outputs for all frames. SciPy's `upfirdn` computes one output at a
+    time; the matrix product does more multiplications, but takes a third of the time.
     """
     from scipy.signal import firwin, kaiserord
 
@@ -212,24 +224,24 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     up, down = ratio.numerator, ratio.denominator
     lower = min(sfreq, target)
     passed = min(passband, 0.45 * lower)
-    # What lies between `passed` and its mirror image may fold, but only to above `passed`.
+    # Frequencies between `passed` and `lower - passed` may fold, because they only fold to above `passed`.
     taps, beta = kaiserord(STOP_DB, (lower - 2 * passed) / (0.5 * up * sfreq))
     half = taps // 2 + 1
     h = up * np.asarray(firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq))  # type: ignore[arg-type]
     for phase in range(up):
-        # Every output weighs its inputs to exactly one: an offset of 230 mV must not become a tone.
+        # The weights of each output must sum to exactly one. Otherwise a constant offset of 230 mV would become a tone.
         h[phase::up] /= h[phase::up].sum()
     reach = half // up + 1
     count = max(4, min(64, round(2 * reach * up / down)))
     width = math.ceil(count * down / up) + 2 * reach + 1
-    # A frame is longer than a group's inputs, so that BLAS takes the overlapping groups without a copy.
+    # A frame must be longer than the inputs of a group. Then BLAS reads the frames in place, although groups overlap.
     times = max(math.ceil(width / down), math.ceil(4 * count / up))
     inputs, outputs = times * down, times * up
     groups = []
     for first in range(0, outputs, count):
         j = np.arange(first, min(first + count, outputs))
-        begin = j[0] * down // up  # Relative to the frame's start less `reach`.
-        # Up to the last output's own reach and no further: what lies beyond may not be there yet.
+        begin = j[0] * down // up  # Counted from `reach` samples before the frame.
+        # Not further than the last output needs: the samples after that may not have been read yet.
         i = np.arange(begin - reach, j[-1] * down // up + reach + 1)
         k = half + j[None, :] * down - i[:, None] * up
         matrix = np.where((k >= 0) & (k < len(h)), h[np.clip(k, 0, len(h) - 1)], 0.0)
@@ -238,7 +250,7 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
 
 
 def _odd(x: np.ndarray, before: int, after: int) -> np.ndarray:
-    """Extend by the signal turned about its own end points, as often as needed."""
+    """Extend a signal at its ends by its own samples, turned by 180 degrees about the end points."""
     return np.pad(x, ((0, 0), (before, after)), mode="reflect", reflect_type="odd")
 
 
@@ -250,18 +262,25 @@ class Resampler:
     sfreq, target : float
         Rates in Hz.
     passband : float
-        Frequency in Hz up to which nothing may be lost nor folded over; limited to 0.45 of the lower rate.
+        Frequency in Hz. Lower frequencies are neither attenuated nor disturbed by aliasing. At most 0.45 of the lower
+        rate is used.
 
     Notes
     -----
-    A Kaiser-windowed sinc. At its ends the segment is continued by its own samples, turned about the end point:
-    no trend over the whole signal, which would differ with its length.
+    The filter is a Kaiser-windowed sinc. Before its first and after its last sample, the segment is extended by its own
+    samples, turned by 180 degrees about the end point. (Removing a trend over the whole signal, as some libraries do,
+    would give other values for another length of the signal.)
+
+    State between two calls of `push`: `_held` contains the input samples that later outputs still need. Its first
+    sample is `reach` samples before the next frame. As soon as a whole frame and `reach` samples after it are present,
+    the frame is computed and dropped.
     """
 
     def __init__(self, sfreq: float, target: float, passband: float) -> None:
         self._same = ratio_of(sfreq, target) == 1
         self._plan = _plan(sfreq, target, passband) if not self._same else None
         self._held: np.ndarray | None = None
+        # True after the first samples were extended to the left, so that `_held` begins `reach` samples early.
         self._begun = False
         self._n_channels = self._n_in = self._n_out = 0
 
@@ -271,16 +290,16 @@ class Resampler:
         Parameters
         ----------
         x : ndarray, shape (n, b)
-            Samples that follow the last ones.
+            Samples that follow those of the last call.
         scale : float
-            Factor applied first.
+            Factor, applied first.
         offset : ndarray or float
-            Subtracted next; of a shape that broadcasts against the block.
+            Value that is then subtracted; its shape must broadcast against the block.
 
         Returns
         -------
         ndarray, shape (n, k), float64
-            What can be said of the output by now; k may be zero.
+            Output samples that can be computed so far; k may be zero.
         """
         self._n_channels = len(x)
         self._n_in += x.shape[1]
@@ -298,13 +317,13 @@ class Resampler:
             if data.shape[1] <= plan.reach + 1:
                 self._held = data
                 return np.empty((len(x), 0))
-            # The beginning is extended once it is there.
+            # Enough samples are present to extend the signal before its first sample.
             data = np.concatenate([_odd(data[:, : plan.reach + 1], plan.reach, 0)[:, : plan.reach], data], axis=1)
             self._begun = True
         return self._frames(data)
 
     def _frames(self, data: np.ndarray) -> np.ndarray:
-        """Turn whole frames into output, and hold the rest."""
+        """Compute the outputs of all complete frames, and keep the other samples in `_held`."""
         plan = self._plan
         assert plan is not None
         n_frames = max(0, (data.shape[1] - 2 * plan.reach - 1) // plan.inputs)
@@ -345,13 +364,13 @@ class Resampler:
         extension = _odd(context, 0, plan.reach + 1)[:, context.shape[1] :]
         data = np.concatenate([data, extension], axis=1)
         if data.shape[1] < need:
-            # Zeros reach only outputs that are cut off.
+            # Fill the last frame with zeros. Only outputs that are cut off below depend on these zeros.
             data = np.pad(data, ((0, 0), (0, need - data.shape[1])))
         return self._frames(data)[:, :missing]
 
 
 def resample(x: np.ndarray, sfreq: float, target: float, passband: float | None = None) -> np.ndarray:
-    """Polyphase resampling of one segment at once, with its anti-aliasing filter.
+    """Resample one segment in memory, with the anti-aliasing filter.
 
     Parameters
     ----------
@@ -360,7 +379,7 @@ def resample(x: np.ndarray, sfreq: float, target: float, passband: float | None 
     sfreq, target : float
         Rates in Hz.
     passband : float, optional
-        Frequency in Hz up to which nothing may be lost nor folded over; 0.4 of the lower rate by default.
+        Frequency in Hz below which nothing is attenuated or disturbed by aliasing; 0.4 of the lower rate by default.
 
     Returns
     -------
@@ -376,7 +395,7 @@ def resample(x: np.ndarray, sfreq: float, target: float, passband: float | None 
 
 
 def lookahead(sos: np.ndarray) -> int:
-    """Samples after which a filter has forgotten where it began.
+    """Compute the number of samples after which a filter has forgotten its initial state.
 
     Parameters
     ----------
@@ -386,7 +405,7 @@ def lookahead(sos: np.ndarray) -> int:
     Returns
     -------
     int
-        The slowest pole's response has fallen below `TRUNCATION` by then.
+        Number of samples after which the response of the slowest pole is below `TRUNCATION`.
     """
     radius = max(float(np.abs(np.roots(section[3:])).max()) for section in sos)
     return math.ceil(math.log(TRUNCATION) / math.log(min(max(radius, 1e-3), 1 - 1e-9)))
@@ -394,7 +413,7 @@ def lookahead(sos: np.ndarray) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _memory(sections: bytes, count: int) -> tuple[int, np.ndarray]:
-    """Lookahead of a filter, and its state on a constant: thousands of epochs share one."""
+    """Return the lookahead of a filter and its state on a constant; cached, because many epochs use the same filter."""
     from scipy.signal import sosfilt_zi
 
     sos = np.frombuffer(sections).reshape(count, 6)
@@ -409,26 +428,30 @@ def zero_phase(
     Parameters
     ----------
     read : callable
-        (start, stop) to an array of shape (n, stop - start).
+        Returns the samples of a range (start, stop) as an array of shape (n, stop - start).
     n_samples : int
         Length of the segment.
     sos : ndarray, shape (n_sections, 6)
         Second-order sections.
     pad : int
-        Samples by which the segment is extended, turned about its end points; fewer where it is short.
+        Number of samples by which the segment is extended at each end (see `Resampler`); less for a short segment.
     block : int
-        Samples taken at a time; at least four times the filter's lookahead is used.
+        Number of samples that are read at a time, but at least four times the filter's lookahead.
 
     Yields
     ------
     ndarray, shape (n, b), float64
-        Blocks one after the other, `n_samples` in all.
+        Filtered blocks in order, with `n_samples` samples together.
 
     Notes
     -----
-    Forward the filter's state is carried from block to block; backward each block begins a lookahead behind its end,
-    so that what it cannot know has died away. With a single block this is `scipy.signal.sosfiltfilt`.
-    Below about 0.1 Hz a lookahead of many channels is too much for memory, and the signal waits on disk as float32.
+    Forward, the state of the filter is carried from block to block. Backward, the exact state at the end of a block
+    depends on all later samples. So the backward filter starts one lookahead after the end of the block with an
+    approximate state; when it reaches the block, the error has decayed below `TRUNCATION`. With a single block the
+    result is that of `scipy.signal.sosfiltfilt`.
+
+    For a high-pass below about 0.1 Hz, one lookahead of many channels does not fit into memory. The signal then waits
+    on disk as float32.
     """
     from scipy.signal import sosfilt
 
@@ -439,7 +462,7 @@ def zero_phase(
         yield from _zero_phase_on_disk(read, n_samples, sos, pad, block)
         return
     block = max(block, 4 * look)
-    state = _begin(sos, zi, head, pad)
+    state = _initial_state(sos, zi, head, pad)
     held = np.empty((len(head), 0))
     for start in range(0, n_samples, block):
         stop = min(start + block, n_samples)
@@ -448,15 +471,15 @@ def zero_phase(
         ready = held.shape[1] - look
         if stop == n_samples:
             ready = held.shape[1]
-            held = np.concatenate([held, _after(read, n_samples, sos, pad, state)], axis=1)
+            held = np.concatenate([held, _filter_extension(read, n_samples, sos, pad, state)], axis=1)
         if ready > 0:
             backward, _ = sosfilt(sos, held[:, ::-1], zi=zi * held[None, :, -1:])
             yield backward[:, ::-1][:, :ready]
             held = held[:, ready:]
 
 
-def _begin(sos: np.ndarray, zi: np.ndarray, head: np.ndarray, pad: int) -> np.ndarray:
-    """State of the forward filter at the segment's first sample, which `head` begins with."""
+def _initial_state(sos: np.ndarray, zi: np.ndarray, head: np.ndarray, pad: int) -> np.ndarray:
+    """Compute the state of the forward filter at the first sample of a segment; `head` holds its first samples."""
     from scipy.signal import sosfilt
 
     before = _odd(head, pad, 0)[:, :pad]
@@ -465,10 +488,10 @@ def _begin(sos: np.ndarray, zi: np.ndarray, head: np.ndarray, pad: int) -> np.nd
     return sosfilt(sos, before, zi=zi * before[None, :, :1])[1]
 
 
-def _after(
+def _filter_extension(
     read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, state: np.ndarray
 ) -> np.ndarray:
-    """Forward output beyond the segment's end, where it is continued by itself."""
+    """Filter the extension after the end of a segment forward."""
     from scipy.signal import sosfilt
 
     tail = np.asarray(read(n_samples - 1 - pad, n_samples), np.float64)
@@ -478,19 +501,19 @@ def _after(
 def _zero_phase_on_disk(
     read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, block: int
 ) -> Iterator[np.ndarray]:
-    """`zero_phase` of filters that remember for minutes: no lookahead fits into memory, so the whole waits on disk."""
+    """Do `zero_phase` for filters whose lookahead does not fit into memory; both passes wait on disk."""
     from scipy.signal import sosfilt
 
     _, zi = _memory(sos.tobytes(), len(sos))
     head = np.asarray(read(0, pad + 1), np.float64)
-    state, starts = _begin(sos, zi, head, pad), list(range(0, n_samples, block))
+    state, starts = _initial_state(sos, zi, head, pad), list(range(0, n_samples, block))
     with Scratch(len(head)) as once, Scratch(len(head)) as twice:
         for start in starts:
             x = np.asarray(read(start, min(start + block, n_samples)), np.float64)
             forward, state = sosfilt(sos, x, zi=state)
             once.write(forward)
         if pad:
-            end = _after(read, n_samples, sos, pad, state)
+            end = _filter_extension(read, n_samples, sos, pad, state)
             state = sosfilt(sos, end[:, ::-1], zi=zi * end[None, :, -1:])[1]
         else:
             state = zi * once.read(n_samples - 1, n_samples)[None]
@@ -498,7 +521,7 @@ def _zero_phase_on_disk(
             x = once.read(start, min(start + block, n_samples)).astype(np.float64)
             backward, state = sosfilt(sos, x[:, ::-1], zi=state)
             twice.write(backward[:, ::-1])
-        # The last block was written first.
+        # The backward pass wrote the blocks in reverse order.
         at = n_samples
         for start in starts:
             size = min(block, n_samples - start)

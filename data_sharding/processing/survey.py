@@ -1,9 +1,9 @@
-"""What a recording's signal says: its unit, its bad channels, its mains frequency, and its fingerprint.
+"""Measure a recording's signal: its unit, bad channels, mains frequency, and fingerprint.
 
-Every sample is looked at for rails, constancy and missing values; amplitudes and spectra come from stretches spread
-evenly over the recording, so that an hour and a day take the same time.
+Every sample is checked for clipping, constant runs and missing values. Amplitudes and spectra are measured in short
+stretches, which are spread evenly over the recording, so that a recording of a day takes no longer than one of an hour.
 
-Shapes: n channels, S samples at the recording's rate, P points of the fingerprint, F frequencies.
+Shapes: n channels, S samples at the recorded rate, P points of the fingerprint, F frequencies.
 """
 
 from __future__ import annotations
@@ -17,88 +17,90 @@ from data_sharding.formats.signal import Segment
 from data_sharding.processing.streaming import Resampler, resample
 
 PLAUSIBLE_UV = (0.2, 500.0)
-"""Robust amplitude between 1 and 40 Hz that EEG can have, in microvolts.
+"""Range of robust amplitudes (1 to 40 Hz, in microvolts) that EEG can have.
 
-A factor of a thousand either way falls out.
+If the unit is wrong by a factor of a thousand, the amplitude lies outside.
 """
 USABLE_UV = (0.1, 1000.0)
-"""The same for one channel among plausible others."""
+"""The same range for a single channel, if the recording as a whole is plausible."""
 FLAT_SHARE = 0.9
-"""Share of unchanged samples beyond which a channel is flat."""
+"""A channel is flat if more than this share of its samples equal the sample before."""
 CLIPPED_SHARE = 0.05
-"""Share of samples at a rail beyond which a channel is clipped."""
+"""A channel is clipped if more than this share of its samples equal its minimum, or its maximum."""
 TRIGGER_LEVELS = 32
-"""A channel that hardly ever changes, takes few values and comes back to them may be a trigger line."""
+"""Largest number of different values of a trigger channel, which changes rarely and returns to the same values."""
 TRIGGER_UV = 200.0
-"""Peak to peak, as read, from which it is one; a dead channel whose last bit flickers has less."""
+"""Smallest peak-to-peak value (as read) of a trigger channel; a dead channel with a flickering last bit has less."""
 TONE_SHARE = 0.5
-"""Share of the power above 1 Hz in a single line, neither EEG's nor the mains', from which a channel is a test tone."""
+"""A channel is a test tone if more than this share of its power above 1 Hz is at one frequency, which is above
+`TONE_ABOVE_HZ` and no harmonic of the mains."""
 TONE_ABOVE_HZ = 30.0
 NOISY_RATIO = 5.0
-"""Amplitude above 45 Hz over the recording's median channel from which a channel may be noisy: muscles reach three."""
+"""A noisy channel's amplitude above 45 Hz exceeds the median channel's by this factor; muscles only reach three."""
 NOISY_Z = 5.0
-"""Robust deviations of its logarithm that it must be beyond, too (Bigdely-Shamlo et al. 2015, PREP)."""
+"""Its logarithm must also exceed the median by this many robust deviations (Bigdely-Shamlo et al. 2015, PREP)."""
 LONELY = 0.1
-"""Largest correlation with any other channel below which a channel is noisy, where the others' is above `TOGETHER`."""
+"""A channel is noisy if its largest correlation with any other channel is below this value, provided that the median
+of these correlations over all channels is above `TOGETHER`."""
 TOGETHER = 0.6
 MIN_TO_COMPARE = 8
-"""Live channels from which they are compared with one another."""
+"""Channels are compared with each other only if at least this many are good so far."""
 MEASURE_HZ = 128.0
 SURVEY_HZ = 1000.0
-"""Recordings of at least twice this rate are surveyed at a whole fraction of theirs, above this one."""
+"""A recording of at least twice this rate is measured at a lower rate: its own rate divided by a whole number."""
 STRETCH_S = 4.0
 STRETCHES_S = 256.0
-"""Seconds of signal, at most, from which amplitudes and spectra are taken."""
+"""Largest total length of the stretches in which amplitudes and spectra are measured."""
 SPECTRUM_HZ = 0.45
-"""Part of the rate up to which spectra are compared: amplifiers' filters begin there."""
+"""Spectra are compared up to this part of the sampling rate; above it, amplifiers' own filters attenuate the signal."""
 LINE_RATIO = 5.0
-"""Power at a mains frequency over its neighbourhood from which it counts as present."""
+"""Mains noise is present if the power at its frequency exceeds the power of neighbouring frequencies by this factor."""
 FINGERPRINT_STEP_S = 0.1
 FINGERPRINT_POINTS = 64
 HEAD_S = 10.0
-"""Seconds from the beginning that the fingerprint is made of: its points, and time for the filter to die away."""
+"""Seconds at the beginning that are needed for the fingerprint: its points, and time for the filter to settle."""
 
 
 @dataclass(kw_only=True)
 class Verdict:
-    """What was measured."""
+    """Result of the measurements."""
 
     amplitude_uv: float
-    """Median over live channels of the robust amplitude between 1 and 40 Hz."""
+    """Robust amplitude between 1 and 40 Hz: median over the channels that are not bad."""
     factor: float
-    """Microvolts per microvolt as read: 1, or what the config says."""
+    """Factor that converts the values as read to microvolts: 1, or the factor of the config."""
     unit: str
     """plausible, configured, or unknown."""
     bads: dict[int, str] = field(default_factory=dict)
-    """Rows that are flat, clipped, noisy, a test tone or out of range, with the word for it."""
+    """Rows of bad channels, with the reason: flat, clipped, trigger, test tone, noisy, too small or too large."""
     not_eeg: dict[int, str] = field(default_factory=dict)
-    """Rows whose signal is none of EEG's, with what it is; they are among `bads`, too."""
+    """Rows whose signal cannot be EEG, with what it is; these rows are also in `bads`."""
     not_finite: list[int] = field(default_factory=list)
     """Rows with NaN or infinite values."""
     line_freq: float | None = None
-    """Mains frequency in Hz, as the spectrum of the good channels shows it."""
+    """Mains frequency in Hz, from the spectrum of the good channels."""
     fingerprint: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    """[n, P] points of the filtered signal, each row normalised; zeros for flat rows."""
+    """[n, P] points of the filtered signal; each row has norm 1, or is zero for a flat channel."""
     channel_uv: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """[n] robust amplitudes."""
+    """[n] robust amplitude of each channel."""
 
 
-def measured(x_uv: np.ndarray, sfreq: float) -> tuple[np.ndarray, float]:
-    """Bring a signal to the band in which amplitudes are compared.
+def filter_to_band(x_uv: np.ndarray, sfreq: float) -> tuple[np.ndarray, float]:
+    """Filter a signal to the band in which amplitudes are measured.
 
     Parameters
     ----------
     x_uv : ndarray, shape (n, S)
         Microvolts.
     sfreq : float
-        Rate in Hz.
+        Sampling rate in Hz.
 
     Returns
     -------
     y : ndarray, shape (n, S')
-        1 to 40 Hz.
+        Signal between 1 and 40 Hz.
     rate : float
-        Its rate in Hz.
+        Sampling rate of `y` in Hz.
     """
     from scipy.signal import butter, sosfiltfilt
 
@@ -111,19 +113,19 @@ def measured(x_uv: np.ndarray, sfreq: float) -> tuple[np.ndarray, float]:
 
 
 def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, int]]:
-    """Which stretches of a recording are measured.
+    """Choose the stretches of a recording in which amplitudes and spectra are measured.
 
     Parameters
     ----------
     segments : sequence of Segment
-        The recording's segments.
+        Segments of the recording.
     sfreq : float
-        Rate in Hz.
+        Sampling rate in Hz.
 
     Returns
     -------
     list of (int, int)
-        Ranges in the signal's own numbering, inside one segment each, in order, spread evenly.
+        Ranges of sample numbers, in order and spread evenly. Each range lies inside one segment.
     """
     length = max(1, round(STRETCH_S * sfreq))
     every = []
@@ -136,8 +138,8 @@ def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, i
     return [every[i] for i in np.unique(np.linspace(0, len(every) - 1, count).round().astype(int))] if every else []
 
 
-class _Gathered:
-    """A stretch of signal that comes in blocks, in microvolts less its first sample, at the survey's rate."""
+class _StretchBuffer:
+    """Collects the blocks of one stretch, in microvolts minus its first sample, at the rate of the measurement."""
 
     def __init__(self, sfreq: float, rate: float, scale: float) -> None:
         self._resampler, self._scale = Resampler(sfreq, rate, 0.45 * rate), scale
@@ -160,22 +162,22 @@ class _Gathered:
 
 
 class Survey:
-    """Gathers what is to be known of a signal while its blocks pass by.
+    """Measures a signal while its blocks are read.
 
     Parameters
     ----------
     n_channels : int
-        Channels.
+        Number of channels.
     sfreq : float
-        Rate in Hz.
+        Sampling rate in Hz.
     segments : sequence of Segment
-        The recording's segments.
+        Segments of the recording.
     scale : float
-        What brings values to microvolts.
+        Factor that converts the values to microvolts.
 
     Notes
     -----
-    The verdict does not depend on how the signal was cut into blocks.
+    The verdict does not depend on how the signal is cut into blocks.
     """
 
     def __init__(self, n_channels: int, sfreq: float, segments: Sequence[Segment], scale: float = 1.0) -> None:
@@ -191,7 +193,7 @@ class Survey:
         self._plan = stretches_of(segments, sfreq)
         self._next = 0
         self._rate = sfreq / max(1, int(sfreq / SURVEY_HZ))
-        self._stretch, self._head = self._gather(), self._gather()
+        self._stretch, self._head = self._make_buffer(), self._make_buffer()
         self._head_left = round(HEAD_S * sfreq)
         longest = max((b - a for a, b in self._plan), default=0)
         self._n_fft = int(longest * self._rate / sfreq) if longest >= 2 * sfreq else 0
@@ -202,21 +204,21 @@ class Survey:
         self._similar: list[np.ndarray] = []
 
     def push(self, start: int, x: np.ndarray) -> None:
-        """Look at a block.
+        """Measure a block.
 
         Parameters
         ----------
         start : int
-            Number of its first sample in the signal's own numbering.
+            Number of the block's first sample in the signal.
         x : ndarray, shape (n, b)
-            As read, before `scale`; blocks come in order.
+            Values as read, before `scale`. Blocks must come in order.
         """
         if not x.shape[1]:
             return
-        # Rows in portions that stay in the processor's cache, since each is looked at six times.
+        # Take so few rows at a time that they stay in the CPU's cache, because each row is read six times.
         portion = max(1, 2**16 // x.shape[1])
         for first in range(0, len(x), portion):
-            self._extremes(slice(first, min(first + portion, len(x))), x[first : first + portion])
+            self._count_extremes(slice(first, min(first + portion, len(x))), x[first : first + portion])
         self._last = x[:, -1].copy()
         self._n_samples += x.shape[1]
         if self._head_left > 0:
@@ -227,16 +229,17 @@ class Survey:
             self._stretch.push(x[:, max(begin - start, 0) : end - start])
             if start + x.shape[1] < end:
                 break
-            self._measure(self._stretch.finish())
-            self._stretch = self._gather()
+            self._measure_stretch(self._stretch.finish())
+            self._stretch = self._make_buffer()
             self._next += 1
 
-    def _gather(self) -> _Gathered:
-        return _Gathered(self.sfreq, self._rate, self.scale)
+    def _make_buffer(self) -> _StretchBuffer:
+        return _StretchBuffer(self.sfreq, self._rate, self.scale)
 
-    def _extremes(self, rows: slice, x: np.ndarray) -> None:
+    def _count_extremes(self, rows: slice, x: np.ndarray) -> None:
+        """Update minimum, maximum, how often each occurs, and the numbers of unchanged samples."""
         low, high = x.min(axis=1), x.max(axis=1)
-        # NaN spoils minimum and maximum, infinities are one of them.
+        # A NaN makes minimum and maximum NaN; an infinite value is itself the minimum or the maximum.
         self._finite[rows] &= np.isfinite(low) & np.isfinite(high)
         for ends, seen, found, better in (
             (self._low, self._at_low, low, np.less),
@@ -250,7 +253,7 @@ class Survey:
         if self._last is not None:
             unchanged += x[:, 0] == self._last[rows]
         self._unchanged[rows] += unchanged
-        # A stretch full of changes belongs to no trigger line; a few samples say nothing yet.
+        # A trigger line never changes in most samples of a block. In a very short block this says nothing yet.
         self._restless[rows] |= (unchanged <= 0.5 * x.shape[1]) & (x.shape[1] >= 256)
         for i in np.flatnonzero(unchanged > 0.5 * x.shape[1]):
             levels = self._levels[rows.start + i]
@@ -258,11 +261,11 @@ class Survey:
                 levels.add(float(x[i, 0]))
                 levels.update(np.unique(x[i, 1:][~same[i]])[: TRIGGER_LEVELS + 1].tolist())
 
-    def _measure(self, x: np.ndarray) -> None:
-        """Amplitude, spectrum and likeness of a stretch; rows without numbers count as silent."""
+    def _measure_stretch(self, x: np.ndarray) -> None:
+        """Measure amplitude, spectrum and correlations of a stretch; rows with NaN or infinities count as zero."""
         x = np.where(self._finite[:, None], x, 0.0)
         x -= x.mean(axis=1, keepdims=True)
-        y, _ = measured(x, self._rate)
+        y, _ = filter_to_band(x, self._rate)
         self._amplitudes.append(np.abs(y).astype(np.float32))
         norm = np.linalg.norm(y, axis=1)
         unit = y / np.where(norm > 0, norm, 1.0)[:, None]
@@ -288,17 +291,17 @@ class Survey:
         return np.arange(self._power.shape[1]) * (self._rate / max(1, self._n_fft))
 
     def verdict(self, factor: float | None = None) -> Verdict:
-        """Judge what has passed by.
+        """Judge the signal from the blocks so far.
 
         Parameters
         ----------
         factor : float, optional
-            Known factor to microvolts, of what `scale` gives; then the unit is not judged.
+            Known factor that converts scaled values to microvolts. If it is given, the unit is not judged.
 
         Returns
         -------
         Verdict
-            With `unit` "unknown" where the amplitudes are none that EEG has.
+            Its `unit` is "unknown" if EEG cannot have such amplitudes.
         """
         times, n = factor or 1.0, len(self._finite)
         robust = np.zeros(n)
@@ -347,12 +350,12 @@ class Survey:
         )
 
     def _tone(self) -> np.ndarray:
-        """Rows ruled by one line beyond EEG's rhythms that is no harmonic of the mains."""
+        """Return which rows are a test tone: one frequency that is no rhythm of EEG and no harmonic of the mains."""
         if not self._n_power:
             return np.zeros(len(self._finite), bool)
         frequency = self._frequencies
         power = np.where(frequency >= 1.0, self._power, 0.0)
-        # Three bins of Hann's window hold a line.
+        # With Hann's window, the power of a single frequency is spread over three bins.
         near = power.copy()
         near[:, 1:] += power[:, :-1]
         near[:, :-1] += power[:, 1:]
@@ -363,7 +366,7 @@ class Survey:
         return share > TONE_SHARE
 
     def _noisy(self, live: np.ndarray) -> list[int]:
-        """Rows that are much rougher than the others, or have nothing in common with them."""
+        """Return rows that are much rougher than the other rows, or that do not correlate with any other row."""
         if len(live) < MIN_TO_COMPARE:
             return []
         found: set[int] = set()
@@ -379,17 +382,17 @@ class Survey:
         return sorted(found)
 
     def line_frequency(self, rows: Sequence[int]) -> float | None:
-        """Find the mains in the spectrum.
+        """Find the mains frequency in the spectrum.
 
         Parameters
         ----------
         rows : sequence of int
-            Rows to look at.
+            Rows of the good channels.
 
         Returns
         -------
         float or None
-            50 or 60 Hz; None where neither stands out, no stretch lasts two seconds, or the rate is too low.
+            50 or 60 Hz; None if neither stands out, no stretch lasts two seconds, or the rate is too low.
         """
         if not len(rows) or not self._n_power:
             return None
@@ -406,38 +409,38 @@ class Survey:
         return best
 
     def _fingerprint(self) -> np.ndarray:
-        """Points of the measured signal at fixed times: the same for the same signal, whatever the file's format."""
+        """Compute the fingerprint; the same signal gives the same fingerprint in every file format."""
         head = self._head.finish()
         if head.shape[1] < 2:
             return np.zeros((len(self._finite), 0), np.float32)
         head = np.where(np.isfinite(head).all(axis=1, keepdims=True), head, 0.0)
-        y, rate = measured(head, self._rate)
+        y, rate = filter_to_band(head, self._rate)
         n_points = min(FINGERPRINT_POINTS, int((y.shape[-1] - 1) / rate / FINGERPRINT_STEP_S))
         if n_points < 2:
             return np.zeros((len(y), 0), np.float32)
         at = np.round(np.arange(n_points) * FINGERPRINT_STEP_S * rate).astype(int)
         points = y[:, at]
-        # Normalised by row: one of two formats may lie about the unit.
+        # Normalise each row, because the unit may be wrong in one of two formats.
         norm = np.linalg.norm(points, axis=1, keepdims=True)
         return np.where(norm > 1e-6, points / np.maximum(norm, 1e-12), 0.0).astype(np.float32)
 
 
 def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Verdict:
-    """Judge unit and channels of a signal that is in memory.
+    """Judge unit and channels of a signal in memory.
 
     Parameters
     ----------
     x_uv : ndarray, shape (n, S)
-        Signal in microvolts as read.
+        Signal as read, in microvolts.
     sfreq : float
-        Rate in Hz.
+        Sampling rate in Hz.
     factor : float, optional
-        Known factor to microvolts; then the unit is not judged.
+        Known factor that converts the values to microvolts. If it is given, the unit is not judged.
 
     Returns
     -------
     Verdict
-        With `unit` "unknown" where the amplitudes are none that EEG has.
+        Its `unit` is "unknown" if EEG cannot have such amplitudes.
     """
     survey = Survey(len(x_uv), sfreq, [Segment(start=0, stop=x_uv.shape[-1], onset=0.0)])
     survey.push(0, np.asarray(x_uv, np.float64))

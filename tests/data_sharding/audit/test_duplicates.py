@@ -13,11 +13,11 @@ from data_sharding.audit.duplicates import (
     NEIGHBOURS,
     SKETCH,
     Copy,
-    Print,
-    candidates,
+    RecordingFingerprint,
+    candidate_pairs,
     compare,
     find_duplicates,
-    matches,
+    find_matches,
     preference,
     signature,
 )
@@ -42,12 +42,14 @@ def eeg(seed: int, n: int = 8, seconds: float = 10.0, rate: float = RATE, alpha:
     return 20 * (x[1:] + x[:1] + alpha * wave)
 
 
-def make(key: str, x: np.ndarray, rate: float = RATE) -> Print:
+def make(key: str, x: np.ndarray, rate: float = RATE) -> RecordingFingerprint:
     points = assess(x, rate).fingerprint
-    return Print(key=key, sha256=key, seconds=x.shape[1] / rate, signature=signature(points), points=points)
+    return RecordingFingerprint(
+        key=key, sha256=key, seconds=x.shape[1] / rate, signature=signature(points), points=points
+    )
 
 
-def variants(x: np.ndarray) -> dict[str, Print]:
+def variants(x: np.ndarray) -> dict[str, RecordingFingerprint]:
     double = resample(x, RATE, 2 * RATE)
     return {
         "rounded to 0.1 microvolts": make("b", np.round(x / 0.1) * 0.1),
@@ -149,7 +151,7 @@ def test_chain_leads_to_the_one_that_is_kept() -> None:
 def test_matches_between_collections() -> None:
     ours, theirs = [make(f"o{i}", eeg(i)) for i in range(4)], [make("t9", eeg(9)), make("t2", np.round(eeg(2), 1))]
     load = {p.key: p.points for p in [*ours, *theirs]}
-    assert matches(ours, theirs, load.__getitem__, load.__getitem__) == [(2, 1, "same")]  # type: ignore[arg-type]
+    assert find_matches(ours, theirs, load.__getitem__, load.__getitem__) == [(2, 1, "same")]  # type: ignore[arg-type]
 
 
 def test_preference(make_row) -> None:
@@ -169,11 +171,11 @@ def test_a_hundred_thousand_recordings_fit() -> None:
     numbers = rng.integers(0, 2**62, (100_000, SKETCH - 1))
     numbers[100:300] = numbers[10_000:10_200]
     prints = [
-        Print(key=str(i), sha256="", seconds=600.0 + i % 100, signature=[7, *row])
+        RecordingFingerprint(key=str(i), sha256="", seconds=600.0 + i % 100, signature=[7, *row])
         for i, row in enumerate(numbers.tolist())
     ]
     tracemalloc.start()
-    pairs = candidates(prints)
+    pairs = candidate_pairs(prints)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert pairs == [(i, i + 9_900) for i in range(100, 300)]

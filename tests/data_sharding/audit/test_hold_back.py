@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from data_sharding.audit.duplicates import Print, signature
+from data_sharding.audit.duplicates import RecordingFingerprint, signature
 from data_sharding.audit.hold_back import IMAGE_REASON, HoldBack, HoldBackConfig, read_list
 from data_sharding.audit.inspect_dataset import main as inspect
 from data_sharding.audit.verify import main as verify
@@ -31,14 +31,16 @@ class Rows:
         self.make_row, self.make_raw = make_row, make_raw
         self.points: dict[str, np.ndarray] = {}
         self.rows: list[LedgerRow] = []
-        self.prints: dict[str, Print] = {}
+        self.prints: dict[str, RecordingFingerprint] = {}
 
     def add(self, key: str, seed: int, **columns) -> LedgerRow:
         raw = self.make_raw(6, 200, 8, seed=seed)
         raw.apply_function(lambda x: np.round(x * 1e7) / 1e7)
         self.points[key] = assess(1e6 * raw.get_data(), 200.0).fingerprint
         row = self.make_row(key, seconds=8.0, windows=8, **columns)
-        self.prints[key] = Print(key=key, sha256=row.sha256, seconds=row.seconds, signature=signature(self.points[key]))
+        self.prints[key] = RecordingFingerprint(
+            key=key, sha256=row.sha256, seconds=row.seconds, signature=signature(self.points[key])
+        )
         self.rows.append(row)
         return self.rows[-1]
 
@@ -101,7 +103,7 @@ class TestNames:
 
     def test_an_empty_list_is_refused(self, items, tmp_path: Path) -> None:
         (tmp_path / "list.txt").write_text("# nothing yet\n")
-        with pytest.raises(RequestError, match="names nothing"):
+        with pytest.raises(RequestError, match="the list is empty"):
             HoldBack.plan(HoldBackConfig(lists=[str(tmp_path / "list.txt")]), items)
 
     def test_identity_follows_the_content(self, items, tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_images_of_a_dataset(events_corpus: Path, publish, make_raw, make_row, t
     shown = {"starts": [0, 100], "images": [("bench-17", picture), ("bench-18", picture)]}
     publish(tmp_path / "b", [{"key": "b", "subject": "s", "corpus": "x", "raw": make_raw(4, 200, 8, seed=1), **shown}])
     held = HoldBack.plan(HoldBackConfig(datasets=[str(tmp_path / "b")]), items)
-    kept = held.without_images(items)
+    kept = held.drop_held_back_images(items)
     assert [len(i.trials or ()) - len(k.trials or ()) for i, k in zip(items, kept, strict=True)] == [1, 1, 1]
     assert not any(t.image_id == "img-3" for item in kept for t in item.trials or ())
     row = make_row(items[0].key, windows_left_out={"a": 2})
@@ -189,7 +191,7 @@ def test_images_of_a_dataset(events_corpus: Path, publish, make_raw, make_row, t
     publish(tmp_path / "c", [named])
     held = HoldBack.plan(HoldBackConfig(datasets=[str(tmp_path / "c")]), items)
     gone = {t.image_id for i in items for t in i.trials or ()} - {
-        t.image_id for i in held.without_images(items) for t in i.trials or ()
+        t.image_id for i in held.drop_held_back_images(items) for t in i.trials or ()
     }
     assert gone == {"img-0", "img-5"}
 
@@ -237,7 +239,7 @@ class TestJob:
         assert verify([training]) == 0 and verify([benchmark]) == 0
         assert verify([training, "--against", benchmark]) == 0
         out = capsys.readouterr().out
-        assert "recordings by signal: 3 with 1" in out and "nothing shared" in out and "shared: " not in out
+        assert "recordings by signal: 3 with 1" in out and "no shared data" in out and "shared: " not in out
 
     def test_report_and_tables_tell(self, sharded: tuple[Path, Path], capsys) -> None:
         page = (sharded[1] / "report.html").read_text()

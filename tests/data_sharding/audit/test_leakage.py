@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from upath import UPath
 
-from data_sharding.audit.fingerprints import Fingerprints, image_print, similar_images, window_digest
+from data_sharding.audit.fingerprints import Fingerprints, find_similar_images, fingerprint_image, window_digest
 from data_sharding.audit.verify import main
 from data_sharding.dataset.samples import decode_eeg, encode_eeg
 
@@ -58,7 +58,7 @@ class TestAgainst:
         publish(tmp_path / "b", strangers(make_raw))
         assert main([str(dataset), "--against", str(tmp_path / "b")]) == 0
         out = capsys.readouterr().out
-        assert "nothing shared" in out and "shared:" not in out and "not compared" not in out
+        assert "no shared data" in out and "shared:" not in out and "not compared" not in out
         for what in ("subjects by corpus", "checksum", "by signal: 6 with 3", "windows by content: 48 with 24"):
             assert what in out
 
@@ -83,7 +83,11 @@ class TestAgainst:
         assert main([str(tmp_path / "b"), "--against", str(dataset)]) == 1
         out = capsys.readouterr().out
         assert "8 windows of x equal to windows of r3" in out
-        assert "has no ledger.parquet" in out and "has no fingerprints.parquet" in out and "nobody says whose" in out
+        assert (
+            "has no ledger.parquet" in out
+            and "has no fingerprints.parquet" in out
+            and "they are unknown; set subject_pattern" in out
+        )
 
     def test_subjects(self, dataset, publish, make_raw, tmp_path, capsys) -> None:
         people = strangers(make_raw)
@@ -113,7 +117,7 @@ class TestAgainst:
             target.write_bytes(file.read_bytes())
         assert main(["memory://leakage/copy"]) == 0
         assert main(["memory://leakage/copy", "--against", str(dataset)]) == 1
-        assert "share something: 4 about subjects, 6 about recordings" in capsys.readouterr().out
+        assert "share data: 4 about subjects, 6 about recordings" in capsys.readouterr().out
 
     def test_bad_requests(self, dataset, tmp_path, capsys) -> None:
         assert main([str(dataset), "--against", str(tmp_path / "gone")]) == 2
@@ -129,7 +133,7 @@ class TestAgainst:
 class TestSplits:
     def test_clean(self, dataset, capsys) -> None:
         assert main([str(dataset)]) == 0
-        assert "nothing crosses the splits" in capsys.readouterr().out
+        assert "the splits share nothing" in capsys.readouterr().out
 
     def test_subject_and_copy_cross(self, recordings, publish, tmp_path, capsys, make_raw) -> None:
         crossing = [*recordings, {**recordings[4], "key": "r6", "subject": "sub-01", "split": "test"}]
@@ -180,9 +184,9 @@ class TestImages:
         assert main([str(tmp_path / "a"), "--against", str(tmp_path / "b")]) == 1
         out = capsys.readouterr().out
         assert "image lab/cat_0 here is web/x0 there: equal bytes" in out
-        assert "image lab/cat_1 here is web/x1 there: the same picture, encoded again" in out
-        assert "image lab/cat_2 here is web/x2 there: the same picture, encoded again" in out
-        assert "to look at: same name: image lab/cat_3 here, web/cat_3 there; the pictures differ" in out
+        assert "image lab/cat_1 here is web/x1 there: the same image, encoded again" in out
+        assert "image lab/cat_2 here is web/x2 there: the same image, encoded again" in out
+        assert "to look at: same name: image lab/cat_3 here, web/cat_3 there; the contents differ" in out
         assert out.count("image ") == 4
 
     def test_across_splits(self, publish, make_raw, tmp_path, capsys) -> None:
@@ -194,7 +198,7 @@ class TestImages:
         assert main([str(tmp_path / "a")]) == 1
         out = capsys.readouterr().out
         assert "image lab/a is in train and test" in out
-        assert "image lab/b (train) is lab/c (test): the same picture, encoded again" in out
+        assert "image lab/b (train) is lab/c (test): the same image, encoded again" in out
 
     def test_what_the_config_allows_is_a_question(self, publish, make_raw, tmp_path, capsys) -> None:
         """Subjects are held out, images are not; and of the same trials a split by concept."""
@@ -209,14 +213,14 @@ class TestImages:
         assert "shared: concept cat is in train and test" in capsys.readouterr().out
 
     def test_different_pictures_are_different(self) -> None:
-        prints = [image_print(encoded(picture(i))) for i in range(150)]
-        assert similar_images(prints, prints) == [(i, i) for i in range(150)]
-        grey = [image_print(encoded(Image.new("RGB", (64, 64), (v, v, v)))) for v in (0, 40, 200, 255)]
-        assert similar_images(grey, grey) == [(i, i) for i in range(4)]
+        prints = [fingerprint_image(encoded(picture(i))) for i in range(150)]
+        assert find_similar_images(prints, prints) == [(i, i) for i in range(150)]
+        grey = [fingerprint_image(encoded(Image.new("RGB", (64, 64), (v, v, v)))) for v in (0, 40, 200, 255)]
+        assert find_similar_images(grey, grey) == [(i, i) for i in range(4)]
 
     def test_what_is_no_picture(self) -> None:
-        blind = image_print(b"not a picture")
-        assert blind.phash is None and similar_images([blind], [blind]) == []
+        blind = fingerprint_image(b"not a picture")
+        assert blind.phash is None and find_similar_images([blind], [blind]) == []
 
 
 def test_window_digest_sees_values_only() -> None:
@@ -232,8 +236,8 @@ def test_fingerprints_file(dataset, recordings) -> None:
     from data_sharding.processing.survey import assess
 
     stored = Fingerprints(dataset)
-    assert [p.key for p in stored.prints] == [r["key"] for r in recordings]
+    assert [p.key for p in stored.recordings] == [r["key"] for r in recordings]
     raw = recordings[3]["raw"]
     expected = assess(1e6 * raw.get_data(), raw.info["sfreq"]).fingerprint
     np.testing.assert_allclose(stored.load("r3"), expected, atol=1e-3)
-    assert stored.prints[3].signature and stored.prints[3].seconds == 8.0
+    assert stored.recordings[3].signature and stored.recordings[3].seconds == 8.0

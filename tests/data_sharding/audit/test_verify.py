@@ -19,7 +19,7 @@ def copy(unpaired_dataset: Path, tmp_path: Path) -> Path:
 
 def test_good(unpaired_dataset: Path, capsys) -> None:
     assert main([str(unpaired_dataset)]) == 0
-    assert "every byte and count" in capsys.readouterr().out
+    assert "all bytes and counts agree" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".idx"])

@@ -398,7 +398,7 @@ def test_damage_is_found(drill: Drill, undisturbed: dict[str, str], tmp_path: Pa
     whole = tar.read_bytes()
     tar.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
     assert verify([str(copy)]) == 1
-    assert f"train/{tar.name}: its sha256 is not the manifest's" in capsys.readouterr().out
+    assert f"train/{tar.name}: its sha256 differs from the manifest's" in capsys.readouterr().out
     tar.write_bytes(whole[:-1024])
     with pytest.raises(RequestError, match=f"{tar.name}: the manifest says {len(whole)} bytes"):
         collate(EEGDataset(copy, "train"), [0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_sharding.audit.duplicates import Copy, Print, find_duplicates
+from data_sharding.audit.duplicates import Copy, RecordingFingerprint, find_duplicates
 from data_sharding.formats.signal import Segment
 from data_sharding.processing.survey import Survey, assess, stretches_of
 
@@ -149,8 +149,10 @@ class TestLine:
 
 
 class TestDuplicates:
-    def make(self, key: str, x: np.ndarray, names: str | None = None, sha: str = "", rate: float = RATE) -> Print:
-        return Print(
+    def make(
+        self, key: str, x: np.ndarray, names: str | None = None, sha: str = "", rate: float = RATE
+    ) -> RecordingFingerprint:
+        return RecordingFingerprint(
             key=key,
             sha256=sha or key,
             seconds=x.shape[1] / rate,
