@@ -1,4 +1,4 @@
-"""Which channels of a recording are EEG, what they are called, where they sit, and which 128 are kept.
+"""Find the EEG channels of a recording: their names, their positions, and the 128 channels to keep.
 
 Shapes: n channels.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from data_sharding.formats.signal import SignalInfo
 
 OLD_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
-"""10-20 names of before 1991 and the ones they became."""
+"""10-20 names used before 1991, with the names that replaced them."""
 NOT_EEG = {
     "eog": r"[a-z]{0,2}eog.*|eye.*|[lr]eye|[hv]eo[lrud]?|[lr]oc|[lsi]o[12]|io",
     "ecg": r"(ecg|ekg).*|.*[ _-](ecg|ekg)\d*",
@@ -34,69 +34,70 @@ NOT_EEG = {
     "external": r"exg\d+|ext?\d+|aux.*|(left|right)[_ ]?aux.*|misc.*|x\d+|bip\d+|pat|tech|mark\d*|\$.*|bn\d+|nr\d+"
     r"|e|z|sdb|unused.*|[-.]+\d*",
 }
-"""Names that are no EEG whatever type the file gives them, by kind; whole name, case ignored."""
+"""Patterns of channel names that are not EEG, whatever type the file gives them. Whole names match; case is ignored."""
 EARS = ("A1", "A2", "M1", "M2")
-"""Earlobes and mastoids: references rather than scalp, unless the names are a cap's grid (A1 .. A32)."""
+"""Earlobes and mastoids are references, not scalp electrodes, unless the names are the grid of a cap (A1 .. A32)."""
 GRID_NAME = re.compile(r"[A-I]\d{1,2}")
 NET_NAME = re.compile(r"E0*(\d{1,3})", re.IGNORECASE)
-"""Electrodes of EGI's nets; in a sleep recording, E1 and E2 are the outer corners of the eyes."""
+"""Electrodes of an EGI net. In a sleep recording, E1 and E2 are instead the outer corners of the eyes."""
 VERTEX = ("CZ", "VREF", "VERTEX REFERENCE")
-"""What the vertex of an EGI net is called beside its number."""
+"""Other names of the vertex electrode of an EGI net, which also has a number."""
 NETS = {
     32: "GSN-HydroCel-32",
     64: "GSN-HydroCel-65_1.0",
     128: "GSN-HydroCel-129",
     256: "GSN-HydroCel-257",
 }
-"""EGI's nets by their number of electrodes, the vertex not counted, and MNE's name."""
+"""MNE's names of EGI's nets, by number of electrodes without the vertex."""
 DECORATION = re.compile(r"(EEG|POL)[ _:-]+(?=\S*[A-Za-z$])", re.IGNORECASE)
-"""Nihon Kohden's and clinical exports' prefixes; a number alone stays with its prefix."""
+"""Prefix in Nihon Kohden and clinical files. It is removed, but not in front of a plain number."""
 REFERENCE = re.compile(
     r"(?<!\bEEG)(?<!\bPOL)[-_ :/]+(REF|LE|AR|AVG|AV|CAR|CZREF|CAZ|G2|VREF|LINKED|A1\+A2|M1\+M2"
     r"|[AM][12]([AM][12])?)\d?$",
     re.IGNORECASE,
 )
-"""What a channel was recorded against, at the end of its name: C3-A2 sits at C3."""
+"""Reference at the end of a channel name; it is removed, because the electrode of C3-A2 is at C3."""
 MIN_STANDARD = 0.5
-"""Share of names that must be standard before any of them is believed."""
+"""Standard positions are used only if at least this share of the names is standard."""
 
 
 @dataclass(kw_only=True)
 class Channels:
-    """The EEG channels of a recording, in the order of the rows."""
+    """EEG channels of a recording; all lists are in the order of the rows."""
 
     picks: list[int]
-    """Their numbers in the file."""
+    """Numbers of the channels in the file."""
     names: list[str]
     """Canonical names."""
     positions: list[list[float] | None]
-    """Head coordinates in metres, where they are known."""
+    """Head coordinates in metres; None for an unknown position."""
     montage: str
-    """Where the positions come from: file, a standard montage, or none."""
+    """Source of the positions: file, the name of a standard montage, or none."""
     confidence: float
-    """Share of the channels with a position."""
+    """Share of the channels that have a position."""
     by_type: dict[str, int] = field(default_factory=dict)
-    """How many channels of the file are of which type."""
+    """Number of channels of each type in the file."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Names that are not EEG, by kind."""
+    """Names of the channels that are not EEG, by kind."""
     selection: str = "all"
-    """How the channels were chosen where there were more than 128."""
+    """Rule by which channels were chosen if the recording has more than 128."""
     notes: list[str] = field(default_factory=list)
-    """What is to be said of them in the ledger."""
+    """Notes about the channels for the ledger."""
 
 
 def canonical_name(name: str) -> str:
-    """One name for one place, however the maker writes it.
+    """Return the canonical name of an electrode; file formats and amplifiers write the same electrode differently.
 
     Parameters
     ----------
     name : str
-        As in the file, e.g. ``Fc5.``, ``EEG FP1-REF``, ``T3``, ``FP1-F7``.
+        Name in the file, e.g. ``Fc5.``, ``EEG FP1-REF``, ``T3``, ``FP1-F7``.
 
     Returns
     -------
     str
-        E.g. ``FC5``, ``Fp1``, ``T7``, ``Fp1-F7``; names that are no standard place lose only decoration.
+        E.g. ``FC5``, ``Fp1``, ``T7``, ``Fp1-F7``. From a name that is no standard electrode, only prefix and reference
+        are removed.
     """
     text = " ".join(name.replace("\0", " ").split()).strip(". ")
     text = REFERENCE.sub("", text).strip(". ") or text
@@ -109,7 +110,7 @@ def canonical_name(name: str) -> str:
 
 
 def _bipolar(text: str) -> tuple[str, str] | None:
-    """Both places of a channel that is the difference of two, as in ``F7-T3``."""
+    """Return both electrodes of a channel that is the difference of two electrodes, as in ``F7-T3``."""
     parts = [_standard_names().get(part.lower()) for part in re.split(r"[-/]", text)]
     if len(parts) != 2 or not (parts[0] and parts[1]) or parts[0] == parts[1]:
         return None
@@ -117,27 +118,16 @@ def _bipolar(text: str) -> tuple[str, str] | None:
 
 
 def is_site(name: str) -> bool:
-    """Whether a canonical name is a place of the 10-05 system, or the difference of two.
-
-    Parameters
-    ----------
-    name : str
-        Canonical name.
-
-    Returns
-    -------
-    bool
-        False for numbers, a cap's own grid, and everything else.
-    """
+    """Whether a canonical name is an electrode of the 10-05 system, or the difference of two such electrodes."""
     return name.lower() in _standard_names() or _bipolar(name) is not None
 
 
 @functools.cache
 def _montage(name: str) -> dict[str, list[float]]:
-    """Places of a standard montage in the frame of the head, in which files have theirs.
+    """Return the positions of a standard montage, in the head coordinates that files use.
 
-    Templates come in frames of their own: on the MRI of a head, Cz lies five centimetres from where it does between the
-    ears and the nose.
+    Templates have their own coordinates. On the MRI of a head, Cz is five centimetres away from its position in
+    coordinates between the ears and the nose.
     """
     import warnings
 
@@ -145,7 +135,7 @@ def _montage(name: str) -> dict[str, list[float]]:
     from mne.channels.montage import transform_to_head
 
     with warnings.catch_warnings():
-        # MNE 1.14 renames standard_1005 to colin27_1005; older versions know the old name only.
+        # MNE 1.14 renames standard_1005 to colin27_1005; older versions only know the old name.
         warnings.simplefilter("ignore")
         if name == "standard_1005" and "colin27_1005" in mne.channels.get_builtin_montages():
             name = "colin27_1005"
@@ -159,21 +149,21 @@ def _standard_names() -> dict[str, str]:
 
 
 def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
-    """Why a channel is not scalp EEG, going by its name.
+    """Return why a channel is not scalp EEG, judged by its name.
 
     Parameters
     ----------
     name : str
         Canonical name.
     grid : bool
-        True where the names are a cap's own grid, so that ``A1`` is a scalp electrode.
+        Whether the names of the recording are the grid of a cap; then ``A1`` is a scalp electrode.
     net : bool
-        False where there is no EGI net, so that ``E1`` is an electrode at an eye.
+        Whether the recording has an EGI net; otherwise ``E1`` and ``E2`` are electrodes at the eyes.
 
     Returns
     -------
     str or None
-        The kind, or None for what may be EEG.
+        Kind of the channel (a key of `NOT_EEG`), or None if it may be EEG.
     """
     if not grid and name.upper() in EARS:
         return "reference"
@@ -186,7 +176,7 @@ def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
 
 
 def is_grid(names: list[str]) -> bool:
-    """True where names are a cap's own grid (BioSemi's A1 .. D32), some of which look like 10-20 places.
+    """Whether names are the grid of a cap (BioSemi's A1 .. D32), although some look like 10-20 electrodes.
 
     Parameters
     ----------
@@ -196,31 +186,20 @@ def is_grid(names: list[str]) -> bool:
     Returns
     -------
     bool
-        Whether at least half of the names are letter A to I with a number, and A3 or B1 is one of them: neither is a
-        10-20 place.
+        True if at least half of the names are a letter from A to I with a number, and A3 or B1 is among them. Neither
+        A3 nor B1 is a 10-20 electrode.
     """
     upper = [name.upper() for name in names]
     return sum(bool(GRID_NAME.fullmatch(n)) for n in upper) >= len(upper) / 2 and bool({"A3", "B1"} & set(upper))
 
 
 def is_net(names: list[str]) -> bool:
-    """True where names are the numbers of an EGI net.
-
-    Parameters
-    ----------
-    names : list of str
-        Canonical names.
-
-    Returns
-    -------
-    bool
-        Whether there are more than E1 and E2.
-    """
+    """Whether names are the electrode numbers of an EGI net: more of them than just E1 and E2."""
     return sum(bool(NET_NAME.fullmatch(name)) for name in names) > 2
 
 
-def place_of(xyz: list[float]) -> list[float] | None:
-    """Check a position of a file.
+def clean_position(xyz: list[float]) -> list[float] | None:
+    """Check and round a position that a file gives.
 
     Parameters
     ----------
@@ -230,20 +209,21 @@ def place_of(xyz: list[float]) -> list[float] | None:
     Returns
     -------
     list of float or None
-        To a hundredth of a millimetre; None where they cannot be a place on a head: zero is how files say "not
-        measured", and a head is less than half a metre across.
+        Rounded to a hundredth of a millimetre; None if the point cannot be on a head. (Zero means "not measured", and a
+        head is less than half a metre wide.)
     """
     good = len(xyz) == 3 and np.isfinite(xyz).all() and 0.02 < np.linalg.norm(xyz) < 0.5
     return [round(float(v), 5) for v in xyz] if good else None
 
 
-def _believable(positions: list[list[float] | None]) -> bool:
-    """Whether a file's positions differ from channel to channel."""
+def _are_plausible(positions: list[list[float] | None]) -> bool:
+    """Whether the positions of a file differ between channels."""
     known = [tuple(p) for p in positions if p is not None]
     return bool(known) and len(set(known)) > 0.8 * len(known)
 
 
 def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str]:
+    """Look positions up in standard montages; return them, and the name of the montage or "none"."""
     nothing: list[list[float] | None] = [None] * len(names)
     if is_grid(names):
         letters = {n[0].upper() for n in names}
@@ -251,14 +231,14 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
         size = {frozenset("AB"): 64, frozenset("ABCD"): 128, frozenset("ABCDE"): 160, frozenset("ABCDEFGH"): 256}.get(
             frozenset(letters)
         )
-        # The letters alone do not say which cap it was: only a complete one is believed, and 64 has 10-20 names too.
+        # The letters alone do not identify the cap. So the cap must be complete; the cap of 64 also has 10-20 names.
         if size in (128, 160, 256) and set(names) == full:
             table = _montage(f"biosemi{size}")
             return [table.get(n) for n in names], f"biosemi{size}"
         return nothing, "none"
     numbers = [int(m.group(1)) for m in map(NET_NAME.fullmatch, names) if m]
     if len(numbers) >= 25 and len(numbers) + sum(n.upper() in VERTEX for n in names) == len(names):
-        # The number after the last is the vertex. A few channels may be gone; with more, the net cannot be told.
+        # The number after the last electrode is the vertex. With too many missing channels, the net is not clear.
         size = next((s for s in NETS if max(numbers) <= s + 1), 0)
         if len(set(numbers)) < 0.8 * size or not size:
             return nothing, "none"
@@ -278,17 +258,17 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
 
 
 def pick_channels(info: SignalInfo) -> Channels:
-    """Find the scalp EEG of a recording.
+    """Find the scalp EEG channels of a recording.
 
     Parameters
     ----------
     info : SignalInfo
-        What is known of the recording.
+        Metadata of the recording.
 
     Returns
     -------
     Channels
-        EEG channels in the file's order, not yet limited in number; `picks` is empty where there are none.
+        All EEG channels in the order of the file, also if there are more than 128. `picks` is empty if there is no EEG.
     """
     by_type = Counter(info.ch_types)
     eeg = [i for i, kind in enumerate(info.ch_types) if kind == "eeg"]
@@ -298,7 +278,7 @@ def pick_channels(info: SignalInfo) -> Channels:
     for i, name in zip(eeg, names, strict=True):
         kind = kind_of(name, grid=grid, net=net)
         if kind is None and name in kept:
-            # Canonical names can meet (T3 beside T7): the file's own name tells them apart.
+            # Two names can have the same canonical name (T3 and T7). Then use the name in the file.
             name = info.ch_names[i] if info.ch_names[i] not in kept else f"{info.ch_names[i]}-{i}"
         if kind:
             left_out.setdefault(kind, []).append(info.ch_names[i])
@@ -308,10 +288,10 @@ def pick_channels(info: SignalInfo) -> Channels:
     for name, why in info.left_out.items():
         left_out.setdefault(why, []).append(name)
     positions, montage = [info.positions[i] for i in picks], "file"
-    if not _believable(positions):
+    if not _are_plausible(positions):
         positions, montage = _standard_positions(kept)
     pairs = [name for name in kept if _bipolar(name)]
-    # Half-way between two electrodes is a place where none was.
+    # A bipolar channel has no position: there was no electrode half-way between the two.
     positions = [None if name in pairs else p for name, p in zip(kept, positions, strict=True)]
     more = ", ..." if len(pairs) > 4 else ""
     return Channels(
@@ -331,23 +311,23 @@ def _natural(name: str) -> list[Any]:
 
 
 def choose(channels: Channels, bads: list[int], limit: int = 128) -> tuple[list[int], str]:
-    """Which channels to keep where there are more than a window holds.
+    """Choose which channels to keep if there are more than a window can hold.
 
     Parameters
     ----------
     channels : Channels
-        The EEG channels.
+        EEG channels of the recording.
     bads : list of int
-        Rows that are flat, clipped or out of range: the first to go.
+        Rows of bad channels; they are dropped first.
     limit : int
-        Channels that fit.
+        Largest number of channels.
 
     Returns
     -------
     rows : list of int
-        Rows to keep, ascending.
+        Rows to keep, in ascending order.
     rule : str
-        What was done, for the ledger.
+        Description of the choice, for the ledger.
     """
     n = len(channels.names)
     if n <= limit:
@@ -360,7 +340,7 @@ def choose(channels: Channels, bads: list[int], limit: int = 128) -> tuple[list[
         chosen = sorted(good, key=lambda i: _natural(channels.names[i]))[:limit]
         return sorted(chosen), f"first {limit} of {n} by name"
     xyz = np.array([channels.positions[i] for i in placed], float)
-    # Farthest point sampling from the vertex down: each next electrode is the one farthest from all chosen ones.
+    # Farthest point sampling: begin at the vertex, and always add the electrode farthest from all chosen electrodes.
     first = int(np.argmax(xyz[:, 2]))
     order, distance = [first], np.linalg.norm(xyz - xyz[first], axis=1)
     while len(order) < limit:
@@ -371,21 +351,21 @@ def choose(channels: Channels, bads: list[int], limit: int = 128) -> tuple[list[
 
 
 def restrict(channels: Channels, rows: list[int], rule: str) -> Channels:
-    """Keep some rows.
+    """Keep only some rows.
 
     Parameters
     ----------
     channels : Channels
-        All EEG channels.
+        EEG channels of the recording.
     rows : list of int
         Rows to keep.
     rule : str
-        Why, for the ledger.
+        Description of the choice, for the ledger.
 
     Returns
     -------
     Channels
-        Those channels.
+        The channels of these rows.
     """
     return Channels(
         picks=[channels.picks[i] for i in rows],

@@ -1,4 +1,4 @@
-"""EDF, BDF and GDF: records whose channels may have several rates and units, and gaps between them.
+"""Open EDF, BDF and GDF files: records whose channels may differ in rate and unit, with possible gaps between them.
 
 Shapes: n channels, S samples at the recording's rate.
 """
@@ -24,22 +24,23 @@ if TYPE_CHECKING:
     from mne.io import BaseRaw
 
 VOLTS = re.compile(r"[munpµμ\x83\xca�?]{0,2}v(olts?)?|(micro|milli|nano)volts?", re.IGNORECASE)
-"""Physical dimensions that are a voltage; makers write micro in many code pages."""
+"""Physical dimensions that are a voltage. The letter micro is written in many code pages."""
 NEW_SEGMENT = "32766"
-"""GDF's event (0x7ffe) for the beginning of another run."""
+"""GDF event (0x7ffe) at the beginning of a new run."""
 LOWEST_HZ = 100.0
-"""Below this rate a channel cannot hold the band of EEG; beside faster ones it is marked as bad."""
+"""A channel of a lower rate cannot hold the band of EEG; if other channels are faster, it is marked as bad."""
 
 
 class RecordsSignal(RawSignal):
-    """A recording some of whose electrodes were stored at another rate than the rest.
+    """A recording in which some electrodes were stored at another rate than the others.
 
     Parameters
     ----------
     raw : mne.io.BaseRaw
-        The channels at the recording's rate.
+        Channels that have the main rate.
     others : list of (mne.io.BaseRaw, Fraction)
-        The rest, and the recording's rate over theirs: they are brought to it, as from the whole segment at once.
+        Other channels, with the main rate divided by their rate. They are resampled to the main rate; the result is the
+        same as if each segment were resampled at once.
     **more : Any
         As for `RawSignal`.
     """
@@ -50,7 +51,7 @@ class RecordsSignal(RawSignal):
         self._others = [(other, ratio, i) for other, ratio in others for i in range(len(other.ch_names))]
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Samples of some channels; see `Signal.read`."""
+        """Read samples of some channels; see `Signal.read`."""
         out = np.zeros((len(picks), stop - start))
         main = [row for row, pick in enumerate(picks) if pick < self._n_main]
         if main:
@@ -68,7 +69,7 @@ class RecordsSignal(RawSignal):
 
         raw, ratio, pick = self._others[number]
         up, down = ratio.numerator, ratio.denominator
-        # The filter of resample_poly reaches over this many samples; whatever lies beyond does not change the result.
+        # The filter of resample_poly extends over this many samples; samples further away do not change the result.
         reach = 10 * max(up, down) // up + down + 1
         first, last = segment.start * down // up, segment.stop * down // up
         a = max(first, first + (start * down // up - reach - first) // down * down)
@@ -77,14 +78,14 @@ class RecordsSignal(RawSignal):
         return y[start - a * up // down :][: stop - start]
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close the files."""
         super().close()
         for other, _, _ in self._others:
             other.close()
 
 
 def open_records(format_: str) -> Callable[[Path], Signal]:
-    """Reader of a format with records.
+    """Make the reader of a format with records.
 
     Parameters
     ----------
@@ -94,14 +95,14 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
     Returns
     -------
     callable
-        From the path to the signal.
+        Opens a path and returns the signal.
     """
 
     def read(path: Path) -> Signal:
         layout = headers.gdf_layout(path) if format_ == "gdf" else headers.edf_layout(path)
         count = _rate_of_eeg(layout)
         signals = [i for i, label in enumerate(layout.labels) if i != layout.notes and "Annotations" not in label]
-        # MNE would bring all channels to the highest rate, block by block: each block's edges would ring.
+        # MNE would resample all channels to the highest rate block by block, with errors at the edges of each block.
         electrodes = _electrodes(layout)
         rates: dict[int, list[int]] = {}
         left_out = {}
@@ -112,8 +113,8 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
             else:
                 left_out[layout.labels[i]] = f"another rate: {rate:g} Hz"
         main = rates.pop(count)
-        raw = _mne_of(format_, path, layout, main)
-        others = [(_mne_of(format_, path, layout, rates[n]), Fraction(count, n)) for n in sorted(rates)]
+        raw = _open_with_mne(format_, path, layout, main)
+        others = [(_open_with_mne(format_, path, layout, rates[n]), Fraction(count, n)) for n in sorted(rates)]
         kept = [*main, *(i for n in sorted(rates) for i in rates[n])]
         names = [name for part in [raw, *(other for other, _ in others)] for name in part.ch_names]
         types = [kind for part in [raw, *(other for other, _ in others)] for kind in part.get_channel_types()]
@@ -124,7 +125,7 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
                 types[row] = "misc"
         more: dict[str, Any] = {"ch_types": types, "left_out": left_out}
         if layout.interrupted:
-            # MNE takes the records as if they followed one another, and drops what is noted beyond that.
+            # MNE joins the records without gaps, and drops annotations after the end of the joined signal.
             runs, notes = headers.edf_runs(path, layout)
             more["segments"] = [Segment(start=a * count, stop=b * count, onset=onset) for a, b, onset in runs]
             more["bad_spans"] = [(a, b, word) for a, b, word in notes if BAD.match(word) and b > a]
@@ -143,20 +144,21 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
     return read
 
 
-def _mne_of(format_: str, path: Path, layout: headers.Layout, numbers: list[int]) -> BaseRaw:
+def _open_with_mne(format_: str, path: Path, layout: headers.Layout, numbers: list[int]) -> BaseRaw:
+    """Open some channels of a file, by their numbers in the header."""
     import mne
 
     wanted = {layout.labels[i] for i in numbers}
     exclude = sorted(set(layout.labels) - wanted - {"EDF Annotations", "BDF Annotations"})
     if clash := [i for i, label in enumerate(layout.labels) if label in wanted and i not in numbers]:
-        text = f"channel '{layout.labels[clash[0]]}' is there at several rates, and its names are the same"
+        text = f"two channels are named '{layout.labels[clash[0]]}', and their rates differ"
         raise ReadError(Reason("a channel is there at several rates", text=text))
     options: dict[str, Any] = {} if format_ == "gdf" else {"encoding": "latin1"}
     return getattr(mne.io, f"read_raw_{format_}")(path, exclude=exclude, **options)
 
 
 def _electrodes(layout: headers.Layout) -> set[int]:
-    """Numbers of the channels that are electrodes by name, not only for want of a better guess."""
+    """Return the numbers of the channels whose names are names of electrodes."""
     names = [canonical_name(label) for label in layout.labels]
     grid, net = is_grid(names), is_net(names)
 
@@ -172,14 +174,14 @@ def _electrodes(layout: headers.Layout) -> set[int]:
 
 
 def _rate_of_eeg(layout: headers.Layout) -> int:
-    """Samples a record of the channels that are EEG by name; the most frequent where they differ."""
+    """Return the samples per record of the channels that are EEG by name; the most frequent value if they differ."""
     counts: Counter[int] = Counter()
     electrodes = _electrodes(layout)
     for i, (label, unit, count) in enumerate(zip(layout.labels, layout.units, layout.per_record, strict=True)):
         if "Annotations" in label or count < 1:
             continue
         other = kind_of(canonical_name(label)) is not None or bool(unit and not VOLTS.fullmatch(unit))
-        # Electrodes decide; without any, names that may be EEG; without any, whatever there is.
+        # Electrodes decide. If there are none, names that may be EEG decide; if there are none of these, all channels.
         counts[count] += 1 if other else 10**6 if i in electrodes else 1000
     if not counts:
         raise NotContinuous(Reason("no signal", "no channel has samples"))

@@ -1,7 +1,7 @@
-"""What headers promise, and whether the file holds it.
+"""Compare the header of a recording with the size of its file.
 
-No count of a header is believed before it was compared with the file's size: damaged files must cost neither memory
-nor time. Every check takes a path of pathlib or of universal_pathlib and reads a few ranges of it.
+A damaged file must cost neither memory nor time. So no number in a header is used before it was compared with the size
+of the file. Each check takes a path of pathlib or universal_pathlib, and reads only a few ranges of bytes.
 """
 
 from __future__ import annotations
@@ -20,70 +20,70 @@ from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
 
 MAX_READ = 1 << 22
-"""Bytes of a header that are looked at, at most."""
+"""Largest number of bytes of a header that are read."""
 GDF_BYTES = {0: 1, 1: 1, 2: 1, 3: 2, 4: 2, 5: 4, 6: 4, 7: 8, 8: 8, 16: 4, 17: 8, 18: 16, 279: 3, 535: 3}
-"""Bytes of a sample by GDF's number of the type."""
+"""Bytes of a sample, by the number that GDF gives to its type."""
 BRAINVISION_BYTES = {"INT_16": 2, "UINT_16": 2, "INT_32": 4, "IEEE_FLOAT_32": 4}
 NEDF_HEADER = 10240
 NIHON_BLOCKS = 1024
-"""Data blocks of a Nihon Kohden file that are looked at."""
+"""Largest number of data blocks of a Nihon Kohden file that are checked."""
 TAL = re.compile(rb"([+-]\d{1,15}(?:\.\d{1,15})?)(?:\x15(\d{1,15}(?:\.\d{1,15})?))?\x14([^\x00]*)\x14\x00")
-"""Time-stamped annotations list of EDF+: onset, duration, texts."""
+"""Time-stamped annotations list (TAL) of EDF+: onset, duration, texts."""
 DAMAGED = (ValueError, ArithmeticError, LookupError, struct.error, SyntaxError, TypeError)
-"""What taking a damaged header apart can raise; XML's ParseError is a SyntaxError."""
+"""Errors that parsing a damaged header can raise; XML's ParseError is a SyntaxError."""
 
 
 class Damaged(ValueError):
-    """The header contradicts itself."""
+    """The numbers in the header contradict each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Records of an EDF, BDF or GDF file."""
+    """Layout of the records of an EDF, BDF or GDF file."""
 
     labels: list[str]
-    """Of all channels, annotations included."""
+    """Names of all channels, including those for annotations."""
     units: list[str]
-    """Physical dimensions; empty strings where the format has none that is text."""
+    """Physical dimension of each channel; an empty string if the format does not store it as text."""
     per_record: list[int]
     """Samples of each channel in a record."""
     n_records: int
-    """As promised; negative where the header leaves it open."""
+    """Number of records according to the header; negative if the header leaves it open."""
     record_s: float
-    """Seconds of a record."""
+    """Length of a record in seconds."""
     header_bytes: int
-    """Where the records begin."""
+    """Size of the header; the records follow."""
     record_bytes: int
-    """Bytes of a record."""
+    """Size of a record."""
     interrupted: bool = False
-    """EDF+D: records may have gaps between them."""
+    """True for EDF+D, where there may be gaps between records."""
     width: int = 2
-    """Bytes of a sample of EDF and BDF."""
+    """Bytes of a sample, for EDF and BDF."""
 
     @property
     def notes(self) -> int | None:
-        """Number of the first annotations channel."""
+        """Number of the first channel for annotations."""
         return next((i for i, label in enumerate(self.labels) if label in ("EDF Annotations", "BDF Annotations")), None)
 
 
 def read_range(path: AnyPath, start: int, count: int, head: bytes = b"") -> bytes:
-    """Bytes of a file.
+    """Read a range of bytes.
 
     Parameters
     ----------
     path : Path or UPath
-        The file.
+        File to read.
     start : int
-        First byte.
+        Number of the first byte.
     count : int
-        Bytes wanted; at most `MAX_READ` are read.
+        Number of bytes; at most `MAX_READ` are read.
     head : bytes
-        The file's beginning, where it was read before.
+        The first bytes of the file, if they were read before.
 
     Returns
     -------
     bytes
-        Fewer than wanted at the file's end.
+        The bytes; fewer than `count` at the end of the file.
     """
     if start < 0 or count <= 0:
         return b""
@@ -92,7 +92,7 @@ def read_range(path: AnyPath, start: int, count: int, head: bytes = b"") -> byte
         return head[start : start + count]
     fs = None if isinstance(path, Path) else getattr(path, "fs", None)
     if fs is not None:
-        # A stream of an object store reads ahead by megabytes; a range is a range.
+        # A stream of an object store would read megabytes ahead; cat_file reads only the range.
         return fs.cat_file(path.path, start=start, end=min(start + count, path.stat().st_size))  # type: ignore[union-attr]
     with path.open("rb") as stream:
         stream.seek(start)
@@ -100,12 +100,12 @@ def read_range(path: AnyPath, start: int, count: int, head: bytes = b"") -> byte
 
 
 def size_of(path: AnyPath) -> int:
-    """Bytes of a file."""
+    """Return the size of a file in bytes."""
     return int(path.stat().st_size)
 
 
-def text_of(data: bytes) -> tuple[str, str]:
-    """Text of a header, whose code page only its writer knew.
+def decode_text(data: bytes) -> tuple[str, str]:
+    """Decode the text of a header that does not name its encoding.
 
     Parameters
     ----------
@@ -115,31 +115,31 @@ def text_of(data: bytes) -> tuple[str, str]:
     Returns
     -------
     text : str
-        As UTF-8 where it is that, else as Latin-1.
+        Decoded as UTF-8 if possible, otherwise as Latin-1.
     encoding : str
-        Which of the two.
+        "utf-8" or "latin-1".
     """
     try:
-        # A character may have been cut off at the end.
+        # The incremental decoder accepts a character that is cut off at the end.
         return codecs.getincrementaldecoder("utf-8")().decode(data), "utf-8"
     except UnicodeDecodeError:
         return data.decode("latin-1"), "latin-1"
 
 
 def ini_value(text: str, key: str) -> str | None:
-    """Value of a key in the text of an INI-like header, case ignored.
+    """Find the value of a key in a header of INI format; case is ignored.
 
     Parameters
     ----------
     text : str
-        The header.
+        Text of the header.
     key : str
-        The key.
+        Key to find.
 
     Returns
     -------
     str or None
-        Without blanks around it; None where there is no such key.
+        The value without surrounding blanks; None if the key is missing.
     """
     match = re.search(rf"^[ \t]*{re.escape(key)}[ \t]*=(.*)$", text, re.MULTILINE | re.IGNORECASE)
     return match.group(1).strip() or None if match else None
@@ -153,19 +153,19 @@ def _truncated(promised: int, what: str, held: float) -> Reason:
 
 
 def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
-    """Take the header of an EDF or BDF file apart.
+    """Parse the header of an EDF or BDF file.
 
     Parameters
     ----------
     path : Path or UPath
-        The file.
+        File to read.
     head : bytes
-        Its beginning, where it was read before.
+        The first bytes of the file, if they were read before.
 
     Returns
     -------
     Layout
-        Its records.
+        Layout of the records.
 
     Raises
     ------
@@ -204,29 +204,29 @@ def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
 
 
 def edf_runs(path: Path, layout: Layout) -> tuple[list[tuple[int, int, float]], list[tuple[float, float, str]]]:
-    """Runs of records that follow one another, and what is noted, of a file whose records may have gaps between them.
+    """Find the runs of records without gaps, and the annotations, of a file in which records may have gaps (EDF+D).
 
     Parameters
     ----------
     path : Path
-        The file, on a local disk: every record is looked at.
+        File on a local disk; a part of every record is read.
     layout : Layout
-        Its header.
+        Layout of the records.
 
     Returns
     -------
     runs : list of (int, int, float)
-        First record, one past the last, and the run's onset in seconds after the first record's.
+        For each run: first record, last record plus one, and onset in seconds after the onset of the first record.
     notes : list of (float, float, str)
-        Begin and end of the annotations in seconds after the first record's onset, and their text.
+        For each annotation: begin and end in seconds after the onset of the first record, and text.
 
     Raises
     ------
     ValueError
-        If a record does not say when it begins.
+        If a record has no onset.
     """
     if layout.notes is None:
-        raise Damaged("no annotations channel says when the records begin")
+        raise Damaged("there is no annotations channel, so the onsets of the records are unknown")
     at = layout.header_bytes + layout.width * sum(layout.per_record[: layout.notes])
     size = layout.width * layout.per_record[layout.notes]
     n_records = (size_of(path) - layout.header_bytes) // layout.record_bytes
@@ -239,8 +239,8 @@ def edf_runs(path: Path, layout: Layout) -> tuple[list[tuple[int, int, float]], 
             stream.seek(at + i * layout.record_bytes)
             lists = TAL.findall(stream.read(size))
             if not lists:
-                raise Damaged(f"record {i + 1} does not say when it begins")
-            # A record's first list of annotations is its own time, and has no text of its own.
+                raise Damaged(f"record {i + 1} has no onset")
+            # The first list of a record gives the onset of the record, and no text.
             onsets.append(float(lists[0][0]))
             for onset, duration, words in lists:
                 begin = float(onset) - onsets[0]
@@ -255,21 +255,21 @@ def edf_runs(path: Path, layout: Layout) -> tuple[list[tuple[int, int, float]], 
 
 
 def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
-    """What an EDF or BDF header shows to be wrong.
+    """Compare the header of an EDF or BDF file with its size.
 
     Parameters
     ----------
     path : Path or UPath
-        The file.
+        File to read.
     head : bytes
-        Its beginning, where it was read before.
+        The first bytes of the file, if they were read before.
 
     Returns
     -------
     problem : Reason or None
-        The reason.
+        What is wrong; None if the file is sound.
     continuous : bool
-        False where the file is sound, but there is no signal.
+        False if the file is sound, but contains no continuous signal.
     """
     layout = edf_layout(path, head)
     signals = [i for i, label in enumerate(layout.labels) if label not in ("EDF Annotations", "BDF Annotations")]
@@ -287,19 +287,19 @@ def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
 
 
 def gdf_layout(path: AnyPath, head: bytes = b"") -> Layout:
-    """Take the header of a GDF file apart.
+    """Parse the header of a GDF file.
 
     Parameters
     ----------
     path : Path or UPath
-        The file.
+        File to read.
     head : bytes
-        Its beginning, where it was read before.
+        The first bytes of the file, if they were read before.
 
     Returns
     -------
     Layout
-        Its records; units are left out.
+        Layout of the records, without units.
 
     Raises
     ------
@@ -331,7 +331,7 @@ def gdf_layout(path: AnyPath, head: bytes = b"") -> Layout:
 
 
 def check_gdf(path: AnyPath, head: bytes = b"") -> Reason | None:
-    """What a GDF header shows to be wrong."""
+    """Compare the header of a GDF file with its size."""
     layout = gdf_layout(path, head)
     have = (size_of(path) - layout.header_bytes) / layout.record_bytes
     return (
@@ -341,11 +341,11 @@ def check_gdf(path: AnyPath, head: bytes = b"") -> Reason | None:
     )
 
 
-# --- the others ------------------------------------------------------------------------------------------------------
+# --- other formats ---------------------------------------------------------------------------------------------------
 
 
 def check_brainvision(text: str, data: AnyPath) -> Reason | None:
-    """Compare a BrainVision header with its binary data file; V-Amp's holds a channel that its header leaves out."""
+    """Compare a BrainVision header with its data file; a V-Amp file stores one channel more than the header counts."""
     n, points = int(ini_value(text, "NumberOfChannels") or 0), int(ini_value(text, "DataPoints") or 0)
     if n < 1 or points < 0:
         raise Damaged
@@ -357,26 +357,26 @@ def check_brainvision(text: str, data: AnyPath) -> Reason | None:
     if points and size < points * frame:
         return _truncated(points, "samples", size / frame)
     if size % frame:
-        return Reason("truncated", f"{size} bytes are no whole number of samples of {stored} channels")
+        return Reason("truncated", f"{size} bytes are not a whole number of samples of {stored} channels")
     return Reason("no signal", "the data file is empty") if not size else None
 
 
 def check_neuroscan(path: AnyPath, head: bytes = b"") -> Reason | None:
-    """Compare a Neuroscan CNT header with the file: its event table must lie within it."""
+    """Compare the header of a Neuroscan CNT file with its size: the event table must lie inside the file."""
     head = read_range(path, 0, 900, head)
     n, rate = struct.unpack_from("<H", head, 370)[0], struct.unpack_from("<H", head, 376)[0]
     events = struct.unpack_from("<I", head, 886)[0]
     size, start = size_of(path), 900 + 75 * n
     if not n or not rate or len(head) < 900:
         raise Damaged
-    # Four bytes cannot point beyond 4 GB, so larger files say nothing here.
+    # The offset has four bytes and cannot point beyond 4 GB, so larger files are not checked.
     if size < 1 << 31 and start < events < 1 << 31 and events > size:
         return _truncated(events, "bytes of signal", size)
     return Reason("no signal", "the file ends with the header") if size <= start else None
 
 
 def check_ant(path: AnyPath, head: bytes = b"") -> Reason | None:
-    """Compare the length in a RIFF header with the file."""
+    """Compare the length in the RIFF header of an ANT file with its size."""
     head = read_range(path, 0, 12, head)
     promised, offset = struct.unpack_from("<I", head, 4)[0], 8
     if head[:4] == b"RF64":
@@ -386,7 +386,7 @@ def check_ant(path: AnyPath, head: bytes = b"") -> Reason | None:
 
 
 def check_nedf(path: AnyPath, head: bytes = b"") -> Reason | None:
-    """Compare a NEDF header with the file, as far as the layout that MNE reads goes."""
+    """Compare the header of a NEDF file with its size, for the layout that MNE can read."""
     import defusedxml.ElementTree
 
     xml = defusedxml.ElementTree.fromstring(read_range(path, 0, NEDF_HEADER, head).split(b"\0")[0])
@@ -395,7 +395,7 @@ def check_nedf(path: AnyPath, head: bytes = b"") -> Reason | None:
     if n < 1 or samples < 0:
         raise Damaged
     if not samples:
-        return Reason("no signal", "the header counts no sample")
+        return Reason("no signal", "the header says 0 samples")
     accelerometer = 2 * int(xml.findtext("NumberOfChannelsOfAccelerometer") or 0)
     sample = 3 * n * (3 if xml.find("STIMSettings") is not None else 1) + 4
     full, last = divmod(samples, 5)
@@ -405,17 +405,17 @@ def check_nedf(path: AnyPath, head: bytes = b"") -> Reason | None:
 
 
 def egi_header(head: bytes) -> dict[str, int] | None:
-    """Fields of an EGI simple binary file.
+    """Parse the header of an EGI simple binary file.
 
     Parameters
     ----------
     head : bytes
-        The file's beginning.
+        The first bytes of the file.
 
     Returns
     -------
     dict or None
-        None where the bytes are no such header: version, date and counts must all make sense.
+        The fields; None if the version, the date or a count is not plausible, so that the file is of another format.
     """
     if len(head) < 36:
         return None
@@ -435,12 +435,12 @@ def check_egi(path: AnyPath, head: bytes) -> tuple[Reason | None, bool]:
     if fields is None:
         raise Damaged
     if fields["version"] % 2:
-        return Reason("epoched", "a segmented EGI simple binary file, for which there is no reader"), False
+        return Reason("epoched", "this is a segmented EGI simple binary file, which cannot be read"), False
     n, events, samples = fields["channels"], fields["events"], fields["samples"]
     if samples <= 0 or events < 0:
-        return Reason("no signal", "the header counts no sample"), False
+        return Reason("no signal", "the header says 0 samples"), False
     promised = 36 + 4 * events + samples * (n + events) * (fields["version"] & 6)
-    # 2, 4 and 6 stand for 2, 4 and 8 bytes.
+    # The versions 2, 4 and 6 store samples of 2, 4 and 8 bytes.
     if fields["version"] & 6 == 6:
         promised = 36 + 4 * events + samples * (n + events) * 8
     size = size_of(path)
@@ -448,7 +448,7 @@ def check_egi(path: AnyPath, head: bytes) -> tuple[Reason | None, bool]:
 
 
 def check_curry(data: AnyPath, header: AnyPath) -> Reason | None:
-    """Compare Curry's parameters with its data file."""
+    """Compare a Curry header with its data file."""
     text = read_range(header, 0, MAX_READ).decode("latin-1")
 
     def number(*keys: str) -> int:
@@ -471,13 +471,13 @@ def check_curry(data: AnyPath, header: AnyPath) -> Reason | None:
 
 
 def check_persyst(text: str, data: AnyPath) -> Reason | None:
-    """Compare a Persyst header with its data file, which holds whole frames."""
+    """Compare a Persyst header with its data file, which must hold whole frames."""
     n, kind = int(ini_value(text, "WaveformCount") or 0), int(ini_value(text, "DataType") or 0)
     if n < 1 or kind not in (0, 7):
         raise Damaged
     size = size_of(data)
     if size % (n * (4 if kind == 7 else 2)):
-        return Reason("truncated", f"{size} bytes are no whole number of samples of {n} channels")
+        return Reason("truncated", f"{size} bytes are not a whole number of samples of {n} channels")
     return Reason("no signal", "the data file is empty") if not size else None
 
 
@@ -502,16 +502,16 @@ def check_nihon(path: AnyPath) -> Reason | None:
     return _truncated(last, "bytes", size) if size < last else None
 
 
-# --- what only a walk over the whole file shows: asked before it is read, not while it is found ----------------------
+# --- checks that go through the whole file: done before reading, not while corpora are searched ----------------------
 
 
 def check_xdf(files: tuple[Path, ...]) -> Reason | None:
-    """Walk over the chunks of an XDF file."""
+    """Go through the chunks of an XDF file."""
     (path,) = files
     size = size_of(path)
     with path.open("rb") as stream:
         if stream.read(4) != b"XDF:":
-            return None  # A gzip stream has a checksum of its own.
+            return None  # This is a gzip stream, which has its own checksum.
         at = 4
         while at < size:
             stream.seek(at)
@@ -524,7 +524,7 @@ def check_xdf(files: tuple[Path, ...]) -> Reason | None:
 
 
 def check_mff(files: tuple[Path, ...]) -> Reason | None:
-    """Walk over the blocks of an MFF's signal files."""
+    """Go through the blocks of an MFF recording's signal files."""
     for path in files:
         if not re.fullmatch(r"signal\d+\.bin", path.name):
             continue
@@ -535,7 +535,7 @@ def check_mff(files: tuple[Path, ...]) -> Reason | None:
                 head = stream.read(12)
                 if len(head) < 4:
                     return _truncated(at + 4, f"bytes in {path.name}", size)
-                # A block either repeats the former's header or brings its own.
+                # A block has its own header, or a zero that repeats the header of the block before it.
                 if struct.unpack_from("<i", head)[0] == 0:
                     at += 4 + block
                     if not block:
@@ -545,7 +545,7 @@ def check_mff(files: tuple[Path, ...]) -> Reason | None:
                     return _truncated(at + 12, f"bytes in {path.name}", size)
                 header, block = struct.unpack_from("<ii", head, 4)
                 if header < 12 or block < 0:
-                    return Reason("damaged", f"a block of {path.name} at byte {at} has no length")
+                    return Reason("damaged", f"the block at byte {at} of {path.name} has no length")
                 at += header + block
         if at > size:
             return _truncated(at, f"bytes in {path.name}", size)
@@ -555,7 +555,7 @@ def check_mff(files: tuple[Path, ...]) -> Reason | None:
 
 
 def check_fif(files: tuple[Path, ...]) -> Reason | None:
-    """Walk over the tags of FIF files."""
+    """Go through the tags of FIF files."""
     for path in files:
         if not path.name.lower().endswith(".fif"):
             continue
@@ -568,7 +568,7 @@ def check_fif(files: tuple[Path, ...]) -> Reason | None:
                     return _truncated(at + 16, f"bytes in {path.name}", size)
                 _, _, length, following = struct.unpack(">4i", head)
                 if length < 0 or (following > 0 and following <= at):
-                    return Reason("damaged", f"the tag at byte {at} of {path.name} leads nowhere")
+                    return Reason("damaged", f"the tag at byte {at} of {path.name} points to an invalid place")
                 if at + 16 + length > size:
                     return _truncated(at + 16 + length, f"bytes in {path.name}", size)
                 seen += 1
@@ -578,8 +578,8 @@ def check_fif(files: tuple[Path, ...]) -> Reason | None:
     return None
 
 
-def guarded(check: Callable[..., Any], what: str, *args: Any) -> Any:
-    """Run a check; a header that cannot be taken apart is a verdict, too.
+def run_check(check: Callable[..., Any], what: str, *args: Any) -> Any:
+    """Run a check; if the header cannot be parsed, return a text that says so.
 
     Parameters
     ----------
@@ -588,12 +588,12 @@ def guarded(check: Callable[..., Any], what: str, *args: Any) -> Any:
     what : str
         Name of the format.
     *args
-        Its arguments.
+        Arguments of the check.
 
     Returns
     -------
     Any
-        What the check returns, or the reason.
+        Result of the check, or the text.
     """
     try:
         return check(*args)

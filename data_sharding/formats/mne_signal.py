@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_sharding.common.reason import Reason
-from data_sharding.formats.channels import place_of
+from data_sharding.formats.channels import clean_position
 from data_sharding.formats.signal import Segment, SignalInfo
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _position(channel: dict[str, Any]) -> list[float] | None:
 
     xyz = np.asarray(channel["loc"][:3], float)
     known = channel["coord_frame"] in (FIFF.FIFFV_COORD_HEAD, FIFF.FIFFV_COORD_UNKNOWN)
-    return place_of(xyz.tolist()) if known else None
+    return clean_position(xyz.tolist()) if known else None
 
 
 def _annotations(raw: BaseRaw) -> list[tuple[float, float, str]]:

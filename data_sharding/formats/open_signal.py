@@ -159,7 +159,7 @@ def _as_named(
     a header without these faults is written to a temporary folder, beside links to the files. `recode` is for readers
     that know UTF-8 only.
     """
-    text, encoding = headers.text_of(path.read_bytes())
+    text, encoding = headers.decode_text(path.read_bytes())
     data, recode = text, recode and encoding != "utf-8"
     links: dict[str, Path] = {}
     for key in keys:
@@ -301,7 +301,7 @@ def open_signal(recording: Recording) -> Signal:
         raise ReadError(Reason(f"no reader for the format '{recording.format}'"))
     walk = WALKS.get(recording.format)
     files = tuple(Path(str(file)) for file in recording.files)
-    if walk and (problem := headers.guarded(walk, recording.format.upper(), files)):
+    if walk and (problem := headers.run_check(walk, recording.format.upper(), files)):
         raise ReadError(problem)
     try:
         with quiet():

@@ -105,7 +105,7 @@ class File:
     def all_text(self, path: AnyPath | None = None) -> str:
         """Return the beginning of this file, or of another file, as text in which every line ends with a newline."""
         data = headers.read_range(path or self.path, 0, TEXT_BYTES)
-        return headers.text_of(data)[0].replace("\r\n", "\n").replace("\r", "\n")
+        return headers.decode_text(data)[0].replace("\r\n", "\n").replace("\r", "\n")
 
     def recording(
         self, format_: str, *sidecars: str, problem: Reason | None = None, continuous: bool = True, need: str = ""
@@ -133,7 +133,7 @@ def _edf(file: File) -> Recording | None:
     format_ = "edf" if file.head[:8] == b"0       " else "bdf" if file.head[:8] == b"\xffBIOSEMI" else None
     if format_ is None or len(file.head) < 256:
         return None
-    found = headers.guarded(headers.check_edf, format_.upper(), file.path, file.head)
+    found = headers.run_check(headers.check_edf, format_.upper(), file.path, file.head)
     problem, continuous = (found, True) if isinstance(found, Reason) else found
     return file.recording(format_, problem=problem, continuous=continuous)
 
@@ -141,7 +141,7 @@ def _edf(file: File) -> Recording | None:
 def _gdf(file: File) -> Recording | None:
     if file.head[:4] != b"GDF ":
         return None
-    return file.recording("gdf", problem=headers.guarded(headers.check_gdf, "GDF", file.path, file.head))
+    return file.recording("gdf", problem=headers.run_check(headers.check_gdf, "GDF", file.path, file.head))
 
 
 def _brainvision(file: File) -> Recording | None:
@@ -156,7 +156,7 @@ def _brainvision(file: File) -> Recording | None:
             files.append(name)
             if needed:
                 data = file.near[name.lower()]
-                problem = headers.guarded(headers.check_brainvision, "BrainVision", text, data)
+                problem = headers.run_check(headers.check_brainvision, "BrainVision", text, data)
         elif needed:
             problem = Reason("sidecar missing", f"the header names '{name}', which is not there")
     return file.recording("brainvision", *files, problem=problem)
@@ -167,7 +167,7 @@ def _neuroscan(file: File) -> Recording | None:
         return None
     if file.suffix == ".cnt":
         return file.recording(
-            "neuroscan", problem=headers.guarded(headers.check_neuroscan, "Neuroscan", file.path, file.head)
+            "neuroscan", problem=headers.run_check(headers.check_neuroscan, "Neuroscan", file.path, file.head)
         )
     if file.suffix in (".eeg", ".avg"):
         what = (
@@ -187,7 +187,7 @@ def _ant(file: File) -> Recording | None:
     if file.suffix != ".cnt" and not file.head[8:16].rstrip(b"\0 ").endswith(b"CNT"):
         return None
     return file.recording(
-        "ant", f"{file.stem}.evt", problem=headers.guarded(headers.check_ant, "ANT", file.path, file.head)
+        "ant", f"{file.stem}.evt", problem=headers.run_check(headers.check_ant, "ANT", file.path, file.head)
     )
 
 
@@ -225,7 +225,7 @@ def _nihon(file: File) -> Recording | None:
     if file.suffix != ".eeg" or not re.match(rb"EEG-\d{4}[A-Z]|DAE-\d{4}[A-Z]|QI-\d{3}[A-Z]|NKC", file.head):
         return None
     sidecars = [file.stem + s for s in NIHON_SIDECARS]
-    return file.recording("nihon", *sidecars, problem=headers.guarded(headers.check_nihon, "Nihon Kohden", file.path))
+    return file.recording("nihon", *sidecars, problem=headers.run_check(headers.check_nihon, "Nihon Kohden", file.path))
 
 
 def _persyst(file: File) -> Recording | None:
@@ -235,7 +235,7 @@ def _persyst(file: File) -> Recording | None:
     # MNE reads the file of that name, and no other.
     name = re.split(r"[\\/]", headers.ini_value(text, "File") or f"{file.stem}.dat")[-1]
     if name.lower() in file.near:
-        problem = headers.guarded(headers.check_persyst, "Persyst", text, file.near[name.lower()])
+        problem = headers.run_check(headers.check_persyst, "Persyst", text, file.near[name.lower()])
     return file.recording("persyst", name, problem=problem, need=f"the header names '{name}', which is not there")
 
 
@@ -243,7 +243,7 @@ def _nedf(file: File) -> Recording | None:
     if b"<NEDFversion>" not in file.head:
         return None
     try:
-        problem = headers.guarded(headers.check_nedf, "NEDF", file.path, file.head)
+        problem = headers.run_check(headers.check_nedf, "NEDF", file.path, file.head)
     except ImportError:
         problem = None  # The reader says what to install.
     return file.recording("nedf", problem=problem)
@@ -262,7 +262,7 @@ def _curry(file: File) -> Recording | None:
     problem = (
         Reason("sidecar missing", f"none of {', '.join(needed)} is there")
         if header is None
-        else headers.guarded(headers.check_curry, "Curry", file.path, header)
+        else headers.run_check(headers.check_curry, "Curry", file.path, header)
     )
     return file.recording("curry", *sidecars, problem=problem)
 
@@ -270,7 +270,7 @@ def _curry(file: File) -> Recording | None:
 def _egi(file: File) -> Recording | None:
     if headers.egi_header(file.head) is None:
         return None
-    found = headers.guarded(headers.check_egi, "EGI simple binary", file.path, file.head)
+    found = headers.run_check(headers.check_egi, "EGI simple binary", file.path, file.head)
     problem, continuous = (found, True) if isinstance(found, Reason) else found
     return file.recording("egi", problem=problem, continuous=continuous)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_sharding.common.reason import Reason
-from data_sharding.formats.channels import place_of
+from data_sharding.formats.channels import clean_position
 from data_sharding.formats.mne_signal import NotContinuous, ReadError
 from data_sharding.formats.signal import Segment, Signal, SignalInfo
 
@@ -148,6 +148,6 @@ def _channels(desc: Any, n: int) -> tuple[list[str], list[str], np.ndarray, list
 def _place(channel: Any) -> list[float] | None:
     try:
         location = channel["location"][0]
-        return place_of([float(location[axis][0]) / 1000 for axis in ("X", "Y", "Z")])  # Millimetres.
+        return clean_position([float(location[axis][0]) / 1000 for axis in ("X", "Y", "Z")])  # Millimetres.
     except (TypeError, KeyError, IndexError, ValueError):
         return None

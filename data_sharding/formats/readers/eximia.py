@@ -20,7 +20,7 @@ def _recognise(file: File) -> Recording | None:
         return None
     # The size is the only thing that can be checked.
     size = headers.size_of(file.path)
-    fault = Reason("truncated", f"{size} bytes are no whole number of 64-channel frames")
+    fault = Reason("truncated", f"{size} bytes are not a whole number of 64-channel frames")
     return file.recording("eximia", problem=None if size and size % FRAME_BYTES == 0 else fault)
 
 
