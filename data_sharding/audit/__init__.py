@@ -1,1 +1,1 @@
-"""What a dataset holds and shares: duplicates, leakage between splits, verification, the report."""
+"""Checks of a dataset: duplicates, leakage between splits, verification, and its report."""

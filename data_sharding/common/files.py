@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their checksums."""
+"""Write files so that readers never see a partial file, and compute checksums."""
 
 from __future__ import annotations
 
@@ -19,29 +19,18 @@ from data_sharding.common.storage import AnyPath, as_path, commit_folder, descri
 
 
 def sha256_file(path: str | AnyPath) -> str:
-    """Checksum of a file, read in blocks.
-
-    Parameters
-    ----------
-    path : str, Path or UPath
-        The file.
-
-    Returns
-    -------
-    str
-        Hexadecimal SHA-256.
-    """
+    """Return the SHA-256 of a file as hexadecimal text; the file is read in blocks."""
     with as_path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def digest_of(value: Any) -> str:
-    """Checksum of a JSON-like value, the same for the same content whatever the order of its keys.
+    """Return a checksum of a value that JSON can represent; the order of its keys does not matter.
 
     Parameters
     ----------
     value : Any
-        Anything that `json` can write.
+        Any value that `json` can write.
 
     Returns
     -------
@@ -57,12 +46,12 @@ def atomic_write_bytes(path: str | AnyPath, data: bytes) -> None:
     Parameters
     ----------
     path : str, Path or UPath
-        Destination; its folder is made.
+        File to write; its folder is created if necessary.
     data : bytes
-        Content.
+        New content.
     """
     path = as_path(path)
-    if isinstance(path, UPath):  # A store shows whole objects only.
+    if isinstance(path, UPath):  # An object store never shows a partial object.
         if path.protocol == "memory":
             path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -81,27 +70,19 @@ def atomic_write_bytes(path: str | AnyPath, data: bytes) -> None:
 
 
 def atomic_write_text(path: str | AnyPath, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all.
-
-    Parameters
-    ----------
-    path : str, Path or UPath
-        Destination.
-    text : str
-        Content.
-    """
+    """Write a UTF-8 text file, so that readers see either the old content or the new one."""
     atomic_write_bytes(path, text.encode())
 
 
 def write_json(path: str | AnyPath, value: Any) -> None:
-    """Write JSON with sorted keys, whole or not at all.
+    """Write JSON with sorted keys, so that readers see either the old content or the new one.
 
     Parameters
     ----------
     path : str, Path or UPath
-        Destination.
+        File to write.
     value : Any
-        What to write; NaN and infinities are refused, since JSON has none.
+        Value to write. NaN and infinities are refused, because JSON does not have them.
     """
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
@@ -112,12 +93,12 @@ def read_json(path: str | AnyPath) -> Any:
     Parameters
     ----------
     path : str, Path or UPath
-        The file.
+        File to read.
 
     Returns
     -------
     Any
-        Its content.
+        Content of the file.
 
     Raises
     ------
@@ -139,20 +120,20 @@ def read_json(path: str | AnyPath) -> Any:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | AnyPath, last: str = "manifest.json") -> Iterator[Path]:
-    """Fill a directory under a temporary name and rename it into place at the end.
+    """Write a directory under a temporary name, and rename it when it is complete.
 
     Parameters
     ----------
     path : str, Path or UPath
-        Destination; an existing directory there is replaced only once the new one is whole.
+        Final path. An existing directory is replaced only when the new one is complete.
     last : str
-        On an object store, which cannot rename: the file to go first from the old directory, and to come last of the
-        new one, so that nobody takes a mixture of both for whole.
+        File that marks a complete directory. An object store cannot rename a directory. So this file is deleted first
+        from the old directory and written last to the new one; in between, the directory counts as incomplete.
 
     Yields
     ------
     Path
-        The temporary directory, on this machine, to write into.
+        Temporary directory on this machine; the caller writes its files there.
     """
     path = as_path(path)
     if isinstance(path, UPath):

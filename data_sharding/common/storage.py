@@ -1,4 +1,4 @@
-"""Paths wherever they lie: this machine's folders, or an object store through fsspec."""
+"""Paths on this machine, or on an object store through fsspec."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from upath import UPath
 from data_sharding.common.errors import RequestError
 
 AnyPath: TypeAlias = Path | UPath
-"""A local path, or a remote one that offers the same methods."""
+"""A local path, or a remote path with the same methods."""
 
 
 def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
-    """Path of a text from a config or a command line.
+    """Make a path from a text of a config or a command line.
 
     Parameters
     ----------
     text : str, Path or UPath
-        A local path (``~`` stands for home), ``file://`` with one, or a URL that fsspec knows: ``s3://bucket/folder``,
-        ``memory://folder``.
+        A local path (``~`` is the home folder), also after ``file://``, or a URL that fsspec supports:
+        ``s3://bucket/folder``, ``memory://folder``.
 
     Returns
     -------
     Path or UPath
-        `pathlib.Path` for what lies on this machine, `upath.UPath` for the rest.
+        A `pathlib.Path` for a path on this machine, otherwise a `upath.UPath`.
 
     Raises
     ------
@@ -59,43 +59,21 @@ def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
 
 
 def is_remote(path: AnyPath | str) -> bool:
-    """Whether a path is not this machine's.
-
-    Parameters
-    ----------
-    path : Path, UPath or str
-        The path.
-
-    Returns
-    -------
-    bool
-        True for object stores, and for fsspec's ``memory://``.
-    """
+    """Whether a path is not on this machine's disks; also true for fsspec's ``memory://``."""
     if isinstance(path, str):
         path = as_path(path)
     return isinstance(path, UPath) and path.protocol not in ("", "file", "local")
 
 
 def fresh(path: AnyPath) -> AnyPath:
-    """Forget what listings of a store were kept, so that the next look is at the store itself.
-
-    Parameters
-    ----------
-    path : Path or UPath
-        Any path.
-
-    Returns
-    -------
-    Path or UPath
-        The same path.
-    """
+    """Clear cached listings of a path's store, so that the next listing asks the store; returns the path."""
     if isinstance(path, UPath):
         path.fs.invalidate_cache()
     return path
 
 
 def file_state(path: AnyPath) -> tuple[int, int, str]:
-    """What changes when a file's content does, at the price of one look at it.
+    """Return properties of a file that change when its content changes; they cost one request.
 
     Parameters
     ----------
@@ -105,11 +83,11 @@ def file_state(path: AnyPath) -> tuple[int, int, str]:
     Returns
     -------
     size : int
-        Bytes.
+        Size in bytes.
     mtime_ns : int
-        Time of its last change; 0 where the store has none.
+        Time of the last change in nanoseconds; 0 if the store does not give one.
     etag : str
-        The store's own checksum; empty for local files.
+        Checksum of the store; empty for a local file.
     """
     if isinstance(path, UPath):
         info = path.fs.info(path.path)
@@ -122,12 +100,13 @@ def file_state(path: AnyPath) -> tuple[int, int, str]:
 
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Temporary folder on this machine, gone at the end.
+    """Make a temporary folder on this machine; it is deleted at the end of the context.
 
     Yields
     ------
     Path
-        Under DREAMSCALE_SCRATCH where that is set (a fast local disk), else under the system's own place.
+        A folder in DREAMSCALE_SCRATCH if that variable is set (best a fast local disk), otherwise in the system's
+        temporary folder.
     """
     base = os.environ.get("DREAMSCALE_SCRATCH")
     if base:
@@ -137,19 +116,19 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def fetch(fs: Any, wanted: Mapping[str, Path]) -> None:
-    """Copy remote files here, side by side.
+    """Download files in parallel.
 
     Parameters
     ----------
     fs : fsspec.AbstractFileSystem
         The store.
     wanted : mapping of str to Path
-        Path in the store to where the file goes; folders are made.
+        Local path of each path in the store; folders are created if necessary.
 
     Raises
     ------
     OSError
-        If one is missing, or ends before the size that the store says.
+        If a file is missing, or its size is not that in the store.
     """
     for target in wanted.values():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -162,30 +141,30 @@ def fetch(fs: Any, wanted: Mapping[str, Path]) -> None:
 
 @contextlib.contextmanager
 def localised(files: Sequence[AnyPath]) -> Iterator[list[Path]]:
-    """Files as local ones: readers in C know no object store.
+    """Make files available as local files, because most readers cannot read from an object store.
 
     Parameters
     ----------
     files : sequence of Path or UPath
-        Files of one recording, or folders (``.mff``). All on one side: this machine or one store.
+        Files or folders (``.mff``) of one recording; all of them are on this machine, or all in one store.
 
     Yields
     ------
     list of Path
-        In the order of `files`. Remote ones lie in a scratch folder under their own names, in the layout that they
-        have to each other and to the folder around them, and are gone at the end; local ones are where they were.
+        In the order of `files`. Remote files are downloaded to a scratch folder, with their names and relative folders,
+        and deleted at the end of the context. Local files stay where they are.
 
     Raises
     ------
     OSError
-        If a file cannot be fetched.
+        If a file cannot be downloaded.
     """
     remote = [f for f in files if isinstance(f, UPath)]
     if not remote:
         yield [Path(f) for f in files]  # type: ignore[arg-type]
         return
     with scratch_folder() as folder:
-        # The folder around the files stays: a recording may be a folder, and readers look at its name.
+        # Keep the name of the parent folder: a recording may be a folder, and readers use its name.
         parents = [posixpath.dirname(f.path) for f in remote]
         top = posixpath.dirname(posixpath.commonpath(parents))
         place = {f: folder / posixpath.relpath(f.path, top or posixpath.curdir) for f in remote}
@@ -201,19 +180,19 @@ def localised(files: Sequence[AnyPath]) -> Iterator[list[Path]]:
 
 
 def put(local: Path, target: AnyPath) -> None:
-    """Copy a local file to its place so that readers see the whole file or none.
+    """Copy a local file, so that readers see the whole file or none.
 
     Parameters
     ----------
     local : Path
-        The file.
+        File to copy.
     target : Path or UPath
-        Where it goes; what is there is replaced.
+        Destination; an existing file is replaced.
 
     Raises
     ------
     OSError
-        If it cannot be written there.
+        If the destination cannot be written.
     """
     if isinstance(target, UPath):
         if target.protocol == "memory":
@@ -234,19 +213,19 @@ def put(local: Path, target: AnyPath) -> None:
 
 
 def deliver(local: Path, target: AnyPath) -> None:
-    """Move a finished local file to its place so that readers see the whole file or none.
+    """Move a finished local file, so that readers see the whole file or none.
 
     Parameters
     ----------
     local : Path
-        The file; gone afterwards.
+        File to move.
     target : Path or UPath
-        Where it goes; what is there is replaced.
+        Destination; an existing file is replaced.
 
     Raises
     ------
     OSError
-        If it cannot be written there.
+        If the destination cannot be written.
     """
     if not isinstance(target, UPath):
         _sync(local)
@@ -267,13 +246,7 @@ def _sync(path: Path) -> None:
 
 
 def remove_tree(path: AnyPath) -> None:
-    """Delete a folder and what is in it, if it is there.
-
-    Parameters
-    ----------
-    path : Path or UPath
-        The folder.
-    """
+    """Delete a folder and its content, if it exists."""
     if isinstance(path, UPath):
         fresh(path)
         with contextlib.suppress(FileNotFoundError):
@@ -283,22 +256,22 @@ def remove_tree(path: AnyPath) -> None:
 
 
 def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json") -> None:
-    """Move a finished local folder to its place; it counts as there once its file `last` is.
+    """Move a finished local folder. The folder counts as complete when its file `last` exists.
 
     Parameters
     ----------
     local : Path
-        The folder; gone afterwards.
+        Folder to move.
     target : Path, UPath or str
-        Its place. What is there without `last` is an attempt that died, and is replaced; with it, the folder is
-        finished already, and stays as it is: folders are named after their content.
+        Destination. An existing folder without the file `last` was left by a process that died, and is replaced. An
+        existing folder with the file `last` is kept: it has the same content, because folders are named after it.
     last : str
-        File that says that the folder is whole.
+        File that marks a complete folder.
 
     Raises
     ------
     OSError
-        If it cannot be written.
+        If the destination cannot be written.
     FileNotFoundError
         If `local` has no file `last`.
     """
@@ -323,7 +296,7 @@ def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json")
     try:
         _move(local, target)
     except OSError as error:
-        # Another worker, lost and found again, was faster.
+        # Another worker wrote the same folder first; its task had been given to this worker, because it seemed lost.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (target / last).is_file():
             raise
         shutil.rmtree(local, ignore_errors=True)
@@ -352,39 +325,20 @@ def _move(local: Path, target: Path) -> None:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Nothing more can be written, however often it is tried."""
+"""Error numbers after which no retry can succeed, because the disk is full or read-only."""
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether a disk, a network folder or a store is at fault, rather than what was to be written there.
+    """Whether a disk, a network folder or an object store is the cause of an error, and not the data to be written.
 
-    Parameters
-    ----------
-    error : Exception
-        What was raised.
-
-    Returns
-    -------
-    bool
-        True for `OSError` and for the errors of the stores' own libraries, which are none.
+    True for `OSError`, and for the errors of the stores' libraries, many of which are not an `OSError`.
     """
     libraries = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs", "fsspec")
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries
 
 
 def describe(error: BaseException) -> str:
-    """One line for an error of a file system or store.
-
-    Parameters
-    ----------
-    error : Exception
-        What was raised.
-
-    Returns
-    -------
-    str
-        What the system says, with the file where it is known.
-    """
+    """Describe an error of a file system or store in one line, with the name of the file if it is known."""
     if isinstance(error, OSError) and error.strerror:
         name: Any = error.filename2 or error.filename
         return f"{error.strerror} ({name})" if name else error.strerror

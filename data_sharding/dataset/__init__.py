@@ -1,4 +1,4 @@
-"""A dataset of shards: its manifest, ledger and splits, and reading it back."""
+"""A dataset of shards: its manifest, ledger and splits, and the code that reads it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MODULES = {"EEGDataset": "dataset", "write_dataset": "dataset", "Loader": "load
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded at first use: the loader needs torch, and most commands do not.
+    # Import at first use, because the loader needs torch, and most commands do not.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'samples')}")

@@ -1,4 +1,7 @@
-"""Whole shards of a remote dataset on this machine's disk: checked, bounded, and shared by all processes."""
+"""Local cache for the shards of a remote dataset: checked, bounded, and shared by all processes of a machine.
+
+Why not fsspec's own file cache: it neither checks checksums nor limits its size for several processes together.
+"""
 
 from __future__ import annotations
 
@@ -25,33 +28,33 @@ _BLOCK = 1 << 24
 
 
 def cache_folder() -> Path:
-    """Where fetched shards are kept.
+    """Return the folder of the cache.
 
     Returns
     -------
     Path
-        DREAMSCALE_CACHE where that is set (best a fast disk of this machine), else ``~/.cache/dreamscale``.
+        DREAMSCALE_CACHE if that variable is set (best on a fast local disk), otherwise ``~/.cache/dreamscale``.
     """
     return Path(os.environ.get("DREAMSCALE_CACHE") or "~/.cache/dreamscale").expanduser()
 
 
 class ShardCache:
-    """Bounded folder of files named after their checksums.
+    """Folder of limited size, whose files are named after their checksums.
 
-    What was used longest ago goes first. Any number of processes of one machine may share a folder: each file is
-    fetched by one of them under a lock of its own while the others wait for it.
+    To make room, the file that was used longest ago is evicted first. Any number of processes of a machine can share
+    the folder. One process downloads a file under a lock for this file, while other processes that need it wait.
 
     Parameters
     ----------
     gigabytes : float, optional
-        Most that the folder may hold, in 10^9 bytes; DREAMSCALE_CACHE_GB by default, or 50 where that is not set.
+        Size limit in 10^9 bytes; by default DREAMSCALE_CACHE_GB, or 50 if that variable is not set.
     folder : Path, optional
-        The folder; `cache_folder` by default.
+        Folder of the cache; `cache_folder` by default.
 
     Raises
     ------
     RequestError
-        If the bound is no positive number.
+        If the limit is not a positive number.
     """
 
     def __init__(self, gigabytes: float | None = None, folder: Path | None = None) -> None:
@@ -66,26 +69,26 @@ class ShardCache:
         self.limit = int(size * 1e9)
 
     def open(self, url: AnyPath, sha256: str, size: int | None = None) -> int:
-        """Open a file for reading, fetched first where it is not there yet.
+        """Open a file for reading; the file is downloaded first if the cache does not have it.
 
         Parameters
         ----------
         url : Path or UPath
-            Where it lies.
+            The remote file.
         sha256 : str
-            What its content must be.
+            Checksum of the file.
         size : int, optional
-            Bytes it must have; asked of the store where None.
+            Size of the file; if None, the store is asked.
 
         Returns
         -------
         int
-            File descriptor, the caller's to close. It stays readable when the file is evicted.
+            File descriptor; the caller closes it. It stays readable if the file is evicted.
 
         Raises
         ------
         RequestError
-            If the file cannot be fetched, is larger than the cache, or twice came with other bytes than the checksum's.
+            If the file cannot be downloaded, is larger than the cache, or has a wrong checksum twice in a row.
         """
         path = self.folder / sha256[:2] / sha256
         while True:
@@ -99,7 +102,7 @@ class ShardCache:
                     self._fetch(url, path, sha256, size)
 
     def _fetch(self, url: AnyPath, path: Path, sha256: str, size: int | None) -> None:
-        # Whoever has the lock is the only writer: what is left here died.
+        # Only the holder of the lock writes here, so these files were left by processes that died.
         for dead in path.parent.glob(f".{sha256}.*"):
             dead.unlink(missing_ok=True)
         found = ""
@@ -123,14 +126,17 @@ class ShardCache:
                     ) from None
                 found = describe(error)
             except Exception as error:
-                # Stores raise their own kinds: no credentials, no such bucket.
+                # Each store has its own kinds of errors, for example for missing credentials.
                 found = describe(error)
             finally:
                 temporary.unlink(missing_ok=True)
-        raise RequestError(f"shard {url}: fetched {_TRIES} times and refused ({found}); run 'dreamscale verify' there")
+        raise RequestError(
+            f"shard {url}: downloaded {_TRIES} times, each time with a fault ({found}); run 'dreamscale verify' on the "
+            "dataset"
+        )
 
     def _reserve(self, temporary: Path, size: int, url: AnyPath) -> None:
-        """Make room for a file and take it, so that processes that fetch side by side stay within the bound."""
+        """Make room for a file and reserve it, so that processes that download in parallel stay within the limit."""
         if size > self.limit:
             raise RequestError(
                 f"{url}: {size / 1e9:.3g} GB, more than the whole cache of {self.limit / 1e9:.3g} GB; "
@@ -156,7 +162,7 @@ class ShardCache:
                         else:
                             stream.truncate(size)
                     return
-            # The rest is being fetched by others, and can go once it is whole.
+            # Other processes are downloading the remaining files, which can only be evicted when they are complete.
             time.sleep(0.05)
 
     def _is_dead(self, temporary: Path) -> bool:
@@ -168,24 +174,24 @@ class ShardCache:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock among the processes of this machine; the system frees it when its holder dies.
+    """Hold a lock among the processes of this machine. The system releases it when its holder dies.
 
     Parameters
     ----------
     path : Path
-        Its file, made where it is not there.
+        File of the lock; it is created if necessary.
     wait : bool
-        Whether to wait for who holds it.
+        Whether to wait for another holder.
 
     Yields
     ------
     None
-        While it is held.
+        While the lock is held.
 
     Raises
     ------
     BlockingIOError
-        If it is held and `wait` is False.
+        If another process holds the lock and `wait` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -201,13 +207,13 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         if sub.name == "locks":
             continue
         for path in sub.iterdir():
-            # Another process may have renamed it meanwhile.
+            # Another process may have renamed the file in the meantime.
             with contextlib.suppress(FileNotFoundError):
                 yield path, path.stat()
 
 
 def _store(url: AnyPath) -> tuple[Any, str]:
-    """File system and path in it, made for this process: a store's connections do not survive a fork."""
+    """Return file system and path, made for this process: connections to a store do not survive a fork."""
     if isinstance(url, UPath):
         return fsspec.filesystem(url.protocol, **url.storage_options), url.path
     return fsspec.filesystem("file"), str(url)
@@ -219,7 +225,7 @@ def _size_of(url: AnyPath) -> int:
 
 
 def _download(url: AnyPath, target: Path) -> tuple[int, str]:
-    """Copy a file and give its size and checksum."""
+    """Copy a file; returns its size and checksum."""
     fs, path = _store(url)
     digest, got = hashlib.sha256(), 0
     with fs.open(path, "rb", cache_type="none", block_size=_BLOCK) as source, target.open("r+b") as stream:

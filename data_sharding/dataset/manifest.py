@@ -1,4 +1,4 @@
-"""The manifest of a dataset: what it holds, checked when it is opened."""
+"""The manifest of a dataset: a list of its contents, which is checked when the dataset is opened."""
 
 from __future__ import annotations
 
@@ -20,83 +20,66 @@ class Shard:
     """One tar of a split."""
 
     path: str
-    """Relative to the dataset's directory."""
+    """Path of the tar, relative to the directory of the dataset."""
     sha256: str
-    """Of the tar."""
+    """Checksum of the tar."""
     index_sha256: str
-    """Of the index beside it."""
+    """Checksum of the index beside the tar."""
     bytes: int
     """Size of the tar."""
     samples: int
-    """Samples in it."""
+    """Number of samples in the tar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a dataset holds; the file is written last, so a dataset without it is not complete."""
+    """Contents of a dataset. The file is written last, so a dataset without a manifest is not complete."""
 
     dataset_id: str
-    """Checksum of the plan: preprocessing, recordings, splits."""
+    """Checksum of the plan: preprocessing, recordings and splits."""
     preprocess: PreprocessSpec
-    """Applied to every sample."""
+    """Preprocessing of every sample."""
     splits: dict[str, list[Shard]]
     """Shards of train, val and test."""
     labels: list[str] = field(default_factory=list)
-    """Names of the labels of an EEG-image dataset, by number; empty otherwise."""
+    """Name of each label of an EEG-image dataset, in the order of the label numbers; otherwise empty."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Recordings found, recordings of each status, and windows or trials left out by reason."""
+    """Numbers of recordings found and of each status, and numbers of windows or trials left out for each reason."""
     hours: dict[str, float] = field(default_factory=dict)
-    """Hours of each of them."""
+    """Hours of recordings found and of each status."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The config of the job that wrote it."""
+    """Config of the job that wrote the dataset."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Versions of the code and of the libraries that shape the bytes."""
+    """Versions of this project, and of the libraries that influence the stored bytes."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Anything else worth keeping: ``request``, ``ledger_sha256``, and for each corpus in ``corpora`` its design."""
+    """Other information: ``request``, ``ledger_sha256``, and in ``corpora`` the design of each corpus."""
 
     def samples(self, split: str) -> int:
-        """Number of samples of a split.
-
-        Parameters
-        ----------
-        split : str
-            train, val or test.
-
-        Returns
-        -------
-        int
-            The number; 0 where the split is not there.
-        """
+        """Return the number of samples of a split; 0 if the split does not exist."""
         return sum(shard.samples for shard in self.splits.get(split, []))
 
     def write(self, directory: str | AnyPath) -> None:
-        """Write the manifest, whole or not at all.
-
-        Parameters
-        ----------
-        directory : str, Path or UPath
-            The dataset.
-        """
+        """Write the manifest to the directory of a dataset. An interrupted write leaves no partial file."""
         write_json(as_path(directory) / NAME, {"schema": SCHEMA, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, directory: str | AnyPath) -> Manifest:
-        """Read and check a dataset's manifest.
+        """Read and check the manifest of a dataset.
 
         Parameters
         ----------
         directory : str, Path or UPath
-            The dataset.
+            Directory of the dataset.
 
         Returns
         -------
         Manifest
-            What it holds.
+            The manifest.
 
         Raises
         ------
         RequestError
-            If the directory or its manifest is missing, damaged or of another schema.
+            If the directory or its manifest is missing or damaged, or another version wrote it in another schema.
         """
         directory = as_path(directory)
         if not directory.is_dir():
@@ -107,8 +90,11 @@ class Manifest:
             )
         values = read_json(directory / NAME)
         try:
-            if values.pop("schema") != SCHEMA:
-                raise RequestError(f"{directory / NAME}: written with another schema; shard the corpus again")
+            if (schema := values.pop("schema")) != SCHEMA:
+                raise RequestError(
+                    f"{directory / NAME}: schema {schema} of another version, this version reads schema {SCHEMA}; "
+                    "make the dataset again with 'dreamscale shard CONFIG --output DIR'"
+                )
             values["preprocess"] = PreprocessSpec.from_dict(values["preprocess"])
             values["splits"] = {
                 split: [Shard(**shard) for shard in shards] for split, shards in values["splits"].items()
@@ -117,4 +103,6 @@ class Manifest:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, RequestError):
                 raise
-            raise RequestError(f"{directory / NAME}: damaged ({error}); shard the corpus again") from None
+            raise RequestError(
+                f"{directory / NAME}: damaged ({error}); copy the dataset again, or run 'dreamscale shard' again"
+            ) from None

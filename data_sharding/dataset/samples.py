@@ -1,6 +1,6 @@
-"""One sample of a dataset, its bytes, and the shard (tar + index) that holds many.
+"""A sample of a dataset, its stored bytes, and the writer of shards (a tar of samples and its index).
 
-Shapes: n true channels, T samples a window.
+Shapes: n true channels, T time points of a window.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any
 import numpy as np
 
 N_PADDED = 128
-"""Channels of a padded window."""
+"""Number of channels of a padded window."""
 ZSTD_LEVEL = -1
-"""Fixed, since another level gives other bytes for the same sample.
+"""Compression level. It must not change, because another level gives other bytes for the same sample.
 
-Float16 EEG is noise in its lower bits: entropy coding (level 3) saves 7 % of the bytes, and makes writing 3 times and
-reading 4.5 times slower. This level finds the copies that padding made, and nothing else.
+The lower bits of float16 EEG are noise. Entropy coding (level 3) would save 7 % of the bytes, but make writing 3 times
+and reading 4.5 times slower. This level only removes the copies of channels that padding makes.
 """
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 
 
 def pad_channels(x: Any, n: int = N_PADDED) -> Any:
-    """Fill missing channels by replication: row i is true channel i mod n_true.
+    """Pad windows by replicating channels: row i is the true channel i mod n_true.
 
     Parameters
     ----------
     x : ndarray or Tensor, shape (..., n_true, T)
         Windows.
     n : int
-        Channels wanted.
+        Number of channels of the padded windows.
 
     Returns
     -------
@@ -44,7 +44,7 @@ def pad_channels(x: Any, n: int = N_PADDED) -> Any:
     Raises
     ------
     ValueError
-        If there is no channel, or more than `n`.
+        If there is no channel, or there are more than `n`.
 
     References
     ----------
@@ -57,7 +57,7 @@ def pad_channels(x: Any, n: int = N_PADDED) -> Any:
 
 
 def encode_eeg(eeg: np.ndarray) -> bytes:
-    """Bytes of a window as it stands in a shard.
+    """Encode a window for a shard.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
     Raises
     ------
     ValueError
-        If a value is not finite, or beyond float16 (65,504 microvolts).
+        If a value is not finite, or too large for float16 (65,504 microvolts).
     """
     import zstandard
 
@@ -82,7 +82,7 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
         raise ValueError("window holds values that are not finite in float16 microvolts")
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(pad_channels(half)), version=(1, 0), allow_pickle=False)
-    # A window over the whole sample, or the copies in long ones are not found.
+    # zstd's match window must cover the whole sample, or it misses the copied channels of a long sample.
     size = buffer.getbuffer().nbytes
     reach = min(max((size - 1).bit_length(), zstandard.WINDOWLOG_MIN), 27)
     parameters = zstandard.ZstdCompressionParameters.from_level(
@@ -92,14 +92,14 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
 
 
 def decode_eeg(data: bytes, n: int | None = None) -> np.ndarray:
-    """Window out of a shard's bytes.
+    """Decode a window from a shard.
 
     Parameters
     ----------
     data : bytes
-        A member ``KEY.eeg.npy.zst``.
+        Content of a member ``KEY.eeg.npy.zst``.
     n : int, optional
-        True channels, from the sample's JSON; the padded array where None.
+        Number of true channels, from the sample's JSON; if None, the padded window is returned.
 
     Returns
     -------
@@ -118,9 +118,9 @@ def wds_decoder(key: str, data: bytes) -> np.ndarray | None:
     Parameters
     ----------
     key : str
-        The member's extension.
+        Extension of the member.
     data : bytes
-        The member.
+        Content of the member.
 
     Returns
     -------
@@ -131,12 +131,12 @@ def wds_decoder(key: str, data: bytes) -> np.ndarray | None:
 
 
 def safe_key(text: str) -> str:
-    """Turn any text into characters that a sample's key may have.
+    """Turn any text into a valid key of a sample.
 
     Parameters
     ----------
     text : str
-        E.g. a path.
+        Any text, such as a path.
 
     Returns
     -------
@@ -151,18 +151,18 @@ class Sample:
     """One window, or one trial of an EEG-image corpus."""
 
     key: str
-    """Unique in the dataset; ``[A-Za-z0-9_-]`` only."""
+    """Key of the sample, unique in the dataset; ``[A-Za-z0-9_-]`` only."""
     eeg: np.ndarray
     """[n, T] microvolts, true channels only."""
     meta: dict[str, Any] = field(default_factory=dict)
     """The sample's JSON (see docs/data_format.md)."""
     image: bytes | None = None
-    """The image's file, as it is."""
+    """Content of the image file, unchanged."""
     image_ext: str = "png"
-    """jpg, png or webp."""
+    """Extension of the image file: jpg, png or webp."""
 
     def members(self) -> list[tuple[str, bytes]]:
-        """Names and bytes of the tar's members of this sample, in order."""
+        """Return names and bytes of the members of the tar for this sample, in order."""
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.key):
             raise ValueError(f"sample key '{self.key}': only letters, digits, '_' and '-' are allowed")
         if len(self.eeg) != self.meta.get("n"):
@@ -171,24 +171,26 @@ class Sample:
         members = [(f"{self.key}.eeg.npy.zst", encode_eeg(self.eeg))]
         if self.image is not None:
             if self.image_ext not in IMAGE_EXTENSIONS:
-                raise ValueError(f"sample {self.key}: image type '{self.image_ext}' is none of {IMAGE_EXTENSIONS}")
+                raise ValueError(
+                    f"sample {self.key}: image type '{self.image_ext}' is not supported; use one of {IMAGE_EXTENSIONS}"
+                )
             members.append((f"{self.key}.image.{self.image_ext}", self.image))
         members.append((f"{self.key}.json", text.encode()))
         return members
 
 
 class ShardWriter:
-    """Writes one tar and its index, reproducible to the byte.
+    """Writes a tar and its index; the same samples always give the same bytes.
 
     Parameters
     ----------
     path : str or Path
-        The tar; the index stands beside it with the suffix ``.idx``.
+        Path of the tar. The index is written beside it, with the suffix ``.idx``.
 
     Notes
     -----
-    The index is JSON: ``[{"key": KEY, "n": true channels, "members": {"eeg.npy.zst": [offset, size], ...}}, ...]`` in
-    the tar's order, offsets of the members' bytes.
+    The index is JSON: ``[{"key": KEY, "n": true channels, "members": {"eeg.npy.zst": [offset, size], ...}}, ...]``, in
+    the order of the tar. An offset is the position of a member's content in the tar.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -203,26 +205,26 @@ class ShardWriter:
         Parameters
         ----------
         sample : Sample
-            The sample.
+            Sample to append.
 
         Raises
         ------
         ValueError
-            If its key, channels, values or image cannot be stored.
+            If the sample's key, channels, values or image cannot be stored.
         """
         self.write_members(sample.key, sample.members(), len(sample.eeg))
 
     def write_members(self, key: str, members: list[tuple[str, bytes]], n: int | None = None) -> None:
-        """Append a sample that is encoded already.
+        """Append a sample that is already encoded.
 
         Parameters
         ----------
         key : str
-            The sample's key.
+            Key of the sample.
         members : list of (str, bytes)
-            Names and bytes, as `Sample.members` gives them.
+            Names and bytes, as `Sample.members` returns them.
         n : int, optional
-            True channels, as the index of the shard that the sample comes from says; looked up in its JSON where None.
+            Number of true channels; if None, it is read from the sample's JSON.
         """
         if n is None:
             n = int(json.loads(dict(members)[f"{key}.json"])["n"])

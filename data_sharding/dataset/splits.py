@@ -1,4 +1,7 @@
-"""Train, val and test by subject, and by image or concept: a pure function of names, so that new data move nobody."""
+"""Splits into train, val and test, by subject and by image or concept.
+
+The split of a subject or image depends on its name only. So it stays the same when new data are added.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,33 @@ from data_sharding.common.errors import RequestError
 
 SPLITS = ("train", "val", "test")
 TRAIN_OR_VAL = "train+val"
-"""What a corpus says of trials that are not its test: a share of them is held out for validation, by hash."""
+"""Split that a corpus gives to trials outside its own test set; a share of them, chosen by hash, becomes val."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Who and what is held out. Subjects never cross splits; in EEG-image corpora, neither do images, or concepts.
+    """Subjects, images and concepts to hold out. None of them is ever in two splits.
 
-    A subject is a subject in every session, and under the same name in every corpus.
+    Sessions of a subject are always in the same split. Equal names of subjects in two corpora count as one subject.
     """
 
     seed: int = 0
-    """Changes who falls where."""
+    """Seed of the assignment by hash."""
     val_fraction: float = 0.1
-    """Share of subjects for validation, by hash; not used where subjects are listed below."""
+    """Share of subjects for validation, chosen by hash; ignored if subjects are listed below."""
     test_fraction: float = 0.1
-    """Share of subjects for the test, by hash; not used where subjects are listed below."""
+    """Share of subjects for the test, chosen by hash; ignored if subjects are listed below."""
     val_subjects: list[str] = field(default_factory=list)
-    """Subjects for validation by name, as in paths: sub-11 or 11."""
+    """Names of subjects for validation, as in the paths: sub-11 or 11."""
     test_subjects: list[str] = field(default_factory=list)
-    """Subjects for the test by name. Where either list is given, everyone else trains."""
+    """Names of subjects for the test. If one of the two lists is given, all other subjects are in train."""
     by: Literal["image", "concept"] = "image"
-    """What is held out of EEG-image corpora beside subjects: single images, or all images of a concept together, so
-    that the test shows what nobody trained on (zero-shot)."""
+    """Unit that is held out of EEG-image corpora: single images, or all images of a concept together. With concept, the
+    test shows only concepts that are not in the training data (zero-shot)."""
     image_val_fraction: float = 0.1
-    """Share of images (or concepts) for validation, by hash; a split that the corpus brings along goes first."""
+    """Share of images (or concepts) for validation, chosen by hash; a split that the corpus defines has priority."""
     image_test_fraction: float = 0.1
-    """Share of images (or concepts) for the test, by hash; a split that the corpus brings along goes first."""
+    """Share of images (or concepts) for the test, chosen by hash; a split that the corpus defines has priority."""
 
     def __post_init__(self) -> None:
         for a, b in (("val_fraction", "test_fraction"), ("image_val_fraction", "image_test_fraction")):
@@ -49,27 +52,16 @@ class SplitConfig:
         both = {_bare(s) for s in self.val_subjects} & {_bare(s) for s in self.test_subjects}
         if both:
             raise ValueError(
-                f"split: {', '.join(sorted(both))} stands in val_subjects and in test_subjects; choose one"
+                f"split: {', '.join(sorted(both))} is in val_subjects and in test_subjects; remove it from one of them"
             )
 
     @property
     def by_subject(self) -> bool:
-        """Whether subjects are held out at all."""
+        """Whether subjects are held out."""
         return bool(self.val_subjects or self.test_subjects or self.val_fraction or self.test_fraction)
 
     def subject(self, subject: str) -> str:
-        """Split of a subject.
-
-        Parameters
-        ----------
-        subject : str
-            Its name.
-
-        Returns
-        -------
-        str
-            train, val or test.
-        """
+        """Return the split of a subject (by name): train, val or test."""
         if self.val_subjects or self.test_subjects:
             if _bare(subject) in {_bare(s) for s in self.val_subjects}:
                 return "val"
@@ -77,26 +69,26 @@ class SplitConfig:
         return _by_hash(f"{self.seed}/subject/{_bare(subject)}", self.val_fraction, self.test_fraction)
 
     def image(self, image_id: str, column: str = "", concept: str = "") -> str | None:
-        """Split of an image.
+        """Return the split of an image.
 
         Parameters
         ----------
         image_id : str
-            Its name; empty for a trial without an image.
+            Name of the image; empty for a trial without an image.
         column : str
-            What the corpus says: train, val, test, `TRAIN_OR_VAL`, or nothing.
+            Split that the corpus defines: train, val, test, `TRAIN_OR_VAL`, or empty.
         concept : str
-            What is on it; needed where whole concepts are held out.
+            Concept of the image; needed if whole concepts are held out.
 
         Returns
         -------
         str or None
-            train, val or test; None where images are not held out, or there is none.
+            train, val or test; None if images are not held out, or the trial has no image.
 
         Raises
         ------
         RequestError
-            If concepts are held out and the corpus names none.
+            If concepts are held out, and the image has no concept.
         """
         if column and column != TRAIN_OR_VAL:
             return column
@@ -106,31 +98,31 @@ class SplitConfig:
         if self.by == "image":
             return _by_hash(f"{self.seed}/image/{image_id}", val, test)
         if not concept:
-            raise RequestError(f"split.by: concept, but image '{image_id}' comes without its concept; use by: image")
+            raise RequestError(f"split.by: concept, but image '{image_id}' has no concept; use split.by: image")
         return _by_hash(f"{self.seed}/concept/{concept}", val, test)
 
     def trial(self, subject: str, image_id: str, column: str = "", concept: str = "") -> str | None:
-        """Split of a trial: the cell of its subject's split and its image's split.
+        """Return the split of a trial, from the split of its subject and the split of its image.
 
         Parameters
         ----------
         subject, image_id : str
-            Who saw what.
+            Names of the subject and of the image.
         column : str
-            The split that the corpus brings along, if any.
+            Split that the corpus defines, if any.
         concept : str
-            What is on the image.
+            Concept of the image.
 
         Returns
         -------
         str or None
-            train, val or test; None for a crossed cell (say, a training subject with a test image), which would leak
-            one of the two and is left out.
+            train, val or test. None if the two splits differ, such as a training subject with a test image: in either
+            split the trial would leak the subject or the image, so it is left out.
 
         Raises
         ------
         RequestError
-            If concepts are held out and the corpus names none.
+            If concepts are held out, and the image has no concept.
         """
         of_image = self.image(image_id, column, concept)
         if not self.by_subject:
@@ -139,17 +131,17 @@ class SplitConfig:
         return of_subject if of_image in (None, of_subject) else None
 
     def check_subjects(self, subjects: Iterable[str]) -> None:
-        """Refuse listed subjects that nobody is, and a split that leaves nobody to train on.
+        """Refuse listed subjects that do not exist, and a config that leaves no subject for train.
 
         Parameters
         ----------
         subjects : iterable of str
-            Everyone in the corpora.
+            Names of all subjects in the corpora.
 
         Raises
         ------
         RequestError
-            Naming the subject, or saying that the train split is empty.
+            If a listed subject does not exist, or no subject is left for train.
         """
         everyone = set(subjects)
         bare = {_bare(s) for s in everyone}
@@ -157,7 +149,7 @@ class SplitConfig:
             if _bare(name) not in bare:
                 some = ", ".join(sorted(everyone)[:6])
                 raise RequestError(
-                    f"split: subject '{name}' is in none of the corpora; there are {some}{' ...' * (len(everyone) > 6)}"
+                    f"split: subject '{name}' is not in the corpora; there are {some}{' ...' * (len(everyone) > 6)}"
                 )
         if everyone and not any(self.subject(s) == "train" for s in everyone):
             raise RequestError(

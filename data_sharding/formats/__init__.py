@@ -1,1 +1,1 @@
-"""Recordings of every maker behind one signal interface: headers, channels, readers."""
+"""File formats of EEG recordings, which all are read through one interface (`signal.Signal`)."""

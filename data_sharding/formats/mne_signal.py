@@ -1,6 +1,6 @@
-"""Recordings of MNE's behind the interface `Signal`: read lazily, and never over their gaps.
+"""Wrap recordings that MNE opened as a `Signal`: samples are read on demand, and never across a gap.
 
-Shapes: n channels, S samples at the recording's rate, E epochs.
+Shapes: n channels, S samples at the recorded rate, E epochs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from mne.io import BaseRaw
 
 CUT = re.compile(r"boundary|(bad|edge) boundary|new segment/.*", re.IGNORECASE)
-"""Annotations of EEGLAB, MNE and BrainVision for a place at which signal was cut out or recording began anew."""
+"""Annotations (of EEGLAB, MNE, BrainVision) where signal was cut out, or where the recording started again."""
 SKIP = re.compile(r"bad_acq_skip", re.IGNORECASE)
-"""MNE's annotation for a span in which nothing was recorded, though it is filled with samples."""
+"""MNE's annotation of a span that contains samples although nothing was recorded."""
 BAD = re.compile(r"bad", re.IGNORECASE)
-"""Beginning of the annotations that MNE, and those who follow it, mark bad spans with."""
+"""Beginning of an annotation that marks a bad span, by MNE's convention."""
 
 
 class ReadError(ValueError):
@@ -45,20 +45,20 @@ class ReadError(ValueError):
 
 
 class NotContinuous(ReadError):
-    """The file is sound, but holds no signal to train on."""
+    """The file is sound, but contains no continuous signal."""
 
 
 class RawSignal:
-    """A continuous recording behind MNE's lazy reader.
+    """A continuous recording that MNE reads on demand.
 
     Parameters
     ----------
     raw : mne.io.BaseRaw
         The recording.
     segments : list of Segment, optional
-        Runs without interruption, where the file knows them better than its annotations do.
+        Segments, if the file describes them better than its annotations.
     keep : Any
-        What must live as long as the recording.
+        Object that must exist as long as the recording is open, such as a temporary folder.
     **more : Any
         Other fields of `SignalInfo`.
     """
@@ -70,8 +70,8 @@ class RawSignal:
         self.info = SignalInfo(n_samples=n, segments=segments or segments_of(n, sfreq, *interruptions(raw)), **fields)
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Samples of some channels; see `Signal.read`."""
-        # One reader of MNE mixes up ranges that reach over the file's blocks, so none ever does.
+        """Read samples of some channels; see `Signal.read`."""
+        # One of MNE's readers returns wrong samples for a range over several blocks, so read each segment alone.
         ends = [s.stop for s in self.info.segments if start < s.stop < stop] if len(self.info.segments) > 1 else []
         bounds = [start, *ends, stop]
         with quiet():
@@ -79,18 +79,18 @@ class RawSignal:
         return np.asarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close the files."""
         self.raw.close()
         self.keep = None
 
 
 class EpochsSignal:
-    """An epoched recording: one segment an epoch.
+    """An epoched recording; each epoch is a segment.
 
     Parameters
     ----------
     epochs : mne.BaseEpochs
-        The epochs; read when they are asked for where the format allows it.
+        The epochs; MNE reads them on demand if the format allows this.
     **more : Any
         Other fields of `SignalInfo`.
     """
@@ -110,7 +110,7 @@ class EpochsSignal:
         )
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Samples of some channels; see `Signal.read`."""
+        """Read samples of some channels; see `Signal.read`."""
         first, last = start // self._length, (max(stop, start + 1) - 1) // self._length + 1
         with quiet():
             x_enT = self.epochs.get_data(picks=np.array(picks), item=slice(first, last), copy=False)
@@ -118,12 +118,12 @@ class EpochsSignal:
         return x[:, start - first * self._length : stop - first * self._length]
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close the files."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without MNE's messages and warnings: what matters of them is in the ledger."""
+    """Suppress messages and warnings of MNE; the ledger contains what is important."""
     import mne
 
     with warnings.catch_warnings(), mne.utils.use_log_level("ERROR"):
@@ -132,7 +132,7 @@ def quiet() -> Iterator[None]:
 
 
 def _fields(info: mne.Info, types: Any) -> dict[str, Any]:
-    """Fields of `SignalInfo` that any of MNE's recordings knows."""
+    """Return the fields of `SignalInfo` that every recording of MNE has."""
     return {
         "ch_names": list(info["ch_names"]),
         "ch_types": list(types),
@@ -153,9 +153,9 @@ def _position(channel: dict[str, Any]) -> list[float] | None:
 
 
 def _annotations(raw: BaseRaw) -> list[tuple[float, float, str]]:
-    """Onset in seconds from the first sample, duration, and word."""
+    """Return onset in seconds from the first sample, duration, and text of each annotation."""
     found = raw.annotations
-    # MNE counts from where it began to count samples, with a date and without.
+    # MNE's onsets count from the start of the sample numbering, which may be before the first sample.
     first = float(raw.first_time)
     durations = np.nan_to_num(np.asarray(found.duration, float))
     return [
@@ -165,7 +165,7 @@ def _annotations(raw: BaseRaw) -> list[tuple[float, float, str]]:
 
 
 def bad_spans(raw: BaseRaw) -> list[tuple[float, float, str]]:
-    """Spans that a recording's own annotations call bad.
+    """Find the spans that a recording's own annotations mark as bad.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def bad_spans(raw: BaseRaw) -> list[tuple[float, float, str]]:
     Returns
     -------
     list of (float, float, str)
-        Begin and end in seconds from the first sample, and the word.
+        Begin and end in seconds from the first sample, and text of the annotation.
     """
     return [
         (onset, onset + duration, word)
@@ -185,14 +185,14 @@ def bad_spans(raw: BaseRaw) -> list[tuple[float, float, str]]:
 
 
 def interruptions(raw: BaseRaw, also: str = "") -> tuple[list[int], list[tuple[int, int]]]:
-    """Where a recording's own annotations say that it was interrupted.
+    """Find the interruptions that a recording's own annotations show.
 
     Parameters
     ----------
     raw : mne.io.BaseRaw
         The recording.
     also : str
-        The format's own word for a new run.
+        Text of the format's own annotation for a new run.
 
     Returns
     -------
@@ -206,21 +206,21 @@ def interruptions(raw: BaseRaw, also: str = "") -> tuple[list[int], list[tuple[i
         if SKIP.match(word):
             skips.append((round(onset * sfreq), round((onset + duration) * sfreq)))
         elif CUT.fullmatch(word) or (also and word == also):
-            # EEGLAB and MNE put the mark half a sample before the first of the new run. EEGLAB's duration is the
-            # length of what is gone, not of what is there.
+            # EEGLAB and MNE set the mark half a sample before the first sample of the new run. In EEGLAB, the duration
+            # of the mark is the length of the removed signal, so it is not used here.
             cuts.append(int(np.ceil(onset * sfreq - 1e-3)))
     return cuts, skips
 
 
 def segments_of(n: int, sfreq: float, cuts: list[int], skips: list[tuple[int, int]]) -> list[Segment]:
-    """Runs without interruption.
+    """Divide a recording into segments without interruption.
 
     Parameters
     ----------
     n : int
-        Samples.
+        Number of samples.
     sfreq : float
-        Rate in Hz.
+        Sampling rate in Hz.
     cuts : list of int
         Samples at which a run begins.
     skips : list of (int, int)

@@ -1,6 +1,6 @@
-"""Open recordings of any maker as a `Signal`: lazily, with their gaps, and with what the file knows about itself.
+"""Open a recording of any format as a `Signal`: samples are read on demand, and gaps and metadata are kept.
 
-Shapes: n channels, S samples at the recording's rate, E epochs.
+Shapes: n channels, S samples at the recorded rate, E epochs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PACKAGES = {
     "nedf": "defusedxml",
     "xdf": "pyxdf",
 }
-"""What MNE's reader of a format, or ours, needs besides."""
+"""Optional package that the reader of a format needs."""
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "edf": (".edf",),
     "bdf": (".bdf",),
@@ -51,16 +51,16 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "nedf": (".nedf",),
     "xdf": (".xdf", ".xdfz", ".xdf.gz"),
 }
-"""What a reader insists that a name ends with, of formats of one file; Physionet's EDF is called .rec."""
+"""Endings of which the reader requires one. Other names exist: PhysioNet has EDF files named .rec."""
 
 
 def neuroscan_data_format(path: str | Path) -> str:
-    """Bits of a Neuroscan CNT file, which its header does not say reliably.
+    """Find out how many bits a sample of a Neuroscan CNT file has; its header does not say this reliably.
 
     Parameters
     ----------
     path : str or Path
-        The file.
+        File to read.
 
     Returns
     -------
@@ -74,9 +74,9 @@ def neuroscan_data_format(path: str | Path) -> str:
 
     Notes
     -----
-    The size of the data block over channels and samples decides where the header's counts agree with it. Otherwise
-    both readings are compared: one sample of 32 bits taken for two of 16 alternates between a smooth and a noisy
-    half, and two of 16 taken for one of 32 are ruled by the noise of every other channel; the smoother one is right.
+    If the header's numbers of channels and samples agree with the size of the data block for 16 or for 32 bits, this
+    decides. Otherwise the data are decoded in both ways, and the smoother result is right: decoding with the wrong
+    number of bits mixes the low bits of one value, which are noise, with another value.
     """
     with Path(path).open("rb") as stream:
         head = stream.read(900)
@@ -132,7 +132,7 @@ def _eeglab(path: Path) -> Any:
         if not (match := re.search(r"number of trials is (\d+)", str(error))):
             raise
         count = int(match.group(1))
-        # Own events: the file's may fall on the same sample, which MNE refuses.
+        # Pass new events, because MNE refuses a file in which two events are at the same sample.
         events = np.column_stack([np.arange(count), np.zeros(count, int), np.ones(count, int)])
         try:
             return mne.read_epochs_eeglab(path, events=events, event_id={"trial": 1})
@@ -153,11 +153,29 @@ def _eeglab(path: Path) -> Any:
 def _as_named(
     path: Path, *keys: str, recode: bool = False
 ) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
-    """A text header whose files lie beside it under exactly the names that it gives them.
+    """Return a text header whose files lie beside it, under exactly the names in the header.
 
-    Where it names another folder, perhaps of another system, or upper case for lower, MNE's readers find nothing: then
-    a header without these faults is written to a temporary folder, beside links to the files. `recode` is for readers
-    that know UTF-8 only.
+    MNE's readers do not find a file that the header names with another folder or in another case. For such a header, a
+    corrected copy is written to a temporary folder, beside links to the files. With `recode`, the copy is in UTF-8, for
+    readers that accept no other encoding.
+
+    Parameters
+    ----------
+    path : Path
+        The header.
+    *keys : str
+        Keys of the header whose values are names of files.
+    recode : bool
+        Whether the header must be in UTF-8.
+
+    Returns
+    -------
+    path : Path
+        The header, or its corrected copy.
+    text : str
+        Text of the original header.
+    folder : TemporaryDirectory or None
+        Folder of the copy, which must exist as long as the recording is open.
     """
     text, encoding = headers.decode_text(path.read_bytes())
     data, recode = text, recode and encoding != "utf-8"
@@ -202,7 +220,7 @@ def _brainvision(path: Path) -> Signal:
 
 
 def _persyst(path: Path) -> Signal:
-    """Persyst's recording with the interruptions that its table of sample times tells, which MNE passes over."""
+    """Open a Persyst recording with its interruptions: MNE ignores the table of sample times that shows them."""
     import mne
 
     path, text, folder = _as_named(path, "File", recode=True)
@@ -252,7 +270,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "mff": _mne("egi", events_as_annotations=True),
     "xdf": _xdf,
 }
-"""Format to its reader, which returns a raw or epochs of MNE's, or a `Signal`."""
+"""Reader of each format; it returns a raw or epochs object of MNE, or a `Signal`."""
 UNIT_FACTORS: dict[str, float] = {}
 """Formats whose reader returns another unit than volts, with the factor to volts."""
 for _format in find_formats():
@@ -268,7 +286,7 @@ WALKS: dict[str, Callable[[tuple[Path, ...]], str | None]] = {
     "fif": headers.check_fif,
     "xdf": headers.check_xdf,
 }
-"""What is checked over the whole file before a reader is let loose on it."""
+"""Checks over the whole file that run before the reader opens it."""
 
 
 def open_signal(recording: Recording) -> Signal:
@@ -277,23 +295,23 @@ def open_signal(recording: Recording) -> Signal:
     Parameters
     ----------
     recording : Recording
-        What `sniffing.sniff` found, on a local disk.
+        Result of `sniffing.sniff`, on a local disk.
 
     Returns
     -------
     Signal
-        The recording; samples are read when they are asked for.
+        The open recording; `Signal.read` reads its samples.
 
     Raises
     ------
     NotContinuous
-        If the file is sound, but there is no signal to train on.
+        If the file is sound, but contains no continuous signal.
     ReadError
-        With the reason for the ledger.
+        If the file cannot be read; the error holds the reason for the ledger.
 
     Notes
     -----
-    Some readers can take the process down on a damaged file. Call this where that is survivable.
+    A damaged file can crash some readers together with the process. Call this function in a process that may crash.
     """
     if recording.problem:
         raise (ReadError if recording.continuous else NotContinuous)(recording.problem)
@@ -324,7 +342,7 @@ def open_signal(recording: Recording) -> Signal:
 
 
 def _with_its_suffix(path: Path, format_: str) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
-    """A link with the suffix on which the format's reader insists, for files whose name says something else."""
+    """If the reader requires another ending of the name, make a link with this ending in a temporary folder."""
     if format_ not in SUFFIXES or path.name.lower().endswith(SUFFIXES[format_]):
         return path, None
     folder = tempfile.TemporaryDirectory(prefix="eeg-")
@@ -340,12 +358,12 @@ def _signal_of(opened: Any) -> Signal:
 
 
 def unreadable(error: BaseException) -> Reason:
-    """Reason of the ledger for what a reader raised.
+    """Make the reason in the ledger for an error of a reader.
 
     Parameters
     ----------
     error : BaseException
-        What it raised.
+        The error.
 
     Returns
     -------
@@ -363,5 +381,5 @@ def _missing(format_: str, error: ImportError) -> Reason:
         return Reason("reader not installed", f"pip install {package}")
     except ValueError:
         pass
-    # The package is there, and what it needs itself is not.
+    # The package is installed, but a package that it needs is not.
     return Reason("reader not installed", " ".join(str(error).split())[:200])

@@ -1,6 +1,6 @@
-"""A recording opened: channels, rate, and samples on demand, whatever it was read from.
+"""An open recording, independent of its format: metadata, and samples that are read on demand.
 
-Shapes: n channels, S samples at the recording's rate.
+Shapes: n channels, S samples at the recorded rate.
 """
 
 from __future__ import annotations
@@ -13,56 +13,56 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A run of samples without interruption: filters and windows never reach over its ends.
+    """A run of samples without interruption. Filters and windows never cross the ends of a segment.
 
-    A continuous recording is one segment, one with gaps has one between each two gaps, and an epoched one has one for
-    each epoch.
+    A continuous recording is one segment. In a recording with gaps, each gap begins a new segment. In an epoched
+    recording, each epoch is a segment.
     """
 
     start: int
-    """First sample in the signal's own numbering."""
+    """Number of the first sample in the signal."""
     stop: int
-    """One past the last sample."""
+    """Number of the last sample plus one."""
     onset: float
-    """Seconds from the recording's beginning at which it began; for epochs without a time of recording, start over
-    the rate."""
+    """Seconds from the beginning of the recording to the first sample; for epochs whose time is unknown, `start`
+    divided by the rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SignalInfo:
-    """What is known of a recording before its samples are read."""
+    """Metadata of a recording, known before its samples are read."""
 
     ch_names: list[str]
-    """As in the file."""
+    """Names of the channels in the file."""
     ch_types: list[str]
-    """MNE's words: eeg, eog, ecg, stim, misc ...; eeg where the file does not say."""
+    """Types of the channels in MNE's terms: eeg, eog, ecg, stim, misc ...; eeg if the file does not give a type."""
     positions: list[list[float] | None]
-    """Head coordinates in metres, where the file has them."""
+    """Head coordinates in metres; None if the file does not give a position."""
     sfreq: float
-    """Hz."""
+    """Sampling rate in Hz."""
     n_samples: int
-    """Samples over all segments."""
+    """Number of samples of all segments together."""
     segments: list[Segment]
-    """In order, without overlap."""
+    """Segments in order, without overlap."""
     line_freq: float | None = None
-    """Mains in Hz, where the file or its sidecar says so."""
+    """Mains frequency in Hz, if the file or its sidecar gives it."""
     unit_known: bool = False
-    """True where the source itself vouches for its unit beyond a header field (BIDS channels.tsv, a corpus's
-    documentation), or is declared unit-free (standardised) with `scale` 1."""
+    """True if a more reliable source than a header field gives the unit (BIDS channels.tsv, the documentation of a
+    corpus), or if the values are declared to have no unit (standardised), with `scale` 1."""
     scale: float = 1.0
-    """What brings the values that `Signal.read` gives, taken as volts, to volts."""
+    """Factor that converts the values of `Signal.read` to volts."""
     reference: str = ""
-    """As recorded, where known."""
+    """Reference of the recording; empty if unknown."""
     bads: list[str] = field(default_factory=list)
-    """Channels that the source itself marks as bad."""
+    """Names of the channels that the source marks as bad."""
     bad_spans: list[tuple[float, float, str]] = field(default_factory=list)
-    """(begin, end, word) in seconds from the recording's beginning that the source marks as bad."""
+    """Spans that the source marks as bad: begin and end in seconds from the beginning of the recording, and text."""
     epoched: bool = False
-    """True where segments are epochs."""
+    """Whether the segments are epochs."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Channels that the file holds but that cannot be read along with `ch_names`, and why."""
+    """Channels of the file that cannot be read together with `ch_names`, with the reason."""
     notes: list[str] = field(default_factory=list)
-    """What was corrected or could not be told on opening, for the ledger."""
+    """Notes for the ledger: what was corrected or could not be determined when the recording was opened."""
 
 
 class Signal(Protocol):
@@ -71,22 +71,22 @@ class Signal(Protocol):
     info: SignalInfo
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Samples of some channels.
+        """Read samples of some channels.
 
         Parameters
         ----------
         start, stop : int
-            Range in the signal's own numbering; it may reach over several segments.
+            Range of sample numbers; it may contain several segments.
         picks : list of int
-            Channels, by number.
+            Numbers of the channels.
 
         Returns
         -------
         ndarray, shape (len(picks), stop - start), float64 or float32
-            Volts, before `SignalInfo.scale`.
+            The samples; multiplied by `SignalInfo.scale` they are in volts.
         """
         ...
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close the files."""
         ...

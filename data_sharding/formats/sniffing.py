@@ -1,7 +1,7 @@
-"""Find recordings by content: the header says what a file is, before any reader is touched.
+"""Find recordings, and recognise their formats by content, before any reader opens them.
 
-`mne.io.read_raw` chooses by file name; two makers share ``.cnt``, and one's reader takes the process down on the
-other's file.
+`mne.io.read_raw` chooses a reader by the file name. But Neuroscan and ANT both use ``.cnt``, and the reader of one can
+crash the process on a file of the other.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from data_sharding.formats import headers
 from data_sharding.formats.readers import find_formats
 
 HEAD_BYTES = 1 << 15
-"""Enough for the header of almost every file: on an object store, each further range is a request."""
+"""Bytes that are read first. Almost every header fits, and on an object store each further read is a request."""
 TEXT_BYTES = 1 << 20
-"""Text headers are read up to here."""
+"""Largest number of bytes of a text header that are read."""
 NIHON_SIDECARS = (".pnt", ".21e", ".log", ".cmt", ".cn2", ".11d", ".reg", ".bft", ".edf.log")
 CURRY8_SIDECARS = (".dpa", ".dpo", ".cef", ".ceo", ".rs3", ".hpi")
 CURRY7_SIDECARS = (".dap", ".rs3", ".cef", ".ceo")
@@ -39,7 +39,7 @@ ORPHANS = {
     ".fdt": Reason("EEGLAB signal file without its .set"),
     ".avg": Reason("averaged, not a continuous recording"),
 }
-"""Files that hold signal but are no recording by themselves: reported where no header claims them."""
+"""Extensions of files that hold signal without a header; they are reported if no header names them."""
 CLAIMED = {
     ".edf": "EDF",
     ".bdf": "BDF",
@@ -54,27 +54,27 @@ CLAIMED = {
     ".xdf": "XDF",
     ".xdfz": "XDF",
 }
-"""Extensions that promise a recording: without its header the file is named and set aside."""
+"""Extensions of formats above. A file with such an extension but without the right header is set aside."""
 MATLAB = Reason("no reader", "a MATLAB file says neither rate nor unit; describe it in a corpus of kind arrays")
 HDF5 = b"\x89HDF\r\n\x1a\n"
 Near = Mapping[str, AnyPath]
-"""Files of a folder by lower-case name: makers' software is careless about case."""
+"""Files of a folder by lower-case name, because headers often write the names of files in another case."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """A recording found, not read yet."""
+    """A recording that was found, but not opened yet."""
 
     path: AnyPath
-    """What a reader is given."""
+    """File or folder that the reader opens."""
     format: str
     """Name of the format, a key of `readers.READERS` where it can be read."""
     files: tuple[AnyPath, ...]
-    """All files that make it up, sidecars included, sorted."""
+    """All files of the recording, including sidecars, sorted."""
     problem: Reason | None = None
-    """What the header already shows to be wrong; such a file is not read."""
+    """Fault that the header already shows; None if there is none. A file with a fault is not read."""
     continuous: bool = True
-    """False for sound files that hold no signal to train on: excluded rather than quarantined."""
+    """False if the file is sound but has no continuous signal; it is then excluded, not quarantined."""
 
 
 def _by_path(files: list[AnyPath]) -> tuple[AnyPath, ...]:
@@ -126,7 +126,7 @@ class File:
         )
 
 
-# --- one function a format: a recording, or None where the file is something else -----------------------------------
+# --- one function for each format: it returns a recording, or None if the file has another format -------------------
 
 
 def _edf(file: File) -> Recording | None:
@@ -151,7 +151,8 @@ def _brainvision(file: File) -> Recording | None:
     for key, needed in (("DataFile", True), ("MarkerFile", False)):
         name = headers.ini_value(text, key)
         name = re.split(r"[\\/]", name)[-1].replace("$b", file.stem) if name else None
-        # The header's name can be stale after a renaming: the same stem is the usual meaning, but a guess; refuse it.
+        # After a renaming, the header can name a file that does not exist. A file with the stem of the header would be
+        # a guess, so the recording is refused.
         if name and name.lower() in file.near:
             files.append(name)
             if needed:
@@ -197,7 +198,7 @@ def _fif(file: File) -> Recording | None:
         return file.recording("fif") if file.head[:2] == b"\x1f\x8b" else None
     if file.head[:4] != b"\0\0\0\x64" or file.suffix != ".fif":
         return None
-    # Parts are looked up by number, not searched for: a folder can hold a hundred thousand files.
+    # Look up the parts by number. Searching the folder would be slow, because it can hold a hundred thousand files.
     parts = []
     if split := re.match(r"(.*_split-)(\d+)(.*)", file.stem):
         pattern, first = (
@@ -232,7 +233,7 @@ def _persyst(file: File) -> Recording | None:
     if file.suffix != ".lay" or file.text.lstrip()[:10].lower() != b"[fileinfo]":
         return None
     text, problem = file.all_text(), None
-    # MNE reads the file of that name, and no other.
+    # MNE only reads the file that the header names.
     name = re.split(r"[\\/]", headers.ini_value(text, "File") or f"{file.stem}.dat")[-1]
     if name.lower() in file.near:
         problem = headers.run_check(headers.check_persyst, "Persyst", text, file.near[name.lower()])
@@ -245,7 +246,7 @@ def _nedf(file: File) -> Recording | None:
     try:
         problem = headers.run_check(headers.check_nedf, "NEDF", file.path, file.head)
     except ImportError:
-        problem = None  # The reader says what to install.
+        problem = None  # The reader reports which package to install.
     return file.recording("nedf", problem=problem)
 
 
@@ -281,7 +282,7 @@ def _xdf(file: File) -> Recording | None:
 
 
 def _claims(file: File) -> Recording | None:
-    """Files that are none of the formats, but claim to be one by their extension."""
+    """Report a file whose content is of no known format, although its extension is one of a recording."""
     if file.suffix in CLAIMED:
         name = CLAIMED[file.suffix]
         what = "an empty file" if not file.head else f"not {name}: the header is not one"
@@ -323,25 +324,25 @@ def _mff(path: AnyPath) -> Recording:
 
 
 def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
-    """Say what a file (or folder) is, by its content.
+    """Recognise the format of a file or folder by its content.
 
     Parameters
     ----------
     path : str, Path or UPath
         A file, or an ``.mff`` folder.
     near : mapping of str to path, optional
-        Files of its folder by lower-case name, for callers that have listed it already.
+        Files of the same folder by lower-case name, if the caller has already listed the folder.
 
     Returns
     -------
     Recording or None
-        The recording with every file that belongs to it; `problem` is set where the header is enough to see that it
-        cannot be used. None for a file that is not a recording, nor claims to be one by its extension.
+        The recording with all of its files; `problem` is set if the header already shows a fault. None if neither
+        content nor extension are those of a recording.
 
     Raises
     ------
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     """
     path = Path(path) if isinstance(path, str) else path
     if path.name.startswith("._"):
@@ -352,7 +353,7 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
         problem = Reason(f"no reader for {UNSUPPORTED['.mefd']}")
         files = _by_path([f for f in path.rglob("*") if f.is_file()])
         return Recording(path=path, format="mefd", files=files, problem=problem)
-    # A folder, or a pipe, socket or device: reading from one may never end.
+    # Skip folders, pipes, sockets and devices: reading from a pipe or device may never end.
     if not is_remote(path) and not stat.S_ISREG(path.stat().st_mode):
         return None
     file = File(path, near)
@@ -363,16 +364,18 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
 
 
 def _walk_local(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders with the names in them; what cannot be listed stops the walk, since what it holds would be lost."""
+    """Yield folders and the names in them. A folder that cannot be listed is an error, or its files would be missed."""
 
     def refuse(error: OSError) -> None:
-        raise RequestError(f"{error.filename}: cannot be listed ({error.strerror}); mend it or exclude its parent")
+        raise RequestError(
+            f"{error.filename}: cannot be listed ({error.strerror}); repair it, or exclude its parent folder"
+        )
 
     seen: set[tuple[int, int]] = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         folders.sort()
         status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # A link back to a folder above.
+        if (status.st_dev, status.st_ino) in seen:  # A symbolic link to a folder that was visited before.
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -385,7 +388,7 @@ def _walk_remote(root: Any) -> Iterator[tuple[Any, list[str]]]:
     try:
         entries = sorted(root.iterdir(), key=lambda entry: entry.name)
     except OSError as error:
-        raise RequestError(f"{root}: cannot be listed ({error}); mend it or exclude its parent") from None
+        raise RequestError(f"{root}: cannot be listed ({error}); repair it, or exclude its parent folder") from None
     names, folders = [], []
     for entry in entries:
         whole = entry.name.lower().endswith((".mff", ".mefd"))
@@ -397,17 +400,17 @@ def _walk_remote(root: Any) -> Iterator[tuple[Any, list[str]]]:
 
 
 def find_recordings(root: str | AnyPath) -> list[Recording]:
-    """All recordings under a folder, and whatever claims to be one.
+    """Find all recordings under a folder, and files whose extensions are those of a recording.
 
     Parameters
     ----------
     root : str, Path or UPath
-        The folder; hidden files and macOS's ``._`` twins are passed over.
+        Folder to search. Hidden files are skipped, also the ``._`` files that macOS makes.
 
     Returns
     -------
     list of Recording
-        Sorted by path. Files that belong to another recording of the list are not in it.
+        Sorted by path. A file that belongs to another recording is not a recording of its own.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The EEG stream of an XDF file (LabStreamingLayer), whose samples carry a clock instead of a rate.
+"""Open the EEG stream of an XDF file (LabStreamingLayer), in which each sample has a time stamp.
 
 Shapes: n channels, S samples.
 """
@@ -18,59 +18,60 @@ from data_sharding.formats.signal import Segment, Signal, SignalInfo
 
 TO_VOLTS = {"microvolts": 1e-6, "uv": 1e-6, "µv": 1e-6, "μv": 1e-6, "microvolt": 1e-6, "millivolts": 1e-3, "mv": 1e-3}
 TO_VOLTS |= {"nanovolts": 1e-9, "nv": 1e-9, "volts": 1.0, "v": 1.0, "": 1.0}
-"""Units that streams declare; without one, values are taken as volts and the amplitude shows that they are not."""
+"""Factors to volts of the units that streams declare. Values without a unit are taken as volts; if they are not, the
+check of the amplitudes finds out later."""
 TYPES = {"eeg": "eeg", "eog": "eog", "ecg": "ecg", "ekg": "ecg", "emg": "emg", "": "eeg"}
 STEADY = 1e-4
-"""Relative difference of the clock's rate from the nominal one below which the nominal one is taken."""
+"""If the measured rate differs from the nominal rate by less than this share, the nominal rate is used."""
 GAP = 1.5
-"""Sample intervals after which signal is missing."""
+"""Signal is missing if two samples are further apart than this number of sample intervals."""
 MAX_JITTER = 0.25
-"""Share of intervals that may be off by more than half before a stream has no rate."""
+"""A stream has no rate if more than this share of its intervals differ from the median by more than half."""
 
 
 class ArraySignal:
-    """A recording that its reader cannot but load as a whole.
+    """A recording that is loaded as a whole, because its format cannot be read in parts.
 
     Parameters
     ----------
     x : ndarray, shape (S, n)
-        Samples in the file's unit.
+        Samples in the unit of the file.
     factors : ndarray, shape (n,)
-        What brings each channel to volts.
+        Factor of each channel that converts its samples to volts.
     info : SignalInfo
-        What is known of it.
+        Metadata of the recording.
     """
 
     def __init__(self, x: np.ndarray, factors: np.ndarray, info: SignalInfo) -> None:
         self.x, self.factors, self.info = x, factors, info
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Samples of some channels; see `Signal.read`."""
+        """Read samples of some channels; see `Signal.read`."""
         return self.x[start:stop, picks].T.astype(np.float64) * self.factors[picks, None]
 
     def close(self) -> None:
-        """Let go of files."""
+        """Do nothing: no file is open."""
 
 
 def open_xdf(path: Path) -> Signal:
-    """Open the one EEG stream of an XDF file.
+    """Open the EEG stream of an XDF file.
 
     Parameters
     ----------
     path : Path
-        The file.
+        File to read.
 
     Returns
     -------
     Signal
-        Its samples, at the rate that the clock shows; where samples are missing, a segment ends.
+        The stream, at the rate that the time stamps show. If samples are missing, a new segment begins after the gap.
 
     Raises
     ------
     NotContinuous
-        If there is no stream of type EEG.
+        If the file has no stream of type EEG.
     ReadError
-        If there are several, or the stream has no rate.
+        If the file has several streams of type EEG, or the stream has no steady rate.
     """
     import pyxdf
 
@@ -111,7 +112,7 @@ def open_xdf(path: Path) -> Signal:
 
 
 def _rate(nominal: float, stamps: np.ndarray) -> float:
-    """Rate by the clock, over the intervals without a gap."""
+    """Return the sampling rate in Hz, from the intervals between time stamps that are no gap."""
     steps = np.diff(stamps)
     median = float(np.median(steps))
     if not median > 0 or float(np.mean(np.abs(steps - median) > median / 2)) > MAX_JITTER:
@@ -122,7 +123,7 @@ def _rate(nominal: float, stamps: np.ndarray) -> float:
 
 
 def _channels(desc: Any, n: int) -> tuple[list[str], list[str], np.ndarray, list[list[float] | None]]:
-    """Names, types, factors to volts and places, as far as the stream declares them."""
+    """Return names, types, factors to volts and positions of the channels, as far as the stream declares them."""
     try:
         declared = desc[0]["channels"][0]["channel"]
     except (TypeError, KeyError, IndexError):

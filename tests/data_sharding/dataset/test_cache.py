@@ -219,7 +219,9 @@ def test_short_answers_are_fetched_once_more_and_then_refused(
     if times == 1:
         assert collate(data, [3]).keys == ["w-0003"]
     else:
-        match = r"shard logged://.*/d/train/000000\.tar: fetched 2 times and refused \(\d+ bytes of \d+\)"
+        match = (
+            r"shard logged://.*/d/train/000000\.tar: downloaded 2 times, each time with a fault \(\d+ bytes of \d+\)"
+        )
         with pytest.raises(RequestError, match=match):
             collate(data, [3])
         assert not [p for p in (own_cache / "shards").rglob("*tar*")]

@@ -113,7 +113,7 @@ def test_concepts_are_held_out_whole() -> None:
     splits = {c: {config.trial("s", f"{c}-{i}", "", f"c{c}") for i in range(20)} for c in range(100)}
     assert all(len(found) == 1 for found in splits.values())
     assert {next(iter(found)) for found in splits.values()} == set(SPLITS)
-    with pytest.raises(RequestError, match="image 'x' comes without its concept"):
+    with pytest.raises(RequestError, match="image 'x' has no concept"):
         config.trial("s", "x")
 
 
