@@ -380,12 +380,12 @@ def _find_held_back_images(paths: Sequence[str], datasets: Sequence[Contents]) -
     with ThreadPoolExecutor() as pool:
         ours = list(pool.map(read, paths))
     of_sha: defaultdict[str, list[str]] = defaultdict(list)
-    for path, picture in zip(paths, ours, strict=True):
-        of_sha[picture.sha256].append(path)
+    for path, image in zip(paths, ours, strict=True):
+        of_sha[image.sha256].append(path)
     held: set[str] = set()
     for contents in datasets:
-        theirs = [use.picture for use in contents.images]
-        for picture in theirs:
-            held.update(of_sha.get(picture.sha256, ()))
+        theirs = [use.fingerprint for use in contents.images]
+        for image in theirs:
+            held.update(of_sha.get(image.sha256, ()))
         held.update(paths[i] for i, _ in find_similar_images(ours, theirs))
     return held
