@@ -127,7 +127,7 @@ class TestAgainst:
         tar.write_bytes(tar.read_bytes()[:2000])
         assert main([str(dataset), "--against", str(damaged)]) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dreamscale:")]
-        assert len(lines) == 3 and "no such dataset" in lines[0] and "says what is damaged" in lines[2]
+        assert len(lines) == 3 and "no such dataset" in lines[0] and "to see what is damaged" in lines[2]
 
 
 class TestSplits:

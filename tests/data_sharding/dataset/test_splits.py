@@ -133,9 +133,9 @@ def test_a_trial_without_an_image_goes_with_its_subject() -> None:
 def test_faults() -> None:
     with pytest.raises(ValueError, match="leave a share for train"):
         SplitConfig(val_fraction=0.6, test_fraction=0.4)
-    with pytest.raises(ValueError, match="choose one"):
+    with pytest.raises(ValueError, match="remove it from one of them"):
         SplitConfig(val_subjects=["sub-1"], test_subjects=["1"])
     with pytest.raises(RequestError, match="no subject is left for train"):
         SplitConfig(val_subjects=["a"]).check_subjects(["a"])
-    with pytest.raises(RequestError, match="'b' is in none"):
+    with pytest.raises(RequestError, match="'b' is not in the corpora"):
         SplitConfig(val_subjects=["b"]).check_subjects(["a", "c"])

@@ -310,7 +310,7 @@ class TestSegments:
         path.write_bytes(data)
         if b"+0\x14\x14" in data:
             path.write_bytes(data.replace(b"+1\x14\x14", b"xx\x14\x14", 1))
-        with pytest.raises(ReadError, match="when"):
+        with pytest.raises(ReadError, match="record 2 has no onset"):
             opened(path)
 
     def test_boundaries_of_eeglab(self, tmp_path: Path, make_raw, write_raw) -> None:
