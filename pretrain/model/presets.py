@@ -1,4 +1,4 @@
-"""Shapes of the masked autoencoder by name. A config in `configs/pretrain/` repeats each shape in full."""
+"""Shapes of the masked autoencoder by name. A config in `configs/pretrain/` with the same name repeats the shape."""
 
 from __future__ import annotations
 

