@@ -193,6 +193,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     BlockingIOError
         If another process holds the lock and `wait` is False.
     """
+    # Why not the library filelock: on a file system without flock it falls back to a lock that a dead process never
+    # releases, and `_is_dead` relies on the release.
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

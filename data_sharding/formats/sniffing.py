@@ -68,7 +68,7 @@ class Recording:
     path: AnyPath
     """File or folder that the reader opens."""
     format: str
-    """Name of the format, a key of `readers.READERS` where it can be read."""
+    """Name of the format; a key of `open_signal.READERS` if the format can be read."""
     files: tuple[AnyPath, ...]
     """All files of the recording, including sidecars, sorted."""
     problem: Reason | None = None

@@ -31,7 +31,7 @@ class Format:
     suffixes: tuple[str, ...] = ()
     """Endings of which the reader requires one; a file with another ending is opened through a link."""
     package: str = ""
-    """Optional package that `open` needs; the ledger's reason names it where it is not installed."""
+    """Optional package that `open` needs; if it is not installed, the reason in the ledger names it."""
     unit_factor: float | None = None
     """Factor that converts the values of `open` to volts, where the reader returns another unit."""
 
