@@ -25,8 +25,8 @@ from data_sharding.common.files import write_json
 from data_sharding.dataset.batch import Batch, sequential
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.clip_head import ClipHead, ClipHeadConfig
-from finetune.clip_images import clip_image_embeddings
-from finetune.eeg import ImageAugmentConfig, eeg_for_model, load_encoder, prepare_eeg
+from finetune.clip_images import embed_images
+from finetune.eeg import ImageAugmentConfig, load_encoder, prepare_eeg, scale_eeg
 from finetune.images import ImageTable, open_paired
 from finetune.training.accelerate import make_accelerator, make_loader, open_run, quiet_libraries
 from finetune.training.config import TrainingConfig, free_keys
@@ -253,7 +253,7 @@ def align(config: AlignConfig) -> int:
         print(f"{config.output}: this run is complete; nothing to do")
         return EXIT_DONE
     target_MP, val_target_MP = (
-        clip_image_embeddings(
+        embed_images(
             t,
             config.clip,
             device=accelerator.device,
@@ -272,7 +272,7 @@ def align(config: AlignConfig) -> int:
 
     def evaluate(module: Aligner, pulse: Callable[[], None]) -> dict[str, float]:
         def embed(microvolts_bCT: Tensor) -> Tensor:
-            return module.embed(eeg_for_model(microvolts_bCT, module.encoder))
+            return module.embed(scale_eeg(microvolts_bCT, module.encoder))
 
         return measure_retrieval(embed, val, val_table, val_target_MP, accelerator.device, pulse)
 

@@ -43,7 +43,7 @@ def is_local(model: str | Path) -> bool:
     return False
 
 
-def clip_image_embeddings(
+def embed_images(
     table: ImageTable, clip: str | Path, *, device: Any = "cpu", cache: str | Path | None = None, write: bool = True
 ) -> Tensor:
     """Compute the CLIP embedding of every image of a table.
@@ -92,11 +92,11 @@ def clip_image_embeddings(
 
     # CLIP's processor resizes images as well. They are resized here first, because a batch needs one size.
     size = int(model.config.image_size)  # pyright: ignore[reportArgumentType] - a number in every CLIP
-    key = {"what": "clip", "weights": weights_digest(model)}
+    key = {"what": "clip", "weights": digest_weights(model)}
     return table.features(compute, size=size, key=key, cache=cache, write=write)
 
 
-def weights_digest(model: torch.nn.Module) -> list[float]:
+def digest_weights(model: torch.nn.Module) -> list[float]:
     """Compute a short digest of a frozen model's weights, for the keys of caches.
 
     Parameters

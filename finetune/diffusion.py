@@ -140,7 +140,7 @@ class DenoisingTask(Protocol):
     """A module that trains a denoiser."""
 
     def features(self, eeg: Tensor) -> Tensor:
-        """Return what the condition is made of: the EEG's tokens or feature, [B, ...]."""
+        """Return the EEG's tokens or feature, [B, ...]; the condition is computed from them."""
         ...
 
     def errors(self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
     return encoder
 
 
-def eeg_for_model(eeg_BCT: Tensor, scaling: PreprocessSpec | EEGEncoder, device: Any = None) -> Tensor:
+def scale_eeg(eeg_BCT: Tensor, scaling: PreprocessSpec | EEGEncoder, device: Any = None) -> Tensor:
     """Scale stored microvolts to model units.
 
     Parameters
@@ -145,7 +145,7 @@ def read_trials(
         The trials, in the order of `numbers`.
     """
     parts = [collate(dataset, numbers[start : start + 256]) for start in range(0, len(numbers), 256)]
-    return torch.cat([eeg_for_model(part.padded(device), scaling) for part in parts])
+    return torch.cat([scale_eeg(part.padded(device), scaling) for part in parts])
 
 
 def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig, random: StepRandom) -> Tensor:
@@ -254,4 +254,4 @@ def prepare_eeg(
     eeg_bCT = batch.padded(dtype=torch.float32)
     if config.average > 1:
         eeg_bCT = average_trials_of_image(eeg_bCT, batch, dataset, table, config.average, random)
-    return augment_eeg(eeg_for_model(eeg_bCT, scaling), [int(meta["n"]) for meta in batch.metas], config, random)
+    return augment_eeg(scale_eeg(eeg_bCT, scaling), [int(meta["n"]) for meta in batch.metas], config, random)

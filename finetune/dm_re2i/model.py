@@ -19,7 +19,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.diffusion import draw_noise, sample
 from finetune.dm_re2i.eg_ddpm import EGDDPM
 from finetune.dm_re2i.evrnet import EVRNet
-from finetune.eeg import eeg_for_model
+from finetune.eeg import scale_eeg
 from finetune.images import to_pixels
 
 KIND = "eg_ddpm"
@@ -252,7 +252,7 @@ class DMRE2IGenerator:
                 f"{self.folder}: made for up to {rows} channels, but a trial has {most}; train a model with "
                 f"evrnet.channels {most} or more"
             )
-        e_BD, _ = compute_features(self.evrnet, eeg_for_model(eeg_B128T, self.spec, self.device))
+        e_BD, _ = compute_features(self.evrnet, scale_eeg(eeg_B128T, self.spec, self.device))
         images = sample_images(
             self.unet, self.noising.config, e_BD, steps=steps, guidance_scale=guidance_scale, seeds=seeds
         )

@@ -19,7 +19,7 @@ from data_sharding.dataset.dataset import EEGDataset
 from finetune.dm_re2i.config import DMRE2IConfig
 from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig, scale_to_unit_variance, whitening_matrix
 from finetune.dm_re2i.model import compute_features
-from finetune.eeg import augment_eeg, choose_evenly, eeg_for_model, read_trials
+from finetune.eeg import augment_eeg, choose_evenly, read_trials, scale_eeg
 from finetune.images import ImageTable
 from finetune.training.accelerate import make_loader, open_run
 from finetune.training.fit import fit
@@ -196,7 +196,7 @@ def train_evrnet(
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         y = labels[batch.numbers]
-        x = eeg_for_model(batch.padded(), data.spec)[:, : stage.channels]
+        x = scale_eeg(batch.padded(), data.spec)[:, : stage.channels]
         if normaliser is not None:
             x = scale_to_unit_variance(normaliser @ x)
         target = F.one_hot(y, n_classes).float()

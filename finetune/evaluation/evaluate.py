@@ -174,7 +174,7 @@ def measure(
     return out
 
 
-def random_pairs(
+def compare_random_pairs(
     images_BHW3: Images, real_BHW3: Images, image_ids: list[str], *, seed: int, draws: int = 10
 ) -> dict[str, Any]:
     """Compute PSNR and SSIM of each generated image with the real image of a random other trial.
@@ -213,7 +213,7 @@ def random_pairs(
     return {k: float(np.mean(v)) if v else TOO_SMALL for k, v in found.items()}
 
 
-def nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> NDArray[np.float64]:
+def measure_nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> NDArray[np.float64]:
     """Compute the distance of each image to the most similar training image.
 
     Parameters
@@ -348,7 +348,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "generated": measure(own.images_BHW3, own.real_BHW3, y_B, ids, judges, config),
         "shuffled": "not computed: no --control_dir",
         "real": measure(own.real_BHW3, own.real_BHW3, y_B, ids, judges, config),
-        "random_pairs": random_pairs(own.images_BHW3, own.real_BHW3, ids, seed=config.seed),
+        "random_pairs": compare_random_pairs(own.images_BHW3, own.real_BHW3, ids, seed=config.seed),
     }
     if control is not None:
         result["shuffled"] = measure(control.images_BHW3, control.real_BHW3, y_B, ids, judges, config)
@@ -370,8 +370,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     # images than they do.
     result["memorisation"] = {
         "measure": f"RMS pixel difference to the nearest of {len(table)} training images at {judges.size} pixels",
-        "generated": _quartiles(nearest_training_image(_resize(own.images_BHW3, judges.size), train_images)),
-        "real": _quartiles(nearest_training_image(_resize(own.real_BHW3, judges.size), train_images)),
+        "generated": _quartiles(measure_nearest_training_image(_resize(own.images_BHW3, judges.size), train_images)),
+        "real": _quartiles(measure_nearest_training_image(_resize(own.real_BHW3, judges.size), train_images)),
     }
     write_json(own.path / "metrics.json", result)
     page = render_report(result, own, control, examples=config.examples)

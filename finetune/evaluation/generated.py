@@ -54,7 +54,7 @@ def read_generated(path: str | Path) -> GeneratedSet:
     Returns
     -------
     GeneratedSet
-        The images and what is known about them.
+        The images, and the content of generated.json.
 
     Raises
     ------

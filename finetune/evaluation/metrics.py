@@ -1,6 +1,6 @@
 """Metrics of reconstructed images as papers report them, and tests of their significance.
 
-All functions work on NumPy arrays. The caller knows which network computed the features or probabilities.
+All functions take NumPy arrays. They do not depend on the network that computed the features or probabilities.
 
 Shapes: B images, H rows, W columns, D feature width, K classes, N trials.
 """

@@ -19,7 +19,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_head import ClipHead
 from finetune.clip_images import is_local
 from finetune.diffusion import Condition, denoising_errors, draw_noise, sample
-from finetune.eeg import eeg_for_model
+from finetune.eeg import scale_eeg
 from finetune.images import to_pixels
 from finetune.stable_diffusion.conditioner import Conditioner
 from pretrain.encoder.encoder import EEGEncoder
@@ -97,7 +97,7 @@ def open_time_path(unet: UNet2DConditionModel) -> int:
     return int(unet.time_embedding.linear_2.out_features)
 
 
-def cross_attention_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+def find_cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
     """Find the parameters of the cross-attentions and of their norms: the "A" of DreamDiffusion.
 
     Parameters
@@ -168,7 +168,7 @@ class EEGDiffusion(nn.Module):
             self.encoder.requires_grad_(True)
             self.conditioner.requires_grad_(True)
         if "A" in tune:
-            for parameter in cross_attention_parameters(self.unet).values():
+            for parameter in find_cross_attention(self.unet).values():
                 parameter.requires_grad_(True)
         if self.head is not None:
             self.head.requires_grad_(True)
@@ -335,7 +335,7 @@ class StableDiffusionGenerator:
             lambda x, time, states: self.unet(x, time, states[0], class_labels=states[1]).sample,
             self.scheduler,
             draw_noise((self.unet.config.in_channels, size, size), seeds, self.device),
-            self.conditioner(self.encoder(eeg_for_model(eeg_B128T, self.encoder, self.device))),
+            self.conditioner(self.encoder(scale_eeg(eeg_B128T, self.encoder, self.device))),
             self.conditioner.null(len(seeds)),
             steps=steps,
             guidance_scale=guidance_scale,

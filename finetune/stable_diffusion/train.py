@@ -20,7 +20,7 @@ from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE
 from data_sharding.dataset.batch import Batch
 from finetune.clip_head import ClipHead, ClipHeadConfig
-from finetune.clip_images import clip_image_embeddings, weights_digest
+from finetune.clip_images import digest_weights, embed_images
 from finetune.diffusion import DenoisingWatcher
 from finetune.eeg import ImageAugmentConfig, choose_evenly, load_encoder, prepare_eeg, read_trials
 from finetune.images import ImageTable, open_paired, to_model_range
@@ -124,7 +124,7 @@ def encode_images(
 
     # As many pixels at a time as 64 images of 128 x 128: the memory does not grow with the size.
     batch_size = max(1, min(64, 64 * 128 * 128 // size**2))
-    key = {"what": "latents", "weights": weights_digest(vae)}
+    key = {"what": "latents", "weights": digest_weights(vae)}
     latents = table.features(compute, size=size, key=key, cache=cache, batch_size=batch_size, write=write)
     vae.to("cpu")
     return latents
@@ -212,7 +212,7 @@ def train(config: StableDiffusionConfig) -> int:
     val_latents = encode_images(val_table, pipeline, size, **caching)
     target_MP = None
     if config.order == "joint" and config.clip:
-        target_MP = clip_image_embeddings(table, config.clip, **caching)
+        target_MP = embed_images(table, config.clip, **caching)
     model = build(config, pipeline, encoder, None if target_MP is None else target_MP.shape[1])
     noise_steps = int(model.noising.config.num_train_timesteps)
     watched = choose_evenly(len(val), config.val_trials)

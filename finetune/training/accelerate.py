@@ -82,7 +82,7 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
     return accelerator
 
 
-def world_of(accelerator: Accelerator) -> World:
+def get_world(accelerator: Accelerator) -> World:
     """Return Accelerate's processes as a `World`."""
     return World(rank=accelerator.process_index, size=accelerator.num_processes, device=accelerator.device)
 

@@ -6,7 +6,7 @@ A stage puts everything that trains, and everything that gradients pass through,
 How a run repeats itself exactly, whatever stops it:
 
 - The loader's order of samples depends on the seed alone, and its place is part of the checkpoint.
-- Noise and dropout of a step depend on the seed and the number of the step, not on what was drawn before.
+- Noise and dropout of a step depend on the seed and the number of the step, not on earlier steps.
 - A checkpoint is written after the step's evaluation. If a stop comes before or during the evaluation, the checkpoint
   is written at once and says that the evaluation is still due; the resumed run begins with it.
 """
@@ -26,7 +26,7 @@ from data_sharding.common.errors import RequestError, StopRequested
 from data_sharding.common.progress import progress
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.loader import Loader
-from finetune.training.accelerate import world_of
+from finetune.training.accelerate import get_world
 from finetune.training.config import TrainingConfig
 from finetune.training.state import EMA, TrainingState, load_trainables, make_optimizer, trainables
 from finetune.training.step_random import StepRandom
@@ -147,7 +147,7 @@ class _Loop:
         description: str,
     ) -> None:
         self.module, self.config, self.seed, self.run, self.loader = module, config, seed, run, loader
-        self.accelerator, self.world = accelerator, world_of(accelerator)
+        self.accelerator, self.world = accelerator, get_world(accelerator)
         self.inputs, self.evaluate, self.description = inputs, evaluate, description
         self.watch, self.mode = best
         try:

@@ -13,7 +13,7 @@ from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.align import infonce, main
 from finetune.clip_head import ClipHead
-from finetune.eeg import eeg_for_model
+from finetune.eeg import scale_eeg
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.model.config import EncoderConfig
 from pretrain.runs.stop import STOP_FILE
@@ -47,7 +47,7 @@ def test_alignment_learns_and_two_processes_learn_the_same(
     head = ClipHead.from_pretrained(tmp_path / "2" / "align")
     data = EEGDataset(paired_dataset, "val")
     with torch.no_grad():
-        embeds = head(encoder(eeg_for_model(collate(data, [0, 1]).eeg, data.spec)))
+        embeds = head(encoder(scale_eeg(collate(data, [0, 1]).eeg, data.spec)))
     assert embeds.shape == (2, 64)
     assert (tmp_path / "1" / "plots" / "loss.png").stat().st_size > 1000
     assert json.loads((tmp_path / "1" / "status.json").read_text())["state"] == "done"
@@ -115,7 +115,7 @@ def test_an_encoder_of_single_channels_keeps_the_electrodes(
     assert run_main(main, _args(paired_dataset, tmp_path / "encoder", miniature, output, "--training.steps", 2)) == 0
     encoder = EEGEncoder.from_pretrained(output / "encoder")
     batch = collate(data, [0, 1])
-    x = eeg_for_model(batch.eeg, encoder)
+    x = scale_eeg(batch.eeg, encoder)
     with torch.no_grad():
         torch.testing.assert_close(encoder(x), encoder(x, **encoder.inputs_of(batch.metas)))
 

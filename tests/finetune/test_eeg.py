@@ -6,7 +6,7 @@ import torch
 
 from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
-from finetune.eeg import AugmentConfig, ImageAugmentConfig, augment_eeg, eeg_for_model, prepare_eeg
+from finetune.eeg import AugmentConfig, ImageAugmentConfig, augment_eeg, prepare_eeg, scale_eeg
 from finetune.images import ImageTable
 from finetune.training.step_random import StepRandom
 
@@ -21,7 +21,7 @@ def test_augmentation_treats_copies_of_a_channel_alike(paired_dataset: Path) -> 
     silent = (y[:, :16] == 0).all(-1)
     assert silent.any() and not silent.all(1).any()
     untouched = prepare_eeg(batch, data, table, ImageAugmentConfig(), StepRandom(0, 0), data.spec)
-    assert torch.equal(untouched, eeg_for_model(batch.eeg, data.spec))
+    assert torch.equal(untouched, scale_eeg(batch.eeg, data.spec))
 
 
 def test_only_trials_of_the_same_image_are_averaged(paired_dataset: Path, tmp_path: Path) -> None:
@@ -40,8 +40,8 @@ def test_only_trials_of_the_same_image_are_averaged(paired_dataset: Path, tmp_pa
         x = prepare_eeg(
             collate(data, [0, 1]), data, table, ImageAugmentConfig(average=3), StepRandom(0, step), data.spec
         )
-        assert torch.equal(x[1:], eeg_for_model(batch.eeg[1:], data.spec))
-        seen.append(torch.allclose(x[:1], eeg_for_model(mean, data.spec), atol=1e-5))
+        assert torch.equal(x[1:], scale_eeg(batch.eeg[1:], data.spec))
+        seen.append(torch.allclose(x[:1], scale_eeg(mean, data.spec), atol=1e-5))
     assert 0 < sum(seen) < 20
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.evaluation import metrics
-from finetune.evaluation.evaluate import main, nearest_training_image, random_pairs
+from finetune.evaluation.evaluate import compare_random_pairs, main, measure_nearest_training_image
 from finetune.evaluation.generated import read_generated
 from finetune.images import ImageTable
 
@@ -119,17 +119,17 @@ def test_inception_and_lpips_files_are_used_if_given(perfect: Path, tmp_path: Pa
 
 def test_copies_of_training_images_are_detected(paired_dataset: Path) -> None:
     train = ImageTable(EEGDataset(paired_dataset, "train")).pixels()
-    assert nearest_training_image(train[3:6], train).max() == 0
+    assert measure_nearest_training_image(train[3:6], train).max() == 0
     noise = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     by_hand = min(np.sqrt(np.square(noise[0].astype(float) - t).mean()) for t in train)
-    assert nearest_training_image(noise, train)[0] == pytest.approx(by_hand, rel=1e-5)
+    assert measure_nearest_training_image(noise, train)[0] == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_random_pairs_never_take_a_trials_own_image() -> None:
     images = np.stack([np.full((12, 12, 3), 40 * i, np.uint8) for i in range(3)])[[0, 0, 1, 2]]
-    found = random_pairs(images, images, ["a", "a", "b", "c"], seed=0)
+    found = compare_random_pairs(images, images, ["a", "a", "b", "c"], seed=0)
     assert found["psnr"] < 20 * np.log10(255 / 40) + 1e-6  # the infinite PSNR of an image with itself never occurs
-    assert random_pairs(images[:2], images[:2], ["a", "a"], seed=0)["psnr"].startswith("not computed")
+    assert compare_random_pairs(images[:2], images[:2], ["a", "a"], seed=0)["psnr"].startswith("not computed")
 
 
 def _change_json(folder: Path, **changes: object) -> None:

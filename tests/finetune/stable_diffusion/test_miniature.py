@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data_sharding.common.errors import RequestError, run_main
-from finetune.clip_images import clip_image_embeddings
+from finetune.clip_images import embed_images
 from finetune.images import ImageTable, open_paired
 from finetune.stable_diffusion.miniature import _augment, main, make_tokenizer
 from finetune.stable_diffusion.model import load_base
@@ -50,7 +50,7 @@ def test_the_pipeline_has_the_text_encoder_and_tokenizer_of_the_clip(miniature: 
 
 def test_clip_embeds_the_images_of_a_split(miniature: Path, paired_dataset: Path, tmp_path: Path) -> None:
     table = ImageTable(open_paired(paired_dataset, "val"))
-    embeds = clip_image_embeddings(table, miniature / "clip", cache=tmp_path)
+    embeds = embed_images(table, miniature / "clip", cache=tmp_path)
     assert embeds.shape == (len(table), 64)
     torch.testing.assert_close(embeds.norm(dim=1), torch.ones(len(table)))
 
@@ -76,5 +76,5 @@ def test_folders_without_a_model_are_refused(tmp_path: Path, unpaired_dataset: P
     with pytest.raises(RequestError, match="no such directory"):
         load_base("./nowhere")
     with pytest.raises(RequestError, match="not a CLIP model"):
-        clip_image_embeddings(ImageTable(open_paired(paired_dataset, "val")), tmp_path)
+        embed_images(ImageTable(open_paired(paired_dataset, "val")), tmp_path)
     assert run_main(main, [str(unpaired_dataset), "-o", str(tmp_path / "m")]) == 2

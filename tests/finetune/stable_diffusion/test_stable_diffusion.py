@@ -10,7 +10,7 @@ from data_sharding.common.errors import run_main
 from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.generators import load_generator
-from finetune.stable_diffusion.model import EEGDiffusion, cross_attention_parameters, load_base
+from finetune.stable_diffusion.model import EEGDiffusion, find_cross_attention, load_base
 from finetune.stable_diffusion.train import StableDiffusionConfig, build, main
 from pretrain.encoder.encoder import EEGEncoder
 
@@ -54,7 +54,7 @@ def test_only_the_named_parts_train(tune: str, paired_dataset: Path, encoder_pac
 def test_norm2_of_residual_blocks_does_not_train(miniature: Path) -> None:
     unet = load_base(miniature / "stable-diffusion").unet
     assert any("resnets" in name and ".norm2." in name for name, _ in unet.named_parameters())
-    assert all(".transformer_blocks." in name for name in cross_attention_parameters(unet))
+    assert all(".transformer_blocks." in name for name in find_cross_attention(unet))
 
 
 def test_without_eeg_the_new_model_equals_the_base_model(
@@ -106,7 +106,7 @@ def test_fine_tuning_changes_only_what_trains_and_two_processes_agree(
     base, tuned = load_base(miniature / "stable-diffusion").unet, load_base(model / "pipeline").unet
     assert tuned.config.class_embed_type == "identity"
     changed = {n for n, p in tuned.named_parameters() if not torch.equal(p, dict(base.named_parameters())[n])}
-    assert changed and changed <= set(cross_attention_parameters(tuned))
+    assert changed and changed <= set(find_cross_attention(tuned))
     before, after = EEGEncoder.from_pretrained(encoder_package), EEGEncoder.from_pretrained(model / "encoder")
     assert not torch.equal(before.backbone.norm.weight, after.backbone.norm.weight)
 
