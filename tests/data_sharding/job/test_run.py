@@ -230,7 +230,7 @@ class TestTrouble:
         config = write_config(
             tmp_path / "a.yaml",
             [{"root": str(root)}],
-            ray={"num_cpus": 2, "timeout_s": 8, "memory_gb": 1},
+            ray={"num_cpus": 2, "timeout_s": 25, "memory_gb": 1},
             allowed_set_aside=1.0,
             split={"val_fraction": 0, "test_fraction": 0},
         )
