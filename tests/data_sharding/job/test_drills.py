@@ -155,7 +155,7 @@ def test_the_driver_is_killed(drill: Drill, undisturbed: dict[str, str]) -> None
     process.kill()
     process.communicate()
     lines = [line for p in (output / ".work" / "rows").glob("*.jsonl") for line in p.read_text().splitlines()]
-    (read,) = drill.root.glob(json.loads(lines[0])["row"]["path"])
+    (read,) = drill.root.glob(json.loads(lines[0])["row"]["row"]["path"])
     before, content = read.stat(), read.read_bytes()
     middle = len(content) // 2
     try:
