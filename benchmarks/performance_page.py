@@ -156,20 +156,21 @@ def pretraining(found: dict[str, Any]) -> str:
     return f"""## A pretraining step
 
 `python benchmarks/pretraining.py --presets ... --precisions ... --stages ... --compile 0,1 --batch N --steps 4
---profile --reference PATH` on the CPU. PATH is a checkout of the released code. It was timed in a separate process,
-with `--presets ''`, because it is slower if other models ran before in the same process. Utilisation is relative to the
-fastest matrix product that was measured in the same run, in TFLOP/s: {peak}.
+--profile --reference PATH` on the CPU. PATH is a checkout of the released code. That code was timed in a separate
+process, with `--presets ''`, because it is slower after other models ran in the same process. Utilisation is relative
+to the fastest matrix product that was measured in the same run, in TFLOP/s: {peak}.
 
 {table(["model", "how", "precision", "batch", "s a step", "windows/s", "TFLOP/s", "utilised", "GiB"], rows)}
 
 Windows/s of Dreamscale relative to the released code: {", ".join(ratios)}.
-The aim is 2 times, and is not met. Milliseconds of one step at batch {batch} in bf16, under the profiler:
+The aim, twice as many windows/s, is not met. Milliseconds of one step at batch {batch} in bf16, under the profiler:
 
 {table(["", "Dreamscale", "released code"], kinds)}
 
 To meet the aim, a whole step would have to take 50% of the time of the released code. Our matrix products alone take
-{products / released:.0%}. A third of them, the gradients of the weights, have a transposed first factor; this machine
-computes such products at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s instead of {best["bf16"]["plain"]:.1f}.
+{products / released:.0%}. A third of them are products for the gradients of the weights. Their first matrix is
+transposed, and this machine computes such products at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s instead
+of {best["bf16"]["plain"]:.1f}.
 """
 
 

@@ -85,7 +85,8 @@ def profile_step(step: Callable[[], None]) -> dict[str, float]:
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Measure the best TFLOP/s of matrix products: with the shapes of the released architecture, and a large square.
 
-    The backward pass computes the gradients of the weights with a transposed first factor.
+    Products whose first matrix is transposed are measured too: the backward pass uses them for the gradients of the
+    weights.
     """
     best = {"plain": 0.0, "first factor transposed": 0.0}
     for M, K, N in ((928, 1024, 4096), (3712, 1024, 4096), (4096, 4096, 4096)):

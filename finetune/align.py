@@ -128,7 +128,7 @@ class Aligner(nn.Module):
     encoder : EEGEncoder
         The encoder.
     head : ClipHead
-        Tokens to CLIP's image space.
+        Projects tokens into CLIP's image space.
     loss : str
         cosine, infonce or both.
     temperature : float

@@ -1,4 +1,4 @@
-"""EEG tokens to CLIP's image space.
+"""Project EEG tokens into CLIP's image space.
 
 Shapes: B trials, N EEG tokens of width D, P width of CLIP's projection.
 """

@@ -80,7 +80,7 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
         if pretrained:
             bare.backbone.load_state_dict(encoder.backbone.state_dict())
         encoder = bare
-    # The models of this stage pass only windows to the encoder, so the encoder itself must know the electrodes.
+    # The models of fine-tuning give the encoder only windows, so the encoder itself must store the electrode positions.
     encoder.keep_electrodes(dataset)
     return encoder
 
@@ -156,8 +156,8 @@ def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig
     x_bCT : Tensor, shape (b, C, T)
         Trials in model units, padded by replication.
     true_channels_b : list of int
-        Number of true channels of each trial. The padding's copies of a channel are changed exactly as the channel
-        itself, because the model must not see the difference.
+        Number of true channels of each trial. Padding repeats these channels. A copy gets exactly the same changes as
+        its channel, so that the model cannot tell them apart.
     config : AugmentConfig
         How strong the changes are.
     random : StepRandom

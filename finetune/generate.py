@@ -53,7 +53,7 @@ class GenerateConfig:
     limit: int = 0
     """Largest number of trials, evenly spread over the split; 0 for all trials."""
     batch_size: int = 32
-    """Trials of one forward pass. The noise of an image does not depend on it."""
+    """Number of trials in one forward pass. It does not change the noise of an image."""
     seed: int = 0
     """Seed for the noise and for the shuffling."""
     device: str = "auto"

@@ -56,7 +56,7 @@ STAGES: dict[str, Stage] = {
     "plan": Stage(
         module="pretrain.plan",
         usage="[CONFIG] [--preset NAME] [--gpus N]",
-        help="estimate memory and days of a pretraining before it is started",
+        help="estimate memory and duration of a pretraining before it is started",
     ),
     "export": Stage(module="pretrain.export", usage="RUN OUT", help="pretraining run -> encoder package"),
     "convert": Stage(

@@ -49,9 +49,9 @@ class ConvertConfig:
     output: str
     """Directory to write; an existing package is replaced."""
     heads: int | None = None
-    """Attention heads of the encoder, if the checkpoint does not say. DreamDiffusion's encoders have 16."""
+    """Number of attention heads of the encoder, if it is not in the checkpoint. DreamDiffusion's encoders have 16."""
     decoder_heads: int | None = None
-    """Attention heads of the decoder, if the checkpoint does not say. DreamDiffusion's decoders have 16."""
+    """Number of attention heads of the decoder, if it is not in the checkpoint. DreamDiffusion's decoders have 16."""
     sfreq: float = 256.0
     """Sampling rate of the signal in Hz. DreamDiffusion's code has no fixed rate: its pretraining takes each file at
     the rate of the file, and its fine-tuning stretches the 440 ms of a trial to 512 samples."""

@@ -27,7 +27,7 @@ class EncodeConfig:
     line_freq: float | None = None
     """Mains frequency in Hz, from 40 to 70. By default it is found in the recording."""
     unit_factor: float | None = None
-    """Factor to true volts, if the recording has a wrong unit."""
+    """Factor that converts the recording's values to volts, if its unit is wrong."""
     batch_size: int = 64
     """Number of windows to encode at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -47,7 +47,7 @@ DEFAULT_WINDOWS = 120_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Estimate memory, arithmetic and days of a pretraining run."""
+    """Estimate memory, arithmetic and duration of a pretraining run."""
 
     run_config: str | None = None
     """Config of 'dreamscale pretrain'. It gives the defaults of the keys below."""
@@ -63,7 +63,8 @@ class PlanConfig:
     """Peak of one GPU in dense TFLOP/s at the run's precision, if it is unknown or differs from the data sheet."""
     mfu: float = 0.4
     """Model-FLOPs utilisation that you expect, as defined for metrics.jsonl: the model's own arithmetic as a share of
-    the peak. Recomputed activations do not count, so activation checkpointing lowers it by up to a quarter."""
+    the peak. The recomputation of activations does not count, so activation checkpointing lowers the utilisation by
+    up to a quarter."""
     batch_size: int | None = None
     """Windows of one optimiser step over all GPUs; by default the config's, or 100 for each GPU without a config."""
     micro_batch_size: int | None = None
@@ -321,7 +322,7 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
             f"{request.windows:,} windows ({request.windows_from}), {request.epochs:g} passes",
             "gradients are accumulated and sent in float32; AdamW has two moments; ZeRO keeps float32 master weights",
             "stage 3 keeps up to 1e9 gathered weights, DeepSpeed's default; bucket sizes as set by Dreamscale",
-            "fused attention; activations without temporary buffers, which may take 25 % more",
+            "attention is fused; the activations do not include temporary buffers, which may need 25 % more memory",
             f"{speed:g} GB/s for each GPU between {'machines' if request.gpus > config.gpus_per_machine else 'GPUs'}; "
             "communication overlaps the backward pass, which is two thirds of the arithmetic",
             "evaluation, checkpoints and waiting for data take no time",

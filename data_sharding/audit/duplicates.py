@@ -109,10 +109,11 @@ def signature(points: np.ndarray) -> list[int]:
     channels only the smallest are kept (a bottom-k sketch, Broder 1997). So the number of hashes that two recordings
     share grows with the number of channels that they share. Order and names of the channels do not matter.
 
-    *Mixing code.* The channels are vectors over time; they span a space. The diagonal of the projection onto this space
-    (the leverage of each point) stays the same if the channels are replaced by invertible linear combinations of
-    themselves. The code has one bit for each point: whether its leverage is above the median. So another reference, a
-    bipolar montage, or the removal of a few components changes only few bits.
+    *Mixing code.* It recognises recordings whose channels are linear mixtures of each other's channels. The channels
+    are vectors over time; they span a space. The diagonal of the projection onto this space (the leverage of each
+    point) stays the same if the channels are replaced by invertible linear combinations of the channels. The code has
+    one bit for each point: whether its leverage is above the median. So another reference, a bipolar montage, or the
+    removal of a few components changes only a few bits.
     """
     points = np.asarray(points, np.float32)
     if points.ndim != 2 or points.shape[1] < MIN_POINTS:
@@ -124,7 +125,7 @@ def signature(points: np.ndarray) -> list[int]:
     for place, (start, stop) in enumerate(bands):
         bits = positive[:, start:stop]
         ups = bits.sum(axis=1)
-        # A slow drift, as in any recording, gives a run of one sign; such words say nothing about the recording.
+        # In a slow drift almost all signs are equal. Any recording can have a drift, so such words identify nothing.
         telling = (ups >= 4) & (ups <= bits.shape[1] - 4)
         word = (bits * (np.uint64(1) << np.arange(bits.shape[1], dtype=np.uint64))).sum(axis=1, dtype=np.uint64)
         numbers.append(word[telling] + np.uint64((place + 1) << 32))
@@ -158,7 +159,8 @@ def _is_linear_combination(x: np.ndarray, y: np.ndarray) -> bool:
     (_, part), (rank, whole) = sorted(spaces, key=lambda pair: pair[0])
     if rank > MOST_RANK:
         return False
-    # Scale all points to the same size. Otherwise artefacts and the transient at the start would decide alone.
+    # Scale all points to the same size. Otherwise only the largest points would decide: artefacts, and the transient at
+    # the start.
     weight = 1 / np.maximum(np.linalg.norm(_normalize_rows(whole), axis=0), 1e-6)
     basis = _span(whole * weight)
     part = _normalize_rows(part * weight)

@@ -11,8 +11,8 @@ The rules, with the ways in which two things are recognised as the same:
 - **Image**: equal bytes, same look (`find_similar_images` in `data_sharding.audit.fingerprints`), or the same name in
   the same corpus.
 
-Each finding is a proof or a question. A question needs a look by a person: equal names alone, or a crossing of splits
-that the config of the dataset allows.
+Each finding is a proof or a question. A person must decide a question, because only the names are equal, or because
+the config of the dataset allows that several splits share the thing.
 
 Shapes: W windows of a dataset, R recordings.
 """
@@ -63,7 +63,8 @@ class Finding:
     text: str
     """One line that names what is shared."""
     proof: bool = True
-    """False for a question: only the names are equal, or the config of the dataset allows the crossing."""
+    """Whether the finding is a proof of leakage. If not, it is a question for a person: only the names are equal, or
+    the config of the dataset allows that several splits share the thing."""
 
 
 @dataclass(kw_only=True)
@@ -235,7 +236,7 @@ class Contents:
         return self._order[self._bounds[number] : self._bounds[number + 1]]
 
     def known_subjects(self) -> set[tuple[str, str]]:
-        """Return corpus and name of the known subjects. The subject of a recording is unknown if it equals the key."""
+        """Return corpus and name of the known subjects. A subject with the name of its recording's key is unknown."""
         return {(c, s) for (c, s), key in zip(self.people, self.recordings, strict=True) if s and s != key}
 
     def count_unnamed(self) -> int:
@@ -311,6 +312,10 @@ def _overlaps(a: np.ndarray, length_a: float, b: np.ndarray, length_b: float) ->
 
 def _windows(number: int) -> str:
     return f"{number} window{'s' * (number != 1)}"
+
+
+def _say_overlap(hit: np.ndarray) -> str:
+    return "overlaps" if hit.sum() == 1 else "overlap"
 
 
 def _times(starts: np.ndarray) -> str:
@@ -418,7 +423,8 @@ def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]],
             x, y = a.start[a.windows_of(number_a[one])], b.start[b.windows_of(number_b[other])]
             hit = _overlaps(x, spec_a.window_s, y, spec_b.window_s)
             if hit.any():
-                text = f"{int(hit.sum())} of {_windows(len(x))} of {one} in time that {other} covers, {_times(x[hit])}"
+                count = f"{int(hit.sum())} of {_windows(len(x))} of {one}"
+                text = f"{count} {_say_overlap(hit)} in time with {other}, {_times(x[hit])}"
                 out.found.append(Finding(kind="window", text=text))
     if pairs:
         out.compared.append(f"windows by time, of {len(pairs)} shared recordings")
@@ -486,8 +492,8 @@ def compare_splits(contents: Contents) -> Findings:
     Returns
     -------
     Findings
-        A subject or an image in several splits is a question, not a proof, if the config of the dataset does not hold
-        out subjects or images. Windows that are equal or overlap across splits are always proofs.
+        If the config does not hold out subjects, a subject that is in several splits is only a question. The same is
+        true of images. Windows of different splits that are equal, or that overlap in time, are always a proof.
     """
     out = Findings()
     free_subjects, free_images = _allowed_crossings(contents.manifest)
@@ -560,8 +566,8 @@ def _compare_windows_of_splits(contents: Contents, of_recording: dict[int, set[i
             hit = _overlaps(x, length, y, length)
             if hit.any():
                 text = (
-                    f"{_windows(int(hit.sum()))} of {contents.recordings[number]} in {SPLITS[p]} at a time that "
-                    f"windows in {SPLITS[q]} cover, {_times(x[hit])}"
+                    f"{_windows(int(hit.sum()))} of {contents.recordings[number]} in {SPLITS[p]} "
+                    f"{_say_overlap(hit)} in time with windows in {SPLITS[q]}, {_times(x[hit])}"
                 )
                 out.found.append(Finding(kind="window", text=text))
     out.compared.append(f"windows by content and by time: {len(contents.split)}")

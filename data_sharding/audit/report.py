@@ -48,7 +48,7 @@ def _hours_cell(hours: float) -> Cell:
 
 
 def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
-    """Sum the hours found, the hours lost for each reason, and the hours written.
+    """Sum the hours that were found, those lost for each reason, and those written to the dataset.
 
     Parameters
     ----------

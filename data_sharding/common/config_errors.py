@@ -203,7 +203,7 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def describe_type(hint: Any) -> str:
-    """Say in words what a value of a type looks like."""
+    """Describe in words which values a type accepts, for error messages."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, typing.Union):
         words = [describe_type(one) for one in arguments if one is not types.NoneType]

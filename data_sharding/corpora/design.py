@@ -67,7 +67,10 @@ def measure_order(items: Sequence[Item]) -> tuple[str, str]:
     if trials < FEWEST_TRIALS or len(labels) < 2:
         return "unknown", f"{what} say nothing about their order"
     if single:
-        return "block", f"each recording holds one category only ({what}): when and whom already tell it"
+        return (
+            "block",
+            f"each recording holds only one category ({what}), so the time or the subject already tells the category",
+        )
     run, by_chance = trials / (trials - repeats), trials / (trials - expected)
     sigma = (repeats - expected) / max(variance, 1e-9) ** 0.5
     text = f"runs of one category are {run:.1f} trials long on average, {by_chance:.1f} in a random order ({what})"

@@ -217,7 +217,10 @@ def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
             raise RequestError(f"{path}: '{split}' of split {fold} is not a list of whole numbers") from None
         for index in indices:
             if not 0 <= index < n:
-                raise RequestError(f"{path}: names trial {index} of {n}; it belongs to another file of recordings")
+                raise RequestError(
+                    f"{path}: names trial {index}, but the recordings have only {n} trials (0 to {n - 1}); "
+                    "these splits belong to other recordings"
+                )
             if out.setdefault(index, split) != split:
                 raise RequestError(f"{path}: trial {index} is in {out[index]} and in {split}")
     return out

@@ -26,7 +26,8 @@ class Trial:
     split: str
     """Split that the corpus itself assigns: train, val, test or `splits.TRAIN_OR_VAL`; empty if it assigns none."""
     segment: int | None = None
-    """For epoched signals: number of the segment that is this trial. The window begins at the start of the segment."""
+    """For signals that are cut into epochs: number of the segment that holds this trial. The window begins at the start
+    of this segment."""
     block: str = ""
     """Name of the block of trials of one category that this trial is part of, if it is known."""
     concept: str = ""

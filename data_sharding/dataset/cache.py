@@ -1,6 +1,6 @@
 """Local cache for the shards of a remote dataset: checked, bounded, and shared by all processes of a machine.
 
-Why not fsspec's own file cache: it neither checks checksums nor limits its size for several processes together.
+fsspec's own file cache is not used: it neither checks checksums nor limits its size for several processes together.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     BlockingIOError
         If another process holds the lock and `wait` is False.
     """
-    # Why not the library filelock: on a file system without flock it falls back to a lock that a dead process never
+    # The library filelock is not used: on a file system without flock it falls back to a lock that a dead process never
     # releases, and `_is_dead` relies on the release.
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -158,11 +158,11 @@ def _ignore_job_signals(parent: int, worker: int) -> None:
 class Loader:
     """Endless stream of batches.
 
-    Imagine the orders of epoch 0, 1, 2 ... written one after another on one line. Global batch t is the slice
-    ``[tB, (t + 1)B)`` of that line, where B is the global batch size, and each rank takes every world_size-th sample
-    of the slice. So every sample comes exactly once an epoch, all ranks take the same number of steps, and the global
-    batches do not depend on the number of ranks or workers. In a mixture each dataset has its own line; the weight of
-    a dataset is the share of the places of a global batch that it fills.
+    Imagine one long line: the samples of epoch 0 in their order, then those of epoch 1, and so on. Global batch t is
+    the slice ``[tB, (t + 1)B)`` of the line, where B is the global batch size. Each rank takes every world_size-th
+    sample of the slice. So every sample comes exactly once an epoch, all ranks take the same number of steps, and the
+    global batches do not depend on the number of ranks or workers. In a mixture each dataset has its own line; the
+    weight of a dataset is the share of the places of a global batch that it fills.
 
     Parameters
     ----------
@@ -262,8 +262,8 @@ class Loader:
         Returns
         -------
         list of int
-            One place for each dataset. In a mixture, it is the place at which the block of this step begins
-            (see `DatasetInterleaver`).
+            For each dataset, the place in its order. In a mixture, it is the place at which the block of this step
+            begins (see `DatasetInterleaver`).
         """
         place = step * self.global_batch
         return [place] if self._interleaver is None else self._interleaver.dealt_before(place)

@@ -4,8 +4,8 @@ A place is a position in the order: 0 is the first sample of epoch 0, n the firs
 functions here compute the sample at any place directly. So a resumed run, another number of ranks and a worker all
 find the same sample without any state.
 
-Why not `numpy.random.permutation`: it takes 0.8 GB for a hundred million samples, in every worker of every rank, and
-NumPy does not promise the same permutation in every release. The Feistel network below takes about a microsecond a
+`numpy.random.permutation` is not used: it takes 0.8 GB for a hundred million samples, in every worker of every rank,
+and NumPy does not promise the same permutation in every release. The Feistel network below takes about a microsecond a
 sample and no memory, and its result never changes. Only one number for each shard is kept in memory.
 
 Shapes: b places, S shards.

@@ -1,8 +1,8 @@
 """Shared memory through which workers hand the signals of their batches to the training process.
 
-Why not torch's own transport: torch allocates a new piece of shared memory for each batch, sends its file descriptor
-through a socket and maps it. That takes longer than reading and decompressing the batch. Here the memory is allocated
-once, before the workers are forked, and its slots are used again and again.
+torch's own transport is not used: torch allocates a new piece of shared memory for each batch, sends its file
+descriptor through a socket and maps it. That takes longer than reading and decompressing the batch. Here the memory is
+allocated once, before the workers are forked, and its slots are used again and again.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ class SplitConfig:
     test_subjects: list[str] = field(default_factory=list)
     """Names of subjects for the test. If one of the two lists is given, all other subjects are in train."""
     by: Literal["image", "concept"] = "image"
-    """Unit that is held out of EEG-image corpora: single images, or all images of a concept together. With concept, the
-    test shows only concepts that are not in the training data (zero-shot)."""
+    """Unit that is held out of EEG-image corpora: single images, or all images of a concept together. With ``concept``,
+    the test split has only concepts that the training split does not have (zero-shot)."""
     image_val_fraction: float = 0.1
     """Share of images (or concepts) for validation, chosen by hash; a split that the corpus defines has priority."""
     image_test_fraction: float = 0.1

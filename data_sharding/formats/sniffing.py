@@ -151,8 +151,8 @@ def _brainvision(file: File) -> Recording | None:
     for key, needed in (("DataFile", True), ("MarkerFile", False)):
         name = headers.ini_value(text, key)
         name = re.split(r"[\\/]", name)[-1].replace("$b", file.stem) if name else None
-        # After a renaming, the header can name a file that does not exist. A file with the stem of the header would be
-        # a guess, so the recording is refused.
+        # If the files were renamed, the header can name a file that does not exist. To take the file that has the same
+        # name as the header, apart from its extension, would be a guess, so the recording is refused.
         if name and name.lower() in file.near:
             files.append(name)
             if needed:
@@ -282,11 +282,12 @@ def _xdf(file: File) -> Recording | None:
 
 
 def _claims(file: File) -> Recording | None:
-    """Report a file whose content is of no known format, although its extension is one of a recording."""
+    """Report a file that has the extension of a recording, but whose content is not in a known format."""
     if file.suffix in CLAIMED:
         name = CLAIMED[file.suffix]
-        what = "an empty file" if not file.head else f"not {name}: the header is not one"
-        return file.recording(name.split()[0].lower(), problem=Reason("unreadable", what))
+        kind = name.split()[0]
+        what = "an empty file" if not file.head else f"not {name}: it has no {kind} header"
+        return file.recording(kind.lower(), problem=Reason("unreadable", what))
     if file.suffix in UNSUPPORTED:
         return file.recording(file.suffix[1:], problem=Reason(f"no reader for {UNSUPPORTED[file.suffix]}"))
     if file.suffix in ORPHANS:

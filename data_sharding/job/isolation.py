@@ -50,7 +50,7 @@ class GivenUp(Exception):
     Parameters
     ----------
     reason : Reason
-        Why, for the ledger.
+        Why the call cannot be finished; it is written to the ledger.
     """
 
     def __init__(self, reason: Reason) -> None:

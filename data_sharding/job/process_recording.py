@@ -98,7 +98,7 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
 
 
 def process_recording(task: Task) -> PartResult:
-    """Read a recording, judge it, and commit its windows as a part.
+    """Read a recording, judge it, and write its windows as a part.
 
     Parameters
     ----------
@@ -108,7 +108,8 @@ def process_recording(task: Task) -> PartResult:
     Returns
     -------
     PartResult
-        The ledger row and what the next phase needs. If the part is finished already, its result is returned.
+        The ledger row, and the data that the next phase of the job needs. If the part is finished already, its result
+        is returned.
 
     Raises
     ------

@@ -1,8 +1,9 @@
 """The sharding job: makes one dataset from corpora of recordings, with a row in the ledger for every recording.
 
-The job has two phases. First every recording is read, judged, and its windows are written to a *part*, a folder of its
-own in the working folder. Then, when it is known which recordings are duplicates or held back, samples are copied from
-the parts into shards. Both phases can be stopped at any time; the same command continues where the job was stopped.
+The job has two phases. First, every recording is read and judged, and its windows are written to a *part*: a folder
+for this recording, inside the working folder. Then it is known which recordings are duplicates or held back, and the
+samples are copied from the parts into shards. Both phases can be stopped at any time; the same command continues where
+the job was stopped.
 """
 
 from __future__ import annotations

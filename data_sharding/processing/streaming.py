@@ -1,7 +1,7 @@
 """Process signals that are too long for memory: resampling and zero-phase filtering, block by block.
 
-The result does not depend on the blocks, up to rounding. Why own code: `scipy.signal.resample_poly` and `sosfiltfilt`
-need the whole signal in memory, and computing the blocks separately would leave errors at their borders.
+The result does not depend on the size of the blocks, apart from rounding. SciPy's `resample_poly` and `sosfiltfilt` are
+not used: they need the whole signal in memory, and using them on each block alone would cause errors at the borders.
 
 Shapes: n channels, S samples at the recorded rate, T samples at the target rate, b samples of a block.
 """
@@ -37,7 +37,7 @@ HELD_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of one segment in a block."""
+    """The samples of one segment that are in one block: the whole segment or a part of it."""
 
     segment: int
     """Number of the segment."""

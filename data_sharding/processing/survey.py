@@ -47,7 +47,8 @@ MIN_TO_COMPARE = 8
 """Channels are compared with each other only if at least this many are good so far."""
 MEASURE_HZ = 128.0
 SURVEY_HZ = 1000.0
-"""A recording of at least twice this rate is measured at a lower rate: its own rate divided by a whole number."""
+"""A recording whose rate is at least twice this value is measured at a lower rate: its own rate divided by a whole
+number."""
 STRETCH_S = 4.0
 STRETCHES_S = 256.0
 """Largest total length of the stretches in which amplitudes and spectra are measured."""
@@ -74,7 +75,7 @@ class Verdict:
     bads: dict[int, str] = field(default_factory=dict)
     """Rows of bad channels, with the reason: flat, clipped, trigger, test tone, noisy, too small or too large."""
     not_eeg: dict[int, str] = field(default_factory=dict)
-    """Rows whose signal cannot be EEG, with what it is; these rows are also in `bads`."""
+    """Rows whose signal cannot be EEG, with a word for what the signal is; these rows are also in `bads`."""
     not_finite: list[int] = field(default_factory=list)
     """Rows with NaN or infinite values."""
     line_freq: float | None = None
@@ -350,7 +351,7 @@ class Survey:
         )
 
     def _tone(self) -> np.ndarray:
-        """Return which rows are a test tone: one frequency that is no rhythm of EEG and no harmonic of the mains."""
+        """Return which rows are a test tone: one frequency, neither a rhythm of EEG nor a harmonic of the mains."""
         if not self._n_power:
             return np.zeros(len(self._finite), bool)
         frequency = self._frequencies

@@ -143,7 +143,7 @@ def save_model(
     folder : Path
         ``<run>/model``.
     evrnet : EVRNet
-        EEG to features.
+        Network that computes the features from EEG.
     unet : EGDDPM
         The trained U-Net.
     noising : DDPMScheduler

@@ -201,7 +201,7 @@ def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     matrix[:, :, 2] = uniform(-0.2, 0.2, 2)
     grid = nn.functional.affine_grid(matrix, [b, 3, height, width], align_corners=False)
     x = nn.functional.grid_sample(x_B3HW, grid, padding_mode="reflection", align_corners=False)
-    # Mix the colour channels, so that the classifier learns forms: a generator may draw a category in any colour.
+    # Mix the colour channels, so that the classifier learns shapes: a generator may draw a category in any colour.
     mixing = torch.softmax(uniform(-3, 3, 3, 3), dim=2)
     x = torch.where((uniform(0, 1) < 0.5)[:, None, None, None], torch.einsum("bij,bjhw->bihw", mixing, x), x)
     x = x * uniform(0.6, 1.3, 1, 1, 1) + uniform(-0.25, 0.25, 1, 1, 1)

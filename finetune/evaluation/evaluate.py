@@ -366,8 +366,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 seed=config.seed,
             )
     train_images = table.pixels(size=judges.size)
-    # Real images of this split set the scale: a generator that does not copy should come no closer to the training
-    # images than they do.
+    # The real images of this split are the measure: if a generator does not copy, its images should be no closer to the
+    # training images than the real ones are.
     result["memorisation"] = {
         "measure": f"RMS pixel difference to the nearest of {len(table)} training images at {judges.size} pixels",
         "generated": _quartiles(measure_nearest_training_image(_resize(own.images_BHW3, judges.size), train_images)),

@@ -23,9 +23,9 @@ class ConditionerConfig:
     dim: int
     """Width of the EEG tokens, D."""
     length: int
-    """Number of condition tokens, L: the base model's longest text."""
+    """Number of condition tokens, L; the same as in the base model's longest text."""
     width: int
-    """Width of the condition tokens, W: that of the base model's cross-attention."""
+    """Width of the condition tokens, W; the same as in the base model's cross-attention."""
     hidden: int = 64
     """Number of tokens between the two convolutions."""
     time_dim: int = 0

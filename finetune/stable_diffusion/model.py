@@ -136,7 +136,7 @@ class EEGDiffusion(nn.Module):
     noising : DDPMScheduler
         The base model's forward process.
     head : ClipHead, optional
-        Tokens to CLIP's image space, for the CLIP loss.
+        Projects tokens into CLIP's image space, for the CLIP loss.
     clip_weight : float
         Weight of the CLIP loss.
     """

@@ -36,7 +36,7 @@ from pretrain.runs.tracking import TrackerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StableDiffusionConfig:
-    """Stable Diffusion on EEG, after DreamDiffusion: the encoder, its projector and the cross-attentions train."""
+    """Stable Diffusion on EEG, as in DreamDiffusion: trains the encoder, its projector and the cross-attentions."""
 
     dataset: str
     """EEG-image dataset with train and val splits."""

@@ -97,7 +97,7 @@ class EMA:
     module : Module
         The module whose trainable parameters are averaged.
     decay : float
-        Final decay. The decay of update n is ``(1 + n) / (10 + n)`` as long as that is smaller.
+        Final decay. The decay of update n is the smaller of this value and ``(1 + n) / (10 + n)``.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:

@@ -182,8 +182,8 @@ class EEGEncoder(nn.Module):
             Windows in microvolts, padded or not; float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
             Number of true channels of each window. The montage tokenizer computes the scale of a window over these
-            channels only; by default over the channels of `chs_info`, or over all. The temporal tokenizer computes it
-            over the padded window.
+            channels only. By default these are the channels of `chs_info`, or all rows if there is no `chs_info`. The
+            temporal tokenizer always computes the scale over the whole padded window.
 
         Returns
         -------

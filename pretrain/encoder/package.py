@@ -249,7 +249,7 @@ def export_program(model: Any, path: Path) -> None:
 
 
 def _make_example(model: Any) -> tuple[Tensor, ...]:
-    """Make the input of the self-check from formulas, so that no package holds anybody's recording."""
+    """Compute an artificial input for the self-check, so that an encoder package never contains a real recording."""
     config: EncoderConfig = model.config
     time_T = torch.arange(config.samples, dtype=torch.float64) / config.samples
     channel_C1 = torch.arange(config.channels, dtype=torch.float64)[:, None]

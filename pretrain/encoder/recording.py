@@ -73,7 +73,8 @@ def windows_of(
     spec : PreprocessSpec
         The preprocessing of the pretraining.
     unit_factor : float, optional
-        Factor to true volts, if the file has a wrong unit. With this factor the amplitude is not checked.
+        Factor that converts the recording's values to volts, if its unit is wrong. With this factor the amplitude is
+        not checked.
     line_freq : float, optional
         Mains frequency in Hz, within `LINE_FREQS`. By default it is found in the recording.
 
@@ -112,7 +113,7 @@ def windows_of(
         try:
             clean, scratch = stack.enter_context(prepare(signal, item, spec, result))
         except SetAside as verdict:
-            hint = "; unit_factor says how to correct it" if result.row.unit == "unknown" else ""
+            hint = "; unit_factor can give the right factor to volts" if result.row.unit == "unknown" else ""
             raise RequestError(f"the recording cannot be used: {verdict.reason}{hint}") from None
         names = clean.channels.names
         left_out = {name: kind for kind, found in result.row.channels_left_out.items() for name in found}

@@ -229,8 +229,8 @@ class MaskedAutoencoder(nn.Module):
         Returns
         -------
         list of int, [B], or None
-            Argument of `data_sharding.processing.preprocess.PreprocessSpec.divisor`; None means all rows of the padded
-            window.
+            The argument `channels` of `data_sharding.processing.preprocess.PreprocessSpec.divisor`. None means that all
+            rows of the padded window are used.
         """
         return self.encoder.channels_for_scale(batch.channels)
 

@@ -81,8 +81,8 @@ def keep_indices(
     if block == 1:
         order_BN = np.argsort(_noise(state_B, tokens), axis=1, kind="stable")[:, :visible]
         return torch.from_numpy(np.sort(order_BN, axis=1).astype(np.int64))
-    # Shuffle J pieces, which are spans of hidden tokens and single visible tokens. Laid one after the other in the new
-    # order, the pieces fill the window, and the starts of the visible pieces are the visible tokens.
+    # There are J pieces: each is a span of hidden tokens, or one visible token. Shuffle the pieces and put them one
+    # after another, so that they fill the window. The starts of the visible pieces are the visible tokens.
     spans, rest = divmod(tokens - visible, block)
     lengths = np.array([block] * spans + [rest] * (rest > 0) + [1] * visible)
     order_BJ = np.argsort(_noise(state_B, len(lengths)), axis=1, kind="stable")

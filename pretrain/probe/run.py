@@ -1,4 +1,4 @@
-"""Measure what an encoder's features are worth: ``dreamscale probe ENCODER DATASET``.
+"""Measure how useful an encoder's features are: ``dreamscale probe ENCODER DATASET``.
 
 A linear classifier is fitted on the encoder's tokens and scored on subjects and images that it was not fitted on. On
 the same trials the probe scores encoders with random weights, classical features, EEGNet, and controls whose accuracy

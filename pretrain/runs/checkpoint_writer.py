@@ -58,8 +58,8 @@ class CheckpointWriter:
         Returns
         -------
         written, failed : float
-            1 or 0 each: whether this process has finished its share, and whether it failed to write it. Both are 0 if
-            no checkpoint is being written.
+            Each is 1 or 0: whether this process has finished its share, and whether it failed to write its share. Both
+            are 0 if no checkpoint is being written.
         """
         if self._step is None or (self._thread is not None and self._thread.is_alive()):
             return 0.0, 0.0

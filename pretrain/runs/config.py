@@ -80,8 +80,9 @@ class CheckpointConfig:
     """Checkpoints whose step is a multiple of this number are never deleted; it must be a multiple of `every`. None
     deletes all but the newest."""
     asynchronous: bool = False
-    """Copy the state to the CPU's memory and write the copy in the background, so that training waits for the copy
-    alone. The copy needs memory: twelve bytes a parameter in pretraining, divided among the processes."""
+    """Copy the state to the CPU's memory, and write this copy to disk in the background. Training waits only while the
+    state is copied. The copy needs CPU memory: in pretraining twelve bytes for each parameter, divided among the
+    processes."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every", "keep", "milestones", prefix="checkpoint.")

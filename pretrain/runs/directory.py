@@ -21,7 +21,8 @@ from pretrain.runs.tracking import TrackerConfig, open_tracker
 FREE = ("output", "tracker", "num_processes", "device")
 """Keys that may change when a run of any stage is resumed: what is learned does not depend on them."""
 
-# Why a change of these keys is refused, where the reason is not plain. The last part of a dotted key counts.
+# Reasons why a change of these keys is refused, where the reason is not obvious. Only the last part of a dotted key is
+# looked up.
 _REASONS = {
     "steps": "the learning rate of every step depends on the number of steps",
     "epochs": "the learning rate of every step depends on the number of epochs",

@@ -36,7 +36,7 @@ def hold_lock(path: Path) -> IO[str]:
     RequestError
         If another process holds the lock and does not release it in time.
     """
-    # Why not the package filelock: it does not tell who holds a lock. The name of the owner, the waiting and the
+    # The package filelock is not used: it does not tell who holds a lock. The name of the owner, the waiting and the
     # message below would still be needed, and little would be left for the package to do. A POSIX lock, as here, works
     # between the hosts of a network disk, ends with its process, and is not inherited by forked reading processes.
     stream = path.open("a+")

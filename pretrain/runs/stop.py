@@ -22,9 +22,10 @@ _SAME_REQUEST_S = 3.0
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop reads.
 
-    A second SIGINT interrupts the process at once, unless it follows the first within a few seconds: a terminal or a
-    batch system signals every process, and torchrun then passes the same signal on to its workers. If the environment
-    variable `STOP_FILE` is set, the flag is also raised when that file appears; the file is looked for once a second.
+    A second SIGINT interrupts the process at once, unless it follows the first within a few seconds. Then it is the
+    same request: a terminal or a batch system signals every process, and torchrun also passes its signal on to its
+    workers. If the environment variable `STOP_FILE` is set, the flag is also raised when that file appears; the file is
+    looked for once a second.
     """
 
     def __init__(self) -> None:

@@ -57,7 +57,8 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
     weights = parameters * value / (gpus if zero_stage == 3 else 1)
     gradients = parameters * 4 / (gpus if zero_stage >= 2 else 1)
     moments = parameters * 8 / (gpus if zero_stage else 1)
-    # At stage 0 Adam updates the weights themselves. ZeRO keeps a float32 copy of its part, even for fp32.
+    # At stage 0 Adam updates the weights themselves. At the other stages each GPU keeps a float32 copy of its part of
+    # the weights, even if the weights are float32 already.
     master = parameters * 4 / gpus if zero_stage else 0
     # Bucket size as in `pretrain.training.deepspeed_engine`. Overlap with the backward pass takes two buckets.
     bucket = min(5e8, max(parameters, 2**16)) * value

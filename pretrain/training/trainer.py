@@ -34,8 +34,9 @@ from pretrain.training.validation import evaluate
 class Trainer:
     """One pretraining run, as one of its processes sees it.
 
-    Every process makes the same decisions in the same order, because most methods contain collective operations: they
-    decide from values that are equal on all processes (the reduced loss, the step), or rank 0 decides and broadcasts.
+    Most methods contain collective operations, so every process must make the same decisions in the same order. The
+    methods decide from values that are equal on all processes (the reduced loss, the step), or rank 0 decides and
+    broadcasts its decision.
 
     Parameters
     ----------

@@ -143,7 +143,7 @@ def test_deepspeed_holds_what_is_planned() -> None:
     )
     held, size = map(int, next(line for line in done.stdout.splitlines() if line.startswith("BYTES")).split()[1:])
     planned = state_bytes(size, zero_stage=1, gpus=1, precision="bf16")
-    # After a step there are no temporary buffers. Other than the state, only the window and a few numbers are left.
+    # After a step there are no temporary buffers. Memory holds the state, the window, and a few numbers.
     assert held == pytest.approx(planned.weights + planned.gradients + planned.optimizer, rel=0.02)
 
 

@@ -25,7 +25,7 @@ def items(folder_corpus: Path) -> list:
 
 
 class Rows:
-    """Ledger rows as workers give them back, of signals in memory."""
+    """Makes ledger rows of signals that are in memory; the rows are like those that workers return."""
 
     def __init__(self, make_row, make_raw) -> None:
         self.make_row, self.make_raw = make_row, make_raw

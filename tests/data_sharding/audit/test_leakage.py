@@ -63,7 +63,7 @@ class TestAgainst:
             assert what in out
 
     def test_a_recording_in_another_format_and_spec(self, dataset, publish, make_raw, tmp_path, capsys) -> None:
-        """Rounded, other names, another subject, other windows: only the signal gives it away."""
+        """The copy is rounded, and has other names, subject and windows: only the signal shows that it is a copy."""
         raw = make_raw(6, 200, 8, seed=2, names=["a", "b", "c", "d", "e", "f"])
         raw.apply_function(lambda x: np.round(x * 1e7) / 1e7)
         more = [{"key": "x", "subject": "anon", "corpus": "clinic", "raw": raw, "starts": [410]}]
@@ -71,12 +71,12 @@ class TestAgainst:
         assert main([str(dataset), "--against", str(tmp_path / "b")]) == 1
         out = capsys.readouterr().out
         assert "shared: recording r2 here is x there: same signal" in out
-        assert "2 of 8 windows of r2 in time that x covers, at 4.00, 5.00 s" in out
+        assert "2 of 8 windows of r2 overlap in time with x, at 4.00, 5.00 s" in out
         assert "not compared: windows by content" in out and "lowpass" in out
         assert out.count("\nshared: ") == 1
 
     def test_windows_by_content(self, dataset, publish, make_raw, tmp_path, capsys) -> None:
-        """Without ledger and fingerprints equal windows still tell."""
+        """Without a ledger and fingerprints, equal windows still show the leakage."""
         publish(tmp_path / "b", [{"key": "x", "subject": "x", "corpus": "c", "raw": make_raw(6, 200, 8, seed=3)}])
         for name in ("ledger.parquet", "fingerprints.parquet"):
             (tmp_path / "b" / name).unlink()
@@ -152,7 +152,7 @@ class TestSplits:
         self.declare(tmp_path / "a", val_fraction=0, test_fraction=0)
         assert main([str(tmp_path / "a")]) == 1
         out = capsys.readouterr().out
-        assert "1 window of r in train at a time that windows in test cover, at 3.00 s" in out
+        assert "1 window of r in train overlaps in time with windows in test, at 3.00 s" in out
         assert "to look at: subject s of corpus lab is in train and test (the config does not hold subjects out)" in out
 
     @staticmethod

@@ -155,7 +155,7 @@ class TestEEGImageNet:
         with pytest.raises(RequestError, match="trial 0 is in train and in val"):
             list_items(dataclasses.replace(config, options={"splits": "a.pth"}))
         torch.save({"splits": [{"train": [0], "val": [12], "test": [99]}]}, tmp_path / "b.pth")
-        with pytest.raises(RequestError, match="names trial 99 of 24"):
+        with pytest.raises(RequestError, match="names trial 99, but the recordings have only 24 trials"):
             list_items(dataclasses.replace(config, options={"splits": "b.pth"}))
         torch.save({"splits": [{"train": [0], "val": [12], "test": []}]}, tmp_path / "c.pth")
         with pytest.raises(RequestError, match="'n02106662_100' is in train and in val"):

@@ -133,7 +133,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory, make_raw: Callable, write_ra
             folder = root / f"real-{len(paths)}"
             folder.mkdir()
             for file in recording.files:
-                # Heads are what is damaged here; whole files would only be slow.
+                # The tests damage only the first bytes of a file. Copies of whole files would only be slower.
                 (folder / file.name).write_bytes(Path(str(file)).read_bytes()[: 1 << 16])
             paths[folder.name] = folder / recording.path.name
     return paths

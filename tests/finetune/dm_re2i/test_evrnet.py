@@ -59,7 +59,7 @@ def test_both_skips_of_a_multi_kernel_block_start_at_its_input() -> None:
         convolved = (part[0].weight.reshape(5, -1) @ columns).reshape(v.shape)
         outputs.append(torch.relu(torch.relu(_norm(convolved, part[1])) + v))
     torch.testing.assert_close(block(v), outputs[1], atol=1e-5, rtol=1e-5)
-    # A chain of two residual blocks would add y0 instead of v at the end.
+    # At the end the block adds its input v. Two residual blocks in a row would add the output of the first one instead.
     assert not torch.allclose(block(v), torch.relu(outputs[1] - v + outputs[0]), atol=1e-3)
 
 

@@ -79,7 +79,7 @@ def test_inception_score_at_its_limits() -> None:
 
 
 def test_n_way_accuracy_against_its_expectation() -> None:
-    """If b of the K - 1 other classes are more likely than the true one, none of them may be drawn."""
+    """A draw counts as correct if it contains none of the wrong classes that are more likely than the true one."""
     rng = np.random.default_rng(0)
     p, labels = rng.dirichlet(np.ones(6), 40), rng.integers(0, 6, 40)
     beaten = (p > p[np.arange(40), labels][:, None]).sum(1)
