@@ -1,4 +1,4 @@
-"""Tiny recordings, written by the libraries that labs use."""
+"""Small test recordings and datasets, written with the libraries that laboratories use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAMES = [
 
 
 def build_raw(n: int = 8, sfreq: float = 200.0, seconds: float = 6.0, seed: int = 0, names: list[str] | None = None):
-    """Noise of EEG's amplitude, 10 microvolts, with alpha on top; in volts as MNE has it."""
+    """Build noise of 10 microvolts, the amplitude of EEG, with an added alpha rhythm; in volts, as in MNE."""
     import mne
 
     rng = np.random.default_rng(seed)
@@ -67,7 +67,7 @@ def write_raw(raw, path: Path) -> Path:
     return path
 
 
-def png(colour: tuple[int, int, int]) -> bytes:
+def encode_png(colour: tuple[int, int, int]) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -77,7 +77,7 @@ def png(colour: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture(scope="session")
 def folder_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five good recordings of four formats, one of them twice, a file that is no EEG, and a header without its data."""
+    """Five readable recordings in four formats (one is a copy), a file that is not EEG, a header without its data."""
     root = tmp_path_factory.mktemp("corpus")
     write_raw(build_raw(8, 200, 6, seed=1), root / "sub-01" / "sub-01_task-rest_eeg.edf")
     write_raw(build_raw(19, 250, 5, seed=2), root / "sub-02" / "sub-02_task-rest_eeg.vhdr")
@@ -96,11 +96,11 @@ IMAGE_SPLITS = ["train", "train", "train", "train", "val", "test"]
 
 @pytest.fixture(scope="session")
 def events_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three subjects who see six images each, two of them held out by the tables' column 'split'."""
+    """Three subjects who see six images each; the column 'split' of the event tables holds two images out."""
     root = tmp_path_factory.mktemp("paired")
     (root / "images").mkdir()
     for i, name in enumerate(IMAGES):
-        (root / "images" / f"{name}.png").write_bytes(png((40 * i, 0, 0)))
+        (root / "images" / f"{name}.png").write_bytes(encode_png((40 * i, 0, 0)))
     for s in (1, 2, 3):
         path = root / "eeg" / f"sub-0{s}" / f"sub-0{s}_task-images_eeg.vhdr"
         write_raw(build_raw(8, 250, 9, seed=10 + s), path)
@@ -115,10 +115,10 @@ def events_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, stride: int = 100, lowpass: float = 40.0):
-    """Write a dataset with ledger and fingerprints, as the job does, of signals in memory.
+    """Write a dataset with ledger and fingerprints, as the job does, from signals in memory.
 
-    Each recording: key, subject, raw, and if wanted corpus, split, sha256, starts (samples at 100 Hz) with images
-    (id, bytes) and concepts, or trials (start, split).
+    A recording is a dict with the keys key, subject and raw. Optional keys: corpus, split and sha256; starts (samples
+    at 100 Hz) with images (id, bytes) and concepts; or trials (start, split) instead of starts.
     """
     import dataclasses
 
@@ -159,7 +159,7 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
             )
         where = sorted({split for _, split in trials})
         rows.append(
-            ledger_row(
+            make_ledger_row(
                 r["key"],
                 subject=r["subject"],
                 corpus=r.get("corpus", "lab"),
@@ -187,8 +187,8 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
     return manifest
 
 
-def ledger_row(key: str, *, status: Status = "sharded", reason: Reason | None = None, **columns) -> LedgerRow:
-    """A row of the ledger with a value in every column."""
+def make_ledger_row(key: str, *, status: Status = "sharded", reason: Reason | None = None, **columns) -> LedgerRow:
+    """Make a ledger row with typical values; `columns` replaces some of them."""
     values = {
         "corpus": "lab", "path": f"{key}.edf", "files": [f"{key}.edf"], "bytes": 1000, "sha256": key, "format": "edf",
         "reader": "edf", "subject": key, "sfreq": 200.0, "seconds": 60.0, "unit": "plausible", "unit_factor": 1.0,
@@ -207,4 +207,4 @@ def publish_fixture():
 
 @pytest.fixture(scope="session", name="make_row")
 def make_row_fixture():
-    return ledger_row
+    return make_ledger_row

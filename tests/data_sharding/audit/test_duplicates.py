@@ -1,4 +1,4 @@
-"""The same signal is found whatever its file looks like, and no other signal is taken for it."""
+"""The same signal is found in files of other formats, units or channels; different signals are not reported."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from data_sharding.processing.survey import assess
 RATE = 250.0
 
 
-def eeg(seed: int, n: int = 8, seconds: float = 10.0, rate: float = RATE, alpha: float = 1.0) -> np.ndarray:
-    """Pink noise, partly common to all channels, with alpha bursts; about twenty microvolts."""
+def make_eeg(seed: int, n: int = 8, seconds: float = 10.0, rate: float = RATE, alpha: float = 1.0) -> np.ndarray:
+    """Make pink noise, partly common to all channels, with alpha bursts; about 20 microvolts."""
     rng = np.random.default_rng(seed)
     size = int(seconds * rate)
     spectrum = np.fft.rfft(rng.normal(size=(n + 1, size)), axis=1)
@@ -42,46 +42,48 @@ def eeg(seed: int, n: int = 8, seconds: float = 10.0, rate: float = RATE, alpha:
     return 20 * (x[1:] + x[:1] + alpha * wave)
 
 
-def make(key: str, x: np.ndarray, rate: float = RATE) -> RecordingFingerprint:
+def make_fingerprint(key: str, x: np.ndarray, rate: float = RATE) -> RecordingFingerprint:
     points = assess(x, rate).fingerprint
     return RecordingFingerprint(
         key=key, sha256=key, seconds=x.shape[1] / rate, signature=signature(points), points=points
     )
 
 
-def variants(x: np.ndarray) -> dict[str, RecordingFingerprint]:
+def make_variants(x: np.ndarray) -> dict[str, RecordingFingerprint]:
     double = resample(x, RATE, 2 * RATE)
     return {
-        "rounded to 0.1 microvolts": make("b", np.round(x / 0.1) * 0.1),
-        "another unit and offset": make("b", 1e-3 * x + 50),
-        "last record padded": make("b", np.concatenate([x, np.zeros((len(x), 300))], axis=1)),
-        "another order of channels": make("b", x[::-1]),
-        "half of the channels": make("b", x[::2]),
-        "another rate": make("b", double, 2 * RATE),
-        "one more channel": make("b", np.concatenate([x, eeg(99, 1)])),
-        "some noise": make("b", x + np.random.default_rng(5).normal(0, 1.0, x.shape)),
-        "only its beginning": make("b", x[:, : int(0.7 * x.shape[1])]),
+        "rounded to 0.1 microvolts": make_fingerprint("b", np.round(x / 0.1) * 0.1),
+        "another unit and offset": make_fingerprint("b", 1e-3 * x + 50),
+        "last record padded": make_fingerprint("b", np.concatenate([x, np.zeros((len(x), 300))], axis=1)),
+        "another order of channels": make_fingerprint("b", x[::-1]),
+        "half of the channels": make_fingerprint("b", x[::2]),
+        "another rate": make_fingerprint("b", double, 2 * RATE),
+        "one more channel": make_fingerprint("b", np.concatenate([x, make_eeg(99, 1)])),
+        "some noise": make_fingerprint("b", x + np.random.default_rng(5).normal(0, 1.0, x.shape)),
+        "only its beginning": make_fingerprint("b", x[:, : int(0.7 * x.shape[1])]),
     }
 
 
-@pytest.mark.parametrize("what", list(variants(eeg(0))))
-def test_found(what: str) -> None:
-    found = find_duplicates([make("a", eeg(0)), make("other", eeg(1)), variants(eeg(0))[what]])
+@pytest.mark.parametrize("what", list(make_variants(make_eeg(0))))
+def test_changed_copy_is_found(what: str) -> None:
+    found = find_duplicates(
+        [make_fingerprint("a", make_eeg(0)), make_fingerprint("other", make_eeg(1)), make_variants(make_eeg(0))[what]]
+    )
     assert list(found) == ["b"] and found["b"].kept == "a"
     assert ("same beginning, 7.0 of 10.0 s" in found["b"].difference) == (what == "only its beginning")
 
 
-def test_not_found_as_documented() -> None:
-    """A stretch from the middle, and another reference of more channels than points: said so in docs/leakage.md."""
-    x, many = eeg(0, alpha=0.0), eeg(1, 80, alpha=0.0)
-    assert find_duplicates([make("a", x), make("b", x[:, 500:])]) == {}
-    assert find_duplicates([make("a", many), make("b", many - many[:1])]) == {}
+def test_copies_beyond_the_documented_limits_are_not_found() -> None:
+    """A part from the middle, and another reference of more channels than points: see docs/leakage.md."""
+    x, many = make_eeg(0, alpha=0.0), make_eeg(1, 80, alpha=0.0)
+    assert find_duplicates([make_fingerprint("a", x), make_fingerprint("b", x[:, 500:])]) == {}
+    assert find_duplicates([make_fingerprint("a", many), make_fingerprint("b", many - many[:1])]) == {}
 
 
 @pytest.mark.parametrize("n", [8, 19, 32])
-def test_another_reference_or_combination_of_channels(n: int) -> None:
+def test_other_references_and_channel_combinations_are_found(n: int) -> None:
     rng = np.random.default_rng(n)
-    x = eeg(0, n)
+    x = make_eeg(0, n)
     mixing = rng.normal(size=(n, n))
     components = np.linalg.inv(mixing) @ x
     components[0] = 0
@@ -93,7 +95,11 @@ def test_another_reference_or_combination_of_channels(n: int) -> None:
         "one component taken out": mixing @ components,
     }
     for name, y in others.items():
-        prints = [make("a", x), make("other", eeg(7, n)), make("b", np.round(y, 1))]
+        prints = [
+            make_fingerprint("a", x),
+            make_fingerprint("other", make_eeg(7, n)),
+            make_fingerprint("b", np.round(y, 1)),
+        ]
         found = find_duplicates(prints)
         assert list(found) == ["b"] and found["b"].kept == "a", name
 
@@ -106,55 +112,60 @@ def test_another_reference_or_combination_of_channels(n: int) -> None:
     alpha=st.sampled_from([0.0, 1.0, 10.0]),
 )
 def test_different_recordings_are_different(seeds: list[int], n: int, seconds: float, alpha: float) -> None:
-    """Also where a strong rhythm or a common reference makes all channels alike."""
-    points = [assess(eeg(seed, n, seconds, alpha=alpha), RATE).fingerprint for seed in seeds]
+    """Recordings stay different even if a strong rhythm or a common reference makes all channels similar."""
+    points = [assess(make_eeg(seed, n, seconds, alpha=alpha), RATE).fingerprint for seed in seeds]
     assert not any(compare(points[i], points[j], seconds, seconds) for i in range(12) for j in range(i))
 
 
-def test_transient_at_the_start_is_no_evidence() -> None:
-    """Amplifiers begin with a step of millivolts, whose filtered shape is the same in every recording."""
+def test_switch_on_transient_is_not_a_match() -> None:
+    """Amplifiers start with a step of some millivolts; its filtered shape is the same in every recording."""
     step = np.where(np.arange(2500) < 20, -5e3, 0.0)
-    prints = [make(str(i), eeg(i) + step) for i in range(12)]
+    prints = [make_fingerprint(str(i), make_eeg(i) + step) for i in range(12)]
     corr = [np.corrcoef(prints[0].points[0], p.points[0])[0, 1] for p in prints[1:]]  # type: ignore[index]
     assert min(corr) > 0.99, "the trap is set"
     assert find_duplicates(prints) == {}
 
 
-def test_calibration_at_the_start_is_no_evidence() -> None:
+def test_calibration_signal_at_the_start_is_not_a_match() -> None:
     t = np.arange(5000) / RATE
     wave = 50 * np.sign(np.sin(2 * np.pi * 0.9 * t[:2500]))
     prints = []
     for i in range(4):
-        rest = eeg(i, 6, 8.0 + 3 * i)
-        prints.append(make(str(i), np.concatenate([np.tile(wave, (6, 1)) + 0.05 * eeg(i, 6), rest], axis=1)))
+        rest = make_eeg(i, 6, 8.0 + 3 * i)
+        prints.append(
+            make_fingerprint(str(i), np.concatenate([np.tile(wave, (6, 1)) + 0.05 * make_eeg(i, 6), rest], axis=1))
+        )
     assert find_duplicates(prints) == {}
 
 
-def test_too_short_recordings_are_compared_by_checksum_alone() -> None:
-    x = eeg(0, seconds=1.2)
-    a, b = make("a", x), make("b", x)
+def test_too_short_recordings_are_compared_only_by_checksum() -> None:
+    x = make_eeg(0, seconds=1.2)
+    a, b = make_fingerprint("a", x), make_fingerprint("b", x)
     assert a.signature == [] and find_duplicates([a, b]) == {}
     b.sha256 = "a"
     assert find_duplicates([a, b]) == {"b": Copy(kept="a")}
 
 
-def test_chain_leads_to_the_one_that_is_kept() -> None:
-    x = eeg(0)
-    again = make("c", np.round(x))
+def test_all_copies_in_a_chain_name_the_kept_recording() -> None:
+    x = make_eeg(0)
+    again = make_fingerprint("c", np.round(x))
     again.sha256 = "b"
-    assert find_duplicates([make("a", x), make("b", np.round(x, 1)), again]) == {
+    assert find_duplicates([make_fingerprint("a", x), make_fingerprint("b", np.round(x, 1)), again]) == {
         "b": Copy(kept="a"),
         "c": Copy(kept="a"),
     }
 
 
-def test_matches_between_collections() -> None:
-    ours, theirs = [make(f"o{i}", eeg(i)) for i in range(4)], [make("t9", eeg(9)), make("t2", np.round(eeg(2), 1))]
+def test_matches_between_two_collections_are_found() -> None:
+    ours, theirs = (
+        [make_fingerprint(f"o{i}", make_eeg(i)) for i in range(4)],
+        [make_fingerprint("t9", make_eeg(9)), make_fingerprint("t2", np.round(make_eeg(2), 1))],
+    )
     load = {p.key: p.points for p in [*ours, *theirs]}
     assert find_matches(ours, theirs, load.__getitem__, load.__getitem__) == [(2, 1, "same")]  # type: ignore[arg-type]
 
 
-def test_preference(make_row) -> None:
+def test_preferred_copy_has_trials_then_known_subject_then_length(make_row) -> None:
     rows = {
         "trials": make_row("t", subject="s", seconds=60.0, n_kept=8),
         "unknown": make_row("u", seconds=600.0, n_kept=128),
@@ -165,8 +176,8 @@ def test_preference(make_row) -> None:
     assert order == ["trials", "more", "longer", "unknown"]
 
 
-def test_a_hundred_thousand_recordings_fit() -> None:
-    """Signatures of so many recordings, 200 of them copies, and one number that all of them share."""
+def test_candidate_pairs_of_100_000_recordings_fit_in_memory() -> None:
+    """Compare signatures of 100,000 recordings: 200 are copies, and one hash is common to all recordings."""
     rng = np.random.default_rng(0)
     numbers = rng.integers(0, 2**62, (100_000, SKETCH - 1))
     numbers[100:300] = numbers[10_000:10_200]

@@ -1,4 +1,4 @@
-"""Benchmarks stay out: by name, by list, by content, with their people and pictures; typing errors are refused."""
+"""Benchmarks are held back by name, list, content, subject and image; entries without a match are refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def rows(make_row, make_raw) -> Rows:
 
 
 class TestNames:
-    def test_subjects_and_recordings(self, items) -> None:
+    def test_subjects_and_recordings_are_held_back_by_name(self, items) -> None:
         held = HoldBack.plan(HoldBackConfig(subjects=["01", "lab/sub-02"], recordings=["lab/sub-04/*.fif"]), items)
         assert sorted(next(i.path for i in items if i.key == key) for key in held.named) == [
             "sub-01/sub-01_task-rest_eeg.edf",
@@ -80,12 +80,12 @@ class TestNames:
             ({"datasets": ["/nowhere/set"]}, ["/nowhere/set", "no such dataset"]),
         ],
     )
-    def test_what_matches_nothing_is_refused(self, items, config, words) -> None:
+    def test_entry_without_a_match_is_refused(self, items, config, words) -> None:
         with pytest.raises(RequestError) as error:
             HoldBack.plan(HoldBackConfig(**config), items)
         assert all(word in str(error.value) for word in words)
 
-    def test_lists(self, items, tmp_path: Path) -> None:
+    def test_lists_are_read_and_unmatched_lines_are_refused(self, items, tmp_path: Path) -> None:
         path = tmp_path / "benchmark.txt"
         path.write_text(f"# the test people\nsubject sub-03  # of 2019\n\nrecording lab/copies/*\nsha256 {'AB' * 32}\n")
         held = HoldBack.plan(HoldBackConfig(lists=[str(path)]), items)
@@ -95,18 +95,18 @@ class TestNames:
             HoldBack.plan(HoldBackConfig(lists=[str(path)]), items)
 
     @pytest.mark.parametrize("line", ["sub-03", "subjects sub-03", "sha256 12", "recording"])
-    def test_bad_lines(self, tmp_path: Path, line: str) -> None:
+    def test_bad_line_in_a_list_is_refused(self, tmp_path: Path, line: str) -> None:
         path = tmp_path / "list.txt"
         path.write_text(f"subject a\n{line}\n")
         with pytest.raises(RequestError, match=r"list.txt', line 2"):
             read_list(str(path))
 
-    def test_an_empty_list_is_refused(self, items, tmp_path: Path) -> None:
+    def test_empty_list_is_refused(self, items, tmp_path: Path) -> None:
         (tmp_path / "list.txt").write_text("# nothing yet\n")
         with pytest.raises(RequestError, match="the list is empty"):
             HoldBack.plan(HoldBackConfig(lists=[str(tmp_path / "list.txt")]), items)
 
-    def test_identity_follows_the_content(self, items, tmp_path: Path) -> None:
+    def test_identity_depends_on_the_content_of_a_list(self, items, tmp_path: Path) -> None:
         path = tmp_path / "list.txt"
         path.write_text("subject sub-03\n")
         config = HoldBackConfig(lists=[str(path)])
@@ -116,8 +116,8 @@ class TestNames:
 
 
 class TestContent:
-    def test_copies_of_what_is_named_go_along(self, rows: Rows) -> None:
-        """The same recording under another name and in another format."""
+    def test_copies_of_a_named_recording_are_held_back(self, rows: Rows) -> None:
+        """A copy may have another name and another format."""
         rows.add("named", 1)
         rows.add("copy", 1)
         rows.add("bytes", 2, sha256="named")
@@ -136,13 +136,15 @@ class TestContent:
         assert rows.rows[1].reason == "held back: copy of named, subject x (hold_back.subjects)"
         assert all(r.windows == 0 and r.seconds == 8.0 for r in rows.rows[:3])
 
-    def test_checksums(self, rows: Rows) -> None:
+    def test_recordings_are_held_back_by_checksum(self, rows: Rows) -> None:
         rows.add("a", 1, sha256="ab" * 32)
         rows.add("b", 2)
         held = HoldBack(named={}, sha256={"ab" * 32: "list.txt, line 3"}, datasets=[], identity={})
         assert rows.mark(held) == {"sha256 (list.txt, line 3)": 1} and rows.rows[0].held_back.startswith("sha256")
 
-    def test_whole_datasets_with_their_people(self, rows: Rows, publish, make_raw, items, tmp_path: Path) -> None:
+    def test_recordings_of_a_dataset_are_held_back_with_its_subjects(
+        self, rows: Rows, publish, make_raw, items, tmp_path: Path
+    ) -> None:
         benchmark = tmp_path / "benchmark"
         recordings = [
             {"key": f"b{i}", "subject": f"sub-0{i}", "corpus": "bench", "raw": make_raw(6, 200, 8, seed=20 + i)}
@@ -161,7 +163,7 @@ class TestContent:
         assert "same signal as b0" in why["signal"] and "has a recording in" in why["same-person"]
         assert "equal bytes" in why["bytes"] and "subject sub-02 of dataset" in why["subject"]
 
-    def test_a_dataset_with_nothing_in_common_counts_zero(
+    def test_dataset_with_nothing_in_common_counts_zero(
         self, rows: Rows, publish, make_raw, items, tmp_path: Path
     ) -> None:
         publish(tmp_path / "b", [{"key": "b", "subject": "s", "corpus": "bench", "raw": make_raw(6, 200, 8, seed=40)}])
@@ -170,8 +172,10 @@ class TestContent:
         assert rows.mark(held) == {f"dataset {tmp_path / 'b'}": 0} and rows.status() == {"a": "sharded"}
 
 
-def test_images_of_a_dataset(events_corpus: Path, publish, make_raw, make_row, tmp_path: Path) -> None:
-    """Pictures of the benchmark are no training pictures: by bytes, and by name within a corpus."""
+def test_trials_with_images_of_a_held_back_dataset_are_left_out(
+    events_corpus: Path, publish, make_raw, make_row, tmp_path: Path
+) -> None:
+    """An image is held back if its bytes are equal, or if its name is the same in the same corpus."""
     roots = {"root": str(events_corpus / "eeg"), "images": str(events_corpus / "images")}
     items = list_items(CorpusConfig(kind="events", name="paired", **roots))
     picture = (events_corpus / "images" / "img-3.png").read_bytes()
@@ -198,7 +202,7 @@ def test_images_of_a_dataset(events_corpus: Path, publish, make_raw, make_row, t
 
 @pytest.fixture(scope="module")
 def sharded(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A benchmark of one subject, and a training set of the whole corpus that holds the benchmark back."""
+    """A benchmark dataset of one subject, and a training dataset of the whole corpus that holds it back."""
     from data_sharding.job.run import main as shard
 
     folder = tmp_path_factory.mktemp("jobs")
@@ -223,9 +227,9 @@ def sharded(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 class TestJob:
-    """A benchmark under another corpus name, in the corpus twice: as it is, and in another format."""
+    """The corpus contains the benchmark twice: as equal bytes, and in another format."""
 
-    def test_the_benchmark_and_its_copy_are_held_back(self, sharded: tuple[Path, Path]) -> None:
+    def test_benchmark_and_its_copy_are_held_back(self, sharded: tuple[Path, Path]) -> None:
         rows = {row.path: row for row in read_ledger(sharded[1])}
         held = {path: row.reason for path, row in rows.items() if row.status == "held back"}
         assert set(held) == {"sub-01/sub-01_task-rest_eeg.edf", "copies/again_raw.fif"}
@@ -234,14 +238,14 @@ class TestJob:
         counts = Manifest.read(sharded[1]).counts
         assert counts["held back"] == 2 and sum(counts[s] for s in STATUSES) == counts["found"] == 7
 
-    def test_verify_proves_it(self, sharded: tuple[Path, Path], folder_corpus: Path, capsys) -> None:
+    def test_verify_finds_no_shared_data(self, sharded: tuple[Path, Path], folder_corpus: Path, capsys) -> None:
         benchmark, training = map(str, sharded)
         assert verify([training]) == 0 and verify([benchmark]) == 0
         assert verify([training, "--against", benchmark]) == 0
         out = capsys.readouterr().out
         assert "recordings by signal: 3 with 1" in out and "no shared data" in out and "shared: " not in out
 
-    def test_report_and_tables_tell(self, sharded: tuple[Path, Path], capsys) -> None:
+    def test_report_and_inspect_name_the_benchmark(self, sharded: tuple[Path, Path], capsys) -> None:
         page = (sharded[1] / "report.html").read_text()
         assert "Held back" in page and f"dataset {sharded[0]}" in page and page.count("data:image/png") == 3 + 1 + 1
         assert inspect([str(sharded[1])]) == 0

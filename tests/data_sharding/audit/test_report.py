@@ -1,4 +1,4 @@
-"""The report and the tables of a dataset account for every recording, whether there are eight or a hundred thousand."""
+"""The report and the tables count every recording of a dataset, with eight recordings or with 100,000."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def render(dataset: Path, tmp_path: Path, rows: list[LedgerRow] | None = None, *
 
 
 class TagChecker(html.parser.HTMLParser):
-    """Parser that keeps the list of open tags, so that a tag that is never closed is found."""
+    """Parser that keeps a list of open tags, to find a tag that is never closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class TagChecker(html.parser.HTMLParser):
 
 
 class TestPage:
-    def test_complete_and_self_contained(self, dataset: Path, tmp_path: Path) -> None:
+    def test_page_is_complete_and_self_contained(self, dataset: Path, tmp_path: Path) -> None:
         page = render(dataset, tmp_path)
         assert page == render(dataset, tmp_path), "the same page for the same dataset"
         parser = TagChecker()
@@ -97,7 +97,7 @@ class TestPage:
         assert "<script>alert(1)</script>" in text and CORPORA[1] in text, "names are shown as text"
         assert "No subject appears in more than one split" in text and "subject x" in text
 
-    def test_in_a_browser(self, dataset: Path, tmp_path: Path, open_in_browser) -> None:
+    def test_page_opens_in_a_browser(self, dataset: Path, tmp_path: Path, open_in_browser) -> None:
         render(dataset, tmp_path)
         assert {view["pictures"] for view in open_in_browser(tmp_path / "report.html")} == {3 + 2 + 2}
 
@@ -114,7 +114,7 @@ class TestPage:
         text = render(dataset, tmp_path, corpora=corpora)
         assert "lab: block design" in text and "runs of 50 trials" in text and "script&gt;: block" not in text
 
-    def test_a_hundred_thousand_recordings(self, dataset: Path, tmp_path: Path, make_row) -> None:
+    def test_page_of_100_000_recordings_stays_small(self, dataset: Path, tmp_path: Path, make_row) -> None:
         """Tables stay short, and count the rows that they leave out."""
         rng = np.random.default_rng(0)
         rows = []
@@ -135,7 +135,7 @@ class TestPage:
         assert re.search(r"\.\.\. and \d+ more\.", page[page.index('id="recordings-set-aside') :])
 
 
-def test_warnings(dataset: Path, make_row) -> None:
+def test_warnings_about_montages_subjects_and_quarantine(dataset: Path, make_row) -> None:
     manifest = Manifest.read(dataset)
     fine = [make_row(f"r{i}", subject="s", montage_confidence=1.0) for i in range(30)]
     assert find_warnings(fine, manifest) == []
@@ -145,13 +145,13 @@ def test_warnings(dataset: Path, make_row) -> None:
     assert "9 of 39 recordings (23.1 %) are quarantined" in find_warnings(broken, manifest)[0]
 
 
-def test_funnel_adds_up(dataset: Path) -> None:
+def test_hours_by_fate_add_up(dataset: Path) -> None:
     steps = dict(sum_hours_by_fate(read_ledger(dataset)))
     assert steps["found"] == pytest.approx(sum(hours for name, hours in steps.items() if name != "found"))
     assert steps["held back"] == pytest.approx(60 / 3600) and steps["written"] == pytest.approx(32 / 3600)
 
 
-def test_windows_are_spread_over_recordings(dataset: Path) -> None:
+def test_sampled_windows_are_spread_and_spectrum_ignores_bad_channels(dataset: Path) -> None:
     windows = sample_windows(dataset, read_ledger(dataset))
     assert {name: len(recordings) for name, recordings in windows.items()} == dict.fromkeys(CORPORA, 2)
     assert [w.meta["start"] for w in windows["lab"][0]] == [0.0, 4.0, 7.0]
@@ -162,7 +162,7 @@ def test_windows_are_spread_over_recordings(dataset: Path) -> None:
     assert frequency[power.argmax()] == 10.0 and power.max() < 100, "only good channels are used"
 
 
-def test_measure_mains_peaks() -> None:
+def test_mains_peaks_are_measured() -> None:
     frequency = np.arange(0, 101.0)
     power = np.ones(101)
     power[50] = 9.0
@@ -177,29 +177,29 @@ class TestInspect:
         assert inspect(list(args)) == 0
         return capsys.readouterr().out
 
-    def test_tables(self, dataset: Path, capsys) -> None:
+    def test_tables_are_plain_text_without_a_terminal(self, dataset: Path, capsys) -> None:
         out = self.run(capsys, str(dataset))
         for word in ("lab", "held back", "recorded Hz", "channels kept", "too short", "subject x"):
             assert word in out
         assert "─" not in out and all(len(line) < 200 for line in out.splitlines()), "plain text without a terminal"
 
-    def test_json(self, dataset: Path, capsys) -> None:
+    def test_json_has_the_same_tables(self, dataset: Path, capsys) -> None:
         values = json.loads(self.run(capsys, str(dataset), "--json"))
         assert values["corpus"][-1]["corpus"] == "all" and values["corpus"][-1]["sharded"] == 4
         assert values["corpus"][-1]["hours found"] == pytest.approx((4 * 8 + 8 + 0.45 + 60) / 3600)
         assert values["recordings"] == [] and values["held back"] == [{"by": "subject x", "recordings": 1}]
         assert len(json.loads(self.run(capsys, str(dataset), "--json", "--recordings"))["recordings"]) == 8
 
-    def test_one_recording(self, dataset: Path, capsys) -> None:
+    def test_ledger_row_of_one_recording_is_shown(self, dataset: Path, capsys) -> None:
         out = self.run(capsys, str(dataset), "--recording", "lab/copy.edf")
         assert re.search(r"duplicate_of +r1", out) and re.search(r"status +duplicate", out)
         row = json.loads(self.run(capsys, str(dataset), "--recording", "bad", "--json"))
         assert row["reason"] == "unreadable: <script>alert(1)</script>" and row["seconds"] == 0.0
 
-    def test_no_such_recording(self, dataset: Path, capsys) -> None:
+    def test_unknown_recording_is_refused(self, dataset: Path, capsys) -> None:
         assert inspect([str(dataset), "--recording", "cop"]) == 2
         assert "did you mean copy?" in capsys.readouterr().err
 
-    def test_markdown(self, dataset: Path, capsys) -> None:
+    def test_markdown_tables_are_complete(self, dataset: Path, capsys) -> None:
         lines = [line for line in self.run(capsys, str(dataset), "--markdown").splitlines() if line.startswith("|")]
         assert all(line.endswith("|") for line in lines) and any("| all |" in line for line in lines)

@@ -1,4 +1,4 @@
-"""A dataset that lost or changed a byte is found out."""
+"""``dreamscale verify`` finds missing and changed bytes of a dataset."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def copy(unpaired_dataset: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(unpaired_dataset, tmp_path / "copy"))
 
 
-def test_good(unpaired_dataset: Path, capsys) -> None:
+def test_intact_dataset_passes(unpaired_dataset: Path, capsys) -> None:
     assert main([str(unpaired_dataset)]) == 0
     assert "all bytes and counts agree" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".idx"])
-def test_one_flipped_bit(copy: Path, capsys, suffix: str) -> None:
+def test_flipped_bit_is_found(copy: Path, capsys, suffix: str) -> None:
     path = copy / "train" / f"000001{suffix}"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -33,7 +33,7 @@ def test_one_flipped_bit(copy: Path, capsys, suffix: str) -> None:
     assert f"train/000001{suffix}: its sha256" in out and "1 faults" in out
 
 
-def test_missing_cut_and_foreign_files(copy: Path, capsys) -> None:
+def test_missing_truncated_and_extra_shards_are_found(copy: Path, capsys) -> None:
     (copy / "val" / "000000.tar").unlink()
     tar = copy / "train" / "000000.tar"
     tar.write_bytes(tar.read_bytes()[:-512])
@@ -47,7 +47,7 @@ def test_missing_cut_and_foreign_files(copy: Path, capsys) -> None:
     )
 
 
-def test_counts(copy: Path, capsys) -> None:
+def test_wrong_sample_count_is_found(copy: Path, capsys) -> None:
     text = (copy / "manifest.json").read_text()
     number = Manifest.read(copy).splits["train"][0].samples
     (copy / "manifest.json").write_text(text.replace(f'"samples": {number}', f'"samples": {number + 1}', 1))
@@ -55,7 +55,7 @@ def test_counts(copy: Path, capsys) -> None:
     assert "the manifest says" in capsys.readouterr().out
 
 
-def test_no_dataset(tmp_path: Path, capsys) -> None:
+def test_missing_dataset_is_refused(tmp_path: Path, capsys) -> None:
     assert main([str(tmp_path)]) == 2 and main([str(tmp_path / "gone")]) == 2
     assert inspect([str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 3

@@ -1,4 +1,4 @@
-"""Configs are read into dataclasses, and faults in them are explained in one line that names the key."""
+"""Configs are read into dataclasses; a fault in a config is reported in one line that names the key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
-    """Inner."""
+    """A group of keys."""
 
     width: int = 3
     """Width in tokens."""
@@ -26,7 +26,7 @@ class Request:
     """A request."""
 
     output: str
-    """Where to."""
+    """Output folder."""
     names: list[str] = field(default_factory=list)
     """Names."""
     inner: Inner = field(default_factory=Inner)
@@ -41,7 +41,7 @@ def parse(*argv: str) -> Request:
     return parse_config(Request, list(argv), prog="dreamscale test", positionals=("config",), aliases={"-o": "output"})
 
 
-def test_command_line_wins_over_yaml_and_round_trips(tmp_path: Path) -> None:
+def test_command_line_overrides_yaml_and_config_round_trips(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("output: a\nnames: [x, y]\ninner: {width: 5}\n")
     config = parse(str(path), "--inner.width", "7", "-o", "b")
@@ -66,7 +66,9 @@ def test_command_line_wins_over_yaml_and_round_trips(tmp_path: Path) -> None:
         (["-o", "a", "--preprocess.sfreq", "100"], "preprocess.lowpass 95.0 Hz needs sfreq"),
     ],
 )
-def test_bad_requests_are_one_line_and_exit_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_request_prints_one_line_and_exits_with_code_2(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_main(lambda words: bool(parse(*(words or []))), argv) == EXIT_BAD_REQUEST
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
@@ -92,12 +94,12 @@ def test_print_config_prints_every_key(capsys: pytest.CaptureFixture[str]) -> No
     [
         ("0", "0", RequestError, "dreamscale: wrong\n"),
         ("1", "1", RequestError, ""),
-        # One line for each machine, and every fault that only one process finds.
+        # Local rank 0 of each machine prints a RequestError. Every process prints its own RankError.
         ("8", "0", RequestError, "dreamscale: process 8: wrong\n"),
         ("1", "1", RankError, "dreamscale: process 1: wrong\n"),
     ],
 )
-def test_which_process_prints_a_fault(
+def test_error_is_printed_by_the_right_processes(
     rank: str,
     local: str,
     error: type[Exception],
@@ -114,7 +116,7 @@ def test_which_process_prints_a_fault(
     assert capsys.readouterr().err == said
 
 
-def test_stop_is_75() -> None:
+def test_stop_request_exits_with_code_75() -> None:
     def main(argv: list[str] | None) -> int:
         raise StopRequested
 
@@ -123,7 +125,7 @@ def test_stop_is_75() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """An entry of a list, with a rule of its own."""
+    """An entry of a list, which checks its own values."""
 
     kind: str = "plain"
     """Kind."""
@@ -184,7 +186,7 @@ class Listed:
         ("\x00\x01", "c.yaml: not a YAML file"),
     ],
 )
-def test_faults_inside_a_config_are_explained_in_its_own_words(tmp_path: Path, text: str, said: str) -> None:
+def test_config_error_uses_the_words_of_the_config(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(RequestError) as error:
@@ -194,7 +196,7 @@ def test_faults_inside_a_config_are_explained_in_its_own_words(tmp_path: Path, t
     assert not any(word in message for word in ("Parser", "Union", "class", "subtype"))
 
 
-def test_a_folder_given_as_config_is_named_as_such(tmp_path: Path) -> None:
+def test_folder_given_as_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="is a folder, not a config file; give a YAML file"):
         parse(str(tmp_path))
     (tmp_path / "lab.yaml").write_text("output: a")
@@ -202,7 +204,7 @@ def test_a_folder_given_as_config_is_named_as_such(tmp_path: Path) -> None:
         parse(str(tmp_path))
 
 
-def test_the_help_shows_the_short_flags(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_short_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--help")
     out = capsys.readouterr().out

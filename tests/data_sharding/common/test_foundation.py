@@ -1,4 +1,4 @@
-"""Preprocessing, padding, shards, dataset and loader order."""
+"""Preprocessing, padding of channels, and writing and reading of shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPEC = PreprocessSpec(sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, strid
 
 
 @given(n=st.integers(1, 128), t=st.integers(1, 9))
-def test_padding_replicates_true_channels_in_turn(n: int, t: int) -> None:
+def test_padding_repeats_the_true_channels(n: int, t: int) -> None:
     x = np.arange(n * t, dtype=np.float32).reshape(n, t)
     padded = pad_channels(x)
     assert padded.shape == (128, t)
@@ -35,7 +35,7 @@ def test_more_than_128_channels_are_refused() -> None:
 
 @given(n=st.integers(1, 128), seed=st.integers(0, 100))
 @settings(max_examples=20, deadline=None)
-def test_stored_windows_come_back(n: int, seed: int) -> None:
+def test_encoded_window_decodes_to_the_same_values(n: int, seed: int) -> None:
     x = np.random.default_rng(seed).normal(0, 50, (n, 32))
     assert (decode_eeg(encode_eeg(x), n) == x.astype(np.float16)).all()
     assert decode_eeg(encode_eeg(x)).shape == (128, 32)
@@ -47,28 +47,30 @@ def test_values_that_float16_cannot_hold_are_refused(bad: float) -> None:
         encode_eeg(np.array([[1.0, bad]]))
 
 
-def _tone(freq: float, sfreq: float, seconds: float = 16.0) -> np.ndarray:
+def _make_tone(freq: float, sfreq: float, seconds: float = 16.0) -> np.ndarray:
     return 10 * np.sin(2 * np.pi * freq * np.arange(int(seconds * sfreq)) / sfreq)
 
 
-def test_tones_beyond_the_new_nyquist_do_not_alias_and_the_band_passes() -> None:
+def test_resampling_removes_tones_above_nyquist_and_keeps_the_band() -> None:
     spec = PreprocessSpec(sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, stride=128, reference="keep")
     middle = slice(512, -512)
     kept, gone, dc = (
-        preprocess((_tone(f, 1000.0) + offset)[None], 1000.0, spec)[0, middle].std()
+        preprocess((_make_tone(f, 1000.0) + offset)[None], 1000.0, spec)[0, middle].std()
         for f, offset in ((10.0, 0.0), (118.0, 0.0), (0.001, 230_000.0))
     )
     assert kept == pytest.approx(10 / np.sqrt(2), rel=0.02)
     assert gone < 0.01 and dc < 0.1
 
 
-def test_notch_takes_the_line_and_leaves_its_neighbours() -> None:
+def test_notch_removes_mains_and_keeps_neighbouring_frequencies() -> None:
     spec = PreprocessSpec(sfreq=256.0, highpass=0.5, lowpass=95.0, window=256, stride=256, reference="keep")
-    line, near = (preprocess(_tone(f, 512.0)[None], 512.0, spec, line_freq=50.0)[0, 1024:-1024].std() for f in (50, 40))
+    line, near = (
+        preprocess(_make_tone(f, 512.0)[None], 512.0, spec, line_freq=50.0)[0, 1024:-1024].std() for f in (50, 40)
+    )
     assert line < 0.1 and near == pytest.approx(10 / np.sqrt(2), rel=0.05)
 
 
-def test_average_reference_leaves_bad_channels_out() -> None:
+def test_average_reference_ignores_bad_channels() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(0, 10, (4, 1024))
     x[3] *= 1000
@@ -81,7 +83,7 @@ def test_non_finite_signal_is_refused() -> None:
         preprocess(np.array([[0.0, np.nan, 1.0]]), 128.0, SPEC)
 
 
-def test_window_starts_cover_whole_windows_only() -> None:
+def test_incomplete_windows_are_left_out() -> None:
     assert list(window_starts(127, SPEC)) == []
     assert list(window_starts(256, SPEC)) == [0, 64, 128]
 
@@ -103,7 +105,7 @@ def test_scaling_is_the_same_for_numpy_and_torch() -> None:
             assert np.allclose(own * window[:count].std(), window, atol=1e-3)
 
 
-def test_dataset_is_reproducible_and_reads_back(tmp_path: Path, paired_dataset: Path) -> None:
+def test_dataset_is_reproducible_and_readable(tmp_path: Path, paired_dataset: Path) -> None:
     data = EEGDataset(paired_dataset, "train").require_images()
     samples = [data[i] for i in range(len(data))]
     again = write_dataset(tmp_path / "again", {"train": samples}, data.spec, labels=data.labels, samples_per_shard=40)
@@ -124,7 +126,7 @@ def test_plain_webdataset_reads_our_shards(paired_dataset: Path) -> None:
         assert (row["eeg.npy.zst"] == pad_channels(ours[number].eeg)).all()
 
 
-def test_unfit_datasets_are_refused(tmp_path: Path, unpaired_dataset: Path) -> None:
+def test_missing_unpaired_and_damaged_datasets_are_refused(tmp_path: Path, unpaired_dataset: Path) -> None:
     with pytest.raises(RequestError, match="no such dataset"):
         EEGDataset(tmp_path / "none")
     with pytest.raises(RequestError, match=r"no manifest\.json"):
@@ -142,6 +144,6 @@ def test_unfit_datasets_are_refused(tmp_path: Path, unpaired_dataset: Path) -> N
 
 
 @pytest.mark.parametrize("key", ["a.b", "a b", ""])
-def test_keys_that_merge_samples_are_refused(key: str) -> None:
+def test_invalid_sample_keys_are_refused(key: str) -> None:
     with pytest.raises(ValueError, match="key"):
         Sample(key=key, eeg=np.zeros((1, 4)), meta={"n": 1}).members()

@@ -1,4 +1,4 @@
-"""Pages escape every value, refuse unknown variables, and are checked in a browser that notices faults."""
+"""HTML pages escape every value and refuse unknown variables; the browser check finds faults in a page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_values_are_escaped_and_sections_are_linked(template: Path) -> None:
     assert "... and 1 more." in page and ">c<" not in page and '<tr class="total">' in page
 
 
-def test_an_unknown_variable_is_an_error(template: Path) -> None:
+def test_unknown_template_variable_is_an_error(template: Path) -> None:
     with pytest.raises(jinja2.UndefinedError, match="text"):
         render_page(template, title="t", rows=ROWS)
 
@@ -54,7 +54,7 @@ def test_an_unknown_variable_is_an_error(template: Path) -> None:
         ("<script>console.error('broken')</script>", "broken"),
     ],
 )
-def test_the_browser_check_notices_faults(body: str, fault: str, tmp_path: Path, open_in_browser) -> None:
+def test_browser_check_finds_faults(body: str, fault: str, tmp_path: Path, open_in_browser) -> None:
     (tmp_path / "page.html").write_text(f"<!doctype html><html><head><title>t</title></head><body>{body}</body></html>")
     with pytest.raises(AssertionError, match=fault):
         open_in_browser(tmp_path / "page.html")

@@ -10,7 +10,7 @@ from rich.console import Console
 from data_sharding.common.progress import JobProgress
 
 
-def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_count_recordings_hours_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("data_sharding.common.progress.time.monotonic", lambda: now[0])
     shown = JobProgress({"a": 10, "b": 20, "c": 30, "d": 40})
@@ -27,7 +27,9 @@ def test_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["hours"] == "2.00" and figures["channel-hours/s"] == f"{64 / 50:.2f}" and figures["in flight"] == "1"
 
 
-def test_a_line_from_time_to_time_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_gets_one_line_at_each_interval(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
     monkeypatch.setattr("data_sharding.common.progress.time.monotonic", lambda: now[0])
     with JobProgress({"a": 1, "b": 1}, every_s=10.0) as shown:
@@ -40,7 +42,7 @@ def test_a_line_from_time_to_time_in_a_log(capsys: pytest.CaptureFixture[str], m
     assert len(lines) == 5 + 1 and lines[-1].startswith("reading: recordings 2/2") and "in flight 2" in lines[0]
 
 
-def test_a_table_on_a_terminal() -> None:
+def test_terminal_shows_all_figures_in_a_table() -> None:
     shown = JobProgress({"a": 1, "b": 1})
     shown.add("a", "excluded", seconds=3600.0, channels=64)
     console = Console(file=io.StringIO(), width=120, force_terminal=True)

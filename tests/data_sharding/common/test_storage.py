@@ -1,4 +1,4 @@
-"""Paths on this machine and on an object store behave alike."""
+"""Local paths and object-store paths behave in the same way."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | UPa
     root.fs.store.clear()
 
 
-def folder(path: Path, **files: str) -> Path:
+def make_folder(path: Path, **files: str) -> Path:
     path.mkdir()
     for name, text in files.items():
         (path / name.replace("_", ".")).write_text(text)
     return path
 
 
-def test_local_text_is_a_path(tmp_path: Path) -> None:
+def test_local_path_or_file_url_becomes_a_path(tmp_path: Path) -> None:
     for text in (str(tmp_path), tmp_path, f"file://{tmp_path}", UPath(tmp_path)):
         path = as_path(text)
         assert type(path) is type(tmp_path) and path == tmp_path and not is_remote(path)
     assert as_path("~/x") == Path.home() / "x" and as_path("a/b") == Path("a/b")
 
 
-def test_urls_are_remote_and_unknown_ones_are_refused() -> None:
+def test_url_is_remote_and_unknown_protocol_is_refused() -> None:
     path = as_path("memory://a/b.edf")
     assert is_remote(path) and path.name == "b.edf" and as_path(path) is path
     with pytest.raises(RequestError, match="protocol 'nonsense://' is unknown"):
@@ -59,17 +59,17 @@ def test_localised_keeps_names_and_layout(place: Path | UPath) -> None:
         pass
 
 
-def test_a_folder_is_committed_once_and_whole(place: Path | UPath, tmp_path: Path) -> None:
+def test_folder_is_committed_once_and_completely(place: Path | UPath, tmp_path: Path) -> None:
     target = place / "parts" / "ab"
     (target / "sub").mkdir(parents=True, exist_ok=True)
     (target / "left.tar").write_text("of an attempt that died")
-    commit_folder(folder(tmp_path / "one", train_tar="first", result_json="{}"), target)
+    commit_folder(make_folder(tmp_path / "one", train_tar="first", result_json="{}"), target)
     assert sorted(p.name for p in target.iterdir()) == ["result.json", "train.tar"]
-    commit_folder(folder(tmp_path / "two", train_tar="again", result_json="{}"), target)
+    commit_folder(make_folder(tmp_path / "two", train_tar="again", result_json="{}"), target)
     assert (target / "train.tar").read_text() == "first"
     assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
     with pytest.raises(FileNotFoundError):
-        commit_folder(folder(tmp_path / "three", train_tar="x"), place / "parts" / "cd")
+        commit_folder(make_folder(tmp_path / "three", train_tar="x"), place / "parts" / "cd")
 
 
 def test_put_replaces_whole_files(place: Path | UPath, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_put_replaces_whole_files(place: Path | UPath, tmp_path: Path) -> None:
     assert (place / "x" / "a.tar").read_text() == "three" and len(list((place / "x").iterdir())) == 1
 
 
-def test_state_changes_with_the_file(place: Path | UPath) -> None:
+def test_file_state_changes_when_the_file_changes(place: Path | UPath) -> None:
     place.mkdir(parents=True, exist_ok=True)
     (place / "a").write_text("1")
     before = file_state(place / "a")

@@ -1,4 +1,4 @@
-"""Remote datasets: fetched, checked, bounded, shared by processes."""
+"""Shards of remote datasets are downloaded into a cache of limited size, checked, and shared by processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SPEC = PreprocessSpec(sfreq=64.0, highpass=0.5, lowpass=20.0, window=64, stride=
 
 
 class LoggedFileSystem(LocalFileSystem):
-    """This machine's files as a store of their own, which notes what is opened and can cut the first answers short."""
+    """A remote store that serves local files, logs which files are opened, and can truncate the first downloads."""
 
     protocol = "logged"
     root_marker = "/"
@@ -54,17 +54,17 @@ class LoggedFileSystem(LocalFileSystem):
             if (cut := log.with_name("cut")).is_file() and path.endswith(".tar"):
                 left = int(cut.read_text())
                 cut.write_text(str(left - 1)) if left > 1 else cut.unlink()
-                return Path(path).open("rb") if left <= 0 else _Short(path)
+                return Path(path).open("rb") if left <= 0 else _TruncatedFile(path)
         return super()._open(path, mode, **more)
 
 
-class _Short:
-    """A connection that ends early."""
+class _TruncatedFile:
+    """A download that ends before the end of the file."""
 
     def __init__(self, path: str) -> None:
         self.data = Path(path).read_bytes()[:-700]
 
-    def __enter__(self) -> _Short:
+    def __enter__(self) -> _TruncatedFile:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,7 +91,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def samples(count: int, seed: int = 0) -> list[Sample]:
+def make_samples(count: int, seed: int = 0) -> list[Sample]:
     rng = np.random.default_rng(seed)
     return [
         Sample(key=f"w-{i:04d}", eeg=rng.normal(0, 20, (4 + i % 3, 64)), meta={"n": 4 + i % 3, "i": i})
@@ -99,10 +99,10 @@ def samples(count: int, seed: int = 0) -> list[Sample]:
     ]
 
 
-def held(cache: Path) -> int:
-    """Bytes that the cache holds; a file that is renamed meanwhile counts once."""
+def count_cached_bytes(cache: Path) -> int:
+    """Count the bytes in the cache; a file that is renamed during the count is counted once."""
     sizes = {}
-    # Room is made and taken under this lock: nothing comes or goes while we count.
+    # Files are added and evicted only under this lock, so nothing changes during the count.
     with locked(cache / "shards" / "locks" / "room"):
         for path in (cache / "shards").rglob("*"):
             with contextlib.suppress(FileNotFoundError):
@@ -111,20 +111,20 @@ def held(cache: Path) -> int:
     return sum(sizes.values())
 
 
-def open_files() -> list[str]:
+def list_open_files() -> list[str]:
     names = []
     for link in Path("/proc/self/fd").iterdir():
-        # The listing's own is closed by now.
+        # The descriptor that listed this folder is already closed.
         with contextlib.suppress(FileNotFoundError):
             names.append(str(link.readlink()))
     return names
 
 
-def test_a_remote_dataset_reads_as_a_local_one(tmp_path: Path, own_cache: Path) -> None:
-    write_dataset(tmp_path / "here", {"train": samples(40), "val": samples(8)}, SPEC, samples_per_shard=10)
-    write_dataset("memory://lab/d", {"train": samples(3)}, SPEC)
-    # Written again, it is replaced.
-    write_dataset("memory://lab/d", {"train": samples(40), "val": samples(8)}, SPEC, samples_per_shard=10)
+def test_remote_dataset_reads_like_a_local_one(tmp_path: Path, own_cache: Path) -> None:
+    write_dataset(tmp_path / "here", {"train": make_samples(40), "val": make_samples(8)}, SPEC, samples_per_shard=10)
+    write_dataset("memory://lab/d", {"train": make_samples(3)}, SPEC)
+    # The second write replaces the dataset.
+    write_dataset("memory://lab/d", {"train": make_samples(40), "val": make_samples(8)}, SPEC, samples_per_shard=10)
     here, there = EEGDataset(tmp_path / "here"), EEGDataset("memory://lab/d")
     assert here.manifest == there.manifest and (here.index == there.index).all()
     numbers = list(range(40))
@@ -134,51 +134,52 @@ def test_a_remote_dataset_reads_as_a_local_one(tmp_path: Path, own_cache: Path) 
     for workers in (0, 2):
         pairs = zip(Loader(here, 8, 1), Loader(there, 8, 1, num_workers=workers), range(12), strict=False)
         assert all(torch.equal(x.packed, y.packed) for x, y, _ in pairs)
-    # All of it came once: names are checksums.
+    # The cached files are named by their checksums, and no temporary file is left.
     names = [p.name for p in (own_cache / "shards").rglob("*") if p.is_file() and p.parent.name != "locks"]
     assert {s.sha256 for s in there.shards} <= set(names) and not any(n.startswith(".") for n in names)
 
 
-def test_what_is_not_there_is_refused() -> None:
+def test_missing_remote_dataset_and_unknown_protocol_are_refused() -> None:
     with pytest.raises(RequestError, match=r"memory://nowhere: no manifest\.json"):
         EEGDataset("memory://nowhere")
     with pytest.raises(RequestError, match="unknown to fsspec"):
         EEGDataset("nonsense://lab")
 
 
-def test_the_cache_stays_within_its_bound(tmp_path: Path, own_cache: Path, log: Path) -> None:
-    write_dataset(tmp_path / "d", {"train": samples(120)}, SPEC, samples_per_shard=10)
+def test_cache_stays_within_its_size_limit(tmp_path: Path, own_cache: Path, log: Path) -> None:
+    write_dataset(tmp_path / "d", {"train": make_samples(120)}, SPEC, samples_per_shard=10)
     size = max(p.stat().st_size for p in (tmp_path / "d" / "train").iterdir())
     data = EEGDataset(f"logged://{tmp_path}/d", cache_gb=5 * size / 1e9)
     loader = Loader(data, 6, 0, order="shards", window=2)
     log.write_text("")
     largest = 0
     for _, _ in zip(loader, range(40), strict=False):
-        largest = max(largest, held(own_cache))
+        largest = max(largest, count_cached_bytes(own_cache))
     assert 2 * size < largest <= 5 * size
-    # Two epochs, and two windows ahead: every shard came once in each, few twice where reading outran the fetching.
+    # Two epochs are read and two windows are prefetched. A shard is downloaded once for each epoch, and once more if
+    # a read was faster than the prefetch.
     opened = [line for line in log.read_text().splitlines() if line.endswith(".tar")]
     assert len(opened) <= 2 * 12 + 4 + 12
-    # Descriptors of evicted shards do not keep their bytes on the disk, from the next batch on.
+    # From the next batch on, evicted shards are closed, so that the disk can free their bytes.
     for _ in range(200):
         data.reader.close_evicted()
-        gone = [name for name in open_files() if name.startswith(str(own_cache)) and name.endswith("(deleted)")]
+        gone = [name for name in list_open_files() if name.startswith(str(own_cache)) and name.endswith("(deleted)")]
         if not gone:
             break
-        # Threads that fetch ahead may still evict.
+        # Prefetch threads may still evict shards.
         time.sleep(0.05)
     assert not gone
 
 
-def test_the_next_shards_come_before_they_are_needed(tmp_path: Path, own_cache: Path, log: Path) -> None:
-    write_dataset(tmp_path / "d", {"train": samples(120)}, SPEC, samples_per_shard=10)
+def test_next_shards_are_prefetched(tmp_path: Path, own_cache: Path, log: Path) -> None:
+    write_dataset(tmp_path / "d", {"train": make_samples(120)}, SPEC, samples_per_shard=10)
     data = EEGDataset(f"logged://{tmp_path}/d")
     loader = Loader(data, 6, 0, order="shards", window=2)
     next(iter(loader))
     window, shards = loader.orders[0].windows(0)
     assert window == (0, 0) and len(set(shards)) == 4 and loader.orders[0].windows(20)[1][:2] == shards[2:]
     assert set(np.searchsorted(data.first, loader.orders[0].at(np.arange(40))[0], side="right") - 1) == set(shards)
-    # At the end of an epoch the next one's first shards come.
+    # At the end of an epoch, the first shards of the next epoch are prefetched.
     assert loader.orders[0].windows(119)[1][2:] == loader.orders[0].windows(120)[1][:2]
     wanted = {data.shards[shard].sha256 for shard in shards}
     for _ in range(200):
@@ -189,8 +190,8 @@ def test_the_next_shards_come_before_they_are_needed(tmp_path: Path, own_cache: 
         pytest.fail("shards of the next window did not come")
 
 
-def test_orders_that_would_fetch_shards_over_and_over_are_refused(tmp_path: Path, log: Path) -> None:
-    write_dataset(tmp_path / "d", {"train": samples(120)}, SPEC, samples_per_shard=10)
+def test_order_that_would_download_shards_repeatedly_is_refused(tmp_path: Path, log: Path) -> None:
+    write_dataset(tmp_path / "d", {"train": make_samples(120)}, SPEC, samples_per_shard=10)
     size = max(p.stat().st_size for p in (tmp_path / "d" / "train").iterdir())
     data = EEGDataset(f"logged://{tmp_path}/d", cache_gb=5 * size / 1e9)
     with pytest.raises(RequestError, match=r"order 'global' reads .* read it with order: shards, or raise"):
@@ -203,17 +204,17 @@ def test_orders_that_would_fetch_shards_over_and_over_are_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["DREAMSCALE_CACHE_GB", "cache_gb"])
-def test_bounds_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_invalid_cache_sizes_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("DREAMSCALE_CACHE_GB", "lots")
     with pytest.raises(RequestError, match=name):
         ShardCache(-1.0 if name == "cache_gb" else None)
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_short_answers_are_fetched_once_more_and_then_refused(
+def test_truncated_download_is_repeated_once_and_then_refused(
     tmp_path: Path, own_cache: Path, log: Path, times: int
 ) -> None:
-    write_dataset(tmp_path / "d", {"train": samples(10)}, SPEC)
+    write_dataset(tmp_path / "d", {"train": make_samples(10)}, SPEC)
     data = EEGDataset(f"logged://{tmp_path}/d")
     log.with_name("cut").write_text(str(times))
     if times == 1:
@@ -225,13 +226,13 @@ def test_short_answers_are_fetched_once_more_and_then_refused(
         with pytest.raises(RequestError, match=match):
             collate(data, [3])
         assert not [p for p in (own_cache / "shards").rglob("*tar*")]
-        # The store is well again: nothing of the failure stays.
+        # The store works again, and the failed download has no effect.
         assert collate(data, [3]).keys == ["w-0003"]
     assert sum(line.endswith(".tar") for line in log.read_text().splitlines()) == times + 1
 
 
-def test_shards_with_other_bytes_are_refused(own_cache: Path) -> None:
-    write_dataset("memory://lab/bad", {"train": samples(10)}, SPEC)
+def test_shard_with_wrong_checksum_is_refused(own_cache: Path) -> None:
+    write_dataset("memory://lab/bad", {"train": make_samples(10)}, SPEC)
     path = UPath("memory://lab/bad/train/000000.tar")
     whole = bytearray(path.read_bytes())
     whole[900] ^= 1
@@ -245,18 +246,18 @@ def test_shards_with_other_bytes_are_refused(own_cache: Path) -> None:
         data[0]
 
 
-def _open_all(url: str, start: Any, done: Any) -> None:
+def _read_all_keys(url: str, start: Any, done: Any) -> None:
     data = EEGDataset(url)
     start.wait()
     done.put([data[i].key for i in range(len(data))])
 
 
-def test_processes_share_what_one_of_them_fetched(tmp_path: Path, log: Path) -> None:
-    write_dataset(tmp_path / "d", {"train": samples(60)}, SPEC, samples_per_shard=10)
+def test_processes_share_downloaded_shards(tmp_path: Path, log: Path) -> None:
+    write_dataset(tmp_path / "d", {"train": make_samples(60)}, SPEC, samples_per_shard=10)
     EEGDataset(f"logged://{tmp_path}/d")
     context = multiprocessing.get_context("fork")
     start, done = context.Event(), context.Queue()
-    readers = [context.Process(target=_open_all, args=(f"logged://{tmp_path}/d", start, done)) for _ in range(4)]
+    readers = [context.Process(target=_read_all_keys, args=(f"logged://{tmp_path}/d", start, done)) for _ in range(4)]
     for reader in readers:
         reader.start()
     start.set()
@@ -267,7 +268,7 @@ def test_processes_share_what_one_of_them_fetched(tmp_path: Path, log: Path) -> 
     assert len(tars) == len(set(tars)) == 6
 
 
-def test_what_a_dead_process_left_makes_room(tmp_path: Path, own_cache: Path) -> None:
+def test_temporary_files_of_a_dead_process_are_removed(tmp_path: Path, own_cache: Path) -> None:
     source = tmp_path / "shard"
     source.write_bytes(os.urandom(100_000))
     sha = sha256_file(source)
@@ -278,7 +279,7 @@ def test_what_a_dead_process_left_makes_room(tmp_path: Path, own_cache: Path) ->
     assert [p.name for p in (own_cache / "shards").rglob("*") if p.is_file() and p.parent.name != "locks"] == [sha]
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path: Path, own_cache: Path) -> None:
+def test_full_disk_is_reported_in_one_line(tmp_path: Path, own_cache: Path) -> None:
     source = tmp_path / "shard"
     source.write_bytes(os.urandom(100_000))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -288,11 +289,11 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path, own_cache: Path) -> Non
             ShardCache().open(source, sha256_file(source), 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not held(own_cache)
+    assert not count_cached_bytes(own_cache)
     os.close(ShardCache().open(source, sha256_file(source), 100_000))
 
 
-def test_what_was_used_longest_ago_goes_first(tmp_path: Path, own_cache: Path) -> None:
+def test_least_recently_used_shard_is_evicted_first(tmp_path: Path, own_cache: Path) -> None:
     cache = ShardCache(350_000 / 1e9)
     files = []
     for number in range(4):
@@ -311,14 +312,14 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path, own_cache: Path) -
     os.close(use(3))
     left = {p.name for p in (own_cache / "shards").rglob("*") if p.is_file() and p.parent.name != "locks"}
     assert left == {sha256_file(files[n]) for n in (0, 2, 3)}
-    # Who has an evicted file open goes on reading it.
+    # A process that has an evicted file open can still read it.
     assert os.pread(first, 100_000, 0) == files[1].read_bytes()
     os.close(first)
 
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """An S3 server on this machine."""
+    """Start an S3 server on this machine, and give the URL of a bucket."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -349,13 +350,13 @@ def bucket() -> Iterator[str]:
 
 
 def test_datasets_on_s3_are_read_by_forked_workers(tmp_path: Path, bucket: str) -> None:
-    write_dataset(tmp_path / "here", {"train": samples(40)}, SPEC, samples_per_shard=10)
-    write_dataset(f"{bucket}/d", {"train": samples(40)}, SPEC, samples_per_shard=10)
+    write_dataset(tmp_path / "here", {"train": make_samples(40)}, SPEC, samples_per_shard=10)
+    write_dataset(f"{bucket}/d", {"train": make_samples(40)}, SPEC, samples_per_shard=10)
     here, there = EEGDataset(tmp_path / "here"), EEGDataset(f"{bucket}/d")
     loaders = Loader(here, 8, 1, order="shards"), Loader(there, 8, 1, order="shards", num_workers=2)
     for a, b, _ in zip(*loaders, range(10), strict=False):
         assert torch.equal(a.packed, b.packed) and a.keys == b.keys
-    # What one process fetched is there for the others: the store may now forget it.
+    # All processes share the cache. The shards can be read even after they are deleted from the store.
     fsspec.filesystem("s3").rm("lab/d/train", recursive=True)
     assert [s.key for s in map(there.__getitem__, range(40))] == [f"w-{i:04d}" for i in range(40)]
     with pytest.raises(RequestError, match=r"s3://lab/none: no manifest\.json"):

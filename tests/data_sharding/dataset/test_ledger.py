@@ -1,4 +1,4 @@
-"""The ledger keeps every field of its rows, and reads what older versions wrote."""
+"""The ledger keeps every field of its rows, and ledgers of older versions can be read."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ DOCS = Path(__file__).parents[3] / "docs" / "data_format.md"
 
 
 class TestReason:
-    def test_it_is_one_printable_line_with_a_category(self) -> None:
+    def test_reason_is_one_printable_line_with_a_category(self) -> None:
         reason = Reason("unreadable", "ValueError:\n  bad\x00 byte")
         assert reason == "unreadable: ValueError: bad? byte" and reason.category == "unreadable"
         assert Reason("no signal") == "no signal" and Reason("killed", text="killed 4 times") == "killed 4 times"
 
-    def test_copies_keep_the_category(self) -> None:
+    def test_copies_of_a_reason_keep_the_category(self) -> None:
         reason = Reason("too short", "0.45 s")
         for same in (copy.deepcopy(reason), pickle.loads(pickle.dumps(reason)), reason.shortened(100)):
             assert same == reason and same.category == "too short"
@@ -46,7 +46,7 @@ class TestReason:
 
 
 class TestRow:
-    def test_a_row_comes_back_as_it_was_written(self, make_row, tmp_path: Path) -> None:
+    def test_written_row_is_read_back_unchanged(self, make_row, tmp_path: Path) -> None:
         row = make_row(
             "a",
             status="quarantined",
@@ -62,7 +62,7 @@ class TestRow:
         write_ledger(tmp_path / "ledger.parquet", [row])
         assert read_ledger(tmp_path) == [row] and row.category == "unit unknown"
 
-    def test_set_aside_keeps_what_is_known(self, make_row) -> None:
+    def test_set_aside_row_keeps_facts_about_the_recording(self, make_row) -> None:
         row = make_row("a", windows=9, seconds_written=9.0, split="train+val", sfreq=500.0)
         assert row.splits == ["train", "val"]
         row.set_aside("held back", Reason("held back", "x"), held_back="x")
@@ -71,12 +71,12 @@ class TestRow:
         with pytest.raises(ValueError, match="lost"):
             row.set_aside("lost", Reason("x"))
 
-    def test_totals(self, make_row) -> None:
+    def test_recordings_and_hours_are_counted_by_status(self, make_row) -> None:
         rows = [make_row("a", seconds=3600.0), make_row("b", seconds=1800.0, status="held back", reason=Reason("x"))]
         counts, hours = count_by_status(rows)
         assert counts["found"] == 2 and counts["held back"] == 1 and hours["held back"] == 0.5 and hours["found"] == 1.5
 
-    def test_windows_left_out(self, make_row) -> None:
+    def test_windows_left_out_are_counted_by_reason(self, make_row) -> None:
         rows = [make_row("a", windows_left_out={"flat": 2}), make_row("b", windows_left_out={"flat": 1, "gap": 3})]
         assert count_windows_left_out(rows) == {"flat": 3, "gap": 3}
 
@@ -86,7 +86,7 @@ class TestOlderLedgers:
         table = pa.Table.from_pylist([row.to_columns() for row in rows], schema=schema())
         pq.write_table(table.drop_columns(sorted(without)), folder / "ledger.parquet")
 
-    def test_columns_that_were_added_later_may_be_absent(self, make_row, tmp_path: Path) -> None:
+    def test_columns_that_were_added_later_may_be_missing(self, make_row, tmp_path: Path) -> None:
         rows = [
             make_row("a", bads=["Fz: flat"], bad_kinds=["flat"]),
             make_row("b", status="duplicate", reason=Reason("duplicate", text="duplicate of a"), duplicate_of="a"),
@@ -100,31 +100,31 @@ class TestOlderLedgers:
         oldest = read_ledger(tmp_path)[1]
         assert (oldest.segments, oldest.duplicate_of, oldest.reference) == (1, "", "")
 
-    def test_a_column_that_all_versions_write_must_be_there(self, make_row, tmp_path: Path) -> None:
+    def test_missing_required_column_is_refused(self, make_row, tmp_path: Path) -> None:
         self.write(tmp_path, [make_row("a")], {"seconds"})
         with pytest.raises(RequestError, match="no column 'seconds'; run 'dreamscale shard'"):
             read_ledger(tmp_path)
 
-    def test_a_damaged_file_is_named(self, tmp_path: Path) -> None:
+    def test_damaged_ledger_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "ledger.parquet").write_bytes(b"PAR1 and no more")
         with pytest.raises(RequestError, match=r"ledger\.parquet: damaged"):
             read_ledger(tmp_path)
 
 
-def field_docstrings() -> dict[str, str]:
-    """The docstring under each field of `LedgerRow`."""
+def read_field_docstrings() -> dict[str, str]:
+    """Read the docstring under each field of `LedgerRow`."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(LedgerRow)))
     body = tree.body[0].body  # type: ignore[attr-defined]
     pairs = [(a, b) for a, b in itertools.pairwise(body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
     return {a.target.id: " ".join(b.value.value.split()) for a, b in pairs}  # type: ignore[attr-defined]
 
 
-def test_the_documentation_lists_the_columns_with_type_and_meaning() -> None:
+def test_documentation_lists_all_columns_with_type_and_meaning() -> None:
     text = DOCS.read_text()
     table = text[text.index("## Ledger") :].split("\n## ")[0]
     documented = [line for line in table.splitlines() if line.startswith("| `") and line.count("|") == 4]
     kinds = {"int64": "integer", "double": "number", "string": "text", "list<element: string>": "list of texts"}
-    meanings = field_docstrings()
+    meanings = read_field_docstrings()
     wanted = []
     for field in schema():
         kind = "JSON" if field.name in JSON_COLUMNS else kinds[str(field.type).replace("item:", "element:")]

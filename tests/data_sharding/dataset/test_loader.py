@@ -1,4 +1,4 @@
-"""Orders, batches and what is refused on reading."""
+"""The order of samples, batches, workers, resuming, and the errors of damaged shards."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ GOLDEN = [1, 3, 5, 6, 2, 8, 9, 7, 4, 0]
 TINY = PreprocessSpec(sfreq=64.0, highpass=0.5, lowpass=20.0, window=16, stride=16)
 
 
-def tiny(count: int, split: str = "train", seed: int = 0) -> list[Sample]:
-    """Windows of 1 to 5 channels."""
+def make_samples(count: int, split: str = "train", seed: int = 0) -> list[Sample]:
+    """Make windows of 1 to 5 channels."""
     rng = np.random.default_rng(seed)
     return [
         Sample(key=f"{split}-{i:04d}", eeg=rng.normal(0, 20, (1 + i % 5, 16)), meta={"n": 1 + i % 5, "start": i})
@@ -44,14 +44,14 @@ def tiny(count: int, split: str = "train", seed: int = 0) -> list[Sample]:
 
 @given(n=st.integers(1, 600), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
-def test_every_number_comes_once_whatever_the_length(n: int, seed: int, epoch: int) -> None:
+def test_epoch_order_is_a_permutation_for_any_length(n: int, seed: int, epoch: int) -> None:
     order = epoch_order(n, seed, epoch)
     assert sorted(order) == list(range(n))
-    # Places can be looked up one by one.
+    # A single position can be looked up without computing the whole order.
     assert permute(np.array([n // 2]), n, seed, 0, epoch)[0] == order[n // 2]
 
 
-def test_orders_are_even_and_stay_what_they_are() -> None:
+def test_epoch_order_is_uniform_and_the_same_in_all_releases() -> None:
     # Checkpoints of other releases rely on these numbers.
     assert epoch_order(10, 3, 0).tolist() == GOLDEN
     counts = np.zeros((20, 20))
@@ -60,13 +60,13 @@ def test_orders_are_even_and_stay_what_they_are() -> None:
         order = epoch_order(20, 0, epoch)
         counts[np.arange(20), order] += 1
         follows += int((np.diff(order) == 1).sum())
-    # 100 expected in each cell; five standard deviations of a binomial.
+    # Each cell should be near 100; a difference of 50 is five standard deviations of the binomial distribution.
     assert abs(counts - 100).max() < 50
-    # Neighbours stay neighbours no more often than by chance: 19 pairs, each with probability 1/20.
+    # Two neighbours stay neighbours only by chance: there are 19 pairs, each with probability 1/20.
     assert follows / 2000 == pytest.approx(19 / 20, abs=0.15)
 
 
-def test_a_hundred_million_samples_need_no_permutation_in_memory() -> None:
+def test_order_of_100_million_samples_needs_no_permutation_in_memory() -> None:
     order = EpochOrder(np.full(50_000, 2000), 0)
     numbers, epochs = order.at(np.arange(99_999_968, 100_000_032))
     assert epochs.tolist() == [0] * 32 + [1] * 32 and len(set(numbers)) > 60
@@ -80,7 +80,9 @@ def test_a_hundred_million_samples_need_no_permutation_in_memory() -> None:
     seed=st.integers(0, 9),
 )
 @settings(max_examples=40, deadline=None)
-def test_order_by_shards_is_exactly_once_and_stays_within_its_window(shards: list[int], window: int, seed: int) -> None:
+def test_shard_order_reads_each_sample_once_and_stays_within_its_window(
+    shards: list[int], window: int, seed: int
+) -> None:
     n = sum(shards)
     numbers, epochs = EpochOrder(np.array(shards), seed, "shards", window).at(np.arange(3 * n))
     shard_of = np.repeat(np.arange(len(shards)), shards)
@@ -89,7 +91,7 @@ def test_order_by_shards_is_exactly_once_and_stays_within_its_window(shards: lis
         assert sorted(mine) == list(range(n))
         left = mine
         while len(left):
-            # The next window: as many different shards, and all of each.
+            # The next window consists of `window` different shards, with all samples of each shard.
             several = list(dict.fromkeys(shard_of[left]))
             group = several[:window]
             size = sum(shards[s] for s in group)
@@ -106,7 +108,7 @@ def test_order_by_shards_is_exactly_once_and_stays_within_its_window(shards: lis
     order=st.sampled_from(["global", "shards"]),
 )
 @settings(max_examples=25, deadline=None)
-def test_stream_is_exactly_once_an_epoch_for_any_world(
+def test_each_sample_is_read_once_an_epoch_for_any_world_size(
     unpaired_dataset: Path, batch: int, seed: int, steps: int, order: str
 ) -> None:
     data = EEGDataset(unpaired_dataset, "train")
@@ -124,14 +126,14 @@ def test_stream_is_exactly_once_an_epoch_for_any_world(
 
 
 @pytest.mark.parametrize(("workers", "order"), [(0, "shards"), (2, "global")])
-def test_loader_resumes_in_mid_epoch_on_another_world(unpaired_dataset: Path, workers: int, order: str) -> None:
+def test_loader_resumes_in_mid_epoch_with_another_world_size(unpaired_dataset: Path, workers: int, order: str) -> None:
     data = EEGDataset(unpaired_dataset, "train")
     whole = Loader(data, 8, 3, order=order, window=2)  # type: ignore[arg-type]
     seen = [b.keys for b, _ in zip(whole, range(20), strict=False)]
     first = Loader(data, 8, 3, num_workers=workers, order=order, window=2)  # type: ignore[arg-type]
     for _, step in zip(first, range(5), strict=False):
         assert first.step == step + 1
-    # zip took a sixth batch before it noticed the end of the range; the state counts what was taken.
+    # zip took a sixth batch before it saw the end of the range, and the state counts that batch: set step to 5.
     state = json.loads(json.dumps(first.state_dict() | {"step": 5}))
     ranks = [Loader(data, 8, 3, rank=r, world_size=2, order=order, window=2) for r in (0, 1)]  # type: ignore[arg-type]
     for loader in ranks:
@@ -140,7 +142,7 @@ def test_loader_resumes_in_mid_epoch_on_another_world(unpaired_dataset: Path, wo
         assert [k for pair in zip(left.keys, right.keys, strict=True) for k in pair] == seen[step]
 
 
-def test_loader_refuses_another_place_to_go_on(unpaired_dataset: Path, paired_dataset: Path) -> None:
+def test_loader_refuses_the_state_of_another_run(unpaired_dataset: Path, paired_dataset: Path) -> None:
     data = EEGDataset(unpaired_dataset, "train")
     state = Loader(data, 6, 0).state_dict()
     for other, key in (
@@ -158,7 +160,7 @@ def test_loader_refuses_another_place_to_go_on(unpaired_dataset: Path, paired_da
 
 @given(numbers=st.lists(st.integers(0, 95), min_size=1, max_size=12), cut=st.integers(0, 12))
 @settings(max_examples=30, deadline=None)
-def test_batches_are_padded_by_replication_however_they_are_cut(
+def test_batches_and_their_slices_are_padded_by_replication(
     unpaired_dataset: Path, numbers: list[int], cut: int
 ) -> None:
     data = EEGDataset(unpaired_dataset, "train")
@@ -172,11 +174,11 @@ def test_batches_are_padded_by_replication_however_they_are_cut(
     head, tail = batch[:cut], batch[cut:]
     assert torch.equal(torch.cat([p.padded(dtype=torch.float32) for p in (head, tail) if len(p)]), x)
     assert head.keys + tail.keys == batch.keys and head.numbers + tail.numbers == numbers
-    # What travels is true channels only.
+    # The packed batch holds only the true channels, without padding.
     assert batch.packed.shape == (sum(meta["n"] for meta in batch.metas), 128)
 
 
-def test_reading_processes_give_the_same_batches(unpaired_dataset: Path) -> None:
+def test_workers_give_the_same_batches(unpaired_dataset: Path) -> None:
     data = EEGDataset(unpaired_dataset, "train")
     for here, there, _ in zip(Loader(data, 7, 0), Loader(data, 7, 0, num_workers=2), range(15), strict=False):
         assert torch.equal(here.packed, there.packed) and here.numbers == there.numbers
@@ -184,20 +186,20 @@ def test_reading_processes_give_the_same_batches(unpaired_dataset: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
-def test_batches_that_are_kept_stay_what_they_are(unpaired_dataset: Path) -> None:
-    """Reading processes use their memory over and over, and the trainer may hold on to batches."""
+def test_kept_batches_are_not_overwritten(unpaired_dataset: Path) -> None:
+    """Workers reuse their shared memory, but a trainer may keep batches."""
     data = EEGDataset(unpaired_dataset, "train")
     kept = []
     for batch, step in zip(Loader(data, 12, 0, num_workers=3), range(45), strict=False):
         kept.append(batch)
         if step % 10 == 0:
-            # Let them fill all they may.
+            # Wait until the workers have filled all their slots.
             time.sleep(0.2)
     for here, there in zip(Loader(data, 12, 0), kept, strict=False):
         assert here.numbers == there.numbers and torch.equal(here.packed, there.packed)
 
 
-def test_reading_processes_leave_signals_in_slots() -> None:
+def test_signals_of_a_batch_are_copied_out_of_a_slot() -> None:
     slots = Slots(2, 3, rows=10, window=7)
     views = [slots.view(place) for place in range(6)]
     for number, view in enumerate(views):
@@ -210,8 +212,8 @@ def test_reading_processes_leave_signals_in_slots() -> None:
     assert there.shape == (4, 7) and (there == 5).all()
 
 
-def test_reading_processes_do_not_outlive_the_one_they_read_for(tmp_path: Path) -> None:
-    """With batches whose metadata are more than a pipe holds, so that they wait for somebody to take them."""
+def test_workers_end_when_their_parent_process_ends(tmp_path: Path) -> None:
+    """The metadata of a batch are larger than a pipe, so that workers wait until the parent reads them."""
     meta = {"n": 64, "ch_names": [f"E{i}" for i in range(64)], "positions": [[0.01, 0.02, 0.03]] * 64}
     samples = [
         Sample(key=f"{i:04d}", eeg=np.random.default_rng(i).normal(0, 20, (64, 16)), meta=meta | {"start": i})
@@ -230,7 +232,7 @@ print(*(child.pid for child in active_children()), flush=True)
 time.sleep(1)
 os._exit(4)
 """
-    # Does not come back before all who have its output open are gone.
+    # `run` returns only after all processes that have the output open have ended.
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "data")], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
@@ -238,13 +240,13 @@ os._exit(4)
     assert len(done.stdout.split()) == 2
 
 
-def test_sequential_reads_everything_once(unpaired_dataset: Path) -> None:
+def test_sequential_reads_each_sample_once(unpaired_dataset: Path) -> None:
     data = EEGDataset(unpaired_dataset, "val")
     keys = [k for rank in (0, 1) for b in sequential(data, 5, rank=rank, world_size=2) for k in b.keys]
     assert sorted(keys) == sorted(data.key(i) for i in range(len(data)))
 
 
-def test_datasets_go_to_other_processes_and_threads(paired_dataset: Path) -> None:
+def test_dataset_can_be_pickled_and_read_by_threads(paired_dataset: Path) -> None:
     data = EEGDataset(paired_dataset)
     first = [data[i] for i in range(len(data))]
     again = pickle.loads(pickle.dumps(data))
@@ -256,8 +258,8 @@ def test_datasets_go_to_other_processes_and_threads(paired_dataset: Path) -> Non
         data[len(data)]
 
 
-def test_open_files_stay_few(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "many", {"train": tiny(300)}, TINY, samples_per_shard=2)
+def test_number_of_open_files_is_limited(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "many", {"train": make_samples(300)}, TINY, samples_per_shard=2)
     data = EEGDataset(tmp_path / "many")
     before = len(list(Path("/proc/self/fd").iterdir()))
     assert [data.key(i) for i in range(300)] == [f"train-{i:04d}" for i in range(300)]
@@ -266,10 +268,10 @@ def test_open_files_stay_few(tmp_path: Path) -> None:
 
 def test_index_takes_22_bytes_a_sample_and_is_checked(tmp_path: Path) -> None:
     assert INDEX.itemsize == 22
-    write_dataset(tmp_path / "d", {"train": tiny(9)}, TINY)
+    write_dataset(tmp_path / "d", {"train": make_samples(9)}, TINY)
     text = (tmp_path / "d" / "train" / "000000.idx").read_bytes()
     entries = json.loads(text)
-    # Before the index knew n, the sample's JSON did.
+    # Older indexes have no n; it is then read from the JSON of the sample.
     old = [{k: v for k, v in entry.items() if k != "n"} for entry in entries]
     assert parse_index(json.dumps(old).encode(), "x.idx", 9)["n"].tolist() == [0] * 9
     entries[4]["members"]["json"][0] += 512
@@ -283,8 +285,8 @@ def test_index_takes_22_bytes_a_sample_and_is_checked(tmp_path: Path) -> None:
             parse_index(damaged, "x.idx", 9)
 
 
-def test_datasets_whose_index_knows_no_n_are_read(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "d", {"train": tiny(9)}, TINY)
+def test_dataset_without_n_in_its_index_is_read(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "d", {"train": make_samples(9)}, TINY)
     new = collate(EEGDataset(tmp_path / "d"), list(range(9)))
     path = tmp_path / "d" / "train" / "000000.idx"
     entries = [{k: v for k, v in entry.items() if k != "n"} for entry in json.loads(path.read_text())]
@@ -293,7 +295,7 @@ def test_datasets_whose_index_knows_no_n_are_read(tmp_path: Path) -> None:
     assert torch.equal(new.packed, old.packed) and old.channels == new.channels == [1 + i % 5 for i in range(9)]
 
 
-def damage(path: Path, offset: int, data: bytes) -> None:
+def overwrite_bytes(path: Path, offset: int, data: bytes) -> None:
     with path.open("r+b") as stream:
         stream.seek(offset)
         stream.write(data)
@@ -301,21 +303,21 @@ def damage(path: Path, offset: int, data: bytes) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("how", ["bit", "end", "header", "json"])
-def test_damage_is_refused_with_file_and_sample(tmp_path: Path, how: str, workers: int) -> None:
-    write_dataset(tmp_path / "d", {"train": tiny(20)}, TINY, samples_per_shard=10)
+def test_damaged_shard_is_refused_and_the_sample_is_named(tmp_path: Path, how: str, workers: int) -> None:
+    write_dataset(tmp_path / "d", {"train": make_samples(20)}, TINY, samples_per_shard=10)
     data = EEGDataset(tmp_path / "d")
     tar, row = tmp_path / "d" / "train" / "000001.tar", data.index[13]
     if how == "bit":
         whole = tar.read_bytes()
         place = int(row["start"]) + 512 + int(row["eeg"]) // 2
-        damage(tar, place, bytes([whole[place] ^ 16]))
+        overwrite_bytes(tar, place, bytes([whole[place] ^ 16]))
     elif how == "end":
-        # After it was opened: a disk that lost its tail.
+        # The file loses its end after the dataset was opened.
         tar.write_bytes(tar.read_bytes()[: int(row["start"]) + 600])
     elif how == "header":
-        damage(tar, int(row["start"]), bytes(512))
+        overwrite_bytes(tar, int(row["start"]), bytes(512))
     else:
-        damage(tar, data.locations([13])[0].meta_at, b"!")
+        overwrite_bytes(tar, data.locations([13])[0].meta_at, b"!")
     said = {"bit": "damaged", "end": "bytes early", "header": "does not point at a sample", "json": "JSON is damaged"}
     with pytest.raises(RequestError, match=rf"000001\.tar: sample .*{said[how]}.*dreamscale verify") as caught:
         for batch, _ in zip(Loader(data, 4, 0, num_workers=workers), range(5), strict=False):
@@ -325,7 +327,7 @@ def test_damage_is_refused_with_file_and_sample(tmp_path: Path, how: str, worker
         assert "sample train-0013" in str(caught.value)
 
 
-def test_a_missing_shard_is_refused_on_opening(tmp_path: Path, unpaired_dataset: Path) -> None:
+def test_missing_shard_is_refused_on_opening(tmp_path: Path, unpaired_dataset: Path) -> None:
     shutil.copytree(unpaired_dataset, tmp_path / "d")
     (tmp_path / "d" / "train" / "000001.tar").unlink()
     with pytest.raises(RequestError, match=r"000001\.tar: cannot be read .*dreamscale verify"):
@@ -338,18 +340,18 @@ def test_images_are_read_without_their_eeg(tmp_path: Path, paired_dataset: Path)
     assert [data.image(i) for i in range(len(data))] == [sample.image for sample in whole]
     assert Mixture({str(tmp_path / "d"): 1.0}).image(3) == data.image(-len(data) + 3) == whole[3].image
     place, location = tmp_path / "d" / data.shards[0].path, data.locations([3])[0]
-    damage(place, location.start + 512, bytes(location.eeg))
+    overwrite_bytes(place, location.start + 512, bytes(location.eeg))
     assert data.image(3) == whole[3].image
     with pytest.raises(RequestError, match=rf"sample {whole[3].key}: damaged"):
         data[3]
-    damage(place, location.image_at - 512, bytes(512))
+    overwrite_bytes(place, location.image_at - 512, bytes(512))
     with pytest.raises(RequestError, match="does not point at a sample"):
         data.image(3)
     with pytest.raises(IndexError):
         data.image(len(data))
 
 
-def test_a_sample_without_an_image_is_named(unpaired_dataset: Path) -> None:
+def test_missing_image_is_refused_and_the_sample_is_named(unpaired_dataset: Path) -> None:
     data = EEGDataset(unpaired_dataset)
     with pytest.raises(RequestError, match=f"sample {data.key(2)} has no image"):
         data.image(2)

@@ -1,4 +1,4 @@
-"""Several datasets as one: shares, order, resumption, refusals."""
+"""A mixture reads several datasets as one: shares, order, resuming, and invalid requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 SPEC = PreprocessSpec(sfreq=64.0, highpass=0.5, lowpass=20.0, window=16, stride=16)
 
 
-def write(path: Path, count: int, spec: PreprocessSpec = SPEC) -> Path:
+def make_dataset(path: Path, count: int, spec: PreprocessSpec = SPEC) -> Path:
     rng = np.random.default_rng(count)
     samples = [
         Sample(key=f"{path.name}-{i:03d}", eeg=rng.normal(0, 20, (3 + count % 4, 16)), meta={"n": 3 + count % 4})
@@ -42,29 +42,29 @@ def write(path: Path, count: int, spec: PreprocessSpec = SPEC) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Datasets of 90, 31 and 7 samples."""
+    """Paths and weights of three datasets of 90, 31 and 7 samples."""
     root = tmp_path_factory.mktemp("mix")
     shares = (("large", 90, 3.0), ("middle", 31, 2.0), ("small", 7, 1.0))
-    return {str(write(root / name, count)): weight for name, count, weight in shares}
+    return {str(make_dataset(root / name, count)): weight for name, count, weight in shares}
 
 
 @given(weights=st.lists(st.floats(0.05, 10), min_size=1, max_size=5), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
-def test_places_are_dealt_by_weight_and_none_is_lost(weights: list[float], seed: int) -> None:
+def test_positions_are_shared_by_weight_without_gaps(weights: list[float], seed: int) -> None:
     turns = DatasetInterleaver(weights, seed)
     which, place = turns.at(np.arange(5 * 4096))
     shares = np.array(weights) / sum(weights)
     for number, share in enumerate(shares):
         mine = place[which == number]
         assert abs(len(mine) - share * len(which)) < 2
-        # A dataset's own order has no gaps: block by block all of its places come.
+        # The positions within each dataset have no gaps and do not repeat.
         assert sorted(mine) == list(range(len(mine)))
-    # From anywhere, at once.
+    # Positions far from the start can be computed directly.
     far = 10**12 + np.arange(8192)
     assert abs(np.bincount(turns.at(far)[0], minlength=len(weights)) / 8192 - shares).max() < 1e-3
 
 
-def test_each_dataset_goes_exactly_once_an_epoch_of_its_own(weights: dict[str, float]) -> None:
+def test_each_sample_is_read_once_in_each_epoch_of_its_dataset(weights: dict[str, float]) -> None:
     mixture = Mixture(weights)
     loader = Loader(mixture, 64, 5)
     numbers, epochs = (np.concatenate(x) for x in zip(*(loader.positions(t) for t in range(192)), strict=True))
@@ -74,12 +74,12 @@ def test_each_dataset_goes_exactly_once_an_epoch_of_its_own(weights: dict[str, f
     for part, dataset in enumerate(mixture.parts):
         seen = Counter(zip(epochs[names == part].tolist(), numbers[names == part].tolist(), strict=True))
         assert set(seen.values()) == {1}
-        # Blocks of places shuffle a dataset's order only by that much: early epochs are all there.
+        # Positions are shuffled only within blocks, so the first two epochs of each dataset are complete.
         for epoch in range(2):
             assert sum(e == epoch for e, _ in seen) == len(dataset)
 
 
-def test_mixtures_resume_in_mid_epoch_on_another_world(weights: dict[str, float]) -> None:
+def test_mixture_resumes_in_mid_epoch_with_another_world_size(weights: dict[str, float]) -> None:
     whole = Loader(Mixture(weights), 12, 3)
     seen = [b.keys for b, _ in zip(whole, range(12), strict=False)]
     state = Loader(Mixture(weights), 12, 3).state_dict() | {"step": 7}
@@ -93,7 +93,7 @@ def test_mixtures_resume_in_mid_epoch_on_another_world(weights: dict[str, float]
         Loader(Mixture(others), 12, 3).load_state_dict(state)
 
 
-def test_mixtures_read_as_their_datasets_do(weights: dict[str, float]) -> None:
+def test_mixture_reads_the_same_samples_as_its_datasets(weights: dict[str, float]) -> None:
     mixture = Mixture(weights)
     assert len(mixture) == 128 and mixture.manifest.samples("train") == 128
     numbers = [127, 0, *mixture.first[1:3].tolist(), int(mixture.first[1]) - 1]
@@ -107,7 +107,7 @@ def test_mixtures_read_as_their_datasets_do(weights: dict[str, float]) -> None:
     assert [Path(shard).parents[1] for shard in batch.shards] == [part.path for part, _ in own]
 
 
-def test_neither_order_nor_paths_of_a_mixture_matter(tmp_path: Path, weights: dict[str, float]) -> None:
+def test_order_paths_and_scale_of_the_weights_do_not_matter(tmp_path: Path, weights: dict[str, float]) -> None:
     state = Loader(Mixture(weights), 12, 3).state_dict() | {"step": 2}
     moved = {str(shutil.copytree(path, tmp_path / str(9 - n))): w for n, (path, w) in enumerate(weights.items())}
     for other in (dict(reversed(weights.items())), moved, {path: 10 * w for path, w in weights.items()}):
@@ -117,16 +117,16 @@ def test_neither_order_nor_paths_of_a_mixture_matter(tmp_path: Path, weights: di
         assert next(iter(loader)).keys == collate(Mixture(weights), loader.positions(2)[0]).keys
 
 
-def test_the_identity_does_not_depend_on_the_order_of_rounding(weights: dict[str, float]) -> None:
+def test_dataset_id_does_not_depend_on_the_order_of_the_weights(weights: dict[str, float]) -> None:
     tenths = dict(zip(weights, (0.1, 0.2, 0.3), strict=True))
     assert sum(tenths.values()) != sum(reversed(tenths.values()))
     one, other = Mixture(tenths), Mixture(dict(reversed(tenths.items())))
     assert one.manifest.dataset_id == other.manifest.dataset_id
 
 
-def test_unfit_mixtures_are_refused(tmp_path: Path, weights: dict[str, float]) -> None:
+def test_invalid_mixtures_are_refused(tmp_path: Path, weights: dict[str, float]) -> None:
     first = next(iter(weights))
-    other = write(tmp_path / "other", 8, dataclasses.replace(SPEC, lowpass=25.0, stride=8))
+    other = make_dataset(tmp_path / "other", 8, dataclasses.replace(SPEC, lowpass=25.0, stride=8))
     with pytest.raises(RequestError, match=r"preprocess.lowpass 20.0 against 25.0, preprocess.stride 16 against 8"):
         Mixture({first: 1.0, str(other): 1.0})
     with pytest.raises(RequestError, match="same dataset"):
@@ -140,7 +140,7 @@ def test_unfit_mixtures_are_refused(tmp_path: Path, weights: dict[str, float]) -
         Mixture({first: 1.0}, "test")
 
 
-def test_pretraining_takes_a_mixture(tmp_path: Path, unpaired_dataset: Path, paired_dataset: Path) -> None:
+def test_pretraining_runs_on_a_mixture(tmp_path: Path, unpaired_dataset: Path, paired_dataset: Path) -> None:
     tiny = {"dim": 16, "depth": 1, "heads": 2, "mlp_ratio": 1.0}
     weights = {str(unpaired_dataset): 2.0, str(paired_dataset): 1.0}
     config = {

@@ -1,4 +1,4 @@
-"""Names, kinds, positions and the choice of 128 channels."""
+"""Names, kinds and positions of channels, and the choice of 128 channels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_sharding.formats.signal import Segment, SignalInfo
 Places = Sequence[list[float] | None]
 
 
-def info_of(names: Sequence[str], types: Sequence[str] = (), positions: Places = (), **more: Any) -> SignalInfo:
+def make_info(names: Sequence[str], types: Sequence[str] = (), positions: Places = (), **more: Any) -> SignalInfo:
     return SignalInfo(
         ch_names=list(names),
         ch_types=list(types) or ["eeg"] * len(names),
@@ -27,11 +27,11 @@ def info_of(names: Sequence[str], types: Sequence[str] = (), positions: Places =
     )
 
 
-def picked(names: Sequence[str], types: Sequence[str] = (), positions: Places = ()) -> Channels:
-    return pick_channels(info_of(names, types, positions))
+def pick(names: Sequence[str], types: Sequence[str] = (), positions: Places = ()) -> Channels:
+    return pick_channels(make_info(names, types, positions))
 
 
-# As in the file, the canonical name, and whether it is a place of the 10-05 system (or two).
+# Name in the file, canonical name, and whether it names a position (or a bipolar pair) of the 10-05 system.
 NAMES = [
     ("Fc5.", "FC5", True),  # BCI2000
     ("Cz..", "Cz", True),
@@ -55,7 +55,7 @@ NAMES = [
     ("T7-P7", "T7-P7", True),
     ("FT9-FT10", "FT9-FT10", True),
     ("F7-T3", "F7-T7", True),
-    ("T8-P8-0", "T8-P8", True),  # MNE tells two of the same name apart
+    ("T8-P8-0", "T8-P8", True),  # MNE adds a number to repeated names
     ("EEG Fp1 - A1", "Fp1", True),
     ("EEG A1", "A1", True),
     ("EEG-M2", "M2", True),
@@ -77,18 +77,18 @@ NAMES = [
     ("12", "12", False),
     ("E17", "E17", False),  # EGI
     ("E129", "E129", False),
-    ("1Z", "1Z", False),  # equidistant
+    ("1Z", "1Z", False),  # equidistant caps
     ("LL5", "LL5", False),
     ("A32", "A32", False),  # BioSemi
     ("D12", "D12", False),
-    ("CB1", "CB1", False),  # Neuroscan's cerebellar
+    ("CB1", "CB1", False),  # cerebellar electrodes of Neuroscan
     ("Ch1", "Ch1", False),
     ("", "", False),
 ]
 
 
 @pytest.mark.parametrize(("name", "wanted", "site"), NAMES)
-def test_canonical_name(name: str, wanted: str, site: bool) -> None:
+def test_canonical_name_of_a_channel(name: str, wanted: str, site: bool) -> None:
     assert canonical_name(name) == wanted
     assert canonical_name(wanted) == wanted
     assert is_site(wanted) is site
@@ -111,11 +111,11 @@ EEG = ["Fp1", "E1", "Cz", "TP9", "A12", "P10", "1Z", "Z2", "EEG 000", "LL5", "11
 @pytest.mark.parametrize(
     ("name", "kind"), [(n, k) for k, names in KINDS.items() for n in names] + [(n, None) for n in EEG]
 )
-def test_kind(name: str, kind: str | None) -> None:
+def test_kind_of_a_channel_is_recognised_by_its_name(name: str, kind: str | None) -> None:
     assert kind_of(canonical_name(name)) == kind
 
 
-def test_no_place_is_taken_for_something_else() -> None:
+def test_no_electrode_of_a_montage_is_taken_for_another_kind() -> None:
     import mne
 
     for montage in ("standard_1005", "biosemi64", "biosemi256", "GSN-HydroCel-257", "easycap-M1"):
@@ -125,29 +125,29 @@ def test_no_place_is_taken_for_something_else() -> None:
 
 
 class TestSleepAndClinic:
-    def test_eyes_are_no_net(self) -> None:
-        channels = picked(["F3-M2", "C4-M1", "O1-M2", "E1-M2", "E2-M2", "ECG", "Chin1-Chin2"])
+    def test_eye_channels_e1_and_e2_are_not_an_egi_net(self) -> None:
+        channels = pick(["F3-M2", "C4-M1", "O1-M2", "E1-M2", "E2-M2", "ECG", "Chin1-Chin2"])
         assert channels.names == ["F3", "C4", "O1"] and channels.montage == "standard_1005"
         assert channels.left_out == {"eog": ["E1-M2", "E2-M2"], "ecg": ["ECG"], "emg": ["Chin1-Chin2"]}
 
-    def test_bipolar_channels_have_no_place(self) -> None:
-        channels = picked(["FP1-F7", "F7-T7", "T7-P7", "Cz"])
+    def test_bipolar_channels_have_no_position(self) -> None:
+        channels = pick(["FP1-F7", "F7-T7", "T7-P7", "Cz"])
         assert channels.names == ["Fp1-F7", "F7-T7", "T7-P7", "Cz"] and channels.confidence == 0.25
         assert channels.positions[:3] == [None] * 3 and channels.positions[3] is not None
         assert channels.notes == ["bipolar, without a position: Fp1-F7, F7-T7, T7-P7 (3)"]
-        assert picked(["FP1-F7", "F7-T7"]).montage == "none"
+        assert pick(["FP1-F7", "F7-T7"]).montage == "none"
 
-    def test_one_electrode_against_two_references(self) -> None:
-        channels = picked(["C3-A1", "C3-A2", "C4-A1"])
+    def test_electrode_with_two_references_has_two_names(self) -> None:
+        channels = pick(["C3-A1", "C3-A2", "C4-A1"])
         assert channels.names == ["C3", "C3-A2", "C4"]
 
 
-def in_head_frame(montage: str, names: list[str]) -> list[Any]:
-    """Where MNE puts a recording's electrodes that is given a montage."""
+def compute_mne_positions(montage: str, names: list[str]) -> list[Any]:
+    """Compute the electrode positions that MNE gives to a recording with this montage."""
     import mne
 
     with warnings.catch_warnings():
-        # Renamed in MNE 1.14.
+        # MNE warns about names that change in MNE 1.14.
         warnings.simplefilter("ignore", FutureWarning)
         raw = mne.io.RawArray(np.zeros((len(names), 10)), mne.create_info(names, 100.0, "eeg"), verbose="error")
         raw.set_montage(montage, verbose="error")
@@ -155,18 +155,18 @@ def in_head_frame(montage: str, names: list[str]) -> list[Any]:
 
 
 class TestCaps:
-    def test_biosemi_names_are_no_earlobes_and_no_ten_twenty(self) -> None:
+    def test_biosemi_names_are_not_taken_for_earlobes_or_10_20_names(self) -> None:
         names = [f"{letter}{i}" for letter in "ABCDEFGH" for i in range(1, 17)]
-        channels = picked(names)
+        channels = pick(names)
         assert is_grid(names) and channels.names == names
         assert channels.montage == "none" and not any(channels.positions)
 
     @pytest.mark.parametrize(("letters", "size"), [("ABCD", 128), ("ABCDE", 160), ("ABCDEFGH", 256)])
-    def test_a_whole_biosemi_cap_has_positions(self, letters: str, size: int) -> None:
+    def test_complete_biosemi_cap_has_positions(self, letters: str, size: int) -> None:
         names = [f"{letter}{i}" for letter in letters for i in range(1, 33)]
-        channels = picked([*names, "EXG1", "Status"])
+        channels = pick([*names, "EXG1", "Status"])
         assert channels.montage == f"biosemi{size}" and channels.confidence == 1.0 and len(channels.names) == size
-        wanted = in_head_frame(f"biosemi{size}", names)
+        wanted = compute_mne_positions(f"biosemi{size}", names)
         np.testing.assert_allclose(channels.positions, wanted, atol=1e-5)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(
@@ -181,62 +181,64 @@ class TestCaps:
             ([f"E{i}" for i in range(1, 129, 2)], "none", 0.0),
         ],
     )
-    def test_nets(self, names: list[str], montage: str, confidence: float) -> None:
-        channels = picked(names)
+    def test_egi_net_is_recognised_by_its_channel_names(
+        self, names: list[str], montage: str, confidence: float
+    ) -> None:
+        channels = pick(names)
         assert (channels.montage, channels.confidence) == (montage, confidence)
 
-    def test_the_number_after_the_last_is_the_vertex(self) -> None:
+    def test_e129_of_a_128_channel_net_is_the_vertex(self) -> None:
         names = [f"E{i}" for i in range(1, 130)]
-        wanted = in_head_frame("GSN-HydroCel-129", [*names[:128], "Cz"])
-        np.testing.assert_allclose(picked(names).positions, wanted, atol=1e-5)  # type: ignore[arg-type]
+        wanted = compute_mne_positions("GSN-HydroCel-129", [*names[:128], "Cz"])
+        np.testing.assert_allclose(pick(names).positions, wanted, atol=1e-5)  # type: ignore[arg-type]
 
-    def test_names_place_an_electrode_where_a_file_with_this_montage_does(self) -> None:
+    def test_positions_by_name_equal_those_of_mne(self) -> None:
         names = ["Fp1", "Fp2", "C3", "Cz", "C4", "O1", "O2", "AF7h", "PPO5h"]
         names = [name for name in names if is_site(name)]
-        wanted = in_head_frame("standard_1005", names)
-        np.testing.assert_allclose(picked(names).positions, wanted, atol=1e-5)  # type: ignore[arg-type]
+        wanted = compute_mne_positions("standard_1005", names)
+        np.testing.assert_allclose(pick(names).positions, wanted, atol=1e-5)  # type: ignore[arg-type]
 
 
-def test_types_and_names_both_exclude() -> None:
+def test_channels_are_left_out_by_type_and_by_name() -> None:
     names = ["Fp1", "Cz", "HEOG", "trigger", "A1", "Pz", "MEG 0111", "LA1", "G12"]
     types = ["eeg", "eeg", "eeg", "stim", "eeg", "eeg", "mag", "seeg", "ecog"]
-    channels = picked(names, types)
+    channels = pick(names, types)
     assert channels.names == ["Fp1", "Cz", "Pz"] and channels.picks == [0, 1, 5]
     assert channels.left_out == {"eog": ["HEOG"], "reference": ["A1"]}
     assert channels.by_type == {"ecog": 1, "eeg": 5, "mag": 1, "seeg": 1, "stim": 1}
 
 
-def test_what_cannot_be_read_along_is_told() -> None:
-    info = info_of(["Fp1", "Cz"], left_out={"Temp": "another rate: 1 Hz"})
+def test_channels_that_the_reader_left_out_are_listed() -> None:
+    info = make_info(["Fp1", "Cz"], left_out={"Temp": "another rate: 1 Hz"})
     assert pick_channels(info).left_out == {"another rate: 1 Hz": ["Temp"]}
 
 
 class TestPositionsOfTheFile:
-    def test_go_first(self) -> None:
-        channels = picked(["Fp1", "Cz", "Pz"], positions=[None, [0.01, 0.02, 0.1], None])
+    def test_positions_of_the_file_are_preferred(self) -> None:
+        channels = pick(["Fp1", "Cz", "Pz"], positions=[None, [0.01, 0.02, 0.1], None])
         assert channels.montage == "file" and channels.positions == [None, [0.01, 0.02, 0.1], None]
         assert channels.confidence == 0.333
 
-    def test_are_not_believed_where_all_are_the_same(self) -> None:
-        assert picked(["Fp1", "Cz", "Pz"], positions=[[0.0, 0.0, 0.1]] * 3).montage == "standard_1005"
+    def test_positions_are_ignored_if_all_are_the_same(self) -> None:
+        assert pick(["Fp1", "Cz", "Pz"], positions=[[0.0, 0.0, 0.1]] * 3).montage == "standard_1005"
 
 
-def test_names_that_meet_stay_apart() -> None:
-    assert picked(["T7", "T3"]).names == ["T7", "T3"]
-    assert picked(["T8-P8-0", "T8-P8-1"]).names == ["T8-P8", "T8-P8-1"]
+def test_channels_with_equal_canonical_names_stay_distinct() -> None:
+    assert pick(["T7", "T3"]).names == ["T7", "T3"]
+    assert pick(["T8-P8-0", "T8-P8-1"]).names == ["T8-P8", "T8-P8-1"]
 
 
-def test_few_standard_names_are_chance() -> None:
-    channels = picked(["C3", "C4", "ch1", "ch2", "ch3", "ch4", "ch5"])
+def test_few_standard_names_give_no_montage() -> None:
+    channels = pick(["C3", "C4", "ch1", "ch2", "ch3", "ch4", "ch5"])
     assert channels.montage == "none" and channels.confidence == 0.0
 
 
 class TestChoose:
-    def net(self) -> Channels:
-        return picked([f"E{i}" for i in range(1, 257)])
+    def pick_net(self) -> Channels:
+        return pick([f"E{i}" for i in range(1, 257)])
 
-    def test_coverage(self) -> None:
-        channels = self.net()
+    def test_channels_are_chosen_by_scalp_coverage(self) -> None:
+        channels = self.pick_net()
         rows, rule = choose(channels, [])
         assert len(rows) == 128 and rows == sorted(set(rows)) and rule == "128 of 256 by scalp coverage"
         xyz = np.array(channels.positions)
@@ -244,14 +246,14 @@ class TestChoose:
         naive = np.linalg.norm(xyz[:, None] - xyz[:128][None], axis=-1).min(1)
         assert gap.max() < 0.5 * naive.max()
 
-    def test_bad_channels_go_first(self) -> None:
-        channels = self.net()
+    def test_bad_channels_are_dropped_first(self) -> None:
+        channels = self.pick_net()
         rows, _ = choose(channels, list(range(0, 100)))
         assert len(rows) == 128 and min(rows) >= 100
         rows, rule = choose(channels, list(range(0, 200)))
         assert rows == list(range(200, 256)) and rule == "56 good of 256"
 
-    def test_by_name_where_there_are_no_positions(self) -> None:
-        channels = picked([f"ch{i}" for i in range(140, 0, -1)])
+    def test_channels_without_positions_are_chosen_by_name(self) -> None:
+        channels = pick([f"ch{i}" for i in range(140, 0, -1)])
         rows, rule = choose(channels, [])
         assert {channels.names[i] for i in rows} == {f"ch{i}" for i in range(1, 129)} and "by name" in rule

@@ -1,4 +1,4 @@
-"""Damaged headers get a verdict: no exception, no hang, no memory by a header's word."""
+"""A damaged header is read or refused, without an exception, an endless loop or the memory that it claims."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SEEDS = [
     "nedf",
     "xdf",
 ]
-LYING = [
+FALSE_VALUES = [
     b"-1",
     b"0",
     b"99999999",
@@ -52,11 +52,11 @@ LYING = [
 ]
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 MEMORY = 24 << 20
-"""Far more than the ranges that are read, far less than what a lying count asks for."""
+"""Far more memory than the bytes that are read, and far less than a false count in a header asks for."""
 
 
-def gdf() -> bytes:
-    """GDF 1.25 of two channels, 16 bits, 4 records of 100 samples."""
+def make_gdf() -> bytes:
+    """Make a GDF 1.25 file of two channels, 16 bits and 4 records of 100 samples."""
     n, head = 2, bytearray(256 * 3)
     head[:8] = b"GDF 1.25"
     struct.pack_into("<q", head, 184, 256 * (n + 1))
@@ -67,8 +67,8 @@ def gdf() -> bytes:
     return bytes(head) + bytes(4 * n * 100 * 2)
 
 
-def nihon() -> bytes:
-    """One control block, one data block of two channels and 1 s at 100 Hz."""
+def make_nihon() -> bytes:
+    """Make a Nihon Kohden file: one control block, and one data block of two channels with 1 s at 100 Hz."""
     data = bytearray(0x2000)
     data[:16] = data[0x81:0x91] = b"EEG-1100C V01.00"
     data[0x91], data[0x17FE] = 1, 1
@@ -80,7 +80,7 @@ def nihon() -> bytes:
     return bytes(data)
 
 
-def nedf() -> bytes:
+def make_nedf() -> bytes:
     xml = (
         "<nedf><NEDFversion>1.3</NEDFversion><EEGSettings><TotalNumberOfChannels>2</TotalNumberOfChannels>"
         "<EEGSamplingRate>500</EEGSamplingRate><EEGMontage><C1>Fp1</C1><C2>Cz</C2></EEGMontage>"
@@ -91,7 +91,7 @@ def nedf() -> bytes:
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory, make_raw: Callable, write_raw: Callable) -> dict[str, Path]:
-    """Small sound files of every format, each in a folder of its own, and real ones where they are there."""
+    """Small intact files of every format, each in its own folder, and real files if a corpus is available."""
     import mne
 
     root = tmp_path_factory.mktemp("seeds")
@@ -119,9 +119,9 @@ def seeds(tmp_path_factory: pytest.TempPathFactory, make_raw: Callable, write_ra
         "ant": {"a.cnt": b"RIFF" + struct.pack("<I", 104) + b"CNT LIST" + bytes(96)},
         "lay": {"a.lay": lay.encode(), "a.dat": bytes(400)},
         "cdt": {"a.cdt": bytes(800), "a.cdt.dpa": b"NumSamples = 100\nNumChannels = 2\nDataFormat = FLOAT\n"},
-        "gdf": {"a.gdf": gdf()},
-        "nihon": {"a.EEG": nihon()},
-        "nedf": {"a.nedf": nedf()},
+        "gdf": {"a.gdf": make_gdf()},
+        "nihon": {"a.EEG": make_nihon()},
+        "nedf": {"a.nedf": make_nedf()},
         "xdf": {"a.xdf": b"XDF:" + tag + tag},
     }.items():
         (root / name).mkdir()
@@ -140,8 +140,8 @@ def seeds(tmp_path_factory: pytest.TempPathFactory, make_raw: Callable, write_ra
 
 
 @st.composite
-def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """Flip, cut, splice, lie: most of it where headers are."""
+def draw_damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """Draw a damage: changed, removed, repeated or false bytes, mostly where headers are."""
     kind = draw(st.sampled_from(["flip", "cut", "splice", "lie", "digits", "double"]))
     seed = draw(st.integers(0, 2**32 - 1))
     near = draw(st.sampled_from([64, 256, 1024, 4096, 1 << 20]))
@@ -162,7 +162,7 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
             if kind == "flip":
                 out[at : at + 1] = bytes([rng.randrange(256)])
             elif kind == "lie":
-                lie = rng.choice(LYING)
+                lie = rng.choice(FALSE_VALUES)
                 out[at : at + len(lie)] = lie
             elif out[at : at + 1].isdigit():
                 out[at : at + 1] = b"9"
@@ -171,7 +171,7 @@ def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
     return damage
 
 
-def check(recording: Recording | None, path: Path) -> None:
+def check_recording(recording: Recording | None, path: Path) -> None:
     assert recording is None or path in recording.files
     if recording is not None and recording.problem is not None:
         assert recording.problem == " ".join(recording.problem.split()) and len(recording.problem) < 500
@@ -179,23 +179,25 @@ def check(recording: Recording | None, path: Path) -> None:
 
 class TestSniff:
     @pytest.mark.parametrize("name", SEEDS)
-    def test_seeds_are_sound(self, seeds: dict[str, Path], name: str) -> None:
+    def test_undamaged_file_has_no_problem(self, seeds: dict[str, Path], name: str) -> None:
         recording = sniff(seeds[name])
         assert recording is not None and recording.problem is None
 
     @settings(max_examples=600, deadline=None, suppress_health_check=SLOW, derandomize=True)
     @given(st.data())
-    def test_damaged(self, seeds: dict[str, Path], data: st.DataObject) -> None:
+    def test_damaged_file_gets_a_result_within_limited_memory(
+        self, seeds: dict[str, Path], data: st.DataObject
+    ) -> None:
         path = seeds[data.draw(st.sampled_from(sorted(seeds)))]
         sound = path.read_bytes()
-        for damage in data.draw(st.lists(damages(), min_size=1, max_size=3)):
+        for damage in data.draw(st.lists(draw_damage(), min_size=1, max_size=3)):
             sound = damage(sound)
-        # Beside the sound file, so that its sidecars are there.
+        # Write the damaged file beside the intact one, so that its sidecars are found.
         broken = path.with_name(f"broken{path.suffix}")
         broken.write_bytes(sound)
         tracemalloc.start()
         try:
-            check(sniff(broken), broken)
+            check_recording(sniff(broken), broken)
             assert tracemalloc.get_traced_memory()[1] < MEMORY
         finally:
             tracemalloc.stop()
@@ -213,10 +215,12 @@ class TestSniff:
         st.binary(max_size=600),
         st.sampled_from([".edf", ".bdf", ".gdf", ".vhdr", ".cnt", ".fif", ".set", ".eeg", ".lay", ".nedf", ".xdf"]),
     )
-    def test_anything(self, tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str) -> None:
+    def test_arbitrary_bytes_get_a_result(
+        self, tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str
+    ) -> None:
         path = tmp_path_factory.getbasetemp() / f"anything{suffix}"
         path.write_bytes(data)
-        check(sniff(path), path)
+        check_recording(sniff(path), path)
 
 
 READ = """
@@ -249,7 +253,7 @@ for recording in find_recordings(sys.argv[2]):
 
 
 def test_damaged_files_are_opened_or_refused(seeds: dict[str, Path], tmp_path: Path) -> None:
-    """One child opens one damaged file after the other, within limits of memory and time; readers in C are left out."""
+    """A child process opens all damaged files, with limited memory and time; readers in C are left out."""
     rng = np.random.default_rng(0)
     for name in ("edf", "bdf", "edfplus", "vhdr", "set", "fif", "egi", "lay", "gdf", "nihon", "nedf", "xdf", "cnt"):
         for i in range(4):

@@ -1,5 +1,4 @@
-"""Files are known by their content, opened with their gaps, and everything that claims to be a recording is accounted
-for."""
+"""Files are recognised by content and opened with their gaps; every file that looks like a recording is listed."""
 
 from __future__ import annotations
 
@@ -20,21 +19,21 @@ N_LISTINGS = [0]
 sys.addaudithook(lambda event, _: N_LISTINGS.__setitem__(0, N_LISTINGS[0] + (event in ("os.scandir", "os.listdir"))))
 
 
-def opened(path: Path) -> Signal:
+def open_file(path: Path) -> Signal:
     recording = sniff(path)
     assert recording is not None
     return open_signal(recording)
 
 
-def everything(signal: Signal, picks: list[int] | None = None) -> np.ndarray:
+def read_all(signal: Signal, picks: list[int] | None = None) -> np.ndarray:
     return signal.read(0, signal.info.n_samples, picks or list(range(len(signal.info.ch_names))))
 
 
-def runs(signal: Signal) -> list[tuple[int, int, float]]:
+def list_segments(signal: Signal) -> list[tuple[int, int, float]]:
     return [(s.start, s.stop, round(s.onset, 6)) for s in signal.info.segments]
 
 
-def cnt_header(n_channels: int, n_samples: int, events: int) -> bytearray:
+def make_cnt_header(n_channels: int, n_samples: int, events: int) -> bytearray:
     head = bytearray(900 + 75 * n_channels)
     head[:11] = b"Version 3.0"
     head[370:372] = n_channels.to_bytes(2, "little")
@@ -45,7 +44,7 @@ def cnt_header(n_channels: int, n_samples: int, events: int) -> bytearray:
 
 
 def write_egi(path: Path, x: np.ndarray, rate: int = 250, version: int = 4) -> Path:
-    """EGI simple binary, version 4: 32-bit floats, one sample of all channels after another."""
+    """Write EGI simple binary, version 4: 32-bit floats, first all channels of the first sample, and so on."""
     n = len(x)
     head = struct.pack(">i6hi5hih", version, 2020, 1, 2, 3, 4, 5, 0, rate, n, 1, 0, 0, x.shape[1], 0)
     path.write_bytes(head + x.T.astype(">f4").tobytes())
@@ -64,7 +63,7 @@ def write_persyst(path: Path, x: np.ndarray, times: str = "") -> Path:
 
 
 def write_xdf(path: Path, streams: list[tuple[str, str, np.ndarray, np.ndarray]]) -> Path:
-    """XDF with streams of (type, unit, stamps, samples [S, n])."""
+    """Write XDF; each stream is a tuple (type, unit, time stamps, samples [S, n])."""
 
     def chunk(tag: int, content: bytes) -> bytes:
         return b"\x04" + struct.pack("<IH", len(content) + 2, tag) + content
@@ -93,7 +92,7 @@ def write_xdf(path: Path, streams: list[tuple[str, str, np.ndarray, np.ndarray]]
 
 
 def write_gdf(path: Path, x: np.ndarray, runs: list[int]) -> Path:
-    """GDF 1.25 of 16 bits, records of 50 samples and 0.5 s, with the event of a new run at `runs`."""
+    """Write GDF 1.25 of 16 bits, with records of 50 samples (0.5 s) and a 'new run' event at each sample of `runs`."""
     n, n_records = len(x), x.shape[1] // 50
     head = bytearray(256)
     head[:8] = b"GDF 1.25"
@@ -114,7 +113,7 @@ def write_gdf(path: Path, x: np.ndarray, runs: list[int]) -> Path:
 
 class TestSniff:
     @pytest.mark.parametrize("suffix", [".edf", ".bdf", ".vhdr", ".set", "_raw.fif"])
-    def test_written_formats(self, tmp_path: Path, make_raw, write_raw, suffix: str) -> None:
+    def test_written_recording_is_read_back(self, tmp_path: Path, make_raw, write_raw, suffix: str) -> None:
         raw = make_raw(4, 200, 3)
         path = write_raw(raw, tmp_path / f"a{suffix}")
         found = find_recordings(tmp_path)
@@ -122,22 +121,22 @@ class TestSniff:
         assert set(found[0].files) == set(tmp_path.iterdir())
         back = open_signal(found[0])
         assert back.info.ch_names[:4] == raw.ch_names and back.info.sfreq == 200
-        assert runs(back) == [(0, back.info.n_samples, 0.0)] and not back.info.epoched
+        assert list_segments(back) == [(0, back.info.n_samples, 0.0)] and not back.info.epoched
         np.testing.assert_allclose(back.read(0, 600, [0, 1, 2, 3]), raw.get_data(), atol=0.05e-6)
         np.testing.assert_allclose(back.read(123, 456, [2, 0]), raw.get_data()[[2, 0], 123:456], atol=0.05e-6)
         back.close()
 
-    def test_the_name_does_not_decide(self, tmp_path: Path, make_raw, write_raw) -> None:
+    def test_format_is_recognised_by_content_and_not_by_name(self, tmp_path: Path, make_raw, write_raw) -> None:
         raw = make_raw(3, 100, 3)
         path = write_raw(raw, tmp_path / "a.edf")
         for name in ("a.bdf", "a.rec", "a"):
             path = path.rename(tmp_path / name)
             recording = sniff(path)
             assert recording is not None and recording.format == "edf"
-            np.testing.assert_allclose(everything(open_signal(recording), [0, 1, 2]), raw.get_data(), atol=0.05e-6)
+            np.testing.assert_allclose(read_all(open_signal(recording), [0, 1, 2]), raw.get_data(), atol=0.05e-6)
 
-    def test_cnt_of_two_makers(self, tmp_path: Path) -> None:
-        (tmp_path / "neuroscan.cnt").write_bytes(cnt_header(2, 10, 0) + bytes(40))
+    def test_cnt_files_of_neuroscan_and_ant_are_distinguished(self, tmp_path: Path) -> None:
+        (tmp_path / "neuroscan.cnt").write_bytes(make_cnt_header(2, 10, 0) + bytes(40))
         (tmp_path / "ant.cnt").write_bytes(b"RIFF" + struct.pack("<I", 104) + b"CNT LIST" + bytes(100))
         (tmp_path / "ant64.cnt").write_bytes(b"RF64" + struct.pack("<Q", 104) + b"CNT LIST" + bytes(100))
         (tmp_path / "other.cnt").write_bytes(b"something else")
@@ -145,7 +144,7 @@ class TestSniff:
         assert got["neuroscan"] == ("neuroscan", None) and got["ant"] == got["ant64"] == ("ant", None)
         assert got["other"][1] is not None
 
-    def test_sidecars_are_no_recordings(self, tmp_path: Path) -> None:
+    def test_sidecars_are_not_listed_as_recordings(self, tmp_path: Path) -> None:
         for name in ("x.EEG", "x.PNT", "x.LOG", "x.21E"):
             (tmp_path / name).write_bytes(b"EEG-1100C V01.00" + bytes(200))
         (tmp_path / "y.cdt").write_bytes(bytes(80))
@@ -154,7 +153,7 @@ class TestSniff:
         got = {r.path.name: (r.format, len(r.files), r.problem) for r in find_recordings(tmp_path)}
         assert got == {"x.EEG": ("nihon", 4, None), "y.cdt": ("curry", 2, None), "z.lay": ("persyst", 2, None)}
 
-    def test_missing_sidecars_are_named(self, tmp_path: Path, make_raw, write_raw) -> None:
+    def test_missing_sidecars_are_reported(self, tmp_path: Path, make_raw, write_raw) -> None:
         write_raw(make_raw(2, 100, 2), tmp_path / "a.vhdr").with_suffix(".eeg").unlink()
         (tmp_path / "y.cdt").write_bytes(bytes(100))
         (tmp_path / "z.lay").write_text("[FileInfo]\nFile=z.dat\n")
@@ -165,9 +164,9 @@ class TestSniff:
         assert set(found) == {"a.vhdr", "y.cdt", "z.lay", "f.mff", "alone.eeg"}
         assert all("missing" in problem or "without its header" in problem for problem in found.values())
         with pytest.raises(ReadError, match=r"sidecar missing: the header names 'a\.eeg'"):
-            opened(tmp_path / "a.vhdr")
+            open_file(tmp_path / "a.vhdr")
 
-    def test_empty_foreign_and_hidden(self, tmp_path: Path) -> None:
+    def test_empty_and_foreign_files_are_reported_and_hidden_files_are_ignored(self, tmp_path: Path) -> None:
         (tmp_path / "empty.bdf").write_bytes(b"")
         (tmp_path / "garbage.edf").write_bytes(b"not an EEG file at all")
         (tmp_path / "notes.txt").write_text("nothing")
@@ -180,13 +179,13 @@ class TestSniff:
         assert "empty" in got["empty.bdf"] and "unreadable" in got["garbage.edf"] and "Micromed" in got["clinic.trc"]
         assert "kind arrays" in got["data.mat"] and not found["data.mat"].continuous
 
-    def test_links_to_nowhere_and_pipes(self, tmp_path: Path) -> None:
+    def test_broken_link_is_reported_and_pipe_is_ignored(self, tmp_path: Path) -> None:
         (tmp_path / "gone.edf").symlink_to(tmp_path / "nowhere")
         os.mkfifo(tmp_path / "pipe.bdf")
         got = {r.path.name: r.problem for r in find_recordings(tmp_path)}
         assert got == {"gone.edf": "unreadable: No such file or directory"}
 
-    def test_an_object_store_gives_the_same(self, tmp_path: Path, make_raw, write_raw) -> None:
+    def test_object_store_gives_the_same_recordings(self, tmp_path: Path, make_raw, write_raw) -> None:
         from upath import UPath
 
         write_raw(make_raw(2, 100, 3), tmp_path / "sub" / "a.edf")
@@ -201,16 +200,16 @@ class TestSniff:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(file.read_bytes())
 
-        def told(root: Path | UPath) -> list[tuple]:
+        def describe(root: Path | UPath) -> list[tuple]:
             prefix = len(root.as_posix())
             return [
                 (r.path.as_posix()[prefix:], r.format, [f.as_posix()[prefix:] for f in r.files], r.problem)
                 for r in find_recordings(root)
             ]
 
-        assert told(remote) == told(tmp_path) and len(told(remote)) == 5
+        assert describe(remote) == describe(tmp_path) and len(describe(remote)) == 5
 
-    def test_a_folder_is_listed_once(self, tmp_path: Path, make_raw, write_raw) -> None:
+    def test_folder_is_listed_only_once(self, tmp_path: Path, make_raw, write_raw) -> None:
         source = write_raw(make_raw(2, 100, 2), tmp_path / "source.vhdr")
         text = source.read_text()
         for i in range(200):
@@ -222,9 +221,9 @@ class TestSniff:
 
 
 class TestTruncated:
-    """A header that promises more than the file holds is named before, or instead of, a reader's guess."""
+    """A file is refused as truncated if its header promises more data than the file holds."""
 
-    def reason(self, path: Path) -> str:
+    def get_reason(self, path: Path) -> str:
         recording = sniff(path)
         assert recording is not None
         if recording.problem:
@@ -234,18 +233,18 @@ class TestTruncated:
         return str(error.value)
 
     @pytest.mark.parametrize("suffix", [".edf", ".bdf", ".vhdr", "_raw.fif"])
-    def test_written_formats(self, tmp_path: Path, make_raw, write_raw, suffix: str) -> None:
+    def test_truncated_recording_is_refused(self, tmp_path: Path, make_raw, write_raw, suffix: str) -> None:
         path = write_raw(make_raw(4, 200, 10), tmp_path / f"a{suffix}")
         data = path.with_suffix(".eeg") if suffix == ".vhdr" else path
         data.write_bytes(data.read_bytes()[:-3001])
-        assert self.reason(path).startswith("truncated: ")
+        assert self.get_reason(path).startswith("truncated: ")
 
-    def test_edf_says_how_much(self, tmp_path: Path, make_raw, write_raw) -> None:
+    def test_truncated_edf_reports_the_number_of_records(self, tmp_path: Path, make_raw, write_raw) -> None:
         path = write_raw(make_raw(4, 200, 10), tmp_path / "a.edf")
         path.write_bytes(path.read_bytes()[:-3000])
-        assert self.reason(path).startswith("truncated: the header promises 10 records, the file holds 8.")
+        assert self.get_reason(path).startswith("truncated: the header promises 10 records, the file holds 8.")
 
-    def test_eeglab_with_its_data_apart(self, tmp_path: Path) -> None:
+    def test_truncated_data_file_of_eeglab_is_refused(self, tmp_path: Path) -> None:
         from scipy.io import savemat
 
         eeg = {"setname": "a", "nbchan": 2, "trials": 1, "pnts": 400, "srate": 100.0, "xmin": 0.0, "xmax": 3.99}
@@ -253,38 +252,38 @@ class TestTruncated:
         savemat(tmp_path / "a.set", {"EEG": eeg}, appendmat=False)
         x = np.random.default_rng(0).normal(0, 10, (400, 2)).astype("<f4")
         (tmp_path / "a.fdt").write_bytes(x.tobytes())
-        np.testing.assert_allclose(everything(opened(tmp_path / "a.set")), x.T * 1e-6, rtol=1e-6)
+        np.testing.assert_allclose(read_all(open_file(tmp_path / "a.set")), x.T * 1e-6, rtol=1e-6)
         (tmp_path / "a.fdt").write_bytes(x.tobytes()[:-80])
-        assert self.reason(tmp_path / "a.set") == "truncated: the header promises 400 samples, the file holds 390"
+        assert self.get_reason(tmp_path / "a.set") == "truncated: the header promises 400 samples, the file holds 390"
         (tmp_path / "a.fdt").unlink()
-        assert self.reason(tmp_path / "a.set").startswith("sidecar missing: ")
+        assert self.get_reason(tmp_path / "a.set").startswith("sidecar missing: ")
 
-    def test_neuroscan_and_ant(self, tmp_path: Path) -> None:
-        (tmp_path / "n.cnt").write_bytes(cnt_header(2, 100, 900 + 150 + 400) + bytes(300))
+    def test_truncated_neuroscan_and_ant_files_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "n.cnt").write_bytes(make_cnt_header(2, 100, 900 + 150 + 400) + bytes(300))
         (tmp_path / "a.cnt").write_bytes(b"RIFF" + struct.pack("<I", 5000) + b"CNT LIST" + bytes(100))
         assert (
-            self.reason(tmp_path / "n.cnt")
+            self.get_reason(tmp_path / "n.cnt")
             == "truncated: the header promises 1450 bytes of signal, the file holds 1350"
         )
-        assert self.reason(tmp_path / "a.cnt").startswith("truncated: ")
+        assert self.get_reason(tmp_path / "a.cnt").startswith("truncated: ")
 
-    def test_the_rest(self, tmp_path: Path) -> None:
+    def test_truncated_files_of_other_formats_are_refused(self, tmp_path: Path) -> None:
         path = write_egi(tmp_path / "a.raw", np.zeros((3, 50)))
         path.write_bytes(path.read_bytes()[:-10])
-        assert self.reason(path).startswith("truncated: ")
+        assert self.get_reason(path).startswith("truncated: ")
         path = write_persyst(tmp_path / "b.lay", np.zeros((3, 50)))
         path.with_suffix(".dat").write_bytes(bytes(3 * 2 * 50 - 1))
-        assert self.reason(path).startswith("truncated: ")
+        assert self.get_reason(path).startswith("truncated: ")
         (tmp_path / "y.cdt").write_bytes(bytes(79))
         (tmp_path / "y.cdt.dpa").write_text("DATA_PARAMETERS START\n NumSamples = 10\n NumChannels = 2\n")
-        assert self.reason(tmp_path / "y.cdt").startswith("truncated: ")
+        assert self.get_reason(tmp_path / "y.cdt").startswith("truncated: ")
         path = write_xdf(tmp_path / "d.xdf", [("EEG", "uV", np.arange(50) / 100, np.zeros((50, 2)))])
         path.write_bytes(path.read_bytes()[:-20])
-        assert self.reason(path).startswith("truncated: ")
+        assert self.get_reason(path).startswith("truncated: ")
 
 
 class TestSegments:
-    def test_gaps_of_edf_plus(self, tmp_path: Path, make_raw, write_raw) -> None:
+    def test_gaps_of_edf_plus_start_new_segments(self, tmp_path: Path, make_raw, write_raw) -> None:
         import mne
 
         raw = make_raw(2, 100, 6)
@@ -294,16 +293,16 @@ class TestSegments:
         assert data[192:197] == b"EDF+C"
         data[192:197] = b"EDF+D"
         path.write_bytes(data)
-        assert runs(opened(path)) == [(0, 600, 0.0)]
+        assert list_segments(open_file(path)) == [(0, 600, 0.0)]
         for second in (3, 4, 5):
             data = data.replace(f"+{second}\x14\x14".encode(), f"+{second + 4}\x14\x14".encode(), 1)
         path.write_bytes(data)
-        signal = opened(path)
-        assert runs(signal) == [(0, 300, 0.0), (300, 600, 7.0)]
+        signal = open_file(path)
+        assert list_segments(signal) == [(0, 300, 0.0), (300, 600, 7.0)]
         assert signal.info.bad_spans == [(0.5, 0.75, "BAD blink")]
-        np.testing.assert_allclose(everything(signal), raw.get_data(), atol=0.05e-6)
+        np.testing.assert_allclose(read_all(signal), raw.get_data(), atol=0.05e-6)
 
-    def test_records_of_edf_plus_that_do_not_say_when(self, tmp_path: Path, make_raw, write_raw) -> None:
+    def test_edf_plus_record_without_onset_is_refused(self, tmp_path: Path, make_raw, write_raw) -> None:
         path = write_raw(make_raw(2, 100, 3), tmp_path / "a.edf")
         data = bytearray(path.read_bytes())
         data[192:197] = b"EDF+D"
@@ -311,27 +310,27 @@ class TestSegments:
         if b"+0\x14\x14" in data:
             path.write_bytes(data.replace(b"+1\x14\x14", b"xx\x14\x14", 1))
         with pytest.raises(ReadError, match="record 2 has no onset"):
-            opened(path)
+            open_file(path)
 
-    def test_boundaries_of_eeglab(self, tmp_path: Path, make_raw, write_raw) -> None:
+    def test_boundaries_of_eeglab_start_new_segments(self, tmp_path: Path, make_raw, write_raw) -> None:
         import mne
 
         raw = make_raw(2, 100, 6)
         raw.set_annotations(mne.Annotations([1.995, 4.0, 5.0], [3.0, 0.5, 0.0], ["boundary", "BAD", "target"]))
-        signal = opened(write_raw(raw, tmp_path / "a.set"))
-        # The mark's duration is what was cut out: the samples after it are good.
-        assert runs(signal) == [(0, 200, 0.0), (200, 600, 2.0)]
+        signal = open_file(write_raw(raw, tmp_path / "a.set"))
+        # The duration of a boundary is the time that was cut out, so the samples after the boundary are good.
+        assert list_segments(signal) == [(0, 200, 0.0), (200, 600, 2.0)]
         assert [(round(a, 3), round(b, 3), word) for a, b, word in signal.info.bad_spans] == [(4.0, 4.5, "BAD")]
         np.testing.assert_allclose(signal.read(150, 450, [1, 0]), raw.get_data()[::-1, 150:450], atol=1e-9)
 
-    def test_skips_joins_bads_and_mains_of_fif(self, tmp_path: Path, make_raw, write_raw) -> None:
+    def test_segments_bad_channels_and_mains_of_fif_are_read(self, tmp_path: Path, make_raw, write_raw) -> None:
         import mne
 
         raw = mne.concatenate_raws([make_raw(3, 100, 4, seed=1), make_raw(3, 100, 2, seed=2)], verbose="ERROR")
         raw.annotations.append(1.0, 0.5, "BAD_ACQ_SKIP")
         raw.info["bads"], raw.info["line_freq"] = ["Fp2"], 60
-        signal = opened(write_raw(raw, tmp_path / "a_raw.fif"))
-        assert runs(signal) == [(0, 100, 0.0), (150, 400, 1.5), (400, 600, 4.0)]
+        signal = open_file(write_raw(raw, tmp_path / "a_raw.fif"))
+        assert list_segments(signal) == [(0, 100, 0.0), (150, 400, 1.5), (400, 600, 4.0)]
         assert signal.info.bads == ["Fp2"] and signal.info.line_freq == 60.0 and signal.info.bad_spans == []
 
     @pytest.mark.parametrize("dated", [False, True])
@@ -343,11 +342,11 @@ class TestSegments:
             raw.annotations.append(onset, duration, word)
         raw.crop(2.0)
         raw.save(tmp_path / "a_raw.fif", verbose="ERROR")
-        signal = opened(tmp_path / "a_raw.fif")
-        assert runs(signal) == [(0, 200, 0.0), (300, 600, 3.0)]
+        signal = open_file(tmp_path / "a_raw.fif")
+        assert list_segments(signal) == [(0, 200, 0.0), (300, 600, 3.0)]
         assert [(round(a, 6), round(b, 6)) for a, b, _ in signal.info.bad_spans] == [(4.0, 4.5)]
 
-    def test_new_segments_of_brainvision(self, tmp_path: Path, make_raw, write_raw) -> None:
+    def test_markers_of_brainvision_start_new_segments(self, tmp_path: Path, make_raw, write_raw) -> None:
         import mne
 
         raw = make_raw(2, 100, 4)
@@ -357,21 +356,21 @@ class TestSegments:
             "Brain Vision Data Exchange Marker File, Version 1.0\n[Common Infos]\nDataFile=a.eeg\n[Marker Infos]\n"
             "Mk1=New Segment,,1,1,0,20200101000000000000\nMk2=New Segment,,251,1,0,20200101000100000000\n"
         )
-        assert runs(opened(path)) == [(0, 250, 0.0), (250, 400, 2.5)]
+        assert list_segments(open_file(path)) == [(0, 250, 0.0), (250, 400, 2.5)]
         text = path.read_text().replace("[Binary", "SegmentationType=MARKERBASED\nSegmentDataPoints=100\n[Binary")
         path.write_text(text)
-        epoched = opened(path)
+        epoched = open_file(path)
         assert epoched.info.epoched and [s.start for s in epoched.info.segments] == [0, 100, 200, 300]
         assert mne.io.read_raw_brainvision(path, verbose="ERROR").n_times == 400
 
-    def test_runs_of_gdf(self, tmp_path: Path) -> None:
+    def test_runs_of_gdf_are_segments(self, tmp_path: Path) -> None:
         x = np.random.default_rng(0).integers(-500, 500, (3, 400))
-        signal = opened(write_gdf(tmp_path / "a.gdf", x, [0, 150]))
-        assert runs(signal) == [(0, 150, 0.0), (150, 400, 1.5)]
-        np.testing.assert_allclose(everything(signal), x * 0.1e-6, atol=1e-9)
+        signal = open_file(write_gdf(tmp_path / "a.gdf", x, [0, 150]))
+        assert list_segments(signal) == [(0, 150, 0.0), (150, 400, 1.5)]
+        np.testing.assert_allclose(read_all(signal), x * 0.1e-6, atol=1e-9)
 
-    def test_blocks_of_nihon_kohden(self, tmp_path: Path) -> None:
-        """Two data blocks: what reaches over their border is read right, and is no run."""
+    def test_data_blocks_of_nihon_kohden_are_segments(self, tmp_path: Path) -> None:
+        """Samples are also right if a read reaches over the border of two data blocks."""
         rng, n = np.random.default_rng(0), 2
         blocks = [rng.integers(-300, 300, (100, n + 1)), rng.integers(-300, 300, (200, n + 1))]
         data = bytearray(0x1800)
@@ -386,52 +385,52 @@ class TestSegments:
             head[0x27], head[0x31] = 0, 1
             data += head + (block + 0x8000).astype("<u2").tobytes()
         (tmp_path / "a.EEG").write_bytes(data)
-        signal = opened(tmp_path / "a.EEG")
-        assert runs(signal) == [(0, 100, 0.0), (100, 300, 1.0)] and signal.info.ch_names == ["FP1", "FP2"]
+        signal = open_file(tmp_path / "a.EEG")
+        assert list_segments(signal) == [(0, 100, 0.0), (100, 300, 1.0)] and signal.info.ch_names == ["FP1", "FP2"]
         x = np.concatenate(blocks)[:, :2].T
         got = 1e6 * signal.read(50, 250, [1, 0])
         np.testing.assert_allclose(got, x[::-1, 50:250] * 6399.902 / 65535, atol=0.1)
         (tmp_path / "a.EEG").write_bytes(data[:-100])
         with pytest.raises(ReadError, match=r"^truncated: "):
-            opened(tmp_path / "a.EEG")
+            open_file(tmp_path / "a.EEG")
 
-    def test_persyst_passes_over_time(self, tmp_path: Path) -> None:
+    def test_time_jumps_of_persyst_start_new_segments(self, tmp_path: Path) -> None:
         x = np.random.default_rng(0).integers(-500, 500, (3, 400))
         path = write_persyst(tmp_path / "a.lay", x, "0=3600.0\n100=3601.0\n250=3662.5\n")
-        signal = opened(path)
+        signal = open_file(path)
         assert [(s.start, s.stop) for s in signal.info.segments] == [(0, 250), (250, 400)]
-        np.testing.assert_allclose(everything(signal), x * 0.1e-6, atol=1e-12)
-        # Names of patients come in any code page.
+        np.testing.assert_allclose(read_all(signal), x * 0.1e-6, atol=1e-12)
+        # Names of patients may be in any character encoding.
         path.write_bytes(path.read_bytes().replace(b"First=a", b"First=Jos\xe9"))
-        np.testing.assert_allclose(everything(opened(path)), x * 0.1e-6, atol=1e-12)
+        np.testing.assert_allclose(read_all(open_file(path)), x * 0.1e-6, atol=1e-12)
 
 
 class TestEpochs:
     @pytest.mark.parametrize("suffix", ["-epo.fif", ".set"])
-    def test_one_segment_an_epoch(self, tmp_path: Path, make_raw, suffix: str) -> None:
+    def test_each_epoch_is_one_segment(self, tmp_path: Path, make_raw, suffix: str) -> None:
         import mne
 
         epochs = mne.make_fixed_length_epochs(make_raw(3, 100, 5), 1.0, preload=True, verbose="ERROR")
         path = tmp_path / f"a{suffix}"
         epochs.save(path, verbose="ERROR") if suffix == "-epo.fif" else epochs.export(str(path), verbose="ERROR")
-        signal = opened(path)
+        signal = open_file(path)
         assert signal.info.epoched and signal.info.n_samples == 500 and signal.info.ch_names == epochs.ch_names
-        assert runs(signal) == [(100 * i, 100 * i + 100, float(i)) for i in range(5)]
+        assert list_segments(signal) == [(100 * i, 100 * i + 100, float(i)) for i in range(5)]
         x = np.concatenate(list(epochs.get_data()), axis=1)
         np.testing.assert_allclose(signal.read(0, 500, [0, 1, 2]), x, atol=1e-9)
         np.testing.assert_allclose(signal.read(130, 410, [2, 0]), x[[2, 0], 130:410], atol=1e-9)
         np.testing.assert_allclose(signal.read(200, 300, [1]), x[[1], 200:300], atol=1e-9)
 
-    def test_averages_hold_nothing_to_train_on(self, tmp_path: Path, make_raw) -> None:
+    def test_averages_are_refused(self, tmp_path: Path, make_raw) -> None:
         import mne
 
         epochs = mne.make_fixed_length_epochs(make_raw(3, 100, 4), 1.0, preload=True, verbose="ERROR")
         epochs.average().save(tmp_path / "a-ave.fif", verbose="ERROR")
         with pytest.raises(NotContinuous, match="averages"):
-            opened(tmp_path / "a-ave.fif")
+            open_file(tmp_path / "a-ave.fif")
 
 
-class TestRecordsOfSeveralRates:
+class TestSeveralSamplingRates:
     def write(self, path: Path, rates: dict[str, tuple[float, str]]) -> dict[str, np.ndarray]:
         import edfio
 
@@ -445,10 +444,10 @@ class TestRecordsOfSeveralRates:
         ).write(path)
         return data
 
-    def test_the_rate_is_that_of_the_electrodes(self, tmp_path: Path) -> None:
+    def test_sampling_rate_is_that_of_the_eeg_channels(self, tmp_path: Path) -> None:
         rates = {"EEG Fpz-Cz": (100.0, "uV"), "EEG Pz-Oz": (100.0, "uV"), "Sound": (200.0, "uV"), "Temp": (1.0, "C")}
         data = self.write(tmp_path / "a.edf", rates | {"SaO2": (100.0, "%")})
-        signal = opened(tmp_path / "a.edf")
+        signal = open_file(tmp_path / "a.edf")
         assert signal.info.sfreq == 100.0 and signal.info.ch_names == ["EEG Fpz-Cz", "EEG Pz-Oz", "SaO2"]
         assert signal.info.ch_types == ["eeg", "eeg", "misc"]
         assert signal.info.left_out == {"Sound": "another rate: 200 Hz", "Temp": "another rate: 1 Hz"}
@@ -456,25 +455,25 @@ class TestRecordsOfSeveralRates:
         blocks = [signal.read(a, min(a + 130, 800), [0, 1]) for a in range(0, 800, 130)]
         np.testing.assert_allclose(np.concatenate(blocks, axis=1), x, atol=0.01e-6)
 
-    def test_electrodes_at_other_rates_are_brought_to_it(self, tmp_path: Path) -> None:
+    def test_eeg_channels_at_other_rates_are_resampled(self, tmp_path: Path) -> None:
         import edfio
 
-        def sine(rate: float) -> np.ndarray:
+        def make_sine(rate: float) -> np.ndarray:
             return 50 + 30 * np.sin(2 * np.pi * 7 * np.arange(int(9 * rate)) / rate)
 
         rates = {"Fp1": 200.0, "Fp2": 200.0, "Cz": 100.0, "Pz": 400.0, "Oz": 32.0, "Sound": 400.0}
         signals = [
-            edfio.EdfSignal(sine(rate), rate, label=label, physical_dimension="uV", physical_range=(-100, 100))
+            edfio.EdfSignal(make_sine(rate), rate, label=label, physical_dimension="uV", physical_range=(-100, 100))
             for label, rate in rates.items()
         ]
         edfio.Edf(signals).write(tmp_path / "a.edf")
-        signal = opened(tmp_path / "a.edf")
+        signal = open_file(tmp_path / "a.edf")
         info = signal.info
         assert info.ch_names == ["Fp1", "Fp2", "Oz", "Cz", "Pz"] and info.sfreq == 200 and info.bads == ["Oz"]
         assert info.left_out == {"Sound": "another rate: 400 Hz"} and "Oz 32 Hz" in info.notes[0]
-        whole = everything(signal)
+        whole = read_all(signal)
         assert whole.shape == (5, 1800)
-        # The same wave at every rate comes out as the same wave.
+        # After resampling, all channels hold the same sine.
         np.testing.assert_allclose(whole[:, 200:1600], np.broadcast_to(whole[0, 200:1600], (5, 1400)), atol=0.5e-6)
         for block in (1, 37, 450):
             parts = [signal.read(a, min(a + block, 1800), [3, 0, 2, 4]) for a in range(0, 1800, block)][:40]
@@ -483,7 +482,7 @@ class TestRecordsOfSeveralRates:
 
 
 class TestOtherFormats:
-    def test_files_of_another_system(self, tmp_path: Path, make_raw, write_raw) -> None:
+    def test_brainvision_files_with_windows_paths_are_found(self, tmp_path: Path, make_raw, write_raw) -> None:
         raw = make_raw(2, 100, 3)
         path = write_raw(raw, tmp_path / "a.vhdr")
         path.with_suffix(".eeg").rename(tmp_path / "A.EEG")
@@ -491,61 +490,63 @@ class TestOtherFormats:
         recording = sniff(path)
         assert recording is not None and len(recording.files) == 3
         signal = open_signal(recording)
-        np.testing.assert_allclose(everything(signal), raw.get_data(), atol=0.05e-6)
+        np.testing.assert_allclose(read_all(signal), raw.get_data(), atol=0.05e-6)
 
     @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
-    def test_names_in_any_code_page(self, tmp_path: Path, make_raw, write_raw, encoding: str) -> None:
+    def test_brainvision_header_is_read_in_its_encoding(
+        self, tmp_path: Path, make_raw, write_raw, encoding: str
+    ) -> None:
         raw = make_raw(2, 100, 3)
         path = write_raw(raw, tmp_path / "müller.vhdr")
         text = path.read_text(encoding="utf-8")
         path.write_bytes(text.replace("UTF-8", encoding.upper()).encode(encoding))
-        signal = opened(path)
-        np.testing.assert_allclose(everything(signal), raw.get_data(), atol=0.05e-6)
+        signal = open_file(path)
+        np.testing.assert_allclose(read_all(signal), raw.get_data(), atol=0.05e-6)
 
-    def test_egi_simple_binary(self, tmp_path: Path) -> None:
+    def test_egi_simple_binary_is_read(self, tmp_path: Path) -> None:
         x = np.random.default_rng(0).normal(0, 20, (3, 500)).astype(np.float32)
-        signal = opened(write_egi(tmp_path / "a.raw", x))
+        signal = open_file(write_egi(tmp_path / "a.raw", x))
         assert signal.info.ch_names == ["E1", "E2", "E3"] and signal.info.sfreq == 250
-        np.testing.assert_allclose(everything(signal), x * 1e-6, rtol=1e-5)
+        np.testing.assert_allclose(read_all(signal), x * 1e-6, rtol=1e-5)
         with pytest.raises(NotContinuous, match="segmented"):
-            opened(write_egi(tmp_path / "b.raw", x, version=5))
+            open_file(write_egi(tmp_path / "b.raw", x, version=5))
 
-    def test_xdf(self, tmp_path: Path) -> None:
+    def test_eeg_stream_of_xdf_is_read(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
         x = rng.normal(0, 20, (600, 3))
         stamps = 1000 + np.arange(600) / 100 + rng.normal(0, 1e-4, 600)
         stamps[300:] += 12.0
         marks = ("Markers", "", stamps[::100], np.ones((6, 1)))
-        signal = opened(write_xdf(tmp_path / "a.xdf", [marks, ("EEG", "microvolts", stamps, x)]))
+        signal = open_file(write_xdf(tmp_path / "a.xdf", [marks, ("EEG", "microvolts", stamps, x)]))
         assert signal.info.ch_names == ["Fp1", "Cz", "Pz"] and signal.info.sfreq == pytest.approx(100, rel=1e-3)
         assert [(s.start, s.stop, round(s.onset, 1)) for s in signal.info.segments] == [(0, 300, 0.0), (300, 600, 15.0)]
         np.testing.assert_allclose(signal.read(100, 500, [2, 0]), x.T[[2, 0], 100:500] * 1e-6, rtol=1e-5)
         with pytest.raises(NotContinuous, match="no stream of type EEG: only Markers"):
-            opened(write_xdf(tmp_path / "b.xdf", [marks]))
+            open_file(write_xdf(tmp_path / "b.xdf", [marks]))
         with pytest.raises(ReadError, match="2 streams of type EEG"):
-            opened(write_xdf(tmp_path / "c.xdf", [("EEG", "uV", stamps, x), ("EEG", "uV", stamps, x)]))
+            open_file(write_xdf(tmp_path / "c.xdf", [("EEG", "uV", stamps, x), ("EEG", "uV", stamps, x)]))
 
-    def test_a_reader_that_is_not_installed(
+    def test_missing_reader_package_is_reported(
         self, tmp_path: Path, make_raw, write_raw, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = write_xdf(tmp_path / "a.xdf", [("EEG", "uV", np.arange(50) / 100, np.zeros((50, 2)))])
         monkeypatch.setitem(sys.modules, "pyxdf", None)
         with pytest.raises(ReadError, match=r"^reader not installed: pip install pyxdf$"):
-            opened(path)
+            open_file(path)
 
 
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("counted", [True, False])
-def test_neuroscan_bits(tmp_path: Path, bits: int, counted: bool) -> None:
+def test_number_of_bits_of_neuroscan_is_recognised(tmp_path: Path, bits: int, counted: bool) -> None:
     rng = np.random.default_rng(0)
     x = np.cumsum(rng.normal(0, 20, (500, 6)), axis=0).astype(f"<i{bits // 8}")
     size = 900 + 75 * 6 + x.nbytes
     path = tmp_path / "a.cnt"
-    path.write_bytes(bytes(cnt_header(6, 500 if counted else 7, size)) + x.tobytes() + bytes(60))
+    path.write_bytes(bytes(make_cnt_header(6, 500 if counted else 7, size)) + x.tobytes() + bytes(60))
     assert neuroscan_data_format(path) == f"int{bits}"
 
 
-def test_fif_parts_belong_together(tmp_path: Path, make_raw) -> None:
+def test_parts_of_a_split_fif_are_one_recording(tmp_path: Path, make_raw) -> None:
     raw = make_raw(8, 1000, 60)
     raw.save(tmp_path / "long_raw.fif", split_size="2MB", buffer_size_sec=1, verbose="ERROR")
     assert len(list(tmp_path.iterdir())) > 1
@@ -554,21 +555,21 @@ def test_fif_parts_belong_together(tmp_path: Path, make_raw) -> None:
     assert open_signal(found[0]).info.n_samples == raw.n_times
 
 
-def test_folders_are_walked_once(tmp_path: Path, make_raw, write_raw) -> None:
+def test_subfolders_are_searched_and_hidden_folders_are_ignored(tmp_path: Path, make_raw, write_raw) -> None:
     path = write_raw(make_raw(2, 100, 2), tmp_path / "deep" / "er" / "a.edf")
     (tmp_path / ".hidden").mkdir()
     shutil.copy(path, tmp_path / ".hidden" / "b.edf")
     assert [r.path for r in find_recordings(tmp_path)] == [path]
 
 
-def test_a_link_in_a_circle_ends(tmp_path: Path, make_raw, write_raw) -> None:
+def test_circular_link_does_not_repeat_recordings(tmp_path: Path, make_raw, write_raw) -> None:
     path = write_raw(make_raw(2, 100, 2), tmp_path / "sub" / "a.edf")
     (tmp_path / "sub" / "again").symlink_to(tmp_path, target_is_directory=True)
     assert [r.path for r in find_recordings(tmp_path)] == [path]
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may read everything")
-def test_what_cannot_be_read_gets_a_reason(tmp_path: Path, make_raw, write_raw) -> None:
+def test_unreadable_file_gets_a_reason(tmp_path: Path, make_raw, write_raw) -> None:
     path = write_raw(make_raw(2, 100, 2), tmp_path / "a.edf")
     path.chmod(0)
     assert (find_recordings(tmp_path)[0].problem or "").startswith("unreadable")

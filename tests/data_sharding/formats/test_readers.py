@@ -1,4 +1,4 @@
-"""Formats that are described in one file of ``data_sharding/formats/readers``."""
+"""Formats that are each defined by one file of ``data_sharding/formats/readers``."""
 
 from __future__ import annotations
 
