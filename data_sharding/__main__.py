@@ -1,4 +1,4 @@
-"""``python -m data_sharding CONFIG.yaml --output DIR``: the sharding job, as it is started by `ray job submit`."""
+"""Starts the sharding job. `ray job submit` uses ``python -m data_sharding CONFIG.yaml --output DIR``."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""The sharding job: a Ray task reads each recording into a part, and then the parts are packed into shards."""
+"""The sharding job. First, Ray tasks read the recordings and cut windows. Then the windows are packed into shards."""

@@ -1,4 +1,4 @@
-"""Ray: a session that ends cleanly, and tasks that may crash their worker without harm to other tasks."""
+"""Starts Ray and runs tasks on it. A task that crashes its worker does not affect other tasks."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ from data_sharding.common.storage import FULL, is_storage_error
 from data_sharding.job.isolation import ChildFailed
 
 INFRASTRUCTURE_RETRIES = 5
-"""How often a task is retried if its machine or worker failed, rather than its own work."""
+"""Number of retries of a task if its worker or machine failed. Errors of the task itself are not counted here."""
 NODE_S = 60.0
-"""Time limit (s) for a machine to answer which folders it sees."""
+"""Time limit in seconds for each machine to report which folders it can access."""
 STORAGE_TRIES = 3
-"""How often a task is tried if a disk or an object store fails, unless the disk is full."""
+"""Number of attempts for a task if a disk or an object store fails. If the disk is full, there is one attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RayConfig:
-    """Ray cluster on which the job runs, and limits for each recording."""
+    """The Ray cluster that runs the job, and limits for each recording."""
 
     address: str = ""
-    """Address of the cluster, e.g. auto or ray://head:10001. Empty: RAY_ADDRESS if it is set, else a new cluster on
-    this machine."""
+    """Address of the Ray cluster, e.g. auto or ray://head:10001. If empty, the environment variable RAY_ADDRESS is
+    used. If this variable is not set either, a new cluster is started on this machine."""
     num_cpus: int = 0
-    """Number of workers of a new cluster on this machine; 0: one for each core."""
+    """Number of workers in a new cluster on this machine; 0 means one worker for each core."""
     max_in_flight: int = 0
-    """Largest number of tasks submitted at a time; 0: twice as many as the cluster can run at once."""
+    """Largest number of tasks submitted to Ray at the same time. 0 means twice the number that can run at once."""
     timeout_s: float = 3600.0
-    """Time limit (s) for a recording; after it the recording is quarantined."""
+    """Time limit in seconds for reading a recording. A recording that needs more time is quarantined."""
     memory_gb: float = 2.0
-    """Memory limit (GB, 1e9 bytes) for a recording; beyond it the recording is quarantined. Ray reserves this much for
-    each."""
+    """Memory limit in GB (1e9 bytes) for reading a recording. A recording that needs more memory is quarantined. Ray
+    reserves this amount of memory for each recording."""
     auth_mode: Literal["", "disabled", "token"] = ""
-    """Authentication of Ray. Empty: RAY_AUTH_MODE if it is set, else disabled for a new cluster on this machine."""
+    """Authentication mode of Ray. If empty, the environment variable RAY_AUTH_MODE is used. If this variable is not
+    set either, a new cluster on this machine has no authentication."""
 
     def __post_init__(self) -> None:
         if self.num_cpus < 0 or self.max_in_flight < 0:
@@ -58,7 +59,7 @@ class RayConfig:
 
 @contextlib.contextmanager
 def raise_on_stop_signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into `StopRequested` while the body runs.
+    """Raise `StopRequested` if SIGTERM or SIGINT arrives during the ``with`` block.
 
     Yields
     ------
@@ -83,17 +84,17 @@ def raise_on_stop_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ray_session(config: RayConfig) -> Iterator[int]:
-    """Join or start a Ray cluster, and leave it when the body ends, also with an error.
+    """Connect to a Ray cluster, or start one. The connection ends with the ``with`` block, also after an error.
 
     Parameters
     ----------
     config : RayConfig
-        The cluster.
+        Settings of the Ray cluster.
 
     Yields
     ------
     int
-        Number of tasks to submit at a time.
+        Largest number of tasks to submit to Ray at the same time.
 
     Raises
     ------
@@ -101,7 +102,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         If the cluster cannot be reached or started, or has too little memory.
     """
     address = config.address or os.environ.get("RAY_ADDRESS", "")
-    # Without this setting a local cluster may demand a token, depending on what ran on the machine before.
+    # An earlier Ray session on this machine may have left a token. Without this setting, Ray might then require it.
     if config.auth_mode or not address:
         os.environ["RAY_AUTH_MODE"] = config.auth_mode or os.environ.get("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -122,7 +123,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         }
     try:
         ray.init(**options)
-    except Exception as error:  # Ray raises many types, a bare Exception among them if it does not start in time
+    except Exception as error:  # Ray raises many types of errors, sometimes a plain Exception
         where = f"ray.address '{address}'" if address else "a local Ray"
         raise RequestError(f"{where} could not be reached or started: {one_line(error)[:300]}") from None
     try:
@@ -134,7 +135,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
 
 
 def _slots(config: RayConfig) -> int:
-    """Return how many recordings the cluster can read at a time."""
+    """Return the number of recordings that the cluster can read at the same time."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -154,7 +155,7 @@ def _slots(config: RayConfig) -> int:
 
 
 def find_missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
-    """Find folders that a machine of the cluster does not see, such as network folders that are not mounted there.
+    """Find paths that a machine of the cluster cannot access, for example because a network folder is not mounted.
 
     Parameters
     ----------
@@ -164,7 +165,7 @@ def find_missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        Address of a machine to the paths that are missing on it. Machines that see all paths are not listed.
+        Address of a machine to the paths that are missing there. Machines that can access all paths are not listed.
     """
     import ray
     from ray.exceptions import RayError
@@ -182,7 +183,7 @@ def find_missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
     }
     found: dict[str, list[str]] = {}
     for address, reference in asked.items():
-        # If a machine fails at this moment, the job need not stop: other machines take its tasks.
+        # A machine that fails at this moment is ignored, because other machines will run its tasks.
         with contextlib.suppress(RayError):
             if missing := ray.get(reference, timeout=NODE_S):
                 found[address] = missing
@@ -194,7 +195,7 @@ def _missing(paths: list[str]) -> list[str]:
 
 
 class ClusterFailed(RuntimeError):
-    """A task has failed too often because of the cluster, not because of its own work."""
+    """A task has failed too often, and the cause is the cluster and not the task."""
 
 
 def run_tasks(
@@ -212,34 +213,35 @@ def run_tasks(
     Parameters
     ----------
     function : callable
-        A function of a module that the workers can import, with a small result. It must be safe to run it twice: if
-        a worker, a raylet or a machine dies, its tasks are run again, on another machine if there is one.
+        The function to run. The workers must be able to import its module, and its result must be small. If a worker,
+        a raylet or a machine dies, its tasks are run again, so the function must be safe to run twice.
     arguments : mapping
         Argument of each task, by key.
     in_flight : int
-        Largest number of tasks at a time.
+        Largest number of tasks that are submitted to Ray at the same time.
     memory_gb : float
         Memory in GB that Ray reserves for each task.
     done : callable
-        Called as ``done(key, result)`` for every task that returned.
+        Function that is called as ``done(key, result)`` after a task has returned its result.
     give_up : callable, optional
-        Called as ``give_up(key, error)`` for a task that raised an error, or that used up its machine's memory several
-        times. Returns the reason if the job is to continue without the task, and None if the job is to fail.
+        Function that is called as ``give_up(key, error)`` for a task that raised an error, or that used up the memory
+        of its machine several times. If the function returns a reason, the job continues without this task. If it
+        returns None, the error is raised.
     look : callable, optional
-        Called as ``look(running)`` at least twice a second.
+        Function that is called at least twice a second, with the number of tasks that are submitted.
 
     Returns
     -------
     dict
-        Reason for each task that was given up, by key.
+        Key to reason, for each task that was given up.
 
     Raises
     ------
     ClusterFailed
-        If the same task lost its worker too often.
+        If the worker of the same task failed too often.
     Exception
-        The error of a task that was not given up. Errors of disks and object stores are raised only after some
-        retries, unless the disk is full.
+        If a task raised this error and was not given up. After an error of a disk or an object store, the task is
+        first retried, unless the disk is full.
     """
     import ray
     from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
@@ -256,7 +258,7 @@ def run_tasks(
         if look:
             look(len(running))
         finished: list[Any] = ray.wait(list(running), num_returns=1, timeout=0.5)[0]
-        if finished:  # Also take all others that have finished by now; there may be thousands.
+        if finished:  # Thousands of tasks may have finished by now, so fetch all of them at once.
             finished = ray.wait(list(running), num_returns=len(running), timeout=0)[0]
         for reference in finished:
             key, argument = running.pop(reference)
@@ -278,7 +280,7 @@ def run_tasks(
             if lost[key] < often:
                 waiting.append((key, argument))
                 continue
-            # A machine that runs out of memory may be the fault of the task itself, all other losses are not.
+            # If a machine runs out of memory, the task may be the cause. If a worker is lost otherwise, it is not.
             is_clusters_fault = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
             if is_clusters_fault and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(
@@ -298,6 +300,6 @@ def say(text: str) -> None:
     Parameters
     ----------
     text : str
-        The line.
+        The line to print.
     """
     print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""The second pass over a recording: filter the signal in the scratch file and cut it into windows.
+"""Does the second pass over a recording: filters the signal in the scratch file and cuts it into windows.
 
-Shapes: n channels, T samples a window.
+Letters in array shapes: n is the number of channels, T the number of samples in a window.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ class Clean:
     """Instructions for the second pass over the scratch file."""
 
     channels: Channels
-    """Channels of the windows."""
+    """Channels that the windows contain."""
     rows: list[int]
-    """Rows of the scratch file to filter; the rows of the windows come first."""
+    """Rows of the scratch file to filter. The rows of `channels` come first, extra rows for the reference come last."""
     reference: list[int]
-    """Which of `rows` are averaged to become the reference."""
+    """Positions in `rows` of the channels whose mean is the reference."""
     bads: list[int]
-    """Rows of the windows that are bad."""
+    """Positions in `channels` of the bad channels."""
     factor: float
-    """Factor from the values in the scratch file to microvolts."""
+    """Factor that converts the values in the scratch file to microvolts."""
     line_freq: float | None
-    """Mains frequency in Hz; None: there is none to filter out."""
+    """Mains frequency in Hz that is filtered out; None if no mains frequency was found."""
     begins: list[int]
     """First sample of each segment in the scratch file."""
     lengths: list[int]
     """Number of samples of each segment in the scratch file."""
     left_out: dict[str, str]
-    """EEG channels that are not in the windows, with the reason."""
+    """EEG channels that the windows do not contain: channel name to reason."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A window to cut out."""
+    """A window to cut out of the signal."""
 
     start: int
-    """First sample, counted from the start of its segment at the target rate."""
+    """First sample of the window at the target sampling rate, counted from the start of the segment."""
     number: int
-    """Number of the window, at the end of its key."""
+    """Number of the window in the recording. The key of the sample ends with this number."""
     split: str
     """Split that the window belongs to."""
     extra: dict[str, Any]
-    """Metadata of its trial; empty without trials."""
+    """Metadata of the trial; empty for a recording without trials."""
 
 
 def plan_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> dict[int, list[Cut]]:
@@ -71,16 +71,16 @@ def plan_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> d
     Parameters
     ----------
     lengths : list of int
-        Number of samples of each segment at the target rate.
+        Number of samples of each segment at the target sampling rate.
     spec : PreprocessSpec
-        Gives length and stride of the windows.
+        Settings of the preprocessing, with the length and the stride of the windows.
     split : str
-        Split of all windows.
+        Name of the split for all windows.
 
     Returns
     -------
     dict
-        Windows of each segment, by its number, in order of time.
+        Number of a segment to the windows of this segment, in order of time.
     """
     cuts: dict[int, list[Cut]] = {}
     number = 0
@@ -100,33 +100,33 @@ def clean_windows(
     cuts: dict[int, list[Cut]],
     left_out: Counter[str],
 ) -> Iterator[tuple[int, Cut, float, np.ndarray]]:
-    """Filter the segments that hold windows, and cut the windows out.
+    """Filter all segments that contain windows, and cut the windows out of them.
 
     Parameters
     ----------
     clean : Clean
         The instructions of the first pass.
     scratch : Scratch
-        The signal at the target rate.
+        The signal at the target sampling rate.
     info : SignalInfo
         Description of the recording.
     spec : PreprocessSpec
-        The preprocessing.
+        Settings of the preprocessing.
     cuts : dict
-        Windows of each segment, by its number, in order of time.
+        Number of a segment to the windows of this segment, in order of time.
     left_out : Counter
-        Number of windows that cannot be used, by reason; it is increased here.
+        Number of windows that cannot be used, by reason. This function increases the numbers.
 
     Yields
     ------
     segment : int
-        Number of the segment that holds the window.
+        Number of the segment that contains the window.
     cut : Cut
-        The window's plan.
+        The planned window.
     start : float
         Start of the window in seconds from the start of the recording.
     window : ndarray, shape (n, T), float32
-        The signal in microvolts.
+        The signal of the window in microvolts.
     """
     n = len(clean.channels.names)
     good = np.setdiff1d(np.arange(n), clean.bads)
@@ -154,7 +154,7 @@ def clean_windows(
 
 
 def _plan_cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
-    """Plan the windows of a recording: by segment, in order of time."""
+    """Plan the windows of a recording. The result lists the windows of each segment in order of time."""
     item, spec = task.item, task.spec
     cuts: dict[int, list[Cut]] = {}
     if item.trials is None:
@@ -186,12 +186,12 @@ def _plan_cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Count
 def _locate(
     trial: Trial, offset_s: float, segments: list[Segment], onsets: np.ndarray, spec: PreprocessSpec
 ) -> tuple[int | None, int]:
-    """Return the segment in which the window of a trial begins, and the first sample in it; None if there is none."""
+    """Return the segment in which the window of a trial begins (None if there is none), and the first sample there."""
     if trial.segment is not None:
         start = round(offset_s * spec.sfreq)
         return (trial.segment, start) if 0 <= trial.segment < len(segments) and start >= 0 else (None, 0)
     begin = trial.onset + offset_s
-    # A begin that is up to half a sample before the segment is a rounding error.
+    # If a window begins up to half a sample before a segment, this is a rounding error: the window is in the segment.
     segment = int(np.searchsorted(onsets, begin + 0.5 / spec.sfreq, side="right")) - 1
     if segment < 0:
         return None, 0
@@ -199,17 +199,17 @@ def _locate(
 
 
 def detect_image_type(data: bytes) -> str | None:
-    """Tell the type of an image from its first bytes.
+    """Detect the type of an image from the first bytes of its file.
 
     Parameters
     ----------
     data : bytes
-        The image file.
+        Content of the image file.
 
     Returns
     -------
     str or None
-        Its file extension: jpg, png or webp; None for any other type.
+        File extension of the type: jpg, png or webp; None for any other type.
     """
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
@@ -219,7 +219,7 @@ def detect_image_type(data: bytes) -> str | None:
 
 
 def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], window: int) -> Iterator[tuple[Cut, np.ndarray]]:
-    """Cut windows, sorted by their starts, out of a signal that comes in blocks."""
+    """Cut windows out of a signal that comes in blocks. The windows must be sorted by their first sample."""
     held, at, following = None, 0, 0
     for block in blocks:
         held = block if held is None else np.concatenate([held, block], axis=1)
@@ -236,20 +236,20 @@ def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], window: int) -> Iter
 def write_windows(
     task: Task, result: PartResult, folder: Path, clean: Clean, scratch: Scratch, info: SignalInfo
 ) -> None:
-    """Do the second pass: filter the segments that hold windows, and write the windows.
+    """Do the second pass over a recording: filter all segments that contain windows, and write the windows.
 
     Parameters
     ----------
     task : Task
-        The recording and what to do with it.
+        The recording and the settings for it.
     result : PartResult
-        Its samples, and the columns about windows in its row, are filled.
+        Result of the recording. This function fills in `samples`, and the columns about windows in the ledger row.
     folder : Path
-        Folder for ``train.tar`` and the tars of the other splits.
+        Folder for the files ``train.tar``, ``val.tar`` and ``test.tar``.
     clean : Clean
         The instructions of the first pass.
     scratch : Scratch
-        The signal at the target rate.
+        The signal at the target sampling rate.
     info : SignalInfo
         Description of the recording.
     """
@@ -288,7 +288,7 @@ def write_windows(
                 Sample(key=f"{item.key}-{cut.number:06d}", eeg=window, meta=meta, image=image, image_ext=kind)
             )
             written[cut.split] += 1
-            # Windows may overlap, so count the seconds that they cover and not the sum of their lengths.
+            # Windows may overlap, so the sum of their lengths would count some samples twice.
             if number != segment:
                 segment, covered_to = number, 0
             covered += cut.start + spec.window - max(covered_to, cut.start)
@@ -303,7 +303,7 @@ def write_windows(
 def _find_flaw(
     window: np.ndarray, good: np.ndarray, start_s: float, spans: np.ndarray, spec: PreprocessSpec
 ) -> str | None:
-    """Return why a window is left out; None if it is kept."""
+    """Return the reason why a window is left out; None if the window can be used."""
     if ((spans[:, 0] < start_s + spec.window_s) & (spans[:, 1] > start_s)).any():
         return "over a span marked as bad"
     if max(-float(window.min()), float(window.max())) > FLOAT16_MAX_UV:

@@ -1,8 +1,8 @@
-"""Runs a function in a child process, so that a crash, an endless loop or too much memory ends only one call.
+"""Runs a function in a child process. If the function crashes, hangs or needs too much memory, only this call fails.
 
-Readers of file formats may crash on damaged files. Ray would lose its worker then; here only the child is lost.
-``python -m data_sharding.job.isolation`` is the child. It is a new process, not a fork, does not import Ray, and ends
-together with its parent.
+Readers of file formats may crash on damaged files. In a child process, such a crash does not end the Ray worker. The
+child process runs the command ``python -m data_sharding.job.isolation``. The child is a new process and not a fork. It
+does not import Ray, and it ends together with its parent.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from typing import Any
 from data_sharding.common.reason import Reason
 
 CRASHES = 2
-"""A call is given up after this many crashes of the child."""
+"""Number of crashes of the child process after which a call is given up."""
 KILLS = 4
-"""A call is given up after the child was killed this often with SIGKILL or SIGTERM. Such a signal comes from outside,
-mostly from the kernel when memory is short, so more retries are allowed than after a crash."""
+"""A call is given up after the child process was killed this many times with SIGKILL or SIGTERM. Another process or the
+kernel (if memory is short) sends these signals, so more retries are allowed than after a crash."""
 START_S = 300.0
-"""Time limit (s) for the start of a child; imports from a busy network folder are slow."""
+"""Time limit in seconds for the start of a child process. It is long, because imports from a network disk are slow."""
 LOOK_S = 0.1
-"""Seconds between two checks of the child's memory."""
+"""Seconds between two checks of the child process's memory."""
 PR_SET_PDEATHSIG = 1
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""Each child uses one core: many recordings at once are faster than many threads for one recording."""
+"""Each child process uses one core. It is faster to read many recordings at once than to use many threads for one."""
 
 
 class GivenUp(Exception):
-    """A call cannot be finished, and the function itself is the cause.
+    """A call in a child process cannot be finished, and the called function is the cause.
 
     Parameters
     ----------
     reason : Reason
-        Why the call cannot be finished; it is written to the ledger.
+        Reason for the ledger: why the call cannot be finished.
     """
 
     def __init__(self, reason: Reason) -> None:
@@ -59,7 +59,7 @@ class GivenUp(Exception):
 
 
 class ChildFailed(RuntimeError):
-    """A child process did not start, which is the fault of the machine and not of the call."""
+    """A child process did not start. The cause is the machine and not the called function."""
 
 
 class _Died(Exception):
@@ -69,7 +69,7 @@ class _Died(Exception):
 
 
 def _private_bytes(pid: int) -> int:
-    """Return the private memory of a process. Pages of mapped files do not count, as the kernel can drop them."""
+    """Return the private memory of a process in bytes. Memory-mapped files do not count: the kernel can free them."""
     import psutil
 
     try:
@@ -81,11 +81,11 @@ def _private_bytes(pid: int) -> int:
 
 @contextlib.contextmanager
 def _owned_scratch() -> Iterator[Path]:
-    """Make a scratch folder, and remove those of processes that have died.
+    """Make a scratch folder, and remove the scratch folders of processes that have died.
 
-    Each folder is locked by its owner. The operating system releases the lock when the owner ends in any way, so a
-    folder without a locked file has no owner. The lock is taken by hand rather than with filelock, because the folder
-    is renamed while the lock is held.
+    Each process locks a file in its own scratch folder. The operating system releases this lock when the process ends,
+    even after a crash. So a scratch folder without a lock belongs to a dead process. The code does not use the library
+    filelock, because the folder is renamed while the file is locked.
     """
     base = Path(os.environ.get("DREAMSCALE_SCRATCH") or tempfile.gettempdir())
     base.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def _owned_scratch() -> Iterator[Path]:
         with contextlib.suppress(OSError), (old / "lock").open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(old, ignore_errors=True)
-    # The folder gets its final name after it is locked. Under the first name no other process looks for it.
+    # The folder gets its final name only after its file is locked. Otherwise, another process could remove the folder.
     made = Path(tempfile.mkdtemp(prefix="dreamscale-new-", dir=base))
     with (made / "lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -114,9 +114,9 @@ class Child:
     Parameters
     ----------
     function : str
-        ``module:name`` of a function of one argument; argument and result must be picklable.
+        The function, written as ``module:name``. It has one argument. The argument and the result must be picklable.
     memory_gb : float
-        Memory limit for a call in GB (1e9 bytes); 0: no limit.
+        Memory limit for a call in GB (1e9 bytes); 0 means no limit.
     """
 
     def __init__(self, function: str, memory_gb: float = 0.0) -> None:
@@ -129,7 +129,7 @@ class Child:
             **ONE_THREAD,
             "DREAMSCALE_SCRATCH": str(folder),
             "TMPDIR": str(folder),
-            # The job's code may be on this process's path without being in the environment.
+            # The child must find the same modules, so it gets the complete search path of this process.
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path)),  # noqa: PTH109
         }
         with theirs:
@@ -160,26 +160,26 @@ class Child:
                 raise GivenUp(_too_much_memory(self.memory_gb))
 
     def call(self, argument: Any, timeout_s: float) -> Any:
-        """Call the function.
+        """Call the function in the child process.
 
         Parameters
         ----------
         argument : Any
-            Its argument.
+            Argument of the function.
         timeout_s : float
             Time limit in seconds.
 
         Returns
         -------
         Any
-            Its result.
+            Result of the function.
 
         Raises
         ------
         GivenUp
-            If the call exceeds its time or memory. The child has ended then.
+            If the call needs more than the allowed time or memory. In this case, the child process is killed.
         Exception
-            What the function raised.
+            Any error that the function raised.
         """
         try:
             self._pipe.send(argument)
@@ -194,7 +194,7 @@ class Child:
         return value
 
     def close(self) -> None:
-        """Kill the child and remove its scratch folder."""
+        """Kill the child process and remove its scratch folder."""
         self.process.kill()
         self.process.wait()
         self._pipe.close()
@@ -202,7 +202,7 @@ class Child:
 
     @property
     def worn(self) -> bool:
-        """Whether the child should be replaced, because it still uses half of the memory limit after its calls."""
+        """Whether to replace the child process, because it keeps more than half of the memory limit after a call."""
         return bool(self.memory_gb) and _private_bytes(self.process.pid) > 0.5e9 * self.memory_gb
 
 
@@ -210,32 +210,32 @@ _children: dict[tuple[str, float], Child] = {}
 
 
 def call_isolated(function: str, argument: Any, *, timeout_s: float, memory_gb: float = 0.0) -> Any:
-    """Call a function in a child of this process; the child is started if there is none.
+    """Call a function in a child process. The child process is reused, or started if necessary.
 
     Parameters
     ----------
     function : str
-        ``module:name``.
+        The function, written as ``module:name``.
     argument : Any
-        Its argument.
+        Argument of the function.
     timeout_s : float
         Time limit in seconds (key ``ray.timeout_s``).
     memory_gb : float
-        Memory limit in GB (key ``ray.memory_gb``); 0: no limit.
+        Memory limit in GB (key ``ray.memory_gb``); 0 means no limit.
 
     Returns
     -------
     Any
-        Its result.
+        Result of the function.
 
     Raises
     ------
     GivenUp
-        If the call exceeded its time or memory, or its process died too often; the reason says which.
+        If the call needed more than the allowed time or memory, or if the child process died too often.
     ChildFailed
-        If no child could be started.
+        If no child process could be started.
     Exception
-        What the function raised.
+        Any error that the function raised.
     """
     crashes = kills = 0
     while True:
@@ -266,14 +266,14 @@ def call_isolated(function: str, argument: Any, *, timeout_s: float, memory_gb: 
 
 
 def close_children() -> None:
-    """End all children of this process."""
+    """End all child processes of this process."""
     while _children:
         _children.popitem()[1].close()
 
 
 def _portable(error: Exception) -> Exception:
     """Return the error in a form that can be sent to another process."""
-    traceback.print_exception(error)  # This goes to Ray's log of the worker.
+    traceback.print_exception(error)  # Ray writes this text to the log of the worker.
     with contextlib.suppress(Exception):
         pickle.loads(pickle.dumps(error))
         return error
@@ -283,13 +283,13 @@ def _portable(error: Exception) -> Exception:
 def _serve(pipe: Connection, parent: int, name: str, memory_gb: float) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # The parent died before the line above took effect.
+    if os.getppid() != parent:  # The parent died before prctl was called.
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Only the main process of the job handles Ctrl-C.
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_gb:
-        # A damaged header may ask for far more than the limit at once. The kernel refuses this before it is used.
+        # With a damaged header, a reader may request far too much memory at once. This limit makes the kernel refuse.
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         wanted = int(2e9 * memory_gb + 2**30)
         if hard == resource.RLIM_INFINITY or wanted < hard:

@@ -1,4 +1,4 @@
-"""Files of an unfinished job in its working folder: the journal of finished recordings, and the lock of the job."""
+"""Keeps two kinds of files in the working folder of a job: the journal of finished recordings, and the job's lock."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from data_sharding.common.storage import AnyPath, fresh, is_storage_error
 from data_sharding.job.task import PartResult
 
 EVERY_S = 10.0
-"""On an object store nothing can be appended to a file, so the journal is written as a new object this often (s)."""
+"""Seconds between two new objects of the journal on an object store, where nothing can be appended to an object."""
 BEAT_S = 15.0
-"""A job that writes to an object store renews its lock this often (s)."""
+"""Seconds after which a job renews its lock on an object store."""
 DEAD_S = 90.0
-"""A lock on an object store that was not renewed for this long (s) is that of a dead job."""
+"""If a lock on an object store was not renewed for this many seconds, its job counts as dead."""
 
 
 class Journal:
-    """Keeps the results of recordings that are finished, so that the next run does not open their files again.
+    """Stores the results of finished recordings, so that the next run does not open these recordings again.
 
     Parameters
     ----------
     folder : Path or UPath
-        Folder of its files; each run adds one.
+        Folder of the journal's files. Each run adds at least one file.
     """
 
     def __init__(self, folder: AnyPath) -> None:
@@ -47,7 +47,7 @@ class Journal:
         segments = sorted(fresh(folder).glob("*.jsonl"), key=lambda p: p.name) if folder.is_dir() else []
         for segment in segments:
             for line in segment.read_text().splitlines():
-                # The last line of a run that was killed may be incomplete.
+                # If a run was killed, the last line of its file may be incomplete. Ignore such a line.
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
                     self.rows[entry["key"]] = (entry["identity"], entry["row"])
@@ -57,32 +57,32 @@ class Journal:
         self._first = len(segments)
 
     def find(self, key: str, identity: str) -> PartResult | None:
-        """Return the result of a recording, if files and settings are still the same.
+        """Return the stored result of a recording, if its files and the settings have not changed.
 
         Parameters
         ----------
         key : str
-            The recording.
+            Key of the recording.
         identity : str
-            Checksum of everything that the result depends on.
+            Checksum of everything that the result of the recording depends on.
 
         Returns
         -------
         PartResult or None
-            The result; None if there is none, or if it belongs to other files or settings.
+            The result. None if no result is stored, or if the files or the settings have changed.
         """
         known, values = self.rows.get(key, ("", None))
         return PartResult.from_json(values) if values is not None and known == identity else None
 
     def add(self, key: str, identity: str, result: PartResult) -> None:
-        """Add a result.
+        """Add the result of a recording to the journal.
 
         Parameters
         ----------
         key, identity : str
-            See `find`.
+            Key and checksum of the recording; see `find`.
         result : PartResult
-            What the worker returned.
+            Result that the worker returned.
         """
         line = json.dumps({"key": key, "identity": identity, "row": result.to_json()}, separators=(",", ":")) + "\n"
         if self._stream is not None:
@@ -101,7 +101,7 @@ class Journal:
         self._last = time.monotonic()
 
     def close(self) -> None:
-        """Write all results that are not written yet."""
+        """Write the remaining results and close the journal."""
         if self._stream is not None:
             self._stream.close()
         else:
@@ -120,7 +120,7 @@ class Journal:
 
 @contextlib.contextmanager
 def lock_output(work: AnyPath) -> Iterator[None]:
-    """Hold the lock of an output while the body runs, so that no second job writes there.
+    """Lock an output folder during the ``with`` block, so that no other job writes to this folder.
 
     Parameters
     ----------
@@ -134,14 +134,14 @@ def lock_output(work: AnyPath) -> Iterator[None]:
     Raises
     ------
     RequestError
-        If another job holds the lock, or the folder cannot be written.
+        If another job holds the lock, or if the job cannot write to the folder.
     """
     if isinstance(work, UPath):
         with _lease(work):
             yield
         return
-    # The operating system ends such a lock with its process, on network disks, too. A file that merely exists would
-    # stay after a crash, so the fall-back of filelock for disks without real locks is turned off.
+    # The operating system releases this lock when the process ends, also on network disks. On disks without real
+    # locks, filelock would use the existence of a file as the lock. Such a file stays after a crash, so this is off.
     lock = FileLock(work / "lock", fallback_to_soft=False)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def _owner(lock: UPath) -> dict[str, Any] | None:
 def _is_gone(owner: dict[str, Any]) -> bool:
     """Whether the job that wrote a lock has ended.
 
-    On its own machine its process is looked up; for other machines the age of the lock decides.
+    If the lock comes from this machine, the process is looked up. Otherwise, the age of the lock decides.
     """
     if owner["host"] == socket.gethostname() and not Path(f"/proc/{owner['pid']}").exists():
         return True
@@ -179,7 +179,7 @@ def _is_gone(owner: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _lease(work: UPath) -> Iterator[None]:
-    """Hold a lock on an object store, which has no locks: an object that its owner renews while it is alive."""
+    """Lock an output on an object store. Stores have no locks, so the job writes an object and renews it regularly."""
     lock = work / "lock.json"
     mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     stop = threading.Event()
@@ -189,7 +189,7 @@ def _lease(work: UPath) -> Iterator[None]:
 
     def beat() -> None:
         while not stop.wait(BEAT_S):
-            # One failed renewal does no harm, and if the store is gone, the job itself will fail when it writes.
+            # Ignore errors: one failed renewal is harmless, and if the store is gone, the job itself will fail.
             with contextlib.suppress(Exception):
                 renew()
 
@@ -200,7 +200,7 @@ def _lease(work: UPath) -> Iterator[None]:
                 f"wait for it; if it has died, wait {DEAD_S:g} s"
             )
         renew()
-        time.sleep(0.5)  # If two jobs begin at the same moment, the one that wrote last continues.
+        time.sleep(0.5)  # If two jobs start at the same moment, the job that wrote the lock last continues.
         if (_owner(lock) or {}).get("id") != mine["id"]:
             raise RequestError(f"output '{work.parent}': another job began at the same moment; wait for it")
     except Exception as error:

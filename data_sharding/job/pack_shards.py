@@ -1,6 +1,8 @@
-"""Copies samples from the parts of recordings into shards of bounded size.
+"""Copies the samples of all recordings into shards of limited size.
 
-The shards have the same bytes for any number of workers, because the plan depends only on the order of the keys.
+The first phase of the job has written the samples of each recording to a folder, the *part* of the recording. The plan
+of the shards depends only on the order of the recordings' keys. So the bytes of the shards do not depend on the number
+of workers.
 """
 
 from __future__ import annotations
@@ -25,28 +27,28 @@ from data_sharding.job.task import PartResult
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A run of samples of one part that goes into a shard."""
+    """Consecutive samples of one recording that are copied into the same shard."""
 
     key: str
-    """The recording."""
+    """Key of the recording."""
     part: str
-    """Name of its part's folder."""
+    """Name of the recording's part, which is a folder."""
     split: str
-    """Split, which names the tar of the part."""
+    """Name of the split. The file ``<split>.tar`` in the part holds its samples."""
     start: int
-    """First sample."""
+    """Number of the first sample in this file."""
     stop: int
-    """One past the last sample."""
+    """Number of the last sample plus one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """The content of a shard."""
+    """Which samples a shard contains."""
 
     path: str
-    """Path of the shard, relative to the dataset."""
+    """Path of the shard, relative to the folder of the dataset."""
     pieces: tuple[Piece, ...]
-    """The samples, in order."""
+    """The samples, in the order in which they are written."""
 
 
 def plan_shards(results: Iterable[PartResult], samples_per_shard: int) -> list[ShardPlan]:
@@ -55,14 +57,14 @@ def plan_shards(results: Iterable[PartResult], samples_per_shard: int) -> list[S
     Parameters
     ----------
     results : iterable of PartResult
-        Recordings to write, in any order.
+        Results of the recordings to write, in any order.
     samples_per_shard : int
         Largest number of samples in a shard.
 
     Returns
     -------
     list of ShardPlan
-        Sorted by split and number; recordings are in the order of their keys.
+        Plans of the shards, sorted by split and number. Recordings are in the order of their keys.
     """
     plans: list[ShardPlan] = []
     ordered = sorted(results, key=lambda result: result.row.key)
@@ -89,14 +91,14 @@ def plan_shards(results: Iterable[PartResult], samples_per_shard: int) -> list[S
 
 
 def write_shard(plan: ShardPlan, parts: AnyPath, root: AnyPath, work: AnyPath) -> Shard:
-    """Copy samples from their parts into a shard without decoding them.
+    """Copy samples from the parts of recordings into a shard, without decoding the samples.
 
     Parameters
     ----------
     plan : ShardPlan
-        The content of the shard.
+        The samples that the shard contains.
     parts : Path or UPath
-        Folder of the parts.
+        Folder with the parts of all recordings.
     root : Path or UPath
         Folder of the dataset.
     work : Path or UPath
@@ -105,7 +107,7 @@ def write_shard(plan: ShardPlan, parts: AnyPath, root: AnyPath, work: AnyPath) -
     Returns
     -------
     Shard
-        The entry of the shard in the manifest. A finished shard with the same plan is not written again.
+        Entry of the shard for the manifest. If a finished shard with the same plan exists, it is not written again.
     """
     tar = root / plan.path
     done = work / "shards" / f"{plan.path}.json"

@@ -1,11 +1,14 @@
-"""Turns one recording into a part of the dataset. This is the work of one Ray task, in a child process.
+"""Reads one recording and writes its windows to a folder, the *part* of the recording.
 
-The signal is read twice. In the first pass it comes from the recording's file in blocks; each block is measured
-(`data_sharding.processing.survey`), resampled, and written to a scratch file. After that the unit, the bad channels and
-the mains frequency are known. In the second pass (`data_sharding.job.cut_windows`) the signal comes from the scratch
-file, is filtered, and is cut into windows. Memory does not grow with the length of the recording.
+The function `process_recording` is the work of one Ray task. It runs in a child process of the Ray worker.
 
-Shapes: n channels, S samples at the recording's rate, T samples a window.
+The signal is read twice. The first pass reads the recording's file in blocks. It measures each block
+(`data_sharding.processing.survey`), resamples the block, and writes it to a scratch file. Then the unit, the bad
+channels and the mains frequency are known. The second pass (`data_sharding.job.cut_windows`) reads the signal from the
+scratch file, filters the signal, and cuts windows out of it. Memory use does not grow with the length of the recording.
+
+Letters in array shapes: n is the number of channels, S the number of samples at the recording's sampling rate, T the
+number of samples in a window.
 """
 
 from __future__ import annotations
@@ -48,12 +51,12 @@ from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, re
 from data_sharding.processing.survey import Survey, Verdict
 
 PART_SCHEMA = 6
-"""Version of parts, which is part of their names. Raise it when the results of the code change, so that older parts
-are not used again."""
+"""Version number in the names of parts. Increase it when a change of the code changes the results, so that the job does
+not use older parts."""
 RESULT = "result.json"
-"""File of a part that holds its `PartResult`."""
+"""Name of the file that stores the `PartResult` of a recording in its part."""
 MIN_SAMPLES = 16
-"""A recording with fewer samples cannot be measured."""
+"""A recording with fewer samples than this is excluded, because its signal cannot be measured."""
 
 
 def get_library_versions() -> dict[str, str]:
@@ -72,28 +75,28 @@ def get_library_versions() -> dict[str, str]:
 
 @functools.lru_cache(maxsize=256)
 def _checksum(path: Path, state: tuple[int, int, str]) -> str:
-    """Return the checksum of a file. It is cached, because one file may hold many recordings."""
+    """Return the checksum of a file. The checksum is cached, because one file may contain many recordings."""
     del state
     return sha256_file(path)
 
 
 def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
-    """Return the checksum of a recording: of its files, and of its options if one file holds several recordings.
+    """Return a checksum of the recording's files. It includes the options of the recording, if there are any.
 
     Parameters
     ----------
     item : Item
         The recording.
     hashes : sequence of str
-        SHA-256 of each of its files.
+        SHA-256 of each file of the recording.
 
     Returns
     -------
     str
-        Hexadecimal. For a single file with one recording it is the SHA-256 of the file.
+        Hexadecimal checksum. If the recording is one file and has no options, this is the SHA-256 of the file.
     """
     whole = digest_of(sorted(hashes)) if len(hashes) > 1 else hashes[0]
-    # With the checksum of the file alone, all its recordings would count as copies of one another.
+    # Options tell the recordings of one file apart. Without them, these recordings would look like duplicates.
     return digest_of([whole, item.options]) if item.options else whole
 
 
@@ -103,18 +106,18 @@ def process_recording(task: Task) -> PartResult:
     Parameters
     ----------
     task : Task
-        The recording and what to do with it.
+        The recording and the settings for it.
 
     Returns
     -------
     PartResult
-        The ledger row, and the data that the next phase of the job needs. If the part is finished already, its result
-        is returned.
+        The ledger row, and the data that the second phase of the job needs. If a finished part of this recording
+        exists, the result stored in that part is returned.
 
     Raises
     ------
     OSError
-        If the working folder or the scratch folder cannot be written: a fault of the machine, not of the recording.
+        If the working folder or the scratch folder cannot be written. The recording is not the cause of this error.
     """
     with contextlib.ExitStack() as stack:
         result = PartResult(row=new_row(task.item))
@@ -128,7 +131,7 @@ def process_recording(task: Task) -> PartResult:
             if is_remote(task.item.recording.path):
                 raise
             row.set_reason("quarantined", Reason("unreadable", str(error.strerror or error)))
-            # Permissions can change while the file stays the same, so the next run tries again.
+            # The user may correct the permissions of the file, so the next run reads this recording again.
             result.may_pass = True
             return result
         row.sha256 = recording_checksum(task.item, list(hashes.values()))
@@ -154,8 +157,8 @@ def process_recording(task: Task) -> PartResult:
 def _unfinished(part: AnyPath) -> Iterator[Path]:
     """Make a local folder to write a part into.
 
-    On a disk it is beside the final place, so that it is only renamed in the end. For an object store it is in the
-    scratch folder.
+    On a disk, the local folder is next to the final folder of the part, so that a finished part only needs a new name.
+    For an object store, the local folder is inside the scratch folder.
     """
     if is_remote(part):
         with scratch_folder() as scratch:
@@ -202,7 +205,7 @@ def _open(item: Item) -> Signal:
 
 
 def _fill(task: Task, result: PartResult, folder: Path) -> None:
-    """Write the part; the row of a recording that is set aside keeps what was learned until then."""
+    """Write the part of a recording. The ledger row is filled step by step, so it has values even if a step fails."""
     item = task.item
     if item.recording.problem:
         raise SetAside("quarantined" if item.recording.continuous else "excluded", item.recording.problem)
@@ -219,27 +222,27 @@ def _fill(task: Task, result: PartResult, folder: Path) -> None:
 def prepare(
     signal: Signal, item: Item, spec: PreprocessSpec, result: PartResult, folder: Path | None = None
 ) -> Iterator[tuple[Clean, Scratch]]:
-    """Do the first pass over a recording: read, measure and resample it, and decide about its channels.
+    """Do the first pass over a recording: read, measure and resample its signal, and choose its channels.
 
     Parameters
     ----------
     signal : Signal
         The open recording.
     item : Item
-        The recording as its corpus describes it.
+        Description of the recording by its corpus.
     spec : PreprocessSpec
-        The preprocessing of the second pass.
+        Settings of the preprocessing.
     result : PartResult
-        Its row and signature are filled with what is learned.
+        Result of the recording. This function fills in its ledger row and its signature.
     folder : Path, optional
-        Folder for the fingerprint; None: it is not written.
+        Folder for the fingerprint file. If None, the fingerprint is not written.
 
     Yields
     ------
     clean : Clean
         Instructions for the second pass.
     scratch : Scratch
-        The signal at the target rate. It exists only inside the context.
+        Scratch file with the signal at the target sampling rate. It is deleted at the end of the ``with`` block.
 
     Raises
     ------
@@ -270,7 +273,7 @@ def prepare(
 
 
 class _Reading:
-    """The channels that are read: the EEG channels, followed by reference channels that are not among them."""
+    """The channels to read: first the EEG channels, then the reference channels that are not EEG channels."""
 
     def __init__(self, info: SignalInfo, channels: Channels, spec: PreprocessSpec) -> None:
         self.info, self.channels, self.spec = info, channels, spec
@@ -294,7 +297,7 @@ class _Reading:
             self.names.append(wanted)
             self.picks.append(found[0])
         self.lengths = [resampled_length(s.stop - s.start, info.sfreq, spec.sfreq) for s in info.segments]
-        """Number of samples of each segment at the target rate."""
+        """Number of samples of each segment at the target sampling rate."""
         self.begins = np.concatenate([[0], np.cumsum(self.lengths)]).tolist()
         """First sample of each segment in the scratch file."""
         if max(self.lengths, default=0) < spec.window:
@@ -304,12 +307,12 @@ class _Reading:
             raise SetAside("excluded", Reason("too short", text))
 
     def first_pass(self, signal: Signal, scratch: Scratch) -> Survey:
-        """Read every sample once; measure the blocks, and write them to the scratch file at the target rate."""
+        """Read the signal in blocks. Measure each block, resample it, and write it to the scratch file."""
         info, scale = self.info, 1e6 * self.info.scale
         survey = Survey(len(self.picks), info.sfreq, info.segments, scale)
         passband = band_of(info.sfreq, self.spec)[1]
         resampler, offset = Resampler(info.sfreq, self.spec.sfreq, passband), np.zeros((len(self.picks), 1))
-        # Channels with NaN or infinite values are found by the survey and left out later, so ignore warnings here.
+        # NumPy warns about NaN and infinite values. The survey finds such channels, so the warnings are not needed.
         with np.errstate(invalid="ignore", over="ignore"):
             for block in blocks_of(info.segments, len(self.picks)):
                 first = block[0].start
@@ -320,7 +323,7 @@ class _Reading:
                     part = x[:, piece.start - first : piece.stop - first]
                     if piece.start == segment.start:
                         resampler = Resampler(info.sfreq, self.spec.sfreq, passband)
-                        # A constant offset holds no information, and one of 230 mV would use up float32's precision.
+                        # Subtract the first sample: a large constant offset would reduce the precision of float32.
                         offset = scale * part[:, :1]
                     scratch.write(resampler.push(part, scale, offset))
                     if piece.stop == segment.stop:
@@ -345,7 +348,7 @@ def _read(signal: Signal, start: int, stop: int, picks: list[int]) -> np.ndarray
 def _judge(
     item: Item, result: PartResult, read: _Reading, survey: Survey, spec: PreprocessSpec, folder: Path | None
 ) -> Clean:
-    """Decide on channels, unit, mains and reference, and keep the fingerprint of every recording with a signal."""
+    """Decide on channels, unit, mains frequency and reference of a recording; store the fingerprint of its signal."""
     info, row, n_eeg = read.info, result.row, len(read.channels.names)
     factor = item.unit_factor if item.unit_factor is not None else 1.0 if info.unit_known else None
     verdict = survey.verdict(factor)
@@ -410,7 +413,7 @@ def _named(spec: PreprocessSpec) -> set[str]:
 
 
 def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
-    """Return the rows whose signal is EEG; the other channels are named in the ledger."""
+    """Return the rows that contain EEG. Write the names of all other channels to the ledger row."""
     n_eeg = len(read.channels.names)
     absent = [i for i in verdict.not_finite if i < n_eeg]
     if len(absent) == n_eeg:
@@ -422,7 +425,7 @@ def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
     for i, what in verdict.not_eeg.items():
         if i < n_eeg:
             left_out.setdefault(f"{what}, by its signal", []).append(read.info.ch_names[read.picks[i]])
-    # If all channels are referenced to one channel, that channel becomes zero.
+    # If a single channel is the reference, this channel itself becomes zero, so leave it out.
     alone = read.spec.reference_channels if len(read.spec.reference_channels) == 1 else []
     zero = [i for i in range(n_eeg) if read.names[i] in alone]
     for i in zero:
@@ -436,7 +439,7 @@ def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
 
 
 def _refuse(bad_of: dict[int, str], verdict: Verdict, eeg: list[int]) -> None:
-    """Set a recording aside if it has no usable channel, or no plausible unit."""
+    """Quarantine a recording that has no usable channel or no plausible unit."""
     if len(bad_of) == len(eeg):
         kinds = Counter(bad_of.values())
         text = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))

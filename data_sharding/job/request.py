@@ -1,4 +1,4 @@
-"""The config of a sharding job, and the plan made from it without opening any recording."""
+"""Defines the config of a sharding job. Makes the plan of the job from the config, without opening any recording."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_sharding.job.cluster import RayConfig
 from data_sharding.processing.preprocess import PreprocessSpec
 
 FileState = tuple[int, int, str]
-"""Size in bytes, time of the last change in nanoseconds, and the checksum of an object store."""
+"""Size of a file in bytes, time of its last change in nanoseconds, and its checksum if it is on an object store."""
 
 
 @dataclass(kw_only=True)
@@ -28,11 +28,12 @@ class ShardConfig:
     """Make a dataset of WebDataset shards from EEG recordings of any format."""
 
     corpora: list[CorpusConfig]
-    """The corpora: a list, in which each entry names a folder of recordings and its kind."""
+    """List of corpora. Each entry names a folder of recordings and the kind of the corpus."""
     output: str
-    """Folder of the dataset, or a URL such as s3://bucket/folder. A finished dataset in it is never replaced."""
+    """Folder of the new dataset, or a URL such as s3://bucket/folder. A finished dataset there is never replaced."""
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
-    """Sampling rate, band, reference and window. They are stored in the dataset and in every encoder trained on it."""
+    """Preprocessing: sampling rate, frequency band, reference and window. The dataset and each encoder trained on the
+    dataset store these settings."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Which subjects and images are held out for validation and test."""
     hold_back: HoldBackConfig = field(default_factory=HoldBackConfig)
@@ -40,9 +41,9 @@ class ShardConfig:
     samples_per_shard: int = 4096
     """Largest number of samples in a shard."""
     allowed_set_aside: float = 0.05
-    """If a larger share of the recordings is quarantined, the job ends with exit code 3."""
+    """Largest fraction of the recordings that may be quarantined. If more are, the job ends with exit code 3."""
     ray: RayConfig = field(default_factory=RayConfig)
-    """Ray cluster on which the job runs, and limits for each recording."""
+    """The Ray cluster that runs the job, and limits for each recording."""
 
     def __post_init__(self) -> None:
         if not self.corpora:
@@ -55,22 +56,22 @@ class ShardConfig:
 
 @dataclass(kw_only=True)
 class Plan:
-    """Everything that is known before any recording is opened."""
+    """Everything that the job knows before it opens any recording."""
 
     items: dict[str, Item]
-    """Recordings by key."""
+    """Key to recording."""
     states: dict[str, list[FileState]]
-    """State of each file of a recording, by the recording's key. The files are looked up only once."""
+    """Key of a recording to the states of its files. The state of each file is looked up only once."""
     labels: list[str]
-    """Names of the labels; the number of a label is its place in this list."""
+    """Names of the labels. The number of a label is its index in this list."""
     request: str
-    """Checksum of the config and the list of files, by which a finished dataset is recognised."""
+    """Checksum of the config and the list of files. A finished dataset with this checksum is not made again."""
     hold_back: HoldBack
-    """What is held back, with the recordings that its names match."""
+    """Recordings and images that must not enter the dataset."""
     corpora: list[dict[str, str]] = field(default_factory=list)
-    """For each corpus, the order in which it shows categories (`data_sharding.corpora.design.describe_design`)."""
+    """The order in which each corpus showed its categories; see `data_sharding.corpora.design.describe_design`."""
     images: dict[str, FileState] = field(default_factory=dict)
-    """State of each image file, by path."""
+    """Path of an image file to the state of this file."""
 
     def size(self, key: str) -> int:
         """Return the size of a recording.
@@ -78,12 +79,12 @@ class Plan:
         Parameters
         ----------
         key : str
-            The recording.
+            Key of the recording.
 
         Returns
         -------
         int
-            Bytes of all its files together.
+            Total size of the recording's files in bytes.
         """
         return sum(max(size, 0) for size, _, _ in self.states[key])
 
@@ -93,14 +94,14 @@ class Plan:
         Parameters
         ----------
         key : str
-            The recording.
+            Key of the recording.
         settings : str
             Checksum of the settings that are the same for all recordings.
 
         Returns
         -------
         str
-            The checksum. It changes when a file changes its size, its time or its checksum on an object store.
+            The checksum. It changes if the size or the time of a file changes, or the file's checksum on a store.
         """
         item = self.items[key]
         shown = sorted({t.image for t in item.trials or ()})
@@ -109,7 +110,7 @@ class Plan:
 
 
 def _content(item: Item) -> dict[str, Any]:
-    """Return the content of an item for a checksum; `dataclasses.asdict` would copy every trial."""
+    """Return the values of a recording for a checksum. `dataclasses.asdict` is not used: it would copy every trial."""
     values = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
     recording = item.recording
     values["recording"] = [recording.format, [str(f) for f in recording.files], recording.problem]
@@ -118,17 +119,17 @@ def _content(item: Item) -> dict[str, Any]:
 
 
 def reduce_config(config: ShardConfig) -> dict[str, Any]:
-    """Return the part of the config that determines the dataset.
+    """Return the keys of the config that determine the content of the dataset.
 
     Parameters
     ----------
     config : ShardConfig
-        The request.
+        The config of the job.
 
     Returns
     -------
     dict
-        Plain JSON types, without the keys output, ray and allowed_set_aside.
+        The config in JSON types, without the keys output, ray and allowed_set_aside.
     """
     values = to_dict(config)
     for key in ("output", "ray", "allowed_set_aside"):
@@ -137,14 +138,14 @@ def reduce_config(config: ShardConfig) -> dict[str, Any]:
 
 
 def refuse_memory(text: str, key: str) -> None:
-    """Refuse a path in fsspec's memory, which other processes cannot see.
+    """Raise an error for a ``memory://`` path, because other processes cannot access such a path.
 
     Parameters
     ----------
     text : str
         A path of the config.
     key : str
-        The config's key, for the message.
+        The key of the config, for the error message.
 
     Raises
     ------
@@ -153,13 +154,13 @@ def refuse_memory(text: str, key: str) -> None:
     """
     if text.startswith("memory://"):
         raise RequestError(
-            f"{key} '{text}': is in the memory of one process, where the job's workers cannot see it; "
+            f"{key} '{text}': is in the memory of one process, so the job's workers cannot access it; "
             "give a folder or an object store"
         )
 
 
 def resolve_output(output: str) -> AnyPath:
-    """Return the path of the dataset.
+    """Return the path of the dataset's folder.
 
     Parameters
     ----------
@@ -169,12 +170,12 @@ def resolve_output(output: str) -> AnyPath:
     Returns
     -------
     Path or UPath
-        An absolute path, because workers have other working directories.
+        An absolute path, because the workers run in other working directories.
 
     Raises
     ------
     RequestError
-        If workers cannot reach it.
+        If the workers cannot access the path.
     """
     refuse_memory(output, "output")
     path = as_path(output)
@@ -182,7 +183,7 @@ def resolve_output(output: str) -> AnyPath:
 
 
 def _states(files: Iterable[AnyPath]) -> list[FileState]:
-    """Return the states of files. A file that cannot be looked up gets a stand-in; its worker will find the reason."""
+    """Return the states of files. If a lookup fails, use a placeholder; the worker that reads the file will fail."""
     states = []
     for file in files:
         try:
@@ -200,12 +201,12 @@ def make_plan(config: ShardConfig) -> Plan:
     Parameters
     ----------
     config : ShardConfig
-        The request.
+        The config of the job.
 
     Returns
     -------
     Plan
-        The recordings and everything that is known about them.
+        The recordings, and everything that is known about them before they are opened.
 
     Raises
     ------

@@ -1,9 +1,9 @@
-"""The sharding job: makes one dataset from corpora of recordings, with a row in the ledger for every recording.
+"""The sharding job makes one dataset from corpora of recordings. Every recording gets a row in the ledger.
 
 The job has two phases. First, every recording is read and judged, and its windows are written to a *part*: a folder
-for this recording, inside the working folder. Then it is known which recordings are duplicates or held back, and the
-samples are copied from the parts into shards. Both phases can be stopped at any time; the same command continues where
-the job was stopped.
+for this recording, inside the working folder. Second, the job decides which recordings are duplicates or held back, and
+copies the samples of all other recordings from the parts into shards. The job can be stopped at any time. The same
+command resumes the job.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ from data_sharding.job.task import PartResult, Task, new_row
 
 REPORT = "report.html"
 WORK = ".work"
-"""Folder in the output for unfinished work; it is removed when the dataset is finished."""
+"""Name of the folder for unfinished work, inside the output folder. The job removes it when the dataset is finished."""
 READER = "data_sharding.job.process_recording:process_recording"
-"""Function that a worker's child process runs."""
+"""Function that reads one recording; a child process of the worker runs it."""
 
 
 def _find_finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | None:
-    """Return the dataset that is there already, if it is the requested one.
+    """Return the finished dataset in the output folder; None if the folder has no finished dataset.
 
     Raises
     ------
     RequestError
-        If the output holds something else.
+        If the output folder holds other files, or a dataset that another config made.
     """
     if fresh(output).exists() and not output.is_dir():
         raise RequestError(f"output '{output}': is a file, not a folder; choose another path")
@@ -108,24 +108,24 @@ def _find_finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest
 
 
 def _changed_ns(file: AnyPath) -> int:
-    # A copied file may keep the modification time of the original; its change time is always that of the copy.
+    # A copied file may keep the modification time of the original file, but its change time is the time of the copying.
     return max(file.stat().st_ctime_ns, file.stat().st_mtime_ns) if isinstance(file, Path) else file_state(file)[1]
 
 
 def read_isolated(task: Task, memory_gb: float) -> PartResult:
-    """Read a recording in the worker's child process: the body of a Ray task in the first phase.
+    """Read a recording in a child process of the worker. Each Ray task of the first phase calls this function.
 
     Parameters
     ----------
     task : Task
-        The recording and what to do with it.
+        The recording and the settings for it.
     memory_gb : float
-        Memory in GB that it may use.
+        Memory in GB that the child process may use.
 
     Returns
     -------
     PartResult
-        The recording's result; quarantined if its reader crashed, hung or took too much memory.
+        The result of the recording. Its status is quarantined if the reader crashed, hung or used too much memory.
     """
     try:
         return call_isolated(READER, task, timeout_s=task.timeout_s, memory_gb=memory_gb)
@@ -138,24 +138,24 @@ def _read(argument: tuple[Task, float]) -> PartResult:
 
 
 def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: int) -> list[PartResult]:
-    """First phase: read every recording into a part, in child processes that may crash.
+    """Do the first phase: write every recording to a part. Child processes do the work, because readers may crash.
 
     Parameters
     ----------
     config : ShardConfig
         The config of the job.
     plan : Plan
-        The recordings and what is known of them.
+        The recordings and all that is known about them before they are opened.
     work : Path or UPath
         The job's working folder.
     in_flight : int
-        Number of tasks at a time.
+        Largest number of tasks that run or wait in Ray at the same time.
 
     Returns
     -------
     list of PartResult
-        One for each recording, sorted by key. Results of an earlier run are used again, without opening the files, if
-        files and settings are still the same.
+        One result for each recording, sorted by key. If the files and the settings of a recording have not changed
+        since an earlier run, its result of that run is used, and its files are not opened.
     """
     limits = config.ray.timeout_s, config.ray.memory_gb
     settings = digest_of(
@@ -177,10 +177,10 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
             shown.add(row.key, row.status, seconds=row.seconds, channels=channels, from_earlier_run=from_earlier_run)
 
         identities = {key: plan.identity(key, settings) for key in plan.items}
-        # Start with the largest recordings, so that at the end no worker waits long for another one.
+        # The largest recordings come first. Otherwise, all workers could wait for one large recording at the end.
         for key, item in sorted(plan.items.items(), key=lambda entry: (-sizes[entry[0]], entry[0])):
             result = journal.find(key, identities[key])
-            # A recording that was given up under other limits, or for a fault that may be gone, is tried again.
+            # Read a failed recording again if the limits have changed, or if the cause of the failure may be gone.
             if result and result.limits in (None, limits) and not result.may_pass and _has_part(result, work):
                 results[key] = result
                 count(result.row, from_earlier_run=True)
@@ -226,7 +226,7 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
 
 def _has_part(result: PartResult, work: AnyPath) -> bool:
     part = result.part
-    # On an object store the journal is trusted: asking for a hundred thousand folders would take hours.
+    # On an object store, a check of a hundred thousand folders would take hours, so the journal is trusted.
     return not part or is_remote(work) or (work / "parts" / part[:2] / part).is_dir()
 
 
@@ -236,7 +236,7 @@ class FingerprintLoader:
     Parameters
     ----------
     results : list of PartResult
-        What the first phase returned.
+        Results of the first phase.
     work : Path or UPath
         The job's working folder.
     """
@@ -251,7 +251,7 @@ class FingerprintLoader:
         Parameters
         ----------
         key : str
-            The recording, which must have a part.
+            Key of the recording. The recording must have a part.
 
         Returns
         -------
@@ -265,18 +265,18 @@ class FingerprintLoader:
 def mark_duplicates(
     results: list[PartResult], plan: Plan, prints: dict[str, RecordingFingerprint], load_points: FingerprintLoader
 ) -> None:
-    """Keep one recording of each signal, and set its copies aside as duplicates.
+    """Find recordings with the same signal. Keep one of them, and mark the others as duplicates.
 
     Parameters
     ----------
     results : list of PartResult
-        What the first phase returned; the rows of duplicates are changed.
+        Results of the first phase. The rows of duplicates are changed.
     plan : Plan
         The job's plan.
     prints : dict of str to RecordingFingerprint
-        What is compared of each recording, by key.
+        Data for the comparison of the recordings, by key.
     load_points : FingerprintLoader
-        Full fingerprints; loaded only for recordings whose signatures meet.
+        Loads a full fingerprint. It is called only for recordings that have equal numbers in their signatures.
     """
     rows = [result.row for result in results]
     candidates = [row for row in rows if row.status == "sharded"]
@@ -286,7 +286,7 @@ def mark_duplicates(
         if copy := duplicates.get(row.key):
             reason = Reason("duplicate", text=f"duplicate of {copy}")
             row.set_aside("duplicate", reason, duplicate_of=copy.kept)
-    # A note tells whoever repairs a quarantined recording that the dataset already has its signal.
+    # A person who wants to repair a quarantined recording should know if the dataset already has the same signal.
     unused = [result.row for result in results if result.row.status == "quarantined" and result.signature]
     kept_rows = [row for row in candidates if row.status == "sharded"]
     copies = find_duplicates([prints[row.key] for row in [*kept_rows, *unused]], load_points)
@@ -296,7 +296,7 @@ def mark_duplicates(
 
 
 def collect_prints(results: list[PartResult]) -> dict[str, RecordingFingerprint]:
-    """Return what is compared of each recording, by key."""
+    """Return the data that `find_duplicates` compares, by the key of the recording."""
     return {
         result.row.key: RecordingFingerprint(
             key=result.row.key,
@@ -310,23 +310,23 @@ def collect_prints(results: list[PartResult]) -> dict[str, RecordingFingerprint]
 
 
 def pack(config: ShardConfig, plans: list[ShardPlan], output: AnyPath, in_flight: int) -> dict[str, list[Shard]]:
-    """Second phase: copy the samples from the parts into shards.
+    """Do the second phase: copy the samples from the parts into shards.
 
     Parameters
     ----------
     config : ShardConfig
         The config of the job.
     plans : list of ShardPlan
-        Which samples go into which shard.
+        Plan of each shard: which samples it contains.
     output : Path or UPath
-        Folder of the dataset. It counts as a dataset once it has a manifest.
+        Folder of the dataset.
     in_flight : int
-        Number of tasks at a time.
+        Largest number of tasks that run or wait in Ray at the same time.
 
     Returns
     -------
     dict
-        The shards of each split, in order.
+        List of the shards of each split, in the order of their numbers.
     """
     records: dict[str, Shard] = {}
     with progress("writing shards", len(plans)) as advance:
@@ -353,13 +353,13 @@ def _publish(
     output: AnyPath,
     points: FingerprintLoader,
 ) -> Manifest:
-    """Write ledger, fingerprints, report and manifest. The manifest is last, because it makes the folder a dataset."""
+    """Write ledger, fingerprints, report and manifest. The manifest comes last, because it marks a finished dataset."""
     from data_sharding.audit.report import write_report
 
     for split in SPLITS:
         wanted = {Path(shard.path).stem for shard in splits[split]}
         for stale in fresh(output / split).iterdir() if (output / split).is_dir() else ():
-            # Left over from an interrupted run with other settings.
+            # An interrupted run with other settings may have left shards in this folder.
             if Path(stale.name).stem not in wanted:
                 stale.unlink()
     counts, hours = count_by_status(rows)
@@ -400,7 +400,7 @@ def _publish(
 
 
 def _finish(config: ShardConfig, manifest: Manifest, output: AnyPath) -> int:
-    """Say where the report is and what to do next; return the exit code."""
+    """Print the path of the report and the next commands; return the exit code of the job."""
     found, quarantined = manifest.counts["found"], manifest.counts["quarantined"]
     too_many = quarantined > config.allowed_set_aside * found
     if too_many:
@@ -429,7 +429,7 @@ def _say_result(manifest: Manifest, rows: list[LedgerRow], output: AnyPath) -> N
 
 
 def run(config: ShardConfig) -> int:
-    """Run the job.
+    """Run the sharding job.
 
     Parameters
     ----------
@@ -439,13 +439,13 @@ def run(config: ShardConfig) -> int:
     Returns
     -------
     int
-        0, or 3 if more recordings are quarantined than `allowed_set_aside` permits.
+        Exit code: 0, or 3 if more recordings are quarantined than `allowed_set_aside` permits.
 
     Raises
     ------
     RequestError
-        If the config is wrong. All checks are done before Ray starts, except one: only after reading is it known
-        whether any sample is left for train.
+        If the config is wrong. All checks but one are done before Ray starts. Whether the train split gets any sample
+        is known only after the recordings are read.
     """
     output = resolve_output(config.output)
     work = output / WORK
@@ -453,7 +453,7 @@ def run(config: ShardConfig) -> int:
         say(f"listing recordings in {', '.join(corpus.root for corpus in config.corpora)}")
         plan = make_plan(config)
         if manifest := _find_finished(config, plan, output):
-            remove_tree(work)  # The job was killed after it wrote the manifest and before it removed the folder.
+            remove_tree(work)  # The folder still exists if the job was killed just after it wrote the manifest.
             say(f"{output}: this dataset is finished already; nothing to do")
             return _finish(config, manifest, output)
         if not is_remote(output):
@@ -461,7 +461,7 @@ def run(config: ShardConfig) -> int:
         say(f"found {len(plan.items)} recordings; starting Ray, which takes some seconds")
         with lock_output(work), ray_session(config.ray) as in_flight:
             _check_nodes(plan, work)
-            remove_tree(work / "new")  # Unfinished shards of an earlier run.
+            remove_tree(work / "new")  # This folder holds unfinished shards of an earlier run.
             say(f"reading recordings, up to {in_flight} tasks at a time")
             results = read_recordings(config, plan, work, in_flight)
             rows = [result.row for result in results]
@@ -487,14 +487,14 @@ def run(config: ShardConfig) -> int:
 
 
 def _count_unlisted(rows: list[LedgerRow], plan: Plan) -> None:
-    """Add the trials that a corpus itself leaves out to the rows' ``windows_left_out``."""
+    """Add the trials that the corpus has left out to ``windows_left_out`` in the ledger rows."""
     for row in rows:
         if unlisted := plan.items[row.key].left_out:
             row.windows_left_out = dict(sorted((Counter(row.windows_left_out) + Counter(unlisted)).items()))
 
 
 def _check_nodes(plan: Plan, work: AnyPath) -> None:
-    """Refuse a cluster if one of its machines does not see the folders."""
+    """Raise an error if a machine of the cluster cannot see the working folder or a recording."""
     local = [] if is_remote(work) else [str(work / "lock")]
     firsts = {
         item.corpus: str(item.recording.path) for item in plan.items.values() if not is_remote(item.recording.path)
@@ -527,7 +527,7 @@ def _refuse_empty(rows: list[LedgerRow], work: AnyPath) -> None:
 
 
 def shard(config: ShardConfig) -> int:
-    """Run the job, and report failures of the cluster or of a disk in one line.
+    """Run the sharding job. Report a failure of the cluster or of the storage in one line.
 
     Parameters
     ----------
@@ -537,7 +537,7 @@ def shard(config: ShardConfig) -> int:
     Returns
     -------
     int
-        As of `run`; 1 if the cluster, a disk or an object store failed.
+        Exit code: the result of `run`, or 1 if the cluster, a disk or an object store failed.
     """
     try:
         return run(config)

@@ -1,4 +1,4 @@
-"""What a worker gets for one recording, and what it returns."""
+"""Defines the task that a worker gets for one recording, and the result that the worker returns."""
 
 from __future__ import annotations
 
@@ -16,42 +16,43 @@ from data_sharding.processing.preprocess import PreprocessSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """All that a worker needs for one recording."""
+    """Everything that a worker needs to process one recording."""
 
     item: Item
-    """The recording."""
+    """The recording to process."""
     spec: PreprocessSpec
-    """How its signal is processed."""
+    """Settings of the preprocessing."""
     split: SplitConfig
     """Which subjects and images are held out."""
     labels: tuple[str, ...]
-    """Names of the labels over all corpora; a label's number is its place here."""
+    """Names of the labels of all corpora. The number of a label is its index in this tuple."""
     work: AnyPath
-    """Folder of the parts."""
+    """The job's working folder. Its folder ``parts`` holds the windows of each recording."""
     timeout_s: float
-    """Seconds that the task may take."""
+    """Time limit of the task in seconds."""
 
 
 @dataclass(kw_only=True)
 class PartResult:
-    """What a worker returns for one recording."""
+    """The result that a worker returns for one recording."""
 
     row: LedgerRow
     """The recording's row in the ledger."""
     part: str = ""
-    """Name of the folder with its windows and fingerprint; empty if the recording could not be opened."""
+    """Name of the folder with the recording's windows and fingerprint. Empty if the recording could not be opened."""
     samples: dict[str, int] = field(default_factory=dict)
-    """Number of samples in the part, by split."""
+    """Split to the number of samples of the recording in this split."""
     signature: list[int] = field(default_factory=list)
-    """Numbers that copies of the same signal share (`data_sharding.audit.duplicates.signature`)."""
+    """Numbers computed from the signal; copies of a signal share some of them. See
+    `data_sharding.audit.duplicates.signature`."""
     may_pass: bool = False
-    """Whether the fault may be gone at the next run, so that the recording is tried again then."""
+    """Whether the next run should try the recording again, because the cause of the failure may be gone."""
     limits: tuple[float, float] | None = None
-    """Time limit (s) and memory limit (GB) under which a recording without a part was given up; another limit is
-    another chance."""
+    """Time limit in seconds and memory limit in GB, for a recording that was given up. With other limits, the next run
+    tries the recording again."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result in JSON's types."""
+        """Return the result as a dictionary of JSON types."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -69,9 +70,9 @@ class SetAside(Exception):
     status : str
         quarantined or excluded.
     reason : Reason
-        Why.
+        Why the recording cannot be used.
     hint : str
-        What the user of ``dreamscale shard`` can do; it stands in brackets behind the reason in the ledger.
+        What the user of ``dreamscale shard`` can do. The ledger shows the hint in brackets after the reason.
     """
 
     def __init__(self, status: Status, reason: Reason, hint: str = "") -> None:
@@ -81,27 +82,27 @@ class SetAside(Exception):
 
     @property
     def full_reason(self) -> Reason:
-        """The reason with the hint behind it."""
+        """The reason, followed by the hint in brackets if there is a hint."""
         return Reason(self.reason.category, text=f"{self.reason} ({self.hint})") if self.hint else self.reason
 
 
 def new_row(item: Item, status: Status = "quarantined", reason: Reason | None = None) -> LedgerRow:
-    """Make the ledger row of a recording that was not opened yet.
+    """Make the ledger row of a recording that has not been opened yet.
 
     Parameters
     ----------
     item : Item
         The recording.
     status : str
-        A status of the ledger.
+        Status of the recording in the ledger.
     reason : Reason, optional
-        Why it is not sharded.
+        Why the recording is not in the shards.
     """
     row = LedgerRow(
         key=item.key,
         corpus=item.corpus,
         path=item.path,
-        # A name that is not UTF-8 cannot be stored as it is.
+        # The ledger can only store UTF-8, so other bytes in a file name are replaced by escapes.
         files=[f.name.encode("utf-8", "backslashreplace").decode() for f in item.recording.files],
         format=item.recording.format,
         reader=item.recording.format,
