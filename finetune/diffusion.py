@@ -1,4 +1,4 @@
-"""Diffusion that both papers share: the denoising loss, its measurement on held-out trials, and the sampler.
+"""Diffusion that the papers share: the denoising loss, its measurement on held-out trials, and the sampler.
 
 The network is a denoiser ``(x_t, t, condition)``. It predicts the noise in ``x_t`` or the velocity, as the noising
 scheduler's ``prediction_type`` says. The condition is a tuple of tensors with the batch first; None stands for a part

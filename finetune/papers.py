@@ -1,6 +1,14 @@
 """The papers that this project reproduces: one folder each, found by the folder.
 
 Nothing heavy is imported here: ``dreamscale --help`` lists the commands of the papers.
+
+A paper's folder needs three things. `finetune.dm_re2i` is the smallest example.
+
+- ``PAPER`` in its ``__init__.py``.
+- A training command. It writes the model into ``RUN/model``, with a file ``dreamscale.json`` that contains the model's
+  ``kind``, and it ends with ``run.status("done")``, ``run.close()`` and ``accelerator.end_training()``.
+- A generator: a class with the methods of `finetune.generators.Generator`, made with ``Class(folder, device)`` by
+  ``dreamscale generate``.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class SubmitConfig:
     scheduler: Literal["slurm", "ray", "k8s"]
     """Scheduler that runs the job."""
     stage: str
-    """Stage to run: shard, pretrain, align, finetune or ddpm."""
+    """Stage to run: shard, pretrain, align, or the command of a paper (finetune, ddpm)."""
     stage_config: str
     """YAML file of the stage, at a path that exists on the machines of the cluster."""
     dry_run: bool = False

@@ -274,6 +274,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
 UNIT_FACTORS: dict[str, float] = {}
 """Formats whose reader returns another unit than volts, with the factor to volts."""
 for _format in find_formats():
+    if _format.name in READERS:
+        raise ValueError(f"two readers have the name '{_format.name}'; rename the one in formats/readers")
     READERS[_format.name] = _format.open
     if _format.suffixes:
         SUFFIXES[_format.name] = _format.suffixes
@@ -326,7 +328,8 @@ def open_signal(recording: Recording) -> Signal:
             path, folder = _with_its_suffix(Path(str(recording.path)), recording.format)
             opened = READERS[recording.format](path)
             signal = opened if not hasattr(opened, "get_channel_types") else _signal_of(opened)
-            if isinstance(signal, RawSignal) and folder is not None:
+            if folder is not None:
+                # The link must exist as long as the signal may read from it.
                 signal.keep = folder
     except ReadError:
         raise

@@ -19,7 +19,7 @@ from data_sharding.common.files import atomic_write_text, write_json
 from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
 from finetune.evaluation.generated import GeneratedSet, Images, read_generated
-from finetune.evaluation.metrics import JUDGE, METRICS, TOO_SMALL, JudgedImages
+from finetune.evaluation.metrics import JUDGE, METRICS, JudgedImages
 from finetune.evaluation.report import render_report
 from finetune.images import ImageTable, open_paired
 
@@ -177,7 +177,7 @@ def measure(
 def compare_random_pairs(
     images_BHW3: Images, real_BHW3: Images, image_ids: list[str], *, seed: int, draws: int = 10
 ) -> dict[str, Any]:
-    """Compute PSNR and SSIM of each generated image with the real image of a random other trial.
+    """Compare each generated image with the real image of a random other trial, by all of `metrics.PAIRED_METRICS`.
 
     Parameters
     ----------
@@ -193,24 +193,24 @@ def compare_random_pairs(
     Returns
     -------
     dict
-        Mean psnr and ssim; a text instead if all trials show the same image.
+        Mean of each metric; a text in place of the mean if the metric was not computed.
     """
     ids = np.asarray(image_ids)
     rng = np.random.default_rng(seed)
     other = ids[:, None] != ids[None, :]
     if not other.any(axis=1).all():
-        return {
-            "psnr": SAME_IMAGE,
-            "ssim": SAME_IMAGE,
-        }
-    found: dict[str, list[float]] = {"psnr": [], "ssim": []}
+        return dict.fromkeys(metrics.PAIRED_METRICS, SAME_IMAGE)
+    found: dict[str, list[float]] = {name: [] for name in metrics.PAIRED_METRICS}
+    skipped: dict[str, str] = {}
     for _ in range(draws):
         partner = np.where(other, rng.random(other.shape), -1).argmax(axis=1)
-        values = metrics.psnr(images_BHW3, real_BHW3[partner])
-        found["psnr"].append(float(values[np.isfinite(values)].mean()))
-        if min(images_BHW3.shape[1:3]) >= 11:
-            found["ssim"].append(float(metrics.ssim(images_BHW3, real_BHW3[partner]).mean()))
-    return {k: float(np.mean(v)) if v else TOO_SMALL for k, v in found.items()}
+        for name, compare in metrics.PAIRED_METRICS.items():
+            values = compare(images_BHW3, real_BHW3[partner])
+            if isinstance(values, str):
+                skipped[name] = values
+            else:
+                found[name].append(float(values[np.isfinite(values)].mean()))
+    return {name: skipped.get(name) or float(np.mean(values)) for name, values in found.items()}
 
 
 def measure_nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> NDArray[np.float64]:

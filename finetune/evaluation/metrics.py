@@ -351,15 +351,26 @@ class JudgedImages:
     """Probability of each category, for the generated images."""
 
 
-def _mean_psnr(judged: JudgedImages) -> float | str:
-    decibels = psnr(judged.images_BHW3, judged.real_BHW3)
-    return float(decibels.mean()) if np.isfinite(decibels).all() else "infinite: equal to the real images"
+def _ssim_of_pairs(images_BHW3: Images, real_BHW3: Images) -> Floats | str:
+    return TOO_SMALL if min(images_BHW3.shape[1:3]) < 11 else ssim(images_BHW3, real_BHW3)
 
 
-def _mean_ssim(judged: JudgedImages) -> float | str:
-    if min(judged.images_BHW3.shape[1:3]) < 11:
-        return TOO_SMALL
-    return float(ssim(judged.images_BHW3, judged.real_BHW3).mean())
+PAIRED_METRICS: dict[str, Callable[[Images, Images], Floats | str]] = {"psnr": psnr, "ssim": _ssim_of_pairs}
+"""Name of a metric -> function that compares each generated image with one other image.
+
+The function takes two arrays of images and returns one number for each pair, or a text that says why the metric was not
+computed. A metric of this table also gets the control with the images of random other trials.
+"""
+
+
+def _average_pairs(compare: Callable[[Images, Images], Floats | str]) -> Callable[[JudgedImages], float | str]:
+    def compute(judged: JudgedImages) -> float | str:
+        values = compare(judged.images_BHW3, judged.real_BHW3)
+        if isinstance(values, str):
+            return values
+        return float(values.mean()) if np.isfinite(values).all() else "infinite: equal to the real images"
+
+    return compute
 
 
 def _compare_features(distance: Callable[[Floats, Floats], float]) -> Callable[[JudgedImages], float | str]:
@@ -372,8 +383,7 @@ def _compare_features(distance: Callable[[Floats, Floats], float]) -> Callable[[
 
 
 METRICS: dict[str, Callable[[JudgedImages], float | str]] = {
-    "psnr": _mean_psnr,
-    "ssim": _mean_ssim,
+    **{name: _average_pairs(compare) for name, compare in PAIRED_METRICS.items()},
     f"frechet_distance[{JUDGE}]": _compare_features(frechet_distance),
     f"kernel_distance[{JUDGE}]": _compare_features(kernel_distance),
     f"inception_score[{JUDGE}]": lambda judged: inception_score(judged.probabilities_BK),

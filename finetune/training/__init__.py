@@ -1,1 +1,1 @@
-"""The training loop that both papers share, on Accelerate."""
+"""The training loop that align and the papers share, on Accelerate."""

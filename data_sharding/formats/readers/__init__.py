@@ -24,10 +24,16 @@ class Format:
     recognise: Callable[[Any], Any]
     """Takes a `sniffing.File`; returns ``file.recording(name, ...)``, or None if the file has another format.
 
-    The header should decide, not the name of the file. A damaged file is reported with the argument ``problem``.
+    The header should decide, not the name of the file. The formats that `sniffing` knows are asked first. If the suffix
+    is that of this format but the header is damaged, return ``file.recording(name, problem=...)``: after None the file
+    gets no row in the ledger.
     """
     open: Callable[[Path], Any]
-    """Opens the file: returns a `Signal`, or a raw or epochs object of MNE."""
+    """Opens the file: returns a `Signal`, or a raw or epochs object of MNE.
+
+    Raise `mne_signal.ReadError` if the file is damaged, and `mne_signal.NotContinuous` if the file has no continuous
+    signal. Other exceptions become a `ReadError` with the exception's text.
+    """
     suffixes: tuple[str, ...] = ()
     """Endings of which the reader requires one; a file with another ending is opened through a link."""
     package: str = ""
@@ -40,4 +46,5 @@ class Format:
 def find_formats() -> tuple[Format, ...]:
     """Return the formats of all modules of this folder, in the order of the modules' names."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(importlib.import_module(f"{__name__}.{name}").FORMAT for name in names)
+    modules = (importlib.import_module(f"{__name__}.{name}") for name in names)
+    return tuple(module.FORMAT for module in modules if hasattr(module, "FORMAT"))

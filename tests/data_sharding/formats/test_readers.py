@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from data_sharding.formats import open_signal as opening
 from data_sharding.formats.open_signal import READERS, open_signal
 from data_sharding.formats.readers import find_formats
 from data_sharding.formats.sniffing import sniff
@@ -31,3 +33,29 @@ def test_eximia_is_read_in_volts_and_a_truncated_file_is_reported(tmp_path: Path
     path.write_bytes(frames.tobytes()[:-1])
     truncated = sniff(path)
     assert truncated is not None and "64-channel frames" in str(truncated.problem)
+
+
+class _LateSignal:
+    """A signal that opens its file at the first `read`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self, start: int, stop: int, channels: list[int]) -> np.ndarray:
+        frames = np.frombuffer(self.path.read_bytes(), "<i2").reshape(-1, 64)
+        return frames[start:stop, channels].T.astype(np.float64)
+
+
+def test_a_link_with_the_required_suffix_exists_as_long_as_its_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.other"
+    path.write_bytes(np.arange(64 * 2900, dtype="<i2").tobytes())
+    recording = sniff(path.rename(tmp_path / "a.nxe"))
+    assert recording is not None
+    monkeypatch.setitem(READERS, "eximia", _LateSignal)
+    monkeypatch.setitem(opening.SUFFIXES, "eximia", (".toy",))
+    monkeypatch.delitem(opening.UNIT_FACTORS, "eximia")
+    signal = open_signal(recording)
+    assert isinstance(signal, _LateSignal) and signal.path.suffix == ".toy"
+    assert signal.read(0, 2, [0, 1]).tolist() == [[0, 64], [1, 65]]

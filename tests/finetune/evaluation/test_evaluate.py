@@ -125,6 +125,16 @@ def test_copies_of_training_images_are_detected(paired_dataset: Path) -> None:
     assert measure_nearest_training_image(noise, train)[0] == pytest.approx(by_hand, rel=1e-5)
 
 
+def test_a_new_paired_metric_gets_its_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(metrics.PAIRED_METRICS, "red", lambda a, b: np.abs(a[..., 0] * 1.0 - b[..., 0]).mean((1, 2)))
+    images = np.zeros((2, 12, 12, 3), np.uint8)
+    images[1, ..., 0] = 30
+    found = compare_random_pairs(images, images, ["a", "b"], seed=0)
+    assert found["red"] == pytest.approx(30.0) and set(found) == {"psnr", "ssim", "red"}
+    small = compare_random_pairs(images[:, :5], images[:, :5], ["a", "b"], seed=0)
+    assert small["ssim"] == metrics.TOO_SMALL and small["red"] == pytest.approx(30.0)
+
+
 def test_random_pairs_never_take_a_trials_own_image() -> None:
     images = np.stack([np.full((12, 12, 3), 40 * i, np.uint8) for i in range(3)])[[0, 0, 1, 2]]
     found = compare_random_pairs(images, images, ["a", "a", "b", "c"], seed=0)
