@@ -1,4 +1,4 @@
-"""Tiny datasets that all tests share, and rules for tests without torch."""
+"""Small datasets that many tests use, and hooks for an environment without torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out test files that import torch, where torch is not installed (``make test-python``)."""
+    """Leave out the test files that import torch if torch is not installed, as in ``make test-python``."""
     if HAS_TORCH or collection_path.suffix != ".py":
         return None
     return True if re.search(r"^(import|from) torch\b", collection_path.read_text(), re.MULTILINE) else None
@@ -49,7 +49,7 @@ LABELS = ["circle", "square"]
 
 
 def _make_window(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Make 10 Hz activity that is correlated between channels, with noise, in microvolts."""
+    """Return a simulated EEG window in microvolts: 10 Hz activity, correlated between channels, and noise."""
     t = np.arange(SPEC.window) / SPEC.sfreq
     waves = np.sin(2 * np.pi * (10 * t + rng.uniform())) * rng.uniform(5, 20)
     return (np.outer(np.linspace(0.5, 1.5, n), waves) + rng.normal(0, 2, (n, SPEC.window))).astype(np.float32)
@@ -100,7 +100,7 @@ def _make_paired(split: str, count: int, seed: int) -> list[Sample]:
     for i in range(count):
         label, n = i % 2, 16
         eeg = _make_window(rng, n)
-        # The sign of an evoked response carries the label.
+        # The label of a trial is the sign of its evoked response.
         eeg += (1 if label else -1) * 25 * np.exp(-((np.arange(SPEC.window) - 50) ** 2) / 200)
         meta = _make_meta(n, f"{split}-{i % 2}", i, split)
         meta |= {
@@ -115,7 +115,10 @@ def _make_paired(split: str, count: int, seed: int) -> list[Sample]:
 
 @pytest.fixture(scope="session")
 def unpaired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 train, 24 val and 24 test windows of 19 to 64 channels, 128 samples at 128 Hz."""
+    """Write a dataset of 144 windows without images: 96 for training, 24 for validation and 24 for testing.
+
+    A window has 19 to 64 channels and 128 samples at 128 Hz.
+    """
     path = tmp_path_factory.mktemp("data") / "unpaired"
     splits = {
         "train": _make_unpaired("train", 96, 0),
@@ -128,7 +131,10 @@ def unpaired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def paired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 train, 16 val and 16 test trials of 16 channels with 32 x 32 images of two categories."""
+    """Write a dataset of 96 trials with images: 64 for training, 16 for validation and 16 for testing.
+
+    A trial has 16 channels. Its image has 32 x 32 pixels and shows one of two categories.
+    """
     path = tmp_path_factory.mktemp("data") / "paired"
     splits = {
         "train": _make_paired("train", 64, 0),
@@ -166,9 +172,10 @@ window.addEventListener("message", event => {
 
 @pytest.fixture(scope="session")
 def open_in_browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[dict]]:
-    """Return a function that opens a page in headless Chromium, 390 and 1200 pixels wide, and fails if it looks wrong.
+    """Return a function that opens a page in headless Chromium and fails if the page has errors in its layout.
 
-    Headless windows cannot be as narrow as a phone, so the page is opened in frames of these widths.
+    The function shows the page in frames that are 390 and 1200 pixels wide, because a headless window cannot be as
+    narrow as a phone.
     """
     chromium = shutil.which("chromium")
     if chromium is None:

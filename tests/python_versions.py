@@ -1,4 +1,4 @@
-"""Checks for the Python versions that ``make test`` does not run on: ``make resolve`` and ``make test-python``."""
+"""Checks for Python versions other than the one of ``make test``: ``make resolve`` and ``make test-python``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TESTS = ["tests/data_sharding", "tests/launch/test_configs.py"]
 
 
 def requirements(without: set[str]) -> list[str]:
-    """Return the project's dependencies, those of its extras included, except some."""
+    """Return the dependencies of the project and of its extras, except the packages in ``without``."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     found = [*project["dependencies"], *extras["s3"], *extras["dev"]]
@@ -28,12 +28,12 @@ def requirements(without: set[str]) -> list[str]:
 
 
 def write_stand_in(name: str, folder: Path) -> None:
-    """Write an empty wheel with the requirements of an installed package, except those for CUDA.
+    """Write an empty wheel with the requirements of an installed package, except its requirements for CUDA.
 
-    pip reads the requirements of a package from its wheel. Real wheels of torch would be a download of gigabytes, and
-    DeepSpeed is built from source.
+    pip reads the requirements of a package from the package's wheel. The real wheels of torch are gigabytes large, and
+    DeepSpeed has no wheel because it is built from source.
     """
-    # Among equal versions pip takes the one with a local part.
+    # A version with a local part, such as +standin, comes first for pip among equal versions.
     version = metadata.version(name).split("+")[0] + "+standin"
     needed = [text for text in metadata.requires(name) or [] if not re.search(r"extra ==|nvidia|cuda|triton", text)]
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needed)]
@@ -45,7 +45,7 @@ def write_stand_in(name: str, folder: Path) -> None:
 
 
 def resolve() -> int:
-    """Ask pip, for each Python version, whether the exact versions of constraints.txt can be installed from wheels."""
+    """Ask pip, for each Python version, whether wheels exist for the exact versions in constraints.txt."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     torch = metadata.version("torch").split("+")[0]
     failed = []
@@ -64,7 +64,7 @@ def resolve() -> int:
 
 
 def test() -> int:
-    """Run the tests that need no torch, with this Python, in an environment below ``build``."""
+    """Run the tests that do not need torch with this Python, in an environment in the folder ``build``."""
     environment = ROOT / "build" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     python = environment / "bin" / "python"
     if not python.exists():

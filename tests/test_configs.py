@@ -1,4 +1,4 @@
-"""Every file in configs/ is accepted by the command for which it was written."""
+"""Tests that each command accepts the files in configs/ that were written for this command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from data_sharding.common.config import parse_config, to_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-STAGES = {  # pattern of a file's name -> config class
+STAGES = {  # pattern of a config file's name -> config class
     "data_sharding/*": "data_sharding.job.request:ShardConfig",
     "demo/shard_*": "data_sharding.job.request:ShardConfig",
     "pretrain/*": "pretrain.training.config:PretrainConfig",
@@ -23,7 +23,7 @@ STAGES = {  # pattern of a file's name -> config class
     "finetune/evaluate": "finetune.evaluation.evaluate:EvaluateConfig",
 }
 FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("accelerate", "cluster"))
-# These files hold options for several commands of the demo.
+# Each of these files holds options for several commands of the demo.
 SEVERAL = {"demo/images", "demo/smoke"}
 
 

@@ -1,7 +1,7 @@
-"""Rules for the project as a whole: which file may import which, how large a file or folder may be, fast help.
+"""Rules for the whole project: allowed imports, maximum sizes of files and folders, and fast help.
 
-The import rules cover every import statement: at the top of a file, under ``TYPE_CHECKING``, inside a function, and
-``importlib.import_module`` with a module's name written out.
+The import rules hold for every import statement: at the top of a file, under ``TYPE_CHECKING``, and inside a function.
+They also hold for calls of ``importlib.import_module`` with a literal name of a module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["launch", "finetune", "pretrain", "data_sharding"]
-"""A package imports only packages that stand after it in this list."""
+"""A package may import only packages that come after it in this list."""
 FOLDERS = {
     "launch": [
         *("__main__", "cli", "configs", "doctor", "submit", "ray_train", "agent", "local", "demo"),
@@ -36,13 +36,13 @@ FOLDERS = {
         *("__main__", "job", "audit", "corpora", "dataset", "processing", "formats", "common"),
     ],
 }
-"""Folders and files directly inside each package. Each imports only those that stand after it in its list."""
+"""Folders and files directly inside each package. Each of them may import only later entries of its list."""
 MOST_FILES = 15
 MOST_LINES = 700
 
 
 def _code_files() -> dict[str, Path]:
-    """Return every code file of the packages, by the name of its module."""
+    """Return every code file of the packages by module name."""
     files = {}
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
@@ -55,7 +55,7 @@ FILES = _code_files()
 
 
 def _targets(node: ast.AST, module: str, files: dict[str, Path]) -> set[str]:
-    """Return the modules that one statement imports, as written: modules of other projects are included."""
+    """Return the modules that one statement imports, including modules of other projects."""
     if isinstance(node, ast.Import):
         return {alias.name for alias in node.names}
     if isinstance(node, ast.ImportFrom):
@@ -64,7 +64,7 @@ def _targets(node: ast.AST, module: str, files: dict[str, Path]) -> set[str]:
             parts = module.split(".")
             keep = len(parts) - node.level + (files[module].name == "__init__.py")
             base = ".".join(filter(None, [*parts[:keep], base]))
-        # 'from package import name' imports the module package.name where there is such a file.
+        # If the file package/name.py exists, 'from package import name' imports the module package.name.
         return {name if (name := f"{base}.{alias.name}") in files else base for alias in node.names}
     if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
         return {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
@@ -72,7 +72,7 @@ def _targets(node: ast.AST, module: str, files: dict[str, Path]) -> set[str]:
 
 
 def _import_graph(files: dict[str, Path]) -> dict[str, set[str]]:
-    """Return, for every module, the modules that any of its statements imports."""
+    """Return, for every module, all modules that the module imports."""
     graph = {}
     for module, path in files.items():
         nodes = ast.walk(ast.parse(path.read_text()))
@@ -81,7 +81,7 @@ def _import_graph(files: dict[str, Path]) -> dict[str, set[str]]:
 
 
 def _circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return the groups of modules that import one another (Tarjan's strongly connected components)."""
+    """Return each group of modules that import one another (Tarjan's strongly connected components)."""
     numbers: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []

@@ -1,4 +1,4 @@
-"""A tiny encoder package and a miniature Stable Diffusion for the tests of fine-tuning."""
+"""A tiny encoder package and a tiny Stable Diffusion for the tests of fine-tuning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _quiet() -> None:
 
 @pytest.fixture(scope="session")
 def encoder_package(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Encoder with random weights, 32 tokens of width 32, for the preprocessing of the paired dataset."""
+    """Write an encoder package with random weights and 32 tokens of width 32, for the windows of the paired dataset."""
     import torch
 
     from data_sharding.dataset.dataset import EEGDataset
@@ -38,7 +38,7 @@ def encoder_package(paired_dataset: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def miniature(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Miniature Stable Diffusion and CLIP, trained for two steps each by the real command."""
+    """Train a miniature Stable Diffusion and CLIP for two steps each with the real command."""
     from finetune.stable_diffusion.miniature import main
 
     path = tmp_path_factory.mktemp("miniature") / "miniature"
@@ -49,7 +49,7 @@ def miniature(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``launch(module, *args, processes=1, env={})`` runs a stage under the real ``accelerate launch``."""
+    """Return a function that runs a stage with 'accelerate launch': ``launch(module, *args, processes=1, env={})``."""
     folder = Path(__file__).parents[2] / "configs" / "accelerate"
     configs = {1: folder / "cpu.yaml", 2: folder / "cpu_two_processes.yaml"}
 

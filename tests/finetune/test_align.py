@@ -65,7 +65,8 @@ def test_two_stopped_processes_resume_to_the_same_weights(
 
     assert run("whole").returncode == 0
     (tmp_path / "stop").touch()
-    # The stop file exists from the start, and the training looks for it once a second, so it stops before the end.
+    # The stop file exists from the start. The training looks for this file once a second, so it stops before the last
+    # step.
     stopped = run("parts", **{STOP_FILE: str(tmp_path / "stop")})
     assert stopped.returncode != 0 and "stopped on request" in stopped.stderr
     (checkpoint,) = (tmp_path / "parts" / "checkpoints").iterdir()

@@ -40,7 +40,7 @@ def test_each_trial_gets_one_image_and_the_real_one_beside_it(
         assert Image.open(out / trial["file"]).size == (32, 32)
         np.testing.assert_array_equal(Image.open(out / trial["real_file"]), decode_image(sample.image))
 
-    # A second run gives the same images, also with another batch size.
+    # A second run generates the same images, even with another batch size.
     again = tmp_path / "again"
     assert main([str(model), str(paired_dataset), "-o", str(again), *few, "--batch_size", "5"]) == 0
     for trial in result["trials"]:

@@ -66,7 +66,7 @@ def test_a_dataset_without_images_is_refused(unpaired_dataset: Path) -> None:
 
 def test_another_preprocessing_is_refused_with_the_key(paired_dataset: Path) -> None:
     data = EEGDataset(paired_dataset)
-    # Stride and rejection only choose the windows, so they may differ.
+    # The settings for stride and rejection only choose windows, so they may differ between model and dataset.
     assert data.require_preprocess(dataclasses.replace(data.spec, stride=7, reject_uv=80.0), "model") is data
     with pytest.raises(RequestError, match=r"\(preprocess\.highpass 2\.0 against 0\.5\)"):
         data.require_preprocess(dataclasses.replace(data.spec, highpass=2.0, reject_uv=80.0), "model m")

@@ -1,4 +1,4 @@
-"""The command line: fast help, every command can be called, wrong requests are refused in one line."""
+"""Tests of the command line: help is fast, every command runs, and wrong requests are refused in one line."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_processes_are_read_from_config_and_command_line(tmp_path: Path, monkeyp
     assert processes_wanted([str(config), "--num_processes", "2"]) == 2
     assert processes_wanted(["--config", str(config), "--num_processes=4"]) == 4
     assert processes_wanted([str(config), "--num_processes", "1"]) == 0
-    # With restarts, a parent process must exist that starts the training again.
+    # With restarts, a parent process is needed to start the training again.
     assert processes_wanted([str(config), "--num_processes", "1", "--restarts", "2"]) == 1
     assert processes_wanted([str(config), "--help"]) == 0
     assert processes_wanted([str(tmp_path / "none.yaml")]) == 0

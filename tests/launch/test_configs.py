@@ -1,4 +1,7 @@
-"""The configs that come with Dreamscale: found in any folder, listed, printed and copied."""
+"""Tests of the configs that come with Dreamscale.
+
+The commands find these configs in any folder, list them, print them and copy them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def test_a_path_below_configs_is_found_in_any_folder(tmp_path: Path, monkeypatch
     assert find_config(released) == ROOT / released
     assert find_config("configs/pretrain/none.yaml") == Path("configs/pretrain/none.yaml")
     assert find_config("pretrain/released.yaml") == Path("pretrain/released.yaml")
-    # A file of the user's own goes first.
+    # If the user has a config file with this name, the command uses the user's file.
     released.parent.mkdir(parents=True)
     released.write_text("steps: 3\n")
     assert find_config(released) == released

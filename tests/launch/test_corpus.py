@@ -1,4 +1,7 @@
-"""The demo's corpus: a seed gives the same bytes, and the recordings hold what `truth.json` says."""
+"""Tests of the demo's corpus.
+
+A seed always gives the same bytes, and the recordings hold the effects that `truth.json` lists.
+"""
 
 from __future__ import annotations
 

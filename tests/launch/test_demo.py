@@ -1,4 +1,4 @@
-"""The demo: its steps, its report, resuming after a stop, and the whole chain with hardly any training."""
+"""Tests of the demo: its steps, its report, resuming after a stop, and the whole chain with very short training."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class PageParser(HTMLParser):
 
 
 def check_that_names_are_escaped(out: Path, tmp_path: Path) -> None:
-    """Render the report of a copy of the demo in which a subject has a dangerous name."""
+    """Render the report of a copy of the demo in which a subject's name contains HTML code."""
     copy = shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
     truth = json.loads((copy / "corpus" / "truth.json").read_text())
     truth["unpaired"][0]["subject"] = "<script>alert(1)</script>"
@@ -121,7 +121,7 @@ def check_that_names_are_escaped(out: Path, tmp_path: Path) -> None:
 
 def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     out = tmp_path / "demo"
-    # Stop the demo in the middle of a step; the second run resumes there.
+    # Stop the demo in the middle of a step. The second run resumes at this step.
     process = start_demo(out)
     while not (out / "steps" / "corpus.done.json").is_file():
         assert process.poll() is None, process.stderr.read()
@@ -168,7 +168,7 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     with Image.open(out / "overview.png") as picture:
         assert min(picture.size) > 500
 
-    # The demo is complete: no step runs again, and the report is the same.
+    # After a complete demo, the command repeats no step and writes the same report.
     before = (out / "report.json").read_bytes()
     process = start_demo(out)
     text, err = process.communicate()
@@ -176,7 +176,7 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     assert err.count("already complete") == len(steps)
     assert (out / "report.json").read_bytes() == before
 
-    # If a step fails, the demo names its log and returns its exit code.
+    # If a step fails, the demo names the log of the step and returns the exit code of the step.
     (out / "generated" / "eg_ddpm" / "metrics.json").unlink()
     (out / "generated" / "eg_ddpm-shuffled" / "generated.json").unlink()
     process = start_demo(out)

@@ -1,4 +1,4 @@
-"""``dreamscale doctor`` names what is installed and what is missing."""
+"""Tests that ``dreamscale doctor`` names the installed packages and the missing packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real processes under torchrun and Accelerate: their exit codes, requests to stop, and wrong requests."""
+"""Tests with real processes under torchrun and Accelerate: exit codes, requests to stop, and wrong requests."""
 
 from __future__ import annotations
 

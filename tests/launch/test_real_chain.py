@@ -1,4 +1,4 @@
-"""The chain on real recordings, with the commands that a user types: shard, pretrain, export, encode."""
+"""Tests on real recordings with the commands that a user types: shard, pretrain, export and encode."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def test_real_recordings_become_a_dataset_an_encoder_and_embeddings(tmp_path: Pa
         with np.load(out) as found:
             assert found["tokens"].shape[:2] == (windows, 64) and np.isfinite(found["tokens"]).all()
             assert found["pooled"].shape == (windows, found["tokens"].shape[2])
-            # Windows of different times have different embeddings.
+            # Windows at different times must have different embeddings.
             assert found["pooled"].std(axis=0).max() > 1e-3

@@ -1,4 +1,4 @@
-"""Cluster jobs: the job files are valid, every value is quoted, and wrong requests are refused."""
+"""Tests of cluster jobs: job files are valid, every value is quoted, and wrong requests are refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ WORDS = ["--evaluation.every", "3", "--output", 'runs/it\'s $(HEAD_NODE) "quoted
 
 @pytest.mark.parametrize("scheduler", ["slurm", "ray", "k8s"])
 def test_blanks_and_quotes_reach_the_stage(scheduler: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Run the job's command with a Python that prints its arguments."""
+    """Run the job's command with a fake Python program that prints its arguments."""
     fake = tmp_path / "python"
     fake.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The wheel: built from the files under version control, installed into an empty folder, used in another folder."""
+"""Tests of the wheel: build it from the files under version control, install it, and use it in another folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("data_sharding", "pretrain", "finetune", "launch")
 OUTSIDE = {"DREAMSCALE_EEG_CORPUS": "/data/eeg", "LAB_EEG": "/data/eeg", "GPUS": "1"}
-"""Variables that configs take their folders from."""
+"""Environment variables that the configs use in names of folders."""
 
 
 def _project_files() -> list[str]:
@@ -28,7 +28,7 @@ def _project_files() -> list[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder into which the wheel is installed, without the packages that Dreamscale depends on."""
+    """Install the wheel into an empty folder, without the packages on which Dreamscale depends."""
     base = tmp_path_factory.mktemp("wheel")
     for name in _project_files():
         target = base / "source" / name
@@ -44,7 +44,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_python(site: Path, cwd: Path, *words: str) -> str:
-    """Run Python with the installed wheel, in another folder, and return what it printed."""
+    """Run Python with the installed wheel in another folder, and return the output."""
     words = words if len(words) > 1 else ("-c", *words)
     environment = {**os.environ, **OUTSIDE, "PYTHONPATH": str(site)}
     done = subprocess.run(
@@ -55,7 +55,7 @@ def run_python(site: Path, cwd: Path, *words: str) -> str:
 
 
 def dreamscale(site: Path, cwd: Path, *words: str) -> str:
-    """Run the installed command in another folder and return what it printed."""
+    """Run the installed ``dreamscale`` command in another folder, and return the output."""
     return run_python(site, cwd, str(site / "bin" / "dreamscale"), *words)
 
 
@@ -89,13 +89,13 @@ def test_first_contact_outside_a_checkout(site: Path, tmp_path: Path) -> None:
 def test_a_cluster_job_is_rendered(site: Path, tmp_path: Path, scheduler: str) -> None:
     nodes = "1" if scheduler == "ray" else "2"
     words = (scheduler, "pretrain", "configs/pretrain/released.yaml", "--nodes", nodes, "--dry-run")
-    # The preset's batch of 100 does not divide among 16 processes.
+    # The preset's batch size of 100 is not divisible by 16 processes, so set another batch size.
     text = dreamscale(site, tmp_path, "submit", *words, "--", "--batch_size", "1600")
     assert "configs/pretrain/released.yaml" in text and "--batch_size 1600" in text
 
 
 def _documented() -> list[tuple[str, str]]:
-    """Return every ``dreamscale COMMAND ... configs/...`` of the documentation, as command and path."""
+    """Return the command and the path of every ``dreamscale COMMAND ... configs/...`` in the documentation."""
     texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
     pattern = r"(?:dreamscale|-m) ([\w.]+)(?: [\w/]+)?(?: --config)? (configs/[\w/]+\.yaml)"
     modules = {"pretrain.train": "pretrain", "data_sharding": "shard", "finetune.align": "align"}
@@ -114,7 +114,7 @@ def test_the_documentation_names_configs() -> None:
 
 
 def test_every_documented_config_is_found(site: Path, tmp_path: Path) -> None:
-    # One process for all of them: importing the stages takes most of the time.
+    # Run all commands in one process, because importing the stages takes most of the time.
     code = f"""
 import contextlib, io
 from launch.cli import main

@@ -1,4 +1,4 @@
-"""A small pretraining config, and a run of it with a real launcher."""
+"""A small config for pretraining, and a run with this config under a real launcher."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def torchrun(words: Sequence[str], *, processes: int = 2, **options: Any) -> sub
 
 
 def run_jobs(folder: Path, processes: int, jobs: list[dict[str, Any]]) -> str:
-    """Run several trainings in one launch (see jobs_worker.py), and return their stderr."""
+    """Run several trainings in one launch (see jobs_worker.py), and return the error output of the launch."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     done = torchrun([str(Path(__file__).with_name("jobs_worker.py")), str(path)], processes=processes)
@@ -79,7 +79,7 @@ def losses(run: Path) -> list[float]:
 
 
 def saved_state(run: Path, step: int) -> dict[str, Any]:
-    """Weights and moments in a checkpoint, by name."""
+    """Return the weights and Adam's moments in a checkpoint, by name."""
     with CheckpointReader(step_folder(run / "checkpoints", step)) as saved:
         return {name: saved[name] for name in saved.names}
 
@@ -90,14 +90,14 @@ def saved_weights(run: Path, step: int) -> dict[str, Any]:
 
 
 def mark_interrupted(run: Path) -> None:
-    """Change the status of a finished run to that of an interrupted run."""
+    """Change the status of a finished run, so that the run looks interrupted."""
     status = json.loads((run / "status.json").read_text())
     (run / "status.json").write_text(json.dumps(status | {"state": "running"}))
 
 
 @pytest.fixture(scope="session")
 def trained_run(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with ZeRO stage 2 on two processes under torchrun, long enough to learn something."""
+    """Train a model on two processes with torchrun and ZeRO stage 2, for enough steps to learn something."""
     folder = tmp_path_factory.mktemp("pretrain")
     config = write_config(
         folder / "config.yaml",
@@ -118,7 +118,7 @@ def trained_run(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def encoder_package(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The exported encoder of the trained run."""
+    """Export the encoder of the trained run."""
     from pretrain.export import main
 
     out = tmp_path_factory.mktemp("package") / "encoder"

@@ -1,7 +1,8 @@
-"""Several short trainings in one launch, because DeepSpeed starts slowly: ``torchrun jobs_worker.py JOBS.json``.
+"""Run several short trainings in one launch, because DeepSpeed starts slowly: ``torchrun jobs_worker.py JOBS.json``.
 
-Each job has ``words``, the command line of 'dreamscale pretrain', and ``stop_after``, the number of steps after which a
-stop is requested (null for never). A job whose output exists resumes that run.
+Each job has ``words`` and ``stop_after``. ``words`` is the command line of 'dreamscale pretrain'. ``stop_after`` is the
+number of steps after which the worker requests a stop; null means no stop. If the output folder of a job exists, the
+job resumes the run in this folder.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from pretrain.training.config import PretrainConfig
 
 
 class StopAfter(StopSignal):
-    """Requests a stop after a number of steps; the config must log a line in each step."""
+    """Requests a stop after a number of steps. The config must write a line of metrics in each step."""
 
     def __init__(self, run: RunDirectory, steps: int | None) -> None:
         self.run, self.steps = run, steps
 
     @property
     def requested(self) -> bool:  # type: ignore[override]
-        # Rank 0 writes the lines, so only rank 0 can count them; a request in one process is enough.
+        # Only rank 0 writes lines of metrics, so only rank 0 can count them. A stop request in one process is enough.
         if self.steps is None or self.run.rank:
             return False
         return sum("lr" in line for line in self.run.metrics()) >= self.steps - 1
@@ -45,7 +46,8 @@ def main() -> None:
             run = RunDirectory(config.output, config, rank=rank, free=FREE)
             train_in(world, deepspeed, config, run, train, held_out, StopAfter(run, job.get("stop_after")))
             run.close()
-            # Rank 0 still writes files after its last collective operation; the other ranks wait for it here.
+            # After the last collective operation, rank 0 still writes files. The other ranks wait here until rank 0 has
+            # finished.
             world.barrier()
 
 

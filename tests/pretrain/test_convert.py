@@ -1,4 +1,7 @@
-"""Conversion of DreamDiffusion's checkpoints: no code in them is run, and the model computes the same afterwards."""
+"""Tests of the conversion of DreamDiffusion's checkpoints.
+
+The conversion runs no code from a checkpoint, and the converted model gives the same output as the original model.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ CHANNELS, PATCH, TOKENS, WIDTH, NARROW, HEADS, NARROW_HEADS = 128, 4, 16, 32, 24
 
 
 class Layer(nn.Module):
-    """A transformer block with the names of DreamDiffusion's weights; its attention is written out."""
+    """A transformer block with DreamDiffusion's names of weights, in which each step of attention is written out."""
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -49,7 +52,7 @@ def table(width: int) -> nn.Parameter:
 
 
 class Pretrained(nn.Module):
-    """DreamDiffusion's masked autoencoder, rebuilt from the names of its weights and the order of its operations."""
+    """DreamDiffusion's masked autoencoder, with the original names of weights and the original order of operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +84,7 @@ class Pretrained(nn.Module):
 
 
 class FineTuned(nn.Module):
-    """DreamDiffusion's encoder in fine-tuning: no class token among the tokens, and trained positions."""
+    """DreamDiffusion's encoder in fine-tuning: its tokens contain no class token, and its positions are trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,14 +112,14 @@ def perturb(model: nn.Module) -> Any:
 
 @pytest.fixture
 def foreign_config(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A config object whose class is in a module that no longer exists when the checkpoint is read."""
+    """Return a config object of a class in a module that no longer exists when the checkpoint is read."""
     module = types.ModuleType("config")
     cls = type("Config_MBM_EEG", (), {"__module__": "config"})
     module.Config_MBM_EEG = cls  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "config", module)
     config = cls()
     config.__dict__ |= {"num_heads": HEADS, "decoder_num_heads": NARROW_HEADS, "mask_ratio": 0.1, "focus_range": None}
-    # JSON cannot hold infinity.
+    # The test sets a loss to infinity because JSON cannot store infinity.
     config.best_loss = float("inf")
     return config
 
@@ -150,7 +153,7 @@ def test_converted_model_computes_the_same(pretrained: tuple[Pretrained, Path]) 
         expected = foreign.encode(x, keep)
         torch.testing.assert_close(encoder(x, keep_BK), expected, rtol=0, atol=1e-5)
         made = decoder(encoder(x, keep_BK), keep_BK)
-        # DreamDiffusion orders the values of a token by time and then channel: [token, time, channel].
+        # DreamDiffusion orders the values of a token first by time and then by channel: [token, time, channel].
         rebuilt = foreign.decode(expected, keep).view(3, TOKENS, PATCH, CHANNELS).transpose(2, 3).flatten(2)
         torch.testing.assert_close(made, rebuilt, rtol=0, atol=1e-5)
 
@@ -165,7 +168,7 @@ def test_command_writes_a_package(pretrained: tuple[Pretrained, Path], tmp_path:
     with torch.no_grad():
         torch.testing.assert_close(encoder(x), foreign.encode(x, list(range(TOKENS)))[:, 1:], rtol=0, atol=1e-5)
     assert load_file(out / DECODER)["mask_token"].shape == (1, 1, NARROW)
-    # The package encodes a recording.
+    # The encoder package can encode a recording.
     signal = np.random.default_rng(0).normal(scale=20.0, size=(4, 1000))
     assert encoder.encode((signal, ["Fz", "Cz", "Pz", "Oz"], 250.0, "uV")).pooled.shape[1] == WIDTH
 
@@ -252,7 +255,7 @@ class TestRefusals:
         config = {"num_heads": heads, "decoder_num_heads": NARROW_HEADS}
         torch.save({"model": perturb(Pretrained()).state_dict(), "config": config}, tmp_path / "c.pth")
         assert f"heads is {heads!r}; give --heads" in self.refuse(tmp_path / "c.pth", tmp_path, capsys)
-        # Numbers from the command line replace those of the checkpoint, and are checked as well.
+        # Numbers on the command line replace the numbers in the checkpoint. The command checks these numbers too.
         words = ("--heads", str(HEADS), "--decoder_heads", "-3")
         assert "decoder_heads is -3" in self.refuse(tmp_path / "c.pth", tmp_path, capsys, *words)
 

@@ -1,4 +1,4 @@
-"""The plan of a pretraining run, compared with measurements on a small model."""
+"""Tests that compare the plan of a pretraining run with measurements on a small model."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def nbytes(tensors: Any) -> int:
 
 
 def kept_bytes(config: MaskedAutoencoderConfig, windows: int) -> int:
-    """Bytes that autograd keeps between a forward and a backward pass, weights not included."""
+    """Return the bytes that autograd keeps between a forward and a backward pass, without the weights."""
     torch.manual_seed(0)
     model = build_autoencoder(config)
     weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        # Keep a reference, so that no address is used twice.
+        # Keep a reference to the storage, so that no other tensor gets the same address.
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
@@ -69,7 +69,7 @@ def test_activations_are_what_autograd_keeps(mask_ratio: float) -> None:
     measured = kept_bytes(config, 8) / 8
     planned = activation_bytes(config, precision="fp32", checkpointing=False)
     assert 0.9 < measured / planned < 1.1
-    # With recomputation, the plan also counts the activations of the one block that is being recomputed.
+    # With recomputation, the plan also counts the activations of the block that is being recomputed.
     spared = dataclasses.replace(config, compute=ComputeConfig(attention="sdpa", checkpointing=True))
     measured_spared = kept_bytes(spared, 8) / 8
     planned_spared = activation_bytes(spared, precision="fp32", checkpointing=True)
@@ -78,7 +78,7 @@ def test_activations_are_what_autograd_keeps(mask_ratio: float) -> None:
 
 
 def test_arithmetic_follows_from_the_shapes() -> None:
-    """Count by hand: 2 operations for each weight and token; for attention, 4 for each width and pair of tokens."""
+    """Count operations by hand: 2 per weight and token, and in attention 4 per pair of tokens and dimension."""
 
     def blocks(dim: int, depth: int, ratio: float, tokens: int) -> float:
         return depth * (2 * tokens * (4 + 2 * ratio) * dim**2 + 4 * tokens**2 * dim)
@@ -100,7 +100,8 @@ def test_each_zero_stage_divides_its_part() -> None:
         assert one.weights / eight.weights == (8 if stage == 3 else 1)
         assert one.gradients / eight.gradients == (8 if stage >= 2 else 1)
         assert one.optimizer / eight.optimizer == (8 if stage else 1)
-    # For each parameter 2 bytes of weights, 4 of gradients, and 12 of master weights and moments, divided by 8 GPUs.
+    # Each parameter needs 2 bytes for weights, 4 for gradients, and 12 for master weights and moments. The 8 GPUs share
+    # these bytes.
     assert totals[3].weights + totals[3].gradients + totals[3].optimizer == 18 * size / 8
     words: dict[str, Any] = {"gpus": 8, "precision": "bf16", "micro_batches": 4}
     assert exchanged_bytes(size, zero_stage=1, **words) == size * 6 * 7 / 8
@@ -143,7 +144,7 @@ def test_deepspeed_holds_what_is_planned() -> None:
     )
     held, size = map(int, next(line for line in done.stdout.splitlines() if line.startswith("BYTES")).split()[1:])
     planned = state_bytes(size, zero_stage=1, gpus=1, precision="bf16")
-    # After a step there are no temporary buffers. Memory holds the state, the window, and a few numbers.
+    # After a step there are no temporary buffers. Memory holds the model's state, the window, and a few numbers.
     assert held == pytest.approx(planned.weights + planned.gradients + planned.optimizer, rel=0.02)
 
 
@@ -162,7 +163,7 @@ class TestCommand:
         rows = {(row["zero_stage"], row["checkpointing"]): row for row in plan["memory"]}
         assert rows[1, False]["total"] > rows[2, False]["total"] > rows[3, False]["total"] > rows[3, True]["total"]
         for row in rows.values():
-            # One window more than the largest micro batch does not fit.
+            # The largest micro batch fits into memory, but one window more does not fit.
             window = row["activations"] / 100
             state = row["total"] - row["activations"]
             assert state + row["largest_micro_batch"] * window <= 137 * GIB
@@ -208,7 +209,7 @@ class TestCommand:
         assert rows["none"][3]["total"] > rows["optimizer"][3]["total"] > rows["all"][3]["total"]
 
     def test_utilisation_is_that_of_the_metrics(self, tmp_path: Path) -> None:
-        """Recomputation lowers the measured utilisation, so the plan must not count its time again."""
+        """Recomputation already lowers the measured utilisation, so the plan must not add time for recomputation."""
         seconds = []
         for again in ("true", "false"):
             words = ["--preset", "paper", "--checkpointing", again, "--output", str(tmp_path / "p.json")]

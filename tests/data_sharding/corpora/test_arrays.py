@@ -1,4 +1,4 @@
-"""Corpora of arrays with sidecars."""
+"""Tests of corpora that consist of array files with metadata in sidecar files."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_matlab_7_3(tmp_path: Path) -> None:
     import h5py
 
     with h5py.File(tmp_path / "a.mat", "w", userblock_size=512) as file:
-        entry = file.create_dataset("eeg", data=X.T)  # MATLAB writes the last dimension first
+        entry = file.create_dataset("eeg", data=X.T)  # MATLAB stores arrays in column-major order
         entry.attrs["MATLAB_class"] = np.bytes_("double")
     with (tmp_path / "a.mat").open("r+b") as stream:
         stream.write(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM")
@@ -127,7 +127,7 @@ def test_to_samples(tmp_path: Path) -> None:
         assert result.samples == {"train": windows}
 
 
-@settings(deadline=None)  # the machine may be busy
+@settings(deadline=None)  # a busy machine may be slow
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
 def test_any_range_over_segments_is_the_arrays_in_a_row(lengths: list[int], data: st.DataObject) -> None:
     parts = [np.random.default_rng(i).normal(size=(3, n)) for i, n in enumerate(lengths)]

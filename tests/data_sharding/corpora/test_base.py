@@ -1,4 +1,4 @@
-"""Config and kinds of corpora, folders and events tables on any storage, and the order of trials."""
+"""Tests of the config of corpora, the kinds of corpora, folders and events tables on any storage, and trial order."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def test_keys_of_another_kind_are_refused_in_one_line(values: dict, words: str) 
 
 @dataclasses.dataclass(kw_only=True)
 class Corpora:
-    """A config with corpora."""
+    """A config that contains a list of corpora."""
 
     corpora: list[CorpusConfig]
-    """Where the recordings are."""
+    """Corpora that hold the recordings."""
 
 
 def test_from_yaml(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ class TestOrder:
             "unknown",
             "no trials: continuous recordings",
         )
-        # Pairs of one category are more frequent than by chance, but they are not blocks.
+        # Trials come in pairs of one category. Neighbours agree more often than by chance, but a pair is not a block.
         rng = np.random.default_rng(0)
         pairs = [name for name in rng.permutation([f"c{i % 3}" for i in range(150)]) for _ in range(2)]
         assert measure_order([item(pairs)])[0] == "unknown"

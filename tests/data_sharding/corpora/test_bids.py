@@ -1,4 +1,4 @@
-"""BIDS datasets as mne-bids writes them, and with typical faults."""
+"""Tests of BIDS datasets: some are as mne-bids writes them, others have typical errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from data_sharding.processing.preprocess import PreprocessSpec
 
 
 def write_bids(root: Path, build_raw: Any) -> None:
-    """Two subjects, one of them in two sessions, with a montage, a bad channel, an EOG channel and mains of 60 Hz."""
+    """Write a BIDS dataset with two subjects, one of whom has two sessions.
+
+    The recordings have a montage, a bad channel, an EOG channel, and mains interference at 60 Hz.
+    """
     import mne
     import mne_bids
 

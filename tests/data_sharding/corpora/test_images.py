@@ -1,4 +1,4 @@
-"""Small versions of EEG-ImageNet and THINGS-EEG2, in the formats of their releases."""
+"""Tests on small versions of EEG-ImageNet and THINGS-EEG2 in the file formats of the published datasets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ BY_CORPUS = SplitConfig(by="concept", val_fraction=0, test_fraction=0, image_val
 
 
 def shard(item: Item, work: Path, spec: PreprocessSpec, split: SplitConfig) -> tuple[PartResult, list[dict[str, Any]]]:
-    """Process an item; return its result, and the metadata of its samples with the window ('eeg') and the image."""
+    """Process one recording; return the result and the metadata of its samples.
+
+    The metadata of each sample also holds the window under 'eeg' and the image under 'bytes'.
+    """
     labels = tuple(sorted({trial.label_name for trial in item.trials or ()}))
     result = process_recording(Task(item=item, spec=spec, split=split, labels=labels, work=work, timeout_s=60))
     out = []
@@ -48,7 +51,7 @@ def shard(item: Item, work: Path, spec: PreprocessSpec, split: SplitConfig) -> t
 
 
 def released(lengths: dict[int, int] | None = None) -> dict[str, Any]:
-    """Two subjects who see four images of each of three categories, in blocks."""
+    """Return data of two subjects who see four images of each of three categories, in blocks."""
     images = [f"{synset}_{100 + i}" for synset in SYNSETS for i in range(4)]
     dataset = []
     for subject in (1, 4):
@@ -60,7 +63,7 @@ def released(lengths: dict[int, int] | None = None) -> dict[str, Any]:
 
 
 def splits() -> dict[str, Any]:
-    """Split by image: of each category the third image is for val and the fourth for test."""
+    """Return splits by image: in each category the third image is for validation and the fourth for testing."""
     of = {"train": (0, 1), "val": (2,), "test": (3,)}
     return {"splits": [{split: [i for i in range(24) if i % 4 in which] for split, which in of.items()}]}
 
@@ -90,7 +93,7 @@ class TestEEGImageNet:
         signal = open_item(items[1])
         assert (signal.info.sfreq, len(signal.info.segments), signal.info.n_samples) == (1000, 11, 11 * 440)
         assert signal.info.unit_known and any("standardised" in note for note in signal.info.notes)
-        # The second trial of the second subject was left out, so its second segment is trial number 14.
+        # The second trial of the second subject was left out, so the second segment belongs to trial number 14.
         x = np.asarray(data["dataset"][14]["eeg"])[:, 20:460]
         segment = signal.info.segments[1]
         assert np.array_equal(signal.read(segment.start, segment.stop, list(range(128))), x)
@@ -133,11 +136,11 @@ class TestEEGImageNet:
         assert {s["block"] for s in samples} == {f"sub-4-block-{i}" for i in range(3)}
         assert all(s["eeg"].shape == (128, 440) and s["bytes"] == b"\xff\xd8\xff" for s in samples)
         assert 1 < np.median([s["eeg"].std() for s in samples]) < 10
-        # The published code stretches 440 samples to 512.
+        # The published code resamples the 440 samples of a trial to 512, so test this window length too.
         stretched = dataclasses.replace(spec, sfreq=1163.6364, window=512)
         result_512, samples = shard(items[1], tmp_path / "work", stretched, BY_CORPUS)
         assert result_512.row.windows == 11 and all(s["eeg"].shape == (128, 512) for s in samples)
-        # Six subjects are in one file, and still they are six recordings.
+        # One file holds the recordings of six subjects, so each subject must have a hash of its own.
         assert shard(items[0], tmp_path / "work", spec, BY_CORPUS)[0].row.sha256 != row.sha256
 
     def test_without_the_given_splits(self, tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ JUNK = st.sampled_from(
 
 
 def spoil(value: Any, data: st.DataObject) -> Any:
-    """Replace a part of the content of a released file by something wrong."""
+    """Replace a random part of a published file's content with a wrong value."""
     if isinstance(value, dict | list) and value and data.draw(st.integers(0, 9)):
         copy = value.copy()
         key = data.draw(st.sampled_from(list(copy) if isinstance(copy, dict) else range(len(copy))))
@@ -226,7 +229,10 @@ CHANNELS = ["Pz", "O1", "Oz"]
 
 
 def write_things(root: Path, *, raw: bool = False) -> CorpusConfig:
-    """Two subjects, three training concepts with two images each, two test concepts with one."""
+    """Write a small THINGS-EEG2 dataset with two subjects.
+
+    The dataset has three training concepts with two images each, and two test concepts with one image each.
+    """
     root.mkdir(exist_ok=True)
     train = [f"{i:05d}_{name}" for i, name in enumerate(CONCEPTS, 1) for _ in range(2)]
     table = {

@@ -1,6 +1,7 @@
-"""Faults during a job: processes killed, machines lost, disks full, object stores unreachable.
+"""Tests of faults during a job: a killed process, a lost machine, a full disk, an unreachable object store.
 
-Each drill ends with the very bytes of an undisturbed run. The jobs are real ones, on real Ray.
+Each test checks that the job writes exactly the same bytes as a job without the fault. The tests run the real command
+with real Ray.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 
 N = 14
-"""Recordings."""
+"""Number of recordings in the corpus."""
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -59,7 +60,7 @@ def rows_done(output: Path) -> int:
 
 
 class Drill:
-    """A corpus, its config, and the command that shards it."""
+    """A corpus, a config for this corpus, and the command that shards the corpus."""
 
     def __init__(self, folder: Path, root: str) -> None:
         self.folder, self.root = folder, Path(root)
@@ -102,7 +103,7 @@ def undisturbed(drill: Drill) -> dict[str, str]:
 
 
 def in_the_middle(drill: Drill, output: Path, *args: str, **more) -> subprocess.Popen[str]:
-    """Start a job, and wait until it has read some recordings but not all."""
+    """Start a job, and wait until the job has read some recordings but not all of them."""
     process = drill.start(output, "--ray.num_cpus", "1", *args, **more)
     until(lambda: rows_done(output) >= 2 or process.poll() is not None)
     assert process.poll() is None and rows_done(output) < N
@@ -145,9 +146,10 @@ def test_a_worker_and_a_reader_are_killed(drill: Drill, undisturbed: dict[str, s
 
 
 def test_the_driver_is_killed(drill: Drill, undisturbed: dict[str, str]) -> None:
-    """The resumed job does not read finished recordings again.
+    """Check that a resumed job does not read finished recordings again.
 
-    The content of one is changed before, without changing its size and time, and the job does not notice.
+    The test changes the content of one finished recording, but not the file's size and time. The resumed job must not
+    notice the change.
     """
     output = drill.folder / "driver"
     process = in_the_middle(drill, output)
@@ -161,20 +163,21 @@ def test_the_driver_is_killed(drill: Drill, undisturbed: dict[str, str]) -> None
     try:
         read.write_bytes(content[:middle] + bytes(4000) + content[middle + 4000 :])
         os.utime(read, ns=(before.st_atime_ns, before.st_mtime_ns))
-        # Ray's processes end with the driver; until then they do not disturb the next run.
+        # Ray's processes end soon after the driver. Until then they must not disturb the next run.
         err = drill.run(output)
     finally:
         read.write_bytes(content)
     assert f"({len(lines)} from an earlier run)" in err
     assert bytes_of(output) == undisturbed
     _, alive = psutil.wait_procs(others, timeout=1)
-    # Two agents of Ray need a minute to notice that the cluster is gone; they change nothing.
+    # Two agents of Ray need a minute to notice that the cluster has ended. They may still run, because they change
+    # nothing.
     left = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and "Agent" not in p.name()]
     assert not left
 
 
 def test_no_room_is_left(drill: Drill, undisturbed: dict[str, str]) -> None:
-    """The disk of the dataset becomes full during the job; later there is room again."""
+    """Fill the disk of the dataset during the job, and free space on this disk later."""
     disk = drill.folder / "disk"
     disk.mkdir()
     small = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
@@ -193,7 +196,7 @@ def test_no_room_is_left(drill: Drill, undisturbed: dict[str, str]) -> None:
 
 
 class TestCluster:
-    """A running cluster with a head without cores; one of its raylets is killed."""
+    """Tests on a running Ray cluster. One test kills the Ray processes of the second node."""
 
     @pytest.fixture(scope="class")
     def ports(self) -> tuple[int, int]:
@@ -239,7 +242,7 @@ class TestCluster:
         gcs, dashboard = map(str, ports)
         more = ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--num-cpus", "1"]
         more += ["--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port())]
-        # The paths of sockets must be short.
+        # The folder has a short path because Unix limits the length of socket paths.
         with (
             tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temp,
             self.node(
@@ -294,7 +297,10 @@ class TestCluster:
 
 
 class Line:
-    """A connection to a server that can be cut: its port forwards connections, or refuses them."""
+    """A network connection to a server that a test can interrupt.
+
+    Clients connect to a local port. The port forwards their connections to the server, or refuses the connections.
+    """
 
     def __init__(self, target: int) -> None:
         self.port, self.target = free_port(), target
@@ -329,7 +335,7 @@ class Line:
 
 @pytest.fixture
 def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    """An object store in a process of its own, behind such a connection."""
+    """Start an object store in its own process. Tests can interrupt the connection to the store."""
     import s3fs
 
     port = free_port()
@@ -345,7 +351,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
         until(up)
         line = Line(port)
         line.connect()
-        # fsspec caches the store of an earlier test, which had another address.
+        # fsspec caches the object store of an earlier test, so clear the cache: the new store has another address.
         s3fs.S3FileSystem.clear_instance_cache()
         for name, value in {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{line.port}",
@@ -363,7 +369,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
 
 
 def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Line) -> None:
-    """Recordings and dataset are on an object store, and the connection to it is cut during the job."""
+    """Interrupt the connection to the object store that holds the recordings and the dataset during the job."""
     import s3fs
 
     store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)

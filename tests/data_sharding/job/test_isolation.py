@@ -1,4 +1,4 @@
-"""A call that crashes, hangs or uses too much memory in its child affects no other call."""
+"""Tests of calls in child processes: a crash, a hang or too much memory in one call affects no other call."""
 
 from __future__ import annotations
 
@@ -103,7 +103,10 @@ def test_errors_come_back_as_they_are(tmp_path: Path) -> None:
 
 
 def test_nothing_is_orphaned(tmp_path: Path) -> None:
-    """If the parent is killed during a call, the child ends too, and the next start removes its scratch folder."""
+    """If the parent process is killed during a call, the child process ends too.
+
+    The next isolated call removes the scratch folder of the killed call.
+    """
     code = (
         "from data_sharding.job.isolation import call_isolated as c\n"
         "c('isolated_work:work', ('sleep', %r), timeout_s=9)"

@@ -1,4 +1,4 @@
-"""Processing of one recording into its part, without Ray."""
+"""Tests that process one recording and check the folder of results, without Ray."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPEC = PreprocessSpec(sfreq=100, highpass=1.0, lowpass=40.0, window=100, stride=
 
 @pytest.fixture
 def process(tmp_path: Path):
-    """Process the only recording in a folder."""
+    """Return a function that processes the only recording in a folder."""
 
     def run(root: Path, spec: PreprocessSpec = SPEC, trials: tuple[Trial, ...] | None = None, **corpus) -> PartResult:
         (item,) = list_items(CorpusConfig(root=str(root), name="c", **corpus))
@@ -41,7 +41,7 @@ def process(tmp_path: Path):
 
 
 def samples(tmp_path: Path, result: PartResult) -> list[tuple[dict, np.ndarray]]:
-    """Metadata and windows of a part."""
+    """Return the metadata and windows that the processing of one recording has written."""
     folder = tmp_path / "work" / "parts" / result.part[:2] / result.part
     data, out = (folder / "train.tar").read_bytes(), []
     for entry in read_json(folder / "train.idx"):
@@ -61,7 +61,7 @@ def test_windows_do_not_reach_over_gaps(tmp_path: Path, make_raw, write_raw, pro
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
     result = process(tmp_path / "eeg")
     row = result.row
-    # Windows are cut from the start of each piece; the pieces have 2.5 s, 1.7 s and 1.5 s.
+    # The gaps divide the signal into pieces of 2.5 s, 1.7 s and 1.5 s. Windows of 1 s begin at the start of a piece.
     assert row.windows == 4 and row.seconds_written == 4.0
 
 
@@ -132,7 +132,7 @@ def test_windows_are_those_of_the_whole_segment(
     assert row.windows == len(found) == 70 and row.seconds_written == 70.0
     for i, (meta, eeg) in enumerate(found):
         assert meta["start"] == i and meta["reference"] == "average"
-        # The file holds float32 volts with an offset of 0.23 V, whose precision is 0.015 microvolts.
+        # The file holds volts as float32 with an offset of 0.23 V, so values have a precision of 0.015 microvolts.
         np.testing.assert_allclose(eeg, wanted[:, 100 * i : 100 * i + 100], rtol=1e-3, atol=0.05)
 
 
@@ -148,7 +148,7 @@ def test_memory_does_not_grow_with_the_recording(
         assert process(tmp_path / f"{seconds}").row.windows == seconds
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    # As float64 the longer recording takes 36 MB.
+    # The longer recording would take 36 MB of memory as float64.
     assert peaks[1] < 15e6 and peaks[1] < peaks[0] + 5e6
 
 

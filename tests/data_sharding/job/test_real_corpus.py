@@ -1,4 +1,7 @@
-"""Real recordings of ten makers: each format is recognised, and every recording gets exactly one row."""
+"""Tests on real recordings from ten makers of devices.
+
+The reader must recognise each format, and the ledger must hold exactly one row for each recording.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ pytestmark = pytest.mark.skipif(
 
 LAY = "persyst/sub-pt1_ses-02_task-monitor_acq-ecog_run-01_clip2.lay"
 CDT = "curry/test_bdf_stim_channel Curry 8.cdt"
-# Format, channels in the file, EEG among them after names, Hz, samples, montage and its confidence.
+# Values for each file: format, number of channels, number of EEG channels according to their names, sampling rate in
+# Hz, number of samples, montage, and confidence of the montage.
 OPENED = {
     "physionet/test_edf_overlapping_annotations.edf": ("edf", 64, 64, 128, 15872, "standard_1005", 1.0),
     "biosemi/test_reduced.edf": ("edf", 138, 136, 512, 3072, "none", 0.0),
@@ -79,7 +83,7 @@ class TestReaders:
         info, channels = signal.info, pick_channels(signal.info)
         got = (recording.format, len(info.ch_names), len(channels.picks), info.sfreq, info.n_samples)
         assert (*got, channels.montage, channels.confidence) == OPENED[path]
-        # Blocks together are the whole signal, with every channel.
+        # A block that is read from the middle of the signal must equal the same samples of the whole signal.
         picks = channels.picks[:5] or [0]
         whole = signal.read(0, info.n_samples, picks)
         assert whole.shape == (len(picks), info.n_samples) and np.isfinite(whole).all()
@@ -104,7 +108,7 @@ class TestReaders:
 
     @pytest.mark.parametrize("path", [path for path in OPENED if path not in ("eeglab/test_raw_h5.set",)])
     def test_truncated_files_are_reported(self, path: str, tmp_path: Path) -> None:
-        """A tenth of the signal file is missing, and every format reports it."""
+        """Cut off a tenth of the signal file. The reader of every format must report the missing data."""
         recording = sniff(CORPUS / path)
         assert recording is not None
         if (CORPUS / path).is_dir():
@@ -115,7 +119,7 @@ class TestReaders:
         apart = [f for f in tmp_path.rglob("*") if f.suffix in (".eeg", ".fdt", ".dat") or f.name == "signal1.bin"]
         data = (apart or [tmp_path / (CORPUS / path).name])[0]
         data.chmod(0o600)
-        # In this file events and other data follow the signal.
+        # In this Neuroscan file, the signal ends before the end of the file. Events and other data follow.
         size = 796420 if recording.format == "neuroscan" else data.stat().st_size
         with data.open("r+b") as stream:
             stream.truncate(size - size // 10 - 1)
@@ -145,7 +149,10 @@ class TestReaders:
 
 class TestChannels:
     def test_biosemi_grid(self) -> None:
-        """A1 to I8 are electrodes of a cap and not earlobes. Beyond 128, slow channels are left out first."""
+        """The names A1 to I8 mean electrodes of a BioSemi cap here, not earlobes.
+
+        Of more than 128 channels, those with a low sampling rate are left out first.
+        """
         info = opened(CORPUS / "biosemi/test_reduced.edf").info
         channels = pick_channels(info)
         assert {"A1", "A2", "B16"} <= set(channels.names) and channels.left_out["physiology"] == ["Ergo-Left"]
@@ -245,7 +252,7 @@ def test_amplitudes_are_those_of_eeg(dataset: Path) -> None:
 def test_recordings_with_traps(dataset: Path) -> None:
     rows = {row.path: row for row in read_ledger(dataset)}
     biosemi = rows["biosemi/test_reduced.edf"]
-    # A1 is an electrode of the cap but was stored at 1 Hz; A10 was stored at the full rate.
+    # Channels A1 and A10 are electrodes of the cap. The file stores A1 at 1 Hz, and A10 at the full rate.
     assert biosemi.n_eeg == 136 and biosemi.n_kept <= 128 and biosemi.montage == "none"
     assert "A10" in biosemi.channels and "A1" not in biosemi.channels and "A1 1 Hz" in biosemi.notes[0]
     assert rows["eeglab/test_raw_chanloc_fids.set"].channel_selection == "128 of 129 by scalp coverage"

@@ -1,4 +1,8 @@
-"""Planning a job: each file is looked up once, identities change with the files, and the time grows linearly."""
+"""Tests of the plan of a job.
+
+The plan looks up each file once, and the identity of a recording changes with its file. The time of planning grows
+linearly with the number of files.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +56,13 @@ def test_identities_change_with_the_files(corpus: Path) -> None:
     before = make_plan(config(corpus))
     changed, *_ = sorted(corpus.rglob("*.edf"))
     content = changed.read_bytes()
-    changed.unlink()  # It was a link.
+    changed.unlink()  # the path was a link before
     changed.write_bytes(content)
     os.utime(changed, ns=(1, 1))
     after = make_plan(config(corpus))
     different = {key for key in before.items if before.identity(key, "s") != after.identity(key, "s")}
     assert {after.items[key].recording.path for key in different} == {changed}
-    # The dataset depends on names and sizes of files, and after it is finished on their content.
+    # The request contains only names and sizes of files. After the job, the dataset also depends on the files' content.
     assert after.request == before.request
     assert before.identity(next(iter(before.items)), "other settings") != before.identity(next(iter(before.items)), "s")
 
@@ -137,7 +141,7 @@ def test_each_sample_is_in_exactly_one_shard() -> None:
 
 
 def test_planning_is_linear() -> None:
-    """The number of function calls is measured, which does not depend on the load of the machine."""
+    """Count function calls instead of seconds, because the load of the machine does not change the count."""
     import cProfile
     import pstats
 

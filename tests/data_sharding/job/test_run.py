@@ -1,4 +1,4 @@
-"""The whole sharding job, with real Ray and real files."""
+"""Tests of the whole sharding job with real Ray and real files."""
 
 from __future__ import annotations
 
@@ -156,7 +156,11 @@ def test_too_many_quarantined_recordings_are_reported(folder_corpus: Path, tmp_p
 
 
 def test_benchmarks_are_held_back(folder_corpus: Path, dataset: Path, tmp_path: Path) -> None:
-    """A recording in a list is held back together with its copy; so are a subject, and another dataset."""
+    """Check that no window of a benchmark's recordings is written into the dataset.
+
+    The config can name the recordings in a list, or name subjects, or name another dataset. Copies of a listed
+    recording are held back too.
+    """
     (tmp_path / "benchmark.txt").write_text("recording lab/sub-01/*  # the copy of it is in another folder\n")
     config = write_config(
         tmp_path / "a.yaml",
@@ -184,7 +188,7 @@ class TestTrouble:
     def test_sigterm_stops_cleanly(self, folder_corpus: Path, tmp_path: Path) -> None:
         root = tmp_path / "corpus"
         root.mkdir()
-        # So many recordings that the job is not finished before the signal.
+        # The corpus has 300 recordings, so that the job is still running when the signal arrives.
         for number in range(300):
             shutil.copy(folder_corpus / "sub-04" / "sub-04_task-rest_raw.fif", root / f"{number:03d}_raw.fif")
         config = write_config(tmp_path / "stopped.yaml", [{"root": str(root)}], ray={"num_cpus": 1})
@@ -203,7 +207,7 @@ class TestTrouble:
     def test_a_file_that_crashes_or_hangs_its_reader_affects_no_other(
         self, folder_corpus: Path, tmp_path: Path, monkeypatch
     ) -> None:
-        """A plug-in on the workers' path makes the reader crash with os.abort, or sleep without end."""
+        """Install a plug-in for Ray's workers: with it, the reader calls os.abort, or sleeps without end."""
         plugin = tmp_path / "plugin"
         plugin.mkdir()
         (plugin / "sitecustomize.py").write_text(
@@ -280,7 +284,7 @@ class TestEvents:
 
 
 class TestBadRequests:
-    """A wrong request ends with exit code 2 and one line that names the fault, before Ray starts."""
+    """A wrong request ends before Ray starts, with exit code 2 and one line that names the error."""
 
     @pytest.fixture(autouse=True)
     def no_ray(self, monkeypatch: pytest.MonkeyPatch) -> None:

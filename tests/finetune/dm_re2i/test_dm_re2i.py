@@ -56,7 +56,7 @@ def _args(dataset: Path, output: Path, **more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
-    """Run of both stages, started by the real launcher."""
+    """Train both stages of DM-RE2I with the real launcher."""
     output = tmp_path_factory.mktemp("dm-re2i") / "run"
     done = launch("finetune.dm_re2i", *_args(paired_dataset, output))
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def _eeg(dataset: Path, count: int) -> torch.Tensor:
 def test_both_stages_write_a_complete_model_and_their_records(trained: Path, paired_dataset: Path) -> None:
     about = json.loads((trained / "model" / "dreamscale.json").read_text())
     assert about["kind"] == "eg_ddpm" and about["labels"] == ["circle", "square"]
-    assert about["evrnet_val_accuracy"] >= 0.8  # the sign of the evoked response shows the category
+    assert about["evrnet_val_accuracy"] >= 0.8  # EVRNet can see the category in the sign of the evoked response
     assert json.loads((trained / "status.json").read_text())["state"] == "done"
     assert {"loss", "shuffled"} == set(about["val"])
     for folder, steps in ((trained, 6), (trained / "evrnet", 30)):
@@ -142,7 +142,11 @@ def test_a_run_stopped_in_either_stage_resumes_to_the_same_weights(
 def test_two_processes_train_the_same_weights_as_one(
     paired_dataset: Path, trained: Path, tmp_path: Path, launch: Launch
 ) -> None:
-    """Only the second stage is compared: EVRNet's batch norms see the samples of one process, the U-Net has none."""
+    """Compare the weights of the second stage after training on one and on two processes.
+
+    The first stage may differ, because EVRNet's batch norms use the samples of one process only. The U-Net has no batch
+    norms.
+    """
     more = {"evrnet_from": trained / "model" / "evrnet"}
     two = launch("finetune.dm_re2i", *_args(paired_dataset, tmp_path / "two", **more), processes=2)
     assert two.returncode == 0, two.stderr

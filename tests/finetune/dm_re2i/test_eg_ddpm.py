@@ -49,7 +49,7 @@ def test_condition_is_added_to_the_time_embedding_and_reaches_all_blocks_but_the
     with torch.no_grad():
         plain = net(x, step, e)
         assert not torch.allclose(plain, net(x, step, e.flip(0)), atol=1e-4)
-        # Adding the condition to the bias of the time embedding must have the same effect.
+        # Add the condition to the bias of the time embedding instead: the network's output must stay the same.
         net.time[-1].bias += net.condition(e[:1])[0]
         net.condition.weight.zero_()
         net.condition.bias.zero_()
@@ -139,7 +139,10 @@ def test_a_trials_image_does_not_depend_on_its_batch() -> None:
 
 
 def test_sampling_recovers_an_image_from_a_perfect_noise_predictor() -> None:
-    """Sampling uses the noise schedule of training with fewer steps: a perfect predictor must lead to the image."""
+    """Check that sampling with a perfect noise predictor leads to the image.
+
+    Sampling uses the noise schedule of training with fewer steps.
+    """
     from diffusers import DDPMScheduler
 
     image = torch.rand(1, 3, 8, 8) * 2 - 1

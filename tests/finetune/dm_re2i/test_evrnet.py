@@ -51,7 +51,7 @@ def test_both_skips_of_a_multi_kernel_block_start_at_its_input() -> None:
     for part in (block.small, block.large):
         part[1].running_mean.normal_()
         part[1].running_var.uniform_(0.5, 2)
-    # The reference computes each convolution as a sum over unfolded neighbourhoods.
+    # Compute the expected output: each convolution is a sum over unfolded neighbourhoods.
     outputs = []
     for part, size in ((block.small, 3), (block.large, 5)):
         source = v if not outputs else outputs[-1]
@@ -59,7 +59,8 @@ def test_both_skips_of_a_multi_kernel_block_start_at_its_input() -> None:
         convolved = (part[0].weight.reshape(5, -1) @ columns).reshape(v.shape)
         outputs.append(torch.relu(torch.relu(_norm(convolved, part[1])) + v))
     torch.testing.assert_close(block(v), outputs[1], atol=1e-5, rtol=1e-5)
-    # At the end the block adds its input v. Two residual blocks in a row would add the output of the first one instead.
+    # At the end the block adds its own input v. Two residual blocks in sequence would add the output of the first
+    # block.
     assert not torch.allclose(block(v), torch.relu(outputs[1] - v + outputs[0]), atol=1e-3)
 
 
@@ -98,7 +99,7 @@ def test_batch_norm_statistics_depend_on_the_weights_alone() -> None:
     for name, value in net.state_dict().items():
         torch.testing.assert_close(value, first[name], atol=0, rtol=0)
     assert all(m.momentum == 0.1 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-    # The first batch norm's mean is the mean output of the convolution before it, over the given trials.
+    # The mean in the first batch norm is the mean output of the preceding convolution over the given trials.
     by_hand = net.temporal[0][0](x[:, None]).mean(dim=(0, 2, 3))
     torch.testing.assert_close(net.temporal[0][1].running_mean, by_hand, atol=1e-5, rtol=1e-4)
 
@@ -115,12 +116,12 @@ def test_averages_stay_within_a_category() -> None:
     energy = mean.square().mean(dim=2)
     assert (energy.argmax(dim=1) == labels).all()
     assert np.isclose(float((energy.sum(1) - energy.max(1).values).max()), 0, atol=1e-3)
-    torch.testing.assert_close(mean[4], x[4])  # the only trial of its category
+    torch.testing.assert_close(mean[4], x[4])  # this trial is the only one of its category
 
 
 def test_noise_normalisation_whitens_the_background_and_is_saved_with_the_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    mixing = torch.eye(16) + 0.1 * torch.randn(16, 16) + 0.5  # noise common to all channels
+    mixing = torch.eye(16) + 0.1 * torch.randn(16, 16) + 0.5  # noise that all channels have in common
     x = mixing @ torch.randn(40, 16, 200)
     net = EVRNet(dataclasses.replace(SMALL, noise_normalisation=True)).eval()
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in EVRNet(SMALL).parameters())
@@ -134,7 +135,7 @@ def test_noise_normalisation_whitens_the_background_and_is_saved_with_the_weight
     a, b = net(x[:2, None])[0], EVRNet.from_pretrained(tmp_path)(x[:2, None])[0]
     torch.testing.assert_close(a, b, atol=0, rtol=0)
     torch.testing.assert_close(a, net(net.normalise(x[:2, None]), normalised=True)[0], atol=0, rtol=0)
-    # After an average reference, one direction has no activity; it must not be enlarged too much.
+    # After an average reference, one direction has no activity. Whitening must not enlarge this direction too much.
     flat = x - x.mean(dim=1, keepdim=True)
     gain = (whitening_matrix(flat, 0.05) @ torch.full((16,), 0.25)).norm()
     assert gain == pytest.approx(float((0.05 * flat.var(dim=2).mean()) ** -0.5), rel=0.02)

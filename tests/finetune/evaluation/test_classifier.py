@@ -13,7 +13,7 @@ CONFIG = ClassifierConfig(steps=60, batch_size=32, width=8, size=16)
 
 
 def _bars(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw bright bars, vertical or horizontal, at random places and in random colours."""
+    """Draw images of bright vertical or horizontal bars at random places and in random colours."""
     images, labels = rng.integers(0, 60, (n, 16, 16, 3), dtype=np.uint8), rng.integers(0, 2, n)
     for image, label in zip(images, labels, strict=True):
         at, colour = rng.integers(3, 11), rng.integers(100, 256, 3)

@@ -25,7 +25,10 @@ QUICK = ["--training.steps", "60", "--training.width", "8", "--permutations", "4
 def _write(
     folder: Path, dataset: Path, *, donors: Callable[[int, int], int], control: str, split: str = "test"
 ) -> Path:
-    """Write a folder as 'dreamscale generate' does, with the real image of another trial as the generated image."""
+    """Write a folder of generated images as 'dreamscale generate' does.
+
+    Each generated image is the real image of another trial.
+    """
     data = EEGDataset(dataset, split)
     table = ImageTable(data)
     pixels = table.pixels()
@@ -49,7 +52,7 @@ def _write(
 
 @pytest.fixture(scope="module")
 def perfect(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Evaluated folders of a perfect model: it shows another image of the category that belongs to the EEG."""
+    """Evaluate a perfect model: for each trial, it shows another image of the trial's category."""
     root = tmp_path_factory.mktemp("evaluate")
     own = _write(root / "own", paired_dataset, donors=lambda i, n: (i + 2) % n, control="none")
     shuffled = _write(root / "shuffled", paired_dataset, donors=lambda i, n: (i + 1 + i % 4) % n, control="shuffle")
@@ -67,7 +70,7 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
     assert found["images_also_in_train"] == 0 and found["trials"] == 16
     assert found["generated"][f"frechet_distance[{JUDGE}]"] == pytest.approx(
         0, abs=1e-3
-    )  # the same images in another order
+    )  # both sets hold the same images, in different order
     assert found["generated"]["psnr"] > found["random_pairs"]["psnr"]
     assert found["real"]["psnr"].startswith("infinite")
     assert found["memorisation"]["generated"] == found["memorisation"]["real"]
@@ -138,7 +141,8 @@ def test_a_new_paired_metric_gets_its_control(monkeypatch: pytest.MonkeyPatch) -
 def test_random_pairs_never_take_a_trials_own_image() -> None:
     images = np.stack([np.full((12, 12, 3), 40 * i, np.uint8) for i in range(3)])[[0, 0, 1, 2]]
     found = compare_random_pairs(images, images, ["a", "a", "b", "c"], seed=0)
-    assert found["psnr"] < 20 * np.log10(255 / 40) + 1e-6  # the infinite PSNR of an image with itself never occurs
+    # The PSNR of an image and itself is infinite, so this mean shows that no image was paired with itself.
+    assert found["psnr"] < 20 * np.log10(255 / 40) + 1e-6
     assert compare_random_pairs(images[:2], images[:2], ["a", "a"], seed=0)["psnr"].startswith("not computed")
 
 

@@ -61,7 +61,7 @@ def test_frechet_distance_against_the_formula() -> None:
     plain = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(sx + sy - 2 * scipy.linalg.sqrtm(sx @ sy).real)
     assert metrics.frechet_distance(x, y) == pytest.approx(plain, rel=1e-8)
     assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-8)
-    # With fewer rows than columns, the covariances are singular; the result must still be a real number.
+    # With fewer rows than columns the covariance matrices are singular, but the Fréchet distance must be a real number.
     assert metrics.frechet_distance(x[:3], y[:3]) > 0
 
 
@@ -79,7 +79,10 @@ def test_inception_score_at_its_limits() -> None:
 
 
 def test_n_way_accuracy_against_its_expectation() -> None:
-    """A draw counts as correct if it contains none of the wrong classes that are more likely than the true one."""
+    """Compare the n-way accuracy with its expected value.
+
+    A draw of classes counts as correct if every wrong class in the draw is less likely than the true class.
+    """
     rng = np.random.default_rng(0)
     p, labels = rng.dirichlet(np.ones(6), 40), rng.integers(0, 6, 40)
     beaten = (p > p[np.arange(40), labels][:, None]).sum(1)
@@ -93,13 +96,16 @@ def test_n_way_accuracy_against_its_expectation() -> None:
 
 
 def test_wilson_interval_of_a_known_case() -> None:
-    # Table I of Newcombe (1998): 81 of 263.
+    # The example is in Table I of Newcombe (1998): 81 successes in 263 trials.
     assert metrics.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert metrics.wilson_interval(0, 10)[0] == 0
 
 
 def test_p_value_keeps_its_level_although_trials_of_an_image_agree() -> None:
-    """Predictions depend on the image, not on its label. A shuffle of single trials would find this significant."""
+    """Check the p-value of predictions that depend on the image but not on its label.
+
+    A test that shuffled single trials would call these predictions significant.
+    """
     rng = np.random.default_rng(0)
     small = 0
     for run in range(300):
@@ -110,7 +116,7 @@ def test_p_value_keeps_its_level_although_trials_of_an_image_agree() -> None:
         )
         small += found["p_value"] <= 0.1
         assert found["p_value"] >= 1 / 200
-    assert 12 <= small <= 48  # binomial(300, 0.1); ties make it a little smaller
+    assert 12 <= small <= 48  # the count has a binomial(300, 0.1) distribution; ties of accuracies lower it a little
 
 
 def test_accuracy_chance_and_p_value_of_a_clear_case() -> None:
@@ -121,10 +127,11 @@ def test_accuracy_chance_and_p_value_of_a_clear_case() -> None:
     assert found["n"] == 48 and found["images"] == 24 and found["p_value"] == pytest.approx(1 / 10_001)
     always = metrics.accuracy_with_p_value(np.zeros(48, int), labels, ids)
     assert always["accuracy"] == always["chance"] == 0.25 and always["p_value"] == 1
-    # Half the images are of class 0, so a constant prediction of class 0 has an accuracy of one half by chance.
+    # Half of the images are of class 0, so always predicting class 0 gives an accuracy of one half by chance.
     skewed = metrics.accuracy_with_p_value(np.zeros(8, int), np.array([0, 0, 0, 0, 1, 1, 2, 3]), list("abcdefgh"))
     assert skewed["chance"] == 0.5 and skewed["p_value"] == 1
-    # Labels of a few images are shuffled in all 3! ways; a single image has no other label.
+    # With three images, the labels are shuffled in all 3! orders. With a single image, there is no other order of
+    # labels.
     few = metrics.accuracy_with_p_value(np.arange(3), np.arange(3), list("abc"))
     assert few["p_value"] == pytest.approx(1 / 6)
     assert metrics.accuracy_with_p_value(np.array([1, 0]), np.array([1, 1]), ["a", "a"])["p_value"] == 1

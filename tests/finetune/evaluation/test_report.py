@@ -1,4 +1,4 @@
-"""The report of an evaluation shows the images and the numbers, and escapes every name."""
+"""Tests that the report of an evaluation shows the images and the numbers, and escapes every name."""
 
 from __future__ import annotations
 

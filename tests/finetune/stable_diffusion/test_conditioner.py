@@ -12,7 +12,7 @@ def test_sizes_of_dream_diffusion() -> None:
     config = ConditionerConfig(tokens=128, dim=1024, length=77, width=768, time_dim=1280)
     states, time = Conditioner(config)(torch.randn(2, 128, 1024))
     assert states.shape == (2, 77, 768)
-    # The second path is zero at first, so that training starts from the base model.
+    # The conditioner's output for the time embedding is zero at first, so that training starts from the base model.
     assert time is not None and time.shape == (2, 1280) and not time.any()
     head = ClipHead(ClipHeadConfig(tokens=128, dim=1024, projection=768))
     assert head(torch.randn(2, 128, 1024)).shape == (2, 768)

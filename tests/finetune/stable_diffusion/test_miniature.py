@@ -31,7 +31,7 @@ def test_the_miniature_is_a_pipeline_of_the_real_classes(miniature: Path) -> Non
     pipeline = load_base(miniature / "stable-diffusion")
     image = pipeline("a circle", num_inference_steps=3, guidance_scale=2.0, output_type="np").images
     assert image.shape == (1, 32, 32, 3)
-    # Latents are scaled to unit variance, as in Stable Diffusion.
+    # The scaling factor brings latents to unit variance, as in the real Stable Diffusion.
     assert pipeline.vae.config.scaling_factor > 0
 
 

@@ -36,8 +36,8 @@ def _built(
 def test_only_the_named_parts_train(tune: str, paired_dataset: Path, encoder_package: Path, miniature: Path) -> None:
     model = _built(paired_dataset, encoder_package, miniature, tune=tune)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    # The U-Net has one transformer block on the way down, one in the middle and two on the way up. Each attention has
-    # three matrices without bias, an output matrix with bias, and a norm.
+    # The U-Net has one transformer block in its downward path, one in the middle, and two in its upward path. Each
+    # attention layer has three matrices without bias, an output matrix with bias, and a norm.
     blocks = {
         "down_blocks.0.attentions.0",
         "mid_block.attentions.0",
@@ -110,7 +110,7 @@ def test_fine_tuning_changes_only_what_trains_and_two_processes_agree(
     before, after = EEGEncoder.from_pretrained(encoder_package), EEGEncoder.from_pretrained(model / "encoder")
     assert not torch.equal(before.backbone.norm.weight, after.backbone.norm.weight)
 
-    # A complete run is not trained again, and a request with another config does not overwrite it.
+    # The command does not train a complete run again. If the config differs, the command refuses to start.
     args = _args(paired_dataset, encoder_package, miniature, tmp_path / "1", *more)
     stamp = (model / "dreamscale.json").stat().st_mtime_ns
     assert run_main(main, [*args, "--device", "cpu"]) == 0

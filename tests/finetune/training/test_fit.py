@@ -127,7 +127,7 @@ def test_a_stop_interrupts_an_evaluation_which_the_resumed_run_repeats(paired_da
     with pytest.raises(StopRequested, match="step 8"):
         _train(paired_dataset, tmp_path / "parts", Regressor(), evaluate=slow, **more)
     assert [step for step, _ in _curve(tmp_path / "parts", "val/loss")] == [4]
-    # A stop that comes before the last evaluation postpones it too.
+    # A stop just before the last evaluation postpones this evaluation to the resumed run.
     with pytest.raises(StopRequested, match="step 12"):
         _train(paired_dataset, tmp_path / "parts", Regressor(), stop_at=11, evaluate=_weight_norm, **more)
     fresh = Regressor()
@@ -193,7 +193,7 @@ def test_gradients_that_are_not_finite_end_the_run(paired_dataset: Path, tmp_pat
 def test_a_checkpoint_of_an_older_version_is_refused_with_the_way_out(paired_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(StopRequested):
         _train(paired_dataset, tmp_path / "run", Regressor(), stop_at=7)
-    # The layout of older versions: a pickled optimiser, and no format in the manifest.
+    # Older versions wrote another layout: they pickled the optimiser, and the manifest named no format.
     folder = tmp_path / "run" / "checkpoints" / "step_00000008"
     (folder / "state_00000.safetensors").unlink()
     (folder / "optimizer.pt").write_bytes(b"pickle")

@@ -1,4 +1,4 @@
-"""Braindecode trains the encoder, with Braindecode's datasets and training loop."""
+"""Tests that train the encoder with Braindecode's datasets and training loop."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SFREQ, SECONDS = 128.0, 0.5
 
 @pytest.fixture(scope="module")
 def braindecode() -> Any:
-    """Braindecode with its datasets."""
+    """Import Braindecode with its datasets, or skip the test."""
     return pytest.importorskip("braindecode", reason="Braindecode is not installed (pip install -e '.[dev]')")
 
 
 def trials(count: int) -> tuple[np.ndarray, np.ndarray, mne.Info]:
-    """Trials of two classes that differ in which half of the head oscillates."""
+    """Simulate trials of two classes: in each class another half of the head oscillates."""
     rng = np.random.default_rng(0)
     labels = np.arange(count) % 2
     time = np.arange(int(SFREQ * SECONDS)) / SFREQ
@@ -78,6 +78,6 @@ def test_constructor_takes_braindecodes_names(braindecode: Any) -> None:
 
     from braindecode.models.base import EEGModuleMixin
 
-    # Braindecode 1 no longer has the last of these arguments.
+    # Version 1 of Braindecode no longer has the argument add_log_softmax.
     expected = set(inspect.signature(EEGModuleMixin.__init__).parameters) - {"self", "add_log_softmax"}
     assert expected <= set(inspect.signature(EEGEncoder.__init__).parameters)

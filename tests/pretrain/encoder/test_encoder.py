@@ -1,4 +1,4 @@
-"""The encoder package: writing it, reading it with strict checks, running its program, and encoding recordings."""
+"""Tests of the encoder package: writing, reading with strict checks, running its program, and encoding recordings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2", "F7", "F8
 
 
 def recording(seconds: float = 6.3, sfreq: float = 500.0) -> mne.io.RawArray:
-    """EEG-like volts with an offset, mains and a stimulus channel."""
+    """Simulate a recording in volts like EEG, with an offset, mains interference and a stimulus channel."""
     rng = np.random.default_rng(0)
     t = np.arange(int(seconds * sfreq)) / sfreq
     x = 2e-5 * np.sin(2 * np.pi * 10 * t + rng.uniform(0, 6, (len(NAMES), 1))) + 5e-6 * rng.normal(
@@ -112,7 +112,7 @@ class TestPackage:
             EEGEncoder.from_pretrained(copy)
 
     def test_packages_of_earlier_versions_are_read(self, tmp_path: Path) -> None:
-        """The test writes every file as version 0.1.0 wrote it, without the code of the package."""
+        """Write every file as version 0.1.0 wrote it, without the code of the package."""
         torch.manual_seed(0)
         shape = {"samples": 32, "patch": 4, "dim": 8, "depth": 1, "heads": 2, "mlp_ratio": 1.0}
         spec = PreprocessSpec(sfreq=128.0, lowpass=50.0, window=32, stride=32)
@@ -141,7 +141,7 @@ class TestPackage:
         assert encoder.spec == spec and encoder.n_outputs is None and encoder.positions_C3 is None
         with torch.no_grad():
             torch.testing.assert_close(encoder(x), y)
-        # A package that is written now has the same files and the same keys.
+        # A package that is written by the current version has the same files, and its config has the same keys.
         encoder.save_pretrained(tmp_path / "now")
         assert {path.name for path in (tmp_path / "now").iterdir()} == {p.name for p in tmp_path.iterdir()} - {"now"}
         now = json.loads((tmp_path / "now" / "config.json").read_text())
@@ -151,7 +151,7 @@ class TestPackage:
     def test_an_encoder_with_infinite_output_is_not_written(self, tmp_path: Path) -> None:
         encoder = EEGEncoder(n_times=16, dim=8, depth=1, heads=1)
         encoder.save_pretrained(tmp_path / "encoder")
-        # Each weight is finite, but their sums are infinite.
+        # Each weight is finite, but a sum of weights is infinite.
         torch.nn.init.constant_(encoder.backbone.patch_embed.weight, 3e38)
         with pytest.raises(RequestError, match="not written"):
             encoder.save_pretrained(tmp_path / "encoder")
@@ -242,7 +242,7 @@ class TestEncode:
             np.testing.assert_allclose(again.tokens, found.tokens, atol=1e-4)
 
     def test_is_what_training_saw(self, encoder_package: Path) -> None:
-        """The windows go through the same steps as in sharding: preprocessing, padding, scaling."""
+        """The encoder prepares windows with the same steps as sharding: preprocessing, padding and scaling."""
         from data_sharding.processing.preprocess import preprocess
 
         encoder = EEGEncoder.from_pretrained(encoder_package)
@@ -319,9 +319,10 @@ class TestEncode:
         raw = recording()
         raw.set_annotations(mne.Annotations([2.4], [0.3], ["BAD_chewing"]))
         whole, found = encoder.encode(recording(), batch_size=1), encoder.encode(raw, batch_size=1)
-        # Only the current batch and the one before exist as tensors; older batches are in the result only.
+        # At most two batches exist as tensors: the current batch and the one before. The result holds the older
+        # batches.
         assert len(encoder.given) >= 6 + 5 and encoder.alive <= 2
-        # A window that was left out has no row in the result.
+        # The result has no row for the window that was left out.
         np.testing.assert_array_equal(found.tokens, np.delete(whole.tokens, 2, axis=0))
         assert found.pooled.shape == (5, 32)
 
@@ -337,6 +338,6 @@ class TestEncode:
         (tmp_path / "broken.edf").write_bytes(b"0       " + b"?" * 300)
         assert encode_main([str(encoder_package), str(tmp_path / "broken.edf"), "-o", str(out)]) == 2
         assert "broken.edf" in capsys.readouterr().err
-        # Refused before the recording, which does not exist, is opened.
+        # The command refuses the option before it opens the recording, which does not exist.
         assert encode_main([str(encoder_package), "no.edf", "-o", str(out), "--line_freq", "0"]) == 2
         assert "line_freq is 0" in capsys.readouterr().err

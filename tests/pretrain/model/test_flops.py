@@ -1,4 +1,4 @@
-"""Counts of arithmetic, and peaks of devices."""
+"""Tests of the number of operations of a model, and of the peak speeds of devices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     )
 
     def block(tokens: int, dim: int) -> int:
-        # Projections to queries, keys, values and output; the two products of attention; an MLP of twice the width.
+        # A block has projections to queries, keys, values and output, two products of attention, and an MLP of twice
+        # the width.
         return 2 * tokens * dim * 4 * dim + 4 * tokens * tokens * dim + 2 * tokens * dim * 4 * dim
 
     forward = 2 * 16 * (8 * 4) * 16 + 2 * block(9, 16) + 2 * 9 * 16 * 8 + block(17, 8) + 2 * 16 * 8 * 32

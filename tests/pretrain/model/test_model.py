@@ -1,4 +1,7 @@
-"""The autoencoder compared with a plain implementation that shares no code with it, and its masks."""
+"""Tests that compare the autoencoder with a plain implementation, and tests of the masks.
+
+The plain implementation shares no code with the autoencoder.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ SMALL = MaskedAutoencoderConfig(
 def plain_loss(
     weights: dict[str, torch.Tensor], x: torch.Tensor, keep: list[list[int]], normalize: bool
 ) -> torch.Tensor:
-    """The same loss, sample by sample and token by token, in float64, with none of the model's code."""
+    """Compute the autoencoder's loss sample by sample and token by token, in float64, without the model's code."""
 
     def linear(name: str, value: torch.Tensor) -> torch.Tensor:
         return value @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
@@ -50,7 +53,8 @@ def plain_loss(
 
     def position(index: int, dim: int) -> torch.Tensor:
         angles = [index / 10000 ** (i / (dim // 2)) for i in range(dim // 2)]
-        # The model keeps positions in float32, so round to float32 here; everything else is computed in float64.
+        # The model keeps positions in float32, so this function rounds positions to float32. All other values are
+        # float64.
         return torch.tensor([np.sin(a) for a in angles] + [np.cos(a) for a in angles]).float().double()
 
     losses = []
@@ -95,7 +99,7 @@ def test_loss_and_gradients_match_a_plain_implementation(normalize: bool, comput
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, normalize_targets=normalize, compute=compute)
     model = MaskedAutoencoder(config).double()
-    # Biases start at 0 and norms at 1, where many mistakes would not show; move all parameters away from their start.
+    # Biases start at 0 and norms at 1, and these values would hide many errors. Therefore change all parameters.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -144,11 +148,11 @@ def test_bf16_on_a_cpu_takes_plain_attention_and_gives_the_same() -> None:
 def test_blocks_compile_in_place_one_by_one() -> None:
     model = MaskedAutoencoder(dataclasses.replace(SMALL, compute=ComputeConfig(compile=True)))
     plain = MaskedAutoencoder(SMALL)
-    # The names of the weights do not change, so compiled and plain models read the same checkpoints.
+    # Compilation does not change the names of weights, so compiled and plain models read the same checkpoints.
     plain.load_state_dict(model.state_dict())
     compiled = [block for block in (*model.encoder.blocks, *model.decoder.blocks) if block._compiled_call_impl]
     assert len(compiled) == 3
-    # Torch's default compiler takes most of a minute here, so the blocks are run with a fast backend.
+    # Torch's default compiler would need most of a minute here, so run the blocks with a fast backend.
     for block in compiled:
         block.compile(backend="eager")
     x, keep = torch.randn(2, 6, 24), torch.tensor([[0, 2, 5], [1, 2, 3]])
@@ -165,7 +169,7 @@ def test_only_hidden_tokens_count_and_hidden_signal_is_not_seen() -> None:
     changed[:, :, 4:8] += 5.0
     torch.testing.assert_close(model.reconstruct(changed, keep), made)
     assert model(changed, keep) != model(x, keep)
-    # Errors on visible tokens do not enter the loss.
+    # The loss does not contain the errors on visible tokens.
     target = model.targets(x)
     hidden = [1, 3, 4]
     expected = (made - target)[:, hidden].square().mean()
@@ -209,17 +213,17 @@ def test_masks_are_uniform_and_do_not_depend_on_other_samples() -> None:
     assert keep.shape == (n, 8)
     assert (keep.diff(dim=1) > 0).all()
     share = torch.bincount(keep.flatten(), minlength=32) / n
-    # Within five standard errors of a quarter.
+    # Each token must be visible in a quarter of the samples, within five standard errors.
     assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / n) ** 0.5
     assert len({tuple(row) for row in keep.tolist()}) > 0.99 * n
-    # A sample has the same mask alone as in a batch, and another mask in the next epoch or with another seed.
+    # A sample has the same mask alone and in a batch. The mask changes with the epoch and with the seed.
     torch.testing.assert_close(keep_indices(7, [0], [1234], 32, 0.75)[0], keep[1234])
     assert not torch.equal(keep_indices(7, [1], [1234], 32, 0.75)[0], keep[1234])
     assert not torch.equal(keep_indices(8, [0], [1234], 32, 0.75)[0], keep[1234])
 
 
 def test_masks_are_the_same_as_ever() -> None:
-    """A run that was started with an earlier version is resumed with the same masks."""
+    """Check that masks never change, because a run of an earlier version must resume with the same masks."""
     assert keep_indices(7, [0, 3], [1234, 5], 16, 0.75).tolist() == FIXED_MASKS
 
 
@@ -231,9 +235,10 @@ def test_blocks_of_hidden_tokens_are_spans() -> None:
     assert (hidden.sum(dim=1) == 16).all()
     for row in hidden[:200].tolist():
         runs = [len(run) for run in "".join(".#"[h] for h in row).split(".") if run]
-        # 16 hidden tokens are three spans of 5 and one of 1; spans may touch each other.
+        # Of 16 hidden tokens, 15 are in three spans of 5 tokens, and one is alone. Spans may touch each other.
         assert all(run % span in (0, 1) for run in runs) and sum(run % span for run in runs) == 1
-    # All tokens are hidden about equally often, except near the ends, which fewer positions of a span cover.
+    # All tokens are hidden about equally often. Tokens near the ends are hidden less often, because fewer spans reach
+    # the ends.
     share = hidden.double().mean(dim=0)
     assert share[8:24].min() > 0.45 and share[8:24].max() < 0.58 and share[0] < share[8]
     torch.testing.assert_close(share, share.flip(0), atol=5 * 0.5 / n**0.5 * 1.5, rtol=0)
@@ -256,7 +261,7 @@ def test_channels_drop_with_all_their_copies_and_never_all_of_them() -> None:
 def test_a_dropped_channel_reaches_no_token_and_stays_a_target() -> None:
     torch.manual_seed(0)
     model = MaskedAutoencoder(dataclasses.replace(SMALL, channel_dropout=0.5)).double()
-    # Three true channels, padded to six rows.
+    # Each sample has three true channels and is padded to six channels.
     samples: Any = SimpleNamespace(numbers=[1, 2, 3], epochs=[0, 0, 0], metas=[{"n": 3}] * 3)
     inputs = model.prepare(samples, seed=4)
     dropped = inputs["dropped_BC"]

@@ -1,4 +1,7 @@
-"""The montage tokenizer: results do not depend on the order of channels or on padding, from training to export."""
+"""Tests of the montage tokenizer, from training to export.
+
+The results must not depend on the order of channels, or on padding.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ SPEC = PreprocessSpec(sfreq=128.0, lowpass=50.0, window=32, stride=32)
 
 
 def metas(*counts: int) -> list[dict[str, Any]]:
-    """Samples with electrodes at random places on a sphere; the third electrode of each has no known position."""
+    """Return metadata of samples with random electrode positions on a sphere. The third position is always unknown."""
     out = []
     for count in counts:
         places = np.random.default_rng(count).normal(size=(count, 3))
@@ -69,7 +72,7 @@ class TestEmbedding:
         order = torch.randperm(20)
         expected = encoder.over_time(x, places)
         torch.testing.assert_close(encoder.over_time(x[:, order], places[:, order]), expected, rtol=0, atol=1e-12)
-        # The same signals on other electrodes give another embedding, so the encoder does use the positions.
+        # The same signals at other electrode positions give another embedding, so the encoder uses the positions.
         assert (encoder.over_time(x[:, order], places) - expected).abs().max() > 1e-3
 
     @pytest.mark.parametrize("width", [32, 64, 128])
@@ -79,7 +82,7 @@ class TestEmbedding:
         expected = encoder.over_time(x, places)
         padded = pad_channels(x, width)
         torch.testing.assert_close(encoder.over_time(padded, places), expected)
-        # The positions may be padded too, as in a batch with a larger montage.
+        # In a batch with a larger montage, the positions are padded too.
         wide = torch.full((1, width, 3), float("nan"))
         wide[:, :20] = places
         torch.testing.assert_close(encoder.over_time(padded, wide, count), expected, rtol=0, atol=1e-12)
@@ -236,14 +239,15 @@ class TestPackage:
         assert again.positions_C3 is not None
         torch.testing.assert_close(again(x[:, [1, 0, 2]], again.positions_C3[[1, 0, 2]]), model(x))
 
-    # 8 channels fill 128 rows with equal numbers of copies. Of 7 channels, 2 have one copy more than the others.
+    # Copies of the channels fill 128 rows. 8 channels have equal numbers of copies; of 7 channels, 2 have one copy
+    # more.
     @pytest.mark.parametrize("count", [8, 7])
     def test_encodes_a_recording_whatever_the_order_of_its_channels(self, count: int, package: Path) -> None:
         names = ["Fp1", "Fp2", "C3", "C4", "O1", "O2", "T7", "T8"][:count]
         rng = np.random.default_rng(0)
         time = np.arange(1000) / 250
         x = 20 * np.sin(2 * np.pi * 9 * time + rng.uniform(0, 6, (count, 1))) + 5 * rng.normal(size=(count, 1000))
-        # Channels of different amplitude: additional copies of a strong channel would change the scale.
+        # Channels have different amplitudes. Therefore additional copies of a strong channel would change the scale.
         x *= np.geomspace(0.3, 3, count)[:, None]
         encoder = EEGEncoder.from_pretrained(package)
         found = encoder.encode((x, names, 250.0, "uV"))
@@ -294,7 +298,7 @@ def test_trains_and_exports_the_same_on_one_and_two_processes(unpaired_dataset: 
     assert export([str(tmp_path / "one"), str(tmp_path / "encoder"), "--program", "false"]) == 0
     card = (tmp_path / "encoder" / "model_card.md").read_text()
     assert "any montage" in card and "standard deviation over its true channels" in card
-    # On two processes the samples of 19 to 64 channels are batched differently, and the losses are the same.
+    # Two processes divide the samples of 19 to 64 channels into other batches, but the losses stay the same.
     variants = [("1", "bf16"), ("3", "fp32")]
     jobs = []
     for stage, precision in variants:

@@ -1,4 +1,7 @@
-"""Numbers of parameters of the presets, counted on the meta device, and the configs that repeat the presets."""
+"""Tests of the presets: their numbers of parameters, and the configs that repeat the presets.
+
+The tests build the models on the meta device.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pretrain.model.presets import PRESETS
 from pretrain.training.config import PretrainConfig
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "pretrain"
-# Number of trainable values in the encoder and in the decoder.
+# Numbers of trainable values for each preset: first the encoder, then the decoder.
 SIZES = {
     "tiny": (908_800, 214_976),
     "released": (151_769_088, 13_412_864),
@@ -38,7 +41,11 @@ def test_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if PRESETS[n].encoder.tokenizer == "temporal"])
 def test_counts_follow_from_the_layout(name: str) -> None:
-    """Count by formula: four matrices of attention, two of the perceptron, norms, and the first and last layers."""
+    """Calculate the number of parameters of each preset with a formula.
+
+    The formula counts four matrices of attention, two matrices of the perceptron, the norms, and the first and last
+    layers.
+    """
 
     def blocks(dim: int, depth: int, mlp_ratio: float) -> int:
         hidden = int(dim * mlp_ratio)
@@ -52,11 +59,11 @@ def test_counts_follow_from_the_layout(name: str) -> None:
 
 
 def test_published_counts() -> None:
-    """Compare the numbers in the papers and in their code with the exact counts above."""
+    """Compare the numbers of parameters in the papers and in their code with the exact numbers above."""
     assert [round(n / 1e6, 1) for n in SIZES["released"]] == [151.8, 13.4]
-    # The released code also counts the fixed positions, with that of the class token, as parameters: 165.4M in all.
+    # The released code has 165.4M parameters, because it also counts the fixed positions, including the class token's.
     assert round((sum(SIZES["released"]) + 129 * (1024 + 512)) / 1e6, 1) == 165.4
-    # The paper says 297M, but the architecture that it describes has 302.8M parameters.
+    # The paper states 297M parameters, but the architecture in the paper has 302.8M parameters.
     assert round(SIZES["paper"][0] / 1e6, 1) == 302.8
     for name, stated in (("18m", 18.3), ("74m", 74), ("162m", 162), ("458m", 458)):
         assert SIZES[name][0] / 1e6 == pytest.approx(stated, abs=0.05 if name == "18m" else 0.5)

@@ -1,4 +1,8 @@
-"""The probe: methods find the labels that they can find, controls stay at chance, and no test label leaks."""
+"""Tests of the probe on simulated trials.
+
+Each method must find the labels that it can find, controls must stay at chance, and no label of the test split may leak
+into training.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +36,9 @@ SUBJECTS = {"train": ("s1", "s2", "s3", "s4"), "val": ("s5",), "test": ("s6", "s
 
 
 def write_trials(path: Path, *, images: dict[str, int], caps: bool = False, own_images: bool = False) -> Path:
-    """Write trials with two labels: the label is the sign of a bump 0.4 s after onset. All subjects of a split see the
-    same images.
+    """Write trials with two labels: the label is the sign of a bump 0.4 s after stimulus onset.
+
+    All subjects of a split see the same images.
     """
     rng = np.random.default_rng(5)
     splits: dict[str, list[Sample]] = {}
@@ -115,7 +120,7 @@ class TestCommand:
         found = json.loads((tmp_path / "p.json").read_text())
         score = {name: value["mean"] for name, value in found["accuracy"].items()}
         assert score.keys() == {"encoder", *DEFAULT_METHODS, "commonest label", "encoder, labels shuffled"}
-        # A linear map of the signal shows the sign of the bump. Power and covariance do not depend on the sign.
+        # A linear map of the signal can find the sign of the bump. Power and covariance do not depend on this sign.
         assert min(score["encoder"], score["random weights"], score["time courses"], score["EEGNet"]) > 0.8
         assert max(score["band power"], score["covariance"]) < 0.75
         assert 0.3 < score["encoder, labels shuffled"] < 0.7
@@ -139,7 +144,7 @@ class TestCommand:
         assert found["left_out_for_shared_images"]["train"] > 0
         assert found["accuracy"].keys() == {"encoder", "band power", "time courses", "commonest label"}
         assert found["accuracy"]["encoder"]["mean"] > 0.8
-        # The encoder is better for all seven subjects, so only 2 of 128 flips give as large a difference.
+        # The encoder is better for all seven subjects. Only 2 of 128 sign flips give such a large difference.
         assert found["encoder_minus"]["band power"]["p_subjects"] == 2 / 2**7
         low, high = found["encoder_minus"]["band power"]["ci95_subjects"]
         assert 0 < low < found["encoder_minus"]["band power"]["mean"] < high
@@ -152,12 +157,12 @@ class TestCommand:
         assert main(words) == 0
         found = json.loads((tmp_path / "p.json").read_text())
         assert found["accuracy"].keys() == {"encoder", "commonest label", TUNED, TUNED_RANDOM}
-        # There is one fit, so one learning rate was chosen.
+        # There is only one fit of the fine-tuned model, so the results hold one chosen learning rate.
         assert found["chosen"][TUNED][0] in (2e-3, 4e-3)
         assert found["accuracy"][TUNED]["mean"] > 0.8
         assert found["encoder_minus"][TUNED_RANDOM]["of"] == TUNED
         assert found["encoder_minus"]["commonest label"]["of"] == "encoder"
-        # Fine-tuning did not change the encoder whose features were scored.
+        # Fine-tuning must not change the encoder that computed the features for the other scores.
         assert main([*words[:2], "--methods", "[]", "--shuffles", "0", *words[-2:]]) == 0
         again = json.loads((tmp_path / "p.json").read_text())
         assert again["accuracy"]["encoder"] == found["accuracy"]["encoder"]
@@ -193,7 +198,7 @@ class TestCommand:
         assert says in capsys.readouterr().err
 
     def test_labels_that_are_subjects_are_refused(self, package: Path, paired_dataset: Path, capsys: Any) -> None:
-        # In this dataset every subject saw images of one label only.
+        # In this dataset each subject saw images of one label only.
         assert main([str(package), str(paired_dataset), "--methods", "[]"]) == 2
         assert "standardize: none" in capsys.readouterr().err
         assert main([str(package), str(paired_dataset), "--methods", "[]", "--standardize", "none"]) == 0
@@ -313,7 +318,8 @@ class TestFit:
 
     def test_eegnet_has_the_size_of_the_article(self) -> None:
         model = EEGNet(64, 128, 128.0, 4)
-        # Table 2 of the article: 8x64 + 2x8x64 + 16x16 + 16x16 weights, 2 (8 + 16 + 16) of batch normalisation, head.
+        # Numbers from Table 2 of the article: 8x64 + 2x8x64 + 16x16 + 16x16 weights, 2 (8 + 16 + 16) values of batch
+        # normalisation, and the head.
         count = sum(p.numel() for p in model.parameters())
         assert count == 512 + 1024 + 256 + 256 + 80 + 4 * (16 * 128 // 32) + 4
         model.limit_norms()

@@ -1,4 +1,7 @@
-"""The store of checkpoints: shares, names, damage, older formats; with DDP-like and single-process writers."""
+"""Tests of the store of checkpoints: files of several processes, names, damage and older formats.
+
+The checkpoints are written by one process, or by several processes as in DDP.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from ..conftest import losses, metrics, write_config
 def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     weights = {f"weights/layer{i}": torch.randn(i + 1, 3, generator=generator) for i in range(5)}
-    # Fine-tuning's convolutions may lie channels-last in memory.
+    # Weights of convolutions may have the memory format channels_last in fine-tuning.
     image = torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=torch.channels_last)
     return weights | {"ema/image": image, "best/count": torch.tensor(3)}
 
@@ -43,7 +46,7 @@ def write(run: Path, step: int = 4, **manifest: object) -> Path:
 
 
 def to_format_2(run: Path) -> None:
-    """Rewrite a pretraining run's checkpoints and status as the version before this format wrote them."""
+    """Rewrite the checkpoints and the status of a pretraining run in format 2, the format before the current one."""
     for folder in (run / "checkpoints").glob("step_*"):
         state = {k: v for path in folder.glob("*.safetensors") for k, v in load_file(path).items()}
         for path in folder.glob("*.safetensors"):
@@ -120,7 +123,7 @@ class TestStore:
 class TestOlderRuns:
     @pytest.fixture(scope="class")
     def older(self, unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-        """A config, the run that it gives, and the same run as an older version left it."""
+        """Return a config, a run with this config, and a copy of the run in the format of an older version."""
         folder = tmp_path_factory.mktemp("older")
         config = write_config(
             folder / "c.yaml", dataset=str(unpaired_dataset), output=str(folder / "run"), checkpoint={"every": 3}
@@ -141,7 +144,7 @@ class TestOlderRuns:
     def test_an_older_run_is_resumed(self, older: tuple[Path, Path, Path], tmp_path: Path) -> None:
         config, run, old = older
         shutil.copytree(old, tmp_path / "run")
-        # As if the run had been interrupted after its checkpoint of step 3.
+        # Make the run look interrupted after the checkpoint of step 3.
         shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
         status = json.loads((tmp_path / "run" / "status.json").read_text())
         (tmp_path / "run" / "status.json").write_text(json.dumps(status | {"state": "stopped"}))

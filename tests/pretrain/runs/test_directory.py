@@ -1,4 +1,4 @@
-"""The run directory: one writer at a time, and requests to stop."""
+"""Tests of the run directory: only one command may write at a time, and repeated signals are one request to stop."""
 
 from __future__ import annotations
 

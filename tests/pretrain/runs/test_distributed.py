@@ -1,4 +1,4 @@
-"""The world of processes: what its members agree on, with and without a process group."""
+"""Tests of values on which all processes of a run agree, with and without a process group."""
 
 from __future__ import annotations
 

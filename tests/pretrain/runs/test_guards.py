@@ -1,4 +1,4 @@
-"""Guards of a training run: loss spikes and hanging processes."""
+"""Tests of the guards of a training run against loss spikes and hanging processes."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class TestSpikes:
         assert detector.check(float("nan")) is None
         detector = SpikeDetector(GuardConfig(spike_window=16), values[-16:].tolist())
         assert "1.2" in (detector.check(1.2) or "")
-        # The detector does not remember a spike, so it also finds an equal spike just after it.
+        # The detector does not store the loss of a spike, so an equal loss just afterwards is a spike too.
         assert detector.check(1.2) is not None
         assert SpikeDetector(GuardConfig(spike_window=16), values[:15].tolist()).check(9.0) is None
         assert SpikeDetector(GuardConfig(spike_window=16, spike_sigma=0), values[:16].tolist()).check(9.0) is None
 
     @pytest.fixture(scope="class")
     def with_giant(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """A dataset of 96 windows; window 40 is a hundred times as large as the others."""
+        """Write a dataset of 96 windows, in which window 40 is a hundred times as large as the other windows."""
         spec = PreprocessSpec(
             sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, stride=128, scaling="constant", scale_uv=20.0, clip=1e4
         )
@@ -61,8 +61,11 @@ class TestSpikes:
 
     @pytest.fixture(scope="class")
     def seed(self, with_giant: Path) -> int:
-        """A seed with whose order the giant window is in the ninth batch of eight windows, and not in the next
-        batches."""
+        """Return a seed for the order of windows.
+
+        With this seed, the giant window is in the ninth batch of eight windows and in no other of the first 18
+        batches.
+        """
         for seed in range(1000):
             batches = iter(Loader(EEGDataset(with_giant), 8, seed))
             places = [t for t in range(18) if 40 in next(batches).numbers]
@@ -88,15 +91,16 @@ class TestSpikes:
         config = write_config(tmp_path / "c.yaml", output=str(run), **self.settings(with_giant, seed))
         assert main([str(config)]) == 0
         assert "back to step 6; batches 7 to 8 are left out" in capsys.readouterr().err
-        # The spike is in step 9, which trains on batch 8. The checkpoint before it is that of step 6.
+        # The spike is in step 9, which trains on batch 8. The last checkpoint before the spike is the one of step 6.
         assert [found["batches"] for found in json.loads((run / "left_out.json").read_text())] == [[7, 9]]
         assert [line["rewound_from"] for line in metrics(run) if "rewound_from" in line] == [9]
         assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, 15))
         assert max(losses(run)) < 2 * min(losses(run))
-        # After 14 steps and two batches left out, the loader is at batch 16.
+        # The run has done 14 steps and left out two batches, so the loader is at batch 16.
         manifest = json.loads((run / "checkpoints" / "step_00000014" / "complete.json").read_text())
         assert manifest["loader"]["step"] == 16
-        # A run that is killed right after it went back leaves out the same batches when it is resumed.
+        # The run may be killed right after it went back to a checkpoint. The resumed run must leave out the same
+        # batches.
         copy = tmp_path / "copy"
         shutil.copytree(run, copy)
         mark_interrupted(copy)
@@ -113,14 +117,17 @@ class TestSpikes:
         config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "run"), **settings)
         with pytest.raises(RuntimeError, match=r"loss spike at step 9 .* in batches 7 to 8, .* guards\.max_rewinds"):
             main([str(config)])
-        # The message advises this.
+        # The error message advises this setting.
         assert main([str(config), "--guards.max_rewinds", "1"]) == 0
         assert len(json.loads((tmp_path / "run" / "left_out.json").read_text())) == 1
 
     def test_a_checkpoint_that_trained_on_left_out_batches_is_not_used(
         self, with_giant: Path, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """With a checkpoint in every second step, the checkpoint of step 8 has trained on batch 7 already."""
+        """Check that the run does not go back to a checkpoint that has already trained on a left-out batch.
+
+        With a checkpoint in every second step, the checkpoint of step 8 has already trained on batch 7.
+        """
         config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "whole"), **self.settings(with_giant, seed))
         assert main([str(config)]) == 0
         more = ["--output", str(tmp_path / "run")]

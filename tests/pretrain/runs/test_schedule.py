@@ -1,4 +1,4 @@
-"""The learning-rate schedule of both training stages."""
+"""Tests of the learning-rate schedule of pretraining and fine-tuning."""
 
 from __future__ import annotations
 

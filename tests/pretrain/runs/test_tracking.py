@@ -1,4 +1,4 @@
-"""Metrics in TensorBoard, in wandb, and on the terminal."""
+"""Tests of metrics in TensorBoard, in wandb, and on the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from ..conftest import ROOT, environment, losses, metrics, write_config
 
 
 def leveldb_records(content: bytes) -> Iterator[bytes]:
-    """Records of a log in LevelDB's format, in which wandb stores a run: blocks of 32 KiB after a header of 7 bytes."""
+    """Return the records of a file in which wandb stores a run.
+
+    The file has LevelDB's log format: a header of 7 bytes, then blocks of 32 KiB.
+    """
     place, whole = 7, b""
     while place + 7 <= len(content):
         room = 32768 - place % 32768
@@ -56,7 +59,7 @@ class TestTracking:
         events.Reload()
         assert [e.value for e in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
         held = next(line for line in metrics(run) if "val_loss" in line)
-        # 24 windows of one corpus; a third has 19 channels, a third 32 and a third 64.
+        # The 24 windows are of one corpus: a third have 19 channels, a third have 32, and a third have 64.
         assert held["val_loss_corpus/tiny"] == pytest.approx(held["val_loss"])
         parts = [held[f"val_loss_channels/{n:03d}"] for n in (19, 32, 64)]
         assert np.mean(parts) == pytest.approx(held["val_loss"])
@@ -71,7 +74,7 @@ class TestTracking:
         )
         assert main([str(config)]) == 0
         (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
-        # wandb's own process writes the file, and may still be writing when the run has ended.
+        # A process of wandb writes the file. This process may still be writing when the run has ended.
         logged: list[float] = []
         until = time.monotonic() + 30
         while len(logged) < 3 and time.monotonic() < until:
@@ -84,7 +87,7 @@ class TestTracking:
         assert logged == pytest.approx(losses(run))
 
     def test_wandb_without_a_connection_stores_the_run_with_a_warning(self, tmp_path: Path) -> None:
-        # No server listens at this address. The key is in the file that 'wandb login' writes.
+        # No server listens at this address. The API key is in the file that 'wandb login' writes.
         keys = tmp_path / "netrc"
         keys.write_text(f"machine 127.0.0.1:9\n  login user\n  password {'a' * 40}\n")
         program = (
@@ -103,7 +106,7 @@ class TestTracking:
             )
             assert "wandb cannot be reached" in done.stderr
             ids.add((tmp_path / "wandb" / "run_id").read_text())
-        # A resumed run has the same id at wandb.
+        # wandb gives a resumed run the id that the run had before.
         assert len(ids) == 1
         assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
 

@@ -1,4 +1,4 @@
-"""Checkpoints of real runs: asynchronous writing, milestones, damage, full disks, and repeated steps."""
+"""Tests of checkpoints of real runs: asynchronous writing, milestones, damage, full disks, and repeated steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..conftest import losses, mark_interrupted, metrics, saved_state, write_con
 class TestCheckpoints:
     @pytest.fixture(scope="class")
     def finished(self, unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-        """A run of 12 steps with an asynchronous checkpoint every 2 steps."""
+        """Train a run of 12 steps that writes an asynchronous checkpoint every 2 steps."""
         folder = tmp_path_factory.mktemp("checkpoints")
         config = write_config(
             folder / "c.yaml",
@@ -45,7 +45,7 @@ class TestCheckpoints:
     ) -> None:
         import pretrain.model.weights
 
-        # Slow writing: the training takes more steps before the checkpoint is complete.
+        # Make the writing slow, so that the training takes more steps before the checkpoint is complete.
         save = pretrain.model.weights.save_weights
         monkeypatch.setattr(pretrain.model.weights, "save_weights", lambda *args: (time.sleep(0.5), save(*args)))
         manifests = []
@@ -94,7 +94,7 @@ class TestCheckpoints:
             path.write_bytes(b"")
         assert main([str(config), "--output", str(copy)]) == 2
         assert "every checkpoint is damaged" in capsys.readouterr().err
-        # A second start is refused too: the first one must not have moved the checkpoints away.
+        # A second start must be refused too, because the first start must not have moved the damaged checkpoints away.
         assert main([str(config), "--output", str(copy)]) == 2
 
     def test_repeated_steps_are_not_in_the_metrics_twice(
@@ -115,7 +115,7 @@ class TestCheckpoints:
         assert len(losses(tmp_path / "run")) == 4
         (tmp_path / "run" / "left_out.json").write_text('[{"batches": [0, 4], "step": 4, "loss": "of old"}]')
         assert main(words) == 0
-        # A run that is resumed after its last checkpoint repeats the last evaluation.
+        # The run is resumed after its last checkpoint, so it repeats the last evaluation.
         mark_interrupted(tmp_path / "run")
         assert main(words) == 0
         for key in ("loss", "val_loss"):
@@ -162,7 +162,7 @@ class TestCheckpoints:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         config, run = finished
-        # There is room for one checkpoint of about 0.7 MB, but not for a second one.
+        # The disk has room for one checkpoint of about 0.7 MB, but not for a second checkpoint.
         words = [str(config), "--output", str(small_disk / "run"), "--checkpoint.asynchronous", asynchronous]
         with pytest.raises(RuntimeError, match="last checkpoint, of step 12"):
             main(words)
@@ -172,7 +172,7 @@ class TestCheckpoints:
         kept = complete_checkpoints(small_disk / "run" / "checkpoints")
         assert [path.name for path in kept] == ["step_00000002"]
         assert losses(small_disk / "run") == losses(run)
-        # With enough room, the same command resumes the run and finishes it.
+        # On a disk with enough room, the same command resumes the run and finishes it.
         shutil.copytree(small_disk / "run", tmp_path / "roomy")
         assert main([str(config), "--output", str(tmp_path / "roomy")]) == 0
         assert "resuming from step 2" in capsys.readouterr().err

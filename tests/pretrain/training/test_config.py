@@ -1,4 +1,4 @@
-"""Settings of the optimiser."""
+"""Tests of the optimiser's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Failures of processes, launchers and hosts, signals, hangs and bad data: the loss curve stays the same."""
+"""Tests of faults during training: failures of processes, launchers and hosts, signals, hangs, and bad data.
+
+After each fault, the loss curve must equal the curve of a run without the fault.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,14 @@ from pretrain.runs.checkpoint import complete_checkpoints
 from ..conftest import ROOT, environment, losses, metrics, run_jobs, saved_weights, write_config
 
 STEPS, BEGUN = 120, 20
-# PET_SHUTDOWN_TIMEOUT: seconds that torchrun waits for a process that it asked to end.
+# PET_SHUTDOWN_TIMEOUT is the number of seconds that torchrun waits for a process after asking the process to end.
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PET_SHUTDOWN_TIMEOUT": "10"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 TORCHRUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
 
 def encode_unchecked(eeg: np.ndarray) -> bytes:
-    """Bytes of a window in a shard, without a check of its values."""
+    """Encode a window for a shard without checking the window's values."""
     buffer = io.BytesIO()
     np.save(buffer, pad_channels(eeg.astype(np.float16)))
     return zstandard.ZstdCompressor().compress(buffer.getvalue())
@@ -46,14 +49,14 @@ def encode_unchecked(eeg: np.ndarray) -> bytes:
 
 @pytest.fixture(scope="module")
 def runs(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two processes: one without interruption, one stopped at step 20, and some on data with a bad window."""
+    """Train runs on two processes: one without interruption, one that stops at step 20, and some with a bad window."""
     folder = tmp_path_factory.mktemp("drills")
     train = EEGDataset(unpaired_dataset)
     samples = [train[number] for number in range(24)]
     bad = samples[5]
     samples[5] = Sample(key=bad.key, eeg=np.full_like(bad.eeg, np.nan), meta=bad.meta, image=None, image_ext="png")
     with pytest.MonkeyPatch.context() as patch:
-        # Dreamscale's writer refuses such a window, but other software may write one.
+        # Dreamscale refuses to write a window that contains NaN, but other software may write such a window.
         patch.setattr("data_sharding.dataset.samples.encode_eeg", encode_unchecked)
         write_dataset(folder / "bad", {"train": samples, "val": samples[8:16]}, train.spec)
     config = write_config(
@@ -79,13 +82,13 @@ def runs(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def run(runs: Path, tmp_path: Path) -> Path:
-    """A copy of the run that was stopped at step 20."""
+    """Copy the run that was stopped at step 20."""
     shutil.copytree(runs / "begun", tmp_path / "run")
     return tmp_path / "run"
 
 
 class Training:
-    """A training command in a process of its own; its output goes to a file."""
+    """A training command that runs in its own process and writes its output to a file."""
 
     def __init__(self, words: Sequence[str], run: Path, **extra: str) -> None:
         self.run, self.log = run, run.with_name("log.txt")
@@ -102,7 +105,7 @@ class Training:
             )
 
     def steps(self) -> int:
-        """Number of steps logged so far."""
+        """Return the number of steps in the run's metrics."""
         path = self.run / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.is_file() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
@@ -118,7 +121,7 @@ class Training:
         return self.process.wait(timeout=150)
 
     def processes(self) -> dict[int, str]:
-        """Command lines of all processes that name this run, by process id."""
+        """Return the command lines of all processes that name this run, by process id."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -130,7 +133,7 @@ class Training:
         return found
 
     def ranks(self) -> dict[int, int]:
-        """Rank of each training process and each of its reading processes, by process id."""
+        """Return the rank of each training process and each reading process, by process id."""
         found = {}
         for pid in self.processes():
             try:
@@ -144,12 +147,12 @@ class Training:
         return found
 
     def workers(self) -> list[int]:
-        """Process ids of the training processes, by rank."""
+        """Return the process ids of the training processes in the order of their ranks."""
         ranks = self.ranks()
         return sorted((pid for pid in ranks if parent(pid) not in ranks), key=lambda pid: ranks[pid])
 
     def readers(self) -> list[int]:
-        """Process ids of the reading processes, by rank."""
+        """Return the process ids of the reading processes in the order of their ranks."""
         ranks = self.ranks()
         return sorted((pid for pid in ranks if parent(pid) in ranks), key=lambda pid: ranks[pid])
 
@@ -163,7 +166,7 @@ def dreamscale(runs: Path, run: Path, *more: str) -> Training:
 
 
 def check_undisturbed(run: Path, runs: Path) -> None:
-    """Check that losses and epochs equal those of the undisturbed run; if the run is complete, the weights too."""
+    """Check that losses and epochs equal those of the run without a fault; for a complete run, check weights too."""
     whole = losses(runs / "whole")
     found = losses(run)
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, len(found) + 1))
@@ -188,7 +191,7 @@ def test_after_a_killed_process_some_steps_are_repeated(runs: Path, run: Path) -
 
 
 def test_a_killed_reading_process_restarts_the_run(runs: Path, run: Path) -> None:
-    """When memory is short, the system usually kills a reading process."""
+    """Kill a reading process, as the system usually does when memory is short."""
     training = dreamscale(runs, run, "--restarts", "1", "--num_workers", "1")
     training.wait_for(BEGUN + 15)
     os.kill(training.readers()[1], signal.SIGKILL)
@@ -208,7 +211,7 @@ def test_a_run_of_one_process_is_restarted_too(runs: Path, run: Path) -> None:
 
 def test_a_fault_found_by_one_process_alone_is_reported(runs: Path, run: Path, tmp_path: Path) -> None:
     data = EEGDataset(yaml.safe_load((runs / "config.yaml").read_text())["dataset"])
-    # A window in the second process's half of a later batch.
+    # Choose a window in a later batch, in the half of the batch that the second process reads.
     number = Loader(data, 16, 3, rank=1, world_size=2).positions(BEGUN + 1)[0][0]
     (place,) = locate(data.index, data.first, [number])
     shutil.copytree(data.path, tmp_path / "data")
@@ -251,7 +254,7 @@ def test_after_a_killed_launcher_a_checkpoint_and_no_process_is_left(runs: Path,
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_torchrun_passes_signals_on_and_waits(number: int, runs: Path, run: Path) -> None:
     listed = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-    # torchrun signals the reading processes too.
+    # torchrun also sends signals to the reading processes.
     line = words(runs, run, "--num_workers", "2")
     training = Training([*TORCHRUN, *listed, "-m", "pretrain.train", *line], run)
     training.wait_for(BEGUN + 3)
@@ -265,7 +268,10 @@ def test_torchrun_passes_signals_on_and_waits(number: int, runs: Path, run: Path
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_every_process_is_one_request(number: int, runs: Path, run: Path) -> None:
-    """Batch systems signal every process. The tracker is on because its library starts threads in reading processes."""
+    """Send a signal to every process, as batch systems do.
+
+    The test uses the wandb tracker because wandb's library starts threads in the reading processes.
+    """
     training = dreamscale(runs, run, "--num_workers", "2", "--tracker.kind", "wandb")
     training.wait_for(BEGUN + 3)
     assert len(training.readers()) == 4
@@ -278,7 +284,7 @@ def test_a_signal_to_every_process_is_one_request(number: int, runs: Path, run: 
 
 
 def test_a_run_continues_under_other_launchers_after_a_kill_and_damage(runs: Path, run: Path) -> None:
-    """Started by torchrun, continued and killed under Accelerate, finished by DeepSpeed's launcher."""
+    """Start a run with torchrun, continue and kill it under Accelerate, and finish it with DeepSpeed's launcher."""
     flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     flags += ["--dynamo_backend", "no", "--main_process_port", "0"]
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *flags]
@@ -311,7 +317,7 @@ def test_a_hanging_process_is_named(runs: Path, run: Path) -> None:
 
 
 def test_bad_data_on_one_process_skips_the_step_on_all(runs: Path) -> None:
-    """The run has two epochs of three steps; the bad window is used once in each epoch."""
+    """Check the losses of runs with two epochs of three steps. Each epoch uses the bad window once."""
     for name in ("0_fp32", "1_fp32", "2_fp32", "3_fp32", "1_bf16", "2_bf16", "3_bf16"):
         found = losses(runs / f"bad_{name}")
         lines = [line for line in metrics(runs / f"bad_{name}") if "loss" in line]
@@ -320,7 +326,7 @@ def test_bad_data_on_one_process_skips_the_step_on_all(runs: Path) -> None:
         weights = saved_weights(runs / f"bad_{name}", 6)
         assert all(torch.isfinite(value).all() for value in weights.values()), name
         saved = json.loads((runs / f"bad_{name}" / "checkpoints" / "step_00000006" / "complete.json").read_text())
-        # Adam does not count skipped steps.
+        # Adam does not count the two skipped steps.
         assert saved["adam_steps"] == 4, name
         for ours, theirs in zip(found, losses(runs / "bad_0_fp32"), strict=True):
             assert ours is theirs is None or abs(ours - theirs) < (1e-4 if "fp32" in name else 2e-2), name
@@ -328,7 +334,7 @@ def test_bad_data_on_one_process_skips_the_step_on_all(runs: Path) -> None:
 
 @pytest.fixture
 def two_hosts() -> Iterator[list[str]]:
-    """Two network namespaces, each with an address, connected by a virtual cable."""
+    """Create two network namespaces, each with its own address, and connect them with a virtual cable."""
     hosts = [f"dreamscale{os.getpid()}{side}" for side in "ab"]
     commands = [f"ip netns add {host}" for host in hosts]
     commands += [
@@ -361,15 +367,15 @@ def test_two_hosts_survive_the_loss_of_one(two_hosts: list[str], runs: Path, run
 
     first, second = host(0), host(1)
     first.wait_for(BEGUN + 15)
-    # Power cut on the second host: kill its torchrun and its training process. The parent process tells which processes
-    # belong to this host.
+    # Simulate a power cut on the second host: kill torchrun and the training process of this host. The parent process
+    # shows to which host a process belongs.
     mine = [
         pid for pid in first.processes() if os.getsid(pid) == second.process.pid or parent(pid) == second.process.pid
     ]
     for pid in mine:
         os.kill(pid, signal.SIGKILL)
     second.process.wait(timeout=30)
-    # The host is back.
+    # Start the second host again.
     second = host(1)
     assert first.wait() == 0, first.log.read_text()[-3000:]
     assert second.wait() == 0
@@ -385,7 +391,7 @@ def parent(pid: int) -> int:
 
 
 def test_ray_trains_and_stops_on_request(runs: Path, run: Path) -> None:
-    # Paths of Unix sockets must be short, and the path of the test's folder is too long for Ray's sockets.
+    # Unix limits the length of socket paths, and the path of the test's folder is too long for Ray's sockets.
     temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     try:
         line = [sys.executable, "-m", "launch.ray_train", *words(runs, run)]

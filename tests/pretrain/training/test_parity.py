@@ -1,8 +1,11 @@
-"""The loss curve is the same for all ZeRO stages, numbers of processes, micro batches, interruptions and versions.
+"""Tests that many ways to run a training give the same loss curve.
+
+The curve must not depend on the ZeRO stage, the number of processes, the micro batch, interruptions, or Dreamscale's
+version.
 
 The golden losses were computed with this model, data and seed when the test was written (torch 2.13, float32 on a CPU).
-Rounding on another CPU or in another version of torch changes them by about 1e-5. A larger difference means that the
-training itself has changed, which must be intended and documented.
+Rounding on another CPU or in another version of torch changes these losses by about 1e-5. A larger difference means
+that the training itself has changed. Such a change must be intended and documented.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A stopped run is resumed as if it had not been stopped, on any number of processes and under any ZeRO stage."""
+"""Tests that a stopped and resumed run gives the same results as a run without a stop.
+
+The run may resume with another number of processes and another ZeRO stage.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,15 @@ CHANGES = ((0, 2), (1, 2), (2, 1), (2, 3), (3, 1), (3, 0))
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
-    """Weights and moments of a finished run."""
+    """Return the weights and Adam's moments of a finished run."""
     return saved_state(run, STEPS)
 
 
 @pytest.fixture(scope="module")
 def runs(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs with and without interruption, in three launches."""
+    """Train runs with and without interruption, in three launches."""
     folder = tmp_path_factory.mktemp("restart")
-    # 96 windows and 14 windows in each step: the epoch ends in the middle of a batch.
+    # There are 96 windows, and each step uses 14 of them, so the epoch ends in the middle of a batch.
     config = write_config(
         folder / "config.yaml", dataset=str(unpaired_dataset), output="unused", steps=STEPS, batch_size=14
     )
@@ -99,7 +102,7 @@ def test_a_checkpoint_does_not_depend_on_who_wrote_it(runs: Path) -> None:
         moments = [name for name in reference if name.startswith("exp_avg/")]
         apart = torch.cat([(found[name] - reference[name]).flatten() for name in moments]).abs().max()
         assert apart < 1e-5
-    # Both processes have written a share.
+    # Each of the two processes has written one part of the checkpoint.
     folder = runs / "whole_2_2" / "checkpoints" / f"step_{STEPS:08d}"
     assert {"state_00000.safetensors", "state_00001.safetensors"} <= {p.name for p in folder.iterdir()}
     manifest = json.loads((folder / "complete.json").read_text())

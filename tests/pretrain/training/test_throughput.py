@@ -1,4 +1,4 @@
-"""Counting of work and time between two lines of metrics."""
+"""Tests of how a training counts its work and its time between two lines of metrics."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_pauses_do_not_count_and_waiting_does() -> None:
     with throughput.paused():
         time.sleep(1.0)
     rates = throughput.rates()
-    # Four windows, in more than the 0.05 s of waiting and less than the second of the pause.
+    # The time for the four windows is more than the 0.05 s of waiting, but does not contain the pause of 1 s.
     assert 4 < rates["samples_per_s"] < 80
     assert rates["tokens_per_s"] == pytest.approx(4 * rates["samples_per_s"])
     assert rates["mfu"] is None

@@ -1,4 +1,8 @@
-"""Real DeepSpeed runs: they learn, agree for all stages and numbers of processes, stop, resume, and refuse mistakes."""
+"""Tests of real DeepSpeed runs.
+
+The runs learn, give equal results for all ZeRO stages and numbers of processes, stop, resume, and refuse wrong
+settings.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ from ..conftest import ROOT, environment, losses, metrics, run_jobs, saved_weigh
 
 
 def stop_after(run: Path, config: Path, step: int, number: int) -> tuple[int, str]:
-    """Start a training in a process, and send it a signal after some step; return exit code and stderr."""
+    """Start a training in a new process, and send a signal after a step; return exit code and error output."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pretrain.train", str(config)],
         env=environment(),
@@ -85,19 +89,19 @@ def test_losses_agree_over_zero_stages_processes_and_precision(unpaired_dataset:
     for variant in variants:
         found = losses(tmp_path / f"{variant}_2")
         np.testing.assert_allclose(found, reference, atol=1e-4 if "fp32" in variant else 2e-2, err_msg=variant)
-        # The checkpoint holds the trained weights, however they were divided among the processes.
+        # The checkpoint holds the trained weights, independent of how ZeRO divided the weights among the processes.
         ours = saved_weights(tmp_path / f"{variant}_2", 6)
         theirs = saved_weights(tmp_path / "0,fp32_1", 6)
         assert ours.keys() == theirs.keys()
         assert all(value.dtype == torch.float32 for value in ours.values())
-        # The mean over all weights: the bias of attention's keys has a gradient of rounding errors alone, which Adam's
-        # first steps enlarge.
+        # Compare the mean difference of all weights, not the maximum. The gradient of the bias of attention's keys
+        # consists only of rounding errors, and Adam's first steps enlarge this gradient.
         apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in theirs]).abs().mean()
         assert apart < (1e-5 if "fp32" in variant else 1e-3), variant
 
 
 def test_stop_and_resume_give_the_undisturbed_losses(unpaired_dataset: Path, tmp_path: Path) -> None:
-    # 96 windows and 13 windows in each step: epochs end in the middle of a batch.
+    # There are 96 windows, and each step uses 13 of them, so epochs end in the middle of a batch.
     settings: dict[str, Any] = {"dataset": str(unpaired_dataset), "steps": 40, "batch_size": 13, "zero_stage": 2}
     whole = write_config(tmp_path / "whole.yaml", output=str(tmp_path / "whole"), **settings)
     assert main([str(whole)]) == 0
@@ -109,7 +113,7 @@ def test_stop_and_resume_give_the_undisturbed_losses(unpaired_dataset: Path, tmp
     assert status["state"] == "stopped"
     assert 5 <= status["step"] < 40
     assert "run the same command" in stderr
-    # As after a crash: a half-written checkpoint, and lines of metrics after the last complete checkpoint.
+    # Imitate a crash: leave a half-written checkpoint, and lines of metrics after the last complete checkpoint.
     (run / "checkpoints" / ".partial_00000039").mkdir()
     with (run / "metrics.jsonl").open("a") as log:
         log.write('{"step": 39, "loss": 9.0}\n{"step": 40, "lo')
@@ -129,7 +133,8 @@ def test_a_process_may_start_while_the_first_process_writes(tmp_path: Path, monk
         return found
 
     with monkeypatch.context() as patch:
-        # The first process, which is started inside the patched function, must use the original function.
+        # The first process starts inside the patched function and must use the original function, so undo the patch
+        # first.
         patch.setattr(Path, "is_file", lambda path: patch.undo() or write_after_check(path))
         second = RunDirectory(tmp_path / "run", config, rank=1)
     assert not second.finished
@@ -158,8 +163,8 @@ def test_a_stop_does_not_wait_for_an_evaluation(
     batches = calls // 3
     assert batches >= 3
     config = write_config(tmp_path / "stopped.yaml", output=str(run), **settings)
-    # The first signal arrives in the second batch of the evaluation before step 1. Each resumed run completes the
-    # interrupted evaluation first, and gets the next signal in the second batch of the evaluation after that.
+    # The first signal arrives in the second batch of the evaluation before step 1. Each resumed run first completes the
+    # interrupted evaluation. The next signal arrives in the second batch of the next evaluation.
     for step, signal_at in ((0, 2), (2, batches + 2), (4, batches + 2)):
         calls = 0
         assert main([str(config), *words]) == 75
@@ -192,7 +197,8 @@ def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_end_the_run(
     def poisoned(self: PreprocessSpec, x_uv: Any, channels: Any = None) -> Any:
         calls.append(len(x_uv))
         x = scale(self, x_uv, channels)
-        # The first two calls belong to the evaluation. Then step 2 alone is bad, and later steps 4 and 5 in a row.
+        # The first two calls belong to the evaluation. After these calls, step 2 alone is bad, and then steps 4 and 5
+        # are bad.
         return x * float("nan") if len(calls) - 2 in (2, 4, 5) else x
 
     monkeypatch.setattr(PreprocessSpec, "scale_for_model", poisoned)
