@@ -1,1 +1,1 @@
-"""A run of training: its directory, checkpoints, processes, guards and tracking."""
+"""Modules for a training run: its directory, checkpoints, processes, guards and tracking."""

@@ -1,13 +1,15 @@
-"""Checkpoints on disk: one format for every training stage, whatever number of processes writes or reads it.
+"""Checkpoints on disk: one format for every training stage and for any number of processes.
 
 A checkpoint is the folder ``RUN/checkpoints/step_N``:
 
-- ``state_RANK.safetensors``, one file a process: that process's share of the named tensors, such as ``weights/NAME``,
-  ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. Each tensor is whole, and is stored in exactly one file.
-- ``complete.json``, the manifest: every file with its size and SHA-256, and all other values that a resume needs.
+- ``state_RANK.safetensors``, one file for each process, with this process's share of the named tensors, such as
+  ``weights/NAME``, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. No tensor is split, and each tensor is stored in exactly
+  one file.
+- ``complete.json``, the manifest: the size and SHA-256 of every file, and all other values that are needed to resume a
+  run.
 
-The folder is filled under another name and renamed at the end, so a folder with a manifest is complete. The content
-does not depend on the number of processes that wrote it.
+While its files are being written, the folder has another name. It is renamed at the end, so a folder ``step_N`` is
+always complete. The tensors and values do not depend on the number of processes that wrote the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,43 +30,44 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "complete.json"
-"""Name of a checkpoint's manifest."""
+"""Name of the manifest file in a checkpoint."""
 FORMAT = 3
 """Version of the checkpoint format."""
-# Format 2, of pretraining alone, kept the weights in one file and the moments of Adam in one file a process.
+# Format 2 was used by pretraining only. It stored all weights in one file, and Adam's moments in one file for each
+# process.
 _FORMAT_2 = 2
 _FORMAT_2_WEIGHTS = "model.safetensors"
 
 
 def state_file(rank: int) -> str:
-    """Return the name of the file that a process writes."""
+    """Return the name of the checkpoint file that the process with this rank writes."""
     return f"state_{rank:05d}.safetensors"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
-    """Return the folder of a complete checkpoint."""
+    """Return the path of the folder of a complete checkpoint."""
     return checkpoints / f"step_{step:08d}"
 
 
 def partial_folder(checkpoints: Path, step: int) -> Path:
-    """Return the folder of a checkpoint that is still being written."""
+    """Return the path of the folder of a checkpoint that is still being written."""
     return checkpoints / f".partial_{step:08d}"
 
 
 def divide_by_size(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
-    """Divide named tensors among processes so that all processes write about equally much.
+    """Divide named tensors among processes so that every process writes about the same amount of data.
 
     Parameters
     ----------
     sizes : mapping of str to int
-        Number of values by name; the same on every process.
+        Number of values of each tensor, by the tensor's name. Every process must give the same mapping.
     parts : int
         Number of processes.
 
     Returns
     -------
     list of list of str
-        Names by rank, the same on every process.
+        Names of tensors for each rank. Every process gets the same result.
     """
     names: list[list[str]] = [[] for _ in range(parts)]
     # Go from the largest tensor to the smallest; give each tensor to the process with the smallest load so far.
@@ -82,19 +85,19 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def find_damage(checkpoint: Path, *, read_bytes: bool) -> str | None:
-    """Check the files of a checkpoint against its manifest.
+    """Check that the files of a checkpoint agree with its manifest.
 
     Parameters
     ----------
     checkpoint : Path
         The checkpoint's folder.
     read_bytes : bool
-        True reads every byte and compares checksums; False compares sizes alone.
+        True reads every byte and compares checksums; False compares only the sizes of files.
 
     Returns
     -------
     str or None
-        What is wrong, or None if nothing is.
+        Description of the damage; None if there is no damage.
     """
     try:
         for name, record in read_json(checkpoint / MANIFEST)["files"].items():
@@ -119,7 +122,8 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        Folders in the order of their steps. A damaged checkpoint is left out, with a warning.
+        Folders of the checkpoints in the order of their steps. A damaged checkpoint is not returned, and a warning is
+        printed.
     """
     found = []
     for folder in sorted(checkpoints.glob("step_*")):
@@ -132,18 +136,20 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
-    """Find the newest checkpoint without damage; every byte of the checkpoint is read and compared with its checksum.
+    """Find the newest undamaged checkpoint. Checksums of all bytes are compared.
 
-    Damaged checkpoints are renamed, so that their steps can be written again; their files are kept for inspection.
+    Damaged checkpoints are renamed, so that the run can write checkpoints of the same steps again. The damaged files
+    are kept for inspection.
 
     Parameters
     ----------
     checkpoints : Path
         The folder ``checkpoints`` of a run directory.
     left_out : sequence of dict
-        Batches on which the run must not train any more (``batches``: number of the first batch, and of the first batch
-        after them). A checkpoint that has trained on some of these batches is deleted, and an older checkpoint is used.
-        If every checkpoint has trained on some of them, the newest checkpoint is used.
+        Ranges of batches on which the run must not train any more. In each entry, ``batches`` holds the number of the
+        first batch and the number of the first batch after the range. A checkpoint that has trained on some of these
+        batches is deleted, and an older checkpoint is used. If every checkpoint has trained on some of these batches,
+        the newest checkpoint is used.
 
     Returns
     -------
@@ -153,7 +159,7 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
     Raises
     ------
     RequestError
-        If there are checkpoints and all of them are damaged.
+        If the run has checkpoints and all of its checkpoints are damaged.
     """
     for partial in checkpoints.glob(".partial_*"):
         shutil.rmtree(partial, ignore_errors=True)
@@ -182,7 +188,7 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
 
 
 def _trained_on(checkpoint: Path, left_out: Sequence[dict[str, Any]]) -> bool:
-    """Whether a checkpoint has trained on batches that were left out after it was written."""
+    """Return whether a checkpoint has trained on batches that the run left out later."""
     if not left_out:
         return False
     saved = read_json(checkpoint / MANIFEST)
@@ -199,18 +205,18 @@ def commit_checkpoint(
     keep: int,
     milestones: int | None,
 ) -> None:
-    """Make a checkpoint complete and delete old ones; for the first process, after all processes have written.
+    """Complete a checkpoint and delete old checkpoints. Only rank 0 calls this, after all processes have written.
 
     Parameters
     ----------
     checkpoints : Path
         The folder ``checkpoints`` of a run directory.
     step : int
-        Optimiser steps done.
+        Number of optimiser steps done.
     files : mapping
-        `file_record` of every file by name.
+        Result of `file_record` for every file, by the file's name.
     manifest : mapping
-        Other values for the manifest.
+        Other values to store in the manifest.
     keep : int
         Number of newest checkpoints to keep.
     milestones : int, optional
@@ -228,7 +234,7 @@ def commit_checkpoint(
 
 
 class CheckpointReader:
-    """The content of a complete checkpoint: tensors by name, and the manifest. Use it in a ``with`` block.
+    """Reads the tensors and the manifest of a complete checkpoint. Use this class in a ``with`` block.
 
     Parameters
     ----------
@@ -238,12 +244,12 @@ class CheckpointReader:
     Attributes
     ----------
     manifest : dict
-        The manifest.
+        Content of the checkpoint's manifest.
 
     Raises
     ------
     RequestError
-        If this version cannot read the checkpoint, or a file of it is damaged.
+        If this version of Dreamscale cannot read the checkpoint, or if one of its files is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -256,7 +262,7 @@ class CheckpointReader:
                 "or run the same command with another 'output' to train anew"
             )
         self._stack = contextlib.ExitStack()
-        # Tensor's name to the file that holds it, and its name there.
+        # Maps each tensor's name to the opened file that holds the tensor, and to the tensor's name in this file.
         self._places: dict[str, tuple[Any, str]] = {}
 
     def __enter__(self) -> CheckpointReader:
@@ -287,7 +293,7 @@ class CheckpointReader:
 
     @property
     def names(self) -> set[str]:
-        """Names of all tensors."""
+        """Names of all tensors in the checkpoint."""
         return set(self._places)
 
     def check_names(self, expected: Iterable[str]) -> None:
@@ -296,12 +302,12 @@ class CheckpointReader:
         Parameters
         ----------
         expected : iterable of str
-            Names.
+            Names of the expected tensors.
 
         Raises
         ------
         RequestError
-            If a tensor is missing or unknown.
+            If a tensor is missing, or if the checkpoint holds an unknown tensor.
         """
         expected = set(expected)
         for what, names in (("is missing", expected - self.names), ("is unknown", self.names - expected)):

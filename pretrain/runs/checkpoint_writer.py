@@ -1,4 +1,4 @@
-"""Writing checkpoints: each process writes its share, in the background on request."""
+"""Write checkpoints. Each process writes its share of the tensors, optionally in a background thread."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class CheckpointWriter:
     """Writes the checkpoints of one run.
 
-    A background thread never talks to other processes. Instead, the training loop sums `progress` over the processes,
-    together with other numbers that it reduces anyway, and passes the sums to `settle`. The checkpoint becomes complete
-    once every process has written its share.
+    The background thread never communicates with other processes. Instead, the training loop sums the numbers from
+    `progress` over the processes and passes the sums to `settle`. The loop already sums other numbers in every step, so
+    this costs no extra communication. The checkpoint is complete when every process has written its share.
 
     Parameters
     ----------
@@ -47,19 +47,19 @@ class CheckpointWriter:
         self._checkpoints, self._world, self._keep, self._milestones = checkpoints, world, keep, milestones
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        # Step of the checkpoint that is being written; None if there is no such checkpoint.
+        # Step of the checkpoint that is being written; None if no checkpoint is being written.
         self._step: int | None = None
         self._manifest: dict[str, Any] = {}
         self.failed = 0
 
     def progress(self) -> tuple[float, float]:
-        """Return the progress of this process, to be summed over the processes and given to `settle`.
+        """Return the progress of this process. The training loop passes the sums over all processes to `settle`.
 
         Returns
         -------
         written, failed : float
-            Each is 1 or 0: whether this process has finished its share, and whether it failed to write its share. Both
-            are 0 if no checkpoint is being written.
+            ``written`` is 1 if this process has finished writing, else 0. ``failed`` is 1 if this process could not
+            write its share, else 0. Both numbers are 0 if no checkpoint is being written.
         """
         if self._step is None or (self._thread is not None and self._thread.is_alive()):
             return 0.0, 0.0
@@ -68,22 +68,24 @@ class CheckpointWriter:
     def begin(
         self, step: int, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, asynchronous: bool = False
     ) -> None:
-        """Begin a checkpoint; every process must call this method, after the checkpoint before has been settled.
+        """Begin to write a checkpoint; every process must call this method. The previous checkpoint must be settled.
 
         Parameters
         ----------
         step : int
-            Optimiser steps done.
+            Number of optimiser steps done.
         tensors : mapping of str to Tensor
             This process's share of the tensors, by name (see `divide_by_size`). If the checkpoint is written in the
             background, the tensors must be copies that the training does not change.
         manifest : mapping
-            Further values that a resume needs; they must be the same on every process and fit into JSON.
+            Further values that are needed to resume the run. They must be equal on every process, and JSON must be able
+            to store them.
         asynchronous : bool
             True writes in a background thread and returns at once.
         """
         assert self._step is None
-        # A deep copy: training may change lists in the manifest before a checkpoint in the background is complete.
+        # Make a deep copy, because training may change lists in the manifest while a thread still writes the
+        # checkpoint.
         self._step, self._error = step, None
         self._manifest = copy.deepcopy({**manifest, "world_size": self._world.size})
         folder = partial_folder(self._checkpoints, step)
@@ -92,7 +94,7 @@ class CheckpointWriter:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
         except OSError as error:
-            # The other processes will find no folder, so they report the failure as well.
+            # The other processes will not find the folder, so they will report the failure as well.
             self._error = error
         self._world.barrier()
         if asynchronous:
@@ -122,7 +124,7 @@ class CheckpointWriter:
         Returns
         -------
         bool
-            Whether the checkpoint is complete; True if none was being written.
+            True if the checkpoint is complete, or if no checkpoint was being written; False if writing failed.
         """
         if self._step is None:
             return True
@@ -131,17 +133,18 @@ class CheckpointWriter:
         return bool(self.settle(*self._world.all_reduce_sum(*self.progress())))
 
     def settle(self, written: float, failed: float) -> bool | None:
-        """Complete the checkpoint, or give it up, if every process has finished its share.
+        """If every process has finished its share, complete the checkpoint, or delete it if a process failed.
 
         Parameters
         ----------
         written, failed : float
-            Sums of `progress` over the processes.
+            Sums of the two numbers from `progress` over the processes.
 
         Returns
         -------
         bool or None
-            Whether the checkpoint is complete; None if a process is still writing, or no checkpoint is being written.
+            True if the checkpoint is complete; False if writing failed; None if a process is still writing, or if no
+            checkpoint is being written.
         """
         if self._step is None or written < self._world.size:
             return None
@@ -177,7 +180,7 @@ class CheckpointWriter:
         return f"records_{rank:05d}.json"
 
     def _collect_records(self, step: int) -> dict[str, Any]:
-        """Gather what each process recorded of its file, and delete those records."""
+        """Read the records that each process wrote about its file, and delete the files that hold these records."""
         folder = partial_folder(self._checkpoints, step)
         files: dict[str, Any] = {}
         for rank in range(self._world.size):

@@ -1,4 +1,4 @@
-"""Settings that pretraining and fine-tuning share, and checks of them."""
+"""Settings that pretraining and fine-tuning have in common, and functions that check settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_at_least(config: Any, least: int, *names: str, prefix: str = "") -> None:
-    """Check that fields of a config are not below a limit; a field that is None is not checked.
+    """Check that fields of a config are not below a limit. Fields whose value is None are not checked.
 
     Parameters
     ----------
@@ -16,9 +16,9 @@ def check_at_least(config: Any, least: int, *names: str, prefix: str = "") -> No
     least : int
         Smallest value allowed.
     *names : str
-        Fields to check.
+        Names of the fields to check.
     prefix : str
-        The keys' common beginning in error messages, e.g. ``training.``.
+        Prefix of the keys in error messages, e.g. ``training.``.
 
     Raises
     ------
@@ -32,28 +32,28 @@ def check_at_least(config: Any, least: int, *names: str, prefix: str = "") -> No
 
 
 def samples_per_process(batch_size: int, num_processes: int, micro_batch_size: int | None, *, prefix: str = "") -> int:
-    """Check that a batch divides evenly, and return each process's share of it.
+    """Check that a batch can be divided evenly among the processes, and return the size of each process's share.
 
     Parameters
     ----------
     batch_size : int
-        Samples of one optimiser step over all processes.
+        Number of samples in one optimiser step, summed over all processes.
     num_processes : int
         Number of processes.
     micro_batch_size : int or None
-        Samples of one process in one forward pass; None for its whole share of the batch.
+        Number of samples that one process computes in one forward pass; None for its whole share of the batch.
     prefix : str
-        The keys' common beginning in error messages, e.g. ``training.``.
+        Prefix of the keys in error messages, e.g. ``training.``.
 
     Returns
     -------
     int
-        Samples of one process in one optimiser step.
+        Number of samples that one process computes in one optimiser step.
 
     Raises
     ------
     ValueError
-        If the batch cannot be divided as asked.
+        If the batch cannot be divided evenly.
     """
     if batch_size % num_processes:
         raise ValueError(
@@ -70,19 +70,20 @@ def samples_per_process(batch_size: int, num_processes: int, micro_batch_size: i
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to write a checkpoint, from which the run can be resumed."""
+    """When to write checkpoints and how many to keep. A run can be resumed from a checkpoint."""
 
     every: int = 500
-    """Steps between two checkpoints. The last step and a requested stop write a checkpoint too."""
+    """Number of steps between two checkpoints. A checkpoint is also written after the last step, and when a stop is
+    requested."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
     milestones: int | None = None
-    """Checkpoints whose step is a multiple of this number are never deleted; it must be a multiple of `every`. None
-    deletes all but the newest."""
+    """Checkpoints whose step is a multiple of this number are never deleted; it must be a multiple of `every`. With
+    None, only the newest checkpoints are kept."""
     asynchronous: bool = False
-    """Copy the state to the CPU's memory, and write this copy to disk in the background. Training waits only while the
-    state is copied. The copy needs CPU memory: in pretraining twelve bytes for each parameter, divided among the
-    processes."""
+    """True copies the training state to the CPU's memory, and writes this copy to disk in a background thread. Training
+    waits only until the state is copied. In pretraining, the copy takes twelve bytes of CPU memory for each parameter,
+    divided among the processes."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every", "keep", "milestones", prefix="checkpoint.")

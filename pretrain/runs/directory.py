@@ -19,10 +19,10 @@ from pretrain.runs.stored_config import changed_keys, plain, read_stored_config,
 from pretrain.runs.tracking import TrackerConfig, open_tracker
 
 FREE = ("output", "tracker", "num_processes", "device")
-"""Keys that may change when a run of any stage is resumed: what is learned does not depend on them."""
+"""Keys that may change when a run of any stage is resumed, because the trained weights do not depend on these keys."""
 
-# Reasons why a change of these keys is refused, where the reason is not obvious. Only the last part of a dotted key is
-# looked up.
+# For some keys, the reason why a resumed run must not change the key. `_REASONS` is searched for the last part of a
+# dotted key.
 _REASONS = {
     "steps": "the learning rate of every step depends on the number of steps",
     "epochs": "the learning rate of every step depends on the number of epochs",
@@ -32,33 +32,34 @@ _REASONS = {
 
 
 class RunDirectory:
-    """A training run on disk.
+    """The directory of a training run on disk.
 
     Parameters
     ----------
     path : str or Path
-        The directory; created if it is missing.
+        Path of the directory; it is created if it is missing.
     config : dataclass instance
-        The resolved config.
+        Config of the run, with all defaults filled in.
     rank : int
-        Rank of this process. Only rank 0 writes.
+        Rank of this process. Only rank 0 writes to the directory.
     tracker : TrackerConfig, optional
-        Where metrics go besides metrics.jsonl; nowhere by default.
+        Where metrics are sent, in addition to metrics.jsonl. By default they are written to metrics.jsonl only.
     free : tuple of str
-        Dotted config keys that may change when the run is resumed. A key includes all keys below it.
+        Dotted config keys that may change when the run is resumed. The name of a nested config stands for all of its
+        keys.
     upgrade : callable, optional
-        Changes the stored config of a run that an older version began, so that it can be compared with `config`. Keys
-        in ``RENAMED`` of the config classes are renamed in any case.
+        Function that converts the stored config of an older version, so that it can be compared with `config`. Keys in
+        ``RENAMED`` of the config classes are always renamed.
 
     Attributes
     ----------
     finished : bool
-        True if the run is complete; then nothing is written.
+        True if the run was complete before this start. In this case, nothing is written.
 
     Raises
     ------
     RequestError
-        If the directory holds a run whose config differs in a key that is not free, or cannot be written.
+        If the directory cannot be written, or if it holds a run whose config differs in a key that is not in `free`.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class RunDirectory:
         self._stream = self._lock = None
         self._config = plain(to_dict(config))
         status = self.path / "status.json"
-        # Read once: the first process may be writing this file at the same time.
+        # Read the file only once, because the first process may write it at the same time.
         old = read_json(status) if status.is_file() else None
         if old is not None:
             self._refuse_other_config(old, config, free, upgrade)
@@ -105,7 +106,8 @@ class RunDirectory:
     ) -> None:
         stored = old.get("config")
         if not isinstance(stored, dict):
-            # In runs of older versions, the status holds a checksum of the config in place of the config.
+            # In runs of older versions, status.json holds a checksum of the config, so read the config from
+            # config.yaml.
             stored = read_stored_config(self.path / "config.yaml", type(config), upgrade)
         for key, before, now in changed_keys(stored, config):
             if any(key == name or key.startswith(f"{name}.") for name in free):
@@ -125,22 +127,22 @@ class RunDirectory:
         Parameters
         ----------
         state : str
-            running, done, stopped (on request, with a checkpoint) or failed.
+            One of running, done, stopped (a stop was requested and a checkpoint was written) and failed.
         any_rank : bool
-            True writes on every rank; False on rank 0 alone.
+            True writes the file on every rank; False only on rank 0.
         **extra
-            Further entries, e.g. the step.
+            Further entries for status.json, e.g. the step.
         """
         if any_rank or not self.rank:
             write_json(self.path / "status.json", {"state": state, "config": self._config, **extra})
 
     def failed(self, reason: str) -> None:
-        """Record a failure, unless another process has recorded one: the first failure causes those that follow.
+        """Record a failure in status.json, unless another process has already recorded an earlier failure.
 
         Parameters
         ----------
         reason : str
-            What happened.
+            Description of the failure.
         """
         status = self.path / "status.json"
         if not status.is_file() or read_json(status)["state"] != "failed":
@@ -152,9 +154,9 @@ class RunDirectory:
         Parameters
         ----------
         step : int
-            Optimiser steps done.
+            Number of optimiser steps done.
         **metrics
-            Numbers; NaN and infinities are written as null.
+            Values of the metrics by name; NaN and infinities are written as null.
         """
         if self.rank or self._stream is None:
             return
@@ -163,12 +165,13 @@ class RunDirectory:
             self._stream.write(json.dumps({"step": step, "time": time.time(), **clean}) + "\n")
             self._stream.flush()
         except OSError as error:
-            # A full disk must not end a training. The next checkpoint reports the full disk as well.
+            # A full disk must not end a training, so print a message. The next checkpoint reports the full disk as
+            # well.
             print(f"dreamscale: metrics of step {step} could not be written ({error})", file=sys.stderr)
         try:
             self._log(step, clean)
         except Exception as error:
-            # A tracker's library may raise any kind of error, and no such error may end a training.
+            # The tracker's library may raise any kind of error, but an error in the tracker must not end a training.
             self._log = lambda step, metrics: None
             print(
                 f"dreamscale: the tracker failed at step {step} ({one_line(error)}); from now on metrics go to "
@@ -177,14 +180,14 @@ class RunDirectory:
             )
 
     def rewind_metrics(self, step: int, *, evaluated: bool = True) -> None:
-        """Delete the lines after a step: the resumed run writes them again.
+        """Delete the lines of metrics after a step, because the resumed run writes these lines again.
 
         Parameters
         ----------
         step : int
             The step from which the run is resumed; -1 deletes all lines.
         evaluated : bool
-            False deletes the evaluation of that step as well.
+            False also deletes the line of this step's evaluation.
         """
         if self.rank or self._stream is None:
             return
@@ -224,7 +227,7 @@ class RunDirectory:
 
 
 def _step_of(line: str) -> int:
-    """Step of a metrics line; a half-written last line counts as beyond every step."""
+    """Return the step of a line of metrics; for a line that was only partly written, return a very large number."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The processes of a training run: starting them, their devices, and communication between them."""
+"""The processes of a training run: their number, their devices, and the communication between them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_sharding.common.errors import RankError, RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of a training run, as one of them sees them.
+    """The processes of a training run, from the point of view of one process.
 
     A world of one process needs no process group.
     """
@@ -40,7 +40,7 @@ class World:
         return self._all_reduce(values, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, *values: float) -> list[float]:
-        """Take each number's maximum over the processes; every process must call it with equally many numbers."""
+        """Return each number's maximum over the processes; every process must call this with equally many numbers."""
         return self._all_reduce(values, dist.ReduceOp.MAX)
 
     def _all_reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
@@ -51,11 +51,11 @@ class World:
         return reduced.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is true on any process; every process must call this method."""
+        """Return whether the flag is true on at least one process; every process must call this method."""
         return self.all_reduce_sum(float(flag))[0] > 0
 
     def broadcast(self, value: Any) -> Any:
-        """Return rank 0's value on every process; it must be picklable."""
+        """Return rank 0's value on every process; the value must be picklable."""
         if self.size == 1:
             return value
         box = [value]
@@ -63,7 +63,7 @@ class World:
         return box[0]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Return the values of all processes by rank; they must be picklable and small."""
+        """Return the values of all processes in the order of ranks; the values must be picklable and small."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -77,7 +77,7 @@ class World:
 
 
 def launched_world() -> tuple[int, int]:
-    """Return rank and number of processes as the launcher set them; 0 and 1 without a launcher."""
+    """Return the rank and the number of processes that the launcher set; 0 and 1 if there is no launcher."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -89,7 +89,7 @@ def check_num_processes(num_processes: int, launcher: str) -> None:
     num_processes : int
         Number of processes according to the config.
     launcher : str
-        Command that starts the right number of processes, for the message; ``{}`` is replaced by that number.
+        Command that starts the right number of processes, for the error message. ``{}`` is replaced by the number.
 
     Raises
     ------
@@ -110,17 +110,17 @@ def choose_device(device: str) -> torch.device:
     Parameters
     ----------
     device : str
-        auto, cpu or cuda; auto is a GPU if there is one.
+        auto, cpu or cuda; auto means a GPU if there is a GPU, else the CPU.
 
     Returns
     -------
     torch.device
-        The CPU, or this process's own GPU.
+        The CPU, or the GPU that belongs to this process.
 
     Raises
     ------
     RequestError
-        If the name is unknown, or a GPU is asked for and this process has none.
+        If the name is unknown, or if a GPU is requested but there is no GPU for this process.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise RequestError(f"device is {device}; use auto, cpu or cuda")
@@ -139,7 +139,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed, without its compilation at start and its messages.
+    """Import DeepSpeed. Its messages are hidden, and it compiles nothing during the import.
 
     Parameters
     ----------
@@ -153,7 +153,8 @@ def import_deepspeed(device: torch.device) -> Any:
     """
     import logging
 
-    # DeepSpeed chooses its accelerator during the import; it would take a GPU even if the config says cpu.
+    # DeepSpeed chooses its accelerator during the import. Without this variable, DeepSpeed would take a GPU even if the
+    # config says cpu.
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
@@ -161,14 +162,15 @@ def import_deepspeed(device: torch.device) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
-        # DeepSpeed would compile this extension for a minute and fail without a compiler. gloo does the same work.
+        # DeepSpeed would compile this extension, which takes a minute and fails if there is no compiler. gloo does the
+        # same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 @contextlib.contextmanager
 def process_group(deepspeed: Any, device: torch.device, *, timeout_s: float = 1800.0) -> Iterator[World]:
-    """Join the process group for the length of a ``with`` block.
+    """Join the process group for the duration of a ``with`` block.
 
     Parameters
     ----------
@@ -177,7 +179,7 @@ def process_group(deepspeed: Any, device: torch.device, *, timeout_s: float = 18
     device : torch.device
         Device of this process.
     timeout_s : float
-        Seconds that a collective operation may take; 0 for a week.
+        Longest time in seconds that a collective operation may take; 0 means one week.
 
     Yields
     ------
@@ -185,7 +187,7 @@ def process_group(deepspeed: Any, device: torch.device, *, timeout_s: float = 18
         The processes.
     """
     if "RANK" not in os.environ:
-        # No launcher started this process: make a world of one process, on a free port.
+        # No launcher started this process, so make a process group of one process, on a free port.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -209,7 +211,7 @@ def process_group(deepspeed: Any, device: torch.device, *, timeout_s: float = 18
             timeout=datetime.timedelta(seconds=timeout_s or 7 * 86400),
         )
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
-        # Only after success: a process that failed must not wait for the others.
+        # Wait for the other processes only after success. A process that failed must not wait.
         dist.barrier()
     finally:
         if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Guards of a training run: detection of loss spikes and of hanging processes."""
+"""Guards of a training run: they detect loss spikes and hanging processes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ from pretrain.runs.config import check_at_least
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Which losses count as spikes, and what happens then."""
+    """Which losses count as spikes, and how the run reacts to a spike."""
 
     spike_sigma: float = 6.0
     """A loss is a spike if it is this many standard deviations above the mean of the last losses. Training then goes
-    back to its newest checkpoint and leaves out the batches that led to the spike. 0 switches this off."""
+    back to its newest checkpoint and leaves out the batches that led to the spike. 0 switches the detection of spikes
+    off."""
     spike_window: int = 128
-    """Number of last losses that give the mean and the standard deviation. Earlier losses of a run are not judged."""
+    """Number of last losses from which the mean and the standard deviation are computed. There is no detection until
+    the run has this many losses."""
     leave_out: int = 8
     """Number of batches left out: the batch of the spike and the batches just before it."""
     max_rewinds: int = 5
-    """Number of spikes after which the run fails. More spikes than this come from the learning rate, not the data."""
+    """Largest number of spikes in a run. With one more spike the run fails, because so many spikes come from a learning
+    rate that is too high, not from the data."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "spike_sigma", "max_rewinds", prefix="guards.")
@@ -42,14 +45,14 @@ class GuardConfig:
 class SpikeDetector:
     """Finds losses that are far above the losses just before them.
 
-    Every process passes the same losses in and gets the same result, so the processes need no communication here.
+    Every process passes the same losses and gets the same result, so the processes need not communicate.
 
     Parameters
     ----------
     config : GuardConfig
         Which losses count as spikes.
     recent : sequence of float
-        The last losses, where a run is resumed.
+        The last losses before the interruption, if a run is resumed.
     """
 
     def __init__(self, config: GuardConfig, recent: Sequence[float] = ()) -> None:
@@ -58,16 +61,16 @@ class SpikeDetector:
 
     @property
     def recent(self) -> list[float]:
-        """The last losses, to be kept in the checkpoint."""
+        """The last losses, which a checkpoint stores."""
         return list(self._recent)
 
     def check(self, loss: float) -> str | None:
-        """Judge a loss, and remember it unless it is a spike.
+        """Check whether a loss is a spike. If it is no spike, add it to the last losses.
 
         Parameters
         ----------
         loss : float
-            Mean over the global batch. A loss that is not finite is neither judged nor remembered.
+            Mean loss over the global batch. A loss that is not finite is ignored.
 
         Returns
         -------
@@ -86,20 +89,20 @@ class SpikeDetector:
         return None
 
     def accept(self, loss: float) -> None:
-        """Remember a loss, even a spike."""
+        """Add a loss to the last losses, even if it is a spike."""
         self._recent.append(loss)
 
 
 PHASES = ("waiting for data", "computing", "agreeing on the loss", "updating", "evaluating", "saving")
-"""What a process does in one step, in this order."""
+"""Names of the phases of one training step, in their order."""
 
 
 class Watchdog:
     """Ends a training run in which a process hangs, and names that process.
 
-    A thread in each process reports the progress of its own training loop to the others, through the key-value store
-    of the process group. If a training loop makes no progress for too long, its thread compares the reports: the
-    processes that do not report any more, or that are furthest behind, are the ones for which all others wait. The
+    A thread in each process reports the progress of this process's training loop through the key-value store of the
+    process group. If a training loop makes no progress for too long, its thread compares the reports of all processes.
+    A process hangs if it does not report any more, or if it is furthest behind; all other processes wait for it. The
     thread then ends its own process, so that a launcher can restart the run.
 
     Parameters
@@ -109,7 +112,7 @@ class Watchdog:
     rank, size : int
         Rank of this process, and number of processes.
     run : RunDirectory
-        Its status becomes "failed".
+        Directory of the run. Its status becomes "failed" if a process hangs.
     store : torch.distributed.Store, optional
         Store for the reports; by default a new connection to the process group's store.
     """
@@ -139,17 +142,17 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         if self._store is not None:
-            # With a time limit: the thread may be waiting for a store that does not answer.
+            # Wait with a time limit, because the thread itself may wait for a store that does not answer.
             self._thread.join(timeout=2 * self._period_s)
 
     def at(self, step: int, phase: str) -> None:
-        """Report progress: the number of optimiser steps done, and one of `PHASES`."""
+        """Report the progress of this process: its number of optimiser steps, and its current phase from `PHASES`."""
         self._place, self._since = (step, PHASES.index(phase)), time.monotonic()
 
     def _report(self) -> None:
         self._beat += 1
         state = {"place": self._place, "beat": self._beat, "host": socket.gethostname(), "pid": os.getpid()}
-        # If the process that holds the store is gone, the training loop gets an error by itself.
+        # Ignore errors here: if the process that holds the store has ended, the training loop also gets an error.
         with contextlib.suppress(RuntimeError):
             self._store.set(str(self._rank), json.dumps(state))
 
@@ -157,7 +160,8 @@ class Watchdog:
         while not self._end.wait(self._period_s):
             late = time.monotonic() - self._since > self._timeout_s
             if late:
-                # If the host of the store is frozen, a request to the store never returns.
+                # If the host of the store is frozen, a request to the store never returns. A timer then ends this
+                # process.
                 alone = threading.Timer(6 * self._period_s, self._give_up, ("the store does not answer",))
                 alone.daemon = True
                 alone.start()
@@ -181,11 +185,12 @@ class Watchdog:
             message = f"no progress for {self._timeout_s:g} s: {diagnosis}"
             print(f"dreamscale pretrain: {message}", file=sys.stderr, flush=True)
             self._run.failed(message)
-        # The main thread hangs in a system call or a collective operation, where exceptions do not reach it.
+        # End the process with os._exit, because the main thread hangs in a system call or in a collective operation,
+        # and exceptions do not reach the main thread there.
         os._exit(EXIT_FAILED)
 
     def diagnose(self) -> str:
-        """Return, as part of a sentence, which processes hang according to the reports."""
+        """Return the part of an error message that says which processes hang according to the reports."""
         before = self._states()
         time.sleep(3 * self._period_s)
         after = self._states()

@@ -13,13 +13,13 @@ from typing import IO
 
 from data_sharding.common.errors import RequestError
 
-# How long to wait for a lock before giving up. The owner may have been killed a moment ago; the lock of a killed
-# process on another host is released only when the file server notices.
+# Seconds to wait for a lock. The owner of the lock may have been killed a moment ago. If the killed process ran on
+# another host, the file server may notice only after a minute or more that the lock is free.
 _SAME_HOST_S, _OTHER_HOST_S = 10, 120
 
 
 def hold_lock(path: Path) -> IO[str]:
-    """Lock a file until it is closed or this process ends.
+    """Lock a file until the returned file object is closed or this process ends.
 
     Parameters
     ----------
@@ -29,16 +29,16 @@ def hold_lock(path: Path) -> IO[str]:
     Returns
     -------
     file object
-        Close it to release the lock.
+        The opened lock file. Close this file to release the lock.
 
     Raises
     ------
     RequestError
-        If another process holds the lock and does not release it in time.
+        If another process holds the lock and does not release the lock in time.
     """
-    # The package filelock is not used: it does not tell who holds a lock. The name of the owner, the waiting and the
-    # message below would still be needed, and little would be left for the package to do. A POSIX lock, as here, works
-    # between the hosts of a network disk, ends with its process, and is not inherited by forked reading processes.
+    # The package filelock is not used, because it does not tell which process holds a lock. The code below would still
+    # have to store the owner's name, wait, and write the message. The POSIX lock used here works between hosts that
+    # share a network disk. It ends with its process, and forked processes do not inherit it.
     stream = path.open("a+")
     waited = 0
     while True:
@@ -46,7 +46,7 @@ def hold_lock(path: Path) -> IO[str]:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
-            # Any other error: this file system does not support locks, so continue without a lock.
+            # Any other error means that this file system does not support locks, so continue without a lock.
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 break
         stream.seek(0)

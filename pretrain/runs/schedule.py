@@ -6,7 +6,7 @@ import math
 
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """Return the number of warm-up steps: `warmup` itself, or that fraction of `total` if it is below 1."""
+    """Return the number of warm-up steps: `warmup` itself, or `warmup` times `total` if `warmup` is below 1."""
     return round(warmup * total) if warmup < 1 else int(warmup)
 
 
@@ -18,15 +18,15 @@ def learning_rate(step: int, total: int, *, lr: float, min_lr: float, warmup: fl
     Parameters
     ----------
     step : int
-        Optimiser steps done before this one.
+        Number of optimiser steps done before this step.
     total : int
-        Optimiser steps of the whole run.
+        Number of optimiser steps in the whole run.
     lr : float
         Peak learning rate.
     min_lr : float
-        Learning rate at the end.
+        Learning rate at the end of the run.
     warmup : float
-        Warm-up steps, or a fraction of all steps if below 1.
+        Number of warm-up steps, or a fraction of all steps if the value is below 1.
 
     Returns
     -------
@@ -41,14 +41,14 @@ def learning_rate(step: int, total: int, *, lr: float, min_lr: float, warmup: fl
 
 
 def check_schedule(prefix: str, *, lr: float, min_lr: float, warmup: float) -> None:
-    """Check the settings of a schedule.
+    """Check the settings of a learning-rate schedule.
 
     Parameters
     ----------
     prefix : str
-        The keys' common beginning in error messages, e.g. ``optimizer.``.
+        Prefix of the keys in error messages, e.g. ``optimizer.``.
     lr, min_lr, warmup : float
-        As for `learning_rate`.
+        The same parameters as for `learning_rate`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Requests to stop a training: signals, or a file that appears."""
+"""Requests to stop a training. A request is a signal, or a file with a certain name."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from types import FrameType
 from typing import Any
 
 STOP_FILE = "DREAMSCALE_STOP_FILE"
-"""Environment variable: path of a file that asks the training to stop when it appears. A launcher sets this variable
-where its signals do not reach the training processes."""
+"""Name of an environment variable that holds the path of a stop file. The training stops when this file appears. A
+launcher sets this variable if its signals do not reach the training processes."""
 
-# A signal that arrives twice within this time counts as one request.
+# If a signal arrives twice within this number of seconds, the two signals count as one request.
 _SAME_REQUEST_S = 3.0
 
 
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop reads.
 
-    A second SIGINT interrupts the process at once, unless it follows the first within a few seconds. Then it is the
-    same request: a terminal or a batch system signals every process, and torchrun also passes its signal on to its
-    workers. If the environment variable `STOP_FILE` is set, the flag is also raised when that file appears; the file is
-    looked for once a second.
+    A later second SIGINT interrupts the process at once. A second SIGINT within a few seconds is ignored, because one
+    request can arrive twice: the terminal or batch system signals every process, and torchrun also passes its signal on
+    to its workers. If the environment variable `STOP_FILE` is set, the flag is also set when the stop file appears. The
+    file is looked for once a second.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class StopSignal:
         return self._signalled
 
     def __enter__(self) -> StopSignal:
-        # Python allows signal handlers in the main thread only.
+        # Python allows only the main thread to set signal handlers.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._handle)

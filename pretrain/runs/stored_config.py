@@ -1,4 +1,4 @@
-"""The config that a run directory keeps: read again, also in an older form, and compared with a new one."""
+"""Read the config stored in a run directory, also if an older version wrote it, and compare it with a new config."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def read_stored_config(
     Parameters
     ----------
     path : Path
-        The file.
+        Path of the file config.yaml.
     config_class : type
         The config's dataclass. ``RENAMED`` of this class and of its nested classes gives the old keys.
     upgrade : callable, optional
-        Makes further changes of an old config, before keys are renamed.
+        Function that makes further changes to an old config, before keys are renamed.
 
     Returns
     -------
     dict
-        The values with the current names of keys.
+        The values of the config under the current names of the keys.
 
     Raises
     ------
     RequestError
-        If the file is missing, or does not hold a config.
+        If the file is missing, or if it does not contain a config.
     """
     import yaml
 
@@ -57,7 +57,7 @@ def load_stored_config(path: Path, config_class: type[T]) -> T:
     Parameters
     ----------
     path : Path
-        The file.
+        Path of the file config.yaml.
     config_class : type
         The config's dataclass.
 
@@ -69,7 +69,7 @@ def load_stored_config(path: Path, config_class: type[T]) -> T:
     Raises
     ------
     RequestError
-        If the file is missing, or is not a config of that class.
+        If the file is missing, or if its content is not a config of the class.
     """
     import yaml
 
@@ -89,8 +89,8 @@ def _rename(values: dict[str, Any], config_class: type) -> dict[str, Any]:
 
     values = dict(values)
     for old, new in getattr(config_class, "RENAMED", {}).items():
-        # If no new key means the same, RENAMED gives a sentence in place of a key; such an old key is ignored. A dot in
-        # a new key leads into a nested config.
+        # If there is no new key for an old key, RENAMED holds a sentence instead, and the old key is ignored. If a new
+        # key contains a dot, its first part names a nested config.
         if old in values and " " not in new:
             *parts, name = new.split(".")
             place = values
@@ -111,16 +111,17 @@ def changed_keys(stored: dict[str, Any], config: Any, prefix: str = "") -> list[
     Parameters
     ----------
     stored : dict
-        The stored values. If a key is missing, it did not exist when the run began; then its default counts as stored.
+        The stored values. A missing key did not exist when the run began, so its default value is used for the
+        comparison.
     config : dataclass instance
         The new config.
     prefix : str
-        Dotted name of this part of the config, with a dot at the end.
+        Dotted name of the nested config that is compared, with a dot at the end.
 
     Returns
     -------
     list of tuple
-        Dotted key, old value and new value of each difference, in the order of the config.
+        Dotted key, old value and new value for each key that differs, in the order of the config's fields.
     """
     changed = []
     for field in dataclasses.fields(config):
@@ -143,16 +144,16 @@ def changed_keys(stored: dict[str, Any], config: Any, prefix: str = "") -> list[
 
 
 def _value(value: Any) -> Any:
-    """Return a config value, dataclass or not, as plain data."""
+    """Return a config value as plain data; a dataclass becomes a dictionary."""
     return to_dict(value) if dataclasses.is_dataclass(value) else value
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON would store and read it; NaN and infinities, which JSON does not have, become text."""
+    """Convert a value to the types that JSON can store; NaN and infinities become strings."""
     return json.loads(json.dumps(value, default=str), parse_constant=str)
 
 
 def show(value: Any) -> str:
-    """Return a short text of a config value for a message."""
+    """Return a short text of a config value, for use in a message."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

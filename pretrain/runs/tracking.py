@@ -1,4 +1,4 @@
-"""Showing a training run while it runs: in a tracker, and in a live table on the terminal."""
+"""Show the progress of a training run in a tracker, and in a live table on the terminal."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ class TrackerConfig:
 def open_tracker(
     config: TrackerConfig, path: Path, values: dict[str, Any]
 ) -> tuple[Callable[..., None], Callable[[], None]]:
-    """Open the chosen tracker.
+    """Open the tracker that the config names.
 
     Parameters
     ----------
     config : TrackerConfig
-        The choice.
+        Settings of the tracker.
     path : Path
         The run directory.
     values : dict
-        The resolved config, stored with the run.
+        Config of the run, which the tracker stores.
 
     Returns
     -------
     log : callable
-        ``log(step, metrics)``; values that are not numbers are left out.
+        Function ``log(step, metrics)``, which sends metrics to the tracker. Values that are not numbers are ignored.
     close : callable
-        ``close()``.
+        Function ``close()``, which ends the connection to the tracker.
     """
     if config.kind == "wandb":
         return _open_wandb(config, path, values)
@@ -73,22 +73,22 @@ def _open_wandb(
     import wandb
 
     name = config.name or path.name
-    # wandb fails at init if it has neither a key nor a mode, so the mode is set here.
+    # `wandb.init` fails if wandb has neither a key nor a mode, so always choose a mode.
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
     common: dict[str, Any] = {
         "project": config.project,
         "name": name,
-        # Offline, wandb makes a new run at each start. The group holds the runs of one training together.
+        # If wandb is offline, it makes a new run at each start. All wandb runs of one training get the same group.
         "group": os.environ.get("WANDB_RUN_GROUP") or name,
         "dir": str(path),
         "config": values,
-        # A dictionary and not a Settings object: wandb would store the run in that object, and a second attempt to
-        # open a run would then continue the first.
+        # Pass a dictionary, not a Settings object. wandb would store the run in the Settings object, and a second
+        # attempt to open a run would then continue the first run.
         "settings": {"silent": True, "console": "off"},
     }
     if mode == "online":
         try:
-            # A resumed training continues the run that it began at wandb.
+            # With a fixed id, a resumed training continues its earlier run at wandb.
             run = wandb.init(**common, mode=mode, id=_run_id(path), resume="allow")
         except wandb.errors.CommError as error:
             print(
@@ -99,13 +99,14 @@ def _open_wandb(
             mode = "offline"
     if mode != "online":
         run = wandb.init(**common, mode=mode)
-    # The metric "step" is the x-axis, because wandb's own step must not decrease, as it does after a loss spike.
+    # Use the metric "step" as the x-axis. wandb's own step cannot be used, because it must not decrease, but the step
+    # decreases after a loss spike.
     run.define_metric("*", step_metric="step")
     return (lambda step, metrics: run.log({"step": step, **metrics})), run.finish
 
 
 def logged_in() -> bool:
-    """Return whether wandb has a key, in WANDB_API_KEY or where ``wandb login`` stores it; asks for nothing."""
+    """Return whether wandb has a key, in WANDB_API_KEY or in the file that ``wandb login`` writes."""
     import wandb
 
     if os.environ.get("WANDB_API_KEY"):
@@ -118,7 +119,7 @@ def logged_in() -> bool:
 
 
 def _run_id(path: Path) -> str:
-    """Id of the run at wandb; it stays the same when the run is resumed."""
+    """Return the id of the run at wandb; the id stays the same when the training is resumed."""
     known = path / "wandb" / "run_id"
     if "WANDB_RUN_ID" in os.environ:
         return os.environ["WANDB_RUN_ID"]
@@ -128,7 +129,7 @@ def _run_id(path: Path) -> str:
     return known.read_text().strip()
 
 
-# Rows of the live table: name of the metric, title, format.
+# Rows of the live table. Each row has the name of a metric, a title and a format.
 _ROWS = (
     ("loss", "loss", "{:.4f}"),
     ("val_loss", "held-out loss", "{:.4f}"),
@@ -147,7 +148,7 @@ _ROWS = (
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return title and formatted value of each row of the live table, from the newest value of each metric."""
+    """Return the title and the formatted value of each row of the live table; `metrics` holds the newest values."""
     return [(title, form.format(metrics[name])) for name, title, form in _ROWS if metrics.get(name) is not None]
 
 
@@ -155,23 +156,23 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 def live_table(
     title: str, total: int, *, enabled: bool = True, every_s: float = 10.0
 ) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
-    """Show a training while it runs: a table on a terminal, or lines at intervals where stderr is no terminal.
+    """Show the progress of a training: a live table on a terminal, or lines of text if stderr is no terminal.
 
     Parameters
     ----------
     title : str
         Name of the training.
     total : int
-        Steps of the run.
+        Number of optimiser steps in the whole run.
     enabled : bool
-        False shows nothing; for all processes but the first.
+        False shows nothing. Every process except the first passes False.
     every_s : float
-        Seconds between two lines, where stderr is no terminal.
+        Seconds between two lines of text, if stderr is no terminal.
 
     Yields
     ------
     callable
-        ``show(step, metrics)``: steps done, and the metrics that have new values.
+        Function ``show(step, metrics)``: `step` is the number of steps done, `metrics` holds the new values.
     """
     known: dict[str, Any] = {}
     if not enabled:

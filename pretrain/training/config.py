@@ -20,24 +20,26 @@ class OptimizerConfig:
     RENAMED: ClassVar[dict[str, str]] = {"clip": "grad_clip"}
 
     lr: float = 2.5e-4
-    """Peak learning rate, for the given batch_size, or for base_batch if that is set."""
+    """Peak learning rate. It applies to the given batch_size, or to base_batch if base_batch is set."""
     base_batch: int | None = None
-    """Batch size for which lr and min_lr are meant. For another batch_size both are scaled. None: no scaling."""
+    """Batch size for which lr and min_lr are meant. For another batch_size, lr and min_lr are scaled. None: no
+    scaling."""
     batch_scaling: Literal["linear", "sqrt"] = "linear"
-    """How lr and min_lr are scaled: with batch_size / base_batch, or with its square root, which suits Adam."""
+    """How lr and min_lr are scaled if base_batch is set. linear: multiply by batch_size / base_batch; sqrt: multiply by
+    the square root of this ratio, which suits Adam."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine."""
     warmup: float = 0.08
-    """Warm-up of the learning rate: a number of steps, or a fraction of all steps if below 1. The default is 40 of 500
-    epochs, as in the released code."""
+    """Length of the learning rate's warm-up: a number of steps, or a fraction of all steps if the value is below 1. The
+    default is 40 of 500 epochs, the value of the released DreamDiffusion code."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of Adam's two moments."""
+    """Decay rates of Adam's two moments (beta1 and beta2)."""
     eps: float = 1e-8
-    """Added to the denominator of Adam's update."""
+    """Small number added to the denominator of Adam's update."""
     weight_decay: float = 0.05
     """Decoupled weight decay of matrices; biases, norms and the class and mask tokens have no decay."""
     grad_clip: float = 0.8
-    """Largest norm of the whole gradient; 0 for no limit."""
+    """Largest norm of the whole gradient; a larger gradient is scaled down. 0 for no limit."""
 
     def __post_init__(self) -> None:
         check_schedule("optimizer.", lr=self.lr, min_lr=self.min_lr, warmup=self.warmup)
@@ -53,7 +55,7 @@ class OptimizerConfig:
         return ratio if self.batch_scaling == "linear" else math.sqrt(ratio)
 
     def peak_lr(self, batch_size: int) -> float:
-        """Return the learning rate after the warm-up for a batch size."""
+        """Return the peak learning rate (the rate at the end of the warm-up) for a batch size."""
         return self._scale(batch_size) * self.lr
 
     def lr_at(self, step: int, total: int, batch_size: int | None = None) -> float:
@@ -62,11 +64,11 @@ class OptimizerConfig:
         Parameters
         ----------
         step : int
-            Optimiser steps done before this one.
+            Number of optimiser steps done before this step.
         total : int
-            Optimiser steps of the whole run.
+            Number of optimiser steps in the whole run.
         batch_size : int, optional
-            Windows of one step, for the scaling with `base_batch`; nothing is scaled without it.
+            Number of windows in one step, used to scale the rate relative to `base_batch`; None for no scaling.
 
         Returns
         -------
@@ -88,19 +90,20 @@ _OURS = {
     "scheduler": "optimizer",
     "checkpoint": "checkpoint",
 }
-"""Keys of DeepSpeed's own config, and our keys that replace them."""
+"""Maps each key of DeepSpeed's config that Dreamscale sets to the Dreamscale key to use in its place."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Loss on the val split, with the same masks every time."""
+    """Evaluation of the loss on the val split. Every evaluation uses the same masks."""
 
     every: int = 500
-    """Steps between two evaluations. There is always one before the first step and one after the last step."""
+    """Number of steps between two evaluations. The loss is also evaluated before the first step and after the last
+    step."""
     windows: int = 2048
-    """Largest number of windows to evaluate on, spread evenly over the split; 0 for all windows."""
+    """Largest number of windows to evaluate on. The windows are spread evenly over the split. 0 for all windows."""
     batch_size: int | None = None
-    """Windows of one process in one forward pass; by default as many as in training."""
+    """Number of windows that one process evaluates in one forward pass; by default the same number as in training."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every", "batch_size", prefix="evaluation.")
@@ -115,64 +118,68 @@ class PretrainConfig:
     """Directory written by 'dreamscale shard', on a disk or an object store (s3://bucket/lab). The length of its
     windows must be model.encoder.samples."""
     datasets: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Several datasets in place of one: directory of each dataset, and its share of the samples that training sees. All
-    must have the same preprocessing."""
+    """Use this key in place of 'dataset' to train on several datasets. Each entry gives a dataset's directory and the
+    share of the training samples that come from this dataset. All datasets must have the same preprocessing."""
     order: Literal["global", "shards"] = "global"
     """Order of samples in an epoch. global: random over all samples; shards: random over 16 shards at a time. Use
-    shards for a remote dataset that is larger than the cache (its folder is DREAMSCALE_CACHE, its size
-    DREAMSCALE_CACHE_GB, 50 by default)."""
+    shards for a remote dataset that is larger than the cache. The environment variable DREAMSCALE_CACHE names the
+    folder of the cache, and DREAMSCALE_CACHE_GB its size (50 by default)."""
     output: str
-    """Run directory. The same command resumes a run that was interrupted."""
+    """Run directory. To resume an interrupted run, give the same command again."""
     num_processes: int = 1
     """Number of processes over all machines, one for each GPU. The launcher must start exactly this number."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one, else the CPU."""
     seed: int = 0
-    """Seed for initial weights, order of samples and masks."""
+    """Seed of the random numbers for the initial weights, the order of samples and the masks."""
     model: MaskedAutoencoderConfig = dataclasses.field(default_factory=MaskedAutoencoderConfig)
-    """Shape and objective of the model."""
+    """Settings of the model's architecture and of its training objective."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """Optimiser and learning-rate schedule."""
     epochs: float = 500.0
-    """Passes over the training split; not used if steps is given."""
+    """Number of passes over the training split. It is ignored if 'steps' is given."""
     steps: int | None = None
-    """Number of optimiser steps, in place of epochs."""
+    """Number of optimiser steps. If it is given, 'epochs' is ignored."""
     batch_size: int = 128
-    """Windows of one optimiser step, over all processes."""
+    """Number of windows in one optimiser step, summed over all processes."""
     micro_batch_size: int | None = None
-    """Windows of one process in one forward pass. Gradients are accumulated until the batch is complete. By default
-    each process computes its whole share of the batch at once."""
+    """Number of windows that one process computes in one forward pass. The process accumulates gradients until its
+    share of the batch is complete. By default each process computes its whole share in one forward pass."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the computation. bf16 still keeps float32 master weights, and accumulates and reduces gradients
     in float32; it needs zero_stage 1 to 3."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What ZeRO divides among the processes. 0: nothing; 1: optimiser state; 2: gradients too; 3: weights too."""
+    """Stage of ZeRO: what is divided among the processes. 0: nothing; 1: the optimiser state; 2: also the gradients; 3:
+    also the weights."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What is kept in the CPU's memory. optimizer: the optimiser state, for zero_stage 1 to 3; all: the weights too,
-    for zero_stage 3."""
+    """What is kept in the CPU's memory in place of the GPU's memory. optimizer: the optimiser state (needs zero_stage 1
+    to 3); all: also the weights (needs zero_stage 3)."""
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Further keys of DeepSpeed's own config. They take precedence over the generated values."""
+    """Further keys for DeepSpeed's config. A key given here overrides the value that Dreamscale would set."""
     num_workers: int = 2
-    """Reading processes for each training process; 0 reads in the training process itself."""
+    """Number of processes that read data for each training process. With 0, the training process reads the data
+    itself."""
     log_every: int = 10
-    """Steps between two lines of metrics."""
+    """Number of steps between two lines of metrics."""
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     """Evaluation on the val split."""
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """When to write checkpoints."""
     max_skipped: int = 20
-    """The run fails when the gradient was not finite for this many steps in a row. Such steps are skipped."""
+    """A step is skipped if its gradient is not finite. The run fails after this many skipped steps in a row."""
     guards: GuardConfig = dataclasses.field(default_factory=GuardConfig)
-    """Detection of loss spikes."""
+    """Settings for the detection of loss spikes."""
     timeout_s: float = 1800.0
-    """Seconds without progress after which the run fails and names the hanging process; 0 for never."""
+    """If the training makes no progress for this many seconds, the run fails and names the hanging process. 0 for no
+    limit."""
     restarts: int = 0
-    """How many times 'dreamscale pretrain' restarts its processes after one of them was killed; the run resumes from
-    its newest checkpoint. With torchrun, use its own flag --max-restarts."""
+    """How many times 'dreamscale pretrain' restarts its processes after one of them was killed. Each restart resumes
+    from the newest checkpoint. If you start the run with torchrun, use torchrun's flag --max-restarts."""
     peak_tflops: float | None = None
-    """Peak of the device in TFLOP/s, for the utilisation in the metrics (mfu). The peak of common GPUs is known."""
+    """Peak speed of the device in TFLOP/s, used to compute the metric mfu (model-FLOPs utilisation). Dreamscale knows
+    the peak speed of common GPUs."""
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics are sent, in addition to metrics.jsonl."""
 
     def __post_init__(self) -> None:
         if bool(self.dataset) == bool(self.datasets):
@@ -210,9 +217,9 @@ class PretrainConfig:
 
     @property
     def micro(self) -> int:
-        """Windows of one process in one forward pass, resolved."""
+        """Number of windows that one process computes in one forward pass, with the default filled in."""
         return self.micro_batch_size or self.batch_size // self.num_processes
 
     def total_steps(self, samples: int) -> int:
-        """Return the number of optimiser steps for a training split with this number of samples."""
+        """Return the number of optimiser steps of the run, given the number of samples in the training split."""
         return self.steps or math.ceil(self.epochs * samples / self.batch_size)

@@ -21,8 +21,9 @@ def count_subjects(dataset: EEGDataset | Mixture) -> int | None:
     Returns
     -------
     int or None
-        Number of subjects, from the ledger beside the manifest. Without a ledger, every sample is read if there are
-        few; None if there are many. The datasets of a mixture are assumed to have no subject in common.
+        Number of subjects, from the ledger beside the manifest. If the dataset has no ledger, a small split is counted
+        by reading every sample, and the result for a large split is None. The datasets of a mixture are assumed to have
+        no subject in common.
     """
     if isinstance(dataset, Mixture):
         counts = [count_subjects(part) for part in dataset.parts]
@@ -50,14 +51,14 @@ def describe_data(dataset: EEGDataset | Mixture, subjects: int | None, windows_s
     dataset : EEGDataset or Mixture
         The training split.
     subjects : int or None
-        Number of its subjects, if known.
+        Number of subjects in the training split; None if it is not known.
     windows_seen : int
-        Windows on which the model has trained, repetitions included.
+        Number of windows on which the model has trained. A window that was used twice counts twice.
 
     Returns
     -------
     dict
-        All that an encoder package says of the data.
+        The description of the training data that an encoder package contains.
     """
     manifest = dataset.manifest
     return {

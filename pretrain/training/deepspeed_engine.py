@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its config and optimiser, and saving and restoring its whole state."""
+"""The DeepSpeed engine: functions that create its config and optimiser, and that save and restore its whole state."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that clips the gradient and skips a step whose gradient is not finite.
 
-    ZeRO's own optimisers do this for stages 1 to 3. At stage 0, DeepSpeed would take the step and spoil the weights.
+    For stages 1 to 3, ZeRO's own optimisers skip such a step. At stage 0, DeepSpeed would take the step, and the
+    weights would become NaN.
 
     Parameters
     ----------
     groups : list of dict
-        Parameter groups.
+        Parameter groups, from `parameter_groups`.
     clip : float
         Largest norm of the whole gradient; 0 for no limit.
     **options
-        As for `torch.optim.AdamW`.
+        Further options of `torch.optim.AdamW`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, clip: float, **options: Any) -> None:
@@ -43,8 +44,8 @@ class GuardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take a step, unless the gradient is not finite; `closure` is not supported."""
-        # The gradients are averaged over the processes already, so every process makes the same decision.
+        """Take an optimiser step if the gradient is finite; `closure` is not supported."""
+        # The gradients were averaged over the processes before this call, so every process makes the same decision.
         parameters = [p for group in self.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
         self._global_grad_norm = float(norm)
@@ -54,14 +55,14 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters into a group with weight decay and a group without.
+    """Split the model's parameters into a group with weight decay and a group without weight decay.
 
     Parameters
     ----------
     module : nn.Module
         The model.
     weight_decay : float
-        Weight decay of the matrices.
+        Weight decay of the weight matrices.
 
     Returns
     -------
@@ -77,7 +78,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: int) -> torch.optim.Optimizer:
-    """Build PyTorch's AdamW, which ZeRO supports and which needs no compilation.
+    """Build PyTorch's AdamW optimiser. ZeRO supports this optimiser, and no compilation is needed.
 
     Parameters
     ----------
@@ -86,7 +87,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: i
     config : OptimizerConfig
         Optimiser settings.
     zero_stage : int
-        ZeRO's stage.
+        Stage of ZeRO, 0 to 3.
 
     Returns
     -------
@@ -94,7 +95,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: i
         The optimiser that DeepSpeed wraps.
     """
     groups = parameter_groups(module, config.weight_decay)
-    # The fused version passes over the memory once in place of ten times, on CPUs too.
+    # The fused AdamW is faster, on CPUs too: it reads and writes the memory once, the normal AdamW about ten times.
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
     if zero_stage == 0:
         return GuardedAdamW(groups, clip=config.grad_clip, **options)
@@ -102,12 +103,12 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: i
 
 
 def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.device) -> dict[str, Any]:
-    """Translate the run's config into DeepSpeed's own.
+    """Translate the run's config into a config for DeepSpeed.
 
     Parameters
     ----------
     config : PretrainConfig
-        The request.
+        The run's config.
     parameters : int
         Number of trainable parameters of the model.
     device : torch.device
@@ -116,16 +117,17 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
     Returns
     -------
     dict
-        The config for `deepspeed.initialize`, with `config.deepspeed` merged over it.
+        The config for `deepspeed.initialize`. Keys in `config.deepspeed` override the generated keys.
     """
     share = config.batch_size // config.num_processes
-    # Each bucket is a buffer. DeepSpeed's default of 5e8 values would cost gigabytes even for a small model.
+    # Each communication bucket is a buffer in memory. With DeepSpeed's default of 5e8 values, a small model would need
+    # gigabytes for the buckets.
     bucket = int(min(5e8 if device.type == "cuda" else 5e7, max(parameters, 2**16)))
     generated: dict[str, Any] = {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.micro,
         "gradient_accumulation_steps": share // config.micro,
-        # At stage 0, `GuardedAdamW` clips: it computes the norm anyway and stops NaN.
+        # At stage 0, `GuardedAdamW` clips the gradient, because it computes the gradient's norm anyway.
         "gradient_clipping": config.optimizer.grad_clip if config.zero_stage else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
@@ -134,12 +136,13 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
         },
-        # Stage 1 then adds each bf16 gradient to the float32 gradients at once and frees it.
+        # With immediate_grad_update, stage 1 adds each bf16 gradient to the float32 gradients at once and frees its
+        # memory.
         "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": config.precision == "bf16"},
         # Without these two keys, bf16 gradients would be reduced and accumulated in bf16.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        # PyTorch's Adam works on the CPU too, whereas DeepSpeed's CPU Adam is compiled for minutes.
+        # Use PyTorch's Adam on the CPU too, because the compilation of DeepSpeed's CPU Adam takes minutes.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -172,10 +175,10 @@ def start_engine(deepspeed: Any, config: PretrainConfig, device: torch.device) -
     torch.manual_seed(config.seed)
     model = build_autoencoder(config.model)
     settings = deepspeed_config(config, parameters=count_parameters(model), device=device)
-    # Fused AdamW needs its parameters on the GPU when it is created.
+    # Move the model first: fused AdamW needs its parameters on the GPU when the optimiser is created.
     model.to(device)
     optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage)
-    # DeepSpeed's bf16 optimiser prints memory tables at every log level.
+    # DeepSpeed's bf16 optimiser prints tables of memory at every log level; hide this output.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if hasattr(engine.optimizer, "get_grads_for_reduction"):
@@ -189,7 +192,7 @@ def start_engine(deepspeed: Any, config: PretrainConfig, device: torch.device) -
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested dictionaries into a new one; where both have a value, the value of `over` is taken."""
+    """Merge two nested dictionaries into a new one; if both have a value for a key, the value of `over` is used."""
     out = dict(base)
     for key, value in over.items():
         below = out.get(key)
@@ -200,7 +203,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def fill_optimizer_state(engine: Any) -> None:
     """Allocate Adam's moments, filled with zeros, before the first step.
 
-    A checkpoint then holds the same tensors at any step.
+    As a result, a checkpoint of any step, even of step 0, holds the same tensors.
 
     Parameters
     ----------
@@ -211,16 +214,17 @@ def fill_optimizer_state(engine: Any) -> None:
     fused = bool(inner.defaults.get("fused"))
     for flat in _updated_tensors(engine):
         if not inner.state[flat]:
-            # The same tensors that torch.optim.Adam creates in its first step.
+            # torch.optim.Adam would create the same tensors in its first step.
             counter = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
             inner.state[flat] = {"step": counter} | {name: torch.zeros_like(flat) for name in MOMENTS}
     if engine.zero_optimization_stage() in (1, 2):
-        # DeepSpeed otherwise finds out in its first step where the moments of each parameter are.
+        # DeepSpeed must know where the moments of each parameter are. Without this call, it finds out only in its first
+        # step.
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def adam_steps(engine: Any) -> int:
-    """Return the number of steps that Adam took, skipped steps not counted; its bias correction depends on it."""
+    """Return how many steps Adam took, without skipped steps; Adam's bias correction depends on this number."""
     return int(next(iter(_inner(engine).state.values()))["step"])
 
 
@@ -249,7 +253,7 @@ def divide_state(engine: Any, world: World) -> list[list[str]]:
 
 
 def gather_state(engine: Any, world: World) -> dict[str, Tensor]:
-    """Copy this process's share of the whole state to the CPU; every process must call this function.
+    """Copy this process's share of the weights and moments to the CPU; every process must call this function.
 
     Parameters
     ----------
@@ -261,15 +265,15 @@ def gather_state(engine: Any, world: World) -> dict[str, Tensor]:
     Returns
     -------
     dict of str to Tensor
-        float32 weights as ``weights/NAME`` and Adam's moments as ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. Which
-        tensors there are does not depend on the number of processes or the stage.
+        float32 weights as ``weights/NAME`` and Adam's moments as ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. Together,
+        the processes always have the same tensors, for any number of processes and any stage.
     """
     mine = set(divide_state(engine, world)[world.rank])
     state: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         kinds = {"weights": None} | ({key: key for key in MOMENTS} if parameter.requires_grad else {})
         for kind, key in kinds.items():
-            # Gathering is collective: every process visits the same parameters in the same order.
+            # Gathering is a collective operation, so every process visits the same parameters in the same order.
             whole = _whole(engine, parameter, key)
             if f"{kind}/{name}" in mine:
                 state[f"{kind}/{name}"] = _to_cpu(whole, parameter)
@@ -281,12 +285,12 @@ def gather_state(engine: Any, world: World) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_state(engine: Any, saved: CheckpointReader) -> None:
-    """Restore weights and optimiser state, for any number of processes and any ZeRO stage.
+    """Restore weights and optimiser state from a checkpoint, for any number of processes and any ZeRO stage.
 
     Parameters
     ----------
     engine : DeepSpeedEngine
-        The engine; `fill_optimizer_state` was called.
+        The engine; `fill_optimizer_state` must have been called for it.
     saved : CheckpointReader
         The opened checkpoint.
 
@@ -309,19 +313,19 @@ def load_state(engine: Any, saved: CheckpointReader) -> None:
 
 
 def _inner(engine: Any) -> torch.optim.Optimizer:
-    """Adam itself, inside ZeRO's wrapper."""
+    """Return the Adam optimiser that ZeRO's optimiser wraps."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def _updated_tensors(engine: Any) -> list[Tensor]:
-    """Tensors that Adam updates: the parameters at stage 0, else this process's flat parts of the float32 weights."""
+    """Return the tensors that Adam updates: the parameters at stage 0, else this process's part of the weights."""
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in _inner(engine).param_groups for p in group["params"] if p.requires_grad]
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Buffers that belong to the weights, by name."""
+    """Return name and tensor of each buffer that is saved with the weights."""
     saved = module.state_dict().keys()
     return [(name, buffer) for name, buffer in module.named_buffers() if name in saved]
 
@@ -336,7 +340,7 @@ def _to_cpu(whole: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
-    """Gather a parameter's whole moment, or float32 weight if key is None; a collective operation from stage 1 on."""
+    """Gather a parameter's whole moment, or its float32 weight if key is None; collective at stages 1 to 3."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if engine.zero_optimization_stage() == 0:
@@ -350,7 +354,7 @@ def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
 
 
 def _own_part(parameter: Any, whole: Tensor) -> Tensor:
-    """Cut out the part of a parameter that this process holds under stage 3; zeros pad the last part."""
+    """Return the part of a parameter that this process holds at stage 3; zeros pad the last process's part."""
     size = parameter.ds_tensor.numel()
     flat = whole.flatten()
     start = size * torch.distributed.get_rank()
@@ -373,7 +377,8 @@ def _set_weight(engine: Any, parameter: Any, whole: Tensor) -> None:
             # DeepSpeed keeps small parameters whole on every process.
             parameter.data.copy_(whole.view(parameter.ds_shape))
         return
-    # Copying rounds float32 to the parameter's own format, as DeepSpeed does with its master weights.
+    # This copy rounds float32 values to the parameter's own format. DeepSpeed rounds its master weights in the same
+    # way.
     parameter.data.copy_(whole)
     if engine.zero_optimization_stage() and parameter.requires_grad:
         safe_set_full_fp32_param(parameter, whole)

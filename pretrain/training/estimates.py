@@ -1,4 +1,4 @@
-"""Memory and communication of pretraining, counted from the shape of the model."""
+"""Estimates of the memory and the communication that pretraining needs, computed from the architecture of the model."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from pretrain.model.masking import visible_tokens
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateBytes:
-    """Memory of one GPU that does not depend on the batch, in bytes."""
+    """Memory on one GPU, in bytes, for everything whose size does not depend on the batch."""
 
     weights: float
-    """Weights in the number format of the computation."""
+    """Bytes of the weights in the number format of the computation."""
     gradients: float
-    """Accumulated gradients."""
+    """Bytes of the accumulated gradients."""
     optimizer: float
-    """Adam's two moments, and float32 master weights if ZeRO keeps such a copy."""
+    """Bytes of Adam's two moments, and of the float32 master weights if ZeRO keeps them."""
     buffers: float
-    """Gathered weights of stage 3, and communication buckets."""
+    """Bytes of the communication buckets, and at ZeRO stage 3 of the weights gathered for a computation."""
 
     @property
     def total(self) -> float:
-        """Sum in bytes."""
+        """Sum of weights, gradients, optimiser state and buffers in bytes."""
         return self.weights + self.gradients + self.optimizer + self.buffers
 
 
 def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, offload: str = "none") -> StateBytes:
-    """Count the bytes that ZeRO leaves on each GPU.
+    """Compute how many bytes of weights, gradients and optimiser state ZeRO keeps on each GPU.
 
     Parameters
     ----------
     parameters : int
         Number of trainable parameters of the model.
     zero_stage : int
-        ZeRO's stage; it divides among the GPUs: 0 nothing, 1 the optimiser state, 2 the gradients too, 3 the weights
-        too.
+        Stage of ZeRO: what is divided among the GPUs. 0: nothing; 1: the optimiser state; 2: also the gradients; 3:
+        also the weights.
     gpus : int
         Number of GPUs.
     precision : str
         fp32 or bf16; gradients are accumulated in float32 in both cases.
     offload : str
-        What is kept in the CPU's memory: none, optimizer or all. Gradients are counted on the GPU even then.
+        What is kept in the CPU's memory: none, optimizer or all. Gradients are always counted on the GPU.
 
     Returns
     -------
     StateBytes
-        Bytes on one GPU.
+        The numbers of bytes on one GPU.
 
     References
     ----------
@@ -57,13 +57,14 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
     weights = parameters * value / (gpus if zero_stage == 3 else 1)
     gradients = parameters * 4 / (gpus if zero_stage >= 2 else 1)
     moments = parameters * 8 / (gpus if zero_stage else 1)
-    # At stage 0 Adam updates the weights themselves. At the other stages each GPU keeps a float32 copy of its part of
+    # At stage 0, Adam updates the weights themselves. At stages 1 to 3, each GPU keeps a float32 copy of its part of
     # the weights, even if the weights are float32 already.
     master = parameters * 4 / gpus if zero_stage else 0
-    # Bucket size as in `pretrain.training.deepspeed_engine`. Overlap with the backward pass takes two buckets.
+    # `pretrain.training.deepspeed_engine` sets the same bucket size. Two buckets are needed if communication overlaps
+    # with the backward pass.
     bucket = min(5e8, max(parameters, 2**16)) * value
     gathered = min(parameters, 10**9) * value if zero_stage == 3 else 0
-    # With bf16, stage 1 reduces the accumulated float32 gradients in place, without a bucket.
+    # With bf16, stage 1 sums the float32 gradients over the GPUs in place, so it needs no bucket.
     in_place = precision == "bf16" and zero_stage == 1
     buckets = 2 if zero_stage >= 2 else 1 if gpus > 1 and not in_place else 0
     buffers = gathered + buckets * bucket
@@ -73,19 +74,19 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
 
 
 def tokens_of(model: MaskedAutoencoderConfig, channels: int | None = None) -> tuple[int, int]:
-    """Count the tokens of one window in encoder and decoder.
+    """Count the tokens that the encoder and the decoder see of one window.
 
     Parameters
     ----------
     model : MaskedAutoencoderConfig
         The model.
     channels : int, optional
-        Number of true channels, for the montage tokenizer; by default the largest number it allows.
+        Number of true channels, for the montage tokenizer; by default the largest number that this tokenizer allows.
 
     Returns
     -------
     encoder, decoder : int
-        Numbers of tokens, class token included.
+        Number of tokens in the encoder and in the decoder, class token included.
     """
     shape = model.encoder
     rows = shape.token_rows(channels)
@@ -95,7 +96,7 @@ def tokens_of(model: MaskedAutoencoderConfig, channels: int | None = None) -> tu
 def activation_bytes(
     model: MaskedAutoencoderConfig, *, precision: str, checkpointing: bool, channels: int | None = None
 ) -> float:
-    """Count the bytes of one window that autograd keeps for the backward pass.
+    """Compute how many bytes of activations autograd keeps for the backward pass of one window.
 
     Parameters
     ----------
@@ -111,14 +112,15 @@ def activation_bytes(
     Returns
     -------
     float
-        Bytes, for fused attention.
+        Number of bytes. Attention is assumed to be a fused kernel.
     """
     value = 2 if precision == "bf16" else 4
     seen, every = tokens_of(model, channels)
 
     def block(shape: EncoderConfig | DecoderConfig, tokens: int) -> float:
-        # Per token: input, norm, q, k, v, attention's output, sum and norm have 8 widths; the values before and after
-        # the GELU have 2 hidden widths. In float32: two statistics for each norm, and one for each head.
+        # For each token, eight vectors of the model's width are kept: input, norm, q, k, v, output of the attention,
+        # sum and second norm. Two vectors of the hidden width are kept: before and after the GELU. Two statistics for
+        # each norm and one for each head are kept in float32.
         wide = tokens * (8 * shape.dim + 2 * int(shape.dim * shape.mlp_ratio)) * value
         return wide + tokens * 4 * (4 + shape.heads)
 
@@ -128,29 +130,31 @@ def activation_bytes(
         kept += max(block(shape, tokens) for shape, tokens in stacks)
     else:
         kept = sum(shape.depth * block(shape, tokens) for shape, tokens in stacks)
-    # The last norms and their outputs; the window in float32 and in the model's format; the errors in float32.
+    # Also kept: inputs and outputs of the last norms, the window in float32 and in the model's format, and the errors
+    # in float32.
     ends = sum(2 * tokens * shape.dim * value for shape, tokens in stacks)
     rows = model.encoder.signal_rows(channels)
     return kept + ends + rows * model.encoder.samples * (8 + value % 4)
 
 
 def exchanged_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, micro_batches: int) -> float:
-    """Count the bytes that one GPU sends in one optimiser step.
+    """Compute how many bytes one GPU sends in one optimiser step.
 
     Parameters
     ----------
     parameters : int
         Number of trainable parameters of the model.
     zero_stage, gpus, precision
-        As for `state_bytes`.
+        The same parameters as for `state_bytes`.
     micro_batches : int
-        Forward passes of one step.
+        Number of forward passes in one step.
 
     Returns
     -------
     float
-        Bytes, for ring algorithms. Gradients are sent in float32, weights at the run's precision. Stages 2 and 3 reduce
-        gradients for every micro batch; stage 3 gathers the weights for every micro batch too.
+        Number of bytes, if the GPUs use ring algorithms. Gradients are sent in float32, weights at the run's precision.
+        Stages 2 and 3 sum the gradients over the GPUs for every micro batch. Stage 3 also gathers the weights for every
+        micro batch.
     """
     value = 2 if precision == "bf16" else 4
     reduced = 4 * (micro_batches if zero_stage >= 2 else 1)

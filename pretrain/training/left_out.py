@@ -1,4 +1,4 @@
-"""Batches that a run leaves out, because they led to a loss spike."""
+"""The list of batches on which a run does not train, because these batches led to a loss spike."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from data_sharding.common.files import read_json, write_json
 from pretrain.runs.directory import RunDirectory
 
 LEFT_OUT = "left_out.json"
-"""File in the run directory. Each entry has ``batches`` (number of the first batch left out, and of the first batch
-after them), ``step`` and ``loss`` (a description of the spike)."""
+"""Name of the list's file in the run directory. Each entry has ``batches`` (number of the first batch left out, and
+number of the first batch after those left out), ``step`` and ``loss`` (a description of the spike)."""
 
 
 def read_left_out(run: RunDirectory) -> list[dict[str, Any]]:
-    """Return the entries of the file; none if there is no file."""
+    """Return the entries of the file `LEFT_OUT`; an empty list if there is no file."""
     path = run.path / LEFT_OUT
     return read_json(path) if path.is_file() else []
 
 
 def write_left_out(run: RunDirectory, entries: list[dict[str, Any]]) -> None:
-    """Write the file, or delete it if there are no entries."""
+    """Write the entries to the file `LEFT_OUT`; delete the file if there are no entries."""
     if entries:
         write_json(run.path / LEFT_OUT, entries)
     else:
@@ -27,5 +27,5 @@ def write_left_out(run: RunDirectory, entries: list[dict[str, Any]]) -> None:
 
 
 def is_left_out(number: int, entries: list[dict[str, Any]]) -> bool:
-    """Whether a batch is left out; `number` counts the loader's batches from the beginning of the run."""
+    """Return whether a batch is left out; `number` is the batch's number, counted from the beginning of the run."""
     return any(first <= number < end for first, end in (entry["batches"] for entry in entries))

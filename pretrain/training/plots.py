@@ -1,4 +1,4 @@
-"""Figures of a pretraining run.
+"""Draw the figures of a pretraining run.
 
 Letters in names: B windows, C channels, T time samples, N tokens.
 """
@@ -24,22 +24,22 @@ INK, TRUE, MADE, SHADE, SOFT = "#22303c", "#8d99a6", "#d1495b", "#eef1f4", "#9cc
 def plot_reconstruction(
     path: Path, model: Any, dataset: EEGDataset | Mixture, world: World, *, step: int, windows: int = 4
 ) -> None:
-    """Draw hidden, reconstructed and true signal of some held-out windows; every process must call this function.
+    """Draw true and reconstructed signal of some windows of the val split; every process must call this function.
 
     Parameters
     ----------
     path : Path
-        Image to write; only the first process writes it.
+        Path of the image; only the first process writes the image.
     model : MaskedAutoencoder
-        The model, possibly divided among the processes.
+        The model; its weights may be divided among the processes (ZeRO stage 3).
     dataset : EEGDataset or Mixture
         The val split.
     world : World
         The processes.
     step : int
-        Optimiser steps done, for the title.
+        Number of optimiser steps done; the title of the figure shows it.
     windows : int
-        Windows to draw, spread evenly over the split.
+        Number of windows to draw. The windows are spread evenly over the split.
     """
     numbers = sorted(
         set(np.linspace(0, len(dataset) - 1, min(windows, len(dataset)) + 2).round().astype(int)[1:-1].tolist())
@@ -53,7 +53,7 @@ def plot_reconstruction(
     made_BNP = model.reconstruct(x_BCT, **inputs).float()
     model.train()
     hidden_BCT = model.hidden_signal(**inputs).cpu().numpy()
-    # The montage tokenizer reconstructs true channels only, so the padding rows are cut off.
+    # The montage tokenizer reconstructs only true channels, so remove the rows that are padding.
     x_BCT = x_BCT[:, : hidden_BCT.shape[1]]
     if model.config.normalize_targets:
         # The model predicts normalized tokens. Scale them back with mean and deviation of the true tokens.
@@ -62,7 +62,7 @@ def plot_reconstruction(
     if not world.first:
         return
     made_BCT, true_BCT = model.untokenize(made_BNP).cpu().numpy(), x_BCT.cpu().numpy()
-    # Back to microvolts.
+    # Factor that converts the signal back to microvolts.
     uv = np.broadcast_to(dataset.spec.divisor(batch.eeg.float(), model.channels_for_scale(batch)), (len(batch), 1, 1))
     _draw(path, true_BCT * uv, made_BCT * uv, hidden_BCT, batch.metas, dataset, shape.patch, step)
 
@@ -88,7 +88,8 @@ def _draw(
     time_T = np.arange(true_BCT.shape[-1]) / dataset.spec.sfreq
     for row, meta in enumerate(metas):
         true_CT, made_CT = true_BCT[row], made_BCT[row]
-        # Two channels at a distance: the order of channels usually runs from the front of the head to its back.
+        # Draw one channel from the front and one from the back of the head; channels are usually ordered from front to
+        # back.
         for column, channel in enumerate((meta["n"] // 4, (3 * meta["n"]) // 4)):
             axis = axes[row][column]
             hidden_T = hidden_BCT[row, channel]
@@ -141,9 +142,9 @@ def plot_loss(path: Path, metrics: list[dict[str, Any]]) -> None:
     Parameters
     ----------
     path : Path
-        Image to write.
+        Path of the image.
     metrics : list of dict
-        Lines of metrics.jsonl.
+        The lines of metrics.jsonl.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

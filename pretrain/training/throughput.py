@@ -1,4 +1,4 @@
-"""Counting of work and time between two lines of metrics."""
+"""Count the work and the time between two lines of metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretrain.training.config import PretrainConfig
 
 
 class Throughput:
-    """Steps, losses, tokens, arithmetic and waiting time since the last line of metrics.
+    """Counts steps, losses, tokens, arithmetic operations and waiting time since the last line of metrics.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class Throughput:
     Attributes
     ----------
     steps : int
-        Steps since the last line, those before an interruption of the run included.
+        Number of steps since the last line of metrics. Steps before an interruption of the run are included.
     losses : list of float or None
         Losses of these steps; None for a loss that was not finite.
     """
@@ -36,48 +36,50 @@ class Throughput:
         self._model, self._batch_size, self._world = config.model, config.batch_size, world
         self._peak = peak_flops(world.device, config.precision, config.peak_tflops)
         if self._peak is not None:
-            # The first call counts the model's operations, which takes seconds. Call it here, so that it does not
-            # count as training time. A window of one channel also prepares the count for other numbers of channels.
+            # The first call of `batch_flops` takes seconds, because it counts the model's operations. Make this call
+            # here, so that its time does not count as training time. The window of one channel prepares the count for
+            # other numbers of channels.
             batch_flops(self._model, [1, self._model.encoder.channels])
         self.reset()
 
     def reset(self, steps: int = 0, losses: Sequence[float | None] = ()) -> None:
-        """Begin a new line of metrics.
+        """Set all counters to zero, for a new line of metrics.
 
         Parameters
         ----------
         steps : int
-            Steps that belong to the line already, where a run is resumed between two lines.
+            Number of steps since the last line of metrics, if a run is resumed between two lines.
         losses : sequence of float or None
-            Losses of these steps.
+            Losses of these steps; None for a loss that was not finite.
         """
         self.steps, self.losses = steps, list(losses)
-        # Steps, arithmetic and tokens of this process since it was started: an interruption must not change the rates.
+        # The rates are computed only from steps that this process took after its start, so an interruption does not
+        # change them.
         self._timed_steps = 0
         self._stall_s = self._flops = 0.0
         self._tokens = 0
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Count time from now on."""
+        """Start the clock: count the time from now on."""
         self._started = time.monotonic()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time within the block out of the count."""
+        """Stop the clock during a ``with`` block."""
         since = time.monotonic()
         yield
         self._started += time.monotonic() - since
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count the time within the block as waiting for data."""
+        """Count the time of a ``with`` block as time spent waiting for data."""
         since = time.monotonic()
         yield
         self._stall_s += time.monotonic() - since
 
     def add(self, batch: Batch, loss: float) -> None:
-        """Count a step.
+        """Count one optimiser step.
 
         Parameters
         ----------
@@ -96,18 +98,18 @@ class Throughput:
 
     @property
     def loss(self) -> float:
-        """Mean loss since the last line; NaN if one of the losses was not finite."""
+        """Mean loss since the last line of metrics; NaN if one of the losses was not finite."""
         return sum(float("nan") if loss is None else loss for loss in self.losses) / self.steps
 
     def rates(self) -> dict[str, Any]:
-        """Return the rates since the last line; every process must call this method.
+        """Return the rates since the last line of metrics; every process must call this method.
 
         Returns
         -------
         dict
-            ``samples_per_s`` and ``tokens_per_s`` over all processes, ``mfu`` (model-FLOPs utilisation, or None for a
-            device whose peak is not known), and ``data_stall_s`` and ``data_stall_share`` of the process that waited
-            longest.
+            ``samples_per_s`` and ``tokens_per_s``, summed over all processes; ``mfu`` (model-FLOPs utilisation; None if
+            the device's peak speed is not known); ``data_stall_s`` and ``data_stall_share``, the time that the slowest
+            process waited for data, in seconds and as a share of the whole time.
         """
         seconds = time.monotonic() - self._started
         (stall_s,) = self._world.all_reduce_max(self._stall_s)

@@ -1,4 +1,4 @@
-"""The training loop of pretraining: steps, metrics, evaluations, checkpoints, and the return from a loss spike."""
+"""The training loop of pretraining: steps, metrics, evaluations, checkpoints and the handling of loss spikes."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from pretrain.training.validation import evaluate
 
 
 class Trainer:
-    """One pretraining run, as one of its processes sees it.
+    """The training loop of one pretraining run. Each process has its own `Trainer`.
 
-    Most methods contain collective operations, so every process must make the same decisions in the same order. The
-    methods decide from values that are equal on all processes (the reduced loss, the step), or rank 0 decides and
-    broadcasts its decision.
+    Most methods contain collective operations, so every process must make the same decisions in the same order. Some
+    decisions use values that are equal on all processes, such as the reduced loss or the step. All other decisions are
+    made by rank 0, which broadcasts them.
 
     Parameters
     ----------
     config : PretrainConfig
         The run's config.
     run : RunDirectory
-        Where the run is written.
+        The directory of the run.
     train, held_out : EEGDataset or Mixture
-        Splits train and val.
+        The splits train and val of the dataset.
     engine : DeepSpeedEngine
-        From `pretrain.training.deepspeed_engine.start_engine`.
+        The engine that `pretrain.training.deepspeed_engine.start_engine` returned.
     world : World
         The processes.
     stop : StopSignal
@@ -56,9 +56,9 @@ class Trainer:
     Attributes
     ----------
     global_step : int
-        Optimiser steps done.
+        Number of optimiser steps done.
     total_steps : int
-        Optimiser steps of the whole run.
+        Number of optimiser steps in the whole run.
     stopping : bool
         True once a stop was requested on any process.
     """
@@ -87,7 +87,7 @@ class Trainer:
         self.total_steps = config.total_steps(len(train))
         self.global_step = self.skipped = self.skipped_in_a_row = 0
         self.stopping = False
-        # True before the first step, and after an evaluation that was interrupted by a requested stop.
+        # True before the first step, and after a requested stop has interrupted an evaluation.
         self.evaluation_due = True
         self.throughput = Throughput(config, world)
         self.spikes = SpikeDetector(config.guards)
@@ -104,18 +104,19 @@ class Trainer:
         Parameters
         ----------
         rewind : bool
-            True when a running training goes back to a checkpoint; then there is at least one.
+            True if a running training goes back to an earlier checkpoint; at least one checkpoint must exist.
 
         Raises
         ------
         RequestError
-            If all checkpoints are damaged, or this version cannot read the newest.
+            If all checkpoints are damaged, or this version of Dreamscale cannot read the newest checkpoint.
         """
         folder, fault = self.world.broadcast(self._find_newest() if self.world.first else None)
         if fault is not None:
             raise RequestError(fault)
         if folder is None:
-            # An earlier attempt may have ended before its first checkpoint: delete what it wrote.
+            # An earlier attempt may have ended before its first checkpoint. Delete the metrics and the list that it
+            # wrote.
             self.run.rewind_metrics(-1)
             self.left_out = []
             if self.world.first:
@@ -130,24 +131,25 @@ class Trainer:
         self.spikes = SpikeDetector(self.config.guards, saved["recent_losses"])
         self.evaluation_due = not rewind and saved.get("evaluation_due", False)
         self.throughput.reset(saved["interval"]["steps"], saved["interval"]["losses"])
-        # The evaluation of the last step is written after the last checkpoint, so it will be written again.
+        # The evaluation after the last step is written after the last checkpoint, so the resumed run writes it again.
+        # Delete the old line.
         evaluated = not self.evaluation_due and self.global_step < self.total_steps
         self.run.rewind_metrics(self.global_step, evaluated=evaluated)
         if self.world.first and not rewind:
             print(f"dreamscale pretrain: resuming from step {self.global_step} ({folder})", file=sys.stderr)
 
     def _find_newest(self) -> tuple[Path | None, str | None]:
-        """Newest checkpoint, or the reason why there is none; rank 0 tells the others either way."""
+        """Return the newest checkpoint, or the message of the error that was met while looking for one."""
         try:
             return self.run.latest(self.left_out), None
         except RequestError as error:
             return None, str(error)
 
     def save(self) -> None:
-        """Begin a checkpoint of this step, unless there is one; wait for it unless it is asynchronous."""
+        """Write a checkpoint of this step, unless it exists. Asynchronous checkpoints are written in the background."""
         self.writer.wait()
         folder = step_folder(self.run.checkpoints, self.global_step)
-        # Rank 0 alone looks at the disk; other machines may see it late.
+        # Only rank 0 checks the files, because other machines may see new files on a network disk late.
         if not self.world.broadcast(self.world.first and find_damage(folder, read_bytes=False)):
             return
         manifest = {
@@ -179,7 +181,8 @@ class Trainer:
             If the checkpoint could not be written.
         """
         self.watchdog.at(self.global_step, "saving")
-        # An earlier asynchronous checkpoint may fail; that does not concern the last one.
+        # If an earlier asynchronous checkpoint fails, the last checkpoint can still succeed, so count failures from
+        # here.
         self.writer.wait()
         failed = self.writer.failed
         self.save()
@@ -190,19 +193,19 @@ class Trainer:
             )
 
     def rewind(self, spike: str, loss: float) -> bool:
-        """Go back to a checkpoint before a loss spike, and leave the batches that led to it out from now on.
+        """Go back to a checkpoint before a loss spike, and from now on leave out the batches that led to the spike.
 
         Parameters
         ----------
         spike : str
             Description of the spike.
         loss : float
-            Loss of this step.
+            Loss of the current step.
 
         Returns
         -------
         bool
-            False if there is no checkpoint yet; then training continues.
+            True if training went back; False if there is no checkpoint yet, in which case training just continues.
 
         Raises
         ------
@@ -229,7 +232,7 @@ class Trainer:
         spiked_at = self.global_step
         self.left_out = [*self.left_out, {"batches": [end - guards.leave_out, end], "step": spiked_at, "loss": spike}]
         if self.world.first:
-            # On disk before anything else, so that a restart leaves out the same batches.
+            # Write the list to disk first. If the run is then interrupted, the resumed run leaves out the same batches.
             write_left_out(self.run, self.left_out)
         self.resume(rewind=True)
         self.run.log(self.global_step, rewound_from=spiked_at, rewinds=len(self.left_out))
@@ -244,12 +247,13 @@ class Trainer:
             print(f"dreamscale pretrain: {message}", file=sys.stderr)
 
     def evaluate(self) -> dict[str, float]:
-        """Compute the held-out loss and write it to the metrics.
+        """Compute the loss on the val split and write it to the metrics.
 
         Returns
         -------
         dict
-            The new metrics. Empty if a stop was requested meanwhile; then the evaluation is due again.
+            The new metrics. The dictionary is empty if a stop was requested during the evaluation; the resumed run then
+            evaluates again.
         """
         result = evaluate(
             self.engine,
@@ -272,12 +276,12 @@ class Trainer:
         Parameters
         ----------
         batch : Batch
-            This process's part.
+            This process's part of the batch.
 
         Returns
         -------
         float
-            Mean loss over the global batch; NaN if it was not finite.
+            Mean loss over the global batch; NaN if the loss was not finite.
 
         Raises
         ------
@@ -291,14 +295,14 @@ class Trainer:
         own_loss = self._accumulate_gradient(batch)
         finite = math.isfinite(own_loss)
         self.watchdog.at(self.global_step, "agreeing on the loss")
-        # One small all-reduce gives every process the loss, whether a loss was not finite, whether a stop was
-        # requested, and how far the asynchronous checkpoint is.
+        # One small all-reduce gives every process four facts: the loss, whether any loss was not finite, whether a stop
+        # was requested, and how far the asynchronous checkpoint is.
         total, bad, stops, *written = self.world.all_reduce_sum(
             own_loss if finite else 0.0, float(not finite), float(self.stop.requested), *self.writer.progress()
         )
         self.writer.settle(*written)
         self.watchdog.at(self.global_step, "updating")
-        # The engine skips the step, on every process alike, if the reduced gradient is not finite.
+        # If the reduced gradient is not finite, the engine skips the step on every process.
         engine.step()
         skipped = not engine.was_step_applied()
         if bad and not skipped:
@@ -317,9 +321,9 @@ class Trainer:
         return float("nan") if bad else total / self.world.size
 
     def _accumulate_gradient(self, batch: Batch) -> float:
-        """Run forward and backward on this process's part, micro batch by micro batch; return its mean loss."""
+        """Run forward and backward passes for this process's part of the batch; return the part's mean loss."""
         config, engine, device = self.config, self.engine, self.world.device
-        # Masks are drawn for the whole part at once, so they do not depend on micro_batch_size.
+        # Masks are drawn for the whole part at once, so the masks do not depend on micro_batch_size.
         inputs = engine.module.prepare(batch, config.seed)
         losses = []
         for start in range(0, len(batch.numbers), config.micro):
@@ -329,18 +333,19 @@ class Trainer:
             engine.backward(loss)
             losses.append(loss.detach())
             if start + config.micro < len(batch.numbers):
-                # Not an update: DeepSpeed counts micro batches by these calls. The last call, in `take_step`, updates.
+                # DeepSpeed counts micro batches by calls of `step`. This call only counts; the last call, in
+                # `take_step`, updates the weights.
                 engine.step()
         return float(torch.stack(losses).mean())
 
     def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """Return the next batch that is not left out."""
+        """Return the next batch of the loader; batches in the list `left_out` are skipped."""
         while is_left_out(self.loader.step, self.left_out):
             next(batches)
         return next(batches)
 
     def loop(self) -> None:
-        """Train until the last step or a requested stop."""
+        """Train the model until the last step, or until a stop is requested."""
         config, throughput = self.config, self.throughput
         with live_table("pretrain", self.total_steps, enabled=self.world.first) as show:
             if self.evaluation_due and self.global_step < self.total_steps:
@@ -357,7 +362,8 @@ class Trainer:
                 spike = self.spikes.check(loss)
                 if spike and self.rewind(spike, loss):
                     if self.global_step < self.total_steps and not self.stopping:
-                        # The loader was moved back. Its old iterator would still continue from the old position.
+                        # The loader was moved back to an earlier batch, but its old iterator would continue from the
+                        # later one. Make a new iterator.
                         batches = iter(self.loader)
                     continue
                 last = self.global_step == self.total_steps
@@ -371,7 +377,7 @@ class Trainer:
                         self.save()
 
     def log(self) -> dict[str, Any]:
-        """Write a line of metrics, begin the next one, and return the metrics."""
+        """Write one line of metrics, start counting for the next line, and return the metrics."""
         (rss,) = self.world.all_reduce_max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         on_gpu = self.world.device.type == "cuda"
         norm = self.engine.get_global_grad_norm()
@@ -391,16 +397,18 @@ class Trainer:
         return metrics
 
     def finish(self) -> bool:
-        """Write the last checkpoint, evaluate, and draw the figures.
+        """Write the last checkpoint, evaluate the model, and draw the figures.
 
         Returns
         -------
         bool
-            False if a stop was requested meanwhile; a resumed run does the rest.
+            True if everything was done. False if a stop was requested during the evaluation; the resumed run then does
+            the rest.
         """
         from pretrain.training.plots import plot_loss, plot_reconstruction
 
-        # The checkpoint comes first: the evaluation may take longer than a batch system waits after its signal.
+        # Write the checkpoint before the evaluation. After a stop signal, a batch system may kill the run before a long
+        # evaluation ends.
         self.save_last()
         result = self.evaluate()
         if not result:

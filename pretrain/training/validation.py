@@ -1,4 +1,4 @@
-"""Held-out loss: on the same windows and with the same masks every time, for any number of processes.
+"""The loss on the val split, computed on the same windows and with the same masks in every evaluation.
 
 Letters in names: B windows, C channels, T time samples.
 """
@@ -24,7 +24,7 @@ compared."""
 
 
 def choose_windows(dataset: EEGDataset | Mixture, most: int) -> list[int]:
-    """Return the numbers of at most `most` windows, spread evenly over the split; of all windows if `most` is 0."""
+    """Return the numbers of `most` windows that are spread evenly over the split; of all windows if `most` is 0."""
     count = min(most or len(dataset), len(dataset))
     return np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
 
@@ -52,27 +52,29 @@ def evaluate(
     world : World
         The processes.
     before_batch : callable
-        Called before each batch, to report progress to the watchdog.
+        Function that is called before each batch, to report progress to the watchdog.
     stopping : callable
-        Called before each batch; tells whether a stop was requested in this process.
+        Function that is called before each batch; it returns whether a stop was requested in this process.
 
     Returns
     -------
     dict or None
-        ``val_loss``: mean over the windows. ``val_explained``: share of the hidden tokens' squares that the
-        reconstruction explains; 0 for predicting zero, 1 for a perfect reconstruction. ``val_loss_corpus/NAME`` and
-        ``val_loss_channels/NUMBER``: mean over the windows of one corpus, or with one number of true channels. None if
-        a stop was requested in any process: a batch system may not wait until a whole evaluation ends.
+        ``val_loss``: mean loss of the windows. ``val_explained``: share of the hidden tokens' sum of squares that the
+        reconstruction explains; 1 for a perfect reconstruction, 0 if the model predicts zero everywhere.
+        ``val_loss_corpus/NAME``: mean loss of the windows of one corpus. ``val_loss_channels/NUMBER``: mean loss of the
+        windows with this number of true channels. None if a stop was requested in any process, because a batch system
+        may not wait until an evaluation ends.
     """
     windows = choose_windows(dataset, config.evaluation.windows)
     mine = windows[world.rank :: world.size]
     batch_size = config.evaluation.batch_size or config.micro
-    # Under ZeRO stage 3 a forward pass is a collective operation, so all processes must run equally many.
+    # At ZeRO stage 3 a forward pass is a collective operation, so all processes must run the same number of forward
+    # passes.
     rounds = math.ceil(math.ceil(len(windows) / world.size) / batch_size)
     model = engine.module
     model.eval()
     loss, power = 0.0, 0.0
-    # Sum of losses and number of windows of each part.
+    # Sum of losses and number of windows for each corpus and each number of channels.
     parts: dict[str, tuple[float, int]] = {}
     for start in range(0, rounds * batch_size, batch_size):
         before_batch()
@@ -81,7 +83,7 @@ def evaluate(
             return None
         numbers = mine[start : start + batch_size]
         counted = bool(numbers)
-        # A process without windows in this round runs any window, and does not count the result.
+        # A process that has no windows left still runs one window, but does not count the result.
         numbers = numbers or windows[:1]
         batch = collate(dataset, numbers)
         x_BCT = model.windows(batch, dataset.spec, world.device)
@@ -103,7 +105,7 @@ def evaluate(
 
 
 def _average_parts(of_processes: list[dict[str, tuple[float, int]]]) -> dict[str, float]:
-    """Mean loss of each part of the windows, from the sums and counts of all processes."""
+    """Return the mean loss for each corpus and each number of channels, from the sums and counts of all processes."""
     sums: dict[str, tuple[float, int]] = {}
     for parts in of_processes:
         for name, (total, number) in parts.items():
