@@ -194,7 +194,7 @@ class TestOrder:
 
     @pytest.mark.parametrize("seed", range(20))
     @pytest.mark.parametrize("categories", [2, 10, 150])
-    def test_random_order_is_not(self, seed: int, categories: int) -> None:
+    def test_random_order_is_not_a_block_design(self, seed: int, categories: int) -> None:
         rng = np.random.default_rng(seed)
         names = [f"c{i % categories}" for i in range(300)]
         assert measure_order([item(list(rng.permutation(names)))])[0] == "random"
@@ -209,7 +209,7 @@ class TestOrder:
         trials = tuple((blocks.trials or ())[i] for i in shuffled)
         assert measure_order([dataclasses.replace(blocks, trials=trials)])[0] == "block"
 
-    def test_what_cannot_be_told(self) -> None:
+    def test_an_unclear_order_is_called_unknown(self) -> None:
         assert measure_order([item(["a", "a", "b", "b"])])[0] == "unknown"
         assert measure_order([item(["a"] * 100)])[0] == "unknown"
         assert measure_order([dataclasses.replace(item([]), trials=None)]) == (

@@ -80,7 +80,7 @@ def write_imagenet(root: Path, data: dict[str, Any], folds: dict[str, Any], *, n
 
 class TestEEGImageNet:
     @pytest.mark.parametrize("new", [True, False])
-    def test_as_released(self, tmp_path: Path, new: bool) -> None:
+    def test_the_published_file_is_read(self, tmp_path: Path, new: bool) -> None:
         data = released({1: 449, 2: 450, 13: 601, 14: 600})
         items = list_items(write_imagenet(tmp_path, data, splits(), new=new))
         assert [(i.subject, len(i.trials or ()), i.left_out) for i in items] == [

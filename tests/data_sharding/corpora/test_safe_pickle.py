@@ -77,7 +77,7 @@ def test_npy_with_a_dictionary_is_mapped(tmp_path: Path) -> None:
     assert np.array_equal(load_npy(tmp_path / "b.npy"), DATA["big"])
 
 
-def test_one_array_twice_stays_one(tmp_path: Path) -> None:
+def test_an_array_stored_twice_is_loaded_once(tmp_path: Path) -> None:
     x = np.arange(10.0)
     np.save(tmp_path / "a.npy", {"a": x, "b": [x]})  # type: ignore[arg-type]
     back = load_npy(tmp_path / "a.npy")

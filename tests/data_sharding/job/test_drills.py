@@ -176,8 +176,8 @@ def test_the_driver_is_killed(drill: Drill, undisturbed: dict[str, str]) -> None
     assert not left
 
 
-def test_no_room_is_left(drill: Drill, undisturbed: dict[str, str]) -> None:
-    """Fill the disk of the dataset during the job, and free space on this disk later."""
+def test_a_full_disk_stops_the_job_until_there_is_space(drill: Drill, undisturbed: dict[str, str]) -> None:
+    """Run a job on a disk that is too small, enlarge the disk, and run the same command again."""
     disk = drill.folder / "disk"
     disk.mkdir()
     small = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
@@ -242,7 +242,7 @@ class TestCluster:
         gcs, dashboard = map(str, ports)
         more = ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--num-cpus", "1"]
         more += ["--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port())]
-        # The folder has a short path because Unix limits the length of socket paths.
+        # Ray puts sockets into this folder. Unix limits the length of socket paths, so the folder has a short path.
         with (
             tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temp,
             self.node(

@@ -102,7 +102,7 @@ def test_errors_come_back_as_they_are(tmp_path: Path) -> None:
     assert caught.value.errno == 28 and caught.value.filename == "/x/y"
 
 
-def test_nothing_is_orphaned(tmp_path: Path) -> None:
+def test_a_killed_parent_leaves_no_child_process(tmp_path: Path) -> None:
     """If the parent process is killed during a call, the child process ends too.
 
     The next isolated call removes the scratch folder of the killed call.

@@ -159,7 +159,7 @@ class TestChannels:
         assert channels.left_out["another rate: 32 Hz"] == ["Ergo-Right"]
         assert info.bads == ["A1", "A2", "A3", "A4", "A5", "I8", "A6", "A7"] and "A1 1 Hz" in info.notes[0]
 
-    def test_more_than_128(self) -> None:
+    def test_more_than_128_channels(self) -> None:
         channels = pick_channels(opened(CORPUS / "egi/test_egi_pns.mff").info)
         rows, rule = choose(channels, [])
         assert len(rows) == 128 and rule == "128 of 257 by scalp coverage"

@@ -21,7 +21,7 @@ def _bars(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def test_it_learns_and_equal_seeds_give_equal_weights(tmp_path: Path) -> None:
+def test_the_classifier_learns_and_equal_seeds_give_equal_weights(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images, labels = _bars(rng, 80)
     state = torch.random.get_rng_state()

@@ -55,7 +55,7 @@ def test_clip_embeds_the_images_of_a_split(miniature: Path, paired_dataset: Path
     torch.testing.assert_close(embeds.norm(dim=1), torch.ones(len(table)))
 
 
-def test_it_is_made_once_and_never_overwrites_anything(
+def test_the_miniature_is_made_once_and_overwrites_nothing(
     miniature: Path, paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = [str(paired_dataset), "-o", str(miniature), "--clip_steps", "2", "--vae_steps", "2", "--unet_steps", "2"]

@@ -35,7 +35,7 @@ def trials(count: int) -> tuple[np.ndarray, np.ndarray, mne.Info]:
 
 
 @pytest.mark.parametrize("tokenizer", ["temporal", "montage"])
-def test_braindecode_trains_with_it(tokenizer: str, braindecode: Any) -> None:
+def test_braindecode_trains_the_encoder(tokenizer: str, braindecode: Any) -> None:
     x, labels, info = trials(96)
     windows = braindecode.datasets.create_from_X_y(
         x, labels, drop_last_window=False, sfreq=SFREQ, ch_names=NAMES, window_size_samples=x.shape[-1],

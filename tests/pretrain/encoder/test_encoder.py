@@ -241,7 +241,7 @@ class TestEncode:
             again = encoder.encode((x * factor, NAMES, 500.0, unit))
             np.testing.assert_allclose(again.tokens, found.tokens, atol=1e-4)
 
-    def test_is_what_training_saw(self, encoder_package: Path) -> None:
+    def test_encodes_the_windows_that_sharding_writes(self, encoder_package: Path) -> None:
         """The encoder prepares windows with the same steps as sharding: preprocessing, padding and scaling."""
         from data_sharding.processing.preprocess import preprocess
 
@@ -292,7 +292,7 @@ class TestEncode:
             *(("batch_size", value) for value in (0, -1)),
         ],
     )
-    def test_senseless_numbers_are_refused(self, name: str, value: float, encoder_package: Path) -> None:
+    def test_impossible_numbers_are_refused(self, name: str, value: float, encoder_package: Path) -> None:
         encoder: Any = EEGEncoder.from_pretrained(encoder_package)
         with pytest.raises(RequestError, match=f"{name} is {value}"):
             encoder.encode((np.ones((2, 4000)), NAMES[:2], 500.0, "uV"), **{name: value})

@@ -222,7 +222,7 @@ def test_masks_are_uniform_and_do_not_depend_on_other_samples() -> None:
     assert not torch.equal(keep_indices(8, [0], [1234], 32, 0.75)[0], keep[1234])
 
 
-def test_masks_are_the_same_as_ever() -> None:
+def test_masks_are_the_same_in_every_version() -> None:
     """Check that masks never change, because a run of an earlier version must resume with the same masks."""
     assert keep_indices(7, [0, 3], [1234, 5], 16, 0.75).tolist() == FIXED_MASKS
 

@@ -72,7 +72,7 @@ def runs(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_the_same_processes_and_stage_resume_to_the_bit(runs: Path) -> None:
+def test_resuming_with_the_same_processes_and_stage_is_exact(runs: Path) -> None:
     pairs = [(f"same_2_{stage}", f"whole_2_{stage}") for stage in STAGES]
     pairs += [(f"bf16_half_{stage}", f"bf16_whole_{stage}") for stage in (1, 2, 3)]
     for ours, theirs in pairs:

@@ -63,7 +63,7 @@ def test_two_processes_learn_and_write_all_files(trained_run: Path) -> None:
     assert [p.name for p in sorted((trained_run / "checkpoints").iterdir())] == ["step_00000120", "step_00000240"]
 
 
-def test_a_finished_run_says_so(trained_run: Path, unpaired_dataset: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_trained_again(trained_run: Path, unpaired_dataset: Path, tmp_path: Path) -> None:
     before = (trained_run / "metrics.jsonl").read_text()
     done = torchrun(["-m", "pretrain.train", str(trained_run / "config.yaml")])
     assert done.returncode == 0, done.stderr[-2000:]
