@@ -1,4 +1,4 @@
-"""Find the EEG channels of a recording: their names, their positions, and the 128 channels to keep.
+"""Find the EEG channels of a recording, name them, locate them on the head, and choose at most 128 of them.
 
 Shapes: n channels.
 """
@@ -34,14 +34,15 @@ NOT_EEG = {
     "external": r"exg\d+|ext?\d+|aux.*|(left|right)[_ ]?aux.*|misc.*|x\d+|bip\d+|pat|tech|mark\d*|\$.*|bn\d+|nr\d+"
     r"|e|z|sdb|unused.*|[-.]+\d*",
 }
-"""Patterns of channel names that are not EEG, whatever type the file gives them. Whole names match; case is ignored."""
+"""Patterns of channel names that are not EEG, whatever type the file gives them. A pattern must match the whole name;
+case is ignored."""
 EARS = ("A1", "A2", "M1", "M2")
 """Earlobes and mastoids are references, not scalp electrodes, unless the names are the grid of a cap (A1 .. A32)."""
 GRID_NAME = re.compile(r"[A-I]\d{1,2}")
 NET_NAME = re.compile(r"E0*(\d{1,3})", re.IGNORECASE)
 """Electrodes of an EGI net. In a sleep recording, E1 and E2 are instead the outer corners of the eyes."""
 VERTEX = ("CZ", "VREF", "VERTEX REFERENCE")
-"""Other names of the vertex electrode of an EGI net, which also has a number."""
+"""Names of the vertex electrode of an EGI net. In some files this electrode has a number instead of a name."""
 NETS = {
     32: "GSN-HydroCel-32",
     64: "GSN-HydroCel-65_1.0",
@@ -50,54 +51,54 @@ NETS = {
 }
 """MNE's names of EGI's nets, by number of electrodes without the vertex."""
 DECORATION = re.compile(r"(EEG|POL)[ _:-]+(?=\S*[A-Za-z$])", re.IGNORECASE)
-"""Prefix in Nihon Kohden and clinical files. It is removed, but not in front of a plain number."""
+"""Prefix of channel names in Nihon Kohden and clinical files. The prefix is removed unless a plain number follows."""
 REFERENCE = re.compile(
     r"(?<!\bEEG)(?<!\bPOL)[-_ :/]+(REF|LE|AR|AVG|AV|CAR|CZREF|CAZ|G2|VREF|LINKED|A1\+A2|M1\+M2"
     r"|[AM][12]([AM][12])?)\d?$",
     re.IGNORECASE,
 )
-"""Reference at the end of a channel name; it is removed, because the electrode of C3-A2 is at C3."""
+"""Reference at the end of a channel name. The reference is removed: the electrode of channel C3-A2 is C3."""
 MIN_STANDARD = 0.5
-"""Standard positions are used only if at least this share of the names is standard."""
+"""Standard positions are used only if at least this fraction of the channel names is standard."""
 
 
 @dataclass(kw_only=True)
 class Channels:
-    """EEG channels of a recording; all lists are in the order of the rows."""
+    """EEG channels of a recording; all lists have the same order as the rows of the signal."""
 
     picks: list[int]
-    """Numbers of the channels in the file."""
+    """Indices of the EEG channels among all channels of the file."""
     names: list[str]
-    """Canonical names."""
+    """Canonical names of the EEG channels."""
     positions: list[list[float] | None]
     """Head coordinates in metres; None for an unknown position."""
     montage: str
-    """Source of the positions: file, the name of a standard montage, or none."""
+    """Source of the positions: "file", the name of a standard montage, or "none"."""
     confidence: float
-    """Share of the channels that have a position."""
+    """Fraction of the channels that have a position."""
     by_type: dict[str, int] = field(default_factory=dict)
     """Number of channels of each type in the file."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names of the channels that are not EEG, by kind."""
     selection: str = "all"
-    """Rule by which channels were chosen if the recording has more than 128."""
+    """Rule by which 128 channels were chosen from a recording with more channels."""
     notes: list[str] = field(default_factory=list)
     """Notes about the channels for the ledger."""
 
 
 def canonical_name(name: str) -> str:
-    """Return the canonical name of an electrode; file formats and amplifiers write the same electrode differently.
+    """Return the canonical name of an electrode. File formats and amplifiers write the same name in different ways.
 
     Parameters
     ----------
     name : str
-        Name in the file, e.g. ``Fc5.``, ``EEG FP1-REF``, ``T3``, ``FP1-F7``.
+        Name of the channel in the file, e.g. ``Fc5.``, ``EEG FP1-REF``, ``T3``, ``FP1-F7``.
 
     Returns
     -------
     str
-        E.g. ``FC5``, ``Fp1``, ``T7``, ``Fp1-F7``. From a name that is no standard electrode, only prefix and reference
-        are removed.
+        Canonical name, e.g. ``FC5``, ``Fp1``, ``T7``, ``Fp1-F7``. If the name is not a standard electrode, only its
+        prefix and its reference are removed.
     """
     text = " ".join(name.replace("\0", " ").split()).strip(". ")
     text = REFERENCE.sub("", text).strip(". ") or text
@@ -126,8 +127,8 @@ def is_site(name: str) -> bool:
 def _montage(name: str) -> dict[str, list[float]]:
     """Return the positions of a standard montage, in the head coordinates that files use.
 
-    Templates have their own coordinates. On the MRI of a head, Cz is five centimetres away from its position in
-    coordinates between the ears and the nose.
+    MNE's montage templates use MRI coordinates. Recordings use head coordinates, which are defined by ears and nose. In
+    these two systems, Cz is five centimetres apart.
     """
     import warnings
 
@@ -149,21 +150,21 @@ def _standard_names() -> dict[str, str]:
 
 
 def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
-    """Return why a channel is not scalp EEG, judged by its name.
+    """Return the kind of a channel whose name shows that the channel is not scalp EEG.
 
     Parameters
     ----------
     name : str
         Canonical name.
     grid : bool
-        Whether the names of the recording are the grid of a cap; then ``A1`` is a scalp electrode.
+        Whether the channel names of the recording are a grid (A1 .. D32); then ``A1`` is a scalp electrode.
     net : bool
-        Whether the recording has an EGI net; otherwise ``E1`` and ``E2`` are electrodes at the eyes.
+        Whether the recording was made with an EGI net; otherwise ``E1`` and ``E2`` are electrodes at the eyes.
 
     Returns
     -------
     str or None
-        Kind of the channel (a key of `NOT_EEG`), or None if it may be EEG.
+        Kind of the channel (a key of `NOT_EEG`), or None if the channel may be EEG.
     """
     if not grid and name.upper() in EARS:
         return "reference"
@@ -176,7 +177,7 @@ def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
 
 
 def is_grid(names: list[str]) -> bool:
-    """Whether names are the grid of a cap (BioSemi's A1 .. D32), although some look like 10-20 electrodes.
+    """Whether channel names are a grid (A1 .. D32 of BioSemi). Some grid names look like 10-20 names.
 
     Parameters
     ----------
@@ -194,12 +195,12 @@ def is_grid(names: list[str]) -> bool:
 
 
 def is_net(names: list[str]) -> bool:
-    """Whether names are the electrode numbers of an EGI net: more of them than just E1 and E2."""
+    """Whether channel names are the electrode numbers of an EGI net, and not only the eye electrodes E1 and E2."""
     return sum(bool(NET_NAME.fullmatch(name)) for name in names) > 2
 
 
 def clean_position(xyz: list[float]) -> list[float] | None:
-    """Check and round a position that a file gives.
+    """Check and round a channel position from a file.
 
     Parameters
     ----------
@@ -209,21 +210,21 @@ def clean_position(xyz: list[float]) -> list[float] | None:
     Returns
     -------
     list of float or None
-        Rounded to a hundredth of a millimetre; None if the point cannot be on a head. (Zero means "not measured", and a
-        head is less than half a metre wide.)
+        The position, rounded to a hundredth of a millimetre; None if the point cannot be on a head. (A position of zero
+        means "not measured", and a head is less than half a metre wide.)
     """
     good = len(xyz) == 3 and np.isfinite(xyz).all() and 0.02 < np.linalg.norm(xyz) < 0.5
     return [round(float(v), 5) for v in xyz] if good else None
 
 
 def _are_plausible(positions: list[list[float] | None]) -> bool:
-    """Whether the positions of a file differ between channels."""
+    """Whether the channels of a file have different positions."""
     known = [tuple(p) for p in positions if p is not None]
     return bool(known) and len(set(known)) > 0.8 * len(known)
 
 
 def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str]:
-    """Look positions up in standard montages; return them, and the name of the montage or "none"."""
+    """Look up channel positions in standard montages; return positions and the montage's name (or "none")."""
     nothing: list[list[float] | None] = [None] * len(names)
     if is_grid(names):
         letters = {n[0].upper() for n in names}
@@ -231,14 +232,14 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
         size = {frozenset("AB"): 64, frozenset("ABCD"): 128, frozenset("ABCDE"): 160, frozenset("ABCDEFGH"): 256}.get(
             frozenset(letters)
         )
-        # The letters alone do not identify the cap. So the cap must be complete; the cap of 64 also has 10-20 names.
+        # Caps of different sizes share names such as A1. So the size is known only if all electrodes are present.
         if size in (128, 160, 256) and set(names) == full:
             table = _montage(f"biosemi{size}")
             return [table.get(n) for n in names], f"biosemi{size}"
         return nothing, "none"
     numbers = [int(m.group(1)) for m in map(NET_NAME.fullmatch, names) if m]
     if len(numbers) >= 25 and len(numbers) + sum(n.upper() in VERTEX for n in names) == len(names):
-        # The number after the last electrode is the vertex. With too many missing channels, the net is not clear.
+        # The number after the last electrode is the vertex. If too many channels are missing, the net type is unknown.
         size = next((s for s in NETS if max(numbers) <= s + 1), 0)
         if len(set(numbers)) < 0.8 * size or not size:
             return nothing, "none"
@@ -278,7 +279,7 @@ def pick_channels(info: SignalInfo) -> Channels:
     for i, name in zip(eeg, names, strict=True):
         kind = kind_of(name, grid=grid, net=net)
         if kind is None and name in kept:
-            # Two names can have the same canonical name (T3 and T7). Then use the name in the file.
+            # Two channels can get the same canonical name (T3 and T7). Such channels keep their names from the file.
             name = info.ch_names[i] if info.ch_names[i] not in kept else f"{info.ch_names[i]}-{i}"
         if kind:
             left_out.setdefault(kind, []).append(info.ch_names[i])
@@ -291,7 +292,7 @@ def pick_channels(info: SignalInfo) -> Channels:
     if not _are_plausible(positions):
         positions, montage = _standard_positions(kept)
     pairs = [name for name in kept if _bipolar(name)]
-    # A bipolar channel has no position: there was no electrode half-way between the two.
+    # A bipolar channel is the difference of two electrodes, so it has no position of its own.
     positions = [None if name in pairs else p for name, p in zip(kept, positions, strict=True)]
     more = ", ..." if len(pairs) > 4 else ""
     return Channels(
@@ -311,16 +312,16 @@ def _natural(name: str) -> list[Any]:
 
 
 def choose(channels: Channels, bads: list[int], limit: int = 128) -> tuple[list[int], str]:
-    """Choose which channels to keep if there are more than a window can hold.
+    """Choose which channels to keep if a recording has more channels than a window can hold.
 
     Parameters
     ----------
     channels : Channels
         EEG channels of the recording.
     bads : list of int
-        Rows of bad channels; they are dropped first.
+        Rows of bad channels. Bad channels are dropped before good channels.
     limit : int
-        Largest number of channels.
+        Largest number of channels to keep.
 
     Returns
     -------
@@ -351,7 +352,7 @@ def choose(channels: Channels, bads: list[int], limit: int = 128) -> tuple[list[
 
 
 def restrict(channels: Channels, rows: list[int], rule: str) -> Channels:
-    """Keep only some rows.
+    """Keep only some of the channels.
 
     Parameters
     ----------

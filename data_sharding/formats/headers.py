@@ -1,7 +1,8 @@
 """Compare the header of a recording with the size of its file.
 
-A damaged file must cost neither memory nor time. So no number in a header is used before it was compared with the size
-of the file. Each check takes a path of pathlib or universal_pathlib, and reads only a few ranges of bytes.
+A damaged header can claim any size. So each number in a header is compared with the file size before the number is
+used. This keeps a damaged file from wasting memory or time. Each check takes a path of pathlib or universal_pathlib,
+and reads only a few ranges of bytes.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
 
 MAX_READ = 1 << 22
-"""Largest number of bytes of a header that are read."""
+"""Largest number of header bytes that are read from a file."""
 GDF_BYTES = {0: 1, 1: 1, 2: 1, 3: 2, 4: 2, 5: 4, 6: 4, 7: 8, 8: 8, 16: 4, 17: 8, 18: 16, 279: 3, 535: 3}
-"""Bytes of a sample, by the number that GDF gives to its type."""
+"""Number of bytes per sample for each sample type code of GDF."""
 BRAINVISION_BYTES = {"INT_16": 2, "UINT_16": 2, "INT_32": 4, "IEEE_FLOAT_32": 4}
 NEDF_HEADER = 10240
 NIHON_BLOCKS = 1024
-"""Largest number of data blocks of a Nihon Kohden file that are checked."""
+"""At most this many data blocks of a Nihon Kohden file are checked."""
 TAL = re.compile(rb"([+-]\d{1,15}(?:\.\d{1,15})?)(?:\x15(\d{1,15}(?:\.\d{1,15})?))?\x14([^\x00]*)\x14\x00")
 """Time-stamped annotations list (TAL) of EDF+: onset, duration, texts."""
 DAMAGED = (ValueError, ArithmeticError, LookupError, struct.error, SyntaxError, TypeError)
@@ -44,25 +45,25 @@ class Layout:
     labels: list[str]
     """Names of all channels, including those for annotations."""
     units: list[str]
-    """Physical dimension of each channel; an empty string if the format does not store it as text."""
+    """Unit of each channel, such as uV; an empty string if the format does not store the unit as text."""
     per_record: list[int]
-    """Samples of each channel in a record."""
+    """Number of samples of each channel in one record."""
     n_records: int
-    """Number of records according to the header; negative if the header leaves it open."""
+    """Number of records according to the header; negative if the header does not give the number."""
     record_s: float
     """Length of a record in seconds."""
     header_bytes: int
-    """Size of the header; the records follow."""
+    """Size of the header in bytes; the first record begins after the header."""
     record_bytes: int
-    """Size of a record."""
+    """Size of one record in bytes."""
     interrupted: bool = False
     """True for EDF+D, where there may be gaps between records."""
     width: int = 2
-    """Bytes of a sample, for EDF and BDF."""
+    """Number of bytes per sample, for EDF and BDF."""
 
     @property
     def notes(self) -> int | None:
-        """Number of the first channel for annotations."""
+        """Index of the first annotations channel; None if there is no such channel."""
         return next((i for i, label in enumerate(self.labels) if label in ("EDF Annotations", "BDF Annotations")), None)
 
 
@@ -74,16 +75,16 @@ def read_range(path: AnyPath, start: int, count: int, head: bytes = b"") -> byte
     path : Path or UPath
         File to read.
     start : int
-        Number of the first byte.
+        Offset of the first byte in the file.
     count : int
-        Number of bytes; at most `MAX_READ` are read.
+        Number of bytes to read; at most `MAX_READ` bytes are read.
     head : bytes
         The first bytes of the file, if they were read before.
 
     Returns
     -------
     bytes
-        The bytes; fewer than `count` at the end of the file.
+        The bytes that were read; fewer than `count` at the end of the file.
     """
     if start < 0 or count <= 0:
         return b""
@@ -110,12 +111,12 @@ def decode_text(data: bytes) -> tuple[str, str]:
     Parameters
     ----------
     data : bytes
-        The header, or its beginning.
+        The header, or the beginning of the header.
 
     Returns
     -------
     text : str
-        Decoded as UTF-8 if possible, otherwise as Latin-1.
+        The text, decoded as UTF-8 if possible, otherwise as Latin-1.
     encoding : str
         "utf-8" or "latin-1".
     """
@@ -127,7 +128,7 @@ def decode_text(data: bytes) -> tuple[str, str]:
 
 
 def ini_value(text: str, key: str) -> str | None:
-    """Find the value of a key in a header of INI format; case is ignored.
+    """Find the value of a key in an INI header; upper and lower case of the key are the same.
 
     Parameters
     ----------
@@ -209,16 +210,17 @@ def edf_runs(path: Path, layout: Layout) -> tuple[list[tuple[int, int, float]], 
     Parameters
     ----------
     path : Path
-        File on a local disk; a part of every record is read.
+        File on a local disk. The function reads a part of every record.
     layout : Layout
         Layout of the records.
 
     Returns
     -------
     runs : list of (int, int, float)
-        For each run: first record, last record plus one, and onset in seconds after the onset of the first record.
+        For each run: first record, last record plus one, and onset of the run in seconds after the first record's
+        onset.
     notes : list of (float, float, str)
-        For each annotation: begin and end in seconds after the onset of the first record, and text.
+        For each annotation: start and end in seconds after the onset of the first record, and text.
 
     Raises
     ------
@@ -267,7 +269,7 @@ def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
     Returns
     -------
     problem : Reason or None
-        What is wrong; None if the file is sound.
+        The problem that was found; None if the file is sound.
     continuous : bool
         False if the file is sound, but contains no continuous signal.
     """
@@ -345,7 +347,7 @@ def check_gdf(path: AnyPath, head: bytes = b"") -> Reason | None:
 
 
 def check_brainvision(text: str, data: AnyPath) -> Reason | None:
-    """Compare a BrainVision header with its data file; a V-Amp file stores one channel more than the header counts."""
+    """Compare a BrainVision header with its data file. A V-Amp file stores one more channel than its header counts."""
     n, points = int(ini_value(text, "NumberOfChannels") or 0), int(ini_value(text, "DataPoints") or 0)
     if n < 1 or points < 0:
         raise Damaged
@@ -362,7 +364,7 @@ def check_brainvision(text: str, data: AnyPath) -> Reason | None:
 
 
 def check_neuroscan(path: AnyPath, head: bytes = b"") -> Reason | None:
-    """Compare the header of a Neuroscan CNT file with its size: the event table must lie inside the file."""
+    """Check the header of a Neuroscan CNT file: the event table must lie inside the file."""
     head = read_range(path, 0, 900, head)
     n, rate = struct.unpack_from("<H", head, 370)[0], struct.unpack_from("<H", head, 376)[0]
     events = struct.unpack_from("<I", head, 886)[0]
@@ -376,7 +378,7 @@ def check_neuroscan(path: AnyPath, head: bytes = b"") -> Reason | None:
 
 
 def check_ant(path: AnyPath, head: bytes = b"") -> Reason | None:
-    """Compare the length in the RIFF header of an ANT file with its size."""
+    """Compare the length in the RIFF header of an ANT file with the size of the file."""
     head = read_range(path, 0, 12, head)
     promised, offset = struct.unpack_from("<I", head, 4)[0], 8
     if head[:4] == b"RF64":
@@ -386,7 +388,7 @@ def check_ant(path: AnyPath, head: bytes = b"") -> Reason | None:
 
 
 def check_nedf(path: AnyPath, head: bytes = b"") -> Reason | None:
-    """Compare the header of a NEDF file with its size, for the layout that MNE can read."""
+    """Compare the header of a NEDF file with the file size. Only the layout that MNE can read is accepted."""
     import defusedxml.ElementTree
 
     xml = defusedxml.ElementTree.fromstring(read_range(path, 0, NEDF_HEADER, head).split(b"\0")[0])
@@ -415,7 +417,8 @@ def egi_header(head: bytes) -> dict[str, int] | None:
     Returns
     -------
     dict or None
-        The fields; None if the version, the date or a count is not plausible, so that the file is of another format.
+        The fields of the header. None if the version, the date or a count is not plausible; then the file has another
+        format.
     """
     if len(head) < 36:
         return None
@@ -471,7 +474,7 @@ def check_curry(data: AnyPath, header: AnyPath) -> Reason | None:
 
 
 def check_persyst(text: str, data: AnyPath) -> Reason | None:
-    """Compare a Persyst header with its data file, which must hold whole frames."""
+    """Compare a Persyst header with its data file. The data file must contain a whole number of samples per channel."""
     n, kind = int(ini_value(text, "WaveformCount") or 0), int(ini_value(text, "DataType") or 0)
     if n < 1 or kind not in (0, 7):
         raise Damaged
@@ -482,7 +485,7 @@ def check_persyst(text: str, data: AnyPath) -> Reason | None:
 
 
 def check_nihon(path: AnyPath) -> Reason | None:
-    """Compare the data blocks of a Nihon Kohden file with its size."""
+    """Check that the data blocks of a Nihon Kohden file lie inside the file."""
     size = size_of(path)
 
     def word(at: int, layout: str) -> int:
@@ -502,11 +505,11 @@ def check_nihon(path: AnyPath) -> Reason | None:
     return _truncated(last, "bytes", size) if size < last else None
 
 
-# --- checks that go through the whole file: done before reading, not while corpora are searched ----------------------
+# --- checks of the whole file: they run before a recording is read, not while folders are searched -------------------
 
 
 def check_xdf(files: tuple[Path, ...]) -> Reason | None:
-    """Go through the chunks of an XDF file."""
+    """Check every chunk of an XDF file."""
     (path,) = files
     size = size_of(path)
     with path.open("rb") as stream:
@@ -524,7 +527,7 @@ def check_xdf(files: tuple[Path, ...]) -> Reason | None:
 
 
 def check_mff(files: tuple[Path, ...]) -> Reason | None:
-    """Go through the blocks of an MFF recording's signal files."""
+    """Check every block in the signal files of an MFF recording."""
     for path in files:
         if not re.fullmatch(r"signal\d+\.bin", path.name):
             continue
@@ -535,7 +538,7 @@ def check_mff(files: tuple[Path, ...]) -> Reason | None:
                 head = stream.read(12)
                 if len(head) < 4:
                     return _truncated(at + 4, f"bytes in {path.name}", size)
-                # A block has its own header, or a zero that repeats the header of the block before it.
+                # A block begins with its own header, or with a zero. A zero means: use the previous block's header.
                 if struct.unpack_from("<i", head)[0] == 0:
                     at += 4 + block
                     if not block:
@@ -555,7 +558,7 @@ def check_mff(files: tuple[Path, ...]) -> Reason | None:
 
 
 def check_fif(files: tuple[Path, ...]) -> Reason | None:
-    """Go through the tags of FIF files."""
+    """Check every tag of FIF files."""
     for path in files:
         if not path.name.lower().endswith(".fif"):
             continue
@@ -579,21 +582,21 @@ def check_fif(files: tuple[Path, ...]) -> Reason | None:
 
 
 def run_check(check: Callable[..., Any], what: str, *args: Any) -> Any:
-    """Run a check; if the header cannot be parsed, return a text that says so.
+    """Run a check of a header; if the header cannot be parsed, return this fact as the problem.
 
     Parameters
     ----------
     check : callable
-        One of the checks above.
+        One of the `check_` functions of this module.
     what : str
         Name of the format.
     *args
-        Arguments of the check.
+        Arguments for `check`.
 
     Returns
     -------
     Any
-        Result of the check, or the text.
+        Result of `check`, or the `Reason` for a header that cannot be parsed.
     """
     try:
         return check(*args)

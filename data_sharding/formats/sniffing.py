@@ -1,7 +1,7 @@
 """Find recordings, and recognise their formats by content, before any reader opens them.
 
-`mne.io.read_raw` chooses a reader by the file name. But Neuroscan and ANT both use ``.cnt``, and the reader of one can
-crash the process on a file of the other.
+`mne.io.read_raw` chooses a reader by the file name. This is not safe: Neuroscan and ANT files both have the extension
+``.cnt``, and the wrong reader can crash the process.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from data_sharding.formats import headers
 from data_sharding.formats.readers import find_formats
 
 HEAD_BYTES = 1 << 15
-"""Bytes that are read first. Almost every header fits, and on an object store each further read is a request."""
+"""Number of bytes that are read first. Almost every header fits into them, so an object store gets one request."""
 TEXT_BYTES = 1 << 20
-"""Largest number of bytes of a text header that are read."""
+"""At most this many bytes of a text header are read."""
 NIHON_SIDECARS = (".pnt", ".21e", ".log", ".cmt", ".cn2", ".11d", ".reg", ".bft", ".edf.log")
 CURRY8_SIDECARS = (".dpa", ".dpo", ".cef", ".ceo", ".rs3", ".hpi")
 CURRY7_SIDECARS = (".dap", ".rs3", ".cef", ".ceo")
@@ -39,7 +39,7 @@ ORPHANS = {
     ".fdt": Reason("EEGLAB signal file without its .set"),
     ".avg": Reason("averaged, not a continuous recording"),
 }
-"""Extensions of files that hold signal without a header; they are reported if no header names them."""
+"""Extensions of signal files without a header. Such a file is reported if no header file names it."""
 CLAIMED = {
     ".edf": "EDF",
     ".bdf": "BDF",
@@ -54,11 +54,11 @@ CLAIMED = {
     ".xdf": "XDF",
     ".xdfz": "XDF",
 }
-"""Extensions of formats above. A file with such an extension but without the right header is set aside."""
+"""Extensions of the supported formats. A file with such an extension but without the right header is set aside."""
 MATLAB = Reason("no reader", "a MATLAB file says neither rate nor unit; describe it in a corpus of kind arrays")
 HDF5 = b"\x89HDF\r\n\x1a\n"
 Near = Mapping[str, AnyPath]
-"""Files of a folder by lower-case name, because headers often write the names of files in another case."""
+"""Files of a folder by lower-case name. Headers often write file names with different upper and lower case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,9 @@ class Recording:
     files: tuple[AnyPath, ...]
     """All files of the recording, including sidecars, sorted."""
     problem: Reason | None = None
-    """Fault that the header already shows; None if there is none. A file with a fault is not read."""
+    """Fault that the header shows; None if the header shows no fault. A file with a fault is not read."""
     continuous: bool = True
-    """False if the file is sound but has no continuous signal; it is then excluded, not quarantined."""
+    """False if the file is sound but has no continuous signal. Such a file is excluded, not quarantined."""
 
 
 def _by_path(files: list[AnyPath]) -> tuple[AnyPath, ...]:
@@ -86,7 +86,7 @@ def _near(path: AnyPath) -> Near:
 
 
 class File:
-    """A file, as the functions that recognise a format see it: path, first bytes, and files beside it."""
+    """A file whose format is to be recognised: its path, its first bytes, and the other files of its folder."""
 
     def __init__(self, path: AnyPath, near: Near | None) -> None:
         self.path, self._listing = path, near
@@ -97,7 +97,7 @@ class File:
 
     @property
     def near(self) -> Near:
-        """Files of the same folder, by lower-case name."""
+        """Files in the folder of this file, by lower-case name."""
         if self._listing is None:
             self._listing = _near(self.path)
         return self._listing
@@ -112,7 +112,7 @@ class File:
     ) -> Recording:
         """Make a recording of this file and of those `sidecars` that exist.
 
-        `need` says what is missing; it becomes the recording's problem if none of the sidecars exists.
+        If none of the sidecars exists, the recording gets a problem with the text `need`.
         """
         there = [self.near[name.lower()] for name in sidecars if name.lower() in self.near] if sidecars else []
         if need and not there:
@@ -126,7 +126,7 @@ class File:
         )
 
 
-# --- one function for each format: it returns a recording, or None if the file has another format -------------------
+# --- one function for each format; each returns a recording, or None if the file has another format -------------------
 
 
 def _edf(file: File) -> Recording | None:
@@ -151,8 +151,8 @@ def _brainvision(file: File) -> Recording | None:
     for key, needed in (("DataFile", True), ("MarkerFile", False)):
         name = headers.ini_value(text, key)
         name = re.split(r"[\\/]", name)[-1].replace("$b", file.stem) if name else None
-        # If the files were renamed, the header can name a file that does not exist. To take the file that has the same
-        # name as the header, apart from its extension, would be a guess, so the recording is refused.
+        # After renaming, the header can name a data file that does not exist. A file with the header's own base name
+        # may belong to another recording. So the recording is refused instead of guessing.
         if name and name.lower() in file.near:
             files.append(name)
             if needed:
@@ -198,7 +198,7 @@ def _fif(file: File) -> Recording | None:
         return file.recording("fif") if file.head[:2] == b"\x1f\x8b" else None
     if file.head[:4] != b"\0\0\0\x64" or file.suffix != ".fif":
         return None
-    # Look up the parts by number. Searching the folder would be slow, because it can hold a hundred thousand files.
+    # Ask for each numbered part by its name. Listing the folder would be slow: a folder can hold 100,000 files.
     parts = []
     if split := re.match(r"(.*_split-)(\d+)(.*)", file.stem):
         pattern, first = (
@@ -282,7 +282,7 @@ def _xdf(file: File) -> Recording | None:
 
 
 def _claims(file: File) -> Recording | None:
-    """Report a file that has the extension of a recording, but whose content is not in a known format."""
+    """Report a file that has the extension of a recording but unknown content."""
     if file.suffix in CLAIMED:
         name = CLAIMED[file.suffix]
         kind = name.split()[0]
@@ -314,7 +314,7 @@ FORMATS: tuple[Callable[[File], Recording | None], ...] = (
     *(format_.recognise for format_ in find_formats()),
     _claims,
 )
-"""Functions that recognise a format, asked in this order."""
+"""Functions that recognise a format. They are called in this order."""
 
 
 def _mff(path: AnyPath) -> Recording:
@@ -337,8 +337,8 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
     Returns
     -------
     Recording or None
-        The recording with all of its files; `problem` is set if the header already shows a fault. None if neither
-        content nor extension are those of a recording.
+        The recording with all of its files. Its `problem` is set if the header shows a fault. The result is None if
+        neither the content nor the extension belongs to a recording format.
 
     Raises
     ------
@@ -365,7 +365,7 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
 
 
 def _walk_local(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield folders and the names in them. A folder that cannot be listed is an error, or its files would be missed."""
+    """Yield folders and the names of their files. A folder that cannot be listed raises an error."""
 
     def refuse(error: OSError) -> None:
         raise RequestError(
@@ -401,17 +401,17 @@ def _walk_remote(root: Any) -> Iterator[tuple[Any, list[str]]]:
 
 
 def find_recordings(root: str | AnyPath) -> list[Recording]:
-    """Find all recordings under a folder, and files whose extensions are those of a recording.
+    """Find all recordings under a folder, and all files with the extension of a recording.
 
     Parameters
     ----------
     root : str, Path or UPath
-        Folder to search. Hidden files are skipped, also the ``._`` files that macOS makes.
+        Folder to search. Hidden files are skipped, including the ``._`` files of macOS.
 
     Returns
     -------
     list of Recording
-        Sorted by path. A file that belongs to another recording is not a recording of its own.
+        Recordings, sorted by path. A sidecar file is part of its recording and is not listed alone.
 
     Raises
     ------

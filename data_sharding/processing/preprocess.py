@@ -1,4 +1,4 @@
-"""Preprocessing of the EEG. Sharding, training and `encode` use this same code: rate, band, reference, scale.
+"""Preprocess EEG: resample, filter, re-reference and scale. Sharding, training and `encode` use this same code.
 
 Shapes: C channels, S samples at the recorded rate, T samples at the target rate, B windows of a batch.
 """
@@ -17,7 +17,7 @@ from data_sharding.common.files import digest_of
 from data_sharding.processing.streaming import resample, zero_phase
 
 FILTER_BYTES = 8 * 2**20
-"""Size of a block of samples in the filters, as float64."""
+"""Size in bytes of a block of samples in the filters, stored as float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,33 +26,33 @@ class PreprocessSpec:
 
     References
     ----------
-    Band and window length are those of DreamDiffusion (Bai et al., arXiv 2306.16934): 5 to 95 Hz, 512 samples. The
-    paper does not give rate, reference and scaling; the defaults here are common choices.
+    The default band (5 to 95 Hz) and the default window (512 samples) come from DreamDiffusion (Bai et al., arXiv
+    2306.16934). The paper does not state sampling rate, reference and scaling; their defaults are common choices.
     """
 
     sfreq: float = 256.0
     """Target sampling rate in Hz."""
     highpass: float = 5.0
-    """Lower edge of the band in Hz."""
+    """Lower edge of the pass band in Hz."""
     lowpass: float = 95.0
-    """Upper edge of the band in Hz. If a recording's own rate is low, 0.45 of that rate is used instead."""
+    """Upper edge of the pass band in Hz. For a recording with a low sampling rate, the edge is 0.45 of that rate."""
     notch: Literal["auto", "off"] | float | bool = "auto"
-    """auto: remove the recording's mains frequency and its harmonics inside the band. off (or no): no notch filter. A
-    number in Hz: remove this frequency and its harmonics from every recording."""
+    """Notch filter. auto: remove the recording's mains frequency and its harmonics inside the band. off (or no): use no
+    notch filter. A number in Hz: remove this frequency and its harmonics from every recording."""
     reference: str | list[str] = "average"
-    """average: subtract the mean over good channels. keep: leave the reference as recorded. Names of channels (Cz, or
-    [M1, M2]): subtract their mean; a recording without one of these channels is set aside."""
+    """Reference. average: subtract the mean over good channels. keep: do not change the reference. Channel names (Cz,
+    or [M1, M2]): subtract the mean of these channels; a recording without one of these channels is set aside."""
     window: int = 512
     """Length of a window in samples at the target rate."""
     stride: int = 512
     """Distance between the starts of two windows, in samples at the target rate."""
     scaling: Literal["window", "constant"] = "window"
-    """Scale of the model input. window: divide a window by its own standard deviation. constant: divide by
-    `scale_uv`."""
+    """Scale of the model input. window: divide each window by its own standard deviation. constant: divide each window
+    by `scale_uv`."""
     scale_uv: float = 10.0
-    """Divisor of the constant scaling, in microvolts."""
+    """With constant scaling, windows are divided by this value in microvolts."""
     clip: float = 20.0
-    """After scaling, limit model input to plus or minus this value (0: no limit). Stored windows are not limited."""
+    """Clip the scaled model input at plus and minus this value (0: do not clip). Stored windows are not clipped."""
     reject_uv: float = 0.0
     """Leave a window out if the peak-to-peak amplitude of a good channel exceeds this value in microvolts. 0 keeps all
     windows."""
@@ -85,7 +85,7 @@ class PreprocessSpec:
             raise ValueError(f"preprocess.notch '{self.notch}' is not valid; use auto, off, or a frequency in Hz")
         if not self.reference or not all(self.reference):
             raise ValueError("preprocess.reference is empty; use average, keep, or names of channels")
-        # Equal settings must have equal values, because the checksum is over the values.
+        # Give equal settings the same type (512 and 512.0), because the checksum depends on the written values.
         if not isinstance(self.notch, str):
             object.__setattr__(self, "notch", float(self.notch))
         if self.reference not in ("average", "keep"):
@@ -93,14 +93,14 @@ class PreprocessSpec:
 
     @property
     def reference_channels(self) -> list[str]:
-        """Names of the channels whose mean is subtracted; empty for average and keep."""
+        """Names of the reference channels; empty if `reference` is average or keep."""
         if isinstance(self.reference, str):
             return [] if self.reference in ("average", "keep") else [self.reference]
         return list(self.reference)
 
     @property
     def reference_name(self) -> str:
-        """Text for the reference in a sample's metadata."""
+        """Text that describes the reference in a sample's metadata."""
         if names := self.reference_channels:
             return "+".join(names)
         return "average" if self.reference == "average" else "recorded"
@@ -113,7 +113,8 @@ class PreprocessSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary.
 
-        `reject_uv` is left out if it is 0. Specs from before this field existed thus keep their checksum.
+        If `reject_uv` is 0, the dictionary does not contain it. So specs from older versions, which did not have this
+        field, keep their checksum.
         """
         values = dataclasses.asdict(self)
         if not self.reject_uv:
@@ -130,12 +131,12 @@ class PreprocessSpec:
         return digest_of(self.to_dict())
 
     def differences(self, other: PreprocessSpec) -> dict[str, str]:
-        """Describe how another spec differs from this one.
+        """Describe the differences between this spec and another spec.
 
         Parameters
         ----------
         other : PreprocessSpec
-            The other spec.
+            The spec to compare with.
 
         Returns
         -------
@@ -157,12 +158,12 @@ class PreprocessSpec:
         x_uv : ndarray or Tensor, shape (..., C, T)
             Windows in microvolts, float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            Number of true channels, as for `divisor`.
+            Number of true channels, as in `divisor`.
 
         Returns
         -------
         ndarray or Tensor, shape (..., C, T)
-            Scaled windows, limited to +-`clip`. A window that is zero everywhere stays zero.
+            Scaled windows, clipped at +-`clip`. A window of zeros stays zero.
         """
         scaled = x_uv / self.divisor(x_uv, channels)
         return scaled.clip(-self.clip, self.clip) if self.clip else scaled
@@ -175,8 +176,8 @@ class PreprocessSpec:
         x_uv : ndarray or Tensor, shape (..., C, T)
             Windows in microvolts, float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            Number of true channels of all windows or of each window. Only these first rows of a padded window are used,
-            so that padding and channel order have no effect. All rows are used by default.
+            Number of true channels, for all windows or for each window. The later rows of a window are padding and are
+            ignored. By default all rows are used.
 
         Returns
         -------
@@ -185,9 +186,9 @@ class PreprocessSpec:
 
         Notes
         -----
-        The standard deviation is taken over all channels together, so relative amplitudes between channels are kept.
-        Without `channels`, padding by replication gives the first channels a slightly larger weight if the number of
-        rows is not a multiple of the number of channels.
+        The standard deviation is computed over all channels together, so the channels keep their relative amplitudes.
+        Padding repeats the channels. Without `channels`, the repeated rows count as well, so channels that are repeated
+        more often get a larger weight.
         """
         if self.scaling == "constant":
             return self.scale_uv
@@ -211,7 +212,7 @@ class PreprocessSpec:
 
 
 def band_of(sfreq: float, spec: PreprocessSpec) -> tuple[float, float]:
-    """Return the band that a recording gets.
+    """Return the pass band for a recording.
 
     Parameters
     ----------
@@ -238,8 +239,8 @@ def filters(sfreq: float, spec: PreprocessSpec, line_freq: float | None) -> np.n
     spec : PreprocessSpec
         Preprocessing settings.
     line_freq : float or None
-        Mains frequency of the recording in Hz, or None if it is unknown or absent. Without it, notch filters are only
-        made if `spec.notch` is a number.
+        Mains frequency of the recording in Hz, or None if the frequency is unknown or no mains noise is present. With
+        None, notch filters are made only if `spec.notch` is a number.
 
     Returns
     -------
@@ -273,14 +274,14 @@ def clean_blocks(
     reference: Sequence[int],
     block: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Filter and re-reference one segment that already has the target rate.
+    """Filter and re-reference one segment that is already at the target rate.
 
     Parameters
     ----------
     read : callable
-        Returns microvolts of a range (start, stop), with shape (C, stop - start).
+        Function (start, stop) that returns these samples in microvolts, with shape (C, stop - start).
     n_samples : int
-        Length of the segment at the target rate.
+        Length of the segment, in samples at the target rate.
     sfreq : float
         Sampling rate of the recording in Hz, which limits the band.
     spec : PreprocessSpec
@@ -288,14 +289,14 @@ def clean_blocks(
     line_freq : float or None
         Mains frequency in Hz, as for `filters`.
     reference : sequence of int
-        Rows whose mean is subtracted; if empty, nothing is subtracted.
+        Rows of the reference channels. Their mean is subtracted; if there are no rows, nothing is subtracted.
     block : int, optional
-        Samples per block; by default as many as fit into `FILTER_BYTES`.
+        Number of samples per block; by default as many as fit into `FILTER_BYTES`.
 
     Yields
     ------
     ndarray, shape (C, b), float32
-        Microvolts, block after block.
+        The next block of the filtered signal, in microvolts.
     """
     sos = filters(sfreq, spec, line_freq)
     # Extend each end by two periods of the slowest frequency; a short segment is extended by less.
@@ -304,7 +305,7 @@ def clean_blocks(
         block = FILTER_BYTES // (8 * max(1, read(0, 1).shape[0]))
     rows = list(reference)
     for x in zero_phase(read, n_samples, sos, pad, block):
-        # A product with weights: NumPy's mean over a list of rows would first copy these rows.
+        # Compute the mean as a matrix product, because NumPy's mean over a list of rows would first copy the rows.
         if rows:
             weights = np.zeros(len(x))
             weights[rows] = 1 / len(rows)
@@ -313,7 +314,7 @@ def clean_blocks(
 
 
 def reference_rows(n_channels: int, spec: PreprocessSpec, bads: Sequence[int], names: Sequence[str]) -> list[int]:
-    """Find the rows whose mean is the reference.
+    """Find the rows of the reference channels.
 
     Parameters
     ----------
@@ -329,12 +330,12 @@ def reference_rows(n_channels: int, spec: PreprocessSpec, bads: Sequence[int], n
     Returns
     -------
     list of int
-        Rows; empty if the signal keeps its recorded reference.
+        Rows of the reference channels; empty if the signal keeps its recorded reference.
 
     Raises
     ------
     ValueError
-        If no channel is good, or a reference channel is missing or bad.
+        If the recording has no good channel, or if a reference channel is missing or bad.
     """
     if wanted := spec.reference_channels:
         row_of = {name.casefold(): i for i, name in enumerate(names)}
@@ -361,7 +362,7 @@ def preprocess(
     bads: list[int] | None = None,
     names: Sequence[str] = (),
 ) -> np.ndarray:
-    """Bring an uninterrupted recording to the rate, band and reference of a spec.
+    """Resample, filter and re-reference a recording without gaps, as a spec says.
 
     Parameters
     ----------
@@ -374,14 +375,15 @@ def preprocess(
     line_freq : float, optional
         Mains frequency in Hz, as for `filters`.
     bads : list of int, optional
-        Channels that are left out of the average reference. They are still referenced and kept.
+        Bad channels. They are not part of the average reference, but the reference is subtracted from them too.
     names : sequence of str, optional
         Names of the channels; needed if the spec names reference channels.
 
     Returns
     -------
     ndarray, shape (C, T), float32
-        Microvolts at `spec.sfreq`. They are not scaled for a model (see `PreprocessSpec.scale_for_model`).
+        Signal in microvolts at `spec.sfreq`. The signal is not scaled for a model (see
+        `PreprocessSpec.scale_for_model`).
 
     Raises
     ------
@@ -391,13 +393,14 @@ def preprocess(
 
     Notes
     -----
-    Sharding applies the same steps to recordings of any length, block by block. Here the recording is a single block.
+    Sharding applies the same steps block by block, to recordings of any length. This function processes the recording
+    as a single block.
     """
     if data_uv.ndim != 2 or not data_uv.size:
         raise ValueError(f"need an array of channels x samples, got shape {data_uv.shape}")
     if not np.isfinite(data_uv).all():
         raise ValueError("the signal holds NaN or infinite values")
-    # Remove the first sample's value first: an offset of hundreds of millivolts would take precision from float32.
+    # Subtract each channel's first value: an offset of hundreds of millivolts would cost float32 its precision.
     x = data_uv - np.asarray(data_uv[:, :1], np.float64)
     # Resample before filtering: the filters then run at the lower rate.
     y = resample(x, sfreq, spec.sfreq, band_of(sfreq, spec)[1]).astype(np.float32)
@@ -427,6 +430,6 @@ def window_starts(n_samples: int, spec: PreprocessSpec) -> np.ndarray:
     Returns
     -------
     ndarray of int, shape (n_windows,)
-        First sample of each whole window; empty if the recording is shorter than a window.
+        Index of the first sample of each window; empty if the recording is shorter than a window.
     """
     return np.arange(0, n_samples - spec.window + 1, spec.stride) if n_samples >= spec.window else np.arange(0)

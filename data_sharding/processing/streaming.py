@@ -23,13 +23,13 @@ import numpy as np
 from data_sharding.formats.signal import Segment
 
 BLOCK_BYTES = 24 * 2**20
-"""Size of a block as float64. To decode a block, a reader may need several times as much memory."""
+"""Size of a block in bytes, stored as float64. A reader may need several times this memory to decode a block."""
 STOP_DB = 80.0
-"""Attenuation in dB of frequencies that would fold over; float16 resolves 66 dB below the size of a sample."""
+"""Attenuation of aliased frequencies in dB. More is useless: float16 resolves only 66 dB below a sample's value."""
 TRUNCATION = 1e-7
-"""Share of a filter's impulse response that may lie beyond the lookahead, and is ignored."""
+"""Fraction of a filter's impulse response that may lie outside the lookahead. This part is ignored."""
 HELD_BYTES = 128 * 2**20
-"""If block and lookahead together are larger than this (as float64), filtered samples wait on disk, not in memory."""
+"""If a block and its lookahead need more bytes than this (as float64), filtered samples are kept on disk."""
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -37,18 +37,18 @@ HELD_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Piece:
-    """The samples of one segment that are in one block: the whole segment or a part of it."""
+    """The samples of one segment in one block: the whole segment, or a part of the segment."""
 
     segment: int
-    """Number of the segment."""
+    """Index of the segment in the signal."""
     start: int
-    """Number of the first sample in the signal."""
+    """Index of the first sample of the piece in the signal."""
     stop: int
-    """Number of the last sample plus one."""
+    """Index of the last sample of the piece, plus one."""
 
 
 def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | None = None) -> Iterator[list[Piece]]:
-    """Cut a signal into blocks that fit into memory.
+    """Divide a signal into blocks that fit into memory.
 
     Parameters
     ----------
@@ -57,12 +57,13 @@ def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | N
     n_channels : int
         Number of channels that are read.
     block_bytes : int, optional
-        Largest size of a block as float64; `BLOCK_BYTES` by default.
+        Largest size of a block in bytes, stored as float64; `BLOCK_BYTES` by default.
 
     Yields
     ------
     list of Piece
-        Pieces that are neighbours in the file and are read together: a part of a long segment, or many short segments.
+        Pieces of one block: a part of a long segment, or many short segments. The pieces are neighbours in the file and
+        are read together.
     """
     most = max(1024, (block_bytes or BLOCK_BYTES) // (8 * max(1, n_channels)))
     block: list[Piece] = []
@@ -89,8 +90,8 @@ class Scratch:
 
     Notes
     -----
-    The file lies in the folder DREAMSCALE_SCRATCH if that variable is set, otherwise in the system's temporary folder.
-    The file is read and written, not memory-mapped: mapped pages would count as memory of the process.
+    The file lies in the folder that the environment variable DREAMSCALE_SCRATCH names, or else in the system's
+    temporary folder. The file is not memory-mapped, because mapped pages would count as memory of the process.
     """
 
     def __init__(self, n_channels: int) -> None:
@@ -107,7 +108,7 @@ class Scratch:
         Parameters
         ----------
         x : ndarray, shape (n, b)
-            Values; they are stored as float32.
+            Samples to append; they are stored as float32.
         """
         data = memoryview(np.ascontiguousarray(x.T, dtype=np.float32).reshape(-1).view(np.uint8).data)
         at = self.n_samples * self.n_channels * 4
@@ -154,7 +155,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Layout of a polyphase filter as a few small matrices, each for a group of output samples.
+    """Polyphase filter, stored as a few small matrices. Each matrix computes one group of output samples.
 
     A frame is a run of `inputs` input samples that gives exactly `outputs` output samples. All frames use the same
     matrices, because the filter's phases repeat after a frame.
@@ -163,11 +164,11 @@ class _Plan:
     up: int
     down: int
     reach: int
-    """Number of input samples that an output sample may need before and after its own time."""
+    """Number of input samples before and after an output sample that may contribute to it."""
     inputs: int
     outputs: int
     groups: tuple[tuple[int, int, np.ndarray], ...]
-    """For each group: number of its first output in the frame; number of its first input, counted from `reach` samples
+    """For each group: index of its first output in the frame; index of its first input, counted from `reach` samples
     before the frame; and the matrix [inputs of the group, outputs of the group]."""
 
 
@@ -210,13 +211,13 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     """Design the anti-aliasing filter and lay it out as matrices.
 
     Resampling by up/down means: insert up - 1 zeros after each input sample, apply the low-pass filter h, and keep
-    every down-th sample. Output j is at position j * down of the stretched signal, input i at position i * up. So
-    output j is the sum over i of h[half + j * down - i * up] * x[i], and only inputs within `reach` samples of time
+    every down-th sample. In the signal with the zeros, output j is at position j * down and input i at position i * up.
+    So output j is the sum over i of h[half + j * down - i * up] * x[i], and only inputs within `reach` samples of time
     j * down / up have a weight.
 
-    The weights of `count` neighbouring outputs form a matrix, in which most of the entries near the diagonal are used.
-    One matrix product then computes this group of outputs for all frames. SciPy's `upfirdn` computes one output at a
-    time; the matrix product does more multiplications, but takes a third of the time.
+    The weights of `count` neighbouring outputs form a matrix. One matrix product computes this group of outputs for all
+    frames. SciPy's `upfirdn` computes one output at a time. The matrix product also multiplies by zeros, but takes a
+    third of the time of `upfirdn`.
     """
     from scipy.signal import firwin, kaiserord
 
@@ -224,7 +225,8 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     up, down = ratio.numerator, ratio.denominator
     lower = min(sfreq, target)
     passed = min(passband, 0.45 * lower)
-    # Frequencies between `passed` and `lower - passed` may fold, because they only fold to above `passed`.
+    # Aliases of frequencies between `passed` and `lower - passed` lie above `passed`, so the filter may let them
+    # through.
     taps, beta = kaiserord(STOP_DB, (lower - 2 * passed) / (0.5 * up * sfreq))
     half = taps // 2 + 1
     h = up * np.asarray(firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq))  # type: ignore[arg-type]
@@ -241,7 +243,7 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     for first in range(0, outputs, count):
         j = np.arange(first, min(first + count, outputs))
         begin = j[0] * down // up  # Counted from `reach` samples before the frame.
-        # Not further than the last output needs: the samples after that may not have been read yet.
+        # Stop at the last input that the group needs, because later samples may not have been read yet.
         i = np.arange(begin - reach, j[-1] * down // up + reach + 1)
         k = half + j[None, :] * down - i[:, None] * up
         matrix = np.where((k >= 0) & (k < len(h)), h[np.clip(k, 0, len(h) - 1)], 0.0)
@@ -250,7 +252,7 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
 
 
 def _odd(x: np.ndarray, before: int, after: int) -> np.ndarray:
-    """Extend a signal at its ends by its own samples, turned by 180 degrees about the end points."""
+    """Extend a signal at both ends by its own samples, rotated by 180 degrees about the end points."""
     return np.pad(x, ((0, 0), (before, after)), mode="reflect", reflect_type="odd")
 
 
@@ -262,16 +264,16 @@ class Resampler:
     sfreq, target : float
         Rates in Hz.
     passband : float
-        Frequency in Hz. Lower frequencies are neither attenuated nor disturbed by aliasing. At most 0.45 of the lower
-        rate is used.
+        Upper edge of the pass band in Hz, limited to 0.45 of the lower rate. Frequencies below it are not attenuated
+        and contain no aliases.
 
     Notes
     -----
-    The filter is a Kaiser-windowed sinc. Before its first and after its last sample, the segment is extended by its own
-    samples, turned by 180 degrees about the end point. (Removing a trend over the whole signal, as some libraries do,
-    would give other values for another length of the signal.)
+    The filter is a Kaiser-windowed sinc. At both ends, the segment is extended by its own samples, rotated by 180
+    degrees about the end point. (Some libraries remove a linear trend instead. Then each sample would depend on the
+    length of the signal.)
 
-    State between two calls of `push`: `_held` contains the input samples that later outputs still need. Its first
+    Between two calls of `push`, `_held` contains the input samples that later outputs still need. Its first
     sample is `reach` samples before the next frame. As soon as a whole frame and `reach` samples after it are present,
     the frame is computed and dropped.
     """
@@ -280,7 +282,7 @@ class Resampler:
         self._same = ratio_of(sfreq, target) == 1
         self._plan = _plan(sfreq, target, passband) if not self._same else None
         self._held: np.ndarray | None = None
-        # True after the first samples were extended to the left, so that `_held` begins `reach` samples early.
+        # True after the signal was extended before its first sample. Then `_held` begins `reach` samples early.
         self._begun = False
         self._n_channels = self._n_in = self._n_out = 0
 
@@ -290,11 +292,11 @@ class Resampler:
         Parameters
         ----------
         x : ndarray, shape (n, b)
-            Samples that follow those of the last call.
+            Next samples of the segment.
         scale : float
-            Factor, applied first.
+            Factor by which the samples are multiplied.
         offset : ndarray or float
-            Value that is then subtracted; its shape must broadcast against the block.
+            Value that is subtracted after the multiplication; its shape must broadcast against the block.
 
         Returns
         -------
@@ -323,7 +325,7 @@ class Resampler:
         return self._frames(data)
 
     def _frames(self, data: np.ndarray) -> np.ndarray:
-        """Compute the outputs of all complete frames, and keep the other samples in `_held`."""
+        """Compute the outputs of all complete frames. The remaining input samples stay in `_held`."""
         plan = self._plan
         assert plan is not None
         n_frames = max(0, (data.shape[1] - 2 * plan.reach - 1) // plan.inputs)
@@ -342,12 +344,12 @@ class Resampler:
         return out.reshape(len(data), -1)
 
     def finish(self) -> np.ndarray:
-        """End the segment.
+        """Finish the segment.
 
         Returns
         -------
         ndarray, shape (n, k), float64
-            The rest of the output.
+            The last output samples.
         """
         plan, data = self._plan, self._held
         if plan is None or data is None:
@@ -364,7 +366,7 @@ class Resampler:
         extension = _odd(context, 0, plan.reach + 1)[:, context.shape[1] :]
         data = np.concatenate([data, extension], axis=1)
         if data.shape[1] < need:
-            # Fill the last frame with zeros. Only outputs that are cut off below depend on these zeros.
+            # Fill the last frame with zeros. The outputs that depend on these zeros are removed below.
             data = np.pad(data, ((0, 0), (0, need - data.shape[1])))
         return self._frames(data)[:, :missing]
 
@@ -379,7 +381,7 @@ def resample(x: np.ndarray, sfreq: float, target: float, passband: float | None 
     sfreq, target : float
         Rates in Hz.
     passband : float, optional
-        Frequency in Hz below which nothing is attenuated or disturbed by aliasing; 0.4 of the lower rate by default.
+        Upper edge of the pass band in Hz; 0.4 of the lower rate by default.
 
     Returns
     -------
@@ -395,7 +397,7 @@ def resample(x: np.ndarray, sfreq: float, target: float, passband: float | None 
 
 
 def lookahead(sos: np.ndarray) -> int:
-    """Compute the number of samples after which a filter has forgotten its initial state.
+    """Compute the number of samples after which a filter's initial state has no effect.
 
     Parameters
     ----------
@@ -413,7 +415,7 @@ def lookahead(sos: np.ndarray) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _memory(sections: bytes, count: int) -> tuple[int, np.ndarray]:
-    """Return the lookahead of a filter and its state on a constant; cached, because many epochs use the same filter."""
+    """Return a filter's lookahead and its steady state for a constant input. Cached, because epochs share filters."""
     from scipy.signal import sosfilt_zi
 
     sos = np.frombuffer(sections).reshape(count, 6)
@@ -428,30 +430,31 @@ def zero_phase(
     Parameters
     ----------
     read : callable
-        Returns the samples of a range (start, stop) as an array of shape (n, stop - start).
+        Function (start, stop) that returns these samples as an array of shape (n, stop - start).
     n_samples : int
-        Length of the segment.
+        Length of the segment in samples.
     sos : ndarray, shape (n_sections, 6)
         Second-order sections.
     pad : int
-        Number of samples by which the segment is extended at each end (see `Resampler`); less for a short segment.
+        Number of samples by which the segment is extended at each end (see `Resampler`). A short segment is extended by
+        fewer samples.
     block : int
         Number of samples that are read at a time, but at least four times the filter's lookahead.
 
     Yields
     ------
     ndarray, shape (n, b), float64
-        Filtered blocks in order, with `n_samples` samples together.
+        Filtered blocks in order. Together the blocks have `n_samples` samples.
 
     Notes
     -----
-    Forward, the state of the filter is carried from block to block. Backward, the exact state at the end of a block
-    depends on all later samples. So the backward filter starts one lookahead after the end of the block with an
-    approximate state; when it reaches the block, the error has decayed below `TRUNCATION`. With a single block the
-    result is that of `scipy.signal.sosfiltfilt`.
+    The forward pass carries the filter state from block to block. The backward pass needs the state at the end of a
+    block, which depends on all later samples. So the backward filter starts one lookahead after the block, with an
+    approximate state. When the filter reaches the block, the error is below `TRUNCATION`. For a single block, the
+    result equals `scipy.signal.sosfiltfilt`.
 
-    For a high-pass below about 0.1 Hz, one lookahead of many channels does not fit into memory. The signal then waits
-    on disk as float32.
+    For a high-pass below about 0.1 Hz, the lookahead of many channels does not fit into memory. Then the signal is kept
+    on disk as float32 between the two passes.
     """
     from scipy.signal import sosfilt
 
@@ -479,7 +482,7 @@ def zero_phase(
 
 
 def _initial_state(sos: np.ndarray, zi: np.ndarray, head: np.ndarray, pad: int) -> np.ndarray:
-    """Compute the state of the forward filter at the first sample of a segment; `head` holds its first samples."""
+    """Compute the forward filter's state at the start of a segment; `head` holds the segment's first samples."""
     from scipy.signal import sosfilt
 
     before = _odd(head, pad, 0)[:, :pad]
@@ -491,7 +494,7 @@ def _initial_state(sos: np.ndarray, zi: np.ndarray, head: np.ndarray, pad: int) 
 def _filter_extension(
     read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, state: np.ndarray
 ) -> np.ndarray:
-    """Filter the extension after the end of a segment forward."""
+    """Run the forward filter over the extension after the end of a segment."""
     from scipy.signal import sosfilt
 
     tail = np.asarray(read(n_samples - 1 - pad, n_samples), np.float64)
@@ -501,7 +504,7 @@ def _filter_extension(
 def _zero_phase_on_disk(
     read: Callable[[int, int], np.ndarray], n_samples: int, sos: np.ndarray, pad: int, block: int
 ) -> Iterator[np.ndarray]:
-    """Do `zero_phase` for filters whose lookahead does not fit into memory; both passes wait on disk."""
+    """Run `zero_phase` for a filter with a long lookahead; the results of both passes are kept on disk."""
     from scipy.signal import sosfilt
 
     _, zi = _memory(sos.tobytes(), len(sos))

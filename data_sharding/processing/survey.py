@@ -1,7 +1,8 @@
 """Measure a recording's signal: its unit, bad channels, mains frequency, and fingerprint.
 
-Every sample is checked for clipping, constant runs and missing values. Amplitudes and spectra are measured in short
-stretches, which are spread evenly over the recording, so that a recording of a day takes no longer than one of an hour.
+Every sample is checked for clipping, constant runs and missing values. Amplitudes and spectra are measured only in
+short stretches, which are spread evenly over the recording. So a long recording does not need more of these
+measurements.
 
 Shapes: n channels, S samples at the recorded rate, P points of the fingerprint, F frequencies.
 """
@@ -19,71 +20,70 @@ from data_sharding.processing.streaming import Resampler, resample
 PLAUSIBLE_UV = (0.2, 500.0)
 """Range of robust amplitudes (1 to 40 Hz, in microvolts) that EEG can have.
 
-If the unit is wrong by a factor of a thousand, the amplitude lies outside.
+If the unit is wrong by a factor of a thousand, the amplitude lies outside this range.
 """
 USABLE_UV = (0.1, 1000.0)
-"""The same range for a single channel, if the recording as a whole is plausible."""
+"""Range of robust amplitudes in microvolts that a single channel may have in a plausible recording."""
 FLAT_SHARE = 0.9
-"""A channel is flat if more than this share of its samples equal the sample before."""
+"""A channel is flat if more than this fraction of its samples equal the previous sample."""
 CLIPPED_SHARE = 0.05
-"""A channel is clipped if more than this share of its samples equal its minimum, or its maximum."""
+"""A channel is clipped if more than this fraction of its samples equal its minimum or its maximum."""
 TRIGGER_LEVELS = 32
-"""Largest number of different values of a trigger channel, which changes rarely and returns to the same values."""
+"""Largest number of distinct values of a trigger channel. A trigger channel changes rarely between a few values."""
 TRIGGER_UV = 200.0
-"""Smallest peak-to-peak value (as read) of a trigger channel; a dead channel with a flickering last bit has less."""
+"""Smallest peak-to-peak value (as read) of a trigger channel. A dead channel with one noisy bit stays below."""
 TONE_SHARE = 0.5
-"""A channel is a test tone if more than this share of its power above 1 Hz is at one frequency, which is above
-`TONE_ABOVE_HZ` and no harmonic of the mains."""
+"""A channel is a test tone if one frequency holds more than this fraction of the channel's power above 1 Hz. The
+frequency must be above `TONE_ABOVE_HZ` and not be a mains harmonic."""
 TONE_ABOVE_HZ = 30.0
 NOISY_RATIO = 5.0
-"""A noisy channel's amplitude above 45 Hz exceeds the median channel's by this factor; muscles only reach three."""
+"""A noisy channel exceeds the median channel's amplitude above 45 Hz by this factor. Muscles reach a factor of 3."""
 NOISY_Z = 5.0
-"""Its logarithm must also exceed the median by this many robust deviations (Bigdely-Shamlo et al. 2015, PREP)."""
+"""A noisy channel's log amplitude exceeds the median by this many robust deviations (Bigdely-Shamlo et al. 2015)."""
 LONELY = 0.1
-"""A channel is noisy if its largest correlation with any other channel is below this value, provided that the median
-of these correlations over all channels is above `TOGETHER`."""
+"""A channel is noisy if its correlation with every other channel is below this value. The test is used only if the
+median over channels of the largest correlation is above `TOGETHER`."""
 TOGETHER = 0.6
 MIN_TO_COMPARE = 8
-"""Channels are compared with each other only if at least this many are good so far."""
+"""Channels are compared with each other only if at least this many channels passed the other checks."""
 MEASURE_HZ = 128.0
 SURVEY_HZ = 1000.0
-"""A recording whose rate is at least twice this value is measured at a lower rate: its own rate divided by a whole
-number."""
+"""A recording with at least twice this sampling rate is first resampled to a whole fraction of its rate."""
 STRETCH_S = 4.0
 STRETCHES_S = 256.0
-"""Largest total length of the stretches in which amplitudes and spectra are measured."""
+"""Largest total length, in seconds, of the stretches in which amplitudes and spectra are measured."""
 SPECTRUM_HZ = 0.45
-"""Spectra are compared up to this part of the sampling rate; above it, amplifiers' own filters attenuate the signal."""
+"""Spectra are compared up to this fraction of the sampling rate. Amplifiers filter out the higher part."""
 LINE_RATIO = 5.0
 """Mains noise is present if the power at its frequency exceeds the power of neighbouring frequencies by this factor."""
 FINGERPRINT_STEP_S = 0.1
 FINGERPRINT_POINTS = 64
 HEAD_S = 10.0
-"""Seconds at the beginning that are needed for the fingerprint: its points, and time for the filter to settle."""
+"""Length in seconds of the signal for the fingerprint. The length includes time for the filter to settle."""
 
 
 @dataclass(kw_only=True)
 class Verdict:
-    """Result of the measurements."""
+    """Result of the survey of a signal: unit, bad channels, mains frequency and fingerprint."""
 
     amplitude_uv: float
-    """Robust amplitude between 1 and 40 Hz: median over the channels that are not bad."""
+    """Robust amplitude in microvolts between 1 and 40 Hz: the median over the good channels."""
     factor: float
-    """Factor that converts the values as read to microvolts: 1, or the factor of the config."""
+    """Factor that corrects the unit of the values to microvolts: 1, or the factor from the config."""
     unit: str
-    """plausible, configured, or unknown."""
+    """State of the unit: plausible, configured (the config gives the factor), or unknown."""
     bads: dict[int, str] = field(default_factory=dict)
     """Rows of bad channels, with the reason: flat, clipped, trigger, test tone, noisy, too small or too large."""
     not_eeg: dict[int, str] = field(default_factory=dict)
-    """Rows whose signal cannot be EEG, with a word for what the signal is; these rows are also in `bads`."""
+    """Rows with a signal that cannot be EEG, and the kind of the signal. These rows are also in `bads`."""
     not_finite: list[int] = field(default_factory=list)
     """Rows with NaN or infinite values."""
     line_freq: float | None = None
     """Mains frequency in Hz, from the spectrum of the good channels."""
     fingerprint: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    """[n, P] points of the filtered signal; each row has norm 1, or is zero for a flat channel."""
+    """Fingerprint [n, P]: points of the filtered signal. Each row has norm 1; the row of a flat channel is zero."""
     channel_uv: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """[n] robust amplitude of each channel."""
+    """Robust amplitude of each channel, [n]."""
 
 
 def filter_to_band(x_uv: np.ndarray, sfreq: float) -> tuple[np.ndarray, float]:
@@ -126,7 +126,7 @@ def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, i
     Returns
     -------
     list of (int, int)
-        Ranges of sample numbers, in order and spread evenly. Each range lies inside one segment.
+        Start and stop sample of each stretch, in order and spread evenly. Each stretch lies inside one segment.
     """
     length = max(1, round(STRETCH_S * sfreq))
     every = []
@@ -140,7 +140,7 @@ def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, i
 
 
 class _StretchBuffer:
-    """Collects the blocks of one stretch, in microvolts minus its first sample, at the rate of the measurement."""
+    """Collects the blocks of one stretch in microvolts, minus the stretch's first sample, at the measurement rate."""
 
     def __init__(self, sfreq: float, rate: float, scale: float) -> None:
         self._resampler, self._scale = Resampler(sfreq, rate, 0.45 * rate), scale
@@ -178,7 +178,7 @@ class Survey:
 
     Notes
     -----
-    The verdict does not depend on how the signal is cut into blocks.
+    The verdict does not depend on the size of the blocks.
     """
 
     def __init__(self, n_channels: int, sfreq: float, segments: Sequence[Segment], scale: float = 1.0) -> None:
@@ -212,11 +212,11 @@ class Survey:
         start : int
             Number of the block's first sample in the signal.
         x : ndarray, shape (n, b)
-            Values as read, before `scale`. Blocks must come in order.
+            Values as read from the file, not yet multiplied by `scale`. Blocks must come in order.
         """
         if not x.shape[1]:
             return
-        # Take so few rows at a time that they stay in the CPU's cache, because each row is read six times.
+        # Process a few rows at a time. Each row is read six times, so the rows should stay in the CPU's cache.
         portion = max(1, 2**16 // x.shape[1])
         for first in range(0, len(x), portion):
             self._count_extremes(slice(first, min(first + portion, len(x))), x[first : first + portion])
@@ -238,7 +238,7 @@ class Survey:
         return _StretchBuffer(self.sfreq, self._rate, self.scale)
 
     def _count_extremes(self, rows: slice, x: np.ndarray) -> None:
-        """Update minimum, maximum, how often each occurs, and the numbers of unchanged samples."""
+        """Update each channel's minimum and maximum, their counts, and the number of unchanged samples."""
         low, high = x.min(axis=1), x.max(axis=1)
         # A NaN makes minimum and maximum NaN; an infinite value is itself the minimum or the maximum.
         self._finite[rows] &= np.isfinite(low) & np.isfinite(high)
@@ -254,7 +254,7 @@ class Survey:
         if self._last is not None:
             unchanged += x[:, 0] == self._last[rows]
         self._unchanged[rows] += unchanged
-        # A trigger line never changes in most samples of a block. In a very short block this says nothing yet.
+        # A trigger channel stays constant in most samples of a block. A very short block is not enough to see this.
         self._restless[rows] |= (unchanged <= 0.5 * x.shape[1]) & (x.shape[1] >= 256)
         for i in np.flatnonzero(unchanged > 0.5 * x.shape[1]):
             levels = self._levels[rows.start + i]
@@ -292,7 +292,7 @@ class Survey:
         return np.arange(self._power.shape[1]) * (self._rate / max(1, self._n_fft))
 
     def verdict(self, factor: float | None = None) -> Verdict:
-        """Judge the signal from the blocks so far.
+        """Judge the signal from the blocks that were measured so far.
 
         Parameters
         ----------
@@ -351,7 +351,7 @@ class Survey:
         )
 
     def _tone(self) -> np.ndarray:
-        """Return which rows are a test tone: one frequency, neither a rhythm of EEG nor a harmonic of the mains."""
+        """Return the rows that are a test tone: a single frequency that is not an EEG rhythm or a mains harmonic."""
         if not self._n_power:
             return np.zeros(len(self._finite), bool)
         frequency = self._frequencies
@@ -367,7 +367,7 @@ class Survey:
         return share > TONE_SHARE
 
     def _noisy(self, live: np.ndarray) -> list[int]:
-        """Return rows that are much rougher than the other rows, or that do not correlate with any other row."""
+        """Return rows with much more high-frequency noise than other rows, or without correlation to any other row."""
         if len(live) < MIN_TO_COMPARE:
             return []
         found: set[int] = set()
@@ -393,7 +393,8 @@ class Survey:
         Returns
         -------
         float or None
-            50 or 60 Hz; None if neither stands out, no stretch lasts two seconds, or the rate is too low.
+            50 or 60 Hz. None if the spectrum shows no mains noise, every stretch is shorter than two seconds, or the
+            sampling rate is too low.
         """
         if not len(rows) or not self._n_power:
             return None
@@ -421,7 +422,7 @@ class Survey:
             return np.zeros((len(y), 0), np.float32)
         at = np.round(np.arange(n_points) * FINGERPRINT_STEP_S * rate).astype(int)
         points = y[:, at]
-        # Normalise each row, because the unit may be wrong in one of two formats.
+        # Normalise each row, because one of two files with the same signal may state a wrong unit.
         norm = np.linalg.norm(points, axis=1, keepdims=True)
         return np.where(norm > 1e-6, points / np.maximum(norm, 1e-12), 0.0).astype(np.float32)
 
