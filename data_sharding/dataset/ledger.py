@@ -22,7 +22,7 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 ADDED_LATER = frozenset(
     {"reader", "reference", "segments", "duplicate_of", "held_back", "reason_category", "bad_kinds"}
 )
-"""Columns that ledgers of older versions may lack; a row then has the field's default."""
+"""Columns that may be missing in ledgers of older versions; a missing column gets the default of its field."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,88 +35,88 @@ class LedgerRow:
     key: str
     """Unique name of the recording in the dataset. The keys of its samples begin with it."""
     corpus: str
-    """Name of its corpus."""
+    """Name of the recording's corpus."""
     path: str
-    """Path below the corpus's root."""
+    """Path of the recording, relative to the root folder of the corpus."""
     files: list[str]
     """Names of all files that belong to the recording."""
     bytes: int = 0
-    """Size of these files together."""
+    """Total size of the recording's files, in bytes."""
     sha256: str = ""
-    """Checksum over these files; empty if they could not be read."""
+    """Checksum over all files of the recording; empty if a file could not be read."""
     fingerprint: str = ""
-    """Checksum of the signal's fingerprint; empty if there was too little signal."""
+    """Checksum of the signal's fingerprint; empty if the recording has too little signal for a fingerprint."""
     format: str = ""
-    """File format, such as edf or brainvision."""
+    """File format of the recording, such as edf or brainvision."""
     reader: str = ""
-    """Reader that opened the files; today always the same as `format`."""
+    """Name of the reader that opened the files; today always equal to `format`."""
     subject: str
-    """The subject; the recording's own key if nothing names one."""
+    """Name of the subject; equal to the recording's `key` if the subject is unknown."""
     session: str = ""
-    """The session, if it is known."""
+    """Name of the session; empty if the session is unknown."""
     split: str = ""
     """Splits in which the recording has windows, joined by ``+``."""
     status: Status
-    """sharded (its windows are in the dataset), duplicate, quarantined (a fault), excluded (sound, but not usable
-    here), or held back (belongs to a benchmark)."""
+    """sharded (windows of the recording are in the dataset), duplicate (another recording has the same signal),
+    quarantined (the recording has a fault), excluded (the recording is intact, but not usable here), or held back (the
+    recording belongs to a benchmark)."""
     reason: str = ""
-    """Why it is not sharded, in one sentence; empty if it is."""
+    """One sentence that says why the recording is not in the dataset; empty if the recording is sharded."""
     reason_category: str | None = None
-    """Category of `reason`, to count by. None in ledgers of older versions."""
+    """Category of `reason`, used to count recordings. None in ledgers of older versions."""
     duplicate_of: str = ""
     """Key of the recording that is kept in place of this duplicate."""
     held_back: str = ""
-    """Name, list or dataset for which the recording is held back."""
+    """Entry of the config's `hold_back` for which the recording is held back: a name, a list or a dataset."""
     channels_by_type: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of channels of each type."""
+    """Number of the recording's channels of each type."""
     channels_left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """Channels that are not used, by reason."""
+    """Names of the channels that are not used, for each reason."""
     channels: list[str] = dataclasses.field(default_factory=list)
     """Canonical names of the channels in the windows, in order."""
     n_eeg: int = 0
-    """Number of EEG channels."""
+    """Number of EEG channels in the recording."""
     n_kept: int = 0
     """Number of channels in the windows, at most 128."""
     channel_selection: str = ""
-    """How these were selected, such as ``all`` or ``128 of 129 by scalp coverage``."""
+    """How the channels in the windows were selected, such as ``all`` or ``128 of 129 by scalp coverage``."""
     bads: list[str] = dataclasses.field(default_factory=list)
-    """Bad channels among those in the windows, each as ``name: kind``."""
+    """Bad channels among the channels in the windows, each as ``name: kind``."""
     bad_kinds: list[str] | None = None
-    """Why each channel of `bads` is bad, such as flat or clipped, in the same order. None in ledgers of older
-    versions."""
+    """Fault of each channel in `bads`, such as flat or clipped. None in ledgers of older versions."""
     montage: str = ""
     """Where the electrode positions come from: the file, a standard montage, or nowhere."""
     montage_confidence: float = 0.0
     """Share of the EEG channels that have a position."""
     reference: str = ""
-    """Reference of the recording, if the file names it."""
+    """Reference of the recording; empty if the file does not name the reference."""
     sfreq: float = 0.0
     """Sampling rate of the recording in Hz."""
     seconds: float = 0.0
     """Length of the recording in seconds."""
     segments: int = 1
-    """Number of stretches of signal without interruption."""
+    """Number of continuous segments of the recording, between interruptions."""
     amplitude_uv: float | None = None
     """Median amplitude of the channels in microvolts; None if it was not measured."""
     unit: str = ""
-    """How the unit is known: declared (by the file), plausible (by the amplitude), configured (by the config), or
-    unknown."""
+    """How the unit of the signal is known: declared (by the file), plausible (by the amplitude), configured (by the
+    config), or unknown."""
     unit_factor: float | None = None
-    """Factor that brings the values of the file to volts."""
+    """Factor that converts the values of the file to volts."""
     line_freq: float | None = None
-    """Mains frequency in Hz that was filtered out; None if there is none."""
+    """Mains frequency in Hz that was filtered out; None if no mains frequency was filtered out."""
     line_freq_from: str = ""
     """Where the mains frequency comes from: config, file, spectrum, or none found."""
     windows: int = 0
-    """Number of windows in the dataset."""
+    """Number of windows of the recording in the dataset."""
     seconds_written: float = 0.0
-    """Seconds of signal that these windows cover."""
+    """Seconds of signal that the windows of the recording cover."""
     windows_left_out: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of windows or trials that are not in the dataset, by reason."""
+    """Number of windows or trials of the recording that are not in the dataset, for each reason."""
     shards: list[str] = dataclasses.field(default_factory=list)
-    """Shards that hold windows of the recording, relative to the dataset."""
+    """Paths of the shards that hold windows of the recording, relative to the dataset."""
     notes: list[str] = dataclasses.field(default_factory=list)
-    """Everything else that a reader of the ledger should know, in sentences."""
+    """Further remarks about the recording, as sentences."""
 
     @property
     def splits(self) -> list[str]:
@@ -125,17 +125,17 @@ class LedgerRow:
 
     @property
     def category(self) -> str:
-        """What to count the recording under, beside its status: the category of the reason.
+        """Category under which the recording is counted: the category of its reason.
 
-        Ledgers of older versions have no categories. There, duplicates and held-back recordings count as such, and all
-        others by the whole reason.
+        Ledgers of older versions have no categories. For these ledgers, the status of a duplicate or held-back
+        recording serves as its category, and the whole reason serves as the category of any other recording.
         """
         if self.reason_category is not None:
             return self.reason_category
         return self.status if self.status in ("duplicate", "held back") else self.reason
 
     def set_reason(self, status: Status, reason: Reason) -> None:
-        """Set status and reason, and keep everything else.
+        """Set the status and the reason of the row; all other columns stay unchanged.
 
         Raises
         ------
@@ -147,16 +147,16 @@ class LedgerRow:
         self.status, self.reason, self.reason_category = status, str(reason), reason.category
 
     def set_aside(self, status: Status, reason: Reason, *, duplicate_of: str = "", held_back: str = "") -> None:
-        """Take a recording that was read out of the dataset, and keep what is known of it.
+        """Mark a recording as not in the dataset; what was measured on the recording stays in the row.
 
         Parameters
         ----------
         status : str
             duplicate or held back.
         reason : Reason
-            Why.
+            Why the recording is not in the dataset.
         duplicate_of, held_back : str
-            The columns of these names.
+            Values for the columns of these names.
 
         Raises
         ------
@@ -168,18 +168,18 @@ class LedgerRow:
         self.duplicate_of, self.held_back = duplicate_of, held_back
 
     def to_columns(self) -> dict[str, Any]:
-        """Return the values as they are stored: dictionaries as JSON text."""
+        """Return the values of the row as they are stored, with dictionaries as JSON text."""
         values = {name: getattr(self, name) for name in COLUMNS}
         return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()}
 
     @classmethod
     def from_columns(cls, values: dict[str, Any]) -> LedgerRow:
-        """Build a row from stored values; columns that this version does not know are ignored.
+        """Build a row from stored values; columns that this version of the program does not know are ignored.
 
         Raises
         ------
         KeyError
-            With the name of a missing column that every version has written.
+            If a column is missing that every version has written; the error holds the name of the column.
         """
         known = {}
         for name in COLUMNS:
@@ -213,14 +213,14 @@ def schema() -> Any:
 
 
 def write_ledger(path: str | AnyPath, rows: Iterable[LedgerRow]) -> None:
-    """Write the ledger, whole or not at all.
+    """Write the ledger. An interrupted write leaves no partial file.
 
     Parameters
     ----------
     path : str, Path or UPath
-        The file.
+        File to write.
     rows : iterable of LedgerRow
-        One for each recording.
+        One row for each recording.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -232,7 +232,7 @@ def write_ledger(path: str | AnyPath, rows: Iterable[LedgerRow]) -> None:
 
 
 def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
-    """Read a dataset's ledger, also one that an older version has written.
+    """Read the ledger of a dataset; a ledger of an older version can be read, too.
 
     Parameters
     ----------
@@ -242,12 +242,12 @@ def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
     Returns
     -------
     list of LedgerRow
-        One for each recording.
+        One row for each recording.
 
     Raises
     ------
     RequestError
-        If there is no ledger, or it is damaged.
+        If the dataset has no ledger, or the ledger is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -256,7 +256,7 @@ def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
     if not path.is_file():
         raise RequestError(f"{path}: no such file; only 'dreamscale shard' writes a ledger")
     try:
-        # Without arrow's own threads: on a busy machine they have aborted the interpreter at its end.
+        # Arrow's own threads are not used: on a busy machine they have crashed the interpreter at its exit.
         table = pq.ParquetFile(io.BytesIO(path.read_bytes()), pre_buffer=False).read(use_threads=False)
         return [LedgerRow.from_columns(row) for row in table.to_pylist()]
     except KeyError as error:
@@ -271,14 +271,14 @@ def count_by_status(rows: Iterable[LedgerRow]) -> tuple[dict[str, int], dict[str
     Parameters
     ----------
     rows : iterable of LedgerRow
-        The ledger.
+        Rows of the ledger.
 
     Returns
     -------
     counts : dict of str to int
-        Number of recordings found, and of each status.
+        Number of recordings found, and number of recordings of each status.
     hours : dict of str to float
-        Hours of the same; recordings that could not be opened count as zero.
+        Hours of these recordings; a recording that could not be opened counts as zero hours.
     """
     counts: dict[str, int] = {"found": 0, **dict.fromkeys(STATUSES, 0)}
     seconds: defaultdict[str, float] = defaultdict(float)
@@ -290,7 +290,7 @@ def count_by_status(rows: Iterable[LedgerRow]) -> tuple[dict[str, int], dict[str
 
 
 def count_windows_left_out(rows: Iterable[LedgerRow]) -> Counter[str]:
-    """Count the windows and trials that are not in the dataset, by reason."""
+    """Count the windows and trials that are not in the dataset, for each reason."""
     total: Counter[str] = Counter()
     for row in rows:
         total.update(row.windows_left_out)
