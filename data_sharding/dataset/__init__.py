@@ -17,7 +17,7 @@ _MODULES = {"EEGDataset": "dataset", "write_dataset": "dataset", "Loader": "load
 
 
 def __getattr__(name: str) -> Any:
-    # Import at first use, because the loader needs torch, and most commands do not.
+    # Modules are imported at first use, because the loader imports torch, and most commands do not need torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'samples')}")

@@ -28,19 +28,19 @@ class Batch:
     """Samples of one rank for one step. `len(batch)` is b, and a slice of a batch is a smaller batch."""
 
     packed: torch.Tensor
-    """[sum of n, T] float16 microvolts: only the true channels, sample after sample. `padded` makes windows of them."""
+    """[sum of n, T] float16 microvolts: the true channels of all samples. `padded` makes windows of 128 channels."""
     channels: list[int]
     """Number of true channels n of each sample."""
     keys: list[str]
     """Key of each sample."""
     json: list[bytes]
-    """Metadata of each sample as stored JSON; `metas` parses it."""
+    """Metadata of each sample as JSON text; the property `metas` parses this text."""
     shards: list[str]
-    """Path of the shard that each sample comes from."""
+    """Path of the shard of each sample."""
     numbers: list[int]
     """Number of each sample in the dataset."""
     epochs: list[int]
-    """Epoch of each sample: a batch may contain the end of one epoch and the beginning of the next."""
+    """Epoch of each sample; a batch may contain the last samples of one epoch and the first samples of the next."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -56,25 +56,26 @@ class Batch:
 
     @functools.cached_property
     def metas(self) -> list[dict[str, Any]]:
-        """Parsed metadata of each sample; a RequestError names the file and the key of damaged JSON."""
+        """Parsed metadata of each sample. For damaged JSON, a RequestError names the file and the sample's key."""
         return [parse_meta(*sample) for sample in zip(self.json, self.shards, self.keys, strict=True)]
 
     @functools.cached_property
     def eeg(self) -> torch.Tensor:
-        """[b, 128, T] float16 microvolts on the CPU, padded by replication."""
+        """[b, 128, T] float16 microvolts on the CPU, padded to 128 channels by replication."""
         return self.padded()
 
     def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Make windows of 128 channels; row i is the true channel i mod n.
+        """Make windows of 128 channels: row i of a window is the true channel i mod n of its sample.
 
-        Only the true channels are copied to the device, as float16. The device replicates and casts them.
+        Only the true channels are copied to the device, as float16. The device then converts and replicates these
+        channels.
 
         Parameters
         ----------
         device : torch.device or str, optional
-            Target device; by default the windows stay on the batch's device.
+            Target device; by default, the windows stay on the device of the batch.
         dtype : torch.dtype, optional
-            Number format of the result; float16 by default.
+            Data type of the result; float16 by default.
 
         Returns
         -------
@@ -94,12 +95,12 @@ class Batch:
         if device.type == "cuda":
             rows = rows.pin_memory()
         x = self.packed.to(device, non_blocking=True)
-        # Cast before replicating, because there are fewer rows to cast.
+        # The cast comes before the replication, because there are fewer rows to cast.
         x = x if dtype is None else x.to(dtype)
         return x.index_select(0, rows.to(device, non_blocking=True)).view(len(self), N_PADDED, -1)
 
     def pin_memory(self) -> Batch:
-        """Move the signals to page-locked memory, so that a copy to the GPU runs in parallel with the GPU's work.
+        """Move the signals to page-locked memory, so that they can be copied to the GPU while the GPU computes.
 
         Returns
         -------
@@ -127,12 +128,12 @@ def collate(
     epochs : sequence of int, optional
         Epoch of each sample; 0 by default.
     out : ndarray of float16, shape (rows, T), optional
-        Memory for the signals. If it is too small, new memory is allocated.
+        Memory for the signals. If this array is too small, a new array is allocated.
 
     Returns
     -------
     Batch
-        The samples, in the order of `numbers`.
+        Batch of these samples, in the order of `numbers`.
 
     Raises
     ------
@@ -161,9 +162,10 @@ def sequential(dataset: EEGDataset, batch_size: int, *, rank: int = 0, world_siz
     dataset : EEGDataset
         Dataset to read from.
     batch_size : int
-        Samples of a batch; the last batch may be smaller.
+        Number of samples of a batch; the last batch may be smaller.
     rank, world_size : int
-        This process reads every world_size-th sample; the ranks' counts may differ by one.
+        Rank of this process and number of ranks. Each rank reads every world_size-th sample; the numbers of samples of
+        two ranks may differ by one.
 
     Yields
     ------

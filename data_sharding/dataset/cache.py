@@ -1,6 +1,7 @@
-"""Local cache for the shards of a remote dataset: checked, bounded, and shared by all processes of a machine.
+"""Local cache of limited size for the shards of remote datasets, shared by all processes of a machine.
 
-fsspec's own file cache is not used: it neither checks checksums nor limits its size for several processes together.
+fsspec's own file cache is not used, because it does not check checksums, and because it cannot limit the total size of
+the files of several processes.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def cache_folder() -> Path:
 
 
 class ShardCache:
-    """Folder of limited size, whose files are named after their checksums.
+    """Cache in a folder of limited size. Each file is named after its checksum.
 
-    To make room, the file that was used longest ago is evicted first. Any number of processes of a machine can share
-    the folder. One process downloads a file under a lock for this file, while other processes that need it wait.
+    If the folder is full, the least recently used file is deleted first. Any number of processes of a machine can share
+    the folder. Each file has a lock: one process downloads the file, and other processes that need the same file wait.
 
     Parameters
     ----------
@@ -54,7 +55,7 @@ class ShardCache:
     Raises
     ------
     RequestError
-        If the limit is not a positive number.
+        If the size limit is not a positive number.
     """
 
     def __init__(self, gigabytes: float | None = None, folder: Path | None = None) -> None:
@@ -69,7 +70,7 @@ class ShardCache:
         self.limit = int(size * 1e9)
 
     def open(self, url: AnyPath, sha256: str, size: int | None = None) -> int:
-        """Open a file for reading; the file is downloaded first if the cache does not have it.
+        """Open a file for reading. If the file is not in the cache, it is downloaded first.
 
         Parameters
         ----------
@@ -78,12 +79,13 @@ class ShardCache:
         sha256 : str
             Checksum of the file.
         size : int, optional
-            Size of the file; if None, the store is asked.
+            Size of the file in bytes; if None, the object store is asked for the size.
 
         Returns
         -------
         int
-            File descriptor; the caller closes it. It stays readable if the file is evicted.
+            File descriptor of the cached file; the caller must close it. The descriptor stays readable even if the
+            cache deletes the file.
 
         Raises
         ------
@@ -102,7 +104,8 @@ class ShardCache:
                     self._fetch(url, path, sha256, size)
 
     def _fetch(self, url: AnyPath, path: Path, sha256: str, size: int | None) -> None:
-        # Only the holder of the lock writes here, so these files were left by processes that died.
+        # Only the process that holds the lock writes these temporary files, so existing ones come from processes that
+        # died.
         for dead in path.parent.glob(f".{sha256}.*"):
             dead.unlink(missing_ok=True)
         found = ""
@@ -126,7 +129,7 @@ class ShardCache:
                     ) from None
                 found = describe(error)
             except Exception as error:
-                # Each store has its own kinds of errors, for example for missing credentials.
+                # Each object store has its own classes of errors, for example for missing credentials.
                 found = describe(error)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -136,7 +139,7 @@ class ShardCache:
         )
 
     def _reserve(self, temporary: Path, size: int, url: AnyPath) -> None:
-        """Make room for a file and reserve it, so that processes that download in parallel stay within the limit."""
+        """Reserve disk space for a file, so that processes that download in parallel stay within the limit together."""
         if size > self.limit:
             raise RequestError(
                 f"{url}: {size / 1e9:.3g} GB, more than the whole cache of {self.limit / 1e9:.3g} GB; "
@@ -162,7 +165,8 @@ class ShardCache:
                         else:
                             stream.truncate(size)
                     return
-            # Other processes are downloading the remaining files, which can only be evicted when they are complete.
+            # Other processes are downloading the remaining files. A file can only be deleted when its download is
+            # complete.
             time.sleep(0.05)
 
     def _is_dead(self, temporary: Path) -> bool:
@@ -174,14 +178,14 @@ class ShardCache:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock among the processes of this machine. The system releases it when its holder dies.
+    """Hold a lock among the processes of this machine. The system releases the lock when the process dies.
 
     Parameters
     ----------
     path : Path
-        File of the lock; it is created if necessary.
+        Lock file; the file is created if it does not exist.
     wait : bool
-        Whether to wait for another holder.
+        Whether to wait if another process holds the lock.
 
     Yields
     ------
@@ -193,8 +197,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     BlockingIOError
         If another process holds the lock and `wait` is False.
     """
-    # The library filelock is not used: on a file system without flock it falls back to a lock that a dead process never
-    # releases, and `_is_dead` relies on the release.
+    # `_is_dead` needs a lock that the system releases when a process dies. The library filelock is not used, because on
+    # a file system without flock its lock would stay held.
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -209,13 +213,13 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         if sub.name == "locks":
             continue
         for path in sub.iterdir():
-            # Another process may have renamed the file in the meantime.
+            # The error is ignored, because another process may have renamed or deleted the file since it was listed.
             with contextlib.suppress(FileNotFoundError):
                 yield path, path.stat()
 
 
 def _store(url: AnyPath) -> tuple[Any, str]:
-    """Return file system and path, made for this process: connections to a store do not survive a fork."""
+    """Return the file system and the path of a URL. Connections are not kept, because they do not survive a fork."""
     if isinstance(url, UPath):
         return fsspec.filesystem(url.protocol, **url.storage_options), url.path
     return fsspec.filesystem("file"), str(url)
@@ -227,7 +231,7 @@ def _size_of(url: AnyPath) -> int:
 
 
 def _download(url: AnyPath, target: Path) -> tuple[int, str]:
-    """Copy a file; returns its size and checksum."""
+    """Copy a remote file to a local file, and return the size and the checksum of the copy."""
     fs, path = _store(url)
     digest, got = hashlib.sha256(), 0
     with fs.open(path, "rb", cache_type="none", block_size=_BLOCK) as source, target.open("r+b") as stream:

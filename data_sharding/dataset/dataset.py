@@ -39,13 +39,14 @@ _PARALLEL_FETCHES = 16
 
 
 class EEGDataset:
-    """Samples of one split of a dataset, by number.
+    """Random access to the samples of one split of a dataset by their numbers.
 
     Parameters
     ----------
     path : str, Path or UPath
         Directory of the dataset, on this machine or on an object store (``s3://bucket/lab``). Shards of a remote
-        dataset are downloaded whole, checked, and kept in a bounded cache (`data_sharding.dataset.cache`).
+        dataset are downloaded as whole files, checked, and kept in a cache of limited size
+        (`data_sharding.dataset.cache`).
     split : str
         train, val or test.
     cache_gb : float, optional
@@ -56,13 +57,13 @@ class EEGDataset:
     shards : list of Shard
         Shards of the split, as the manifest lists them.
     first : ndarray of int, shape (shards + 1,)
-        Number of each shard's first sample, then the number of samples.
+        Number of the first sample of each shard. The last entry is the number of samples of the split.
 
     Raises
     ------
     RequestError
-        If there is no complete dataset, if the split does not exist or is empty, or if a shard is missing or its size
-        differs from the manifest.
+        If the directory is not a complete dataset, if the split does not exist or is empty, or if a shard is missing or
+        has another size than in the manifest.
     """
 
     def __init__(self, path: str | Path | AnyPath, split: str = "train", *, cache_gb: float | None = None) -> None:
@@ -117,7 +118,7 @@ class EEGDataset:
 
     @property
     def parts(self) -> list[EEGDataset]:
-        """A list of this dataset alone; the `parts` of a mixture are its datasets (`data_sharding.dataset.mixture`)."""
+        """List with this dataset as its only entry; the `parts` of a `Mixture` are its datasets."""
         return [self]
 
     def require_images(self) -> EEGDataset:
@@ -158,8 +159,8 @@ class EEGDataset:
         Raises
         ------
         RequestError
-            If a key differs; the message names every such key. `stride` and `reject_uv` may differ: they decide which
-            windows exist, but not the values in a window.
+            If a setting of the preprocessing differs; the message names every such setting. The settings `stride` and
+            `reject_uv` may differ, because they do not change the values in a window.
         """
         differ = spec.differences(self.spec)
         if found := [text for key, text in differ.items() if key not in ("stride", "reject_uv")]:
@@ -188,7 +189,7 @@ class EEGDataset:
         return reader
 
     def locations(self, numbers: Sequence[int] | np.ndarray) -> list[SampleLocation]:
-        """Compute where samples lie.
+        """Compute the locations of samples in the shards.
 
         Parameters
         ----------
@@ -198,17 +199,17 @@ class EEGDataset:
         Returns
         -------
         list of SampleLocation
-            In the order of `numbers`.
+            One location for each sample, in the order of `numbers`.
 
         Raises
         ------
         IndexError
-            If the split has no sample of such a number.
+            If one of the numbers does not belong to a sample of the split.
         """
         return locate(self.index, self.first, numbers)
 
     def shard_name(self, shard: int) -> str:
-        """Path of a shard (by its number in `shards`), for messages."""
+        """Return the path of a shard, for messages; `shard` is the shard's index in `shards`."""
         return self._names[shard]
 
     def open_shard(self, shard: int) -> int:
@@ -217,12 +218,12 @@ class EEGDataset:
         Parameters
         ----------
         shard : int
-            Number of the shard in `shards`.
+            Index of the shard in `shards`.
 
         Returns
         -------
         int
-            File descriptor; the caller closes it.
+            File descriptor of the shard; the caller must close it.
         """
         entry = self.shards[shard]
         if self.cache:
@@ -235,12 +236,12 @@ class EEGDataset:
         return self.reader.parse_key(location, self.reader.read(location, location.start, HEADER))
 
     def meta(self, number: int) -> dict[str, Any]:
-        """Read the metadata of a sample; its EEG is not read."""
+        """Read the metadata of a sample without its EEG."""
         (location,) = self.locations([number])
         return self.reader.meta(location, bytes(self.reader.read(location, location.meta_at, location.meta)))
 
     def image(self, number: int) -> bytes:
-        """Read the image of a sample; its EEG is neither read nor decompressed.
+        """Read the image of a sample without its EEG.
 
         Parameters
         ----------
@@ -250,7 +251,7 @@ class EEGDataset:
         Returns
         -------
         bytes
-            The image file, as the corpus has it.
+            Content of the image file, unchanged.
 
         Raises
         ------
@@ -273,12 +274,12 @@ class EEGDataset:
         numbers : sequence of int
             Numbers of the samples.
         out : ndarray of float16, shape (rows, T), optional
-            Memory for the signals. If it is too small, new memory is allocated.
+            Memory for the signals. If this array is too small, a new array is allocated.
 
         Returns
         -------
         PackedSamples
-            True channels one after another, in the order of `numbers`.
+            The true channels of all samples, concatenated in the order of `numbers`.
 
         Raises
         ------
@@ -318,7 +319,7 @@ def read_manifest(path: AnyPath) -> Manifest:
     Raises
     ------
     RequestError
-        If there is no complete dataset.
+        If the directory is not a complete dataset.
     """
     if not is_remote(path):
         return Manifest.read(path)  # type: ignore[arg-type]
@@ -341,14 +342,14 @@ def shard_record(root: Path, tar: Path, samples: int) -> Shard:
     root : Path
         Directory of the dataset.
     tar : Path
-        The shard in this directory; its index lies beside it.
+        Path of the shard's tar in this directory; the index of the shard is in the same folder.
     samples : int
         Number of samples in the shard.
 
     Returns
     -------
     Shard
-        The entry, with checksums.
+        The manifest entry, with checksums of the tar and of its index.
     """
     return Shard(
         path=tar.relative_to(root).as_posix(),
@@ -372,7 +373,8 @@ def write_dataset(
     Parameters
     ----------
     path : str, Path or UPath
-        Directory to write, also on an object store; an old dataset there is replaced when the new one is complete.
+        Directory to write, on this machine or on an object store. An old dataset in this directory is replaced when the
+        new dataset is complete.
     samples : mapping of str to iterable of Sample
         Samples of each split.
     spec : PreprocessSpec
@@ -380,7 +382,7 @@ def write_dataset(
     labels : list of str, optional
         Name of each label, in the order of the label numbers.
     samples_per_shard : int
-        Samples in one tar.
+        Number of samples in one tar.
 
     Returns
     -------

@@ -1,4 +1,6 @@
-"""Stream of batches for training. It visits every sample exactly once an epoch, for any number of ranks and workers.
+"""Endless stream of training batches that contains every sample exactly once an epoch.
+
+The samples of a batch do not depend on the number of ranks or workers.
 
 Shapes: b samples of this rank, n true channels of a sample, T time points of a window.
 """
@@ -25,21 +27,21 @@ from data_sharding.dataset.samples import N_PADDED
 from data_sharding.dataset.shared_memory import BatchInSlot, Slots
 
 _PREFETCH_BATCHES = 4
-"""Batches that each worker prefetches."""
+"""Number of batches that each worker prefetches."""
 
 
 @dataclass(frozen=True)
 class _WorkerError:
     """Error message that a worker sends in place of a batch.
 
-    If the worker raised the error, torch would wrap its one line in a traceback.
+    The worker does not raise the error, because torch would then add a long traceback to the message.
     """
 
     message: str
 
 
 class _ShardPrefetcher:
-    """Downloads the shards of the current and the next window of remote datasets, in background threads."""
+    """Download the shards of the current and the next window of remote datasets, in background threads."""
 
     def __init__(self) -> None:
         self.windows: dict[int, tuple[int, int]] = {}
@@ -57,21 +59,22 @@ class _ShardPrefetcher:
                 threading.Thread(target=self._run, args=(part, stream, window, shards), daemon=True).start()
 
     def _run(self, part: EEGDataset, stream: int, window: tuple[int, int], shards: list[int]) -> None:
-        # Other processes download the same shards, so each process starts at another one.
+        # Other processes download the same shards, so each process starts with a different shard.
         turn = os.getpid() % len(shards)
         for shard in shards[turn:] + shards[:turn]:
             if self.windows.get(stream) != window:
-                # Reading has already left this window; its shards would only fill the cache.
+                # The loader already reads another window, so shards of this window would only fill the cache.
                 return
             try:
                 os.close(part.open_shard(shard))
             except (OSError, RequestError):
-                # The process that reads a sample of this shard meets the same error and reports it.
+                # This error is ignored: the process that reads a sample of this shard gets the same error and reports
+                # it.
                 return
 
 
 class _StepDataset:
-    """Map-style dataset for torch's DataLoader: item t is this rank's part of global batch t."""
+    """Map-style dataset for torch's DataLoader: item t contains this rank's samples of global batch t."""
 
     def __init__(self, loader: Loader, slots: Slots | None = None) -> None:
         self.loader, self.prefetcher, self.slots = loader, _ShardPrefetcher(), slots
@@ -101,7 +104,7 @@ class _StepDataset:
 
 
 class _StepSampler:
-    """Endless sampler for torch's DataLoader: steps from `start` on."""
+    """Endless sampler for torch's DataLoader: yields the step numbers `start`, `start` + 1, and so on."""
 
     def __init__(self, start: int) -> None:
         self.start = start
@@ -115,7 +118,7 @@ class _StepSampler:
 
 @contextlib.contextmanager
 def _block_signal(number: signal.Signals) -> Iterator[None]:
-    """Block a signal in this thread, and in all threads of the processes that it starts inside the context."""
+    """Block a signal in this thread. Processes that this thread starts inside the context inherit the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
@@ -126,19 +129,20 @@ def _block_signal(number: signal.Signals) -> Iterator[None]:
 def _ignore_job_signals(parent: int, worker: int) -> None:
     """Let a worker ignore the signals that a batch system sends to a whole job.
 
-    Batch systems and torchrun signal every process of a job, but only the training process decides when to stop. A
-    worker of torch would die of SIGTERM, and the training process fails when a worker is dead. So a worker ends at a
-    SIGTERM only if its parent sent the signal. The worker must be started with SIGTERM blocked: otherwise a thread
-    that some library starts in every new process could still receive the signal.
+    Batch systems and torchrun signal every process of a job, but only the training process decides when to stop. By
+    default, SIGTERM would end a worker of torch, and a dead worker makes the training process fail. So a worker ends at
+    a SIGTERM only if its parent sent the signal. SIGTERM must be blocked before the worker is started: otherwise a
+    thread that a library starts in every new process could receive the signal.
 
-    The worker also ends when its parent is gone. A worker of torch would wait for ever for a reader of its queue.
+    The worker also ends when its parent process has ended. Otherwise a worker of torch would wait forever until someone
+    reads its queue.
 
     Parameters
     ----------
     parent : int
         Process id of the training process.
     worker : int
-        Number of the worker; torch passes it, and it is not used.
+        Number of the worker. This argument is not used, but torch passes it.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -156,38 +160,40 @@ def _ignore_job_signals(parent: int, worker: int) -> None:
 
 
 class Loader:
-    """Endless stream of batches.
+    """Endless stream of training batches.
 
-    Imagine one long line: the samples of epoch 0 in their order, then those of epoch 1, and so on. Global batch t is
-    the slice ``[tB, (t + 1)B)`` of the line, where B is the global batch size. Each rank takes every world_size-th
-    sample of the slice. So every sample comes exactly once an epoch, all ranks take the same number of steps, and the
-    global batches do not depend on the number of ranks or workers. In a mixture each dataset has its own line; the
-    weight of a dataset is the share of the places of a global batch that it fills.
+    The loader works on one endless sequence of samples: first the samples of epoch 0 in their order, then the samples
+    of epoch 1, and so on. Global batch t is the slice ``[tB, (t + 1)B)`` of this sequence, where B is the global batch
+    size. Each rank takes every world_size-th sample of the slice. So every sample comes exactly once an epoch, all
+    ranks take the same number of steps, and the global batches do not depend on the number of ranks or workers. In a
+    mixture each dataset has its own sequence; the weight of a dataset is the fraction of each batch that comes from
+    this dataset.
 
     Parameters
     ----------
     dataset : EEGDataset or Mixture
         Dataset to read from.
     global_batch : int
-        Samples of a step, over all ranks.
+        Number of samples of a step, summed over all ranks.
     seed : int
-        Seed of the order.
+        Seed of the random order of the samples.
     rank, world_size : int
         Rank of this process and number of ranks.
     num_workers : int
-        Worker processes that read; with 0, this process reads.
+        Number of worker processes that read samples; with 0, the training process reads the samples itself.
     order : {"global", "shards"}
-        global: random order over all samples; a remote dataset must then fit into the cache. shards: random order of
-        the shards, and random order of the samples within each `window` of shards; the cache holds two windows.
+        global: random order over all samples; a remote dataset must then fit into the cache. shards: the shards are in
+        random order, and the samples are in random order within each `window` of shards. The cache must then hold two
+        windows.
     window : int
-        Shards that are read at a time under order shards.
+        Number of shards in one window of the order shards.
     pin_memory : bool, optional
-        Whether the batches are in page-locked memory; by default only if there is a GPU.
+        Whether the batches are in page-locked memory; by default, they are if the machine has a GPU.
 
     Raises
     ------
     RequestError
-        If the global batch is not a multiple of the world size, or the cache is too small for the order.
+        If the global batch size is not a multiple of the world size, or if the cache is too small for the order.
     """
 
     def __init__(
@@ -230,14 +236,14 @@ class Loader:
         Parameters
         ----------
         step : int
-            Global step, from 0.
+            Number of the step, from 0.
 
         Returns
         -------
         numbers : list of int
             Numbers of the samples in the dataset.
         epochs : list of int
-            Epoch of each sample; in a mixture, the epoch of the sample's own dataset.
+            Epoch of each sample; in a mixture, each dataset has its own epochs.
         """
         line = np.arange(step * self.global_batch + self.rank, (step + 1) * self.global_batch, self.world_size)
         if self._interleaver is None:
@@ -252,18 +258,18 @@ class Loader:
         return numbers.tolist(), epochs.tolist()
 
     def stream_places(self, step: int) -> list[int]:
-        """Compute where a step begins in the order of each dataset.
+        """Compute the place in the order of each dataset at which a step begins.
 
         Parameters
         ----------
         step : int
-            Global step, from 0.
+            Number of the step, from 0.
 
         Returns
         -------
         list of int
-            For each dataset, the place in its order. In a mixture, it is the place at which the block of this step
-            begins (see `DatasetInterleaver`).
+            A place in the order of each dataset. In a mixture, this is the place at which the block of this step begins
+            (see `DatasetInterleaver`).
         """
         place = step * self.global_batch
         return [place] if self._interleaver is None else self._interleaver.dealt_before(place)
@@ -274,7 +280,7 @@ class Loader:
         return self.step * self.global_batch / len(self.dataset)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches from the current step on; `step` counts the batches that were taken, not prefetched ones."""
+        """Yield batches from the current step on; `step` counts yielded batches, but no prefetched batches."""
         import torch
         from torch.utils.data import DataLoader
 
@@ -282,7 +288,8 @@ class Loader:
         if self.num_workers and Slots.supported():
             known = [int(part.index["n"].max()) if part.index["n"].all() else N_PADDED for part in self.dataset.parts]
             rows = self.global_batch // self.world_size * max(known)
-            # Two slots more than prefetched batches: the worker writes to one while the parent copies another.
+            # There are two more slots than prefetched batches, because the worker writes to one slot while the training
+            # process copies another slot.
             slots = Slots(self.num_workers, _PREFETCH_BATCHES + 2, rows, self.dataset.spec.window)
         reader = DataLoader(
             _StepDataset(self, slots),  # type: ignore[arg-type]
@@ -305,7 +312,7 @@ class Loader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the stream; its size does not grow with the number of steps."""
+        """Return the position of the stream as a small dictionary of constant size."""
         return {
             "dataset_id": self.dataset.manifest.dataset_id,
             "split": self.dataset.split,
@@ -321,12 +328,12 @@ class Loader:
         Parameters
         ----------
         state : dict
-            A result of `state_dict`.
+            Dictionary that `state_dict` returned.
 
         Raises
         ------
         RequestError
-            If the state belongs to another dataset, seed, order or global batch.
+            If the state belongs to another dataset, split, seed, order or global batch size.
         """
         for key, value in self.state_dict().items():
             if key != "step" and state.get(key) != value:
@@ -338,7 +345,7 @@ class Loader:
 
 
 def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> None:
-    """Refuse an order for which the cache is too small: the same shards would be downloaded again and again.
+    """Refuse an order for which the cache is too small, because the same shards would be downloaded repeatedly.
 
     Parameters
     ----------
@@ -347,12 +354,12 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     order : {"global", "shards"}
         Order of the samples.
     window : int
-        Shards that are read at a time under order shards.
+        Number of shards in one window of the order shards.
 
     Raises
     ------
     RequestError
-        If the shards that are read at a time are larger than the cache.
+        If the shards that the loader needs at the same time are larger than the cache.
     """
     remote = [part for part in dataset.parts if part.cache]
     if not remote:
@@ -360,7 +367,7 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     need = 0
     for part in remote:
         sizes = sorted((shard.bytes for shard in part.shards), reverse=True)
-        # At the border of two windows, a batch contains samples of both.
+        # A batch at the border of two windows contains samples of the two windows.
         need += sum(sizes if order == "global" else sizes[: 2 * window])
     limit = min(part.cache.limit for part in remote if part.cache)
     if need > limit:

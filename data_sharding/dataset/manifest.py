@@ -17,7 +17,7 @@ NAME = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar of a split."""
+    """Manifest entry of a shard: one tar of a split."""
 
     path: str
     """Path of the tar, relative to the directory of the dataset."""
@@ -36,17 +36,17 @@ class Manifest:
     """Contents of a dataset. The file is written last, so a dataset without a manifest is not complete."""
 
     dataset_id: str
-    """Checksum of the plan: preprocessing, recordings and splits."""
+    """Checksum of preprocessing, labels and shards."""
     preprocess: PreprocessSpec
     """Preprocessing of every sample."""
     splits: dict[str, list[Shard]]
     """Shards of train, val and test."""
     labels: list[str] = field(default_factory=list)
-    """Name of each label of an EEG-image dataset, in the order of the label numbers; otherwise empty."""
+    """Name of each label, in the order of the label numbers; empty if the dataset has no labels."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Numbers of recordings found and of each status, and numbers of windows or trials left out for each reason."""
+    """Number of recordings found and of each status, of windows, and of windows or trials left out for each reason."""
     hours: dict[str, float] = field(default_factory=dict)
-    """Hours of recordings found and of each status."""
+    """Hours of the recordings found, of the recordings of each status, and of the signal written."""
     config: dict[str, Any] = field(default_factory=dict)
     """Config of the job that wrote the dataset."""
     versions: dict[str, str] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Manifest:
         Raises
         ------
         RequestError
-            If the directory or its manifest is missing or damaged, or another version wrote it in another schema.
+            If the directory is missing, or if its manifest is missing, damaged or of another schema.
         """
         directory = as_path(directory)
         if not directory.is_dir():

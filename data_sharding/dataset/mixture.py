@@ -1,4 +1,4 @@
-"""Several datasets that are read as one dataset, each with its share of the samples."""
+"""Mixture of several datasets: the datasets are read as one dataset, and each has a weight."""
 
 from __future__ import annotations
 
@@ -20,33 +20,36 @@ from data_sharding.processing.preprocess import PreprocessSpec
 
 
 class Mixture:
-    """The same split of several datasets; a `Loader` fills the places of a batch from them by weight.
+    """The same split of several datasets. The weight of a dataset is the share of its samples in training batches.
 
-    Samples are numbered from the first dataset to the last. A mixture has the methods of `EEGDataset` for reading.
+    The samples of all datasets are numbered together, from the first dataset to the last. A mixture has the same
+    methods for reading as `EEGDataset`.
 
     Parameters
     ----------
     weights : mapping of str to float
-        Path of each dataset, with its share of the samples that training sees; the shares need not sum to 1.
+        Path and weight of each dataset; the weights need not sum to 1.
     split : str
         train, val or test.
     cache_gb : float, optional
-        Size limit of the cache, which all remote datasets share; DREAMSCALE_CACHE_GB by default.
+        Size limit of the cache, which all remote datasets use together; DREAMSCALE_CACHE_GB by default.
 
     Attributes
     ----------
     parts : list of EEGDataset
-        The datasets, sorted by dataset id, so that neither the order in `weights` nor the paths change anything.
+        The datasets, sorted by dataset id, so that the sample numbers do not depend on the paths or on the order in
+        `weights`.
     weights : list of float
-        Share of each part; they sum to 1.
+        Weight of each dataset in `parts`; these weights sum to 1.
     manifest : Manifest
-        Sum of the counts and hours, and all shards. Its dataset id depends on the datasets and their weights.
+        Manifest of the mixture, with the sums of all counts and hours, and with all shards. Its dataset id depends on
+        the datasets and their weights.
 
     Raises
     ------
     RequestError
-        If a dataset cannot be opened or is named twice, a weight is not positive, or the preprocessing of the datasets
-        differs.
+        If a dataset cannot be opened or is named twice, if a weight is not positive, or if the datasets have different
+        preprocessing.
     """
 
     def __init__(self, weights: Mapping[str, float], split: str = "train", *, cache_gb: float | None = None) -> None:
@@ -60,7 +63,7 @@ class Mixture:
         opened = [(EEGDataset(path, split, cache_gb=cache_gb), weight) for path, weight in weights.items()]
         opened.sort(key=lambda one: one[0].manifest.dataset_id)
         self.parts = [part for part, _ in opened]
-        # fsum rounds once, so that shares and id do not depend on the order in which the weights are added.
+        # fsum rounds only once, so the sum (and so the dataset id) does not depend on the order of the weights.
         total = math.fsum(weights.values())
         self.weights = [weight / total for _, weight in opened]
         for part in self.parts[1:]:
@@ -105,7 +108,7 @@ class Mixture:
         return int(self.first[-1])
 
     def locate(self, number: int) -> tuple[EEGDataset, int]:
-        """Find the dataset of a sample.
+        """Find the dataset that holds a sample of the mixture.
 
         Parameters
         ----------
@@ -134,12 +137,12 @@ class Mixture:
         return part.key(own)
 
     def meta(self, number: int) -> dict[str, Any]:
-        """Read the metadata of a sample; its EEG is not read."""
+        """Read the metadata of a sample without its EEG."""
         part, own = self.locate(number)
         return part.meta(own)
 
     def image(self, number: int) -> bytes:
-        """Read the image of a sample; its EEG is not read (see `EEGDataset.image`)."""
+        """Read the image of a sample without its EEG (see `EEGDataset.image`)."""
         part, own = self.locate(number)
         return part.image(own)
 
@@ -155,12 +158,12 @@ class Mixture:
         numbers : sequence of int
             Numbers of the samples.
         out : ndarray of float16, shape (rows, T), optional
-            Memory for the signals. If it is too small, new memory is allocated.
+            Memory for the signals. If this array is too small, a new array is allocated.
 
         Returns
         -------
         PackedSamples
-            True channels one after another, in the order of `numbers`.
+            The true channels of all samples, concatenated in the order of `numbers`.
         """
         which = np.searchsorted(self.first, numbers, side="right") - 1
         own = np.asarray(numbers) - self.first[which]
@@ -175,7 +178,7 @@ class Mixture:
 
 
 def _require_same_preprocess(first: EEGDataset, other: EEGDataset) -> None:
-    """Refuse datasets whose preprocessing differs: one model cannot train on both."""
+    """Refuse two datasets with different preprocessing, because one model cannot be trained on them together."""
     if differ := first.spec.differences(other.spec):
         raise RequestError(
             f"datasets: {first.path} and {other.path} were preprocessed differently ({', '.join(differ.values())}); "

@@ -1,12 +1,13 @@
-"""Order of the samples in training, as a function of seed, epoch and place.
+"""Random order of the training samples, computed from the seed, the epoch and the place.
 
-A place is a position in the order: 0 is the first sample of epoch 0, n the first sample of epoch 1, and so on. The
-functions here compute the sample at any place directly. So a resumed run, another number of ranks and a worker all
-find the same sample without any state.
+A place is a position in the order. With n samples, place 0 is the first sample of epoch 0, place n is the first sample
+of epoch 1, and so on. The functions in this module compute the sample at any place directly. So every rank, every
+worker and a resumed run find the same sample at the same place without any saved state.
 
-`numpy.random.permutation` is not used: it takes 0.8 GB for a hundred million samples, in every worker of every rank,
-and NumPy does not promise the same permutation in every release. The Feistel network below takes about a microsecond a
-sample and no memory, and its result never changes. Only one number for each shard is kept in memory.
+`numpy.random.permutation` is not used: for a hundred million samples, its result takes 0.8 GB in every worker of every
+rank, and NumPy does not promise the same permutation in every release. The Feistel network below needs about a
+microsecond for each sample and no memory, and its result never changes. The order keeps only one number for each shard
+in memory.
 
 Shapes: b places, S shards.
 """
@@ -18,17 +19,17 @@ from typing import Literal
 import numpy as np
 
 Order = Literal["global", "shards"]
-"""Order within an epoch: random over all samples (global), or over a few shards at a time (shards)."""
+"""Order within an epoch: samples are shuffled over the whole dataset (global) or within a few shards (shards)."""
 
 _ROUNDS = 8
 _BLOCK = 4096
 """Number of consecutive places of a mixture in which each dataset gets its share."""
 _UNIT = 1 << 40
-"""Shares are stored as integers, in parts of this number, so that they add up exactly."""
+"""Weights of datasets are stored as integers that add up to this number, so that their sum has no rounding error."""
 
 
 def mix(value: np.ndarray) -> np.ndarray:
-    """Hash counters to 64 random-looking bits each (one step of SplitMix64).
+    """Hash each counter to 64 random-looking bits (one step of SplitMix64).
 
     Parameters
     ----------
@@ -70,11 +71,11 @@ def permute(places: np.ndarray, n: int, *key: int) -> np.ndarray:
 
     Notes
     -----
-    A Feistel network splits a number of k bits into a left and a right half, and changes in turn one half by the XOR
-    with a hash of the other half. Each of these rounds can be undone, so the network permutes the numbers below 2^k.
-    Since n lies between 2^(k - 1) and 2^k, some results are n or larger. Such a result goes through the network again
-    until it is below n (cycle walking). This is still a permutation: each number is on one cycle of the network, and
-    the walk leads to the next number of the cycle that is below n.
+    A Feistel network splits a number of k bits into a left and a right half. In each round, it replaces one half by the
+    XOR of this half with a hash of the other half. Each round can be inverted, so the network permutes the numbers
+    below 2^k. Because n may be smaller than 2^k, some results are n or larger. The network is applied again to such a
+    result until the result is below n (cycle walking). The final result is still a permutation of 0 .. n - 1: each
+    number is on one cycle of the network, and cycle walking leads to the next number of the cycle that is below n.
 
     References
     ----------
@@ -114,7 +115,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     n : int
         Number of samples of the dataset.
     seed, epoch : int
-        Seed of the order, and the epoch.
+        Seed of the order, and number of the epoch.
 
     Returns
     -------
@@ -125,21 +126,22 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class EpochOrder:
-    """Order of the samples of one dataset, epoch after epoch.
+    """Random order of the samples of one dataset, with a new permutation in each epoch.
 
     Parameters
     ----------
     shard_samples : ndarray of int, shape (S,)
         Number of samples of each shard.
     seed : int
-        Seed of the order.
+        Seed of the random order.
     order : {"global", "shards"}
-        global: random over all samples. shards: the shards come in random order, and the samples are shuffled within
-        each `window` of consecutive shards, so that a bounded cache can hold the shards that are read next.
+        global: the samples are shuffled over the whole dataset. shards: the shards are in random order, and the samples
+        are shuffled within each `window` of consecutive shards, so that a cache of limited size can hold the shards
+        that are read next.
     window : int
-        Shards that are read at a time under order shards.
+        Number of shards in one window of the order shards.
     stream : int
-        Number of the dataset in a mixture; each dataset gets another order.
+        Number of the dataset in a mixture; each dataset gets a different order.
     """
 
     def __init__(
@@ -152,12 +154,12 @@ class EpochOrder:
         self._shards: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def at(self, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Compute the samples at some places.
+        """Compute which samples are at the given places.
 
         Parameters
         ----------
         line : ndarray of int, shape (b,)
-            Places, from 0 without end: place `epoch * n + i` is the i-th sample of an epoch.
+            Places, from 0 on without limit: place `epoch * n + i` is sample i of an epoch of n samples.
 
         Returns
         -------
@@ -177,17 +179,17 @@ class EpochOrder:
         return numbers, epochs
 
     def windows(self, place: int) -> tuple[tuple[int, int], list[int]]:
-        """List the shards that are read at a place and soon after it, under order shards.
+        """List the shards that are read at a place and soon after this place, with the order shards.
 
         Parameters
         ----------
         place : int
-            A place, from 0 without end.
+            A place in the order, from 0 on without limit.
 
         Returns
         -------
         window : (int, int)
-            The epoch, and the number of the window in this epoch.
+            Number of the epoch, and number of the window in this epoch.
         shards : list of int
             Shards of this window and of the next window.
         """
@@ -200,11 +202,11 @@ class EpochOrder:
         return (epoch, number), found
 
     def _order_by_shards(self, places: np.ndarray, epoch: int) -> np.ndarray:
-        """Compute the samples at places of one epoch.
+        """Compute which samples are at the given places of one epoch, with the order shards.
 
-        Lay the shards of the epoch side by side in their random order. A place lies in one window of shards; it is
-        moved to a random other place of the same window. The shard at the new place, and the offset in that shard,
-        give the sample.
+        The shards of the epoch are concatenated in their random order. Each place lies in one window of shards, and a
+        permutation maps this place to another place of the same window. The sample is given by the shard at the new
+        place and by the offset of the new place in that shard.
         """
         shards, shard_ends, window_ends = self._shard_order(epoch)
         window = np.searchsorted(window_ends, places, side="right")
@@ -213,15 +215,15 @@ class EpochOrder:
         for w in np.unique(window).tolist():
             mine = window == w
             size = int(edges[w + 1] - edges[w])
-            # Key 1 belongs to the order of the shards, so the windows begin with key 2.
+            # Key 1 is used for the order of the shards, so the keys of the windows begin at 2.
             moved[mine] = edges[w] + permute(places[mine] - edges[w], size, self.seed, self.stream, epoch, w + 2)
         which = np.searchsorted(shard_ends, moved, side="right")
         return self._first[shards[which]] + moved - (shard_ends[which] - self.samples[shards[which]])
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Shards of an epoch in their random order, and the places at which each shard and each window ends."""
+        """Return the shards of an epoch in random order, and the places at which each shard and each window ends."""
         if epoch not in self._shards:
-            # Batches move forward from epoch to epoch: only the previous epoch may still be needed.
+            # Batches never go back by more than one epoch, so the orders of earlier epochs are deleted.
             self._shards = {k: v for k, v in self._shards.items() if k >= epoch - 1}
             count = len(self.samples)
             shards = permute(np.arange(count), count, self.seed, self.stream, epoch, 1)
@@ -234,25 +236,25 @@ class EpochOrder:
 
 
 class DatasetInterleaver:
-    """Decide which dataset of a mixture fills each place.
+    """Decide which dataset of a mixture gives the sample at each place.
 
     Parameters
     ----------
     weights : sequence of float
-        Share of each dataset; they need not sum to 1.
+        Weight of each dataset; the weights need not sum to 1.
     seed : int
         Seed of the order in which the datasets alternate.
 
     Notes
     -----
-    Places are dealt in blocks of 4096. In each block a dataset gets its share of the places, rounded, and a
-    permutation shuffles which places these are. The rounding error of a block (below two places) is made up in the
-    next blocks, so in the long run the shares are exact.
+    Places are assigned in blocks of 4096. In each block, the number of places of a dataset is its weight times 4096,
+    rounded, and a permutation chooses the places. The rounding error of a block (below two places) is corrected in the
+    next blocks, so the weights are exact over many blocks.
 
     Raises
     ------
     ValueError
-        If a weight is not positive, or so small that its dataset would get less than two places of a block.
+        If a weight is not positive, or if it is so small that its dataset would get less than two places of a block.
     """
 
     def __init__(self, weights: list[float], seed: int) -> None:
@@ -265,48 +267,49 @@ class DatasetInterleaver:
         self._edges = [round(float(edge) * _UNIT) for edge in edges[:-1]] + [_UNIT]
 
     def _cumulative_places(self, block: int) -> np.ndarray:
-        """Places before a block that the first j datasets got together, for j = 0, 1, 2 ...
+        """Return the number of places before a block that the first j datasets got together, for j = 0, 1, 2 ...
 
         Python's integers are used because the product would overflow 64 bits.
         """
         return np.array([block * _BLOCK * edge // _UNIT for edge in self._edges], np.int64)
 
     def dealt_before(self, place: int) -> list[int]:
-        """Count the places that each dataset got before the block of a place.
+        """Count the places that each dataset got before the block in which a place lies.
 
         Parameters
         ----------
         place : int
-            A place of the mixture, from 0 without end.
+            A place of the mixture, from 0 on without limit.
 
         Returns
         -------
         list of int
-            A number for each dataset.
+            Number of places of each dataset.
         """
         return np.diff(self._cumulative_places(place // _BLOCK)).tolist()
 
     def at(self, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Compute the dataset of some places, and the place in the own order of that dataset.
+        """Compute the dataset at each of the given places, and the place in the order of that dataset.
 
         Parameters
         ----------
         line : ndarray of int, shape (b,)
-            Places of the mixture, from 0 without end.
+            Places of the mixture, from 0 on without limit.
 
         Returns
         -------
         which : ndarray of int, shape (b,)
             Dataset of each place.
         place : ndarray of int, shape (b,)
-            Place in the order of that dataset. Over the whole line each of its places 0, 1, 2 ... comes once.
+            Place in the order of that dataset. Over all places of the mixture, each place of a dataset comes exactly
+            once.
         """
         blocks, places = np.divmod(np.asarray(line, np.int64), _BLOCK)
         which, place = np.empty_like(places), np.empty_like(places)
         for block in np.unique(blocks).tolist():
             mine = blocks == block
             before, after = self._cumulative_places(block), self._cumulative_places(block + 1)
-            # The slots of a block are sorted by dataset: dataset j has the slots ends[j] .. ends[j + 1]. A
+            # The slots of a block are sorted by dataset: dataset j has the slots from ends[j] up to ends[j + 1]. A
             # permutation assigns a slot to each place.
             ends = after - before
             slot = permute(places[mine], _BLOCK, self.seed, block)

@@ -1,4 +1,4 @@
-"""A sample of a dataset, its stored bytes, and the writer of shards (a tar of samples and its index).
+"""Samples of a dataset, their encoding as bytes, and the writer of shards. A shard is a tar with an index.
 
 Shapes: n true channels, T time points of a window.
 """
@@ -18,16 +18,17 @@ import numpy as np
 N_PADDED = 128
 """Number of channels of a padded window."""
 ZSTD_LEVEL = -1
-"""Compression level. It must not change, because another level gives other bytes for the same sample.
+"""Compression level of zstd. This level must not change, because another level gives other bytes for the same sample.
 
-The lower bits of float16 EEG are noise. Entropy coding (level 3) would save 7 % of the bytes, but make writing 3 times
-and reading 4.5 times slower. This level only removes the copies of channels that padding makes.
+The lower bits of float16 EEG are noise, so entropy coding saves little: level 3 would save 7 % of the bytes, but
+writing would be 3 times slower and reading 4.5 times slower. Level -1 removes only the copies of channels that padding
+adds.
 """
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 
 
 def pad_channels(x: Any, n: int = N_PADDED) -> Any:
-    """Pad windows by replicating channels: row i is the true channel i mod n_true.
+    """Pad windows by replicating channels: row i of the result is channel i mod n_true of the window.
 
     Parameters
     ----------
@@ -44,7 +45,7 @@ def pad_channels(x: Any, n: int = N_PADDED) -> Any:
     Raises
     ------
     ValueError
-        If there is no channel, or there are more than `n`.
+        If a window has no channel, or more than `n` channels.
 
     References
     ----------
@@ -67,7 +68,7 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
     Returns
     -------
     bytes
-        Zstandard-compressed .npy of the float16 array padded to [128, T].
+        Zstandard-compressed .npy file with the float16 array, padded to [128, T].
 
     Raises
     ------
@@ -82,7 +83,8 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
         raise ValueError("window holds values that are not finite in float16 microvolts")
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(pad_channels(half)), version=(1, 0), allow_pickle=False)
-    # zstd's match window must cover the whole sample, or it misses the copied channels of a long sample.
+    # zstd's match window must cover the whole sample; otherwise zstd does not find the copied channels of a long
+    # sample.
     size = buffer.getbuffer().nbytes
     reach = min(max((size - 1).bit_length(), zstandard.WINDOWLOG_MIN), 27)
     parameters = zstandard.ZstdCompressionParameters.from_level(
@@ -99,7 +101,7 @@ def decode_eeg(data: bytes, n: int | None = None) -> np.ndarray:
     data : bytes
         Content of a member ``KEY.eeg.npy.zst``.
     n : int, optional
-        Number of true channels, from the sample's JSON; if None, the padded window is returned.
+        Number of true channels, from the sample's JSON; if None, all 128 channels of the padded window are returned.
 
     Returns
     -------
@@ -113,7 +115,7 @@ def decode_eeg(data: bytes, n: int | None = None) -> np.ndarray:
 
 
 def wds_decoder(key: str, data: bytes) -> np.ndarray | None:
-    """Decoder for plain webdataset: ``wds.WebDataset(urls, shardshuffle=False).decode(wds_decoder)``.
+    """Decode EEG for the library webdataset: ``wds.WebDataset(urls, shardshuffle=False).decode(wds_decoder)``.
 
     Parameters
     ----------
@@ -125,7 +127,7 @@ def wds_decoder(key: str, data: bytes) -> np.ndarray | None:
     Returns
     -------
     ndarray of float16, shape (128, T), or None
-        The padded window in microvolts; None for members that are not EEG.
+        The padded window in microvolts; None if the member is not EEG.
     """
     return decode_eeg(data) if key.lstrip(".") == "eeg.npy.zst" else None
 
@@ -141,7 +143,8 @@ def safe_key(text: str) -> str:
     Returns
     -------
     str
-        ``[A-Za-z0-9_-]`` only: a dot would end the key for webdataset readers.
+        A text of characters from ``[A-Za-z0-9_-]`` only. A dot is not allowed, because webdataset readers end the key
+        at a dot.
     """
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")
 
@@ -151,18 +154,18 @@ class Sample:
     """One window, or one trial of an EEG-image corpus."""
 
     key: str
-    """Key of the sample, unique in the dataset; ``[A-Za-z0-9_-]`` only."""
+    """Key of the sample; unique in the dataset, with characters from ``[A-Za-z0-9_-]`` only."""
     eeg: np.ndarray
     """[n, T] microvolts, true channels only."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """The sample's JSON (see docs/data_format.md)."""
+    """Metadata of the sample, which is stored as JSON (see docs/data_format.md)."""
     image: bytes | None = None
     """Content of the image file, unchanged."""
     image_ext: str = "png"
     """Extension of the image file: jpg, png or webp."""
 
     def members(self) -> list[tuple[str, bytes]]:
-        """Return names and bytes of the members of the tar for this sample, in order."""
+        """Return the name and the bytes of each tar member of this sample, in the order in which they are written."""
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.key):
             raise ValueError(f"sample key '{self.key}': only letters, digits, '_' and '-' are allowed")
         if len(self.eeg) != self.meta.get("n"):
@@ -180,12 +183,12 @@ class Sample:
 
 
 class ShardWriter:
-    """Writes a tar and its index; the same samples always give the same bytes.
+    """Writer of a shard (a tar and its index). The same samples always give the same bytes.
 
     Parameters
     ----------
     path : str or Path
-        Path of the tar. The index is written beside it, with the suffix ``.idx``.
+        Path of the tar. The index is written to the same folder, with the suffix ``.idx``.
 
     Notes
     -----
@@ -222,7 +225,7 @@ class ShardWriter:
         key : str
             Key of the sample.
         members : list of (str, bytes)
-            Names and bytes, as `Sample.members` returns them.
+            Names and bytes of the members, as `Sample.members` returns them.
         n : int, optional
             Number of true channels; if None, it is read from the sample's JSON.
         """

@@ -1,7 +1,7 @@
-"""Read samples out of shards: the index in memory, and the open files and buffers of a thread.
+"""Read samples from shards. The index of a dataset is in memory; each thread has its own open files and buffers.
 
-Python's `tarfile` is not used for reading. It walks through the headers of a whole tar, while the index gives the
-offset of each sample, so that one system call reads the sample.
+Python's `tarfile` is not used for reading, because it reads the headers of the whole tar. The index gives the offset of
+each sample, so one system call reads a sample.
 
 Shapes: b samples, n true channels, T time points of a window.
 """
@@ -25,14 +25,14 @@ from data_sharding.processing.preprocess import PreprocessSpec
 INDEX = np.dtype(
     [("start", "<i8"), ("eeg", "<u4"), ("image", "<u4"), ("json", "<u4"), ("ext", "u1"), ("n", "u1")],
 )
-"""The 22 bytes that are kept in memory for each sample: offset of its first tar header, sizes of its members, and n.
+"""Data type of the index: 22 bytes a sample for the offset of its first tar header, the sizes of its members and n.
 
-The other offsets follow from the layout of a tar. Ten million samples take 0.2 GB.
+The reader computes all other offsets from these numbers. The index of ten million samples takes 0.2 GB of memory.
 """
 _EEG = "eeg.npy.zst"
 _SUFFIX = b".eeg.npy.zst"
 HEADER = 512
-"""Bytes of a member's header in a tar; the size of a member is rounded up to a multiple of it."""
+"""Size of a member's header in a tar, in bytes. A member takes a multiple of this number of bytes in the tar."""
 _OPEN_FILES = 128
 
 
@@ -40,7 +40,7 @@ class ShardSource(Protocol):
     """The part of `EEGDataset` that a `ShardReader` uses."""
 
     first: np.ndarray
-    """[shards + 1] number of each shard's first sample, then the number of samples."""
+    """[shards + 1] number of the first sample of each shard; the last entry is the number of samples."""
 
     @property
     def spec(self) -> PreprocessSpec:
@@ -53,7 +53,7 @@ class ShardSource(Protocol):
         ...
 
     def shard_name(self, shard: int) -> str:
-        """Path of a shard, for messages."""
+        """Return the path of a shard, for messages."""
         ...
 
     def open_shard(self, shard: int) -> int:
@@ -63,7 +63,7 @@ class ShardSource(Protocol):
 
 @dataclass(kw_only=True)
 class PackedSamples:
-    """Samples as they are read from disk: only the true channels, one sample after another."""
+    """Samples as they are read from disk: the true channels of all samples in one array."""
 
     eeg: np.ndarray
     """[sum of n, T] float16 microvolts."""
@@ -72,13 +72,13 @@ class PackedSamples:
     keys: list[str]
     """Key of each sample."""
     json: list[bytes]
-    """Metadata of each sample as JSON, not parsed yet."""
+    """JSON text with the metadata of each sample."""
     shards: list[str]
     """Path of the shard of each sample."""
 
 
 class SampleLocation(NamedTuple):
-    """Where a sample lies. Offsets are bytes from the beginning of the shard, sizes are bytes."""
+    """Location of a sample. Offsets are in bytes from the beginning of the shard; sizes are in bytes."""
 
     number: int
     """Number of the sample in the dataset."""
@@ -87,7 +87,7 @@ class SampleLocation(NamedTuple):
     start: int
     """Offset of the sample's first tar header. The EEG follows this header."""
     eeg: int
-    """Size of the EEG."""
+    """Size of the compressed EEG."""
     image_at: int
     """Offset of the image, if the sample has an image."""
     image: int
@@ -99,11 +99,11 @@ class SampleLocation(NamedTuple):
     ext: int
     """File type of the image, as an index of IMAGE_EXTENSIONS."""
     n: int
-    """True channels; 0 if the index was written before it contained n."""
+    """Number of true channels; 0 if the index comes from an older version, which did not store this number."""
 
 
 def _padded(size: Any) -> Any:
-    """Bytes that a member of this size takes in a tar, without its header."""
+    """Return the number of bytes that a member of this size takes in a tar, without the member's header."""
     return (size + HEADER - 1) // HEADER * HEADER
 
 
@@ -122,12 +122,12 @@ def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
     Returns
     -------
     ndarray of `INDEX`, shape (samples,)
-        One row for each sample, in the order of the tar.
+        One entry for each sample, in the order of the tar.
 
     Raises
     ------
     RequestError
-        If the index is damaged, or is not the index of a shard that Dreamscale wrote.
+        If the index is damaged, or if Dreamscale did not write the shard.
     """
     try:
         entries = json.loads(data)
@@ -175,7 +175,7 @@ def damage_error(shard: str, sample: str | int, fault: str) -> RequestError:
     sample : str or int
         Key of the sample, or its number in the shard if the key cannot be read.
     fault : str
-        What is wrong with the sample.
+        Description of the fault of the sample.
 
     Returns
     -------
@@ -217,26 +217,26 @@ def parse_meta(text: bytes, shard: str, sample: str | int) -> dict[str, Any]:
 
 
 def locate(index: np.ndarray, first: np.ndarray, numbers: Sequence[int] | np.ndarray) -> list[SampleLocation]:
-    """Compute where samples lie.
+    """Compute the locations of samples in the shards.
 
     Parameters
     ----------
     index : ndarray of `INDEX`, shape (samples,)
         Index of a whole split.
     first : ndarray of int, shape (shards + 1,)
-        Number of each shard's first sample, then the number of samples.
+        Number of the first sample of each shard. The last entry is the number of samples.
     numbers : sequence of int
         Numbers of the samples; negative numbers count from the end.
 
     Returns
     -------
     list of SampleLocation
-        In the order of `numbers`.
+        One location for each sample, in the order of `numbers`.
 
     Raises
     ------
     IndexError
-        If the split has no sample of such a number.
+        If one of the numbers does not belong to a sample of the split.
     """
     at = np.asarray(numbers, np.int64)
     rows = index[at]
@@ -250,7 +250,7 @@ def locate(index: np.ndarray, first: np.ndarray, numbers: Sequence[int] | np.nda
 
 
 class ShardReader:
-    """Open shards and buffers of one thread. Files and buffers are reused from sample to sample."""
+    """Reader of one thread, with open shards and buffers that are reused from sample to sample."""
 
     def __init__(self, dataset: ShardSource) -> None:
         import zstandard
@@ -262,7 +262,8 @@ class ShardReader:
         shape = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({N_PADDED}, {dataset.spec.window}), }}"
         self.npy = b"\x93NUMPY\x01\x00v\x00" + shape.ljust(117).encode() + b"\n"
         self.size = len(self.npy) + N_PADDED * dataset.spec.window * 2
-        # Longer than a sample: only then does the decompressor read and check the checksum at the end of the frame.
+        # The buffer is longer than a sample, so that the decompressor reads to the end of the frame and checks the
+        # checksum.
         self.plain = bytearray(self.size + 64)
         self.window = np.frombuffer(self.plain, np.float16, N_PADDED * dataset.spec.window, len(self.npy))
         self.window = self.window.reshape(N_PADDED, -1)
@@ -273,11 +274,11 @@ class ShardReader:
             os.close(descriptor)
 
     def file(self, shard: int) -> int:
-        """Return the file descriptor of a shard; the shard is opened if necessary."""
+        """Return the file descriptor of a shard, and open the shard if it is not open."""
         descriptor = self.files.get(shard)
         if descriptor is None:
             descriptor = self.dataset.open_shard(shard)
-            # To make room for this shard, the cache may have evicted files that are still open here.
+            # To make room for this shard, the cache may have deleted files that this reader still has open.
             self.close_evicted()
             self.files[shard] = descriptor
             if len(self.files) > _OPEN_FILES:
@@ -287,7 +288,7 @@ class ShardReader:
         return descriptor
 
     def close_evicted(self) -> None:
-        """Close files that the cache has evicted: the disk space is only freed when nobody has the file open."""
+        """Close files that the cache has deleted, because the disk space of an open file is not freed."""
         if not self.dataset.cache:
             return
         for shard, descriptor in list(self.files.items()):
@@ -295,16 +296,16 @@ class ShardReader:
                 os.close(self.files.pop(shard))
 
     def start_readahead(self, location: SampleLocation) -> None:
-        """Ask the operating system to read a sample soon; on a slow disk, all samples of a batch load in parallel."""
+        """Ask the operating system to read a sample in advance, so that a slow disk reads a batch in parallel."""
         if not hasattr(os, "posix_fadvise"):
-            return  # macOS does not have this call.
-        # If this fails, reading the sample fails, too, and reports the error.
+            return  # macOS does not have the function posix_fadvise.
+        # An error is ignored here, because reading the sample fails later with the same error and reports it.
         with contextlib.suppress(OSError):
             length = location.meta_at + location.meta - location.start
             os.posix_fadvise(self.file(location.shard), location.start, length, os.POSIX_FADV_WILLNEED)
 
     def read(self, location: SampleLocation, start: int, size: int) -> memoryview:
-        """Read bytes of a sample's shard into a buffer; the next call overwrites the buffer."""
+        """Read bytes of a sample's shard into a buffer of this reader; the next call overwrites the buffer."""
         if size > len(self.raw):
             self.raw = bytearray(size)
         view = memoryview(self.raw)[:size]
@@ -320,24 +321,25 @@ class ShardReader:
         return view
 
     def name(self, location: SampleLocation, key: str) -> str | int:
-        """Return the key of a sample, or its number in the shard if the key is empty (unknown)."""
+        """Return the key of a sample; if the key is unknown (empty), return the sample's number in the shard."""
         return key or location.number - int(self.dataset.first[location.shard])
 
     def damage(self, location: SampleLocation, fault: str, key: str = "") -> RequestError:
-        """Make the error that names the file and the sample."""
+        """Make the error for a damaged sample; its message names the file and the sample."""
         return damage_error(self.dataset.shard_name(location.shard), self.name(location, key), fault)
 
     def parse_key(self, location: SampleLocation, header: memoryview, suffix: bytes = _SUFFIX) -> str:
-        """Return the key of a sample, from the tar header of its EEG (or of the member with another suffix)."""
+        """Read the key of a sample from the tar header of its EEG, or of the member that has the given suffix."""
         name = bytes(header[:100]).rstrip(b"\0")
         if header[257:262] != b"ustar" or not name.endswith(suffix):
             raise self.damage(location, "the index does not point at a sample")
         return name[: -len(suffix)].decode("ascii", "replace")
 
     def load(self, location: SampleLocation) -> tuple[str, bytes, int]:
-        """Read a sample: returns its key, JSON and number of true channels; its signal is then in `window`."""
+        """Read a sample into `window`, and return the sample's key, JSON and number of true channels."""
         start, size, meta_at = location.start, location.eeg, location.meta_at
-        # EEG and JSON are neighbours if there is no image: one call reads both. Otherwise two calls skip the image.
+        # Without an image, the JSON follows the EEG directly, so one call reads the two members. With an image between
+        # them, two calls are used, so that the image is not read.
         whole = self.read(location, start, HEADER + size if location.image else meta_at + location.meta - start)
         key = self.parse_key(location, whole)
         try:
@@ -351,7 +353,7 @@ class ShardReader:
         return key, text, location.n or int(self.meta(location, text, key)["n"])
 
     def image(self, location: SampleLocation) -> bytes:
-        """Read the image of a sample that has an image; its EEG is not read."""
+        """Read the image of a sample without its EEG; the sample must have an image."""
         whole = self.read(location, location.image_at - HEADER, HEADER + location.image)
         self.parse_key(location, whole, f".image.{IMAGE_EXTENSIONS[location.ext]}".encode())
         return bytes(whole[HEADER:])
@@ -371,21 +373,21 @@ def pack(
     samples : sequence of (EEGDataset.reader, SampleLocation)
         The samples to read.
     window : int
-        T, the same in all datasets.
+        Time points T of a window, which must be equal in all datasets.
     out : ndarray of float16, shape (rows, window), optional
-        Memory for the signals. If it is too small, new memory is allocated.
+        Memory for the signals. If this array is too small, a new array is allocated.
 
     Returns
     -------
     PackedSamples
-        True channels one after another, in the order of `samples`.
+        The true channels of all samples, concatenated in the order of `samples`.
 
     Raises
     ------
     RequestError
         If a sample is damaged; the message names the file and the sample's key.
     """
-    # n is 0 if the index was written before it contained n; such a sample may need 128 rows.
+    # n is 0 if an older version wrote the index without n. Such a sample may have up to 128 channels.
     rows = sum(location.n or N_PADDED for _, location in samples)
     eeg = out if out is not None and len(out) >= rows else np.empty((rows, window), np.float16)
     packed = PackedSamples(eeg=eeg, channels=[], keys=[], json=[], shards=[])

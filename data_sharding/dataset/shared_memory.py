@@ -1,8 +1,9 @@
-"""Shared memory through which workers hand the signals of their batches to the training process.
+"""Shared memory in which workers pass the signals of their batches to the training process.
 
-torch's own transport is not used: torch allocates a new piece of shared memory for each batch, sends its file
-descriptor through a socket and maps it. That takes longer than reading and decompressing the batch. Here the memory is
-allocated once, before the workers are forked, and its slots are used again and again.
+torch's own way to pass batches is not used: torch allocates new shared memory for each batch, sends the file descriptor
+of this memory through a socket and maps the memory. This takes longer than reading and decompressing the batch. Here
+the memory is allocated only once, before the workers are forked. It is divided into slots for one batch each, and the
+slots are reused.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ if TYPE_CHECKING:
 
 
 class Slots:
-    """Shared memory for a fixed number of batches of each worker; the workers are forked from this process.
+    """Shared memory with a fixed number of slots for each worker. The workers must be forked from this process.
 
     Parameters
     ----------
     workers : int
         Number of workers.
     per_worker : int
-        Batches that one worker may have written before the training process has copied them.
+        Number of slots of one worker: batches that the worker can write before the training process has copied them.
     rows : int
-        Largest number of channels of a batch, summed over its samples.
+        Maximum number of channels of a batch, summed over all samples of the batch.
     window : int
         Time points of a window.
     """
@@ -44,7 +45,8 @@ class Slots:
     def __init__(self, workers: int, per_worker: int, rows: int, window: int) -> None:
         self.per_worker, self.rows, self.window = per_worker, rows, window
         self.size = -(-rows * window * 2 // mmap.PAGESIZE) * mmap.PAGESIZE
-        # Anonymous memory, because /dev/shm is often small in a container. Linux allocates a page at its first write.
+        # The memory is anonymous, because /dev/shm is often small in a container. Linux allocates a page at its first
+        # write.
         self.memory = mmap.mmap(-1, workers * per_worker * self.size)
         self.number = next(self._numbers)
         self._open[self.number] = self
@@ -56,9 +58,9 @@ class Slots:
 
     @classmethod
     def by_number(cls, number: int) -> Slots:
-        """Return the `Slots` object of this process that has a number.
+        """Return the `Slots` object of this process that has the given number.
 
-        A message from a worker carries this number, because the memory itself cannot be pickled.
+        A message from a worker contains this number, because the shared memory itself cannot be pickled.
         """
         return cls._open[number]
 
@@ -68,7 +70,7 @@ class Slots:
         Parameters
         ----------
         slot : int
-            ``worker * per_worker + i`` for slot i of a worker.
+            Number of the slot: ``worker * per_worker + i`` for slot i of a worker.
 
         Returns
         -------
@@ -81,7 +83,7 @@ class Slots:
 
 @dataclass(kw_only=True)
 class BatchInSlot:
-    """Message of a worker: a batch whose signals lie in a slot until the training process has copied them."""
+    """Message of a worker: a batch with its signals in a slot of the shared memory."""
 
     batch: Batch
     """The batch without its signals."""
@@ -90,7 +92,7 @@ class BatchInSlot:
     slot: int
     """Slot that holds the signals."""
     rows: int
-    """Number of channels, summed over all samples."""
+    """Number of channels, summed over all samples of the batch."""
 
     def _signals(self) -> torch.Tensor:
         import torch

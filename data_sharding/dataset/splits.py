@@ -1,6 +1,6 @@
-"""Splits into train, val and test, by subject and by image or concept.
+"""Assignment of subjects, images and concepts to the splits train, val and test.
 
-The split of a subject or image depends on its name only. So it stays the same when new data are added.
+The split of a subject or image depends only on its name. So the split does not change when new data are added.
 """
 
 from __future__ import annotations
@@ -14,33 +14,35 @@ from data_sharding.common.errors import RequestError
 
 SPLITS = ("train", "val", "test")
 TRAIN_OR_VAL = "train+val"
-"""Split that a corpus gives to trials outside its own test set; a share of them, chosen by hash, becomes val."""
+"""Split that a corpus gives to trials outside its own test set. A hash moves some of these trials to val."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Subjects, images and concepts to hold out. None of them is ever in two splits.
+    """Subjects, images and concepts to hold out for val and test. A held-out subject or image is never in two splits.
 
-    Sessions of a subject are always in the same split. Equal names of subjects in two corpora count as one subject.
+    All sessions of a subject are in the same split. If two corpora have a subject of the same name, the two subjects
+    count as one subject.
     """
 
     seed: int = 0
-    """Seed of the assignment by hash."""
+    """Seed of the hash that assigns subjects and images to splits."""
     val_fraction: float = 0.1
-    """Share of subjects for validation, chosen by hash; ignored if subjects are listed below."""
+    """Share of the subjects in val, chosen by hash; ignored if val_subjects or test_subjects is given."""
     test_fraction: float = 0.1
-    """Share of subjects for the test, chosen by hash; ignored if subjects are listed below."""
+    """Share of the subjects in test, chosen by hash; ignored if val_subjects or test_subjects is given."""
     val_subjects: list[str] = field(default_factory=list)
-    """Names of subjects for validation, as in the paths: sub-11 or 11."""
+    """Names of the subjects in val, as in the paths of the files: sub-11 or 11."""
     test_subjects: list[str] = field(default_factory=list)
-    """Names of subjects for the test. If one of the two lists is given, all other subjects are in train."""
+    """Names of the subjects in test. If val_subjects or test_subjects is given, all other subjects are in train."""
     by: Literal["image", "concept"] = "image"
-    """Unit that is held out of EEG-image corpora: single images, or all images of a concept together. With ``concept``,
-    the test split has only concepts that the training split does not have (zero-shot)."""
+    """Hold out single images, or all images of a concept together. With ``concept``, no concept of the test split is in
+    the training split (zero-shot). Only for EEG-image corpora."""
     image_val_fraction: float = 0.1
-    """Share of images (or concepts) for validation, chosen by hash; a split that the corpus defines has priority."""
+    """Share of the images (or concepts) in val, chosen by hash; a split that the corpus itself defines has priority."""
     image_test_fraction: float = 0.1
-    """Share of images (or concepts) for the test, chosen by hash; a split that the corpus defines has priority."""
+    """Share of the images (or concepts) in test, chosen by hash; a split that the corpus itself defines has
+    priority."""
 
     def __post_init__(self) -> None:
         for a, b in (("val_fraction", "test_fraction"), ("image_val_fraction", "image_test_fraction")):
@@ -57,11 +59,11 @@ class SplitConfig:
 
     @property
     def by_subject(self) -> bool:
-        """Whether subjects are held out."""
+        """Whether the config holds out subjects."""
         return bool(self.val_subjects or self.test_subjects or self.val_fraction or self.test_fraction)
 
     def subject(self, subject: str) -> str:
-        """Return the split of a subject (by name): train, val or test."""
+        """Return the split of a subject: train, val or test. The argument is the subject's name."""
         if self.val_subjects or self.test_subjects:
             if _bare(subject) in {_bare(s) for s in self.val_subjects}:
                 return "val"
@@ -78,12 +80,12 @@ class SplitConfig:
         column : str
             Split that the corpus defines: train, val, test, `TRAIN_OR_VAL`, or empty.
         concept : str
-            Concept of the image; needed if whole concepts are held out.
+            Concept of the image; required if whole concepts are held out.
 
         Returns
         -------
         str or None
-            train, val or test; None if images are not held out, or the trial has no image.
+            train, val or test; None if the config does not hold out images, or if the trial has no image.
 
         Raises
         ------
@@ -116,8 +118,8 @@ class SplitConfig:
         Returns
         -------
         str or None
-            train, val or test. None if the two splits differ, such as a training subject with a test image: in either
-            split the trial would leak the subject or the image, so it is left out.
+            train, val or test. None if subject and image belong to different splits, such as a training subject with a
+            test image. Such a trial is left out, because it would leak the subject or the image into another split.
 
         Raises
         ------
