@@ -1,9 +1,11 @@
-"""EEG to CLIP: trains an encoder and a small head so that the embedding of a trial is close to that of the seen image.
+"""Align EEG with CLIP: train an encoder so that the embedding of a trial is close to the embedding of its image.
 
-Started as ``dreamscale align CONFIG`` or ``accelerate launch -m finetune.align CONFIG``.
+A small head maps the encoder's tokens to CLIP's image space. The image of a trial is the image that the person saw.
 
-Shapes: b trials of this process, G trials of all processes, C channels, T samples, N tokens of width D, P width of
-CLIP's projection, M different images.
+The command is ``dreamscale align CONFIG`` or ``accelerate launch -m finetune.align CONFIG``.
+
+Tensor shapes: b trials of this process, G trials of all processes, C channels, T samples, N tokens of width D, P width
+of CLIP's projection, M different images.
 """
 
 from __future__ import annotations
@@ -39,38 +41,39 @@ from pretrain.runs.tracking import TrackerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    """Alignment of EEG with CLIP: the encoder and a head are trained, CLIP is frozen."""
+    """Align EEG with CLIP: train the encoder and a small head, while CLIP is frozen."""
 
     dataset: str
-    """EEG-image dataset with train and val splits."""
+    """Path of the EEG-image dataset; it must have train and val splits."""
     encoder: str
-    """Encoder package that `dreamscale export` wrote, or its hub id."""
+    """Encoder package: a directory that `dreamscale export` wrote, or a hub id."""
     clip: str
     """CLIP model: a directory, or a hub id such as openai/clip-vit-large-patch14."""
     output: str
-    """Run directory. The results are `encoder/` and `align/` in it."""
+    """Run directory. The results are written to its subdirectories `encoder/` and `align/`."""
     pretrained: bool = True
-    """False starts from random weights of the same architecture: the ablation without pretraining."""
+    """False: start from random weights of the encoder, as an ablation that shows the effect of pretraining."""
     loss: Literal["cosine", "infonce", "both"] = "both"
-    """cosine: 1 - cosine, as in DreamDiffusion; infonce: contrast with the other images of the batch; both: the sum."""
+    """Loss. cosine: 1 - cosine similarity, as in DreamDiffusion; infonce: contrastive loss within the batch; both: the
+    sum of the two losses."""
     temperature: float = 0.1
-    """Temperature of the contrast: the cosines are divided by it."""
+    """Temperature of the contrastive loss, by which the cosine similarities are divided."""
     encoder_lr: float = 1.0
-    """Factor of the encoder's learning rate; the head always has training.lr."""
+    """The encoder's learning rate is this factor times training.lr. The head's learning rate is training.lr."""
     watch: Literal["cosine", "top1", "top5"] = "cosine"
-    """Metric on the val split that decides which weights are kept."""
+    """Metric on the val split that decides which weights of the run are the best and are kept."""
     augment: ImageAugmentConfig = field(default_factory=ImageAugmentConfig)
-    """Random changes of the EEG in training."""
+    """Augmentation of the EEG in training."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """Steps, batch size, learning rate and so on."""
+    """Settings of the training: steps, batch size, learning rate and so on."""
     num_processes: int = 1
-    """Number of processes on all machines together."""
+    """Total number of processes on all machines."""
     seed: int = 0
     """Seed for sample order, noise and initial weights."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device of the computation: auto, cpu or cuda."""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    """Where metrics go besides metrics.jsonl."""
+    """Experiment tracker to which metrics are sent, in addition to the file metrics.jsonl."""
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or self.encoder_lr < 0:
@@ -78,17 +81,17 @@ class AlignConfig:
 
 
 def gather_rows(x_b: Tensor) -> Tensor:
-    """Gather the rows of all processes, in the order of the ranks; gradients flow back to every process.
+    """Gather tensors from all processes in the order of the ranks, so that gradients flow back to every process.
 
     Parameters
     ----------
     x_b : Tensor, [b, ...]
-        Rows of this process; every process has equally many.
+        Tensor of this process. Its size b must be the same on every process.
 
     Returns
     -------
     Tensor, [G, ...]
-        Rows of all processes.
+        Concatenated tensors of all processes.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return x_b
@@ -98,21 +101,21 @@ def gather_rows(x_b: Tensor) -> Tensor:
 
 
 def infonce(embeds_GP: Tensor, target_GP: Tensor, row_G: Tensor, temperature: float) -> Tensor:
-    """Contrast each trial with the other images of the batch, and each image with the other trials.
+    """Compute the contrastive loss: each trial against all images of the batch, and each image against all trials.
 
     Parameters
     ----------
     embeds_GP, target_GP : Tensor, [G, P]
-        Embeddings of the trials and of their images, unit length.
+        Embeddings of the trials and of their images, of unit length.
     row_G : Tensor of int, [G]
-        Which image each trial saw. Two trials of one image do not count as a wrong pair.
+        Number of the image that each trial belongs to. Two trials of the same image are not used as a negative pair.
     temperature : float
-        Divisor of the cosines.
+        Temperature, by which the cosine similarities are divided.
 
     Returns
     -------
     Tensor, scalar
-        Mean cross-entropy of the two directions.
+        Mean of the cross-entropies of the two directions (trial to image, and image to trial).
     """
     same_GG = row_G[:, None] == row_G[None]
     probability_GG = same_GG.float() / same_GG.sum(1, keepdim=True)
@@ -121,18 +124,18 @@ def infonce(embeds_GP: Tensor, target_GP: Tensor, row_G: Tensor, temperature: fl
 
 
 class Aligner(nn.Module):
-    """Encoder and head with the alignment loss; both train.
+    """Encoder and CLIP head with the alignment loss; both networks are trained.
 
     Parameters
     ----------
     encoder : EEGEncoder
-        The encoder.
+        EEG encoder, which computes tokens.
     head : ClipHead
         Projects tokens into CLIP's image space.
     loss : str
-        cosine, infonce or both.
+        Kind of loss: cosine, infonce or both.
     temperature : float
-        Temperature of the contrast.
+        Temperature of the contrastive loss.
     """
 
     def __init__(self, encoder: EEGEncoder, head: ClipHead, loss: str, temperature: float) -> None:
@@ -141,33 +144,33 @@ class Aligner(nn.Module):
         self.loss, self.temperature = loss, temperature
 
     def embed(self, x_bCT: Tensor) -> Tensor:
-        """Embed trials: [b, 128, T] in model units to [b, P] of unit length."""
+        """Compute embeddings [b, P] of unit length from scaled EEG trials [b, 128, T]."""
         return F.normalize(self.head(self.encoder(x_bCT)).float(), dim=-1)
 
     def forward(self, x: Tensor, target: Tensor, row: Tensor) -> dict[str, Tensor]:
-        """Compute the loss of a batch.
+        """Compute the alignment loss of a batch.
 
         Parameters
         ----------
         x : Tensor, [b, 128, T]
-            EEG in model units.
+            EEG, scaled for the encoder.
         target : Tensor, [b, P]
-            CLIP embeddings of the images, unit length.
+            CLIP embeddings of the images, of unit length.
         row : Tensor of int, [b]
-            Which image each trial saw.
+            Number of the image that each trial belongs to.
 
         Returns
         -------
         dict
-            loss, cosine (1 - cosine) and infonce. Cosine is a mean over this process's trials, infonce over those of
-            all processes.
+            ``loss``, ``cosine`` (1 - cosine similarity) and ``infonce`` (contrastive loss). ``cosine`` is the mean over
+            the trials of this process; ``infonce`` is the mean over the trials of all processes.
         """
         embeds_bP = self.embed(x)
         out = {"cosine": 1 - (embeds_bP * target).sum(-1).mean()}
         loss = out["cosine"] if self.loss != "infonce" else torch.zeros_like(out["cosine"])
         if self.loss != "cosine":
-            # Every process computes the same contrast. The backward pass of the gather adds up the processes' equal
-            # gradients, and Accelerate then averages them over the processes: the result is the true gradient.
+            # Every process computes the same contrastive loss. The gather's backward pass adds up the equal gradients
+            # of all processes. Accelerate then averages the sums over the processes, so the result is exact.
             contrast = infonce(gather_rows(embeds_bP), gather_rows(target), gather_rows(row), self.temperature)
             out["infonce"] = contrast
             loss = loss + contrast
@@ -184,30 +187,31 @@ def measure_retrieval(
     pulse: Callable[[], None] = lambda: None,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Measure how well the seen image can be found among all images of a split.
+    """Measure how well the image of a trial can be found among all images of a split, from the trial's EEG.
 
     Parameters
     ----------
     embed : callable
         Takes EEG in microvolts, [b, 128, T], and returns embeddings of unit length, [b, P].
     dataset : EEGDataset
-        The split.
+        Trials of the split.
     table : ImageTable
-        Its images.
+        Images of the split.
     target_MP : Tensor, [M, P]
-        Their CLIP embeddings.
+        CLIP embeddings of the images.
     device : torch.device
         Device of the computation.
     pulse : callable
         Called before each batch; `fit` interrupts the evaluation there if a stop was requested.
     batch_size : int
-        Trials of one forward pass.
+        Number of trials in one forward pass.
 
     Returns
     -------
     dict
-        ``cosine``: mean of 1 - cosine. ``top1`` and ``top5``: share of trials whose image is the most similar, or among
-        the five most similar. ``label``: share of trials whose most similar image has the right label. ``images``: M.
+        ``cosine``: mean of 1 - cosine similarity. ``top1``: fraction of trials whose own image is the most similar.
+        ``top5``: fraction of trials whose own image is among the five most similar. ``label``: fraction of trials whose
+        most similar image has the right label. ``images``: number of images, M.
     """
     parts = []
     for batch in sequential(dataset, batch_size):
@@ -228,17 +232,17 @@ def measure_retrieval(
 
 
 def align(config: AlignConfig) -> int:
-    """Align an encoder with CLIP.
+    """Align an EEG encoder with CLIP.
 
     Parameters
     ----------
     config : AlignConfig
-        The request.
+        Config of the command.
 
     Returns
     -------
     int
-        Exit code.
+        Exit code of the command.
     """
     quiet_libraries()
     data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")

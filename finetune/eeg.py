@@ -1,6 +1,6 @@
-"""EEG as the models of fine-tuning see it: the encoder, scaling, held-out trials and augmentation.
+"""Prepare EEG for the models of fine-tuning: load the encoder, scale trials, choose held-out trials, and augment.
 
-Shapes: B trials, b trials of this rank, C channels (128 after padding), T samples.
+Tensor shapes: B trials, b trials of this rank, C channels (128 after padding), T samples.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pretrain.encoder.encoder import EEGEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of the EEG that leave the category of the image recognisable; training only."""
+    """Augmentation of EEG trials, which is used only in training."""
 
     shift: int = 0
-    """Largest shift in time, in samples, to either side. The first or last sample fills the gap."""
+    """Largest shift in time to either side, in samples. The trial's first or last sample fills the gap."""
     noise: float = 0.0
-    """Standard deviation of added white noise, in model units."""
+    """Standard deviation of the white noise that is added to the scaled EEG."""
     drop_channels: float = 0.0
-    """Largest share of channels that are set to zero."""
+    """Largest fraction of a trial's channels that are set to zero."""
 
     def __post_init__(self) -> None:
         if self.shift < 0 or self.noise < 0 or not 0 <= self.drop_channels < 1:
@@ -39,11 +39,11 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAugmentConfig(AugmentConfig):
-    """The same changes, after an average over trials of the same image."""
+    """Augmentation of EEG trials. Before it, a trial may be averaged with other trials of the same image."""
 
     average: int = 1
-    """A trial is averaged with a random number of other trials of the same image and channels; this is the largest
-    number of trials in the average. 1 switches averaging off."""
+    """Largest number of trials in an average. A trial is averaged with a random number of other trials that have the
+    same image and the same channels. 1 switches averaging off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,21 +57,21 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
     Parameters
     ----------
     path : str
-        The package.
+        Directory or hub id of the encoder package.
     dataset : EEGDataset
-        The trials that the encoder will see.
+        Trials that the encoder will be used for.
     pretrained : bool
-        False: the same architecture with new random weights.
+        True: load the trained weights. False: use the same architecture with new random weights.
 
     Returns
     -------
     EEGEncoder
-        Without a classification head.
+        Encoder without a classification head.
 
     Raises
     ------
     RequestError
-        If the path holds no encoder package, or the package belongs to another preprocessing.
+        If the path holds no encoder package, or the encoder needs another preprocessing than the dataset has.
     """
     encoder = EEGEncoder.from_pretrained(path)
     dataset.require_preprocess(encoder.spec, f"encoder {path}")
@@ -86,21 +86,21 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
 
 
 def scale_eeg(eeg_BCT: Tensor, scaling: PreprocessSpec | EEGEncoder, device: Any = None) -> Tensor:
-    """Scale stored microvolts to model units.
+    """Scale EEG from microvolts to the units that the models take.
 
     Parameters
     ----------
     eeg_BCT : Tensor, shape (B, C, T)
-        Microvolts, of any float type.
+        EEG in microvolts, of any float type.
     scaling : PreprocessSpec or EEGEncoder
-        Defines the scaling. Where there is an encoder, its scaling applies.
+        Object that defines the scaling: the encoder if the model has an encoder, otherwise the preprocessing.
     device : torch.device, optional
         Device of the result.
 
     Returns
     -------
     Tensor of float32, shape (B, C, T)
-        Scaled and clipped.
+        Scaled and clipped EEG.
     """
     return scaling.scale_for_model(eeg_BCT.to(device).float())
 
@@ -111,7 +111,7 @@ def choose_evenly(n: int, count: int) -> list[int]:
     Parameters
     ----------
     n : int
-        Trials of the split.
+        Number of trials of the split.
     count : int
         Largest number of trials to choose.
 
@@ -126,47 +126,47 @@ def choose_evenly(n: int, count: int) -> list[int]:
 def read_trials(
     dataset: EEGDataset, numbers: list[int], scaling: PreprocessSpec | EEGEncoder, device: Any = None
 ) -> Tensor:
-    """Read trials in model units.
+    """Read trials of a split and scale them for the model.
 
     Parameters
     ----------
     dataset : EEGDataset
-        The split.
+        Trials of the split.
     numbers : list of int
-        Numbers of the trials.
+        Numbers of the trials to read.
     scaling : PreprocessSpec or EEGEncoder
-        Defines the scaling.
+        Object that defines the scaling.
     device : torch.device, optional
         Device of the result.
 
     Returns
     -------
     Tensor of float32, shape (B, 128, T)
-        The trials, in the order of `numbers`.
+        Scaled trials, in the order of `numbers`.
     """
     parts = [collate(dataset, numbers[start : start + 256]) for start in range(0, len(numbers), 256)]
     return torch.cat([scale_eeg(part.padded(device), scaling) for part in parts])
 
 
 def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig, random: StepRandom) -> Tensor:
-    """Shift trials in time, add noise and silence channels.
+    """Augment trials: shift them in time, add noise, and set channels to zero.
 
     Parameters
     ----------
     x_bCT : Tensor, shape (b, C, T)
-        Trials in model units, padded by replication.
+        Scaled trials, padded by repeating channels.
     true_channels_b : list of int
         Number of true channels of each trial. Padding repeats these channels. A copy gets exactly the same changes as
         its channel, so that the model cannot tell them apart.
     config : AugmentConfig
-        How strong the changes are.
+        Strength of the augmentation.
     random : StepRandom
-        Random numbers of this step.
+        Random numbers of this training step.
 
     Returns
     -------
     Tensor, shape (b, C, T)
-        Changed trials; the same tensor if the config changes nothing.
+        Augmented trials; the input tensor itself if all augmentations are switched off.
     """
     b, channels, samples = x_bCT.shape
     true_bC = torch.arange(channels)[None, :] % torch.tensor(true_channels_b)[:, None]
@@ -185,30 +185,30 @@ def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig
 def average_trials_of_image(
     eeg_bCT: Tensor, batch: Batch, dataset: EEGDataset, table: ImageTable, most: int, random: StepRandom
 ) -> Tensor:
-    """Replace trials by means over trials in which the same image was seen.
+    """Replace each trial by a mean over trials of the same image.
 
     Parameters
     ----------
     eeg_bCT : Tensor, shape (b, C, T)
-        The batch's EEG in microvolts; changed in place.
+        EEG of the batch in microvolts; it is changed in place.
     batch : Batch
         Trials of this rank.
     dataset : EEGDataset
-        The split; the other trials are read from it.
+        Split from which the other trials are read.
     table : ImageTable
-        Knows for each trial the other trials of its image.
+        Images of the split, with the list of trials of each image.
     most : int
-        Largest number of trials in a mean, the trial itself included.
+        Largest number of trials in a mean, including the replaced trial.
     random : StepRandom
-        Random numbers of this step.
+        Random numbers of this training step.
 
     Returns
     -------
     Tensor, shape (b, C, T)
-        The means, in microvolts.
+        Averaged trials in microvolts.
     """
     b = len(eeg_bCT)
-    # Always the same number of draws, whatever trials a rank has: otherwise the ranks' random streams would diverge.
+    # Draw the random numbers before the loop: every rank must draw equally many, for the streams to stay in step.
     extra_b = random.integers(most, b)
     start_b = random.uniform(b)
     for i, number in enumerate(batch.numbers):
@@ -238,18 +238,18 @@ def prepare_eeg(
     dataset : EEGDataset
         The split that the trials come from.
     table : ImageTable
-        Its images.
+        Images of the split.
     config : ImageAugmentConfig
-        How strong the changes are.
+        Strength of the augmentation.
     random : StepRandom
-        Random numbers of this step.
+        Random numbers of this training step.
     scaling : PreprocessSpec or EEGEncoder
-        Defines the scaling.
+        Object that defines the scaling.
 
     Returns
     -------
     Tensor of float32, shape (b, 128, T)
-        The changed trials.
+        Augmented trials.
     """
     eeg_bCT = batch.padded(dtype=torch.float32)
     if config.average > 1:

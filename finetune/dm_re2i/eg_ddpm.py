@@ -1,4 +1,6 @@
-"""EG-DDPM: a U-Net in pixel space that predicts noise. The EEG's feature is added to the embedding of the step.
+"""EG-DDPM: a U-Net that predicts the noise in the pixels of an image, guided by EEG.
+
+The EEG feature is added to the embedding of the diffusion step.
 
 Shapes: B batch, C image channels, F feature maps, H rows, W columns, D width of the EEG feature, E width of
 the embedding, N positions (H times W).
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 
 class SinusoidalEmbedding(nn.Module):
-    """Embedding of a diffusion step: sine and cosine at geometrically spaced frequencies.
+    """Embed a diffusion step as sines and cosines at geometrically spaced frequencies.
 
     Parameters
     ----------
@@ -28,17 +30,17 @@ class SinusoidalEmbedding(nn.Module):
         self.width = width
 
     def forward(self, step_B: Tensor) -> Tensor:
-        """Embed the steps.
+        """Embed the diffusion steps.
 
         Parameters
         ----------
         step_B : Tensor, shape (B,)
-            Steps of the forward process.
+            Steps of the forward process (the process that adds noise).
 
         Returns
         -------
         Tensor of float32, shape (B, E)
-            Embedding.
+            Embedding of each step.
         """
         half = self.width // 2
         rate = torch.exp(torch.arange(half, device=step_B.device) * -(math.log(10000) / (half - 1)))
@@ -47,7 +49,7 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """Layer norm over the feature maps, for each pixel.
+    """Apply layer norm over the feature maps, separately for each pixel.
 
     Parameters
     ----------
@@ -61,7 +63,7 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, width, 1, 1))
 
     def forward(self, x_BFHW: Tensor) -> Tensor:
-        """Normalise.
+        """Normalise the feature maps of each pixel.
 
         Parameters
         ----------
@@ -71,27 +73,30 @@ class ChannelNorm(nn.Module):
         Returns
         -------
         Tensor, shape (B, F, H, W)
-            Feature maps. Before the learned scale and shift, they have zero mean and unit variance over F.
+            Normalised feature maps. Before the learned scale and shift, each pixel has zero mean and unit variance over
+            its F values.
         """
         variance, mean = torch.var_mean(x_BFHW, dim=1, unbiased=False, keepdim=True)
         return (x_BFHW - mean) * torch.rsqrt(variance + 1e-5) * self.weight + self.bias
 
 
 class ConvNeXtBlock(nn.Module):
-    """Convolutions: depthwise 7x7, then 3x3 and 3x3, with a 1x1 shortcut from input to output.
+    """ConvNeXt block: a depthwise 7x7 convolution and two 3x3 convolutions, with a 1x1 shortcut from input to output.
 
-    After the depthwise convolution, the embedding is added and a layer norm follows; a GELU stands between the others.
+    The embedding is added after the depthwise convolution, and a layer norm follows. A GELU is between the two 3x3
+    convolutions.
 
     Parameters
     ----------
     inputs, outputs : int
         Number of feature maps at input and output.
     embedding : int or None
-        Width E of the embedding; None for a block without an embedding, as the last block is.
+        Width E of the embedding; None for a block without an embedding, such as the last block.
     expansion : int
-        Feature maps between the two 3x3 convolutions, as a multiple of `outputs`.
+        Number of feature maps between the two 3x3 convolutions, as a multiple of `outputs`.
     scale_shift : bool
-        Let the embedding scale and shift the normalised feature maps (FiLM) instead of adding it before the norm.
+        True: the embedding scales and shifts the normalised feature maps (FiLM). False: the embedding is added to the
+        feature maps before the layer norm.
     """
 
     def __init__(self, inputs: int, outputs: int, embedding: int | None, expansion: int, scale_shift: bool) -> None:
@@ -110,7 +115,7 @@ class ConvNeXtBlock(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x_BFHW: Tensor, embedding_BE: Tensor | None = None) -> Tensor:
-        """Apply the block.
+        """Apply the ConvNeXt block.
 
         Parameters
         ----------
@@ -136,16 +141,16 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ResidualAttention(nn.Module):
-    """``x + attention(LayerNorm(x))`` over the pixels.
+    """Attention over the pixels with a residual connection: ``x + attention(LayerNorm(x))``.
 
     Parameters
     ----------
     width : int
         Number of feature maps.
     heads, head_dim : int
-        Number of heads and width of each.
+        Number of attention heads and width of each head.
     linear : bool
-        Linear attention, whose cost grows linearly with the number of pixels; False for full attention.
+        True: linear attention; its cost grows linearly with the number of pixels. False: full attention.
     """
 
     def __init__(self, width: int, heads: int, head_dim: int, *, linear: bool) -> None:
@@ -156,7 +161,7 @@ class ResidualAttention(nn.Module):
         self.out = nn.Conv2d(heads * head_dim, width, 1)
 
     def forward(self, x_BFHW: Tensor) -> Tensor:
-        """Attend.
+        """Apply the attention.
 
         Parameters
         ----------
@@ -182,7 +187,7 @@ class ResidualAttention(nn.Module):
 
 
 class CABlock(nn.Module):
-    """Two ConvNeXt blocks and a residual linear attention.
+    """One level of the U-Net: two ConvNeXt blocks and a linear attention with a residual connection.
 
     Parameters
     ----------
@@ -191,11 +196,11 @@ class CABlock(nn.Module):
     embedding : int
         Width E of the embedding.
     expansion : int
-        Width multiple of the ConvNeXt blocks.
+        Argument `expansion` of the ConvNeXt blocks.
     heads, head_dim : int
-        Attention heads and the width of each.
+        Number of attention heads and width of each head.
     scale_shift : bool
-        Whether the ConvNeXt blocks use FiLM.
+        Whether the embedding scales and shifts feature maps in the ConvNeXt blocks (FiLM).
     """
 
     def __init__(
@@ -207,7 +212,7 @@ class CABlock(nn.Module):
         self.attention = ResidualAttention(outputs, heads, head_dim, linear=True)
 
     def forward(self, x_BFHW: Tensor, embedding_BE: Tensor) -> Tensor:
-        """Apply the three parts, one after the other.
+        """Apply the two ConvNeXt blocks and the attention, one after another.
 
         Parameters
         ----------
@@ -225,34 +230,36 @@ class CABlock(nn.Module):
 
 
 class EGDDPM(ModelMixin, ConfigMixin):
-    """EEG-guided U-Net eps(x_t, t, e): a linear map of the EEG feature e is added to the embedding of t.
+    """U-Net guided by EEG, eps(x_t, t, e): a linear map of the EEG feature e is added to the embedding of step t.
 
     Parameters
     ----------
     sample_size : int
-        Rows and columns of the images; a multiple of ``patch * 2 ** (levels - 1)``.
+        Number of rows and of columns of the images; a multiple of ``patch * 2 ** (levels - 1)``.
     in_channels : int
-        Image channels.
+        Number of colour channels of the images.
     condition_dim : int
         Width D of the EEG feature.
     base_channels : int
-        Feature maps at the first level, an even number. The embedding is four times as wide.
+        Number of feature maps at the first level; an even number. The width of the embedding is four times this number.
     multipliers : sequence of int
-        Feature maps of each level as multiples of `base_channels`.
+        Number of feature maps at each level, as a multiple of `base_channels`.
     expansion : int
-        Width multiple inside the ConvNeXt blocks.
+        Argument `expansion` of the ConvNeXt blocks.
     heads, head_dim : int
-        Attention heads and the width of each.
+        Number of attention heads and width of each head.
     scale_shift : bool
-        Let the embedding scale and shift feature maps (FiLM) instead of adding it; not in the paper.
+        True: the embedding scales and shifts feature maps (FiLM), which the paper does not do. False: the embedding is
+        added to the feature maps.
     null_condition : bool
-        Add a learned null vector, for classifier-free guidance; not in the paper.
+        Add a learned null vector, which classifier-free guidance needs. The paper has no null vector.
     patch : int
-        Fold squares of this many pixels a side into channels before the first level, and unfold them after the last.
-        2 makes every level four times cheaper. 1, as in the paper, folds nothing.
+        Side length in pixels of the squares that are folded into channels before the first level, and unfolded after
+        the last level. With 2, every level needs a quarter of the computation. With 1, as in the paper, nothing is
+        folded.
     join_first : bool
         Add a skip connection from the first level to the last block. Without it, all details of the noise must pass
-        through the second level, which is too much for narrow networks. Not in the paper.
+        through the second level, which is too much for narrow networks. The paper has no such connection.
 
     References
     ----------
@@ -296,7 +303,7 @@ class EGDDPM(ModelMixin, ConfigMixin):
         )
         self.condition = nn.Linear(condition_dim, embedding)
         self.null = nn.Parameter(torch.zeros(condition_dim)) if null_condition else None
-        # The features are standardised, because their scale depends on EVRNet's training, and guidance should not.
+        # Standardise features: their scale depends on EVRNet's training, but the guidance must not depend on it.
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
         self.register_buffer("condition_std", torch.ones(condition_dim))
 
@@ -308,7 +315,7 @@ class EGDDPM(ModelMixin, ConfigMixin):
         self.middle_first = ConvNeXtBlock(maps[-1], maps[-1], embedding, expansion, scale_shift)
         self.middle_attention = ResidualAttention(maps[-1], heads, head_dim, linear=False)
         self.middle_second = ConvNeXtBlock(maps[-1], maps[-1], embedding, expansion, scale_shift)
-        # As published, every level but the first has a skip connection.
+        # As in the paper, every level except the first has a skip connection.
         self.up = nn.ModuleList(ca(2 * maps[k], maps[k - 1]) for k in range(levels - 1, 0, -1))
         self.grow = nn.ModuleList(
             nn.ConvTranspose2d(maps[k - 1], maps[k - 1], 4, 2, 1) for k in range(levels - 1, 0, -1)
@@ -320,33 +327,33 @@ class EGDDPM(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def set_condition_statistics(self, mean_D: Tensor, std_D: Tensor) -> None:
-        """Set the mean and standard deviation that standardise features; they are saved with the weights.
+        """Set the mean and standard deviation for standardising EEG features; both are saved with the weights.
 
         Parameters
         ----------
         mean_D, std_D : Tensor, shape (D,)
-            Statistics of the features over the training trials.
+            Mean and standard deviation of the features over the training trials.
         """
         self.condition_mean.copy_(mean_D)
-        # A feature that was constant in training keeps its scale; otherwise a small change would be enlarged a lot.
+        # Use 1 for a feature that was constant in training: division by a tiny deviation would amplify small changes.
         self.condition_std.copy_(
             torch.where(std_D > 1e-3 * std_D.max().clamp_min(1e-12), std_D, torch.ones_like(std_D))
         )
 
     def encode_condition(self, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:
-        """Standardise features, and replace those of dropped conditions by the learned null vector.
+        """Standardise EEG features, and replace the features of dropped conditions with the learned null vector.
 
         Parameters
         ----------
         e_BD : Tensor, shape (B, D)
             EEG features.
         keep_B : Tensor of bool, shape (B,), optional
-            False where the condition is dropped; by default every condition is kept.
+            False for trials whose EEG condition is dropped; by default all conditions are kept.
 
         Returns
         -------
         Tensor, shape (B, D)
-            Input of the linear map to the embedding.
+            Standardised features, the input of the linear map to the embedding.
 
         Raises
         ------
@@ -358,22 +365,22 @@ class EGDDPM(ModelMixin, ConfigMixin):
             return e_BD
         if self.null is None:
             raise ValueError("this EG-DDPM has no null vector; build it with null_condition=True to drop conditions")
-        # torch.where, not a branch: all processes must have the same graph.
+        # Use torch.where instead of a branch, because all processes must build the same autograd graph.
         return torch.where(keep_B[:, None], e_BD, self.null[None, :])
 
     def forward(self, sample: Tensor, timestep: Tensor | int, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:
-        """Predict the noise.
+        """Predict the noise in the images.
 
         Parameters
         ----------
         sample : Tensor, shape (B, C, H, W)
-            Noisy images, x_t.
+            Noisy images x_t.
         timestep : Tensor, shape (B,) or (), or int
-            Steps of the forward process, t.
+            Steps t of the forward process (the process that adds noise).
         e_BD : Tensor, shape (B, D)
             EEG features.
         keep_B : Tensor of bool, shape (B,), optional
-            False where the condition is replaced by the null vector; by default every condition is kept.
+            False for trials whose EEG condition is replaced by the null vector; by default all conditions are kept.
 
         Returns
         -------

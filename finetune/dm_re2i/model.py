@@ -1,6 +1,6 @@
-"""DM-RE2I as a package on disk and as a generator: EVRNet's feature guides a DDPM from noise to an image.
+"""Save and load a trained DM-RE2I model, and generate images with this model: EVRNet's feature guides a DDPM.
 
-Shapes: B trials, C channels, T samples, D feature width, K classes, H rows, W columns.
+Tensor shapes: B trials, C channels, T samples, D feature width, K classes, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCHEMA = 1
 
 
 def count_true_channels(eeg_CT: Tensor) -> int:
-    """Return the number of channels that a window had before its padding by replication.
+    """Return the number of channels that a window had before channels were repeated to pad it.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def count_true_channels(eeg_CT: Tensor) -> int:
     Returns
     -------
     int
-        The smallest n for which every row i equals row i mod n.
+        The smallest n for which every row i is equal to row i mod n.
     """
     rows = len(eeg_CT)
     return next((n for n in range(1, rows) if torch.equal(eeg_CT[n:], eeg_CT[: rows - n])), rows)
@@ -47,17 +47,17 @@ def count_true_channels(eeg_CT: Tensor) -> int:
 def compute_features(
     evrnet: EVRNet, x_BCT: Tensor, batch: int = 128, pulse: Callable[[], None] = lambda: None
 ) -> tuple[Tensor, Tensor]:
-    """Compute EVRNet's features and class scores.
+    """Compute features and class scores of trials with EVRNet.
 
     Parameters
     ----------
     evrnet : EVRNet
-        In evaluation mode.
+        The network in evaluation mode.
     x_BCT : Tensor, shape (B, C, T)
-        Trials in model units, padded by replication. Only the rows that the network takes are used; the others are
-        copies.
+        Scaled trials, padded by repeating channels. The network uses only the first rows, as many as its config says;
+        the other rows are copies.
     batch : int
-        Trials of one forward pass.
+        Number of trials in one forward pass.
     pulse : callable
         Called before each forward pass; `fit` interrupts the evaluation there if a stop was requested.
 
@@ -81,43 +81,44 @@ def compute_features(
 def sample_images(
     unet: EGDDPM, noising_config: Any, e_BD: Tensor, *, steps: int, guidance_scale: float, seeds: list[int]
 ) -> Tensor:
-    """Generate images with DDIM.
+    """Generate images from EEG features with the DDIM sampler.
 
     Parameters
     ----------
     unet : EGDDPM
-        In evaluation mode.
+        The network in evaluation mode.
     noising_config : dict
-        Config of the scheduler of training.
+        Config of the noise scheduler that was used in training.
     e_BD : Tensor, shape (B, D)
         EEG features, on the network's device.
     steps : int
-        Denoising steps.
+        Number of denoising steps.
     guidance_scale : float
-        1: the prediction under the condition; above 1: classifier-free guidance.
+        1: use only the prediction with the EEG condition. Above 1: use classifier-free guidance.
     seeds : list of int
-        One seed a trial. A trial's noise depends on its own seed alone.
+        One seed for each trial. A trial's noise depends only on the trial's seed.
 
     Returns
     -------
     Tensor, shape (B, 3, H, W)
-        Images, about -1 to 1.
+        Images with values from about -1 to 1.
 
     Raises
     ------
     RequestError
-        If the network has no null vector, which guidance needs, or `steps` is above the steps of training.
+        If guidance is used but the network has no null vector, or `steps` is larger than the number of steps in
+        training.
     """
     from diffusers import DDIMScheduler
 
     if guidance_scale != 1 and unet.null is None:
         raise RequestError("this model was trained without dropping conditions (drop 0); use --guidance_scale 1")
-    # Trailing: sampling starts at the last and noisiest step of training, because x starts as pure noise.
+    # "trailing" starts sampling at the last, noisiest step of training. This fits, because x starts as pure noise.
     scheduler = DDIMScheduler.from_config(noising_config, timestep_spacing="trailing")
     if steps > scheduler.config.num_train_timesteps:
         raise RequestError(
-            f"--steps is {steps}; it must not be above {scheduler.config.num_train_timesteps}, the steps of the "
-            f"model's training"
+            f"--steps is {steps}; it must not be above {scheduler.config.num_train_timesteps}, the number of "
+            f"steps in the model's training"
         )
     size, device = unet.config.sample_size, e_BD.device
     noise = draw_noise((unet.config.in_channels, size, size), seeds, device).to(e_BD.dtype)
@@ -136,22 +137,22 @@ def sample_images(
 def save_model(
     folder: Path, evrnet: EVRNet, unet: EGDDPM, noising: Any, spec: PreprocessSpec, extra: dict[str, Any]
 ) -> None:
-    """Write the package of a trained DM-RE2I; the folder appears only when the package is complete.
+    """Write the package of a trained DM-RE2I model. The folder appears only when the package is complete.
 
     Parameters
     ----------
     folder : Path
-        ``<run>/model``.
+        The package folder to write, ``<run>/model``.
     evrnet : EVRNet
         Network that computes the features from EEG.
     unet : EGDDPM
         The trained U-Net.
     noising : DDPMScheduler
-        The scheduler of training.
+        The noise scheduler that was used in training.
     spec : PreprocessSpec
         Preprocessing of the EEG.
     extra : dict
-        Origin of the model, for dreamscale.json.
+        Information on the origin of the model, to be stored in dreamscale.json.
     """
     with atomic_directory(folder) as root:
         evrnet.save_pretrained(root / "evrnet")
@@ -162,26 +163,26 @@ def save_model(
 
 
 class DMRE2IGenerator:
-    """Makes images of EEG trials with EVRNet and EG-DDPM.
+    """Generate images from EEG trials with EVRNet and EG-DDPM.
 
     Parameters
     ----------
     folder : str or Path
-        ``<run>/model``.
+        Package folder of the model, ``<run>/model``.
     device : str
-        cpu or cuda.
+        Device of the computation: cpu or cuda.
 
     Attributes
     ----------
     spec : PreprocessSpec
         Preprocessing that the EEG must have.
     kind : str
-        ``eg_ddpm``.
+        Kind of the model: ``eg_ddpm``.
 
     Raises
     ------
     RequestError
-        If a part is missing or damaged.
+        If a file of the package is missing or damaged.
     """
 
     kind = KIND
@@ -214,7 +215,7 @@ class DMRE2IGenerator:
         odd = [*report["missing_keys"], *report["unexpected_keys"]]
         if odd:
             raise RequestError(
-                f"{folder / 'unet'}: {len(odd)} parameters do not fit, the first is {odd[0]}; train the model again"
+                f"{folder / 'unet'}: {len(odd)} parameters do not fit, e.g. {odd[0]}; train the model again"
             )
         self.unet = unet.eval().requires_grad_(False).to(self.device)
 
@@ -227,18 +228,18 @@ class DMRE2IGenerator:
         Parameters
         ----------
         eeg_B128T : Tensor, shape (B, 128, T)
-            Microvolts, preprocessed by `spec`, padded by replication.
+            EEG in microvolts, preprocessed by `spec`. Channels are repeated until there are 128.
         steps : int
-            Denoising steps; 25 to 50 are enough.
+            Number of denoising steps; 25 to 50 are enough.
         guidance_scale : float
-            1, as in the paper: the prediction under the condition; above 1: classifier-free guidance.
+            1, as in the paper: use only the prediction with the EEG condition. Above 1: use classifier-free guidance.
         seeds : list of int
-            One seed a trial. A trial's noise depends on its own seed alone.
+            One seed for each trial. A trial's noise depends only on the trial's seed.
 
         Returns
         -------
         ndarray of uint8, shape (B, H, W, 3)
-            RGB.
+            Generated images in RGB.
 
         Raises
         ------
@@ -249,7 +250,7 @@ class DMRE2IGenerator:
         rows = self.evrnet.config.n_channels
         if rows < eeg_B128T.shape[1] and (most := max(count_true_channels(eeg_CT) for eeg_CT in eeg_B128T)) > rows:
             raise RequestError(
-                f"{self.folder}: made for up to {rows} channels, but a trial has {most}; train a model with "
+                f"{self.folder}: this model takes up to {rows} channels, but a trial has {most}; train a model with "
                 f"evrnet.channels {most} or more"
             )
         e_BD, _ = compute_features(self.evrnet, scale_eeg(eeg_B128T, self.spec, self.device))

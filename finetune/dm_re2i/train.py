@@ -1,8 +1,8 @@
-"""Trains DM-RE2I: EVRNet as a classifier, then the DDPM guided by EVRNet's frozen feature.
+"""Train DM-RE2I in two stages: EVRNet as a classifier, then a DDPM guided by the feature of the frozen EVRNet.
 
-Started as ``dreamscale ddpm CONFIG`` or ``accelerate launch -m finetune.dm_re2i CONFIG``.
+The command is ``dreamscale ddpm CONFIG`` or ``accelerate launch -m finetune.dm_re2i CONFIG``.
 
-Shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes, M images, H rows,
+Tensor shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes, M images, H rows,
 W columns.
 """
 
@@ -39,16 +39,16 @@ if TYPE_CHECKING:
 
 
 class EGDDPMTask(nn.Module):
-    """EG-DDPM with its loss.
+    """The network EG-DDPM together with its loss.
 
     Parameters
     ----------
     unet : EGDDPM
-        The network.
+        Network that predicts the noise.
     noising : DDPMScheduler
-        The forward process.
+        Scheduler of the forward process (the process that adds noise).
     norm : str
-        Norm of the error: l1 or l2.
+        Norm of the prediction error: l1 or l2.
     """
 
     def __init__(self, unet: EGDDPM, noising: Any, norm: str) -> None:
@@ -56,13 +56,13 @@ class EGDDPMTask(nn.Module):
         self.unet, self.noising, self.norm = unet, noising, norm
 
     def features(self, eeg: Tensor) -> Tensor:
-        """Return the EEG's features, [B, D]; EVRNet is frozen, so they were computed before the training."""
+        """Return the given EEG features [B, D]. EVRNet is frozen, so its features were computed before the training."""
         return eeg
 
     def errors(
         self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor, keep: Tensor | None = None
     ) -> Tensor:
-        """Measure the error of each trial's prediction; arguments as of `forward`."""
+        """Compute the prediction error of each trial; the arguments are those of `forward`."""
         return denoising_errors(
             lambda x, t, condition: self.unet(x, t, *condition),
             self.noising,
@@ -76,23 +76,23 @@ class EGDDPMTask(nn.Module):
     def forward(
         self, image: Tensor, noise: Tensor, time: Tensor, e: Tensor, keep: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Compute the loss of a batch.
+        """Compute the denoising loss of a batch.
 
         Parameters
         ----------
         image, noise : Tensor, shape (B, 3, H, W)
-            Images from -1 to 1, and noise.
+            Images with values from -1 to 1, and the noise that is added to them.
         time : Tensor of int, shape (B,)
-            Step of the forward process.
+            Step of the forward process for each trial.
         e : Tensor, shape (B, D)
-            EEG features.
+            EEG features of the trials.
         keep : Tensor of bool, shape (B,), optional
-            False where the condition is dropped; by default every condition is kept.
+            False for trials whose EEG condition is dropped; by default all conditions are kept.
 
         Returns
         -------
         dict
-            loss.
+            The loss, under the key ``loss``.
         """
         return {"loss": self.errors(e, image, noise, time, keep).mean()}
 
@@ -106,22 +106,22 @@ def train_ddpm(
     run: RunDirectory,
     accelerator: Accelerator,
 ) -> None:
-    """Train the guided DDPM and write the model.
+    """Train the EEG-guided DDPM and write the model.
 
     Parameters
     ----------
     config : DMRE2IConfig
-        The request.
+        Config of the command.
     evrnet : EVRNet
-        In evaluation mode, frozen.
+        The trained EVRNet in evaluation mode, with frozen weights.
     data, val : EEGDataset
-        The train and val splits.
+        Trials of the train split and of the val split.
     tables : tuple of ImageTable
-        Images of the two splits.
+        Images of the train split and of the val split.
     run : RunDirectory
-        Run of this stage.
+        Run directory of this stage.
     accelerator : Accelerator
-        From `make_accelerator`.
+        The accelerator that `make_accelerator` returned.
     """
     from diffusers import DDPMScheduler
 
@@ -151,7 +151,7 @@ def train_ddpm(
         num_train_timesteps=stage.noise_steps, beta_schedule="squaredcos_cap_v2", prediction_type=stage.prediction
     )
     task = EGDDPMTask(unet, noising, stage.loss)
-    task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - missing from torch's overloads
+    task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
     features, std_D = features.cpu(), std_D.cpu()
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
@@ -192,7 +192,7 @@ def train_ddpm(
 
 
 def _plot_samples(path: Path, unet: EGDDPM, noising: Any, e_BD: Tensor, real_BHW3: np.ndarray) -> None:
-    """Draw two rows: the images that were seen, and images generated from the same trials' EEG."""
+    """Draw a figure with two rows: images that the person saw, and images generated from the EEG of these trials."""
     from PIL import Image
 
     scale = 1.0 if unet.null is None else 2.0
@@ -204,7 +204,7 @@ def _plot_samples(path: Path, unet: EGDDPM, noising: Any, e_BD: Tensor, real_BHW
 
 
 def _check_data(config: DMRE2IConfig, splits: tuple[EEGDataset, EEGDataset], tables: tuple[ImageTable, ...]) -> None:
-    """Refuse data that do not fit the request, before any long work."""
+    """Check the datasets against the config before any long computation, and raise an error if they do not fit."""
     for dataset, table in zip(splits, tables, strict=True):
         if len(dataset.labels) < 2:
             raise RequestError(
@@ -236,12 +236,12 @@ def train(config: DMRE2IConfig) -> int:
     Parameters
     ----------
     config : DMRE2IConfig
-        The request.
+        Config of the command.
 
     Returns
     -------
     int
-        Exit code.
+        Exit code of the command.
     """
     quiet_libraries()
     data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")
@@ -254,7 +254,7 @@ def train(config: DMRE2IConfig) -> int:
             "evrnet.training.precision and ddpm.training.precision must be equal: both stages share one Accelerator"
         )
     accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, precision=precision)
-    # The second run is opened after the first is closed: a tracker can follow one run at a time.
+    # Open the second run only after the first run is closed, because a tracker can follow one run at a time.
     evrnet = given.to(accelerator.device) if given else train_evrnet(config, data, val, tables, accelerator)
     run = open_run(config, accelerator, free=config.free_keys())
     if report_finished(run):

@@ -1,6 +1,6 @@
-"""The first stage of DM-RE2I: EVRNet learns the category of the seen image from single trials.
+"""First stage of DM-RE2I: train EVRNet to classify which image category the person saw, from single EEG trials.
 
-Shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes.
+Tensor shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None:
-    """Compute the running statistics of the batch norms anew, from given trials.
+    """Compute the running statistics of the batch norms again, from given trials.
 
-    The statistics then depend on the weights and these trials alone. Those of the training do not fit: training sees
-    averaged and noisy trials, and its statistics belong to the last weights, not to the averaged ones.
+    Afterwards the statistics depend only on the weights and on these trials. The statistics from training cannot be
+    used, because training uses averaged and noisy trials, and because they belong to the last weights of the training
+    and not to the moving average of the weights.
 
     Parameters
     ----------
     net : Module
-        Left in evaluation mode.
+        Network with the batch norms; it is in evaluation mode afterwards.
     x_BCT : Tensor, shape (B, C, T)
-        Trials in model units, without augmentation.
+        Scaled trials without augmentation.
     batch : int
-        Trials of one forward pass.
+        Number of trials in one forward pass.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -54,8 +55,8 @@ def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None
         dropout.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over the batches
-    # All batches are of equal size, because each has the same weight in the mean. Surplus trials are left out.
+        norm.momentum = None  # None: compute the plain mean over all batches.
+    # Every batch has the same weight in the mean, so all batches must be equally large. Surplus trials are left out.
     for part in x_BCT[: max(batch, len(x_BCT) // batch * batch)].split(batch):
         net(part[:, None])
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -64,26 +65,27 @@ def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None
 
 
 def average_within_category(x_bCT: Tensor, labels_b: Tensor, most: int, random: StepRandom) -> Tensor:
-    """Replace trials by means over trials of their category.
+    """Replace each trial by a mean over trials of the same category.
 
     Parameters
     ----------
     x_bCT : Tensor, shape (b, C, T)
-        Trials in model units.
+        Scaled trials.
     labels_b : Tensor of int, shape (b,)
         Categories of the trials.
     most : int
-        A trial becomes the mean of 1 to `most` trials: itself, and others of its category that may repeat.
+        Largest number of trials in a mean: the trial itself, and up to `most` - 1 random trials of its category, in
+        which a trial may appear several times.
     random : StepRandom
-        Random numbers of this step.
+        Random numbers of this training step.
 
     Returns
     -------
     Tensor, shape (b, C, T)
-        The means, each scaled to the standard deviation of the trial that it replaces.
+        Averaged trials. Each mean is scaled to the standard deviation of the trial that it replaces.
     """
     b = len(x_bCT)
-    # For each trial and each of its most - 1 places, the partner is the trial of its category with the best score.
+    # Choose most - 1 partners for each trial: each partner is the trial of its category with the highest random score.
     scores = random.uniform(b, most - 1, b)
     same = (labels_b[:, None] == labels_b[None, :])[:, None, :]
     partner = scores.masked_fill(~same, -1.0).argmax(dim=2)
@@ -96,14 +98,14 @@ def average_within_category(x_bCT: Tensor, labels_b: Tensor, most: int, random: 
 
 
 class EVRNetTask(nn.Module):
-    """EVRNet with its loss.
+    """The network EVRNet together with its loss.
 
     Parameters
     ----------
     net : EVRNet
-        The network.
+        The classification network.
     label_smoothing : float
-        Label smoothing of the cross-entropy.
+        Amount of label smoothing in the cross-entropy.
     """
 
     def __init__(self, net: EVRNet, label_smoothing: float) -> None:
@@ -111,19 +113,19 @@ class EVRNetTask(nn.Module):
         self.net, self.label_smoothing = net, label_smoothing
 
     def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Compute the loss of a batch.
+        """Compute the classification loss of a batch.
 
         Parameters
         ----------
         x : Tensor, shape (B, C, T)
-            EEG in model units, after the noise normalisation.
+            Scaled EEG, after the noise normalisation.
         target : Tensor, shape (B, K)
-            Share of each category.
+            Target probability of each category.
 
         Returns
         -------
         dict
-            loss and accuracy.
+            ``loss`` and ``accuracy``.
         """
         _, logits = self.net(x[:, None], normalised=True)
         loss = F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
@@ -137,23 +139,23 @@ def train_evrnet(
     tables: tuple[ImageTable, ImageTable],
     accelerator: Accelerator,
 ) -> EVRNet:
-    """Train EVRNet, or load it if its run is complete.
+    """Train EVRNet, or load the trained EVRNet if its run is already complete.
 
     Parameters
     ----------
     config : DMRE2IConfig
-        The request.
+        Config of the command.
     data, val : EEGDataset
-        The train and val splits.
+        Trials of the train split and of the val split.
     tables : tuple of ImageTable
-        Images of the two splits.
+        Images of the train split and of the val split.
     accelerator : Accelerator
-        From `make_accelerator`.
+        The accelerator that `make_accelerator` returned.
 
     Returns
     -------
     EVRNet
-        With the weights that were best on the val split, in evaluation mode, frozen.
+        EVRNet in evaluation mode, with the weights that were best on the val split. The weights are frozen.
 
     Raises
     ------
@@ -179,15 +181,15 @@ def train_evrnet(
         noise_normalisation=stage.whiten > 0,
     )
     task = EVRNetTask(EVRNet(shape), stage.label_smoothing)
-    task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - missing from torch's overloads
+    task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
     labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
     calibration = choose_evenly(len(data), stage.calibration_trials)
     clean = read_trials(data, calibration, data.spec, device)[:, : stage.channels]
     whitening_CC = task.net.whitening_CC
     if isinstance(whitening_CC, Tensor):
         whitening_CC.copy_(whitening_matrix(clean.cpu(), stage.whiten))
-    # In training, the whitening comes before the augmentation: otherwise it would spread the added noise and the
-    # silenced channels over all channels.
+    # Whiten before the augmentation. Whitening after the augmentation would spread the added noise, and the zeros of
+    # silenced channels, over all channels.
     normaliser = whitening_CC.clone() if isinstance(whitening_CC, Tensor) else None
     watched = choose_evenly(len(val), config.val_trials)
     x_val = read_trials(val, watched, val.spec, device)
@@ -219,7 +221,7 @@ def train_evrnet(
         _, logits = compute_features(net, x_val, pulse=pulse)
         accuracy = float((logits.argmax(1) == y_val).float().mean())
         loss = float(F.cross_entropy(logits, y_val))
-        # With few val trials, evaluations often have the same accuracy; the loss then decides.
+        # With few val trials, several evaluations often have the same accuracy. In this case the loss decides.
         return {"accuracy": accuracy, "loss": loss, "score": accuracy - 1e-4 * min(loss, 100.0)}
 
     result = fit(

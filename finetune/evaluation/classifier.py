@@ -1,9 +1,9 @@
-"""A small image classifier that judges what generated images show; it is trained on a dataset's training images.
+"""A small image classifier that recognises the category of generated images.
 
-The papers use an ImageNet network for this. The classifier here needs no download. It never sees EEG, generated images,
-or real images of the val and test splits.
+The papers use a network trained on ImageNet. The classifier in this module needs no download, because it is trained on
+the dataset's training images. Its training uses no EEG, no generated images, and no images of the val and test splits.
 
-Shapes: B images, H rows, W columns, D feature width, K classes.
+Array shapes: B images, H rows, W columns, D feature width, K classes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Images = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """Shape and training of the classifier."""
+    """Size and training settings of the image classifier."""
 
     RENAMED: ClassVar[dict[str, str]] = {"batch": "batch_size"}
 
     steps: int = 250
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     batch_size: int = 64
-    """Images of one optimiser step."""
+    """Number of images in one optimiser step."""
     lr: float = 3e-3
-    """Peak learning rate."""
+    """Highest learning rate during the training."""
     width: int = 24
-    """Feature maps of the first convolution. The features are four times as wide."""
+    """Number of feature maps of the first convolution. The width of the features is four times this number."""
     size: int = 32
     """Width and height in pixels to which images are resized; a multiple of 8."""
 
@@ -49,14 +49,14 @@ class ClassifierConfig:
 
 
 class ImageClassifier(nn.Module):
-    """Four convolutions, mean and maximum over the image, two linear layers.
+    """Image classifier: four convolutions, the mean and the maximum over all pixels, and two linear layers.
 
     Parameters
     ----------
     n_classes : int
         Number of classes K.
     width : int
-        Feature maps of the first convolution.
+        Number of feature maps of the first convolution.
     size : int
         Width and height of the images in pixels.
     """
@@ -80,7 +80,7 @@ class ImageClassifier(nn.Module):
         Parameters
         ----------
         x_B3HW : Tensor, shape (B, 3, H, W)
-            Images from -1 to 1, of the classifier's size.
+            Images with values from -1 to 1, whose width and height fit the classifier.
 
         Returns
         -------
@@ -100,12 +100,12 @@ class ImageClassifier(nn.Module):
         images_BHW3 : ndarray of uint8, shape (B, H, W, 3)
             Square images of any size.
         batch : int
-            Images of one forward pass.
+            Number of images in one forward pass.
 
         Returns
         -------
         features_BD : ndarray, shape (B, D)
-            Features before the last layer.
+            Input of the last layer, used as the features of the images.
         probabilities_BK : ndarray, shape (B, K)
             Class probabilities.
         """
@@ -118,14 +118,14 @@ class ImageClassifier(nn.Module):
         return np.concatenate(features), np.concatenate(probabilities)
 
     def save(self, path: str | Path, metadata: dict[str, str]) -> None:
-        """Write one safetensors file.
+        """Write the classifier to one safetensors file.
 
         Parameters
         ----------
         path : str or Path
-            The file.
+            File to write.
         metadata : dict of str to str
-            Text to store with the weights, e.g. the dataset's id.
+            Texts to store with the weights, e.g. the dataset's id.
         """
         from safetensors.torch import save
 
@@ -142,14 +142,14 @@ class ImageClassifier(nn.Module):
         Parameters
         ----------
         path : str or Path
-            The file.
+            File to read.
 
         Returns
         -------
         classifier : ImageClassifier
-            In evaluation mode.
+            The classifier in evaluation mode.
         metadata : dict of str to str
-            Text that was stored with the weights.
+            Texts that were stored with the weights.
 
         Raises
         ------
@@ -185,9 +185,10 @@ def _to_input(images_BHW3: Images, size: int) -> Tensor:
 
 
 def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror, zoom and shift images, change colours and contrast, blur them and add noise.
+    """Augment images: mirror, zoom and shift them, change colours and contrast, blur them and add noise.
 
-    A generator may get these properties wrong although it draws the right category.
+    A generated image may show the right category although, for example, its colours are wrong. The classifier must
+    still recognise such an image.
     """
     b, _, height, width = x_B3HW.shape
 
@@ -201,7 +202,7 @@ def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     matrix[:, :, 2] = uniform(-0.2, 0.2, 2)
     grid = nn.functional.affine_grid(matrix, [b, 3, height, width], align_corners=False)
     x = nn.functional.grid_sample(x_B3HW, grid, padding_mode="reflection", align_corners=False)
-    # Mix the colour channels, so that the classifier learns shapes: a generator may draw a category in any colour.
+    # Mix the colour channels, so that the classifier learns shapes, because generated objects may have any colour.
     mixing = torch.softmax(uniform(-3, 3, 3, 3), dim=2)
     x = torch.where((uniform(0, 1) < 0.5)[:, None, None, None], torch.einsum("bij,bjhw->bihw", mixing, x), x)
     x = x * uniform(0.6, 1.3, 1, 1, 1) + uniform(-0.25, 0.25, 1, 1, 1)
@@ -213,25 +214,25 @@ def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
 def train_classifier(
     images_BHW3: Images, labels_B: NDArray[np.integer], n_classes: int, *, config: ClassifierConfig, seed: int
 ) -> ImageClassifier:
-    """Train the classifier. On one machine, equal arguments give equal weights.
+    """Train the image classifier. On one machine, equal arguments give equal weights.
 
     Parameters
     ----------
     images_BHW3 : ndarray of uint8, shape (B, H, W, 3)
-        Real images, each of them once.
+        Real images; each image appears once.
     labels_B : ndarray of int, shape (B,)
         Classes of the images.
     n_classes : int
         Number of classes K.
     config : ClassifierConfig
-        Shape and training.
+        Size and training settings.
     seed : int
-        Seed for initial weights, order of images and augmentation.
+        Seed for initial weights, order of images and augmentation of images.
 
     Returns
     -------
     ImageClassifier
-        In evaluation mode.
+        The trained classifier in evaluation mode.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

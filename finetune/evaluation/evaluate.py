@@ -1,6 +1,6 @@
-"""Judges generated images: metrics, controls for every number, and a report on one page.
+"""Judge generated images: compute metrics, compare each metric with control images, and write a report of one page.
 
-Shapes: B trials, M images, H rows, W columns, D feature width, K classes.
+Array shapes: B trials, M images, H rows, W columns, D feature width, K classes.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ SAME_IMAGE = "not computed: all trials show the same image"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Metrics, controls and a report for a folder of generated images."""
+    """Compute metrics of generated images, compare them with controls, and write a report."""
 
     directory: str
-    """Folder that `dreamscale generate` wrote. metrics.json and report.html are written into it."""
+    """Folder that `dreamscale generate` wrote. The evaluation writes metrics.json and report.html into this folder."""
     control_dir: str | None = None
-    """Folder of the same trials, generated with `--control shuffle`."""
+    """Folder of control images: generated for the same trials, but with `--control shuffle`."""
     dataset: str | None = None
-    """The EEG-image dataset, if it was moved since the images were generated."""
+    """Path of the EEG-image dataset; only needed if the dataset was moved after the images were generated."""
     classifier: str | None = None
-    """classifier.safetensors of an earlier evaluation on this dataset. Without it, a classifier is trained."""
+    """File classifier.safetensors of an earlier evaluation on this dataset. By default, a new classifier is trained."""
     training: ClassifierConfig = field(default_factory=ClassifierConfig)
-    """Size and training of the classifier."""
+    """Size and training settings of the image classifier."""
     n_way: list[int] = field(default_factory=lambda: [2, 50])
-    """Numbers of classes for the n-way accuracy. Numbers above the dataset's number of classes are left out."""
+    """Values of n for the n-way accuracy. Values above the dataset's number of classes are ignored."""
     permutations: int = 10_000
-    """Number of shuffles of the labels between images, for the p-value."""
+    """Number of times that the labels are shuffled between images to compute the p-value."""
     inception: str | None = None
-    """TorchScript file of Inception-V3 (inception-2015-12-05.pt). FID and KID are computed only if it is given."""
+    """TorchScript file of Inception-V3 (inception-2015-12-05.pt). FID and KID are computed only with this file."""
     lpips: str | None = None
-    """TorchScript file of VGG-16 with LPIPS weights (vgg16.pt). LPIPS is computed only if it is given."""
+    """TorchScript file of VGG-16 with LPIPS weights (vgg16.pt). LPIPS is computed only with this file."""
     examples: int = 24
-    """Number of trials that the report shows."""
+    """Number of trials whose images the report shows."""
     seed: int = 0
-    """Seed for the classifier, the random pairs and the shuffles."""
+    """Seed for training the classifier, drawing random pairs of images and shuffling labels."""
 
     def __post_init__(self) -> None:
         if self.permutations < 99 or self.examples < 1 or any(n < 2 for n in self.n_way):
@@ -79,7 +79,7 @@ def _load_torchscript(path: str, key: str) -> Any:
 
 
 def _run_script(script: Any, images_BHW3: Images, batch: int = 32, **options: Any) -> NDArray[np.float64]:
-    """Run a TorchScript network whose input is [B, 3, H, W], values from 0 to 255."""
+    """Run a TorchScript network on images. Its input has the shape [B, 3, H, W] and values from 0 to 255."""
     import torch
 
     parts = []
@@ -92,41 +92,41 @@ def _run_script(script: Any, images_BHW3: Images, batch: int = 32, **options: An
 
 @dataclass(kw_only=True)
 class Judges:
-    """The networks that judge images."""
+    """The networks that compute features and class probabilities of images for the metrics."""
 
     classifier: ImageClassifier
-    """Classifier, trained on the dataset's training images."""
+    """Image classifier that was trained on the dataset's training images."""
     size: int
-    """Width and height in pixels of the classifier's images."""
+    """Width and height, in pixels, of the images that the classifier takes."""
     inception: Any = None
-    """TorchScript network for FID and KID, or None."""
+    """TorchScript network Inception-V3 for FID and KID; None if no file was given."""
     lpips: Any = None
-    """TorchScript network for LPIPS, or None."""
+    """TorchScript network VGG-16 for LPIPS; None if no file was given."""
 
 
 def measure(
     images_BHW3: Images, real_BHW3: Images, labels_B: Any, image_ids: list[str], judges: Judges, config: EvaluateConfig
 ) -> dict[str, Any]:
-    """Compute every metric of a set of images.
+    """Compute every metric for a set of generated images.
 
     Parameters
     ----------
     images_BHW3, real_BHW3 : ndarray of uint8, shape (B, H, W, 3)
-        Images to judge, and the images that were seen.
+        Generated images, and the images that the person saw in the same trials.
     labels_B : ndarray of int, shape (B,)
-        Categories of the images that were seen.
+        Category of the image that the person saw in each trial.
     image_ids : list of str
-        Id of the image of each trial.
+        Id of the image that the person saw in each trial.
     judges : Judges
-        The networks.
+        Networks that compute features and class probabilities.
     config : EvaluateConfig
-        The request.
+        Config of the evaluation.
 
     Returns
     -------
     dict
-        Metric's name to a number or a dictionary of numbers. Where a metric was not computed, a text says why. The name
-        of the feature network stands in brackets after the metric's name.
+        Maps the name of each metric to a number, to a dictionary of numbers, or to a text that says why the metric was
+        not computed. The metric's name ends with the name of the feature network in brackets.
     """
     features, probabilities = judges.classifier.judge(_resize(images_BHW3, judges.size))
     real_features, _ = judges.classifier.judge(_resize(real_BHW3, judges.size))
@@ -142,7 +142,7 @@ def measure(
     np.add.at(confusion, (labels_B, predicted), 1)
     few = min(len(images_BHW3), len(real_BHW3)) < 2
     fid_note = (
-        f"biased: there are {len(images_BHW3)} images, and 2048 or more are usual" if len(images_BHW3) < 2048 else ""
+        f"biased: there are only {len(images_BHW3)} images, papers use 2048 or more" if len(images_BHW3) < 2048 else ""
     )
     out: dict[str, Any] = {
         f"accuracy[{JUDGE}]": metrics.accuracy_with_p_value(
@@ -177,23 +177,25 @@ def measure(
 def compare_random_pairs(
     images_BHW3: Images, real_BHW3: Images, image_ids: list[str], *, seed: int, draws: int = 10
 ) -> dict[str, Any]:
-    """Compare each generated image with the real image of a random other trial, by all of `metrics.PAIRED_METRICS`.
+    """Compare each generated image with the real image of a random other trial, by every paired metric.
+
+    The paired metrics are those of `metrics.PAIRED_METRICS`.
 
     Parameters
     ----------
     images_BHW3, real_BHW3 : ndarray of uint8, shape (B, H, W, 3)
         Generated and real images.
     image_ids : list of str
-        Id of the image of each trial. A trial's own image is never drawn.
+        Id of the image of each trial. A generated image is never compared with the image of its own trial.
     seed : int
-        Seed for the draws.
+        Seed for the random choice of the other trials.
     draws : int
-        Number of partners for each trial.
+        Number of other trials with which each trial is compared.
 
     Returns
     -------
     dict
-        Mean of each metric; a text in place of the mean if the metric was not computed.
+        Maps each metric's name to its mean, or to a text that says why the metric was not computed.
     """
     ids = np.asarray(image_ids)
     rng = np.random.default_rng(seed)
@@ -219,12 +221,12 @@ def measure_nearest_training_image(images_BHW3: Images, train_MHW3: Images) -> N
     Parameters
     ----------
     images_BHW3, train_MHW3 : ndarray of uint8
-        Images; all of the same size.
+        Generated images and training images; all must have the same width and height.
 
     Returns
     -------
     ndarray, shape (B,)
-        Root mean squared difference of the pixels, 0 to 255.
+        Root mean squared difference of the pixel values, from 0 to 255.
     """
     train = train_MHW3.reshape(len(train_MHW3), -1).astype(np.float32)
     flat = images_BHW3.reshape(len(images_BHW3), -1).astype(np.float32)
@@ -240,11 +242,11 @@ def _quartiles(values: NDArray[np.float64]) -> dict[str, float]:
 def _classifier(
     config: EvaluateConfig, table: ImageTable, dataset_id: str, labels: list[str], output: Path
 ) -> ImageClassifier:
-    """Load the classifier, or train it on the training images and save it."""
+    """Load the image classifier from its file. If no file is given, train a classifier and save its file."""
     if config.classifier is not None:
         classifier, about = ImageClassifier.load(config.classifier)
         if about.get("dataset_id") != dataset_id or classifier.n_classes != len(labels):
-            raise RequestError(f"{config.classifier}: was trained on another dataset; leave --classifier out")
+            raise RequestError(f"{config.classifier}: this classifier is of another dataset; leave --classifier out")
         return classifier
     images = table.pixels(size=config.training.size)
     classifier = train_classifier(images, table.labels, len(labels), config=config.training, seed=config.seed)
@@ -257,17 +259,21 @@ def _read_control(config: EvaluateConfig, own: GeneratedSet) -> GeneratedSet | N
         return None
     control = read_generated(config.control_dir)
     if control.about["control"] != "shuffle":
-        raise RequestError(f"{config.control_dir}: this folder is not a control; generate it with --control shuffle")
+        raise RequestError(
+            f"{config.control_dir}: this folder does not hold control images; generate them with --control shuffle"
+        )
     if own.about["control"] != "none":
-        raise RequestError(f"{config.directory}: this folder is a control itself; give it as --control_dir")
+        raise RequestError(f"{config.directory}: this folder holds control images; give it as --control_dir")
     for key in ("dataset_id", "split", "kind", "steps", "guidance_scale"):
         if control.about.get(key) != own.about.get(key):
             raise RequestError(
                 f"{config.control_dir}: {key} is {control.about.get(key)!r}, but {own.about.get(key)!r} in "
-                f"{config.directory}; generate both with the same settings"
+                f"{config.directory}; generate both folders with the same settings"
             )
     if [t["key"] for t in control.trials] != [t["key"] for t in own.trials]:
-        raise RequestError(f"{config.control_dir}: holds other trials than {config.directory}; generate both alike")
+        raise RequestError(
+            f"{config.control_dir}: holds other trials than {config.directory}; generate both for the same trials"
+        )
     return control
 
 
@@ -280,7 +286,7 @@ def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
         try:
             table = ImageTable(open_paired(path, split))
         except RequestError:
-            continue  # a dataset may lack val or test; "n" and "splits" in the result show what was there
+            continue  # A dataset may have no val or test split. "splits" in the result names the splits that were used.
         _, probabilities = judges.classifier.judge(table.pixels(size=judges.size))
         correct += int((probabilities.argmax(axis=1) == table.labels).sum())
         total += len(table)
@@ -296,18 +302,18 @@ def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Compute the content of metrics.json, and write it and the report.
+    """Compute the metrics, and write them to metrics.json and to the report.
 
     Parameters
     ----------
     config : EvaluateConfig
-        The request.
+        Config of the evaluation.
 
     Returns
     -------
     dict
-        Among others ``generated``, ``shuffled`` and ``real`` (the upper limit), all from `measure`; ``random_pairs``,
-        ``memorisation`` and ``classifier``.
+        Content of metrics.json. `measure` computes the values of ``generated``, ``shuffled`` (images from other trials'
+        EEG) and ``real`` (the upper limit). Other keys are ``random_pairs``, ``memorisation`` and ``classifier``.
 
     Raises
     ------
@@ -319,7 +325,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     path = Path(config.dataset or own.about["dataset"])
     train = open_paired(path, "train")
     if train.manifest.dataset_id != own.about["dataset_id"]:
-        raise RequestError(f"{path}: is not the dataset of {config.directory}; give the right one as --dataset")
+        raise RequestError(
+            f"{path}: the images in {config.directory} are of another dataset; give that dataset as --dataset"
+        )
     inception = _load_torchscript(config.inception, "inception") if config.inception else None
     lpips = _load_torchscript(config.lpips, "lpips") if config.lpips else None
     table = ImageTable(train)
@@ -357,7 +365,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         givers = [trial["eeg_key"] for trial in control.trials]
         if set(givers) <= label_of.keys():
             _, probabilities = classifier.judge(_resize(control.images_BHW3, judges.size))
-            # With the EEG of another trial, a good model shows the category of that other trial's image.
+            # If a good model gets the EEG of another trial, it generates an image of that other trial's category.
             result["shuffled"][f"accuracy_of_eeg[{JUDGE}]"] = metrics.accuracy_with_p_value(
                 probabilities.argmax(axis=1),
                 np.array([label_of[key] for key in givers]),
@@ -366,10 +374,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 seed=config.seed,
             )
     train_images = table.pixels(size=judges.size)
-    # The real images of this split are the measure: if a generator does not copy, its images should be no closer to the
-    # training images than the real ones are.
+    # Compare with the real images of this split. If a generator does not copy training images, its images should not be
+    # closer to the training images than the real images of this split are.
     result["memorisation"] = {
-        "measure": f"RMS pixel difference to the nearest of {len(table)} training images at {judges.size} pixels",
+        "measure": f"RMS pixel difference to the most similar of {len(table)} training images at {judges.size} pixels",
         "generated": _quartiles(measure_nearest_training_image(_resize(own.images_BHW3, judges.size), train_images)),
         "real": _quartiles(measure_nearest_training_image(_resize(own.real_BHW3, judges.size), train_images)),
     }
@@ -385,12 +393,12 @@ def evaluate_and_print(config: EvaluateConfig) -> int:
     Parameters
     ----------
     config : EvaluateConfig
-        The request.
+        Config of the evaluation.
 
     Returns
     -------
     int
-        Exit code.
+        Exit code of the command.
     """
     result = evaluate(config)
     found, real = (result[name][f"accuracy[{JUDGE}]"] for name in ("generated", "real"))
@@ -409,9 +417,9 @@ _main = command(EvaluateConfig, evaluate_and_print, prog="dreamscale evaluate", 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``dreamscale evaluate``; returns its exit code."""
+    """Run ``dreamscale evaluate`` and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # The option was documented with a hyphen as well.
+    # Older documentation wrote the option with a hyphen: --control-dir.
     return _main([word.replace("--control-dir", "--control_dir", 1) for word in words])
 
 

@@ -1,8 +1,8 @@
-"""Metrics of reconstructed images as papers report them, and tests of their significance.
+"""Metrics of reconstructed images that papers report, and tests of statistical significance.
 
-All functions take NumPy arrays. They do not depend on the network that computed the features or probabilities.
+All functions take NumPy arrays. The functions accept features and probabilities of any network.
 
-Shapes: B images, H rows, W columns, D feature width, K classes, N trials.
+Array shapes: B images, H rows, W columns, D feature width, K classes, N trials.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 Images = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 JUDGE = "dataset-classifier"
-"""Name of this project's classifier in the results. A Fréchet distance of its features is not the FID."""
+"""Name of this project's classifier in the results. A Fréchet distance of the classifier's features is not the FID."""
 TOO_SMALL = "not computed: the images are smaller than 11 pixels"
 
 
@@ -30,22 +30,22 @@ def _pairs(a_BHW3: Images, b_BHW3: Images) -> tuple[Floats, Floats]:
 
 
 def psnr(a_BHW3: Images, b_BHW3: Images) -> Floats:
-    """Compute the peak signal-to-noise ratio of each pair, 10 log10(255^2 / MSE).
+    """Compute the peak signal-to-noise ratio of each pair of images: 10 log10(255^2 / MSE).
 
     Parameters
     ----------
     a_BHW3, b_BHW3 : ndarray of uint8, shape (B, H, W, 3)
-        Images.
+        The two images of each pair.
 
     Returns
     -------
     ndarray, shape (B,)
-        Decibels; infinite for equal images.
+        Ratio in decibels; infinite for two equal images.
 
     Raises
     ------
     ValueError
-        If the arrays are not uint8 images of one shape.
+        If the arrays are not uint8 images, or have different shapes.
     """
     a, b = _pairs(a_BHW3, b_BHW3)
     with np.errstate(divide="ignore"):
@@ -53,14 +53,14 @@ def psnr(a_BHW3: Images, b_BHW3: Images) -> Floats:
 
 
 def ssim(a_BHW3: Images, b_BHW3: Images, *, window: int = 11, sigma: float = 1.5) -> Floats:
-    """Compute the structural similarity of each pair, with a Gaussian window.
+    """Compute the structural similarity (SSIM) of each pair of images, with a Gaussian window.
 
-    The result is the mean over the colours and over all pixels around which the window fits into the image.
+    The similarity is averaged over the colours and over all positions where the window lies inside the image.
 
     Parameters
     ----------
     a_BHW3, b_BHW3 : ndarray of uint8, shape (B, H, W, 3)
-        Images, at least `window` pixels wide and high.
+        The two images of each pair, at least `window` pixels wide and high.
     window : int
         Width of the window in pixels, an odd number.
     sigma : float
@@ -69,12 +69,12 @@ def ssim(a_BHW3: Images, b_BHW3: Images, *, window: int = 11, sigma: float = 1.5
     Returns
     -------
     ndarray, shape (B,)
-        From -1 to 1.
+        Structural similarity, from -1 to 1.
 
     Raises
     ------
     ValueError
-        If the arrays are not uint8 images of one shape, or are smaller than the window.
+        If the arrays are not uint8 images, have different shapes, or have images smaller than the window.
 
     References
     ----------
@@ -101,31 +101,33 @@ def ssim(a_BHW3: Images, b_BHW3: Images, *, window: int = 11, sigma: float = 1.5
 
 
 def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
-    """Compute the Fréchet distance of two sets of features, as if they were Gaussian.
+    """Compute the Fréchet distance between two sets of features, each treated as Gaussian.
 
-    With features of Inception-V3 it is the FID.
+    For features of Inception-V3, this distance is the FID.
 
     Parameters
     ----------
     real_BD, generated_BD : ndarray, shape (B, D)
-        Features, at least two rows each; the numbers of rows may differ.
+        Features of real and generated images. Each array needs two rows or more; the numbers of rows may differ.
 
     Returns
     -------
     float
-        ``|mu_r - mu_g|^2 + Tr(S_r + S_g - 2 (S_r S_g)^(1/2))``. With few images, the value is too large.
+        ``|mu_r - mu_g|^2 + Tr(S_r + S_g - 2 (S_r S_g)^(1/2))``. For few images, the distance is overestimated.
 
     Raises
     ------
     ValueError
-        If a set has fewer than two rows or the widths differ.
+        If an array has fewer than two rows, or the two feature widths differ.
     """
     real, generated = np.asarray(real_BD, np.float64), np.asarray(generated_BD, np.float64)
     if min(len(real), len(generated)) < 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(f"need two or more features of one width in each set, not {real.shape} and {generated.shape}")
+        raise ValueError(
+            f"need features of equal width for two or more images in each set, not {real.shape} and {generated.shape}"
+        )
     cov_r, cov_g = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (real, generated))
-    # Tr (S_r S_g)^(1/2) equals the trace of the root of S_r^(1/2) S_g S_r^(1/2). This matrix is symmetric, so its root
-    # has no complex numbers.
+    # Tr (S_r S_g)^(1/2) equals the trace of the square root of S_r^(1/2) S_g S_r^(1/2). This matrix is symmetric, so
+    # its square root has no complex numbers.
     values, vectors = np.linalg.eigh(cov_r)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_g @ root).clip(0)).sum()
@@ -136,17 +138,18 @@ def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
 def kernel_distance(real_BD: Floats, generated_BD: Floats) -> float:
     """Compute the unbiased squared maximum mean discrepancy with the cubic kernel.
 
-    With features of Inception-V3 it is the KID.
+    For features of Inception-V3, this discrepancy is the KID.
 
     Parameters
     ----------
     real_BD, generated_BD : ndarray, shape (B, D)
-        Features, at least two rows each.
+        Features of real and generated images. Each array needs two rows or more.
 
     Returns
     -------
     float
-        For two sets of the same distribution the mean is zero, whatever their sizes. The value may be negative.
+        Discrepancy, which may be negative. If both sets come from the same distribution, its expected value is zero for
+        any number of images.
 
     References
     ----------
@@ -154,7 +157,9 @@ def kernel_distance(real_BD: Floats, generated_BD: Floats) -> float:
     """
     x, y = np.asarray(real_BD, np.float64), np.asarray(generated_BD, np.float64)
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"need two or more features of one width in each set, not {x.shape} and {y.shape}")
+        raise ValueError(
+            f"need features of equal width for two or more images in each set, not {x.shape} and {y.shape}"
+        )
 
     def kernel(p: Floats, q: Floats) -> Floats:
         return (p @ q.T / p.shape[1] + 1) ** 3
@@ -169,17 +174,17 @@ def kernel_distance(real_BD: Floats, generated_BD: Floats) -> float:
 def inception_score(probabilities_BK: Floats) -> float:
     """Compute ``exp(mean KL(p(y|x) || p(y)))`` of a classifier's probabilities.
 
-    With probabilities of Inception-V3 it is the Inception Score.
+    For probabilities of Inception-V3, this value is the Inception Score.
 
     Parameters
     ----------
     probabilities_BK : ndarray, shape (B, K)
-        Rows sum to one.
+        Class probabilities of each image; every row sums to one.
 
     Returns
     -------
     float
-        From 1 (all images have the same probabilities) to K.
+        A value from 1 (all images have the same probabilities) to K.
     """
     p = np.asarray(probabilities_BK, np.float64)
     marginal = p.mean(axis=0, keepdims=True)
@@ -191,29 +196,30 @@ def inception_score(probabilities_BK: Floats) -> float:
 def n_way_top_k(
     probabilities_NK: Floats, labels_N: NDArray[np.integer], *, n: int, k: int = 1, repeats: int = 100, seed: int = 0
 ) -> dict[str, float]:
-    """Compute the n-way top-k accuracy: the true class among n - 1 random other classes.
+    """Compute the n-way top-k accuracy: how often the true class wins against n - 1 random other classes.
 
-    The other classes are drawn anew for each trial and each repeat.
+    For each trial and each repeat, the other classes are drawn again.
 
     Parameters
     ----------
     probabilities_NK : ndarray, shape (N, K)
         Class probabilities of the generated images.
     labels_N : ndarray of int, shape (N,)
-        True classes.
+        True class of each trial.
     n : int
-        Number of classes, the true class included; from 2 to K.
+        Number of compared classes, including the true class; from 2 to K.
     k : int
-        A trial is right if the true class is among the k most likely of the n classes.
+        A trial is correct if the true class is among the k most likely of the n classes.
     repeats : int
-        Number of draws of the other classes.
+        How often the other classes are drawn for each trial.
     seed : int
-        Seed for the draws.
+        Seed for drawing the other classes.
 
     Returns
     -------
     dict
-        ``accuracy``, its standard deviation over the draws ``std``, and ``chance`` = k / n.
+        ``accuracy``: mean accuracy over the repeats; ``std``: standard deviation of the accuracy over the repeats;
+        ``chance``: k / n.
 
     Raises
     ------
@@ -231,7 +237,7 @@ def n_way_top_k(
     rng = np.random.default_rng(seed)
     rows = np.arange(trials)
     own = p[rows, labels_N][:, None]
-    # Equal probabilities count against the trial, so that a constant classifier has an accuracy of zero.
+    # A class with the same probability as the true class ranks first, so a constant classifier has an accuracy of zero.
     beats = (p >= own).astype(np.int64)
     hits = np.empty(repeats)
     for draw in range(repeats):
@@ -243,7 +249,7 @@ def n_way_top_k(
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-    """Return Wilson's 95 % confidence interval of the share of successes among n attempts."""
+    """Return Wilson's 95 % confidence interval for the success rate of n attempts."""
     from scipy.stats import binomtest
 
     found = binomtest(successes, n).proportion_ci(0.95, method="wilson")
@@ -258,10 +264,10 @@ def accuracy_with_p_value(
     permutations: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compute the accuracy, and how often shuffled labels would be as accurate.
+    """Compute the classification accuracy and a p-value from shuffled labels.
 
     Trials of the same image are not independent. Therefore labels are shuffled between images, and all trials of an
-    image get the same new label. A shuffle between trials would give p-values that are too small.
+    image get the same new label. If labels were shuffled between trials, the p-value would be too small.
 
     Parameters
     ----------
@@ -270,16 +276,17 @@ def accuracy_with_p_value(
     image_ids : list of str
         Id of the image of each trial. All trials of an image must have the same label.
     permutations : int
-        Largest number of shuffles.
+        Largest number of times that the labels are shuffled.
     seed : int
-        Seed for the shuffles.
+        Seed for shuffling the labels.
 
     Returns
     -------
     dict
-        ``accuracy``; ``chance``: mean accuracy over all shuffles; ``n`` and ``images``: numbers of trials and images;
-        ``p_value``: (1 + k) / (1 + shuffles), where k shuffles were as accurate or more; with few images, the exact
-        share of such shuffles; ``interval``: Wilson's 95 % confidence interval, as if trials were independent.
+        ``accuracy``: accuracy with the true labels; ``chance``: mean accuracy over all possible shuffles; ``n``: number
+        of trials; ``images``: number of images; ``p_value``: (1 + k) / (1 + number of shuffles), where k is the number
+        of shuffles with at least the true accuracy. For few images, all possible shuffles are counted, and the p-value
+        is exact. ``interval``: Wilson's 95 % confidence interval, which assumes independent trials.
 
     Raises
     ------
@@ -305,11 +312,11 @@ def accuracy_with_p_value(
     share_K = np.bincount(label_of, minlength=classes) / len(names)
 
     def count_right(labels_M: NDArray[np.integer], axis: int) -> NDArray[np.integer]:
-        """Count the trials that are right under given labels of the images, which are on the last axis."""
+        """Count the correctly classified trials for given labels; the last axis of the labels is the image."""
         assert axis == -1
         return votes_MK[np.arange(len(names)), labels_M].sum(axis=-1)
 
-    # A single image has nothing to be shuffled with.
+    # The labels of a single image cannot be shuffled.
     p_value = 1.0
     if len(names) > 1:
         found = permutation_test(
@@ -318,7 +325,7 @@ def accuracy_with_p_value(
             permutation_type="pairings",
             vectorized=True,
             n_resamples=permutations,
-            # Limits the memory of one call of the function above.
+            # Work in blocks of shuffles, to limit the memory that one call of the function above needs.
             batch=max(1, 2_000_000 // len(names)),
             alternative="greater",
             axis=-1,
@@ -337,18 +344,18 @@ def accuracy_with_p_value(
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedImages:
-    """Generated images and the images that were seen, with the outputs of the dataset's classifier for both."""
+    """Generated images and the images that the person saw, with the classifier's outputs for both sets of images."""
 
     images_BHW3: Images
-    """Generated images."""
+    """Pixels of the generated images."""
     real_BHW3: Images
-    """The images that were seen, in the same order."""
+    """Pixels of the images that the person saw, in the order of the generated images."""
     features_BD: Floats
-    """Features of the generated images."""
+    """Classifier features of the generated images."""
     real_features_BD: Floats
-    """Features of the images that were seen."""
+    """Classifier features of the images that the person saw."""
     probabilities_BK: Floats
-    """Probability of each category, for the generated images."""
+    """Probability of each category for each generated image."""
 
 
 def _ssim_of_pairs(images_BHW3: Images, real_BHW3: Images) -> Floats | str:
@@ -388,8 +395,8 @@ METRICS: dict[str, Callable[[JudgedImages], float | str]] = {
     f"kernel_distance[{JUDGE}]": _compare_features(kernel_distance),
     f"inception_score[{JUDGE}]": lambda judged: inception_score(judged.probabilities_BK),
 }
-"""Name of a metric in metrics.json and in the report -> function that computes the metric.
+"""Maps the name of a metric in metrics.json and in the report to the function that computes the metric.
 
-The function returns a number, or a text that says why the metric was not computed. `evaluate.measure` calls every
-function of this table, for the generated images and for their controls.
+Each function returns a number, or a text that says why the metric was not computed. `evaluate.measure` calls every
+function of this table, both for the generated images and for the control images.
 """

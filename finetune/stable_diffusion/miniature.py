@@ -1,9 +1,10 @@
-"""A miniature Stable Diffusion and CLIP of the real classes, trained from a dataset's own images in minutes.
+"""Train a miniature Stable Diffusion and a miniature CLIP on the images of a dataset, in minutes.
 
-The demo and the tests use it in place of Stable Diffusion 1.5 and CLIP ViT-L/14, which are too large for them. Its
-files have the layout of diffusers and transformers, so all other code treats it like the originals.
+The demo and the tests use these small models in place of Stable Diffusion 1.5 and CLIP ViT-L/14, which are too large.
+The small models have the classes and the file layout of diffusers and transformers, so other code can load them like
+the original models.
 
-Shapes: B images, H = W pixels, L tokens of a caption.
+Tensor shapes: B images, H = W pixels, L tokens of a caption.
 """
 
 from __future__ import annotations
@@ -35,31 +36,31 @@ if TYPE_CHECKING:
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 16
-"""Length of the longest caption. CLIP's own limit of 77 would make every cross-attention five times longer."""
+"""Largest number of tokens of a caption. CLIP's own limit, 77, would make every cross-attention five times longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MiniatureConfig:
-    """A miniature Stable Diffusion and CLIP of the real classes, trained on a dataset's training images."""
+    """Train a miniature Stable Diffusion and a miniature CLIP on the training images of a dataset."""
 
     RENAMED: ClassVar[dict[str, str]] = {"batch": "batch_size"}
 
     dataset: str
-    """EEG-image dataset. Only the images and captions of its train split are used."""
+    """Path of the EEG-image dataset. Only the images and captions of its train split are used."""
     output: str
-    """Directory to create, with clip/ and stable-diffusion/."""
+    """Output directory. The models are written to its subdirectories clip/ and stable-diffusion/."""
     size: int = 32
     """Width and height of the images in pixels; a multiple of 8."""
     seed: int = 0
-    """Seed for initial weights, order of images and augmentation."""
+    """Seed for initial weights, order of images and augmentation of images."""
     batch_size: int = 64
-    """Images of one optimiser step; the autoencoder takes half as many."""
+    """Number of images in one optimiser step; the autoencoder is trained with half this number."""
     clip_steps: int = 300
-    """Optimiser steps of CLIP."""
+    """Number of optimiser steps for training CLIP."""
     vae_steps: int = 600
-    """Optimiser steps of the autoencoder."""
+    """Number of optimiser steps for training the autoencoder."""
     unet_steps: int = 1200
-    """Optimiser steps of the U-Net."""
+    """Number of optimiser steps for training the U-Net."""
 
     def __post_init__(self) -> None:
         if self.size % 8 or self.size < 16:
@@ -75,12 +76,12 @@ def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     Parameters
     ----------
     captions : sequence of str
-        The captions. A word that they do not contain is divided into several tokens.
+        The captions of the training images. The tokenizer divides words that are in no caption into several tokens.
 
     Returns
     -------
     CLIPTokenizer
-        The tokenizer, with CLIP's byte alphabet and special tokens.
+        A tokenizer that has CLIP's byte alphabet and special tokens.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -92,7 +93,7 @@ def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
         pairs = Counter(pair for split in pieces.values() for pair in itertools.pairwise(split))
         if not pairs:
             break
-        # Byte-pair encoding merges the most frequent pair first. Between equally frequent pairs, the alphabet decides.
+        # Byte-pair encoding merges the most frequent pair first, and equally frequent pairs in alphabetical order.
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         for word, split in pieces.items():
@@ -106,7 +107,7 @@ def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{a}</w>" for a in alphabet), *("".join(pair) for pair in merges), START, END]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)  # pyright: ignore[reportArgumentType] - annotated too narrowly there
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)  # pyright: ignore[reportArgumentType] - the library's annotation is too narrow
 
 
 def _tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
@@ -115,7 +116,7 @@ def _tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
 
 
 def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[tuple[Tensor, torch.Generator]]:
-    """Yield the image numbers of each step, and the generator for its augmentation."""
+    """Yield, for each training step, the numbers of its images and the random generator for their augmentation."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):
@@ -126,7 +127,7 @@ def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[tuple[Tensor
 
 
 def _augment(x_B3HW: Tensor, generator: torch.Generator, *, colours: bool, shift: int = 3) -> Tensor:
-    """Mirror and shift images; if `colours`, also permute their colour channels."""
+    """Mirror and shift images. If `colours` is True, also permute their colour channels."""
     b, size = len(x_B3HW), x_B3HW.shape[-1]
     flip = torch.rand(b, 1, 1, 1, generator=generator) < 0.5
     x = torch.where(flip, x_B3HW.flip(-1), x_B3HW)
@@ -141,7 +142,7 @@ def _augment(x_B3HW: Tensor, generator: torch.Generator, *, colours: bool, shift
 
 
 def _warp(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror, shift, rotate and scale images a little: the small CLIP otherwise learns positions by heart."""
+    """Mirror, shift, rotate and scale images a little, so that the small CLIP does not memorise positions."""
     b = len(x_B3HW)
     u_5b = torch.rand(5, b, generator=generator) * 2 - 1
     mirror, turn, scale = u_5b[0].sign(), 0.15 * u_5b[1], 1 + 0.15 * u_5b[2]
@@ -162,7 +163,7 @@ def _make_optimizer(
 def _train_clip(
     x_M3HW: Tensor, captions: Sequence[str], tokenizer: CLIPTokenizer, config: MiniatureConfig
 ) -> CLIPModel:
-    """Train a small CLIP from scratch. Images with the same caption do not count as wrong pairs."""
+    """Train a small CLIP from scratch. An image and an equal caption of another image are not a negative pair."""
     from transformers import CLIPConfig, CLIPModel
 
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -218,22 +219,22 @@ def _clip_statistics() -> tuple[Tensor, Tensor]:
 
 
 def _train_vae(x_M3HW: Tensor, config: MiniatureConfig) -> AutoencoderKL:
-    """Train a small autoencoder. Its latents have 4 channels and a quarter of the width and height."""
+    """Train a small autoencoder. Latents have 4 channels, and a quarter of the width and height of the images."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(  # pyright: ignore[reportCallIssue] - its decorator hides the signature
+    vae = AutoencoderKL(  # pyright: ignore[reportCallIssue] - the library's decorator hides the signature
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType] - annotated too narrowly there
-        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType] - annotated too narrowly there
-        block_out_channels=(24, 48, 48),  # pyright: ignore[reportArgumentType] - annotated too narrowly there
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType] - the library's annotation is too narrow
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType] - the library's annotation is too narrow
+        block_out_channels=(24, 48, 48),  # pyright: ignore[reportArgumentType] - the library's annotation is too narrow
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
         sample_size=config.size,
     ).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        # Start with very little noise on the latents: with strong noise, the colours are learned late or never.
+        # Start with little noise on the latents: with strong noise, the autoencoder learns colours late or never.
         vae.quant_conv.bias[4:] -= 6.0
     optimizer, schedule = _make_optimizer(vae.parameters(), 3e-3, config.vae_steps)
     vae.train()
@@ -243,7 +244,7 @@ def _train_vae(x_M3HW: Tensor, config: MiniatureConfig) -> AutoencoderKL:
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             y = vae.decode(posterior.mean + posterior.std * noise).sample
-            # L1 keeps edges sharp. The KL divergence only limits the scale of the latents, as in Stable Diffusion.
+            # The L1 loss keeps edges sharp. The KL divergence only limits the scale of latents, as in Stable Diffusion.
             loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-6 * posterior.kl().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -266,7 +267,7 @@ def _train_unet(
     vae: AutoencoderKL,
     config: MiniatureConfig,
 ) -> tuple[UNet2DConditionModel, Any]:
-    """Train a small U-Net, of the blocks of Stable Diffusion 1.5, on captions; one caption in ten is dropped."""
+    """Train a small U-Net, with the block types of Stable Diffusion 1.5. A tenth of the captions is dropped."""
     from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig
 
@@ -285,7 +286,7 @@ def _train_unet(
         cross_attention_dim=width,
         attention_head_dim=4,
     )
-    # The scheduler settings of Stable Diffusion 1.5.
+    # These are the scheduler settings of Stable Diffusion 1.5.
     scheduler = PNDMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -298,7 +299,7 @@ def _train_unet(
     noising = DDPMScheduler.from_config(scheduler.config)
     scale = vae.config.scaling_factor
     with torch.no_grad():
-        # The autoencoder is trained, so each image is encoded once, in eight variants.
+        # The autoencoder no longer changes, so eight augmented variants of each image are encoded once in advance.
         generator = torch.Generator().manual_seed(config.seed + 3)
         views = [x_M3HW, *(_augment(x_M3HW, generator, colours=False) for _ in range(7))]
         latents = torch.cat([vae.encode(p).latent_dist.mean * scale for view in views for p in view.split(64)])
@@ -317,7 +318,7 @@ def _train_unet(
             times = torch.randint(1000, (b,), generator=generator)
             dropped = torch.rand(b, generator=generator) < 0.1
             condition = states[torch.where(dropped, len(captions), text[rows])]
-            noisy = noising.add_noise(latents[rows], noise, times)  # pyright: ignore[reportArgumentType] - annotated too narrowly there
+            noisy = noising.add_noise(latents[rows], noise, times)  # pyright: ignore[reportArgumentType] - the library's annotation is too narrow
             guess = unet(noisy, times, condition).sample
             loss = F.mse_loss(guess, noise)
             optimizer.zero_grad()
@@ -336,23 +337,23 @@ def _train_unet(
 
 
 def make_miniature(pixels_MHW3: np.ndarray, captions: Sequence[str], out: str | Path, config: MiniatureConfig) -> Path:
-    """Train the miniature and write it; the folder appears only when it is complete.
+    """Train the miniature models and write them to a folder, which appears only when all files are complete.
 
     Parameters
     ----------
     pixels_MHW3 : ndarray of uint8, shape (M, H, W, 3)
-        Training images, H = W = `config.size`.
+        Training images; H and W are equal to `config.size`.
     captions : sequence of str
         One caption for each image.
     out : str or Path
         Directory to create, with ``clip/`` (model, tokenizer, image processor) and ``stable-diffusion/`` (pipeline).
     config : MiniatureConfig
-        Seed, steps, size.
+        Seed, numbers of steps, and image size.
 
     Returns
     -------
     Path
-        The directory.
+        The directory `out`.
     """
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -385,7 +386,7 @@ def make_miniature(pixels_MHW3: np.ndarray, captions: Sequence[str], out: str | 
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
-        safety_checker=None,  # pyright: ignore[reportArgumentType] - the pipeline takes None for the optional parts
+        safety_checker=None,  # pyright: ignore[reportArgumentType] - the pipeline accepts None for optional components
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         image_encoder=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
@@ -410,33 +411,33 @@ def _digest(config: MiniatureConfig) -> str:
 
 
 def make(config: MiniatureConfig) -> int:
-    """Make the miniature from a dataset's training images, unless the same miniature exists already.
+    """Train the miniature models on a dataset's training images, unless the same models exist already.
 
     Parameters
     ----------
     config : MiniatureConfig
-        The request.
+        Config of the command.
 
     Returns
     -------
     int
-        Exit code.
+        Exit code of the command.
     """
     quiet_libraries()
     table = ImageTable(open_paired(config.dataset, "train"))
     made = Path(config.output) / "miniature.json"
     if made.is_file():
         if read_json(made).get("digest") == _digest(config):
-            print(f"{config.output}: this miniature exists already; nothing to do")
+            print(f"{config.output}: these miniature models exist already; nothing to do")
             return EXIT_DONE
         raise RequestError(
-            f"{config.output}: holds a miniature of another config or version; choose another output, or delete it"
+            f"{config.output}: holds miniature models of another config or version; choose another output or delete it"
         )
     if Path(config.output).exists():
-        raise RequestError(f"{config.output}: exists and is not a miniature; choose another output")
+        raise RequestError(f"{config.output}: exists and does not hold miniature models; choose another output")
     make_miniature(table.pixels(size=config.size), table.captions, config.output, config)
     print(
-        f"miniature of {len(table)} images -> {config.output}; next: dreamscale align "
+        f"miniature models, trained on {len(table)} images -> {config.output}; next: dreamscale align "
         f"configs/demo/align.yaml --dataset {config.dataset} --clip {Path(config.output) / 'clip'} --encoder ENCODER"
     )
     return EXIT_DONE

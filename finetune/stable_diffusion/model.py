@@ -1,6 +1,6 @@
-"""Stable Diffusion conditioned on EEG: parts, loss, package on disk, and generation of images.
+"""Stable Diffusion conditioned on EEG: the model, its loss, its package on disk, and the generation of images.
 
-Shapes: B trials, C channels, T samples, N tokens of width D, L condition tokens of width W, h, w latent pixels.
+Tensor shapes: B trials, C channels, T samples, N tokens of width D, L condition tokens of width W, h, w latent pixels.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ Tune = Literal["E+A", "E", "A"]
 
 
 def load_base(base: str | Path) -> StableDiffusionPipeline:
-    """Load a Stable Diffusion pipeline from a directory or the hub.
+    """Load a Stable Diffusion pipeline from a directory or from the Hugging Face hub.
 
     Parameters
     ----------
     base : str or Path
-        Directory in diffusers' layout, or a hub id such as ``stable-diffusion-v1-5/stable-diffusion-v1-5``.
+        Directory in the layout of diffusers, or a hub id such as ``stable-diffusion-v1-5/stable-diffusion-v1-5``.
 
     Returns
     -------
     StableDiffusionPipeline
-        In fp32, frozen, on the CPU, without a safety checker.
+        The pipeline in fp32 on the CPU, with frozen weights and without a safety checker.
 
     Raises
     ------
     RequestError
-        If it is not a Stable Diffusion pipeline, or cannot be loaded.
+        If `base` is not a Stable Diffusion pipeline, or cannot be loaded.
     """
     from diffusers import StableDiffusionPipeline
 
@@ -76,8 +76,8 @@ def open_time_path(unet: UNet2DConditionModel) -> int:
     Parameters
     ----------
     unet : UNet2DConditionModel
-        Changed in place. The input is diffusers' own ``class_embed_type: identity``, so it is kept when the U-Net is
-        saved.
+        The U-Net to change in place. The second input is the option ``class_embed_type: identity`` of diffusers, so
+        saving the U-Net also saves this option.
 
     Returns
     -------
@@ -87,7 +87,7 @@ def open_time_path(unet: UNet2DConditionModel) -> int:
     Raises
     ------
     RequestError
-        If the base model uses this input for classes.
+        If the base model already uses this input for classes.
     """
     kind = unet.config.class_embed_type
     if kind not in (None, "identity") or unet.config.num_class_embeds is not None:
@@ -98,7 +98,7 @@ def open_time_path(unet: UNet2DConditionModel) -> int:
 
 
 def find_cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """Find the parameters of the cross-attentions and of their norms: the "A" of DreamDiffusion.
+    """Find the parameters of the cross-attentions and of the norms before them, called "A" in DreamDiffusion.
 
     Parameters
     ----------
@@ -108,11 +108,11 @@ def find_cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
     Returns
     -------
     dict
-        Name in the U-Net to parameter.
+        Maps each parameter's name in the U-Net to the parameter.
     """
     from diffusers.models.attention import BasicTransformerBlock
 
-    # The class of the block decides, not the name: residual blocks have a "norm2" as well.
+    # Search only in transformer blocks, because residual blocks also have a layer with the name "norm2".
     found = {}
     for block_name, block in unet.named_modules():
         if isinstance(block, BasicTransformerBlock) and block.attn2 is not None:
@@ -123,18 +123,18 @@ def find_cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class EEGDiffusion(nn.Module):
-    """Everything that gradients pass through: encoder, conditioner, U-Net and, in joint training, the CLIP head.
+    """All networks that gradients pass through: encoder, conditioner, U-Net and, in joint training, the CLIP head.
 
     Parameters
     ----------
     encoder : EEGEncoder
-        EEG to tokens.
+        Network that computes tokens from EEG.
     conditioner : Conditioner
-        Tokens to the condition.
+        Network that computes the condition from the tokens.
     unet : UNet2DConditionModel
         The base model's U-Net.
     noising : DDPMScheduler
-        The base model's forward process.
+        Noise scheduler of the base model; it defines the forward process.
     head : ClipHead, optional
         Projects tokens into CLIP's image space, for the CLIP loss.
     clip_weight : float
@@ -155,13 +155,13 @@ class EEGDiffusion(nn.Module):
         self.noising, self.clip_weight = noising, clip_weight
 
     def choose_trainables(self, tune: Tune) -> None:
-        """Choose the parts that train; the others are frozen.
+        """Choose the parts of the model that are trained, and freeze the other parts.
 
         Parameters
         ----------
         tune : str
-            E: encoder and conditioner; A: the U-Net's cross-attentions and their norms; E+A: both. A CLIP head always
-            trains.
+            E: train encoder and conditioner; A: train the U-Net's cross-attentions and their norms; E+A: train all of
+            these. A CLIP head is always trained.
         """
         self.requires_grad_(False)
         if "E" in tune:
@@ -174,59 +174,59 @@ class EEGDiffusion(nn.Module):
             self.head.requires_grad_(True)
 
     def predict(self, noisy_B4hw: Tensor, time_B: Tensor, condition: Condition) -> Tensor:
-        """Run the U-Net on noisy latents under a condition that the conditioner made."""
+        """Run the U-Net on noisy latents, with a condition that the conditioner computed."""
         states_BLW, time_BE = condition
         return self.unet(noisy_B4hw, time_B, states_BLW, class_labels=time_BE).sample
 
     def features(self, eeg: Tensor) -> Tensor:
-        """Encode EEG in model units: [B, 128, T] to tokens [B, N, D]."""
+        """Encode scaled EEG [B, 128, T] to tokens [B, N, D]."""
         return self.encoder(eeg)
 
     def errors(
         self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor, keep: Tensor | None = None
     ) -> Tensor:
-        """Measure the squared error of the denoiser.
+        """Compute the squared error of the denoiser for each trial.
 
         Parameters
         ----------
         features : Tensor, [B, N, D]
-            The encoder's tokens.
+            Tokens that the encoder computed from the EEG.
         clean, noise : Tensor, [B, 4, h, w]
-            Scaled latents of the images, and noise.
+            Scaled latents of the images, and the noise that is added to them.
         time : Tensor of int, [B]
-            Step of the forward process.
+            Step of the forward process (the process that adds noise) for each trial.
         keep : Tensor of bool, [B], optional
-            False where the condition is dropped; by default every condition is kept.
+            False for trials whose EEG condition is dropped; by default all conditions are kept.
 
         Returns
         -------
         Tensor, [B]
-            Mean over the values of each latent.
+            Squared error, averaged over the values of each trial's latent.
         """
         return denoising_errors(self.predict, self.noising, clean, noise, time, self.conditioner(features, keep))
 
     def forward(
         self, x: Tensor, latent: Tensor, noise: Tensor, time: Tensor, keep: Tensor, target: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Compute the loss of a batch.
+        """Compute the training loss of a batch.
 
         Parameters
         ----------
         x : Tensor, [B, 128, T]
-            EEG in model units.
+            EEG, scaled for the encoder.
         latent, noise : Tensor, [B, 4, h, w]
-            Scaled latents of the images, and noise.
+            Scaled latents of the images, and the noise that is added to them.
         time : Tensor of int, [B]
-            Step of the forward process.
+            Step of the forward process (the process that adds noise) for each trial.
         keep : Tensor of bool, [B]
-            False where the condition is dropped.
+            False for trials whose EEG condition is dropped.
         target : Tensor, [B, P], optional
-            CLIP embeddings of the images, unit length, in joint training.
+            CLIP embeddings of the images, of unit length; only in joint training.
 
         Returns
         -------
         dict
-            loss, denoise and, in joint training, cosine (1 - cosine).
+            ``loss``, ``denoise`` (the squared error) and, in joint training, ``cosine`` (1 - cosine similarity).
         """
         tokens_BND = self.encoder(x)
         denoise = self.errors(tokens_BND, latent, noise, time, keep).mean()
@@ -245,13 +245,13 @@ def save_model(folder: Path, model: EEGDiffusion, pipeline: Any, extra: dict[str
     Parameters
     ----------
     folder : Path
-        ``<run>/model``.
+        The package folder to write, ``<run>/model``.
     model : EEGDiffusion
         The trained model.
     pipeline : StableDiffusionPipeline
-        The base pipeline, which holds the model's U-Net.
+        The base pipeline; its U-Net is the U-Net of `model`.
     extra : dict
-        Origin of the model, for dreamscale.json.
+        Information on the origin of the model, to be stored in dreamscale.json.
     """
     assert pipeline.unet is model.unet
     with atomic_directory(folder) as root:
@@ -262,21 +262,21 @@ def save_model(folder: Path, model: EEGDiffusion, pipeline: Any, extra: dict[str
 
 
 class StableDiffusionGenerator:
-    """Makes images of EEG trials with a fine-tuned Stable Diffusion.
+    """Generate images from EEG trials with a fine-tuned Stable Diffusion.
 
     Parameters
     ----------
     folder : str or Path
-        ``<run>/model``.
+        Package folder of the model, ``<run>/model``.
     device : str
-        cpu or cuda.
+        Device of the computation: cpu or cuda.
 
     Attributes
     ----------
     spec : PreprocessSpec
         Preprocessing that the EEG must have.
     kind : str
-        ``stable_diffusion``.
+        Kind of the model: ``stable_diffusion``.
     """
 
     kind = KIND
@@ -296,7 +296,7 @@ class StableDiffusionGenerator:
         self.conditioner = Conditioner.from_pretrained(folder / "conditioner").requires_grad_(False).to(self.device)
         self.unet, self.vae = self.pipeline.unet.to(self.device), self.pipeline.vae.to(self.device)
         config = self.pipeline.scheduler.config
-        # DPM-Solver++ needs a tenth of DDIM's steps, but it diverges on the cosine noise schedule.
+        # DPM-Solver++ needs only a tenth of the steps of DDIM, but DPM-Solver++ diverges with a cosine noise schedule.
         if config.beta_schedule == "squaredcos_cap_v2":
             self.scheduler: Any = DDIMScheduler.from_config(config, clip_sample=False)
         else:
@@ -304,7 +304,7 @@ class StableDiffusionGenerator:
 
     @property
     def spec(self) -> PreprocessSpec:
-        """Preprocessing that the EEG must have."""
+        """Preprocessing that the EEG trials must have."""
         return self.encoder.spec
 
     @torch.no_grad()
@@ -316,18 +316,18 @@ class StableDiffusionGenerator:
         Parameters
         ----------
         eeg_B128T : Tensor, [B, 128, T]
-            Microvolts, preprocessed by `spec`, padded by replication.
+            EEG in microvolts, preprocessed by `spec`. Channels are repeated until there are 128.
         steps : int
-            Denoising steps.
+            Number of denoising steps.
         guidance_scale : float
-            1: the prediction under the condition; above 1: classifier-free guidance.
+            1: use only the prediction with the EEG condition. Above 1: use classifier-free guidance.
         seeds : list of int
-            One seed a trial. A trial's noise depends on its own seed alone.
+            One seed for each trial. A trial's noise depends only on the trial's seed.
 
         Returns
         -------
         ndarray of uint8, [B, H, W, 3]
-            RGB.
+            Generated images in RGB.
         """
         assert len(eeg_B128T) == len(seeds)
         size = self.unet.config.sample_size

@@ -1,8 +1,8 @@
-"""Fine-tunes Stable Diffusion on EEG, after DreamDiffusion.
+"""Fine-tune Stable Diffusion on EEG, with the method of the DreamDiffusion paper.
 
-Started as ``dreamscale finetune CONFIG`` or ``accelerate launch -m finetune.stable_diffusion CONFIG``.
+The command is ``dreamscale finetune CONFIG`` or ``accelerate launch -m finetune.stable_diffusion CONFIG``.
 
-Shapes: B trials, T samples, M different images, h, w latent pixels.
+Tensor shapes: B trials, T samples, M different images, h, w latent pixels.
 """
 
 from __future__ import annotations
@@ -36,84 +36,84 @@ from pretrain.runs.tracking import TrackerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StableDiffusionConfig:
-    """Stable Diffusion on EEG, as in DreamDiffusion: trains the encoder, its projector and the cross-attentions."""
+    """Fine-tune Stable Diffusion on EEG, as in DreamDiffusion: train encoder, projector and cross-attentions."""
 
     dataset: str
-    """EEG-image dataset with train and val splits."""
+    """Path of the EEG-image dataset; it must have train and val splits."""
     encoder: str
-    """Encoder package: `encoder/` of an alignment run (order sequential), or a pretrained encoder (order joint)."""
+    """Encoder package: for order sequential, `encoder/` of an alignment run; for order joint, a pretrained encoder."""
     base: str
-    """Stable Diffusion in the layout of diffusers: a directory, or a hub id."""
+    """Stable Diffusion model in the layout of diffusers: a directory, or a hub id."""
     output: str
-    """Run directory. The result is `model/` in it."""
+    """Run directory. The trained model is written to its subdirectory `model/`."""
     order: Literal["sequential", "joint"] = "sequential"
-    """sequential: the encoder is already aligned with CLIP, and the loss is that of the denoising alone; joint: the
-    CLIP loss is added."""
+    """sequential: the encoder is already aligned with CLIP, and only the denoising loss is used. joint: the loss is the
+    sum of the denoising loss and the CLIP loss."""
     clip: str | None = None
-    """CLIP model for order joint: a directory, or a hub id."""
+    """CLIP model, needed only for order joint: a directory, or a hub id."""
     clip_weight: float = 1.0
-    """Weight of 1 - cosine in order joint."""
+    """Weight of the CLIP loss (1 - cosine similarity) in order joint."""
     pretrained: bool = True
-    """False starts from random encoder weights of the same architecture: the ablation without pretraining."""
+    """False: start from random weights of the encoder, as an ablation that shows the effect of pretraining."""
     tune: Literal["E+A", "E", "A"] = "E+A"
-    """Which parts train. E: the encoder and its projector; A: the U-Net's cross-attentions and their norms (attn2,
-    norm2); E+A: both."""
+    """Parts of the model that are trained. E: the encoder and its projector. A: the U-Net's cross-attentions and their
+    norms (attn2, norm2). E+A: all of these."""
     time_path: bool = True
-    """Also add a projection of the EEG to the time embedding, as the released code does. The paper does not."""
+    """Also add a projection of the EEG to the time embedding, as in the released code but not in the paper."""
     hidden: int = 64
-    """Number of tokens between the projector's two convolutions."""
+    """Number of tokens between the two convolutions of the projector."""
     drop: float = 0.1
-    """Share of trials whose condition is dropped in training; classifier-free guidance needs some."""
+    """Fraction of trials whose EEG condition is dropped in training. Classifier-free guidance needs a value above 0."""
     encoder_lr: float = 1.0
-    """Factor of the encoder's learning rate."""
+    """The encoder's learning rate is this factor times training.lr."""
     attention_lr: float = 1.0
-    """Factor of the learning rate of the U-Net's cross-attentions."""
+    """The learning rate of the U-Net's cross-attentions is this factor times training.lr."""
     augment: ImageAugmentConfig = field(default_factory=ImageAugmentConfig)
-    """Random changes of the EEG in training."""
+    """Augmentation of the EEG in training."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.99))
-    """Steps, batch size, learning rate and so on."""
+    """Settings of the training: steps, batch size, learning rate and so on."""
     val_trials: int = 256
-    """Largest number of trials of the val split for the evaluation, evenly spread over the split."""
+    """Largest number of val trials that an evaluation uses. They are spread evenly over the val split."""
     num_processes: int = 1
-    """Number of processes on all machines together."""
+    """Total number of processes on all machines."""
     seed: int = 0
     """Seed for sample order, noise and initial weights."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device of the computation: auto, cpu or cuda."""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    """Where metrics go besides metrics.jsonl."""
+    """Experiment tracker to which metrics are sent, in addition to the file metrics.jsonl."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1 or self.hidden < 1 or self.val_trials < 1:
             raise ValueError("need 0 <= drop < 1, hidden >= 1 and val_trials >= 1")
         if self.order == "joint" and self.clip is None:
-            raise ValueError("order joint needs 'clip': the CLIP model whose image embeddings the encoder follows")
+            raise ValueError("order joint needs 'clip': give the CLIP model whose image embeddings the encoder learns")
 
 
 def encode_images(
     table: ImageTable, pipeline: Any, size: int, *, device: Any, cache: Path | None, write: bool
 ) -> Tensor:
-    """Encode every image of a table to the distribution of its latents.
+    """Encode every image of a split to the mean and standard deviation of its latents.
 
     Parameters
     ----------
     table : ImageTable
-        The images.
+        Images of the split.
     pipeline : StableDiffusionPipeline
-        Its autoencoder is used.
+        The base pipeline, whose autoencoder encodes the images.
     size : int
-        Width and height of the images in pixels.
+        Width and height, in pixels, to which images are resized.
     device : torch.device
         Device of the computation.
     cache : Path or None
-        Directory in which the result is kept.
+        Directory in which the result is stored for later runs; None stores nothing.
     write : bool
-        Whether this process writes the cache; False on every rank but the first.
+        True if this process may write to the cache directory; only rank 0 should write.
 
     Returns
     -------
     Tensor, [M, 2, 4, h, w]
-        Mean and standard deviation of the latents, scaled as for the U-Net; on the CPU.
+        Mean and standard deviation of the latents, on the CPU, scaled as the U-Net needs them.
     """
     vae = pipeline.vae.to(device)
 
@@ -122,7 +122,7 @@ def encode_images(
             posterior = vae.encode(to_model_range(pixels_BHW3).to(device)).latent_dist
         return torch.stack([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor
 
-    # As many pixels at a time as 64 images of 128 x 128: the memory does not grow with the size.
+    # A batch has as many pixels as 64 images of 128 x 128, so memory does not grow with the size of the images.
     batch_size = max(1, min(64, 64 * 128 * 128 // size**2))
     key = {"what": "latents", "weights": digest_weights(vae)}
     latents = table.features(compute, size=size, key=key, cache=cache, batch_size=batch_size, write=write)
@@ -132,23 +132,23 @@ def encode_images(
 
 @torch.no_grad()
 def build(config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection: int | None) -> EEGDiffusion:
-    """Assemble the model.
+    """Build the model from its parts.
 
     Parameters
     ----------
     config : StableDiffusionConfig
-        The request.
+        Config of the command.
     pipeline : StableDiffusionPipeline
-        The base model.
+        Pipeline of the base model.
     encoder : EEGEncoder
-        The encoder.
+        EEG encoder.
     projection : int or None
         Width of CLIP's embeddings in order joint; None in order sequential.
 
     Returns
     -------
     EEGDiffusion
-        Ready to train; the parts that ``config.tune`` names are trainable.
+        Model that is ready for training. Only the parts that ``config.tune`` names are trainable.
     """
     from diffusers import DDPMScheduler
 
@@ -166,7 +166,7 @@ def build(config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection
             time_dim=open_time_path(unet) if config.time_path else 0,
         )
     )
-    # Start the null condition from the embedding of an empty prompt, which the base model knows.
+    # Start the null condition from the embedding of an empty prompt, because the base model was trained with it.
     conditioner.null_LW.copy_(null_LW)
     head = None
     if projection is not None:
@@ -183,12 +183,12 @@ def train(config: StableDiffusionConfig) -> int:
     Parameters
     ----------
     config : StableDiffusionConfig
-        The request.
+        Config of the command.
 
     Returns
     -------
     int
-        Exit code.
+        Exit code of the command.
     """
     quiet_libraries()
     data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")

@@ -1,14 +1,15 @@
-"""The training loop of every fine-tuning stage: resume, moving average, evaluation, checkpoints, stopping.
+"""The training loop of every fine-tuning stage, with evaluation, checkpoints, and resuming.
 
-A stage puts everything that trains, and everything that gradients pass through, into one module. The module's
-``forward(**inputs)`` returns a dictionary of scalars, among them ``loss``. The stage then calls `fit`.
+A stage is one command of fine-tuning, e.g. ``dreamscale align``. The stage puts all trainable layers, and all layers
+that gradients pass through, into one module. The module's ``forward(**inputs)`` returns a dictionary of scalars; one of
+them is ``loss``. The stage then calls `fit`.
 
-How a run repeats itself exactly, whatever stops it:
+A run that is stopped and resumed gives exactly the same weights as an uninterrupted run:
 
-- The loader's order of samples depends on the seed alone, and its place is part of the checkpoint.
-- Noise and dropout of a step depend on the seed and the number of the step, not on earlier steps.
-- A checkpoint is written after the step's evaluation. If a stop comes before or during the evaluation, the checkpoint
-  is written at once and says that the evaluation is still due; the resumed run begins with it.
+- The order of samples depends only on the seed, and a checkpoint stores the loader's position in this order.
+- The noise and the dropout of a step depend on the seed and the number of the step, but not on earlier steps.
+- A checkpoint is normally written after the step's evaluation. If a stop is requested before or during an evaluation,
+  the checkpoint is written at once and marks this evaluation as not done. The resumed run first does this evaluation.
 """
 
 from __future__ import annotations
@@ -39,24 +40,24 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED = 10
-"""The run ends if the gradient is not finite in this many steps in a row."""
+"""The run fails if the gradient is not finite (NaN or infinite) in this many consecutive steps."""
 
 Inputs = Callable[[Batch, StepRandom], dict[str, torch.Tensor]]
 Evaluate = Callable[[Any, Callable[[], None]], dict[str, float]]
 
 
 class _EvaluationStopped(Exception):
-    """A stop was requested during an evaluation."""
+    """Raised during an evaluation, because a stop of the run was requested."""
 
 
 @dataclass(kw_only=True)
 class FitResult:
-    """Result of a training. The module holds the best weights."""
+    """Result of a training run. After `fit`, the module holds the best weights."""
 
     step: int
-    """Optimiser steps done."""
+    """Number of optimiser steps that were done."""
     best_step: int
-    """Step of the best evaluation; the last step if there was no evaluation."""
+    """Number of the step with the best evaluation; the last step if there was no evaluation."""
     best: dict[str, float] = field(default_factory=dict)
     """Metrics of the best evaluation."""
 
@@ -76,52 +77,54 @@ def fit(
     lr_scale: Callable[[str], float] | None = None,
     description: str = "training",
 ) -> FitResult:
-    """Train a module, from the newest checkpoint if there is one, and leave the best weights in it.
+    """Train a module and leave the best weights in it. If the run has a checkpoint, resume from the newest checkpoint.
 
     Parameters
     ----------
     module : Module
-        ``module(**inputs)`` returns a dictionary of scalars, among them ``loss``. Parameters with `requires_grad`
-        train. The module is moved to the accelerator's device.
+        ``module(**inputs)`` returns a dictionary of scalars; one of them is ``loss``. Only parameters with
+        `requires_grad` are trained. The module is moved to the accelerator's device.
     config : TrainingConfig
-        Steps, batch, rates and cadence.
+        Number of steps, batch size, learning rate, and steps between evaluations and between checkpoints.
     seed : int
         Seed for noise and dropout. The loader has its own seed for the order of samples.
     accelerator : Accelerator
-        From `make_accelerator`.
+        The accelerator that `make_accelerator` returned.
     run : RunDirectory
-        From `open_run`; holds checkpoints and metrics.
+        The run directory that `open_run` returned; it holds checkpoints and metrics.
     loader : Loader
-        From `make_loader`.
+        The loader that `make_loader` returned.
     inputs : callable
-        ``inputs(batch, random)`` returns the module's arguments, tensors with the batch first. They are moved to the
-        device here.
+        ``inputs(batch, random)`` returns the module's arguments as tensors, whose first axis is the batch. The loop
+        moves these tensors to the device.
     evaluate : callable, optional
-        ``evaluate(module, pulse)`` returns numbers. Every process calls it with the bare module, in evaluation mode,
-        without gradients, with the averaged weights if there are any; rank 0's numbers count. The function calls
-        ``pulse()`` between its batches, equally often on every process: this is where a requested stop interrupts.
+        ``evaluate(module, pulse)`` returns a dictionary of metrics. Every process calls this function with the
+        unwrapped module in evaluation mode, without gradients. The module has the averaged weights if the config asks
+        for a moving average. Only the metrics of rank 0 are used. The function must call ``pulse()`` between its
+        batches, and equally often on every process; ``pulse()`` interrupts the evaluation if a stop was requested.
     watch : str
-        Name of the number that decides which weights are best.
+        Name of the metric that decides which weights are best.
     mode : str
-        min: the smallest number is best; max: the largest.
+        min: the smallest value of the metric is best; max: the largest value is best.
     lr_scale : callable, optional
-        Factor of the learning rate by parameter name.
+        Function that takes the name of a parameter and returns the factor of this parameter's learning rate.
     description : str
-        Text beside the progress bar.
+        Text that is shown beside the progress bar.
 
     Returns
     -------
     FitResult
-        The best evaluation. Without `evaluate`, the module keeps its averaged weights or its last ones.
+        Result of the best evaluation. Without `evaluate`, the module keeps the averaged weights, or the last weights if
+        there is no moving average.
 
     Raises
     ------
     StopRequested
-        If a stop was requested; a checkpoint was written.
+        If a stop was requested; a checkpoint was written before.
     RequestError
-        If the batch cannot be divided, or the newest checkpoint belongs to another model or version.
+        If the batch cannot be divided among the processes, or the newest checkpoint is of another model or version.
     RuntimeError
-        If the gradient was not finite in `MAX_SKIPPED` steps in a row.
+        If the gradient was not finite in `MAX_SKIPPED` consecutive steps.
     """
     loop = _Loop(module, config, seed, accelerator, run, loader, inputs, evaluate, (watch, mode), lr_scale, description)
     loop.resume()
@@ -130,7 +133,7 @@ def fit(
 
 
 class _Loop:
-    """The loop behind `fit`; arguments as there."""
+    """Training loop that `fit` runs; its arguments are those of `fit`."""
 
     def __init__(
         self,
@@ -167,9 +170,9 @@ class _Loop:
         self.logged, self.since = 0, time.monotonic()
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one, and hand module and optimiser to Accelerate."""
+        """Load the newest checkpoint if there is one. Then let Accelerate wrap the module and the optimiser."""
         state = self.state
-        # Rank 0 decides for all: it may rename damaged checkpoints while it looks for a whole one.
+        # Only rank 0 chooses the checkpoint, because the search may rename damaged checkpoints.
         folder = self.world.broadcast(newest_checkpoint(self.run.checkpoints) if self.world.first else None)
         if folder is not None:
             with CheckpointReader(folder) as reader:
@@ -180,7 +183,7 @@ class _Loop:
         self.logged = state.step
 
     def train(self) -> None:
-        """Take all remaining steps."""
+        """Do all remaining optimiser steps."""
         config, state = self.config, self.state
         self.module.train()
         with self.stop, progress(self.description, config.steps, enabled=self.world.first) as advance:
@@ -195,24 +198,24 @@ class _Loop:
         self.accelerator.wait_for_everyone()
 
     def take_step(self, batch: Batch) -> None:
-        """Take one optimiser step."""
+        """Do one optimiser step."""
         config, state, world = self.config, self.state, self.world
         random = StepRandom(self.seed, state.step, rank=world.rank, world_size=world.size)
         tensors = {k: v.to(self.accelerator.device) for k, v in self.inputs(batch, random).items()}
-        # Dropout draws from the global generator, which therefore must depend on the step as well.
+        # Dropout uses PyTorch's global random generator, so its seed must depend on the step as well.
         torch.manual_seed((self.seed * 1_000_003 + state.step) * 1_009 + world.rank)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(state.step) * group["scale"]
         parts = self.micro_batches
         for part in range(parts):
             piece = {k: v.chunk(parts)[part] for k, v in tensors.items()}
-            # Gradients are exchanged in the last backward pass only; until then each process adds up its own.
+            # Processes exchange gradients only in the last backward pass. Before, each one adds up its own gradients.
             with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.wrapped):
                 out = self.wrapped(**piece)
                 self.accelerator.backward(out["loss"] / parts)
             for name, value in out.items():
                 self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) / parts
-        # After the exchange every process holds the same gradient, so all decide alike whether to skip the step.
+        # After the exchange every process has the same gradient, so all processes skip the step or none does.
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in trainables(self.module).values() if p.grad is not None], config.grad_clip or math.inf
         )
@@ -225,7 +228,7 @@ class _Loop:
             self.skipped += 1
             if self.skipped >= MAX_SKIPPED:
                 raise RuntimeError(
-                    f"{self.description}: the gradient was not finite in {self.skipped} steps in a row; a lower "
+                    f"{self.description}: the gradient was not finite in {self.skipped} consecutive steps; a lower "
                     f"training.lr may help"
                 )
         self.optimizer.zero_grad(set_to_none=True)
@@ -236,7 +239,7 @@ class _Loop:
             self.log(float(norm))
 
     def log(self, grad_norm: float) -> None:
-        """Write a line of metrics: means since the line before."""
+        """Write one line of metrics. The values are means over the steps since the previous line."""
         config, state = self.config, self.state
         n, seconds = state.step - self.logged, time.monotonic() - self.since
         means = {f"train/{k}": v / n for k, v in self.sums.items()}
@@ -251,7 +254,7 @@ class _Loop:
         self.sums, self.logged, self.since = {}, state.step, time.monotonic()
 
     def end_step(self) -> None:
-        """Evaluate, write a checkpoint and stop, each of them if it is time."""
+        """Evaluate the model, write a checkpoint, and stop the run, if each of these is due after this step."""
         config, state = self.config, self.state
         final = state.step == config.steps
         if state.evaluation_due and not self.check_stop():
@@ -266,8 +269,8 @@ class _Loop:
                 raise StopRequested(f"checkpoint at step {state.step}; run the same command to resume")
 
     def check_stop(self) -> bool:
-        """Return whether a stop was requested on any process; every process must call this method."""
-        # The progress of a checkpoint in the background travels with the question.
+        """Return True if a stop was requested on any process. Every process must call this method."""
+        # The same all-reduce also sums the progress of checkpoints that are being written in the background.
         stop, written, failed = self.world.all_reduce_sum(float(self.stop.requested), *self.writer.progress())
         self.writer.settle(written, failed)
         self.stopping = self.stopping or stop > 0
@@ -279,7 +282,7 @@ class _Loop:
             raise _EvaluationStopped
 
     def run_evaluation(self) -> None:
-        """Evaluate, and keep the weights if they are the best so far."""
+        """Evaluate the model, and store its weights if this evaluation is the best so far."""
         state, ema = self.state, self.state.ema
         assert self.evaluate is not None
         self.module.eval()
@@ -303,7 +306,7 @@ class _Loop:
         self.since = time.monotonic()
 
     def save(self) -> bool:
-        """Write a checkpoint; return False if it could not be written."""
+        """Write a checkpoint. Return False if the checkpoint could not be written."""
         self.writer.wait()
         background = self.config.checkpoint.asynchronous
         tensors = self.state.tensors(self.world.rank, self.world.size, copy=background)
@@ -315,7 +318,7 @@ class _Loop:
         return complete
 
     def finish(self) -> FitResult:
-        """Put the best weights into the module."""
+        """Load the best weights into the module."""
         state = self.state
         if state.best_weights is not None:
             load_trainables(self.module, state.best_weights)

@@ -160,9 +160,9 @@ def _change_json(folder: Path, **changes: object) -> None:
         (lambda d: next((d / "images").iterdir()).unlink(), "No such file"),
         (lambda d: next((d / "images").iterdir()).write_bytes(b"\x89PNG"), "cannot be decoded"),
         (lambda d: Image.new("RGB", (8, 8)).save(next((d / "images").iterdir())), "different sizes"),
-        (lambda d: _change_json(d, dataset_id="0"), "is not the dataset"),
+        (lambda d: _change_json(d, dataset_id="0"), "of another dataset"),
         (lambda d: _change_json(d, dataset="/nowhere"), "/nowhere"),
-        (lambda d: _change_json(d, control="shuffle"), "is a control itself"),
+        (lambda d: _change_json(d, control="shuffle"), "holds control images"),
         (lambda d: _change_json(d, guidance_scale=3.0), "guidance_scale"),
     ],
 )
@@ -171,7 +171,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     copy = shutil.copytree(perfect / "own", tmp_path / "copy")
     spoil(copy)
-    control = [] if message in ("is not the dataset", "/nowhere") else ["--control_dir", str(perfect / "shuffled")]
+    control = [] if message in ("of another dataset", "/nowhere") else ["--control_dir", str(perfect / "shuffled")]
     before = (copy / "metrics.json").read_bytes()
     assert run_main(main, [str(copy), *control]) == 2
     err = capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_the_miniature_is_made_once_and_overwrites_nothing(
     assert "another config" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("keep")
     assert main([str(paired_dataset), "-o", str(tmp_path)]) == 2
-    assert "not a miniature" in capsys.readouterr().err
+    assert "does not hold miniature models" in capsys.readouterr().err
 
 
 def test_folders_without_a_model_are_refused(tmp_path: Path, unpaired_dataset: Path, paired_dataset: Path) -> None:
