@@ -363,10 +363,10 @@ def _ssim_of_pairs(images_BHW3: Images, real_BHW3: Images) -> Floats | str:
 
 
 PAIRED_METRICS: dict[str, Callable[[Images, Images], Floats | str]] = {"psnr": psnr, "ssim": _ssim_of_pairs}
-"""Name of a metric -> function that compares each generated image with one other image.
+"""Maps the name of a paired metric to the function that compares each generated image with one other image.
 
-The function takes two arrays of images and returns one number for each pair, or a text that says why the metric was not
-computed. A metric of this table also gets the control with the images of random other trials.
+Each function takes two arrays of images and returns one number for each pair, or a text that says why the metric was
+not computed. Every metric of this table is also computed with the images of random other trials, as a control.
 """
 
 
