@@ -1,1 +1,1 @@
-"""What every part needs: errors and exit codes, configs, files, storage, progress."""
+"""Code that all packages share: errors and exit codes, configs, files, storage, progress."""

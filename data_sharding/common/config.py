@@ -1,4 +1,4 @@
-"""Reads command lines and YAML files into typed dataclasses, with jsonargparse."""
+"""Read command lines and YAML files into typed dataclasses, with jsonargparse."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def parse_config(
     prog : str
         The command as the user types it, for help and messages.
     positionals : sequence of str
-        Meaning of the leading arguments, in order: the name of a field, or ``"config"`` for a YAML file.
+        Meaning of the arguments without a key, in order: the name of a field, or ``"config"`` for a YAML file.
     aliases : mapping, optional
-        Short flags to field names, e.g. ``{"-o": "output"}``.
+        Field name for each short flag, e.g. ``{"-o": "output"}``.
 
     Returns
     -------
@@ -86,7 +86,7 @@ def parse_config(
     parser.add_class_arguments(cls, nested_key=None, sub_configs=False)
     short_of = {name: short for short, name in flags.items()}
     for action in parser._actions:
-        # Only for the help: the short flags are already replaced above.
+        # Add the short flags only for the help text; the code above has already replaced them in the arguments.
         if short := short_of.get(action.dest):
             action.option_strings = [short, *action.option_strings]
     files = []
@@ -101,18 +101,18 @@ def parse_config(
     except RequestError:
         raise
     except Exception as error:
-        # The parser raises errors of its own, of YAML and of the config classes; the user can repair all of them.
+        # The parser raises its own errors, YAML errors and errors of config classes. The user can repair all of them.
         from data_sharding.common.config_errors import explain
 
         raise RequestError(explain(error, cls, files, words, flags)) from None
-    # NumPy takes no negative seeds, in whatever stage.
+    # NumPy accepts no negative seeds, and every stage passes its seed to NumPy.
     if (seed := getattr(request, "seed", 0)) < 0:
         raise RequestError(f"seed is {seed}; it must not be negative")
     return request
 
 
 def _check_config_file(text: str) -> str:
-    """Return the path of a config file, or refuse what is not a file."""
+    """Return the path of a config file; raise `RequestError` if the path is not a file."""
     path = find_config(text)
     if path.is_dir():
         inside = sorted(file.name for pattern in ("*.yaml", "*.yml") for file in path.glob(pattern))
@@ -136,12 +136,11 @@ def command(
     Parameters
     ----------
     config_class : type
-        Class of the config, as for `parse_config`.
+        Class of the config, as in `parse_config`.
     body : callable
-        Takes an instance of the class, does the work and returns the exit code. It may raise `RequestError` and
+        Function that takes a config, does the work and returns the exit code. The function may raise `RequestError` and
         `StopRequested`.
-    prog, positionals, aliases
-        As for `parse_config`.
+    prog, positionals, aliases The arguments of `parse_config` with the same names.
 
     Returns
     -------
@@ -150,7 +149,7 @@ def command(
     """
 
     def run(words: list[str]) -> int:
-        # DeepSpeed's launcher adds this flag; the environment holds the same number.
+        # Remove the flag that DeepSpeed's launcher adds. The environment variable LOCAL_RANK holds the same number.
         words = [word for word in words if not word.startswith("--local_rank=")]
         return body(parse_config(config_class, words, prog=prog, positionals=positionals, aliases=aliases))
 
@@ -172,7 +171,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     Returns
     -------
     dict
-        It holds only dictionaries, lists and scalars; paths become strings.
+        The config as dictionaries, lists and scalars; paths become strings.
     """
 
     def plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Explains what is wrong with a config, in one line that names the key and the fix.
+"""Explain the fault of a config in one line that names the key and the fix.
 
-jsonargparse checks every config, but its messages speak of its own classes ("Union subtypes"). So when it refuses a
-config, the functions here look for the fault once more, in the values as the user wrote them.
+jsonargparse checks every config, but its messages use internal terms ("Union subtypes"). So when jsonargparse refuses a
+config, the functions of this module search the user's values for the fault and explain the fault.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_sharding.common.errors import one_line
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """Return the fields of a dataclass that a config may set, with their types."""
+    """Return the type of each dataclass field that a config may set."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
@@ -38,10 +38,10 @@ def list_keys(cls: type, prefix: str = "") -> list[str]:
 
 
 def renamed_keys(cls: type, prefix: str = "") -> dict[str, str]:
-    """Return the keys that older versions of a config had, each with what to use instead.
+    """Return the keys of older versions of a config, each with its replacement.
 
-    A config class lists its own in ``RENAMED: ClassVar[dict[str, str]]``: the old key to the new one, both relative to
-    the class, or to a sentence where a new name does not say enough.
+    A config class lists its old keys in ``RENAMED: ClassVar[dict[str, str]]``. The value for an old key is the new key,
+    or a sentence that says what to use. Both keys are relative to the class.
     """
     found = {}
     for old, new in getattr(cls, "RENAMED", {}).items():
@@ -68,9 +68,9 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], str | None]:
     Returns
     -------
     values : dict
-        Its keys and values; empty if there is a fault.
+        Keys and values of the file; empty if the file has a fault.
     fault : str or None
-        Why it cannot be used, in one line.
+        Why the file cannot be used, in one line; None if the file can be used.
     """
     try:
         values = yaml.safe_load(path.read_bytes())
@@ -89,30 +89,31 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = False) -> str | None:
-    """Find the first fault in the values for a config class.
+    """Find the first fault in the user's values for a config class.
 
     Parameters
     ----------
     cls : type
-        The config class, or the class of a group or of a list's entries.
+        The config class, the class of a group of keys, or the class of the entries of a list.
     values : Any
-        What the user wrote for it.
+        Values that the user wrote for this class.
     where : str
-        Its place in the config: empty at the top level, else ``preprocess`` or ``corpora[0] (kind folder)``.
+        Path of the values in the config: empty at the top level, otherwise for example ``preprocess`` or ``corpora[0]
+        (kind folder)``.
     is_entry : bool
         Whether the values are an entry of a list.
 
     Returns
     -------
     str or None
-        One line; None if nothing is found.
+        The fault, in one line; None if there is no fault.
     """
     known = field_types(cls)
     if not isinstance(values, Mapping):
         if is_entry:
             return f"{where} must be keys with values, such as '{_example(cls)}: ...', not {_show(values)}"
         return f"{where} must be a group of keys ({', '.join(known)}), not {_show(values)}"
-    # Two forms: "preprocess.sfreq must be ..." for a group, "corpora[0] (kind folder): root must be ..." for a list.
+    # Messages begin with "preprocess.sfreq" for a key of a group, and with "corpora[0] (kind folder): root" in a list.
     start, path = (f"{where}: ", "") if is_entry else ("", f"{where}." if where else "")
     for key, value in values.items():
         if key not in known:
@@ -127,7 +128,7 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
         if field.init and required and values.get(field.name) is None:
             return f"{start}missing key '{path}{field.name}'; add it"
     if is_entry:
-        # The class itself checks what its values mean, but does not know which entry of the list it is.
+        # The class checks the meaning of its values. The code here adds which entry of the list has the fault.
         try:
             cls(**values)
         except ValueError as error:
@@ -164,20 +165,20 @@ def _value_fault(hint: Any, value: Any, key: str) -> str | None:
 
 
 def _example(cls: Any) -> str:
-    """Return a key that shows how an entry is written: the first one that is required, or else the first one."""
+    """Return a key for the example of an entry: the first required key, or else the first key."""
     fields = [field for field in dataclasses.fields(cls) if field.init]
     return next((field.name for field in fields if field.default is field.default_factory), fields[0].name)
 
 
 def _name_of_entry(cls: Any, values: Any, place: str) -> str:
-    """Name an entry of a list; its kind helps to find it in the file."""
+    """Name an entry of a list by its index and its kind, so that the user finds the entry in the file."""
     if not isinstance(values, Mapping) or "kind" not in field_types(cls):
         return place
     return f"{place} (kind {values.get('kind') or getattr(cls, 'kind', '')})"
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value of YAML can stand for a type; what is unknown here fits."""
+    """Whether a YAML value fits a type; True for a type that this function does not know."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(one, value) for one in arguments)
@@ -254,7 +255,7 @@ def find_fault_in_words(cls: type, words: Sequence[str]) -> str | None:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             continue
-        # On a command line everything is text at first, so the text itself may fit as well as its value in YAML.
+        # An argument is text. It is accepted if either the text or the YAML value of the text fits the type.
         fits = value is None or hint is str or _fits(hint, text)
         if not fits and (fault := _value_fault(hint, value, key)):
             return fault
@@ -285,7 +286,7 @@ def explain(
     Parameters
     ----------
     error : Exception
-        What jsonargparse or the config class raised.
+        Error that jsonargparse or the config class raised.
     cls : type
         The config class.
     files : sequence of Path
@@ -293,7 +294,7 @@ def explain(
     words : sequence of str
         The arguments of the command line.
     aliases : mapping of str to str
-        Short flags to keys.
+        Key for each short flag.
     """
     for path in files:
         values, fault = read_config_file(path)

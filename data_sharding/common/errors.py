@@ -14,14 +14,14 @@ EXIT_STOPPED = 75
 
 
 class RequestError(ValueError):
-    """A request cannot be carried out, and the user can correct it.
+    """A request cannot be carried out; the user can correct the request.
 
-    The message is one line that names the file, key or recording, what is wrong with it, and what to do.
+    The message is one line. It names the file, key or recording, the fault, and the fix.
     """
 
 
 class RankError(RequestError):
-    """A `RequestError` that only one process of a training finds, so that this process must print it."""
+    """A `RequestError` that only one training process finds. This process must print the error itself."""
 
 
 class StopRequested(Exception):
@@ -62,7 +62,7 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except RequestError as error:
-        # Under a launcher all ranks find the same fault; one line for each machine is enough.
+        # All ranks find the same fault, so only one rank of each machine prints the message.
         rank = os.environ.get("RANK", "0")
         if os.environ.get("LOCAL_RANK", rank) == "0" or rank == "0" or isinstance(error, RankError):
             who = f"process {rank}: " if rank != "0" else ""

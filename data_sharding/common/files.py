@@ -25,7 +25,7 @@ def sha256_file(path: str | AnyPath) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """Return a checksum of a value that JSON can represent; the order of its keys does not matter.
+    """Return a checksum of a JSON value. The order of keys in dictionaries does not change the checksum.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def atomic_write_bytes(path: str | AnyPath, data: bytes) -> None:
         New content.
     """
     path = as_path(path)
-    if isinstance(path, UPath):  # An object store never shows a partial object.
+    if isinstance(path, UPath):  # An object store shows an object only after the whole upload.
         if path.protocol == "memory":
             path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -125,10 +125,11 @@ def atomic_directory(path: str | AnyPath, last: str = "manifest.json") -> Iterat
     Parameters
     ----------
     path : str, Path or UPath
-        Final path. An existing directory is replaced only when the new one is complete.
+        Final path. An existing directory is replaced only when the new directory is complete.
     last : str
-        File that marks a complete directory. An object store cannot rename a directory. So this file is deleted first
-        from the old directory and written last to the new one; in between, the directory counts as incomplete.
+        File that marks a complete directory. An object store cannot rename a directory. So this file is deleted before
+        the other files of the old directory, and written after the other files of the new directory. Without this file,
+        the directory counts as incomplete.
 
     Yields
     ------

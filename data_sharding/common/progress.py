@@ -1,4 +1,4 @@
-"""Shows the progress of long work: a live display on a terminal, and a line from time to time in a log file."""
+"""Show the progress of long work: a live display on a terminal, or regular lines in a log file."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def progress(
     Parameters
     ----------
     description : str
-        What the loop does.
+        Description of the loop, shown before the bar.
     total : int
         Number of steps.
     enabled : bool
-        Whether to show anything; False on all ranks except the first.
+        Whether to show the progress; False on all ranks except rank 0.
     every_s : float
         Seconds between two lines if the output is not a terminal.
 
     Yields
     ------
     callable
-        ``advance(n=1, note="")`` counts `n` more steps as done; `note` is shown beside the bar.
+        Function ``advance(n=1, note="")``, which counts `n` more steps as done and shows `note` beside the bar.
     """
     if not enabled:
         yield lambda n=1, note="": None
@@ -72,13 +72,13 @@ def progress(
 
 
 class JobProgress:
-    """Shows the progress of reading recordings: a live table on a terminal, lines from time to time in a log file.
+    """Shows the progress of reading recordings: a live table on a terminal, or regular lines in a log file.
 
     Parameters
     ----------
     sizes : dict of str to int
-        Bytes of every recording by key. The remaining time is estimated from the bytes that are left, because
-        recordings differ much in size.
+        Size in bytes of each recording, by key. The remaining time is estimated from the number of unread bytes,
+        because recordings differ much in size.
     every_s : float
         Seconds between two lines if the output is not a terminal.
     """
@@ -104,15 +104,15 @@ class JobProgress:
         Parameters
         ----------
         key : str
-            The recording.
+            Key of the recording.
         status : str
-            Its status in the ledger.
+            Status of the recording in the ledger.
         seconds : float
-            Its length.
+            Length of the recording in seconds.
         channels : int
-            Number of its channels.
+            Number of channels of the recording.
         from_earlier_run : bool
-            Whether an earlier run had read it.
+            Whether an earlier run had already read the recording.
         """
         self.statuses[status] += 1
         size = self.sizes.get(key, 0)
@@ -124,7 +124,7 @@ class JobProgress:
             self.channel_seconds += seconds * channels
 
     def figures(self) -> dict[str, str]:
-        """Return the numbers to show, by title.
+        """Return the numbers that the display shows, by title.
 
         Returns
         -------
@@ -146,12 +146,12 @@ class JobProgress:
         }
 
     def look(self, running: int) -> None:
-        """Update the display, if it is time to.
+        """Update the display if the last update is long enough ago.
 
         Parameters
         ----------
         running : int
-            Number of recordings that workers have at the moment.
+            Number of recordings that workers are reading now.
         """
         self.running = running
         if self._live is not None:

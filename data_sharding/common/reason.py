@@ -1,4 +1,4 @@
-"""Why a recording is not used."""
+"""The class `Reason`, which says why a recording is not used."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Self
 
 
 class Reason(str):
-    """A sentence for the ledger, and the category by which such sentences are counted.
+    """Reason in the ledger why a recording is not used: a sentence, and a category for counting.
 
-    It is a `str`, so that it can be printed, compared and stored like any other text. It is always one line of
-    printable characters, whatever a damaged file has put into the error message that it repeats.
+    A reason is a `str`, so it can be printed, compared and stored like any other text. Error messages can contain bytes
+    of a damaged file. So unprintable characters are replaced by '?', and the reason is always one line.
 
     Parameters
     ----------
     category : str
-        What kind of fault this is, without anything that belongs to one recording: ``too short``.
+        Kind of fault, without details of the recording: ``too short``.
     detail : str
-        What belongs to this recording: ``0.45 s, a window has 4.00 s``.
+        Details of this recording: ``0.45 s, a window has 4.00 s``.
     text : str
-        The whole sentence. Empty: category and detail with a colon between them.
+        The whole sentence. If the text is empty, the sentence is ``category: detail``.
     """
 
     category: str
@@ -31,7 +31,7 @@ class Reason(str):
         return self
 
     def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:
-        # Copying and pickling rebuild the object with these arguments.
+        # `copy` and `pickle` rebuild the object with these arguments.
         return (self.category,), {"text": str(self)}
 
     def shortened(self, length: int) -> Reason:

@@ -1,4 +1,4 @@
-"""The YAML files that come with Dreamscale: the repository's folder ``configs``, which the wheel carries as well."""
+"""Find the YAML files that come with Dreamscale. They are in the repository's folder ``configs`` and in the wheel."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def shipped_configs() -> Path:
     Returns
     -------
     Path
-        ``dreamscale_configs`` beside the installed packages, or ``configs`` of the checkout.
+        The folder ``dreamscale_configs`` beside the installed packages, or the folder ``configs`` of the checkout.
 
     Raises
     ------
     RequestError
-        If neither is there.
+        If neither folder exists.
     """
-    # setup.py copies the checkout's 'configs' into the wheel under the longer name, which no other package uses.
+    # In the wheel, setup.py names the folder 'dreamscale_configs', because no other package uses this name.
     for folder in (_ABOVE / "dreamscale_configs", _ABOVE / "configs"):
         if folder.is_dir():
             return folder
@@ -30,18 +30,19 @@ def shipped_configs() -> Path:
 
 
 def find_config(path: str | Path) -> Path:
-    """Return the file that a path to a config means.
+    """Return the config file for a path that the user typed.
 
     Parameters
     ----------
     path : str or Path
-        As the user typed it.
+        Path of a config, as the user typed it.
 
     Returns
     -------
     Path
-        `path` itself, if it exists. If it does not and begins with ``configs/``, the file of that name that comes with
-        Dreamscale, so that the commands of the documentation work in any folder. Otherwise `path` again.
+        `path` itself, if the file exists. If `path` does not exist and begins with ``configs/``, the result is the file
+        of this name that comes with Dreamscale. So the commands of the documentation work in any folder. In all other
+        cases the result is `path`.
     """
     path = Path(path)
     if not path.exists() and path.parts[:1] == ("configs",):

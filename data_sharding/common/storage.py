@@ -1,4 +1,4 @@
-"""Paths on this machine, or on an object store through fsspec."""
+"""Read and write files on this machine, or on an object store through fsspec."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ AnyPath: TypeAlias = Path | UPath
 
 
 def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
-    """Make a path from a text of a config or a command line.
+    """Make a path object from a text in a config or on a command line.
 
     Parameters
     ----------
     text : str, Path or UPath
-        A local path (``~`` is the home folder), also after ``file://``, or a URL that fsspec supports:
-        ``s3://bucket/folder``, ``memory://folder``.
+        A local path (``~`` is the home folder), which may begin with ``file://``; or a URL that fsspec supports, such
+        as ``s3://bucket/folder`` or ``memory://folder``.
 
     Returns
     -------
@@ -59,21 +59,21 @@ def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
 
 
 def is_remote(path: AnyPath | str) -> bool:
-    """Whether a path is not on this machine's disks; also true for fsspec's ``memory://``."""
+    """Whether a path is on an object store and not on this machine's disks; True for fsspec's ``memory://`` too."""
     if isinstance(path, str):
         path = as_path(path)
     return isinstance(path, UPath) and path.protocol not in ("", "file", "local")
 
 
 def fresh(path: AnyPath) -> AnyPath:
-    """Clear cached listings of a path's store, so that the next listing asks the store; returns the path."""
+    """Clear fsspec's cached listings for a path, so that the next listing is up to date; return the path."""
     if isinstance(path, UPath):
         path.fs.invalidate_cache()
     return path
 
 
 def file_state(path: AnyPath) -> tuple[int, int, str]:
-    """Return properties of a file that change when its content changes; they cost one request.
+    """Return properties of a file that change when its content changes. Reading them takes one request.
 
     Parameters
     ----------
@@ -85,9 +85,9 @@ def file_state(path: AnyPath) -> tuple[int, int, str]:
     size : int
         Size in bytes.
     mtime_ns : int
-        Time of the last change in nanoseconds; 0 if the store does not give one.
+        Time of the last change in nanoseconds; 0 if the store does not give this time.
     etag : str
-        Checksum of the store; empty for a local file.
+        Checksum that the store gives for the file; empty for a local file.
     """
     if isinstance(path, UPath):
         info = path.fs.info(path.path)
@@ -105,8 +105,8 @@ def scratch_folder() -> Iterator[Path]:
     Yields
     ------
     Path
-        A folder in DREAMSCALE_SCRATCH if that variable is set (best a fast local disk), otherwise in the system's
-        temporary folder.
+        The temporary folder. It lies in the folder that the environment variable DREAMSCALE_SCRATCH names (choose a
+        fast local disk), or else in the system's temporary folder.
     """
     base = os.environ.get("DREAMSCALE_SCRATCH")
     if base:
@@ -123,12 +123,12 @@ def fetch(fs: Any, wanted: Mapping[str, Path]) -> None:
     fs : fsspec.AbstractFileSystem
         The store.
     wanted : mapping of str to Path
-        Local path of each path in the store; folders are created if necessary.
+        Local path for each path in the store. Missing local folders are created.
 
     Raises
     ------
     OSError
-        If a file is missing, or its size is not that in the store.
+        If a file is missing, or if a downloaded file does not have the size of the file in the store.
     """
     for target in wanted.values():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,13 +146,13 @@ def localised(files: Sequence[AnyPath]) -> Iterator[list[Path]]:
     Parameters
     ----------
     files : sequence of Path or UPath
-        Files or folders (``.mff``) of one recording; all of them are on this machine, or all in one store.
+        Files or folders (``.mff``) of one recording. All of these files are on this machine, or all are in one store.
 
     Yields
     ------
     list of Path
-        In the order of `files`. Remote files are downloaded to a scratch folder, with their names and relative folders,
-        and deleted at the end of the context. Local files stay where they are.
+        Local paths in the order of `files`. Remote files are downloaded to a scratch folder, with the same names and
+        subfolders, and deleted at the end of the context. Local files are not copied.
 
     Raises
     ------
@@ -263,8 +263,8 @@ def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json")
     local : Path
         Folder to move.
     target : Path, UPath or str
-        Destination. An existing folder without the file `last` was left by a process that died, and is replaced. An
-        existing folder with the file `last` is kept: it has the same content, because folders are named after it.
+        Destination. An existing folder without the file `last` comes from a process that died, and is replaced. An
+        existing folder with the file `last` is kept, because folders with the same name have the same content.
     last : str
         File that marks a complete folder.
 
@@ -296,7 +296,7 @@ def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json")
     try:
         _move(local, target)
     except OSError as error:
-        # Another worker wrote the same folder first; its task had been given to this worker, because it seemed lost.
+        # Another worker already wrote this folder: that worker seemed lost, so this worker got the same task.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (target / last).is_file():
             raise
         shutil.rmtree(local, ignore_errors=True)
@@ -329,9 +329,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether a disk, a network folder or an object store is the cause of an error, and not the data to be written.
+    """Whether an error comes from a disk, a network folder or an object store, and not from the data.
 
-    True for `OSError`, and for the errors of the stores' libraries, many of which are not an `OSError`.
+    The result is True for `OSError` and for errors of the stores' libraries. Many of these are not an `OSError`.
     """
     libraries = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs", "fsspec")
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries

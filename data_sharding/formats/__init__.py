@@ -1,1 +1,1 @@
-"""File formats of EEG recordings, which all are read through one interface (`signal.Signal`)."""
+"""File formats of EEG recordings. All formats are read through one interface, `signal.Signal`."""

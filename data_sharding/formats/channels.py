@@ -1,6 +1,6 @@
 """Find the EEG channels of a recording, name them, locate them on the head, and choose at most 128 of them.
 
-Shapes: n channels.
+In array shapes, n is the number of channels.
 """
 
 from __future__ import annotations

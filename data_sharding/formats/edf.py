@@ -1,6 +1,6 @@
-"""Open EDF, BDF and GDF files: records whose channels may differ in rate and unit, with possible gaps between them.
+"""Open EDF, BDF and GDF files. Channels may differ in rate and unit, and records may have gaps between them.
 
-Shapes: n channels, S samples at the recording's rate.
+In array shapes, n is the number of channels, and S the number of samples at the recording's rate.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
     from mne.io import BaseRaw
 
 VOLTS = re.compile(r"[munpµμ\x83\xca�?]{0,2}v(olts?)?|(micro|milli|nano)volts?", re.IGNORECASE)
-"""Physical dimensions that are a voltage. The letter micro is written in many code pages."""
+"""Units that are a voltage. The Greek letter micro has different codes in different text encodings."""
 NEW_SEGMENT = "32766"
-"""GDF event (0x7ffe) at the beginning of a new run."""
+"""GDF event code (0x7ffe) that marks the beginning of a new run."""
 LOWEST_HZ = 100.0
-"""A channel of a lower rate cannot hold the band of EEG; if other channels are faster, it is marked as bad."""
+"""A channel with a lower sampling rate cannot hold the EEG band. If other channels are faster, it is marked as bad."""
 
 
 class RecordsSignal(RawSignal):
-    """A recording in which some electrodes were stored at another rate than the others.
+    """A recording with electrodes of different sampling rates.
 
     Parameters
     ----------
     raw : mne.io.BaseRaw
-        Channels that have the main rate.
+        Channels with the main sampling rate.
     others : list of (mne.io.BaseRaw, Fraction)
-        Other channels, with the main rate divided by their rate. They are resampled to the main rate; the result is the
-        same as if each segment were resampled at once.
+        The channels with other rates, and the ratio of the main rate to their rate. They are resampled to the main
+        rate; the result equals resampling each segment as a whole.
     **more : Any
-        As for `RawSignal`.
+        Further arguments of `RawSignal`.
     """
 
     def __init__(self, raw: BaseRaw, others: list[tuple[BaseRaw, Fraction]], **more: Any) -> None:
@@ -51,7 +51,7 @@ class RecordsSignal(RawSignal):
         self._others = [(other, ratio, i) for other, ratio in others for i in range(len(other.ch_names))]
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Read samples of some channels; see `Signal.read`."""
+        """Read samples of some channels; `Signal.read` explains the arguments."""
         out = np.zeros((len(picks), stop - start))
         main = [row for row, pick in enumerate(picks) if pick < self._n_main]
         if main:
@@ -69,7 +69,7 @@ class RecordsSignal(RawSignal):
 
         raw, ratio, pick = self._others[number]
         up, down = ratio.numerator, ratio.denominator
-        # The filter of resample_poly extends over this many samples; samples further away do not change the result.
+        # The filter of resample_poly has this many samples. Samples further away do not change the result.
         reach = 10 * max(up, down) // up + down + 1
         first, last = segment.start * down // up, segment.stop * down // up
         a = max(first, first + (start * down // up - reach - first) // down * down)
@@ -78,14 +78,14 @@ class RecordsSignal(RawSignal):
         return y[start - a * up // down :][: stop - start]
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files of the recording."""
         super().close()
         for other, _, _ in self._others:
             other.close()
 
 
 def open_records(format_: str) -> Callable[[Path], Signal]:
-    """Make the reader of a format with records.
+    """Make the reader for EDF, BDF or GDF.
 
     Parameters
     ----------
@@ -95,14 +95,14 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
     Returns
     -------
     callable
-        Opens a path and returns the signal.
+        Function that opens a path and returns the signal.
     """
 
     def read(path: Path) -> Signal:
         layout = headers.gdf_layout(path) if format_ == "gdf" else headers.edf_layout(path)
         count = _rate_of_eeg(layout)
         signals = [i for i, label in enumerate(layout.labels) if i != layout.notes and "Annotations" not in label]
-        # MNE would resample all channels to the highest rate block by block, with errors at the edges of each block.
+        # Do not let MNE resample: it resamples block by block to the highest rate, with errors at each block's edges.
         electrodes = _electrodes(layout)
         rates: dict[int, list[int]] = {}
         left_out = {}
@@ -145,7 +145,7 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
 
 
 def _open_with_mne(format_: str, path: Path, layout: headers.Layout, numbers: list[int]) -> BaseRaw:
-    """Open some channels of a file, by their numbers in the header."""
+    """Open some channels of a file, selected by their indices in the header."""
     import mne
 
     wanted = {layout.labels[i] for i in numbers}
@@ -158,7 +158,7 @@ def _open_with_mne(format_: str, path: Path, layout: headers.Layout, numbers: li
 
 
 def _electrodes(layout: headers.Layout) -> set[int]:
-    """Return the numbers of the channels whose names are names of electrodes."""
+    """Return the indices of the channels that are named after electrodes."""
     names = [canonical_name(label) for label in layout.labels]
     grid, net = is_grid(names), is_net(names)
 
@@ -174,14 +174,14 @@ def _electrodes(layout: headers.Layout) -> set[int]:
 
 
 def _rate_of_eeg(layout: headers.Layout) -> int:
-    """Return the samples per record of the channels that are EEG by name; the most frequent value if they differ."""
+    """Return the number of samples per record of the EEG channels; if they differ, the most frequent number."""
     counts: Counter[int] = Counter()
     electrodes = _electrodes(layout)
     for i, (label, unit, count) in enumerate(zip(layout.labels, layout.units, layout.per_record, strict=True)):
         if "Annotations" in label or count < 1:
             continue
         other = kind_of(canonical_name(label)) is not None or bool(unit and not VOLTS.fullmatch(unit))
-        # Electrodes decide. If there are none, names that may be EEG decide; if there are none of these, all channels.
+        # Use channels with electrode names; without such channels, use names that may be EEG; otherwise all channels.
         counts[count] += 1 if other else 10**6 if i in electrodes else 1000
     if not counts:
         raise NotContinuous(Reason("no signal", "no channel has samples"))

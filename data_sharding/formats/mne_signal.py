@@ -1,6 +1,6 @@
 """Wrap recordings that MNE opened as a `Signal`: samples are read on demand, and never across a gap.
 
-Shapes: n channels, S samples at the recorded rate, E epochs.
+In array shapes, n is the number of channels, S the number of samples at the recorded rate, and E the number of epochs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from mne.io import BaseRaw
 
 CUT = re.compile(r"boundary|(bad|edge) boundary|new segment/.*", re.IGNORECASE)
-"""Annotations (of EEGLAB, MNE, BrainVision) where signal was cut out, or where the recording started again."""
+"""Annotations of EEGLAB, MNE and BrainVision at which signal was removed or the recording started again."""
 SKIP = re.compile(r"bad_acq_skip", re.IGNORECASE)
-"""MNE's annotation of a span that contains samples although nothing was recorded."""
+"""MNE's annotation of a time span with placeholder samples, in which nothing was recorded."""
 BAD = re.compile(r"bad", re.IGNORECASE)
-"""Beginning of an annotation that marks a bad span, by MNE's convention."""
+"""Prefix of annotations that mark a bad time span in MNE."""
 
 
 class ReadError(ValueError):
@@ -36,7 +36,7 @@ class ReadError(ValueError):
     Parameters
     ----------
     reason : Reason
-        Why, for the ledger.
+        Reason in the ledger: why the recording cannot be read.
     """
 
     def __init__(self, reason: Reason) -> None:
@@ -56,7 +56,7 @@ class RawSignal:
     raw : mne.io.BaseRaw
         The recording.
     segments : list of Segment, optional
-        Segments, if the file describes them better than its annotations.
+        Segments, if the file describes its segments more exactly than its annotations do.
     keep : Any
         Object that must exist as long as the recording is open, such as a temporary folder.
     **more : Any
@@ -70,8 +70,8 @@ class RawSignal:
         self.info = SignalInfo(n_samples=n, segments=segments or segments_of(n, sfreq, *interruptions(raw)), **fields)
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Read samples of some channels; see `Signal.read`."""
-        # One of MNE's readers returns wrong samples for a range over several blocks, so read each segment alone.
+        """Read samples of some channels; `Signal.read` explains the arguments."""
+        # Read each segment alone, because one of MNE's readers returns wrong samples for a range over several blocks.
         ends = [s.stop for s in self.info.segments if start < s.stop < stop] if len(self.info.segments) > 1 else []
         bounds = [start, *ends, stop]
         with quiet():
@@ -79,7 +79,7 @@ class RawSignal:
         return np.asarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files of the recording."""
         self.raw.close()
         self.keep = None
 
@@ -110,7 +110,7 @@ class EpochsSignal:
         )
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Read samples of some channels; see `Signal.read`."""
+        """Read samples of some channels; `Signal.read` explains the arguments."""
         first, last = start // self._length, (max(stop, start + 1) - 1) // self._length + 1
         with quiet():
             x_enT = self.epochs.get_data(picks=np.array(picks), item=slice(first, last), copy=False)
@@ -118,12 +118,12 @@ class EpochsSignal:
         return x[:, start - first * self._length : stop - first * self._length]
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files of the recording."""
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress messages and warnings of MNE; the ledger contains what is important."""
+    """Suppress messages and warnings of MNE; important facts are in the ledger."""
     import mne
 
     with warnings.catch_warnings(), mne.utils.use_log_level("ERROR"):
@@ -132,7 +132,7 @@ def quiet() -> Iterator[None]:
 
 
 def _fields(info: mne.Info, types: Any) -> dict[str, Any]:
-    """Return the fields of `SignalInfo` that every recording of MNE has."""
+    """Return those fields of `SignalInfo` that MNE gives for every recording."""
     return {
         "ch_names": list(info["ch_names"]),
         "ch_types": list(types),
@@ -153,9 +153,9 @@ def _position(channel: dict[str, Any]) -> list[float] | None:
 
 
 def _annotations(raw: BaseRaw) -> list[tuple[float, float, str]]:
-    """Return onset in seconds from the first sample, duration, and text of each annotation."""
+    """Return onset (in seconds from the first sample), duration and text of each annotation."""
     found = raw.annotations
-    # MNE's onsets count from the start of the sample numbering, which may be before the first sample.
+    # MNE counts onsets from sample number 0, but the first sample in the file may have a higher number.
     first = float(raw.first_time)
     durations = np.nan_to_num(np.asarray(found.duration, float))
     return [
@@ -165,7 +165,7 @@ def _annotations(raw: BaseRaw) -> list[tuple[float, float, str]]:
 
 
 def bad_spans(raw: BaseRaw) -> list[tuple[float, float, str]]:
-    """Find the spans that a recording's own annotations mark as bad.
+    """Find the time spans that the annotations of a recording mark as bad.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def bad_spans(raw: BaseRaw) -> list[tuple[float, float, str]]:
     Returns
     -------
     list of (float, float, str)
-        Begin and end in seconds from the first sample, and text of the annotation.
+        For each span: start and end in seconds from the first sample, and text of the annotation.
     """
     return [
         (onset, onset + duration, word)
@@ -185,14 +185,14 @@ def bad_spans(raw: BaseRaw) -> list[tuple[float, float, str]]:
 
 
 def interruptions(raw: BaseRaw, also: str = "") -> tuple[list[int], list[tuple[int, int]]]:
-    """Find the interruptions that a recording's own annotations show.
+    """Find the interruptions that the annotations of a recording show.
 
     Parameters
     ----------
     raw : mne.io.BaseRaw
         The recording.
     also : str
-        Text of the format's own annotation for a new run.
+        Text of the annotation that marks a new run in this file format.
 
     Returns
     -------
@@ -206,8 +206,8 @@ def interruptions(raw: BaseRaw, also: str = "") -> tuple[list[int], list[tuple[i
         if SKIP.match(word):
             skips.append((round(onset * sfreq), round((onset + duration) * sfreq)))
         elif CUT.fullmatch(word) or (also and word == also):
-            # EEGLAB and MNE set the mark half a sample before the first sample of the new run. In EEGLAB, the duration
-            # of the mark is the length of the removed signal, so it is not used here.
+            # EEGLAB and MNE set the annotation half a sample before the first sample of the new run. EEGLAB's duration
+            # is the length of the removed signal, so the duration is not used here.
             cuts.append(int(np.ceil(onset * sfreq - 1e-3)))
     return cuts, skips
 
@@ -218,7 +218,7 @@ def segments_of(n: int, sfreq: float, cuts: list[int], skips: list[tuple[int, in
     Parameters
     ----------
     n : int
-        Number of samples.
+        Number of samples of the recording.
     sfreq : float
         Sampling rate in Hz.
     cuts : list of int
@@ -229,7 +229,7 @@ def segments_of(n: int, sfreq: float, cuts: list[int], skips: list[tuple[int, in
     Returns
     -------
     list of Segment
-        In order.
+        Segments in the order of time.
     """
     edges = sorted({0, n, *(c for c in [*cuts, *(e for skip in skips for e in skip)] if 0 < c < n)})
     gone = np.zeros(len(edges), bool)

@@ -1,6 +1,6 @@
 """Open a recording of any format as a `Signal`: samples are read on demand, and gaps and metadata are kept.
 
-Shapes: n channels, S samples at the recorded rate, E epochs.
+In array shapes, n is the number of channels, S the number of samples at the recorded rate, and E the number of epochs.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "nedf": (".nedf",),
     "xdf": (".xdf", ".xdfz", ".xdf.gz"),
 }
-"""Endings of which the reader requires one. Other names exist: PhysioNet has EDF files named .rec."""
+"""File extensions that the reader of a format accepts. Other extensions exist: PhysioNet has EDF files named .rec."""
 
 
 def neuroscan_data_format(path: str | Path) -> str:
-    """Find out how many bits a sample of a Neuroscan CNT file has; its header does not say this reliably.
+    """Find out how many bits a sample of a Neuroscan CNT file has. The file's header is not reliable for this.
 
     Parameters
     ----------
@@ -74,9 +74,9 @@ def neuroscan_data_format(path: str | Path) -> str:
 
     Notes
     -----
-    If the header's numbers of channels and samples agree with the size of the data block for 16 or for 32 bits, this
-    decides. Otherwise the data are decoded in both ways, and the smoother result is right: decoding with the wrong
-    number of bits mixes the low bits of one value, which are noise, with another value.
+    The header gives the numbers of channels and samples. If these numbers and 16 or 32 bits give the size of the data
+    block, this number of bits is right. Otherwise the data are decoded both ways, and the smoother signal is right.
+    Decoding with the wrong number of bits gives noise.
     """
     with Path(path).open("rb") as stream:
         head = stream.read(900)
@@ -132,7 +132,7 @@ def _eeglab(path: Path) -> Any:
         if not (match := re.search(r"number of trials is (\d+)", str(error))):
             raise
         count = int(match.group(1))
-        # Pass new events, because MNE refuses a file in which two events are at the same sample.
+        # Pass new events, because MNE refuses a file with two events at the same sample.
         events = np.column_stack([np.arange(count), np.zeros(count, int), np.ones(count, int)])
         try:
             return mne.read_epochs_eeglab(path, events=events, event_id={"trial": 1})
@@ -153,11 +153,11 @@ def _eeglab(path: Path) -> Any:
 def _as_named(
     path: Path, *keys: str, recode: bool = False
 ) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
-    """Return a text header whose files lie beside it, under exactly the names in the header.
+    """Return a text header and make sure that MNE finds the files that the header names.
 
-    MNE's readers do not find a file that the header names with another folder or in another case. For such a header, a
-    corrected copy is written to a temporary folder, beside links to the files. With `recode`, the copy is in UTF-8, for
-    readers that accept no other encoding.
+    MNE does not find a file if the header gives another folder or other upper and lower case. For such a header, this
+    function writes a corrected copy to a temporary folder, together with links to the files. With `recode`, the copy is
+    in UTF-8, because some readers accept only UTF-8.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def _as_named(
     text : str
         Text of the original header.
     folder : TemporaryDirectory or None
-        Folder of the copy, which must exist as long as the recording is open.
+        Temporary folder with the copy. The folder must exist as long as the recording is open.
     """
     text, encoding = headers.decode_text(path.read_bytes())
     data, recode = text, recode and encoding != "utf-8"
@@ -220,7 +220,7 @@ def _brainvision(path: Path) -> Signal:
 
 
 def _persyst(path: Path) -> Signal:
-    """Open a Persyst recording with its interruptions: MNE ignores the table of sample times that shows them."""
+    """Open a Persyst recording with its gaps. MNE ignores the header's table of sample times, which shows the gaps."""
     import mne
 
     path, text, folder = _as_named(path, "File", recode=True)
@@ -270,9 +270,9 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "mff": _mne("egi", events_as_annotations=True),
     "xdf": _xdf,
 }
-"""Reader of each format; it returns a raw or epochs object of MNE, or a `Signal`."""
+"""Reader of each format. A reader returns a raw or epochs object of MNE, or a `Signal`."""
 UNIT_FACTORS: dict[str, float] = {}
-"""Formats whose reader returns another unit than volts, with the factor to volts."""
+"""Factor to volts for each format with a reader that returns another unit."""
 for _format in find_formats():
     if _format.name in READERS:
         raise ValueError(f"two readers have the name '{_format.name}'; rename the one in formats/readers")
@@ -288,7 +288,7 @@ WALKS: dict[str, Callable[[tuple[Path, ...]], str | None]] = {
     "fif": headers.check_fif,
     "xdf": headers.check_xdf,
 }
-"""Checks over the whole file that run before the reader opens it."""
+"""Checks of a whole file that run before the reader opens the file."""
 
 
 def open_signal(recording: Recording) -> Signal:
@@ -313,7 +313,7 @@ def open_signal(recording: Recording) -> Signal:
 
     Notes
     -----
-    A damaged file can crash some readers together with the process. Call this function in a process that may crash.
+    With some readers, a damaged file can crash the process. So call this function in a worker process.
     """
     if recording.problem:
         raise (ReadError if recording.continuous else NotContinuous)(recording.problem)
@@ -345,7 +345,7 @@ def open_signal(recording: Recording) -> Signal:
 
 
 def _with_its_suffix(path: Path, format_: str) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
-    """If the reader requires another ending of the name, make a link with this ending in a temporary folder."""
+    """If the reader requires another file extension, make a link with this extension in a temporary folder."""
     if format_ not in SUFFIXES or path.name.lower().endswith(SUFFIXES[format_]):
         return path, None
     folder = tempfile.TemporaryDirectory(prefix="eeg-")
@@ -384,5 +384,5 @@ def _missing(format_: str, error: ImportError) -> Reason:
         return Reason("reader not installed", f"pip install {package}")
     except ValueError:
         pass
-    # The package is installed, but a package that it needs is not.
+    # The reader's package is installed, but one of that package's requirements is missing.
     return Reason("reader not installed", " ".join(str(error).split())[:200])

@@ -1,6 +1,6 @@
 """An open recording, independent of its format: metadata, and samples that are read on demand.
 
-Shapes: n channels, S samples at the recorded rate.
+In array shapes, n is the number of channels, and S the number of samples at the recorded rate.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A run of samples without interruption. Filters and windows never cross the ends of a segment.
+    """A segment: samples without a gap between them. Filters and windows never cross the ends of a segment.
 
     A continuous recording is one segment. In a recording with gaps, each gap begins a new segment. In an epoched
     recording, each epoch is a segment.
     """
 
     start: int
-    """Number of the first sample in the signal."""
+    """Index of the segment's first sample in the signal."""
     stop: int
-    """Number of the last sample plus one."""
+    """Index of the segment's last sample, plus one."""
     onset: float
-    """Seconds from the beginning of the recording to the first sample; for epochs whose time is unknown, `start`
-    divided by the rate."""
+    """Seconds from the beginning of the recording to the segment's first sample. For epochs without a known time:
+    `start` divided by the sampling rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,22 +47,22 @@ class SignalInfo:
     line_freq: float | None = None
     """Mains frequency in Hz, if the file or its sidecar gives it."""
     unit_known: bool = False
-    """True if a more reliable source than a header field gives the unit (BIDS channels.tsv, the documentation of a
-    corpus), or if the values are declared to have no unit (standardised), with `scale` 1."""
+    """True if the unit comes from a more reliable source than the header: BIDS channels.tsv or the documentation of a
+    corpus. Also true if the corpus declares standardised values without a unit; then `scale` is 1."""
     scale: float = 1.0
     """Factor that converts the values of `Signal.read` to volts."""
     reference: str = ""
-    """Reference of the recording; empty if unknown."""
+    """Reference of the recording; empty if the reference is unknown."""
     bads: list[str] = field(default_factory=list)
     """Names of the channels that the source marks as bad."""
     bad_spans: list[tuple[float, float, str]] = field(default_factory=list)
-    """Spans that the source marks as bad: begin and end in seconds from the beginning of the recording, and text."""
+    """Bad time spans according to the source: start and end in seconds from the recording's beginning, and text."""
     epoched: bool = False
     """Whether the segments are epochs."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Channels of the file that cannot be read together with `ch_names`, with the reason."""
+    """Channels of the file that cannot be read together with `ch_names`, each with the reason."""
     notes: list[str] = field(default_factory=list)
-    """Notes for the ledger: what was corrected or could not be determined when the recording was opened."""
+    """Notes for the ledger: corrections and unknown values that were found when the recording was opened."""
 
 
 class Signal(Protocol):
@@ -76,17 +76,17 @@ class Signal(Protocol):
         Parameters
         ----------
         start, stop : int
-            Range of sample numbers; it may contain several segments.
+            Range of sample indices. The range may contain several segments.
         picks : list of int
-            Numbers of the channels.
+            Indices of the channels to read.
 
         Returns
         -------
         ndarray, shape (len(picks), stop - start), float64 or float32
-            The samples; multiplied by `SignalInfo.scale` they are in volts.
+            The samples. The samples multiplied by `SignalInfo.scale` are volts.
         """
         ...
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files of the recording."""
         ...

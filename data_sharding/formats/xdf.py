@@ -1,6 +1,6 @@
 """Open the EEG stream of an XDF file (LabStreamingLayer), in which each sample has a time stamp.
 
-Shapes: n channels, S samples.
+In array shapes, n is the number of channels, and S the number of samples.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from data_sharding.formats.signal import Segment, Signal, SignalInfo
 
 TO_VOLTS = {"microvolts": 1e-6, "uv": 1e-6, "µv": 1e-6, "μv": 1e-6, "microvolt": 1e-6, "millivolts": 1e-3, "mv": 1e-3}
 TO_VOLTS |= {"nanovolts": 1e-9, "nv": 1e-9, "volts": 1.0, "v": 1.0, "": 1.0}
-"""Factors to volts of the units that streams declare. Values without a unit are taken as volts; if they are not, the
-check of the amplitudes finds out later."""
+"""Factor to volts for each unit that a stream can declare. Values without a unit are read as volts; a later check of
+the amplitudes finds a wrong unit."""
 TYPES = {"eeg": "eeg", "eog": "eog", "ecg": "ecg", "ekg": "ecg", "emg": "emg", "": "eeg"}
 STEADY = 1e-4
-"""If the measured rate differs from the nominal rate by less than this share, the nominal rate is used."""
+"""If the measured rate differs from the nominal rate by less than this fraction, the nominal rate is used."""
 GAP = 1.5
 """Signal is missing if two samples are further apart than this number of sample intervals."""
 MAX_JITTER = 0.25
-"""A stream has no rate if more than this share of its intervals differ from the median by more than half."""
+"""A stream has no steady rate if more than this fraction of its sample intervals are far from the median interval."""
 
 
 class ArraySignal:
-    """A recording that is loaded as a whole, because its format cannot be read in parts.
+    """A recording that is loaded as a whole, because files of its format cannot be read in blocks.
 
     Parameters
     ----------
@@ -46,11 +46,11 @@ class ArraySignal:
         self.x, self.factors, self.info = x, factors, info
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Read samples of some channels; see `Signal.read`."""
+        """Read samples of some channels; `Signal.read` explains the arguments."""
         return self.x[start:stop, picks].T.astype(np.float64) * self.factors[picks, None]
 
     def close(self) -> None:
-        """Do nothing: no file is open."""
+        """Do nothing, because the recording is in memory and no file is open."""
 
 
 def open_xdf(path: Path) -> Signal:
@@ -64,7 +64,8 @@ def open_xdf(path: Path) -> Signal:
     Returns
     -------
     Signal
-        The stream, at the rate that the time stamps show. If samples are missing, a new segment begins after the gap.
+        The stream, with the sampling rate from the time stamps. If samples are missing, a new segment begins after the
+        gap.
 
     Raises
     ------
@@ -112,7 +113,7 @@ def open_xdf(path: Path) -> Signal:
 
 
 def _rate(nominal: float, stamps: np.ndarray) -> float:
-    """Return the sampling rate in Hz, from the intervals between time stamps that are no gap."""
+    """Compute the sampling rate in Hz from the intervals between time stamps, without the gaps."""
     steps = np.diff(stamps)
     median = float(np.median(steps))
     if not median > 0 or float(np.mean(np.abs(steps - median) > median / 2)) > MAX_JITTER:
@@ -123,7 +124,7 @@ def _rate(nominal: float, stamps: np.ndarray) -> float:
 
 
 def _channels(desc: Any, n: int) -> tuple[list[str], list[str], np.ndarray, list[list[float] | None]]:
-    """Return names, types, factors to volts and positions of the channels, as far as the stream declares them."""
+    """Return the names, types, factors to volts and positions of the channels that the stream declares."""
     try:
         declared = desc[0]["channels"][0]["channel"]
     except (TypeError, KeyError, IndexError):

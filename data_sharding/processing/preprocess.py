@@ -1,6 +1,6 @@
 """Preprocess EEG: resample, filter, re-reference and scale. Sharding, training and `encode` use this same code.
 
-Shapes: C channels, S samples at the recorded rate, T samples at the target rate, B windows of a batch.
+Letters in array shapes: C channels, S samples at the recorded rate, T samples at the target rate, B windows per batch.
 """
 
 from __future__ import annotations

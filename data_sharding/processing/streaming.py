@@ -3,7 +3,7 @@
 The result does not depend on the size of the blocks, apart from rounding. SciPy's `resample_poly` and `sosfiltfilt` are
 not used: they need the whole signal in memory, and using them on each block alone would cause errors at the borders.
 
-Shapes: n channels, S samples at the recorded rate, T samples at the target rate, b samples of a block.
+Letters in array shapes: n channels, S samples at the recorded rate, T samples at the target rate, b samples per block.
 """
 
 from __future__ import annotations

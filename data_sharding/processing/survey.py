@@ -4,7 +4,7 @@ Every sample is checked for clipping, constant runs and missing values. Amplitud
 short stretches, which are spread evenly over the recording. So a long recording does not need more of these
 measurements.
 
-Shapes: n channels, S samples at the recorded rate, P points of the fingerprint, F frequencies.
+Letters in array shapes: n channels, S samples at the recorded rate, P points of the fingerprint, F frequencies.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 All signals come from sources on a sphere, so that a head gives consistent signals under every cap.
 
-Shapes: n electrodes, K sources, C response components, T samples.
+Letters in array shapes: n electrodes, K sources, C response components, T samples.
 """
 
 from __future__ import annotations

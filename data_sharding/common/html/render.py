@@ -1,4 +1,4 @@
-"""Render an HTML report: one file that holds its style and its pictures, with every value escaped."""
+"""Render an HTML report as one file with its style and its pictures. Every value in the report is escaped."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Picture:
     url: str
     """Data URL of a PNG file; see `embed_png`."""
     text: str
-    """Description for readers who cannot see the picture."""
+    """Alternative text for readers who cannot see the picture."""
     caption: str = ""
-    """Line above the picture."""
+    """Caption above the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A table cell that is not simply a text or a number."""
+    """A table cell with its own alignment or colour."""
 
     text: str
-    """What the cell shows."""
+    """Text that the cell shows."""
     is_number: bool = False
     """Align the text to the right, for numbers with a unit."""
     colour: str = ""
@@ -42,11 +42,11 @@ class Table:
     head: Sequence[str]
     """Names of the columns."""
     rows: Sequence[Sequence[Any]]
-    """Each value is a text, an int, a float, a `Cell`, or None for an empty cell."""
+    """Rows of the table. Each value is a text, an int, a float, a `Cell`, or None for an empty cell."""
     total: Sequence[Any] | None = None
-    """Last row, set apart from the others."""
+    """Last row of the table, drawn below a line, with totals."""
     limit: int = 40
-    """Most rows that are shown; a note below the table counts the other rows."""
+    """At most this many rows are shown. A note below the table gives the number of hidden rows."""
 
     @property
     def shown(self) -> list[list[Cell]]:
@@ -55,12 +55,12 @@ class Table:
 
     @property
     def total_cells(self) -> list[Cell]:
-        """Cells of the last row; empty if the table has no total."""
+        """Cells of the row with totals; empty if the table has no totals."""
         return [to_cell(value) for value in self.total or ()]
 
     @property
     def n_hidden(self) -> int:
-        """Rows that are not shown."""
+        """Number of rows that are not shown."""
         return max(0, len(self.rows) - self.limit)
 
     @property
@@ -92,7 +92,7 @@ def embed_png(data: bytes) -> str:
 
 
 def make_anchor(title: str) -> str:
-    """Return the name by which a link finds the section with this title."""
+    """Return the HTML id of the section with this title."""
     return "-".join("".join(c if c.isalnum() else " " for c in title.lower()).split())
 
 
@@ -109,7 +109,7 @@ def render_page(template: Path, **values: Any) -> str:
     Returns
     -------
     str
-        The page. It needs no other file.
+        The HTML page, which needs no other file.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),
@@ -121,5 +121,5 @@ def render_page(template: Path, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["anchor"] = make_anchor
-    # Sections add their titles to `headings` while they are rendered; the navigation is written from this list.
+    # While sections are rendered, they add their titles to `headings`. The navigation bar uses this list.
     return environment.get_template(template.name).render(headings=[], **values)

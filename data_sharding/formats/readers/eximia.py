@@ -1,4 +1,4 @@
-"""Nexstim eXimia (``.nxe``): 64 channels of 16 bits, and no header at all."""
+"""Read Nexstim eXimia files (``.nxe``): 64 channels of 16-bit samples without a header."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FRAME_BYTES = 64 * 2
 def _recognise(file: File) -> Recording | None:
     if file.suffix != ".nxe":
         return None
-    # The size is the only thing that can be checked.
+    # The file has no header, so only its size can be checked.
     size = headers.size_of(file.path)
     fault = Reason("truncated", f"{size} bytes are not a whole number of 64-channel frames")
     return file.recording("eximia", problem=None if size and size % FRAME_BYTES == 0 else fault)
@@ -34,7 +34,7 @@ FORMAT = Format(
     name="eximia",
     recognise=_recognise,
     open=_open,
-    # A converter of 10 V and 16 bits behind a gain of 2000 resolves 0.0763 microvolts a bit. MNE's reader returns this
-    # number as if it were volts.
+    # The amplifier has a gain of 2000 and a 16-bit converter for 10 V, so one bit is 0.0763 microvolts. MNE's reader
+    # returns microvolts as if they were volts.
     unit_factor=1e-6,
 )
