@@ -1,6 +1,6 @@
-"""The encoder as users see it: pretrained weights together with the preprocessing that belongs to them.
+"""The encoder for users: pretrained weights together with the preprocessing with which they were trained.
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of tensor shapes.
 """
 
 from __future__ import annotations
@@ -38,21 +38,24 @@ class EEGEncoder(nn.Module):
     Parameters
     ----------
     config : EncoderConfig, optional
-        Shape of the encoder. By default it is made from the arguments below, which have Braindecode's names.
+        Architecture of the encoder. By default, it is made from the arguments below, which have the same names as in
+        Braindecode.
     spec : PreprocessSpec, optional
         Preprocessing that the weights were trained with.
     n_chans : int, optional
-        Channels of the windows that `forward` will get, at most 128. Windows are padded to 128 rows by replication.
+        Number of channels in the windows that `forward` will get, at most 128. Windows are padded to 128 rows by
+        replication.
     n_times : int, optional
-        Samples of a window.
+        Number of time samples in a window.
     sfreq : float, optional
         Sampling rate in Hz.
     n_outputs : int, optional
-        Number of classes of a linear head on the mean token. Without it `forward` returns tokens.
+        Number of classes of a linear head, which classifies the mean of the tokens. If it is not given, there is no
+        head, and `forward` returns tokens.
     chs_info : list of dict, optional
         MNE's channel descriptions. They give the number of channels and the positions of the electrodes (``loc``).
     input_window_seconds : float, optional
-        Length of a window in seconds, in place of `n_times`.
+        Length of a window in seconds; give this length or `n_times`.
     **shape
         Further fields of `EncoderConfig`, e.g. ``dim=256``.
 
@@ -125,7 +128,7 @@ class EEGEncoder(nn.Module):
         self.chs_info = list(chs_info) if chs_info is not None else None
         self.backbone: Any = build_encoder(config)
         positions_C3 = _positions_of(self.chs_info) if self.chs_info is not None else None
-        # Positions are not saved with the weights: the same encoder takes any montage.
+        # Positions are not saved with the weights, because the same weights work with any montage.
         self.register_buffer("positions_C3", positions_C3, persistent=False)
         self.head = _head(config.dim, n_outputs)
 
@@ -136,11 +139,11 @@ class EEGEncoder(nn.Module):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of a window, without the class token."""
+        """Number of tokens in a window, without the class token."""
         return self.config.tokens
 
     def inputs_of(self, metas: list[dict[str, Any]], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Return the electrodes of samples, for encoders that need them.
+        """Return the electrode positions of samples, if the encoder needs electrode positions.
 
         Parameters
         ----------
@@ -152,12 +155,12 @@ class EEGEncoder(nn.Module):
         Returns
         -------
         dict of str to Tensor
-            Keyword arguments of `tokens` and `forward`; empty for the temporal tokenizer.
+            Keyword arguments for `tokens` and `forward`; an empty dictionary for the temporal tokenizer.
         """
         return {name: value.to(device) for name, value in self.backbone.electrode_inputs(metas).items()}
 
     def keep_electrodes(self, dataset: EEGDataset) -> None:
-        """Store the electrodes of a dataset in the encoder, so that `tokens` can be called with windows only.
+        """Store the electrode positions of a dataset in the encoder, so that `tokens` can be called with windows only.
 
         Parameters
         ----------
@@ -167,14 +170,14 @@ class EEGEncoder(nn.Module):
         Raises
         ------
         RequestError
-            If the encoder needs electrodes and the dataset has several montages.
+            If the encoder needs electrode positions and the dataset has several montages.
         """
         positions_C3 = self.backbone.common_positions(dataset)
         if positions_C3 is not None:
             self.positions_C3 = positions_C3
 
     def scale_for_model(self, x_uv_BCT: Tensor, channels: Any = None) -> Tensor:
-        """Scale microvolts to model units, as the pretraining did.
+        """Scale windows from microvolts to model units. The pretraining used the same scaling.
 
         Parameters
         ----------
@@ -198,10 +201,11 @@ class EEGEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Windows in model units (`scale_for_model`). Windows with fewer channels than the encoder's are padded.
+            Windows in model units (see `scale_for_model`). Windows with fewer channels than the encoder are padded.
         positions : Tensor, [C, 3] or [B, C, 3], optional
-            Montage tokenizer only: electrodes in metres, NaN where a position is not known. Rows of `x_BCT` without a
-            row of positions are ignored. By default the positions of `chs_info`.
+            Montage tokenizer only: electrode positions in metres, NaN for an unknown position. If there are fewer
+            positions than channels, the channels at the end of `x_BCT` are ignored. By default, the positions stored in
+            the encoder are used, e.g. those of `chs_info`.
         count_B : Tensor, [B], int64, optional
             Montage tokenizer only: number of true channels of each window, if the windows differ.
 
@@ -214,9 +218,9 @@ class EEGEncoder(nn.Module):
         Raises
         ------
         ValueError
-            If the windows have another length than the encoder's, or too many channels.
+            If the length of the windows is not the length that the encoder takes, or if there are too many channels.
         RequestError
-            If the tokenizer is montage and there are no positions.
+            If the encoder has the montage tokenizer and there are no electrode positions.
         """
         if x_BCT.shape[-1] != self.config.samples or x_BCT.shape[-2] > self.config.channels:
             raise ValueError(
@@ -234,7 +238,7 @@ class EEGEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Windows in model units (`scale_for_model`). Windows with fewer channels than the encoder's are padded.
+            Windows in model units (see `scale_for_model`). Windows with fewer channels than the encoder are padded.
         positions, count_B : Tensor, optional
             See `tokens`.
 
@@ -255,7 +259,7 @@ class EEGEncoder(nn.Module):
         unit_factor: float | None = None,
         batch_size: int = 64,
     ) -> Encoding:
-        """Encode a recording with the preprocessing of the pretraining.
+        """Encode a recording. It is preprocessed in the same way as the recordings of the pretraining.
 
         Parameters
         ----------
@@ -263,12 +267,12 @@ class EEGEncoder(nn.Module):
             A recording, or ``(x, ch_names, sfreq, unit)`` where x is an array [C, samples] and unit is one of
             "V", "mV", "uV", "nV".
         line_freq : float, optional
-            Mains frequency in Hz, from 40 to 70, to remove with a notch filter if the preprocessing has one. By default
-            it is found in the recording.
+            Mains frequency in Hz, from 40 to 70. If the preprocessing includes a notch filter, the filter removes this
+            frequency. By default the mains frequency is detected in the recording.
         unit_factor : float, optional
-            Factor to true volts, if the recording has a wrong unit.
+            Factor that converts the recording's values to volts, if the recording states a wrong unit.
         batch_size : int
-            Number of windows to encode at once.
+            Number of windows to encode in one forward pass.
 
         Returns
         -------
@@ -278,8 +282,8 @@ class EEGEncoder(nn.Module):
         Raises
         ------
         RequestError
-            If the recording has no EEG channel or more of them than the encoder takes, its unit is unknown, values are
-            missing or it is shorter than a window; or if an argument makes no sense.
+            If the recording has no EEG channel, or more EEG channels than the encoder takes; if its unit is unknown; if
+            values are missing; if the recording is shorter than a window; or if an argument has an impossible value.
         """
         from pretrain.encoder.recording import windows_of
 
@@ -296,14 +300,15 @@ class EEGEncoder(nn.Module):
                     f"the recording has {len(found.names)} EEG channels to encode, but this encoder takes at most "
                     f"{self.config.channels}; pick at most {self.config.channels} channels of the recording"
                 )
-            # Sized for all windows. Rows that flawed windows leave unused at the end are never written, and memory
-            # that is never written is never allocated.
+            # The array has a row for every window. Flawed windows are skipped, so some rows at the end stay unused.
+            # Unused rows take no memory, because memory is allocated only when it is written.
             tokens_BND = np.empty((found.most, self.n_tokens, self.dim), np.float32)
-            # All windows have the same electrodes.
+            # All windows of a recording have the same electrodes.
             inputs = self.inputs_of([{"n": len(found.names), "positions": found.positions}], device)
             positions_C3 = inputs["positions"][0] if inputs else None
             while batch := list(itertools.islice(found.stream, batch_size)):
-                # Round to float16 microvolts, because the windows of the pretraining were stored so.
+                # Round the values to float16 microvolts, because the windows of the pretraining were stored in this
+                # format.
                 block = np.stack([x.astype(np.float16).astype(np.float32) for _, x in batch])
                 uv_BCT = torch.from_numpy(pad_channels(block, self.config.channels)).to(device)
                 x_BCT = self.scale_for_model(uv_BCT, len(found.names))
@@ -343,16 +348,17 @@ class EEGEncoder(nn.Module):
         card : str, optional
             Text of the model card; a short text by default.
         program : bool
-            Also write `encoder.pt2`, which runs with PyTorch only.
+            True also writes `encoder.pt2`, a program that needs only PyTorch to run.
         extra : dict, optional
-            Provenance for `config.json`.
+            Information about the encoder's origin, to store in `config.json`.
 
         Raises
         ------
         RequestError
-            If the encoder's output holds NaN or infinite values; nothing is written then.
+            If the encoder's output holds NaN or infinite values. In this case, nothing is written.
         """
-        # A copy on the CPU in float32: the output of the example must not depend on the device of training.
+        # Make a copy on the CPU in float32, because the output for the example must not depend on the device of the
+        # training.
         model = EEGEncoder(self.config, self.spec, n_chans=self.n_chans, n_outputs=self.n_outputs)
         model.load_state_dict({k: v.detach().float().cpu() for k, v in self.state_dict().items()})
         model.eval()
@@ -360,7 +366,7 @@ class EEGEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, n_outputs: int | None = None) -> EEGEncoder:
-        """Read an encoder package, and check that the encoder still computes the output stored in the package.
+        """Read an encoder package, and check that the encoder computes the example output stored in the package.
 
         Parameters
         ----------
@@ -372,12 +378,13 @@ class EEGEncoder(nn.Module):
         Returns
         -------
         EEGEncoder
-            On the CPU, in float32, in evaluation mode.
+            The encoder on the CPU, in float32 and in evaluation mode.
 
         Raises
         ------
         RequestError
-            If a file is missing or damaged, the weights do not fit the config, or the output of the example differs.
+            If a file is missing or damaged, if the weights do not fit the config, or if the encoder's output for the
+            example differs from the stored output.
         """
         found = read_package(path_or_hub_id)
         try:
@@ -400,11 +407,11 @@ def _head(dim: int, n_outputs: int | None) -> nn.Linear | None:
 
 
 def _positions_of(chs_info: Sequence[dict[str, Any]]) -> Tensor:
-    """Read electrodes [C, 3] in metres from MNE's channel descriptions; NaN where there is no position."""
+    """Read electrode positions [C, 3] in metres from MNE's channel descriptions; NaN for an unknown position."""
     places_C3 = torch.full((len(chs_info), 3), math.nan)
     for row, channel in zip(places_C3, chs_info, strict=True):
         place = np.asarray(channel.get("loc", [math.nan] * 3), np.float64)[:3]
-        # Where there is no position, MNE writes NaN and some files have zeros.
+        # If a position is unknown, MNE writes NaN; some files have zeros.
         if np.isfinite(place).all() and place.any():
             row[:] = torch.from_numpy(place)
     return places_C3

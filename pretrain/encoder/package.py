@@ -1,4 +1,4 @@
-"""The files of an encoder package, their writing and their reading.
+"""Write and read the files of an encoder package.
 
 A package is a directory:
 
@@ -11,7 +11,7 @@ A package is a directory:
 ``encoder.pt2``        optional: the encoder as a program that needs PyTorch only
 =====================  ==============================================================================
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of tensor shapes.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ KIND = "dreamscale_eeg_encoder"
 SCHEMA = 1
 CONFIG, SPEC, EXAMPLE, CARD = "config.json", "preprocess.json", "example.npz", "model_card.md"
 PROGRAM = "encoder.pt2"
-# The output is layer-normed, so its values are about 1. On other CPUs they differ by about 1e-5.
+# A layer norm makes the output values about 1. Outputs that different CPUs compute differ by about 1e-5.
 TOLERANCE = 2e-3
 _EXAMPLE_INPUTS = ("x", "positions", "count")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackageContents:
-    """The description of an encoder in its package; the weights are read separately."""
+    """The content of an encoder package except the weights, which are read separately."""
 
     folder: Path
     """Directory of the package."""
     config: EncoderConfig
-    """Shape of the encoder."""
+    """Architecture of the encoder."""
     spec: PreprocessSpec
-    """Preprocessing of the pretraining."""
+    """Preprocessing that was used in the pretraining."""
     n_chans: int | None
-    """Channels of the windows that `EEGEncoder.forward` gets."""
+    """Number of channels of the windows that `EEGEncoder.forward` gets."""
     n_outputs: int | None
-    """Classes of the head; None or 0 if there is no head."""
+    """Number of classes of the head; None or 0 if there is no head."""
     positions_C3: Tensor | None
-    """Electrodes in metres that are kept with the encoder, NaN where a position is not known."""
+    """Electrode positions in metres that are stored with the encoder; NaN for an unknown position."""
 
 
 def check_output(path: str | Path) -> Path:
-    """Refuse to replace anything but an encoder package.
+    """Raise an error if writing a package to a path would replace files that are not an encoder package.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def check_output(path: str | Path) -> Path:
     Raises
     ------
     RequestError
-        If the path is a file, or a directory that holds something else.
+        If the path is a file, or a directory that is neither empty nor an encoder package.
     """
     output = Path(path)
     if output.exists() and not (output / CONFIG).is_file() and (output.is_file() or any(output.iterdir())):
@@ -100,18 +100,18 @@ def write_package(
     model : EEGEncoder
         The encoder, on the CPU, in float32 and in evaluation mode.
     positions_C3 : Tensor, [C, 3], or None
-        Electrodes to keep with the encoder.
+        Electrode positions to store with the encoder.
     card : str or None
         Text of the model card; a short text if None.
     program : bool
         Whether to write `encoder.pt2` too.
     extra : dict
-        Provenance for `config.json`.
+        Information about the encoder's origin, to store in `config.json`.
 
     Raises
     ------
     RequestError
-        If the encoder's output holds NaN or infinite values; nothing is written then.
+        If the encoder's output holds NaN or infinite values. In this case, nothing is written.
     """
     example = _make_example(model)
     with torch.no_grad():
@@ -153,12 +153,12 @@ def read_package(path_or_hub_id: str | Path) -> PackageContents:
     Returns
     -------
     PackageContents
-        Shape, preprocessing and settings.
+        Architecture, preprocessing and settings of the encoder.
 
     Raises
     ------
     RequestError
-        If there is no such package, or one of its JSON files is missing or damaged.
+        If there is no such package, or if one of the package's JSON files is missing or damaged.
     """
     folder = _find_folder(path_or_hub_id)
     values = read_json(folder / CONFIG)
@@ -185,7 +185,7 @@ def read_package(path_or_hub_id: str | Path) -> PackageContents:
 
 
 def damage_error(folder: Path, error: Exception) -> RequestError:
-    """Make the error for JSON files that do not describe an encoder."""
+    """Return the error to raise if the JSON files of a package do not describe an encoder."""
     return RequestError(f"{folder}: {CONFIG} or {SPEC} is damaged ({error}); export the encoder again")
 
 
@@ -202,7 +202,8 @@ def check_example(model: Any, folder: Path) -> None:
     Raises
     ------
     RequestError
-        If the example is missing or damaged, or the output differs by more than its tolerance.
+        If the example is missing or damaged, or if the output differs from the stored output by more than the
+        tolerance.
     """
     path = folder / EXAMPLE
     if not path.is_file():
@@ -214,7 +215,8 @@ def check_example(model: Any, folder: Path) -> None:
         with torch.no_grad():
             error = float(np.abs(model(*inputs).numpy() - y).max())
     except Exception as problem:
-        # A damaged archive can fail in zip, in zlib, in NumPy's header or in a shape, with a different error in each.
+        # Catch all errors, because a damaged archive can raise different errors in zip, in zlib, in NumPy's header or
+        # in a shape.
         why = f"{type(problem).__name__}: {one_line(problem)[:200]}"
         raise RequestError(f"{path}: damaged ({why}); export the encoder again") from None
     if not error <= tolerance:
@@ -237,8 +239,8 @@ def export_program(model: Any, path: Path) -> None:
     Notes
     -----
     ``torch.export.load(path).module()(x_BCT)`` runs the program on any number of windows with 128 channels, in model
-    units. With the montage tokenizer the call is ``(x_BCT, positions_BC3, count_B)``: any number of windows with 1 to
-    128 rows, electrodes in metres (NaN where not known), and the number of true channels of each window.
+    units. With the montage tokenizer, the arguments are ``(x_BCT, positions_BC3, count_B)``: windows with 1 to 128
+    rows, electrode positions in metres (NaN for an unknown position), and the number of true channels of each window.
     """
     example = tuple(value.repeat(2, *[1] * (value.ndim - 1)) for value in _make_example(model))
     batch = torch.export.Dim("batch", min=1)
@@ -256,7 +258,8 @@ def _make_example(model: Any) -> tuple[Tensor, ...]:
     waves_CT = torch.sin(2 * math.pi * (3 + channel_C1 % 17) * time_T + channel_C1) + 0.5 * torch.cos(
         2 * math.pi * (1 + channel_C1 % 5) * time_T
     )
-    # Electrodes lie on a spiral over a sphere as large as a head. The position of every fifth electrode is not known.
+    # The artificial electrodes lie on a spiral on a sphere as large as a head. Every fifth electrode has an unknown
+    # position.
     turns = torch.arange(config.channels, dtype=torch.float64)
     height = 1 - turns / config.channels
     around = (1 - height**2).sqrt()
@@ -274,7 +277,7 @@ def _to_lists(positions_C3: Tensor) -> list[list[float] | None]:
 
 
 def _from_lists(lists: Sequence[list[float] | None]) -> Tensor:
-    """Invert `_to_lists`."""
+    """Convert the lists that `_to_lists` returned back to a tensor."""
     if not all(place is None or (isinstance(place, list) and len(place) == 3) for place in lists):
         raise ValueError("positions must hold three numbers or null for each channel")
     return torch.tensor([place or [math.nan] * 3 for place in lists])

@@ -1,6 +1,6 @@
-"""Turn a recording into windows, with the same code as sharding, so that they look like those of the pretraining.
+"""Turn a recording into windows, with the same code that sharding uses for the data of the pretraining.
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of array shapes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 UNITS = {"V": 1e6, "mV": 1e3, "uV": 1.0, "µV": 1.0, "μV": 1.0, "nV": 1e-3}
 """Factor from each unit to microvolts."""
 LINE_FREQS = (40.0, 70.0)
-"""Lowest and highest mains frequency in Hz that is accepted. Mains have 50 or 60 Hz, but generators drift."""
+"""Lowest and highest mains frequency in Hz that is accepted. The power grid has 50 or 60 Hz, but the frequency of small
+generators can differ."""
 
 
 @dataclass(kw_only=True)
@@ -40,22 +41,22 @@ class Windows:
     left_out: dict[str, str]
     """Channels of the recording that are not in the windows, each with the reason."""
     selection: str
-    """Rule by which channels were chosen, if the recording has more than 128."""
+    """Rule by which channels were chosen, if the recording has more than 128 channels."""
     bads: list[str]
     """Channels that are flat, clipped, noisy or out of range. They stay in the windows, but are left out of the average
     reference."""
     sfreq: float
     """Sampling rate of the recording in Hz."""
     line_freq: float | None
-    """Mains frequency in Hz, as the recording says or as found in its spectrum."""
+    """Mains frequency in Hz, which was given in the recording or detected in its spectrum."""
     seconds: float
-    """Length of the recording."""
+    """Length of the recording in seconds."""
     most: int
-    """Largest number of windows that `stream` can yield; flawed windows are missing from it."""
+    """Largest number of windows that `stream` can yield. `stream` yields fewer windows if some windows are flawed."""
     tails: float
-    """Seconds at the ends of segments that are too short for a window."""
+    """Total length in seconds of the remainders at the ends of segments; each remainder is too short for a window."""
     flawed: Counter[str] = field(default_factory=Counter)
-    """Number of windows that were left out, for each reason; complete when `stream` has ended."""
+    """Number of windows that were left out, for each reason. The numbers are complete when `stream` has ended."""
     stream: Iterator[tuple[float, np.ndarray]] = field(repr=False)
     """Start in seconds and signal [C, T] in float32 microvolts of each window that is not flawed."""
 
@@ -64,29 +65,30 @@ class Windows:
 def windows_of(
     recording: Any, spec: PreprocessSpec, *, unit_factor: float | None = None, line_freq: float | None = None
 ) -> Iterator[Windows]:
-    """Turn a recording into windows, with the channels, units and filters that sharding would choose.
+    """Turn a recording into windows. Channels, units and filters are chosen in the same way as in sharding.
 
     Parameters
     ----------
     recording : mne.io.BaseRaw, mne.BaseEpochs, data_sharding.formats.signal.Signal or tuple
         A recording, or ``(x, ch_names, sfreq, unit)`` where x is an array [C, samples].
     spec : PreprocessSpec
-        The preprocessing of the pretraining.
+        The preprocessing that was used in the pretraining.
     unit_factor : float, optional
-        Factor that converts the recording's values to volts, if its unit is wrong. With this factor the amplitude is
-        not checked.
+        Factor that converts the recording's values to volts, if the recording states a wrong unit. If this factor is
+        given, the amplitude is not checked.
     line_freq : float, optional
-        Mains frequency in Hz, within `LINE_FREQS`. By default it is found in the recording.
+        Mains frequency in Hz, within `LINE_FREQS`. By default the mains frequency is detected in the recording.
 
     Yields
     ------
     Windows
-        The windows. Read them inside the context: the filtered signal is a temporary file that is deleted at its end.
+        The windows. Read them inside the ``with`` block, because the filtered signal is a temporary file that is
+        deleted at the end of the block.
 
     Raises
     ------
     RequestError
-        If sharding would set the recording aside (the message has sharding's reason), or a number makes no sense.
+        If sharding would not use the recording (the message gives the reason), or if a number has an impossible value.
     """
     check_numbers(unit_factor=unit_factor, line_freq=line_freq)
     from data_sharding.corpora import Item
@@ -139,7 +141,7 @@ def windows_of(
 
 
 def check_numbers(*, unit_factor: float | None, line_freq: float | None) -> None:
-    """Refuse numbers that no recording can have.
+    """Raise an error if a number has a value that no recording can have.
 
     Parameters
     ----------
@@ -149,7 +151,7 @@ def check_numbers(*, unit_factor: float | None, line_freq: float | None) -> None
     Raises
     ------
     RequestError
-        If a number is given and makes no sense.
+        If a number is given and its value is impossible.
     """
     if unit_factor is not None and not 0 < unit_factor < math.inf:
         raise RequestError(f"unit_factor is {unit_factor}; it must be above 0 and finite, or left out")
@@ -167,17 +169,17 @@ def open_recording(path: str | Path) -> Signal:
     Parameters
     ----------
     path : str or Path
-        The recording.
+        Path of the recording.
 
     Returns
     -------
     data_sharding.formats.signal.Signal
-        The recording; its samples are not read yet.
+        The opened recording. Its samples are read later.
 
     Raises
     ------
     RequestError
-        If there is no such file, it is not a recording, or it cannot be read.
+        If there is no such file, if the file is not a recording, or if the file cannot be read.
     """
     from data_sharding.formats.open_signal import ReadError, open_signal
     from data_sharding.formats.sniffing import sniff
@@ -198,7 +200,7 @@ def open_recording(path: str | Path) -> Signal:
 
 
 def _wrap(recording: Any) -> Signal:
-    """Wrap MNE objects and arrays in the interface of sharding; a recording that has the interface is returned."""
+    """Convert an MNE object or an array to a `Signal`; a `Signal` is returned as it is."""
     import mne
 
     from data_sharding.formats.mne_signal import EpochsSignal, RawSignal

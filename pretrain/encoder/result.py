@@ -1,6 +1,6 @@
-"""The result of encoding a recording: its features, and a report of what was used.
+"""The result of encoding a recording: its features, and a report about the parts of the recording that were used.
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of array shapes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ class CoverageReport:
     """Which parts of a recording were encoded, and how they were preprocessed."""
 
     channels_used: list[str]
-    """Channels that were encoded, in the order of the rows, without the copies of padding."""
+    """Channels that were encoded, in the order of the rows. Copies made by padding are not listed."""
     channels_left_out: dict[str, str]
     """Channels that were not encoded, each with the reason."""
     channel_selection: str
-    """Rule by which channels were chosen, if the recording has more than 128."""
+    """Rule by which channels were chosen, if the recording has more than 128 channels."""
     channels_bad: list[str]
     """Channels that are flat, clipped or out of range. They are encoded, but left out of the average reference."""
     sfreq_in: float
@@ -27,19 +27,20 @@ class CoverageReport:
     sfreq_model: float
     """Sampling rate of the encoder in Hz, to which the recording was resampled."""
     band: tuple[float, float]
-    """Pass band in Hz that was applied. It is narrower than asked for if the recording's rate is low."""
+    """Pass band in Hz that was applied. The band is narrower than the band in the preprocessing if the recording's
+    sampling rate is low."""
     line_freq: float | None
     """Mains frequency in Hz that was removed by a notch filter; None if no notch filter was applied."""
     seconds: float
-    """Length of the recording."""
+    """Length of the recording in seconds."""
     window_seconds: float
-    """Length of a window."""
+    """Length of a window in seconds."""
     windows: int
     """Number of windows that were encoded."""
     windows_left_out: dict[str, int]
     """Number of windows that were not encoded, for each reason. Sharding leaves out windows for the same reasons."""
     seconds_left_out: float
-    """Seconds at the ends of segments that are too short for a window."""
+    """Total length in seconds of the remainders at the ends of segments; each remainder is too short for a window."""
 
     def __str__(self) -> str:
         channels = f"{len(self.channels_used)} channels used"
@@ -59,7 +60,7 @@ class CoverageReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """Features of a recording."""
+    """The features of a recording, and a report about the encoding."""
 
     tokens: np.ndarray
     """[B, N, D] float32, the tokens of each window."""
@@ -68,4 +69,4 @@ class Encoding:
     times: np.ndarray
     """[B] float64, the start of each window in seconds from the start of the recording."""
     report: CoverageReport
-    """What was encoded and what was left out."""
+    """Report that lists which channels and windows were encoded, and which were left out."""

@@ -1,7 +1,7 @@
 """The masked autoencoder: configuration, tokenizers, transformer, masking, weights.
 
-The last part of a tensor's name gives its shape, one letter for each dimension: ``x_BCT`` is [B, C, T]. The letters
-mean the same in the whole project (this is the only legend):
+The last part of a tensor's name gives the tensor's shape, with one letter for each dimension: ``x_BCT`` has shape [B,
+C, T]. Each letter has the same meaning in the whole project:
 
 ====  ==========================================================================
 B     samples of a batch: windows or trials
@@ -22,5 +22,5 @@ S     sets of labels, or classifiers
 1, 3  a dimension of this size; 3 are the coordinates of an electrode
 ====  ==========================================================================
 
-A letter that is used in a single function is explained there.
+A letter that only one function uses is explained in this function.
 """

@@ -1,7 +1,8 @@
-"""The masked autoencoder of DreamDiffusion: a token is a moment of all channels together.
+"""The masked autoencoder of DreamDiffusion: each token holds a few time samples of all channels.
 
-The encoder sees some of the tokens of a window. The decoder predicts the signal of all tokens from them, and the loss
-is the error on the tokens that the encoder did not see. Letters of shapes: see `pretrain.model`.
+The encoder sees some of the tokens of a window. From the encoder's output, the decoder predicts the signal of all
+tokens. The loss is the error on the tokens that the encoder did not see. `pretrain.model` explains the letters of
+tensor shapes.
 
 References
 ----------
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class SignalEncoder(nn.Module):
-    """Encoder from a window of EEG to tokens over time.
+    """Encoder with the temporal tokenizer. It turns a window of EEG into a sequence of tokens over time.
 
     Parameters
     ----------
@@ -44,7 +45,8 @@ class SignalEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.class_token else None
         self.blocks = Blocks(config)
         self.norm = nn.LayerNorm(config.dim)
-        # Fixed positions follow from the shape, so they are not saved with the weights. The class token has none.
+        # Fixed positions can be computed from the config, so they are not saved with the weights. The class token has
+        # no position.
         positions_ND = sincos_positions(config.tokens, config.dim)
         if config.learned_positions:
             self.positions_ND = nn.Parameter(positions_ND)
@@ -61,9 +63,9 @@ class SignalEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Scaled signal, padded to the encoder's channels.
+            Scaled signal, padded to the encoder's number of channels.
         keep_BK : Tensor, [B, K], int64, optional
-            Visible tokens, in rising order; all tokens by default.
+            Numbers of the visible tokens, in rising order; by default all tokens are visible.
 
         Returns
         -------
@@ -79,14 +81,14 @@ class SignalEncoder(nn.Module):
         return self.norm(self.blocks(x_BND))
 
     def over_time(self, x_BCT: Tensor, positions_BC3: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
-        """Encode windows of any number of channels up to the encoder's.
+        """Encode windows. They may have fewer channels than the encoder.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C or fewer, T]
-            Scaled signal. This method pads it by replication.
+            Scaled signal. This method pads missing channels by replication.
         positions_BC3, count_B : Tensor, optional
-            Not used: this encoder does not know electrodes.
+            Ignored, because this encoder does not use electrodes.
 
         Returns
         -------
@@ -109,7 +111,7 @@ class SignalEncoder(nn.Module):
 
 
 class SignalDecoder(nn.Module):
-    """Decoder from the visible tokens to the signal of all tokens.
+    """Decoder with the temporal tokenizer. It predicts the signal of all tokens from the visible tokens.
 
     Parameters
     ----------
@@ -133,7 +135,7 @@ class SignalDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, x_BKD: Tensor, keep_BK: Tensor) -> Tensor:
-        """Predict the signal.
+        """Predict the signal of all tokens.
 
         Parameters
         ----------
@@ -145,7 +147,7 @@ class SignalDecoder(nn.Module):
         Returns
         -------
         Tensor, [B, N, P]
-            Signal of all tokens, visible or not; the values of a token are ordered by channel, then time.
+            Predicted signal of all tokens, visible and hidden. The values of a token are ordered by channel, then time.
         """
         x_BKD = self.embed(x_BKD)
         B, _, D = x_BKD.shape
@@ -160,7 +162,7 @@ class SignalDecoder(nn.Module):
 
 
 class Samples(Protocol):
-    """What a model reads of a batch. `data_sharding.dataset.batch.Batch` fulfils this protocol."""
+    """The attributes of a batch that a model uses. `data_sharding.dataset.batch.Batch` implements this protocol."""
 
     channels: list[int]
     """[B] number of true channels of each sample."""
@@ -172,22 +174,22 @@ class Samples(Protocol):
     """[B] metadata of each sample (docs/data_format.md): ``n`` true channels, ``positions`` in metres."""
 
     def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Return [B, C, T] microvolts, padded by replication."""
+        """Return the windows in microvolts, [B, C, T], padded by replication."""
         ...
 
 
 class MaskedAutoencoder(nn.Module):
-    """Asymmetric masked autoencoder over windows of EEG.
+    """Masked autoencoder for windows of EEG. It is asymmetric: the encoder sees only the visible tokens.
 
     Parameters
     ----------
     config : MaskedAutoencoderConfig
-        Shape and objective.
+        Architecture and objective of the model.
 
     Notes
     -----
-    Which tokens are hidden depends on the seed, the epoch and the sample, never on the number of processes. `prepare`
-    draws the masks on the CPU, and its result goes into `forward` as keyword arguments.
+    The seed, the epoch and the sample determine which tokens are hidden; the number of processes has no influence.
+    `prepare` draws the masks on the CPU. Pass the result of `prepare` to `forward` as keyword arguments.
     """
 
     def __init__(self, config: MaskedAutoencoderConfig) -> None:
@@ -207,14 +209,14 @@ class MaskedAutoencoder(nn.Module):
         batch : Samples
             The samples.
         spec : PreprocessSpec
-            Preprocessing of their dataset, which says how to scale.
+            Preprocessing of the samples' dataset, which defines how the signal is scaled.
         device : torch.device
             Device of the result.
 
         Returns
         -------
         Tensor, [B, C, T], float32
-            Scaled signal, padded.
+            Scaled and padded signal.
         """
         return spec.scale_for_model(batch.padded(device, torch.float32), self.channels_for_scale(batch))
 
@@ -235,7 +237,7 @@ class MaskedAutoencoder(nn.Module):
         return self.encoder.channels_for_scale(batch.channels)
 
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
-        """Draw the masks of samples. This does not use the weights.
+        """Draw the masks of samples. This method does not use the weights.
 
         Parameters
         ----------
@@ -244,12 +246,12 @@ class MaskedAutoencoder(nn.Module):
         seed : int
             Seed for the masks.
         training : bool
-            Whether to drop channels as the config says; otherwise no channel is dropped.
+            True drops channels with the probability `channel_dropout` of the config; False drops no channel.
 
         Returns
         -------
         dict of str to Tensor, [B, ...]
-            Keyword arguments of `forward`, on the CPU.
+            Keyword arguments for `forward`; the tensors are on the CPU.
         """
         config = self.config
         inputs = {
@@ -288,7 +290,7 @@ class MaskedAutoencoder(nn.Module):
         return table_BN.scatter(1, keep_BK, False)
 
     def hidden_signal(self, **inputs: Tensor) -> Tensor:
-        """Mark the hidden part of the signal, e.g. for figures.
+        """Mark the part of the signal that is hidden from the encoder. Figures use this method.
 
         Parameters
         ----------
@@ -305,7 +307,7 @@ class MaskedAutoencoder(nn.Module):
         return self.untokenize(hidden_BN.unsqueeze(-1).expand(-1, -1, shape.channels * shape.patch))
 
     def power(self, x_BCT: Tensor, **inputs: Tensor) -> Tensor:
-        """Compute the loss of predicting zero everywhere, as a baseline for the loss of the model.
+        """Compute the loss of a model that predicts zero everywhere, as a baseline.
 
         Parameters
         ----------
@@ -339,7 +341,7 @@ class MaskedAutoencoder(nn.Module):
         return x_BCT.reshape(B, C, T // patch, patch).permute(0, 2, 1, 3).reshape(B, T // patch, C * patch)
 
     def untokenize(self, y_BNP: Tensor) -> Tensor:
-        """Join the values of tokens to windows; the inverse of `tokenize`.
+        """Join the values of tokens into windows. This method is the inverse of `tokenize`.
 
         Parameters
         ----------
@@ -368,7 +370,7 @@ class MaskedAutoencoder(nn.Module):
         Returns
         -------
         Tensor, [B, N, P], float32 or float64
-            Values of each token; with ``normalize_targets`` each token is standardised.
+            Target values of each token. If ``normalize_targets`` is set, each token is standardised.
         """
         target_BNP = self.tokenize(full_precision(x_BCT))
         if self.config.normalize_targets:
@@ -387,7 +389,8 @@ class MaskedAutoencoder(nn.Module):
         keep_BK : Tensor, [B, K], int64
             Visible tokens.
         **inputs : Tensor
-            The other results of `prepare`. ``dropped_BC`` (bool) marks channels that the encoder sees as zero.
+            The other results of `prepare`. ``dropped_BC`` (bool) marks the dropped channels; the encoder gets zeros for
+            them.
 
         Returns
         -------
@@ -406,7 +409,7 @@ class MaskedAutoencoder(nn.Module):
         x_BCT : Tensor, [B, C, T]
             Scaled signal.
         keep_BK : Tensor, [B, K], int64
-            Visible tokens; every sample has the same number.
+            Numbers of the visible tokens. Every sample has the same number of visible tokens.
         **inputs : Tensor
             The other results of `prepare`.
 
@@ -421,7 +424,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Convert half precision to float32 and leave float64 as it is; losses are never computed in half precision."""
+    """Convert a half-precision tensor to float32, because losses need this precision; float64 is not changed."""
     return x if x.dtype == torch.float64 else x.float()
 
 

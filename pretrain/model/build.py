@@ -1,4 +1,4 @@
-"""Building the model that a config asks for. Only this file chooses classes by the name of the tokenizer."""
+"""Build the model that a config describes. Only this file chooses classes by the name of the tokenizer."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def build_autoencoder(config: MaskedAutoencoderConfig) -> MaskedAutoencoder:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Count the trainable values of a module, which may be on the meta device."""
+    """Count the trainable parameters of a module; the module may be on the meta device."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -1,4 +1,4 @@
-"""The configuration of the masked autoencoder: its shape, its objective and how it is computed."""
+"""The configuration of the masked autoencoder: its architecture, its objective and its computation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ AttentionKind = Literal["auto", "sdpa", "plain"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Shape of the encoder."""
+    """Architecture of the encoder."""
 
     tokenizer: Literal["temporal", "montage"] = "temporal"
-    """temporal: a token is a moment of all channels together, as in DreamDiffusion. montage: a token is a moment of one
-    channel and carries the position of the channel's electrode (`pretrain.model.montage`)."""
+    """How a window is divided into tokens. temporal: each token holds a few time samples of all channels, as in
+    DreamDiffusion. montage: each token holds a few time samples of one channel, and the position of this channel's
+    electrode is added to the token."""
     channels: int = 128
-    """Channels of the input after padding by replication. With the montage tokenizer, the largest number of
-    channels."""
+    """Temporal tokenizer: number of channels to which the input is padded by replication. Montage tokenizer: largest
+    number of channels of the input."""
     samples: int = 512
-    """Time samples of one window."""
+    """Number of time samples in one window."""
     patch: int = 4
     """Number of neighbouring time samples in one token."""
     dim: int = 1024
@@ -35,11 +36,11 @@ class EncoderConfig:
     mlp_ratio: float = 4.0
     """Hidden width of the blocks' perceptrons as a multiple of `dim` (4.0 in the paper, 1.0 in the released code)."""
     class_token: bool = True
-    """Add a learned token to the tokens of the signal. Pretraining needs this token. DreamDiffusion's code fine-tunes
-    the encoder without it."""
+    """Add a learned class token to the tokens of the signal. Pretraining needs the class token. DreamDiffusion's code
+    fine-tunes the encoder without a class token."""
     learned_positions: bool = False
-    """Temporal tokenizer only: train the positions in time, which start as the fixed sine and cosine code.
-    DreamDiffusion's code trains them in fine-tuning, but not in pretraining."""
+    """Temporal tokenizer only: train the position embeddings, which are initialised with sines and cosines.
+    DreamDiffusion's code trains these embeddings in fine-tuning, but not in pretraining."""
 
     def __post_init__(self) -> None:
         for name in ("channels", "samples", "patch", "dim", "depth", "heads"):
@@ -58,47 +59,47 @@ class EncoderConfig:
 
     @property
     def by_channel(self) -> bool:
-        """Whether a token belongs to a single channel."""
+        """True if each token belongs to a single channel."""
         return TOKENIZERS[self.tokenizer].by_channel
 
     @property
     def about(self) -> str:
-        """One sentence about the tokens, for the model card."""
+        """Sentence that explains the tokens in the model card."""
         return TOKENIZERS[self.tokenizer].about
 
     @property
     def scale_rows(self) -> str:
-        """Rows over which the scale of a window is computed, in words for the model card."""
+        """Text for the model card: the rows of a window over which its scale is computed."""
         return TOKENIZERS[self.tokenizer].scale_rows(self.channels)
 
     @property
     def program_usage(self) -> str:
-        """How to call the exported program, for the model card."""
+        """Text for the model card that explains how to call the exported program."""
         return TOKENIZERS[self.tokenizer].program_usage(self.channels, self.samples)
 
     def token_rows(self, channels: int | None = None) -> int:
-        """Count the rows of tokens of a window.
+        """Return the number of rows of tokens in a window.
 
         Parameters
         ----------
         channels : int, optional
-            True channels of the window; `self.channels` by default.
+            Number of true channels of the window; `self.channels` by default.
 
         Returns
         -------
         int
-            The window has this many times `self.tokens` tokens, without the class token.
+            Number of rows. Each row has `self.tokens` tokens; the class token is not counted.
         """
         return TOKENIZERS[self.tokenizer].token_rows(channels or self.channels)
 
     def signal_rows(self, channels: int | None = None) -> int:
-        """Count the rows of signal that the model reads of a window with this many true channels (all by default)."""
+        """Return how many rows of signal the model reads for a window with this number of true channels."""
         return TOKENIZERS[self.tokenizer].signal_rows(channels or self.channels, self.channels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Shape of the decoder, which is used in pretraining only."""
+    """Architecture of the decoder, which is used in pretraining only."""
 
     dim: int = 512
     """Width of a token."""
@@ -118,44 +119,44 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the model is computed. These settings change the results by rounding only."""
+    """How the model is computed. These settings change the results only by rounding errors."""
 
     attention: AttentionKind = "auto"
-    """sdpa: PyTorch's fused attention. plain: two matrix products and a softmax. auto: plain for bf16 on a CPU, where
-    it is faster, and sdpa otherwise."""
+    """Implementation of attention. sdpa: PyTorch's fused attention. plain: two matrix products and a softmax. auto:
+    plain for bf16 on a CPU, where plain is faster; sdpa in all other cases."""
     checkpointing: bool = False
-    """Keep only the input of each block for the backward pass and compute the block again. This needs a quarter more
-    arithmetic and far less memory."""
+    """Activation checkpointing: keep only the input of each block, and compute the block again in the backward pass. A
+    training step then needs far less memory, but a third more computation."""
     compile: bool = False
-    """Compile each block in place with torch.compile. Works with zero_stage 0 to 2."""
+    """Compile each block with torch.compile. This needs zero_stage 0, 1 or 2."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedAutoencoderConfig:
-    """Shape and objective of the masked-signal autoencoder."""
+    """Architecture and objective of the masked-signal autoencoder."""
 
     encoder: EncoderConfig = dataclasses.field(default_factory=EncoderConfig)
-    """The encoder, which is kept after pretraining."""
+    """Architecture of the encoder, which is kept after pretraining."""
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
-    """The decoder, which is used in pretraining only."""
+    """Architecture of the decoder, which is used in pretraining only."""
     mask_ratio: float = 0.75
     """Share of a window's tokens that is hidden from the encoder (0.75 in the paper, 0.1 in the released code)."""
     mask_block: int = 1
-    """Number of neighbouring tokens that are hidden together; 1 in the paper. Neighbouring tokens are so similar that a
-    model can fill single gaps by interpolation."""
+    """Number of neighbouring tokens that are hidden together; 1 in the paper. With 1, the task can be too easy:
+    neighbouring tokens are so similar that a model can fill single gaps by interpolation."""
     mask_each_channel: bool = False
     """Montage tokenizer only: draw a separate mask for each channel. Otherwise all channels are hidden at the same
-    moments, as in DreamDiffusion. Neighbouring electrodes record nearly the same signal, so with separate masks a model
-    can copy from a neighbour."""
+    moments, as in DreamDiffusion. With separate masks a model can copy the signal from a neighbouring electrode,
+    because neighbouring electrodes record nearly the same signal."""
     normalize_targets: bool = False
-    """Standardise the target of each token with the token's own mean and standard deviation."""
+    """Standardise each target token with the mean and the standard deviation of this token."""
     channel_dropout: float = 0.0
-    """Probability with which a channel is hidden from the encoder in training; 0 in the paper. A hidden channel stays a
-    target of the decoder."""
+    """Probability with which a channel is hidden from the encoder in training; 0 in the paper. The decoder must still
+    predict a hidden channel."""
     mimetic: float = 0.0
-    """Strength of a special start: queries and keys begin with equal weights, so that a token attends to its neighbours
-    in time from the first step. 0 in the paper. Without it, small models on little data predict zero for hundreds of
-    steps."""
+    """Strength of the mimetic initialisation: queries and keys start with equal weights, so that a token attends to its
+    neighbours in time from the first step. 0 (as in the paper) switches this initialisation off. Without it, small
+    models on little data predict zero for hundreds of steps."""
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     """How the model is computed."""
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a training, and the most arithmetic that its device can do."""
+"""Count the floating-point operations of a training, and look up the peak speed of a device."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pretrain.model.build import build_autoencoder
 from pretrain.model.config import ComputeConfig, MaskedAutoencoderConfig
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    # Dense TFLOP/s from the makers' data sheets. The first name that occurs in the name of the device is taken, so
-    # a longer name stands before a shorter name that it contains.
+    # TFLOP/s for dense matrices, from the makers' data sheets. The first entry that occurs in the name of the device is
+    # used, so "H100 PCIe" must come before "H100".
     "B200": {"bf16": 2250.0, "fp32": 75.0},
     "GH200": {"bf16": 989.0, "fp32": 67.0},
     "H200": {"bf16": 989.0, "fp32": 67.0},
@@ -36,7 +36,7 @@ PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "RTX 3090": {"bf16": 71.0, "fp32": 35.6},
     "MI300X": {"bf16": 1307.0, "fp32": 163.4},
 }
-"""TFLOP/s for each name of a device and each precision."""
+"""Peak speed in TFLOP/s for each device name and each precision."""
 
 
 @functools.cache
@@ -46,20 +46,20 @@ def training_flops(config: MaskedAutoencoderConfig) -> float:
     Parameters
     ----------
     config : MaskedAutoencoderConfig
-        Shape of the model.
+        Architecture of the model.
 
     Returns
     -------
     float
-        Three times the operations of the forward pass's matrix products and convolutions: one part for the forward pass
-        and two for the backward pass, to inputs and to weights. Activations that are computed again to save memory are
-        not counted again. PyTorch counts the operations on the meta device.
+        Number of operations in matrix products and convolutions. The backward pass needs twice the operations of the
+        forward pass, so this is three times the number for the forward pass. Activations that are computed again to
+        save memory are counted once. PyTorch counts the operations on the meta device.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     shape = config.encoder
     with torch.device("meta"):
-        # The fixed positions are always made on the CPU, so the model is moved to the meta device as a whole.
+        # Fixed positions are always created on the CPU, so move the whole model to the meta device afterwards.
         model = build_autoencoder(dataclasses.replace(config, compute=ComputeConfig(attention="plain"))).to("meta")
     window: Any = SimpleNamespace(
         numbers=[0], epochs=[0], metas=[{"n": shape.channels, "positions": [None] * shape.channels}]
@@ -72,7 +72,7 @@ def training_flops(config: MaskedAutoencoderConfig) -> float:
 
 
 def _window_flops(config: MaskedAutoencoderConfig, rows: int) -> float:
-    """Count the operations of training on one window, of which the model reads `rows` rows."""
+    """Count the operations of training on one window, if the model reads `rows` rows of the window."""
     if rows == config.encoder.channels:
         return training_flops(config)
     constant, linear, square = _by_channels(config)
@@ -81,7 +81,7 @@ def _window_flops(config: MaskedAutoencoderConfig, rows: int) -> float:
 
 @functools.cache
 def _by_channels(config: MaskedAutoencoderConfig) -> tuple[float, float, float]:
-    """Fit the operations as a polynomial of the number of rows: constant, linear and square coefficient.
+    """Fit a polynomial that gives the number of operations for any number of rows; return its three coefficients.
 
     The number of tokens grows with the rows, and attention with the square of the number of tokens, so a polynomial of
     degree 2 is exact.
@@ -101,21 +101,21 @@ def batch_flops(config: MaskedAutoencoderConfig, channels: Sequence[int]) -> flo
     Parameters
     ----------
     config : MaskedAutoencoderConfig
-        Shape of the model.
+        Architecture of the model.
     channels : sequence of int, [B]
-        Number of true channels of each window. The montage tokenizer reads only these rows, the temporal tokenizer
-        always reads the padded window.
+        Number of true channels of each window. The montage tokenizer reads only the true channels; the temporal
+        tokenizer always reads the whole padded window.
 
     Returns
     -------
     float
-        Operations, as `training_flops` counts them. Work on tokens that only pad a batch is useless and not counted.
+        Number of operations, counted as in `training_flops`. Operations on padding tokens are not counted.
     """
     return math.fsum(_window_flops(config, config.encoder.signal_rows(n)) for n in channels)
 
 
 def peak_flops(device: torch.device, precision: str, override_tflops: float | None = None) -> float | None:
-    """Look up the peak arithmetic of a device.
+    """Look up the peak speed of a device.
 
     Parameters
     ----------
@@ -124,12 +124,12 @@ def peak_flops(device: torch.device, precision: str, override_tflops: float | No
     precision : str
         fp32 or bf16.
     override_tflops : float, optional
-        TFLOP/s given by the user, used in place of the table.
+        Peak speed in TFLOP/s given by the user; the table is then ignored.
 
     Returns
     -------
     float or None
-        FLOP/s; None for CPUs and for devices that are not in `PEAK_TFLOPS`.
+        Peak speed in FLOP/s; None for CPUs and for devices that are not in `PEAK_TFLOPS`.
     """
     if override_tflops is not None:
         return override_tflops * 1e12

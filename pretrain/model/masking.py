@@ -1,8 +1,8 @@
-"""Which tokens are hidden and which channels are dropped.
+"""Choose at random which tokens are hidden and which channels are dropped.
 
-Both are functions of the seed, the epoch and the number of the sample only. A sample therefore gets the same mask in an
-epoch whatever the number of processes and workers, and after a resume. To make this cheap, the random numbers come from
-a hash of (seed, epoch, sample, counter) instead of a generator with a state.
+The choice depends only on the seed, the epoch and the number of the sample. A sample therefore gets the same mask for
+any number of processes and workers, and after a run was resumed. The random numbers come from a hash of (seed, epoch,
+sample, counter), which is cheaper than a separate random generator for each sample.
 
 Letters of shapes: see `pretrain.model`.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Mixed into the hash, so that the random numbers of channel dropout differ from those of the masks.
+# This number is mixed into the hash, so that channel dropout and masks use different random numbers.
 _DROPOUT = np.uint64(0xD20C4A11E15)
 
 
@@ -32,9 +32,9 @@ def visible_tokens(tokens: int, mask_ratio: float) -> int:
     Returns
     -------
     int
-        Number of visible tokens. All samples have the same number, so that a batch is rectangular.
+        Number of visible tokens. All samples have the same number, so that the samples can be stacked into one tensor.
     """
-    # Rounded first: in floating point 1 - 0.9 is slightly below 0.1, and int() alone would lose a token.
+    # Round before int(): in floating point, 1 - 0.9 is slightly below 0.1, so int() alone would give one token too few.
     return int(round(tokens * (1.0 - mask_ratio), 6))
 
 
@@ -61,18 +61,18 @@ def keep_indices(
     tokens : int
         Tokens of a window.
     mask_ratio : float
-        Share of the tokens to hide.
+        Share of the tokens to hide, between 0 and 1.
     block : int
-        Length of the spans of neighbouring tokens that are hidden together. If the number of hidden tokens is not a
-        multiple of it, one span is shorter.
+        Number of neighbouring tokens that are hidden together, as one span. If the number of hidden tokens is not a
+        multiple of `block`, one span is shorter.
     channels : sequence of int, [B], optional
-        Channel for which each row is drawn, if every channel has a separate mask.
+        Number of the channel for each drawn mask, if every channel has a separate mask.
 
     Returns
     -------
     Tensor, [B, K], int64
-        Visible tokens of each sample, in rising order. Every subset of this size is equally likely; with blocks, every
-        arrangement of the spans among the visible tokens is.
+        Visible tokens of each sample, in rising order. Every subset of K tokens is equally likely. If `block` is above
+        1, every order of spans and visible tokens is equally likely.
     """
     state_B = _state(seed, epochs, numbers)
     if channels is not None:
@@ -81,8 +81,8 @@ def keep_indices(
     if block == 1:
         order_BN = np.argsort(_noise(state_B, tokens), axis=1, kind="stable")[:, :visible]
         return torch.from_numpy(np.sort(order_BN, axis=1).astype(np.int64))
-    # There are J pieces: each is a span of hidden tokens, or one visible token. Shuffle the pieces and put them one
-    # after another, so that they fill the window. The starts of the visible pieces are the visible tokens.
+    # A window consists of J pieces. Each piece is a span of hidden tokens or one visible token. Shuffle the pieces and
+    # put them one after another. The start of each visible piece is the number of a visible token.
     spans, rest = divmod(tokens - visible, block)
     lengths = np.array([block] * spans + [rest] * (rest > 0) + [1] * visible)
     order_BJ = np.argsort(_noise(state_B, len(lengths)), axis=1, kind="stable")
@@ -117,7 +117,7 @@ def dropped_channels(
     counts_B = np.asarray(counts, np.int64)
     noise_BC = _noise(_mix(_state(seed, epochs, numbers) ^ _DROPOUT), width) / 2.0**64
     real_BC = np.arange(width) < counts_B[:, None]
-    # The true channel with the largest random number stays, whatever the share.
+    # The true channel with the largest random number is never dropped, so at least one channel stays.
     stays_B = np.where(real_BC, noise_BC, -1.0).argmax(axis=1)
     dropped_BC = noise_BC < share
     dropped_BC[np.arange(len(counts_B)), stays_B] = False
@@ -126,7 +126,7 @@ def dropped_channels(
 
 
 def _state(seed: int, epochs: Sequence[int], numbers: Sequence[int]) -> np.ndarray:
-    """Hash seed, epoch and number of each sample to 64 bits."""
+    """Return a 64-bit hash of the seed, the epoch and the sample's number for each sample."""
     state_B = _mix(_mix(np.full(len(epochs), seed % 2**64, np.uint64)) ^ np.asarray(epochs, np.uint64))
     return _mix(state_B ^ np.asarray(numbers, np.uint64))
 
@@ -138,7 +138,7 @@ def _noise(state_B: np.ndarray, draws: int) -> np.ndarray:
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """Apply one step of SplitMix64, a hash whose 64 bits look independent even for neighbouring inputs."""
+    """Apply one step of the hash SplitMix64. Its 64 bits look independent even for neighbouring inputs."""
     with np.errstate(over="ignore"):
         value = (value + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,8 +1,8 @@
-"""The masked autoencoder with the montage tokenizer: a token is a moment of one channel.
+"""The masked autoencoder with the montage tokenizer: each token holds a few time samples of one channel.
 
-Each token carries the position of its electrode on the head and its moment in time. The results do not depend on the
-order of the channels, because the model knows a channel only by the position of its electrode. They do not depend on
-the number of padding rows either: tokens of padding are neither attended to nor scored.
+The electrode's position on the head and the position in time are added to each token. The model identifies a channel
+only by the position of its electrode, so the results do not depend on the order of the channels. The results do not
+depend on the number of padding rows either: attention ignores padding tokens, and the loss does not include them.
 
 Letters of shapes: see `pretrain.model`.
 
@@ -30,14 +30,14 @@ from pretrain.model.transformer import Blocks, initialise, sincos_positions
 if TYPE_CHECKING:
     from data_sharding.dataset.dataset import EEGDataset
 
-# Longest and shortest wavelength in metres: twice the width of a head, and the distance between neighbours in a montage
-# of 128 electrodes.
+# Longest and shortest wavelength of the position code in metres: twice the width of a head, and the distance between
+# neighbouring electrodes in a montage of 128 electrodes.
 _WAVELENGTHS = (0.4, 0.02)
 _BANDS = 8
 
 
 def electrode_positions(metas: list[dict[str, Any]], most: int) -> tuple[Tensor, Tensor]:
-    """Return the electrodes of samples as tensors.
+    """Return the electrode positions of samples as tensors.
 
     Parameters
     ----------
@@ -63,12 +63,12 @@ def electrode_positions(metas: list[dict[str, Any]], most: int) -> tuple[Tensor,
 
 
 def common_positions(dataset: EEGDataset) -> Tensor:
-    """Return the electrodes of a dataset that was recorded with one montage, as EEG-image datasets are.
+    """Return the electrode positions of a dataset that was recorded with one montage.
 
     Parameters
     ----------
     dataset : EEGDataset
-        The split.
+        The dataset's split.
 
     Returns
     -------
@@ -96,8 +96,9 @@ def common_positions(dataset: EEGDataset) -> Tensor:
 class ElectrodePlace(nn.Module):
     """Embedding of the position of an electrode.
 
-    Sines and cosines of several wavelengths along x, y and z (Fourier features [1]_), and a linear map of them. All
-    electrodes of unknown position share one learned vector.
+    The position is encoded by sines and cosines of several wavelengths along x, y and z (Fourier features [1]_). A
+    linear layer maps these values to the embedding. All electrodes with an unknown position share one learned
+    embedding.
 
     Parameters
     ----------
@@ -117,12 +118,12 @@ class ElectrodePlace(nn.Module):
         nn.init.normal_(self.unknown, std=0.02)
 
     def forward(self, positions_BC3: Tensor) -> Tensor:
-        """Embed positions.
+        """Compute the embeddings of electrode positions.
 
         Parameters
         ----------
         positions_BC3 : Tensor, [B, C, 3], float32
-            Metres in the head's frame; NaN for an unknown position.
+            Positions in metres, in the head's coordinate system; NaN for an unknown position.
 
         Returns
         -------
@@ -130,7 +131,8 @@ class ElectrodePlace(nn.Module):
             Embeddings.
         """
         known_BC1 = positions_BC3.isfinite().all(dim=-1, keepdim=True)
-        # NaN must be replaced before the sines: `torch.where` at the end would still pass NaN to the gradient.
+        # Replace NaN before the sines are computed. If NaN were replaced only at the end, the gradient would still be
+        # NaN.
         places_BC3 = torch.where(known_BC1, positions_BC3, 0.0).to(self.waves_F.dtype)
         angles_BCW = (places_BC3.unsqueeze(-1) * self.waves_F).flatten(-2)
         waves_BCW = torch.cat([angles_BCW.sin(), angles_BCW.cos()], dim=-1)
@@ -138,12 +140,12 @@ class ElectrodePlace(nn.Module):
 
 
 class MontageEncoder(nn.Module):
-    """Encoder from a window of EEG of any montage to tokens.
+    """Encoder with the montage tokenizer. It turns a window of EEG with any montage into tokens.
 
     Parameters
     ----------
     config : EncoderConfig
-        Shape of the encoder. `channels` limits the number of channels; no weight depends on it.
+        Architecture of the encoder. `channels` limits the number of channels; the weights do not depend on `channels`.
     """
 
     positions_ND: Tensor
@@ -174,7 +176,7 @@ class MontageEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C or more, T]
-            Scaled signal. Rows beyond those of `positions_BC3` are copies, and are ignored.
+            Scaled signal. Rows that have no position in `positions_BC3` are padding, and are ignored.
         positions_BC3 : Tensor, [B, C, 3]
             Electrodes in metres, NaN for an unknown position.
         count_B : Tensor, [B], int64, optional
@@ -187,8 +189,8 @@ class MontageEncoder(nn.Module):
         Returns
         -------
         Tensor, [B, 1 + K or 1 + M, D]
-            The class token if the encoder has one, then the tokens, channel by channel. Output at padding tokens is
-            meaningless.
+            The class token if the encoder has one, then the tokens, channel by channel. The values of padding tokens
+            have no meaning.
         """
         shape, channels = self.config, positions_BC3.shape[1]
         dtype = self.patch_embed.weight.dtype
@@ -205,7 +207,7 @@ class MontageEncoder(nn.Module):
         return self.norm(self.blocks(x_BMD, real_BM))
 
     def over_time(self, x_BCT: Tensor, positions_BC3: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
-        """Encode windows and average the tokens over the channels: every montage gives the same number of tokens.
+        """Encode windows and average the tokens over the channels. The number of tokens is the same for every montage.
 
         Parameters
         ----------
@@ -249,16 +251,16 @@ class MontageEncoder(nn.Module):
         return common_positions(dataset)
 
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
-        """Return the number of true channels of each window, over which its scale is computed.
+        """Return the number of true channels of each window. The scale of a window is computed over these channels.
 
-        Copies in a padded window are left out. Otherwise the channels with one copy more than others would have a
-        larger weight, and the result would depend on the order of the channels.
+        The copies of channels in a padded window are ignored. Otherwise, channels with more copies would have a larger
+        weight, and the scale would depend on the order of the channels.
         """
         return len(positions_C3) if channels is None and positions_C3 is not None else channels
 
 
 class MontageDecoder(nn.Module):
-    """Decoder from the visible tokens to the signal of all tokens.
+    """Decoder with the montage tokenizer. It predicts the signal of all tokens from the visible tokens.
 
     Parameters
     ----------
@@ -283,14 +285,14 @@ class MontageDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, x_BKD: Tensor, keep_BK: Tensor, positions_BC3: Tensor, count_B: Tensor | None = None) -> Tensor:
-        """Predict the signal.
+        """Predict the signal of all tokens.
 
         Parameters
         ----------
         x_BKD : Tensor, [B, 1 + K, D]
             The encoder's output: the class token, then the visible tokens.
         keep_BK : Tensor, [B, K], int64
-            Numbers of the visible tokens; M for padding.
+            Numbers of the visible tokens; padding has the number M.
         positions_BC3 : Tensor, [B, C, 3]
             Electrodes in metres, NaN for an unknown position.
         count_B : Tensor, [B], int64, optional
@@ -299,12 +301,13 @@ class MontageDecoder(nn.Module):
         Returns
         -------
         Tensor, [B, M, P]
-            Signal of all tokens, visible or not.
+            Predicted signal of all tokens, visible and hidden.
         """
         x_BKD = self.embed(x_BKD)
         B, _, D = x_BKD.shape
         N, C = self.positions_ND.shape[0], positions_BC3.shape[1]
-        # One row more than there are tokens: padding has the number M, is written into this row and cut off.
+        # Add one extra token at the end. Padding has the number M, so it is written into the extra token, which is then
+        # removed.
         x_BMD = (
             self.mask_token.to(x_BKD.dtype)
             .expand(B, C * N + 1, D)
@@ -324,12 +327,12 @@ def real_tokens(count_B: Tensor | None, channels: int, tokens: int) -> Tensor | 
     count_B : Tensor, [B], int64, or None
         Number of true channels of each sample; None if all rows are true channels.
     channels, tokens : int
-        Rows of a window, and tokens along it.
+        Number of rows of a window, and number of tokens in each row.
 
     Returns
     -------
     Tensor, [B, M], bool, or None
-        True for tokens of true channels; None if all tokens are.
+        True for tokens of true channels; None if all tokens belong to true channels.
     """
     if count_B is None:
         return None
@@ -338,49 +341,49 @@ def real_tokens(count_B: Tensor | None, channels: int, tokens: int) -> Tensor | 
 
 
 def with_class_token(real_BM: Tensor | None) -> Tensor | None:
-    """Add the class token, which is always real, in front of the marks of `real_tokens`; None stays None."""
+    """Add a mark for the class token, always True, in front of the marks of `real_tokens`; None stays None."""
     return None if real_BM is None else torch.cat([torch.ones_like(real_BM[:, :1]), real_BM], dim=1)
 
 
 class MontageAutoencoder(MaskedAutoencoder):
-    """Asymmetric masked autoencoder with the montage tokenizer.
+    """Masked autoencoder with the montage tokenizer.
 
     Parameters
     ----------
     config : MaskedAutoencoderConfig
-        Shape and objective.
+        Architecture and objective of the model.
 
     Notes
     -----
-    Only true channels become tokens. Their copies in a padded window do not, so the model cannot read a hidden channel
-    from its copy. A channel that is dropped has no visible token.
+    Only true channels become tokens. The copies of channels in a padded window do not become tokens, because the model
+    could otherwise read a hidden channel from its copy. A dropped channel has no visible token.
     """
 
     def _build_parts(self, config: MaskedAutoencoderConfig) -> tuple[Any, Any]:
         return MontageEncoder(config.encoder), MontageDecoder(config.decoder, config.encoder)
 
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
-        """Draw the masks of samples and collect their electrodes. This does not use the weights.
+        """Draw the masks of samples and collect their electrode positions. This method does not use the weights.
 
         Parameters
         ----------
         batch : Samples
-            The samples. Of their metadata this reads ``n`` and ``positions``.
+            The samples. Their metadata must contain ``n`` and ``positions``.
         seed : int
             Seed for the masks.
         training : bool
-            Whether to drop channels as the config says; otherwise no channel is dropped.
+            True drops channels with the probability `channel_dropout` of the config; False drops no channel.
 
         Returns
         -------
         dict of str to Tensor, [B, ...]
-            Keyword arguments of `forward`, on the CPU.
+            Keyword arguments for `forward`; the tensors are on the CPU.
         """
         config, shape = self.config, self.config.encoder
         positions_BC3, count_B = electrode_positions(batch.metas, shape.channels)
         B, C, _ = positions_BC3.shape
         each = config.mask_each_channel
-        # R rows of masks: one for each channel of each sample, or one for each sample.
+        # R is the number of masks: one mask for each channel of each sample, or one mask for each sample.
         rows = np.repeat(np.arange(B), C if each else 1)
         keep_RK = keep_indices(
             seed,
@@ -399,12 +402,12 @@ class MontageAutoencoder(MaskedAutoencoder):
             )[:, :C]
         seen_BK = seen_BC.unsqueeze(-1).expand_as(keep_BCK).flatten(1)
         # Samples have different numbers of visible tokens. Move the visible tokens to the front, and cut all samples to
-        # the largest number of visible tokens. What is left of padding gets the number M and False in `seen_BK`.
+        # the largest number of visible tokens. The remaining padding gets the number M, and False in `seen_BK`.
         order_BK = seen_BK.int().argsort(dim=1, descending=True, stable=True)[:, : int(seen_BK.sum(dim=1).max())]
         seen_BK = seen_BK.gather(1, order_BK)
         keep_BK = keep_BCK.flatten(1).gather(1, order_BK).masked_fill(~seen_BK, C * shape.tokens)
         inputs = {"keep_BK": keep_BK, "positions_BC3": positions_BC3}
-        # Without padding no marks are needed, and attention without a mask is faster.
+        # If there is no padding, leave out `seen_BK`, because attention without a mask is faster.
         if not bool(seen_BK.all()):
             inputs["seen_BK"] = seen_BK
         if int(count_B.min()) < C:
@@ -433,7 +436,7 @@ class MontageAutoencoder(MaskedAutoencoder):
         return table_BM if real_BM is None else table_BM & real_BM
 
     def hidden_signal(self, **inputs: Tensor) -> Tensor:
-        """Mark the hidden part of the signal, e.g. for figures.
+        """Mark the part of the signal that is hidden from the encoder. Figures use this method.
 
         Parameters
         ----------
@@ -465,7 +468,7 @@ class MontageAutoencoder(MaskedAutoencoder):
         return x_BCT.unflatten(-1, (shape.tokens, shape.patch)).flatten(1, 2)
 
     def untokenize(self, y_BNP: Tensor) -> Tensor:
-        """Join the values of tokens to windows; the inverse of `tokenize`.
+        """Join the values of tokens into windows. This method is the inverse of `tokenize`.
 
         Parameters
         ----------
@@ -492,7 +495,7 @@ class MontageAutoencoder(MaskedAutoencoder):
         Returns
         -------
         Tensor, [B, M, P], float32 or float64
-            Values of each token; with ``normalize_targets`` each token is standardised.
+            Target values of each token. If ``normalize_targets`` is set, each token is standardised.
         """
         return super().targets(x_BCT[:, : inputs["positions_BC3"].shape[1]])
 

@@ -1,4 +1,4 @@
-"""Shapes of the masked autoencoder by name. A config in `configs/pretrain/` with the same name repeats the shape."""
+"""Named architectures of the masked autoencoder. The config with the same name in `configs/pretrain/` uses it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ PRESETS: dict[str, MaskedAutoencoderConfig] = {
         mask_ratio=0.5,
         mimetic=3.0,
     ),
-    # DreamDiffusion's released code: 151.8M parameters in the encoder, 13.4M in the decoder. It hides a tenth of the
-    # tokens.
+    # DreamDiffusion's released code: 151.8M parameters in the encoder, 13.4M in the decoder. One tenth of the tokens is
+    # hidden.
     "released": MaskedAutoencoderConfig(
         encoder=EncoderConfig(mlp_ratio=1.0), decoder=DecoderConfig(mlp_ratio=1.0), mask_ratio=0.1
     ),
-    # DreamDiffusion's paper ("297M"): 302.8M parameters in the encoder. It hides three quarters of the tokens.
+    # DreamDiffusion's paper ("297M"): 302.8M parameters in the encoder. Three quarters of the tokens are hidden.
     "paper": MaskedAutoencoderConfig(),
     # The sizes of the paper's ablation. The paper gives only the numbers of parameters; width and depth are our choice.
     "18m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=256, depth=23, heads=4)),
     "74m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=640, depth=15, heads=10)),
     "162m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=800, depth=21, heads=10)),
     "458m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=1280, depth=24, heads=20, mlp_ratio=3.8125)),
-    # Larger than in the paper.
+    # Models larger than those in the paper.
     "1b": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=1792, depth=26, heads=28)),
     "3b": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=2560, depth=38, heads=20)),
     # Montage tokenizer, for recordings of any montage. At 256 Hz a token is an eighth of a second of one channel.
@@ -36,7 +36,7 @@ PRESETS: dict[str, MaskedAutoencoderConfig] = {
         mask_block=2,
         compute=ComputeConfig(checkpointing=True),
     ),
-    # Montage tokenizer in the size of the demo.
+    # Montage tokenizer in a small model, for the demo.
     "tiny_montage": MaskedAutoencoderConfig(
         encoder=EncoderConfig(tokenizer="montage", samples=128, patch=16, dim=160, depth=4, heads=4, mlp_ratio=2.0),
         decoder=_TINY_DECODER,
@@ -44,4 +44,4 @@ PRESETS: dict[str, MaskedAutoencoderConfig] = {
         mimetic=3.0,
     ),
 }
-"""Shape and objective for each name."""
+"""Architecture and objective of the model for each preset name."""

@@ -1,8 +1,8 @@
-"""What each tokenizer answers before a model is built: how many tokens it makes, and how it describes itself.
+"""Facts about each tokenizer that are needed before a model is built: its number of tokens and its description.
 
-A tokenizer turns a window of EEG into tokens. The rest of the project asks the methods below (through
-`pretrain.model.config.EncoderConfig`) or those of the built encoder, and never compares the tokenizer's name. A new
-tokenizer is one class here, one encoder and one autoencoder, and its line in `pretrain.model.build`.
+A tokenizer turns a window of EEG into tokens. Other code never compares the tokenizer's name. It calls the methods
+below through `pretrain.model.config.EncoderConfig`, or methods of the encoder. To add a tokenizer, write one class in
+this file, one encoder and one autoencoder, and add one line to `pretrain.model.build`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import ClassVar
 
 
 class TemporalTokenizer:
-    """A token is a moment of all channels together, as in DreamDiffusion."""
+    """The temporal tokenizer: each token holds a few time samples of all channels, as in DreamDiffusion."""
 
     by_channel: ClassVar[bool] = False
     """Whether a token belongs to a single channel."""
@@ -39,7 +39,7 @@ class TemporalTokenizer:
 
 
 class MontageTokenizer:
-    """A token is a moment of one channel, and carries the position of the channel's electrode."""
+    """The montage tokenizer: each token holds a few time samples of one channel, and its electrode's position."""
 
     by_channel: ClassVar[bool] = True
     """Whether a token belongs to a single channel."""
@@ -71,4 +71,4 @@ TOKENIZERS: dict[str, TemporalTokenizer | MontageTokenizer] = {
     "temporal": TemporalTokenizer(),
     "montage": MontageTokenizer(),
 }
-"""Tokenizer by its name in a config."""
+"""The tokenizer for each name that a config can give."""

@@ -1,6 +1,7 @@
 """Transformer blocks, and the fixed sine and cosine code of positions in time.
 
-Letters of shapes: see `pretrain.model`. In this file N counts all tokens of a sequence, the class token included.
+`pretrain.model` explains the letters of tensor shapes. In this file, N is the number of all tokens of a sequence, class
+token included.
 
 References
 ----------
@@ -20,21 +21,21 @@ from pretrain.model.config import AttentionKind, ComputeConfig, DecoderConfig, E
 
 
 def sincos_positions(length: int, dim: int) -> Tensor:
-    """Return the fixed sine and cosine code of positions.
+    """Return the fixed position embeddings, made of sines and cosines.
 
     Parameters
     ----------
     length : int
         Number of positions.
     dim : int
-        Width, even.
+        Width of an embedding; it must be even.
 
     Returns
     -------
     Tensor, [length, dim], float32
         Sines in the first half of the columns, cosines in the second.
     """
-    # On the CPU even if the model is built on the meta device, whose tensors hold no numbers.
+    # Always compute on the CPU, because the model may be built on the meta device, where tensors hold no numbers.
     frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
     angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * frequencies[None]
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
@@ -59,7 +60,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BND: Tensor, real_BN: Tensor | None = None) -> Tensor:
-        """Attend among the tokens of each sample.
+        """Compute self-attention among the tokens of each sample.
 
         Parameters
         ----------
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         Returns
         -------
         Tensor, [B, N, D]
-            Attended tokens.
+            Output tokens of the attention.
         """
         B, N, D = x_BND.shape
         q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
@@ -128,12 +129,12 @@ class Block(nn.Module):
 
 
 class Blocks(nn.ModuleList):
-    """Transformer blocks, one after the other.
+    """A stack of transformer blocks.
 
     Parameters
     ----------
     config : EncoderConfig or DecoderConfig
-        Width, depth and heads.
+        Width, number of blocks and number of heads.
     """
 
     def __init__(self, config: EncoderConfig | DecoderConfig) -> None:
@@ -146,7 +147,7 @@ class Blocks(nn.ModuleList):
         Parameters
         ----------
         config : ComputeConfig
-            The choice.
+            Settings of the computation.
         """
         self.checkpointing = config.checkpointing
         for block in self:
@@ -172,7 +173,7 @@ class Blocks(nn.ModuleList):
         """
         for block in self:
             if self.checkpointing and torch.is_grad_enabled():
-                # A block draws no random numbers, so the state of the generator need not be saved.
+                # A block draws no random numbers, so the state of the random generator need not be saved.
                 x_BND = checkpoint(block, x_BND, real_BN, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BND = block(x_BND, real_BN)
@@ -180,14 +181,14 @@ class Blocks(nn.ModuleList):
 
 
 def apply_options(config: MaskedAutoencoderConfig, stacks: Iterable[Blocks]) -> None:
-    """Initialise and compute transformer blocks as a config says.
+    """Apply the config's settings for initialisation and computation to transformer blocks.
 
     Parameters
     ----------
     config : MaskedAutoencoderConfig
         The config.
     stacks : iterable of Blocks
-        The blocks of the encoder and those of the decoder.
+        The blocks of the encoder and the blocks of the decoder.
     """
     for blocks in stacks:
         if config.mimetic:
@@ -198,7 +199,7 @@ def apply_options(config: MaskedAutoencoderConfig, stacks: Iterable[Blocks]) -> 
 
 
 def initialise(module: nn.Module) -> None:
-    """Initialise all linear layers of a model with Xavier weights and zero bias."""
+    """Initialise all linear layers of a model: Xavier initialisation for weights, zero for biases."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)

@@ -1,4 +1,4 @@
-"""Weights on disk: writing safetensors, and reading them with a strict check of names and shapes."""
+"""Write weights as safetensors files, and read them with a strict check of names and shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WEIGHTS = "model.safetensors"
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write weights as safetensors, with the permissions of the folder.
+    """Write weights as a safetensors file. The file gets the permissions of its folder.
 
     Parameters
     ----------
@@ -25,12 +25,12 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({name: value.contiguous() for name, value in weights.items()}, path)
-    # safetensors lets only the owner read the file. Give it the permissions of its folder instead.
+    # The library safetensors lets only the owner read the file. Give the file the permissions of its folder instead.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def load_strictly(model: nn.Module, path: Path, config: str = "config.json") -> None:
-    """Load weights whose names and shapes must be exactly those of the model.
+    """Load weights into a model. Their names and shapes must be exactly those of the model.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def set_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, config
     model : nn.Module
         The model.
     weights : dict of str to Tensor
-        Weights by name.
+        Tensor for each name of a weight.
     path, config : Path and str
         File of the weights, and name of the config that gave the model its shape; both for error messages.
 
