@@ -1,10 +1,11 @@
-"""Speed of loading: our Loader, ``wds.WebDataset`` on the same shards, and a memory map of the decoded data.
+"""Measure the speed of data loading with three programs that read the same samples.
 
-``python benchmarks/loading.py --out loading.json``. All three make float32 batches of 128 channels, replicated from 64,
-in a random order (WebDataset shuffles shards and uses a buffer), from the same samples. Each of them runs in a process
-of its own, and the three take turns several times. Memory is the largest proportional set size (PSS) of the process
-tree, without the page cache of files. ``--index-samples`` measures how long it takes to open a dataset of that many
-samples; the shards of this dataset are sparse files without content.
+``python benchmarks/loading.py --out loading.json``. The programs are Dreamscale's `Loader`, ``wds.WebDataset`` on the
+same shards, and a memory map of the decoded data. All programs make float32 batches in a random order; the 64 channels
+of a sample are repeated to 128. (WebDataset shuffles its shards, and its samples within a buffer.) Each program runs in
+its own process, and the programs take turns several times. Memory is the largest proportional set size (PSS) of the
+process and its children, without the page cache of files. ``--index-samples`` measures how long it takes to open a
+dataset of that many samples; the shards of this dataset are sparse files without content.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WAYS = ("ours, 0 workers", "ours, 2 workers", "webdataset, 0 workers", "webdatas
 
 
 def signal(rng: np.random.Generator) -> np.ndarray:
-    """Make noise with the amplitude and the correlations of EEG; like recordings, it compresses only a little."""
+    """Make noise with the amplitude and correlations of EEG. Like EEG, such noise compresses only a little."""
     sources = np.cumsum(rng.normal(0, 1, (16, WINDOW)), axis=1)
     sources -= sources.mean(axis=1, keepdims=True)
     return rng.normal(0, 1, (CHANNELS, 16)) @ sources + rng.normal(0, 3, (CHANNELS, WINDOW))
@@ -69,7 +70,7 @@ def write(root: Path, samples: int) -> None:
 
 
 def write_index(root: Path, samples: int, samples_per_shard: int = 2000) -> None:
-    """Write a dataset that consists of its manifest and index; the shards are sparse files of the right size."""
+    """Write a dataset that has a manifest and an index, but whose shards are sparse files without content."""
     from data_sharding.dataset.manifest import Manifest, Shard
     from data_sharding.processing.preprocess import PreprocessSpec
 
@@ -132,7 +133,7 @@ def webdataset(root: Path, batch: int, workers: int) -> Iterator[int]:
     )
     rows = shards.shuffle(256).decode(wds_decoder).to_tuple("__key__", "eeg.npy.zst", "json").batched(batch)
     for _, eeg, _ in wds.WebLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None):
-        # `wds_decoder` has padded the channels already; only the cast is left.
+        # `wds_decoder` has already padded the channels, so only the cast to float32 remains.
         yield len(torch.as_tensor(eeg).float())
 
 
@@ -155,14 +156,14 @@ def endless(make: Callable[..., Iterator[int]], *args: object) -> Iterator[int]:
 
 
 class Memory(threading.Thread):
-    """Thread that records the largest PSS of this process and its children, without the page cache of files."""
+    """A thread that records the largest PSS of this process and its children, without the page cache of files."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self.done = 0, threading.Event()
 
     def run(self) -> None:
-        """Measure four times a second."""
+        """Measure the memory four times a second."""
         import psutil
 
         me = psutil.Process()
@@ -179,18 +180,18 @@ class Memory(threading.Thread):
 
 
 def cpu_seconds() -> float:
-    """Return the CPU time that this process and its children have used."""
+    """Return the CPU time that this process and its children have used so far."""
     import psutil
 
     me = psutil.Process()
     own = me.cpu_times()
     each = [own, *(process.cpu_times() for process in me.children(recursive=True))]
-    # Children that have ended count as well: the workers of webdataset end after each epoch.
+    # Count ended children as well, because the workers of webdataset end after each epoch.
     return sum(times.user + times.system for times in each) + own.children_user + own.children_system
 
 
 def measure(way: str, root: Path, batch: int, samples: int) -> dict[str, float]:
-    """Measure samples a second and memory, after a warm-up with a tenth of the samples."""
+    """Measure the speed in samples/s and the memory, after a warm-up with a tenth of the samples."""
     name, _, workers = way.partition(", ")
     make = {"ours": ours, "webdataset": webdataset, "memory map": memory_map}[name]
     stream = endless(make, root, batch, int(workers.split()[0]) if workers else 0)
@@ -212,7 +213,7 @@ def measure(way: str, root: Path, batch: int, samples: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--samples", type=int, default=4000, help="number of samples of the dataset, and of each measurement"
+        "--samples", type=int, default=4000, help="number of samples in the dataset and in each measurement"
     )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
@@ -221,7 +222,7 @@ def main() -> None:
         "--index-samples",
         type=int,
         default=1_000_000,
-        help="number of samples of the dataset whose opening is measured",
+        help="number of samples of a second dataset; the benchmark measures how long its opening takes",
     )
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -262,7 +263,7 @@ def main() -> None:
         print(f"{way:22} {ways[way]['samples_per_s']:9.0f} samples/s ({low:.0f} to {high:.0f})", end="")
         print(f" {ways[way]['cpu_us_per_sample']:6.0f} us CPU {ways[way]['peak_bytes'] / 1e6:5.0f} MB")
     result["ways"] = ways
-    # On a shared machine, samples for each second of CPU time are more reliable than samples a second.
+    # On a shared machine, the ratio of samples to CPU time is more reliable than the ratio of samples to wall time.
     for name, rate in (
         ("samples_per_s", {way: values["samples_per_s"] for way, values in ways.items()}),
         ("samples_per_cpu_s", {way: 1e6 / values["cpu_us_per_sample"] for way, values in ways.items()}),

@@ -1,6 +1,7 @@
 """Write docs/performance.md from the results of the benchmarks: ``python benchmarks/performance_page.py``.
 
-A benchmark wrote each file of ``benchmarks/results`` with ``--out``. The page names the command of each benchmark.
+Each file in ``benchmarks/results`` was written by a benchmark with ``--out``. The page names the command of each
+benchmark.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ RESULTS = Path(__file__).with_name("results")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 HEAD = """# Performance
 
-`python benchmarks/performance_page.py` writes this page from `benchmarks/results/*.json`. The commands below wrote
-these files with `--out`. Both sides of every comparison ran on the same machine. No GPU has been measured yet.
+The command `python benchmarks/performance_page.py` writes this page from the files `benchmarks/results/*.json`. The
+benchmark commands below wrote these files with the option `--out`. In every comparison, all programs ran on the same
+machine. No GPU has been measured yet.
 
-Machine: two cores of an Intel Xeon with AMX, 24 GB, no GPU; {versions}. 2026-11-21.
+The measurements are of 2026-11-21. The machine had two cores of an Intel Xeon with AMX, 24 GB of memory, and no GPU.
+The versions of the packages were
+{versions}.
 """
 
 
@@ -33,14 +37,15 @@ def sharding(found: dict[str, Any]) -> str:
     ]
     return f"""## Sharding a recording
 
-`python benchmarks/sharding.py --seconds 3600`: {found["data"]}, windows of 2 s. Each program used one thread.
+The command is `python benchmarks/sharding.py --seconds 3600`. Each program used one thread. The size of the
+input and the sampling rate of the result are: {found["data"]}. The windows last 2 s.
 
-{table(["way", "CPU s", "wall s", "peak MB", "windows"], rows)}
+{table(["program", "CPU time (s)", "wall time (s)", "peak memory (MB)", "windows"], rows)}
 
-Dreamscale needs **{found["cpu_ratio"]:.1f} times less CPU time** (aim: 3). Its memory does not grow with the length of
-the recording (aim: below 1 GB). MNE's path loads the recording, applies a band-pass filter (FIR), resamples (FFT) and
-subtracts the average. Dreamscale also removes the mains frequency, checks units and channels, and hashes the file. For
-recordings of one minute, MNE's path is faster.
+MNE's path needs **{found["cpu_ratio"]:.1f} times as much CPU time** as Dreamscale (aim: 3).
+Dreamscale's memory does not grow with the length of the recording (aim: below 1 GB). MNE's path loads the recording,
+applies a band-pass filter (FIR), resamples the signal (FFT) and subtracts the average. Dreamscale also removes the mains frequency, checks units and
+channels, and hashes the file. For recordings of one minute, MNE's path is faster.
 """
 
 
@@ -58,12 +63,12 @@ def workers(found: dict[str, Any]) -> str:
     ]
     return f"""## The sharding job on one and two workers
 
-`python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`: {job["data"]}, on Ray and two
-CPU cores.
+The command is `python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`. The job has
+{job["data"]}. It ran on Ray with two CPU cores.
 
-{table(["workers", "whole job s", "recordings/s after the workers have started", "speed-up"], rows)}
+{table(["workers", "whole job (s)", "recordings/s after the workers have started", "speed-up"], rows)}
 
-The aim is a speed-up of 1.8.
+The aim is that two workers are 1.8 times as fast as one worker.
 """
 
 
@@ -77,15 +82,16 @@ def planning(found: dict[str, Any]) -> str:
         ]
         for r in found["results"]
     ]
-    names = [f"{name} s" for name in found["results"][0]["seconds"]]
+    names = [f"{name} (s)" for name in found["results"][0]["seconds"]]
     return f"""## Planning many recordings
 
-`python benchmarks/planning.py --sizes 1000 10000 100000`: the benchmark simulates EDF files, finds them, recognises
-them by their headers, plans the job, finds duplicates through signatures, and distributes the recordings over shards.
+The command is `python benchmarks/planning.py --sizes 1000 10000 100000`. The benchmark creates EDF files, finds these
+files, recognises their format by the headers, and plans the job. Then the benchmark finds duplicates through simulated
+signatures, and distributes the recordings over shards.
 
-{table(["recordings", *names, "total s", "peak GB"], rows)}
+{table(["recordings", *names, "total (s)", "peak memory (GB)"], rows)}
 
-The aims for 100,000 recordings are 60 s and 2 GB. The time grows with the number of recordings to the power
+The aim for 100,000 recordings is at most 60 s and 2 GB. The time grows with the number of recordings to the power
 {found["exponent"]:.2f}.
 """
 
@@ -104,15 +110,17 @@ def loading(found: dict[str, Any]) -> str:
     index = found["index"]
     return f"""## Loading
 
-`python benchmarks/loading.py --samples 1500 --repeats 3`: {found["data"]}. Every program
-makes float32 batches, padded to 128 channels.
+The command is `python benchmarks/loading.py --samples 1500 --repeats 3`. The data are
+{found["data"]}. Every program makes float32 batches, which are padded to 128 channels. "ours" is the loader of Dreamscale.
 
-{table(["way", "samples/s (lowest to highest)", "CPU µs a sample", "peak MB"], rows)}
+{table(["program", "samples/s (lowest to highest)", "CPU time of a sample (µs)", "peak memory (MB)"], rows)}
 
-The loader is **{over["webdataset, 0 workers"]:.1f} times** as fast as `wds.WebDataset` on the same shards without
-workers, and **{over["webdataset, 2 workers"]:.1f} times** as fast with two workers (aim: 3). It reaches
+Dreamscale's loader is compared with `wds.WebDataset` on the same shards. The loader is
+**{over["webdataset, 0 workers"]:.1f} times** as fast without workers, and
+**{over["webdataset, 2 workers"]:.1f} times** as fast with two workers (aim: 3). Without workers, the loader reaches
 **{over["memory map"]:.2f}** of the speed of a memory map of the decoded data (aim: 0.5). Opening a dataset of
-{index["samples"]:,} samples takes {index["open_s"]:.1f} s, and {index["bytes_per_sample"]:.0f} bytes a sample.
+{index["samples"]:,} samples takes {index["open_s"]:.1f} s. The open dataset needs
+{index["bytes_per_sample"]:.0f} bytes of memory for each sample.
 """
 
 
@@ -139,7 +147,7 @@ def pretraining(found: dict[str, Any]) -> str:
             ours[key] = r
         elif not mine and key in ours:
             ratios.append(f"{r['step_s'] / ours[key]['step_s']:.2f} times in {key[0]} at batch {key[1]}")
-    # Time of each kind of operation at the smallest batch size, for our code and for the released code.
+    # Collect the time of each kind of operation at the smallest batch size, for Dreamscale and for the released code.
     batch = min(number for precision, number in ours if precision == "bf16")
     profiles = {
         r["code"]: r["profile_s"]
@@ -155,22 +163,27 @@ def pretraining(found: dict[str, Any]) -> str:
     products, released = profiles["ours"]["matrix products"], sum(profiles["released"].values())
     return f"""## A pretraining step
 
-`python benchmarks/pretraining.py --presets ... --precisions ... --stages ... --compile 0,1 --batch N --steps 4
---profile --reference PATH` on the CPU. PATH is a checkout of the released code. That code was timed in a separate
-process, with `--presets ''`, because it is slower after other models ran in the same process. Utilisation is relative
-to the fastest matrix product that was measured in the same run, in TFLOP/s: {peak}.
+The command is `python benchmarks/pretraining.py --presets ... --precisions ... --stages ... --compile 0,1 --batch N
+--steps 4 --profile --reference PATH`, and it ran on the CPU. PATH is a checkout of the code that the authors of
+DreamDiffusion released. The released code was timed in a separate process, with `--presets ''`, because the released
+code is slower if other models ran before in the same process. Utilisation is relative to the fastest matrix product
+that was measured in the same run, in TFLOP/s: {peak}.
 
-{table(["model", "how", "precision", "batch", "s a step", "windows/s", "TFLOP/s", "utilised", "GiB"], rows)}
+{table(["model", "mode", "precision", "batch", "step (s)", "windows/s", "TFLOP/s", "utilisation", "GiB"], rows)}
 
-Windows/s of Dreamscale relative to the released code: {", ".join(ratios)}.
-The aim, twice as many windows/s, is not met. Milliseconds of one step at batch {batch} in bf16, under the profiler:
+The speed of Dreamscale in windows/s, relative to the released code, is
+{", ".join(ratios)}. The aim, twice as many windows/s, is not met.
+
+The next table shows the milliseconds that each kind of operation takes in one step under PyTorch's profiler, at batch
+{batch} in bf16:
 
 {table(["", "Dreamscale", "released code"], kinds)}
 
-To meet the aim, a whole step would have to take 50% of the time of the released code. Our matrix products alone take
-{products / released:.0%}. A third of them are products for the gradients of the weights. Their first matrix is
-transposed, and this machine computes such products at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s instead
-of {best["bf16"]["plain"]:.1f}.
+To meet the aim, a step of Dreamscale would have to take 50% of the time of a step of the released code. The matrix
+products of Dreamscale alone take {products / released:.0%} of the released code's time. A third of these
+products compute gradients of the weights. The first matrix of such a product is transposed. This machine computes
+products with a transposed first matrix at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s
+instead of {best["bf16"]["plain"]:.1f} TFLOP/s.
 """
 
 

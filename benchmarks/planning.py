@@ -1,11 +1,12 @@
-"""How the sharding job's planning grows with the number of recordings.
+"""Measure how the planning time of a sharding job grows with the number of recordings.
 
 ``python benchmarks/planning.py --sizes 1000 10000 100000 --out planning.json``
 
-Each size is measured in a process of its own: recordings found and their headers looked at, the plan with one look at
-every file, identities for taking work up again, duplicates sought through signatures, samples distributed over shards.
-The recordings are real EDF files of one second (hard links to a few, so that the disk is not what is measured);
-signatures and rows are simulated, with one duplicate in a hundred.
+Each number of recordings is measured in a separate process. The measured steps are: find the recordings, recognise
+their formats by the headers and make the plan; compute the identities, by which a restarted job recognises finished
+recordings; find duplicates through signatures; distribute the samples over shards. The recordings are EDF files of one
+second. Most of these files are hard links, so that the measurement depends little on the speed of the disk. Signatures
+and rows of the ledger are simulated, and one recording in a hundred is a duplicate.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from typing import Any
 import numpy as np
 
 BASES = 10
-"""Files that the others are links to; file systems limit the number of links to one."""
+"""Number of real files; all other files are hard links to them. A file system limits the number of links to a file."""
 SUBJECT = 20
-"""Recordings of a subject."""
+"""Number of recordings of each subject."""
 
 
 def make_corpus(root: Path, n: int) -> None:
@@ -36,9 +37,9 @@ def make_corpus(root: Path, n: int) -> None:
     Parameters
     ----------
     root : Path
-        Its folder.
+        Folder of the corpus.
     n : int
-        Recordings.
+        Number of recordings.
     """
     import mne
 
@@ -58,17 +59,17 @@ def make_corpus(root: Path, n: int) -> None:
 
 
 def measure(n: int) -> dict[str, Any]:
-    """Plan a job of many recordings.
+    """Measure the time and memory for planning a job of many recordings.
 
     Parameters
     ----------
     n : int
-        Recordings.
+        Number of recordings.
 
     Returns
     -------
     dict
-        Seconds of each step, their sum, and the process's peak memory in GB.
+        Seconds of each planning step, the sum of these seconds, and the process's peak memory in GB.
     """
     from data_sharding.audit.duplicates import RecordingFingerprint, find_duplicates, signature
     from data_sharding.job.pack_shards import plan_shards
@@ -95,7 +96,7 @@ def measure(n: int) -> dict[str, Any]:
         lap("identities")
     assert len(identities) == n
 
-    # One channel a fingerprint would be kinder than life; eight are.
+    # Each fingerprint has eight channels; with one channel, the search for duplicates would be unrealistically fast.
     def points(seed: int) -> np.ndarray:
         return np.random.default_rng(seed).normal(size=(8, 64)).astype(np.float32)
 
@@ -129,16 +130,16 @@ def main(argv: list[str] | None = None) -> int:
     Parameters
     ----------
     argv : list of str, optional
-        Arguments.
+        Arguments of the command line.
 
     Returns
     -------
     int
-        Exit code.
+        Exit code of the command.
     """
-    parser = argparse.ArgumentParser(description="Planning time and memory over the number of recordings.")
+    parser = argparse.ArgumentParser(description="Measure planning time and memory for several numbers of recordings.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes, times = (np.log([r[k] for r in results]) for k in ("recordings", "total_s"))
     exponent = float(np.polyfit(sizes, times, 1)[0]) if len(results) > 1 else None
     if exponent is not None:
-        print(f"time grows as the number of recordings to the power {exponent:.2f}")
+        print(f"the time grows with the number of recordings to the power {exponent:.2f}")
     if args.out:
         report = {
             "benchmark": "planning",

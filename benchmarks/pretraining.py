@@ -1,13 +1,13 @@
-"""Throughput, utilisation and memory of a pretraining step, for presets, precisions, compilation and ZeRO stages.
+"""Measure throughput, utilisation and memory of a pretraining step for several model sizes and settings.
 
 ``python benchmarks/pretraining.py [--presets tiny,released] [--precisions fp32,bf16] [--stages 1] [--compile 0,1]``
 ``[--batch 8] [--steps 5] [--reference PATH] [--profile] [--out FILE.json]``. Use torchrun for several processes.
 
-``--reference PATH`` also times the released model code, from a checkout of bbaaii/DreamDiffusion at PATH: the released
-shape, PyTorch's own AdamW, and autocast to each precision. The signals are noise that is made on the device;
-benchmarks/loading.py measures data loading. ``--profile`` runs one more step under PyTorch's profiler and prints the
-time of each kind of operation. If the peak of the device is not known, utilisation is relative to the fastest matrix
-product that this benchmark measures.
+``--reference PATH`` also times the model code that the authors of DreamDiffusion released. PATH is a checkout of
+bbaaii/DreamDiffusion. That model has the released size, and it runs with PyTorch's AdamW and autocast. The benchmark
+makes noise on the device as its signals; benchmarks/loading.py measures data loading. ``--profile`` runs one more step
+under PyTorch's profiler and prints the time of each kind of operation. If the peak speed of the device is not known,
+utilisation is relative to the fastest matrix product that this benchmark measures.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pretrain.training.deepspeed_engine import start_engine
 
 
 def time_step(step: Callable[[], object], steps: int, device: torch.device) -> tuple[float, float]:
-    """Return the median seconds of a step, after two warm-up steps, and the peak memory in GiB."""
+    """Return the median time of a step in seconds, after two warm-up steps, and the peak memory in GiB."""
     durations = []
     for number in range(steps + 2):
         if device.type == "cuda":
@@ -66,7 +66,7 @@ KINDS = {
     "sums and norms of gradients": ("aten::add_", "aten::mul_", "vector_norm", "AccumulateGrad", "_foreach_norm"),
     "softmax, LayerNorm, GELU": ("softmax", "layer_norm", "gelu"),
 }
-"""Kinds of operations in a step, each with parts of the operators' names."""
+"""Maps each kind of operation in a step to parts of the names of its PyTorch operators."""
 
 
 def profile_step(step: Callable[[], None]) -> dict[str, float]:
@@ -83,10 +83,10 @@ def profile_step(step: Callable[[], None]) -> dict[str, float]:
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Measure the best TFLOP/s of matrix products: with the shapes of the released architecture, and a large square.
+    """Measure the best TFLOP/s of matrix products, with shapes of the released model and with large square matrices.
 
-    Products whose first matrix is transposed are measured too: the backward pass uses them for the gradients of the
-    weights.
+    Products with a transposed first matrix are measured too, because the backward pass computes the gradients of the
+    weights with such products.
     """
     best = {"plain": 0.0, "first factor transposed": 0.0}
     for M, K, N in ((928, 1024, 4096), (3712, 1024, 4096), (4096, 4096, 4096)):
@@ -99,7 +99,7 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def resident_gib() -> float:
-    """Return the present memory of this process. Its peak could come from a model that ran before."""
+    """Return the memory that this process uses now; its peak memory could come from a model that ran before."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -115,7 +115,7 @@ def fake_batch(shape: MaskedAutoencoderConfig, batch: int) -> Any:
 def ours(
     deepspeed: Any, world: World, preset: str, precision: str, stage: int, compiled: bool, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Measure one variant of our step: forward, backward and optimiser, under DeepSpeed as in training."""
+    """Measure one variant of Dreamscale's training step: forward and backward pass and optimiser, under DeepSpeed."""
     shape = dataclasses.replace(
         PRESETS[preset], compute=ComputeConfig(compile=compiled, checkpointing=options.checkpointing)
     )
@@ -166,11 +166,11 @@ def ours(
 
 
 def load_reference(path: Path) -> Any:
-    """Import the class MAEforEEG from a checkout of the released code, without the packages for its training."""
+    """Import the class MAEforEEG from a checkout of the released code, without the packages needed only in training."""
     code = path / "code"
     file = code / "sc_mbm" / "mae_for_eeg.py"
     if not file.is_file():
-        raise SystemExit(f"{file}: no such file; --reference wants a checkout of bbaaii/DreamDiffusion")
+        raise SystemExit(f"{file}: no such file; --reference must be a checkout of bbaaii/DreamDiffusion")
     sys.path.insert(0, str(code))
     # The released code uses np.float, which newer versions of NumPy do not have.
     np.float = float  # type: ignore[attr-defined]
@@ -182,7 +182,7 @@ def load_reference(path: Path) -> Any:
 
 
 def _stand_in_for_timm() -> dict[str, types.ModuleType]:
-    """Make a module with timm's plain transformer block, as in the version that the released code requires (0.5.4)."""
+    """Make a stand-in for timm with its plain transformer block, as in timm 0.5.4, which the released code requires."""
     from torch import nn
 
     class Attention(nn.Module):
@@ -224,7 +224,7 @@ def _stand_in_for_timm() -> dict[str, types.ModuleType]:
 
 
 def reference(path: Path, precision: str, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the step of the released model: eager mode, autocast, PyTorch's AdamW."""
+    """Measure a training step of the released model, in eager mode with autocast and PyTorch's AdamW."""
     shape = PRESETS["released"]
     torch.manual_seed(0)
     model = load_reference(path)(
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--stages", default="1")
     parser.add_argument("--compile", default="0")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--batch", type=int, default=8, help="windows of one process in one step")
+    parser.add_argument("--batch", type=int, default=8, help="number of windows that one process uses in one step")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--peak-tflops", type=float)

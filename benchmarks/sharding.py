@@ -1,14 +1,15 @@
-"""Speed and memory of sharding: our worker compared with MNE's default path, and the job with one and two workers.
+"""Measure speed and memory of sharding, for one recording and for a whole job.
 
-``python benchmarks/sharding.py --seconds 3600 --out sharding.json`` writes an EDF file with 64 channels at 1 kHz, and
-keeps it in ``--cache``. Then it measures two programs, each in a process of its own and with one thread:
+``python benchmarks/sharding.py --seconds 3600 --out sharding.json`` writes an EDF file with 64 channels at 1 kHz to the
+folder ``--cache``. Then the benchmark measures two programs on this file. Each program runs in its own process and with
+one thread:
 
-- ours: `data_sharding.job.process_recording.process_recording`, from the file to the finished part;
-- MNE: load the file, FIR band-pass, FFT resampling, average reference, and `wds.TarWriter`. Our program also removes
-  the mains frequency, checks channels and units, and computes checksums.
+- ours: Dreamscale's `data_sharding.job.process_recording.process_recording` reads the file and writes its windows;
+- MNE: load the file, apply a FIR band-pass filter, resample by FFT, subtract the average, and write the windows with
+  `wds.TarWriter`. Dreamscale also removes the mains frequency, checks channels and units, and computes checksums.
 
-CPU seconds are the sum of user and system time, without imports. Memory is the largest resident set. ``--workers 1 2``
-also runs the whole job on many shorter recordings, with one and with two workers.
+CPU seconds are the sum of user and system time, without imports. Memory is the largest resident set size. With
+``--workers 1 2``, the benchmark also runs a whole sharding job on many shorter recordings, with one and two workers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LINE = 50.0
 
 
 def make_edf(path: Path, seconds: int, seed: int = 0) -> Path:
-    """Write an EDF file of noise with the spectrum, amplitude and correlations of EEG, drift and some mains noise."""
+    """Write an EDF file of noise with the spectrum, amplitude and correlations of EEG, plus drift and mains noise."""
     if path.is_file():
         return path
     import edfio
@@ -73,7 +74,7 @@ def make_edf(path: Path, seconds: int, seed: int = 0) -> Path:
 
 
 def ours(edf: Path, folder: Path) -> int:
-    """Shard a recording as a worker of the job does."""
+    """Shard a recording as a worker of the sharding job does."""
     from data_sharding.corpora import CorpusConfig, list_items
     from data_sharding.dataset.splits import SplitConfig
     from data_sharding.job.process_recording import process_recording
@@ -89,7 +90,7 @@ def ours(edf: Path, folder: Path) -> int:
 
 
 def mne_default(edf: Path, folder: Path) -> int:
-    """Shard a recording with the defaults of MNE."""
+    """Shard a recording with the default filters and resampling of MNE."""
     import mne
     import webdataset as wds
 
@@ -111,19 +112,19 @@ WAYS: dict[str, Callable[[Path, Path], int]] = {"ours": ours, "mne": mne_default
 
 
 def warm_up(edf: Path) -> Path:
-    """Return the path of the short recording that is processed first."""
+    """Return the path of the short recording that is processed first, before the measurement."""
     return edf.parent.parent / "warm-up" / edf.name
 
 
 def measure(way: str, edf: Path) -> dict[str, float]:
-    """Measure CPU time, wall time and memory of one program, in this process."""
+    """Measure the CPU time, wall time and memory of one program in this process."""
     import mne
 
     mne.set_log_level("ERROR")
-    # Process a short recording first, so that the time of imports is not counted.
+    # Process a short recording first, so that the measurement does not include the time of imports.
     with tempfile.TemporaryDirectory() as folder:
         WAYS[way](warm_up(edf), Path(folder))
-    with edf.open("rb") as stream:  # Read the file, so that it is in the page cache.
+    with edf.open("rb") as stream:  # Read the file once, to fill the page cache of the operating system.
         while stream.read(2**22):
             pass
     with tempfile.TemporaryDirectory() as folder:
@@ -140,10 +141,10 @@ def measure(way: str, edf: Path) -> dict[str, float]:
 
 
 def job(folder: Path, workers: int) -> dict[str, float]:
-    """Measure the wall time of the whole job, and its rate after the workers have started.
+    """Measure the wall time of the whole job, and the recordings/s after the workers have started.
 
-    Ray needs seconds to start, and so do the imports of each worker. This does not matter for a real corpus. So the
-    rate is measured from the moment when each worker has returned its first recordings.
+    Ray and the imports of each worker need several seconds, which do not matter for a large corpus. Therefore the
+    recordings/s are measured from the moment when each worker has returned its first recordings.
     """
     from data_sharding.job import run as module
 
@@ -167,7 +168,7 @@ def job(folder: Path, workers: int) -> dict[str, float]:
 
 
 def child(*arguments: str) -> dict[str, float]:
-    """Run this file again in a process of its own, with one thread."""
+    """Run this script again in a separate process with one thread."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MNE_USE_NUMBA": "false"}
     done = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
@@ -175,13 +176,19 @@ def child(*arguments: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=3600, help="length of the recording")
+    parser.add_argument("--seconds", type=int, default=3600, help="length of the recording in seconds")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="what to measure alone")
-    parser.add_argument("--workers", nargs="*", type=int, default=[], help="numbers of workers of the whole job")
-    parser.add_argument("--recordings", type=int, default=24, help="recordings of the whole job, of --seconds in all")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="programs to measure on one recording"
+    )
+    parser.add_argument(
+        "--workers", nargs="*", type=int, default=[], help="numbers of workers with which the whole job is measured"
+    )
+    parser.add_argument(
+        "--recordings", type=int, default=24, help="number of recordings of the whole job; together they last --seconds"
+    )
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "dreamscale-benchmarks")
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--make", nargs=3, help=argparse.SUPPRESS)
@@ -211,7 +218,7 @@ def main() -> None:
     result["ways"] = ways
     if {"ours", "mne"} <= set(ways):
         result["cpu_ratio"] = ways["mne"]["cpu_s"] / ways["ours"]["cpu_s"]
-        print(f"MNE's default path takes {result['cpu_ratio']:.2f} times our CPU")
+        print(f"MNE's default path needs {result['cpu_ratio']:.2f} times as much CPU time as Dreamscale")
     if args.workers:
         each = args.seconds // args.recordings
         folder = args.cache / f"job-{args.recordings}x{each}"
