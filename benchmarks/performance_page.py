@@ -44,8 +44,8 @@ input and the sampling rate of the result are: {found["data"]}. The windows last
 
 MNE's path needs **{found["cpu_ratio"]:.1f} times as much CPU time** as Dreamscale (aim: 3).
 Dreamscale's memory does not grow with the length of the recording (aim: below 1 GB). MNE's path loads the recording,
-applies a band-pass filter (FIR), resamples the signal (FFT) and subtracts the average. Dreamscale also removes the mains frequency, checks units and
-channels, and hashes the file. For recordings of one minute, MNE's path is faster.
+applies a band-pass filter (FIR), resamples the signal (FFT) and subtracts the average. Dreamscale also removes the
+mains frequency, checks units and channels, and hashes the file. For recordings of one minute, MNE's path is faster.
 """
 
 
@@ -111,7 +111,8 @@ def loading(found: dict[str, Any]) -> str:
     return f"""## Loading
 
 The command is `python benchmarks/loading.py --samples 1500 --repeats 3`. The data are
-{found["data"]}. Every program makes float32 batches, which are padded to 128 channels. "ours" is the loader of Dreamscale.
+{found["data"]}. Every program makes float32 batches, which are padded to 128 channels.
+"ours" is the loader of Dreamscale.
 
 {table(["program", "samples/s (lowest to highest)", "CPU time of a sample (µs)", "peak memory (MB)"], rows)}
 
