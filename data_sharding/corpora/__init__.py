@@ -1,7 +1,7 @@
-"""Corpora: find the recordings, the subject of each, and the trials in it.
+"""Lists the recordings of a corpus, with the subject and the trials of each recording.
 
-Each kind of corpus has an adapter in a file of its own. To add a kind, add a file with a class under `register`; all
-files of this folder are imported, so nothing else has to be changed.
+Each kind of corpus has an adapter class in a separate file. To add a kind of corpus, add a file with an adapter class
+that has the decorator `register`. All files of this folder are imported, so no other file must be changed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Makes a `Signal` from arrays: a continuous recording, or one segment for each epoch.
+"""Makes a `Signal` from arrays. The signal is one continuous recording, or has one segment for each epoch.
 
-Shapes: C channels, S samples, T samples an epoch, N epochs.
+Letters in array shapes: C is the number of channels, T the number of samples in a segment.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import numpy as np
 from data_sharding.formats.signal import Segment, SignalInfo
 
 NOMINAL_V = 1e-5
-"""A standardised signal has no unit. Its standard deviation of 1 is stored as this many volts: 10 microvolts, which is
-about the standard deviation of EEG."""
+"""Volts for the value 1 of a standardised signal, which has no unit: 10 microvolts, about the standard deviation of
+EEG."""
 STANDARDISED = "standardised: no physical unit; 1 is stored as 10 microvolts"
 
 
 class ArraySignal:
-    """A signal that consists of arrays, in memory or memory-mapped.
+    """A signal that consists of arrays. The arrays are in memory or memory-mapped.
 
     Parameters
     ----------
     part : callable
-        Function from the number of a segment to its array [C, T]; called only for segments that are read.
+        Function that gets the number of a segment and returns its array [C, T]. It is called when the segment is read.
     lengths : sequence of int
         Number of samples of each segment.
     sfreq : float
         Sampling rate in Hz.
     ch_names : sequence of str
-        Names of the C channels.
+        Names of the channels.
     **more : Any
-        Other fields of `SignalInfo`. By default all channels are EEG and have no position.
+        Other fields of `SignalInfo`. By default, all channels are EEG channels without a position.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ArraySignal:
         )
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
-        """Read samples of some channels; see `Signal.read`."""
+        """Read a range of samples of the given channels; see `Signal.read`."""
         blocks = []
         number = max(0, bisect.bisect_right(self._starts, start) - 1)
         while start < stop and number < len(self._starts):
@@ -77,7 +77,7 @@ class ArraySignal:
         return np.asarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
 
     def close(self) -> None:
-        """Release the arrays."""
+        """Release the arrays of the signal."""
         self._part = _closed
 
 

@@ -1,6 +1,7 @@
-"""Arrays of any origin, each with a JSON or YAML file beside it that describes it.
+"""Reads corpora of arrays. A JSON or YAML file next to each array, the *sidecar*, describes the array.
 
-Shapes: C channels, S samples of a recording, N epochs, T samples an epoch.
+Letters in array shapes: C is the number of channels, S the number of samples in a recording, N the number of epochs, T
+the number of samples in an epoch.
 """
 
 from __future__ import annotations
@@ -35,46 +36,46 @@ UNITS = {"V": 1.0, "mV": 1e-3, "uV": 1e-6, "µV": 1e-6, "μV": 1e-6, "nV": 1e-9,
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """Content of the file beside an array."""
+    """Content of the sidecar, the file that describes an array."""
 
     sfreq: float
     """Sampling rate in Hz."""
     ch_names: list[str]
-    """Names of the C channels."""
+    """Names of the channels, in the order of the array."""
     unit: str
-    """Unit: V, mV, uV, nV, or standardised for values without a unit."""
+    """Unit of the values: V, mV, uV, nV, or standardised if the values have no unit."""
     data: str = ""
-    """Name of the variable, for .npz and .mat files that hold several."""
+    """Name of the variable to use, if an .npz or .mat file contains several variables."""
     axes: str = ""
-    """Order of the dimensions: C channels, T time, N epochs. Empty: CT, or NCT for an array of three dimensions."""
+    """Order of the dimensions: C for channels, T for time, N for epochs. If empty: CT, or NCT for three dimensions."""
     ch_types: list[str] = field(default_factory=list)
-    """Channel types of MNE; empty: guessed from the names."""
+    """Type of each channel, by its name in MNE. If empty, the types are guessed from the channel names."""
     subject: str = ""
-    """The subject; empty: told from the path."""
+    """Name of the subject. If empty, the name is taken from the path."""
     session: str = ""
-    """The session, if there is one."""
+    """Name of the session; may be empty."""
     line_freq: float | None = None
     """Mains frequency in Hz."""
     reference: str = ""
-    """Reference of the recording."""
+    """Reference electrode or reference scheme of the recording, such as Cz or average."""
     bads: list[str] = field(default_factory=list)
-    """Channels known to be bad."""
+    """Names of the channels that are known to be bad."""
     events: Any = None
-    """For continuous recordings: name of an events table (.tsv) beside the array, or a list of its rows."""
+    """For continuous recordings: name of an events table (.tsv) in the folder of the array, or a list of table rows."""
     images: list[str] = field(default_factory=list)
-    """For epochs: N images, relative to the folder of the corpus's key 'images'."""
+    """For epochs: N paths of images, relative to the folder in the key 'images' of the corpus."""
     labels: Any = field(default_factory=list)
-    """For epochs: N categories, or the name of the variable of an .npz file that holds them."""
+    """For epochs: N categories, or the name of the variable in the .npz file that contains the categories."""
     captions: list[str] = field(default_factory=list)
     """For epochs: N descriptions of the images."""
     splits: list[str] = field(default_factory=list)
-    """For epochs: N splits, each train, val or test."""
+    """For epochs: N names of splits, each of them train, val or test."""
     blocks: list[str] = field(default_factory=list)
     """For epochs: N names of the blocks in which the images were shown."""
 
 
 class _Fault(ValueError):
-    """An array or its sidecar cannot be used; the arguments are those of `Reason`."""
+    """An array or its sidecar cannot be used. The arguments are the same as for `Reason`."""
 
     def __init__(self, category: str, detail: str = "", *, text: str = "") -> None:
         self.reason = Reason(category, detail, text=text)
@@ -83,12 +84,12 @@ class _Fault(ValueError):
 
 @register("arrays")
 class ArraysCorpus(Adapter):
-    """Arrays ``[C, S]`` or ``[N, C, T]`` in .npy, .npz and .mat files."""
+    """Corpus of arrays ``[C, S]`` or ``[N, C, T]`` in .npy, .npz and .mat files."""
 
     keys = KEYS | {"images", "trial_offset"}
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """List all arrays under the root; see `Adapter.items`."""
+        """List all arrays below the root folder; see `Adapter.items`."""
         root = check_folder(config.root, "corpora: root")
         images = check_folder(config.images, "corpora: images") if config.images else None
         folders, items = Folders(), []
@@ -136,7 +137,7 @@ class ArraysCorpus(Adapter):
         return make_item(config, root, relative, recording, trials=trials, options={**own, "epochs": count}, **more)
 
     def open(self, item: Item) -> Signal:
-        """Open an array, memory-mapped if the format allows it; see `Adapter.open`."""
+        """Open an array. Files in .npy format are memory-mapped; see `Adapter.open`."""
         from data_sharding.formats.open_signal import ReadError, unreadable
 
         path, own = Path(str(item.recording.path)), item.options
@@ -145,7 +146,7 @@ class ArraysCorpus(Adapter):
             x = _ordered(x, own["axes"], len(own["ch_names"]))
         except _Fault as error:
             raise ReadError(error.reason) from None
-        except Exception as error:  # SciPy, h5py and NumPy have different errors
+        except Exception as error:  # SciPy, h5py and NumPy raise different types of errors
             raise ReadError(unreadable(error)) from None
         if own["epochs"] is not None and (x.ndim != 3 or own["epochs"] != len(x)):
             count = len(x) if x.ndim == 3 else 0
@@ -170,7 +171,7 @@ class ArraysCorpus(Adapter):
 
 
 def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
-    """Read and check the file beside an array."""
+    """Read and check the sidecar of an array."""
     if not sidecars:
         raise _Fault("sidecar missing", f"{path.stem}.json (or .yaml) beside it must say sfreq, ch_names and unit")
     file = sidecars[0]
@@ -181,7 +182,7 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
             import yaml
 
             values = yaml.safe_load(read_text(file))
-    except Exception as error:  # JSON and YAML have different errors
+    except Exception as error:  # the JSON and YAML libraries raise different types of errors
         raise _Fault("sidecar broken", f"{file.name}: {one_line(error)[:200]}") from None
     if not isinstance(values, dict):
         raise _Fault("sidecar broken", f"{file.name}: must consist of keys with values")
@@ -222,7 +223,7 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
 def _trials(
     about: Sidecar, path: AnyPath, near: dict[str, AnyPath], images: AnyPath | None
 ) -> tuple[Trial, ...] | None:
-    """Return the trials that the sidecar describes; None if it describes none."""
+    """Return the trials that the sidecar describes; None if the sidecar describes no trials."""
     if about.events is not None:
         if isinstance(about.events, str):
             if about.events not in near:

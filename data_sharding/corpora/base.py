@@ -1,4 +1,4 @@
-"""What all kinds of corpora share: the config, the interface of an adapter, and the table of kinds."""
+"""Defines the config of a corpus, the base class of adapters, and the table of all kinds of corpora."""
 
 from __future__ import annotations
 
@@ -17,46 +17,47 @@ from data_sharding.formats.open_signal import open_signal
 from data_sharding.formats.signal import Signal
 
 ADAPTERS: dict[str, Adapter] = {}
-"""One adapter for each kind of corpus, by the name of the kind."""
+"""Name of a kind of corpus to the adapter of this kind."""
 COMMON_KEYS = ("kind", "root", "name", "line_freq", "options")
-"""Keys that every kind of corpus has."""
+"""Config keys that are valid for every kind of corpus."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """A collection of recordings."""
+    """A corpus: a collection of recordings."""
 
     kind: str = "folder"
-    """folder: continuous recordings, cut into windows. events: recordings with a table of the images shown beside
-    each; every trial becomes a sample. bids: a BIDS dataset with its sidecars. eeg_imagenet, things_eeg2: these two
-    published datasets as they are released. arrays: .npy, .npz or .mat files, each described by a JSON or YAML
-    file."""
+    """Kind of the corpus. folder: continuous recordings, which are cut into windows. events: recordings, each with a
+    table of the images that were shown; every trial becomes a sample. bids: a BIDS dataset with its sidecar files.
+    eeg_imagenet: the released files of EEG-ImageNet. things_eeg2: the released files of THINGS-EEG2. arrays: .npy,
+    .npz or .mat files, each described by a JSON or YAML file."""
     root: str
-    """Folder with the recordings. ${NAME} is replaced by the environment variable NAME."""
+    """Folder that contains the recordings. ${NAME} is replaced by the value of the environment variable NAME."""
     name: str = ""
-    """Name of the corpus in the ledger. Empty: the first folder below root in which the recording is, or the name of
-    root."""
+    """Name of the corpus in the ledger. If empty, the first folder below root in the path of the recording is used, or
+    the name of root if the recording lies directly in root."""
     images: str = ""
-    """Folder of the images, for corpora of EEG and images; the names of images are relative to it."""
+    """Folder of the images, for corpora of EEG and images. Paths of images are relative to this folder."""
     trial_offset: float = 0.0
-    """Seconds from an image's onset to the start of its window."""
+    """Seconds from the onset of an image to the start of the EEG window of this trial."""
     exclude: list[str] = field(default_factory=list)
     """Glob patterns of files to ignore, relative to root."""
     unit_factors: dict[str, float] = field(default_factory=dict)
-    """For recordings that were set aside as 'unit unknown': a glob pattern relative to root, and the factor that the
-    values (read as volts) must be multiplied by to become true volts."""
+    """Glob pattern, relative to root, to a factor. The values of matching recordings, read as volts, are multiplied by
+    this factor to get true volts. Use this key for recordings that were set aside as 'unit unknown'."""
     line_freq: float | None = None
-    """Mains frequency in Hz. Empty: taken from the file, or else from the spectrum."""
+    """Mains frequency in Hz. If empty, it is read from the file of the recording, or found in the spectrum."""
     subject_pattern: str = ""
-    """Regular expression that is searched in the path below root, with the named group 'subject' and optionally
-    'session'. Empty: the BIDS parts sub-X and ses-X; without them, every recording is a subject of its own."""
+    """Regular expression that finds the subject in the path below root. It must have the named group 'subject', and may
+    have the named group 'session'. If empty, sub-X and ses-X in the path are used. If a path names no subject, the
+    recording counts as a separate subject."""
     intracranial: bool = False
-    """Also use recordings whose path contains ECoG, iEEG or SEEG. By default they are excluded."""
+    """Also use recordings with ECoG, iEEG or SEEG in the path. By default, such recordings are excluded."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options that only this kind of corpus has; docs/corpora.md lists them."""
+    """Options that are valid only for this kind of corpus. The file docs/corpora.md lists all options."""
 
     def __post_init__(self) -> None:
-        # Messages do not name the corpus: whoever reads the config knows its place in the list and adds it.
+        # These messages do not name the corpus: the caller knows its position in the list and adds it to the message.
         adapter = ADAPTERS.get(self.kind)
         if adapter is None:
             near = difflib.get_close_matches(self.kind, ADAPTERS, n=1)
@@ -87,20 +88,20 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
-    """Options of a kind of corpus that has none."""
+    """Options of a kind of corpus that has no options."""
 
 
 class Adapter:
-    """A kind of corpus: lists the recordings and opens them."""
+    """Base class for each kind of corpus. An adapter lists the recordings of a corpus and opens them."""
 
     kind: ClassVar[str] = ""
-    """Name of the kind; set by `register`."""
+    """Name of the kind. The decorator `register` sets this name."""
     keys: ClassVar[frozenset[str]] = frozenset()
-    """Keys of `CorpusConfig` that this kind uses, in addition to `COMMON_KEYS`."""
+    """Keys of `CorpusConfig` that are valid for this kind, in addition to `COMMON_KEYS`."""
     needs_images: ClassVar[bool] = False
-    """Whether the key 'images' is required."""
+    """Whether this kind of corpus requires the key 'images'."""
     options: ClassVar[type] = NoOptions
-    """Dataclass of the options that only this kind has."""
+    """Dataclass of the options that are valid only for this kind."""
 
     def items(self, config: CorpusConfig) -> list[Item]:
         """List all recordings of a corpus.
@@ -108,17 +109,17 @@ class Adapter:
         Parameters
         ----------
         config : CorpusConfig
-            The corpus.
+            Config of the corpus.
 
         Returns
         -------
         list of Item
-            Sorted by path. Recordings that cannot be used are among them, with the reason.
+            Recordings, sorted by path. The list includes recordings that cannot be used, with the reason.
 
         Raises
         ------
         RequestError
-            If something is missing that the user can repair.
+            If a folder or a file of the corpus is missing or wrong, and the user can correct it.
         """
         raise NotImplementedError
 
@@ -128,35 +129,35 @@ class Adapter:
         Parameters
         ----------
         item : Item
-            One of `items`, with `recording` on a local disk.
+            One of the recordings that `items` returned. The files in `recording` must be on a local disk.
 
         Returns
         -------
         Signal
-            The recording.
+            Signal of the recording.
 
         Raises
         ------
         ReadError
-            If the recording cannot be read, with the reason for the ledger.
+            If the recording cannot be read. The error contains the reason for the ledger.
         """
         return patch_signal(open_signal(item.recording), item.info_patch)
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """Say in which order categories were shown.
+        """Describe in which order the experiment showed the categories.
 
         Parameters
         ----------
         config : CorpusConfig
-            The corpus.
+            Config of the corpus.
         measured : tuple of (str, str)
-            The result of `data_sharding.corpora.design.measure_order` for its trials: the design (block, random or
-            unknown), and the evidence in a sentence.
+            Result of `data_sharding.corpora.design.measure_order` for the trials of the corpus: the design (block,
+            random or unknown), and a sentence with the evidence.
 
         Returns
         -------
         tuple of (str, str)
-            The design and the evidence, with what is known of this kind of corpus beside its trials.
+            The design and the evidence. An adapter can replace `measured` if the design of its corpus is published.
         """
         return measured
 
@@ -166,17 +167,17 @@ class Adapter:
         Parameters
         ----------
         config : CorpusConfig
-            The corpus.
+            Config of the corpus.
 
         Returns
         -------
         object
-            An instance of `options`.
+            An instance of the dataclass in `options`.
 
         Raises
         ------
         ValueError
-            If an option is unknown or has a wrong value; the message names it.
+            If an option is unknown or has a wrong value. The message names the option.
         """
         known = [entry.name for entry in dataclasses.fields(self.options)]
         for name in config.options:
@@ -195,7 +196,7 @@ class Adapter:
         parser.add_class_arguments(self.options, nested_key=None)
         try:
             return self.options(**vars(parser.parse_object(dict(config.options))))
-        except Exception as error:  # errors of jsonargparse, and the ValueError of the options themselves
+        except Exception as error:  # jsonargparse raises its own errors, and the dataclass raises ValueError
             raise ValueError(f"options: {one_line(error)}") from None
 
 
@@ -203,17 +204,17 @@ AdapterType = TypeVar("AdapterType", bound=Adapter)
 
 
 def register(kind: str) -> Callable[[type[AdapterType]], type[AdapterType]]:
-    """Register a kind of corpus.
+    """Make a decorator that registers the adapter of a kind of corpus.
 
     Parameters
     ----------
     kind : str
-        Its name, the value of the key 'kind'.
+        Name of the kind, as in the key 'kind' of the config.
 
     Returns
     -------
     callable
-        Decorator for an `Adapter`.
+        Decorator for a subclass of `Adapter`.
     """
 
     def enter(cls: type[AdapterType]) -> type[AdapterType]:
@@ -230,18 +231,18 @@ def list_items(config: CorpusConfig) -> list[Item]:
     Parameters
     ----------
     config : CorpusConfig
-        The corpus.
+        Config of the corpus.
 
     Returns
     -------
     list of Item
-        Sorted by path. Recordings that cannot be used are among them, with the reason.
+        Recordings, sorted by path. The list includes recordings that cannot be used, with the reason.
 
     Raises
     ------
     RequestError
-        If a folder is missing or holds no recording; for corpora with images also if there is no trial, or if an
-        image is missing.
+        If a folder is missing or contains no recording. For corpora with images, also if no recording has a trial, or
+        if an image is missing.
     """
     return [dataclasses.replace(item, kind=config.kind) for item in ADAPTERS[config.kind].items(config)]
 
@@ -252,22 +253,23 @@ def open_item(item: Item) -> Signal:
     Parameters
     ----------
     item : Item
-        One of `list_items`; if its corpus is on an object store, with `recording` replaced by local copies.
+        One of the recordings that `list_items` returned. If the corpus is on an object store, `recording` must name
+        local copies of the files.
 
     Returns
     -------
     Signal
-        The recording, with everything that its corpus says about it.
+        Signal of the recording, with all information that the corpus has about the recording.
 
     Raises
     ------
     NotContinuous
-        If the files are sound but hold no continuous signal.
+        If the files can be read, but contain no continuous signal.
     ReadError
-        If the recording cannot be read. Both errors carry the reason for the ledger.
+        If the recording cannot be read. Both types of errors contain the reason for the ledger.
 
     Notes
     -----
-    Some readers crash the whole process on a damaged file, so call this in a process that may die.
+    Some readers crash the whole process if a file is damaged. So call this function in a child process.
     """
     return ADAPTERS[item.kind].open(item)

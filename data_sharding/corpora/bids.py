@@ -1,7 +1,7 @@
-"""BIDS datasets, with what their sidecar files say about channels, positions, mains, reference and events.
+"""Reads BIDS datasets. Their sidecar files describe channels, positions, mains frequency, reference and events.
 
-The sidecars are read here and not with mne-bids, because a root may be on an object store, and because a broken sidecar
-must affect only its own recording. The tests write their datasets with mne-bids.
+This module does not use mne-bids to read the sidecars, for two reasons. A dataset may be on an object store, and a
+broken sidecar must affect only its own recordings. The tests write their datasets with mne-bids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from data_sharding.corpora.paths import Folders, check_folder, check_images, rea
 from data_sharding.formats.edf import VOLTS
 
 NOT_RAW = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
-"""Folders at the top of a dataset that do not hold raw recordings."""
+"""Top-level folders of a BIDS dataset that do not contain raw recordings."""
 TYPES = {
     "EEG": "eeg",
     "EOG": "eog",
@@ -46,39 +46,39 @@ TYPES = {
     "ECOG": "ecog",
     "DBS": "dbs",
 }
-"""Channel types of channels.tsv and their names in MNE; all other types become misc."""
+"""Channel type in channels.tsv to channel type in MNE. All other types in channels.tsv become misc in MNE."""
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 SYSTEMS = {"captrak": (0, 1, 2), "eeglab": (1, 0, 2)}
-"""Coordinate systems of the head, and the axes in them that are x, y and z of MNE's head frame."""
+"""Coordinate system to three axis numbers: its axes that correspond to x, y and z in the head frame of MNE."""
 FARTHEST_M = 0.2
-"""Electrodes farther than this from the middle of the head (m) are an error."""
+"""Largest plausible distance in metres between an electrode and the middle of the head."""
 NAME = re.compile(r"(?P<entities>sub-[^_]+(?:_[A-Za-z]+-[^_]+)*)_(?P<suffix>[A-Za-z]+)(?P<extension>\..+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BIDSOptions:
-    """What to use of a BIDS dataset."""
+    """Options for a BIDS dataset: which participants and which column of labels to use."""
 
     participants: dict[str, list[str]] = field(default_factory=dict)
-    """Columns of participants.tsv, each with the values to use, e.g. {group: [control]}. All other participants are
-    excluded."""
+    """Participants to use: column of participants.tsv to a list of values, e.g. {group: [control]}. Participants with
+    other values are excluded."""
     label_column: str = "label_name"
-    """Column of events.tsv that holds the category. If it is missing, the folder of the image is the category."""
+    """Column of events.tsv with the category of a trial. If the column is missing, the image's folder is used."""
 
 
 class _Broken(ValueError):
-    """A sidecar cannot be read."""
+    """A sidecar file cannot be read."""
 
 
 @register("bids")
 class BIDSCorpus(Adapter):
-    """Recordings of a BIDS dataset; with the key 'images' they are paired with the images shown."""
+    """Corpus of recordings in a BIDS dataset. If the key 'images' is set, each trial is paired with its image."""
 
     keys = KEYS - {"subject_pattern"} | {"images", "trial_offset"}
     options = BIDSOptions
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """List all raw recordings; see `Adapter.items`."""
+        """List all raw recordings of the dataset; see `Adapter.items`."""
         options: BIDSOptions = self.read_options(config)
         root = check_folder(config.root, "corpora: root")
         images = check_folder(config.images, "corpora: images") if config.images else None
@@ -121,7 +121,7 @@ class BIDSCorpus(Adapter):
 
 
 def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_column: str) -> Item:
-    """Add the content of the sidecars to a recording; if a sidecar is broken, add the reason instead."""
+    """Add the content of its sidecars to a recording. If a sidecar is broken, add an error for the ledger instead."""
     recording = item.recording
     try:
         patch = _patch(sidecars, recording.path)
@@ -138,10 +138,11 @@ def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_co
 
 
 class _Sidecars:
-    """Finds the sidecars of a recording, by the inheritance principle of BIDS.
+    """Finds the sidecars of a recording. Follows the inheritance principle of BIDS.
 
-    A sidecar applies to all recordings below its folder whose names contain all its entities (such as ``task-rest``).
-    Values of a nearer sidecar override those of one farther up.
+    A sidecar applies to a recording if the recording lies below the sidecar's folder, and if its name contains all
+    entities (such as ``task-rest``) of the sidecar's name. If two sidecars set the same value, the sidecar that is
+    nearer to the recording wins.
     """
 
     def __init__(self, root: AnyPath, folders: Folders) -> None:
@@ -161,7 +162,7 @@ class _Sidecars:
         return self._inherited[key]
 
     def all(self, recording: AnyPath, suffix: str, extension: str) -> list[AnyPath]:
-        """Return all sidecars of a recording, the most general first."""
+        """Return all sidecars of a recording. The most general sidecar comes first, the nearest comes last."""
         match = NAME.fullmatch(recording.name)
         entities = set(match["entities"].split("_")) if match else set()
         out, folder = [], recording.parent
@@ -178,12 +179,12 @@ class _Sidecars:
             folder = folder.parent
 
     def nearest(self, recording: AnyPath, suffix: str, extension: str) -> AnyPath | None:
-        """Return the nearest sidecar, for files of which only one applies; None if there is none."""
+        """Return the sidecar that is nearest to the recording; None if the recording has no such sidecar."""
         found = self.all(recording, suffix, extension)
         return found[-1] if found else None
 
     def json(self, path: AnyPath) -> dict[str, Any]:
-        """Read a JSON file that holds keys and values."""
+        """Read a JSON file that contains an object (keys with values)."""
         key = str(path)
         if key not in self._parsed:
             try:
@@ -196,7 +197,7 @@ class _Sidecars:
         return self._parsed[key]
 
     def tsv(self, path: AnyPath, *columns: str) -> list[dict[str, str]]:
-        """Read the rows of a table, and check that it has some columns."""
+        """Read the rows of a table, and check that the table has the given columns."""
         key = str(path)
         if key not in self._parsed:
             self._parsed[key] = _rows(path)
@@ -218,7 +219,7 @@ def _rows(path: AnyPath) -> list[dict[str, str]]:
 
 
 def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
-    """Collect what the sidecars say about a recording; see `patch_signal`."""
+    """Collect the information about a recording from its sidecars, as a patch for `patch_signal`."""
     patch: dict[str, Any] = {}
     notes: list[str] = []
     about: dict[str, Any] = {}
@@ -259,7 +260,7 @@ def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
 
 
 def _positions(sidecars: _Sidecars, recording: AnyPath) -> tuple[dict[str, list[float]], str]:
-    """Return electrode positions in metres in the head frame, and the reason if they cannot be used."""
+    """Return electrode positions in metres in the head frame. If they cannot be used, also return the reason."""
     table = sidecars.nearest(recording, "electrodes", ".tsv")
     if table is None:
         return {}, ""
@@ -289,7 +290,7 @@ def _positions(sidecars: _Sidecars, recording: AnyPath) -> tuple[dict[str, list[
 
 
 def _participants(root: AnyPath, folders: Folders, options: BIDSOptions) -> dict[str, Mapping[str, str]]:
-    """Return the rows of participants.tsv by subject; nothing if the option 'participants' is not set."""
+    """Return the row of each subject in participants.tsv; empty if the option 'participants' is not set."""
     if not options.participants:
         return {}
     path = folders(root).get("participants.tsv")

@@ -1,7 +1,7 @@
-"""Finds out from the order of the trials whether categories were shown in blocks.
+"""Detects block designs: finds out from the order of the trials whether categories were shown in blocks.
 
-In a block design all trials of one category follow one another, so that the time of recording alone tells the category
-and a classifier can be right without using the brain's response.
+In a block design, all trials of one category follow one another. So the time of a trial reveals its category, and a
+classifier can be correct without using the response of the brain.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from data_sharding.corpora.base import ADAPTERS, CorpusConfig
 from data_sharding.corpora.item import Item
 
 FEWEST_TRIALS = 20
-"""With fewer trials nothing can be said about their order."""
+"""Smallest number of trials for a decision about their order."""
 SURE_SIGMA = 5.0
-"""Repeats of a category that are this many standard deviations above chance are not random."""
+"""If the number of repeats is more than this many standard deviations above chance, the order is not random."""
 CHANCE_SIGMA = 3.0
-"""Repeats that are fewer standard deviations above chance may be random."""
+"""If the number of repeats is less than this many standard deviations above chance, the order counts as random."""
 LONGER = 2.0
-"""Runs of one category are blocks if they are on average this many times longer than by chance."""
+"""In a block design, runs of one category are on average more than this many times as long as in a random order."""
 
 
 def measure_order(items: Sequence[Item]) -> tuple[str, str]:
-    r"""Tell a block design from a random order.
+    r"""Decide whether the trials were shown in blocks or in random order.
 
     Parameters
     ----------
@@ -38,13 +38,14 @@ def measure_order(items: Sequence[Item]) -> tuple[str, str]:
     design : str
         block, random or unknown.
     evidence : str
-        A sentence with the numbers.
+        A sentence with the numbers behind the decision.
 
     Notes
     -----
     A repeat is a trial with the same category as the trial before it. If :math:`n_k` of :math:`n` trials have
-    category k, a random order has :math:`\sum n_k (n_k - 1) / n` repeats on average; the variance is computed as if
-    the draws were independent. The mean length of a run is :math:`n / (n - repeats)`.
+    category k, a random order has :math:`\sum n_k (n_k - 1) / n` repeats on average. The formula of the variance
+    assumes independent draws. A run is a sequence of trials with the same category. The mean length of a run is
+    :math:`n / (n - repeats)`.
     """
     repeats, expected, variance, trials, recordings = 0, 0.0, 0.0, 0, 0
     labels: set[str] = set()
@@ -82,19 +83,19 @@ def measure_order(items: Sequence[Item]) -> tuple[str, str]:
 
 
 def describe_design(config: CorpusConfig, items: Sequence[Item]) -> dict[str, str]:
-    """Describe in which order a corpus shows its categories.
+    """Describe the order in which the categories of a corpus were shown.
 
     Parameters
     ----------
     config : CorpusConfig
-        The corpus.
+        Config of the corpus.
     items : sequence of Item
-        The recordings that `list_items` returned for it.
+        The recordings that `list_items` returned for this corpus.
 
     Returns
     -------
     dict
-        The keys name, kind, design (block, random or unknown), and evidence (a sentence).
+        Dictionary with the keys name, kind, design (block, random or unknown), and evidence (a sentence).
 
     References
     ----------

@@ -1,6 +1,6 @@
-"""EEG-ImageNet as it is released: six subjects, 40 categories of ImageNet shown in blocks, 128 channels.
+"""Reads the released files of EEG-ImageNet. Six subjects saw images of 40 ImageNet categories, in blocks.
 
-Shapes: C = 128 channels, L samples of a trial (about 500), T = 440 of them used.
+A recording has 128 channels. A trial has about 500 samples, and 440 of these samples are used.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from data_sharding.formats.sniffing import Recording
 SFREQ = 1000.0
 N_CHANNELS = 128
 LENGTHS = (450, 600)
-"""Smallest and largest number of samples of a trial. Other trials are left out, as in the published work."""
+"""Smallest and largest number of samples in a trial. Trials of other lengths are left out, as in the published work."""
 USED = slice(20, 460)
-"""Samples to use. The first 20 ms are left out, because they still reflect the image before."""
+"""Samples of a trial to use. The first 20 ms are left out, because they still show the response to the image before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EEGImageNetOptions:
-    """Which released files to use."""
+    """Options for EEG-ImageNet: which released files to use."""
 
     file: str = "eeg_5_95_std.pth"
-    """File with the recordings, below root: eeg_5_95_std.pth, eeg_14_70_std.pth or eeg_55_95_std.pth. The numbers are
-    the frequency band in Hz."""
+    """File in root with the recordings: eeg_5_95_std.pth, eeg_14_70_std.pth or eeg_55_95_std.pth. The numbers in the
+    name are the frequency band in Hz."""
     splits: str = "block_splits_by_image_all.pth"
-    """File with the released split by image, below root: block_splits_by_image_all.pth, or
-    block_splits_by_image_single.pth for subject 4. Empty: images are split by hash."""
+    """File in root with the released split by image: block_splits_by_image_all.pth, or
+    block_splits_by_image_single.pth for subject 4. If empty, a hash of the image name decides the split."""
     fold: int = 0
-    """Number of the split in that file."""
+    """Number of the split to use, because the file of splits contains several."""
     unit: Literal["standardised", "uV"] = "standardised"
     """Unit of the values. The released *_std files are standardised and have no unit."""
 
 
 @register("eeg_imagenet")
 class EEGImageNetCorpus(Adapter):
-    """One recording for each subject, with one segment for each trial.
+    """Corpus of EEG-ImageNet: one recording for each subject, with one segment for each trial.
 
     References
     ----------
@@ -64,7 +64,7 @@ class EEGImageNetCorpus(Adapter):
     options = EEGImageNetOptions
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """List one item for each subject; see `Adapter.items`."""
+        """List one recording for each subject; see `Adapter.items`."""
         options: EEGImageNetOptions = self.read_options(config)
         root, images = check_local_folder(config), check_folder(config.images, "corpora: images")
         path = root / options.file
@@ -149,7 +149,7 @@ class EEGImageNetCorpus(Adapter):
         )
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """The experiment showed categories in blocks, in whatever order the file lists them; see `Adapter.design`."""
+        """Return the published design: categories were shown in blocks. The file may change the order of trials."""
         return "block", f"each category was shown as one block (Li et al., TPAMI 2021); in this file {measured[1]}"
 
 
@@ -167,7 +167,7 @@ def _load(path: Path) -> Any:
 
 
 def _tables(path: Path, content: Any) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Check the released file; return its trials, categories and names of images."""
+    """Check the released file. Return its trials, its categories and its image names."""
     wanted = {"dataset", "labels", "images"}
     if not isinstance(content, dict) or not wanted <= set(content):
         raise RequestError(f"{path}: not EEG-ImageNet as released; it needs the entries {', '.join(sorted(wanted))}")
@@ -199,7 +199,7 @@ def _fault(entry: dict[str, Any], not_split: bool) -> str | None:
 
 
 def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
-    """Read the split of each trial, by the number of the trial."""
+    """Read the split file. Return a dictionary from the number of a trial to its split."""
     content = _load(path)
     folds = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(folds, list | tuple) or not folds:
@@ -227,7 +227,7 @@ def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
 
 
 def _check_crossings(path: Path, subjects: dict[int, list[Trial]]) -> None:
-    """Refuse a split file that puts one image into two splits."""
+    """Raise an error if the split file puts one image into two splits."""
     found: dict[str, str] = {}
     for trials in subjects.values():
         for trial in trials:

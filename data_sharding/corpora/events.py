@@ -1,4 +1,4 @@
-"""Recordings with a table beside each that lists the images shown."""
+"""Reads corpora in which each recording has a table of the images that were shown."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from data_sharding.corpora.paths import Folders, check_folder, check_images, rea
 from data_sharding.dataset.splits import SPLITS
 
 IMAGE_COLUMNS = ("image", "stim_file")
-"""Columns that name an image: the name of this project, and that of BIDS."""
+"""Names of the column with the image: ``image`` in this project, ``stim_file`` in BIDS."""
 NOTHING = ("", "n/a")
-"""What BIDS writes into a cell without a value."""
+"""Texts in a table cell that mean "no value" in BIDS."""
 
 
 def find_events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
-    """Find the table of the images shown during a recording.
+    """Find the table of the images that were shown during a recording.
 
     Parameters
     ----------
     recording : Path or UPath
         The recording.
     folders : Folders
-        Lists the folder of the recording.
+        Object that lists folders, with a cache.
 
     Returns
     -------
     Path, UPath or None
-        ``<stem>_events.tsv`` beside the recording. The stem is tried with and without its suffix ``_eeg`` or ``_raw``.
+        Path of ``<stem>_events.tsv`` in the folder of the recording; None if there is no such file. The stem is the
+        name of the recording, with or without its ending ``_eeg`` or ``_raw``.
     """
     stem = re.sub(r"\.fif$", "", recording.stem)
     near = folders(recording.parent)
@@ -60,17 +61,17 @@ def read_trials(table: AnyPath, images: AnyPath, *, label_column: str = "label_n
     images : Path or UPath
         Folder of the images.
     label_column : str
-        Column that holds the category.
+        Name of the column with the category.
 
     Returns
     -------
     tuple of Trial
-        In the order of the table. Rows without an image are other events and are skipped.
+        Trials in the order of the table. Rows without an image are other events, so they are skipped.
 
     Raises
     ------
     RequestError
-        If the table cannot be read; the message names the line.
+        If the table cannot be read, or contains a wrong value.
     """
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(table), newline=""), delimiter="\t"))
@@ -94,30 +95,30 @@ def make_trials(
     first_line: int,
     label_column: str = "label_name",
 ) -> tuple[Trial, ...]:
-    """Make trials from rows that say what was shown and when.
+    """Make trials from table rows with the onset and the image of each trial.
 
     Parameters
     ----------
     rows : sequence of mapping
-        Rows with the columns of `read_trials`.
+        Table rows with the same columns as in `read_trials`.
     images : Path, UPath or None
-        Folder of the images. If None, every row with a label is a trial.
+        Folder of the images. If None, the corpus has no images, and every row with a label is a trial.
     where : str
         Name of the table, for error messages.
     first_line : int
         Line number of the first row, for error messages.
     label_column : str
-        Column that holds the category.
+        Name of the column with the category.
 
     Returns
     -------
     tuple of Trial
-        In the order of the rows.
+        Trials in the order of the rows.
 
     Raises
     ------
     RequestError
-        If a value of a row is wrong; the message names the line.
+        If a row contains a wrong value. The message names the line of the row.
     """
     trials = []
     for number, row in enumerate(rows, start=first_line):
@@ -128,7 +129,7 @@ def make_trials(
 
         image = next((given(name) for name in IMAGE_COLUMNS if given(name)), "") if images is not None else ""
         if not image and (images is not None or not given(label_column)):
-            continue  # tables also hold responses and other events
+            continue  # the row is a response or another event, not a trial
         try:
             onset = float(given("onset"))
         except ValueError:
@@ -156,13 +157,13 @@ def make_trials(
 
 @register("events")
 class EventsCorpus(Adapter):
-    """EEG recorded while images were shown; every trial becomes a sample."""
+    """Corpus of EEG that was recorded while images were shown. Every trial becomes a sample."""
 
     keys = KEYS | {"images", "trial_offset"}
     needs_images = True
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """List all recordings under the root, with their tables; see `Adapter.items`."""
+        """List all recordings below the root folder, with the trials in their tables; see `Adapter.items`."""
         images = check_folder(config.images, "corpora: images")
         root, found = find(config)
         folders, items, tables = Folders(), [], 0

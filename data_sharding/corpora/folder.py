@@ -1,4 +1,4 @@
-"""Folders of recordings in the file formats of EEG makers, in any layout."""
+"""Reads a folder of recordings in any layout, in the file formats of EEG manufacturers."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from data_sharding.formats.sniffing import Recording, find_recordings
 
 INTRACRANIAL = re.compile(r"(?:^|[_\W])(ecog|ieeg|seeg)(?:$|[_\W])", re.IGNORECASE)
 KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "intracranial"})
-"""Keys of all corpora that consist of such files."""
+"""Config keys that are valid for all corpora of recordings in such file formats."""
 
 
 def is_excluded(config: CorpusConfig, relative: str) -> bool:
-    """Whether a path is to be ignored.
+    """Whether the config excludes a path.
 
     Parameters
     ----------
     config : CorpusConfig
-        The corpus.
+        Config of the corpus.
     relative : str
-        Path below its root.
+        Path relative to the root of the corpus.
 
     Returns
     -------
     bool
-        True if it matches a pattern of 'exclude'.
+        True if the path matches a pattern in the key 'exclude'.
     """
     return any(fnmatch.fnmatch(relative, pattern) for pattern in config.exclude)
 
 
 def find_subject(config: CorpusConfig, relative: str, key: str) -> tuple[str, str]:
-    """Find subject and session in the path of a recording.
+    """Find the names of subject and session in the path of a recording.
 
     Parameters
     ----------
     config : CorpusConfig
-        The corpus.
+        Config of the corpus.
     relative : str
-        Path below its root.
+        Path relative to the root of the corpus.
     key : str
-        Key of the recording, which stands for the subject if the path names no subject.
+        Key of the recording. If the path names no subject, this key is used as the name of the subject.
 
     Returns
     -------
     subject, session : str
-        The session may be empty.
+        Names of subject and session. The session may be empty.
     """
     if config.subject_pattern:
         match = re.search(config.subject_pattern, relative)
@@ -66,25 +66,25 @@ def find_subject(config: CorpusConfig, relative: str, key: str) -> tuple[str, st
 
 
 def make_item(config: CorpusConfig, root: AnyPath, relative: str, recording: Recording, **more: Any) -> Item:
-    """Make the item of a recording.
+    """Make the `Item` of a recording from its path and the config.
 
     Parameters
     ----------
     config : CorpusConfig
-        The corpus.
+        Config of the corpus.
     root : Path or UPath
-        Its root.
+        Root folder of the corpus.
     relative : str
-        Path below it.
+        Path of the recording, relative to the root folder.
     recording : Recording
-        The files.
+        Files of the recording.
     **more : Any
         Other fields of `Item`.
 
     Returns
     -------
     Item
-        With everything that path and config say.
+        The recording, with all information from its path and the config.
     """
     name = config.name or (relative.split("/")[0] if "/" in relative else root_name(root))
     key = recording_key(name, relative)
@@ -107,19 +107,19 @@ def make_item(config: CorpusConfig, root: AnyPath, relative: str, recording: Rec
 
 
 def check_unit_factors(config: CorpusConfig, paths: list[str]) -> None:
-    """Refuse unit factors that match no recording.
+    """Raise an error if a pattern in the key 'unit_factors' matches no recording.
 
     Parameters
     ----------
     config : CorpusConfig
-        The corpus.
+        Config of the corpus.
     paths : list of str
-        Paths of its recordings, below its root.
+        Paths of all recordings, relative to the root of the corpus.
 
     Raises
     ------
     RequestError
-        With the pattern.
+        If a pattern matches no recording. The message names the pattern.
     """
     for pattern in config.unit_factors:
         if not any(fnmatch.fnmatch(path, pattern) for path in paths):
@@ -132,19 +132,19 @@ def find(config: CorpusConfig) -> tuple[AnyPath, list[tuple[str, Recording]]]:
     Parameters
     ----------
     config : CorpusConfig
-        The corpus.
+        Config of the corpus.
 
     Returns
     -------
     root : Path or UPath
-        Its root.
+        Root folder of the corpus.
     found : list of (str, Recording)
-        Path below the root and the recording, sorted.
+        Relative path and recording, sorted by path.
 
     Raises
     ------
     RequestError
-        If the folder does not exist or holds no recording.
+        If the folder does not exist or contains no recording.
     """
     root = check_folder(config.root, "corpora: root")
     found = [(relative_path(recording.path, root), recording) for recording in find_recordings(root)]
@@ -157,11 +157,11 @@ def find(config: CorpusConfig) -> tuple[AnyPath, list[tuple[str, Recording]]]:
 
 @register("folder")
 class FolderCorpus(Adapter):
-    """Continuous recordings, cut into windows."""
+    """Corpus of continuous recordings, which are cut into windows."""
 
     keys = KEYS
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """List all recordings under the root; see `Adapter.items`."""
+        """List all recordings below the root folder; see `Adapter.items`."""
         root, found = find(config)
         return [make_item(config, root, relative, recording) for relative, recording in found]

@@ -1,4 +1,4 @@
-"""A recording as its corpus lists it, and the trials in it."""
+"""Defines `Item`, a recording that a corpus lists, and `Trial`, a trial in a recording."""
 
 from __future__ import annotations
 
@@ -11,61 +11,62 @@ from data_sharding.formats.sniffing import Recording
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One presentation of an image, or one labelled stretch of signal."""
+    """One presentation of an image, or a labelled section of the signal."""
 
     onset: float
-    """Seconds from the start of the recording. For trials with a `segment`, only their order matters."""
+    """Start of the trial, in seconds from the start of the recording. If `segment` is set, only the order of the onsets
+    is used."""
     image: str
-    """Path of the image; empty if the trial has a label only."""
+    """Path of the image. Empty if the trial has a label but no image."""
     image_id: str
-    """Identifies the image; empty without an image."""
+    """Unique name of the image. Empty if the trial has no image."""
     label_name: str
     """Category of the image or of the trial."""
     caption: str
     """Description of the image."""
     split: str
-    """Split that the corpus itself assigns: train, val, test or `splits.TRAIN_OR_VAL`; empty if it assigns none."""
+    """Split that the corpus gives to the trial: train, val, test or `splits.TRAIN_OR_VAL`. Empty if the config decides."""
     segment: int | None = None
-    """For signals that are cut into epochs: number of the segment that holds this trial. The window begins at the start
-    of this segment."""
+    """Number of the segment that contains this trial, if the signal consists of epochs. The window of the trial begins
+    at the start of this segment."""
     block: str = ""
-    """Name of the block of trials of one category that this trial is part of, if it is known."""
+    """Name of the block in which this trial was shown. Empty if the block is not known."""
     concept: str = ""
-    """What the image shows, if the corpus names it. If concepts are held out, no concept is in two splits."""
+    """Name of the concept that the image shows, if known. With ``split.by: concept``, no concept is in two splits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A recording, with everything that its corpus says about it."""
+    """A recording, with all information that the corpus has about the recording."""
 
     key: str
-    """Unique name of the recording. The keys of its samples begin with it."""
+    """Unique name of the recording. The keys of the recording's samples begin with this name."""
     corpus: str
     """Name of the corpus."""
     path: str
-    """Path relative to the root of the corpus."""
+    """Path of the recording, relative to the root of the corpus."""
     recording: Recording
-    """Its files and their format."""
+    """Files of the recording, and their format."""
     subject: str
-    """The subject."""
+    """Name of the subject."""
     session: str
-    """The session; may be empty."""
+    """Name of the session; may be empty."""
     unit_factor: float | None = None
-    """Factor to true volts from the config, if it gives one."""
+    """Factor that converts the values to true volts, if the config contains a factor for this recording."""
     line_freq: float | None = None
-    """Mains frequency in Hz from the config, if it gives one."""
+    """Mains frequency in Hz, if the config contains this frequency."""
     trial_offset: float = 0.0
-    """Seconds from the onset of an image to the start of its window."""
+    """Seconds from the onset of an image to the start of the EEG window of the trial."""
     trials: tuple[Trial, ...] | None = None
-    """The trials; None for a continuous recording."""
+    """Trials of the recording; None for a continuous recording without trials."""
     reason: Reason | None = None
-    """Why the corpus excludes the recording before it is opened; None if it does not."""
+    """Reason why the corpus excludes the recording before it is opened; None if the recording is not excluded."""
     kind: str = "folder"
-    """Kind of the corpus, whose adapter opens the recording."""
+    """Kind of the corpus. The adapter of this kind opens the recording."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the adapter needs to open the recording, such as which of several recordings in one file. Plain JSON
-    types. Two items of the same file differ here, which makes their checksums in the ledger differ, too."""
+    """Values in JSON types that the adapter needs to open the recording. If one file contains several recordings, these
+    values name the recording in the file. So the checksums of these recordings in the ledger are different."""
     info_patch: dict[str, Any] = field(default_factory=dict)
-    """What sidecar files say about the recording; see `patch_signal`. Plain JSON types."""
+    """Information about the recording from its sidecar files, in JSON types; see `patch_signal`."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Number of trials that the corpus leaves out of `trials`, by reason."""
+    """Reason to the number of trials that are not in `trials` for this reason."""

@@ -1,4 +1,4 @@
-"""Overwrites what a recording says about itself with what its sidecar files say."""
+"""Replaces information from the header of a recording by information from its sidecar files."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from data_sharding.formats.signal import Signal
 
 
 def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
-    """Change what is known about a signal.
+    """Replace information about a signal, such as channel types, by information from sidecar files.
 
     Parameters
     ----------
     signal : Signal
-        The signal as its reader returned it; its `info` is replaced.
+        Signal that a reader returned. The function replaces the attribute `info` of the signal.
     patch : dict
-        Any of these keys: ``types`` (channel to MNE channel type), ``positions`` (channel to x, y, z in metres),
-        ``bads`` (channels, in addition to those of the recording), ``line_freq`` (Hz), ``reference``, ``notes``.
-        Channels are found by their exact name or by their canonical name, so Fp1 also finds ``EEG Fp1-REF``.
+        May contain these keys: ``types`` (channel to MNE channel type), ``positions`` (channel to x, y, z in metres),
+        ``bads`` (more bad channels), ``line_freq`` (Hz), ``reference``, ``notes``. A channel is found by its exact name
+        or by its canonical name. For example, the name Fp1 also finds the channel ``EEG Fp1-REF``.
 
     Returns
     -------
     Signal
-        The same signal.
+        The same signal object.
     """
     if not patch:
         return signal

@@ -1,4 +1,4 @@
-"""Folders, paths and keys that the adapters of corpora share."""
+"""Functions for folders, paths and keys, which all adapters of corpora use."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def expand(text: str, key: str) -> AnyPath:
     Returns
     -------
     Path or UPath
-        The path.
+        The expanded path.
 
     Raises
     ------
     RequestError
-        If a variable is not set, or the path has an unknown protocol.
+        If an environment variable is not set, or if the path has an unknown protocol.
     """
     out = os.path.expandvars(text)
     if unset := re.search(r"\$\{?(\w+)\}?", out):
@@ -44,7 +44,7 @@ def expand(text: str, key: str) -> AnyPath:
 
 
 def check_folder(text: str, key: str) -> AnyPath:
-    """Return a folder that the config names, after checking that it can be read.
+    """Check that a folder of the config can be read, and return its path.
 
     Parameters
     ----------
@@ -61,12 +61,12 @@ def check_folder(text: str, key: str) -> AnyPath:
     Raises
     ------
     RequestError
-        If it does not exist or cannot be read.
+        If the folder does not exist or cannot be read.
     """
     path = expand(text, key)
     try:
         found = path.is_dir()
-    except Exception as error:  # each object store's library has its own errors
+    except Exception as error:  # the library of each object store raises its own types of errors
         raise RequestError(f"{key} '{path}': cannot be read ({describe(error)})") from None
     if not found:
         raise RequestError(f"{key} '{path}': no such folder")
@@ -76,22 +76,22 @@ def check_folder(text: str, key: str) -> AnyPath:
 
 
 def check_local_folder(config: CorpusConfig) -> Path:
-    """Return the root of a corpus whose files are memory-mapped.
+    """Return the root folder of a corpus with memory-mapped files. Check that the folder is on a local disk.
 
     Parameters
     ----------
     config : CorpusConfig
-        The corpus.
+        Config of the corpus.
 
     Returns
     -------
     Path
-        The root.
+        The root folder.
 
     Raises
     ------
     RequestError
-        If it does not exist, or is not on a local disk.
+        If the folder does not exist, or is not on a local disk.
     """
     root = check_folder(config.root, "corpora: root")
     if is_remote(root):
@@ -103,18 +103,18 @@ def check_local_folder(config: CorpusConfig) -> Path:
 
 
 def relative_path(path: AnyPath, root: AnyPath) -> str:
-    """Return the path below a root, as it is stored in the ledger.
+    """Return the path of a file relative to a root folder, in the form that the ledger stores.
 
     Parameters
     ----------
     path, root : Path or UPath
-        A file, and a folder above it.
+        Path of a file, and path of a folder above this file.
 
     Returns
     -------
     str
-        With forward slashes. Bytes of a name that are not valid UTF-8 are replaced by escapes, because the ledger can
-        store UTF-8 only.
+        Relative path with forward slashes. The ledger can only store UTF-8, so other bytes in a name are replaced by
+        escapes.
     """
     full, top = (p.path if is_remote(p) else p.as_posix() for p in (path, root))  # type: ignore[union-attr]
     relative = full[len(top.rstrip("/")) :].lstrip("/") if top != "." else full
@@ -122,19 +122,19 @@ def relative_path(path: AnyPath, root: AnyPath) -> str:
 
 
 def recording_key(corpus: str, relative: str) -> str:
-    """Make the key of a recording: readable, unique, and short enough for the header of a tar.
+    """Make the key of a recording. A key is readable, unique, and short enough for the header of a tar file.
 
     Parameters
     ----------
     corpus : str
-        The corpus's name.
+        Name of the corpus.
     relative : str
-        Path relative to the corpus's root.
+        Path of the recording, relative to the root of the corpus.
 
     Returns
     -------
     str
-        At most 69 characters of ``[A-Za-z0-9_-]``.
+        Key of at most 69 characters, all of them from ``[A-Za-z0-9_-]``.
     """
     full = relative if relative.startswith(f"{corpus}/") else f"{corpus}/{relative}"
     slug = safe_key(full)[-60:].strip("-_")
@@ -142,39 +142,39 @@ def recording_key(corpus: str, relative: str) -> str:
 
 
 def root_name(root: AnyPath) -> str:
-    """Return the name of a root for the ledger.
+    """Return the name of a root folder for the ledger.
 
     Parameters
     ----------
     root : Path or UPath
-        The folder.
+        The root folder.
 
     Returns
     -------
     str
-        Its last part.
+        Last component of the path.
     """
     return root.name if is_remote(root) else Path(str(root)).resolve().name
 
 
 class Folders:
-    """Lists folders, each of them only once."""
+    """Lists the content of folders. The list of each folder is cached."""
 
     def __init__(self) -> None:
         self._names: dict[str, dict[str, AnyPath]] = {}
 
     def __call__(self, folder: AnyPath) -> dict[str, AnyPath]:
-        """Return the entries of a folder by name; nothing if the folder does not exist.
+        """Return the files and folders in a folder; an empty dictionary if the folder does not exist.
 
         Parameters
         ----------
         folder : Path or UPath
-            The folder.
+            Folder to list.
 
         Returns
         -------
         dict
-            Name to path, sorted.
+            Name to path, sorted by name.
         """
         key = str(folder)
         if key not in self._names:
@@ -186,17 +186,17 @@ class Folders:
 
 
 def read_text(path: AnyPath) -> str:
-    """Read a text file whose encoding is not known.
+    """Read a text file with an unknown encoding.
 
     Parameters
     ----------
     path : Path or UPath
-        The file.
+        The text file.
 
     Returns
     -------
     str
-        Decoded as UTF-8, with or without a byte order mark, or else as Latin-1.
+        The text. UTF-8 is tried first, with or without a byte order mark, and Latin-1 second.
 
     Raises
     ------
@@ -211,7 +211,7 @@ def read_text(path: AnyPath) -> str:
 
 
 def check_images(items: Iterable[Item], images: AnyPath) -> None:
-    """Refuse a corpus if images are missing.
+    """Raise an error if images of a corpus are missing.
 
     Parameters
     ----------
@@ -223,11 +223,11 @@ def check_images(items: Iterable[Item], images: AnyPath) -> None:
     Raises
     ------
     RequestError
-        With the number of missing images and the first of them.
+        If images are missing. The message contains their number and the path of the first missing image.
     """
     shown = sorted({trial.image for item in items for trial in item.trials or () if trial.image})
     if is_remote(images):
-        # One listing of the store: asking for each of 16,540 images by itself would take an hour.
+        # List the object store once: a separate request for each of 16,540 images would take an hour.
         there = {p for p in images.fs.find(images.path)} if shown else set()  # type: ignore[union-attr]
         absent = [image for image in shown if as_path(image).path not in there]  # type: ignore[union-attr]
     else:

@@ -1,12 +1,12 @@
 """Reads pickled arrays, tensors and plain containers from untrusted files, without running any code in them.
 
-EEG-image corpora are distributed as ``.npy`` files that hold a pickled dictionary, and as ``.pth`` files. A pickle is a
-program, and Python's own unpickler runs it. The reader here executes only the instructions that data need. Each name
-that a pickle may ask for stands for a function of this module; all other names are refused with a message. Large arrays
-are memory-mapped instead of read.
+Corpora of EEG and images are distributed as ``.pth`` files, or as ``.npy`` files that contain a pickled dictionary. A
+pickle is a program, and Python's own unpickler runs this program. The reader in this module executes only the pickle
+instructions that create data. A pickle can also ask for Python functions by name. For a few allowed names, the reader
+calls its own functions; all other names raise an error. Large arrays are memory-mapped instead of read.
 
-This is written by hand because no library serves: ``numpy.load`` refuses pickled dictionaries unless it may run them,
-and ``torch.load(weights_only=True)`` has the limits that `load_torch` lists.
+No library could be used. ``numpy.load`` loads a pickled dictionary only if it may run the pickle, and
+``torch.load(weights_only=True)`` has limits that are listed in `load_torch`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 MAP_BYTES = 1 << 16
 """Arrays of at least this many bytes are memory-mapped instead of read."""
 MAX_INSTRUCTIONS = 20_000_000
-"""One byte of a pickle can create an object of a hundred bytes, so the number of instructions is limited."""
+"""Limit on the number of instructions in a pickle, because an instruction of one byte can create a large object."""
 PLAIN_KEYS = (str, bytes, int, float, complex, np.generic, type(None))
 PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[US]\d{1,6}|O8?")
 TORCH_DTYPES = {
@@ -43,7 +43,7 @@ TORCH_DTYPES = {
     "BoolStorage": "?",
 }
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-"""First object in a file that `torch.save` wrote before PyTorch 1.6."""
+"""Number at the beginning of each file that `torch.save` wrote before PyTorch 1.6."""
 OPCODES = """
 PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT
 BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE BINUNICODE
@@ -51,15 +51,15 @@ BINUNICODE8 SHORT_BINUNICODE TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST L
 SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL
 STACK_GLOBAL REDUCE BUILD BINPERSID
 """
-"""Pickle instructions that data need, by their names in the module `pickle`."""
+"""Names of the allowed pickle instructions, as in the module `pickle`. They are sufficient to store data."""
 
 
 class RefusedPickle(ValueError):
-    """A pickle asks for something other than data, or is damaged."""
+    """A pickle contains something other than data, or is damaged."""
 
 
 class _Blob:
-    """Bytes that are not read but stay in the file."""
+    """Position and size of bytes that are not read, because they will be memory-mapped."""
 
     def __init__(self, start: int, size: int) -> None:
         self.start, self.size = start, size
@@ -81,7 +81,7 @@ class _DType:
 
 
 class _Array:
-    """An array whose shape and content follow later in the pickle."""
+    """Placeholder for an array. The pickle sets the shape and the content of the array in a later instruction."""
 
     state: tuple[Any, ...] | None = None
 
@@ -103,14 +103,14 @@ class _Tensor:
         if not isinstance(storage, _Storage) or len(size) != len(stride) or not all(whole):
             raise RefusedPickle("damaged: a tensor has no valid shape")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        # With a stride of 0, one number in the file could become terabytes.
+        # A tensor with stride 0 repeats one number. Without this check, a small file could create a huge array.
         if math.prod(size) and (last >= storage.count or math.prod(size) > storage.count):
             raise RefusedPickle("damaged: a tensor reaches beyond its storage")
         self.storage, self.offset, self.size, self.stride = storage, offset, tuple(size), tuple(stride)
 
 
 class _File:
-    """A file that refuses to read, or to allocate memory for, more bytes than it holds."""
+    """A file that raises an error before a read if it has fewer bytes left than requested."""
 
     def __init__(self, stream: Any, size: int) -> None:
         self.stream, self.size = stream, size
@@ -143,7 +143,7 @@ def _instructions() -> dict[int, Callable[[Any], None]]:
 
 
 class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
-    """Reads one pickle, at the current position of a file."""
+    """Reads one pickle from the current position of a file."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = _instructions()
 
@@ -168,13 +168,13 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             self.known[f"{core}.multiarray", "_reconstruct"] = lambda *_: _Array()
             self.known[f"{core}.multiarray", "scalar"] = self._scalar
             self.known[f"{core}.numeric", "_frombuffer"] = self._from_buffer
-        # Old protocols use the names of Python 2, and write an empty byte string as a call of bytes().
+        # Old pickle protocols use module names of Python 2, and store an empty byte string as a call of bytes().
         for name in ("set", "frozenset"):
             self.known["__builtin__", name] = self.known["builtins", name]
         self.known["__builtin__", "bytes"] = lambda: b""
 
     def run(self) -> Any:
-        """Object with stand-ins for arrays and tensors."""
+        """Return the object in the pickle. Arrays and tensors in it are still placeholders."""
         try:
             return self.load()
         except RefusedPickle:
@@ -187,7 +187,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             raise RefusedPickle(f"damaged: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
 
     def load(self) -> Any:
-        """Read to the end of the pickle: the loop of the base class, with a limit and a message for what is refused."""
+        """Execute the instructions of the pickle. Limit their number, and raise an error for unknown instructions."""
         self._unframer = pickle._Unframer(self.file.read, self.file.readline)  # type: ignore[attr-defined]
         self.read, self.readinto, self.readline = self._unframer.read, self._unframer.readinto, self._unframer.readline
         self.metastack: list[list[Any]] = []
@@ -210,7 +210,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         raise RefusedPickle(f"refused: more than {MAX_INSTRUCTIONS} instructions")
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the function of this module that stands for a name, or refuse the name."""
+        """Return the function that this module uses for a name in the pickle. Raise an error for all other names."""
         try:
             return self.known[module, name]
         except KeyError:
@@ -219,7 +219,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             ) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Return the storage of a tensor, by the name that `torch.save` gave it."""
+        """Return the storage of a tensor. The pickle refers to the storage by the name that `torch.save` chose."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[4], int):
             raise RefusedPickle("refused: a reference to something outside the file")
         if pid[1] not in TORCH_DTYPES.values():
@@ -229,7 +229,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         return self.storages.setdefault(str(pid[2]), _Storage(str(pid[2]), pid[1], pid[4]))
 
     def spend(self, *values: Any) -> None:
-        """Count the memory of new objects. Without a limit a pickle could copy one long text a million times."""
+        """Limit the memory of new objects. Otherwise, a pickle could copy one long text a million times."""
         self.budget -= 64 + sum(len(v) for v in values if hasattr(v, "__len__"))
         if self.budget < 0:
             raise RefusedPickle("refused: its content would take far more memory than the file is long")
@@ -253,7 +253,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         return array
 
     def load_reduce(self) -> None:
-        """Call a function of this module; no other functions can be on the stack."""
+        """Execute the pickle instruction that calls a function. Only functions of this module can be on the stack."""
         arguments, function = self.stack.pop(), self.stack[-1]
         if not callable(function) or not isinstance(arguments, tuple):
             raise RefusedPickle("damaged: it calls something that is not a function")
@@ -261,7 +261,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self.stack[-1] = function(*arguments)
 
     def load_build(self) -> None:
-        """Set the content of an array or a dtype; other objects are refused."""
+        """Execute the pickle instruction that sets the content of an object. The object must be an array or a dtype."""
         state, target = self.stack.pop(), self.stack[-1]
         if not isinstance(target, _Array | _DType):
             raise RefusedPickle(f"refused: it sets the state of a {type(target).__name__}")
@@ -270,22 +270,22 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         target.build(state)
 
     def _bytes(self, size: int) -> None:
-        # Outside a frame, the position of the file is where the bytes begin.
+        # Inside a frame of the pickle, the file position is not the position of the bytes, so they cannot be mapped.
         if size < MAP_BYTES or self._unframer.current_frame:
             self.append(self.read(size))
         else:
             self.append(_Blob(self.file.skip(size), size))
 
     def load_binbytes(self) -> None:
-        """Read bytes whose length is stored in 32 bits."""
+        """Read a byte string with a length field of 32 bits."""
         self._bytes(struct.unpack("<I", self.read(4))[0])
 
     def load_binbytes8(self) -> None:
-        """Read bytes whose length is stored in 64 bits."""
+        """Read a byte string with a length field of 64 bits."""
         self._bytes(struct.unpack("<Q", self.read(8))[0])
 
     def load_long4(self) -> None:
-        """Refuse very long integers, which data do not need."""
+        """Raise an error for integers of more than 255 bytes, because data do not contain such integers."""
         raise RefusedPickle("refused: an integer of more than 255 bytes")
 
     dispatch[pickle.REDUCE[0]] = load_reduce
@@ -297,7 +297,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
 
 class _Resolver:
-    """Replaces the stand-ins for arrays and tensors by real arrays."""
+    """Replaces the placeholders for arrays and tensors by NumPy arrays."""
 
     def __init__(self, data: mmap.mmap | bytes) -> None:
         self.data = data
@@ -336,7 +336,7 @@ class _Resolver:
         return value
 
     def _check_plain(self, keys: Iterable[Any]) -> None:
-        """Check that keys of dictionaries and members of sets are numbers, text, or tuples of these."""
+        """Check that keys of dictionaries and members of sets are numbers, text, or tuples of numbers and text."""
         for key in keys:
             if isinstance(key, tuple | frozenset):
                 self._check_plain(key)
@@ -345,7 +345,7 @@ class _Resolver:
 
     def _keep(self, value: Any, made: Any) -> Any:
         self.done[id(value)] = made
-        self.kept.append(value)  # keep the object alive, because another one could get its id
+        self.kept.append(value)  # keep the object alive; otherwise, a new object could get the same id
         return made
 
     def _array(self, array: _Array) -> np.ndarray:
@@ -394,7 +394,7 @@ def _finish(path: Path, value: Any) -> Any:
 
 
 def load_npy(path: Path) -> Any:
-    """Read a ``.npy`` file, or a plain pickle with that name, that may hold pickled containers of arrays.
+    """Read a ``.npy`` file that contains an array, or a pickle of arrays and plain containers.
 
     Parameters
     ----------
@@ -404,13 +404,12 @@ def load_npy(path: Path) -> Any:
     Returns
     -------
     Any
-        A memory-mapped, read-only array. For a pickle: the pickled object (usually a dictionary), with such arrays in
-        it.
+        A read-only array, memory-mapped. If the file is a pickle: the pickled object, usually a dictionary of arrays.
 
     Raises
     ------
     RefusedPickle
-        If the pickle asks for anything except arrays and plain containers, or is damaged. The message says which.
+        If the pickle contains anything except arrays and plain containers, or is damaged.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -431,29 +430,28 @@ def load_npy(path: Path) -> Any:
 
 
 def load_torch(path: Path) -> Any:
-    """Read a ``.pth`` file of tensors and plain containers, without copying the tensors.
+    """Read a ``.pth`` file of tensors and plain containers. The tensors are memory-mapped and not copied.
 
     Parameters
     ----------
     path : Path
-        A file of `torch.save`, in the current format or in the one before PyTorch 1.6.
+        File written by `torch.save`, in the current format or in the format before PyTorch 1.6.
 
     Returns
     -------
     Any
-        The stored object. Tensors become memory-mapped, read-only arrays.
+        The stored object. Its tensors become read-only arrays, memory-mapped.
 
     Raises
     ------
     RefusedPickle
-        If the file asks for anything except tensors, arrays and plain containers, or is damaged. The message says
-        which.
+        If the file contains anything except tensors, arrays and plain containers, or is damaged.
 
     Notes
     -----
-    ``torch.load(weights_only=True)`` would be safe, too. But it cannot memory-map the older format, so every worker
-    would copy gigabytes; it refuses labels that are NumPy numbers; it allocates memory for any length that a damaged
-    file states; and it needs PyTorch, which the workers do not import otherwise.
+    ``torch.load(weights_only=True)`` is safe, too, but it has four limits. It cannot memory-map the older format, so
+    every worker would copy gigabytes. It refuses labels that are NumPy numbers. If a damaged file states a wrong
+    length, it allocates memory for this length. It needs PyTorch, and the workers do not import PyTorch otherwise.
     """
     return _load_torch_zip(path) if zipfile.is_zipfile(path) else _load_torch_legacy(path)
 
@@ -466,7 +464,7 @@ def _load_torch_zip(path: Path) -> Any:
             raise RefusedPickle("damaged: not a file of torch.save")
         pickled = archive.read(name)
         reader = _Reader(_File(io.BytesIO(pickled), len(pickled)))
-        # The pickle itself is small, because the values of tensors are in other files of the archive: nothing to map.
+        # The archive stores the values of tensors in other files. So the pickle is small, and is read without mapping.
         reader._bytes = lambda size: reader.append(reader.read(size))  # type: ignore[method-assign]
         value = reader.run()
         for key, storage in reader.storages.items():
@@ -487,7 +485,7 @@ def _load_torch_legacy(path: Path) -> Any:
         file = _File(stream, size)
         if _Reader(file).run() != TORCH_MAGIC:
             raise RefusedPickle("not a file of torch.save")
-        _Reader(file).run()  # version of the format
+        _Reader(file).run()  # skip the version of the format
         about = _Reader(file).run()
         if not isinstance(about, dict) or not about.get("little_endian", True):
             raise RefusedPickle("refused: its numbers are in big-endian order")

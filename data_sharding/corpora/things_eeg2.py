@@ -1,6 +1,7 @@
-"""THINGS-EEG2 as it is released: ten subjects, 16,740 images of 1,854 concepts in random order.
+"""Reads the released files of THINGS-EEG2: ten subjects saw 16,740 images of 1,854 concepts in random order.
 
-Shapes: I images, R repetitions, C channels, T samples an epoch, S samples of a recording.
+Letters in array shapes: I is the number of images, R the number of repetitions, C the number of channels, T the number
+of samples in an epoch, S the number of samples in a recording.
 """
 
 from __future__ import annotations
@@ -28,29 +29,30 @@ from data_sharding.formats.signal import Signal
 from data_sharding.formats.sniffing import Recording
 
 TARGET = 99999
-"""Event code of target trials, on which subjects had to press a key. Their image does not belong to the image set."""
+"""Event code of target trials, in which subjects had to press a key. Target images are not part of the image set."""
 METADATA = "image_metadata.npy"
 SCALES = {"whitened": NOMINAL_V, "uV": 1e-6, "V": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThingsEEG2Options:
-    """Which released files and which trials to use."""
+    """Options for THINGS-EEG2: which released files and which trials to use."""
 
     source: Literal["preprocessed", "raw"] = "preprocessed"
-    """preprocessed: epochs (preprocessed_eeg_training.npy); raw: continuous recordings (raw_eeg_training.npy)."""
+    """preprocessed uses the released epochs (preprocessed_eeg_training.npy). raw uses the continuous recordings
+    (raw_eeg_training.npy)."""
     partitions: list[Literal["training", "test"]] = field(default_factory=lambda: ["training", "test"])
-    """Which of the two image sets to use."""
+    """Image sets to use: training, test, or both."""
     repetitions: Literal["all", "average"] = "all"
-    """all: each presentation is a trial. average: the mean over all presentations of an image is one trial; only for
-    preprocessed files."""
+    """all: each presentation of an image is a trial. average: the mean over all presentations of an image is one trial;
+    this is possible only with preprocessed files."""
     test_repetitions: Literal["same", "all", "average"] = "same"
-    """The same choice for the test images, which have 80 presentations each; same: as `repetitions`."""
+    """The same setting for test images, which have 80 presentations each. same: use the value of `repetitions`."""
     unit: Literal["whitened", "uV", "V"] = "whitened"
     """Unit of the preprocessed values. The released files are whitened (multivariate noise normalisation) and have no
     unit. Raw recordings are always in volts."""
     metadata: str = ""
-    """Path of image_metadata.npy. Empty: it is searched in root and beside the images."""
+    """Path of image_metadata.npy. If empty, the file is searched in root and in the folder of the images."""
 
     def __post_init__(self) -> None:
         if not self.partitions:
@@ -68,7 +70,7 @@ class _Image:
 
 @register("things_eeg2")
 class ThingsEEG2Corpus(Adapter):
-    """One recording for each subject and partition; for raw files one for each session and partition.
+    """Corpus of THINGS-EEG2. Each released file is one recording.
 
     References
     ----------
@@ -80,7 +82,7 @@ class ThingsEEG2Corpus(Adapter):
     options = ThingsEEG2Options
 
     def items(self, config: CorpusConfig) -> list[Item]:
-        """List all recordings under the root; see `Adapter.items`."""
+        """List all recordings below the root folder; see `Adapter.items`."""
         options: ThingsEEG2Options = self.read_options(config)
         root, images = check_local_folder(config), check_folder(config.images, "corpora: images")
         shown = _images(options, root, images)
@@ -100,7 +102,7 @@ class ThingsEEG2Corpus(Adapter):
             try:
                 trials, left_out = _trials(_content(path, own["source"]), own, shown[partition], partition)
             except (ValueError, TypeError, OSError) as error:
-                # A damaged file may hold anything in place of numbers and names.
+                # A damaged file may contain wrong types instead of numbers and names, so catch TypeError, too.
                 problem = Reason("unreadable", one_line(error)[:200])
             out.append(
                 Item(
@@ -126,7 +128,7 @@ class ThingsEEG2Corpus(Adapter):
         return out
 
     def open(self, item: Item) -> Signal:
-        """Open epochs or a recording, memory-mapped; see `Adapter.open`."""
+        """Open a file of epochs or a continuous recording, memory-mapped; see `Adapter.open`."""
         from data_sharding.formats.open_signal import ReadError
 
         own = item.options
@@ -165,7 +167,7 @@ class ThingsEEG2Corpus(Adapter):
         )
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """The experiment showed images in random order; see `Adapter.design`."""
+        """Return the known design: the experiment showed images in random order; see `Adapter.design`."""
         if self.read_options(config).source == "preprocessed":
             return "random", "images were shown in random order (Gifford et al. 2022); the epochs are sorted by image"
         design, evidence = measured
@@ -184,7 +186,7 @@ def _epochs(x_IRCT: np.ndarray, repetitions: str) -> Callable[[int], np.ndarray]
 
 
 def _content(path: Path, source: str) -> dict[str, Any]:
-    """Read array, sampling rate and channels of a released file."""
+    """Read the array, the sampling rate and the channels of a released file."""
     content = load_npy(path)
     key, ndim = ("preprocessed_eeg_data", 4) if source == "preprocessed" else ("raw_eeg_data", 2)
     if not isinstance(content, dict) or key not in content or "ch_names" not in content:
@@ -203,14 +205,14 @@ def _content(path: Path, source: str) -> dict[str, Any]:
     times = np.asarray(content.get("times", []), float)
     if times.ndim != 1 or len(times) < 2 or not np.median(np.diff(times)) > 0:
         raise _Unusable("it needs the entry times, in seconds")
-    # The times are stored with few digits, so the rate is rounded.
+    # The file stores times with few digits, so round the sampling rate that is computed from them.
     return {"x": x, "ch_names": names, "sfreq": float(np.round((len(times) - 1) / (times[-1] - times[0]), 2))}
 
 
 def _trials(
     content: dict[str, Any], own: Mapping[str, str], images: list[_Image], partition: str
 ) -> tuple[tuple[Trial, ...], dict[str, int]]:
-    """Return the trials of a file, and the number of trials left out by reason."""
+    """Return the trials of a file, and for each reason the number of trials that were left out."""
     split = "test" if partition == "test" else TRAIN_OR_VAL
 
     def trial(number: int, onset: float, segment: int | None) -> Trial:
@@ -237,7 +239,7 @@ def _trials(
     stim = np.asarray(content["x"][content["ch_types"].index("stim")])
     if not np.isfinite(stim).all():
         raise _Unusable("the stim channel is not finite")
-    # A code that lasts several samples is one event.
+    # If an event code lasts for several samples, count it as one event.
     at = np.flatnonzero((stim != 0) & (np.diff(stim, prepend=0) != 0))
     codes = np.round(stim[at]).astype(np.int64)
     left_out: Counter[str] = Counter()
@@ -253,7 +255,7 @@ def _trials(
 
 
 def _images(options: ThingsEEG2Options, root: Path, images: AnyPath) -> dict[str, list[_Image]]:
-    """Return the images of both partitions, in the order of their numbers."""
+    """Return the training images and the test images, in the order of their numbers."""
     places = [Path(options.metadata)] if options.metadata else [root / METADATA, Path(str(images)) / METADATA]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
