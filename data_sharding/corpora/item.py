@@ -25,7 +25,7 @@ class Trial:
     caption: str
     """Description of the image."""
     split: str
-    """Split that the corpus gives to the trial: train, val, test or `splits.TRAIN_OR_VAL`. Empty if the config decides."""
+    """Split of the trial in the corpus: train, val, test or `splits.TRAIN_OR_VAL`; empty if the corpus has no split."""
     segment: int | None = None
     """Number of the segment that contains this trial, if the signal consists of epochs. The window of the trial begins
     at the start of this segment."""
