@@ -1,1 +1,1 @@
-"""Checks of a dataset: duplicates, leakage between splits, verification, and its report."""
+"""Checks of datasets: duplicates, leakage between splits, verification of files, and the report of a dataset."""

@@ -1,9 +1,9 @@
-"""Find the same signal in two files of any format, by fingerprints of the single channels.
+"""Find recordings of the same signal in files of any format, by comparing fingerprints of their channels.
 
-A fingerprint is the signal of each channel between 1 and 40 Hz, with one point each 0.1 s (see
+A fingerprint is the signal of each channel between 1 and 40 Hz, with one point every 0.1 s (see
 `data_sharding.processing.survey`). Comparing the fingerprints of all pairs of a hundred thousand recordings would take
-too long. So there are two steps. First, a *signature* of a few numbers for each recording says which pairs may be the
-same. Then only the fingerprints of these pairs are loaded and compared.
+too long, so there are two steps. First, each recording gets a *signature* of a few numbers; pairs with similar
+signatures are candidates. Then only the fingerprints of the candidate pairs are loaded and compared.
 
 Shapes: n channels, P points of a fingerprint.
 """
@@ -26,28 +26,32 @@ SAME = 0.99
 SHARE = 0.6
 """Two recordings are the same if at least this share of the smaller recording's channels is in the other one."""
 LENGTH_S = 1.5
-"""Two lengths are the same if they differ by at most these seconds: some formats pad the last second."""
+"""Lengths count as equal if they differ by at most this number of seconds, because some formats pad the end."""
 MIN_POINTS = 16
-"""Fewer points can agree by chance. Recordings with fewer points are compared by the checksums of their files only."""
+"""Minimum number of points of a fingerprint, because fewer points can agree by chance. Recordings with fewer points are
+compared only by the checksums of their files."""
 ALIKE = 0.95
-"""A recording may be a calibration signal if the median correlation between its own channels is above this value."""
+"""If the median correlation between the channels of a recording is above this value, the recording may be a calibration
+signal."""
 BANDS = ((0, 32), (16, 48), (32, 64))
-"""Ranges of points that are hashed separately, so that one changed sign changes the hashes of at most two ranges."""
+"""Ranges of points that are hashed separately. One changed sign then changes the hashes of at most two ranges."""
 SKETCH = 16
 """Largest number of hashes in a signature."""
 NEIGHBOURS = 64
-"""If very many recordings share a hash, each is compared with at most this many others, of similar length."""
+"""If many recordings have the same hash, each of them is compared with at most this number of recordings, those of
+similar length."""
 
 MOST_RANK = 40
-"""Channels may have at most this many independent dimensions, or 64 points cannot show that one recording is a linear
-combination of another."""
+"""Maximum rank of the channels. With a higher rank, 64 points cannot show that the channels of one recording are linear
+combinations of the channels of another recording."""
 RANK = 2e-3
-"""A dimension counts if its singular value is at least this share of the largest one; smaller ones are rounding."""
+"""Singular values below this share of the largest singular value are rounding errors and do not count for the rank."""
 CODE_BITS = 62
 NEAR_BITS = 12
-"""Number of bits in which the mixing codes of the same signal under two references may differ."""
+"""Maximum number of different bits in the mixing codes of two recordings of the same signal."""
 MIXED = 0.1
-"""Share of a channel's norm that may be left after the linear fit by the other recording's channels."""
+"""Maximum residual of a channel after the linear fit by the channels of the other recording, as a share of the
+channel's norm."""
 
 Relation = Literal["same", "beginning", "remixed"]
 HOW: dict[Relation, str] = {
@@ -55,25 +59,25 @@ HOW: dict[Relation, str] = {
     "beginning": "same beginning",
     "remixed": "same signal under another reference",
 }
-"""Text for each relation."""
+"""Description of each relation, for messages."""
 
 
 @dataclass(kw_only=True)
 class RecordingFingerprint:
-    """Data of a recording that is compared with other recordings."""
+    """Data of a recording for the comparison with other recordings."""
 
     key: str
     """Key of the recording."""
     sha256: str
     """Checksum over all files of the recording; empty if it is not known."""
     seconds: float
-    """Length of the recording."""
+    """Length of the recording in seconds."""
     names: list[str] = field(default_factory=list)
-    """Canonical channel names, for messages. Names are not compared, because formats disagree about them."""
+    """Canonical channel names, for messages. The names are not compared, because formats name channels differently."""
     signature: list[int] | None = None
-    """Result of the function `signature`; if None, it is computed from `points`."""
+    """Result of the function `signature`; None if the signature must still be computed from `points`."""
     points: np.ndarray | None = field(default=None, repr=False)
-    """[n, P] fingerprint, if it is in memory."""
+    """[n, P] fingerprint; None if the fingerprint is not in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,7 @@ class Copy:
 
 
 def signature(points: np.ndarray) -> list[int]:
-    """Compute a few numbers that recordings of the same signal share, and that other recordings hardly ever share.
+    """Compute a signature: a few numbers of which recordings of the same signal have several in common.
 
     Parameters
     ----------
@@ -100,20 +104,20 @@ def signature(points: np.ndarray) -> list[int]:
     Returns
     -------
     list of int
-        At most `SKETCH` hashes (positive, below 2**63), sorted; the list is empty if there are too few points. If there
-        are enough points for the number of channels, one negative number comes first: the mixing code.
+        At most `SKETCH` hashes (positive, below 2**63), sorted. If there are enough points for the number of channels,
+        the list begins with one negative number, the mixing code. The list is empty if there are too few points.
 
     Notes
     -----
-    *Hashes.* The signs of 32 points of a channel are one number, and each number is hashed. Of the hashes of all
-    channels only the smallest are kept (a bottom-k sketch, Broder 1997). So the number of hashes that two recordings
-    share grows with the number of channels that they share. Order and names of the channels do not matter.
+    *Hashes.* The signs of 32 points of a channel form one number of 32 bits, and this number is hashed. Only the
+    smallest hashes of all channels are kept (a bottom-k sketch, Broder 1997). So the more channels two recordings have
+    in common, the more hashes they have in common. The order and the names of the channels do not matter.
 
-    *Mixing code.* It recognises recordings whose channels are linear mixtures of each other's channels. The channels
-    are vectors over time; they span a space. The diagonal of the projection onto this space (the leverage of each
-    point) stays the same if the channels are replaced by invertible linear combinations of the channels. The code has
-    one bit for each point: whether its leverage is above the median. So another reference, a bipolar montage, or the
-    removal of a few components changes only a few bits.
+    *Mixing code.* The mixing code finds recordings with channels that are linear combinations of the channels of
+    another recording. The channels are vectors over time, and these vectors span a space. The diagonal of the
+    projection onto this space (the leverage of each point) does not change if the channels are replaced by invertible
+    linear combinations of the channels. The code has one bit for each point: whether the leverage of the point is above
+    the median. So another reference, a bipolar montage, or the removal of a few components changes only a few bits.
     """
     points = np.asarray(points, np.float32)
     if points.ndim != 2 or points.shape[1] < MIN_POINTS:
@@ -125,7 +129,8 @@ def signature(points: np.ndarray) -> list[int]:
     for place, (start, stop) in enumerate(bands):
         bits = positive[:, start:stop]
         ups = bits.sum(axis=1)
-        # In a slow drift almost all signs are equal. Any recording can have a drift, so such words identify nothing.
+        # In a slow drift almost all signs are equal. Any recording can have a drift, so such signs do not identify a
+        # recording.
         telling = (ups >= 4) & (ups <= bits.shape[1] - 4)
         word = (bits * (np.uint64(1) << np.arange(bits.shape[1], dtype=np.uint64))).sum(axis=1, dtype=np.uint64)
         numbers.append(word[telling] + np.uint64((place + 1) << 32))
@@ -134,13 +139,13 @@ def signature(points: np.ndarray) -> list[int]:
 
 
 def _span(rows: np.ndarray) -> np.ndarray:
-    """Orthonormal basis [r, P] of the space that channels [n, P] span over time."""
+    """Compute an orthonormal basis [r, P] of the space that the channels [n, P] span."""
     _, size, basis = np.linalg.svd(_normalize_rows(rows), full_matrices=False)
     return basis[size > RANK * size[0]]
 
 
 def _mixing_code(rows: np.ndarray) -> list[int]:
-    """Return the mixing code of channels [n, P] in a list, or an empty list if there are too few points for it."""
+    """Return a list with the mixing code of the channels [n, P]; the list is empty if there are too few points."""
     if len(rows) < 2 or rows.shape[1] < BANDS[-1][1]:
         return []
     basis = _span(rows)
@@ -152,15 +157,15 @@ def _mixing_code(rows: np.ndarray) -> list[int]:
 
 
 def _is_linear_combination(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether the channels of one recording are linear combinations of the channels of the other one."""
+    """Return whether the channels of one recording are linear combinations of the channels of the other recording."""
     if min(len(x), len(y)) < 2 or x.shape[1] < BANDS[-1][1]:
         return False
     spaces = [(len(_span(rows)), rows) for rows in (x, y)]
     (_, part), (rank, whole) = sorted(spaces, key=lambda pair: pair[0])
     if rank > MOST_RANK:
         return False
-    # Scale all points to the same size. Otherwise only the largest points would decide: artefacts, and the transient at
-    # the start.
+    # Scale all points to the same norm. Otherwise the largest points (artefacts, and the transient at the start) would
+    # dominate the fit.
     weight = 1 / np.maximum(np.linalg.norm(_normalize_rows(whole), axis=0), 1e-6)
     basis = _span(whole * weight)
     part = _normalize_rows(part * weight)
@@ -169,7 +174,7 @@ def _is_linear_combination(x: np.ndarray, y: np.ndarray) -> bool:
 
 
 def _hash(x: np.ndarray) -> np.ndarray:
-    """Hash with SplitMix64's finaliser (Steele et al. 2014); 63 bits, so that JSON and int64 columns can hold it."""
+    """Hash numbers to 63 bits with the finaliser of SplitMix64 (Steele et al. 2014); int64 columns can hold 63 bits."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -195,15 +200,16 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
     Returns
     -------
     str or None
-        same: most channels of the smaller recording are in the other one, and the lengths agree. beginning: the
-        channels agree, but one recording is longer. remixed: the lengths agree, and the channels of one recording are
-        linear combinations of the other's channels, as after a change of the reference. None: the signals differ.
+        same: most channels of the smaller recording are in the other recording, and the lengths are equal. beginning:
+        the channels are equal, but one recording is longer. remixed: the lengths are equal, and the channels of one
+        recording are linear combinations of the channels of the other recording, as after a change of the reference.
+        None: the signals are different.
 
     Notes
     -----
-    The first and the second half of the points must agree separately. When an amplifier is switched on, it makes a
-    large transient that looks the same in every recording. Over the whole length this transient would hide all
-    differences that follow.
+    The correlation must be high in the first half and in the second half of the points separately. An amplifier makes a
+    large transient when it is switched on, and this transient looks the same in every recording. In a correlation over
+    all points, the transient would hide the differences between the later points.
     """
     n_points = min(a.shape[1], b.shape[1])
     if n_points < MIN_POINTS:
@@ -223,30 +229,30 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
         return "remixed" if same_length and _is_linear_combination(x, y) else None
     if same_length:
         return "same"
-    # Different recordings often begin with the same calibration signal, which is alike in all channels. So for
-    # recordings of different length, an agreement of such channels proves nothing.
+    # Different recordings often begin with the same calibration signal, which is nearly equal in all channels. So if
+    # two recordings of different length begin with nearly equal channels, they need not be the same recording.
     alike = len(x) < 2 or float(np.median(np.abs(_normalize_rows(x[1:]) @ _normalize_rows(x[:1]).T))) > ALIKE
     return None if alike or n_points < BANDS[-1][1] else "beginning"
 
 
 def candidate_pairs(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple[int, int]]:
-    """List the pairs of recordings whose signatures agree in part.
+    """List the candidate pairs: pairs of recordings with similar signatures.
 
     Parameters
     ----------
     fingerprints : sequence of RecordingFingerprint
-        Recordings, with signatures.
+        Recordings with their signatures.
 
     Returns
     -------
     list of (int, int)
-        Positions in `fingerprints`, the smaller one first; the list is sorted.
+        Sorted list of pairs. Each pair has two indices into `fingerprints`, with the smaller index first.
     """
     return sorted({*_pairs_by_hashes(fingerprints), *_pairs_by_mixing_code(fingerprints)})
 
 
 def _pairs_by_hashes(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple[int, int]]:
-    """List the pairs of recordings that share enough hashes of their signatures."""
+    """List the pairs of recordings that have enough hashes in common."""
     sketches = [[number for number in p.signature or () if number >= 0] for p in fingerprints]
     sizes = np.array([len(sketch) for sketch in sketches], np.int64)
     total = int(sizes.sum())
@@ -255,11 +261,12 @@ def _pairs_by_hashes(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple
     numbers = np.fromiter((number for sketch in sketches for number in sketch), np.int64, total)
     who = np.repeat(np.arange(len(fingerprints)), sizes)
     seconds = np.array([p.seconds for p in fingerprints], float)
-    # Sort all hashes. Equal hashes are then neighbours, and within equal hashes the recordings are sorted by length.
+    # Sort all hashes, so that equal hashes are neighbours. The recordings of equal hashes are sorted by length.
     order = np.lexsort((who, seconds[who], numbers))
     numbers, who = numbers[order], who[order]
     pairs = []
-    # Only the next NEIGHBOURS entries are compared, so the time stays linear even if all recordings share a hash.
+    # Each entry is compared only with the next NEIGHBOURS entries. So the time stays linear, even if all recordings
+    # have the same hash.
     for step in range(1, min(NEIGHBOURS, total - 1) + 1):
         meet = numbers[step:] == numbers[:-step]
         if not meet.any():
@@ -270,13 +277,14 @@ def _pairs_by_hashes(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple
         return []
     codes, shared = np.unique(np.concatenate(pairs), return_counts=True)
     i, j = codes // len(fingerprints), codes % len(fingerprints)
-    # A single shared hash can be chance, unless the sketch is very short.
+    # A pair needs two common hashes, because one common hash can be a coincidence. A single common hash is enough if
+    # one of the recordings has fewer than 4 hashes.
     kept = (i != j) & ((shared >= 2) | (np.minimum(sizes[i], sizes[j]) < 4))
     return [(int(a), int(b)) for a, b in zip(i[kept], j[kept], strict=True)]
 
 
 def _pairs_by_mixing_code(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple[int, int]]:
-    """List the pairs of recordings of the same length whose mixing codes differ in few bits."""
+    """List the pairs of recordings of equal length with mixing codes that differ in only a few bits."""
     coded = [
         (p.seconds, i, -1 - p.signature[0]) for i, p in enumerate(fingerprints) if p.signature and p.signature[0] < 0
     ]
@@ -303,14 +311,15 @@ def find_matches(
     Parameters
     ----------
     ours, theirs : sequence of RecordingFingerprint
-        Recordings of the two collections, with signatures.
+        Recordings of the two collections, with their signatures.
     load_ours, load_theirs : callable
-        Return the full fingerprint [n, P] for the key of a recording. Called for candidate pairs only.
+        Functions that return the full fingerprint [n, P] for the key of a recording. They are called only for
+        recordings of candidate pairs.
 
     Returns
     -------
     list of (int, int, str)
-        Position in `ours`, position in `theirs`, and the result of `compare`.
+        Index into `ours`, index into `theirs`, and the result of `compare`.
     """
     found = []
     first, second = lru_cache(maxsize=512)(load_ours), lru_cache(maxsize=512)(load_theirs)
@@ -330,15 +339,16 @@ def find_duplicates(
     Parameters
     ----------
     fingerprints : sequence of RecordingFingerprint
-        In order of preference (see `preference`): of several equal recordings the first one is kept.
+        Recordings in the order of preference (see `preference`). Of several recordings of the same signal, the first
+        one is kept.
     load_points : callable, optional
-        Returns the full fingerprint [n, P] for the key of a recording. Called for candidate pairs only, and only if
-        `RecordingFingerprint.points` is None.
+        Function that returns the full fingerprint [n, P] for the key of a recording. It is called only for recordings
+        of candidate pairs without `RecordingFingerprint.points`.
 
     Returns
     -------
     dict of str to Copy
-        Key of each recording to leave out, with the recording that is kept instead.
+        For the key of each recording that can be left out, the recording that is kept in its place.
     """
     duplicates: dict[str, Copy] = {}
     kept_for: dict[str, RecordingFingerprint] = {}
@@ -378,7 +388,8 @@ def find_duplicates(
                     difference = f"{HOW['beginning']}, {item.seconds:.1f} of {kept.seconds:.1f} s"
                 duplicates[item.key] = Copy(kept=kept.key, difference=difference)
                 break
-    # A file with equal bytes may point to a recording that turned out to be a duplicate of a third one.
+    # A recording of equal bytes may refer to a kept recording that was later found to be a duplicate of a third
+    # recording. Then it must refer to the third recording.
     for key, duplicate in duplicates.items():
         if not duplicate.difference and duplicate.kept in kept_for:
             duplicates[key] = Copy(kept=kept_for[duplicate.kept].key)
@@ -386,19 +397,20 @@ def find_duplicates(
 
 
 def preference(row: LedgerRow, *, trials: bool) -> tuple:
-    """Make the sort key that decides which of several recordings of the same signal is kept: the smallest is kept.
+    """Make a sort key for recordings. Of several recordings of the same signal, the one with the smallest key is kept.
 
     Parameters
     ----------
     row : LedgerRow
         Ledger row of the recording.
     trials : bool
-        Whether the recording has trials.
+        Whether the recording has trials of an EEG-image corpus.
 
     Returns
     -------
     tuple
-        Recordings with trials come first, then those with a known subject, longer ones (in whole minutes, because
-        formats pad), those with more channels; the recording's key decides the rest.
+        Sort key. The key prefers, in this order, recordings with trials, recordings with a known subject, longer
+        recordings (in whole minutes, because some formats pad the end), and recordings with more channels. The last
+        criterion is the recording's key.
     """
     return (not trials, row.subject == row.key, -int(row.seconds // 60), -row.n_kept, row.key)

@@ -22,15 +22,16 @@ from data_sharding.dataset.ledger import LedgerRow
 
 NAME = "fingerprints.parquet"
 ROWS_A_GROUP = 256
-"""Recordings in one row group of the file. Reading one fingerprint reads a whole row group."""
+"""Number of recordings in one row group of the Parquet file. Reading one fingerprint reads a whole row group."""
 
 NEAR_BITS = 10
-"""Two images look the same only if at most this many of the 64 bits of their perceptual hashes differ."""
+"""Two images count as similar only if at most this number of the 64 bits of their perceptual hashes differ."""
 NEAR_LEVELS = 8.0
-"""Two images look the same only if the root mean square difference of their thumbnails is at most this many levels (of
-255)."""
+"""Two images count as similar only if the root mean square difference of their thumbnails is at most this number of
+levels (of 255)."""
 NEAR_SHARE = 0.25
-"""The same limit as a share of the image's contrast, so that all images of low contrast do not look the same."""
+"""Maximum difference of the thumbnails of two similar images, as a share of their contrast. Without this limit, all
+images of low contrast would count as similar."""
 THUMB = 16
 """Width and height of a thumbnail in pixels."""
 
@@ -45,9 +46,9 @@ def write_fingerprints(
     path : str, Path or UPath
         File to write.
     rows : iterable of LedgerRow
-        Rows of the ledger; only those with status ``sharded`` are written.
+        Rows of the ledger; only rows with status ``sharded`` are written.
     load_points : callable
-        Returns the fingerprint [n, P] for the key of a recording.
+        Function that returns the fingerprint [n, P] for the key of a recording.
     """
     import pyarrow as pa
 
@@ -72,7 +73,7 @@ def write_fingerprints(
 
 
 def _write(local: Path, schema: Any, rows: Iterable[LedgerRow], load_points: Callable[[str], np.ndarray]) -> None:
-    """Write one row group at a time: the fingerprints of a hundred thousand recordings do not fit into memory."""
+    """Write the row groups one by one, because the fingerprints of many recordings do not fit into memory together."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -103,7 +104,7 @@ def _write(local: Path, schema: Any, rows: Iterable[LedgerRow], load_points: Cal
 
 
 class Fingerprints:
-    """Fingerprints of a dataset's recordings. The points of a recording are read when `load` is called.
+    """Fingerprints of a dataset's recordings. The points of a fingerprint are read only when `load` is called.
 
     Parameters
     ----------
@@ -113,12 +114,12 @@ class Fingerprints:
     Attributes
     ----------
     recordings : list of RecordingFingerprint
-        One for each recording, with its signature but without its points.
+        One fingerprint for each recording, with signature but without points.
 
     Raises
     ------
     RequestError
-        If the dataset has no file of fingerprints, or the file is damaged.
+        If the dataset has no fingerprints file, or if this file is damaged.
     """
 
     def __init__(self, dataset: str | AnyPath) -> None:
@@ -164,7 +165,7 @@ class Fingerprints:
 
 
 def window_digest(eeg: np.ndarray) -> int:
-    """Compute a checksum of a window's content, which does not depend on compression and padding.
+    """Compute a checksum of a window's values. The checksum does not depend on compression or padding.
 
     Parameters
     ----------
@@ -174,7 +175,7 @@ def window_digest(eeg: np.ndarray) -> int:
     Returns
     -------
     int
-        The first 64 bits of the SHA-256 over shape and values.
+        First 64 bits of the SHA-256 over the shape and the values of the window.
     """
     eeg = np.ascontiguousarray(eeg, "<f2")
     return int.from_bytes(hashlib.sha256(repr(eeg.shape).encode() + eeg.tobytes()).digest()[:8], "little")
@@ -182,12 +183,12 @@ def window_digest(eeg: np.ndarray) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFingerprint:
-    """Data of an image that is compared with other images."""
+    """Data of an image for the comparison with other images."""
 
     sha256: str
-    """Checksum of the file."""
+    """Checksum of the image file."""
     phash: int | None = None
-    """Perceptual hash, 64 bits; None if Pillow cannot open the file."""
+    """Perceptual hash of 64 bits; None if Pillow cannot open the image file."""
     thumb: bytes = b""
     """Thumbnail of `THUMB` x `THUMB` RGB pixels."""
 
@@ -200,18 +201,18 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
     data : bytes
         Content of the image file.
     sha256 : str, optional
-        Checksum of the file, if it is known.
+        Checksum of the image file; by default, it is computed.
 
     Returns
     -------
     ImageFingerprint
-        Fingerprint of the file and of its pixels.
+        Fingerprint of the image file and of its pixels.
 
     Notes
     -----
-    The perceptual hash is the usual one (Zauner, Implementation and benchmarking of perceptual image hash functions,
-    2010): reduce the image to 32 x 32 grey pixels, take the 8 x 8 lowest coefficients of the cosine transform, and set
-    a bit for each coefficient above their median.
+    The perceptual hash is the common hash based on the cosine transform (Zauner, Implementation and benchmarking of
+    perceptual image hash functions, 2010): reduce the image to 32 x 32 grey pixels, take the 8 x 8 lowest coefficients
+    of the cosine transform, and set a bit for each coefficient above their median.
     """
     from PIL import Image, ImageOps
     from scipy.fft import dctn
@@ -224,7 +225,8 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
         return ImageFingerprint(sha256=sha256)
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), float)
     low = np.asarray(dctn(grey, norm="ortho"))[:8, :8].ravel()
-    # In a flat image the coefficients are only rounding errors, which must not decide any bits.
+    # In an image of one colour the coefficients are only rounding errors. They are set to 0, so that rounding errors do
+    # not change the hash.
     low = np.where(np.abs(low) < 1.0, 0.0, low)
     bits = low > np.median(low[1:])
     thumb = image.resize((THUMB, THUMB), Image.Resampling.BOX)
@@ -234,7 +236,7 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
 
 
 def find_similar_images(ours: Sequence[ImageFingerprint], theirs: Sequence[ImageFingerprint]) -> list[tuple[int, int]]:
-    """Find images that look the same, for example because one is the other, encoded again or resized.
+    """Find pairs of similar images, for example an image and a resized or newly encoded version of this image.
 
     Parameters
     ----------
@@ -244,11 +246,11 @@ def find_similar_images(ours: Sequence[ImageFingerprint], theirs: Sequence[Image
     Returns
     -------
     list of (int, int)
-        Position in `ours`, position in `theirs`. Images of equal bytes are found, too.
+        Index into `ours` and index into `theirs` of each pair. Images of equal bytes are found, too.
 
     Notes
     -----
-    Two images look the same if at most `NEAR_BITS` bits of the hashes differ, and if the thumbnails differ by at most
+    Two images are similar if at most `NEAR_BITS` bits of their hashes differ, and if their thumbnails differ by at most
     `NEAR_LEVELS` and by at most `NEAR_SHARE` of their contrast. Crops, mirror images, rotations and changes of colour
     are not found.
     """
@@ -273,5 +275,5 @@ def find_similar_images(ours: Sequence[ImageFingerprint], theirs: Sequence[Image
 
 
 def _contrast(thumb: np.ndarray) -> float:
-    """Largest standard deviation of a colour channel over the pixels."""
+    """Return the contrast of a thumbnail: the largest standard deviation of a colour channel over the pixels."""
     return float(thumb.reshape(-1, 3).std(axis=0).max())

@@ -1,9 +1,9 @@
-"""Hold benchmarks back from a dataset, so that a pretrained model can be tested on them.
+"""Hold benchmarks back from a dataset: keep their data out, so that a pretrained model can be tested on them.
 
-The config names subjects, recordings, lists of both, or whole datasets. Names are looked up in the corpora before any
-recording is read. A name that matches nothing is refused, because a typing error must not let a benchmark into the
-training data. Recordings that are held back are read and fingerprinted like all others. So a copy of a benchmark
-recording under another name or in another format is found and held back, too.
+The config names subjects, recordings, text files with such names, or whole datasets. All names are looked up in the
+corpora before any recording is read. A name that matches nothing is refused, because a typing error must not let a
+benchmark into the training data. Recordings that are held back are read and fingerprinted like all other recordings. So
+a copy of a benchmark recording with another name or in another format is found and held back, too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from data_sharding.corpora import Item
 
 IMAGE_REASON = "image is held back"
-"""Key in ``windows_left_out`` for trials whose image is held back."""
+"""Reason in ``windows_left_out`` for trials with an image that is held back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +37,14 @@ class HoldBackConfig:
     """Recordings, subjects and images of benchmarks, which must not enter the dataset."""
 
     subjects: list[str] = field(default_factory=list)
-    """Names of subjects as in the paths (sub-11 or 11); CORPUS/SUBJECT means the subject of one corpus only."""
+    """Names of subjects as in the paths of the files (sub-11 or 11). CORPUS/SUBJECT names a subject of one corpus."""
     recordings: list[str] = field(default_factory=list)
-    """Glob patterns that are matched with CORPUS/PATH, where PATH is relative to the root of the corpus."""
+    """Glob patterns of recordings, compared with CORPUS/PATH. PATH is relative to the root folder of the corpus."""
     lists: list[str] = field(default_factory=list)
-    """Text files. Each line is ``subject NAME``, ``recording GLOB`` or ``sha256 HEX``; # begins a comment."""
+    """Paths of text files. Each line is ``subject NAME``, ``recording GLOB`` or ``sha256 HEX``; # begins a comment."""
     datasets: list[str] = field(default_factory=list)
-    """Datasets written by ``dreamscale shard``. All of their recordings, subjects and images are held back."""
+    """Folders of datasets from ``dreamscale shard``. All recordings, subjects and images of these datasets are held
+    back."""
 
     def __bool__(self) -> bool:
         return bool(self.subjects or self.recordings or self.lists or self.datasets)
@@ -54,30 +55,30 @@ class Entry:
     """One subject, recording pattern or checksum that is held back."""
 
     kind: Literal["subject", "recording", "sha256"]
-    """Kind of `value`."""
+    """Kind of `value`: the name of a subject, a glob pattern or a checksum."""
     value: str
     """Name of a subject, glob pattern of recordings, or checksum of a file."""
     source: str
-    """Where the entry comes from: a key of the config, or a file and its line."""
+    """Source of the entry, for messages: a key of the config, or a list file and a line number."""
 
 
 def read_list(path: str) -> list[Entry]:
-    """Read a list of subjects, recordings and checksums to hold back.
+    """Read a text file that lists subjects, recordings and checksums to hold back.
 
     Parameters
     ----------
     path : str
-        Text file.
+        Path of the text file.
 
     Returns
     -------
     list of Entry
-        One for each line, in the order of the file.
+        One entry for each line that is not empty, in the order of the file.
 
     Raises
     ------
     RequestError
-        If the file is missing, or a line is not of one of the three kinds.
+        If the file cannot be read, or if a line does not have one of the three forms.
     """
     file = as_path(path)
     try:
@@ -110,22 +111,22 @@ def _bare(subject: str) -> str:
 
 
 class _Names:
-    """Keys of the recordings, by subject and by path: look-ups stay fast with many recordings and long lists."""
+    """Keys of the recordings, indexed by subject and by path, so that many names are looked up quickly."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.subjects: defaultdict[str, list[str]] = defaultdict(list)
         self.paths: defaultdict[str, list[str]] = defaultdict(list)
         for item in items:
-            if item.subject != item.key:  # If they are equal, the subject is unknown.
+            if item.subject != item.key:  # If subject and key are equal, the subject is unknown.
                 for name in {_bare(item.subject), f"{item.corpus}/{_bare(item.subject)}"}:
                     self.subjects[name].append(item.key)
-            # If the corpus is named after the first folder, the path already begins with the name of the corpus.
+            # If the corpus has the name of the first folder, the path already begins with the name of the corpus.
             inside = item.path.startswith(f"{item.corpus}/")
             for name in {f"{item.corpus}/{item.path}", *([item.path] if inside else [])}:
                 self.paths[name].append(item.key)
 
     def find(self, entry: Entry) -> list[str]:
-        """Return the keys of the recordings that an entry names."""
+        """Return the keys of the recordings that match an entry."""
         if entry.kind == "subject":
             corpus, slash, subject = entry.value.rpartition("/")
             return self.subjects.get(f"{corpus}{slash}{_bare(subject)}", [])
@@ -135,7 +136,7 @@ class _Names:
         return [key for path, keys in self.paths.items() if fits(path) for key in keys]
 
     def examples(self, kind: str) -> str:
-        """Return a few names of subjects or recordings, for a message."""
+        """Return a text with a few names of subjects or recordings, for a message."""
         names = sorted(n for n in (self.subjects if kind == "subject" else self.paths) if kind != "subject" or "/" in n)
         if not names:
             return "no named subjects (set subject_pattern in the corpus to name them)"
@@ -144,40 +145,40 @@ class _Names:
 
 @dataclass(kw_only=True)
 class HoldBack:
-    """The request to hold benchmarks back, after its names were looked up in the corpora."""
+    """Request to hold benchmarks back, after the requested names were looked up in the corpora."""
 
     named: dict[str, str]
-    """Key of each recording that is held back by name, with the entry and its source."""
+    """For the key of each recording that is held back by name: text with the entry and the source of the entry."""
     sha256: dict[str, str]
-    """Each checksum that is held back, with its source."""
+    """For each checksum that is held back: the source of the entry."""
     datasets: list[Contents]
     """Contents of the datasets that are held back."""
     identity: dict[str, Any]
-    """The parts of the request that change the dataset; they enter the checksum of the plan."""
+    """Settings of the request that change the dataset; the checksum of the job's plan covers these settings."""
     images_left_out: dict[str, int] = field(default_factory=dict)
-    """Number of trials of each recording whose image is held back; `drop_held_back_images` fills it."""
+    """For each recording: number of trials with a held-back image. `drop_held_back_images` fills this dictionary."""
 
     @classmethod
     def plan(cls, config: HoldBackConfig, items: Iterable[Item]) -> HoldBack:
-        """Look up the names of the request, before any recording is read.
+        """Look up the names of the request in the corpora, before any recording is read.
 
         Parameters
         ----------
         config : HoldBackConfig
-            The request.
+            Section `hold_back` of the job's config.
         items : iterable of Item
             Recordings of all corpora.
 
         Returns
         -------
         HoldBack
-            For the calls of `drop_held_back_images` and `mark`.
+            Object with the methods `drop_held_back_images` and `mark` for the following steps of the job.
 
         Raises
         ------
         RequestError
-            If a name matches nothing, a list cannot be read, or a dataset is not complete. A dataset that shares
-            nothing with the corpora is not an error.
+            If a name matches nothing, if a list cannot be read, or if a dataset is not complete. It is not an error if
+            a dataset and the corpora have no data in common.
         """
         from data_sharding.audit.leakage import Contents
 
@@ -215,10 +216,10 @@ class HoldBack:
         )
 
     def drop_held_back_images(self, items: Sequence[Item]) -> list[Item]:
-        """Remove the trials whose image is in a dataset that is held back.
+        """Remove the trials with an image that is in a held-back dataset.
 
-        An image is in such a dataset if the dataset has an image of equal bytes, one that looks the same, or one of the
-        same name in the same corpus.
+        An image counts as part of a dataset if the dataset has an image of equal bytes, an image of similar pixels, or
+        an image of the same name in the same corpus.
 
         Parameters
         ----------
@@ -228,7 +229,7 @@ class HoldBack:
         Returns
         -------
         list of Item
-            The same recordings, some with fewer trials; `images_left_out` counts the removed trials.
+            The same recordings without the removed trials; `images_left_out` counts the removed trials.
 
         Raises
         ------
@@ -257,29 +258,30 @@ class HoldBack:
         fingerprints: Mapping[str, RecordingFingerprint],
         load_points: Callable[[str], np.ndarray],
     ) -> dict[str, int]:
-        """Hold recordings back, after they were read and before duplicates are searched.
+        """Mark the ledger rows of recordings that are held back. Call this method before duplicates are searched.
 
-        A recording is held back if one of these is true, in this order:
+        A recording is held back if one of these conditions is true. The first true condition gives the reason:
 
-        1. the config or a list names it, its subject, or its checksum;
+        1. the config or a list names the recording, its subject, or its checksum;
         2. a held-back dataset contains a recording of equal bytes, the same subject of the same corpus, or the same
            signal;
-        3. its subject has another recording that was held back for the same dataset;
-        4. it is a copy (by bytes or by signal) of a recording that is held back for any of these reasons.
+        3. the subject of the recording has another recording that was held back for the same dataset;
+        4. the recording has the same bytes or the same signal as a recording that is held back for one of these
+           reasons.
 
         Parameters
         ----------
         rows : sequence of LedgerRow
-            The ledger; rows of recordings that are held back are changed.
+            Rows of the ledger; the rows of held-back recordings are changed.
         fingerprints : mapping of str to RecordingFingerprint
             Fingerprint of each recording, by key.
         load_points : callable
-            Returns the fingerprint [n, P] for the key of a recording.
+            Function that returns the fingerprint [n, P] for the key of a recording.
 
         Returns
         -------
         dict
-            Number of recordings that each name, list and dataset held back.
+            For each name, list and dataset: number of recordings that were held back for it.
         """
         usable = [row for row in rows if row.status == "sharded"]
         why: dict[str, tuple[str, str]] = {}
@@ -326,7 +328,7 @@ class HoldBack:
             for i, j, relation in find_matches(ours, theirs, load_points, contents.fingerprints.load):
                 reason = f"recording of {name} ({HOW[relation]} as {theirs[j].key})"
                 why.setdefault(rest[i].key, (name, reason))
-        # A subject of whom one recording is in the benchmark belongs to the benchmark with all recordings.
+        # If one recording of a subject is in the benchmark, all recordings of this subject are held back.
         people = {
             (row.corpus, row.subject) for row in rows if why.get(row.key, ("",))[0] == name and row.subject != row.key
         }
@@ -341,7 +343,7 @@ class HoldBack:
         fingerprints: Mapping[str, RecordingFingerprint],
         load_points: Callable[[str], np.ndarray],
     ) -> None:
-        """Hold back copies (by bytes or by signal) of the recordings that are held back so far."""
+        """Hold back recordings with the same bytes or the same signal as a recording that is already held back."""
         held = [row for row in rows if row.key in why]
         rest = [row for row in rows if row.key not in why]
         by_bytes = {row.sha256: row for row in held if row.sha256}
@@ -353,12 +355,12 @@ class HoldBack:
             why.setdefault(rest[i].key, (name, f"copy of {original.key}, {name}"))
 
     def count_images(self, rows: Iterable[LedgerRow]) -> None:
-        """Write the numbers of `images_left_out` to the column ``windows_left_out``.
+        """Add the numbers of `images_left_out` to the column ``windows_left_out`` of the ledger rows.
 
         Parameters
         ----------
         rows : iterable of LedgerRow
-            The ledger, changed in place.
+            Rows of the ledger, which are changed in place.
         """
         for row in rows:
             if number := self.images_left_out.get(row.key):
@@ -366,7 +368,7 @@ class HoldBack:
 
 
 def _find_held_back_images(paths: Sequence[str], datasets: Sequence[Contents]) -> set[str]:
-    """Return the image files that have equal bytes with an image of a held-back dataset, or look the same."""
+    """Return the image files that have equal bytes or similar pixels with an image of a held-back dataset."""
     from concurrent.futures import ThreadPoolExecutor
 
     from data_sharding.audit.fingerprints import ImageFingerprint, find_similar_images, fingerprint_image

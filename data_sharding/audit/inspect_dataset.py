@@ -1,4 +1,4 @@
-"""``dreamscale inspect``: show hours and recordings of a dataset, and why other recordings are not in it."""
+"""``dreamscale inspect``: show the recordings and hours of a dataset, and why other recordings are left out."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 
 FLAGS = ("recordings", "markdown", "json")
-"""Options that may stand without a value; then they mean true."""
+"""Options that mean true if they are given without a value."""
 
 
 @dataclass(kw_only=True)
 class InspectConfig:
-    """Show hours and recordings of a dataset: by corpus, number of channels, sampling rate, status and reason."""
+    """Show the hours and recordings of a dataset by corpus, number of channels, sampling rate, status and reason."""
 
     dataset: str
     """Folder of the dataset."""
     recordings: bool = False
     """Also show a table of all recordings."""
     recording: str = ""
-    """Show all columns of one recording; give its key, its path, or CORPUS/PATH."""
+    """Show all ledger columns of one recording. The value is the recording's key, its path, or CORPUS/PATH."""
     json: bool = False
     """Print JSON instead of tables."""
     markdown: bool = False
-    """Print Markdown with all recordings, for pages such as docs/real_corpus.md."""
+    """Print tables in Markdown, with all recordings, for pages such as docs/real_corpus.md."""
 
 
 @dataclass(kw_only=True)
 class Grid:
-    """A table to print."""
+    """Table that the command prints."""
 
     title: str
-    """Title above the table, and its key in JSON."""
+    """Title above the table; in JSON, the key of the table."""
     head: list[str]
     """Names of the columns."""
     lines: list[list[str | int | float]]
-    """Cells of each line; floats are hours."""
+    """Cells of each line of the table; a float is a number of hours."""
 
     def to_text(self) -> list[list[str]]:
-        """Format the cells."""
+        """Format all cells of the table as text."""
         return [[_format_cell(cell) for cell in line] for line in self.lines]
 
 
@@ -68,7 +68,7 @@ def _make_group_grid(
     value: Callable[[LedgerRow], Any],
     statuses: Sequence[str] = STATUSES,
 ) -> Grid:
-    """Make a table of hours and recordings for each value of a property; the last line is the total."""
+    """Make a table of hours and recordings with one line for each value of a property; the last line is the total."""
     groups: defaultdict[Any, list[LedgerRow]] = defaultdict(list)
     for row in rows:
         groups[value(row)].append(row)
@@ -135,24 +135,24 @@ def _make_recordings_grid(rows: Sequence[LedgerRow]) -> Grid:
 
 
 def find_recording(rows: Sequence[LedgerRow], name: str) -> LedgerRow:
-    """Find the row of a recording by key or path.
+    """Find the ledger row of a recording by key or path.
 
     Parameters
     ----------
     rows : sequence of LedgerRow
         Rows of the ledger.
     name : str
-        Key, path, or CORPUS/PATH.
+        Key of the recording, path of the recording, or CORPUS/PATH.
 
     Returns
     -------
     LedgerRow
-        The row.
+        Ledger row of the recording.
 
     Raises
     ------
     RequestError
-        If no recording has this name, or several recordings have this path.
+        If no recording has this key or path, or if several recordings have this path.
     """
     exact = [row for row in rows if row.key == name]
     found = exact or [row for row in rows if name in (row.path, f"{row.corpus}/{row.path}")]
@@ -196,7 +196,7 @@ def _print_markdown(grids: Iterable[Grid]) -> None:
 
 
 def _print_tables(grids: Iterable[Grid]) -> None:
-    """Print tables: with frames on a terminal, otherwise as aligned text that other programs can read."""
+    """Print tables. On a terminal, tables have frames; otherwise, they are aligned text that programs can read."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -215,12 +215,12 @@ def _print_tables(grids: Iterable[Grid]) -> None:
             right = number > 0 and all(cell.replace(".", "", 1).isdigit() or not cell for cell in cells)
             table.add_column(name, overflow="fold", justify="right" if right else "left")
         for line in lines:
-            # Rich would read brackets in a name as markup.
+            # Brackets in a name are escaped, because rich would read them as markup.
             table.add_row(*(cell.replace("[", "\\[") for cell in line))
         if terminal:
             Console(highlight=False).print(table)
             continue
-        # Wide enough that no line is broken, because other programs cut or search the lines.
+        # The width is large enough that rich breaks no line, because other programs read one line at a time.
         width = 20 + sum(max(map(len, column)) + 4 for column in zip(grid.head, *lines, strict=True))
         text = io.StringIO()
         Console(file=text, width=width, highlight=False).print(table)
@@ -249,7 +249,7 @@ def inspect(config: InspectConfig) -> int:
     Parameters
     ----------
     config : InspectConfig
-        The request.
+        Options of the command.
 
     Returns
     -------
@@ -259,7 +259,7 @@ def inspect(config: InspectConfig) -> int:
     Raises
     ------
     RequestError
-        If there is no complete dataset with a ledger, or no such recording.
+        If the folder is not a complete dataset with a ledger, or if the requested recording does not exist.
     """
     manifest = Manifest.read(config.dataset)
     rows = read_ledger(config.dataset)
@@ -309,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _command(words)
     except BrokenPipeError:
-        # The reader of the output, for example `head`, has closed it. Without this, Python prints an error at exit.
+        # The program that reads the output, for example `head`, has closed the pipe. The output is redirected to
+        # /dev/null, because otherwise Python prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

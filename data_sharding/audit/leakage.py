@@ -1,18 +1,18 @@
-"""Find leakage: subjects, recordings, windows and images that two datasets, or two splits of a dataset, share.
+"""Find leakage: subjects, recordings, windows and images that are in two datasets, or in two splits of a dataset.
 
-The rules, with the ways in which two things are recognised as the same:
+Rules by which subjects, recordings, windows and images are recognised as the same:
 
-- **Subject**: same corpus and same name. A recording whose subject is unknown counts as a subject of its own. Equal
-  names in two corpora are only a question, since "sub-01" is another person in each corpus.
+- **Subject**: same corpus and same name. A recording with an unknown subject counts as a separate subject. Equal
+  subject names in two corpora are only a question, because "sub-01" is usually a different person in each corpus.
 - **Recording**: equal bytes (checksum over all files), the same signal (`data_sharding.audit.duplicates`), or the same
-  key unless the checksums show that the files differ.
-- **Window**: equal values, or, within a shared recording, overlapping times. Time is needed because the same second
-  gives other values after another preprocessing.
-- **Image**: equal bytes, same look (`find_similar_images` in `data_sharding.audit.fingerprints`), or the same name in
-  the same corpus.
+  key. If the keys are equal but the checksums differ, the pair is only a question.
+- **Window**: equal values, or overlapping times within a shared recording. Times are compared as well, because
+  different preprocessing gives different values for the same second of a recording.
+- **Image**: equal bytes, similar pixels (`find_similar_images` in `data_sharding.audit.fingerprints`), or the same name
+  in the same corpus.
 
-Each finding is a proof or a question. A person must decide a question, because only the names are equal, or because
-the config of the dataset allows that several splits share the thing.
+Each finding is either a proof of leakage or a question that a person must answer. A finding is a question if only the
+names are equal, or if the config of the dataset allows that a subject or image is in several splits.
 
 Shapes: W windows of a dataset, R recordings.
 """
@@ -56,27 +56,27 @@ KINDS: tuple[Kind, ...] = ("subject", "recording", "window", "image")
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something that two datasets or two splits share."""
+    """One subject, recording, image or group of windows that is in two datasets or in two splits."""
 
     kind: Kind
-    """Kind of the shared thing."""
+    """What is shared: a subject, a recording, windows or an image."""
     text: str
     """One line that names what is shared."""
     proof: bool = True
-    """Whether the finding is a proof of leakage. If not, it is a question for a person: only the names are equal, or
-    the config of the dataset allows that several splits share the thing."""
+    """Whether the finding is a proof of leakage. Otherwise the finding is a question for a person: only the names are
+    equal, or the config of the dataset allows that the subject or image is in several splits."""
 
 
 @dataclass(kw_only=True)
 class Findings:
-    """Result of a comparison."""
+    """Result of a comparison of two datasets, or of the splits of one dataset."""
 
     found: list[Finding] = field(default_factory=list)
-    """Proofs and questions."""
+    """Findings of all kinds: proofs and questions."""
     compared: list[str] = field(default_factory=list)
-    """Texts that say what was compared."""
+    """One text for each comparison that was made."""
     not_compared: list[str] = field(default_factory=list)
-    """Texts that say what could not be compared, and why."""
+    """One text for each comparison that could not be made, with the reason."""
 
     @property
     def proofs(self) -> list[Finding]:
@@ -86,7 +86,7 @@ class Findings:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageUse:
-    """An image of a dataset, and the splits that show it."""
+    """An image of a dataset, and the splits that contain trials with this image."""
 
     corpus: str
     """Corpus of the image."""
@@ -95,12 +95,12 @@ class ImageUse:
     fingerprint: ImageFingerprint
     """Fingerprint of the image."""
     splits: tuple[str, ...]
-    """Splits in which the image is shown."""
+    """Splits that contain trials with this image."""
 
 
 @dataclass(kw_only=True)
 class Contents:
-    """Data of a dataset that is compared with other datasets."""
+    """Contents of a dataset, for the comparison with other datasets."""
 
     name: str
     """Path of the dataset as the user wrote it."""
@@ -109,46 +109,46 @@ class Contents:
     rows: dict[str, LedgerRow]
     """Ledger rows by key; empty if the dataset has no ledger."""
     fingerprints: Fingerprints | None
-    """Fingerprints of the recordings; None if the dataset has no such file."""
+    """Fingerprints of the recordings; None if the dataset has no fingerprints file."""
     recordings: list[str]
-    """[R] keys of the recordings that have windows."""
+    """[R] keys of the recordings that have windows in the dataset."""
     people: list[tuple[str, str]]
     """[R] corpus and subject of each recording."""
     recording: np.ndarray = field(repr=False)
-    """[W] recording of each window, as a position in `recordings`."""
+    """[W] recording of each window, as an index into `recordings`."""
     split: np.ndarray = field(repr=False)
-    """[W] split of each window, as a position in `SPLITS`."""
+    """[W] split of each window, as an index into `SPLITS`."""
     start: np.ndarray = field(repr=False)
     """[W] start of each window, in seconds from the beginning of the recording."""
     digest: np.ndarray = field(repr=False)
-    """[W] `data_sharding.audit.fingerprints.window_digest`; empty if the windows were not read."""
+    """[W] checksum of each window (`data_sharding.audit.fingerprints.window_digest`); empty if no windows were read."""
     images: list[ImageUse] = field(repr=False)
-    """One entry for each pair of an image and a name."""
+    """Images of the dataset; an image with two names has two entries."""
     concepts: dict[str, set[str]] = field(default_factory=dict, repr=False)
-    """Splits in which each concept is shown."""
+    """Splits that contain trials with an image of each concept."""
     _order: np.ndarray | None = field(default=None, init=False, repr=False)
     _bounds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), init=False, repr=False)
 
     @classmethod
     def read(cls, dataset: str | AnyPath, *, windows: bool = True) -> Contents:
-        """Read a whole dataset.
+        """Read the contents of a whole dataset.
 
         Parameters
         ----------
         dataset : str, Path or UPath
             Directory of the dataset.
         windows : bool
-            Whether to decode the windows, too.
+            Whether to decode the windows and to compute their checksums.
 
         Returns
         -------
         Contents
-            The data to compare.
+            Contents of the dataset.
 
         Raises
         ------
         RequestError
-            If there is no complete dataset, or a shard or index is missing or damaged.
+            If the directory is not a complete dataset, or if a shard or an index is missing or damaged.
         """
         root = as_path(dataset)
         manifest = Manifest.read(root)
@@ -212,23 +212,23 @@ class Contents:
         )
 
     def checksums(self) -> dict[str, str]:
-        """Map checksums of files to keys of recordings; a left-out duplicate is mapped to the kept recording."""
+        """Map checksums to keys of recordings; the checksum of a duplicate is mapped to the kept recording."""
         present = set(self.recordings)
         kept = {row.sha256: key if key in present else row.duplicate_of for key, row in self.rows.items()}
         return {sha: key for sha, key in kept.items() if sha and key in present}
 
     def windows_of(self, number: int) -> np.ndarray:
-        """Return the windows of a recording.
+        """Find the windows of a recording.
 
         Parameters
         ----------
         number : int
-            Position of the recording in `recordings`.
+            Index of the recording in `recordings`.
 
         Returns
         -------
         ndarray of int
-            Positions in `start` and the other arrays of shape [W].
+            Indices into `start` and the other arrays of shape [W].
         """
         if self._order is None:
             self._order = np.argsort(self.recording, kind="stable")
@@ -236,7 +236,7 @@ class Contents:
         return self._order[self._bounds[number] : self._bounds[number + 1]]
 
     def known_subjects(self) -> set[tuple[str, str]]:
-        """Return corpus and name of the known subjects. A subject with the name of its recording's key is unknown."""
+        """Return corpus and name of each known subject. A subject is unknown if its name equals the recording's key."""
         return {(c, s) for (c, s), key in zip(self.people, self.recordings, strict=True) if s and s != key}
 
     def count_unnamed(self) -> int:
@@ -245,7 +245,7 @@ class Contents:
 
 
 class _Sample(NamedTuple):
-    """Data of a window that is compared. Its whole metadata would take too much memory."""
+    """Data of a window for the comparison. Only these fields are kept, because the full metadata takes much memory."""
 
     recording: str
     corpus: str
@@ -257,7 +257,7 @@ class _Sample(NamedTuple):
 
 
 def _read_samples(root: AnyPath, path: str, windows: bool) -> Iterator[tuple[_Sample, bytes | None]]:
-    """Yield every sample of a shard, with its image if it has one."""
+    """Yield every sample of a shard, together with the sample's image or None."""
     tar = root / path
     try:
         with tar.open("rb") as stream:
@@ -284,13 +284,13 @@ def _read_samples(root: AnyPath, path: str, windows: bool) -> Iterator[tuple[_Sa
     except RequestError:
         raise
     except Exception as error:
-        # A damaged shard can raise errors of many kinds.
+        # All exceptions are caught, because reading a damaged shard can raise errors of many kinds.
         why = f"cannot be read ({error}); run 'dreamscale verify {root}' to see what is damaged"
         raise RequestError(f"{tar}: {why}") from None
 
 
 def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find values of a in b, by sorting; returns their positions in a, and a position in b for each of them."""
+    """Find the values of array a that are in array b. Return their indices in a and the matching indices in b."""
     if not len(a) or not len(b):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     order_a, order_b = np.argsort(a), np.argsort(b, kind="stable")
@@ -301,11 +301,12 @@ def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _overlaps(a: np.ndarray, length_a: float, b: np.ndarray, length_b: float) -> np.ndarray:
-    """Return which windows of list a overlap a window of list b; a and b are starts, and lengths are in seconds."""
+    """Return which windows of list a overlap a window of list b; a, b are start times, all numbers are in seconds."""
     if not len(a) or not len(b):
         return np.zeros(len(a), bool)
     b = np.sort(b)
-    # The last window of b that starts before the window of a ends. Starts are rounded, hence the tolerance.
+    # For each window of a, find the last window of b that starts before the window of a ends. The tolerance is needed
+    # because start times are rounded.
     last = np.searchsorted(b, a + length_a - 1e-4) - 1
     return (last >= 0) & (b[np.maximum(last, 0)] + length_b > a + 1e-4)
 
@@ -324,17 +325,17 @@ def _times(starts: np.ndarray) -> str:
 
 
 def compare_datasets(a: Contents, b: Contents) -> Findings:
-    """Find what two datasets share.
+    """Find subjects, recordings, windows and images that are in two datasets.
 
     Parameters
     ----------
     a, b : Contents
-        Two datasets; their preprocessing may differ.
+        Contents of the two datasets. The datasets may have different preprocessing.
 
     Returns
     -------
     Findings
-        Proofs and questions, and what could be compared.
+        Proofs and questions, and the comparisons that could or could not be made.
     """
     out = Findings()
     _compare_subjects(a, b, out)
@@ -367,7 +368,7 @@ def _report_unnamed(contents: Contents, out: Findings) -> None:
 
 
 def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[str, str]]:
-    """Add findings about recordings; return pairs of keys (of a and b) that are the same recording."""
+    """Add findings about recordings to `out`. Return the key in a and the key in b of each shared recording."""
     pairs: dict[tuple[str, str], str] = {}
     sums_a, sums_b = a.checksums(), b.checksums()
     for sha in sums_a.keys() & sums_b.keys():
@@ -472,7 +473,7 @@ def _report_unreadable_images(out: Findings, *contents: Contents) -> None:
 
 
 def _allowed_crossings(manifest: Manifest) -> tuple[bool, bool]:
-    """Return whether the config allows a subject, and an image, to be in several splits."""
+    """Return two values: whether the config allows a subject, and whether it allows an image, in several splits."""
     split = manifest.config.get("split")
     if not split:
         return False, False
@@ -482,18 +483,19 @@ def _allowed_crossings(manifest: Manifest) -> tuple[bool, bool]:
 
 
 def compare_splits(contents: Contents) -> Findings:
-    """Find what the splits of a dataset share.
+    """Find subjects, recordings, windows and images that are in two splits of a dataset.
 
     Parameters
     ----------
     contents : Contents
-        The dataset.
+        Contents of the dataset.
 
     Returns
     -------
     Findings
-        If the config does not hold out subjects, a subject that is in several splits is only a question. The same is
-        true of images. Windows of different splits that are equal, or that overlap in time, are always a proof.
+        Proofs and questions. If the config does not hold out subjects, a subject in several splits is only a question.
+        If the config does not hold out images, an image in several splits is only a question. Windows of different
+        splits that are equal, or that overlap in time, are always a proof.
     """
     out = Findings()
     free_subjects, free_images = _allowed_crossings(contents.manifest)

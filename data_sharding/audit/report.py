@@ -25,11 +25,11 @@ from data_sharding.dataset.splits import SPLITS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MAX_CORPORA = 25
-"""Most corpora that are listed."""
+"""Maximum number of corpora in the report's table of corpora."""
 MAX_RECORDINGS = 200
-"""Most recordings that are listed."""
+"""Maximum number of recordings in the report's table of recordings."""
 EXAMPLES = 3
-"""Recordings that are named as examples of a reason."""
+"""Number of recordings that the report names as examples of each reason."""
 WARN_QUARANTINED = 0.05
 """Share of quarantined recordings above which the report warns."""
 
@@ -48,24 +48,25 @@ def _hours_cell(hours: float) -> Cell:
 
 
 def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
-    """Sum the hours that were found, those lost for each reason, and those written to the dataset.
+    """Sum the hours of recordings that were found, set aside for each reason, and written to the dataset.
 
     Parameters
     ----------
     rows : sequence of LedgerRow
-        The ledger.
+        Rows of the ledger.
 
     Returns
     -------
     list of (str, float)
-        Name and hours. All entries after the first ("found") add up to the first.
+        Name and number of hours of each entry. The first entry is "found"; the hours of all other entries add up to it.
     """
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in rows:
         seconds["found"] += row.seconds
         if row.status == "sharded":
             seconds["written"] += row.seconds_written
-            # The last window of a resampled recording may end a fraction of a sample after the recording.
+            # The difference can be slightly negative: after resampling, the last window may end a fraction of a sample
+            # after the recording.
             seconds["not in a window"] += max(row.seconds - row.seconds_written, 0.0)
         else:
             seconds[row.status] += row.seconds
@@ -74,7 +75,7 @@ def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
 
 
 def _make_bars(rows: Sequence[LedgerRow]) -> list[dict[str, Any]]:
-    """Bars of a waterfall chart from the hours found to the hours written; positions are percentages of the width."""
+    """Make the bars of a waterfall chart from hours found to hours written, with positions in percent of the width."""
     fates = sum_hours_by_fate(rows)
     total = max(fates[0][1], 1e-12)
     left = 100.0
@@ -100,7 +101,7 @@ def _known_subjects(rows: Iterable[LedgerRow]) -> set[tuple[str, str]]:
 
 
 def _is_unnamed(row: LedgerRow) -> bool:
-    """Whether the recording does not say whose it is, so that its own key stands for the subject."""
+    """Return whether the subject of a recording is unknown; the recording's key then stands for the subject."""
     return row.subject == row.key
 
 
@@ -109,7 +110,7 @@ def _count_sessions(rows: Iterable[LedgerRow]) -> int:
 
 
 def _make_cards(rows: Sequence[LedgerRow], manifest: Manifest) -> list[tuple[str, str]]:
-    """Return the most important numbers, each with its explanation."""
+    """Return the most important numbers of the dataset, each with an explanation."""
     kept = [row for row in rows if row.status == "sharded"]
     unnamed = sum(map(_is_unnamed, kept))
     cards = [
@@ -128,7 +129,7 @@ def _make_cards(rows: Sequence[LedgerRow], manifest: Manifest) -> list[tuple[str
 
 
 def _designs_by_corpus(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Return the manifest's entry of each corpus, with its kind and its experimental design, by the corpus's name."""
+    """Return the manifest's entry of each corpus by name; an entry has the corpus's kind and experimental design."""
     listed = manifest.extra.get("corpora") or []
     if isinstance(listed, dict):
         listed = [{"name": name, **value} for name, value in listed.items()]
@@ -136,19 +137,19 @@ def _designs_by_corpus(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
-    """Find what a reader must know before trusting results on this dataset.
+    """Find problems of a dataset that can make results on this dataset wrong.
 
     Parameters
     ----------
     rows : sequence of LedgerRow
-        The ledger.
+        Rows of the ledger.
     manifest : Manifest
         The dataset's manifest.
 
     Returns
     -------
     list of str
-        One text for each warning; empty if there is nothing to warn of.
+        One text for each warning; empty if there is no warning.
     """
     warnings = []
     for name, entry in sorted(_designs_by_corpus(manifest).items()):
@@ -179,7 +180,7 @@ def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
 
 
 def _format_range(values: Iterable[float]) -> str:
-    """Format one or two values as a list, and more values as a range."""
+    """Format numbers as text: one or two different numbers as a list, more numbers as a range."""
     found = sorted(set(values))
     if len(found) < 3:
         return ", ".join(f"{value:g}" for value in found)
@@ -295,7 +296,7 @@ def _make_held_back_table(rows: Sequence[LedgerRow]) -> Table:
 
 
 def _make_measured_table(rows: Sequence[LedgerRow]) -> Table:
-    """Count units, mains frequencies, montages and references of the recordings that were written."""
+    """Make a table of the units, mains frequencies, montages and references of the sharded recordings."""
     kept = [row for row in rows if row.status == "sharded"]
 
     def mains(row: LedgerRow) -> str:
@@ -316,14 +317,14 @@ def _make_measured_table(rows: Sequence[LedgerRow]) -> Table:
 
 
 def _count_values(values: Iterable[str], most: int = 6) -> str:
-    """List the most frequent values with their counts."""
+    """Return a text with the most frequent values and their counts."""
     count = Counter(values)
     text = ", ".join(f"{value}: {number:,}" for value, number in count.most_common(most))
     return text + (f", and {len(count) - most:,} other values" if len(count) > most else "")
 
 
 def _make_recording_table(rows: Sequence[LedgerRow]) -> Table:
-    """List recordings, those that were set aside first."""
+    """Make the table of recordings, in which recordings that were set aside come first."""
     listed = sorted(rows, key=lambda row: (row.status == "sharded", row.key))[:MAX_RECORDINGS]
     columns = ("format", "n_eeg", "n_kept", "sfreq", "seconds", "amplitude_uv")
     lines = [
@@ -337,19 +338,19 @@ def _make_recording_table(rows: Sequence[LedgerRow]) -> Table:
 def write_report(
     path: str | AnyPath, rows: Sequence[LedgerRow], manifest: Manifest, *, root: AnyPath | None = None
 ) -> None:
-    """Write the report.
+    """Write the report of a dataset.
 
     Parameters
     ----------
     path : str, Path or UPath
         The HTML file to write.
     rows : sequence of LedgerRow
-        The ledger.
+        Rows of the ledger.
     manifest : Manifest
         The dataset's manifest.
     root : Path or UPath, optional
-        The folder of the shards; by default the folder of the page. If the shards cannot be found, the page has no
-        spectra and no traces, and says so.
+        Folder of the dataset with the shards; by default, the folder of the HTML file. If the shards cannot be found,
+        the report has a note in place of the spectra and traces.
     """
     root = as_path(path).parent if root is None else root
     windows = sample_windows(root, rows)

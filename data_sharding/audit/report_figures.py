@@ -1,4 +1,4 @@
-"""Charts of a dataset's report: channels, rates, amplitudes, spectra and traces, as embedded PNG.
+"""Charts for the report of a dataset: channels, sampling rates, amplitudes, spectra and traces, as embedded PNG.
 
 Shapes: n channels, T samples a window, F frequencies.
 """
@@ -32,21 +32,21 @@ COLOURS = {
     "not in a window": "#a8c5b9",
     "written": "#1d5c46",
 }
-"""Colours of the statuses, and of the other bars of the chart of hours."""
+"""Colours of the statuses and of the other bars in the chart of hours."""
 MAX_CORPORA = 12
-"""Most corpora with a spectrum and a trace."""
+"""Maximum number of corpora for which a spectrum and a trace are drawn."""
 RECORDINGS = 10
-"""Recordings of a corpus that its spectrum is computed from."""
+"""Number of recordings from which the spectrum of a corpus is computed."""
 WINDOWS = 3
-"""Windows of each of these recordings."""
+"""Number of windows of a recording from which its spectrum is computed."""
 MAX_TRACES = 12
-"""Most channels of a trace."""
+"""Maximum number of channels in a chart of EEG traces."""
 WIDTH = 3.7
-"""Inches: at 96 pixels an inch the width of a phone's screen, so that no chart's text is made smaller there."""
+"""Width of a chart in inches. At 96 pixels an inch, a chart fits a phone's screen without being made smaller."""
 
 
 def _make_figure(height: float) -> tuple[Any, Any]:
-    """Return a figure with one pair of axes."""
+    """Return a matplotlib figure with one pair of axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -65,7 +65,7 @@ def _to_picture(figure: Any, text: str, caption: str = "") -> Picture:
 
 
 def _escape_dollars(text: str) -> str:
-    """Escape dollar signs, between which matplotlib would otherwise set a name as a formula."""
+    """Escape dollar signs in a name, because matplotlib would draw text between dollar signs as a formula."""
     return text.replace("$", r"\$")
 
 
@@ -75,7 +75,7 @@ def draw_overview(rows: Sequence[LedgerRow]) -> list[Picture]:
     Parameters
     ----------
     rows : sequence of LedgerRow
-        The ledger.
+        Rows of the ledger.
 
     Returns
     -------
@@ -97,7 +97,7 @@ def _draw_hours(rows: Sequence[LedgerRow], column: str, title: str) -> Picture:
     for row in rows:
         hours[getattr(row, column)] += row.seconds_written / 3600
     values = sorted(hours)
-    if len(values) > 14:  # Too many values for a bar each.
+    if len(values) > 14:  # A histogram is drawn, because there are too many values for one bar each.
         edges = np.linspace(values[0], values[-1], 21)
         axis.hist(values, bins=edges, weights=[hours[v] for v in values], color=COLOURS["sharded"])
     else:
@@ -131,7 +131,7 @@ def _draw_amplitudes(rows: Sequence[LedgerRow]) -> Picture:
 
 @dataclass(kw_only=True)
 class Window:
-    """A window that is drawn."""
+    """Window of a dataset that is drawn in a chart."""
 
     eeg: np.ndarray
     """[n, T] microvolts."""
@@ -140,27 +140,27 @@ class Window:
 
 
 def _pick_evenly(values: Sequence[Any], n: int) -> list[Any]:
-    """Return at most n of the values, spread evenly over the list; the choice is always the same."""
+    """Return at most n of the values, spread evenly over the list. The same list always gives the same values."""
     if len(values) <= n:
         return list(values)
     return [values[i] for i in np.linspace(0, len(values) - 1, n).round().astype(int)]
 
 
 def sample_windows(root: AnyPath, rows: Sequence[LedgerRow]) -> dict[str, list[list[Window]]]:
-    """Read a few windows of each corpus, chosen evenly and without randomness.
+    """Read a few windows of each corpus, spread evenly over its recordings. The choice is not random.
 
     Parameters
     ----------
     root : Path or UPath
-        The dataset.
+        Folder of the dataset.
     rows : sequence of LedgerRow
-        The ledger.
+        Rows of the ledger.
 
     Returns
     -------
     dict
-        For each corpus its recordings, and for each recording its windows. The corpora with the most hours come first.
-        A corpus without readable shards is left out.
+        For each corpus, a list of recordings; each recording is a list of windows. The corpora with the most hours come
+        first. A corpus without readable shards is left out.
     """
     hours: defaultdict[str, float] = defaultdict(float)
     rows_by_corpus: defaultdict[str, list[LedgerRow]] = defaultdict(list)
@@ -178,7 +178,8 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow]) -> dict[str, list[l
             if not tar.is_file():
                 continue
             if shard not in indices:
-                # Keep the index of one shard only: neighbouring rows are mostly in the same shard.
+                # Only the index of the last shard is kept in memory, because neighbouring rows are mostly in the same
+                # shard.
                 indices = {shard: read_json(tar.with_suffix(".idx"))}
             entries = [entry for entry in indices[shard] if entry["key"].rpartition("-")[0] == row.key]
             if entries:
@@ -189,7 +190,7 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow]) -> dict[str, list[l
 
 
 def _read_windows(tar: AnyPath, entries: Sequence[dict[str, Any]]) -> list[Window]:
-    """Read samples from a shard at the places that its index names."""
+    """Read the samples of the given index entries from a shard."""
     windows = []
     with tar.open("rb") as stream:
         for entry in entries:
@@ -204,21 +205,21 @@ def _read_windows(tar: AnyPath, entries: Sequence[dict[str, Any]]) -> list[Windo
 
 
 def compute_spectrum(windows: Sequence[Window], sfreq: float) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the power spectrum of a recording: the median over windows and good channels.
+    """Compute the power spectrum of a recording, as the median over its windows and its good channels.
 
     Parameters
     ----------
     windows : sequence of Window
         Windows of one recording.
     sfreq : float
-        Sampling rate, Hz.
+        Sampling rate in Hz.
 
     Returns
     -------
     frequency : ndarray, shape (F,)
         Hz.
     power : ndarray, shape (F,)
-        Square microvolts per Hz.
+        Power density in square microvolts per Hz.
     """
     from scipy.signal import welch
 
@@ -232,18 +233,18 @@ def compute_spectrum(windows: Sequence[Window], sfreq: float) -> tuple[np.ndarra
 
 
 def measure_mains_peaks(frequency: np.ndarray, power: np.ndarray) -> dict[float, float]:
-    """Measure how much stronger mains hum is than the frequencies around it.
+    """Measure the strength of mains hum relative to the frequencies around the mains frequency.
 
     Parameters
     ----------
     frequency, power : ndarray, shape (F,)
-        See `compute_spectrum`.
+        Spectrum of a recording, from `compute_spectrum`.
 
     Returns
     -------
     dict
-        For 50 and 60 Hz, where the spectrum reaches that far: the peak's power divided by the median power at a
-        distance of 3 to 8 Hz.
+        For 50 Hz and 60 Hz, if the spectrum contains this frequency: the power of the peak, divided by the median power
+        at a distance of 3 to 8 Hz from the peak.
     """
     peaks = {}
     for line in (50.0, 60.0):
@@ -255,19 +256,19 @@ def measure_mains_peaks(frequency: np.ndarray, power: np.ndarray) -> dict[float,
 
 
 def draw_spectra(windows: dict[str, list[list[Window]]], manifest: Manifest) -> list[Picture]:
-    """Draw the median spectrum of each corpus, and a band that holds half of its recordings.
+    """Draw the spectrum of each corpus: the median of its recordings, and a band that contains half of them.
 
     Parameters
     ----------
     windows : dict
-        See `sample_windows`.
+        Windows of each corpus, from `sample_windows`.
     manifest : Manifest
         The dataset's manifest.
 
     Returns
     -------
     list of Picture
-        One chart a corpus, all with the same axes.
+        One chart for each corpus; all charts have the same axes.
     """
     spec = manifest.preprocess
     quartiles = {}
@@ -301,19 +302,19 @@ def draw_spectra(windows: dict[str, list[list[Window]]], manifest: Manifest) -> 
 
 
 def draw_traces(windows: dict[str, list[list[Window]]], manifest: Manifest) -> list[Picture]:
-    """Draw one window of each corpus.
+    """Draw the EEG traces of one window of each corpus.
 
     Parameters
     ----------
     windows : dict
-        See `sample_windows`.
+        Windows of each corpus, from `sample_windows`.
     manifest : Manifest
         The dataset's manifest.
 
     Returns
     -------
     list of Picture
-        One chart a corpus.
+        One chart for each corpus.
     """
     pictures = []
     for corpus, recordings in windows.items():

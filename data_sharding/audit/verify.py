@@ -1,4 +1,4 @@
-"""``dreamscale verify``: check a dataset against its manifest, and check that its splits share nothing."""
+"""``dreamscale verify``: check a dataset against its manifest, and check that its splits share no data."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from data_sharding.dataset.manifest import Manifest, Shard
 
 @dataclass(kw_only=True)
 class VerifyConfig:
-    """Check bytes and counts of a dataset, and that its splits (or this dataset and another one) share nothing."""
+    """Check the bytes and counts of a dataset, and check that its splits (or two datasets) share no data."""
 
     dataset: str
     """Folder of the dataset."""
     against: str = ""
-    """Folder of another dataset: check that the two datasets share no subject, recording, window or image."""
+    """Folder of a second dataset. The command then checks that no subject, recording, window or image is in both
+    datasets."""
     content: bool = True
-    """Also decode every window and compare the splits; false: check only bytes and counts."""
+    """Decode every window and compare the splits. If false, check only bytes and counts."""
     lines: int = 20
-    """Largest number of findings of each kind that are printed; 0 prints all."""
+    """Maximum number of findings of each kind that are printed; 0 prints all findings."""
 
     def __post_init__(self) -> None:
         if self.lines < 0:
@@ -39,7 +40,7 @@ class VerifyConfig:
 
 
 def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
-    """Check a shard.
+    """Check the bytes, the counts and the index of a shard.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
     Returns
     -------
     list of str
-        One line for each fault, which names the file; empty if the shard is intact.
+        One text for each fault, which begins with the name of the file; empty if the shard is intact.
     """
     name = f"{shard.path.removesuffix('.tar')}.idx"
     tar, index = root / shard.path, root / name
@@ -78,7 +79,7 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
 
 
 def find_faults(dataset: str | AnyPath) -> list[str]:
-    """Check bytes and counts of a dataset.
+    """Check the bytes and counts of a dataset.
 
     Parameters
     ----------
@@ -88,12 +89,12 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
     Returns
     -------
     list of str
-        One line for each fault; empty if the dataset is intact.
+        One text for each fault; empty if the dataset is intact.
 
     Raises
     ------
     RequestError
-        If there is no complete dataset.
+        If the folder is not a complete dataset.
     """
     root = as_path(dataset)
     manifest = Manifest.read(root)
@@ -141,7 +142,7 @@ def _ledger_faults(root: AnyPath, manifest: Manifest) -> list[str]:
 
 
 def _print_findings(findings: Findings, lines: int) -> None:
-    """Print the findings by kind, then what was and what was not compared."""
+    """Print the findings by kind, then the comparisons that were made and those that could not be made."""
     for proof in (True, False):
         for kind in KINDS:
             these = [f for f in findings.found if f.kind == kind and f.proof == proof]
@@ -182,22 +183,22 @@ def _verify_against(config: VerifyConfig) -> int:
 
 
 def verify(config: VerifyConfig) -> int:
-    """Check a dataset and print the result.
+    """Check a dataset as the options say, and print the result.
 
     Parameters
     ----------
     config : VerifyConfig
-        The request.
+        Options of the command.
 
     Returns
     -------
     int
-        0 if there is no fault and nothing is shared, otherwise 1.
+        Exit code: 0 if no fault and no shared data were found, otherwise 1.
 
     Raises
     ------
     RequestError
-        If there is no complete dataset.
+        If the folder is not a complete dataset.
     """
     if not config.dataset:
         raise RequestError("dreamscale verify: name the folder of the dataset")
