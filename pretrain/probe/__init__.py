@@ -1,1 +1,1 @@
-"""The probe: what an encoder's features are worth on labelled trials, compared with baselines and controls."""
+"""The probe measures how well an encoder's features classify labelled trials, compared with baselines and controls."""

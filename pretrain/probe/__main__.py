@@ -1,4 +1,4 @@
-"""``python -m pretrain.probe ENCODER DATASET``."""
+"""Run the probe with ``python -m pretrain.probe ENCODER DATASET``."""
 
 import sys
 

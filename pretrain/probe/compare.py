@@ -1,6 +1,6 @@
-"""Every method of the probe labels the same test trials.
+"""Run every method of the probe on the same test trials.
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of array shapes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TUNED, TUNED_RANDOM = "encoder, fine-tuned", "random weights, fine-tuned"
 ENCODER, COMMONEST, SHUFFLED = "encoder", "commonest label", "encoder, labels shuffled"
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
-"""Inner folds: trials to fit, and trials held out."""
+"""Inner folds. Each pair holds the numbers of the training trials and of the held-out trials."""
 
 
 def compare(
@@ -38,22 +38,22 @@ def compare(
     config: ProbeConfig,
     device: torch.device,
 ) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[float]]]:
-    """Let every method label the same test trials.
+    """Let every method predict the labels of the same test trials.
 
     Parameters
     ----------
     trials : Trials
         All trials.
     folds : list of Fold
-        The folds.
+        The training and test trials of each fold.
     encoders : dict of str to EEGEncoder
-        Encoders to fine-tune, by name.
+        Encoders to fine-tune, by their names.
     sfreq : float
         Sampling rate in Hz.
     classes : int
         Number of labels.
     config : ProbeConfig
-        The request.
+        Config of the probe.
     device : torch.device
         Device on which networks are trained.
 
@@ -62,11 +62,11 @@ def compare(
     scored : ndarray of int
         Numbers of the scored trials.
     hits : dict of str to ndarray
-        For each method, 1 where the predicted label is right and 0 where it is wrong; [S, number of scored trials],
-        with S classifiers.
+        For each method, an array of shape [S, number of scored trials], where S is the number of classifiers. A value
+        is 1 if the predicted label is right, else 0.
     chosen : dict of str to list of float
-        For each method, what was chosen in each fold: the penalty, the number of epochs (EEGNet) or the learning rate
-        (fine-tuning).
+        For each method, the value that was chosen in each fold: the number of epochs for EEGNet, the learning rate for
+        fine-tuning, and the ridge penalty for all other methods.
     """
     features = _compute_features(trials, sfreq, config)
     label_sets = {name: trials.labels_n[None] for name in features}
@@ -113,7 +113,7 @@ def compare(
 
 
 def _compute_features(trials: Trials, sfreq: float, config: ProbeConfig) -> dict[str, np.ndarray]:
-    """Return the features of all trials, before standardisation: the encoders' tokens and those of other methods."""
+    """Return the features of all trials for each encoder and each other method, before standardisation."""
     eeg_nCT = trials.eeg_nCT.astype(np.float32)
     makers = {
         "band power": lambda: band_power(eeg_nCT, sfreq),
@@ -128,7 +128,7 @@ def _compute_features(trials: Trials, sfreq: float, config: ProbeConfig) -> dict
 def _predict_eegnet(
     trials: Trials, x_nCT: np.ndarray, fold: Fold, sfreq: float, classes: int, config: ProbeConfig, device: torch.device
 ) -> tuple[np.ndarray, int]:
-    """Train EEGNet on a fold; return the labels of the test trials and the number of epochs."""
+    """Train EEGNet on a fold; return the predicted labels of the test trials and the number of epochs."""
     from pretrain.probe.eegnet import EEGNetConfig, predict_eegnet, train_eegnet
 
     fit, val = fold.train, fold.val
@@ -163,7 +163,7 @@ def _fine_tune(
     config: ProbeConfig,
     device: torch.device,
 ) -> tuple[np.ndarray, list[float]]:
-    """Fine-tune an encoder on each fold; return the labels of all test trials and the learning rates chosen."""
+    """Fine-tune an encoder on each fold; return the predicted labels of all test trials and the learning rates."""
     from pretrain.probe.finetune import finetune_and_predict
 
     labels, rates = [], []

@@ -1,4 +1,4 @@
-"""The request of a probe."""
+"""Config of a probe."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ Standardize = Literal["subject", "none"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Linear probe of an encoder on a labelled dataset, with baselines and controls."""
+    """Measure an encoder's features with a linear classifier on a labelled dataset, next to baselines and controls."""
 
     encoder: str
-    """Encoder package: a directory, or a name on the Hugging Face hub."""
+    """Directory of the encoder package, or the package's name on the Hugging Face hub."""
     dataset: str
     """Labelled (EEG-image) dataset with the preprocessing that the encoder expects."""
     output: str | None = None
-    """JSON file for the result. Without it the result is only printed."""
+    """JSON file to which the result is written. By default the result is only printed."""
     figure: str | None = None
-    """PNG, PDF or SVG file for a chart of the accuracies."""
+    """PNG, PDF or SVG file to which a chart of the accuracies is written."""
     folds: Literal["split", "subjects"] = "split"
-    """split: fit on the dataset's train split and score another split. subjects: leave out each subject of the dataset
-    once, fit on the other subjects and score the one left out."""
+    """How trials are divided into training and test trials. split: train on the dataset's train split and test on
+    another split. subjects: use each subject of the dataset once for the test, and train on the other subjects."""
     split: Literal["test", "val"] = "test"
-    """Split to score, with folds: split."""
+    """Split on which the methods are tested, if folds is split."""
     methods: list[Method] = dataclasses.field(default_factory=lambda: list(DEFAULT_METHODS))
-    """Methods to compare the encoder with. fine-tuning takes longest: it trains the whole encoder and a head on the
-    mean token, once from the encoder's weights and once from random weights."""
+    """Methods with which the encoder is compared. fine-tuning takes longest. It trains the whole encoder and a
+    classification head, once from the encoder's weights and once from random weights."""
     time_bins: int = 16
-    """Number of equal parts of the window. Tokens and time courses are averaged within each part. With 1, everything
-    that depends on the time within the window is lost."""
+    """Number of time bins: equal parts of the window within which tokens and time courses are averaged. With 1, the
+    features contain no information about the time within the window."""
     standardize: Standardize = "subject"
-    """subject: bring the features to mean 0 and variance 1 over each subject's own trials, without labels. none: over
-    the training trials."""
+    """How features are scaled to mean 0 and variance 1. subject: over all trials of each subject, without using labels.
+    none: over all training trials."""
     image_groups: int = 3
-    """Number of groups of images, with folds: subjects, if the subjects saw the same images. A fit scores one group of
-    one subject, and trains on the other groups of the other subjects."""
+    """Number of groups of images. Groups are used if folds is subjects and the subjects saw the same images. Each fold
+    tests on one group of one subject, and trains on the other groups of the other subjects."""
     random_seeds: int = 5
-    """Number of encoders with random weights."""
+    """Number of encoders with random weights; the result is their mean accuracy."""
     shuffles: int = 10
-    """Number of sets of shuffled training labels for the control; 0 for no control."""
+    """Number of times that the labels are shuffled for the control; 0 for no control."""
     seed: int = 0
-    """Seed for random weights, EEGNet, shuffles, bootstrap and permutations."""
+    """Seed of the random numbers for random weights, EEGNet, shuffled labels, bootstrap and permutation tests."""
     resamples: int = 10_000
-    """Number of bootstrap resamples of an interval, and of random sign flips of a test."""
+    """Number of bootstrap resamples for each interval, and number of random sign flips for each permutation test."""
     eegnet_epochs: int = 100
-    """Largest number of epochs of EEGNet; training ends earlier when the validation loss stops falling."""
+    """Largest number of epochs for EEGNet. Its training ends earlier if the validation loss stops falling."""
     eegnet_patience: int = 15
-    """Number of epochs without a lower validation loss after which EEGNet's training ends."""
+    """EEGNet's training ends after this number of epochs without a lower validation loss."""
     finetune_epochs: int = 10
     """Number of epochs of fine-tuning."""
     finetune_rates: list[float] = dataclasses.field(default_factory=lambda: [3e-4, 1e-3])
-    """Learning rates to try in fine-tuning. The best one on the val split is taken, or on the first inner fold if there
-    is no val split."""
+    """Learning rates to try in fine-tuning. The rate with the best accuracy on the val split is used; if there is no
+    val split, the best rate on the first inner fold."""
     batch_size: int = 64
-    """Number of trials that the encoder sees at once."""
+    """Number of trials that are encoded in one forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU if there is one, otherwise the CPU."""
+    """Device of the computation. auto: a GPU if there is a GPU, otherwise the CPU."""
 
     def __post_init__(self) -> None:
         if self.resamples < 100:

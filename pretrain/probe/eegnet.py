@@ -1,14 +1,14 @@
-"""EEGNet, a small convolutional network that is a common baseline of EEG classifiers, for the probe.
+"""EEGNet, a small convolutional network. It is a common baseline for EEG classifiers, and the probe uses it.
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of tensor shapes.
 
 References
 ----------
 Lawhern et al., EEGNet, Journal of Neural Engineering 15 (2018), 056013.
 """
 
-# Written here although Braindecode has an EEGNet: Braindecode is a dependency of the tests only, because from version
-# 1.0 on it needs torchaudio, which must match the installed PyTorch.
+# This file has its own EEGNet, because only the tests may depend on Braindecode, which has one too. Since version 1.0,
+# Braindecode needs torchaudio, whose version must match the installed PyTorch.
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EEGNetConfig:
-    """Training of EEGNet-8,2, with the values of the article if it gives them."""
+    """Settings for the training of EEGNet-8,2; some default values differ from those in the article."""
 
     epochs: int = 100
     """Largest number of epochs (500 in the article)."""
     patience: int = 15
-    """Number of epochs without a lower validation loss after which training ends."""
+    """Training ends after this number of epochs without a lower validation loss."""
     batch_size: int = 64
-    """Number of trials in a step."""
+    """Number of trials in one training step."""
     lr: float = 1e-3
     """Learning rate of Adam."""
     dropout: float = 0.25
@@ -43,12 +43,12 @@ class EEGNetConfig:
 
 
 class EEGNet(nn.Module):
-    """EEGNet-8,2: 8 temporal filters, 2 spatial filters for each of them, and 16 separable filters.
+    """EEGNet-8,2: 8 temporal filters, 2 spatial filters for each temporal filter, and 16 separable filters.
 
     Parameters
     ----------
     channels, samples : int
-        Shape of a window.
+        Number of channels and number of time samples in a window.
     sfreq : float
         Sampling rate in Hz. The temporal filters are half a second long.
     classes : int
@@ -60,9 +60,10 @@ class EEGNet(nn.Module):
     def __init__(self, channels: int, samples: int, sfreq: float, classes: int, dropout: float = 0.25) -> None:
         super().__init__()
         F1, D, F2 = 8, 2, 16
-        # The article pools by 4 and then by 8; short windows are pooled less, so that at least one sample is left.
+        # The article pools by a factor of 4 and then by a factor of 8. Short windows use smaller factors, so that at
+        # least one sample remains.
         pool = [min(4, samples), max(1, min(8, samples // 4))]
-        # Lengths of the filters in samples: 64 and 16 at 128 Hz.
+        # Lengths of the filters in samples, e.g. 64 and 16 samples at 128 Hz.
         half, eighth = max(1, round(sfreq / 2)), max(1, round(sfreq / 8))
         self.spatial = nn.Conv2d(F1, F1 * D, (channels, 1), groups=F1, bias=False)
         self.features = nn.Sequential(
@@ -102,7 +103,7 @@ class EEGNet(nn.Module):
 
     @torch.no_grad()
     def limit_norms(self) -> None:
-        """Limit the norm of each spatial filter to 1 and that of each class's weights to 0.25, as in the article."""
+        """Limit the norm of each spatial filter to 1 and of each class's weights to 0.25, as in the article."""
         for layer, most in ((self.spatial, 1.0), (self.head, 0.25)):
             layer.weight.copy_(layer.weight.renorm(2, 0, most))
 
@@ -119,7 +120,7 @@ def train_eegnet(
     seed: int,
     device: torch.device,
 ) -> tuple[EEGNet, int]:
-    """Train until the validation loss stops falling, and keep the weights with the lowest validation loss.
+    """Train EEGNet until the validation loss stops falling, and keep the weights with the lowest validation loss.
 
     Parameters
     ----------
@@ -134,16 +135,16 @@ def train_eegnet(
     config : EEGNetConfig
         Settings of the training.
     seed : int
-        Seed for initial weights, order of trials and dropout.
+        Seed of the random numbers for initial weights, order of trials and dropout.
     device : torch.device
-        Device to train on.
+        Device of the training.
 
     Returns
     -------
     EEGNet
         The trained network, in evaluation mode, on the device.
     int
-        Number of epochs after which it had these weights.
+        Number of epochs after which the network had the returned weights.
     """
     x, y = torch.from_numpy(x_nCT).float(), torch.from_numpy(labels_n).long()
     val_x, val_y = torch.from_numpy(val_x_nCT).float(), torch.from_numpy(val_labels_n).long()
@@ -156,7 +157,8 @@ def train_eegnet(
             model.train()
             for rows in torch.randperm(len(x)).split(config.batch_size):
                 if len(rows) < 2:
-                    # Batch normalisation cannot take the variance of a single trial.
+                    # Skip a batch of one trial, because batch normalisation cannot compute the variance of a single
+                    # trial.
                     continue
                 loss = nn.functional.cross_entropy(model(x[rows].to(device)), y[rows].to(device))
                 optimizer.zero_grad()
@@ -180,7 +182,7 @@ def predict_eegnet(model: EEGNet, x_nCT: np.ndarray, device: torch.device) -> np
     model : EEGNet
         A trained network.
     x_nCT : ndarray, [n, C, T]
-        Trials, standardised as in training.
+        Trials, standardised in the same way as the training trials.
     device : torch.device
         Device of the network.
 
@@ -193,7 +195,7 @@ def predict_eegnet(model: EEGNet, x_nCT: np.ndarray, device: torch.device) -> np
 
 
 def _same_length(kernel: int) -> nn.ZeroPad2d:
-    """Pad so that a convolution over time with this kernel keeps the length."""
+    """Return a padding layer, so that a convolution with this kernel over time does not change the length."""
     return nn.ZeroPad2d(((kernel - 1) // 2, kernel // 2, 0, 0))
 
 

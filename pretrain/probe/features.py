@@ -1,6 +1,6 @@
-"""The features that a probe classifies: an encoder's tokens, and classical features of the same trials.
+"""Compute the features that a probe classifies: an encoder's tokens, and classical features of the same trials.
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of array shapes.
 
 References
 ----------
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pretrain.encoder.encoder import EEGEncoder
 
 BANDS = {"delta": (1, 4), "theta": (4, 8), "alpha": (8, 13), "beta": (13, 30), "gamma": (30, 45)}
-"""Lower and upper edge of each band in Hz."""
+"""Lower and upper edge of each frequency band in Hz."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,30 +37,31 @@ class Trials:
     """Labelled trials and the tokens that encoders compute from them."""
 
     splits_n: np.ndarray
-    """[n] name of the split of each trial."""
+    """[n] name of each trial's split."""
     labels_n: np.ndarray
-    """[n] number of the label of each trial."""
+    """[n] label of each trial, as a number."""
     images_n: np.ndarray
-    """[n] identity of the image of each trial. A trial without an image counts as a separate image."""
+    """[n] name of each trial's image. A trial without an image gets a name of its own."""
     subjects_n: np.ndarray
-    """[n] subject of each trial, as corpus/subject."""
+    """[n] each trial's subject, written as corpus/subject."""
     channels: list[str]
     """Channels that all trials have in common, in the order of the first trial."""
     eeg_nCT: np.ndarray
-    """[n, C, T] float16 microvolts of the common channels."""
+    """[n, C, T] signal of the common channels in float16 microvolts."""
     metas: list[dict[str, Any]]
-    """[n] metadata of the samples; their channels are in the order of the recording."""
+    """[n] metadata of each trial. The channels in the metadata are in the order of the recording."""
     electrodes: list[dict[str, Any]]
-    """[n] number and positions of `channels` in each trial, as `EEGEncoder.inputs_of` takes them."""
+    """[n] number and electrode positions of the common channels in each trial, in the form for
+    `EEGEncoder.inputs_of`."""
     tokens: dict[str, np.ndarray]
-    """[n, F] float32 for each encoder: its tokens, averaged over each time bin."""
+    """[n, F] tokens of each encoder in float32, averaged over each time bin."""
 
     def __len__(self) -> int:
         return len(self.labels_n)
 
 
 def average_bins(x: np.ndarray, bins: int) -> np.ndarray:
-    """Average over equal parts of the last axis; if T is not a multiple of `bins`, neighbouring parts share a value.
+    """Average over equal parts of the last axis. If T is not a multiple of `bins`, neighbouring parts share a sample.
 
     Parameters
     ----------
@@ -72,7 +73,7 @@ def average_bins(x: np.ndarray, bins: int) -> np.ndarray:
     Returns
     -------
     ndarray, [..., bins]
-        Means.
+        Mean of each part.
     """
     T = x.shape[-1]
     edges = [(bin_ * T // bins, -(-(bin_ + 1) * T // bins)) for bin_ in range(bins)]
@@ -87,12 +88,12 @@ def band_power(x_nCT: np.ndarray, sfreq: float) -> np.ndarray:
     x_nCT : ndarray, [n, C, T]
         Signal.
     sfreq : float
-        Rate in Hz.
+        Sampling rate in Hz.
 
     Returns
     -------
     ndarray, [n, C x bands]
-        Features. A band that is too narrow to contain a frequency of the Fourier transform is left out.
+        Features. A band is left out if it contains no frequency of the Fourier transform.
     """
     T = x_nCT.shape[-1]
     power = np.abs(np.fft.rfft(x_nCT * np.hanning(T), axis=-1)) ** 2
@@ -116,8 +117,8 @@ def covariance(x_nCT: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray, [n, C x (C + 1) / 2]
-        The upper triangle. Values off the diagonal are multiplied by the square root of 2, so that the distance between
-        two rows equals the distance between the two matrices.
+        The upper triangle of each matrix. Values off the diagonal are multiplied by the square root of 2. As a result,
+        the distance between the features of two trials equals the distance between their matrices.
     """
     from sklearn.covariance import ledoit_wolf
 
@@ -127,21 +128,21 @@ def covariance(x_nCT: np.ndarray) -> np.ndarray:
     out = np.empty((len(x_nCT), len(weight)), np.float32)
     for row, x_CT in enumerate(x_nCT):
         value_C, vector_CC = np.linalg.eigh(ledoit_wolf(x_CT.T)[0])
-        # The eigenvalues of a flat trial are 0, and the logarithm of 0 is not finite.
+        # Replace eigenvalues of 0, which flat trials have, because the logarithm of 0 is not finite.
         log_CC = (vector_CC * np.log(np.maximum(value_C, 1e-6))) @ vector_CC.T
         out[row] = log_CC[upper] * weight
     return out
 
 
 def time_courses(x_nCT: np.ndarray, bins: int) -> np.ndarray:
-    """Average the amplitude of each channel over each time bin: the simplest features of an evoked response.
+    """Average the amplitude of each channel over each time bin; these are the simplest features of a response.
 
     Parameters
     ----------
     x_nCT : ndarray, [n, C, T]
         Signal in microvolts.
     bins : int
-        Number of parts of the window.
+        Number of time bins in the window.
 
     Returns
     -------
@@ -152,7 +153,7 @@ def time_courses(x_nCT: np.ndarray, bins: int) -> np.ndarray:
 
 
 def standardize(features_nF: np.ndarray, subjects_n: np.ndarray, train_n: np.ndarray, how: Standardize) -> np.ndarray:
-    """Bring features to mean 0 and variance 1, without using labels.
+    """Scale features to mean 0 and variance 1, without using labels.
 
     Parameters
     ----------
@@ -163,7 +164,8 @@ def standardize(features_nF: np.ndarray, subjects_n: np.ndarray, train_n: np.nda
     train_n : ndarray of bool, [n]
         True for training trials.
     how : {"subject", "none"}
-        subject: mean and variance over all trials of the same subject, training or not. none: over the training trials.
+        subject: compute mean and variance over all trials of the same subject, including test trials. none: compute
+        mean and variance over the training trials of all subjects.
 
     Returns
     -------
@@ -175,7 +177,7 @@ def standardize(features_nF: np.ndarray, subjects_n: np.ndarray, train_n: np.nda
     for group in groups:
         basis = x[group] if how == "subject" else x[train_n]
         mean, scale = basis.mean(axis=0), basis.std(axis=0)
-        # A feature that never varies becomes 0. A tiny divisor would blow its rounding errors up.
+        # A constant feature becomes 0. If it were divided by a tiny number, its rounding errors would become large.
         x[group] = (x[group] - mean) / np.where(scale > 1e-6, scale, np.inf)
     return x
 
@@ -198,11 +200,11 @@ def collect(
     splits : sequence of str
         Splits to read.
     encoders : mapping of str to EEGEncoder
-        Encoders by name; all are on the device.
+        Encoders by name. All encoders must be on the device.
     bins : int
-        Number of time bins over which tokens are averaged; 1 for the mean over the window.
+        Number of time bins within which tokens are averaged; 1 for the mean over the whole window.
     batch_size : int
-        Number of trials to encode at once.
+        Number of trials to encode in one forward pass.
     device : torch.device
         Device of the encoders.
 
@@ -214,7 +216,7 @@ def collect(
     Raises
     ------
     RequestError
-        If a trial has no label, or the trials have fewer than two channels in common.
+        If a trial has no label, or if the trials have fewer than two channels in common.
     """
     import torch
 
@@ -257,7 +259,7 @@ def collect(
 def _pick_common_channels(
     dataset: str, metas: list[dict[str, Any]], signals: list[np.ndarray]
 ) -> tuple[list[str], list[np.ndarray], list[dict[str, Any]]]:
-    """Return the channels that all trials share, each trial's signal of them and where their electrodes are."""
+    """Return the channels that all trials have in common, and their signal and electrode positions in each trial."""
     shared = set.intersection(*(set(meta["ch_names"]) for meta in metas))
     channels = [name for name in metas[0]["ch_names"] if name in shared]
     if len(channels) < 2:

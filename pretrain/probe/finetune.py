@@ -1,6 +1,6 @@
-"""Fine-tuning a whole encoder on the trials of a probe, to see whether its weights are a better start than random ones.
+"""Fine-tune a whole encoder on the trials of a probe, to compare pretrained weights with random weights as a start.
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of tensor shapes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pretrain.probe.folds import Fold
 
 _WARM_UP, _WEIGHT_DECAY, _BATCH = 0.1, 0.05, 32
-# The learning rate needs at least two steps to rise: one at the lowest rate, one at the highest.
+# The rise of the learning rate takes at least two steps: one step with the lowest rate and one step with the highest
+# rate.
 _RISE = 2
 
 
@@ -38,28 +39,28 @@ def finetune_and_predict(
     seed: int,
     device: torch.device,
 ) -> tuple[np.ndarray, float]:
-    """Train the whole encoder with a linear head on the mean token, and label the test trials.
+    """Train the whole encoder with a linear head on the mean of the tokens, and predict the labels of the test trials.
 
     Parameters
     ----------
     encoder : EEGEncoder
-        Encoder to start from. A copy is trained; this one does not change.
+        Encoder with the initial weights. A copy of this encoder is trained; the encoder itself does not change.
     trials : Trials
-        All trials. All of them have the same channels.
+        All trials. They must have the same channels.
     fold : Fold
-        The model is trained on its `train` trials and labels its `test` trials.
+        The model is trained on the fold's `train` trials, and predicts the labels of the fold's `test` trials.
     choose_by : (ndarray, ndarray)
-        Trials to train on and trials to score, for the choice of the learning rate.
+        Numbers of the training trials and of the held-out trials with which the learning rate is chosen.
     classes : int
         Number of labels.
     epochs : int
         Number of passes over the training trials.
     rates : sequence of float
-        Learning rates of AdamW to choose from. A single rate is used without a choice.
+        Learning rates of AdamW to choose from. If there is only one rate, no choice is made.
     seed : int
-        Seed for the order of the trials.
+        Seed of the random numbers for the order of the trials.
     device : torch.device
-        Device to train on.
+        Device of the training.
 
     Returns
     -------
@@ -81,18 +82,19 @@ def finetune_and_predict(
             right = float((_predict(model, trials, held, device) == trials.labels_n[held]).mean())
             if right > best[0]:
                 best = (right, rate, model)
-    # With a val split, the models that were tried were trained on the fold's training trials: the best one is final.
+    # If there is a val split, the best model was already trained on all of the fold's training trials, so use it.
     model = best[2] if same and best[2] is not None else train(fold.train, best[1])
     return _predict(model, trials, fold.test, device), best[1]
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, rate: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
-    """Make a schedule that raises the learning rate over a tenth of the steps and then lowers it to almost 0.
+    """Return a schedule that raises the learning rate during a tenth of the steps and then lowers it to almost 0.
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        An optimiser with momentum, such as AdamW. The momentum falls while the learning rate rises, and rises after.
+        An optimiser with momentum, such as AdamW. The schedule lowers the momentum while the learning rate rises, and
+        raises the momentum afterwards.
     rate : float
         Highest learning rate.
     steps : int
@@ -101,17 +103,17 @@ def one_cycle(optimizer: torch.optim.Optimizer, rate: float, steps: int) -> torc
     Returns
     -------
     torch.optim.lr_scheduler.OneCycleLR
-        The caller calls its ``step`` after every training step.
+        The schedule. The caller must call ``step`` of the schedule after every training step.
     """
-    # PyTorch divides by the lengths of the rise and of the fall, so neither may be 0. A training of one or two steps
-    # therefore only rises.
+    # PyTorch divides by the length of the rise and by the length of the fall, so these lengths must be above 0. In a
+    # training of one or two steps, the learning rate therefore only rises.
     total = max(steps, _RISE + 1)
     share = max(_WARM_UP, _RISE / total)
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total, pct_start=share)
 
 
 def _inputs(encoder: EEGEncoder, trials: Trials, rows: np.ndarray, device: torch.device) -> tuple[Tensor, ...]:
-    """Prepare the arguments of the encoder: scaled windows, and the positions of their electrodes if it needs them."""
+    """Return the encoder's arguments: scaled windows, and electrode positions if the encoder needs them."""
     x_BCT = torch.from_numpy(pad_channels(trials.eeg_nCT[rows].astype(np.float32), encoder.config.channels)).to(device)
     electrodes = [trials.electrodes[row] for row in rows]
     return encoder.scale_for_model(x_BCT, len(trials.channels)), *encoder.inputs_of(electrodes, device).values()
@@ -131,7 +133,7 @@ def _train(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = copy.deepcopy(encoder).train()
-        # With a head of zeros every start gives all labels the same score.
+        # Set the head's weights to zero, so that every training begins with the same score for all labels.
         model.head, model.n_outputs = nn.Linear(model.dim, classes, device=device), classes
         nn.init.zeros_(model.head.weight)
         nn.init.zeros_(model.head.bias)

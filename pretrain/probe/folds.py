@@ -1,14 +1,15 @@
-"""Which trials a probe fits, uses for choices and scores.
+"""Divide trials into folds: training trials, trials for choices such as the ridge penalty, and test trials.
 
 Trials of one subject resemble each other, and so do trials of one image. If a classifier has seen the subject or the
-image of a trial in training, its accuracy on this trial is too high. The rules against this:
+image of a trial in training, its accuracy on this trial is too high. Three rules prevent such results:
 
-- No image is in both the fitted and the scored trials of a fold.
-- With ``folds: subjects``, no subject is in both either. With ``folds: split`` the splits of the dataset decide, and
-  the report names the subjects that are in both.
-- Choices, such as the ridge's penalty, are made by the same rules on inner folds within the training trials.
+- No image is in both the training trials and the test trials of a fold.
+- With ``folds: subjects``, no subject is in both the training trials and the test trials. With ``folds: split``, the
+  dataset's splits are used, and the report names the subjects that are in both.
+- Choices, such as the ridge penalty, are made on inner folds within the training trials. The first two rules also hold
+  for the inner folds.
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of array shapes.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ INNER_FOLDS = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fold:
-    """Numbers of the trials of one fit."""
+    """Numbers of the training, validation and test trials of one fold."""
 
     train: np.ndarray
-    """Trials to fit."""
+    """Numbers of the trials on which a classifier is trained."""
     val: np.ndarray
-    """Trials that are used only for choices; may be empty."""
+    """Numbers of the trials that are used only to choose settings; the array may be empty."""
     test: np.ndarray
-    """Trials to score; used for nothing else."""
+    """Numbers of the trials on which a classifier is scored. They are used for nothing else."""
 
 
 def divide_images(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray:
-    """Divide images into parts with the same mixture of labels.
+    """Divide images into groups, so that each group has the same mixture of labels.
 
     Parameters
     ----------
@@ -50,12 +51,12 @@ def divide_images(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray
     numbers : ndarray of int
         Numbers of the trials whose images are divided.
     parts : int
-        Number of parts.
+        Number of groups.
 
     Returns
     -------
     ndarray of int
-        Part of each trial of `numbers`; trials of one image are in one part.
+        Number of the group for each trial in `numbers`. All trials of one image are in the same group.
     """
     _, first, image = np.unique(trials.images_n[numbers], return_index=True, return_inverse=True)
     part = np.empty(len(first), np.int64)
@@ -64,33 +65,33 @@ def divide_images(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray
 
 
 def _share_images(trials: Trials, numbers: np.ndarray) -> bool:
-    """Tell whether any two subjects saw the same image."""
+    """Return whether any two subjects saw the same image."""
     pairs = np.unique(np.stack([trials.images_n[numbers], trials.subjects_n[numbers]]), axis=1)
     return len(np.unique(pairs[0])) < pairs.shape[1]
 
 
 def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
-    """Decide which trials are fitted and which are scored; no image is on both sides.
+    """Divide the trials into folds; no image is in both the training trials and the test trials of a fold.
 
     Parameters
     ----------
     trials : Trials
         All trials.
     config : ProbeConfig
-        The request.
+        Config of the probe.
 
     Returns
     -------
     list of Fold
-        The folds. Each trial is scored at most once.
+        The folds. Each trial is a test trial in at most one fold.
     dict of str to int
-        Number of trials that were left out because their image is on the other side: of the ``test`` side, and of the
-        ``train`` side over all folds.
+        Number of trials that were left out because of shared images. ``test``: test trials whose image is also in the
+        training trials. ``train``: training trials whose image is also in the test trials, summed over all folds.
 
     Raises
     ------
     RequestError
-        If there is nothing to learn or to score.
+        If there are no test trials, or if all training trials have the same label.
     """
     if config.folds == "split":
         folds, left_out = _fold_of_splits(trials, config)
@@ -107,7 +108,7 @@ def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], d
 def _fold_of_splits(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
     every, none = np.arange(len(trials)), np.array([], int)
     train = every[trials.splits_n == "train"]
-    # Trials that are scored must not take part in choices, so val is not used for choices when it is scored.
+    # Test trials must not be used for choices. Therefore the val split is not used for choices if it is the test split.
     val = none if config.split == "val" else every[trials.splits_n == "val"]
     test = every[trials.splits_n == config.split]
     kept = test[~np.isin(trials.images_n[test], trials.images_n[np.concatenate([train, val])])]
@@ -144,23 +145,23 @@ def _fold_by_subjects(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], 
 
 
 def make_inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Make the folds on which choices are made, within the training trials of a fold.
+    """Divide the training trials of a fold into inner folds, which are used for choices such as the ridge penalty.
 
-    The held-out trials are of other subjects and other images than the fitted ones, as in the scoring. With a single
-    subject in training only the images differ.
+    The held-out trials and the training trials of an inner fold have different subjects and different images. If there
+    is only one training subject, only the images are different.
 
     Parameters
     ----------
     trials : Trials
         All trials.
     fold : Fold
-        Only its train and val trials are used.
+        The fold. Only the fold's train and val trials are used.
 
     Returns
     -------
     list of (ndarray, ndarray)
-        Trials to fit and trials held out; the last pair is (train, val) if the fold has val trials. Empty if no such
-        folds can be made.
+        Numbers of the training trials and of the held-out trials of each inner fold. If the fold has val trials, the
+        last pair is (train, val). The list is empty if no inner folds can be made.
     """
     train = fold.train
     subjects, subject = np.unique(trials.subjects_n[train], return_inverse=True)
@@ -181,21 +182,21 @@ def make_inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.nd
 
 
 def shuffle_labels(trials: Trials, sets: int, seed: int) -> np.ndarray:
-    """Shuffle the labels between images; trials of one image still share a label.
+    """Shuffle the labels between images. All trials of one image still have the same label.
 
     Parameters
     ----------
     trials : Trials
         All trials.
     sets : int
-        Number of shuffles.
+        Number of sets of shuffled labels.
     seed : int
-        Seed for the shuffles.
+        Seed of the random numbers for the shuffles.
 
     Returns
     -------
     ndarray, [S, n]
-        One set of labels for each shuffle.
+        Sets of shuffled labels, one set in each row.
     """
     _, first, image = np.unique(trials.images_n, return_index=True, return_inverse=True)
     rng = np.random.default_rng(seed)

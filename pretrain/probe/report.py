@@ -1,6 +1,6 @@
-"""The result of a probe: numbers, a printed table and a chart.
+"""Compute the numbers in the result of a probe, print them as a table, and draw a chart.
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of array shapes.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from pretrain.probe.statistics import FEWEST_SUBJECTS, accuracy_interval, differ
 def summarize(
     trials: Trials, folds: list[Fold], scored: np.ndarray, hits: dict[str, np.ndarray], config: ProbeConfig
 ) -> dict[str, Any]:
-    """Compute accuracies, differences, intervals and p-values.
+    """Compute the methods' accuracies, their differences from the encoder, confidence intervals and p-values.
 
     Parameters
     ----------
     trials : Trials
         All trials.
     folds : list of Fold
-        The folds.
+        The training and test trials of each fold.
     scored : ndarray of int
-        Numbers of the scored trials.
+        Numbers of the test trials of all folds.
     hits : dict of str to ndarray
         Right and wrong answers of each method, from `pretrain.probe.compare.compare`.
     config : ProbeConfig
-        The request.
+        Config of the probe.
 
     Returns
     -------
     dict
-        Plain numbers, lists and texts, which JSON can hold.
+        The result as plain numbers, lists and strings, which JSON can store.
     """
     images_n, subjects_n = trials.images_n[scored], trials.subjects_n[scored]
     subjects = np.unique(subjects_n)
@@ -80,7 +80,7 @@ def summarize(
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the result as a table, with notes on what the numbers mean."""
+    """Print the result as a table, with notes that explain the numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -96,7 +96,8 @@ def show(result: dict[str, Any]) -> None:
             cells += [f"{more['p_subjects']:.2g}"] if by_subject else []
         table.add_row(*cells)
     console = Console()
-    # A file or a pipe has no width, and rich's 80 columns would break every cell of the table.
+    # A file or a pipe has no width. Use 120 columns, because rich's default of 80 columns would break every cell of the
+    # table.
     console = console if console.is_terminal else Console(width=120)
     console.print(table)
     for note in _make_notes(result, by_subject):
@@ -133,14 +134,14 @@ def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:
 
 
 def draw(result: dict[str, Any], path: str) -> None:
-    """Draw the accuracies with their intervals.
+    """Draw a chart of the accuracies with their confidence intervals.
 
     Parameters
     ----------
     result : dict
         Result of the probe.
     path : str
-        Figure to write.
+        Path of the figure to write.
     """
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
-"""The linear classifier of the probe: ridge regression on one-hot labels, with a penalty chosen on inner folds.
+"""The linear classifier of the probe: ridge regression on one-hot labels. The penalty is chosen on inner folds.
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of array shapes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from pretrain.probe.folds import Fold
 
 STRENGTHS = np.logspace(-3, 3, 13)
-"""Penalties to choose from, as multiples of the mean eigenvalue of the features."""
+"""Ridge penalties to choose from, as multiples of the mean eigenvalue of the features' covariance."""
 
 
 def ridge_scores(x_nF: np.ndarray, y_nL: np.ndarray, new_mF: np.ndarray) -> Iterator[np.ndarray]:
@@ -21,18 +21,19 @@ def ridge_scores(x_nF: np.ndarray, y_nL: np.ndarray, new_mF: np.ndarray) -> Iter
     Parameters
     ----------
     x_nF, y_nL : ndarray
-        Features and targets of the n trials to fit.
+        Features and targets of the n training trials.
     new_mF : ndarray
-        Features of the m trials to score.
+        Features of the m new trials.
 
     Yields
     ------
     ndarray, [m, L]
-        Scores with one penalty of `STRENGTHS`, in their order.
+        Scores of the new trials for one penalty; the penalties come in the order of `STRENGTHS`.
     """
     mean_F, mean_L = x_nF.mean(axis=0), y_nL.mean(axis=0)
     x_nF, new_mF, y_nL = x_nF - mean_F, new_mF - mean_F, y_nL - mean_L
-    # X'X and XX' have the same eigenvalues above 0: decompose the smaller matrix, once for all penalties.
+    # X'X and XX' have the same eigenvalues above 0. Decompose the smaller of these two matrices, once for all
+    # penalties.
     if x_nF.shape[1] < len(x_nF):
         value, vector = np.linalg.eigh(x_nF.T @ x_nF)
         weights, basis = vector.T @ (x_nF.T @ y_nL), new_mF @ vector
@@ -48,18 +49,19 @@ def ridge_scores(x_nF: np.ndarray, y_nL: np.ndarray, new_mF: np.ndarray) -> Iter
 def choose_and_predict(
     x_nF: np.ndarray, labels_Sn: np.ndarray, fold: Fold, inner: list[tuple[np.ndarray, np.ndarray]], classes: int
 ) -> tuple[np.ndarray, float]:
-    """Choose the penalty on the inner folds, fit on the training trials and label the test trials.
+    """Choose the penalty on the inner folds, train on the training trials and predict the labels of the test trials.
 
     Parameters
     ----------
     x_nF : ndarray, [n, F]
         Features of all trials.
     labels_Sn : ndarray, [S, n]
-        Sets of labels; each set gets its own classifier. The labels of the test trials are not used.
+        Sets of labels. A separate classifier is trained for each set. The labels of the test trials are not used.
     fold : Fold
-        The trials to fit and to score.
+        The training and test trials.
     inner : list of (ndarray, ndarray)
-        Inner folds: trials to fit, and held-out trials whose accuracy decides the penalty.
+        Inner folds: training trials, and held-out trials. The penalty with the best accuracy on held-out trials is
+        chosen.
     classes : int
         Number of labels.
 
@@ -80,6 +82,7 @@ def choose_and_predict(
     hits = np.zeros((len(STRENGTHS), sets))
     for fit, held in inner:
         hits += (predict(fit, held) == labels_Sn[:, held]).sum(axis=-1)
-    # Among equally good penalties take the strongest. Without inner folds there is no choice: take the middle one.
+    # If several penalties are equally good, use the strongest penalty. If there are no inner folds, use the middle
+    # penalty.
     best = len(STRENGTHS) - 1 - hits[::-1].argmax(axis=0) if inner else np.full(sets, len(STRENGTHS) // 2)
     return predict(fold.train, fold.test)[best, np.arange(sets)], float(STRENGTHS[best[0]])

@@ -1,7 +1,7 @@
 """Measure how useful an encoder's features are: ``dreamscale probe ENCODER DATASET``.
 
-A linear classifier is fitted on the encoder's tokens and scored on subjects and images that it was not fitted on. On
-the same trials the probe scores encoders with random weights, classical features, EEGNet, and controls whose accuracy
+A linear classifier is trained on the encoder's tokens. It is tested on trials of other subjects and other images. On
+the same trials, the probe tests encoders with random weights, classical features, EEGNet, and controls whose accuracy
 must be at chance.
 """
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 
 def probe(config: ProbeConfig) -> int:
-    """Score an encoder's features and those of the baselines.
+    """Measure the accuracy of an encoder's features and of the baselines.
 
     Parameters
     ----------
     config : ProbeConfig
-        The request.
+        Config of the probe.
 
     Returns
     -------
@@ -45,7 +45,7 @@ def probe(config: ProbeConfig) -> int:
     Raises
     ------
     RequestError
-        If dataset and encoder do not fit each other, or there is nothing to learn or to score.
+        If dataset and encoder have different preprocessing, or if there are no usable training or test trials.
     """
     train_set = _open_dataset(config)
     from pretrain.runs.distributed import choose_device
@@ -93,12 +93,12 @@ def probe(config: ProbeConfig) -> int:
 
 
 def _open_dataset(config: ProbeConfig) -> EEGDataset:
-    """Open the train split, and refuse requests that can be seen to fail."""
+    """Open the train split, and raise an error early if the probe cannot work with this config."""
     train_set = EEGDataset(config.dataset, "train")
     if not train_set.labels:
         raise RequestError(f"{config.dataset}: the dataset has no labels; a probe needs an EEG-image dataset")
     if config.folds == "split":
-        # Fails here if the split is empty.
+        # Raise an error now if the test split is empty.
         EEGDataset(config.dataset, config.split)
     for path in (config.output, config.figure):
         if path and not Path(path).absolute().parent.is_dir():
@@ -109,7 +109,7 @@ def _open_dataset(config: ProbeConfig) -> EEGDataset:
 
 
 def _load_encoders(config: ProbeConfig, train_set: EEGDataset, device: torch.device) -> dict[str, EEGEncoder]:
-    """Load the encoder, and make encoders of the same shape with random weights if a method needs them."""
+    """Load the encoder; if a method needs random weights, also make encoders of the same architecture with them."""
     import torch
 
     from pretrain.encoder.encoder import EEGEncoder
@@ -130,7 +130,7 @@ def _load_encoders(config: ProbeConfig, train_set: EEGDataset, device: torch.dev
 
 
 def _check_trials(config: ProbeConfig, trials: Trials) -> None:
-    """Refuse trials on which the requested methods would mean nothing."""
+    """Raise an error if the results of the requested methods would have no meaning for these trials."""
     if config.standardize == "subject" and all(
         len(np.unique(trials.labels_n[trials.subjects_n == subject])) == 1 for subject in np.unique(trials.subjects_n)
     ):

@@ -1,9 +1,9 @@
-"""Intervals and tests for the accuracies of a probe.
+"""Confidence intervals and significance tests for the accuracies of a probe.
 
-Trials of one image are not independent, and neither are trials of one subject. Each interval and each test therefore
-treats all trials of an image, or all trials of a subject, as one unit (a cluster).
+Trials of one image are not independent of each other. Trials of one subject are not independent either. Each interval
+and each test therefore treats all trials of an image, or all trials of a subject, as one unit (a cluster).
 
-Letters of shapes: see `pretrain.model`.
+`pretrain.model` explains the letters of array shapes.
 """
 
 from __future__ import annotations
@@ -11,37 +11,39 @@ from __future__ import annotations
 import numpy as np
 
 _EXACT = 14
-"""Up to this many clusters all combinations of signs are tried (2 ** 14 of them)."""
+"""Up to this number of clusters, the permutation test tries all combinations of signs (at most 2 ** 14
+combinations)."""
 FEWEST_SUBJECTS = 6
-"""With fewer subjects than this, no test over subjects can reach p = 0.05."""
+"""Smallest number of subjects for which a permutation test over subjects can reach p < 0.05."""
 
 
 def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, float]:
-    """Compute the 95 % interval of an accuracy, allowing for trials of one image that are not independent.
+    """Compute the 95 % confidence interval of an accuracy. It considers that trials of one image are not independent.
 
     Parameters
     ----------
     hits_n : ndarray, [n]
-        1 for a right answer, 0 for a wrong one; or the share of right answers among several classifiers.
+        1 for a right answer, 0 for a wrong answer. If there are several classifiers, the share of right answers.
     images_n : ndarray, [n]
         Image of each trial.
 
     Returns
     -------
     low, high : float
-        Wilson's interval for the effective number of trials. This is the number of independent trials whose mean would
-        vary as much as the mean of the clustered trials does.
+        Wilson's interval for the effective number of trials. The effective number is the number of independent trials
+        whose mean would have the same variance as the mean of the clustered trials.
     """
     _, image_n = np.unique(images_n, return_inverse=True)
     sums, counts = np.bincount(image_n, weights=hits_n), np.bincount(image_n)
     n, images, share = len(hits_n), len(sums), float(hits_n.mean())
-    # If all answers are right, or all wrong, nothing scatters: count each image as one trial.
+    # If all answers are right, or all answers are wrong, there is no variance. In this case, count each image as one
+    # trial.
     effect = n / images
     if 0 < share < 1 and images > 1:
         clustered = ((sums - share * counts) ** 2).sum() / n**2 * images / (images - 1)
         effect = max(1.0, clustered / (share * (1 - share) / n))
-    # Written out, because SciPy's binomtest(...).proportion_ci takes whole numbers of trials and hits only. For whole
-    # numbers a test compares the two.
+    # Wilson's formula is written out here, because SciPy's binomtest(...).proportion_ci takes only whole numbers of
+    # trials. A test compares the results with SciPy's results for whole numbers.
     effective, z = n / effect, 1.959964
     centre = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = z * np.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2)) / (1 + z**2 / effective)
@@ -54,18 +56,18 @@ def difference_interval(more_n: np.ndarray, clusters_n: np.ndarray, resamples: i
     Parameters
     ----------
     more_n : ndarray, [n]
-        Difference of each trial.
+        Difference between the two methods in each trial.
     clusters_n : ndarray, [n]
         The image, or the subject, of each trial.
     resamples : int
         Number of resamples.
     seed : int
-        Seed for the resampling.
+        Seed of the random numbers for the resampling.
 
     Returns
     -------
     low, high : float
-        The interval.
+        Lower and upper end of the interval.
     """
     _, cluster_n = np.unique(clusters_n, return_inverse=True)
     sums, counts = np.bincount(cluster_n, weights=more_n), np.bincount(cluster_n)
@@ -78,37 +80,40 @@ def difference_interval(more_n: np.ndarray, clusters_n: np.ndarray, resamples: i
 def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, seed: int) -> float:
     """Compute the two-sided p-value of a mean difference between two methods on the same trials.
 
-    If neither method is better, the difference of each cluster could as well have the opposite sign. The test
+    If both methods are equally good, the difference of each cluster has either sign with equal probability. The test
     therefore flips the signs of whole clusters.
 
     Parameters
     ----------
     more_n : ndarray, [n]
-        Difference of each trial.
+        Difference between the two methods in each trial.
     clusters_n : ndarray, [n]
         The image, or the subject, of each trial.
     permutations : int
         Number of random combinations of signs, if there are too many clusters to try all combinations.
     seed : int
-        Seed for the random signs.
+        Seed of the random numbers for the signs.
 
     Returns
     -------
     float
-        Share of the combinations of signs, the observed one included, whose total difference is at least as large.
+        The p-value: the share of combinations of signs whose total difference is at least as large as the observed
+        difference. The observed combination is included.
     """
     from scipy.stats import permutation_test
 
     _, cluster_n = np.unique(clusters_n, return_inverse=True)
     sums = np.bincount(cluster_n, weights=more_n)
-    # Flipping a zero changes nothing.
+    # Leave out differences of zero, because a change of sign has no effect on them.
     sums = sums[sums != 0]
     if len(sums) < 2:
-        # Both signs of a single difference are equally large, and SciPy wants at least two.
+        # With a single difference, both signs give the same size, so p is 1. SciPy's test needs at least two
+        # differences.
         return 1.0
 
     def total(sums: np.ndarray, axis: int = -1) -> np.ndarray:
-        # Rounded: the same fractions added in another order differ in their last digits, and must count as equal.
+        # Round the sums. Sums of the same fractions in a different order differ in their last digits, but must count as
+        # equal.
         return np.round(np.abs(sums.sum(axis=axis)), 9)
 
     exact = len(sums) <= _EXACT
