@@ -1,1 +1,1 @@
-"""The face of Dreamscale: the command, the demo, local and cluster launching."""
+"""The `dreamscale` command, the demo, and the programs that start training locally or on a cluster."""

@@ -1,4 +1,4 @@
-"""``python -m launch`` is the ``dreamscale`` command."""
+"""Run the ``dreamscale`` command as ``python -m launch``."""
 
 import os
 import sys
@@ -6,8 +6,8 @@ import sys
 from launch.cli import main
 from launch.worker import PARENT, end_with_parent
 
-# The demo sets this variable for its steps. A step must end when its demo is killed: the next demo writes to the same
-# folder.
+# The demo sets this environment variable for its steps. If the demo is killed, its current step must end too, because a
+# restarted demo writes to the same folder.
 if os.environ.pop(PARENT, None) == str(os.getppid()):
     end_with_parent()
 sys.exit(main())

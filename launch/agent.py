@@ -1,4 +1,4 @@
-"""A wrapper of torchrun and ``accelerate launch`` that returns the training's exit code and prints no traceback.
+"""Wrap torchrun and ``accelerate launch``, to return the exit code of the training and to print no traceback.
 
 ``python -m launch.agent torchrun|accelerate [LAUNCHER'S ARGUMENTS] -m launch.worker MODULE [ARGUMENTS]``
 """
@@ -23,7 +23,7 @@ def _launch(kind: str, words: list[str]) -> tuple[int, bool]:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # The launchers repeat the error messages of the training process at length.
+    # Hide the log of the launchers, because it repeats the error messages of the training processes.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="torch.distributed")
     try:
@@ -64,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     kind, *words = sys.argv[1:] if argv is None else argv
     end_with_parent()
-    # Clusters send SIGUSR1 before they take a node away. Without this setting, torchrun would die from that signal.
+    # Clusters send SIGUSR1 before they stop a node. Without this setting, SIGUSR1 would kill torchrun.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "100")
-    # Otherwise, after a restart, gloo would read old addresses from the store that it shares with the launcher.
+    # Without this setting, gloo would read old addresses after a restart, from the store that gloo and torchrun share.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     own = None if FOLDER in os.environ else tempfile.mkdtemp(prefix="dreamscale-launch-")
     if own:

@@ -1,4 +1,4 @@
-"""The ``dreamscale`` command: finds the command that the first word names, and runs it."""
+"""The ``dreamscale`` command: the first argument names a subcommand, which this module finds and runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launch.stages import STAGES
 
 
 def help_text() -> str:
-    """Return what ``dreamscale --help`` prints."""
+    """Return the text that ``dreamscale --help`` prints."""
     lines = [
         "usage: dreamscale COMMAND [CONFIG.yaml] [--dotted.key value ...]",
         "",
@@ -32,7 +32,7 @@ def help_text() -> str:
 
 
 def _check_words(name: str, words: list[str]) -> None:
-    """Refuse a command without arguments, where the command needs some, before anything slow is imported."""
+    """Refuse a call without arguments if the command needs arguments, before slow libraries are imported."""
     usage = STAGES[name].usage
     if not words and usage and not usage.startswith("["):
         raise RequestError(
@@ -50,7 +50,7 @@ def _loading(name: str) -> Iterator[None]:
         yield
     finally:
         if shown:
-            # Go back to the beginning of the line and erase it.
+            # Erase the line with the "loading" message.
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""``dreamscale configs``: list, print and copy the configs that come with Dreamscale."""
+"""The command ``dreamscale configs``: list, print and copy the configs that come with Dreamscale."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.shipped import shipped_configs
 
 LONGEST = 90
-"""Characters of a sentence that the list shows as a whole."""
+"""The list of configs shows at most this many characters of a description."""
 
 
 @dataclass(kw_only=True)
@@ -22,13 +22,13 @@ class ConfigsConfig:
     """List the configs that come with Dreamscale; print one of them, or copy them to a folder."""
 
     name: str = ""
-    """A config, such as pretrain/released.yaml, or a folder, such as pretrain. Without a name: all configs."""
+    """Name of a config, such as pretrain/released.yaml, or of a folder, such as pretrain. By default: all configs."""
     output: str = ""
-    """Copy to this folder, which then holds the same folders. -o is short for --output."""
+    """Folder to which the configs are copied, with their subfolders. -o is short for --output."""
 
 
 def describe(path: Path) -> str:
-    """Return the first sentence of the comment that a config begins with, or its beginning if the sentence is long.
+    """Return the first sentence of the comment at the top of a config; a long sentence is shortened.
 
     Parameters
     ----------
@@ -38,27 +38,28 @@ def describe(path: Path) -> str:
     Returns
     -------
     str
-        One line; empty where the file does not begin with a comment.
+        The sentence in one line; empty if the file does not begin with a comment.
     """
     lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
-    # Indented lines of the comment are commands.
+    # Skip the indented lines of the comment, because they are shell commands.
     words = [line.removeprefix("# ") for line in lines if not line.startswith(("#!", "#  "))]
     sentence = re.split(r"(?<=\.)\s", " ".join(words), maxsplit=1)[0]
     return sentence if len(sentence) <= LONGEST else re.split(r"[:;]\s", sentence, maxsplit=1)[0]
 
 
 def select_configs(name: str) -> list[Path]:
-    """Find the configs that a name means.
+    """Find the configs with a given name.
 
     Parameters
     ----------
     name : str
-        A file or a folder, with or without ``configs/`` before it and ``.yaml`` after it; all configs where empty.
+        Name of a file or a folder. The prefix ``configs/`` and the extension ``.yaml`` are optional. An empty name
+        means all configs.
 
     Returns
     -------
     list of Path
-        Files of `shipped_configs`, sorted.
+        Files in the folder `shipped_configs`, sorted.
 
     Raises
     ------
@@ -83,19 +84,20 @@ def select_configs(name: str) -> list[Path]:
 
 
 def copy_configs(files: list[Path], folder: Path) -> None:
-    """Copy configs to a folder; a file that is already there and differs stays as it is.
+    """Copy configs to a folder. An existing file with other content is never overwritten.
 
     Parameters
     ----------
     files : list of Path
         Files of `shipped_configs`.
     folder : Path
-        Where to; it is made if it does not exist.
+        Destination; the folder is created if it does not exist.
 
     Raises
     ------
     RequestError
-        If a file of the same name and other content is there (nothing is copied then), or the folder cannot be written.
+        If the folder cannot be written, or if it has a file with the same name and other content. In the second case,
+        no file is copied.
     """
     targets = {folder / path.relative_to(shipped_configs()): path.read_bytes() for path in files}
     for target, content in targets.items():

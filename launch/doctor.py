@@ -1,4 +1,4 @@
-"""``dreamscale doctor``: what works on this machine, and what to install."""
+"""The command ``dreamscale doctor``: show what works on this machine, and what to install."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Finding:
     state: State
     found: str
     advice: str = ""
-    """What the user can do; empty where nothing has to be done."""
+    """Advice for the user; empty if the user does not have to do anything."""
 
 
 def _version(name: str) -> str | None:
@@ -214,7 +214,7 @@ def _doctor(config: DoctorConfig) -> int:
     marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "missing": "[red]MISSING[/red]"}
     for finding in findings:
         table.add_row(marks[finding.state], finding.what, finding.found, finding.advice)
-    # A log file has no width, and a path that is wrapped cannot be copied.
+    # In a log file, use a wide table: a user cannot copy a path that is wrapped over two lines.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
     missing = [finding.what for finding in findings if finding.state == "missing"]

@@ -1,8 +1,8 @@
-"""Several training processes on this machine: starting them, stopping them, and one exit code for all of them.
+"""Start and stop several training processes on this machine, and return one exit code for all processes.
 
 The launcher (torchrun or Accelerate's) runs in a session of its own, so that Ctrl-C reaches only the command itself.
-The command passes a request to stop directly to the training processes. If the launcher passed the request on, it would
-give them limited time to write their checkpoint.
+The command sends a request to stop directly to the training processes, not to the launcher. The launcher would kill the
+training processes after a time limit, perhaps before the checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from launch.stages import Stage
 from launch.worker import FOLDER, read_numbers
 
 LONE_REFUSAL_S = 20.0
-"""Seconds to wait, after one process refused the request, until the other processes refuse it too."""
+"""After one process has refused the request, the other processes have this many seconds to refuse it too."""
 LAST_CHECKPOINT_S = 110.0
-"""Seconds to wait, after the launcher was killed, until the training processes have written a checkpoint."""
+"""After the launcher was killed, the training processes have this many seconds to write a checkpoint."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def processes_wanted(argv: Sequence[str]) -> int:
-    """Read from a request how many processes to launch, without importing the stage.
+    """Read the number of processes to launch from the arguments, without importing the stage.
 
     Parameters
     ----------
@@ -42,9 +42,10 @@ def processes_wanted(argv: Sequence[str]) -> int:
     Returns
     -------
     int
-        `num_processes` of the command line, or else of the YAML file. 0 means that no launcher is needed and the stage
-        runs in this process: with 1 process and no `restarts`, for help or printing the config, if a launcher started
-        this process, or if the request cannot be read (the stage then reports the reason).
+        `num_processes` from the command line, or else from the YAML file. 0 means that the stage runs in this process
+        without a launcher. The result is 0 in these cases: 1 process and no `restarts`; a call for help or for printing
+        the config; a launcher started this process; or the arguments cannot be read (the stage then reports the
+        reason).
     """
     if {"-h", "--help"} & set(argv) or any(word.startswith("--print_config") for word in argv):
         return 0
@@ -55,21 +56,21 @@ def processes_wanted(argv: Sequence[str]) -> int:
 
 
 def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
-    """Read an integer from a request, without importing the stage.
+    """Read an integer from the stage's arguments, without importing the stage.
 
     Parameters
     ----------
     argv : sequence of str
         The stage's arguments.
     name : str
-        The key.
+        Key of the integer.
     default : int
-        Value if the key is not given or cannot be read (the stage then reports the reason).
+        Value if the key is missing, or if its value cannot be read (the stage then reports the reason).
 
     Returns
     -------
     int
-        The value on the command line, or else in the YAML file.
+        The value on the command line, or else the value in the YAML file.
     """
     wanted: object = None
     files = [argv[0]] if argv and not argv[0].startswith("-") else []
@@ -111,7 +112,7 @@ def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[
     Returns
     -------
     list of str
-        The command for `subprocess`.
+        The command line, as a list for `subprocess`.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -120,7 +121,7 @@ def launcher_command(stage: Stage, argv: Sequence[str], processes: int) -> list[
         flags = ["--nnodes", "1", "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1"]
         flags += ["--master-port", str(port)]
     else:
-        # With '--cpu --num_processes 2', Accelerate silently runs one process. '--multi_gpu' starts all processes, also
+        # With '--cpu --num_processes 2', Accelerate silently runs one process. '--multi_gpu' starts all processes, even
         # on a machine without GPUs.
         flags = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
         flags += ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
@@ -155,7 +156,7 @@ class _Processes:
         self.agent = subprocess.Popen(command, env=_environment(folder, count), start_new_session=True)
 
     def ask_to_stop(self, number: int, _: FrameType | None) -> None:
-        """Pass a request to stop on to the training processes; the second Ctrl-C kills everything."""
+        """Forward a request to stop to the training processes; a second Ctrl-C kills all processes."""
         self.requests += 1
         if number == signal.SIGINT and self.requests > 1:
             self.killed = True
@@ -163,7 +164,7 @@ class _Processes:
             return
         workers = read_numbers(self.folder, "pid")
         if len(workers) < self.count:
-            # The processes are still starting, so nothing is lost by ending them.
+            # The processes are still starting and have no results yet, so they can be killed.
             self.kill(signal.SIGTERM)
         for pid in workers.values():
             _send(pid, signal.SIGTERM)
@@ -176,7 +177,7 @@ class _Processes:
         _send(self.agent.pid, number, group=True)
 
     def wait(self) -> int:
-        """Wait until the launcher ends, and return one exit code."""
+        """Wait until the launcher ends, and return one exit code for all processes."""
         lone_since = None
         while self.agent.poll() is None:
             time.sleep(0.1)
@@ -196,7 +197,7 @@ class _Processes:
         return code if code >= 0 else EXIT_FAILED
 
     def any_died(self, code: int) -> bool:
-        """Return whether a process ended without an exit code and without a request; waits until all have ended."""
+        """Wait until all processes have ended; return whether one of them died without an exit code or a request."""
         if code != EXIT_FAILED or self.requests:
             return False
         until = time.monotonic() + LAST_CHECKPOINT_S
@@ -213,7 +214,7 @@ class _Processes:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-        # A process that has ended keeps its id (state Z) until its parent has waited for it.
+        # An ended process keeps its id (state Z) until its parent waits for the process.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, PermissionError):
         return False
@@ -257,7 +258,7 @@ def run_launched(stage: Stage, argv: Sequence[str], processes: int) -> int:
 
 
 def _run_once(stage: Stage, argv: Sequence[str], processes: int) -> tuple[int, bool]:
-    """Launch once; return the exit code, and whether a process was killed."""
+    """Launch a stage once; return the exit code, and whether a process was killed."""
     folder = Path(tempfile.mkdtemp(prefix="dreamscale-launch-"))
     try:
         running = _Processes(launcher_command(stage, argv, processes), folder, processes)

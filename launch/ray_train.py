@@ -1,4 +1,4 @@
-"""Pretraining on a Ray cluster, through Ray Train.
+"""Run pretraining on a Ray cluster, through Ray Train.
 
 ``python -m launch.ray_train CONFIG.yaml [--dotted.key value ...]`` starts `num_processes` workers in the Ray cluster at
 RAY_ADDRESS, or in a new cluster on this machine if RAY_ADDRESS is not set. Each worker runs ``pretrain.train``, with a
@@ -28,7 +28,7 @@ def _train(job: dict[str, Any]) -> None:
     from pretrain.runs.stop import STOP_FILE
     from pretrain.train import main
 
-    # Ray starts workers in another folder; relative paths in the config refer to the folder of the command.
+    # Ray starts workers in another folder. Return to the folder of the command, so that relative paths are right.
     os.chdir(job["cwd"])
     folder = Path(job["folder"])
     os.environ[STOP_FILE] = str(folder / _STOP)
@@ -40,7 +40,7 @@ def _train(job: dict[str, Any]) -> None:
 
 
 def launch(words: list[str]) -> int:
-    """Run a pretraining run on Ray.
+    """Run pretraining on Ray.
 
     Parameters
     ----------
@@ -55,13 +55,13 @@ def launch(words: list[str]) -> int:
     Raises
     ------
     RequestError
-        If the request is wrong.
+        If the arguments or the config are wrong.
     """
     from pretrain.training.config import PretrainConfig
 
     config = parse_config(PretrainConfig, words, prog="dreamscale pretrain", positionals=("config",))
     if "RAY_ADDRESS" not in os.environ:
-        # A new cluster on this machine would otherwise ask for a token, and there is none.
+        # Turn off tokens: a new cluster on this machine would ask for a token, which does not exist.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
@@ -70,9 +70,9 @@ def launch(words: list[str]) -> int:
 
     ray.init(log_to_driver=True, include_dashboard=False, configure_logging=False)
     output = Path(config.output).absolute()
-    # Folder for Ray's own records and for the two files of this module. It is not inside the run directory, because
-    # that must not be created before the request has been checked. Records of an earlier launch are deleted: Ray would
-    # resume from them, but the training resumes from its own checkpoints.
+    # This folder is for Ray's own records and for the two files of this module. It is not inside the run directory,
+    # because the run directory must not be created before the config has been checked. Records of an earlier launch are
+    # deleted, so that Ray does not resume from them. The training resumes from its own checkpoints.
     folder = output.with_name(f".{output.name}.ray")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Table of the commands. Nothing heavy is imported here, so that ``dreamscale --help`` answers at once."""
+"""Table of the commands. This module imports no heavy library, so that ``dreamscale --help`` is fast."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from finetune.papers import find_papers
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One command."""
+    """One command of ``dreamscale``."""
 
     module: str
-    """Module with ``main(argv) -> int``."""
+    """Module of the command; the module has a function ``main(argv) -> int``."""
     usage: str
-    """Arguments, as the usage line shows them. Arguments in brackets are optional."""
+    """Arguments of the command, as the usage line shows them. Arguments in brackets are optional."""
     help: str
     """What the command does, in one line."""
     launcher: Literal["torchrun", "accelerate"] | None = None
-    """Program that starts the processes of a training when ``num_processes`` is larger than 1."""
+    """Launcher of the training processes, used if ``num_processes`` is larger than 1."""
     config: str | None = None
-    """``module:class`` of the config, for commands that ``dreamscale submit`` can hand to a cluster."""
+    """``module:class`` of the config, for commands that ``dreamscale submit`` can run on a cluster."""
 
 
 STAGES: dict[str, Stage] = {
     "demo": Stage(
         module="launch.demo.run",
         usage="[--out DIR]",
-        help="the whole chain, from EEG to images, on recordings that the demo makes itself",
+        help="run all stages, from EEG to images, on simulated recordings",
     ),
     "shard": Stage(
         module="data_sharding.job.run",
         config="data_sharding.job.request:ShardConfig",
         usage="CONFIG --output DIR",
-        help="recordings of any maker -> dataset; Ray distributes the work",
+        help="turn recordings of any maker into a dataset; Ray distributes the work",
     ),
     "verify": Stage(
         module="data_sharding.audit.verify",
         usage="DATASET [--against OTHER]",
-        help="check every byte of a dataset, and that its splits, or two datasets, share no data",
+        help="check every byte of a dataset, and check that splits or datasets share no data",
     ),
     "inspect": Stage(
         module="data_sharding.audit.inspect_dataset",
@@ -50,7 +50,7 @@ STAGES: dict[str, Stage] = {
         module="pretrain.train",
         config="pretrain.training.config:PretrainConfig",
         usage="CONFIG",
-        help="masked-signal pretraining with DeepSpeed ZeRO",
+        help="pretrain a masked-signal autoencoder with DeepSpeed ZeRO",
         launcher="torchrun",
     ),
     "plan": Stage(
@@ -58,17 +58,19 @@ STAGES: dict[str, Stage] = {
         usage="[CONFIG] [--preset NAME] [--gpus N]",
         help="estimate memory and duration of a pretraining before it is started",
     ),
-    "export": Stage(module="pretrain.export", usage="RUN OUT", help="pretraining run -> encoder package"),
+    "export": Stage(module="pretrain.export", usage="RUN OUT", help="export a pretraining run as an encoder package"),
     "convert": Stage(
         module="pretrain.convert",
         usage="CHECKPOINT OUT",
-        help="checkpoint of the code released with DreamDiffusion -> encoder package",
+        help="convert a checkpoint of DreamDiffusion's released code to an encoder package",
     ),
-    "encode": Stage(module="pretrain.encode", usage="ENCODER RECORDING -o OUT.npz", help="embeddings of one recording"),
+    "encode": Stage(
+        module="pretrain.encode", usage="ENCODER RECORDING -o OUT.npz", help="compute the embeddings of one recording"
+    ),
     "probe": Stage(
         module="pretrain.probe.run",
         usage="ENCODER DATASET [--folds split|subjects]",
-        help="linear probe of an encoder, compared with random weights, classical features and EEGNet",
+        help="test an encoder with a linear probe, against random weights, classical features and EEGNet",
     ),
     "miniature": Stage(
         module="finetune.stable_diffusion.miniature",
@@ -94,7 +96,7 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage(
         module="finetune.evaluation.evaluate",
         usage="DIR",
-        help="metrics of generated images, with controls, and a report",
+        help="compute metrics of generated images and controls, and write a report",
     ),
     "submit": Stage(
         module="launch.submit",

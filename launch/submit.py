@@ -1,4 +1,4 @@
-"""``dreamscale submit slurm|ray|k8s STAGE CONFIG``: render a job file for a cluster, and submit the job."""
+"""The command ``dreamscale submit slurm|ray|k8s STAGE CONFIG``: render a cluster job and submit the job."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from data_sharding.common.shipped import shipped_configs
 from launch.stages import STAGES, Stage
 
 TEMPLATES = {"slurm": "slurm.sh.j2", "ray": "ray.sh.j2", "k8s": "k8s.yaml.j2"}
-"""Scheduler to its job template in ``configs/cluster``."""
+"""Job template in ``configs/cluster`` for each scheduler."""
 COMMANDS = {"slurm": ["sbatch"], "ray": ["bash", "-s"], "k8s": ["kubectl", "apply", "-f", "-"]}
-"""Scheduler to the command that takes the job file on its standard input."""
+"""Command for each scheduler that reads a job file from standard input and submits the job."""
 TOOLS = {"slurm": "sbatch", "ray": "ray", "k8s": "kubectl"}
-"""Scheduler to the program that must be installed to submit a job."""
+"""Program for each scheduler that must be installed to submit a job."""
 
 
 @dataclass(kw_only=True)
@@ -43,19 +43,19 @@ class SubmitConfig:
     dry_run: bool = False
     """Print the job file instead of submitting it."""
     nodes: int = 1
-    """Number of machines."""
+    """Number of machines that the job uses."""
     gpus_per_node: int = 8
-    """GPUs of each machine. Training runs one process for each GPU; with 0, one process on the CPU of each machine."""
+    """GPUs per machine. Training runs one process per GPU. With 0 GPUs, each machine runs one process on its CPU."""
     cpus_per_node: int = 64
-    """CPU cores of each machine. Not used with Ray."""
+    """CPU cores per machine. This key is not used with Ray."""
     name: str = ""
     """Name of the job; by default dreamscale-STAGE."""
     directory: str = ""
     """Folder on the cluster in which the job runs; by default the current folder."""
     python: str = "python"
-    """Python interpreter on the cluster, of an environment with Dreamscale."""
+    """Python interpreter on the cluster, in an environment with Dreamscale."""
     time: str = "24:00:00"
-    """Slurm: time limit. When it is reached, the job goes back into the queue and resumes."""
+    """Slurm: time limit. When the time is over, the job goes back into the queue and later resumes."""
     partition: str = ""
     """Slurm: partition; by default the cluster's own default."""
     account: str = ""
@@ -80,13 +80,13 @@ class SubmitConfig:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?", self.name):
             raise ValueError(f"name '{self.name}': use only lower-case letters, digits and '-', at most 52 characters")
         for key in ("time", "partition", "account", "logs", "address", "image", "namespace", "claim", "mount"):
-            # Slurm reads its options from comments, in which a blank or '#' ends a value. No other value needs them.
+            # Slurm reads its options from comments. There, a blank or '#' would end the value.
             if re.search(r"[\s\"'`$\\#]", getattr(self, key)):
                 raise ValueError(f"{key} '{getattr(self, key)}': use no blanks, quotes, '$', '#' or '\\' in this value")
 
     @property
     def processes(self) -> int:
-        """Training processes on all machines together."""
+        """Total number of training processes on all machines."""
         return self.nodes * max(1, self.gpus_per_node)
 
 
@@ -96,7 +96,7 @@ def check_stage(config: SubmitConfig, extra: list[str]) -> tuple[Stage, list[str
     Parameters
     ----------
     config : SubmitConfig
-        The request.
+        Config of the job.
     extra : list of str
         Arguments after '--', for the stage.
 
@@ -139,7 +139,7 @@ def build_command(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
     Parameters
     ----------
     config : SubmitConfig
-        The request.
+        Config of the job.
     stage : Stage
         The stage to run.
     words : list of str
@@ -148,7 +148,7 @@ def build_command(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
     Returns
     -------
     str
-        Command line for a shell. The variables HEAD_NODE and PORT, and SLURM_NODEID or NODE_INDEX, must be set there.
+        Command line for a shell. The shell must set the variables HEAD_NODE and PORT, and SLURM_NODEID or NODE_INDEX.
     """
     python, arguments = shlex.quote(config.python), shlex.join(words)
     if stage.launcher is None:
@@ -171,7 +171,7 @@ def build_command(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
 
 
 def _make_environment() -> Environment:
-    """Return the environment of the job templates: their filters quote values for a shell or for YAML."""
+    """Return Jinja's environment for the job templates, with filters that quote values for a shell or for YAML."""
     environment = Environment(
         loader=FileSystemLoader(shipped_configs() / "cluster"),
         undefined=StrictUndefined,
@@ -194,7 +194,7 @@ def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
     Parameters
     ----------
     config : SubmitConfig
-        The request.
+        Config of the job.
     stage : Stage
         The stage to run.
     words : list of str
@@ -220,7 +220,7 @@ def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
         name=config.name,
         nodes=config.nodes,
         cpus=config.cpus_per_node,
-        # Stages without a launcher get their resources from Ray.
+        # A stage without a launcher starts Ray, and Ray assigns CPUs and GPUs to the tasks.
         gpus=config.gpus_per_node if stage.launcher else 0,
         threads=max(1, config.cpus_per_node // max(1, config.gpus_per_node)),
         time=config.time,
@@ -243,7 +243,7 @@ def submit(config: SubmitConfig, text: str) -> int:
     Parameters
     ----------
     config : SubmitConfig
-        The request.
+        Config of the job.
     text : str
         Text of the job file.
 
@@ -258,7 +258,7 @@ def submit(config: SubmitConfig, text: str) -> int:
         If the cluster's command-line tool is not installed on this machine.
     """
     tool = TOOLS[config.scheduler]
-    # The folder of this Python holds Ray's tool, even if the environment is not activated.
+    # Search the folder of this Python too: it holds Ray's tool, even if the environment is not activated.
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
     if shutil.which(tool, path=path) is None:
         raise RequestError(
@@ -273,7 +273,7 @@ def submit(config: SubmitConfig, text: str) -> int:
 
 
 def _normalise_flags(words: list[str]) -> list[str]:
-    """Accept ``--gpus-per-node`` for ``--gpus_per_node``, and ``--dry-run`` without a value."""
+    """Replace ``--gpus-per-node`` by ``--gpus_per_node``, and add the missing value to ``--dry-run``."""
     normal = []
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""The program that a launcher starts in each process: it runs a stage and writes the stage's exit code to a file.
+"""Run a stage in one process of a launcher, and write the stage's exit code to a file.
 
 ``python -m launch.worker MODULE [ARGUMENTS]``. A launcher treats every exit code except 0 as a failure and then ends
 the other processes. So this program exits with 0 after a requested stop, and the command reads the true code from the
@@ -16,9 +16,9 @@ from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ru
 from data_sharding.common.files import atomic_write_text
 
 FOLDER = "DREAMSCALE_LAUNCH_FOLDER"
-"""Environment variable: folder for the files with process ids and exit codes."""
+"""Environment variable that names the folder for the files with process ids and exit codes."""
 PARENT = "DREAMSCALE_PARENT"
-"""Environment variable: process id of a parent; the command ends when this parent ends."""
+"""Environment variable with the process id of a parent process. The command ends when this parent ends."""
 
 
 def end_with_parent() -> None:
@@ -37,14 +37,14 @@ def read_numbers(folder: Path, suffix: str) -> dict[int, int]:
     Parameters
     ----------
     folder : Path
-        The folder.
+        Folder with the files.
     suffix : str
-        ``pid`` or ``exit``.
+        Kind of files to read: ``pid`` or ``exit``.
 
     Returns
     -------
     dict of int to int
-        Process id or exit code by rank.
+        Process id or exit code of each rank.
     """
     return {int(path.stem): int(path.read_text()) for path in folder.glob(f"[0-9]*.{suffix}")}
 
@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = run_main(importlib.import_module(module).main, words)
     except RuntimeError as error:
-        # A reading process was killed, probably because memory is short. Treat this as if the training process itself
-        # had been killed: write no exit code, so that the run is restarted.
+        # A process of the DataLoader was killed, probably because memory is short. Write no exit code, so that the run
+        # is restarted as if the training process had been killed.
         report = not str(error).startswith("DataLoader worker")
         raise
     finally:

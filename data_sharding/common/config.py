@@ -140,7 +140,8 @@ def command(
     body : callable
         Function that takes a config, does the work and returns the exit code. The function may raise `RequestError` and
         `StopRequested`.
-    prog, positionals, aliases The arguments of `parse_config` with the same names.
+    prog, positionals, aliases
+        The arguments of `parse_config` with the same names.
 
     Returns
     -------

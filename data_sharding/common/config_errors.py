@@ -58,7 +58,7 @@ def unknown_key(key: str, cls: type, prefix: str = "") -> str:
         return f"the key '{prefix}{key}' has another name now; {renamed[prefix + key]}"
     keys = list_keys(cls)
     near = difflib.get_close_matches(key, keys, n=1) or [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
-    hint = f"did you mean '{prefix}{near[0]}'?" if near else "see --help for the keys there are"
+    hint = f"did you mean '{prefix}{near[0]}'?" if near else "see --help for the valid keys"
     return f"unknown key '{prefix}{key}'; {hint}"
 
 

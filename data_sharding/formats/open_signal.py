@@ -126,7 +126,7 @@ def _eeglab(path: Path) -> Any:
     try:
         raw = mne.io.read_raw_eeglab(path)
     except FileNotFoundError:
-        text = f"the signal of {path.name} is in a .fdt file, which is not there"
+        text = f"the signal of {path.name} is in a .fdt file, which does not exist"
         raise ReadError(Reason("sidecar missing", text)) from None
     except TypeError as error:
         if not (match := re.search(r"number of trials is (\d+)", str(error))):

@@ -159,7 +159,7 @@ def _brainvision(file: File) -> Recording | None:
                 data = file.near[name.lower()]
                 problem = headers.run_check(headers.check_brainvision, "BrainVision", text, data)
         elif needed:
-            problem = Reason("sidecar missing", f"the header names '{name}', which is not there")
+            problem = Reason("sidecar missing", f"the header names '{name}', which does not exist")
     return file.recording("brainvision", *files, problem=problem)
 
 
@@ -237,7 +237,7 @@ def _persyst(file: File) -> Recording | None:
     name = re.split(r"[\\/]", headers.ini_value(text, "File") or f"{file.stem}.dat")[-1]
     if name.lower() in file.near:
         problem = headers.run_check(headers.check_persyst, "Persyst", text, file.near[name.lower()])
-    return file.recording("persyst", name, problem=problem, need=f"the header names '{name}', which is not there")
+    return file.recording("persyst", name, problem=problem, need=f"the header names '{name}', which does not exist")
 
 
 def _nedf(file: File) -> Recording | None:

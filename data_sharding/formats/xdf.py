@@ -85,7 +85,7 @@ def open_xdf(path: Path) -> Signal:
         raise NotContinuous(Reason("no stream of type EEG", f"only {', '.join(kinds)}"))
     if len(eeg) > 1:
         names = ", ".join(str(s.get("name") or s["stream_id"]) for s in eeg)
-        text = f"{len(eeg)} streams of type EEG ({names}), and nothing says which is meant; export one of them"
+        text = f"{len(eeg)} streams of type EEG ({names}), and the reader cannot choose one; export one of them"
         raise ReadError(Reason("several streams of type EEG", text=text))
     streams, _ = pyxdf.load_xdf(str(path), select_streams=[eeg[0]["stream_id"]])
     stream = streams[0]

@@ -1,1 +1,1 @@
-"""The demo: it simulates recordings, runs every stage on them, and writes a report."""
+"""The demo simulates recordings, runs every stage on these recordings, and writes a report."""

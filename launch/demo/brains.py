@@ -1,4 +1,4 @@
-"""Simulated heads: background EEG, artefacts and responses to pictures, on any electrode layout.
+"""Simulate the EEG of a head: background, artefacts and responses to pictures, for any electrode layout.
 
 All signals come from sources on a sphere, so that a head gives consistent signals under every cap.
 
@@ -26,24 +26,24 @@ RESPONSE_GAIN = 2.6
 
 @dataclass(frozen=True)
 class Component:
-    """One part of the evoked response: its place, its time, and the feature of the picture that drives it."""
+    """One component of the evoked response: its location, its time, and the picture feature that scales it."""
 
     name: str
     centre: tuple[float, float, float]
-    """Direction from the middle of the head: x to the right, y to the front, z up."""
+    """Direction of the source from the middle of the head: x to the right, y to the front, z up."""
     width: float
-    """Width of the potential's maximum on the unit sphere."""
+    """Width of the peak of the potential on the unit sphere."""
     latency: float
     """Seconds from the onset of the picture to the peak."""
     duration: float
-    """Standard deviation of the Gaussian peak, seconds."""
+    """Standard deviation of the Gaussian peak in time, in seconds."""
     gain: float
-    """Microvolts at the potential's maximum, for a feature of 1."""
+    """Amplitude at the peak of the potential in microvolts, if the picture feature is 1."""
     feature: str
-    """Name of the picture's feature that scales this part; see `compute_features`."""
+    """Name of the picture feature that scales this component; see `compute_features`."""
 
 
-# Categories differ in place, time and sign, like the responses of the occipito-temporal cortex to objects.
+# The responses to the categories differ in location, time and sign, as in real occipito-temporal cortex.
 COMPONENTS = (
     Component("P1", (0.0, -0.9, 0.35), 0.55, 0.105, 0.018, 3.5, "always"),
     Component("N1", (0.0, -0.8, 0.1), 0.60, 0.165, 0.020, -4.5, "size"),
@@ -73,7 +73,7 @@ def compute_features(picture: Picture) -> Array:
     Returns
     -------
     ndarray, shape (C,)
-        One factor for each component.
+        Factor of each component of the evoked response.
     """
     table = {
         "always": 1.0,
@@ -118,7 +118,7 @@ def _draw_noise(
 
 
 class Head:
-    """A person: the places of the sources, the strength of the rhythms, and the person's own response to pictures.
+    """A simulated person: locations of the sources, strength of the rhythms, and the personal response to pictures.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ class Head:
         sources_KT = _draw_noise(rng, N_SOURCES, samples, sfreq, self.exponents_K)
         data_nT: Array = (mixing_nK * (4.5 * self.powers_K)).astype(np.float32) @ sources_KT
 
-        # Alpha rhythm: two occipital sources, whose amplitudes change independently.
+        # The alpha rhythm comes from two occipital sources with independent amplitudes.
         alpha_KT = _draw_noise(rng, 2, samples, sfreq, 0, band=(self.alpha_hz, 0.6))
         alpha_KT *= np.maximum(0.2, 1 + 0.7 * _draw_noise(rng, 2, samples, sfreq, 0, band=(0.1, 0.08)))
         alpha_n2 = np.stack([_compute_potential(electrodes_n3, (side, -0.85, 0.45), 0.6) for side in (-0.35, 0.35)], 1)
@@ -206,7 +206,7 @@ class Head:
     def _simulate_blinks(
         self, electrodes_n3: NDArray[np.float64], sfreq: float, samples: int, rng: np.random.Generator
     ) -> Array:
-        """Simulate blinks: bumps of a third of a second, strongest at the front of the head."""
+        """Simulate blinks: peaks that last a third of a second and are strongest at the front of the head."""
         trace = np.zeros(samples, np.float32)
         count = rng.poisson(self.blinks_per_minute * samples / sfreq / 60)
         shape = np.hanning(round(0.35 * sfreq)).astype(np.float32)
@@ -218,7 +218,7 @@ class Head:
     def _add_muscle(
         self, data_nT: Array, electrodes_n3: NDArray[np.float64], sfreq: float, rng: np.random.Generator
     ) -> None:
-        """Add bursts of jaw muscle activity over one temple, in place."""
+        """Add bursts of jaw muscle activity over one temple to the signal, in place."""
         length = round(1.5 * sfreq)
         for _ in range(rng.poisson(data_nT.shape[1] / sfreq / 60)):
             start = int(rng.integers(0, data_nT.shape[1] - length))
@@ -257,7 +257,7 @@ class Head:
         Returns
         -------
         ndarray of float32, shape (n, samples)
-            Microvolts. Add them to the background.
+            Evoked responses in microvolts. The caller adds the responses to the background EEG.
         """
         topographies_nC = np.stack(
             [

@@ -1,4 +1,4 @@
-"""The demo's corpus: simulated recordings that are as heterogeneous as a real collection, with a known ground truth.
+"""Simulate the demo's corpus: recordings as heterogeneous as a real collection, with known ground truth.
 
 The corpus has two parts. ``unpaired/`` holds one resting recording of each of twelve subjects, in five file formats,
 five electrode layouts (19 to 128 channels) and four sampling rates. ``paired/`` holds recordings of eight of these
@@ -50,10 +50,10 @@ TENTWENTY = [
 ]
 SUBJECTS = tuple(f"sub-{index:02d}" for index in range(1, 13))
 PAIRED_SUBJECTS = {"train": SUBJECTS[:5], "val": SUBJECTS[5:6], "test": SUBJECTS[6:8]}
-"""Subjects who look at pictures, by split. Pretraining does not use the subjects of val and test either."""
+"""Subjects who look at pictures, by split. Pretraining does not use the subjects of val and test."""
 DEAD_CHANNELS = {"unpaired": {"sub-02": "Pz", "sub-03": "C3", "sub-09": "E40"}, "paired": {"sub-03": "FT7"}}
 REFERENCES = {"M1": (-0.85, -0.35, -0.45), "nose": (0.0, 0.95, -0.55), "CMS": (-0.15, -0.15, 0.97)}
-"""Directions of the reference electrodes from the middle of the head. No reference electrode is a channel."""
+"""Directions of the reference electrodes from the middle of the head. Reference electrodes are not channels."""
 UNPAIRED_S = (100.0, 120.0)
 PAIRED_SFREQ = 250.0
 SPACING_S = 1.2
@@ -65,15 +65,15 @@ class Site:
     """A laboratory: the properties of its amplifier and of its files."""
 
     format: str
-    """File format."""
+    """File format of the recordings."""
     suffix: str
-    """End of the file names."""
+    """File extension of the recordings."""
     montage: str
-    """Electrode layout."""
+    """Electrode layout of the cap."""
     sfreq: float
     """Sampling rate, Hz."""
     reference: str
-    """Reference electrode, a key of `REFERENCES`; or ``average``."""
+    """Reference electrode (a key of `REFERENCES`), or ``average``."""
     n: int
     """Number of channels."""
 
@@ -102,7 +102,7 @@ def _standard_positions(montage: str) -> dict[str, NDArray[np.float64]]:
     import mne
 
     with warnings.catch_warnings():
-        # Newer versions of MNE warn that standard_1005 has a new name, which older versions do not know.
+        # Keep the old name standard_1005, because older versions of MNE do not know the new name. Hide MNE's warning.
         warnings.simplefilter("ignore", FutureWarning)
         return mne.channels.make_standard_montage(montage).get_positions()["ch_pos"]
 
@@ -118,7 +118,7 @@ def locate_electrodes(montage: str) -> dict[str, NDArray[np.float64]]:
     Returns
     -------
     dict of str to ndarray, shape (3,)
-        Channel name to position on the head in metres, in the order of the amplifier's channels.
+        Position of each channel on the head in metres, in the order of the amplifier's channels.
     """
     if montage not in ("10-20", "10-05"):
         return _standard_positions(montage)
@@ -142,7 +142,7 @@ def _fit_directions(positions: dict[str, NDArray[np.float64]]) -> NDArray[np.flo
 
 
 def _compute_directions(positions: dict[str, NDArray[np.float64]], reference: str) -> NDArray[np.float64]:
-    """Return the unit vectors to the electrodes, followed by that to the reference electrode if there is one."""
+    """Return the unit vectors to the electrodes, and last the unit vector to the reference electrode, if any."""
     directions = _fit_directions(positions)
     if reference == "average":
         return directions
@@ -151,9 +151,9 @@ def _compute_directions(positions: dict[str, NDArray[np.float64]], reference: st
 
 
 def _record(data_nT: NDArray[np.float32], names: list[str], site: Site, dead: str | None) -> NDArray[np.float32]:
-    """Subtract the site's reference, and set the dead channel to zero.
+    """Subtract the laboratory's reference, and set the dead channel to zero.
 
-    The reference is the average of all rows, or else the last row, which is then removed.
+    The reference is the average of all rows, or the last row. If the reference is the last row, this row is removed.
     """
     out = data_nT - data_nT.mean(axis=0) if site.reference == "average" else data_nT[:-1] - data_nT[-1]
     if dead is not None:
@@ -245,7 +245,7 @@ def _make_images(folder: Path, pictures: list[Picture]) -> None:
 
 
 def make_corpus(out: Path, seed: int) -> None:
-    """Write the corpus; if it fails, nothing is left behind.
+    """Write the corpus. If an error occurs, no partial corpus stays on disk.
 
     Parameters
     ----------
@@ -261,7 +261,7 @@ def make_corpus(out: Path, seed: int) -> None:
     with atomic_directory(out) as folder, mne.utils.use_log_level("error"):
         _make_images(folder / "paired" / "images", pictures)
         with contextlib.ExitStack() as stack:
-            # Threads are enough: FFTs, matrix products and writing release the interpreter lock.
+            # Threads run in parallel here, because FFTs, matrix products and file writes release the interpreter lock.
             pool = stack.enter_context(ThreadPoolExecutor(2))
             stack.callback(pool.shutdown, cancel_futures=True)
             paired_futures = [
@@ -287,7 +287,7 @@ def make_corpus(out: Path, seed: int) -> None:
 
 
 def write_corpus(config: CorpusRequest) -> int:
-    """Write the corpus, print what it holds, and return the exit code."""
+    """Write the corpus, print the number of recordings, and return the exit code."""
     make_corpus(Path(config.out), config.seed)
     paired = sum(len(members) for members in PAIRED_SUBJECTS.values())
     print(f"{config.out}: {len(SUBJECTS)} resting recordings, {paired} recordings with pictures")

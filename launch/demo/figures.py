@@ -1,4 +1,4 @@
-"""The demo's figures: the loss curves, and the overview of pictures for the README."""
+"""Draw the demo's figures: the loss curves, and the overview of pictures for the README."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAINING, HELD_OUT = "#2a6f97", "#d1495b"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's metrics.jsonl."""
+    """Read the file metrics.jsonl of a training run."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
@@ -53,12 +53,12 @@ def draw_curves(runs: list[Path], folder: Path) -> dict[str, Path]:
     runs : list of Path
         Run directories.
     folder : Path
-        Where to write one PNG for each run.
+        Folder for the PNG files, one for each run.
 
     Returns
     -------
     dict
-        Name of each run to its PNG.
+        PNG file of each run, by name of the run.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def draw_curves(runs: list[Path], folder: Path) -> dict[str, Path]:
     panels = {name: lines for run in runs for name, lines in read_curves(run).items()}
     paths = {}
     for name, lines in panels.items():
-        # As wide as a phone's screen, so that the text stays readable there.
+        # Draw the figure as wide as a phone's screen, so that the text is readable on a phone.
         figure = Figure(figsize=(3.7, 2.7), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
@@ -98,18 +98,18 @@ def read_picture(path: Path) -> np.ndarray:
 def draw_overview(
     rows: list[tuple[str, list[Path]]], reconstruction: Path, path: Path, *, title: str, footer: str
 ) -> None:
-    """Draw the pictures that were seen above those that were generated, and below them the reconstruction of EEG.
+    """Draw the overview: seen pictures at the top, generated pictures below, reconstructed EEG at the bottom.
 
     Parameters
     ----------
     rows : list of (str, list of Path)
         Heading and pictures of each row; every list has one picture for each trial.
     reconstruction : Path
-        The figure of pretraining.
+        PNG file of pretraining with the reconstructed EEG.
     path : Path
-        PNG to write.
+        PNG file to write.
     title, footer : str
-        Text above the figure, and text between the pictures and the reconstruction.
+        Text above the figure, and text between the pictures and the reconstructed EEG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The demo's pictures: simple shapes with a known category and appearance."""
+"""Draw the demo's pictures: simple shapes with a known category and appearance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CATEGORIES = ("disc", "cross", "stripes", "triangle")
-"""Shapes that can be told apart at 32 x 32 pixels, even when a model draws them badly."""
+"""Categories of pictures. These shapes look different at 32 x 32 pixels, even if a model draws them badly."""
 HUES = {"red": 0.0, "yellow": 0.14, "green": 0.36, "blue": 0.62}
 SPLIT_SIZES = {"train": 60, "val": 8, "test": 14}
 """Number of pictures of each category, by split."""
@@ -19,7 +19,7 @@ PIXELS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """The attributes of one picture; they determine every pixel."""
+    """Attributes of one picture. The attributes determine every pixel."""
 
     image_id: str
     category: int
@@ -38,7 +38,7 @@ class Picture:
 
     @property
     def caption(self) -> str:
-        """A caption for a text encoder."""
+        """Caption of the picture for a text encoder."""
         shade = "a dark" if self.background < 0.3 else "a light"
         return f"a {self.colour} {CATEGORIES[self.category]} on {shade} background"
 
@@ -100,7 +100,7 @@ def draw_picture(picture: Picture) -> NDArray[np.uint8]:
     ndarray of uint8, shape (32, 32, 3)
         RGB pixels.
     """
-    # Supersampling makes the edges smooth, so that position and size are exact to a fraction of a pixel.
+    # Draw at a higher resolution and average. The smooth edges show position and size to a fraction of a pixel.
     fine = 4
     axis = (np.arange(PIXELS * fine) + 0.5) / fine - PIXELS / 2
     x, y, half = axis[None, :] - picture.x, axis[:, None] - picture.y, picture.size

@@ -1,4 +1,4 @@
-"""The demo's results: report.json, report.html and overview.png, computed from the files of the steps."""
+"""Write the demo's results (report.json, report.html and overview.png) from the output files of the steps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from launch.demo.steps import MODELS, Step
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 ALPHA = 0.01
-"""Largest p-value that counts as better than chance."""
+"""An accuracy counts as better than chance if its p-value is at most this value."""
 EXAMPLES = 3
-"""Trials of each category that are shown."""
+"""Number of trials of each category that the report shows."""
 TITLES = {"stable_diffusion": "Stable Diffusion", "eg_ddpm": "EG-DDPM"}
 LIBRARIES = ("dreamscale", "torch", "deepspeed", "accelerate", "diffusers", "transformers", "ray", "mne", "numpy")
 JUDGE = "dataset-classifier"
-"""Name, in metrics.json, of the classifier that names the categories."""
+"""Name of the classifier of categories in metrics.json."""
 _ACCURACY = ("accuracy", "chance", "n", "images", "p_value", "interval")
 _SIMILARITY = ("psnr", "ssim", "frechet_distance", "kernel_distance")
 
@@ -30,13 +30,13 @@ def read_scores(folder: Path) -> dict[str, Any]:
     Parameters
     ----------
     folder : Path
-        The generator's folder.
+        Folder with the results of the generator.
 
     Returns
     -------
     dict
-        Accuracy, chance, n and p-value; the same for the control under ``shuffled``; image metrics; the accuracy of the
-        classifier itself on real pictures.
+        Accuracy, chance level, n and p-value; the same four numbers of the control under the key ``shuffled``; image
+        metrics; and the accuracy of the classifier on real pictures.
     """
     found = read_json(folder / "metrics.json")
 
@@ -119,8 +119,8 @@ def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``passed``: every generator is better than chance with the right EEG, and no generator is better than chance
-        with shuffled EEG. ``conclusion``: the same in words.
+        ``passed`` is true if every generator is better than chance with the right EEG, and no generator is better than
+        chance with shuffled EEG. ``conclusion`` says this result in words.
     """
     parts, passed = [], True
     for kind, found in models.items():
@@ -140,19 +140,19 @@ def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any]]:
-    """Choose trials to show, without looking at their pictures: the first trials of each category, by key.
+    """Choose the trials that the report shows: the first trials of each category by key, whatever their quality.
 
     Parameters
     ----------
     trials : list of dict
-        As in generated.json.
+        Trials from generated.json.
     labels : list of str
         Names of the categories.
 
     Returns
     -------
     list of dict
-        At most `EXAMPLES` trials of each category; no two of them show the same picture.
+        At most `EXAMPLES` trials of each category. No two of these trials show the same picture.
     """
     chosen = []
     for label in range(len(labels)):
@@ -165,7 +165,7 @@ def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dic
 
 
 def _list_columns(out: Path, keys: list[str]) -> list[tuple[str, list[Path]]]:
-    """List the pictures of some trials: those that were seen, then those of each generator and of its control."""
+    """List the pictures of some trials: seen pictures, then generated pictures and controls of each generator."""
     columns: list[tuple[str, list[Path]]] = []
     for kind in MODELS:
         for ending, suffix in (("", ""), ("-shuffled", ", shuffled EEG")):
@@ -183,9 +183,9 @@ def write_report(out: Path, steps: list[Step], seconds: dict[str, float], *, see
     Parameters
     ----------
     out : Path
-        The demo's folder; every step is complete.
+        The demo's folder, in which every step is complete.
     steps : list of Step
-        The chain.
+        All steps of the demo.
     seconds : dict
         Duration of each step.
     seed : int
@@ -196,7 +196,7 @@ def write_report(out: Path, steps: list[Step], seconds: dict[str, float], *, see
     Returns
     -------
     str
-        The conclusion.
+        The conclusion of the demo in words.
     """
     summary = summarise(out, seconds, seed=seed, profile=profile)
     generated = read_json(out / "generated" / next(iter(MODELS)) / "generated.json")
@@ -242,7 +242,7 @@ def _embed(path: Path, text: str, caption: str = "") -> Picture:
 
 
 def _describe_corpus(truth: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the template's variables about the simulated people and what became of their recordings."""
+    """Return the template's variables about the simulated people and the status of their recordings."""
     electrodes = [recording["channels"] for recording in truth["unpaired"]]
     samples = summary["corpus"]["paired"]["samples"]
     counts: list[list[Any]] = []

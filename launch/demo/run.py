@@ -1,4 +1,4 @@
-"""``dreamscale demo``: run every stage on simulated data, on two CPU cores, each as an ordinary command."""
+"""The command ``dreamscale demo``: run every stage as an ordinary command on simulated data, on two CPU cores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from launch.worker import PARENT
 TAIL = 25
 """Number of lines of the log that are printed when a step fails."""
 GRACE_S = 120.0
-"""Seconds that a step gets to write a checkpoint and stop, before it is killed."""
+"""After a request to stop, a step has this many seconds to write a checkpoint. Then the step is killed."""
 
 
 @dataclass(kw_only=True)
@@ -34,9 +34,10 @@ class DemoConfig:
     out: str = "runs/demo"
     """Folder for all files of the demo. Steps that are already complete in this folder do not run again."""
     seed: int = 0
-    """Seed of people, pictures and training. If the folder holds another seed's demo, the subfolder seed-N is used."""
+    """Seed for people, pictures and training. If the folder has a demo with another seed, the subfolder seed-N is
+    used."""
     profile: Literal["full", "smoke"] = "full"
-    """full, or smoke: the same steps with hardly any training, to test that they run. Its images mean nothing."""
+    """full or smoke. smoke runs the same steps with very little training, as a quick test. Its images mean nothing."""
 
 
 class StepFailedError(Exception):
@@ -61,17 +62,17 @@ def choose_folder(config: DemoConfig) -> Path:
     Parameters
     ----------
     config : DemoConfig
-        The request.
+        Config of the demo.
 
     Returns
     -------
     Path
-        `out`, or a subfolder of `out` if `out` holds a demo with another seed or profile.
+        The folder `out`, or a subfolder of `out` if `out` already has a demo with another seed or profile.
 
     Raises
     ------
     RequestError
-        If `out` is a file, cannot be written, or holds other files than those of a demo.
+        If `out` is a file, cannot be written, or holds files that are not from a demo.
     """
     out, wanted = Path(config.out), {"seed": config.seed, "profile": config.profile}
     if out.exists() and not out.is_dir():
@@ -92,14 +93,14 @@ def choose_folder(config: DemoConfig) -> Path:
 
 
 class Chain:
-    """Runs steps that are not complete yet.
+    """Runs those steps of the demo that are not complete yet.
 
     Parameters
     ----------
     out : Path
         The demo's folder.
     say : callable
-        Called with each line to print for the user.
+        Function that prints a line for the user.
     """
 
     def __init__(self, out: Path, say: Callable[[str], None]) -> None:
@@ -115,9 +116,9 @@ class Chain:
         Parameters
         ----------
         step : Step
-            The step. All steps that it needs were run before.
+            The step to run. All steps that this step needs must be complete.
         position : str
-            Text that is printed before the title.
+            Text that is printed before the title of the step.
 
         Raises
         ------
@@ -165,7 +166,7 @@ class Chain:
         return self.out / "steps" / f"{step.name}.{what}.json"
 
     def _matches(self, marker: Path, key: str) -> bool:
-        """Whether the marker was written for the same command, config and inputs."""
+        """Whether the marker file of a step was written for the same command, config and inputs."""
         try:
             return read_json(marker)["key"] == key
         except (RequestError, KeyError, TypeError):
@@ -212,7 +213,7 @@ class Chain:
 
     @contextmanager
     def forward_signals(self) -> Iterator[None]:
-        """Forward signals that ask to stop to the step that is running."""
+        """Forward a signal that asks the demo to stop to the running step."""
 
         def stop(number: int, _: FrameType | None) -> None:
             again = self.stopping
@@ -246,7 +247,7 @@ def _read_last_line(log: Path) -> str:
 
 @contextmanager
 def _display_progress(log: Path) -> Iterator[Callable[[], None]]:
-    """Show the running time of a step and the last line of its log; without a terminal, print only the total time."""
+    """Show the elapsed time of a step and the last line of its log; without a terminal, print only the total time."""
     started = time.monotonic()
     if not sys.stderr.isatty():
         yield lambda: None
@@ -284,7 +285,7 @@ def run_demo(config: DemoConfig) -> int:
     Parameters
     ----------
     config : DemoConfig
-        The request.
+        Config of the demo.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The steps of the demo: the command of each step, its config, its inputs and its outputs."""
+"""List the steps of the demo: the command of each step, its config, its inputs and its outputs."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.shipped import shipped_configs
 
 DEFAULT_OUT = "runs/demo"
-"""The folder that the paths in ``configs/demo`` name."""
+"""Default folder of the demo in the paths of ``configs/demo``."""
 MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
-"""Kind of generator to the folder of the training run that makes it."""
+"""Folder of the training run for each kind of generator."""
 CONTROLS = {"none": "", "shuffle": "-shuffled"}
-"""Control to the suffix of the folder that holds its images."""
+"""Suffix of the folder with generated images, for each control."""
 Profile = Literal["full", "smoke"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One command of the chain."""
+    """One step of the demo, which runs one command."""
 
     name: str
     title: str
-    """What the step does, in plain words."""
+    """Title of the step, which says in plain words what the step does."""
     words: list[str]
-    """Arguments of the command."""
+    """Arguments of the command that the step runs."""
     outputs: list[str]
-    """Folders that the step writes, relative to the demo's folder. They are removed when the step starts anew."""
+    """Folders that the step writes, relative to the demo's folder. If the step starts again, these folders are
+    removed."""
     proofs: list[str] = field(default_factory=list)
     """Files, relative to the demo's folder, that must exist when the step is complete."""
     needs: list[str] = field(default_factory=list)
@@ -37,11 +38,11 @@ class Step:
     config: dict[str, Any] | None = None
     """Config of the step, written to ``configs/NAME.yaml`` in the demo's folder before the step runs."""
     program: tuple[str, ...] = ("-m", "launch")
-    """Arguments with which Python runs the program."""
+    """Arguments of Python that run the program of the step."""
 
     @property
     def command(self) -> str:
-        """The command as a user would type it."""
+        """The command of the step, as a user would type the command."""
         import shlex
 
         program = "dreamscale" if self.program == ("-m", "launch") else " ".join(("python", *self.program))
@@ -66,7 +67,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replace_folder(value: Any, out: Path) -> Any:
-    """Replace the default folder at the start of paths by another folder, in all strings of a config."""
+    """In all strings of a config, replace the demo's default folder at the start of paths with another folder."""
     if isinstance(value, dict):
         return {key: _replace_folder(item, out) for key, item in value.items()}
     if isinstance(value, list):
@@ -81,7 +82,7 @@ def _flags(options: dict[str, Any]) -> list[str]:
 
 
 def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
-    """List the chain's commands.
+    """List the steps of the demo.
 
     Parameters
     ----------
@@ -90,7 +91,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
     seed : int
         Seed of every step.
     profile : str
-        full, or smoke: the same steps with hardly any training.
+        full, or smoke (the same steps with very little training).
 
     Returns
     -------

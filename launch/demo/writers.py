@@ -27,17 +27,18 @@ def write_recording(
     Parameters
     ----------
     path : Path
-        File with the extension of the format; a format of several files writes the others to the same folder.
+        File to write, with the extension of the format. If the format has several files, the other files get the same
+        folder.
     data_nT : ndarray, shape (n, T)
-        Microvolts.
+        Signal in microvolts.
     positions : dict of str to ndarray
-        Channel names, in the order of the rows, and positions on the head in metres.
+        Position of each channel on the head in metres, in the order of the rows.
     sfreq : float
         Sampling rate, Hz.
     format_ : str
         EDF, BDF, BrainVision, EEGLAB or FIF.
     rng : numpy.random.Generator
-        Source of the electrode offsets, which a BioSemi amplifier also records.
+        Random numbers for the constant offsets of the electrodes, which a BioSemi amplifier also records.
     markers : list of dict, optional
         BrainVision markers: onset and duration in samples, and a description.
     """
@@ -97,10 +98,10 @@ def _write_brainvision(
 def _write_eeglab(path: Path, data_nT: NDArray[Any], positions: dict[str, NDArray[np.float64]], sfreq: float) -> None:
     import eeglabio.raw
 
-    # EEGLAB's x axis points to the nose, its y axis to the left ear, and it counts in millimetres.
+    # In EEGLAB, the x axis points to the nose and the y axis to the left ear. The unit is the millimetre.
     places = np.stack([(y, -x, z) for x, y, z in positions.values()]) * 1e3
     eeglabio.raw.export_set(str(path), data=data_nT * 1e-6, sfreq=sfreq, ch_names=list(positions), ch_locs=places)
-    # The header's text holds the time of writing; replace it, so that the bytes are always the same.
+    # The header text contains the time of writing. Replace this text, so that the file always has the same bytes.
     with path.open("r+b") as stream:
         stream.write(b"MATLAB 5.0 MAT-file".ljust(116))
 
@@ -117,7 +118,7 @@ def _write_fif(path: Path, data_nT: NDArray[Any], positions: dict[str, NDArray[n
 
 
 def _erase_identifiers(path: Path) -> None:
-    """Set the identifiers of a FIF file to zero; they hold the machine and the time of writing."""
+    """Set the identifiers of a FIF file to zero, because they contain the machine and the time of writing."""
     content = bytearray(path.read_bytes())
     place = 0
     while place + 16 <= len(content):
