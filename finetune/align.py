@@ -202,7 +202,7 @@ def measure_retrieval(
     device : torch.device
         Device of the computation.
     pulse : callable
-        Called before each batch; `fit` interrupts the evaluation there if a stop was requested.
+        Function that is called before each batch. If a stop was requested, it interrupts the evaluation.
     batch_size : int
         Number of trials in one forward pass.
 

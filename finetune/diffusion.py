@@ -1,10 +1,10 @@
-"""Diffusion that the papers share: the denoising loss, its measurement on held-out trials, and the sampler.
+"""Diffusion code that the papers share: the denoising loss, its evaluation on held-out trials, and the sampler.
 
-The network is a denoiser ``(x_t, t, condition)``. It predicts the noise in ``x_t`` or the velocity, as the noising
-scheduler's ``prediction_type`` says. The condition is a tuple of tensors with the batch first; None stands for a part
-that a model does not have.
+The network is a denoiser ``(x_t, t, condition)``. The noise scheduler's ``prediction_type`` says whether the network
+predicts the noise in ``x_t`` or the velocity. The condition is a tuple of tensors; the first axis of each tensor is the
+batch. An entry of the tuple is None if the model does not use this entry.
 
-Shapes: B trials; x is [B, channels, rows, columns], latents or pixels.
+Tensor shapes: B trials; x is [B, channels, rows, columns] and contains latents or pixels.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ def denoising_errors(
     *,
     norm: str = "l2",
 ) -> Tensor:
-    """Add noise to clean images and measure how well a denoiser finds it.
+    """Add noise to clean images, and measure how well a denoiser predicts this noise.
 
     Parameters
     ----------
     denoise : callable
-        The denoiser.
+        Denoiser network.
     noising : DDPMScheduler
-        The forward process of training.
+        Noise scheduler of the training; it defines the forward process.
     clean, noise : Tensor, shape (B, ...)
         Latents or pixels of the images, and standard normal noise.
     time_B : Tensor of int, shape (B,)
-        Step of the forward process of each trial.
+        Step of the forward process for each trial.
     condition : tuple of Tensor
-        Condition of the trials.
+        Condition that the denoiser gets for the trials.
     norm : str
-        l2: squared error; l1: absolute error.
+        Norm of the error. l2: squared error; l1: absolute error.
 
     Returns
     -------
     Tensor, shape (B,)
-        Mean error of each trial.
+        Prediction error of each trial, averaged over the values of x.
     """
     target = noise
     if noising.config.prediction_type == "v_prediction":
@@ -60,16 +60,16 @@ def denoising_errors(
 
 
 def draw_noise(shape: tuple[int, ...], seeds: list[int], device: Any) -> Tensor:
-    """Draw the noise that the images of some trials start from.
+    """Draw the noise from which the sampler starts for each trial.
 
     Parameters
     ----------
     shape : tuple of int
         Shape of one trial's noise.
     seeds : list of int
-        One seed a trial. A trial's noise depends on its own seed alone.
+        One seed for each trial. A trial's noise depends only on the trial's seed.
     device : torch.device
-        Device of the result. The numbers are drawn on the CPU, so that they are the same on every device.
+        Device of the result. The noise is drawn on the CPU, so that it is the same on every device.
 
     Returns
     -------
@@ -91,35 +91,35 @@ def sample(
     steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """Turn noise into images, step by step.
+    """Turn noise into images with a denoiser, step by step.
 
     Parameters
     ----------
     denoise : callable
-        The denoiser, in evaluation mode.
+        Denoiser network in evaluation mode.
     scheduler : diffusers scheduler
-        The solver, e.g. DDIM or DPM-Solver++.
+        Scheduler that computes each denoising step, e.g. DDIM or DPM-Solver++.
     noise : Tensor, shape (B, ...)
-        From `draw_noise`.
+        Noise that `draw_noise` returned.
     condition : tuple of Tensor
-        Condition of the trials.
+        Condition that the denoiser gets for the trials.
     null_condition : tuple of Tensor, optional
-        Condition without EEG, of the same shapes; needed for guidance.
+        Condition without EEG, with the same shapes as `condition`; only needed for guidance.
     steps : int
-        Denoising steps.
+        Number of denoising steps.
     guidance_scale : float
-        1: the prediction under the condition. Above 1: classifier-free guidance, which moves the prediction further
-        away from that under the null condition.
+        1: use only the prediction with the condition. Above 1: use classifier-free guidance, which moves this
+        prediction further away from the prediction with the null condition.
 
     Returns
     -------
     Tensor, shape (B, ...)
-        Latents or pixels.
+        Latents or pixels of the generated images.
     """
     guided = guidance_scale != 1
     if guided:
         assert null_condition is not None
-        # Both predictions come from one batch of twice the size: B trials with their EEG, then B without.
+        # Compute both predictions in one batch of 2 B trials: B trials with EEG, then the same trials without EEG.
         condition = tuple(
             None if own is None or null is None else torch.cat([own, null])
             for own, null in zip(condition, null_condition, strict=True)
@@ -137,31 +137,31 @@ def sample(
 
 
 class DenoisingTask(Protocol):
-    """A module that trains a denoiser."""
+    """Interface of a module that trains a denoiser."""
 
     def features(self, eeg: Tensor) -> Tensor:
-        """Return the EEG's tokens or feature, [B, ...]; the condition is computed from them."""
+        """Return the tokens or features [B, ...] of the EEG; the condition is computed from these."""
         ...
 
     def errors(self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Return the error of each trial, [B]."""
+        """Return the prediction error [B] of each trial."""
         ...
 
 
 class DenoisingWatcher:
-    """Denoising loss on held-out trials, under the same noise at every validation.
+    """Compute the denoising loss on held-out trials, with the same noise at every evaluation.
 
-    The loss is measured twice: with each trial's own EEG and with another trial's. A model that ignores the EEG has
-    the same loss in both cases.
+    The loss is measured twice: with each trial's own EEG, and with the EEG of another trial. A model that ignores the
+    EEG has the same loss in both cases.
 
     Parameters
     ----------
     eeg : Tensor, shape (B, ...)
-        EEG of the trials, as the task's `features` takes it, on the device of the model.
+        EEG of the trials, on the model's device; it is the input of the task's method `features`.
     clean : Tensor, shape (B, ...)
-        Latents or pixels of their images.
+        Latents or pixels of the trials' images.
     noise_steps : int
-        Steps of the forward process.
+        Number of steps of the forward process.
     """
 
     REPEATS = 4
@@ -171,29 +171,29 @@ class DenoisingWatcher:
         self.eeg, self.clean = eeg, clean
         generator = torch.Generator().manual_seed(0)
         self.noise = torch.randn(self.REPEATS, *clean.shape, generator=generator)
-        # Stratified: each repeat of a trial comes from another quarter of the noise levels.
+        # Stratify the noise levels: each repeat of a trial gets a noise level from another quarter of the range.
         quarters = torch.arange(self.REPEATS)[:, None]
         u = (torch.rand(self.REPEATS, len(clean), generator=generator) + quarters) / self.REPEATS
         self.time = (u * noise_steps).long()
 
     def __call__(self, task: DenoisingTask, pulse: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Measure a model.
+        """Measure the denoising loss of a model.
 
         Parameters
         ----------
         task : DenoisingTask
-            In evaluation mode.
+            The model with its loss, in evaluation mode.
         pulse : callable
-            Called before each batch; `fit` interrupts the evaluation there if a stop was requested.
+            Function that is called before each batch. If a stop was requested, it interrupts the evaluation.
 
         Returns
         -------
         dict
-            ``loss`` with the trials' own EEG, ``shuffled`` with another trial's.
+            ``loss``: loss with the trials' own EEG. ``shuffled``: loss with the EEG of other trials.
         """
         n, device = len(self.eeg), self.eeg.device
         features = torch.cat([task.features(part) for part in self.eeg.split(self.BATCH)])
-        # Half the split away: trials that follow each other in a recording may show the same category.
+        # Take the EEG from half a split away, because neighbouring trials of a recording may show the same category.
         used = {"loss": features, "shuffled": features.roll(max(1, n // 2), 0)}
         totals = dict.fromkeys(used, 0.0)
         for name, given in used.items():

@@ -1,6 +1,6 @@
-"""Generates images from the EEG of a split's trials, and stores them beside the images that were seen.
+"""Generate images from the EEG trials of a split, and store them together with the images that the person saw.
 
-Shapes: B trials, H, W pixels.
+Array shapes: B trials, H, W pixels.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ from pretrain.runs.stop import StopSignal
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Images for the trials of one split of an EEG-image dataset."""
+    """Generate images from the EEG trials of one split of an EEG-image dataset."""
 
     RENAMED: ClassVar[dict[str, str]] = {"batch": "batch_size"}
 
     model: str
-    """Run directory of a fine-tuned model, or its `model` folder."""
+    """Run directory of a fine-tuned model, or the folder `model` in this run directory."""
     dataset: str
-    """EEG-image dataset with the preprocessing of the model's training data."""
+    """Path of the EEG-image dataset. It must have the same preprocessing as the model's training data."""
     output: str
-    """Directory for images/, real/ and generated.json. An earlier result there is replaced when the new one is
-    complete."""
+    """Output directory for images/, real/ and generated.json. An earlier result in this directory is replaced when the
+    new result is complete."""
     split: str = "test"
-    """Split whose trials are used."""
+    """Split of the dataset whose trials are used."""
     control: Literal["none", "shuffle"] = "none"
-    """shuffle gives each trial the EEG of another trial, of any category. The result shows how good a model seems
-    without the right EEG."""
+    """none: use the EEG of each trial. shuffle: use the EEG of another trial of any category. The images of shuffle are
+    a control: they show how well a model scores without the right EEG."""
     steps: int = 25
-    """Denoising steps."""
+    """Number of denoising steps for each image."""
     guidance_scale: float = 2.0
-    """Strength of classifier-free guidance; 1 switches guidance off."""
+    """Scale of the classifier-free guidance; 1 switches guidance off."""
     limit: int = 0
-    """Largest number of trials, evenly spread over the split; 0 for all trials."""
+    """Largest number of trials; the trials are spread evenly over the split. 0 uses all trials."""
     batch_size: int = 32
-    """Number of trials in one forward pass. It does not change the noise of an image."""
+    """Number of trials in one forward pass. This number does not change the noise from which an image starts."""
     seed: int = 0
-    """Seed for the noise and for the shuffling."""
+    """Seed for the noise, and for shuffling the trials' EEG."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device of the computation: auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
@@ -73,23 +73,23 @@ def trial_seed(seed: int, key: str) -> int:
 
 
 def derange(n: int, seed: int) -> np.ndarray:
-    """Draw a permutation that leaves no number in its place; all such permutations are equally likely.
+    """Draw a random permutation that moves every number; all such permutations are equally likely.
 
     Parameters
     ----------
     n : int
         Length of the permutation, at least 2.
     seed : int
-        Seed for the draw.
+        Seed for drawing the permutation.
 
     Returns
     -------
     ndarray of int, shape (n,)
-        The permutation.
+        A permutation of 0 to n - 1.
     """
     assert n > 1
     rng = np.random.default_rng([seed, n])
-    # About one permutation in three leaves no number in its place, so this loop is short.
+    # About one permutation in three moves every number, so this loop ends after a few rounds.
     while True:
         order = rng.permutation(n)
         if (order != np.arange(n)).all():
@@ -110,32 +110,32 @@ def generate_images(
     config: GenerateConfig,
     root: Path,
 ) -> list[dict[str, Any]]:
-    """Generate the images of some trials and save them.
+    """Generate an image for each of the given trials, and save the images.
 
     Parameters
     ----------
     generator : Generator
-        The model.
+        Fine-tuned model that generates images.
     dataset : EEGDataset
-        The split.
+        Trials of the split.
     numbers : list of int
-        Trials to generate images for.
+        Numbers of the trials for which images are generated.
     sources : list of int
-        For each of these trials, the trial whose EEG is used.
+        For each trial in `numbers`, the number of the trial whose EEG is used.
     config : GenerateConfig
-        Steps, guidance, seed.
+        Config of the command, with steps, guidance scale and seed.
     root : Path
-        Directory with the folders ``images`` and ``real``.
+        Directory in which the folders ``images`` and ``real`` exist.
 
     Returns
     -------
     list of dict
-        Entries of generated.json, one a trial.
+        Entries of generated.json, one for each trial.
 
     Raises
     ------
     StopRequested
-        If a stop was requested.
+        If a stop of the command was requested.
     """
     trials: list[dict[str, Any]] = []
     with StopSignal() as stop, progress(f"images ({config.control} control)", len(numbers)) as advance:
@@ -172,22 +172,22 @@ def generate_images(
 
 
 def generate(config: GenerateConfig) -> int:
-    """Generate images for the trials of a split.
+    """Generate images from the EEG trials of a split.
 
     Parameters
     ----------
     config : GenerateConfig
-        The request.
+        Config of the command.
 
     Returns
     -------
     int
-        Exit code.
+        Exit code of the command.
     """
     quiet_libraries()
     output = Path(config.output)
     if output.exists() and not (output / "generated.json").is_file() and (output.is_file() or any(output.iterdir())):
-        raise RequestError(f"{output}: exists and holds something else; choose another output")
+        raise RequestError(f"{output}: exists but does not hold generated images; choose another output")
     dataset = open_paired(config.dataset, config.split)
     generator = load_generator(config.model, str(choose_device(config.device)))
     dataset.require_preprocess(generator.spec, f"model {config.model}")

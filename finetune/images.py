@@ -1,6 +1,6 @@
-"""The images of EEG-image datasets: decoding, sizes, value ranges, and a table with one row for each image.
+"""Read the images of EEG-image datasets: decode, resize and scale images, and list the different images of a split.
 
-Shapes: B trials, M different images, H, W pixels.
+Array shapes: B trials, M different images, H, W pixels.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def open_paired(path: str | Path, split: str) -> EEGDataset:
     Parameters
     ----------
     path : str or Path
-        The dataset.
+        Path of the dataset.
     split : str
-        train, val or test.
+        Name of the split: train, val or test.
 
     Returns
     -------
     EEGDataset
-        The split.
+        Trials of the split.
 
     Raises
     ------
@@ -44,21 +44,21 @@ def open_paired(path: str | Path, split: str) -> EEGDataset:
 
 
 def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -> np.ndarray:
-    """Decode an image file. If a size is given, cut out the central square and resize it.
+    """Decode an image file. If `size` is given, cut out the central square and resize the square.
 
     Parameters
     ----------
     data : bytes
-        PNG, JPEG or WebP.
+        Content of a PNG, JPEG or WebP file.
     size : int, optional
-        Width and height of the result in pixels; None keeps the image as it is.
+        Width and height of the result in pixels. None keeps the size of the image.
     name : str
-        Name of the image in error messages.
+        Name that error messages use for the image.
 
     Returns
     -------
     ndarray of uint8, shape (H, W, 3)
-        RGB.
+        Image in RGB.
 
     Raises
     ------
@@ -82,17 +82,17 @@ def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -
 
 
 def to_model_range(pixels_BHW3: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Convert bytes to the value range of image models.
+    """Convert images from values 0 to 255 to the value range of image models, -1 to 1.
 
     Parameters
     ----------
     pixels_BHW3 : ndarray or Tensor of uint8, shape (B, H, W, 3)
-        RGB.
+        Images in RGB.
 
     Returns
     -------
     Tensor of float32, shape (B, 3, H, W)
-        Values from -1 to 1.
+        Images with values from -1 to 1.
     """
     import torch
 
@@ -100,23 +100,23 @@ def to_model_range(pixels_BHW3: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def to_pixels(x_B3HW: torch.Tensor) -> np.ndarray:
-    """Convert a model's images to bytes.
+    """Convert a model's images to 8-bit images with values from 0 to 255.
 
     Parameters
     ----------
     x_B3HW : Tensor, shape (B, 3, H, W)
-        Values from -1 to 1; values outside are clipped.
+        Images with values from -1 to 1; values outside this range are clipped.
 
     Returns
     -------
     ndarray of uint8, shape (B, H, W, 3)
-        RGB.
+        Images in RGB.
     """
     return x_B3HW.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 class ImageTable:
-    """The different images of a split. Several trials may show the same image; the table has one row for it.
+    """Table of the different images of a split. The table has one row for each image, also if several trials show it.
 
     Parameters
     ----------
@@ -126,13 +126,13 @@ class ImageTable:
     Attributes
     ----------
     ids : list of str
-        Image id of each row, sorted.
+        Image id of each row of the table; the rows are sorted by this id.
     labels : ndarray of int, shape (M,)
-        Label of each row's image.
+        Label of the image in each row.
     captions : list of str
-        Caption of each row's image; the name of its label where it has no caption.
+        Caption of the image in each row. If an image has no caption, the name of its label is used.
     row_of : ndarray of int, shape (trials,)
-        Row of each trial's image; trials by their number in the dataset.
+        Row of the image of each trial. The index is the number of the trial in the dataset.
     companions : list of list of int
         For each trial, the numbers of the other trials with the same image and the same channels.
 
@@ -172,19 +172,19 @@ class ImageTable:
         return len(self.ids)
 
     def pixels(self, rows: Any = None, size: int | None = None) -> np.ndarray:
-        """Decode images.
+        """Decode images of the table.
 
         Parameters
         ----------
         rows : sequence of int, optional
-            Rows to decode; all rows by default.
+            Rows whose images are decoded; by default, all rows.
         size : int, optional
-            Width and height of the result in pixels. Without it, all images must have the same size.
+            Width and height of the decoded images in pixels. If no size is given, all images must have the same size.
 
         Returns
         -------
         ndarray of uint8, shape (B, H, W, 3)
-            RGB.
+            Images in RGB.
 
         Raises
         ------
@@ -198,7 +198,7 @@ class ImageTable:
             out.append(decode_image(self.dataset.image(number), size, name=name))
         if len({image.shape for image in out}) > 1:
             raise RequestError(
-                f"{self.dataset.path}: the images have different sizes; give the size to which they are resized"
+                f"{self.dataset.path}: the images have different sizes; give the size to which the images are resized"
             )
         return np.stack(out)
 
@@ -212,27 +212,27 @@ class ImageTable:
         batch_size: int = 64,
         write: bool = True,
     ) -> torch.Tensor:
-        """Compute a feature of every image once, and keep the result on disk.
+        """Compute a feature of every image once, and store the result in a cache on disk.
 
         Parameters
         ----------
         compute : callable
-            Takes images as uint8 [B, H, W, 3] and returns a tensor [B, ...].
+            Function that takes images as uint8 [B, H, W, 3] and returns their features as a tensor [B, ...].
         size : int or None
-            Size to which images are resized.
+            Width and height in pixels to which images are resized; None does not resize them.
         key : dict
-            Everything that the result depends on besides the images, e.g. a digest of the model's weights.
+            All other things that the result depends on, e.g. a digest of the model's weights.
         cache : str or Path, optional
-            Directory in which the result is kept; without it, nothing is kept.
+            Directory in which the result is stored. If no directory is given, nothing is stored.
         batch_size : int
-            Images of one call.
+            Number of images in one call of `compute`.
         write : bool
-            Whether this process writes the cache; False on every rank but the first.
+            True if this process may write to the cache directory; only rank 0 should write.
 
         Returns
         -------
         Tensor, shape (M, ...)
-            On the CPU, one row for each image.
+            Features on the CPU, with one row for each image.
         """
         import torch
         from safetensors.torch import load_file, save_file

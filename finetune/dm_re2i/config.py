@@ -1,4 +1,4 @@
-"""Config of DM-RE2I: EVRNet, then the EEG-guided DDPM (EG-DDPM)."""
+"""Config of DM-RE2I, which trains EVRNet first and then the EEG-guided DDPM (EG-DDPM)."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ from pretrain.runs.tracking import TrackerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class EVRNetStage:
-    """The first stage: EVRNet learns the category of the image from the EEG."""
+    """Config of the first stage: EVRNet learns to recognise the category of the image from the EEG."""
 
     channels: int = 128
-    """Number of channels that the network takes, from 1 to 128. It must not be below the trials' true channels; the
-    channels above those are copies."""
+    """Number of channels that the network takes, from 1 to 128. A trial must not have more channels. The
+    channels of a trial with fewer channels are repeated."""
     widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
-    """Feature maps of the two temporal, the two spatial and the TS convolutions. The last is the feature's width."""
+    """Numbers of feature maps of the two temporal, the two spatial, and the temporal-spatial (TS) convolution. The last
+    number is also the width of the feature."""
     dropout: float = 0.0
-    """Dropout of the feature before the linear layer. The paper has none."""
+    """Dropout rate of the feature before the linear layer. The paper uses no dropout."""
     label_smoothing: float = 0.0
-    """Label smoothing of the cross-entropy."""
+    """Amount of label smoothing in the cross-entropy."""
     whiten: float = 0.0
-    """Shrinkage of a multivariate noise normalisation before the network; 0.05 is usual. It needs trials of one
-    electrode layout. 0 switches it off, as in the paper."""
+    """Shrinkage of the multivariate noise normalisation that is applied to trials before the network; 0.05 is usual.
+    Noise normalisation needs trials of one electrode layout. 0 switches it off, as in the paper."""
     average: int = 1
     """At the start of training, a trial is replaced by the mean of 1 to `average` trials of its category in the batch.
-    Single trials are mostly noise, and their common signal is learned faster from means. 1 switches it off."""
+    Single trials are mostly noise, so the network learns faster from means. 1 switches averaging off."""
     average_end: int = 1
-    """Value of `average` at the end of training; in between, it falls linearly."""
+    """Value of `average` at the end of training. During training, `average` falls linearly to this value."""
     mixup: float = 0.0
-    """Largest share of another trial and of that trial's category in a training trial; 0 switches mixing off."""
+    """Mixup: largest weight with which another trial and its category are mixed into a trial; 0 switches mixup off."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes of the EEG in training, after the noise normalisation."""
+    """Augmentation of the EEG in training, after the noise normalisation."""
     watch: Literal["accuracy", "loss"] = "accuracy"
-    """Metric on the val split that decides which weights are kept."""
+    """Metric on the val split that decides which weights of the run are the best and are kept."""
     calibration_trials: int = 512
     """Number of train trials from which the statistics of the batch norms are computed, before each evaluation and at
-    the end."""
+    the end of training."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(lr=1e-3))
-    """Steps, batch size, learning rate and so on."""
+    """Settings of the training: steps, batch size, learning rate and so on."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= 128 or self.calibration_trials < 2:
@@ -56,40 +57,41 @@ class EVRNetStage:
 
 @dataclass(frozen=True, kw_only=True)
 class EGDDPMStage:
-    """The second stage: a diffusion model in pixel space, guided by EVRNet's feature."""
+    """Config of the second stage: a diffusion model of pixels, guided by EVRNet's feature."""
 
     image_size: int = 64
     """Width and height of the images in pixels."""
     base_channels: int = 64
-    """Feature maps at the first level."""
+    """Number of feature maps at the first level of the U-Net."""
     multipliers: tuple[int, ...] = (1, 2, 4, 8)
-    """Feature maps of each level, as multiples of `base_channels`."""
+    """Number of feature maps at each level of the U-Net, as a multiple of `base_channels`."""
     expansion: int = 2
-    """Width multiple inside the ConvNeXt blocks."""
+    """Number of feature maps inside a ConvNeXt block, as a multiple of the block's output."""
     heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     head_dim: int = 32
-    """Width of a head."""
+    """Width of an attention head."""
     scale_shift: bool = False
-    """Let the embedding scale and shift the feature maps (FiLM) instead of adding it; not in the paper."""
+    """True: the embedding scales and shifts feature maps (FiLM). False: the embedding is added, as in the paper."""
     patch: int = 1
-    """Fold squares of this many pixels a side into channels; 2 makes the network four times cheaper. Not in the
-    paper."""
+    """Side length in pixels of the squares that are folded into channels. With 2, the network needs a quarter of the
+    computation. The paper folds nothing, which is 1."""
     join_first: bool = False
-    """Add a skip connection from the first level; narrow networks need it. Not in the paper."""
+    """Add a skip connection from the first level, which narrow networks need. The paper has no such connection."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What the network predicts: the noise (epsilon), as in the paper, or the velocity (v_prediction), which shows
-    forms after fewer steps."""
+    """Quantity that the network predicts. epsilon: the noise, as in the paper. v_prediction: the velocity, with which
+    images show shapes after fewer training steps."""
     loss: Literal["l1", "l2"] = "l2"
-    """Norm of the error. The paper does not name it."""
+    """Norm of the prediction error. The paper does not say which norm it uses."""
     noise_steps: int = 1000
-    """Steps of the forward process. Its noise schedule is the cosine (squaredcos_cap_v2)."""
+    """Number of steps of the forward process. The noise schedule is the cosine schedule (squaredcos_cap_v2)."""
     drop: float = 0.1
-    """Share of trials whose condition is dropped in training; classifier-free guidance needs some. 0 in the paper."""
+    """Fraction of trials whose EEG condition is dropped in training. Classifier-free guidance needs a value above 0.
+    The paper uses 0."""
     condition_noise: float = 0.0
-    """Standard deviation of noise that is added to the standardised feature in training."""
+    """Standard deviation of the noise that is added to the standardised EEG feature in training."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.995))
-    """Steps, batch size, learning rate and so on."""
+    """Settings of the training: steps, batch size, learning rate and so on."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop < 1 or self.condition_noise < 0 or self.noise_steps < 2:
@@ -106,28 +108,28 @@ class EGDDPMStage:
 
 @dataclass(frozen=True, kw_only=True)
 class DMRE2IConfig:
-    """DM-RE2I: EVRNet, then the EEG-guided DDPM in pixel space."""
+    """Train DM-RE2I: first EVRNet, then the EEG-guided DDPM, which generates pixels."""
 
     dataset: str
-    """EEG-image dataset with train and val splits."""
+    """Path of the EEG-image dataset; it must have train and val splits."""
     output: str
-    """Run directory. `evrnet/` in it is the first stage's run, `model/` the result."""
+    """Run directory. Its subdirectory `evrnet/` is the run of the first stage, and `model/` is the result."""
     evrnet: EVRNetStage = field(default_factory=EVRNetStage)
-    """First stage."""
+    """Settings of the first stage, which trains EVRNet."""
     evrnet_from: str | None = None
-    """EVRNet of an earlier run (`model/evrnet` in it), to use instead of training one."""
+    """EVRNet of an earlier run (its directory `model/evrnet`). If it is given, the first stage is skipped."""
     ddpm: EGDDPMStage = field(default_factory=EGDDPMStage)
-    """Second stage."""
+    """Settings of the second stage, which trains EG-DDPM."""
     val_trials: int = 256
-    """Largest number of trials of the val split for the evaluation, evenly spread over the split."""
+    """Largest number of val trials that an evaluation uses. They are spread evenly over the val split."""
     num_processes: int = 1
-    """Number of processes on all machines together."""
+    """Total number of processes on all machines."""
     seed: int = 0
     """Seed for sample order, noise and initial weights."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device of the computation: auto, cpu or cuda."""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
-    """Where metrics go besides metrics.jsonl."""
+    """Experiment tracker to which metrics are sent, in addition to the file metrics.jsonl."""
 
     def __post_init__(self) -> None:
         if self.val_trials < 2:
@@ -135,7 +137,7 @@ class DMRE2IConfig:
 
     @staticmethod
     def free_keys() -> tuple[str, ...]:
-        """Return the keys that may change when a run is resumed."""
-        # EVRNet's batch norms couple the samples of one forward pass; EG-DDPM has no such layer.
+        """Return the config keys that may change when a run is resumed."""
+        # In EVRNet, batch norm couples the samples of a forward pass. EG-DDPM has no layer that couples samples.
         evrnet = free_keys("evrnet.training", independent_samples=False)
         return (*evrnet, *free_keys("ddpm.training", independent_samples=True))

@@ -1,6 +1,6 @@
-"""EVRNet: from single EEG trials to a semantic feature and class scores.
+"""EVRNet: a network that computes a semantic feature and class scores from single EEG trials.
 
-Shapes: B batch, C channels (electrodes), T samples, D feature width, K classes, F feature maps.
+Tensor shapes: B batch, C channels (electrodes), T samples, D feature width, K classes, F feature maps.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from finetune.training.module_files import load_module, save_module
 
 @dataclass(frozen=True, kw_only=True)
 class EVRNetConfig:
-    """Sizes of an EVRNet. The defaults are those of the published network."""
+    """Sizes of an EVRNet. The default sizes are those of the published network."""
 
     n_classes: int = 40
-    """Number of classes."""
+    """Number of classes, K."""
     n_channels: int = 128
-    """Number of channels, C."""
+    """Number of EEG channels, C."""
     widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
-    """Feature maps after the two temporal, the two spatial and the TS convolutions. The last is the feature's width."""
+    """Numbers of feature maps after the two temporal, the two spatial, and the temporal-spatial (TS) convolution. The
+    last number is also the width of the semantic feature."""
     multi_kernels: tuple[int, int] = (3, 5)
-    """Kernel sizes of the multi-kernel residual blocks."""
+    """Kernel sizes of the two convolutions in each multi-kernel residual block."""
     dropout: float = 0.0
-    """Dropout of the semantic feature before the linear layer; the paper has none."""
+    """Dropout rate of the semantic feature before the linear layer. The paper uses no dropout."""
     noise_normalisation: bool = False
-    """Start with a fixed matrix over the channels that whitens the background activity; the paper has none."""
+    """Multiply the channels by a fixed matrix first, to whiten the background activity. The paper does not do this."""
 
     def __post_init__(self) -> None:
         if len(self.widths) != 5 or min(self.widths) < 1:
@@ -39,13 +40,13 @@ class EVRNetConfig:
         if self.n_classes < 2:
             raise ValueError(f"n_classes must be 2 or more, not {self.n_classes}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
 
 def _conv_block(inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int]) -> nn.Sequential:
-    """Return convolution, batch norm and ReLU; an axis with stride 2 becomes half as long."""
+    """Return a convolution with batch norm and ReLU. A stride of 2 halves the length of an axis."""
     padding = (kernel[0] // 2, kernel[1] // 2)
-    # No bias: the batch norm removes it, and the published number of parameters does not include it.
+    # The convolution has no bias, because batch norm would remove it. The published number of parameters has no bias.
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
@@ -56,7 +57,7 @@ def scale_to_unit_variance(x: Tensor) -> Tensor:
     Parameters
     ----------
     x : Tensor, shape (..., C, T)
-        Trials.
+        EEG trials.
 
     Returns
     -------
@@ -67,20 +68,20 @@ def scale_to_unit_variance(x: Tensor) -> Tensor:
 
 
 def whitening_matrix(x_BCT: Tensor, shrinkage: float) -> Tensor:
-    """Compute the symmetric matrix that whitens the activity of trials over the channels.
+    """Compute the symmetric matrix that whitens the channels of trials.
 
     Parameters
     ----------
     x_BCT : Tensor, shape (B, C, T)
         Trials in model units.
     shrinkage : float
-        Share of the mean variance that is added to every direction, so that directions with hardly any activity are
-        not enlarged too much.
+        Fraction of the mean variance that is added to the variance of every channel. It prevents that directions with
+        almost no activity are amplified too much.
 
     Returns
     -------
     Tensor, shape (C, C)
-        ``(S + shrinkage * mean(diag S) * I)^(-1/2)`` of the mean covariance S.
+        ``(S + shrinkage * mean(diag S) * I)^(-1/2)``, where S is the mean covariance of the trials.
 
     References
     ----------
@@ -95,10 +96,10 @@ def whitening_matrix(x_BCT: Tensor, shrinkage: float) -> Tensor:
 
 
 class MKRB(nn.Module):
-    """Multi-kernel residual block: two convolutions of different kernel sizes, both with a skip from the block's input.
+    """Multi-kernel residual block: two convolutions, each with a skip connection from the block's input.
 
-    ``y0 = ReLU(ReLU(BN(Conv3x3(v))) + v)``, ``y = ReLU(ReLU(BN(Conv5x5(y0))) + v)``. The second skip starts at `v`.
-    In a chain of two residual blocks, it would start at `y0`.
+    ``y0 = ReLU(ReLU(BN(Conv3x3(v))) + v)``, ``y = ReLU(ReLU(BN(Conv5x5(y0))) + v)``. Both skip
+    connections start at `v`. In two ordinary residual blocks, the second connection would start at `y0`.
 
     Parameters
     ----------
@@ -115,7 +116,7 @@ class MKRB(nn.Module):
         self.large = _conv_block(width, width, (large, large), (1, 1))
 
     def forward(self, v_BFCT: Tensor) -> Tensor:
-        """Apply the block.
+        """Apply the residual block.
 
         Parameters
         ----------
@@ -132,12 +133,12 @@ class MKRB(nn.Module):
 
 
 class EVRNet(nn.Module):
-    """Computes visual features of EEG with temporal, spatial and joint convolutions and two multi-kernel blocks.
+    """Compute a semantic feature from EEG, with temporal, spatial and joint convolutions and two multi-kernel blocks.
 
     Parameters
     ----------
     config : EVRNetConfig, optional
-        Sizes; by default those of the published network, which has 3,700,040 parameters.
+        Sizes of the network. The default is the published network, which has 3,700,040 parameters.
 
     References
     ----------
@@ -149,7 +150,7 @@ class EVRNet(nn.Module):
         super().__init__()
         self.config = config = config or EVRNetConfig()
         w1, w2, w3, w4, w5 = config.widths
-        # A buffer, not a parameter: it is computed once, from trials, and saved with the weights.
+        # Make the matrix a buffer, because it is computed from trials instead of trained, and saved with the weights.
         eye = torch.eye(config.n_channels) if config.noise_normalisation else None
         self.register_buffer("whitening_CC", eye)
         self.temporal = nn.Sequential(_conv_block(1, w1, (1, 3), (1, 2)), _conv_block(w1, w2, (1, 3), (1, 2)))
@@ -166,7 +167,7 @@ class EVRNet(nn.Module):
         return self.config.widths[-1]
 
     def normalise(self, x_B1CT: Tensor) -> Tensor:
-        """Whiten the background activity, if the config says so.
+        """Whiten the background activity of trials, if the config switches noise normalisation on.
 
         Parameters
         ----------
@@ -176,7 +177,7 @@ class EVRNet(nn.Module):
         Returns
         -------
         Tensor, shape (B, 1, C, T)
-            Whitened trials of unit variance; without noise normalisation, the input itself.
+            Whitened trials of unit variance. If noise normalisation is off, the result is the input itself.
         """
         if not isinstance(self.whitening_CC, Tensor):
             return x_B1CT
@@ -190,7 +191,7 @@ class EVRNet(nn.Module):
         x_B1CT : Tensor, shape (B, 1, C, T)
             Trials in model units (`PreprocessSpec.scale_for_model`).
         normalised : bool
-            True if the trials have already been through `normalise`.
+            True if `normalise` has already been applied to the trials.
 
         Returns
         -------
@@ -205,10 +206,10 @@ class EVRNet(nn.Module):
         return e_BD, self.fc(self.dropout(e_BD))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors."""
+        """Write the network to config.json and model.safetensors."""
         save_module(self, self.config, folder, "evrnet")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> EVRNet:
-        """Read what `save_pretrained` wrote, in evaluation mode; raises as `load_module` does."""
+        """Read a network that `save_pretrained` wrote, in evaluation mode. Errors are those of `load_module`."""
         return load_module(cls, EVRNetConfig, folder, "evrnet")

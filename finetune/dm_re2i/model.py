@@ -59,7 +59,7 @@ def compute_features(
     batch : int
         Number of trials in one forward pass.
     pulse : callable
-        Called before each forward pass; `fit` interrupts the evaluation there if a stop was requested.
+        Function that is called before each forward pass. If a stop was requested, it interrupts the evaluation.
 
     Returns
     -------

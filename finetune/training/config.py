@@ -1,4 +1,4 @@
-"""Settings of the training loop that every fine-tuning stage has under ``training``."""
+"""Settings of the training loop. The config of every fine-tuning stage has these settings under ``training``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pretrain.runs.schedule import check_schedule, learning_rate
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """When to measure the model on held-out trials."""
+    """Settings that say when the model is evaluated on held-out trials."""
 
     every: int = 100
-    """Steps between two evaluations. The last step has one too."""
+    """Number of steps between two evaluations. There is also an evaluation after the last step."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every", prefix="training.evaluation.")
@@ -23,7 +23,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Length, batch, learning rate and cadence of a training."""
+    """Settings of a training: steps, batch size, learning rate, and when to evaluate and to write checkpoints."""
 
     RENAMED: ClassVar[dict[str, str]] = {
         "batch": "batch_size",
@@ -37,37 +37,37 @@ class TrainingConfig:
     }
 
     steps: int = 1000
-    """Optimiser steps."""
+    """Number of optimiser steps."""
     batch_size: int = 64
-    """Samples of one optimiser step, over all processes; a multiple of num_processes."""
+    """Number of samples in one optimiser step, over all processes; it must be a multiple of num_processes."""
     micro_batch_size: int | None = None
-    """Samples of one process in one forward pass; must divide the process's share of the batch. Smaller values need
-    less memory. None for the whole share."""
+    """Number of samples that a process uses in one forward pass. It must divide the process's part of the batch.
+    Smaller values need less memory. None uses the whole part in one pass."""
     lr: float = 1e-4
-    """Peak learning rate."""
+    """Highest learning rate during the training."""
     min_lr: float = 0.0
-    """Learning rate at the end. From the peak to the end, the rate follows half a cosine."""
+    """Learning rate at the end. After the peak, the learning rate falls to this value along half a cosine."""
     warmup: float = 50
-    """Steps in which the learning rate rises from zero to the peak; a fraction of all steps if below 1."""
+    """Number of steps in which the learning rate rises from zero to its peak. A value below 1 is a fraction of steps."""
     weight_decay: float = 0.01
-    """Weight decay of AdamW. It applies to matrices only: biases and norms have none."""
+    """Weight decay of AdamW. It is applied only to matrices, not to biases and norms."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of AdamW's two moments."""
     grad_clip: float = 1.0
-    """Limit of the gradient's norm; 0 for no limit."""
+    """Largest norm of the gradient; a longer gradient is scaled down to it. 0 means no limit."""
     ema: float = 0.0
-    """Decay of the exponential moving average of the weights; 0 switches the average off. The averaged weights are
-    evaluated and kept. The decay is smaller in the first steps."""
+    """Decay of the exponential moving average (EMA) of the weights; 0 switches the average off. The averaged weights
+    are evaluated and saved. The decay is smaller in the first steps."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the computation. With bf16, the weights themselves stay in fp32 (autocast)."""
+    """Number format of the computation. With bf16 (autocast), the weights are still stored in fp32."""
     num_workers: int = 0
-    """Worker processes that read data, for each training process; 0 reads in the training process itself."""
+    """Number of worker processes that read data, for each training process. With 0, the training process reads data."""
     log_every: int = 10
-    """Steps between two lines of metrics."""
+    """Number of steps between two lines in the file of metrics."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """When to measure the model on held-out trials."""
+    """Settings that say when the model is evaluated on held-out trials."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to write a checkpoint."""
+    """Settings that say when a checkpoint is written."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "steps", "batch_size", "micro_batch_size", "log_every", prefix="training.")
@@ -77,7 +77,7 @@ class TrainingConfig:
             raise ValueError(f"training.ema is {self.ema}; it must be at least 0 and below 1")
 
     def lr_at(self, step: int) -> float:
-        """Return the learning rate of the optimiser step that follows `step` steps."""
+        """Return the learning rate of the next optimiser step after `step` steps were done."""
         return learning_rate(step, self.steps, lr=self.lr, min_lr=self.min_lr, warmup=self.warmup)
 
     def micro_batches(self, num_processes: int) -> int:
@@ -86,44 +86,44 @@ class TrainingConfig:
         Parameters
         ----------
         num_processes : int
-            Number of processes.
+            Total number of processes.
 
         Returns
         -------
         int
-            Forward passes.
+            Number of forward passes.
 
         Raises
         ------
         ValueError
-            If the batch cannot be divided as the config asks.
+            If the batch size cannot be divided by the number of processes or by the micro-batch size.
         """
         share = samples_per_process(self.batch_size, num_processes, self.micro_batch_size, prefix="training.")
         return share // (self.micro_batch_size or share)
 
 
 def free_keys(*prefixes: str, independent_samples: bool) -> tuple[str, ...]:
-    """Return the config keys that may change when a run is resumed, because they do not change what is learned.
+    """Return the config keys that may change when a run is resumed, because they do not affect the training result.
 
     Parameters
     ----------
     *prefixes : str
         Dotted names of the `TrainingConfig` inside the stage's config, e.g. ``training``.
     independent_samples : bool
-        True if the loss is a mean over samples, and no sample's output depends on the others. Then it does not matter
-        into how many forward passes a batch is divided. A contrastive loss and a batch norm do couple samples.
+        True if the loss is a mean over samples, and the output for a sample does not depend on other samples. In this
+        case, the number of forward passes for a batch may change. A contrastive loss or a batch norm couples samples.
 
     Returns
     -------
     tuple of str
-        Dotted keys.
+        Dotted config keys.
     """
     names = ["log_every", "num_workers", "evaluation", "checkpoint", *(["micro_batch_size"] * independent_samples)]
     return (*FREE, *(f"{prefix}.{name}" for prefix in prefixes for name in names))
 
 
 def upgrade_config(values: dict[str, Any]) -> dict[str, Any]:
-    """Translate stored settings of older versions whose values changed with their names.
+    """Convert a stored config of an older version to the present settings.
 
     Parameters
     ----------
@@ -133,8 +133,8 @@ def upgrade_config(values: dict[str, Any]) -> dict[str, Any]:
     Returns
     -------
     dict
-        The config with ``min_lr`` in place of ``min_lr_ratio``, ``micro_batch_size`` in place of ``accumulate``, and
-        ``precision: fp32`` in place of ``no``. Keys of `TrainingConfig.RENAMED` that kept their meaning are left.
+        Config with ``min_lr`` in place of ``min_lr_ratio``, ``micro_batch_size`` in place of ``accumulate``, and
+        ``precision: fp32`` in place of ``no``. Other renamed keys of `TrainingConfig.RENAMED` are not changed.
     """
     processes = values.get("num_processes", 1)
 

@@ -1,7 +1,7 @@
-"""The state of a training: weights, their moving average, AdamW's moments, and the best weights so far.
+"""The training state: weights, their moving average, AdamW's moments, and the best weights so far.
 
-A checkpoint holds these tensors by name: ``weights/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``, ``ema/NAME`` and
-``best/NAME``. All processes hold the same tensors, so each writes a part of them.
+A checkpoint stores these tensors under the names ``weights/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``, ``ema/NAME``
+and ``best/NAME``. All processes have the same tensors, so each process writes only a part of the tensors.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def trainables(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that train, by name."""
+    """Return a dictionary of the trainable parameters, by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def load_trainables(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Load exactly the parameters that train.
+    """Load tensors into all trainable parameters of a module.
 
     Parameters
     ----------
     module : Module
-        The module to change.
+        Module whose parameters are changed.
     tensors : dict
-        Name to tensor.
+        Maps the name of each trainable parameter to its new value.
 
     Raises
     ------
     RequestError
-        If names or shapes are not exactly those of the module's trainable parameters.
+        If the names or shapes differ from those of the module's trainable parameters.
     """
     own = trainables(module)
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise RequestError(
-            f"the checkpoint holds other parameters than this model trains: {odd[0]} and {len(odd) - 1} more"
+            f"the parameters of the checkpoint and of this model differ: {odd[0]} and {len(odd) - 1} more"
         )
     with torch.no_grad():
         for name, parameter in own.items():
@@ -57,21 +57,21 @@ def load_trainables(module: torch.nn.Module, tensors: dict[str, torch.Tensor]) -
 def make_optimizer(
     module: torch.nn.Module, config: TrainingConfig, lr_scale: Callable[[str], float] | None = None
 ) -> torch.optim.AdamW:
-    """Make AdamW with one group for each learning rate and weight decay.
+    """Make an AdamW optimiser with one parameter group for each pair of learning rate and weight decay.
 
     Parameters
     ----------
     module : Module
-        Its trainable parameters are optimised.
+        Module whose trainable parameters are optimised.
     config : TrainingConfig
-        Rates and weight decay.
+        Settings with the learning rate and the weight decay.
     lr_scale : callable, optional
-        Factor of the learning rate by parameter name.
+        Function that takes the name of a parameter and returns the factor of this parameter's learning rate.
 
     Returns
     -------
     AdamW
-        Each group has an entry ``scale``, the factor of its learning rate.
+        Optimiser in which each parameter group has an entry ``scale``, the factor of the group's learning rate.
     """
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in trainables(module).items():
@@ -89,8 +89,8 @@ def make_optimizer(
 class EMA:
     """Exponential moving average of the trainable weights, in fp32.
 
-    diffusers' `EMAModel` is not used: it keeps its averages in a list, while the checkpoint needs their names, and it
-    rounds its update in another way, so that runs would not repeat to the digit.
+    `EMAModel` of diffusers is not used for two reasons. It stores averages in a list, but the checkpoint needs names.
+    It also rounds its updates in another way, so a repeated run would not give exactly the same weights.
 
     Parameters
     ----------
@@ -106,7 +106,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
-        """Include the current weights in the average."""
+        """Update the average with the current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = [p.detach().float() for p in trainables(module).values()]
@@ -114,7 +114,7 @@ class EMA:
 
     @contextmanager
     def apply_to(self, module: torch.nn.Module) -> Iterator[None]:
-        """Replace the module's weights by their averages within a ``with`` block."""
+        """Context manager that replaces the module's weights by their averages inside a ``with`` block."""
         kept = {name: p.detach().clone() for name, p in trainables(module).items()}
         load_trainables(module, self.shadow)
         try:
@@ -124,23 +124,23 @@ class EMA:
 
 
 class TrainingState:
-    """Everything that changes while a module trains.
+    """All values that change during the training of a module.
 
     Parameters
     ----------
     module : Module
-        The bare module, on its device.
+        The module on its device, not wrapped by Accelerate.
     optimizer : AdamW
-        Its optimiser.
+        Optimiser of the module.
     ema : EMA or None
-        The moving average of its weights.
+        Moving average of the module's weights; None if the average is switched off.
 
     Attributes
     ----------
     step : int
-        Optimiser steps done.
+        Number of optimiser steps that were done.
     evaluation_due : bool
-        The evaluation of this step has not been done yet, because a stop came first.
+        True if the evaluation of this step was not done, because a stop was requested before.
     best, best_step, best_weights
         Metrics, step and weights of the best evaluation so far.
     """
@@ -154,36 +154,36 @@ class TrainingState:
         self.best_weights: dict[str, torch.Tensor] | None = None
 
     def tensors(self, rank: int, world_size: int, *, copy: bool) -> dict[str, torch.Tensor]:
-        """Return one process's share of the tensors of a checkpoint, on the CPU.
+        """Return the checkpoint tensors that one process writes, on the CPU.
 
         Parameters
         ----------
         rank, world_size : int
-            Number of this process, and of all processes.
+            Number of this process, and total number of processes.
         copy : bool
-            True for copies that the training does not change.
+            True: return copies, which the training does not change later.
 
         Returns
         -------
         dict
-            Name to tensor.
+            Maps the name of each tensor to the tensor.
         """
         found: dict[str, torch.Tensor] = {}
         for name, parameter in trainables(self.module).items():
             found[f"weights/{name}"] = parameter.detach()
-            # A parameter that never had a gradient has no moments.
+            # AdamW has no moments for a parameter that never had a gradient.
             for moment in _MOMENTS:
                 if moment in (state := self.optimizer.state.get(parameter, {})):
                     found[f"{moment}/{name}"] = state[moment]
         for group, tensors in (("ema", self.ema and self.ema.shadow), ("best", self.best_weights)):
             found |= {f"{group}/{name}": tensor for name, tensor in (tensors or {}).items()}
         own = divide_by_size({name: tensor.numel() for name, tensor in found.items()}, world_size)[rank]
-        # Weights may lie channels-last in memory, which safetensors does not keep.
+        # Weights may be stored channels-last in memory, but safetensors does not store this memory format.
         held = {name: found[name].cpu().contiguous() for name in own}
         return {name: t.clone() if copy and t is found[name] else t for name, t in held.items()}
 
     def values(self) -> dict[str, Any]:
-        """Return the numbers of a checkpoint, for its manifest."""
+        """Return the values that the manifest of a checkpoint stores, e.g. the best metrics."""
         steps = {int(state["step"]) for state in self.optimizer.state.values()}
         assert len(steps) <= 1
         return {
@@ -195,17 +195,17 @@ class TrainingState:
         }
 
     def load(self, reader: CheckpointReader) -> None:
-        """Continue from a checkpoint.
+        """Load the training state from a checkpoint.
 
         Parameters
         ----------
         reader : CheckpointReader
-            The open checkpoint.
+            Reader of the checkpoint.
 
         Raises
         ------
         RequestError
-            If the checkpoint belongs to another model.
+            If the checkpoint is of another model.
         """
         manifest = reader.manifest
         load_trainables(self.module, reader.group("weights/"))
@@ -214,7 +214,7 @@ class TrainingState:
             if name in moments["exp_avg"]:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(manifest["optimizer_step"])),
-                    # Copied into the layout of the weights, as AdamW itself makes them.
+                    # Copy the moments into the memory format of the weights, in which AdamW creates its moments.
                     **{key: torch.zeros_like(parameter).copy_(tensors[name]) for key, tensors in moments.items()},
                 }
         if self.ema is not None:

@@ -82,7 +82,7 @@ def test_wrong_requests_leave_nothing_behind(
         ([model, other, "-o", tmp_path / "o"], "lowpass 45.0 against 40.0"),
         ([model, paired_dataset, "-o", tmp_path / "o", "--split", "extra"], "no samples in split 'extra'"),
         ([tmp_path, paired_dataset, "-o", tmp_path / "o"], "not a fine-tuned model"),
-        ([model, paired_dataset, "-o", full], "holds something else"),
+        ([model, paired_dataset, "-o", full], "does not hold generated images"),
         ([model, paired_dataset, "-o", tmp_path / "o", "--steps", "0"], "steps must be at least 1"),
     ]
     for args, message in requests:
