@@ -48,7 +48,7 @@ class TrainingConfig:
     min_lr: float = 0.0
     """Learning rate at the end. After the peak, the learning rate falls to this value along half a cosine."""
     warmup: float = 50
-    """Number of steps in which the learning rate rises from zero to its peak. A value below 1 is a fraction of steps."""
+    """Number of steps in which the learning rate rises from 0 to its peak. A value below 1 is a fraction of `steps`."""
     weight_decay: float = 0.01
     """Weight decay of AdamW. It is applied only to matrices, not to biases and norms."""
     betas: tuple[float, float] = (0.9, 0.99)
