@@ -173,7 +173,9 @@ class ArraysCorpus(Adapter):
 def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
     """Read and check the sidecar of an array."""
     if not sidecars:
-        raise _Fault("sidecar missing", f"{path.stem}.json (or .yaml) beside it must say sfreq, ch_names and unit")
+        raise _Fault(
+            "sidecar missing", f"{path.stem}.json (or .yaml) with sfreq, ch_names and unit must be in its folder"
+        )
     file = sidecars[0]
     try:
         if file.suffix == ".json":
@@ -190,7 +192,7 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+            hint = f"did you mean '{near[0]}'?" if near else f"the keys are {', '.join(known)}"
             raise _Fault("sidecar broken", f"{file.name}: unknown key '{key}'; {hint}")
     for key in ("sfreq", "ch_names", "unit"):
         if key not in values:
@@ -230,7 +232,7 @@ def _trials(
                 raise _Fault("sidecar missing", f"events '{about.events}' is not beside it")
             if images is not None:
                 return read_trials(near[about.events], images)
-            raise _Fault("sidecar broken", text="the events name images, and the corpus has no key 'images'")
+            raise _Fault("sidecar broken", text="the events name images, but the corpus has no key 'images'")
         if not isinstance(about.events, list) or not all(isinstance(row, dict) for row in about.events):
             raise _Fault("sidecar broken", "events is neither the name of a table nor a list of rows")
         return make_trials(about.events, images, path.name, first_line=1)
@@ -241,7 +243,7 @@ def _trials(
     else:
         raise _Fault("sidecar broken", "labels is neither a list nor the name of a variable")
     if about.images and images is None:
-        raise _Fault("sidecar broken", text="the sidecar names images, and the corpus has no key 'images'")
+        raise _Fault("sidecar broken", text="the sidecar names images, but the corpus has no key 'images'")
     shown = about.images or ([""] * len(labels))
     if not shown:
         return None

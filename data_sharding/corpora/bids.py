@@ -104,7 +104,7 @@ class BIDSCorpus(Adapter):
                 named_so = Reason("not named as BIDS names EEG", "sub-X/[ses-X/]eeg/sub-X_..._eeg")
                 item = dataclasses.replace(item, reason=named_so)
             elif kind != "eeg" and not (kind == "ieeg" and config.intracranial):
-                lies = f"it lies in the folder of {kind or 'another kind'}"
+                lies = f"the recording is in the folder of {kind or 'another kind'}"
                 item = dataclasses.replace(item, reason=Reason("no EEG", lies))
             elif why := _left_out(people, options, parts[0]):
                 item = dataclasses.replace(item, reason=why)
@@ -129,7 +129,7 @@ def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_co
         if images is not None:
             table = sidecars.nearest(recording.path, "events", ".tsv")
             trials = read_trials(table, images, label_column=label_column) if table is not None else None
-            reason = Reason("no events", "no events.tsv belongs to it") if table is None else None
+            reason = Reason("no events", "no events.tsv belongs to the recording") if table is None else None
     except (_Broken, RequestError, OSError) as error:
         text = describe(error) if isinstance(error, OSError) else one_line(error)
         problem = Reason("sidecar broken", text)
@@ -308,7 +308,7 @@ def _participants(root: AnyPath, folders: Folders, options: BIDSOptions) -> dict
             raise RequestError(f"{path}: no column '{column}' (option 'participants')")
         for value in wanted:
             if value not in there:
-                raise RequestError(f"{path}: nobody has {column} '{value}'; there are {', '.join(there[:8])}")
+                raise RequestError(f"{path}: no participant has {column} '{value}'; values: {', '.join(there[:8])}")
     return {row.get("participant_id", ""): row for row in rows}
 
 

@@ -66,20 +66,20 @@ def measure_order(items: Sequence[Item]) -> tuple[str, str]:
         return "unknown", "no trials: continuous recordings"
     what = f"{trials} trials of {len(labels)} categories in {recordings} recordings"
     if trials < FEWEST_TRIALS or len(labels) < 2:
-        return "unknown", f"{what} say nothing about their order"
+        return "unknown", f"{what} are too few to judge their order"
     if single:
         return (
             "block",
-            f"each recording holds only one category ({what}), so the time or the subject already tells the category",
+            f"each recording contains only one category ({what}), so the time or the subject reveals the category",
         )
     run, by_chance = trials / (trials - repeats), trials / (trials - expected)
     sigma = (repeats - expected) / max(variance, 1e-9) ** 0.5
     text = f"runs of one category are {run:.1f} trials long on average, {by_chance:.1f} in a random order ({what})"
     if sigma > SURE_SIGMA and run > LONGER * by_chance:
-        return "block", f"{text}; time of recording alone tells the category"
+        return "block", f"{text}; the time of a trial reveals its category"
     if sigma < CHANCE_SIGMA:
         return "random", text
-    return "unknown", f"{text}: longer than chance, but no clear blocks"
+    return "unknown", f"{text}: longer than in a random order, but not clearly blocks"
 
 
 def describe_design(config: CorpusConfig, items: Sequence[Item]) -> dict[str, str]:

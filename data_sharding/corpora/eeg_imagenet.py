@@ -134,7 +134,7 @@ class EEGImageNetCorpus(Adapter):
         except (RefusedPickle, OSError, KeyError, TypeError) as error:
             raise ReadError(Reason("unreadable", str(error))) from None
         standardised = item.options["unit"] == "standardised"
-        notes = ["the release names no channels", *([STANDARDISED] if standardised else [])]
+        notes = ["the released file contains no channel names", *([STANDARDISED] if standardised else [])]
         if item.left_out:
             notes.append("trials left out: " + _words(item.left_out))
         return ArraySignal(
@@ -161,7 +161,7 @@ def _load(path: Path) -> Any:
     try:
         return load_torch(path)
     except FileNotFoundError:
-        raise RequestError(f"corpora: '{path}': no such file; the option 'file' or 'splits' says which it is") from None
+        raise RequestError(f"corpora: '{path}': no such file; correct the option 'file' or 'splits'") from None
     except (RefusedPickle, OSError) as error:
         raise RequestError(f"{path}: {error}") from None
 

@@ -93,7 +93,7 @@ def make_item(config: CorpusConfig, root: AnyPath, relative: str, recording: Rec
         if fnmatch.fnmatch(relative, pattern):
             more["unit_factor"] = factor
     if not config.intracranial and INTRACRANIAL.search(relative):
-        text = "the path says so; only scalp EEG is used (key 'intracranial' changes this)"
+        text = "the path names intracranial EEG, and only scalp EEG is used; set the key 'intracranial' to change this"
         more["reason"] = Reason("intracranial", text)
     values: dict[str, Any] = {"corpus": name, "subject": subject, "session": session}
     return Item(

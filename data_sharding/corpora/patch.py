@@ -39,7 +39,7 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     bads, notes = list(info.bads), [*info.notes, *patch.get("notes", [])]
     given: dict[str, str] = patch.get("types", {})
     if absent := [name for name in given if find(name) is None]:
-        notes.append(f"the sidecar names {len(absent)} channels that the recording lacks, {absent[0]} first")
+        notes.append(f"{len(absent)} channels of the sidecar are not in the recording, the first is {absent[0]}")
     for name, kind in given.items():
         if (i := find(name)) is not None:
             types[i] = kind

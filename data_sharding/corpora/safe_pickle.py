@@ -110,7 +110,7 @@ class _Tensor:
 
 
 class _File:
-    """A file that raises an error before a read if it has fewer bytes left than requested."""
+    """A file that raises an error if a read requests more bytes than the file has left."""
 
     def __init__(self, stream: Any, size: int) -> None:
         self.stream, self.size = stream, size
@@ -232,7 +232,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         """Limit the memory of new objects. Otherwise, a pickle could copy one long text a million times."""
         self.budget -= 64 + sum(len(v) for v in values if hasattr(v, "__len__"))
         if self.budget < 0:
-            raise RefusedPickle("refused: its content would take far more memory than the file is long")
+            raise RefusedPickle("refused: its content needs far more memory than the size of the file")
 
     def _ordered(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
         return OrderedDict(pairs)
@@ -357,7 +357,7 @@ class _Resolver:
         dtype, count, order = wanted.dtype, math.prod(shape), "F" if fortran else "C"
         if dtype.hasobject:
             if not isinstance(data, list) or len(data) != count:
-                raise RefusedPickle("damaged: an array of objects has another length than its shape says")
+                raise RefusedPickle("damaged: the length of an array of objects does not match its shape")
             out = np.empty(count, object)
             for i, entry in enumerate(data):
                 out[i] = self(entry)
@@ -366,7 +366,7 @@ class _Resolver:
             data = data.encode("latin1")
         have = data.size if isinstance(data, _Blob) else len(data) if isinstance(data, bytes | bytearray) else -1
         if have != count * dtype.itemsize:
-            raise RefusedPickle("damaged: an array has another length than its shape says")
+            raise RefusedPickle("damaged: the length of an array does not match its shape")
         if isinstance(data, _Blob):
             flat = np.frombuffer(self.data, dtype, count=count, offset=data.start)
         else:
@@ -472,7 +472,7 @@ def _load_torch_zip(path: Path) -> Any:
             if entry is None or entry.compress_type != zipfile.ZIP_STORED:
                 raise RefusedPickle(f"damaged: the values of tensor storage '{key}' are not in the file")
             if storage.count * storage.dtype.itemsize > entry.file_size:
-                raise RefusedPickle(f"damaged: tensor storage '{key}' is shorter than its size says")
+                raise RefusedPickle(f"damaged: tensor storage '{key}' is shorter than its size states")
             stream.seek(entry.header_offset + 26)
             lengths = struct.unpack("<HH", stream.read(4))
             storage.start = entry.header_offset + 30 + sum(lengths)
@@ -496,6 +496,6 @@ def _load_torch_legacy(path: Path) -> Any:
             storage = reader.storages.get(str(key))
             count = struct.unpack("<q", file.read(8))[0]
             if storage is None or count != storage.count or count < 0:
-                raise RefusedPickle(f"damaged: tensor storage '{key!s:.40}' has another length than its size says")
+                raise RefusedPickle(f"damaged: the length of tensor storage '{key!s:.40}' does not match its size")
             storage.start = file.skip(count * storage.dtype.itemsize)
     return _finish(path, value)

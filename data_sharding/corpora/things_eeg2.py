@@ -58,7 +58,7 @@ class ThingsEEG2Options:
         if not self.partitions:
             raise ValueError("partitions is empty; name training, test, or both")
         if self.source == "raw" and "average" in (self.repetitions, self.test_repetitions):
-            raise ValueError("repetitions: raw recordings are cut trial by trial; averages need source: preprocessed")
+            raise ValueError("repetitions: average is possible only with source: preprocessed")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class ThingsEEG2Corpus(Adapter):
                 content["ch_names"],
                 ch_types=content["ch_types"],
                 epoched=False,
-                notes=[*notes, "the boundaries between parts of the session are not marked"],
+                notes=[*notes, "the file does not mark the boundaries between the parts of the session"],
             )
         x_IRCT = content["x"]
         images, reps, _, length = x_IRCT.shape
@@ -259,7 +259,7 @@ def _images(options: ThingsEEG2Options, root: Path, images: AnyPath) -> dict[str
     places = [Path(options.metadata)] if options.metadata else [root / METADATA, Path(str(images)) / METADATA]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise RequestError(f"corpora: '{places[0]}': no such file; the option 'metadata' says where {METADATA} is")
+        raise RequestError(f"corpora: '{places[0]}': no such file; set the option 'metadata' to the path of {METADATA}")
     try:
         table = load_npy(path)
     except (RefusedPickle, OSError) as error:

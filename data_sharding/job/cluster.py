@@ -102,7 +102,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         If the cluster cannot be reached or started, or has too little memory.
     """
     address = config.address or os.environ.get("RAY_ADDRESS", "")
-    # An earlier Ray session on this machine may have left a token. Without this setting, Ray might then require it.
+    # An earlier Ray session on this machine may have left a token. Without this setting, Ray might require the token.
     if config.auth_mode or not address:
         os.environ["RAY_AUTH_MODE"] = config.auth_mode or os.environ.get("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -280,7 +280,7 @@ def run_tasks(
             if lost[key] < often:
                 waiting.append((key, argument))
                 continue
-            # If a machine runs out of memory, the task may be the cause. If a worker is lost otherwise, it is not.
+            # If a machine runs out of memory, the task may be the cause. In all other cases, the cluster is the cause.
             is_clusters_fault = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
             if is_clusters_fault and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(

@@ -41,7 +41,7 @@ LOOK_S = 0.1
 """Seconds between two checks of the child process's memory."""
 PR_SET_PDEATHSIG = 1
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""Each child process uses one core. It is faster to read many recordings at once than to use many threads for one."""
+"""Each child process uses one core. It is faster to read many recordings at once than to use several threads."""
 
 
 class GivenUp(Exception):
@@ -140,7 +140,7 @@ class Child:
         self._pipe = Connection(ours.detach())
         try:
             if self._receive(START_S, limit=False)[0] != "ready":
-                raise ChildFailed("the reading process did not start as it should")
+                raise ChildFailed("the reading process sent an unexpected message at its start")
         except (_Died, GivenUp) as error:
             self.close()
             how = error.how if isinstance(error, _Died) else f"not within {START_S:g} s"

@@ -141,7 +141,8 @@ def lock_output(work: AnyPath) -> Iterator[None]:
             yield
         return
     # The operating system releases this lock when the process ends, also on network disks. On disks without real
-    # locks, filelock would use the existence of a file as the lock. Such a file stays after a crash, so this is off.
+    # locks, filelock would use the existence of a file as a lock. The argument `fallback_to_soft` turns this off,
+    # because such a file stays after a crash.
     lock = FileLock(work / "lock", fallback_to_soft=False)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -202,7 +203,7 @@ def _lease(work: UPath) -> Iterator[None]:
         renew()
         time.sleep(0.5)  # If two jobs start at the same moment, the job that wrote the lock last continues.
         if (_owner(lock) or {}).get("id") != mine["id"]:
-            raise RequestError(f"output '{work.parent}': another job began at the same moment; wait for it")
+            raise RequestError(f"output '{work.parent}': another job started at the same moment; wait until it ends")
     except Exception as error:
         if isinstance(error, RequestError) or not is_storage_error(error):
             raise

@@ -96,7 +96,8 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
         Hexadecimal checksum. If the recording is one file and has no options, this is the SHA-256 of the file.
     """
     whole = digest_of(sorted(hashes)) if len(hashes) > 1 else hashes[0]
-    # Options tell the recordings of one file apart. Without them, these recordings would look like duplicates.
+    # If one file contains several recordings, only their options differ. Without the options, they would look like
+    # duplicates.
     return digest_of([whole, item.options]) if item.options else whole
 
 
@@ -233,7 +234,7 @@ def prepare(
     spec : PreprocessSpec
         Settings of the preprocessing.
     result : PartResult
-        Result of the recording. This function fills in its ledger row and its signature.
+        Result of the recording. This function fills in the ledger row and the signature of the result.
     folder : Path, optional
         Folder for the fingerprint file. If None, the fingerprint is not written.
 
@@ -251,7 +252,7 @@ def prepare(
     """
     info, row = signal.info, result.row
     if not 0 < info.sfreq < np.inf:
-        raise SetAside("quarantined", Reason("unreadable", f"its sampling rate reads as {info.sfreq} Hz"))
+        raise SetAside("quarantined", Reason("unreadable", f"the sampling rate in the file is {info.sfreq} Hz"))
     row.sfreq, row.seconds = info.sfreq, round(info.n_samples / info.sfreq, 4)
     row.reference, row.segments = info.reference, len(info.segments)
     row.notes += info.notes
@@ -279,7 +280,7 @@ class _Reading:
         self.info, self.channels, self.spec = info, channels, spec
         low, high = band_of(info.sfreq, spec)
         if high < 2 * low:
-            text = f"of {info.sfreq:g} Hz not even {low:g} to {2 * low:g} Hz would be left"
+            text = f"a sampling rate of {info.sfreq:g} Hz leaves less than the band from {low:g} to {2 * low:g} Hz"
             raise SetAside("excluded", Reason("rate too low", text))
         self.names = list(channels.names)
         self.picks = list(channels.picks)
@@ -341,7 +342,7 @@ def _read(signal: Signal, start: int, stop: int, picks: list[int]) -> np.ndarray
     except Exception as error:
         raise SetAside("quarantined", unreadable(error)) from None
     if x.shape != (len(picks), stop - start):
-        raise SetAside("quarantined", Reason("unreadable", f"samples {start} to {stop} are not all there"))
+        raise SetAside("quarantined", Reason("unreadable", f"some of the samples {start} to {stop} are missing"))
     return x
 
 
@@ -425,7 +426,7 @@ def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
     for i, what in verdict.not_eeg.items():
         if i < n_eeg:
             left_out.setdefault(f"{what}, by its signal", []).append(read.info.ch_names[read.picks[i]])
-    # If a single channel is the reference, this channel itself becomes zero, so leave it out.
+    # If the reference is a single channel, this channel becomes zero, so leave the channel out.
     alone = read.spec.reference_channels if len(read.spec.reference_channels) == 1 else []
     zero = [i for i in range(n_eeg) if read.names[i] in alone]
     for i in zero:

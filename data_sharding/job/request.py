@@ -51,7 +51,7 @@ class ShardConfig:
         if self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard must be at least 1, got {self.samples_per_shard}")
         if not 0 <= self.allowed_set_aside <= 1:
-            raise ValueError(f"allowed_set_aside is a share between 0 and 1, got {self.allowed_set_aside}")
+            raise ValueError(f"allowed_set_aside is a fraction between 0 and 1, got {self.allowed_set_aside}")
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,7 @@ class Plan:
         Returns
         -------
         str
-            The checksum. It changes if the size or the time of a file changes, or the file's checksum on a store.
+            The checksum. It changes if the size, the time or the object store's checksum of a file changes.
         """
         item = self.items[key]
         shown = sorted({t.image for t in item.trials or ()})
@@ -224,7 +224,7 @@ def make_plan(config: ShardConfig) -> Plan:
             if item.key in items:
                 raise RequestError(
                     f"corpora: '{item.path}' of corpus '{item.corpus}' is listed twice; give the corpora "
-                    "different names, or take one of them out"
+                    "different names, or remove one of them"
                 )
             items[item.key] = item
     hold_back = HoldBack.plan(config.hold_back, items.values())

@@ -75,7 +75,7 @@ def _find_finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest
     Raises
     ------
     RequestError
-        If the output folder holds other files, or a dataset that another config made.
+        If the output folder contains other files, or a dataset that was made with another config.
     """
     if fresh(output).exists() and not output.is_dir():
         raise RequestError(f"output '{output}': is a file, not a folder; choose another path")
@@ -91,7 +91,7 @@ def _find_finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest
             for key in ours
             if json.dumps(ours[key], sort_keys=True) != json.dumps(manifest.config.get(key), sort_keys=True)
         ]
-        what = f"with other settings ({', '.join(other)})" if other else "of other recordings"
+        what = f"that was made with other settings ({', '.join(other)})" if other else "of other recordings"
         raise RequestError(
             f"output '{output}': holds a finished dataset {what}; choose another folder, or remove it first"
         )
@@ -265,7 +265,7 @@ class FingerprintLoader:
 def mark_duplicates(
     results: list[PartResult], plan: Plan, prints: dict[str, RecordingFingerprint], load_points: FingerprintLoader
 ) -> None:
-    """Find recordings with the same signal. Keep one of them, and mark the others as duplicates.
+    """Find recordings with the same signal. Keep one of these recordings, and mark all others as duplicates.
 
     Parameters
     ----------
@@ -276,7 +276,7 @@ def mark_duplicates(
     prints : dict of str to RecordingFingerprint
         Data for the comparison of the recordings, by key.
     load_points : FingerprintLoader
-        Loads a full fingerprint. It is called only for recordings that have equal numbers in their signatures.
+        Loads a full fingerprint. The loader is called only for recordings that have equal numbers in their signatures.
     """
     rows = [result.row for result in results]
     candidates = [row for row in rows if row.status == "sharded"]
@@ -501,7 +501,7 @@ def _check_nodes(plan: Plan, work: AnyPath) -> None:
     }
     for address, missing in find_missing_on_nodes([*local, *firsts.values()]).items():
         raise RequestError(
-            f"ray: machine {address} does not see {missing[0]}; every machine needs the same folders under the same "
+            f"ray: machine {address} cannot access {missing[0]}; every machine needs the same folders under the same "
             "paths: mount the folder there, or use an object store"
         )
 

@@ -257,7 +257,7 @@ def test_participants(bids: Path) -> None:
     items = items_of(bids, options={"participants": {"group": ["control"]}})
     assert "group is patient" in (items[NAME].reason or "")
     assert items["sub-02_ses-a_task-see_eeg.vhdr"].reason is None
-    with pytest.raises(RequestError, match="nobody has group 'adults'; there are control, patient"):
+    with pytest.raises(RequestError, match="no participant has group 'adults'; values: control, patient"):
         items_of(bids, options={"participants": {"group": ["adults"]}})
 
 

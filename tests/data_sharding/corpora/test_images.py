@@ -358,7 +358,7 @@ class TestThingsEEG2:
         config = write_things(tmp_path)
         with pytest.raises(RequestError, match=r"no sub-XX/ses-XX/raw_eeg_training\.npy"):
             list_items(dataclasses.replace(config, options={"source": "raw"}))
-        with pytest.raises(ValueError, match="averages need source: preprocessed"):
+        with pytest.raises(ValueError, match="average is possible only with source: preprocessed"):
             dataclasses.replace(config, options={"source": "raw", "repetitions": "average"})
         with pytest.raises(ValueError, match="repetitions"):
             dataclasses.replace(config, options={"repetitions": "some"})
