@@ -1,11 +1,11 @@
-"""Convert checkpoints of DreamDiffusion's released code to encoder packages: ``dreamscale convert CHECKPOINT OUT``.
+"""Convert a checkpoint of DreamDiffusion's released code: ``dreamscale convert CHECKPOINT OUT``.
 
-The checkpoints are pickles. Beside the weights they hold an object of DreamDiffusion's config class. PyTorch's
-restricted unpickler reads only tensors and plain values from them: an empty class takes the place of the config class,
-and a checkpoint with an object of any other class is refused. No code of a checkpoint is ever run.
+The checkpoints are pickle files with weights and an object of DreamDiffusion's config class. PyTorch's restricted
+unpickler reads only tensors and plain values from a checkpoint. An empty class replaces the config class. If a
+checkpoint contains an object of any other class, an error is raised. No code of a checkpoint is ever run.
 
-In this file, "foreign" names and weights are those of DreamDiffusion's code, and "own" names are those of
-`pretrain.model`. Letters of shapes: see `pretrain.model`.
+In this file, "foreign" names and weights are the names and weights in DreamDiffusion's code. "Own" names are the names
+in `pretrain.model`. `pretrain.model` also explains the letters of tensor shapes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pretrain.model.config import DecoderConfig, EncoderConfig
 from pretrain.model.transformer import sincos_positions
 
 DECODER = "decoder.safetensors"
-"""Additional file of the package with the decoder's weights, if the checkpoint has a decoder."""
+"""Additional file of the encoder package. It holds the decoder's weights, if the checkpoint has a decoder."""
 # Prefix of the encoder's weights in the checkpoint of a fine-tuned Stable Diffusion.
 _FINE_TUNED = "cond_stage_model.mae."
 # Keys under which DreamDiffusion's scripts store the weights.
@@ -40,33 +40,36 @@ _WEIGHTS = ("model", "model_state_dict", "state_dict")
 class ConvertConfig:
     """Write an encoder package from a checkpoint of DreamDiffusion's released code.
 
-    The names of the weights tell two kinds of checkpoints apart: those of pretraining (key ``model``), and those of a
-    fine-tuned Stable Diffusion (key ``model_state_dict``), of which only the encoder is converted.
+    There are two kinds of checkpoints: checkpoints of pretraining (key ``model``), and checkpoints of a fine-tuned
+    Stable Diffusion (key ``model_state_dict``). The kind is found from the names of the weights. From a fine-tuned
+    Stable Diffusion, only the encoder is converted.
     """
 
     checkpoint: str
-    """Checkpoint of DreamDiffusion, a .pth file. It is read without running any code in it."""
+    """Checkpoint of DreamDiffusion, a .pth file. No code in the file is run."""
     output: str
-    """Directory to write; an existing package is replaced."""
+    """Directory for the encoder package; an existing package is replaced."""
     heads: int | None = None
-    """Number of attention heads of the encoder, if it is not in the checkpoint. DreamDiffusion's encoders have 16."""
+    """Number of attention heads of the encoder, if the checkpoint does not contain this number. DreamDiffusion's
+    encoders have 16 heads."""
     decoder_heads: int | None = None
-    """Number of attention heads of the decoder, if it is not in the checkpoint. DreamDiffusion's decoders have 16."""
+    """Number of attention heads of the decoder, if the checkpoint does not contain this number. DreamDiffusion's
+    decoders have 16 heads."""
     sfreq: float = 256.0
-    """Sampling rate of the signal in Hz. DreamDiffusion's code has no fixed rate: its pretraining takes each file at
-    the rate of the file, and its fine-tuning stretches the 440 ms of a trial to 512 samples."""
+    """Sampling rate of the signal in Hz. DreamDiffusion's code has no fixed sampling rate: pretraining uses each file
+    at the file's own rate, and fine-tuning stretches the 440 ms of a trial to 512 samples."""
     highpass: float = 5.0
-    """Lower edge of the band in Hz; the default is the paper's."""
+    """Lower edge of the frequency band in Hz; the default is the value in DreamDiffusion's paper."""
     lowpass: float = 95.0
-    """Upper edge of the band in Hz; the default is the paper's."""
+    """Upper edge of the frequency band in Hz; the default is the value in DreamDiffusion's paper."""
     scale_uv: float = 10.0
-    """Constant by which microvolts are divided. DreamDiffusion's pretraining uses 10, its fine-tuning 1."""
+    """Number by which microvolts are divided. DreamDiffusion's pretraining divides by 10, and its fine-tuning by 1."""
     program: bool = True
-    """Also write encoder.pt2, which runs with PyTorch only."""
+    """Also write encoder.pt2, a program that needs only PyTorch to run."""
 
 
 class _ForeignConfig:
-    """Takes the place of DreamDiffusion's config class: receives its attributes and does nothing."""
+    """Replaces DreamDiffusion's config class. Objects of this class only hold attributes."""
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -75,20 +78,20 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     Parameters
     ----------
     path : str or Path
-        The checkpoint.
+        Path of the checkpoint.
 
     Returns
     -------
     weights : dict of str to Tensor
-        Weights by their foreign names; of a fine-tuned model only the weights of the encoder.
+        Weights by their foreign names. For a fine-tuned model, only the encoder's weights are returned.
     settings : dict
-        Numbers and texts of the checkpoint's config; empty if it has no config.
+        Numbers and strings in the checkpoint's config; an empty dictionary if the checkpoint has no config.
 
     Raises
     ------
     RequestError
-        If there is no such file; if it is damaged or older than PyTorch 1.6; if it holds objects other than tensors,
-        plain values and the config; or if it does not hold an encoder of DreamDiffusion.
+        If there is no such file; if the file is damaged or was written by PyTorch before version 1.6; if the file holds
+        objects other than tensors, plain values and the config; or if the file has no encoder of DreamDiffusion.
     """
     path = Path(path)
     if not path.is_file():
@@ -107,7 +110,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         )
     try:
         with torch.serialization.safe_globals([(_ForeignConfig, name) for name in foreign]):
-            # The file is mapped, not read as a whole: the encoder is a tenth of the 5 GB of a fine-tuned model.
+            # Map the file into memory, so that only the needed parts are read: the encoder is a tenth of the 5 GB of a
+            # fine-tuned model.
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise RequestError(f"{path}: damaged ({one_line(error)[:200]}); download it again") from None
@@ -127,21 +131,21 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         )
     config = saved.get("config")
     settings = config if isinstance(config, dict) else getattr(config, "__dict__", {})
-    # The settings go into the package's config.json, so only values that JSON can hold are kept.
+    # The settings are written to the package's config.json, so keep only values that JSON can store.
     plain = {str(k): v for k, v in settings.items() if isinstance(v, int | float | str)}
     return weights, {k: v for k, v in plain.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Converted:
-    """A checkpoint of DreamDiffusion as a model of this project."""
+    """A checkpoint of DreamDiffusion, converted to the configs and weights of this project."""
 
     encoder: EncoderConfig
-    """Shape of the encoder."""
+    """Architecture of the encoder."""
     encoder_weights: dict[str, Tensor]
     """float32 weights of `pretrain.model.autoencoder.SignalEncoder`."""
     decoder: DecoderConfig | None
-    """Shape of the decoder; None for a fine-tuned checkpoint, which has no decoder."""
+    """Architecture of the decoder; None for a fine-tuned checkpoint, which has no decoder."""
     decoder_weights: dict[str, Tensor]
     """float32 weights of `pretrain.model.autoencoder.SignalDecoder`; empty if there is no decoder."""
 
@@ -149,40 +153,40 @@ class Converted:
 def convert_weights(
     weights: dict[str, Tensor], *, heads: int | None, decoder_heads: int | None, class_token: bool | None = None
 ) -> Converted:
-    """Translate the names and the layout of weights.
+    """Convert the names and the layout of DreamDiffusion's weights to those of `pretrain.model`.
 
     Parameters
     ----------
     weights : dict of str to Tensor
         Weights by their foreign names.
     heads, decoder_heads : int, optional
-        Attention heads, which the weights do not show.
+        Numbers of attention heads. They cannot be found from the weights.
     class_token : bool, optional
-        Whether the encoder runs with its class token. By default it does if the checkpoint has a decoder, as in
-        DreamDiffusion's code.
+        Whether the encoder uses its class token. By default, the class token is used if the checkpoint has a decoder,
+        as in DreamDiffusion's code.
 
     Returns
     -------
     Converted
-        The same model with own names and layout.
+        Configs and weights of the converted model.
 
     Raises
     ------
     RequestError
-        If weights are missing, unknown, of a wrong shape or not finite; if the decoder's fixed positions are not the
-        usual ones; or if the number of heads is not known.
+        If weights are missing, unknown, of a wrong shape or not finite; if the decoder's position embeddings are not
+        sines and cosines; or if the number of heads is not known.
     """
-    # Some checkpoints also hold an image encoder, whose weights have this prefix; they are ignored.
+    # Some checkpoints also hold an image encoder. Ignore its weights, which have the prefix "nature_img_".
     weights = {name: _to_float32(name, value) for name, value in weights.items() if not name.startswith("nature_img_")}
     with_decoder = "decoder_pred.weight" in weights
-    # Weights that the foreign encoder for fine-tuning has but never uses.
+    # DreamDiffusion's encoder for fine-tuning has these weights but never uses them.
     unused = () if with_decoder else ("mask_token",)
     class_token = with_decoder if class_token is None else class_token
     width, channels, patch = _get_weight(weights, "patch_embed.proj.weight", 3).shape
     shape = _find_shape(weights, "blocks", width, heads, "heads")
     table = _get_positions(weights, "pos_embed", width)
     tokens = table.shape[0] - 1
-    # DreamDiffusion's fine-tuning trains everything in the encoder, even the positions that were fixed before.
+    # DreamDiffusion's fine-tuning also trains the position embeddings, which are fixed in pretraining.
     learned = _distance(table) > 1e-4
     encoder = EncoderConfig(
         channels=channels,
@@ -228,8 +232,8 @@ def convert_weights(
         }
         with torch.device("meta"):
             decoder_weights = _take(weights, decoder_names, taken, SignalDecoder(decoder, encoder))
-        # The foreign decoder orders the values of a token by time and then channel, the own one by channel and then
-        # time.
+        # DreamDiffusion's decoder orders the values of a token by time, then channel. Our decoder orders them by
+        # channel, then time.
         order = torch.arange(channels * patch).view(patch, channels).T.flatten()
         for name in ("predict.weight", "predict.bias"):
             decoder_weights[name] = decoder_weights[name][order].contiguous()
@@ -239,7 +243,8 @@ def convert_weights(
     if learned:
         encoder_weights["positions_ND"] = table[1:]
     if class_token:
-        # The own class token has no position. The foreign one has a position, which is zero unless it was trained.
+        # DreamDiffusion adds a position embedding to the class token, which is zero unless it was trained. Our class
+        # token has no position embedding, so add it here.
         encoder_weights["cls_token"] = encoder_weights["cls_token"] + table[0]
     left = sorted(weights.keys() - taken)
     if left:
@@ -251,7 +256,7 @@ def convert_weights(
 
 
 def _block_names(foreign: str, depth: int) -> dict[str, str]:
-    """Map the own names of the blocks' weights to the foreign names, which start with `foreign`."""
+    """Return the foreign name for each own name of the blocks' weights. The foreign names start with `foreign`."""
     parts = {"norm1": "norm1", "attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "norm2": "norm2"}
     parts |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
     return {
@@ -263,7 +268,7 @@ def _block_names(foreign: str, depth: int) -> dict[str, str]:
 
 
 def _to_float32(name: str, value: Tensor) -> Tensor:
-    """Convert a weight to float32; refuse tensors that would lose more than precision."""
+    """Convert a weight to float32; raise an error if the tensor does not hold plain real numbers."""
     if value.layout != torch.strided or value.is_nested or value.is_meta or not value.is_floating_point():
         kind = f"{value.dtype}, {value.layout}, {value.device}"
         raise RequestError(f"{name} is not a plain tensor of real numbers ({kind}); save it as float32")
@@ -274,7 +279,7 @@ def _to_float32(name: str, value: Tensor) -> Tensor:
 
 
 def _get_weight(weights: dict[str, Tensor], name: str, rank: int) -> Tensor:
-    """Return a weight from whose shape the shape of the model is read; it must have `rank` dimensions."""
+    """Return a weight whose shape gives the model's architecture; the weight must have `rank` dimensions."""
     if name not in weights:
         raise RequestError(f"weights are missing: {name}")
     value = weights[name]
@@ -286,7 +291,7 @@ def _get_weight(weights: dict[str, Tensor], name: str, rank: int) -> Tensor:
 def _take(weights: dict[str, Tensor], names: dict[str, str], taken: set[str], model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of `model` by their own names, and add their foreign names to `taken`.
 
-    The model only gives the expected shapes and may be on the meta device.
+    The model is used only for the expected shapes, so it may be on the meta device.
     """
     missing = sorted(foreign for foreign in names.values() if foreign not in weights)
     if missing:
@@ -312,17 +317,18 @@ def _find_shape(weights: dict[str, Tensor], blocks: str, width: int, heads: int 
         )
     if width % 2:
         raise RequestError(f"the width of {blocks} is {width}; it must be even, since sines and cosines come in pairs")
-    # A number that was read from a checkpoint may be of any type.
+    # Check the type too, because a number that was read from a checkpoint may have any type.
     if type(heads) is not int or heads < 1 or width % heads:
         raise RequestError(f"{key} is {heads!r}; give --{key}, a whole number that divides the width {width}")
     ratio = first.shape[0] / width
-    # The model computes int(width * ratio), which rounds down; make sure that it arrives at the same number.
+    # The model computes int(width * ratio), which rounds down. Make sure that the result is the hidden width of the
+    # weights.
     ratio = ratio if int(width * ratio) == first.shape[0] else math.nextafter(ratio, math.inf)
     return {"depth": len(numbers), "heads": heads, "mlp_ratio": ratio}
 
 
 def _get_positions(weights: dict[str, Tensor], name: str, width: int) -> Tensor:
-    """Return positions [1 + N, D]; the first row belongs to the class token."""
+    """Return position embeddings [1 + N, D]; the first row belongs to the class token."""
     table = _get_weight(weights, name, 3)
     if table.shape[0] != 1 or table.shape[1] < 2 or table.shape[2] != width:
         raise RequestError(f"{name} has the shape {list(table.shape)}; it must be [1, 1 + tokens, {width}]")
@@ -330,19 +336,19 @@ def _get_positions(weights: dict[str, Tensor], name: str, width: int) -> Tensor:
 
 
 def _distance(table: Tensor) -> float:
-    """Return the largest difference between positions and the fixed sine and cosine code."""
+    """Return the largest difference between position embeddings and the fixed sines and cosines."""
     tokens, width = table.shape[0] - 1, table.shape[1]
     expected = torch.cat([torch.zeros(1, width), sincos_positions(tokens, width)])
     return float((table - expected).abs().max())
 
 
 def convert(config: ConvertConfig) -> int:
-    """Write an encoder package.
+    """Convert a checkpoint and write the encoder package.
 
     Parameters
     ----------
     config : ConvertConfig
-        The request.
+        Config of the command.
 
     Returns
     -------

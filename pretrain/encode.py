@@ -15,23 +15,23 @@ from data_sharding.common.errors import EXIT_DONE, RequestError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """Write the tokens of a recording's windows."""
+    """Encode the windows of a recording and write their tokens to a file."""
 
     encoder: str
-    """Encoder package: a directory, or a name on the Hugging Face hub."""
+    """Directory of the encoder package, or the package's name on the Hugging Face hub."""
     recording: str
-    """Recording in any format that sharding reads."""
+    """Path of a recording, in any format that 'dreamscale shard' reads."""
     output: str
-    """File to write, .npz. It holds the arrays tokens [windows, tokens, width], pooled [windows, width] and times
-    [windows], and a report."""
+    """File to which the features are written; its name must end in .npz. The file contains the arrays tokens [windows,
+    tokens, width], pooled [windows, width] and times [windows], and a report."""
     line_freq: float | None = None
-    """Mains frequency in Hz, from 40 to 70. By default it is found in the recording."""
+    """Mains frequency in Hz, from 40 to 70. By default the mains frequency is detected in the recording."""
     unit_factor: float | None = None
-    """Factor that converts the recording's values to volts, if its unit is wrong."""
+    """Factor that converts the recording's values to volts, if the recording states a wrong unit."""
     batch_size: int = 64
-    """Number of windows to encode at once."""
+    """Number of windows to encode in one forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU if there is one, otherwise the CPU."""
+    """Device of the computation. auto: a GPU if there is a GPU, otherwise the CPU."""
 
     def __post_init__(self) -> None:
         from pretrain.encoder.recording import check_numbers
@@ -49,7 +49,7 @@ def encode(config: EncodeConfig) -> int:
     Parameters
     ----------
     config : EncodeConfig
-        The request.
+        Config of the command.
 
     Returns
     -------
@@ -59,7 +59,7 @@ def encode(config: EncodeConfig) -> int:
     Raises
     ------
     RequestError
-        If the package or the recording cannot be used, or the output cannot be written.
+        If the encoder package or the recording cannot be used, or if the output cannot be written.
     """
     import numpy as np
 
@@ -80,7 +80,8 @@ def encode(config: EncodeConfig) -> int:
     except RequestError as error:
         raise RequestError(f"{config.recording}: {error}") from None
     output = Path(config.output)
-    # Written under another name and then renamed, so that a file with the final name is always complete.
+    # Write to a file with another name and then rename this file, so that a file with the final name is always
+    # complete.
     partial = output.with_name(f".{output.stem}.{uuid.uuid4().hex[:8]}.npz")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -20,11 +20,11 @@ class ExportConfig:
     """Write an encoder package from the newest checkpoint of a pretraining run."""
 
     run: str
-    """Run directory of 'dreamscale pretrain'; the run may still be running."""
+    """Run directory of 'dreamscale pretrain'. The pretraining may still be running."""
     output: str
-    """Directory to write; an encoder package in this place is replaced."""
+    """Directory for the encoder package; an existing encoder package is replaced."""
     program: bool = True
-    """Also write encoder.pt2, a program that runs with PyTorch alone."""
+    """Also write encoder.pt2, a program that needs only PyTorch to run."""
 
 
 def read_run(run: str | Path) -> tuple[PretrainConfig, Path, dict[str, Any]]:
@@ -47,7 +47,7 @@ def read_run(run: str | Path) -> tuple[PretrainConfig, Path, dict[str, Any]]:
     Raises
     ------
     RequestError
-        If this is no pretraining run, or has no complete checkpoint yet.
+        If the directory is no pretraining run, or if the run has no complete checkpoint yet.
     """
     run = Path(run)
     if not (run / "config.yaml").is_file():
@@ -60,7 +60,7 @@ def read_run(run: str | Path) -> tuple[PretrainConfig, Path, dict[str, Any]]:
 
 
 def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
-    """Build the autoencoder of a checkpoint; any ZeRO stage and number of processes may have written the checkpoint.
+    """Build the autoencoder and load its weights from a checkpoint of any ZeRO stage and any number of processes.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
 
 
 def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict[str, Any]], parameters: int) -> str:
-    """Write the model card of an encoder: its shape, its training data, and its held-out loss.
+    """Return the text of an encoder's model card: its architecture, its training data and its loss on the val split.
 
     Parameters
     ----------
@@ -98,14 +98,14 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
     saved : dict
         The checkpoint's manifest.
     metrics : list of dict
-        Lines of metrics.jsonl.
+        The lines of metrics.jsonl.
     parameters : int
-        Number of the encoder's parameters.
+        Number of parameters of the encoder.
 
     Returns
     -------
     str
-        Markdown.
+        The model card in Markdown.
     """
     shape, data = config.model.encoder, saved["data"]
     spec = data["preprocess"]
@@ -181,22 +181,22 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
 
 
 def export(config: ExportConfig) -> int:
-    """Write an encoder package.
+    """Write an encoder package from the newest checkpoint of a run.
 
     Parameters
     ----------
     config : ExportConfig
-        The request.
+        Config of the command.
 
     Returns
     -------
     int
-        0.
+        Exit code 0.
 
     Raises
     ------
     RequestError
-        If the run has no checkpoint, or the output cannot be replaced.
+        If the run has no checkpoint, or if the output exists and is not an encoder package.
     """
     from pretrain.encoder.package import check_output
 
@@ -219,7 +219,7 @@ def export(config: ExportConfig) -> int:
         program=config.program,
         extra={"step": saved["step"], "dataset_id": saved["data"]["dataset_id"], "run": Path(config.run).name},
     )
-    # Read the package, which checks it.
+    # Read the package once, because reading checks that the package is complete and correct.
     EEGEncoder.from_pretrained(output)
     print(
         f"dreamscale export: encoder of step {saved['step']} in {output}. Next: 'dreamscale probe {output} DATASET' "

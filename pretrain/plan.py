@@ -1,8 +1,8 @@
 """Estimate memory and time of a pretraining run: ``dreamscale plan CONFIG``, or ``--preset paper --gpus 8``.
 
-The numbers are counted, not measured: the bytes that ZeRO leaves on each GPU, the tensors that autograd keeps for the
-backward pass, and the arithmetic. The time follows from a utilisation that the user states. Every assumption is printed
-with the result.
+The numbers are computed, not measured: the bytes that ZeRO keeps on each GPU, the bytes that autograd keeps for the
+backward pass, and the number of floating-point operations. The time is computed from a utilisation that the user gives.
+All assumptions are printed with the result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 MEMORY_GIB: dict[str, float] = {
-    # As reported by the driver, which differs a little from the advertised size.
+    # Sizes as reported by the driver; they differ a little from the advertised sizes.
     "B200": 179.0,
     "GH200": 95.0,
     "H200": 140.0,
@@ -40,49 +40,56 @@ MEMORY_GIB: dict[str, float] = {
     "RTX 3090": 24.0,
     "MI300X": 192.0,
 }
-"""Memory in GiB by kind of GPU, with the names of `pretrain.model.flops.PEAK_TFLOPS`."""
+"""Memory in GiB for each kind of GPU. The names are the same as in `pretrain.model.flops.PEAK_TFLOPS`."""
 DEFAULT_WINDOWS = 120_000
-"""Number of windows in DreamDiffusion's corpus, used if there is no dataset to count."""
+"""Number of windows in DreamDiffusion's corpus. This number is used if there is no dataset whose windows can be
+counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Estimate memory, arithmetic and duration of a pretraining run."""
+    """Estimate the memory, the computation and the duration of a pretraining run."""
 
     run_config: str | None = None
-    """Config of 'dreamscale pretrain'. It gives the defaults of the keys below."""
+    """Config file of 'dreamscale pretrain'. The keys below take their default values from this config."""
     preset: str | None = None
-    """Name of a model preset (`pretrain.model.presets`), in place of a config."""
+    """Name of a model preset (see `pretrain.model.presets`). Give either a preset or a config."""
     gpus: int | None = None
-    """Number of GPUs over all machines; by default num_processes of the config, or 1 without a config."""
+    """Number of GPUs over all machines. The default is num_processes of the config, or 1 if there is no config."""
     gpu: str = "H200"
     """Kind of GPU: B200, GH200, H200, H100, A100, A40, L40S, RTX 4090 and the like."""
     gpu_memory_gib: float | None = None
-    """Memory of one GPU in GiB, if it differs from the usual size of that kind."""
+    """Memory of one GPU in GiB, if it differs from the usual memory of this kind of GPU."""
     peak_tflops: float | None = None
-    """Peak of one GPU in dense TFLOP/s at the run's precision, if it is unknown or differs from the data sheet."""
+    """Peak speed of one GPU in TFLOP/s, for dense matrices at the run's precision. Give it if the kind of GPU is
+    unknown, or if its speed differs from the data sheet."""
     mfu: float = 0.4
-    """Model-FLOPs utilisation that you expect, as defined for metrics.jsonl: the model's own arithmetic as a share of
-    the peak. The recomputation of activations does not count, so activation checkpointing lowers the utilisation by
-    up to a quarter."""
+    """Expected model-FLOPs utilisation: the model's floating-point operations per second, divided by the peak speed. It
+    is the same number as mfu in metrics.jsonl. Recomputed activations do not count, so activation checkpointing lowers
+    the utilisation by up to a quarter."""
     batch_size: int | None = None
-    """Windows of one optimiser step over all GPUs; by default the config's, or 100 for each GPU without a config."""
+    """Number of windows in one optimiser step, summed over all GPUs. The default is the config's value, or 100 for each
+    GPU if there is no config."""
     micro_batch_size: int | None = None
-    """Windows of one GPU in one forward pass; by default the config's, or the GPU's whole share of the batch."""
+    """Number of windows that one GPU computes in one forward pass. The default is the config's value, or the GPU's
+    whole share of the batch."""
     precision: Literal["fp32", "bf16"] | None = None
-    """Number format; by default the config's, or bf16 without a config."""
+    """Number format of the computation. The default is the config's value, or bf16 if there is no config."""
     offload: Literal["none", "optimizer", "all"] | None = None
-    """What is kept in the CPU's memory; by default as in the config, or none without a config."""
+    """What is kept in the CPU's memory. The default is the config's value, or none if there is no config."""
     checkpointing: bool | None = None
-    """Recompute activations in the backward pass; by default as in the model's config. The table shows both cases."""
+    """Whether activations are recomputed in the backward pass. The default is the value in the model's config. The
+    table shows both cases."""
     channels: int | None = None
-    """Number of true channels of a window, for the montage tokenizer; by default the largest number it allows."""
+    """Number of true channels of a window, for the montage tokenizer. The default is the largest number that this
+    tokenizer allows."""
     windows: int | None = None
-    """Number of training windows; by default counted in the config's dataset if that exists, else 120,000."""
+    """Number of training windows. By default, the windows in the config's dataset are counted; if there is no dataset,
+    the default is 120,000."""
     epochs: float | None = None
-    """Passes over the training windows; by default the config's, or 500 without a config."""
+    """Number of passes over the training windows. The default is the config's value, or 500 if there is no config."""
     gpus_per_machine: int = 8
-    """Number of GPUs in one machine, which communicate without the network."""
+    """Number of GPUs in one machine. The GPUs of one machine communicate without the network."""
     link_gb_s: float = 400.0
     """Bandwidth in GB/s between one GPU and the other GPUs of its machine."""
     network_gb_s: float = 40.0
@@ -90,7 +97,7 @@ class PlanConfig:
     reserve_gib: float = 3.0
     """Memory of each GPU in GiB that is reserved for the driver, libraries and fragmentation."""
     output: str | None = None
-    """JSON file to which the plan is written as well."""
+    """JSON file to which the plan is written. By default, the plan is only printed."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "gpus", "batch_size", "micro_batch_size", "channels", "windows", "gpus_per_machine")
@@ -107,7 +114,7 @@ class Request:
     """A planned pretraining run, with all defaults filled in."""
 
     model: MaskedAutoencoderConfig
-    """Shape and objective."""
+    """Architecture and objective of the model."""
     name: str
     """Name of the config or the preset."""
     gpus: int
@@ -117,46 +124,47 @@ class Request:
     gpu_gib: float
     """Memory of one GPU in GiB."""
     peak: float
-    """Peak of one GPU in FLOP/s."""
+    """Peak speed of one GPU in FLOP/s."""
     batch_size: int
-    """Windows of one optimiser step."""
+    """Number of windows in one optimiser step."""
     micro: int
-    """Windows of one GPU in one forward pass."""
+    """Number of windows that one GPU computes in one forward pass."""
     precision: str
-    """fp32 or bf16."""
+    """Number format of the computation: fp32 or bf16."""
     zero_stage: int
-    """ZeRO's stage in the config."""
+    """Stage of ZeRO in the run's config."""
     offload: str
-    """none, optimizer or all."""
+    """What is kept in the CPU's memory: none, optimizer or all."""
     checkpointing: bool
     """Whether activations are recomputed in the backward pass."""
     windows: int
     """Number of training windows."""
     windows_from: str
-    """Source of that number."""
+    """Text that says where the number of training windows comes from."""
     epochs: float
-    """Passes over the training windows."""
+    """Number of passes over the training windows."""
     steps: int
-    """Optimiser steps."""
+    """Number of optimiser steps in the run."""
 
 
 def resolve(config: PlanConfig) -> Request:
-    """Fill in the defaults of a request.
+    """Fill in the default values of a plan's config.
 
     Parameters
     ----------
     config : PlanConfig
-        The request.
+        Config of the plan.
 
     Returns
     -------
     Request
-        The request with all defaults filled in.
+        The planned run, with all defaults filled in.
 
     Raises
     ------
     RequestError
-        If there is no config and no preset, or both; if the GPU is unknown; or if batch_size does not divide evenly.
+        If neither or both of config and preset are given; if the GPU is unknown; or if batch_size cannot be divided
+        evenly among the GPUs.
     """
     from data_sharding.common.storage import as_path
     from data_sharding.dataset.dataset import MANIFEST, read_manifest
@@ -196,7 +204,7 @@ def resolve(config: PlanConfig) -> Request:
     windows, windows_from = config.windows, "--windows"
     if windows is None and run is not None:
         datasets = [as_path(path) for path in run.datasets or [run.dataset]]
-        # The dataset may not exist yet, or exist on another machine only.
+        # Count the windows only if the dataset exists here. It may not exist yet, or only on another machine.
         if all((path / MANIFEST).is_file() for path in datasets):
             windows = sum(read_manifest(path).samples("train") for path in datasets)
             windows_from = ", ".join(map(str, datasets))
@@ -227,23 +235,23 @@ def resolve(config: PlanConfig) -> Request:
 
 
 def make_plan(config: PlanConfig) -> dict[str, Any]:
-    """Compute a plan.
+    """Compute the memory and the time of a planned run.
 
     Parameters
     ----------
     config : PlanConfig
-        The request.
+        Config of the plan.
 
     Returns
     -------
     dict
-        ``request``, ``model`` (parameters, tokens, flops), ``memory`` (a row for each stage, with and without
-        checkpointing), ``time`` and ``assumptions``; bytes, seconds and FLOPs.
+        The keys are ``request``, ``model`` (parameters, tokens, FLOPs), ``memory`` (one entry for each ZeRO stage, with
+        and without checkpointing), ``time`` and ``assumptions``. Values are in bytes, seconds and FLOPs.
 
     Raises
     ------
     RequestError
-        As for `resolve`.
+        In the same cases as `resolve`, or if `channels` is given for the temporal tokenizer.
     """
     import torch
 
@@ -384,22 +392,22 @@ def show(plan: dict[str, Any]) -> None:
 
 
 def run_plan(config: PlanConfig) -> int:
-    """Print a plan, and write it to `output` if that is set.
+    """Print a plan. If `output` is set, also write the plan to this file.
 
     Parameters
     ----------
     config : PlanConfig
-        The request.
+        Config of the plan.
 
     Returns
     -------
     int
-        0, whether the run fits or not.
+        Exit code 0, even if the run does not fit into the memory.
 
     Raises
     ------
     RequestError
-        If the request cannot be met.
+        If the plan cannot be computed or written.
     """
     from data_sharding.common.files import write_json
 

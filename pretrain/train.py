@@ -41,29 +41,30 @@ FREE = (
     "peak_tflops",
     "model.compute",
 )
-"""Config keys that may change when a run is resumed. They do not change what is learned; but guards and max_skipped
-may, and a failed run sometimes needs other values for them to continue. micro_batch_size is free with every tokenizer:
-each window's loss is a mean over that window's own tokens, and all windows of a batch weigh the same. dataset and
-datasets are free because a dataset may be moved; the loader's state refuses one with another content."""
+"""Config keys that may change when a run is resumed. Most of these keys do not influence the trained weights. guards
+and max_skipped can influence the weights, but a failed run may need other values of these keys to continue.
+micro_batch_size may change because each window's loss is a mean over its own tokens, and all windows of a batch have
+the same weight. dataset and datasets may change because a dataset may be moved; the loader raises an error if the
+content of the dataset is different."""
 
 
 def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGDataset | Mixture]:
-    """Find mistakes in the request before slow libraries are imported.
+    """Find mistakes in the config before slow libraries are imported.
 
     Parameters
     ----------
     config : PretrainConfig
-        The request.
+        Config of the run.
 
     Returns
     -------
     train, held_out : EEGDataset or Mixture
-        Splits train and val.
+        The splits train and val of the dataset.
 
     Raises
     ------
     RequestError
-        If dataset and model do not fit each other, or the launcher started another number of processes.
+        If the model cannot read the dataset's windows, or if the launcher started a wrong number of processes.
     """
     train, held_out = (
         Mixture(config.datasets, split) if config.datasets else EEGDataset(config.dataset, split)
@@ -92,19 +93,19 @@ def pretrain(config: PretrainConfig) -> int:
     Parameters
     ----------
     config : PretrainConfig
-        The request.
+        Config of the run.
 
     Returns
     -------
     int
-        0.
+        Exit code 0.
 
     Raises
     ------
     RequestError
-        If the request cannot be met.
+        If the run cannot be started with this config.
     StopRequested
-        If a signal arrived; a checkpoint was written first.
+        If a stop was requested. A checkpoint has been written before this exception is raised.
     """
     train, held_out = check_request(config)
     from pretrain.runs.distributed import choose_device, import_deepspeed, launched_world, process_group
@@ -116,11 +117,12 @@ def pretrain(config: PretrainConfig) -> int:
         if rank == 0:
             print(f"dreamscale pretrain: {config.output} is done already; choose another output for another run")
         return EXIT_DONE
-    # These warnings are about calls inside DeepSpeed.
+    # Hide these warnings, because they are about calls inside DeepSpeed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with StopSignal() as stop, _status_on_failure(run):
         deepspeed = import_deepspeed(device)
-        # The watchdog, after timeout_s, should end a hanging run before the process group does: its message is better.
+        # The watchdog ends a hanging run after timeout_s. The process group has twice this timeout, because the
+        # watchdog's message is better.
         with process_group(deepspeed, device, timeout_s=2 * config.timeout_s) as world:
             step, done = train_in(world, deepspeed, config, run, train, held_out, stop)
         if not done:
@@ -139,29 +141,29 @@ def train_in(
     held_out: EEGDataset | Mixture,
     stop: StopSignal,
 ) -> tuple[int, bool]:
-    """Train in a process group that exists.
+    """Run the training inside an existing process group.
 
     Parameters
     ----------
     world : World
         The processes.
     deepspeed : module
-        DeepSpeed.
+        The imported module DeepSpeed.
     config : PretrainConfig
-        The request.
+        Config of the run.
     run : RunDirectory
-        Where the run is written.
+        The directory of the run.
     train, held_out : EEGDataset or Mixture
-        Splits train and val.
+        The splits train and val of the dataset.
     stop : StopSignal
         Tells whether a stop was requested.
 
     Returns
     -------
     step : int
-        Optimiser steps done.
+        Number of optimiser steps done.
     done : bool
-        False if the run was stopped on request; then there is a checkpoint.
+        True if the run is complete. False if it was stopped on request after writing a checkpoint.
     """
     from pretrain.training.deepspeed_engine import start_engine
     from pretrain.training.trainer import Trainer
@@ -178,7 +180,7 @@ def train_in(
 
 @contextlib.contextmanager
 def _status_on_failure(run: RunDirectory) -> Iterator[None]:
-    """Record an error in status.json, and close the run directory in any case."""
+    """If an error is raised, record it in status.json; always close the run directory at the end."""
     try:
         yield
     except StopRequested:
