@@ -289,7 +289,7 @@ class HoldBack:
             if name := self.named.get(row.key):
                 why[row.key] = (name, f"{name}")
             elif source := self.sha256.get(row.sha256):
-                why[row.key] = (f"sha256 ({source})", f"its checksum is listed in {source}")
+                why[row.key] = (f"sha256 ({source})", f"the checksum of the recording is listed in {source}")
         for contents in self.datasets:
             self._hold_back_dataset(contents, usable, why, fingerprints, load_points)
         self._hold_back_copies(usable, why, fingerprints, load_points)

@@ -291,7 +291,7 @@ def inspect(config: InspectConfig) -> int:
         return EXIT_DONE
     print(f"Dataset {manifest.dataset_id[:16]}: {_describe(manifest)}\n")
     _print_tables(grid for grid in grids if grid.lines)
-    print("next: --recordings lists all recordings, --recording NAME shows one of them; report.html has figures")
+    print("next: --recordings lists all recordings, --recording NAME shows one recording; report.html has charts")
     return EXIT_DONE
 
 

@@ -156,15 +156,15 @@ def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
         if entry.get("design") == "block":
             warnings.append(
                 f"{name}: block design. Trials of one class were shown one after the other, so the slow drift of the "
-                "EEG alone reveals the class. A split by image does not prevent this. "
+                "EEG alone reveals the class. A split by image does not solve this problem. "
                 f"{entry.get('evidence', '')}".strip()
             )
     kept = [row for row in rows if row.status == "sharded"]
     unnamed = sum(map(_is_unnamed, kept))
     if unnamed and any(manifest.samples(split) for split in ("val", "test")):
         warnings.append(
-            f"{unnamed:,} of {len(kept):,} recordings do not say who was recorded. Each of them counts as a subject of "
-            "its own, so recordings of one person may be in several splits. Set subject_pattern to name the subjects."
+            f"The subject of {unnamed:,} of {len(kept):,} recordings is unknown. Each of these recordings counts as "
+            "a separate subject, so recordings of one person may be in several splits. Set subject_pattern to name the subjects."
         )
     for split in ("val", "test"):
         if not manifest.samples(split):
@@ -246,7 +246,7 @@ def _make_split_table(rows: Sequence[LedgerRow], manifest: Manifest) -> tuple[Ta
         ]
         for split, members in rows_by_split.items()
     ]
-    head = ["split", "samples", "in windows", "shards", "recordings", "subjects", "without a name", "sessions"]
+    head = ["split", "samples", "in windows", "shards", "recordings", "subjects", "subject unknown", "sessions"]
     appearances = Counter(subject for members in rows_by_split.values() for subject in _known_subjects(members))
     return Table(head=head, rows=lines), sum(count > 1 for count in appearances.values())
 
@@ -271,7 +271,9 @@ def _make_reason_table(rows: Sequence[LedgerRow]) -> Table:
                 names + more,
             ]
         )
-    return Table(head=["status", "reason", "recordings", "length", "first one's full reason", "which"], rows=lines)
+    return Table(
+        head=["status", "reason", "recordings", "length", "full reason of the first recording", "examples"], rows=lines
+    )
 
 
 def _status_cell(status: str) -> Cell:
@@ -311,7 +313,7 @@ def _make_measured_table(rows: Sequence[LedgerRow]) -> Table:
         "reference as recorded": [row.reference for row in kept],
     }
     lines = [[name, _count_values(value or "unknown" for value in values)] for name, values in columns.items()]
-    bad = _count_values(kind for row in kept for kind in row.bad_kinds or ["not said"] * len(row.bads)) or "none"
+    bad = _count_values(kind for row in kept for kind in row.bad_kinds or ["unknown"] * len(row.bads)) or "none"
     lines.append(["bad channels", f"{bad} (of {sum(row.n_kept for row in kept):,} channels)"])
     return Table(head=["measured", "values, with the number of recordings"], rows=lines)
 

@@ -36,7 +36,7 @@ class VerifyConfig:
         if self.lines < 0:
             raise ValueError(f"lines must not be negative, got {self.lines}")
         if self.against and not self.content:
-            raise ValueError("content is false, but against needs it to compare two datasets; leave content out")
+            raise ValueError("content must be true to compare two datasets with against; leave content out")
 
 
 def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
@@ -177,7 +177,7 @@ def _verify_against(config: VerifyConfig) -> int:
     questions = len(findings.found)
     print(
         f"{config.dataset} and {config.against}: no shared data was found in what could be compared"
-        + (f"; look at the {questions} lines 'to look at' above" if questions else "")
+        + (f"; answer the {questions} questions above (lines 'to look at')" if questions else "")
     )
     return EXIT_DONE
 

@@ -74,7 +74,9 @@ class EEGDataset:
         self.shards = self.manifest.splits.get(split) or []
         if not self.manifest.samples(split):
             have = [name for name in ("train", "val", "test") if self.manifest.samples(name)]
-            raise RequestError(f"{self.path}: no samples in split '{split}'; it has {', '.join(have) or 'no samples'}")
+            raise RequestError(
+                f"{self.path}: no samples in split '{split}'; the dataset has {', '.join(have) or 'no samples'}"
+            )
         self.first = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self.index = np.empty(self.first[-1], INDEX)
         with ThreadPoolExecutor(_PARALLEL_FETCHES if self.cache else 1) as pool:
@@ -97,7 +99,8 @@ class EEGDataset:
             ) from None
         if found != shard.bytes:
             raise RequestError(
-                f"{tar}: the manifest says {shard.bytes} bytes, found {found}; run 'dreamscale verify {self.path}'"
+                f"{tar}: the manifest says {shard.bytes} bytes, the file has {found}; "
+                f"run 'dreamscale verify {self.path}'"
             )
         return parse_index(data, str(index), shard.samples)
 

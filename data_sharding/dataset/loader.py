@@ -339,7 +339,7 @@ class Loader:
             if key != "step" and state.get(key) != value:
                 raise RequestError(
                     f"cannot resume: {key} is {value!r} now and was {state.get(key)!r} in the checkpoint; "
-                    f"restore it, or start a new run in another output directory"
+                    f"restore the value of the checkpoint, or start a new run in another output directory"
                 )
         self.step = int(state["step"])
 
@@ -373,6 +373,6 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     if need > limit:
         advice = "read it with order: shards, or " if order == "global" else f"lower its window of {window} shards, or "
         raise RequestError(
-            f"{dataset.path} ({dataset.split}): order '{order}' reads {need / 1e9:.3g} GB at a time, the cache holds "
-            f"{limit / 1e9:.3g} GB; {advice}raise DREAMSCALE_CACHE_GB"
+            f"{dataset.path} ({dataset.split}): order '{order}' reads {need / 1e9:.3g} GB at a time, but the cache "
+            f"holds only {limit / 1e9:.3g} GB; {advice}raise DREAMSCALE_CACHE_GB"
         )

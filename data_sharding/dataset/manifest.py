@@ -92,7 +92,7 @@ class Manifest:
         try:
             if (schema := values.pop("schema")) != SCHEMA:
                 raise RequestError(
-                    f"{directory / NAME}: schema {schema} of another version, this version reads schema {SCHEMA}; "
+                    f"{directory / NAME}: the file has schema {schema}, but this version reads only schema {SCHEMA}; "
                     "make the dataset again with 'dreamscale shard CONFIG --output DIR'"
                 )
             values["preprocess"] = PreprocessSpec.from_dict(values["preprocess"])

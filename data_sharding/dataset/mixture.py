@@ -72,7 +72,7 @@ class Mixture:
         twice = next((part for number, part in enumerate(self.parts) if ids[number] in ids[:number]), None)
         if twice is not None:
             raise RequestError(
-                f"datasets: {twice.path} is the same dataset as another one of them; name it once, with a larger weight"
+                f"datasets: {twice.path} and another entry are the same dataset; list it once, with a larger weight"
             )
         self.first = np.cumsum([0, *(len(part) for part in self.parts)])
         self.manifest = self._merge_manifests(ids)

@@ -100,7 +100,7 @@ class SplitConfig:
         if self.by == "image":
             return _by_hash(f"{self.seed}/image/{image_id}", val, test)
         if not concept:
-            raise RequestError(f"split.by: concept, but image '{image_id}' has no concept; use split.by: image")
+            raise RequestError(f"split.by is concept, but image '{image_id}' has no concept; use split.by: image")
         return _by_hash(f"{self.seed}/concept/{concept}", val, test)
 
     def trial(self, subject: str, image_id: str, column: str = "", concept: str = "") -> str | None:

@@ -131,7 +131,7 @@ def test_missing_unpaired_and_damaged_datasets_are_refused(tmp_path: Path, unpai
         EEGDataset(tmp_path / "none")
     with pytest.raises(RequestError, match=r"no manifest\.json"):
         EEGDataset(tmp_path)
-    with pytest.raises(RequestError, match="no samples in split 'dev'; it has train, val, test"):
+    with pytest.raises(RequestError, match="no samples in split 'dev'; the dataset has train, val, test"):
         EEGDataset(unpaired_dataset, "dev")
     with pytest.raises(RequestError, match="no paired images"):
         EEGDataset(unpaired_dataset).require_images()
