@@ -69,7 +69,7 @@ class RecordingFingerprint:
     key: str
     """Key of the recording."""
     sha256: str
-    """Checksum over all files of the recording; empty if it is not known."""
+    """Checksum over all files of the recording; empty if the checksum is unknown."""
     seconds: float
     """Length of the recording in seconds."""
     names: list[str] = field(default_factory=list)

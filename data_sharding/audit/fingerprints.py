@@ -201,7 +201,7 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
     data : bytes
         Content of the image file.
     sha256 : str, optional
-        Checksum of the image file; by default, it is computed.
+        Checksum of the image file; by default, the function computes the checksum.
 
     Returns
     -------

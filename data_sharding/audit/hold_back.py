@@ -52,7 +52,7 @@ class HoldBackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One subject, recording pattern or checksum that is held back."""
+    """One entry of a hold-back list: a subject, a pattern of recordings or a checksum."""
 
     kind: Literal["subject", "recording", "sha256"]
     """Kind of `value`: the name of a subject, a glob pattern or a checksum."""
@@ -281,7 +281,7 @@ class HoldBack:
         Returns
         -------
         dict
-            For each name, list and dataset: number of recordings that were held back for it.
+            Number of held-back recordings for each name, list and dataset.
         """
         usable = [row for row in rows if row.status == "sharded"]
         why: dict[str, tuple[str, str]] = {}

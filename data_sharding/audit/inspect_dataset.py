@@ -18,7 +18,7 @@ from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 
 FLAGS = ("recordings", "markdown", "json")
-"""Options that mean true if they are given without a value."""
+"""Command-line options that can be given without a value; they then get the value true."""
 
 
 @dataclass(kw_only=True)

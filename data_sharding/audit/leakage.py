@@ -59,9 +59,9 @@ class Finding:
     """One subject, recording, image or group of windows that is in two datasets or in two splits."""
 
     kind: Kind
-    """What is shared: a subject, a recording, windows or an image."""
+    """Kind of the shared data: subject, recording, window or image."""
     text: str
-    """One line that names what is shared."""
+    """One line of text that names the shared subject, recording, windows or image."""
     proof: bool = True
     """Whether the finding is a proof of leakage. Otherwise the finding is a question for a person: only the names are
     equal, or the config of the dataset allows that the subject or image is in several splits."""

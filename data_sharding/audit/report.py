@@ -58,7 +58,7 @@ def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
     Returns
     -------
     list of (str, float)
-        Name and number of hours of each entry. The first entry is "found"; the hours of all other entries add up to it.
+        Name and number of hours of each entry. The first entry is "found"; it is the sum of all other entries.
     """
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in rows:
@@ -164,7 +164,8 @@ def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
     if unnamed and any(manifest.samples(split) for split in ("val", "test")):
         warnings.append(
             f"The subject of {unnamed:,} of {len(kept):,} recordings is unknown. Each of these recordings counts as "
-            "a separate subject, so recordings of one person may be in several splits. Set subject_pattern to name the subjects."
+            "a separate subject, so recordings of one person may be in several splits. Set subject_pattern to name the "
+            "subjects."
         )
     for split in ("val", "test"):
         if not manifest.samples(split):

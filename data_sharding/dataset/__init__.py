@@ -1,4 +1,4 @@
-"""A dataset of shards: its manifest, ledger and splits, and the code that reads it."""
+"""Datasets of shards: manifest, ledger, splits, and the code that reads samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch of samples as the training step receives it.
+"""Batches of samples for a training step.
 
 Shapes: b samples of this rank, n true channels of a sample, T time points of a window.
 """
@@ -25,7 +25,7 @@ _LISTS = ("channels", "keys", "json", "shards", "numbers", "epochs")
 
 @dataclass(kw_only=True)
 class Batch:
-    """Samples of one rank for one step. `len(batch)` is b, and a slice of a batch is a smaller batch."""
+    """Samples that one rank uses in one training step. `len(batch)` is b, and a slice of a batch is a smaller batch."""
 
     packed: torch.Tensor
     """[sum of n, T] float16 microvolts: the true channels of all samples. `padded` makes windows of 128 channels."""
@@ -164,8 +164,8 @@ def sequential(dataset: EEGDataset, batch_size: int, *, rank: int = 0, world_siz
     batch_size : int
         Number of samples of a batch; the last batch may be smaller.
     rank, world_size : int
-        Rank of this process and number of ranks. Each rank reads every world_size-th sample; the numbers of samples of
-        two ranks may differ by one.
+        Rank of this process and number of ranks. Each rank reads every world_size-th sample, so one rank may read one
+        sample more than another rank.
 
     Yields
     ------

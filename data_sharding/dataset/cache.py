@@ -1,7 +1,7 @@
 """Local cache of limited size for the shards of remote datasets, shared by all processes of a machine.
 
-fsspec's own file cache is not used, because it does not check checksums, and because it cannot limit the total size of
-the files of several processes.
+The file cache of the library fsspec is not used. fsspec does not check checksums, and it cannot limit the total size of
+the cached files of several processes.
 """
 
 from __future__ import annotations
@@ -178,12 +178,12 @@ class ShardCache:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock among the processes of this machine. The system releases the lock when the process dies.
+    """Hold a lock that excludes all other processes of this machine. The lock is released when the process dies.
 
     Parameters
     ----------
     path : Path
-        Lock file; the file is created if it does not exist.
+        Path of the lock file, which is created if necessary.
     wait : bool
         Whether to wait if another process holds the lock.
 

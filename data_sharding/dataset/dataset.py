@@ -121,7 +121,7 @@ class EEGDataset:
 
     @property
     def parts(self) -> list[EEGDataset]:
-        """List with this dataset as its only entry; the `parts` of a `Mixture` are its datasets."""
+        """List that contains only this dataset. For a `Mixture`, `parts` contains all datasets of the mixture."""
         return [self]
 
     def require_images(self) -> EEGDataset:
@@ -381,7 +381,7 @@ def write_dataset(
     samples : mapping of str to iterable of Sample
         Samples of each split.
     spec : PreprocessSpec
-        Preprocessing that was applied to the samples.
+        Preprocessing of the samples in `samples`.
     labels : list of str, optional
         Name of each label, in the order of the label numbers.
     samples_per_shard : int

@@ -27,13 +27,13 @@ ADDED_LATER = frozenset(
 
 @dataclasses.dataclass(kw_only=True)
 class LedgerRow:
-    """What is known of one recording. Each field is a column of ``ledger.parquet``.
+    """One row of the ledger: the data of one recording. Each field is a column of ``ledger.parquet``.
 
-    Fields that are dictionaries are stored as JSON text. A recording that could not be opened keeps the defaults.
+    Dictionaries are stored as JSON text. If a recording could not be opened, its fields have the default values.
     """
 
     key: str
-    """Unique name of the recording in the dataset. The keys of its samples begin with it."""
+    """Unique name of the recording in the dataset. The key of each sample of the recording begins with this name."""
     corpus: str
     """Name of the recording's corpus."""
     path: str
@@ -97,7 +97,7 @@ class LedgerRow:
     segments: int = 1
     """Number of continuous segments of the recording, between interruptions."""
     amplitude_uv: float | None = None
-    """Median amplitude of the channels in microvolts; None if it was not measured."""
+    """Median amplitude of the channels in microvolts; None if the amplitude was not measured."""
     unit: str = ""
     """How the unit of the signal is known: declared (by the file), plausible (by the amplitude), configured (by the
     config), or unknown."""
@@ -127,27 +127,27 @@ class LedgerRow:
     def category(self) -> str:
         """Category under which the recording is counted: the category of its reason.
 
-        Ledgers of older versions have no categories. For these ledgers, the status of a duplicate or held-back
-        recording serves as its category, and the whole reason serves as the category of any other recording.
+        Ledgers of older versions have no categories. With such a ledger, the category of a duplicate or held-back
+        recording is its status, and the category of any other recording is its whole reason.
         """
         if self.reason_category is not None:
             return self.reason_category
         return self.status if self.status in ("duplicate", "held back") else self.reason
 
     def set_reason(self, status: Status, reason: Reason) -> None:
-        """Set the status and the reason of the row; all other columns stay unchanged.
+        """Set the status and the reason of the row, and leave all other columns unchanged.
 
         Raises
         ------
         ValueError
-            If there is no such status.
+            If `status` is not one of `STATUSES`.
         """
         if status not in STATUSES:
             raise ValueError(f"status '{status}': must be one of {', '.join(STATUSES)}")
         self.status, self.reason, self.reason_category = status, str(reason), reason.category
 
     def set_aside(self, status: Status, reason: Reason, *, duplicate_of: str = "", held_back: str = "") -> None:
-        """Mark a recording as not in the dataset; what was measured on the recording stays in the row.
+        """Mark a recording as not in the dataset. The measured values of the recording stay in the row.
 
         Parameters
         ----------
@@ -156,12 +156,12 @@ class LedgerRow:
         reason : Reason
             Why the recording is not in the dataset.
         duplicate_of, held_back : str
-            Values for the columns of these names.
+            Values for the columns `duplicate_of` and `held_back`.
 
         Raises
         ------
         ValueError
-            If there is no such status.
+            If `status` is not one of `STATUSES`.
         """
         self.set_reason(status, reason)
         self.split, self.windows, self.seconds_written = "", 0, 0.0

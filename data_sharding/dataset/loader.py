@@ -118,7 +118,7 @@ class _StepSampler:
 
 @contextlib.contextmanager
 def _block_signal(number: signal.Signals) -> Iterator[None]:
-    """Block a signal in this thread. Processes that this thread starts inside the context inherit the block."""
+    """Block a signal in this thread, and in all processes that this thread starts inside the context."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
@@ -142,7 +142,7 @@ def _ignore_job_signals(parent: int, worker: int) -> None:
     parent : int
         Process id of the training process.
     worker : int
-        Number of the worker. This argument is not used, but torch passes it.
+        Number of the worker; torch passes this argument, but the function does not use it.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -188,7 +188,7 @@ class Loader:
     window : int
         Number of shards in one window of the order shards.
     pin_memory : bool, optional
-        Whether the batches are in page-locked memory; by default, they are if the machine has a GPU.
+        Whether the batches are in page-locked memory; by default True if the machine has a GPU, otherwise False.
 
     Raises
     ------
@@ -231,7 +231,7 @@ class Loader:
         self._interleaver = DatasetInterleaver(weights, seed) if weights else None
 
     def positions(self, step: int) -> tuple[list[int], list[int]]:
-        """Compute which samples this rank reads in a step.
+        """Compute the numbers of the samples that this rank reads in a step.
 
         Parameters
         ----------

@@ -17,7 +17,7 @@ NAME = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Manifest entry of a shard: one tar of a split."""
+    """Manifest entry of one shard, which is a tar of samples."""
 
     path: str
     """Path of the tar, relative to the directory of the dataset."""
@@ -52,7 +52,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of this project, and of the libraries that influence the stored bytes."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Other information: ``request``, ``ledger_sha256``, and in ``corpora`` the design of each corpus."""
+    """Further entries, such as ``request``, ``ledger_sha256``, and ``corpora`` with the design of each corpus."""
 
     def samples(self, split: str) -> int:
         """Return the number of samples of a split; 0 if the split does not exist."""

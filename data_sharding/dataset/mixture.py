@@ -40,7 +40,7 @@ class Mixture:
         The datasets, sorted by dataset id, so that the sample numbers do not depend on the paths or on the order in
         `weights`.
     weights : list of float
-        Weight of each dataset in `parts`; these weights sum to 1.
+        Weight of each dataset in `parts`, normalised so that the sum of all weights is 1.
     manifest : Manifest
         Manifest of the mixture, with the sums of all counts and hours, and with all shards. Its dataset id depends on
         the datasets and their weights.

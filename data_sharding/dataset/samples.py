@@ -151,7 +151,7 @@ def safe_key(text: str) -> str:
 
 @dataclass(kw_only=True)
 class Sample:
-    """One window, or one trial of an EEG-image corpus."""
+    """One sample of a dataset: a window of EEG, or a trial of an EEG-image corpus."""
 
     key: str
     """Key of the sample; unique in the dataset, with characters from ``[A-Za-z0-9_-]`` only."""
@@ -203,7 +203,7 @@ class ShardWriter:
         self._index: list[dict[str, Any]] = []
 
     def write(self, sample: Sample) -> None:
-        """Append a sample.
+        """Append a sample to the shard.
 
         Parameters
         ----------
@@ -218,7 +218,7 @@ class ShardWriter:
         self.write_members(sample.key, sample.members(), len(sample.eeg))
 
     def write_members(self, key: str, members: list[tuple[str, bytes]], n: int | None = None) -> None:
-        """Append a sample that is already encoded.
+        """Append an encoded sample to the shard.
 
         Parameters
         ----------
@@ -227,7 +227,7 @@ class ShardWriter:
         members : list of (str, bytes)
             Names and bytes of the members, as `Sample.members` returns them.
         n : int, optional
-            Number of true channels; if None, it is read from the sample's JSON.
+            Number of true channels; if None, the number is read from the sample's JSON.
         """
         if n is None:
             n = int(json.loads(dict(members)[f"{key}.json"])["n"])

@@ -37,7 +37,7 @@ _OPEN_FILES = 128
 
 
 class ShardSource(Protocol):
-    """The part of `EEGDataset` that a `ShardReader` uses."""
+    """Protocol with the attributes and methods of `EEGDataset` that a `ShardReader` uses."""
 
     first: np.ndarray
     """[shards + 1] number of the first sample of each shard; the last entry is the number of samples."""

@@ -1,9 +1,9 @@
 """Shared memory in which workers pass the signals of their batches to the training process.
 
 torch's own way to pass batches is not used: torch allocates new shared memory for each batch, sends the file descriptor
-of this memory through a socket and maps the memory. This takes longer than reading and decompressing the batch. Here
-the memory is allocated only once, before the workers are forked. It is divided into slots for one batch each, and the
-slots are reused.
+of this memory through a socket and maps the memory. These steps take longer than reading and decompressing the batch.
+In this module, the memory is allocated only once, before the workers are forked. The memory is divided into slots for
+one batch each, and the slots are reused.
 """
 
 from __future__ import annotations

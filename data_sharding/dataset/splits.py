@@ -26,7 +26,7 @@ class SplitConfig:
     """
 
     seed: int = 0
-    """Seed of the hash that assigns subjects and images to splits."""
+    """Seed for the random assignment of subjects and images to splits (by hash)."""
     val_fraction: float = 0.1
     """Share of the subjects in val, chosen by hash; ignored if val_subjects or test_subjects is given."""
     test_fraction: float = 0.1
@@ -39,10 +39,11 @@ class SplitConfig:
     """Hold out single images, or all images of a concept together. With ``concept``, no concept of the test split is in
     the training split (zero-shot). Only for EEG-image corpora."""
     image_val_fraction: float = 0.1
-    """Share of the images (or concepts) in val, chosen by hash; a split that the corpus itself defines has priority."""
+    """Share of the images (or concepts) in val, chosen by hash; not used for images with a split given by the
+    corpus."""
     image_test_fraction: float = 0.1
-    """Share of the images (or concepts) in test, chosen by hash; a split that the corpus itself defines has
-    priority."""
+    """Share of the images (or concepts) in test, chosen by hash; not used for images with a split given by the
+    corpus."""
 
     def __post_init__(self) -> None:
         for a, b in (("val_fraction", "test_fraction"), ("image_val_fraction", "image_test_fraction")):
