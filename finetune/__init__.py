@@ -1,1 +1,1 @@
-"""Encoder and EEG-image dataset to images: alignment, Stable Diffusion, DM-RE2I, evaluation."""
+"""Generate images from EEG: alignment with CLIP, Stable Diffusion, DM-RE2I, and the evaluation of images."""

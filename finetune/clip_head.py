@@ -1,6 +1,6 @@
 """Project EEG tokens into CLIP's image space.
 
-Shapes: B trials, N EEG tokens of width D, P width of CLIP's projection.
+Tensor shapes: B trials, N EEG tokens of width D, P width of CLIP's projection.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class ClipHeadConfig:
 
 
 class ClipHead(nn.Module):
-    """Maps EEG tokens to CLIP's image space: h in DreamDiffusion's alignment loss.
+    """Map EEG tokens to CLIP's image space. In DreamDiffusion's alignment loss, this map is called h.
 
     Parameters
     ----------
     config : ClipHeadConfig
-        Sizes.
+        Sizes of the CLIP head.
     """
 
     def __init__(self, config: ClipHeadConfig) -> None:
@@ -39,30 +39,30 @@ class ClipHead(nn.Module):
         self.config = config
         self.token_mapper = nn.Conv1d(config.tokens, 1, 1)
         self.dim_mapper = nn.Linear(config.dim, config.projection)
-        # All tokens start with the same weight: a plain mean, up to a factor.
+        # Give all tokens the same initial weight, so that the head starts with a mean over the tokens, up to a factor.
         nn.init.constant_(self.token_mapper.weight, config.tokens**-0.5)
         nn.init.zeros_(self.token_mapper.bias)  # type: ignore[arg-type]
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
-        """Embed trials.
+        """Compute embeddings of trials from their EEG tokens.
 
         Parameters
         ----------
         tokens_BND : Tensor, [B, N, D]
-            The encoder's tokens, without the class token.
+            Tokens of the encoder, without the class token.
 
         Returns
         -------
         Tensor, [B, P]
-            Embeddings, not normalised.
+            Embeddings that are not normalised.
         """
         return self.dim_mapper(self.token_mapper(tokens_BND)[:, 0])
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors."""
+        """Write the CLIP head to config.json and model.safetensors."""
         save_module(self, self.config, folder, "clip_head")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ClipHead:
-        """Read what `save_pretrained` wrote, in evaluation mode."""
+        """Read a CLIP head that `save_pretrained` wrote, in evaluation mode."""
         return load_module(cls, ClipHeadConfig, folder, "clip_head")

@@ -1,6 +1,6 @@
-"""CLIP embeddings of a split's images, computed once by a frozen CLIP.
+"""Compute the CLIP embeddings of a split's images once, with a frozen CLIP model.
 
-Shapes: M different images, P width of CLIP's projection.
+Tensor shapes: M different images, P width of CLIP's projection.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from finetune.images import ImageTable
 
 
 def is_local(model: str | Path) -> bool:
-    """Return whether a model is given as a directory; otherwise it is a hub id.
+    """Return True if a model is given as a directory, and False if the model is given as a hub id.
 
     Parameters
     ----------
     model : str or Path
-        Value from the config.
+        Directory or hub id from the config.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def is_local(model: str | Path) -> bool:
     Raises
     ------
     RequestError
-        If the value looks like a path, but there is no such directory.
+        If the value looks like a path, but the directory does not exist.
     """
     text = str(model)
     looks_like_path = text.startswith((".", "/", "~")) or text.count("/") != 1
@@ -46,30 +46,30 @@ def is_local(model: str | Path) -> bool:
 def embed_images(
     table: ImageTable, clip: str | Path, *, device: Any = "cpu", cache: str | Path | None = None, write: bool = True
 ) -> Tensor:
-    """Compute the CLIP embedding of every image of a table.
+    """Compute the CLIP embedding of every image of a split.
 
     Parameters
     ----------
     table : ImageTable
-        The images.
+        Images of the split.
     clip : str or Path
         Directory of a CLIP model with its image processor, or its hub id, e.g. ``openai/clip-vit-large-patch14``.
     device : torch.device
         Device of the computation.
     cache : str or Path, optional
-        Directory in which the result is kept.
+        Directory in which the embeddings are stored; None stores nothing.
     write : bool
-        Whether this process writes the cache; False on every rank but the first.
+        True if this process may write to the cache directory; only rank 0 should write.
 
     Returns
     -------
     Tensor of float32, shape (M, P)
-        Unit length, on the CPU.
+        Embeddings of unit length, on the CPU.
 
     Raises
     ------
     RequestError
-        If it is not a CLIP model, or cannot be loaded.
+        If `clip` is not a CLIP model, or cannot be loaded.
     """
     from transformers import CLIPVisionModelWithProjection
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -90,24 +90,24 @@ def embed_images(
             embeds_BP = model(pixel_values=values.to(device)).image_embeds.float()
         return torch.nn.functional.normalize(embeds_BP, dim=-1)
 
-    # CLIP's processor resizes images as well. They are resized here first, because a batch needs one size.
-    size = int(model.config.image_size)  # pyright: ignore[reportArgumentType] - a number in every CLIP
+    # Resize images before CLIP's processor resizes them again, because all images of a batch must have the same size.
+    size = int(model.config.image_size)  # pyright: ignore[reportArgumentType] - the size is a number in every CLIP model
     key = {"what": "clip", "weights": digest_weights(model)}
     return table.features(compute, size=size, key=key, cache=cache, write=write)
 
 
 def digest_weights(model: torch.nn.Module) -> list[float]:
-    """Compute a short digest of a frozen model's weights, for the keys of caches.
+    """Compute a short digest of a frozen model's weights, which is used in the keys of caches.
 
     Parameters
     ----------
     model : Module
-        The model.
+        Frozen model.
 
     Returns
     -------
     list of float
-        Sums of a few tensors. They tell models apart without reading the files again.
+        Sums of a few weight tensors. Different models have different sums.
     """
     parameters = list(model.parameters())
     picked = [*parameters[:: max(1, len(parameters) // 8)], parameters[-1]]

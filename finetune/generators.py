@@ -1,4 +1,4 @@
-"""The kinds of image generators. The package of a model names its kind."""
+"""Load image generators of all kinds. The package of a fine-tuned model says which kind of generator it holds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 class Generator(Protocol):
-    """A model that turns EEG into images."""
+    """Interface of a model that generates images from EEG."""
 
     kind: str
 
     @property
     def spec(self) -> PreprocessSpec:
-        """Preprocessing that the EEG must have."""
+        """Preprocessing that the EEG trials must have."""
         ...
 
     def generate(self, eeg_B128T: torch.Tensor, *, steps: int, guidance_scale: float, seeds: list[int]) -> np.ndarray:
@@ -32,18 +32,18 @@ class Generator(Protocol):
         Parameters
         ----------
         eeg_B128T : Tensor, [B, 128, T]
-            Microvolts, preprocessed by `spec`, padded by replication.
+            EEG in microvolts, preprocessed by `spec`. Channels are repeated until there are 128.
         steps : int
-            Denoising steps.
+            Number of denoising steps.
         guidance_scale : float
-            Strength of classifier-free guidance; 1 switches guidance off.
+            Scale of the classifier-free guidance; 1 switches guidance off.
         seeds : list of int
-            One seed a trial. A trial's noise depends on its own seed alone.
+            One seed for each trial. A trial's noise depends only on the trial's seed.
 
         Returns
         -------
         ndarray of uint8, [B, H, W, 3]
-            RGB.
+            Generated images in RGB.
         """
         ...
 
@@ -56,17 +56,17 @@ def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:
     model_dir : str or Path
         The ``model`` folder of a run, or the run directory itself.
     device : str
-        cpu or cuda.
+        Device of the computation: cpu or cuda.
 
     Returns
     -------
     Generator
-        Ready to generate.
+        Model that is ready to generate images.
 
     Raises
     ------
     RequestError
-        If there is no model, or its kind is unknown.
+        If the folder holds no model, or a model of an unknown kind.
     """
     folder = Path(model_dir)
     if not (folder / "dreamscale.json").is_file() and (folder / "model" / "dreamscale.json").is_file():

@@ -1,6 +1,6 @@
-"""The papers that this project reproduces: one folder each, found by the folder.
+"""Find the papers that this project reproduces. Each paper has its own folder in ``finetune``.
 
-Nothing heavy is imported here: ``dreamscale --help`` lists the commands of the papers.
+This module imports no heavy library, because ``dreamscale --help`` lists the commands of the papers.
 
 A paper's folder needs three things. `finetune.dm_re2i` is the smallest example.
 
@@ -21,25 +21,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """What the other parts need to know of a paper. Its folder has one as ``PAPER`` in ``__init__.py``."""
+    """Description of a paper for other modules. Each paper's folder defines it as ``PAPER`` in ``__init__.py``."""
 
     command: str
     """Name of the ``dreamscale`` command that trains the model."""
     help: str
-    """What the command does, in one line."""
+    """Description of the command in one line."""
     module: str
-    """Module with the command's ``main``."""
+    """Module with the command's function ``main``."""
     config: str
     """``module:class`` of the command's config."""
     kind: str
-    """Kind of the trained model, as the file ``dreamscale.json`` of the model names it."""
+    """Kind of the trained model, which is stored in the model's file ``dreamscale.json``."""
     generator: str
-    """``module:class`` that loads such a model: a `finetune.generators.Generator`."""
+    """``module:class`` of the generator that loads such a model; it implements `finetune.generators.Generator`."""
 
 
 @functools.cache
 def find_papers() -> tuple[Paper, ...]:
-    """Return the papers of all folders of ``finetune``, in the order of the folders' names."""
+    """Return the papers of all folders of ``finetune``, sorted by folder name."""
     package = importlib.import_module("finetune")
     folders = [module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg]
     found = (getattr(importlib.import_module(f"finetune.{name}"), "PAPER", None) for name in sorted(folders))

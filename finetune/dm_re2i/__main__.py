@@ -1,4 +1,4 @@
-"""``python -m finetune.dm_re2i CONFIG.yaml``, for `accelerate launch -m` and other launchers."""
+"""Run ``python -m finetune.dm_re2i CONFIG.yaml``, e.g. from ``accelerate launch -m``."""
 
 import sys
 

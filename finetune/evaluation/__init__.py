@@ -1,1 +1,1 @@
-"""Metrics, controls and the report for a folder of generated images."""
+"""Evaluate a folder of generated images: metrics, controls and a report."""

@@ -1,6 +1,6 @@
-"""A folder of generated images, as `dreamscale generate` writes it.
+"""Read a folder of generated images that `dreamscale generate` wrote.
 
-Shapes: B trials, H rows, W columns.
+Array shapes: B trials, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Images = NDArray[np.uint8]
 
 @dataclass(kw_only=True)
 class GeneratedSet:
-    """A folder that `dreamscale generate` wrote."""
+    """Content of a folder that `dreamscale generate` wrote."""
 
     path: Path
-    """The directory."""
+    """Path of the folder."""
     about: dict[str, Any]
     """Content of generated.json."""
     images_BHW3: Images
-    """The generated images."""
+    """Pixels of the generated images."""
     real_BHW3: Images
-    """The images that were seen."""
+    """Pixels of the images that the person saw."""
 
     @property
     def trials(self) -> list[dict[str, Any]]:
@@ -49,17 +49,17 @@ def read_generated(path: str | Path) -> GeneratedSet:
     Parameters
     ----------
     path : str or Path
-        The folder.
+        Folder of generated images.
 
     Returns
     -------
     GeneratedSet
-        The images, and the content of generated.json.
+        Generated and real images, and the content of generated.json.
 
     Raises
     ------
     RequestError
-        If generated.json or an image is missing or damaged, or the images differ in size.
+        If generated.json or an image is missing or damaged, or if the images have different sizes.
     """
     path = Path(path)
     record = path / "generated.json"

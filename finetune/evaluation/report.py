@@ -1,6 +1,6 @@
-"""The report of an evaluation: generated images beside the images that were seen, and the metrics with their controls.
+"""Write the report of an evaluation: examples of generated images and images that the person saw, and all metrics.
 
-Shapes: B trials, H rows, W columns.
+Array shapes: B trials, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finetune.evaluation.generated import GeneratedSet
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 MISSING = "-"
-"""What a table shows in place of a value that does not exist."""
+"""Text that a table shows in place of a missing value."""
 
 
 def _to_picture(image_HW3: np.ndarray, text: str, caption: str) -> Picture:
@@ -28,7 +28,7 @@ def _to_picture(image_HW3: np.ndarray, text: str, caption: str) -> Picture:
 
 
 def _metric_cell(value: Any) -> Cell:
-    """Format a metric: a number, a text, or an accuracy with its interval and its p-value."""
+    """Format the value of a metric: a number, a text, or an accuracy with its confidence interval and its p-value."""
     if isinstance(value, dict) and "accuracy" in value:
         text = f"{value['accuracy']:.3f}"
         if "interval" in value:
@@ -57,19 +57,19 @@ def _make_metric_table(result: dict[str, Any]) -> Table:
 
 
 def choose_trials(labels_B: np.ndarray, examples: int) -> list[int]:
-    """Choose trials to show: evenly from all categories, without looking at the images.
+    """Choose the trials whose images are shown. Trials are taken evenly from all categories, not by quality.
 
     Parameters
     ----------
     labels_B : ndarray of int, shape (B,)
         Category of each trial.
     examples : int
-        Most trials to choose.
+        Largest number of trials to choose.
 
     Returns
     -------
     list of int
-        Positions of the trials, category by category.
+        Indices of the chosen trials, sorted by category.
     """
     classes = np.unique(labels_B)
     each = max(1, examples // len(classes))
@@ -84,7 +84,7 @@ def choose_trials(labels_B: np.ndarray, examples: int) -> list[int]:
 def _make_examples(
     labels: list[str], generated: GeneratedSet, control: GeneratedSet | None, examples: int
 ) -> list[list[Picture]]:
-    """Return the pictures of some trials: for each trial what was seen, what was generated, and the control."""
+    """Return the pictures of the given trials: the image that the person saw, the generated image, and the control."""
     chosen = []
     for number in choose_trials(generated.labels_B, examples):
         label = labels[generated.trials[number]["label"]]
@@ -98,23 +98,23 @@ def _make_examples(
 def render_report(
     result: dict[str, Any], generated: GeneratedSet, control: GeneratedSet | None, *, examples: int
 ) -> str:
-    """Render the report.
+    """Render the report as HTML.
 
     Parameters
     ----------
     result : dict
-        The content of metrics.json.
+        Content of metrics.json.
     generated : GeneratedSet
-        The generated images.
+        Generated images and the images that the person saw.
     control : GeneratedSet or None
-        The images that were generated from shuffled EEG.
+        Images that were generated from shuffled EEG; None if there are no such images.
     examples : int
-        Most trials to show.
+        Largest number of trials whose images are shown.
 
     Returns
     -------
     str
-        HTML that needs no other file.
+        HTML page that needs no other files.
     """
     labels, found = result["labels"], result["generated"]
     memory = result["memorisation"]

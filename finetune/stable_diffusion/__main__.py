@@ -1,4 +1,4 @@
-"""``python -m finetune.stable_diffusion CONFIG.yaml``, for `accelerate launch -m` and other launchers."""
+"""Run ``python -m finetune.stable_diffusion CONFIG.yaml``, e.g. from ``accelerate launch -m``."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""Turns the EEG encoder's tokens into the condition of Stable Diffusion.
+"""Compute the condition of Stable Diffusion from the tokens of the EEG encoder.
 
-Shapes: B trials, N EEG tokens of width D, L condition tokens of width W, E width of the time embedding.
+Tensor shapes: B trials, N EEG tokens of width D, L condition tokens of width W, E width of the time embedding.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from finetune.training.module_files import load_module, save_module
 
 @dataclass(frozen=True, kw_only=True)
 class ConditionerConfig:
-    """Sizes of the conditioner. DreamDiffusion has N 128, D 1024, L 77, W 768, hidden 64, E 1280."""
+    """Sizes of the conditioner. DreamDiffusion uses N = 128, D = 1024, L = 77, W = 768, hidden = 64, E = 1280."""
 
     tokens: int
     """Number of EEG tokens, N."""
     dim: int
     """Width of the EEG tokens, D."""
     length: int
-    """Number of condition tokens, L; the same as in the base model's longest text."""
+    """Number of condition tokens, L; equal to the number of tokens in the base model's longest text."""
     width: int
-    """Width of the condition tokens, W; the same as in the base model's cross-attention."""
+    """Width of the condition tokens, W; equal to the width that the base model's cross-attention takes."""
     hidden: int = 64
-    """Number of tokens between the two convolutions."""
+    """Number of tokens between the two convolutions of the conditioner."""
     time_dim: int = 0
-    """Width of the time embedding, E. The EEG then also enters through it, as in the released code. 0 switches this
-    second path off, as in the paper."""
+    """Width of the time embedding, E. With E > 0, a vector from the EEG is also added to the time embedding, as in the
+    released code. 0 switches this second path off, as in the paper."""
 
 
 class Conditioner(nn.Module):
-    """Maps EEG tokens to cross-attention states and, if wished, to a vector for the time embedding.
+    """Map EEG tokens to cross-attention states and, if configured, to a vector for the time embedding.
 
     Parameters
     ----------
     config : ConditionerConfig
-        Sizes.
+        Sizes of the conditioner.
 
     Notes
     -----
-    Two convolutions over the token axis, N -> hidden -> L, then a linear map D -> W. The second path starts from their
-    result: L -> L // 2 -> 1 tokens, then W -> E. Its last layer is initialised with zeros, so that training starts from
-    the base model's own time embedding.
+    Two convolutions change the number of tokens, N -> hidden -> L. Then a linear map changes the width, D -> W. The
+    second path takes this result, reduces the tokens, L -> L // 2 -> 1, and maps the width, W -> E. The last layer of
+    the second path is initialised with zeros, so that training starts from the base model's own time embedding.
 
     References
     ----------
@@ -69,28 +69,28 @@ class Conditioner(nn.Module):
             nn.init.zeros_(self.time_mapper.bias)
 
     def forward(self, tokens_BND: Tensor, keep_B: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Compute the condition.
+        """Compute the condition from EEG tokens.
 
         Parameters
         ----------
         tokens_BND : Tensor, [B, N, D]
-            The encoder's tokens, without the class token.
+            Tokens of the encoder, without the class token.
         keep_B : Tensor of bool, [B], optional
-            False where the condition is dropped, for classifier-free guidance; by default every condition is kept.
+            False for trials whose EEG condition is dropped, for classifier-free guidance; by default all are kept.
 
         Returns
         -------
         states_BLW : Tensor, [B, L, W]
-            Cross-attention states, in place of those of a text encoder.
+            Cross-attention states, which replace the states of a text encoder.
         time_BE : Tensor, [B, E], or None
-            Vector to add to the time embedding.
+            Vector that is added to the time embedding; None if the second path is off.
         """
         states_BLW = self.dim_mapper(self.token_mapper(tokens_BND))
         time_BE = None
         if self.time_mapper is not None:
             time_BE = self.time_mapper(self.time_tokens(states_BLW)[:, 0])
         if keep_B is not None:
-            # torch.where, not a branch: with a branch, processes would have different graphs and wait for each other.
+            # Use torch.where instead of a branch, because all processes must build the same autograd graph.
             states_BLW = torch.where(keep_B[:, None, None], states_BLW, self.null_LW.to(states_BLW.dtype))
             if time_BE is not None:
                 time_BE = torch.where(keep_B[:, None], time_BE, torch.zeros_like(time_BE))
@@ -107,9 +107,9 @@ class Conditioner(nn.Module):
         Returns
         -------
         states_BLW : Tensor, [B, L, W]
-            The learned null states.
+            Learned null states.
         time_BE : Tensor, [B, E], or None
-            Zeros.
+            Zeros; None if the second path is off.
         """
         states_BLW = self.null_LW.expand(batch, -1, -1)
         if not self.config.time_dim:
@@ -117,10 +117,10 @@ class Conditioner(nn.Module):
         return states_BLW, states_BLW.new_zeros(batch, self.config.time_dim)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors."""
+        """Write the conditioner to config.json and model.safetensors."""
         save_module(self, self.config, folder, "conditioner")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Conditioner:
-        """Read what `save_pretrained` wrote, in evaluation mode."""
+        """Read a conditioner that `save_pretrained` wrote, in evaluation mode."""
         return load_module(cls, ConditionerConfig, folder, "conditioner")

@@ -1,1 +1,1 @@
-"""The training loop that align and the papers share, on Accelerate."""
+"""Training loop with Accelerate, which ``dreamscale align`` and the papers share."""

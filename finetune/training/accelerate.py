@@ -1,4 +1,4 @@
-"""Start of a fine-tuning stage: quiet libraries, Accelerate set up and checked, the run directory, the data loader."""
+"""Start a fine-tuning stage: silence libraries, set up Accelerate, open the run directory, and make the data loader."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def quiet_libraries() -> None:
-    """Switch off the model libraries' progress bars, warnings and advice; their errors still arrive as exceptions."""
+    """Switch off progress bars, warnings and advice of the model libraries. Their errors still raise exceptions."""
     import logging
 
     from transformers.utils import logging as transformers_logging
 
-    # This must come before the import of diffusers, because that import makes transformers print warnings.
+    # Set this before diffusers is imported, because this import makes transformers print warnings.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     from diffusers.utils import logging as diffusers_logging
@@ -34,26 +34,26 @@ def quiet_libraries() -> None:
 
 
 def make_accelerator(*, num_processes: int, device: str = "auto", precision: str = "fp32") -> Accelerator:
-    """Set Accelerate up, and check that it started the processes that the config asks for.
+    """Set up Accelerate, and check that the launcher started as many processes as the config says.
 
     Parameters
     ----------
     num_processes : int
         Number of processes in the config.
     device : str
-        auto, cpu or cuda.
+        Device of the computation: auto, cpu or cuda.
     precision : str
-        fp32 or bf16.
+        Number format of the computation: fp32 or bf16.
 
     Returns
     -------
     Accelerator
-        Ready to use.
+        Accelerator that is ready for use.
 
     Raises
     ------
     RequestError
-        If the launcher started another number of processes, or a kind of distribution that is not supported here.
+        If the launcher started another number of processes, or uses a kind of distribution that is not supported.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import DistributedType
@@ -61,8 +61,8 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
     cpu = choose_device(device).type == "cpu"
     check_num_processes(num_processes, "accelerate launch --multi_gpu --num_processes {} -m ...")
     _, launched = launched_world()
-    # The backend is named because, without a name, each process on a CPU would start a world of its own. A single
-    # process gets no such argument: Accelerate would reject it.
+    # Give Accelerate the name of the backend. Without the name, CPU processes would not join one process group. Do
+    # not give the name if there is only one process, because Accelerate would reject the argument.
     handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl")] if launched > 1 else []
     accelerator = Accelerator(
         cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers
@@ -73,7 +73,7 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
     if accelerator.distributed_type != expected:
         raise RequestError(
             f"Accelerate started as {accelerator.distributed_type.value}, not as {expected.value}; this stage does "
-            f"not support DeepSpeed and FSDP: use one of configs/accelerate"
+            f"not support DeepSpeed and FSDP: use a config from configs/accelerate"
         )
     if accelerator.num_processes != num_processes:
         raise RequestError(
@@ -83,7 +83,7 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
 
 
 def get_world(accelerator: Accelerator) -> World:
-    """Return Accelerate's processes as a `World`."""
+    """Return a `World` object for the processes that Accelerate started."""
     return World(rank=accelerator.process_index, size=accelerator.num_processes, device=accelerator.device)
 
 
@@ -95,18 +95,18 @@ def open_run(
     Parameters
     ----------
     config : dataclass instance
-        The stage's config, with ``output`` and possibly ``tracker``.
+        Config of the stage. It has the key ``output``, and may have the key ``tracker``.
     accelerator : Accelerator
-        From `make_accelerator`.
+        The accelerator that `make_accelerator` returned.
     free : tuple of str
-        Config keys that may change when the run is resumed, from `free_keys`.
+        Config keys that may change when the run is resumed, as `free_keys` returns them.
     output : str or Path, optional
-        Directory in place of the config's ``output``, for a stage with several runs.
+        Directory that is used in place of the config's ``output``. A stage with several runs needs this argument.
 
     Returns
     -------
     RunDirectory
-        The run. Its `finished` is True if nothing is left to do.
+        Run directory. Its attribute `finished` is True if the run is complete.
     """
     tracker: TrackerConfig | None = getattr(config, "tracker", None)
     run = RunDirectory(
@@ -122,30 +122,30 @@ def open_run(
 
 
 def make_loader(dataset: EEGDataset, config: TrainingConfig, seed: int, accelerator: Accelerator) -> Loader:
-    """Make the endless loader of this process's batches.
+    """Make a data loader that yields batches for this process without end.
 
     Parameters
     ----------
     dataset : EEGDataset
-        The train split.
+        Trials of the train split.
     config : TrainingConfig
-        Batch size and workers.
+        Settings with the batch size and the number of workers.
     seed : int
         Seed for the order of samples.
     accelerator : Accelerator
-        From `make_accelerator`.
+        The accelerator that `make_accelerator` returned.
 
     Returns
     -------
     Loader
-        Each batch holds this process's share of the global batch.
+        Data loader. Each of its batches is this process's part of the global batch.
     """
     world = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     return Loader(dataset, config.batch_size, seed, **world, num_workers=config.num_workers)
 
 
 def report_finished(run: RunDirectory) -> bool:
-    """Return whether a run is complete, and print so; its result is the package ``model/`` in the run directory.
+    """Return True and print a message if a run is complete. Also check that its result, ``model/``, still exists.
 
     Raises
     ------

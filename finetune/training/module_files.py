@@ -1,4 +1,4 @@
-"""Small modules on disk: a folder with config.json and model.safetensors."""
+"""Save and load small modules as a folder with config.json and model.safetensors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def save_module(module: nn.Module, config: Any, folder: str | Path, kind: str) -
     Parameters
     ----------
     module : Module
-        The module. Floating-point weights are written in fp32.
+        Module to write. Floating-point weights are written in fp32.
     config : dataclass instance
-        Enough to build the module again.
+        Config from which the module can be built again.
     folder : str or Path
-        Directory to write; made where it is missing.
+        Directory to write; a missing directory is created.
     kind : str
-        Name of the kind of module; `load_module` checks it.
+        Name of the kind of module. `load_module` checks this name.
     """
     from safetensors.torch import save_file
 
@@ -41,14 +41,14 @@ def save_module(module: nn.Module, config: Any, folder: str | Path, kind: str) -
 
 
 def load_module(module_class: type[M], config_class: type, folder: str | Path, kind: str) -> M:
-    """Build the module that `save_module` wrote.
+    """Load a module that `save_module` wrote.
 
     Parameters
     ----------
     module_class : type
-        Called with the config.
+        Class of the module, which is called with the config.
     config_class : type
-        Dataclass of the config.
+        Dataclass of the module's config.
     folder : str or Path
         Directory to read.
     kind : str
@@ -57,12 +57,12 @@ def load_module(module_class: type[M], config_class: type, folder: str | Path, k
     Returns
     -------
     Module
-        In evaluation mode.
+        The module in evaluation mode.
 
     Raises
     ------
     RequestError
-        If a file is missing or damaged, the module is of another kind, or the two files do not fit together.
+        If a file is missing or damaged, the module is of another kind, or config.json does not fit the weights.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -78,7 +78,7 @@ def load_module(module_class: type[M], config_class: type, folder: str | Path, k
             f"{folder / 'model.safetensors'}: cannot be read ({one_line(error)}); train the model again"
         ) from None
     try:
-        # JSON has no tuples.
+        # Convert lists to tuples, because JSON has no tuples.
         module = module_class(config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
         module.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Plots of a fine-tuning run."""
+"""Draw plots of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def plot_losses(run: RunDirectory, path: Path, columns: list[str]) -> None:
     Parameters
     ----------
     run : RunDirectory
-        The run.
+        Directory of the run.
     path : Path
         PNG file to write.
     columns : list of str
-        Names of the metrics, e.g. ``train/loss``. A metric that the run does not have is left out.
+        Names of the metrics, e.g. ``train/loss``. Metrics that the run does not have are left out.
     """
     import matplotlib
 
