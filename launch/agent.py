@@ -16,7 +16,7 @@ from launch.worker import FOLDER, end_with_parent, read_numbers
 
 
 def _launch(kind: str, words: list[str]) -> tuple[int, bool]:
-    """Run a launcher; return the exit code of its first failed process, and whether a signal ended the launcher."""
+    """Run a launcher; return the first failed process's exit code, and whether a signal ended the launcher."""
     import logging
     import warnings
 

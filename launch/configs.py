@@ -19,7 +19,7 @@ LONGEST = 90
 
 @dataclass(kw_only=True)
 class ConfigsConfig:
-    """List the configs that come with Dreamscale; print one of them, or copy them to a folder."""
+    """List the configs that come with Dreamscale, print one config, or copy the configs to a folder."""
 
     name: str = ""
     """Name of a config, such as pretrain/released.yaml, or of a folder, such as pretrain. By default: all configs."""

@@ -1,8 +1,8 @@
 """Start and stop several training processes on this machine, and return one exit code for all processes.
 
-The launcher (torchrun or Accelerate's) runs in a session of its own, so that Ctrl-C reaches only the command itself.
-The command sends a request to stop directly to the training processes, not to the launcher. The launcher would kill the
-training processes after a time limit, perhaps before the checkpoint is complete.
+The launcher (torchrun or Accelerate) runs in its own session, so that Ctrl-C reaches only the command and not the
+launcher. The command sends a request to stop directly to the training processes, not to the launcher. The launcher
+would kill the training processes after a time limit, perhaps before the checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class _Processes:
             return False
         until = time.monotonic() + LAST_CHECKPOINT_S
         workers = read_numbers(self.folder, "pid")
-        # If the launcher was killed, the training processes are still writing their checkpoint.
+        # After the launcher was killed, the training processes may still be writing their checkpoint.
         while (left := [pid for pid in workers.values() if _alive(pid)]) and time.monotonic() < until:
             time.sleep(0.1)
         for pid in left:

@@ -1,9 +1,9 @@
 """Run pretraining on a Ray cluster, through Ray Train.
 
 ``python -m launch.ray_train CONFIG.yaml [--dotted.key value ...]`` starts `num_processes` workers in the Ray cluster at
-RAY_ADDRESS, or in a new cluster on this machine if RAY_ADDRESS is not set. Each worker runs ``pretrain.train``, with a
-GPU if the cluster has enough of them and `device` allows it. Dataset and output must have the same path on all
-machines.
+RAY_ADDRESS, or in a new cluster on this machine if RAY_ADDRESS is not set. Each worker runs ``pretrain.train``. Each
+worker gets a GPU if the cluster has enough GPUs and the key `device` allows GPUs. Dataset and output must have the same
+path on all machines.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STOP, _EXIT = "stop", "exit"
 
 
 def _train(job: dict[str, Any]) -> None:
-    """Run the training in one of Ray's workers."""
+    """Run the training in one worker process of Ray."""
     from pretrain.runs.stop import STOP_FILE
     from pretrain.train import main
 

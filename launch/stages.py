@@ -17,7 +17,7 @@ class Stage:
     usage: str
     """Arguments of the command, as the usage line shows them. Arguments in brackets are optional."""
     help: str
-    """What the command does, in one line."""
+    """Description of the command in one line."""
     launcher: Literal["torchrun", "accelerate"] | None = None
     """Launcher of the training processes, used if ``num_processes`` is larger than 1."""
     config: str | None = None
@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
     "inspect": Stage(
         module="data_sharding.audit.inspect_dataset",
         usage="DATASET",
-        help="show what a dataset holds, which recordings were set aside, and why",
+        help="show the content of a dataset, and why recordings were set aside",
     ),
     "pretrain": Stage(
         module="pretrain.train",
@@ -56,7 +56,7 @@ STAGES: dict[str, Stage] = {
     "plan": Stage(
         module="pretrain.plan",
         usage="[CONFIG] [--preset NAME] [--gpus N]",
-        help="estimate memory and duration of a pretraining before it is started",
+        help="estimate memory and duration of pretraining before you start it",
     ),
     "export": Stage(module="pretrain.export", usage="RUN OUT", help="export a pretraining run as an encoder package"),
     "convert": Stage(

@@ -91,7 +91,7 @@ class SubmitConfig:
 
 
 def check_stage(config: SubmitConfig, extra: list[str]) -> tuple[Stage, list[str]]:
-    """Check the arguments of the stage, and add the number of processes to them.
+    """Check the arguments of the stage, and add the number of processes to the arguments.
 
     Parameters
     ----------

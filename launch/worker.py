@@ -1,8 +1,8 @@
 """Run a stage in one process of a launcher, and write the stage's exit code to a file.
 
 ``python -m launch.worker MODULE [ARGUMENTS]``. A launcher treats every exit code except 0 as a failure and then ends
-the other processes. So this program exits with 0 after a requested stop, and the command reads the true code from the
-file.
+the other processes. So after a requested stop, this program exits with 0, and ``dreamscale`` reads the true exit code
+from the file.
 """
 
 from __future__ import annotations

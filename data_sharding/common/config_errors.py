@@ -118,11 +118,11 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
     for key, value in values.items():
         if key not in known:
             return start + unknown_key(str(key), cls, path)
-        # A key without a value keeps its default.
+        # If a key has no value in the YAML file, the default is used.
         if value is not None and (fault := _value_fault(known[key], value, path + key)):
             return start + fault
     if not where:
-        return None  # A key that is missing at the top level may be on the command line.
+        return None  # A key that is missing in the file may be on the command line.
     for field in dataclasses.fields(cls):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.init and required and values.get(field.name) is None:

@@ -25,11 +25,11 @@ class RankError(RequestError):
 
 
 class StopRequested(Exception):
-    """A signal asked the work to stop. All finished work is kept, and the same command resumes it."""
+    """Raised after a signal to stop. All finished work is kept, and the same command resumes the work."""
 
 
 def one_line(text: object) -> str:
-    """Fold a message of several lines into one.
+    """Join the lines of a message to one line.
 
     Parameters
     ----------

@@ -134,7 +134,7 @@ def atomic_directory(path: str | AnyPath, last: str = "manifest.json") -> Iterat
     Yields
     ------
     Path
-        Temporary directory on this machine; the caller writes its files there.
+        Temporary directory on this machine. The caller writes the files to this directory.
     """
     path = as_path(path)
     if isinstance(path, UPath):

@@ -16,7 +16,7 @@ import numpy as np
 from data_sharding.formats.signal import SignalInfo
 
 OLD_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
-"""10-20 names used before 1991, with the names that replaced them."""
+"""Electrode names of the 10-20 system before 1991, each with its current name."""
 NOT_EEG = {
     "eog": r"[a-z]{0,2}eog.*|eye.*|[lr]eye|[hv]eo[lrud]?|[lr]oc|[lsi]o[12]|io",
     "ecg": r"(ecg|ekg).*|.*[ _-](ecg|ekg)\d*",
@@ -37,10 +37,10 @@ NOT_EEG = {
 """Patterns of channel names that are not EEG, whatever type the file gives them. A pattern must match the whole name;
 case is ignored."""
 EARS = ("A1", "A2", "M1", "M2")
-"""Earlobes and mastoids are references, not scalp electrodes, unless the names are the grid of a cap (A1 .. A32)."""
+"""Names of earlobes and mastoids. They are references, not scalp electrodes, except on caps with names A1 .. A32."""
 GRID_NAME = re.compile(r"[A-I]\d{1,2}")
 NET_NAME = re.compile(r"E0*(\d{1,3})", re.IGNORECASE)
-"""Electrodes of an EGI net. In a sleep recording, E1 and E2 are instead the outer corners of the eyes."""
+"""Names of the electrodes of an EGI net. In a sleep recording, E1 and E2 are electrodes at the corners of the eyes."""
 VERTEX = ("CZ", "VREF", "VERTEX REFERENCE")
 """Names of the vertex electrode of an EGI net. In some files this electrode has a number instead of a name."""
 NETS = {
@@ -79,7 +79,7 @@ class Channels:
     by_type: dict[str, int] = field(default_factory=dict)
     """Number of channels of each type in the file."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Names of the channels that are not EEG, by kind."""
+    """Names of the channels that are not EEG, grouped by kind of channel."""
     selection: str = "all"
     """Rule by which 128 channels were chosen from a recording with more channels."""
     notes: list[str] = field(default_factory=list)
@@ -111,7 +111,7 @@ def canonical_name(name: str) -> str:
 
 
 def _bipolar(text: str) -> tuple[str, str] | None:
-    """Return both electrodes of a channel that is the difference of two electrodes, as in ``F7-T3``."""
+    """Return the two electrodes of a bipolar channel such as ``F7-T3``, which is the difference of two electrodes."""
     parts = [_standard_names().get(part.lower()) for part in re.split(r"[-/]", text)]
     if len(parts) != 2 or not (parts[0] and parts[1]) or parts[0] == parts[1]:
         return None
@@ -187,8 +187,8 @@ def is_grid(names: list[str]) -> bool:
     Returns
     -------
     bool
-        True if at least half of the names are a letter from A to I with a number, and A3 or B1 is among them. Neither
-        A3 nor B1 is a 10-20 electrode.
+        True if at least half of the names are a letter from A to I with a number, and if one of the names is A3 or B1.
+        The 10-20 system has no electrode A3 or B1.
     """
     upper = [name.upper() for name in names]
     return sum(bool(GRID_NAME.fullmatch(n)) for n in upper) >= len(upper) / 2 and bool({"A3", "B1"} & set(upper))
@@ -269,7 +269,8 @@ def pick_channels(info: SignalInfo) -> Channels:
     Returns
     -------
     Channels
-        All EEG channels in the order of the file, also if there are more than 128. `picks` is empty if there is no EEG.
+        All EEG channels in the order of the file, even if there are more than 128. If the recording has no EEG channel,
+        `picks` is empty.
     """
     by_type = Counter(info.ch_types)
     eeg = [i for i, kind in enumerate(info.ch_types) if kind == "eeg"]
@@ -341,7 +342,8 @@ def choose(channels: Channels, bads: list[int], limit: int = 128) -> tuple[list[
         chosen = sorted(good, key=lambda i: _natural(channels.names[i]))[:limit]
         return sorted(chosen), f"first {limit} of {n} by name"
     xyz = np.array([channels.positions[i] for i in placed], float)
-    # Farthest point sampling: begin at the vertex, and always add the electrode farthest from all chosen electrodes.
+    # Farthest point sampling: begin at the vertex, then repeatedly add the electrode farthest from the chosen
+    # electrodes.
     first = int(np.argmax(xyz[:, 2]))
     order, distance = [first], np.linalg.norm(xyz - xyz[first], axis=1)
     while len(order) < limit:

@@ -35,7 +35,7 @@ DAMAGED = (ValueError, ArithmeticError, LookupError, struct.error, SyntaxError, 
 
 
 class Damaged(ValueError):
-    """The numbers in the header contradict each other."""
+    """Error for a header with numbers that contradict each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Layout:
     record_bytes: int
     """Size of one record in bytes."""
     interrupted: bool = False
-    """True for EDF+D, where there may be gaps between records."""
+    """True for the EDF+D format, in which records may have gaps between them."""
     width: int = 2
     """Number of bytes per sample, for EDF and BDF."""
 
@@ -79,7 +79,7 @@ def read_range(path: AnyPath, start: int, count: int, head: bytes = b"") -> byte
     count : int
         Number of bytes to read; at most `MAX_READ` bytes are read.
     head : bytes
-        The first bytes of the file, if they were read before.
+        The first bytes of the file, if the caller has already read them.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def read_range(path: AnyPath, start: int, count: int, head: bytes = b"") -> byte
         return head[start : start + count]
     fs = None if isinstance(path, Path) else getattr(path, "fs", None)
     if fs is not None:
-        # A stream of an object store would read megabytes ahead; cat_file reads only the range.
+        # On an object store, an open file would read megabytes ahead; `cat_file` reads only the requested range.
         return fs.cat_file(path.path, start=start, end=min(start + count, path.stat().st_size))  # type: ignore[union-attr]
     with path.open("rb") as stream:
         stream.seek(start)
@@ -121,7 +121,7 @@ def decode_text(data: bytes) -> tuple[str, str]:
         "utf-8" or "latin-1".
     """
     try:
-        # The incremental decoder accepts a character that is cut off at the end.
+        # Use the incremental decoder, because it accepts an incomplete character at the end of `data`.
         return codecs.getincrementaldecoder("utf-8")().decode(data), "utf-8"
     except UnicodeDecodeError:
         return data.decode("latin-1"), "latin-1"
@@ -161,7 +161,7 @@ def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     path : Path or UPath
         File to read.
     head : bytes
-        The first bytes of the file, if they were read before.
+        The first bytes of the file, if the caller has already read them.
 
     Returns
     -------
@@ -205,7 +205,7 @@ def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
 
 
 def edf_runs(path: Path, layout: Layout) -> tuple[list[tuple[int, int, float]], list[tuple[float, float, str]]]:
-    """Find the runs of records without gaps, and the annotations, of a file in which records may have gaps (EDF+D).
+    """Find the annotations and the gap-free runs of records in an EDF+D file, which may have gaps between records.
 
     Parameters
     ----------
@@ -242,7 +242,7 @@ def edf_runs(path: Path, layout: Layout) -> tuple[list[tuple[int, int, float]], 
             lists = TAL.findall(stream.read(size))
             if not lists:
                 raise Damaged(f"record {i + 1} has no onset")
-            # The first list of a record gives the onset of the record, and no text.
+            # The first annotations list of a record gives the onset of the record and has no text.
             onsets.append(float(lists[0][0]))
             for onset, duration, words in lists:
                 begin = float(onset) - onsets[0]
@@ -264,7 +264,7 @@ def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
     path : Path or UPath
         File to read.
     head : bytes
-        The first bytes of the file, if they were read before.
+        The first bytes of the file, if the caller has already read them.
 
     Returns
     -------
@@ -296,7 +296,7 @@ def gdf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     path : Path or UPath
         File to read.
     head : bytes
-        The first bytes of the file, if they were read before.
+        The first bytes of the file, if the caller has already read them.
 
     Returns
     -------
@@ -371,7 +371,7 @@ def check_neuroscan(path: AnyPath, head: bytes = b"") -> Reason | None:
     size, start = size_of(path), 900 + 75 * n
     if not n or not rate or len(head) < 900:
         raise Damaged
-    # The offset has four bytes and cannot point beyond 4 GB, so larger files are not checked.
+    # The offset of the event table has four bytes. In a file above 4 GB the offset can be wrong, so do not check it.
     if size < 1 << 31 and start < events < 1 << 31 and events > size:
         return _truncated(events, "bytes of signal", size)
     return Reason("no signal", "the file ends with the header") if size <= start else None

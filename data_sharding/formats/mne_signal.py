@@ -1,4 +1,4 @@
-"""Wrap recordings that MNE opened as a `Signal`: samples are read on demand, and never across a gap.
+"""Wrap a recording that MNE opened as a `Signal`. Samples are read on demand, and never across a gap.
 
 In array shapes, n is the number of channels, S the number of samples at the recorded rate, and E the number of epochs.
 """
@@ -31,7 +31,7 @@ BAD = re.compile(r"bad", re.IGNORECASE)
 
 
 class ReadError(ValueError):
-    """A recording cannot be read.
+    """Error for a recording that cannot be read.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class ReadError(ValueError):
 
 
 class NotContinuous(ReadError):
-    """The file is sound, but contains no continuous signal."""
+    """Error for a sound file without a continuous signal."""
 
 
 class RawSignal:
@@ -90,7 +90,7 @@ class EpochsSignal:
     Parameters
     ----------
     epochs : mne.BaseEpochs
-        The epochs; MNE reads them on demand if the format allows this.
+        The epochs. MNE reads epochs on demand if the file format allows this.
     **more : Any
         Other fields of `SignalInfo`.
     """

@@ -1,4 +1,4 @@
-"""Open a recording of any format as a `Signal`: samples are read on demand, and gaps and metadata are kept.
+"""Open a recording of any format as a `Signal`. Samples are read on demand; gaps and metadata are kept.
 
 In array shapes, n is the number of channels, S the number of samples at the recorded rate, and E the number of epochs.
 """
@@ -43,7 +43,7 @@ PACKAGES = {
     "nedf": "defusedxml",
     "xdf": "pyxdf",
 }
-"""Optional package that the reader of a format needs."""
+"""Optional package that the reader of each format needs."""
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "edf": (".edf",),
     "bdf": (".bdf",),

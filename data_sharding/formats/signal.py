@@ -1,4 +1,4 @@
-"""An open recording, independent of its format: metadata, and samples that are read on demand.
+"""Interface of an open recording of any format: metadata, and samples that are read on demand.
 
 In array shapes, n is the number of channels, and S the number of samples at the recorded rate.
 """
@@ -15,7 +15,7 @@ import numpy as np
 class Segment:
     """A segment: samples without a gap between them. Filters and windows never cross the ends of a segment.
 
-    A continuous recording is one segment. In a recording with gaps, each gap begins a new segment. In an epoched
+    A continuous recording is one segment. In a recording with gaps, a new segment begins after each gap. In an epoched
     recording, each epoch is a segment.
     """
 
@@ -41,9 +41,9 @@ class SignalInfo:
     sfreq: float
     """Sampling rate in Hz."""
     n_samples: int
-    """Number of samples of all segments together."""
+    """Total number of samples of all segments."""
     segments: list[Segment]
-    """Segments in order, without overlap."""
+    """Segments of the recording in the order of time, without overlap."""
     line_freq: float | None = None
     """Mains frequency in Hz, if the file or its sidecar gives it."""
     unit_known: bool = False
@@ -58,7 +58,7 @@ class SignalInfo:
     bad_spans: list[tuple[float, float, str]] = field(default_factory=list)
     """Bad time spans according to the source: start and end in seconds from the recording's beginning, and text."""
     epoched: bool = False
-    """Whether the segments are epochs."""
+    """Whether the segments of the recording are epochs."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Channels of the file that cannot be read together with `ch_names`, each with the reason."""
     notes: list[str] = field(default_factory=list)

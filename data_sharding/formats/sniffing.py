@@ -63,14 +63,14 @@ Near = Mapping[str, AnyPath]
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """A recording that was found, but not opened yet."""
+    """A recording that was found but is not open yet."""
 
     path: AnyPath
     """File or folder that the reader opens."""
     format: str
     """Name of the format; a key of `open_signal.READERS` if the format can be read."""
     files: tuple[AnyPath, ...]
-    """All files of the recording, including sidecars, sorted."""
+    """Sorted paths of all files of the recording, including sidecars."""
     problem: Reason | None = None
     """Fault that the header shows; None if the header shows no fault. A file with a fault is not read."""
     continuous: bool = True
@@ -233,7 +233,7 @@ def _persyst(file: File) -> Recording | None:
     if file.suffix != ".lay" or file.text.lstrip()[:10].lower() != b"[fileinfo]":
         return None
     text, problem = file.all_text(), None
-    # MNE only reads the file that the header names.
+    # Use only the data file that the header names, because MNE reads only this file.
     name = re.split(r"[\\/]", headers.ini_value(text, "File") or f"{file.stem}.dat")[-1]
     if name.lower() in file.near:
         problem = headers.run_check(headers.check_persyst, "Persyst", text, file.near[name.lower()])
@@ -246,7 +246,7 @@ def _nedf(file: File) -> Recording | None:
     try:
         problem = headers.run_check(headers.check_nedf, "NEDF", file.path, file.head)
     except ImportError:
-        problem = None  # The reader reports which package to install.
+        problem = None  # The reader will report the package that must be installed.
     return file.recording("nedf", problem=problem)
 
 

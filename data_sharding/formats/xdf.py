@@ -24,7 +24,7 @@ TYPES = {"eeg": "eeg", "eog": "eog", "ecg": "ecg", "ekg": "ecg", "emg": "emg", "
 STEADY = 1e-4
 """If the measured rate differs from the nominal rate by less than this fraction, the nominal rate is used."""
 GAP = 1.5
-"""Signal is missing if two samples are further apart than this number of sample intervals."""
+"""If two neighbouring samples are further apart than this number of sample intervals, samples are missing."""
 MAX_JITTER = 0.25
 """A stream has no steady rate if more than this fraction of its sample intervals are far from the median interval."""
 

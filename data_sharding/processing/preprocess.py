@@ -22,7 +22,7 @@ FILTER_BYTES = 8 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
-    """Settings that turn a recording into windows; they are part of the dataset id and of the encoder package.
+    """Settings that turn a recording into windows. The dataset id and the encoder package include these settings.
 
     References
     ----------
@@ -299,7 +299,7 @@ def clean_blocks(
         The next block of the filtered signal, in microvolts.
     """
     sos = filters(sfreq, spec, line_freq)
-    # Extend each end by two periods of the slowest frequency; a short segment is extended by less.
+    # Extend both ends of the segment by two periods of the slowest frequency; a short segment is extended by less.
     pad = int(2 * spec.sfreq / spec.highpass)
     if block is None:
         block = FILTER_BYTES // (8 * max(1, read(0, 1).shape[0]))

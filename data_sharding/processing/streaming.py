@@ -1,7 +1,8 @@
 """Process signals that are too long for memory: resampling and zero-phase filtering, block by block.
 
-The result does not depend on the size of the blocks, apart from rounding. SciPy's `resample_poly` and `sosfiltfilt` are
-not used: they need the whole signal in memory, and using them on each block alone would cause errors at the borders.
+Except for rounding, the result does not depend on the size of the blocks. SciPy's `resample_poly` and `sosfiltfilt`
+need the whole signal in memory, and would cause errors at the borders of blocks. So this module does not use them for
+whole recordings.
 
 Letters in array shapes: n channels, S samples at the recorded rate, T samples at the target rate, b samples per block.
 """
@@ -140,7 +141,7 @@ class Scratch:
         return out.T
 
     def close(self) -> None:
-        """Close the file; this frees its disk space."""
+        """Close the temporary file, which frees the file's disk space."""
         self._file.close()
 
     def __enter__(self) -> Scratch:
@@ -157,8 +158,8 @@ class Scratch:
 class _Plan:
     """Polyphase filter, stored as a few small matrices. Each matrix computes one group of output samples.
 
-    A frame is a run of `inputs` input samples that gives exactly `outputs` output samples. All frames use the same
-    matrices, because the filter's phases repeat after a frame.
+    A frame is a group of `inputs` input samples that gives exactly `outputs` output samples. All frames use the same
+    matrices, because the phases of the filter repeat after each frame.
     """
 
     up: int
@@ -208,7 +209,7 @@ def resampled_length(n_samples: int, sfreq: float, target: float) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _plan(sfreq: float, target: float, passband: float) -> _Plan:
-    """Design the anti-aliasing filter and lay it out as matrices.
+    """Design the anti-aliasing filter and store the filter as matrices.
 
     Resampling by up/down means: insert up - 1 zeros after each input sample, apply the low-pass filter h, and keep
     every down-th sample. In the signal with the zeros, output j is at position j * down and input i at position i * up.
@@ -231,12 +232,12 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     half = taps // 2 + 1
     h = up * np.asarray(firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq))  # type: ignore[arg-type]
     for phase in range(up):
-        # The weights of each output must sum to exactly one. Otherwise a constant offset of 230 mV would become a tone.
+        # Scale the weights of each output to a sum of exactly one. Otherwise a constant offset would become a tone.
         h[phase::up] /= h[phase::up].sum()
     reach = half // up + 1
     count = max(4, min(64, round(2 * reach * up / down)))
     width = math.ceil(count * down / up) + 2 * reach + 1
-    # A frame must be longer than the inputs of a group. Then BLAS reads the frames in place, although groups overlap.
+    # Make a frame longer than the inputs of a group. Then BLAS reads the frames in place, without copying samples.
     times = max(math.ceil(width / down), math.ceil(4 * count / up))
     inputs, outputs = times * down, times * up
     groups = []
@@ -273,9 +274,9 @@ class Resampler:
     degrees about the end point. (Some libraries remove a linear trend instead. Then each sample would depend on the
     length of the signal.)
 
-    Between two calls of `push`, `_held` contains the input samples that later outputs still need. Its first
-    sample is `reach` samples before the next frame. As soon as a whole frame and `reach` samples after it are present,
-    the frame is computed and dropped.
+    Between two calls of `push`, `_held` contains the input samples that later outputs still need. The first sample in
+    `_held` is `reach` samples before the next frame. When `_held` contains a whole frame and `reach` samples after the
+    frame, the outputs of this frame are computed, and its inputs are dropped.
     """
 
     def __init__(self, sfreq: float, target: float, passband: float) -> None:
@@ -301,7 +302,7 @@ class Resampler:
         Returns
         -------
         ndarray, shape (n, k), float64
-            Output samples that can be computed so far; k may be zero.
+            New output samples that can be computed now; k may be zero.
         """
         self._n_channels = len(x)
         self._n_in += x.shape[1]

@@ -73,7 +73,7 @@ class Verdict:
     unit: str
     """State of the unit: plausible, configured (the config gives the factor), or unknown."""
     bads: dict[int, str] = field(default_factory=dict)
-    """Rows of bad channels, with the reason: flat, clipped, trigger, test tone, noisy, too small or too large."""
+    """Rows of bad channels, each with its reason: flat, clipped, trigger, test tone, noisy, too small or too large."""
     not_eeg: dict[int, str] = field(default_factory=dict)
     """Rows with a signal that cannot be EEG, and the kind of the signal. These rows are also in `bads`."""
     not_finite: list[int] = field(default_factory=list)
@@ -163,7 +163,7 @@ class _StretchBuffer:
 
 
 class Survey:
-    """Measures a signal while its blocks are read.
+    """Measures a signal block by block, while the blocks are read.
 
     Parameters
     ----------
@@ -240,7 +240,7 @@ class Survey:
     def _count_extremes(self, rows: slice, x: np.ndarray) -> None:
         """Update each channel's minimum and maximum, their counts, and the number of unchanged samples."""
         low, high = x.min(axis=1), x.max(axis=1)
-        # A NaN makes minimum and maximum NaN; an infinite value is itself the minimum or the maximum.
+        # Missing values show in minimum and maximum: a NaN makes both NaN, and an infinite value is one of the two.
         self._finite[rows] &= np.isfinite(low) & np.isfinite(high)
         for ends, seen, found, better in (
             (self._low, self._at_low, low, np.less),
@@ -263,7 +263,7 @@ class Survey:
                 levels.update(np.unique(x[i, 1:][~same[i]])[: TRIGGER_LEVELS + 1].tolist())
 
     def _measure_stretch(self, x: np.ndarray) -> None:
-        """Measure amplitude, spectrum and correlations of a stretch; rows with NaN or infinities count as zero."""
+        """Measure amplitude, spectrum and correlations of a stretch; rows with NaN or infinities are set to zero."""
         x = np.where(self._finite[:, None], x, 0.0)
         x -= x.mean(axis=1, keepdims=True)
         y, _ = filter_to_band(x, self._rate)
@@ -297,12 +297,12 @@ class Survey:
         Parameters
         ----------
         factor : float, optional
-            Known factor that converts scaled values to microvolts. If it is given, the unit is not judged.
+            Known factor that converts scaled values to microvolts. If this factor is given, the unit is not judged.
 
         Returns
         -------
         Verdict
-            Its `unit` is "unknown" if EEG cannot have such amplitudes.
+            Result of the survey; its `unit` is "unknown" if EEG cannot have such amplitudes.
         """
         times, n = factor or 1.0, len(self._finite)
         robust = np.zeros(n)
@@ -437,12 +437,12 @@ def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Ve
     sfreq : float
         Sampling rate in Hz.
     factor : float, optional
-        Known factor that converts the values to microvolts. If it is given, the unit is not judged.
+        Known factor that converts the values to microvolts. If this factor is given, the unit is not judged.
 
     Returns
     -------
     Verdict
-        Its `unit` is "unknown" if EEG cannot have such amplitudes.
+        Result of the survey; its `unit` is "unknown" if EEG cannot have such amplitudes.
     """
     survey = Survey(len(x_uv), sfreq, [Segment(start=0, stop=x_uv.shape[-1], onset=0.0)])
     survey.push(0, np.asarray(x_uv, np.float64))

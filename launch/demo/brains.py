@@ -1,6 +1,6 @@
 """Simulate the EEG of a head: background, artefacts and responses to pictures, for any electrode layout.
 
-All signals come from sources on a sphere, so that a head gives consistent signals under every cap.
+All signals come from sources on a sphere, so the same head gives consistent signals with every electrode layout.
 
 Letters in array shapes: n electrodes, K sources, C response components, T samples.
 """

@@ -57,7 +57,7 @@ REFERENCES = {"M1": (-0.85, -0.35, -0.45), "nose": (0.0, 0.95, -0.55), "CMS": (-
 UNPAIRED_S = (100.0, 120.0)
 PAIRED_SFREQ = 250.0
 SPACING_S = 1.2
-"""Seconds from the onset of one picture to the onset of the next."""
+"""Seconds from the onset of one picture to the onset of the next picture."""
 
 
 @dataclass(frozen=True)

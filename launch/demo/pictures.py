@@ -50,7 +50,8 @@ class Picture:
 def make_pictures(seed: int) -> list[Picture]:
     """Choose the attributes of all pictures at random.
 
-    Colours and backgrounds are balanced within each category and split, so that they do not reveal the category.
+    Colours and backgrounds are balanced within each category and split. So colour and background do not reveal the
+    category.
 
     Parameters
     ----------

@@ -109,7 +109,7 @@ def summarise(out: Path, seconds: dict[str, float], *, seed: int, profile: str) 
 
 
 def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Judge whether the generated pictures show what was seen.
+    """Judge whether the generated pictures show the category of the seen pictures.
 
     Parameters
     ----------

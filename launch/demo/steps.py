@@ -34,7 +34,7 @@ class Step:
     proofs: list[str] = field(default_factory=list)
     """Files, relative to the demo's folder, that must exist when the step is complete."""
     needs: list[str] = field(default_factory=list)
-    """Steps whose outputs this step reads."""
+    """Names of the steps that write the inputs of this step."""
     config: dict[str, Any] | None = None
     """Config of the step, written to ``configs/NAME.yaml`` in the demo's folder before the step runs."""
     program: tuple[str, ...] = ("-m", "launch")
@@ -184,7 +184,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
             )
         own = out / "generated" / kind
         words = ["evaluate", str(own), "--control_dir", f"{own}-shuffled"]
-        # One classifier judges both generators: the first evaluation trains it, and the second evaluation loads it.
+        # One classifier judges both generators: the first evaluation trains the classifier, and the second loads it.
         words += _flags(images["evaluate"]) if judge is None else ["--classifier", judge]
         first = [] if judge is None else [next(step.name for step in steps if step.name.startswith("evaluate"))]
         judge = judge or str(own / "classifier.safetensors")

@@ -121,5 +121,5 @@ def render_page(template: Path, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["anchor"] = make_anchor
-    # While sections are rendered, they add their titles to `headings`. The navigation bar uses this list.
+    # Each section adds its title to `headings` when the section is rendered. The navigation bar uses this list.
     return environment.get_template(template.name).render(headings=[], **values)
