@@ -45,7 +45,7 @@ class DoctorConfig:
     """Show what works on this machine, and what to install."""
 
     path: str = "."
-    """Folder whose disk is checked for free space."""
+    """Folder on the disk that is checked for free space."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ def examine(path: str = ".") -> list[Finding]:
     Parameters
     ----------
     path : str
-        Folder whose disk is checked for free space.
+        Folder on the disk that is checked for free space.
     """
     checks: list[Callable[[], Finding | list[Finding]]] = [
         _python,

@@ -105,7 +105,7 @@ def parse_config(
         from data_sharding.common.config_errors import explain
 
         raise RequestError(explain(error, cls, files, words, flags)) from None
-    # NumPy accepts no negative seeds, and every stage passes its seed to NumPy.
+    # Check the seed for all stages here, because NumPy accepts no negative seeds.
     if (seed := getattr(request, "seed", 0)) < 0:
         raise RequestError(f"seed is {seed}; it must not be negative")
     return request

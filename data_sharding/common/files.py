@@ -1,4 +1,4 @@
-"""Write files so that readers never see a partial file, and compute checksums."""
+"""Write files so that readers never see a part of a file, and compute checksums."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from upath import UPath
 from data_sharding.common.errors import RequestError
 
 AnyPath: TypeAlias = Path | UPath
-"""A local path, or a remote path with the same methods."""
+"""Type of a path: a local path, or a remote path with the same methods."""
 
 
 def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
@@ -40,7 +40,7 @@ def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
     Raises
     ------
     RequestError
-        If the protocol is unknown, or its library is not installed.
+        If the protocol is unknown, or if the library for the protocol is not installed.
     """
     if isinstance(text, UPath):
         return text if is_remote(text) else Path(text.path)
@@ -180,7 +180,7 @@ def localised(files: Sequence[AnyPath]) -> Iterator[list[Path]]:
 
 
 def put(local: Path, target: AnyPath) -> None:
-    """Copy a local file, so that readers see the whole file or none.
+    """Copy a local file, so that readers never see a part of the file.
 
     Parameters
     ----------
@@ -213,7 +213,7 @@ def put(local: Path, target: AnyPath) -> None:
 
 
 def deliver(local: Path, target: AnyPath) -> None:
-    """Move a finished local file, so that readers see the whole file or none.
+    """Move a finished local file, so that readers never see a part of the file.
 
     Parameters
     ----------
@@ -246,7 +246,7 @@ def _sync(path: Path) -> None:
 
 
 def remove_tree(path: AnyPath) -> None:
-    """Delete a folder and its content, if it exists."""
+    """Delete a folder and its content, if the folder exists."""
     if isinstance(path, UPath):
         fresh(path)
         with contextlib.suppress(FileNotFoundError):

@@ -119,7 +119,7 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
         names = [name for part in [raw, *(other for other, _ in others)] for name in part.ch_names]
         types = [kind for part in [raw, *(other for other, _ in others)] for kind in part.get_channel_types()]
         if len(kept) != len(names):
-            raise ReadError(Reason("damaged header", "the channels cannot be told apart by their names"))
+            raise ReadError(Reason("damaged header", "several channels have the same name, and the reader cannot separate them"))
         for row, i in enumerate(kept):
             if types[row] == "eeg" and layout.units[i] and not VOLTS.fullmatch(layout.units[i]):
                 types[row] = "misc"
@@ -152,7 +152,7 @@ def _open_with_mne(format_: str, path: Path, layout: headers.Layout, numbers: li
     exclude = sorted(set(layout.labels) - wanted - {"EDF Annotations", "BDF Annotations"})
     if clash := [i for i, label in enumerate(layout.labels) if label in wanted and i not in numbers]:
         text = f"two channels are named '{layout.labels[clash[0]]}', and their rates differ"
-        raise ReadError(Reason("a channel is there at several rates", text=text))
+        raise ReadError(Reason("a channel name exists at several rates", text=text))
     options: dict[str, Any] = {} if format_ == "gdf" else {"encoding": "latin1"}
     return getattr(mne.io, f"read_raw_{format_}")(path, exclude=exclude, **options)
 

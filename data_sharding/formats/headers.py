@@ -514,7 +514,7 @@ def check_xdf(files: tuple[Path, ...]) -> Reason | None:
     size = size_of(path)
     with path.open("rb") as stream:
         if stream.read(4) != b"XDF:":
-            return None  # This is a gzip stream, which has its own checksum.
+            return None  # Do not check a gzip stream, because gzip has its own checksum.
         at = 4
         while at < size:
             stream.seek(at)

@@ -329,7 +329,7 @@ def open_signal(recording: Recording) -> Signal:
             opened = READERS[recording.format](path)
             signal = opened if not hasattr(opened, "get_channel_types") else _signal_of(opened)
             if folder is not None:
-                # The link must exist as long as the signal may read from it.
+                # Keep the link, because the open signal still reads from it.
                 signal.keep = folder
     except ReadError:
         raise

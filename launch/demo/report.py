@@ -63,7 +63,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
 
 
 def summarise(out: Path, seconds: dict[str, float], *, seed: int, profile: str) -> dict[str, Any]:
-    """Collect the numbers of all steps.
+    """Collect the numbers of all steps of the demo.
 
     Parameters
     ----------

@@ -173,7 +173,7 @@ class Chain:
             return False
 
     def log(self, step: Step) -> Path:
-        """Return the path of a step's log."""
+        """Return the path of the log file of a step."""
         return self.out / "logs" / f"{step.name}.log"
 
     def _spawn(self, step: Step) -> int:
