@@ -21,7 +21,7 @@ def progress(
     description : str
         Description of the loop, shown before the bar.
     total : int
-        Number of steps.
+        Total number of steps of the loop.
     enabled : bool
         Whether to show the progress; False on all ranks except rank 0.
     every_s : float

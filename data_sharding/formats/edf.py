@@ -119,7 +119,9 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
         names = [name for part in [raw, *(other for other, _ in others)] for name in part.ch_names]
         types = [kind for part in [raw, *(other for other, _ in others)] for kind in part.get_channel_types()]
         if len(kept) != len(names):
-            raise ReadError(Reason("damaged header", "several channels have the same name, and the reader cannot separate them"))
+            raise ReadError(
+                Reason("damaged header", "several channels have the same name, and the reader cannot separate them")
+            )
         for row, i in enumerate(kept):
             if types[row] == "eeg" and layout.units[i] and not VOLTS.fullmatch(layout.units[i]):
                 types[row] = "misc"

@@ -54,7 +54,7 @@ class RawSignal:
     Parameters
     ----------
     raw : mne.io.BaseRaw
-        The recording.
+        The recording to read.
     segments : list of Segment, optional
         Segments, if the file describes its segments more exactly than its annotations do.
     keep : Any
@@ -170,7 +170,7 @@ def bad_spans(raw: BaseRaw) -> list[tuple[float, float, str]]:
     Parameters
     ----------
     raw : mne.io.BaseRaw
-        The recording.
+        The recording to read.
 
     Returns
     -------
@@ -190,14 +190,14 @@ def interruptions(raw: BaseRaw, also: str = "") -> tuple[list[int], list[tuple[i
     Parameters
     ----------
     raw : mne.io.BaseRaw
-        The recording.
+        The recording to read.
     also : str
         Text of the annotation that marks a new run in this file format.
 
     Returns
     -------
     cuts : list of int
-        Samples at which a run begins.
+        Index of the first sample of each run.
     skips : list of (int, int)
         Ranges of samples in which nothing was recorded.
     """
@@ -222,7 +222,7 @@ def segments_of(n: int, sfreq: float, cuts: list[int], skips: list[tuple[int, in
     sfreq : float
         Sampling rate in Hz.
     cuts : list of int
-        Samples at which a run begins.
+        Index of the first sample of each run.
     skips : list of (int, int)
         Ranges of samples in which nothing was recorded.
 

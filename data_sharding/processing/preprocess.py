@@ -287,7 +287,7 @@ def clean_blocks(
     spec : PreprocessSpec
         Preprocessing settings.
     line_freq : float or None
-        Mains frequency in Hz, as for `filters`.
+        Mains frequency in Hz; `filters` explains this value.
     reference : sequence of int
         Rows of the reference channels. Their mean is subtracted; if there are no rows, nothing is subtracted.
     block : int, optional
@@ -373,7 +373,7 @@ def preprocess(
     spec : PreprocessSpec
         Preprocessing settings.
     line_freq : float, optional
-        Mains frequency in Hz, as for `filters`.
+        Mains frequency in Hz; `filters` explains this value.
     bads : list of int, optional
         Bad channels. They are not part of the average reference, but the reference is subtracted from them too.
     names : sequence of str, optional

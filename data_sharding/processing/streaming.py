@@ -129,7 +129,7 @@ class Scratch:
         Returns
         -------
         ndarray, shape (n, stop - start), float32
-            The samples.
+            The samples that were read.
         """
         out = np.empty((stop - start, self.n_channels), np.float32)
         view, at = memoryview(out.reshape(-1).view(np.uint8).data), start * self.n_channels * 4
@@ -263,7 +263,7 @@ class Resampler:
     Parameters
     ----------
     sfreq, target : float
-        Rates in Hz.
+        Recorded rate and target rate in Hz.
     passband : float
         Upper edge of the pass band in Hz, limited to 0.45 of the lower rate. Frequencies below it are not attenuated
         and contain no aliases.
@@ -378,9 +378,9 @@ def resample(x: np.ndarray, sfreq: float, target: float, passband: float | None 
     Parameters
     ----------
     x : ndarray, shape (n, S)
-        Signal.
+        Signal to resample.
     sfreq, target : float
-        Rates in Hz.
+        Recorded rate and target rate in Hz.
     passband : float, optional
         Upper edge of the pass band in Hz; 0.4 of the lower rate by default.
 
@@ -403,7 +403,7 @@ def lookahead(sos: np.ndarray) -> int:
     Parameters
     ----------
     sos : ndarray, shape (n_sections, 6)
-        Second-order sections.
+        Second-order sections of the filter.
 
     Returns
     -------
@@ -435,7 +435,7 @@ def zero_phase(
     n_samples : int
         Length of the segment in samples.
     sos : ndarray, shape (n_sections, 6)
-        Second-order sections.
+        Second-order sections of the filter.
     pad : int
         Number of samples by which the segment is extended at each end (see `Resampler`). A short segment is extended by
         fewer samples.

@@ -70,7 +70,7 @@ def summarise(out: Path, seconds: dict[str, float], *, seed: int, profile: str) 
     out : Path
         The demo's folder.
     seconds : dict
-        Duration of each step.
+        Duration of each step in seconds.
     seed : int
         Seed of the demo.
     profile : str
@@ -187,7 +187,7 @@ def write_report(out: Path, steps: list[Step], seconds: dict[str, float], *, see
     steps : list of Step
         All steps of the demo.
     seconds : dict
-        Duration of each step.
+        Duration of each step in seconds.
     seed : int
         Seed of the demo.
     profile : str
