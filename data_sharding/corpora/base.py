@@ -17,7 +17,7 @@ from data_sharding.formats.open_signal import open_signal
 from data_sharding.formats.signal import Signal
 
 ADAPTERS: dict[str, Adapter] = {}
-"""Name of a kind of corpus to the adapter of this kind."""
+"""Maps the name of each kind of corpus to the adapter of this kind."""
 COMMON_KEYS = ("kind", "root", "name", "line_freq", "options")
 """Config keys that are valid for every kind of corpus."""
 
@@ -43,10 +43,10 @@ class CorpusConfig:
     exclude: list[str] = field(default_factory=list)
     """Glob patterns of files to ignore, relative to root."""
     unit_factors: dict[str, float] = field(default_factory=dict)
-    """Glob pattern, relative to root, to a factor. The values of matching recordings, read as volts, are multiplied by
-    this factor to get true volts. Use this key for recordings that were set aside as 'unit unknown'."""
+    """Maps glob patterns, relative to root, to factors. The values of matching recordings, read as volts, are
+    multiplied by the factor to get true volts. Use this key for recordings that were set aside as 'unit unknown'."""
     line_freq: float | None = None
-    """Mains frequency in Hz. If empty, it is read from the file of the recording, or found in the spectrum."""
+    """Mains frequency in Hz. If empty, the frequency is read from the recording's file, or found in the spectrum."""
     subject_pattern: str = ""
     """Regular expression that finds the subject in the path below root. It must have the named group 'subject', and may
     have the named group 'session'. If empty, sub-X and ses-X in the path are used. If a path names no subject, the
@@ -57,7 +57,7 @@ class CorpusConfig:
     """Options that are valid only for this kind of corpus. The file docs/corpora.md lists all options."""
 
     def __post_init__(self) -> None:
-        # These messages do not name the corpus: the caller knows its position in the list and adds it to the message.
+        # The messages below do not name the corpus. The caller adds the position of the corpus in the list.
         adapter = ADAPTERS.get(self.kind)
         if adapter is None:
             near = difflib.get_close_matches(self.kind, ADAPTERS, n=1)

@@ -1,7 +1,7 @@
 """Reads BIDS datasets. Their sidecar files describe channels, positions, mains frequency, reference and events.
 
-This module does not use mne-bids to read the sidecars, for two reasons. A dataset may be on an object store, and a
-broken sidecar must affect only its own recordings. The tests write their datasets with mne-bids.
+This module does not use mne-bids to read the sidecars, for two reasons. First, a dataset may be on an object store.
+Second, a broken sidecar must affect only the recordings to which the sidecar applies. The tests write their datasets with mne-bids.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ TYPES = {
     "ECOG": "ecog",
     "DBS": "dbs",
 }
-"""Channel type in channels.tsv to channel type in MNE. All other types in channels.tsv become misc in MNE."""
+"""Maps channel types of channels.tsv to channel types of MNE. All other types of channels.tsv become misc."""
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 SYSTEMS = {"captrak": (0, 1, 2), "eeglab": (1, 0, 2)}
-"""Coordinate system to three axis numbers: its axes that correspond to x, y and z in the head frame of MNE."""
+"""Maps each coordinate system to the numbers of the three axes that become x, y and z in the head frame of MNE."""
 FARTHEST_M = 0.2
 """Largest plausible distance in metres between an electrode and the middle of the head."""
 NAME = re.compile(r"(?P<entities>sub-[^_]+(?:_[A-Za-z]+-[^_]+)*)_(?P<suffix>[A-Za-z]+)(?P<extension>\..+)?")
@@ -60,8 +60,8 @@ class BIDSOptions:
     """Options for a BIDS dataset: which participants and which column of labels to use."""
 
     participants: dict[str, list[str]] = field(default_factory=dict)
-    """Participants to use: column of participants.tsv to a list of values, e.g. {group: [control]}. Participants with
-    other values are excluded."""
+    """Participants to use. Maps columns of participants.tsv to lists of values, e.g. {group: [control]}. Participants
+    with other values are excluded."""
     label_column: str = "label_name"
     """Column of events.tsv with the category of a trial. If the column is missing, the image's folder is used."""
 
@@ -138,7 +138,7 @@ def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_co
 
 
 class _Sidecars:
-    """Finds the sidecars of a recording. Follows the inheritance principle of BIDS.
+    """Finds the sidecars of a recording according to the inheritance principle of BIDS.
 
     A sidecar applies to a recording if the recording lies below the sidecar's folder, and if its name contains all
     entities (such as ``task-rest``) of the sidecar's name. If two sidecars set the same value, the sidecar that is
@@ -260,7 +260,7 @@ def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
 
 
 def _positions(sidecars: _Sidecars, recording: AnyPath) -> tuple[dict[str, list[float]], str]:
-    """Return electrode positions in metres in the head frame. If they cannot be used, also return the reason."""
+    """Return electrode positions in metres in the head frame, or the reason why the positions cannot be used."""
     table = sidecars.nearest(recording, "electrodes", ".tsv")
     if table is None:
         return {}, ""

@@ -30,7 +30,7 @@ N_CHANNELS = 128
 LENGTHS = (450, 600)
 """Smallest and largest number of samples in a trial. Trials of other lengths are left out, as in the published work."""
 USED = slice(20, 460)
-"""Samples of a trial to use. The first 20 ms are left out, because they still show the response to the image before."""
+"""Samples of a trial to use. The first 20 ms still show the response to the previous image, so they are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class EEGImageNetOptions:
     """File in root with the released split by image: block_splits_by_image_all.pth, or
     block_splits_by_image_single.pth for subject 4. If empty, a hash of the image name decides the split."""
     fold: int = 0
-    """Number of the split to use, because the file of splits contains several."""
+    """Number of the split to use. The file in the option 'splits' contains several splits."""
     unit: Literal["standardised", "uV"] = "standardised"
     """Unit of the values. The released *_std files are standardised and have no unit."""
 
@@ -149,7 +149,7 @@ class EEGImageNetCorpus(Adapter):
         )
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """Return the published design: categories were shown in blocks. The file may change the order of trials."""
+        """Return the published design: categories were shown in blocks. The order of trials in the file does not matter."""
         return "block", f"each category was shown as one block (Li et al., TPAMI 2021); in this file {measured[1]}"
 
 

@@ -65,8 +65,8 @@ class Item:
     """Kind of the corpus. The adapter of this kind opens the recording."""
     options: dict[str, Any] = field(default_factory=dict)
     """Values in JSON types that the adapter needs to open the recording. If one file contains several recordings, these
-    values name the recording in the file. So the checksums of these recordings in the ledger are different."""
+    values identify the recording in the file. So the checksums of these recordings in the ledger are different."""
     info_patch: dict[str, Any] = field(default_factory=dict)
     """Information about the recording from its sidecar files, in JSON types; see `patch_signal`."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Reason to the number of trials that are not in `trials` for this reason."""
+    """Trials that the corpus leaves out. Maps each reason to a number of trials."""

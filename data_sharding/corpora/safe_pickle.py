@@ -51,7 +51,7 @@ BINUNICODE8 SHORT_BINUNICODE TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST L
 SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL
 STACK_GLOBAL REDUCE BUILD BINPERSID
 """
-"""Names of the allowed pickle instructions, as in the module `pickle`. They are sufficient to store data."""
+"""Names of the allowed pickle instructions, as in the module `pickle`. These instructions are sufficient for data."""
 
 
 class RefusedPickle(ValueError):
@@ -210,7 +210,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         raise RefusedPickle(f"refused: more than {MAX_INSTRUCTIONS} instructions")
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the function that this module uses for a name in the pickle. Raise an error for all other names."""
+        """Return the function that this module uses for a name in the pickle. Raise an error for a forbidden name."""
         try:
             return self.known[module, name]
         except KeyError:
@@ -440,7 +440,7 @@ def load_torch(path: Path) -> Any:
     Returns
     -------
     Any
-        The stored object. Its tensors become read-only arrays, memory-mapped.
+        The stored object. Tensors in this object become read-only, memory-mapped arrays.
 
     Raises
     ------

@@ -47,7 +47,7 @@ class ThingsEEG2Options:
     """all: each presentation of an image is a trial. average: the mean over all presentations of an image is one trial;
     this is possible only with preprocessed files."""
     test_repetitions: Literal["same", "all", "average"] = "same"
-    """The same setting for test images, which have 80 presentations each. same: use the value of `repetitions`."""
+    """Like `repetitions`, for test images, which have 80 presentations each. same: use the value of `repetitions`."""
     unit: Literal["whitened", "uV", "V"] = "whitened"
     """Unit of the preprocessed values. The released files are whitened (multivariate noise normalisation) and have no
     unit. Raw recordings are always in volts."""

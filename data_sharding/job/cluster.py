@@ -165,7 +165,7 @@ def find_missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
     Returns
     -------
     dict of str to list of str
-        Address of a machine to the paths that are missing there. Machines that can access all paths are not listed.
+        Missing paths for the address of each machine. Machines that can access all paths are not listed.
     """
     import ray
     from ray.exceptions import RayError
@@ -233,7 +233,7 @@ def run_tasks(
     Returns
     -------
     dict
-        Key to reason, for each task that was given up.
+        Reason for each task that was given up. The keys are the keys of the tasks.
 
     Raises
     ------

@@ -48,7 +48,7 @@ class Clean:
     lengths: list[int]
     """Number of samples of each segment in the scratch file."""
     left_out: dict[str, str]
-    """EEG channels that the windows do not contain: channel name to reason."""
+    """EEG channels that the windows do not contain. Maps channel names to reasons."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def plan_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> d
     Returns
     -------
     dict
-        Number of a segment to the windows of this segment, in order of time.
+        Windows of each segment in order of time, by the number of the segment.
     """
     cuts: dict[int, list[Cut]] = {}
     number = 0
@@ -113,7 +113,7 @@ def clean_windows(
     spec : PreprocessSpec
         Settings of the preprocessing.
     cuts : dict
-        Number of a segment to the windows of this segment, in order of time.
+        Windows of each segment in order of time, by the number of the segment.
     left_out : Counter
         Number of windows that cannot be used, by reason. This function increases the numbers.
 

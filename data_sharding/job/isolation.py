@@ -1,8 +1,8 @@
 """Runs a function in a child process. If the function crashes, hangs or needs too much memory, only this call fails.
 
 Readers of file formats may crash on damaged files. In a child process, such a crash does not end the Ray worker. The
-child process runs the command ``python -m data_sharding.job.isolation``. The child is a new process and not a fork. It
-does not import Ray, and it ends together with its parent.
+child process runs the command ``python -m data_sharding.job.isolation``. The child is a new process and not a fork. The
+child does not import Ray, and ends together with its parent.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KILLS = 4
 """A call is given up after the child process was killed this many times with SIGKILL or SIGTERM. Another process or the
 kernel (if memory is short) sends these signals, so more retries are allowed than after a crash."""
 START_S = 300.0
-"""Time limit in seconds for the start of a child process. It is long, because imports from a network disk are slow."""
+"""Time limit in seconds for the start of a child process. The limit is long, because imports can be slow."""
 LOOK_S = 0.1
 """Seconds between two checks of the child process's memory."""
 PR_SET_PDEATHSIG = 1
@@ -114,7 +114,7 @@ class Child:
     Parameters
     ----------
     function : str
-        The function, written as ``module:name``. It has one argument. The argument and the result must be picklable.
+        The function, written as ``module:name``. The function has one argument. Argument and result must be picklable.
     memory_gb : float
         Memory limit for a call in GB (1e9 bytes); 0 means no limit.
     """
@@ -289,7 +289,7 @@ def _serve(pipe: Connection, parent: int, name: str, memory_gb: float) -> None:
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_gb:
-        # With a damaged header, a reader may request far too much memory at once. This limit makes the kernel refuse.
+        # With a damaged header, a reader may request far too much memory at once. Then the kernel refuses the request.
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         wanted = int(2e9 * memory_gb + 2**30)
         if hard == resource.RLIM_INFINITY or wanted < hard:

@@ -81,7 +81,7 @@ def _checksum(path: Path, state: tuple[int, int, str]) -> str:
 
 
 def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
-    """Return a checksum of the recording's files. It includes the options of the recording, if there are any.
+    """Return a checksum of the recording's files. If the recording has options, the checksum includes the options.
 
     Parameters
     ----------
@@ -243,7 +243,7 @@ def prepare(
     clean : Clean
         Instructions for the second pass.
     scratch : Scratch
-        Scratch file with the signal at the target sampling rate. It is deleted at the end of the ``with`` block.
+        Scratch file with the signal at the target sampling rate. The file is deleted after the ``with`` block.
 
     Raises
     ------

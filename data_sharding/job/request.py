@@ -59,9 +59,9 @@ class Plan:
     """Everything that the job knows before it opens any recording."""
 
     items: dict[str, Item]
-    """Key to recording."""
+    """All recordings of the job, by key."""
     states: dict[str, list[FileState]]
-    """Key of a recording to the states of its files. The state of each file is looked up only once."""
+    """States of the files of each recording, by the key of the recording. Each file is looked up only once."""
     labels: list[str]
     """Names of the labels. The number of a label is its index in this list."""
     request: str
@@ -71,7 +71,7 @@ class Plan:
     corpora: list[dict[str, str]] = field(default_factory=list)
     """The order in which each corpus showed its categories; see `data_sharding.corpora.design.describe_design`."""
     images: dict[str, FileState] = field(default_factory=dict)
-    """Path of an image file to the state of this file."""
+    """State of each image file, by the path of the file."""
 
     def size(self, key: str) -> int:
         """Return the size of a recording.
@@ -101,7 +101,7 @@ class Plan:
         Returns
         -------
         str
-            The checksum. It changes if the size, the time or the object store's checksum of a file changes.
+            The checksum. The value changes if the size, the time or the object store's checksum of a file changes.
         """
         item = self.items[key]
         shown = sorted({t.image for t in item.trials or ()})

@@ -125,7 +125,7 @@ def read_isolated(task: Task, memory_gb: float) -> PartResult:
     Returns
     -------
     PartResult
-        The result of the recording. Its status is quarantined if the reader crashed, hung or used too much memory.
+        Result of the recording. The recording is quarantined if its reader crashed, hung or used too much memory.
     """
     try:
         return call_isolated(READER, task, timeout_s=task.timeout_s, memory_gb=memory_gb)
@@ -155,7 +155,7 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
     -------
     list of PartResult
         One result for each recording, sorted by key. If the files and the settings of a recording have not changed
-        since an earlier run, its result of that run is used, and its files are not opened.
+        since an earlier run, the result of the earlier run is used, and the files are not opened.
     """
     limits = config.ray.timeout_s, config.ray.memory_gb
     settings = digest_of(

@@ -41,15 +41,15 @@ class PartResult:
     part: str = ""
     """Name of the folder with the recording's windows and fingerprint. Empty if the recording could not be opened."""
     samples: dict[str, int] = field(default_factory=dict)
-    """Split to the number of samples of the recording in this split."""
+    """Number of samples of the recording in each split."""
     signature: list[int] = field(default_factory=list)
     """Numbers computed from the signal; copies of a signal share some of them. See
     `data_sharding.audit.duplicates.signature`."""
     may_pass: bool = False
     """Whether the next run should try the recording again, because the cause of the failure may be gone."""
     limits: tuple[float, float] | None = None
-    """Time limit in seconds and memory limit in GB, for a recording that was given up. With other limits, the next run
-    tries the recording again."""
+    """Time limit in seconds and memory limit in GB under which the reading of the recording failed. With other limits,
+    the next run tries the recording again."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a dictionary of JSON types."""
