@@ -48,9 +48,9 @@ class CorpusConfig:
     line_freq: float | None = None
     """Mains frequency in Hz. If empty, the frequency is read from the recording's file, or found in the spectrum."""
     subject_pattern: str = ""
-    """Regular expression that finds the subject in the path below root. It must have the named group 'subject', and may
-    have the named group 'session'. If empty, sub-X and ses-X in the path are used. If a path names no subject, the
-    recording counts as a separate subject."""
+    """Regular expression that finds the subject in the path below root. The expression must have the named group
+    'subject', and may have the named group 'session'. If empty, sub-X and ses-X in the path are used. If a path names
+    no subject, the recording counts as a separate subject."""
     intracranial: bool = False
     """Also use recordings with ECoG, iEEG or SEEG in the path. By default, such recordings are excluded."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -157,7 +157,8 @@ class Adapter:
         Returns
         -------
         tuple of (str, str)
-            The design and the evidence. An adapter can replace `measured` if the design of its corpus is published.
+            The design and the evidence. By default, this is `measured`. If the design of a corpus is published, the
+            adapter returns the published design.
         """
         return measured
 
@@ -241,8 +242,8 @@ def list_items(config: CorpusConfig) -> list[Item]:
     Raises
     ------
     RequestError
-        If a folder is missing or contains no recording. For corpora with images, also if no recording has a trial, or
-        if an image is missing.
+        If a folder is missing or contains no recording. A corpus with images also raises this error if no recording has
+        a trial, or if an image is missing.
     """
     return [dataclasses.replace(item, kind=config.kind) for item in ADAPTERS[config.kind].items(config)]
 

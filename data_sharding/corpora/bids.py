@@ -1,7 +1,8 @@
 """Reads BIDS datasets. Their sidecar files describe channels, positions, mains frequency, reference and events.
 
 This module does not use mne-bids to read the sidecars, for two reasons. First, a dataset may be on an object store.
-Second, a broken sidecar must affect only the recordings to which the sidecar applies. The tests write their datasets with mne-bids.
+Second, a broken sidecar must affect only the recordings to which the sidecar applies. The tests use mne-bids to write
+BIDS datasets.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class EEGImageNetCorpus(Adapter):
         )
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """Return the published design: categories were shown in blocks. The order of trials in the file does not matter."""
+        """Return the published design, a block design, for any order of the trials in the file."""
         return "block", f"each category was shown as one block (Li et al., TPAMI 2021); in this file {measured[1]}"
 
 

@@ -404,7 +404,7 @@ def load_npy(path: Path) -> Any:
     Returns
     -------
     Any
-        A read-only array, memory-mapped. If the file is a pickle: the pickled object, usually a dictionary of arrays.
+        A read-only, memory-mapped array. If the file is a pickle: the pickled object, usually a dictionary of arrays.
 
     Raises
     ------
@@ -449,9 +449,12 @@ def load_torch(path: Path) -> Any:
 
     Notes
     -----
-    ``torch.load(weights_only=True)`` is safe, too, but it has four limits. It cannot memory-map the older format, so
-    every worker would copy gigabytes. It refuses labels that are NumPy numbers. If a damaged file states a wrong
-    length, it allocates memory for this length. It needs PyTorch, and the workers do not import PyTorch otherwise.
+    The safe mode of PyTorch, ``torch.load(weights_only=True)``, has four limits:
+
+    - `torch.load` cannot memory-map the older format, so every worker would copy gigabytes.
+    - `torch.load` refuses labels that are NumPy numbers.
+    - If a damaged file states a wrong length of a tensor, `torch.load` allocates memory for this length.
+    - `torch.load` needs PyTorch, and the workers do not import PyTorch for any other purpose.
     """
     return _load_torch_zip(path) if zipfile.is_zipfile(path) else _load_torch_legacy(path)
 

@@ -195,7 +195,7 @@ def _missing(paths: list[str]) -> list[str]:
 
 
 class ClusterFailed(RuntimeError):
-    """A task has failed too often, and the cause is the cluster and not the task."""
+    """A task has failed too often, and the cause of the failures is the cluster."""
 
 
 def run_tasks(
@@ -214,7 +214,7 @@ def run_tasks(
     ----------
     function : callable
         The function to run. The workers must be able to import its module, and its result must be small. If a worker,
-        a raylet or a machine dies, its tasks are run again, so the function must be safe to run twice.
+        a raylet or a machine dies, Ray runs the lost tasks again. So the function must be safe to run twice.
     arguments : mapping
         Argument of each task, by key.
     in_flight : int
@@ -225,8 +225,8 @@ def run_tasks(
         Function that is called as ``done(key, result)`` after a task has returned its result.
     give_up : callable, optional
         Function that is called as ``give_up(key, error)`` for a task that raised an error, or that used up the memory
-        of its machine several times. If the function returns a reason, the job continues without this task. If it
-        returns None, the error is raised.
+        of its machine several times. If the function returns a reason, the job continues without this task.
+        If the function returns None, the error is raised.
     look : callable, optional
         Function that is called at least twice a second, with the number of tasks that are submitted.
 

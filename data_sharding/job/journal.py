@@ -69,7 +69,7 @@ class Journal:
         Returns
         -------
         PartResult or None
-            The result. None if no result is stored, or if the files or the settings have changed.
+            The stored result. None if no result is stored, or if the files or the settings have changed.
         """
         known, values = self.rows.get(key, ("", None))
         return PartResult.from_json(values) if values is not None and known == identity else None

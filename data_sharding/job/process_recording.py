@@ -1,11 +1,11 @@
 """Reads one recording and writes its windows to a folder, the *part* of the recording.
 
-The function `process_recording` is the work of one Ray task. It runs in a child process of the Ray worker.
+The function `process_recording` is the work of one Ray task. The task runs in a child process of the Ray worker.
 
-The signal is read twice. The first pass reads the recording's file in blocks. It measures each block
-(`data_sharding.processing.survey`), resamples the block, and writes it to a scratch file. Then the unit, the bad
+The signal is read twice. The first pass reads the recording's file in blocks. The first pass measures each block
+(`data_sharding.processing.survey`), resamples the block, and writes the block to a scratch file. Then the unit, the bad
 channels and the mains frequency are known. The second pass (`data_sharding.job.cut_windows`) reads the signal from the
-scratch file, filters the signal, and cuts windows out of it. Memory use does not grow with the length of the recording.
+scratch file, filters the signal, and cuts out the windows. Memory use does not grow with the length of the recording.
 
 Letters in array shapes: n is the number of channels, S the number of samples at the recording's sampling rate, T the
 number of samples in a window.
@@ -51,8 +51,8 @@ from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, re
 from data_sharding.processing.survey import Survey, Verdict
 
 PART_SCHEMA = 6
-"""Version number in the names of parts. Increase it when a change of the code changes the results, so that the job does
-not use older parts."""
+"""Version number in the names of parts. Increase the number when a change of the code changes the results, so that the
+job does not use older parts."""
 RESULT = "result.json"
 """Name of the file that stores the `PartResult` of a recording in its part."""
 MIN_SAMPLES = 16
@@ -96,13 +96,13 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
         Hexadecimal checksum. If the recording is one file and has no options, this is the SHA-256 of the file.
     """
     whole = digest_of(sorted(hashes)) if len(hashes) > 1 else hashes[0]
-    # If one file contains several recordings, only their options differ. Without the options, they would look like
-    # duplicates.
+    # If one file contains several recordings, only their options differ. Without the options, these recordings would
+    # look like duplicates.
     return digest_of([whole, item.options]) if item.options else whole
 
 
 def process_recording(task: Task) -> PartResult:
-    """Read a recording, judge it, and write its windows as a part.
+    """Read a recording, check the signal, and write the windows to a part.
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ def _open(item: Item) -> Signal:
 
 
 def _fill(task: Task, result: PartResult, folder: Path) -> None:
-    """Write the part of a recording. The ledger row is filled step by step, so it has values even if a step fails."""
+    """Write the part of a recording. The ledger row is filled step by step, so a failure does not lose earlier values."""
     item = task.item
     if item.recording.problem:
         raise SetAside("quarantined" if item.recording.continuous else "excluded", item.recording.problem)

@@ -41,7 +41,8 @@ class ShardConfig:
     samples_per_shard: int = 4096
     """Largest number of samples in a shard."""
     allowed_set_aside: float = 0.05
-    """Largest fraction of the recordings that may be quarantined. If more are, the job ends with exit code 3."""
+    """Largest fraction of the recordings that may be quarantined. If more recordings are quarantined, the job ends with
+    exit code 3."""
     ray: RayConfig = field(default_factory=RayConfig)
     """The Ray cluster that runs the job, and limits for each recording."""
 

@@ -1,6 +1,6 @@
 """The sharding job makes one dataset from corpora of recordings. Every recording gets a row in the ledger.
 
-The job has two phases. First, every recording is read and judged, and its windows are written to a *part*: a folder
+The job has two phases. First, the job reads and checks every recording, and writes its windows to a *part*: a folder
 for this recording, inside the working folder. Second, the job decides which recordings are duplicates or held back, and
 copies the samples of all other recordings from the parts into shards. The job can be stopped at any time. The same
 command resumes the job.
@@ -64,7 +64,7 @@ from data_sharding.job.task import PartResult, Task, new_row
 
 REPORT = "report.html"
 WORK = ".work"
-"""Name of the folder for unfinished work, inside the output folder. The job removes it when the dataset is finished."""
+"""Name of the folder for unfinished work, inside the output folder. The job removes this folder at the end."""
 READER = "data_sharding.job.process_recording:process_recording"
 """Function that reads one recording; a child process of the worker runs it."""
 
@@ -317,7 +317,7 @@ def pack(config: ShardConfig, plans: list[ShardPlan], output: AnyPath, in_flight
     config : ShardConfig
         The config of the job.
     plans : list of ShardPlan
-        Plan of each shard: which samples it contains.
+        Plan of each shard, with the samples of the shard.
     output : Path or UPath
         Folder of the dataset.
     in_flight : int
@@ -494,7 +494,7 @@ def _count_unlisted(rows: list[LedgerRow], plan: Plan) -> None:
 
 
 def _check_nodes(plan: Plan, work: AnyPath) -> None:
-    """Raise an error if a machine of the cluster cannot see the working folder or a recording."""
+    """Raise an error if a machine of the cluster cannot access the working folder or a corpus."""
     local = [] if is_remote(work) else [str(work / "lock")]
     firsts = {
         item.corpus: str(item.recording.path) for item in plan.items.values() if not is_remote(item.recording.path)
