@@ -206,7 +206,7 @@ def _open(item: Item) -> Signal:
 
 
 def _fill(task: Task, result: PartResult, folder: Path) -> None:
-    """Write the part of a recording. The ledger row is filled step by step, so a failure does not lose earlier values."""
+    """Write the part of a recording. The ledger row is filled step by step, so an error keeps earlier values."""
     item = task.item
     if item.recording.problem:
         raise SetAside("quarantined" if item.recording.continuous else "excluded", item.recording.problem)
