@@ -4,8 +4,8 @@
 same shards, and a memory map of the decoded data. All programs make float32 batches in a random order; the 64 channels
 of a sample are repeated to 128. (WebDataset shuffles its shards, and its samples within a buffer.) Each program runs in
 its own process, and the programs take turns several times. Memory is the largest proportional set size (PSS) of the
-process and its children, without the page cache of files. ``--index-samples`` measures how long it takes to open a
-dataset of that many samples; the shards of this dataset are sparse files without content.
+process and its children, without the page cache of files. ``--index-samples`` measures the time to open a dataset with
+the given number of samples; the shards of this dataset are sparse files without content.
 """
 
 from __future__ import annotations

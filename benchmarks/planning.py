@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 BASES = 10
-"""Number of real files; all other files are hard links to them. A file system limits the number of links to a file."""
+"""Number of real files; all other files are hard links to real files. File systems limit the number of links."""
 SUBJECT = 20
 """Number of recordings of each subject."""
 

@@ -4,7 +4,7 @@
 ``[--batch 8] [--steps 5] [--reference PATH] [--profile] [--out FILE.json]``. Use torchrun for several processes.
 
 ``--reference PATH`` also times the model code that the authors of DreamDiffusion released. PATH is a checkout of
-bbaaii/DreamDiffusion. That model has the released size, and it runs with PyTorch's AdamW and autocast. The benchmark
+bbaaii/DreamDiffusion. The released model runs with PyTorch's AdamW and autocast. The benchmark
 makes noise on the device as its signals; benchmarks/loading.py measures data loading. ``--profile`` runs one more step
 under PyTorch's profiler and prints the time of each kind of operation. If the peak speed of the device is not known,
 utilisation is relative to the fastest matrix product that this benchmark measures.

@@ -44,7 +44,7 @@ class AlignConfig:
     """Align EEG with CLIP: train the encoder and a small head, while CLIP is frozen."""
 
     dataset: str
-    """Path of the EEG-image dataset; it must have train and val splits."""
+    """Path of the EEG-image dataset, which must have train and val splits."""
     encoder: str
     """Encoder package: a directory that `dreamscale export` wrote, or a hub id."""
     clip: str
@@ -86,7 +86,7 @@ def gather_rows(x_b: Tensor) -> Tensor:
     Parameters
     ----------
     x_b : Tensor, [b, ...]
-        Tensor of this process. Its size b must be the same on every process.
+        Tensor of this process. The size b must be equal on all processes.
 
     Returns
     -------
@@ -202,7 +202,7 @@ def measure_retrieval(
     device : torch.device
         Device of the computation.
     pulse : callable
-        Function that is called before each batch. If a stop was requested, it interrupts the evaluation.
+        Function that is called before each batch. The function interrupts the evaluation if a stop was requested.
     batch_size : int
         Number of trials in one forward pass.
 

@@ -36,7 +36,7 @@ def denoising_errors(
     denoise : callable
         Denoiser network.
     noising : DDPMScheduler
-        Noise scheduler of the training; it defines the forward process.
+        Noise scheduler of the training, which defines the forward process.
     clean, noise : Tensor, shape (B, ...)
         Latents or pixels of the images, and standard normal noise.
     time_B : Tensor of int, shape (B,)
@@ -69,7 +69,7 @@ def draw_noise(shape: tuple[int, ...], seeds: list[int], device: Any) -> Tensor:
     seeds : list of int
         One seed for each trial. A trial's noise depends only on the trial's seed.
     device : torch.device
-        Device of the result. The noise is drawn on the CPU, so that it is the same on every device.
+        Device of the result. The noise is drawn on the CPU, so that the noise is equal on every device.
 
     Returns
     -------
@@ -152,12 +152,12 @@ class DenoisingWatcher:
     """Compute the denoising loss on held-out trials, with the same noise at every evaluation.
 
     The loss is measured twice: with each trial's own EEG, and with the EEG of another trial. A model that ignores the
-    EEG has the same loss in both cases.
+    EEG has the same loss with both kinds of EEG.
 
     Parameters
     ----------
     eeg : Tensor, shape (B, ...)
-        EEG of the trials, on the model's device; it is the input of the task's method `features`.
+        EEG of the trials, on the model's device, as the input of the task's method `features`.
     clean : Tensor, shape (B, ...)
         Latents or pixels of the trials' images.
     noise_steps : int
@@ -184,7 +184,7 @@ class DenoisingWatcher:
         task : DenoisingTask
             The model with its loss, in evaluation mode.
         pulse : callable
-            Function that is called before each batch. If a stop was requested, it interrupts the evaluation.
+            Function that is called before each batch. The function interrupts the evaluation if a stop was requested.
 
         Returns
         -------

@@ -39,7 +39,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAugmentConfig(AugmentConfig):
-    """Augmentation of EEG trials. Before it, a trial may be averaged with other trials of the same image."""
+    """Augmentation of EEG trials. Before the augmentation, a trial may be averaged with other trials of its image."""
 
     average: int = 1
     """Largest number of trials in an average. A trial is averaged with a random number of other trials that have the
@@ -126,7 +126,7 @@ def choose_evenly(n: int, count: int) -> list[int]:
 def read_trials(
     dataset: EEGDataset, numbers: list[int], scaling: PreprocessSpec | EEGEncoder, device: Any = None
 ) -> Tensor:
-    """Read trials of a split and scale them for the model.
+    """Read trials of a split and scale their EEG for the model.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig
         Scaled trials, padded by repeating channels.
     true_channels_b : list of int
         Number of true channels of each trial. Padding repeats these channels. A copy gets exactly the same changes as
-        its channel, so that the model cannot tell them apart.
+        its channel, so that the model cannot distinguish the copy from the channel.
     config : AugmentConfig
         Strength of the augmentation.
     random : StepRandom
@@ -190,7 +190,7 @@ def average_trials_of_image(
     Parameters
     ----------
     eeg_bCT : Tensor, shape (b, C, T)
-        EEG of the batch in microvolts; it is changed in place.
+        EEG of the batch in microvolts. The tensor is changed in place.
     batch : Batch
         Trials of this rank.
     dataset : EEGDataset

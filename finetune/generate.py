@@ -37,7 +37,7 @@ class GenerateConfig:
     model: str
     """Run directory of a fine-tuned model, or the folder `model` in this run directory."""
     dataset: str
-    """Path of the EEG-image dataset. It must have the same preprocessing as the model's training data."""
+    """Path of the EEG-image dataset, which must have the same preprocessing as the model's training data."""
     output: str
     """Output directory for images/, real/ and generated.json. An earlier result in this directory is replaced when the
     new result is complete."""
@@ -45,7 +45,7 @@ class GenerateConfig:
     """Split of the dataset whose trials are used."""
     control: Literal["none", "shuffle"] = "none"
     """none: use the EEG of each trial. shuffle: use the EEG of another trial of any category. The images of shuffle are
-    a control: they show how well a model scores without the right EEG."""
+    a control, which shows how well a model scores without the right EEG."""
     steps: int = 25
     """Number of denoising steps for each image."""
     guidance_scale: float = 2.0

@@ -1,4 +1,4 @@
-"""Load image generators of all kinds. The package of a fine-tuned model says which kind of generator it holds."""
+"""Load image generators of all kinds. The package of a fine-tuned model names the kind of its generator."""
 
 from __future__ import annotations
 

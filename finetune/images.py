@@ -116,7 +116,7 @@ def to_pixels(x_B3HW: torch.Tensor) -> np.ndarray:
 
 
 class ImageTable:
-    """Table of the different images of a split. The table has one row for each image, also if several trials show it.
+    """Table of the different images of a split. An image that several trials show has only one row.
 
     Parameters
     ----------
@@ -219,7 +219,7 @@ class ImageTable:
         compute : callable
             Function that takes images as uint8 [B, H, W, 3] and returns their features as a tensor [B, ...].
         size : int or None
-            Width and height in pixels to which images are resized; None does not resize them.
+            Width and height in pixels to which images are resized; None does not resize images.
         key : dict
             All other things that the result depends on, e.g. a digest of the model's weights.
         cache : str or Path, optional

@@ -2,13 +2,14 @@
 
 This module imports no heavy library, because ``dreamscale --help`` lists the commands of the papers.
 
-A paper's folder needs three things. `finetune.dm_re2i` is the smallest example.
+The folder of a paper must have three parts. `finetune.dm_re2i` is the smallest example.
 
-- ``PAPER`` in its ``__init__.py``.
-- A training command. It writes the model into ``RUN/model``, with a file ``dreamscale.json`` that contains the model's
-  ``kind``, and it ends with ``run.status("done")``, ``run.close()`` and ``accelerator.end_training()``.
-- A generator: a class with the methods of `finetune.generators.Generator`, made with ``Class(folder, device)`` by
-  ``dreamscale generate``.
+- The file ``__init__.py`` defines ``PAPER``.
+- A training command writes the model to the folder ``RUN/model``. The file ``dreamscale.json`` in this folder contains
+  the model's ``kind``. The command ends with ``run.status("done")``, ``run.close()`` and
+  ``accelerator.end_training()``.
+- A generator class has the methods of `finetune.generators.Generator`. ``dreamscale generate`` creates the generator
+  with ``Class(folder, device)``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """Description of a paper for other modules. Each paper's folder defines it as ``PAPER`` in ``__init__.py``."""
+    """Description of a paper for other modules. Each paper's folder defines the description as ``PAPER``."""
 
     command: str
     """Name of the ``dreamscale`` command that trains the model."""
@@ -34,7 +35,7 @@ class Paper:
     kind: str
     """Kind of the trained model, which is stored in the model's file ``dreamscale.json``."""
     generator: str
-    """``module:class`` of the generator that loads such a model; it implements `finetune.generators.Generator`."""
+    """``module:class`` of the generator that loads such a model, with the methods of `finetune.generators.Generator`."""
 
 
 @functools.cache

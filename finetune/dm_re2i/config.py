@@ -27,7 +27,7 @@ class EVRNetStage:
     """Amount of label smoothing in the cross-entropy."""
     whiten: float = 0.0
     """Shrinkage of the multivariate noise normalisation that is applied to trials before the network; 0.05 is usual.
-    Noise normalisation needs trials of one electrode layout. 0 switches it off, as in the paper."""
+    Noise normalisation needs trials of one electrode layout. 0 switches noise normalisation off, as in the paper."""
     average: int = 1
     """At the start of training, a trial is replaced by the mean of 1 to `average` trials of its category in the batch.
     Single trials are mostly noise, so the network learns faster from means. 1 switches averaging off."""
@@ -82,7 +82,7 @@ class EGDDPMStage:
     """Quantity that the network predicts. epsilon: the noise, as in the paper. v_prediction: the velocity, with which
     images show shapes after fewer training steps."""
     loss: Literal["l1", "l2"] = "l2"
-    """Norm of the prediction error. The paper does not say which norm it uses."""
+    """Norm of the prediction error. The paper does not name a norm."""
     noise_steps: int = 1000
     """Number of steps of the forward process. The noise schedule is the cosine schedule (squaredcos_cap_v2)."""
     drop: float = 0.1
@@ -111,17 +111,17 @@ class DMRE2IConfig:
     """Train DM-RE2I: first EVRNet, then the EEG-guided DDPM, which generates pixels."""
 
     dataset: str
-    """Path of the EEG-image dataset; it must have train and val splits."""
+    """Path of the EEG-image dataset, which must have train and val splits."""
     output: str
     """Run directory. Its subdirectory `evrnet/` is the run of the first stage, and `model/` is the result."""
     evrnet: EVRNetStage = field(default_factory=EVRNetStage)
     """Settings of the first stage, which trains EVRNet."""
     evrnet_from: str | None = None
-    """EVRNet of an earlier run (its directory `model/evrnet`). If it is given, the first stage is skipped."""
+    """Directory `model/evrnet` of an earlier run. If this EVRNet is given, the first stage is skipped."""
     ddpm: EGDDPMStage = field(default_factory=EGDDPMStage)
     """Settings of the second stage, which trains EG-DDPM."""
     val_trials: int = 256
-    """Largest number of val trials that an evaluation uses. They are spread evenly over the val split."""
+    """Largest number of val trials that an evaluation uses. These trials are spread evenly over the val split."""
     num_processes: int = 1
     """Total number of processes on all machines."""
     seed: int = 0

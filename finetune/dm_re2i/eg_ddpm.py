@@ -258,8 +258,8 @@ class EGDDPM(ModelMixin, ConfigMixin):
         the last level. With 2, every level needs a quarter of the computation. With 1, as in the paper, nothing is
         folded.
     join_first : bool
-        Add a skip connection from the first level to the last block. Without it, all details of the noise must pass
-        through the second level, which is too much for narrow networks. The paper has no such connection.
+        Add a skip connection from the first level to the last block. Without this connection, all details of
+        the noise must pass through the second level, which is too much for narrow networks. The paper has no such connection.
 
     References
     ----------
@@ -303,7 +303,7 @@ class EGDDPM(ModelMixin, ConfigMixin):
         )
         self.condition = nn.Linear(condition_dim, embedding)
         self.null = nn.Parameter(torch.zeros(condition_dim)) if null_condition else None
-        # Standardise features: their scale depends on EVRNet's training, but the guidance must not depend on it.
+        # Standardise features: their scale depends on EVRNet's training, but guidance must not depend on this scale.
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
         self.register_buffer("condition_std", torch.ones(condition_dim))
 

@@ -75,8 +75,8 @@ def whitening_matrix(x_BCT: Tensor, shrinkage: float) -> Tensor:
     x_BCT : Tensor, shape (B, C, T)
         Trials in model units.
     shrinkage : float
-        Fraction of the mean variance that is added to the variance of every channel. It prevents that directions with
-        almost no activity are amplified too much.
+        Fraction of the mean variance that is added to the variance of every channel. Without shrinkage,
+        directions with almost no activity would be amplified too much.
 
     Returns
     -------
@@ -211,5 +211,5 @@ class EVRNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> EVRNet:
-        """Read a network that `save_pretrained` wrote, in evaluation mode. Errors are those of `load_module`."""
+        """Read a network that `save_pretrained` wrote, in evaluation mode. Raises the errors of `load_module`."""
         return load_module(cls, EVRNetConfig, folder, "evrnet")

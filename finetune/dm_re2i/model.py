@@ -27,7 +27,7 @@ SCHEMA = 1
 
 
 def count_true_channels(eeg_CT: Tensor) -> int:
-    """Return the number of channels that a window had before channels were repeated to pad it.
+    """Return the number of channels that a window had before padding, which repeats channels.
 
     Parameters
     ----------
@@ -59,7 +59,8 @@ def compute_features(
     batch : int
         Number of trials in one forward pass.
     pulse : callable
-        Function that is called before each forward pass. If a stop was requested, it interrupts the evaluation.
+        Function that is called before each forward pass. The function interrupts the evaluation if a
+        stop was requested.
 
     Returns
     -------

@@ -204,7 +204,7 @@ def _plot_samples(path: Path, unet: EGDDPM, noising: Any, e_BD: Tensor, real_BHW
 
 
 def _check_data(config: DMRE2IConfig, splits: tuple[EEGDataset, EEGDataset], tables: tuple[ImageTable, ...]) -> None:
-    """Check the datasets against the config before any long computation, and raise an error if they do not fit."""
+    """Check that the datasets fit the config, before any long computation. Raise an error if they do not fit."""
     for dataset, table in zip(splits, tables, strict=True):
         if len(dataset.labels) < 2:
             raise RequestError(

@@ -35,13 +35,13 @@ def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None
     """Compute the running statistics of the batch norms again, from given trials.
 
     Afterwards the statistics depend only on the weights and on these trials. The statistics from training cannot be
-    used, because training uses averaged and noisy trials, and because they belong to the last weights of the training
-    and not to the moving average of the weights.
+    used, because training uses averaged and noisy trials. In addition, the statistics from training belong to the last
+    weights, and not to the moving average of the weights.
 
     Parameters
     ----------
     net : Module
-        Network with the batch norms; it is in evaluation mode afterwards.
+        Network with the batch norms. The function leaves the network in evaluation mode.
     x_BCT : Tensor, shape (B, C, T)
         Scaled trials without augmentation.
     batch : int

@@ -278,7 +278,7 @@ def _read_control(config: EvaluateConfig, own: GeneratedSet) -> GeneratedSet | N
 
 
 def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
-    """Measure the classifier's accuracy on real images that it was not trained on."""
+    """Measure the classifier's accuracy on real images that were not used in its training."""
     correct, total, ids = 0, 0, []
     for split in dict.fromkeys(("val", "test", dataset_split)):
         if split == "train":
@@ -365,7 +365,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         givers = [trial["eeg_key"] for trial in control.trials]
         if set(givers) <= label_of.keys():
             _, probabilities = classifier.judge(_resize(control.images_BHW3, judges.size))
-            # If a good model gets the EEG of another trial, it generates an image of that other trial's category.
+            # If a good model gets the EEG of another trial, the generated image shows the category of this other trial.
             result["shuffled"][f"accuracy_of_eeg[{JUDGE}]"] = metrics.accuracy_with_p_value(
                 probabilities.argmax(axis=1),
                 np.array([label_of[key] for key in givers]),

@@ -44,7 +44,7 @@ class GeneratedSet:
 
 
 def read_generated(path: str | Path) -> GeneratedSet:
-    """Read a folder of generated images, and check that it is complete.
+    """Read a folder of generated images, and check that the folder is complete.
 
     Parameters
     ----------

@@ -148,8 +148,8 @@ def kernel_distance(real_BD: Floats, generated_BD: Floats) -> float:
     Returns
     -------
     float
-        Discrepancy, which may be negative. If both sets come from the same distribution, its expected value is zero for
-        any number of images.
+        Discrepancy, which may be negative. If both sets come from the same distribution, the expected discrepancy is
+        zero for any number of images.
 
     References
     ----------

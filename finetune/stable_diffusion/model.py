@@ -134,7 +134,7 @@ class EEGDiffusion(nn.Module):
     unet : UNet2DConditionModel
         The base model's U-Net.
     noising : DDPMScheduler
-        Noise scheduler of the base model; it defines the forward process.
+        Noise scheduler of the base model, which defines the forward process.
     head : ClipHead, optional
         Projects tokens into CLIP's image space, for the CLIP loss.
     clip_weight : float

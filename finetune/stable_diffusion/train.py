@@ -39,7 +39,7 @@ class StableDiffusionConfig:
     """Fine-tune Stable Diffusion on EEG, as in DreamDiffusion: train encoder, projector and cross-attentions."""
 
     dataset: str
-    """Path of the EEG-image dataset; it must have train and val splits."""
+    """Path of the EEG-image dataset, which must have train and val splits."""
     encoder: str
     """Encoder package: for order sequential, `encoder/` of an alignment run; for order joint, a pretrained encoder."""
     base: str
@@ -73,7 +73,7 @@ class StableDiffusionConfig:
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.99))
     """Settings of the training: steps, batch size, learning rate and so on."""
     val_trials: int = 256
-    """Largest number of val trials that an evaluation uses. They are spread evenly over the val split."""
+    """Largest number of val trials that an evaluation uses. These trials are spread evenly over the val split."""
     num_processes: int = 1
     """Total number of processes on all machines."""
     seed: int = 0
@@ -166,7 +166,7 @@ def build(config: StableDiffusionConfig, pipeline: Any, encoder: Any, projection
             time_dim=open_time_path(unet) if config.time_path else 0,
         )
     )
-    # Start the null condition from the embedding of an empty prompt, because the base model was trained with it.
+    # Start the null condition from the embedding of an empty prompt, with which the base model was trained.
     conditioner.null_LW.copy_(null_LW)
     head = None
     if projection is not None:

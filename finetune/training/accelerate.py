@@ -95,11 +95,11 @@ def open_run(
     Parameters
     ----------
     config : dataclass instance
-        Config of the stage. It has the key ``output``, and may have the key ``tracker``.
+        Config of the stage, with the key ``output`` and possibly the key ``tracker``.
     accelerator : Accelerator
         The accelerator that `make_accelerator` returned.
     free : tuple of str
-        Config keys that may change when the run is resumed, as `free_keys` returns them.
+        Config keys that may change when the run is resumed, as returned by `free_keys`.
     output : str or Path, optional
         Directory that is used in place of the config's ``output``. A stage with several runs needs this argument.
 

@@ -39,10 +39,10 @@ class TrainingConfig:
     steps: int = 1000
     """Number of optimiser steps."""
     batch_size: int = 64
-    """Number of samples in one optimiser step, over all processes; it must be a multiple of num_processes."""
+    """Number of samples in one optimiser step, over all processes. The number must be a multiple of num_processes."""
     micro_batch_size: int | None = None
-    """Number of samples that a process uses in one forward pass. It must divide the process's part of the batch.
-    Smaller values need less memory. None uses the whole part in one pass."""
+    """Number of samples that a process uses in one forward pass. This number must divide the process's
+    part of the batch. Smaller numbers need less memory. None uses the process's whole part in one pass."""
     lr: float = 1e-4
     """Highest learning rate during the training."""
     min_lr: float = 0.0
@@ -50,11 +50,11 @@ class TrainingConfig:
     warmup: float = 50
     """Number of steps in which the learning rate rises from 0 to its peak. A value below 1 is a fraction of `steps`."""
     weight_decay: float = 0.01
-    """Weight decay of AdamW. It is applied only to matrices, not to biases and norms."""
+    """Weight decay of AdamW. Weight decay is applied only to matrices, not to biases and norms."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of AdamW's two moments."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient; a longer gradient is scaled down to it. 0 means no limit."""
+    """Largest norm of the gradient. A gradient with a larger norm is scaled down to this norm. 0 means no limit."""
     ema: float = 0.0
     """Decay of the exponential moving average (EMA) of the weights; 0 switches the average off. The averaged weights
     are evaluated and saved. The decay is smaller in the first steps."""

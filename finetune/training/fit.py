@@ -1,8 +1,8 @@
 """The training loop of every fine-tuning stage, with evaluation, checkpoints, and resuming.
 
 A stage is one command of fine-tuning, e.g. ``dreamscale align``. The stage puts all trainable layers, and all layers
-that gradients pass through, into one module. The module's ``forward(**inputs)`` returns a dictionary of scalars; one of
-them is ``loss``. The stage then calls `fit`.
+that gradients pass through, into one module. The module's ``forward(**inputs)`` returns a dictionary of scalars, which
+must contain ``loss``. The stage then calls `fit`.
 
 A run that is stopped and resumed gives exactly the same weights as an uninterrupted run:
 
@@ -82,7 +82,7 @@ def fit(
     Parameters
     ----------
     module : Module
-        ``module(**inputs)`` returns a dictionary of scalars; one of them is ``loss``. Only parameters with
+        ``module(**inputs)`` returns a dictionary of scalars, which must contain ``loss``. Only parameters with
         `requires_grad` are trained. The module is moved to the accelerator's device.
     config : TrainingConfig
         Number of steps, batch size, learning rate, and steps between evaluations and between checkpoints.
@@ -91,7 +91,7 @@ def fit(
     accelerator : Accelerator
         The accelerator that `make_accelerator` returned.
     run : RunDirectory
-        The run directory that `open_run` returned; it holds checkpoints and metrics.
+        The run directory that `open_run` returned, with the checkpoints and metrics.
     loader : Loader
         The loader that `make_loader` returned.
     inputs : callable
@@ -209,13 +209,13 @@ class _Loop:
         parts = self.micro_batches
         for part in range(parts):
             piece = {k: v.chunk(parts)[part] for k, v in tensors.items()}
-            # Processes exchange gradients only in the last backward pass. Before, each one adds up its own gradients.
+            # Processes exchange gradients only in the last backward pass. Before, each process sums its own gradients.
             with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.wrapped):
                 out = self.wrapped(**piece)
                 self.accelerator.backward(out["loss"] / parts)
             for name, value in out.items():
                 self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) / parts
-        # After the exchange every process has the same gradient, so all processes skip the step or none does.
+        # After the exchange, every process has the same gradient, so all processes make the same decision to skip.
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in trainables(self.module).values() if p.grad is not None], config.grad_clip or math.inf
         )
