@@ -35,7 +35,7 @@ class Paper:
     kind: str
     """Kind of the trained model, which is stored in the model's file ``dreamscale.json``."""
     generator: str
-    """``module:class`` of the generator that loads such a model, with the methods of `finetune.generators.Generator`."""
+    """``module:class`` of the model's generator, with the methods of `finetune.generators.Generator`."""
 
 
 @functools.cache

@@ -259,7 +259,8 @@ class EGDDPM(ModelMixin, ConfigMixin):
         folded.
     join_first : bool
         Add a skip connection from the first level to the last block. Without this connection, all details of
-        the noise must pass through the second level, which is too much for narrow networks. The paper has no such connection.
+        the noise must pass through the second level, which is too much for narrow networks. The paper has no such
+        connection.
 
     References
     ----------
