@@ -389,7 +389,7 @@ def find_duplicates(
                 duplicates[item.key] = Copy(kept=kept.key, difference=difference)
                 break
     # A recording of equal bytes may refer to a kept recording that was later found to be a duplicate of a third
-    # recording. Then it must refer to the third recording.
+    # recording. Then the first recording must refer to the third.
     for key, duplicate in duplicates.items():
         if not duplicate.difference and duplicate.kept in kept_for:
             duplicates[key] = Copy(kept=kept_for[duplicate.kept].key)

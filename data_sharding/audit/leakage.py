@@ -434,7 +434,7 @@ def _compare_windows(a: Contents, b: Contents, pairs: Sequence[tuple[str, str]],
 def _compare_images(a: Contents, b: Contents, out: Findings) -> None:
     if not a.images or not b.images:
         return
-    out.compared.append(f"images by name, bytes and looks: {len(a.images)} with {len(b.images)}")
+    out.compared.append(f"images by name, bytes and pixels: {len(a.images)} with {len(b.images)}")
     _report_unreadable_images(out, a, b)
     reported: set[tuple[int, int]] = set()
     for i, j in find_similar_images([u.fingerprint for u in a.images], [u.fingerprint for u in b.images]):
@@ -469,7 +469,7 @@ def _image(use: ImageUse) -> str:
 def _report_unreadable_images(out: Findings, *contents: Contents) -> None:
     for each in contents:
         if unreadable := sum(use.fingerprint.phash is None for use in each.images):
-            out.not_compared.append(f"{unreadable} images of {each.name} by looks: Pillow cannot open them")
+            out.not_compared.append(f"{unreadable} images of {each.name} by pixels: Pillow cannot open these images")
 
 
 def _allowed_crossings(manifest: Manifest) -> tuple[bool, bool]:
@@ -594,7 +594,7 @@ def _compare_images_of_splits(contents: Contents, allowed: bool, out: Findings) 
                 f"({' and '.join(uses[j].splits)}): {how}{why}"
             )
             out.found.append(Finding(kind="image", text=text, proof=not allowed))
-    out.compared.append(f"images by name, bytes and looks: {len(uses)}")
+    out.compared.append(f"images by name, bytes and pixels: {len(uses)}")
     if (contents.manifest.config.get("split") or {}).get("by") == "concept":
         for concept, splits in sorted(contents.concepts.items()):
             if len(splits) > 1:

@@ -118,7 +118,7 @@ class ShardCache:
                 if digest == sha256:
                     temporary.replace(path)
                     return
-                found = f"{got} bytes of {expected}" if got != expected else "another sha256 than the manifest's"
+                found = f"{got} bytes of {expected}" if got != expected else "its sha256 differs from the manifest's"
             except RequestError:
                 raise
             except OSError as error:
@@ -142,7 +142,7 @@ class ShardCache:
         """Reserve disk space for a file, so that processes that download in parallel stay within the limit together."""
         if size > self.limit:
             raise RequestError(
-                f"{url}: {size / 1e9:.3g} GB, more than the whole cache of {self.limit / 1e9:.3g} GB; "
+                f"{url}: the file has {size / 1e9:.3g} GB, more than the whole cache of {self.limit / 1e9:.3g} GB; "
                 f"raise DREAMSCALE_CACHE_GB"
             )
         while True:

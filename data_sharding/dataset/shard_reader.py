@@ -143,7 +143,7 @@ def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
         n = np.array([entry.get("n", 0) for entry in entries], np.int64)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise RequestError(
-            f"{name}: this is no index of a shard ({type(error).__name__}: {error}); the file is damaged, "
+            f"{name}: the file is damaged and not the index of a shard ({type(error).__name__}: {error}); "
             "copy the dataset again"
         ) from None
     if len(entries) != samples:

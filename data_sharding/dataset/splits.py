@@ -55,7 +55,7 @@ class SplitConfig:
         both = {_bare(s) for s in self.val_subjects} & {_bare(s) for s in self.test_subjects}
         if both:
             raise ValueError(
-                f"split: {', '.join(sorted(both))} is in val_subjects and in test_subjects; remove it from one of them"
+                f"split: {', '.join(sorted(both))} is in val_subjects and test_subjects; remove it from one list"
             )
 
     @property

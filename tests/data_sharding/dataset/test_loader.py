@@ -278,7 +278,7 @@ def test_index_takes_22_bytes_a_sample_and_is_checked(tmp_path: Path) -> None:
     for damaged, message in (
         (text[:-30], "JSON"),
         (b"{}", "0 samples, the manifest says 9"),
-        (b'[{"key": "a"}]', "no index of a shard"),
+        (b'[{"key": "a"}]', "not the index of a shard"),
         (json.dumps(entries).encode(), "offsets of sample train-0004"),
     ):
         with pytest.raises(RequestError, match=rf"x\.idx: .*{message}"):
