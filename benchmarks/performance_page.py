@@ -1,7 +1,6 @@
 """Write docs/performance.md from the results of the benchmarks: ``python benchmarks/performance_page.py``.
 
-Each file in ``benchmarks/results`` was written by a benchmark with ``--out``. The page names the command of each
-benchmark.
+A benchmark with the option ``--out`` wrote each file in ``benchmarks/results``. The page names the benchmark commands.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class Aligner(nn.Module):
     encoder : EEGEncoder
         EEG encoder, which computes tokens.
     head : ClipHead
-        Projects tokens into CLIP's image space.
+        Network that maps tokens to CLIP's image space.
     loss : str
         Kind of loss: cosine, infonce or both.
     temperature : float

@@ -27,7 +27,7 @@ def is_local(model: str | Path) -> bool:
     Returns
     -------
     bool
-        True for a directory.
+        True if the model is a directory, False if the model is a hub id.
 
     Raises
     ------

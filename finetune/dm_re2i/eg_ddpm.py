@@ -68,7 +68,7 @@ class ChannelNorm(nn.Module):
         Parameters
         ----------
         x_BFHW : Tensor, shape (B, F, H, W)
-            Feature maps.
+            Input feature maps.
 
         Returns
         -------
@@ -120,14 +120,14 @@ class ConvNeXtBlock(nn.Module):
         Parameters
         ----------
         x_BFHW : Tensor, shape (B, F, H, W)
-            Feature maps.
+            Input feature maps.
         embedding_BE : Tensor, shape (B, E), optional
             Embedding of the step and the EEG.
 
         Returns
         -------
         Tensor, shape (B, F', H, W)
-            Feature maps.
+            Output feature maps.
         """
         h = self.depthwise(x_BFHW)
         if self.mlp is None or embedding_BE is None:
@@ -166,12 +166,12 @@ class ResidualAttention(nn.Module):
         Parameters
         ----------
         x_BFHW : Tensor, shape (B, F, H, W)
-            Feature maps.
+            Input feature maps.
 
         Returns
         -------
         Tensor, shape (B, F, H, W)
-            Feature maps.
+            Output feature maps.
         """
         b, _, height, width = x_BFHW.shape
         qkv = self.qkv(self.norm(x_BFHW)).reshape(b, 3, self.heads, self.head_dim, height * width)
@@ -217,14 +217,14 @@ class CABlock(nn.Module):
         Parameters
         ----------
         x_BFHW : Tensor, shape (B, F, H, W)
-            Feature maps.
+            Input feature maps.
         embedding_BE : Tensor, shape (B, E)
             Embedding of the step and the EEG.
 
         Returns
         -------
         Tensor, shape (B, F', H, W)
-            Feature maps.
+            Output feature maps.
         """
         return self.attention(self.second(self.first(x_BFHW, embedding_BE), embedding_BE))
 

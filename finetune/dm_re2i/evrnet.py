@@ -73,7 +73,7 @@ def whitening_matrix(x_BCT: Tensor, shrinkage: float) -> Tensor:
     Parameters
     ----------
     x_BCT : Tensor, shape (B, C, T)
-        Trials in model units.
+        Scaled trials.
     shrinkage : float
         Fraction of the mean variance that is added to the variance of every channel. Without shrinkage,
         directions with almost no activity would be amplified too much.
@@ -121,12 +121,12 @@ class MKRB(nn.Module):
         Parameters
         ----------
         v_BFCT : Tensor, shape (B, F, C, T)
-            Feature maps.
+            Input feature maps.
 
         Returns
         -------
         Tensor, shape (B, F, C, T)
-            Feature maps.
+            Output feature maps.
         """
         y_BFCT = torch.relu(self.small(v_BFCT) + v_BFCT)
         return torch.relu(self.large(y_BFCT) + v_BFCT)
@@ -172,7 +172,7 @@ class EVRNet(nn.Module):
         Parameters
         ----------
         x_B1CT : Tensor, shape (B, 1, C, T)
-            Trials in model units.
+            Scaled trials.
 
         Returns
         -------
@@ -189,16 +189,16 @@ class EVRNet(nn.Module):
         Parameters
         ----------
         x_B1CT : Tensor, shape (B, 1, C, T)
-            Trials in model units (`PreprocessSpec.scale_for_model`).
+            Trials, scaled by `PreprocessSpec.scale_for_model`.
         normalised : bool
             True if `normalise` has already been applied to the trials.
 
         Returns
         -------
         e_BD : Tensor, shape (B, D)
-            Semantic feature.
+            Semantic feature of each trial.
         logits_BK : Tensor, shape (B, K)
-            Class scores.
+            Class scores of each trial.
         """
         h = self.temporal_mkrb(self.temporal(x_B1CT if normalised else self.normalise(x_B1CT)))
         h = self.spatial_mkrb(self.spatial(h))

@@ -407,7 +407,9 @@ def evaluate_and_print(config: EvaluateConfig) -> int:
     if isinstance(result["shuffled"], dict):
         line += f"; with shuffled EEG {result['shuffled'][f'accuracy[{JUDGE}]']['accuracy']:.3f}"
     else:
-        following = "; next: generate the same trials with --control shuffle, and give that folder as --control_dir"
+        following = (
+            "; next: generate images of the same trials with --control shuffle, and give their folder as --control_dir"
+        )
     report = Path(config.directory) / "report.html"
     print(f"{line}; real images {real['accuracy']:.3f} -> {report}{following}")
     return EXIT_DONE

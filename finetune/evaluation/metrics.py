@@ -25,7 +25,9 @@ def _pairs(a_BHW3: Images, b_BHW3: Images) -> tuple[Floats, Floats]:
     if a_BHW3.dtype != np.uint8 or b_BHW3.dtype != np.uint8:
         raise ValueError(f"images must be uint8, not {a_BHW3.dtype} and {b_BHW3.dtype}")
     if a_BHW3.shape != b_BHW3.shape or a_BHW3.ndim != 4:
-        raise ValueError(f"images must be two equal [B, H, W, 3] arrays, not {a_BHW3.shape} and {b_BHW3.shape}")
+        raise ValueError(
+            f"images must be two [B, H, W, 3] arrays of equal shape, not {a_BHW3.shape} and {b_BHW3.shape}"
+        )
     return a_BHW3.astype(np.float64), b_BHW3.astype(np.float64)
 
 

@@ -109,7 +109,7 @@ class Conditioner(nn.Module):
         states_BLW : Tensor, [B, L, W]
             Learned null states.
         time_BE : Tensor, [B, E], or None
-            Zeros; None if the second path is off.
+            Zeros that are added to the time embedding; None if the second path is off.
         """
         states_BLW = self.null_LW.expand(batch, -1, -1)
         if not self.config.time_dim:

@@ -103,7 +103,7 @@ def find_cross_attention(unet: nn.Module) -> dict[str, nn.Parameter]:
     Parameters
     ----------
     unet : Module
-        A U-Net of diffusers.
+        A U-Net of the library diffusers.
 
     Returns
     -------
@@ -136,7 +136,7 @@ class EEGDiffusion(nn.Module):
     noising : DDPMScheduler
         Noise scheduler of the base model, which defines the forward process.
     head : ClipHead, optional
-        Projects tokens into CLIP's image space, for the CLIP loss.
+        Network that maps tokens to CLIP's image space, for the CLIP loss.
     clip_weight : float
         Weight of the CLIP loss.
     """

@@ -39,7 +39,7 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
     Parameters
     ----------
     num_processes : int
-        Number of processes in the config.
+        Number of processes that the config asks for.
     device : str
         Device of the computation: auto, cpu or cuda.
     precision : str

@@ -27,9 +27,9 @@ class TrainingConfig:
 
     RENAMED: ClassVar[dict[str, str]] = {
         "batch": "batch_size",
-        "accumulate": "use 'training.micro_batch_size', the samples of one process in one forward pass "
+        "accumulate": "use 'training.micro_batch_size', the number of samples of one process in one forward pass "
         "(batch / num_processes / accumulate)",
-        "min_lr_ratio": "use 'training.min_lr', a learning rate (min_lr_ratio x lr)",
+        "min_lr_ratio": "use 'training.min_lr', the learning rate at the end (min_lr_ratio x lr)",
         "clip_norm": "grad_clip",
         "workers": "num_workers",
         "validate_every": "evaluation.every",
