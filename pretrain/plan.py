@@ -194,7 +194,7 @@ def resolve(config: PlanConfig) -> Request:
     gpus = config.gpus or (run.num_processes if run else 1)
     batch_size = config.batch_size or (run.batch_size if run else 100 * gpus)
     if batch_size % gpus:
-        raise RequestError(f"batch_size {batch_size} is no multiple of gpus {gpus}")
+        raise RequestError(f"batch_size is {batch_size}; it must be a multiple of gpus, which is {gpus}")
     share = batch_size // gpus
     asked = config.micro_batch_size or (run.micro_batch_size if run else None)
     if asked is not None and share % asked:

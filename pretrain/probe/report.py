@@ -109,7 +109,7 @@ def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:
         f"{result['trials']['scored']} trials of {result['images']} images and {result['subjects']['scored']} "
         f"subject(s) were scored. The classifiers were fitted on {result['trials']['train']} trials of "
         f"{result['subjects']['train']} subject(s), in {result['fits']} fit(s). Intervals: Wilson's with the scatter "
-        "between images (accuracies), bootstrap over images (differences). p: two-sided permutation test that flips "
+        "between images (accuracies), bootstrap over images (differences). p: two-sided permutation test, which flips "
         f"the sign of the difference of each of {result['images']} images"
         + (f"; of each of {result['subjects']['scored']} subjects for 'p, subjects'." if by_subject else ".")
     ]
@@ -121,14 +121,14 @@ def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:
     left_out = result["left_out_for_shared_images"]
     if any(left_out.values()):
         notes.append(
-            f"Left out because their image is on the other side: {left_out['test']} test trials, "
-            f"{left_out['train']} training trials over all fits."
+            f"Trials left out because their image is in both training and test: {left_out['test']} test trials, "
+            f"{left_out['train']} training trials (sum over all fits)."
         )
     if TUNED_RANDOM in result["accuracy"]:
         notes.append(f"The row '{TUNED_RANDOM}' is compared with '{TUNED}'.")
     if result["subjects_in_both"]:
         notes.append(
-            f"Not independent: {len(result['subjects_in_both'])} subject(s) have both fitted and scored trials."
+            f"The test is not independent: {len(result['subjects_in_both'])} subject(s) have training and test trials."
         )
     return notes
 

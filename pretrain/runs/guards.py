@@ -204,7 +204,7 @@ class Watchdog:
         if len(behind) == self._size:
             step, phase = places[behind[0]]
             return f"all processes wait in step {step + 1} while {PHASES[phase]}; a collective or the network hangs"
-        return f"{'; '.join(self._describe(r, after[r]) for r in behind)}: the others wait for it"
+        return f"{'; '.join(self._describe(r, after[r]) for r in behind)}: the other processes wait for it"
 
     def _describe(self, rank: int, state: dict[str, Any] | None) -> str:
         if not state:

@@ -55,7 +55,7 @@ def hold_lock(path: Path) -> IO[str]:
             print(f"dreamscale: {path.parent} is in use by {owner}; waiting for it to end", file=sys.stderr)
         if waited >= (_SAME_HOST_S if owner.endswith(f" {socket.gethostname()}") else _OTHER_HOST_S):
             raise RequestError(
-                f"{path.parent}: {owner} is at work on this run; stop that process first, or choose another output "
+                f"{path.parent}: {owner} is using this run; stop that process first, or choose another output "
                 f"(if that process does not exist any more, delete {path})"
             )
         time.sleep(1)

@@ -40,7 +40,7 @@ class TestRunDirectory:
         try:
             assert other.stdout is not None
             assert other.stdout.readline() == "here\n"
-            with pytest.raises(RequestError, match=rf"process {other.pid} on .* is at work on this run"):
+            with pytest.raises(RequestError, match=rf"process {other.pid} on .* is using this run"):
                 RunDirectory(path, PreprocessSpec())
         finally:
             other.kill()
