@@ -29,7 +29,7 @@ from pretrain.model.config import DecoderConfig, EncoderConfig
 from pretrain.model.transformer import sincos_positions
 
 DECODER = "decoder.safetensors"
-"""Additional file of the encoder package. It holds the decoder's weights, if the checkpoint has a decoder."""
+"""Additional file of the encoder package for the decoder's weights, if the checkpoint has a decoder."""
 # Prefix of the encoder's weights in the checkpoint of a fine-tuned Stable Diffusion.
 _FINE_TUNED = "cond_stage_model.mae."
 # Keys under which DreamDiffusion's scripts store the weights.
@@ -160,7 +160,7 @@ def convert_weights(
     weights : dict of str to Tensor
         Weights by their foreign names.
     heads, decoder_heads : int, optional
-        Numbers of attention heads. They cannot be found from the weights.
+        Numbers of attention heads, which cannot be found from the weights.
     class_token : bool, optional
         Whether the encoder uses its class token. By default, the class token is used if the checkpoint has a decoder,
         as in DreamDiffusion's code.

@@ -42,8 +42,7 @@ MEMORY_GIB: dict[str, float] = {
 }
 """Memory in GiB for each kind of GPU. The names are the same as in `pretrain.model.flops.PEAK_TFLOPS`."""
 DEFAULT_WINDOWS = 120_000
-"""Number of windows in DreamDiffusion's corpus. This number is used if there is no dataset whose windows can be
-counted."""
+"""Number of windows in DreamDiffusion's corpus, used if there is no dataset whose windows can be counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,9 +63,9 @@ class PlanConfig:
     """Peak speed of one GPU in TFLOP/s, for dense matrices at the run's precision. Give it if the kind of GPU is
     unknown, or if its speed differs from the data sheet."""
     mfu: float = 0.4
-    """Expected model-FLOPs utilisation: the model's floating-point operations per second, divided by the peak speed. It
-    is the same number as mfu in metrics.jsonl. Recomputed activations do not count, so activation checkpointing lowers
-    the utilisation by up to a quarter."""
+    """Expected model-FLOPs utilisation: the model's floating-point operations per second, divided by the peak speed.
+    This utilisation is the metric mfu in metrics.jsonl. Recomputed activations do not count, so activation
+    checkpointing lowers the utilisation by up to a quarter."""
     batch_size: int | None = None
     """Number of windows in one optimiser step, summed over all GPUs. The default is the config's value, or 100 for each
     GPU if there is no config."""
@@ -204,7 +203,7 @@ def resolve(config: PlanConfig) -> Request:
     windows, windows_from = config.windows, "--windows"
     if windows is None and run is not None:
         datasets = [as_path(path) for path in run.datasets or [run.dataset]]
-        # Count the windows only if the dataset exists here. It may not exist yet, or only on another machine.
+        # Count the windows only if the dataset exists here. The dataset may not exist yet, or only on another machine.
         if all((path / MANIFEST).is_file() for path in datasets):
             windows = sum(read_manifest(path).samples("train") for path in datasets)
             windows_from = ", ".join(map(str, datasets))

@@ -53,7 +53,8 @@ class EEGEncoder(nn.Module):
         Number of classes of a linear head, which classifies the mean of the tokens. If it is not given, there is no
         head, and `forward` returns tokens.
     chs_info : list of dict, optional
-        MNE's channel descriptions. They give the number of channels and the positions of the electrodes (``loc``).
+        MNE's channel descriptions. The descriptions give the number of channels and the positions of the electrodes
+        (``loc``).
     input_window_seconds : float, optional
         Length of a window in seconds; give this length or `n_times`.
     **shape
@@ -259,7 +260,7 @@ class EEGEncoder(nn.Module):
         unit_factor: float | None = None,
         batch_size: int = 64,
     ) -> Encoding:
-        """Encode a recording. It is preprocessed in the same way as the recordings of the pretraining.
+        """Encode a recording. The recording is preprocessed in the same way as the recordings of the pretraining.
 
         Parameters
         ----------

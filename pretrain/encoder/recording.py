@@ -43,8 +43,8 @@ class Windows:
     selection: str
     """Rule by which channels were chosen, if the recording has more than 128 channels."""
     bads: list[str]
-    """Channels that are flat, clipped, noisy or out of range. They stay in the windows, but are left out of the average
-    reference."""
+    """Channels that are flat, clipped, noisy or out of range. These channels stay in the windows, but are left out of
+    the average reference."""
     sfreq: float
     """Sampling rate of the recording in Hz."""
     line_freq: float | None
@@ -174,7 +174,7 @@ def open_recording(path: str | Path) -> Signal:
     Returns
     -------
     data_sharding.formats.signal.Signal
-        The opened recording. Its samples are read later.
+        The opened recording. The samples of the recording are read later.
 
     Raises
     ------

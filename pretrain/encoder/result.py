@@ -21,7 +21,8 @@ class CoverageReport:
     channel_selection: str
     """Rule by which channels were chosen, if the recording has more than 128 channels."""
     channels_bad: list[str]
-    """Channels that are flat, clipped or out of range. They are encoded, but left out of the average reference."""
+    """Channels that are flat, clipped or out of range. These channels are encoded, but left out of the average
+    reference."""
     sfreq_in: float
     """Sampling rate of the recording in Hz."""
     sfreq_model: float

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class SignalEncoder(nn.Module):
-    """Encoder with the temporal tokenizer. It turns a window of EEG into a sequence of tokens over time.
+    """Encoder with the temporal tokenizer, which turns a window of EEG into a sequence of tokens over time.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ class SignalEncoder(nn.Module):
         return self.norm(self.blocks(x_BND))
 
     def over_time(self, x_BCT: Tensor, positions_BC3: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
-        """Encode windows. They may have fewer channels than the encoder.
+        """Encode windows; the windows may have fewer channels than the encoder.
 
         Parameters
         ----------
@@ -111,7 +111,7 @@ class SignalEncoder(nn.Module):
 
 
 class SignalDecoder(nn.Module):
-    """Decoder with the temporal tokenizer. It predicts the signal of all tokens from the visible tokens.
+    """Decoder with the temporal tokenizer, which predicts the signal of all tokens from the visible tokens.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ class Samples(Protocol):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Masked autoencoder for windows of EEG. It is asymmetric: the encoder sees only the visible tokens.
+    """Asymmetric masked autoencoder for windows of EEG; the encoder sees only the visible tokens.
 
     Parameters
     ----------

@@ -119,7 +119,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How the model is computed. These settings change the results only by rounding errors."""
+    """How the model is computed. The compute settings change the results only by rounding errors."""
 
     attention: AttentionKind = "auto"
     """Implementation of attention. sdpa: PyTorch's fused attention. plain: two matrix products and a softmax. auto:
@@ -128,7 +128,7 @@ class ComputeConfig:
     """Activation checkpointing: keep only the input of each block, and compute the block again in the backward pass. A
     training step then needs far less memory, but a third more computation."""
     compile: bool = False
-    """Compile each block with torch.compile. This needs zero_stage 0, 1 or 2."""
+    """Compile each block with torch.compile; possible with zero_stage 0, 1 or 2."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,9 +145,9 @@ class MaskedAutoencoderConfig:
     """Number of neighbouring tokens that are hidden together; 1 in the paper. With 1, the task can be too easy:
     neighbouring tokens are so similar that a model can fill single gaps by interpolation."""
     mask_each_channel: bool = False
-    """Montage tokenizer only: draw a separate mask for each channel. Otherwise all channels are hidden at the same
-    moments, as in DreamDiffusion. With separate masks a model can copy the signal from a neighbouring electrode,
-    because neighbouring electrodes record nearly the same signal."""
+    """Montage tokenizer only: draw a separate mask for each channel. With false, all channels are hidden at the same
+    times, as in DreamDiffusion. With separate masks a model can copy the signal from a neighbouring electrode, because
+    neighbouring electrodes record nearly the same signal."""
     normalize_targets: bool = False
     """Standardise each target token with the mean and the standard deviation of this token."""
     channel_dropout: float = 0.0

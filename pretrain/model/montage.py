@@ -140,7 +140,7 @@ class ElectrodePlace(nn.Module):
 
 
 class MontageEncoder(nn.Module):
-    """Encoder with the montage tokenizer. It turns a window of EEG with any montage into tokens.
+    """Encoder with the montage tokenizer, which turns a window of EEG with any montage into tokens.
 
     Parameters
     ----------
@@ -253,14 +253,14 @@ class MontageEncoder(nn.Module):
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
         """Return the number of true channels of each window. The scale of a window is computed over these channels.
 
-        The copies of channels in a padded window are ignored. Otherwise, channels with more copies would have a larger
-        weight, and the scale would depend on the order of the channels.
+        The copies of channels in a padded window are ignored. If copies were used, channels with more copies would have
+        a larger weight, and the scale would depend on the order of the channels.
         """
         return len(positions_C3) if channels is None and positions_C3 is not None else channels
 
 
 class MontageDecoder(nn.Module):
-    """Decoder with the montage tokenizer. It predicts the signal of all tokens from the visible tokens.
+    """Decoder with the montage tokenizer, which predicts the signal of all tokens from the visible tokens.
 
     Parameters
     ----------
@@ -368,7 +368,7 @@ class MontageAutoencoder(MaskedAutoencoder):
         Parameters
         ----------
         batch : Samples
-            The samples. Their metadata must contain ``n`` and ``positions``.
+            Samples whose metadata contain ``n`` and ``positions``.
         seed : int
             Seed for the masks.
         training : bool

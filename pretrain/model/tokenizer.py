@@ -1,8 +1,8 @@
 """Facts about each tokenizer that are needed before a model is built: its number of tokens and its description.
 
-A tokenizer turns a window of EEG into tokens. Other code never compares the tokenizer's name. It calls the methods
-below through `pretrain.model.config.EncoderConfig`, or methods of the encoder. To add a tokenizer, write one class in
-this file, one encoder and one autoencoder, and add one line to `pretrain.model.build`.
+A tokenizer turns a window of EEG into tokens. Other code never compares the tokenizer's name. Other code calls the
+methods below through `pretrain.model.config.EncoderConfig`, or methods of the encoder. To add a tokenizer, write one
+class in this file, one encoder and one autoencoder, and add one line to `pretrain.model.build`.
 """
 
 from __future__ import annotations

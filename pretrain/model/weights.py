@@ -30,7 +30,7 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def load_strictly(model: nn.Module, path: Path, config: str = "config.json") -> None:
-    """Load weights into a model. Their names and shapes must be exactly those of the model.
+    """Load weights into a model; names and shapes of the weights must be exactly those of the model.
 
     Parameters
     ----------

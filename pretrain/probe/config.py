@@ -28,7 +28,7 @@ class ProbeConfig:
     split: Literal["test", "val"] = "test"
     """Split on which the methods are tested, if folds is split."""
     methods: list[Method] = dataclasses.field(default_factory=lambda: list(DEFAULT_METHODS))
-    """Methods with which the encoder is compared. fine-tuning takes longest. It trains the whole encoder and a
+    """Methods with which the encoder is compared. fine-tuning takes longest. Fine-tuning trains the whole encoder and a
     classification head, once from the encoder's weights and once from random weights."""
     time_bins: int = 16
     """Number of time bins: equal parts of the window within which tokens and time courses are averaged. With 1, the
@@ -48,7 +48,7 @@ class ProbeConfig:
     resamples: int = 10_000
     """Number of bootstrap resamples for each interval, and number of random sign flips for each permutation test."""
     eegnet_epochs: int = 100
-    """Largest number of epochs for EEGNet. Its training ends earlier if the validation loss stops falling."""
+    """Largest number of epochs for EEGNet. EEGNet's training ends earlier if the validation loss stops falling."""
     eegnet_patience: int = 15
     """EEGNet's training ends after this number of epochs without a lower validation loss."""
     finetune_epochs: int = 10

@@ -1,4 +1,4 @@
-"""EEGNet, a small convolutional network. It is a common baseline for EEG classifiers, and the probe uses it.
+"""EEGNet, a small convolutional network, which the probe uses as a baseline.
 
 `pretrain.model` explains the letters of tensor shapes.
 

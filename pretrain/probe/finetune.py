@@ -46,7 +46,7 @@ def finetune_and_predict(
     encoder : EEGEncoder
         Encoder with the initial weights. A copy of this encoder is trained; the encoder itself does not change.
     trials : Trials
-        All trials. They must have the same channels.
+        All trials; all trials must have the same channels.
     fold : Fold
         The model is trained on the fold's `train` trials, and predicts the labels of the fold's `test` trials.
     choose_by : (ndarray, ndarray)

@@ -38,7 +38,7 @@ class Fold:
     val: np.ndarray
     """Numbers of the trials that are used only to choose settings; the array may be empty."""
     test: np.ndarray
-    """Numbers of the trials on which a classifier is scored. They are used for nothing else."""
+    """Numbers of the trials on which a classifier is tested; test trials are used for nothing else."""
 
 
 def divide_images(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray:

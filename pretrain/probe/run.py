@@ -1,8 +1,8 @@
 """Measure how useful an encoder's features are: ``dreamscale probe ENCODER DATASET``.
 
-A linear classifier is trained on the encoder's tokens. It is tested on trials of other subjects and other images. On
-the same trials, the probe tests encoders with random weights, classical features, EEGNet, and controls whose accuracy
-must be at chance.
+A linear classifier is trained on the encoder's tokens. The classifier is tested on trials of other subjects and other
+images. On the same trials, the probe tests encoders with random weights, classical features, EEGNet, and controls whose
+accuracy must be at chance.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ A checkpoint is the folder ``RUN/checkpoints/step_N``:
 - ``complete.json``, the manifest: the size and SHA-256 of every file, and all other values that are needed to resume a
   run.
 
-While its files are being written, the folder has another name. It is renamed at the end, so a folder ``step_N`` is
-always complete. The tensors and values do not depend on the number of processes that wrote the checkpoint.
+While the files of a checkpoint are being written, the folder has another name. The folder is renamed at the end, so a
+folder ``step_N`` is always complete. The tensors and values do not depend on the number of processes that wrote the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ MANIFEST = "complete.json"
 """Name of the manifest file in a checkpoint."""
 FORMAT = 3
 """Version of the checkpoint format."""
-# Format 2 was used by pretraining only. It stored all weights in one file, and Adam's moments in one file for each
-# process.
+# Format 2, used by pretraining only, stored all weights in one file, and Adam's moments in one file for each process.
 _FORMAT_2 = 2
 _FORMAT_2_WEIGHTS = "model.safetensors"
 

@@ -78,8 +78,8 @@ class CheckpointWriter:
             This process's share of the tensors, by name (see `divide_by_size`). If the checkpoint is written in the
             background, the tensors must be copies that the training does not change.
         manifest : mapping
-            Further values that are needed to resume the run. They must be equal on every process, and JSON must be able
-            to store them.
+            Further values that are needed to resume the run. These values must be equal on every process, and JSON must
+            be able to store them.
         asynchronous : bool
             True writes in a background thread and returns at once.
         """

@@ -139,7 +139,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed. Its messages are hidden, and it compiles nothing during the import.
+    """Import DeepSpeed without its messages, and without a compilation during the import.
 
     Parameters
     ----------

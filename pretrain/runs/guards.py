@@ -112,7 +112,7 @@ class Watchdog:
     rank, size : int
         Rank of this process, and number of processes.
     run : RunDirectory
-        Directory of the run. Its status becomes "failed" if a process hangs.
+        Directory of the run. The status of the run becomes "failed" if a process hangs.
     store : torch.distributed.Store, optional
         Store for the reports; by default a new connection to the process group's store.
     """
@@ -204,7 +204,7 @@ class Watchdog:
         if len(behind) == self._size:
             step, phase = places[behind[0]]
             return f"all processes wait in step {step + 1} while {PHASES[phase]}; a collective or the network hangs"
-        return f"{'; '.join(self._describe(r, after[r]) for r in behind)}: the other processes wait for it"
+        return f"{'; '.join(self._describe(r, after[r]) for r in behind)}: other processes wait for it"
 
     def _describe(self, rank: int, state: dict[str, Any] | None) -> str:
         if not state:

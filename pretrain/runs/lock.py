@@ -24,7 +24,7 @@ def hold_lock(path: Path) -> IO[str]:
     Parameters
     ----------
     path : Path
-        The lock file; created if it is missing. It holds the name of the lock's owner.
+        The lock file, which holds the name of the lock's owner. The file is created if it is missing.
 
     Returns
     -------
@@ -38,7 +38,7 @@ def hold_lock(path: Path) -> IO[str]:
     """
     # The package filelock is not used, because it does not tell which process holds a lock. The code below would still
     # have to store the owner's name, wait, and write the message. The POSIX lock used here works between hosts that
-    # share a network disk. It ends with its process, and forked processes do not inherit it.
+    # share a network disk. The lock is released when its process ends, and forked processes do not inherit the lock.
     stream = path.open("a+")
     waited = 0
     while True:

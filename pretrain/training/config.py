@@ -20,7 +20,7 @@ class OptimizerConfig:
     RENAMED: ClassVar[dict[str, str]] = {"clip": "grad_clip"}
 
     lr: float = 2.5e-4
-    """Peak learning rate. It applies to the given batch_size, or to base_batch if base_batch is set."""
+    """Peak learning rate for the given batch_size, or for base_batch if base_batch is set."""
     base_batch: int | None = None
     """Batch size for which lr and min_lr are meant. For another batch_size, lr and min_lr are scaled. None: no
     scaling."""
@@ -137,9 +137,9 @@ class PretrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     """Optimiser and learning-rate schedule."""
     epochs: float = 500.0
-    """Number of passes over the training split. It is ignored if 'steps' is given."""
+    """Number of passes over the training split; ignored if 'steps' is given."""
     steps: int | None = None
-    """Number of optimiser steps. If it is given, 'epochs' is ignored."""
+    """Number of optimiser steps. If 'steps' is given, 'epochs' is ignored."""
     batch_size: int = 128
     """Number of windows in one optimiser step, summed over all processes."""
     micro_batch_size: int | None = None

@@ -19,8 +19,8 @@ from pretrain.runs.distributed import World
 from pretrain.training.config import PretrainConfig
 
 MASK_SEED = 20230629
-"""Seed for the masks of the evaluation. It does not depend on the run's seed, so runs with different seeds can be
-compared."""
+"""Seed for the masks of the evaluation. The mask seed does not depend on the run's seed, so runs with different seeds
+can be compared."""
 
 
 def choose_windows(dataset: EEGDataset | Mixture, most: int) -> list[int]:

@@ -170,7 +170,7 @@ class TestWatchdog:
                 dog.at(8, "agreeing on the loss")
             time.sleep(0.2)
             for dog in dogs:
-                assert re.search(r"rank 1 .* in step 8 while computing: the other processes wait for it", dog.diagnose())
+                assert re.search(r"rank 1 .* in step 8 while computing: other processes wait for it", dog.diagnose())
             dogs[1].__exit__()
             assert re.search(r"rank 1 .*: stopped, dead or cut off", dogs[0].diagnose())
 
