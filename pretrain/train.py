@@ -163,7 +163,7 @@ def train_in(
     step : int
         Number of optimiser steps done.
     done : bool
-        True if the run is complete. False if it was stopped on request after writing a checkpoint.
+        True if the run is complete; False if the run was stopped on request and a checkpoint was written.
     """
     from pretrain.training.deepspeed_engine import start_engine
     from pretrain.training.trainer import Trainer

@@ -356,7 +356,7 @@ class EEGEncoder(nn.Module):
         Raises
         ------
         RequestError
-            If the encoder's output holds NaN or infinite values. In this case, nothing is written.
+            If the encoder's output holds NaN or infinite values; then no package is written.
         """
         # Make a copy on the CPU in float32, because the output for the example must not depend on the device of the
         # training.

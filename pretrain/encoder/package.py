@@ -3,7 +3,7 @@
 A package is a directory:
 
 =====================  ==============================================================================
-``config.json``        kind and schema of the package, shape of the encoder, provenance
+``config.json``        kind and schema of the package, architecture of the encoder, its origin
 ``preprocess.json``    the preprocessing of the pretraining, `PreprocessSpec`
 ``model.safetensors``  the weights, float32
 ``example.npz``        an input, the encoder's output for it, and the tolerance of the self-check
@@ -111,7 +111,7 @@ def write_package(
     Raises
     ------
     RequestError
-        If the encoder's output holds NaN or infinite values. In this case, nothing is written.
+        If the encoder's output holds NaN or infinite values; then no package is written.
     """
     example = _make_example(model)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def check_example(model: Any, folder: Path) -> None:
             error = float(np.abs(model(*inputs).numpy() - y).max())
     except Exception as problem:
         # Catch all errors, because a damaged archive can raise different errors in zip, in zlib, in NumPy's header or
-        # in a shape.
+        # in the shape of an array.
         why = f"{type(problem).__name__}: {one_line(problem)[:200]}"
         raise RequestError(f"{path}: damaged ({why}); export the encoder again") from None
     if not error <= tolerance:

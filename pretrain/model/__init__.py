@@ -5,12 +5,12 @@ C, T]. Each letter has the same meaning in the whole project:
 
 ====  ==========================================================================
 B     samples of a batch: windows or trials
-n     all trials of a dataset, in the probe; m: the trials to score
+n     all trials of a dataset, in the probe; m: the test trials
 C     channels, which are the rows of a window
 T     time samples of a window
 N     tokens along a window: T / patch
 M     all tokens of a window. With the temporal tokenizer M = N. With the montage
-      tokenizer M = C x N, and token ``c N + i`` is moment i of channel c
+      tokenizer M = C x N, and token ``c N + i`` is time step i of channel c
 K     visible tokens, i.e. those that are not masked
 P     values of the signal in one token: C x patch with the temporal tokenizer,
       patch with the montage tokenizer

@@ -112,7 +112,8 @@ def dropped_channels(
     Returns
     -------
     Tensor, [B, width], bool
-        True for rows to hide. All copies of a dropped channel are hidden too: row i is channel ``i mod n``.
+        True for rows to hide. All copies of a dropped channel are hidden too. Row i of a padded window is a copy of
+        channel ``i mod n``.
     """
     counts_B = np.asarray(counts, np.int64)
     noise_BC = _noise(_mix(_state(seed, epochs, numbers) ^ _DROPOUT), width) / 2.0**64

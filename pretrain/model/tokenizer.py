@@ -14,24 +14,24 @@ class TemporalTokenizer:
     """The temporal tokenizer: each token holds a few time samples of all channels, as in DreamDiffusion."""
 
     by_channel: ClassVar[bool] = False
-    """Whether a token belongs to a single channel."""
+    """True if each token belongs to a single channel."""
     about: ClassVar[str] = "A token is a moment of all channels together."
-    """Sentence for the model card."""
+    """Sentence that explains the tokens in the model card."""
 
     def token_rows(self, channels: int) -> int:
-        """Return the rows of tokens of a window; each row holds one token for each moment."""
+        """Return the number of rows of tokens in a window; each row has one token for each time step."""
         return 1
 
     def signal_rows(self, channels: int, padded: int) -> int:
-        """Return the rows of signal that the model reads, of a window with `padded` rows."""
+        """Return how many rows of signal the model reads, if the padded window has `padded` rows."""
         return padded
 
     def scale_rows(self, padded: int) -> str:
-        """Name the rows over which the scale of a window is computed, for the model card."""
+        """Return a text for the model card that names the rows over which the scale of a window is computed."""
         return f"its {padded} padded rows"
 
     def program_usage(self, padded: int, samples: int) -> str:
-        """Explain the call of the exported program, for the model card."""
+        """Return a text for the model card that explains how to call the exported program."""
         return (
             f'`torch.export.load("encoder.pt2").module()(x)` with x `[windows, {padded}, {samples}]`, preprocessed as '
             "said below, padded by repeating channels in turn, and scaled."
@@ -42,24 +42,24 @@ class MontageTokenizer:
     """The montage tokenizer: each token holds a few time samples of one channel, and its electrode's position."""
 
     by_channel: ClassVar[bool] = True
-    """Whether a token belongs to a single channel."""
+    """True if each token belongs to a single channel."""
     about: ClassVar[str] = "It knows channels by their electrode's position: any montage, in any order."
-    """Sentence for the model card."""
+    """Sentence that explains the tokens in the model card."""
 
     def token_rows(self, channels: int) -> int:
-        """Return the rows of tokens of a window; each row holds one token for each moment."""
+        """Return the number of rows of tokens in a window; each row has one token for each time step."""
         return channels
 
     def signal_rows(self, channels: int, padded: int) -> int:
-        """Return the rows of signal that the model reads, of a window with `padded` rows."""
+        """Return how many rows of signal the model reads, if the padded window has `padded` rows."""
         return channels
 
     def scale_rows(self, padded: int) -> str:
-        """Name the rows over which the scale of a window is computed, for the model card."""
+        """Return a text for the model card that names the rows over which the scale of a window is computed."""
         return "its true channels"
 
     def program_usage(self, padded: int, samples: int) -> str:
-        """Explain the call of the exported program, for the model card."""
+        """Return a text for the model card that explains how to call the exported program."""
         return (
             '`torch.export.load("encoder.pt2").module()(x, positions, count)` with x `[windows, channels, '
             f"{samples}]`, preprocessed and scaled as said below, positions `[windows, channels, 3]` in metres (NaN "

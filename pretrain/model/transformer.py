@@ -33,7 +33,7 @@ def sincos_positions(length: int, dim: int) -> Tensor:
     Returns
     -------
     Tensor, [length, dim], float32
-        Sines in the first half of the columns, cosines in the second.
+        Position embeddings, with sines in the first half of the columns and cosines in the second half.
     """
     # Always compute on the CPU, because the model may be built on the meta device, where tensors hold no numbers.
     frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))

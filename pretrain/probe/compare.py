@@ -60,7 +60,7 @@ def compare(
     Returns
     -------
     scored : ndarray of int
-        Numbers of the scored trials.
+        Numbers of the test trials of all folds.
     hits : dict of str to ndarray
         For each method, an array of shape [S, number of scored trials], where S is the number of classifiers. A value
         is 1 if the predicted label is right, else 0.

@@ -81,7 +81,7 @@ class CheckpointWriter:
             Further values that are needed to resume the run. These values must be equal on every process, and JSON must
             be able to store them.
         asynchronous : bool
-            True writes in a background thread and returns at once.
+            True writes the checkpoint in a background thread, and the method returns before the checkpoint is complete.
         """
         assert self._step is None
         # Make a deep copy, because training may change lists in the manifest while a thread still writes the

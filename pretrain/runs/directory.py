@@ -43,7 +43,7 @@ class RunDirectory:
     rank : int
         Rank of this process. Only rank 0 writes to the directory.
     tracker : TrackerConfig, optional
-        Where metrics are sent, in addition to metrics.jsonl. By default they are written to metrics.jsonl only.
+        Where metrics are sent, in addition to metrics.jsonl. By default metrics are written to metrics.jsonl only.
     free : tuple of str
         Dotted config keys that may change when the run is resumed. The name of a nested config stands for all of its
         keys.
@@ -54,7 +54,7 @@ class RunDirectory:
     Attributes
     ----------
     finished : bool
-        True if the run was complete before this start. In this case, nothing is written.
+        True if the run was complete before this start. No files are written in a complete run.
 
     Raises
     ------

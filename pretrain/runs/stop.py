@@ -1,4 +1,4 @@
-"""Requests to stop a training. A request is a signal, or a file with a certain name."""
+"""Requests to stop a training, by a signal or by a stop file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SAME_REQUEST_S = 3.0
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop reads.
 
-    A later second SIGINT interrupts the process at once. A second SIGINT within a few seconds is ignored, because one
-    request can arrive twice: the terminal or batch system signals every process, and torchrun also passes its signal on
-    to its workers. If the environment variable `STOP_FILE` is set, the flag is also set when the stop file appears. The
-    file is looked for once a second.
+    If a second SIGINT arrives later, it interrupts the process at once. A second SIGINT within a few seconds is
+    ignored, because one request can arrive twice: the terminal or batch system signals every process, and torchrun also
+    passes its signal on to its workers. If the environment variable `STOP_FILE` is set, the flag is also set when the
+    stop file appears. The file is looked for once a second.
     """
 
     def __init__(self) -> None:

@@ -165,7 +165,7 @@ def live_table(
     total : int
         Number of optimiser steps in the whole run.
     enabled : bool
-        False shows nothing. Every process except the first passes False.
+        False shows no table and no lines. Only the first process should pass True.
     every_s : float
         Seconds between two lines of text, if stderr is no terminal.
 

@@ -22,7 +22,7 @@ class OptimizerConfig:
     lr: float = 2.5e-4
     """Peak learning rate for the given batch_size, or for base_batch if base_batch is set."""
     base_batch: int | None = None
-    """Batch size for which lr and min_lr are meant. For another batch_size, lr and min_lr are scaled. None: no
+    """Batch size for which lr and min_lr are given. If batch_size is different, lr and min_lr are scaled. None: no
     scaling."""
     batch_scaling: Literal["linear", "sqrt"] = "linear"
     """How lr and min_lr are scaled if base_batch is set. linear: multiply by batch_size / base_batch; sqrt: multiply by
@@ -90,7 +90,7 @@ _OURS = {
     "scheduler": "optimizer",
     "checkpoint": "checkpoint",
 }
-"""Maps each key of DeepSpeed's config that Dreamscale sets to the Dreamscale key to use in its place."""
+"""Keys of DeepSpeed's config that users may not set, and the Dreamscale key that replaces each of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,8 +152,8 @@ class PretrainConfig:
     """Stage of ZeRO: what is divided among the processes. 0: nothing; 1: the optimiser state; 2: also the gradients; 3:
     also the weights."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What is kept in the CPU's memory in place of the GPU's memory. optimizer: the optimiser state (needs zero_stage 1
-    to 3); all: also the weights (needs zero_stage 3)."""
+    """Which state is kept in the CPU's memory instead of the GPU's memory. optimizer: the optimiser state (needs
+    zero_stage 1 to 3); all: also the weights (needs zero_stage 3)."""
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further keys for DeepSpeed's config. A key given here overrides the value that Dreamscale would set."""
     num_workers: int = 2

@@ -340,7 +340,7 @@ def _to_cpu(whole: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
-    """Gather a parameter's whole moment, or its float32 weight if key is None; collective at stages 1 to 3."""
+    """Gather a parameter's whole moment, or its float32 weight if key is None; every process must call this."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if engine.zero_optimization_stage() == 0:

@@ -9,7 +9,7 @@ from pretrain.runs.directory import RunDirectory
 
 LEFT_OUT = "left_out.json"
 """Name of the list's file in the run directory. Each entry has ``batches`` (number of the first batch left out, and
-number of the first batch after those left out), ``step`` and ``loss`` (a description of the spike)."""
+number of the first batch after the range), ``step`` and ``loss`` (a description of the spike)."""
 
 
 def read_left_out(run: RunDirectory) -> list[dict[str, Any]]:

@@ -87,7 +87,8 @@ class Trainer:
         self.total_steps = config.total_steps(len(train))
         self.global_step = self.skipped = self.skipped_in_a_row = 0
         self.stopping = False
-        # True before the first step, and after a requested stop has interrupted an evaluation.
+        # True if an evaluation must be run: before the first step, and after a requested stop has interrupted an
+        # evaluation.
         self.evaluation_due = True
         self.throughput = Throughput(config, world)
         self.spikes = SpikeDetector(config.guards)
@@ -323,7 +324,7 @@ class Trainer:
     def _accumulate_gradient(self, batch: Batch) -> float:
         """Run forward and backward passes for this process's part of the batch; return the part's mean loss."""
         config, engine, device = self.config, self.engine, self.world.device
-        # Masks are drawn for the whole part at once, so the masks do not depend on micro_batch_size.
+        # Draw the masks before the part is divided into micro batches, so that masks do not depend on micro_batch_size.
         inputs = engine.module.prepare(batch, config.seed)
         losses = []
         for start in range(0, len(batch.numbers), config.micro):
