@@ -313,7 +313,7 @@ def find_matches(
     ours, theirs : sequence of RecordingFingerprint
         Recordings of the two collections, with their signatures.
     load_ours, load_theirs : callable
-        Functions that return the full fingerprint [n, P] for the key of a recording. They are called only for
+        Functions that return the full fingerprint [n, P] for the key of a recording. The functions are called only for
         recordings of candidate pairs.
 
     Returns
@@ -342,8 +342,8 @@ def find_duplicates(
         Recordings in the order of preference (see `preference`). Of several recordings of the same signal, the first
         one is kept.
     load_points : callable, optional
-        Function that returns the full fingerprint [n, P] for the key of a recording. It is called only for recordings
-        of candidate pairs without `RecordingFingerprint.points`.
+        Function that returns the full fingerprint [n, P] for the key of a recording. The function is called only for
+        recordings of candidate pairs without `RecordingFingerprint.points`.
 
     Returns
     -------

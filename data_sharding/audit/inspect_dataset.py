@@ -254,7 +254,7 @@ def inspect(config: InspectConfig) -> int:
     Returns
     -------
     int
-        0.
+        Exit code, always 0.
 
     Raises
     ------

@@ -245,7 +245,7 @@ class Contents:
 
 
 class _Sample(NamedTuple):
-    """Data of a window for the comparison. Only these fields are kept, because the full metadata takes much memory."""
+    """Data of a window for the comparison. The full metadata of a window is not kept, because it takes much memory."""
 
     recording: str
     corpus: str
@@ -473,7 +473,7 @@ def _report_unreadable_images(out: Findings, *contents: Contents) -> None:
 
 
 def _allowed_crossings(manifest: Manifest) -> tuple[bool, bool]:
-    """Return two values: whether the config allows a subject, and whether it allows an image, in several splits."""
+    """Return whether the config allows subjects in several splits, and whether it allows images in several splits."""
     split = manifest.config.get("split")
     if not split:
         return False, False

@@ -137,7 +137,7 @@ def _designs_by_corpus(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
-    """Find problems of a dataset that can make results on this dataset wrong.
+    """Find problems of a dataset that can lead to wrong results.
 
     Parameters
     ----------

@@ -217,7 +217,7 @@ def compute_spectrum(windows: Sequence[Window], sfreq: float) -> tuple[np.ndarra
     Returns
     -------
     frequency : ndarray, shape (F,)
-        Hz.
+        Frequencies in Hz.
     power : ndarray, shape (F,)
         Power density in square microvolts per Hz.
     """

@@ -183,7 +183,7 @@ def _verify_against(config: VerifyConfig) -> int:
 
 
 def verify(config: VerifyConfig) -> int:
-    """Check a dataset as the options say, and print the result.
+    """Check a dataset according to the options, and print the result.
 
     Parameters
     ----------

@@ -128,7 +128,7 @@ def collate(
     epochs : sequence of int, optional
         Epoch of each sample; 0 by default.
     out : ndarray of float16, shape (rows, T), optional
-        Memory for the signals. If this array is too small, a new array is allocated.
+        Memory for the signals. If `out` is too small, new memory is allocated.
 
     Returns
     -------

@@ -190,7 +190,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     Yields
     ------
     None
-        While the lock is held.
+        The lock is held inside the context.
 
     Raises
     ------

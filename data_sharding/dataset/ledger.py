@@ -127,7 +127,7 @@ class LedgerRow:
     def category(self) -> str:
         """Category under which the recording is counted: the category of its reason.
 
-        Ledgers of older versions have no categories. With such a ledger, the category of a duplicate or held-back
+        Ledgers of older versions have no categories. In an old ledger, the category of a duplicate or held-back
         recording is its status, and the category of any other recording is its whole reason.
         """
         if self.reason_category is not None:

@@ -164,9 +164,9 @@ class Loader:
 
     The loader works on one endless sequence of samples: first the samples of epoch 0 in their order, then the samples
     of epoch 1, and so on. Global batch t is the slice ``[tB, (t + 1)B)`` of this sequence, where B is the global batch
-    size. Each rank takes every world_size-th sample of the slice. So every sample comes exactly once an epoch, all
-    ranks take the same number of steps, and the global batches do not depend on the number of ranks or workers. In a
-    mixture each dataset has its own sequence; the weight of a dataset is the fraction of each batch that comes from
+    size. Each rank takes every world_size-th sample of the global batch. So every sample comes exactly once an epoch,
+    all ranks take the same number of steps, and the global batches do not depend on the number of ranks or workers. In
+    a mixture each dataset has its own sequence; the weight of a dataset is the fraction of each batch that comes from
     this dataset.
 
     Parameters

@@ -158,7 +158,7 @@ class Mixture:
         numbers : sequence of int
             Numbers of the samples.
         out : ndarray of float16, shape (rows, T), optional
-            Memory for the signals. If this array is too small, a new array is allocated.
+            Memory for the signals. If `out` is too small, new memory is allocated.
 
         Returns
         -------

@@ -18,7 +18,7 @@ import numpy as np
 N_PADDED = 128
 """Number of channels of a padded window."""
 ZSTD_LEVEL = -1
-"""Compression level of zstd. This level must not change, because another level gives other bytes for the same sample.
+"""Compression level of zstd. The level must not change, because another level gives other bytes for the same sample.
 
 The lower bits of float16 EEG are noise, so entropy coding saves little: level 3 would save 7 % of the bytes, but
 writing would be 3 times slower and reading 4.5 times slower. Level -1 removes only the copies of channels that padding

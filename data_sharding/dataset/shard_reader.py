@@ -89,13 +89,13 @@ class SampleLocation(NamedTuple):
     eeg: int
     """Size of the compressed EEG."""
     image_at: int
-    """Offset of the image, if the sample has an image."""
+    """Offset of the sample's image, if the sample has an image."""
     image: int
-    """Size of the image; 0 if the sample has no image."""
+    """Size of the sample's image; 0 if the sample has no image."""
     meta_at: int
-    """Offset of the JSON."""
+    """Offset of the sample's JSON metadata."""
     meta: int
-    """Size of the JSON."""
+    """Size of the sample's JSON metadata."""
     ext: int
     """File type of the image, as an index of IMAGE_EXTENSIONS."""
     n: int
@@ -375,7 +375,7 @@ def pack(
     window : int
         Time points T of a window, which must be equal in all datasets.
     out : ndarray of float16, shape (rows, window), optional
-        Memory for the signals. If this array is too small, a new array is allocated.
+        Memory for the signals. If `out` is too small, new memory is allocated.
 
     Returns
     -------

@@ -120,7 +120,8 @@ class SplitConfig:
         -------
         str or None
             train, val or test. None if subject and image belong to different splits, such as a training subject with a
-            test image. Such a trial is left out, because it would leak the subject or the image into another split.
+            test image. A trial of two splits is left out, because it would leak the subject or the image into another
+            split.
 
         Raises
         ------
