@@ -99,7 +99,7 @@ def signature(points: np.ndarray) -> list[int]:
     Parameters
     ----------
     points : ndarray, shape (n, P)
-        Fingerprint.
+        Fingerprint of a recording.
 
     Returns
     -------

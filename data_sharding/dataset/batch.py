@@ -80,7 +80,7 @@ class Batch:
         Returns
         -------
         Tensor, shape (b, 128, T)
-            Microvolts.
+            Padded windows in microvolts.
 
         References
         ----------

@@ -39,7 +39,7 @@ class LedgerRow:
     path: str
     """Path of the recording, relative to the root folder of the corpus."""
     files: list[str]
-    """Names of all files that belong to the recording."""
+    """Names of all files of the recording."""
     bytes: int = 0
     """Total size of the recording's files, in bytes."""
     sha256: str = ""
@@ -63,7 +63,7 @@ class LedgerRow:
     reason: str = ""
     """One sentence that says why the recording is not in the dataset; empty if the recording is sharded."""
     reason_category: str | None = None
-    """Category of `reason`, used to count recordings. None in ledgers of older versions."""
+    """Category of `reason`, used to count recordings; None in ledgers of older versions."""
     duplicate_of: str = ""
     """Key of the recording that is kept in place of this duplicate."""
     held_back: str = ""
@@ -83,9 +83,9 @@ class LedgerRow:
     bads: list[str] = dataclasses.field(default_factory=list)
     """Bad channels among the channels in the windows, each as ``name: kind``."""
     bad_kinds: list[str] | None = None
-    """Fault of each channel in `bads`, such as flat or clipped. None in ledgers of older versions."""
+    """Fault of each channel in `bads`, such as flat or clipped; None in ledgers of older versions."""
     montage: str = ""
-    """Where the electrode positions come from: the file, a standard montage, or nowhere."""
+    """Source of the electrode positions: the file, a standard montage, or nowhere."""
     montage_confidence: float = 0.0
     """Share of the EEG channels that have a position."""
     reference: str = ""
@@ -106,7 +106,7 @@ class LedgerRow:
     line_freq: float | None = None
     """Mains frequency in Hz that was filtered out; None if no mains frequency was filtered out."""
     line_freq_from: str = ""
-    """Where the mains frequency comes from: config, file, spectrum, or none found."""
+    """Source of the mains frequency: config, file, spectrum, or none found."""
     windows: int = 0
     """Number of windows of the recording in the dataset."""
     seconds_written: float = 0.0

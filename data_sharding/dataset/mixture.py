@@ -42,8 +42,8 @@ class Mixture:
     weights : list of float
         Weight of each dataset in `parts`, normalised so that the sum of all weights is 1.
     manifest : Manifest
-        Manifest of the mixture, with the sums of all counts and hours, and with all shards. Its dataset id depends on
-        the datasets and their weights.
+        Manifest of the mixture, with the sums of all counts and hours, and with all shards. The dataset id of the
+        mixture depends on the datasets and their weights.
 
     Raises
     ------

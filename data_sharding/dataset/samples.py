@@ -63,7 +63,7 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
     Parameters
     ----------
     eeg : ndarray, shape (n, T)
-        Microvolts.
+        Window in microvolts, true channels only.
 
     Returns
     -------
@@ -106,7 +106,7 @@ def decode_eeg(data: bytes, n: int | None = None) -> np.ndarray:
     Returns
     -------
     ndarray of float16, shape (n or 128, T)
-        Microvolts.
+        Window in microvolts.
     """
     import zstandard
 
