@@ -301,8 +301,7 @@ def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _overlaps(a: np.ndarray, length_a: float, b: np.ndarray, length_b: float) -> np.ndarray:
-    """Return which windows of a overlap a window of b; a and b are start times. All times and lengths are in
-    seconds."""
+    """Return which windows of a overlap a window of b; a and b are start times, and all times are in seconds."""
     if not len(a) or not len(b):
         return np.zeros(len(a), bool)
     b = np.sort(b)
