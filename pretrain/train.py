@@ -146,7 +146,7 @@ def train_in(
     Parameters
     ----------
     world : World
-        The processes.
+        The processes of the run.
     deepspeed : module
         The imported module DeepSpeed.
     config : PretrainConfig

@@ -207,7 +207,7 @@ class MaskedAutoencoder(nn.Module):
         Parameters
         ----------
         batch : Samples
-            The samples.
+            The samples of a batch.
         spec : PreprocessSpec
             Preprocessing of the samples' dataset, which defines how the signal is scaled.
         device : torch.device
@@ -226,7 +226,7 @@ class MaskedAutoencoder(nn.Module):
         Parameters
         ----------
         batch : Samples
-            The samples.
+            The samples of a batch.
 
         Returns
         -------
@@ -242,7 +242,7 @@ class MaskedAutoencoder(nn.Module):
         Parameters
         ----------
         batch : Samples
-            The samples.
+            The samples of a batch.
         seed : int
             Seed for the masks.
         training : bool
@@ -324,12 +324,12 @@ class MaskedAutoencoder(nn.Module):
         return _mean_where(self.targets(x_BCT, **inputs).square().mean(dim=-1), self.hidden(**inputs))
 
     def tokenize(self, x_BCT: Tensor) -> Tensor:
-        """Cut windows into the values of their tokens.
+        """Divide windows into tokens and return the values of each token.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Signal.
+            EEG signal.
 
         Returns
         -------
@@ -346,12 +346,12 @@ class MaskedAutoencoder(nn.Module):
         Parameters
         ----------
         y_BNP : Tensor, [B, N, P]
-            Values of each token.
+            Signal values of each token.
 
         Returns
         -------
         Tensor, [B, C, T]
-            Signal.
+            EEG signal.
         """
         B, N, P = y_BNP.shape
         patch = self.config.encoder.patch

@@ -122,7 +122,7 @@ def peak_flops(device: torch.device, precision: str, override_tflops: float | No
     device : torch.device
         Device of the training.
     precision : str
-        fp32 or bf16.
+        Number format of the computation: fp32 or bf16.
     override_tflops : float, optional
         Peak speed in TFLOP/s given by the user; the table is then ignored.
 

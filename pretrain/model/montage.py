@@ -452,17 +452,17 @@ class MontageAutoencoder(MaskedAutoencoder):
         return self.untokenize(self.hidden(**inputs).unsqueeze(-1).expand(-1, -1, self.config.encoder.patch))
 
     def tokenize(self, x_BCT: Tensor) -> Tensor:
-        """Cut windows into the values of their tokens.
+        """Divide windows into tokens and return the values of each token.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Signal.
+            EEG signal.
 
         Returns
         -------
         Tensor, [B, M, P]
-            Values of each token.
+            Signal values of each token.
         """
         shape = self.config.encoder
         return x_BCT.unflatten(-1, (shape.tokens, shape.patch)).flatten(1, 2)
@@ -473,12 +473,12 @@ class MontageAutoencoder(MaskedAutoencoder):
         Parameters
         ----------
         y_BNP : Tensor, [B, M, P]
-            Values of each token.
+            Signal values of each token.
 
         Returns
         -------
         Tensor, [B, C, T]
-            Signal.
+            EEG signal.
         """
         return y_BNP.unflatten(1, (-1, self.config.encoder.tokens)).flatten(-2)
 

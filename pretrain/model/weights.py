@@ -18,7 +18,7 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     Parameters
     ----------
     weights : dict of str to Tensor
-        Weights on the CPU.
+        Weights to write; all tensors must be on the CPU.
     path : Path
         File to write.
     """

@@ -43,7 +43,7 @@ def compare(
     Parameters
     ----------
     trials : Trials
-        All trials.
+        All trials of the dataset.
     folds : list of Fold
         The training and test trials of each fold.
     encoders : dict of str to EEGEncoder

@@ -86,7 +86,7 @@ def band_power(x_nCT: np.ndarray, sfreq: float) -> np.ndarray:
     Parameters
     ----------
     x_nCT : ndarray, [n, C, T]
-        Signal.
+        EEG signal.
     sfreq : float
         Sampling rate in Hz.
 

@@ -47,7 +47,7 @@ def divide_images(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray
     Parameters
     ----------
     trials : Trials
-        All trials.
+        All trials of the dataset.
     numbers : ndarray of int
         Numbers of the trials whose images are divided.
     parts : int
@@ -76,7 +76,7 @@ def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], d
     Parameters
     ----------
     trials : Trials
-        All trials.
+        All trials of the dataset.
     config : ProbeConfig
         Config of the probe.
 
@@ -153,7 +153,7 @@ def make_inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.nd
     Parameters
     ----------
     trials : Trials
-        All trials.
+        All trials of the dataset.
     fold : Fold
         The fold. Only the fold's train and val trials are used.
 
@@ -187,7 +187,7 @@ def shuffle_labels(trials: Trials, sets: int, seed: int) -> np.ndarray:
     Parameters
     ----------
     trials : Trials
-        All trials.
+        All trials of the dataset.
     sets : int
         Number of sets of shuffled labels.
     seed : int

@@ -24,7 +24,7 @@ def summarize(
     Parameters
     ----------
     trials : Trials
-        All trials.
+        All trials of the dataset.
     folds : list of Fold
         The training and test trials of each fold.
     scored : ndarray of int

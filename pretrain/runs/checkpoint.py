@@ -90,7 +90,7 @@ def find_damage(checkpoint: Path, *, read_bytes: bool) -> str | None:
     Parameters
     ----------
     checkpoint : Path
-        The checkpoint's folder.
+        Path of the checkpoint's folder.
     read_bytes : bool
         True reads every byte and compares checksums; False compares only the sizes of files.
 
@@ -239,7 +239,7 @@ class CheckpointReader:
     Parameters
     ----------
     folder : Path
-        The checkpoint's folder.
+        Path of the checkpoint's folder.
 
     Attributes
     ----------

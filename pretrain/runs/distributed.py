@@ -184,7 +184,7 @@ def process_group(deepspeed: Any, device: torch.device, *, timeout_s: float = 18
     Yields
     ------
     World
-        The processes.
+        The processes of the run.
     """
     if "RANK" not in os.environ:
         # No launcher started this process, so make a process group of one process, on a free port.

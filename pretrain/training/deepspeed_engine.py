@@ -208,7 +208,7 @@ def fill_optimizer_state(engine: Any) -> None:
     Parameters
     ----------
     engine : DeepSpeedEngine
-        The engine, of any ZeRO stage.
+        The DeepSpeed engine; any ZeRO stage is possible.
     """
     inner = _inner(engine)
     fused = bool(inner.defaults.get("fused"))
@@ -234,9 +234,9 @@ def divide_state(engine: Any, world: World) -> list[list[str]]:
     Parameters
     ----------
     engine : DeepSpeedEngine
-        The engine.
+        The DeepSpeed engine.
     world : World
-        The processes.
+        The processes of the run.
 
     Returns
     -------
@@ -258,9 +258,9 @@ def gather_state(engine: Any, world: World) -> dict[str, Tensor]:
     Parameters
     ----------
     engine : DeepSpeedEngine
-        The engine, of any ZeRO stage.
+        The DeepSpeed engine; any ZeRO stage is possible.
     world : World
-        The processes.
+        The processes of the run.
 
     Returns
     -------

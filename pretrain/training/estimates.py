@@ -103,7 +103,7 @@ def activation_bytes(
     model : MaskedAutoencoderConfig
         The model.
     precision : str
-        fp32 or bf16.
+        Number format of the computation: fp32 or bf16.
     checkpointing : bool
         Whether each block is recomputed in the backward pass.
     channels : int, optional

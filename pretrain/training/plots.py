@@ -35,7 +35,7 @@ def plot_reconstruction(
     dataset : EEGDataset or Mixture
         The val split.
     world : World
-        The processes.
+        The processes of the run.
     step : int
         Number of optimiser steps done; the title of the figure shows it.
     windows : int
@@ -56,7 +56,7 @@ def plot_reconstruction(
     # The montage tokenizer reconstructs only true channels, so remove the rows that are padding.
     x_BCT = x_BCT[:, : hidden_BCT.shape[1]]
     if model.config.normalize_targets:
-        # The model predicts normalized tokens. Scale them back with mean and deviation of the true tokens.
+        # The model predicts normalized tokens. Scale the predictions back with mean and deviation of the true tokens.
         true_BNP = model.tokenize(x_BCT)
         made_BNP = made_BNP * (true_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt() + true_BNP.mean(dim=-1, keepdim=True)
     if not world.first:

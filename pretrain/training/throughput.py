@@ -22,7 +22,7 @@ class Throughput:
     config : PretrainConfig
         The run's config.
     world : World
-        The processes.
+        The processes of the run.
 
     Attributes
     ----------

@@ -49,7 +49,7 @@ class Trainer:
     engine : DeepSpeedEngine
         The engine that `pretrain.training.deepspeed_engine.start_engine` returned.
     world : World
-        The processes.
+        The processes of the run.
     stop : StopSignal
         Tells whether a stop was requested.
 

@@ -44,13 +44,13 @@ def evaluate(
     Parameters
     ----------
     engine : DeepSpeedEngine
-        The engine.
+        The DeepSpeed engine.
     dataset : EEGDataset or Mixture
         The val split.
     config : PretrainConfig
         The run's config.
     world : World
-        The processes.
+        The processes of the run.
     before_batch : callable
         Function that is called before each batch, to report progress to the watchdog.
     stopping : callable
