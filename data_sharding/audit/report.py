@@ -163,7 +163,7 @@ def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
     unnamed = sum(map(_is_unnamed, kept))
     if unnamed and any(manifest.samples(split) for split in ("val", "test")):
         warnings.append(
-            f"The subject of {unnamed:,} of {len(kept):,} recordings is unknown. Each of these recordings counts as "
+            f"{unnamed:,} of {len(kept):,} recordings have an unknown subject. Each of these recordings counts as "
             "a separate subject, so recordings of one person may be in several splits. Set subject_pattern to name the "
             "subjects."
         )
