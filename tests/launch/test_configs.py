@@ -35,7 +35,7 @@ def test_list_names_every_config_with_its_first_sentence(capsys: pytest.CaptureF
     assert main(["configs"]) == 0
     lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()[:-3]}
     assert set(lines) == {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.*")}
-    assert lines["configs/finetune/evaluate.yaml"] == "How generated images are judged."
+    assert lines["configs/finetune/evaluate.yaml"] == "Evaluate generated images."
 
 
 @pytest.mark.parametrize("name", ["finetune/evaluate", "configs/finetune/evaluate.yaml"])
