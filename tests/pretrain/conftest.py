@@ -50,7 +50,11 @@ def write_config(path: Path, **over: Any) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    # Once wandb has run in the process of the tests, its variables make a child process use the wandb service of that
+    # process in place of a service of its own.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "WANDB_MODE": "offline"}
+    return inherited | own
 
 
 def torchrun(words: Sequence[str], *, processes: int = 2, **options: Any) -> subprocess.CompletedProcess[str]:

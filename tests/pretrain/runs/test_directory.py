@@ -66,8 +66,7 @@ for step in range(2, 100):
 run.close()
 """
         words = [sys.executable, "-c", program, str(tmp_path / "run")]
-        env = environment() | {"WANDB_MODE": "offline"}
-        done = subprocess.run(words, capture_output=True, text=True, timeout=200, env=env, cwd=ROOT)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=200, env=environment(), cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stderr.count("the tracker failed at step") == 1
         assert losses(tmp_path / "run") == [2.0] + 98 * [1.0]
