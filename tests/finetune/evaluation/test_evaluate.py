@@ -181,4 +181,4 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_a_folder_that_is_not_a_control_is_refused(perfect: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(main, [str(perfect / "own"), "--control_dir", str(perfect / "own")]) == 2
-    assert "is not a control" in capsys.readouterr().err
+    assert "does not hold control images" in capsys.readouterr().err
