@@ -263,7 +263,7 @@ def test_only_trainables_are_averaged_and_loaded_strictly() -> None:
     module = Regressor()
     ema = EMA(module, 0.5)
     assert set(ema.shadow) == {"layer.weight", "layer.bias"}
-    with pytest.raises(RequestError, match="other parameters"):
+    with pytest.raises(RequestError, match=r"of this model differ: layer[.]bias"):
         load_trainables(module, {"layer.weight": module.layer.weight})
 
 
