@@ -50,7 +50,7 @@ from data_sharding.processing.preprocess import PreprocessSpec, band_of, referen
 from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, resampled_length
 from data_sharding.processing.survey import Survey, Verdict
 
-PART_SCHEMA = 6
+PART_SCHEMA = 7
 """Version number in the names of parts. Increase the number when a change of the code changes the results, so that the
 job does not use older parts."""
 RESULT = "result.json"
