@@ -121,8 +121,8 @@ def pretrain(config: PretrainConfig) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with StopSignal() as stop, _status_on_failure(run):
         deepspeed = import_deepspeed(device)
-        # The watchdog ends a hanging run after timeout_s. The process group has twice this timeout, because the
-        # watchdog's message is better.
+        # The watchdog ends a hanging run after timeout_s, and its message names the hanging process. The process group
+        # has twice this timeout, so that the watchdog acts first.
         with process_group(deepspeed, device, timeout_s=2 * config.timeout_s) as world:
             step, done = train_in(world, deepspeed, config, run, train, held_out, stop)
         if not done:

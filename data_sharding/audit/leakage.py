@@ -493,9 +493,9 @@ def compare_splits(contents: Contents) -> Findings:
     Returns
     -------
     Findings
-        Proofs and questions. If the config does not hold out subjects, a subject in several splits is only a question.
-        If the config does not hold out images, an image in several splits is only a question. Windows of different
-        splits that are equal, or that overlap in time, are always a proof.
+        Proofs of leakage, and questions for a person to answer. Two windows of different splits always prove leakage if
+        they are equal or overlap in time. If the config does not hold out subjects, a subject in several splits is only
+        a question. If the config does not hold out images, an image in several splits is only a question.
     """
     out = Findings()
     free_subjects, free_images = _allowed_crossings(contents.manifest)

@@ -282,7 +282,7 @@ def _status_cell(status: str) -> Cell:
 
 
 def _full_path(row: LedgerRow) -> str:
-    """Return the recording's path, which begins with the name of its corpus."""
+    """Return ``CORPUS/PATH`` of a recording; if its path already begins with the corpus, return the path unchanged."""
     return row.path if row.path.startswith(f"{row.corpus}/") else f"{row.corpus}/{row.path}"
 
 

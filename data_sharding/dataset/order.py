@@ -19,7 +19,8 @@ from typing import Literal
 import numpy as np
 
 Order = Literal["global", "shards"]
-"""Order within an epoch: samples are shuffled over the whole dataset (global) or within a few shards (shards)."""
+"""Order within an epoch. "global": samples are shuffled over the whole dataset; "shards": within a few shards at a
+time."""
 
 _ROUNDS = 8
 _BLOCK = 4096
@@ -139,7 +140,7 @@ class EpochOrder:
         are shuffled within each `window` of consecutive shards, so that a cache of limited size can hold the shards
         that are read next.
     window : int
-        Number of shards in one window of the order shards.
+        Number of shards in one window. Only the order "shards" uses windows.
     stream : int
         Number of the dataset in a mixture; each dataset gets a different order.
     """
@@ -179,7 +180,7 @@ class EpochOrder:
         return numbers, epochs
 
     def windows(self, place: int) -> tuple[tuple[int, int], list[int]]:
-        """List the shards that are read at a place and soon after this place, with the order shards.
+        """List the shards that the order "shards" reads at a place and soon after this place.
 
         Parameters
         ----------
@@ -202,7 +203,7 @@ class EpochOrder:
         return (epoch, number), found
 
     def _order_by_shards(self, places: np.ndarray, epoch: int) -> np.ndarray:
-        """Compute which samples are at the given places of one epoch, with the order shards.
+        """Compute which samples the order "shards" has at the given places of one epoch.
 
         The shards of the epoch are concatenated in their random order. Each place lies in one window of shards, and a
         permutation maps this place to another place of the same window. The sample is given by the shard at the new

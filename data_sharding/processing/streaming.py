@@ -1,8 +1,8 @@
 """Process signals that are too long for memory: resampling and zero-phase filtering, block by block.
 
 Except for rounding, the result does not depend on the size of the blocks. SciPy's `resample_poly` and `sosfiltfilt`
-need the whole signal in memory, and would cause errors at the borders of blocks. So this module does not use them for
-whole recordings.
+need the whole signal in memory; applied to each block separately, they would cause errors at the borders of the blocks.
+So this module does not use them.
 
 Letters in array shapes: n channels, S samples at the recorded rate, T samples at the target rate, b samples per block.
 """
@@ -24,13 +24,17 @@ import numpy as np
 from data_sharding.formats.signal import Segment
 
 BLOCK_BYTES = 24 * 2**20
-"""Size of a block in bytes, stored as float64. A reader may need several times this memory to decode a block."""
+"""Largest size of a block in bytes, with 8 bytes (float64) for each value. A reader may need several times this memory
+to decode a block."""
 STOP_DB = 80.0
-"""Attenuation of aliased frequencies in dB. More is useless: float16 resolves only 66 dB below a sample's value."""
+"""Attenuation of aliased frequencies in dB. A larger value would have no use: samples are stored as float16, whose
+rounding error is already 66 dB below the sample's value."""
 TRUNCATION = 1e-7
-"""Fraction of a filter's impulse response that may lie outside the lookahead. This part is ignored."""
+"""A filter's lookahead ends where the filter's response has fallen below this fraction. The later response is
+ignored."""
 HELD_BYTES = 128 * 2**20
-"""If a block and its lookahead need more bytes than this (as float64), filtered samples are kept on disk."""
+"""If a block and its lookahead need more bytes than this (8 bytes for each value), filtered samples are kept on
+disk."""
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -156,10 +160,11 @@ class Scratch:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Polyphase filter, stored as a few small matrices. Each matrix computes one group of output samples.
+    """Polyphase filter, stored as a few small matrices.
 
-    A frame is a group of `inputs` input samples that gives exactly `outputs` output samples. All frames use the same
-    matrices, because the phases of the filter repeat after each frame.
+    The signal is divided into frames: `inputs` input samples that give exactly `outputs` output samples. The outputs of
+    a frame are divided into groups, and one matrix computes the outputs of one group. All frames use the same matrices,
+    because the phases of the filter repeat after each frame.
     """
 
     up: int
@@ -169,8 +174,9 @@ class _Plan:
     inputs: int
     outputs: int
     groups: tuple[tuple[int, int, np.ndarray], ...]
-    """For each group: index of its first output in the frame; index of its first input, counted from `reach` samples
-    before the frame; and the matrix [inputs of the group, outputs of the group]."""
+    """For each group, three values: index of its first output, counted from the first output of the frame; index of its
+    first input, where index 0 is the input `reach` samples before the frame; and its matrix, of shape [inputs of the
+    group, outputs of the group]."""
 
 
 def ratio_of(sfreq: float, target: float) -> Fraction:
@@ -216,9 +222,9 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     So output j is the sum over i of h[half + j * down - i * up] * x[i], and only inputs within `reach` samples of time
     j * down / up have a weight.
 
-    The weights of `count` neighbouring outputs form a matrix. One matrix product computes this group of outputs for all
-    frames. SciPy's `upfirdn` computes one output at a time. The matrix product also multiplies by zeros, but takes a
-    third of the time of `upfirdn`.
+    The weights of a group of `count` neighbouring outputs form a matrix. One matrix product computes this group in all
+    frames. The matrices contain many zeros; still, the products take a third of the time of SciPy's `upfirdn`, which
+    computes one output at a time.
     """
     from scipy.signal import firwin, kaiserord
 
@@ -226,13 +232,14 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     up, down = ratio.numerator, ratio.denominator
     lower = min(sfreq, target)
     passed = min(passband, 0.45 * lower)
-    # Aliases of frequencies between `passed` and `lower - passed` lie above `passed`, so the filter may let them
-    # through.
+    # The filter may let frequencies between `passed` and `lower - passed` through, because their aliases lie outside
+    # the pass band, above `passed`.
     taps, beta = kaiserord(STOP_DB, (lower - 2 * passed) / (0.5 * up * sfreq))
     half = taps // 2 + 1
     h = up * np.asarray(firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq))  # type: ignore[arg-type]
     for phase in range(up):
-        # Scale the weights of each output to a sum of exactly one. Otherwise a constant offset would become a tone.
+        # Scale the weights of each phase to a sum of exactly one. Otherwise the phases would change a constant signal
+        # by different factors, and the constant would become a tone.
         h[phase::up] /= h[phase::up].sum()
     reach = half // up + 1
     count = max(4, min(64, round(2 * reach * up / down)))
@@ -416,7 +423,7 @@ def lookahead(sos: np.ndarray) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _memory(sections: bytes, count: int) -> tuple[int, np.ndarray]:
-    """Return a filter's lookahead and its steady state for a constant input. Cached, because epochs share filters."""
+    """Return a filter's lookahead and its steady state for a constant input. Results are cached."""
     from scipy.signal import sosfilt_zi
 
     sos = np.frombuffer(sections).reshape(count, 6)

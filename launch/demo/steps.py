@@ -11,7 +11,8 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.shipped import shipped_configs
 
 DEFAULT_OUT = "runs/demo"
-"""Default folder of the demo in the paths of ``configs/demo``."""
+"""Default output folder of the demo. Paths in ``configs/demo`` begin with this folder. If the demo writes to another
+folder, that folder replaces this one."""
 MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
 """Folder of the training run for each kind of generator."""
 CONTROLS = {"none": "", "shuffle": "-shuffled"}

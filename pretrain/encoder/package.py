@@ -41,7 +41,9 @@ KIND = "dreamscale_eeg_encoder"
 SCHEMA = 1
 CONFIG, SPEC, EXAMPLE, CARD = "config.json", "preprocess.json", "example.npz", "model_card.md"
 PROGRAM = "encoder.pt2"
-# A layer norm makes the output values about 1. Outputs that different CPUs compute differ by about 1e-5.
+# Largest allowed difference between the stored output and a new output for the same input. The output values are about
+# 1, because of the last layer norm. Different CPUs give differences of about 1e-5, so a difference above this limit
+# shows wrong weights.
 TOLERANCE = 2e-3
 _EXAMPLE_INPUTS = ("x", "positions", "count")
 

@@ -34,7 +34,8 @@ class EncoderConfig:
     heads: int = 16
     """Attention heads; must divide `dim`."""
     mlp_ratio: float = 4.0
-    """Hidden width of the blocks' perceptrons as a multiple of `dim` (4.0 in the paper, 1.0 in the released code)."""
+    """Hidden width of the blocks' perceptrons as a multiple of `dim` (DreamDiffusion: 4.0 in the paper, 1.0 in the
+    code)."""
     class_token: bool = True
     """Add a learned class token to the tokens of the signal. Pretraining needs the class token. DreamDiffusion's code
     fine-tunes the encoder without a class token."""
@@ -64,17 +65,17 @@ class EncoderConfig:
 
     @property
     def about(self) -> str:
-        """Sentence that explains the tokens in the model card."""
+        """Sentence about the tokenizer that `dreamscale export` writes into the encoder's model card."""
         return TOKENIZERS[self.tokenizer].about
 
     @property
     def scale_rows(self) -> str:
-        """Text for the model card: the rows of a window over which its scale is computed."""
+        """Name of the rows over which the scale of a window is computed, as a part of a sentence in the model card."""
         return TOKENIZERS[self.tokenizer].scale_rows(self.channels)
 
     @property
     def program_usage(self) -> str:
-        """Text for the model card that explains how to call the exported program."""
+        """Sentence that explains how to call the exported program, for the model card."""
         return TOKENIZERS[self.tokenizer].program_usage(self.channels, self.samples)
 
     def token_rows(self, channels: int | None = None) -> int:
@@ -140,10 +141,11 @@ class MaskedAutoencoderConfig:
     decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
     """Architecture of the decoder, which is used in pretraining only."""
     mask_ratio: float = 0.75
-    """Share of a window's tokens that is hidden from the encoder (0.75 in the paper, 0.1 in the released code)."""
+    """Share of a window's tokens that is hidden from the encoder (DreamDiffusion: 0.75 in the paper, 0.1 in the
+    code)."""
     mask_block: int = 1
-    """Number of neighbouring tokens that are hidden together; 1 in the paper. With 1, the task can be too easy:
-    neighbouring tokens are so similar that a model can fill single gaps by interpolation."""
+    """Number of neighbouring tokens that are hidden together; 1 in DreamDiffusion's paper. With 1, the task can be too
+    easy: neighbouring tokens are so similar that a model can fill single gaps by interpolation."""
     mask_each_channel: bool = False
     """Montage tokenizer only: draw a separate mask for each channel. With false, all channels are hidden at the same
     times, as in DreamDiffusion. With separate masks a model can copy the signal from a neighbouring electrode, because
@@ -151,12 +153,12 @@ class MaskedAutoencoderConfig:
     normalize_targets: bool = False
     """Standardise each target token with the mean and the standard deviation of this token."""
     channel_dropout: float = 0.0
-    """Probability with which a channel is hidden from the encoder in training; 0 in the paper. The decoder must still
-    predict a hidden channel."""
+    """Probability with which a channel is hidden from the encoder in training; 0 in DreamDiffusion's paper. The decoder
+    must still predict a hidden channel."""
     mimetic: float = 0.0
     """Strength of the mimetic initialisation: queries and keys start with equal weights, so that a token attends to its
-    neighbours in time from the first step. 0 (as in the paper) switches this initialisation off. Without it, small
-    models on little data predict zero for hundreds of steps."""
+    neighbours in time from the first step. 0 (as in DreamDiffusion's paper) switches this initialisation off. Without
+    it, small models on little data predict zero for hundreds of steps."""
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     """How the model is computed."""
 

@@ -71,8 +71,8 @@ def keep_indices(
     Returns
     -------
     Tensor, [B, K], int64
-        Visible tokens of each sample, in rising order. Every subset of K tokens is equally likely. If `block` is above
-        1, every order of spans and visible tokens is equally likely.
+        Visible tokens of each sample, in rising order. With `block` 1, every subset of K tokens is equally likely. With
+        a larger `block`, every order of spans and visible tokens is equally likely.
     """
     state_B = _state(seed, epochs, numbers)
     if channels is not None:

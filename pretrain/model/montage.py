@@ -145,7 +145,8 @@ class MontageEncoder(nn.Module):
     Parameters
     ----------
     config : EncoderConfig
-        Architecture of the encoder. `channels` limits the number of channels; the weights do not depend on `channels`.
+        Architecture of the encoder. `channels` only limits the number of channels; no weight has a shape that depends
+        on it.
     """
 
     positions_ND: Tensor
@@ -176,7 +177,7 @@ class MontageEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C or more, T]
-            Scaled signal. Rows that have no position in `positions_BC3` are padding, and are ignored.
+            Scaled signal. Rows after the first C rows are padding, and are ignored.
         positions_BC3 : Tensor, [B, C, 3]
             Electrodes in metres, NaN for an unknown position.
         count_B : Tensor, [B], int64, optional
@@ -184,7 +185,7 @@ class MontageEncoder(nn.Module):
         keep_BK : Tensor, [B, K], int64, optional
             Numbers of the visible tokens; all tokens by default.
         seen_BK : Tensor, [B, K], bool, optional
-            False for padding in `keep_BK`; samples may have different numbers of visible tokens.
+            False for padding in `keep_BK`. Padding is needed if the samples have different numbers of visible tokens.
 
         Returns
         -------

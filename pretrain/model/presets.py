@@ -1,4 +1,4 @@
-"""Named architectures of the masked autoencoder. The config with the same name in `configs/pretrain/` uses it."""
+"""Named architectures of the masked autoencoder. For each preset, `configs/pretrain/` has a config of the same name."""
 
 from __future__ import annotations
 

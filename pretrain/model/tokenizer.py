@@ -1,8 +1,9 @@
 """Facts about each tokenizer that are needed before a model is built: its number of tokens and its description.
 
-A tokenizer turns a window of EEG into tokens. Other code never compares the tokenizer's name. Other code calls the
-methods below through `pretrain.model.config.EncoderConfig`, or methods of the encoder. To add a tokenizer, write one
-class in this file, one encoder and one autoencoder, and add one line to `pretrain.model.build`.
+A tokenizer turns a window of EEG into tokens. Only `pretrain.model.build` chooses classes by the name of the tokenizer.
+All other code calls methods of the encoder, or the methods below (through `pretrain.model.config.EncoderConfig`). To
+add a tokenizer, write one class in this file, one encoder and one autoencoder, and add one line to
+`pretrain.model.build`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ class TemporalTokenizer:
 
     by_channel: ClassVar[bool] = False
     """True if each token belongs to a single channel."""
-    about: ClassVar[str] = "A token is a moment of all channels together."
-    """Sentence that explains the tokens in the model card."""
+    about: ClassVar[str] = "A token holds a few neighbouring time samples of all channels."
+    """Sentence for the model card that says what a token contains."""
 
     def token_rows(self, channels: int) -> int:
         """Return the number of rows of tokens in a window; each row has one token for each time step."""
         return 1
 
     def signal_rows(self, channels: int, padded: int) -> int:
-        """Return how many rows of signal the model reads, if the padded window has `padded` rows."""
+        """Return how many rows the model reads from a window of `channels` channels, padded to `padded` rows."""
         return padded
 
     def scale_rows(self, padded: int) -> str:
@@ -34,7 +35,7 @@ class TemporalTokenizer:
         """Return a text for the model card that explains how to call the exported program."""
         return (
             f'`torch.export.load("encoder.pt2").module()(x)` with x `[windows, {padded}, {samples}]`, preprocessed as '
-            "said below, padded by repeating channels in turn, and scaled."
+            "described below, padded by repeating channels in turn, and scaled."
         )
 
 
@@ -43,15 +44,18 @@ class MontageTokenizer:
 
     by_channel: ClassVar[bool] = True
     """True if each token belongs to a single channel."""
-    about: ClassVar[str] = "It knows channels by their electrode's position: any montage, in any order."
-    """Sentence that explains the tokens in the model card."""
+    about: ClassVar[str] = (
+        "It identifies a channel by the position of its electrode, so it takes any montage, with the channels in any "
+        "order."
+    )
+    """Sentence for the model card that says how the encoder identifies channels."""
 
     def token_rows(self, channels: int) -> int:
         """Return the number of rows of tokens in a window; each row has one token for each time step."""
         return channels
 
     def signal_rows(self, channels: int, padded: int) -> int:
-        """Return how many rows of signal the model reads, if the padded window has `padded` rows."""
+        """Return how many rows the model reads from a window of `channels` channels, padded to `padded` rows."""
         return channels
 
     def scale_rows(self, padded: int) -> str:
@@ -62,8 +66,8 @@ class MontageTokenizer:
         """Return a text for the model card that explains how to call the exported program."""
         return (
             '`torch.export.load("encoder.pt2").module()(x, positions, count)` with x `[windows, channels, '
-            f"{samples}]`, preprocessed and scaled as said below, positions `[windows, channels, 3]` in metres (NaN "
-            "where not known), and the number of true channels of each window as int64."
+            f"{samples}]`, preprocessed and scaled as described below, positions `[windows, channels, 3]` in metres "
+            "(NaN for an unknown position), and `count` `[windows]`, the number of true channels, as int64."
         )
 
 

@@ -65,8 +65,8 @@ def compare(
         For each method, an array of shape [S, number of scored trials], where S is the number of classifiers. A value
         is 1 if the predicted label is right, else 0.
     chosen : dict of str to list of float
-        For each method, the value that was chosen in each fold: the number of epochs for EEGNet, the learning rate for
-        fine-tuning, and the ridge penalty for all other methods.
+        For each method, the value that was chosen in each fold: the number of the best epoch for EEGNet, the learning
+        rate for fine-tuning, and the ridge penalty for all other methods.
     """
     features = _compute_features(trials, sfreq, config)
     label_sets = {name: trials.labels_n[None] for name in features}
@@ -128,7 +128,7 @@ def _compute_features(trials: Trials, sfreq: float, config: ProbeConfig) -> dict
 def _predict_eegnet(
     trials: Trials, x_nCT: np.ndarray, fold: Fold, sfreq: float, classes: int, config: ProbeConfig, device: torch.device
 ) -> tuple[np.ndarray, int]:
-    """Train EEGNet on a fold; return the predicted labels of the test trials and the number of epochs."""
+    """Train EEGNet on a fold; return the predicted labels of the test trials and the number of the best epoch."""
     from pretrain.probe.eegnet import EEGNetConfig, predict_eegnet, train_eegnet
 
     fit, val = fold.train, fold.val

@@ -37,8 +37,9 @@ class ProbeConfig:
     """How features are scaled to mean 0 and variance 1. subject: over all trials of each subject, without using labels.
     none: over all training trials."""
     image_groups: int = 3
-    """Number of groups of images. Groups are used if folds is subjects and the subjects saw the same images. Each fold
-    tests on one group of one subject, and trains on the other groups of the other subjects."""
+    """Number of groups into which the images are divided, if folds is subjects and the subjects saw the same images.
+    Each fold tests on one subject's trials of one group of images, and trains on the other subjects' trials of the
+    other groups."""
     random_seeds: int = 5
     """Number of encoders with random weights; the result is their mean accuracy."""
     shuffles: int = 10
@@ -54,8 +55,8 @@ class ProbeConfig:
     finetune_epochs: int = 10
     """Number of epochs of fine-tuning."""
     finetune_rates: list[float] = dataclasses.field(default_factory=lambda: [3e-4, 1e-3])
-    """Learning rates to try in fine-tuning. The rate with the best accuracy on the val split is used; if there is no
-    val split, the best rate on the first inner fold."""
+    """Learning rates to try in fine-tuning. The rate with the best accuracy on the val split is used. If there is no
+    val split, some training trials are held out to find the best rate."""
     batch_size: int = 64
     """Number of trials that are encoded in one forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

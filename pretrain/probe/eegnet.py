@@ -7,8 +7,8 @@ References
 Lawhern et al., EEGNet, Journal of Neural Engineering 15 (2018), 056013.
 """
 
-# This file has its own EEGNet, because only the tests may depend on Braindecode, which has one too. Since version 1.0,
-# Braindecode needs torchaudio, whose version must match the installed PyTorch.
+# Braindecode's EEGNet is not used, because since version 1.0 Braindecode needs torchaudio, whose version must match the
+# installed PyTorch. So only the tests depend on Braindecode.
 
 from __future__ import annotations
 
@@ -144,7 +144,8 @@ def train_eegnet(
     EEGNet
         The trained network, in evaluation mode, on the device.
     int
-        Number of epochs after which the network had the returned weights.
+        Number of the epoch with the lowest validation loss, counted from 1. The returned weights are those after this
+        epoch.
     """
     x, y = torch.from_numpy(x_nCT).float(), torch.from_numpy(labels_n).long()
     val_x, val_y = torch.from_numpy(val_x_nCT).float(), torch.from_numpy(val_labels_n).long()

@@ -51,8 +51,8 @@ class Trials:
     metas: list[dict[str, Any]]
     """[n] metadata of each trial. The channels in the metadata are in the order of the recording."""
     electrodes: list[dict[str, Any]]
-    """[n] number and electrode positions of the common channels in each trial, in the form for
-    `EEGEncoder.inputs_of`."""
+    """[n] number and electrode positions of the common channels in each trial, in the form that `EEGEncoder.inputs_of`
+    takes."""
     tokens: dict[str, np.ndarray]
     """[n, F] tokens of each encoder in float32, averaged over each time bin."""
 

@@ -105,8 +105,8 @@ def one_cycle(optimizer: torch.optim.Optimizer, rate: float, steps: int) -> torc
     torch.optim.lr_scheduler.OneCycleLR
         The schedule. The caller must call ``step`` of the schedule after every training step.
     """
-    # PyTorch divides by the length of the rise and by the length of the fall, so these lengths must be above 0. In a
-    # training of one or two steps, the learning rate therefore only rises.
+    # PyTorch divides by the length of the rise and by the length of the fall, so these lengths must be above 0. The
+    # schedule therefore has at least three steps. A training of one or two steps ends before the learning rate falls.
     total = max(steps, _RISE + 1)
     share = max(_WARM_UP, _RISE / total)
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total, pct_start=share)

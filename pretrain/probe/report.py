@@ -106,17 +106,18 @@ def show(result: dict[str, Any]) -> None:
 
 def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:
     notes = [
-        f"{result['trials']['scored']} trials of {result['images']} images and {result['subjects']['scored']} "
-        f"subject(s) were scored. The classifiers were fitted on {result['trials']['train']} trials of "
-        f"{result['subjects']['train']} subject(s), in {result['fits']} fit(s). Intervals: Wilson's with the scatter "
-        "between images (accuracies), bootstrap over images (differences). p: two-sided permutation test, which flips "
-        f"the sign of the difference of each of {result['images']} images"
-        + (f"; of each of {result['subjects']['scored']} subjects for 'p, subjects'." if by_subject else ".")
+        f"The accuracies are those on {result['trials']['scored']} test trials of {result['images']} images and "
+        f"{result['subjects']['scored']} subject(s). Each classifier was trained in {result['fits']} fold(s), with "
+        f"{result['trials']['train']} training trials of {result['subjects']['train']} subject(s) in total. Trials of "
+        "one image are not independent: the Wilson intervals of the accuracies allow for this, and the bootstrap "
+        "intervals of the differences draw whole images. p is the p-value of a two-sided permutation test, which "
+        f"flips the signs of the differences of whole images ({result['images']} images)"
+        + (f"; 'p, subjects' flips those of whole subjects ({result['subjects']['scored']})." if by_subject else ".")
     ]
     if not by_subject:
         notes.append(
-            f"{result['subjects']['scored']} subject(s) are too few to conclude anything about other subjects "
-            f"(at least {FEWEST_SUBJECTS} are needed). 'folds: subjects' scores all subjects of the dataset."
+            f"The test trials come from {result['subjects']['scored']} subject(s); conclusions about other subjects "
+            f"need at least {FEWEST_SUBJECTS}. Set folds: subjects to test on every subject of the dataset."
         )
     left_out = result["left_out_for_shared_images"]
     if any(left_out.values()):
@@ -128,7 +129,8 @@ def _make_notes(result: dict[str, Any], by_subject: bool) -> list[str]:
         notes.append(f"The row '{TUNED_RANDOM}' is compared with '{TUNED}'.")
     if result["subjects_in_both"]:
         notes.append(
-            f"The test is not independent: {len(result['subjects_in_both'])} subject(s) have training and test trials."
+            f"The test is not independent of the training: {len(result['subjects_in_both'])} subject(s) have trials in "
+            "both."
         )
     return notes
 

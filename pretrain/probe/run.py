@@ -136,8 +136,8 @@ def _check_trials(config: ProbeConfig, trials: Trials) -> None:
     ):
         raise RequestError(
             f"{config.dataset}: every subject has trials of one label only, and standardize: subject would remove the "
-            "difference between labels; give standardize: none, and know that the result cannot tell labels from "
-            "subjects"
+            "difference between labels; give standardize: none, but then a high accuracy may only show differences "
+            "between subjects"
         )
     if "fine-tuning" in config.methods and any(set(meta["ch_names"]) != set(trials.channels) for meta in trials.metas):
         raise RequestError(

@@ -18,7 +18,7 @@ FEWEST_SUBJECTS = 6
 
 
 def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, float]:
-    """Compute the 95 % confidence interval of an accuracy, if trials of one image are not independent.
+    """Compute the 95 % confidence interval of an accuracy. Trials of one image are not assumed to be independent.
 
     Parameters
     ----------

@@ -126,7 +126,8 @@ class TestSpikes:
     ) -> None:
         """Check that the run does not go back to a checkpoint that has already trained on a left-out batch.
 
-        With a checkpoint in every second step, the checkpoint of step 8 has already trained on batch 7.
+        Batches are counted from 0, and the first spike leaves out batches 7 and 8. Checkpoints are written every second
+        step. The checkpoint of step 8 has trained on batches 0 to 7, so the run goes back to step 6.
         """
         config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "whole"), **self.settings(with_giant, seed))
         assert main([str(config)]) == 0
