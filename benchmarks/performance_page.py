@@ -166,8 +166,9 @@ def pretraining(found: dict[str, Any]) -> str:
 The command is `python benchmarks/pretraining.py --presets ... --precisions ... --stages ... --compile 0,1 --batch N
 --steps 4 --profile --reference PATH`, and it ran on the CPU. PATH is a checkout of the code that the authors of
 DreamDiffusion released. The released code was timed in a separate process, with `--presets ''`, because the released
-code is slower if other models ran before in the same process. Utilisation is relative to the fastest matrix product
-that was measured in the same run, in TFLOP/s: {peak}.
+code is slower if other models ran before in the same process. In the table, `released` is Dreamscale's model with the
+sizes of the released code; "released model code" is the released code itself. Utilisation is relative to the fastest
+matrix product that was measured in the same run, in TFLOP/s: {peak}.
 
 {table(["model", "mode", "precision", "batch", "step (s)", "windows/s", "TFLOP/s", "utilisation", "GiB"], rows)}
 

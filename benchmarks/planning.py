@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 BASES = 10
-"""Number of real files; all other files are hard links to real files. File systems limit the number of links."""
+"""Number of real files; all other files are hard links to these. One real file is not enough, because file systems
+limit the number of links to a file."""
 SUBJECT = 20
 """Number of recordings of each subject."""
 

@@ -108,7 +108,8 @@ def infonce(embeds_GP: Tensor, target_GP: Tensor, row_G: Tensor, temperature: fl
     embeds_GP, target_GP : Tensor, [G, P]
         Embeddings of the trials and of their images, of unit length.
     row_G : Tensor of int, [G]
-        Number of the image that each trial belongs to. Two trials of the same image are not used as a negative pair.
+        Number of each trial's image. A trial and the image of another trial are no negative pair if both trials have
+        the same image.
     temperature : float
         Temperature, by which the cosine similarities are divided.
 
@@ -157,7 +158,7 @@ class Aligner(nn.Module):
         target : Tensor, [b, P]
             CLIP embeddings of the images, of unit length.
         row : Tensor of int, [b]
-            Number of the image that each trial belongs to.
+            Number of each trial's image.
 
         Returns
         -------

@@ -193,7 +193,8 @@ class DenoisingWatcher:
         """
         n, device = len(self.eeg), self.eeg.device
         features = torch.cat([task.features(part) for part in self.eeg.split(self.BATCH)])
-        # Take the EEG from half a split away, because neighbouring trials of a recording may show the same category.
+        # Take the EEG of a trial that is half a split away, because neighbouring trials of a recording may show the
+        # same category.
         used = {"loss": features, "shuffled": features.roll(max(1, n // 2), 0)}
         totals = dict.fromkeys(used, 0.0)
         for name, given in used.items():

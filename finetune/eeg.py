@@ -208,7 +208,8 @@ def average_trials_of_image(
         Averaged trials in microvolts.
     """
     b = len(eeg_bCT)
-    # Draw the random numbers before the loop: every rank must draw equally many, for the streams to stay in step.
+    # Draw the random numbers before the loop, so that every rank draws equally many. Otherwise the later numbers of the
+    # ranks would not belong to the same draw.
     extra_b = random.integers(most, b)
     start_b = random.uniform(b)
     for i, number in enumerate(batch.numbers):

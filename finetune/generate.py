@@ -42,7 +42,7 @@ class GenerateConfig:
     """Output directory for images/, real/ and generated.json. An earlier result in this directory is replaced when the
     new result is complete."""
     split: str = "test"
-    """Split of the dataset whose trials are used."""
+    """Name of the split from which the trials are taken."""
     control: Literal["none", "shuffle"] = "none"
     """none: use the EEG of each trial. shuffle: use the EEG of another trial of any category. The images of shuffle are
     a control, which shows how well a model scores without the right EEG."""

@@ -25,7 +25,8 @@ from launch.stages import Stage
 from launch.worker import FOLDER, read_numbers
 
 LONE_REFUSAL_S = 20.0
-"""After one process has refused the request, the other processes have this many seconds to refuse it too."""
+"""If a training process ends with exit code 2 (wrong config), the others get this many seconds to end too. Then all
+training processes are killed."""
 LAST_CHECKPOINT_S = 110.0
 """After the launcher was killed, the training processes have this many seconds to write a checkpoint."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -197,7 +198,7 @@ class _Processes:
         return code if code >= 0 else EXIT_FAILED
 
     def any_died(self, code: int) -> bool:
-        """Wait until all processes have ended; return whether one of them died without an exit code or a request."""
+        """Wait until all processes have ended; return whether one of them died although nobody had asked it to stop."""
         if code != EXIT_FAILED or self.requests:
             return False
         until = time.monotonic() + LAST_CHECKPOINT_S

@@ -61,7 +61,8 @@ def launch(words: list[str]) -> int:
 
     config = parse_config(PretrainConfig, words, prog="dreamscale pretrain", positionals=("config",))
     if "RAY_ADDRESS" not in os.environ:
-        # Turn off tokens: a new cluster on this machine would ask for a token, which does not exist.
+        # Switch off Ray's authentication. Otherwise the new cluster on this machine would ask for a token, which does
+        # not exist.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray

@@ -366,6 +366,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if set(givers) <= label_of.keys():
             _, probabilities = classifier.judge(_resize(control.images_BHW3, judges.size))
             # If a good model gets the EEG of another trial, the generated image shows the category of this other trial.
+            # So this accuracy is computed with the labels of the trials whose EEG was used.
             result["shuffled"][f"accuracy_of_eeg[{JUDGE}]"] = metrics.accuracy_with_p_value(
                 probabilities.argmax(axis=1),
                 np.array([label_of[key] for key in givers]),

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 Images = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 JUDGE = "dataset-classifier"
-"""Name of this project's classifier in the results. A Fréchet distance of the classifier's features is not the FID."""
+"""Name of this project's classifier in the results. The Fréchet distance of its features must not be called FID,
+because the FID uses features of Inception-V3."""
 TOO_SMALL = "not computed: the images are smaller than 11 pixels"
 
 

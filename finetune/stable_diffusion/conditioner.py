@@ -29,8 +29,8 @@ class ConditionerConfig:
     hidden: int = 64
     """Number of tokens between the two convolutions of the conditioner."""
     time_dim: int = 0
-    """Width of the time embedding, E. With E > 0, a vector from the EEG is also added to the time embedding, as in the
-    released code. 0 switches this second path off, as in the paper."""
+    """Width of the time embedding, E. With E > 0, a vector from the EEG is also added to the time embedding, as in
+    DreamDiffusion's code. 0 switches this second path off, as in DreamDiffusion's paper."""
 
 
 class Conditioner(nn.Module):

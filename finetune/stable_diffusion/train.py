@@ -59,7 +59,7 @@ class StableDiffusionConfig:
     """Parts of the model that are trained. E: the encoder and its projector. A: the U-Net's cross-attentions and their
     norms (attn2, norm2). E+A: all of these."""
     time_path: bool = True
-    """Also add a projection of the EEG to the time embedding, as in the released code but not in the paper."""
+    """Also add a projection of the EEG to the time embedding, as in DreamDiffusion's code but not in its paper."""
     hidden: int = 64
     """Number of tokens between the two convolutions of the projector."""
     drop: float = 0.1

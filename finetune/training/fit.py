@@ -209,7 +209,8 @@ class _Loop:
         parts = self.micro_batches
         for part in range(parts):
             piece = {k: v.chunk(parts)[part] for k, v in tensors.items()}
-            # Processes exchange gradients only in the last backward pass. Before, each process sums its own gradients.
+            # Processes exchange gradients only in the last backward pass of a step. In the earlier passes, each process
+            # only sums its own gradients.
             with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.wrapped):
                 out = self.wrapped(**piece)
                 self.accelerator.backward(out["loss"] / parts)

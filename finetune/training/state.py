@@ -89,8 +89,7 @@ def make_optimizer(
 class EMA:
     """Exponential moving average of the trainable weights, in fp32.
 
-    `EMAModel` of diffusers is not used for two reasons. The class stores averages in a list, but the checkpoint
-    needs names. The class also rounds updates in another way, so a repeated run would not give equal weights.
+    `EMAModel` of diffusers is not used, because it stores the averages in a list, but the checkpoint needs their names.
 
     Parameters
     ----------

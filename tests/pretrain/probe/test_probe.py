@@ -132,7 +132,7 @@ class TestCommand:
         assert found["encoder_minus"]["random weights"]["p"] > 0.05
         assert found["encoder_minus"]["band power"]["p_subjects"] is None
         assert (tmp_path / "p.png").stat().st_size > 1000
-        assert "24 trials of 12 images and 2 subject(s) were scored" in " ".join(capsys.readouterr().out.split())
+        assert "on 24 test trials of 12 images and 2 subject(s)" in " ".join(capsys.readouterr().out.split())
 
     def test_leaving_subjects_out_scores_every_trial_once(self, package: Path, dataset: Path, tmp_path: Path) -> None:
         words = [str(package), str(dataset), "--folds", "subjects", "--output", str(tmp_path / "p.json")]
