@@ -64,7 +64,7 @@ def test_recordings_hold_what_truth_says(corpus: Path, truth: dict):
         flat = [name for name, row in zip(raw.ch_names, x, strict=True) if row.std() < 0.1]
         assert flat == ([facts["dead_channel"]] if facts["dead_channel"] else [])
         spread = np.median(x.std(axis=1))
-        assert 3 < spread < 100, "microvolts"
+        assert 3 < spread < 100, "the amplitude is that of EEG in microvolts"
         power = (np.abs(np.fft.rfft(x, axis=1)) ** 2).mean(axis=0)
         f = np.fft.rfftfreq(x.shape[1], 1 / facts["sfreq"])
 

@@ -120,7 +120,7 @@ import contextlib, io
 from launch.cli import main
 for command, path in {_documented()!r}:
     printed = io.StringIO()
-    # The config of 'plan' is that of another command.
+    # 'plan' takes the path of a config of 'pretrain', which is not its own config, so --config does not work.
     words = [path] if command == "plan" else ["--config", path, "--print_config"]
     try:
         with contextlib.redirect_stdout(printed):

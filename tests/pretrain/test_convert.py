@@ -119,7 +119,7 @@ def foreign_config(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "config", module)
     config = cls()
     config.__dict__ |= {"num_heads": HEADS, "decoder_num_heads": NARROW_HEADS, "mask_ratio": 0.1, "focus_range": None}
-    # The test sets a loss to infinity because JSON cannot store infinity.
+    # JSON cannot store infinity, so the conversion must leave this value out of the package's config.json.
     config.best_loss = float("inf")
     return config
 

@@ -157,7 +157,7 @@ class TestCommand:
         assert main(words) == 0
         found = json.loads((tmp_path / "p.json").read_text())
         assert found["accuracy"].keys() == {"encoder", "commonest label", TUNED, TUNED_RANDOM}
-        # There is only one fit of the fine-tuned model, so the results hold one chosen learning rate.
+        # There is only one fold, so the results hold one chosen learning rate.
         assert found["chosen"][TUNED][0] in (2e-3, 4e-3)
         assert found["accuracy"][TUNED]["mean"] > 0.8
         assert found["encoder_minus"][TUNED_RANDOM]["of"] == TUNED
