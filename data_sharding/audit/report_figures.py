@@ -244,14 +244,16 @@ def measure_mains_peaks(frequency: np.ndarray, power: np.ndarray) -> dict[float,
     -------
     dict
         For 50 Hz and 60 Hz, if the spectrum contains this frequency: the power of the peak, divided by the median power
-        at a distance of 3 to 8 Hz from the peak.
+        at a distance of 3 to 8 Hz from the peak. This median is taken below and above the peak, and the larger median
+        counts. So a peak is not invented where one side lies in the hole of a notch filter or beyond the band.
     """
     peaks = {}
     for line in (50.0, 60.0):
-        distance = np.abs(frequency - line)
-        around = power[(distance > 3) & (distance < 8)]
-        if frequency[-1] > line + 3 and len(around) and np.median(around) > 0:
-            peaks[line] = float(power[distance <= 1].max() / np.median(around))
+        offset = frequency - line
+        sides = [power[(way * offset > 3) & (way * offset < 8)] for way in (-1, 1)]
+        around = max((float(np.median(side)) for side in sides if len(side)), default=0.0)
+        if len(frequency) and frequency[-1] > line + 3 and around > 0:
+            peaks[line] = float(power[np.abs(offset) <= 1].max() / around)
     return peaks
 
 

@@ -20,6 +20,12 @@ FILTER_BYTES = 8 * 2**20
 """Size in bytes of a block of samples in the filters, stored as float64."""
 
 
+BEFORE: dict[str, Any] = {"reject_uv": 0.0, "notch_width_hz": 0.0}
+"""Fields of `PreprocessSpec` that older versions did not have, with the values that describe the older versions."""
+NOTCH_GAIN = 1e-3
+"""A harmonic of the mains frequency needs no notch filter if the band-pass filter reduces it below this fraction."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
     """Settings that turn a recording into windows. The dataset id and the encoder package include these settings.
@@ -53,6 +59,10 @@ class PreprocessSpec:
     """With constant scaling, windows are divided by this value in microvolts."""
     clip: float = 20.0
     """Clip the scaled model input at plus and minus this value (0: do not clip). Stored windows are not clipped."""
+    notch_width_hz: float = 4.0
+    """Width in Hz of the notch filter around the mains frequency and around each harmonic. At the edges of this width,
+    an amplitude is halved. The width must cover the drift of the mains frequency. 0 means the narrow filter of older
+    versions (a thirtieth of each frequency)."""
     reject_uv: float = 0.0
     """Leave a window out if the peak-to-peak amplitude of a good channel exceeds this value in microvolts. 0 keeps all
     windows."""
@@ -83,6 +93,8 @@ class PreprocessSpec:
             )
         if isinstance(self.notch, str) and self.notch not in ("auto", "off"):
             raise ValueError(f"preprocess.notch '{self.notch}' is not valid; use auto, off, or a frequency in Hz")
+        if not 0 <= self.notch_width_hz <= 10:
+            raise ValueError(f"preprocess.notch_width_hz must be from 0 to 10, got {self.notch_width_hz}")
         if not self.reference or not all(self.reference):
             raise ValueError("preprocess.reference is empty; use average, keep, or names of channels")
         # Give equal settings the same type (512 and 512.0), because the checksum depends on the written values.
@@ -113,18 +125,19 @@ class PreprocessSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary.
 
-        If `reject_uv` is 0, the dictionary does not contain it. So specs from older versions, which did not have this
-        field, keep their checksum.
+        Fields that older versions did not have are not in the dictionary if their value means the behaviour of the
+        older versions. So specs from older versions keep their checksum.
         """
         values = dataclasses.asdict(self)
-        if not self.reject_uv:
-            values.pop("reject_uv")
+        for key, before in BEFORE.items():
+            if values[key] == before:
+                values.pop(key)
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PreprocessSpec:
-        """Make a spec from a dictionary that `to_dict` returned."""
-        return cls(**values)
+        """Make a spec from a dictionary that `to_dict` returned, in this version or in an older version."""
+        return cls(**{**BEFORE, **values})
 
     def digest(self) -> str:
         """Return the checksum of the spec (hexadecimal SHA-256)."""
@@ -249,18 +262,26 @@ def filters(sfreq: float, spec: PreprocessSpec, line_freq: float | None) -> np.n
     """
     low, high = band_of(sfreq, spec)
     line = line_freq if spec.notch == "auto" else None if isinstance(spec.notch, str) else spec.notch
-    return _sections(low, high, spec.sfreq, line or None).copy()
+    return _sections(low, high, spec.sfreq, line or None, spec.notch_width_hz).copy()
 
 
 @functools.lru_cache(maxsize=16)
-def _sections(low: float, high: float, sfreq: float, line: float | None) -> np.ndarray:
-    from scipy.signal import butter, iirnotch, tf2sos
+def _sections(low: float, high: float, sfreq: float, line: float | None, width: float) -> np.ndarray:
+    from scipy.signal import butter, iirnotch, sosfreqz, tf2sos
 
-    sections = [np.asarray(butter(4, [low, high], btype="bandpass", fs=sfreq, output="sos"))]
-    if line:
+    band = np.asarray(butter(4, [low, high], btype="bandpass", fs=sfreq, output="sos"))
+    sections, nyquist = [band], 0.5 * sfreq
+    if line and not width:
         sections += [
-            np.asarray(tf2sos(*iirnotch(f, 30.0, fs=sfreq))) for f in np.arange(line, high, line) if f < 0.5 * sfreq
+            np.asarray(tf2sos(*iirnotch(f, 30.0, fs=sfreq))) for f in np.arange(line, high, line) if f < nyquist
         ]
+    elif line:
+        # The band-pass filter is not steep, so a harmonic above the band can stand out, too.
+        harmonics = np.arange(line, nyquist - width, line)
+        gains = np.abs(sosfreqz(band, harmonics, fs=sfreq)[1]) ** 2  # The filter runs forward and backward.
+        for f in harmonics[gains > NOTCH_GAIN]:
+            edges = [f - width / 2, f + width / 2]
+            sections.append(np.asarray(butter(2, edges, btype="bandstop", fs=sfreq, output="sos")))
     return np.concatenate(sections)
 
 

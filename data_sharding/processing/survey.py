@@ -54,6 +54,7 @@ STRETCHES_S = 256.0
 """Largest total length, in seconds, of the stretches in which amplitudes and spectra are measured."""
 SPECTRUM_HZ = 0.45
 """Spectra are compared up to this fraction of the sampling rate. Amplifiers filter out the higher part."""
+MAINS = (50.0, 60.0)
 LINE_RATIO = 5.0
 """Mains noise is present if the power at its frequency exceeds the power of neighbouring frequencies by this factor."""
 FINGERPRINT_STEP_S = 0.1
@@ -200,6 +201,7 @@ class Survey:
         self._n_fft = int(longest * self._rate / sfreq) if longest >= 2 * sfreq else 0
         self._power = np.zeros((n_channels, self._n_fft // 2 + 1))
         self._n_power = 0
+        self._mains: dict[float, list[np.ndarray]] = {line: [] for line in MAINS}
         self._amplitudes: list[np.ndarray] = []
         self._rough: list[np.ndarray] = []
         self._similar: list[np.ndarray] = []
@@ -277,15 +279,39 @@ class Survey:
             from scipy.fft import rfft
 
             window = np.hanning(self._n_fft + 1)[:-1]
-            power = np.abs(np.asarray(rfft(x[:, : self._n_fft] * window, axis=1))) ** 2
+            spectrum = np.asarray(rfft(x[:, : self._n_fft] * window, axis=1))
+            power = np.abs(spectrum) ** 2
             self._power += power
             self._n_power += 1
             frequency = self._frequencies
+            self._measure_mains(spectrum)
             rough = (frequency > 45) & (frequency < min(120.0, SPECTRUM_HZ * self._rate))
             for line in (50.0, 60.0, 100.0):
                 rough &= np.abs(frequency - line) > 2.5
             if np.count_nonzero(rough) > 20:
                 self._rough.append(np.sqrt(power[:, rough].mean(axis=1)))
+
+    def _measure_mains(self, spectrum: np.ndarray) -> None:
+        """Add the power of a stretch near the mains frequencies, relative to neighbouring frequencies.
+
+        Each stretch is divided by its own power, so that a few stretches with artefacts do not hide the mains. A large
+        artefact that all channels share can hide the mains as well, so the power is also measured without the common
+        part of the channels.
+        """
+        for line, totals in self._mains.items():
+            bins = np.flatnonzero(np.abs(self._frequencies - line) < 6)
+            if self._rate / 2 <= line + 3 or not len(bins):
+                continue
+            around = np.abs(self._frequencies[bins] - line) > 2
+            for i, common in enumerate((False, True)[: 1 + (len(spectrum) >= MIN_TO_COMPARE)]):
+                part = spectrum[:, bins]
+                if common:
+                    part = part - (np.median(part.real, axis=0) + 1j * np.median(part.imag, axis=0))
+                power = np.abs(part) ** 2
+                base = np.median(power[:, around], axis=1, keepdims=True) if around.any() else np.zeros((len(part), 1))
+                if len(totals) <= i:
+                    totals.append(np.zeros(power.shape))
+                totals[i] += power / np.where(base > 0, base, np.inf)
 
     @property
     def _frequencies(self) -> np.ndarray:
@@ -396,18 +422,15 @@ class Survey:
             50 or 60 Hz. None if the spectrum shows no mains noise, every stretch is shorter than two seconds, or the
             sampling rate is too low.
         """
-        if not len(rows) or not self._n_power:
-            return None
-        frequency = self._frequencies
-        power = np.median(self._power[list(rows)], axis=0)
         best, ratio = None, LINE_RATIO
-        for line in (50.0, 60.0):
-            distance = np.abs(frequency - line)
-            around = power[(distance > 2) & (distance < 6)]
-            if self._rate / 2 > line + 3 and around.size and np.median(around) > 0:
-                here = power[distance <= 1].max() / np.median(around)
-                if here > ratio:
-                    best, ratio = line, here
+        for line, totals in self._mains.items():
+            distance = np.abs(self._frequencies - line)
+            distance = distance[distance < 6]
+            for total in totals if len(rows) else ():
+                power = np.median(total[list(rows)], axis=0)
+                around = np.median(power[distance > 2])
+                if around > 0 and power[distance <= 1].max() / around > ratio:
+                    best, ratio = line, power[distance <= 1].max() / around
         return best
 
     def _fingerprint(self) -> np.ndarray:
