@@ -304,8 +304,9 @@ def align(config: AlignConfig) -> int:
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "train/cosine", "val/cosine"])
         run.status("done", **found)
         print(
-            f"alignment: on the val split, mean cosine {1 - result.best['cosine']:.3f}, right label "
-            f"{result.best['label']:.1%} -> {run.path / 'encoder'}; next: dreamscale finetune "
+            f"alignment: on the val split, mean cosine similarity {1 - result.best['cosine']:.3f}; the most similar "
+            f"image has the right label in {result.best['label']:.1%} of the trials -> {run.path / 'encoder'}; "
+            f"next: dreamscale finetune "
             f"configs/finetune/stable_diffusion.yaml --dataset {config.dataset} --encoder {run.path / 'encoder'}"
         )
     run.close()

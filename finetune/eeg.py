@@ -208,8 +208,7 @@ def average_trials_of_image(
         Averaged trials in microvolts.
     """
     b = len(eeg_bCT)
-    # Draw the random numbers before the loop, so that every rank draws equally many. Otherwise the later numbers of the
-    # ranks would not belong to the same draw.
+    # `random` needs the same number of draws on every rank. So draw before the loop, which differs between the ranks.
     extra_b = random.integers(most, b)
     start_b = random.uniform(b)
     for i, number in enumerate(batch.numbers):

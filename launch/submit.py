@@ -220,7 +220,7 @@ def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
         name=config.name,
         nodes=config.nodes,
         cpus=config.cpus_per_node,
-        # A stage without a launcher starts Ray, and Ray assigns CPUs and GPUs to the tasks.
+        # Only the stage shard has no launcher, and sharding needs no GPU.
         gpus=config.gpus_per_node if stage.launcher else 0,
         threads=max(1, config.cpus_per_node // max(1, config.gpus_per_node)),
         time=config.time,

@@ -56,14 +56,16 @@ class ConvertConfig:
     """Number of attention heads of the decoder, if the checkpoint does not contain this number. DreamDiffusion's
     decoders have 16 heads."""
     sfreq: float = 256.0
-    """Sampling rate of the signal in Hz. DreamDiffusion's code has no fixed sampling rate: pretraining uses each file
-    at the file's own rate, and fine-tuning stretches the 440 ms of a trial to 512 samples."""
+    """Sampling rate in Hz of the signals that the encoder will get. DreamDiffusion's code has no fixed sampling rate:
+    pretraining uses each file at the file's own rate, and fine-tuning stretches the 440 ms of a trial to 512
+    samples."""
     highpass: float = 5.0
     """Lower edge of the frequency band in Hz; the default is the value in DreamDiffusion's paper."""
     lowpass: float = 95.0
     """Upper edge of the frequency band in Hz; the default is the value in DreamDiffusion's paper."""
     scale_uv: float = 10.0
-    """Number by which microvolts are divided. DreamDiffusion's pretraining divides by 10, and its fine-tuning by 1."""
+    """Number by which the signal in microvolts is divided. DreamDiffusion's pretraining divides by 10, and its
+    fine-tuning by 1."""
     program: bool = True
     """Also write encoder.pt2, a program that needs only PyTorch to run."""
 
@@ -243,14 +245,14 @@ def convert_weights(
     if learned:
         encoder_weights["positions_ND"] = table[1:]
     if class_token:
-        # DreamDiffusion adds a position embedding to the class token, which is zero unless it was trained. Our class
-        # token has no position embedding, so add it here.
+        # DreamDiffusion adds a position embedding to the class token; this embedding is zero unless it was trained. Our
+        # class token has no position embedding, so add the embedding to the class token itself.
         encoder_weights["cls_token"] = encoder_weights["cls_token"] + table[0]
     left = sorted(weights.keys() - taken)
     if left:
         raise RequestError(
             f"the checkpoint has weights that no part of the model takes: {', '.join(left[:3])}"
-            f"{' ...' * (len(left) > 3)}; it is of another model than DreamDiffusion's released code"
+            f"{' ...' * (len(left) > 3)}, so it does not come from DreamDiffusion's released code"
         )
     return Converted(encoder=encoder, encoder_weights=encoder_weights, decoder=decoder, decoder_weights=decoder_weights)
 

@@ -41,7 +41,7 @@ def renamed_keys(cls: type, prefix: str = "") -> dict[str, str]:
     """Return the keys of older versions of a config, each with its replacement.
 
     A config class lists its old keys in ``RENAMED: ClassVar[dict[str, str]]``. The value for an old key is the new key,
-    or a sentence that says what to use. Both keys are relative to the class.
+    or a sentence that says what to use. Both keys are written without the path to the class.
     """
     found = {}
     for old, new in getattr(cls, "RENAMED", {}).items():

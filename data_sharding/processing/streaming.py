@@ -62,7 +62,7 @@ def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | N
     n_channels : int
         Number of channels that are read.
     block_bytes : int, optional
-        Largest size of a block in bytes, stored as float64; `BLOCK_BYTES` by default.
+        Largest size of a block in bytes, with 8 bytes for each value; `BLOCK_BYTES` by default.
 
     Yields
     ------
@@ -219,8 +219,8 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
 
     Resampling by up/down means: insert up - 1 zeros after each input sample, apply the low-pass filter h, and keep
     every down-th sample. In the signal with the zeros, output j is at position j * down and input i at position i * up.
-    So output j is the sum over i of h[half + j * down - i * up] * x[i], and only inputs within `reach` samples of time
-    j * down / up have a weight.
+    So output j is the sum over i of h[half + j * down - i * up] * x[i]. Only inputs i between j * down / up - `reach`
+    and j * down / up + `reach` have a weight.
 
     The weights of a group of `count` neighbouring outputs form a matrix. One matrix product computes this group in all
     frames. The matrices contain many zeros; still, the products take a third of the time of SciPy's `upfirdn`, which
@@ -438,7 +438,8 @@ def zero_phase(
     Parameters
     ----------
     read : callable
-        Function (start, stop) that returns these samples as an array of shape (n, stop - start).
+        Function (start, stop) that returns the samples from `start` up to `stop` as an array of shape (n, stop -
+        start).
     n_samples : int
         Length of the segment in samples.
     sos : ndarray, shape (n_sections, 6)
@@ -447,7 +448,8 @@ def zero_phase(
         Number of samples by which the segment is extended at each end (see `Resampler`). A short segment is extended by
         fewer samples.
     block : int
-        Number of samples that are read at a time, but at least four times the filter's lookahead.
+        Number of samples that are read at a time. If it is less than four times the filter's lookahead, four times the
+        lookahead is used instead.
 
     Yields
     ------

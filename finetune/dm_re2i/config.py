@@ -75,9 +75,10 @@ class EGDDPMStage:
     """True: the embedding scales and shifts feature maps (FiLM). False: the embedding is added, as in the paper."""
     patch: int = 1
     """Side length in pixels of the squares that are folded into channels. With 2, the network needs a quarter of the
-    computation. The paper folds nothing, which is 1."""
+    computation. With 1, as in the paper, nothing is folded."""
     join_first: bool = False
-    """Add a skip connection from the first level, which narrow networks need. The paper has no such connection."""
+    """Add a skip connection from the first level to the last block. Narrow networks need this connection. The paper has
+    no such connection."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     """Quantity that the network predicts. epsilon: the noise, as in the paper. v_prediction: the velocity, with which
     images show shapes after fewer training steps."""

@@ -84,7 +84,7 @@ def choose_trials(labels_B: np.ndarray, examples: int) -> list[int]:
 def _make_examples(
     labels: list[str], generated: GeneratedSet, control: GeneratedSet | None, examples: int
 ) -> list[list[Picture]]:
-    """Return the pictures of the given trials: the image that the person saw, the generated image, and the control."""
+    """Return the pictures of some trials: the image that the person saw, the generated image, and the control image."""
     chosen = []
     for number in choose_trials(generated.labels_B, examples):
         label = labels[generated.trials[number]["label"]]

@@ -255,7 +255,7 @@ class _Loop:
         self.sums, self.logged, self.since = {}, state.step, time.monotonic()
 
     def end_step(self) -> None:
-        """Evaluate the model, write a checkpoint, and stop the run, if each of these is due after this step."""
+        """Do what is due after a step: evaluate the model, write a checkpoint, stop the run."""
         config, state = self.config, self.state
         final = state.step == config.steps
         if state.evaluation_due and not self.check_stop():

@@ -32,7 +32,7 @@ class Component:
     centre: tuple[float, float, float]
     """Direction of the source from the middle of the head: x to the right, y to the front, z up."""
     width: float
-    """Width of the peak of the potential on the unit sphere."""
+    """Width of the area with a high potential, on a sphere of radius 1."""
     latency: float
     """Seconds from the onset of the picture to the peak."""
     duration: float

@@ -213,7 +213,7 @@ class Chain:
 
     @contextmanager
     def forward_signals(self) -> Iterator[None]:
-        """Forward a signal that asks the demo to stop to the running step."""
+        """If a signal asks the demo to stop, forward this request to the running step."""
 
         def stop(number: int, _: FrameType | None) -> None:
             again = self.stopping

@@ -5,7 +5,7 @@ C, T]. Each letter has the same meaning in the whole project:
 
 ====  ==========================================================================
 B     samples of a batch: windows or trials
-n     all trials of a dataset, in the probe; m: the test trials
+n, m  in the probe: all trials of a dataset, and the test trials
 C     channels, which are the rows of a window
 T     time samples of a window
 N     tokens along a window: T / patch
@@ -19,7 +19,7 @@ H, E  attention heads, and the width of one head
 F     features
 L     labels (classes)
 S     sets of labels, or classifiers
-1, 3  a dimension of this size; 3 are the coordinates of an electrode
+1, 3  a dimension of size 1 or 3; size 3: the coordinates of an electrode
 ====  ==========================================================================
 
 A letter that only one function uses is explained in this function.

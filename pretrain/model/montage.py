@@ -30,8 +30,8 @@ from pretrain.model.transformer import Blocks, initialise, sincos_positions
 if TYPE_CHECKING:
     from data_sharding.dataset.dataset import EEGDataset
 
-# Longest and shortest wavelength of the position code in metres: twice the width of a head, and the distance between
-# neighbouring electrodes in a montage of 128 electrodes.
+# Longest and shortest wavelength, in metres, of the sines and cosines that encode an electrode's position: twice the
+# width of a head, and the distance between neighbouring electrodes in a montage of 128 electrodes.
 _WAVELENGTHS = (0.4, 0.02)
 _BANDS = 8
 
@@ -44,7 +44,7 @@ def electrode_positions(metas: list[dict[str, Any]], most: int) -> tuple[Tensor,
     metas : list of dict, [B]
         Metadata of samples: ``n`` true channels and their ``positions`` in metres, None for an unknown position.
     most : int
-        Largest number of channels.
+        Largest number of channels of a sample; further channels are ignored.
 
     Returns
     -------

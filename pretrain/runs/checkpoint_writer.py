@@ -68,7 +68,9 @@ class CheckpointWriter:
     def begin(
         self, step: int, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], *, asynchronous: bool = False
     ) -> None:
-        """Begin to write a checkpoint; every process must call this method. The previous checkpoint must be settled.
+        """Begin to write a checkpoint; every process must call this method.
+
+        Before this call, `wait` or `settle` must have finished the previous checkpoint.
 
         Parameters
         ----------

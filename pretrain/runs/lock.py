@@ -13,8 +13,8 @@ from typing import IO
 
 from data_sharding.common.errors import RequestError
 
-# Seconds to wait for a lock. The owner of the lock may have been killed a moment ago. If the killed process ran on
-# another host, the file server may notice only after a minute or more that the lock is free.
+# Seconds to wait for a lock. If the owner of the lock was killed a moment ago, the lock soon becomes free. If the owner
+# ran on another host, this can take a minute or more, because the file server must notice first.
 _SAME_HOST_S, _OTHER_HOST_S = 10, 120
 
 
@@ -36,9 +36,10 @@ def hold_lock(path: Path) -> IO[str]:
     RequestError
         If another process holds the lock and does not release the lock in time.
     """
-    # The package filelock is not used, because it does not tell which process holds a lock. The code below would still
-    # have to store the owner's name, wait, and write the message. The POSIX lock used here works between hosts that
-    # share a network disk. The lock is released when its process ends, and forked processes do not inherit the lock.
+    # The package filelock is not used, because it does not tell which process holds a lock. With filelock, the code
+    # below would still have to store the owner's name, wait, and write the message. The POSIX lock used here works
+    # between hosts that share a network disk. The lock is released when its process ends, and forked processes do not
+    # inherit the lock.
     stream = path.open("a+")
     waited = 0
     while True:

@@ -217,7 +217,7 @@ class PretrainConfig:
 
     @property
     def micro(self) -> int:
-        """Number of windows that one process computes in one forward pass, with the default filled in."""
+        """The value of micro_batch_size; if this key is not set, each process's whole share of the batch."""
         return self.micro_batch_size or self.batch_size // self.num_processes
 
     def total_steps(self, samples: int) -> int:

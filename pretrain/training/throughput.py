@@ -37,8 +37,8 @@ class Throughput:
         self._peak = peak_flops(world.device, config.precision, config.peak_tflops)
         if self._peak is not None:
             # The first call of `batch_flops` takes seconds, because it counts the model's operations. Make this call
-            # here, so that its time does not count as training time. The window of one channel prepares the counts for
-            # all numbers of channels.
+            # here, so that its time does not count as training time. With a window of one channel, the call also
+            # prepares the counts for windows of any other number of channels.
             batch_flops(self._model, [1, self._model.encoder.channels])
         self.reset()
 

@@ -116,8 +116,8 @@ class Trainer:
         if fault is not None:
             raise RequestError(fault)
         if folder is None:
-            # An earlier attempt may have ended before its first checkpoint. Delete the metrics and the list that it
-            # wrote.
+            # An earlier attempt may have ended before its first checkpoint. Delete the metrics and the list of left-out
+            # batches that it wrote.
             self.run.rewind_metrics(-1)
             self.left_out = []
             if self.world.first:
@@ -189,8 +189,8 @@ class Trainer:
         self.save()
         if not self.writer.wait() or self.writer.failed > failed:
             raise RuntimeError(
-                f"the last checkpoint, of step {self.global_step}, could not be written; make room at {self.run.path} "
-                "and run the same command again: it resumes from the checkpoint before"
+                f"the last checkpoint, of step {self.global_step}, could not be written; free some disk space at "
+                f"{self.run.path} and run the same command again: it resumes from the previous checkpoint"
             )
 
     def rewind(self, spike: str, loss: float) -> bool:
@@ -315,9 +315,9 @@ class Trainer:
         if self.skipped_in_a_row >= config.max_skipped:
             raise RuntimeError(
                 f"the gradient was not finite for {self.skipped_in_a_row} steps in a row, up to step "
-                f"{self.global_step}; check the data with 'dreamscale verify {self.train_set.path}'. The same command "
-                f"resumes from the newest checkpoint, with a larger max_skipped if you set one; a lower optimizer.lr "
-                f"needs another run, in another output"
+                f"{self.global_step}; check the data with 'dreamscale verify {self.train_set.path}'. To continue from "
+                f"the newest checkpoint, run the same command; you may set a larger max_skipped. To train with a lower "
+                f"optimizer.lr, start another run, in another output"
             )
         return float("nan") if bad else total / self.world.size
 

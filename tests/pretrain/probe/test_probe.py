@@ -38,7 +38,7 @@ SUBJECTS = {"train": ("s1", "s2", "s3", "s4"), "val": ("s5",), "test": ("s6", "s
 def write_trials(path: Path, *, images: dict[str, int], caps: bool = False, own_images: bool = False) -> Path:
     """Write trials with two labels: the label is the sign of a bump 0.4 s after stimulus onset.
 
-    All subjects of a split see the same images.
+    All subjects of a split see the same images, unless `own_images` is true.
     """
     rng = np.random.default_rng(5)
     splits: dict[str, list[Sample]] = {}
