@@ -113,7 +113,9 @@ def sample_images(
     from diffusers import DDIMScheduler
 
     if guidance_scale != 1 and unet.null is None:
-        raise RequestError("this model was trained with ddpm.drop 0, so it cannot use guidance; give --guidance_scale 1")
+        raise RequestError(
+            "this model was trained with ddpm.drop 0, so it cannot use guidance; give --guidance_scale 1"
+        )
     # "trailing" starts sampling at the last, noisiest step of training. This fits, because x starts as pure noise.
     scheduler = DDIMScheduler.from_config(noising_config, timestep_spacing="trailing")
     if steps > scheduler.config.num_train_timesteps:
