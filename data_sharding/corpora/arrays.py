@@ -28,10 +28,10 @@ from data_sharding.corpora.paths import Folders, check_folder, check_images, rea
 from data_sharding.dataset.splits import SPLITS
 from data_sharding.formats.signal import Signal
 from data_sharding.formats.sniffing import Recording
+from data_sharding.formats.units import to_volts
 
 SUFFIXES = (".npy", ".npz", ".mat")
 SIDECARS = (".json", ".yaml", ".yml")
-UNITS = {"V": 1.0, "mV": 1e-3, "uV": 1e-6, "µV": 1e-6, "μV": 1e-6, "nV": 1e-9, "standardised": NOMINAL_V}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class ArraysCorpus(Adapter):
             own["sfreq"],
             own["ch_names"],
             epoched=x.ndim == 3,
-            scale=UNITS[own["unit"]],
+            scale=NOMINAL_V if standardised else to_volts(own["unit"]) or 1.0,
             unit_known=standardised,
             line_freq=own["line_freq"],
             reference=own["reference"],
@@ -208,8 +208,8 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
         raise _Fault("sidecar broken", f"{file.name}: sfreq '{about.sfreq}' is not a sampling rate in Hz")
     if about.line_freq is not None and not isinstance(about.line_freq, int | float):
         raise _Fault("sidecar broken", f"{file.name}: line_freq '{about.line_freq}' is not a frequency in Hz")
-    if about.unit not in UNITS:
-        raise _Fault("sidecar broken", f"{file.name}: unit '{about.unit}' must be one of V, mV, uV, nV, standardised")
+    if about.unit != "standardised" and to_volts(str(about.unit)) is None:
+        raise _Fault("sidecar broken", f"{file.name}: unit '{about.unit}' must be V, mV, uV, nV or standardised")
     if not about.ch_names or len(set(about.ch_names)) != len(about.ch_names):
         raise _Fault("sidecar broken", f"{file.name}: ch_names is empty, or names a channel twice")
     if about.ch_types and len(about.ch_types) != len(about.ch_names):

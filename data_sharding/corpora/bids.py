@@ -26,7 +26,7 @@ from data_sharding.corpora.events import NOTHING, read_trials
 from data_sharding.corpora.folder import KEYS, find, make_item
 from data_sharding.corpora.item import Item
 from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text, root_name
-from data_sharding.formats.edf import VOLTS
+from data_sharding.formats.units import names_no_unit
 
 NOT_RAW = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
 """Top-level folders of a BIDS dataset that do not contain raw recordings."""
@@ -240,16 +240,10 @@ def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
         twice = [name for name, count in Counter(row["name"] for row in rows).items() if count > 1]
         if twice:
             raise _Broken(f"{path.name}: channel '{twice[0]}' is listed twice")
-        types = {}
-        for row in rows:
-            if row["type"] in NOTHING:
-                continue
-            kind = TYPES.get(row["type"].upper(), "misc")
-            if kind == "eeg" and row["units"] not in NOTHING and not VOLTS.fullmatch(row["units"]):
-                notes.append(f"channel {row['name']} is EEG in {row['units']} by its sidecar: left out")
-                kind = "misc"
-            types[row["name"]] = kind
-        patch["types"] = types
+        patch["types"] = {
+            row["name"]: TYPES.get(row["type"].upper(), "misc") for row in rows if row["type"] not in NOTHING
+        }
+        patch["units"] = {row["name"]: row["units"] for row in rows if not names_no_unit(row["units"])}
         patch["bads"] = [row["name"] for row in rows if row.get("status", "").lower() == "bad"]
     positions, note = _positions(sidecars, recording)
     if positions:

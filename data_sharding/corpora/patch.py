@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from data_sharding.formats.channels import canonical_name
-from data_sharding.formats.signal import Signal
+from data_sharding.formats.signal import ScaledSignal, Signal, SignalInfo
+from data_sharding.formats.units import to_volts
 
 
 def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
@@ -18,13 +21,14 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         Signal that a reader returned. The function replaces the attribute `info` of the signal.
     patch : dict
         May contain these keys: ``types`` (channel to MNE channel type), ``positions`` (channel to x, y, z in metres),
+        ``units`` (channel to unit; used for channels without a known unit in the file, which wins otherwise),
         ``bads`` (more bad channels), ``line_freq`` (Hz), ``reference``, ``notes``. A channel is found by its exact name
         or by its canonical name. For example, the name Fp1 also finds the channel ``EEG Fp1-REF``.
 
     Returns
     -------
     Signal
-        The same signal object.
+        The signal. If a unit changes, the values of the signal change as well.
     """
     if not patch:
         return signal
@@ -46,11 +50,21 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     for name, place in patch.get("positions", {}).items():
         if (i := find(name)) is not None:
             positions[i] = place
+    gains, units = _read_units(
+        info,
+        {
+            i: unit
+            for name, unit in patch.get("units", {}).items()
+            if (i := find(name)) is not None and types[i] == "eeg"
+        },
+    )
     for name in patch.get("bads", []):
         if (i := find(name)) is not None and info.ch_names[i] not in bads:
             bads.append(info.ch_names[i])
+    notes += units.pop("notes")
     signal.info = dataclasses.replace(
         info,
+        **units,
         ch_types=types,
         positions=positions,
         bads=bads,
@@ -58,4 +72,44 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         line_freq=patch.get("line_freq") or info.line_freq,
         reference=patch.get("reference") or info.reference,
     )
-    return signal
+    return signal if (gains == 1).all() else ScaledSignal(signal, gains)
+
+
+def _read_units(info: SignalInfo, given: dict[int, str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the factor of each channel for the units of a sidecar, and the changed fields of `SignalInfo`.
+
+    Parameters
+    ----------
+    info : SignalInfo
+        Information from the header.
+    given : dict of int to str
+        Unit of each EEG channel in the sidecar.
+
+    Returns
+    -------
+    gains : ndarray, shape (n,)
+        Factor of each channel.
+    fields : dict
+        Values for `named_units`, `unknown_units`, and the new ``notes``.
+    """
+    gains, named, unknown = np.ones(len(info.ch_names)), dict(info.named_units), dict(info.unknown_units)
+    used: dict[str, list[str]] = {}
+    for i, unit in given.items():
+        name, factor = info.ch_names[i], to_volts(unit)
+        if factor is None:
+            unknown[name] = unit
+            named.pop(name, None)
+        elif name in info.unknown_units or name in info.assumed_units:
+            gains[i] = factor / info.assumed_units.get(name, 1.0)
+            named[name] = factor
+            unknown.pop(name, None)
+            if not np.isclose(gains[i], 1.0):
+                used.setdefault(f"unit {unit} from the sidecar", []).append(name)
+        elif not np.isclose(named.get(name, factor) / factor, 1.0):
+            used.setdefault(f"the sidecar says {unit}, but the unit in the file is used", []).append(name)
+    gains[np.isclose(gains, 1.0, rtol=1e-9)] = 1.0
+    notes = [
+        f"{what}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
+        for what, names in used.items()
+    ]
+    return gains, {"named_units": named, "unknown_units": unknown, "notes": notes}

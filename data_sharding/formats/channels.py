@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,8 @@ class Channels:
     """Number of channels of each type in the file."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names of the channels that are not EEG, grouped by kind of channel."""
+    unknown_unit: str = ""
+    """The unit, if it is not known for any of these channels. Without a known unit, the channels cannot be used."""
     selection: str = "all"
     """Rule by which 128 channels were chosen from a recording with more channels."""
     notes: list[str] = field(default_factory=list)
@@ -199,6 +202,21 @@ def is_net(names: list[str]) -> bool:
     return sum(bool(NET_NAME.fullmatch(name)) for name in names) > 2
 
 
+def is_electrode(labels: Sequence[str]) -> list[bool]:
+    """Say for each channel name in the file whether it is the name of an electrode on the scalp."""
+    names = [canonical_name(label) for label in labels]
+    grid, net = is_grid(names), is_net(names)
+
+    def named(label: str, name: str) -> bool:
+        whole = (grid and GRID_NAME.fullmatch(name)) or (net and NET_NAME.fullmatch(name))
+        return bool(whole) or is_site(name) or label.upper().startswith("EEG ")
+
+    return [
+        kind_of(name, grid=grid, net=net) is None and named(label, name)
+        for label, name in zip(labels, names, strict=True)
+    ]
+
+
 def clean_position(xyz: list[float]) -> list[float] | None:
     """Check and round a channel position from a file.
 
@@ -276,17 +294,26 @@ def pick_channels(info: SignalInfo) -> Channels:
     eeg = [i for i, kind in enumerate(info.ch_types) if kind == "eeg"]
     names = [canonical_name(info.ch_names[i]) for i in eeg]
     grid, net = is_grid(names), is_net(names)
-    picks, kept, left_out = [], [], {}
-    for i, name in zip(eeg, names, strict=True):
-        kind = kind_of(name, grid=grid, net=net)
-        if kind is None and name in kept:
-            # Two channels can get the same canonical name (T3 and T7). Such channels keep their names from the file.
-            name = info.ch_names[i] if info.ch_names[i] not in kept else f"{info.ch_names[i]}-{i}"
+    kinds = [kind_of(name, grid=grid, net=net) for name in names]
+    units = [info.unknown_units.get(info.ch_names[i], "") for i, kind in zip(eeg, kinds, strict=True) if kind is None]
+    # A channel with an unknown unit costs only itself. If no channel has a known unit, the caller decides.
+    unknown_unit = next(iter(units), "") if all(units) else ""
+    picks, kept, left_out, notes = [], [], {}, []
+    for i, name, kind in zip(eeg, names, kinds, strict=True):
+        label = info.ch_names[i]
+        if kind is None and label in info.unknown_units and not unknown_unit:
+            kind = f"unit '{info.unknown_units[label]}' unknown"
+            notes.append(f"{label} left out: {kind}")
         if kind:
-            left_out.setdefault(kind, []).append(info.ch_names[i])
-        else:
-            picks.append(i)
-            kept.append(name)
+            left_out.setdefault(kind, []).append(label)
+            continue
+        if name in kept:
+            # Two channels can get the same canonical name (T3 and T7). The second keeps its name from the file.
+            other = label if label not in kept else f"{label}-{i}"
+            notes.append(f"{label} has the same name as another channel ({name}), and is named {other}")
+            name = other
+        picks.append(i)
+        kept.append(name)
     for name, why in info.left_out.items():
         left_out.setdefault(why, []).append(name)
     positions, montage = [info.positions[i] for i in picks], "file"
@@ -295,7 +322,7 @@ def pick_channels(info: SignalInfo) -> Channels:
     pairs = [name for name in kept if _bipolar(name)]
     # A bipolar channel is the difference of two electrodes, so it has no position of its own.
     positions = [None if name in pairs else p for name, p in zip(kept, positions, strict=True)]
-    more = ", ..." if len(pairs) > 4 else ""
+    told = f"{', '.join(pairs[:4])}{', ...' if len(pairs) > 4 else ''} ({len(pairs)})"
     return Channels(
         picks=picks,
         names=kept,
@@ -304,8 +331,14 @@ def pick_channels(info: SignalInfo) -> Channels:
         confidence=round(sum(p is not None for p in positions) / len(picks), 3) if picks else 0.0,
         by_type=dict(sorted(by_type.items())),
         left_out=left_out,
-        notes=[f"bipolar, without a position: {', '.join(pairs[:4])}{more} ({len(pairs)})"] if pairs else [],
+        unknown_unit=unknown_unit,
+        notes=_shorten(notes) + ([f"bipolar, without a position: {told}"] if pairs else []),
     )
+
+
+def _shorten(notes: list[str]) -> list[str]:
+    """Return at most four notes of a kind that can concern every channel."""
+    return notes if len(notes) <= 4 else [*notes[:3], f"the same for {len(notes) - 3} other channels"]
 
 
 def _natural(name: str) -> list[Any]:
@@ -378,6 +411,7 @@ def restrict(channels: Channels, rows: list[int], rule: str) -> Channels:
         confidence=channels.confidence,
         by_type=channels.by_type,
         left_out=channels.left_out,
+        unknown_unit=channels.unknown_unit,
         selection=rule,
         notes=channels.notes,
     )

@@ -5,9 +5,9 @@ In array shapes, n is the number of channels, and S the number of samples at the
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,14 @@ import numpy as np
 
 from data_sharding.common.reason import Reason
 from data_sharding.formats import headers
-from data_sharding.formats.channels import GRID_NAME, NET_NAME, canonical_name, is_grid, is_net, is_site, kind_of
+from data_sharding.formats.channels import canonical_name, is_electrode, kind_of
 from data_sharding.formats.mne_signal import BAD, NotContinuous, RawSignal, ReadError, interruptions, segments_of
 from data_sharding.formats.signal import Segment, Signal
+from data_sharding.formats.units import names_no_unit, read_units, to_volts
 
 if TYPE_CHECKING:
     from mne.io import BaseRaw
 
-VOLTS = re.compile(r"[munpµμ\x83\xca�?]{0,2}v(olts?)?|(micro|milli|nano)volts?", re.IGNORECASE)
-"""Units that are a voltage. The Greek letter micro has different codes in different text encodings."""
 NEW_SEGMENT = "32766"
 """GDF event code (0x7ffe) that marks the beginning of a new run."""
 LOWEST_HZ = 100.0
@@ -45,9 +44,12 @@ class RecordsSignal(RawSignal):
         Further arguments of `RawSignal`.
     """
 
-    def __init__(self, raw: BaseRaw, others: list[tuple[BaseRaw, Fraction]], **more: Any) -> None:
-        super().__init__(raw, **more)
+    def __init__(
+        self, raw: BaseRaw, others: list[tuple[BaseRaw, Fraction]], gains: np.ndarray | None = None, **more: Any
+    ) -> None:
         self._n_main = len(raw.ch_names)
+        super().__init__(raw, gains=None if gains is None else gains[: self._n_main], **more)
+        self._other_gains = None if gains is None else gains[self._n_main :]
         self._others = [(other, ratio, i) for other, ratio in others for i in range(len(other.ch_names))]
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
@@ -75,7 +77,8 @@ class RecordsSignal(RawSignal):
         a = max(first, first + (start * down // up - reach - first) // down * down)
         b = min(last, -(-stop * down // up) + reach)
         y = resample_poly(raw[[pick], a:b][0][0], up, down, padtype="edge")
-        return y[start - a * up // down :][: stop - start]
+        gain = 1.0 if self._other_gains is None else self._other_gains[number]
+        return gain * y[start - a * up // down :][: stop - start]
 
     def close(self) -> None:
         """Close the files of the recording."""
@@ -103,88 +106,168 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
         count = _rate_of_eeg(layout)
         signals = [i for i, label in enumerate(layout.labels) if i != layout.notes and "Annotations" not in label]
         # Do not let MNE resample: it resamples block by block to the highest rate, with errors at each block's edges.
-        electrodes = _electrodes(layout)
+        electrodes = is_electrode(layout.labels)
         rates: dict[int, list[int]] = {}
-        left_out = {}
+        left_out: dict[str, str] = {}
         for i in signals:
             rate = layout.per_record[i] / (layout.record_s or 1)
-            if layout.per_record[i] == count or (i in electrodes and layout.per_record[i]):
+            if i in layout.unscaled:
+                left_out[layout.labels[i]] = layout.unscaled[i]
+            elif layout.per_record[i] == count or (electrodes[i] and layout.per_record[i]):
                 rates.setdefault(layout.per_record[i], []).append(i)
             else:
                 left_out[layout.labels[i]] = f"another rate: {rate:g} Hz"
+        left_out |= _separate(layout, rates)
+        if count not in rates:
+            raise ReadError(Reason("a channel name exists at several rates", next(iter(left_out))))
         main = rates.pop(count)
-        raw = _open_with_mne(format_, path, layout, main)
-        others = [(_open_with_mne(format_, path, layout, rates[n]), Fraction(count, n)) for n in sorted(rates)]
-        kept = [*main, *(i for n in sorted(rates) for i in rates[n])]
-        names = [name for part in [raw, *(other for other, _ in others)] for name in part.ch_names]
-        types = [kind for part in [raw, *(other for other, _ in others)] for kind in part.get_channel_types()]
-        if len(kept) != len(names):
-            raise ReadError(
-                Reason("damaged header", "several channels have the same name, and the reader cannot separate them")
-            )
-        for row, i in enumerate(kept):
-            if types[row] == "eeg" and layout.units[i] and not VOLTS.fullmatch(layout.units[i]):
-                types[row] = "misc"
-        more: dict[str, Any] = {"ch_types": types, "left_out": left_out}
+        opened = [_open_with_mne(format_, path, layout, group) for group in (main, *(rates[n] for n in sorted(rates)))]
+        raw, others = (
+            opened[0].raw,
+            [(part.raw, Fraction(count, n)) for part, n in zip(opened[1:], sorted(rates), strict=True)],
+        )
+        kept = [i for part in opened for i in part.numbers]
+        types = [kind for part in opened for kind in part.raw.get_channel_types()]
+        names, twice = unique_names([layout.labels[i] for i in kept])
+        units = read_units(names, types, [layout.units[i] for i in kept], [f for part in opened for f in part.factors])
+        more: dict[str, Any] = {
+            **units.fields,
+            "ch_names": names,
+            "gains": units.gains,
+            "left_out": left_out,
+            "notes": [*_say_unscaled(layout), *twice, *units.notes],
+        }
         if layout.interrupted:
             # MNE joins the records without gaps, and drops annotations after the end of the joined signal.
-            runs, notes = headers.edf_runs(path, layout)
+            runs, marks = headers.edf_runs(path, layout)
             more["segments"] = [Segment(start=a * count, stop=b * count, onset=onset) for a, b, onset in runs]
-            more["bad_spans"] = [(a, b, word) for a, b, word in notes if BAD.match(word) and b > a]
+            more["bad_spans"] = [(a, b, word) for a, b, word in marks if BAD.match(word) and b > a]
         elif format_ == "gdf":
             cuts, skips = interruptions(raw, NEW_SEGMENT)
             more["segments"] = segments_of(int(raw.n_times), float(raw.info["sfreq"]), cuts, skips)
         if not others:
             return RawSignal(raw, **more)
         slow = [n for n in sorted(rates) if n / layout.record_s < LOWEST_HZ]
-        more |= {"ch_names": names, "positions": [None] * len(names)}
-        more["bads"] = [layout.labels[i] for n in slow for i in rates[n]]
+        more["positions"] = [None] * len(names)
+        more["bads"] = [name for name, i in zip(names, kept, strict=True) if layout.per_record[i] in slow]
         told = ", ".join(f"{layout.labels[i]} {n / layout.record_s:g} Hz" for n in sorted(rates) for i in rates[n][:3])
-        more["notes"] = [f"recorded at other rates, brought to {count / layout.record_s:g} Hz: {told}"]
+        more["notes"] += [f"recorded at other rates, brought to {count / layout.record_s:g} Hz: {told}"]
         return RecordsSignal(raw, others, **more)
 
     return read
 
 
-def _open_with_mne(format_: str, path: Path, layout: headers.Layout, numbers: list[int]) -> BaseRaw:
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """Some channels of a file, opened by MNE."""
+
+    raw: BaseRaw
+    """The channels."""
+    numbers: list[int]
+    """Index of each channel in the header."""
+    factors: list[float]
+    """Factor by which MNE multiplies the values of each channel."""
+
+
+def _separate(layout: headers.Layout, rates: dict[int, list[int]]) -> dict[str, str]:
+    """Remove channels from `rates` that MNE cannot open, and return their names with the reason.
+
+    MNE selects channels by name only, and would resample a channel whose name belongs to a faster channel as well.
+    """
+    left_out = {}
+    for rate, numbers in list(rates.items()):
+        faster = {label for label, n in zip(layout.labels, layout.per_record, strict=True) if n > rate}
+        rates[rate] = [i for i in numbers if layout.labels[i] not in faster]
+        for i in set(numbers) - set(rates[rate]):
+            left_out[layout.labels[i]] = "a channel with the same name has a higher rate"
+        if not rates[rate]:
+            del rates[rate]
+    return left_out
+
+
+def _say_unscaled(layout: headers.Layout) -> list[str]:
+    """Return the note about channels whose header gives no scale."""
+    if not layout.unscaled:
+        return []
+    names = [layout.labels[i] for i in layout.unscaled]
+    told = f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"
+    return [f"left out, because the header gives no scale: {told}; {next(iter(layout.unscaled.values()))}"]
+
+
+def _open_with_mne(format_: str, path: Path, layout: headers.Layout, numbers: list[int]) -> _Opened:
     """Open some channels of a file, selected by their indices in the header."""
     import mne
 
     wanted = {layout.labels[i] for i in numbers}
     exclude = sorted(set(layout.labels) - wanted - {"EDF Annotations", "BDF Annotations"})
-    if clash := [i for i, label in enumerate(layout.labels) if label in wanted and i not in numbers]:
-        text = f"two channels are named '{layout.labels[clash[0]]}', and their rates differ"
-        raise ReadError(Reason("a channel name exists at several rates", text=text))
-    options: dict[str, Any] = {} if format_ == "gdf" else {"encoding": "latin1"}
-    return getattr(mne.io, f"read_raw_{format_}")(path, exclude=exclude, **options)
+    if format_ == "gdf":
+        exclude = [] if len(set(layout.per_record)) == 1 else exclude
+        raw = mne.io.read_raw_gdf(path, exclude=exclude)
+        opened = [i for i, label in enumerate(layout.labels) if label not in exclude]
+        if exclude:
+            _mend_selection(raw, layout, opened)
+    else:
+        raw = getattr(mne.io, f"read_raw_{format_}")(path, exclude=exclude, encoding="latin1")
+        opened = [int(i) for i in raw._raw_extras[0]["sel"]]
+    extras = raw._raw_extras[0]
+    rows = [row for row, i in enumerate(opened) if i in numbers]
+    factors = [float(extras["units"][row]) for row in rows]
+    if len(rows) < len(opened):
+        raw.pick(rows)
+    return _Opened(raw=raw, numbers=[opened[row] for row in rows], factors=factors)
 
 
-def _electrodes(layout: headers.Layout) -> set[int]:
-    """Return the indices of the channels that are named after electrodes."""
-    names = [canonical_name(label) for label in layout.labels]
-    grid, net = is_grid(names), is_net(names)
+def _mend_selection(raw: BaseRaw, layout: headers.Layout, opened: list[int]) -> None:
+    """Correct a GDF recording from which MNE excluded channels.
 
-    def named(label: str, name: str) -> bool:
-        whole = (grid and GRID_NAME.fullmatch(name)) or (net and NET_NAME.fullmatch(name))
-        return bool(whole) or is_site(name) or label.upper().startswith("EEG ")
+    MNE 1.13 forgets the numbers of the channels that it opened, and reads the first channels of the file in their
+    place.
+    """
+    extras = raw._raw_extras[0]
+    count = max(layout.per_record[i] for i in opened)
+    extras["sel"] = np.array(opened)
+    for key in ("cal", "offsets"):
+        extras[key] = extras[key][opened]
+    extras["max_samp"], extras["nsamples"] = count, int(extras["n_records"]) * count
+    with raw.info._unlock():
+        raw.info["sfreq"] = count / layout.record_s
+    raw._last_samps = np.array([extras["nsamples"] - 1])
 
-    return {
-        i
-        for i, (label, name) in enumerate(zip(layout.labels, names, strict=True))
-        if kind_of(name, grid=grid, net=net) is None and named(label, name)
-    }
+
+def unique_names(labels: list[str]) -> tuple[list[str], list[str]]:
+    """Return different names for channels with equal labels, and a note for each label that exists several times.
+
+    The first channel keeps its label, so that it keeps its electrode and its position. The others get a number.
+    """
+    names: list[str] = []
+    for label in labels:
+        name, number = label, 2
+        while name in names or (name != label and name in labels):
+            name, number = f"{label}-{number}", number + 1
+        names.append(name)
+    notes = [
+        f"{count} channels are named '{label}': the first keeps this name and its place, the others get a number"
+        for label, count in Counter(labels).items()
+        if count > 1
+    ]
+    return names, notes
 
 
 def _rate_of_eeg(layout: headers.Layout) -> int:
     """Return the number of samples per record of the EEG channels; if they differ, the most frequent number."""
     counts: Counter[int] = Counter()
-    electrodes = _electrodes(layout)
+    electrodes = is_electrode(layout.labels)
     for i, (label, unit, count) in enumerate(zip(layout.labels, layout.units, layout.per_record, strict=True)):
-        if "Annotations" in label or count < 1:
+        if "Annotations" in label or count < 1 or i in layout.unscaled:
             continue
-        other = kind_of(canonical_name(label)) is not None or bool(unit and not VOLTS.fullmatch(unit))
+        other = kind_of(canonical_name(label)) is not None or not (names_no_unit(unit) or to_volts(unit))
         # Use channels with electrode names; without such channels, use names that may be EEG; otherwise all channels.
-        counts[count] += 1 if other else 10**6 if i in electrodes else 1000
+        counts[count] += 1 if other else 10**6 if electrodes[i] else 1000
+    usable = [electrodes[i] for i in range(len(layout.labels)) if i not in layout.unscaled]
+    if layout.unscaled and not (any(usable) if any(electrodes) else counts):
+        number, fault = next(iter(layout.unscaled.items()))
+        text = f"of {len(layout.unscaled)} channels such as {layout.labels[number]}: {fault}; correct the header"
+        raise ReadError(Reason("no physical range", text))
     if not counts:
         raise NotContinuous(Reason("no signal", "no channel has samples"))
     return max(counts, key=lambda count: (counts[count], count))

@@ -12,13 +12,14 @@ import itertools
 import math
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
+from data_sharding.formats.units import decode_unit, gdf_unit
 
 MAX_READ = 1 << 22
 """Largest number of header bytes that are read from a file."""
@@ -45,7 +46,9 @@ class Layout:
     labels: list[str]
     """Names of all channels, including those for annotations."""
     units: list[str]
-    """Unit of each channel, such as uV; an empty string if the format does not store the unit as text."""
+    """Unit of each channel, such as uV; an empty string if the file names no unit."""
+    unscaled: dict[int, str]
+    """Channels whose header gives no scale: index and fault."""
     per_record: list[int]
     """Number of samples of each channel in one record."""
     n_records: int
@@ -193,7 +196,8 @@ def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
         raise Damaged
     return Layout(
         labels=column(0, 16),
-        units=column(96, 8),
+        units=[decode_unit(unit.encode("latin-1")) for unit in column(96, 8)],
+        unscaled=_unscaled(column(104, 8), column(112, 8)),
         per_record=per_record,
         n_records=n_records,
         record_s=record_s,
@@ -256,6 +260,24 @@ def edf_runs(path: Path, layout: Layout) -> tuple[list[tuple[int, int, float]], 
     return [(a, b, onsets[a] - onsets[0]) for a, b in zip(starts, ends, strict=True) if b > a], notes
 
 
+def _unscaled(low: Sequence[str | float], high: Sequence[str | float]) -> dict[int, str]:
+    """Return the channels whose physical minimum equals the physical maximum, or whose physical range is no number."""
+
+    def number(value: str | float) -> float:
+        try:
+            return float(value)
+        except ValueError:
+            return math.nan
+
+    out = {}
+    for i, (a, b) in enumerate(zip(map(number, low), map(number, high), strict=True)):
+        if not math.isfinite(b - a):
+            out[i] = "its physical range is not a number"
+        elif a == b:
+            out[i] = f"its physical minimum equals its physical maximum ({a:g})"
+    return out
+
+
 def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
     """Compare the header of an EDF or BDF file with its size.
 
@@ -301,7 +323,7 @@ def gdf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     Returns
     -------
     Layout
-        Layout of the records, without units.
+        Layout of the records.
 
     Raises
     ------
@@ -319,11 +341,17 @@ def gdf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     header = read_range(path, 256, 256 * n, head)
     per_record = list(struct.unpack_from(f"<{n}i", header, 216 * n))
     types = struct.unpack_from(f"<{n}i", header, 220 * n)
+    low, high = (struct.unpack_from(f"<{n}d", header, at * n) for at in (104, 112))
+    if old:
+        units = [decode_unit(header[96 * n + 8 * i : 96 * n + 8 * i + 8].split(b"\0")[0]) for i in range(n)]
+    else:
+        units = [gdf_unit(code) for code in struct.unpack_from(f"<{n}H", header, 102 * n)]
     if min(per_record) < 0 or not sum(per_record):
         raise Damaged
     return Layout(
         labels=[header[16 * i : 16 * i + 16].split(b"\0")[0].decode("latin-1").strip() for i in range(n)],
-        units=[""] * n,
+        units=units,
+        unscaled=_unscaled(low, high),
         per_record=per_record,
         n_records=n_records,
         record_s=length / parts if length and parts else 1.0,

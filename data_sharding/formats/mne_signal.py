@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import clean_position
 from data_sharding.formats.signal import Segment, SignalInfo
+from data_sharding.formats.units import read_units
 
 if TYPE_CHECKING:
     import mne
@@ -59,12 +60,23 @@ class RawSignal:
         Segments, if the file describes its segments more exactly than its annotations do.
     keep : Any
         Object that must exist as long as the recording is open, such as a temporary folder.
+    gains : ndarray, optional
+        Factor [n] for each channel that converts MNE's values to volts. By default, MNE's values are volts.
     **more : Any
         Other fields of `SignalInfo`.
     """
 
-    def __init__(self, raw: BaseRaw, *, segments: list[Segment] | None = None, keep: Any = None, **more: Any) -> None:
+    def __init__(
+        self,
+        raw: BaseRaw,
+        *,
+        segments: list[Segment] | None = None,
+        keep: Any = None,
+        gains: np.ndarray | None = None,
+        **more: Any,
+    ) -> None:
         self.raw, self.keep = raw, keep
+        self.gains = None if gains is None or (gains == 1).all() else gains
         sfreq, n = float(raw.info["sfreq"]), int(raw.n_times)
         fields: dict[str, Any] = {**_fields(raw.info, raw.get_channel_types()), "bad_spans": bad_spans(raw), **more}
         self.info = SignalInfo(n_samples=n, segments=segments or segments_of(n, sfreq, *interruptions(raw)), **fields)
@@ -76,7 +88,8 @@ class RawSignal:
         bounds = [start, *ends, stop]
         with quiet():
             blocks = [self.raw[picks, a:b][0] for a, b in itertools.pairwise(bounds)]
-        return np.asarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
+        x = np.asarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1))
+        return x if self.gains is None else x * self.gains[picks, None]
 
     def close(self) -> None:
         """Close the files of the recording."""
@@ -142,6 +155,31 @@ def _fields(info: mne.Info, types: Any) -> dict[str, Any]:
         "bads": list(info["bads"]),
         "reference": "average" if info["custom_ref_applied"] else "",
     }
+
+
+def read_raw_units(
+    raw: BaseRaw, units: Sequence[str], applied: Sequence[float], types: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Read the units of a recording that MNE opened; return the arguments of `RawSignal`.
+
+    Parameters
+    ----------
+    raw : mne.io.BaseRaw
+        The recording.
+    units : sequence of str
+        Unit of each channel, as the file writes it.
+    applied : sequence of float
+        Factor by which MNE multiplies the values of each channel.
+    types : sequence of str, optional
+        Types of the channels, if they differ from MNE's.
+
+    Returns
+    -------
+    dict
+        Types, factors, unknown units and notes.
+    """
+    found = read_units(raw.ch_names, types or raw.get_channel_types(), units, applied)
+    return {**found.fields, "gains": found.gains}
 
 
 def _position(channel: dict[str, Any]) -> list[float] | None:

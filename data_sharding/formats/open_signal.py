@@ -26,11 +26,13 @@ from data_sharding.formats.mne_signal import (
     ReadError,
     interruptions,
     quiet,
+    read_raw_units,
     segments_of,
 )
 from data_sharding.formats.readers import find_formats
 from data_sharding.formats.signal import Segment, Signal
 from data_sharding.formats.sniffing import Recording
+from data_sharding.formats.units import names_no_unit
 
 if TYPE_CHECKING:
     from mne.io import BaseRaw
@@ -203,20 +205,60 @@ def _as_named(
     return target, text, folder
 
 
+def _brainvision_units(raw: BaseRaw, text: str) -> dict[str, Any]:
+    """Read the units of a BrainVision header. MNE knows few spellings, and takes other channels as miscellaneous."""
+    listed: dict[int, str] = {}
+    for number, line in re.findall(r"^[ \t]*Ch(\d+)[ \t]*=(.*)$", text, re.MULTILINE | re.IGNORECASE):
+        listed.setdefault(int(number), (line.split(",") + [""] * 4)[3].strip())
+    units = [listed.get(number, "") for number in range(1, len(raw.ch_names) + 1)]
+    known = ("V", "mV", "µV", "uV", "nV")
+    types = [
+        "eeg" if kind == "misc" and unit not in known and not names_no_unit(unit) else kind
+        for kind, unit in zip(raw.get_channel_types(), units, strict=True)
+    ]
+    return read_raw_units(raw, units, [float(channel["range"]) for channel in raw.info["chs"]], types)
+
+
 def _brainvision(path: Path) -> Signal:
     import mne
 
     path, text, folder = _as_named(path, "DataFile", "MarkerFile")
     raw = mne.io.read_raw_brainvision(path)
+    more = _brainvision_units(raw, text.replace("\r\n", "\n"))
     text = text.replace("\r\n", "\n")
     length = int(headers.ini_value(text, "SegmentDataPoints") or 0)
     if (headers.ini_value(text, "SegmentationType") or "NOTSEGMENTED").upper() == "NOTSEGMENTED" or length < 1:
-        return RawSignal(raw, keep=folder)
+        return RawSignal(raw, keep=folder, **more)
     sfreq = float(raw.info["sfreq"])
     starts = range(0, raw.n_times - length + 1, length)
-    return RawSignal(
-        raw, segments=[Segment(start=a, stop=a + length, onset=a / sfreq) for a in starts], epoched=True, keep=folder
-    )
+    segments = [Segment(start=a, stop=a + length, onset=a / sfreq) for a in starts]
+    return RawSignal(raw, segments=segments, epoched=True, keep=folder, **more)
+
+
+def _ant(path: Path) -> Signal:
+    import mne
+
+    raw = mne.io.read_raw_ant(path)
+    units = list(raw._raw_extras[0]["orig_ch_units"])
+    # MNE converts the values of these two spellings, and no others.
+    return RawSignal(raw, **read_raw_units(raw, units, [1e-6 if unit in ("uv", "µv") else 1.0 for unit in units]))
+
+
+def _curry(path: Path) -> Any:
+    import mne
+
+    raw = mne.io.read_raw_curry(path)
+    if not isinstance(raw, mne.io.BaseRaw):
+        return raw
+    factors = [float(channel["cal"]) for channel in raw.info["chs"]]
+    # MNE converts uV and fT, and no other unit.
+    units = [
+        "uV" if factor == 1e-6 else raw._orig_units.get(name, "") if factor == 1 else ""
+        for name, factor in zip(raw.ch_names, factors, strict=True)
+    ]
+    types = raw.get_channel_types()
+    units = [unit if kind == "eeg" else "" for unit, kind in zip(units, types, strict=True)]
+    return RawSignal(raw, **read_raw_units(raw, units, factors))
 
 
 def _persyst(path: Path) -> Signal:
@@ -259,18 +301,20 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "gdf": open_records("gdf"),
     "brainvision": _brainvision,
     "neuroscan": _neuroscan,
-    "ant": _mne("ant"),
+    "ant": _ant,
     "fif": _fif,
     "eeglab": _eeglab,
     "nihon": _mne("nihon"),
     "persyst": _persyst,
     "nedf": _mne("nedf"),
-    "curry": _mne("curry"),
+    "curry": _curry,
     "egi": _mne("egi", events_as_annotations=True),
     "mff": _mne("egi", events_as_annotations=True),
     "xdf": _xdf,
 }
 """Reader of each format. A reader returns a raw or epochs object of MNE, or a `Signal`."""
+ASSUMED_UNITS = {"eeglab": 1e-6}
+"""Factor to volts that the reader assumes, for each format whose files name no unit."""
 UNIT_FACTORS: dict[str, float] = {}
 """Factor to volts for each format with a reader that returns another unit."""
 for _format in find_formats():
@@ -337,6 +381,9 @@ def open_signal(recording: Recording) -> Signal:
         raise ReadError(_missing(recording.format, error)) from error
     except Exception as error:
         raise ReadError(unreadable(error)) from error
+    if recording.format in ASSUMED_UNITS:
+        assumed = dict.fromkeys(signal.info.ch_names, ASSUMED_UNITS[recording.format])
+        signal.info = dataclasses.replace(signal.info, assumed_units=assumed)
     factor = UNIT_FACTORS.get(recording.format)
     if factor is not None:
         note = f"the reader of {recording.format} returns values times {1 / factor:g}; corrected"

@@ -55,6 +55,12 @@ class SignalInfo:
     """Reference of the recording; empty if the reference is unknown."""
     bads: list[str] = field(default_factory=list)
     """Names of the channels that the source marks as bad."""
+    named_units: dict[str, float] = field(default_factory=dict)
+    """Channels whose unit the file names: name, and factor of this unit to volts."""
+    assumed_units: dict[str, float] = field(default_factory=dict)
+    """Channels whose unit the file does not name: name, and factor to volts of the unit that the reader assumed."""
+    unknown_units: dict[str, str] = field(default_factory=dict)
+    """Channels that may be electrodes, and whose unit is not known: name, and unit as the file writes it."""
     bad_spans: list[tuple[float, float, str]] = field(default_factory=list)
     """Bad time spans according to the source: start and end in seconds from the recording's beginning, and text."""
     epoched: bool = False
@@ -90,3 +96,26 @@ class Signal(Protocol):
     def close(self) -> None:
         """Close the files of the recording."""
         ...
+
+
+class ScaledSignal:
+    """A signal with one more factor for each channel.
+
+    Parameters
+    ----------
+    signal : Signal
+        The signal.
+    gains : ndarray, shape (n,)
+        Factor of each channel of the signal.
+    """
+
+    def __init__(self, signal: Signal, gains: np.ndarray) -> None:
+        self.signal, self.gains, self.info = signal, gains, signal.info
+
+    def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
+        """Read samples of some channels; `Signal.read` explains the arguments."""
+        return self.signal.read(start, stop, picks) * self.gains[picks, None]
+
+    def close(self) -> None:
+        """Close the files of the recording."""
+        self.signal.close()

@@ -15,11 +15,8 @@ from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import clean_position
 from data_sharding.formats.mne_signal import NotContinuous, ReadError
 from data_sharding.formats.signal import Segment, Signal, SignalInfo
+from data_sharding.formats.units import Units, read_units
 
-TO_VOLTS = {"microvolts": 1e-6, "uv": 1e-6, "µv": 1e-6, "μv": 1e-6, "microvolt": 1e-6, "millivolts": 1e-3, "mv": 1e-3}
-TO_VOLTS |= {"nanovolts": 1e-9, "nv": 1e-9, "volts": 1.0, "v": 1.0, "": 1.0}
-"""Factor to volts for each unit that a stream can declare. Values without a unit are read as volts; a later check of
-the amplitudes finds a wrong unit."""
 TYPES = {"eeg": "eeg", "eog": "eog", "ecg": "ecg", "ekg": "ecg", "emg": "emg", "": "eeg"}
 STEADY = 1e-4
 """If the measured rate differs from the nominal rate by less than this fraction, the nominal rate is used."""
@@ -95,13 +92,13 @@ def open_xdf(path: Path) -> Signal:
     sfreq = _rate(float(stream["info"]["nominal_srate"][0] or 0), stamps)
     wide = np.flatnonzero(np.diff(stamps) > GAP / sfreq) + 1
     edges = [0, *wide.tolist(), len(x)]
-    names, types, factors, positions = _channels(stream["info"].get("desc"), x.shape[1])
+    names, units, positions = _channels(stream["info"].get("desc"), x.shape[1])
     return ArraySignal(
         x,
-        factors,
+        units.gains,
         SignalInfo(
             ch_names=names,
-            ch_types=types,
+            **units.fields,
             positions=positions,
             sfreq=sfreq,
             n_samples=len(x),
@@ -123,8 +120,11 @@ def _rate(nominal: float, stamps: np.ndarray) -> float:
     return nominal if nominal > 0 and abs(effective / nominal - 1) < STEADY else round(effective, 2)
 
 
-def _channels(desc: Any, n: int) -> tuple[list[str], list[str], np.ndarray, list[list[float] | None]]:
-    """Return the names, types, factors to volts and positions of the channels that the stream declares."""
+def _channels(desc: Any, n: int) -> tuple[list[str], Units, list[list[float] | None]]:
+    """Return the names, types and units, and positions of the channels that the stream declares.
+
+    Values without a unit are read as volts; a later check of the amplitudes finds a wrong unit.
+    """
     try:
         declared = desc[0]["channels"][0]["channel"]
     except (TypeError, KeyError, IndexError):
@@ -140,11 +140,9 @@ def _channels(desc: Any, n: int) -> tuple[list[str], list[str], np.ndarray, list
     for i, channel in enumerate(declared, start=1):
         name = word(channel, "label") or str(i)
         names.append(name if name not in names else f"{name}-{i}")
-    units = [word(channel, "unit").lower() for channel in declared]
-    kinds = [TYPES.get(word(channel, "type").lower(), "misc") for channel in declared]
-    types = [kind if unit in TO_VOLTS else "misc" for kind, unit in zip(kinds, units, strict=True)]
-    factors = np.array([TO_VOLTS.get(unit, 1.0) for unit in units])
-    return names, types, factors, [_place(channel) for channel in declared]
+    types = [TYPES.get(word(channel, "type").lower(), "misc") for channel in declared]
+    units = read_units(names, types, [word(channel, "unit") for channel in declared], [1.0] * n)
+    return names, units, [_place(channel) for channel in declared]
 
 
 def _place(channel: Any) -> list[float] | None:

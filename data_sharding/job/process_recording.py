@@ -55,6 +55,7 @@ PART_SCHEMA = 7
 job does not use older parts."""
 RESULT = "result.json"
 """Name of the file that stores the `PartResult` of a recording in its part."""
+UNIT_HINT = "set the key 'unit_factors' if you know the unit"
 MIN_SAMPLES = 16
 """A recording with fewer samples than this is excluded, because its signal cannot be measured."""
 
@@ -264,6 +265,10 @@ def prepare(
     row.notes += channels.notes
     if item.reason:
         raise SetAside("excluded", item.reason)
+    if channels.unknown_unit and item.unit_factor is None and not info.unit_known:
+        row.unit = "unknown"
+        told = f"{len(channels.names)} channels such as {channels.names[0]} are in '{channels.unknown_unit}'"
+        raise SetAside("quarantined", Reason("unit unknown", told), hint=UNIT_HINT)
     if not channels.picks:
         others = [n for names in channels.left_out.values() for n in names] or sorted(channels.by_type)
         raise SetAside("excluded", Reason("no EEG channel", f"only {', '.join(others[:5])}"))
@@ -454,5 +459,5 @@ def _refuse(bad_of: dict[int, str], verdict: Verdict, eeg: list[int]) -> None:
     raise SetAside(
         "quarantined",
         Reason("unit unknown", f"set aside; the amplitude reads as {verdict.amplitude_uv:.3g} microvolts"),
-        hint="set the key 'unit_factors' if you know the unit",
+        hint=UNIT_HINT,
     )

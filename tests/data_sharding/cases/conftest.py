@@ -161,3 +161,129 @@ def cases() -> Path:
     if not CASES.is_dir():
         pytest.skip("DREAMSCALE_CASES does not name the folder of recordings with known truth")
     return CASES
+
+
+def write_edf(
+    path: Path,
+    uv: np.ndarray,
+    rate: int = 250,
+    *,
+    labels: list[str] | None = None,
+    units: list[bytes] | None = None,
+    scale: Iterable[float] = (),
+    low: list[str] | None = None,
+    high: list[str] | None = None,
+    bdf: bool = False,
+) -> Path:
+    """Write EDF or BDF with records of 1 s; every byte of the header's main fields can be chosen.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    uv : ndarray, shape (n, S)
+        Signal in microvolts.
+    rate : int
+        Sampling rate in Hz.
+    labels, units : list
+        Label and unit of each channel.
+    scale : iterable of float
+        Physical units per microvolt of each channel. The header's physical range is 500 microvolts times this number.
+    low, high : list of str, optional
+        Texts of physical minimum and maximum, instead of the true ones.
+    bdf : bool
+        Whether to write BDF.
+    """
+    n, seconds = len(uv), uv.shape[1] // rate
+    labels, units, scale = labels or NAMES[:n], units or [b"uV"] * n, list(scale) or [1.0] * n
+    top = 2**23 - 1 if bdf else 2**15 - 1
+    digital = np.clip(np.round((uv + 500) / 1000 * (2 * top + 1)) - top - 1, -top - 1, top).astype("<i4")
+    fields = [
+        [label.encode("latin-1").ljust(16) for label in labels],
+        [b" " * 80] * n,
+        [unit.ljust(8) for unit in units],
+        [text.encode().ljust(8) for text in low or [f"{-500 * s:g}" for s in scale]],
+        [text.encode().ljust(8) for text in high or [f"{500 * s:g}" for s in scale]],
+        [str(-top - 1).encode().ljust(8)] * n,
+        [str(top).encode().ljust(8)] * n,
+        [b" " * 80] * n,
+        [str(rate).encode().ljust(8)] * n,
+        [b" " * 32] * n,
+    ]
+    assert all(len(field) in (8, 16, 32, 80) for column in fields for field in column)
+    head = (b"\xffBIOSEMI" if bdf else b"0".ljust(8)) + b" " * 160 + b"01.01.2012.00.00"
+    head += str(256 * (n + 1)).encode().ljust(8) + (b"24BIT" if bdf else b"").ljust(44)
+    head += str(seconds).encode().ljust(8) + b"1".ljust(8) + str(n).encode().ljust(4)
+    body = digital[:, : seconds * rate].reshape(n, seconds, rate).swapaxes(0, 1)
+    data = body.astype("<i4").view("u1").reshape(-1, 4)[:, :3].tobytes() if bdf else body.astype("<i2").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(head + b"".join(b"".join(column) for column in fields) + data)
+    return path
+
+
+@pytest.fixture(name="write_edf", scope="session")
+def write_edf_fixture():
+    return write_edf
+
+
+def write_gdf(
+    path: Path,
+    signals: dict[str, tuple[np.ndarray, int]],
+    *,
+    version: str = "GDF 2.20",
+    units: Iterable[int | str] = (),
+    scale: Iterable[float] = (),
+    flat: Iterable[str] = (),
+) -> Path:
+    """Write GDF with 16-bit samples and records of 1 s.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    signals : dict of str to (ndarray, int)
+        For each channel: signal in microvolts, and sampling rate in Hz.
+    version : str
+        ``GDF 1.25`` (units are texts) or ``GDF 2.20`` (units are codes).
+    units : iterable of int or str
+        Unit of each channel; microvolts by default.
+    scale : iterable of float
+        Physical units per microvolt of each channel.
+    flat : iterable of str
+        Channels whose physical minimum and maximum are zero.
+    """
+    import struct
+
+    old, n = version < "GDF 1.9", len(signals)
+    seconds = min(len(x) // rate for x, rate in signals.values())
+    units, scale = list(units) or ["uV" if old else 4275] * n, list(scale) or [1.0] * n
+    fixed, header = bytearray(256), bytearray(256 * n)
+    fixed[:8] = version.encode()
+    struct.pack_into("<q" if old else "<H", fixed, 184, 256 * (n + 1) if old else n + 1)
+    struct.pack_into("<qII", fixed, 236, seconds, 1, 1)
+    struct.pack_into("<I" if old else "<H", fixed, 252, n)
+    data = []
+    for i, (label, (x, rate)) in enumerate(signals.items()):
+        struct.pack_into("16s", header, 16 * i, label.encode())
+        if old:
+            struct.pack_into("8s", header, 96 * n + 8 * i, str(units[i]).encode().ljust(8))
+        else:
+            struct.pack_into("<H", header, 102 * n + 2 * i, units[i])
+        reach = 0.0 if label in flat else 500 * (1 + i) * scale[i]
+        struct.pack_into("<d", header, 104 * n + 8 * i, -reach)
+        struct.pack_into("<d", header, 112 * n + 8 * i, reach)
+        struct.pack_into("<q" if old else "<d", header, 120 * n + 8 * i, -32768)
+        struct.pack_into("<q" if old else "<d", header, 128 * n + 8 * i, 32767)
+        struct.pack_into("<i", header, 216 * n + 4 * i, rate)
+        struct.pack_into("<i", header, 220 * n + 4 * i, 3)
+        digital = np.round((x / (1000 * (1 + i)) + 0.5) * 65535 - 32768)
+        data.append(np.clip(digital, -32768, 32767).astype("<i2")[: seconds * rate].reshape(seconds, rate))
+    records = b"".join(b"".join(block[s].tobytes() for block in data) for s in range(seconds))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(fixed) + bytes(header) + records + b"\x01" + bytes(7))
+    return path
+
+
+@pytest.fixture(name="write_gdf", scope="session")
+def write_gdf_fixture():
+    return write_gdf

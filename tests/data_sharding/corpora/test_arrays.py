@@ -180,7 +180,7 @@ def test_yaml_sidecar(tmp_path: Path) -> None:
     ("about", "words"),
     [
         ({"sfrq": 250}, "unknown key 'sfrq'; did you mean 'sfreq'?"),
-        ({"unit": "furlong"}, "unit 'furlong' must be one of"),
+        ({"unit": "furlong"}, "unit 'furlong' must be V, mV, uV, nV or standardised"),
         ({"sfreq": "fast"}, "sfreq 'fast' is not a sampling rate"),
         ({"ch_names": ["a", "a", "b"]}, "names a channel twice"),
         ({"axes": "XY"}, "axes 'XY'"),

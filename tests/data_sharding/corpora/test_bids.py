@@ -181,15 +181,16 @@ def test_types_and_units_of_channels_tsv(bids: Path) -> None:
     assert dict(zip(info.ch_names, info.ch_types, strict=True)) == {
         "Fp1": "eeg",
         "Fp2": "stim",
-        "F3": "misc",
+        "F3": "eeg",
         "F4": "eeg",
         "C3": "eeg",
         "C4": "misc",
         "O1": "eeg",
         "blink": "eog",
     }
-    assert info.bads == ["C3"]
-    assert any("F3" in note for note in info.notes) and any("Pz" in note for note in info.notes)
+    assert info.bads == ["C3"] and info.unknown_units == {"F3": "g"}
+    assert any("Pz" in note for note in info.notes)
+    assert any("sidecar says V" in note and "C3" in note for note in info.notes)
 
 
 @pytest.mark.parametrize(("unit", "system", "words"), [("km", "CapTrak", "'km'"), ("m", "Talairach", "'talairach'")])

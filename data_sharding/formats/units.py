@@ -1,0 +1,188 @@
+"""Read the units of channels: which factor converts the values of a channel to volts.
+
+Recording software writes the unit microvolt in many ways (``uV``, ``µV`` in several text encodings, ``muV``,
+``microvolts``). All readers of this package use this module, so that every way is known for every file format.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_sharding.formats.channels import canonical_name, is_electrode, kind_of
+
+PREFIXES = {"": 1.0, "d": 1e-1, "c": 1e-2, "m": 1e-3, "u": 1e-6, "n": 1e-9, "p": 1e-12, "f": 1e-15, "k": 1e3}
+"""Factor of each prefix, in lower case. No electrode has megavolts or petavolts, so MV is milli and PV is pico."""
+PREFIXES |= {"deci": 1e-1, "centi": 1e-2, "milli": 1e-3, "micro": 1e-6, "nano": 1e-9, "pico": 1e-12, "femto": 1e-15}
+PREFIXES |= {"kilo": 1e3, "mu": 1e-6, "mc": 1e-6, "mic": 1e-6, "mk": 1e-6, "micr": 1e-6}
+VOLT = re.compile(
+    r"(?P<number>[-+x*^.0-9e ]*?)[ *]?(?P<prefix>[a-z]{0,6}?)[ _-]?v(?:olt|olts)?(?P<more>[ _/-]?(rms|bit|lsb))?",
+    re.IGNORECASE,
+)
+MICRO = re.compile(r"(?:[^\x00-\x7f]|\?)[^\x00-\x7f?]{0,3}(?=[ _-]?v)", re.IGNORECASE)
+"""Characters outside ASCII before V. The micro sign is the only prefix that is not in ASCII, so a sign that was damaged
+by a wrong text encoding is a micro sign."""
+CYRILLIC = str.maketrans("мкнвМКНВ", "mknVmknV")
+"""Letters of Russian and Bulgarian units."""
+OLD_CYRILLIC = {
+    text.encode(page).decode("latin-1"): text.translate(CYRILLIC)
+    for text in ("мкВ", "мВ", "нВ", "мкв", "мв")
+    for page in ("cp1251", "cp866", "koi8-r")
+}
+"""The same units in older code pages, decoded as Latin-1."""
+NOTHING = ("", "n/a", "na", "none", "-", "unknown", "unspecified", "?", "not available", "code 0", "code 512")
+"""Texts that mean that the file names no unit, in lower case. The codes are GDF's for no unit and for no dimension."""
+OTHER = re.compile(
+    r"%|deg.*|.?[°º].*|[cfk]|celsius|fahrenheit|kelvin|[kmg]?(ohms?|Ω)|bpm|(beats|breaths)?[ /]*(per )?(1/)?min|[km]?hz"
+    r"|mm ?hg|cm ?h2o|[kmh]?pa|m?bar|psi|ml|[ml]*l(iters?)?/(s|sec|min)|[mun]?m|[mc]?m/s(\^?2|²|ec)?|m?g|rad(/s)?"
+    r"|[mun]?s|[mun]?siemens|[kmun]?n|[mupnf]?t|tesla|lux|db.*|[mun]?a|[mun]?w|aru|bool(ean)?|events?|on/off|level|pixels?",
+    re.IGNORECASE,
+)
+"""Units of other quantities than voltage."""
+
+
+def decode_unit(data: bytes) -> str:
+    """Decode the unit in a header that does not name its text encoding; UTF-8 is tried before Latin-1."""
+    try:
+        return data.decode("utf-8").strip(" \0")
+    except UnicodeDecodeError:
+        return data.decode("latin-1").strip(" \0")
+
+
+def gdf_unit(code: int) -> str:
+    """Return the unit for a code of GDF 2: the quantity of ISO 11073, with the prefix in the lowest five bits."""
+    if code & 0xFFE0 != 4256:
+        return f"code {code}"
+    prefixes = {0: "", 3: "k", 16: "d", 17: "c", 18: "m", 19: "u", 20: "n", 21: "p", 22: "f"}
+    prefix = prefixes.get(code & 0x1F)
+    return f"code {code}" if prefix is None else f"{prefix}V"
+
+
+def names_no_unit(unit: str) -> bool:
+    """Whether the text in the field for the unit is no unit."""
+    return unit.strip(" \0[]()").lower() in NOTHING
+
+
+def to_volts(unit: str) -> float | None:
+    """Return the factor that converts values with this unit to volts.
+
+    Parameters
+    ----------
+    unit : str
+        Unit as the file writes it, in any spelling and text encoding.
+
+    Returns
+    -------
+    float or None
+        The factor; None if the text is not a unit of voltage.
+    """
+    text = unit.strip(" \0")
+    text = OLD_CYRILLIC.get(text, text)
+    # The wide forms of Asian fonts (one character for uV) and a damaged micro sign need different treatment.
+    wide = unicodedata.normalize("NFKC", text).translate(CYRILLIC)
+    return _to_volts(wide) if _to_volts(wide) is not None else _to_volts(text)
+
+
+def _to_volts(text: str) -> float | None:
+    text = text.strip().replace("\u00d7", "x")
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
+        text = text[1:-1].strip()
+    match = VOLT.fullmatch(MICRO.sub("u", text, count=1))
+    prefix = PREFIXES.get(match["prefix"].lower()) if match else None
+    number = _number(match["number"]) if match else None
+    return None if prefix is None or number is None else prefix * number
+
+
+def _number(text: str) -> float | None:
+    """Return the number before a unit: 1 for no number; ``10^-6``, ``1e-6`` and ``x10-6`` are 1e-6."""
+    text = text.strip(" x*")
+    if not text:
+        return 1.0
+    if power := re.fullmatch(r"(?:1(?:\.0*)?[x* ]*)?10(?:\^|\*\*)?([-+]\d{1,2})", text):
+        return float(f"1e{power[1]}")
+    if re.fullmatch(r"10e[-+]?\d+", text, re.IGNORECASE):
+        return None  # Some people write 10e-6 for a millionth; others write it for a hundred-thousandth.
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 1e-12 <= number <= 1e3 else None
+
+
+@dataclass(kw_only=True)
+class Units:
+    """What the units of a recording's channels mean."""
+
+    ch_types: list[str]
+    """Types of the channels. A channel with the unit of another quantity, and without an electrode's name, is misc."""
+    gains: np.ndarray
+    """Factor [n] that converts the values of the reader to volts."""
+    named: dict[str, float] = field(default_factory=dict)
+    """Channels with a known unit: name, and factor of the unit to volts."""
+    assumed: dict[str, float] = field(default_factory=dict)
+    """Channels without a unit: name, and factor to volts of the unit that the reader assumed."""
+    unknown: dict[str, str] = field(default_factory=dict)
+    """Channels that may be electrodes and have an unknown unit: name and unit."""
+    notes: list[str] = field(default_factory=list)
+    """Notes for the ledger."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of `SignalInfo` that these units decide."""
+        return {
+            "ch_types": self.ch_types,
+            "named_units": self.named,
+            "assumed_units": self.assumed,
+            "unknown_units": self.unknown,
+            "notes": self.notes,
+        }
+
+
+def read_units(
+    ch_names: Sequence[str], ch_types: Sequence[str], units: Sequence[str], applied: Sequence[float]
+) -> Units:
+    """Find the factor of each channel to volts.
+
+    Parameters
+    ----------
+    ch_names, ch_types : sequence of str
+        Names and types of the channels. Only channels of the type eeg can get another type.
+    units : sequence of str
+        Unit of each channel as the file writes it.
+    applied : sequence of float
+        Factor by which the reader has already multiplied the values of each channel.
+
+    Returns
+    -------
+    Units
+        Types, factors and notes. A channel without a unit keeps the values of the reader.
+    """
+    types, gains = list(ch_types), np.ones(len(units))
+    electrodes = is_electrode(ch_names)
+    named, assumed, unknown, guessed = {}, {}, {}, {}
+    for i, (name, unit, done) in enumerate(zip(ch_names, units, applied, strict=True)):
+        if names_no_unit(unit):
+            assumed[name] = done
+            continue
+        factor = to_volts(unit)
+        if factor is not None:
+            named[name] = factor
+            gains[i] = 1.0 if np.isclose(factor, done, rtol=1e-9, atol=0) else factor / done
+            if unit[:2] == "MV" or unit[:1] in ("?", "\ufffd"):
+                guessed[unit] = "millivolts" if unit[:2] == "MV" else "microvolts"
+            continue
+        gains[i] = 1.0 / done
+        if types[i] != "eeg":
+            continue
+        other = OTHER.fullmatch(unit.strip(" \0[]()")) or kind_of(canonical_name(name)) is not None
+        if electrodes[i] or not other:
+            unknown[name] = unit
+        else:
+            types[i] = "misc"
+    notes = [f"unit '{unit}' read as {what}" for unit, what in guessed.items()]
+    return Units(ch_types=types, gains=gains, named=named, assumed=assumed, unknown=unknown, notes=notes)
