@@ -42,7 +42,7 @@ def _check_words(name: str, words: list[str]) -> None:
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Show on a terminal that a command is being imported: PyTorch alone takes seconds."""
+    """Show on a terminal that a command is being imported, because the import of PyTorch alone takes seconds."""
     shown = sys.stderr.isatty()
     if shown:
         print(f"dreamscale {name}: loading ...", end="", file=sys.stderr, flush=True)

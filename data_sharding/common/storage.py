@@ -296,7 +296,8 @@ def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json")
     try:
         _move(local, target)
     except OSError as error:
-        # Another worker already wrote this folder: that worker seemed lost, so this worker got the same task.
+        # Another worker has already written this folder. The job took that worker for lost, and gave its task to this
+        # worker.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (target / last).is_file():
             raise
         shutil.rmtree(local, ignore_errors=True)

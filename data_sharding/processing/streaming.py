@@ -244,7 +244,8 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     reach = half // up + 1
     count = max(4, min(64, round(2 * reach * up / down)))
     width = math.ceil(count * down / up) + 2 * reach + 1
-    # Make a frame longer than the inputs of a group. Then BLAS reads the frames in place, without copying samples.
+    # Make a frame at least as long as the inputs of a group. Then the inputs of a group do not overlap with those of
+    # the next frame, and BLAS reads them in place, without a copy.
     times = max(math.ceil(width / down), math.ceil(4 * count / up))
     inputs, outputs = times * down, times * up
     groups = []
@@ -290,7 +291,8 @@ class Resampler:
         self._same = ratio_of(sfreq, target) == 1
         self._plan = _plan(sfreq, target, passband) if not self._same else None
         self._held: np.ndarray | None = None
-        # True after the signal was extended before its first sample. Then `_held` begins `reach` samples early.
+        # True after the extension was put before the first sample. Then `_held` begins `reach` samples before the next
+        # frame.
         self._begun = False
         self._n_channels = self._n_in = self._n_out = 0
 

@@ -151,7 +151,8 @@ class EVRNet(nn.Module):
         super().__init__()
         self.config = config = config or EVRNetConfig()
         w1, w2, w3, w4, w5 = config.widths
-        # Make the matrix a buffer, because it is computed from trials instead of trained, and saved with the weights.
+        # Make the matrix a buffer, because it must be saved with the weights, but is computed from trials and not
+        # trained.
         eye = torch.eye(config.n_channels) if config.noise_normalisation else None
         self.register_buffer("whitening_CC", eye)
         self.temporal = nn.Sequential(_conv_block(1, w1, (1, 3), (1, 2)), _conv_block(w1, w2, (1, 3), (1, 2)))

@@ -150,7 +150,7 @@ def report_finished(run: RunDirectory) -> bool:
     Raises
     ------
     RequestError
-        If the run is complete, but its package was deleted.
+        If the run is complete, but its folder ``model/`` was deleted.
     """
     if not run.finished:
         return False

@@ -213,7 +213,8 @@ class TrainingState:
             if name in moments["exp_avg"]:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(manifest["optimizer_step"])),
-                    # Copy the moments into the memory format of the weights, in which AdamW creates its moments.
+                    # AdamW creates its moments in the memory format of the weights, so copy the loaded moments into
+                    # this format.
                     **{key: torch.zeros_like(parameter).copy_(tensors[name]) for key, tensors in moments.items()},
                 }
         if self.ema is not None:

@@ -63,7 +63,7 @@ COMPONENTS = (
 
 
 def compute_features(picture: Picture) -> Array:
-    """Compute how strongly a picture drives each component, before random variation.
+    """Compute how strongly a picture drives each component, without the random variation from trial to trial.
 
     Parameters
     ----------

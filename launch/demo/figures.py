@@ -105,7 +105,7 @@ def draw_overview(
     rows : list of (str, list of Path)
         Heading and pictures of each row; every list has one picture for each trial.
     reconstruction : Path
-        PNG file of pretraining with the reconstructed EEG.
+        PNG file with reconstructed EEG, which pretraining wrote.
     path : Path
         PNG file to write.
     title, footer : str

@@ -242,7 +242,7 @@ def _embed(path: Path, text: str, caption: str = "") -> Picture:
 
 
 def _describe_corpus(truth: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the template's variables about the simulated people and the status of their recordings."""
+    """Return variables for the report's template: the simulated people, and the status of their recordings."""
     electrodes = [recording["channels"] for recording in truth["unpaired"]]
     samples = summary["corpus"]["paired"]["samples"]
     counts: list[list[Any]] = []
@@ -276,7 +276,7 @@ def _describe_corpus(truth: dict[str, Any], summary: dict[str, Any]) -> dict[str
 
 
 def _make_score_tables(summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the template's variables about accuracy and similarity."""
+    """Return variables for the report's template: tables of the accuracy and the similarity of the pictures."""
     scores: list[list[Any]] = []
     similarity: list[list[Any]] = []
     donors = []

@@ -27,8 +27,8 @@ def write_recording(
     Parameters
     ----------
     path : Path
-        File to write, with the extension of the format. If the format has several files, the other files get the same
-        folder.
+        File to write, with the extension of the format. If the format has several files, the other files are written to
+        the same folder.
     data_nT : ndarray, shape (n, T)
         Signal in microvolts.
     positions : dict of str to ndarray

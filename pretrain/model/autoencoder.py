@@ -98,7 +98,7 @@ class SignalEncoder(nn.Module):
         return self(pad_channels(x_BCT, self.config.channels))[:, int(self.cls_token is not None) :]
 
     def electrode_inputs(self, metas: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return no arguments for `EEGEncoder.tokens`, because this encoder does not use electrodes."""
+        """Return an empty dictionary, because this encoder needs no electrodes as arguments of `EEGEncoder.tokens`."""
         return {}
 
     def common_positions(self, dataset: EEGDataset) -> Tensor | None:

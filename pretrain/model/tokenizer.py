@@ -40,7 +40,7 @@ class TemporalTokenizer:
 
 
 class MontageTokenizer:
-    """The montage tokenizer: each token holds a few time samples of one channel, and its electrode's position."""
+    """The montage tokenizer: each token holds a few time samples of one channel, and the position of its electrode."""
 
     by_channel: ClassVar[bool] = True
     """True if each token belongs to a single channel."""

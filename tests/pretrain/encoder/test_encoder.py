@@ -33,7 +33,7 @@ NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4", "O1", "O2", "F7", "F8
 
 
 def recording(seconds: float = 6.3, sfreq: float = 500.0) -> mne.io.RawArray:
-    """Simulate a recording in volts like EEG, with an offset, mains interference and a stimulus channel."""
+    """Simulate an EEG recording in volts, with an offset, mains interference and a stimulus channel."""
     rng = np.random.default_rng(0)
     t = np.arange(int(seconds * sfreq)) / sfreq
     x = 2e-5 * np.sin(2 * np.pi * 10 * t + rng.uniform(0, 6, (len(NAMES), 1))) + 5e-6 * rng.normal(
