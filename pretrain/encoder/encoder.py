@@ -161,8 +161,7 @@ class EEGEncoder(nn.Module):
         return {name: value.to(device) for name, value in self.backbone.electrode_inputs(metas).items()}
 
     def keep_electrodes(self, dataset: EEGDataset) -> None:
-        """Store the electrode positions of a dataset in the encoder, so that `tokens` needs no positions as an
-        argument.
+        """Store the electrode positions of a dataset in the encoder, so that `tokens` can be called without positions.
 
         Parameters
         ----------
