@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,7 @@ from data_sharding.dataset.ledger import LedgerRow, read_ledger
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.samples import IMAGE_EXTENSIONS, decode_eeg
 from data_sharding.dataset.splits import SPLITS
+from data_sharding.processing.preprocess import PreprocessSpec
 
 Kind = Literal["subject", "recording", "window", "image"]
 KINDS: tuple[Kind, ...] = ("subject", "recording", "window", "image")
@@ -119,7 +120,10 @@ class Contents:
     split: np.ndarray = field(repr=False)
     """[W] split of each window, as an index into `SPLITS`."""
     start: np.ndarray = field(repr=False)
-    """[W] start of each window, in seconds from the beginning of the recording."""
+    """[W] start of each window, in seconds from the beginning of the recording. The window of a trial is the part that
+    models read by default."""
+    stored: np.ndarray = field(repr=False)
+    """[W, 2] start and length of everything that is stored, such as a trial with its baseline, in seconds."""
     digest: np.ndarray = field(repr=False)
     """[W] checksum of each window (`data_sharding.audit.fingerprints.window_digest`); empty if no windows were read."""
     images: list[ImageUse] = field(repr=False)
@@ -155,7 +159,7 @@ class Contents:
         rows = {row.key: row for row in read_ledger(root)} if (root / LEDGER).is_file() else {}
         keys: dict[str, int] = {}
         people: list[tuple[str, str]] = []
-        columns: list[list[tuple[int, int, float, int]]] = []
+        columns: list[list[tuple[int, int, float, int, float, float]]] = []
         fingerprints: dict[str, ImageFingerprint] = {}
         uses: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
         concepts: defaultdict[str, set[str]] = defaultdict(set)
@@ -163,7 +167,7 @@ class Contents:
 
         def read_shard(job: tuple[str, str]) -> list[tuple[_Sample, str]]:
             out = []
-            for sample, image in _read_samples(root, job[1], windows):
+            for sample, image in _read_samples(root, job[1], manifest.preprocess, windows):
                 sha = ""
                 if image is not None:
                     sha = hashlib.sha256(image).hexdigest()
@@ -183,7 +187,8 @@ class Contents:
                     if sample.recording not in keys:
                         keys[sample.recording] = len(people)
                         people.append((sample.corpus, sample.subject))
-                    column.append((keys[sample.recording], place, sample.start, sample.digest))
+                    where = sample.stored_start, sample.stored_length
+                    column.append((keys[sample.recording], place, sample.start, sample.digest, *where))
                     if sha:
                         uses[sample.corpus, sample.image_id, sha].add(split)
                     if sample.concept:
@@ -201,6 +206,7 @@ class Contents:
             recording=np.array([w[0] for w in flat], np.int64),
             split=np.array([w[1] for w in flat], np.int8),
             start=np.array([w[2] for w in flat], float),
+            stored=np.array([w[4:] for w in flat], float).reshape(-1, 2),
             digest=np.array([w[3] for w in flat] if windows else [], np.uint64),
             images=[
                 ImageUse(
@@ -251,12 +257,16 @@ class _Sample(NamedTuple):
     corpus: str
     subject: str
     start: float
+    stored_start: float
+    stored_length: float
     image_id: str
     concept: str
     digest: int
 
 
-def _read_samples(root: AnyPath, path: str, windows: bool) -> Iterator[tuple[_Sample, bytes | None]]:
+def _read_samples(
+    root: AnyPath, path: str, spec: PreprocessSpec, windows: bool
+) -> Iterator[tuple[_Sample, bytes | None]]:
     """Yield every sample of a shard, together with the sample's image or None."""
     tar = root / path
     try:
@@ -270,14 +280,21 @@ def _read_samples(root: AnyPath, path: str, windows: bool) -> Iterator[tuple[_Sa
                     return stream.read(size)
 
                 meta = json.loads(member("json"))
+                # Compare the part of a trial that models read by default. A neighbouring trial may share its baseline.
+                begin = max(int(meta.get("onset", 0)), 0)
+                first = float(meta.get("start", 0.0))
                 sample = _Sample(
                     recording=str(meta.get("recording", "")),
                     corpus=str(meta.get("corpus", "")),
                     subject=str(meta.get("subject", "")),
-                    start=float(meta.get("start", 0.0)),
+                    start=first + begin / spec.sfreq,
+                    stored_start=first,
+                    stored_length=int(entry.get("samples", spec.window)) / spec.sfreq,
                     image_id=str(meta.get("image_id", "")),
                     concept=str(meta.get("concept", "")),
-                    digest=window_digest(decode_eeg(member("eeg.npy.zst"), meta["n"])) if windows else 0,
+                    digest=window_digest(decode_eeg(member("eeg.npy.zst"), meta["n"])[:, begin : begin + spec.window])
+                    if windows
+                    else 0,
                 )
                 image = next((f"image.{ext}" for ext in IMAGE_EXTENSIONS if f"image.{ext}" in members), None)
                 yield sample, member(image) if image else None
@@ -300,15 +317,19 @@ def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return order_a[hit][found], order_b[place[hit]][found]
 
 
-def _overlaps(a: np.ndarray, length_a: float, b: np.ndarray, length_b: float) -> np.ndarray:
-    """Return which windows of a overlap a window of b; a and b are start times, and all times are in seconds."""
+def _overlaps(a: np.ndarray, length_a: Any, b: np.ndarray, length_b: Any) -> np.ndarray:
+    """Return which windows of a overlap a window of b; a and b are start times, and all times are in seconds.
+
+    A length is a number, or an array with the length of each window.
+    """
     if not len(a) or not len(b):
         return np.zeros(len(a), bool)
-    b = np.sort(b)
-    # For each window of a, find the last window of b that starts before the window of a ends. The tolerance is needed
+    order = np.argsort(b)
+    ends = np.maximum.accumulate((b + length_b)[order])
+    # For each window of a, find the windows of b that start before the window of a ends. The tolerance is needed
     # because start times are rounded.
-    last = np.searchsorted(b, a + length_a - 1e-4) - 1
-    return (last >= 0) & (b[np.maximum(last, 0)] + length_b > a + 1e-4)
+    last = np.searchsorted(b[order], a + length_a - 1e-4) - 1
+    return (last >= 0) & (ends[np.maximum(last, 0)] > a + 1e-4)
 
 
 def _windows(number: int) -> str:
@@ -572,6 +593,15 @@ def _compare_windows_of_splits(contents: Contents, of_recording: dict[int, set[i
                     f"{_say_overlap(hit)} in time with windows in {SPLITS[q]}, {_times(x[hit])}"
                 )
                 out.found.append(Finding(kind="window", text=text))
+            (x, long_x), (y, long_y) = (contents.stored[mine[contents.split[mine] == s]].T for s in (p, q))
+            only_outside = _overlaps(x, long_x, y, long_y) & ~hit
+            if only_outside.any():
+                text = (
+                    f"{_windows(int(only_outside.sum()))} of {contents.recordings[number]} in {SPLITS[p]} "
+                    f"{_say_overlap(only_outside)} in time with windows in {SPLITS[q]} only before or after the part "
+                    f"that models read by default, {_times(x[only_outside])}"
+                )
+                out.found.append(Finding(kind="window", text=text, proof=False))
     out.compared.append(f"windows by content and by time: {len(contents.split)}")
 
 

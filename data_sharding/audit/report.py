@@ -356,7 +356,7 @@ def write_report(
         the report has a note in place of the spectra and traces.
     """
     root = as_path(path).parent if root is None else root
-    windows = sample_windows(root, rows)
+    windows = sample_windows(root, rows, manifest.preprocess.window)
     splits, n_crossing = _make_split_table(rows, manifest)
     recordings = _make_recording_table(rows)
     held_back_request = {key: value for key, value in (manifest.config.get("hold_back") or {}).items() if value}

@@ -134,9 +134,11 @@ class Window:
     """Window of a dataset that is drawn in a chart."""
 
     eeg: np.ndarray
-    """[n, T] microvolts."""
+    """[n, T] microvolts: the window, or the part of a trial that models read by default."""
     meta: dict[str, Any]
     """The JSON metadata of the sample."""
+    stored: np.ndarray | None = None
+    """[n, S] microvolts: everything that is stored, such as a trial with its baseline; None if this is `eeg`."""
 
 
 def _pick_evenly(values: Sequence[Any], n: int) -> list[Any]:
@@ -146,7 +148,7 @@ def _pick_evenly(values: Sequence[Any], n: int) -> list[Any]:
     return [values[i] for i in np.linspace(0, len(values) - 1, n).round().astype(int)]
 
 
-def sample_windows(root: AnyPath, rows: Sequence[LedgerRow]) -> dict[str, list[list[Window]]]:
+def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dict[str, list[list[Window]]]:
     """Read a few windows of each corpus, spread evenly over its recordings. The choice is not random.
 
     Parameters
@@ -155,6 +157,8 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow]) -> dict[str, list[l
         Folder of the dataset.
     rows : sequence of LedgerRow
         Rows of the ledger.
+    length : int
+        Number of samples of the window that models read.
 
     Returns
     -------
@@ -183,13 +187,13 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow]) -> dict[str, list[l
                 indices = {shard: read_json(tar.with_suffix(".idx"))}
             entries = [entry for entry in indices[shard] if entry["key"].rpartition("-")[0] == row.key]
             if entries:
-                recordings.append(_read_windows(tar, _pick_evenly(entries, WINDOWS)))
+                recordings.append(_read_windows(tar, _pick_evenly(entries, WINDOWS), length))
         if recordings:
             windows[corpus] = recordings
     return windows
 
 
-def _read_windows(tar: AnyPath, entries: Sequence[dict[str, Any]]) -> list[Window]:
+def _read_windows(tar: AnyPath, entries: Sequence[dict[str, Any]], length: int) -> list[Window]:
     """Read the samples of the given index entries from a shard."""
     windows = []
     with tar.open("rb") as stream:
@@ -200,7 +204,9 @@ def _read_windows(tar: AnyPath, entries: Sequence[dict[str, Any]]) -> list[Windo
                 stream.seek(offset)
                 members[name] = stream.read(size)
             meta = json.loads(members["json"])
-            windows.append(Window(eeg=decode_eeg(members["eeg.npy.zst"], meta["n"]).astype(float), meta=meta))
+            stored = decode_eeg(members["eeg.npy.zst"], meta["n"]).astype(float)
+            begin = max(int(meta.get("onset", 0)), 0)
+            windows.append(Window(eeg=stored[:, begin : begin + length], meta=meta, stored=stored))
     return windows
 
 
@@ -327,16 +333,19 @@ def draw_traces(windows: dict[str, list[list[Window]]], manifest: Manifest) -> l
         names, bads = window.meta["ch_names"], window.meta.get("bads", ())
         good = [i for i in channels if names[i] not in bads]
         step = 6 * float(np.median(window.eeg[good or channels].std(axis=1))) or 1.0
-        time = np.arange(window.eeg.shape[1]) / manifest.preprocess.sfreq
+        stored = window.eeg if window.stored is None else window.stored
+        time = (np.arange(stored.shape[1]) - window.meta.get("onset", 0)) / manifest.preprocess.sfreq
         for place, i in enumerate(channels):
-            trace = np.clip(window.eeg[i], -1.5 * step, 1.5 * step) - place * step
+            trace = np.clip(stored[i], -1.5 * step, 1.5 * step) - place * step
             axis.plot(time, trace, linewidth=0.7, color="#bbb" if names[i] in bads else COLOURS["found"])
         labels = [_escape_dollars(names[i][:12]) for i in channels]
         axis.set_yticks([-place * step for place in range(len(channels))], labels)
-        axis.set_xlim(0, time[-1])
+        axis.set_xlim(time[0], time[-1])
+        if "onset" in window.meta:
+            axis.axvline(0.0, color=COLOURS["quarantined"], linewidth=0.8, linestyle=":")
         axis.tick_params(axis="y", left=False)
         axis.spines["left"].set_visible(False)
-        axis.set_xlabel("seconds", fontsize=9)
+        axis.set_xlabel("seconds from the onset" if "onset" in window.meta else "seconds", fontsize=9)
         caption = f"{corpus}: {window.meta['subject']}, {step:.0f} µV a line"
         pictures.append(_to_picture(figure, f"EEG traces of {corpus}", caption))
     return pictures

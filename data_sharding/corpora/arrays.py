@@ -22,7 +22,7 @@ from data_sharding.common.storage import AnyPath, localised
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.events import make_trials, read_trials
-from data_sharding.corpora.folder import KEYS, check_unit_factors, is_excluded, make_item
+from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, check_unit_factors, is_excluded, make_item
 from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text, relative_path
 from data_sharding.dataset.splits import SPLITS
@@ -60,6 +60,8 @@ class Sidecar:
     """Reference electrode or reference scheme of the recording, such as Cz or average."""
     bads: list[str] = field(default_factory=list)
     """Names of the channels that are known to be bad."""
+    tmin: float = 0.0
+    """For epochs: time of the first sample of each epoch, in seconds from the onset of its image; for example -0.2."""
     events: Any = None
     """For continuous recordings: name of an events table (.tsv) in the folder of the array, or a list of table rows."""
     images: list[str] = field(default_factory=list)
@@ -86,7 +88,7 @@ class _Fault(ValueError):
 class ArraysCorpus(Adapter):
     """Corpus of arrays ``[C, S]`` or ``[N, C, T]`` in .npy, .npz and .mat files."""
 
-    keys = KEYS | {"images", "trial_offset"}
+    keys = KEYS | TRIAL_KEYS
 
     def items(self, config: CorpusConfig) -> list[Item]:
         """List all arrays below the root folder; see `Adapter.items`."""
@@ -131,6 +133,9 @@ class ArraysCorpus(Adapter):
         if about.subject:
             more = {"subject": about.subject, "session": about.session}
         own = {f.name: getattr(about, f.name) for f in dataclasses.fields(about)}
+        if not about.tmin:
+            # The checksum of a recording depends on these values, and older versions did not know this one.
+            own.pop("tmin")
         for name in ("subject", "session", "events", "images", "labels", "captions", "splits", "blocks"):
             own.pop(name)
         count = None if trials is None or about.events is not None else len(trials)
@@ -152,6 +157,8 @@ class ArraysCorpus(Adapter):
             count = len(x) if x.ndim == 3 else 0
             text = f"the sidecar describes {own['epochs']} epochs, and the array has {count}"
             raise ReadError(Reason("array does not fit its sidecar", text=text))
+        if own.get("tmin") and x.ndim != 3:
+            raise ReadError(Reason("array does not fit its sidecar", text="tmin is for epochs, and the array has none"))
         part: Callable[[int], np.ndarray] = (lambda i: x[i]) if x.ndim == 3 else (lambda _: x)
         standardised = own["unit"] == "standardised"
         return ArraySignal(
@@ -160,6 +167,7 @@ class ArraysCorpus(Adapter):
             own["sfreq"],
             own["ch_names"],
             epoched=x.ndim == 3,
+            tmin=float(own.get("tmin", 0.0)),
             scale=NOMINAL_V if standardised else to_volts(own["unit"]) or 1.0,
             unit_known=standardised,
             line_freq=own["line_freq"],
@@ -206,6 +214,8 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
     about = dataclasses.replace(about, **{key: [str(entry) for entry in value] for key, value in lists.items()})
     if isinstance(about.sfreq, bool) or not isinstance(about.sfreq, int | float) or not 0 < about.sfreq < 1e6:
         raise _Fault("sidecar broken", f"{file.name}: sfreq '{about.sfreq}' is not a sampling rate in Hz")
+    if isinstance(about.tmin, bool) or not isinstance(about.tmin, int | float) or not abs(about.tmin) < 1e4:
+        raise _Fault("sidecar broken", f"{file.name}: tmin '{about.tmin}' is not a time in seconds")
     if about.line_freq is not None and not isinstance(about.line_freq, int | float):
         raise _Fault("sidecar broken", f"{file.name}: line_freq '{about.line_freq}' is not a frequency in Hz")
     if about.unit != "standardised" and to_volts(str(about.unit)) is None:

@@ -26,6 +26,8 @@ COMMON_KEYS = ("kind", "root", "name", "line_freq", "options")
 class CorpusConfig:
     """A corpus: a collection of recordings."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"trial_offset": "tmin"}
+
     kind: str = "folder"
     """Kind of the corpus. folder: continuous recordings, which are cut into windows. events: recordings, each with a
     table of the images that were shown; every trial becomes a sample. bids: a BIDS dataset with its sidecar files.
@@ -38,8 +40,15 @@ class CorpusConfig:
     the name of root if the recording lies directly in root."""
     images: str = ""
     """Folder of the images, for corpora of EEG and images. Paths of images are relative to this folder."""
-    trial_offset: float = 0.0
-    """Seconds from the onset of an image to the start of the EEG window of this trial."""
+    tmin: float | None = None
+    """Start of each stored trial, in seconds from the onset of its image. Empty: -0.2, and for epochs the start of the
+    epoch. Models read a trial from its onset, or from tmin if tmin is later."""
+    tmax: float | None = None
+    """End of each stored trial, in seconds from the onset of its image. Empty: the end of the window that models read,
+    and for epochs the end of the epoch."""
+    stimulus_delay_ms: float = 0.0
+    """Milliseconds from the trigger (the onset in the events) to the appearance of the image on the screen. Every onset
+    is moved by this delay."""
     exclude: list[str] = field(default_factory=list)
     """Glob patterns of files to ignore, relative to root."""
     unit_factors: dict[str, float] = field(default_factory=dict)
@@ -73,6 +82,12 @@ class CorpusConfig:
                     f"the key '{entry.name}' does not belong to kind {self.kind}; remove it, or use a kind that has it "
                     f"({', '.join(others)})"
                 )
+        if self.tmin is not None and self.tmax is not None and self.tmax <= self.tmin:
+            raise ValueError(f"tmax {self.tmax:g} must be later than tmin {self.tmin:g} (both in seconds)")
+        if abs(self.stimulus_delay_ms) > 1000:
+            raise ValueError(
+                f"stimulus_delay_ms is {self.stimulus_delay_ms:g}, more than a second; the key is in milliseconds"
+            )
         if adapter.needs_images and not self.images:
             raise ValueError(f"kind {self.kind} needs the key 'images', the folder of the images")
         try:
@@ -182,6 +197,8 @@ class Adapter:
         """
         known = [entry.name for entry in dataclasses.fields(self.options)]
         for name in config.options:
+            if name in getattr(self.options, "RENAMED", {}):
+                raise ValueError(f"kind {self.kind} has no option '{name}' any more; {self.options.RENAMED[name]}")
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
                 hint = f"did you mean '{near[0]}'? The" if near else "the"

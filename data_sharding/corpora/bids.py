@@ -23,7 +23,7 @@ from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.events import NOTHING, read_trials
-from data_sharding.corpora.folder import KEYS, find, make_item
+from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, find, make_item
 from data_sharding.corpora.item import Item
 from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text, root_name
 from data_sharding.formats.units import names_no_unit
@@ -75,7 +75,7 @@ class _Broken(ValueError):
 class BIDSCorpus(Adapter):
     """Corpus of recordings in a BIDS dataset. If the key 'images' is set, each trial is paired with its image."""
 
-    keys = KEYS - {"subject_pattern"} | {"images", "trial_offset"}
+    keys = KEYS - {"subject_pattern"} | TRIAL_KEYS
     options = BIDSOptions
 
     def items(self, config: CorpusConfig) -> list[Item]:

@@ -134,15 +134,18 @@ class EEGImageNetCorpus(Adapter):
         except (RefusedPickle, OSError, KeyError, TypeError) as error:
             raise ReadError(Reason("unreadable", str(error))) from None
         standardised = item.options["unit"] == "standardised"
+        # The shortest trials end before the last sample to use.
+        ends = [min(USED.stop, int(np.asarray(entries[trial]["eeg"]).shape[1])) for trial in trials]
         notes = ["the released file contains no channel names", *([STANDARDISED] if standardised else [])]
         if item.left_out:
             notes.append("trials left out: " + _words(item.left_out))
         return ArraySignal(
             lambda i: np.asarray(entries[trials[i]]["eeg"])[:, USED],
-            [USED.stop - USED.start] * len(trials),
+            [end - USED.start for end in ends],
             SFREQ,
             [f"ch{i + 1:03d}" for i in range(N_CHANNELS)],
             epoched=True,
+            tmin=USED.start / SFREQ,
             scale=NOMINAL_V if standardised else 1e-6,
             unit_known=True,
             notes=notes,

@@ -15,7 +15,7 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
-from data_sharding.corpora.folder import KEYS, find, make_item
+from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, find, make_item
 from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text
 from data_sharding.dataset.splits import SPLITS
@@ -159,7 +159,7 @@ def make_trials(
 class EventsCorpus(Adapter):
     """Corpus of EEG that was recorded while images were shown. Every trial becomes a sample."""
 
-    keys = KEYS | {"images", "trial_offset"}
+    keys = KEYS | TRIAL_KEYS
     needs_images = True
 
     def items(self, config: CorpusConfig) -> list[Item]:

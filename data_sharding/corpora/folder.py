@@ -17,6 +17,13 @@ from data_sharding.formats.sniffing import Recording, find_recordings
 INTRACRANIAL = re.compile(r"(?:^|[_\W])(ecog|ieeg|seeg)(?:$|[_\W])", re.IGNORECASE)
 KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "intracranial"})
 """Config keys that are valid for all corpora of recordings in such file formats."""
+TRIAL_KEYS = frozenset({"images", "tmin", "tmax", "stimulus_delay_ms"})
+"""Config keys that are valid for corpora with trials."""
+
+
+def trial_values(config: CorpusConfig) -> dict[str, Any]:
+    """Return the fields of `Item` that say which part of each trial is stored."""
+    return {"tmin": config.tmin, "tmax": config.tmax, "stimulus_delay_ms": config.stimulus_delay_ms}
 
 
 def is_excluded(config: CorpusConfig, relative: str) -> bool:
@@ -101,8 +108,7 @@ def make_item(config: CorpusConfig, root: AnyPath, relative: str, recording: Rec
         path=relative,
         recording=recording,
         line_freq=config.line_freq,
-        trial_offset=config.trial_offset,
-        **(values | more),
+        **(values | trial_values(config) | more),
     )
 
 

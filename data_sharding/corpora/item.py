@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,8 @@ class Trial:
     """One presentation of an image, or a labelled section of the signal."""
 
     onset: float
-    """Start of the trial, in seconds from the start of the recording. If `segment` is set, only the order of the onsets
-    is used."""
+    """Time at which the image appeared, or at which the labelled section begins, in seconds from the start of the
+    recording. If `segment` is set, only the order of the onsets is used."""
     image: str
     """Path of the image. Empty if the trial has a label but no image."""
     image_id: str
@@ -27,12 +28,16 @@ class Trial:
     split: str
     """Split of the trial in the corpus: train, val, test or `splits.TRAIN_OR_VAL`; empty if the corpus has no split."""
     segment: int | None = None
-    """Number of the segment that contains this trial, if the signal consists of epochs. The window of the trial begins
-    at the start of this segment."""
+    """Number of the segment that contains this trial, if the signal consists of epochs. The field `tmin` of the
+    signal's info says at which time after the onset the segments begin."""
     block: str = ""
     """Name of the block in which this trial was shown. Empty if the block is not known."""
     concept: str = ""
     """Name of the concept that the image shows, if known. With ``split.by: concept``, no concept is in two splits."""
+
+
+BASELINE_S = -0.2
+"""Default start of the stored trials of a continuous recording, in seconds from the onset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +60,12 @@ class Item:
     """Factor that converts the values to true volts, if the config contains a factor for this recording."""
     line_freq: float | None = None
     """Mains frequency in Hz, if the config contains this frequency."""
-    trial_offset: float = 0.0
-    """Seconds from the onset of an image to the start of the EEG window of the trial."""
+    tmin: float | None = None
+    """Start of each stored trial in seconds from the onset of its image; None for the default (see `trial_span`)."""
+    tmax: float | None = None
+    """End of each stored trial in seconds from the onset of its image; None for the default (see `trial_span`)."""
+    stimulus_delay_ms: float = 0.0
+    """Milliseconds from the trigger of an image to its appearance on the screen."""
     trials: tuple[Trial, ...] | None = None
     """Trials of the recording; None for a continuous recording without trials."""
     reason: Reason | None = None
@@ -70,3 +79,24 @@ class Item:
     """Information about the recording from its sidecar files, in JSON types; see `patch_signal`."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Trials that the corpus leaves out. Maps each reason to a number of trials."""
+
+    def trial_span(self, window_s: float, *, epoched: bool) -> tuple[float, float]:
+        """Return from when to when each trial is stored, in seconds from the onset of its image.
+
+        Parameters
+        ----------
+        window_s : float
+            Length of a window of the model in seconds.
+        epoched : bool
+            Whether the recording consists of epochs.
+
+        Returns
+        -------
+        tmin, tmax : float
+            By default, a trial of a continuous recording is stored from `BASELINE_S` to the end of the window, and an
+            epoch is stored as a whole; then the values are minus and plus infinity.
+        """
+        tmin = self.tmin if self.tmin is not None else -math.inf if epoched else BASELINE_S
+        if self.tmax is not None:
+            return tmin, self.tmax
+        return tmin, math.inf if epoched else max(tmin, 0.0) + window_s

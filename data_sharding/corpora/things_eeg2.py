@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
-from data_sharding.corpora.folder import is_excluded
+from data_sharding.corpora.folder import TRIAL_KEYS, is_excluded, trial_values
 from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import check_folder, check_images, check_local_folder, recording_key, root_name
 from data_sharding.corpora.safe_pickle import RefusedPickle, load_npy
@@ -38,16 +38,17 @@ SCALES = {"whitened": NOMINAL_V, "uV": 1e-6, "V": 1.0}
 class ThingsEEG2Options:
     """Options for THINGS-EEG2: which released files and which trials to use."""
 
+    RENAMED: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("repetitions", "test_repetitions"),
+        "every presentation of an image is stored as a trial, and 'average_repeats' of 'dreamscale generate' and of "
+        "fine-tuning averages them when they are read",
+    )
+
     source: Literal["preprocessed", "raw"] = "preprocessed"
     """preprocessed uses the released epochs (preprocessed_eeg_training.npy). raw uses the continuous recordings
     (raw_eeg_training.npy)."""
     partitions: list[Literal["training", "test"]] = field(default_factory=lambda: ["training", "test"])
     """Image sets to use: training, test, or both."""
-    repetitions: Literal["all", "average"] = "all"
-    """all: each presentation of an image is a trial. average: the mean over all presentations of an image is one trial;
-    this is possible only with preprocessed files."""
-    test_repetitions: Literal["same", "all", "average"] = "same"
-    """Like `repetitions`, for test images, which have 80 presentations each. same: use the value of `repetitions`."""
     unit: Literal["whitened", "uV", "V"] = "whitened"
     """Unit of the preprocessed values. The released files are whitened (multivariate noise normalisation) and have no
     unit. Raw recordings are always in volts."""
@@ -57,8 +58,6 @@ class ThingsEEG2Options:
     def __post_init__(self) -> None:
         if not self.partitions:
             raise ValueError("partitions is empty; name training, test, or both")
-        if self.source == "raw" and "average" in (self.repetitions, self.test_repetitions):
-            raise ValueError("repetitions: average is possible only with source: preprocessed")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class ThingsEEG2Corpus(Adapter):
     Gifford et al., A large and rich EEG dataset for modeling human visual object recognition, NeuroImage 264 (2022).
     """
 
-    keys = frozenset({"images", "trial_offset", "exclude"})
+    keys = TRIAL_KEYS | {"exclude"}
     needs_images = True
     options = ThingsEEG2Options
 
@@ -95,9 +94,7 @@ class ThingsEEG2Corpus(Adapter):
                 continue
             subject = re.search(r"(?:^|/)(sub-[A-Za-z0-9]+)/", relative)
             session = re.search(r"(?:^|/)(ses-[A-Za-z0-9]+)/", relative)
-            reps = options.test_repetitions if partition == "test" else "same"
             own = {"source": options.source, "unit": options.unit if options.source == "preprocessed" else "V"}
-            own["repetitions"] = options.repetitions if reps == "same" else reps
             problem, trials, left_out = None, (), {}
             try:
                 trials, left_out = _trials(_content(path, own["source"]), own, shown[partition], partition)
@@ -113,10 +110,10 @@ class ThingsEEG2Corpus(Adapter):
                     subject=subject.group(1) if subject else recording_key(corpus, relative),
                     session=session.group(1) if session else "",
                     line_freq=config.line_freq,
-                    trial_offset=config.trial_offset,
                     trials=trials,
                     options=own,
                     left_out=left_out,
+                    **trial_values(config),
                 )
             )
         if not out:
@@ -152,15 +149,15 @@ class ThingsEEG2Corpus(Adapter):
             )
         x_IRCT = content["x"]
         images, reps, _, length = x_IRCT.shape
-        part, count = _epochs(x_IRCT, own["repetitions"]), images * (1 if own["repetitions"] == "average" else reps)
         if own["unit"] == "whitened":
             notes.append(STANDARDISED)
         return ArraySignal(
-            part,
-            [length] * count,
+            lambda i: x_IRCT[i // reps, i % reps],
+            [length] * (images * reps),
             content["sfreq"],
             content["ch_names"],
             epoched=True,
+            tmin=content["tmin"],
             scale=SCALES[own["unit"]],
             unit_known=own["unit"] == "whitened",
             notes=notes,
@@ -178,15 +175,8 @@ class _Unusable(ValueError):
     """The content of a file does not match its name."""
 
 
-def _epochs(x_IRCT: np.ndarray, repetitions: str) -> Callable[[int], np.ndarray]:
-    reps = x_IRCT.shape[1]
-    if repetitions == "average":
-        return lambda i: np.asarray(x_IRCT[i]).mean(axis=0)
-    return lambda i: x_IRCT[i // reps, i % reps]
-
-
 def _content(path: Path, source: str) -> dict[str, Any]:
-    """Read the array, the sampling rate and the channels of a released file."""
+    """Read the array, sampling rate and channels of a released file, and for epochs the time of their first sample."""
     content = load_npy(path)
     key, ndim = ("preprocessed_eeg_data", 4) if source == "preprocessed" else ("raw_eeg_data", 2)
     if not isinstance(content, dict) or key not in content or "ch_names" not in content:
@@ -205,8 +195,11 @@ def _content(path: Path, source: str) -> dict[str, Any]:
     times = np.asarray(content.get("times", []), float)
     if times.ndim != 1 or len(times) < 2 or not np.median(np.diff(times)) > 0:
         raise _Unusable("it needs the entry times, in seconds")
+    if len(times) != x.shape[-1]:
+        raise _Unusable(f"{x.shape[-1]} samples in an epoch and {len(times)} times")
     # The file stores times with few digits, so round the sampling rate that is computed from them.
-    return {"x": x, "ch_names": names, "sfreq": float(np.round((len(times) - 1) / (times[-1] - times[0]), 2))}
+    sfreq = float(np.round((len(times) - 1) / (times[-1] - times[0]), 2))
+    return {"x": x, "ch_names": names, "sfreq": sfreq, "tmin": float(times[0])}
 
 
 def _trials(
@@ -233,7 +226,6 @@ def _trials(
         count, reps, _, length = content["x"].shape
         if count != len(images):
             raise _Unusable(f"epochs of {count} images, and {METADATA} names {len(images)}")
-        reps = 1 if own["repetitions"] == "average" else reps
         epoch = length / content["sfreq"]
         return tuple(trial(i // reps, i * epoch, i) for i in range(count * reps)), {}
     stim = np.asarray(content["x"][content["ch_types"].index("stim")])

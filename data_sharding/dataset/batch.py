@@ -15,12 +15,12 @@ import numpy as np
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.mixture import Mixture
 from data_sharding.dataset.samples import N_PADDED
-from data_sharding.dataset.shard_reader import parse_meta
+from data_sharding.dataset.shard_reader import crop_meta, parse_meta
 
 if TYPE_CHECKING:
     import torch
 
-_LISTS = ("channels", "keys", "json", "shards", "numbers", "epochs")
+_LISTS = ("channels", "keys", "json", "shards", "numbers", "epochs", "begins")
 
 
 @dataclass(kw_only=True)
@@ -41,6 +41,8 @@ class Batch:
     """Number of each sample in the dataset."""
     epochs: list[int]
     """Epoch of each sample; a batch may contain the last samples of one epoch and the first samples of the next."""
+    begins: list[int]
+    """First stored time point of each sample that was read; 0 except for trials that are stored with a baseline."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -56,8 +58,12 @@ class Batch:
 
     @functools.cached_property
     def metas(self) -> list[dict[str, Any]]:
-        """Parsed metadata of each sample. For damaged JSON, a RequestError names the file and the sample's key."""
-        return [parse_meta(*sample) for sample in zip(self.json, self.shards, self.keys, strict=True)]
+        """Parsed metadata of each sample, adjusted to the part of the sample that was read.
+
+        For damaged JSON, a RequestError names the file and the sample's key.
+        """
+        samples = zip(self.json, self.shards, self.keys, self.begins, strict=True)
+        return [crop_meta(parse_meta(text, shard, key), begin) for text, shard, key, begin in samples]
 
     @functools.cached_property
     def eeg(self) -> torch.Tensor:
@@ -151,6 +157,7 @@ def collate(
         shards=packed.shards,
         numbers=list(numbers),
         epochs=list(epochs or [0] * len(numbers)),
+        begins=packed.begins,
     )
 
 

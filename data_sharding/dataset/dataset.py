@@ -32,6 +32,7 @@ from data_sharding.dataset.shard_reader import (
     locate,
     pack,
     parse_index,
+    parse_meta,
 )
 from data_sharding.processing.preprocess import PreprocessSpec
 
@@ -51,9 +52,15 @@ class EEGDataset:
         train, val or test.
     cache_gb : float, optional
         Size limit of the cache; by default DREAMSCALE_CACHE_GB, or 50 if that variable is not set.
+    tmin, tmax : float, optional
+        Part of each trial to read, in seconds from the onset of the image; for example -0.2 and 0.8. Trials that are
+        not stored with this whole part are left out (`left_out` counts them). By default, each trial is read from the
+        onset for the length of the window in `spec`. If only `tmin` is given, the length is that of the window.
 
     Attributes
     ----------
+    left_out : int
+        Number of samples of the split that are left out, because they are not stored from `tmin` to `tmax`.
     shards : list of Shard
         Shards of the split, as the manifest lists them.
     first : ndarray of int, shape (shards + 1,)
@@ -62,11 +69,19 @@ class EEGDataset:
     Raises
     ------
     RequestError
-        If the directory is not a complete dataset, if the split does not exist or is empty, or if a shard is missing or
-        has another size than in the manifest.
+        If the directory is not a complete dataset, if the split does not exist or is empty, if a shard is missing or
+        has another size than in the manifest, or if no sample is stored from `tmin` to `tmax`.
     """
 
-    def __init__(self, path: str | Path | AnyPath, split: str = "train", *, cache_gb: float | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path | AnyPath,
+        split: str = "train",
+        *,
+        cache_gb: float | None = None,
+        tmin: float | None = None,
+        tmax: float | None = None,
+    ) -> None:
         self.path = as_path(path)
         self.split = split
         self.manifest = read_manifest(self.path)
@@ -82,8 +97,34 @@ class EEGDataset:
         with ThreadPoolExecutor(_PARALLEL_FETCHES if self.cache else 1) as pool:
             for first, rows in zip(self.first, pool.map(self._read_index, self.shards), strict=False):
                 self.index[first : first + len(rows)] = rows
+        self.n_times, self._shift, self.left_out = self.spec.window, None, 0
+        if tmin is not None or tmax is not None:
+            self._choose_part(tmin or 0.0, tmax)
         self._names = [str(self.path / shard.path) for shard in self.shards]
         self._local = threading.local()
+
+    def _choose_part(self, tmin: float, tmax: float | None) -> None:
+        """Read each trial from `tmin` to `tmax`, and leave out the samples of which not all of this part is stored."""
+        sfreq = self.spec.sfreq
+        tmax = tmin + self.spec.window_s if tmax is None else tmax
+        self._shift, self.n_times = round(tmin * sfreq), round((tmax - tmin) * sfreq)
+        if self.n_times < 1:
+            raise RequestError(f"tmin {tmin:g} s and tmax {tmax:g} s: tmax must be later than tmin")
+        # Older versions stored a window that begins at the onset, and neither `samples` nor `onset` in the index.
+        stored = np.where(self.index["samples"], self.index["samples"], self.spec.window).astype(np.int64)
+        begin = self.index["onset"].astype(np.int64) + self._shift
+        whole = (begin >= 0) & (begin + self.n_times <= stored)
+        if not whole.any():
+            raise RequestError(
+                f"{self.path} ({self.split}): no trial is stored from {tmin:g} to {tmax:g} s around the onset of its "
+                "image; change tmin and tmax, or shard with other tmin and tmax in 'corpora'"
+            )
+        self.left_out = int((~whole).sum())
+        shard = np.repeat(np.arange(len(self.shards)), np.diff(self.first))[whole]
+        kept = np.bincount(shard, minlength=len(self.shards))
+        self.index = self.index[whole]
+        self.shards = [shard for shard, count in zip(self.shards, kept, strict=True) if count]
+        self.first = np.cumsum([0, *kept[kept > 0]])
 
     def _read_index(self, shard: Shard) -> np.ndarray:
         tar = self.path / shard.path
@@ -209,7 +250,7 @@ class EEGDataset:
         IndexError
             If one of the numbers does not belong to a sample of the split.
         """
-        return locate(self.index, self.first, numbers)
+        return locate(self.index, self.first, numbers, self._shift)
 
     def shard_name(self, shard: int) -> str:
         """Return the path of a shard, for messages; `shard` is the shard's index in `shards`."""
@@ -291,7 +332,30 @@ class EEGDataset:
         """
         reader = self.reader
         reader.close_evicted()
-        return pack([(reader, location) for location in self.locations(numbers)], self.spec.window, out)
+        return pack([(reader, location) for location in self.locations(numbers)], self.n_times, out)
+
+    def read_stored(self, number: int) -> Sample:
+        """Read a sample with all time points that are stored, such as the baseline of a trial.
+
+        Parameters
+        ----------
+        number : int
+            Number of the sample; negative numbers count from the end.
+
+        Returns
+        -------
+        Sample
+            The sample as it is stored. In a trial, the image appeared at the time point ``meta["onset"]``.
+        """
+        (location,) = self.locations([number])
+        key, text, n = self.reader.load(location)
+        return Sample(
+            key=key,
+            eeg=self.reader.stored[:n].copy(),
+            meta=parse_meta(text, self.shard_name(location.shard), key),
+            image=self.reader.image(location) if location.image else None,
+            image_ext=IMAGE_EXTENSIONS[location.ext] if location.image else "png",
+        )
 
     def __getitem__(self, number: int) -> Sample:
         (location,) = self.locations([number])
@@ -299,7 +363,7 @@ class EEGDataset:
         key, text, n = reader.load(location)
         return Sample(
             key=key,
-            eeg=reader.window[:n].copy(),
+            eeg=reader.window(location, n).copy(),
             meta=reader.meta(location, text, key),
             image=reader.image(location) if location.image else None,
             image_ext=IMAGE_EXTENSIONS[location.ext] if location.image else "png",

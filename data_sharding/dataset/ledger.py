@@ -20,7 +20,17 @@ NAME = "ledger.parquet"
 Status = Literal["sharded", "duplicate", "quarantined", "excluded", "held back"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 ADDED_LATER = frozenset(
-    {"reader", "reference", "segments", "duplicate_of", "held_back", "reason_category", "bad_kinds"}
+    {
+        "reader",
+        "reference",
+        "segments",
+        "duplicate_of",
+        "held_back",
+        "reason_category",
+        "bad_kinds",
+        "trial_tmin",
+        "trial_tmax",
+    }
 )
 """Columns that may be missing in ledgers of older versions; a missing column gets the default of its field."""
 
@@ -113,6 +123,10 @@ class LedgerRow:
     """Seconds of signal that the windows of the recording cover."""
     windows_left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of windows or trials of the recording that are not in the dataset, for each reason."""
+    trial_tmin: float | None = None
+    """Start of the stored trials, in seconds from the onset of the image; None for a recording without trials."""
+    trial_tmax: float | None = None
+    """End of the stored trials, in seconds from the onset of the image; None for a recording without trials."""
     shards: list[str] = dataclasses.field(default_factory=list)
     """Paths of the shards that hold windows of the recording, relative to the dataset."""
     notes: list[str] = dataclasses.field(default_factory=list)

@@ -290,7 +290,7 @@ class Loader:
             rows = self.global_batch // self.world_size * max(known)
             # There are two more slots than prefetched batches, because the worker writes to one slot while the training
             # process copies another slot.
-            slots = Slots(self.num_workers, _PREFETCH_BATCHES + 2, rows, self.dataset.spec.window)
+            slots = Slots(self.num_workers, _PREFETCH_BATCHES + 2, rows, self.dataset.n_times)
         reader = DataLoader(
             _StepDataset(self, slots),  # type: ignore[arg-type]
             sampler=_StepSampler(self.step),

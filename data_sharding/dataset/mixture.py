@@ -104,6 +104,11 @@ class Mixture:
         """Preprocessing of every sample."""
         return self.parts[0].spec
 
+    @property
+    def n_times(self) -> int:
+        """Number of time points that are read of each sample."""
+        return self.parts[0].n_times
+
     def __len__(self) -> int:
         return int(self.first[-1])
 
@@ -174,7 +179,7 @@ class Mixture:
             reader.close_evicted()
             for at, location in zip(mine.tolist(), part.locations(own[mine]), strict=True):
                 found[at] = reader, location
-        return pack(found, self.spec.window, out)
+        return pack(found, self.n_times, out)
 
 
 def _require_same_preprocess(first: EEGDataset, other: EEGDataset) -> None:

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ class Sample:
     key: str
     """Key of the sample; unique in the dataset, with characters from ``[A-Za-z0-9_-]`` only."""
     eeg: np.ndarray
-    """[n, T] microvolts, true channels only."""
+    """[n, T] microvolts, true channels only. A stored trial may have more time points than a window of the model."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Metadata of the sample, which is stored as JSON (see docs/data_format.md)."""
     image: bytes | None = None
@@ -193,7 +194,8 @@ class ShardWriter:
     Notes
     -----
     The index is JSON: ``[{"key": KEY, "n": true channels, "members": {"eeg.npy.zst": [offset, size], ...}}, ...]``, in
-    the order of the tar. An offset is the position of a member's content in the tar.
+    the order of the tar. An offset is the position of a member's content in the tar. The entry of a trial also has
+    ``onset`` and ``samples``: the index of the sample at which the image appeared, and the number of time points.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -215,9 +217,12 @@ class ShardWriter:
         ValueError
             If the sample's key, channels, values or image cannot be stored.
         """
-        self.write_members(sample.key, sample.members(), len(sample.eeg))
+        about = {"n": len(sample.eeg)}
+        if "onset" in sample.meta:
+            about |= {"onset": int(sample.meta["onset"]), "samples": int(sample.eeg.shape[1])}
+        self.write_members(sample.key, sample.members(), about)
 
-    def write_members(self, key: str, members: list[tuple[str, bytes]], n: int | None = None) -> None:
+    def write_members(self, key: str, members: list[tuple[str, bytes]], about: Mapping[str, Any]) -> None:
         """Append an encoded sample to the shard.
 
         Parameters
@@ -226,11 +231,10 @@ class ShardWriter:
             Key of the sample.
         members : list of (str, bytes)
             Names and bytes of the members, as `Sample.members` returns them.
-        n : int, optional
-            Number of true channels; if None, the number is read from the sample's JSON.
+        about : mapping
+            Values for the index: ``n`` (true channels), and for a trial ``onset`` and ``samples``. If the sample comes
+            from another shard, this is the sample's entry in the index of that shard.
         """
-        if n is None:
-            n = int(json.loads(dict(members)[f"{key}.json"])["n"])
         entry: dict[str, list[int]] = {}
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -238,7 +242,8 @@ class ShardWriter:
             start = self._tar.offset
             self._tar.addfile(info, io.BytesIO(data))
             entry[name[len(key) + 1 :]] = [start + 512, len(data)]
-        self._index.append({"key": key, "n": n, "members": entry})
+        known = {name: about[name] for name in ("n", "onset", "samples") if name in about}
+        self._index.append({"key": key, **known, "members": entry})
 
     def __len__(self) -> int:
         return len(self._index)

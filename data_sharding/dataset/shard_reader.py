@@ -23,12 +23,24 @@ from data_sharding.dataset.samples import IMAGE_EXTENSIONS, N_PADDED
 from data_sharding.processing.preprocess import PreprocessSpec
 
 INDEX = np.dtype(
-    [("start", "<i8"), ("eeg", "<u4"), ("image", "<u4"), ("json", "<u4"), ("ext", "u1"), ("n", "u1")],
+    [
+        ("start", "<i8"),
+        ("eeg", "<u4"),
+        ("image", "<u4"),
+        ("json", "<u4"),
+        ("ext", "u1"),
+        ("n", "u1"),
+        ("onset", "<i4"),
+        ("samples", "<u4"),
+    ],
 )
-"""Data type of the index: 22 bytes a sample for the offset of its first tar header, the sizes of its members and n.
+"""Data type of the index: 30 bytes a sample for the offset of its first tar header, the sizes of its members, n, and
+for a trial the index of its onset and the number of its time points (0 for a window of the usual length).
 
-The reader computes all other offsets from these numbers. The index of ten million samples takes 0.2 GB of memory.
+The reader computes all other offsets from these numbers. The index of ten million samples takes 0.3 GB of memory.
 """
+LONGEST = 2**20
+"""Largest number of time points of a stored trial; an index with a larger number is damaged."""
 _EEG = "eeg.npy.zst"
 _SUFFIX = b".eeg.npy.zst"
 HEADER = 512
@@ -45,6 +57,11 @@ class ShardSource(Protocol):
     @property
     def spec(self) -> PreprocessSpec:
         """Preprocessing of every sample."""
+        ...
+
+    @property
+    def n_times(self) -> int:
+        """Number of time points that are read of each sample."""
         ...
 
     @property
@@ -75,6 +92,8 @@ class PackedSamples:
     """JSON text with the metadata of each sample."""
     shards: list[str]
     """Path of the shard of each sample."""
+    begins: list[int]
+    """First stored time point of each sample that was read; 0 except for trials that are stored with a baseline."""
 
 
 class SampleLocation(NamedTuple):
@@ -100,6 +119,10 @@ class SampleLocation(NamedTuple):
     """File type of the image, as an index of IMAGE_EXTENSIONS."""
     n: int
     """Number of true channels; 0 if the index comes from an older version, which did not store this number."""
+    samples: int
+    """Number of stored time points; 0 for a window of the usual length."""
+    begin: int
+    """First stored time point to read."""
 
 
 def _padded(size: Any) -> Any:
@@ -141,6 +164,8 @@ def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
                 found = next(i for i, ext in enumerate(IMAGE_EXTENSIONS) if f"image.{ext}" in entry)
                 ext[number], image[number] = found, entry[f"image.{IMAGE_EXTENSIONS[found]}"]
         n = np.array([entry.get("n", 0) for entry in entries], np.int64)
+        onset = np.array([entry.get("onset", 0) for entry in entries], np.int64)
+        count = np.array([entry.get("samples", 0) for entry in entries], np.int64)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise RequestError(
             f"{name}: the file is damaged and not the index of a shard ({type(error).__name__}: {error}); "
@@ -154,6 +179,7 @@ def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
     after_eeg = eeg[:, 0] + _padded(eeg[:, 1]) + HEADER
     after_image = np.where(has_image, after_eeg + _padded(image[:, 1]) + HEADER, after_eeg)
     fits = (~has_image | (image[:, 0] == after_eeg)) & (meta[:, 0] == after_image) & (n >= 0) & (n <= N_PADDED)
+    fits &= (count >= 0) & (count <= LONGEST) & (abs(onset) <= LONGEST)
     if not fits.all():
         key = entries[int(np.argmin(fits))]["key"]
         raise RequestError(
@@ -161,7 +187,7 @@ def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
         )
     rows = np.empty(samples, INDEX)
     rows["start"], rows["eeg"], rows["image"], rows["json"] = eeg[:, 0] - HEADER, eeg[:, 1], image[:, 1], meta[:, 1]
-    rows["ext"], rows["n"] = ext, n
+    rows["ext"], rows["n"], rows["onset"], rows["samples"] = ext, n, onset, count
     return rows
 
 
@@ -216,7 +242,29 @@ def parse_meta(text: bytes, shard: str, sample: str | int) -> dict[str, Any]:
         raise damage_error(shard, sample, f"its JSON is damaged ({error})") from None
 
 
-def locate(index: np.ndarray, first: np.ndarray, numbers: Sequence[int] | np.ndarray) -> list[SampleLocation]:
+def crop_meta(meta: dict[str, Any], begin: int) -> dict[str, Any]:
+    """Adjust the metadata of a stored trial to the part of the trial that was read.
+
+    Parameters
+    ----------
+    meta : dict
+        Metadata of the stored trial.
+    begin : int
+        First stored time point that was read.
+
+    Returns
+    -------
+    dict
+        Metadata of the part: ``start`` is the time of its first time point, and ``onset`` counts from this point.
+    """
+    if not begin:
+        return meta
+    return {**meta, "start": round(meta["start"] + begin / meta["sfreq"], 6), "onset": meta.get("onset", 0) - begin}
+
+
+def locate(
+    index: np.ndarray, first: np.ndarray, numbers: Sequence[int] | np.ndarray, shift: int | None = None
+) -> list[SampleLocation]:
     """Compute the locations of samples in the shards.
 
     Parameters
@@ -227,6 +275,9 @@ def locate(index: np.ndarray, first: np.ndarray, numbers: Sequence[int] | np.nda
         Number of the first sample of each shard. The last entry is the number of samples.
     numbers : sequence of int
         Numbers of the samples; negative numbers count from the end.
+    shift : int, optional
+        Time points from the onset of a trial to the first time point that is read. By default a trial is read from its
+        onset, or from its first stored time point if that is later.
 
     Returns
     -------
@@ -245,7 +296,10 @@ def locate(index: np.ndarray, first: np.ndarray, numbers: Sequence[int] | np.nda
     start, image = rows["start"], rows["image"].astype(np.int64)
     image_at = start + 2 * HEADER + _padded(rows["eeg"].astype(np.int64))
     meta_at = np.where(image > 0, image_at + HEADER + _padded(image), image_at)
+    onset = rows["onset"].astype(np.int64)
+    begin = np.maximum(onset, 0) if shift is None else onset + shift
     columns = at, shard, start, rows["eeg"], image_at, image, meta_at, rows["json"], rows["ext"], rows["n"]
+    columns = *columns, rows["samples"], begin
     return list(map(SampleLocation._make, zip(*(column.tolist() for column in columns), strict=True)))
 
 
@@ -258,16 +312,25 @@ class ShardReader:
         self.dataset = dataset
         self.files: OrderedDict[int, int] = OrderedDict()
         self.zstd, self.zstd_error = zstandard.ZstdDecompressor(), zstandard.ZstdError
-        # The .npy header is the same for every sample of a dataset.
-        shape = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({N_PADDED}, {dataset.spec.window}), }}"
+        self.samples = 0
+        self._prepare_buffer(dataset.spec.window)
+        self.raw = bytearray(1 << 18)
+
+    def _prepare_buffer(self, samples: int) -> None:
+        """Prepare the buffer and the expected .npy header for stored samples of this number of time points.
+
+        The attribute `stored` becomes a view [128, samples] of the buffer.
+        """
+        if samples == self.samples:
+            return
+        shape = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({N_PADDED}, {samples}), }}"
         self.npy = b"\x93NUMPY\x01\x00v\x00" + shape.ljust(117).encode() + b"\n"
-        self.size = len(self.npy) + N_PADDED * dataset.spec.window * 2
+        self.size = len(self.npy) + N_PADDED * samples * 2
         # The buffer is longer than a sample, so that the decompressor reads to the end of the frame and checks the
         # checksum.
         self.plain = bytearray(self.size + 64)
-        self.window = np.frombuffer(self.plain, np.float16, N_PADDED * dataset.spec.window, len(self.npy))
-        self.window = self.window.reshape(N_PADDED, -1)
-        self.raw = bytearray(1 << 18)
+        self.stored = np.frombuffer(self.plain, np.float16, N_PADDED * samples, len(self.npy)).reshape(N_PADDED, -1)
+        self.samples = samples
 
     def __del__(self) -> None:
         for descriptor in self.files.values():
@@ -336,7 +399,8 @@ class ShardReader:
         return name[: -len(suffix)].decode("ascii", "replace")
 
     def load(self, location: SampleLocation) -> tuple[str, bytes, int]:
-        """Read a sample into `window`, and return the sample's key, JSON and number of true channels."""
+        """Read a sample into `stored`, and return the sample's key, JSON and number of true channels."""
+        self._prepare_buffer(location.samples or self.dataset.spec.window)
         start, size, meta_at = location.start, location.eeg, location.meta_at
         # Without an image, the JSON follows the EEG directly, so one call reads the two members. With an image between
         # them, two calls are used, so that the image is not read.
@@ -347,10 +411,16 @@ class ShardReader:
         except self.zstd_error as error:
             raise self.damage(location, f"damaged ({error})", key) from None
         if got != self.size or not self.plain.startswith(self.npy):
-            window = self.dataset.spec.window
-            raise self.damage(location, f"damaged, or not float16 [{N_PADDED}, {window}]", key)
+            raise self.damage(location, f"damaged, or not float16 [{N_PADDED}, {self.samples}]", key)
+        if not 0 <= location.begin <= self.samples - self.dataset.n_times:
+            text = f"has {self.samples} time points, and {self.dataset.n_times} are needed from number {location.begin}"
+            raise self.damage(location, text, key)
         text = bytes(self.read(location, meta_at, location.meta) if location.image else whole[meta_at - start :])
         return key, text, location.n or int(self.meta(location, text, key)["n"])
+
+    def window(self, location: SampleLocation, n: int) -> np.ndarray:
+        """Return the part to read of the sample that `load` read last, as a view [n, T] of the buffer."""
+        return self.stored[:n, location.begin : location.begin + self.dataset.n_times]
 
     def image(self, location: SampleLocation) -> bytes:
         """Read the image of a sample without its EEG; the sample must have an image."""
@@ -359,12 +429,13 @@ class ShardReader:
         return bytes(whole[HEADER:])
 
     def meta(self, location: SampleLocation, text: bytes, key: str = "") -> dict[str, Any]:
-        """Parse the JSON of a sample."""
-        return parse_meta(text, self.dataset.shard_name(location.shard), self.name(location, key))
+        """Parse the JSON of a sample, and adjust it to the part of the sample that is read."""
+        meta = parse_meta(text, self.dataset.shard_name(location.shard), self.name(location, key))
+        return crop_meta(meta, location.begin)
 
 
 def pack(
-    samples: Sequence[tuple[ShardReader, SampleLocation]], window: int, out: np.ndarray | None = None
+    samples: Sequence[tuple[ShardReader, SampleLocation]], n_times: int, out: np.ndarray | None = None
 ) -> PackedSamples:
     """Read samples of one or several datasets, without their images.
 
@@ -372,9 +443,9 @@ def pack(
     ----------
     samples : sequence of (EEGDataset.reader, SampleLocation)
         The samples to read.
-    window : int
-        Time points T of a window, which must be equal in all datasets.
-    out : ndarray of float16, shape (rows, window), optional
+    n_times : int
+        Time points T that are read of a sample; the number must be equal in all datasets.
+    out : ndarray of float16, shape (rows, n_times), optional
         Memory for the signals. If `out` is too small, new memory is allocated.
 
     Returns
@@ -389,18 +460,19 @@ def pack(
     """
     # n is 0 if an older version wrote the index without n. Such a sample may have up to 128 channels.
     rows = sum(location.n or N_PADDED for _, location in samples)
-    eeg = out if out is not None and len(out) >= rows else np.empty((rows, window), np.float16)
-    packed = PackedSamples(eeg=eeg, channels=[], keys=[], json=[], shards=[])
+    eeg = out if out is not None and len(out) >= rows else np.empty((rows, n_times), np.float16)
+    packed = PackedSamples(eeg=eeg, channels=[], keys=[], json=[], shards=[], begins=[])
     for reader, location in samples:
         reader.start_readahead(location)
     at = 0
     for reader, location in samples:
         key, text, n = reader.load(location)
-        eeg[at : at + n] = reader.window[:n]
+        eeg[at : at + n] = reader.window(location, n)
         at += n
         packed.channels.append(n)
         packed.keys.append(key)
         packed.json.append(text)
         packed.shards.append(reader.dataset.shard_name(location.shard))
+        packed.begins.append(location.begin)
     packed.eeg = eeg[:at]
     return packed

@@ -119,6 +119,7 @@ class EpochsSignal:
             n_samples=count * length,
             segments=[Segment(start=i * length, stop=(i + 1) * length, onset=i * length / sfreq) for i in range(count)],
             epoched=True,
+            tmin=float(epochs.times[0]),
             **(_fields(epochs.info, epochs.get_channel_types()) | more),
         )
 

@@ -65,6 +65,8 @@ class SignalInfo:
     """Bad time spans according to the source: start and end in seconds from the recording's beginning, and text."""
     epoched: bool = False
     """Whether the segments of the recording are epochs."""
+    tmin: float = 0.0
+    """Time of the first sample of each epoch, in seconds from the event to which the epoch belongs. Only for epochs."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Channels of the file that cannot be read together with `ch_names`, each with the reason."""
     notes: list[str] = field(default_factory=list)

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_sharding.common.storage import as_path
-from data_sharding.corpora import Trial
+from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.dataset.samples import Sample, ShardWriter
 from data_sharding.dataset.splits import SPLITS
 from data_sharding.formats.channels import Channels
-from data_sharding.formats.signal import Segment, SignalInfo
+from data_sharding.formats.signal import SignalInfo
+from data_sharding.job.plan_trials import Cut, plan_trials
 from data_sharding.job.task import PartResult, Task
 from data_sharding.processing.preprocess import PreprocessSpec, clean_blocks, window_starts
 from data_sharding.processing.streaming import Scratch
@@ -51,20 +51,6 @@ class Clean:
     """EEG channels that the windows do not contain. Maps channel names to reasons."""
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A window to cut out of the signal."""
-
-    start: int
-    """First sample of the window at the target sampling rate, counted from the start of the segment."""
-    number: int
-    """Number of the window in the recording. The key of the sample ends with this number."""
-    split: str
-    """Split that the window belongs to."""
-    extra: dict[str, Any]
-    """Metadata of the trial; empty for a recording without trials."""
-
-
 def plan_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> dict[int, list[Cut]]:
     """Plan the windows of a recording without trials.
 
@@ -87,7 +73,7 @@ def plan_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> d
     for segment, length in enumerate(lengths):
         starts = window_starts(length, spec)
         if len(starts):
-            cuts[segment] = [Cut(int(s), number + i, split, {}) for i, s in enumerate(starts)]
+            cuts[segment] = [Cut(int(s), number + i, split, {}, spec.window) for i, s in enumerate(starts)]
             number += len(starts)
     return cuts
 
@@ -122,7 +108,7 @@ def clean_windows(
     segment : int
         Number of the segment that contains the window.
     cut : Cut
-        The planned window.
+        The planned window. If a part of a trial outside the model's window cannot be used, the cut is shorter.
     start : float
         Start of the window in seconds from the start of the recording.
     window : ndarray, shape (n, T), float32
@@ -145,57 +131,55 @@ def clean_windows(
             line_freq=clean.line_freq,
             reference=clean.reference,
         )
-        for cut, x in _windows(blocks, wanted, spec.window):
-            window, start_s = x[:n], onset + cut.start / spec.sfreq
-            if why := _find_flaw(window, good, start_s, spans, spec):
+        for planned, x in _windows(blocks, wanted):
+
+            def find_flaw(begin: int, stop: int, cut: Cut = planned, x: np.ndarray = x, onset: float = onset) -> str:
+                start_s = onset + (cut.start + begin) / spec.sfreq
+                return _find_flaw(x[:n, begin:stop], good, start_s, spans, spec) or ""
+
+            cut, why = _shorten_to_good_part(planned, spec.window, find_flaw)
+            if cut is None:
                 left_out[why] += 1
             else:
-                yield number, cut, start_s, window
+                begin = cut.start - planned.start
+                yield number, cut, onset + cut.start / spec.sfreq, x[:n, begin : begin + cut.length]
+
+
+def _shorten_to_good_part(cut: Cut, window: int, find_flaw: Callable[[int, int], str]) -> tuple[Cut | None, str]:
+    """Leave out the part of a trial before or after the model's window if this part has a flaw.
+
+    Parameters
+    ----------
+    cut : Cut
+        The window or the trial.
+    window : int
+        Number of samples of the model's window.
+    find_flaw : callable
+        Function of the first and the last sample (plus one) of a part of the cut, counted from its start. It returns
+        the flaw of this part, or an empty text.
+
+    Returns
+    -------
+    cut : Cut or None
+        The trial without the parts that have a flaw; None if the model's window itself has a flaw.
+    why : str
+        The flaw of the model's window, if it has one.
+    """
+    begin, stop = cut.needed, cut.needed + window
+    if why := find_flaw(begin, stop):
+        return None, why
+    before = find_flaw(0, begin) if begin else ""
+    after = find_flaw(stop, cut.length) if stop < cut.length else ""
+    return cut.shorten(begin if before else 0, stop if after else cut.length, before or after), ""
 
 
 def _plan_cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
     """Plan the windows of a recording. The result lists the windows of each segment in order of time."""
     item, spec = task.item, task.spec
-    cuts: dict[int, list[Cut]] = {}
     if item.trials is None:
         split = task.split.subject(item.subject) if task.split.by_subject else "train"
         return plan_windows(lengths, spec, split)
-    numbers = {name: i for i, name in enumerate(task.labels)}
-    onsets = np.array([segment.onset for segment in info.segments])
-    for number, trial in enumerate(item.trials):
-        split = task.split.trial(item.subject, trial.image_id, trial.split, trial.concept)
-        if split is None:
-            left_out["crossed cell of subject split and image split"] += 1
-            continue
-        segment, start = _locate(trial, item.trial_offset, info.segments, onsets, spec)
-        if segment is None:
-            left_out["trial beyond the recording"] += 1
-        elif start + spec.window > lengths[segment]:
-            last = segment == len(lengths) - 1
-            left_out["trial beyond the recording" if last else "over a gap in the recording"] += 1
-        else:
-            values = {name: getattr(trial, name) for name in ("image_id", "label_name", "block", "concept")}
-            extra: dict[str, Any] = {name: value for name, value in values.items() if value}
-            if trial.label_name:
-                extra["label"] = numbers[trial.label_name]
-            extra |= {"caption": trial.caption, "image_path": trial.image}
-            cuts.setdefault(segment, []).append(Cut(start, number, split, extra))
-    return {segment: sorted(cuts[segment], key=lambda cut: (cut.start, cut.number)) for segment in sorted(cuts)}
-
-
-def _locate(
-    trial: Trial, offset_s: float, segments: list[Segment], onsets: np.ndarray, spec: PreprocessSpec
-) -> tuple[int | None, int]:
-    """Return the segment in which the window of a trial begins (None if there is none), and the first sample there."""
-    if trial.segment is not None:
-        start = round(offset_s * spec.sfreq)
-        return (trial.segment, start) if 0 <= trial.segment < len(segments) and start >= 0 else (None, 0)
-    begin = trial.onset + offset_s
-    # If a window begins up to half a sample before a segment, this is a rounding error: the window is in the segment.
-    segment = int(np.searchsorted(onsets, begin + 0.5 / spec.sfreq, side="right")) - 1
-    if segment < 0:
-        return None, 0
-    return segment, max(0, round((begin - float(onsets[segment])) * spec.sfreq))
+    return plan_trials(task, info, lengths, left_out)
 
 
 def detect_image_type(data: bytes) -> str | None:
@@ -218,14 +202,14 @@ def detect_image_type(data: bytes) -> str | None:
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
-def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], window: int) -> Iterator[tuple[Cut, np.ndarray]]:
+def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut]) -> Iterator[tuple[Cut, np.ndarray]]:
     """Cut windows out of a signal that comes in blocks. The windows must be sorted by their first sample."""
     held, at, following = None, 0, 0
     for block in blocks:
         held = block if held is None else np.concatenate([held, block], axis=1)
-        while following < len(cuts) and cuts[following].start + window <= at + held.shape[1]:
+        while following < len(cuts) and cuts[following].start + cuts[following].length <= at + held.shape[1]:
             start = cuts[following].start - at
-            yield cuts[following], held[:, start : start + window]
+            yield cuts[following], held[:, start : start + cuts[following].length]
             following += 1
         if following == len(cuts):
             return
@@ -258,6 +242,8 @@ def write_windows(
     written: Counter[str] = Counter()
     channels = clean.channels
     covered, segment, covered_to = 0, -1, 0
+    spans: list[tuple[int, int]] = []
+    missing: Counter[str] = Counter()
     base = {
         "n": len(channels.names),
         "ch_names": channels.names,
@@ -282,6 +268,10 @@ def write_windows(
                     continue
                 kind = found
             meta = {**base, "start": round(start_s, 6), "split": cut.split, **extra}
+            if cut.onset is not None:
+                meta["onset"] = cut.onset - cut.start
+                spans.append((cut.start - cut.onset, cut.start - cut.onset + cut.length))
+                missing[cut.missing] += 1
             if cut.split not in writers:
                 writers[cut.split] = stack.enter_context(ShardWriter(folder / f"{cut.split}.tar"))
             writers[cut.split].write(
@@ -291,20 +281,34 @@ def write_windows(
             # Windows may overlap, so the sum of their lengths would count some samples twice.
             if number != segment:
                 segment, covered_to = number, 0
-            covered += cut.start + spec.window - max(covered_to, cut.start)
-            covered_to = cut.start + spec.window
+            covered += max(0, cut.start + cut.length - max(covered_to, cut.start))
+            covered_to = max(covered_to, cut.start + cut.length)
     result.samples = {split: written[split] for split in SPLITS if written[split]}
     row = result.row
     row.seconds_written, row.windows = round(covered / spec.sfreq, 4), sum(written.values())
     row.windows_left_out = dict(sorted(left_out.items()))
     row.split = "+".join(result.samples)
+    if spans:
+        _describe_trials(row, spans, missing, spec)
+
+
+def _describe_trials(row: LedgerRow, spans: list[tuple[int, int]], missing: Counter[str], spec: PreprocessSpec) -> None:
+    """Fill in the columns about trials, and count the trials of which a part before or after the window is missing."""
+    row.trial_tmin = round(min(begin for begin, _ in spans) / spec.sfreq, 6)
+    row.trial_tmax = round(max(stop for _, stop in spans) / spec.sfreq, 6)
+    reasons = {why: number for why, number in sorted(missing.items()) if why}
+    if reasons:
+        row.notes.append(
+            f"{sum(reasons.values())} of {len(spans)} trials are stored without their whole part before or after the "
+            f"window: {', '.join(f'{number} {why}' for why, number in reasons.items())}"
+        )
 
 
 def _find_flaw(
     window: np.ndarray, good: np.ndarray, start_s: float, spans: np.ndarray, spec: PreprocessSpec
 ) -> str | None:
     """Return the reason why a window is left out; None if the window can be used."""
-    if ((spans[:, 0] < start_s + spec.window_s) & (spans[:, 1] > start_s)).any():
+    if ((spans[:, 0] < start_s + window.shape[1] / spec.sfreq) & (spans[:, 1] > start_s)).any():
         return "over a span marked as bad"
     if max(-float(window.min()), float(window.max())) > FLOAT16_MAX_UV:
         return "beyond float16 microvolts"

@@ -128,7 +128,7 @@ def write_shard(plan: ShardPlan, parts: AnyPath, root: AnyPath, work: AnyPath) -
                         for name, (offset, size) in entry["members"].items():
                             stream.seek(offset)
                             members.append((f"{entry['key']}.{name}", stream.read(size)))
-                        writer.write_members(entry["key"], members, entry["n"])
+                        writer.write_members(entry["key"], members, entry)
         record = shard_record(folder, local, len(writer))
         deliver(local.with_suffix(".idx"), tar.with_suffix(".idx"))
         deliver(local, tar)

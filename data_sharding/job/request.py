@@ -15,6 +15,7 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of
 from data_sharding.common.storage import AnyPath, as_path, describe, file_state, is_storage_error
 from data_sharding.corpora import CorpusConfig, Item, describe_design, list_items
+from data_sharding.dataset.shard_reader import LONGEST
 from data_sharding.dataset.splits import SplitConfig
 from data_sharding.job.cluster import RayConfig
 from data_sharding.processing.preprocess import PreprocessSpec
@@ -196,6 +197,34 @@ def _states(files: Iterable[AnyPath]) -> list[FileState]:
     return states
 
 
+def check_trial_span(where: str, corpus: CorpusConfig, spec: PreprocessSpec) -> None:
+    """Raise an error if the stored trials of a corpus would not contain the window that models read.
+
+    Parameters
+    ----------
+    where : str
+        Name of the corpus in the config, for the error message.
+    corpus : CorpusConfig
+        Config of the corpus.
+    spec : PreprocessSpec
+        Settings of the preprocessing, with the length of the window.
+
+    Raises
+    ------
+    RequestError
+        If `tmax` is too early, or if the trials would be too long to store.
+    """
+    begin = max(corpus.tmin or 0.0, 0.0)
+    if corpus.tmax is not None and round((corpus.tmax - begin) * spec.sfreq) < spec.window:
+        raise RequestError(
+            f"{where}: tmax {corpus.tmax:g} is too early, because models read {spec.window_s:g} s from {begin:g} s on; "
+            f"set tmax to {begin + spec.window_s:g} or later, or shorten preprocess.window ({spec.window} samples)"
+        )
+    longest = LONGEST / spec.sfreq
+    if max(-(corpus.tmin or 0.0), 0.0) + max(corpus.tmax or 0.0, 0.0) > longest:
+        raise RequestError(f"{where}: tmin and tmax make trials longer than {longest:g} s, the longest that is stored")
+
+
 def make_plan(config: ShardConfig) -> Plan:
     """Find the recordings, and check everything that can be checked without opening them.
 
@@ -217,8 +246,9 @@ def make_plan(config: ShardConfig) -> Plan:
     """
     items: dict[str, Item] = {}
     designs: list[dict[str, str]] = []
-    for corpus in config.corpora:
+    for number, corpus in enumerate(config.corpora):
         refuse_memory(corpus.root, "corpora: root")
+        check_trial_span(f"corpora[{number}]", corpus, config.preprocess)
         listed = list_items(corpus)
         designs.append(describe_design(corpus, listed))
         for item in listed:

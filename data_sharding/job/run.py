@@ -377,6 +377,7 @@ def _publish(
         extra = {
             "request": plan.request,
             "corpora": plan.corpora,
+            "trials": describe_trials(rows),
             "ledger_sha256": sha256_file(folder / LEDGER),
             "fingerprints_sha256": sha256_file(folder / FINGERPRINTS),
         }
@@ -397,6 +398,16 @@ def _publish(
             deliver(folder / name, output / name)
     remove_tree(output / WORK)
     return manifest
+
+
+def describe_trials(rows: list[LedgerRow]) -> dict[str, dict[str, float]]:
+    """Return, for each corpus in the ledger, from when to when its trials are stored, in seconds from the onset."""
+    spans: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.status == "sharded" and row.trial_tmin is not None and row.trial_tmax is not None:
+            span = spans.setdefault(row.corpus, {"tmin": row.trial_tmin, "tmax": row.trial_tmax})
+            span["tmin"], span["tmax"] = min(span["tmin"], row.trial_tmin), max(span["tmax"], row.trial_tmax)
+    return spans
 
 
 def _finish(config: ShardConfig, manifest: Manifest, output: AnyPath) -> int:

@@ -12,8 +12,11 @@ from PIL import Image
 from upath import UPath
 
 from data_sharding.audit.fingerprints import Fingerprints, find_similar_images, fingerprint_image, window_digest
+from data_sharding.audit.leakage import Contents, compare_splits
 from data_sharding.audit.verify import main
-from data_sharding.dataset.samples import decode_eeg, encode_eeg
+from data_sharding.dataset.dataset import write_dataset
+from data_sharding.dataset.samples import Sample, decode_eeg, encode_eeg
+from data_sharding.processing.preprocess import PreprocessSpec
 
 
 def make_image(seed: int, size: int = 96) -> Image.Image:
@@ -168,6 +171,22 @@ class TestSplits:
         values = read_json(path / "manifest.json")
         values["config"]["split"] = split
         write_json(path / "manifest.json", values)
+
+
+def test_baselines_that_overlap_with_another_split_are_only_a_question(tmp_path: Path) -> None:
+    spec = PreprocessSpec(sfreq=100, highpass=1, lowpass=40, window=100, stride=100)
+    rng = np.random.default_rng(0)
+
+    def make_trial(start: float, split: str) -> Sample:
+        meta = {"n": 2, "sfreq": 100.0, "start": start - 0.5, "onset": 50, "recording": "r", "split": split}
+        return Sample(key=f"r-{start}".replace(".", "-"), eeg=rng.normal(0, 10, (2, 150)), meta=meta)
+
+    for following, proofs in ((21.2, 0), (20.8, 1)):
+        data = {"train": [make_trial(20.0, "train")], "test": [make_trial(following, "test")]}
+        write_dataset(tmp_path / f"{proofs}", data, spec)
+        found = [f for f in compare_splits(Contents.read(tmp_path / f"{proofs}")).found if f.kind == "window"]
+        assert [finding.proof for finding in found] == [bool(proofs)]
+        assert ("only before or after the part that models read" in found[0].text) == (not proofs)
 
 
 class TestImages:

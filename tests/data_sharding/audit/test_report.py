@@ -152,7 +152,7 @@ def test_hours_by_fate_add_up(dataset: Path) -> None:
 
 
 def test_sampled_windows_are_spread_and_spectrum_ignores_bad_channels(dataset: Path) -> None:
-    windows = sample_windows(dataset, read_ledger(dataset))
+    windows = sample_windows(dataset, read_ledger(dataset), Manifest.read(dataset).preprocess.window)
     assert {name: len(recordings) for name, recordings in windows.items()} == dict.fromkeys(CORPORA, 2)
     assert [w.meta["start"] for w in windows["lab"][0]] == [0.0, 4.0, 7.0]
     t = np.arange(400) / 100

@@ -73,13 +73,14 @@ def shard_all(tmp_path: Path) -> Callable[..., dict[str, Sharded]]:
         out = {}
         for item in list_items(CorpusConfig(root=str(root), name="c", **corpus)):
             split = SplitConfig(val_fraction=0, test_fraction=0)
+            labels = tuple(sorted({trial.label_name for trial in item.trials or ()}))
             result = process_recording(
-                Task(item=item, spec=spec, split=split, labels=(), work=tmp_path / "work", timeout_s=60)
+                Task(item=item, spec=spec, split=split, labels=labels, work=tmp_path / "work", timeout_s=60)
             )
             folder, samples = tmp_path / "work" / "parts" / result.part[:2] / result.part, []
-            if result.samples:
-                data = (folder / "train.tar").read_bytes()
-                for entry in read_json(folder / "train.idx"):
+            for part in result.samples:
+                data = (folder / f"{part}.tar").read_bytes()
+                for entry in read_json(folder / f"{part}.idx"):
                     parts = {name: data[at : at + size] for name, (at, size) in entry["members"].items()}
                     meta = json.loads(parts["json"])
                     samples.append((meta, decode_eeg(parts["eeg.npy.zst"], meta["n"]).astype(float)))

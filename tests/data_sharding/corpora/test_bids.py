@@ -222,11 +222,11 @@ def test_events_with_images_make_trials(bids: Path, tmp_path: Path) -> None:
     )
     (folder(bids, "01", "b") / "sub-01_ses-b_task-see_events.tsv").unlink()
     (folder(bids, "02") / "sub-02_ses-a_task-see_events.tsv").write_text("onset\tstim_file\nsoon\tcat/1.png\n")
-    items = items_of(bids, images=str(tmp_path / "stimuli"), trial_offset=0.1)
+    items = items_of(bids, images=str(tmp_path / "stimuli"), tmin=-0.1, stimulus_delay_ms=20)
     trials = items[NAME].trials
     assert trials is not None
     assert [(t.onset, t.label_name, t.image_id) for t in trials] == [(0.5, "cat", "cat/1")]
-    assert items[NAME].trial_offset == 0.1
+    assert (items[NAME].tmin, items[NAME].tmax, items[NAME].stimulus_delay_ms) == (-0.1, None, 20)
     assert "no events" in (items["sub-01_ses-b_task-see_eeg.vhdr"].reason or "")
     assert "'soon' is not a number" in (items["sub-02_ses-a_task-see_eeg.vhdr"].recording.problem or "")
     other = items_of(bids, images=str(tmp_path / "stimuli"), options={"label_column": "trial_type"})

@@ -136,12 +136,26 @@ class TestEEGImageNet:
         assert {s["block"] for s in samples} == {f"sub-4-block-{i}" for i in range(3)}
         assert all(s["eeg"].shape == (128, 440) and s["bytes"] == b"\xff\xd8\xff" for s in samples)
         assert 1 < np.median([s["eeg"].std() for s in samples]) < 10
+        assert all(s["onset"] == -20 and "repeat" in s for s in samples)
         # The published code resamples the 440 samples of a trial to 512, so test this window length too.
         stretched = dataclasses.replace(spec, sfreq=1163.6364, window=512)
         result_512, samples = shard(items[1], tmp_path / "work", stretched, BY_CORPUS)
         assert result_512.row.windows == 11 and all(s["eeg"].shape == (128, 512) for s in samples)
         # One file holds the recordings of six subjects, so each subject must have a hash of its own.
         assert shard(items[0], tmp_path / "work", spec, BY_CORPUS)[0].row.sha256 != row.sha256
+
+    def test_a_short_trial_is_left_out_alone(self, tmp_path: Path) -> None:
+        """Trials of 450 to 459 samples end before sample 460."""
+        data = released({0: 450, 1: 459, 2: 460, 3: 461, 4: 455})
+        items = list_items(write_imagenet(tmp_path, data, splits()))
+        spec = PreprocessSpec(sfreq=1000, highpass=5, lowpass=95, window=440, stride=440, notch="off", reference="keep")
+        result, samples = shard(items[0], tmp_path / "work", spec, BY_CORPUS)
+        assert (result.row.status, len(samples)) == ("sharded", 9)
+        assert result.row.windows_left_out == {"the epoch ends before the window of 0.44 s": 3}
+        shorter = dataclasses.replace(spec, window=430)
+        result, samples = shard(items[0], tmp_path / "work", shorter, BY_CORPUS)
+        assert len(samples) == 12 and not result.row.windows_left_out
+        assert {s["eeg"].shape[1] for s in samples} == {430, 435, 439, 440}
 
     def test_without_the_given_splits(self, tmp_path: Path) -> None:
         config = write_imagenet(tmp_path, released(), splits())
@@ -289,15 +303,47 @@ class TestThingsEEG2:
             signal.read(segment.start, segment.stop, [2, 0]), x["preprocessed_eeg_data"][2, 3, [2, 0]]
         )
 
-    def test_averages(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("sfreq", "tmin"), [(100, -0.2), (250, -0.2), (200, 0.0)])
+    def test_trials_begin_at_the_picture_and_keep_baseline_and_repeats(
+        self, tmp_path: Path, sfreq: int, tmin: float
+    ) -> None:
+        """The epochs hold a pulse at 0.3 s after the onset of the picture."""
         config = write_things(tmp_path)
-        items = list_items(dataclasses.replace(config, options={"test_repetitions": "average"}))
-        assert [len(i.trials or ()) for i in items[:2]] == [2, 24]
-        items = list_items(dataclasses.replace(config, options={"repetitions": "average"}))
-        assert [len(i.trials or ()) for i in items[:2]] == [2, 6]
-        x = np.load(tmp_path / "sub-01" / "preprocessed_eeg_test.npy", allow_pickle=True).item()
-        mean = x["preprocessed_eeg_data"].mean(axis=1)
-        assert np.allclose(open_item(items[0]).read(100, 200, [0, 1, 2]), mean[1])
+        for path in tmp_path.glob("sub-0*/preprocessed_eeg_*.npy"):
+            x = np.load(path, allow_pickle=True).item()
+            times = np.arange(round((1 - tmin) * sfreq)) / sfreq + tmin
+            shape = (*x["preprocessed_eeg_data"].shape[:3], len(times))
+            noise = np.random.default_rng(0).normal(0, 0.05, shape)
+            pulse = np.exp(-0.5 * ((times - 0.3) / 0.02) ** 2) * np.array([1.0, -1.0, 0.5])[:, None]
+            np.save(path, x | {"preprocessed_eeg_data": noise + pulse, "times": np.round(times, 3)})
+        spec = PreprocessSpec(
+            sfreq=sfreq, highpass=1, lowpass=40, window=round(0.8 * sfreq), stride=1, notch="off", reference="keep"
+        )
+        for number, count in ((0, 16), (1, 24)):
+            result, samples = shard(list_items(config)[number], tmp_path / "work", spec, BY_CORPUS)
+            assert len(samples) == count and result.row.trial_tmin == tmin
+            for sample in samples:
+                assert sample["onset"] == round(-tmin * sfreq) and sample["eeg"].shape[1] == len(times)
+                peak = int(abs(sample["eeg"][0]).argmax()) - sample["onset"]
+                assert abs(peak / sfreq - 0.3) <= 1.5 / sfreq
+            shown = [(sample["image_id"], sample["repeat"]) for sample in samples]
+            repeats = 8 if number == 0 else 4
+            assert sorted(shown) == sorted((image, i) for image in {name for name, _ in shown} for i in range(repeats))
+
+    def test_the_released_epochs_do_not_hold_a_second_after_the_onset(self, tmp_path: Path) -> None:
+        config = write_things(tmp_path)
+        for path in tmp_path.glob("sub-0*/preprocessed_eeg_*.npy"):
+            x = np.load(path, allow_pickle=True).item()
+            np.save(path, x | {"times": np.round(np.arange(100) / 100 - 0.2, 2)})
+        spec = PreprocessSpec(sfreq=100, highpass=1, lowpass=40, window=100, stride=1, notch="off", reference="keep")
+        result, _ = shard(list_items(config)[0], tmp_path / "work", spec, BY_CORPUS)
+        assert result.row.reason == "no window left: 16 the epoch ends before the window of 1 s"
+
+    def test_averaging_in_the_shards_is_refused(self, tmp_path: Path) -> None:
+        config = write_things(tmp_path)
+        for option in ("repetitions", "test_repetitions"):
+            with pytest.raises(ValueError, match=f"no option '{option}' any more; .*'average_repeats' of 'dreamscale"):
+                dataclasses.replace(config, options={option: "average"})
 
     def test_raw(self, tmp_path: Path) -> None:
         config = dataclasses.replace(write_things(tmp_path, raw=True), options={"source": "raw"})
@@ -326,8 +372,8 @@ class TestThingsEEG2:
         assert (row.status, row.unit, result.samples) == ("sharded", "declared", {"test": 16})
         assert {s["concept"] for s in samples} == {"aircraft_carrier", "antelope"}
         assert {s["image_id"] for s in samples} == {t.image_id for t in items[0].trials or ()}
-        assert all(s["eeg"].shape == (3, 80) and s["bytes"] is not None for s in samples)
-        raw = dataclasses.replace(write_things(tmp_path / "raw", raw=True), options={"source": "raw"}, trial_offset=0.1)
+        assert all(s["eeg"].shape == (3, 100) and s["bytes"] is not None for s in samples)
+        raw = dataclasses.replace(write_things(tmp_path / "raw", raw=True), options={"source": "raw"}, tmin=0.1)
         result, samples = shard(list_items(raw)[1], tmp_path / "work", spec, BY_CORPUS)
         row = result.row
         assert row.status == "sharded" and row.unit == "plausible" and row.channels == CHANNELS
@@ -358,10 +404,10 @@ class TestThingsEEG2:
         config = write_things(tmp_path)
         with pytest.raises(RequestError, match=r"no sub-XX/ses-XX/raw_eeg_training\.npy"):
             list_items(dataclasses.replace(config, options={"source": "raw"}))
-        with pytest.raises(ValueError, match="average is possible only with source: preprocessed"):
-            dataclasses.replace(config, options={"source": "raw", "repetitions": "average"})
-        with pytest.raises(ValueError, match="repetitions"):
-            dataclasses.replace(config, options={"repetitions": "some"})
+        with pytest.raises(ValueError, match=r"tmax 0\.1 must be later than tmin 0\.2"):
+            dataclasses.replace(config, tmin=0.2, tmax=0.1)
+        with pytest.raises(ValueError, match="stimulus_delay_ms is 30000, more than a second"):
+            dataclasses.replace(config, stimulus_delay_ms=30_000)
         with pytest.raises(ValueError, match="needs the key 'images'"):
             dataclasses.replace(config, images="")
         (tmp_path / "image_metadata.npy").unlink()

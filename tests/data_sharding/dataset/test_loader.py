@@ -205,7 +205,9 @@ def test_signals_of_a_batch_are_copied_out_of_a_slot() -> None:
     for number, view in enumerate(views):
         view[:] = number
     assert all(view.shape == (10, 7) and (view == number).all() for number, view in enumerate(views))
-    batch = Batch(packed=torch.empty(0), channels=[4], keys=["a"], json=[b"{}"], shards=["s"], numbers=[0], epochs=[0])
+    batch = Batch(
+        packed=torch.empty(0), channels=[4], keys=["a"], json=[b"{}"], shards=["s"], numbers=[0], epochs=[0], begins=[0]
+    )
     message = pickle.loads(pickle.dumps(BatchInSlot(batch=batch, slots=slots.number, slot=5, rows=4)))
     there = message.copy_out().packed
     views[5][:] = 0
@@ -266,8 +268,8 @@ def test_number_of_open_files_is_limited(tmp_path: Path) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 128
 
 
-def test_index_takes_22_bytes_a_sample_and_is_checked(tmp_path: Path) -> None:
-    assert INDEX.itemsize == 22
+def test_index_takes_30_bytes_a_sample_and_is_checked(tmp_path: Path) -> None:
+    assert INDEX.itemsize == 30
     write_dataset(tmp_path / "d", {"train": make_samples(9)}, TINY)
     text = (tmp_path / "d" / "train" / "000000.idx").read_bytes()
     entries = json.loads(text)

@@ -255,7 +255,7 @@ class TestEvents:
             "kind": "events",
             "root": str(events_corpus / "eeg"),
             "images": str(events_corpus / "images"),
-            "trial_offset": 0.1,
+            "tmin": 0.1,
         }
         split = {"val_subjects": ["sub-02"], "test_subjects": ["sub-03"]}
         path = tmp_path_factory.mktemp("events") / "paired.yaml"
@@ -281,6 +281,8 @@ class TestEvents:
             ].startswith("a ")
         starts = sorted(split.meta(i)["start"] for i in range(len(split)))
         np.testing.assert_allclose(starts, [0.6, 1.8, 3.0, 4.2], atol=0.006)
+        trials = Manifest.read(paired).extra["trials"]
+        assert trials == {f"sub-0{i}": {"tmin": 0.1, "tmax": 1.1} for i in (1, 2, 3)}
 
 
 class TestBadRequests:
@@ -338,6 +340,19 @@ class TestBadRequests:
     def test_an_image(self, events_corpus: Path, tmp_path: Path, capsys) -> None:
         corpus = {"kind": "events", "root": str(events_corpus / "eeg"), "images": str(events_corpus / "eeg")}
         self.check(capsys, write_config(tmp_path / "a.yaml", [corpus]), "6 of 6 images are missing", "img-0.png")
+
+    def test_trial_keys(self, events_corpus: Path, folder_corpus: Path, tmp_path: Path, capsys) -> None:
+        corpus = {"kind": "events", "root": str(events_corpus / "eeg"), "images": str(events_corpus / "images")}
+        for keys, *words in (
+            ({"trial_offset": 0.1}, "corpora[0] (kind events)", "'trial_offset' has another name now; use 'tmin'"),
+            ({"tmax": 0.5}, "corpora[0]", "tmax 0.5 is too early", "1 s from 0 s on", "set tmax to 1 or later"),
+            ({"tmin": 0.2, "tmax": 1.1}, "tmax 1.1 is too early", "set tmax to 1.2"),
+            ({"tmin": -1e5}, "trials longer than"),
+            ({"tmin": 0.2, "tmax": 0.1}, "must be later than tmin"),
+        ):
+            self.check(capsys, write_config(tmp_path / "a.yaml", [corpus | keys]), *words)
+        config = write_config(tmp_path / "a.yaml", [{"root": str(folder_corpus), "stimulus_delay_ms": 5}])
+        self.check(capsys, config, "'stimulus_delay_ms' does not belong to kind folder", "events")
 
     def test_no_trials(self, folder_corpus: Path, events_corpus: Path, tmp_path: Path, capsys) -> None:
         corpus = {"kind": "events", "root": str(folder_corpus), "images": str(events_corpus / "images")}

@@ -1,0 +1,202 @@
+"""Plans which part of the signal is stored for each trial.
+
+All numbers of samples in this module are at the target sampling rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_sharding.corpora import Item, Trial
+from data_sharding.dataset.shard_reader import LONGEST
+from data_sharding.formats.signal import SignalInfo
+from data_sharding.job.task import Task
+from data_sharding.processing.preprocess import PreprocessSpec
+
+AT_EDGE = "at the edge of the recording, of an epoch or of a gap"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A window or a trial to cut out of the signal. All numbers of samples are at the target sampling rate."""
+
+    start: int
+    """First sample, counted from the start of the segment."""
+    number: int
+    """Number of the window in the recording. The key of the sample ends with this number."""
+    split: str
+    """Split that the window belongs to."""
+    extra: dict[str, Any]
+    """Metadata of the trial; empty for a recording without trials."""
+    length: int
+    """Number of samples."""
+    onset: int | None = None
+    """Sample at which the image appeared, counted from the start of the segment; None for a recording without trials.
+    The value is negative if the image appeared before the segment."""
+    needed: int = 0
+    """First sample of the window that models read, counted from `start`. A trial without this window is left out."""
+    missing: str = ""
+    """Why a part of the trial outside the window is not stored; empty if the whole trial is stored."""
+
+    def shorten(self, begin: int, stop: int, why: str) -> Cut:
+        """Return the cut with only the samples from `begin` to `stop`, which are counted from `start`."""
+        if begin == 0 and stop == self.length:
+            return self
+        return dataclasses.replace(
+            self,
+            start=self.start + begin,
+            length=stop - begin,
+            needed=self.needed - begin,
+            missing=self.missing or why,
+        )
+
+
+def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
+    """Plan the stored part of each trial of a recording.
+
+    A trial is kept if the window that models read lies in one segment. This window begins at the onset of the image, or
+    at the trial's `tmin` if that is later. The part before and after the window is stored as far as the segment
+    reaches.
+
+    Parameters
+    ----------
+    task : Task
+        The recording, with its trials, and the settings for it.
+    info : SignalInfo
+        Description of the recording.
+    lengths : sequence of int
+        Number of samples of each segment.
+    left_out : Counter
+        Number of trials that cannot be used, by reason. This function increases the numbers.
+
+    Returns
+    -------
+    dict
+        Trials of each segment in order of time, by the number of the segment.
+    """
+    item, spec = task.item, task.spec
+    trials = item.trials or ()
+    labels = {name: i for i, name in enumerate(task.labels)}
+    repeats, places = count_repeats(trials), _Places(item, info, spec)
+    tmin, tmax = item.trial_span(spec.window_s, epoched=info.epoched)
+    cuts: dict[int, list[Cut]] = {}
+    for number, trial in enumerate(trials):
+        split = task.split.trial(item.subject, trial.image_id, trial.split, trial.concept)
+        if split is None:
+            left_out["crossed cell of subject split and image split"] += 1
+            continue
+        place = places.find(number, trial)
+        if place is None:
+            left_out[places.nowhere] += 1
+            continue
+        segment, needed, onset = place
+        length = lengths[segment]
+        if needed + spec.window > length:
+            last = segment == len(lengths) - 1 and not info.epoched
+            early = f"the epoch ends before the window of {spec.window_s:g} s"
+            gap = early if info.epoched else "over a gap in the recording"
+            left_out["trial beyond the recording" if last else gap] += 1
+            continue
+        begin = 0 if tmin == -math.inf else onset + nearest(tmin * spec.sfreq)
+        stop = length if tmax == math.inf else onset + nearest(tmax * spec.sfreq)
+        if math.isfinite(tmin) and math.isfinite(tmax):
+            stop = begin + nearest((tmax - tmin) * spec.sfreq)
+        # The two ends are rounded separately, so the window may reach one sample beyond them.
+        begin, stop = min(begin, needed), max(stop, needed + spec.window)
+        if min(stop, length) - max(begin, 0) > LONGEST:
+            left_out[f"trial of more than {LONGEST} samples"] += 1
+            continue
+        extra: dict[str, Any] = {
+            name: value for name in ("image_id", "label_name", "block", "concept") if (value := getattr(trial, name))
+        }
+        if trial.label_name:
+            extra["label"] = labels[trial.label_name]
+        if trial.image_id:
+            extra["repeat"] = repeats[number]
+        extra |= {"caption": trial.caption, "image_path": trial.image}
+        whole = Cut(begin, number, split, extra, stop - begin, onset, needed - begin)
+        stored = whole.shorten(max(-begin, 0), min(stop, length) - begin, AT_EDGE)
+        cuts.setdefault(segment, []).append(stored)
+    return {segment: sorted(cuts[segment], key=lambda cut: (cut.start, cut.number)) for segment in sorted(cuts)}
+
+
+def count_repeats(trials: Sequence[Trial]) -> list[int]:
+    """Count the presentations of each image in a recording.
+
+    Parameters
+    ----------
+    trials : sequence of Trial
+        Trials of the recording.
+
+    Returns
+    -------
+    list of int
+        For each trial, the number of earlier presentations of the same image in this recording.
+    """
+    seen: Counter[str] = Counter()
+    out = [0] * len(trials)
+    for number in sorted(range(len(trials)), key=lambda n: (trials[n].onset, n)):
+        out[number] = seen[trials[number].image_id]
+        seen[trials[number].image_id] += 1
+    return out
+
+
+def nearest(value: float) -> int:
+    """Round to the nearest whole number; round one half upwards, so that equal distances stay equal."""
+    return math.floor(value + 0.5)
+
+
+class _Places:
+    """Finds the segment and the first needed sample of each trial.
+
+    The needed sample is the first sample of the window that models read: the onset of the image, or `tmin` after the
+    onset if `tmin` is positive, or the first sample of an epoch that begins after the onset.
+    """
+
+    def __init__(self, item: Item, info: SignalInfo, spec: PreprocessSpec) -> None:
+        self.info, self.spec = info, spec
+        tmin, _ = item.trial_span(spec.window_s, epoched=info.epoched)
+        # The delay moves the onset of the image away from its trigger.
+        self.delay_s, self.after_onset = item.stimulus_delay_ms / 1000, nearest(max(tmin, 0.0) * spec.sfreq)
+        self.shift_s = self.delay_s + max(tmin, 0.0)
+        self.begins = np.array([segment.onset for segment in info.segments])
+        # A table with as many trials as there are epochs describes the epochs in their order.
+        self.in_order = info.epoched and len(item.trials or ()) == len(info.segments)
+        self.nowhere = "trial beyond the recording"
+        if info.epoched and not self.in_order:
+            self.nowhere = "the onset in the table is not the event of an epoch"
+
+    def find(self, number: int, trial: Trial) -> tuple[int, int, int] | None:
+        """Return the segment of a trial, and the first needed sample and the onset in this segment; None if nowhere."""
+        sfreq, count = self.spec.sfreq, len(self.info.segments)
+        if self.info.epoched or trial.segment is not None:
+            segment = trial.segment if trial.segment is not None else number if self.in_order else self._epoch_at(trial)
+            if segment is None or not 0 <= segment < count:
+                return None
+            onset = nearest((self.delay_s - self.info.tmin) * sfreq)
+            return segment, max(0, onset + self.after_onset), onset
+        time = trial.onset + self.shift_s
+        # If a window begins up to half a sample before a segment, this is a rounding error: the window is in the
+        # segment.
+        segment = int(np.searchsorted(self.begins, time + 0.5 / sfreq, side="right")) - 1
+        if segment < 0:
+            return None
+        onset = nearest((trial.onset + self.delay_s - float(self.begins[segment])) * sfreq)
+        return segment, max(0, onset + self.after_onset), onset
+
+    def _epoch_at(self, trial: Trial) -> int | None:
+        """Return the epoch whose event is at the onset of a trial; None if there is no such epoch.
+
+        The onset must agree to half a sample. Otherwise a table with the times of the recording from which the epochs
+        were cut would give a trial the signal of another image.
+        """
+        events = self.begins - self.info.tmin
+        segment = int(np.argmin(abs(events - trial.onset)))
+        return segment if abs(events[segment] - trial.onset) <= 0.5 / self.info.sfreq + 1e-6 else None
