@@ -413,4 +413,4 @@ def preference(row: LedgerRow, *, trials: bool) -> tuple:
         recordings (in whole minutes, because some formats pad the end), and recordings with more channels. The last
         criterion is the recording's key.
     """
-    return (not trials, row.subject == row.key, -int(row.seconds // 60), -row.n_kept, row.key)
+    return (not trials, not row.has_subject, -int(row.seconds // 60), -row.n_kept, row.key)

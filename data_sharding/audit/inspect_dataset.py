@@ -19,6 +19,8 @@ from data_sharding.dataset.splits import SPLITS
 
 FLAGS = ("recordings", "markdown", "json")
 """Command-line options that can be given without a value; they then get the value true."""
+MOST_VALUES = 8
+"""Number of values of a property of people that the table shows."""
 
 
 @dataclass(kw_only=True)
@@ -86,10 +88,36 @@ def _make_split_grid(rows: Sequence[LedgerRow], manifest: Manifest) -> Grid:
     lines: list[list[str | int | float]] = []
     for split in SPLITS:
         there = [row for row in rows if split in row.splits]
-        people = {(row.corpus, row.subject) for row in there}
+        people = {(row.corpus, row.subject) for row in there if row.has_subject}
+        recognised = {(row.corpus, row.subject) for row in there if row.subject_from == "recognised"}
+        unknown = sum(not row.has_subject for row in there)
         shards = len(manifest.splits.get(split, []))
-        lines.append([split, manifest.samples(split), shards, len(there), len(people)])
-    return Grid(title="split", head=["split", "samples", "shards", "recordings", "subjects"], lines=lines)
+        lines.append([split, manifest.samples(split), shards, len(there), len(people), len(recognised), unknown])
+    head = ["split", "samples", "shards", "recordings", "subjects", "not confirmed", "subject unknown"]
+    return Grid(title="split", head=head, lines=lines)
+
+
+def _make_people_grid(rows: Sequence[LedgerRow]) -> Grid:
+    """Make a table of what is known about the people, devices and rights of the recordings in the dataset."""
+    lines: list[list[str | int | float]] = []
+    for name in ("subject_from", "sex", "group", "age", "recording_year", "device", "task", "license"):
+        values = Counter(_describe_value(name, getattr(row, name)) for row in rows)
+        if set(values) == {"unknown"} and name != "license":
+            continue
+        shown = sorted(values.items(), key=lambda pair: (pair[0] == "unknown", -pair[1], pair[0]))
+        lines += [[name.replace("_", " "), value, number] for value, number in shown[:MOST_VALUES]]
+        if len(shown) > MOST_VALUES:
+            lines.append([name.replace("_", " "), "other values", sum(number for _, number in shown[MOST_VALUES:])])
+    return Grid(title="people", head=["about", "value", "recordings"], lines=lines)
+
+
+def _describe_value(name: str, value: Any) -> str:
+    if value is None or value == "":
+        return "unknown"
+    if name == "age":
+        decade = 10 * int(value // 10)
+        return "90 or older" if decade >= 90 else f"{decade} to {decade + 9}"
+    return str(value)
 
 
 def _make_reason_grid(rows: Sequence[LedgerRow]) -> Grid:
@@ -283,6 +311,7 @@ def inspect(config: InspectConfig) -> int:
         _make_group_grid("recorded Hz", kept, lambda row: row.sfreq, ["sharded"]),
         _make_reason_grid(rows),
         _make_held_back_grid(rows),
+        _make_people_grid(kept),
         _make_left_out_grid(rows),
         *([_make_recordings_grid(rows)] if config.recordings else []),
     ]

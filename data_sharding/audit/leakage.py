@@ -44,6 +44,7 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
 from data_sharding.common.progress import progress
 from data_sharding.common.storage import AnyPath, as_path
+from data_sharding.corpora.naming import find_look_alikes
 from data_sharding.dataset.ledger import NAME as LEDGER
 from data_sharding.dataset.ledger import LedgerRow, read_ledger
 from data_sharding.dataset.manifest import Manifest
@@ -78,6 +79,8 @@ class Findings:
     """One text for each comparison that was made."""
     not_compared: list[str] = field(default_factory=list)
     """One text for each comparison that could not be made, with the reason."""
+    to_confirm: list[str] = field(default_factory=list)
+    """One text for each comparison that relies on names that nobody has confirmed."""
 
     @property
     def proofs(self) -> list[Finding]:
@@ -249,6 +252,10 @@ class Contents:
         """Count the recordings whose subject is unknown."""
         return sum(s in ("", key) for (_, s), key in zip(self.people, self.recordings, strict=True))
 
+    def count_recognised(self) -> int:
+        """Count the recordings whose subject was recognised from the path, and not confirmed by the config."""
+        return sum(key in self.rows and self.rows[key].subject_from == "recognised" for key in self.recordings)
+
 
 class _Sample(NamedTuple):
     """Data of a window for the comparison. The full metadata of a window is not kept, because it takes much memory."""
@@ -384,8 +391,15 @@ def _compare_subjects(a: Contents, b: Contents, out: Findings) -> None:
 
 def _report_unnamed(contents: Contents, out: Findings) -> None:
     if unnamed := contents.count_unnamed():
-        text = f"subjects of {unnamed} recordings of {contents.name}: they are unknown; set subject_pattern"
+        text = f"subjects of {unnamed} recordings of {contents.name}: they are unknown; set subject_pattern or subjects"
         out.not_compared.append(text)
+    if recognised := contents.count_recognised():
+        text = f"subjects of {recognised} recordings of {contents.name}: their names were recognised from the paths"
+        out.to_confirm.append(f"{text}; confirm them with subject_pattern or subjects")
+    names = {subject for _, subject in contents.known_subjects()}
+    for group in find_look_alikes(names):
+        text = f"the names {', '.join(group)} in {contents.name}: are they one person?"
+        out.found.append(Finding(kind="subject", text=text, proof=False))
 
 
 def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[str, str]]:
@@ -493,6 +507,11 @@ def _report_unreadable_images(out: Findings, *contents: Contents) -> None:
             out.not_compared.append(f"{unreadable} images of {each.name} by pixels: Pillow cannot open these images")
 
 
+def holds_out_subjects(manifest: Manifest) -> bool:
+    """Return whether the config of a dataset holds subjects out; true for a dataset without a config."""
+    return not _allowed_crossings(manifest)[0]
+
+
 def _allowed_crossings(manifest: Manifest) -> tuple[bool, bool]:
     """Return whether the config allows subjects in several splits, and whether it allows images in several splits."""
     split = manifest.config.get("split")
@@ -521,9 +540,11 @@ def compare_splits(contents: Contents) -> Findings:
     out = Findings()
     free_subjects, free_images = _allowed_crossings(contents.manifest)
     there = [split for split in SPLITS if contents.manifest.samples(split)]
+    known, unnamed = len(contents.known_subjects()), contents.count_unnamed()
     out.compared.append(
-        f"{', '.join(there)}: {len(contents.recordings)} recordings of {len(set(contents.people))} subjects, "
-        f"{len(contents.split)} windows, {len(contents.images)} images"
+        f"{', '.join(there)}: {len(contents.recordings)} recordings of {known} subjects"
+        + (f" and of unknown subjects ({unnamed} recordings), " if unnamed else ", ")
+        + f"{len(contents.split)} windows, {len(contents.images)} images"
     )
     of_subject: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     of_recording: defaultdict[int, set[int]] = defaultdict(set)

@@ -97,12 +97,15 @@ def _make_bars(rows: Sequence[LedgerRow]) -> list[dict[str, Any]]:
 
 def _known_subjects(rows: Iterable[LedgerRow]) -> set[tuple[str, str]]:
     """Return corpus and subject of the rows whose subject is known."""
-    return {(row.corpus, row.subject) for row in rows if row.subject and not _is_unnamed(row)}
+    return {(row.corpus, row.subject) for row in rows if row.has_subject}
 
 
-def _is_unnamed(row: LedgerRow) -> bool:
-    """Return whether the subject of a recording is unknown; the recording's key then stands for the subject."""
-    return row.subject == row.key
+def _count_unnamed(rows: Iterable[LedgerRow]) -> int:
+    return sum(not row.has_subject for row in rows)
+
+
+def _count_recognised(rows: Iterable[LedgerRow]) -> int:
+    return sum(row.subject_from == "recognised" for row in rows)
 
 
 def _count_sessions(rows: Iterable[LedgerRow]) -> int:
@@ -112,7 +115,7 @@ def _count_sessions(rows: Iterable[LedgerRow]) -> int:
 def _make_cards(rows: Sequence[LedgerRow], manifest: Manifest) -> list[tuple[str, str]]:
     """Return the most important numbers of the dataset, each with an explanation."""
     kept = [row for row in rows if row.status == "sharded"]
-    unnamed = sum(map(_is_unnamed, kept))
+    unnamed = _count_unnamed(kept)
     cards = [
         (format_hours(manifest.hours["written"]), f"of EEG written, of {format_hours(manifest.hours['found'])} found"),
         (f"{len(kept):,}", f"of {len(rows):,} recordings sharded"),
@@ -160,12 +163,17 @@ def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
                 f"{entry.get('evidence', '')}".strip()
             )
     kept = [row for row in rows if row.status == "sharded"]
-    unnamed = sum(map(_is_unnamed, kept))
+    unnamed = _count_unnamed(kept)
     if unnamed and any(manifest.samples(split) for split in ("val", "test")):
         warnings.append(
             f"{unnamed:,} of {len(kept):,} recordings have an unknown subject. Each of these recordings counts as "
-            "a separate subject, so recordings of one person may be in several splits. Set subject_pattern to name the "
-            "subjects."
+            "a separate subject, so recordings of one person may be in several splits. Set subject_pattern, or a table "
+            "in the key subjects, to name the subjects."
+        )
+    if recognised := _count_recognised(kept):
+        warnings.append(
+            f"The subjects of {recognised:,} of {len(kept):,} recordings were recognised from the paths, and are not "
+            "confirmed. Set subject_pattern, or a table in the key subjects, to confirm them."
         )
     for split in ("val", "test"):
         if not manifest.samples(split):
@@ -228,8 +236,8 @@ def _make_corpus_table(rows: Sequence[LedgerRow], manifest: Manifest) -> Table:
     )
 
 
-def _make_split_table(rows: Sequence[LedgerRow], manifest: Manifest) -> tuple[Table, int]:
-    """Return the table of the splits, and the number of subjects that appear in more than one split."""
+def _make_split_table(rows: Sequence[LedgerRow], manifest: Manifest) -> tuple[Table, str, bool]:
+    """Return the table of the splits, a sentence about subjects in several splits, and whether all is well."""
     rows_by_split: dict[str, list[LedgerRow]] = {split: [] for split in SPLITS}
     for row in rows:
         for split in row.splits:
@@ -242,14 +250,36 @@ def _make_split_table(rows: Sequence[LedgerRow], manifest: Manifest) -> tuple[Ta
             len(manifest.splits.get(split, [])),
             len(members),
             len(_known_subjects(members)),
-            sum(map(_is_unnamed, members)),
+            _count_unnamed(members),
             _count_sessions(members),
         ]
         for split, members in rows_by_split.items()
     ]
     head = ["split", "samples", "in windows", "shards", "recordings", "subjects", "subject unknown", "sessions"]
     appearances = Counter(subject for members in rows_by_split.values() for subject in _known_subjects(members))
-    return Table(head=head, rows=lines), sum(count > 1 for count in appearances.values())
+    crossing = sum(count > 1 for count in appearances.values())
+    kept = [row for row in rows if row.status == "sharded"]
+    filled = sum(manifest.samples(split) > 0 for split in SPLITS)
+    unnamed, recognised = _count_unnamed(kept), _count_recognised(kept)
+    if crossing:
+        text, good = f"{crossing:,} subjects appear in more than one split.", False
+    elif filled < 2:
+        text, good = "Only one split has samples, so there are no splits to compare.", False
+    elif unnamed:
+        text, good = (
+            f"It is not known whether a person appears in more than one split: the subjects of {unnamed:,} recordings "
+            "are unknown.",
+            False,
+        )
+    elif recognised:
+        text, good = (
+            f"No subject appears in more than one split, if the names of {recognised:,} recordings, which were "
+            "recognised from the paths, are right.",
+            False,
+        )
+    else:
+        text, good = "No subject appears in more than one split.", True
+    return Table(head=head, rows=lines), text, good
 
 
 def _make_reason_table(rows: Sequence[LedgerRow]) -> Table:
@@ -312,6 +342,13 @@ def _make_measured_table(rows: Sequence[LedgerRow]) -> Table:
         "montage": [row.montage for row in kept],
         "selection of channels": [row.channel_selection for row in kept],
         "reference as recorded": [row.reference for row in kept],
+        "device": [row.device for row in kept],
+        "filters of the device": [row.device_filters for row in kept],
+        "source of the subject's name": [row.subject_from or "" for row in kept],
+        "sex": [row.sex for row in kept],
+        "year": [str(row.recording_year or "") for row in kept],
+        "task": [row.task for row in kept],
+        "licence": [row.license for row in kept],
     }
     lines = [[name, _count_values(value or "unknown" for value in values)] for name, values in columns.items()]
     bad = _count_values(kind for row in kept for kind in row.bad_kinds or ["unknown"] * len(row.bads)) or "none"
@@ -357,7 +394,7 @@ def write_report(
     """
     root = as_path(path).parent if root is None else root
     windows = sample_windows(root, rows, manifest.preprocess.window)
-    splits, n_crossing = _make_split_table(rows, manifest)
+    splits, verdict, verdict_is_good = _make_split_table(rows, manifest)
     recordings = _make_recording_table(rows)
     held_back_request = {key: value for key, value in (manifest.config.get("hold_back") or {}).items() if value}
     made = {"preprocess": manifest.preprocess.to_dict(), "config": manifest.config, "versions": manifest.versions}
@@ -372,7 +409,8 @@ def write_report(
         corpora=_make_corpus_table(rows, manifest),
         n_corpora=len({row.corpus for row in rows if row.status == "sharded"}),
         splits=splits,
-        n_crossing=n_crossing,
+        verdict=verdict,
+        verdict_is_good=verdict_is_good,
         reasons=_make_reason_table(rows),
         held_back=_make_held_back_table(rows),
         held_back_request=", ".join(f"{len(value)} {key}" for key, value in held_back_request.items()),

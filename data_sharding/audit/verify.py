@@ -7,15 +7,23 @@ from collections import Counter
 from dataclasses import dataclass
 
 from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
-from data_sharding.audit.leakage import KINDS, Contents, Findings, compare_datasets, compare_splits
+from data_sharding.audit.leakage import (
+    KINDS,
+    Contents,
+    Findings,
+    compare_datasets,
+    compare_splits,
+    holds_out_subjects,
+)
 from data_sharding.common.config import command
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_NOT_KNOWN, RequestError
 from data_sharding.common.files import read_json, sha256_file
 from data_sharding.common.progress import progress
 from data_sharding.common.storage import AnyPath, as_path
 from data_sharding.dataset.ledger import NAME as LEDGER
 from data_sharding.dataset.ledger import read_ledger
 from data_sharding.dataset.manifest import Manifest, Shard
+from data_sharding.dataset.splits import SPLITS
 
 
 @dataclass(kw_only=True)
@@ -152,6 +160,8 @@ def _print_findings(findings: Findings, lines: int) -> None:
                 print(f"  ... and {len(these) - lines} more of kind {kind} (--lines 0 prints all)")
     for text in findings.compared:
         print(f"compared: {text}")
+    for text in findings.to_confirm:
+        print(f"not confirmed: {text}")
     for text in findings.not_compared:
         print(f"not compared: {text}")
 
@@ -175,9 +185,19 @@ def _verify_against(config: VerifyConfig) -> int:
         print(f"{config.dataset} and {config.against} share data: {_count_proofs(findings)}")
         return EXIT_FAILED
     questions = len(findings.found)
+    asked = f"; answer the {questions} questions above (lines 'to look at')" if questions else ""
+    unknown = ours.count_unnamed() + theirs.count_unnamed()
+    if unknown:
+        print(
+            f"{config.dataset} and {config.against}: it is not known whether they share subjects, because the subjects "
+            f"of {unknown} recordings are unknown; otherwise no shared data was found in what could be compared{asked}"
+        )
+        return EXIT_NOT_KNOWN
+    recognised = ours.count_recognised() + theirs.count_recognised()
     print(
         f"{config.dataset} and {config.against}: no shared data was found in what could be compared"
-        + (f"; answer the {questions} questions above (lines 'to look at')" if questions else "")
+        + (f", if the recognised subjects of {recognised} recordings are right" if recognised else "")
+        + asked
     )
     return EXIT_DONE
 
@@ -193,7 +213,8 @@ def verify(config: VerifyConfig) -> int:
     Returns
     -------
     int
-        Exit code: 0 if no fault and no shared data were found, otherwise 1.
+        Exit code: 0 if no fault and no shared data were found; 1 if a fault or shared data were found; 3 if nothing
+        was found, but subjects are unknown, so that one person may be in two splits or datasets.
 
     Raises
     ------
@@ -216,7 +237,8 @@ def verify(config: VerifyConfig) -> int:
     print(f"{config.dataset}: {total} samples in {shards} shards; all bytes and counts agree with the manifest")
     if not config.content:
         return EXIT_DONE
-    findings = compare_splits(Contents.read(config.dataset))
+    contents = Contents.read(config.dataset)
+    findings = compare_splits(contents)
     _print_findings(findings, config.lines)
     if findings.proofs:
         print(
@@ -224,8 +246,40 @@ def verify(config: VerifyConfig) -> int:
             "change 'split' in the config and run 'dreamscale shard' again"
         )
         return EXIT_FAILED
+    return _conclude(config, contents)
+
+
+def _conclude(config: VerifyConfig, contents: Contents) -> int:
+    """Print the last line for a dataset in whose splits no shared data were found, and return the exit code."""
+    manifest = contents.manifest
     stage = "align" if manifest.labels else "pretrain"
-    print(f"{config.dataset}: the splits share nothing; next: dreamscale {stage} CONFIG --dataset {config.dataset}")
+    following = f"next: dreamscale {stage} CONFIG --dataset {config.dataset}"
+    filled = [split for split in SPLITS if manifest.samples(split)]
+    unknown, recognised = contents.count_unnamed(), contents.count_recognised()
+    if len(filled) < 2:
+        print(f"{config.dataset}: all samples are in {''.join(filled)}, so there are no splits to compare; {following}")
+        return EXIT_DONE
+    if not holds_out_subjects(manifest):
+        print(
+            f"{config.dataset}: the config holds no subject out, so a subject may be in several splits; the splits "
+            f"share no window; {following}"
+        )
+        return EXIT_DONE
+    if unknown:
+        print(
+            f"{config.dataset}: it is not known whether a person is in several splits, because the subjects of "
+            f"{unknown} of {len(contents.recordings)} recordings are unknown; no other shared data was found; set "
+            "subject_pattern, or a table in the key 'subjects', and run 'dreamscale shard' again"
+        )
+        return EXIT_NOT_KNOWN
+    if recognised:
+        print(
+            f"{config.dataset}: the splits share nothing, if the subjects of {recognised} of "
+            f"{len(contents.recordings)} recordings are right: their names were recognised from the paths, and are "
+            f"not confirmed; {following}"
+        )
+        return EXIT_DONE
+    print(f"{config.dataset}: the splits share nothing; {following}")
     return EXIT_DONE
 
 

@@ -10,6 +10,7 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_REQUEST = 2
 EXIT_SET_ASIDE = 3
+EXIT_NOT_KNOWN = 3
 EXIT_STOPPED = 75
 
 
@@ -57,7 +58,8 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     Returns
     -------
     int
-        0: done; 1: failed; 2: the request was wrong; 3: too many recordings were quarantined; 75: stopped on request.
+        0: done; 1: failed; 2: the request was wrong; 3: too many recordings were quarantined, or the result is
+        not known; 75: stopped on request.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)

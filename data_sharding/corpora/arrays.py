@@ -25,6 +25,7 @@ from data_sharding.corpora.events import make_trials, read_trials
 from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, check_unit_factors, is_excluded, make_item
 from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text, relative_path
+from data_sharding.corpora.subjects import SubjectFinder
 from data_sharding.dataset.splits import SPLITS
 from data_sharding.formats.signal import Signal
 from data_sharding.formats.sniffing import Recording
@@ -94,16 +95,18 @@ class ArraysCorpus(Adapter):
         """List all arrays below the root folder; see `Adapter.items`."""
         root = check_folder(config.root, "corpora: root")
         images = check_folder(config.images, "corpora: images") if config.images else None
-        folders, items = Folders(), []
+        found = []
         for path in sorted((p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES), key=lambda p: p.as_posix()):
             relative = relative_path(path, root)
-            if path.name.startswith(".") or is_excluded(config, relative):
-                continue
-            items.append(self._item(config, root, relative, path, images, folders))
-        if not items:
+            if not path.name.startswith(".") and not is_excluded(config, relative):
+                found.append((relative, path))
+        if not found:
             raise RequestError(
                 f"corpora: root '{root}': no .npy, .npz or .mat file found there; check the path and the key 'exclude'"
             )
+        people = SubjectFinder(config, [(relative, None) for relative, _ in found])
+        folders = Folders()
+        items = [self._item(config, root, relative, path, images, folders, people) for relative, path in found]
         check_unit_factors(config, [item.path for item in items])
         if images is not None:
             if not any(item.trials for item in items):
@@ -119,6 +122,7 @@ class ArraysCorpus(Adapter):
         path: AnyPath,
         images: AnyPath | None,
         folders: Folders,
+        people: SubjectFinder,
     ) -> Item:
         near = folders(path.parent)
         sidecars = [near[path.stem + suffix] for suffix in SIDECARS if path.stem + suffix in near]
@@ -128,10 +132,10 @@ class ArraysCorpus(Adapter):
             trials = _trials(about, path, near, images)
         except (_Fault, RequestError, OSError) as error:
             reason = error.reason if isinstance(error, _Fault) else Reason("sidecar broken", text=one_line(error))
-            return make_item(config, root, relative, dataclasses.replace(recording, problem=reason))
+            return make_item(config, root, relative, dataclasses.replace(recording, problem=reason), people)
         more: dict[str, Any] = {}
         if about.subject:
-            more = {"subject": about.subject, "session": about.session}
+            more = {"subject": about.subject, "session": about.session, "subject_from": "table"}
         own = {f.name: getattr(about, f.name) for f in dataclasses.fields(about)}
         if not about.tmin:
             # The checksum of a recording depends on these values, and older versions did not know this one.
@@ -139,7 +143,8 @@ class ArraysCorpus(Adapter):
         for name in ("subject", "session", "events", "images", "labels", "captions", "splits", "blocks"):
             own.pop(name)
         count = None if trials is None or about.events is not None else len(trials)
-        return make_item(config, root, relative, recording, trials=trials, options={**own, "epochs": count}, **more)
+        options = {**own, "epochs": count}
+        return make_item(config, root, relative, recording, people, trials=trials, options=options, **more)
 
     def open(self, item: Item) -> Signal:
         """Open an array. Files in .npy format are memory-mapped; see `Adapter.open`."""

@@ -18,7 +18,7 @@ from data_sharding.formats.signal import Signal
 
 ADAPTERS: dict[str, Adapter] = {}
 """Maps the name of each kind of corpus to the adapter of this kind."""
-COMMON_KEYS = ("kind", "root", "name", "line_freq", "options")
+COMMON_KEYS = ("kind", "root", "name", "line_freq", "license", "options")
 """Config keys that are valid for every kind of corpus."""
 
 
@@ -58,8 +58,17 @@ class CorpusConfig:
     """Mains frequency in Hz. If empty, the frequency is read from the recording's file, or found in the spectrum."""
     subject_pattern: str = ""
     """Regular expression that finds the subject in the path below root. The expression must have the named group
-    'subject', and may have the named group 'session'. If empty, sub-X and ses-X in the path are used. If a path names
-    no subject, the recording counts as a separate subject."""
+    'subject', and may have the named group 'session'. If empty, subjects are recognised from the paths and the headers,
+    and the job prints them. If nothing names the subject, the recording counts as a separate subject."""
+    subjects: str = ""
+    """Table (.tsv or .csv) of the subjects. The column 'path' (a path below root, or a glob pattern) or 'patient' (the
+    patient code in EDF headers) finds the recordings of a row; the column 'subject' names the subject. The columns age,
+    sex and group are optional."""
+    salt_variable: str = ""
+    """Name of an environment variable with a secret text. Identities of patients from headers are hashed with this
+    text. Without the text, a person who knows a patient's number can find the patient in the dataset."""
+    license: str = ""
+    """Licence of the corpus, such as CC-BY-4.0. If empty, the licence in dataset_description.json of a BIDS dataset."""
     intracranial: bool = False
     """Also use recordings with ECoG, iEEG or SEEG in the path. By default, such recordings are excluded."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -262,7 +271,11 @@ def list_items(config: CorpusConfig) -> list[Item]:
         If a folder is missing or contains no recording. A corpus with images also raises this error if no recording has
         a trial, or if an image is missing.
     """
-    return [dataclasses.replace(item, kind=config.kind) for item in ADAPTERS[config.kind].items(config)]
+    given = {"license": config.license} if config.license else {}
+    return [
+        dataclasses.replace(item, kind=config.kind, about=item.about | given)
+        for item in ADAPTERS[config.kind].items(config)
+    ]
 
 
 def open_item(item: Item) -> Signal:

@@ -26,6 +26,7 @@ from data_sharding.corpora.events import NOTHING, read_trials
 from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, find, make_item
 from data_sharding.corpora.item import Item
 from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text, root_name
+from data_sharding.corpora.subjects import SubjectFinder, describe_person
 from data_sharding.formats.units import names_no_unit
 
 NOT_RAW = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
@@ -90,13 +91,18 @@ class BIDSCorpus(Adapter):
                 "folder, or use kind: folder"
             )
         people = _participants(root, folders, options)
+        described, participants = _describe_participants(root, folders)
+        licence = _read_license(root)
         named = dataclasses.replace(config, name=config.name or root_name(root))
         found = find(dataclasses.replace(config, exclude=[*config.exclude, *(f"{name}/*" for name in NOT_RAW)]))[1]
-        sidecars = _Sidecars(root, folders)
+        sidecars, finder = _Sidecars(root, folders), SubjectFinder(config, found)
         items = []
         for relative, recording in found:
-            item = make_item(named, root, relative, recording)
+            item = make_item(named, root, relative, recording, finder)
             parts = relative.split("/")
+            about = {"license": licence} if licence else {}
+            about |= described.get(parts[0], {}) | _read_device(sidecars, recording.path)
+            item = dataclasses.replace(item, about=about | item.about)
             kind = parts[-2] if len(parts) > 2 else ""
             match = NAME.fullmatch(parts[-1])
             if item.reason or recording.problem:
@@ -111,6 +117,9 @@ class BIDSCorpus(Adapter):
                 item = dataclasses.replace(item, reason=why)
             else:
                 item = _described(item, sidecars, images, options.label_column)
+                if note := participants.get(parts[0], participants.get("")):
+                    notes = [*item.info_patch.get("notes", []), note]
+                    item = dataclasses.replace(item, info_patch={**item.info_patch, "notes": notes})
             items.append(item)
         if images is not None:
             if not any(item.trials for item in items):
@@ -282,6 +291,86 @@ def _positions(sidecars: _Sidecars, recording: AnyPath) -> tuple[dict[str, list[
             return {}, f"positions beyond {FARTHEST_M:g} m from the middle of the head not used; is '{unit}' right?"
         out[row["name"]] = place
     return out, ""
+
+
+def _read_device(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
+    """Return device, filters and task from the JSON sidecars of a recording; nothing if a sidecar is broken."""
+    about: dict[str, Any] = {}
+    try:
+        for path in sidecars.all(recording, "ieeg" if recording.parent.name == "ieeg" else "eeg", ".json"):
+            about |= sidecars.json(path)
+    except (_Broken, OSError):
+        return {}  # The recording is quarantined for its broken sidecar.
+
+    def text(key: str) -> str:
+        value = about.get(key)
+        return one_line(value)[:80] if isinstance(value, str) and value.strip() not in NOTHING else ""
+
+    def filters(key: str) -> str:
+        value = about.get(key)
+        if not isinstance(value, dict):
+            return text(key)
+        parts = []
+        for name, settings in value.items():
+            values = settings.values() if isinstance(settings, dict) else [settings]
+            parts.append(f"{name}: {', '.join(str(entry) for entry in values)}")
+        return one_line("; ".join(parts))[:160]
+
+    device = " ".join(filter(None, (text("Manufacturer"), text("ManufacturersModelName"))))
+    found = {"device": device, "device_filters": filters("HardwareFilters"), "task": text("TaskName")}
+    return {name: value for name, value in found.items() if value}
+
+
+def _read_license(root: AnyPath) -> str:
+    """Return the licence in dataset_description.json; an empty text if the file names no licence."""
+    try:
+        value = json.loads(read_text(root / "dataset_description.json")).get("License")
+    except (ValueError, AttributeError, RecursionError, OSError):
+        return ""
+    return one_line(value)[:80] if isinstance(value, str) and value.strip() not in NOTHING else ""
+
+
+def _describe_participants(root: AnyPath, folders: Folders) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return what participants.tsv says about each subject, and a note for the subjects with a value that is wrong.
+
+    If the table itself is broken, the note has the key "", because it belongs to every recording.
+    """
+    path = folders(root).get("participants.tsv")
+    if path is None:
+        return {}, {}
+    try:
+        rows = _rows(path)
+        unit = _age_unit(root, folders)
+    except (_Broken, OSError) as error:
+        return {}, {"": f"participants.tsv not used: {one_line(error)}"}
+    out, notes = {}, {}
+    for row in rows:
+        values = {key.casefold(): value for key, value in row.items()}
+        name = row.get("participant_id", "")
+        about, faults = describe_person(values)
+        if unit is None:
+            about.pop("age", None)
+        elif "age" in about:
+            about["age"] = round(about["age"] * unit, 2)
+        out[name] = about
+        if faults:
+            notes[name] = f"participants.tsv: {'; '.join(faults)}; left out"
+    return out, notes
+
+
+def _age_unit(root: AnyPath, folders: Folders) -> float | None:
+    """Return the factor from the ages in participants.tsv to years; None if participants.json has an unknown unit."""
+    path = folders(root).get("participants.json")
+    if path is None:
+        return 1.0
+    try:
+        column = json.loads(read_text(path)).get("age", {})
+    except (ValueError, AttributeError, RecursionError):
+        return 1.0
+    unit = str(column.get("Units", "")) if isinstance(column, dict) else ""
+    word = unit.strip().casefold()
+    years = {"": 1.0, "y": 1.0, "year": 1.0, "month": 1 / 12, "mo": 1 / 12, "week": 7 / 365.25, "day": 1 / 365.25}
+    return years.get(word.removesuffix("s"), 1.0 if "year" in word else None)
 
 
 def _participants(root: AnyPath, folders: Folders, options: BIDSOptions) -> dict[str, Mapping[str, str]]:

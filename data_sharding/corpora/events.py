@@ -18,6 +18,7 @@ from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, find, make_item
 from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text
+from data_sharding.corpora.subjects import SubjectFinder
 from data_sharding.dataset.splits import SPLITS
 
 IMAGE_COLUMNS = ("image", "stim_file")
@@ -166,9 +167,10 @@ class EventsCorpus(Adapter):
         """List all recordings below the root folder, with the trials in their tables; see `Adapter.items`."""
         images = check_folder(config.images, "corpora: images")
         root, found = find(config)
+        people = SubjectFinder(config, found)
         folders, items, tables = Folders(), [], 0
         for relative, recording in found:
-            item = make_item(config, root, relative, recording)
+            item = make_item(config, root, relative, recording, people)
             if recording.problem is None:
                 table = find_events_file(recording.path, folders)
                 if table is None:

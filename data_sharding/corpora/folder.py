@@ -12,10 +12,13 @@ from data_sharding.common.storage import AnyPath
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.item import Item
 from data_sharding.corpora.paths import check_folder, recording_key, relative_path, root_name
+from data_sharding.corpora.subjects import SubjectFinder
 from data_sharding.formats.sniffing import Recording, find_recordings
 
+NAME_IN_PATH = "the path contains the name of the patient in the header; rename the file to hide the name"
+"""Note in the ledger. The ledger and the report contain all paths."""
 INTRACRANIAL = re.compile(r"(?:^|[_\W])(ecog|ieeg|seeg)(?:$|[_\W])", re.IGNORECASE)
-KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "intracranial"})
+KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "subjects", "salt_variable", "intracranial"})
 """Config keys that are valid for all corpora of recordings in such file formats."""
 TRIAL_KEYS = frozenset({"images", "tmin", "tmax", "stimulus_delay_ms"})
 """Config keys that are valid for corpora with trials."""
@@ -44,35 +47,9 @@ def is_excluded(config: CorpusConfig, relative: str) -> bool:
     return any(fnmatch.fnmatch(relative, pattern) for pattern in config.exclude)
 
 
-def find_subject(config: CorpusConfig, relative: str, key: str) -> tuple[str, str]:
-    """Find the names of subject and session in the path of a recording.
-
-    Parameters
-    ----------
-    config : CorpusConfig
-        Config of the corpus.
-    relative : str
-        Path relative to the root of the corpus.
-    key : str
-        Key of the recording. If the path names no subject, this key is used as the name of the subject.
-
-    Returns
-    -------
-    subject, session : str
-        Names of subject and session. The session may be empty.
-    """
-    if config.subject_pattern:
-        match = re.search(config.subject_pattern, relative)
-        if not match:
-            return key, ""
-        groups = match.groupdict()
-        return groups["subject"], groups.get("session") or ""
-    subject = re.search(r"(?:^|[/_])(sub-[A-Za-z0-9]+)", relative)
-    session = re.search(r"(?:^|[/_])(ses-[A-Za-z0-9]+)", relative)
-    return subject.group(1) if subject else key, session.group(1) if session else ""
-
-
-def make_item(config: CorpusConfig, root: AnyPath, relative: str, recording: Recording, **more: Any) -> Item:
+def make_item(
+    config: CorpusConfig, root: AnyPath, relative: str, recording: Recording, people: SubjectFinder, **more: Any
+) -> Item:
     """Make the `Item` of a recording from its path and the config.
 
     Parameters
@@ -85,6 +62,8 @@ def make_item(config: CorpusConfig, root: AnyPath, relative: str, recording: Rec
         Path of the recording, relative to the root folder.
     recording : Recording
         Files of the recording.
+    people : SubjectFinder
+        Names the subject of the recording.
     **more : Any
         Other fields of `Item`.
 
@@ -95,14 +74,24 @@ def make_item(config: CorpusConfig, root: AnyPath, relative: str, recording: Rec
     """
     name = config.name or (relative.split("/")[0] if "/" in relative else root_name(root))
     key = recording_key(name, relative)
-    subject, session = find_subject(config, relative, key)
+    who = people(relative, key)
     for pattern, factor in config.unit_factors.items():
         if fnmatch.fnmatch(relative, pattern):
             more["unit_factor"] = factor
     if not config.intracranial and INTRACRANIAL.search(relative):
         text = "the path names intracranial EEG, and only scalp EEG is used; set the key 'intracranial' to change this"
         more["reason"] = Reason("intracranial", text)
-    values: dict[str, Any] = {"corpus": name, "subject": subject, "session": session}
+    task = re.search(r"(?:^|[/_])task-([A-Za-z0-9]+)", relative)
+    if people.shows_name(relative):
+        more["info_patch"] = {"notes": [NAME_IN_PATH]}
+    about = who.about | ({"task": task.group(1)} if task else {}) | more.pop("about", {})
+    values: dict[str, Any] = {
+        "corpus": name,
+        "subject": who.subject,
+        "session": who.session,
+        "subject_from": who.source,
+        "about": about,
+    }
     return Item(
         key=key,
         path=relative,
@@ -170,4 +159,5 @@ class FolderCorpus(Adapter):
     def items(self, config: CorpusConfig) -> list[Item]:
         """List all recordings below the root folder; see `Adapter.items`."""
         root, found = find(config)
-        return [make_item(config, root, relative, recording) for relative, recording in found]
+        people = SubjectFinder(config, found)
+        return [make_item(config, root, relative, recording, people) for relative, recording in found]

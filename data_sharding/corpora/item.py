@@ -56,6 +56,13 @@ class Item:
     """Name of the subject."""
     session: str
     """Name of the session; may be empty."""
+    subject_from: str = ""
+    """Source of the subject's name, as in the column `subject_from` of the ledger; by default: unknown if the subject's
+    name is the key, otherwise corpus."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What the corpus says about person, device and rights: values of the ledger's columns `age`, `sex`, `group`,
+    `recording_year`, `device`, `device_filters`, `task` and `license`. A change of these values alone does not make the
+    job read the recording again."""
     unit_factor: float | None = None
     """Factor that converts the values to true volts, if the config contains a factor for this recording."""
     line_freq: float | None = None

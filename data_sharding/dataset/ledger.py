@@ -21,15 +21,9 @@ Status = Literal["sharded", "duplicate", "quarantined", "excluded", "held back"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 ADDED_LATER = frozenset(
     {
-        "reader",
-        "reference",
-        "segments",
-        "duplicate_of",
-        "held_back",
-        "reason_category",
-        "bad_kinds",
-        "trial_tmin",
-        "trial_tmax",
+        *("reader", "reference", "segments", "duplicate_of", "held_back", "reason_category", "bad_kinds"),
+        *("subject_from", "age", "sex", "group", "recording_year", "device", "device_filters", "task", "license"),
+        *("trial_tmin", "trial_tmax"),
     }
 )
 """Columns that may be missing in ledgers of older versions; a missing column gets the default of its field."""
@@ -64,6 +58,26 @@ class LedgerRow:
     """Name of the subject; equal to the recording's `key` if the subject is unknown."""
     session: str = ""
     """Name of the session; empty if the session is unknown."""
+    subject_from: str | None = None
+    """Source of the subject's name: config (the key `subject_pattern`), table (the key `subjects`, or the sidecar of an
+    array), bids (sub-X in the path), corpus (the published files name the subject), header (a hash of the patient in
+    the header), recognised (from the path, not confirmed), or unknown; None in ledgers of older versions."""
+    age: float | None = None
+    """Age of the subject in years at the recording; 90 for all higher ages; None if unknown."""
+    sex: str = ""
+    """M, F or O; empty if unknown."""
+    group: str = ""
+    """Group of the subject, such as patient or control; empty if unknown."""
+    recording_year: int | None = None
+    """Year of the recording, from the header of the file; None if unknown."""
+    device: str = ""
+    """Name of the recording device; empty if unknown."""
+    device_filters: str = ""
+    """Filters that the device applied; empty if unknown."""
+    task: str = ""
+    """Task of the subject during the recording; empty if unknown."""
+    license: str = ""
+    """Licence of the recording; empty if unknown."""
     split: str = ""
     """Splits in which the recording has windows, joined by ``+``."""
     status: Status
@@ -136,6 +150,11 @@ class LedgerRow:
     def splits(self) -> list[str]:
         """Splits in which the recording has windows."""
         return self.split.split("+") if self.split else []
+
+    @property
+    def has_subject(self) -> bool:
+        """Whether the subject of the recording is known; otherwise the key of the recording stands for the subject."""
+        return bool(self.subject) and self.subject != self.key
 
     @property
     def category(self) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from data_sharding.common.reason import Reason
 from data_sharding.formats import headers
+from data_sharding.formats.about import describe, hide, private_words
 from data_sharding.formats.edf import open_records
 from data_sharding.formats.mne_signal import (
     EpochsSignal,
@@ -380,10 +381,16 @@ def open_signal(recording: Recording) -> Signal:
     except ImportError as error:
         raise ReadError(_missing(recording.format, error)) from error
     except Exception as error:
-        raise ReadError(unreadable(error)) from error
+        # Some readers quote the header in their messages, and a header can hold the name of a patient.
+        reason = unreadable(error)
+        private = private_words(Path(str(recording.path)), recording.format)
+        raise ReadError(Reason(reason.category, text=hide(str(reason), private))) from None
     if recording.format in ASSUMED_UNITS:
         assumed = dict.fromkeys(signal.info.ch_names, ASSUMED_UNITS[recording.format])
         signal.info = dataclasses.replace(signal.info, assumed_units=assumed)
+    mne_object = getattr(signal, "raw", getattr(signal, "epochs", None))
+    about = describe(path, recording.format, getattr(mne_object, "info", None))
+    signal.info = dataclasses.replace(signal.info, about=about)
     factor = UNIT_FACTORS.get(recording.format)
     if factor is not None:
         note = f"the reader of {recording.format} returns values times {1 / factor:g}; corrected"

@@ -29,6 +29,22 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class About:
+    """What a file says about the person, the date and the device, in a form that does not identify the person."""
+
+    age: float | None = None
+    """Age of the person in years at the recording; 90 for all higher ages; None if unknown."""
+    sex: str = ""
+    """M, F, or empty if unknown."""
+    year: int | None = None
+    """Year of the recording; None if unknown."""
+    device: str = ""
+    """Name of the recording device, without a serial number; empty if unknown."""
+    filters: str = ""
+    """Filters that were applied before the file was written; empty if unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SignalInfo:
     """Metadata of a recording, known before its samples are read."""
 
@@ -69,6 +85,8 @@ class SignalInfo:
     """Time of the first sample of each epoch, in seconds from the event to which the epoch belongs. Only for epochs."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Channels of the file that cannot be read together with `ch_names`, each with the reason."""
+    about: About = field(default_factory=About)
+    """What the file says about the person, the year and the device."""
     notes: list[str] = field(default_factory=list)
     """Notes for the ledger: corrections and unknown values that were found when the recording was opened."""
 

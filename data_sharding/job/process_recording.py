@@ -45,7 +45,7 @@ from data_sharding.formats.channels import Channels, canonical_name, choose, pic
 from data_sharding.formats.open_signal import NotContinuous, ReadError, unreadable
 from data_sharding.formats.signal import Signal, SignalInfo
 from data_sharding.job.cut_windows import Clean, write_windows
-from data_sharding.job.task import PartResult, SetAside, Task, new_row
+from data_sharding.job.task import WITHOUT_EFFECT, PartResult, SetAside, Task, new_row
 from data_sharding.processing.preprocess import PreprocessSpec, band_of, reference_rows
 from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, resampled_length
 from data_sharding.processing.survey import Survey, Verdict
@@ -177,6 +177,8 @@ def _unfinished(part: AnyPath) -> Iterator[Path]:
 
 def _part_name(task: Task, hashes: dict[str, str]) -> str:
     item = dataclasses.asdict(dataclasses.replace(task.item, recording=None))  # type: ignore[arg-type]
+    for name in WITHOUT_EFFECT:
+        item.pop(name)
     item["recording"] = {"format": task.item.recording.format, "files": [f.name for f in task.item.recording.files]}
     trials = [{**t, "image": t["image"] and _image_identity(t["image"])} for t in item["trials"] or ()]
     return digest_of(
@@ -257,6 +259,8 @@ def prepare(
     row.sfreq, row.seconds = info.sfreq, round(info.n_samples / info.sfreq, 4)
     row.reference, row.segments = info.reference, len(info.segments)
     row.notes += info.notes
+    row.age, row.sex, row.recording_year = info.about.age, info.about.sex, info.about.year
+    row.device, row.device_filters = info.about.device, info.about.filters
     if info.n_samples < MIN_SAMPLES:
         raise SetAside("excluded", Reason("no signal", f"{info.n_samples} samples"))
     channels = pick_channels(info)

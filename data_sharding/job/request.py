@@ -17,7 +17,9 @@ from data_sharding.common.storage import AnyPath, as_path, describe, file_state,
 from data_sharding.corpora import CorpusConfig, Item, describe_design, list_items
 from data_sharding.dataset.shard_reader import LONGEST
 from data_sharding.dataset.splits import SplitConfig
+from data_sharding.job.announce import describe_empty_splits, describe_subjects
 from data_sharding.job.cluster import RayConfig
+from data_sharding.job.task import WITHOUT_EFFECT
 from data_sharding.processing.preprocess import PreprocessSpec
 
 FileState = tuple[int, int, str]
@@ -72,6 +74,8 @@ class Plan:
     """Recordings and images that must not enter the dataset."""
     corpora: list[dict[str, str]] = field(default_factory=list)
     """The order in which each corpus showed its categories; see `data_sharding.corpora.design.describe_design`."""
+    subjects: list[str] = field(default_factory=list)
+    """Lines for the terminal about the subjects that are not certain; see `describe_subjects`."""
     images: dict[str, FileState] = field(default_factory=dict)
     """State of each image file, by the path of the file."""
 
@@ -113,7 +117,7 @@ class Plan:
 
 def _content(item: Item) -> dict[str, Any]:
     """Return the values of a recording for a checksum. `dataclasses.asdict` is not used: it would copy every trial."""
-    values = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
+    values = {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if f.name not in WITHOUT_EFFECT}
     recording = item.recording
     values["recording"] = [recording.format, [str(f) for f in recording.files], recording.problem]
     values["trials"] = None if item.trials is None else [list(vars(trial).values()) for trial in item.trials]
@@ -246,11 +250,13 @@ def make_plan(config: ShardConfig) -> Plan:
     """
     items: dict[str, Item] = {}
     designs: list[dict[str, str]] = []
+    lines: list[str] = []
     for number, corpus in enumerate(config.corpora):
         refuse_memory(corpus.root, "corpora: root")
         check_trial_span(f"corpora[{number}]", corpus, config.preprocess)
         listed = list_items(corpus)
         designs.append(describe_design(corpus, listed))
+        lines += describe_subjects(corpus, listed)
         for item in listed:
             if item.key in items:
                 raise RequestError(
@@ -282,15 +288,23 @@ def make_plan(config: ShardConfig) -> Plan:
         [key, [[t.onset, t.image_id, t.label_name, t.caption, t.split, t.concept, t.segment] for t in i.trials or ()]]
         for key, i in sorted(items.items())
     ]
+    people = [[key, item.subject, item.subject_from, item.about] for key, item in sorted(items.items())]
     images = {path: _states([as_path(path)])[0] for path in sorted({t.image for _, t in shown if t.image})}
     return Plan(
         items=items,
         states=states,
         labels=sorted({trial.label_name for _, trial in shown}),
         request=digest_of(
-            {"config": reduce_config(config), "files": listing, "trials": trials, "hold_back": hold_back.identity}
+            {
+                "config": reduce_config(config),
+                "files": listing,
+                "people": people,
+                "trials": trials,
+                "hold_back": hold_back.identity,
+            }
         ),
         hold_back=hold_back,
         corpora=designs,
+        subjects=[*lines, *describe_empty_splits(config.split, {i.subject for i in usable}, images=bool(shown))],
         images=images,
     )

@@ -47,6 +47,7 @@ from data_sharding.dataset.ledger import (
 from data_sharding.dataset.manifest import NAME as MANIFEST
 from data_sharding.dataset.manifest import Manifest, Shard
 from data_sharding.dataset.splits import SPLITS
+from data_sharding.job.announce import describe_empty_splits
 from data_sharding.job.cluster import (
     ClusterFailed,
     find_missing_on_nodes,
@@ -60,7 +61,7 @@ from data_sharding.job.journal import Journal, lock_output
 from data_sharding.job.pack_shards import ShardPlan, plan_shards, write_shard
 from data_sharding.job.process_recording import PART_SCHEMA, get_library_versions, recording_checksum
 from data_sharding.job.request import Plan, ShardConfig, make_plan, reduce_config, resolve_output
-from data_sharding.job.task import PartResult, Task, new_row
+from data_sharding.job.task import PartResult, Task, describe_row, new_row
 
 REPORT = "report.html"
 WORK = ".work"
@@ -463,6 +464,8 @@ def run(config: ShardConfig) -> int:
     with raise_on_stop_signals():
         say(f"listing recordings in {', '.join(corpus.root for corpus in config.corpora)}")
         plan = make_plan(config)
+        for line in plan.subjects:
+            say(line)
         if manifest := _find_finished(config, plan, output):
             remove_tree(work)  # The folder still exists if the job was killed just after it wrote the manifest.
             say(f"{output}: this dataset is finished already; nothing to do")
@@ -476,6 +479,8 @@ def run(config: ShardConfig) -> int:
             say(f"reading recordings, up to {in_flight} tasks at a time")
             results = read_recordings(config, plan, work, in_flight)
             rows = [result.row for result in results]
+            for row in rows:
+                describe_row(row, plan.items[row.key])
             points, prints = FingerprintLoader(results, work), collect_prints(results)
             plan.hold_back.mark(rows, prints, points)
             mark_duplicates(results, plan, prints, points)
@@ -494,6 +499,12 @@ def run(config: ShardConfig) -> int:
             splits = pack(config, plans, output, in_flight)
             manifest = _publish(config, plan, rows, splits, output, points)
     _say_result(manifest, rows, output)
+    kept = {row.subject for row in rows if row.status == "sharded"}
+    lines = describe_empty_splits(config.split, kept, images=bool(plan.labels))
+    empty = [split for split in ("val", "test") if not manifest.samples(split)]
+    said = {line.split()[0] for line in lines}
+    for line in [*lines, *(f"{split} has no samples" for split in empty if split not in said)]:
+        say(line)
     return _finish(config, manifest, output)
 
 

@@ -13,6 +13,9 @@ from data_sharding.dataset.ledger import LedgerRow, Status
 from data_sharding.dataset.splits import SplitConfig
 from data_sharding.processing.preprocess import PreprocessSpec
 
+WITHOUT_EFFECT = ("subject_from", "about")
+"""Fields of `Item` that do not change what is stored of a recording. They only describe the recording in the ledger."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -86,6 +89,13 @@ class SetAside(Exception):
         return Reason(self.reason.category, text=f"{self.reason} ({self.hint})") if self.hint else self.reason
 
 
+def describe_row(row: LedgerRow, item: Item) -> None:
+    """Add what the corpus says about person, device and rights to a row, in place of what the header says."""
+    row.subject_from = new_row(item).subject_from
+    for name, value in item.about.items():
+        setattr(row, name, value)
+
+
 def new_row(item: Item, status: Status = "quarantined", reason: Reason | None = None) -> LedgerRow:
     """Make the ledger row of a recording that has not been opened yet.
 
@@ -108,6 +118,7 @@ def new_row(item: Item, status: Status = "quarantined", reason: Reason | None = 
         reader=item.recording.format,
         subject=item.subject,
         session=item.session,
+        subject_from=item.subject_from or ("unknown" if item.subject == item.key else "corpus"),
         status=status,
     )
     if reason is not None:

@@ -1,0 +1,154 @@
+"""Recognises the subject in the path of a recording by the common ways to name files.
+
+A name is found in the path of one recording alone. So the name, and the split of the subject, stay the same when other
+recordings are added to the corpus or removed from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+LEFT, RIGHT = "(?<![A-Za-z0-9])", "(?![A-Za-z0-9])"
+"""Borders of a name: another character than a letter or a digit, or an end of the path. Both have no length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """A way to name subjects in paths."""
+
+    name: str
+    """Name of the scheme for people, with an example."""
+    body: str
+    """Regular expression for the name of the subject. What stands around the name is in look-arounds."""
+    note: str = ""
+    """What a user of this scheme must know."""
+
+    @property
+    def pattern(self) -> str:
+        """The scheme as a value of the key 'subject_pattern'."""
+        return f"(?P<subject>{self.body})"
+
+
+BIDS = Scheme(name="BIDS, as in sub-01", body=r"(?:(?<=^)|(?<=[/_]))sub-[A-Za-z0-9]+")
+_WORDS = "subject|subj|sub|participant|patient|pat|proband|versuchsperson|volunteer|vpn|vp|ppt|ptp|ppn|pp|person"
+_ANY_CASE = "(?i:{})".format
+_NUMBER = r"(?:\d{1,3}|0\d{3,4})"
+"""A number of at most three digits, or one that begins with zero: not a year, not a date."""
+_END = f"(?=(?:[a-d]|EO|EC|eo|ec)?{RIGHT})"
+"""End of a number. A letter for a part, or a short word for open or closed eyes, may follow."""
+TIERS: tuple[tuple[Scheme, ...], ...] = (
+    (
+        Scheme(name="PhysioNet, as in S001R04", body=rf"{LEFT}S\d{{2,3}}(?=R\d{{1,2}}{RIGHT})"),
+        Scheme(name="Sleep-EDF, as in SC4001E0", body=rf"{LEFT}(?:SC4|ST7)\d{{2}}(?=\d[A-Z][A-Z0-9]{RIGHT})"),
+        Scheme(
+            name="CHB-MIT, as in chb01_03",
+            body=rf"{LEFT}chb\d{{2}}(?=[a-z]?_\d{{2}})",
+            note="chb21 is the person of chb01, recorded later; give both the same name in a table (key 'subjects')",
+        ),
+        Scheme(name="TUH, as in aaaaaaac_s001_t000", body=rf"{LEFT}[a-z]{{8}}(?=_s\d{{3}}_t\d{{3}})"),
+        Scheme(name="BCI Competition IV, as in A01T", body=rf"{LEFT}(?:A0\d(?=[TE]{RIGHT})|B0\d(?=0\d[TE]{RIGHT}))"),
+        Scheme(name="NDAR, as in NDARAB123CDE", body=rf"{LEFT}NDAR[A-Z]{{2}}[A-Z0-9]{{6}}{RIGHT}"),
+    ),
+    (
+        Scheme(
+            name="a word and a number, as in subject_7",
+            body=rf"{LEFT}{_ANY_CASE(_WORDS)}[-_ ]?{_NUMBER}{_END}|(?:(?<=^)|(?<=/))pt[-_]?{_NUMBER}{_END}",
+        ),
+        Scheme(
+            name="a word and an identifier, as in patient_AB12",
+            body=rf"{LEFT}{_ANY_CASE('subject|participant|patient|proband')}[-_]"
+            rf"(?:[A-Z]{{1,3}}|(?=[A-Za-z]*\d)(?!\d{{4}}{RIGHT}|\d{{6,8}}{RIGHT})[A-Za-z0-9]{{2,12}}){RIGHT}",
+        ),
+    ),
+    (
+        Scheme(
+            name="an identifier, as in A00054488",
+            body=rf"{LEFT}(?:[A-Z]{{1,4}}|ID[-_]?)(?!(?:19|20)\d{{2}}(?:0\d|1[0-2])(?:[0-2]\d|3[01]){RIGHT})"
+            rf"(?!\d\d(?:0\d|1[0-2])(?:[0-2]\d|3[01]){RIGHT})\d{{5,9}}{RIGHT}",
+        ),
+    ),
+    (Scheme(name="a letter and a number, as in S01", body=rf"{LEFT}(?!P[1236]00{RIGHT})[SsPpHh]{_NUMBER}{_END}"),),
+)
+"""Schemes in order of trust. A path is searched with the schemes of one tier after the other."""
+SCHEMES = (BIDS, *(scheme for tier in TIERS for scheme in tier))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recognised:
+    """What the path of a recording says about its subject."""
+
+    subject: str = ""
+    """Name of the subject; empty if the path names no subject, or several subjects."""
+    scheme: Scheme | None = None
+    """Scheme of the name; None if the path has no name of any scheme."""
+    candidates: tuple[str, ...] = ()
+    """All names that were found, if there are several; then none of them is used."""
+
+
+def alike(name: str) -> str:
+    """Return the form of a subject's name in which S1, S01, s01 and sub-01 of one person are equal to one another."""
+    bare = re.sub(r"^sub-", "", name, flags=re.IGNORECASE)
+    return re.sub(r"[-_ ]|(?<!\d)0+(?=\d)", "", bare).casefold()
+
+
+def recognise(path: str) -> Recognised:
+    """Find the subject in the path of a recording.
+
+    Parameters
+    ----------
+    path : str
+        Path of the recording, relative to the root of its corpus.
+
+    Returns
+    -------
+    Recognised
+        The subject and the scheme of its name. If a path has several different names of one tier, such as
+        ``s13_S07.set``, then no name is used: one of them may be the session.
+    """
+    stem = re.sub(r"\.[A-Za-z0-9]{1,6}$", "", path)
+    for tier in TIERS:
+        found = [(m.start(), m.group("subject"), s) for s in tier for m in re.finditer(s.pattern, stem)]
+        if not found:
+            continue
+        names: dict[str, tuple[str, Scheme]] = {}
+        for _, name, scheme in sorted(found, key=lambda entry: entry[0]):
+            names.setdefault(alike(name), (name, scheme))
+        (name, scheme), *others = names.values()
+        if others:
+            return Recognised(scheme=scheme, candidates=(name, *(other for other, _ in others)))
+        return Recognised(subject=name, scheme=scheme)
+    return Recognised()
+
+
+def confirming_pattern(schemes: Iterable[Scheme], subjects: dict[str, str]) -> str | None:
+    """Make one value of the key 'subject_pattern' that names the same subjects as the recognised schemes.
+
+    Parameters
+    ----------
+    schemes : iterable of Scheme
+        The schemes that were recognised.
+    subjects : dict of str to str
+        The recognised subject of each path.
+
+    Returns
+    -------
+    str or None
+        The regular expression; None if one expression cannot give these names.
+    """
+    chosen = [scheme for scheme in SCHEMES if scheme in set(schemes)]
+    pattern = f"(?P<subject>{'|'.join(scheme.body for scheme in chosen)})"
+    for path, subject in subjects.items():
+        match = re.search(pattern, path)
+        if match is None or match.group("subject") != subject:
+            return None
+    return pattern
+
+
+def find_look_alikes(subjects: Iterable[str]) -> list[Sequence[str]]:
+    """Find groups of names that differ only in case, zeros and separators, such as S1, S01 and s01."""
+    groups: dict[str, set[str]] = {}
+    for name in subjects:
+        groups.setdefault(alike(name), set()).add(name)
+    return [sorted(names) for _, names in sorted(groups.items()) if len(names) > 1]

@@ -1,0 +1,281 @@
+"""What a file says about the person, the date and the device of a recording.
+
+Headers can hold a name, a birth date and a patient number. None of these leaves this module as it is: `About` has an
+age in years and a year, and `Patient` is only used to compute a hash (see docs/privacy.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from data_sharding.common.storage import AnyPath
+from data_sharding.formats.headers import DAMAGED, edf_layout, read_range
+from data_sharding.formats.signal import About
+
+OLDEST = 90
+"""Higher ages are stored as this number, because very old people could be recognised by their age."""
+UNKNOWN_DATES = frozenset(
+    datetime.date(*day)
+    for day in ((1900, 1, 1), (1970, 1, 1), (1980, 1, 1), (1985, 1, 1), (1999, 12, 31), (2000, 1, 1))
+)
+"""Dates that programs write if the date of a recording is unknown or was removed."""
+MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
+NOBODY = frozenset(
+    re.findall(
+        r"\S+",
+        """anon anonym anonymous anonymised anonymized anonymisiert deidentified de-identified code default demo dummy
+        edf eeg experiment hidden id initials male female man woman m f w n/a na name nan no noname none not null
+        patient patientid person participant proband pseudonym recording removed sex surrogate subject subjectid test
+        tester testing unknown unnamed untitled user years yr""",
+    )
+)
+"""Words in a patient field that name nobody."""
+SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "w": "F", "woman": "F", "o": "O", "other": "O"}
+DATE = re.compile(r"\d{1,2}-[A-Za-z]{3}-\d{4}|\d{1,4}[-./]\d{1,2}[-./]\d{2,4}|(?:19|20)\d{6}")
+AGE = re.compile(r"age[:=]?(\d{1,3})|(\d{1,3})(?:yrs?|years?|y|yo|j)", re.IGNORECASE)
+AMPLIFIERS = re.compile(
+    r"\b(BrainAmp(?: DC| MR(?: ?plus)?| ExG)?|actiCHamp(?: Plus)?|LiveAmp|QuickAmp|V-Amp|actiCAP|eego|EEGO)\b"
+)
+"""Names of amplifiers in the comments of BrainVision headers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patient:
+    """Who the patient field of a header names. Never print or store these values."""
+
+    identity: str
+    """Text that is equal in all recordings of the patient."""
+    code: str
+    """The patient's number or code, in lower case; empty if the field has no code of its own."""
+    names: tuple[str, ...]
+    """Words of the patient's name, in lower case."""
+
+
+def years_between(birth: datetime.date, day: datetime.date) -> int | None:
+    """Return an age in whole years, at most `OLDEST`; None if the dates contradict each other."""
+    years = day.year - birth.year - ((day.month, day.day) < (birth.month, birth.day))
+    return min(years, OLDEST) if 0 <= years <= 130 else None
+
+
+def _parse_date(text: str) -> datetime.date | None:
+    """Parse a date of EDF+, such as 02-MAY-1951."""
+    match = re.fullmatch(r"(\d{1,2})-([A-Za-z]{3})-(\d{4})", text)
+    if not match or match[2].upper() not in MONTHS:
+        return None
+    try:
+        return datetime.date(int(match[3]), MONTHS.index(match[2].upper()) + 1, int(match[1]))
+    except ValueError:
+        return None
+
+
+def _is_nobody(word: str) -> bool:
+    bare = word.strip("-?*#.()[]").casefold()
+    return (
+        len(set(bare)) <= 1  # nothing, or a filler such as X, XXXX or 0000
+        or bare in NOBODY
+        or bool(DATE.fullmatch(bare) or AGE.fullmatch(bare))
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.split(r"[\s_,;:|]+", text) if word and not _is_nobody(word)]
+
+
+def _fields(fixed: bytes) -> tuple[list[str], bool]:
+    """Return the words of the patient field of an EDF or BDF header, and whether they have the order of EDF+."""
+    words = fixed[8:88].decode("latin-1").replace("\0", " ").split()
+    plus = fixed[192:196] in (b"EDF+", b"BDF+")
+    like = len(words) > 3 and words[1] in ("M", "F", "X") and (words[2] == "X" or _parse_date(words[2]) is not None)
+    return words, like or (plus and len(words) > 3)
+
+
+def parse_patient(fixed: bytes, format_: str) -> Patient | None:
+    """Find out who the patient field of a header names.
+
+    Parameters
+    ----------
+    fixed : bytes
+        The first 256 bytes of an EDF, BDF or GDF file.
+    format_ : str
+        edf, bdf or gdf.
+
+    Returns
+    -------
+    Patient or None
+        None if the field is empty or names nobody, as in ``X X X X`` or ``X F X Female_33yr``.
+    """
+    if format_ == "gdf":
+        words, ordered = fixed[8:74].split(b"\0")[0].decode("latin-1").split(), False
+    else:
+        words, ordered = _fields(fixed)
+    if not ordered:
+        named = _words(" ".join(words))
+        if not named:
+            return None
+        names = tuple(word.casefold() for word in named if len(word) > 3 and word.isalpha())
+        return Patient(identity=" ".join(named).casefold(), code="", names=names)
+    code, birth, name = words[0], words[2], _words(words[3])
+    names = tuple(word.casefold() for word in name if len(word) > 2)
+    if not _is_nobody(code):
+        return Patient(identity=f"code {code.casefold()}", code=code.casefold(), names=names)
+    if not name:
+        return None
+    return Patient(identity=f"name {' '.join(name).casefold()} {birth.casefold()}", code="", names=names)
+
+
+def read_patient(path: AnyPath, format_: str) -> Patient | None:
+    """Read the patient field of an EDF, BDF or GDF file; None if the file cannot be read or names nobody."""
+    try:
+        return parse_patient(read_range(path, 0, 256), format_)
+    except Exception:  # the library of each object store raises its own types; the worker reports the unreadable file
+        return None
+
+
+def private_words(path: AnyPath, format_: str) -> list[str]:
+    """Return the words of a header's patient field that no message may contain.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The recording.
+    format_ : str
+        Format of the recording; only edf, bdf and gdf have a patient field.
+
+    Returns
+    -------
+    list of str
+        Words of at least three characters, the longest first.
+    """
+    if format_ not in ("edf", "bdf", "gdf"):
+        return []
+    try:
+        text = read_range(path, 8, 160 if format_ != "gdf" else 66).decode("latin-1")
+    except Exception:
+        return []
+    found = {word for word in re.split(r"[\s\0]+", text) if len(word) > 2}
+    found |= {part for word in found for part in word.split("_") if len(part) > 2}
+    return sorted((word for word in found if not _is_nobody(word) and word != "Startdate"), key=lambda w: (-len(w), w))
+
+
+def hide(text: str, words: list[str]) -> str:
+    """Replace words of a patient field in a text by three asterisks."""
+    for word in words:
+        text = re.sub(re.escape(word), "***", text, flags=re.IGNORECASE)
+    return text
+
+
+def edf_about(path: AnyPath) -> About:
+    """Read age, sex, year, device and filters from the header of an EDF or BDF file.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The file.
+
+    Returns
+    -------
+    About
+        What the header says. Of the recording field, only the device of EDF+ is used: the other words can be the names
+        of the people who made the recording.
+    """
+    fixed = read_range(path, 0, 256)
+    words, ordered = _fields(fixed)
+    recorded = fixed[88:168].decode("latin-1").replace("\0", " ").split()
+    sex = next((SEXES[w.casefold()] for w in re.split(r"[\s_]+", " ".join(words)) if w.casefold() in SEXES), "")
+    if ordered:
+        sex = SEXES.get(words[1].casefold(), sex)
+    day, device = None, ""
+    if recorded[:1] == ["Startdate"] and len(recorded) > 1:
+        day = _parse_date(recorded[1])
+        device = recorded[4].replace("_", " ") if len(recorded) > 4 and not _is_nobody(recorded[4]) else ""
+    if day is None and (match := re.fullmatch(rb"(\d\d)\.(\d\d)\.(\d\d)", fixed[168:176].strip())):
+        number = int(match[3])
+        with contextlib.suppress(ValueError):
+            day = datetime.date(number + (1900 if number > 84 else 2000), int(match[2]), int(match[1]))
+    day = None if day in UNKNOWN_DATES else day
+    birth = _parse_date(words[2]) if ordered else None
+    age: float | None = years_between(birth, day) if birth and day else None
+    if age is None:
+        said = (AGE.fullmatch(w) for w in re.split(r"[\s_,;]+", " ".join(words)))
+        age = next((min(float(m[1] or m[2]), OLDEST) for m in said if m and int(m[1] or m[2]) <= 130), None)
+    return About(age=age, sex=sex, year=day.year if day else None, device=device, filters=_edf_filters(path))
+
+
+def _edf_filters(path: AnyPath) -> str:
+    """Return the most frequent texts about filters in the header, at most three."""
+    layout = edf_layout(path)
+    n = len(layout.labels)
+    texts = read_range(path, 256 + 136 * n, 80 * n).decode("latin-1")
+    count = Counter(
+        " ".join(texts[80 * i : 80 * (i + 1)].split())
+        for i, label in enumerate(layout.labels)
+        if "Annotations" not in label and label != "Status"
+    )
+    count.pop("", None)
+    return "; ".join(text for text, _ in count.most_common(3))
+
+
+def mne_about(info: Any) -> About:
+    """Read age, sex, year, device and filters from the info that MNE made of a file.
+
+    Parameters
+    ----------
+    info : mne.Info
+        Info of a raw or epochs object.
+
+    Returns
+    -------
+    About
+        What the info says. A low-pass at half the sampling rate is not a filter of the device, and is left out.
+    """
+    person, device = info.get("subject_info") or {}, info.get("device_info") or {}
+    day = info["meas_date"].date() if info.get("meas_date") is not None else None
+    day = None if day in UNKNOWN_DATES else day
+    birth = person.get("birthday")
+    birth = datetime.date(*birth) if isinstance(birth, tuple) else birth
+    age = years_between(birth, day) if isinstance(birth, datetime.date) and day else None
+    low, high, rate = float(info["highpass"] or 0), float(info["lowpass"] or 0), float(info["sfreq"])
+    filters = [f"high-pass {low:g} Hz"] if low > 0 else []
+    filters += [f"low-pass {high:g} Hz"] if 0 < high < 0.499 * rate else []
+    return About(
+        age=age,
+        sex={1: "M", 2: "F"}.get(person.get("sex") or 0, ""),
+        year=day.year if day else None,
+        device=" ".join(str(device[key]) for key in ("type", "model") if device.get(key)),
+        filters=", ".join(filters),
+    )
+
+
+def describe(path: AnyPath, format_: str, info: Any) -> About:
+    """Collect what a file says about person, year, device and filters.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The file that was opened.
+    format_ : str
+        Format of the recording.
+    info : mne.Info or None
+        Info that MNE made of the file; None if another library reads the format.
+
+    Returns
+    -------
+    About
+        What the file says. A header that cannot be understood gives an empty result, because these values are not
+        needed to use the recording.
+    """
+    try:
+        if format_ in ("edf", "bdf"):
+            return edf_about(path)
+        about = mne_about(info) if info is not None else About()
+        if format_ == "brainvision" and not about.device:
+            found = AMPLIFIERS.search(read_range(path, 0, 1 << 20).decode("latin-1"))
+            about = About(**{**vars(about), "device": found.group(1) if found else ""})
+        return about
+    except (*DAMAGED, AttributeError, OSError):
+        return About()
