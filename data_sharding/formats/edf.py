@@ -17,15 +17,14 @@ import numpy as np
 from data_sharding.common.reason import Reason
 from data_sharding.formats import headers
 from data_sharding.formats.channels import canonical_name, is_electrode, kind_of
-from data_sharding.formats.mne_signal import BAD, NotContinuous, RawSignal, ReadError, interruptions, segments_of
+from data_sharding.formats.marks import records
+from data_sharding.formats.mne_signal import NotContinuous, RawSignal, ReadError
 from data_sharding.formats.signal import Segment, Signal
 from data_sharding.formats.units import names_no_unit, read_units, to_volts
 
 if TYPE_CHECKING:
     from mne.io import BaseRaw
 
-NEW_SEGMENT = "32766"
-"""GDF event code (0x7ffe) that marks the beginning of a new run."""
 LOWEST_HZ = 100.0
 """A channel with a lower sampling rate cannot hold the EEG band. If other channels are faster, it is marked as bad."""
 
@@ -87,6 +86,35 @@ class RecordsSignal(RawSignal):
             other.close()
 
 
+class MissingSignal(RawSignal):
+    """A GDF recording in which values of single channels are missing. These values are read as NaN.
+
+    Parameters
+    ----------
+    raw : mne.io.BaseRaw
+        The recording.
+    path : Path
+        The file.
+    layout : Layout
+        Layout of the records.
+    numbers : list of int
+        Numbers of the channels of `raw` in the header.
+    **more : Any
+        Further arguments of `RawSignal`.
+    """
+
+    def __init__(self, raw: BaseRaw, path: Path, layout: headers.Layout, numbers: list[int], **more: Any) -> None:
+        super().__init__(raw, **more)
+        self._path, self._layout, self._numbers = path, layout, numbers
+
+    def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
+        """Read samples of some channels; `Signal.read` explains the arguments."""
+        x = super().read(start, stop, picks)
+        if picks and stop > start:
+            records.set_missing(x, self._path, self._layout, [self._numbers[pick] for pick in picks], start)
+        return x
+
+
 def open_records(format_: str) -> Callable[[Path], Signal]:
     """Make the reader for EDF, BDF or GDF.
 
@@ -104,7 +132,7 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
     def read(path: Path) -> Signal:
         layout = headers.gdf_layout(path) if format_ == "gdf" else headers.edf_layout(path)
         count = _rate_of_eeg(layout)
-        signals = [i for i, label in enumerate(layout.labels) if i != layout.notes and "Annotations" not in label]
+        signals = [i for i, label in enumerate(layout.labels) if label not in headers.ANNOTATIONS]
         # Do not let MNE resample: it resamples block by block to the highest rate, with errors at each block's edges.
         electrodes = is_electrode(layout.labels)
         rates: dict[int, list[int]] = {}
@@ -137,16 +165,10 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
             "left_out": left_out,
             "notes": [*_say_unscaled(layout), *twice, *units.notes],
         }
-        if layout.interrupted:
-            # MNE joins the records without gaps, and drops annotations after the end of the joined signal.
-            runs, marks = headers.edf_runs(path, layout)
-            more["segments"] = [Segment(start=a * count, stop=b * count, onset=onset) for a, b, onset in runs]
-            more["bad_spans"] = [(a, b, word) for a, b, word in marks if BAD.match(word) and b > a]
-        elif format_ == "gdf":
-            cuts, skips = interruptions(raw, NEW_SEGMENT)
-            more["segments"] = segments_of(int(raw.n_times), float(raw.info["sfreq"]), cuts, skips)
+        marks, missing = _find_marks(format_, path, layout, opened[0].numbers, count)
+        more |= {**marks, "notes": [*more["notes"], *marks["notes"]]}
         if not others:
-            return RawSignal(raw, **more)
+            return MissingSignal(raw, path, layout, opened[0].numbers, **more) if missing else RawSignal(raw, **more)
         slow = [n for n in sorted(rates) if n / layout.record_s < LOWEST_HZ]
         more["positions"] = [None] * len(names)
         more["bads"] = [name for name, i in zip(names, kept, strict=True) if layout.per_record[i] in slow]
@@ -155,6 +177,38 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
         return RecordsSignal(raw, others, **more)
 
     return read
+
+
+def _find_marks(
+    format_: str, path: Path, layout: headers.Layout, main: list[int], per_record: int
+) -> tuple[dict[str, Any], bool]:
+    """Return the arguments of `RawSignal` that describe segments, annotations, marks and notes of a file.
+
+    The second value says whether values of single channels are missing.
+    """
+    notes: list[str] = []
+    if format_ == "gdf":
+        events = records.read_gdf_events(path, layout)
+        found, some = records.find_missing(path, layout, main)
+        if layout.n_records <= 0:
+            held = headers.count_gdf_records(path, layout)
+            notes.append(f"the header says {layout.n_records} records, the file holds {held}; all of them are read")
+        return {"format_": format_, "annotations": events, "marks": found, "notes": notes}, some
+    if (held := headers.count_records(path, layout)) != layout.n_records:
+        notes.append(f"the header says {layout.n_records} records, the file holds {held}; all of them are read")
+    out: dict[str, Any] = {"format_": format_, "notes": notes}
+    if layout.annotated or layout.interrupted:
+        # MNE joins the records without gaps, and drops annotations after the end of the joined signal.
+        onsets, annotations = records.read_annotations(path, layout)
+        runs, more = records.find_runs(onsets, layout)
+        first = onsets[0] if len(onsets) and np.isfinite(onsets[0]) else 0.0
+        out["segments"] = records.segments_of_runs(runs, per_record)
+        out["annotations"] = [(onset - first, duration, word) for onset, duration, word in annotations]
+        notes += more
+    if format_ == "bdf":
+        out["marks"], more = records.find_status_marks(path, layout)
+        notes += more
+    return out, False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +253,7 @@ def _open_with_mne(format_: str, path: Path, layout: headers.Layout, numbers: li
     import mne
 
     wanted = {layout.labels[i] for i in numbers}
-    exclude = sorted(set(layout.labels) - wanted - {"EDF Annotations", "BDF Annotations"})
+    exclude = sorted(set(layout.labels) - wanted - set(headers.ANNOTATIONS))
     if format_ == "gdf":
         exclude = [] if len(set(layout.per_record)) == 1 else exclude
         raw = mne.io.read_raw_gdf(path, exclude=exclude)
@@ -258,7 +312,7 @@ def _rate_of_eeg(layout: headers.Layout) -> int:
     counts: Counter[int] = Counter()
     electrodes = is_electrode(layout.labels)
     for i, (label, unit, count) in enumerate(zip(layout.labels, layout.units, layout.per_record, strict=True)):
-        if "Annotations" in label or count < 1 or i in layout.unscaled:
+        if label in headers.ANNOTATIONS or count < 1 or i in layout.unscaled:
             continue
         other = kind_of(canonical_name(label)) is not None or not (names_no_unit(unit) or to_volts(unit))
         # Use channels with electrode names; without such channels, use names that may be EEG; otherwise all channels.

@@ -8,12 +8,11 @@ and reads only a few ranges of bytes.
 from __future__ import annotations
 
 import codecs
-import itertools
 import math
 import re
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ BRAINVISION_BYTES = {"INT_16": 2, "UINT_16": 2, "INT_32": 4, "IEEE_FLOAT_32": 4}
 NEDF_HEADER = 10240
 NIHON_BLOCKS = 1024
 """At most this many data blocks of a Nihon Kohden file are checked."""
-TAL = re.compile(rb"([+-]\d{1,15}(?:\.\d{1,15})?)(?:\x15(\d{1,15}(?:\.\d{1,15})?))?\x14([^\x00]*)\x14\x00")
-"""Time-stamped annotations list (TAL) of EDF+: onset, duration, texts."""
+ANNOTATIONS = ("EDF Annotations", "BDF Annotations")
+"""Names of the annotation signals of EDF+ and BDF+. A file may have several of them."""
 DAMAGED = (ValueError, ArithmeticError, LookupError, struct.error, SyntaxError, TypeError)
 """Errors that parsing a damaged header can raise; XML's ParseError is a SyntaxError."""
 
@@ -52,7 +51,7 @@ class Layout:
     per_record: list[int]
     """Number of samples of each channel in one record."""
     n_records: int
-    """Number of records according to the header; negative if the header does not give the number."""
+    """Number of records according to the header; zero or negative if the header does not give the number."""
     record_s: float
     """Length of a record in seconds."""
     header_bytes: int
@@ -64,10 +63,15 @@ class Layout:
     width: int = 2
     """Number of bytes per sample, for EDF and BDF."""
 
+    digital: list[tuple[float, float]] = field(default_factory=list)
+    """Digital minimum and maximum of each channel; NaN if the header does not give a number."""
+    types: list[int] = field(default_factory=list)
+    """Sample type code of each channel, for GDF."""
+
     @property
-    def notes(self) -> int | None:
-        """Index of the first annotations channel; None if there is no such channel."""
-        return next((i for i, label in enumerate(self.labels) if label in ("EDF Annotations", "BDF Annotations")), None)
+    def annotated(self) -> bool:
+        """Whether the file has an annotation signal."""
+        return any(label in ANNOTATIONS for label in self.labels)
 
 
 def read_range(path: AnyPath, start: int, count: int, head: bytes = b"") -> bytes:
@@ -194,10 +198,12 @@ def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     per_record = [int(text) for text in column(216, 8)]
     if min(per_record) < 0 or not sum(per_record):
         raise Damaged
+    digital = _limits(column(120, 8), column(128, 8))
+    unscaled = _unscaled(_limits(column(104, 8), column(112, 8)), digital)
     return Layout(
         labels=column(0, 16),
         units=[decode_unit(unit.encode("latin-1")) for unit in column(96, 8)],
-        unscaled=_unscaled(column(104, 8), column(112, 8)),
+        unscaled={i: fault for i, fault in unscaled.items() if column(0, 16)[i] not in ANNOTATIONS},
         per_record=per_record,
         n_records=n_records,
         record_s=record_s,
@@ -205,76 +211,41 @@ def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
         record_bytes=width * sum(per_record),
         interrupted=fixed[192:197] in (b"EDF+D", b"BDF+D"),
         width=width,
+        digital=digital,
     )
 
 
-def edf_runs(path: Path, layout: Layout) -> tuple[list[tuple[int, int, float]], list[tuple[float, float, str]]]:
-    """Find the annotations and the gap-free runs of records in an EDF+D file, which may have gaps between records.
-
-    Parameters
-    ----------
-    path : Path
-        File on a local disk. The function reads a part of every record.
-    layout : Layout
-        Layout of the records.
-
-    Returns
-    -------
-    runs : list of (int, int, float)
-        For each run: first record, last record plus one, and onset of the run in seconds after the first record's
-        onset.
-    notes : list of (float, float, str)
-        For each annotation: start and end in seconds after the onset of the first record, and text.
-
-    Raises
-    ------
-    ValueError
-        If a record has no onset.
-    """
-    if layout.notes is None:
-        raise Damaged("there is no annotations channel, so the onsets of the records are unknown")
-    at = layout.header_bytes + layout.width * sum(layout.per_record[: layout.notes])
-    size = layout.width * layout.per_record[layout.notes]
-    n_records = (size_of(path) - layout.header_bytes) // layout.record_bytes
-    if layout.n_records >= 0:
-        n_records = min(n_records, layout.n_records)
-    onsets: list[float] = []
-    notes = []
-    with path.open("rb") as stream:
-        for i in range(n_records):
-            stream.seek(at + i * layout.record_bytes)
-            lists = TAL.findall(stream.read(size))
-            if not lists:
-                raise Damaged(f"record {i + 1} has no onset")
-            # The first annotations list of a record gives the onset of the record and has no text.
-            onsets.append(float(lists[0][0]))
-            for onset, duration, words in lists:
-                begin = float(onset) - onsets[0]
-                for word in filter(None, words.split(b"\x14")):
-                    notes.append((begin, begin + float(duration or 0), word.decode("latin-1")))
-    starts = [0]
-    for i, (a, b) in enumerate(itertools.pairwise(onsets), start=1):
-        if abs(b - a - layout.record_s) > 1e-3:
-            starts.append(i)
-    ends = [*starts[1:], n_records]
-    return [(a, b, onsets[a] - onsets[0]) for a, b in zip(starts, ends, strict=True) if b > a], notes
+def count_records(path: AnyPath, layout: Layout) -> int:
+    """Return the number of whole records between the header and the end of a file."""
+    return max(0, (size_of(path) - layout.header_bytes) // layout.record_bytes)
 
 
-def _unscaled(low: Sequence[str | float], high: Sequence[str | float]) -> dict[int, str]:
-    """Return the channels whose physical minimum equals the physical maximum, or whose physical range is no number."""
+def count_gdf_records(path: AnyPath, layout: Layout) -> int:
+    """Return the number of records of a GDF file. If the header does not give the number, they reach to the end."""
+    return layout.n_records if layout.n_records > 0 else count_records(path, layout)
 
-    def number(value: str | float) -> float:
-        try:
-            return float(value)
-        except ValueError:
-            return math.nan
 
+def _number(value: str | float) -> float:
+    """Return the number in a field of a header; NaN if the field holds no number."""
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+
+
+def _limits(low: Sequence[str | float], high: Sequence[str | float]) -> list[tuple[float, float]]:
+    return [(_number(a), _number(b)) for a, b in zip(low, high, strict=True)]
+
+
+def _unscaled(physical: list[tuple[float, float]], digital: list[tuple[float, float]]) -> dict[int, str]:
+    """Return the channels whose minimum equals the maximum, or whose range is no number."""
     out = {}
-    for i, (a, b) in enumerate(zip(map(number, low), map(number, high), strict=True)):
-        if not math.isfinite(b - a):
-            out[i] = "its physical range is not a number"
-        elif a == b:
-            out[i] = f"its physical minimum equals its physical maximum ({a:g})"
+    for what, limits in (("digital", digital), ("physical", physical)):
+        for i, (a, b) in enumerate(limits):
+            if not math.isfinite(b - a):
+                out[i] = f"its {what} range is not a number"
+            elif a == b:
+                out[i] = f"its {what} minimum equals its {what} maximum ({a:g})"
     return out
 
 
@@ -296,7 +267,7 @@ def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
         False if the file is sound, but contains no continuous signal.
     """
     layout = edf_layout(path, head)
-    signals = [i for i, label in enumerate(layout.labels) if label not in ("EDF Annotations", "BDF Annotations")]
+    signals = [i for i, label in enumerate(layout.labels) if label not in ANNOTATIONS]
     if not signals:
         return Reason("no signal", "the file holds annotations only"), False
     if not layout.record_s:
@@ -305,7 +276,7 @@ def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
     if layout.n_records > 0 and have < layout.n_records:
         held = max(have, 0)
         return Reason("truncated", f"the header promises {layout.n_records} records, the file holds {held:.1f}"), True
-    if have < 1 or not layout.n_records:
+    if have < 1:
         return Reason("no signal", "there is no data record"), False
     return None, True
 
@@ -341,7 +312,8 @@ def gdf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     header = read_range(path, 256, 256 * n, head)
     per_record = list(struct.unpack_from(f"<{n}i", header, 216 * n))
     types = struct.unpack_from(f"<{n}i", header, 220 * n)
-    low, high = (struct.unpack_from(f"<{n}d", header, at * n) for at in (104, 112))
+    physical = _limits(*(struct.unpack_from(f"<{n}d", header, at * n) for at in (104, 112)))
+    digital = _limits(*(struct.unpack_from(f"<{n}{'q' if old else 'd'}", header, at * n) for at in (120, 128)))
     if old:
         units = [decode_unit(header[96 * n + 8 * i : 96 * n + 8 * i + 8].split(b"\0")[0]) for i in range(n)]
     else:
@@ -351,12 +323,14 @@ def gdf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     return Layout(
         labels=[header[16 * i : 16 * i + 16].split(b"\0")[0].decode("latin-1").strip() for i in range(n)],
         units=units,
-        unscaled=_unscaled(low, high),
+        unscaled=_unscaled(physical, digital),
         per_record=per_record,
         n_records=n_records,
         record_s=length / parts if length and parts else 1.0,
         header_bytes=header_bytes,
         record_bytes=sum(GDF_BYTES[kind] * count for kind, count in zip(types, per_record, strict=True)),
+        digital=digital,
+        types=list(types),
     )
 
 

@@ -7,28 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import clean_position
+from data_sharding.formats.marks.interruptions import Found, divide, find_marks
 from data_sharding.formats.signal import Segment, SignalInfo
 from data_sharding.formats.units import read_units
 
 if TYPE_CHECKING:
     import mne
     from mne.io import BaseRaw
-
-CUT = re.compile(r"boundary|(bad|edge) boundary|new segment/.*", re.IGNORECASE)
-"""Annotations of EEGLAB, MNE and BrainVision at which signal was removed or the recording started again."""
-SKIP = re.compile(r"bad_acq_skip", re.IGNORECASE)
-"""MNE's annotation of a time span with placeholder samples, in which nothing was recorded."""
-BAD = re.compile(r"bad", re.IGNORECASE)
-"""Prefix of annotations that mark a bad time span in MNE."""
 
 
 class ReadError(ValueError):
@@ -56,8 +49,14 @@ class RawSignal:
     ----------
     raw : mne.io.BaseRaw
         The recording to read.
+    format_ : str
+        Name of the file format; empty for a recording in memory.
     segments : list of Segment, optional
-        Segments, if the file describes its segments more exactly than its annotations do.
+        Segments that the file itself describes, before they are divided at marks.
+    annotations : list of (float, float, str), optional
+        Onset and duration in seconds, and text of each annotation, if MNE does not read them rightly.
+    marks : iterable of Found
+        Marks that the reader found outside the annotations.
     keep : Any
         Object that must exist as long as the recording is open, such as a temporary folder.
     gains : ndarray, optional
@@ -70,7 +69,10 @@ class RawSignal:
         self,
         raw: BaseRaw,
         *,
+        format_: str = "",
         segments: list[Segment] | None = None,
+        annotations: list[tuple[float, float, str]] | None = None,
+        marks: Iterable[Found] = (),
         keep: Any = None,
         gains: np.ndarray | None = None,
         **more: Any,
@@ -78,8 +80,14 @@ class RawSignal:
         self.raw, self.keep = raw, keep
         self.gains = None if gains is None or (gains == 1).all() else gains
         sfreq, n = float(raw.info["sfreq"]), int(raw.n_times)
-        fields: dict[str, Any] = {**_fields(raw.info, raw.get_channel_types()), "bad_spans": bad_spans(raw), **more}
-        self.info = SignalInfo(n_samples=n, segments=segments or segments_of(n, sfreq, *interruptions(raw)), **fields)
+        found = [*find_marks(format_, annotations_of(raw) if annotations is None else annotations), *marks]
+        divided = divide(segments or [Segment(start=0, stop=n, onset=0.0)], sfreq, found)
+        if n and not divided.segments:
+            rows = ", ".join(sorted({mark.name for mark in found if mark.length > 0}))
+            raise NotContinuous(Reason("no signal", f"the whole recording is marked: {rows}"))
+        fields: dict[str, Any] = {**_fields(raw.info, raw.get_channel_types()), "bad_spans": divided.bad_spans, **more}
+        fields["notes"] = [*fields.get("notes", []), *divided.notes]
+        self.info = SignalInfo(n_samples=n, segments=divided.segments, **fields)
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
         """Read samples of some channels; `Signal.read` explains the arguments."""
@@ -104,20 +112,24 @@ class EpochsSignal:
     ----------
     epochs : mne.BaseEpochs
         The epochs. MNE reads epochs on demand if the file format allows this.
+    marks : iterable of Found
+        Interruptions inside epochs.
     **more : Any
         Other fields of `SignalInfo`.
     """
 
-    def __init__(self, epochs: mne.BaseEpochs, **more: Any) -> None:
+    def __init__(self, epochs: mne.BaseEpochs, *, marks: Iterable[Found] = (), **more: Any) -> None:
         self.epochs = epochs
         epochs.drop_bad()
         count, length, sfreq = len(epochs), len(epochs.times), float(epochs.info["sfreq"])
         if not count:
             raise NotContinuous(Reason("epoched", "0 trials"))
         self._length = length
+        whole = [Segment(start=i * length, stop=(i + 1) * length, onset=i * length / sfreq) for i in range(count)]
+        divided = divide(whole, sfreq, marks)
         self.info = SignalInfo(
             n_samples=count * length,
-            segments=[Segment(start=i * length, stop=(i + 1) * length, onset=i * length / sfreq) for i in range(count)],
+            segments=divided.segments,
             epoched=True,
             tmin=float(epochs.times[0]),
             **(_fields(epochs.info, epochs.get_channel_types()) | more),
@@ -191,7 +203,7 @@ def _position(channel: dict[str, Any]) -> list[float] | None:
     return clean_position(xyz.tolist()) if known else None
 
 
-def _annotations(raw: BaseRaw) -> list[tuple[float, float, str]]:
+def annotations_of(raw: BaseRaw) -> list[tuple[float, float, str]]:
     """Return onset (in seconds from the first sample), duration and text of each annotation."""
     found = raw.annotations
     # MNE counts onsets from sample number 0, but the first sample in the file may have a higher number.
@@ -200,82 +212,4 @@ def _annotations(raw: BaseRaw) -> list[tuple[float, float, str]]:
     return [
         (float(onset) - first, float(duration), str(word))
         for onset, duration, word in zip(found.onset, durations, found.description, strict=True)
-    ]
-
-
-def bad_spans(raw: BaseRaw) -> list[tuple[float, float, str]]:
-    """Find the time spans that the annotations of a recording mark as bad.
-
-    Parameters
-    ----------
-    raw : mne.io.BaseRaw
-        The recording to read.
-
-    Returns
-    -------
-    list of (float, float, str)
-        For each span: start and end in seconds from the first sample, and text of the annotation.
-    """
-    return [
-        (onset, onset + duration, word)
-        for onset, duration, word in _annotations(raw)
-        if BAD.match(word) and not SKIP.match(word) and not CUT.fullmatch(word) and duration > 0
-    ]
-
-
-def interruptions(raw: BaseRaw, also: str = "") -> tuple[list[int], list[tuple[int, int]]]:
-    """Find the interruptions that the annotations of a recording show.
-
-    Parameters
-    ----------
-    raw : mne.io.BaseRaw
-        The recording to read.
-    also : str
-        Text of the annotation that marks a new run in this file format.
-
-    Returns
-    -------
-    cuts : list of int
-        Index of the first sample of each run.
-    skips : list of (int, int)
-        Ranges of samples in which nothing was recorded.
-    """
-    sfreq, cuts, skips = float(raw.info["sfreq"]), [], []
-    for onset, duration, word in _annotations(raw):
-        if SKIP.match(word):
-            skips.append((round(onset * sfreq), round((onset + duration) * sfreq)))
-        elif CUT.fullmatch(word) or (also and word == also):
-            # EEGLAB and MNE set the annotation half a sample before the first sample of the new run. EEGLAB's duration
-            # is the length of the removed signal, so the duration is not used here.
-            cuts.append(int(np.ceil(onset * sfreq - 1e-3)))
-    return cuts, skips
-
-
-def segments_of(n: int, sfreq: float, cuts: list[int], skips: list[tuple[int, int]]) -> list[Segment]:
-    """Divide a recording into segments without interruption.
-
-    Parameters
-    ----------
-    n : int
-        Number of samples of the recording.
-    sfreq : float
-        Sampling rate in Hz.
-    cuts : list of int
-        Index of the first sample of each run.
-    skips : list of (int, int)
-        Ranges of samples in which nothing was recorded.
-
-    Returns
-    -------
-    list of Segment
-        Segments in the order of time.
-    """
-    edges = sorted({0, n, *(c for c in [*cuts, *(e for skip in skips for e in skip)] if 0 < c < n)})
-    gone = np.zeros(len(edges), bool)
-    for a, b in skips:
-        gone[np.searchsorted(edges, a) : np.searchsorted(edges, b)] = True
-    return [
-        Segment(start=a, stop=b, onset=a / sfreq)
-        for a, b, skipped in zip(edges, edges[1:], gone[:-1], strict=False)
-        if not skipped
     ]

@@ -20,15 +20,21 @@ from data_sharding.common.reason import Reason
 from data_sharding.formats import headers
 from data_sharding.formats.about import describe, hide, private_words
 from data_sharding.formats.edf import open_records
+from data_sharding.formats.marks.files import (
+    find_epoch_boundaries,
+    find_mff_pauses,
+    find_neuroscan_stops,
+    read_ant_segments,
+)
+from data_sharding.formats.marks.interruptions import Found, time_of_sample
 from data_sharding.formats.mne_signal import (
     EpochsSignal,
     NotContinuous,
     RawSignal,
     ReadError,
-    interruptions,
+    annotations_of,
     quiet,
     read_raw_units,
-    segments_of,
 )
 from data_sharding.formats.readers import find_formats
 from data_sharding.formats.signal import Segment, Signal
@@ -103,10 +109,13 @@ def neuroscan_data_format(path: str | Path) -> str:
     return min(rough, key=lambda name: rough[name])
 
 
-def _neuroscan(path: Path) -> BaseRaw:
+def _neuroscan(path: Path) -> Signal:
     import mne
 
-    return mne.io.read_raw_cnt(path, data_format=neuroscan_data_format(path))  # type: ignore[arg-type]
+    data_format = neuroscan_data_format(path)
+    raw = mne.io.read_raw_cnt(path, data_format=data_format)  # type: ignore[arg-type]
+    marks = find_neuroscan_stops(path, float(raw.info["sfreq"]), int(data_format[3:]) // 8)
+    return RawSignal(raw, format_="neuroscan", marks=marks)
 
 
 def _fif(path: Path) -> Any:
@@ -138,7 +147,8 @@ def _eeglab(path: Path) -> Any:
         # Pass new events, because MNE refuses a file with two events at the same sample.
         events = np.column_stack([np.arange(count), np.zeros(count, int), np.ones(count, int)])
         try:
-            return mne.read_epochs_eeglab(path, events=events, event_id={"trial": 1})
+            epochs = mne.read_epochs_eeglab(path, events=events, event_id={"trial": 1})
+            return EpochsSignal(epochs, marks=find_epoch_boundaries(path))
         except ValueError as cut:
             if not (short := re.search(r"array of size (\d+) into shape \((\d+),(\d+),(\d+)\)", str(cut))):
                 raise
@@ -229,11 +239,11 @@ def _brainvision(path: Path) -> Signal:
     text = text.replace("\r\n", "\n")
     length = int(headers.ini_value(text, "SegmentDataPoints") or 0)
     if (headers.ini_value(text, "SegmentationType") or "NOTSEGMENTED").upper() == "NOTSEGMENTED" or length < 1:
-        return RawSignal(raw, keep=folder, **more)
+        return RawSignal(raw, format_="brainvision", keep=folder, **more)
     sfreq = float(raw.info["sfreq"])
     starts = range(0, raw.n_times - length + 1, length)
     segments = [Segment(start=a, stop=a + length, onset=a / sfreq) for a in starts]
-    return RawSignal(raw, segments=segments, epoched=True, keep=folder, **more)
+    return RawSignal(raw, format_="brainvision", segments=segments, epoched=True, keep=folder, **more)
 
 
 def _ant(path: Path) -> Signal:
@@ -242,7 +252,22 @@ def _ant(path: Path) -> Signal:
     raw = mne.io.read_raw_ant(path)
     units = list(raw._raw_extras[0]["orig_ch_units"])
     # MNE converts the values of these two spellings, and no others.
-    return RawSignal(raw, **read_raw_units(raw, units, [1e-6 if unit in ("uv", "µv") else 1.0 for unit in units]))
+    more = read_raw_units(raw, units, [1e-6 if unit in ("uv", "µv") else 1.0 for unit in units])
+    sfreq = float(raw.info["sfreq"])
+    start = raw.info["meas_date"].timestamp() if raw.info["meas_date"] else None
+    segments = read_ant_segments(path, int(raw.n_times), sfreq, start)
+    if segments is None:
+        return RawSignal(raw, format_="ant", **more)
+    # Triggers count the samples of the file. The table of segments has the true times.
+    triggers = [(time_of_sample(segments, sfreq, t * sfreq), length, word) for t, length, word in annotations_of(raw)]
+    return RawSignal(raw, format_="ant", segments=segments, annotations=triggers, **more)
+
+
+def _mff(path: Path) -> Signal:
+    import mne
+
+    raw = mne.io.read_raw_egi(path, events_as_annotations=True)
+    return RawSignal(raw, format_="mff", marks=find_mff_pauses(path, float(raw.info["sfreq"])))
 
 
 def _curry(path: Path) -> Any:
@@ -259,7 +284,7 @@ def _curry(path: Path) -> Any:
     ]
     types = raw.get_channel_types()
     units = [unit if kind == "eeg" else "" for unit, kind in zip(units, types, strict=True)]
-    return RawSignal(raw, **read_raw_units(raw, units, factors))
+    return RawSignal(raw, format_="curry", **read_raw_units(raw, units, factors))
 
 
 def _persyst(path: Path) -> Signal:
@@ -272,13 +297,12 @@ def _persyst(path: Path) -> Signal:
     text = text.replace("\r\n", "\n")
     table = re.search(r"^\[SampleTimes\][ \t]*\n(.*?)(?=^\[|\Z)", text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
     pairs = re.findall(r"^(\d+)=([\d.]+)", table.group(1), re.MULTILINE) if table else []
-    cuts = []
+    marks = []
     for (a, begin), (b, end) in itertools.pairwise(pairs):
         missing = (float(end) - float(begin)) % 86400 - (int(b) - int(a)) / sfreq
         if abs(missing) > 2 / sfreq:
-            cuts.append(int(b))
-    marked, skips = interruptions(raw)
-    return RawSignal(raw, segments=segments_of(raw.n_times, sfreq, cuts + marked, skips), keep=folder)
+            marks.append(Found("Persyst sample times", int(b) / sfreq))
+    return RawSignal(raw, format_="persyst", marks=marks, keep=folder)
 
 
 def _xdf(path: Path) -> Signal:
@@ -310,7 +334,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "nedf": _mne("nedf"),
     "curry": _curry,
     "egi": _mne("egi", events_as_annotations=True),
-    "mff": _mne("egi", events_as_annotations=True),
+    "mff": _mff,
     "xdf": _xdf,
 }
 """Reader of each format. A reader returns a raw or epochs object of MNE, or a `Signal`."""
@@ -372,7 +396,7 @@ def open_signal(recording: Recording) -> Signal:
         with quiet():
             path, folder = _with_its_suffix(Path(str(recording.path)), recording.format)
             opened = READERS[recording.format](path)
-            signal = opened if not hasattr(opened, "get_channel_types") else _signal_of(opened)
+            signal = opened if not hasattr(opened, "get_channel_types") else _signal_of(opened, recording.format)
             if folder is not None:
                 # Keep the link, because the open signal still reads from it.
                 signal.keep = folder
@@ -408,10 +432,10 @@ def _with_its_suffix(path: Path, format_: str) -> tuple[Path, tempfile.Temporary
     return link, folder
 
 
-def _signal_of(opened: Any) -> Signal:
+def _signal_of(opened: Any, format_: str) -> Signal:
     import mne
 
-    return RawSignal(opened) if isinstance(opened, mne.io.BaseRaw) else EpochsSignal(opened)
+    return RawSignal(opened, format_=format_) if isinstance(opened, mne.io.BaseRaw) else EpochsSignal(opened)
 
 
 def unreadable(error: BaseException) -> Reason:

@@ -187,9 +187,9 @@ def _ant(file: File) -> Recording | None:
         return None
     if file.suffix != ".cnt" and not file.head[8:16].rstrip(b"\0 ").endswith(b"CNT"):
         return None
-    return file.recording(
-        "ant", f"{file.stem}.evt", problem=headers.run_check(headers.check_ant, "ANT", file.path, file.head)
-    )
+    # The reader takes events from .evt or .trg, and the starts of segments from .seg.
+    sidecars = [f"{file.stem}.{suffix}" for suffix in ("evt", "trg", "seg")]
+    return file.recording("ant", *sidecars, problem=headers.run_check(headers.check_ant, "ANT", file.path, file.head))
 
 
 def _fif(file: File) -> Recording | None:

@@ -36,6 +36,12 @@ class Format:
     """
     suffixes: tuple[str, ...] = ()
     """File extensions that the reader accepts. A file with another extension is opened through a link."""
+    title: str = ""
+    """Name and file extensions for ``docs/formats.md``, such as ``Nexstim eXimia (`.nxe`)``."""
+    recognised_by: str = ""
+    """What in the file shows the format, for ``docs/formats.md``."""
+    compared: str = ""
+    """What in the header is compared with the size of the file, for ``docs/formats.md``."""
     package: str = ""
     """Optional package that `open` needs. If the package is not installed, the reason in the ledger names it."""
     unit_factor: float | None = None

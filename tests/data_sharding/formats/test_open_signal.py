@@ -302,14 +302,21 @@ class TestSegments:
         assert signal.info.bad_spans == [(0.5, 0.75, "BAD blink")]
         np.testing.assert_allclose(read_all(signal), raw.get_data(), atol=0.05e-6)
 
-    def test_edf_plus_record_without_onset_is_refused(self, tmp_path: Path, make_raw, write_raw) -> None:
-        path = write_raw(make_raw(2, 100, 3), tmp_path / "a.edf")
-        data = bytearray(path.read_bytes())
-        data[192:197] = b"EDF+D"
-        path.write_bytes(data)
-        if b"+0\x14\x14" in data:
-            path.write_bytes(data.replace(b"+1\x14\x14", b"xx\x14\x14", 1))
-        with pytest.raises(ReadError, match="record 2 has no onset"):
+    def test_edf_plus_record_without_onset_continues_the_record_before_it(
+        self, tmp_path: Path, make_raw, write_raw
+    ) -> None:
+        path = write_raw(make_raw(2, 100, 5), tmp_path / "a.edf")
+        data = path.read_bytes().replace(b"EDF+C", b"EDF+D", 1)
+        path.write_bytes(data.replace(b"+1\x14\x14", b"xx\x14\x14", 1))
+        signal = open_file(path)
+        assert list_segments(signal) == [(0, 500, 0.0)] and "1 records of 5 have no onset" in signal.info.notes
+        # A gap lies before or after the record, so the record becomes a segment of its own.
+        for second in (2, 3, 4):
+            data = data.replace(f"+{second}\x14\x14".encode(), f"+{second + 5}\x14\x14".encode(), 1)
+        path.write_bytes(data.replace(b"+1\x14\x14", b"xx\x14\x14", 1))
+        assert list_segments(open_file(path)) == [(0, 100, 0.0), (100, 200, 1.0), (200, 500, 7.0)]
+        path.write_bytes(data.replace(b"+0\x14\x14", b"xx\x14\x14", 1))
+        with pytest.raises(ReadError, match="record 1 has no onset"):
             open_file(path)
 
     def test_boundaries_of_eeglab_start_new_segments(self, tmp_path: Path, make_raw, write_raw) -> None:
@@ -360,7 +367,8 @@ class TestSegments:
         text = path.read_text().replace("[Binary", "SegmentationType=MARKERBASED\nSegmentDataPoints=100\n[Binary")
         path.write_text(text)
         epoched = open_file(path)
-        assert epoched.info.epoched and [s.start for s in epoched.info.segments] == [0, 100, 200, 300]
+        # The recording was stopped inside the third epoch.
+        assert epoched.info.epoched and [s.start for s in epoched.info.segments] == [0, 100, 200, 250, 300]
         assert mne.io.read_raw_brainvision(path, verbose="ERROR").n_times == 400
 
     def test_runs_of_gdf_are_segments(self, tmp_path: Path) -> None:

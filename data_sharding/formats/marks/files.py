@@ -1,0 +1,156 @@
+"""Find the marks of interruptions that MNE does not read from files of ANT, EGI, Neuroscan and EEGLAB."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from data_sharding.formats import headers
+from data_sharding.formats.marks.interruptions import Found, find_row
+from data_sharding.formats.signal import Segment
+
+SECONDS_A_DAY = 86400
+DAYS_TO_1970 = 25569
+"""Number of the first of January 1970 in the day numbers of ANT."""
+NEUROSCAN_EVENT_BYTES = {1: 8, 2: 19, 3: 19}
+"""Size of an event for each type of Neuroscan's event table."""
+NEUROSCAN_STOPS = {0xB: "correction of the DC offset", 0xE: "discontinuity"}
+"""Codes of Neuroscan events at which the signal is interrupted."""
+
+
+def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | None) -> list[Segment] | None:
+    """Read the table of segments (``.seg``) beside an ANT file.
+
+    Parameters
+    ----------
+    path : Path
+        The ``.cnt`` file.
+    n_samples : int
+        Number of samples of the recording.
+    sfreq : float
+        Sampling rate in Hz.
+    start : float or None
+        Start of the recording in seconds since 1970; None if it is unknown.
+
+    Returns
+    -------
+    list of Segment or None
+        Segments, with their true onsets if `start` is known. None if there is no table, or if the table does not fit to
+        the signal.
+
+    Notes
+    -----
+    The table has a line for each segment but the first: start as a day number and a fraction of a second, and number of
+    samples.
+    """
+    table = path.with_suffix(".seg")
+    if not table.is_file():
+        return None
+    lines = re.findall(r"^\s*(\d+(?:\.\d+)?)\s+(\d+(?:\.\d+)?)\s+(\d+)\s*$", table.read_text("latin-1"), re.MULTILINE)
+    counts = [int(count) for _, _, count in lines]
+    first = n_samples - sum(counts)
+    if not lines or first <= 0 or min(counts) <= 0:
+        return None
+    segments = [Segment(start=0, stop=first, onset=0.0)]
+    for (day, fraction, _), count in zip(lines, counts, strict=True):
+        last = segments[-1]
+        begin = last.onset + (last.stop - last.start) / sfreq
+        if start is not None:
+            seconds = (float(day) - DAYS_TO_1970) * SECONDS_A_DAY + float(fraction)
+            begin = max(begin, round(seconds - start, 6))
+        segments.append(Segment(start=last.stop, stop=last.stop + count, onset=begin))
+    return segments
+
+
+def find_mff_pauses(path: Path, sfreq: float) -> list[Found]:
+    """Find the pauses between the epochs of an MFF recording.
+
+    Parameters
+    ----------
+    path : Path
+        The MFF folder.
+    sfreq : float
+        Sampling rate in Hz.
+
+    Returns
+    -------
+    list of Found
+        Pauses, to the sample. MNE fills a pause with zeros, and its annotation begins half a sample early.
+    """
+    from mffpy.xml_files import XML
+
+    epochs = XML.from_file(str(path / "epochs.xml")).epochs
+    spans = [tuple(int(t) // 1000 * int(sfreq) // 1000 for t in (e.beginTime, e.endTime)) for e in epochs]
+    ends = [0, *(end for _, end in spans)]
+    return [
+        Found("MFF pause", end / sfreq, (begin - end) / sfreq, "pause")
+        for end, (begin, _) in zip(ends, spans, strict=False)
+        if begin > 0
+    ]
+
+
+def find_neuroscan_stops(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
+    """Find the discontinuities in the event table of a Neuroscan file.
+
+    Parameters
+    ----------
+    path : Path
+        The ``.cnt`` file.
+    sfreq : float
+        Sampling rate in Hz.
+    n_bytes : int
+        Number of bytes of a sample of one channel.
+
+    Returns
+    -------
+    list of Found
+        Discontinuities.
+    """
+    with path.open("rb") as stream:
+        head = stream.read(900)
+        n, at = struct.unpack_from("<H", head, 370)[0], struct.unpack_from("<I", head, 886)[0]
+        stream.seek(at)
+        table = stream.read(headers.MAX_READ)
+    if at < 900 or len(table) < 9 or table[0] not in NEUROSCAN_EVENT_BYTES:
+        return []
+    kind, size = table[0], NEUROSCAN_EVENT_BYTES[table[0]]
+    count = min(struct.unpack_from("<i", table, 1)[0], len(table) - 9) // size
+    found = []
+    for i in range(max(count, 0)):
+        _, _, code, offset = struct.unpack_from("<HBBi", table, 9 + i * size)
+        if code >> 4 in NEUROSCAN_STOPS:
+            sample = offset if kind == 3 else (offset - 900 - 75 * n) // (n * n_bytes)
+            found.append(Found("Neuroscan stop", sample / sfreq, 0.0, NEUROSCAN_STOPS[code >> 4]))
+    return found
+
+
+def find_epoch_boundaries(path: Path, annotations: Any = None) -> list[Found]:
+    """Find the boundary events inside the epochs of an EEGLAB file.
+
+    Parameters
+    ----------
+    path : Path
+        The ``.set`` file.
+    annotations : mne.Annotations, optional
+        Events of the file, if they are already read.
+
+    Returns
+    -------
+    list of Found
+        Cuts inside epochs; their times count the samples of all epochs.
+    """
+    import mne
+
+    if annotations is None:
+        try:
+            annotations = mne.read_annotations(path)
+        except Exception:
+            return []  # The file has no events that can be read, so no event is a boundary.
+    found = []
+    for onset, text in zip(annotations.onset, annotations.description, strict=True):
+        row = find_row("eeglab", str(text))
+        if row is not None and row.removed:
+            found.append(Found(row.name, float(onset), 0.0, str(text)))
+    return found

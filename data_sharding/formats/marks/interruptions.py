@@ -1,0 +1,359 @@
+"""The table of interruptions and bad marks: what divides a recording of each format, and what marks a part as bad.
+
+`TABLE` is the only place that says what a mark does. A reader finds marks and names the rows of the table;
+`divide` turns them into segments, bad spans and notes. ``docs/formats.md`` shows the same table.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from data_sharding.formats.signal import Segment
+
+
+class Effect(enum.Enum):
+    """What a mark does."""
+
+    CUT = "a new segment begins there"
+    GAP = "the span is cut out, and a new segment begins after it"
+    BAD = "windows that overlap the span are left out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """One row of the table."""
+
+    name: str
+    """Unique name of the row."""
+    formats: tuple[str, ...] = ()
+    """Names of the formats that have this mark; empty for every format with annotations."""
+    sign: str
+    """What the file holds, in words for the user."""
+    effect: Effect
+    """What the mark does. A gap or a bad span without a length is a cut or a note: see `divide`."""
+    words: re.Pattern[str] | None = None
+    """Text of the annotation, which the whole text must match. None if the reader finds the mark in another way."""
+    removed: bool = False
+    """Whether the duration of the mark is the length of signal that is not in the file."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A mark in a recording."""
+
+    name: str
+    """Name of the row in the table."""
+    begin: float
+    """Time of the mark, in seconds from the recording's beginning."""
+    length: float = 0.0
+    """Length of the mark in seconds."""
+    text: str = ""
+    """Text of the mark."""
+
+
+PREFIX = r"(?:[^/,:;|\\]*[/,:;|\\])*\s*"
+"""Text before the mark's own word, such as the type of a BrainVision marker: ``Comment/`` or ``Comment,``."""
+BAD_WORD = re.compile(
+    PREFIX + r"(?:[Bb][Aa][Dd](?![A-Za-z])|[Bb]ad(?=[A-Z])"
+    r"|[Bb][Aa][Dd](?i:s|seg|segments?|intervals?|epochs?|trials?|spans?|blocks?|data|channels?)(?![A-Za-z])).*",
+    re.DOTALL,
+)
+"""Text of an annotation that marks a bad span. The word begins the text or follows a prefix. The word
+``badge`` is no such word."""
+SKIP_WORDS = re.compile(PREFIX + r"bad[_ ]acq[_ ]skip.*", re.IGNORECASE | re.DOTALL)
+JOIN_WORDS = re.compile(PREFIX + r"(bad|edge)[_ ]boundary", re.IGNORECASE)
+BOUNDARY_WORD = re.compile(PREFIX + r"boundary", re.IGNORECASE)
+NEW_SEGMENT_WORDS = re.compile(PREFIX + r"new segment(/.*)?", re.IGNORECASE | re.DOTALL)
+
+
+def _codes(numbers: Iterable[int]) -> re.Pattern[str]:
+    """Return a pattern for annotations whose text is one of these numbers."""
+    return re.compile("|".join(str(number) for number in numbers))
+
+
+GDF_ARTEFACTS = (*range(0x0101, 0x0110), 0x03FF)
+"""Event codes of GDF for artefacts of eye, heart, muscle and movement, and for a rejected trial."""
+
+TABLE: tuple[Mark, ...] = (
+    Mark(
+        name="acquisition skip",
+        sign="annotation `BAD_ACQ_SKIP`",
+        effect=Effect.GAP,
+        words=SKIP_WORDS,
+    ),
+    Mark(
+        name="join",
+        sign="annotation `BAD boundary` or `EDGE boundary`",
+        effect=Effect.GAP,
+        words=JOIN_WORDS,
+    ),
+    Mark(
+        name="boundary",
+        sign="annotation `boundary`; its duration is the length of the removed signal",
+        effect=Effect.CUT,
+        words=BOUNDARY_WORD,
+        removed=True,
+    ),
+    Mark(
+        name="new segment",
+        sign="annotation or marker `New Segment`",
+        effect=Effect.CUT,
+        words=NEW_SEGMENT_WORDS,
+    ),
+    Mark(
+        name="bad span",
+        sign="annotation that begins with the word `BAD`, also after a prefix: `BAD_move`, `Comment/bad blink`, "
+        "`Bad Interval`",
+        effect=Effect.BAD,
+        words=BAD_WORD,
+    ),
+    Mark(
+        name="numeric boundary",
+        formats=("eeglab",),
+        sign="boundary event with the numeric type -99; its duration is the length of the removed signal",
+        effect=Effect.CUT,
+        words=re.compile(r"-99(\.0*)?"),
+        removed=True,
+    ),
+    Mark(
+        name="record times",
+        formats=("edf", "bdf"),
+        sign="onsets of the records that jump, in EDF+D and EDF+C alike; the new segment gets its true onset",
+        effect=Effect.CUT,
+    ),
+    Mark(
+        name="new epoch",
+        formats=("bdf",),
+        sign="Status channel of a BioSemi amplifier: bit 16 (new epoch) rises",
+        effect=Effect.CUT,
+    ),
+    Mark(
+        name="CMS out of range",
+        formats=("bdf",),
+        sign="Status channel of a BioSemi amplifier: bit 20 (CMS in range) is low",
+        effect=Effect.GAP,
+    ),
+    Mark(
+        name="GDF new segment",
+        formats=("gdf",),
+        sign="event 0x7ffe",
+        effect=Effect.CUT,
+        words=_codes([0x7FFE]),
+    ),
+    Mark(
+        name="GDF artefact",
+        formats=("gdf",),
+        sign="event 0x0101 to 0x010f (artefact) or 0x03ff (rejected trial), up to its duration or its end event",
+        effect=Effect.BAD,
+        words=_codes(GDF_ARTEFACTS),
+    ),
+    Mark(
+        name="GDF missing samples",
+        formats=("gdf",),
+        sign="values outside the digital range, or at its limit in every electrode: coded as missing",
+        effect=Effect.GAP,
+    ),
+    Mark(
+        name="MFF pause",
+        formats=("mff",),
+        sign="pause between two epochs of `epochs.xml`",
+        effect=Effect.GAP,
+    ),
+    Mark(
+        name="ANT restart",
+        formats=("ant",),
+        sign="trigger `__` (discontinuity) or `Rs` (reset of the amplifier), or a measurement of the impedances",
+        effect=Effect.CUT,
+        words=re.compile(r"(__|Rs|impedance)(/.*)?", re.IGNORECASE | re.DOTALL),
+    ),
+    Mark(
+        name="ANT disconnection",
+        formats=("ant",),
+        sign="span from `Amplifier disconnected` to `Amplifier reconnected`",
+        effect=Effect.GAP,
+        words=re.compile(r"BAD_disconnection|amplifier (dis|re)connected", re.IGNORECASE),
+    ),
+    Mark(
+        name="ANT segment table",
+        formats=("ant",),
+        sign="table of segments (`.seg`) beside the file; the new segment gets its true onset",
+        effect=Effect.CUT,
+    ),
+    Mark(
+        name="Neuroscan stop",
+        formats=("neuroscan",),
+        sign="event for a discontinuity or for a correction of the DC offset",
+        effect=Effect.CUT,
+    ),
+    Mark(
+        name="Persyst sample times",
+        formats=("persyst",),
+        sign="table of sample times with a jump",
+        effect=Effect.CUT,
+    ),
+    Mark(
+        name="Nihon Kohden block",
+        formats=("nihon",),
+        sign="beginning of a data block",
+        effect=Effect.CUT,
+    ),
+    Mark(
+        name="XDF time stamps",
+        formats=("xdf",),
+        sign="time stamps of the stream that show missing samples",
+        effect=Effect.CUT,
+    ),
+    Mark(
+        name="epochs",
+        formats=("brainvision", "eeglab", "curry", "fif"),
+        sign="epochs: each epoch is a segment",
+        effect=Effect.CUT,
+    ),
+)
+"""All marks. The first row that fits an annotation decides; rows of the format itself come before the general rows."""
+ROWS = {mark.name: mark for mark in TABLE}
+
+
+def find_row(format_: str, text: str) -> Mark | None:
+    """Find the row of the table for an annotation.
+
+    Parameters
+    ----------
+    format_ : str
+        Name of the format; an empty string for a recording in memory.
+    text : str
+        Text of the annotation.
+
+    Returns
+    -------
+    Mark or None
+        The row; None if the annotation is no mark of this format.
+    """
+    text = text.strip()
+    rows = [mark for mark in TABLE if format_ in mark.formats] + [mark for mark in TABLE if not mark.formats]
+    return next((mark for mark in rows if mark.words is not None and mark.words.fullmatch(text)), None)
+
+
+def find_marks(format_: str, annotations: Iterable[tuple[float, float, str]]) -> list[Found]:
+    """Find the marks among the annotations of a recording.
+
+    Parameters
+    ----------
+    format_ : str
+        Name of the format; an empty string for a recording in memory.
+    annotations : iterable of (float, float, str)
+        Onset in seconds from the recording's beginning, duration in seconds, and text.
+
+    Returns
+    -------
+    list of Found
+        The marks.
+    """
+    rows: dict[str, Mark | None] = {}
+    found = []
+    for onset, duration, text in annotations:
+        if text not in rows:
+            rows[text] = find_row(format_, text)
+        if (row := rows[text]) is not None and math.isfinite(onset):
+            length = duration if math.isfinite(duration) and duration > 0 and not row.removed else 0.0
+            found.append(Found(row.name, onset, length, text.strip()))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """Result of `divide`."""
+
+    segments: list[Segment]
+    """Segments of the recording in the order of time."""
+    bad_spans: list[tuple[float, float, str]]
+    """Bad spans: start and end in seconds from the recording's beginning, and text."""
+    notes: list[str]
+    """Notes for the ledger."""
+
+
+def divide(whole: Sequence[Segment], sfreq: float, found: Iterable[Found]) -> Division:
+    """Divide segments at the marks of the recording.
+
+    Parameters
+    ----------
+    whole : sequence of Segment
+        Segments that the file itself describes; one segment for a file without gaps.
+    sfreq : float
+        Sampling rate in Hz.
+    found : iterable of Found
+        Marks of the recording.
+
+    Returns
+    -------
+    Division
+        Segments, bad spans and notes. A gap without a length is a cut. A bad mark without a length says nothing about
+        the samples around it, so it gives a note.
+    """
+    edges: set[int] = set()
+    gaps: list[tuple[int, int]] = []
+    bad: list[tuple[float, float, str]] = []
+    empty: Counter[str] = Counter()
+    for mark in found:
+        effect = ROWS[mark.name].effect
+        if effect is Effect.BAD and mark.length > 0:
+            bad.append((mark.begin, mark.begin + mark.length, mark.text))
+        elif effect is Effect.BAD:
+            empty[mark.text] += 1
+        else:
+            begin, end = (_sample_at(whole, sfreq, t) for t in (mark.begin, mark.begin + mark.length))
+            edges |= {begin, end} if effect is Effect.GAP else {begin}
+            if effect is Effect.GAP and end > begin:
+                gaps.append((begin, end))
+    cuts, gaps = sorted(edges), _merge(gaps)
+    ends = [end for _, end in gaps]
+    segments = []
+    for segment in whole:
+        inner = cuts[bisect.bisect_right(cuts, segment.start) : bisect.bisect_left(cuts, segment.stop)]
+        for a, b in itertools.pairwise([segment.start, *inner, segment.stop]):
+            after = bisect.bisect_right(ends, a)  # the first gap that ends after the sample a
+            if after == len(gaps) or gaps[after][0] > a:
+                segments.append(Segment(start=a, stop=b, onset=segment.onset + (a - segment.start) / sfreq))
+    return Division(
+        segments=segments, bad_spans=sorted(bad), notes=[_empty_note(*item) for item in sorted(empty.items())]
+    )
+
+
+def _empty_note(text: str, count: int) -> str:
+    if count == 1:
+        return f"the mark '{text}' has no duration, so no span is left out"
+    return f"{count} marks '{text}' have no duration, so no span is left out"
+
+
+def _merge(gaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sort gaps, and join those that touch or overlap."""
+    out: list[tuple[int, int]] = []
+    for begin, end in sorted(gaps):
+        if out and begin <= out[-1][1]:
+            out[-1] = (out[-1][0], max(end, out[-1][1]))
+        else:
+            out.append((begin, end))
+    return out
+
+
+def _sample_at(segments: Sequence[Segment], sfreq: float, seconds: float) -> int:
+    """Return the first sample at or after a time. For a time between two segments, this is the second one's start."""
+    onsets = [segment.onset for segment in segments]
+    at = max(bisect.bisect_right(onsets, seconds + 1e-3 / sfreq) - 1, 0)
+    # Rounding errors of the time must not lead to the next sample.
+    sample = segments[at].start + math.ceil((seconds - segments[at].onset) * sfreq - 1e-3)
+    return min(sample, segments[at].stop)
+
+
+def time_of_sample(segments: Sequence[Segment], sfreq: float, sample: float) -> float:
+    """Return the time of a sample, in seconds from the recording's beginning."""
+    starts = [segment.start for segment in segments]
+    segment = segments[max(bisect.bisect_right(starts, sample + 1e-3) - 1, 0)]
+    return segment.onset + (sample - segment.start) / sfreq
