@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 
 from data_sharding.common.errors import EXIT_DONE, RequestError, run_main
+from data_sharding.common.stop import end_command
 from launch.stages import STAGES
 
 
@@ -59,10 +58,14 @@ def _dispatch(argv: list[str]) -> int:
         print(help_text())
         return EXIT_DONE
     if argv[0] in ("-V", "--version"):
+        from importlib import metadata
+
         print(f"dreamscale {metadata.version('dreamscale')}")
         return EXIT_DONE
     name, words = argv[0], argv[1:]
     if name not in STAGES:
+        import difflib
+
         near = difflib.get_close_matches(name, STAGES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "'dreamscale --help' lists the commands"
         raise RequestError(f"unknown command '{name}'; {hint}")
@@ -92,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     int
         Exit code: 0 done, 1 failed, 2 wrong request, 3 too many recordings set aside, 75 stopped on request.
     """
-    return run_main(_dispatch, argv)
+    code = run_main(_dispatch, argv)
+    return end_command(code) if argv is None else code
 
 
 if __name__ == "__main__":

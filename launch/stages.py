@@ -31,7 +31,7 @@ STAGES: dict[str, Stage] = {
         help="run all stages, from EEG to images, on simulated recordings",
     ),
     "shard": Stage(
-        module="data_sharding.job.run",
+        module="data_sharding.__main__",
         config="data_sharding.job.request:ShardConfig",
         usage="CONFIG --output DIR",
         help="turn recordings of any maker into a dataset; Ray distributes the work",

@@ -152,7 +152,7 @@ def build_command(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
     """
     python, arguments = shlex.quote(config.python), shlex.join(words)
     if stage.launcher is None:
-        name = "data_sharding" if stage.module == "data_sharding.job.run" else stage.module
+        name = stage.module.removesuffix(".__main__")
         joined = " --ray.address auto" if config.scheduler == "ray" else ""
         return f"{python} -m {name} {arguments}{joined}"
     if config.scheduler == "ray":

@@ -25,8 +25,12 @@ class RankError(RequestError):
     """A `RequestError` that only one training process finds. This process must print the error itself."""
 
 
-class StopRequested(Exception):
-    """Raised after a signal to stop. All finished work is kept, and the same command resumes the work."""
+class StopRequested(BaseException):
+    """Raised after a signal to stop. All finished work is kept, and the same command resumes the work.
+
+    Like `KeyboardInterrupt`, this class is no `Exception`: the exception may be raised inside of a library, and
+    libraries catch every `Exception` in many places.
+    """
 
 
 def one_line(text: object) -> str:

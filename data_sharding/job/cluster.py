@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
-from data_sharding.common.errors import RequestError, StopRequested, one_line
+from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.reason import Reason
+from data_sharding.common.stop import check_stop, find_child_processes, kill_processes, raise_on_stop_signals
 from data_sharding.common.storage import FULL, is_storage_error
 from data_sharding.job.isolation import ChildFailed
 
@@ -58,33 +56,11 @@ class RayConfig:
 
 
 @contextlib.contextmanager
-def raise_on_stop_signals() -> Iterator[None]:
-    """Raise `StopRequested` if SIGTERM or SIGINT arrives during the ``with`` block.
-
-    Yields
-    ------
-    None
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise StopRequested(
-            f"{signal.Signals(number).name}: finished recordings are kept; run the same command to resume"
-        )
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
 def ray_session(config: RayConfig) -> Iterator[int]:
     """Connect to a Ray cluster, or start one. The connection ends with the ``with`` block, also after an error.
+
+    The processes of a cluster that this function has started end with the block, too. A signal to stop may arrive while
+    Ray starts. Then Ray may not know yet all processes that it has started, so this function looks for them.
 
     Parameters
     ----------
@@ -121,17 +97,24 @@ def ray_session(config: RayConfig) -> Iterator[int]:
             "include_dashboard": False,
             "object_store_memory": 128 * 2**20,
         }
+    others = find_child_processes()
     try:
-        ray.init(**options)
-    except Exception as error:  # Ray raises many types of errors, sometimes a plain Exception
-        where = f"ray.address '{address}'" if address else "a local Ray"
-        raise RequestError(f"{where} could not be reached or started: {one_line(error)[:300]}") from None
-    try:
+        try:
+            ray.init(**options)
+        except (Exception, SystemExit) as error:  # Ray raises many types of errors, sometimes a plain Exception
+            check_stop()
+            where = f"ray.address '{address}'" if address else "a local Ray"
+            raise RequestError(f"{where} could not be reached or started: {one_line(error)[:300]}") from None
         # Ray installs its own handler for SIGTERM, which would end the job without a message.
         with raise_on_stop_signals():
             yield config.max_in_flight or 2 * _slots(config)
     finally:
-        ray.shutdown()
+        known = {process.pid for process in others}
+        started = [process for process in find_child_processes() if process.pid not in known]
+        try:
+            ray.shutdown()
+        finally:
+            kill_processes(started, kept=others)
 
 
 def _slots(config: RayConfig) -> int:
@@ -255,6 +238,7 @@ def run_tasks(
         while waiting and len(running) < in_flight:
             key, argument = waiting.popleft()
             running[remote.remote(argument)] = (key, argument)
+        check_stop()
         if look:
             look(len(running))
         finished: list[Any] = ray.wait(list(running), num_returns=1, timeout=0.5)[0]

@@ -19,11 +19,12 @@ import numpy as np
 from data_sharding.audit.duplicates import RecordingFingerprint, find_duplicates, preference
 from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
 from data_sharding.audit.fingerprints import write_fingerprints
-from data_sharding.common.config import command
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError, run_main
 from data_sharding.common.files import digest_of, sha256_file
 from data_sharding.common.progress import JobProgress, progress
 from data_sharding.common.reason import Reason
+from data_sharding.common.stop import check_stop, raise_on_stop_signals
 from data_sharding.common.storage import (
     AnyPath,
     deliver,
@@ -51,7 +52,6 @@ from data_sharding.job.announce import describe_empty_splits
 from data_sharding.job.cluster import (
     ClusterFailed,
     find_missing_on_nodes,
-    raise_on_stop_signals,
     ray_session,
     run_tasks,
     say,
@@ -395,6 +395,7 @@ def _publish(
         )
         write_report(folder / REPORT, rows, manifest, root=output)
         manifest.write(folder)
+        check_stop()
         for name in (LEDGER, FINGERPRINTS, REPORT, MANIFEST):
             deliver(folder / name, output / name)
     remove_tree(output / WORK)
@@ -464,6 +465,7 @@ def run(config: ShardConfig) -> int:
     with raise_on_stop_signals():
         say(f"listing recordings in {', '.join(corpus.root for corpus in config.corpora)}")
         plan = make_plan(config)
+        check_stop()
         for line in plan.subjects:
             say(line)
         if manifest := _find_finished(config, plan, output):
@@ -575,4 +577,13 @@ def shard(config: ShardConfig) -> int:
     return EXIT_FAILED
 
 
-main = command(ShardConfig, shard, prog="dreamscale shard", aliases={"-o": "output"})
+def parse_and_shard(words: list[str]) -> int:
+    """Run the sharding job with the arguments of a command line, and return the exit code."""
+    return shard(
+        parse_config(ShardConfig, words, prog="dreamscale shard", positionals=("config",), aliases={"-o": "output"})
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``dreamscale shard`` in this process, and return its exit code."""
+    return run_main(parse_and_shard, argv)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -174,6 +176,74 @@ def test_the_driver_is_killed(drill: Drill, undisturbed: dict[str, str]) -> None
     # nothing.
     left = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and "Agent" not in p.name()]
     assert not left
+
+
+MOMENTS = {
+    "at the start": ("", "", 0.0, signal.SIGTERM),
+    "while files are listed": ("listing recordings", "", 0.0, signal.SIGINT),
+    "before Ray starts": ("starting Ray", "", 0.0, signal.SIGINT),
+    "while Ray starts": ("starting Ray", "", 1.0, signal.SIGTERM),
+    "a little later": ("starting Ray", "", 2.0, signal.SIGINT),
+    "when Ray has started": ("reading recordings", "", 0.0, signal.SIGTERM),
+    "while recordings are read": ("", "rows/*.jsonl", 0.2, signal.SIGINT),
+    "while shards are written": ("", "shards/*/*.json", 0.0, signal.SIGTERM),
+}
+"""Moments of a job: the line on stderr or the file in the working folder to wait for, seconds to wait after this, and
+the signal to send."""
+
+
+def stop_at(drill: Drill, output: Path, moment: str, words: list[str]) -> None:
+    """Start a job, send a signal at a moment of `MOMENTS`, and check the exit code, the message and the processes.
+
+    Ctrl-C in a terminal sends a signal to all processes of the job. SIGTERM goes to its main process.
+    """
+    line, file, seconds, number = MOMENTS[moment]
+    log = drill.folder / "stopped.log"
+    with log.open("w") as stream:
+        command = [sys.executable, *words, str(drill.config), "--output", str(output)]
+        process = subprocess.Popen(command, stderr=stream, start_new_session=True)
+
+    def reached() -> bool:
+        there = handles_signals(process.pid) and line in log.read_text()
+        return process.poll() is not None or (there and (not file or any((output / ".work").glob(file))))
+
+    until(reached)
+    time.sleep(seconds)
+    assert process.poll() is None
+    others = psutil.Process(process.pid).children(recursive=True)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            others += psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.02)
+    text = log.read_text()
+    said = [entry for entry in text.splitlines() if entry.startswith("dreamscale:")]
+    assert process.returncode == 75 and "Traceback" not in text, text
+    assert len(said) == 1 and number.name in said[0] and "run the same command" in said[0], text
+    for other in others:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            assert other.status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_job_can_be_stopped_at_any_moment(drill: Drill, undisturbed: dict[str, str]) -> None:
+    output = drill.folder / "stopped"
+    programs = itertools.cycle([["-m", "data_sharding"], ["-m", "launch", "shard"]])
+    for moment, words in zip(MOMENTS, programs, strict=False):
+        stop_at(drill, output, moment, words)
+    drill.run(output)
+    assert bytes_of(output) == undisturbed
+
+
+def handles_signals(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) & 1 << (signal.SIGTERM - 1))
+    return False
 
 
 def test_a_full_disk_stops_the_job_until_there_is_space(drill: Drill, undisturbed: dict[str, str]) -> None:

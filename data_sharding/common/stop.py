@@ -1,0 +1,215 @@
+"""Stop a command at any moment by SIGTERM or Ctrl-C.
+
+A signal raises `StopRequested` in the main thread. This exception can be lost: a library that is just being imported or
+started may catch it, or may have replaced the signal handler. So each signal is also written to a pipe, which a thread
+reads. The command looks at this record between its steps (`check_stop`). If the command has not ended some seconds
+after the signal, the thread ends the process and all its child processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+from data_sharding.common.errors import EXIT_STOPPED, StopRequested
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRACE_S = 8.0
+"""Seconds after a signal in which the command can end by itself. Docker kills a process 10 s after its signal."""
+SAME_REQUEST_S = 2.0
+"""Signals within this number of seconds count as one request: a terminal and a batch system may both send one."""
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class _Stop:
+    """The request to stop this process."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.raised_at: float | None = None
+        self.ended = threading.Event()
+        self.lock = threading.Lock()
+        self.read, self.write = os.pipe()
+        os.set_blocking(self.read, False)
+        os.set_blocking(self.write, False)
+
+    def look(self) -> bool:
+        """Read the signals that were written to the pipe; return whether a request to stop has arrived."""
+        with self.lock, contextlib.suppress(BlockingIOError):
+            for number in os.read(self.read, 100):
+                if number in SIGNALS:
+                    self.number = number
+        return self.number is not None
+
+    def error(self) -> StopRequested:
+        assert self.number is not None
+        name = signal.Signals(self.number).name
+        return StopRequested(f"{name}: all finished work is kept; run the same command to resume")
+
+    def handle(self, number: int, _: FrameType | None) -> None:
+        self.number = number
+        if self.raised_at is None:
+            self.raised_at = time.monotonic()
+            raise self.error()
+        if time.monotonic() - self.raised_at > SAME_REQUEST_S:
+            self.end_now()
+
+    def watch(self) -> None:
+        """Wait for a signal, and then for the end of the command. Runs in a thread."""
+        while not self.ended.is_set():
+            select.select([self.read], [], [])
+            if self.look() and not self.ended.wait(GRACE_S):
+                self.end_now()
+        os.close(self.read)
+
+    def end_now(self) -> None:
+        """End this process and its child processes."""
+        show_cursor = "\033[?25h" if sys.stderr.isatty() else ""  # A live display may have hidden the cursor.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{show_cursor}dreamscale: stopped on request; {self.error()}\n".encode())
+        kill_processes(find_child_processes())
+        os._exit(EXIT_STOPPED)
+
+
+_stop: _Stop | None = None
+_was_stopped = False
+
+
+@contextlib.contextmanager
+def raise_on_stop_signals() -> Iterator[None]:
+    """Raise `StopRequested` if SIGTERM or SIGINT arrives during the ``with`` block.
+
+    An inner block installs the handlers of the outermost block again, in case that a library has replaced them.
+
+    Yields
+    ------
+    None
+
+    Raises
+    ------
+    StopRequested
+        During the block, or at its end if the exception of the signal was lost.
+    """
+    global _stop, _was_stopped
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    outermost = _stop is None
+    stop = _stop = _stop or _Stop()
+    before: dict[int, Any] = {number: signal.signal(number, stop.handle) for number in SIGNALS}
+    if not outermost:
+        try:
+            check_stop()
+            yield
+        except (Exception, SystemExit):
+            check_stop()  # After a request to stop, other errors are only its consequences.
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return
+    wakeup = signal.set_wakeup_fd(stop.write, warn_on_full_buffer=False)
+    threading.Thread(target=stop.watch, daemon=True, name="stop").start()
+    try:
+        yield
+        check_stop()
+    except (Exception, SystemExit):
+        check_stop()
+        raise
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _was_stopped = stop.look()
+        stop.ended.set()
+        os.close(stop.write)  # This ends the thread's wait for the pipe.
+        _stop = None
+
+
+def check_stop() -> None:
+    """Raise `StopRequested` if a signal has arrived since the beginning of the outermost block.
+
+    Raises
+    ------
+    StopRequested
+        If SIGTERM or SIGINT has arrived.
+    """
+    if _stop is not None and _stop.look():
+        raise _stop.error()
+
+
+def end_command(code: int) -> int:
+    """Ignore further signals, because the command has ended and a signal must not change its exit code.
+
+    After a stop, the process ends at once. Libraries that a signal has interrupted while they started may crash at the
+    regular end of the interpreter: Ray has crashed it.
+
+    Parameters
+    ----------
+    code : int
+        Exit code of the command.
+
+    Returns
+    -------
+    int
+        The exit code, if the process may end in the regular way.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    if _was_stopped:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
+
+
+def find_child_processes() -> list[Any]:
+    """Return all child processes of this process, and their child processes, as `psutil.Process` objects."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process().children(recursive=True)
+    return []
+
+
+def kill_processes(processes: Iterable[Any], *, kept: Iterable[Any] = (), tries: int = 20) -> None:
+    """Kill child processes, and all processes that they have started.
+
+    Parameters
+    ----------
+    processes : iterable of psutil.Process
+        The processes to kill.
+    kept : iterable of psutil.Process
+        Child processes that must not be killed.
+    tries : int
+        How often this function looks for further child processes.
+    """
+    import psutil
+
+    own = {process.pid for process in kept}
+    subreaper = sys.platform == "linux"
+    if subreaper:
+        # Processes whose parent is killed become child processes of this process, so they can be found.
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    left = list(processes)
+    for _ in range(tries):
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(left, timeout=0.5)
+        left = [p for p in find_child_processes() if p.pid not in own]
+        if not left:
+            break
+    if subreaper:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)

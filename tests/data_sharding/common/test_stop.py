@@ -1,0 +1,91 @@
+"""Tests of requests to stop that a library swallows, hides or delays. Each test signals a real process."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+COMMAND = """
+import signal, subprocess, sys, time
+from data_sharding.common import stop
+from data_sharding.common.errors import run_main
+stop.GRACE_S = 1.0
+def wait(seconds):
+    print("ready", flush=True)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.05)
+def command(words):
+    with stop.raise_on_stop_signals():
+        {body}
+    return 0
+sys.exit(stop.end_command(run_main(command)))
+"""
+BODIES = {
+    "the exception reaches the command": "wait(60)",
+    "a library catches every exception": """
+        try:
+            wait(60)
+        except BaseException:
+            pass
+        stop.check_stop()
+        wait(60)""",
+    "another error follows": """
+        try:
+            wait(60)
+        finally:
+            raise ValueError("not ready")""",
+    "a library has replaced the handler": """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        wait(0.5)
+        with stop.raise_on_stop_signals():
+            wait(60)""",
+    "the handler of the library exits": """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: sys.exit(number))
+        wait(60)""",
+    "the command hangs, and so do its child processes": """
+        ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+        spawn = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {ignore!r}]).wait()"
+        child = subprocess.Popen([sys.executable, "-c", spawn])
+        while True:
+            try:
+                wait(60)
+            except BaseException:
+                pass""",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
+def test_a_stop_is_never_lost(body: str, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", COMMAND.replace("{body}", body.strip())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        if "child" in body:
+            while len(psutil.Process(process.pid).children(recursive=True)) < 2:
+                time.sleep(0.01)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert err == (
+        f"dreamscale: stopped on request; {number.name}: all finished work is kept; run the same command to resume\n"
+    )
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            assert child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_command_without_a_stop_keeps_its_exit_code_and_errors() -> None:
+    for body, code in {"return 3": 3, "raise SystemExit(4)": 4}.items():
+        done = subprocess.run([sys.executable, "-c", COMMAND.replace("{body}", body)], capture_output=True, check=False)
+        assert done.returncode == code and not done.stderr
