@@ -13,6 +13,7 @@ from data_sharding.common.files import read_json
 from pretrain.runs.checkpoint import MANIFEST, CheckpointReader, complete_checkpoints
 from pretrain.runs.stored_config import load_stored_config
 from pretrain.training.config import PretrainConfig
+from pretrain.training.data_summary import check_licenses, describe_people_in_words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,9 @@ class ExportConfig:
     """Run directory of 'dreamscale pretrain'. The pretraining may still be running."""
     output: str
     """Directory for the encoder package; an existing encoder package is replaced."""
+    allowed_licenses: list[str] | None = None
+    """Licences that the training data may have, as glob patterns: [CC0*, CC-BY-*]. The export is refused if a recording
+    has another licence, or no known licence. By default, the list in the run's config."""
     program: bool = True
     """Also write encoder.pt2, a program that needs only PyTorch to run."""
 
@@ -140,6 +144,7 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         f"- Dataset id `{data['dataset_id']}`",
         f"- Training: {windows.get('train', 0):,} windows, {hours.get('train', 0.0):.2f} hours"
         + (f", {data['subjects']} subjects" if data.get("subjects") is not None else ""),
+        *describe_people_in_words(data.get("people") or {}),
         f"- Seen in training: {saved['epochs']:.1f} passes, {data['hours_seen']:.2f} hours",
         *(
             f"- Held out ({split}): {windows[split]:,} windows, {hours[split]:.2f} hours"
@@ -196,11 +201,15 @@ def export(config: ExportConfig) -> int:
     Raises
     ------
     RequestError
-        If the run has no checkpoint, or if the output exists and is not an encoder package.
+        If the run has no checkpoint, if the output exists and is not an encoder package, or if the training data have
+        a licence that is not allowed.
     """
     from pretrain.encoder.package import check_output
 
     run_config, checkpoint, saved = read_run(config.run)
+    allowed = run_config.allowed_licenses if config.allowed_licenses is None else config.allowed_licenses
+    licenses = (saved["data"].get("people") or {}).get("license")
+    check_licenses(allowed, licenses, config.run)
     output = check_output(config.output)
     import json
 
@@ -217,7 +226,12 @@ def export(config: ExportConfig) -> int:
         output,
         card=model_card(run_config, saved, metrics, count_parameters(encoder)),
         program=config.program,
-        extra={"step": saved["step"], "dataset_id": saved["data"]["dataset_id"], "run": Path(config.run).name},
+        extra={
+            "step": saved["step"],
+            "dataset_id": saved["data"]["dataset_id"],
+            "run": Path(config.run).name,
+            "licenses": licenses,
+        },
     )
     # Read the package once, because reading checks that the package is complete and correct.
     EEGEncoder.from_pretrained(output)

@@ -16,6 +16,7 @@ from data_sharding.dataset.samples import N_PADDED
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.stop import StopSignal
 from pretrain.training.config import PretrainConfig
+from pretrain.training.data_summary import check_licenses, describe_people
 
 if TYPE_CHECKING:
     from pretrain.runs.distributed import World
@@ -39,6 +40,7 @@ FREE = (
     "timeout_s",
     "restarts",
     "peak_tflops",
+    "allowed_licenses",
     "model.compute",
 )
 """Config keys that may change when a run is resumed. Most of these keys do not influence the trained weights. guards
@@ -70,6 +72,8 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGData
         Mixture(config.datasets, split) if config.datasets else EEGDataset(config.dataset, split)
         for split in ("train", "val")
     )
+    if config.allowed_licenses:
+        check_licenses(config.allowed_licenses, describe_people(train).get("license"), str(train.path))
     shape = config.model.encoder
     if shape.samples != train.spec.window:
         raise RequestError(

@@ -120,6 +120,9 @@ class PretrainConfig:
     datasets: dict[str, float] = dataclasses.field(default_factory=dict)
     """Use this key in place of 'dataset' to train on several datasets. Each entry gives a dataset's directory and the
     share of the training samples that come from this dataset. All datasets must have the same preprocessing."""
+    allowed_licenses: list[str] = dataclasses.field(default_factory=list)
+    """Licences that the training data may have, as glob patterns: [CC0*, CC-BY-*]. If the list is not empty, training
+    and export are refused if a recording has another licence, or no known licence."""
     order: Literal["global", "shards"] = "global"
     """Order of samples in an epoch. global: random over all samples; shards: random over 16 shards at a time. Use
     shards for a remote dataset that is larger than the cache. The environment variable DREAMSCALE_CACHE names the

@@ -2,56 +2,149 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.mixture import Mixture
 
 _MOST_SAMPLES = 20_000
+_COLUMNS = ("key", "corpus", "subject", "split", "status", "subject_from", "age", "sex", "group", "recording_year")
+_PER_RECORDING = ("device", "device_filters", "task", "license", "recording_year")
+_PER_SUBJECT = ("sex", "group", "age")
 
 
-def count_subjects(dataset: EEGDataset | Mixture) -> int | None:
-    """Count the subjects in a split.
+def describe_people(dataset: EEGDataset | Mixture) -> dict[str, Any]:
+    """Describe the subjects, devices and licences of a split.
 
     Parameters
     ----------
     dataset : EEGDataset or Mixture
-        The split.
+        The split. The datasets of a mixture are assumed to have no subject in common.
 
     Returns
     -------
-    int or None
-        Number of subjects, from the ledger beside the manifest. If the dataset has no ledger, a small split is counted
-        by reading every sample, and the result for a large split is None. The datasets of a mixture are assumed to have
-        no subject in common.
+    dict
+        ``subjects``: number of known subjects, None if it is not known. ``recordings``, ``unknown`` and
+        ``not_confirmed``: number of recordings, of recordings of an unknown subject, and of recordings whose subject
+        was recognised from the path. ``sex``, ``group`` and ``age`` (in decades): number of subjects of each value.
+        ``device``, ``device_filters``, ``task``, ``license`` and ``recording_year``: number of recordings of each
+        value. An empty text means that the value is not known. If a small dataset has no ledger, its samples are read
+        and only ``subjects`` is returned.
     """
     if isinstance(dataset, Mixture):
-        counts = [count_subjects(part) for part in dataset.parts]
-        return None if None in counts else sum(count or 0 for count in counts)
+        return _merge([describe_people(part) for part in dataset.parts])
     ledger = dataset.path / "ledger.parquet"
-    if ledger.is_file():
-        import pyarrow.parquet
+    if not ledger.is_file():
+        return _describe_without_ledger(dataset)
+    import pyarrow.parquet
 
-        with ledger.open("rb") as stream:
-            table = pyarrow.parquet.read_table(stream, columns=["corpus", "subject", "split", "status"])
-        rows = table.to_pylist()
-        used = [r for r in rows if r["status"] == "sharded" and dataset.split in (r["split"] or "").split("+")]
-        return len({(r["corpus"], r["subject"]) for r in used})
+    with ledger.open("rb") as stream:
+        file = pyarrow.parquet.ParquetFile(stream)
+        columns = [name for name in file.schema_arrow.names if name in {*_COLUMNS, *_PER_RECORDING}]
+        rows = file.read(columns=columns).to_pylist()
+    used = [r for r in rows if r["status"] == "sharded" and dataset.split in (r["split"] or "").split("+")]
+    people: defaultdict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
+    for row in used:
+        if row["subject"] not in ("", row["key"]):
+            values = {name: row.get(name) for name in _PER_SUBJECT}
+            people[row["corpus"], row["subject"]].update({k: v for k, v in values.items() if v not in (None, "")})
+    return {
+        "subjects": len(people),
+        "recordings": len(used),
+        "unknown": sum(row["subject"] in ("", row["key"]) for row in used),
+        "not_confirmed": sum(row.get("subject_from") == "recognised" for row in used),
+        "sex": _count(person.get("sex") for person in people.values()),
+        "group": _count(person.get("group") for person in people.values()),
+        "age": _count(_decade(person.get("age")) for person in people.values()),
+        **{name: _count(row.get(name) for row in used) for name in _PER_RECORDING},
+    }
+
+
+def _count(values: Any) -> dict[str, int]:
+    return dict(Counter("" if value is None else str(value) for value in values).most_common())
+
+
+def _decade(age: float | None) -> str:
+    if age is None:
+        return ""
+    decade = int(age // 10) * 10
+    return "90 or older" if decade >= 90 else f"{decade} to {decade + 9}"
+
+
+def _describe_without_ledger(dataset: EEGDataset) -> dict[str, Any]:
     if len(dataset) > _MOST_SAMPLES:
-        return None
+        return {"subjects": None}
     metas = [dataset.meta(number) for number in range(len(dataset))]
-    return len({(meta.get("corpus"), meta.get("subject")) for meta in metas})
+    return {"subjects": len({(meta.get("corpus"), meta.get("subject")) for meta in metas})}
 
 
-def describe_data(dataset: EEGDataset | Mixture, subjects: int | None, windows_seen: int) -> dict[str, Any]:
+def _merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Add the numbers of several datasets. A value that one dataset does not know is not known for all."""
+    out: dict[str, Any] = {}
+    for name in parts[0]:
+        values = [part.get(name) for part in parts]
+        if any(value is None for value in values):
+            out[name] = None
+        elif isinstance(values[0], dict):
+            out[name] = dict(sum((Counter(value) for value in values), Counter()).most_common())
+        else:
+            out[name] = sum(values)  # type: ignore[arg-type]
+    return out
+
+
+def check_licenses(allowed: Sequence[str], found: Mapping[str, int] | None, place: str) -> None:
+    """Raise an error if the training data have a licence that is not allowed.
+
+    Parameters
+    ----------
+    allowed : sequence of str
+        Allowed licences as glob patterns; upper and lower case are the same. If the list is empty, all are allowed.
+    found : mapping of str to int, or None
+        Number of recordings of each licence. The empty text stands for recordings without a known licence. None if
+        nothing is known about licences.
+    place : str
+        The dataset or the run, for the message.
+
+    Raises
+    ------
+    RequestError
+        If a recording has another licence, or if its licence is not known.
+    """
+    if not allowed:
+        return
+    if found is None:
+        raise RequestError(
+            f"{place}: the licences of the training data are not known, and allowed_licenses is "
+            f"{', '.join(allowed)}; make the dataset again with this version of 'dreamscale shard', or remove the key"
+        )
+    patterns = [pattern.casefold() for pattern in allowed]
+    wrong = {
+        name: number
+        for name, number in found.items()
+        if not name or not any(fnmatch.fnmatchcase(name.casefold(), pattern) for pattern in patterns)
+    }
+    if wrong:
+        listed = ", ".join(f"{number} x {name or 'unknown'}" for name, number in wrong.items())
+        hint = "; set the key 'license' of the corpus whose licence is unknown" if "" in wrong else ""
+        raise RequestError(
+            f"{place}: the training data have recordings with a licence that allowed_licenses ({', '.join(allowed)}) "
+            f"does not contain: {listed}; remove these recordings from the dataset, or allow the licence{hint}"
+        )
+
+
+def describe_data(dataset: EEGDataset | Mixture, people: dict[str, Any], windows_seen: int) -> dict[str, Any]:
     """Describe the training data.
 
     Parameters
     ----------
     dataset : EEGDataset or Mixture
         The training split.
-    subjects : int or None
-        Number of subjects in the training split; None if it is not known.
+    people : dict
+        Result of `describe_people` for the training split.
     windows_seen : int
         Number of windows on which the model has trained. A window that was used twice counts twice.
 
@@ -67,6 +160,47 @@ def describe_data(dataset: EEGDataset | Mixture, subjects: int | None, windows_s
         "windows": {split: manifest.samples(split) for split in sorted(manifest.splits)},
         "counts": manifest.counts,
         "hours": manifest.hours,
-        "subjects": subjects,
+        "subjects": people.get("subjects"),
+        "people": people,
         "hours_seen": windows_seen * manifest.preprocess.window_s / 3600,
     }
+
+
+def describe_people_in_words(people: Mapping[str, Any]) -> list[str]:
+    """Return lines in Markdown about the subjects, devices and licences of the training data.
+
+    Parameters
+    ----------
+    people : mapping
+        Result of `describe_people`; in runs of older versions it is empty, and so is the list.
+    """
+    if not people.get("recordings"):
+        return []
+    lines = []
+    if people["unknown"]:
+        lines.append(f"- The subject of {people['unknown']:,} of {people['recordings']:,} recordings is not known")
+    if people["not_confirmed"]:
+        lines.append(
+            f"- The subjects of {people['not_confirmed']:,} of {people['recordings']:,} recordings were recognised "
+            "from file names, not confirmed"
+        )
+    titles = {"sex": "Sex", "age": "Age in years", "group": "Group", "device": "Device", "task": "Task"}
+    titles |= {"device_filters": "Filters of the device", "recording_year": "Year of the recording"}
+    for name, title in titles.items():
+        values = people.get(name) or {}
+        if set(values) - {""}:
+            unit = "subjects" if name in _PER_SUBJECT else "recordings"
+            lines.append(f"- {title} ({unit}): {_list_values(values)}")
+    lines.append(f"- Licence (recordings): {_list_values(people.get('license') or {'': people['recordings']})}")
+    return lines
+
+
+def _list_values(values: Mapping[str, int], most: int = 8) -> str:
+    known = [(name, number) for name, number in values.items() if name]
+    known.sort(key=lambda pair: (-pair[1], pair[0]))
+    parts = [f"{name} {number:,}" for name, number in known[:most]]
+    if rest := known[most:]:
+        parts.append(f"{len(rest)} other values {sum(number for _, number in rest):,}")
+    if unknown := values.get(""):
+        parts.append(f"unknown {unknown:,}")
+    return ", ".join(parts)

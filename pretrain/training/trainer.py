@@ -24,7 +24,7 @@ from pretrain.runs.guards import SpikeDetector, Watchdog
 from pretrain.runs.stop import StopSignal
 from pretrain.runs.tracking import live_table
 from pretrain.training.config import PretrainConfig
-from pretrain.training.data_summary import count_subjects, describe_data
+from pretrain.training.data_summary import describe_data, describe_people
 from pretrain.training.deepspeed_engine import adam_steps, gather_state, load_state
 from pretrain.training.left_out import LEFT_OUT, is_left_out, read_left_out, write_left_out
 from pretrain.training.throughput import Throughput
@@ -97,7 +97,7 @@ class Trainer:
             run.checkpoints, world, keep=config.checkpoint.keep, milestones=config.checkpoint.milestones
         )
         self.watchdog = Watchdog(config.timeout_s, rank=world.rank, size=world.size, run=run)
-        self.subjects = count_subjects(train) if world.first else 0
+        self.people = describe_people(train) if world.first else {}
 
     def resume(self, *, rewind: bool = False) -> None:
         """Restore the newest undamaged checkpoint, if there is one.
@@ -165,7 +165,7 @@ class Trainer:
             "interval": {"steps": self.throughput.steps, "losses": self.throughput.losses},
             "left_out": self.left_out,
             "epochs": self.loader.epoch,
-            "data": describe_data(self.train_set, self.subjects, self.global_step * self.config.batch_size),
+            "data": describe_data(self.train_set, self.people, self.global_step * self.config.batch_size),
         }
         tensors = gather_state(self.engine, self.world)
         asynchronous = self.config.checkpoint.asynchronous

@@ -61,6 +61,11 @@ class TestPackage:
         assert "240 steps" in card
         assert "divided by the window's standard deviation over its 128 padded rows, then limited to 20 in" in card
 
+    def test_licence_that_is_not_known_is_refused(self, trained_run: Path, tmp_path: Path, capsys) -> None:
+        words = [str(trained_run), str(tmp_path / "encoder"), "--allowed_licenses", "[CC0*]"]
+        assert export_main(words) == 2 and not (tmp_path / "encoder").exists()
+        assert "licences of the training data are not known" in capsys.readouterr().err
+
     def test_program_runs_without_this_package(self, encoder_package: Path, tmp_path: Path) -> None:
         encoder = EEGEncoder.from_pretrained(encoder_package)
         x = torch.randn(5, 128, 128)
