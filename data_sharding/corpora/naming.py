@@ -69,7 +69,12 @@ TIERS: tuple[tuple[Scheme, ...], ...] = (
             rf"(?!\d\d(?:0\d|1[0-2])(?:[0-2]\d|3[01]){RIGHT})\d{{5,9}}{RIGHT}",
         ),
     ),
-    (Scheme(name="a letter and a number, as in S01", body=rf"{LEFT}(?!P[1236]00{RIGHT})[SsPpHh]{_NUMBER}{_END}"),),
+    (
+        Scheme(
+            name="a letter and a number, as in S01",
+            body=rf"{LEFT}(?!P[1236]00{RIGHT})(?:[SsPp]|[Hh](?=\d\d)){_NUMBER}{_END}",
+        ),
+    ),
 )
 """Schemes in order of trust. A path is searched with the schemes of one tier after the other."""
 SCHEMES = (BIDS, *(scheme for tier in TIERS for scheme in tier))

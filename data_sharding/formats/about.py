@@ -23,7 +23,7 @@ UNKNOWN_DATES = frozenset(
     datetime.date(*day)
     for day in ((1900, 1, 1), (1970, 1, 1), (1980, 1, 1), (1985, 1, 1), (1999, 12, 31), (2000, 1, 1))
 )
-"""Dates that programs write if the date of a recording is unknown or was removed."""
+"""Dates that programs write if a date is unknown or was removed."""
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 NOBODY = frozenset(
     re.findall(
@@ -57,9 +57,12 @@ class Patient:
 
 
 def years_between(birth: datetime.date, day: datetime.date) -> int | None:
-    """Return an age in whole years, at most `OLDEST`; None if the dates contradict each other."""
+    """Return an age in whole years, at most `OLDEST`; None if the dates contradict each other or were filled in."""
+    new_year = (birth.month, birth.day) == (1, 1) and birth.year == day.year
+    if birth in UNKNOWN_DATES or birth == day or new_year:
+        return None
     years = day.year - birth.year - ((day.month, day.day) < (birth.month, birth.day))
-    return min(years, OLDEST) if 0 <= years <= 130 else None
+    return min(years, OLDEST) if 0 <= years <= 120 else None
 
 
 def _parse_date(text: str) -> datetime.date | None:
@@ -216,7 +219,8 @@ def _edf_filters(path: AnyPath) -> str:
         for i, label in enumerate(layout.labels)
         if "Annotations" not in label and label != "Status"
     )
-    count.pop("", None)
+    # Some devices write zeros, or the names of the filters without values.
+    count = Counter({text: number for text, number in count.items() if re.search(r"[1-9]|DC", text)})
     return "; ".join(text for text, _ in count.most_common(3))
 
 

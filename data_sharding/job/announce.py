@@ -40,7 +40,7 @@ def describe_subjects(config: CorpusConfig, items: Sequence[Item]) -> list[str]:
         lines += _describe_recognised(label, recognised)
     if headers := by_source["header"]:
         lines.append(
-            f"{label}: {_count(headers)} are named by a hash of the patient in the header of the file (docs/privacy.md)"
+            f"{label}: the names of {_count(headers)} are hashes of the patient in the header (docs/privacy.md)"
         )
         lines += _find_contradictions(label, headers)
     if unknown := by_source["unknown"]:
@@ -73,7 +73,7 @@ def _describe_recognised(label: str, items: Sequence[Item]) -> list[str]:
     schemes = list(dict.fromkeys(scheme for item in items if (scheme := recognise(item.path).scheme)))
     shown = ", ".join(f"{subject} ({path})" for subject, path in list(examples.items())[:2])
     lines = [
-        f"{label}: {_count(items)} were recognised from the paths, not confirmed "
+        f"{label}: the names of {_count(items)} were recognised in the paths, and are not confirmed "
         f"({'; '.join(scheme.name for scheme in schemes)}), for example {shown}"
     ]
     pattern = confirming_pattern(schemes, {item.path: item.subject for item in items})

@@ -43,7 +43,7 @@ NAMES = {
 NO_NAMES = [
     "20200131.edf", "S20200131.edf", "M200131.edf", "rec_2020.edf", "S2019.edf", "run01.edf", "R04.edf", "t1.edf",
     "session2/rec.edf", "day2/night1.edf", "P300.edf", "subject_rest.edf", "patient_20200131.edf", "part1.edf",
-    "point3.edf", "anna/rec1.edf", "1.edf", "001/rest.edf",
+    "point3.edf", "anna/rec1.edf", "test_raw_h5.set", "1.edf", "001/rest.edf",
 ]  # fmt: skip
 
 

@@ -127,8 +127,10 @@ class TestHeaders:
         nothing = edf_about(write_records(tmp_path / "d.bdf", patient="someone 12", plus=False, recording="Dr. Who"))
         assert (nothing.age, nothing.sex, nothing.device) == (None, "", "")
 
-    def test_birth_after_the_recording_gives_no_age(self, tmp_path: Path) -> None:
+    def test_values_that_were_filled_in_are_not_used(self, tmp_path: Path) -> None:
         assert edf_about(write_records(tmp_path / "a.edf", patient="X M 02-MAY-2015 X")).age is None
+        assert edf_about(write_records(tmp_path / "b.edf", patient="X M 01-JAN-2011 No_Name")).age is None
+        assert edf_about(write_records(tmp_path / "c.edf", filters="HP:0Hz LP:0Hz N:0Hz")).filters == ""
 
     def test_damaged_header_names_nobody(self) -> None:
         assert parse_patient(b"", "edf") is None and parse_patient(b"0" * 256, "gdf") is None
@@ -218,7 +220,7 @@ class TestAnnouncements:
         for name in ("S01_a", "S01_b", "S02_a"):
             write_records(tmp_path / f"{name}.edf")
         first, second = self.lines(tmp_path)
-        assert "lab: 2 subjects of 3 recordings were recognised" in first
+        assert "lab: the names of 2 subjects of 3 recordings were recognised" in first
         assert "S01 (S01_a.edf), S02 (S02_a.edf)" in first
         pattern = second.split("subject_pattern: '")[1].split("'")[0]
         confirmed = find(tmp_path, subject_pattern=pattern)
@@ -303,7 +305,7 @@ class TestJob:
     def test_recognised_names_keep_a_condition_until_they_are_confirmed(self, tmp_path: Path, capsys) -> None:
         names = [f"P0{i}_{run}" for i in (1, 2, 3) for run in "ab"]
         output, said = self.shard(tmp_path / "one", names)
-        assert "3 subjects of 6 recordings were recognised from the paths" in said
+        assert "the names of 3 subjects of 6 recordings were recognised in the paths" in said
         assert verify([str(output)]) == 0
         last = capsys.readouterr().out.splitlines()[-1]
         assert "share nothing, if the subjects of 6 of 6 recordings are right" in last
