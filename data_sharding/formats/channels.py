@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_sharding.formats.positions import fit_positions
 from data_sharding.formats.signal import SignalInfo
 
 OLD_NAMES = {"T3": "T7", "T4": "T8", "T5": "P7", "T6": "P8"}
@@ -317,9 +318,13 @@ def pick_channels(info: SignalInfo) -> Channels:
     for name, why in info.left_out.items():
         left_out.setdefault(why, []).append(name)
     positions, montage = [info.positions[i] for i in picks], "file"
+    pairs = [name for name in kept if _bipolar(name)]
     if not _are_plausible(positions):
         positions, montage = _standard_positions(kept)
-    pairs = [name for name in kept if _bipolar(name)]
+    elif not is_grid(kept):
+        table = _montage("standard_1005")
+        positions, told = fit_positions(positions, [table.get(name) for name in kept])
+        notes += told
     # A bipolar channel is the difference of two electrodes, so it has no position of its own.
     positions = [None if name in pairs else p for name, p in zip(kept, positions, strict=True)]
     told = f"{', '.join(pairs[:4])}{', ...' if len(pairs) > 4 else ''} ({len(pairs)})"

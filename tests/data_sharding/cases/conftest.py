@@ -229,7 +229,7 @@ def write_edf_fixture():
 
 def write_gdf(
     path: Path,
-    signals: dict[str, tuple[np.ndarray, int]],
+    signals: dict[str, tuple[np.ndarray, int]] | list[tuple[str, tuple[np.ndarray, int]]],
     *,
     version: str = "GDF 2.20",
     units: Iterable[int | str] = (),
@@ -242,7 +242,7 @@ def write_gdf(
     ----------
     path : Path
         File to write.
-    signals : dict of str to (ndarray, int)
+    signals : dict of str to (ndarray, int), or list of such pairs
         For each channel: signal in microvolts, and sampling rate in Hz.
     version : str
         ``GDF 1.25`` (units are texts) or ``GDF 2.20`` (units are codes).
@@ -255,8 +255,9 @@ def write_gdf(
     """
     import struct
 
+    signals = list(signals.items()) if isinstance(signals, dict) else signals
     old, n = version < "GDF 1.9", len(signals)
-    seconds = min(len(x) // rate for x, rate in signals.values())
+    seconds = min(len(x) // rate for _, (x, rate) in signals)
     units, scale = list(units) or ["uV" if old else 4275] * n, list(scale) or [1.0] * n
     fixed, header = bytearray(256), bytearray(256 * n)
     fixed[:8] = version.encode()
@@ -264,7 +265,7 @@ def write_gdf(
     struct.pack_into("<qII", fixed, 236, seconds, 1, 1)
     struct.pack_into("<I" if old else "<H", fixed, 252, n)
     data = []
-    for i, (label, (x, rate)) in enumerate(signals.items()):
+    for i, (label, (x, rate)) in enumerate(signals):
         struct.pack_into("16s", header, 16 * i, label.encode())
         if old:
             struct.pack_into("8s", header, 96 * n + 8 * i, str(units[i]).encode().ljust(8))

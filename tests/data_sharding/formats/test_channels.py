@@ -215,8 +215,8 @@ def test_channels_that_the_reader_left_out_are_listed() -> None:
 
 class TestPositionsOfTheFile:
     def test_positions_of_the_file_are_preferred(self) -> None:
-        channels = pick(["Fp1", "Cz", "Pz"], positions=[None, [0.01, 0.02, 0.1], None])
-        assert channels.montage == "file" and channels.positions == [None, [0.01, 0.02, 0.1], None]
+        channels = pick(["Fp1", "Cz", "Pz"], positions=[None, [0.01, 0.02, 0.12], None])
+        assert channels.montage == "file" and channels.positions == [None, [0.01, 0.02, 0.12], None]
         assert channels.confidence == 0.333
 
     def test_positions_are_ignored_if_all_are_the_same(self) -> None:

@@ -1,0 +1,121 @@
+"""Compare the positions of electrodes in a file with the standard positions of their names.
+
+Files use different coordinate systems: the nose can be along x or y, left and right can be exchanged, and the origin
+can be the middle of a sphere instead of the point between the ears. The names of the electrodes show which system was
+used.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+FARTHEST_M = 0.03
+"""An electrode that is further than this from the standard position of its name, in metres, takes that position."""
+MIN_ELECTRODES = 4
+"""At least this many electrodes with standard names are needed to find the coordinate system of a file."""
+SIZES = (0.75, 1.33)
+"""Heads differ in size. Outside these ratios to the standard head, the positions are scaled."""
+Places = list[list[float] | None]
+
+
+def fit_positions(places: Places, standard: Places) -> tuple[Places, list[str]]:
+    """Bring the positions of a file into the head frame, and replace impossible positions.
+
+    Parameters
+    ----------
+    places : list of list of float or None
+        Positions in the file, in metres; None for an unknown position.
+    standard : list of list of float or None
+        Standard position of each electrode in the head frame, in metres; None for names without a standard position.
+
+    Returns
+    -------
+    places : list of list of float or None
+        The positions in the head frame.
+    notes : list of str
+        What was changed, for the ledger.
+    """
+    both = [i for i, (a, b) in enumerate(zip(places, standard, strict=True)) if a is not None and b is not None]
+    if not both:
+        return places, []
+    own = np.array([places[i] for i in both], float)
+    true = np.array([standard[i] for i in both], float)
+    fits = [(np.eye(3), 1.0, np.zeros(3))]
+    notes: list[str] = []
+    if len(both) >= MIN_ELECTRODES:
+        frame = _find_frame(own, true)
+        distance = np.median(_distances(own, true, *frame))
+        # A head can differ from the standard head by centimetres, so a frame that fits roughly is kept.
+        if np.median(_distances(own, true, *fits[0])) <= FARTHEST_M:
+            fits.append(frame)
+        elif distance > FARTHEST_M:
+            text = f"positions in the file do not fit the names of the electrodes ({100 * distance:.0f} cm)"
+            return list(standard), [f"{text}: standard positions used"]
+        else:
+            fits, notes = [frame], _describe(*frame)
+    turn, size, shift = fits[0]
+    out: Places = []
+    far = []
+    for i, (place, name) in enumerate(zip(places, standard, strict=True)):
+        if place is None:
+            out.append(None)
+            continue
+        moved = size * turn @ np.array(place, float) + shift
+        if name is not None and min(_distances(np.array([place]), np.array([name]), *fit) for fit in fits) > FARTHEST_M:
+            far.append(i)
+            out.append(list(name))
+        else:
+            out.append([round(float(v), 5) for v in moved])
+    if far:
+        notes.append(f"{len(far)} positions in the file are more than 3 cm from the electrode: standard positions used")
+    return out, notes
+
+
+Frame = tuple[np.ndarray, float, np.ndarray]
+"""Exchange of axes [3, 3], factor of the size, and shift [3] in metres."""
+
+
+def _distances(own: np.ndarray, true: np.ndarray, turn: np.ndarray, size: float, shift: np.ndarray) -> np.ndarray:
+    """Return the distance of each moved position from its standard position."""
+    return np.linalg.norm(size * own @ turn.T + shift - true, axis=1)
+
+
+def _find_frame(own: np.ndarray, true: np.ndarray) -> Frame:
+    """Find the frame that brings positions [n, 3] nearest to the standard positions [n, 3]."""
+    # Medians, so that one wrong position does not move the others.
+    pairs = np.triu_indices(len(own), 1)
+    own_gaps, true_gaps = (np.linalg.norm(x[pairs[0]] - x[pairs[1]], axis=1) for x in (own, true))
+    if np.median(own_gaps) < 1e-3:
+        return np.eye(3), 1.0, np.zeros(3)
+    ratio = float(np.median(true_gaps / np.maximum(own_gaps, 1e-3)))
+    size = 1.0 if SIZES[0] <= ratio <= SIZES[1] else ratio
+
+    def shift(turn: np.ndarray, factor: float) -> np.ndarray:
+        return np.median(true - factor * own @ turn.T, axis=0)
+
+    def distance(turn: np.ndarray) -> float:
+        return float(np.median(_distances(own, true, turn, ratio, shift(turn, ratio))))
+
+    turns = [
+        np.diag(signs)[list(order)]
+        for order in itertools.permutations(range(3))
+        for signs in itertools.product((1.0, -1.0), repeat=3)
+    ]
+    # A set of electrodes can be symmetric, so the axes of the file are kept unless others fit much better.
+    best = min(turns, key=distance)
+    if distance(np.eye(3)) < 1.5 * distance(best) or distance(np.eye(3)) < FARTHEST_M / 2:
+        best = np.eye(3)
+    return best, size, shift(best, size)
+
+
+def _describe(turn: np.ndarray, size: float, shift: np.ndarray) -> list[str]:
+    """Return the notes about a changed frame."""
+    notes = []
+    if not np.array_equal(turn, np.eye(3)):
+        axes = ", ".join(f"{'-' if row.sum() < 0 else ''}{'xyz'[int(np.abs(row).argmax())]}" for row in turn)
+        notes.append(f"positions in the file have other axes than the names of the electrodes: ({axes}) used")
+    if size != 1.0:
+        notes.append(f"positions in the file are for another size of the head: multiplied by {size:.2f}")
+    return [*notes, f"positions in the file have another origin: moved by {100 * np.linalg.norm(shift):.1f} cm"]
