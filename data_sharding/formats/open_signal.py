@@ -276,7 +276,7 @@ def _curry(path: Path) -> Any:
     raw = mne.io.read_raw_curry(path)
     if not isinstance(raw, mne.io.BaseRaw):
         return raw
-    factors = [float(channel["cal"]) for channel in raw.info["chs"]]
+    factors = [float(factor) for factor in raw._cals]  # They are not in `raw.info`.
     # MNE converts uV and fT, and no other unit.
     units = [
         "uV" if factor == 1e-6 else raw._orig_units.get(name, "") if factor == 1 else ""
