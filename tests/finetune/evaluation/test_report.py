@@ -13,12 +13,10 @@ from finetune.evaluation.report import choose_trials, render_report
 LABELS = ["circle", "<script>alert(1)</script>"]
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_page(folder: Path, held_out: dict) -> Path:
     rng = np.random.default_rng(0)
     real, generated, shuffled = rng.integers(0, 256, (3, 8, 16, 16, 3), dtype=np.uint8)
     trials = [{"key": f"t{i}", "label": i % 2, "subject": "s1", "image_id": f"i{i}"} for i in range(8)]
-    folder = tmp_path_factory.mktemp("report")
     accuracy = {"accuracy": 0.75, "chance": 0.5, "n": 8, "images": 8, "p_value": 0.03, "interval": [0.4, 0.9]}
     measured = {"accuracy[judge]": accuracy, "psnr": 12.5, "fid": "not computed: no weights"}
     quartiles = {"quartile_1": 10.0, "median": 20.0, "quartile_3": 30.0}
@@ -33,7 +31,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "classifier": {
             "name": "judge",
             "trained_on": {"images": 64},
-            "held_out": {"accuracy": 0.9, "n": 16, "interval": [0.8, 1.0]},
+            "held_out": held_out,
         },
         "generated": measured | {"confusion": [[4, 0], [1, 3]], "frechet_note": "biased"},
         "shuffled": measured,
@@ -48,12 +46,23 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_page(tmp_path_factory.mktemp("report"), {"accuracy": 0.9, "n": 16, "interval": [0.8, 1.0]})
+
+
 def test_numbers_and_names(page: Path) -> None:
     text = page.read_text()
     assert text.count("data:image/png;base64,") == 3 * 6
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)") > 3 and "&lt;script&gt;alert(2)" in text
     assert "75.0%" in text and "0.750 [0.40, 0.90]\np = 0.03" in text and "fid: not computed: no weights" in text
     assert "2 of the images are also in the training split" in text
+
+
+def test_a_dataset_without_held_out_images(page: Path, tmp_path: Path) -> None:
+    assert "On 16 real held-out images, its accuracy is\n0.900." in page.read_text()
+    without = {"accuracy": "not computed: no held-out images", "n": 0, "splits": []}
+    assert "Its accuracy is not computed: no held-out images." in write_page(tmp_path, without).read_text()
 
 
 def test_in_a_browser(page: Path, open_in_browser) -> None:
