@@ -24,6 +24,7 @@ from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.events import make_trials, read_trials
 from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, check_unit_factors, is_excluded, make_item
 from data_sharding.corpora.item import Item, Trial
+from data_sharding.corpora.patch import patch_signal
 from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text, relative_path
 from data_sharding.corpora.subjects import SubjectFinder
 from data_sharding.dataset.splits import SPLITS
@@ -166,7 +167,7 @@ class ArraysCorpus(Adapter):
             raise ReadError(Reason("array does not fit its sidecar", text="tmin is for epochs, and the array has none"))
         part: Callable[[int], np.ndarray] = (lambda i: x[i]) if x.ndim == 3 else (lambda _: x)
         standardised = own["unit"] == "standardised"
-        return ArraySignal(
+        signal = ArraySignal(
             part,
             [x.shape[-1]] * (len(x) if x.ndim == 3 else 1),
             own["sfreq"],
@@ -181,6 +182,7 @@ class ArraysCorpus(Adapter):
             notes=[STANDARDISED] if standardised else [],
             **({"ch_types": list(own["ch_types"])} if own["ch_types"] else {}),
         )
+        return patch_signal(signal, item.info_patch)
 
 
 def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:

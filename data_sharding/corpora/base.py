@@ -70,7 +70,8 @@ class CorpusConfig:
     license: str = ""
     """Licence of the corpus, such as CC-BY-4.0. If empty, the licence in dataset_description.json of a BIDS dataset."""
     intracranial: bool = False
-    """Also use recordings with ECoG, iEEG or SEEG in the path. By default, such recordings are excluded."""
+    """Also use recordings with ECoG, iEEG or SEEG in the path, and channels of the types SEEG, ECOG and DBS. By
+    default, such recordings are excluded, and such channels are left out."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options that are valid only for this kind of corpus. The file docs/corpora.md lists all options."""
 

@@ -144,7 +144,7 @@ def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_co
         text = describe(error) if isinstance(error, OSError) else one_line(error)
         problem = Reason("sidecar broken", text)
         return dataclasses.replace(item, recording=dataclasses.replace(recording, problem=problem))
-    return dataclasses.replace(item, info_patch=patch, trials=trials, reason=reason)
+    return dataclasses.replace(item, info_patch=item.info_patch | patch, trials=trials, reason=reason)
 
 
 class _Sidecars:
@@ -272,8 +272,8 @@ def _positions(sidecars: _Sidecars, recording: AnyPath) -> tuple[dict[str, list[
     if frame is None:
         return {}, "electrodes.tsv without a coordsystem.json: positions not used"
     about = sidecars.json(frame)
-    system = str(about.get("EEGCoordinateSystem", "")).lower()
-    unit = str(about.get("EEGCoordinateUnits", ""))
+    system = str(about.get("EEGCoordinateSystem", about.get("iEEGCoordinateSystem", ""))).lower()
+    unit = str(about.get("EEGCoordinateUnits", about.get("iEEGCoordinateUnits", "")))
     if system not in SYSTEMS or unit not in METRES:
         return {}, f"positions in '{system or 'no system'}' and '{unit or 'no unit'}' not used"
     out: dict[str, list[float]] = {}

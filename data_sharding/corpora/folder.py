@@ -78,7 +78,13 @@ def make_item(
     for pattern, factor in config.unit_factors.items():
         if fnmatch.fnmatch(relative, pattern):
             more["unit_factor"] = factor
-    if not config.intracranial and INTRACRANIAL.search(relative):
+    named_inside = INTRACRANIAL.search(relative)
+    if config.intracranial:
+        patch = {"intracranial": True}
+        if named_inside:
+            patch["inside"] = "ecog" if named_inside[1].lower() == "ecog" else "seeg"
+        more["info_patch"] = patch | more.get("info_patch", {})
+    elif named_inside:
         text = "the path names intracranial EEG, and only scalp EEG is used; set the key 'intracranial' to change this"
         more["reason"] = Reason("intracranial", text)
     task = re.search(r"(?:^|[/_])task-([A-Za-z0-9]+)", relative)

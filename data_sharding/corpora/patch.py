@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.formats.channels import canonical_name
+from data_sharding.formats.channels import INTRACRANIAL, canonical_name, kind_of
 from data_sharding.formats.signal import ScaledSignal, Signal, SignalInfo
 from data_sharding.formats.units import to_volts
 
@@ -22,8 +22,10 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     patch : dict
         May contain these keys: ``types`` (channel to MNE channel type), ``positions`` (channel to x, y, z in metres),
         ``units`` (channel to unit; used for channels without a known unit in the file, which wins otherwise),
-        ``bads`` (more bad channels), ``line_freq`` (Hz), ``reference``, ``notes``. A channel is found by its exact name
-        or by its canonical name. For example, the name Fp1 also finds the channel ``EEG Fp1-REF``.
+        ``bads`` (more bad channels), ``line_freq`` (Hz), ``reference``, ``notes``, ``intracranial`` (true: electrodes
+        inside the skull are used), ``inside`` (seeg or ecog for a recording made inside the skull: the type of those
+        channels that are EEG by their header, and that ``types`` does not contain). A channel is found by its exact
+        name or by its canonical name. For example, the name Fp1 also finds the channel ``EEG Fp1-REF``.
 
     Returns
     -------
@@ -47,6 +49,12 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     for name, kind in given.items():
         if (i := find(name)) is not None:
             types[i] = kind
+    if inside := patch.get("inside"):
+        listed = {find(name) for name in given}
+        for i, kind in enumerate(types):
+            # The header of most formats does not tell EEG from SEEG. With grid=True, contacts A1 and A2 are electrodes.
+            if kind == "eeg" and i not in listed and kind_of(canonical_name(info.ch_names[i]), grid=True) is None:
+                types[i] = inside
     for name, place in patch.get("positions", {}).items():
         if (i := find(name)) is not None:
             positions[i] = place
@@ -55,7 +63,7 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         {
             i: unit
             for name, unit in patch.get("units", {}).items()
-            if (i := find(name)) is not None and types[i] == "eeg"
+            if (i := find(name)) is not None and types[i] in ("eeg", *INTRACRANIAL)
         },
     )
     for name in patch.get("bads", []):
@@ -71,6 +79,7 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         notes=notes,
         line_freq=patch.get("line_freq") or info.line_freq,
         reference=patch.get("reference") or info.reference,
+        intracranial=bool(patch.get("intracranial", info.intracranial)),
     )
     return signal if (gains == 1).all() else ScaledSignal(signal, gains)
 

@@ -60,6 +60,8 @@ REFERENCE = re.compile(
     re.IGNORECASE,
 )
 """Reference at the end of a channel name. The reference is removed: the electrode of channel C3-A2 is C3."""
+INTRACRANIAL = ("seeg", "ecog", "dbs")
+"""Types of electrodes inside the skull, in MNE's terms."""
 MIN_STANDARD = 0.5
 """Standard positions are used only if at least this fraction of the channel names is standard."""
 
@@ -278,7 +280,11 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
 
 
 def pick_channels(info: SignalInfo) -> Channels:
-    """Find the scalp EEG channels of a recording.
+    """Find the EEG channels of a recording.
+
+    Contacts inside the skull are used only if `SignalInfo.intracranial` is set. Their names come from the file without
+    change, because a contact T3 or A1 of a depth electrode is no scalp electrode. Only the file can give their
+    positions.
 
     Parameters
     ----------
@@ -292,10 +298,12 @@ def pick_channels(info: SignalInfo) -> Channels:
         `picks` is empty.
     """
     by_type = Counter(info.ch_types)
-    eeg = [i for i, kind in enumerate(info.ch_types) if kind == "eeg"]
-    names = [canonical_name(info.ch_names[i]) for i in eeg]
-    grid, net = is_grid(names), is_net(names)
-    kinds = [kind_of(name, grid=grid, net=net) for name in names]
+    inside = {i for i, kind in enumerate(info.ch_types) if info.intracranial and kind in INTRACRANIAL}
+    eeg = [i for i, kind in enumerate(info.ch_types) if kind == "eeg" or i in inside]
+    names = [info.ch_names[i].strip() if i in inside else canonical_name(info.ch_names[i]) for i in eeg]
+    scalp = [name for i, name in zip(eeg, names, strict=True) if i not in inside]
+    grid, net = is_grid(scalp), is_net(scalp)
+    kinds = [None if i in inside else kind_of(name, grid=grid, net=net) for i, name in zip(eeg, names, strict=True)]
     units = [info.unknown_units.get(info.ch_names[i], "") for i, kind in zip(eeg, kinds, strict=True) if kind is None]
     # A channel with an unknown unit costs only itself. If no channel has a known unit, the caller decides.
     unknown_unit = next(iter(units), "") if all(units) else ""
@@ -318,11 +326,14 @@ def pick_channels(info: SignalInfo) -> Channels:
     for name, why in info.left_out.items():
         left_out.setdefault(why, []).append(name)
     positions, montage = [info.positions[i] for i in picks], "file"
-    pairs = [name for name in kept if _bipolar(name)]
+    outside = [name for i, name in zip(picks, kept, strict=True) if i not in inside]
+    pairs = [name for name in outside if _bipolar(name)]
     if not _are_plausible(positions):
-        positions, montage = _standard_positions(kept)
+        found, montage = _standard_positions(outside)
+        table = dict(zip(outside, found, strict=True))
+        positions = [None if i in inside else table[name] for i, name in zip(picks, kept, strict=True)]
     elif not is_grid(kept):
-        table = _montage("standard_1005")
+        table = {name: place for name, place in _montage("standard_1005").items() if name in outside}
         positions, told = fit_positions(positions, [table.get(name) for name in kept])
         notes += told
     # A bipolar channel is the difference of two electrodes, so it has no position of its own.

@@ -81,6 +81,8 @@ class SignalInfo:
     """Bad time spans according to the source: start and end in seconds from the recording's beginning, and text."""
     epoched: bool = False
     """Whether the segments of the recording are epochs."""
+    intracranial: bool = False
+    """Whether electrodes inside the skull (the types in `channels.INTRACRANIAL`) are used as well."""
     tmin: float = 0.0
     """Time of the first sample of each epoch, in seconds from the event to which the epoch belongs. Only for epochs."""
     left_out: dict[str, str] = field(default_factory=dict)
