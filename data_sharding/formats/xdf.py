@@ -5,7 +5,6 @@ In array shapes, n is the number of channels, and S the number of samples.
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,11 @@ import numpy as np
 from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import clean_position
 from data_sharding.formats.mne_signal import NotContinuous, ReadError
-from data_sharding.formats.signal import Segment, Signal, SignalInfo
+from data_sharding.formats.signal import Signal, SignalInfo
+from data_sharding.formats.stamps import fit_clock
 from data_sharding.formats.units import Units, read_units
 
 TYPES = {"eeg": "eeg", "eog": "eog", "ecg": "ecg", "ekg": "ecg", "emg": "emg", "": "eeg"}
-STEADY = 1e-4
-"""If the measured rate differs from the nominal rate by less than this fraction, the nominal rate is used."""
-GAP = 1.5
-"""If two neighbouring samples are further apart than this number of sample intervals, samples are missing."""
-MAX_JITTER = 0.25
-"""A stream has no steady rate if more than this fraction of its sample intervals are far from the median interval."""
 
 
 class ArraySignal:
@@ -62,14 +56,14 @@ def open_xdf(path: Path) -> Signal:
     -------
     Signal
         The stream, with the sampling rate from the time stamps. If samples are missing, a new segment begins after the
-        gap.
+        gap (see `data_sharding.formats.stamps`).
 
     Raises
     ------
     NotContinuous
         If the file has no stream of type EEG.
     ReadError
-        If the file has several streams of type EEG, or the stream has no steady rate.
+        If the file has several streams of type EEG, or the stream has no steady rate or no time stamps.
     """
     import pyxdf
 
@@ -84,40 +78,41 @@ def open_xdf(path: Path) -> Signal:
         names = ", ".join(str(s.get("name") or s["stream_id"]) for s in eeg)
         text = f"{len(eeg)} streams of type EEG ({names}), and the reader cannot choose one; export one of them"
         raise ReadError(Reason("several streams of type EEG", text=text))
-    streams, _ = pyxdf.load_xdf(str(path), select_streams=[eeg[0]["stream_id"]])
+    sizes: list[int] = []
+
+    def count(values: Any, times: Any, info: Any, number: int) -> tuple[Any, Any, Any]:
+        sizes.append(len(times))
+        return values, times, info
+
+    # Read the stamps as they are stored. The library's own correction fits one line through gaps below a second.
+    streams, _ = pyxdf.load_xdf(
+        str(path),
+        select_streams=[eeg[0]["stream_id"]],
+        on_chunk=count,
+        synchronize_clocks=False,
+        dejitter_timestamps=False,
+    )
     stream = streams[0]
     x, stamps = np.asarray(stream["time_series"]), np.asarray(stream["time_stamps"], float)
     if x.ndim != 2 or len(x) < 2:
         raise NotContinuous(Reason("no signal", f"{len(x)} samples"))
-    sfreq = _rate(float(stream["info"]["nominal_srate"][0] or 0), stamps)
-    wide = np.flatnonzero(np.diff(stamps) > GAP / sfreq) + 1
-    edges = [0, *wide.tolist(), len(x)]
+    nominal = float(stream["info"]["nominal_srate"][0] or 0)
+    clock = fit_clock(stamps, nominal, x, sizes, (stream.get("clock_times", ()), stream.get("clock_values", ())))
+    if clock.order is not None:
+        x = x[clock.order]
     names, units, positions = _channels(stream["info"].get("desc"), x.shape[1])
     return ArraySignal(
         x,
         units.gains,
         SignalInfo(
             ch_names=names,
-            **units.fields,
+            **units.fields | {"notes": [*clock.notes, *units.notes]},
             positions=positions,
-            sfreq=sfreq,
+            sfreq=clock.sfreq,
             n_samples=len(x),
-            segments=[
-                Segment(start=a, stop=b, onset=float(stamps[a] - stamps[0])) for a, b in itertools.pairwise(edges)
-            ],
+            segments=clock.segments,
         ),
     )
-
-
-def _rate(nominal: float, stamps: np.ndarray) -> float:
-    """Compute the sampling rate in Hz from the intervals between time stamps, without the gaps."""
-    steps = np.diff(stamps)
-    median = float(np.median(steps))
-    if not median > 0 or float(np.mean(np.abs(steps - median) > median / 2)) > MAX_JITTER:
-        raise ReadError(Reason("the stream has no steady rate", "its time stamps are irregular"))
-    whole = steps[steps < GAP * median]
-    effective = 1.0 / float(whole.mean())
-    return nominal if nominal > 0 and abs(effective / nominal - 1) < STEADY else round(effective, 2)
 
 
 def _channels(desc: Any, n: int) -> tuple[list[str], Units, list[list[float] | None]]:

@@ -207,7 +207,7 @@ TABLE: tuple[Mark, ...] = (
     Mark(
         name="XDF time stamps",
         formats=("xdf",),
-        sign="time stamps of the stream that show missing samples",
+        sign="time stamps of the stream that show missing samples, or a clock that was set back",
         effect=Effect.CUT,
     ),
     Mark(

@@ -1,0 +1,548 @@
+"""Find the sampling rate and the segments of a recording in which each sample has a time stamp.
+
+Time stamps are not exact: they have jitter, whole chunks come late, and some samples have no valid stamp. So the stamps
+are first searched for lasting jumps (lost samples, or a clock that was set back). Only then is a line fitted to the
+stamps of each segment between two jumps. All segments have the same slope, which gives the sampling rate.
+
+An *anchor* is a sample whose stamp was measured. The other stamps of its chunk repeat this stamp or were computed from
+it. In array shapes, S is the number of samples, and A the number of anchors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_sharding.common.reason import Reason
+from data_sharding.formats.mne_signal import NotContinuous, ReadError
+from data_sharding.formats.signal import Segment
+
+SURE_S = 0.045
+"""Every jump of the time stamps above this number of seconds is examined, whatever the jitter of the stamps."""
+JUMP = 0.75
+"""Stamps without jitter: jumps above this number of sample intervals are examined. One lost sample is a jump of 1."""
+SIGMAS = 5.0
+"""Stamps with jitter: jumps above this number of standard deviations are examined."""
+WINDOW_S = 2.0
+"""A jump lasts if the stamps of this number of seconds after it differ from the stamps of the same time before it."""
+FEWEST = 8
+"""Smallest number of anchors in these seconds, if the recording has so many."""
+WHOLE = 0.15
+"""A gap is a whole number of samples if the measured number differs by at most this fraction of a sample."""
+STEADY = 1e-4
+"""If the measured rate differs from the nominal rate by less than this fraction, the nominal rate is used."""
+IRREGULAR_S, IRREGULAR = 0.05, 0.05
+"""A stream has no steady rate if more than the fraction `IRREGULAR` of its anchors is more than `IRREGULAR_S` seconds
+away from the fitted line."""
+MOVED, MOST_BLOCKS = 0.2, 2000
+"""Chunks are sorted by time if at most the fraction `MOVED` of all samples changes its place. If the order of more
+samples, or of more than `MOST_BLOCKS` stretches, were wrong, the clock is more likely to be at fault."""
+MOST_BACK = 10
+"""A stream has no steady rate if its stamps jump back more often than this number and than once a minute."""
+NOTED_S = 0.01
+"""The difference between two clocks is noted if it is above this number of seconds in the whole recording."""
+EQUAL_S = 1e-6
+"""Two intervals between stamps are equal if they differ by less than this number of seconds."""
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Result of `fit_clock`: the sampling rate and the segments of a stream."""
+
+    sfreq: float
+    """Sampling rate in Hz."""
+    order: np.ndarray | None
+    """Indices of the samples in the order of time. Samples that are stored twice are listed once. None if the samples
+    are stored in this order."""
+    segments: list[Segment]
+    """Segments; `Segment.start` and `Segment.stop` count the samples in `order`."""
+    notes: list[str] = field(default_factory=list)
+    """Notes for the ledger."""
+
+
+@dataclass(kw_only=True)
+class _Anchors:
+    """Anchors of a stream. The first and the last sample of anchor i are those that share its stamp."""
+
+    first: np.ndarray
+    last: np.ndarray
+    k: np.ndarray
+    """[A] number of the sample to which the stamp belongs: the first or the last of the anchor's samples."""
+    t: np.ndarray
+    """[A] stamps in seconds."""
+
+    @property
+    def by_last(self) -> bool:
+        """Whether the stamps belong to the last sample of each chunk."""
+        return self.k is self.last
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lines:
+    """Lines through the anchors of the runs."""
+
+    period: float
+    """Slope of all lines: the sample interval in seconds."""
+    bases: np.ndarray
+    """Time of sample number 0 according to the line of each run."""
+    error: float
+    """Relative standard error of `period`."""
+    deviation: float
+    """Standard deviation of the anchors from the lines, in seconds."""
+    doubt: np.ndarray
+    """Standard error of the distance between each two neighbouring lines, in samples."""
+
+
+def fit_clock(
+    stamps: np.ndarray,
+    nominal: float,
+    samples: np.ndarray,
+    chunks: Sequence[int] = (),
+    offsets: tuple[Sequence[float], Sequence[float]] = ((), ()),
+) -> Clock:
+    """Find the sampling rate and the segments of a stream from its time stamps.
+
+    Parameters
+    ----------
+    stamps : ndarray, shape (S,)
+        Time stamps in seconds as they are stored, without any correction.
+    nominal : float
+        Sampling rate that the stream declares, in Hz; 0 if the stream declares none.
+    samples : ndarray, shape (S, n)
+        Values of the samples. They are needed to recognise samples that are stored twice.
+    chunks : sequence of int
+        Number of samples of each chunk of the file.
+    offsets : tuple of two sequences of float
+        Times and values in seconds of the measured differences between the clock of the stream and the clock of the
+        recording computer. They show whether the clock of the stream was set anew.
+
+    Returns
+    -------
+    Clock
+        Rate, segments, and notes. Times count in samples of the amplifier: a gap is a whole number of samples, if the
+        stamps allow this.
+
+    Raises
+    ------
+    NotContinuous
+        If there are fewer than two samples.
+    ReadError
+        If the stamps show no steady rate, or if most samples have no valid stamp.
+    """
+    stamps = np.asarray(stamps, float)
+    if len(stamps) < 2:
+        raise NotContinuous(Reason("no signal", f"{len(stamps)} samples"))
+    notes: list[str] = []
+    valid = _valid(stamps)
+    if valid.sum() < max(2, 0.5 * len(stamps)):
+        raise ReadError(Reason("no time stamps", f"{len(stamps) - valid.sum()} of {len(stamps)} samples have none"))
+    if missing := int(len(stamps) - valid.sum()):
+        notes.append(f"{missing} samples have no valid time stamp; their times follow from their neighbours")
+    starts = np.cumsum([0, *chunks])[:-1] if sum(chunks) == len(stamps) else np.zeros(1, int)
+    order = np.arange(len(stamps))
+    anchors = _anchors(order[valid], stamps[valid], nominal, starts)
+    period = _period(anchors, nominal)
+    synchronised = _follow_resets(stamps, valid, period, *offsets)
+    if synchronised is not None:
+        stamps = synchronised
+        notes.append("the clock of the stream was set anew; corrected by the measured clock offsets")
+    order, changes = _in_order(stamps, valid, samples, period, anchors, starts)
+    notes += changes
+    if changes or synchronised is not None:
+        if changes:
+            valid, stamps = valid[order], stamps[order]
+            starts = np.flatnonzero(np.isin(order, starts))
+        anchors = _anchors(np.flatnonzero(valid), stamps[valid], nominal, starts)
+        period = _period(anchors, nominal)
+    cuts = _find_jumps(anchors, period)
+    runs = [slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(anchors.k)], strict=True)]
+    lines = _fit_lines(anchors, runs, period)
+    sfreq = _choose_rate(nominal, 1 / lines.period, lines.error, notes)
+    drift = abs(sfreq * lines.period - 1)
+    if drift < 2 * lines.error:
+        lines = _fit_lines(anchors, runs, 1 / sfreq, fixed=True)
+    elif drift * len(order) / sfreq > NOTED_S:
+        notes.append(
+            "times count in samples of the amplifier; its clock and the clock of the time stamps differ by "
+            f"{1e6 * drift:.0f} ppm, {drift * len(order) / sfreq:.3f} s in the whole recording"
+        )
+    segments = _place_segments(anchors, runs, lines, sfreq, len(order), notes)
+    return Clock(sfreq=sfreq, order=order if changes else None, segments=segments, notes=notes)
+
+
+def _valid(stamps: np.ndarray) -> np.ndarray:
+    """Return which stamps can be times. Some recorders write zero, or no number, for a time that they do not know."""
+    valid = np.isfinite(stamps)
+    zero = valid & (stamps == 0)
+    others = stamps[valid & ~zero]
+    if zero.any() and len(others) and others.min() > 1.0:
+        valid &= ~zero
+    return valid
+
+
+def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.ndarray) -> _Anchors:
+    """Find the samples whose stamps were measured.
+
+    Parameters
+    ----------
+    index : ndarray, shape (V,)
+        Numbers of the samples with a valid stamp.
+    stamps : ndarray, shape (V,)
+        Their stamps.
+    nominal : float
+        Nominal sampling rate in Hz, with which computed stamps follow each other.
+    starts : ndarray
+        Number of the first sample of each chunk of the file.
+
+    Returns
+    -------
+    _Anchors
+        The anchors. If a chunk has one measured stamp, this is the stamp of its first or of its last sample. The choice
+        is the one that gives steadier anchors.
+    """
+    step, gap = np.diff(stamps), np.diff(index)
+    computed = np.abs(step) < EQUAL_S
+    if nominal > 0:
+        computed |= np.abs(step - gap / nominal) < EQUAL_S
+    begins = np.concatenate([[True], ~computed])
+    begins |= np.isin(index, starts)
+    if len(starts) < FEWEST:
+        # Without chunks, one computed stretch may be the whole file. So a stretch is divided into pieces of half a
+        # second.
+        pace = (stamps[-1] - stamps[0]) / max(1, index[-1] - index[0])
+        piece = max(1, int(0.5 * nominal if nominal > 0 else 0.5 / pace if pace > 0 else len(stamps)))
+        begins[::piece] |= nominal > 0
+    sizes = np.diff(np.append(np.flatnonzero(begins), len(index)))
+    if len(starts) >= FEWEST and sizes[sizes > 1].sum() > 0.5 * len(index):
+        # Most chunks have one measured stamp each. So the others, whose stamps differ, count as one anchor as well.
+        begins &= np.isin(index, starts) | (np.repeat(sizes, sizes) > 1)
+    first = np.flatnonzero(begins)
+    last = np.concatenate([first[1:] - 1, [len(index) - 1]])
+    first_k, last_k = index[first], index[last]
+    options = [_Anchors(first=first_k, last=last_k, k=k, t=stamps[at]) for k, at in ((first_k, first), (last_k, last))]
+    if len(first) < FEWEST:
+        return options[0]
+    unsteady = []
+    for a in options:
+        period = _period(a, nominal)
+        jumps = int((np.abs(_excess(a, period)) > _threshold(a, period)).sum())
+        unsteady.append((jumps, _spread(_excess(a, period))))
+    return options[int(unsteady[1] < unsteady[0])]
+
+
+def _period(anchors: _Anchors, nominal: float) -> float:
+    """Estimate the sample interval in seconds from pairs of anchors. A few jumps do not change the estimate."""
+    k, t = anchors.k, anchors.t
+    if len(k) < FEWEST and nominal > 0:
+        return 1 / nominal
+    best, least, lag = 0.0, np.inf, 1
+    while lag < len(k) and (lag == 1 or lag <= len(k) // 4):
+        slopes = (t[lag:] - t[:-lag]) / (k[lag:] - k[:-lag])
+        # The shortest interval with half of the slopes: losses make slopes larger, so the median would be too large.
+        slopes.sort()
+        half = len(slopes) // 2
+        widths = slopes[half:] - slopes[: len(slopes) - half]
+        at = int(np.argmin(widths))
+        if widths[at] < least:
+            best, least = float(np.median(slopes[at : at + half + 1])), float(widths[at])
+        lag *= 2
+    if not best > 0:
+        raise ReadError(Reason("the stream has no steady rate", "its time stamps do not increase"))
+    return best
+
+
+def _excess(anchors: _Anchors, period: float) -> np.ndarray:
+    """Return by how many seconds each anchor comes later after the previous one than its number of samples says."""
+    return np.diff(anchors.t) - np.diff(anchors.k) * period
+
+
+def _spread(x: np.ndarray) -> float:
+    """Estimate the standard deviation from the median of the absolute deviations."""
+    return 1.4826 * float(np.median(np.abs(x - np.median(x)))) if len(x) else 0.0
+
+
+def _threshold(anchors: _Anchors, period: float) -> float:
+    """Return the smallest jump in seconds that is examined."""
+    return min(max(SIGMAS * _spread(_excess(anchors, period)), JUMP * period), max(SURE_S, JUMP * period))
+
+
+def _follow_resets(
+    stamps: np.ndarray, valid: np.ndarray, period: float, times: Sequence[float], values: Sequence[float]
+) -> np.ndarray | None:
+    """Correct stamps whose clock was set anew, if the measured clock offsets show this; None if they do not."""
+    at, by = np.asarray(times, float), np.asarray(values, float)
+    kept = np.isfinite(at) & np.isfinite(by)
+    at, by = at[kept], by[kept]
+    change = np.flatnonzero(np.abs(np.diff(by)) > 0.5) + 1
+    if not len(change):
+        return None
+    groups = [slice(a, b) for a, b in zip([0, *change], [*change, len(by)], strict=True)]
+    index = np.flatnonzero(valid)
+    breaks = np.flatnonzero(np.abs(np.diff(stamps[index]) - period * np.diff(index)) > 0.5) + 1
+    out = stamps.copy()
+    first = float(np.median(by[groups[0]]))
+    for a, b in zip([0, *breaks], [*breaks, len(index)], strict=True):
+        run = index[a:b]
+        begin, end = float(stamps[run].min()), float(stamps[run].max())
+        inside = [int(((at[g] > begin - 1) & (at[g] < end + 1)).sum()) for g in groups]
+        near = [float(np.abs(at[g] - (begin + end) / 2).min()) for g in groups]
+        best = max(range(len(groups)), key=lambda g: (inside[g], -near[g]))
+        out[run] += float(np.median(by[groups[best]])) - first
+    return out
+
+
+def _in_order(
+    stamps: np.ndarray, valid: np.ndarray, samples: np.ndarray, period: float, anchors: _Anchors, starts: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+    """Sort chunks that are stored in a wrong order, and drop samples that are stored twice.
+
+    Parameters
+    ----------
+    stamps, valid : ndarray, shape (S,)
+        Stamps, and which of them are valid.
+    samples : ndarray, shape (S, n)
+        Values of the samples.
+    period : float
+        Sample interval in seconds.
+    anchors : _Anchors
+        Anchors of the stream.
+    starts : ndarray of int
+        Number of the first sample of each chunk of the file.
+
+    Returns
+    -------
+    order : ndarray of int
+        Indices of the samples in the order of time.
+    notes : list of str
+        What was changed; empty if `order` lists all samples as they are stored.
+    """
+    threshold, noise = _threshold(anchors, period), _spread(_excess(anchors, period))
+    index = np.flatnonzero(valid)
+    t = stamps[index]
+    jumps = np.diff(t) - period * np.diff(index)
+    if not (jumps < -threshold).any():
+        return np.arange(len(stamps)), []
+    notes = []
+    keep = np.ones(len(stamps), bool)
+    highest = np.maximum.accumulate(t)
+    for at in np.flatnonzero(jumps < -threshold) + 1:
+        # A chunk that is stored twice: the same stamps as at an earlier place, and the same values.
+        for place in np.flatnonzero(t[:at] == t[at])[:4] if t[at] <= highest[at - 1] else ():
+            length = min(at - place, len(t) - at)
+            same = (t[place : place + length] == t[at : at + length]) & (
+                samples[index[place : place + length]] == samples[index[at : at + length]]
+            ).all(axis=1)
+            length = length if same.all() else int(np.argmin(same))
+            if length > 1:
+                keep[index[at] : index[at + length - 1] + 1] = False
+                break
+    if twice := int((~keep).sum()):
+        notes.append(f"{twice} samples are stored twice; used once")
+    order = np.flatnonzero(keep)
+    index = np.flatnonzero(valid & keep)
+    t = stamps[index]
+    jumps = np.diff(t) - period * np.diff(np.searchsorted(order, index))
+    broken = np.abs(jumps) > threshold
+    if len(starts) > 1 and period * float(np.median(np.diff(starts))) > 3 * noise:
+        broken |= np.isin(index[1:], starts)
+    breaks = np.flatnonzero(broken) + 1
+    edges = [0, *breaks.tolist(), len(index)]
+    begins, ends = t[edges[:-1]], t[[e - 1 for e in edges[1:]]]
+    by_time = np.argsort(begins, kind="stable")
+    gaps = begins[by_time][1:] - ends[by_time][:-1] - period
+    jumped, left = (int((np.abs(x) > threshold / 2).sum()) for x in (jumps[breaks - 1], gaps))
+    # Chunks in a wrong order fill each other's gaps. A clock that was set back does not: then the order stays.
+    if gaps.min() > -threshold and left < jumped and 0 < _moved(by_time, np.diff(edges)) <= MOVED * len(index):
+        pieces = np.split(order, np.searchsorted(order, index[breaks]))
+        order = np.concatenate([pieces[i] for i in by_time])
+        notes.append("chunks are stored in a wrong order; sorted by their time stamps")
+    return order, notes
+
+
+def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
+    """Return how many samples change their place when pieces are sorted: all but the heaviest increasing subsequence.
+
+    Parameters
+    ----------
+    by_time : ndarray of int
+        Numbers of the pieces in the order of time.
+    sizes : ndarray of int
+        Number of samples of each piece.
+    """
+    blocks = np.split(by_time, np.flatnonzero(np.diff(by_time) != 1) + 1)
+    if len(blocks) > MOST_BLOCKS:
+        return int(sizes.sum())
+    first, weight = np.array([block[0] for block in blocks]), [int(sizes[block].sum()) for block in blocks]
+    heaviest = np.zeros(len(blocks), int)
+    for i in range(len(blocks)):
+        before = heaviest[:i][first[:i] < first[i]]
+        heaviest[i] = weight[i] + (before.max() if len(before) else 0)
+    return int(sizes.sum() - heaviest.max())
+
+
+def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
+    """Find the anchors before which the stamps make a lasting jump.
+
+    A late chunk makes a jump as well, but the following chunks are in time again. So the stamps before and after a jump
+    are compared over some seconds. Lost samples make all later stamps late: even the earliest quarter of them.
+    """
+    k, t = anchors.k, anchors.t
+    excess = _excess(anchors, period)
+    threshold = _threshold(anchors, period)
+    places = np.flatnonzero(np.abs(excess) > threshold) + 1
+    if not len(places):
+        return []
+    if len(places) > max(1000, 0.2 * len(k)):
+        raise ReadError(Reason("the stream has no steady rate", "its time stamps are irregular"))
+    late = t - t[0] - (k - k[0]) * period
+    density = max(FEWEST, round(WINDOW_S / period / max(1.0, float(np.median(np.diff(k))))))
+    noise = _spread(excess)
+    some = np.unique(np.linspace(1, len(k) - 1, min(1000, len(k) - 1)).astype(int))
+    usual = _spread(
+        np.array([np.median(late[i : i + density]) - np.median(late[max(0, i - density) : i]) for i in some])
+    )
+    cuts: list[int] = []
+    # Take the largest jumps first, and subtract each one from all later stamps, so that it does not hide smaller ones.
+    for i in sorted(places.tolist(), key=lambda place: -abs(excess[place - 1])):
+        jump = float(excess[i - 1])
+        before, after = late[max(0, i - density) : i], late[i : i + density]
+        level = float(np.median(before))
+        if jump > 0:
+            lasting = float(np.percentile(after, 25)) + 0.6745 * noise / np.sqrt(2) - level
+        else:
+            lasting = level - (float(np.percentile(after, 75)) - 0.6745 * noise / np.sqrt(2))
+        # At the ends of the recording there are fewer anchors to compare, and their mean level is less exact.
+        least = SIGMAS * usual * np.sqrt(density / min(len(before), len(after)))
+        least = min(max(least, JUMP * period), max(SURE_S, JUMP * period))
+        if lasting <= max(least, 0.5 * abs(jump)):
+            continue
+        step = float(np.median(after)) - level
+        late[i:] -= step if abs(step - jump) < max(3 * noise, least) else jump
+        cuts.append(i)
+    return sorted(cuts)
+
+
+def _fit_lines(anchors: _Anchors, runs: list[slice], period: float, *, fixed: bool = False) -> _Lines:
+    """Fit a line to the anchors of each run; all lines have the same slope. Anchors far from the line do not count.
+
+    Parameters
+    ----------
+    anchors : _Anchors
+        Anchors of the stream.
+    runs : list of slice
+        Ranges of anchors without a jump.
+    period : float
+        Slope to begin with.
+    fixed : bool
+        Whether `period` is the true slope, so that only the places of the lines are fitted.
+
+    Returns
+    -------
+    _Lines
+        The lines.
+
+    Raises
+    ------
+    ReadError
+        If too many anchors are far from the lines.
+    """
+    k, t = anchors.k - anchors.k[0], anchors.t - anchors.t[0]
+    number = np.repeat(np.arange(len(runs)), [run.stop - run.start for run in runs])
+    bases = np.array([np.median(t[run] - k[run] * period) for run in runs])
+    error = deviation = 0.0
+    centres = counts = np.zeros(len(runs))
+    for _ in range(4):
+        off = t - bases[number] - k * period
+        good = np.abs(off) <= max(4 * _spread(off), 1e-9)
+        counts = np.bincount(number, good, len(runs))
+        centres, times = (
+            np.bincount(number, np.where(good, x, 0.0), len(runs)) / np.maximum(counts, 1) for x in (k, t)
+        )
+        x, y = (np.where(good, each - mean[number], 0.0) for each, mean in ((k, centres), (t, times)))
+        power = float((x**2).sum())
+        if power > 0 and not fixed:
+            period = float((x * y).sum()) / power
+        bases = np.where(counts > 0, times - centres * period, bases)
+        deviation = float(np.sqrt(((y - x * period) ** 2).sum() / max(1, good.sum())))
+        error = 0.0 if fixed else deviation / np.sqrt(power) / period if power > 0 else np.inf
+    away = np.abs(t - bases[number] - k * period) > max(IRREGULAR_S, 2 * period)
+    if not period > 0 or away.mean() > IRREGULAR:
+        raise ReadError(Reason("the stream has no steady rate", "its time stamps are irregular"))
+    # The places of two lines can be wrong by the deviation of their anchors, and by the wrong slope between them.
+    doubt = np.hypot(
+        deviation / period * np.sqrt(1 / np.maximum(counts[1:], 1) + 1 / np.maximum(counts[:-1], 1)),
+        error * np.diff(centres),
+    )
+    bases += anchors.t[0] - anchors.k[0] * period
+    return _Lines(period=period, bases=bases, error=error, deviation=deviation, doubt=doubt)
+
+
+def _choose_rate(nominal: float, measured: float, error: float, notes: list[str]) -> float:
+    """Return the sampling rate in Hz: the nominal rate if it fits the stamps, or else the measured rate."""
+    tolerance = max(STEADY, min(3 * error, 2e-3))
+    if nominal > 0 and abs(measured / nominal - 1) < tolerance:
+        return nominal
+    whole = float(round(measured))
+    rate = whole if whole > 0 and abs(measured / whole - 1) < tolerance else round(measured, 4)
+    declared = f"{nominal:g} Hz" if nominal > 0 else "no rate"
+    notes.append(f"the stream declares {declared}; its time stamps give {rate:g} Hz")
+    return rate
+
+
+def _place_segments(
+    anchors: _Anchors, runs: list[slice], lines: _Lines, sfreq: float, n_samples: int, notes: list[str]
+) -> list[Segment]:
+    """Make the segments from the lines of the runs, with onsets that count in samples from the first sample.
+
+    Notes
+    -----
+    The line of a run tells how many samples were lost before it. If the clock was set back, the lost number is not
+    known. Then the onset follows on the end of the previous segment, and a note says this. If the clock is later set
+    forward again, the first line is used again.
+    """
+    period, bases = lines.period, lines.bases
+    lost = np.zeros(len(runs))
+    timelines = [0]  # Number of the first run after each setting back of the clock.
+    jumped: list[str] = []
+    for j in range(1, len(runs)):
+        # A gap of lost packets is a whole number of samples. If the amplifier was stopped, it need not be.
+        doubt = max(WHOLE, 3 * float(lines.doubt[j - 1]))
+        gained = (bases[j] - bases[:j]) / period
+        back = np.flatnonzero(np.abs(gained) < doubt)
+        if gained[-1] < 0 and len(back):
+            # The stamps are back on an earlier line: between, they were late, and no sample was lost.
+            lost[back[-1] : j + 1] = lost[back[-1]]
+            continue
+        possible = [more for i in timelines if (more := lost[i] + gained[i] - lost[j - 1]) > -doubt]
+        if possible:
+            more = max(0.0, float(min(possible)))
+            lost[j] = lost[j - 1] + (round(more) if abs(more - round(more)) < doubt else more)
+        else:
+            lost[j] = lost[j - 1]
+            begin = (anchors.first[runs[j].start] + lost[j]) / sfreq
+            jumped.append(f"{-gained[-1] * period:.3g} s at {begin:.1f} s")
+            timelines.append(j)
+    if len(jumped) > max(MOST_BACK, n_samples / sfreq / 60):
+        raise ReadError(Reason("the stream has no steady rate", f"its time stamps jump back {len(jumped)} times"))
+    if jumped:
+        text = f"the time stamps jump back by {', '.join(jumped[:3])}{' ...' if len(jumped) > 3 else ''}"
+        notes.append(f"{text}: cut there; later times follow on from the cut")
+    if count := int((np.diff(lost) > 0).sum()):
+        notes.append(f"{count} gap{'s' * (count > 1)} in the time stamps, {lost[-1] / sfreq:.3f} s missing in all")
+    # If only one stamp of a chunk was measured, the samples may be lost anywhere between two measured stamps.
+    unsure = lines.deviation > EQUAL_S and float(np.median(anchors.last - anchors.first)) > 0
+    segments = []
+    for j, run in enumerate(runs):
+        start, stop = int(anchors.first[run.start]), int(anchors.last[run.stop - 1]) + 1
+        start, stop = (0 if j == 0 else start), (n_samples if j == len(runs) - 1 else stop)
+        if unsure and j > 0 and anchors.by_last:
+            start = int(anchors.last[run.start]) + 1
+        if unsure and j < len(runs) - 1 and not anchors.by_last:
+            stop = int(anchors.first[run.stop - 1])
+        if stop > start:
+            segments.append(Segment(start=start, stop=stop, onset=(start + lost[j]) / sfreq))
+    if left_out := n_samples - sum(s.stop - s.start for s in segments):
+        notes.append(f"{left_out} samples next to the gaps left out, because their own times are not known")
+    return segments

@@ -1,0 +1,254 @@
+"""XDF files with lost packets, jitter and faulty clocks come out with the true rate, segments and times.
+
+The true signal is a function of the amplifier's clock: sample number / rate. The stamps of the recording computer add
+jitter, drift and faults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4"]
+SECONDS = 40
+BEGIN = 1000.0
+"""First time stamp."""
+
+
+def write_xdf(
+    path: Path,
+    stamps: np.ndarray,
+    uv: np.ndarray,
+    nominal: float,
+    *,
+    chunks: list[int],
+    own: np.ndarray | None = None,
+    offsets: tuple = (),
+) -> None:
+    """Write a stream of EEG [n, S] in microvolts. `own` tells which samples have a stamp of their own in the file."""
+
+    def chunk(tag: int, content: bytes) -> bytes:
+        return b"\x04" + struct.pack("<IH", len(content) + 2, tag) + content
+
+    channels = "".join(
+        f"<channel><label>{name}</label><unit>microvolts</unit><type>EEG</type></channel>" for name in NAMES
+    )
+    xml = (
+        f"<?xml version='1.0'?><info><name>amp</name><type>EEG</type><channel_count>{len(uv)}</channel_count>"
+        f"<nominal_srate>{nominal:g}</nominal_srate><channel_format>float32</channel_format><created_at>1</created_at>"
+        f"<desc><channels>{channels}</channels></desc></info>"
+    )
+    parts = [b"XDF:", chunk(1, b"<?xml version='1.0'?><info><version>1.0</version></info>")]
+    parts += [chunk(2, struct.pack("<I", 1) + xml.encode())]
+    parts += [chunk(4, struct.pack("<Idd", 1, time, value)) for time, value in offsets]
+    rows, at = uv.T.astype("<f4"), 0
+    for size in chunks:
+        body = b"".join(
+            (b"\x08" + struct.pack("<d", stamps[i]) if own is None or own[i] else b"\0") + rows[i].tobytes()
+            for i in range(at, at + size)
+        )
+        parts.append(chunk(3, struct.pack("<I", 1) + b"\x04" + struct.pack("<I", size) + body))
+        at += size
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"".join(parts))
+
+
+def make_chunks(n: int, size: int) -> list[int]:
+    return [size] * (n // size) + ([n % size] if n % size else [])
+
+
+def add_jitter(stamps: np.ndarray, kind: str, chunks: list[int], rate: float) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return stamps with jitter, and which samples have a stamp of their own."""
+    random = np.random.default_rng(7)
+    first = np.cumsum([0, *chunks])[:-1]
+    own = np.zeros(len(stamps), bool)
+    own[first] = True
+    late = np.repeat(random.normal(0, 0.004, len(chunks)), chunks)
+    if kind == "sample":
+        return stamps + random.normal(0, 0.002, len(stamps)), None
+    if kind == "chunk":
+        return stamps + late, own
+    if kind == "equal":  # All samples of a chunk have the time at which the chunk came.
+        return np.repeat((stamps + late)[first], chunks), None
+    if kind == "drift":
+        return BEGIN + (stamps - BEGIN) * (1 + 50e-6) + random.normal(0, 0.0003, len(stamps)), None
+    return stamps, None
+
+
+@pytest.mark.parametrize(
+    ("rate", "lost_s", "jitter"),
+    [
+        (128, 0.1, "none"),
+        (250, 0.1, "chunk"),
+        (250, 0.6, "equal"),
+        (500, 0.1, "sample"),
+        (500, 0.6, "drift"),
+        (1000, 0.1, "chunk"),
+        (2048, 0.1, "sample"),
+        (2048, 7.0, "chunk"),
+    ],
+)
+def test_lost_packets_end_a_segment(
+    tmp_path: Path, shard_all, assert_true, true_uv, rate: int, lost_s: float, jitter: str
+) -> None:
+    cut = rate * SECONDS // 2
+    lost = round(lost_s * rate)
+    index = np.concatenate([np.arange(cut), np.arange(cut + lost, rate * SECONDS)])
+    chunks = make_chunks(cut, rate // 16) + make_chunks(len(index) - cut, rate // 16)
+    stamps, own = add_jitter(BEGIN + index / rate, jitter, chunks, rate)
+    write_xdf(tmp_path / "x" / "a.xdf", stamps, true_uv(50, 8, index / rate), rate, chunks=chunks, own=own)
+    sharded = shard_all(tmp_path / "x")["a.xdf"]
+    assert sharded.row.sfreq == rate
+    assert not sharded.touches(cut / rate, (cut + lost) / rate - 0.0015)
+    behind = [a for a, _ in sharded.spans if a > cut / rate]
+    # The first window begins with the first sample after the gap: to the sample, and within 1.5 ms of jitter.
+    assert behind and abs(behind[0] - (cut + lost) / rate) <= max(1.01 / rate, 0.0015)
+    assert sharded.row.seconds_written > SECONDS - lost_s - 4
+    assert_true(sharded, 50)
+
+
+def _without_ends(sharded, cut: float):
+    """Leave out the two windows at a cut without a gap: filters have less signal at the ends of a segment."""
+    kept = [sample for sample, (a, b) in zip(sharded.samples, sharded.spans, strict=True) if a > cut or b < cut - 0.01]
+    return dataclasses.replace(sharded, samples=kept)
+
+
+def test_case_of_lost_packets(cases: Path, shard_all, assert_true) -> None:
+    sharded = shard_all(cases / "xdf")["x01_drop06.xdf"]
+    assert sharded.row.sfreq == 250 and not sharded.touches(30, 30.6)
+    assert 30.6 in [a for a, _ in sharded.spans]
+    assert_true(sharded, 501)
+
+
+def test_case_of_a_clock_that_is_set_back(cases: Path, shard_all, assert_true) -> None:
+    sharded = shard_all(cases / "xdf")["x05_back08.xdf"]
+    assert sharded.row.sfreq == 250 and not any(a < 29.999 and b > 30.001 for a, b in sharded.spans)
+    assert "jump back by 0.8 s at 30.0 s" in " ".join(sharded.row.notes)
+    assert_true(_without_ends(sharded, 30), 505)
+
+
+@pytest.mark.parametrize(("back_s", "jitter"), [(0.8, "chunk"), (2.0, "sample"), (40.0, "none")])
+def test_clock_that_is_set_back_ends_a_segment(
+    tmp_path: Path, shard_all, assert_true, true_uv, back_s: float, jitter: str
+) -> None:
+    index = np.arange(250 * SECONDS)
+    chunks = make_chunks(len(index), 25)
+    stamps, own = add_jitter(BEGIN + index / 250, jitter, chunks, 250)
+    stamps = stamps - back_s * (index >= 5000)
+    write_xdf(tmp_path / "x" / "a.xdf", stamps, true_uv(51, 8, index / 250), 250, chunks=chunks, own=own)
+    sharded = shard_all(tmp_path / "x")["a.xdf"]
+    assert sharded.row.sfreq == 250 and not any(a < 19.999 and b > 20.001 for a, b in sharded.spans)
+    assert f"jump back by {back_s:g} s at 20.0 s" in " ".join(sharded.row.notes)
+    assert_true(_without_ends(sharded, 20), 51)
+
+
+def _swap(index: np.ndarray, a: int, b: int, size: int) -> np.ndarray:
+    blocks = index.reshape(-1, size).copy()
+    blocks[[a, b]] = blocks[[b, a]]
+    return blocks.ravel()
+
+
+@pytest.mark.parametrize(
+    ("what", "jitter", "note"),
+    [
+        ("two chunks exchanged", "sample", "chunks are stored in a wrong order"),
+        ("a chunk far from its place", "none", "chunks are stored in a wrong order"),
+        ("a chunk stored twice", "chunk", "25 samples are stored twice; used once"),
+        ("zero stamps", "chunk", "25 samples have no valid time stamp"),
+        ("no numbers", "none", "80 samples have no valid time stamp"),
+        ("a chunk comes late", "sample", ""),
+        ("a nominal rate of 0", "chunk", "the stream declares no rate; its time stamps give 250 Hz"),
+        ("a wrong nominal rate", "chunk", "the stream declares 256 Hz; its time stamps give 250 Hz"),
+        ("clock offsets", "sample", ""),
+    ],
+)
+def test_other_faults_of_stamps_are_mended(
+    tmp_path: Path, shard_all, assert_true, true_uv, what: str, jitter: str, note: str
+) -> None:
+    index = np.arange(250 * SECONDS)
+    chunks, nominal, offsets = make_chunks(len(index), 25), 250.0, ()
+    stamps, own = add_jitter(BEGIN + index / 250, jitter, chunks, 250)
+    if what == "two chunks exchanged":
+        index = _swap(index, 150, 151, 25)
+    elif what == "a chunk far from its place":
+        index = _swap(index, 150, 300, 25)
+    elif what == "a chunk stored twice":
+        index, chunks = np.insert(index, 5000, index[4975:5000]), [*chunks, 25]
+    stamps = stamps[index]
+    if own is not None and len(index) != len(own):
+        own = np.arange(len(index)) % 25 == 0
+    if what == "zero stamps":
+        stamps[4000:4025], own = 0, None
+    elif what == "no numbers":
+        stamps[np.random.default_rng(3).choice(len(stamps), 80, replace=False)] = np.nan
+        own = None
+    elif what == "a chunk comes late":
+        stamps[4000:4025] += 0.3
+    elif what == "a nominal rate of 0":
+        nominal = 0.0
+    elif what == "a wrong nominal rate":
+        nominal = 256.0
+    elif what == "clock offsets":
+        offsets = tuple((BEGIN + s, 100 + 0.01 * (-1) ** s) for s in range(0, SECONDS, 5))
+    write_xdf(
+        tmp_path / "x" / "a.xdf",
+        stamps,
+        true_uv(52, 8, index / 250),
+        nominal,
+        chunks=chunks,
+        own=own,
+        offsets=offsets,
+    )
+    sharded = shard_all(tmp_path / "x")["a.xdf"]
+    assert sharded.row.sfreq == 250 and len(sharded.samples) == 40
+    assert note in " ".join(sharded.row.notes) and bool(note) == bool(sharded.row.notes), sharded.row.notes
+    assert_true(sharded, 52)
+
+
+def test_clock_set_anew_is_corrected_by_the_offsets(tmp_path: Path, shard_all, assert_true, true_uv) -> None:
+    """The computer of the amplifier starts again after 20 s and a pause of 30 s; the clock offsets show this."""
+    index = np.concatenate([np.arange(5000), np.arange(12500, 17500)])
+    stamps = BEGIN + index / 250
+    stamps[5000:] -= 990.0
+    offsets = [*((BEGIN + s, 5.0) for s in range(0, 20, 5)), *((60.0 + s, 995.0) for s in range(0, 20, 5))]
+    write_xdf(tmp_path / "x" / "a.xdf", stamps, true_uv(53, 8, index / 250), 250, chunks=[25] * 400, offsets=offsets)
+    sharded = shard_all(tmp_path / "x")["a.xdf"]
+    assert "set anew" in " ".join(sharded.row.notes) and not sharded.touches(20, 50)
+    assert 50.0 in [a for a, _ in sharded.spans]
+    assert_true(sharded, 53)
+
+
+def test_many_gaps_are_all_found(tmp_path: Path, shard_all, assert_true, true_uv) -> None:
+    random = np.random.default_rng(4)
+    lost = np.zeros(250 * 60, int)
+    places = np.sort(random.choice(np.arange(1, 12), 6, replace=False)) * 1250
+    for place in places:
+        lost[place:] += random.integers(25, 250)
+    index = np.arange(len(lost)) + lost
+    stamps = BEGIN + index / 250 + random.normal(0, 0.001, len(index))
+    write_xdf(tmp_path / "x" / "a.xdf", stamps, true_uv(54, 8, index / 250), 250, chunks=make_chunks(len(index), 25))
+    sharded = shard_all(tmp_path / "x")["a.xdf"]
+    for place in places:
+        begin, end = index[place - 1] / 250, index[place] / 250
+        assert not sharded.touches(begin + 0.004, end - 1e-5) and end in [a for a, _ in sharded.spans]
+    assert_true(sharded, 54)
+
+
+@pytest.mark.parametrize("what", ["random times", "rate changes", "no times"])
+def test_streams_without_a_steady_clock_are_refused(tmp_path: Path, shard_all, true_uv, what: str) -> None:
+    index = np.arange(250 * SECONDS)
+    stamps = BEGIN + index / 250
+    if what == "random times":
+        stamps = BEGIN + np.sort(np.random.default_rng(0).uniform(0, SECONDS, len(index)))
+    elif what == "rate changes":
+        stamps[5000:] += (index[5000:] - 5000) / 500
+    else:
+        stamps[:] = np.nan
+    write_xdf(tmp_path / "x" / "a.xdf", stamps, true_uv(55, 8, index / 250), 250, chunks=[25] * 400)
+    row = shard_all(tmp_path / "x")["a.xdf"].row
+    assert row.status == "quarantined"
+    assert row.category == ("no time stamps" if what == "no times" else "the stream has no steady rate")
