@@ -6,6 +6,7 @@ recordings are added to the corpus or removed from it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ TIERS: tuple[tuple[Scheme, ...], ...] = (
     ),
 )
 """Schemes in order of trust. A path is searched with the schemes of one tier after the other."""
+_TIER_PATTERNS = [re.compile("|".join(f"({scheme.body})" for scheme in tier)) for tier in TIERS]
 SCHEMES = (BIDS, *(scheme for tier in TIERS for scheme in tier))
 
 
@@ -98,6 +100,7 @@ def alike(name: str) -> str:
     return re.sub(r"[-_ ]|(?<!\d)0+(?=\d)", "", bare).casefold()
 
 
+@functools.lru_cache(maxsize=200_000)
 def recognise(path: str) -> Recognised:
     """Find the subject in the path of a recording.
 
@@ -113,13 +116,14 @@ def recognise(path: str) -> Recognised:
         ``s13_S07.set``, then no name is used: one of them may be the session.
     """
     stem = re.sub(r"\.[A-Za-z0-9]{1,6}$", "", path)
-    for tier in TIERS:
-        found = [(m.start(), m.group("subject"), s) for s in tier for m in re.finditer(s.pattern, stem)]
-        if not found:
-            continue
+    if not re.search(r"\d|subject|participant|patient|proband", stem, re.IGNORECASE):
+        return Recognised()
+    for tier, pattern in zip(TIERS, _TIER_PATTERNS, strict=True):
         names: dict[str, tuple[str, Scheme]] = {}
-        for _, name, scheme in sorted(found, key=lambda entry: entry[0]):
-            names.setdefault(alike(name), (name, scheme))
+        for match in pattern.finditer(stem):
+            names.setdefault(alike(match.group()), (match.group(), tier[(match.lastindex or 1) - 1]))
+        if not names:
+            continue
         (name, scheme), *others = names.values()
         if others:
             return Recognised(scheme=scheme, candidates=(name, *(other for other, _ in others)))

@@ -466,14 +466,14 @@ def run(config: ShardConfig) -> int:
         say(f"listing recordings in {', '.join(corpus.root for corpus in config.corpora)}")
         plan = make_plan(config)
         check_stop()
-        for line in plan.subjects:
-            say(line)
         if manifest := _find_finished(config, plan, output):
             remove_tree(work)  # The folder still exists if the job was killed just after it wrote the manifest.
             say(f"{output}: this dataset is finished already; nothing to do")
             return _finish(config, manifest, output)
         if not is_remote(output):
             _make_folder(output)
+        for line in plan.subjects:
+            say(line)
         say(f"found {len(plan.items)} recordings; starting Ray, which takes some seconds")
         with lock_output(work), ray_session(config.ray) as in_flight:
             _check_nodes(plan, work)
