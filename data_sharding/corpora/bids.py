@@ -7,6 +7,7 @@ BIDS datasets.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -22,7 +23,7 @@ from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
-from data_sharding.corpora.events import NOTHING, read_trials
+from data_sharding.corpora.events import NOTHING, read_marks, read_trials
 from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, find, make_item
 from data_sharding.corpora.item import Item
 from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text, root_name
@@ -52,6 +53,8 @@ TYPES = {
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 SYSTEMS = {"captrak": (0, 1, 2), "eeglab": (1, 0, 2)}
 """Maps each coordinate system to the numbers of the three axes that become x, y and z in the head frame of MNE."""
+MOST_FAULTS = 5
+"""At most this many faults of a table get a note each."""
 FARTHEST_M = 0.2
 """Largest plausible distance in metres between an electrode and the middle of the head."""
 NAME = re.compile(r"(?P<entities>sub-[^_]+(?:_[A-Za-z]+-[^_]+)*)_(?P<suffix>[A-Za-z]+)(?P<extension>\..+)?")
@@ -131,16 +134,25 @@ class BIDSCorpus(Adapter):
 
 
 def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_column: str) -> Item:
-    """Add the content of its sidecars to a recording. If a sidecar is broken, add an error for the ledger instead."""
+    """Add the content of its sidecars to a recording. Broken parts of a sidecar are left out, with a note."""
     recording = item.recording
     try:
         patch = _patch(sidecars, recording.path)
         trials, reason = None, None
+        table = sidecars.nearest(recording.path, "events", ".tsv")
+        if table is not None:
+            marks, faults = read_marks(table)
+            patch |= {"marks": marks} if marks else {}
+            patch |= {"notes": [*patch.get("notes", []), *faults]} if faults else {}
         if images is not None:
-            table = sidecars.nearest(recording.path, "events", ".tsv")
-            trials = read_trials(table, images, label_column=label_column) if table is not None else None
+            faults = []
+            if table is not None:
+                trials = read_trials(table, images, label_column=label_column, faults=faults)
+            if faults:
+                patch["notes"] = [*patch.get("notes", []), *faults[:MOST_FAULTS]]
+                item = dataclasses.replace(item, left_out={**item.left_out, "wrong row in events.tsv": len(faults)})
             reason = Reason("no events", "no events.tsv belongs to the recording") if table is None else None
-    except (_Broken, RequestError, OSError) as error:
+    except (RequestError, OSError) as error:
         text = describe(error) if isinstance(error, OSError) else one_line(error)
         problem = Reason("sidecar broken", text)
         return dataclasses.replace(item, recording=dataclasses.replace(recording, problem=problem))
@@ -206,26 +218,35 @@ class _Sidecars:
             self._parsed[key] = value
         return self._parsed[key]
 
-    def tsv(self, path: AnyPath, *columns: str) -> list[dict[str, str]]:
-        """Read the rows of a table, and check that the table has the given columns."""
+    def tsv(self, path: AnyPath, faults: list[str], *columns: str) -> list[dict[str, str]]:
+        """Read the rows of a table, and check that the table has the given columns. Add broken rows to `faults`."""
         key = str(path)
         if key not in self._parsed:
-            self._parsed[key] = _rows(path)
-        rows = self._parsed[key]
+            broken: list[str] = []
+            self._parsed[key] = (_rows(path, broken), broken)
+        rows, broken = self._parsed[key]
+        faults += broken[:MOST_FAULTS]
         if rows and (missing := [name for name in columns if name not in rows[0]]):
             raise _Broken(f"{path.name}: no column '{missing[0]}'")
         return rows
 
 
-def _rows(path: AnyPath) -> list[dict[str, str]]:
+def _rows(path: AnyPath, faults: list[str] | None = None) -> list[dict[str, str]]:
+    """Read the rows of a table. A broken row is an error, or, if `faults` is given, is left out and added to it."""
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
     except csv.Error as error:
         raise _Broken(f"{path.name}: {error}") from None
+    whole = []
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
-            raise _Broken(f"{path.name}, line {number}: its number of columns differs from the first line")
-    return [{str(key): str(value).strip() for key, value in row.items()} for row in rows]
+            fault = f"{path.name}, line {number}: its number of columns differs from the first line"
+            if faults is None:
+                raise _Broken(fault)
+            faults.append(f"{fault}; not used")
+        else:
+            whole.append({str(key): str(value).strip() for key, value in row.items()})
+    return whole
 
 
 def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
@@ -235,72 +256,98 @@ def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
     about: dict[str, Any] = {}
     suffix = "ieeg" if recording.parent.name == "ieeg" else "eeg"
     for path in sidecars.all(recording, suffix, ".json"):
-        about |= sidecars.json(path)
+        try:
+            about |= sidecars.json(path)
+        except _Broken as error:
+            notes.append(f"{error}; not used")
     line = about.get("PowerLineFrequency", "n/a")
     if line not in NOTHING:
         if isinstance(line, bool) or not isinstance(line, int | float) or not 0 < line < 1000:
-            raise _Broken(f"PowerLineFrequency '{line}' is not a frequency in Hz")
-        patch["line_freq"] = float(line)
+            notes.append(f"PowerLineFrequency '{one_line(line)[:40]}' is not a frequency in Hz; not used")
+        else:
+            patch["line_freq"] = float(line)
     reference = about.get("EEGReference", about.get("iEEGReference", ""))
     if isinstance(reference, str) and reference.strip() not in NOTHING:
         patch["reference"] = reference.strip()
     if (path := sidecars.nearest(recording, "channels", ".tsv")) is not None:
-        rows = sidecars.tsv(path, "name", "type", "units")
-        twice = [name for name, count in Counter(row["name"] for row in rows).items() if count > 1]
-        if twice:
-            raise _Broken(f"{path.name}: channel '{twice[0]}' is listed twice")
-        patch["types"] = {
-            row["name"]: TYPES.get(row["type"].upper(), "misc") for row in rows if row["type"] not in NOTHING
-        }
-        patch["units"] = {row["name"]: row["units"] for row in rows if not names_no_unit(row["units"])}
-        patch["bads"] = [row["name"] for row in rows if row.get("status", "").lower() == "bad"]
-    positions, note = _positions(sidecars, recording)
+        patch |= _channels(sidecars, path, notes)
+    try:
+        positions = _positions(sidecars, recording, notes)
+    except _Broken as error:
+        positions = {}
+        notes.append(f"{error}; positions not used")
     if positions:
         patch["positions"] = positions
-    notes += [note] if note else []
     if notes:
         patch["notes"] = notes
     return patch
 
 
-def _positions(sidecars: _Sidecars, recording: AnyPath) -> tuple[dict[str, list[float]], str]:
-    """Return electrode positions in metres in the head frame, or the reason why the positions cannot be used."""
+def _channels(sidecars: _Sidecars, path: AnyPath, notes: list[str]) -> dict[str, Any]:
+    """Return types, units and bad channels from channels.tsv. Add faults of the table to `notes`."""
+    try:
+        rows = sidecars.tsv(path, notes, "name")
+    except _Broken as error:
+        notes.append(f"{error}; not used")
+        return {}
+    notes += [
+        f"{path.name}: channel '{name}' is listed {count} times; the first line is used"
+        for name, count in Counter(row["name"] for row in rows).items()
+        if count > 1
+    ]
+    first = {row["name"]: row for row in reversed(rows)}
+    rows = [row for row in rows if first[row["name"]] is row]
+    if rows and (missing := [column for column in ("type", "units") if column not in rows[0]]):
+        notes.append(f"{path.name}: no column {' and no column '.join(missing)}")
+    return {
+        "types": {
+            row["name"]: TYPES.get(row["type"].upper(), "misc") for row in rows if row.get("type", "") not in NOTHING
+        },
+        "units": {row["name"]: row["units"] for row in rows if not names_no_unit(row.get("units", ""))},
+        "bads": [row["name"] for row in rows if row.get("status", "").lower() == "bad"],
+    }
+
+
+def _positions(sidecars: _Sidecars, recording: AnyPath, notes: list[str]) -> dict[str, list[float]]:
+    """Return electrode positions in metres in the head frame. Add the reason to `notes` if some cannot be used."""
     table = sidecars.nearest(recording, "electrodes", ".tsv")
     if table is None:
-        return {}, ""
+        return {}
     frame = sidecars.nearest(recording, "coordsystem", ".json")
     if frame is None:
-        return {}, "electrodes.tsv without a coordsystem.json: positions not used"
+        notes.append("electrodes.tsv without a coordsystem.json: positions not used")
+        return {}
     about = sidecars.json(frame)
     system = str(about.get("EEGCoordinateSystem", about.get("iEEGCoordinateSystem", ""))).lower()
     unit = str(about.get("EEGCoordinateUnits", about.get("iEEGCoordinateUnits", "")))
     if system not in SYSTEMS or unit not in METRES:
-        return {}, f"positions in '{system or 'no system'}' and '{unit or 'no unit'}' not used"
+        notes.append(f"positions in '{system or 'no system'}' and '{unit or 'no unit'}' not used")
+        return {}
     out: dict[str, list[float]] = {}
-    for row in sidecars.tsv(table, "name", "x", "y", "z"):
+    for row in sidecars.tsv(table, notes, "name", "x", "y", "z"):
         if any(row[axis] in NOTHING for axis in "xyz"):
             continue
         try:
             own = [float(row[axis]) * METRES[unit] for axis in "xyz"]
         except ValueError:
-            raise _Broken(f"{table.name}: the position of '{row['name']}' is not a number") from None
+            notes.append(f"{table.name}: the position of '{row['name']}' is not a number; not used")
+            continue
         # In EEGLAB x points to the nose and y to the left ear; in MNE x points to the right ear and y to the nose.
         place = [own[axis] for axis in SYSTEMS[system]]
         place[0] *= -1 if system == "eeglab" else 1
         if not math.dist(place, (0, 0, 0)) <= FARTHEST_M:
-            return {}, f"positions beyond {FARTHEST_M:g} m from the middle of the head not used; is '{unit}' right?"
+            notes.append(f"positions beyond {FARTHEST_M:g} m from the middle of the head not used; is '{unit}' right?")
+            return {}
         out[row["name"]] = place
-    return out, ""
+    return out
 
 
 def _read_device(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
-    """Return device, filters and task from the JSON sidecars of a recording; nothing if a sidecar is broken."""
+    """Return device, filters and task from the JSON sidecars of a recording."""
     about: dict[str, Any] = {}
-    try:
-        for path in sidecars.all(recording, "ieeg" if recording.parent.name == "ieeg" else "eeg", ".json"):
+    for path in sidecars.all(recording, "ieeg" if recording.parent.name == "ieeg" else "eeg", ".json"):
+        with contextlib.suppress(_Broken, OSError):  # The recording gets a note about its broken sidecar.
             about |= sidecars.json(path)
-    except (_Broken, OSError):
-        return {}  # The recording is quarantined for its broken sidecar.
 
     def text(key: str) -> str:
         value = about.get(key)

@@ -20,15 +20,18 @@ from data_sharding.corpora.item import Item, Trial
 from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text
 from data_sharding.corpora.subjects import SubjectFinder
 from data_sharding.dataset.splits import SPLITS
+from data_sharding.formats.marks.interruptions import find_row
 
 IMAGE_COLUMNS = ("image", "stim_file")
 """Names of the column with the image: ``image`` in this project, ``stim_file`` in BIDS."""
 NOTHING = ("", "n/a")
 """Texts in a table cell that mean "no value" in BIDS."""
+MARK_COLUMNS = ("trial_type", "value", "event_type", "type", "description")
+"""Columns of an events table that may name a mark."""
 
 
 def find_events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
-    """Find the table of the images that were shown during a recording.
+    """Find the table of events beside a recording.
 
     Parameters
     ----------
@@ -51,7 +54,50 @@ def find_events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
     return None
 
 
-def read_trials(table: AnyPath, images: AnyPath, *, label_column: str = "label_name") -> tuple[Trial, ...]:
+def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str]], list[str]]:
+    """Read the interruptions and bad spans in a table of events.
+
+    Parameters
+    ----------
+    table : Path or UPath
+        Tab-separated table with the columns onset and duration (seconds), and at least one of `MARK_COLUMNS`.
+
+    Returns
+    -------
+    marks : list of (float, float, str)
+        Onset and duration in seconds, and text, of each row that the table of interruptions knows.
+    notes : list of str
+        Notes for the ledger about marks without a usable onset.
+    """
+    marks, notes = [], []
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(table), newline=""), delimiter="\t"))
+    except csv.Error as error:
+        return [], [f"{table.name}: {error}; its marks are not used"]
+    for number, row in enumerate(rows, start=2):
+        words = [str(row.get(column) or "").strip() for column in MARK_COLUMNS]
+        text = next((word for word in words if word not in NOTHING and find_row("bids", word)), "")
+        if not text:
+            continue
+        onset, duration = _seconds(row.get("onset")), _seconds(row.get("duration"))
+        if onset is None:
+            notes.append(f"{table.name}, line {number}: '{text}' has no onset; not used")
+        else:
+            marks.append((onset, duration or 0.0, text))
+    return marks, notes[:5]
+
+
+def _seconds(text: Any) -> float | None:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def read_trials(
+    table: AnyPath, images: AnyPath, *, label_column: str = "label_name", faults: list[str] | None = None
+) -> tuple[Trial, ...]:
     """Read the trials of an events table.
 
     Parameters
@@ -63,6 +109,8 @@ def read_trials(table: AnyPath, images: AnyPath, *, label_column: str = "label_n
         Folder of the images.
     label_column : str
         Name of the column with the category.
+    faults : list of str, optional
+        If given, rows with a wrong value are left out, and this function adds a message for each of them.
 
     Returns
     -------
@@ -85,7 +133,7 @@ def read_trials(table: AnyPath, images: AnyPath, *, label_column: str = "label_n
     if "onset" not in rows[0] or not any(name in rows[0] for name in IMAGE_COLUMNS):
         missing = "onset" if "onset" not in rows[0] else "image"
         raise RequestError(f"{table}: no column '{missing}'; it needs at least onset and image, tab-separated")
-    return make_trials(rows, images, str(table), first_line=2, label_column=label_column)
+    return make_trials(rows, images, str(table), first_line=2, label_column=label_column, faults=faults)
 
 
 def make_trials(
@@ -95,6 +143,7 @@ def make_trials(
     *,
     first_line: int,
     label_column: str = "label_name",
+    faults: list[str] | None = None,
 ) -> tuple[Trial, ...]:
     """Make trials from table rows with the onset and the image of each trial.
 
@@ -110,6 +159,8 @@ def make_trials(
         Line number of the first row, for error messages.
     label_column : str
         Name of the column with the category.
+    faults : list of str, optional
+        If given, rows with a wrong value are left out, and this function adds a message for each of them.
 
     Returns
     -------
@@ -119,7 +170,7 @@ def make_trials(
     Raises
     ------
     RequestError
-        If a row contains a wrong value. The message names the line of the row.
+        If a row contains a wrong value, and `faults` is not given. The message names the line of the row.
     """
     trials = []
     for number, row in enumerate(rows, start=first_line):
@@ -135,10 +186,16 @@ def make_trials(
             onset = float(given("onset"))
         except ValueError:
             onset = math.nan
+        fault = ""
         if not math.isfinite(onset):
-            raise RequestError(f"{where}, line {number}: onset '{row.get('onset')}' is not a number of seconds")
-        if given("split") not in (*SPLITS, ""):
-            raise RequestError(f"{where}, line {number}: split '{given('split')}' must be one of {', '.join(SPLITS)}")
+            fault = f"onset '{row.get('onset')}' is not a number of seconds"
+        elif given("split") not in (*SPLITS, ""):
+            fault = f"split '{given('split')}' must be one of {', '.join(SPLITS)}"
+        if fault and faults is None:
+            raise RequestError(f"{where}, line {number}: {fault}")
+        if fault:
+            faults.append(f"{PurePosixPath(where).name}, line {number}: {fault}; not used")
+            continue
         label = given(label_column) or (PurePosixPath(image).parent.name or "image")
         name = PurePosixPath(image).with_suffix("").as_posix() if image else ""
         trials.append(
@@ -178,7 +235,9 @@ class EventsCorpus(Adapter):
                     item = dataclasses.replace(item, reason=item.reason or reason)
                 else:
                     tables += 1
-                    item = dataclasses.replace(item, trials=read_trials(table, images))
+                    marks, faults = read_marks(table)
+                    patch = {"marks": marks, "notes": faults} if marks or faults else {}
+                    item = dataclasses.replace(item, trials=read_trials(table, images), info_patch=patch)
             items.append(item)
         if not any(item.trials for item in items):
             what = "no <recording>_events.tsv beside any recording" if not tables else "the events tables name no image"

@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import INTRACRANIAL, canonical_name, kind_of
+from data_sharding.formats.marks.interruptions import divide, find_marks
+from data_sharding.formats.mne_signal import NotContinuous
 from data_sharding.formats.signal import ScaledSignal, Signal, SignalInfo
 from data_sharding.formats.units import to_volts
+
+SNAP = 0.3
+"""Onsets in a table are often rounded to milliseconds. An onset as near as this to a sample means this sample."""
 
 
 def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
@@ -24,8 +30,9 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         ``units`` (channel to unit; used for channels without a known unit in the file, which wins otherwise),
         ``bads`` (more bad channels), ``line_freq`` (Hz), ``reference``, ``notes``, ``intracranial`` (true: electrodes
         inside the skull are used), ``inside`` (seeg or ecog for a recording made inside the skull: the type of those
-        channels that are EEG by their header, and that ``types`` does not contain). A channel is found by its exact
-        name or by its canonical name. For example, the name Fp1 also finds the channel ``EEG Fp1-REF``.
+        channels that are EEG by their header, and that ``types`` does not contain), ``marks`` (interruptions and
+        bad spans: onset and duration in seconds, and text). A channel is found by its exact name or by its canonical
+        name. For example, the name Fp1 also finds the channel ``EEG Fp1-REF``.
 
     Returns
     -------
@@ -70,8 +77,18 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         if (i := find(name)) is not None and info.ch_names[i] not in bads:
             bads.append(info.ch_names[i])
     notes += units.pop("notes")
+    segments, bad_spans = info.segments, info.bad_spans
+    if patch.get("marks"):
+        marks = [(_snap(onset, info.sfreq), duration, text) for onset, duration, text in patch["marks"]]
+        divided = divide(segments, info.sfreq, find_marks("bids", marks))
+        if segments and not divided.segments:
+            raise NotContinuous(Reason("no signal", "the events table marks the whole recording as interrupted"))
+        segments, bad_spans = divided.segments, sorted([*bad_spans, *divided.bad_spans])
+        notes += divided.notes
     signal.info = dataclasses.replace(
         info,
+        segments=segments,
+        bad_spans=bad_spans,
         **units,
         ch_types=types,
         positions=positions,
@@ -82,6 +99,11 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         intracranial=bool(patch.get("intracranial", info.intracranial)),
     )
     return signal if (gains == 1).all() else ScaledSignal(signal, gains)
+
+
+def _snap(seconds: float, sfreq: float) -> float:
+    nearest = round(seconds * sfreq)
+    return nearest / sfreq if abs(seconds * sfreq - nearest) < SNAP else seconds
 
 
 def _read_units(info: SignalInfo, given: dict[int, str]) -> tuple[np.ndarray, dict[str, Any]]:

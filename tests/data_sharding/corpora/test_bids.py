@@ -120,18 +120,70 @@ def test_the_nearest_sidecar_overrides_those_above(bids: Path) -> None:
         ("eeg.json", "{", "eeg.json: not valid JSON"),
         ("eeg.json", "[1]", "must consist of keys with values"),
         ("eeg.json", '{"PowerLineFrequency": "fifty"}', "'fifty' is not a frequency"),
-        ("channels.tsv", "name\ttype\nFp1\tEEG\n", "no column 'units'"),
-        ("channels.tsv", "name\ttype\tunits\nFp1\tEEG\tuV\nFp1\tEEG\tuV\n", "'Fp1' is listed twice"),
-        ("channels.tsv", "name\ttype\tunits\nFp1\tEEG\n", "line 2"),
+        ("channels.tsv", "name\ttype\nFp1\tEEG\n", "no column units"),
+        ("channels.tsv", "type\tunits\nEEG\tuV\n", "no column 'name'; not used"),
+        ("channels.tsv", "name\ttype\tunits\nFp1\tEEG\tuV\nFp1\tMISC\tuV\n", "'Fp1' is listed 2 times"),
+        ("channels.tsv", "name\ttype\tunits\nFp1\tEEG\nFp2\tEEG\tuV\n", "line 2"),
+        ("events.tsv", "onset\tduration\ttrial_type\nsoon\t1\tBAD_move\n", "line 2: 'BAD_move' has no onset"),
+        ("events.tsv", "onset\tduration\ttrial_type\n0.5\tn/a\tBAD\n", "the mark 'BAD' has no duration"),
     ],
 )
-def test_a_broken_sidecar_affects_only_its_recording(bids: Path, suffix: str, content: str, words: str) -> None:
+def test_a_broken_part_of_a_sidecar_costs_this_part(bids: Path, suffix: str, content: str, words: str) -> None:
     (folder(bids) / f"sub-01_ses-a_task-see_{suffix}").write_text(content)
     items = items_of(bids)
-    assert len(items) == 3
-    problem = items[NAME].recording.problem
-    assert problem is not None and "sidecar broken" in problem and words in problem
-    assert all(i.recording.problem is None for name, i in items.items() if name != NAME)
+    assert len(items) == 3 and all(item.recording.problem is None for item in items.values())
+    info = open_item(items[NAME]).info
+    assert any(words in note for note in info.notes)
+    assert info.ch_types.count("eeg") >= 7 and info.bad_spans == []
+
+
+def test_a_broken_position_costs_this_position(bids: Path) -> None:
+    before = items_of(bids)[NAME].info_patch["positions"]
+    table = next(folder(bids).glob("*_electrodes.tsv"))
+    lines = table.read_text().splitlines()
+    cells = lines[1].split("\t")
+    table.write_text("\n".join([lines[0], "\t".join([cells[0], "left", *cells[2:]]), *lines[2:]]))
+    patch = items_of(bids)[NAME].info_patch
+    assert patch["positions"] == {name: place for name, place in before.items() if name != cells[0]}
+    assert any(f"the position of '{cells[0]}' is not a number" in note for note in patch["notes"])
+    next(folder(bids).glob("*_coordsystem.json")).write_text("{")
+    assert "positions" not in items_of(bids)[NAME].info_patch
+
+
+class TestMarksInEventsTables:
+    """Rows of events.tsv divide a recording and mark spans as bad, also in a corpus without images."""
+
+    @pytest.mark.parametrize(
+        ("row", "segments", "spans"),
+        [
+            ("1.0\t0.5\tBAD_move\tn/a", [(0, 1)], [(1.0, 1.5)]),
+            ("1.0\t0.5\tn/a\tComment/BAD blink", [(0, 1)], [(1.0, 1.5)]),
+            ("1.0\t0.5\tbadge\t7", [(0, 1)], []),
+            ("1.0\t0\tboundary\tn/a", [(0, 1.0), (1.0, 1)], []),
+            ("1.0\t0.5\tBAD_ACQ_SKIP\tn/a", [(0, 1.0), (1.5, 1)], []),
+            ("0.9984\tn/a\tNew Segment/\tn/a", [(0, 1.0), (1.0, 1)], []),
+        ],
+    )
+    def test_rows_are_used(self, bids: Path, row: str, segments: list, spans: list) -> None:
+        table = folder(bids) / "sub-01_ses-a_task-see_events.tsv"
+        table.write_text(f"onset\tduration\ttrial_type\tvalue\n0.25\t0.1\tface\t3\n{row}\n")
+        info = open_item(items_of(bids)[NAME]).info
+        n, hertz = info.n_samples, info.sfreq
+        ends = [
+            (round(a * hertz), n if b == 1 and i == len(segments) - 1 else round(b * hertz))
+            for i, (a, b) in enumerate(segments)
+        ]
+        assert [(s.start, s.stop) for s in info.segments] == ends
+        assert [(round(a, 3), round(b, 3)) for a, b, _ in info.bad_spans] == spans
+
+    def test_windows_over_a_bad_row_are_left_out(self, bids: Path, tmp_path: Path) -> None:
+        table = folder(bids) / "sub-01_ses-a_task-see_events.tsv"
+        table.write_text("onset\tduration\ttrial_type\n1.2\t0.3\tBAD_move\n")
+        split = SplitConfig(val_fraction=0, test_fraction=0)
+        spec = PreprocessSpec(window=256, stride=256)
+        task = Task(item=items_of(bids)[NAME], spec=spec, split=split, labels=(), work=tmp_path, timeout_s=60)
+        row = process_recording(task).row
+        assert row.windows == 3 and row.windows_left_out == {"over a span marked as bad": 1}
 
 
 JSON = st.recursive(
@@ -140,15 +192,36 @@ JSON = st.recursive(
     max_leaves=5,
 )
 KEYS = ("PowerLineFrequency", "EEGReference", "EEGCoordinateSystem", "EEGCoordinateUnits")
-WORDS = ["name", "type", "units", "status", "x", "y", "z", "Fp1", "EEG", "uV", "1", "nan", "n/a", "", "\t"]
+WORDS = [
+    "onset",
+    "duration",
+    "trial_type",
+    "BAD",
+    "name",
+    "type",
+    "units",
+    "status",
+    "x",
+    "y",
+    "z",
+    "Fp1",
+    "EEG",
+    "uV",
+    "1",
+    "nan",
+    "n/a",
+    "",
+    "\t",
+]
 CELLS = st.sampled_from(WORDS)
 TABLES = st.lists(st.lists(CELLS, max_size=5).map("\t".join), max_size=4).map("\n".join).map(str.encode)
 MAPPINGS = st.dictionaries(st.sampled_from(KEYS), JSON).map(json.dumps).map(str.encode)
+SUFFIXES = ("eeg.json", "channels.tsv", "electrodes.tsv", "coordsystem.json", "events.tsv")
 SIDECARS = TABLES | st.binary(max_size=40) | MAPPINGS
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["*_eeg.json", "*_channels.tsv", "*_electrodes.tsv", "*_coordsystem.json"]), SIDECARS)
+@given(st.sampled_from([f"*_{name}" for name in SUFFIXES]), SIDECARS)
 def test_any_content_of_a_sidecar_leaves_other_recordings_readable(bids: Path, pattern: str, content: bytes) -> None:
     path = next(folder(bids).glob(pattern))
     before = path.read_bytes()
@@ -168,7 +241,7 @@ def test_any_content_of_a_sidecar_leaves_other_recordings_readable(bids: Path, p
 
 def test_json_that_is_nested_too_deeply(bids: Path) -> None:
     (folder(bids) / "sub-01_ses-a_task-see_eeg.json").write_text("[" * 100_000)
-    assert "not valid JSON" in (items_of(bids)[NAME].recording.problem or "")
+    assert any("not valid JSON" in note for note in items_of(bids)[NAME].info_patch["notes"])
 
 
 def test_types_and_units_of_channels_tsv(bids: Path) -> None:
@@ -228,7 +301,9 @@ def test_events_with_images_make_trials(bids: Path, tmp_path: Path) -> None:
     assert [(t.onset, t.label_name, t.image_id) for t in trials] == [(0.5, "cat", "cat/1")]
     assert (items[NAME].tmin, items[NAME].tmax, items[NAME].stimulus_delay_ms) == (-0.1, None, 20)
     assert "no events" in (items["sub-01_ses-b_task-see_eeg.vhdr"].reason or "")
-    assert "'soon' is not a number" in (items["sub-02_ses-a_task-see_eeg.vhdr"].recording.problem or "")
+    item = items["sub-02_ses-a_task-see_eeg.vhdr"]
+    assert item.recording.problem is None and item.trials == () and item.left_out == {"wrong row in events.tsv": 1}
+    assert any("'soon' is not a number" in note for note in item.info_patch["notes"])
     other = items_of(bids, images=str(tmp_path / "stimuli"), options={"label_column": "trial_type"})
     assert [t.label_name for t in other[NAME].trials or ()] == ["kitten"]
 
