@@ -138,6 +138,7 @@ def generate_images(
         If a stop of the command was requested.
     """
     trials: list[dict[str, Any]] = []
+    done: set[str] = set()
     with StopSignal() as stop, progress(f"images ({config.control} control)", len(numbers)) as advance:
         for start in range(0, len(numbers), config.batch_size):
             part, eeg = numbers[start : start + config.batch_size], sources[start : start + config.batch_size]
@@ -151,6 +152,10 @@ def generate_images(
             )
             for number, key, eeg_key, image in zip(part, keys, batch.keys, images, strict=True):
                 meta = dataset.meta(number)
+                if key in done or not {"image_id", "label", "subject"} <= meta.keys():
+                    fault = "is in the dataset twice" if key in done else "has no image_id, label or subject"
+                    raise RequestError(f"{dataset.path}: sample {key} {fault}; make the dataset again")
+                done.add(key)
                 real = decode_image(dataset.image(number), image.shape[0], name=f"{dataset.path}: sample {key}")
                 _save_png(root / "images" / f"{key}.png", image)
                 _save_png(root / "real" / f"{key}.png", real)

@@ -5,7 +5,6 @@ Array shapes: B trials, M different images, H, W pixels.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of
+from data_sharding.common.untrusted import open_image
 from data_sharding.dataset.dataset import EEGDataset
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -
     from PIL import Image
 
     try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
+        image = open_image(data).convert("RGB")
     except OSError as error:
         raise RequestError(
             f"{name}: the image cannot be decoded ({error}); repair the file and make the dataset again"

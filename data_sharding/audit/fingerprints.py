@@ -6,7 +6,7 @@ Shapes: n channels, T time points of a window, P points of a recording's fingerp
 from __future__ import annotations
 
 import hashlib
-import io
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +18,7 @@ import numpy as np
 from data_sharding.audit.duplicates import RecordingFingerprint, signature
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, as_path, deliver, scratch_folder
+from data_sharding.common.untrusted import open_image
 from data_sharding.dataset.ledger import LedgerRow
 
 NAME = "fingerprints.parquet"
@@ -219,9 +220,8 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
 
     sha256 = sha256 or hashlib.sha256(data).hexdigest()
     try:
-        with Image.open(io.BytesIO(data)) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        image = ImageOps.exif_transpose(open_image(data)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, struct.error):
         return ImageFingerprint(sha256=sha256)
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), float)
     low = np.asarray(dctn(grey, norm="ortho"))[:8, :8].ravel()

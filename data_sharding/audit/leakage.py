@@ -20,7 +20,6 @@ Shapes: W windows of a dataset, R recordings.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -41,14 +40,15 @@ from data_sharding.audit.fingerprints import (
     window_digest,
 )
 from data_sharding.common.errors import RequestError
-from data_sharding.common.files import read_json
 from data_sharding.common.progress import progress
 from data_sharding.common.storage import AnyPath, as_path
+from data_sharding.common.untrusted import check_meta, parse_json
 from data_sharding.corpora.naming import find_look_alikes
 from data_sharding.dataset.ledger import NAME as LEDGER
 from data_sharding.dataset.ledger import LedgerRow, read_ledger
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.samples import IMAGE_EXTENSIONS, decode_eeg
+from data_sharding.dataset.shard_reader import read_entries
 from data_sharding.dataset.splits import SPLITS
 from data_sharding.processing.preprocess import PreprocessSpec
 
@@ -276,9 +276,14 @@ def _read_samples(
 ) -> Iterator[tuple[_Sample, bytes | None]]:
     """Yield every sample of a shard, together with the sample's image or None."""
     tar = root / path
+
+    def window(data: bytes, meta: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
+        begin = max(meta.get("onset", 0), 0)
+        return decode_eeg(data, meta["n"], entry.get("samples", spec.window))[:, begin : begin + spec.window]
+
     try:
         with tar.open("rb") as stream:
-            for entry in read_json(tar.with_suffix(".idx")):
+            for entry in read_entries(tar.with_suffix(".idx"), tar.stat().st_size):
                 members: dict[str, list[int]] = entry["members"]
 
                 def member(name: str, members: dict[str, list[int]] = members) -> bytes:
@@ -286,7 +291,7 @@ def _read_samples(
                     stream.seek(offset)
                     return stream.read(size)
 
-                meta = json.loads(member("json"))
+                meta = check_meta(parse_json(member("json")))
                 # Compare the part of a trial that models read by default. A neighbouring trial may share its baseline.
                 begin = max(int(meta.get("onset", 0)), 0)
                 first = float(meta.get("start", 0.0))
@@ -299,9 +304,7 @@ def _read_samples(
                     stored_length=int(entry.get("samples", spec.window)) / spec.sfreq,
                     image_id=str(meta.get("image_id", "")),
                     concept=str(meta.get("concept", "")),
-                    digest=window_digest(decode_eeg(member("eeg.npy.zst"), meta["n"])[:, begin : begin + spec.window])
-                    if windows
-                    else 0,
+                    digest=window_digest(window(member("eeg.npy.zst"), meta, entry)) if windows else 0,
                 )
                 image = next((f"image.{ext}" for ext in IMAGE_EXTENSIONS if f"image.{ext}" in members), None)
                 yield sample, member(image) if image else None

@@ -6,7 +6,6 @@ Shapes: n channels, T samples a window, F frequencies.
 from __future__ import annotations
 
 import io
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.common.files import read_json
 from data_sharding.common.html.render import Picture, embed_png
 from data_sharding.common.storage import AnyPath
+from data_sharding.common.untrusted import check_meta, parse_json
 from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.samples import decode_eeg
+from data_sharding.dataset.shard_reader import read_entries
 from data_sharding.processing.survey import PLAUSIBLE_UV
 
 COLOURS = {
@@ -184,7 +184,7 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dic
             if shard not in indices:
                 # Only the index of the last shard is kept in memory, because neighbouring rows are mostly in the same
                 # shard.
-                indices = {shard: read_json(tar.with_suffix(".idx"))}
+                indices = {shard: read_entries(tar.with_suffix(".idx"), tar.stat().st_size)}
             entries = [entry for entry in indices[shard] if entry["key"].rpartition("-")[0] == row.key]
             if entries:
                 recordings.append(_read_windows(tar, _pick_evenly(entries, WINDOWS), length))
@@ -203,8 +203,8 @@ def _read_windows(tar: AnyPath, entries: Sequence[dict[str, Any]], length: int) 
                 offset, size = entry["members"][name][:2]
                 stream.seek(offset)
                 members[name] = stream.read(size)
-            meta = json.loads(members["json"])
-            stored = decode_eeg(members["eeg.npy.zst"], meta["n"]).astype(float)
+            meta = check_meta(parse_json(members["json"]))
+            stored = decode_eeg(members["eeg.npy.zst"], meta["n"], entry.get("samples", length)).astype(float)
             begin = max(int(meta.get("onset", 0)), 0)
             windows.append(Window(eeg=stored[:, begin : begin + length], meta=meta, stored=stored))
     return windows

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
 from data_sharding.audit.leakage import (
@@ -16,13 +18,14 @@ from data_sharding.audit.leakage import (
     holds_out_subjects,
 )
 from data_sharding.common.config import command
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_NOT_KNOWN, RequestError
-from data_sharding.common.files import read_json, sha256_file
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_NOT_KNOWN, RequestError, one_line
+from data_sharding.common.files import sha256_file
 from data_sharding.common.progress import progress
 from data_sharding.common.storage import AnyPath, as_path
 from data_sharding.dataset.ledger import NAME as LEDGER
 from data_sharding.dataset.ledger import read_ledger
 from data_sharding.dataset.manifest import Manifest, Shard
+from data_sharding.dataset.shard_reader import HEADER, padded_size, read_entries
 from data_sharding.dataset.splits import SPLITS
 
 
@@ -74,16 +77,41 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
         faults.append(f"{shard.path}: its sha256 differs from the manifest's")
     if sha256_file(index) != shard.index_sha256:
         return [*faults, f"{name}: its sha256 differs from the manifest's"]
-    entries = read_json(index)
+    try:
+        entries = read_entries(index, shard.bytes)
+    except RequestError as error:
+        return [*faults, one_line(error)]
     if len(entries) != shard.samples:
         faults.append(f"{name}: {len(entries)} samples, the manifest says {shard.samples}")
     if not faults:
-        with tar.open("rb") as file, tarfile.open(fileobj=file) as stream:
-            members = {m.name: [m.offset_data, m.size] for m in stream}
         indexed = {f"{e['key']}.{name}": at for e in entries for name, at in e["members"].items()}
-        if members != indexed:
+        if _list_members(tar, shard.bytes) != indexed:
             faults.append(f"{name}: its offsets are not those of the members of {shard.path}")
     return faults
+
+
+def _list_members(tar: AnyPath, size: int) -> dict[str, list[int]] | None:
+    """Return offset and size of each member of a shard; None if the tar has a member that Dreamscale does not write.
+
+    `tarfile.open` is not used, because it follows the size of a special member, such as a long name, into memory.
+    """
+    members: dict[str, list[int]] = {}
+    with tar.open("rb") as stream:
+        at = 0
+        while at < size:
+            stream.seek(at)
+            block = stream.read(HEADER)
+            if not block.strip(b"\0"):  # Two empty blocks end a tar.
+                return members
+            try:
+                info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
+            except (tarfile.HeaderError, UnicodeError):
+                return None
+            if info.type != tarfile.REGTYPE or info.name in members or not 0 <= info.size <= size:
+                return None
+            members[info.name] = [at + HEADER, info.size]
+            at += HEADER + padded_size(info.size)
+    return members
 
 
 def find_faults(dataset: str | AnyPath) -> list[str]:
@@ -120,13 +148,20 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
     keys: set[str] = set()
     for shard in shards:
         index = (root / shard.path).with_suffix(".idx")
-        for entry in read_json(index) if index.is_file() else ():
+        for entry in _intact_entries(index, shard):
             if entry["key"] in keys:
                 faults.append(f"{shard.path}: sample {entry['key']} is in the dataset twice")
             keys.add(entry["key"])
     if "ledger_sha256" in manifest.extra:
         faults += _ledger_faults(root, manifest)
     return faults
+
+
+def _intact_entries(index: AnyPath, shard: Shard) -> list[dict[str, Any]]:
+    """Return the entries of an index; none if the index is missing or damaged, which `shard_faults` reports."""
+    with contextlib.suppress(RequestError):
+        return read_entries(index, shard.bytes) if index.is_file() else []
+    return []
 
 
 def _ledger_faults(root: AnyPath, manifest: Manifest) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -12,6 +13,8 @@ EXIT_BAD_REQUEST = 2
 EXIT_SET_ASIDE = 3
 EXIT_NOT_KNOWN = 3
 EXIT_STOPPED = 75
+# C0 and C1 control characters, the marks that change the direction of text, and halves of characters.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class RequestError(ValueError):
@@ -49,6 +52,59 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+def printable(text: object) -> str:
+    r"""Make a text safe for a terminal.
+
+    File names, channel names and messages come from files that other people wrote. An escape sequence in such a text
+    could change the title, the colours or the content of a terminal, and text that runs from right to left could hide
+    the real name of a file.
+
+    Parameters
+    ----------
+    text : object
+        The text, or an object whose `str` is the text.
+
+    Returns
+    -------
+    str
+        The text. Each control character, except line feed and tab, each character that changes the direction of text,
+        and each half of a character is replaced by its code, such as ``\x1b``.
+    """
+    return _UNPRINTABLE.sub(_code, str(text))
+
+
+def _code(match: re.Match[str]) -> str:
+    number = ord(match.group())
+    return f"\\x{number:02x}" if number < 256 else f"\\u{number:04x}"
+
+
+def show(value: object, longest: int = 80) -> str:
+    """Describe a value from a file in one short line for a message.
+
+    Parameters
+    ----------
+    value : object
+        The value. Lists, dictionaries and other containers are described by their type only, because their text can be
+        far longer than the file.
+    longest : int
+        Largest number of characters.
+
+    Returns
+    -------
+    str
+        One line without control characters.
+    """
+    if isinstance(value, bytes | bytearray):
+        value = bytes(value[:longest])
+    elif isinstance(value, int) and abs(value) >= 10**longest:
+        value = "a very large number"
+    elif not isinstance(value, str | int | float | complex | type(None) | BaseException):
+        value = f"a {type(value).__name__}"
+    text = value[: 4 * longest] if isinstance(value, str) else str(value)
+    text = printable(one_line(text))
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Run the body of a command and turn its errors into exit codes.
 
@@ -72,12 +128,12 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
         rank = os.environ.get("RANK", "0")
         if os.environ.get("LOCAL_RANK", rank) == "0" or rank == "0" or isinstance(error, RankError):
             who = f"process {rank}: " if rank != "0" else ""
-            print(f"dreamscale: {who}{one_line(error)}", file=sys.stderr)
+            print(f"dreamscale: {who}{printable(one_line(error))}", file=sys.stderr)
         return EXIT_BAD_REQUEST
     except StopRequested as stop:
         if int(os.environ.get("RANK", "0")) == 0:
             print(
-                f"dreamscale: stopped on request; {one_line(stop) or 'run the same command to resume'}",
+                f"dreamscale: stopped on request; {printable(one_line(stop)) or 'run the same command to resume'}",
                 file=sys.stderr,
             )
         return EXIT_STOPPED

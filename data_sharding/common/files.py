@@ -16,6 +16,7 @@ from upath import UPath
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, as_path, commit_folder, describe, fresh, scratch_folder
+from data_sharding.common.untrusted import parse_json, read_limited
 
 
 def sha256_file(path: str | AnyPath) -> str:
@@ -103,15 +104,17 @@ def read_json(path: str | AnyPath) -> Any:
     Raises
     ------
     RequestError
-        If the file is missing, unreadable or not JSON.
+        If the file is missing, unreadable, not JSON, or larger than `MAX_JSON` (`parse_json` says what is refused).
     """
     path = as_path(path)
     try:
-        return json.loads(path.read_text())
+        return parse_json(read_limited(path))
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({describe(error)})") from None
+    except RequestError:
+        raise
     except ValueError as error:
         raise RequestError(
             f"{path}: not valid JSON ({error}); it is damaged or was not written by Dreamscale"

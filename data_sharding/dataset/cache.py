@@ -22,6 +22,7 @@ from upath import UPath
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, describe
+from data_sharding.common.untrusted import check_sha256
 
 DEFAULT_GB = 50.0
 _TRIES = 2
@@ -92,6 +93,7 @@ class ShardCache:
         RequestError
             If the file cannot be downloaded, is larger than the cache, or has a wrong checksum twice in a row.
         """
+        check_sha256(sha256, str(url))
         path = self.folder / sha256[:2] / sha256
         while True:
             with contextlib.suppress(FileNotFoundError):
@@ -112,9 +114,12 @@ class ShardCache:
         for _ in range(_TRIES):
             temporary = path.with_name(f".{sha256}.{uuid.uuid4().hex[:8]}")
             try:
-                expected = _size_of(url) if size is None else size
+                expected = _size_of(url)
+                if size is not None and expected != size:
+                    found = f"{expected} bytes in place of {size}"
+                    continue
                 self._reserve(temporary, expected, url)
-                got, digest = _download(url, temporary)
+                got, digest = _download(url, temporary, expected)
                 if digest == sha256:
                     temporary.replace(path)
                     return
@@ -200,7 +205,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     # `_is_dead` needs a lock that the system releases when a process dies. The library filelock is not used, because on
     # a file system without flock its lock would stay held.
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -230,12 +235,15 @@ def _size_of(url: AnyPath) -> int:
     return int(fs.size(path) or 0)
 
 
-def _download(url: AnyPath, target: Path) -> tuple[int, str]:
-    """Copy a remote file to a local file, and return the size and the checksum of the copy."""
+def _download(url: AnyPath, target: Path, expected: int) -> tuple[int, str]:
+    """Copy a remote file to a local file, and return the size and the checksum of the copy.
+
+    The copy ends soon after the expected number of bytes, also if the store sends more.
+    """
     fs, path = _store(url)
     digest, got = hashlib.sha256(), 0
     with fs.open(path, "rb", cache_type="none", block_size=_BLOCK) as source, target.open("r+b") as stream:
-        while block := source.read(_BLOCK):
+        while got <= expected and (block := source.read(_BLOCK)):
             digest.update(block)
             stream.write(block)
             got += len(block)

@@ -19,13 +19,13 @@ import numpy as np
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import atomic_directory, digest_of, sha256_file
 from data_sharding.common.storage import AnyPath, as_path, commit_folder, is_remote, localised, remove_tree
+from data_sharding.common.untrusted import MAX_JSON, open_regular, read_limited
 from data_sharding.dataset.cache import ShardCache
 from data_sharding.dataset.manifest import NAME as MANIFEST
 from data_sharding.dataset.manifest import Manifest, Shard
 from data_sharding.dataset.samples import IMAGE_EXTENSIONS, Sample, ShardWriter
 from data_sharding.dataset.shard_reader import (
     HEADER,
-    INDEX,
     PackedSamples,
     SampleLocation,
     ShardReader,
@@ -93,10 +93,9 @@ class EEGDataset:
                 f"{self.path}: no samples in split '{split}'; the dataset has {', '.join(have) or 'no samples'}"
             )
         self.first = np.cumsum([0, *(shard.samples for shard in self.shards)])
-        self.index = np.empty(self.first[-1], INDEX)
         with ThreadPoolExecutor(_PARALLEL_FETCHES if self.cache else 1) as pool:
-            for first, rows in zip(self.first, pool.map(self._read_index, self.shards), strict=False):
-                self.index[first : first + len(rows)] = rows
+            # Memory is reserved for samples that an index really lists, and not for the number in the manifest.
+            self.index = np.concatenate(list(pool.map(self._read_index, self.shards)))
         self.n_times, self._shift, self.left_out = self.spec.window, None, 0
         if tmin is not None or tmax is not None:
             self._choose_part(tmin or 0.0, tmax)
@@ -131,9 +130,10 @@ class EEGDataset:
         index = tar.with_suffix(".idx")
         if self.cache:
             with os.fdopen(self.cache.open(index, shard.index_sha256), "rb") as stream:
-                return parse_index(stream.read(), str(index), shard.samples)
+                data = stream.read(MAX_JSON + 1)
+            return self._parse_index(data, index, shard)
         try:
-            found, data = tar.stat().st_size, index.read_bytes()
+            found, data = tar.stat().st_size, read_limited(index)
         except OSError as error:
             raise RequestError(
                 f"{error.filename}: cannot be read ({error.strerror}); run 'dreamscale verify {self.path}'"
@@ -143,7 +143,10 @@ class EEGDataset:
                 f"{tar}: the manifest says {shard.bytes} bytes, the file has {found}; "
                 f"run 'dreamscale verify {self.path}'"
             )
-        return parse_index(data, str(index), shard.samples)
+        return self._parse_index(data, index, shard)
+
+    def _parse_index(self, data: bytes, index: AnyPath, shard: Shard) -> np.ndarray:
+        return parse_index(data, str(index), shard.samples, tar_bytes=shard.bytes, window=self.spec.window)
 
     @property
     def spec(self) -> PreprocessSpec:
@@ -272,7 +275,7 @@ class EEGDataset:
         entry = self.shards[shard]
         if self.cache:
             return self.cache.open(self.path / entry.path, entry.sha256, entry.bytes)
-        return os.open(str(self.path / entry.path), os.O_RDONLY)
+        return open_regular(str(self.path / entry.path))
 
     def key(self, number: int) -> str:
         """Read the key of a sample."""

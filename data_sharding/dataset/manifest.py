@@ -9,6 +9,7 @@ from typing import Any
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json, write_json
 from data_sharding.common.storage import AnyPath, as_path
+from data_sharding.common.untrusted import check_manifest
 from data_sharding.processing.preprocess import PreprocessSpec
 
 SCHEMA = 1
@@ -89,12 +90,14 @@ class Manifest:
                 f"{directory}: no {NAME}, so this is not a complete dataset; write it with 'dreamscale shard'"
             )
         values = read_json(directory / NAME)
+        where = str(directory / NAME)
         try:
             if (schema := values.pop("schema")) != SCHEMA:
                 raise RequestError(
                     f"{directory / NAME}: the file has schema {schema}, but this version reads only schema {SCHEMA}; "
                     "make the dataset again with 'dreamscale shard CONFIG --output DIR'"
                 )
+            check_manifest(values, where)
             values["preprocess"] = PreprocessSpec.from_dict(values["preprocess"])
             values["splits"] = {
                 split: [Shard(**shard) for shard in shards] for split, shards in values["splits"].items()

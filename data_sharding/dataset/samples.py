@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from data_sharding.common.untrusted import MAX_WINDOW
+
 N_PADDED = 128
 """Number of channels of a padded window."""
 ZSTD_LEVEL = -1
@@ -25,6 +27,7 @@ The lower bits of float16 EEG are noise, so entropy coding saves little: level 3
 writing would be 3 times slower and reading 4.5 times slower. Level -1 removes only the copies of channels that padding
 adds.
 """
+_NPY_HEADER = 128
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 
 
@@ -94,7 +97,7 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
     return zstandard.ZstdCompressor(compression_params=parameters).compress(buffer.getvalue())
 
 
-def decode_eeg(data: bytes, n: int | None = None) -> np.ndarray:
+def decode_eeg(data: bytes, n: int | None = None, samples: int | None = None) -> np.ndarray:
     """Decode a window from a shard.
 
     Parameters
@@ -103,16 +106,39 @@ def decode_eeg(data: bytes, n: int | None = None) -> np.ndarray:
         Content of a member ``KEY.eeg.npy.zst``.
     n : int, optional
         Number of true channels, from the sample's JSON; if None, all 128 channels of the padded window are returned.
+    samples : int, optional
+        Number of time points that the window must have; if None, the window may have any number up to `MAX_WINDOW`.
 
     Returns
     -------
     ndarray of float16, shape (n or 128, T)
         Window in microvolts.
+
+    Raises
+    ------
+    ValueError
+        If the bytes are not a float16 window of 128 channels with the expected number of time points. The function
+        never unpacks more bytes than such a window has.
     """
     import zstandard
 
-    raw = zstandard.ZstdDecompressor().decompress(data)
-    return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)[:n]
+    try:
+        # The size that the compressed data state is not used. A changed file can state any size.
+        with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as stream:
+            head = io.BytesIO(stream.read(_NPY_HEADER))
+            if np.lib.format.read_magic(head) != (1, 0):
+                raise ValueError("another version of the .npy format")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
+            longest = MAX_WINDOW if samples is None else samples
+            if dtype != np.float16 or fortran or len(shape) != 2 or shape[0] != N_PADDED or not 0 < shape[1] <= longest:
+                raise ValueError(f"{dtype} {shape} in place of float16 ({N_PADDED}, {samples or 'T'})")
+            out = np.empty(shape, np.float16)
+            got = stream.readinto(out.data.cast("B"))
+            if got != out.nbytes or (samples or shape[1]) != shape[1] or stream.read(1):
+                raise ValueError(f"not as many bytes as a window of float16 {shape} has")
+    except zstandard.ZstdError as error:
+        raise ValueError(f"not compressed by zstd, or damaged ({error})") from None
+    return out[:n]
 
 
 def wds_decoder(key: str, data: bytes) -> np.ndarray | None:

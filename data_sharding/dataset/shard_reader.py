@@ -9,7 +9,6 @@ Shapes: b samples, n true channels, T time points of a window.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,7 +17,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
+from data_sharding.common.files import read_json
+from data_sharding.common.storage import AnyPath
+from data_sharding.common.untrusted import MAX_WINDOW, check_entries, check_key, check_meta, parse_json
 from data_sharding.dataset.samples import IMAGE_EXTENSIONS, N_PADDED
 from data_sharding.processing.preprocess import PreprocessSpec
 
@@ -39,8 +41,12 @@ for a trial the index of its onset and the number of its time points (0 for a wi
 
 The reader computes all other offsets from these numbers. The index of ten million samples takes 0.3 GB of memory.
 """
-LONGEST = 2**20
+LONGEST = MAX_WINDOW
 """Largest number of time points of a stored trial; an index with a larger number is damaged."""
+MAX_META = 2**24
+"""Largest size of a sample's JSON in bytes."""
+MAX_IMAGE = 2**28
+"""Largest size of a sample's image in bytes."""
 _EEG = "eeg.npy.zst"
 _SUFFIX = b".eeg.npy.zst"
 HEADER = 512
@@ -125,12 +131,46 @@ class SampleLocation(NamedTuple):
     """First stored time point to read."""
 
 
-def _padded(size: Any) -> Any:
+def most_bytes(samples: Any) -> Any:
+    """Return the largest size in bytes of the compressed EEG of a sample with this number of time points."""
+    size = 128 + N_PADDED * samples * 2
+    return size + size // 128 + 1024
+
+
+def member_limits(samples: int) -> dict[str, int]:
+    """Return the largest size in bytes of each member that a sample with this number of time points may have."""
+    return {_EEG: most_bytes(samples), "json": MAX_META, **{f"image.{ext}": MAX_IMAGE for ext in IMAGE_EXTENSIONS}}
+
+
+def padded_size(size: Any) -> Any:
     """Return the number of bytes that a member of this size takes in a tar, without the member's header."""
     return (size + HEADER - 1) // HEADER * HEADER
 
 
-def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
+def read_entries(index: AnyPath, tar_bytes: int) -> list[dict[str, Any]]:
+    """Read and check the entries of a shard's index.
+
+    Parameters
+    ----------
+    index : Path or UPath
+        The ``.idx`` file.
+    tar_bytes : int
+        Size of the tar in bytes.
+
+    Returns
+    -------
+    list of dict
+        Key, numbers and places of the members of each sample, as `ShardWriter` writes them.
+
+    Raises
+    ------
+    RequestError
+        If the index is damaged.
+    """
+    return check_entries(read_json(index), str(index), member_limits(LONGEST), tar_bytes=tar_bytes, longest=LONGEST)
+
+
+def parse_index(data: bytes, name: str, samples: int, *, tar_bytes: int, window: int) -> np.ndarray:
     """Read the index of a shard into an array.
 
     Parameters
@@ -141,6 +181,10 @@ def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
         Path of the file, for messages.
     samples : int
         Number of samples according to the manifest.
+    tar_bytes : int
+        Size of the tar in bytes.
+    window : int
+        Number of time points of a window.
 
     Returns
     -------
@@ -153,10 +197,10 @@ def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
         If the index is damaged, or if Dreamscale did not write the shard.
     """
     try:
-        entries = json.loads(data)
+        entries = parse_json(data)
         members = [entry["members"] for entry in entries]
-        eeg = np.array([m[_EEG] for m in members], np.int64).reshape(-1, 2)
-        meta = np.array([m["json"] for m in members], np.int64).reshape(-1, 2)
+        eeg = np.array([m[_EEG] for m in members], np.int64).reshape(len(members), 2)
+        meta = np.array([m["json"] for m in members], np.int64).reshape(len(members), 2)
         image = np.zeros((len(members), 2), np.int64)
         ext = np.zeros(len(members), np.uint8)
         for number, entry in enumerate(members):
@@ -166,24 +210,31 @@ def parse_index(data: bytes, name: str, samples: int) -> np.ndarray:
         n = np.array([entry.get("n", 0) for entry in entries], np.int64)
         onset = np.array([entry.get("onset", 0) for entry in entries], np.int64)
         count = np.array([entry.get("samples", 0) for entry in entries], np.int64)
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, OverflowError) as error:
         raise RequestError(
-            f"{name}: the file is damaged and not the index of a shard ({type(error).__name__}: {error}); "
+            f"{name}: the file is damaged and not the index of a shard ({type(error).__name__}: {show(error)}); "
             "copy the dataset again"
         ) from None
     if len(entries) != samples:
         raise RequestError(
             f"{name}: the index lists {len(entries)} samples, the manifest says {samples}; copy the dataset again"
         )
+    # Check that every member lies in the tar and is not too large, before arithmetic uses the numbers or memory is
+    # reserved.
+    longest = np.where((count > 0) & (count <= LONGEST), count, window)
+    limits = np.stack([most_bytes(longest), np.full(samples, MAX_META), np.full(samples, MAX_IMAGE)], axis=1)
+    places = np.stack([eeg, meta, image], axis=1)
+    inside = ((places >= 0) & (places <= tar_bytes)).all(axis=(1, 2))
+    inside &= ((places[:, :, 1] <= limits) & (places[:, :, 0] <= tar_bytes - places[:, :, 1])).all(axis=1)
     has_image = image[:, 1] > 0
-    after_eeg = eeg[:, 0] + _padded(eeg[:, 1]) + HEADER
-    after_image = np.where(has_image, after_eeg + _padded(image[:, 1]) + HEADER, after_eeg)
-    fits = (~has_image | (image[:, 0] == after_eeg)) & (meta[:, 0] == after_image) & (n >= 0) & (n <= N_PADDED)
+    after_eeg = eeg[:, 0] + padded_size(eeg[:, 1]) + HEADER
+    after_image = np.where(has_image, after_eeg + padded_size(image[:, 1]) + HEADER, after_eeg)
+    fits = inside & (~has_image | (image[:, 0] == after_eeg)) & (meta[:, 0] == after_image) & (n >= 0) & (n <= N_PADDED)
     fits &= (count >= 0) & (count <= LONGEST) & (abs(onset) <= LONGEST)
     if not fits.all():
         key = entries[int(np.argmin(fits))]["key"]
         raise RequestError(
-            f"{name}: the offsets of sample {key} are not those that Dreamscale writes; copy the dataset again"
+            f"{name}: the offsets of sample {show(key)} are not those that Dreamscale writes; copy the dataset again"
         )
     rows = np.empty(samples, INDEX)
     rows["start"], rows["eeg"], rows["image"], rows["json"] = eeg[:, 0] - HEADER, eeg[:, 1], image[:, 1], meta[:, 1]
@@ -237,9 +288,9 @@ def parse_meta(text: bytes, shard: str, sample: str | int) -> dict[str, Any]:
         If the JSON is damaged.
     """
     try:
-        return json.loads(text)
+        return check_meta(parse_json(text))
     except ValueError as error:
-        raise damage_error(shard, sample, f"its JSON is damaged ({error})") from None
+        raise damage_error(shard, sample, f"its JSON is damaged ({show(error)})") from None
 
 
 def crop_meta(meta: dict[str, Any], begin: int) -> dict[str, Any]:
@@ -294,8 +345,8 @@ def locate(
     at = np.where(at < 0, at + len(index), at)
     shard = np.searchsorted(first, at, side="right") - 1
     start, image = rows["start"], rows["image"].astype(np.int64)
-    image_at = start + 2 * HEADER + _padded(rows["eeg"].astype(np.int64))
-    meta_at = np.where(image > 0, image_at + HEADER + _padded(image), image_at)
+    image_at = start + 2 * HEADER + padded_size(rows["eeg"].astype(np.int64))
+    meta_at = np.where(image > 0, image_at + HEADER + padded_size(image), image_at)
     onset = rows["onset"].astype(np.int64)
     begin = np.maximum(onset, 0) if shift is None else onset + shift
     columns = at, shard, start, rows["eeg"], image_at, image, meta_at, rows["json"], rows["ext"], rows["n"]
@@ -396,7 +447,10 @@ class ShardReader:
         name = bytes(header[:100]).rstrip(b"\0")
         if header[257:262] != b"ustar" or not name.endswith(suffix):
             raise self.damage(location, "the index does not point at a sample")
-        return name[: -len(suffix)].decode("ascii", "replace")
+        try:
+            return check_key(name[: -len(suffix)].decode("ascii", "replace"), "")
+        except RequestError:
+            raise self.damage(location, f"its name in the tar is '{show(name)}', which has no valid key") from None
 
     def load(self, location: SampleLocation) -> tuple[str, bytes, int]:
         """Read a sample into `stored`, and return the sample's key, JSON and number of true channels."""
@@ -416,7 +470,10 @@ class ShardReader:
             text = f"has {self.samples} time points, and {self.dataset.n_times} are needed from number {location.begin}"
             raise self.damage(location, text, key)
         text = bytes(self.read(location, meta_at, location.meta) if location.image else whole[meta_at - start :])
-        return key, text, location.n or int(self.meta(location, text, key)["n"])
+        n = location.n or self.meta(location, text, key).get("n")
+        if type(n) is not int or not 1 <= n <= N_PADDED:
+            raise self.damage(location, f"its JSON does not state the number of channels, from 1 to {N_PADDED}", key)
+        return key, text, n
 
     def window(self, location: SampleLocation, n: int) -> np.ndarray:
         """Return the part to read of the sample that `load` read last, as a view [n, T] of the buffer."""

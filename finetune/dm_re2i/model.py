@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import atomic_directory, read_json, write_json
+from data_sharding.common.untrusted import check_group, check_preprocess
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.diffusion import draw_noise, sample
 from finetune.dm_re2i.eg_ddpm import EGDDPM
@@ -194,14 +195,15 @@ class DMRE2IGenerator:
         from diffusers import DDPMScheduler
 
         folder = Path(folder)
-        values = read_json(folder / "dreamscale.json")
+        values = check_group(read_json(folder / "dreamscale.json"), str(folder / "dreamscale.json"))
         if values.get("kind") != KIND or values.get("schema") != SCHEMA:
             raise RequestError(
                 f"{folder}: not a '{KIND}' model of this version; train it again with 'dreamscale ddpm CONFIG'"
             )
         self.folder, self.device = folder, torch.device(device)
         try:
-            self.spec = PreprocessSpec.from_dict(read_json(folder / "preprocess.json"))
+            about = folder / "preprocess.json"
+            self.spec = PreprocessSpec.from_dict(check_preprocess(read_json(about), str(about)))
         except (TypeError, ValueError) as error:
             raise RequestError(
                 f"{folder / 'preprocess.json'}: not a preprocessing spec ({one_line(error)}); train the model again"

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
+from data_sharding.common.untrusted import check_group, check_path, read_limited
+from data_sharding.dataset.shard_reader import MAX_IMAGE
 from finetune.images import decode_image
 
 Images = NDArray[np.uint8]
@@ -68,16 +70,17 @@ def read_generated(path: str | Path) -> GeneratedSet:
         raise RequestError(f"{path}: has no generated.json; make the folder with 'dreamscale generate'")
     about = read_json(record)
     needed = {"dataset", "dataset_id", "split", "control", "labels", "trials"}
-    if not isinstance(about, dict) or needed - about.keys() or not about["trials"]:
+    lists = isinstance(about, dict) and all(isinstance(about.get(name), list) for name in ("labels", "trials"))
+    if not lists or needed - about.keys() or not about["trials"]:
         raise RequestError(f"{record}: an entry that 'dreamscale generate' writes is missing; {again}")
     found: dict[str, Images] = {}
     for name in ("file", "real_file"):
         images = []
         for trial in about["trials"]:
             try:
-                file = path / trial[name]
-                images.append(decode_image(file.read_bytes(), name=str(file)))
-                known = isinstance(trial["label"], int) and 0 <= trial["label"] < len(about["labels"])
+                file = path / check_path(check_group(trial, str(record), "a trial")[name], str(record))
+                images.append(decode_image(read_limited(file, MAX_IMAGE), name=str(file)))
+                known = type(trial["label"]) is int and 0 <= trial["label"] < len(about["labels"])
             except KeyError as error:
                 raise RequestError(f"{record}: a trial has no {error}; {again}") from None
             except OSError as error:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import atomic_directory, read_json, write_json
+from data_sharding.common.untrusted import check_group
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_head import ClipHead
 from finetune.clip_images import is_local
@@ -57,7 +58,7 @@ def load_base(base: str | Path) -> StableDiffusionPipeline:
         index = Path(base) / "model_index.json"
         if not index.is_file():
             raise RequestError(f"{base}: not a diffusers pipeline (no model_index.json); give the pipeline's directory")
-        if (name := read_json(index).get("_class_name")) != "StableDiffusionPipeline":
+        if (name := check_group(read_json(index), str(index)).get("_class_name")) != "StableDiffusionPipeline":
             raise RequestError(f"{base}: holds a {name}, not a StableDiffusionPipeline; choose another base")
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -285,7 +286,7 @@ class StableDiffusionGenerator:
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
         folder = Path(folder)
-        values = read_json(folder / "dreamscale.json")
+        values = check_group(read_json(folder / "dreamscale.json"), str(folder / "dreamscale.json"))
         if values.get("kind") != KIND or values.get("schema") != SCHEMA:
             raise RequestError(
                 f"{folder}: not a '{KIND}' model of this version; train it again with 'dreamscale finetune CONFIG'"

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import atomic_directory, atomic_write_text, read_json, write_json
+from data_sharding.common.untrusted import check_preprocess, open_npz
 from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.model.build import count_parameters
 from pretrain.model.config import EncoderConfig
@@ -175,7 +176,7 @@ def read_package(path_or_hub_id: str | Path) -> PackageContents:
         return PackageContents(
             folder=folder,
             config=EncoderConfig(**values["encoder"]),
-            spec=PreprocessSpec.from_dict(read_json(folder / SPEC)),
+            spec=PreprocessSpec.from_dict(check_preprocess(read_json(folder / SPEC), str(folder / SPEC))),
             n_chans=values.get("n_chans"),
             n_outputs=values.get("n_outputs"),
             positions_C3=_from_lists(values["positions"]) if values.get("positions") else None,
@@ -211,7 +212,7 @@ def check_example(model: Any, folder: Path) -> None:
     if not path.is_file():
         raise RequestError(f"{path}: no such file, so the package is not complete; export the encoder again")
     try:
-        with np.load(path, allow_pickle=False) as example:
+        with open_npz(path) as example:
             inputs = [torch.from_numpy(example[name]) for name in _EXAMPLE_INPUTS if name in example]
             y, tolerance = example["y"], float(example["tolerance"])
         with torch.no_grad():

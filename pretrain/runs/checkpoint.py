@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import re
 import shutil
 import sys
 import time
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import atomic_write_text, read_json, sha256_file, write_json
+from data_sharding.common.untrusted import MAX_FILE, check_count, check_group, check_path, check_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,15 +102,47 @@ def find_damage(checkpoint: Path, *, read_bytes: bool) -> str | None:
         Description of the damage; None if there is no damage.
     """
     try:
-        for name, record in read_json(checkpoint / MANIFEST)["files"].items():
+        for name, record in read_manifest(checkpoint)["files"].items():
             size = (checkpoint / name).stat().st_size
             if size != record["bytes"]:
                 return f"{name} has {size} bytes in place of {record['bytes']}"
             if read_bytes and sha256_file(checkpoint / name) != record["sha256"]:
                 return f"{name} has another checksum than when it was written"
-    except (RequestError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (RequestError, OSError) as error:
         return str(error)
     return None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Read and check the manifest of a checkpoint.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        Path of the checkpoint's folder.
+
+    Returns
+    -------
+    dict
+        The manifest.
+
+    Raises
+    ------
+    RequestError
+        If the manifest is missing or damaged, or if it lists a file outside the checkpoint's folder.
+    """
+    where = str(checkpoint / MANIFEST)
+    values = check_group(read_json(checkpoint / MANIFEST), where)
+    for name, record in check_group(values.get("files"), where, "files").items():
+        check_path(name, where)
+        check_count(check_group(record, where, name).get("bytes"), where, f"bytes of {name}", most=MAX_FILE)
+        check_sha256(record.get("sha256"), where)
+    return values
+
+
+def _find_steps(checkpoints: Path) -> list[Path]:
+    """Return the folders ``step_NUMBER`` in the order of their steps."""
+    return sorted(folder for folder in checkpoints.glob("step_*") if re.fullmatch(r"step_[0-9]{8,12}", folder.name))
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
@@ -126,7 +160,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
         printed.
     """
     found = []
-    for folder in sorted(checkpoints.glob("step_*")):
+    for folder in _find_steps(checkpoints):
         damage = find_damage(folder, read_bytes=False)
         if damage:
             print(f"dreamscale: checkpoint {folder} is damaged ({damage}) and is not used", file=sys.stderr)
@@ -164,7 +198,7 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
     for partial in checkpoints.glob(".partial_*"):
         shutil.rmtree(partial, ignore_errors=True)
     damaged, spoiled, chosen = [], [], None
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+    for folder in reversed(_find_steps(checkpoints)):
         damage = find_damage(folder, read_bytes=True)
         if damage is not None:
             print(f"dreamscale: checkpoint {folder} is damaged ({damage}); looking for an older one", file=sys.stderr)
@@ -191,7 +225,7 @@ def _trained_on(checkpoint: Path, left_out: Sequence[dict[str, Any]]) -> bool:
     """Return whether a checkpoint has trained on batches that the run left out later."""
     if not left_out:
         return False
-    saved = read_json(checkpoint / MANIFEST)
+    saved = read_manifest(checkpoint)
     known = [entry["batches"] for entry in saved.get("left_out", [])]
     return any(entry["batches"] not in known and entry["batches"][0] < saved["loader"]["step"] for entry in left_out)
 
@@ -254,7 +288,7 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest: dict[str, Any] = read_json(folder / MANIFEST)
+        self.manifest = read_manifest(folder)
         self._version = self.manifest.get("format")
         if self._version not in (FORMAT, _FORMAT_2):
             raise RequestError(

@@ -1,0 +1,568 @@
+"""Checks of values that come from files. Nothing that a file says is used before one of these checks has passed.
+
+Datasets, checkpoints and models travel between laboratories, and anybody can have changed them on the way. The readers
+of all these files call the functions of this module. Each function returns the value if the value is good, and raises a
+`RequestError` with one line if it is not.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import stat
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from upath import UPath
+
+from data_sharding.common.errors import RequestError, show
+
+MAX_JSON = 64 * 2**20
+"""Largest size of a JSON file in bytes. In memory, JSON takes up to 20 times the size of the file."""
+MAX_PIXELS = 64_000_000
+"""Largest number of pixels of an image."""
+IMAGE_KINDS = ("JPEG", "PNG", "WEBP")
+"""Kinds of image files that are decoded, as Pillow names them. The content of the file counts, not its name."""
+MAX_UNPACKED = 200
+"""Largest number of bytes of a compressed archive's content, for each byte of the archive."""
+FREE_UNPACKED = 64 * 2**20
+"""Number of bytes that an archive may always unpack to."""
+MAX_WINDOW = 2**20
+"""Largest number of time points of a window or trial. A padded window of this length takes 0.27 GB as float16."""
+MAX_FILE = 2**50
+"""Largest size of a file in bytes that a manifest may state."""
+LEAST_SAMPLE = 2048
+"""Smallest number of bytes of a sample in a tar: two members, each with a header."""
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,88}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}"
+_PATH = re.compile(rf"{_PART}(?:/{_PART}){{0,15}}")
+# Numbers with so many digits, or with such a large exponent, may be infinite after parsing.
+_LARGE_NUMBER = re.compile(r"[eE]\+?\d{3}|\d{300}")
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+_TEXT, _NUMBER = (str, None), ((int, float), None)
+# Type and smallest value of the entries of a sample's metadata.
+_META: dict[str, tuple[Any, float | None]] = {
+    **dict.fromkeys(("reference", "recording", "subject", "session", "corpus", "split"), _TEXT),
+    **dict.fromkeys(("image_id", "label_name", "caption", "concept"), _TEXT),
+    "n": (int, 1),
+    "onset": (int, None),
+    "label": (int, 0),
+    "sfreq": ((int, float), 1e-6),
+    "start": _NUMBER,
+    "ch_names": (list, None),
+    "positions": (list, None),
+    "bads": (list, None),
+}
+
+
+def _refuse(where: str, fault: str) -> RequestError:
+    return RequestError(f"{where}: damaged or changed ({fault}); get the file again from its source")
+
+
+def check_key(value: Any, where: str) -> str:
+    """Check the key of a sample or the name of a split: only letters, digits, ``_`` and ``-``, at most 88 of them.
+
+    Parameters
+    ----------
+    value : Any
+        The key that a file states.
+    where : str
+        Path of the file, for the message.
+
+    Returns
+    -------
+    str
+        The key. It is safe as the name of a file.
+
+    Raises
+    ------
+    RequestError
+        If the value is not such a key.
+    """
+    if not isinstance(value, str) or not _KEY.fullmatch(value):
+        raise _refuse(where, f"'{show(value)}' is not a key; a key has only letters, digits, '_' and '-'")
+    return value
+
+
+def check_sha256(value: Any, where: str) -> str:
+    """Check that a value is a SHA-256 checksum: 64 digits from 0 to 9 and from a to f; return the checksum."""
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise _refuse(where, f"'{show(value)}' is not a sha256, which has 64 hexadecimal digits")
+    return value
+
+
+def check_path(value: Any, where: str) -> str:
+    """Check the path of a file inside a folder.
+
+    Parameters
+    ----------
+    value : Any
+        The path that a file states.
+    where : str
+        Path of the file that states the path, for the message.
+
+    Returns
+    -------
+    str
+        The path, relative and with forward slashes. It cannot lead out of the folder.
+
+    Raises
+    ------
+    RequestError
+        If the path is absolute, has a part ``..`` or a hidden part, or has a character that Dreamscale does not write.
+    """
+    if not isinstance(value, str) or not _PATH.fullmatch(value):
+        raise _refuse(where, f"'{show(value)}' is not a path of a file inside the folder")
+    return value
+
+
+def check_count(value: Any, where: str, what: str, *, least: int = 0, most: float) -> int:
+    """Check a whole number.
+
+    Parameters
+    ----------
+    value : Any
+        The number that a file states.
+    where, what : str
+        Path of the file, and name of the number, for the message.
+    least, most : int
+        Smallest and largest possible number.
+
+    Returns
+    -------
+    int
+        The number.
+
+    Raises
+    ------
+    RequestError
+        If the value is not a whole number from `least` to `most`.
+    """
+    if type(value) is not int or not least <= value <= most:
+        limit = f"from {least}" if most == math.inf else f"from {least} to {most}"
+        raise _refuse(where, f"{what} is '{show(value)}', not a whole number {limit}")
+    return value
+
+
+def check_number(value: Any, where: str, what: str) -> float:
+    """Check that a value is a finite number; return the number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise _refuse(where, f"{what} is '{show(value)}', not a finite number")
+    return value
+
+
+def check_text(value: Any, where: str, what: str) -> str:
+    """Check that a value is a text; return the text."""
+    if not isinstance(value, str):
+        raise _refuse(where, f"{what} is '{show(value)}', not a text")
+    return value
+
+
+def check_group(value: Any, where: str, what: str = "the content") -> dict[str, Any]:
+    """Check that a JSON value is an object (keys with values); return the object."""
+    if not isinstance(value, dict):
+        raise _refuse(where, f"{what} is not an object with keys and values")
+    return value
+
+
+def check_list(value: Any, where: str, what: str = "the content") -> list[Any]:
+    """Check that a JSON value is a list; return the list."""
+    if not isinstance(value, list):
+        raise _refuse(where, f"{what} is not a list")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key is there twice")
+    return values
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError("a number is too large")
+    return value
+
+
+def parse_json(data: str | bytes | bytearray | memoryview) -> Any:
+    """Parse JSON strictly.
+
+    Parameters
+    ----------
+    data : str or bytes
+        The JSON text, in UTF-8.
+
+    Returns
+    -------
+    Any
+        The value.
+
+    Raises
+    ------
+    ValueError
+        If the text is not JSON, if an object has a key twice, if a number is NaN or infinite, if a text has half of a
+        character, if lists and objects are nested too deeply, or if the text is longer than `MAX_JSON`.
+    """
+    if len(data) > MAX_JSON:
+        raise ValueError(f"longer than {MAX_JSON // 2**20} MiB")
+    text = data if isinstance(data, str) else bytes(data).decode("utf-8")
+    number = _finite if _LARGE_NUMBER.search(text) else None
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=number)
+    except RecursionError:
+        raise ValueError("lists and objects are nested too deeply") from None
+    if _HALF_CHARACTER.search(text):
+        # Such a text cannot be printed or stored. A surrogate pair is one whole character and passes.
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a local file for reading, and refuse anything that is not a file.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file. A symbolic link to a file is followed.
+
+    Returns
+    -------
+    int
+        File descriptor; the caller must close it.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be opened.
+    RequestError
+        If the path is a folder, a device, a socket or a named pipe, whose reading could wait for ever.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RequestError(f"{path}: not a file, but a folder, a device or a named pipe; remove it or choose another")
+    return descriptor
+
+
+def read_limited(path: Any, most: int = MAX_JSON) -> bytes:
+    """Read a small file.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The file, on this machine or on an object store.
+    most : int
+        Largest size in bytes.
+
+    Returns
+    -------
+    bytes
+        Content of the file.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    RequestError
+        If the file is larger, or is not a file.
+    """
+    stream: IO[bytes] = os.fdopen(open_regular(path), "rb") if not isinstance(path, UPath) else path.open("rb")
+    with stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise _refuse(str(path), f"larger than {most} bytes")
+    return data
+
+
+def check_entries(
+    entries: Any, where: str, members: Mapping[str, int], *, tar_bytes: int, longest: int
+) -> list[dict[str, Any]]:
+    """Check the entries of a shard's index.
+
+    Parameters
+    ----------
+    entries : Any
+        Parsed content of the index.
+    where : str
+        Path of the index, for the message.
+    members : mapping of str to int
+        Largest size in bytes of each member that a sample may have.
+    tar_bytes : int
+        Size of the tar in bytes. No member can lie behind the end of the tar.
+    longest : int
+        Largest number of time points of a sample.
+
+    Returns
+    -------
+    list of dict
+        The entries.
+
+    Raises
+    ------
+    RequestError
+        If an entry has a wrong key, an unknown member, or an offset or size that does not fit into the tar.
+    """
+    for number, entry in enumerate(check_list(entries, where)):
+        check_entry(entry, f"{where}, entry {number}", members, tar_bytes=tar_bytes, longest=longest)
+    return entries
+
+
+def check_entry(entry: Any, where: str, members: Mapping[str, int], *, tar_bytes: int, longest: int) -> None:
+    """Check one entry of a shard's index; the arguments are those of `check_entries`."""
+    check_key(check_group(entry, where).get("key"), where)
+    check_count(entry.get("n", 0), where, "n", most=255)
+    check_count(entry.get("onset", 0), where, "onset", least=-longest, most=longest)
+    check_count(entry.get("samples", 0), where, "samples", most=longest)
+    for name, place in check_group(entry.get("members"), where, "members").items():
+        if name not in members:
+            raise _refuse(where, f"a member '{show(name)}'")
+        if not isinstance(place, list) or len(place) != 2:
+            raise _refuse(where, f"the place of {name} is not an offset and a size")
+        size = check_count(place[1], where, f"the size of {name}", most=min(tar_bytes, members[name]))
+        check_count(place[0], where, f"the offset of {name}", most=tar_bytes - size)
+
+
+def check_preprocess(values: Any, where: str) -> dict[str, Any]:
+    """Check the numbers of a stored `PreprocessSpec`, before memory is reserved for its windows.
+
+    Parameters
+    ----------
+    values : Any
+        The spec as it is stored.
+    where : str
+        Path of the file, for the message.
+
+    Returns
+    -------
+    dict
+        The stored spec.
+
+    Raises
+    ------
+    RequestError
+        If the window or the stride is not a number of time points, or another number is not finite.
+    """
+    for key, value in check_group(values, where, "preprocess").items():
+        if key in ("window", "stride"):
+            check_count(value, where, f"preprocess.{key}", least=1, most=MAX_WINDOW)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            check_number(value, where, f"preprocess.{key}")
+    return values
+
+
+def check_manifest(values: Any, where: str) -> dict[str, Any]:
+    """Check the content of a dataset's manifest.
+
+    Parameters
+    ----------
+    values : Any
+        Parsed content of the manifest.
+    where : str
+        Path of the manifest, for the message.
+
+    Returns
+    -------
+    dict
+        The content.
+
+    Raises
+    ------
+    RequestError
+        If a path leads out of the dataset, a checksum is not a checksum, a shard has more samples than its bytes can
+        hold, or a value has another type than in a manifest.
+    """
+    check_group(values, where)
+    check_text(values.get("dataset_id"), where, "dataset_id")
+    check_preprocess(values.get("preprocess"), where)
+    for split, shards in check_group(values.get("splits"), where, "splits").items():
+        for shard in check_list(shards, where, f"splits.{check_key(split, where)}"):
+            path = check_path(check_group(shard, where, "a shard").get("path"), where)
+            if not path.endswith(".tar"):
+                raise _refuse(where, f"the shard '{show(path)}' is not a tar")
+            check_sha256(shard.get("sha256"), where)
+            check_sha256(shard.get("index_sha256"), where)
+            size = check_count(shard.get("bytes"), where, f"bytes of {path}", most=MAX_FILE)
+            check_count(shard.get("samples"), where, f"samples of {path}", most=size // LEAST_SAMPLE)
+    for label in check_list(values.get("labels", []), where, "labels"):
+        check_text(label, where, "a label")
+    for name, count in check_group(values.get("counts", {}), where, "counts").items():
+        check_count(count, where, f"counts.{show(name)}", most=MAX_FILE)
+    for name, hours in check_group(values.get("hours", {}), where, "hours").items():
+        check_number(hours, where, f"hours.{show(name)}")
+    for name in ("config", "versions", "extra"):
+        check_group(values.get(name, {}), where, name)
+    return values
+
+
+def check_meta(values: Any) -> dict[str, Any]:
+    """Check the types of the metadata of a sample. An entry may be missing, and unknown entries may have any value.
+
+    Parameters
+    ----------
+    values : Any
+        Parsed JSON of the sample.
+
+    Returns
+    -------
+    dict
+        The metadata.
+
+    Raises
+    ------
+    ValueError
+        If an entry has another type than in the metadata that Dreamscale writes.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("not an object with keys and values")
+    for name, value in values.items():
+        types, least = _META.get(name, (None, None))
+        if types is not None and (not isinstance(value, types) or isinstance(value, bool)):
+            raise ValueError(f"{name} is '{show(value)}'")
+        if least is not None and not value >= least:
+            raise ValueError(f"{name} is {show(value)}")
+    if not all(isinstance(name, str) for name in values.get("ch_names", ())):
+        raise ValueError("a channel has no name")
+    for place in values.get("positions") or ():
+        is_point = isinstance(place, list) and len(place) == 3 and {*map(type, place)} <= {float, int}
+        if place is not None and not is_point:
+            raise ValueError("the position of an electrode is not three numbers")
+    return values
+
+
+def check_unpacked(sizes: Iterable[int], packed: int, where: str) -> None:
+    """Refuse a compressed archive that unpacks to far more bytes than its own size.
+
+    Parameters
+    ----------
+    sizes : iterable of int
+        Sizes in bytes that the archive states for its parts.
+    packed : int
+        Size of the archive in bytes.
+    where : str
+        Path of the archive, for the message.
+
+    Raises
+    ------
+    RequestError
+        If the parts have more than `MAX_UNPACKED` times the bytes of the archive, and more than `FREE_UNPACKED`.
+    """
+    total = sum(sizes)
+    if total > max(FREE_UNPACKED, MAX_UNPACKED * packed):
+        raise _refuse(where, f"its {packed} bytes unpack to {total} bytes")
+
+
+def open_npz(path: str | os.PathLike[str]) -> Any:
+    """Open a ``.npz`` file of plain arrays, and refuse a file that unpacks to far more bytes than its own size.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Returns
+    -------
+    numpy.lib.npyio.NpzFile
+        The opened file, for a ``with`` block.
+
+    Raises
+    ------
+    RequestError
+        If the file is not a zip archive, or unpacks to too many bytes.
+    OSError
+        If the file cannot be read.
+    """
+    import numpy as np
+
+    os.close(open_regular(path))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = [entry.file_size for entry in archive.infolist()]
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise _refuse(str(path), f"not a .npz file: {show(error)}") from None
+    check_unpacked(sizes, Path(path).stat().st_size, str(path))
+    return np.load(path, allow_pickle=False)
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Parse YAML of plain values, without the aliases that let a small file stand for a huge value.
+
+    Parameters
+    ----------
+    text : str or bytes
+        The YAML text.
+
+    Returns
+    -------
+    Any
+        The value.
+
+    Raises
+    ------
+    ValueError
+        If the text is longer than 4 MiB, has an alias (``*name``), or is nested too deeply.
+    yaml.YAMLError
+        If the text is not YAML of plain values.
+    """
+    import yaml
+
+    if len(text) > 4 * 2**20:
+        raise ValueError("longer than 4 MiB")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("has an alias ('*name'); write the value out")
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError("lists and keys are nested too deeply") from None
+
+
+def open_image(data: bytes | str | os.PathLike[str]) -> Any:
+    """Decode a JPEG, PNG or WebP image.
+
+    Parameters
+    ----------
+    data : bytes, str or Path
+        Content of the image file, or its path.
+
+    Returns
+    -------
+    PIL.Image.Image
+        The image, decoded.
+
+    Raises
+    ------
+    OSError
+        If the file is damaged, is an image of another kind, or has more than `MAX_PIXELS` pixels.
+    """
+    from PIL import Image
+
+    source = io.BytesIO(data) if isinstance(data, bytes) else os.fdopen(open_regular(data), "rb")
+    try:
+        with source, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(source, formats=IMAGE_KINDS)
+            if image.width * image.height > MAX_PIXELS:
+                raise OSError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+            image.load()
+            return image
+    except Image.UnidentifiedImageError:
+        raise OSError(f"damaged, or not one of {', '.join(IMAGE_KINDS)}") from None
+    except OSError:
+        raise
+    except (Image.DecompressionBombError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
+        raise OSError(show(error)) from None
+    except Exception as error:  # Damaged chunks raise further types of errors, such as struct.error and zlib.error.
+        raise OSError(f"{type(error).__name__}: {show(error)}") from None
