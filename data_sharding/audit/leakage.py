@@ -308,8 +308,6 @@ def _read_samples(
                 )
                 image = next((f"image.{ext}" for ext in IMAGE_EXTENSIONS if f"image.{ext}" in members), None)
                 yield sample, member(image) if image else None
-    except RequestError:
-        raise
     except Exception as error:
         # All exceptions are caught, because reading a damaged shard can raise errors of many kinds.
         why = f"cannot be read ({error}); run 'dreamscale verify {root}' to see what is damaged"
