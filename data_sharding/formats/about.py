@@ -162,13 +162,14 @@ def private_words(path: AnyPath, format_: str) -> list[str]:
         return []
     found = {word for word in re.split(r"[\s\0]+", text) if len(word) > 2}
     found |= {part for word in found for part in word.split("_") if len(part) > 2}
-    return sorted((word for word in found if not _is_nobody(word) and word != "Startdate"), key=lambda w: (-len(w), w))
+    found = {word for word in found if len(set(word)) > 1 and word.casefold() not in {*NOBODY, "startdate"}}
+    return sorted(found, key=lambda word: (-len(word), word))
 
 
 def hide(text: str, words: list[str]) -> str:
     """Replace words of a patient field in a text by three asterisks."""
     for word in words:
-        text = re.sub(re.escape(word), "***", text, flags=re.IGNORECASE)
+        text = re.sub(rf"(?<![^\W_]){re.escape(word)}(?![^\W_])", "***", text, flags=re.IGNORECASE)
     return text
 
 

@@ -288,6 +288,8 @@ def make_plan(config: ShardConfig) -> Plan:
         [key, [[t.onset, t.image_id, t.label_name, t.caption, t.split, t.concept, t.segment] for t in i.trials or ()]]
         for key, i in sorted(items.items())
     ]
+    if config.split.by_subject:
+        lines += describe_empty_splits(config.split, {item.subject for item in usable}, images=bool(shown))
     people = [[key, item.subject, item.subject_from, item.about] for key, item in sorted(items.items())]
     images = {path: _states([as_path(path)])[0] for path in sorted({t.image for _, t in shown if t.image})}
     return Plan(
@@ -305,6 +307,6 @@ def make_plan(config: ShardConfig) -> Plan:
         ),
         hold_back=hold_back,
         corpora=designs,
-        subjects=[*lines, *describe_empty_splits(config.split, {i.subject for i in usable}, images=bool(shown))],
+        subjects=lines,
         images=images,
     )

@@ -472,9 +472,9 @@ def run(config: ShardConfig) -> int:
             return _finish(config, manifest, output)
         if not is_remote(output):
             _make_folder(output)
+        say(f"found {len(plan.items)} recordings; starting Ray, which takes some seconds")
         for line in plan.subjects:
             say(line)
-        say(f"found {len(plan.items)} recordings; starting Ray, which takes some seconds")
         with lock_output(work), ray_session(config.ray) as in_flight:
             _check_nodes(plan, work)
             remove_tree(work / "new")  # This folder holds unfinished shards of an earlier run.

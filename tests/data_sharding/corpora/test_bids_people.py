@@ -1,0 +1,81 @@
+"""The sidecar files of a BIDS dataset describe people, devices and rights; a broken file costs only its own values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_sharding.corpora import CorpusConfig, Item, list_items
+from data_sharding.job.task import describe_row, new_row
+
+
+@pytest.fixture
+def root(write_raw, make_raw, tmp_path: Path) -> Path:
+    for subject in ("01", "02", "03"):
+        path = tmp_path / "study" / f"sub-{subject}" / "eeg" / f"sub-{subject}_task-rest_eeg.vhdr"
+        write_raw(make_raw(4, 200, 3, seed=int(subject)), path)
+    root = tmp_path / "study"
+    (root / "dataset_description.json").write_text(json.dumps({"Name": "x", "License": "CC0"}))
+    (root / "participants.tsv").write_text(
+        "participant_id\tage\tsex\tgroup\tname\nsub-01\t34\tF\tpatient\tHarry\nsub-02\t89+\tmale\tn/a\tAnna\n"
+    )
+    device = {"Manufacturer": "Brain Products", "ManufacturersModelName": "actiCHamp", "TaskName": "eyes closed"}
+    device["HardwareFilters"] = {"Highpass RC filter": {"Half amplitude cutoff (Hz)": 0.0159, "Roll-off": "6dB/Octave"}}
+    (root / "task-rest_eeg.json").write_text(json.dumps(device))
+    return root
+
+
+def find(root: Path, **keys) -> list[Item]:
+    return list_items(CorpusConfig(kind="bids", root=str(root), **keys))
+
+
+def test_sidecars_describe_people_device_and_rights(root: Path) -> None:
+    first, second, third = find(root)
+    row = new_row(first)
+    describe_row(row, first)
+    assert (row.subject_from, row.age, row.sex, row.group) == ("bids", 34.0, "F", "patient")
+    assert (row.device, row.task, row.license) == ("Brain Products actiCHamp", "rest", "CC0")
+    assert row.device_filters == "Highpass RC filter: 0.0159, 6dB/Octave"
+    assert (second.about["age"], second.about["sex"], "group" in second.about) == (90.0, "M", False)
+    assert "age" not in third.about and "Harry" not in str(first), "no row, and no name"
+
+
+@pytest.mark.parametrize(("unit", "age"), [("years", 34.0), ("months", 2.83), ("Weeks", 0.65), ("dog years old", 34.0)])
+def test_unit_of_the_age(root: Path, unit: str, age: float) -> None:
+    (root / "participants.json").write_text(json.dumps({"age": {"Description": "age", "Units": unit}}))
+    assert find(root)[0].about["age"] == pytest.approx(age)
+
+
+def test_unknown_unit_of_the_age_leaves_the_age_out(root: Path) -> None:
+    (root / "participants.json").write_text(json.dumps({"age": {"Units": "moons"}}))
+    assert "age" not in find(root)[0].about and find(root)[0].about["sex"] == "F"
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        (
+            "participant_id\tage\tsex\nsub-01\told\tF\n",
+            "participants.tsv: age 'old' is not a number of years; left out",
+        ),
+        ("participant_id\tage\nsub-01\t3\t4\t5\n", "participants.tsv not used: participants.tsv, line 2: its number"),
+    ],
+)
+def test_broken_participants_table_costs_only_its_values(root: Path, text: str, note: str) -> None:
+    (root / "participants.tsv").write_text(text)
+    first = find(root)[0]
+    assert any(note in entry for entry in first.info_patch["notes"]) and "age" not in first.about
+    assert first.recording.problem is None and first.subject == "sub-01"
+
+
+def test_licence_of_the_config_wins_and_a_table_can_join_two_names(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "people.tsv").write_text("path\tsubject\tage\nsub-0[12]/*\tanna\t35\n")
+    first, second, third = find(root, license="CC-BY-4.0", subjects=str(tmp_path / "people.tsv"))
+    assert [(item.subject, item.subject_from) for item in (first, second, third)] == [
+        ("anna", "table"),
+        ("anna", "table"),
+        ("sub-03", "bids"),
+    ]
+    assert first.about["license"] == "CC-BY-4.0" and first.about["age"] == 35.0, "the table wins over participants.tsv"
