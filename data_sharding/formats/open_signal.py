@@ -221,7 +221,8 @@ def _brainvision_units(raw: BaseRaw, text: str) -> dict[str, Any]:
     listed: dict[int, str] = {}
     for number, line in re.findall(r"^[ \t]*Ch(\d+)[ \t]*=(.*)$", text, re.MULTILINE | re.IGNORECASE):
         listed.setdefault(int(number), (line.split(",") + [""] * 4)[3].strip())
-    units = [listed.get(number, "") for number in range(1, len(raw.ch_names) + 1)]
+    # The format prescribes microvolts for a channel without a unit.
+    units = [listed.get(number, "") or "µV" for number in range(1, len(raw.ch_names) + 1)]
     known = ("V", "mV", "µV", "uV", "nV")
     types = [
         "eeg" if kind == "misc" and unit not in known and not names_no_unit(unit) else kind
@@ -338,8 +339,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "xdf": _xdf,
 }
 """Reader of each format. A reader returns a raw or epochs object of MNE, or a `Signal`."""
-ASSUMED_UNITS = {"eeglab": 1e-6}
-"""Factor to volts that the reader assumes, for each format whose files name no unit."""
+FIXED_UNITS = {"eeglab": 1e-6}
+"""Factor to volts of the unit that a format prescribes, for formats whose files name no unit."""
 UNIT_FACTORS: dict[str, float] = {}
 """Factor to volts for each format with a reader that returns another unit."""
 for _format in find_formats():
@@ -409,9 +410,9 @@ def open_signal(recording: Recording) -> Signal:
         reason = unreadable(error)
         private = private_words(Path(str(recording.path)), recording.format)
         raise ReadError(Reason(reason.category, text=hide(str(reason), private))) from None
-    if recording.format in ASSUMED_UNITS:
-        assumed = dict.fromkeys(signal.info.ch_names, ASSUMED_UNITS[recording.format])
-        signal.info = dataclasses.replace(signal.info, assumed_units=assumed)
+    if recording.format in FIXED_UNITS:
+        named = dict.fromkeys(signal.info.ch_names, FIXED_UNITS[recording.format])
+        signal.info = dataclasses.replace(signal.info, named_units=named)
     mne_object = getattr(signal, "raw", getattr(signal, "epochs", None))
     about = describe(path, recording.format, getattr(mne_object, "info", None))
     signal.info = dataclasses.replace(signal.info, about=about)

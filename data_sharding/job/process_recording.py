@@ -55,7 +55,6 @@ PART_SCHEMA = 7
 job does not use older parts."""
 RESULT = "result.json"
 """Name of the file that stores the `PartResult` of a recording in its part."""
-UNIT_HINT = "set the key 'unit_factors' if you know the unit"
 MIN_SAMPLES = 16
 """A recording with fewer samples than this is excluded, because its signal cannot be measured."""
 
@@ -269,10 +268,6 @@ def prepare(
     row.notes += channels.notes
     if item.reason:
         raise SetAside("excluded", item.reason)
-    if channels.unknown_unit and item.unit_factor is None and not info.unit_known:
-        row.unit = "unknown"
-        told = f"{len(channels.names)} channels such as {channels.names[0]} are in '{channels.unknown_unit}'"
-        raise SetAside("quarantined", Reason("unit unknown", told), hint=UNIT_HINT)
     if not channels.picks:
         others = [n for names in channels.left_out.values() for n in names] or sorted(channels.by_type)
         raise SetAside("excluded", Reason("no EEG channel", f"only {', '.join(others[:5])}"))
@@ -366,13 +361,15 @@ def _judge(
         row.notes.append(f"unit factor {item.unit_factor:g} from the config")
     elif info.unit_known:
         verdict.unit = "declared"
+    elif read.channels.unknown_unit:
+        verdict.unit = "unknown"
     for i, pick in enumerate(read.picks):
         if info.ch_names[pick] in info.bads and i not in verdict.not_finite:
             verdict.bads.setdefault(i, "marked bad")
     eeg = _eeg_rows(row, read, verdict)
     channels = restrict(read.channels, eeg, read.channels.selection)
     bad_of = {new: verdict.bads[old] for new, old in enumerate(eeg) if old in verdict.bads}
-    row.amplitude_uv, row.unit = round(verdict.amplitude_uv, 4), verdict.unit
+    row.amplitude_uv, row.unit = float(f"{verdict.amplitude_uv:.6g}"), verdict.unit
     row.unit_factor = info.scale * verdict.factor
     prints = verdict.fingerprint[eeg]
     if prints.shape[1]:
@@ -389,7 +386,7 @@ def _judge(
     if folder is not None:
         np.save(folder / "fingerprint.npy", points)
     result.signature = signature(points.astype(np.float32))
-    _refuse(bad_of, verdict, eeg)
+    _refuse(bad_of, verdict, eeg, read.channels.unknown_unit)
     if item.line_freq is not None:
         row.line_freq, row.line_freq_from = item.line_freq, "config"
     elif info.line_freq:
@@ -448,7 +445,7 @@ def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
     return eeg
 
 
-def _refuse(bad_of: dict[int, str], verdict: Verdict, eeg: list[int]) -> None:
+def _refuse(bad_of: dict[int, str], verdict: Verdict, eeg: list[int], unknown_unit: str) -> None:
     """Quarantine a recording that has no usable channel or no plausible unit."""
     if len(bad_of) == len(eeg):
         kinds = Counter(bad_of.values())
@@ -460,8 +457,6 @@ def _refuse(bad_of: dict[int, str], verdict: Verdict, eeg: list[int]) -> None:
     if dead > 0.75 * len(eeg):
         text = f"{dead} flat or clipped, the other {len(eeg) - dead} at {verdict.amplitude_uv:.3g} microvolts"
         raise SetAside("quarantined", Reason("no usable channel", text))
-    raise SetAside(
-        "quarantined",
-        Reason("unit unknown", f"set aside; the amplitude reads as {verdict.amplitude_uv:.3g} microvolts"),
-        hint=UNIT_HINT,
-    )
+    named = f"the file says '{unknown_unit}'" if unknown_unit else "set aside"
+    told = f"{named}; the amplitude reads as {verdict.amplitude_uv:.3g} microvolts"
+    raise SetAside("quarantined", Reason("unit unknown", told), hint="set the key 'unit_factors' if you know the unit")

@@ -78,6 +78,8 @@ class Plan:
     """Lines for the terminal about the subjects that are not certain; see `describe_subjects`."""
     images: dict[str, FileState] = field(default_factory=dict)
     """State of each image file, by the path of the file."""
+    corpus_of: dict[str, int] = field(default_factory=dict)
+    """Index of the corpus in the config, by the key of the recording."""
 
     def size(self, key: str) -> int:
         """Return the size of a recording.
@@ -251,6 +253,7 @@ def make_plan(config: ShardConfig) -> Plan:
     items: dict[str, Item] = {}
     designs: list[dict[str, str]] = []
     lines: list[str] = []
+    corpus_of: dict[str, int] = {}
     for number, corpus in enumerate(config.corpora):
         refuse_memory(corpus.root, "corpora: root")
         check_trial_span(f"corpora[{number}]", corpus, config.preprocess)
@@ -264,6 +267,7 @@ def make_plan(config: ShardConfig) -> Plan:
                     "different names, or remove one of them"
                 )
             items[item.key] = item
+            corpus_of[item.key] = number
     hold_back = HoldBack.plan(config.hold_back, items.values())
     if config.hold_back.datasets:
         items = {item.key: item for item in hold_back.drop_held_back_images(list(items.values()))}
@@ -309,4 +313,5 @@ def make_plan(config: ShardConfig) -> Plan:
         corpora=designs,
         subjects=lines,
         images=images,
+        corpus_of=corpus_of,
     )

@@ -61,6 +61,7 @@ from data_sharding.job.journal import Journal, lock_output
 from data_sharding.job.pack_shards import ShardPlan, plan_shards, write_shard
 from data_sharding.job.process_recording import PART_SCHEMA, get_library_versions, recording_checksum
 from data_sharding.job.request import Plan, ShardConfig, make_plan, reduce_config, resolve_output
+from data_sharding.job.suggest_units import suggest_unit_factors
 from data_sharding.job.task import PartResult, Task, describe_row, new_row
 
 REPORT = "report.html"
@@ -489,7 +490,10 @@ def run(config: ShardConfig) -> int:
             plan.hold_back.count_images(rows)
             _count_unlisted(rows, plan)
             kept = [result for result in results if result.row.status == "sharded"]
+            suggestions = suggest_unit_factors(config.corpora, plan.corpus_of, rows)
             if not any("train" in result.samples for result in kept):
+                for line in suggestions:
+                    say(line)
                 _refuse_empty(rows, work)
             plans = plan_shards(kept, config.samples_per_shard)
             shards_of: dict[str, list[str]] = {}
@@ -505,7 +509,7 @@ def run(config: ShardConfig) -> int:
     lines = describe_empty_splits(config.split, kept, images=bool(plan.labels))
     empty = [split for split in ("val", "test") if not manifest.samples(split)]
     said = {line.split()[0] for line in lines}
-    for line in [*lines, *(f"{split} has no samples" for split in empty if split not in said)]:
+    for line in [*suggestions, *lines, *(f"{split} has no samples" for split in empty if split not in said)]:
         say(line)
     return _finish(config, manifest, output)
 

@@ -18,13 +18,12 @@ import numpy as np
 
 from data_sharding.common.errors import RequestError
 from data_sharding.formats.signal import Signal, SignalInfo
+from data_sharding.formats.units import to_volts
 from data_sharding.processing.preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
     import mne
 
-UNITS = {"V": 1e6, "mV": 1e3, "uV": 1.0, "µV": 1.0, "μV": 1.0, "nV": 1e-3}
-"""Factor from each unit to microvolts."""
 LINE_FREQS = (40.0, 70.0)
 """Lowest and highest mains frequency in Hz that is accepted. The power grid has 50 or 60 Hz, but the frequency of small
 generators can differ."""
@@ -97,8 +96,6 @@ def windows_of(
     from data_sharding.job.process_recording import prepare
     from data_sharding.job.task import PartResult, SetAside, new_row
 
-    if isinstance(recording, tuple):
-        unit_factor = unit_factor or 1.0
     signal = _wrap(recording)
     item = Item(
         key="recording",
@@ -226,14 +223,15 @@ def _make_raw(recording: tuple[Any, ...]) -> mne.io.BaseRaw:
     if len(recording) != 4:
         raise RequestError(f"the tuple has {len(recording)} values; give (x, ch_names, sfreq, unit)")
     x, names, sfreq, unit = recording
-    if unit not in UNITS:
+    factor = to_volts(str(unit))
+    if factor is None:
         raise RequestError(f"unit '{unit}' is unknown; use one of V, mV, uV, nV")
     x, names = np.asarray(x, dtype=np.float64), _check_names(names)
     if x.ndim != 2 or len(x) != len(names):
         raise RequestError(f"x has shape {x.shape}, but there are {len(names)} channel names")
     if not isinstance(sfreq, numbers.Real) or not 0 < float(sfreq) < math.inf:
         raise RequestError(f"sfreq must be a number of Hz above 0, got {sfreq!r}")
-    return mne.io.RawArray(x * (UNITS[unit] * 1e-6), mne.create_info(names, float(sfreq), "eeg"), verbose="ERROR")
+    return mne.io.RawArray(x * factor, mne.create_info(names, float(sfreq), "eeg"), verbose="ERROR")
 
 
 def _check_names(names: Sequence[str]) -> list[str]:

@@ -177,3 +177,23 @@ def test_units_of_brainvision_headers(
     assert_true(done["mixed.vhdr"], 13)
     assert_true(done["latin.vhdr"], 13)
     assert done["odd.vhdr"].row.category == "unit unknown" and done["odd.vhdr"].row.status == "quarantined"
+
+
+def test_units_of_channels_tsv_where_the_header_has_none(
+    tmp_path: Path, shard_all: Callable, assert_true: Callable, true_uv: Callable, write_edf: Callable
+) -> None:
+    root = tmp_path / "study"
+    units = {"01": ([b""] * 8, "µV"), "02": ([b"uV"] * 8, "mV"), "03": ([b""] * 8, "foo"), "04": ([b"n/a"] * 8, "mV")}
+    for subject, (own, sidecar) in units.items():
+        folder = root / f"sub-{subject}" / "eeg"
+        scale = [1e-3 if subject == "04" else 1.0] * 8
+        write_edf(folder / f"sub-{subject}_task-rest_eeg.edf", true_uv(14, 8, SECONDS), units=own, scale=scale)
+        rows = [f"{name}\tEEG\t{sidecar}" for name in NAMES]
+        (folder / f"sub-{subject}_task-rest_channels.tsv").write_text("\n".join(["name\ttype\tunits", *rows]) + "\n")
+    (root / "dataset_description.json").write_text('{"Name": "study", "BIDSVersion": "1.9.0"}')
+    done = {path.split("/")[0]: sharded for path, sharded in shard_all(root, kind="bids").items()}
+    for subject in ("sub-01", "sub-02", "sub-04"):
+        assert_true(done[subject], 14)
+    assert any("from the sidecar" in note for note in done["sub-01"].row.notes)
+    assert any("sidecar says mV" in note for note in done["sub-02"].row.notes)
+    assert (done["sub-03"].row.status, done["sub-03"].row.category) == ("quarantined", "unit unknown")

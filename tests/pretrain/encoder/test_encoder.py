@@ -246,6 +246,15 @@ class TestEncode:
             again = encoder.encode((x * factor, NAMES, 500.0, unit))
             np.testing.assert_allclose(again.tokens, found.tokens, atol=1e-4)
 
+    def test_an_array_in_a_wrong_unit_is_refused_with_its_amplitude(self, encoder_package: Path) -> None:
+        encoder = EEGEncoder.from_pretrained(encoder_package)
+        x = recording().get_data()[: len(NAMES)]
+        with pytest.raises(RequestError, match=r"unit unknown.*e-05 microvolts.*unit_factor"):
+            encoder.encode((x, NAMES, 500.0, "uV"))
+        with pytest.raises(RequestError, match=r"unit unknown.*e\+0\d microvolts"):
+            encoder.encode((x * 1e6, NAMES, 500.0, "V"))
+        encoder.encode((x, NAMES, 500.0, "uV"), unit_factor=1e6)
+
     def test_encodes_the_windows_that_sharding_writes(self, encoder_package: Path) -> None:
         """The encoder prepares windows with the same steps as sharding: preprocessing, padding and scaling."""
         from data_sharding.processing.preprocess import preprocess
