@@ -15,7 +15,7 @@ from data_sharding.corpora.paths import check_folder, recording_key, relative_pa
 from data_sharding.corpora.subjects import SubjectFinder
 from data_sharding.formats.sniffing import Recording, find_recordings
 
-NAME_IN_PATH = "the path contains the name of the patient in the header; rename the file to hide the name"
+NAME_IN_PATH = "the path contains the name or number of the patient in the header; rename the file to hide it"
 """Note in the ledger. The ledger and the report contain all paths."""
 INTRACRANIAL = re.compile(r"(?:^|[_\W])(ecog|ieeg|seeg)(?:$|[_\W])", re.IGNORECASE)
 KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "subjects", "salt_variable", "intracranial"})

@@ -315,16 +315,21 @@ class SubjectFinder:
 
     def _from_header_or_path(self, relative: str, key: str) -> tuple[str, str]:
         patient = self._patients.get(relative)
+        name = "" if self.config.subject_pattern else recognise(relative).subject
         if patient is not None and patient.code:
-            return self._hash(patient), "header"
-        if not self.config.subject_pattern and (name := recognise(relative).subject):
+            # If the path shows the code, a hash would hide nothing.
+            return name if name.casefold() == patient.code else self._hash(patient), "header"
+        if name:
             return name, "recognised"
         return (self._hash(patient), "header") if patient is not None else (key, "unknown")
 
     def shows_name(self, relative: str) -> bool:
-        """Return whether the path of a recording contains the name of the patient in its header."""
+        """Return whether the path of a recording contains the name or the number of the patient in its header."""
         patient = self._patients.get(relative)
-        return patient is not None and any(len(name) > 3 and name in relative.casefold() for name in patient.names)
+        if patient is None:
+            return False
+        words = {patient.code, *patient.names} - {recognise(relative).subject.casefold()}
+        return any(len(word) > 3 and word in relative.casefold() for word in words)
 
 
 def _read_secret(config: CorpusConfig) -> str:

@@ -124,7 +124,7 @@ def parse_patient(fixed: bytes, format_: str) -> Patient | None:
         return Patient(identity=" ".join(named).casefold(), code="", names=names)
     code, birth, name = words[0], words[2], _words(words[3])
     names = tuple(word.casefold() for word in name if len(word) > 2)
-    if not _is_nobody(code):
+    if not _is_nobody(code) or re.fullmatch(r"[1-9]{1,2}", code):
         return Patient(identity=f"code {code.casefold()}", code=code.casefold(), names=names)
     if not name:
         return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from data_sharding.corpora import CorpusConfig, Item
@@ -10,6 +11,8 @@ from data_sharding.corpora.folder import NAME_IN_PATH
 from data_sharding.corpora.naming import confirming_pattern, find_look_alikes, recognise
 from data_sharding.dataset.splits import SplitConfig
 
+BEGIN = r"[^/_ -]+(?=[_ -][^/]*$)"
+"""Regular expression for the beginning of a file name, before the first underscore, blank or hyphen."""
 MOST_GROUPS = 3
 """Number of groups of similar names that are printed."""
 
@@ -55,8 +58,8 @@ def describe_subjects(config: CorpusConfig, items: Sequence[Item]) -> list[str]:
         lines.append(f"  ... and {len(groups) - MOST_GROUPS} more groups of similar names")
     if named := sum(NAME_IN_PATH in item.info_patch.get("notes", []) for item in items):
         lines.append(
-            f"{label}: the paths of {named} recordings contain the patient's name that is in their header; the dataset "
-            "keeps paths, so rename the files before you give the dataset to others"
+            f"{label}: the paths of {named} recordings contain the patient's name or number in their header; the "
+            "dataset keeps paths, so rename the files before you give the dataset to others"
         )
     return lines
 
@@ -101,6 +104,12 @@ def _describe_unknown(label: str, items: Sequence[Item], total: int) -> list[str
     if len(folders) > 1:
         some = ", ".join(sorted(folders)[:2])
         lines.append(f"  if each first folder ({some} ...) is one person: subject_pattern: '^(?P<subject>[^/]+)/'")
+    begins = Counter(match.group() for item in items if (match := re.search(BEGIN, item.path)))
+    if len(begins) > 1 and max(begins.values()) > 1 and sum(begins.values()) == len(items):
+        some = ", ".join(sorted(begins)[:2])
+        lines.append(
+            f"  if the beginning of each file name ({some} ...) is one person: subject_pattern: '(?P<subject>{BEGIN})'"
+        )
     return lines
 
 

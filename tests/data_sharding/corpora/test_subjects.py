@@ -109,6 +109,16 @@ class TestHeaders:
         ]
         assert found["S01.bdf"].subject == "S01"
 
+    @pytest.mark.parametrize(("code", "named"), [("7", True), ("12", True), ("0", False), ("X", False)])
+    def test_short_codes(self, tmp_path: Path, code: str, named: bool) -> None:
+        write_records(tmp_path / "a.edf", patient=f"{code} X X X")
+        assert (find(tmp_path)["a.edf"].subject_from == "header") == named
+
+    def test_code_that_the_path_shows_is_not_hashed(self, tmp_path: Path) -> None:
+        write_records(tmp_path / "aaaaaaac_s001_t000.edf", patient="aaaaaaac M 01-JAN-1950 aaaaaaac Age:61", plus=False)
+        item = find(tmp_path)["aaaaaaac_s001_t000.edf"]
+        assert (item.subject, item.subject_from, item.info_patch) == ("aaaaaaac", "header", {})
+
     @pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
     def test_names_in_other_letters(self, tmp_path: Path, encoding: str) -> None:
         path = write_records(tmp_path / "a.edf", patient="X M 02-MAY-1951 Müller_Jörg", encoding=encoding)
@@ -243,7 +253,13 @@ class TestAnnouncements:
         text = "\n".join(self.lines(tmp_path))
         assert "the names S1, s01 look like one person" in text
         assert "the paths of 1 of these subjects have several names, for example P04, P05" in text
-        assert "the paths of 1 recordings contain the patient's name" in text and "0234567" not in text
+        assert "the paths of 1 recordings contain the patient's name or number" in text and "0234567" not in text
+
+    def test_beginning_of_the_names_is_proposed(self, tmp_path: Path) -> None:
+        for name in ("x/anna_1", "x/anna_2", "y/bert_1"):
+            write_records(tmp_path / f"{name}.edf")
+        pattern = self.lines(tmp_path)[2].split("subject_pattern: '")[1].removesuffix("'")
+        assert [item.subject for item in find(tmp_path, subject_pattern=pattern).values()] == ["anna", "anna", "bert"]
 
     def test_chb21_is_chb01(self, tmp_path: Path) -> None:
         write_records(tmp_path / "chb21_01.edf")
