@@ -350,7 +350,8 @@ def check_gdf(path: AnyPath, head: bytes = b"") -> Reason | None:
 
 def check_brainvision(text: str, data: AnyPath) -> Reason | None:
     """Compare a BrainVision header with its data file. A V-Amp file stores one more channel than its header counts."""
-    n, points = int(ini_value(text, "NumberOfChannels") or 0), int(ini_value(text, "DataPoints") or 0)
+    n, number = int(ini_value(text, "NumberOfChannels") or 0), ini_value(text, "DataPoints") or ""
+    points = int(number) if re.fullmatch(r"-?\d{1,18}", number) else 0  # Readers take the size of the file.
     if n < 1 or points < 0:
         raise Damaged
     if (ini_value(text, "DataFormat") or "BINARY").upper() != "BINARY":

@@ -10,7 +10,7 @@ import importlib
 import itertools
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from data_sharding.formats.mne_signal import (
     read_raw_units,
 )
 from data_sharding.formats.readers import find_formats
+from data_sharding.formats.repair.brainvision import CODEPAGE, Repaired, read_text, repair_header, repair_markers
 from data_sharding.formats.signal import Segment, Signal
 from data_sharding.formats.sniffing import Recording
 from data_sharding.formats.units import names_no_unit
@@ -164,7 +165,7 @@ def _eeglab(path: Path) -> Any:
 
 
 def _as_named(
-    path: Path, *keys: str, recode: bool = False
+    path: Path, *keys: str, recode: bool = False, text: str | None = None, contents: Mapping[str, str] | None = None
 ) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
     """Return a text header and make sure that MNE finds the files that the header names.
 
@@ -180,49 +181,97 @@ def _as_named(
         Keys of the header whose values are names of files.
     recode : bool
         Whether the header must be in UTF-8.
+    text : str, optional
+        Repaired text of the header, which replaces the text of the file.
+    contents : mapping of str to str, optional
+        Repaired content of the files that the keys name, for each key.
 
     Returns
     -------
     path : Path
         The header, or its corrected copy.
     text : str
-        Text of the original header.
+        Text of the header.
     folder : TemporaryDirectory or None
         Temporary folder with the copy. The folder must exist as long as the recording is open.
     """
-    text, encoding = headers.decode_text(path.read_bytes())
-    data, recode = text, recode and encoding != "utf-8"
+    contents = contents or {}
+    original, encoding = headers.decode_text(path.read_bytes())
+    text = original if text is None else text
+    data, recode = text, (recode and encoding != "utf-8") or text != original
     links: dict[str, Path] = {}
+    written: dict[str, str] = {}
     for key in keys:
         named = headers.ini_value(text, key)
         if named is None:
             continue
         name = re.split(r"[\\/]", named)[-1].replace("$b", path.stem)
-        if name == named and (path.parent / name).exists():
+        if key in contents:
+            written[name] = contents[key]
+        elif name == named and (path.parent / name).exists():
             links[name] = path.parent / name
             continue
         there = [file for file in path.parent.iterdir() if file.name.lower() == name.lower()]
-        if there:
+        if there and key not in contents:
             links[name] = there[0]
         where = re.compile(rf"^([ \t]*{key}[ \t]*=[ \t]*){re.escape(named)}", re.MULTILINE | re.IGNORECASE)
         data = where.sub(lambda found, name=name: found.group(1) + name, data, count=1)
-    if data == text and not recode and all(name == file.name for name, file in links.items()):
+    if data == text and not recode and not written and all(name == file.name for name, file in links.items()):
         return path, text, None
     folder = tempfile.TemporaryDirectory(prefix="eeg-")
     for name, file in links.items():
         (Path(folder.name) / name).symlink_to(file.resolve())
+    for name, content in written.items():
+        (Path(folder.name) / name).write_text(content, encoding="utf-8")
     target = Path(folder.name) / path.name
     target.write_bytes(data.encode("utf-8" if recode else encoding))
     return target, text, folder
 
 
-def _brainvision_units(raw: BaseRaw, text: str) -> dict[str, Any]:
+def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], list[str]]:
+    """Repair the header and the marker file of a BrainVision recording.
+
+    Returns
+    -------
+    header : Repaired
+        The header.
+    contents : dict of str to str
+        The key MarkerFile with the repaired content; empty if the marker file is as it should be.
+    notes : list of str
+        Notes for the ledger.
+    """
+    decoded = read_text(path.read_bytes())
+    header = repair_header(decoded.text)
+    header.recoded = bool(decoded.notes) or header.text != decoded.text
+    if header.recoded:
+        header.text = CODEPAGE.sub(lambda found: f"{found[1]}UTF-8", header.text, count=1)
+    notes = [*(f"header: {note}" for note in decoded.notes), *header.notes]
+    named = headers.ini_value(header.text, "MarkerFile")
+    if named is None:
+        return header, {}, notes
+    name = re.split(r"[\\/]", named)[-1].replace("$b", path.stem)
+    files = {file.name.lower(): file for file in path.parent.iterdir()}
+    file = files.get(name.lower()) or files.get(f"{path.stem}.vmrk".lower())
+    if file is None:
+        lost = f"the marker file '{name}' does not exist, so its interruptions and bad spans are unknown"
+        return header, {}, [*notes, lost]
+    if file.name.lower() != name.lower():
+        notes.append(f"the marker file '{name}' does not exist; {file.name} is used")
+    decoded = read_text(file.read_bytes())
+    markers = repair_markers(decoded.text)
+    notes = [*notes, *(f"marker file: {note}" for note in decoded.notes), *markers.notes]
+    changed = decoded.recoded or markers.text != decoded.text or file.name.lower() != name.lower()
+    text = CODEPAGE.sub(lambda found: f"{found[1]}UTF-8", markers.text, count=1)
+    return header, {"MarkerFile": text} if changed else {}, notes
+
+
+def _brainvision_units(raw: BaseRaw, text: str, numbers: list[int]) -> dict[str, Any]:
     """Read the units of a BrainVision header. MNE knows few spellings, and takes other channels as miscellaneous."""
     listed: dict[int, str] = {}
     for number, line in re.findall(r"^[ \t]*Ch(\d+)[ \t]*=(.*)$", text, re.MULTILINE | re.IGNORECASE):
         listed.setdefault(int(number), (line.split(",") + [""] * 4)[3].strip())
     # The format prescribes microvolts for a channel without a unit.
-    units = [listed.get(number, "") or "µV" for number in range(1, len(raw.ch_names) + 1)]
+    units = [listed.get(number, "") or "µV" for number in numbers]
     known = ("V", "mV", "µV", "uV", "nV")
     types = [
         "eeg" if kind == "misc" and unit not in known and not names_no_unit(unit) else kind
@@ -234,11 +283,24 @@ def _brainvision_units(raw: BaseRaw, text: str) -> dict[str, Any]:
 def _brainvision(path: Path) -> Signal:
     import mne
 
-    path, text, folder = _as_named(path, "DataFile", "MarkerFile")
+    header, contents, notes = _repair_brainvision(path)
+    path, text, folder = _as_named(
+        path, "DataFile", "MarkerFile", text=header.text if header.recoded else None, contents=contents
+    )
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     raw = mne.io.read_raw_brainvision(path)
-    more = _brainvision_units(raw, text.replace("\r\n", "\n"))
-    text = text.replace("\r\n", "\n")
-    length = int(headers.ini_value(text, "SegmentDataPoints") or 0)
+    numbers = [i for i in range(1, len(raw.ch_names) + 1) if i not in header.left_out]
+    left_out = {raw.ch_names[i - 1]: why for i, why in header.left_out.items()}
+    if not numbers:
+        raise ReadError(Reason("damaged BrainVision header", "no channel has a resolution"))
+    for number in header.unplaced:
+        raw.info["chs"][number - 1]["loc"][:3] = np.nan
+    if left_out:
+        raw.pick([number - 1 for number in numbers])
+    more = _brainvision_units(raw, text, numbers)
+    more |= {"notes": [*more.get("notes", []), *notes], "left_out": left_out}
+    points = headers.ini_value(text, "SegmentDataPoints") or ""
+    length = int(points) if points.isdigit() else 0
     if (headers.ini_value(text, "SegmentationType") or "NOTSEGMENTED").upper() == "NOTSEGMENTED" or length < 1:
         return RawSignal(raw, format_="brainvision", keep=folder, **more)
     sfreq = float(raw.info["sfreq"])

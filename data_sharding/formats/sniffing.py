@@ -160,6 +160,8 @@ def _brainvision(file: File) -> Recording | None:
                 problem = headers.run_check(headers.check_brainvision, "BrainVision", text, data)
         elif needed:
             problem = Reason("sidecar missing", f"the header names '{name}', which does not exist")
+        elif name and f"{file.stem}.vmrk".lower() in file.near:
+            files.append(f"{file.stem}.vmrk")  # The reader takes it in place of the missing marker file.
     return file.recording("brainvision", *files, problem=problem)
 
 

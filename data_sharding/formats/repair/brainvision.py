@@ -1,0 +1,216 @@
+"""Repair the header and the marker file of a BrainVision recording. MNE refuses the recording for one broken line."""
+
+from __future__ import annotations
+
+import codecs
+import math
+import re
+from dataclasses import dataclass, field
+
+from data_sharding.formats import headers
+from data_sharding.formats.channels import is_electrode
+
+CHANNEL = re.compile(r"^([ \t]*Ch(\d+)[ \t]*=)(.*)$", re.MULTILINE | re.IGNORECASE)
+CODEPAGE = re.compile(r"^([ \t]*Codepage[ \t]*=[ \t]*)(.*?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
+ELSEWHERE = (1.0, 0.0, 0.0)
+"""Coordinates for channels without a position; the reader removes them again."""
+MARKER = re.compile(r"^[ \t]*Mk(\d+)[ \t]*=(.*)$", re.MULTILINE | re.IGNORECASE)
+
+
+@dataclass
+class Repaired:
+    """A text with its broken lines corrected."""
+
+    text: str
+    """The text; equal to the original text if nothing is broken."""
+    notes: list[str] = field(default_factory=list)
+    """Notes for the ledger."""
+    left_out: dict[int, str] = field(default_factory=dict)
+    """Numbers of the channels, from 1, that have no scale, each with the reason."""
+    unplaced: set[int] = field(default_factory=set)
+    """Numbers of the channels, from 1, whose coordinates in `text` are not those of an electrode."""
+    recoded: bool = False
+    """Whether the text must be written in UTF-8, because the file does not fit to the code page that it names."""
+
+
+def section(text: str, name: str) -> tuple[int, int]:
+    """Return begin and end of a section's content in an INI text; both are the text's end if there is no section."""
+    head = re.search(rf"^[ \t]*\[{name}\][ \t]*$", text, re.MULTILINE | re.IGNORECASE)
+    if head is None:
+        return len(text), len(text)
+    following = re.compile(r"^[ \t]*\[[^\]\n]*\][ \t]*$", re.MULTILINE).search(text, head.end())
+    return head.end(), following.start() if following else len(text)
+
+
+def read_text(data: bytes) -> Repaired:
+    """Decode the bytes of a header or marker file. A code page that is unknown or wrong is replaced by UTF-8."""
+    text, encoding = headers.decode_text(data)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    named = CODEPAGE.search(text)
+    page = named[2] if named else ""
+    try:
+        data.decode("cp1252" if page.upper() == "ANSI" else codecs.lookup(page or "utf-8").name)
+    except LookupError:
+        note = f"the code page '{page[:20]}' is unknown"
+    except UnicodeDecodeError:
+        if not page:
+            return Repaired(text, recoded=True)
+        note = f"the text is not in the code page '{page[:20]}'"
+    else:
+        return Repaired(text, recoded=encoding != "utf-8")
+    text = CODEPAGE.sub(lambda found: f"{found[1]}UTF-8", text, count=1)
+    return Repaired(text, [note], recoded=True)
+
+
+def repair_header(text: str) -> Repaired:
+    """Correct the rows of channels and of coordinates in a BrainVision header.
+
+    Parameters
+    ----------
+    text : str
+        Text of the header. Every line ends with a newline.
+
+    Returns
+    -------
+    Repaired
+        A channel without a name gets a name. A name that exists twice gets a number. A channel whose row is missing or
+        has no resolution is in `left_out`. A channel whose coordinates are no numbers is in `unplaced`, and so is an
+        electrode at 0, 0, 0, which means an unknown position.
+    """
+    out = Repaired(text)
+    try:
+        count = int(headers.ini_value(text, "NumberOfChannels") or 0)
+    except ValueError:
+        return out
+    begin, end = section(text, "Channel Infos")
+    if not 0 < count < 1 << 14 or begin == len(text):
+        return out
+    rows = {int(number): line.split(",") for _, number, line in reversed(CHANNEL.findall(text[begin:end]))}
+    names: list[str] = []
+    lines = []
+    for number in range(1, count + 1):
+        cells = [cell.strip() for cell in rows.get(number, [])]
+        name = cells[0] if cells and cells[0] else f"Ch{number}"
+        given, suffix = name, 2
+        while name in names:
+            name, suffix = f"{given}-{suffix}", suffix + 1
+        names.append(name)
+        if name != given:
+            out.notes.append(f"two channels are named '{given}': the first keeps this name, the other is '{name}'")
+        if len(cells) < 3:
+            out.left_out[number] = "no scale: the header's row of the channel is missing or too short"
+        elif cells[2] and not _positive(cells[2]):
+            out.left_out[number] = f"no scale: the header's resolution '{cells[2][:20]}' is not a positive number"
+        elif cells[0] == name:
+            lines.append(None)
+            continue
+        good = (
+            [*cells[1:2], "1" if number in out.left_out else cells[2], *cells[3:]]
+            if len(cells) > 2
+            else ["", "1", "µV"]
+        )
+        lines.append(f"Ch{number}={','.join([name, *good])}")
+    if any(lines):
+        kept = CHANNEL.sub(lambda found: _replace(found, lines), text[begin:end])
+        missing = [line for number, line in enumerate(lines, start=1) if line and number not in rows]
+        out.text = text[:begin] + "\n".join([kept.rstrip("\n"), *missing]) + "\n\n" + text[end:]
+    for number, why in out.left_out.items():
+        out.notes.append(f"channel {names[number - 1]} is left out: {why}")
+    return _repair_coordinates(out, names)
+
+
+def _replace(found: re.Match[str], lines: list[str | None]) -> str:
+    number = int(found[2])
+    return (lines[number - 1] if number <= len(lines) else None) or found[0]
+
+
+def _repair_coordinates(out: Repaired, names: list[str]) -> Repaired:
+    """Give every channel a row of coordinates, and note the channels whose own row cannot be used."""
+    begin, end = section(out.text, "Coordinates")
+    if begin == len(out.text):
+        return out
+    electrodes, rows = is_electrode(names), {}
+    for _, number, content in CHANNEL.findall(out.text[begin:end]):
+        cells = [_number(cell) for cell in content.split(",")]
+        if len(cells) == 3 and all(map(math.isfinite, cells)):
+            rows.setdefault(int(number), cells)
+    lines, lost = [], []
+    for number, name in enumerate(names, start=1):
+        cells = rows.get(number)
+        # MNE takes an electrode at 0, 0, 0 as another kind of channel, and refuses a channel without coordinates.
+        if cells is None or (cells[0] == 0 and electrodes[number - 1]):
+            out.unplaced.add(number)
+            lost += [name] if cells is None else []
+        lines.append(f"Ch{number}={','.join(f'{cell:g}' for cell in (ELSEWHERE if number in out.unplaced else cells))}")
+    if out.unplaced:
+        out.text = f"{out.text[:begin]}\n" + "\n".join(lines) + f"\n\n{out.text[end:]}"
+    if lost:
+        out.notes.append(f"no coordinates that are three numbers: {', '.join(lost[:5])} ({len(lost)})")
+    return out
+
+
+def repair_markers(text: str) -> Repaired:
+    """Remove the lines of a marker file that cannot be read.
+
+    Parameters
+    ----------
+    text : str
+        Text of the marker file. Every line ends with a newline.
+
+    Returns
+    -------
+    Repaired
+        The text without lines that have no position, and without dates that are no dates.
+    """
+    out = Repaired(text)
+    broken, dates = [], []
+    begin, end = section(text, "Marker Infos")
+
+    def check(found: re.Match[str]) -> str:
+        cells = found[2].split(",")
+        if len(cells) < 4 or not re.fullmatch(r"\s*[+-]?\d{1,18}\s*", cells[2]):
+            broken.append(found[0].strip())
+            return ""
+        # MNE reads the date of a line with exactly five fields, or the last of six fields.
+        date = cells[-1].strip() if len(cells) > 5 or len(cells[-1].strip()) > 9 else ""
+        if cells[0].strip().casefold() == "new segment" and not _is_date(date):
+            dates.append(date)
+            return f"Mk{found[1]}={','.join([*cells[:4], '0'])}"
+        return found[0]
+
+    content = MARKER.sub(check, text[begin:end])
+    if content != text[begin:end]:
+        out.text = text[:begin] + content + text[end:]
+    for lines, what in (
+        (broken, "cannot be read, and are not used"),
+        (dates, "are no dates, and are not used"),
+    ):
+        if lines:
+            out.notes.append(f"{len(lines)} entries of the marker file {what}, the first is '{lines[0][:60]}'")
+    return out
+
+
+def _is_date(text: str) -> bool:
+    """Return whether MNE can parse a date of BrainVision: year, month, day, hour, minute, second, microseconds."""
+    from datetime import datetime
+
+    if not text.isdigit() or len(text) != 20:
+        return text == ""
+    if text == "0" * 20:
+        return True
+    try:
+        datetime.strptime(text, "%Y%m%d%H%M%S%f")
+    except ValueError:
+        return False
+    return True
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _positive(text: str) -> bool:
+    return 0 < _number(text) < math.inf

@@ -1,0 +1,144 @@
+"""A broken part of a header or of a marker file costs this part, and the ledger gets a note; the rest is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_sharding.formats.open_signal import ReadError, open_signal
+from data_sharding.formats.repair.brainvision import repair_header, repair_markers
+from data_sharding.formats.signal import Signal
+from data_sharding.formats.sniffing import sniff
+
+NAMES = ["Fp1", "Fp2", "C3", "C4"]
+START = "Mk1=New Segment,,1,1,0,20200101120000000000"
+BAD = "Mk2=Comment,BAD_move,201,100,0"
+
+
+def open_file(path: Path) -> Signal:
+    recording = sniff(path)
+    assert recording is not None
+    return open_signal(recording)
+
+
+class TestBrainVision:
+    def write(self, folder: Path, *markers: str, edit: Callable[[str], str] = str) -> Path:
+        (folder / "a.eeg").write_bytes(np.round(self.signal() * 10).T.astype("<i2").tobytes())
+        channels = "\n".join(f"Ch{i}={name},,0.1,µV" for i, name in enumerate(NAMES, start=1))
+        text = (
+            "Brain Vision Data Exchange Header File Version 1.0\n[Common Infos]\nCodepage=UTF-8\nDataFile=a.eeg\n"
+            f"MarkerFile=a.vmrk\nDataFormat=BINARY\nDataOrientation=MULTIPLEXED\nNumberOfChannels=4\n"
+            f"SamplingInterval=10000\n[Binary Infos]\nBinaryFormat=INT_16\n[Channel Infos]\n{channels}\n"
+        )
+        (folder / "a.vhdr").write_text(edit(text), encoding="utf-8")
+        lines = "\n".join(markers or (START, BAD))
+        (folder / "a.vmrk").write_text(
+            "Brain Vision Data Exchange Marker File, Version 1.0\n[Common Infos]\nCodepage=UTF-8\nDataFile=a.eeg\n"
+            f"[Marker Infos]\n{lines}\n",
+            encoding="utf-8",
+        )
+        return folder / "a.vhdr"
+
+    def signal(self) -> np.ndarray:
+        return np.random.default_rng(0).normal(0, 20, (4, 600))
+
+    def check(self, signal: Signal, lost: list[str] | None = None, spans: bool = True) -> None:
+        info = signal.info
+        kept = [name for name in NAMES if name not in (lost or [])]
+        assert info.ch_names == kept and info.ch_types == ["eeg"] * len(kept)
+        x = signal.read(0, 600, list(range(len(kept))))
+        np.testing.assert_allclose(x * 1e6, self.signal()[[NAMES.index(name) for name in kept]], atol=0.051)
+        assert [(a, b) for a, b, _ in info.bad_spans] == ([(2.0, 3.0)] if spans else [])
+
+    @pytest.mark.parametrize("row", ["C3,,abc,µV", "C3,,0,µV", "C3,,-0.1,µV", "C3,,nan,µV", "C3", "C3,"])
+    def test_channel_without_a_scale_is_left_out(self, tmp_path: Path, row: str) -> None:
+        signal = open_file(self.write(tmp_path, edit=lambda text: text.replace("C3,,0.1,µV", row)))
+        self.check(signal, ["C3"])
+        assert "no scale" in signal.info.left_out["C3"]
+        assert any("channel C3 is left out" in note for note in signal.info.notes)
+
+    def test_missing_row_of_a_channel(self, tmp_path: Path) -> None:
+        signal = open_file(self.write(tmp_path, edit=lambda text: text.replace("Ch3=C3,,0.1,µV\n", "")))
+        self.check(signal, ["C3"])
+        assert list(signal.info.left_out) == ["Ch3"]
+
+    def test_header_without_any_scale_is_refused(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, edit=lambda text: text.replace(",0.1,", ",?,"))
+        with pytest.raises(ReadError, match="damaged BrainVision header: no channel has a resolution"):
+            open_file(path)
+
+    def test_names_that_are_missing_or_exist_twice(self, tmp_path: Path) -> None:
+        edit = lambda text: text.replace("Ch2=Fp2", "Ch2=Fp1").replace("Ch3=C3", "Ch3=")  # noqa: E731
+        info = open_file(self.write(tmp_path, edit=edit)).info
+        assert info.ch_names == ["Fp1", "Fp1-2", "Ch3", "C4"] and "two channels are named 'Fp1'" in info.notes[0]
+
+    @pytest.mark.parametrize(
+        ("rows", "placed", "words"),
+        [
+            ("Ch1=1,-90,-72\nCh2=1,90,72\nCh3=1,x,0\nCh4=1,45,0", [1, 1, 0, 1], "three numbers: C3 (1)"),
+            ("Ch1=1,-90,-72\nCh2=1,90\nCh4=1,45,0", [1, 0, 0, 1], "three numbers: Fp2, C3 (2)"),
+            ("Ch1=1,-90,-72\nCh2=1,90,72\nCh3=0,0,0\nCh4=1,45,0", [1, 1, 0, 1], ""),
+        ],
+    )
+    def test_broken_coordinates_cost_the_place(self, tmp_path: Path, rows: str, placed: list[int], words: str) -> None:
+        signal = open_file(self.write(tmp_path, edit=lambda text: f"{text}\n[Coordinates]\n{rows}\n"))
+        self.check(signal)
+        assert [place is not None for place in signal.info.positions] == [bool(here) for here in placed]
+        assert words in " ".join(signal.info.notes) and bool(words) == bool(signal.info.notes)
+
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            ("Mk3=Stimulus,S  1", "1 entries of the marker file cannot be read"),
+            ("Mk3=Stimulus,S  1,abc,1,0", "the first is 'Mk3=Stimulus,S  1,abc,1,0'"),
+            ("Mk3=New Segment,,301,1,0,20209901120000000000", ""),
+            ("Mk3=Comment,BAD_x,5000,100,0", ""),
+            ("Mk3=", "cannot be read"),
+        ],
+    )
+    def test_broken_line_of_the_marker_file(self, tmp_path: Path, line: str, words: str) -> None:
+        signal = open_file(self.write(tmp_path, START, BAD, line))
+        self.check(signal)
+        assert words in " ".join(signal.info.notes)
+
+    @pytest.mark.parametrize("date", ["20209901120000000000", "2020", "yesterday", "202001011200000000001"])
+    def test_wrong_date_costs_the_date(self, tmp_path: Path, date: str) -> None:
+        signal = open_file(self.write(tmp_path, f"Mk1=New Segment,,1,1,0,{date}", BAD))
+        self.check(signal)
+        assert f"no dates, and are not used, the first is '{date}'" in signal.info.notes[0]
+
+    def test_text_of_another_encoding(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, START, BAD, "Mk3=Comment,Störung,400,1,0")
+        marks = path.with_suffix(".vmrk")
+        marks.write_bytes(marks.read_text(encoding="utf-8").encode("latin-1"))
+        signal = open_file(path)
+        self.check(signal)
+        assert signal.info.notes == ["marker file: the text is not in the code page 'UTF-8'"]
+        path.write_text(path.read_text(encoding="utf-8").replace("=UTF-8", "=klingon"), encoding="utf-8")
+        signal = open_file(path)
+        self.check(signal)
+        assert "header: the code page 'klingon' is unknown" in signal.info.notes
+
+    def test_missing_marker_file(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path, edit=lambda text: text.replace("MarkerFile=a.vmrk", "MarkerFile=b.vmrk"))
+        recording = sniff(path)
+        assert recording is not None and path.with_suffix(".vmrk") in recording.files
+        signal = open_signal(recording)
+        self.check(signal)
+        assert signal.info.notes == ["the marker file 'b.vmrk' does not exist; a.vmrk is used"]
+        path.with_suffix(".vmrk").unlink()
+        signal = open_file(path)
+        self.check(signal, spans=False)
+        assert "interruptions and bad spans are unknown" in signal.info.notes[0]
+
+    def test_sound_files_are_not_changed(self, tmp_path: Path) -> None:
+        path = self.write(
+            tmp_path, edit=lambda text: f"{text}[Coordinates]\nCh1=1,-90,-72\nCh2=1,90,72\nCh3=1,1,0\nCh4=1,2,0\n"
+        )
+        text = path.read_text(encoding="utf-8")
+        assert repair_header(text).text == text and repair_header(text).notes == []
+        marks = path.with_suffix(".vmrk").read_text(encoding="utf-8")
+        assert repair_markers(marks).text == marks and open_file(path).info.notes == []
