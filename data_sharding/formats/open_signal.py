@@ -38,6 +38,7 @@ from data_sharding.formats.mne_signal import (
 )
 from data_sharding.formats.readers import find_formats
 from data_sharding.formats.repair.brainvision import CODEPAGE, Repaired, read_text, repair_header, repair_markers
+from data_sharding.formats.repair.eeglab import with_repairs
 from data_sharding.formats.signal import Segment, Signal
 from data_sharding.formats.sniffing import Recording
 from data_sharding.formats.units import names_no_unit
@@ -391,7 +392,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "neuroscan": _neuroscan,
     "ant": _ant,
     "fif": _fif,
-    "eeglab": _eeglab,
+    "eeglab": with_repairs(_eeglab),
     "nihon": _mne("nihon"),
     "persyst": _persyst,
     "nedf": _mne("nedf"),

@@ -142,3 +142,79 @@ class TestBrainVision:
         assert repair_header(text).text == text and repair_header(text).notes == []
         marks = path.with_suffix(".vmrk").read_text(encoding="utf-8")
         assert repair_markers(marks).text == marks and open_file(path).info.notes == []
+
+
+EMPTY = np.zeros((0, 0))
+
+
+class TestEEGLAB:
+    def write(self, folder: Path, channels: list[dict] | None = None, events: list[dict] | None = None) -> Path:
+        from scipy.io import savemat
+
+        def structure(rows: list[dict], fields: tuple[str, ...]) -> np.ndarray:
+            return np.array([tuple(row.get(f, EMPTY) for f in fields) for row in rows], [(f, object) for f in fields])
+
+        events = events or [{"type": "bad_x", "latency": 201, "duration": 100}]
+        eeg = {"setname": "a", "nbchan": 4, "trials": 1, "pnts": 600, "srate": 100.0, "xmin": 0.0, "xmax": 5.99}
+        eeg |= {"data": "a.fdt", "icawinv": [], "icaweights": [], "icasphere": []}
+        eeg["chanlocs"] = structure(channels or self.channels(), ("labels", "X", "Y", "Z", "type"))
+        eeg["event"] = structure(events, ("type", "latency", "duration"))
+        savemat(folder / "a.set", {"EEG": eeg}, appendmat=False)
+        (folder / "a.fdt").write_bytes(self.signal().T.astype("<f4").tobytes())
+        return folder / "a.set"
+
+    def channels(self) -> list[dict]:
+        places = [(80, 28, 20), (80, -28, 20), (0, 64, 60), (0, -64, 60)]
+        return [
+            {"labels": name, "X": float(x), "Y": float(y), "Z": float(z), "type": "EEG"}
+            for name, (x, y, z) in zip(NAMES, places, strict=True)
+        ]
+
+    def signal(self) -> np.ndarray:
+        return np.random.default_rng(0).normal(0, 20, (4, 600))
+
+    def check(self, signal: Signal, words: str, names: list[str] | None = None) -> list[bool]:
+        info = signal.info
+        assert info.ch_names == (names or NAMES) and len(info.segments) == 1
+        np.testing.assert_allclose(signal.read(0, 600, [0, 1, 2, 3]) * 1e6, self.signal(), atol=1e-4)
+        assert [(a, b) for a, b, _ in info.bad_spans] == [(2.0, 3.0)]
+        assert words in " ".join(info.notes) and len(info.notes) == bool(words)
+        return [place is not None for place in info.positions]
+
+    def test_sound_file_is_not_changed(self, tmp_path: Path) -> None:
+        assert self.check(open_file(self.write(tmp_path)), "") == [True] * 4
+
+    @pytest.mark.parametrize("value", ["abc", np.array([1.0, 2.0]), 1e6])
+    def test_broken_position_costs_this_position(self, tmp_path: Path, value: object) -> None:
+        channels = self.channels()
+        channels[2]["X"] = value
+        placed = self.check(open_file(self.write(tmp_path, channels)), "positions that are no numbers, or far away: C3")
+        assert placed == [True, True, False, True]
+
+    @pytest.mark.parametrize(("label", "name"), [("", "Ch3"), (EMPTY, "Ch3"), (7.0, "7"), ("Fp1", "Fp1-2")])
+    def test_broken_label_costs_this_label(self, tmp_path: Path, label: object, name: str) -> None:
+        channels = self.channels()
+        channels[2]["labels"] = label
+        self.check(open_file(self.write(tmp_path, channels)), "channels with", ["Fp1", "Fp2", name, "C4"])
+
+    @pytest.mark.parametrize("count", [3, 5])
+    def test_wrong_number_of_labels_costs_all_labels(self, tmp_path: Path, count: int) -> None:
+        """The samples of all channels lie side by side in the file, so a wrong number of channels would mix them."""
+        channels = [*self.channels(), {"labels": "Cz", "X": 0.0, "Y": 0.0, "Z": 85.0}][:count]
+        signal = open_file(self.write(tmp_path, channels))
+        names = ["EEG 000", "EEG 001", "EEG 002", "EEG 003"]
+        assert not any(self.check(signal, f"the file names {count} channels and holds 4", names))
+
+    @pytest.mark.parametrize(
+        ("event", "words"),
+        [
+            ({"type": "x", "latency": "abc", "duration": 1}, "1 events without a latency"),
+            ({"type": "x", "latency": EMPTY, "duration": 1}, "1 events without a latency"),
+            ({"type": "x", "latency": 5, "duration": "abc"}, "1 events have a duration that is no number"),
+            ({"type": "boundary", "latency": 90_000.5, "duration": 1}, ""),
+            ({"type": EMPTY, "latency": 5, "duration": EMPTY}, ""),
+        ],
+    )
+    def test_broken_event_costs_this_event(self, tmp_path: Path, event: dict, words: str) -> None:
+        events = [{"type": "bad_x", "latency": 201, "duration": 100}, event]
+        self.check(open_file(self.write(tmp_path, events=events)), words)

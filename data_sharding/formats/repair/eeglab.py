@@ -1,0 +1,166 @@
+"""Repair the channels and events of an EEGLAB file, which MNE refuses as a whole for one broken entry."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_sharding.formats.mne_signal import EpochsSignal, RawSignal
+from data_sharding.formats.signal import Signal
+
+FAR = 5.0
+"""An electrode that is further from the middle of the head than this number of median distances has no position."""
+MOST_NAMED = 5
+
+
+def with_repairs(read: Callable[[Path], Any]) -> Callable[[Path], Signal]:
+    """Return a reader of EEGLAB files that repairs the channels and events before MNE uses them.
+
+    Parameters
+    ----------
+    read : callable
+        Function that opens a ``.set`` file with MNE, and returns a raw or epochs object, or a `Signal`.
+
+    Returns
+    -------
+    callable
+        Function that returns a `Signal` with a note for each repair.
+    """
+
+    def read_repaired(path: Path) -> Signal:
+        import mne
+
+        with _repairing() as notes:
+            opened = read(path)
+        if isinstance(opened, mne.io.BaseRaw):
+            opened = RawSignal(opened, format_="eeglab")
+        elif isinstance(opened, mne.BaseEpochs):
+            opened = EpochsSignal(opened)
+        said = list(dict.fromkeys(notes))  # MNE may load the file twice.
+        opened.info = dataclasses.replace(opened.info, notes=[*opened.info.notes, *said])
+        return opened
+
+    return read_repaired
+
+
+@contextlib.contextmanager
+def _repairing() -> Iterator[list[str]]:
+    """Repair every structure that MNE loads from a ``.set`` file. MNE has no other way to change it."""
+    from mne.io.eeglab import eeglab
+
+    load, notes = eeglab._check_load_mat, []
+
+    def load_repaired(*args: Any, **kwargs: Any) -> Any:
+        content = load(*args, **kwargs)
+        for repair in (_repair_channels, _repair_events):
+            with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
+                repair(content, notes)
+        return content
+
+    eeglab._check_load_mat = load_repaired
+    try:
+        yield notes
+    finally:
+        eeglab._check_load_mat = load
+
+
+def _entries(value: Any) -> list[dict[str, Any]]:
+    """Return the entries of a MATLAB structure array. The loaders return a dictionary of lists, or a list."""
+    if isinstance(value, dict):
+        columns = {
+            key: column
+            for key, column in value.items()
+            if isinstance(column, list) or (isinstance(column, np.ndarray) and column.ndim)
+        }
+        length = max((len(column) for column in columns.values()), default=0)
+        if not length or any(len(column) != length for column in columns.values()):
+            return [value]
+        return [{key: value[key][i] for key in columns} for i in range(length)]
+    found = []
+    for entry in value if isinstance(value, list | np.ndarray) else [value]:
+        if isinstance(entry, dict):
+            found.append(dict(entry))
+        elif isinstance(entry, np.void):
+            found.append({key: entry[key] for key in entry.dtype.names or ()})
+        else:
+            found.append(dict(vars(entry)))
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """Return a number; NaN for an empty entry, and None for anything else."""
+    array = np.asarray(value)
+    if array.size == 0 and array.dtype.kind != "U":
+        return np.nan
+    if array.size != 1 or array.dtype.kind not in "iufb":
+        return None
+    number = float(array.reshape(()))
+    return number if np.isfinite(number) else np.nan
+
+
+def _repair_channels(content: Any, notes: list[str]) -> None:
+    if not len(content.chanlocs):
+        return
+    rows = content.data.shape[0] if isinstance(content.data, np.ndarray) and content.data.ndim > 1 else content.nbchan
+    channels = _entries(content.chanlocs)
+    if len(channels) != rows:
+        notes.append(f"the file names {len(channels)} channels and holds {rows}, so names and positions are not used")
+        content.chanlocs, content.nbchan = [], rows
+        return
+    unnamed, unplaced, twice = [], [], []
+    names: list[str] = []
+    for i, channel in enumerate(channels, start=1):
+        label = channel.get("labels")
+        if not isinstance(label, str) or not label.strip():
+            number = _number(label)
+            channel["labels"] = f"{number:g}" if number is not None and np.isfinite(number) else f"Ch{i}"
+            unnamed.append(channel["labels"])
+        label, number = channel["labels"], 2
+        while channel["labels"] in names:
+            channel["labels"], number = f"{label}-{number}", number + 1
+        twice += [label] if channel["labels"] != label else []
+        names.append(channel["labels"])
+    if all(axis in channels[0] for axis in "XYZ"):
+        places = [[_number(channel.get(axis)) for axis in "XYZ"] for channel in channels]
+        known = [np.linalg.norm([p for p in place if p is not None]) for place in places if None not in place]
+        usual = float(np.nanmedian(known)) if known and np.isfinite(known).any() else np.nan
+        for channel, place in zip(channels, places, strict=True):
+            if None in place or np.linalg.norm(np.array(place, float)) > FAR * usual > 0:
+                channel |= dict.fromkeys("XYZ", np.zeros(0))
+                unplaced.append(channel["labels"])
+    if unnamed or unplaced or twice:
+        content.chanlocs = channels
+    for what, found in (
+        ("names that are no text", unnamed),
+        ("positions that are no numbers, or far away", unplaced),
+        ("a name that exists already, so that they get a number", twice),
+    ):
+        if found:
+            notes.append(f"channels with {what}: {', '.join(found[:MOST_NAMED])} ({len(found)})")
+
+
+def _repair_events(content: Any, notes: list[str]) -> None:
+    if not len(getattr(content, "event", [])):
+        return
+    events = _entries(content.event)
+    kept, lost, endless = [], 0, 0
+    for event in events:
+        latency, duration = _number(event.get("latency")), _number(event.get("duration", np.zeros(0)))
+        if latency is None or np.isnan(latency):
+            lost += 1
+            continue
+        endless += duration is None
+        kept.append(
+            {"type": event.get("type"), "latency": latency, "duration": np.nan if duration is None else duration}
+        )
+    if lost or endless:
+        content.event = kept
+    if lost:
+        notes.append(f"{lost} events without a latency are not used")
+    if endless:
+        notes.append(f"{endless} events have a duration that is no number")
