@@ -19,6 +19,7 @@ from data_sharding.formats import headers
 from data_sharding.formats.channels import canonical_name, is_electrode, kind_of
 from data_sharding.formats.marks import records
 from data_sharding.formats.mne_signal import NotContinuous, RawSignal, ReadError
+from data_sharding.formats.repair.records import copy_with_patches, find_patches
 from data_sharding.formats.signal import Segment, Signal
 from data_sharding.formats.units import names_no_unit, read_units, to_volts
 
@@ -149,19 +150,24 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
         if count not in rates:
             raise ReadError(Reason("a channel name exists at several rates", next(iter(left_out))))
         main = rates.pop(count)
-        opened = [_open_with_mne(format_, path, layout, group) for group in (main, *(rates[n] for n in sorted(rates)))]
+        source, keep = path, None
+        if patches := find_patches(path, layout, format_):
+            source, keep = copy_with_patches(path, patches)
+        groups = [main, *(rates[n] for n in sorted(rates))]
+        opened = [_open_with_mne(format_, source, layout, group) for group in groups]
         raw, others = (
             opened[0].raw,
             [(part.raw, Fraction(count, n)) for part, n in zip(opened[1:], sorted(rates), strict=True)],
         )
         kept = [i for part in opened for i in part.numbers]
         types = [kind for part in opened for kind in part.raw.get_channel_types()]
-        names, twice = unique_names([layout.labels[i] for i in kept])
+        names, twice = unique_names([layout.labels[i].strip("\0 ") for i in kept])
         units = read_units(names, types, [layout.units[i] for i in kept], [f for part in opened for f in part.factors])
         more: dict[str, Any] = {
             **units.fields,
             "ch_names": names,
             "gains": units.gains,
+            "keep": keep,
             "left_out": left_out,
             "notes": [*_say_unscaled(layout), *twice, *units.notes],
         }
@@ -179,6 +185,11 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
     return read
 
 
+def _say_records(layout: headers.Layout, held: int) -> str:
+    told = f"says {layout.n_records} records" if layout.n_records > 0 else "does not give the number of records"
+    return f"the header {told}, the file holds {held}; all of them are read"
+
+
 def _find_marks(
     format_: str, path: Path, layout: headers.Layout, main: list[int], per_record: int
 ) -> tuple[dict[str, Any], bool]:
@@ -191,11 +202,10 @@ def _find_marks(
         events = records.read_gdf_events(path, layout)
         found, some = records.find_missing(path, layout, main)
         if layout.n_records <= 0:
-            held = headers.count_gdf_records(path, layout)
-            notes.append(f"the header says {layout.n_records} records, the file holds {held}; all of them are read")
+            notes.append(_say_records(layout, headers.count_gdf_records(path, layout)))
         return {"format_": format_, "annotations": events, "marks": found, "notes": notes}, some
     if (held := headers.count_records(path, layout)) != layout.n_records:
-        notes.append(f"the header says {layout.n_records} records, the file holds {held}; all of them are read")
+        notes.append(_say_records(layout, held))
     out: dict[str, Any] = {"format_": format_, "notes": notes}
     if layout.annotated or layout.interrupted:
         # MNE joins the records without gaps, and drops annotations after the end of the joined signal.

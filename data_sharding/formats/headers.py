@@ -183,7 +183,8 @@ def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     fixed = read_range(path, 0, 256, head)
     width = 3 if fixed[:8] == b"\xffBIOSEMI" else 2
     n = int(fixed[252:256])
-    header_bytes, n_records, record_s = int(fixed[184:192]), int(fixed[236:244]), float(fixed[244:252])
+    header_bytes, n_records = _integer(fixed[184:192], 256 * (n + 1)), _integer(fixed[236:244], -1)
+    record_s = float(fixed[244:252])
     if n < 1 or header_bytes < 256 * (n + 1) or not 0 <= record_s < math.inf:
         raise Damaged
     header = read_range(path, 256, 256 * n, head)
@@ -215,6 +216,14 @@ def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
     )
 
 
+def _integer(field: bytes, default: int) -> int:
+    """Return the whole number in a field of a header; the default if the field holds none."""
+    try:
+        return int(field)
+    except ValueError:
+        return default
+
+
 def count_records(path: AnyPath, layout: Layout) -> int:
     """Return the number of whole records between the header and the end of a file."""
     return max(0, (size_of(path) - layout.header_bytes) // layout.record_bytes)
@@ -225,12 +234,17 @@ def count_gdf_records(path: AnyPath, layout: Layout) -> int:
     return layout.n_records if layout.n_records > 0 else count_records(path, layout)
 
 
-def _number(value: str | float) -> float:
-    """Return the number in a field of a header; NaN if the field holds no number."""
+def parse_number(text: str) -> float | None:
+    """Return the number in a text field of a header, also with a decimal comma; None if the field holds no number."""
     try:
-        return float(value)
+        return float(text.strip(" \0").replace(",", "."))
     except ValueError:
-        return math.nan
+        return None
+
+
+def _number(value: str | float) -> float:
+    number = parse_number(value) if isinstance(value, str) else value
+    return math.nan if number is None else number
 
 
 def _limits(low: Sequence[str | float], high: Sequence[str | float]) -> list[tuple[float, float]]:

@@ -463,7 +463,7 @@ def open_signal(recording: Recording) -> Signal:
             signal = opened if not hasattr(opened, "get_channel_types") else _signal_of(opened, recording.format)
             if folder is not None:
                 # Keep the link, because the open signal still reads from it.
-                signal.keep = folder
+                signal.keep = (folder, getattr(signal, "keep", None))
     except ReadError:
         raise
     except ImportError as error:

@@ -218,3 +218,63 @@ class TestEEGLAB:
     def test_broken_event_costs_this_event(self, tmp_path: Path, event: dict, words: str) -> None:
         events = [{"type": "bad_x", "latency": 201, "duration": 100}, event]
         self.check(open_file(self.write(tmp_path, events=events)), words)
+
+
+class TestRecords:
+    """EDF, BDF and GDF files whose header has fields that are no numbers, or wrong ones."""
+
+    @pytest.fixture(params=[".edf", ".bdf"])
+    def path(self, request: pytest.FixtureRequest, tmp_path: Path, make_raw, write_raw) -> Path:
+        return write_raw(make_raw(4, 200, 6, names=NAMES), tmp_path / f"a{request.param}")
+
+    def edit(self, path: Path, at: int, content: str, width: int = 8) -> Path:
+        data = bytearray(path.read_bytes())
+        data[at : at + width] = content.ljust(width)[:width].encode("latin-1")
+        path.write_bytes(data)
+        return path
+
+    def limit(self, path: Path, offset: int, channel: int) -> int:
+        return 256 + offset * int(path.read_bytes()[252:256]) + 8 * channel
+
+    @pytest.mark.parametrize("count", ["0", "-1", "", "many", "4"])
+    def test_file_is_read_to_its_end(self, path: Path, count: str) -> None:
+        x = open_file(path).read(0, 1200, [0, 1, 2, 3])
+        signal = open_file(self.edit(path, 236, count))
+        assert signal.info.n_samples == 1200 and any("the file holds 6" in note for note in signal.info.notes)
+        np.testing.assert_array_equal(signal.read(0, 1200, [0, 1, 2, 3]), x)
+
+    def test_incomplete_last_record_is_not_read(self, path: Path) -> None:
+        path.write_bytes(self.edit(path, 236, "-1").read_bytes()[:-100])
+        assert open_file(path).info.n_samples == 1000
+
+    def test_size_of_the_header_that_is_no_number(self, path: Path) -> None:
+        x = open_file(path).read(0, 1200, [0, 1])
+        np.testing.assert_array_equal(open_file(self.edit(path, 184, "?")).read(0, 1200, [0, 1]), x)
+
+    @pytest.mark.parametrize(("offset", "value"), [(104, "abc"), (112, ""), (120, "x"), (128, "nan"), (120, "32767")])
+    def test_channel_without_a_scale_is_left_out(self, path: Path, offset: int, value: str) -> None:
+        x = open_file(path).read(0, 1200, [0, 1, 2, 3])
+        if value == "32767":
+            self.edit(path, self.limit(path, 128, 2), value)
+        signal = open_file(self.edit(path, self.limit(path, offset, 2), value))
+        assert signal.info.ch_names == ["Fp1", "Fp2", "C4"] and list(signal.info.left_out) == ["C3"]
+        assert any("C3" in note for note in signal.info.notes)
+        np.testing.assert_array_equal(signal.read(0, 1200, [0, 1, 2]), x[[0, 1, 3]])
+
+    def test_decimal_comma_is_a_number(self, path: Path) -> None:
+        x = open_file(path).read(0, 1200, [2])
+        at = self.limit(path, 112, 2)
+        value = path.read_bytes()[at : at + 8].decode().strip()
+        signal = open_file(self.edit(path, at, f"{float(value):g},0"))
+        np.testing.assert_allclose(signal.read(0, 1200, [2]), x, atol=1e-12)
+
+    def test_header_without_any_scale_is_refused(self, path: Path) -> None:
+        for channel in range(4):
+            self.edit(path, self.limit(path, 120, channel), "7")
+            self.edit(path, self.limit(path, 128, channel), "7")
+        with pytest.raises(ReadError, match="digital minimum equals its digital maximum"):
+            open_file(path)
+
+    @pytest.mark.parametrize(("at", "width"), [(8, 80), (88, 80), (168, 8), (176, 8)])
+    def test_person_date_and_time_that_cannot_be_read(self, path: Path, at: int, width: int) -> None:
+        assert open_file(self.edit(path, at, "99.99.\xff =a=b", width)).info.n_samples == 1200
