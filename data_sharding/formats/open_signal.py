@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import itertools
 import re
+import struct
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from data_sharding.formats.edf import open_records
 from data_sharding.formats.marks.files import (
     find_epoch_boundaries,
     find_mff_pauses,
-    find_neuroscan_stops,
+    find_neuroscan_marks,
     read_ant_segments,
 )
 from data_sharding.formats.marks.interruptions import Found, time_of_sample
@@ -39,6 +40,8 @@ from data_sharding.formats.mne_signal import (
 from data_sharding.formats.readers import find_formats
 from data_sharding.formats.repair.brainvision import CODEPAGE, Repaired, read_text, repair_header, repair_markers
 from data_sharding.formats.repair.eeglab import with_repairs
+from data_sharding.formats.repair.persyst import repair_header as repair_persyst
+from data_sharding.formats.repair.records import copy_with_patches
 from data_sharding.formats.signal import Segment, Signal
 from data_sharding.formats.sniffing import Recording
 from data_sharding.formats.units import names_no_unit
@@ -115,9 +118,17 @@ def _neuroscan(path: Path) -> Signal:
     import mne
 
     data_format = neuroscan_data_format(path)
-    raw = mne.io.read_raw_cnt(path, data_format=data_format)  # type: ignore[arg-type]
-    marks = find_neuroscan_stops(path, float(raw.info["sfreq"]), int(data_format[3:]) // 8)
-    return RawSignal(raw, format_="neuroscan", marks=marks)
+    notes, keep, source = [], None, path
+    try:
+        raw = mne.io.read_raw_cnt(path, data_format=data_format)  # type: ignore[arg-type]
+    except (IndexError, ValueError):
+        # MNE refuses a file whose last rejected span has no end. Without the event table it reads the signal.
+        at = struct.unpack("<I", headers.read_range(path, 886, 4))[0]
+        source, keep = copy_with_patches(path, {at + 1: bytes(4)})
+        raw = mne.io.read_raw_cnt(source, data_format=data_format)  # type: ignore[arg-type]
+        notes.append("MNE cannot read the table of events, so only its interruptions and rejected spans are used")
+    marks = find_neuroscan_marks(path, float(raw.info["sfreq"]), int(data_format[3:]) // 8)
+    return RawSignal(raw, format_="neuroscan", annotations=[], marks=marks, keep=keep, notes=notes)
 
 
 def _fif(path: Path) -> Any:
@@ -355,10 +366,11 @@ def _persyst(path: Path) -> Signal:
     """Open a Persyst recording with its gaps. MNE ignores the header's table of sample times, which shows the gaps."""
     import mne
 
-    path, text, folder = _as_named(path, "File", recode=True)
+    decoded = read_text(path.read_bytes()).text
+    text, notes = repair_persyst(decoded)
+    path, _, folder = _as_named(path, "File", recode=True, text=text if text != decoded else None)
     raw = mne.io.read_raw_persyst(path)
     sfreq = float(raw.info["sfreq"])
-    text = text.replace("\r\n", "\n")
     table = re.search(r"^\[SampleTimes\][ \t]*\n(.*?)(?=^\[|\Z)", text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
     pairs = re.findall(r"^(\d+)=([\d.]+)", table.group(1), re.MULTILINE) if table else []
     marks = []
@@ -366,7 +378,7 @@ def _persyst(path: Path) -> Signal:
         missing = (float(end) - float(begin)) % 86400 - (int(b) - int(a)) / sfreq
         if abs(missing) > 2 / sfreq:
             marks.append(Found("Persyst sample times", int(b) / sfreq))
-    return RawSignal(raw, format_="persyst", marks=marks, keep=folder)
+    return RawSignal(raw, format_="persyst", marks=marks, keep=folder, notes=notes)
 
 
 def _xdf(path: Path) -> Signal:

@@ -18,6 +18,8 @@ NEUROSCAN_EVENT_BYTES = {1: 8, 2: 19, 3: 19}
 """Size of an event for each type of Neuroscan's event table."""
 NEUROSCAN_STOPS = {0xB: "correction of the DC offset", 0xE: "discontinuity"}
 """Codes of Neuroscan events at which the signal is interrupted."""
+NEUROSCAN_REJECT, NEUROSCAN_ACCEPT = 0xC, 0xD
+"""Codes of Neuroscan events at which a rejected span begins and ends."""
 
 
 def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | None) -> list[Segment] | None:
@@ -91,8 +93,8 @@ def find_mff_pauses(path: Path, sfreq: float) -> list[Found]:
     ]
 
 
-def find_neuroscan_stops(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
-    """Find the discontinuities in the event table of a Neuroscan file.
+def find_neuroscan_marks(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
+    """Find the discontinuities and the rejected spans in the event table of a Neuroscan file.
 
     Parameters
     ----------
@@ -106,7 +108,7 @@ def find_neuroscan_stops(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
     Returns
     -------
     list of Found
-        Discontinuities.
+        Marks. Programs disagree by one sample about the place of an event, so a discontinuity is a gap of one sample.
     """
     with path.open("rb") as stream:
         head = stream.read(900)
@@ -117,12 +119,21 @@ def find_neuroscan_stops(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
         return []
     kind, size = table[0], NEUROSCAN_EVENT_BYTES[table[0]]
     count = min(struct.unpack_from("<i", table, 1)[0], len(table) - 9) // size
-    found = []
+    found: list[Found] = []
+    rejected: float | None = None
     for i in range(max(count, 0)):
         _, _, code, offset = struct.unpack_from("<HBBi", table, 9 + i * size)
+        sample = offset if kind == 3 else (offset - 900 - 75 * n) // (n * n_bytes)
+        time = max(sample - 1, 0) / sfreq
         if code >> 4 in NEUROSCAN_STOPS:
-            sample = offset if kind == 3 else (offset - 900 - 75 * n) // (n * n_bytes)
-            found.append(Found("Neuroscan stop", sample / sfreq, 0.0, NEUROSCAN_STOPS[code >> 4]))
+            found.append(Found("Neuroscan stop", time, 1 / sfreq, NEUROSCAN_STOPS[code >> 4]))
+        if code >> 4 in (NEUROSCAN_REJECT, NEUROSCAN_ACCEPT) and rejected is not None:
+            found.append(Found("Neuroscan rejection", rejected, time - rejected, "rejected"))
+            rejected = None
+        if code >> 4 == NEUROSCAN_REJECT:
+            rejected = time
+    if rejected is not None:
+        found.append(Found("Neuroscan rejection", rejected, 0.0, "rejected"))
     return found
 
 

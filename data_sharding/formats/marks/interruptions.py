@@ -189,8 +189,14 @@ TABLE: tuple[Mark, ...] = (
     Mark(
         name="Neuroscan stop",
         formats=("neuroscan",),
-        sign="event for a discontinuity or for a correction of the DC offset",
-        effect=Effect.CUT,
+        sign="event for a discontinuity or for a correction of the DC offset; the event's sample is left out",
+        effect=Effect.GAP,
+    ),
+    Mark(
+        name="Neuroscan rejection",
+        formats=("neuroscan",),
+        sign="span from a rejection to the next acceptance",
+        effect=Effect.BAD,
     ),
     Mark(
         name="Persyst sample times",

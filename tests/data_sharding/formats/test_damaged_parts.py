@@ -278,3 +278,35 @@ class TestRecords:
     @pytest.mark.parametrize(("at", "width"), [(8, 80), (88, 80), (168, 8), (176, 8)])
     def test_person_date_and_time_that_cannot_be_read(self, path: Path, at: int, width: int) -> None:
         assert open_file(self.edit(path, at, "99.99.\xff =a=b", width)).info.n_samples == 1200
+
+
+class TestPersyst:
+    TEXT = (
+        "[FileInfo]\nFile=a.dat\nFileType=Interleaved\nSamplingRate=100\nHeaderLength=0\nCalibration=0.1\n"
+        "WaveformCount=2\nDataType=0\n[ChannelMap]\nFp1-Ref=1\nFp2-Ref=2\n[SampleTimes]\n0=3600.0\n[Comments]\n"
+        "2.0,1.0,0,100,BAD seizure\n[Patient]\nFirst=Ann\nSex=M\nHand=R\nBirthDate=01/01/80\nTestDate=01/01/2020\n"
+        "TestTime=00:00:00\n"
+    )
+
+    @pytest.mark.parametrize(
+        ("old", "new", "words"),
+        [
+            ("[Patient]", "3.0,x\n[Patient]", "1 lines of the header's section comments"),
+            ("[Patient]", "soon,1,0,100,x\n[Patient]", "1 lines of the header's section comments"),
+            ("Fp2-Ref=2", "Fp2-Ref", "1 lines of the header's section channelmap"),
+            ("Hand=R", "Hand R", "1 lines of the header's section patient"),
+            ("TestDate=01/01/2020", "TestDate=99/99/2020", "the header's TestDate cannot be read"),
+            ("TestTime=00:00:00", "TestTime=noon", "the header's TestTime cannot be read"),
+            ("BirthDate=01/01/80", "BirthDate=unknown", ""),
+            (TEXT[TEXT.index("[Patient]") :], "", ""),
+        ],
+    )
+    def test_broken_line_costs_this_line(self, tmp_path: Path, old: str, new: str, words: str) -> None:
+        x = np.random.default_rng(0).integers(-500, 500, (2, 600))
+        (tmp_path / "a.lay").write_text(self.TEXT.replace(old, new))
+        (tmp_path / "a.dat").write_bytes(x.T.astype("<i2").tobytes())
+        signal = open_file(tmp_path / "a.lay")
+        assert signal.info.ch_names == ["FP1", "FP2"] and signal.info.bad_spans == [(2.0, 3.0, "BAD seizure")]
+        np.testing.assert_allclose(signal.read(0, 600, [0, 1]), x * 0.1e-6, atol=1e-12)
+        assert words in " ".join(signal.info.notes) and len(signal.info.notes) == bool(words)
+        assert "Ann" not in " ".join(signal.info.notes)

@@ -517,9 +517,18 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "without pair": Example(memory("ant", [(3.0, 0.0, "Amplifier reconnected")]), HALVES),
     },
     "Neuroscan stop": {
-        "type 1": Example(neuroscan([(100, 0x0), (300, 0xE)]), HALVES),
-        "type 2": Example(neuroscan([(300, 0xE)], kind=2), HALVES),
-        "type 3, DC offset": Example(neuroscan([(300, 0xB)], kind=3), HALVES),
+        "type 1": Example(neuroscan([(100, 0x0), (300, 0xE)]), [(0, 299, 0.0), (300, 600, 3.0)]),
+        "type 2": Example(neuroscan([(300, 0xE)], kind=2), [(0, 299, 0.0), (300, 600, 3.0)]),
+        "type 3, DC offset": Example(neuroscan([(300, 0xB)], kind=3), [(0, 299, 0.0), (300, 600, 3.0)]),
+    },
+    "Neuroscan rejection": {
+        "span": Example(neuroscan([(100, 0xD), (201, 0xC), (301, 0xD)]), WHOLE, [(2.0, 3.0)]),
+        "two spans": Example(
+            neuroscan([(201, 0xC), (301, 0xD), (401, 0xC), (421, 0xC), (451, 0xD)], kind=2),
+            WHOLE,
+            [(2.0, 3.0), (4.0, 4.2), (4.2, 4.5)],
+        ),
+        "without end": Example(neuroscan([(101, 0xC), (201, 0xD), (301, 0xC)]), WHOLE, [(1.0, 2.0)]),
     },
     "Persyst sample times": {
         "jump": Example(persyst("0=3600.0\n100=3601.0\n300=3663.5\n"), HALVES),
