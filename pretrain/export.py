@@ -121,6 +121,7 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         else f"the window's standard deviation over {shape.scale_rows}"
     )
     hours = {split: count * spec["stride"] / spec["sfreq"] / 3600 for split, count in windows.items()}
+    people, counted = data.get("people") or {}, data.get("subjects") is not None
     lines = [
         "# EEG encoder",
         "",
@@ -143,8 +144,8 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         "",
         f"- Dataset id `{data['dataset_id']}`",
         f"- Training: {windows.get('train', 0):,} windows, {hours.get('train', 0.0):.2f} hours"
-        + (f", {data['subjects']} subjects" if data.get("subjects") is not None else ""),
-        *describe_people_in_words(data.get("people") or {}),
+        + (f", {data['subjects']} {'known ' * bool(people.get('unknown'))}subjects" if counted else ""),
+        *describe_people_in_words(people),
         f"- Seen in training: {saved['epochs']:.1f} passes, {data['hours_seen']:.2f} hours",
         *(
             f"- Held out ({split}): {windows[split]:,} windows, {hours[split]:.2f} hours"

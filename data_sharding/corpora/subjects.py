@@ -215,6 +215,7 @@ class SubjectFinder:
         table, rows = _read_table(config) if config.subjects else (None, [])
         by_patient = any(row.patient for row in rows)
         self._read_headers([(path, r) for path, r in found if r and (by_patient or self._needs_header(path))])
+        self._prepare_hashes()
         self._match(table, [row for row in rows if row.path or row.patient], paths)
         self._describe(table, [row for row in rows if not row.path and not row.patient], paths)
 
@@ -228,6 +229,12 @@ class SubjectFinder:
         with ThreadPoolExecutor(THREADS) as pool:
             patients = pool.map(lambda pair: read_patient(pair[1].path, pair[1].format), wanted)
             self._patients = {path: patient for (path, _), patient in zip(wanted, patients, strict=True)}
+
+    def _prepare_hashes(self) -> None:
+        """Compute the hashes in several threads, because the hash is slow on purpose. `hash_identity` keeps them."""
+        used = {p.identity for path, p in self._patients.items() if p and (p.code or not recognise(path).subject)}
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda identity: hash_identity(identity, self.secret), sorted(used)))
 
     def _match(self, table: AnyPath | None, rows: list[_Row], paths: list[str]) -> None:
         """Assign the rows of the table to recordings, and refuse a row without a recording and a second row."""

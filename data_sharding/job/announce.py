@@ -87,6 +87,20 @@ def _describe_recognised(label: str, items: Sequence[Item]) -> list[str]:
     else:
         lines.append(f"  if these names are right, confirm them with a table in the key 'subjects'; {wrong}")
     lines += [f"  {scheme.note}" for scheme in schemes if scheme.note]
+    # In anna/s1.edf and bert/s1.edf, s1 can be the session. In open/S01.edf and closed/S01.edf, S01 is the person.
+    places: defaultdict[str, set[str]] = defaultdict(set)
+    for item in items:
+        folder = item.path.rpartition("/")[0]
+        if folder and recognise(folder).subject != item.subject:
+            places[item.subject].add(folder)
+    for subject, folders in sorted(places.items()):
+        if len(folders) > 1:
+            some = ", ".join(sorted(folders)[:2])
+            lines.append(
+                f"  {subject} is in {len(folders)} folders ({some} ...): if each folder is one person, the names above "
+                "are wrong"
+            )
+            break
     return lines
 
 

@@ -255,6 +255,11 @@ class TestAnnouncements:
         assert "the paths of 1 of these subjects have several names, for example P04, P05" in text
         assert "the paths of 1 recordings contain the patient's name or number" in text and "0234567" not in text
 
+    def test_name_in_several_folders_is_questioned(self, tmp_path: Path) -> None:
+        for name in ("anna/s1", "anna/s2", "bert/s1"):
+            write_records(tmp_path / f"{name}.edf")
+        assert "s1 is in 2 folders (anna, bert ...): if each folder is one person" in self.lines(tmp_path)[2]
+
     def test_beginning_of_the_names_is_proposed(self, tmp_path: Path) -> None:
         for name in ("x/anna_1", "x/anna_2", "y/bert_1"):
             write_records(tmp_path / f"{name}.edf")
