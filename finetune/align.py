@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE
 from data_sharding.common.files import write_json
-from data_sharding.dataset.batch import Batch, sequential
+from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import embed_images
-from finetune.eeg import ImageAugmentConfig, load_encoder, prepare_eeg, scale_eeg
+from finetune.eeg import EEGConfig, ImageAugmentConfig, group_repeats, load_encoder, prepare_eeg, read_means, scale_eeg
 from finetune.images import ImageTable, open_paired
 from finetune.training.accelerate import make_accelerator, make_loader, open_run, quiet_libraries
 from finetune.training.config import TrainingConfig, free_keys
@@ -62,6 +62,8 @@ class AlignConfig:
     """The encoder's learning rate is this factor times training.lr. The head's learning rate is training.lr."""
     watch: Literal["cosine", "top1", "top5"] = "cosine"
     """Metric on the val split that decides which weights of the run are the best and are kept."""
+    eeg: EEGConfig = field(default_factory=EEGConfig)
+    """Part of each trial that the encoder reads, and averages over repeated presentations in the evaluation."""
     augment: ImageAugmentConfig = field(default_factory=ImageAugmentConfig)
     """Augmentation of the EEG in training."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -187,6 +189,7 @@ def measure_retrieval(
     device: Any,
     pulse: Callable[[], None] = lambda: None,
     batch_size: int = 64,
+    average_repeats: int = 1,
 ) -> dict[str, float]:
     """Measure how well the image of a trial can be found among all images of a split, from the trial's EEG.
 
@@ -206,20 +209,23 @@ def measure_retrieval(
         Function that is called before each batch. The function interrupts the evaluation if a stop was requested.
     batch_size : int
         Number of trials in one forward pass.
+    average_repeats : int
+        Number of presentations of an image to one subject whose EEG is averaged to one trial; 0 averages all of them.
 
     Returns
     -------
     dict
         ``cosine``: mean of 1 - cosine similarity. ``top1``: fraction of trials whose own image is the most similar.
         ``top5``: fraction of trials whose own image is among the five most similar. ``label``: fraction of trials whose
-        most similar image has the right label. ``images``: number of images, M.
+        most similar image has the right label. ``images``: number of images, M. ``trials``:
+        number of trials after averaging. ``repeats``: mean number of presentations in a trial.
     """
-    parts = []
-    for batch in sequential(dataset, batch_size):
+    parts, groups = [], group_repeats(dataset, average_repeats)
+    for start in range(0, len(groups), batch_size):
         pulse()
-        parts.append(embed(batch.padded(device)).float().cpu())
+        parts.append(embed(read_means(dataset, groups[start : start + batch_size], device)).float().cpu())
     embeds_BP = torch.cat(parts)
-    row_B = torch.as_tensor(table.row_of)
+    row_B = torch.as_tensor(table.row_of[[group[0] for group in groups]])
     similarity_BM = embeds_BP @ target_MP.T
     better_B = (similarity_BM > similarity_BM.gather(1, row_B[:, None])).sum(1)
     labels_M = torch.as_tensor(table.labels)
@@ -229,6 +235,8 @@ def measure_retrieval(
         "top5": float((better_B < 5).float().mean()),
         "label": float((labels_M[similarity_BM.argmax(1)] == labels_M[row_B]).float().mean()),
         "images": len(table),
+        "trials": len(groups),
+        "repeats": len(dataset) / len(groups),
     }
 
 
@@ -246,7 +254,7 @@ def align(config: AlignConfig) -> int:
         Exit code of the command.
     """
     quiet_libraries()
-    data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")
+    data, val = (open_paired(config.dataset, split, **config.eeg.part) for split in ("train", "val"))
     torch.manual_seed(config.seed)
     encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)
     table, val_table = ImageTable(data), ImageTable(val)
@@ -279,7 +287,10 @@ def align(config: AlignConfig) -> int:
         def embed(microvolts_bCT: Tensor) -> Tensor:
             return module.embed(scale_eeg(microvolts_bCT, module.encoder))
 
-        return measure_retrieval(embed, val, val_table, val_target_MP, accelerator.device, pulse)
+        repeats = config.eeg.average_repeats
+        return measure_retrieval(
+            embed, val, val_table, val_target_MP, accelerator.device, pulse, average_repeats=repeats
+        )
 
     result = fit(
         aligner,
@@ -297,7 +308,7 @@ def align(config: AlignConfig) -> int:
     )
     if accelerator.is_main_process:
         found = {"best_step": result.best_step, "val": result.best, "clip": config.clip, "dataset": config.dataset}
-        found["dataset_id"] = data.manifest.dataset_id
+        found |= {"dataset_id": data.manifest.dataset_id, "eeg": config.eeg.part}
         encoder.save_pretrained(run.path / "encoder", extra={"aligned": found})
         head.save_pretrained(run.path / "align")
         write_json(run.path / "align" / "result.json", found)
@@ -305,14 +316,21 @@ def align(config: AlignConfig) -> int:
         run.status("done", **found)
         print(
             f"alignment: on the val split, mean cosine similarity {1 - result.best['cosine']:.3f}; the most similar "
-            f"image has the right label in {result.best['label']:.1%} of the trials -> {run.path / 'encoder'}; "
-            f"next: dreamscale finetune "
+            f"image has the right label in {result.best['label']:.1%} of the trials{_say_repeats(result.best)} -> "
+            f"{run.path / 'encoder'}; next: dreamscale finetune "
             f"configs/finetune/stable_diffusion.yaml --dataset {config.dataset} --encoder {run.path / 'encoder'}"
         )
     run.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return EXIT_DONE
+
+
+def _say_repeats(found: dict[str, float]) -> str:
+    """Return a remark on the averages over presentations; empty if nothing was averaged."""
+    if found["repeats"] <= 1:
+        return ""
+    return f" (each trial is the mean of {found['repeats']:.3g} presentations, eeg.average_repeats)"
 
 
 main = command(AlignConfig, align, prog="dreamscale align")

@@ -5,6 +5,7 @@ Tensor shapes: B trials, b trials of this rank, C channels (128 after padding), 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_sharding.common.errors import RequestError
 from data_sharding.dataset.batch import Batch, collate
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.samples import pad_channels
@@ -19,6 +21,32 @@ from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.images import ImageTable
 from finetune.training.step_random import StepRandom
 from pretrain.encoder.encoder import EEGEncoder
+from pretrain.encoder.package import read_package
+
+
+@dataclass(frozen=True, kw_only=True)
+class EEGConfig:
+    """Part of each trial that a model reads, and averages over repeated presentations of an image."""
+
+    tmin: float | None = None
+    """Start of the EEG in seconds from the onset of the image, such as -0.2 for a part with a baseline. Empty: the
+    onset. Trials that are not stored from tmin to tmax are left out and counted."""
+    tmax: float | None = None
+    """End of the EEG in seconds from the onset. Empty: one window of the dataset after tmin."""
+    average_repeats: int = 0
+    """Number of presentations of an image to one subject whose EEG is averaged for a val trial. 0 averages all of them,
+    as papers do with test images, and 1 none. A dataset without repeats is not affected."""
+
+    def __post_init__(self) -> None:
+        if self.tmin is not None and self.tmax is not None and self.tmax <= self.tmin:
+            raise ValueError(f"eeg.tmax {self.tmax:g} must be later than eeg.tmin {self.tmin:g}")
+        if self.average_repeats < 0:
+            raise ValueError(f"eeg.average_repeats must be 0 (all) or more, got {self.average_repeats}")
+
+    @property
+    def part(self) -> dict[str, float | None]:
+        """`tmin` and `tmax` as arguments of `open_paired`. A model's package stores them."""
+        return {"tmin": self.tmin, "tmax": self.tmax}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +99,23 @@ def load_encoder(path: str, dataset: EEGDataset, *, pretrained: bool = True) -> 
     Raises
     ------
     RequestError
-        If the path holds no encoder package, or the encoder needs another preprocessing than the dataset has.
+        If the path holds no encoder package, or the encoder needs another preprocessing or another number of time
+        points than the dataset has.
     """
     encoder = EEGEncoder.from_pretrained(path)
     dataset.require_preprocess(encoder.spec, f"encoder {path}")
+    if dataset.n_times != encoder.spec.window:
+        raise RequestError(
+            f"encoder {path} reads {encoder.spec.window} time points, and eeg.tmin to eeg.tmax has {dataset.n_times}; "
+            f"set eeg.tmax to {encoder.spec.window_s:g} s after eeg.tmin"
+        )
+    aligned = read_package(path).extra.get("aligned") or {}
+    part = {"tmin": dataset.tmin, "tmax": dataset.tmax}
+    if (before := aligned.get("eeg")) and before != part:
+        raise RequestError(
+            f"encoder {path} was aligned with eeg.tmin {before['tmin']} and eeg.tmax {before['tmax']}, and these keys "
+            f"are {part['tmin']} and {part['tmax']} now; set the same values"
+        )
     if not pretrained or encoder.head is not None:
         bare = EEGEncoder(encoder.config, encoder.spec, n_chans=encoder.n_chans)
         if pretrained:
@@ -123,17 +164,70 @@ def choose_evenly(n: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(int)).tolist()
 
 
-def read_trials(
-    dataset: EEGDataset, numbers: list[int], scaling: PreprocessSpec | EEGEncoder, device: Any = None
-) -> Tensor:
-    """Read trials of a split and scale their EEG for the model.
+def group_repeats(dataset: EEGDataset, average: int) -> list[list[int]]:
+    """Group the presentations of the same image to the same subject, so that their EEG can be averaged.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        Trials of a split.
+    average : int
+        Largest number of presentations in a group; 0 for all presentations.
+
+    Returns
+    -------
+    list of list of int
+        Numbers of the trials of each group, in the order of the dataset. Each trial is in one group. All trials of a
+        group have the same channels.
+    """
+    if average == 1:
+        return [[number] for number in range(len(dataset))]
+    found: dict[tuple[Any, ...], list[list[int]]] = {}
+    for number in range(len(dataset)):
+        meta = dataset.meta(number)
+        # A trial without an image has no repeats.
+        image = meta.get("image_id") or number
+        groups = found.setdefault((meta.get("corpus"), meta.get("subject"), image, tuple(meta["ch_names"])), [[]])
+        if average and len(groups[-1]) == average:
+            groups.append([])
+        groups[-1].append(number)
+    return sorted(group for groups in found.values() for group in groups)
+
+
+def read_means(dataset: EEGDataset, groups: Sequence[Sequence[int]], device: Any = None) -> Tensor:
+    """Read the mean EEG of each group of trials.
 
     Parameters
     ----------
     dataset : EEGDataset
         Trials of the split.
-    numbers : list of int
-        Numbers of the trials to read.
+    groups : sequence of sequence of int
+        Numbers of the trials in each group, from `group_repeats`.
+    device : torch.device, optional
+        Device of the result.
+
+    Returns
+    -------
+    Tensor of float32, shape (B, 128, T)
+        Mean of each group in microvolts.
+    """
+    if all(len(group) == 1 for group in groups):
+        return collate(dataset, [number for (number,) in groups]).padded(device, torch.float32)
+    means = [collate(dataset, group).padded(device, torch.float32).mean(0) for group in groups]
+    return torch.stack(means)
+
+
+def read_trials(
+    dataset: EEGDataset, groups: Sequence[Sequence[int]], scaling: PreprocessSpec | EEGEncoder, device: Any = None
+) -> Tensor:
+    """Read the mean EEG of groups of trials, and scale the means for the model.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        Trials of the split.
+    groups : sequence of sequence of int
+        Numbers of the trials in each group, from `group_repeats`.
     scaling : PreprocessSpec or EEGEncoder
         Object that defines the scaling.
     device : torch.device, optional
@@ -142,10 +236,10 @@ def read_trials(
     Returns
     -------
     Tensor of float32, shape (B, 128, T)
-        Scaled trials, in the order of `numbers`.
+        Scaled means, in the order of `groups`.
     """
-    parts = [collate(dataset, numbers[start : start + 256]) for start in range(0, len(numbers), 256)]
-    return torch.cat([scale_eeg(part.padded(device), scaling) for part in parts])
+    parts = [groups[start : start + 256] for start in range(0, len(groups), 256)]
+    return torch.cat([scale_eeg(read_means(dataset, part, device), scaling) for part in parts])
 
 
 def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig, random: StepRandom) -> Tensor:

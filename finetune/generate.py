@@ -18,9 +18,8 @@ from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError, StopRequested
 from data_sharding.common.files import atomic_directory, write_json
 from data_sharding.common.progress import progress
-from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.eeg import choose_evenly
+from finetune.eeg import choose_evenly, group_repeats, read_means
 from finetune.generators import Generator, load_generator
 from finetune.images import decode_image, open_paired
 from finetune.training.accelerate import quiet_libraries
@@ -50,6 +49,9 @@ class GenerateConfig:
     """Number of denoising steps for each image."""
     guidance_scale: float = 2.0
     """Scale of the classifier-free guidance; 1 switches guidance off."""
+    average_repeats: int = 0
+    """Number of presentations of an image to one subject whose EEG is averaged to one trial. 0 averages all of them, as
+    papers do with test images, and 1 none. A dataset without repeats is not affected."""
     limit: int = 0
     """Largest number of trials; the trials are spread evenly over the split. 0 uses all trials."""
     batch_size: int = 32
@@ -63,6 +65,8 @@ class GenerateConfig:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.average_repeats < 0:
+            raise ValueError(f"average_repeats must be 0 (all) or more, got {self.average_repeats}")
         if self.limit < 0:
             raise ValueError(f"limit must be 0 (all trials) or more, got {self.limit}")
 
@@ -105,8 +109,8 @@ def _save_png(path: Path, pixels_HW3: np.ndarray) -> None:
 def generate_images(
     generator: Generator,
     dataset: EEGDataset,
-    numbers: list[int],
-    sources: list[int],
+    groups: list[list[int]],
+    sources: list[list[int]],
     config: GenerateConfig,
     root: Path,
 ) -> list[dict[str, Any]]:
@@ -118,10 +122,11 @@ def generate_images(
         Fine-tuned model that generates images.
     dataset : EEGDataset
         Trials of the split.
-    numbers : list of int
-        Numbers of the trials for which images are generated.
-    sources : list of int
-        For each trial in `numbers`, the number of the trial whose EEG is used.
+    groups : list of list of int
+        Trials for which images are generated. Each is a group of presentations of one image to one subject, from
+        `group_repeats`. The first presentation names the trial.
+    sources : list of list of int
+        For each group in `groups`, the group whose mean EEG is used.
     config : GenerateConfig
         Config of the command, with steps, guidance scale and seed.
     root : Path
@@ -139,18 +144,18 @@ def generate_images(
     """
     trials: list[dict[str, Any]] = []
     done: set[str] = set()
-    with StopSignal() as stop, progress(f"images ({config.control} control)", len(numbers)) as advance:
-        for start in range(0, len(numbers), config.batch_size):
-            part, eeg = numbers[start : start + config.batch_size], sources[start : start + config.batch_size]
-            batch = collate(dataset, eeg)
+    with StopSignal() as stop, progress(f"images ({config.control} control)", len(groups)) as advance:
+        for start in range(0, len(groups), config.batch_size):
+            part = [group[0] for group in groups[start : start + config.batch_size]]
+            eeg = sources[start : start + config.batch_size]
             keys = [dataset.key(number) for number in part]
             images = generator.generate(
-                batch.padded(dtype=torch.float32),
+                read_means(dataset, eeg),
                 steps=config.steps,
                 guidance_scale=config.guidance_scale,
                 seeds=[trial_seed(config.seed, key) for key in keys],
             )
-            for number, key, eeg_key, image in zip(part, keys, batch.keys, images, strict=True):
+            for number, key, source, image in zip(part, keys, eeg, images, strict=True):
                 meta = dataset.meta(number)
                 if key in done or not {"image_id", "label", "subject"} <= meta.keys():
                     fault = "is in the dataset twice" if key in done else "has no image_id, label or subject"
@@ -162,7 +167,8 @@ def generate_images(
                 trials.append(
                     {
                         "key": key,
-                        "eeg_key": eeg_key,
+                        "eeg_key": dataset.key(source[0]),
+                        "repeats": len(source),
                         "image_id": meta["image_id"],
                         "label": meta["label"],
                         "subject": meta["subject"],
@@ -193,19 +199,22 @@ def generate(config: GenerateConfig) -> int:
     output = Path(config.output)
     if output.exists() and not (output / "generated.json").is_file() and (output.is_file() or any(output.iterdir())):
         raise RequestError(f"{output}: exists but does not hold generated images; choose another output")
-    dataset = open_paired(config.dataset, config.split)
+    # Check the dataset before the model, because loading a model takes longer.
+    open_paired(config.dataset, config.split)
     generator = load_generator(config.model, str(choose_device(config.device)))
+    dataset = open_paired(config.dataset, config.split, **generator.part)
     dataset.require_preprocess(generator.spec, f"model {config.model}")
-    numbers = choose_evenly(len(dataset), config.limit or len(dataset))
-    sources = numbers
+    found = group_repeats(dataset, config.average_repeats)
+    groups = [found[number] for number in choose_evenly(len(found), config.limit or len(found))]
+    sources = groups
     if config.control == "shuffle":
-        if len(numbers) < 2:
+        if len(groups) < 2:
             raise RequestError(f"{config.dataset} ({config.split}): --control shuffle needs at least two trials")
-        sources = np.asarray(numbers)[derange(len(numbers), config.seed)].tolist()
+        sources = [groups[number] for number in derange(len(groups), config.seed)]
     with atomic_directory(output) as root:
         for name in ("images", "real"):
             (root / name).mkdir()
-        trials = generate_images(generator, dataset, numbers, sources, config, root)
+        trials = generate_images(generator, dataset, groups, sources, config, root)
         write_json(
             root / "generated.json",
             {
@@ -217,6 +226,8 @@ def generate(config: GenerateConfig) -> int:
                 "control": config.control,
                 "steps": config.steps,
                 "guidance_scale": config.guidance_scale,
+                "average_repeats": config.average_repeats,
+                "eeg": generator.part,
                 "seed": config.seed,
                 "labels": dataset.labels,
                 "versions": {"torch": torch.__version__},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
@@ -24,6 +24,11 @@ class Generator(Protocol):
     @property
     def spec(self) -> PreprocessSpec:
         """Preprocessing that the EEG trials must have."""
+        ...
+
+    @property
+    def part(self) -> dict[str, float | None]:
+        """Part of each trial that the model reads: `tmin` and `tmax` in seconds from the onset (see `EEGDataset`)."""
         ...
 
     def generate(self, eeg_B128T: torch.Tensor, *, steps: int, guidance_scale: float, seeds: list[int]) -> np.ndarray:
@@ -46,6 +51,15 @@ class Generator(Protocol):
             Generated images in RGB.
         """
         ...
+
+
+def read_part(values: dict[str, Any]) -> dict[str, float | None]:
+    """Return which part of each trial a model reads, from its dreamscale.json.
+
+    A model of an older version reads each trial from its onset.
+    """
+    stored = values.get("eeg") or {}
+    return {name: None if stored.get(name) is None else float(stored[name]) for name in ("tmin", "tmax")}
 
 
 def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def open_paired(path: str | Path, split: str) -> EEGDataset:
-    """Open a split in which every trial has an image.
+def open_paired(path: str | Path, split: str, *, tmin: float | None = None, tmax: float | None = None) -> EEGDataset:
+    """Open a split in which every trial has an image. Print a message if trials are left out.
 
     Parameters
     ----------
@@ -29,6 +29,8 @@ def open_paired(path: str | Path, split: str) -> EEGDataset:
         Path of the dataset.
     split : str
         Name of the split: train, val or test.
+    tmin, tmax : float, optional
+        Part of each trial to read, in seconds from the onset of its image (see `EEGDataset`).
 
     Returns
     -------
@@ -40,7 +42,12 @@ def open_paired(path: str | Path, split: str) -> EEGDataset:
     RequestError
         If the dataset is incomplete, the split does not exist, or a trial has no image.
     """
-    return EEGDataset(path, split).require_images()
+    dataset = EEGDataset(path, split, tmin=tmin, tmax=tmax).require_images()
+    if dataset.left_out:
+        print(
+            f"{path} ({split}): {dataset.left_out} trials are left out, because they are not stored from tmin to tmax"
+        )
+    return dataset
 
 
 def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -> np.ndarray:
@@ -238,7 +245,11 @@ class ImageTable:
         from safetensors.torch import load_file, save_file
 
         manifest = self.dataset.manifest
-        digest = digest_of({**key, "dataset": manifest.dataset_id, "split": self.dataset.split, "size": size})
+        own = {"dataset": manifest.dataset_id, "split": self.dataset.split, "size": size}
+        if self.dataset.left_out:
+            # Images whose trials are left out are not in the table.
+            own["images"] = self.ids
+        digest = digest_of({**key, **own})
         path = Path(cache) / f"{digest[:16]}.safetensors" if cache is not None else None
         if path is not None and path.is_file():
             return load_file(path)["features"]

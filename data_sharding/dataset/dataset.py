@@ -96,6 +96,7 @@ class EEGDataset:
         with ThreadPoolExecutor(_PARALLEL_FETCHES if self.cache else 1) as pool:
             # Memory is reserved for samples that an index really lists, and not for the number in the manifest.
             self.index = np.concatenate(list(pool.map(self._read_index, self.shards)))
+        self.tmin, self.tmax = tmin, tmax
         self.n_times, self._shift, self.left_out = self.spec.window, None, 0
         if tmin is not None or tmax is not None:
             self._choose_part(tmin or 0.0, tmax)

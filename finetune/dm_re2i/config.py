@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from finetune.dm_re2i.evrnet import EVRNetConfig
-from finetune.eeg import AugmentConfig
+from finetune.eeg import AugmentConfig, EEGConfig
 from finetune.training.config import TrainingConfig, free_keys
 from pretrain.runs.tracking import TrackerConfig
 
@@ -115,6 +115,8 @@ class DMRE2IConfig:
     """Path of the EEG-image dataset, which must have train and val splits."""
     output: str
     """Run directory. Its subdirectory `evrnet/` is the run of the first stage, and `model/` is the result."""
+    eeg: EEGConfig = field(default_factory=EEGConfig)
+    """Part of each trial that EVRNet reads, and averages over repeated presentations in the evaluation."""
     evrnet: EVRNetStage = field(default_factory=EVRNetStage)
     """Settings of the first stage, which trains EVRNet."""
     evrnet_from: str | None = None

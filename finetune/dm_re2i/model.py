@@ -21,6 +21,7 @@ from finetune.diffusion import draw_noise, sample
 from finetune.dm_re2i.eg_ddpm import EGDDPM
 from finetune.dm_re2i.evrnet import EVRNet
 from finetune.eeg import scale_eeg
+from finetune.generators import read_part
 from finetune.images import to_pixels
 
 KIND = "eg_ddpm"
@@ -180,6 +181,8 @@ class DMRE2IGenerator:
     ----------
     spec : PreprocessSpec
         Preprocessing that the EEG must have.
+    part : dict
+        Part of each trial that the model reads: `tmin` and `tmax` in seconds from the onset of the image.
     kind : str
         Kind of the model: ``eg_ddpm``.
 
@@ -201,6 +204,7 @@ class DMRE2IGenerator:
                 f"{folder}: not a '{KIND}' model of this version; train it again with 'dreamscale ddpm CONFIG'"
             )
         self.folder, self.device = folder, torch.device(device)
+        self.part = read_part(values)
         try:
             about = folder / "preprocess.json"
             self.spec = PreprocessSpec.from_dict(check_preprocess(read_json(about), str(about)))

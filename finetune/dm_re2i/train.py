@@ -26,7 +26,7 @@ from finetune.dm_re2i.eg_ddpm import EGDDPM
 from finetune.dm_re2i.evrnet import EVRNet
 from finetune.dm_re2i.model import compute_features, sample_images, save_model
 from finetune.dm_re2i.train_evrnet import train_evrnet
-from finetune.eeg import choose_evenly, read_trials
+from finetune.eeg import choose_evenly, group_repeats, read_trials
 from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
 from finetune.training.accelerate import make_accelerator, make_loader, open_run, quiet_libraries, report_finished
 from finetune.training.fit import fit
@@ -127,10 +127,12 @@ def train_ddpm(
 
     stage, device = config.ddpm, accelerator.device
     pixels = torch.from_numpy(tables[0].pixels(size=stage.image_size))
-    features, _ = compute_features(evrnet, read_trials(data, list(range(len(data))), data.spec, device))
-    watched = choose_evenly(len(val), config.val_trials)
+    features, _ = compute_features(evrnet, read_trials(data, group_repeats(data, 1), data.spec, device))
+    groups = group_repeats(val, config.eeg.average_repeats)
+    watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
+    rows = tables[1].row_of[[group[0] for group in watched]]
     val_features, val_logits = compute_features(evrnet, read_trials(val, watched, val.spec, device))
-    val_pixels = tables[1].pixels(tables[1].row_of[watched], stage.image_size)
+    val_pixels = tables[1].pixels(rows, stage.image_size)
     torch.manual_seed(config.seed)
     unet = EGDDPM(
         sample_size=stage.image_size,
@@ -178,9 +180,10 @@ def train_ddpm(
         description="EG-DDPM",
     )
     if accelerator.is_main_process:
-        right = val_logits.argmax(1).cpu().numpy() == tables[1].labels[tables[1].row_of[watched]]
+        right = val_logits.argmax(1).cpu().numpy() == tables[1].labels[rows]
         found = {"best_step": result.best_step, "val": result.best, "dataset_id": data.manifest.dataset_id}
         origin = {"dataset": config.dataset, "labels": data.labels, "evrnet_val_accuracy": float(right.mean())}
+        origin["eeg"] = config.eeg.part
         save_model(run.path / "model", evrnet, unet, noising, data.spec, {**found, **origin})
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "val/loss", "val/shuffled"])
         _plot_samples(run.path / "plots" / "samples.png", unet, noising, val_features[:16], val_pixels[:16])
@@ -244,7 +247,7 @@ def train(config: DMRE2IConfig) -> int:
         Exit code of the command.
     """
     quiet_libraries()
-    data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")
+    data, val = (open_paired(config.dataset, split, **config.eeg.part) for split in ("train", "val"))
     tables = ImageTable(data), ImageTable(val)
     _check_data(config, (data, val), tables)
     given = _load_evrnet(config.evrnet_from, data.labels) if config.evrnet_from else None

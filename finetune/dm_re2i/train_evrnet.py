@@ -19,7 +19,7 @@ from data_sharding.dataset.dataset import EEGDataset
 from finetune.dm_re2i.config import DMRE2IConfig
 from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig, scale_to_unit_variance, whitening_matrix
 from finetune.dm_re2i.model import compute_features
-from finetune.eeg import augment_eeg, choose_evenly, read_trials, scale_eeg
+from finetune.eeg import augment_eeg, choose_evenly, group_repeats, read_trials, scale_eeg
 from finetune.images import ImageTable
 from finetune.training.accelerate import make_loader, open_run
 from finetune.training.fit import fit
@@ -183,7 +183,7 @@ def train_evrnet(
     task = EVRNetTask(EVRNet(shape), stage.label_smoothing)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
     labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
-    calibration = choose_evenly(len(data), stage.calibration_trials)
+    calibration = [[number] for number in choose_evenly(len(data), stage.calibration_trials)]
     clean = read_trials(data, calibration, data.spec, device)[:, : stage.channels]
     whitening_CC = task.net.whitening_CC
     if isinstance(whitening_CC, Tensor):
@@ -191,9 +191,10 @@ def train_evrnet(
     # Whiten before the augmentation. Whitening after the augmentation would spread the added noise, and the zeros of
     # silenced channels, over all channels.
     normaliser = whitening_CC.clone() if isinstance(whitening_CC, Tensor) else None
-    watched = choose_evenly(len(val), config.val_trials)
+    groups = group_repeats(val, config.eeg.average_repeats)
+    watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
     x_val = read_trials(val, watched, val.spec, device)
-    y_val = torch.as_tensor(tables[1].labels[tables[1].row_of[watched]], device=device)
+    y_val = torch.as_tensor(tables[1].labels[tables[1].row_of[[group[0] for group in watched]]], device=device)
     loader, steps = make_loader(data, stage.training, config.seed, accelerator), stage.training.steps
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:

@@ -264,7 +264,7 @@ def _read_control(config: EvaluateConfig, own: GeneratedSet) -> GeneratedSet | N
         )
     if own.about["control"] != "none":
         raise RequestError(f"{config.directory}: this folder holds control images; give it as --control_dir")
-    for key in ("dataset_id", "split", "kind", "steps", "guidance_scale"):
+    for key in ("dataset_id", "split", "kind", "steps", "guidance_scale", "average_repeats"):
         if control.about.get(key) != own.about.get(key):
             raise RequestError(
                 f"{config.control_dir}: {key} is {control.about.get(key)!r}, but {own.about.get(key)!r} in "
@@ -347,6 +347,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "images": len(set(ids)),
         "subjects": len({trial["subject"] for trial in own.trials}),
         "images_also_in_train": len(seen_in_training),
+        "repeats": {
+            "average_repeats": own.about.get("average_repeats"),
+            "least": int(own.repeats_B.min()),
+            "most": int(own.repeats_B.max()),
+            "presentations": int(own.repeats_B.sum()),
+        },
         "sampling": {key: own.about.get(key) for key in ("steps", "guidance_scale", "seed")},
         "classifier": {
             "name": JUDGE,
@@ -411,6 +417,8 @@ def evaluate_and_print(config: EvaluateConfig) -> int:
         following = (
             "; next: generate images of the same trials with --control shuffle, and give their folder as --control_dir"
         )
+    if result["repeats"]["most"] > 1:
+        line += f"; each trial is the mean of up to {result['repeats']['most']} presentations"
     report = Path(config.directory) / "report.html"
     print(f"{line}; real images {real['accuracy']:.3f} -> {report}{following}")
     return EXIT_DONE

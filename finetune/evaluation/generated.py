@@ -40,6 +40,26 @@ class GeneratedSet:
         return self.about["trials"]
 
     @property
+    def repeats_B(self) -> NDArray[np.int64]:
+        """Number of presentations whose EEG was averaged for each trial; 1 in folders of older versions."""
+        return np.array([int(trial.get("repeats", 1)) for trial in self.trials])
+
+    def describe_repeats(self) -> str:
+        """Say in one sentence how many presentations of an image were averaged to a trial."""
+        least, most = int(self.repeats_B.min()), int(self.repeats_B.max())
+        pairs = {(trial["subject"], trial["image_id"]) for trial in self.trials}
+        text = "The EEG of each trial is one presentation of its image."
+        if most > 1:
+            count = f"{most}" if least == most else f"{least} to {most}"
+            text = f"The EEG of each trial is the mean over {count} presentations of its image to one subject."
+        if len(pairs) < len(self.trials):
+            text += (
+                f" {len(self.trials)} trials show {len(pairs)} pairs of subject and image, so some pairs count several "
+                "times, and the confidence intervals are too narrow."
+            )
+        return text
+
+    @property
     def labels_B(self) -> NDArray[np.int64]:
         """Label of each trial."""
         return np.array([trial["label"] for trial in self.trials])

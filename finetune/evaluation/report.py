@@ -127,6 +127,7 @@ def render_report(
         n_subjects=result["subjects"],
         n_images=result["images"],
         n_images_in_train=result["images_also_in_train"],
+        repeats=generated.describe_repeats(),
         accuracy=next(value for name, value in found.items() if name.startswith("accuracy[")),
         has_control=control is not None,
         examples=_make_examples(labels, generated, control, examples),

@@ -21,6 +21,7 @@ from finetune.clip_head import ClipHead
 from finetune.clip_images import is_local
 from finetune.diffusion import Condition, denoising_errors, draw_noise, sample
 from finetune.eeg import scale_eeg
+from finetune.generators import read_part
 from finetune.images import to_pixels
 from finetune.stable_diffusion.conditioner import Conditioner
 from pretrain.encoder.encoder import EEGEncoder
@@ -276,6 +277,8 @@ class StableDiffusionGenerator:
     ----------
     spec : PreprocessSpec
         Preprocessing that the EEG must have.
+    part : dict
+        Part of each trial that the model reads: `tmin` and `tmax` in seconds from the onset of the image.
     kind : str
         Kind of the model: ``stable_diffusion``.
     """
@@ -292,6 +295,7 @@ class StableDiffusionGenerator:
                 f"{folder}: not a '{KIND}' model of this version; train it again with 'dreamscale finetune CONFIG'"
             )
         self.device = torch.device(device)
+        self.part = read_part(values)
         self.pipeline = load_base(folder / "pipeline")
         self.encoder = EEGEncoder.from_pretrained(folder / "encoder").requires_grad_(False).to(self.device)
         self.conditioner = Conditioner.from_pretrained(folder / "conditioner").requires_grad_(False).to(self.device)

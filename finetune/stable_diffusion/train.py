@@ -22,7 +22,15 @@ from data_sharding.dataset.batch import Batch
 from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import digest_weights, embed_images
 from finetune.diffusion import DenoisingWatcher
-from finetune.eeg import ImageAugmentConfig, choose_evenly, load_encoder, prepare_eeg, read_trials
+from finetune.eeg import (
+    EEGConfig,
+    ImageAugmentConfig,
+    choose_evenly,
+    group_repeats,
+    load_encoder,
+    prepare_eeg,
+    read_trials,
+)
 from finetune.images import ImageTable, open_paired, to_model_range
 from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
 from finetune.stable_diffusion.model import EEGDiffusion, load_base, open_time_path, save_model
@@ -68,6 +76,8 @@ class StableDiffusionConfig:
     """The encoder's learning rate is this factor times training.lr."""
     attention_lr: float = 1.0
     """The learning rate of the U-Net's cross-attentions is this factor times training.lr."""
+    eeg: EEGConfig = field(default_factory=EEGConfig)
+    """Part of each trial that the encoder reads, and averages over repeated presentations in the evaluation."""
     augment: ImageAugmentConfig = field(default_factory=ImageAugmentConfig)
     """Augmentation of the EEG in training."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.99))
@@ -191,7 +201,7 @@ def train(config: StableDiffusionConfig) -> int:
         Exit code of the command.
     """
     quiet_libraries()
-    data, val = open_paired(config.dataset, "train"), open_paired(config.dataset, "val")
+    data, val = (open_paired(config.dataset, split, **config.eeg.part) for split in ("train", "val"))
     torch.manual_seed(config.seed)
     encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)
     pipeline = load_base(config.base)
@@ -215,9 +225,12 @@ def train(config: StableDiffusionConfig) -> int:
         target_MP = embed_images(table, config.clip, **caching)
     model = build(config, pipeline, encoder, None if target_MP is None else target_MP.shape[1])
     noise_steps = int(model.noising.config.num_train_timesteps)
-    watched = choose_evenly(len(val), config.val_trials)
+    groups = group_repeats(val, config.eeg.average_repeats)
+    watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
     watcher = DenoisingWatcher(
-        read_trials(val, watched, encoder, accelerator.device), val_latents[val_table.row_of[watched], 0], noise_steps
+        read_trials(val, watched, encoder, accelerator.device),
+        val_latents[val_table.row_of[[group[0] for group in watched]], 0],
+        noise_steps,
     )
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
@@ -249,8 +262,14 @@ def train(config: StableDiffusionConfig) -> int:
     )
     if accelerator.is_main_process:
         found = {"best_step": result.best_step, "val": result.best, "dataset_id": data.manifest.dataset_id}
-        origin = {"base": config.base, "encoder": config.encoder, "dataset": config.dataset, "labels": data.labels}
-        save_model(run.path / "model", model, pipeline, {**found, **origin, "tune": config.tune, "order": config.order})
+        origin: dict[str, Any] = {
+            "base": config.base,
+            "encoder": config.encoder,
+            "dataset": config.dataset,
+            "labels": data.labels,
+        }
+        origin |= {"tune": config.tune, "order": config.order, "eeg": config.eeg.part}
+        save_model(run.path / "model", model, pipeline, {**found, **origin})
         plot_losses(run, run.path / "plots" / "loss.png", ["train/denoise", "val/loss", "val/shuffled"])
         run.status("done", **found)
         print(

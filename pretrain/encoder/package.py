@@ -65,6 +65,8 @@ class PackageContents:
     """Number of classes of the head; None or 0 if there is no head."""
     positions_C3: Tensor | None
     """Electrode positions in metres that are stored with the encoder; NaN for an unknown position."""
+    extra: dict[str, Any]
+    """Information on the origin of the encoder, such as ``aligned``."""
 
 
 def check_output(path: str | Path) -> Path:
@@ -180,6 +182,7 @@ def read_package(path_or_hub_id: str | Path) -> PackageContents:
             n_chans=values.get("n_chans"),
             n_outputs=values.get("n_outputs"),
             positions_C3=_from_lists(values["positions"]) if values.get("positions") else None,
+            extra=dict(values.get("extra") or {}),
         )
     except RequestError:
         raise
