@@ -191,9 +191,9 @@ def make_trials(
             fault = f"onset '{row.get('onset')}' is not a number of seconds"
         elif given("split") not in (*SPLITS, ""):
             fault = f"split '{given('split')}' must be one of {', '.join(SPLITS)}"
-        if fault and faults is None:
-            raise RequestError(f"{where}, line {number}: {fault}")
         if fault:
+            if faults is None:
+                raise RequestError(f"{where}, line {number}: {fault}")
             faults.append(f"{PurePosixPath(where).name}, line {number}: {fault}; not used")
             continue
         label = given(label_column) or (PurePosixPath(image).parent.name or "image")

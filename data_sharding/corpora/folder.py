@@ -80,7 +80,7 @@ def make_item(
             more["unit_factor"] = factor
     named_inside = INTRACRANIAL.search(relative)
     if config.intracranial:
-        patch = {"intracranial": True}
+        patch: dict[str, Any] = {"intracranial": True}
         if named_inside:
             patch["inside"] = "ecog" if named_inside[1].lower() == "ecog" else "seeg"
         more["info_patch"] = patch | more.get("info_patch", {})
@@ -89,7 +89,8 @@ def make_item(
         more["reason"] = Reason("intracranial", text)
     task = re.search(r"(?:^|[/_])task-([A-Za-z0-9]+)", relative)
     if people.shows_name(relative):
-        more["info_patch"] = {"notes": [NAME_IN_PATH]}
+        given = more.get("info_patch", {})
+        more["info_patch"] = {**given, "notes": [*given.get("notes", []), NAME_IN_PATH]}
     about = who.about | ({"task": task.group(1)} if task else {}) | more.pop("about", {})
     values: dict[str, Any] = {
         "corpus": name,

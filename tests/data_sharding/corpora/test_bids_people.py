@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,11 @@ def root(write_raw, make_raw, tmp_path: Path) -> Path:
     (root / "participants.tsv").write_text(
         "participant_id\tage\tsex\tgroup\tname\nsub-01\t34\tF\tpatient\tHarry\nsub-02\t89+\tmale\tn/a\tAnna\n"
     )
-    device = {"Manufacturer": "Brain Products", "ManufacturersModelName": "actiCHamp", "TaskName": "eyes closed"}
+    device: dict[str, Any] = {
+        "Manufacturer": "Brain Products",
+        "ManufacturersModelName": "actiCHamp",
+        "TaskName": "eyes closed",
+    }
     device["HardwareFilters"] = {"Highpass RC filter": {"Half amplitude cutoff (Hz)": 0.0159, "Roll-off": "6dB/Octave"}}
     (root / "task-rest_eeg.json").write_text(json.dumps(device))
     return root

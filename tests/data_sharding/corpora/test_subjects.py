@@ -250,6 +250,8 @@ class TestAnnouncements:
         write_records(tmp_path / "s01.edf", seed=2)
         write_records(tmp_path / "P04_Haagse.edf", patient=HARRY)
         write_records(tmp_path / "P05.edf", patient=HARRY)
+        kept = find(tmp_path, intracranial=True)["P04_Haagse.edf"].info_patch
+        assert kept["intracranial"] and "rename the file" in kept["notes"][0]
         text = "\n".join(self.lines(tmp_path))
         assert "the names S1, s01 look like one person" in text
         assert "the paths of 1 of these subjects have several names, for example P04, P05" in text
