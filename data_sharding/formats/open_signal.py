@@ -20,6 +20,7 @@ import numpy as np
 from data_sharding.common.reason import Reason
 from data_sharding.formats import headers
 from data_sharding.formats.about import describe, hide, private_words
+from data_sharding.formats.claims import link_files
 from data_sharding.formats.edf import open_records
 from data_sharding.formats.marks.files import (
     find_epoch_boundaries,
@@ -166,14 +167,16 @@ def _eeglab(path: Path) -> Any:
             if not (short := re.search(r"array of size (\d+) into shape \((\d+),(\d+),(\d+)\)", str(cut))):
                 raise
             held, n, length, trials = map(int, short.groups())
-            text = f"the header promises {length * trials} samples, the file holds {held / n:g}"
-            raise ReadError(Reason("truncated", text)) from None
+            raise ReadError(_other_size(length * trials, held / n)) from None
     data = Path(str(raw.filenames[0]))
-    if data.suffix.lower() == ".fdt" and data.stat().st_size < 4 * len(raw.ch_names) * raw.n_times:
-        held = data.stat().st_size / 4 / len(raw.ch_names)
-        text = f"the header promises {raw.n_times} samples, the file holds {held:g}"
-        raise ReadError(Reason("truncated", text))
+    if data.suffix.lower() == ".fdt" and data.stat().st_size != 4 * len(raw.ch_names) * raw.n_times:
+        raise ReadError(_other_size(raw.n_times, data.stat().st_size / 4 / len(raw.ch_names)))
     return raw
+
+
+def _other_size(promised: int, held: float) -> Reason:
+    text = f"the header promises {promised} samples, the file holds {held:g}"
+    return Reason("truncated" if held < promised else "sidecar of another recording", text)
 
 
 def _as_named(
@@ -468,21 +471,21 @@ def open_signal(recording: Recording) -> Signal:
     files = tuple(Path(str(file)) for file in recording.files)
     if walk and (problem := headers.run_check(walk, recording.format.upper(), files)):
         raise ReadError(problem)
+    path, folder = _in_own_folder(recording)
     try:
         with quiet():
-            path, folder = _with_its_suffix(Path(str(recording.path)), recording.format)
             opened = READERS[recording.format](path)
             signal = opened if not hasattr(opened, "get_channel_types") else _signal_of(opened, recording.format)
             if folder is not None:
-                # Keep the link, because the open signal still reads from it.
-                signal.keep = (folder, getattr(signal, "keep", None))
+                # Keep the links, because the open signal still reads from them.
+                signal.keep = (getattr(signal, "keep", None), folder)
     except ReadError:
         raise
     except ImportError as error:
         raise ReadError(_missing(recording.format, error)) from error
     except Exception as error:
         # Some readers quote the header in their messages, and a header can hold the name of a patient.
-        reason = unreadable(error)
+        reason = unreadable(error, folder.name if folder else "")
         private = private_words(Path(str(recording.path)), recording.format)
         raise ReadError(Reason(reason.category, text=hide(str(reason), private))) from None
     if recording.format in FIXED_UNITS:
@@ -498,14 +501,25 @@ def open_signal(recording: Recording) -> Signal:
     return signal
 
 
-def _with_its_suffix(path: Path, format_: str) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
-    """If the reader requires another file extension, make a link with this extension in a temporary folder."""
-    if format_ not in SUFFIXES or path.name.lower().endswith(SUFFIXES[format_]):
+def _in_own_folder(recording: Recording) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
+    """Return the path to open: in a temporary folder with links to exactly the files of the recording.
+
+    A reader may look for other files beside the one that it opens. In this folder there are no others, so the files
+    that were hashed are the files that are read. Links also give a file the extension that its reader requires.
+    """
+    path, files = Path(str(recording.path)), tuple(Path(str(file)) for file in recording.files)
+    if path.is_dir():
         return path, None
+    names: dict[Path, str] = {}
+    suffixes = SUFFIXES.get(recording.format)
+    if suffixes and not path.name.lower().endswith(suffixes):
+        names[path] = f"{path.stem}{suffixes[0]}"
+    if recording.format == "eeglab":
+        # MNE takes the file of this name if the one that the .set names does not exist.
+        names |= {file: f"{path.stem}.fdt" for file in files if file != path}
     folder = tempfile.TemporaryDirectory(prefix="eeg-")
-    link = Path(folder.name) / f"{path.stem}{SUFFIXES[format_][0]}"
-    link.symlink_to(path.resolve())
-    return link, folder
+    link_files(files, Path(folder.name), names)
+    return Path(folder.name) / names.get(path, path.name), folder
 
 
 def _signal_of(opened: Any, format_: str) -> Signal:
@@ -514,20 +528,23 @@ def _signal_of(opened: Any, format_: str) -> Signal:
     return RawSignal(opened, format_=format_) if isinstance(opened, mne.io.BaseRaw) else EpochsSignal(opened)
 
 
-def unreadable(error: BaseException) -> Reason:
+def unreadable(error: BaseException, folder: str = "") -> Reason:
     """Make the reason in the ledger for an error of a reader.
 
     Parameters
     ----------
     error : BaseException
         The error.
+    folder : str
+        Temporary folder, which is left out of the text.
 
     Returns
     -------
     Reason
         Of the category ``unreadable``.
     """
-    return Reason("unreadable", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    text = str(error).replace(f"{folder}/", "") if folder else str(error)
+    return Reason("unreadable", f"{type(error).__name__}: {' '.join(text.split())[:200]}")
 
 
 def _missing(format_: str, error: ImportError) -> Reason:

@@ -18,6 +18,7 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, is_remote
 from data_sharding.formats import headers
+from data_sharding.formats.claims import eeglab_signal_name, next_fif_part
 from data_sharding.formats.readers import find_formats
 
 HEAD_BYTES = 1 << 15
@@ -55,6 +56,7 @@ CLAIMED = {
     ".xdfz": "XDF",
 }
 """Extensions of the supported formats. A file with such an extension but without the right header is set aside."""
+HEADERS_OF_BRAINVISION = (".vhdr", ".ahdr")
 MATLAB = Reason("no reader", "a MATLAB file says neither rate nor unit; describe it in a corpus of kind arrays")
 HDF5 = b"\x89HDF\r\n\x1a\n"
 Near = Mapping[str, AnyPath]
@@ -101,6 +103,24 @@ class File:
         if self._listing is None:
             self._listing = _near(self.path)
         return self._listing
+
+    def exists(self, name: str) -> bool:
+        """Whether the folder of this file contains a file with this name, in upper or lower case."""
+        return name.lower() in self.near
+
+    def owner_of(self, name: str, headers_of: tuple[str, ...]) -> str | None:
+        """Return why a file that this header names may belong to another recording; None if nothing points to this.
+
+        After a recording was renamed, its header can still name the files of another recording. The named file is in
+        doubt if it has another base name than this header, and a header or a data file shows another pair of names.
+        """
+        stem, _, ending = name.rpartition(".")
+        if not stem or stem.lower() == self.stem.lower():
+            return None
+        if other := next((stem + suffix for suffix in headers_of if self.exists(stem + suffix)), None):
+            return f"this file belongs to {self.near[other.lower()].name}; correct the name in the header"
+        own = f"{self.stem}.{ending}"
+        return f"{self.near[own.lower()].name} exists; correct the name in the header" if self.exists(own) else None
 
     def all_text(self, path: AnyPath | None = None) -> str:
         """Return the beginning of this file, or of another file, as text in which every line ends with a newline."""
@@ -153,9 +173,11 @@ def _brainvision(file: File) -> Recording | None:
         name = re.split(r"[\\/]", name)[-1].replace("$b", file.stem) if name else None
         # After renaming, the header can name a data file that does not exist. A file with the header's own base name
         # may belong to another recording. So the recording is refused instead of guessing.
-        if name and name.lower() in file.near:
+        if name and file.exists(name):
             files.append(name)
-            if needed:
+            if other := file.owner_of(name, HEADERS_OF_BRAINVISION):
+                problem = problem or Reason("sidecar of another recording", f"the header names '{name}', but {other}")
+            elif needed:
                 data = file.near[name.lower()]
                 problem = headers.run_check(headers.check_brainvision, "BrainVision", text, data)
         elif needed:
@@ -196,29 +218,36 @@ def _ant(file: File) -> Recording | None:
 
 def _fif(file: File) -> Recording | None:
     name = file.path.name.lower()
-    if name.endswith(".fif.gz"):
-        return file.recording("fif") if file.head[:2] == b"\x1f\x8b" else None
-    if file.head[:4] != b"\0\0\0\x64" or file.suffix != ".fif":
+    zipped = name.endswith(".fif.gz") and file.head[:2] == b"\x1f\x8b"
+    if not zipped and (file.head[:4] != b"\0\0\0\x64" or file.suffix != ".fif"):
         return None
-    # Ask for each numbered part by its name. Listing the folder would be slow: a folder can hold 100,000 files.
-    parts = []
-    if split := re.match(r"(.*_split-)(\d+)(.*)", file.stem):
-        pattern, first = (
-            (lambda i: f"{split.group(1)}{i:0{len(split.group(2))}d}{split.group(3)}.fif"),
-            int(split.group(2)) + 1,
-        )
-    else:
-        pattern, first = (lambda i: f"{file.stem}-{i}.fif"), 1
-    while len(parts) < 10_000 and pattern(first + len(parts)).lower() in file.near:
-        parts.append(pattern(first + len(parts)))
-    return file.recording("fif", *parts)
+    if zipped and not (file.exists(f"{name[:-7]}-1.fif.gz") or file.exists(f"{name[:-3]}-1.gz")):
+        return file.recording("fif")  # Reading the end of a gzip stream takes long.
+    # The file itself says which file is its next part: rest-1.fif may also be another recording.
+    parts, here, head, problem = [file.path], file.path, file.head, None
+    while following := headers.run_check(next_fif_part, "FIF", here, head):
+        if isinstance(following, Reason):
+            break
+        here, head = file.near.get(following.lower()), b""
+        if here is None:
+            text = f"{parts[-1].name} names its next part '{following}', which does not exist"
+            problem = Reason("sidecar missing", text)
+            break
+        if here in parts:
+            break
+        parts.append(here)
+    return file.recording("fif", *(part.name for part in parts[1:]), problem=problem)
 
 
 def _matlab(file: File) -> Recording | None:
     if not file.head.startswith((b"MATLAB", HDF5)):
         return None
     if file.suffix == ".set":
-        return file.recording("eeglab", f"{file.stem}.fdt")
+        # As in EEGLAB itself, a .fdt with the name of the .set comes before the one that the .set names.
+        own = f"{file.stem}.fdt"
+        if not file.exists(own) and any(name.endswith(".fdt") for name in file.near):
+            own = eeglab_signal_name(file.path, file.near.keys()) or own
+        return file.recording("eeglab", own)
     if file.suffix == ".mat":
         return file.recording("mat", problem=MATLAB, continuous=False)
     return None
@@ -237,7 +266,9 @@ def _persyst(file: File) -> Recording | None:
     text, problem = file.all_text(), None
     # Use only the data file that the header names, because MNE reads only this file.
     name = re.split(r"[\\/]", headers.ini_value(text, "File") or f"{file.stem}.dat")[-1]
-    if name.lower() in file.near:
+    if other := file.exists(name) and file.owner_of(name, (".lay",)):
+        problem = Reason("sidecar of another recording", f"the header names '{name}', but {other}")
+    elif file.exists(name):
         problem = headers.run_check(headers.check_persyst, "Persyst", text, file.near[name.lower()])
     return file.recording("persyst", name, problem=problem, need=f"the header names '{name}', which does not exist")
 

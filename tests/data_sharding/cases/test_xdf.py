@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def write_xdf(
     *,
     chunks: list[int],
     own: np.ndarray | None = None,
-    offsets: tuple = (),
+    offsets: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Write a stream of EEG [n, S] in microvolts. `own` tells which samples have a stamp of their own in the file."""
 

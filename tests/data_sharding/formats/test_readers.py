@@ -10,6 +10,7 @@ import pytest
 from data_sharding.formats import open_signal as opening
 from data_sharding.formats.open_signal import READERS, open_signal
 from data_sharding.formats.readers import find_formats
+from data_sharding.formats.signal import SignalInfo
 from data_sharding.formats.sniffing import sniff
 
 
@@ -40,6 +41,10 @@ class _LateSignal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        names = [str(i) for i in range(64)]
+        self.info = SignalInfo(
+            ch_names=names, ch_types=["eeg"] * 64, positions=[None] * 64, sfreq=1450.0, n_samples=2900, segments=[]
+        )
 
     def read(self, start: int, stop: int, channels: list[int]) -> np.ndarray:
         frames = np.frombuffer(self.path.read_bytes(), "<i2").reshape(-1, 64)

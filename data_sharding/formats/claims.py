@@ -1,0 +1,157 @@
+"""Find the other files of a recording by what its own file says, not by what their names look like."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import struct
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from data_sharding.common.storage import AnyPath
+from data_sharding.formats import headers
+
+TAIL_BYTES = 1 << 18
+"""The name of the next part of a FIF file is in this last part of the file, or in its first bytes."""
+MOST_SET_BYTES = 1 << 26
+"""A larger ``.set`` contains its signal, so it names no other file."""
+REF_ROLE, REF_FILE_NUMBER, REF_FILE_NAME, NEXT_FILE = 115, 117, 118, 2
+"""FIF tags of a reference to another file; the role says that this file is the next part."""
+INTEGER, TEXT = 3, 10
+"""FIF codes of types."""
+ROLE = struct.pack(">3i", REF_ROLE, INTEGER, 4)
+CHARACTERS = 512
+"""Largest length of the name of a file."""
+COMPRESSED = 15
+"""MATLAB's code of a compressed variable."""
+ONE_BYTE = re.compile(rb"[^\x00-\x1f/\\:*?\"<>|']{1,200}\.fdt", re.IGNORECASE)
+TWO_BYTES = re.compile(rb"(?:[^\x00-\x1f/\\:*?\"<>|']\x00){1,200}\.\x00f\x00d\x00t\x00", re.IGNORECASE)
+"""Names of ``.fdt`` files, as MATLAB stores text: with one or two bytes for each character."""
+
+
+def next_fif_part(path: AnyPath, head: bytes = b"") -> str | None:
+    """Return the name of the next part, which a part of a split FIF file contains.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The FIF file.
+    head : bytes
+        The first bytes of the file, if the caller has already read them.
+
+    Returns
+    -------
+    str or None
+        Name of the next part, without folder. None if the file is the last part, or not split.
+    """
+    if path.name.lower().endswith(".gz"):
+        data = _end_of_gzip(path)
+        return _next_name(data, path.name)
+    size = headers.size_of(path)
+    tail = headers.read_range(path, max(0, size - TAIL_BYTES), TAIL_BYTES, head)
+    return _next_name(tail, path.name) or (_next_name(head, path.name) if size > TAIL_BYTES else None)
+
+
+def _end_of_gzip(path: AnyPath) -> bytes:
+    end = b""
+    with path.open("rb") as stream, gzip.open(stream) as data:
+        while block := data.read(TAIL_BYTES):
+            end = (end + block)[-TAIL_BYTES:]
+    return end
+
+
+def _next_name(data: bytes, own: str) -> str | None:
+    """Find the reference to the next part among FIF tags. A tag is kind, type, size and next, then the value."""
+    at = -1
+    while (at := data.find(ROLE, at + 1)) >= 0:
+        if data[at + 16 : at + 20] != struct.pack(">i", NEXT_FILE):
+            continue
+        place, number = at + 20, None
+        for _ in range(4):
+            if place + 16 > len(data):
+                break
+            kind, type_, size, _ = struct.unpack_from(">4i", data, place)
+            value = data[place + 16 : place + 16 + size] if 0 <= size <= CHARACTERS else b""
+            if kind == REF_FILE_NAME and type_ == TEXT and value:
+                return re.split(r"[\\/]", value.decode("latin-1"))[-1]
+            if kind == REF_FILE_NUMBER and type_ == INTEGER and len(value) == 4:
+                number = struct.unpack(">i", value)[0]
+            place += 16 + max(0, size)
+        if number is not None:
+            # Some writers give only the number of the next part.
+            stem, _, ending = own.partition(".")
+            return f"{re.sub(r'-[0-9]+$', '', stem)}-{number}.{ending}"
+    return None
+
+
+def eeglab_signal_name(path: AnyPath, near: Collection[str]) -> str | None:
+    """Return the name of the file with the signal that an EEGLAB ``.set`` names.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The ``.set`` file.
+    near : collection of str
+        Names of the files of its folder, in lower case.
+
+    Returns
+    -------
+    str or None
+        The only name of a ``.fdt`` file of the folder that the ``.set`` contains. None if it contains none, or several.
+
+    Notes
+    -----
+    The file is searched for the name as text. The libraries for MATLAB files would load the signal as well, and can
+    need gigabytes for a damaged file.
+    """
+    if headers.size_of(path) > MOST_SET_BYTES:
+        return None
+    found: set[str] = set()
+    kept = b""
+    for block in _plain_blocks(path.read_bytes()):
+        text = kept + block
+        found |= {match.group().decode("utf-8", "replace").strip() for match in ONE_BYTE.finditer(text)}
+        found |= {match.group().decode("utf-16-le", "replace").strip() for match in TWO_BYTES.finditer(text)}
+        kept = text[-CHARACTERS:]
+    names = {name.lower() for name in found} & set(near)
+    return names.pop() if len(names) == 1 else None
+
+
+def _plain_blocks(content: bytes) -> Iterator[bytes]:
+    """Yield the content of a MATLAB file in blocks. In MATLAB 5 files, each variable may be compressed."""
+    if content.startswith(b"\x89HDF"):
+        yield content
+        return
+    at, total = 128, 0
+    while at + 8 <= len(content) and total < MOST_SET_BYTES:
+        kind, size = struct.unpack_from("<2I", content, at)
+        data = content[at + 8 : at + 8 + size]
+        at += 8 + size
+        if kind != COMPRESSED:
+            yield data
+            continue
+        unpacker = zlib.decompressobj()
+        try:
+            while data and total < MOST_SET_BYTES:
+                block = unpacker.decompress(data, TAIL_BYTES)
+                data, total = unpacker.unconsumed_tail, total + len(block)
+                yield block
+        except zlib.error:
+            return
+
+
+def link_files(files: tuple[Path, ...], folder: Path, names: dict[Path, str]) -> None:
+    """Make links to the files of a recording in a folder of its own, so that a reader cannot open any other file.
+
+    Parameters
+    ----------
+    files : tuple of Path
+        Files of the recording.
+    folder : Path
+        The folder.
+    names : dict
+        Names of links that differ from the name of the file.
+    """
+    for file in files:
+        (folder / names.get(file, file.name)).symlink_to(file.absolute())
