@@ -244,7 +244,7 @@ class SubjectFinder:
         patients: dict[str, list[_Row]] = {}
         for row in rows:
             if row.patient:
-                patients.setdefault(row.patient.casefold(), []).append(row)
+                patients.setdefault(" ".join(row.patient.casefold().split()), []).append(row)
             elif re.search(r"[*?\[]", row.path) and row.path not in known:
                 globs.append((re.compile(fnmatch.translate(row.path)), row))
             else:
@@ -253,7 +253,7 @@ class SubjectFinder:
         for path in paths:
             fitting = [*exact.get(path, []), *(row for pattern, row in globs if pattern.match(path))]
             if (patient := self._patients.get(path)) is not None:
-                names = {patient.code, patient.identity, patient.identity.removeprefix("code "), self._hash(patient)}
+                names = {patient.code, patient.field, self._hash(patient)}
                 fitting += [row for name in sorted(names - {""}) for row in patients.get(name, [])]
             if len(fitting) > 1:
                 raise RequestError(

@@ -54,6 +54,8 @@ class Patient:
     """The patient's number or code, in lower case; empty if the field has no code of its own."""
     names: tuple[str, ...]
     """Words of the patient's name, in lower case."""
+    field: str
+    """The whole field in lower case, with single blanks between the words."""
 
 
 def years_between(birth: datetime.date, day: datetime.date) -> int | None:
@@ -116,19 +118,20 @@ def parse_patient(fixed: bytes, format_: str) -> Patient | None:
         words, ordered = fixed[8:74].split(b"\0")[0].decode("latin-1").split(), False
     else:
         words, ordered = _fields(fixed)
+    field = " ".join(words).casefold()
     if not ordered:
         named = _words(" ".join(words))
         if not named:
             return None
         names = tuple(word.casefold() for word in named if len(word) > 3 and word.isalpha())
-        return Patient(identity=" ".join(named).casefold(), code="", names=names)
+        return Patient(identity=" ".join(named).casefold(), code="", names=names, field=field)
     code, birth, name = words[0], words[2], _words(words[3])
     names = tuple(word.casefold() for word in name if len(word) > 2)
     if not _is_nobody(code) or re.fullmatch(r"[1-9]{1,2}", code):
-        return Patient(identity=f"code {code.casefold()}", code=code.casefold(), names=names)
+        return Patient(identity=f"code {code.casefold()}", code=code.casefold(), names=names, field=field)
     if not name:
         return None
-    return Patient(identity=f"name {' '.join(name).casefold()} {birth.casefold()}", code="", names=names)
+    return Patient(identity=f"name {' '.join(name).casefold()} {birth.casefold()}", code="", names=names, field=field)
 
 
 def read_patient(path: AnyPath, format_: str) -> Patient | None:

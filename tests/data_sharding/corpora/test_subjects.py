@@ -166,8 +166,10 @@ class TestTable:
         assert found["x/a.edf"].about == {"age": 34.0, "sex": "F", "group": "control"}
         assert found["y/c.edf"].about == {"age": 90.0, "sex": "M"}
 
-    def test_patient_code_finds_recordings(self, root: Path) -> None:
-        found = self.table(root, "patient\tsubject\nMCH-0234567\tharry\n")
+    @pytest.mark.parametrize("patient", ["MCH-0234567", "mch-0234567", HARRY, "hash"])
+    def test_patient_finds_recordings(self, root: Path, patient: str) -> None:
+        patient = find(root)["y/c.edf"].subject if patient == "hash" else patient
+        found = self.table(root, f"patient\tsubject\n{patient}\tharry\n")
         assert sources(found) == [("", "unknown"), ("", "unknown"), ("harry", "table")]
 
     def test_table_of_people_describes_subjects_of_the_paths(self, root: Path) -> None:

@@ -78,7 +78,7 @@ def gdf(text: str) -> bytes:
 
 def test_patient_field_of_gdf() -> None:
     assert parse_patient(gdf("P1234 Haagse_Harry"), "gdf") == Patient(
-        identity="p1234 haagse harry", code="", names=("haagse", "harry")
+        identity="p1234 haagse harry", code="", names=("haagse", "harry"), field="p1234 haagse_harry"
     )
     assert parse_patient(gdf("X X"), "gdf") is None and parse_patient(gdf(""), "gdf") is None
 
