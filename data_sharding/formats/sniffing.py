@@ -20,6 +20,9 @@ from data_sharding.common.storage import AnyPath, is_remote
 from data_sharding.formats import headers
 from data_sharding.formats.claims import eeglab_signal_name, next_fif_part
 from data_sharding.formats.readers import find_formats
+from data_sharding.formats.unread.no_recordings import recognise_no_recording
+from data_sharding.formats.unread.recorders import recognise_recorder
+from data_sharding.formats.unread.tables import recognise_table
 
 HEAD_BYTES = 1 << 15
 """Number of bytes that are read first. Almost every header fits into them, so an object store gets one request."""
@@ -28,13 +31,6 @@ TEXT_BYTES = 1 << 20
 NIHON_SIDECARS = (".pnt", ".21e", ".log", ".cmt", ".cn2", ".11d", ".reg", ".bft", ".edf.log")
 CURRY8_SIDECARS = (".dpa", ".dpo", ".cef", ".ceo", ".rs3", ".hpi")
 CURRY7_SIDECARS = (".dap", ".rs3", ".cef", ".ceo")
-UNSUPPORTED = {
-    ".trc": "Micromed TRC",
-    ".nwb": "Neurodata Without Borders",
-    ".mefd": "MEF3",
-    ".e": "Nicolet",
-    ".vpd": "Cadwell",
-}
 ORPHANS = {
     ".eeg": Reason("signal file without its header (.vhdr or .ahdr), and not a Nihon Kohden recording"),
     ".fdt": Reason("EEGLAB signal file without its .set"),
@@ -321,16 +317,23 @@ def _claims(file: File) -> Recording | None:
         kind = name.split()[0]
         what = "an empty file" if not file.head else f"not {name}: it has no {kind} header"
         return file.recording(kind.lower(), problem=Reason("unreadable", what))
-    if file.suffix in UNSUPPORTED:
-        return file.recording(file.suffix[1:], problem=Reason(f"no reader for {UNSUPPORTED[file.suffix]}"))
     if file.suffix in ORPHANS:
         return file.recording(file.suffix[1:], problem=ORPHANS[file.suffix])
     if file.suffix == ".mat":
         return file.recording("mat", problem=MATLAB, continuous=False)
+    for look in (recognise_recorder, recognise_table):
+        if found := look(file):
+            return file.recording(found.format, *found.files, problem=found.reason, continuous=not found.excluded)
     return None
 
 
+def _no_recording(file: File) -> Recording | None:
+    found = recognise_no_recording(file)
+    return found and file.recording(found.format, problem=found.reason, continuous=False)
+
+
 FORMATS: tuple[Callable[[File], Recording | None], ...] = (
+    _no_recording,
     _edf,
     _gdf,
     _brainvision,
@@ -384,8 +387,8 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
     if path.suffix.lower() in (".mff", ".mefd") and path.is_dir():
         if path.suffix.lower() == ".mff":
             return _mff(path)
-        problem = Reason(f"no reader for {UNSUPPORTED['.mefd']}")
         files = _by_path([f for f in path.rglob("*") if f.is_file()])
+        problem = Reason("no reader for MEF3", "convert the recording to EDF or BrainVision")
         return Recording(path=path, format="mefd", files=files, problem=problem)
     # Skip folders, pipes, sockets and devices: reading from a pipe or device may never end.
     if not is_remote(path) and not stat.S_ISREG(path.stat().st_mode):

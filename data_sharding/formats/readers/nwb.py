@@ -1,0 +1,150 @@
+"""Read recordings in Neurodata Without Borders files (``.nwb``). Only channels with names of scalp electrodes are EEG.
+
+In array shapes, n is the number of channels, and S the number of samples.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_sharding.common.reason import Reason
+from data_sharding.formats.channels import is_electrode
+from data_sharding.formats.edf import unique_names
+from data_sharding.formats.mne_signal import NotContinuous, ReadError
+from data_sharding.formats.readers import Format
+from data_sharding.formats.signal import Segment, SignalInfo
+from data_sharding.formats.units import read_units
+
+if TYPE_CHECKING:
+    from data_sharding.formats.sniffing import File, Recording
+
+NAMES = ("label", "channel_name", "electrode_name", "name")
+"""Columns of the table of electrodes that can hold names."""
+
+
+def _recognise(file: File) -> Recording | None:
+    if file.suffix != ".nwb":
+        return None
+    whole = file.head.startswith(b"\x89HDF\r\n\x1a\n")
+    fault = Reason("unreadable", "not NWB: it is no HDF5 file")
+    return file.recording("nwb", problem=None if whole else fault)
+
+
+class NWBSignal:
+    """The electrical series of an NWB file.
+
+    Parameters
+    ----------
+    path : Path
+        File to read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import h5py
+
+        self._file = h5py.File(path, "r")
+        series = _find_series(self._file)
+        self._data = series["data"]
+        n = self._data.shape[1] if self._data.ndim == 2 else 1
+        attributes = self._data.attrs
+        labels = _read_names(self._file, series, n)
+        names, twice = unique_names(labels)
+        types = ["eeg" if named else "seeg" for named in is_electrode(labels)]
+        units = read_units(names, types, [_text(attributes.get("unit", "volts"))] * n, [1.0] * n)
+        conversion = float(attributes.get("conversion", 1.0)) * np.ones(n)
+        if "channel_conversion" in series:
+            conversion = conversion * np.asarray(series["channel_conversion"], float)
+        self._conversion, self._offset = conversion[:, None], float(attributes.get("offset", 0.0))
+        self._gains = units.gains[:, None]
+        sfreq, segments = _read_times(series, len(self._data))
+        self.info = SignalInfo(
+            **{**units.fields, "notes": [*twice, *units.notes]},
+            ch_names=names,
+            positions=[None] * n,
+            sfreq=sfreq,
+            n_samples=len(self._data),
+            segments=segments,
+        )
+
+    def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
+        """Read samples of some channels; `Signal.read` explains the arguments."""
+        x_Sn = np.asarray(self._data[start:stop], float).reshape(stop - start, -1)
+        return (x_Sn.T[picks] * self._conversion[picks] + self._offset) * self._gains[picks]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _find_series(file: Any) -> Any:
+    """Return the electrical series among the raw data; if there is none, the one among the processed data."""
+    for where in ("acquisition", "processing"):
+        found: list[Any] = []
+
+        def look(name: str, node: Any, found: list[Any] = found) -> None:
+            if _text(node.attrs.get("neurodata_type", "")) == "ElectricalSeries" and "data" in node:
+                found.append(node)
+
+        if where in file:
+            file[where].visititems(look)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(node.name.rsplit("/", 1)[-1] for node in found[:4])
+            text = f"{len(found)} electrical series ({names}), and the reader cannot choose one; export one of them"
+            raise ReadError(Reason("several electrical series", text=text))
+    raise NotContinuous(Reason("no electrical series", "the NWB file holds other data"))
+
+
+def _read_names(file: Any, series: Any, n: int) -> list[str]:
+    """Return the names of the channels, from the table of electrodes."""
+    table = file.get("general/extracellular_ephys/electrodes")
+    rows = np.asarray(series["electrodes"]).ravel().tolist() if "electrodes" in series else list(range(n))
+    if table is None or len(rows) != n:
+        return [str(i) for i in range(1, n + 1)]
+    column = next((name for name in NAMES if name in table), "id")
+    values = table[column][()]
+    return [_text(values[row]).strip() for row in rows]
+
+
+def _read_times(series: Any, n_samples: int) -> tuple[float, list[Segment]]:
+    """Return the sampling rate and the segments; a segment ends where the time stamps jump."""
+    if "starting_time" in series:
+        sfreq = float(series["starting_time"].attrs["rate"])
+        return sfreq, [Segment(start=0, stop=n_samples, onset=0.0)]
+    stamps = np.asarray(series["timestamps"], float) if "timestamps" in series else np.zeros(0)
+    if len(stamps) != n_samples or n_samples < 2:
+        raise ReadError(Reason("no sampling rate", "the electrical series has neither rate nor time stamps"))
+    steps = np.diff(stamps)
+    median = float(np.median(steps))
+    whole = steps[np.abs(steps - median) < median / 2]
+    if not median > 0 or len(whole) < 0.75 * len(steps):
+        raise ReadError(Reason("the series has no steady rate", "its time stamps are irregular"))
+    sfreq = 1.0 / float(whole.mean())
+    sfreq = float(round(sfreq)) if abs(round(sfreq) / sfreq - 1) < 1e-4 else round(sfreq, 2)
+    edges = [0, *(np.flatnonzero(np.abs(steps - median) >= median / 2) + 1).tolist(), n_samples]
+    segments: list[Segment] = []
+    for a, b in itertools.pairwise(edges):
+        # If the clock was set back, the time after the segment before is used.
+        earliest = segments[-1].onset + (a - segments[-1].start) / sfreq if segments else 0.0
+        segments.append(Segment(start=a, stop=b, onset=max(float(stamps[a] - stamps[0]), earliest)))
+    return sfreq, segments
+
+
+FORMAT = Format(
+    name="nwb",
+    recognise=_recognise,
+    open=NWBSignal,
+    title="Neurodata Without Borders (`.nwb`)",
+    recognised_by="HDF5, and `.nwb`",
+    compared="not compared; HDF5 notices missing bytes",
+    package="h5py",
+)

@@ -1,0 +1,117 @@
+"""Recognise files that are no recordings, but lie beside them: events, covariances, averages, digitised positions.
+
+FIF files are recognised by their blocks, because their names are often changed.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+from data_sharding.common.reason import Reason
+from data_sharding.formats.unread import Finding
+
+RAW_BLOCKS = {102, 112, 119, 373}
+"""Blocks of FIF files with raw data or epochs."""
+BLOCKS = (
+    (374, "an independent component analysis"),
+    (104, "averages (evoked responses)"),
+    (356, "an inverse operator"),
+    (352, "a forward solution"),
+    (355, "a covariance (noise) matrix"),
+    (362, "a morph map"),
+    (310, "a boundary element model"),
+    (351, "a source space"),
+    (361, "events"),
+    (115, "events"),
+    (3810, "annotations"),
+    (101, "information about a measurement, without its signal"),
+    (313, "projections"),
+    (107, "digitised positions"),
+)
+"""Blocks of FIF files without a recording. A file can hold several blocks; the first of this list says what it is."""
+TRANSFORMATION = 222
+BLOCK_START = 104
+MOST_TAGS = 20_000
+"""At most this many tags of a FIF file are looked at."""
+POSITIONS = (".elp", ".hsp", ".sfp", ".elc", ".pos", ".bvef", ".hpts", ".ced", ".locs", ".eloc", ".bvct", ".dig")
+"""Extensions of files with the positions of electrodes."""
+MOST_POSITIONS_BYTES = 1 << 22
+
+
+def recognise_no_recording(file: Any) -> Finding | None:
+    """Recognise a file that is no recording.
+
+    Parameters
+    ----------
+    file : sniffing.File
+        The file.
+
+    Returns
+    -------
+    Finding or None
+        What the file is; None if it may be a recording.
+    """
+    if file.head[:4] == b"\0\0\0\x64" and file.suffix == ".fif":
+        what = _describe_fif(file.path, file.head)
+        return _exclude("fif", f"a FIF file with {what}") if what else None
+    if b"SR_RESEARCH" in file.head[:64] and file.suffix == ".edf":
+        return _exclude("eyelink", "an EyeLink file of eye movements, which is named .edf as well")
+    if file.suffix in POSITIONS and len(file.head) > 0 and _size(file.path) < MOST_POSITIONS_BYTES:
+        return _exclude("positions", f"positions of electrodes ({file.suffix})")
+    return None
+
+
+def _exclude(format_: str, what: str) -> Finding:
+    return Finding(format=format_, reason=Reason("no recording", what), excluded=True)
+
+
+def _size(path: Any) -> int:
+    return int(path.stat().st_size)
+
+
+def _describe_fif(path: Any, head: bytes) -> str:
+    """Say what a FIF file holds, if it holds no recording; otherwise, or if the file is damaged, return nothing."""
+    blocks: set[int] = set()
+    kinds: set[int] = set()
+    local = isinstance(path, Path)
+    size = _size(path)
+    stream = path.open("rb") if local else None
+    try:
+        at = 0
+        for _ in range(MOST_TAGS):
+            if at >= size:
+                break
+            if at + 20 <= len(head):
+                tag = head[at : at + 20]
+            elif stream is not None:
+                stream.seek(at)
+                tag = stream.read(20)
+            else:
+                return ""  # On an object store, only the first bytes are looked at. The reader decides.
+            if len(tag) < 16:
+                return ""
+            kind, _, length, following = struct.unpack(">4i", tag[:16])
+            if length < 0 or at + 16 + length > size:
+                return ""
+            kinds.add(kind)
+            if kind == BLOCK_START and len(tag) == 20:
+                (block,) = struct.unpack(">i", tag[16:])
+                if block in RAW_BLOCKS:
+                    return ""
+                blocks.add(block)
+            if following < 0:
+                break
+            if 0 < following <= at:
+                return ""
+            at = following or at + 16 + length
+        else:
+            return ""
+    finally:
+        if stream is not None:
+            stream.close()
+    for block, what in BLOCKS:
+        if block in blocks:
+            return what
+    return "a transformation of coordinates" if TRANSFORMATION in kinds else "no measurement"

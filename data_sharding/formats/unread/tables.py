@@ -1,0 +1,62 @@
+"""Recognise text tables that hold a signal, such as ``.csv`` files with one column for each electrode.
+
+Most text tables beside recordings are events, questionnaires or results. So a table is reported only if at least four
+of its columns (or the first entries of at least four of its lines) are names of electrodes, and numbers stand below
+(or behind) them. Tables of positions have names of electrodes as well, but only few numbers in a line.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from data_sharding.common.reason import Reason
+from data_sharding.formats.channels import canonical_name, is_site
+from data_sharding.formats.unread import Finding
+
+SUFFIXES = (".csv", ".tsv", ".txt", ".asc", ".ascii")
+MIN_ELECTRODES = 4
+MIN_LINES = 16
+LONG_LINE = 64
+"""A line with more numbers than this is the signal of one electrode."""
+PREFIX = re.compile(r"(RAW|EEG|Channel|Ch)[. _-]+(?=[A-Za-z])", re.IGNORECASE)
+"""What programs of Muse, Emotiv and others write before the name of an electrode."""
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan", re.IGNORECASE)
+TEXT = "a text table says neither rate nor unit; convert it to EDF, or to an array for a corpus of kind arrays"
+
+
+def recognise_table(file: Any) -> Finding | None:
+    """Recognise a text table that holds a signal.
+
+    Parameters
+    ----------
+    file : sniffing.File
+        The file.
+
+    Returns
+    -------
+    Finding or None
+        What the file is; None for other files.
+    """
+    if file.suffix not in SUFFIXES or b"\0" in file.head[:4096]:
+        return None
+    finding = Finding(format="table", reason=Reason("no reader for signals in text tables", TEXT))
+    if file.head[:20].startswith(b"%OpenBCI Raw"):
+        return finding
+    lines = file.head.decode("latin-1").splitlines()
+    rows = [[entry.strip(" \"'") for entry in re.split(r"[,;\t]|\s{1,}", line.strip())] for line in lines[:64] if line]
+    for i, row in enumerate(rows[:8]):
+        if sum(_is_electrode(entry) for entry in row) >= MIN_ELECTRODES:
+            below = [r for r in rows[i + 1 :] if sum(map(_is_number, r)) >= MIN_ELECTRODES]
+            return finding if len(below) >= MIN_LINES and len(below) >= 0.8 * len(rows[i + 1 :]) else None
+    long = [row for row in rows if _is_electrode(row[0]) and sum(map(_is_number, row[1:])) > LONG_LINE]
+    return finding if len(long) >= MIN_ELECTRODES or (long and len(lines) == 1) else None
+
+
+def _is_electrode(text: str) -> bool:
+    name = canonical_name(PREFIX.sub("", text.removesuffix("(uV)").strip()))
+    return 2 <= len(name) <= 12 and is_site(name)
+
+
+def _is_number(text: str) -> bool:
+    return bool(NUMBER.fullmatch(text))
