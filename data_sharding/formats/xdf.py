@@ -101,12 +101,13 @@ def open_xdf(path: Path) -> Signal:
     if clock.order is not None:
         x = x[clock.order]
     names, units, positions = _channels(stream["info"].get("desc"), x.shape[1])
+    fields: dict[str, Any] = {**units.fields, "notes": [*clock.notes, *units.notes]}
     return ArraySignal(
         x,
         units.gains,
         SignalInfo(
             ch_names=names,
-            **units.fields | {"notes": [*clock.notes, *units.notes]},
+            **fields,
             positions=positions,
             sfreq=clock.sfreq,
             n_samples=len(x),

@@ -42,7 +42,7 @@ class NeoSignal:
 
     def __init__(self, reader: Any, *, only_electrodes: bool = False) -> None:
         reader.parse_header()
-        self.reader = reader
+        self.reader: Any = reader
         channels = reader.header["signal_channels"]
         streams = reader.header["signal_streams"]["id"].tolist()
         if not len(channels):
