@@ -141,7 +141,8 @@ def _repair_coordinates(out: Repaired, names: list[str]) -> Repaired:
         if cells is None or (cells[0] == 0 and electrodes[number - 1]):
             out.unplaced.add(number)
             lost += [name] if cells is None else []
-        lines.append(f"Ch{number}={','.join(f'{cell:g}' for cell in (ELSEWHERE if number in out.unplaced else cells))}")
+            cells = ELSEWHERE
+        lines.append(f"Ch{number}={','.join(f'{cell:g}' for cell in cells)}")
     if out.unplaced:
         out.text = f"{out.text[:begin]}\n" + "\n".join(lines) + f"\n\n{out.text[end:]}"
     if lost:

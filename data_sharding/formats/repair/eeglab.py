@@ -127,8 +127,8 @@ def _repair_channels(content: Any, notes: list[str]) -> None:
         names.append(channel["labels"])
     if all(axis in channels[0] for axis in "XYZ"):
         places = [[_number(channel.get(axis)) for axis in "XYZ"] for channel in channels]
-        known = [np.linalg.norm([p for p in place if p is not None]) for place in places if None not in place]
-        usual = float(np.nanmedian(known)) if known and np.isfinite(known).any() else np.nan
+        known = [float(np.linalg.norm(np.array(place, float))) for place in places if None not in place]
+        usual = float(np.nanmedian(known)) if np.isfinite(np.array(known)).any() else np.nan
         for channel, place in zip(channels, places, strict=True):
             if None in place or np.linalg.norm(np.array(place, float)) > FAR * usual > 0:
                 channel |= dict.fromkeys("XYZ", np.zeros(0))

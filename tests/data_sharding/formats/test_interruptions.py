@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +43,7 @@ def noise(samples: int = 600, n: int = 4) -> np.ndarray:
     return np.random.default_rng(0).normal(0, 20, (n, samples))
 
 
-def make_raw(marks: list[tuple[float, float, str]] = (), samples: int = 600):
+def make_raw(marks: Sequence[tuple[float, float, str]] = (), samples: int = 600):
     import mne
 
     raw = mne.io.RawArray(noise(samples) * 1e-6, mne.create_info(NAMES, HZ, "eeg"), verbose="ERROR")
@@ -185,7 +185,7 @@ def biosemi(changes: dict[int, int], seconds: int = 6) -> Callable[[Path], Path]
 
 
 def gdf(
-    events: list[tuple[int, int, int]] = (),
+    events: Sequence[tuple[int, int, int]] = (),
     *,
     x: np.ndarray | None = None,
     code: int = 3,
