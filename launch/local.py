@@ -21,6 +21,7 @@ from types import FrameType
 
 from data_sharding.common.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from data_sharding.common.shipped import find_config
+from data_sharding.common.untrusted import MAX_YAML, parse_yaml, read_limited
 from launch.stages import Stage
 from launch.worker import FOLDER, read_numbers
 
@@ -87,7 +88,7 @@ def number_wanted(argv: Sequence[str], name: str, default: int) -> int:
 
         for file in files:
             try:
-                content = yaml.safe_load(find_config(file).read_text())
+                content = parse_yaml(read_limited(find_config(file), MAX_YAML))
             except (OSError, ValueError, yaml.YAMLError):
                 return default
             if isinstance(content, dict):

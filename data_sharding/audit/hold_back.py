@@ -22,6 +22,7 @@ from data_sharding.audit.duplicates import HOW, RecordingFingerprint, find_match
 from data_sharding.common.errors import RequestError
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import as_path
+from data_sharding.common.untrusted import MAX_IMAGE, read_limited
 from data_sharding.dataset.ledger import LedgerRow
 
 if TYPE_CHECKING:
@@ -375,7 +376,7 @@ def _find_held_back_images(paths: Sequence[str], datasets: Sequence[Contents]) -
 
     def read(path: str) -> ImageFingerprint:
         try:
-            return fingerprint_image(as_path(path).read_bytes())
+            return fingerprint_image(read_limited(as_path(path), MAX_IMAGE))
         except OSError as error:
             raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
 

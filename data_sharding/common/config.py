@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from data_sharding.common.errors import RequestError, one_line, run_main
 from data_sharding.common.shipped import find_config
+from data_sharding.common.untrusted import MAX_YAML, check_yaml, read_limited
 
 T = TypeVar("T")
 
@@ -120,6 +121,18 @@ def _check_config_file(text: str) -> str:
         raise RequestError(f"{text}: is a folder, not a config file; {hint}")
     if not path.is_file():
         raise RequestError(f"{text}: no such config file; 'dreamscale configs' lists those that come with the package")
+    import yaml
+
+    try:
+        check_yaml(read_limited(path, MAX_YAML))
+    except RequestError:
+        raise
+    except OSError as error:
+        raise RequestError(f"{text}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeError):
+        pass  # The parser explains faults of the text, with their line.
+    except ValueError as error:
+        raise RequestError(f"{text}: cannot be used ({error}); write the values out") from None
     return str(path)
 
 

@@ -18,7 +18,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from data_sharding.common.errors import one_line
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.untrusted import MAX_YAML, parse_yaml, read_limited
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -73,14 +74,18 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], str | None]:
         Why the file cannot be used, in one line; None if the file can be used.
     """
     try:
-        values = yaml.safe_load(path.read_bytes())
+        values = parse_yaml(read_limited(path, MAX_YAML))
     except OSError as error:
         return {}, f"{path}: cannot be read ({error.strerror})"
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         return {}, f"{path}{line}: not valid YAML ({one_line(error.problem)}); check brackets, colons and indentation"
+    except RequestError as error:
+        return {}, str(error)
     except (yaml.YAMLError, UnicodeError):
         return {}, f"{path}: not a YAML file; give the text file with the keys of this command"
+    except ValueError as error:
+        return {}, f"{path}: cannot be used ({error}); write the values out"
     if values is None:
         return {}, f"{path}: the file is empty; write the keys of this command into it (see --help)"
     if not isinstance(values, dict):
@@ -252,8 +257,8 @@ def find_fault_in_words(cls: type, words: Sequence[str]) -> str | None:
                 return unknown_key(key, cls)
             hint = hints[part]
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = parse_yaml(text)
+        except (yaml.YAMLError, ValueError):
             continue
         # An argument is text. It is accepted if either the text or the YAML value of the text fits the type.
         fits = value is None or hint is str or _fits(hint, text)

@@ -25,8 +25,16 @@ from data_sharding.common.errors import RequestError, show
 
 MAX_JSON = 64 * 2**20
 """Largest size of a JSON file in bytes. In memory, JSON takes up to 20 times the size of the file."""
+MAX_YAML = 2**20
+"""Largest size of a YAML file in bytes. PyYAML needs some seconds for such a file."""
+MAX_YAML_DEPTH = 50
+"""Largest number of lists and groups of keys inside one another in a YAML file."""
+MAX_YAML_VALUES = 200_000
+"""Largest number of values in a YAML file, with each value that an alias repeats."""
 MAX_PIXELS = 64_000_000
 """Largest number of pixels of an image."""
+MAX_IMAGE = 2**28
+"""Largest size of an image file in bytes."""
 IMAGE_KINDS = ("JPEG", "PNG", "WEBP")
 """Kinds of image files that are decoded, as Pillow names them. The content of the file counts, not its name."""
 MAX_UNPACKED = 200
@@ -256,6 +264,15 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         os.close(descriptor)
         raise RequestError(f"{path}: not a file, but a folder, a device or a named pipe; remove it or choose another")
     return descriptor
+
+
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether a path on this machine is a device, a socket or a named pipe, whose reading could wait for ever."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - called for every file of a corpus
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def read_limited(path: Any, most: int = MAX_JSON) -> bytes:
@@ -497,8 +514,105 @@ def open_npz(path: str | os.PathLike[str]) -> Any:
     return np.load(path, allow_pickle=False)
 
 
+def check_hdf5(path: str | os.PathLike[str]) -> None:
+    """Refuse an HDF5 file, such as a MATLAB or EEGLAB file, that takes its content from other files.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file. A file that is not HDF5 passes.
+
+    Raises
+    ------
+    RequestError
+        If the file has links to other files, or data sets whose values lie in other files or are far larger than the
+        file.
+    """
+    import h5py
+
+    with os.fdopen(open_regular(path), "rb") as stream:
+        head = stream.read(1024)
+        size = os.fstat(stream.fileno()).st_size
+    if b"\x89HDF\r\n\x1a\n" not in (head[:8], head[512:520]):
+        return
+    sizes: list[int] = []
+
+    def look(group: Any, seen: set[int]) -> None:
+        for name in group:
+            if not isinstance(link := group.get(name, getlink=True), h5py.HardLink | h5py.SoftLink):
+                raise _refuse(str(path), f"'{show(name)}' is a link of the kind {type(link).__name__}")
+            try:
+                entry = group[name]
+            except (KeyError, OSError, RuntimeError):
+                continue  # A link that leads nowhere.
+            address = h5py.h5o.get_info(entry.id).addr
+            if address in seen:
+                continue
+            seen.add(address)
+            if isinstance(entry, h5py.Dataset):
+                if entry.external or entry.is_virtual:
+                    raise _refuse(str(path), f"the values of '{show(name)}' lie in another file")
+                sizes.append(entry.size * entry.dtype.itemsize if entry.size is not None else 0)
+            elif isinstance(entry, h5py.Group):
+                look(entry, seen)
+
+    try:
+        with h5py.File(path, "r") as file:
+            look(file, set())
+    except RequestError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise _refuse(str(path), show(error)) from None
+    check_unpacked(sizes, size, str(path))
+
+
+def check_yaml(text: str | bytes) -> None:
+    """Refuse YAML in which a few lines stand for a huge or endless value.
+
+    Parameters
+    ----------
+    text : str or bytes
+        The YAML text.
+
+    Raises
+    ------
+    ValueError
+        If the text is longer than `MAX_YAML`, if its aliases (``*name``) stand for more than `MAX_YAML_VALUES` values
+        or for themselves, or if it is nested more than `MAX_YAML_DEPTH` deep.
+    yaml.YAMLError
+        If the text is not YAML.
+    """
+    import yaml
+
+    if len(text) > MAX_YAML:
+        raise ValueError(f"longer than {MAX_YAML // 2**20} MiB")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise ValueError("lists and keys are nested too deeply")
+    _measure(yaml.compose(text, yaml.SafeLoader), {})
+
+
+def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """Return the number of values below a YAML node, each as often as aliases repeat it, and their largest depth."""
+    if node is None or isinstance(node.value, str):
+        return 1, 0
+    if id(node) not in known:
+        known[id(node)] = 0, 0
+        parts = node.value if node.id == "sequence" else [part for pair in node.value for part in pair]
+        found = [_measure(part, known) for part in parts]
+        count, depth = 1 + sum(count for count, _ in found), 1 + max((depth for _, depth in found), default=0)
+        if count > MAX_YAML_VALUES or depth > MAX_YAML_DEPTH:
+            raise ValueError(f"its aliases stand for more than {MAX_YAML_VALUES} values, or are nested too deeply")
+        known[id(node)] = count, depth
+    if known[id(node)] == (0, 0):
+        raise ValueError("an alias stands for a list or group that contains the alias")
+    return known[id(node)]
+
+
 def parse_yaml(text: str | bytes) -> Any:
-    """Parse YAML of plain values, without the aliases that let a small file stand for a huge value.
+    """Parse YAML of plain values that passes `check_yaml`.
 
     Parameters
     ----------
@@ -513,20 +627,14 @@ def parse_yaml(text: str | bytes) -> Any:
     Raises
     ------
     ValueError
-        If the text is longer than 4 MiB, has an alias (``*name``), or is nested too deeply.
+        If the text fails `check_yaml`.
     yaml.YAMLError
         If the text is not YAML of plain values.
     """
     import yaml
 
-    if len(text) > 4 * 2**20:
-        raise ValueError("longer than 4 MiB")
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("has an alias ('*name'); write the value out")
-        return yaml.safe_load(text)
-    except RecursionError:
-        raise ValueError("lists and keys are nested too deeply") from None
+    check_yaml(text)
+    return yaml.safe_load(text)
 
 
 def open_image(data: bytes | str | os.PathLike[str]) -> Any:

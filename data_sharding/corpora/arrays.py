@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, localised
+from data_sharding.common.untrusted import check_hdf5, open_npz, open_regular, parse_json, parse_yaml
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.events import make_trials, read_trials
@@ -193,12 +194,8 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
         )
     file = sidecars[0]
     try:
-        if file.suffix == ".json":
-            values = json.loads(read_text(file))
-        else:
-            import yaml
-
-            values = yaml.safe_load(read_text(file))
+        text = read_text(file)
+        values = parse_json(text) if file.suffix == ".json" else parse_yaml(text)
     except Exception as error:  # the JSON and YAML libraries raise different types of errors
         raise _Fault("sidecar broken", f"{file.name}: {one_line(error)[:200]}") from None
     if not isinstance(values, dict):
@@ -223,7 +220,7 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
         raise _Fault("sidecar broken", f"{file.name}: sfreq '{about.sfreq}' is not a sampling rate in Hz")
     if isinstance(about.tmin, bool) or not isinstance(about.tmin, int | float) or not abs(about.tmin) < 1e4:
         raise _Fault("sidecar broken", f"{file.name}: tmin '{about.tmin}' is not a time in seconds")
-    if about.line_freq is not None and not isinstance(about.line_freq, int | float):
+    if about.line_freq is not None and not (isinstance(about.line_freq, int | float) and 0 <= about.line_freq < 1e6):
         raise _Fault("sidecar broken", f"{file.name}: line_freq '{about.line_freq}' is not a frequency in Hz")
     if about.unit != "standardised" and to_volts(str(about.unit)) is None:
         raise _Fault("sidecar broken", f"{file.name}: unit '{about.unit}' must be V, mV, uV, nV or standardised")
@@ -294,7 +291,7 @@ def _variable(path: AnyPath, name: str) -> np.ndarray:
         )
     with localised([path]) as (local,):
         try:
-            with np.load(local, allow_pickle=False) as archive:
+            with open_npz(local) as archive:
                 if name not in archive:
                     raise _Fault(
                         "variable not found", text=f"has no variable '{name}'; it has {', '.join(archive.files)}"
@@ -308,13 +305,15 @@ def _variable(path: AnyPath, name: str) -> np.ndarray:
 
 def _array(path: Path, name: str) -> np.ndarray:
     suffix = path.suffix.lower()
+    os.close(open_regular(path))
     if suffix == ".npy":
         return np.load(path, mmap_mode="r", allow_pickle=False)
     if suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
+        with open_npz(path) as archive:
             return archive[_one_of(archive.files, name)]
     from pymatreader import read_mat
 
+    check_hdf5(path)
     variables = read_mat(path, variable_names=[name] if name else None)
     return np.asarray(variables[_one_of([key for key in variables if not key.startswith("__")], name)])
 

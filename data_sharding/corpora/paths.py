@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, as_path, describe, is_remote
+from data_sharding.common.untrusted import is_special, read_limited
 from data_sharding.corpora.base import CorpusConfig
 from data_sharding.corpora.item import Item
 from data_sharding.dataset.samples import safe_key
@@ -179,7 +180,8 @@ class Folders:
         key = str(folder)
         if key not in self._names:
             try:
-                self._names[key] = {path.name: path for path in sorted(folder.iterdir(), key=lambda p: p.name)}
+                found = [path for path in folder.iterdir() if is_remote(path) or not is_special(str(path))]
+                self._names[key] = {path.name: path for path in sorted(found, key=lambda p: p.name)}
             except OSError:
                 self._names[key] = {}
         return self._names[key]
@@ -202,8 +204,10 @@ def read_text(path: AnyPath) -> str:
     ------
     OSError
         If the file cannot be read.
+    RequestError
+        If the file is larger than `MAX_JSON`, or is not a file.
     """
-    data = path.read_bytes()
+    data = read_limited(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:

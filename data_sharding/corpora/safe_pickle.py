@@ -25,10 +25,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from data_sharding.common.errors import show
+
 MAP_BYTES = 1 << 16
 """Arrays of at least this many bytes are memory-mapped instead of read."""
 MAX_INSTRUCTIONS = 20_000_000
 """Limit on the number of instructions in a pickle, because an instruction of one byte can create a large object."""
+MAX_PARTS = 50_000_000
+"""Limit on the number of values in the result. A list in a list in a list takes no memory if each is there twice, but
+its text and its copies would have a length that doubles with each level."""
+MAX_KEY_PARTS = 64
+"""Limit on the number of values in a key. Python computes the hash of a tuple in a tuple again for each use."""
+MAX_INT_KEY = 2**61 - 2
+"""Limit on whole numbers that are keys. Larger numbers can be chosen so that all have the same hash, which makes a
+dictionary slow."""
 PLAIN_KEYS = (str, bytes, int, float, complex, np.generic, type(None))
 PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[US]\d{1,6}|O8?")
 TORCH_DTYPES = {
@@ -69,7 +79,7 @@ class _DType:
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not PLAIN_DTYPE.fullmatch(code):
             raise RefusedPickle(
-                f"refused: it holds an array of the type {code!r:.60}; only plain numbers and text are allowed"
+                f"refused: it holds an array of the type {show(code)}; only plain numbers and text are allowed"
             )
         self.dtype = np.dtype(code)
 
@@ -152,10 +162,13 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self.file = file
         self.budget = 8 * file.size + (1 << 20)
         self.storages: dict[str, _Storage] = {}
+        # Number of values in each tuple and frozenset that contains other tuples or frozensets. The value is kept, so
+        # that no new object gets its id.
+        self.parts: dict[int, tuple[Any, int]] = {}
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): self._ordered,
-            ("builtins", "set"): lambda values=(): set(values),
-            ("builtins", "frozenset"): lambda values=(): frozenset(values),
+            ("builtins", "set"): lambda values=(): set(self._check_keys(values)),
+            ("builtins", "frozenset"): lambda values=(): self._count_parts(frozenset(self._check_keys(values))),
             ("_codecs", "encode"): self._encode,
             ("numpy", "ndarray"): _Array,
             ("numpy", "dtype"): _DType,
@@ -184,7 +197,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         except MemoryError:
             raise
         except Exception as error:
-            raise RefusedPickle(f"damaged: {type(error).__name__}: {' '.join(str(error).split())[:120]}") from None
+            raise RefusedPickle(f"damaged: {type(error).__name__}: {show(error)}") from None
 
     def load(self) -> Any:
         """Execute the instructions of the pickle. Limit their number, and raise an error for unknown instructions."""
@@ -215,7 +228,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             return self.known[module, name]
         except KeyError:
             raise RefusedPickle(
-                f"refused: it asks for {module}.{name}; a file of data needs only arrays and plain containers"
+                f"refused: it asks for {show(module)}.{show(name)}; a file of data needs only arrays and plain "
+                "containers"
             ) from None
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -223,9 +237,11 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[4], int):
             raise RefusedPickle("refused: a reference to something outside the file")
         if pid[1] not in TORCH_DTYPES.values():
-            raise RefusedPickle(f"refused: a tensor storage of the type {pid[1]!r:.60}")
+            raise RefusedPickle(f"refused: a tensor storage of the type {show(pid[1])}")
         if len(pid) > 5 and pid[5] is not None:
             raise RefusedPickle("refused: a view of a tensor storage, which only very old files have")
+        if not isinstance(pid[2], str | int):
+            raise RefusedPickle("damaged: a tensor storage has no name")
         return self.storages.setdefault(str(pid[2]), _Storage(str(pid[2]), pid[1], pid[4]))
 
     def spend(self, *values: Any) -> None:
@@ -235,7 +251,33 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             raise RefusedPickle("refused: its content needs far more memory than the size of the file")
 
     def _ordered(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
-        return OrderedDict(pairs)
+        entries: list[Any] = list(pairs)
+        self._check_keys([key for key, _ in entries])
+        return OrderedDict(entries)
+
+    def _count_parts(self, value: Any) -> Any:
+        """Count and store the values in a new tuple or frozenset, and return the tuple or frozenset."""
+        count = 1 + sum(self._parts_of(part) for part in value)
+        if count > len(value) + 1:
+            self.parts[id(value)] = value, min(count, 2 * MAX_PARTS)
+        return value
+
+    def _parts_of(self, value: Any) -> int:
+        if type(value) not in (tuple, frozenset):
+            return 1
+        return self.parts[id(value)][1] if id(value) in self.parts else len(value) + 1
+
+    def _check_keys(self, keys: Iterable[Any]) -> Iterable[Any]:
+        """Refuse keys of dictionaries and members of sets whose hash takes long, before the hash is computed."""
+        keys = list(keys)
+        for key in keys:
+            if self._parts_of(key) > MAX_KEY_PARTS:
+                raise RefusedPickle(f"refused: a key of more than {MAX_KEY_PARTS} parts")
+            if isinstance(key, tuple | frozenset):
+                self._check_keys(key)
+            elif isinstance(key, int) and abs(key) > MAX_INT_KEY:
+                raise RefusedPickle("refused: a key that is a very large number")
+        return keys
 
     def _encode(self, text: Any, encoding: Any = "latin1") -> bytes:
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
@@ -284,10 +326,76 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         """Read a byte string with a length field of 64 bits."""
         self._bytes(struct.unpack("<Q", self.read(8))[0])
 
+    def load_tuple(self) -> None:
+        """Make a tuple of all values since the last mark."""
+        items = self.pop_mark()  # This call replaces `self.append`.
+        self.append(self._count_parts(tuple(items)))
+
+    def _load_tuple(self, size: int) -> None:
+        if len(self.stack) < size:
+            raise RefusedPickle("damaged: a tuple has too few values")
+        self.stack[-size:] = [self._count_parts(tuple(self.stack[-size:]))]
+
+    def load_setitem(self) -> None:
+        """Set one value of a dictionary."""
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        """Set several values of a dictionary."""
+        items = self.pop_mark()
+        self._set_items(self.stack[-1], items)
+
+    def load_dict(self) -> None:
+        """Make a dictionary of all values since the last mark."""
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(self.stack[-1], items)
+
+    def _set_items(self, target: Any, items: list[Any]) -> None:
+        if not isinstance(target, dict) or len(items) % 2:
+            raise RefusedPickle(f"refused: it sets a value of a {type(target).__name__.lstrip('_')}")
+        target.update(zip(self._check_keys(items[::2]), items[1::2], strict=True))
+
+    def load_empty_set(self) -> None:
+        """Make an empty set, which takes far more memory than its instruction."""
+        self.spend(bytes(200))
+        self.append(set())
+
+    def load_additems(self) -> None:
+        """Add values to a set."""
+        items = self.pop_mark()
+        if not isinstance(self.stack[-1], set):
+            raise RefusedPickle("refused: it adds values to something that is not a set")
+        self.stack[-1].update(self._check_keys(items))
+
+    def load_frozenset(self) -> None:
+        """Make a frozenset of all values since the last mark."""
+        items = self.pop_mark()
+        self.append(self._count_parts(frozenset(self._check_keys(items))))
+
+    def load_put(self) -> None:
+        """Store a value under a number that is written as text."""
+        number = int(self.readline()[:-1])
+        if not 0 <= number < 2**31:
+            raise RefusedPickle("damaged: a stored value has an impossible number")
+        self.memo[number] = self.stack[-1]
+
     def load_long4(self) -> None:
         """Raise an error for integers of more than 255 bytes, because data do not contain such integers."""
         raise RefusedPickle("refused: an integer of more than 255 bytes")
 
+    dispatch[pickle.TUPLE[0]] = load_tuple
+    dispatch[pickle.TUPLE1[0]] = lambda self: self._load_tuple(1)
+    dispatch[pickle.TUPLE2[0]] = lambda self: self._load_tuple(2)
+    dispatch[pickle.TUPLE3[0]] = lambda self: self._load_tuple(3)
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.EMPTY_SET[0]] = load_empty_set
+    dispatch[pickle.ADDITEMS[0]] = load_additems
+    dispatch[pickle.FROZENSET[0]] = load_frozenset
+    dispatch[pickle.PUT[0]] = load_put
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.BINBYTES[0]] = load_binbytes
@@ -315,7 +423,7 @@ class _Resolver:
             return value
         if isinstance(value, set | frozenset):
             self._check_plain(value)
-            return value
+            return self._keep(value, value)
         if isinstance(value, list):
             self._keep(value, value)
             for i, entry in enumerate(value):
@@ -328,7 +436,7 @@ class _Resolver:
         if isinstance(value, _Tensor):
             return self._keep(value, self._tensor(value))
         if isinstance(value, _Blob):
-            return bytes(self.data[value.start : value.start + value.size])
+            return self._keep(value, bytes(self.data[value.start : value.start + value.size]))
         if isinstance(value, _DType):
             return value.dtype
         if callable(value) or isinstance(value, _Storage):
@@ -388,9 +496,34 @@ def _finish(path: Path, value: Any) -> Any:
     with path.open("rb") as stream:
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        return _Resolver(data)(value)
+        result = _Resolver(data)(value)
+        _count_all(result, {})
+        return result
     except RecursionError:
         raise RefusedPickle("refused: its containers are nested too deeply") from None
+
+
+def _count_all(value: Any, counts: dict[int, int]) -> int:
+    """Count the values in a result. Refuse a result with too many values, or a container that contains itself."""
+    if isinstance(value, dict):
+        inside: Iterable[Any] = value.values()
+    elif isinstance(value, list | tuple):
+        inside = value
+    elif isinstance(value, np.ndarray) and value.dtype.hasobject:
+        inside = value.flat
+    else:
+        return 1
+    if id(value) not in counts:
+        counts[id(value)] = -1
+        counts[id(value)] = 1 + sum(_count_all(entry, counts) for entry in inside)
+    if not 0 < counts[id(value)] <= MAX_PARTS:
+        raise RefusedPickle(f"refused: its containers contain themselves, or more than {MAX_PARTS} values together")
+    return counts[id(value)]
+
+
+def _check_file(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise RefusedPickle("not a file, but a folder, a device or a named pipe")
 
 
 def load_npy(path: Path) -> Any:
@@ -411,6 +544,7 @@ def load_npy(path: Path) -> Any:
     RefusedPickle
         If the pickle contains anything except arrays and plain containers, or is damaged.
     """
+    _check_file(path)
     size = path.stat().st_size
     with path.open("rb") as stream:
         if stream.read(6) != b"\x93NUMPY":
@@ -423,8 +557,8 @@ def load_npy(path: Path) -> Any:
             _, _, dtype = header(stream)
             if not dtype.hasobject:
                 return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError) as error:
-            raise RefusedPickle(f"damaged: {' '.join(str(error).split())[:200]}") from None
+        except (ValueError, OSError, SyntaxError, TypeError, MemoryError, OverflowError, RecursionError) as error:
+            raise RefusedPickle(f"damaged: {show(error, 200)}") from None
         value = _finish(path, _Reader(_File(stream, size)).run())
     return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
 
@@ -456,6 +590,7 @@ def load_torch(path: Path) -> Any:
     - If a damaged file states a wrong length of a tensor, `torch.load` allocates memory for this length.
     - `torch.load` needs PyTorch, and the workers do not import PyTorch for any other purpose.
     """
+    _check_file(path)
     return _load_torch_zip(path) if zipfile.is_zipfile(path) else _load_torch_legacy(path)
 
 
@@ -473,9 +608,9 @@ def _load_torch_zip(path: Path) -> Any:
         for key, storage in reader.storages.items():
             entry = entries.get(f"{name[: -len('data.pkl')]}data/{key}")
             if entry is None or entry.compress_type != zipfile.ZIP_STORED:
-                raise RefusedPickle(f"damaged: the values of tensor storage '{key}' are not in the file")
+                raise RefusedPickle(f"damaged: the values of tensor storage '{show(key)}' are not in the file")
             if storage.count * storage.dtype.itemsize > entry.file_size:
-                raise RefusedPickle(f"damaged: tensor storage '{key}' is shorter than its size states")
+                raise RefusedPickle(f"damaged: tensor storage '{show(key)}' is shorter than its size states")
             stream.seek(entry.header_offset + 26)
             lengths = struct.unpack("<HH", stream.read(4))
             storage.start = entry.header_offset + 30 + sum(lengths)
@@ -496,9 +631,9 @@ def _load_torch_legacy(path: Path) -> Any:
         value = reader.run()
         keys = _Reader(file).run()
         for key in keys if isinstance(keys, list) else []:
-            storage = reader.storages.get(str(key))
+            storage = reader.storages.get(str(key)) if isinstance(key, str | int) else None
             count = struct.unpack("<q", file.read(8))[0]
             if storage is None or count != storage.count or count < 0:
-                raise RefusedPickle(f"damaged: the length of tensor storage '{key!s:.40}' does not match its size")
+                raise RefusedPickle(f"damaged: the length of tensor storage '{show(key)}' does not match its size")
             storage.start = file.skip(count * storage.dtype.itemsize)
     return _finish(path, value)

@@ -20,7 +20,7 @@ import numpy as np
 from data_sharding.common.errors import RequestError, show
 from data_sharding.common.files import read_json
 from data_sharding.common.storage import AnyPath
-from data_sharding.common.untrusted import MAX_WINDOW, check_entries, check_key, check_meta, parse_json
+from data_sharding.common.untrusted import MAX_IMAGE, MAX_WINDOW, check_entries, check_key, check_meta, parse_json
 from data_sharding.dataset.samples import IMAGE_EXTENSIONS, N_PADDED
 from data_sharding.processing.preprocess import PreprocessSpec
 
@@ -45,8 +45,6 @@ LONGEST = MAX_WINDOW
 """Largest number of time points of a stored trial; an index with a larger number is damaged."""
 MAX_META = 2**24
 """Largest size of a sample's JSON in bytes."""
-MAX_IMAGE = 2**28
-"""Largest size of a sample's image in bytes."""
 _EEG = "eeg.npy.zst"
 _SUFFIX = b".eeg.npy.zst"
 HEADER = 512

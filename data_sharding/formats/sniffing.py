@@ -17,6 +17,7 @@ from typing import Any
 from data_sharding.common.errors import RequestError
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, is_remote
+from data_sharding.common.untrusted import is_special
 from data_sharding.formats import headers
 from data_sharding.formats.claims import eeglab_signal_name, next_fif_part
 from data_sharding.formats.readers import find_formats
@@ -80,7 +81,8 @@ def _by_path(files: list[AnyPath]) -> tuple[AnyPath, ...]:
 
 
 def _near(path: AnyPath) -> Near:
-    return {entry.name.lower(): entry for entry in path.parent.iterdir()}
+    entries = [entry for entry in path.parent.iterdir() if is_remote(entry) or not is_special(str(entry))]
+    return {entry.name.lower(): entry for entry in entries}
 
 
 class File:
@@ -418,6 +420,8 @@ def _walk_local(root: Path) -> Iterator[tuple[Path, list[str]]]:
         seen.add((status.st_dev, status.st_ino))
         units = [name for name in folders if name.lower().endswith((".mff", ".mefd"))]
         folders[:] = [name for name in folders if name not in units and not name.startswith(".")]
+        # A named pipe or a device is no part of a recording: reading it may never end.
+        names = [name for name in names if not is_special(os.path.join(folder, name))]  # noqa: PTH118
         yield Path(folder), [*(name for name in units if not name.startswith(".")), *names]
 
 

@@ -6,6 +6,7 @@ Letters in array shapes: n is the number of channels, T the number of samples in
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_sharding.common.storage import as_path
+from data_sharding.common.untrusted import MAX_IMAGE, open_image, read_limited
 from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.dataset.samples import Sample, ShardWriter
 from data_sharding.dataset.splits import SPLITS
@@ -262,9 +264,9 @@ def write_windows(
         for number, cut, start_s, window in clean_windows(clean, scratch, info, spec, cuts, left_out):
             extra, image, kind = dict(cut.extra), None, "png"
             if path := extra.pop("image_path", None):
-                image = as_path(path).read_bytes()
-                if (found := detect_image_type(image)) is None:
-                    left_out["image is neither jpg, png nor webp"] += 1
+                image, fault = _read_image(path)
+                if (found := detect_image_type(image)) is None or fault:
+                    left_out[fault or "image is neither jpg, png nor webp"] += 1
                     continue
                 kind = found
             meta = {**base, "start": round(start_s, 6), "split": cut.split, **extra}
@@ -290,6 +292,25 @@ def write_windows(
     row.split = "+".join(result.samples)
     if spans:
         _describe_trials(row, spans, missing, spec)
+
+
+def _read_image(path: str) -> tuple[bytes, str]:
+    """Read an image, and say why the image cannot be used; the reason is empty for a good image."""
+    data = read_limited(as_path(path), MAX_IMAGE)
+    if detect_image_type(data) is None:
+        return data, ""
+    digest = hashlib.sha256(data).digest()
+    if digest not in _image_faults:
+        _image_faults[digest] = ""
+        try:
+            open_image(data)
+        except OSError:
+            _image_faults[digest] = "image is damaged or too large"
+    return data, _image_faults[digest]
+
+
+_image_faults: dict[bytes, str] = {}
+"""Fault of each image that this process has decoded, by checksum. Many trials show the same image."""
 
 
 def _describe_trials(row: LedgerRow, spans: list[tuple[int, int]], missing: Counter[str], spec: PreprocessSpec) -> None:

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
-from data_sharding.common.untrusted import check_group, check_path, read_limited
-from data_sharding.dataset.shard_reader import MAX_IMAGE
+from data_sharding.common.untrusted import MAX_IMAGE, check_group, check_path, read_limited
 from finetune.images import decode_image
 
 Images = NDArray[np.uint8]

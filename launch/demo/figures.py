@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from data_sharding.common.untrusted import open_image
+
 INK, GREY = "#22303c", "#8d99a6"
 TRAINING, HELD_OUT = "#2a6f97", "#d1495b"
 
@@ -89,10 +91,7 @@ def draw_curves(runs: list[Path], folder: Path) -> dict[str, Path]:
 
 def read_picture(path: Path) -> np.ndarray:
     """Read a PNG file as RGB: uint8, shape (H, W, 3)."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    return np.asarray(open_image(path).convert("RGB"))
 
 
 def draw_overview(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.shipped import shipped_configs
+from data_sharding.common.untrusted import parse_yaml
 
 DEFAULT_OUT = "runs/demo"
 """Default output folder of the demo. Paths in ``configs/demo`` begin with this folder. If the demo writes to another
@@ -52,11 +53,9 @@ class Step:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of the project; raise `RequestError` if it does not exist."""
-    import yaml
-
     if not path.is_file():
         raise RequestError(f"{path}: no such file; install Dreamscale again, with pip")
-    return yaml.safe_load(path.read_text()) or {}
+    return parse_yaml(path.read_text()) or {}
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

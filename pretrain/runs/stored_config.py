@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from data_sharding.common.config import parse_config, to_dict
 from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.untrusted import MAX_YAML, parse_yaml, read_limited
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ def read_stored_config(
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(read_limited(path, MAX_YAML))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RequestError(f"{path}: cannot be read ({one_line(error)}); choose another output") from None
     if not isinstance(values, dict):

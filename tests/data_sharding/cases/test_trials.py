@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import mne
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_sharding.processing.preprocess import PreprocessSpec, filters
 
@@ -16,11 +18,20 @@ NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4"]
 SPEC = PreprocessSpec(window=256, stride=256)
 
 
+def _encode_jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 100, 0)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+JPEG = _encode_jpeg()
+
+
 def write_images(folder: Path, count: int = 3) -> Path:
     for i in range(count):
         path = folder / "images" / f"kind{i % 2}" / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"\xff\xd8\xff")
+        path.write_bytes(JPEG)
     return folder / "images"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
@@ -29,6 +31,15 @@ from data_sharding.processing.preprocess import PreprocessSpec
 SYNSETS = ["n02106662", "n02124075", "n02281787"]
 RNG = np.random.default_rng(0)
 BY_CORPUS = SplitConfig(by="concept", val_fraction=0, test_fraction=0, image_val_fraction=0.2)
+
+
+def _encode_jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 100, 0)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+JPEG = _encode_jpeg()
 
 
 def shard(item: Item, work: Path, spec: PreprocessSpec, split: SplitConfig) -> tuple[PartResult, list[dict[str, Any]]]:
@@ -74,7 +85,7 @@ def write_imagenet(root: Path, data: dict[str, Any], folds: dict[str, Any], *, n
     for name in data["images"]:
         path = root / "images" / name.split("_")[0] / f"{name}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"\xff\xd8\xff")
+        path.write_bytes(JPEG)
     return CorpusConfig(kind="eeg_imagenet", root=str(root), images=str(root / "images"), name="imagenet")
 
 
@@ -134,7 +145,7 @@ class TestEEGImageNet:
         assert (row.status, row.unit, row.windows, row.n_eeg) == ("sharded", "declared", 11, 128)
         assert result.samples == {"train": 5, "val": 3, "test": 3}
         assert {s["block"] for s in samples} == {f"sub-4-block-{i}" for i in range(3)}
-        assert all(s["eeg"].shape == (128, 440) and s["bytes"] == b"\xff\xd8\xff" for s in samples)
+        assert all(s["eeg"].shape == (128, 440) and s["bytes"] == JPEG for s in samples)
         assert 1 < np.median([s["eeg"].std() for s in samples]) < 10
         assert all(s["onset"] == -20 and "repeat" in s for s in samples)
         # The published code resamples the 440 samples of a trial to 512, so test this window length too.
@@ -260,7 +271,7 @@ def write_things(root: Path, *, raw: bool = False) -> CorpusConfig:
         for concept, file in zip(table[f"{word}_img_concepts"], table[f"{word}_img_files"], strict=True):
             path = root / "images" / folder / concept / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(b"\xff\xd8\xff")
+            path.write_bytes(JPEG)
     for subject in ("sub-01", "sub-02"):
         for partition, images, reps in (("training", 6, 4), ("test", 2, 8)):
             if raw:
