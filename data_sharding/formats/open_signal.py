@@ -44,6 +44,7 @@ from data_sharding.formats.repair.brainvision import CODEPAGE, Repaired, read_te
 from data_sharding.formats.repair.eeglab import with_repairs
 from data_sharding.formats.repair.persyst import repair_header as repair_persyst
 from data_sharding.formats.repair.records import copy_with_patches
+from data_sharding.formats.repair.sidecars import read_without_broken
 from data_sharding.formats.signal import Segment, Signal
 from data_sharding.formats.sniffing import Recording
 from data_sharding.formats.units import names_no_unit
@@ -366,6 +367,13 @@ def _curry(path: Path) -> Any:
     return RawSignal(raw, format_="curry", **read_raw_units(raw, units, factors))
 
 
+def _nihon(path: Path) -> Signal:
+    raw, folder, notes = read_without_broken(_mne("nihon"), path, (".log", ".pnt"))
+    if not any(file.name.lower() == f"{path.stem}.21e".lower() for file in path.parent.iterdir()):
+        notes.append("there is no .21E file, so the names of the channels are those that the device gives by default")
+    return RawSignal(raw, format_="nihon", keep=folder, notes=notes)
+
+
 def _persyst(path: Path) -> Signal:
     """Open a Persyst recording with its gaps. MNE ignores the header's table of sample times, which shows the gaps."""
     import mne
@@ -409,7 +417,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "ant": _ant,
     "fif": _fif,
     "eeglab": with_repairs(_eeglab),
-    "nihon": _mne("nihon"),
+    "nihon": _nihon,
     "persyst": _persyst,
     "nedf": _mne("nedf"),
     "curry": _curry,

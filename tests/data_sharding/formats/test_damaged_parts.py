@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -310,3 +311,31 @@ class TestPersyst:
         np.testing.assert_allclose(signal.read(0, 600, [0, 1]), x * 0.1e-6, atol=1e-12)
         assert words in " ".join(signal.info.notes) and len(signal.info.notes) == bool(words)
         assert "Ann" not in " ".join(signal.info.notes)
+
+
+class TestNihonKohden:
+    def write(self, folder: Path) -> Path:
+        data = bytearray(0x1800)
+        data[:16] = data[0x81:0x91] = b"EEG-1100C V01.00"
+        data[0x91], data[0x17FE], data[0x411] = 1, 1, 1
+        struct.pack_into("<I", data, 0x92, 0x400)
+        struct.pack_into("<I", data, 0x412, len(data))
+        head = bytearray(0x27 + 20)
+        struct.pack_into("<HIxxxxxxB", head, 0x1A, 100, 20, 2)
+        head[0x27], head[0x31] = 0, 1
+        x = np.random.default_rng(0).integers(-300, 300, (200, 3))
+        (folder / "a.EEG").write_bytes(data + head + (x + 0x8000).astype("<u2").tobytes())
+        return folder / "a.EEG"
+
+    @pytest.mark.parametrize("broken", [("LOG",), ("PNT",), ("LOG", "PNT")])
+    @pytest.mark.parametrize("content", [b"", b"no such version" * 40])
+    def test_broken_sidecar_is_not_used(self, tmp_path: Path, broken: tuple[str, ...], content: bytes) -> None:
+        path = self.write(tmp_path)
+        for suffix in broken:
+            path.with_suffix(f".{suffix}").write_bytes(content)
+        signal = open_file(path)
+        assert signal.info.n_samples == 200 and signal.read(0, 200, [0, 1]).any()
+        assert [f"a.{suffix} cannot be read, and is not used" in signal.info.notes for suffix in broken] == [
+            True
+        ] * len(broken)
+        assert any("no .21E file" in note for note in signal.info.notes)
