@@ -346,8 +346,17 @@ def _ant(path: Path) -> Signal:
 def _mff(path: Path) -> Signal:
     import mne
 
-    raw = mne.io.read_raw_egi(path, events_as_annotations=True)
-    return RawSignal(raw, format_="mff", marks=find_mff_pauses(path, float(raw.info["sfreq"])))
+    optional = {"coordinates.xml": [path / "coordinates.xml"]}
+    if (path / "signal2.bin").is_file():
+        physiology = [path / name for name in ("signal2.bin", "info2.xml", "pnsSet.xml")]
+        optional["the physiology (signal2.bin, info2.xml, pnsSet.xml)"] = physiology
+
+    def read(folder: Path) -> BaseRaw:
+        return mne.io.read_raw_egi(folder, events_as_annotations=True)
+
+    raw, folder, notes = read_without_broken(read, path, optional)
+    marks = find_mff_pauses(path, float(raw.info["sfreq"]))
+    return RawSignal(raw, format_="mff", marks=marks, keep=folder, notes=notes)
 
 
 def _curry(path: Path) -> Any:
@@ -368,8 +377,10 @@ def _curry(path: Path) -> Any:
 
 
 def _nihon(path: Path) -> Signal:
-    raw, folder, notes = read_without_broken(_mne("nihon"), path, (".log", ".pnt"))
-    if not any(file.name.lower() == f"{path.stem}.21e".lower() for file in path.parent.iterdir()):
+    near = {file.name.lower(): file for file in path.parent.iterdir()}
+    optional = [near[name] for ending in ("log", "pnt") if (name := f"{path.stem}.{ending}".lower()) in near]
+    raw, folder, notes = read_without_broken(_mne("nihon"), path, {file.name: [file] for file in optional})
+    if f"{path.stem}.21e".lower() not in near:
         notes.append("there is no .21E file, so the names of the channels are those that the device gives by default")
     return RawSignal(raw, format_="nihon", keep=folder, notes=notes)
 

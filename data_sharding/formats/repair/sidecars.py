@@ -1,27 +1,27 @@
-"""Read a recording without a sidecar file that MNE cannot parse."""
+"""Read a recording without a sidecar file, or another optional part, that MNE cannot parse."""
 
 from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def read_without_broken(
-    read: Callable[[Path], Any], path: Path, optional: Sequence[str]
+    read: Callable[[Path], Any], path: Path, optional: Mapping[str, Sequence[Path]]
 ) -> tuple[Any, tempfile.TemporaryDirectory[str] | None, list[str]]:
-    """Read a recording; if this fails, read it without one or more of its optional sidecars.
+    """Read a recording; if this fails, read it without one or more of its optional parts.
 
     Parameters
     ----------
     read : callable
         Function that opens a path.
     path : Path
-        The recording. Its sidecars have the same name and another extension.
-    optional : sequence of str
-        Extensions of the sidecars without which the recording can be read, in lower case.
+        The file or folder of the recording.
+    optional : mapping of str to sequence of Path
+        Files of each part without which the recording can be read, by the name of the part for the ledger.
 
     Returns
     -------
@@ -35,24 +35,29 @@ def read_without_broken(
     Raises
     ------
     Exception
-        The first error of `read`, if the recording cannot be read without these sidecars either.
+        The first error of `read`, if the recording cannot be read without these parts either.
     """
     try:
         return read(path), None, []
     except Exception as error:
         first = error
-    files = [file for file in path.parent.iterdir() if file.stem.lower() == path.stem.lower()]
-    there = [file for file in files if file.suffix.lower() in optional]
-    for count in range(1, len(there) + 1):
-        for broken in itertools.combinations(there, count):
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+    else:
+        files = [file for file in path.parent.iterdir() if file.stem.lower() == path.stem.lower()]
+    for count in range(1, len(optional) + 1):
+        for parts in itertools.combinations(optional, count):
+            broken = {file for part in parts for file in optional[part]}
             folder = tempfile.TemporaryDirectory(prefix="eeg-")
             for file in files:
                 if file not in broken:
-                    (Path(folder.name) / file.name).symlink_to(file.absolute())
+                    link = Path(folder.name) / file.relative_to(path.parent)
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(file.absolute())
             try:
                 opened = read(Path(folder.name) / path.name)
             except Exception:
                 folder.cleanup()
                 continue
-            return opened, folder, [f"{file.name} cannot be read, and is not used" for file in broken]
+            return opened, folder, [f"{part} cannot be read, and is not used" for part in parts]
     raise first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -339,3 +340,76 @@ class TestNihonKohden:
             True
         ] * len(broken)
         assert any("no .21E file" in note for note in signal.info.notes)
+
+
+class TestMFF:
+    def write(self, folder: Path) -> Path:
+        from mffpy import Writer
+        from mffpy.bin_writer import BinWriter
+
+        writer, signal = Writer(str(folder / "a.mff")), BinWriter(sampling_rate=250, data_type="EEG")
+        signal.add_block(np.random.default_rng(0).normal(0, 20, (257, 500)).astype(np.float32))
+        writer.addxml("fileInfo", recordTime=datetime(2020, 1, 1, tzinfo=UTC))
+        writer.add_coordinates_and_sensor_layout("HydroCel GSN 256 1.0")
+        writer.addbin(signal)
+        writer.write()
+        return folder / "a.mff"
+
+    def test_broken_coordinates_cost_the_positions(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path)
+        x = open_file(path).read(0, 500, [0, 100])
+        (path / "coordinates.xml").write_text("<coordinates")
+        signal = open_file(path)
+        assert signal.info.notes == ["coordinates.xml cannot be read, and is not used"]
+        assert signal.info.positions == [None] * 257
+        np.testing.assert_array_equal(signal.read(0, 500, [0, 100]), x)
+
+    def test_broken_physiology_costs_the_physiology(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path)
+        x = open_file(path).read(0, 500, [0, 100])
+        (path / "signal2.bin").write_bytes((path / "signal1.bin").read_bytes())
+        (path / "info2.xml").write_text("<dataInfo")
+        signal = open_file(path)
+        assert "the physiology" in signal.info.notes[0] and all(place for place in signal.info.positions[:256])
+        np.testing.assert_array_equal(signal.read(0, 500, [0, 100]), x)
+
+    def test_recording_without_its_own_header_is_refused(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path)
+        (path / "info1.xml").write_text("<dataInfo")
+        with pytest.raises(ReadError, match="unreadable"):
+            open_file(path)
+
+
+class TestMissingValuesOfGDF:
+    def write(self, folder: Path, x: np.ndarray) -> Path:
+        """Write GDF 2.2 with 32-bit floats, records of 0.5 s at 100 Hz, and a digital range of +-30000."""
+        n, count = len(x), x.shape[1] // 50
+        head = bytearray(256)
+        head[:8] = b"GDF 2.20"
+        struct.pack_into("<H", head, 184, n + 1)
+        struct.pack_into("<qIIH", head, 236, count, 1, 2, n)
+        limits = struct.pack(f"<{4 * n}d", *[-3000.0] * n, *[3000.0] * n, *[-30000.0] * n, *[30000.0] * n)
+        columns = b"".join(name.encode().ljust(16) for name in NAMES[:n]) + bytes(86 * n)
+        columns += (
+            struct.pack(f"<{n}H", *[4275] * n)
+            + limits
+            + bytes(80 * n)
+            + struct.pack(f"<{2 * n}i", *[50] * n, *[16] * n)
+        )
+        data = x.reshape(n, count, 50).transpose(1, 0, 2).astype("<f4").tobytes()
+        (folder / "a.gdf").write_bytes(bytes(head) + columns + bytes(256 * n - len(columns)) + data)
+        return folder / "a.gdf"
+
+    @pytest.mark.parametrize("value", [np.nan, 1e9, -40_000.0])
+    def test_missing_values_of_one_channel_are_read_as_nan(self, tmp_path: Path, value: float) -> None:
+        x = np.random.default_rng(0).normal(0, 200, (3, 400))
+        y = x.copy()
+        y[1, 130:260] = value
+        signal = open_file(self.write(tmp_path, y))
+        assert [(s.start, s.stop) for s in signal.info.segments] == [(0, 400)]
+        x[1, 130:260] = np.nan
+        for start, stop in ((0, 400), (120, 200), (255, 270), (399, 400)):
+            np.testing.assert_allclose(
+                signal.read(start, stop, [0, 1, 2]) * 1e6, x[:, start:stop] / 10, rtol=1e-4, atol=1e-3
+            )
+        np.testing.assert_allclose(signal.read(100, 300, [2, 1]) * 1e6, x[[2, 1], 100:300] / 10, rtol=1e-4, atol=1e-3)
