@@ -301,19 +301,22 @@ def _mend_selection(raw: BaseRaw, layout: headers.Layout, opened: list[int]) -> 
 def unique_names(labels: list[str]) -> tuple[list[str], list[str]]:
     """Return different names for channels with equal labels, and a note for each label that exists several times.
 
-    The first channel keeps its label, so that it keeps its electrode and its position. The others get a number.
+    Channels with equal labels get the numbers that MNE gives them (``EEG-0``, ``EEG-1``). But if the label is an
+    electrode, the first channel keeps its label, so that it keeps its electrode and its position.
     """
-    names: list[str] = []
-    for label in labels:
-        name, number = label, 2
-        while name in names or (name != label and name in labels):
-            name, number = f"{label}-{number}", number + 1
+    counts, seen, names, notes = Counter(labels), Counter(), [], []
+    electrodes = is_electrode(labels)
+    for label, electrode in zip(labels, electrodes, strict=True):
+        number, name = seen[label], label
+        if counts[label] > 1 and not (electrode and number == 0):
+            while (name := f"{label}-{number}") in counts or name in names:
+                number += 1
+        seen[label] = number + 1
         names.append(name)
-    notes = [
-        f"{count} channels are named '{label}': the first keeps this name and its place, the others get a number"
-        for label, count in Counter(labels).items()
-        if count > 1
-    ]
+    for label, count in counts.items():
+        if count > 1:
+            kept = "the first keeps this name and its place, the others get" if label in names else "all get"
+            notes.append(f"{count} channels are named '{label}': {kept} a number")
     return names, notes
 
 

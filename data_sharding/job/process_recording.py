@@ -369,7 +369,8 @@ def _judge(
     eeg = _eeg_rows(row, read, verdict)
     channels = restrict(read.channels, eeg, read.channels.selection)
     bad_of = {new: verdict.bads[old] for new, old in enumerate(eeg) if old in verdict.bads}
-    row.amplitude_uv, row.unit = float(f"{verdict.amplitude_uv:.6g}"), verdict.unit
+    amplitude = verdict.amplitude_uv
+    row.amplitude_uv, row.unit = round(amplitude, 4) if amplitude > 0.1 else float(f"{amplitude:.4g}"), verdict.unit
     row.unit_factor = info.scale * verdict.factor
     prints = verdict.fingerprint[eeg]
     if prints.shape[1]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_sharding.formats.channels import _montage, pick_channels
+from data_sharding.formats.edf import unique_names
 from data_sharding.formats.positions import fit_positions
 from data_sharding.formats.signal import Segment, SignalInfo
 
@@ -23,8 +24,8 @@ def place_of(done, name: str) -> list[float] | None:
 
 def test_the_cases_of_channels(cases: Path, shard_all: Callable, assert_true: Callable) -> None:
     done = shard_all(cases / "edf")["e19_dup.edf"]
-    assert_true(done, 190, names=[*NAMES[:5], "C3-REF-2", *NAMES[6:]])
-    assert place_of(done, "C3") is not None and place_of(done, "C3-REF-2") is None
+    assert_true(done, 190, names=[*NAMES[:5], "C3-REF-1", *NAMES[6:]])
+    assert place_of(done, "C3") is not None and place_of(done, "C3-REF-1") is None
     assert any("'EEG C3-REF'" in note for note in done.row.notes)
     nose = shard_all(cases / "eeglab")["s07_noseY.set"]
     assert_true(nose, 408)
@@ -46,8 +47,8 @@ def test_a_label_three_times(
     else:
         write_edf(tmp_path / "eeg" / f"a.{kind}", uv, labels=labels, bdf=kind == "bdf")
     (done,) = shard_all(tmp_path / "eeg").values()
-    assert_true(done, 20, names=["Fp1", "Fp2", "C3", "F4", "C3-2", "C4", "P3", "C3-3"])
-    assert place_of(done, "C3") is not None and place_of(done, "C3-2") is None
+    assert_true(done, 20, names=["Fp1", "Fp2", "C3", "F4", "C3-1", "C4", "P3", "C3-2"])
+    assert place_of(done, "C3") is not None and place_of(done, "C3-1") is None
     assert any("3 channels are named 'C3'" in note for note in done.row.notes)
 
 
@@ -162,3 +163,10 @@ def test_eeglab_files_with_other_noses_and_units(
     assert_true(done, 24)
     for name in NAMES:
         assert np.linalg.norm(np.subtract(place_of(done, name), table[name])) < 0.03, name
+
+
+def test_equal_labels_without_an_electrode_all_get_a_number() -> None:
+    names, notes = unique_names(["EEG-Fz", "EEG", "EEG", "EEG-C3", "EEG"])
+    assert names == ["EEG-Fz", "EEG-0", "EEG-1", "EEG-C3", "EEG-2"] and "3 channels are named 'EEG'" in notes[0]
+    assert unique_names(["Box", "Box-0", "Box"])[0] == ["Box-1", "Box-0", "Box-2"]
+    assert unique_names(["T8-P8", "Cz", "T8-P8"])[0] == ["T8-P8", "Cz", "T8-P8-1"]

@@ -197,3 +197,15 @@ def test_units_of_channels_tsv_where_the_header_has_none(
     assert any("from the sidecar" in note for note in done["sub-01"].row.notes)
     assert any("sidecar says mV" in note for note in done["sub-02"].row.notes)
     assert (done["sub-03"].row.status, done["sub-03"].row.category) == ("quarantined", "unit unknown")
+
+
+def test_units_of_xdf_streams() -> None:
+    from data_sharding.formats.xdf import _channels
+
+    units = ["microvolts", "nV", "mV", "Volts", "", "foo", "%"]
+    labels = ["Fp1", "Fp2", "C3", "C4", "P3", "P4", "SaO2"]
+    declared = [{"label": [label], "unit": [unit], "type": ["EEG"]} for label, unit in zip(labels, units, strict=True)]
+    names, found, _ = _channels([{"channels": [{"channel": declared}]}], 7)
+    assert names == labels and found.unknown == {"P4": "foo"} and found.ch_types[-1] == "misc"
+    np.testing.assert_allclose(found.gains[:6], [1e-6, 1e-9, 1e-3, 1, 1, 1])
+    assert found.assumed == {"P3": 1.0}
