@@ -564,10 +564,28 @@ def compare_splits(contents: Contents) -> Findings:
             text = f"recording {contents.recordings[number]} is in {_names(places)}{allowed}"
             out.found.append(Finding(kind="recording", text=text, proof=not free_subjects))
     _report_unnamed(contents, out)
+    _question_two_names(contents, of_subject, out)
     _compare_recordings_of_splits(contents, of_recording, out)
     _compare_windows_of_splits(contents, of_recording, out)
     _compare_images_of_splits(contents, free_images, out)
     return out
+
+
+def _question_two_names(contents: Contents, of_subject: dict[tuple[str, str], set[int]], out: Findings) -> None:
+    """Ask about subjects in different splits of whom sharding has found copies of one recording under both names."""
+    asked: set[frozenset[tuple[str, str]]] = set()
+    for row in contents.rows.values():
+        kept = contents.rows.get(row.duplicate_of)
+        if kept is None or not row.has_subject or not kept.has_subject:
+            continue
+        pair = frozenset({(row.corpus, row.subject), (kept.corpus, kept.subject)})
+        places = [of_subject.get(person, set()) for person in sorted(pair)]
+        if pair in asked or len(pair) < 2 or not all(places) or len(set().union(*places)) < 2:
+            continue
+        asked.add(pair)
+        names = " and ".join(f"{subject} of corpus {corpus}" for corpus, subject in sorted(pair))
+        text = f"{names} have copies of one recording, and are in {_names(set().union(*places))}: are they one person?"
+        out.found.append(Finding(kind="subject", text=text, proof=False))
 
 
 def _names(places: set[int]) -> str:

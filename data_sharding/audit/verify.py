@@ -281,10 +281,10 @@ def verify(config: VerifyConfig) -> int:
             "change 'split' in the config and run 'dreamscale shard' again"
         )
         return EXIT_FAILED
-    return _conclude(config, contents)
+    return _conclude(config, contents, findings)
 
 
-def _conclude(config: VerifyConfig, contents: Contents) -> int:
+def _conclude(config: VerifyConfig, contents: Contents, findings: Findings) -> int:
     """Print the last line for a dataset in whose splits no shared data were found, and return the exit code."""
     manifest = contents.manifest
     stage = "align" if manifest.labels else "pretrain"
@@ -307,6 +307,12 @@ def _conclude(config: VerifyConfig, contents: Contents) -> int:
             "subject_pattern, or a table in the key 'subjects', and run 'dreamscale shard' again"
         )
         return EXIT_NOT_KNOWN
+    if questions := sum(finding.kind == "subject" for finding in findings.found):
+        print(
+            f"{config.dataset}: no shared data was found, but the questions about {questions} subjects above (lines "
+            f"'to look at') are open; {following}"
+        )
+        return EXIT_DONE
     if recognised:
         print(
             f"{config.dataset}: the splits share nothing, if the subjects of {recognised} of "

@@ -11,6 +11,7 @@ import pytest
 from data_sharding.audit.inspect_dataset import main as inspect
 from data_sharding.audit.verify import main as verify
 from data_sharding.common.files import sha256_file
+from data_sharding.common.reason import Reason
 from data_sharding.dataset.ledger import NAME, read_ledger, write_ledger
 from data_sharding.dataset.manifest import Manifest
 
@@ -76,7 +77,24 @@ def test_known_subjects_are_called_clean(make, capsys) -> None:
 
 def test_names_that_look_alike_are_a_question(make, capsys) -> None:
     assert verify([str(make("lab", ["S1", "S1", "S01", "S3"], SPLITS))]) == 0
-    assert "to look at: the names S01, S1 in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "to look at: the names S01, S1 in" in out and "questions about 1 subjects above" in out.splitlines()[-1]
+    assert "share nothing" not in out
+
+
+def test_copies_under_two_names_are_a_question(make, make_row, capsys) -> None:
+    path = make("lab", ["anna", "bert", "carl", "dora"], SPLITS)
+    rows = read_ledger(path)
+    copy = make_row("copy", corpus="lab", subject="dora", status="duplicate", reason=Reason("duplicate"))
+    copy.duplicate_of = rows[0].key
+    write_ledger(path / NAME, [*rows, copy])
+    change(path)
+    manifest = Manifest.read(path)
+    dataclasses.replace(manifest, counts=manifest.counts | {"found": 5}).write(path)
+    assert verify([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "to look at: anna of corpus lab and dora of corpus lab have copies of one recording" in out
+    assert "are in train and test: are they one person?" in out
 
 
 def test_one_split_has_nothing_to_compare(make, capsys) -> None:
