@@ -20,6 +20,7 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, as_path, deliver, scratch_folder
 from data_sharding.common.untrusted import open_image
 from data_sharding.dataset.ledger import LedgerRow
+from data_sharding.dataset.manifest import current_file
 
 NAME = "fingerprints.parquet"
 ROWS_A_GROUP = 256
@@ -38,7 +39,9 @@ THUMB = 16
 
 
 def write_fingerprints(
-    path: str | AnyPath, rows: Iterable[LedgerRow], load_points: Callable[[str], np.ndarray]
+    path: str | AnyPath,
+    rows: Iterable[LedgerRow],
+    load_points: Callable[[str], np.ndarray],
 ) -> None:
     """Write the fingerprints of the recordings in a dataset. An interrupted write leaves no partial file.
 
@@ -47,7 +50,7 @@ def write_fingerprints(
     path : str, Path or UPath
         File to write.
     rows : iterable of LedgerRow
-        Rows of the ledger; only rows with status ``sharded`` are written.
+        Rows of the ledger; the fingerprint of each of these recordings is written.
     load_points : callable
         Function that returns the fingerprint [n, P] for the key of a recording.
     """
@@ -87,8 +90,6 @@ def _write(local: Path, schema: Any, rows: Iterable[LedgerRow], load_points: Cal
                 group.clear()
 
         for row in rows:
-            if row.status != "sharded":
-                continue
             points = np.ascontiguousarray(load_points(row.key), np.float16)
             group.append(
                 {name: getattr(row, name) for name in ("key", "corpus", "subject", "sha256", "seconds")}
@@ -127,7 +128,7 @@ class Fingerprints:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.path = as_path(dataset) / NAME
+        self.path = current_file(dataset, NAME)
         if not self.path.is_file():
             raise RequestError(f"{self.path}: no such file; only 'dreamscale shard' writes fingerprints")
         try:

@@ -20,6 +20,7 @@ Shapes: W windows of a dataset, R recordings.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ from data_sharding.common.untrusted import check_meta, parse_json
 from data_sharding.corpora.naming import find_look_alikes
 from data_sharding.dataset.ledger import NAME as LEDGER
 from data_sharding.dataset.ledger import LedgerRow, read_ledger
-from data_sharding.dataset.manifest import Manifest
+from data_sharding.dataset.manifest import Manifest, Shard, current_file
 from data_sharding.dataset.samples import IMAGE_EXTENSIONS, decode_eeg
 from data_sharding.dataset.shard_reader import read_entries
 from data_sharding.dataset.splits import SPLITS
@@ -159,16 +160,16 @@ class Contents:
         """
         root = as_path(dataset)
         manifest = Manifest.read(root)
-        rows = {row.key: row for row in read_ledger(root)} if (root / LEDGER).is_file() else {}
+        rows = {row.key: row for row in read_ledger(root)} if current_file(root, LEDGER).is_file() else {}
         keys: dict[str, int] = {}
         people: list[tuple[str, str]] = []
         columns: list[list[tuple[int, int, float, int, float, float]]] = []
         fingerprints: dict[str, ImageFingerprint] = {}
         uses: defaultdict[tuple[str, str, str], set[str]] = defaultdict(set)
         concepts: defaultdict[str, set[str]] = defaultdict(set)
-        jobs = [(split, shard.path) for split, shards in manifest.splits.items() for shard in shards]
+        jobs = [(split, shard) for split, shards in manifest.splits.items() for shard in shards if shard.served]
 
-        def read_shard(job: tuple[str, str]) -> list[tuple[_Sample, str]]:
+        def read_shard(job: tuple[str, Shard]) -> list[tuple[_Sample, str]]:
             out = []
             for sample, image in _read_samples(root, job[1], manifest.preprocess, windows):
                 sha = ""
@@ -203,7 +204,7 @@ class Contents:
             name=str(dataset),
             manifest=manifest,
             rows=rows,
-            fingerprints=Fingerprints(root) if (root / FINGERPRINTS).is_file() else None,
+            fingerprints=Fingerprints(root) if current_file(root, FINGERPRINTS).is_file() else None,
             recordings=list(keys),
             people=people,
             recording=np.array([w[0] for w in flat], np.int64),
@@ -272,10 +273,10 @@ class _Sample(NamedTuple):
 
 
 def _read_samples(
-    root: AnyPath, path: str, spec: PreprocessSpec, windows: bool
+    root: AnyPath, shard: Shard, spec: PreprocessSpec, windows: bool
 ) -> Iterator[tuple[_Sample, bytes | None]]:
-    """Yield every sample of a shard, together with the sample's image or None."""
-    tar = root / path
+    """Yield every sample of a shard that belongs to the dataset, together with the sample's image or None."""
+    tar = root / shard.path
 
     def window(data: bytes, meta: dict[str, Any], entry: dict[str, Any]) -> np.ndarray:
         begin = max(meta.get("onset", 0), 0)
@@ -283,7 +284,8 @@ def _read_samples(
 
     try:
         with tar.open("rb") as stream:
-            for entry in read_entries(tar.with_suffix(".idx"), tar.stat().st_size):
+            entries = read_entries(tar.with_suffix(".idx"), tar.stat().st_size)
+            for entry in itertools.compress(entries, shard.mask()):
                 members: dict[str, list[int]] = entry["members"]
 
                 def member(name: str, members: dict[str, list[int]] = members) -> bytes:

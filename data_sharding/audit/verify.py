@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from data_sharding.common.progress import progress
 from data_sharding.common.storage import AnyPath, as_path
 from data_sharding.dataset.ledger import NAME as LEDGER
 from data_sharding.dataset.ledger import read_ledger
-from data_sharding.dataset.manifest import Manifest, Shard
+from data_sharding.dataset.manifest import WORK, Manifest, Shard, current_file
 from data_sharding.dataset.shard_reader import HEADER, padded_size, read_entries
 from data_sharding.dataset.splits import SPLITS
 
@@ -141,14 +142,16 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
             faults += shard_faults(root, shard)
             advance(1)
     known = {shard.path for shard in shards}
-    for split in manifest.splits:
+    # A job that adds recordings to the dataset may be running, or may have been interrupted.
+    growing = (root / WORK).is_dir()
+    for split in manifest.splits if not growing else ():
         for tar in sorted((root / split).glob("*.tar")):
             if f"{split}/{tar.name}" not in known:
                 faults.append(f"{split}/{tar.name}: not in the manifest")
     keys: set[str] = set()
     for shard in shards:
         index = (root / shard.path).with_suffix(".idx")
-        for entry in _intact_entries(index, shard):
+        for entry in itertools.compress(_intact_entries(index, shard), shard.mask()):
             if entry["key"] in keys:
                 faults.append(f"{shard.path}: sample {entry['key']} is in the dataset twice")
             keys.add(entry["key"])
@@ -165,9 +168,10 @@ def _intact_entries(index: AnyPath, shard: Shard) -> list[dict[str, Any]]:
 
 
 def _ledger_faults(root: AnyPath, manifest: Manifest) -> list[str]:
-    if not (root / LEDGER).is_file():
+    ledger, fingerprints = current_file(root, LEDGER), current_file(root, FINGERPRINTS)
+    if not ledger.is_file():
         return [f"{LEDGER}: missing"]
-    if sha256_file(root / LEDGER) != manifest.extra["ledger_sha256"]:
+    if sha256_file(ledger) != manifest.extra["ledger_sha256"]:
         return [f"{LEDGER}: its sha256 differs from the manifest's"]
     rows = read_ledger(root)
     windows = sum(row.windows for row in rows)
@@ -178,7 +182,7 @@ def _ledger_faults(root: AnyPath, manifest: Manifest) -> list[str]:
     if len(rows) != manifest.counts.get("found"):
         faults.append(f"{LEDGER}: {len(rows)} recordings, the manifest counts {manifest.counts.get('found')}")
     if (digest := manifest.extra.get("fingerprints_sha256")) and (
-        not (root / FINGERPRINTS).is_file() or sha256_file(root / FINGERPRINTS) != digest
+        not fingerprints.is_file() or sha256_file(fingerprints) != digest
     ):
         faults.append(f"{FINGERPRINTS}: missing, or its sha256 differs from the manifest's")
     return faults
@@ -269,7 +273,8 @@ def verify(config: VerifyConfig) -> int:
     manifest = Manifest.read(config.dataset)
     total = sum(manifest.samples(split) for split in manifest.splits)
     shards = sum(len(shards) for shards in manifest.splits.values())
-    print(f"{config.dataset}: {total} samples in {shards} shards; all bytes and counts agree with the manifest")
+    aside = f" (version {manifest.version}, {manifest.withdrawn} withdrawn samples)" if manifest.version > 1 else ""
+    print(f"{config.dataset}: {total} samples in {shards} shards{aside}; all bytes and counts agree with the manifest")
     if not config.content:
         return EXIT_DONE
     contents = Contents.read(config.dataset)

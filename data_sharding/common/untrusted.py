@@ -413,7 +413,15 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
             check_sha256(shard.get("sha256"), where)
             check_sha256(shard.get("index_sha256"), where)
             size = check_count(shard.get("bytes"), where, f"bytes of {path}", most=MAX_FILE)
-            check_count(shard.get("samples"), where, f"samples of {path}", most=size // LEAST_SAMPLE)
+            samples = check_count(shard.get("samples"), where, f"samples of {path}", most=size // LEAST_SAMPLE)
+            last = 0
+            for one in check_list(shard.get("withdrawn", []), where, f"withdrawn of {path}"):
+                if len(check_list(one, where, f"withdrawn of {path}")) != 2:
+                    raise _refuse(where, f"withdrawn samples of '{show(path)}' are not pairs of numbers")
+                start, stop = (check_count(number, where, f"withdrawn of {path}", most=samples) for number in one)
+                if not last <= start < stop:
+                    raise _refuse(where, f"withdrawn samples of '{show(path)}' are not in order")
+                last = stop
     for label in check_list(values.get("labels", []), where, "labels"):
         check_text(label, where, "a label")
     for name, count in check_group(values.get("counts", {}), where, "counts").items():
@@ -422,6 +430,7 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
         check_number(hours, where, f"hours.{show(name)}")
     for name in ("config", "versions", "extra"):
         check_group(values.get(name, {}), where, name)
+    check_count(values.get("extra", {}).get("version", 1), where, "extra.version", most=MAX_FILE)
     return values
 
 

@@ -22,7 +22,7 @@ from data_sharding.common.storage import AnyPath, as_path, commit_folder, is_rem
 from data_sharding.common.untrusted import MAX_JSON, open_regular, read_limited
 from data_sharding.dataset.cache import ShardCache
 from data_sharding.dataset.manifest import NAME as MANIFEST
-from data_sharding.dataset.manifest import Manifest, Shard
+from data_sharding.dataset.manifest import Manifest, Shard, find_version
 from data_sharding.dataset.samples import IMAGE_EXTENSIONS, Sample, ShardWriter
 from data_sharding.dataset.shard_reader import (
     HEADER,
@@ -56,6 +56,9 @@ class EEGDataset:
         Part of each trial to read, in seconds from the onset of the image; for example -0.2 and 0.8. Trials that are
         not stored with this whole part are left out (`left_out` counts them). By default, each trial is read from the
         onset for the length of the window in `spec`. If only `tmin` is given, the length is that of the window.
+    version : str
+        Dataset id of the version of the dataset to read; by default the current version. See
+        `data_sharding.dataset.manifest`.
 
     Attributes
     ----------
@@ -81,21 +84,23 @@ class EEGDataset:
         cache_gb: float | None = None,
         tmin: float | None = None,
         tmax: float | None = None,
+        version: str = "",
     ) -> None:
         self.path = as_path(path)
         self.split = split
-        self.manifest = read_manifest(self.path)
+        self.manifest = read_manifest(self.path, version)
         self.cache = ShardCache(cache_gb) if is_remote(self.path) else None
-        self.shards = self.manifest.splits.get(split) or []
+        self.shards = [shard for shard in self.manifest.splits.get(split, []) if shard.served]
         if not self.manifest.samples(split):
             have = [name for name in ("train", "val", "test") if self.manifest.samples(name)]
             raise RequestError(
                 f"{self.path}: no samples in split '{split}'; the dataset has {', '.join(have) or 'no samples'}"
             )
-        self.first = np.cumsum([0, *(shard.samples for shard in self.shards)])
         with ThreadPoolExecutor(_PARALLEL_FETCHES if self.cache else 1) as pool:
             # Memory is reserved for samples that an index really lists, and not for the number in the manifest.
-            self.index = np.concatenate(list(pool.map(self._read_index, self.shards)))
+            parts = list(pool.map(self._read_index, self.shards))
+        self.index = np.concatenate(parts)
+        self.first = np.cumsum([0, *map(len, parts)])
         self.tmin, self.tmax = tmin, tmax
         self.n_times, self._shift, self.left_out = self.spec.window, None, 0
         if tmin is not None or tmax is not None:
@@ -147,7 +152,8 @@ class EEGDataset:
         return self._parse_index(data, index, shard)
 
     def _parse_index(self, data: bytes, index: AnyPath, shard: Shard) -> np.ndarray:
-        return parse_index(data, str(index), shard.samples, tar_bytes=shard.bytes, window=self.spec.window)
+        rows = parse_index(data, str(index), shard.samples, tar_bytes=shard.bytes, window=self.spec.window)
+        return rows[shard.mask()] if shard.withdrawn else rows
 
     @property
     def spec(self) -> PreprocessSpec:
@@ -374,13 +380,15 @@ class EEGDataset:
         )
 
 
-def read_manifest(path: AnyPath) -> Manifest:
+def read_manifest(path: AnyPath, version: str = "") -> Manifest:
     """Read the manifest of a local or remote dataset.
 
     Parameters
     ----------
     path : Path or UPath
         Directory of the dataset.
+    version : str
+        Dataset id of the version to read; empty for the current version.
 
     Returns
     -------
@@ -390,8 +398,13 @@ def read_manifest(path: AnyPath) -> Manifest:
     Raises
     ------
     RequestError
-        If the directory is not a complete dataset.
+        If the directory is not a complete dataset, or if the version does not exist or was lost by ``--compact``.
     """
+    if version:
+        manifest = find_version(path, version)
+        if manifest is None:
+            raise RequestError(f"{path}: the dataset never had a version with the id {version[:16]}")
+        return manifest
     if not is_remote(path):
         return Manifest.read(path)  # type: ignore[arg-type]
     try:

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import atomic_write_bytes
 from data_sharding.common.reason import Reason
-from data_sharding.common.storage import AnyPath, as_path
+from data_sharding.common.storage import AnyPath
+from data_sharding.dataset.manifest import current_file
 
 NAME = "ledger.parquet"
 Status = Literal["sharded", "duplicate", "quarantined", "excluded", "held back"]
@@ -285,7 +286,7 @@ def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = as_path(dataset) / NAME
+    path = current_file(dataset, NAME)
     if not path.is_file():
         raise RequestError(f"{path}: no such file; only 'dreamscale shard' writes a ledger")
     try:

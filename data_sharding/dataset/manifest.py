@@ -1,10 +1,16 @@
-"""The manifest of a dataset: a list of its contents, which is checked when the dataset is opened."""
+"""The manifest of a dataset: a list of its contents, which is checked when the dataset is opened.
+
+A dataset that has grown has several versions. The file ``manifest.json`` in the directory of the dataset belongs to the
+current version. The folder ``versions/<number>`` holds the manifest and the ledger of each version.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json, write_json
@@ -14,6 +20,10 @@ from data_sharding.processing.preprocess import PreprocessSpec
 
 SCHEMA = 1
 NAME = "manifest.json"
+WORK = ".work"
+"""Name of the folder for unfinished work, inside the directory of the dataset. The job removes it at the end."""
+VERSIONS = "versions"
+"""Name of the folder of the versions, inside the directory of the dataset."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +40,21 @@ class Shard:
     """Size of the tar."""
     samples: int
     """Number of samples in the tar."""
+    withdrawn: list[list[int]] = field(default_factory=list)
+    """Samples of the tar that do not belong to this version of the dataset any more. Each range has the number of its
+    first sample, and of its last sample plus one. Readers leave these samples out."""
+
+    @property
+    def served(self) -> int:
+        """Number of samples of the tar that belong to the dataset."""
+        return self.samples - sum(stop - start for start, stop in self.withdrawn)
+
+    def mask(self) -> np.ndarray:
+        """Return for each sample of the tar whether it belongs to the dataset, as bool of shape (samples,)."""
+        mask = np.ones(self.samples, bool)
+        for start, stop in self.withdrawn:
+            mask[start:stop] = False
+        return mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +62,7 @@ class Manifest:
     """Contents of a dataset. The file is written last, so a dataset without a manifest is not complete."""
 
     dataset_id: str
-    """Checksum of preprocessing, labels and shards."""
+    """Checksum of preprocessing, labels, shards and withdrawn samples. Each version of a dataset has its own id."""
     preprocess: PreprocessSpec
     """Preprocessing of every sample."""
     splits: dict[str, list[Shard]]
@@ -57,11 +82,25 @@ class Manifest:
 
     def samples(self, split: str) -> int:
         """Return the number of samples of a split; 0 if the split does not exist."""
-        return sum(shard.samples for shard in self.splits.get(split, []))
+        return sum(shard.served for shard in self.splits.get(split, []))
+
+    @property
+    def version(self) -> int:
+        """Number of this version of the dataset, from 1."""
+        return self.extra.get("version", 1)
+
+    @property
+    def withdrawn(self) -> int:
+        """Number of samples in the shards that do not belong to the dataset any more."""
+        return sum(shard.samples - shard.served for shards in self.splits.values() for shard in shards)
 
     def write(self, directory: str | AnyPath) -> None:
         """Write the manifest to the directory of a dataset. An interrupted write leaves no partial file."""
-        write_json(as_path(directory) / NAME, {"schema": SCHEMA, **dataclasses.asdict(self)})
+        values = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        for shard in (shard for shards in values["splits"].values() for shard in shards):
+            if not shard["withdrawn"]:  # So that older versions of Dreamscale can read a dataset that has not grown.
+                del shard["withdrawn"]
+        write_json(as_path(directory) / NAME, values)
 
     @classmethod
     def read(cls, directory: str | AnyPath) -> Manifest:
@@ -109,3 +148,61 @@ class Manifest:
             raise RequestError(
                 f"{directory / NAME}: damaged ({error}); copy the dataset again, or run 'dreamscale shard' again"
             ) from None
+
+
+def version_folder(dataset: str | AnyPath, number: int) -> AnyPath:
+    """Return the folder of a version of a dataset; datasets of older versions of Dreamscale have no such folder."""
+    return as_path(dataset) / VERSIONS / f"{number:06d}"
+
+
+def current_file(dataset: str | AnyPath, name: str) -> AnyPath:
+    """Return the path of a file that describes the current version of a dataset, such as the ledger.
+
+    The files in the directory of the dataset are copies for its users. After the manifest of a new version is written,
+    these copies are replaced one by one, so an interrupted job may leave old copies behind.
+    """
+    root = as_path(dataset)
+    if (root / VERSIONS).is_dir() and (root / NAME).is_file():
+        number = Manifest.read(root).version
+        if number > 1:
+            return version_folder(root, number) / name
+    return root / name
+
+
+def find_version(dataset: str | AnyPath, dataset_id: str) -> Manifest | None:
+    """Find the version of a dataset that has an id.
+
+    Parameters
+    ----------
+    dataset : str, Path or UPath
+        Directory of the dataset.
+    dataset_id : str
+        Id of the version.
+
+    Returns
+    -------
+    Manifest or None
+        Manifest of the version; None if the dataset never had a version with this id.
+
+    Raises
+    ------
+    RequestError
+        If the dataset was compacted, so that shards of the version do not exist any more.
+    """
+    root = as_path(dataset)
+    current = Manifest.read(root)
+    if current.dataset_id == dataset_id:
+        return current
+    there = {shard.path for shards in current.splits.values() for shard in shards}
+    for folder in sorted((root / VERSIONS).iterdir(), key=str) if (root / VERSIONS).is_dir() else ():
+        manifest = Manifest.read(folder) if (folder / NAME).is_file() else None
+        if manifest is None or manifest.dataset_id != dataset_id:
+            continue
+        if lost := [s.path for shards in manifest.splits.values() for s in shards if s.path not in there]:
+            raise RequestError(
+                f"{root}: version {manifest.version} (id {dataset_id[:16]}) cannot be read any more, because the "
+                f"dataset was compacted and has lost {len(lost)} of its shards; start a new run with version "
+                f"{current.version}"
+            )
+        return manifest
+    return None

@@ -8,9 +8,10 @@ of workers.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from upath import UPath
 from data_sharding.common.files import digest_of, read_json, write_json
 from data_sharding.common.storage import AnyPath, deliver, scratch_folder
 from data_sharding.dataset.dataset import shard_record
-from data_sharding.dataset.manifest import Shard
+from data_sharding.dataset.manifest import WORK, Shard
 from data_sharding.dataset.samples import ShardWriter
 from data_sharding.dataset.splits import SPLITS
 from data_sharding.job.task import PartResult
@@ -39,6 +40,14 @@ class Piece:
     """Number of the first sample in this file."""
     stop: int
     """Number of the last sample plus one."""
+    shard: str = ""
+    """Path of the shard from which the samples are copied; empty if they are copied from the part."""
+
+    def source(self, root: AnyPath) -> AnyPath:
+        """Return the tar with the samples; `root` is the folder of the dataset."""
+        if self.shard:
+            return root / self.shard
+        return root / WORK / "parts" / self.part[:2] / self.part / f"{self.split}.tar"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +60,12 @@ class ShardPlan:
     """The samples, in the order in which they are written."""
 
 
-def plan_shards(results: Iterable[PartResult], samples_per_shard: int) -> list[ShardPlan]:
+def plan_shards(
+    results: Iterable[PartResult],
+    samples_per_shard: int,
+    moved: Sequence[Piece] = (),
+    first: Mapping[str, int] | None = None,
+) -> list[ShardPlan]:
     """Plan which samples go into which shard.
 
     Parameters
@@ -60,6 +74,10 @@ def plan_shards(results: Iterable[PartResult], samples_per_shard: int) -> list[S
         Results of the recordings to write, in any order.
     samples_per_shard : int
         Largest number of samples in a shard.
+    moved : sequence of Piece
+        Samples that are copied from old shards.
+    first : mapping of str to int, optional
+        Number of the first shard of each split; 0 by default.
 
     Returns
     -------
@@ -67,10 +85,16 @@ def plan_shards(results: Iterable[PartResult], samples_per_shard: int) -> list[S
         Plans of the shards, sorted by split and number. Recordings are in the order of their keys.
     """
     plans: list[ShardPlan] = []
-    ordered = sorted(results, key=lambda result: result.row.key)
+    wanted = [
+        Piece(key=result.row.key, part=result.part, split=split, start=0, stop=number)
+        for result in results
+        for split, number in result.samples.items()
+        if number
+    ]
+    ordered = sorted([*wanted, *moved], key=lambda piece: (piece.key, piece.shard, piece.start))
     for split in SPLITS:
         pieces: list[Piece] = []
-        room, number = samples_per_shard, 0
+        room, number = samples_per_shard, (first or {}).get(split, 0)
 
         def close(split: str = split) -> None:
             nonlocal pieces, room, number
@@ -78,11 +102,11 @@ def plan_shards(results: Iterable[PartResult], samples_per_shard: int) -> list[S
                 plans.append(ShardPlan(path=f"{split}/{number:06d}.tar", pieces=tuple(pieces)))
             pieces, room, number = [], samples_per_shard, number + 1
 
-        for result in ordered:
-            at, left = 0, result.samples.get(split, 0)
+        for piece in ordered:
+            at, left = piece.start, piece.stop - piece.start if piece.split == split else 0
             while left:
                 take = min(left, room)
-                pieces.append(Piece(key=result.row.key, part=result.part, split=split, start=at, stop=at + take))
+                pieces.append(dataclasses.replace(piece, start=at, stop=at + take))
                 at, left, room = at + take, left - take, room - take
                 if not room:
                     close()
@@ -90,15 +114,13 @@ def plan_shards(results: Iterable[PartResult], samples_per_shard: int) -> list[S
     return plans
 
 
-def write_shard(plan: ShardPlan, parts: AnyPath, root: AnyPath, work: AnyPath) -> Shard:
+def write_shard(plan: ShardPlan, root: AnyPath, work: AnyPath) -> Shard:
     """Copy samples from the parts of recordings into a shard, without decoding the samples.
 
     Parameters
     ----------
     plan : ShardPlan
         The samples that the shard contains.
-    parts : Path or UPath
-        Folder with the parts of all recordings.
     root : Path or UPath
         Folder of the dataset.
     work : Path or UPath
@@ -111,7 +133,7 @@ def write_shard(plan: ShardPlan, parts: AnyPath, root: AnyPath, work: AnyPath) -
     """
     tar = root / plan.path
     done = work / "shards" / f"{plan.path}.json"
-    digest = digest_of([[p.part, p.split, p.start, p.stop] for p in plan.pieces])
+    digest = digest_of([[p.part or p.shard, p.split, p.start, p.stop] for p in plan.pieces])
     if done.is_file():
         record = read_json(done)
         if record.pop("plan") == digest and tar.is_file() and tar.stat().st_size == record["bytes"]:
@@ -120,7 +142,7 @@ def write_shard(plan: ShardPlan, parts: AnyPath, root: AnyPath, work: AnyPath) -
         local = folder / plan.path
         with ShardWriter(local) as writer:
             for piece in plan.pieces:
-                source = parts / piece.part[:2] / piece.part / f"{piece.split}.tar"
+                source = piece.source(root)
                 entries = read_json(source.with_suffix(".idx"))[piece.start : piece.stop]
                 with source.open("rb") as stream:
                     for entry in entries:

@@ -33,7 +33,8 @@ class ShardConfig:
     corpora: list[CorpusConfig]
     """List of corpora. Each entry names a folder of recordings and the kind of the corpus."""
     output: str
-    """Folder of the new dataset, or a URL such as s3://bucket/folder. A finished dataset there is never replaced."""
+    """Folder of the dataset, or a URL such as s3://bucket/folder. If the folder holds a finished dataset, the job adds
+    new recordings to it, and withdraws recordings that were removed or have changed."""
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
     """Preprocessing: sampling rate, frequency band, reference and window. The dataset and each encoder trained on the
     dataset store these settings."""
@@ -43,6 +44,9 @@ class ShardConfig:
     """Recordings, subjects and datasets (such as benchmarks) that must not enter the dataset."""
     samples_per_shard: int = 4096
     """Largest number of samples in a shard."""
+    compact: bool = False
+    """Rewrite the shards of a finished dataset that hold withdrawn samples, without these samples. The old shards are
+    deleted. Then former versions of the dataset cannot be read any more."""
     allowed_set_aside: float = 0.05
     """Largest fraction of the recordings that may be quarantined. If more recordings are quarantined, the job ends with
     exit code 3."""
@@ -137,10 +141,10 @@ def reduce_config(config: ShardConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        The config in JSON types, without the keys output, ray and allowed_set_aside.
+        The config in JSON types, without the keys output, compact, ray and allowed_set_aside.
     """
     values = to_dict(config)
-    for key in ("output", "ray", "allowed_set_aside"):
+    for key in ("output", "compact", "ray", "allowed_set_aside"):
         values.pop(key)
     return values
 

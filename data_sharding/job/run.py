@@ -8,20 +8,13 @@ command resumes the job.
 
 from __future__ import annotations
 
-import io
-import json
 import os
 from collections import Counter
-from pathlib import Path
-
-import numpy as np
 
 from data_sharding.audit.duplicates import RecordingFingerprint, find_duplicates, preference
-from data_sharding.audit.fingerprints import NAME as FINGERPRINTS
-from data_sharding.audit.fingerprints import write_fingerprints
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_SET_ASIDE, RequestError, run_main
-from data_sharding.common.files import digest_of, sha256_file
+from data_sharding.common.files import digest_of
 from data_sharding.common.progress import JobProgress, progress
 from data_sharding.common.reason import Reason
 from data_sharding.common.stop import check_stop, raise_on_stop_signals
@@ -29,7 +22,6 @@ from data_sharding.common.storage import (
     AnyPath,
     deliver,
     describe,
-    file_state,
     fresh,
     is_remote,
     is_storage_error,
@@ -40,13 +32,10 @@ from data_sharding.dataset.ledger import NAME as LEDGER
 from data_sharding.dataset.ledger import (
     STATUSES,
     LedgerRow,
-    count_by_status,
-    count_windows_left_out,
-    read_ledger,
     write_ledger,
 )
 from data_sharding.dataset.manifest import NAME as MANIFEST
-from data_sharding.dataset.manifest import Manifest, Shard
+from data_sharding.dataset.manifest import WORK, Manifest, Shard
 from data_sharding.dataset.splits import SPLITS
 from data_sharding.job.announce import describe_empty_splits
 from data_sharding.job.cluster import (
@@ -59,59 +48,60 @@ from data_sharding.job.cluster import (
 from data_sharding.job.isolation import GivenUp, call_isolated
 from data_sharding.job.journal import Journal, lock_output
 from data_sharding.job.pack_shards import ShardPlan, plan_shards, write_shard
-from data_sharding.job.process_recording import PART_SCHEMA, get_library_versions, recording_checksum
+from data_sharding.job.process_recording import PART_SCHEMA, get_library_versions
+from data_sharding.job.publish import REPORT, publish, repair_copies
 from data_sharding.job.request import Plan, ShardConfig, make_plan, reduce_config, resolve_output
 from data_sharding.job.suggest_units import suggest_unit_factors
 from data_sharding.job.task import PartResult, Task, describe_row, new_row
+from data_sharding.job.versions import (
+    FingerprintLoader,
+    Former,
+    check_growth,
+    content_of,
+    describe_changes,
+    plan_version,
+    store_results,
+)
 
-REPORT = "report.html"
-WORK = ".work"
-"""Name of the folder for unfinished work, inside the output folder. The job removes this folder at the end."""
 READER = "data_sharding.job.process_recording:process_recording"
 """Function that reads one recording; a child process of the worker runs it."""
 
 
-def _find_finished(config: ShardConfig, plan: Plan, output: AnyPath) -> Manifest | None:
-    """Return the finished dataset in the output folder; None if the folder has no finished dataset.
+def _find_former(output: AnyPath) -> Manifest | None:
+    """Return the manifest of the finished dataset in the output folder; None if the folder has no finished dataset.
 
     Raises
     ------
     RequestError
-        If the output folder contains other files, or a dataset that was made with another config.
+        If the output folder contains other files.
     """
     if fresh(output).exists() and not output.is_dir():
         raise RequestError(f"output '{output}': is a file, not a folder; choose another path")
-    if not (output / MANIFEST).is_file():
-        if output.is_dir() and any(output.iterdir()) and not (output / WORK).is_dir():
-            raise RequestError(f"output '{output}': not empty, and not an unfinished dataset; choose another folder")
+    if (output / MANIFEST).is_file():
+        return Manifest.read(output)
+    if output.is_dir() and any(output.iterdir()) and not (output / WORK).is_dir():
+        raise RequestError(f"output '{output}': not empty, and not an unfinished dataset; choose another folder")
+    return None
+
+
+def _plan_growth(config: ShardConfig, plan: Plan, manifest: Manifest, output: AnyPath) -> Former | None:
+    """Return what is known about the finished dataset; None if there is nothing to do.
+
+    Raises
+    ------
+    RequestError
+        If the dataset cannot grow with this config.
+    """
+    check_growth(config, reduce_config(config), manifest, output)
+    former = Former.read(output, manifest)
+    changed = former.find_changed_files(plan)
+    if manifest.extra.get("request") == plan.request and not changed and not (config.compact and manifest.withdrawn):
         return None
-    manifest = Manifest.read(output)
-    if manifest.extra.get("request") != plan.request:
-        ours = reduce_config(config)
-        other = [
-            key
-            for key in ours
-            if json.dumps(ours[key], sort_keys=True) != json.dumps(manifest.config.get(key), sort_keys=True)
-        ]
-        what = f"that was made with other settings ({', '.join(other)})" if other else "of other recordings"
-        raise RequestError(
-            f"output '{output}': holds a finished dataset {what}; choose another folder, or remove it first"
-        )
-    written = file_state(output / MANIFEST)[1]
-    newer = [item for item in plan.items.values() if any(_changed_ns(f) > written for f in item.recording.files)]
-    if newer:
-        known = {row.key: row.sha256 for row in read_ledger(output)}
-        for item in newer:
-            if known.get(item.key) != recording_checksum(item, [sha256_file(f) for f in item.recording.files]):
-                raise RequestError(
-                    f"output '{output}': '{item.path}' has changed since this dataset was made; choose another folder"
-                )
-    return manifest
-
-
-def _changed_ns(file: AnyPath) -> int:
-    # A copied file may keep the modification time of the original file, but its change time is the time of the copying.
-    return max(file.stat().st_ctime_ns, file.stat().st_mtime_ns) if isinstance(file, Path) else file_state(file)[1]
+    former.check_people(plan, config.split)
+    former.forget(changed)
+    # The numbers of labels are in the samples, so new labels come after the labels of the former version.
+    plan.labels = [*manifest.labels, *(label for label in plan.labels if label not in manifest.labels)]
+    return former
 
 
 def read_isolated(task: Task, memory_gb: float) -> PartResult:
@@ -139,7 +129,16 @@ def _read(argument: tuple[Task, float]) -> PartResult:
     return read_isolated(*argument)
 
 
-def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: int) -> list[PartResult]:
+def get_settings(config: ShardConfig, plan: Plan) -> tuple[str, str]:
+    """Return checksums of the settings of all recordings, with and without the versions of the libraries."""
+    values = {"preprocess": config.preprocess.to_dict(), "split": reduce_config(config)["split"]}
+    versions = {"schema": PART_SCHEMA, "labels": plan.labels, "versions": get_library_versions()}
+    return digest_of({**values, **versions}), digest_of(values)
+
+
+def read_recordings(
+    config: ShardConfig, plan: Plan, work: AnyPath, in_flight: int, former: Former | None = None
+) -> list[PartResult]:
     """Do the first phase: write every recording to a part. Child processes do the work, because readers may crash.
 
     Parameters
@@ -152,6 +151,8 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
         The job's working folder.
     in_flight : int
         Largest number of tasks that run or wait in Ray at the same time.
+    former : Former, optional
+        Former version of the dataset, whose recordings are not read again if they have not changed.
 
     Returns
     -------
@@ -160,15 +161,7 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
         since an earlier run, the result of the earlier run is used, and the files are not opened.
     """
     limits = config.ray.timeout_s, config.ray.memory_gb
-    settings = digest_of(
-        {
-            "schema": PART_SCHEMA,
-            "preprocess": config.preprocess.to_dict(),
-            "split": reduce_config(config)["split"],
-            "labels": plan.labels,
-            "versions": get_library_versions(),
-        }
-    )
+    settings, source = get_settings(config, plan)
     results: dict[str, PartResult] = {}
     tasks: dict[str, tuple[Task, float]] = {}
     sizes = {key: plan.size(key) for key in plan.items}
@@ -181,6 +174,10 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
         identities = {key: plan.identity(key, settings) for key in plan.items}
         # The largest recordings come first. Otherwise, all workers could wait for one large recording at the end.
         for key, item in sorted(plan.items.items(), key=lambda entry: (-sizes[entry[0]], entry[0])):
+            if former and (result := former.find(key, identities[key], plan.identity(key, source))):
+                results[key] = result
+                count(result.row, from_earlier_run=True)
+                continue
             result = journal.find(key, identities[key])
             # Read a failed recording again if the limits have changed, or if the cause of the failure may be gone.
             if result and result.limits in (None, limits) and not result.may_pass and _has_part(result, work):
@@ -223,6 +220,8 @@ def read_recordings(config: ShardConfig, plan: Plan, work: AnyPath, in_flight: i
         )
         for key, reason in given_up.items():
             done(key, PartResult(row=new_row(plan.items[key], "quarantined", reason), may_pass=True))
+    if former:
+        results = {key: former.prefer(key, content_of(plan, result), result) for key, result in results.items()}
     return [results[key] for key in sorted(results)]
 
 
@@ -232,40 +231,12 @@ def _has_part(result: PartResult, work: AnyPath) -> bool:
     return not part or is_remote(work) or (work / "parts" / part[:2] / part).is_dir()
 
 
-class FingerprintLoader:
-    """Loads fingerprints of recordings from their parts.
-
-    Parameters
-    ----------
-    results : list of PartResult
-        Results of the first phase.
-    work : Path or UPath
-        The job's working folder.
-    """
-
-    def __init__(self, results: list[PartResult], work: AnyPath) -> None:
-        self.parts = {result.row.key: result.part for result in results}
-        self.folder = work / "parts"
-
-    def __call__(self, key: str) -> np.ndarray:
-        """Load the fingerprint of a recording.
-
-        Parameters
-        ----------
-        key : str
-            Key of the recording. The recording must have a part.
-
-        Returns
-        -------
-        ndarray of float16, shape (n, P)
-            The fingerprint: n channels with P points each.
-        """
-        part = self.parts[key]
-        return np.load(io.BytesIO((self.folder / part[:2] / part / "fingerprint.npy").read_bytes()))
-
-
 def mark_duplicates(
-    results: list[PartResult], plan: Plan, prints: dict[str, RecordingFingerprint], load_points: FingerprintLoader
+    results: list[PartResult],
+    plan: Plan,
+    prints: dict[str, RecordingFingerprint],
+    load_points: FingerprintLoader,
+    former: Former | None = None,
 ) -> None:
     """Find recordings with the same signal. Keep one of these recordings, and mark all others as duplicates.
 
@@ -279,10 +250,15 @@ def mark_duplicates(
         Data for the comparison of the recordings, by key.
     load_points : FingerprintLoader
         Loads a full fingerprint. The loader is called only for recordings that have equal numbers in their signatures.
+    former : Former, optional
+        Former version of the dataset. Its recordings are kept, and new copies of them are duplicates.
     """
     rows = [result.row for result in results]
     candidates = [row for row in rows if row.status == "sharded"]
-    candidates.sort(key=lambda row: preference(row, trials=plan.items[row.key].trials is not None))
+    served = former.reused & set(former.pieces) if former else set()
+    candidates.sort(
+        key=lambda row: (row.key not in served, preference(row, trials=plan.items[row.key].trials is not None))
+    )
     duplicates = find_duplicates([prints[row.key] for row in candidates], load_points)
     for row in candidates:
         if copy := duplicates.get(row.key):
@@ -344,73 +320,7 @@ def pack(config: ShardConfig, plans: list[ShardPlan], output: AnyPath, in_flight
 
 def _write_shard(task: tuple[ShardPlan, AnyPath]) -> Shard:
     plan, output = task
-    return write_shard(plan, output / WORK / "parts", output, output / WORK)
-
-
-def _publish(
-    config: ShardConfig,
-    plan: Plan,
-    rows: list[LedgerRow],
-    splits: dict[str, list[Shard]],
-    output: AnyPath,
-    points: FingerprintLoader,
-) -> Manifest:
-    """Write ledger, fingerprints, report and manifest. The manifest comes last, because it marks a finished dataset."""
-    from data_sharding.audit.report import write_report
-
-    for split in SPLITS:
-        wanted = {Path(shard.path).stem for shard in splits[split]}
-        for stale in fresh(output / split).iterdir() if (output / split).is_dir() else ():
-            # An interrupted run with other settings may have left shards in this folder.
-            if Path(stale.name).stem not in wanted:
-                stale.unlink()
-    counts, hours = count_by_status(rows)
-    hours["written"] = round(sum(row.seconds_written for row in rows) / 3600, 6)
-    counts["windows"] = sum(row.windows for row in rows)
-    counts |= {f"left out: {why}": number for why, number in count_windows_left_out(rows).items()}
-    content = {
-        "preprocess": config.preprocess.to_dict(),
-        "labels": plan.labels,
-        "shards": {split: [shard.sha256 for shard in shards] for split, shards in splits.items()},
-    }
-    with scratch_folder() as folder:
-        write_ledger(folder / LEDGER, rows)
-        write_fingerprints(folder / FINGERPRINTS, rows, points)
-        extra = {
-            "request": plan.request,
-            "corpora": plan.corpora,
-            "trials": describe_trials(rows),
-            "ledger_sha256": sha256_file(folder / LEDGER),
-            "fingerprints_sha256": sha256_file(folder / FINGERPRINTS),
-        }
-        manifest = Manifest(
-            dataset_id=digest_of(content),
-            preprocess=config.preprocess,
-            splits=splits,
-            labels=plan.labels,
-            counts=counts,
-            hours=hours,
-            config=reduce_config(config),
-            versions=get_library_versions(),
-            extra=extra,
-        )
-        write_report(folder / REPORT, rows, manifest, root=output)
-        manifest.write(folder)
-        check_stop()
-        for name in (LEDGER, FINGERPRINTS, REPORT, MANIFEST):
-            deliver(folder / name, output / name)
-    remove_tree(output / WORK)
-    return manifest
-
-
-def describe_trials(rows: list[LedgerRow]) -> dict[str, dict[str, float]]:
-    """Return, for each corpus in the ledger, from when to when its trials are stored, in seconds from the onset."""
-    spans: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row.status == "sharded" and row.trial_tmin is not None and row.trial_tmax is not None:
-            span = spans.setdefault(row.corpus, {"tmin": row.trial_tmin, "tmax": row.trial_tmax})
-            span["tmin"], span["tmax"] = min(span["tmin"], row.trial_tmin), max(span["tmax"], row.trial_tmax)
-    return spans
+    return write_shard(plan, output, output / WORK)
 
 
 def _finish(config: ShardConfig, manifest: Manifest, output: AnyPath) -> int:
@@ -467,10 +377,15 @@ def run(config: ShardConfig) -> int:
         say(f"listing recordings in {', '.join(corpus.root for corpus in config.corpora)}")
         plan = make_plan(config)
         check_stop()
-        if manifest := _find_finished(config, plan, output):
-            remove_tree(work)  # The folder still exists if the job was killed just after it wrote the manifest.
-            say(f"{output}: this dataset is finished already; nothing to do")
-            return _finish(config, manifest, output)
+        current, former = _find_former(output), None
+        if current is not None:
+            former = _plan_growth(config, plan, current, output)
+            if former is None:
+                repair_copies(output, current)  # The job may have been killed just after it wrote the manifest.
+                remove_tree(work)
+                say(f"{output}: this dataset is finished already; nothing to do")
+                return _finish(config, current, output)
+            say(f"{output}: holds version {current.version} of this dataset; looking for changes")
         if not is_remote(output):
             _make_folder(output)
         say(f"found {len(plan.items)} recordings; starting Ray, which takes some seconds")
@@ -480,30 +395,34 @@ def run(config: ShardConfig) -> int:
             _check_nodes(plan, work)
             remove_tree(work / "new")  # This folder holds unfinished shards of an earlier run.
             say(f"reading recordings, up to {in_flight} tasks at a time")
-            results = read_recordings(config, plan, work, in_flight)
-            rows = [result.row for result in results]
-            for row in rows:
-                describe_row(row, plan.items[row.key])
-            points, prints = FingerprintLoader(results, work), collect_prints(results)
-            plan.hold_back.mark(rows, prints, points)
-            mark_duplicates(results, plan, prints, points)
-            plan.hold_back.count_images(rows)
-            _count_unlisted(rows, plan)
-            kept = [result for result in results if result.row.status == "sharded"]
+            state, rows, kept, points = _collect(config, plan, work, in_flight, former)
             suggestions = suggest_unit_factors(config.corpora, plan.corpus_of, rows)
             if not any("train" in result.samples for result in kept):
                 for line in suggestions:
                     say(line)
                 _refuse_empty(rows, work)
-            plans = plan_shards(kept, config.samples_per_shard)
+            version = plan_version(former, kept, plan, compact=config.compact)
+            reused = former.reused if former else set()
+            fresh_results = [result for result in kept if result.row.key not in reused]
+            plans = plan_shards(fresh_results, config.samples_per_shard, version.moved, version.first)
+            pieces = [(shard.path, piece.key) for shard in plans for piece in shard.pieces]
+            if former:
+                old = {shard.path for shards in version.splits.values() for shard in shards}
+                served = [piece for row in rows if row.key in reused for piece in former.pieces.get(row.key, [])]
+                pieces = [*((piece.shard, piece.key) for piece in served if piece.shard in old), *pieces]
             shards_of: dict[str, list[str]] = {}
-            for shard in plans:
-                for piece in shard.pieces:
-                    shards_of.setdefault(piece.key, []).append(shard.path)
+            for path, key in pieces:
+                shards_of.setdefault(key, []).append(path)
             for row in rows:
-                row.shards = list(dict.fromkeys(shards_of.get(row.key, [])))
+                row.shards = list(dict.fromkeys(shards_of.get(row.key, []))) if row.status == "sharded" else []
             splits = pack(config, plans, output, in_flight)
-            manifest = _publish(config, plan, rows, splits, output, points)
+            splits = {split: [*version.splits[split], *splits[split]] for split in SPLITS}
+            manifest = publish(config, plan, rows, splits, output, points, version, state)
+    if current is not None and manifest.version > current.version:
+        for line in describe_changes(current, manifest, version.changes):
+            say(line)
+    elif current is not None:
+        say(f"{output}: nothing has changed; version {current.version} stays as it is")
     _say_result(manifest, rows, output)
     kept = {row.subject for row in rows if row.status == "sharded"}
     lines = describe_empty_splits(config.split, kept, images=bool(plan.labels))
@@ -512,6 +431,41 @@ def run(config: ShardConfig) -> int:
     for line in [*suggestions, *lines, *(f"{split} has no samples" for split in empty if split not in said)]:
         say(line)
     return _finish(config, manifest, output)
+
+
+def _collect(
+    config: ShardConfig, plan: Plan, work: AnyPath, in_flight: int, former: Former | None
+) -> tuple[bytes, list[LedgerRow], list[PartResult], FingerprintLoader]:
+    """Read the recordings, and decide which of them belong to the dataset.
+
+    Returns
+    -------
+    state : bytes
+        The results before the decision, for the next job that adds recordings.
+    rows : list of LedgerRow
+        Rows of the ledger.
+    kept : list of PartResult
+        Results of the recordings that belong to the dataset.
+    points : FingerprintLoader
+        Loads the fingerprint of a recording.
+    """
+    while True:
+        results = read_recordings(config, plan, work, in_flight, former)
+        state = store_results(results, plan, *get_settings(config, plan))
+        rows = [result.row for result in results]
+        for row in rows:
+            describe_row(row, plan.items[row.key])
+        points, prints = FingerprintLoader(results, work, former), collect_prints(results)
+        plan.hold_back.mark(rows, prints, points)
+        mark_duplicates(results, plan, prints, points, former)
+        plan.hold_back.count_images(rows)
+        _count_unlisted(rows, plan)
+        kept = [result for result in results if result.row.status == "sharded"]
+        # A recording that was a duplicate or held back has no samples in the shards, so it must be read again.
+        again = former.needs_samples(kept) if former else []
+        if former is None or not again:
+            return state, rows, kept, points
+        former.forget(again)
 
 
 def _count_unlisted(rows: list[LedgerRow], plan: Plan) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.dataset.manifest import version_folder
 from data_sharding.dataset.mixture import Mixture
 
 _MOST_SAMPLES = 20_000
@@ -37,7 +38,9 @@ def describe_people(dataset: EEGDataset | Mixture) -> dict[str, Any]:
     """
     if isinstance(dataset, Mixture):
         return _merge([describe_people(part) for part in dataset.parts])
-    ledger = dataset.path / "ledger.parquet"
+    ledger = version_folder(dataset.path, dataset.manifest.version) / "ledger.parquet"
+    if not ledger.is_file():
+        ledger = dataset.path / "ledger.parquet"
     if not ledger.is_file():
         return _describe_without_ledger(dataset)
     import pyarrow.parquet
@@ -156,6 +159,7 @@ def describe_data(dataset: EEGDataset | Mixture, people: dict[str, Any], windows
     manifest = dataset.manifest
     return {
         "dataset_id": manifest.dataset_id,
+        "versions": {part.manifest.dataset_id: part.manifest.version for part in dataset.parts},
         "preprocess": manifest.preprocess.to_dict(),
         "windows": {split: manifest.samples(split) for split in sorted(manifest.splits)},
         "counts": manifest.counts,

@@ -461,7 +461,7 @@ def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Li
     remote.run(output)
     assert bytes_of(output) == undisturbed
     names = {name.rsplit("/", 1)[1] for name in store.ls("bucket/made/dataset")}
-    assert names == {*SPLITS, "manifest.json", "ledger.parquet", "fingerprints.parquet", "report.html"}
+    assert names == {*SPLITS, "manifest.json", "ledger.parquet", "fingerprints.parquet", "report.html", "versions"}
     assert "finished already" in remote.run(output)
 
 
