@@ -318,7 +318,8 @@ def inspect(config: InspectConfig) -> int:
     if config.json:
         print(_to_json(rows if config.recordings else [], manifest, grids))
         return EXIT_DONE
-    print(f"Dataset {manifest.dataset_id[:16]}: {_describe(manifest)}\n")
+    version = f", version {manifest.version}" if manifest.version > 1 else ""
+    print(f"Dataset {manifest.dataset_id[:16]}{version}: {_describe(manifest)}\n")
     _print_tables(grid for grid in grids if grid.lines)
     print("next: --recordings lists all recordings, --recording NAME shows one recording; report.html has charts")
     return EXIT_DONE

@@ -298,7 +298,9 @@ def plan_version(former: Former | None, kept: list[PartResult], plan: Plan, *, c
     for piece in pieces:
         by_shard[piece.shard].append(piece)
     splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-    moved, lost, first = [], [], dict.fromkeys(SPLITS, 0)
+    moved: list[Piece] = []
+    lost: list[str] = []
+    first: dict[str, int] = {split: 0 for split in SPLITS}
     for split, shards in former.manifest.splits.items():
         for shard in shards:
             first[split] = max(first[split], int(Path(shard.path).stem) + 1)
