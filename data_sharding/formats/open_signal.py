@@ -515,7 +515,10 @@ def open_signal(recording: Recording) -> Signal:
         signal.info = dataclasses.replace(signal.info, named_units=named)
     mne_object = getattr(signal, "raw", getattr(signal, "epochs", None))
     about = describe(path, recording.format, getattr(mne_object, "info", None))
-    signal.info = dataclasses.replace(signal.info, about=about)
+    # Some notes quote a mark of the recording, and a person may have written the name of the patient there.
+    private = private_words(Path(str(recording.path)), recording.format) if signal.info.notes else []
+    notes = [hide(note, private) for note in signal.info.notes]
+    signal.info = dataclasses.replace(signal.info, about=about, notes=notes)
     factor = UNIT_FACTORS.get(recording.format)
     if factor is not None:
         note = f"the reader of {recording.format} returns values times {1 / factor:g}; corrected"

@@ -93,6 +93,19 @@ def test_header_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
     assert about == describe(tmp_path / "missing.edf", "edf", None) and about.age is None and about.device == ""
 
 
+def test_note_that_quotes_a_mark_shows_no_name(make_raw, write_raw, tmp_path: Path) -> None:
+    raw = make_raw(4, 200, 6)
+    raw.set_annotations(mne.Annotations([2.0], [0.0], ["BAD Haagse moved"]))
+    path = write_raw(raw, tmp_path / "a.edf")
+    data = bytearray(path.read_bytes())
+    data[8:88] = b"MCH-0234567 F 02-MAY-1951 Haagse_Harry".ljust(80)
+    path.write_bytes(bytes(data))
+    recording = sniff(path)
+    assert recording is not None
+    (note,) = (note for note in open_signal(recording).info.notes if "BAD" in note)
+    assert "BAD *** moved" in note
+
+
 def test_reader_that_quotes_the_header_shows_no_name(tmp_path: Path, monkeypatch) -> None:
     from data_sharding.formats import open_signal as module
 
