@@ -6,10 +6,12 @@ FIF files are recognised by their blocks, because their names are often changed.
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 from data_sharding.common.reason import Reason
+from data_sharding.formats.headers import read_range
 from data_sharding.formats.unread import Finding
 
 RAW_BLOCKS = {102, 112, 119, 373}
@@ -38,6 +40,8 @@ MOST_TAGS = 20_000
 POSITIONS = (".elp", ".hsp", ".sfp", ".elc", ".pos", ".bvef", ".hpts", ".ced", ".locs", ".eloc", ".bvct", ".dig")
 """Extensions of files with the positions of electrodes."""
 MOST_POSITIONS_BYTES = 1 << 22
+MOST_PACKED_BYTES, MOST_UNPACKED_BYTES = 1 << 20, 1 << 23
+"""At most this many bytes of a compressed FIF file are read and unpacked."""
 
 
 def recognise_no_recording(file: Any) -> Finding | None:
@@ -54,7 +58,11 @@ def recognise_no_recording(file: Any) -> Finding | None:
         What the file is; None if it may be a recording.
     """
     if file.head[:4] == b"\0\0\0\x64" and file.suffix == ".fif":
-        what = _describe_fif(file.path, file.head)
+        what = _describe_fif(file.path, file.head, _size(file.path))
+        return _exclude("fif", f"a FIF file with {what}") if what else None
+    if file.head[:2] == b"\x1f\x8b" and file.path.name.lower().endswith(".fif.gz"):
+        data, whole = _unpack(read_range(file.path, 0, MOST_PACKED_BYTES, file.head))
+        what = _describe_fif(None, data, len(data) if whole else 1 << 62)
         return _exclude("fif", f"a FIF file with {what}") if what else None
     if b"SR_RESEARCH" in file.head[:64] and file.suffix == ".edf":
         return _exclude("eyelink", "an EyeLink file of eye movements, which is named .edf as well")
@@ -71,25 +79,33 @@ def _size(path: Any) -> int:
     return int(path.stat().st_size)
 
 
-def _describe_fif(path: Any, head: bytes) -> str:
+def _unpack(data: bytes) -> tuple[bytes, bool]:
+    """Return the beginning of gzip data, and whether this is all of it."""
+    unpacker = zlib.decompressobj(31)
+    try:
+        out = unpacker.decompress(data, MOST_UNPACKED_BYTES)
+    except zlib.error:
+        return b"", False
+    return out, unpacker.eof
+
+
+def _describe_fif(path: Any, head: bytes, size: int) -> str:
     """Say what a FIF file holds, if it holds no recording; otherwise, or if the file is damaged, return nothing."""
     blocks: set[int] = set()
     kinds: set[int] = set()
-    local = isinstance(path, Path)
-    size = _size(path)
-    stream = path.open("rb") if local else None
+    stream = path.open("rb") if isinstance(path, Path) else None
     try:
         at = 0
         for _ in range(MOST_TAGS):
             if at >= size:
                 break
-            if at + 20 <= len(head):
+            if at + 20 <= len(head) or size == len(head):
                 tag = head[at : at + 20]
             elif stream is not None:
                 stream.seek(at)
                 tag = stream.read(20)
             else:
-                return ""  # On an object store, only the first bytes are looked at. The reader decides.
+                return ""  # Only the first bytes of other files are looked at. The reader decides.
             if len(tag) < 16:
                 return ""
             kind, _, length, following = struct.unpack(">4i", tag[:16])

@@ -67,6 +67,14 @@ def test_fif_files_without_a_recording_are_named_by_their_content(fif_files: Pat
             assert name.removesuffix(".fif") in recording.problem and not recording.continuous
 
 
+def test_compressed_fif_files_are_named_by_their_content_as_well(tmp_path: Path, fif_files: Path) -> None:
+    for path in fif_files.iterdir():
+        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "damaged.fif.gz").write_bytes(b"\x1f\x8b" + bytes(50))
+    problems = {name: recording.problem for name, recording in rows(tmp_path).items()}
+    assert {name.split(".")[0] for name, problem in problems.items() if problem is None} == {"raw", "epochs", "damaged"}
+
+
 def test_they_do_not_count_as_set_aside(fif_files: Path, shard_all) -> None:
     done = shard_all(fif_files)
     assert {sharded.row.status for path, sharded in done.items() if path not in ("raw.fif", "epochs.fif")} == {
