@@ -1,9 +1,10 @@
 """Find recordings of the same signal in files of any format, by comparing fingerprints of their channels.
 
-A fingerprint is the signal of each channel between 1 and 40 Hz, with one point every 0.1 s (see
-`data_sharding.processing.survey`). Comparing the fingerprints of all pairs of a hundred thousand recordings would take
-too long, so there are two steps. First, each recording gets a *signature* of a few numbers; pairs with similar
-signatures are candidates. Then only the fingerprints of the candidate pairs are loaded and compared.
+A fingerprint is the signal of each channel between 1 and 40 Hz, with one point every 0.1 s: 64 points from the
+beginning of the recording, and 32 points from each of a few later stretches (see `data_sharding.processing.survey`).
+Comparing the fingerprints of all pairs of a hundred thousand recordings would take too long, so there are two steps.
+First, each recording gets a *signature* of a few numbers, computed from its beginning; pairs with similar signatures
+are candidates. Then only the fingerprints of the candidate pairs are loaded and compared.
 
 Shapes: n channels, P points of a fingerprint.
 """
@@ -35,6 +36,12 @@ ALIKE = 0.95
 signal."""
 BANDS = ((0, 32), (16, 48), (32, 64))
 """Ranges of points that are hashed separately. One changed sign then changes the hashes of at most two ranges."""
+FIRST = BANDS[-1][1]
+"""Number of points from the beginning of a recording. Fingerprints of older datasets have no other points."""
+LATER = 32
+"""Number of points of each later stretch of a recording."""
+DEAD = 1e-4
+"""A channel is flat in a stretch if its points there have less than this share of its norm."""
 SKETCH = 16
 """Largest number of hashes in a signature."""
 NEIGHBOURS = 64
@@ -52,6 +59,9 @@ NEAR_BITS = 12
 MIXED = 0.1
 """Maximum residual of a channel after the linear fit by the channels of the other recording, as a share of the
 channel's norm."""
+
+SHORT_PIECE_S = 10.0
+"""Segments with a mean length below this number of seconds are epochs of a longer recording."""
 
 Relation = Literal["same", "beginning", "remixed"]
 HOW: dict[Relation, str] = {
@@ -122,6 +132,7 @@ def signature(points: np.ndarray) -> list[int]:
     points = np.asarray(points, np.float32)
     if points.ndim != 2 or points.shape[1] < MIN_POINTS:
         return []
+    points = points[:, :FIRST]
     rows = points[np.linalg.norm(points, axis=1) > 0]
     positive = rows > 0
     bands = [band for band in BANDS if band[1] <= points.shape[1]] or [(0, MIN_POINTS)]
@@ -207,9 +218,12 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
 
     Notes
     -----
-    The correlation must be high in the first half and in the second half of the points separately. An amplifier makes a
-    large transient when it is switched on, and this transient looks the same in every recording. In a correlation over
-    all points, the transient would hide the differences between the later points.
+    The correlation must be high in the first half and in the second half of the first points separately. An amplifier
+    makes a large transient when it is switched on, and this transient looks the same in every recording. In a
+    correlation over all points, the transient would hide the differences between the later points.
+
+    Recordings of different people can begin with the same calibration signal. So recordings of equal length must also
+    agree in more than half of the later stretches. Recordings of different length must agree in one of them.
     """
     n_points = min(a.shape[1], b.shape[1])
     if n_points < MIN_POINTS:
@@ -220,19 +234,48 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
         return None
     if len(x) > len(y):
         x, y = y, x
-    cuts = [0, n_points // 2, n_points] if n_points >= 2 * MIN_POINTS else [0, n_points]
+    first = min(n_points, FIRST)
+    cuts = [0, first // 2, first] if first >= 2 * MIN_POINTS else [0, first]
     agree = np.ones((len(x), len(y)), bool)
     for start, stop in pairwise(cuts):
         agree &= _normalize_rows(x[:, start:stop]) @ _normalize_rows(y[:, start:stop]).T > SAME
     same_length = abs(seconds_a - seconds_b) <= LENGTH_S
-    if agree.any(axis=1).mean() < SHARE:
+    later = _later_stretches(x, y, agree)
+    # Copies of another length may have been cut. After a cut, the stretches contain other parts of the signal.
+    enough = 2 * sum(later) > len(later) if same_length else any(later)
+    if agree.any(axis=1).mean() < SHARE or (later and not enough):
         return "remixed" if same_length and _is_linear_combination(x, y) else None
     if same_length:
         return "same"
     # Different recordings often begin with the same calibration signal, which is nearly equal in all channels. So if
     # two recordings of different length begin with nearly equal channels, they need not be the same recording.
     alike = len(x) < 2 or float(np.median(np.abs(_normalize_rows(x[1:]) @ _normalize_rows(x[:1]).T))) > ALIKE
-    return None if alike or n_points < BANDS[-1][1] else "beginning"
+    return None if alike or n_points < FIRST else "beginning"
+
+
+def _later_stretches(x: np.ndarray, y: np.ndarray, agree: np.ndarray) -> list[bool]:
+    """Compare two recordings in the stretches after their beginning.
+
+    Parameters
+    ----------
+    x, y : ndarray, shapes (n, P) and (n', P)
+        Fingerprints; n is not larger than n'.
+    agree : ndarray of bool, shape (n, n')
+        Channels that agree at the beginning.
+
+    Returns
+    -------
+    list of bool
+        For each stretch whether enough channels agree. Stretches in which most channels are flat are left out.
+    """
+    found = []
+    for start in range(FIRST, x.shape[1] - LATER + 1, LATER):
+        u, v = x[:, start : start + LATER], y[:, start : start + LATER]
+        if min((np.linalg.norm(part, axis=1) > DEAD).mean() for part in (u, v)) < 0.5:
+            continue
+        both = agree & (_normalize_rows(u) @ _normalize_rows(v).T > SAME)
+        found.append(bool(both.any(axis=1).mean() >= SHARE))
+    return found
 
 
 def candidate_pairs(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple[int, int]]:
@@ -410,7 +453,9 @@ def preference(row: LedgerRow, *, trials: bool) -> tuple:
     -------
     tuple
         Sort key. The key prefers, in this order, recordings with trials, recordings with a known subject, longer
-        recordings (in whole minutes, because some formats pad the end), and recordings with more channels. The last
-        criterion is the recording's key.
+        recordings (in whole minutes, because some formats pad the end), recordings whose file shows more interruptions,
+        and recordings with more channels. The last criterion is the recording's key.
     """
-    return (not trials, not row.has_subject, -int(row.seconds // 60), -row.n_kept, row.key)
+    # Windows must not cross an interruption, so the file that shows it is better. But short pieces are epochs.
+    segments = row.segments if row.seconds >= SHORT_PIECE_S * row.segments else 0
+    return (not trials, row.subject == row.key, -int(row.seconds // 60), -segments, -row.n_kept, row.key)

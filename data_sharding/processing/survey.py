@@ -60,7 +60,15 @@ LINE_RATIO = 5.0
 FINGERPRINT_STEP_S = 0.1
 FINGERPRINT_POINTS = 64
 HEAD_S = 10.0
-"""Length in seconds of the signal for the fingerprint. The length includes time for the filter to settle."""
+"""Length in seconds of the signal for the first points of the fingerprint. The length includes time for the filter to
+settle."""
+LATER_S = (8.0, 32.0, 128.0, 512.0, 2048.0, 8192.0)
+"""Begin of each later stretch of the fingerprint, in seconds of signal: recordings with the same calibration signal at
+their beginning differ there."""
+LATER_POINTS = 32
+"""Number of points of each later stretch."""
+SETTLE_S = 2.0
+"""Seconds of signal before and after a later stretch, in which the filter settles."""
 
 
 @dataclass(kw_only=True)
@@ -82,7 +90,8 @@ class Verdict:
     line_freq: float | None = None
     """Mains frequency in Hz, from the spectrum of the good channels."""
     fingerprint: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    """Fingerprint [n, P]: points of the filtered signal. Each row has norm 1; the row of a flat channel is zero."""
+    """Fingerprint [n, P]: points of the filtered signal, 64 from the beginning and 32 from each later stretch. Each row
+    has norm 1; the row of a flat channel is zero."""
     channel_uv: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Robust amplitude of each channel, [n]."""
 
@@ -195,8 +204,12 @@ class Survey:
         self._plan = stretches_of(segments, sfreq)
         self._next = 0
         self._rate = sfreq / max(1, int(sfreq / SURVEY_HZ))
-        self._stretch, self._head = self._make_buffer(), self._make_buffer()
-        self._head_left = round(HEAD_S * sfreq)
+        self._stretch = self._make_buffer()
+        after = LATER_POINTS * FINGERPRINT_STEP_S + SETTLE_S
+        spans = [(0.0, HEAD_S), *((begin - SETTLE_S, begin + after) for begin in LATER_S)]
+        self._spans = [(round(begin * sfreq), round(end * sfreq)) for begin, end in spans]
+        """Range of samples, counted as they are pushed, of each stretch of the fingerprint."""
+        self._prints: dict[int, _StretchBuffer] = {}
         longest = max((b - a for a, b in self._plan), default=0)
         self._n_fft = int(longest * self._rate / sfreq) if longest >= 2 * sfreq else 0
         self._power = np.zeros((n_channels, self._n_fft // 2 + 1))
@@ -223,10 +236,11 @@ class Survey:
         for first in range(0, len(x), portion):
             self._count_extremes(slice(first, min(first + portion, len(x))), x[first : first + portion])
         self._last = x[:, -1].copy()
+        for number, (begin, end) in enumerate(self._spans):
+            if begin < self._n_samples + x.shape[1] and end > self._n_samples:
+                part = x[:, max(begin - self._n_samples, 0) : end - self._n_samples]
+                self._prints.setdefault(number, self._make_buffer()).push(part)
         self._n_samples += x.shape[1]
-        if self._head_left > 0:
-            self._head.push(x[:, : self._head_left])
-            self._head_left -= min(self._head_left, x.shape[1])
         while self._next < len(self._plan) and self._plan[self._next][0] < start + x.shape[1]:
             begin, end = self._plan[self._next]
             self._stretch.push(x[:, max(begin - start, 0) : end - start])
@@ -435,19 +449,30 @@ class Survey:
 
     def _fingerprint(self) -> np.ndarray:
         """Compute the fingerprint; the same signal gives the same fingerprint in every file format."""
-        head = self._head.finish()
+        none = np.zeros((len(self._finite), 0), np.float32)
+        head = self._stretch_points(0, 0.0, FINGERPRINT_POINTS)
         if head.shape[1] < 2:
-            return np.zeros((len(self._finite), 0), np.float32)
-        head = np.where(np.isfinite(head).all(axis=1, keepdims=True), head, 0.0)
-        y, rate = filter_to_band(head, self._rate)
-        n_points = min(FINGERPRINT_POINTS, int((y.shape[-1] - 1) / rate / FINGERPRINT_STEP_S))
-        if n_points < 2:
-            return np.zeros((len(y), 0), np.float32)
-        at = np.round(np.arange(n_points) * FINGERPRINT_STEP_S * rate).astype(int)
-        points = y[:, at]
+            return none
+        parts = [head]
+        if head.shape[1] == FINGERPRINT_POINTS:
+            for number in range(1, len(self._spans)):
+                if self._n_samples < self._spans[number][1]:
+                    break
+                parts.append(self._stretch_points(number, SETTLE_S, LATER_POINTS))
+        points = np.concatenate(parts, axis=1)
         # Normalise each row, because one of two files with the same signal may state a wrong unit.
         norm = np.linalg.norm(points, axis=1, keepdims=True)
         return np.where(norm > 1e-6, points / np.maximum(norm, 1e-12), 0.0).astype(np.float32)
+
+    def _stretch_points(self, number: int, begin_s: float, count: int) -> np.ndarray:
+        """Return at most `count` points of a stretch of the fingerprint, from `begin_s` seconds after its beginning."""
+        x = self._prints[number].finish() if number in self._prints else np.zeros((len(self._finite), 0))
+        if x.shape[1] < 2:
+            return np.zeros((len(x), 0))
+        x = np.where(np.isfinite(x).all(axis=1, keepdims=True), x, 0.0)
+        y, rate = filter_to_band(x, self._rate)
+        count = min(count, int((y.shape[-1] - 1) / rate / FINGERPRINT_STEP_S))
+        return y[:, np.round((begin_s + np.arange(max(count, 0)) * FINGERPRINT_STEP_S) * rate).astype(int)]
 
 
 def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Verdict:

@@ -138,6 +138,36 @@ def test_calibration_signal_at_the_start_is_not_a_match() -> None:
     assert find_duplicates(prints) == {}
 
 
+@pytest.mark.parametrize("seconds", [20.0, 60.0, 200.0])
+@pytest.mark.parametrize("longer", [0.0, 9.0])
+def test_two_people_with_the_same_calibration_are_two_recordings(seconds: float, longer: float) -> None:
+    """The calibration differs between the channels, as real EEG does, and lasts longer than the first points."""
+    calibration = make_eeg(50, 6, 9.0)
+    prints = [
+        make_fingerprint(str(i), np.concatenate([calibration, make_eeg(i, 6, seconds - 9 + i * longer)], axis=1))
+        for i in range(3)
+    ]
+    assert signature(prints[0].points) == signature(prints[1].points), "the trap is set"  # type: ignore[arg-type]
+    assert find_duplicates(prints) == {}
+
+
+@pytest.mark.parametrize("seconds", [20.0, 60.0, 200.0])
+def test_copies_of_a_longer_recording_are_found(seconds: float) -> None:
+    x = make_eeg(60, 6, seconds)
+    cut = np.delete(x, slice(int(0.6 * x.shape[1]), int(0.7 * x.shape[1])), axis=1)
+    for other in (np.round(1e-3 * x + 5, 4), x - x.mean(axis=0), x[::2], x[:, : int(0.8 * x.shape[1])], cut):
+        assert list(find_duplicates([make_fingerprint("a", x), make_fingerprint("b", other)])) == ["b"]
+    double = resample(x, RATE, 2 * RATE)
+    assert list(find_duplicates([make_fingerprint("a", x), make_fingerprint("b", double, 2 * RATE)])) == ["b"]
+
+
+def test_fingerprints_of_older_datasets_are_compared_by_their_beginning() -> None:
+    new = make_fingerprint("a", make_eeg(61, 6, 60.0))
+    assert new.points is not None and new.points.shape == (6, 128)
+    old = RecordingFingerprint(key="b", sha256="b", seconds=60.0, points=new.points[:, :64])
+    assert list(find_duplicates([new, old])) == ["b"]
+
+
 def test_too_short_recordings_are_compared_only_by_checksum() -> None:
     x = make_eeg(0, seconds=1.2)
     a, b = make_fingerprint("a", x), make_fingerprint("b", x)
@@ -171,9 +201,11 @@ def test_preferred_copy_has_trials_then_known_subject_then_length(make_row) -> N
         "unknown": make_row("u", seconds=600.0, n_kept=128),
         "longer": make_row("l", subject="s", seconds=600.0, n_kept=8),
         "more": make_row("m", subject="s", seconds=601.0, n_kept=9),
+        "interruptions": make_row("i", subject="s", seconds=601.0, n_kept=8, segments=3),
+        "epochs": make_row("e", subject="s", seconds=601.0, n_kept=64, segments=300),
     }
     order = sorted(rows, key=lambda name: preference(rows[name], trials=name == "trials"))
-    assert order == ["trials", "more", "longer", "unknown"]
+    assert order == ["trials", "interruptions", "more", "longer", "epochs", "unknown"]
 
 
 def test_candidate_pairs_of_100_000_recordings_fit_in_memory() -> None:
