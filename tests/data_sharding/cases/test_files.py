@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from data_sharding.common.storage import as_path
+from data_sharding.corpora import CorpusConfig, Item, list_items
+from data_sharding.dataset.splits import SplitConfig
 from data_sharding.formats.sniffing import find_recordings
+from data_sharding.job.process_recording import process_recording
+from data_sharding.job.task import Task
+from data_sharding.processing.preprocess import PreprocessSpec
 
 NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4"]
 RATE, SECONDS = 250, 20
@@ -263,3 +269,68 @@ class TestOpenedFiles:
         assert [file.name for file in recordings["v.vhdr"].files] == ["v.eeg", "v.vhdr", "v.vmrk"]
         assert [file.name for file in recordings["s.set"].files] == ["s.fdt", "s.set"]
         assert recordings["t.fdt"].problem is not None
+
+
+class TestChecksum:
+    def test_files_and_checksums_are_the_same_on_a_store(self, tmp_path: Path, true_uv) -> None:
+        folder = tmp_path / "disk"
+        write_fif(folder / "a_raw.fif", make_uv(true_uv, 93, 330), split_size="2MB")
+        write_fif(folder / "a_raw-3.fif", make_uv(true_uv, 94))
+        write_set(folder / "S01.set", make_uv(true_uv, 95), "raw.fdt", "S01.fdt")
+        write_set(folder / "S02.set", make_uv(true_uv, 96), "raw.fdt")
+        write_vhdr(folder / "S03.vhdr", make_uv(true_uv, 97), "data of S03")
+        store = as_path("memory://identity/eeg")
+        store.mkdir(parents=True, exist_ok=True)
+        for file in folder.iterdir():
+            (store / file.name).write_bytes(file.read_bytes())
+        out = []
+        for root in (folder, store):
+            rows = []
+            for item in list_items(CorpusConfig(root=str(root), name="c")):
+                row = process_recording(self._task(item, tmp_path / "work" / str(len(out)))).row
+                rows.append((row.path, row.files, row.sha256, row.status, row.windows))
+            out.append(rows)
+        assert out[0] == out[1] and {row[3] for row in out[0]} == {"sharded"}
+        assert [row[1] for row in out[0]] == [
+            ["S01.fdt", "S01.set"],
+            ["S02.set", "raw.fdt"],
+            ["S03.vhdr", "data of S03.eeg", "data of S03.vmrk"],
+            ["a_raw-3.fif"],
+            ["a_raw-1.fif", "a_raw-2.fif", "a_raw.fif"],
+        ]
+
+    @pytest.mark.parametrize("suffix", ["eeg", "vmrk"])
+    def test_every_sidecar_changes_the_checksum(self, tmp_path: Path, shard_all, true_uv, suffix: str) -> None:
+        write_vhdr(tmp_path / "b" / "a.vhdr", make_uv(true_uv, 98), "a")
+        before = shard_all(tmp_path / "b")["a.vhdr"].row.sha256
+        with (tmp_path / "b" / f"a.{suffix}").open("ab") as stream:
+            stream.write(bytes(16) if suffix == "eeg" else b"Mk2=Comment,BAD_move,1000,500,0\n")
+        assert shard_all(tmp_path / "b")["a.vhdr"].row.sha256 != before
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("sub-1/eeg/sub-1_task-x_channels.tsv", "name\ttype\tunits\tstatus\nC3\tEEG\tuV\tbad\n"),
+            ("sub-1/eeg/sub-1_task-x_eeg.json", '{"PowerLineFrequency": 60}'),
+            ("task-x_eeg.json", '{"EEGReference": "Cz"}'),
+            ("sub-1/eeg/sub-1_electrodes.tsv", "name\tx\ty\tz\nC3\t-60\t0\t90\n"),
+        ],
+    )
+    def test_every_sidecar_of_bids_makes_another_part(self, tmp_path: Path, true_uv, name: str, text: str) -> None:
+        root = tmp_path / "bids"
+        write_vhdr(root / "sub-1" / "eeg" / "sub-1_task-x_eeg.vhdr", make_uv(true_uv, 99), "sub-1_task-x_eeg")
+        (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.8.0"}')
+        (root / "sub-1" / "eeg" / "sub-1_coordsystem.json").write_text(
+            '{"EEGCoordinateSystem": "CapTrak", "EEGCoordinateUnits": "mm"}'
+        )
+        parts = []
+        for _ in range(2):
+            (item,) = list_items(CorpusConfig(root=str(root), name="c", kind="bids"))
+            parts.append(process_recording(self._task(item, tmp_path / "work")).part)
+            (root / name).write_text(text)
+        assert parts[0] and parts[1] and parts[0] != parts[1]
+
+    @staticmethod
+    def _task(item: Item, work: Path) -> Task:
+        spec, split = PreprocessSpec(window=256, stride=256), SplitConfig(val_fraction=0, test_fraction=0)
+        return Task(item=item, spec=spec, split=split, labels=(), work=work, timeout_s=60)
