@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_sharding.formats.channels import canonical_name, is_electrode, kind_of
+from data_sharding.formats.channels import INTRACRANIAL, canonical_name, is_electrode, kind_of
 
 PREFIXES = {"": 1.0, "d": 1e-1, "c": 1e-2, "m": 1e-3, "u": 1e-6, "n": 1e-9, "p": 1e-12, "f": 1e-15, "k": 1e3}
 """Factor of each prefix, in lower case. No electrode has megavolts or petavolts, so MV is milli and PV is pico."""
@@ -177,7 +177,7 @@ def read_units(
                 guessed[unit] = "millivolts" if unit[:2] == "MV" else "microvolts"
             continue
         gains[i] = 1.0 / done
-        if types[i] != "eeg":
+        if types[i] not in ("eeg", *INTRACRANIAL):
             continue
         other = OTHER.fullmatch(unit.strip(" \0[]()")) or kind_of(canonical_name(name)) is not None
         if electrodes[i] or not other:
