@@ -23,10 +23,10 @@ from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
-from data_sharding.corpora.events import NOTHING, read_marks, read_trials
-from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, find, make_item
+from data_sharding.corpora.events import read_trials
+from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, add_marks, find, make_item
 from data_sharding.corpora.item import Item
-from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text, root_name
+from data_sharding.corpora.paths import NOTHING, Folders, check_folder, check_images, read_text, root_name
 from data_sharding.corpora.subjects import SubjectFinder, describe_person
 from data_sharding.formats.units import names_no_unit
 
@@ -141,9 +141,7 @@ def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_co
         trials, reason = None, None
         table = sidecars.nearest(recording.path, "events", ".tsv")
         if table is not None:
-            marks, faults = read_marks(table)
-            patch |= {"marks": marks} if marks else {}
-            patch |= {"notes": [*patch.get("notes", []), *faults]} if faults else {}
+            item = add_marks(item, table)
         if images is not None:
             faults = []
             if table is not None:
@@ -156,6 +154,8 @@ def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_co
         text = describe(error) if isinstance(error, OSError) else one_line(error)
         problem = Reason("sidecar broken", text)
         return dataclasses.replace(item, recording=dataclasses.replace(recording, problem=problem))
+    if notes := [*item.info_patch.get("notes", []), *patch.get("notes", [])]:
+        patch["notes"] = notes
     return dataclasses.replace(item, info_patch=item.info_patch | patch, trials=trials, reason=reason)
 
 

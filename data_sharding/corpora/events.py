@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,84 +14,21 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
-from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, find, make_item
+from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, add_marks, find, make_item
 from data_sharding.corpora.item import Item, Trial
-from data_sharding.corpora.paths import Folders, check_folder, check_images, read_text
+from data_sharding.corpora.paths import (
+    NOTHING,
+    Folders,
+    check_folder,
+    check_images,
+    find_events_file,
+    read_text,
+)
 from data_sharding.corpora.subjects import SubjectFinder
 from data_sharding.dataset.splits import SPLITS
-from data_sharding.formats.marks.interruptions import find_row
 
 IMAGE_COLUMNS = ("image", "stim_file")
 """Names of the column with the image: ``image`` in this project, ``stim_file`` in BIDS."""
-NOTHING = ("", "n/a")
-"""Texts in a table cell that mean "no value" in BIDS."""
-MARK_COLUMNS = ("trial_type", "value", "event_type", "type", "description")
-"""Columns of an events table that may name a mark."""
-
-
-def find_events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
-    """Find the table of events beside a recording.
-
-    Parameters
-    ----------
-    recording : Path or UPath
-        The recording.
-    folders : Folders
-        Object that lists folders, with a cache.
-
-    Returns
-    -------
-    Path, UPath or None
-        Path of ``<stem>_events.tsv`` in the folder of the recording; None if there is no such file. The stem is the
-        name of the recording, with or without its ending ``_eeg`` or ``_raw``.
-    """
-    stem = re.sub(r"\.fif$", "", recording.stem)
-    near = folders(recording.parent)
-    for name in (stem, re.sub(r"_(eeg|raw)$", "", stem)):
-        if f"{name}_events.tsv" in near:
-            return near[f"{name}_events.tsv"]
-    return None
-
-
-def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str]], list[str]]:
-    """Read the interruptions and bad spans in a table of events.
-
-    Parameters
-    ----------
-    table : Path or UPath
-        Tab-separated table with the columns onset and duration (seconds), and at least one of `MARK_COLUMNS`.
-
-    Returns
-    -------
-    marks : list of (float, float, str)
-        Onset and duration in seconds, and text, of each row that the table of interruptions knows.
-    notes : list of str
-        Notes for the ledger about marks without a usable onset.
-    """
-    marks, notes = [], []
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_text(table), newline=""), delimiter="\t"))
-    except csv.Error as error:
-        return [], [f"{table.name}: {error}; its marks are not used"]
-    for number, row in enumerate(rows, start=2):
-        words = [str(row.get(column) or "").strip() for column in MARK_COLUMNS]
-        text = next((word for word in words if word not in NOTHING and find_row("bids", word)), "")
-        if not text:
-            continue
-        onset, duration = _seconds(row.get("onset")), _seconds(row.get("duration"))
-        if onset is None:
-            notes.append(f"{table.name}, line {number}: '{text}' has no onset; not used")
-        else:
-            marks.append((onset, duration or 0.0, text))
-    return marks, notes[:5]
-
-
-def _seconds(text: Any) -> float | None:
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
 
 
 def read_trials(
@@ -235,9 +171,7 @@ class EventsCorpus(Adapter):
                     item = dataclasses.replace(item, reason=item.reason or reason)
                 else:
                     tables += 1
-                    marks, faults = read_marks(table)
-                    patch = {"marks": marks, "notes": faults} if marks or faults else {}
-                    item = dataclasses.replace(item, trials=read_trials(table, images), info_patch=patch)
+                    item = dataclasses.replace(add_marks(item, table), trials=read_trials(table, images))
             items.append(item)
         if not any(item.trials for item in items):
             what = "no <recording>_events.tsv beside any recording" if not tables else "the events tables name no image"

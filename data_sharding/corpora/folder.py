@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from typing import Any
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.reason import Reason
-from data_sharding.common.storage import AnyPath
+from data_sharding.common.storage import AnyPath, describe
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.item import Item
-from data_sharding.corpora.paths import check_folder, recording_key, relative_path, root_name
+from data_sharding.corpora.paths import (
+    Folders,
+    check_folder,
+    find_events_file,
+    read_marks,
+    recording_key,
+    relative_path,
+    root_name,
+)
 from data_sharding.corpora.subjects import SubjectFinder
 from data_sharding.formats.sniffing import Recording, find_recordings
 
@@ -157,6 +166,33 @@ def find(config: CorpusConfig) -> tuple[AnyPath, list[tuple[str, Recording]]]:
     return root, found
 
 
+def add_marks(item: Item, table: AnyPath | None) -> Item:
+    """Add the interruptions and bad spans of a table of events to a recording.
+
+    Parameters
+    ----------
+    item : Item
+        The recording.
+    table : Path, UPath or None
+        Table ``<stem>_events.tsv`` of the recording, if there is one.
+
+    Returns
+    -------
+    Item
+        The recording. A table that cannot be read gives a note.
+    """
+    if table is None or item.recording.problem:
+        return item
+    try:
+        marks, notes = read_marks(table)
+    except OSError as error:
+        marks, notes = [], [f"{table.name} is not used: {describe(error)}"]
+    if not marks and not notes:
+        return item
+    patch = {**item.info_patch, "notes": [*item.info_patch.get("notes", []), *notes]}
+    return dataclasses.replace(item, info_patch=patch | ({"marks": marks} if marks else {}))
+
+
 @register("folder")
 class FolderCorpus(Adapter):
     """Corpus of continuous recordings, which are cut into windows."""
@@ -166,5 +202,6 @@ class FolderCorpus(Adapter):
     def items(self, config: CorpusConfig) -> list[Item]:
         """List all recordings below the root folder; see `Adapter.items`."""
         root, found = find(config)
-        people = SubjectFinder(config, found)
-        return [make_item(config, root, relative, recording, people) for relative, recording in found]
+        people, folders = SubjectFinder(config, found), Folders()
+        items = [make_item(config, root, relative, recording, people) for relative, recording in found]
+        return [add_marks(item, find_events_file(item.recording.path, folders)) for item in items]

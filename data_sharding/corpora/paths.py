@@ -1,12 +1,16 @@
-"""Functions for folders, paths and keys, which all adapters of corpora use."""
+"""Functions for folders, paths, keys and tables of events, which several adapters of corpora use."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import math
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, as_path, describe, is_remote
@@ -14,6 +18,12 @@ from data_sharding.common.untrusted import is_special, read_limited
 from data_sharding.corpora.base import CorpusConfig
 from data_sharding.corpora.item import Item
 from data_sharding.dataset.samples import safe_key
+from data_sharding.formats.marks.interruptions import find_row
+
+NOTHING = ("", "n/a")
+"""Texts in a table cell that mean "no value" in BIDS."""
+MARK_COLUMNS = ("trial_type", "value", "event_type", "type", "description")
+"""Columns of an events table that may name a mark."""
 
 
 def expand(text: str, key: str) -> AnyPath:
@@ -212,6 +222,71 @@ def read_text(path: AnyPath) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         return data.decode("latin-1")
+
+
+def find_events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
+    """Find the table of events beside a recording.
+
+    Parameters
+    ----------
+    recording : Path or UPath
+        The recording.
+    folders : Folders
+        Object that lists folders, with a cache.
+
+    Returns
+    -------
+    Path, UPath or None
+        Path of ``<stem>_events.tsv`` in the folder of the recording; None if there is no such file. The stem is the
+        name of the recording, with or without its ending ``_eeg`` or ``_raw``.
+    """
+    stem = re.sub(r"\.fif$", "", recording.stem)
+    near = folders(recording.parent)
+    for name in (stem, re.sub(r"_(eeg|raw)$", "", stem)):
+        if f"{name}_events.tsv" in near:
+            return near[f"{name}_events.tsv"]
+    return None
+
+
+def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str]], list[str]]:
+    """Read the interruptions and bad spans in a table of events.
+
+    Parameters
+    ----------
+    table : Path or UPath
+        Tab-separated table with the columns onset and duration (seconds), and at least one of `MARK_COLUMNS`.
+
+    Returns
+    -------
+    marks : list of (float, float, str)
+        Onset and duration in seconds, and text, of each row that the table of interruptions knows.
+    notes : list of str
+        Notes for the ledger about marks without a usable onset.
+    """
+    marks, notes = [], []
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(table), newline=""), delimiter="\t"))
+    except csv.Error as error:
+        return [], [f"{table.name}: {error}; its marks are not used"]
+    for number, row in enumerate(rows, start=2):
+        words = [str(row.get(column) or "").strip() for column in MARK_COLUMNS]
+        text = next((word for word in words if word not in NOTHING and find_row("bids", word)), "")
+        if not text:
+            continue
+        onset, duration = _seconds(row.get("onset")), _seconds(row.get("duration"))
+        if onset is None:
+            notes.append(f"{table.name}, line {number}: '{text}' has no onset; not used")
+        else:
+            marks.append((onset, duration or 0.0, text))
+    return marks, notes[:5]
+
+
+def _seconds(text: Any) -> float | None:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def check_images(items: Iterable[Item], images: AnyPath) -> None:

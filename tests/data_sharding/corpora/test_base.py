@@ -220,3 +220,14 @@ class TestOrder:
         rng = np.random.default_rng(0)
         pairs = [name for name in rng.permutation([f"c{i % 3}" for i in range(150)]) for _ in range(2)]
         assert measure_order([item(pairs)])[0] == "unknown"
+
+
+def test_marks_in_a_table_beside_a_recording_are_used(tmp_path: Path, make_raw, write_raw) -> None:
+    path = write_raw(make_raw(4, 200, 6), tmp_path / "a_raw.fif")
+    rows = "1.0\t0.5\tBAD_move\n3.0\t0\tboundary\n4.0\t0.1\tface\nn/a\t1\tBAD\n"
+    (tmp_path / "a_events.tsv").write_text(f"onset\tduration\ttrial_type\n{rows}")
+    (item,) = list_items(CorpusConfig(root=str(tmp_path), name="c"))
+    info = open_item(item).info
+    assert item.path == path.name and [(s.start, s.stop) for s in info.segments] == [(0, 600), (600, 1200)]
+    assert info.bad_spans == [(1.0, 1.5, "BAD_move")]
+    assert info.notes == ["a_events.tsv, line 5: 'BAD' has no onset; not used"]
