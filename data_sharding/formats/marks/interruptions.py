@@ -217,6 +217,18 @@ TABLE: tuple[Mark, ...] = (
         effect=Effect.CUT,
     ),
     Mark(
+        name="parts with times",
+        formats=("blackrock", "micromed", "neuralynx", "nicolet"),
+        sign="pause between two parts of the recording; the new segment gets its true onset",
+        effect=Effect.CUT,
+    ),
+    Mark(
+        name="NWB time stamps",
+        formats=("nwb",),
+        sign="time stamps that jump; the new segment gets its true onset",
+        effect=Effect.CUT,
+    ),
+    Mark(
         name="epochs",
         formats=("brainvision", "eeglab", "curry", "fif"),
         sign="epochs: each epoch is a segment",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_sharding.formats import describe
-from data_sharding.formats.marks.interruptions import TABLE, Effect, Found, divide, find_row
+from data_sharding.formats.marks.interruptions import TABLE, find_row
 from data_sharding.formats.mne_signal import RawSignal
-from data_sharding.formats.open_signal import READERS, ReadError, open_signal
-from data_sharding.formats.readers import find_formats
-from data_sharding.formats.signal import Segment, Signal
+from data_sharding.formats.open_signal import ReadError, open_signal
+from data_sharding.formats.signal import Signal
 from data_sharding.formats.sniffing import sniff
 
 NAMES = ["Fp1", "Fp2", "C3", "C4"]
 HZ = 100
-DOCS = Path(__file__).parents[3] / "docs" / "formats.md"
 
 
 @dataclass(frozen=True)
@@ -381,6 +379,28 @@ def fif_epochs(folder: Path) -> Path:
     return folder / "a-epo.fif"
 
 
+def other(writer: str, name: str) -> Callable[[Path], Path]:
+    """Return a function that calls a writer of the tests of other readers; its recording has a pause."""
+
+    def write(folder: Path) -> Path:
+        spec = importlib.util.spec_from_file_location("others", Path(__file__).with_name("test_neo_readers.py"))
+        assert spec is not None and spec.loader is not None
+        others = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(others)
+        pytest.importorskip("h5py" if writer == "write_nwb" else "neo", reason="an extra is not installed")
+        uv, stamps = others.make_uv(2048 / others.RATE), np.arange(2000) / others.RATE
+        if writer == "write_blackrock":
+            others.write_blackrock(folder / name, [(0, uv[:, :1000]), (300_000, uv[:, 1000:2000])], ["uV"] * 4)
+        elif writer == "write_nwb":
+            jumping = stamps + 7.0 * (stamps >= 2.4)
+            others.write_nwb(folder / name, uv[:, :2000], unit="microvolts", conversion=0.05, stamps=jumping)
+        else:
+            others.write_neuralynx(folder, uv, ["Cz", "Fp1", "Oz"], gap_at=2)
+        return folder / name if name else folder / "Cz.ncs"
+
+    return write
+
+
 def missing(a: int, b: int, value: float, channels: int = 4) -> np.ndarray:
     x = np.clip(noise() * 10, -32767, 32766)
     x[:channels, a:b] = value
@@ -543,6 +563,11 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "12 s": Example(xdf(np.r_[np.arange(300), 1500 + np.arange(300)] / HZ + 50), [(0, 300, 0.0), (300, 600, 15.0)]),
         "none": Example(xdf(np.arange(600) / HZ + 50), WHOLE),
     },
+    "parts with times": {
+        "blackrock": Example(other("write_blackrock", "a.ns2"), [(0, 1000, 0.0), (1000, 2000, 10.0)]),
+        "neuralynx": Example(other("write_neuralynx", ""), [(0, 1024, 0.0), (1024, 2048, 7.048)]),
+    },
+    "NWB time stamps": {"jump": Example(other("write_nwb", "a.nwb"), [(0, 1200, 0.0), (1200, 2000, 9.4)])},
     "epochs": {
         "brainvision": Example(
             brainvision(START, more="SegmentationType=MARKERBASED\nSegmentDataPoints=200\n"),
@@ -635,54 +660,3 @@ def test_recording_that_is_marked_as_a_whole_has_no_signal(tmp_path: Path) -> No
     path = biosemi({0: 1 << 23})(tmp_path)
     with pytest.raises(ReadError, match="no signal: the whole recording is marked: CMS out of range"):
         open_file(path)
-
-
-ONE = [Segment(start=0, stop=3000, onset=0.0)]
-
-
-class TestDivide:
-    @pytest.mark.parametrize("sfreq", [128.0, 250.0, 512.3, 999.41, 5000.0])
-    def test_marks_are_found_to_the_sample_at_any_rate(self, sfreq: float) -> None:
-        for sample in (1, 7, 999, 2998):
-            for shift in (0.0, -0.5):
-                found = [Found("boundary", (sample + shift) / sfreq)]
-                divided = divide(ONE, sfreq, found)
-                assert [(s.start, s.stop) for s in divided.segments] == [(0, sample), (sample, 3000)]
-                assert divided.segments[1].onset == pytest.approx(sample / sfreq)
-
-    def test_overlapping_gaps_are_one_gap(self) -> None:
-        found = [Found("MFF pause", 1.0, 2.0), Found("MFF pause", 2.0, 2.0), Found("boundary", 3.0)]
-        segments = divide(ONE, 100.0, found).segments
-        assert [(s.start, s.stop) for s in segments] == [(0, 100), (400, 3000)]
-
-    def test_times_in_a_gap_between_segments_touch_nothing(self) -> None:
-        whole = [Segment(start=0, stop=300, onset=0.0), Segment(start=300, stop=600, onset=73.0)]
-        found = [Found("MFF pause", 20.0, 10.0), Found("bad span", 40.0, 1.0, "BAD"), Found("MFF pause", 74.0, 1.0)]
-        divided = divide(whole, 100.0, found)
-        assert [(s.start, s.stop, s.onset) for s in divided.segments] == [
-            (0, 300, 0.0),
-            (300, 400, 73.0),
-            (500, 600, 75.0),
-        ]
-        assert divided.bad_spans == [(40.0, 41.0, "BAD")]
-
-    def test_many_marks_are_divided_quickly(self) -> None:
-        whole = [Segment(start=0, stop=10**8, onset=0.0)]
-        found = [Found("CMS out of range", i / 10, 0.05) for i in range(50_000)]
-        assert len(divide(whole, 1000.0, found).segments) == 50_000
-
-
-class TestDescription:
-    def test_document_is_up_to_date(self) -> None:
-        text = DOCS.read_text(encoding="utf-8")
-        assert describe.update(text) == text, "run: python -m data_sharding.formats.describe docs/formats.md"
-
-    def test_every_format_that_can_be_read_is_described_once(self) -> None:
-        names = [name for about in describe.list_formats() for name in about.names]
-        assert sorted(names) == sorted(READERS)
-        assert all(f.title and f.recognised_by and f.compared for f in find_formats())
-
-    def test_rows_are_unique_and_name_known_formats(self) -> None:
-        assert len({mark.name for mark in TABLE}) == len(TABLE)
-        assert {name for mark in TABLE for name in mark.formats} <= set(READERS)
-        assert all(isinstance(mark.effect, Effect) and mark.sign for mark in TABLE)
