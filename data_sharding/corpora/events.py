@@ -146,7 +146,7 @@ def make_trials(
                 concept=given("concept") or label,
             )
         )
-    return tuple(trials)
+    return tuple(dataclasses.replace(trial, place=(i, len(trials))) for i, trial in enumerate(trials))
 
 
 @register("events")

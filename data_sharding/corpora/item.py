@@ -30,6 +30,8 @@ class Trial:
     segment: int | None = None
     """Number of the segment that contains this trial, if the signal consists of epochs. The field `tmin` of the
     signal's info says at which time after the onset the segments begin."""
+    place: tuple[int, int] | None = None
+    """Number of the trial among the trials of its table, and number of these trials; None without a table."""
     block: str = ""
     """Name of the block in which this trial was shown. Empty if the block is not known."""
     concept: str = ""

@@ -167,18 +167,18 @@ class _Places:
         self.delay_s, self.after_onset = item.stimulus_delay_ms / 1000, nearest(max(tmin, 0.0) * spec.sfreq)
         self.shift_s = self.delay_s + max(tmin, 0.0)
         self.begins = np.array([segment.onset for segment in info.segments])
-        # A table with as many trials as there are epochs describes the epochs in their order.
-        self.in_order = info.epoched and len(item.trials or ()) == len(info.segments)
         self.nowhere = "trial beyond the recording"
-        if info.epoched and not self.in_order:
-            self.nowhere = "the onset in the table is not the event of an epoch"
+        self.epochs: list[int] | None = None
+        if info.epoched and any(trial.segment is None for trial in item.trials or ()):
+            self.nowhere = "the table does not describe the epochs"
+            self.epochs = self._assign_epochs(item.trials or ())
 
     def find(self, number: int, trial: Trial) -> tuple[int, int, int] | None:
         """Return the segment of a trial, and the first needed sample and the onset in this segment; None if nowhere."""
         sfreq, count = self.spec.sfreq, len(self.info.segments)
         if self.info.epoched or trial.segment is not None:
-            segment = trial.segment if trial.segment is not None else number if self.in_order else self._epoch_at(trial)
-            if segment is None or not 0 <= segment < count:
+            segment = trial.segment if trial.segment is not None else self.epochs[number] if self.epochs else -1
+            if not 0 <= segment < count:
                 return None
             onset = nearest((self.delay_s - self.info.tmin) * sfreq)
             return segment, max(0, onset + self.after_onset), onset
@@ -191,12 +191,22 @@ class _Places:
         onset = nearest((trial.onset + self.delay_s - float(self.begins[segment])) * sfreq)
         return segment, max(0, onset + self.after_onset), onset
 
-    def _epoch_at(self, trial: Trial) -> int | None:
-        """Return the epoch whose event is at the onset of a trial; None if there is no such epoch.
+    def _assign_epochs(self, trials: Sequence[Trial]) -> list[int] | None:
+        """Return the epoch of each trial of a table; None if the table does not describe these epochs.
 
-        The onset must agree to half a sample. Otherwise a table with the times of the recording from which the epochs
-        were cut would give a trial the signal of another image.
+        A table with as many trials as there are epochs describes the epochs in their order. Any other table must give
+        the times of epochs' events in the file, to half a sample. If one onset is not such a time, no trial is used.
+        Otherwise a table with the times of the recording from which the epochs were cut, or with rejected epochs, would
+        give a trial the signal of another image.
         """
+        places = [trial.place or (0, 0) for trial in trials]
+        if all(count == len(self.begins) for _, count in places):
+            return [number for number, _ in places]
         events = self.begins - self.info.tmin
-        segment = int(np.argmin(abs(events - trial.onset)))
-        return segment if abs(events[segment] - trial.onset) <= 0.5 / self.info.sfreq + 1e-6 else None
+        onsets = np.array([trial.onset for trial in trials])
+        after = np.searchsorted(events, onsets).clip(1, max(len(events) - 1, 1))
+        pairs = np.stack([after - 1, after.clip(max=len(events) - 1)])
+        distances = abs(events[pairs] - onsets)
+        best = distances.argmin(axis=0)
+        exact = distances.min(axis=0) <= 0.5 / self.info.sfreq + 1e-6
+        return pairs[best, np.arange(len(onsets))].tolist() if exact.all() else None

@@ -183,10 +183,15 @@ def test_a_table_of_other_times_gives_no_epoch_a_wrong_image(
     write_images(tmp_path)
     write_table(root / "a-epo_events.tsv", onsets)
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
-    assert sharded.row.windows_left_out == {"the onset in the table is not the event of an epoch": 4}
-    write_table(root / "a-epo_events.tsv", [1.0, 11.0])
+    assert sharded.row.windows_left_out == {"the table does not describe the epochs": 4}
+    # Times in the file before an epoch was rejected: three of them are events of other epochs.
+    write_table(root / "a-epo_events.tsv", [1.0, 6.0, 11.0, 16.0])
+    (sharded,) = shard_all(root, **events(root, tmp_path)).values()
+    assert sharded.row.reason == "no window left: 4 the table does not describe the epochs"
+    write_table(root / "a-epo_events.tsv", [11.0, 1.0])
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
     assert_epochs_true(sharded, true_uv, 5, 250.0, [9.5, 31.0])
+    assert [meta["image_id"] for meta, _ in sharded.samples] == ["kind1/1", "kind0/0"]
 
 
 @pytest.mark.parametrize(("tmin", "keys"), [(-1.0, {}), (-0.25, {"tmin": -0.2, "stimulus_delay_ms": 12.0})])
