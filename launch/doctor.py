@@ -22,6 +22,7 @@ _READERS = {
     "curryreader": ("Curry", "curryreader"),
     "defusedxml": ("Persyst, NEDF and EGI", "defusedxml"),
     "mffpy": ("EGI .mff", "mffpy"),
+    "neo": ("Micromed, Blackrock and Neuralynx", "neo"),
     "pymatreader": ("EEGLAB .set of MATLAB 7.3", "pymatreader"),
     "pyxdf": ("XDF (LabStreamingLayer)", "pyxdf"),
     "h5py": ("HDF5", "h5py"),
