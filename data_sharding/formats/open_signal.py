@@ -138,7 +138,7 @@ def _fif(path: Path) -> Any:
     import mne
 
     try:
-        return mne.io.read_raw_fif(path, allow_maxshield=False)
+        return _check_parts(mne.io.read_raw_fif(path, allow_maxshield=False))
     except ValueError as error:
         if "No raw data" not in str(error):
             raise
@@ -146,6 +146,17 @@ def _fif(path: Path) -> Any:
         return mne.read_epochs(path, preload=False, proj=False)
     except Exception:
         raise NotContinuous(Reason("no recording in the FIF file", "averages or something else")) from None
+
+
+def _check_parts(raw: BaseRaw) -> BaseRaw:
+    """Refuse a split recording in which a part does not continue the part before it."""
+    ends = zip(raw._last_samps, raw._first_samps[1:], strict=False)
+    for i, (last, first) in enumerate(ends, start=1):
+        if first != last + 1:
+            names = [Path(str(name)).name for name in raw.filenames]
+            text = f"{names[i]} begins with sample {first}, but {names[i - 1]} ends with sample {last}"
+            raise ReadError(Reason("sidecar of another recording", text))
+    return raw
 
 
 def _eeglab(path: Path) -> Any:

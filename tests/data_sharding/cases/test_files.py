@@ -104,6 +104,14 @@ class TestFif:
         (tmp_path / "f" / "a_raw-2.fif").unlink()
         assert shard_all(tmp_path / "f")["renamed_raw.fif"].row.category == "sidecar missing"
 
+    def test_part_of_another_recording_is_refused(self, tmp_path: Path, shard_all, true_uv) -> None:
+        """Another recording was saved later under the name of a part."""
+        write_fif(tmp_path / "f" / "a_raw.fif", make_uv(true_uv, 76, 330), split_size="2MB")
+        write_fif(tmp_path / "f" / "a_raw-1.fif", make_uv(true_uv, 77), overwrite=True)
+        row = shard_all(tmp_path / "f")["a_raw.fif"].row
+        assert (row.status, row.category) == ("quarantined", "sidecar of another recording")
+        assert "a_raw-1.fif begins with sample 0, but a_raw.fif ends with sample" in row.reason
+
     def test_zipped_parts(self, tmp_path: Path, shard_all, true_uv) -> None:
         write_fif(tmp_path / "f" / "a_raw.fif.gz", make_uv(true_uv, 73, 330), split_size="2MB")
         write_fif(tmp_path / "f" / "b_raw.fif.gz", make_uv(true_uv, 74))
