@@ -213,11 +213,11 @@ class EEGDataset:
         Raises
         ------
         RequestError
-            If a setting of the preprocessing differs; the message names every such setting. The settings `stride` and
-            `reject_uv` may differ, because they do not change the values in a window.
+            If a setting of the preprocessing differs; the message names every such setting. The settings `stride`,
+            `reject_uv` and `quality` may differ, because they do not change the values in a good window.
         """
         differ = spec.differences(self.spec)
-        if found := [text for key, text in differ.items() if key not in ("stride", "reject_uv")]:
+        if found := [text for key, text in differ.items() if key not in ("stride", "reject_uv", "quality")]:
             raise RequestError(
                 f"{what} and {self.path} were preprocessed differently ({', '.join(found)}); "
                 f"shard the recordings with the model's preprocess settings"

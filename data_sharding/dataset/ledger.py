@@ -24,7 +24,7 @@ ADDED_LATER = frozenset(
     {
         *("reader", "reference", "segments", "duplicate_of", "held_back", "reason_category", "bad_kinds"),
         *("subject_from", "age", "sex", "group", "recording_year", "device", "device_filters", "task", "license"),
-        *("trial_tmin", "trial_tmax"),
+        *("trial_tmin", "trial_tmax", "seconds_left_out", "bad_in_windows"),
     }
 )
 """Columns that may be missing in ledgers of older versions; a missing column gets the default of its field."""
@@ -138,6 +138,11 @@ class LedgerRow:
     """Seconds of signal that the windows of the recording cover."""
     windows_left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of windows or trials of the recording that are not in the dataset, for each reason."""
+    seconds_left_out: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds of signal that no window covers, for each reason; empty for a recording with trials. Together with
+    `seconds_written`, they add up to the length of the recording."""
+    bad_in_windows: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of windows with a channel that is bad only in some windows, for each kind of fault, such as muscle."""
     trial_tmin: float | None = None
     """Start of the stored trials, in seconds from the onset of the image; None for a recording without trials."""
     trial_tmax: float | None = None

@@ -6,6 +6,7 @@ Letters in array shapes: n is the number of channels, T the number of samples in
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from data_sharding.formats.channels import Channels
 from data_sharding.formats.signal import SignalInfo
 from data_sharding.job.plan_trials import Cut, plan_trials
 from data_sharding.job.task import PartResult, Task
+from data_sharding.processing.account import Account
+from data_sharding.processing.faults import Bridge, Faults, Interval
 from data_sharding.processing.preprocess import PreprocessSpec, clean_blocks, window_starts
 from data_sharding.processing.streaming import Scratch
 
@@ -51,15 +54,125 @@ class Clean:
     """Number of samples of each segment in the scratch file."""
     left_out: dict[str, str]
     """EEG channels that the windows do not contain. Maps channel names to reasons."""
+    faults: Faults
+    """Parts of the signal that are bad."""
 
 
-def plan_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> dict[int, list[Cut]]:
+@dataclass(frozen=True, kw_only=True)
+class CleanWindow:
+    """A window that can be used."""
+
+    segment: int
+    """Number of the segment that contains the window."""
+    cut: Cut
+    """The planned window."""
+    start_s: float
+    """Start of the window in seconds from the start of the recording."""
+    x: np.ndarray
+    """Signal in microvolts, [n, T] float32. A bad row without a usable signal holds zeros."""
+    bads: list[int]
+    """Rows that are bad in the recording or in this window, in order."""
+    kinds: dict[int, str]
+    """Kind of the fault of each row that is bad only in this window."""
+    transient_s: float
+    """Seconds of the window to which the transient of a filter at the end of a segment reaches."""
+
+
+class Judge:
+    """Decides about windows: which rows are bad, and whether a window can be used. Subtracts the reference."""
+
+    def __init__(self, clean: Clean, info: SignalInfo, spec: PreprocessSpec) -> None:
+        self.clean, self.info, self.spec = clean, info, spec
+        self.n = len(clean.channels.names)
+        self.good = [i for i in range(self.n) if i not in set(clean.bads)]
+        self.spans = np.array([(begin, end) for begin, end, _ in info.bad_spans], float).reshape(-1, 2)
+        self.averaged = spec.reference == "average"
+
+    def decide(self, segment: int, cut: Cut, piece: Interval, x: np.ndarray) -> CleanWindow | str:
+        """Return the window that is stored, or the reason why the window is left out.
+
+        Parameters
+        ----------
+        segment : int
+            Number of the segment.
+        cut : Cut
+            The planned window.
+        piece : (int, int)
+            Start and stop of the piece of the segment that contains the window.
+        x : ndarray, shape (rows, T)
+            Filtered signal in microvolts, without the reference.
+
+        Returns
+        -------
+        CleanWindow or str
+            The window, or the reason.
+        """
+        spec, quality, stop = self.spec, self.spec.quality, cut.start + cut.length
+        start_s = self.info.segments[segment].onset + cut.start / spec.sfreq
+        if ((self.spans[:, 0] < start_s + cut.length / spec.sfreq) & (self.spans[:, 1] > start_s)).any():
+            return "over a span marked as bad"
+        found = self.clean.faults.judge(segment, cut.start, stop)
+        bad, silent, near = found.bad, found.silent, found.near
+        low, high = x.min(axis=1), x.max(axis=1)
+        if quality.check:
+            for row in np.flatnonzero(np.maximum(-low, high) > quality.large_uv).tolist():
+                silent.add(row)
+                near.discard(row)
+                bad.setdefault(row, "too large")
+        if not (high > low)[[i for i in self.good if i not in silent]].any():
+            return "flat in every good channel" if not bad else _most(bad, self.good)
+        # A transient alone is no reason to leave out a window.
+        if sum(i in bad and i not in near for i in self.good) > quality.max_bad_share * len(self.good):
+            return _most(bad, self.good)
+        reference = self.clean.reference
+        if self.averaged and bad:
+            least = min(2, len(reference))
+            good = [i for i in reference if i not in bad]
+            reference = good if len(good) >= least else [i for i in reference if i not in bad or i in near]
+            if len(reference) < least:
+                return _most(bad, self.good)
+        elif any(i in bad and i not in near for i in reference):
+            return "reference channel without a signal"
+        y = x
+        if reference:
+            # Compute the mean as a matrix product: NumPy's mean over a list of rows would first copy the rows.
+            weights = np.zeros(len(x))
+            weights[reference] = 1 / len(reference)
+            y = x - weights @ x
+        y = y[: self.n].astype(np.float32)
+        if silent:
+            y[[i for i in silent if i < self.n]] = 0.0
+        if max(-float(y.min()), float(y.max())) > FLOAT16_MAX_UV:
+            return "beyond float16 microvolts"
+        if spec.reject_uv and np.ptp(y[[i for i in self.good if i not in bad]], axis=1).max() > spec.reject_uv:
+            return f"peak to peak beyond {spec.reject_uv:g} microvolts"
+        transient = self.clean.faults.transient(piece, cut.start, stop) if quality.check else 0
+        return CleanWindow(
+            segment=segment,
+            cut=cut,
+            start_s=start_s,
+            x=y,
+            bads=sorted({*self.clean.bads, *(i for i in bad if i < self.n)}),
+            kinds={i: bad[i] for i in self.good if i in bad},
+            transient_s=round(transient / spec.sfreq, 4),
+        )
+
+
+def _most(bad: dict[int, str], good: list[int]) -> str:
+    """Return the reason of a window with too many bad channels."""
+    kind = Counter(kind for row, kind in bad.items() if row in good).most_common(1)
+    return f"too many bad channels: {kind[0][0]}" if kind else "flat in every good channel"
+
+
+def plan_windows(clean: Clean, info: SignalInfo, spec: PreprocessSpec, split: str = "") -> dict[int, list[Cut]]:
     """Plan the windows of a recording without trials.
 
     Parameters
     ----------
-    lengths : list of int
-        Number of samples of each segment at the target sampling rate.
+    clean : Clean
+        The instructions of the first pass.
+    info : SignalInfo
+        Description of the recording.
     spec : PreprocessSpec
         Settings of the preprocessing, with the length and the stride of the windows.
     split : str
@@ -68,15 +181,23 @@ def plan_windows(lengths: list[int], spec: PreprocessSpec, split: str = "") -> d
     Returns
     -------
     dict
-        Windows of each segment in order of time, by the number of the segment.
+        Windows of each segment in order of time, by the number of the segment. No window lies over a gap. The first
+        and the last part of each piece, which the transient of a filter reaches, has no windows. If this rule would
+        leave no window, the recording is short, and the rule does not apply. The rule does not apply to epochs.
     """
-    cuts: dict[int, list[Cut]] = {}
-    number = 0
-    for segment, length in enumerate(lengths):
-        starts = window_starts(length, spec)
-        if len(starts):
-            cuts[segment] = [Cut(int(s), number + i, split, {}, spec.window) for i, s in enumerate(starts)]
-            number += len(starts)
+    margins = [clean.faults.reach] if spec.quality.leave_out_edges and not info.epoched else []
+    for margin in [*margins, 0]:
+        cuts: dict[int, list[Cut]] = {}
+        number = 0
+        for segment, pieces in enumerate(clean.faults.pieces):
+            for begin, end in pieces:
+                starts = begin + margin + window_starts(end - begin - 2 * margin, spec)
+                if len(starts):
+                    planned = [Cut(int(s), number + i, split, {}, spec.window) for i, s in enumerate(starts)]
+                    cuts.setdefault(segment, []).extend(planned)
+                    number += len(starts)
+        if cuts:
+            break
     return cuts
 
 
@@ -86,9 +207,9 @@ def clean_windows(
     info: SignalInfo,
     spec: PreprocessSpec,
     cuts: dict[int, list[Cut]],
-    left_out: Counter[str],
-) -> Iterator[tuple[int, Cut, float, np.ndarray]]:
-    """Filter all segments that contain windows, and cut the windows out of them.
+    account: Account,
+) -> Iterator[CleanWindow]:
+    """Filter all pieces that contain windows, cut the windows out of them, and judge each window.
 
     Parameters
     ----------
@@ -102,52 +223,66 @@ def clean_windows(
         Settings of the preprocessing.
     cuts : dict
         Windows of each segment in order of time, by the number of the segment.
-    left_out : Counter
-        Number of windows that cannot be used, by reason. This function increases the numbers.
+    account : Account
+        Account of the parts that cannot be used. This function adds the windows that it leaves out.
 
     Yields
     ------
-    segment : int
-        Number of the segment that contains the window.
-    cut : Cut
-        The planned window. If a part of a trial outside the model's window cannot be used, the cut is shorter.
-    start : float
-        Start of the window in seconds from the start of the recording.
-    window : ndarray, shape (n, T), float32
-        The signal of the window in microvolts.
+    CleanWindow
+        The next window that can be used.
     """
-    n = len(clean.channels.names)
-    good = np.setdiff1d(np.arange(n), clean.bads)
-    spans = np.array([(begin, end) for begin, end, _ in info.bad_spans], float).reshape(-1, 2)
+    judge = Judge(clean, info, spec)
+    faults = clean.faults
     for number, wanted in cuts.items():
-        begin, onset = clean.begins[number], info.segments[number].onset
+        for piece, inside in _by_piece(faults, number, wanted, spec.window, account):
+            dead = faults.dead.get(number, {})
+            bridge = Bridge(scratch, clean.rows, clean.factor, clean.begins[number], piece, dead)
+            blocks = clean_blocks(
+                bridge.read, piece[1] - piece[0], info.sfreq, spec, line_freq=clean.line_freq, reference=()
+            )
+            for planned, x in _windows(blocks, inside, piece[0]):
 
-        def read(start: int, stop: int, begin: int = begin) -> np.ndarray:
-            return clean.factor * scratch.read(begin + start, begin + stop)[clean.rows]
+                def decide(begin: int, stop: int, cut: Cut = planned, x=x, piece=piece, number=number):
+                    part = cut.shorten(begin, stop, "")
+                    return judge.decide(number, part, piece, x[:, begin:stop])
 
-        blocks = clean_blocks(
-            read,
-            clean.lengths[number],
-            info.sfreq,
-            spec,
-            line_freq=clean.line_freq,
-            reference=clean.reference,
-        )
-        for planned, x in _windows(blocks, wanted):
-
-            def find_flaw(begin: int, stop: int, cut: Cut = planned, x: np.ndarray = x, onset: float = onset) -> str:
-                start_s = onset + (cut.start + begin) / spec.sfreq
-                return _find_flaw(x[:n, begin:stop], good, start_s, spans, spec) or ""
-
-            cut, why = _shorten_to_good_part(planned, spec.window, find_flaw)
-            if cut is None:
-                left_out[why] += 1
-            else:
-                begin = cut.start - planned.start
-                yield number, cut, onset + cut.start / spec.sfreq, x[:n, begin : begin + cut.length]
+                found = _keep_good_part(planned, spec.window, decide)
+                if isinstance(found, str):
+                    start = planned.start + planned.needed
+                    account.leave_out(found, number, start, start + spec.window)
+                else:
+                    yield found
 
 
-def _shorten_to_good_part(cut: Cut, window: int, find_flaw: Callable[[int, int], str]) -> tuple[Cut | None, str]:
+def _by_piece(
+    faults: Faults, segment: int, cuts: list[Cut], window: int, account: Account
+) -> Iterator[tuple[Interval, list[Cut]]]:
+    """Yield each piece of a segment that contains windows, with these windows; leave out windows over a gap.
+
+    If a part of a trial outside the model's window lies beyond the piece, the trial becomes shorter.
+    """
+    pieces, gaps = faults.pieces[segment], faults.gaps.get(segment, [])
+    if not gaps:
+        yield pieces[0], cuts
+        return
+    for begin, end in pieces:
+        inside = []
+        for cut in cuts:
+            needed = cut.start + cut.needed
+            if begin <= needed and needed + window <= end:
+                first, last = max(0, begin - cut.start), min(cut.length, end - cut.start)
+                inside.append(cut.shorten(first, last, "at a part without a signal in any channel"))
+        if inside:
+            yield (begin, end), inside
+    for cut in cuts:
+        needed = cut.start + cut.needed
+        for gap in gaps:
+            if gap.start < needed + window and gap.stop > needed:
+                account.leave_out(f"{gap.kind} in every channel", segment, needed, needed + window)
+                break
+
+
+def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWindow | str]) -> CleanWindow | str:
     """Leave out the part of a trial before or after the model's window if this part has a flaw.
 
     Parameters
@@ -156,32 +291,38 @@ def _shorten_to_good_part(cut: Cut, window: int, find_flaw: Callable[[int, int],
         The window or the trial.
     window : int
         Number of samples of the model's window.
-    find_flaw : callable
+    decide : callable
         Function of the first and the last sample (plus one) of a part of the cut, counted from its start. It returns
-        the flaw of this part, or an empty text.
+        this part, or its flaw.
 
     Returns
     -------
-    cut : Cut or None
-        The trial without the parts that have a flaw; None if the model's window itself has a flaw.
-    why : str
-        The flaw of the model's window, if it has one.
+    CleanWindow or str
+        The trial without the parts that have a flaw; the flaw of the model's window if that has one.
     """
     begin, stop = cut.needed, cut.needed + window
-    if why := find_flaw(begin, stop):
-        return None, why
-    before = find_flaw(0, begin) if begin else ""
-    after = find_flaw(stop, cut.length) if stop < cut.length else ""
-    return cut.shorten(begin if before else 0, stop if after else cut.length, before or after), ""
+    middle = decide(begin, stop)
+    if isinstance(middle, str) or cut.length == window:
+        return middle
+    before = decide(0, begin) if begin else ""
+    after = decide(stop, cut.length) if stop < cut.length else ""
+    first, why = (begin, before) if isinstance(before, str) else (0, "")
+    last, why = (stop, why or after) if isinstance(after, str) else (cut.length, why)
+    found = decide(first, last)
+    # Each part may be good, but too many channels be bad in one part or another.
+    if isinstance(found, str):
+        first, last, why, found = begin, stop, found, middle
+    shorter = cut.shorten(first, last, why)
+    return dataclasses.replace(found, cut=shorter)
 
 
-def _plan_cuts(task: Task, info: SignalInfo, lengths: list[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
+def _plan_cuts(task: Task, info: SignalInfo, clean: Clean, left_out: Counter[str]) -> dict[int, list[Cut]]:
     """Plan the windows of a recording. The result lists the windows of each segment in order of time."""
     item, spec = task.item, task.spec
     if item.trials is None:
         split = task.split.subject(item.subject) if task.split.by_subject else "train"
-        return plan_windows(lengths, spec, split)
-    return plan_trials(task, info, lengths, left_out)
+        return plan_windows(clean, info, spec, split)
+    return plan_trials(task, info, clean.lengths, left_out)
 
 
 def detect_image_type(data: bytes) -> str | None:
@@ -204,9 +345,9 @@ def detect_image_type(data: bytes) -> str | None:
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
-def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut]) -> Iterator[tuple[Cut, np.ndarray]]:
-    """Cut windows out of a signal that comes in blocks. The windows must be sorted by their first sample."""
-    held, at, following = None, 0, 0
+def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], first: int) -> Iterator[tuple[Cut, np.ndarray]]:
+    """Cut windows out of a signal that comes in blocks, from sample `first` on. Windows must be in order of time."""
+    held, at, following = None, first, 0
     for block in blocks:
         held = block if held is None else np.concatenate([held, block], axis=1)
         while following < len(cuts) and cuts[following].start + cuts[following].length <= at + held.shape[1]:
@@ -240,10 +381,9 @@ def write_windows(
         Description of the recording.
     """
     item, spec = task.item, task.spec
-    left_out: Counter[str] = Counter()
+    account = Account(clean.lengths, clean.faults, spec, whole=item.trials is None)
     written: Counter[str] = Counter()
     channels = clean.channels
-    covered, segment, covered_to = 0, -1, 0
     spans: list[tuple[int, int]] = []
     missing: Counter[str] = Counter()
     base = {
@@ -256,20 +396,23 @@ def write_windows(
         "subject": item.subject,
         "session": item.session,
         "corpus": item.corpus,
-        "bads": [channels.names[i] for i in clean.bads],
     }
     with contextlib.ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
-        cuts = _plan_cuts(task, info, clean.lengths, left_out)
-        for number, cut, start_s, window in clean_windows(clean, scratch, info, spec, cuts, left_out):
+        cuts = _plan_cuts(task, info, clean, account.windows)
+        for found in clean_windows(clean, scratch, info, spec, cuts, account):
+            cut = found.cut
             extra, image, kind = dict(cut.extra), None, "png"
             if path := extra.pop("image_path", None):
                 image, fault = _read_image(path)
-                if (found := detect_image_type(image)) is None or fault:
-                    left_out[fault or "image is neither jpg, png nor webp"] += 1
+                if (known := detect_image_type(image)) is None or fault:
+                    account.windows[fault or "image is neither jpg, png nor webp"] += 1
                     continue
-                kind = found
-            meta = {**base, "start": round(start_s, 6), "split": cut.split, **extra}
+                kind = known
+            meta = {**base, "bads": [channels.names[i] for i in found.bads], "start": round(found.start_s, 6)}
+            meta |= {"split": cut.split, **extra}
+            if found.transient_s:
+                meta["transient_s"] = found.transient_s
             if cut.onset is not None:
                 meta["onset"] = cut.onset - cut.start
                 spans.append((cut.start - cut.onset, cut.start - cut.onset + cut.length))
@@ -277,18 +420,15 @@ def write_windows(
             if cut.split not in writers:
                 writers[cut.split] = stack.enter_context(ShardWriter(folder / f"{cut.split}.tar"))
             writers[cut.split].write(
-                Sample(key=f"{item.key}-{cut.number:06d}", eeg=window, meta=meta, image=image, image_ext=kind)
+                Sample(key=f"{item.key}-{cut.number:06d}", eeg=found.x, meta=meta, image=image, image_ext=kind)
             )
             written[cut.split] += 1
-            # Windows may overlap, so the sum of their lengths would count some samples twice.
-            if number != segment:
-                segment, covered_to = number, 0
-            covered += max(0, cut.start + cut.length - max(covered_to, cut.start))
-            covered_to = max(covered_to, cut.start + cut.length)
+            account.write(found.segment, cut.start, cut.start + cut.length, found.kinds)
     result.samples = {split: written[split] for split in SPLITS if written[split]}
     row = result.row
-    row.seconds_written, row.windows = round(covered / spec.sfreq, 4), sum(written.values())
-    row.windows_left_out = dict(sorted(left_out.items()))
+    row.seconds_written, row.windows = account.seconds_written(), sum(written.values())
+    row.windows_left_out = dict(sorted(account.windows.items()))
+    row.seconds_left_out, row.bad_in_windows = account.seconds_left_out(), dict(sorted(account.kinds.items()))
     row.split = "+".join(result.samples)
     if spans:
         _describe_trials(row, spans, missing, spec)
@@ -323,19 +463,3 @@ def _describe_trials(row: LedgerRow, spans: list[tuple[int, int]], missing: Coun
             f"{sum(reasons.values())} of {len(spans)} trials are stored without their whole part before or after the "
             f"window: {', '.join(f'{number} {why}' for why, number in reasons.items())}"
         )
-
-
-def _find_flaw(
-    window: np.ndarray, good: np.ndarray, start_s: float, spans: np.ndarray, spec: PreprocessSpec
-) -> str | None:
-    """Return the reason why a window is left out; None if the window can be used."""
-    if ((spans[:, 0] < start_s + window.shape[1] / spec.sfreq) & (spans[:, 1] > start_s)).any():
-        return "over a span marked as bad"
-    if max(-float(window.min()), float(window.max())) > FLOAT16_MAX_UV:
-        return "beyond float16 microvolts"
-    largest = float(np.ptp(window[good], axis=1).max())
-    if not largest:
-        return "flat in every good channel"
-    if spec.reject_uv and largest > spec.reject_uv:
-        return f"peak to peak beyond {spec.reject_uv:g} microvolts"
-    return None

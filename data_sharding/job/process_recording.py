@@ -46,7 +46,8 @@ from data_sharding.formats.open_signal import NotContinuous, ReadError, unreadab
 from data_sharding.formats.signal import Signal, SignalInfo
 from data_sharding.job.cut_windows import Clean, write_windows
 from data_sharding.job.task import WITHOUT_EFFECT, PartResult, SetAside, Task, new_row
-from data_sharding.processing.preprocess import PreprocessSpec, band_of, reference_rows
+from data_sharding.processing.faults import find_faults
+from data_sharding.processing.preprocess import PreprocessSpec, band_of, reference_rows, transient_length
 from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, resampled_length
 from data_sharding.processing.survey import Survey, Verdict
 
@@ -273,7 +274,7 @@ def prepare(
         raise SetAside("excluded", Reason("no EEG channel", f"only {', '.join(others[:5])}"))
     read = _Reading(info, channels, spec)
     with Scratch(len(read.picks)) as scratch:
-        survey = read.first_pass(signal, scratch)
+        survey = read.first_pass(signal, scratch, item.unit_factor or 1.0)
         yield _judge(item, result, read, survey, spec, folder), scratch
 
 
@@ -311,18 +312,19 @@ class _Reading:
             text = f"{parts if len(info.segments) > 1 else ''}{longest:.2f} s, a window has {spec.window_s:.2f} s"
             raise SetAside("excluded", Reason("too short", text))
 
-    def first_pass(self, signal: Signal, scratch: Scratch) -> Survey:
+    def first_pass(self, signal: Signal, scratch: Scratch, factor: float) -> Survey:
         """Read the signal in blocks. Measure each block, resample it, and write it to the scratch file."""
         info, scale = self.info, 1e6 * self.info.scale
-        survey = Survey(len(self.picks), info.sfreq, info.segments, scale)
+        quality = self.spec.quality
+        survey = Survey(len(self.picks), info.sfreq, info.segments, scale, quality=quality, factor=factor)
         passband = band_of(info.sfreq, self.spec)[1]
         resampler, offset = Resampler(info.sfreq, self.spec.sfreq, passband), np.zeros((len(self.picks), 1))
-        # NumPy warns about NaN and infinite values. The survey finds such channels, so the warnings are not needed.
+        # NumPy warns about infinite values. The survey finds such channels, so the warnings are not needed.
         with np.errstate(invalid="ignore", over="ignore"):
             for block in blocks_of(info.segments, len(self.picks)):
                 first = block[0].start
                 x = _read(signal, first, block[-1].stop, self.picks)
-                survey.push(first, x)
+                x = survey.push(first, x)
                 for piece in block:
                     segment = info.segments[piece.segment]
                     part = x[:, piece.start - first : piece.stop - first]
@@ -403,6 +405,18 @@ def _judge(
         reference = reference_rows(len(chosen), spec, dead, [read.names[i] for i in rows])
     except ValueError as error:
         raise SetAside("quarantined", Reason("cannot be preprocessed", str(error))) from None
+    reach = transient_length(info.sfreq, spec, row.line_freq) if spec.quality.check else 0
+    faults = find_faults(
+        survey.cells,
+        rows,
+        [i for i in range(len(chosen)) if i not in bads],
+        segments=info.segments,
+        lengths=read.lengths,
+        sfreq=info.sfreq,
+        spec=spec,
+        line_freq=row.line_freq,
+        reach=reach,
+    )
     return Clean(
         channels=kept,
         rows=rows,
@@ -413,6 +427,7 @@ def _judge(
         begins=read.begins,
         lengths=read.lengths,
         left_out=left_out,
+        faults=faults,
     )
 
 
@@ -428,7 +443,7 @@ def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
         raise SetAside("quarantined", Reason("the signal holds NaN or infinite values in every channel"))
     if absent:
         names = [read.names[i] for i in absent]
-        row.notes.append(f"NaN or infinite values, left out: {', '.join(names)}")
+        row.notes.append(f"almost only NaN or infinite values, left out: {', '.join(names)}")
     left_out = {why: list(names) for why, names in read.channels.left_out.items()}
     for i, what in verdict.not_eeg.items():
         if i < n_eeg:

@@ -8,22 +8,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from data_sharding.common.files import digest_of
-from data_sharding.processing.streaming import resample, zero_phase
+from data_sharding.processing.quality import UNCHECKED, QualitySpec
+from data_sharding.processing.streaming import lookahead, resample, resampler_reach, zero_phase
 
 FILTER_BYTES = 8 * 2**20
 """Size in bytes of a block of samples in the filters, stored as float64."""
 
 
-BEFORE: dict[str, Any] = {"reject_uv": 0.0, "notch_width_hz": 0.0}
+BEFORE: dict[str, Any] = {
+    "reject_uv": 0.0,
+    "notch_width_hz": 0.0,
+    "quality": dataclasses.asdict(UNCHECKED),
+}
 """Fields of `PreprocessSpec` that older versions did not have, with the values that describe the older versions."""
 NOTCH_GAIN = 1e-3
 """A harmonic of the mains frequency needs no notch filter if the band-pass filter reduces it below this fraction."""
+TRANSIENT_ENERGY = 3e-5
+"""A filter's transient ends where this fraction of the energy of its response is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +73,8 @@ class PreprocessSpec:
     reject_uv: float = 0.0
     """Leave a window out if the peak-to-peak amplitude of a good channel exceeds this value in microvolts. 0 keeps all
     windows."""
+    quality: QualitySpec = field(default_factory=QualitySpec)
+    """Which parts of the recorded signal are bad."""
 
     def __post_init__(self) -> None:
         if not self.sfreq > 0:
@@ -97,6 +106,8 @@ class PreprocessSpec:
             raise ValueError(f"preprocess.notch_width_hz must be from 0 to 10, got {self.notch_width_hz}")
         if not self.reference or not all(self.reference):
             raise ValueError("preprocess.reference is empty; use average, keep, or names of channels")
+        if isinstance(self.quality, dict):
+            object.__setattr__(self, "quality", QualitySpec(**self.quality))
         # Give equal settings the same type (512 and 512.0), because the checksum depends on the written values.
         if not isinstance(self.notch, str):
             object.__setattr__(self, "notch", float(self.notch))
@@ -285,6 +296,49 @@ def _sections(low: float, high: float, sfreq: float, line: float | None, width: 
     return np.concatenate(sections)
 
 
+def transient_length(sfreq: float, spec: PreprocessSpec, line_freq: float | None) -> int:
+    """Compute how far the end of a segment affects the filtered signal.
+
+    Parameters
+    ----------
+    sfreq : float
+        Sampling rate of the recording in Hz.
+    spec : PreprocessSpec
+        Preprocessing settings.
+    line_freq : float or None
+        Mains frequency in Hz; `filters` explains this value.
+
+    Returns
+    -------
+    int
+        Number of samples at the target rate. Beyond this distance, `TRANSIENT_ENERGY` of the energy is left in the
+        response of the high-pass filter and of each notch filter, and nothing in that of the resampling filter.
+    """
+    reach = resampler_reach(sfreq, spec.sfreq, band_of(sfreq, spec)[1])
+    return reach + _response_length(filters(sfreq, spec, line_freq).tobytes(), spec.highpass, spec.sfreq)
+
+
+@functools.lru_cache(maxsize=16)
+def _response_length(sections: bytes, highpass: float, sfreq: float) -> int:
+    """Return the length of the longer response: of the high-pass filter, or of all notch filters."""
+    from scipy.fft import irfft, rfft
+    from scipy.signal import butter, sosfilt
+
+    notches = np.frombuffer(sections).reshape(-1, 6)[4:].copy()
+    parts = [np.asarray(butter(4, highpass, btype="highpass", fs=sfreq, output="sos"))]
+    parts += [notches] if len(notches) else []
+    longest = 0
+    for sos in parts:
+        n = lookahead(sos)
+        response = np.asarray(sosfilt(sos, np.eye(1, n)[0]))
+        # Forward and backward, the response is the autocorrelation. Its peak passes the signal, the rest is transient.
+        spectrum = np.asarray(rfft(response, 2 * n))
+        energy = np.asarray(irfft(np.abs(spectrum) ** 2))[1:n] ** 2
+        left = energy[::-1].cumsum()[::-1]
+        longest = max(longest, int(np.count_nonzero(left > TRANSIENT_ENERGY * left[0])))
+    return longest
+
+
 def clean_blocks(
     read: Callable[[int, int], np.ndarray],
     n_samples: int,
@@ -316,7 +370,7 @@ def clean_blocks(
 
     Yields
     ------
-    ndarray, shape (C, b), float32
+    ndarray, shape (C, b), float64
         The next block of the filtered signal, in microvolts.
     """
     sos = filters(sfreq, spec, line_freq)
@@ -331,7 +385,7 @@ def clean_blocks(
             weights = np.zeros(len(x))
             weights[rows] = 1 / len(rows)
             x = x - weights @ x
-        yield x.astype(np.float32)
+        yield x
 
 
 def reference_rows(n_channels: int, spec: PreprocessSpec, bads: Sequence[int], names: Sequence[str]) -> list[int]:
@@ -435,7 +489,7 @@ def preprocess(
         reference=rows,
         block=y.shape[1],
     )
-    return np.concatenate(list(blocks), axis=1)
+    return np.concatenate(list(blocks), axis=1).astype(np.float32)
 
 
 def window_starts(n_samples: int, spec: PreprocessSpec) -> np.ndarray:

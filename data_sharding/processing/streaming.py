@@ -179,6 +179,7 @@ class _Plan:
     group, outputs of the group]."""
 
 
+@functools.lru_cache(maxsize=64)
 def ratio_of(sfreq: float, target: float) -> Fraction:
     """Return the target rate divided by the recorded rate.
 
@@ -260,6 +261,13 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     return _Plan(up, down, reach, inputs, outputs, tuple(groups))
 
 
+def resampler_reach(sfreq: float, target: float, passband: float) -> int:
+    """Return the number of samples at the target rate on which one recorded sample has an effect, on each side."""
+    if ratio_of(sfreq, target) == 1:
+        return 0
+    return math.ceil(_plan(sfreq, target, passband).reach * target / sfreq)
+
+
 def _odd(x: np.ndarray, before: int, after: int) -> np.ndarray:
     """Extend a signal at both ends by its own samples, rotated by 180 degrees about the end points."""
     return np.pad(x, ((0, 0), (before, after)), mode="reflect", reflect_type="odd")
@@ -295,6 +303,8 @@ class Resampler:
         # frame.
         self._begun = False
         self._n_channels = self._n_in = self._n_out = 0
+        self._scale: float = 1.0
+        self._offset: np.ndarray | float = 0.0
 
     def push(self, x: np.ndarray, scale: float = 1.0, offset: np.ndarray | float = 0.0) -> np.ndarray:
         """Add a block.
@@ -318,19 +328,20 @@ class Resampler:
         plan = self._plan
         if plan is None:
             return x * scale - offset
+        # The filter is linear, so the few output samples are scaled in place of the many input samples.
+        self._scale, self._offset = scale, offset
         kept = 0 if self._held is None else self._held.shape[1]
-        data = np.empty((len(x), kept + x.shape[1]))
+        lead = 0 if self._begun else plan.reach
+        data = np.empty((len(x), lead + kept + x.shape[1]))
         if self._held is not None:
-            data[:, :kept] = self._held
-        fresh = data[:, kept:]
-        np.multiply(x, scale, out=fresh)
-        fresh -= offset
+            data[:, lead : lead + kept] = self._held
+        data[:, lead + kept :] = x
         if not self._begun:
-            if data.shape[1] <= plan.reach + 1:
-                self._held = data
+            if kept + x.shape[1] <= plan.reach + 1:
+                self._held = data[:, lead:].copy()
                 return np.empty((len(x), 0))
             # Enough samples are present to extend the signal before its first sample.
-            data = np.concatenate([_odd(data[:, : plan.reach + 1], plan.reach, 0)[:, : plan.reach], data], axis=1)
+            data[:, :lead] = _odd(data[:, lead : lead + plan.reach + 1], plan.reach, 0)[:, : plan.reach]
             self._begun = True
         return self._frames(data)
 
@@ -351,6 +362,8 @@ class Resampler:
                 np.matmul(frames, matrix, out=out[:, :, first : first + matrix.shape[1]])
         self._held = data[:, n_frames * plan.inputs :].copy()
         self._n_out += n_frames * plan.outputs
+        out *= self._scale
+        out -= np.reshape(self._offset, (-1, 1, 1))
         return out.reshape(len(data), -1)
 
     def finish(self) -> np.ndarray:

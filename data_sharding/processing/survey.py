@@ -9,13 +9,15 @@ Letters in array shapes: n channels, S samples at the recorded rate, P points of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from data_sharding.formats.signal import Segment
-from data_sharding.processing.streaming import Resampler, resample
+from data_sharding.processing.quality import MISSING_UV, UNCHECKED, Cells, QualitySpec
+from data_sharding.processing.streaming import Resampler, resample, zero_phase
 
 PLAUSIBLE_UV = (0.2, 500.0)
 """Range of robust amplitudes (1 to 40 Hz, in microvolts) that EEG can have.
@@ -25,9 +27,17 @@ If the unit is wrong by a factor of a thousand, the amplitude lies outside this 
 USABLE_UV = (0.1, 1000.0)
 """Range of robust amplitudes in microvolts that a single channel may have in a plausible recording."""
 FLAT_SHARE = 0.9
-"""A channel is flat if more than this fraction of its samples equal the previous sample."""
+"""A channel is flat if more than this fraction of its cells hold one value, or if more than this fraction of its other
+samples equal the previous sample. Parts in which every channel holds one value do not count."""
 CLIPPED_SHARE = 0.05
-"""A channel is clipped if more than this fraction of its samples equal its minimum or its maximum."""
+"""A channel is clipped if more than this fraction of its samples equal its minimum or its maximum. Parts that lie at
+one of these values for a longer time do not count: there, the channel is bad only in some windows."""
+CLIPPED_CELLS = 0.5
+"""A channel is also clipped if more than this fraction of its cells are at the rail."""
+MISSING_SHARE = 0.9
+"""A channel is left out if more than this fraction of its cells have missing values."""
+DEAD_SHARE = 0.05
+"""A stretch does not count for a channel if more than this fraction of its cells have no signal."""
 TRIGGER_LEVELS = 32
 """Largest number of distinct values of a trigger channel. A trigger channel changes rarely between a few values."""
 TRIGGER_UV = 200.0
@@ -52,6 +62,9 @@ SURVEY_HZ = 1000.0
 STRETCH_S = 4.0
 STRETCHES_S = 256.0
 """Largest total length, in seconds, of the stretches in which amplitudes and spectra are measured."""
+STRETCHES_SHARE = 0.25
+LEAST_STRETCHES_S = 32.0
+"""In a short recording, the stretches are this share of the recording, but at least this many seconds."""
 SPECTRUM_HZ = 0.45
 """Spectra are compared up to this fraction of the sampling rate. Amplifiers filter out the higher part."""
 MAINS = (50.0, 60.0)
@@ -86,7 +99,7 @@ class Verdict:
     not_eeg: dict[int, str] = field(default_factory=dict)
     """Rows with a signal that cannot be EEG, and the kind of the signal. These rows are also in `bads`."""
     not_finite: list[int] = field(default_factory=list)
-    """Rows with NaN or infinite values."""
+    """Rows that consist almost only of NaN or infinite values."""
     line_freq: float | None = None
     """Mains frequency in Hz, from the spectrum of the good channels."""
     fingerprint: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
@@ -113,14 +126,20 @@ def filter_to_band(x_uv: np.ndarray, sfreq: float) -> tuple[np.ndarray, float]:
     rate : float
         Sampling rate of `y` in Hz.
     """
-    from scipy.signal import butter, sosfiltfilt
-
     x = x_uv - x_uv.mean(axis=-1, keepdims=True)
     rate = min(sfreq, MEASURE_HZ)
     high = min(40.0, 0.45 * rate)
     x = resample(x, sfreq, rate, high)
-    sos = butter(2, [1.0, high], btype="bandpass", fs=rate, output="sos")
-    return sosfiltfilt(sos, x, axis=-1, padlen=min(x.shape[-1] - 1, int(2 * rate))), rate
+    n_samples = x.shape[-1]
+    blocks = zero_phase(lambda a, b: x[:, a:b], n_samples, _measuring_filter(rate, high), int(2 * rate), n_samples)
+    return np.concatenate(list(blocks), axis=1), rate
+
+
+@functools.lru_cache(maxsize=16)
+def _measuring_filter(rate: float, high: float) -> np.ndarray:
+    from scipy.signal import butter
+
+    return np.asarray(butter(2, [1.0, high], btype="bandpass", fs=rate, output="sos"))
 
 
 def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, int]]:
@@ -145,7 +164,8 @@ def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, i
         begins = [segment.start + i * length for i in range(whole)]
         every += [(b, min(b + length, segment.stop)) for b in begins]
     mean = sum(b - a for a, b in every) / max(1, len(every))
-    count = min(len(every), max(1, int(STRETCHES_S * sfreq / max(mean, 1))))
+    wanted_s = min(STRETCHES_S, max(LEAST_STRETCHES_S, STRETCHES_SHARE * mean * len(every) / sfreq))
+    count = min(len(every), max(1, int(wanted_s * sfreq / max(mean, 1))))
     return [every[i] for i in np.unique(np.linspace(0, len(every) - 1, count).round().astype(int))] if every else []
 
 
@@ -191,13 +211,21 @@ class Survey:
     The verdict does not depend on the size of the blocks.
     """
 
-    def __init__(self, n_channels: int, sfreq: float, segments: Sequence[Segment], scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        n_channels: int,
+        sfreq: float,
+        segments: Sequence[Segment],
+        scale: float = 1.0,
+        *,
+        quality: QualitySpec = UNCHECKED,
+        factor: float = 1.0,
+    ) -> None:
         self.sfreq, self.scale = sfreq, scale
+        self.cells = Cells(n_channels, sfreq, segments, scale * factor, quality)
+        """Quality of the signal, for each channel and each tenth of a second."""
         self._n_samples = 0
-        self._low, self._high = np.full(n_channels, np.inf), np.full(n_channels, -np.inf)
-        self._at_low, self._at_high = np.zeros(n_channels, int), np.zeros(n_channels, int)
-        self._unchanged = np.zeros(n_channels, int)
-        self._finite = np.ones(n_channels, bool)
+        self._steps = np.zeros(n_channels, int)
         self._levels: list[set[float]] = [set() for _ in range(n_channels)]
         self._restless = np.zeros(n_channels, bool)
         self._last: np.ndarray | None = None
@@ -217,9 +245,10 @@ class Survey:
         self._mains: dict[float, list[np.ndarray]] = {line: [] for line in MAINS}
         self._amplitudes: list[np.ndarray] = []
         self._rough: list[np.ndarray] = []
+        self._rough_at: list[int] = []
         self._similar: list[np.ndarray] = []
 
-    def push(self, start: int, x: np.ndarray) -> None:
+    def push(self, start: int, x: np.ndarray) -> np.ndarray:
         """Measure a block.
 
         Parameters
@@ -228,13 +257,23 @@ class Survey:
             Number of the block's first sample in the signal.
         x : ndarray, shape (n, b)
             Values as read from the file, not yet multiplied by `scale`. Blocks must come in order.
+
+        Returns
+        -------
+        ndarray, shape (n, b), float64
+            The same values. A missing value is replaced by the last value before it, so that filters can run over it.
+            No window with such a value is used: `cells` knows where values are missing.
         """
         if not x.shape[1]:
-            return
-        # Process a few rows at a time. Each row is read six times, so the rows should stay in the CPU's cache.
-        portion = max(1, 2**16 // x.shape[1])
-        for first in range(0, len(x), portion):
-            self._count_extremes(slice(first, min(first + portion, len(x))), x[first : first + portion])
+            return x
+        x = np.ascontiguousarray(x, np.float64)
+        missing = self.cells.missing.sum()
+        self.cells.push(start, x)
+        # The last samples belong to a cell that is not complete.
+        tail = x[:, -min(x.shape[1], self.cells.length) :]
+        if missing != self.cells.missing.sum() or not (np.abs(tail) < MISSING_UV / self.cells.to_uv).all():
+            x = self._hold_values(x)
+        self._find_levels(x)
         self._last = x[:, -1].copy()
         for number, (begin, end) in enumerate(self._spans):
             if begin < self._n_samples + x.shape[1] and end > self._n_samples:
@@ -249,38 +288,46 @@ class Survey:
             self._measure_stretch(self._stretch.finish())
             self._stretch = self._make_buffer()
             self._next += 1
+        return x
+
+    def _hold_values(self, x: np.ndarray) -> np.ndarray:
+        """Replace missing values by the last value before them, or by the next value at the beginning."""
+        with np.errstate(invalid="ignore"):
+            valid = np.abs(x) < MISSING_UV / self.cells.to_uv
+        x = x.copy()
+        for i in np.flatnonzero(~valid.all(axis=1)):
+            found = np.flatnonzero(valid[i])
+            before = x[i, found[0]] if len(found) else 0.0
+            if self._last is not None:
+                before = self._last[i]
+            at = np.maximum.accumulate(np.where(valid[i], np.arange(x.shape[1]), -1))
+            x[i] = np.where(at >= 0, x[i, np.maximum(at, 0)], before)
+        return x
 
     def _make_buffer(self) -> _StretchBuffer:
         return _StretchBuffer(self.sfreq, self._rate, self.scale)
 
-    def _count_extremes(self, rows: slice, x: np.ndarray) -> None:
-        """Update each channel's minimum and maximum, their counts, and the number of unchanged samples."""
-        low, high = x.min(axis=1), x.max(axis=1)
-        # Missing values show in minimum and maximum: a NaN makes both NaN, and an infinite value is one of the two.
-        self._finite[rows] &= np.isfinite(low) & np.isfinite(high)
-        for ends, seen, found, better in (
-            (self._low, self._at_low, low, np.less),
-            (self._high, self._at_high, high, np.greater),
-        ):
-            here = np.count_nonzero(x == found[:, None], axis=1)
-            seen[rows] = np.where(better(found, ends[rows]), here, seen[rows] + np.where(found == ends[rows], here, 0))
-            ends[rows] = np.where(better(found, ends[rows]), found, ends[rows])
-        same = x[:, 1:] == x[:, :-1]
-        unchanged = np.count_nonzero(same, axis=1)
-        if self._last is not None:
-            unchanged += x[:, 0] == self._last[rows]
-        self._unchanged[rows] += unchanged
-        # A trigger channel stays constant in most samples of a block. A very short block is not enough to see this.
-        self._restless[rows] |= (unchanged <= 0.5 * x.shape[1]) & (x.shape[1] >= 256)
-        for i in np.flatnonzero(unchanged > 0.5 * x.shape[1]):
-            levels = self._levels[rows.start + i]
-            if len(levels) <= TRIGGER_LEVELS:
-                levels.add(float(x[i, 0]))
-                levels.update(np.unique(x[i, 1:][~same[i]])[: TRIGGER_LEVELS + 1].tolist())
+    def _find_levels(self, x: np.ndarray) -> None:
+        """Find channels that change rarely between a few values; count their changes and collect their values."""
+        n = x.shape[1]
+        pairs = np.unique(np.linspace(0, max(0, n - 2), 64).astype(int)) if n > 1 else np.zeros(0, int)
+        rows = np.arange(len(x))
+        if n >= 256:
+            # A trigger channel stays constant in most samples of a block. A short block is not enough to see this.
+            moving = (x[:, pairs] == x[:, pairs + 1]).mean(axis=1) < 0.25
+            self._restless |= moving
+            rows = rows[~moving]
+        for i in rows[~self._restless[rows]].tolist():
+            changed = np.flatnonzero(x[i, 1:] != x[i, :-1])
+            self._steps[i] += len(changed) + (self._last is not None and x[i, 0] != self._last[i])
+            if n >= 256 and len(changed) >= 0.5 * n:
+                self._restless[i] = True
+            elif len(self._levels[i]) <= TRIGGER_LEVELS:
+                self._levels[i].add(float(x[i, 0]))
+                self._levels[i].update(np.unique(x[i, 1:][changed])[: TRIGGER_LEVELS + 1].tolist())
 
     def _measure_stretch(self, x: np.ndarray) -> None:
-        """Measure amplitude, spectrum and correlations of a stretch; rows with NaN or infinities are set to zero."""
-        x = np.where(self._finite[:, None], x, 0.0)
+        """Measure amplitude, spectrum and correlations of a stretch."""
         x -= x.mean(axis=1, keepdims=True)
         y, _ = filter_to_band(x, self._rate)
         self._amplitudes.append(np.abs(y).astype(np.float32))
@@ -304,6 +351,7 @@ class Survey:
                 rough &= np.abs(frequency - line) > 2.5
             if np.count_nonzero(rough) > 20:
                 self._rough.append(np.sqrt(power[:, rough].mean(axis=1)))
+                self._rough_at.append(len(self._amplitudes) - 1)
 
     def _measure_mains(self, spectrum: np.ndarray) -> None:
         """Add the power of a stretch near the mains frequencies, relative to neighbouring frequencies.
@@ -314,10 +362,12 @@ class Survey:
         """
         for line, totals in self._mains.items():
             bins = np.flatnonzero(np.abs(self._frequencies - line) < 6)
+            # The common part is measured only in some stretches, because a median over the channels takes long.
+            with_common = len(spectrum) >= MIN_TO_COMPARE and (self._n_power <= 8 or self._n_power % 4 == 0)
             if self._rate / 2 <= line + 3 or not len(bins):
                 continue
             around = np.abs(self._frequencies[bins] - line) > 2
-            for i, common in enumerate((False, True)[: 1 + (len(spectrum) >= MIN_TO_COMPARE)]):
+            for i, common in enumerate((False, True)[: 1 + with_common]):
                 part = spectrum[:, bins]
                 if common:
                     part = part - (np.median(part.real, axis=0) + 1j * np.median(part.imag, axis=0))
@@ -344,31 +394,30 @@ class Survey:
         Verdict
             Result of the survey; its `unit` is "unknown" if EEG cannot have such amplitudes.
         """
-        times, n = factor or 1.0, len(self._finite)
-        robust = np.zeros(n)
-        if self._amplitudes:
-            robust = 1.4826 * times * np.median(np.concatenate(self._amplitudes, axis=1), axis=1).astype(float)
-        unchanged = self._unchanged / max(1, self._n_samples - 1)
-        at_rail = np.maximum(self._at_low, self._at_high) / max(1, self._n_samples)
+        times, n = factor or 1.0, len(self._steps)
+        cells = self.cells
+        # A stretch in which a channel is dead says nothing about the channel in the rest of the recording.
+        samples, at_rail, dead = cells.summarise(self._plan[: self._next])
+        live_in = dead <= DEAD_SHARE
+        live_in[:, ~live_in.any(axis=0)] = True
+        robust = times * self._robust_amplitudes(live_in)
+        finite = cells.share_missing() <= (MISSING_SHARE if cells.spec.check else 0.0)
+        extent, constant, repeated = cells.extent, cells.share_constant(), cells.share_repeated()
         bads: dict[int, str] = {}
         not_eeg: dict[int, str] = {}
         tone = self._tone()
-        for i in np.flatnonzero(self._finite).tolist():
-            if self._low[i] == self._high[i]:
+        for i in np.flatnonzero(finite).tolist():
+            if not extent[i] > 0:
                 bads[i] = "flat"
-            elif unchanged[i] > FLAT_SHARE:
-                steps, levels = self._n_samples - 1 - self._unchanged[i], len(self._levels[i])
-                returns = 2 <= levels <= TRIGGER_LEVELS and steps >= max(3, 2 * (levels - 1))
-                high = self.scale * (self._high[i] - self._low[i]) > TRIGGER_UV
-                if returns and high and not self._restless[i]:
+            elif constant[i] > FLAT_SHARE or repeated[i] > FLAT_SHARE or self._is_trigger(i):
+                bads[i] = "flat"
+                if self._is_trigger(i):
                     bads[i] = not_eeg[i] = "trigger"
-                else:
-                    bads[i] = "flat"
-            elif at_rail[i] > CLIPPED_SHARE:
+            elif samples[i] > CLIPPED_SHARE or at_rail[i] > CLIPPED_CELLS:
                 bads[i] = "clipped"
             elif tone[i]:
                 bads[i] = "test tone"
-        live = np.array([i for i in np.flatnonzero(self._finite) if i not in bads], int)
+        live = np.array([i for i in np.flatnonzero(finite) if i not in bads], int)
         amplitude = float(np.median(robust[live])) if len(live) else 0.0
         plausible = PLAUSIBLE_UV[0] <= amplitude <= PLAUSIBLE_UV[1]
         unit = "configured" if factor is not None else "plausible" if plausible else "unknown"
@@ -376,24 +425,41 @@ class Survey:
             for i in live:
                 if not USABLE_UV[0] <= robust[i] <= USABLE_UV[1]:
                     bads[int(i)] = "too small" if robust[i] < USABLE_UV[0] else "too large"
-            bads |= dict.fromkeys(self._noisy(np.array([i for i in live if i not in bads], int)), "noisy")
-        left = [i for i in range(n) if self._finite[i] and i not in bads]
+            bads |= dict.fromkeys(self._noisy(np.array([i for i in live if i not in bads], int), live_in), "noisy")
+        left = [i for i in range(n) if finite[i] and i not in bads]
         return Verdict(
             amplitude_uv=amplitude,
             factor=times,
             unit=unit,
             bads=dict(sorted(bads.items())),
             not_eeg=not_eeg,
-            not_finite=np.flatnonzero(~self._finite).tolist(),
+            not_finite=np.flatnonzero(~finite).tolist(),
             line_freq=self.line_frequency(left),
             fingerprint=self._fingerprint(),
             channel_uv=robust,
         )
 
+    def _is_trigger(self, i: int) -> bool:
+        """Return whether a channel changes rarely, between a few values, and returns to them."""
+        levels = len(self._levels[i])
+        returns = 2 <= levels <= TRIGGER_LEVELS and self._steps[i] >= max(3, 2 * (levels - 1))
+        high = self.scale * (self.cells.high.value[i] + self.cells.low.value[i]) > TRIGGER_UV
+        still = self._steps[i] < (1 - FLAT_SHARE) * max(1, self._n_samples - 1)
+        return bool(returns and high and still and not self._restless[i])
+
+    def _robust_amplitudes(self, live: np.ndarray) -> np.ndarray:
+        """Return the median of the absolute values of each channel in microvolts, over its live stretches, [n]."""
+        if not self._amplitudes:
+            return np.zeros(len(self._steps))
+        robust = np.median(np.concatenate(self._amplitudes, axis=1), axis=1)
+        for i in np.flatnonzero(~live.all(axis=0)):
+            robust[i] = np.median(np.concatenate([self._amplitudes[k][i] for k in np.flatnonzero(live[:, i])]))
+        return 1.4826 * robust.astype(float)
+
     def _tone(self) -> np.ndarray:
         """Return the rows that are a test tone: a single frequency that is not an EEG rhythm or a mains harmonic."""
         if not self._n_power:
-            return np.zeros(len(self._finite), bool)
+            return np.zeros(len(self._steps), bool)
         frequency = self._frequencies
         power = np.where(frequency >= 1.0, self._power, 0.0)
         # With Hann's window, the power of a single frequency is spread over three bins.
@@ -406,18 +472,27 @@ class Survey:
         share = np.where(allowed, near, 0.0).max(axis=1) / np.maximum(power.sum(axis=1), 1e-30)
         return share > TONE_SHARE
 
-    def _noisy(self, live: np.ndarray) -> list[int]:
-        """Return rows with much more high-frequency noise than other rows, or without correlation to any other row."""
+    def _noisy(self, live: np.ndarray, live_in: np.ndarray) -> list[int]:
+        """Return rows with much more high-frequency noise than other rows, or without correlation to any other row.
+
+        Parameters
+        ----------
+        live : ndarray of int
+            Rows to compare.
+        live_in : ndarray of bool, shape (stretches, n)
+            Whether a channel has a signal in a stretch.
+        """
         if len(live) < MIN_TO_COMPARE:
             return []
         found: set[int] = set()
         if self._rough:
-            rough = np.log(np.maximum(np.median(np.stack(self._rough), axis=0)[live], 1e-12))
+            shown = np.where(live_in[self._rough_at], np.stack(self._rough), np.nan)[:, live]
+            rough = np.log(np.maximum(_median(shown), 1e-12))
             middle = np.median(rough)
             deviation = 1.4826 * np.median(np.abs(rough - middle))
             out = (rough - middle > np.log(NOISY_RATIO)) & (rough - middle > NOISY_Z * deviation)
             found |= set(live[out].tolist())
-        alike = np.median(np.stack(self._similar), axis=0)[live]
+        alike = _median(np.where(live_in, np.stack(self._similar), np.nan)[:, live])
         if np.median(alike) > TOGETHER:
             found |= set(live[alike < LONELY].tolist())
         return sorted(found)
@@ -449,7 +524,7 @@ class Survey:
 
     def _fingerprint(self) -> np.ndarray:
         """Compute the fingerprint; the same signal gives the same fingerprint in every file format."""
-        none = np.zeros((len(self._finite), 0), np.float32)
+        none = np.zeros((len(self._steps), 0), np.float32)
         head = self._stretch_points(0, 0.0, FINGERPRINT_POINTS)
         if head.shape[1] < 2:
             return none
@@ -466,13 +541,20 @@ class Survey:
 
     def _stretch_points(self, number: int, begin_s: float, count: int) -> np.ndarray:
         """Return at most `count` points of a stretch of the fingerprint, from `begin_s` seconds after its beginning."""
-        x = self._prints[number].finish() if number in self._prints else np.zeros((len(self._finite), 0))
+        x = self._prints[number].finish() if number in self._prints else np.zeros((len(self._steps), 0))
         if x.shape[1] < 2:
             return np.zeros((len(x), 0))
         x = np.where(np.isfinite(x).all(axis=1, keepdims=True), x, 0.0)
         y, rate = filter_to_band(x, self._rate)
         count = min(count, int((y.shape[-1] - 1) / rate / FINGERPRINT_STEP_S))
         return y[:, np.round((begin_s + np.arange(max(count, 0)) * FINGERPRINT_STEP_S) * rate).astype(int)]
+
+
+def _median(x: np.ndarray) -> np.ndarray:
+    """Return the median over stretches, without NaN; zero for a channel without a value."""
+    if np.isnan(x).any():
+        return np.array([np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else 0.0 for row in x.T])
+    return np.median(x, axis=0)
 
 
 def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Verdict:

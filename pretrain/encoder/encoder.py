@@ -310,14 +310,14 @@ class EEGEncoder(nn.Module):
             while batch := list(itertools.islice(found.stream, batch_size)):
                 # Round the values to float16 microvolts, because the windows of the pretraining were stored in this
                 # format.
-                block = np.stack([x.astype(np.float16).astype(np.float32) for _, x in batch])
+                block = np.stack([one.x.astype(np.float16).astype(np.float32) for one in batch])
                 uv_BCT = torch.from_numpy(pad_channels(block, self.config.channels)).to(device)
                 x_BCT = self.scale_for_model(uv_BCT, len(found.names))
                 rows = slice(len(times), len(times) + len(batch))
                 tokens_BND[rows] = self.tokens(x_BCT, positions_C3).float().cpu().numpy()
-                times += [start for start, _ in batch]
+                times += [one.start_s for one in batch]
         if not times:
-            why = ", ".join(f"{count} {reason}" for reason, count in sorted(found.flawed.items()))
+            why = ", ".join(f"{count} {reason}" for reason, count in sorted(found.account.windows.items()))
             raise RequestError(f"no window of the recording can be encoded: {why}")
         tokens_BND = tokens_BND[: len(times)]
         report = CoverageReport(
@@ -332,8 +332,9 @@ class EEGEncoder(nn.Module):
             seconds=found.seconds,
             window_seconds=spec.window_s,
             windows=len(times),
-            windows_left_out=dict(sorted(found.flawed.items())),
-            seconds_left_out=found.tails,
+            windows_left_out=dict(sorted(found.account.windows.items())),
+            seconds_left_out=found.account.seconds_left_out(),
+            bad_in_windows=dict(sorted(found.account.kinds.items())),
         )
         return Encoding(tokens=tokens_BND, pooled=tokens_BND.mean(axis=1), times=np.array(times), report=report)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,9 @@ from data_sharding.processing.preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
     import mne
+
+    from data_sharding.job.cut_windows import CleanWindow
+    from data_sharding.processing.account import Account
 
 LINE_FREQS = (40.0, 70.0)
 """Lowest and highest mains frequency in Hz that is accepted. The power grid has 50 or 60 Hz, but the frequency of small
@@ -52,12 +54,10 @@ class Windows:
     """Length of the recording in seconds."""
     most: int
     """Largest number of windows that `stream` can yield. `stream` yields fewer windows if some windows are flawed."""
-    tails: float
-    """Total length in seconds of the remainders at the ends of segments; each remainder is too short for a window."""
-    flawed: Counter[str] = field(default_factory=Counter)
-    """Number of windows that were left out, for each reason. The numbers are complete when `stream` has ended."""
-    stream: Iterator[tuple[float, np.ndarray]] = field(repr=False)
-    """Start in seconds and signal [C, T] in float32 microvolts of each window that is not flawed."""
+    account: Account = field(repr=False)
+    """Account of the windows and seconds that were left out. The account is complete when `stream` has ended."""
+    stream: Iterator[CleanWindow] = field(repr=False)
+    """Each window that is not flawed: start in seconds, signal [C, T] in float32 microvolts, and bad channels."""
 
 
 @contextlib.contextmanager
@@ -95,6 +95,7 @@ def windows_of(
     from data_sharding.job.cut_windows import clean_windows, plan_windows
     from data_sharding.job.process_recording import prepare
     from data_sharding.job.task import PartResult, SetAside, new_row
+    from data_sharding.processing.account import Account
 
     signal = _wrap(recording)
     item = Item(
@@ -107,7 +108,7 @@ def windows_of(
         unit_factor=unit_factor,
         line_freq=line_freq,
     )
-    result, info, flawed = PartResult(row=new_row(item)), signal.info, Counter()
+    result, info = PartResult(row=new_row(item)), signal.info
     with contextlib.ExitStack() as stack:
         try:
             clean, scratch = stack.enter_context(prepare(signal, item, spec, result))
@@ -118,9 +119,14 @@ def windows_of(
         left_out = {name: kind for kind, found in result.row.channels_left_out.items() for name in found}
         left_out |= {name: kind for name, kind in zip(info.ch_names, info.ch_types, strict=True) if kind != "eeg"}
         left_out |= clean.left_out
-        cuts = plan_windows(clean.lengths, spec)
-        ends = {segment: found[-1].start + spec.window for segment, found in cuts.items()}
-        tails = sum(length - ends.get(segment, 0) for segment, length in enumerate(clean.lengths))
+        cuts = plan_windows(clean, info, spec)
+        account = Account(clean.lengths, clean.faults, spec, whole=True)
+
+        def stream() -> Iterator[CleanWindow]:
+            for found in clean_windows(clean, scratch, info, spec, cuts, account):
+                account.write(found.segment, found.cut.start, found.cut.start + spec.window, found.kinds)
+                yield found
+
         yield Windows(
             names=names,
             positions=clean.channels.positions,
@@ -131,9 +137,8 @@ def windows_of(
             line_freq=clean.line_freq,
             seconds=result.row.seconds,
             most=sum(map(len, cuts.values())),
-            tails=tails / spec.sfreq,
-            flawed=flawed,
-            stream=((start, x) for _, _, start, x in clean_windows(clean, scratch, info, spec, cuts, flawed)),
+            account=account,
+            stream=stream(),
         )
 
 

@@ -40,8 +40,10 @@ class CoverageReport:
     """Number of windows that were encoded."""
     windows_left_out: dict[str, int]
     """Number of windows that were not encoded, for each reason. Sharding leaves out windows for the same reasons."""
-    seconds_left_out: float
-    """Total length in seconds of the remainders at the ends of segments; each remainder is too short for a window."""
+    seconds_left_out: dict[str, float]
+    """Seconds of the recording that no encoded window covers, for each reason."""
+    bad_in_windows: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of encoded windows with a channel that is bad only in some windows, for each kind of fault."""
 
     def __str__(self) -> str:
         channels = f"{len(self.channels_used)} channels used"
@@ -53,9 +55,9 @@ class CoverageReport:
         if self.line_freq:
             rate += f", {self.line_freq:g} Hz notched"
         windows = f"{self.windows} windows of {self.window_seconds:g} s out of {self.seconds:.1f} s"
-        if self.seconds_left_out:
-            windows += f"; {self.seconds_left_out:.2f} s left out, too short for a window"
+        windows += "".join(f"; {seconds:.2f} s left out: {why}" for why, seconds in self.seconds_left_out.items())
         windows += "".join(f"; {count} left out: {why}" for why, count in self.windows_left_out.items())
+        windows += "".join(f"; {count} with a bad channel: {kind}" for kind, count in self.bad_in_windows.items())
         return "\n".join([channels, rate, windows])
 
 

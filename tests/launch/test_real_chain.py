@@ -45,7 +45,7 @@ def test_real_recordings_become_a_dataset_an_encoder_and_embeddings(tmp_path: Pa
     assert (run / "plots" / "reconstruction.png").stat().st_size > 10_000
 
     dreamscale("export", run, encoder)
-    for recording, windows in (("nihon-kohden/MB0400FU.EDF", 29), ("egi/test_egi_pns.mff", 13)):
+    for recording, windows in (("nihon-kohden/MB0400FU.EDF", 23), ("egi/test_egi_pns.mff", 10)):
         out = tmp_path / f"{Path(recording).stem}.npz"
         dreamscale("encode", encoder, CORPUS / recording, "-o", out)
         with np.load(out) as found:

@@ -207,7 +207,14 @@ def sharded(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
     folder = tmp_path_factory.mktemp("jobs")
     common = {
-        "preprocess": {"sfreq": 100, "highpass": 1.0, "lowpass": 40.0, "window": 100, "stride": 100},
+        "preprocess": {
+            "sfreq": 100,
+            "highpass": 1.0,
+            "lowpass": 40.0,
+            "window": 100,
+            "stride": 100,
+            "quality": {"leave_out_edges": False},
+        },
         "allowed_set_aside": 1.0,
         "ray": {"num_cpus": 1},
     }

@@ -73,7 +73,7 @@ def shard_all(tmp_path: Path) -> Callable[..., dict[str, Sharded]]:
         out = {}
         for item in list_items(CorpusConfig(root=str(root), name="c", **corpus)):
             split = SplitConfig(val_fraction=0, test_fraction=0)
-            labels = tuple(sorted({trial.label_name for trial in item.trials or ()}))
+            labels = tuple(sorted({trial.label_name for trial in item.trials or ()} - {""}))
             result = process_recording(
                 Task(item=item, spec=spec, split=split, labels=labels, work=tmp_path / "work", timeout_s=60)
             )

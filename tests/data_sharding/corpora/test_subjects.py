@@ -300,7 +300,14 @@ class TestJob:
             )
         config = {
             "corpora": [{"root": str(folder / "root"), "name": "lab", **corpus}],
-            "preprocess": {"sfreq": 100, "highpass": 1.0, "lowpass": 40.0, "window": 100, "stride": 100},
+            "preprocess": {
+                "sfreq": 100,
+                "highpass": 1.0,
+                "lowpass": 40.0,
+                "window": 100,
+                "stride": 100,
+                "quality": {"leave_out_edges": False},
+            },
             "split": {"val_fraction": 0.4, "test_fraction": 0.0},
             "ray": {"num_cpus": 2, "memory_gb": 1},
         }

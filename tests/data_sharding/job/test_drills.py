@@ -69,7 +69,14 @@ class Drill:
         self.config = folder / "job.yaml"
         values = {
             "corpora": [{"root": root, "name": "lab"}],
-            "preprocess": {"sfreq": 100, "highpass": 1.0, "lowpass": 40.0, "window": 100, "stride": 100},
+            "preprocess": {
+                "sfreq": 100,
+                "highpass": 1.0,
+                "lowpass": 40.0,
+                "window": 100,
+                "stride": 100,
+                "quality": {"leave_out_edges": False},
+            },
             "samples_per_shard": 64,
             "split": {"val_fraction": 0.2, "test_fraction": 0.2},
             "ray": {"num_cpus": 2, "memory_gb": 0.5},

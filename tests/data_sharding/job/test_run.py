@@ -20,7 +20,14 @@ from data_sharding.dataset.ledger import read_ledger
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.job.run import main
 
-SPEC = {"sfreq": 100, "highpass": 1.0, "lowpass": 40.0, "window": 100, "stride": 100}
+SPEC = {
+    "sfreq": 100,
+    "highpass": 1.0,
+    "lowpass": 40.0,
+    "window": 100,
+    "stride": 100,
+    "quality": {"leave_out_edges": False},
+}
 
 
 def write_config(path: Path, corpora: list[dict], **more) -> Path:

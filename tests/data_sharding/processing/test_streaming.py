@@ -141,7 +141,7 @@ class TestPreprocessing:
             assert scratch.n_samples == length
             blocks = clean_blocks(scratch.read, length, sfreq, spec, line_freq=50.0, reference=[0, 1, 2], block=1)
             got = np.concatenate(list(blocks), axis=1)
-        assert got.dtype == wanted.dtype == np.float32
+        assert got.dtype == np.float64
         np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5)
 
     def test_scratch_leaves_no_file_behind(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

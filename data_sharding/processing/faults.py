@@ -1,0 +1,299 @@
+"""Turns the quality of the raw signal into faults of a recording at the target rate.
+
+Parts without a signal in any good channel are gaps: filters never run over a gap. A channel without a signal for a
+while is bad in the windows there, and the other channels are kept.
+
+Letters in array shapes: n is the number of channels, T the number of samples in a window.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_sharding.formats.signal import Segment
+from data_sharding.processing.preprocess import PreprocessSpec, band_of
+from data_sharding.processing.quality import NO_SIGNAL, Cells
+from data_sharding.processing.streaming import Scratch, resampler_reach
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A part of a segment in which a channel is bad, at the target sampling rate."""
+
+    start: int
+    """First sample, counted from the start of the segment."""
+    stop: int
+    """Last sample plus one."""
+    kind: str
+    """What is wrong, such as flat."""
+    rings: bool = True
+    """Whether a filter runs over this part. It does not where the part is the border of a gap."""
+
+
+@dataclass
+class WindowFaults:
+    """Bad rows of a window."""
+
+    bad: dict[int, str] = field(default_factory=dict)
+    """Rows that are bad in the window, each with the kind of its fault."""
+    silent: set[int] = field(default_factory=set)
+    """Rows without a signal in a part of the window."""
+    near: set[int] = field(default_factory=set)
+    """Rows without a signal shortly before or after the window; the transient of a filter reaches into the window."""
+
+
+@dataclass(kw_only=True)
+class Faults:
+    """Faults of a recording. Rows are positions in `Clean.rows`."""
+
+    reach: int = 0
+    """Number of samples to which the transient of a filter reaches."""
+    pieces: list[list[Interval]]
+    """For each segment: start and stop of its pieces between gaps. A segment without a gap is one piece."""
+    gaps: dict[int, list[Fault]] = field(default_factory=dict)
+    """Parts without a signal in any good channel, by the number of the segment."""
+    dead: dict[int, dict[int, list[Fault]]] = field(default_factory=dict)
+    """Parts of each row without a signal, by the number of the segment."""
+    busy: dict[int, dict[int, list[Fault]]] = field(default_factory=dict)
+    """Parts of each row with muscle activity or mains noise, by the number of the segment."""
+
+    def judge(self, segment: int, start: int, stop: int) -> WindowFaults:
+        """Find the bad rows of a window; `start` and `stop` are samples counted from the start of the segment."""
+        found = WindowFaults()
+        for row, faults in self.busy.get(segment, {}).items():
+            length: Counter[str] = Counter()
+            for fault in _overlapping(faults, start, stop):
+                length[fault.kind] += min(stop, fault.stop) - max(start, fault.start)
+            for kind, samples in length.items():
+                if 2 * samples >= stop - start:
+                    found.bad[row] = kind
+        for row, faults in self.dead.get(segment, {}).items():
+            for fault in _overlapping(faults, start - self.reach, stop + self.reach):
+                if fault.start < stop and fault.stop > start:
+                    found.silent.add(row)
+                elif not fault.rings:
+                    continue
+                found.bad[row] = fault.kind
+        found.near = {row for row in self.dead.get(segment, {}) if row in found.bad and row not in found.silent}
+        return found
+
+    def transient(self, piece: Interval, start: int, stop: int) -> int:
+        """Return the number of samples of a window to which the transients at the ends of its piece reach."""
+        begin, end = piece[0] + self.reach, piece[1] - self.reach
+        return min(stop - start, max(0, min(stop, begin) - start) + max(0, stop - max(start, end)))
+
+
+class Bridge:
+    """Reads a piece of a segment, with a straight line in place of each part in which a row has no signal.
+
+    The line keeps the filters from ringing. No sample contains the line: where a row has no signal, windows hold zeros.
+
+    Parameters
+    ----------
+    scratch : Scratch
+        The signal at the target rate.
+    rows : sequence of int
+        Rows of the scratch file to read.
+    factor : float
+        Factor that converts the values to microvolts.
+    begin : int
+        First sample of the segment in the scratch file.
+    piece : (int, int)
+        Start and stop of the piece in the segment.
+    dead : dict
+        Parts of each row without a signal (`Faults.dead`).
+    """
+
+    def __init__(
+        self,
+        scratch: Scratch,
+        rows: Sequence[int],
+        factor: float,
+        begin: int,
+        piece: Interval,
+        dead: dict[int, list[Fault]],
+    ) -> None:
+        self._scratch, self._rows, self._factor = scratch, list(rows), factor
+        self._offset = begin + piece[0]
+        n_samples = piece[1] - piece[0]
+        self._lines: list[tuple[int, int, int, float, float]] = []
+        for row, faults in dead.items():
+            for fault in _overlapping(faults, *piece):
+                a, b = max(0, fault.start - piece[0]), min(n_samples, fault.stop - piece[0])
+                before = self._value(row, a - 1) if a > 0 else None
+                after = self._value(row, b) if b < n_samples else before
+                before = after if before is None else before
+                self._lines.append((row, a, b, before or 0.0, after or 0.0))
+
+    def _value(self, row: int, sample: int) -> float:
+        at = self._offset + sample
+        return self._factor * float(self._scratch.read(at, at + 1)[self._rows[row], 0])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Read samples of the piece in microvolts, [rows, stop - start]."""
+        x = self._factor * self._scratch.read(self._offset + start, self._offset + stop)[self._rows]
+        for row, a, b, before, after in self._lines:
+            first, last = max(a, start), min(b, stop)
+            if first < last:
+                share = (np.arange(first, last) - a + 1) / (b - a + 1)
+                x[row, first - start : last - start] = before + (after - before) * share
+        return x
+
+
+def find_faults(
+    cells: Cells,
+    rows: Sequence[int],
+    good: Sequence[int],
+    *,
+    segments: Sequence[Segment],
+    lengths: Sequence[int],
+    sfreq: float,
+    spec: PreprocessSpec,
+    line_freq: float | None,
+    reach: int,
+) -> Faults:
+    """Convert the spans of the raw signal to faults at the target rate, and find the gaps.
+
+    Parameters
+    ----------
+    cells : Cells
+        Quality of the raw signal.
+    rows : sequence of int
+        Rows of the signal that the windows need.
+    good : sequence of int
+        Positions in `rows` of the channels that are good in the recording as a whole.
+    segments : sequence of Segment
+        Segments of the recording.
+    lengths : sequence of int
+        Number of samples of each segment at the target rate.
+    sfreq : float
+        Sampling rate of the recording in Hz.
+    spec : PreprocessSpec
+        Preprocessing settings.
+    line_freq : float or None
+        Mains frequency in Hz.
+    reach : int
+        Number of samples to which the transient of a filter reaches.
+
+    Returns
+    -------
+    Faults
+        The faults of the recording.
+    """
+    faults = Faults(reach=reach, pieces=[[(0, length)] for length in lengths])
+    around, ratio = resampler_reach(sfreq, spec.sfreq, band_of(sfreq, spec)[1]), spec.sfreq / sfreq
+    for number, spans in cells.spans(rows, line_freq).items():
+        whole = segments[number].stop - segments[number].start
+        for span in spans:
+            silent = span.kind in NO_SIGNAL
+            more = around if silent else 0
+            start = max(0, math.floor(span.start * ratio) - more)
+            # At the end of the segment, the resampled signal may be a sample longer.
+            end = math.ceil(span.stop * ratio) + more if span.stop < whole else lengths[number]
+            table = (faults.dead if silent else faults.busy).setdefault(number, {})
+            table.setdefault(span.row, []).append(Fault(start, min(end, lengths[number]), span.kind))
+        dead = {row: _join(found) for row, found in faults.dead.get(number, {}).items()}
+        if dead:
+            faults.dead[number] = dead
+            if gaps := _common(dead, good):
+                holes = [(gap.start, gap.stop) for gap in gaps]
+                faults.gaps[number] = gaps
+                faults.pieces[number] = subtract([(0, lengths[number])], holes)
+                faults.dead[number] = {row: _cut_out(found, holes) for row, found in dead.items()}
+    return faults
+
+
+def _overlapping(faults: list[Fault], start: int, stop: int) -> Iterable[Fault]:
+    """Return the faults that overlap an interval; the faults are in order of time."""
+    first = bisect.bisect_right(faults, start, key=lambda fault: fault.stop)
+    for fault in itertools.islice(faults, first, None):
+        if fault.start >= stop:
+            break
+        yield fault
+
+
+def _join(faults: list[Fault]) -> list[Fault]:
+    """Join faults of one channel that overlap; the longest of them gives the kind."""
+    out: list[Fault] = []
+    for fault in sorted(faults, key=lambda f: f.start):
+        if out and fault.start <= out[-1].stop:
+            last = out.pop()
+            longer = fault if fault.stop - fault.start > last.stop - last.start else last
+            fault = Fault(last.start, max(last.stop, fault.stop), longer.kind)
+        out.append(fault)
+    return out
+
+
+def _cut_out(faults: list[Fault], gaps: list[Interval]) -> list[Fault]:
+    """Return the parts of a row's faults outside the gaps."""
+    out = []
+    for fault in faults:
+        whole = (fault.start, fault.stop)
+        touched = bool(intersect([whole], gaps))
+        out += [dataclasses.replace(fault, start=a, stop=b, rings=not touched) for a, b in subtract([whole], gaps)]
+    return out
+
+
+def _common(dead: dict[int, list[Fault]], good: Sequence[int]) -> list[Fault]:
+    """Return the parts in which every good channel has no signal."""
+    if not good or not set(good) <= dead.keys():
+        return []
+    common = [(f.start, f.stop) for f in dead[good[0]]]
+    for row in good[1:]:
+        common = intersect(common, [(f.start, f.stop) for f in dead[row]])
+    gaps = []
+    for start, stop in common:
+        kinds = Counter(next(iter(_overlapping(dead[row], start, stop))).kind for row in good)
+        gaps.append(Fault(start, stop, kinds.most_common(1)[0][0]))
+    return gaps
+
+
+def intersect(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
+    """Return the parts that two lists of intervals share; both lists are in order and without overlap."""
+    out, i, j = [], 0, 0
+    while i < len(a) and j < len(b):
+        start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if start < stop:
+            out.append((start, stop))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return out
+
+
+def subtract(a: Sequence[Interval], b: Iterable[Interval]) -> list[Interval]:
+    """Return the parts of `a` that are not in `b`; `a` is in order and without overlap."""
+    rest: list[Interval] = []
+    remove, j = sorted(b), 0
+    for start, stop in a:
+        while j < len(remove) and remove[j][1] <= start:
+            j += 1
+        k = j
+        while k < len(remove) and remove[k][0] < stop:
+            if remove[k][0] > start:
+                rest.append((start, remove[k][0]))
+            start = max(start, remove[k][1])
+            k += 1
+        if start < stop:
+            rest.append((start, stop))
+    return rest
+
+
+def union_length(intervals: Iterable[Interval]) -> int:
+    """Return the number of samples in at least one of the intervals."""
+    total, end = 0, -1
+    for start, stop in sorted(intervals):
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total

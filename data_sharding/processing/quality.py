@@ -1,0 +1,539 @@
+"""Measure the quality of a raw signal, before filters: missing values, dead and clipped channels, muscles, mains noise.
+
+The signal is divided into cells of a tenth of a second. Each cell of each channel gets flags while the signal is read.
+Afterwards, neighbouring cells with the same flag are joined to spans. Memory stays small, because flags are compressed.
+
+Letters in array shapes: n channels, k cells, L samples of a cell, b samples of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data_sharding.formats.signal import Segment
+
+CELL_S = 0.1
+"""Length of a cell in seconds: 5 periods of mains noise at 50 Hz, 6 periods at 60 Hz."""
+SAMPLED = 4
+"""Muscles, mains noise and repeated values are measured only in every fourth cell of a segment."""
+MISSING, CONSTANT, DEAD, HIGH, LOW, MUSCLE, MAINS_50, MAINS_60, LARGE = (1 << bit for bit in range(9))
+"""Flags of a cell: it has missing values; it holds one value; it has too little signal; a part of it lies at the
+channel's largest or smallest value; it holds muscle activity or mains noise; and it is too large."""
+MISSING_UV = 1e12
+"""A larger value counts as missing. No amplifier measures it, and float32 cannot hold its square."""
+RAIL_SHARE = 0.1
+"""A cell is at the rail if more than this share of its samples, and at least 3, equal the channel's extreme value."""
+SHORTEST = {"missing values": 1, "flat": 2, "clipped": 2, "too small": 3, "too large": 1, "muscle": 1, "mains noise": 1}
+"""Smallest number of neighbouring cells of a span of each kind. A single quiet cell can be EEG."""
+NO_SIGNAL = frozenset({"missing values", "flat", "clipped", "too small", "too large"})
+"""Kinds of spans in which a channel has no usable signal."""
+JOINED = 3
+"""Spans without signal are joined if fewer than this many cells lie between them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualitySpec:
+    """Which parts of a signal are bad. All values in microvolts apply to the recorded signal, before filters."""
+
+    check: bool = True
+    """Judge every window of every channel. If false, only whole channels are judged, and windows are kept near the ends
+    of a segment."""
+    leave_out_edges: bool = True
+    """Leave out the beginning and the end of each segment, as far as the filters need signal from outside the segment.
+    Trials and epochs are never left out for this reason: their samples have the key `transient_s`."""
+    dead_uv: float = 0.1
+    """A channel is dead where its standard deviation within a tenth of a second is below this value, after a linear
+    trend is subtracted. Amplifier noise without EEG can be this small."""
+    large_uv: float = 5000.0
+    """A channel is too large in a window if its filtered signal exceeds plus or minus this value. The recorded signal
+    is too large where it changes by more than twice this value within a tenth of a second."""
+    muscle_uv: float = 50.0
+    """A channel has muscle activity in a window if its root mean square above 35 Hz, without mains noise, exceeds this
+    value in at least half of the window."""
+    mains_uv: float = 500.0
+    """A channel has mains noise in a window if the root mean square at 50 or 60 Hz exceeds this value in at least half
+    of the window."""
+    max_bad_share: float = 0.5
+    """Leave a window out if more than this share of the recording's good channels is bad in the window."""
+
+    def __post_init__(self) -> None:
+        for name in ("dead_uv", "large_uv", "muscle_uv", "mains_uv"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"preprocess.quality.{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"preprocess.quality.max_bad_share must be from 0 to 1, got {self.max_bad_share}")
+
+
+UNCHECKED = QualitySpec(check=False, leave_out_edges=False)
+"""Settings that describe the versions that judged only whole channels."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a segment in which a channel is bad."""
+
+    row: int
+    """Position of the channel in the list of rows for which the spans were made."""
+    kind: str
+    """Kind of the fault, such as flat."""
+    start: int
+    """First sample at the recorded rate, counted from the start of the segment."""
+    stop: int
+    """Last sample plus one."""
+
+
+@dataclass
+class _Rail:
+    """One end of the range of each channel: its value, and how often the channel lies at this value."""
+
+    value: np.ndarray
+    """[n], largest value so far. The smallest value is stored with the opposite sign."""
+    since: np.ndarray
+    """[n], number of the cell in which this value was first seen. Flags of earlier cells are out of date."""
+    samples: np.ndarray = field(init=False)
+    """[n], number of samples at this value, in cells that are not at the rail."""
+
+    def __post_init__(self) -> None:
+        self.samples = np.zeros(len(self.value), int)
+
+
+@functools.lru_cache(maxsize=16)
+def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int]:
+    """Return orthonormal signals of one cell: offset and trend, slow rhythms up to 30 Hz, and mains noise.
+
+    Returns
+    -------
+    basis : ndarray, shape (L, K)
+        Orthonormal columns. The energy of a cell without these components is the energy of muscles and noise.
+    mains : dict
+        Columns of the mains noise, by flag.
+    n_free : int
+        L minus K.
+    """
+    t = (np.arange(length) - (length - 1) / 2) / sfreq
+    columns = [np.ones(length), t]
+    for hertz in (10.0, 20.0, 30.0):
+        if hertz < 0.4 * sfreq and len(columns) + 2 < length - 4:
+            columns += [np.cos(2 * np.pi * hertz * t), np.sin(2 * np.pi * hertz * t)]
+    mains = {}
+    for flag, hertz in ((MAINS_50, 50.0), (MAINS_60, 60.0)):
+        if hertz < 0.45 * sfreq and len(columns) + 2 < length - 2:
+            mains[flag] = slice(len(columns), len(columns) + 2)
+            columns += [np.cos(2 * np.pi * hertz * t), np.sin(2 * np.pi * hertz * t)]
+    basis = np.linalg.qr(np.stack(columns, axis=1))[0]
+    return np.ascontiguousarray(basis, np.float32), mains, length - len(columns)
+
+
+class Cells:
+    """Measures cells while a signal is read, and joins them to spans afterwards.
+
+    Parameters
+    ----------
+    n_channels : int
+        Number of channels.
+    sfreq : float
+        Sampling rate in Hz.
+    segments : sequence of Segment
+        Segments of the recording. A cell never crosses the end of a segment.
+    to_uv : float
+        Factor that converts the values to microvolts.
+    spec : QualitySpec
+        Thresholds.
+    """
+
+    def __init__(
+        self, n_channels: int, sfreq: float, segments: Sequence[Segment], to_uv: float, spec: QualitySpec
+    ) -> None:
+        self.length = max(8, round(CELL_S * sfreq))
+        """Samples of a cell."""
+        self.sfreq, self.segments, self.to_uv, self.spec = sfreq, list(segments), abs(to_uv), spec
+        self.high = _Rail(np.full(n_channels, -np.inf), np.zeros(n_channels, int))
+        self.low = _Rail(np.full(n_channels, -np.inf), np.zeros(n_channels, int))
+        self.n_cells, self.n_all_constant = 0, 0
+        self.constant, self.missing, self.dead = (np.zeros(n_channels, int) for _ in range(3))
+        """[n], number of cells with one value, with missing values, and with too little signal."""
+        self.repeated, self.compared = np.zeros(n_channels, int), np.zeros(n_channels, int)
+        """[n], among sampled cells that are not constant: samples equal to the sample before, and all samples."""
+        self._flags: list[tuple[int, int, bytes]] = []
+        self._firsts: list[int] = []
+        self._segment, self._done = 0, 0
+        self._recent = np.empty((n_channels, 0))
+
+    @property
+    def extent(self) -> np.ndarray:
+        """Largest minus smallest value of each channel, [n]."""
+        return self.high.value + self.low.value
+
+    def push(self, start: int, x: np.ndarray) -> None:
+        """Measure a block.
+
+        Parameters
+        ----------
+        start : int
+            Number of the block's first sample in the signal.
+        x : ndarray, shape (n, b), float64
+            Values as read from the file. Blocks must come in order, and each row must be contiguous.
+        """
+        while self._segment < len(self.segments):
+            segment = self.segments[self._segment]
+            begin, stop = segment.start + self._done, min(segment.stop, start + x.shape[1])
+            if begin >= start + x.shape[1]:
+                break
+            if not self._done:
+                self._firsts.append(self.n_cells)
+            if begin < stop:
+                self._add(x[:, begin - start : stop - start])
+            if stop < segment.stop:
+                break
+            self._finish_segment()
+
+    def _add(self, part: np.ndarray) -> None:
+        """Measure all complete cells of the next samples of a segment."""
+        length, first = self.length, self._done % self.length
+        held = self._recent[:, self._recent.shape[1] - first :] if first else part[:, :0]
+        used = min(length - first, part.shape[1]) if first else 0
+        if first and first + used == length:
+            self._measure(np.concatenate([held, part[:, :used]], axis=1)[:, None, :])
+        k = (part.shape[1] - used) // length
+        if k:
+            rest = part[:, used : used + k * length]
+            strides = (rest.strides[0], length * rest.strides[1], rest.strides[1])
+            self._measure(np.lib.stride_tricks.as_strided(rest, (len(rest), k, length), strides, writeable=False))
+        self._done += part.shape[1]
+        keep = 2 * length
+        if part.shape[1] < keep and self._recent.shape[1]:
+            part = np.concatenate([self._recent, part], axis=1)
+        self._recent = part[:, -keep:].copy()
+
+    def _finish_segment(self) -> None:
+        """Measure the rest of a segment; this last cell overlaps the cell before it."""
+        if self._done % self.length:
+            self._measure(self._recent[:, -min(self.length, self._done) :][:, None, :])
+        self._segment, self._done = self._segment + 1, 0
+        self._recent = self._recent[:, :0]
+
+    def _measure(self, x: np.ndarray) -> None:
+        """Set the flags of cells, [n, k, L]."""
+        flags = np.zeros(x.shape[:2], np.uint16)
+        # Process a few rows at a time, so that the rows stay in the CPU's cache.
+        portion = max(1, 2**16 // (x.shape[1] * x.shape[2]))
+        with np.errstate(invalid="ignore", over="ignore"):
+            for first in range(0, len(x), portion):
+                rows = slice(first, min(first + portion, len(x)))
+                self._measure_rows(rows, x[rows], flags[rows])
+        constant = (flags & CONSTANT) > 0
+        self.n_all_constant += int(constant.all(axis=0).sum())
+        self._flags.append((self.n_cells, x.shape[1], zlib.compress(flags.T.tobytes(), 1)))
+        self.n_cells += x.shape[1]
+
+    def _measure_rows(self, rows: slice, x: np.ndarray, flags: np.ndarray) -> None:
+        """Set the flags of the cells of a few rows, [r, k, L].
+
+        Most rows of most blocks are good. Few numbers show this: the extremes of the whole row, and a few samples of
+        each cell. Only the other rows are measured cell by cell.
+        """
+        length, n_cells = x.shape[2], x.shape[1]
+        whole = x.reshape(len(x), -1) if n_cells == 1 else _join_cells(x)
+        low, high = whole.min(axis=1), whole.max(axis=1)
+        limit = MISSING_UV / self.to_uv
+        # Missing values show in minimum and maximum: a NaN makes both NaN, and an infinite value is one of the two.
+        plain = (low >= -limit) & (high <= limit) & (high - low <= 2 * self.spec.large_uv / self.to_uv)
+        plain &= length == self.length
+        quiet = np.zeros(x.shape[:2], bool)
+        if plain.any():
+            thin = x[:, :, :: max(1, length // 8)]
+            for rail, ends in ((self.high, high), (self.low, -low)):
+                value = rail.value[rows]
+                found = np.flatnonzero(plain & (ends >= value))
+                if len(found):
+                    # The row reaches its extreme. It stays plain if no sample of `thin` lies there.
+                    at = (thin[found] == (ends if rail is self.high else low)[found][:, None, None]).any(axis=(1, 2))
+                    plain[found[at]] = False
+            thin = thin - thin[:, :, :1]
+            energy = np.einsum("rkl,rkl->rk", thin, thin) - ((thin @ _line(thin.shape[2])) ** 2).sum(axis=2)
+            least = self.spec.dead_uv / self.to_uv if self.spec.check else 0.0
+            quiet = energy <= 16 * thin.shape[2] * least**2 + 1e-12 * (thin * thin).sum(axis=2)
+            plain &= np.count_nonzero(quiet, axis=1) < 0.1 * n_cells
+        for i in np.flatnonzero(plain).tolist():
+            self._note_extremes(rows.start + i, whole[i], float(low[i]), float(high[i]))
+            for k in np.flatnonzero(quiet[i]).tolist():
+                flags[i, k] |= self._judge_quiet(x[i, k])
+        full = np.flatnonzero(~plain)
+        if len(full):
+            part = flags[full]
+            self._measure_cells(rows.start + full, x[full], part)
+            flags[full] = part
+        constant = (flags & CONSTANT) > 0
+        self.missing[rows] += np.count_nonzero(flags & MISSING, axis=1)
+        self.constant[rows] += np.count_nonzero(constant, axis=1)
+        self.dead[rows] += np.count_nonzero(flags & DEAD, axis=1)
+        offset = -(self.n_cells - self._firsts[self._segment]) % SAMPLED
+        if length == self.length and offset < n_cells:
+            self._measure_sampled(rows, x[:, offset::SAMPLED], flags[:, offset::SAMPLED])
+
+    def _note_extremes(self, row: int, x: np.ndarray, low: float, high: float) -> None:
+        """Update the range of a row that does not stay at its extremes."""
+        for rail, end, value in ((self.high, high, high), (self.low, -low, low)):
+            if end > rail.value[row]:
+                rail.value[row], rail.samples[row] = end, 0
+                rail.since[row] = self.n_cells + int(np.argmax(x == value)) // self.length
+            if end == rail.value[row]:
+                rail.samples[row] += np.count_nonzero(x == value)
+
+    def _judge_quiet(self, x: np.ndarray) -> np.uint16:
+        """Return the flags of one cell that may be dead, [L]."""
+        if x.min() == x.max():
+            return np.uint16(CONSTANT | DEAD)
+        return np.uint16(DEAD if self._is_dead(x[None])[0] else 0)
+
+    def _is_dead(self, x: np.ndarray) -> np.ndarray:
+        """Return which cells, [m, L], have too little signal beside a linear trend."""
+        x = x - x.mean(axis=1, keepdims=True)
+        energy = (x**2).sum(axis=1) - ((x @ _line(x.shape[1])) ** 2).sum(axis=1)
+        return energy < x.shape[1] * (self.spec.dead_uv / self.to_uv) ** 2
+
+    def _measure_cells(self, rows: np.ndarray, x: np.ndarray, flags: np.ndarray) -> None:
+        """Set the flags of rows that have faults or may have faults, cell by cell."""
+        low, high = x.min(axis=2), x.max(axis=2)
+        limit = MISSING_UV / self.to_uv
+        finite = (low >= -limit) & (high <= limit)
+        constant = (low == high) & finite
+        flags |= np.where(finite, np.where(constant, np.uint16(CONSTANT | DEAD), np.uint16(0)), np.uint16(MISSING))
+        if self.spec.check:
+            flags[finite & (high - low > 2 * self.spec.large_uv / self.to_uv)] |= np.uint16(LARGE)
+            if x.shape[2] == self.length:
+                r, k = np.nonzero(finite & ~constant)
+                dead = self._is_dead(x[r, k]) if len(r) else np.zeros(0, bool)
+                flags[r[dead], k[dead]] |= np.uint16(DEAD)
+        for rail, ends, sign, flag in ((self.high, high, 1.0, HIGH), (self.low, low, -1.0, LOW)):
+            self._find_rail(rows, x, rail, ends, sign, finite, constant, flags, flag)
+
+    def _find_rail(
+        self,
+        rows: np.ndarray,
+        x: np.ndarray,
+        rail: _Rail,
+        ends: np.ndarray,
+        sign: float,
+        finite: np.ndarray,
+        constant: np.ndarray,
+        flags: np.ndarray,
+        flag: int,
+    ) -> None:
+        """Flag cells at the largest value that each channel has had so far, and count samples at this value."""
+        if not finite.any():
+            return
+        signed = np.where(finite, sign * ends, -np.inf)
+        best = signed.max(axis=1)
+        new = np.flatnonzero(best > rail.value[rows])
+        if len(new):
+            rail.value[rows[new]], rail.samples[rows[new]] = best[new], 0
+            rail.since[rows[new]] = self.n_cells + signed[new].argmax(axis=1)
+        at = (signed == rail.value[rows][:, None]) & finite
+        flags[at & constant] |= np.uint16(flag)
+        r, k = np.nonzero(at & ~constant)
+        if len(r):
+            count = np.count_nonzero(x[r, k] == ends[r, k][:, None], axis=1)
+            found = (count >= 3) & (count > RAIL_SHARE * x.shape[2])
+            flags[r[found], k[found]] |= np.uint16(flag)
+            np.add.at(rail.samples, rows[r[~found]], count[~found])
+
+    def _measure_sampled(self, rows: slice, x: np.ndarray, flags: np.ndarray) -> None:
+        """Flag muscle activity and mains noise in sampled cells, and count repeated values."""
+        live = (flags & CONSTANT) == 0
+        same = np.count_nonzero(x[:, :, 1:] == x[:, :, :-1], axis=2)
+        self.repeated[rows] += np.where(live, same, 0).sum(axis=1)
+        self.compared[rows] += live.sum(axis=1) * (self.length - 1)
+        if not self.spec.check:
+            return
+        basis, mains, n_free = _basis(self.length, self.sfreq)
+        x = (x - x[:, :, :1]).astype(np.float32)
+        parts = (x @ basis) ** 2
+        scale = self.to_uv**2 / self.length
+        if n_free >= 6:
+            rest = np.einsum("rkl,rkl->rk", x, x) - parts.sum(axis=2)
+            flags[(scale * rest > self.spec.muscle_uv**2) & live] |= np.uint16(MUSCLE)
+        for flag, columns in mains.items():
+            flags[(scale * parts[:, :, columns].sum(axis=2) > self.spec.mains_uv**2) & live] |= np.uint16(flag)
+
+    # --- after the signal was read -----------------------------------------------------------------------------------
+
+    def share_constant(self) -> np.ndarray:
+        """Return the share of constant cells of each channel, [n], among cells in which some channel has a signal."""
+        return self._share(self.constant - self.n_all_constant)
+
+    def share_missing(self) -> np.ndarray:
+        """Return the share of cells with missing values of each channel, [n]."""
+        return self.missing / max(1, self.n_cells)
+
+    def share_repeated(self) -> np.ndarray:
+        """Return the share of samples that repeat the value before, [n], in cells that are not constant."""
+        return self.repeated / np.maximum(1, self.compared)
+
+    def summarise(self, stretches: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Measure how much of each channel is clipped, and in which stretches a channel has no signal.
+
+        Parameters
+        ----------
+        stretches : sequence of (int, int)
+            Start and stop sample of each stretch in the signal.
+
+        Returns
+        -------
+        samples : ndarray, shape (n,)
+            Share of the samples at the largest or smallest value, in cells that are not at the rail or constant.
+        cells : ndarray, shape (n,)
+            Share of cells at the rail, among cells that are not constant.
+        dead : ndarray, shape (stretches, n)
+            Share of cells of each stretch that are dead, missing, too large or at the rail.
+        """
+        n = len(self.constant)
+        at_rail, dead = np.zeros(n, int), np.zeros((len(stretches), n))
+        places = []
+        for start, stop in stretches:
+            number = max(0, int(np.searchsorted([s.start for s in self.segments], start, side="right")) - 1)
+            offset = self.segments[number].start
+            first = (
+                self._firsts[number] + (start - offset) // self.length if number < len(self._firsts) else self.n_cells
+            )
+            places.append((first, first + max(1, (stop - start) // self.length)))
+        for first, flags in self._read_flags():
+            if not flags.any():
+                continue
+            rail = (flags & (HIGH | LOW)) > 0
+            at_rail += np.count_nonzero(rail & ((flags & CONSTANT) == 0), axis=1)
+            lost = rail | ((flags & (DEAD | MISSING | LARGE)) > 0)
+            for i, (a, b) in enumerate(places):
+                if a < first + flags.shape[1] and b > first:
+                    dead[i] += np.count_nonzero(lost[:, max(0, a - first) : b - first], axis=1) / (b - a)
+        live = self.n_cells - self.constant - self.missing
+        samples = np.maximum(self.high.samples, self.low.samples)
+        samples = samples / np.maximum(1, (live - at_rail) * self.length)
+        return samples, at_rail / np.maximum(1, live), dead
+
+    def _share(self, count: np.ndarray) -> np.ndarray:
+        return np.clip(count / max(1, self.n_cells - self.n_all_constant), 0, 1)
+
+    def _read_flags(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the number of the first cell and the flags [n, k] of every block, without flags out of date."""
+        n = len(self.constant)
+        for first, k, packed in self._flags:
+            flags = np.frombuffer(zlib.decompress(packed), np.uint16).reshape(k, n).T
+            if flags.any():
+                flags = flags.copy()
+                number = first + np.arange(k)
+                for rail, flag in ((self.high, HIGH), (self.low, LOW)):
+                    flags[(number < rail.since[:, None])] &= np.uint16(~flag & 0xFFFF)
+            yield first, flags
+
+    def spans(self, rows: Sequence[int], line_freq: float | None) -> dict[int, list[Span]]:
+        """Join neighbouring cells to spans.
+
+        Parameters
+        ----------
+        rows : sequence of int
+            Rows of the channels.
+        line_freq : float, optional
+            Mains frequency in Hz; None judges 50 and 60 Hz.
+
+        Returns
+        -------
+        dict
+            Spans of each segment that has spans, by the number of the segment.
+        """
+        if not self.spec.check:
+            return {}
+        lines = MAINS_50 | MAINS_60
+        if line_freq is not None:
+            lines = MAINS_50 if abs(line_freq - 50) < 5 else MAINS_60 if abs(line_freq - 60) < 5 else 0
+        at, firsts, runs = np.array(list(rows), int), np.array(self._firsts), _Runs()
+        for first, flags in self._read_flags():
+            flags = flags[at]
+            if not flags.any():
+                continue
+            number = int(np.searchsorted(firsts, first, side="right")) - 1
+            cell, rail = first - int(firsts[number]), (flags & (HIGH | LOW)) > 0
+            runs.add(number, cell, "missing values", (flags & MISSING) > 0)
+            runs.add(number, cell, "too large", (flags & LARGE) > 0)
+            counts = {"clipped": rail, "flat": ((flags & CONSTANT) > 0) & ~rail}
+            runs.add(number, cell, "dead", ((flags & DEAD) > 0) | rail, counts)
+            for kind, mask in (("muscle", MUSCLE), ("mains noise", lines)):
+                runs.add(number, cell, kind, _widen((flags & mask) > 0))
+        out: dict[int, list[Span]] = {}
+        for (number, row, _), found in sorted(runs.found.items()):
+            segment = self.segments[number]
+            for run in found:
+                if run.cells < SHORTEST[run.kind]:
+                    continue
+                # The border of a dead part lies inside a neighbouring cell.
+                margin = int(run.kind in NO_SIGNAL and run.kind != "missing values")
+                start, stop = max(0, run.start - margin), run.stop + margin
+                stop = min(stop * self.length, segment.stop - segment.start)
+                out.setdefault(number, []).append(Span(row, run.kind, start * self.length, stop))
+        return out
+
+
+@dataclass
+class _Run:
+    """Neighbouring cells of one channel with the same fault."""
+
+    start: int
+    stop: int
+    kind: str
+    cells: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class _Runs:
+    """Joins cells to runs, block by block."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[int, int, str], list[_Run]] = {}
+        """Runs in order of time, by number of the segment, position of the channel, and group."""
+
+    def add(
+        self, segment: int, first: int, group: str, mask: np.ndarray, counts: dict[str, np.ndarray] | None = None
+    ) -> None:
+        """Add the cells of a block, [n, k]; `counts` decides about the kind of a dead run: the most frequent mask."""
+        gap = 1 if group in ("muscle", "mains noise") else JOINED
+        for row in np.flatnonzero(mask.any(axis=1)).tolist():
+            edges = np.flatnonzero(np.diff(mask[row].astype(np.int8), prepend=0, append=0))
+            found = self.found.setdefault((segment, row, group), [])
+            for a, b in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+                if not found or first + a - found[-1].stop >= gap:
+                    found.append(_Run(first + a, first + b, group))
+                run = found[-1]
+                run.stop, run.cells = first + b, run.cells + b - a
+                for kind, other in (counts or {}).items():
+                    run.counts[kind] = run.counts.get(kind, 0) + int(np.count_nonzero(other[row, a:b]))
+                if counts is not None:
+                    most = max(run.counts, key=run.counts.__getitem__)
+                    run.kind = most if 2 * run.counts[most] >= run.cells else "too small"
+
+
+def _widen(mask: np.ndarray) -> np.ndarray:
+    """Let each sampled cell stand for itself and the following cells that were not sampled."""
+    if not mask.any():
+        return mask
+    wide = mask.copy()
+    for shift in range(1, SAMPLED):
+        wide[:, shift:] |= mask[:, :-shift]
+    return wide
+
+
+def _join_cells(x: np.ndarray) -> np.ndarray:
+    """Return neighbouring cells [r, k, L] as one row of samples, [r, k * L], without a copy."""
+    shape, strides = (len(x), x.shape[1] * x.shape[2]), (x.strides[0], x.strides[2])
+    return np.lib.stride_tricks.as_strided(x, shape, strides, writeable=False)
+
+
+@functools.lru_cache(maxsize=16)
+def _line(length: int) -> np.ndarray:
+    """Return orthonormal signals of a constant and of a linear trend, [L, 2]."""
+    t = np.arange(length) - (length - 1) / 2
+    return np.linalg.qr(np.stack([np.ones(length), t], axis=1))[0]
