@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError, StopRequested
-from data_sharding.dataset.dataset import EEGDataset
+from data_sharding.common.storage import as_path
+from data_sharding.dataset.dataset import EEGDataset, read_manifest
+from data_sharding.dataset.manifest import find_version
 from data_sharding.dataset.mixture import Mixture
 from data_sharding.dataset.samples import N_PADDED
 from pretrain.runs.directory import RunDirectory
@@ -68,8 +72,11 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGData
     RequestError
         If the model cannot read the dataset's windows, or if the launcher started a wrong number of processes.
     """
+    versions = _find_versions(config)
     train, held_out = (
-        Mixture(config.datasets, split) if config.datasets else EEGDataset(config.dataset, split)
+        Mixture(config.datasets, split, versions=versions)
+        if config.datasets
+        else EEGDataset(config.dataset, split, version=versions.get(config.dataset, ""))
         for split in ("train", "val")
     )
     if config.allowed_licenses:
@@ -89,6 +96,35 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGData
 
     check_num_processes(config.num_processes, "torchrun --nproc_per_node {} -m pretrain.train")
     return train, held_out
+
+
+def _find_versions(config: PretrainConfig) -> dict[str, str]:
+    """Return the dataset ids of the versions with which a run began, by the path of the dataset.
+
+    A dataset that has grown since then has a newer version, which the run does not read. An id is empty if the run is
+    new, or if the dataset has no such version. In the second case, the loader refuses to resume.
+
+    Raises
+    ------
+    RequestError
+        If the dataset was compacted, so that the version of the run cannot be read any more.
+    """
+    from pretrain.runs.checkpoint import read_values
+
+    data = read_values(Path(config.output) / "checkpoints").get("data") or {}
+    ids = data.get("versions") or ([data["dataset_id"]] if data.get("dataset_id") else [])
+    versions = {}
+    for path in (config.datasets or [config.dataset]) if ids else []:
+        current = read_manifest(as_path(path))
+        manifests = [manifest for dataset_id in ids if (manifest := find_version(as_path(path), dataset_id))]
+        versions[path] = manifests[0].dataset_id if manifests else ""
+        if manifests and manifests[0].version != current.version and os.environ.get("RANK", "0") == "0":
+            print(
+                f"dreamscale pretrain: this run began with version {manifests[0].version} of {path} and reads this "
+                f"version to its end; start a new run to use version {current.version}",
+                file=sys.stderr,
+            )
+    return versions
 
 
 def pretrain(config: PretrainConfig) -> int:

@@ -33,6 +33,8 @@ class Mixture:
         train, val or test.
     cache_gb : float, optional
         Size limit of the cache, which all remote datasets use together; DREAMSCALE_CACHE_GB by default.
+    versions : mapping of str to str, optional
+        Dataset id of the version to read, by the path of the dataset; by default the current version.
 
     Attributes
     ----------
@@ -52,7 +54,14 @@ class Mixture:
         preprocessing.
     """
 
-    def __init__(self, weights: Mapping[str, float], split: str = "train", *, cache_gb: float | None = None) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        split: str = "train",
+        *,
+        cache_gb: float | None = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
         if not weights:
             raise RequestError("datasets: name at least one dataset and its weight")
         try:
@@ -60,7 +69,10 @@ class Mixture:
         except ValueError as error:
             raise RequestError(f"datasets: {error}") from None
         self.split = split
-        opened = [(EEGDataset(path, split, cache_gb=cache_gb), weight) for path, weight in weights.items()]
+        opened = [
+            (EEGDataset(path, split, cache_gb=cache_gb, version=(versions or {}).get(path, "")), weight)
+            for path, weight in weights.items()
+        ]
         opened.sort(key=lambda one: one[0].manifest.dataset_id)
         self.parts = [part for part, _ in opened]
         # fsum rounds only once, so the sum (and so the dataset id) does not depend on the order of the weights.

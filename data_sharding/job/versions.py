@@ -85,10 +85,13 @@ class Former:
             )
         stored = {}
         packed = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(path.read_bytes()))
-        for line in io.TextIOWrapper(packed, encoding="utf-8"):
-            values = json.loads(line)
-            key = values.pop("key")
-            stored[key] = _Stored(**values)
+        try:
+            for line in io.TextIOWrapper(packed, encoding="utf-8"):
+                values = json.loads(line)
+                key = values.pop("key")
+                stored[key] = _Stored(**values)
+        except (ValueError, KeyError, TypeError, zstandard.ZstdError) as error:
+            raise RequestError(f"{path}: damaged ({error}); make the dataset again in another folder") from None
         pieces: defaultdict[str, list[Piece]] = defaultdict(list)
         for split, shards in manifest.splits.items():
             for shard in shards:

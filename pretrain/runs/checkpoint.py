@@ -145,6 +145,15 @@ def _find_steps(checkpoints: Path) -> list[Path]:
     return sorted(folder for folder in checkpoints.glob("step_*") if re.fullmatch(r"step_[0-9]{8,12}", folder.name))
 
 
+def read_values(checkpoints: Path) -> dict[str, Any]:
+    """Return the manifest of the newest checkpoint, without a check of the other files; empty without a checkpoint."""
+    for folder in reversed(_find_steps(checkpoints)):
+        if (folder / MANIFEST).is_file():
+            with contextlib.suppress(RequestError):
+                return dict(read_json(folder / MANIFEST))
+    return {}
+
+
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """Find the checkpoints whose files all have the right size.
 

@@ -470,6 +470,12 @@ def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Li
     names = {name.rsplit("/", 1)[1] for name in store.ls("bucket/made/dataset")}
     assert names == {*SPLITS, "manifest.json", "ledger.parquet", "fingerprints.parquet", "report.html", "versions"}
     assert "finished already" in remote.run(output)
+    # The dataset on the store grows, too: a recording that was removed is withdrawn.
+    store.rm("bucket/recordings/sub-03", recursive=True)
+    assert "0 recordings added, 0 recordings changed, 1 recordings removed" in remote.run(output)
+    manifest = Manifest.read(output)
+    assert manifest.version == 2 and manifest.withdrawn and manifest.counts["sharded"] == N - 1
+    assert "finished already" in remote.run(output)
 
 
 def test_damage_is_found(drill: Drill, undisturbed: dict[str, str], tmp_path: Path, capsys) -> None:
