@@ -14,7 +14,7 @@ import numpy as np
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json, write_json
-from data_sharding.common.storage import AnyPath, as_path
+from data_sharding.common.storage import AnyPath, as_path, fresh
 from data_sharding.common.untrusted import check_manifest
 from data_sharding.processing.preprocess import PreprocessSpec
 
@@ -121,7 +121,7 @@ class Manifest:
         RequestError
             If the directory is missing, or if its manifest is missing, damaged or of another schema.
         """
-        directory = as_path(directory)
+        directory = fresh(as_path(directory))  # Another process may have written a new version.
         if not directory.is_dir():
             raise RequestError(f"{directory}: no such dataset directory")
         if not (directory / NAME).is_file():

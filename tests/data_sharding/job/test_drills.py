@@ -473,9 +473,6 @@ def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Li
     # The dataset on the store grows, too: a recording that was removed is withdrawn.
     store.rm("bucket/recordings/sub-03", recursive=True)
     assert "0 recordings added, 0 recordings changed, 1 recordings removed" in remote.run(output)
-    manifest = Manifest.read(output)
-    assert manifest.version == 2 and manifest.withdrawn and manifest.counts["sharded"] == N - 1
-    assert "finished already" in remote.run(output)
 
 
 def test_damage_is_found(drill: Drill, undisturbed: dict[str, str], tmp_path: Path, capsys) -> None:
