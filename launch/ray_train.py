@@ -19,6 +19,7 @@ from typing import Any
 from data_sharding.common.config import parse_config
 from data_sharding.common.errors import EXIT_FAILED, one_line, run_main
 from data_sharding.common.files import atomic_write_text
+from data_sharding.job.cluster import require_token
 
 _STOP, _EXIT = "stop", "exit"
 
@@ -61,9 +62,7 @@ def launch(words: list[str]) -> int:
 
     config = parse_config(PretrainConfig, words, prog="dreamscale pretrain", positionals=("config",))
     if "RAY_ADDRESS" not in os.environ:
-        # Switch off Ray's authentication. Otherwise the new cluster on this machine would ask for a token, which does
-        # not exist.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        require_token()
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
+import shutil
 import sys
+import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -44,7 +47,7 @@ class RayConfig:
     reserves this amount of memory for each recording."""
     auth_mode: Literal["", "disabled", "token"] = ""
     """Authentication mode of Ray. If empty, the environment variable RAY_AUTH_MODE is used. If this variable is not
-    set either, a new cluster on this machine has no authentication."""
+    set either, a new cluster on this machine gets a random token, so that other users of the machine cannot use it."""
 
     def __post_init__(self) -> None:
         if self.num_cpus < 0 or self.max_in_flight < 0:
@@ -78,9 +81,10 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         If the cluster cannot be reached or started, or has too little memory.
     """
     address = config.address or os.environ.get("RAY_ADDRESS", "")
-    # An earlier Ray session on this machine may have left a token. Without this setting, Ray might require the token.
-    if config.auth_mode or not address:
-        os.environ["RAY_AUTH_MODE"] = config.auth_mode or os.environ.get("RAY_AUTH_MODE", "disabled")
+    if config.auth_mode:
+        os.environ["RAY_AUTH_MODE"] = config.auth_mode
+    if not address:
+        require_token()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -98,7 +102,12 @@ def ray_session(config: RayConfig) -> Iterator[int]:
             "object_store_memory": 128 * 2**20,
         }
     others = find_child_processes()
+    folder = None
     try:
+        if not address:
+            # Ray lets every user of the machine write to its folder, so the folder lies in a private one.
+            folder = Path(tempfile.mkdtemp(prefix="dreamscale-", dir=_short_temporary_folder()))
+            options["_temp_dir"] = str(folder / "ray")
         try:
             ray.init(**options)
         except (Exception, SystemExit) as error:  # Ray raises many types of errors, sometimes a plain Exception
@@ -108,6 +117,11 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         # Ray installs its own handler for SIGTERM, which would end the job without a message.
         with raise_on_stop_signals():
             yield config.max_in_flight or 2 * _slots(config)
+    except ClusterFailed:
+        if folder:
+            say(f"ray: the logs of Ray are in {folder}")
+            folder = None
+        raise
     finally:
         known = {process.pid for process in others}
         started = [process for process in find_child_processes() if process.pid not in known]
@@ -115,6 +129,29 @@ def ray_session(config: RayConfig) -> Iterator[int]:
             ray.shutdown()
         finally:
             kill_processes(started, kept=others)
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_token() -> None:
+    """Make a Ray cluster that this process starts refuse everybody who does not know its random token.
+
+    The token is in the environment of this process and of the processes that it starts, which other users cannot read.
+    The user's own settings (RAY_AUTH_MODE, RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH) are kept.
+    """
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" in sys.modules:
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        # Ray read these variables when it was imported.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _short_temporary_folder() -> str:
+    """Return the folder for temporary files; /tmp if its path is so long that Ray's sockets could not have a name."""
+    return folder if len(folder := tempfile.gettempdir()) <= 20 else "/tmp"
 
 
 def _slots(config: RayConfig) -> int:
