@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from typing import Literal
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound
 
 from data_sharding.common.config import command, parse_config
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, RequestError, show
 from data_sharding.common.shipped import shipped_configs
 from launch.stages import STAGES, Stage
 
@@ -80,14 +81,31 @@ class SubmitConfig:
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?", self.name):
             raise ValueError(f"name '{self.name}': use only lower-case letters, digits and '-', at most 52 characters")
         for key in ("time", "partition", "account", "logs", "address", "image", "namespace", "claim", "mount"):
-            # Slurm reads its options from comments. There, a blank or '#' would end the value.
-            if re.search(r"[\s\"'`$\\#]", getattr(self, key)):
-                raise ValueError(f"{key} '{getattr(self, key)}': use no blanks, quotes, '$', '#' or '\\' in this value")
+            # Slurm reads its options from comments, where no quoting is possible: a blank or '#' would end the value.
+            if not re.fullmatch(r"([\w./:@%+=,~\[\]][\w./:@%+=,~\[\]-]*)?", getattr(self, key)):
+                raise ValueError(
+                    f"{key} '{getattr(self, key)}': use only letters, digits and . / : @ % + = , ~ [ ] _ - in this "
+                    "value, and no - at its beginning"
+                )
+        for key in ("stage_config", "directory", "python"):
+            check_printable(key, getattr(self, key))
 
     @property
     def processes(self) -> int:
         """Total number of training processes on all machines."""
         return self.nodes * max(1, self.gpus_per_node)
+
+
+def check_printable(key: str, value: str) -> None:
+    """Refuse a value with a line break or another control character, which could begin a line of the job file.
+
+    Raises
+    ------
+    ValueError
+        If the value has such a character.
+    """
+    if not value.isprintable():
+        raise ValueError(f"{key} '{show(value)}': use no line breaks and no other control characters in this value")
 
 
 def check_stage(config: SubmitConfig, extra: list[str]) -> tuple[Stage, list[str]]:
@@ -121,6 +139,11 @@ def check_stage(config: SubmitConfig, extra: list[str]) -> tuple[Stage, list[str
     if stage.launcher is not None and config.nodes > 1 and config.scheduler == "ray":
         raise RequestError("with ray, training runs on one machine; use slurm or k8s for more nodes")
     words = [config.stage_config, *extra]
+    for word in extra:
+        try:
+            check_printable("argument", word)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
     if stage.launcher is not None:
         words += ["--num_processes", str(config.processes)]
     module, name = stage.config.split(":")
@@ -184,7 +207,7 @@ def _make_environment() -> Environment:
     )
     environment.filters["shell"] = shlex.quote
     # Every JSON string is also a YAML string. Jinja's own filter `tojson` would escape HTML characters.
-    environment.filters["json"] = json.dumps
+    environment.filters["json"] = functools.partial(json.dumps, ensure_ascii=False)
     return environment
 
 

@@ -77,7 +77,7 @@ def test_blanks_and_quotes_reach_the_stage(scheduler: str, tmp_path: Path, capsy
     if scheduler == "k8s":
         *_, batch = yaml.safe_load_all(text)
         shell = batch["spec"]["template"]["spec"]["containers"][0]["command"]
-        shell = [word.replace("$$(", "$(") for word in shell]
+        shell = [word.replace("$$", "$") for word in shell]
     else:
         (line,) = (line for line in text.splitlines() if "bash -c" in line)
         words = shlex.split(line)
