@@ -11,7 +11,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 WORKERS ?= 2
 SOURCES := data_sharding pretrain finetune launch tests benchmarks setup.py
 
-.PHONY: demo test test-python resolve wheel check lint types spelling format clean
+.PHONY: demo test test-python resolve wheel check lint types spelling audit format clean
 .DEFAULT_GOAL := test
 
 # torch comes first and pinned: an unpinned torch asked for by another package pulls gigabytes of CUDA.
@@ -53,6 +53,11 @@ types: $(VENV)/.installed
 
 spelling: $(VENV)/.installed
 	$(BIN)/codespell $(SOURCES) configs docs README.md CONTRIBUTING.md
+
+# Published vulnerabilities of the installed packages; pip-audit gets an environment of its own. Needs the network.
+audit: $(VENV)/.installed
+	test -x build/audit/bin/pip-audit || { $(BIN)/python -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit; }
+	build/audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_sharding.common.config import command
-from data_sharding.common.errors import EXIT_DONE, RequestError
+from data_sharding.common.errors import EXIT_DONE, RequestError, one_line, printable
 from data_sharding.dataset.ledger import COLUMNS, STATUSES, LedgerRow, count_windows_left_out, read_ledger
 from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
@@ -56,7 +56,9 @@ class Grid:
 
 
 def _format_cell(cell: str | int | float) -> str:
-    return (f"{cell:.1f}" if cell > 10 else f"{cell:.3f}") if isinstance(cell, float) else str(cell)
+    if isinstance(cell, float):
+        return f"{cell:.1f}" if cell > 10 else f"{cell:.3f}"
+    return printable(one_line(cell))
 
 
 def _status_counts(rows: Iterable[LedgerRow], statuses: Sequence[str]) -> list[int]:

@@ -19,7 +19,7 @@ from data_sharding.audit.leakage import (
     holds_out_subjects,
 )
 from data_sharding.common.config import command
-from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_NOT_KNOWN, RequestError, one_line
+from data_sharding.common.errors import EXIT_DONE, EXIT_FAILED, EXIT_NOT_KNOWN, RequestError, one_line, printable
 from data_sharding.common.files import sha256_file
 from data_sharding.common.progress import progress
 from data_sharding.common.storage import AnyPath, as_path
@@ -194,15 +194,15 @@ def _print_findings(findings: Findings, lines: int) -> None:
         for kind in KINDS:
             these = [f for f in findings.found if f.kind == kind and f.proof == proof]
             for finding in these[: lines or None]:
-                print(f"{'shared' if proof else 'to look at'}: {finding.text}")
+                print(f"{'shared' if proof else 'to look at'}: {printable(finding.text)}")
             if lines and len(these) > lines:
                 print(f"  ... and {len(these) - lines} more of kind {kind} (--lines 0 prints all)")
     for text in findings.compared:
-        print(f"compared: {text}")
+        print(f"compared: {printable(text)}")
     for text in findings.to_confirm:
-        print(f"not confirmed: {text}")
+        print(f"not confirmed: {printable(text)}")
     for text in findings.not_compared:
-        print(f"not compared: {text}")
+        print(f"not compared: {printable(text)}")
 
 
 def _count_proofs(findings: Findings) -> str:
@@ -266,7 +266,7 @@ def verify(config: VerifyConfig) -> int:
         return _verify_against(config)
     faults = find_faults(config.dataset)
     for fault in faults:
-        print(fault)
+        print(printable(fault))
     if faults:
         print(f"{config.dataset}: {len(faults)} faults; copy the dataset again, or run 'dreamscale shard' again")
         return EXIT_FAILED

@@ -7,6 +7,7 @@ import errno
 import os
 import posixpath
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,6 +99,30 @@ def file_state(path: AnyPath) -> tuple[int, int, str]:
     return status.st_size, status.st_mtime_ns, ""
 
 
+def check_scratch(base: Path) -> None:
+    """Make the folder for scratch folders if it is missing, and check that no other user can replace what is in it.
+
+    Parameters
+    ----------
+    base : Path
+        The folder.
+
+    Raises
+    ------
+    RequestError
+        If the folder belongs to another user (except root), or if every user can delete the files of others in it.
+    """
+    base.mkdir(parents=True, exist_ok=True)
+    status = base.stat()
+    if status.st_uid not in (os.geteuid(), 0):
+        raise RequestError(f"DREAMSCALE_SCRATCH '{base}': belongs to another user; choose a folder of your own")
+    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        raise RequestError(
+            f"DREAMSCALE_SCRATCH '{base}': every user can delete the files of others in it; run 'chmod +t' on it, or "
+            "choose your own folder"
+        )
+
+
 @contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Make a temporary folder on this machine; it is deleted at the end of the context.
@@ -110,7 +135,7 @@ def scratch_folder() -> Iterator[Path]:
     """
     base = os.environ.get("DREAMSCALE_SCRATCH")
     if base:
-        Path(base).mkdir(parents=True, exist_ok=True)
+        check_scratch(Path(base))
     with tempfile.TemporaryDirectory(prefix="dreamscale-", dir=base, ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 

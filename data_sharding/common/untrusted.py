@@ -430,6 +430,7 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
         check_number(hours, where, f"hours.{show(name)}")
     for name in ("config", "versions", "extra"):
         check_group(values.get(name, {}), where, name)
+    check_count(values.get("extra", {}).get("version", 1), where, "extra.version", least=1, most=999_999)
     check_count(values.get("extra", {}).get("version", 1), where, "extra.version", most=MAX_FILE)
     return values
 
@@ -467,6 +468,71 @@ def check_meta(values: Any) -> dict[str, Any]:
         if place is not None and not is_point:
             raise ValueError("the position of an electrode is not three numbers")
     return values
+
+
+def unpack_zstd(data: bytes, where: str) -> bytes:
+    """Unpack data that zstd has compressed.
+
+    Parameters
+    ----------
+    data : bytes
+        The compressed data.
+    where : str
+        Path of the file, for the message.
+
+    Returns
+    -------
+    bytes
+        The data.
+
+    Raises
+    ------
+    RequestError
+        If the data are damaged, or unpack to far more bytes than their own size.
+    """
+    import zstandard
+
+    most = max(FREE_UNPACKED, MAX_UNPACKED * len(data))
+    try:
+        with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as stream:
+            out = stream.read(most + 1)
+    except zstandard.ZstdError as error:
+        raise _refuse(where, f"not compressed by zstd, or damaged: {show(error)}") from None
+    check_unpacked([len(out)], len(data), where)
+    return out
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder that only this user can write to, or check that an existing folder is one.
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+
+    Returns
+    -------
+    Path
+        The same folder, with the mode 0700.
+
+    Raises
+    ------
+    RequestError
+        If the folder, or the folder above it, belongs to another user who could replace its files; or if every user
+        can replace it.
+    OSError
+        If the folder cannot be made.
+    """
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for folder in (path.absolute(), path.absolute().parent):
+        status = folder.stat()
+        if status.st_uid not in (os.geteuid(), 0):
+            raise RequestError(f"{folder}: belongs to another user of this machine; choose a folder of your own")
+        if folder.name != path.name and status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+            raise RequestError(f"{folder}: every user can replace what is in it; choose a folder of your own")
+    if path.stat().st_uid == os.geteuid():
+        path.chmod(0o700)
+    return path
 
 
 def check_unpacked(sizes: Iterable[int], packed: int, where: str) -> None:

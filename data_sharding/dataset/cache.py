@@ -22,7 +22,7 @@ from upath import UPath
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.storage import AnyPath, describe
-from data_sharding.common.untrusted import check_sha256
+from data_sharding.common.untrusted import check_sha256, private_folder
 
 DEFAULT_GB = 50.0
 _TRIES = 2
@@ -69,6 +69,7 @@ class ShardCache:
         if not 0 < size < float("inf"):
             raise RequestError(f"cache_gb (or DREAMSCALE_CACHE_GB) is '{text}'; it must be a positive number")
         self.limit = int(size * 1e9)
+        self._private = False
 
     def open(self, url: AnyPath, sha256: str, size: int | None = None) -> int:
         """Open a file for reading. If the file is not in the cache, it is downloaded first.
@@ -94,6 +95,7 @@ class ShardCache:
             If the file cannot be downloaded, is larger than the cache, or has a wrong checksum twice in a row.
         """
         check_sha256(sha256, str(url))
+        self._make_private()
         path = self.folder / sha256[:2] / sha256
         while True:
             with contextlib.suppress(FileNotFoundError):
@@ -104,6 +106,17 @@ class ShardCache:
             with locked(self.folder / "locks" / sha256):
                 if not path.exists():
                     self._fetch(url, path, sha256, size)
+
+    def _make_private(self) -> None:
+        """Check once that no other user can change the cached files, because a cached file is not checked again."""
+        if not self._private:
+            try:
+                private_folder(self.folder)
+            except OSError as error:
+                raise RequestError(
+                    f"{self.folder}: cannot be used ({describe(error)}); set DREAMSCALE_CACHE to a folder elsewhere"
+                ) from None
+            self._private = True
 
     def _fetch(self, url: AnyPath, path: Path, sha256: str, size: int | None) -> None:
         # Only the process that holds the lock writes these temporary files, so existing ones come from processes that

@@ -8,17 +8,20 @@ import json
 import types
 import typing
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from data_sharding.common.files import atomic_write_bytes
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
+from data_sharding.common.untrusted import check_unpacked, read_limited
 from data_sharding.dataset.manifest import current_file
 
 NAME = "ledger.parquet"
 Status = Literal["sharded", "duplicate", "quarantined", "excluded", "held back"]
+MAX_LEDGER = 2**30
+"""Largest size of a ledger in bytes."""
 STATUSES: tuple[Status, ...] = get_args(Status)
 ADDED_LATER = frozenset(
     {
@@ -296,12 +299,44 @@ def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
         raise RequestError(f"{path}: no such file; only 'dreamscale shard' writes a ledger")
     try:
         # Arrow's own threads are not used: on a busy machine they have crashed the interpreter at its exit.
-        table = pq.ParquetFile(io.BytesIO(path.read_bytes()), pre_buffer=False).read(use_threads=False)
-        return [LedgerRow.from_columns(row) for row in table.to_pylist()]
+        file = pq.ParquetFile(io.BytesIO(read_limited(path, MAX_LEDGER)), pre_buffer=False)
+        return [LedgerRow.from_columns(row) for row in iterate_rows(file, path.stat().st_size, str(path))]
     except KeyError as error:
         raise RequestError(f"{path}: has no column {error}; run 'dreamscale shard' again into a new folder") from None
-    except (pa.ArrowInvalid, OSError, ValueError) as error:
-        raise RequestError(f"{path}: damaged ({error}); run 'dreamscale shard' again into a new folder") from None
+    except RequestError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
+        raise RequestError(f"{path}: damaged ({show(error)}); run 'dreamscale shard' again into a new folder") from None
+
+
+def iterate_rows(file: Any, size: int, where: str) -> Iterator[dict[str, Any]]:
+    """Read the rows of a Parquet file in small parts, and refuse a file that unpacks to far more than its own size.
+
+    Parameters
+    ----------
+    file : pyarrow.parquet.ParquetFile
+        The opened file.
+    size : int
+        Size of the file in bytes.
+    where : str
+        Path of the file, for the message.
+
+    Yields
+    ------
+    dict
+        Values of a row, by column.
+
+    Raises
+    ------
+    RequestError
+        If the rows take far more memory than the file.
+    """
+    check_unpacked([16 * file.metadata.num_rows], size, where)
+    total = 0
+    for part in file.iter_batches(batch_size=256, use_threads=False):
+        total += part.nbytes
+        check_unpacked([total], size, where)
+        yield from part.to_pylist()
 
 
 def count_by_status(rows: Iterable[LedgerRow]) -> tuple[dict[str, int], dict[str, float]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.errors import RequestError, one_line, printable
 from data_sharding.common.reason import Reason
 from data_sharding.common.stop import check_stop, find_child_processes, kill_processes, raise_on_stop_signals
 from data_sharding.common.storage import FULL, is_storage_error
@@ -323,4 +323,4 @@ def say(text: str) -> None:
     text : str
         The line to print.
     """
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ from data_sharding.audit.fingerprints import Fingerprints, write_fingerprints
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of, read_json, sha256_file
 from data_sharding.common.storage import AnyPath, file_state, fresh
+from data_sharding.common.untrusted import parse_json, read_limited, unpack_zstd
 from data_sharding.dataset.ledger import NAME as LEDGER
 from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.dataset.manifest import NAME as MANIFEST
@@ -75,8 +76,6 @@ class Former:
         RequestError
             If an older version of Dreamscale has made the dataset.
         """
-        import zstandard
-
         path = version_folder(root, manifest.version) / RESULTS
         if not path.is_file():
             raise RequestError(
@@ -84,13 +83,14 @@ class Former:
                 "the dataset again in another folder"
             )
         stored = {}
-        packed = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(path.read_bytes()))
         try:
-            for line in io.TextIOWrapper(packed, encoding="utf-8"):
-                values = json.loads(line)
+            for line in unpack_zstd(read_limited(path, 2**30), str(path)).splitlines():
+                values = parse_json(line)
                 key = values.pop("key")
                 stored[key] = _Stored(**values)
-        except (ValueError, KeyError, TypeError, zstandard.ZstdError) as error:
+        except RequestError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RequestError(f"{path}: damaged ({error}); make the dataset again in another folder") from None
         pieces: defaultdict[str, list[Piece]] = defaultdict(list)
         for split, shards in manifest.splits.items():

@@ -45,7 +45,8 @@ class EvaluateConfig:
     permutations: int = 10_000
     """Number of times that the labels are shuffled between images to compute the p-value."""
     inception: str | None = None
-    """TorchScript file of Inception-V3 (inception-2015-12-05.pt). FID and KID are computed only with this file."""
+    """TorchScript file of Inception-V3 (inception-2015-12-05.pt). FID and KID are computed only with this file.
+    A TorchScript file is a program: use only a file whose source you trust."""
     lpips: str | None = None
     """TorchScript file of VGG-16 with LPIPS weights (vgg16.pt). LPIPS is computed only with this file."""
     examples: int = 24
@@ -67,9 +68,15 @@ def _resize(images_BHW3: Images, size: int) -> Images:
     return np.stack([np.asarray(image, np.uint8) for image in resized])
 
 
-def _load_torchscript(path: str, key: str) -> Any:
+def _load_torchscript(path: str, key: str, folders: list[Path]) -> Any:
+    """Load a program of the user. A program in one of the `folders`, which others may have made, is refused."""
     import torch
 
+    if any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in folders):
+        raise RequestError(
+            f"{key} '{path}': a TorchScript file is a program, and no program in a folder of images or of a dataset is "
+            "run; give the file that you downloaded from its authors"
+        )
     if not Path(path).is_file():
         raise RequestError(f"{key} '{path}': no such file; give the path of the TorchScript file, or leave {key} out")
     try:
@@ -328,8 +335,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise RequestError(
             f"{path}: the images in {config.directory} are of another dataset; give that dataset as --dataset"
         )
-    inception = _load_torchscript(config.inception, "inception") if config.inception else None
-    lpips = _load_torchscript(config.lpips, "lpips") if config.lpips else None
+    folders = [Path(folder) for folder in (config.directory, config.control_dir, path) if folder]
+    inception = _load_torchscript(config.inception, "inception", folders) if config.inception else None
+    lpips = _load_torchscript(config.lpips, "lpips", folders) if config.lpips else None
     table = ImageTable(train)
     labels = own.about["labels"]
     classifier = _classifier(config, table, train.manifest.dataset_id, labels, own.path)
