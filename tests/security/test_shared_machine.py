@@ -15,7 +15,7 @@ from data_sharding.common.errors import RequestError, printable, run_main, show
 from data_sharding.common.storage import scratch_folder
 from data_sharding.common.untrusted import private_folder
 from data_sharding.dataset.cache import ShardCache
-from data_sharding.dataset.ledger import NAME, write_ledger
+from data_sharding.dataset.ledger import NAME, LedgerRow, write_ledger
 from launch.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -45,10 +45,12 @@ def test_error_messages_are_clean(capsys: pytest.CaptureFixture[str]) -> None:
     assert is_clean(error) and error.count("\n") == 1 and "no such file" in error
 
 
-def test_names_in_a_ledger_are_clean_on_a_terminal(
-    dataset: Any, make_ledger_row: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    row = make_ledger_row("rec", subject=EVIL, path=f"{EVIL}.edf", corpus=EVIL, channels=[EVIL])
+def test_names_in_a_ledger_are_clean_on_a_terminal(dataset: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    row = LedgerRow(
+        key="rec", status="sharded", corpus=EVIL, path=f"{EVIL}.edf", files=[f"{EVIL}.edf"], bytes=9, sha256="0" * 64,
+        format="edf", reader="edf", subject=EVIL, sfreq=200.0, seconds=60.0, unit="plausible", unit_factor=1.0,
+        line_freq=50.0, line_freq_from="spectrum", channels=[EVIL],
+    )  # fmt: skip
     write_ledger(dataset.root / NAME, [row])
     for words in ([], ["--recordings"], ["--recording", "rec"], ["--recordings", "--json"], ["--markdown"]):
         code = main(["inspect", str(dataset.root), *words])
