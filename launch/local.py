@@ -20,8 +20,9 @@ from pathlib import Path
 from types import FrameType
 
 from data_sharding.common.errors import EXIT_BAD_REQUEST, EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from data_sharding.common.plain_yaml import MAX_YAML, parse_yaml
 from data_sharding.common.shipped import find_config
-from data_sharding.common.untrusted import MAX_YAML, parse_yaml, read_limited
+from data_sharding.common.untrusted import read_limited
 from launch.stages import Stage
 from launch.worker import FOLDER, read_numbers
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from data_sharding.common.errors import RequestError, one_line, run_main
+from data_sharding.common.plain_yaml import MAX_YAML, check_yaml
 from data_sharding.common.shipped import find_config
-from data_sharding.common.untrusted import MAX_YAML, check_yaml, read_limited
+from data_sharding.common.untrusted import read_limited
 
 T = TypeVar("T")
 

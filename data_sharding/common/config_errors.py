@@ -19,7 +19,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from data_sharding.common.errors import RequestError, one_line
-from data_sharding.common.untrusted import MAX_YAML, parse_yaml, read_limited
+from data_sharding.common.plain_yaml import MAX_YAML, parse_yaml
+from data_sharding.common.untrusted import read_limited
 
 
 def field_types(cls: type) -> dict[str, Any]:

@@ -25,12 +25,6 @@ from data_sharding.common.errors import RequestError, show
 
 MAX_JSON = 64 * 2**20
 """Largest size of a JSON file in bytes. In memory, JSON takes up to 20 times the size of the file."""
-MAX_YAML = 2**20
-"""Largest size of a YAML file in bytes. PyYAML needs some seconds for such a file."""
-MAX_YAML_DEPTH = 50
-"""Largest number of lists and groups of keys inside one another in a YAML file."""
-MAX_YAML_VALUES = 200_000
-"""Largest number of values in a YAML file, with each value that an alias repeats."""
 MAX_PIXELS = 64_000_000
 """Largest number of pixels of an image."""
 MAX_IMAGE = 2**28
@@ -639,77 +633,6 @@ def check_hdf5(path: str | os.PathLike[str]) -> None:
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise _refuse(str(path), show(error)) from None
     check_unpacked(sizes, size, str(path))
-
-
-def check_yaml(text: str | bytes) -> None:
-    """Refuse YAML in which a few lines stand for a huge or endless value.
-
-    Parameters
-    ----------
-    text : str or bytes
-        The YAML text.
-
-    Raises
-    ------
-    ValueError
-        If the text is longer than `MAX_YAML`, if its aliases (``*name``) stand for more than `MAX_YAML_VALUES` values
-        or for themselves, or if it is nested more than `MAX_YAML_DEPTH` deep.
-    yaml.YAMLError
-        If the text is not YAML.
-    """
-    import yaml
-
-    if len(text) > MAX_YAML:
-        raise ValueError(f"longer than {MAX_YAML // 2**20} MiB")
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_YAML_DEPTH:
-            raise ValueError("lists and keys are nested too deeply")
-    _measure(yaml.compose(text, yaml.SafeLoader), {})
-
-
-def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return the number of values below a YAML node, each as often as aliases repeat it, and their largest depth."""
-    if node is None or isinstance(node.value, str):
-        return 1, 0
-    if id(node) not in known:
-        known[id(node)] = 0, 0
-        parts = node.value if node.id == "sequence" else [part for pair in node.value for part in pair]
-        found = [_measure(part, known) for part in parts]
-        count, depth = 1 + sum(count for count, _ in found), 1 + max((depth for _, depth in found), default=0)
-        if count > MAX_YAML_VALUES or depth > MAX_YAML_DEPTH:
-            raise ValueError(f"its aliases stand for more than {MAX_YAML_VALUES} values, or are nested too deeply")
-        known[id(node)] = count, depth
-    if known[id(node)] == (0, 0):
-        raise ValueError("an alias stands for a list or group that contains the alias")
-    return known[id(node)]
-
-
-def parse_yaml(text: str | bytes) -> Any:
-    """Parse YAML of plain values that passes `check_yaml`.
-
-    Parameters
-    ----------
-    text : str or bytes
-        The YAML text.
-
-    Returns
-    -------
-    Any
-        The value.
-
-    Raises
-    ------
-    ValueError
-        If the text fails `check_yaml`.
-    yaml.YAMLError
-        If the text is not YAML of plain values.
-    """
-    import yaml
-
-    check_yaml(text)
-    return yaml.safe_load(text)
 
 
 def open_image(data: bytes | str | os.PathLike[str]) -> Any:

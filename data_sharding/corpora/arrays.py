@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.plain_yaml import parse_yaml
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, localised
-from data_sharding.common.untrusted import check_hdf5, open_npz, open_regular, parse_json, parse_yaml
+from data_sharding.common.untrusted import check_hdf5, open_npz, open_regular, parse_json
 from data_sharding.corpora.array_signal import NOMINAL_V, STANDARDISED, ArraySignal
 from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.events import make_trials, read_trials

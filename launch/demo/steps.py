@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_sharding.common.errors import RequestError
+from data_sharding.common.plain_yaml import parse_yaml
 from data_sharding.common.shipped import shipped_configs
-from data_sharding.common.untrusted import parse_yaml
 
 DEFAULT_OUT = "runs/demo"
 """Default output folder of the demo. Paths in ``configs/demo`` begin with this folder. If the demo writes to another

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from data_sharding.common.config import parse_config, to_dict
 from data_sharding.common.errors import RequestError, one_line
-from data_sharding.common.untrusted import MAX_YAML, parse_yaml, read_limited
+from data_sharding.common.plain_yaml import MAX_YAML, parse_yaml
+from data_sharding.common.untrusted import read_limited
 
 T = TypeVar("T")
 

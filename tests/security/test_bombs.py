@@ -19,7 +19,8 @@ import yaml
 from PIL import Image
 
 from data_sharding.common.errors import RequestError
-from data_sharding.common.untrusted import check_hdf5, open_image, open_npz, parse_yaml
+from data_sharding.common.plain_yaml import parse_yaml
+from data_sharding.common.untrusted import check_hdf5, open_image, open_npz
 from data_sharding.corpora.base import CorpusConfig, list_items, open_item
 from data_sharding.corpora.safe_pickle import RefusedPickle, load_npy
 from data_sharding.formats.open_signal import ReadError
