@@ -21,7 +21,7 @@ PREFIXES = {"": 1.0, "d": 1e-1, "c": 1e-2, "m": 1e-3, "u": 1e-6, "n": 1e-9, "p":
 PREFIXES |= {"deci": 1e-1, "centi": 1e-2, "milli": 1e-3, "micro": 1e-6, "nano": 1e-9, "pico": 1e-12, "femto": 1e-15}
 PREFIXES |= {"kilo": 1e3, "mu": 1e-6, "mc": 1e-6, "mic": 1e-6, "mk": 1e-6, "micr": 1e-6}
 VOLT = re.compile(
-    r"(?P<number>[-+x*^.0-9e ]*?)[ *]?(?P<prefix>[a-z]{0,6}?)[ _-]?v(?:olt|olts)?(?P<more>[ _/-]?(rms|bit|lsb))?",
+    r"(?P<number>[-+x*^.0-9e ]*?)[ *]?(?P<prefix>[a-z]{0,6}?)[ _-]?(?:volts?|v)(?P<more>[ _/-]?(rms|bit|lsb))?",
     re.IGNORECASE,
 )
 MICRO = re.compile(r"(?:[^\x00-\x7f]|\?)[^\x00-\x7f?]{0,3}(?=[ _-]?v)", re.IGNORECASE)
