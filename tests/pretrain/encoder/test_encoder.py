@@ -105,7 +105,7 @@ class TestPackage:
             (lambda p: _set(p, positions="abc"), "config.json .*positions must hold"),
             (lambda p: _set(p, positions=[[1.0, 2.0]]), "config.json .*positions must hold"),
             (lambda p: _set(p, positions=5), "config.json .*damaged"),
-            (lambda p: _set(p, encoder={"mlp_ratio": float("inf")}), "config.json .*damaged"),
+            (lambda p: _set(p, encoder={"mlp_ratio": float("inf")}), "config.json: not valid JSON .*damaged"),
             (lambda p: _set(p, encoder={"samples": 128, "dim": 2**40, "heads": 1}), "config.json .*damaged"),
         ],
     )
