@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import shutil
 import uuid
 import warnings
@@ -42,7 +43,10 @@ from data_sharding.common.storage import (
 from data_sharding.corpora import Item, open_item
 from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.formats.channels import Channels, canonical_name, choose, pick_channels, restrict
-from data_sharding.formats.open_signal import NotContinuous, ReadError, unreadable
+from data_sharding.formats.kept.signal import KEPT_SCHEMA, KeepingSignal, KeptSignal, NotKept
+from data_sharding.formats.kept.store import find_checksums, get_states, signal_path, store_checksums
+from data_sharding.formats.open_signal import PACKAGES, NotContinuous, ReadError, unreadable
+from data_sharding.formats.readers import find_formats
 from data_sharding.formats.signal import Signal, SignalInfo
 from data_sharding.job.cut_windows import Clean, write_windows
 from data_sharding.job.task import WITHOUT_EFFECT, PartResult, SetAside, Task, new_row
@@ -121,38 +125,73 @@ def process_recording(task: Task) -> PartResult:
     OSError
         If the working folder or the scratch folder cannot be written. The recording is not the cause of this error.
     """
+    files, notes = task.item.recording.files, list[str]()
+    known = find_checksums(task.decoded, files) if task.decoded else None
+    if known:
+        try:
+            return _process(
+                task,
+                {str(i): checksum for i, checksum in enumerate(known[1])},
+                sum(size for size, _, _ in known[0]),
+                kept=True,
+            )
+        except NotKept as error:
+            notes += [error.note] if error.note else []
     with contextlib.ExitStack() as stack:
-        result = PartResult(row=new_row(task.item))
-        row = result.row
-        files = task.item.recording.files
+        states = get_states(files) if task.decoded else None
         try:
             path, *local = stack.enter_context(localised([task.item.recording.path, *files]))
             hashes = {str(i): _checksum(f, file_state(f)) for i, f in enumerate(local)}
-            row.bytes = sum(f.stat().st_size for f in local)
+            size = sum(f.stat().st_size for f in local)
         except OSError as error:
             if is_remote(task.item.recording.path):
                 raise
-            row.set_reason("quarantined", Reason("unreadable", str(error.strerror or error)))
+            result = PartResult(row=new_row(task.item))
+            result.row.set_reason("quarantined", Reason("unreadable", str(error.strerror or error)))
             # The user may correct the permissions of the file, so the next run reads this recording again.
             result.may_pass = True
             return result
-        row.sha256 = recording_checksum(task.item, list(hashes.values()))
-        name = _part_name(task, hashes)
-        part = task.work / "parts" / name[:2] / name
-        if (part / RESULT).is_file():
-            return PartResult.from_json(read_json(part / RESULT))
         recording = dataclasses.replace(task.item.recording, path=path, files=tuple(local))
         task = dataclasses.replace(task, item=dataclasses.replace(task.item, recording=recording))
-        folder = stack.enter_context(_unfinished(part))
+        if task.decoded:
+            store_checksums(task.decoded, files, states, list(hashes.values()))
+            if not known:  # The files may have moved, or their times may have changed.
+                try:
+                    return _process(task, hashes, size, kept=True)
+                except NotKept as error:
+                    notes += [error.note] if error.note else []
+        return _process(task, hashes, size, notes=notes)
+
+
+def _process(
+    task: Task, hashes: dict[str, str], size: int, *, kept: bool = False, notes: Sequence[str] = ()
+) -> PartResult:
+    """Write the part of a recording whose checksums are known. With `kept`, only read the kept signal.
+
+    Raises
+    ------
+    NotKept
+        If `kept` is True, and the files of the recording must be read.
+    """
+    result = PartResult(row=new_row(task.item))
+    row = result.row
+    row.bytes, row.sha256 = size, recording_checksum(task.item, list(hashes.values()))
+    row.notes += notes
+    name = _part_name(task, hashes)
+    part = task.work / "parts" / name[:2] / name
+    if (part / RESULT).is_file():
+        return PartResult.from_json(read_json(part / RESULT))
+    place = signal_path(task.decoded, _signal_key(task.item, hashes)) if task.decoded else None
+    with _unfinished(part) as folder:
         try:
-            _fill(task, result, folder)
+            _fill(task, result, folder, place, kept=kept)
         except SetAside as verdict:
             row.set_reason(verdict.status, verdict.full_reason)
             result.samples = {}
         result.part = name
         write_json(folder / RESULT, result.to_json())
         commit_folder(folder, part)
-        return result
+    return result
 
 
 @contextlib.contextmanager
@@ -194,6 +233,26 @@ def _part_name(task: Task, hashes: dict[str, str]) -> str:
     )
 
 
+def _signal_key(item: Item, hashes: dict[str, str]) -> str:
+    """Return a checksum of everything that the decoded signal of a recording depends on."""
+    package = PACKAGES.get(item.recording.format, "")
+    package = next((f.package for f in find_formats() if f.name == item.recording.format), package)
+    try:
+        reader = importlib.metadata.version(package) if package else ""
+    except importlib.metadata.PackageNotFoundError:
+        reader = ""
+    return digest_of(
+        {
+            "schema": [KEPT_SCHEMA, PART_SCHEMA],
+            "item": [item.kind, item.options, item.info_patch, item.left_out, item.reason],
+            "format": item.recording.format,
+            "files": [item.recording.path.name, *(f.name for f in item.recording.files)],
+            "hashes": hashes,
+            "versions": [get_library_versions(), package, reader],
+        }
+    )
+
+
 def _image_identity(image: str) -> list[Any]:
     path = as_path(image)
     return [path.name, *file_state(path)]
@@ -208,13 +267,34 @@ def _open(item: Item) -> Signal:
         raise SetAside("quarantined", error.reason) from None
 
 
-def _fill(task: Task, result: PartResult, folder: Path) -> None:
+@contextlib.contextmanager
+def _signal_of(item: Item, result: PartResult, folder: Path, place: Path | None, kept: bool) -> Iterator[Signal]:
+    """Open the kept signal of a recording, or the files; then keep what is read if `place` is set."""
+    if place is None:
+        with contextlib.closing(_open(item)) as signal:
+            yield signal
+    elif kept:
+        with contextlib.closing(KeptSignal(place)) as signal:
+            yield signal
+    else:
+        with contextlib.closing(_open(item)) as signal:
+            keeping = KeepingSignal(signal, folder / "signal.tmp")
+            try:
+                yield keeping
+            finally:
+                if fault := keeping.finish(place):
+                    result.row.notes.append(f"the decoded signal was not kept: {fault}")
+
+
+def _fill(task: Task, result: PartResult, folder: Path, place: Path | None, *, kept: bool) -> None:
     """Write the part of a recording. The ledger row is filled step by step, so an error keeps earlier values."""
     item = task.item
     if item.recording.problem:
         raise SetAside("quarantined" if item.recording.continuous else "excluded", item.recording.problem)
-    signal = _open(item)
-    with contextlib.closing(signal), prepare(signal, item, task.spec, result, folder) as (clean, scratch):
+    with (
+        _signal_of(item, result, folder, place, kept) as signal,
+        prepare(signal, item, task.spec, result, folder) as (clean, scratch),
+    ):
         write_windows(task, result, folder, clean, scratch, signal.info)
     if not result.row.windows:
         counts = ", ".join(f"{n} {why}" for why, n in sorted(result.row.windows_left_out.items()))
@@ -343,7 +423,7 @@ def _read(signal: Signal, start: int, stop: int, picks: list[int]) -> np.ndarray
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             x = signal.read(start, stop, picks)
-    except MemoryError:
+    except (MemoryError, NotKept):
         raise
     except Exception as error:
         raise SetAside("quarantined", unreadable(error)) from None

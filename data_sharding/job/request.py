@@ -7,13 +7,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data_sharding.audit.hold_back import HoldBack, HoldBackConfig
 from data_sharding.common.config import to_dict
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of
-from data_sharding.common.storage import AnyPath, as_path, describe, file_state, is_storage_error
+from data_sharding.common.storage import AnyPath, as_path, describe, file_state, is_remote, is_storage_error
 from data_sharding.corpora import CorpusConfig, Item, describe_design, list_items
 from data_sharding.dataset.shard_reader import LONGEST
 from data_sharding.dataset.splits import SplitConfig
@@ -47,6 +48,12 @@ class ShardConfig:
     compact: bool = False
     """Rewrite the shards of a finished dataset that hold withdrawn samples, without these samples. The old shards are
     deleted. Then former versions of the dataset cannot be read any more."""
+    keep_decoded: bool = False
+    """Keep the decoded signals on disk, without loss. A later job with another window, frequency band, rate or output
+    reads them, and does not read the recordings again."""
+    decoded: str = ""
+    """Folder of the kept signals, on a disk. Jobs with other outputs can share it. If empty, the folder 'decoded' next
+    to the output."""
     allowed_set_aside: float = 0.05
     """Largest fraction of the recordings that may be quarantined. If more recordings are quarantined, the job ends with
     exit code 3."""
@@ -141,10 +148,10 @@ def reduce_config(config: ShardConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        The config in JSON types, without the keys output, compact, ray and allowed_set_aside.
+        The config in JSON types, without the keys output, compact, keep_decoded, decoded, ray and allowed_set_aside.
     """
     values = to_dict(config)
-    for key in ("output", "compact", "ray", "allowed_set_aside"):
+    for key in ("output", "compact", "keep_decoded", "decoded", "ray", "allowed_set_aside"):
         values.pop(key)
     return values
 
@@ -192,6 +199,41 @@ def resolve_output(output: str) -> AnyPath:
     refuse_memory(output, "output")
     path = as_path(output)
     return path if "://" in output and not output.startswith("file:") else path.resolve()
+
+
+def resolve_decoded(config: ShardConfig) -> Path | None:
+    """Return the folder of the kept signals.
+
+    Parameters
+    ----------
+    config : ShardConfig
+        The config of the job.
+
+    Returns
+    -------
+    Path or None
+        An absolute path; None if signals are not kept.
+
+    Raises
+    ------
+    RequestError
+        If the folder is not on a disk, or lies in the output or in a corpus.
+    """
+    if not config.keep_decoded:
+        return None
+    output = resolve_output(config.output)
+    if not config.decoded and is_remote(output):
+        raise RequestError(
+            "keep_decoded: the output is on an object store; set the key 'decoded' to a folder on a disk"
+        )
+    path = as_path(config.decoded) if config.decoded else output.parent / "decoded"
+    if is_remote(path):
+        raise RequestError(f"decoded '{config.decoded}': decoded signals are kept on a disk; give a folder")
+    folder = Path(str(path)).resolve()
+    for name, other in [("output", output), *(("corpora: root", as_path(c.root)) for c in config.corpora)]:
+        if not is_remote(other) and folder.is_relative_to(Path(str(other)).resolve()):
+            raise RequestError(f"decoded '{folder}': lies in {name} '{other}'; choose another folder")
+    return folder
 
 
 def _states(files: Iterable[AnyPath]) -> list[FileState]:

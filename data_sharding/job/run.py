@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 
 from data_sharding.audit.duplicates import RecordingFingerprint, find_duplicates, preference
 from data_sharding.common.config import parse_config
@@ -28,6 +29,7 @@ from data_sharding.common.storage import (
     remove_tree,
     scratch_folder,
 )
+from data_sharding.common.untrusted import private_folder
 from data_sharding.dataset.ledger import NAME as LEDGER
 from data_sharding.dataset.ledger import (
     STATUSES,
@@ -50,7 +52,7 @@ from data_sharding.job.journal import Journal, lock_output
 from data_sharding.job.pack_shards import ShardPlan, plan_shards, write_shard
 from data_sharding.job.process_recording import PART_SCHEMA, get_library_versions
 from data_sharding.job.publish import REPORT, publish, repair_copies
-from data_sharding.job.request import Plan, ShardConfig, make_plan, reduce_config, resolve_output
+from data_sharding.job.request import Plan, ShardConfig, make_plan, reduce_config, resolve_decoded, resolve_output
 from data_sharding.job.suggest_units import suggest_unit_factors
 from data_sharding.job.task import PartResult, Task, describe_row, new_row
 from data_sharding.job.versions import (
@@ -161,6 +163,7 @@ def read_recordings(
         since an earlier run, the result of the earlier run is used, and the files are not opened.
     """
     limits = config.ray.timeout_s, config.ray.memory_gb
+    decoded = resolve_decoded(config)
     settings, source = get_settings(config, plan)
     results: dict[str, PartResult] = {}
     tasks: dict[str, tuple[Task, float]] = {}
@@ -191,6 +194,7 @@ def read_recordings(
                 labels=tuple(plan.labels),
                 work=work,
                 timeout_s=config.ray.timeout_s,
+                decoded=decoded,
             )
             tasks[key] = (task, config.ray.memory_gb)
 
@@ -371,7 +375,7 @@ def run(config: ShardConfig) -> int:
         If the config is wrong. All checks but one are done before Ray starts. Whether the train split gets any sample
         is known only after the recordings are read.
     """
-    output = resolve_output(config.output)
+    output, decoded = resolve_output(config.output), resolve_decoded(config)
     work = output / WORK
     with raise_on_stop_signals():
         say(f"listing recordings in {', '.join(corpus.root for corpus in config.corpora)}")
@@ -388,11 +392,14 @@ def run(config: ShardConfig) -> int:
             say(f"{output}: holds version {current.version} of this dataset; looking for changes")
         if not is_remote(output):
             _make_folder(output)
+        if decoded:
+            _make_private(decoded)
+            say(f"keeping decoded signals in {decoded}")
         say(f"found {len(plan.items)} recordings; starting Ray, which takes some seconds")
         for line in plan.subjects:
             say(line)
         with lock_output(work), ray_session(config.ray) as in_flight:
-            _check_nodes(plan, work)
+            _check_nodes(plan, work, decoded)
             remove_tree(work / "new")  # This folder holds unfinished shards of an earlier run.
             say(f"reading recordings, up to {in_flight} tasks at a time")
             state, rows, kept, points = _collect(config, plan, work, in_flight, former)
@@ -475,12 +482,13 @@ def _count_unlisted(rows: list[LedgerRow], plan: Plan) -> None:
             row.windows_left_out = dict(sorted((Counter(row.windows_left_out) + Counter(unlisted)).items()))
 
 
-def _check_nodes(plan: Plan, work: AnyPath) -> None:
+def _check_nodes(plan: Plan, work: AnyPath, decoded: Path | None = None) -> None:
     """Raise an error if a machine of the cluster cannot access the working folder or a corpus."""
     local = [] if is_remote(work) else [str(work / "lock")]
     firsts = {
         item.corpus: str(item.recording.path) for item in plan.items.values() if not is_remote(item.recording.path)
     }
+    local += [str(decoded)] if decoded else []
     for address, missing in find_missing_on_nodes([*local, *firsts.values()]).items():
         raise RequestError(
             f"ray: machine {address} cannot access {missing[0]}; every machine needs the same folders under the same "
@@ -495,6 +503,17 @@ def _make_folder(output: AnyPath) -> None:
         raise RequestError(f"output '{output}': cannot be made ({error.strerror})") from None
     if not os.access(str(output), os.W_OK):
         raise RequestError(f"output '{output}': no permission to write there")
+
+
+def _make_private(decoded: Path) -> None:
+    try:
+        private_folder(decoded)
+    except RequestError as error:
+        raise RequestError(f"decoded: {error}") from None
+    except OSError as error:
+        raise RequestError(f"decoded '{decoded}': cannot be made ({error.strerror})") from None
+    if not os.access(decoded, os.W_OK):
+        raise RequestError(f"decoded '{decoded}': no permission to write there")
 
 
 def _refuse_empty(rows: list[LedgerRow], work: AnyPath) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data_sharding.common.reason import Reason
@@ -33,6 +34,8 @@ class Task:
     """The job's working folder. Its folder ``parts`` holds the windows of each recording."""
     timeout_s: float
     """Time limit of the task in seconds."""
+    decoded: Path | None = None
+    """Folder of the kept signals (key ``keep_decoded``); None if signals are not kept."""
 
 
 @dataclass(kw_only=True)

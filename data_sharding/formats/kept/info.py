@@ -1,0 +1,130 @@
+"""Writes a `SignalInfo` as JSON, and reads and checks it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from data_sharding.common.untrusted import check_count, check_group, check_list, check_number, check_text
+from data_sharding.formats.signal import About, Segment, SignalInfo
+
+MOST = 2**50
+"""Largest number of samples that is believed."""
+
+
+def info_to_json(info: SignalInfo) -> dict[str, Any]:
+    """Return all fields of the metadata in JSON types. Every number comes back exactly, NaN and infinities too."""
+    return _plain(dataclasses.asdict(info))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(float(value))}
+    return value
+
+
+def info_from_json(values: Any, where: str) -> SignalInfo:
+    """Return the metadata that `info_to_json` has written.
+
+    Parameters
+    ----------
+    values : Any
+        Parsed JSON.
+    where : str
+        Path of the file, for the message.
+
+    Returns
+    -------
+    SignalInfo
+        The metadata.
+
+    Raises
+    ------
+    RequestError
+        If a field is missing, or has a value of the wrong type.
+    ValueError
+        If the fields do not fit together.
+    """
+    values = check_group(values, where)
+    names = {field.name for field in dataclasses.fields(SignalInfo)}
+    if set(values) != names:
+        raise ValueError(f"other fields than {', '.join(sorted(names))}")
+
+    def number(value: Any, what: str) -> float:
+        if isinstance(value, dict):
+            if value not in ({"float": "nan"}, {"float": "inf"}, {"float": "-inf"}):
+                raise ValueError(f"{what} is not a number")
+            return float(value["float"])
+        return check_number(value, where, what)
+
+    def texts(name: str) -> list[str]:
+        return [check_text(v, where, name) for v in check_list(values[name], where, name)]
+
+    def numbers(name: str) -> dict[str, float]:
+        return {key: number(v, name) for key, v in check_group(values[name], where, name).items()}
+
+    def named(name: str) -> dict[str, str]:
+        return {key: check_text(v, where, name) for key, v in check_group(values[name], where, name).items()}
+
+    def flag(name: str) -> bool:
+        if not isinstance(values[name], bool):
+            raise ValueError(f"{name} is neither true nor false")
+        return values[name]
+
+    def place(value: Any) -> list[float] | None:
+        return None if value is None else [number(v, "positions") for v in check_list(value, where, "positions")]
+
+    def span(value: Any) -> tuple[float, float, str]:
+        start, stop, text = check_list(value, where, "bad_spans")
+        return number(start, "bad_spans"), number(stop, "bad_spans"), check_text(text, where, "bad_spans")
+
+    names_, total = texts("ch_names"), check_count(values["n_samples"], where, "n_samples", most=MOST)
+    types, positions = texts("ch_types"), [place(v) for v in check_list(values["positions"], where, "positions")]
+    if not len(names_) == len(types) == len(positions):
+        raise ValueError("names, types and positions of the channels have other lengths")
+    segments, end = [], 0
+    for entry in check_list(values["segments"], where, "segments"):
+        segment = check_group(entry, where, "segments")
+        start = check_count(segment.get("start"), where, "segments", least=end, most=total)
+        end = check_count(segment.get("stop"), where, "segments", least=start, most=total)
+        segments.append(Segment(start=start, stop=end, onset=number(segment.get("onset"), "segments")))
+    about = check_group(values["about"], where, "about")
+    age, year = about.get("age"), about.get("year")
+    return SignalInfo(
+        ch_names=names_,
+        ch_types=types,
+        positions=positions,
+        sfreq=number(values["sfreq"], "sfreq"),
+        n_samples=total,
+        segments=segments,
+        line_freq=None if values["line_freq"] is None else number(values["line_freq"], "line_freq"),
+        unit_known=flag("unit_known"),
+        scale=number(values["scale"], "scale"),
+        reference=check_text(values["reference"], where, "reference"),
+        bads=texts("bads"),
+        named_units=numbers("named_units"),
+        assumed_units=numbers("assumed_units"),
+        unknown_units=named("unknown_units"),
+        bad_spans=[span(v) for v in check_list(values["bad_spans"], where, "bad_spans")],
+        epoched=flag("epoched"),
+        intracranial=flag("intracranial"),
+        tmin=number(values["tmin"], "tmin"),
+        left_out=named("left_out"),
+        about=About(
+            age=None if age is None else number(age, "age"),
+            sex=check_text(about.get("sex"), where, "sex"),
+            year=None if year is None else check_count(year, where, "year", most=9999),
+            device=check_text(about.get("device"), where, "device"),
+            filters=check_text(about.get("filters"), where, "filters"),
+        ),
+        notes=texts("notes"),
+    )

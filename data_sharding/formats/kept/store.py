@@ -1,0 +1,105 @@
+"""The folder of kept signals, and the table of the checksums of files that were read before."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from upath import UPath
+
+from data_sharding.common.errors import RequestError
+from data_sharding.common.files import digest_of, read_json, write_json
+from data_sharding.common.storage import AnyPath, file_state, is_remote, is_storage_error
+from data_sharding.common.untrusted import check_list, check_sha256
+
+SETTLED_S = 2.0
+"""The checksum of a file that was changed less than this many seconds ago is not stored. Such a file may change again
+without another time."""
+State = tuple[int, int, str]
+
+
+def signal_path(folder: Path, key: str) -> Path:
+    """Return the path of a kept signal.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the kept signals.
+    key : str
+        Checksum of everything that the signal depends on.
+    """
+    return folder / "signals" / key[:2] / f"{key}.kept"
+
+
+def get_states(files: Sequence[AnyPath]) -> list[State] | None:
+    """Return the states of files (`file_state`); None if a file cannot be looked up."""
+    try:
+        return [file_state(file) for file in files]
+    except Exception as error:
+        if is_storage_error(error):
+            return None
+        raise
+
+
+def _names(files: Sequence[AnyPath]) -> list[str]:
+    return [str(file) if is_remote(file) else os.path.abspath(str(file)) for file in files]  # noqa: PTH100
+
+
+def _table(folder: Path, files: Sequence[AnyPath]) -> Path:
+    name = digest_of(_names(files))
+    return folder / "checksums" / name[:2] / f"{name}.json"
+
+
+def find_checksums(folder: Path, files: Sequence[AnyPath]) -> tuple[list[State], list[str]] | None:
+    """Find the checksums of files that have not changed since `store_checksums`, without reading the files.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the kept signals.
+    files : sequence of Path or UPath
+        Files of a recording.
+
+    Returns
+    -------
+    tuple or None
+        States of the files, and their checksums. None if the checksums are not known, or if size, time or the store's
+        checksum of a file has changed.
+    """
+    try:
+        values = check_list(read_json(_table(folder, files)), "checksums")
+        known = [(list(state), check_sha256(checksum, "checksums")) for state, checksum in values]
+    except (RequestError, ValueError, TypeError):
+        return None
+    states = get_states(files)
+    if states is None or [list(state) for state in states] != [state for state, _ in known]:
+        return None
+    return states, [checksum for _, checksum in known]
+
+
+def store_checksums(folder: Path, files: Sequence[AnyPath], states: list[State] | None, sums: Sequence[str]) -> None:
+    """Store the checksums of files.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the kept signals.
+    files : sequence of Path or UPath
+        Files of a recording.
+    states : list or None
+        States of the files before they were read. If a file has changed since then, nothing is stored.
+    sums : sequence of str
+        SHA-256 of each file.
+    """
+    if states is None or get_states(files) != states:
+        return
+    newest = time.time_ns() - int(SETTLED_S * 1e9)
+    # Without a time or a checksum of the store, a change of the file could not be seen.
+    if any(
+        mtime > newest or (isinstance(f, UPath) and not (mtime or etag))
+        for f, (_, mtime, etag) in zip(files, states, strict=True)
+    ):
+        return
+    write_json(_table(folder, files), [[list(state), checksum] for state, checksum in zip(states, sums, strict=True)])
