@@ -19,18 +19,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def dreamscale(*words: str | Path) -> str:
+def dreamscale(*words: str | Path, code: int = 0) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "launch", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=400
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == code, done.stderr[-3000:]
     return done.stdout
 
 
 def test_real_recordings_become_a_dataset_an_encoder_and_embeddings(tmp_path: Path) -> None:
     dataset, run, encoder = tmp_path / "dataset", tmp_path / "run", tmp_path / "encoder"
     dreamscale("shard", "configs/data_sharding/real_corpus.yaml", "--output", dataset)
-    dreamscale("verify", dataset)
+    # Every byte is right, but nobody knows who was recorded, so "verify" does not call the splits clean.
+    dreamscale("verify", dataset, code=3)
     counts = json.loads((dataset / "manifest.json").read_text())["counts"]
     assert counts["sharded"] + counts["duplicate"] + counts["quarantined"] + counts["excluded"] == counts["found"]
 

@@ -293,5 +293,5 @@ def test_generate_writes_only_into_its_output(tmp_path: Path, paired_dataset: Pa
         (out / name).mkdir(parents=True)
     config = GenerateConfig(model="m", dataset=str(root), output=str(out), batch_size=2)
     with pytest.raises(RequestError, match="no valid key"):
-        generate_images(Grey(), open_paired(root, "test"), [0, 1], [0, 1], config, out)  # type: ignore[arg-type]
+        generate_images(Grey(), open_paired(root, "test"), [[0], [1]], [[0], [1]], config, out)  # type: ignore[arg-type]
     assert not [path for path in tmp_path.rglob("*.png") if out not in path.parents]

@@ -8,6 +8,7 @@ from pathlib import Path
 import mne
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_sharding.processing.preprocess import PreprocessSpec
 from data_sharding.processing.quality import UNCHECKED, QualitySpec
@@ -309,7 +310,7 @@ class TestEdges:
         uv[:3, (t >= 80) & (t < 90)] = 0.0
         onsets = (0.1, 10.0, 58.6, 60.5, 62.4, 70.0, 85.0, 118.9)
         write_fif(tmp_path / "eeg" / "a_raw.fif", uv)
-        (tmp_path / "eeg" / "face.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        Image.new("RGB", (8, 8)).save(tmp_path / "eeg" / "face.png")
         table = "onset\timage\n" + "".join(f"{onset}\tface.png\n" for onset in onsets)
         (tmp_path / "eeg" / "a_events.tsv").write_text(table)
         split = {"images": str(tmp_path / "eeg"), "kind": "events"}

@@ -14,7 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_sharding.processing.preprocess import PreprocessSpec
+from data_sharding.processing.quality import QualitySpec
+
 NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4"]
+SPEC = PreprocessSpec(window=256, stride=256, quality=QualitySpec(leave_out_edges=False))
+"""Keep the windows at the ends of segments, so that the first window of a segment shows the segment's onset."""
 SECONDS = 40
 BEGIN = 1000.0
 """First time stamp."""
@@ -102,7 +107,7 @@ def test_lost_packets_end_a_segment(
     chunks = make_chunks(cut, rate // 16) + make_chunks(len(index) - cut, rate // 16)
     stamps, own = add_jitter(BEGIN + index / rate, jitter, chunks, rate)
     write_xdf(tmp_path / "x" / "a.xdf", stamps, true_uv(50, 8, index / rate), rate, chunks=chunks, own=own)
-    sharded = shard_all(tmp_path / "x")["a.xdf"]
+    sharded = shard_all(tmp_path / "x", SPEC)["a.xdf"]
     assert sharded.row.sfreq == rate
     assert not sharded.touches(cut / rate, (cut + lost) / rate - 0.0015)
     behind = [a for a, _ in sharded.spans if a > cut / rate]
@@ -119,14 +124,14 @@ def _without_ends(sharded, cut: float):
 
 
 def test_case_of_lost_packets(cases: Path, shard_all, assert_true) -> None:
-    sharded = shard_all(cases / "xdf")["x01_drop06.xdf"]
+    sharded = shard_all(cases / "xdf", SPEC)["x01_drop06.xdf"]
     assert sharded.row.sfreq == 250 and not sharded.touches(30, 30.6)
     assert 30.6 in [a for a, _ in sharded.spans]
     assert_true(sharded, 501)
 
 
 def test_case_of_a_clock_that_is_set_back(cases: Path, shard_all, assert_true) -> None:
-    sharded = shard_all(cases / "xdf")["x05_back08.xdf"]
+    sharded = shard_all(cases / "xdf", SPEC)["x05_back08.xdf"]
     assert sharded.row.sfreq == 250 and not any(a < 29.999 and b > 30.001 for a, b in sharded.spans)
     assert "jump back by 0.8 s at 30.0 s" in " ".join(sharded.row.notes)
     assert_true(_without_ends(sharded, 30), 505)
@@ -141,7 +146,7 @@ def test_clock_that_is_set_back_ends_a_segment(
     stamps, own = add_jitter(BEGIN + index / 250, jitter, chunks, 250)
     stamps = stamps - back_s * (index >= 5000)
     write_xdf(tmp_path / "x" / "a.xdf", stamps, true_uv(51, 8, index / 250), 250, chunks=chunks, own=own)
-    sharded = shard_all(tmp_path / "x")["a.xdf"]
+    sharded = shard_all(tmp_path / "x", SPEC)["a.xdf"]
     assert sharded.row.sfreq == 250 and not any(a < 19.999 and b > 20.001 for a, b in sharded.spans)
     assert f"jump back by {back_s:g} s at 20.0 s" in " ".join(sharded.row.notes)
     assert_true(_without_ends(sharded, 20), 51)
@@ -204,7 +209,7 @@ def test_other_faults_of_stamps_are_mended(
         own=own,
         offsets=offsets,
     )
-    sharded = shard_all(tmp_path / "x")["a.xdf"]
+    sharded = shard_all(tmp_path / "x", SPEC)["a.xdf"]
     assert sharded.row.sfreq == 250 and len(sharded.samples) == 40
     assert note in " ".join(sharded.row.notes) and bool(note) == bool(sharded.row.notes), sharded.row.notes
     assert_true(sharded, 52)
@@ -217,7 +222,7 @@ def test_clock_set_anew_is_corrected_by_the_offsets(tmp_path: Path, shard_all, a
     stamps[5000:] -= 990.0
     offsets = [*((BEGIN + s, 5.0) for s in range(0, 20, 5)), *((60.0 + s, 995.0) for s in range(0, 20, 5))]
     write_xdf(tmp_path / "x" / "a.xdf", stamps, true_uv(53, 8, index / 250), 250, chunks=[25] * 400, offsets=offsets)
-    sharded = shard_all(tmp_path / "x")["a.xdf"]
+    sharded = shard_all(tmp_path / "x", SPEC)["a.xdf"]
     assert "set anew" in " ".join(sharded.row.notes) and not sharded.touches(20, 50)
     assert 50.0 in [a for a, _ in sharded.spans]
     assert_true(sharded, 53)
@@ -232,7 +237,7 @@ def test_many_gaps_are_all_found(tmp_path: Path, shard_all, assert_true, true_uv
     index = np.arange(len(lost)) + lost
     stamps = BEGIN + index / 250 + random.normal(0, 0.001, len(index))
     write_xdf(tmp_path / "x" / "a.xdf", stamps, true_uv(54, 8, index / 250), 250, chunks=make_chunks(len(index), 25))
-    sharded = shard_all(tmp_path / "x")["a.xdf"]
+    sharded = shard_all(tmp_path / "x", SPEC)["a.xdf"]
     for place in places:
         begin, end = index[place - 1] / 250, index[place] / 250
         assert not sharded.touches(begin + 0.004, end - 1e-5) and end in [a for a, _ in sharded.spans]
@@ -250,6 +255,6 @@ def test_streams_without_a_steady_clock_are_refused(tmp_path: Path, shard_all, t
     else:
         stamps[:] = np.nan
     write_xdf(tmp_path / "x" / "a.xdf", stamps, true_uv(55, 8, index / 250), 250, chunks=[25] * 400)
-    row = shard_all(tmp_path / "x")["a.xdf"].row
+    row = shard_all(tmp_path / "x", SPEC)["a.xdf"].row
     assert row.status == "quarantined"
     assert row.category == ("no time stamps" if what == "no times" else "the stream has no steady rate")

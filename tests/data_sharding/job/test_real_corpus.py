@@ -192,16 +192,16 @@ def test_epochs_are_segments() -> None:
 
 
 SHARDED = {
-    "physionet/test_edf_overlapping_annotations.edf": 124,
-    "biosemi/test_reduced.edf": 6,
-    "eeglab/test_raw.set": 238,
+    "physionet/test_edf_overlapping_annotations.edf": 119,
+    "biosemi/test_reduced.edf": 2,
+    "eeglab/test_raw.set": 234,
     "eeglab/test_raw_chanloc_fids.set": 1,
-    "egi/test_egi_pns.mff": 13,
-    "neuroscan/scan41_short.cnt": 7,
+    "egi/test_egi_pns.mff": 10,
+    "neuroscan/scan41_short.cnt": 3,
     "ant/test-na-271.cnt": 4,
-    "nihon-kohden/MB0400FU.EDF": 29,
-    "eximia/test_eximia.nxe": 10,
-    "nedf/testdata.nedf": 65,
+    "nihon-kohden/MB0400FU.EDF": 23,
+    "eximia/test_eximia.nxe": 6,
+    "nedf/testdata.nedf": 61,
 }
 SET_ASIDE = {
     "ant/test-na-271.vhdr": ("duplicate", "duplicate of ant-test-na-271-cnt"),
