@@ -431,8 +431,8 @@ def find_duplicates(
                     difference = f"{HOW['beginning']}, {item.seconds:.1f} of {kept.seconds:.1f} s"
                 duplicates[item.key] = Copy(kept=kept.key, difference=difference)
                 break
-    # A recording of equal bytes may refer to a kept recording that was later found to be a duplicate of a third
-    # recording. Then the first recording must refer to the third.
+    # A recording A with the same bytes as B refers to B. If B was later found to be a duplicate of C, then A must refer
+    # to C.
     for key, duplicate in duplicates.items():
         if not duplicate.difference and duplicate.kept in kept_for:
             duplicates[key] = Copy(kept=kept_for[duplicate.kept].key)

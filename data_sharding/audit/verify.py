@@ -48,7 +48,10 @@ class VerifyConfig:
         if self.lines < 0:
             raise ValueError(f"lines must not be negative, got {self.lines}")
         if self.against and not self.content:
-            raise ValueError("content must be true to compare two datasets with against; leave content out")
+            raise ValueError(
+                "the key 'against' needs 'content: true', because it compares the windows of both datasets; remove "
+                "'content'"
+            )
 
 
 def shard_faults(root: AnyPath, shard: Shard) -> list[str]:

@@ -28,8 +28,9 @@ class Trial:
     split: str
     """Split of the trial in the corpus: train, val, test or `splits.TRAIN_OR_VAL`; empty if the corpus has no split."""
     segment: int | None = None
-    """Number of the segment that contains this trial, if the signal consists of epochs. The field `tmin` of the
-    signal's info says at which time after the onset the segments begin."""
+    """Index, from 0, of the segment (epoch) that contains this trial, if the signal consists of epochs. None if the
+    trial is located by its onset. The field `tmin` of the signal's info says at which time after the onset the segments
+    begin."""
     place: tuple[int, int] | None = None
     """Number of the trial among the trials of its table, and number of these trials; None without a table."""
     block: str = ""

@@ -144,7 +144,7 @@ def confirming_pattern(schemes: Iterable[Scheme], subjects: dict[str, str]) -> s
     Returns
     -------
     str or None
-        The regular expression; None if one expression cannot give these names.
+        The regular expression; None if it does not find exactly the recognised subject in every path.
     """
     chosen = [scheme for scheme in SCHEMES if scheme in set(schemes)]
     pattern = f"(?P<subject>{'|'.join(scheme.body for scheme in chosen)})"

@@ -166,7 +166,8 @@ class ThingsEEG2Corpus(Adapter):
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
         """Return the known design: the experiment showed images in random order; see `Adapter.design`."""
         if self.read_options(config).source == "preprocessed":
-            return "random", "images were shown in random order (Gifford et al. 2022); the epochs are sorted by image"
+            evidence = "not measured, because the files hold the epochs sorted by image"
+            return "random", f"images were shown in random order (Gifford et al. 2022); {evidence}"
         design, evidence = measured
         return design, f"images were shown in random order (Gifford et al. 2022); measured: {evidence}"
 

@@ -86,7 +86,7 @@ def _describe_without_ledger(dataset: EEGDataset) -> dict[str, Any]:
 
 
 def _merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Add the numbers of several datasets. A value that one dataset does not know is not known for all."""
+    """Add the numbers of several datasets. If a value is missing for one dataset, the merged value is None."""
     out: dict[str, Any] = {}
     for name in parts[0]:
         values = [part.get(name) for part in parts]
