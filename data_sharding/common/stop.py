@@ -1,9 +1,10 @@
 """Stop a command at any moment by SIGTERM or Ctrl-C.
 
-A signal raises `StopRequested` in the main thread. This exception can be lost: a library that is just being imported or
-started may catch it, or may have replaced the signal handler. So each signal is also written to a pipe, which a thread
-reads. The command looks at this record between its steps (`check_stop`). If the command has not ended some seconds
-after the signal, the thread ends the process and all its child processes.
+A signal raises `StopRequested` in the main thread. If the thread is importing a module, the exception is raised after
+the import, because a module that was imported in part can fail later. The exception can be lost: a library that is just
+being started may catch it, or may have replaced the signal handler. So each signal is also written to a pipe, which a
+thread reads. The command looks at this record between its steps (`check_stop`). If the command has not ended some
+seconds after the signal, the thread ends the process and all its child processes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,8 @@ from data_sharding.common.errors import EXIT_STOPPED, StopRequested
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_S = 8.0
 """Seconds after a signal in which the command can end by itself. Docker kills a process 10 s after its signal."""
+IMPORT_S = 0.1
+"""Seconds between two looks at an import that a signal waits for."""
 SAME_REQUEST_S = 2.0
 """Signals within this number of seconds count as one request: a terminal and a batch system may both send one."""
 PR_SET_CHILD_SUBREAPER = 36
@@ -36,6 +39,7 @@ class _Stop:
     def __init__(self) -> None:
         self.number: int | None = None
         self.raised_at: float | None = None
+        self.waits_for_import = False
         self.ended = threading.Event()
         self.lock = threading.Lock()
         self.read, self.write = os.pipe()
@@ -55,9 +59,12 @@ class _Stop:
         name = signal.Signals(self.number).name
         return StopRequested(f"{name}: all finished work is kept; run the same command to resume")
 
-    def handle(self, number: int, _: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         if self.raised_at is None:
+            self.waits_for_import = is_import(frame)
+            if self.waits_for_import:
+                return  # `watch` sends the signal again.
             self.raised_at = time.monotonic()
             raise self.error()
         if time.monotonic() - self.raised_at > SAME_REQUEST_S:
@@ -67,8 +74,15 @@ class _Stop:
         """Wait for a signal, and then for the end of the command. Runs in a thread."""
         while not self.ended.is_set():
             select.select([self.read], [], [])
-            if self.look() and not self.ended.wait(GRACE_S):
-                self.end_now()
+            if not self.look():
+                continue
+            end = time.monotonic() + GRACE_S
+            while not self.ended.wait(IMPORT_S):
+                if time.monotonic() > end:
+                    self.end_now()
+                number, main = self.number, threading.main_thread().ident
+                if self.waits_for_import and number and main and signal.getsignal(number) == self.handle:
+                    signal.pthread_kill(main, number)
         os.close(self.read)
 
     def end_now(self) -> None:
@@ -78,6 +92,25 @@ class _Stop:
             os.write(2, f"{show_cursor}dreamscale: stopped on request; {self.error()}\n".encode())
         kill_processes(find_child_processes())
         os._exit(EXIT_STOPPED)
+
+
+def is_import(frame: FrameType | None) -> bool:
+    """Return whether a frame, or a frame that has called it, imports a module."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def ignore_stop(before: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Return a `sys.unraisablehook` that does not print a `StopRequested`: `check_stop` will raise it again."""
+
+    def hook(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, StopRequested):
+            before(unraisable)
+
+    return hook
 
 
 _stop: _Stop | None = None
@@ -119,6 +152,8 @@ def raise_on_stop_signals() -> Iterator[None]:
         return
     wakeup = signal.set_wakeup_fd(stop.write, warn_on_full_buffer=False)
     threading.Thread(target=stop.watch, daemon=True, name="stop").start()
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = ignore_stop(unraisable)
     try:
         yield
         check_stop()
@@ -127,6 +162,7 @@ def raise_on_stop_signals() -> Iterator[None]:
         raise
     finally:
         signal.set_wakeup_fd(wakeup)
+        sys.unraisablehook = unraisable
         for number, handler in before.items():
             signal.signal(number, handler)
         _was_stopped = stop.look()

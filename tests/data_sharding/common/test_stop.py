@@ -1,4 +1,4 @@
-"""Tests of requests to stop that a library swallows, hides or delays. Each test signals a real process."""
+"""Tests of requests to stop that a library or Python swallows, hides or delays. Each test signals a real process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 COMMAND = """
-import signal, subprocess, sys, time
+import os, pathlib, signal, subprocess, sys, tempfile, time
 from data_sharding.common import stop
 from data_sharding.common.errors import run_main
 stop.GRACE_S = 1.0
@@ -36,6 +36,24 @@ BODIES = {
             pass
         stop.check_stop()
         wait(60)""",
+    "a finalizer loses the exception": """
+        class Waits:
+            def __del__(self):
+                wait(60)
+        waits = Waits()
+        del waits
+        stop.check_stop()
+        wait(60)""",
+    "a module is being imported": """
+        with tempfile.TemporaryDirectory() as folder:
+            pathlib.Path(folder, "slow.py").write_text("import __main__; __main__.wait(0.5); whole = True")
+            sys.path.insert(0, folder)
+            try:
+                import slow
+                wait(60)
+            finally:
+                if not sys.modules["slow"].whole:
+                    os.abort()""",
     "another error follows": """
         try:
             wait(60)
