@@ -6,10 +6,11 @@ import gzip
 import re
 import struct
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from data_sharding.common.storage import AnyPath
+from data_sharding.common.storage import AnyPath, is_remote
+from data_sharding.common.untrusted import is_special
 from data_sharding.formats import headers
 
 TAIL_BYTES = 1 << 18
@@ -28,6 +29,25 @@ COMPRESSED = 15
 ONE_BYTE = re.compile(rb"[^\x00-\x1f/\\:*?\"<>|']{1,200}\.fdt", re.IGNORECASE)
 TWO_BYTES = re.compile(rb"(?:[^\x00-\x1f/\\:*?\"<>|']\x00){1,200}\.\x00f\x00d\x00t\x00", re.IGNORECASE)
 """Names of ``.fdt`` files, as MATLAB stores text: with one or two bytes for each character."""
+Near = Mapping[str, AnyPath]
+"""Files of a folder by lower-case name. Headers often write file names with different upper and lower case."""
+
+
+def files_beside(path: AnyPath) -> Near:
+    """List the folder of a file.
+
+    Parameters
+    ----------
+    path : Path or UPath
+        The file.
+
+    Returns
+    -------
+    mapping of str to path
+        Entries of the folder by lower-case name, with the file itself. Pipes, sockets and devices are left out.
+    """
+    entries = [entry for entry in path.parent.iterdir() if is_remote(entry) or not is_special(str(entry))]
+    return {entry.name.lower(): entry for entry in entries}
 
 
 def next_fif_part(path: AnyPath, head: bytes = b"") -> str | None:

@@ -21,7 +21,7 @@ from data_sharding.common.reason import Reason
 from data_sharding.common.untrusted import check_hdf5
 from data_sharding.formats import headers
 from data_sharding.formats.about import describe, hide, private_words
-from data_sharding.formats.claims import link_files
+from data_sharding.formats.claims import files_beside, link_files
 from data_sharding.formats.edf import open_records
 from data_sharding.formats.marks.files import (
     find_epoch_boundaries,
@@ -239,9 +239,9 @@ def _as_named(
         elif name == named and (path.parent / name).exists():
             links[name] = path.parent / name
             continue
-        there = [file for file in path.parent.iterdir() if file.name.lower() == name.lower()]
-        if there and key not in contents:
-            links[name] = there[0]
+        there = files_beside(path).get(name.lower())
+        if there is not None and key not in contents:
+            links[name] = Path(str(there))
         where = re.compile(rf"^([ \t]*{key}[ \t]*=[ \t]*){re.escape(named)}", re.MULTILINE | re.IGNORECASE)
         data = where.sub(lambda found, name=name: found.group(1) + name, data, count=1)
     if data == text and not recode and not written and all(name == file.name for name, file in links.items()):
@@ -278,7 +278,7 @@ def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], list[str]
     if named is None:
         return header, {}, notes
     name = re.split(r"[\\/]", named)[-1].replace("$b", path.stem)
-    files = {file.name.lower(): file for file in path.parent.iterdir()}
+    files = files_beside(path)
     file = files.get(name.lower()) or files.get(f"{path.stem}.vmrk".lower())
     if file is None:
         lost = f"the marker file '{name}' does not exist, so its interruptions and bad spans are unknown"
@@ -388,8 +388,8 @@ def _curry(path: Path) -> Any:
 
 
 def _nihon(path: Path) -> Signal:
-    near = {file.name.lower(): file for file in path.parent.iterdir()}
-    optional = [near[name] for ending in ("log", "pnt") if (name := f"{path.stem}.{ending}".lower()) in near]
+    near = files_beside(path)
+    optional = [Path(str(near[name])) for ending in ("log", "pnt") if (name := f"{path.stem}.{ending}".lower()) in near]
     raw, folder, notes = read_without_broken(_mne("nihon"), path, {file.name: [file] for file in optional})
     if f"{path.stem}.21e".lower() not in near:
         notes.append("there is no .21E file, so the names of the channels are those that the device gives by default")

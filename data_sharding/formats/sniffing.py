@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath, is_remote
 from data_sharding.common.untrusted import is_special
 from data_sharding.formats import headers
-from data_sharding.formats.claims import eeglab_signal_name, next_fif_part
+from data_sharding.formats.claims import Near, eeglab_signal_name, files_beside, next_fif_part
 from data_sharding.formats.readers import find_formats
 from data_sharding.formats.unread.no_recordings import recognise_no_recording
 from data_sharding.formats.unread.recorders import recognise_recorder
@@ -56,8 +56,8 @@ CLAIMED = {
 HEADERS_OF_BRAINVISION = (".vhdr", ".ahdr")
 MATLAB = Reason("no reader", "a MATLAB file says neither rate nor unit; describe it in a corpus of kind arrays")
 HDF5 = b"\x89HDF\r\n\x1a\n"
-Near = Mapping[str, AnyPath]
-"""Files of a folder by lower-case name. Headers often write file names with different upper and lower case."""
+TEXT_SIDECARS = (".json", ".tsv")
+"""Extensions of sidecar files of BIDS. Such a file is text, so the first bytes of a format mean nothing there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +80,6 @@ def _by_path(files: list[AnyPath]) -> tuple[AnyPath, ...]:
     return tuple(sorted(set(files), key=lambda file: file.as_posix()))
 
 
-def _near(path: AnyPath) -> Near:
-    entries = [entry for entry in path.parent.iterdir() if is_remote(entry) or not is_special(str(entry))]
-    return {entry.name.lower(): entry for entry in entries}
-
-
 class File:
     """A file whose format is to be recognised: its path, its first bytes, and the other files of its folder."""
 
@@ -99,7 +94,7 @@ class File:
     def near(self) -> Near:
         """Files in the folder of this file, by lower-case name."""
         if self._listing is None:
-            self._listing = _near(self.path)
+            self._listing = files_beside(self.path)
         return self._listing
 
     def exists(self, name: str) -> bool:
@@ -272,7 +267,8 @@ def _persyst(file: File) -> Recording | None:
 
 
 def _nedf(file: File) -> Recording | None:
-    if b"<NEDFversion>" not in file.head:
+    # The file begins with XML: a root element of any name, and in it the version.
+    if not re.match(rb"\s*(<\?xml[^<>]*>\s*)?<[A-Za-z_][^<>]*>[^\0]*<NEDFversion>", file.text):
         return None
     try:
         problem = headers.run_check(headers.check_nedf, "NEDF", file.path, file.head)
@@ -323,10 +319,14 @@ def _claims(file: File) -> Recording | None:
         return file.recording(file.suffix[1:], problem=ORPHANS[file.suffix])
     if file.suffix == ".mat":
         return file.recording("mat", problem=MATLAB, continuous=False)
-    for look in (recognise_recorder, recognise_table):
-        if found := look(file):
-            return file.recording(found.format, *found.files, problem=found.reason, continuous=not found.excluded)
-    return None
+    if found := recognise_recorder(file):
+        return file.recording(found.format, *found.files, problem=found.reason, continuous=not found.excluded)
+    return _table(file)
+
+
+def _table(file: File) -> Recording | None:
+    found = recognise_table(file)
+    return found and file.recording(found.format, problem=found.reason)
 
 
 def _no_recording(file: File) -> Recording | None:
@@ -396,10 +396,8 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
     if not is_remote(path) and not stat.S_ISREG(path.stat().st_mode):
         return None
     file = File(path, near)
-    for look in FORMATS:
-        if found := look(file):
-            return found
-    return None
+    looks = (_table,) if file.suffix in TEXT_SIDECARS else FORMATS
+    return next((found for look in looks if (found := look(file))), None)
 
 
 def _walk_local(root: Path) -> Iterator[tuple[Path, list[str]]]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_sharding.formats.claims import files_beside
+
 
 def read_without_broken(
     read: Callable[[Path], Any], path: Path, optional: Mapping[str, Sequence[Path]]
@@ -44,7 +46,8 @@ def read_without_broken(
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file()]
     else:
-        files = [file for file in path.parent.iterdir() if file.stem.lower() == path.stem.lower()]
+        near = (Path(str(file)) for file in files_beside(path).values())
+        files = [file for file in near if file.stem.lower() == path.stem.lower()]
     for count in range(1, len(optional) + 1):
         for parts in itertools.combinations(optional, count):
             broken = {file for part in parts for file in optional[part]}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data_sharding.common.errors import RequestError
@@ -221,6 +221,11 @@ SIDECARS = TABLES | st.binary(max_size=40) | MAPPINGS
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example("*_eeg.json", b"<NEDFversion>")
+@example("*_eeg.json", b"<a><NEDFversion>1.3</NEDFversion></a>")
+@example("*_eeg.json", b"XDF:")
+@example("*_eeg.json", b"Brain Vision Data Exchange Header File Version 1.0")
+@example("*_events.tsv", b"GDF 2.20")
 @given(st.sampled_from([f"*_{name}" for name in SUFFIXES]), SIDECARS)
 def test_any_content_of_a_sidecar_leaves_other_recordings_readable(bids: Path, pattern: str, content: bytes) -> None:
     path = next(folder(bids).glob(pattern))
@@ -229,6 +234,7 @@ def test_any_content_of_a_sidecar_leaves_other_recordings_readable(bids: Path, p
     try:
         items = items_of(bids)
         others = ("sub-01_ses-b_task-see_eeg.vhdr", "sub-02_ses-a_task-see_eeg.vhdr")
+        assert set(items) == {NAME, *others}
         assert all(items[name].recording.problem is None for name in others)
         if items[NAME].recording.problem is None:
             info = open_item(items[NAME]).info
