@@ -30,7 +30,7 @@ from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import embed_images
 from finetune.eeg import EEGConfig, ImageAugmentConfig, group_repeats, load_encoder, prepare_eeg, read_means, scale_eeg
 from finetune.images import ImageTable, open_paired
-from finetune.training.accelerate import make_accelerator, make_loader, open_run, quiet_libraries
+from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
 from finetune.training.config import TrainingConfig, free_keys
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
@@ -258,71 +258,69 @@ def align(config: AlignConfig) -> int:
     torch.manual_seed(config.seed)
     encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)
     table, val_table = ImageTable(data), ImageTable(val)
-    accelerator = make_accelerator(
-        num_processes=config.num_processes, device=config.device, precision=config.training.precision
-    )
-    run = open_run(config, accelerator, free=free_keys("training", independent_samples=config.loss == "cosine"))
-    if run.finished:
-        print(f"{config.output}: this run is complete; nothing to do")
-        return EXIT_DONE
-    target_MP, val_target_MP = (
-        embed_images(
-            t,
-            config.clip,
-            device=accelerator.device,
-            cache=Path(config.output) / "cache",
-            write=accelerator.is_main_process,
+    free = free_keys("training", independent_samples=config.loss == "cosine")
+    with (
+        start_processes(config, config.training.precision) as accelerator,
+        use_run(config, accelerator, free=free) as run,
+    ):
+        if report_finished(run, "encoder/config.json"):
+            return EXIT_DONE
+        target_MP, val_target_MP = (
+            embed_images(
+                t,
+                config.clip,
+                device=accelerator.device,
+                cache=Path(config.output) / "cache",
+                write=accelerator.is_main_process,
+            )
+            for t in (table, val_table)
         )
-        for t in (table, val_table)
-    )
-    head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=target_MP.shape[1]))
-    aligner = Aligner(encoder, head, config.loss, config.temperature)
+        head = ClipHead(ClipHeadConfig(tokens=encoder.n_tokens, dim=encoder.dim, projection=target_MP.shape[1]))
+        aligner = Aligner(encoder, head, config.loss, config.temperature)
 
-    def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
-        row = torch.as_tensor(table.row_of[batch.numbers])
-        x, target = prepare_eeg(batch, data, table, config.augment, random, encoder), target_MP[row]
-        return {"x": x, "target": target, "row": row}
+        def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
+            row = torch.as_tensor(table.row_of[batch.numbers])
+            x, target = prepare_eeg(batch, data, table, config.augment, random, encoder), target_MP[row]
+            return {"x": x, "target": target, "row": row}
 
-    def evaluate(module: Aligner, pulse: Callable[[], None]) -> dict[str, float]:
-        def embed(microvolts_bCT: Tensor) -> Tensor:
-            return module.embed(scale_eeg(microvolts_bCT, module.encoder))
+        def evaluate(module: Aligner, pulse: Callable[[], None]) -> dict[str, float]:
+            def embed(microvolts_bCT: Tensor) -> Tensor:
+                return module.embed(scale_eeg(microvolts_bCT, module.encoder))
 
-        repeats = config.eeg.average_repeats
-        return measure_retrieval(
-            embed, val, val_table, val_target_MP, accelerator.device, pulse, average_repeats=repeats
+            repeats = config.eeg.average_repeats
+            return measure_retrieval(
+                embed, val, val_table, val_target_MP, accelerator.device, pulse, average_repeats=repeats
+            )
+
+        result = fit(
+            aligner,
+            config=config.training,
+            seed=config.seed,
+            accelerator=accelerator,
+            run=run,
+            loader=make_loader(data, config.training, config.seed, accelerator),
+            inputs=inputs,
+            evaluate=evaluate,
+            watch=config.watch,
+            mode="min" if config.watch == "cosine" else "max",
+            lr_scale=lambda name: config.encoder_lr if name.startswith("encoder.") else 1.0,
+            description="alignment",
         )
-
-    result = fit(
-        aligner,
-        config=config.training,
-        seed=config.seed,
-        accelerator=accelerator,
-        run=run,
-        loader=make_loader(data, config.training, config.seed, accelerator),
-        inputs=inputs,
-        evaluate=evaluate,
-        watch=config.watch,
-        mode="min" if config.watch == "cosine" else "max",
-        lr_scale=lambda name: config.encoder_lr if name.startswith("encoder.") else 1.0,
-        description="alignment",
-    )
-    if accelerator.is_main_process:
-        found = {"best_step": result.best_step, "val": result.best, "clip": config.clip, "dataset": config.dataset}
-        found |= {"dataset_id": data.manifest.dataset_id, "eeg": config.eeg.part}
-        encoder.save_pretrained(run.path / "encoder", extra={"aligned": found})
-        head.save_pretrained(run.path / "align")
-        write_json(run.path / "align" / "result.json", found)
-        plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "train/cosine", "val/cosine"])
-        run.status("done", **found)
-        print(
-            f"alignment: on the val split, mean cosine similarity {1 - result.best['cosine']:.3f}; the most similar "
-            f"image has the right label in {result.best['label']:.1%} of the trials{_say_repeats(result.best)} -> "
-            f"{run.path / 'encoder'}; next: dreamscale finetune "
-            f"configs/finetune/stable_diffusion.yaml --dataset {config.dataset} --encoder {run.path / 'encoder'}"
-        )
-    run.close()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        if accelerator.is_main_process:
+            found = {"best_step": result.best_step, "val": result.best, "clip": config.clip, "dataset": config.dataset}
+            found |= {"dataset_id": data.manifest.dataset_id, "eeg": config.eeg.part}
+            encoder.save_pretrained(run.path / "encoder", extra={"aligned": found})
+            head.save_pretrained(run.path / "align")
+            write_json(run.path / "align" / "result.json", found)
+            plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "train/cosine", "val/cosine"])
+            run.status("done", **found)
+            print(
+                f"alignment: on the val split, mean cosine similarity {1 - result.best['cosine']:.3f}; the most "
+                f"similar image has the right label in {result.best['label']:.1%} of the trials"
+                f"{_say_repeats(result.best)} -> {run.path / 'encoder'}; next: "
+                f"dreamscale finetune configs/finetune/stable_diffusion.yaml --dataset {config.dataset} "
+                f"--encoder {run.path / 'encoder'}"
+            )
     return EXIT_DONE
 
 

@@ -6,8 +6,8 @@ The folder of a paper must have three parts. `finetune.dm_re2i` is the smallest 
 
 - The file ``__init__.py`` defines ``PAPER``.
 - A training command writes the model to the folder ``RUN/model``. The file ``dreamscale.json`` in this folder contains
-  the model's ``kind``. The command ends with ``run.status("done")``, ``run.close()`` and
-  ``accelerator.end_training()``.
+  the model's ``kind``. The command uses `start_processes` and `use_run` of `finetune.training.accelerate`, and its last
+  step is ``run.status("done")``.
 - A generator class has the methods of `finetune.generators.Generator`. ``dreamscale generate`` creates the generator
   with ``Class(folder, device)``.
 """

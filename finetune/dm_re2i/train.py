@@ -28,7 +28,7 @@ from finetune.dm_re2i.model import compute_features, sample_images, save_model
 from finetune.dm_re2i.train_evrnet import train_evrnet
 from finetune.eeg import choose_evenly, group_repeats, read_trials
 from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
-from finetune.training.accelerate import make_accelerator, make_loader, open_run, quiet_libraries, report_finished
+from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
 from finetune.training.step_random import StepRandom
@@ -256,16 +256,12 @@ def train(config: DMRE2IConfig) -> int:
         raise RequestError(
             "evrnet.training.precision and ddpm.training.precision must be equal: both stages share one Accelerator"
         )
-    accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, precision=precision)
-    # Open the second run only after the first run is closed, because a tracker can follow one run at a time.
-    evrnet = given.to(accelerator.device) if given else train_evrnet(config, data, val, tables, accelerator)
-    run = open_run(config, accelerator, free=config.free_keys())
-    if report_finished(run):
-        return EXIT_DONE
-    train_ddpm(config, evrnet, data, val, tables, run, accelerator)
-    run.close()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with start_processes(config, precision) as accelerator:
+        # Open the second run only after the first run is closed, because a tracker can follow one run at a time.
+        evrnet = given.to(accelerator.device) if given else train_evrnet(config, data, val, tables, accelerator)
+        with use_run(config, accelerator, free=config.free_keys()) as run:
+            if not report_finished(run):
+                train_ddpm(config, evrnet, data, val, tables, run, accelerator)
     return EXIT_DONE
 
 

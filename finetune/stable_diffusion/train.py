@@ -34,7 +34,7 @@ from finetune.eeg import (
 from finetune.images import ImageTable, open_paired, to_model_range
 from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
 from finetune.stable_diffusion.model import EEGDiffusion, load_base, open_time_path, save_model
-from finetune.training.accelerate import make_accelerator, make_loader, open_run, quiet_libraries, report_finished
+from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
 from finetune.training.config import TrainingConfig, free_keys
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
@@ -207,79 +207,76 @@ def train(config: StableDiffusionConfig) -> int:
     pipeline = load_base(config.base)
     size = int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
     table, val_table = ImageTable(data), ImageTable(val)
-    accelerator = make_accelerator(
-        num_processes=config.num_processes, device=config.device, precision=config.training.precision
-    )
-    run = open_run(config, accelerator, free=free_keys("training", independent_samples=True))
-    if report_finished(run):
-        return EXIT_DONE
-    caching: dict[str, Any] = {
-        "device": accelerator.device,
-        "cache": Path(config.output) / "cache",
-        "write": accelerator.is_main_process,
-    }
-    latents = encode_images(table, pipeline, size, **caching)
-    val_latents = encode_images(val_table, pipeline, size, **caching)
-    target_MP = None
-    if config.order == "joint" and config.clip:
-        target_MP = embed_images(table, config.clip, **caching)
-    model = build(config, pipeline, encoder, None if target_MP is None else target_MP.shape[1])
-    noise_steps = int(model.noising.config.num_train_timesteps)
-    groups = group_repeats(val, config.eeg.average_repeats)
-    watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
-    watcher = DenoisingWatcher(
-        read_trials(val, watched, encoder, accelerator.device),
-        val_latents[val_table.row_of[[group[0] for group in watched]], 0],
-        noise_steps,
-    )
-
-    def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
-        b, row = len(batch.numbers), torch.as_tensor(table.row_of[batch.numbers])
-        mean, std = latents[row].unbind(1)
-        tensors = {
-            "x": prepare_eeg(batch, data, table, config.augment, random, encoder),
-            "latent": mean + std * random.normal(b, *mean.shape[1:]),
-            "noise": random.normal(b, *mean.shape[1:]),
-            "time": random.integers(noise_steps, b),
-            "keep": random.uniform(b) >= config.drop,
+    with (
+        start_processes(config, config.training.precision) as accelerator,
+        use_run(config, accelerator, free=free_keys("training", independent_samples=True)) as run,
+    ):
+        if report_finished(run):
+            return EXIT_DONE
+        caching: dict[str, Any] = {
+            "device": accelerator.device,
+            "cache": Path(config.output) / "cache",
+            "write": accelerator.is_main_process,
         }
-        return tensors if target_MP is None else {**tensors, "target": target_MP[row]}
-
-    def lr_scale(name: str) -> float:
-        return {"encoder": config.encoder_lr, "unet": config.attention_lr}.get(name.split(".")[0], 1.0)
-
-    result = fit(
-        model,
-        config=config.training,
-        seed=config.seed,
-        accelerator=accelerator,
-        run=run,
-        loader=make_loader(data, config.training, config.seed, accelerator),
-        inputs=inputs,
-        evaluate=watcher,
-        lr_scale=lr_scale,
-        description="Stable Diffusion on EEG",
-    )
-    if accelerator.is_main_process:
-        found = {"best_step": result.best_step, "val": result.best, "dataset_id": data.manifest.dataset_id}
-        origin: dict[str, Any] = {
-            "base": config.base,
-            "encoder": config.encoder,
-            "dataset": config.dataset,
-            "labels": data.labels,
-        }
-        origin |= {"tune": config.tune, "order": config.order, "eeg": config.eeg.part}
-        save_model(run.path / "model", model, pipeline, {**found, **origin})
-        plot_losses(run, run.path / "plots" / "loss.png", ["train/denoise", "val/loss", "val/shuffled"])
-        run.status("done", **found)
-        print(
-            f"Stable Diffusion: val loss {result.best['loss']:.4f}, with other trials' EEG "
-            f"{result.best['shuffled']:.4f} -> {run.path / 'model'}; next: dreamscale generate {run.path / 'model'} "
-            f"{config.dataset} -o OUTPUT"
+        latents = encode_images(table, pipeline, size, **caching)
+        val_latents = encode_images(val_table, pipeline, size, **caching)
+        target_MP = None
+        if config.order == "joint" and config.clip:
+            target_MP = embed_images(table, config.clip, **caching)
+        model = build(config, pipeline, encoder, None if target_MP is None else target_MP.shape[1])
+        noise_steps = int(model.noising.config.num_train_timesteps)
+        groups = group_repeats(val, config.eeg.average_repeats)
+        watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
+        watcher = DenoisingWatcher(
+            read_trials(val, watched, encoder, accelerator.device),
+            val_latents[val_table.row_of[[group[0] for group in watched]], 0],
+            noise_steps,
         )
-    run.close()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+
+        def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
+            b, row = len(batch.numbers), torch.as_tensor(table.row_of[batch.numbers])
+            mean, std = latents[row].unbind(1)
+            tensors = {
+                "x": prepare_eeg(batch, data, table, config.augment, random, encoder),
+                "latent": mean + std * random.normal(b, *mean.shape[1:]),
+                "noise": random.normal(b, *mean.shape[1:]),
+                "time": random.integers(noise_steps, b),
+                "keep": random.uniform(b) >= config.drop,
+            }
+            return tensors if target_MP is None else {**tensors, "target": target_MP[row]}
+
+        def lr_scale(name: str) -> float:
+            return {"encoder": config.encoder_lr, "unet": config.attention_lr}.get(name.split(".")[0], 1.0)
+
+        result = fit(
+            model,
+            config=config.training,
+            seed=config.seed,
+            accelerator=accelerator,
+            run=run,
+            loader=make_loader(data, config.training, config.seed, accelerator),
+            inputs=inputs,
+            evaluate=watcher,
+            lr_scale=lr_scale,
+            description="Stable Diffusion on EEG",
+        )
+        if accelerator.is_main_process:
+            found = {"best_step": result.best_step, "val": result.best, "dataset_id": data.manifest.dataset_id}
+            origin: dict[str, Any] = {
+                "base": config.base,
+                "encoder": config.encoder,
+                "dataset": config.dataset,
+                "labels": data.labels,
+            }
+            origin |= {"tune": config.tune, "order": config.order, "eeg": config.eeg.part}
+            save_model(run.path / "model", model, pipeline, {**found, **origin})
+            plot_losses(run, run.path / "plots" / "loss.png", ["train/denoise", "val/loss", "val/shuffled"])
+            run.status("done", **found)
+            print(
+                f"Stable Diffusion: val loss {result.best['loss']:.4f}, with other trials' EEG "
+                f"{result.best['shuffled']:.4f} -> {run.path / 'model'}; next: dreamscale generate "
+                f"{run.path / 'model'} {config.dataset} -o OUTPUT"
+            )
     return EXIT_DONE
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +84,29 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
     return accelerator
 
 
+@contextmanager
+def start_processes(config: Any, precision: str) -> Iterator[Accelerator]:
+    """Set up Accelerate for a stage, and end the work of its processes after the stage.
+
+    Parameters
+    ----------
+    config : dataclass instance
+        Config of the stage, with the keys ``num_processes`` and ``device``.
+    precision : str
+        Number format of the computation: fp32 or bf16.
+
+    Yields
+    ------
+    Accelerator
+        The accelerator that `make_accelerator` returns.
+    """
+    accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, precision=precision)
+    yield accelerator
+    # Do not wait after an error, because the other processes may never come to this line.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def get_world(accelerator: Accelerator) -> World:
     """Return a `World` object for the processes that Accelerate started."""
     return World(rank=accelerator.process_index, size=accelerator.num_processes, device=accelerator.device)
@@ -121,6 +146,22 @@ def open_run(
     return run
 
 
+@contextmanager
+def use_run(config: Any, accelerator: Accelerator, *, free: tuple[str, ...] = FREE) -> Iterator[RunDirectory]:
+    """Open the run directory of a stage, and close it after the stage; the arguments are those of `open_run`.
+
+    Yields
+    ------
+    RunDirectory
+        The run directory. It is also closed after an error, so that the command can be repeated at once.
+    """
+    run = open_run(config, accelerator, free=free)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
 def make_loader(dataset: EEGDataset, config: TrainingConfig, seed: int, accelerator: Accelerator) -> Loader:
     """Make a data loader that yields batches for this process without end.
 
@@ -144,19 +185,31 @@ def make_loader(dataset: EEGDataset, config: TrainingConfig, seed: int, accelera
     return Loader(dataset, config.batch_size, seed, **world, num_workers=config.num_workers)
 
 
-def report_finished(run: RunDirectory) -> bool:
-    """Return True and print a message if a run is complete. Also check that its result, ``model/``, still exists.
+def report_finished(run: RunDirectory, result: str = "model/dreamscale.json") -> bool:
+    """Return True and print a message if a run is complete. Also check that the result of the run still exists.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        The run directory.
+    result : str
+        Path of a file of the result, relative to the run directory.
+
+    Returns
+    -------
+    bool
+        True if the run is complete, so that there is nothing to do.
 
     Raises
     ------
     RequestError
-        If the run is complete, but its folder ``model/`` was deleted.
+        If the run is complete, but its result was deleted.
     """
     if not run.finished:
         return False
-    if not (run.path / "model" / "dreamscale.json").is_file():
+    if not (run.path / result).is_file():
         raise RequestError(
-            f"{run.path}: this run is complete, but its 'model' folder is missing; choose another output, or delete "
+            f"{run.path}: this run is complete, but its file {result} is missing; choose another output, or delete "
             f"{run.path} to train again"
         )
     print(f"{run.path}: this run is complete; nothing to do")

@@ -217,8 +217,9 @@ class RunDirectory:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+        close, self._close = self._close, lambda: None
         try:
-            self._close()
+            close()
         except Exception as error:
             print(f"dreamscale: the tracker could not be closed ({one_line(error)})", file=sys.stderr)
         if self._lock is not None:

@@ -106,8 +106,8 @@ def test_wrong_requests_end_with_one_line(
     assert message in error and "\n" not in error
 
 
-def test_an_encoder_of_single_channels_keeps_the_electrodes(
-    paired_dataset: Path, miniature: Path, tmp_path: Path
+def test_an_encoder_of_single_channels_keeps_the_electrodes_and_a_complete_run_does_nothing(
+    paired_dataset: Path, miniature: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = EEGDataset(paired_dataset, "val")
     shape = EncoderConfig(samples=128, dim=24, depth=1, heads=2, mlp_ratio=2.0, tokenizer="montage", patch=16)
@@ -115,10 +115,15 @@ def test_an_encoder_of_single_channels_keeps_the_electrodes(
     output = tmp_path / "run"
     assert run_main(main, _args(paired_dataset, tmp_path / "encoder", miniature, output, "--training.steps", 2)) == 0
     encoder = EEGEncoder.from_pretrained(output / "encoder")
+    assert run_main(main, _args(paired_dataset, tmp_path / "encoder", miniature, output, "--training.steps", 2)) == 0
+    assert "nothing to do" in capsys.readouterr().out
     batch = collate(data, [0, 1])
     x = scale_eeg(batch.eeg, encoder)
     with torch.no_grad():
         torch.testing.assert_close(encoder(x), encoder(x, **encoder.inputs_of(batch.metas)))
+    (output / "encoder" / "config.json").unlink()
+    assert run_main(main, _args(paired_dataset, tmp_path / "encoder", miniature, output, "--training.steps", 2)) == 2
+    assert "encoder/config.json is missing" in capsys.readouterr().err
 
 
 def test_trials_of_one_image_are_not_wrong_pairs() -> None:
