@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from finetune.clip_images import embed_images
 from finetune.eeg import EEGConfig, ImageAugmentConfig, group_repeats, load_encoder, prepare_eeg, read_means, scale_eeg
 from finetune.images import ImageTable, open_paired
 from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
+from finetune.training.batch_norm import gather_rows
 from finetune.training.config import TrainingConfig, free_keys
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
@@ -80,26 +80,6 @@ class AlignConfig:
     def __post_init__(self) -> None:
         if not self.temperature > 0 or self.encoder_lr < 0:
             raise ValueError("need temperature > 0 and encoder_lr >= 0")
-
-
-def gather_rows(x_b: Tensor) -> Tensor:
-    """Gather tensors from all processes in the order of the ranks, so that gradients flow back to every process.
-
-    Parameters
-    ----------
-    x_b : Tensor, [b, ...]
-        Tensor of this process. The size b must be equal on all processes.
-
-    Returns
-    -------
-    Tensor, [G, ...]
-        Concatenated tensors of all processes.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return x_b
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x_b.contiguous()))
 
 
 def infonce(embeds_GP: Tensor, target_GP: Tensor, row_G: Tensor, temperature: float) -> Tensor:

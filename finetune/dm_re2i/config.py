@@ -21,6 +21,11 @@ class EVRNetStage:
     widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
     """Numbers of feature maps of the two temporal, the two spatial, and the temporal-spatial (TS) convolution. The last
     number is also the width of the feature."""
+    skip: Literal["input", "y0"] = "input"
+    """Start of the second skip connection of EVRNet's multi-kernel residual blocks. input: the block's input, as in the
+    paper; y0: the output of the block's first half, as an ablation."""
+    mkrb: bool = True
+    """False leaves out EVRNet's multi-kernel residual blocks, as an ablation."""
     dropout: float = 0.0
     """Dropout rate of the feature before the linear layer. The paper uses no dropout."""
     label_smoothing: float = 0.0

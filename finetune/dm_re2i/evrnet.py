@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,11 @@ class EVRNetConfig:
     last number is also the width of the semantic feature."""
     multi_kernels: tuple[int, int] = (3, 5)
     """Kernel sizes of the two convolutions in each multi-kernel residual block."""
+    skip: Literal["input", "y0"] = "input"
+    """Start of the second skip connection of a multi-kernel residual block. input: the block's input, as in the paper.
+    y0: the output of the block's first half, as in two ordinary residual blocks in sequence."""
+    mkrb: bool = True
+    """False leaves out both multi-kernel residual blocks. The paper has these blocks."""
     dropout: float = 0.0
     """Dropout rate of the semantic feature before the linear layer. The paper uses no dropout."""
     noise_normalisation: bool = False
@@ -37,6 +43,8 @@ class EVRNetConfig:
             raise ValueError(f"widths must be five positive numbers, not {self.widths}")
         if len(self.multi_kernels) != 2 or any(k < 1 or k % 2 == 0 for k in self.multi_kernels):
             raise ValueError(f"multi_kernels must be two odd numbers, not {self.multi_kernels}")
+        if self.skip not in ("input", "y0"):
+            raise ValueError(f"skip must be input or y0, not {self.skip}")
         if self.n_classes < 2:
             raise ValueError(f"n_classes must be 2 or more, not {self.n_classes}")
         if not 0 <= self.dropout < 1:
@@ -97,10 +105,11 @@ def whitening_matrix(x_BCT: Tensor, shrinkage: float) -> Tensor:
 
 
 class MKRB(nn.Module):
-    """Multi-kernel residual block: two convolutions, each with a skip connection from the block's input.
+    """Multi-kernel residual block: two convolutions, each with a skip connection.
 
-    ``y0 = ReLU(ReLU(BN(Conv3x3(v))) + v)``, ``y = ReLU(ReLU(BN(Conv5x5(y0))) + v)``. Both skip
-    connections start at `v`. In two ordinary residual blocks, the second connection would start at `y0`.
+    ``y0 = ReLU(ReLU(BN(Conv3x3(v))) + v)``, ``y = ReLU(ReLU(BN(Conv5x5(y0))) + v)``. In the paper, both skip
+    connections start at the block's input `v`. With ``skip="y0"``, the second connection starts at `y0`, as in two
+    ordinary residual blocks.
 
     Parameters
     ----------
@@ -108,13 +117,16 @@ class MKRB(nn.Module):
         Number of feature maps at input and output.
     kernels : tuple of int
         Sizes of the two kernels.
+    skip : str
+        Start of the second skip connection: input or y0.
     """
 
-    def __init__(self, width: int, kernels: tuple[int, int] = (3, 5)) -> None:
+    def __init__(self, width: int, kernels: tuple[int, int] = (3, 5), skip: str = "input") -> None:
         super().__init__()
         small, large = kernels
         self.small = _conv_block(width, width, (small, small), (1, 1))
         self.large = _conv_block(width, width, (large, large), (1, 1))
+        self.skip = skip
 
     def forward(self, v_BFCT: Tensor) -> Tensor:
         """Apply the residual block.
@@ -129,8 +141,8 @@ class MKRB(nn.Module):
         Tensor, shape (B, F, C, T)
             Output feature maps.
         """
-        y_BFCT = torch.relu(self.small(v_BFCT) + v_BFCT)
-        return torch.relu(self.large(y_BFCT) + v_BFCT)
+        y0_BFCT = torch.relu(self.small(v_BFCT) + v_BFCT)
+        return torch.relu(self.large(y0_BFCT) + (v_BFCT if self.skip == "input" else y0_BFCT))
 
 
 class EVRNet(nn.Module):
@@ -156,12 +168,16 @@ class EVRNet(nn.Module):
         eye = torch.eye(config.n_channels) if config.noise_normalisation else None
         self.register_buffer("whitening_CC", eye)
         self.temporal = nn.Sequential(_conv_block(1, w1, (1, 3), (1, 2)), _conv_block(w1, w2, (1, 3), (1, 2)))
-        self.temporal_mkrb = MKRB(w2, config.multi_kernels)
+        self.temporal_mkrb = self._make_mkrb(w2)
         self.spatial = nn.Sequential(_conv_block(w2, w3, (3, 1), (2, 1)), _conv_block(w3, w4, (3, 1), (2, 1)))
-        self.spatial_mkrb = MKRB(w4, config.multi_kernels)
+        self.spatial_mkrb = self._make_mkrb(w4)
         self.ts = _conv_block(w4, w5, (3, 3), (2, 2))
         self.dropout = nn.Dropout(config.dropout)
         self.fc = nn.Linear(w5, config.n_classes)
+
+    def _make_mkrb(self, width: int) -> nn.Module:
+        config = self.config
+        return MKRB(width, config.multi_kernels, config.skip) if config.mkrb else nn.Identity()
 
     @property
     def dim(self) -> int:

@@ -22,6 +22,7 @@ from finetune.dm_re2i.model import compute_features
 from finetune.eeg import augment_eeg, choose_evenly, group_repeats, read_trials, scale_eeg
 from finetune.images import ImageTable
 from finetune.training.accelerate import make_loader, open_run
+from finetune.training.batch_norm import synchronise_batch_norms
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
 from finetune.training.step_random import StepRandom
@@ -177,10 +178,13 @@ def train_evrnet(
         n_classes=n_classes,
         n_channels=stage.channels,
         widths=stage.widths,
+        skip=stage.skip,
+        mkrb=stage.mkrb,
         dropout=stage.dropout,
         noise_normalisation=stage.whiten > 0,
     )
     task = EVRNetTask(EVRNet(shape), stage.label_smoothing)
+    synchronise_batch_norms(task)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
     labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
     calibration = [[number] for number in choose_evenly(len(data), stage.calibration_trials)]

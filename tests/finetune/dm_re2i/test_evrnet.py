@@ -64,6 +64,70 @@ def test_both_skips_of_a_multi_kernel_block_start_at_its_input() -> None:
     assert not torch.allclose(block(v), torch.relu(outputs[1] - v + outputs[0]), atol=1e-3)
 
 
+def _plain_block(x: torch.Tensor, part: nn.Sequential, stride: tuple[int, int] = (1, 1)) -> torch.Tensor:
+    """Compute a convolution block in training mode: a sum over shifted inputs, then batch norm by its definition."""
+    weight, norm = part[0].weight, part[1]
+    rows, columns = weight.shape[2:]
+    padded = F.pad(x, (columns // 2, columns // 2, rows // 2, rows // 2))
+    height, width = ((n - 1) // s + 1 for n, s in zip(x.shape[2:], stride, strict=True))
+    total = torch.zeros(())
+    for i in range(rows):
+        for j in range(columns):
+            shifted = padded[:, :, i : i + stride[0] * height : stride[0], j : j + stride[1] * width : stride[1]]
+            total = total + torch.einsum("bfct,gf->bgct", shifted[:, :, :height, :width], weight[:, :, i, j])
+    centred = total - total.mean(dim=(0, 2, 3), keepdim=True)
+    scaled = centred / (centred.square().mean(dim=(0, 2, 3), keepdim=True) + norm.eps).sqrt()
+    scaled = scaled * norm.weight[:, None, None] + norm.bias[:, None, None]
+    return scaled * (scaled > 0)
+
+
+def _plain_evrnet(net: EVRNet, x: torch.Tensor, *, skip: str, mkrb: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def residual(v: torch.Tensor, block: MKRB) -> torch.Tensor:
+        y0 = (_plain_block(v, block.small) + v).clamp_min(0)
+        return (_plain_block(y0, block.large) + {"input": v, "y0": y0}[skip]).clamp_min(0)
+
+    h = _plain_block(_plain_block(x, net.temporal[0], (1, 2)), net.temporal[1], (1, 2))
+    h = residual(h, net.temporal_mkrb) if mkrb else h
+    h = _plain_block(_plain_block(h, net.spatial[0], (2, 1)), net.spatial[1], (2, 1))
+    h = residual(h, net.spatial_mkrb) if mkrb else h
+    e = _plain_block(h, net.ts, (2, 2)).mean(dim=(2, 3))
+    return e, e @ net.fc.weight.T + net.fc.bias
+
+
+@pytest.mark.parametrize(("skip", "mkrb"), [("input", True), ("y0", True), ("input", False)])
+def test_the_network_equals_a_plain_version_forward_and_gradient(skip: str, mkrb: bool) -> None:
+    torch.manual_seed(0)
+    net = EVRNet(dataclasses.replace(SMALL, skip=skip, mkrb=mkrb)).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, 0.1, 0.3)
+    x = torch.randn(5, 1, 16, 32, dtype=torch.float64, requires_grad=True)
+    named = [x, *net.parameters()]
+    found = []
+    for e, logits in (net(x), _plain_evrnet(net, x, skip=skip, mkrb=mkrb)):
+        loss = (e.square().sum() + logits.sin().sum()).mean()
+        found.append([e, logits, *torch.autograd.grad(loss, named)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
+    assert all(grad.abs().max() > 1e-6 for grad in found[0][2:])
+    other = EVRNet(dataclasses.replace(SMALL, skip={"input": "y0", "y0": "input"}[skip], mkrb=mkrb)).double()
+    other.load_state_dict(net.state_dict())
+    # Without the blocks, there is no skip connection, so the setting has no effect.
+    assert torch.allclose(other(x)[1], found[0][1]) == (not mkrb)
+
+
+def test_the_blocks_of_an_ablation_change_the_size_as_expected(tmp_path: Path) -> None:
+    configs = {"paper": EVRNetConfig(), "y0": EVRNetConfig(skip="y0"), "no blocks": EVRNetConfig(mkrb=False)}
+    count = {name: sum(p.numel() for p in EVRNet(config).parameters()) for name, config in configs.items()}
+    # Each block has a 3x3 and a 5x5 convolution, and two batch norms with a weight and a bias.
+    blocks = sum((9 + 25) * width**2 + 4 * width for width in (64, 256))
+    assert count == {"paper": 3_700_040, "y0": 3_700_040, "no blocks": 3_700_040 - blocks}
+    net = EVRNet(dataclasses.replace(SMALL, mkrb=False, skip="y0")).eval()
+    net.save_pretrained(tmp_path)
+    assert EVRNet.from_pretrained(tmp_path).config == net.config
+    with pytest.raises(ValueError, match="skip must be input or y0, not y1"):
+        EVRNetConfig(skip="y1")
+
+
 def test_saving_and_loading_keeps_every_output(tmp_path: Path) -> None:
     net = EVRNet(SMALL).eval()
     calibrate_batch_norm(net, torch.randn(8, 16, 32), batch=4)

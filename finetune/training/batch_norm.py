@@ -1,0 +1,99 @@
+"""Batch norm whose statistics are those of the batches of all processes.
+
+Tensor shapes: b samples of this process, F feature maps, H rows, W columns, R processes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+
+def gather_rows(x_b: Tensor) -> Tensor:
+    """Gather tensors from all processes in the order of the ranks, so that gradients flow back to every process.
+
+    Parameters
+    ----------
+    x_b : Tensor, [b, ...]
+        Tensor of this process. The size b must be equal on all processes.
+
+    Returns
+    -------
+    Tensor, [R * b, ...]
+        Concatenated tensors of all processes.
+    """
+    if _count_processes() == 1:
+        return x_b
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x_b.contiguous()))
+
+
+def _count_processes() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes. It works on every device, also on CPUs.
+
+    PyTorch's `SyncBatchNorm` needs GPUs. In training, all processes must have equally large batches. Then R processes
+    compute the same outputs, gradients and running statistics as one process with the whole batch.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise feature maps.
+
+        Parameters
+        ----------
+        input : Tensor, shape (b, F, H, W)
+            Feature maps of this process.
+
+        Returns
+        -------
+        Tensor, shape (b, F, H, W)
+            Normalised feature maps. Statistics are exchanged only in training and only if gradients are computed:
+            without gradients, e.g. in `calibrate_batch_norm`, every process has the same samples.
+        """
+        processes = _count_processes()
+        if processes == 1 or not self.training or not torch.is_grad_enabled():
+            return super().forward(input)
+        # Compute in the type of the weights, because the input has only 16 bits in mixed precision.
+        x = input.to(self.weight.dtype)
+        own_12F = torch.stack([x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)])[None]
+        means_RF, variances_RF = gather_rows(own_12F).unbind(dim=1)
+        mean_F = means_RF.mean(dim=0)
+        # The variance of all samples is the mean variance within the processes, plus the variance of their means.
+        variance_F = (variances_RF + (means_RF - mean_F).square()).mean(dim=0)
+        self._update_running_statistics(mean_F.detach(), variance_F.detach(), x.numel() // x.shape[1] * processes)
+        scale_F = (variance_F + self.eps).rsqrt() * self.weight
+        out = (x - mean_F[:, None, None]) * scale_F[:, None, None] + self.bias[:, None, None]
+        return out.to(input.dtype)
+
+    @torch.no_grad()
+    def _update_running_statistics(self, mean_F: Tensor, variance_F: Tensor, count: int) -> None:
+        running_mean, running_var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
+        assert running_mean is not None and running_var is not None and tracked is not None
+        tracked.add_(1)
+        share = 1 / float(tracked) if self.momentum is None else self.momentum
+        running_mean.lerp_(mean_F, share)
+        running_var.lerp_(variance_F * (count / max(1, count - 1)), share)
+
+
+def synchronise_batch_norms(module: nn.Module) -> None:
+    """Replace every `BatchNorm2d` inside a module by a `SyncBatchNorm2d` with the same weights and statistics.
+
+    Parameters
+    ----------
+    module : Module
+        Module that is changed in place. The names of its weights stay as they are.
+    """
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            assert child.affine and child.track_running_stats
+            norm = SyncBatchNorm2d(child.num_features, child.eps, child.momentum).to(child.weight)
+            norm.load_state_dict(child.state_dict())
+            module.register_module(name, norm.train(child.training))
+        else:
+            synchronise_batch_norms(child)
