@@ -1,4 +1,4 @@
-"""Diffusion code that the papers share: the denoising loss, its evaluation on held-out trials, and the sampler.
+"""Diffusion code that the papers share: the denoising loss, its evaluation on held-out trials, and the samplers.
 
 The network is a denoiser ``(x_t, t, condition)``. The noise scheduler's ``prediction_type`` says whether the network
 predicts the noise in ``x_t`` or the velocity. The condition is a tuple of tensors; the first axis of each tensor is the
@@ -10,13 +10,101 @@ Tensor shapes: B trials; x is [B, channels, rows, columns] and contains latents 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 Condition = tuple[Tensor | None, ...]
 Denoiser = Callable[[Tensor, Tensor, Any], Tensor]
+SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
+DEFAULT_STEPS = 25
+"""Number of denoising steps of the fast samplers. The sampler ddpm takes all steps of the training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are sampled: the sampler, its number of denoising steps, and the guidance."""
+
+    sampler: SamplerName
+    """ddpm: the ancestral sampler of Ho et al. (2020), which adds noise at every step. ddim: the deterministic sampler
+    of Song et al. (2021), which needs few steps. dpmsolver++: a deterministic solver of second order."""
+    steps: int
+    """Number of denoising steps."""
+    guidance_scale: float
+    """Scale of the classifier-free guidance; 1 switches guidance off."""
+
+
+def choose_sampling(
+    noising_config: Any,
+    *,
+    sampler: SamplerName,
+    steps: int | None,
+    guidance_scale: float | None,
+    dropped: bool,
+    has_null: bool,
+) -> Sampling:
+    """Fill in the settings of the sampling that were not given, and refuse settings that do not fit the model.
+
+    Parameters
+    ----------
+    noising_config : dict
+        Config of the noise scheduler that was used in training.
+    sampler : str
+        Name of the sampler.
+    steps : int or None
+        Number of denoising steps. None: all steps of the training for the sampler ddpm, 25 for the other samplers.
+    guidance_scale : float or None
+        Scale of the classifier-free guidance. None: 2 if the model was trained with dropped conditions, otherwise 1.
+    dropped : bool
+        Whether conditions were dropped in the training.
+    has_null : bool
+        Whether the model has a null condition, which guidance needs.
+
+    Returns
+    -------
+    Sampling
+        Complete settings.
+
+    Raises
+    ------
+    ValueError
+        If `steps` is larger than the number of steps of the training, or if guidance is used without a null condition.
+    """
+    most = int(noising_config["num_train_timesteps"])
+    steps = steps or (most if sampler == "ddpm" else min(DEFAULT_STEPS, most))
+    if steps > most:
+        raise ValueError(f"steps is {steps}; it must not be above {most}, the number of steps in the model's training")
+    if guidance_scale is None:
+        guidance_scale = 2.0 if dropped else 1.0
+    if guidance_scale != 1 and not has_null:
+        raise ValueError("this model was trained with drop 0, so it cannot use guidance; set guidance_scale to 1")
+    return Sampling(sampler=sampler, steps=steps, guidance_scale=guidance_scale)
+
+
+def make_scheduler(sampler: SamplerName, noising_config: Any, **changes: Any) -> Any:
+    """Make the diffusers scheduler of a sampler.
+
+    Parameters
+    ----------
+    sampler : str
+        Name of the sampler.
+    noising_config : dict
+        Config of the noise scheduler that was used in training.
+    **changes : Any
+        Entries that replace those of `noising_config`.
+
+    Returns
+    -------
+    diffusers scheduler
+        Scheduler that computes the denoising steps.
+    """
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+    if sampler == "dpmsolver++":
+        return DPMSolverMultistepScheduler.from_config(noising_config, algorithm_type="dpmsolver++", **changes)
+    return (DDPMScheduler if sampler == "ddpm" else DDIMScheduler).from_config(noising_config, **changes)
 
 
 def denoising_errors(
@@ -59,15 +147,20 @@ def denoising_errors(
     return errors.mean(dim=tuple(range(1, errors.ndim)))
 
 
-def draw_noise(shape: tuple[int, ...], seeds: list[int], device: Any) -> Tensor:
+def make_generators(seeds: list[int]) -> list[torch.Generator]:
+    """Make one random generator on the CPU for each trial, so that the noise of a trial depends only on its seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_noise(shape: tuple[int, ...], generators: list[torch.Generator], device: Any) -> Tensor:
     """Draw the noise from which the sampler starts for each trial.
 
     Parameters
     ----------
     shape : tuple of int
         Shape of one trial's noise.
-    seeds : list of int
-        One seed for each trial. A trial's noise depends only on the trial's seed.
+    generators : list of torch.Generator
+        Generators that `make_generators` returned.
     device : torch.device
         Device of the result. The noise is drawn on the CPU, so that the noise is equal on every device.
 
@@ -76,8 +169,7 @@ def draw_noise(shape: tuple[int, ...], seeds: list[int], device: Any) -> Tensor:
     Tensor of float32, shape (B, ...)
         Standard normal noise.
     """
-    parts = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(parts).to(device)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
 
 @torch.no_grad()
@@ -90,6 +182,7 @@ def sample(
     *,
     steps: int,
     guidance_scale: float,
+    generators: list[torch.Generator],
 ) -> Tensor:
     """Turn noise into images with a denoiser, step by step.
 
@@ -98,7 +191,7 @@ def sample(
     denoise : callable
         Denoiser network in evaluation mode.
     scheduler : diffusers scheduler
-        Scheduler that computes each denoising step, e.g. DDIM or DPM-Solver++.
+        Scheduler that computes each denoising step, from `make_scheduler`.
     noise : Tensor, shape (B, ...)
         Noise that `draw_noise` returned.
     condition : tuple of Tensor
@@ -110,6 +203,9 @@ def sample(
     guidance_scale : float
         1: use only the prediction with the condition. Above 1: use classifier-free guidance, which moves this
         prediction further away from the prediction with the null condition.
+    generators : list of torch.Generator
+        Generator of each trial. The sampler ddpm draws a trial's noise of each step from the trial's generator, so a
+        trial's image does not depend on the other trials of the batch.
 
     Returns
     -------
@@ -132,7 +228,7 @@ def sample(
         if guided:
             own, null = guess.chunk(2)
             guess = null + guidance_scale * (own - null)
-        x = scheduler.step(guess, time, x).prev_sample
+        x = scheduler.step(guess, time, x, generator=generators).prev_sample
     return x
 
 

@@ -5,6 +5,7 @@ Array shapes: B trials, H, W pixels.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from data_sharding.common.errors import EXIT_DONE, RequestError, StopRequested
 from data_sharding.common.files import atomic_directory, write_json
 from data_sharding.common.progress import progress
 from data_sharding.dataset.dataset import EEGDataset
+from finetune.diffusion import Sampling
 from finetune.eeg import choose_evenly, group_repeats, read_means
-from finetune.generators import Generator, load_generator
+from finetune.generators import Generator, Source, load_generator
 from finetune.images import decode_image, open_paired
 from finetune.training.accelerate import quiet_libraries
 from pretrain.runs.distributed import choose_device
@@ -42,13 +44,20 @@ class GenerateConfig:
     new result is complete."""
     split: str = "test"
     """Name of the split from which the trials are taken."""
-    control: Literal["none", "shuffle"] = "none"
+    control: Literal["none", "shuffle", "no_eeg", "class"] = "none"
     """none: use the EEG of each trial. shuffle: use the EEG of another trial of any category. The images of shuffle are
-    a control, which shows how well a model scores without the right EEG."""
-    steps: int = 25
-    """Number of denoising steps for each image."""
-    guidance_scale: float = 2.0
-    """Scale of the classifier-free guidance; 1 switches guidance off."""
+    a control, which shows how well a model scores without the right EEG. no_eeg: use no EEG, as a floor. class: use the
+    true category in place of the EEG, as a ceiling: the mean feature of the category's train trials for EG-DDPM, and
+    the caption of the image for Stable Diffusion."""
+    sampler: Literal["ddpm", "ddim", "dpmsolver++"] | None = None
+    """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
+    few steps. dpmsolver++: a deterministic solver of second order. Empty: the sampler that the model was made for."""
+    steps: int | None = None
+    """Number of denoising steps for each image. Empty: all steps of the training for the sampler ddpm, and 25 for the
+    other samplers."""
+    guidance_scale: float | None = None
+    """Scale of the classifier-free guidance; 1 switches guidance off. Empty: 2, or 1 for a model that was trained
+    without dropped conditions (drop 0)."""
     average_repeats: int = 0
     """Number of presentations of an image to one subject whose EEG is averaged to one trial. 0 averages all of them, as
     papers do with test images, and 1 none. A dataset without repeats is not affected."""
@@ -63,8 +72,8 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.average_repeats < 0:
             raise ValueError(f"average_repeats must be 0 (all) or more, got {self.average_repeats}")
         if self.limit < 0:
@@ -112,6 +121,7 @@ def generate_images(
     groups: list[list[int]],
     sources: list[list[int]],
     config: GenerateConfig,
+    sampling: Sampling,
     root: Path,
 ) -> list[dict[str, Any]]:
     """Generate an image for each of the given trials, and save the images.
@@ -128,7 +138,9 @@ def generate_images(
     sources : list of list of int
         For each group in `groups`, the group whose mean EEG is used.
     config : GenerateConfig
-        Config of the command, with steps, guidance scale and seed.
+        Config of the command, with control, batch size and seed.
+    sampling : Sampling
+        Sampler, steps and guidance scale.
     root : Path
         Directory in which the folders ``images`` and ``real`` exist.
 
@@ -144,6 +156,7 @@ def generate_images(
     """
     trials: list[dict[str, Any]] = []
     done: set[str] = set()
+    source: Source = "eeg" if config.control in ("none", "shuffle") else config.control
     with StopSignal() as stop, progress(f"images ({config.control} control)", len(groups)) as advance:
         for start in range(0, len(groups), config.batch_size):
             part = [group[0] for group in groups[start : start + config.batch_size]]
@@ -151,11 +164,14 @@ def generate_images(
             keys = [dataset.key(number) for number in part]
             images = generator.generate(
                 read_means(dataset, eeg),
-                steps=config.steps,
-                guidance_scale=config.guidance_scale,
                 seeds=[trial_seed(config.seed, key) for key in keys],
+                steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                sampler=sampling.sampler,
+                source=source,
+                metas=[dataset.meta(number) for number in part],
             )
-            for number, key, source, image in zip(part, keys, eeg, images, strict=True):
+            for number, key, giver, image in zip(part, keys, eeg, images, strict=True):
                 meta = dataset.meta(number)
                 if key in done or not {"image_id", "label", "subject"} <= meta.keys():
                     fault = "is in the dataset twice" if key in done else "has no image_id, label or subject"
@@ -167,8 +183,8 @@ def generate_images(
                 trials.append(
                     {
                         "key": key,
-                        "eeg_key": dataset.key(source[0]),
-                        "repeats": len(source),
+                        "eeg_key": dataset.key(giver[0]),
+                        "repeats": len(giver),
                         "image_id": meta["image_id"],
                         "label": meta["label"],
                         "subject": meta["subject"],
@@ -211,10 +227,13 @@ def generate(config: GenerateConfig) -> int:
         if len(groups) < 2:
             raise RequestError(f"{config.dataset} ({config.split}): --control shuffle needs at least two trials")
         sources = [groups[number] for number in derange(len(groups), config.seed)]
+    sampling = generator.choose_sampling(
+        sampler=config.sampler, steps=config.steps, guidance_scale=config.guidance_scale
+    )
     with atomic_directory(output) as root:
         for name in ("images", "real"):
             (root / name).mkdir()
-        trials = generate_images(generator, dataset, groups, sources, config, root)
+        trials = generate_images(generator, dataset, groups, sources, config, sampling, root)
         write_json(
             root / "generated.json",
             {
@@ -224,8 +243,7 @@ def generate(config: GenerateConfig) -> int:
                 "dataset": str(Path(config.dataset).resolve()),
                 "split": config.split,
                 "control": config.control,
-                "steps": config.steps,
-                "guidance_scale": config.guidance_scale,
+                **dataclasses.asdict(sampling),
                 "average_repeats": config.average_repeats,
                 "eeg": generator.part,
                 "seed": config.seed,
@@ -235,6 +253,8 @@ def generate(config: GenerateConfig) -> int:
             },
         )
     following = f"dreamscale evaluate {output}"
+    if config.control != "none":
+        following = f"look at the images in {output}; 'dreamscale evaluate {output}' computes their metrics"
     if config.control == "shuffle":
         following = f"dreamscale evaluate OWN --control_dir {output} (OWN: the images without --control shuffle)"
     print(f"{len(trials)} images -> {output / 'images'}; next: {following}")

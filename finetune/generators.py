@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
@@ -14,6 +15,13 @@ from finetune.papers import find_papers
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from finetune.diffusion import SamplerName, Sampling
+
+Source = Literal["eeg", "no_eeg", "class"]
+"""Condition from which an image is generated. eeg: the EEG of the trial. no_eeg: no EEG, so the images show how good a
+generator is that knows nothing. class: the true category of the trial in place of its EEG, so the images show how good
+the generator could be with perfect EEG."""
 
 
 class Generator(Protocol):
@@ -31,24 +39,68 @@ class Generator(Protocol):
         """Part of each trial that the model reads: `tmin` and `tmax` in seconds from the onset (see `EEGDataset`)."""
         ...
 
-    def generate(self, eeg_B128T: torch.Tensor, *, steps: int, guidance_scale: float, seeds: list[int]) -> np.ndarray:
+    def choose_sampling(
+        self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampling:
+        """Fill in the settings of the sampling that are None with the defaults of this model.
+
+        Parameters
+        ----------
+        sampler : str, optional
+            Name of the sampler; by default, the sampler that the model was made for.
+        steps : int, optional
+            Number of denoising steps; by default, all steps of the training for the sampler ddpm, and 25 for others.
+        guidance_scale : float, optional
+            Scale of the classifier-free guidance; 1 switches guidance off. By default 2, or 1 if the model was trained
+            without dropped conditions.
+
+        Returns
+        -------
+        Sampling
+            Complete settings.
+
+        Raises
+        ------
+        RequestError
+            If the settings do not fit the model.
+        """
+        ...
+
+    def generate(
+        self,
+        eeg_B128T: torch.Tensor,
+        *,
+        seeds: list[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: SamplerName | None = None,
+        source: Source = "eeg",
+        metas: Sequence[dict[str, Any]] | None = None,
+    ) -> np.ndarray:
         """Generate one image for each trial.
 
         Parameters
         ----------
         eeg_B128T : Tensor, [B, 128, T]
             EEG in microvolts, preprocessed by `spec`. Channels are repeated until there are 128.
-        steps : int
-            Number of denoising steps.
-        guidance_scale : float
-            Scale of the classifier-free guidance; 1 switches guidance off.
         seeds : list of int
             One seed for each trial. A trial's noise depends only on the trial's seed.
+        steps, guidance_scale, sampler
+            Settings of the sampling, as in `choose_sampling`.
+        source : str
+            Condition from which the images are generated.
+        metas : sequence of dict, optional
+            Metadata of the trials, with their category; needed only for the source ``class``.
 
         Returns
         -------
         ndarray of uint8, [B, H, W, 3]
             Generated images in RGB.
+
+        Raises
+        ------
+        RequestError
+            If the settings or the source do not fit the model.
         """
         ...
 

@@ -5,7 +5,7 @@ Array shapes: B trials, M different images, H, W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,11 @@ def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
     return np.asarray(image, np.uint8)
+
+
+def read_caption(meta: Mapping[str, Any]) -> str:
+    """Return the caption of a trial's image, or the name of its label if there is no caption."""
+    return str(meta.get("caption") or meta.get("label_name") or f"label {meta['label']}")
 
 
 def to_model_range(pixels_BHW3: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -170,10 +175,7 @@ class ImageTable:
             groups.setdefault(key, []).append(number)
         self.companions = [[n for n in groups[key] if n != number] for number, key in enumerate(keys)]
         self.labels = np.array([int(metas[n]["label"]) for n in self._first])
-        self.captions = [
-            str(metas[n].get("caption") or metas[n].get("label_name") or f"label {metas[n]['label']}")
-            for n in self._first
-        ]
+        self.captions = [read_caption(metas[n]) for n in self._first]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -26,7 +26,7 @@ FOLDERS = {
     ],
     "finetune": [
         *("align", "generate", "stable_diffusion", "dm_re2i", "evaluation"),
-        *("eeg", "clip_head", "diffusion", "training", "clip_images", "images", "generators", "papers"),
+        *("generators", "eeg", "clip_head", "diffusion", "training", "clip_images", "images", "papers"),
     ],
     "pretrain": [
         *("train", "plan", "convert", "export", "encode"),

@@ -91,6 +91,9 @@ class EGDDPMStage:
     """Norm of the prediction error. The paper does not name a norm."""
     noise_steps: int = 1000
     """Number of steps of the forward process. The noise schedule is the cosine schedule (squaredcos_cap_v2)."""
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """Sampler that `dreamscale generate` uses for this model by default. ddpm: all steps of the forward process, as in
+    the paper. ddim: 25 steps."""
     drop: float = 0.1
     """Fraction of trials whose EEG condition is dropped in training. Classifier-free guidance needs a value above 0.
     The paper uses 0."""

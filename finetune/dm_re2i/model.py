@@ -5,23 +5,34 @@ Tensor shapes: B trials, C channels, T samples, D feature width, K classes, H ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import atomic_directory, read_json, write_json
 from data_sharding.common.untrusted import check_group, check_preprocess
 from data_sharding.processing.preprocess import PreprocessSpec
-from finetune.diffusion import draw_noise, sample
+from finetune.diffusion import (
+    SamplerName,
+    Sampling,
+    choose_sampling,
+    draw_noise,
+    make_generators,
+    make_scheduler,
+    sample,
+)
 from finetune.dm_re2i.eg_ddpm import EGDDPM
 from finetune.dm_re2i.evrnet import EVRNet
 from finetune.eeg import scale_eeg
-from finetune.generators import read_part
+from finetune.generators import Source, read_part
 from finetune.images import to_pixels
 
 KIND = "eg_ddpm"
@@ -82,9 +93,15 @@ def compute_features(
 
 @torch.no_grad()
 def sample_images(
-    unet: EGDDPM, noising_config: Any, e_BD: Tensor, *, steps: int, guidance_scale: float, seeds: list[int]
+    unet: EGDDPM,
+    noising_config: Any,
+    e_BD: Tensor,
+    sampling: Sampling,
+    seeds: list[int],
+    *,
+    keep: bool = True,
 ) -> Tensor:
-    """Generate images from EEG features with the DDIM sampler.
+    """Generate images from EEG features.
 
     Parameters
     ----------
@@ -94,53 +111,104 @@ def sample_images(
         Config of the noise scheduler that was used in training.
     e_BD : Tensor, shape (B, D)
         EEG features, on the network's device.
-    steps : int
-        Number of denoising steps.
-    guidance_scale : float
-        1: use only the prediction with the EEG condition. Above 1: use classifier-free guidance.
+    sampling : Sampling
+        Sampler, number of steps and guidance.
     seeds : list of int
         One seed for each trial. A trial's noise depends only on the trial's seed.
+    keep : bool
+        False: use the null condition in place of the features.
 
     Returns
     -------
     Tensor, shape (B, 3, H, W)
         Images with values from about -1 to 1.
-
-    Raises
-    ------
-    RequestError
-        If guidance is used but the network has no null vector, or `steps` is larger than the number of steps in
-        training.
     """
-    from diffusers import DDIMScheduler
-
-    if guidance_scale != 1 and unet.null is None:
-        raise RequestError(
-            "this model was trained with ddpm.drop 0, so it cannot use guidance; give --guidance_scale 1"
-        )
-    # "trailing" starts sampling at the last, noisiest step of training. This fits, because x starts as pure noise.
-    scheduler = DDIMScheduler.from_config(noising_config, timestep_spacing="trailing")
-    if steps > scheduler.config.num_train_timesteps:
-        raise RequestError(
-            f"--steps is {steps}; it must not be above {scheduler.config.num_train_timesteps}, the number of "
-            f"steps in the model's training"
-        )
-    size, device = unet.config.sample_size, e_BD.device
-    noise = draw_noise((unet.config.in_channels, size, size), seeds, device).to(e_BD.dtype)
-    kept_B = torch.ones(len(seeds), dtype=torch.bool, device=device)
+    size, device, generators = unet.config.sample_size, e_BD.device, make_generators(seeds)
+    guidance_scale = sampling.guidance_scale if keep else 1.0
+    kept_B = torch.full((len(seeds),), keep, dtype=torch.bool, device=device)
     return sample(
         lambda x, time, condition: unet(x, time, *condition),
-        scheduler,
-        noise,
-        (e_BD, kept_B) if guidance_scale != 1 else (e_BD, None),
+        # "trailing" starts at the last, noisiest step of the training. This fits, because x starts as pure noise.
+        make_scheduler(sampling.sampler, noising_config, timestep_spacing="trailing"),
+        draw_noise((unet.config.in_channels, size, size), generators, device).to(e_BD.dtype),
+        (e_BD, kept_B) if guidance_scale != 1 or not keep else (e_BD, None),
         (e_BD, ~kept_B),
-        steps=steps,
+        steps=sampling.steps,
         guidance_scale=guidance_scale,
+        generators=generators,
     )
 
 
+@dataclass(frozen=True)
+class ClassMeans:
+    """Mean EEG feature of each category over the train trials. The control ``class`` of `generate` uses these."""
+
+    mean_KD: Tensor
+    """Mean features; zeros for a category without train trials."""
+    count_K: Tensor
+    """Number of train trials of each category."""
+
+    FILE: ClassVar[str] = "class_means.safetensors"
+
+    @classmethod
+    def compute(cls, e_BD: Tensor, labels_B: Tensor, n_classes: int) -> ClassMeans:
+        """Compute the means from the features and the categories of all train trials."""
+        count_K = torch.bincount(labels_B, minlength=n_classes)
+        sums_KD = torch.zeros(n_classes, e_BD.shape[1], dtype=torch.float64)
+        sums_KD.index_add_(0, labels_B, e_BD.double())
+        return cls((sums_KD / count_K.clamp_min(1)[:, None]).float(), count_K)
+
+    def save(self, folder: Path) -> None:
+        """Write the means to the package of a model."""
+        save_file({"mean": self.mean_KD, "count": self.count_K}, folder / self.FILE)
+
+    @classmethod
+    def load(cls, folder: Path, dim: int) -> ClassMeans:
+        """Read the means of a model's package.
+
+        Raises
+        ------
+        RequestError
+            If the file is missing or damaged, or the width of the features is not `dim`.
+        """
+        path = folder / cls.FILE
+        try:
+            values = load_file(path)
+            means = cls(values["mean"].float(), values["count"].long())
+            if means.mean_KD.shape != (len(means.count_K), dim) or not means.mean_KD.isfinite().all():
+                raise ValueError("the means do not fit the model")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise RequestError(
+                f"{path}: cannot be read ({one_line(error)[:200]}); train the model again for the control 'class'"
+            ) from None
+        return means
+
+    def take(self, labels: list[int], names: list[str], where: str) -> Tensor:
+        """Return the mean features [B, D] of categories.
+
+        Raises
+        ------
+        RequestError
+            If a category had no train trial, because then its mean feature is unknown.
+        """
+        for label in labels:
+            if label >= len(self.count_K) or not self.count_K[label]:
+                name = names[label] if label < len(names) else label
+                raise RequestError(
+                    f"{where}: the category '{name}' had no train trial, so the control 'class' cannot generate it; "
+                    f"use a split whose categories were all trained on"
+                )
+        return self.mean_KD[labels]
+
+
 def save_model(
-    folder: Path, evrnet: EVRNet, unet: EGDDPM, noising: Any, spec: PreprocessSpec, extra: dict[str, Any]
+    folder: Path,
+    evrnet: EVRNet,
+    unet: EGDDPM,
+    noising: Any,
+    means: ClassMeans,
+    spec: PreprocessSpec,
+    extra: dict[str, Any],
 ) -> None:
     """Write the package of a trained DM-RE2I model. The folder appears only when the package is complete.
 
@@ -154,6 +222,8 @@ def save_model(
         The trained U-Net.
     noising : DDPMScheduler
         The noise scheduler that was used in training.
+    means : ClassMeans
+        Mean features of the categories.
     spec : PreprocessSpec
         Preprocessing of the EEG.
     extra : dict
@@ -163,6 +233,7 @@ def save_model(
         evrnet.save_pretrained(root / "evrnet")
         unet.save_pretrained(root / "unet")
         noising.save_pretrained(root / "scheduler")
+        means.save(root)
         write_json(root / "preprocess.json", spec.to_dict())
         write_json(root / "dreamscale.json", {"kind": KIND, "schema": SCHEMA, **extra})
 
@@ -205,6 +276,8 @@ class DMRE2IGenerator:
             )
         self.folder, self.device = folder, torch.device(device)
         self.part = read_part(values)
+        self.labels = [str(label) for label in values.get("labels") or []]
+        self.sampler: SamplerName = "ddpm" if values.get("sampler") == "ddpm" else "ddim"
         try:
             about = folder / "preprocess.json"
             self.spec = PreprocessSpec.from_dict(check_preprocess(read_json(about), str(about)))
@@ -228,27 +301,47 @@ class DMRE2IGenerator:
             )
         self.unet = unet.eval().requires_grad_(False).to(self.device)
 
+    def choose_sampling(
+        self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampling:
+        """Fill in the settings of the sampling that are None (see `finetune.generators.Generator`).
+
+        The default sampler is `sampler` of the model's config. Guidance needs a model that was trained with dropped
+        conditions.
+        """
+        chosen = sampler or self.sampler
+        if chosen == "dpmsolver++":
+            raise RequestError(
+                f"{self.folder}: dpmsolver++ diverges with the cosine noise schedule of this model; use ddim or ddpm"
+            )
+        try:
+            return choose_sampling(
+                self.noising.config,
+                sampler=chosen,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                dropped=self.unet.null is not None,
+                has_null=self.unet.null is not None,
+            )
+        except ValueError as error:
+            raise RequestError(f"{self.folder}: {error}") from None
+
     @torch.no_grad()
     def generate(
-        self, eeg_B128T: Tensor, *, steps: int = 50, guidance_scale: float = 1.0, seeds: list[int]
+        self,
+        eeg_B128T: Tensor,
+        *,
+        seeds: list[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: SamplerName | None = None,
+        source: Source = "eeg",
+        metas: Sequence[dict[str, Any]] | None = None,
     ) -> np.ndarray:
-        """Generate one image for each trial.
+        """Generate one image for each trial (see `finetune.generators.Generator`).
 
-        Parameters
-        ----------
-        eeg_B128T : Tensor, shape (B, 128, T)
-            EEG in microvolts, preprocessed by `spec`. Channels are repeated until there are 128.
-        steps : int
-            Number of denoising steps; 25 to 50 are enough.
-        guidance_scale : float
-            1, as in the paper: use only the prediction with the EEG condition. Above 1: use classifier-free guidance.
-        seeds : list of int
-            One seed for each trial. A trial's noise depends only on the trial's seed.
-
-        Returns
-        -------
-        ndarray of uint8, shape (B, H, W, 3)
-            Generated images in RGB.
+        For the source ``class``, the condition is the mean feature of the category over the train trials. For the
+        source ``no_eeg``, the condition is the learned null vector.
 
         Raises
         ------
@@ -256,14 +349,24 @@ class DMRE2IGenerator:
             If a trial has more channels than the network was made for, or the settings do not fit the model.
         """
         assert len(eeg_B128T) == len(seeds)
+        chosen = self.choose_sampling(sampler=sampler, steps=steps, guidance_scale=guidance_scale)
+        if source == "no_eeg" and self.unet.null is None:
+            raise RequestError(
+                f"{self.folder}: this model was trained with drop 0, so it cannot generate without EEG; use the "
+                f"control 'shuffle', or a model that was trained with ddpm.drop above 0"
+            )
         rows = self.evrnet.config.n_channels
         if rows < eeg_B128T.shape[1] and (most := max(count_true_channels(eeg_CT) for eeg_CT in eeg_B128T)) > rows:
             raise RequestError(
                 f"{self.folder}: this model takes up to {rows} channels, but a trial has {most}; train a model with "
                 f"evrnet.channels {most} or more"
             )
-        e_BD, _ = compute_features(self.evrnet, scale_eeg(eeg_B128T, self.spec, self.device))
-        images = sample_images(
-            self.unet, self.noising.config, e_BD, steps=steps, guidance_scale=guidance_scale, seeds=seeds
-        )
+        if source == "class":
+            assert metas is not None
+            means = ClassMeans.load(self.folder, self.unet.config.condition_dim)
+            labels = [int(meta["label"]) for meta in metas]
+            e_BD = means.take(labels, self.labels, str(self.folder)).to(self.device)
+        else:
+            e_BD, _ = compute_features(self.evrnet, scale_eeg(eeg_B128T, self.spec, self.device))
+        images = sample_images(self.unet, self.noising.config, e_BD, chosen, seeds, keep=source != "no_eeg")
         return to_pixels(images)

@@ -20,11 +20,11 @@ from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.diffusion import DenoisingWatcher, denoising_errors
+from finetune.diffusion import DenoisingWatcher, choose_sampling, denoising_errors
 from finetune.dm_re2i.config import DMRE2IConfig
 from finetune.dm_re2i.eg_ddpm import EGDDPM
 from finetune.dm_re2i.evrnet import EVRNet
-from finetune.dm_re2i.model import compute_features, sample_images, save_model
+from finetune.dm_re2i.model import ClassMeans, compute_features, sample_images, save_model
 from finetune.dm_re2i.train_evrnet import train_evrnet
 from finetune.eeg import choose_evenly, group_repeats, read_trials
 from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
@@ -182,11 +182,17 @@ def train_ddpm(
     if accelerator.is_main_process:
         right = val_logits.argmax(1).cpu().numpy() == tables[1].labels[rows]
         found = {"best_step": result.best_step, "val": result.best, "dataset_id": data.manifest.dataset_id}
-        origin = {"dataset": config.dataset, "labels": data.labels, "evrnet_val_accuracy": float(right.mean())}
-        origin["eeg"] = config.eeg.part
-        save_model(run.path / "model", evrnet, unet, noising, data.spec, {**found, **origin})
+        origin: dict[str, Any] = {
+            "dataset": config.dataset,
+            "labels": data.labels,
+            "evrnet_val_accuracy": float(right.mean()),
+        }
+        origin |= {"eeg": config.eeg.part, "sampler": stage.sampler}
+        labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
+        means = ClassMeans.compute(features, labels, len(data.labels))
+        save_model(run.path / "model", evrnet, unet, noising, means, data.spec, {**found, **origin})
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "val/loss", "val/shuffled"])
-        _plot_samples(run.path / "plots" / "samples.png", unet, noising, val_features[:16], val_pixels[:16])
+        _plot_samples(run.path / "plots" / "samples.png", unet, noising.config, val_features[:16], val_pixels[:16])
         run.status("done", **found)
         print(
             f"EG-DDPM: val loss {result.best['loss']:.4f}, with other trials' EEG {result.best['shuffled']:.4f} -> "
@@ -194,13 +200,16 @@ def train_ddpm(
         )
 
 
-def _plot_samples(path: Path, unet: EGDDPM, noising: Any, e_BD: Tensor, real_BHW3: np.ndarray) -> None:
+def _plot_samples(path: Path, unet: EGDDPM, noising_config: Any, e_BD: Tensor, real_BHW3: np.ndarray) -> None:
     """Draw a figure with two rows: images that the person saw, and images generated from the EEG of these trials."""
     from PIL import Image
 
-    scale = 1.0 if unet.null is None else 2.0
-    seeds = list(range(len(e_BD)))
-    made = to_pixels(sample_images(unet, noising.config, e_BD, steps=25, guidance_scale=scale, seeds=seeds))
+    guided = unet.null is not None
+    # The plot uses the fast sampler, whatever sampler the model is made for.
+    sampling = choose_sampling(
+        noising_config, sampler="ddim", steps=None, guidance_scale=None, dropped=guided, has_null=guided
+    )
+    made = to_pixels(sample_images(unet, noising_config, e_BD, sampling, list(range(len(e_BD)))))
     rows = [np.concatenate(list(images), axis=1) for images in (real_BHW3, made)]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows)).save(path)

@@ -271,7 +271,7 @@ def _read_control(config: EvaluateConfig, own: GeneratedSet) -> GeneratedSet | N
         )
     if own.about["control"] != "none":
         raise RequestError(f"{config.directory}: this folder holds control images; give it as --control_dir")
-    for key in ("dataset_id", "split", "kind", "steps", "guidance_scale", "average_repeats"):
+    for key in ("dataset_id", "split", "kind", "sampler", "steps", "guidance_scale", "average_repeats"):
         if control.about.get(key) != own.about.get(key):
             raise RequestError(
                 f"{config.control_dir}: {key} is {control.about.get(key)!r}, but {own.about.get(key)!r} in "
@@ -361,7 +361,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             "most": int(own.repeats_B.max()),
             "presentations": int(own.repeats_B.sum()),
         },
-        "sampling": {key: own.about.get(key) for key in ("steps", "guidance_scale", "seed")},
+        "sampling": {key: own.about.get(key) for key in ("sampler", "steps", "guidance_scale", "seed")},
         "classifier": {
             "name": JUDGE,
             "trained_on": {"split": "train", "images": len(table)},

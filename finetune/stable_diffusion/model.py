@@ -5,6 +5,7 @@ Tensor shapes: B trials, C channels, T samples, N tokens of width D, L condition
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,10 +20,20 @@ from data_sharding.common.untrusted import check_group
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_head import ClipHead
 from finetune.clip_images import is_local
-from finetune.diffusion import Condition, denoising_errors, draw_noise, sample
+from finetune.diffusion import (
+    Condition,
+    SamplerName,
+    Sampling,
+    choose_sampling,
+    denoising_errors,
+    draw_noise,
+    make_generators,
+    make_scheduler,
+    sample,
+)
 from finetune.eeg import scale_eeg
-from finetune.generators import read_part
-from finetune.images import to_pixels
+from finetune.generators import Source, read_part
+from finetune.images import read_caption, to_pixels
 from finetune.stable_diffusion.conditioner import Conditioner
 from pretrain.encoder.encoder import EEGEncoder
 
@@ -286,63 +297,106 @@ class StableDiffusionGenerator:
     kind = KIND
 
     def __init__(self, folder: str | Path, device: str = "cpu") -> None:
-        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
         folder = Path(folder)
         values = check_group(read_json(folder / "dreamscale.json"), str(folder / "dreamscale.json"))
         if values.get("kind") != KIND or values.get("schema") != SCHEMA:
             raise RequestError(
                 f"{folder}: not a '{KIND}' model of this version; train it again with 'dreamscale finetune CONFIG'"
             )
-        self.device = torch.device(device)
+        self.folder, self.device = folder, torch.device(device)
         self.part = read_part(values)
         self.pipeline = load_base(folder / "pipeline")
         self.encoder = EEGEncoder.from_pretrained(folder / "encoder").requires_grad_(False).to(self.device)
         self.conditioner = Conditioner.from_pretrained(folder / "conditioner").requires_grad_(False).to(self.device)
         self.unet, self.vae = self.pipeline.unet.to(self.device), self.pipeline.vae.to(self.device)
-        config = self.pipeline.scheduler.config
-        # DPM-Solver++ needs only a tenth of the steps of DDIM, but DPM-Solver++ diverges with a cosine noise schedule.
-        if config.beta_schedule == "squaredcos_cap_v2":
-            self.scheduler: Any = DDIMScheduler.from_config(config, clip_sample=False)
-        else:
-            self.scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
+        # Models of older versions do not store how many conditions were dropped in the training.
+        self.dropped = values.get("drop", 0.1) > 0
 
     @property
     def spec(self) -> PreprocessSpec:
         """Preprocessing that the EEG trials must have."""
         return self.encoder.spec
 
+    def choose_sampling(
+        self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampling:
+        """Fill in the settings of the sampling that are None (see `finetune.generators.Generator`).
+
+        The default sampler is DPM-Solver++, or DDIM for a base model with a cosine noise schedule. Every model has a
+        null condition, because training starts from the embedding of an empty prompt.
+        """
+        config = self.pipeline.scheduler.config
+        # DPM-Solver++ needs only a tenth of the steps of DDIM, but DPM-Solver++ diverges with a cosine noise schedule.
+        default: SamplerName = "ddim" if config.beta_schedule == "squaredcos_cap_v2" else "dpmsolver++"
+        try:
+            return choose_sampling(
+                config,
+                sampler=sampler or default,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                dropped=self.dropped,
+                has_null=True,
+            )
+        except ValueError as error:
+            raise RequestError(f"{self.folder}: {error}") from None
+
     @torch.no_grad()
-    def generate(
-        self, eeg_B128T: Tensor, *, steps: int = 25, guidance_scale: float = 2.0, seeds: list[int]
-    ) -> np.ndarray:
-        """Generate one image for each trial.
+    def embed_captions(self, captions: list[str]) -> Condition:
+        """Compute the condition of captions with the text encoder of the base model.
 
         Parameters
         ----------
-        eeg_B128T : Tensor, [B, 128, T]
-            EEG in microvolts, preprocessed by `spec`. Channels are repeated until there are 128.
-        steps : int
-            Number of denoising steps.
-        guidance_scale : float
-            1: use only the prediction with the EEG condition. Above 1: use classifier-free guidance.
-        seeds : list of int
-            One seed for each trial. A trial's noise depends only on the trial's seed.
+        captions : list of str
+            One caption for each trial.
 
         Returns
         -------
-        ndarray of uint8, [B, H, W, 3]
-            Generated images in RGB.
+        tuple of Tensor
+            Condition in the form that `Conditioner.null` returns, with the states of the captions.
+        """
+        tokenizer, text_encoder = self.pipeline.tokenizer, self.pipeline.text_encoder.to(self.device)
+        ids = tokenizer(
+            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        return text_encoder(ids.to(self.device))[0].float(), self.conditioner.null(len(captions))[1]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        eeg_B128T: Tensor,
+        *,
+        seeds: list[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: SamplerName | None = None,
+        source: Source = "eeg",
+        metas: Sequence[dict[str, Any]] | None = None,
+    ) -> np.ndarray:
+        """Generate one image for each trial (see `finetune.generators.Generator`).
+
+        For the source ``class``, the text encoder of the base model encodes the caption of the image, and the name of
+        the category if the image has no caption. For the source ``no_eeg``, the condition is the null condition.
         """
         assert len(eeg_B128T) == len(seeds)
-        size = self.unet.config.sample_size
+        chosen = self.choose_sampling(sampler=sampler, steps=steps, guidance_scale=guidance_scale)
+        null = self.conditioner.null(len(seeds))
+        if source == "eeg":
+            condition = self.conditioner(self.encoder(scale_eeg(eeg_B128T, self.encoder, self.device)))
+        elif source == "class":
+            assert metas is not None
+            condition = self.embed_captions([read_caption(meta) for meta in metas])
+        else:
+            condition = null
+        size, generators = self.unet.config.sample_size, make_generators(seeds)
         z_B4hw = sample(
             lambda x, time, states: self.unet(x, time, states[0], class_labels=states[1]).sample,
-            self.scheduler,
-            draw_noise((self.unet.config.in_channels, size, size), seeds, self.device),
-            self.conditioner(self.encoder(scale_eeg(eeg_B128T, self.encoder, self.device))),
-            self.conditioner.null(len(seeds)),
-            steps=steps,
-            guidance_scale=guidance_scale,
+            # Latents may leave the range of pixels, so they must not be clipped to this range.
+            make_scheduler(chosen.sampler, self.pipeline.scheduler.config, clip_sample=False),
+            draw_noise((self.unet.config.in_channels, size, size), generators, self.device),
+            condition,
+            null,
+            steps=chosen.steps,
+            guidance_scale=1.0 if source == "no_eeg" else chosen.guidance_scale,
+            generators=generators,
         )
         return to_pixels(self.vae.decode(z_B4hw / self.vae.config.scaling_factor).sample)

@@ -268,7 +268,7 @@ def train(config: StableDiffusionConfig) -> int:
                 "dataset": config.dataset,
                 "labels": data.labels,
             }
-            origin |= {"tune": config.tune, "order": config.order, "eeg": config.eeg.part}
+            origin |= {"tune": config.tune, "order": config.order, "drop": config.drop, "eeg": config.eeg.part}
             save_model(run.path / "model", model, pipeline, {**found, **origin})
             plot_losses(run, run.path / "plots" / "loss.png", ["train/denoise", "val/loss", "val/shuffled"])
             run.status("done", **found)

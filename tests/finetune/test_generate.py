@@ -3,12 +3,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.generate import derange, main, trial_seed
+from finetune.generators import load_generator
 from finetune.images import decode_image
 from finetune.stable_diffusion.train import main as finetune
 
@@ -57,6 +59,34 @@ def test_the_control_gives_each_trial_the_eeg_of_another_trial(
     assert all(trial["key"] != trial["eeg_key"] for trial in trials)
     assert sorted(trial["key"] for trial in trials) == sorted(trial["eeg_key"] for trial in trials)
     assert len(trials) == 16
+
+
+def test_floor_and_ceiling_do_not_use_the_eeg(model: Path, paired_dataset: Path, tmp_path: Path) -> None:
+    pictures = {}
+    for control in ("none", "no_eeg", "class"):
+        out = tmp_path / control
+        args = [str(model), str(paired_dataset), "-o", str(out), "--steps", "3", "--limit", "4", "--control", control]
+        assert main(args) == 0
+        about = json.loads((out / "generated.json").read_text())
+        assert about["control"] == control and (about["steps"], about["guidance_scale"]) == (3, 2.0)
+        pictures[control] = np.stack([np.asarray(Image.open(out / trial["file"])) for trial in about["trials"]])
+    assert (pictures["none"] != pictures["class"]).any() and (pictures["no_eeg"] != pictures["class"]).any()
+    generator = load_generator(model)
+    metas = [{"label": 0, "label_name": "circle"}, {"label": 0, "caption": "a red square"}]
+    options: dict = {"seeds": [1, 1], "steps": 3, "source": "class", "metas": metas}
+    eeg = torch.randn(2, 128, 128)
+    images = generator.generate(eeg, **options)
+    np.testing.assert_array_equal(images, generator.generate(eeg + 1, **options))
+    assert (images[0] != images[1]).any()  # equal noise, but another caption
+
+
+def test_the_ancestral_sampler_of_stable_diffusion_keeps_each_trials_noise(model: Path) -> None:
+    generator, eeg = load_generator(model), torch.randn(3, 128, 128)
+    assert generator.choose_sampling(sampler="ddpm").steps == 1000
+    together = generator.generate(eeg, seeds=[1, 2, 3], sampler="ddpm", steps=12)
+    alone = generator.generate(eeg[1:2], seeds=[2], sampler="ddpm", steps=12)
+    assert np.abs(together[1].astype(int) - alone[0].astype(int)).max() <= 1
+    assert (together[1] != generator.generate(eeg[1:2], seeds=[2], steps=12)[0]).any()
 
 
 def test_derangements_and_trial_seeds_depend_on_the_seed() -> None:

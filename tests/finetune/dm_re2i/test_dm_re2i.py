@@ -18,10 +18,12 @@ from data_sharding.common.errors import run_main
 from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.samples import pad_channels
+from finetune.diffusion import Sampling
 from finetune.dm_re2i.eg_ddpm import EGDDPM
-from finetune.dm_re2i.model import DMRE2IGenerator
+from finetune.dm_re2i.model import ClassMeans, DMRE2IGenerator, compute_features
 from finetune.dm_re2i.train import main
-from finetune.generators import load_generator
+from finetune.eeg import group_repeats, read_trials
+from finetune.generators import Source, load_generator
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TINY = {
@@ -94,6 +96,34 @@ def test_the_generator_takes_any_batch_and_keeps_each_trials_noise(trained: Path
     assert np.abs(alone[0].astype(int) - images[1].astype(int)).max() <= 1
     other = generator.generate(eeg[1:2], steps=3, guidance_scale=2.0, seeds=[9])
     assert np.abs(other.astype(int) - alone.astype(int)).mean() > 5
+
+
+def test_controls_of_the_generator(trained: Path, paired_dataset: Path, tmp_path: Path) -> None:
+    """Check the floor (no EEG), the ceiling (mean feature of the category) and the default settings."""
+    generator, eeg = load_generator(trained), _eeg(paired_dataset, 4)
+    assert isinstance(generator, DMRE2IGenerator)
+    assert generator.choose_sampling() == Sampling(sampler="ddim", steps=25, guidance_scale=2.0)
+    seeds, metas = [1, 2, 3, 4], [{"label": label} for label in (0, 1, 1, 0)]
+
+    def images(eeg: torch.Tensor, source: Source) -> np.ndarray:
+        return generator.generate(eeg, seeds=seeds, steps=3, source=source, metas=metas)
+
+    for source in ("no_eeg", "class"):
+        np.testing.assert_array_equal(images(eeg, source), images(eeg.flip(0), source))
+    assert (images(eeg, "no_eeg") != images(eeg, "class")).any() and (images(eeg, "eeg") != images(eeg, "class")).any()
+    data = EEGDataset(paired_dataset, "train")
+    x = read_trials(data, group_repeats(data, 1), data.spec)
+    e_BD, _ = compute_features(generator.evrnet, x)
+    labels = torch.tensor([data.meta(number)["label"] for number in range(len(data))])
+    means = ClassMeans.load(trained / "model", 16)
+    torch.testing.assert_close(means.take([1, 0], data.labels, "x")[0], e_BD[labels == 1].mean(0), atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="no train trial"):
+        generator.generate(eeg[:1], seeds=[1], source="class", metas=[{"label": 2}])
+    with pytest.raises(ValueError, match="dpmsolver"):
+        generator.generate(eeg, seeds=seeds, sampler="dpmsolver++")
+    a = generator.generate(eeg, seeds=seeds, sampler="ddpm", steps=30)
+    b = generator.generate(eeg[2:], seeds=seeds[2:], sampler="ddpm", steps=30)
+    assert np.abs(a[2:].astype(int) - b.astype(int)).max() <= 1
 
 
 def test_more_channels_than_the_network_was_made_for_are_refused(

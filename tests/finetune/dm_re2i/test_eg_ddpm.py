@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from finetune.diffusion import Sampling, choose_sampling
 from finetune.dm_re2i.eg_ddpm import EGDDPM, ChannelNorm, ResidualAttention
 from finetune.dm_re2i.model import count_true_channels, sample_images
 
 NOISING = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+
+
+def ddim(steps: int, guidance_scale: float = 1.0) -> Sampling:
+    return Sampling(sampler="ddim", steps=steps, guidance_scale=guidance_scale)
 
 
 def small(**changes: Any) -> EGDDPM:
@@ -129,12 +135,13 @@ def test_impossible_sizes_are_refused(options: dict, message: str) -> None:
         small(**options)
 
 
-def test_a_trials_image_does_not_depend_on_its_batch() -> None:
+@pytest.mark.parametrize("sampling", [ddim(3, 2.0), Sampling(sampler="ddpm", steps=20, guidance_scale=2.0)])
+def test_a_trials_image_does_not_depend_on_its_batch(sampling: Sampling) -> None:
     net, e = small(), torch.randn(3, 6)
-    together = sample_images(net, NOISING, e, steps=3, guidance_scale=2.0, seeds=[5, 6, 7])
-    alone = sample_images(net, NOISING, e[1:2], steps=3, guidance_scale=2.0, seeds=[6])
+    together = sample_images(net, NOISING, e, sampling, [5, 6, 7])
+    alone = sample_images(net, NOISING, e[1:2], sampling, [6])
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=1e-4)
-    other = sample_images(net, NOISING, e[1:2], steps=3, guidance_scale=2.0, seeds=[8])
+    other = sample_images(net, NOISING, e[1:2], sampling, [8])
     assert not torch.allclose(alone, other, atol=1e-3)
 
 
@@ -154,8 +161,57 @@ def test_sampling_recovers_an_image_from_a_perfect_noise_predictor() -> None:
         return (x - a.sqrt() * image) / (1 - a).sqrt()
 
     net.forward = perfect  # type: ignore[method-assign]
-    out = sample_images(net, NOISING, torch.zeros(1, 6), steps=25, guidance_scale=1.0, seeds=[0])
-    torch.testing.assert_close(out, image, atol=1e-3, rtol=0)
+    for sampling in (ddim(25), Sampling(sampler="ddpm", steps=1000, guidance_scale=1.0)):
+        out = sample_images(net, NOISING, torch.zeros(1, 6), sampling, [0])
+        torch.testing.assert_close(out, image, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_ddpm_sampling_against_a_plain_loop_over_the_formulas(prediction: str) -> None:
+    """Compare the ancestral sampler with equations 6, 7 and 15 of Ho et al. (2020), in float64 for two trials."""
+    steps, net, e = 40, small(null_condition=False), torch.randn(2, 6)
+    noising = {"num_train_timesteps": steps, "beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction}
+    chosen = choose_sampling(noising, sampler="ddpm", steps=None, guidance_scale=None, dropped=False, has_null=False)
+    assert chosen == Sampling(sampler="ddpm", steps=steps, guidance_scale=1.0)
+    images = sample_images(net, noising, e, chosen, [3, 4])
+
+    def alpha_bar(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    beta = [min(1 - alpha_bar((t + 1) / steps) / alpha_bar(t / steps), 0.999) for t in range(steps)]
+    bar = [math.prod(1 - b for b in beta[: t + 1]) for t in range(steps)]
+    for row, seed in enumerate([3, 4]):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(3, 8, 8, generator=generator).double()
+        for t in reversed(range(steps)):
+            with torch.no_grad():
+                guess = net(x.float()[None], t, e[row : row + 1])[0].double()
+            if prediction == "epsilon":
+                x0 = (x - math.sqrt(1 - bar[t]) * guess) / math.sqrt(bar[t])
+            else:
+                x0 = math.sqrt(bar[t]) * x - math.sqrt(1 - bar[t]) * guess
+            before = bar[t - 1] if t else 1.0
+            mean = math.sqrt(before) * beta[t] / (1 - bar[t]) * x0.clamp(-1, 1)
+            mean += math.sqrt(1 - beta[t]) * (1 - before) / (1 - bar[t]) * x
+            x = mean
+            if t:
+                std = math.sqrt((1 - before) / (1 - bar[t]) * beta[t])
+                x = mean + std * torch.randn(3, 8, 8, generator=generator).double()
+        torch.testing.assert_close(images[row].double(), x, atol=2e-3, rtol=1e-3)
+
+
+def test_settings_of_the_sampling_have_defaults_that_fit_the_model() -> None:
+    def chosen(**given: Any) -> Sampling:
+        options = {"sampler": "ddim", "steps": None, "guidance_scale": None, "dropped": True, "has_null": True}
+        return choose_sampling(NOISING, **{**options, **given})
+
+    assert chosen() == ddim(25, 2.0)
+    assert chosen(dropped=False, has_null=False) == ddim(25, 1.0)
+    assert chosen(sampler="ddpm").steps == 1000 and chosen(steps=3).steps == 3
+    with pytest.raises(ValueError, match="must not be above 1000"):
+        chosen(steps=1001)
+    with pytest.raises(ValueError, match="cannot use guidance"):
+        chosen(dropped=False, has_null=False, guidance_scale=2.0)
 
 
 def test_true_channels_are_counted_without_the_padding() -> None:
