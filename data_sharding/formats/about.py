@@ -1,7 +1,7 @@
-"""What a file says about the person, the date and the device of a recording.
+"""Read the metadata about the person, the date and the device of a recording.
 
-Headers can hold a name, a birth date and a patient number. None of these leaves this module as it is: `About` has an
-age in years and a year, and `Patient` is only used to compute a hash (see docs/privacy.md).
+Headers can hold a name, a birth date and a patient number. These values are not stored: `About` has only an age in
+years and a year, and `Patient` is only used to compute a hash (see docs/privacy.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNKNOWN_DATES = frozenset(
     datetime.date(*day)
     for day in ((1900, 1, 1), (1970, 1, 1), (1980, 1, 1), (1985, 1, 1), (1999, 12, 31), (2000, 1, 1))
 )
-"""Dates that programs write if a date is unknown or was removed."""
+"""Dates that some programs write in place of an unknown or removed date."""
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 NOBODY = frozenset(
     re.findall(
@@ -34,7 +34,7 @@ NOBODY = frozenset(
         tester testing unknown unnamed untitled user years yr""",
     )
 )
-"""Words in a patient field that name nobody."""
+"""Words in a patient field that do not identify a person."""
 SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "w": "F", "woman": "F", "o": "O", "other": "O"}
 DATE = re.compile(r"\d{1,2}-[A-Za-z]{3}-\d{4}|\d{1,4}[-./]\d{1,2}[-./]\d{2,4}|(?:19|20)\d{6}")
 AGE = re.compile(r"age[:=]?(\d{1,3})|(\d{1,3})(?:yrs?|years?|y|yo|j)", re.IGNORECASE)
@@ -46,12 +46,12 @@ AMPLIFIERS = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Patient:
-    """Who the patient field of a header names. Never print or store these values."""
+    """The person that the patient field of a header names. Never print or store these values."""
 
     identity: str
-    """Text that is equal in all recordings of the patient."""
+    """Text that is the same in all recordings of this patient."""
     code: str
-    """The patient's number or code, in lower case; empty if the field has no code of its own."""
+    """The patient's number or code, in lower case; empty if the field has no separate code."""
     names: tuple[str, ...]
     """Words of the patient's name, in lower case."""
     field: str
@@ -59,7 +59,10 @@ class Patient:
 
 
 def years_between(birth: datetime.date, day: datetime.date) -> int | None:
-    """Return an age in whole years, at most `OLDEST`; None if the dates contradict each other or were filled in."""
+    """Return an age in whole years, at most `OLDEST`.
+
+    Return None if the dates contradict each other or are placeholders.
+    """
     new_year = (birth.month, birth.day) == (1, 1) and birth.year == day.year
     if birth in UNKNOWN_DATES or birth == day or new_year:
         return None
@@ -81,7 +84,7 @@ def _parse_date(text: str) -> datetime.date | None:
 def _is_nobody(word: str) -> bool:
     bare = word.strip("-?*#.()[]").casefold()
     return (
-        len(set(bare)) <= 1  # nothing, or a filler such as X, XXXX or 0000
+        len(set(bare)) <= 1  # empty, or a placeholder such as X, XXXX or 0000
         or bare in NOBODY
         or bool(DATE.fullmatch(bare) or AGE.fullmatch(bare))
     )
@@ -92,7 +95,7 @@ def _words(text: str) -> list[str]:
 
 
 def _fields(fixed: bytes) -> tuple[list[str], bool]:
-    """Return the words of the patient field of an EDF or BDF header, and whether they have the order of EDF+."""
+    """Return the words of the patient field of an EDF or BDF header, and whether their order is that of EDF+."""
     words = fixed[8:88].decode("latin-1").replace("\0", " ").split()
     plus = fixed[192:196] in (b"EDF+", b"BDF+")
     like = len(words) > 3 and words[1] in ("M", "F", "X") and (words[2] == "X" or _parse_date(words[2]) is not None)
@@ -100,7 +103,7 @@ def _fields(fixed: bytes) -> tuple[list[str], bool]:
 
 
 def parse_patient(fixed: bytes, format_: str) -> Patient | None:
-    """Find out who the patient field of a header names.
+    """Parse the patient field of a header.
 
     Parameters
     ----------
@@ -112,7 +115,7 @@ def parse_patient(fixed: bytes, format_: str) -> Patient | None:
     Returns
     -------
     Patient or None
-        None if the field is empty or names nobody, as in ``X X X X`` or ``X F X Female_33yr``.
+        None if the field is empty or does not identify a person, as in ``X X X X`` or ``X F X Female_33yr``.
     """
     if format_ == "gdf":
         words, ordered = fixed[8:74].split(b"\0")[0].decode("latin-1").split(), False
@@ -135,15 +138,18 @@ def parse_patient(fixed: bytes, format_: str) -> Patient | None:
 
 
 def read_patient(path: AnyPath, format_: str) -> Patient | None:
-    """Read the patient field of an EDF, BDF or GDF file; None if the file cannot be read or names nobody."""
+    """Read the patient field of an EDF, BDF or GDF file.
+
+    Return None if no person can be read.
+    """
     try:
         return parse_patient(read_range(path, 0, 256), format_)
-    except Exception:  # the library of each object store raises its own types; the worker reports the unreadable file
+    except Exception:  # Each library of an object store has its own errors. The worker reports an unreadable file.
         return None
 
 
 def private_words(path: AnyPath, format_: str) -> list[str]:
-    """Return the words of a header's patient field that no message may contain.
+    """Return the words of a header's patient field that must be removed from messages.
 
     Parameters
     ----------
@@ -187,8 +193,8 @@ def edf_about(path: AnyPath) -> About:
     Returns
     -------
     About
-        What the header says. Of the recording field, only the device of EDF+ is used: the other words can be the names
-        of the people who made the recording.
+        The values. Only the device name of EDF+ is read from the header's field "recording", because its other words
+        can be the names of the people who made the recording.
     """
     fixed = read_range(path, 0, 256)
     words, ordered = _fields(fixed)
@@ -214,7 +220,7 @@ def edf_about(path: AnyPath) -> About:
 
 
 def _edf_filters(path: AnyPath) -> str:
-    """Return the most frequent texts about filters in the header, at most three."""
+    """Return the most frequent descriptions of filters in the header, at most three."""
     layout = edf_layout(path)
     n = len(layout.labels)
     texts = read_range(path, 256 + 136 * n, 80 * n).decode("latin-1")
@@ -223,13 +229,13 @@ def _edf_filters(path: AnyPath) -> str:
         for i, label in enumerate(layout.labels)
         if "Annotations" not in label and label != "Status"
     )
-    # Some devices write zeros, or the names of the filters without values.
+    # Ignore descriptions without values: some devices write only zeros, or only the names of the filters.
     count = Counter({text: number for text, number in count.items() if re.search(r"[1-9]|DC", text)})
     return "; ".join(text for text, _ in count.most_common(3))
 
 
 def mne_about(info: Any) -> About:
-    """Read age, sex, year, device and filters from the info that MNE made of a file.
+    """Read age, sex, year, device and filters from MNE's info of a file.
 
     Parameters
     ----------
@@ -239,7 +245,8 @@ def mne_about(info: Any) -> About:
     Returns
     -------
     About
-        What the info says. A low-pass at half the sampling rate is not a filter of the device, and is left out.
+        The values. A low-pass frequency of half the sampling rate is left out, because MNE writes it for files without
+        a filter.
     """
     person, device = info.get("subject_info") or {}, info.get("device_info") or {}
     day = info["meas_date"].date() if info.get("meas_date") is not None else None
@@ -260,7 +267,7 @@ def mne_about(info: Any) -> About:
 
 
 def describe(path: AnyPath, format_: str, info: Any) -> About:
-    """Collect what a file says about person, year, device and filters.
+    """Read age, sex, year, device and filters of a file of any format.
 
     Parameters
     ----------
@@ -269,13 +276,12 @@ def describe(path: AnyPath, format_: str, info: Any) -> About:
     format_ : str
         Format of the recording.
     info : mne.Info or None
-        Info that MNE made of the file; None if another library reads the format.
+        MNE's info of the file; None if another library reads the format.
 
     Returns
     -------
     About
-        What the file says. A header that cannot be understood gives an empty result, because these values are not
-        needed to use the recording.
+        The values. All values are empty if the header cannot be parsed, because a recording can be used without them.
     """
     try:
         if format_ in ("edf", "bdf"):

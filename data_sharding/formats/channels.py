@@ -36,13 +36,13 @@ NOT_EEG = {
     "external": r"exg\d+|ext?\d+|aux.*|(left|right)[_ ]?aux.*|misc.*|x\d+|bip\d+|pat|tech|mark\d*|\$.*|bn\d+|nr\d+"
     r"|e|z|sdb|unused.*|[-.]+\d*",
 }
-"""Patterns of channel names that are not EEG, whatever type the file gives them. A pattern must match the whole name;
-case is ignored."""
+"""Patterns of channel names that are not EEG, even if the file gives them the type EEG. A pattern must match the whole
+name; case is ignored."""
 EARS = ("A1", "A2", "M1", "M2")
 """Names of earlobes and mastoids. They are references, not scalp electrodes, except on caps with names A1 .. A32."""
 GRID_NAME = re.compile(r"[A-I]\d{1,2}")
 NET_NAME = re.compile(r"E0*(\d{1,3})", re.IGNORECASE)
-"""Names of the electrodes of an EGI net. In a sleep recording, E1 and E2 are electrodes at the corners of the eyes."""
+"""Names of the electrodes of an EGI net. In a sleep recording, E1 and E2 are eye electrodes (EOG)."""
 VERTEX = ("CZ", "VREF", "VERTEX REFERENCE")
 """Names of the vertex electrode of an EGI net. In some files this electrode has a number instead of a name."""
 NETS = {
@@ -53,17 +53,18 @@ NETS = {
 }
 """MNE's names of EGI's nets, by number of electrodes without the vertex."""
 DECORATION = re.compile(r"(EEG|POL)[ _:-]+(?=\S*[A-Za-z$])", re.IGNORECASE)
-"""Prefix of channel names in Nihon Kohden and clinical files. The prefix is removed unless a plain number follows."""
+"""Prefix of channel names in Nihon Kohden and clinical files. The prefix is removed, except if only a number
+follows."""
 REFERENCE = re.compile(
     r"(?<!\bEEG)(?<!\bPOL)[-_ :/]+(REF|LE|AR|AVG|AV|CAR|CZREF|CAZ|G2|VREF|LINKED|A1\+A2|M1\+M2"
     r"|[AM][12]([AM][12])?)\d?$",
     re.IGNORECASE,
 )
-"""Reference at the end of a channel name. The reference is removed: the electrode of channel C3-A2 is C3."""
+"""Reference electrode at the end of a channel name. It is removed: channel C3-A2 becomes C3."""
 INTRACRANIAL = ("seeg", "ecog", "dbs")
 """Types of electrodes inside the skull, in MNE's terms."""
 MIN_STANDARD = 0.5
-"""Standard positions are used only if at least this fraction of the channel names is standard."""
+"""Standard positions are used only if at least this fraction of the channel names are standard electrode names."""
 
 
 @dataclass(kw_only=True)
@@ -85,7 +86,7 @@ class Channels:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names of the channels that are not EEG, grouped by kind of channel."""
     unknown_unit: str = ""
-    """The unit, if it is not known for any of these channels. Without a known unit, the channels cannot be used."""
+    """Unknown unit of the channels, if none of the channels has a known unit. Then the recording cannot be used."""
     selection: str = "all"
     """Rule by which 128 channels were chosen from a recording with more channels."""
     notes: list[str] = field(default_factory=list)
@@ -117,7 +118,10 @@ def canonical_name(name: str) -> str:
 
 
 def _bipolar(text: str) -> tuple[str, str] | None:
-    """Return the two electrodes of a bipolar channel such as ``F7-T3``, which is the difference of two electrodes."""
+    """Return the two electrodes of a bipolar channel such as ``F7-T3``.
+
+    The channel is the difference of these electrodes.
+    """
     parts = [_standard_names().get(part.lower()) for part in re.split(r"[-/]", text)]
     if len(parts) != 2 or not (parts[0] and parts[1]) or parts[0] == parts[1]:
         return None
@@ -125,7 +129,7 @@ def _bipolar(text: str) -> tuple[str, str] | None:
 
 
 def is_site(name: str) -> bool:
-    """Whether a canonical name is an electrode of the 10-05 system, or the difference of two such electrodes."""
+    """Return whether a canonical name is an electrode of the 10-05 system, or the difference of two such electrodes."""
     return name.lower() in _standard_names() or _bipolar(name) is not None
 
 
@@ -142,7 +146,7 @@ def _montage(name: str) -> dict[str, list[float]]:
     from mne.channels.montage import transform_to_head
 
     with warnings.catch_warnings():
-        # MNE 1.14 renames standard_1005 to colin27_1005; older versions only know the old name.
+        # MNE 1.14 renames standard_1005 to colin27_1005; older versions have only the old name.
         warnings.simplefilter("ignore")
         if name == "standard_1005" and "colin27_1005" in mne.channels.get_builtin_montages():
             name = "colin27_1005"
@@ -156,16 +160,16 @@ def _standard_names() -> dict[str, str]:
 
 
 def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
-    """Return the kind of a channel whose name shows that the channel is not scalp EEG.
+    """Return the kind of a non-EEG channel, judged by its name.
 
     Parameters
     ----------
     name : str
         Canonical name.
     grid : bool
-        Whether the channel names of the recording are a grid (A1 .. D32); then ``A1`` is a scalp electrode.
+        Whether the channel names of the recording form a grid (A1 .. D32). In a grid, ``A1`` is a scalp electrode.
     net : bool
-        Whether the recording was made with an EGI net; otherwise ``E1`` and ``E2`` are electrodes at the eyes.
+        Whether the recording was made with an EGI net. Without such a net, ``E1`` and ``E2`` are eye electrodes.
 
     Returns
     -------
@@ -183,7 +187,7 @@ def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
 
 
 def is_grid(names: list[str]) -> bool:
-    """Whether channel names are a grid (A1 .. D32 of BioSemi). Some grid names look like 10-20 names.
+    """Return whether channel names form a BioSemi grid (A1 .. D32). Some grid names look like 10-20 names.
 
     Parameters
     ----------
@@ -193,20 +197,23 @@ def is_grid(names: list[str]) -> bool:
     Returns
     -------
     bool
-        True if at least half of the names are a letter from A to I with a number, and if one of the names is A3 or B1.
-        The 10-20 system has no electrode A3 or B1.
+        True if at least half of the names consist of a letter from A to I and a number, and if one of the names is A3
+        or B1. (The 10-20 system has no electrode A3 or B1.)
     """
     upper = [name.upper() for name in names]
     return sum(bool(GRID_NAME.fullmatch(n)) for n in upper) >= len(upper) / 2 and bool({"A3", "B1"} & set(upper))
 
 
 def is_net(names: list[str]) -> bool:
-    """Whether channel names are the electrode numbers of an EGI net, and not only the eye electrodes E1 and E2."""
+    """Return whether channel names are the electrode numbers of an EGI net.
+
+    The eye electrodes E1 and E2 are not enough.
+    """
     return sum(bool(NET_NAME.fullmatch(name)) for name in names) > 2
 
 
 def is_electrode(labels: Sequence[str]) -> list[bool]:
-    """Say for each channel name in the file whether it is the name of an electrode on the scalp."""
+    """Return for each channel name whether it is the name of a scalp electrode."""
     names = [canonical_name(label) for label in labels]
     grid, net = is_grid(names), is_net(names)
 
@@ -239,7 +246,7 @@ def clean_position(xyz: list[float]) -> list[float] | None:
 
 
 def _are_plausible(positions: list[list[float] | None]) -> bool:
-    """Whether the channels of a file have different positions."""
+    """Return whether the positions in a file are usable: most of them must differ from each other."""
     known = [tuple(p) for p in positions if p is not None]
     return bool(known) and len(set(known)) > 0.8 * len(known)
 
@@ -253,14 +260,16 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
         size = {frozenset("AB"): 64, frozenset("ABCD"): 128, frozenset("ABCDE"): 160, frozenset("ABCDEFGH"): 256}.get(
             frozenset(letters)
         )
-        # Caps of different sizes share names such as A1. So the size is known only if all electrodes are present.
+        # Caps of different sizes use the same names, such as A1. So the cap is identified only if all of its electrodes
+        # exist.
         if size in (128, 160, 256) and set(names) == full:
             table = _montage(f"biosemi{size}")
             return [table.get(n) for n in names], f"biosemi{size}"
         return nothing, "none"
     numbers = [int(m.group(1)) for m in map(NET_NAME.fullmatch, names) if m]
     if len(numbers) >= 25 and len(numbers) + sum(n.upper() in VERTEX for n in names) == len(names):
-        # The number after the last electrode is the vertex. If too many channels are missing, the net type is unknown.
+        # The vertex has the number after the last electrode. If too many channels are missing, the net is not
+        # identified.
         size = next((s for s in NETS if max(numbers) <= s + 1), 0)
         if len(set(numbers)) < 0.8 * size or not size:
             return nothing, "none"
@@ -282,9 +291,9 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
 def pick_channels(info: SignalInfo) -> Channels:
     """Find the EEG channels of a recording.
 
-    Contacts inside the skull are used only if `SignalInfo.intracranial` is set. Their names come from the file without
-    change, because a contact T3 or A1 of a depth electrode is no scalp electrode. Only the file can give their
-    positions.
+    Contacts inside the skull are used only if `SignalInfo.intracranial` is set. Their names are not changed, because a
+    contact named T3 or A1 of a depth electrode is not the scalp electrode T3 or A1. Their positions come only from the
+    file.
 
     Parameters
     ----------
@@ -305,7 +314,7 @@ def pick_channels(info: SignalInfo) -> Channels:
     grid, net = is_grid(scalp), is_net(scalp)
     kinds = [None if i in inside else kind_of(name, grid=grid, net=net) for i, name in zip(eeg, names, strict=True)]
     units = [info.unknown_units.get(info.ch_names[i], "") for i, kind in zip(eeg, kinds, strict=True) if kind is None]
-    # A channel with an unknown unit costs only itself. If no channel has a known unit, the caller decides.
+    # Leave out channels with an unknown unit. If no channel has a known unit, keep all; the caller reports this.
     unknown_unit = next(iter(units), "") if all(units) else ""
     picks, kept, left_out, notes = [], [], {}, []
     for i, name, kind in zip(eeg, names, kinds, strict=True):
@@ -317,7 +326,7 @@ def pick_channels(info: SignalInfo) -> Channels:
             left_out.setdefault(kind, []).append(label)
             continue
         if name in kept:
-            # Two channels can get the same canonical name (T3 and T7). The second keeps its name from the file.
+            # Two channels can get the same canonical name (T3 and T7). The second one keeps the name from the file.
             other = label if label not in kept else f"{label}-{i}"
             notes.append(f"{label} has the same name as another channel ({name}), and is named {other}")
             name = other
@@ -336,7 +345,7 @@ def pick_channels(info: SignalInfo) -> Channels:
         table = {name: place for name, place in _montage("standard_1005").items() if name in outside}
         positions, told = fit_positions(positions, [table.get(name) for name in kept])
         notes += told
-    # A bipolar channel is the difference of two electrodes, so it has no position of its own.
+    # A bipolar channel is the difference of two electrodes, so it does not have one position.
     positions = [None if name in pairs else p for name, p in zip(kept, positions, strict=True)]
     told = f"{', '.join(pairs[:4])}{', ...' if len(pairs) > 4 else ''} ({len(pairs)})"
     return Channels(
@@ -353,7 +362,7 @@ def pick_channels(info: SignalInfo) -> Channels:
 
 
 def _shorten(notes: list[str]) -> list[str]:
-    """Return at most four notes of a kind that can concern every channel."""
+    """Shorten a list of notes about single channels to at most four notes."""
     return notes if len(notes) <= 4 else [*notes[:3], f"the same for {len(notes) - 3} other channels"]
 
 

@@ -1,4 +1,4 @@
-"""Find the other files of a recording by what its own file says, not by what their names look like."""
+"""Find all files of a recording by the file names inside its main file. Similar file names are not enough."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from data_sharding.common.untrusted import is_special
 from data_sharding.formats import headers
 
 TAIL_BYTES = 1 << 18
-"""The name of the next part of a FIF file is in this last part of the file, or in its first bytes."""
+"""A FIF file names its next part in its first bytes or in its last bytes. The last `TAIL_BYTES` are searched."""
 MOST_SET_BYTES = 1 << 26
-"""A larger ``.set`` contains its signal, so it names no other file."""
+"""A ``.set`` file that is larger than this contains the signal itself, so no ``.fdt`` file is searched for."""
 REF_ROLE, REF_FILE_NUMBER, REF_FILE_NAME, NEXT_FILE = 115, 117, 118, 2
-"""FIF tags of a reference to another file; the role says that this file is the next part."""
+"""FIF tags that refer to another file, and the role "this file is the next part"."""
 INTEGER, TEXT = 3, 10
-"""FIF codes of types."""
+"""FIF codes of the data types integer and text."""
 ROLE = struct.pack(">3i", REF_ROLE, INTEGER, 4)
 CHARACTERS = 512
-"""Largest length of the name of a file."""
+"""Largest number of bytes that is read of a tag's value, for example of a file name."""
 COMPRESSED = 15
-"""MATLAB's code of a compressed variable."""
+"""Code of a compressed variable in MATLAB files."""
 ONE_BYTE = re.compile(rb"[^\x00-\x1f/\\:*?\"<>|']{1,200}\.fdt", re.IGNORECASE)
 TWO_BYTES = re.compile(rb"(?:[^\x00-\x1f/\\:*?\"<>|']\x00){1,200}\.\x00f\x00d\x00t\x00", re.IGNORECASE)
-"""Names of ``.fdt`` files, as MATLAB stores text: with one or two bytes for each character."""
+"""Patterns of the names of ``.fdt`` files. MATLAB stores text with one or two bytes for each character."""
 Near = Mapping[str, AnyPath]
-"""Files of a folder by lower-case name. Headers often write file names with different upper and lower case."""
+"""Files of a folder. The keys are lower-case names, because headers often write file names in another case."""
 
 
 def files_beside(path: AnyPath) -> Near:
@@ -44,14 +44,14 @@ def files_beside(path: AnyPath) -> Near:
     Returns
     -------
     mapping of str to path
-        Entries of the folder by lower-case name, with the file itself. Pipes, sockets and devices are left out.
+        Entries of the folder (including `path`) by lower-case name. Pipes, sockets and devices are left out.
     """
     entries = [entry for entry in path.parent.iterdir() if is_remote(entry) or not is_special(str(entry))]
     return {entry.name.lower(): entry for entry in entries}
 
 
 def next_fif_part(path: AnyPath, head: bytes = b"") -> str | None:
-    """Return the name of the next part, which a part of a split FIF file contains.
+    """Return the name of the next part of a split FIF file. Each part contains this name.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def next_fif_part(path: AnyPath, head: bytes = b"") -> str | None:
     Returns
     -------
     str or None
-        Name of the next part, without folder. None if the file is the last part, or not split.
+        Name of the next part, without folder. None for the last part, and for a file that is not split.
     """
     if path.name.lower().endswith(".gz"):
         data = _end_of_gzip(path)
@@ -82,7 +82,10 @@ def _end_of_gzip(path: AnyPath) -> bytes:
 
 
 def _next_name(data: bytes, own: str) -> str | None:
-    """Find the reference to the next part among FIF tags. A tag is kind, type, size and next, then the value."""
+    """Find the reference to the next part.
+
+    A FIF tag consists of the integers kind, type, size and next, and of the value.
+    """
     at = -1
     while (at := data.find(ROLE, at + 1)) >= 0:
         if data[at + 16 : at + 20] != struct.pack(">i", NEXT_FILE):
@@ -99,31 +102,32 @@ def _next_name(data: bytes, own: str) -> str | None:
                 number = struct.unpack(">i", value)[0]
             place += 16 + max(0, size)
         if number is not None:
-            # Some writers give only the number of the next part.
+            # Some programs store only the number of the next part, not its name.
             stem, _, ending = own.partition(".")
             return f"{re.sub(r'-[0-9]+$', '', stem)}-{number}.{ending}"
     return None
 
 
 def eeglab_signal_name(path: AnyPath, near: Collection[str]) -> str | None:
-    """Return the name of the file with the signal that an EEGLAB ``.set`` names.
+    """Find the name of the ``.fdt`` file (the signal) in an EEGLAB ``.set`` file.
 
     Parameters
     ----------
     path : Path or UPath
         The ``.set`` file.
     near : collection of str
-        Names of the files of its folder, in lower case.
+        Names of all files in the same folder, in lower case.
 
     Returns
     -------
     str or None
-        The only name of a ``.fdt`` file of the folder that the ``.set`` contains. None if it contains none, or several.
+        Name of the ``.fdt`` file. None if the ``.set`` file contains the name of no ``.fdt`` file in this folder, or
+        several such names.
 
     Notes
     -----
-    The file is searched for the name as text. The libraries for MATLAB files would load the signal as well, and can
-    need gigabytes for a damaged file.
+    This function searches the bytes of the file for the name. It does not use a MATLAB library, because such a library
+    would also load the signal, and could allocate gigabytes for a damaged file.
     """
     if headers.size_of(path) > MOST_SET_BYTES:
         return None
@@ -162,7 +166,7 @@ def _plain_blocks(content: bytes) -> Iterator[bytes]:
 
 
 def link_files(files: tuple[Path, ...], folder: Path, names: dict[Path, str]) -> None:
-    """Make links to the files of a recording in a folder of its own, so that a reader cannot open any other file.
+    """Make links to the files of a recording in a separate folder, so that a reader cannot open any other file.
 
     Parameters
     ----------
@@ -171,7 +175,7 @@ def link_files(files: tuple[Path, ...], folder: Path, names: dict[Path, str]) ->
     folder : Path
         The folder.
     names : dict
-        Names of links that differ from the name of the file.
+        Name of the link, for each file whose link has another name than the file.
     """
     for file in files:
         (folder / names.get(file, file.name)).symlink_to(file.absolute())

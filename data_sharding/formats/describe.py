@@ -25,9 +25,9 @@ class About:
     title: str
     """Name and file extensions."""
     recognised_by: str
-    """What in the file shows the format."""
+    """Part of the file by which the format is recognised."""
     compared: str
-    """What in the header is compared with the size of the file."""
+    """Numbers in the header that are compared with the size of the file."""
 
 
 FORMATS = (
@@ -81,22 +81,22 @@ def _marks() -> str:
 
 
 TABLES = {"formats": _formats, "interruptions": _marks}
-"""Function that makes the table of each marker."""
+"""Function that writes the table for each marker name."""
 
 
 def update(text: str) -> str:
-    """Return the text of ``docs/formats.md`` with its tables made anew.
+    """Return the text of ``docs/formats.md`` with new tables.
 
     Parameters
     ----------
     text : str
-        The file's present text. Each table stands between the lines ``<!-- NAME: generated ... -->`` and
-        ``<!-- end of NAME -->``.
+        The current text of the file. Each table is between the lines ``<!-- NAME: generated ... -->`` and ``<!-- end of
+        NAME -->``.
 
     Returns
     -------
     str
-        The text with the tables of the code.
+        The text with tables from the current code.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Open EDF, BDF and GDF files. Channels may differ in rate and unit, and records may have gaps between them.
+"""Open EDF, BDF and GDF files. Their channels can have different sampling rates and units; there can be gaps in time.
 
 In array shapes, n is the number of channels, and S the number of samples at the recording's rate.
 """
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from mne.io import BaseRaw
 
 LOWEST_HZ = 100.0
-"""A channel with a lower sampling rate cannot hold the EEG band. If other channels are faster, it is marked as bad."""
+"""A channel with a lower sampling rate in Hz cannot represent the EEG band. Such a channel is marked as bad if other
+channels have a higher rate."""
 
 
 class RecordsSignal(RawSignal):
@@ -71,7 +72,7 @@ class RecordsSignal(RawSignal):
 
         raw, ratio, pick = self._others[number]
         up, down = ratio.numerator, ratio.denominator
-        # The filter of resample_poly has this many samples. Samples further away do not change the result.
+        # Half length of the filter of resample_poly in samples. Samples further away do not change the result.
         reach = 10 * max(up, down) // up + down + 1
         first, last = segment.start * down // up, segment.stop * down // up
         a = max(first, first + (start * down // up - reach - first) // down * down)
@@ -134,7 +135,8 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
         layout = headers.gdf_layout(path) if format_ == "gdf" else headers.edf_layout(path)
         count = _rate_of_eeg(layout)
         signals = [i for i, label in enumerate(layout.labels) if label not in headers.ANNOTATIONS]
-        # Do not let MNE resample: it resamples block by block to the highest rate, with errors at each block's edges.
+        # Do not let MNE resample. MNE resamples each block separately to the highest rate, with errors at the edges of
+        # blocks.
         electrodes = is_electrode(layout.labels)
         rates: dict[int, list[int]] = {}
         left_out: dict[str, str] = {}
@@ -148,7 +150,7 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
                 left_out[layout.labels[i]] = f"another rate: {rate:g} Hz"
         left_out |= _separate(layout, rates)
         if count not in rates:
-            raise ReadError(Reason("a channel name exists at several rates", next(iter(left_out))))
+            raise ReadError(Reason("channels with the same name have different sampling rates", next(iter(left_out))))
         main = rates.pop(count)
         source, keep = path, None
         if patches := find_patches(path, layout, format_):
@@ -179,7 +181,7 @@ def open_records(format_: str) -> Callable[[Path], Signal]:
         more["positions"] = [None] * len(names)
         more["bads"] = [name for name, i in zip(names, kept, strict=True) if layout.per_record[i] in slow]
         told = ", ".join(f"{layout.labels[i]} {n / layout.record_s:g} Hz" for n in sorted(rates) for i in rates[n][:3])
-        more["notes"] += [f"recorded at other rates, brought to {count / layout.record_s:g} Hz: {told}"]
+        more["notes"] += [f"recorded at other rates, resampled to {count / layout.record_s:g} Hz: {told}"]
         return RecordsSignal(raw, others, **more)
 
     return read
@@ -208,7 +210,8 @@ def _find_marks(
         notes.append(_say_records(layout, held))
     out: dict[str, Any] = {"format_": format_, "notes": notes}
     if layout.annotated or layout.interrupted:
-        # MNE joins the records without gaps, and drops annotations after the end of the joined signal.
+        # Do not use MNE's annotations. MNE joins the records without gaps, and drops annotations after the end of the
+        # joined signal.
         onsets, annotations = records.read_annotations(path, layout)
         runs, more = records.find_runs(onsets, layout)
         first = onsets[0] if len(onsets) and np.isfinite(onsets[0]) else 0.0
@@ -228,15 +231,16 @@ class _Opened:
     raw: BaseRaw
     """The channels."""
     numbers: list[int]
-    """Index of each channel in the header."""
+    """Index in the header, for each channel."""
     factors: list[float]
     """Factor by which MNE multiplies the values of each channel."""
 
 
 def _separate(layout: headers.Layout, rates: dict[int, list[int]]) -> dict[str, str]:
-    """Remove channels from `rates` that MNE cannot open, and return their names with the reason.
+    """Remove the channels that MNE cannot open from `rates`. Return their names with the reason.
 
-    MNE selects channels by name only, and would resample a channel whose name belongs to a faster channel as well.
+    MNE selects channels by name. If two channels with different rates have the same name, MNE would resample the slower
+    one.
     """
     left_out = {}
     for rate, numbers in list(rates.items()):
@@ -282,10 +286,9 @@ def _open_with_mne(format_: str, path: Path, layout: headers.Layout, numbers: li
 
 
 def _mend_selection(raw: BaseRaw, layout: headers.Layout, opened: list[int]) -> None:
-    """Correct a GDF recording from which MNE excluded channels.
+    """Correct a GDF recording that MNE opened without some channels.
 
-    MNE 1.13 forgets the numbers of the channels that it opened, and reads the first channels of the file in their
-    place.
+    MNE 1.13 does not store the numbers of the selected channels, and reads the first channels of the file instead.
     """
     extras = raw._raw_extras[0]
     count = max(layout.per_record[i] for i in opened)
@@ -299,10 +302,10 @@ def _mend_selection(raw: BaseRaw, layout: headers.Layout, opened: list[int]) -> 
 
 
 def unique_names(labels: list[str]) -> tuple[list[str], list[str]]:
-    """Return different names for channels with equal labels, and a note for each label that exists several times.
+    """Return unique names for channels with equal labels, and a note for each label that exists several times.
 
-    Channels with equal labels get the numbers that MNE gives them (``EEG-0``, ``EEG-1``). But if the label is an
-    electrode, the first channel keeps its label, so that it keeps its electrode and its position.
+    Channels with equal labels get numbers as in MNE (``EEG-0``, ``EEG-1``). But if the label is an electrode, the first
+    channel keeps the label, and so the position of this electrode.
     """
     counts, seen, names, notes = Counter(labels), Counter(), [], []
     electrodes = is_electrode(labels)
@@ -315,7 +318,7 @@ def unique_names(labels: list[str]) -> tuple[list[str], list[str]]:
         names.append(name)
     for label, count in counts.items():
         if count > 1:
-            kept = "the first keeps this name and its place, the others get" if label in names else "all get"
+            kept = "the first keeps its name and position, the others get" if label in names else "all get"
             notes.append(f"{count} channels are named '{label}': {kept} a number")
     return names, notes
 
@@ -328,7 +331,7 @@ def _rate_of_eeg(layout: headers.Layout) -> int:
         if label in headers.ANNOTATIONS or count < 1 or i in layout.unscaled:
             continue
         other = kind_of(canonical_name(label)) is not None or not (names_no_unit(unit) or to_volts(unit))
-        # Use channels with electrode names; without such channels, use names that may be EEG; otherwise all channels.
+        # Channels with electrode names have the most weight, then channels that may be EEG, then all others.
         counts[count] += 1 if other else 10**6 if electrodes[i] else 1000
     usable = [electrodes[i] for i in range(len(layout.labels)) if i not in layout.unscaled]
     if layout.unscaled and not (any(usable) if any(electrodes) else counts):

@@ -1,8 +1,8 @@
 """Compare the header of a recording with the size of its file.
 
 A damaged header can claim any size. So each number in a header is compared with the file size before the number is
-used. This keeps a damaged file from wasting memory or time. Each check takes a path of pathlib or universal_pathlib,
-and reads only a few ranges of bytes.
+used. Otherwise a damaged file could waste memory or time. Each check takes a path of pathlib or universal_pathlib, and
+reads only a few ranges of bytes.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def decode_text(data: bytes) -> tuple[str, str]:
 
 
 def ini_value(text: str, key: str) -> str | None:
-    """Find the value of a key in an INI header; upper and lower case of the key are the same.
+    """Find the value of a key in an INI header, ignoring the case of the key.
 
     Parameters
     ----------
@@ -217,7 +217,7 @@ def edf_layout(path: AnyPath, head: bytes = b"") -> Layout:
 
 
 def _integer(field: bytes, default: int) -> int:
-    """Return the whole number in a field of a header; the default if the field holds none."""
+    """Return the integer in a field of a header; the default if the field does not contain an integer."""
     try:
         return int(field)
     except ValueError:
@@ -225,17 +225,20 @@ def _integer(field: bytes, default: int) -> int:
 
 
 def count_records(path: AnyPath, layout: Layout) -> int:
-    """Return the number of whole records between the header and the end of a file."""
+    """Return the number of complete records between the header and the end of a file."""
     return max(0, (size_of(path) - layout.header_bytes) // layout.record_bytes)
 
 
 def count_gdf_records(path: AnyPath, layout: Layout) -> int:
-    """Return the number of records of a GDF file. If the header does not give the number, they reach to the end."""
+    """Return the number of records of a GDF file.
+
+    If the header does not give this number, count the records in the file.
+    """
     return layout.n_records if layout.n_records > 0 else count_records(path, layout)
 
 
 def parse_number(text: str) -> float | None:
-    """Return the number in a text field of a header, also with a decimal comma; None if the field holds no number."""
+    """Parse the number in a text field of a header, also with a decimal comma. Return None if it is not a number."""
     try:
         return float(text.strip(" \0").replace(",", "."))
     except ValueError:
@@ -252,7 +255,7 @@ def _limits(low: Sequence[str | float], high: Sequence[str | float]) -> list[tup
 
 
 def _unscaled(physical: list[tuple[float, float]], digital: list[tuple[float, float]]) -> dict[int, str]:
-    """Return the channels whose minimum equals the maximum, or whose range is no number."""
+    """Return the channels whose minimum equals the maximum, or whose range is not a number."""
     out = {}
     for what, limits in (("digital", digital), ("physical", physical)):
         for i, (a, b) in enumerate(limits):
@@ -276,9 +279,9 @@ def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
     Returns
     -------
     problem : Reason or None
-        The problem that was found; None if the file is sound.
+        The problem that was found; None if the file has no problem.
     continuous : bool
-        False if the file is sound, but contains no continuous signal.
+        False if the file has no problem, but contains no continuous signal.
     """
     layout = edf_layout(path, head)
     signals = [i for i, label in enumerate(layout.labels) if label not in ANNOTATIONS]
@@ -365,7 +368,8 @@ def check_gdf(path: AnyPath, head: bytes = b"") -> Reason | None:
 def check_brainvision(text: str, data: AnyPath) -> Reason | None:
     """Compare a BrainVision header with its data file. A V-Amp file stores one more channel than its header counts."""
     n, number = int(ini_value(text, "NumberOfChannels") or 0), ini_value(text, "DataPoints") or ""
-    points = int(number) if re.fullmatch(r"-?\d{1,18}", number) else 0  # Readers take the size of the file.
+    # Without this number, readers compute the number of samples from the file size.
+    points = int(number) if re.fullmatch(r"-?\d{1,18}", number) else 0
     if n < 1 or points < 0:
         raise Damaged
     if (ini_value(text, "DataFormat") or "BINARY").upper() != "BINARY":
@@ -434,8 +438,8 @@ def egi_header(head: bytes) -> dict[str, int] | None:
     Returns
     -------
     dict or None
-        The fields of the header. None if the version, the date or a count is not plausible; then the file has another
-        format.
+        The fields of the header. None if the version, the date or a count is not plausible, because the file then has
+        another format.
     """
     if len(head) < 36:
         return None
@@ -491,7 +495,10 @@ def check_curry(data: AnyPath, header: AnyPath) -> Reason | None:
 
 
 def check_persyst(text: str, data: AnyPath) -> Reason | None:
-    """Compare a Persyst header with its data file. The data file must contain a whole number of samples per channel."""
+    """Compare a Persyst header with its data file.
+
+    The data file must contain the same number of samples for each channel.
+    """
     n, kind = int(ini_value(text, "WaveformCount") or 0), int(ini_value(text, "DataType") or 0)
     if n < 1 or kind not in (0, 7):
         raise Damaged
@@ -522,7 +529,7 @@ def check_nihon(path: AnyPath) -> Reason | None:
     return _truncated(last, "bytes", size) if size < last else None
 
 
-# --- checks of the whole file: they run before a recording is read, not while folders are searched -------------------
+# --- Checks of the whole file. They run before a recording is read, not during the search for recordings. ------------
 
 
 def check_xdf(files: tuple[Path, ...]) -> Reason | None:
@@ -555,7 +562,8 @@ def check_mff(files: tuple[Path, ...]) -> Reason | None:
                 head = stream.read(12)
                 if len(head) < 4:
                     return _truncated(at + 4, f"bytes in {path.name}", size)
-                # A block begins with its own header, or with a zero. A zero means: use the previous block's header.
+                # A block begins with its own header or with a zero. After a zero, the header of the previous block is
+                # valid.
                 if struct.unpack_from("<i", head)[0] == 0:
                     at += 4 + block
                     if not block:
@@ -599,7 +607,7 @@ def check_fif(files: tuple[Path, ...]) -> Reason | None:
 
 
 def run_check(check: Callable[..., Any], what: str, *args: Any) -> Any:
-    """Run a check of a header; if the header cannot be parsed, return this fact as the problem.
+    """Run a check of a header. If the header cannot be parsed, return a problem.
 
     Parameters
     ----------

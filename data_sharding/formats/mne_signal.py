@@ -54,7 +54,7 @@ class RawSignal:
     segments : list of Segment, optional
         Segments that the file itself describes, before they are divided at marks.
     annotations : list of (float, float, str), optional
-        Onset and duration in seconds, and text of each annotation, if MNE does not read them rightly.
+        Onset and duration in seconds, and text of each annotation. These replace annotations that MNE reads wrongly.
     marks : iterable of Found
         Marks that the reader found outside the annotations.
     keep : Any
@@ -62,7 +62,7 @@ class RawSignal:
     gains : ndarray, optional
         Factor [n] for each channel that converts MNE's values to volts. By default, MNE's values are volts.
     **more : Any
-        Other fields of `SignalInfo`.
+        Further fields of `SignalInfo`.
     """
 
     def __init__(
@@ -91,7 +91,8 @@ class RawSignal:
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
         """Read samples of some channels; `Signal.read` explains the arguments."""
-        # Read each segment alone, because one of MNE's readers returns wrong samples for a range over several blocks.
+        # Read each segment separately, because one reader of MNE returns wrong samples for a range that spans several
+        # blocks.
         ends = [s.stop for s in self.info.segments if start < s.stop < stop] if len(self.info.segments) > 1 else []
         bounds = [start, *ends, stop]
         with quiet():
@@ -115,7 +116,7 @@ class EpochsSignal:
     marks : iterable of Found
         Interruptions inside epochs.
     **more : Any
-        Other fields of `SignalInfo`.
+        Further fields of `SignalInfo`.
     """
 
     def __init__(self, epochs: mne.BaseEpochs, *, marks: Iterable[Found] = (), **more: Any) -> None:
@@ -158,7 +159,7 @@ def quiet() -> Iterator[None]:
 
 
 def _fields(info: mne.Info, types: Any) -> dict[str, Any]:
-    """Return those fields of `SignalInfo` that MNE gives for every recording."""
+    """Return the fields of `SignalInfo` that MNE can fill for every recording."""
     return {
         "ch_names": list(info["ch_names"]),
         "ch_types": list(types),
@@ -206,7 +207,7 @@ def _position(channel: dict[str, Any]) -> list[float] | None:
 def annotations_of(raw: BaseRaw) -> list[tuple[float, float, str]]:
     """Return onset (in seconds from the first sample), duration and text of each annotation."""
     found = raw.annotations
-    # MNE counts onsets from sample number 0, but the first sample in the file may have a higher number.
+    # MNE measures onsets from sample number 0, but the first sample in the file can have a higher number.
     first = float(raw.first_time)
     durations = np.nan_to_num(np.asarray(found.duration, float))
     return [

@@ -60,7 +60,7 @@ PACKAGES = {
     "nedf": "defusedxml",
     "xdf": "pyxdf",
 }
-"""Optional package that the reader of each format needs."""
+"""Optional package for the reader of each format."""
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "edf": (".edf",),
     "bdf": (".bdf",),
@@ -72,7 +72,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 
 
 def neuroscan_data_format(path: str | Path) -> str:
-    """Find out how many bits a sample of a Neuroscan CNT file has. The file's header is not reliable for this.
+    """Determine whether a Neuroscan CNT file has 16-bit or 32-bit samples. The header is not reliable for this.
 
     Parameters
     ----------
@@ -91,9 +91,9 @@ def neuroscan_data_format(path: str | Path) -> str:
 
     Notes
     -----
-    The header gives the numbers of channels and samples. If these numbers and 16 or 32 bits give the size of the data
-    block, this number of bits is right. Otherwise the data are decoded both ways, and the smoother signal is right.
-    Decoding with the wrong number of bits gives noise.
+    The header gives the number of channels and the number of samples. If the size of the data block fits these numbers
+    with 16 or with 32 bits, that number of bits is used. Otherwise the data are decoded with both, and the number of
+    bits with the smoother signal is used: decoding with the wrong number of bits gives noise.
     """
     with Path(path).open("rb") as stream:
         head = stream.read(900)
@@ -125,7 +125,7 @@ def _neuroscan(path: Path) -> Signal:
     try:
         raw = mne.io.read_raw_cnt(path, data_format=data_format)  # type: ignore[arg-type]
     except (IndexError, ValueError):
-        # MNE refuses a file whose last rejected span has no end. Without the event table it reads the signal.
+        # MNE refuses a file whose last rejected span has no end. MNE can read the signal if the event table is skipped.
         at = struct.unpack("<I", headers.read_range(path, 886, 4))[0]
         source, keep = copy_with_patches(path, {at + 1: bytes(4)})
         raw = mne.io.read_raw_cnt(source, data_format=data_format)  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def _fif(path: Path) -> Any:
 
 
 def _check_parts(raw: BaseRaw) -> BaseRaw:
-    """Refuse a split recording in which a part does not continue the part before it."""
+    """Refuse a split recording if a part does not begin where the previous part ends."""
     ends = zip(raw._last_samps, raw._first_samps[1:], strict=False)
     for i, (last, first) in enumerate(ends, start=1):
         if first != last + 1:
@@ -195,11 +195,11 @@ def _other_size(promised: int, held: float) -> Reason:
 def _as_named(
     path: Path, *keys: str, recode: bool = False, text: str | None = None, contents: Mapping[str, str] | None = None
 ) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
-    """Return a text header and make sure that MNE finds the files that the header names.
+    """Prepare a text header so that MNE finds the files that the header names.
 
-    MNE does not find a file if the header gives another folder or other upper and lower case. For such a header, this
-    function writes a corrected copy to a temporary folder, together with links to the files. With `recode`, the copy is
-    in UTF-8, because some readers accept only UTF-8.
+    MNE does not find a file if the header writes its name with a folder, or with different upper and lower case. For
+    such a header, this function writes a corrected copy to a temporary folder, together with links to the files. With
+    `recode`, the copy is in UTF-8, because some readers accept only UTF-8.
 
     Parameters
     ----------
@@ -210,9 +210,9 @@ def _as_named(
     recode : bool
         Whether the header must be in UTF-8.
     text : str, optional
-        Repaired text of the header, which replaces the text of the file.
+        Repaired text of the header. By default, the text is read from the file.
     contents : mapping of str to str, optional
-        Repaired content of the files that the keys name, for each key.
+        Repaired content of the named files, by the key that names the file.
 
     Returns
     -------
@@ -264,7 +264,7 @@ def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], list[str]
     header : Repaired
         The header.
     contents : dict of str to str
-        The key MarkerFile with the repaired content; empty if the marker file is as it should be.
+        The repaired content of the marker file under the key MarkerFile; empty if the marker file needs no repair.
     notes : list of str
         Notes for the ledger.
     """
@@ -281,7 +281,7 @@ def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], list[str]
     files = files_beside(path)
     file = files.get(name.lower()) or files.get(f"{path.stem}.vmrk".lower())
     if file is None:
-        lost = f"the marker file '{name}' does not exist, so its interruptions and bad spans are unknown"
+        lost = f"the marker file '{name}' does not exist, so interruptions and bad spans are unknown"
         return header, {}, [*notes, lost]
     if file.name.lower() != name.lower():
         notes.append(f"the marker file '{name}' does not exist; {file.name} is used")
@@ -294,11 +294,14 @@ def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], list[str]
 
 
 def _brainvision_units(raw: BaseRaw, text: str, numbers: list[int]) -> dict[str, Any]:
-    """Read the units of a BrainVision header. MNE knows few spellings, and takes other channels as miscellaneous."""
+    """Read the units of a BrainVision header.
+
+    MNE knows few spellings, and changes channels with other units to the type misc.
+    """
     listed: dict[int, str] = {}
     for number, line in re.findall(r"^[ \t]*Ch(\d+)[ \t]*=(.*)$", text, re.MULTILINE | re.IGNORECASE):
         listed.setdefault(int(number), (line.split(",") + [""] * 4)[3].strip())
-    # The format prescribes microvolts for a channel without a unit.
+    # The BrainVision format defines microvolts as the unit of a channel without a unit.
     units = [listed.get(number, "") or "µV" for number in numbers]
     known = ("V", "mV", "µV", "uV", "nV")
     types = [
@@ -342,14 +345,14 @@ def _ant(path: Path) -> Signal:
 
     raw = mne.io.read_raw_ant(path)
     units = list(raw._raw_extras[0]["orig_ch_units"])
-    # MNE converts the values of these two spellings, and no others.
+    # MNE converts only the values of channels with one of these two spellings.
     more = read_raw_units(raw, units, [1e-6 if unit in ("uv", "µv") else 1.0 for unit in units])
     sfreq = float(raw.info["sfreq"])
     start = raw.info["meas_date"].timestamp() if raw.info["meas_date"] else None
     segments = read_ant_segments(path, int(raw.n_times), sfreq, start)
     if segments is None:
         return RawSignal(raw, format_="ant", **more)
-    # Triggers count the samples of the file. The table of segments has the true times.
+    # Triggers have sample numbers of the file. Only the table of segments has the recorded times.
     triggers = [(time_of_sample(segments, sfreq, t * sfreq), length, word) for t, length, word in annotations_of(raw)]
     return RawSignal(raw, format_="ant", segments=segments, annotations=triggers, **more)
 
@@ -376,8 +379,8 @@ def _curry(path: Path) -> Any:
     raw = mne.io.read_raw_curry(path)
     if not isinstance(raw, mne.io.BaseRaw):
         return raw
-    factors = [float(factor) for factor in raw._cals]  # They are not in `raw.info`.
-    # MNE converts uV and fT, and no other unit.
+    factors = [float(factor) for factor in raw._cals]  # MNE does not store the units in `raw.info`.
+    # MNE converts only the units uV and fT.
     units = [
         "uV" if factor == 1e-6 else raw._orig_units.get(name, "") if factor == 1 else ""
         for name, factor in zip(raw.ch_names, factors, strict=True)
@@ -392,7 +395,7 @@ def _nihon(path: Path) -> Signal:
     optional = [Path(str(near[name])) for ending in ("log", "pnt") if (name := f"{path.stem}.{ending}".lower()) in near]
     raw, folder, notes = read_without_broken(_mne("nihon"), path, {file.name: [file] for file in optional})
     if f"{path.stem}.21e".lower() not in near:
-        notes.append("there is no .21E file, so the names of the channels are those that the device gives by default")
+        notes.append("there is no .21E file, so the channels have the default names of the device")
     return RawSignal(raw, format_="nihon", keep=folder, notes=notes)
 
 
@@ -447,11 +450,11 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "mff": _mff,
     "xdf": _xdf,
 }
-"""Reader of each format. A reader returns a raw or epochs object of MNE, or a `Signal`."""
+"""Reader of each format: a function that returns a raw or epochs object of MNE, or a `Signal`."""
 FIXED_UNITS = {"eeglab": 1e-6}
-"""Factor to volts of the unit that a format prescribes, for formats whose files name no unit."""
+"""Factor that converts the values to volts, for formats whose definition sets one unit and whose files name no unit."""
 UNIT_FACTORS: dict[str, float] = {}
-"""Factor to volts for each format with a reader that returns another unit."""
+"""Factor that converts the values of the reader to volts, for readers that do not return volts."""
 for _format in find_formats():
     if _format.name in READERS:
         raise ValueError(f"two readers have the name '{_format.name}'; rename the one in formats/readers")
@@ -467,7 +470,7 @@ WALKS: dict[str, Callable[[tuple[Path, ...]], str | None]] = {
     "fif": headers.check_fif,
     "xdf": headers.check_xdf,
 }
-"""Checks of a whole file that run before the reader opens the file."""
+"""Functions that check a whole file before the reader opens it."""
 
 
 def open_signal(recording: Recording) -> Signal:
@@ -486,13 +489,13 @@ def open_signal(recording: Recording) -> Signal:
     Raises
     ------
     NotContinuous
-        If the file is sound, but contains no continuous signal.
+        If the file is undamaged, but contains no continuous signal.
     ReadError
         If the file cannot be read; the error holds the reason for the ledger.
 
     Notes
     -----
-    With some readers, a damaged file can crash the process. So call this function in a worker process.
+    A damaged file can crash some readers, and the process with them. So call this function in a worker process.
     """
     if recording.problem:
         raise (ReadError if recording.continuous else NotContinuous)(recording.problem)
@@ -517,7 +520,7 @@ def open_signal(recording: Recording) -> Signal:
     except ImportError as error:
         raise ReadError(_missing(recording.format, error)) from error
     except Exception as error:
-        # Some readers quote the header in their messages, and a header can hold the name of a patient.
+        # Error messages of some readers quote the header, and a header can contain the name of a patient.
         reason = unreadable(error, folder.name if folder else "")
         private = private_words(Path(str(recording.path)), recording.format)
         raise ReadError(Reason(reason.category, text=hide(str(reason), private))) from None
@@ -526,7 +529,7 @@ def open_signal(recording: Recording) -> Signal:
         signal.info = dataclasses.replace(signal.info, named_units=named)
     mne_object = getattr(signal, "raw", getattr(signal, "epochs", None))
     about = describe(path, recording.format, getattr(mne_object, "info", None))
-    # Some notes quote a mark of the recording, and a person may have written the name of the patient there.
+    # Some notes quote an annotation, and a person may have written the name of the patient into the annotation.
     private = private_words(Path(str(recording.path)), recording.format) if signal.info.notes else []
     notes = [hide(note, private) for note in signal.info.notes]
     signal.info = dataclasses.replace(signal.info, about=about, notes=notes)
@@ -538,10 +541,10 @@ def open_signal(recording: Recording) -> Signal:
 
 
 def _in_own_folder(recording: Recording) -> tuple[Path, tempfile.TemporaryDirectory[str] | None]:
-    """Return the path to open: in a temporary folder with links to exactly the files of the recording.
+    """Return a path that the reader can open, in a temporary folder with links to only the files of the recording.
 
-    A reader may look for other files beside the one that it opens. In this folder there are no others, so the files
-    that were hashed are the files that are read. Links also give a file the extension that its reader requires.
+    A reader may search the folder for further files. In the temporary folder, the reader finds only files that the job
+    has hashed. A link can also give a file the extension that its reader requires.
     """
     path, files = Path(str(recording.path)), tuple(Path(str(file)) for file in recording.files)
     if path.is_dir():
@@ -551,7 +554,8 @@ def _in_own_folder(recording: Recording) -> tuple[Path, tempfile.TemporaryDirect
     if suffixes and not path.name.lower().endswith(suffixes):
         names[path] = f"{path.stem}{suffixes[0]}"
     if recording.format == "eeglab":
-        # MNE takes the file of this name if the one that the .set names does not exist.
+        # If the .fdt file that the .set file names does not exist, MNE uses the .fdt file with the name of the .set
+        # file.
         names |= {file: f"{path.stem}.fdt" for file in files if file != path}
     folder = tempfile.TemporaryDirectory(prefix="eeg-")
     link_files(files, Path(folder.name), names)
@@ -565,19 +569,19 @@ def _signal_of(opened: Any, format_: str) -> Signal:
 
 
 def unreadable(error: BaseException, folder: str = "") -> Reason:
-    """Make the reason in the ledger for an error of a reader.
+    """Convert an error of a reader to a reason for the ledger.
 
     Parameters
     ----------
     error : BaseException
         The error.
     folder : str
-        Temporary folder, which is left out of the text.
+        Temporary folder. Its path is removed from the text.
 
     Returns
     -------
     Reason
-        Of the category ``unreadable``.
+        A reason with the category ``unreadable``.
     """
     text = str(error).replace(f"{folder}/", "") if folder else str(error)
     return Reason("unreadable", f"{type(error).__name__}: {' '.join(text.split())[:200]}")
@@ -591,5 +595,5 @@ def _missing(format_: str, error: ImportError) -> Reason:
         return Reason("reader not installed", f"pip install {package}")
     except ValueError:
         pass
-    # The reader's package is installed, but one of that package's requirements is missing.
+    # The package of the reader is installed, but a package that it needs is missing.
     return Reason("reader not installed", " ".join(str(error).split())[:200])

@@ -12,30 +12,32 @@ import itertools
 import numpy as np
 
 FARTHEST_M = 0.03
-"""An electrode that is further than this from the standard position of its name, in metres, takes that position."""
+"""If an electrode is further than this (in metres) from the standard position of its name, the standard position is
+used."""
 MIN_ELECTRODES = 4
 """At least this many electrodes with standard names are needed to find the coordinate system of a file."""
 SIZES = (0.75, 1.33)
-"""Heads differ in size. Outside these ratios to the standard head, the positions are scaled."""
+"""Smallest and largest plausible ratio of a head's size to the standard head. Outside this range, positions are
+scaled."""
 Places = list[list[float] | None]
 
 
 def fit_positions(places: Places, standard: Places) -> tuple[Places, list[str]]:
-    """Bring the positions of a file into the head frame, and replace impossible positions.
+    """Convert the positions of a file to head coordinates, and replace impossible positions.
 
     Parameters
     ----------
     places : list of list of float or None
         Positions in the file, in metres; None for an unknown position.
     standard : list of list of float or None
-        Standard position of each electrode in the head frame, in metres; None for names without a standard position.
+        Standard position of each electrode in head coordinates, in metres; None for names without a standard position.
 
     Returns
     -------
     places : list of list of float or None
-        The positions in the head frame.
+        The positions in head coordinates.
     notes : list of str
-        What was changed, for the ledger.
+        Notes for the ledger about each change.
     """
     both = [i for i, (a, b) in enumerate(zip(places, standard, strict=True)) if a is not None and b is not None]
     if not both:
@@ -47,7 +49,8 @@ def fit_positions(places: Places, standard: Places) -> tuple[Places, list[str]]:
     if len(both) >= MIN_ELECTRODES:
         frame = _find_frame(own, true)
         distance = np.median(_distances(own, true, *frame))
-        # A head can differ from the standard head by centimetres, so a frame that fits roughly is kept.
+        # Heads differ by centimetres from the standard head. So if the file's own coordinates fit roughly, they are
+        # kept.
         if np.median(_distances(own, true, *fits[0])) <= FARTHEST_M:
             fits.append(frame)
         elif distance > FARTHEST_M:
@@ -74,7 +77,7 @@ def fit_positions(places: Places, standard: Places) -> tuple[Places, list[str]]:
 
 
 Frame = tuple[np.ndarray, float, np.ndarray]
-"""Exchange of axes [3, 3], factor of the size, and shift [3] in metres."""
+"""Coordinate transform: exchange of the axes [3, 3], factor of the size, and shift [3] in metres."""
 
 
 def _distances(own: np.ndarray, true: np.ndarray, turn: np.ndarray, size: float, shift: np.ndarray) -> np.ndarray:
@@ -83,8 +86,8 @@ def _distances(own: np.ndarray, true: np.ndarray, turn: np.ndarray, size: float,
 
 
 def _find_frame(own: np.ndarray, true: np.ndarray) -> Frame:
-    """Find the frame that brings positions [n, 3] nearest to the standard positions [n, 3]."""
-    # Medians, so that one wrong position does not move the others.
+    """Find the coordinate transform that moves positions [n, 3] closest to the standard positions [n, 3]."""
+    # Use medians, because one wrong position has little effect on a median.
     pairs = np.triu_indices(len(own), 1)
     own_gaps, true_gaps = (np.linalg.norm(x[pairs[0]] - x[pairs[1]], axis=1) for x in (own, true))
     if np.median(own_gaps) < 1e-3:
@@ -103,7 +106,8 @@ def _find_frame(own: np.ndarray, true: np.ndarray) -> Frame:
         for order in itertools.permutations(range(3))
         for signs in itertools.product((1.0, -1.0), repeat=3)
     ]
-    # A set of electrodes can be symmetric, so the axes of the file are kept unless others fit much better.
+    # If the electrodes are symmetric, several exchanges of axes fit equally well. So keep the axes of the file unless
+    # other axes fit much better.
     best = min(turns, key=distance)
     if distance(np.eye(3)) < 1.5 * distance(best) or distance(np.eye(3)) < FARTHEST_M / 2:
         best = np.eye(3)
@@ -111,11 +115,11 @@ def _find_frame(own: np.ndarray, true: np.ndarray) -> Frame:
 
 
 def _describe(turn: np.ndarray, size: float, shift: np.ndarray) -> list[str]:
-    """Return the notes about a changed frame."""
+    """Return the notes about a coordinate transform."""
     notes = []
     if not np.array_equal(turn, np.eye(3)):
         axes = ", ".join(f"{'-' if row.sum() < 0 else ''}{'xyz'[int(np.abs(row).argmax())]}" for row in turn)
-        notes.append(f"positions in the file have other axes than the names of the electrodes: ({axes}) used")
+        notes.append(f"positions in the file have wrong axes according to the names of the electrodes: ({axes}) used")
     if size != 1.0:
         notes.append(f"positions in the file are for another size of the head: multiplied by {size:.2f}")
     return [*notes, f"positions in the file have another origin: moved by {100 * np.linalg.norm(shift):.1f} cm"]

@@ -24,13 +24,13 @@ class Segment:
     stop: int
     """Index of the segment's last sample, plus one."""
     onset: float
-    """Seconds from the beginning of the recording to the segment's first sample. For epochs without a known time:
-    `start` divided by the sampling rate."""
+    """Time of the segment's first sample, in seconds from the beginning of the recording. For epochs whose times are
+    unknown, this is `start` divided by the sampling rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a file says about the person, the date and the device, in a form that does not identify the person."""
+    """Metadata of a file about the person, the date and the device. These values do not identify the person."""
 
     age: float | None = None
     """Age of the person in years at the recording; 90 for all higher ages; None if unknown."""
@@ -63,14 +63,15 @@ class SignalInfo:
     line_freq: float | None = None
     """Mains frequency in Hz, if the file or its sidecar gives it."""
     unit_known: bool = False
-    """True if the unit comes from a more reliable source than the header: BIDS channels.tsv or the documentation of a
-    corpus. Also true if the corpus declares standardised values without a unit; then `scale` is 1."""
+    """True if the unit comes from a more reliable source than the header, such as BIDS channels.tsv or the
+    documentation of a corpus. Also true if the documentation says that the values are standardised and have no unit;
+    then `scale` is 1."""
     scale: float = 1.0
     """Factor that converts the values of `Signal.read` to volts."""
     reference: str = ""
     """Reference of the recording; empty if the reference is unknown."""
     bads: list[str] = field(default_factory=list)
-    """Names of the channels that the source marks as bad."""
+    """Names of the channels that the file or its sidecar marks as bad."""
     named_units: dict[str, float] = field(default_factory=dict)
     """Channels whose unit the file names: name, and factor of this unit to volts."""
     assumed_units: dict[str, float] = field(default_factory=dict)
@@ -78,7 +79,8 @@ class SignalInfo:
     unknown_units: dict[str, str] = field(default_factory=dict)
     """Channels that may be electrodes, and whose unit is not known: name, and unit as the file writes it."""
     bad_spans: list[tuple[float, float, str]] = field(default_factory=list)
-    """Bad time spans according to the source: start and end in seconds from the recording's beginning, and text."""
+    """Bad time spans that the file or its sidecar marks: start and end in seconds from the recording's beginning, and
+    text."""
     epoched: bool = False
     """Whether the segments of the recording are epochs."""
     intracranial: bool = False
@@ -86,9 +88,9 @@ class SignalInfo:
     tmin: float = 0.0
     """Time of the first sample of each epoch, in seconds from the event to which the epoch belongs. Only for epochs."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Channels of the file that cannot be read together with `ch_names`, each with the reason."""
+    """Channels of the file that are not in `ch_names`, because they cannot be read; each with the reason."""
     about: About = field(default_factory=About)
-    """What the file says about the person, the year and the device."""
+    """Person, year and device, as far as the file names them."""
     notes: list[str] = field(default_factory=list)
     """Notes for the ledger: corrections and unknown values that were found when the recording was opened."""
 
@@ -121,7 +123,7 @@ class Signal(Protocol):
 
 
 class ScaledSignal:
-    """A signal with one more factor for each channel.
+    """A signal whose channels are multiplied by additional factors.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Find recordings, and recognise their formats by content, before any reader opens them.
+"""Find recordings in a folder, and recognise the format of each recording by its content, before a reader opens it.
 
 `mne.io.read_raw` chooses a reader by the file name. This is not safe: Neuroscan and ANT files both have the extension
 ``.cnt``, and the wrong reader can crash the process.
@@ -26,7 +26,7 @@ from data_sharding.formats.unread.recorders import recognise_recorder
 from data_sharding.formats.unread.tables import recognise_table
 
 HEAD_BYTES = 1 << 15
-"""Number of bytes that are read first. Almost every header fits into them, so an object store gets one request."""
+"""Number of bytes that are read first. Almost every header is shorter, so one request to an object store is enough."""
 TEXT_BYTES = 1 << 20
 """At most this many bytes of a text header are read."""
 NIHON_SIDECARS = (".pnt", ".21e", ".log", ".cmt", ".cn2", ".11d", ".reg", ".bft", ".edf.log")
@@ -37,7 +37,7 @@ ORPHANS = {
     ".fdt": Reason("EEGLAB signal file without its .set"),
     ".avg": Reason("averaged, not a continuous recording"),
 }
-"""Extensions of signal files without a header. Such a file is reported if no header file names it."""
+"""Extensions of signal files that need a header file. A signal file without its header file is reported."""
 CLAIMED = {
     ".edf": "EDF",
     ".bdf": "BDF",
@@ -52,9 +52,9 @@ CLAIMED = {
     ".xdf": "XDF",
     ".xdfz": "XDF",
 }
-"""Extensions of the supported formats. A file with such an extension but without the right header is set aside."""
+"""Extensions of the supported formats. A file with such an extension but without the right header is quarantined."""
 HEADERS_OF_BRAINVISION = (".vhdr", ".ahdr")
-MATLAB = Reason("no reader", "a MATLAB file says neither rate nor unit; describe it in a corpus of kind arrays")
+MATLAB = Reason("no reader", "a MATLAB file has no sampling rate and no unit; describe it in a corpus of kind arrays")
 HDF5 = b"\x89HDF\r\n\x1a\n"
 TEXT_SIDECARS = (".json", ".tsv")
 """Extensions of sidecar files of BIDS. Such a file is text, so the first bytes of a format mean nothing there."""
@@ -71,9 +71,9 @@ class Recording:
     files: tuple[AnyPath, ...]
     """Sorted paths of all files of the recording, including sidecars."""
     problem: Reason | None = None
-    """Fault that the header shows; None if the header shows no fault. A file with a fault is not read."""
+    """Fault in the header; None if the header has no fault. A recording with a fault is not read."""
     continuous: bool = True
-    """False if the file is sound but has no continuous signal. Such a file is excluded, not quarantined."""
+    """False if the file is undamaged but has no continuous signal. Such a file is excluded, not quarantined."""
 
 
 def _by_path(files: list[AnyPath]) -> tuple[AnyPath, ...]:
@@ -102,10 +102,11 @@ class File:
         return name.lower() in self.near
 
     def owner_of(self, name: str, headers_of: tuple[str, ...]) -> str | None:
-        """Return why a file that this header names may belong to another recording; None if nothing points to this.
+        """Check whether a file that this header names belongs to another recording; return the reason, or None.
 
-        After a recording was renamed, its header can still name the files of another recording. The named file is in
-        doubt if it has another base name than this header, and a header or a data file shows another pair of names.
+        After a recording was renamed, its header can still name the files of another recording. This is suspected if
+        the named file and this header have different base names, and if one of two files exists: another header with
+        the base name of the named file, or a data file with the base name of this header.
         """
         stem, _, ending = name.rpartition(".")
         if not stem or stem.lower() == self.stem.lower():
@@ -125,7 +126,7 @@ class File:
     ) -> Recording:
         """Make a recording of this file and of those `sidecars` that exist.
 
-        If none of the sidecars exists, the recording gets a problem with the text `need`.
+        If none of the sidecars exists, `need` becomes the problem of the recording.
         """
         there = [self.near[name.lower()] for name in sidecars if name.lower() in self.near] if sidecars else []
         if need and not there:
@@ -139,7 +140,7 @@ class File:
         )
 
 
-# --- one function for each format; each returns a recording, or None if the file has another format -------------------
+# --- One function for each format. Each returns a recording, or None if the file has another format. ------------------
 
 
 def _edf(file: File) -> Recording | None:
@@ -164,8 +165,8 @@ def _brainvision(file: File) -> Recording | None:
     for key, needed in (("DataFile", True), ("MarkerFile", False)):
         name = headers.ini_value(text, key)
         name = re.split(r"[\\/]", name)[-1].replace("$b", file.stem) if name else None
-        # After renaming, the header can name a data file that does not exist. A file with the header's own base name
-        # may belong to another recording. So the recording is refused instead of guessing.
+        # After a rename, the header can name a data file that no longer exists. Another file with the header's base
+        # name may belong to another recording, so do not guess: refuse the recording.
         if name and file.exists(name):
             files.append(name)
             if other := file.owner_of(name, HEADERS_OF_BRAINVISION):
@@ -176,7 +177,7 @@ def _brainvision(file: File) -> Recording | None:
         elif needed:
             problem = Reason("sidecar missing", f"the header names '{name}', which does not exist")
         elif name and f"{file.stem}.vmrk".lower() in file.near:
-            files.append(f"{file.stem}.vmrk")  # The reader takes it in place of the missing marker file.
+            files.append(f"{file.stem}.vmrk")  # The reader uses this file, because the named marker file is missing.
     return file.recording("brainvision", *files, problem=problem)
 
 
@@ -215,8 +216,8 @@ def _fif(file: File) -> Recording | None:
     if not zipped and (file.head[:4] != b"\0\0\0\x64" or file.suffix != ".fif"):
         return None
     if zipped and not (file.exists(f"{name[:-7]}-1.fif.gz") or file.exists(f"{name[:-3]}-1.gz")):
-        return file.recording("fif")  # Reading the end of a gzip stream takes long.
-    # The file itself says which file is its next part: rest-1.fif may also be another recording.
+        return file.recording("fif")  # Finding the end of a gzip stream takes long.
+    # Read the name of the next part from the file: a file such as rest-1.fif may also be another recording.
     parts, here, head, problem = [file.path], file.path, file.head, None
     while following := headers.run_check(next_fif_part, "FIF", here, head):
         if isinstance(following, Reason):
@@ -236,7 +237,8 @@ def _matlab(file: File) -> Recording | None:
     if not file.head.startswith((b"MATLAB", HDF5)):
         return None
     if file.suffix == ".set":
-        # As in EEGLAB itself, a .fdt with the name of the .set comes before the one that the .set names.
+        # As in EEGLAB, a .fdt file with the same base name as the .set file precedes the .fdt file that the .set file
+        # names.
         own = f"{file.stem}.fdt"
         if not file.exists(own) and any(name.endswith(".fdt") for name in file.near):
             own = eeglab_signal_name(file.path, file.near.keys()) or own
@@ -288,7 +290,7 @@ def _curry(file: File) -> Recording | None:
         return None
     header = next((file.near[name.lower()] for name in needed if name.lower() in file.near), None)
     problem = (
-        Reason("sidecar missing", f"none of {', '.join(needed)} is there")
+        Reason("sidecar missing", f"there is no file {' or '.join(needed)}")
         if header is None
         else headers.run_check(headers.check_curry, "Curry", file.path, header)
     )
@@ -309,7 +311,7 @@ def _xdf(file: File) -> Recording | None:
 
 
 def _claims(file: File) -> Recording | None:
-    """Report a file that has the extension of a recording but unknown content."""
+    """Report a file with the extension of a recording format, but with unknown content."""
     if file.suffix in CLAIMED:
         name = CLAIMED[file.suffix]
         kind = name.split()[0]
@@ -412,13 +414,13 @@ def _walk_local(root: Path) -> Iterator[tuple[Path, list[str]]]:
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         folders.sort()
         status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # A symbolic link to a folder that was visited before.
+        if (status.st_dev, status.st_ino) in seen:  # This is a symbolic link to a folder that was searched before.
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
         units = [name for name in folders if name.lower().endswith((".mff", ".mefd"))]
         folders[:] = [name for name in folders if name not in units and not name.startswith(".")]
-        # A named pipe or a device is no part of a recording: reading it may never end.
+        # Skip named pipes and devices: reading from them may never end.
         names = [name for name in names if not is_special(os.path.join(folder, name))]  # noqa: PTH118
         yield Path(folder), [*(name for name in units if not name.startswith(".")), *names]
 

@@ -1,11 +1,12 @@
 """Find the sampling rate and the segments of a recording in which each sample has a time stamp.
 
-Time stamps are not exact: they have jitter, whole chunks come late, and some samples have no valid stamp. So the stamps
-are first searched for lasting jumps (lost samples, or a clock that was set back). Only then is a line fitted to the
-stamps of each segment between two jumps. All segments have the same slope, which gives the sampling rate.
+Time stamps are not exact: they have jitter, whole chunks arrive late, and some samples have no valid stamp. (A *chunk*
+is a group of samples that the recorder stored together.) The first step finds lasting jumps of the stamps, which come
+from lost samples or from a clock that was set back. The second step fits a line to the stamps between two jumps. All
+lines have the same slope, and this slope gives the sampling rate.
 
-An *anchor* is a sample whose stamp was measured. The other stamps of its chunk repeat this stamp or were computed from
-it. In array shapes, S is the number of samples, and A the number of anchors.
+An *anchor* is a sample whose stamp was measured. The stamps of the other samples in the chunk repeat this stamp or were
+computed from it. In array shapes, S is the number of samples, and A the number of anchors.
 """
 
 from __future__ import annotations
@@ -20,29 +21,31 @@ from data_sharding.formats.mne_signal import NotContinuous, ReadError
 from data_sharding.formats.signal import Segment
 
 SURE_S = 0.045
-"""Every jump of the time stamps above this number of seconds is examined, whatever the jitter of the stamps."""
+"""Every jump of the time stamps above this number of seconds is examined, even if the stamps have much jitter."""
 JUMP = 0.75
-"""Stamps without jitter: jumps above this number of sample intervals are examined. One lost sample is a jump of 1."""
+"""If the stamps have no jitter, jumps above this number of sample intervals are examined. A lost sample is a jump of
+1."""
 SIGMAS = 5.0
-"""Stamps with jitter: jumps above this number of standard deviations are examined."""
+"""If the stamps have jitter, jumps above this number of standard deviations are examined."""
 WINDOW_S = 2.0
-"""A jump lasts if the stamps of this number of seconds after it differ from the stamps of the same time before it."""
+"""A jump is lasting if the stamps in this number of seconds after the jump are shifted against the stamps before it."""
 FEWEST = 8
-"""Smallest number of anchors in these seconds, if the recording has so many."""
+"""Smallest number of anchors that are compared on each side of a jump, if the recording has so many."""
 WHOLE = 0.15
-"""A gap is a whole number of samples if the measured number differs by at most this fraction of a sample."""
+"""The length of a gap is rounded to whole samples if this changes it by at most this fraction of a sample."""
 STEADY = 1e-4
 """If the measured rate differs from the nominal rate by less than this fraction, the nominal rate is used."""
 IRREGULAR_S, IRREGULAR = 0.05, 0.05
 """A stream has no steady rate if more than the fraction `IRREGULAR` of its anchors is more than `IRREGULAR_S` seconds
 away from the fitted line."""
 MOVED, MOST_BLOCKS = 0.2, 2000
-"""Chunks are sorted by time if at most the fraction `MOVED` of all samples changes its place. If the order of more
-samples, or of more than `MOST_BLOCKS` stretches, were wrong, the clock is more likely to be at fault."""
+"""Chunks are sorted by time only if this moves at most the fraction `MOVED` of all samples, and at most `MOST_BLOCKS`
+groups of chunks. If sorting would move more, the clock is probably wrong, not the order."""
 MOST_BACK = 10
-"""A stream has no steady rate if its stamps jump back more often than this number and than once a minute."""
+"""A stream has no steady rate if its stamps jump back more often than this number of times, and more than once a
+minute."""
 NOTED_S = 0.01
-"""The difference between two clocks is noted if it is above this number of seconds in the whole recording."""
+"""If two clocks differ by more than this number of seconds at the end of the recording, a note is written."""
 EQUAL_S = 1e-6
 """Two intervals between stamps are equal if they differ by less than this number of seconds."""
 
@@ -54,8 +57,8 @@ class Clock:
     sfreq: float
     """Sampling rate in Hz."""
     order: np.ndarray | None
-    """Indices of the samples in the order of time. Samples that are stored twice are listed once. None if the samples
-    are stored in this order."""
+    """Indices that sort the samples by time. A sample that is stored twice is listed once. None if no sorting is
+    needed."""
     segments: list[Segment]
     """Segments; `Segment.start` and `Segment.stop` count the samples in `order`."""
     notes: list[str] = field(default_factory=list)
@@ -64,12 +67,12 @@ class Clock:
 
 @dataclass(kw_only=True)
 class _Anchors:
-    """Anchors of a stream. The first and the last sample of anchor i are those that share its stamp."""
+    """Anchors of a stream. Samples ``first[i]`` to ``last[i]`` share the stamp of anchor i."""
 
     first: np.ndarray
     last: np.ndarray
     k: np.ndarray
-    """[A] number of the sample to which the stamp belongs: the first or the last of the anchor's samples."""
+    """[A] number of the sample to which the stamp belongs: ``first[i]`` or ``last[i]``."""
     t: np.ndarray
     """[A] stamps in seconds."""
 
@@ -81,7 +84,7 @@ class _Anchors:
 
 @dataclass(frozen=True, kw_only=True)
 class _Lines:
-    """Lines through the anchors of the runs."""
+    """Lines that were fitted to the anchors. A *run* is a range of anchors without a jump, and has one line."""
 
     period: float
     """Slope of all lines: the sample interval in seconds."""
@@ -92,7 +95,7 @@ class _Lines:
     deviation: float
     """Standard deviation of the anchors from the lines, in seconds."""
     doubt: np.ndarray
-    """Standard error of the distance between each two neighbouring lines, in samples."""
+    """Standard error of the distance between neighbouring lines, in samples."""
 
 
 def fit_clock(
@@ -111,25 +114,25 @@ def fit_clock(
     nominal : float
         Sampling rate that the stream declares, in Hz; 0 if the stream declares none.
     samples : ndarray, shape (S, n)
-        Values of the samples. They are needed to recognise samples that are stored twice.
+        Values of the samples, to recognise samples that are stored twice.
     chunks : sequence of int
         Number of samples of each chunk of the file.
     offsets : tuple of two sequences of float
-        Times and values in seconds of the measured differences between the clock of the stream and the clock of the
-        recording computer. They show whether the clock of the stream was set anew.
+        Times and values, in seconds, of the measured differences between the clock of the stream and the clock of the
+        recording computer. These differences show whether the clock of the stream was reset.
 
     Returns
     -------
     Clock
-        Rate, segments, and notes. Times count in samples of the amplifier: a gap is a whole number of samples, if the
-        stamps allow this.
+        Sampling rate, segments and notes. Times are sample numbers of the amplifier divided by the sampling rate. The
+        length of a gap is a whole number of samples, if the stamps allow this.
 
     Raises
     ------
     NotContinuous
         If there are fewer than two samples.
     ReadError
-        If the stamps show no steady rate, or if most samples have no valid stamp.
+        If the stamps do not have a steady rate, or if most samples have no valid stamp.
     """
     stamps = np.asarray(stamps, float)
     if len(stamps) < 2:
@@ -137,9 +140,10 @@ def fit_clock(
     notes: list[str] = []
     valid = _valid(stamps)
     if valid.sum() < max(2, 0.5 * len(stamps)):
-        raise ReadError(Reason("no time stamps", f"{len(stamps) - valid.sum()} of {len(stamps)} samples have none"))
+        text = f"{len(stamps) - valid.sum()} of {len(stamps)} samples have no valid time stamp"
+        raise ReadError(Reason("no time stamps", text))
     if missing := int(len(stamps) - valid.sum()):
-        notes.append(f"{missing} samples have no valid time stamp; their times follow from their neighbours")
+        notes.append(f"{missing} samples have no valid time stamp; their times are computed from their neighbours")
     starts = np.cumsum([0, *chunks])[:-1] if sum(chunks) == len(stamps) else np.zeros(1, int)
     order = np.arange(len(stamps))
     anchors = _anchors(order[valid], stamps[valid], nominal, starts)
@@ -147,7 +151,7 @@ def fit_clock(
     synchronised = _follow_resets(stamps, valid, period, *offsets)
     if synchronised is not None:
         stamps = synchronised
-        notes.append("the clock of the stream was set anew; corrected by the measured clock offsets")
+        notes.append("the clock of the stream was reset; its time stamps are corrected with the measured clock offsets")
     order, changes = _in_order(stamps, valid, samples, period, anchors, starts)
     notes += changes
     if changes or synchronised is not None:
@@ -173,7 +177,7 @@ def fit_clock(
 
 
 def _valid(stamps: np.ndarray) -> np.ndarray:
-    """Return which stamps can be times. Some recorders write zero, or no number, for a time that they do not know."""
+    """Return which stamps are valid times. For an unknown time, some recorders write zero or NaN."""
     valid = np.isfinite(stamps)
     zero = valid & (stamps == 0)
     others = stamps[valid & ~zero]
@@ -192,15 +196,15 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
     stamps : ndarray, shape (V,)
         Their stamps.
     nominal : float
-        Nominal sampling rate in Hz, with which computed stamps follow each other.
+        Nominal sampling rate in Hz. The recorder used this rate to compute stamps.
     starts : ndarray
         Number of the first sample of each chunk of the file.
 
     Returns
     -------
     _Anchors
-        The anchors. If a chunk has one measured stamp, this is the stamp of its first or of its last sample. The choice
-        is the one that gives steadier anchors.
+        The anchors. If a chunk has one measured stamp, this stamp can belong to the first or to the last sample of the
+        chunk. The function tries both, and returns the anchors with fewer jumps.
     """
     step, gap = np.diff(stamps), np.diff(index)
     computed = np.abs(step) < EQUAL_S
@@ -209,14 +213,14 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
     begins = np.concatenate([[True], ~computed])
     begins |= np.isin(index, starts)
     if len(starts) < FEWEST:
-        # Without chunks, one computed stretch may be the whole file. So a stretch is divided into pieces of half a
-        # second.
+        # Without chunks, the computed stamps of the whole file can form one piece. So divide the file into half
+        # seconds.
         pace = (stamps[-1] - stamps[0]) / max(1, index[-1] - index[0])
         piece = max(1, int(0.5 * nominal if nominal > 0 else 0.5 / pace if pace > 0 else len(stamps)))
         begins[::piece] |= nominal > 0
     sizes = np.diff(np.append(np.flatnonzero(begins), len(index)))
     if len(starts) >= FEWEST and sizes[sizes > 1].sum() > 0.5 * len(index):
-        # Most chunks have one measured stamp each. So the others, whose stamps differ, count as one anchor as well.
+        # Most chunks have one measured stamp each. So count each of the remaining chunks as one anchor as well.
         begins &= np.isin(index, starts) | (np.repeat(sizes, sizes) > 1)
     first = np.flatnonzero(begins)
     last = np.concatenate([first[1:] - 1, [len(index) - 1]])
@@ -240,7 +244,8 @@ def _period(anchors: _Anchors, nominal: float) -> float:
     best, least, lag = 0.0, np.inf, 1
     while lag < len(k) and (lag == 1 or lag <= len(k) // 4):
         slopes = (t[lag:] - t[:-lag]) / (k[lag:] - k[:-lag])
-        # The shortest interval with half of the slopes: losses make slopes larger, so the median would be too large.
+        # Use the shortest interval that contains half of the slopes. Lost samples increase some slopes, so the median
+        # of all slopes would be too large.
         slopes.sort()
         half = len(slopes) // 2
         widths = slopes[half:] - slopes[: len(slopes) - half]
@@ -254,7 +259,7 @@ def _period(anchors: _Anchors, nominal: float) -> float:
 
 
 def _excess(anchors: _Anchors, period: float) -> np.ndarray:
-    """Return by how many seconds each anchor comes later after the previous one than its number of samples says."""
+    """Return how much longer each interval between anchors is than its number of samples, in seconds."""
     return np.diff(anchors.t) - np.diff(anchors.k) * period
 
 
@@ -271,7 +276,7 @@ def _threshold(anchors: _Anchors, period: float) -> float:
 def _follow_resets(
     stamps: np.ndarray, valid: np.ndarray, period: float, times: Sequence[float], values: Sequence[float]
 ) -> np.ndarray | None:
-    """Correct stamps whose clock was set anew, if the measured clock offsets show this; None if they do not."""
+    """Correct the stamps if the measured clock offsets show that the clock was reset. Otherwise return None."""
     at, by = np.asarray(times, float), np.asarray(values, float)
     kept = np.isfinite(at) & np.isfinite(by)
     at, by = at[kept], by[kept]
@@ -316,7 +321,7 @@ def _in_order(
     order : ndarray of int
         Indices of the samples in the order of time.
     notes : list of str
-        What was changed; empty if `order` lists all samples as they are stored.
+        Notes about the changes; empty if `order` does not change the order of the samples.
     """
     threshold, noise = _threshold(anchors, period), _spread(_excess(anchors, period))
     index = np.flatnonzero(valid)
@@ -328,7 +333,7 @@ def _in_order(
     keep = np.ones(len(stamps), bool)
     highest = np.maximum.accumulate(t)
     for at in np.flatnonzero(jumps < -threshold) + 1:
-        # A chunk that is stored twice: the same stamps as at an earlier place, and the same values.
+        # A chunk is stored twice if its stamps and values are the same as those of an earlier chunk.
         for place in np.flatnonzero(t[:at] == t[at])[:4] if t[at] <= highest[at - 1] else ():
             length = min(at - place, len(t) - at)
             same = (t[place : place + length] == t[at : at + length]) & (
@@ -339,7 +344,7 @@ def _in_order(
                 keep[index[at] : index[at + length - 1] + 1] = False
                 break
     if twice := int((~keep).sum()):
-        notes.append(f"{twice} samples are stored twice; used once")
+        notes.append(f"{twice} samples are stored twice; each is used once")
     order = np.flatnonzero(keep)
     index = np.flatnonzero(valid & keep)
     t = stamps[index]
@@ -353,16 +358,18 @@ def _in_order(
     by_time = np.argsort(begins, kind="stable")
     gaps = begins[by_time][1:] - ends[by_time][:-1] - period
     jumped, left = (int((np.abs(x) > threshold / 2).sum()) for x in (jumps[breaks - 1], gaps))
-    # Chunks in a wrong order fill each other's gaps. A clock that was set back does not: then the order stays.
+    # Sort the chunks only if this closes gaps. If the clock was set back, sorting closes no gap, and the order stays.
     if gaps.min() > -threshold and left < jumped and 0 < _moved(by_time, np.diff(edges)) <= MOVED * len(index):
         pieces = np.split(order, np.searchsorted(order, index[breaks]))
         order = np.concatenate([pieces[i] for i in by_time])
-        notes.append("chunks are stored in a wrong order; sorted by their time stamps")
+        notes.append("chunks are stored in a wrong order; they are sorted by their time stamps")
     return order, notes
 
 
 def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
-    """Return how many samples change their place when pieces are sorted: all but the heaviest increasing subsequence.
+    """Return how many samples move when pieces are sorted.
+
+    The pieces of the heaviest increasing subsequence do not move.
 
     Parameters
     ----------
@@ -385,8 +392,9 @@ def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
 def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
     """Find the anchors before which the stamps make a lasting jump.
 
-    A late chunk makes a jump as well, but the following chunks are in time again. So the stamps before and after a jump
-    are compared over some seconds. Lost samples make all later stamps late: even the earliest quarter of them.
+    A late chunk also makes a jump, but the next chunks are punctual again. So the stamps of some seconds before and
+    after a jump are compared. After a loss of samples, all later stamps are shifted, so their lower quartile is shifted
+    too.
     """
     k, t = anchors.k, anchors.t
     excess = _excess(anchors, period)
@@ -404,7 +412,8 @@ def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
         np.array([np.median(late[i : i + density]) - np.median(late[max(0, i - density) : i]) for i in some])
     )
     cuts: list[int] = []
-    # Take the largest jumps first, and subtract each one from all later stamps, so that it does not hide smaller ones.
+    # Examine the largest jumps first, and subtract each lasting jump from all later stamps. Then large jumps do not
+    # hide small jumps.
     for i in sorted(places.tolist(), key=lambda place: -abs(excess[place - 1])):
         jump = float(excess[i - 1])
         before, after = late[max(0, i - density) : i], late[i : i + density]
@@ -413,7 +422,7 @@ def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
             lasting = float(np.percentile(after, 25)) + 0.6745 * noise / np.sqrt(2) - level
         else:
             lasting = level - (float(np.percentile(after, 75)) - 0.6745 * noise / np.sqrt(2))
-        # At the ends of the recording there are fewer anchors to compare, and their mean level is less exact.
+        # Near the ends of the recording, fewer anchors can be compared, so the threshold must be larger.
         least = SIGMAS * usual * np.sqrt(density / min(len(before), len(after)))
         least = min(max(least, JUMP * period), max(SURE_S, JUMP * period))
         if lasting <= max(least, 0.5 * abs(jump)):
@@ -425,7 +434,7 @@ def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
 
 
 def _fit_lines(anchors: _Anchors, runs: list[slice], period: float, *, fixed: bool = False) -> _Lines:
-    """Fit a line to the anchors of each run; all lines have the same slope. Anchors far from the line do not count.
+    """Fit one line to the anchors of each run. All lines have the same slope. Anchors far from the lines are ignored.
 
     Parameters
     ----------
@@ -434,9 +443,9 @@ def _fit_lines(anchors: _Anchors, runs: list[slice], period: float, *, fixed: bo
     runs : list of slice
         Ranges of anchors without a jump.
     period : float
-        Slope to begin with.
+        First estimate of the slope.
     fixed : bool
-        Whether `period` is the true slope, so that only the places of the lines are fitted.
+        Whether `period` is the exact slope. Then only the intercepts of the lines are fitted.
 
     Returns
     -------
@@ -470,7 +479,7 @@ def _fit_lines(anchors: _Anchors, runs: list[slice], period: float, *, fixed: bo
     away = np.abs(t - bases[number] - k * period) > max(IRREGULAR_S, 2 * period)
     if not period > 0 or away.mean() > IRREGULAR:
         raise ReadError(Reason("the stream has no steady rate", "its time stamps are irregular"))
-    # The places of two lines can be wrong by the deviation of their anchors, and by the wrong slope between them.
+    # The distance of two lines has two errors: the deviation of the anchors from the lines, and the error of the slope.
     doubt = np.hypot(
         deviation / period * np.sqrt(1 / np.maximum(counts[1:], 1) + 1 / np.maximum(counts[:-1], 1)),
         error * np.diff(centres),
@@ -494,25 +503,28 @@ def _choose_rate(nominal: float, measured: float, error: float, notes: list[str]
 def _place_segments(
     anchors: _Anchors, runs: list[slice], lines: _Lines, sfreq: float, n_samples: int, notes: list[str]
 ) -> list[Segment]:
-    """Make the segments from the lines of the runs, with onsets that count in samples from the first sample.
+    """Make one segment for each run.
+
+    The onsets are sample numbers since the first sample, divided by the sampling rate.
 
     Notes
     -----
-    The line of a run tells how many samples were lost before it. If the clock was set back, the lost number is not
-    known. Then the onset follows on the end of the previous segment, and a note says this. If the clock is later set
-    forward again, the first line is used again.
+    The distance between two lines gives the number of samples that were lost between the runs. If the clock was set
+    back, this number is unknown. Then the segment begins at the end of the previous segment, and a note is written. If
+    the clock is set forward again later, the line before the setting back is used again.
     """
     period, bases = lines.period, lines.bases
     lost = np.zeros(len(runs))
-    timelines = [0]  # Number of the first run after each setting back of the clock.
+    # Numbers of the runs with which a new time scale begins: run 0, and each run before which the clock was set back.
+    timelines = [0]
     jumped: list[str] = []
     for j in range(1, len(runs)):
-        # A gap of lost packets is a whole number of samples. If the amplifier was stopped, it need not be.
+        # Lost packets make a gap of a whole number of samples. A pause of the amplifier can have any length.
         doubt = max(WHOLE, 3 * float(lines.doubt[j - 1]))
         gained = (bases[j] - bases[:j]) / period
         back = np.flatnonzero(np.abs(gained) < doubt)
         if gained[-1] < 0 and len(back):
-            # The stamps are back on an earlier line: between, they were late, and no sample was lost.
+            # The stamps return to an earlier line. So the stamps in between were late, and no sample was lost.
             lost[back[-1] : j + 1] = lost[back[-1]]
             continue
         possible = [more for i in timelines if (more := lost[i] + gained[i] - lost[j - 1]) > -doubt]
@@ -528,10 +540,11 @@ def _place_segments(
         raise ReadError(Reason("the stream has no steady rate", f"its time stamps jump back {len(jumped)} times"))
     if jumped:
         text = f"the time stamps jump back by {', '.join(jumped[:3])}{' ...' if len(jumped) > 3 else ''}"
-        notes.append(f"{text}: cut there; later times follow on from the cut")
+        notes.append(f"{text}; a segment ends there, and the next segment begins at its end")
     if count := int((np.diff(lost) > 0).sum()):
-        notes.append(f"{count} gap{'s' * (count > 1)} in the time stamps, {lost[-1] / sfreq:.3f} s missing in all")
-    # If only one stamp of a chunk was measured, the samples may be lost anywhere between two measured stamps.
+        gaps = f"{count} gap{'s' * (count > 1)} in the time stamps"
+        notes.append(f"{gaps}; {lost[-1] / sfreq:.3f} s are missing in total")
+    # If each chunk has only one measured stamp, the loss can be anywhere between two measured stamps.
     unsure = lines.deviation > EQUAL_S and float(np.median(anchors.last - anchors.first)) > 0
     segments = []
     for j, run in enumerate(runs):
@@ -544,5 +557,5 @@ def _place_segments(
         if stop > start:
             segments.append(Segment(start=start, stop=stop, onset=(start + lost[j]) / sfreq))
     if left_out := n_samples - sum(s.stop - s.start for s in segments):
-        notes.append(f"{left_out} samples next to the gaps left out, because their own times are not known")
+        notes.append(f"{left_out} samples next to the gaps are left out, because their exact times are unknown")
     return segments

@@ -1,7 +1,7 @@
-"""Read the units of channels: which factor converts the values of a channel to volts.
+"""Parse the units of channels, to find the factor that converts the values of each channel to volts.
 
 Recording software writes the unit microvolt in many ways (``uV``, ``µV`` in several text encodings, ``muV``,
-``microvolts``). All readers of this package use this module, so that every way is known for every file format.
+``microvolts``). All readers of this package use this module, so that every spelling is understood in every file format.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from data_sharding.formats.channels import INTRACRANIAL, canonical_name, is_electrode, kind_of
 
 PREFIXES = {"": 1.0, "d": 1e-1, "c": 1e-2, "m": 1e-3, "u": 1e-6, "n": 1e-9, "p": 1e-12, "f": 1e-15, "k": 1e3}
-"""Factor of each prefix, in lower case. No electrode has megavolts or petavolts, so MV is milli and PV is pico."""
+"""Factor of each prefix in lower case. EEG never has megavolts or petavolts, so MV means millivolt and PV picovolt."""
 PREFIXES |= {"deci": 1e-1, "centi": 1e-2, "milli": 1e-3, "micro": 1e-6, "nano": 1e-9, "pico": 1e-12, "femto": 1e-15}
 PREFIXES |= {"kilo": 1e3, "mu": 1e-6, "mc": 1e-6, "mic": 1e-6, "mk": 1e-6, "micr": 1e-6}
 VOLT = re.compile(
@@ -25,25 +25,25 @@ VOLT = re.compile(
     re.IGNORECASE,
 )
 MICRO = re.compile(r"(?:[^\x00-\x7f]|\?)[^\x00-\x7f?]{0,3}(?=[ _-]?v)", re.IGNORECASE)
-"""Characters outside ASCII before V. The micro sign is the only prefix that is not in ASCII, so a sign that was damaged
-by a wrong text encoding is a micro sign."""
+"""Non-ASCII characters before V. The micro sign is the only prefix outside ASCII. So non-ASCII characters that come
+from a wrong text encoding must be a micro sign."""
 CYRILLIC = str.maketrans("мкнвМКНВ", "mknVmknV")
-"""Letters of Russian and Bulgarian units."""
+"""Cyrillic letters in Russian and Bulgarian units, and their Latin letters."""
 OLD_CYRILLIC = {
     text.encode(page).decode("latin-1"): text.translate(CYRILLIC)
     for text in ("мкВ", "мВ", "нВ", "мкв", "мв")
     for page in ("cp1251", "cp866", "koi8-r")
 }
-"""The same units in older code pages, decoded as Latin-1."""
+"""Russian units in older code pages, as they look if they are decoded as Latin-1."""
 NOTHING = ("", "n/a", "na", "none", "-", "unknown", "unspecified", "?", "not available", "code 0", "code 512")
-"""Texts that mean that the file names no unit, in lower case. The codes are GDF's for no unit and for no dimension."""
+"""Texts (in lower case) that mean: no unit is given. The codes 0 and 512 are GDF's codes for this."""
 OTHER = re.compile(
     r"%|deg.*|.?[°º].*|[cfk]|celsius|fahrenheit|kelvin|[kmg]?(ohms?|Ω)|bpm|(beats|breaths)?[ /]*(per )?(1/)?min|[km]?hz"
     r"|mm ?hg|cm ?h2o|[kmh]?pa|m?bar|psi|ml|[ml]*l(iters?)?/(s|sec|min)|[mun]?m|[mc]?m/s(\^?2|²|ec)?|m?g|rad(/s)?"
     r"|[mun]?s|[mun]?siemens|[kmun]?n|[mupnf]?t|tesla|lux|db.*|[mun]?a|[mun]?w|aru|bool(ean)?|events?|on/off|level|pixels?",
     re.IGNORECASE,
 )
-"""Units of other quantities than voltage."""
+"""Pattern of units that are not units of voltage."""
 
 
 def decode_unit(data: bytes) -> str:
@@ -55,7 +55,10 @@ def decode_unit(data: bytes) -> str:
 
 
 def gdf_unit(code: int) -> str:
-    """Return the unit for a code of GDF 2: the quantity of ISO 11073, with the prefix in the lowest five bits."""
+    """Return the unit for a unit code of GDF 2.
+
+    The lowest five bits are the prefix; the others are the unit in ISO 11073.
+    """
     if code & 0xFFE0 != 4256:
         return f"code {code}"
     prefixes = {0: "", 3: "k", 16: "d", 17: "c", 18: "m", 19: "u", 20: "n", 21: "p", 22: "f"}
@@ -64,7 +67,7 @@ def gdf_unit(code: int) -> str:
 
 
 def names_no_unit(unit: str) -> bool:
-    """Whether the text in the field for the unit is no unit."""
+    """Return whether the text of a unit field means that no unit is given."""
     return unit.strip(" \0[]()").lower() in NOTHING
 
 
@@ -83,7 +86,8 @@ def to_volts(unit: str) -> float | None:
     """
     text = unit.strip(" \0")
     text = OLD_CYRILLIC.get(text, text)
-    # The wide forms of Asian fonts (one character for uV) and a damaged micro sign need different treatment.
+    # First replace single characters that mean a whole unit, as in Asian fonts. If this gives no unit, use the text
+    # without this step, because the step can change a damaged micro sign.
     wide = unicodedata.normalize("NFKC", text).translate(CYRILLIC)
     return _to_volts(wide) if _to_volts(wide) is not None else _to_volts(text)
 
@@ -99,14 +103,14 @@ def _to_volts(text: str) -> float | None:
 
 
 def _number(text: str) -> float | None:
-    """Return the number before a unit: 1 for no number; ``10^-6``, ``1e-6`` and ``x10-6`` are 1e-6."""
+    """Return the number before a unit. No number means 1; ``10^-6``, ``1e-6`` and ``x10-6`` mean 1e-6."""
     text = text.strip(" x*")
     if not text:
         return 1.0
     if power := re.fullmatch(r"(?:1(?:\.0*)?[x* ]*)?10(?:\^|\*\*)?([-+]\d{1,2})", text):
         return float(f"1e{power[1]}")
     if re.fullmatch(r"10e[-+]?\d+", text, re.IGNORECASE):
-        return None  # Some people write 10e-6 for a millionth; others write it for a hundred-thousandth.
+        return None  # This is ambiguous: 10e-6 is 1e-5, but some people mean 1e-6.
     try:
         number = float(text)
     except ValueError:
@@ -116,12 +120,13 @@ def _number(text: str) -> float | None:
 
 @dataclass(kw_only=True)
 class Units:
-    """What the units of a recording's channels mean."""
+    """Factors to volts for the channels of a recording."""
 
     ch_types: list[str]
-    """Types of the channels. A channel with the unit of another quantity, and without an electrode's name, is misc."""
+    """Types of the channels. A channel has the type misc if its unit is not a voltage and its name is not an
+    electrode."""
     gains: np.ndarray
-    """Factor [n] that converts the values of the reader to volts."""
+    """Factors [n] that convert the values of the reader to volts."""
     named: dict[str, float] = field(default_factory=dict)
     """Channels with a known unit: name, and factor of the unit to volts."""
     assumed: dict[str, float] = field(default_factory=dict)
@@ -133,7 +138,7 @@ class Units:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of `SignalInfo` that these units decide."""
+        """The fields of `SignalInfo` that depend on the units."""
         return {
             "ch_types": self.ch_types,
             "named_units": self.named,
@@ -160,7 +165,7 @@ def read_units(
     Returns
     -------
     Units
-        Types, factors and notes. A channel without a unit keeps the values of the reader.
+        Types, factors and notes. For a channel without a unit, the values of the reader are not changed (factor 1).
     """
     types, gains = list(ch_types), np.ones(len(units))
     electrodes = is_electrode(ch_names)

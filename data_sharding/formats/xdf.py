@@ -21,7 +21,7 @@ TYPES = {"eeg": "eeg", "eog": "eog", "ecg": "ecg", "ekg": "ecg", "emg": "emg", "
 
 
 class ArraySignal:
-    """A recording that is loaded as a whole, because files of its format cannot be read in blocks.
+    """A recording that is completely loaded into memory, because files of its format cannot be read in blocks.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def open_xdf(path: Path) -> Signal:
     NotContinuous
         If the file has no stream of type EEG.
     ReadError
-        If the file has several streams of type EEG, or the stream has no steady rate or no time stamps.
+        If the file has several streams of type EEG, or if the stream has no steady rate or no time stamps.
     """
     import pyxdf
 
@@ -84,7 +84,8 @@ def open_xdf(path: Path) -> Signal:
         sizes.append(len(times))
         return values, times, info
 
-    # Read the stamps as they are stored. The library's own correction fits one line through gaps below a second.
+    # Read the stamps as they are stored. The correction in the library pyxdf would hide gaps that are shorter than a
+    # second.
     streams, _ = pyxdf.load_xdf(
         str(path),
         select_streams=[eeg[0]["stream_id"]],
@@ -119,7 +120,7 @@ def open_xdf(path: Path) -> Signal:
 def _channels(desc: Any, n: int) -> tuple[list[str], Units, list[list[float] | None]]:
     """Return the names, types and units, and positions of the channels that the stream declares.
 
-    Values without a unit are read as volts; a later check of the amplitudes finds a wrong unit.
+    Values without a unit are read as volts. If this is wrong, a later check of the amplitudes finds it.
     """
     try:
         declared = desc[0]["channels"][0]["channel"]
@@ -144,6 +145,6 @@ def _channels(desc: Any, n: int) -> tuple[list[str], Units, list[list[float] | N
 def _place(channel: Any) -> list[float] | None:
     try:
         location = channel["location"][0]
-        return clean_position([float(location[axis][0]) / 1000 for axis in ("X", "Y", "Z")])  # Millimetres.
+        return clean_position([float(location[axis][0]) / 1000 for axis in ("X", "Y", "Z")])  # XDF stores millimetres.
     except (TypeError, KeyError, IndexError, ValueError):
         return None

@@ -1,1 +1,1 @@
-"""Keeps decoded signals on disk, so that a later job does not decode the files of the recordings again."""
+"""Stores decoded signals on disk, so that a later job does not decode the same recordings again."""

@@ -1,9 +1,10 @@
-"""Packs a block of samples without loss, and unpacks it.
+"""Compresses blocks of samples without loss, and decompresses them.
 
-Each channel is stored in the smallest of three forms: as numbers of entries in a table of the values that occur (most
-amplifiers write 16 bits or fewer, so few values occur), as float32 (perhaps with the factor of a unit), or as float64.
-A form is used only if every bit of every value comes back. The bytes are grouped by their place in the number, and
-compressed by zstandard.
+Each channel is stored in the smallest of three encodings. A table encoding stores the distinct values once, and an
+index into this table for each sample (most amplifiers write at most 16 bits, so there are few distinct values). The
+other encodings are float32, optionally with a constant factor, and float64. An encoding is used only if decoding
+returns exactly the same bits. Before compression with zstandard, the bytes are grouped by their position in the number:
+first all first bytes, then all second bytes, and so on.
 
 In array shapes, n is the number of channels and b the number of samples of the block.
 """
@@ -20,12 +21,12 @@ MAX_VALUES = 2**27
 """Largest number of values in a block: 1 GiB as float64."""
 _TABLE_LENGTH = 2**16
 _FACTORS = (1.0, 1e-6, 1e-3, 1e-9)
-# Many files store microvolts as float32; their readers multiply by the factor of the unit.
+# Many files store microvolts as float32, and their readers multiply the values by 1e-6 to get volts.
 _HEAD = struct.Struct("<BI")
 
 
 def pack(x: np.ndarray) -> bytes:
-    """Pack a block.
+    """Compress a block.
 
     Parameters
     ----------
@@ -35,7 +36,7 @@ def pack(x: np.ndarray) -> bytes:
     Returns
     -------
     bytes
-        The packed block.
+        The compressed block.
     """
     import zstandard
 
@@ -45,16 +46,16 @@ def pack(x: np.ndarray) -> bytes:
 
 
 def unpack(data: bytes, shape: tuple[int, int], rows: Sequence[int]) -> np.ndarray:
-    """Unpack some channels of a block.
+    """Decompress some channels of a block.
 
     Parameters
     ----------
     data : bytes
-        The packed block.
+        The compressed block.
     shape : tuple of int
         Numbers of channels and samples of the block.
     rows : sequence of int
-        Channels to unpack.
+        Channels to decompress.
 
     Returns
     -------
@@ -64,7 +65,7 @@ def unpack(data: bytes, shape: tuple[int, int], rows: Sequence[int]) -> np.ndarr
     Raises
     ------
     ValueError
-        If the block is damaged. No more memory is used than the block of this shape can need.
+        If the block is damaged. Even then, the function never uses more memory than a valid block of this shape needs.
     """
     import zstandard
 
@@ -80,7 +81,7 @@ def unpack(data: bytes, shape: tuple[int, int], rows: Sequence[int]) -> np.ndarr
     heads = [_HEAD.unpack_from(content, i * _HEAD.size) for i in range(n)] if len(content) >= n * _HEAD.size else []
     sizes = [_size_of(form, length, b) for form, length in heads]
     if len(heads) != n or n * _HEAD.size + sum(sizes) != len(content):
-        raise ValueError("a block has another size than its header says")
+        raise ValueError("the size of a block differs from the size in its header")
     starts = n * _HEAD.size + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     out = np.empty((len(rows), b))
     for k, row in enumerate(rows):
@@ -101,7 +102,10 @@ def _pack_channel(x: np.ndarray) -> tuple[int, int, bytes]:
 
 
 def _narrow(x: np.ndarray) -> tuple[np.ndarray | None, int]:
-    """Return the values as float32 and the place of their factor in `_FACTORS`; None if bits would be lost."""
+    """Return the values as float32, and the index of their factor in `_FACTORS`.
+
+    Return None if this would change any bit.
+    """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for i, factor in enumerate(_FACTORS):
             for part in (x[:100], x):
@@ -114,7 +118,7 @@ def _narrow(x: np.ndarray) -> tuple[np.ndarray | None, int]:
 
 
 def _find_steps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return a table of the values and the number of each sample, if the values are whole multiples of a step."""
+    """Return a table of values and the table index of each sample, if all values are integer multiples of one step."""
     some = np.unique(x[:4096])
     if len(some) < 2 or not (step := np.diff(some).min()) > 0 or not (x.max() - x.min()) / step < 2**20:
         return None
@@ -125,12 +129,15 @@ def _find_steps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     if len(table) > _TABLE_LENGTH:
         return None
     numbers = (np.cumsum(used) - 1)[places]
-    # Two values at one place, a negative zero, or NaN with other bits: the values do not come back.
+    # Decoding would change the values: two values have the same index, or there is a negative zero or an unusual NaN.
     return (table, numbers) if _same(table[numbers], x) else None
 
 
 def _find_values(x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return a table of the values and the number of each sample; None if there are too many values."""
+    """Return a table of the distinct values and the table index of each sample.
+
+    Return None for too many distinct values.
+    """
     table = np.unique(x)
     if len(table) > _TABLE_LENGTH or 4 * len(table) >= 3 * len(x):
         return None
@@ -143,7 +150,7 @@ def _size_of(form: int, length: int, b: int) -> int:
         return 8 * length + 2 * b
     if (form == FLOAT64 and not length) or (form == FLOAT32 and 0 <= length < len(_FACTORS)):
         return (4 if form == FLOAT32 else 8) * b
-    raise ValueError("a block has an unknown form")
+    raise ValueError("a block has an unknown encoding")
 
 
 def _unpack_channel(form: int, length: int, data: bytes, b: int) -> np.ndarray:
@@ -154,7 +161,7 @@ def _unpack_channel(form: int, length: int, data: bytes, b: int) -> np.ndarray:
     table, steps = _join(data[: 8 * length], "<f8", length), _join(data[8 * length :], "<u2", b)
     numbers = np.cumsum(steps, dtype=np.uint16)
     if numbers.max(initial=0) >= length:
-        raise ValueError("a block has a number beyond its table")
+        raise ValueError("a block has an index outside its table")
     return table[numbers]
 
 

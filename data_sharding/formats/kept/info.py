@@ -12,11 +12,14 @@ from data_sharding.common.untrusted import check_count, check_group, check_list,
 from data_sharding.formats.signal import About, Segment, SignalInfo
 
 MOST = 2**50
-"""Largest number of samples that is believed."""
+"""A stored number of samples above this limit is an error."""
 
 
 def info_to_json(info: SignalInfo) -> dict[str, Any]:
-    """Return all fields of the metadata in JSON types. Every number comes back exactly, NaN and infinities too."""
+    """Return all fields of the metadata as JSON types.
+
+    `info_from_json` restores every number exactly, also NaN and infinity.
+    """
     return _plain(dataclasses.asdict(info))
 
 
@@ -33,7 +36,7 @@ def _plain(value: Any) -> Any:
 
 
 def info_from_json(values: Any, where: str) -> SignalInfo:
-    """Return the metadata that `info_to_json` has written.
+    """Check and return metadata that `info_to_json` has written.
 
     Parameters
     ----------
@@ -52,12 +55,12 @@ def info_from_json(values: Any, where: str) -> SignalInfo:
     RequestError
         If a field is missing, or has a value of the wrong type.
     ValueError
-        If the fields do not fit together.
+        If the fields contradict each other.
     """
     values = check_group(values, where)
     names = {field.name for field in dataclasses.fields(SignalInfo)}
     if set(values) != names:
-        raise ValueError(f"other fields than {', '.join(sorted(names))}")
+        raise ValueError(f"the fields are not {', '.join(sorted(names))}")
 
     def number(value: Any, what: str) -> float:
         if isinstance(value, dict):
@@ -90,7 +93,7 @@ def info_from_json(values: Any, where: str) -> SignalInfo:
     names_, total = texts("ch_names"), check_count(values["n_samples"], where, "n_samples", most=MOST)
     types, positions = texts("ch_types"), [place(v) for v in check_list(values["positions"], where, "positions")]
     if not len(names_) == len(types) == len(positions):
-        raise ValueError("names, types and positions of the channels have other lengths")
+        raise ValueError("names, types and positions of the channels differ in length")
     segments, end = [], 0
     for entry in check_list(values["segments"], where, "segments"):
         segment = check_group(entry, where, "segments")

@@ -1,8 +1,8 @@
-"""Keeps a signal while the signal is read, and reads a kept signal.
+"""Stores decoded signals in files, and reads these files. A *kept signal* is such a file.
 
-A kept signal is one file: the packed blocks, then a footer in JSON, then a tail with the size and the checksum of the
-footer. The footer has the metadata of the recording, and place and checksum of each block. The file gets its name only
-when it is complete.
+A kept signal has three parts: compressed blocks of samples, a footer in JSON, and a tail with the size and the checksum
+of the footer. The footer has the metadata of the recording, and the offset and checksum of each block. The file is
+written under a temporary name, and gets its final name when it is complete.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from data_sharding.formats.kept.info import MOST, info_from_json, info_to_json
 from data_sharding.formats.signal import Signal, SignalInfo
 
 KEPT_SCHEMA = 1
-"""Version number of the file format, which is part of the names of kept signals."""
+"""Version of the file format. The version is part of the checksum that names a kept signal."""
 _TAIL = struct.Struct("<Q32s8s")
 _MAGIC = b"DSkept1\n"
 _TYPES = ("float32", "float64")
 
 
 class NotKept(Exception):
-    """A kept signal does not exist, is damaged, or does not have a channel. Then the recording's files must be read.
+    """A kept signal is missing, damaged or lacks a channel. The caller must then read the files of the recording.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class NotKept(Exception):
 
 
 class KeepingSignal:
-    """A signal that writes the samples that are read to a file.
+    """A signal that also writes all samples that a caller reads to a file.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class KeepingSignal:
     def __init__(self, signal: Signal, path: Path) -> None:
         self.signal, self.info, self.path = signal, signal.info, path
         self.fault = ""
-        """Why the signal cannot be kept; empty if the signal can be kept."""
+        """Reason why the signal cannot be stored; empty if it can be stored."""
         self._stream = path.open("wb")
         self._picks: list[int] = []
         self._dtype = ""
@@ -102,7 +102,7 @@ class KeepingSignal:
         return bool(self._blocks)
 
     def finish(self, target: Path) -> str:
-        """Keep the signal if all of its segments were read, and delete the unfinished file otherwise.
+        """Move the file to `target` if all segments were read. Otherwise delete the unfinished file.
 
         Parameters
         ----------
@@ -112,7 +112,7 @@ class KeepingSignal:
         Returns
         -------
         str
-            Why a signal that was read to its end cannot be kept; empty if all is well.
+            Reason why the signal was read to its end, but could not be stored. Otherwise empty.
         """
         try:
             with self._stream:
@@ -238,7 +238,7 @@ class KeptSignal:
         Raises
         ------
         NotKept
-            If a channel or a sample was not kept, or if the file is damaged.
+            If the file lacks a channel or a sample, or if the file is damaged.
         """
         if any(pick not in self._row for pick in picks):
             raise NotKept

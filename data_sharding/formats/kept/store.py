@@ -1,4 +1,4 @@
-"""The folder of kept signals, and the table of the checksums of files that were read before."""
+"""Paths of kept signals, and a table with the checksums of recordings' files that were read before."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from data_sharding.common.storage import AnyPath, file_state, is_remote, is_stor
 from data_sharding.common.untrusted import check_list, check_sha256
 
 SETTLED_S = 2.0
-"""The checksum of a file that was changed less than this many seconds ago is not stored. Such a file may change again
-without another time."""
+"""A file's checksum is stored only if the file was last changed more than this number of seconds ago. A file that was
+changed just now can change again and still have the same modification time."""
 State = tuple[int, int, str]
 
 
@@ -34,7 +34,7 @@ def signal_path(folder: Path, key: str) -> Path:
 
 
 def get_states(files: Sequence[AnyPath]) -> list[State] | None:
-    """Return the states of files (`file_state`); None if a file cannot be looked up."""
+    """Return the state of each file (see `file_state`); None if the state of a file is not available."""
     try:
         return [file_state(file) for file in files]
     except Exception as error:
@@ -53,7 +53,7 @@ def _table(folder: Path, files: Sequence[AnyPath]) -> Path:
 
 
 def find_checksums(folder: Path, files: Sequence[AnyPath]) -> tuple[list[State], list[str]] | None:
-    """Find the checksums of files that have not changed since `store_checksums`, without reading the files.
+    """Look up the checksums that `store_checksums` stored, if the files have not changed. This does not read the files.
 
     Parameters
     ----------
@@ -65,8 +65,8 @@ def find_checksums(folder: Path, files: Sequence[AnyPath]) -> tuple[list[State],
     Returns
     -------
     tuple or None
-        States of the files, and their checksums. None if the checksums are not known, or if size, time or the store's
-        checksum of a file has changed.
+        States of the files, and their checksums. None if no checksums are stored, or if a file has changed: its size,
+        its modification time, or the checksum that the object store reports.
     """
     try:
         values = check_list(read_json(_table(folder, files)), "checksums")
@@ -96,7 +96,7 @@ def store_checksums(folder: Path, files: Sequence[AnyPath], states: list[State] 
     if states is None or get_states(files) != states:
         return
     newest = time.time_ns() - int(SETTLED_S * 1e9)
-    # Without a time or a checksum of the store, a change of the file could not be seen.
+    # Without a modification time or a checksum from the object store, a change of the file could not be noticed.
     if any(
         mtime > newest or (isinstance(f, UPath) and not (mtime or etag))
         for f, (_, mtime, etag) in zip(files, states, strict=True)

@@ -1,1 +1,1 @@
-"""Marks of interruptions and of bad spans: the table of all marks, and functions that find them in files."""
+"""Marks of interruptions and of bad time spans: a table of all marks, and functions that find marks in files."""

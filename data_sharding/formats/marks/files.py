@@ -1,4 +1,4 @@
-"""Find the marks of interruptions that MNE does not read from files of ANT, EGI, Neuroscan and EEGLAB."""
+"""Find the interruptions in ANT, EGI, Neuroscan and EEGLAB files that MNE does not read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from data_sharding.formats.signal import Segment
 
 SECONDS_A_DAY = 86400
 DAYS_TO_1970 = 25569
-"""Number of the first of January 1970 in the day numbers of ANT."""
+"""Day number of 1 January 1970 in ANT files, which count days from 30 December 1899."""
 NEUROSCAN_EVENT_BYTES = {1: 8, 2: 19, 3: 19}
-"""Size of an event for each type of Neuroscan's event table."""
+"""Size of an event in bytes, for each type of the Neuroscan event table."""
 NEUROSCAN_STOPS = {0xB: "correction of the DC offset", 0xE: "discontinuity"}
 """Codes of Neuroscan events at which the signal is interrupted."""
 NEUROSCAN_REJECT, NEUROSCAN_ACCEPT = 0xC, 0xD
-"""Codes of Neuroscan events at which a rejected span begins and ends."""
+"""Codes of the Neuroscan events at which a rejected time span begins and ends."""
 
 
 def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | None) -> list[Segment] | None:
@@ -39,13 +39,13 @@ def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | N
     Returns
     -------
     list of Segment or None
-        Segments, with their true onsets if `start` is known. None if there is no table, or if the table does not fit to
-        the signal.
+        Segments. Their onsets are the recorded times only if `start` is known. None if there is no table, or if the
+        numbers of samples in the table contradict `n_samples`.
 
     Notes
     -----
-    The table has a line for each segment but the first: start as a day number and a fraction of a second, and number of
-    samples.
+    The table has one line for each segment except the first. A line has three numbers: the start as a day number in
+    seconds precision, a fraction of a second, and the number of samples of the segment.
     """
     table = path.with_suffix(".seg")
     if not table.is_file():
@@ -79,7 +79,8 @@ def find_mff_pauses(path: Path, sfreq: float) -> list[Found]:
     Returns
     -------
     list of Found
-        Pauses, to the sample. MNE fills a pause with zeros, and its annotation begins half a sample early.
+        Pauses with exact sample positions. (MNE fills a pause with zeros, and the annotation by MNE begins half a
+        sample too early.)
     """
     from mffpy.xml_files import XML
 
@@ -94,7 +95,7 @@ def find_mff_pauses(path: Path, sfreq: float) -> list[Found]:
 
 
 def find_neuroscan_marks(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
-    """Find the discontinuities and the rejected spans in the event table of a Neuroscan file.
+    """Find the discontinuities and the rejected time spans in the event table of a Neuroscan file.
 
     Parameters
     ----------
@@ -108,7 +109,8 @@ def find_neuroscan_marks(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
     Returns
     -------
     list of Found
-        Marks. Programs disagree by one sample about the place of an event, so a discontinuity is a gap of one sample.
+        Marks. Programs disagree by one sample about the position of an event. So one sample is left out at each
+        discontinuity.
     """
     with path.open("rb") as stream:
         head = stream.read(900)
@@ -150,7 +152,7 @@ def find_epoch_boundaries(path: Path, annotations: Any = None) -> list[Found]:
     Returns
     -------
     list of Found
-        Cuts inside epochs; their times count the samples of all epochs.
+        Cuts inside epochs. Their times count the samples of all epochs, one epoch after the other.
     """
     import mne
 
@@ -158,7 +160,7 @@ def find_epoch_boundaries(path: Path, annotations: Any = None) -> list[Found]:
         try:
             annotations = mne.read_annotations(path)
         except Exception:
-            return []  # The file has no events that can be read, so no event is a boundary.
+            return []  # The events of this file cannot be read, so the file has no boundary events.
     found = []
     for onset, text in zip(annotations.onset, annotations.description, strict=True):
         row = find_row("eeglab", str(text))

@@ -1,7 +1,7 @@
-"""The table of interruptions and bad marks: what divides a recording of each format, and what marks a part as bad.
+"""The table of marks: which marks divide a recording of each format, and which marks declare a time span as bad.
 
-`TABLE` is the only place that says what a mark does. A reader finds marks and names the rows of the table;
-`divide` turns them into segments, bad spans and notes. ``docs/formats.md`` shows the same table.
+Only `TABLE` defines the effect of each kind of mark. A reader finds the marks of a recording, and names the row of the
+table for each mark. `divide` then computes segments, bad spans and notes. ``docs/formats.md`` shows the same table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data_sharding.formats.signal import Segment
 
 
 class Effect(enum.Enum):
-    """What a mark does."""
+    """Effect of a mark."""
 
     CUT = "a new segment begins there"
     GAP = "the span is cut out, and a new segment begins after it"
@@ -35,13 +35,13 @@ class Mark:
     formats: tuple[str, ...] = ()
     """Names of the formats that have this mark; empty for every format with annotations."""
     sign: str
-    """What the file holds, in words for the user."""
+    """Description of the mark in the file, for the user."""
     effect: Effect
-    """What the mark does. A gap or a bad span without a length is a cut or a note: see `divide`."""
+    """Effect of the mark. `divide` explains gaps and bad spans without a length."""
     words: re.Pattern[str] | None = None
-    """Text of the annotation, which the whole text must match. None if the reader finds the mark in another way."""
+    """Pattern that the whole text of the annotation must match. None if the mark is not an annotation."""
     removed: bool = False
-    """Whether the duration of the mark is the length of signal that is not in the file."""
+    """Whether the duration of the mark is the length of a signal that was removed from the file."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,15 @@ class Found:
 
 
 PREFIX = r"(?:[^/,:;|\\]*[/,:;|\\])*\s*"
-"""Text before the mark's own word, such as the type of a BrainVision marker: ``Comment/`` or ``Comment,``."""
+"""Optional text before the name of the mark, for example the type of a BrainVision marker: ``Comment/`` or
+``Comment,``."""
 BAD_WORD = re.compile(
     PREFIX + r"(?:[Bb][Aa][Dd](?![A-Za-z])|[Bb]ad(?=[A-Z])"
     r"|[Bb][Aa][Dd](?i:s|seg|segments?|intervals?|epochs?|trials?|spans?|blocks?|data|channels?)(?![A-Za-z])).*",
     re.DOTALL,
 )
-"""Text of an annotation that marks a bad span. The word begins the text or follows a prefix. The word
-``badge`` is no such word."""
+"""Pattern for the annotation of a bad span: the word ``bad`` at the beginning of the text or after a prefix. The word
+``badge`` does not match."""
 SKIP_WORDS = re.compile(PREFIX + r"bad[_ ]acq[_ ]skip.*", re.IGNORECASE | re.DOTALL)
 JOIN_WORDS = re.compile(PREFIX + r"(bad|edge)[_ ]boundary", re.IGNORECASE)
 BOUNDARY_WORD = re.compile(PREFIX + r"boundary", re.IGNORECASE)
@@ -235,7 +236,8 @@ TABLE: tuple[Mark, ...] = (
         effect=Effect.CUT,
     ),
 )
-"""All marks. The first row that fits an annotation decides; rows of the format itself come before the general rows."""
+"""All kinds of marks. The first row that matches an annotation is used. Rows for one format precede the rows for all
+formats."""
 ROWS = {mark.name: mark for mark in TABLE}
 
 
@@ -312,8 +314,8 @@ def divide(whole: Sequence[Segment], sfreq: float, found: Iterable[Found]) -> Di
     Returns
     -------
     Division
-        Segments, bad spans and notes. A gap without a length is a cut. A bad mark without a length says nothing about
-        the samples around it, so it gives a note.
+        Segments, bad spans and notes. A gap without a length divides the segment, but removes no samples. A bad mark
+        without a length does not say which samples are bad, so only a note is written.
     """
     edges: set[int] = set()
     gaps: list[tuple[int, int]] = []
@@ -336,7 +338,7 @@ def divide(whole: Sequence[Segment], sfreq: float, found: Iterable[Found]) -> Di
     for segment in whole:
         inner = cuts[bisect.bisect_right(cuts, segment.start) : bisect.bisect_left(cuts, segment.stop)]
         for a, b in itertools.pairwise([segment.start, *inner, segment.stop]):
-            after = bisect.bisect_right(ends, a)  # the first gap that ends after the sample a
+            after = bisect.bisect_right(ends, a)  # index of the first gap that ends after sample `a`
             if after == len(gaps) or gaps[after][0] > a:
                 segments.append(Segment(start=a, stop=b, onset=segment.onset + (a - segment.start) / sfreq))
     return Division(
@@ -351,7 +353,7 @@ def _empty_note(text: str, count: int) -> str:
 
 
 def _merge(gaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sort gaps, and join those that touch or overlap."""
+    """Sort gaps, and merge gaps that touch or overlap."""
     out: list[tuple[int, int]] = []
     for begin, end in sorted(gaps):
         if out and begin <= out[-1][1]:
@@ -362,10 +364,13 @@ def _merge(gaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _sample_at(segments: Sequence[Segment], sfreq: float, seconds: float) -> int:
-    """Return the first sample at or after a time. For a time between two segments, this is the second one's start."""
+    """Return the first sample at or after a time.
+
+    For a time between two segments, this is the start of the second segment.
+    """
     onsets = [segment.onset for segment in segments]
     at = max(bisect.bisect_right(onsets, seconds + 1e-3 / sfreq) - 1, 0)
-    # Rounding errors of the time must not lead to the next sample.
+    # A rounding error of the time must not select the next sample.
     sample = segments[at].start + math.ceil((seconds - segments[at].onset) * sfreq - 1e-3)
     return min(sample, segments[at].stop)
 

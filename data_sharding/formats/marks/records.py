@@ -1,7 +1,7 @@
 """Find the marks of interruptions and of missing signal in the records of EDF, BDF and GDF files.
 
-MNE joins all records without gaps. It does not read the Status bits of BioSemi amplifiers, and it reads values that GDF
-codes as missing as if they were signal.
+MNE joins all records without gaps, and ignores the Status bits of BioSemi amplifiers. MNE also returns the codes for
+missing values in GDF files as if they were signal.
 
 In array shapes, R is the number of records, N the number of samples in a record.
 """
@@ -24,14 +24,14 @@ from data_sharding.formats.signal import Segment
 TAL = re.compile(rb"([+-]\d{1,15}(?:\.\d{1,15})?)(?:\x15(\d{1,15}(?:\.\d{1,15})?))?\x14([^\x00]*)\x14\x00")
 """Time-stamped annotations list (TAL) of EDF+: onset, duration, texts."""
 ROUNDING_S = 1.1e-3
-"""Onsets of records are often rounded to milliseconds. Larger differences are jumps."""
+"""Smallest gap between records in seconds. Smaller differences come from onsets that were rounded to milliseconds."""
 RECORDS_AT_ONCE = 4096
 NEW_EPOCH, CMS_IN_RANGE, MK2 = 1 << 16, 1 << 20, 1 << 23
 """Bits of the Status channel of a BioSemi amplifier. Bit 22 is a low battery, which does not change the signal."""
 STARTS_PER_S = 1.0
-"""If bit 16 rises more often than this, the Status channel holds something else than BioSemi's bits."""
+"""If bit 16 rises more often than this, the channel named Status was not written by a BioSemi amplifier."""
 GDF_DTYPES = {1: "<i1", 2: "<u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<i8", 8: "<u8", 16: "<f4", 17: "<f8"}
-"""Type of the samples for each sample type code of GDF."""
+"""NumPy type for each sample type code of GDF."""
 
 
 def read_annotations(path: Path, layout: Layout) -> tuple[np.ndarray, list[tuple[float, float, str]]]:
@@ -104,13 +104,14 @@ def find_runs(onsets: np.ndarray, layout: Layout) -> tuple[list[tuple[int, int, 
     for i in np.flatnonzero(~known):
         times[i] = times[i - 1] + length
     jumps = np.abs(np.diff(times) - length) > ROUNDING_S
-    # Between a record without an onset and a jump, it is unknown where the gap lies: make the record its own run.
+    # If a record without an onset lies next to a jump, the gap can be before or after this record. So this record is a
+    # run of its own.
     for i in np.flatnonzero(~known):
         jumps[i - 1] |= bool(jumps[i : i + 1].any())
     if not known.all():
         notes.append(f"{(~known).sum()} records of {count} have no onset")
     if not layout.interrupted and jumps.mean() > 0.5:
-        notes.append("the onsets of most records contradict the length of a record, so the onsets are not used")
+        notes.append("most onsets of records contradict the length of the records, so the onsets are not used")
         return [(0, count, 0.0)], notes
     starts = [0, *(np.flatnonzero(jumps) + 1).tolist()]
     runs: list[tuple[int, int, float]] = []
@@ -140,7 +141,7 @@ def _blocks(path: Path, layout: Layout, count: int) -> Iterator[tuple[int, np.nd
 
 
 def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str]]:
-    """Find new epochs, and spans without CMS, in the Status channel of a BioSemi amplifier.
+    """Find new epochs, and spans in which the CMS electrode was out of range, in the BioSemi Status channel.
 
     Parameters
     ----------
@@ -152,7 +153,7 @@ def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str
     Returns
     -------
     found : list of Found
-        Marks, with times that count the samples of the file.
+        Marks. Their times are sample numbers of the file, divided by the sampling rate.
     notes : list of str
         Notes for the ledger.
     """
@@ -182,10 +183,11 @@ def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str
         total, last = total + len(status), int(status[-1])
     starts = np.concatenate([*rises, np.zeros(0, int)])
     if len(starts) > STARTS_PER_S * total / rate:
-        return [], ["the Status channel changes bit 16 all the time, so its bits are not those of a BioSemi amplifier"]
+        text = "bit 16 of the Status channel changes too often, so the channel does not come from a BioSemi amplifier"
+        return [], [text]
     found = [Found("new epoch", float(position) / rate) for position in starts]
     if not seen & CMS_IN_RANGE and not seen & MK2:
-        return found, []  # Another program wrote this Status channel, with triggers only.
+        return found, []  # Bits 20 and 23 are never set, so another program wrote this channel, with triggers only.
     turns = np.concatenate([*([np.zeros(1, int)] if first_low else []), *edges, np.zeros(0, int)])
     turns = turns.tolist() + ([total] if len(turns) % 2 else [])
     for a, b in zip(turns[::2], turns[1::2], strict=True):
@@ -208,14 +210,15 @@ def find_missing(path: Path, layout: Layout, numbers: list[int]) -> tuple[list[F
     Returns
     -------
     found : list of Found
-        Gaps: spans in which every channel is missing.
+        Gaps: spans in which every channel has missing values.
     some : bool
-        Whether values outside the digital range are missing in some, but not all of the channels.
+        Whether some, but not all, channels have missing values at the same time.
 
     Notes
     -----
-    A value outside the digital range is missing, and so is NaN. A value at the limit of the range may be an overflow of
-    one channel. It counts as missing only where every channel is missing or at its limit.
+    NaN and values outside the digital range are missing values. A value at the limit of the range can also be an
+    overflow of one channel. So such a value counts as missing only if, at the same time, every channel is missing or at
+    its limit.
     """
     spans: list[tuple[int, int]] = []
     some = False
@@ -326,7 +329,7 @@ def read_gdf_events(path: Path, layout: Layout) -> list[tuple[float, float, str]
     size = 12 if head[0] == 3 else 6
     count = min(count, len(rest) // size)
     rate = rate if 0 < rate < np.inf else max(layout.per_record) / layout.record_s
-    positions = (np.frombuffer(rest, "<u4", count).astype(float) - 1) / rate  # the first sample has the number 1
+    positions = (np.frombuffer(rest, "<u4", count).astype(float) - 1) / rate  # GDF gives the first sample the number 1.
     codes = np.frombuffer(rest, "<u2", count, 4 * count).astype(int)
     lengths = np.frombuffer(rest, "<u4", count, 8 * count) / rate if head[0] == 3 else np.zeros(count)
     ends: dict[int, list[float]] = {}

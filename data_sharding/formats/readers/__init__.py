@@ -1,4 +1,4 @@
-"""File formats with a short reader. Each module of this folder describes one format in the constant ``FORMAT``.
+"""File formats whose reader is one small module. Each module of this folder describes one format in its ``FORMAT``.
 
 To add a format, add a module to this folder. `data_sharding.formats.sniffing` calls its function `recognise`, and
 `data_sharding.formats.open_signal` calls its function `open`. Import heavy libraries inside these functions.
@@ -24,9 +24,10 @@ class Format:
     recognise: Callable[[Any], Any]
     """Function that takes a `sniffing.File` and returns ``file.recording(name, ...)``, or None for another format.
 
-    The function should check the header and not the file name. `sniffing` calls it only for files that have none of its
-    own formats. If the file has the suffix of this format but a damaged header, the function returns
-    ``file.recording(name, problem=...)``. If it returned None, the file would get no row in the ledger.
+    The function should check the header and not the file name. `sniffing` first tests the formats that it knows itself,
+    and calls this function only if none of them matches. If the file has the extension of this format but a damaged
+    header, the function returns ``file.recording(name, problem=...)``. With None, the file would get no row in the
+    ledger.
     """
     open: Callable[[Path], Any]
     """Function that opens the file and returns a `Signal`, or a raw or epochs object of MNE.
@@ -39,11 +40,11 @@ class Format:
     title: str = ""
     """Name and file extensions for ``docs/formats.md``, such as ``Nexstim eXimia (`.nxe`)``."""
     recognised_by: str = ""
-    """What in the file shows the format, for ``docs/formats.md``."""
+    """Part of the file by which the format is recognised, for ``docs/formats.md``."""
     compared: str = ""
-    """What in the header is compared with the size of the file, for ``docs/formats.md``."""
+    """Numbers in the header that are compared with the size of the file, for ``docs/formats.md``."""
     package: str = ""
-    """Optional package that `open` needs. If the package is not installed, the reason in the ledger names it."""
+    """Optional package that `open` needs. If the package is not installed, the ledger tells the user to install it."""
     unit_factor: float | None = None
     """Factor that converts the values of `open` to volts; None if the values are volts."""
 

@@ -35,9 +35,9 @@ FORMAT = Format(
     recognise=_recognise,
     open=_open,
     title="Nexstim eXimia (`.nxe`)",
-    recognised_by="file name, because the format has no header",
+    recognised_by="name of the file, because the format has no header",
     compared="whole samples",
     # The amplifier has a gain of 2000 and a 16-bit converter for 10 V, so one bit is 0.0763 microvolts. MNE's reader
-    # returns microvolts as if they were volts.
+    # returns microvolts instead of volts.
     unit_factor=1e-6,
 )

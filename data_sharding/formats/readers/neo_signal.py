@@ -1,4 +1,4 @@
-"""Read recordings through the raw readers of the package neo, which gives samples on demand and segments with times.
+"""Read recordings with the raw readers of the package neo. They read samples on demand, and give the times of segments.
 
 In array shapes, n is the number of channels, and S the number of samples.
 """
@@ -20,7 +20,7 @@ from data_sharding.formats.units import read_units
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Samples that neo calls a segment. Pieces that follow without a gap are one segment of the signal."""
+    """A segment in neo's terms. Pieces without a gap between them are joined to one `Segment`."""
 
     block: int
     number: int
@@ -34,10 +34,10 @@ class NeoSignal:
     Parameters
     ----------
     reader : neo.rawio.BaseRawIO
-        Reader of the recording, before ``parse_header``.
+        Reader of the recording; ``parse_header`` was not called yet.
     only_electrodes : bool
-        Whether only channels with names of scalp electrodes are EEG. Amplifiers for intracranial electrodes do not say
-        which channels are on the scalp.
+        True if only channels with names of scalp electrodes are used as EEG. This is for amplifiers that also record
+        intracranial electrodes, because their files do not mark the channels on the scalp.
     """
 
     def __init__(self, reader: Any, *, only_electrodes: bool = False) -> None:
@@ -88,7 +88,7 @@ class NeoSignal:
                     start, onset = segments[-1].start, segments[-1].onset
                     segments[-1] = Segment(start=start, stop=pieces[-1].stop, onset=onset)
                 else:
-                    # A clock that was set back gives the time after the piece before.
+                    # If the clock was set back, the segment begins at the end of the previous segment.
                     earliest = segments[-1].onset + (start - segments[-1].start) / sfreq if segments else 0.0
                     onset = max(begin - first, earliest)
                     segments.append(Segment(start=start, stop=start + size, onset=onset))

@@ -21,7 +21,7 @@ HEADER_BYTES, RECORD_BYTES = 16384, 1044
 def _recognise(file: File) -> Recording | None:
     if file.suffix != ".ncs":
         return None
-    # The first file stands for the folder, so that a recording has one row in the ledger.
+    # A folder is one recording with one row in the ledger. Its path in the ledger is the path of the first file.
     names = sorted(entry.name for entry in file.near.values() if entry.suffix.lower() == ".ncs")
     if file.path.name != names[0]:
         return None
@@ -30,7 +30,7 @@ def _recognise(file: File) -> Recording | None:
         problem = Reason("unreadable", "not Neuralynx: it has no Neuralynx header")
     for name in names:
         if problem is None and (headers.size_of(file.near[name.lower()]) - HEADER_BYTES) % RECORD_BYTES:
-            problem = Reason("truncated", f"{name} does not hold a whole number of records")
+            problem = Reason("truncated", f"the size of {name} is not a whole number of records")
     return file.recording("neuralynx", *names[1:], problem=problem)
 
 
@@ -40,7 +40,8 @@ def _open(path: Path) -> Any:
     from data_sharding.formats.readers.neo_signal import NeoSignal
 
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix.lower() == ".ncs")
-    # The amplifier's clock differs a little from the nominal rate, so smaller steps of the time stamps are no gaps.
+    # The clock of the amplifier differs a little from the nominal rate. So only larger steps of the time stamps are
+    # gaps.
     reader = NeuralynxRawIO(dirname=str(path.parent), include_filenames=names, gap_tolerance_ms=1.0)
     return NeoSignal(reader, only_electrodes=True)
 
@@ -51,6 +52,6 @@ FORMAT = Format(
     open=_open,
     title="Neuralynx (folder of `.ncs`)",
     recognised_by="first line",
-    compared="whole records of each file",
+    compared="each file has a whole number of records",
     package="neo",
 )

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from data_sharding.formats.sniffing import File, Recording
 
 NAMES = ("label", "channel_name", "electrode_name", "name")
-"""Columns of the table of electrodes that can hold names."""
+"""Columns of the electrode table that can contain names."""
 
 
 def _recognise(file: File) -> Recording | None:
     if file.suffix != ".nwb":
         return None
     whole = file.head.startswith(b"\x89HDF\r\n\x1a\n")
-    fault = Reason("unreadable", "not NWB: it is no HDF5 file")
+    fault = Reason("unreadable", "not NWB: it is not an HDF5 file")
     return file.recording("nwb", problem=None if whole else fault)
 
 
@@ -85,7 +85,7 @@ def _text(value: Any) -> str:
 
 
 def _find_series(file: Any) -> Any:
-    """Return the electrical series among the raw data; if there is none, the one among the processed data."""
+    """Find the electrical series (NWB's term for a voltage signal) in the raw data, or else in the processed data."""
     for where in ("acquisition", "processing"):
         found: list[Any] = []
 
@@ -101,11 +101,11 @@ def _find_series(file: Any) -> Any:
             names = ", ".join(node.name.rsplit("/", 1)[-1] for node in found[:4])
             text = f"{len(found)} electrical series ({names}), and the reader cannot choose one; export one of them"
             raise ReadError(Reason("several electrical series", text=text))
-    raise NotContinuous(Reason("no electrical series", "the NWB file holds other data"))
+    raise NotContinuous(Reason("no electrical series", "the NWB file contains no electrical series"))
 
 
 def _read_names(file: Any, series: Any, n: int) -> list[str]:
-    """Return the names of the channels, from the table of electrodes."""
+    """Return the names of the channels from the electrode table."""
     table = file.get("general/extracellular_ephys/electrodes")
     rows = np.asarray(series["electrodes"]).ravel().tolist() if "electrodes" in series else list(range(n))
     if table is None or len(rows) != n:
@@ -122,7 +122,7 @@ def _read_times(series: Any, n_samples: int) -> tuple[float, list[Segment]]:
         return sfreq, [Segment(start=0, stop=n_samples, onset=0.0)]
     stamps = np.asarray(series["timestamps"], float) if "timestamps" in series else np.zeros(0)
     if len(stamps) != n_samples or n_samples < 2:
-        raise ReadError(Reason("no sampling rate", "the electrical series has neither rate nor time stamps"))
+        raise ReadError(Reason("no sampling rate", "the electrical series has neither a sampling rate nor time stamps"))
     steps = np.diff(stamps)
     median = float(np.median(steps))
     whole = steps[np.abs(steps - median) < median / 2]
@@ -133,7 +133,7 @@ def _read_times(series: Any, n_samples: int) -> tuple[float, list[Segment]]:
     edges = [0, *(np.flatnonzero(np.abs(steps - median) >= median / 2) + 1).tolist(), n_samples]
     segments: list[Segment] = []
     for a, b in itertools.pairwise(edges):
-        # If the clock was set back, the time after the segment before is used.
+        # If the clock was set back, the segment begins at the end of the previous segment.
         earliest = segments[-1].onset + (a - segments[-1].start) / sfreq if segments else 0.0
         segments.append(Segment(start=a, stop=b, onset=max(float(stamps[a] - stamps[0]), earliest)))
     return sfreq, segments
@@ -145,6 +145,6 @@ FORMAT = Format(
     open=NWBSignal,
     title="Neurodata Without Borders (`.nwb`)",
     recognised_by="HDF5, and `.nwb`",
-    compared="not compared; HDF5 notices missing bytes",
+    compared="nothing, because the HDF5 library detects a truncated file",
     package="h5py",
 )

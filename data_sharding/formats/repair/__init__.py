@@ -1,1 +1,1 @@
-"""Repairs of damaged headers: the broken part is left out, so that the rest of the recording can be read."""
+"""Repairs of damaged headers. The damaged part is removed, so that the rest of the recording can be read."""

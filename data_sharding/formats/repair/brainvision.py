@@ -1,4 +1,4 @@
-"""Repair the header and the marker file of a BrainVision recording. MNE refuses the recording for one broken line."""
+"""Repair the header and the marker file of a BrainVision recording. One damaged line makes MNE refuse the recording."""
 
 from __future__ import annotations
 
@@ -13,28 +13,32 @@ from data_sharding.formats.channels import is_electrode
 CHANNEL = re.compile(r"^([ \t]*Ch(\d+)[ \t]*=)(.*)$", re.MULTILINE | re.IGNORECASE)
 CODEPAGE = re.compile(r"^([ \t]*Codepage[ \t]*=[ \t]*)(.*?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
 ELSEWHERE = (1.0, 0.0, 0.0)
-"""Coordinates for channels without a position; the reader removes them again."""
+"""Placeholder coordinates of channels without a position. The reader removes these coordinates after MNE opened the
+file."""
 MARKER = re.compile(r"^[ \t]*Mk(\d+)[ \t]*=(.*)$", re.MULTILINE | re.IGNORECASE)
 
 
 @dataclass
 class Repaired:
-    """A text with its broken lines corrected."""
+    """A header or marker file with corrected lines."""
 
     text: str
-    """The text; equal to the original text if nothing is broken."""
+    """The corrected text; equal to the original text if no line needs a correction."""
     notes: list[str] = field(default_factory=list)
     """Notes for the ledger."""
     left_out: dict[int, str] = field(default_factory=dict)
-    """Numbers of the channels, from 1, that have no scale, each with the reason."""
+    """Numbers of the channels (from 1) without a scale, each with the reason."""
     unplaced: set[int] = field(default_factory=set)
-    """Numbers of the channels, from 1, whose coordinates in `text` are not those of an electrode."""
+    """Numbers of the channels (from 1) that have placeholder coordinates in `text`."""
     recoded: bool = False
-    """Whether the text must be written in UTF-8, because the file does not fit to the code page that it names."""
+    """Whether the text must be written in UTF-8, because the code page in the file is wrong."""
 
 
 def section(text: str, name: str) -> tuple[int, int]:
-    """Return begin and end of a section's content in an INI text; both are the text's end if there is no section."""
+    """Return the start and the end of a section of an INI text.
+
+    If the section is missing, both are the end of the text.
+    """
     head = re.search(rf"^[ \t]*\[{name}\][ \t]*$", text, re.MULTILINE | re.IGNORECASE)
     if head is None:
         return len(text), len(text)
@@ -43,7 +47,7 @@ def section(text: str, name: str) -> tuple[int, int]:
 
 
 def read_text(data: bytes) -> Repaired:
-    """Decode the bytes of a header or marker file. A code page that is unknown or wrong is replaced by UTF-8."""
+    """Decode the bytes of a header or marker file. If the code page in the file is unknown or wrong, UTF-8 is used."""
     text, encoding = headers.decode_text(data)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     named = CODEPAGE.search(text)
@@ -55,7 +59,7 @@ def read_text(data: bytes) -> Repaired:
     except UnicodeDecodeError:
         if not page:
             return Repaired(text, recoded=True)
-        note = f"the text is not in the code page '{page[:20]}'"
+        note = f"the text does not fit the code page '{page[:20]}'"
     else:
         return Repaired(text, recoded=encoding != "utf-8")
     text = CODEPAGE.sub(lambda found: f"{found[1]}UTF-8", text, count=1)
@@ -73,9 +77,9 @@ def repair_header(text: str) -> Repaired:
     Returns
     -------
     Repaired
-        A channel without a name gets a name. A name that exists twice gets a number. A channel whose row is missing or
-        has no resolution is in `left_out`. A channel whose coordinates are no numbers is in `unplaced`, and so is an
-        electrode at 0, 0, 0, which means an unknown position.
+        The corrected header. A channel without a name gets a name. If two channels have the same name, the second one
+        gets a number. `left_out` has the channels whose row is missing or has no resolution. `unplaced` has the
+        channels whose coordinates are not numbers, or are 0, 0, 0 (unknown position).
     """
     out = Repaired(text)
     try:
@@ -125,7 +129,7 @@ def _replace(found: re.Match[str], lines: list[str | None]) -> str:
 
 
 def _repair_coordinates(out: Repaired, names: list[str]) -> Repaired:
-    """Give every channel a row of coordinates, and note the channels whose own row cannot be used."""
+    """Give every channel a row of coordinates, and return the channels whose row in the file cannot be used."""
     begin, end = section(out.text, "Coordinates")
     if begin == len(out.text):
         return out
@@ -137,7 +141,7 @@ def _repair_coordinates(out: Repaired, names: list[str]) -> Repaired:
     lines, lost = [], []
     for number, name in enumerate(names, start=1):
         cells = rows.get(number)
-        # MNE takes an electrode at 0, 0, 0 as another kind of channel, and refuses a channel without coordinates.
+        # MNE changes the type of a channel at 0, 0, 0, and refuses a channel without coordinates.
         if cells is None or (cells[0] == 0 and electrodes[number - 1]):
             out.unplaced.add(number)
             lost += [name] if cells is None else []
@@ -146,7 +150,7 @@ def _repair_coordinates(out: Repaired, names: list[str]) -> Repaired:
     if out.unplaced:
         out.text = f"{out.text[:begin]}\n" + "\n".join(lines) + f"\n\n{out.text[end:]}"
     if lost:
-        out.notes.append(f"no coordinates that are three numbers: {', '.join(lost[:5])} ({len(lost)})")
+        out.notes.append(f"the coordinates are not three numbers: {', '.join(lost[:5])} ({len(lost)})")
     return out
 
 
@@ -161,7 +165,7 @@ def repair_markers(text: str) -> Repaired:
     Returns
     -------
     Repaired
-        The text without lines that have no position, and without dates that are no dates.
+        The text without the lines that have no valid position, and without invalid dates.
     """
     out = Repaired(text)
     broken, dates = [], []
@@ -183,8 +187,8 @@ def repair_markers(text: str) -> Repaired:
     if content != text[begin:end]:
         out.text = text[:begin] + content + text[end:]
     for lines, what in (
-        (broken, "cannot be read, and are not used"),
-        (dates, "are no dates, and are not used"),
+        (broken, "cannot be parsed, and are not used"),
+        (dates, "have an invalid date, which is not used"),
     ):
         if lines:
             out.notes.append(f"{len(lines)} entries of the marker file {what}, the first is '{lines[0][:60]}'")

@@ -1,4 +1,4 @@
-"""Repair the channels and events of an EEGLAB file, which MNE refuses as a whole for one broken entry."""
+"""Repair the channels and events of an EEGLAB file. One invalid entry makes MNE refuse the whole file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from data_sharding.formats.mne_signal import EpochsSignal, RawSignal
 from data_sharding.formats.signal import Signal
 
 FAR = 5.0
-"""An electrode that is further from the middle of the head than this number of median distances has no position."""
+"""If an electrode is further from the centre of the head than this multiple of the median distance, its position is
+removed."""
 MOST_NAMED = 5
 
 
@@ -41,7 +42,7 @@ def with_repairs(read: Callable[[Path], Any]) -> Callable[[Path], Signal]:
             opened = RawSignal(opened, format_="eeglab")
         elif isinstance(opened, mne.BaseEpochs):
             opened = EpochsSignal(opened)
-        said = list(dict.fromkeys(notes))  # MNE may load the file twice.
+        said = list(dict.fromkeys(notes))  # MNE may load the file twice, and then each note exists twice.
         opened.info = dataclasses.replace(opened.info, notes=[*opened.info.notes, *said])
         return opened
 
@@ -50,7 +51,7 @@ def with_repairs(read: Callable[[Path], Any]) -> Callable[[Path], Signal]:
 
 @contextlib.contextmanager
 def _repairing() -> Iterator[list[str]]:
-    """Repair every structure that MNE loads from a ``.set`` file. MNE has no other way to change it."""
+    """Replace the function with which MNE loads a ``.set`` file, because MNE has no option to repair its result."""
     from mne.io.eeglab import eeglab
 
     load, notes = eeglab._check_load_mat, []
@@ -70,7 +71,7 @@ def _repairing() -> Iterator[list[str]]:
 
 
 def _entries(value: Any) -> list[dict[str, Any]]:
-    """Return the entries of a MATLAB structure array. The loaders return a dictionary of lists, or a list."""
+    """Return the entries of a MATLAB structure array, which MNE loads as a list or as a dictionary of lists."""
     if isinstance(value, dict):
         columns = {
             key: column
@@ -93,7 +94,7 @@ def _entries(value: Any) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number; NaN for an empty entry, and None for anything else."""
+    """Convert an entry to a number. Return NaN for an empty entry, and None for an entry that is not a number."""
     array = np.asarray(value)
     if array.size == 0 and array.dtype.kind != "U":
         return np.nan
@@ -109,7 +110,7 @@ def _repair_channels(content: Any, notes: list[str]) -> None:
     rows = content.data.shape[0] if isinstance(content.data, np.ndarray) and content.data.ndim > 1 else content.nbchan
     channels = _entries(content.chanlocs)
     if len(channels) != rows:
-        notes.append(f"the file names {len(channels)} channels and holds {rows}, so names and positions are not used")
+        notes.append(f"the file names {len(channels)} channels, but contains {rows}: names and positions are not used")
         content.chanlocs, content.nbchan = [], rows
         return
     unnamed, unplaced, twice = [], [], []
@@ -136,9 +137,9 @@ def _repair_channels(content: Any, notes: list[str]) -> None:
     if unnamed or unplaced or twice:
         content.chanlocs = channels
     for what, found in (
-        ("names that are no text", unnamed),
-        ("positions that are no numbers, or far away", unplaced),
-        ("a name that exists already, so that they get a number", twice),
+        ("names that are not text", unnamed),
+        ("positions that are not numbers, or that are far from the head", unplaced),
+        ("a name that another channel has, so a number is added", twice),
     ):
         if found:
             notes.append(f"channels with {what}: {', '.join(found[:MOST_NAMED])} ({len(found)})")
@@ -163,4 +164,4 @@ def _repair_events(content: Any, notes: list[str]) -> None:
     if lost:
         notes.append(f"{lost} events without a latency are not used")
     if endless:
-        notes.append(f"{endless} events have a duration that is no number")
+        notes.append(f"{endless} events have a duration that is not a number")

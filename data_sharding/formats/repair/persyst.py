@@ -1,4 +1,4 @@
-"""Repair the header of a Persyst recording, which MNE refuses as a whole for one line that it cannot parse."""
+"""Repair the header of a Persyst recording. One line that MNE cannot parse makes MNE refuse the whole recording."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from datetime import datetime
 from data_sharding.formats.headers import parse_number
 
 DATES = {"/": "%m/%d/%Y", "-": "%d-%m-%Y", ".": "%Y.%m.%d"}
-"""Formats of dates that MNE can read, by their separator."""
+"""Date formats that MNE can parse, by the separator of the date."""
 NOBODY = {"birthdate": "/", "sex": "", "hand": "", "testdate": ""}
-"""Keys of the section Patient without which MNE fails, and values that it reads as unknown."""
+"""Keys that MNE needs in the section Patient, each with a value that MNE reads as unknown."""
 
 
 def repair_header(text: str) -> tuple[str, list[str]]:
-    """Remove the lines of a Persyst header that cannot be read.
+    """Remove the lines of a Persyst header that MNE cannot parse.
 
     Parameters
     ----------
@@ -24,9 +24,9 @@ def repair_header(text: str) -> tuple[str, list[str]]:
     Returns
     -------
     text : str
-        The header; equal to `text` if nothing is broken.
+        The repaired header; equal to the argument `text` if no line needs a repair.
     notes : list of str
-        Notes for the ledger. They do not quote the section about the patient.
+        Notes for the ledger. For privacy, no note quotes the section about the patient.
     """
     section, lines = "", []
     lost: dict[str, int] = {}
@@ -40,7 +40,7 @@ def repair_header(text: str) -> tuple[str, list[str]]:
             continue
         elif content and section == "channelmap" and "=" not in content:
             lost[section] = lost.get(section, 0) + 1
-            line = f"{content}=0"  # MNE takes the channels in the order of the lines.
+            line = f"{content}=0"  # MNE orders the channels by the lines of this section.
         elif content and section != "comments" and "=" not in content:
             lost[section] = lost.get(section, 0) + 1
             continue
@@ -74,7 +74,7 @@ def _is_comment(line: str) -> bool:
 def _is_time(key: str, value: str) -> bool:
     layout = "%H:%M:%S" if key == "testtime" else next((f for mark, f in DATES.items() if mark in value), "")
     if not layout:
-        return True  # MNE ignores a date of another format.
+        return True  # MNE ignores dates in other formats.
     try:
         datetime.strptime(value, layout)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Repair the header of an EDF, BDF or GDF file in a copy. MNE refuses the file for one field that is no number."""
+"""Repair the header in a copy of an EDF, BDF or GDF file. One field that is not a number makes MNE refuse the file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from data_sharding.formats import headers
 from data_sharding.formats.headers import Layout
 
 LIMITS = {104: "-1", 112: "1", 120: "-1", 128: "1"}
-"""Offset of each limit in the header of a channel, and the value for a limit that is no number. A channel with such a
-limit has no scale and is left out."""
+"""Offset of each limit in the header of a channel, and a placeholder for a limit that is not a number. A channel with
+such a limit has no scale and is left out."""
 
 
 def find_patches(path: Path, layout: Layout, format_: str) -> dict[int, bytes]:
-    """Find the fields of a header that MNE cannot read.
+    """Find the header fields that MNE cannot parse.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def find_patches(path: Path, layout: Layout, format_: str) -> dict[int, bytes]:
     Returns
     -------
     dict of int to bytes
-        New content of each such field, by its offset in the file.
+        Corrected content of each such field, by the field's offset in the file.
     """
     if format_ == "gdf":
         count = headers.count_gdf_records(path, layout)

@@ -1,4 +1,4 @@
-"""Read a recording without a sidecar file, or another optional part, that MNE cannot parse."""
+"""Read a recording even if MNE cannot parse a sidecar file or another optional part. That part is then ignored."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def read_without_broken(
     path : Path
         The file or folder of the recording.
     optional : mapping of str to sequence of Path
-        Files of each part without which the recording can be read, by the name of the part for the ledger.
+        Files of each optional part. The key is the name of the part in the ledger.
 
     Returns
     -------
     opened : Any
         Result of `read`.
     folder : TemporaryDirectory or None
-        Folder with links to the other files, which must exist as long as the recording is open.
+        Folder with links to the files that were used. The folder must exist as long as the recording is open.
     notes : list of str
         Notes for the ledger.
 
@@ -62,5 +62,5 @@ def read_without_broken(
             except Exception:
                 folder.cleanup()
                 continue
-            return opened, folder, [f"{part} cannot be read, and is not used" for part in parts]
+            return opened, folder, [f"{part} cannot be parsed, and is not used" for part in parts]
     raise first

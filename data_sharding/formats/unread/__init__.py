@@ -1,6 +1,6 @@
-"""Recognise files that are not read: recordings without a reader here, and files that are no recordings.
+"""Recognise files that this package does not read: recordings in other formats, and files that are not recordings.
 
-Each function takes the file as `sniffing` found it, and returns a `Finding`, or None for another kind of file.
+Each function takes a `sniffing.File`. It returns a `Finding`, or None if the file is of another kind.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from data_sharding.common.reason import Reason
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a file is, and why it is not read."""
+    """Kind of a file, and the reason why it is not read."""
 
     format: str
     """Name of the kind of file, for the ledger."""
     reason: Reason
-    """What the file is, and what the user can do."""
+    """Description of the file, and what the user can do."""
     excluded: bool = False
-    """True if the file holds no continuous recording. Otherwise the file is a recording that is set aside."""
+    """True if the file contains no continuous recording. Otherwise the file is a recording, and it is quarantined."""
     files: tuple[str, ...] = ()
-    """Names of other files in the same folder that belong to this one."""
+    """Names of other files in the same folder that belong to this file."""

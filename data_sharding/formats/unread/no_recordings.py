@@ -1,4 +1,4 @@
-"""Recognise files that are no recordings, but lie beside them: events, covariances, averages, digitised positions.
+"""Recognise files that are often in the folders of recordings but are not recordings, such as events or covariances.
 
 FIF files are recognised by their blocks, because their names are often changed.
 """
@@ -32,11 +32,12 @@ BLOCKS = (
     (313, "projections"),
     (107, "digitised positions"),
 )
-"""Blocks of FIF files without a recording. A file can hold several blocks; the first of this list says what it is."""
+"""Blocks of FIF files without a recording, with the kind of the file. If a file has several of them, the first in this
+list determines the kind."""
 TRANSFORMATION = 222
 BLOCK_START = 104
 MOST_TAGS = 20_000
-"""At most this many tags of a FIF file are looked at."""
+"""At most this many tags of a FIF file are read."""
 POSITIONS = (".elp", ".hsp", ".sfp", ".elc", ".pos", ".bvef", ".hpts", ".ced", ".locs", ".eloc", ".bvct", ".dig")
 """Extensions of files with the positions of electrodes."""
 MOST_POSITIONS_BYTES = 1 << 22
@@ -45,7 +46,7 @@ MOST_PACKED_BYTES, MOST_UNPACKED_BYTES = 1 << 20, 1 << 23
 
 
 def recognise_no_recording(file: Any) -> Finding | None:
-    """Recognise a file that is no recording.
+    """Recognise a file that is not a recording.
 
     Parameters
     ----------
@@ -55,7 +56,7 @@ def recognise_no_recording(file: Any) -> Finding | None:
     Returns
     -------
     Finding or None
-        What the file is; None if it may be a recording.
+        Kind of the file; None if the file may be a recording.
     """
     if file.head[:4] == b"\0\0\0\x64" and file.suffix == ".fif":
         what = _describe_fif(file.path, file.head, _size(file.path))
@@ -65,7 +66,7 @@ def recognise_no_recording(file: Any) -> Finding | None:
         what = _describe_fif(None, data, len(data) if whole else 1 << 62)
         return _exclude("fif", f"a FIF file with {what}") if what else None
     if b"SR_RESEARCH" in file.head[:64] and file.suffix == ".edf":
-        return _exclude("eyelink", "an EyeLink file of eye movements, which is named .edf as well")
+        return _exclude("eyelink", "an EyeLink file of eye movements, whose extension is also .edf")
     if file.suffix in POSITIONS and len(file.head) > 0 and _size(file.path) < MOST_POSITIONS_BYTES:
         return _exclude("positions", f"positions of electrodes ({file.suffix})")
     return None
@@ -80,7 +81,7 @@ def _size(path: Any) -> int:
 
 
 def _unpack(data: bytes) -> tuple[bytes, bool]:
-    """Return the beginning of gzip data, and whether this is all of it."""
+    """Return the first decompressed bytes of gzip data, and whether the data end there."""
     unpacker = zlib.decompressobj(31)
     try:
         out = unpacker.decompress(data, MOST_UNPACKED_BYTES)
@@ -90,7 +91,10 @@ def _unpack(data: bytes) -> tuple[bytes, bool]:
 
 
 def _describe_fif(path: Any, head: bytes, size: int) -> str:
-    """Say what a FIF file holds, if it holds no recording; otherwise, or if the file is damaged, return nothing."""
+    """Return the content of a FIF file without a recording.
+
+    Return an empty text for other files and for damaged files.
+    """
     blocks: set[int] = set()
     kinds: set[int] = set()
     stream = path.open("rb") if isinstance(path, Path) else None
@@ -105,7 +109,9 @@ def _describe_fif(path: Any, head: bytes, size: int) -> str:
                 stream.seek(at)
                 tag = stream.read(20)
             else:
-                return ""  # Only the first bytes of other files are looked at. The reader decides.
+                return (
+                    ""  # Only the first bytes of this file were read. If it is not a recording, its reader fails later.
+                )
             if len(tag) < 16:
                 return ""
             kind, _, length, following = struct.unpack(">4i", tag[:16])

@@ -1,4 +1,4 @@
-"""Recognise recordings of amplifiers and programs for which there is no reader here, and compressed recordings."""
+"""Recognise recordings in formats for which this package has no reader, and compressed recordings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECORDINGS = (
     *(".xdf", ".trc", ".nxe", ".cdt", ".mff", ".raw", ".erd", ".acq", ".easy", ".ncs", ".nwb", ".rhd", ".rhs", ".mefd"),
     *(".smr", ".smrx", ".ns5", ".ns2", ".ns3", ".ns6", ".e", ".mat", ".avg"),
 )
-"""Extensions of recordings, for the names in an archive."""
+"""Extensions of recordings, to recognise recordings inside an archive."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".z")
 ARCHIVES = (
     ".zip",
@@ -34,7 +34,7 @@ ARCHIVES = (
     ".tar.zst",
 )
 SMALLEST_ARRAY_BYTES = 1 << 16
-"""Arrays and HDF5 files below this size are not reported: they are labels or settings."""
+"""Arrays and HDF5 files below this size are not reported, because they usually contain labels or settings."""
 SMALLEST_BINARY_BYTES = 1 << 20
 """Binary files of unknown content below this size are not reported."""
 MOST_MEMBERS = 10_000
@@ -49,17 +49,17 @@ class Recorder:
     title: str
     """Name of the amplifier or the program."""
     suffixes: tuple[str, ...] = ()
-    """Extensions of the file with the signal. Empty: only the first bytes count."""
+    """Extensions of the file with the signal. If empty, the format is recognised only by the first bytes."""
     magic: tuple[tuple[int, bytes], ...] = ()
-    """Offset and bytes that show the format. Empty: only the extension counts."""
-    do: str = "export the recording as EDF with the program of the maker"
+    """Offset and bytes by which the format is recognised. If empty, the format is recognised only by the extension."""
+    do: str = "export the recording as EDF with the manufacturer's program"
     """What the user can do."""
     sidecars: str = ""
     """Pattern of the names of other files of the recording; ``{stem}`` is the name without the extension."""
     excluded: bool = False
-    """True if the format holds no EEG."""
+    """True if files of this format contain no EEG."""
     one_a_folder: bool = False
-    """True if all files of a folder with this extension are one recording."""
+    """True if all files with this extension in a folder are one recording."""
 
 
 RECORDERS = (
@@ -72,7 +72,7 @@ RECORDERS = (
     Recorder(format="biopac", title="Biopac AcqKnowledge", suffixes=(".acq",)),
     Recorder(
         format="neuroelectrics-easy",
-        title="Neuroelectrics (.easy, a table without rate and names)",
+        title="Neuroelectrics (.easy, a table without sampling rate and channel names)",
         suffixes=(".easy",),
         do="use the .nedf or .edf file of the same recording",
         sidecars=r"{stem}\.info",
@@ -118,7 +118,7 @@ RECORDERS = (
     Recorder(format="manscan", title="MANSCAN", suffixes=(".mbi",), sidecars=r"{stem}\.mb2"),
     Recorder(format="elan", title="ELAN", suffixes=(".eeg.ent",)),
 )
-"""Formats without a reader. For a file, the first fitting entry is used."""
+"""Formats without a reader. The first entry that matches a file is used."""
 
 
 def recognise_recorder(file: Any) -> Finding | None:
@@ -132,7 +132,7 @@ def recognise_recorder(file: Any) -> Finding | None:
     Returns
     -------
     Finding or None
-        What the file is and what the user can do; None for other files.
+        Kind of the file, and what the user can do; None for other files.
     """
     name = file.path.name.lower()
     for recorder in RECORDERS:
@@ -145,7 +145,7 @@ def recognise_recorder(file: Any) -> Finding | None:
 
 def _describe(file: Any, recorder: Recorder) -> Finding | None:
     if recorder.format == "neuroelectrics-easy" and f"{file.stem}.nedf".lower() in file.near:
-        return None  # The other file holds the same recording, with its rate and names.
+        return None  # The other file contains the same recording, with sampling rate and channel names.
     if recorder.one_a_folder:
         same = sorted(entry.name for entry in file.near.values() if entry.suffix.lower() == file.suffix)
         if same[0] != file.path.name:
@@ -157,7 +157,7 @@ def _describe(file: Any, recorder: Recorder) -> Finding | None:
     pattern = re.compile(recorder.sidecars.replace("{stem}", re.escape(stem)), re.IGNORECASE)
     files = tuple(entry.name for entry in file.near.values() if pattern.fullmatch(entry.name) and recorder.sidecars)
     if recorder.format == "natus" and stem != file.stem and f"{stem}.erd".lower() in file.near:
-        return None  # A further part of a recording; the first part claims it.
+        return None  # This is a later part of a recording. The finding for the first part lists it.
     if not file.head:
         return Finding(format=recorder.format, reason=Reason("unreadable", "an empty file"), files=files)
     return Finding(format=recorder.format, reason=_reason(recorder), excluded=recorder.excluded, files=files)
@@ -190,7 +190,7 @@ def _describe_archive(file: Any, name: str) -> Finding | None:
     except (zipfile.BadZipFile, tarfile.TarError, ValueError, OSError, NotImplementedError):
         return Finding(format="archive", reason=Reason("unreadable", "a damaged archive"))
     if names is None:
-        text = "an archive whose content is not known; unpack it if it holds recordings, or exclude it"
+        text = "an archive with unknown content; unpack it if it contains recordings, or exclude it"
         return Finding(format="archive", reason=Reason("archive", text))
     inside = [entry for entry in names if entry.lower().endswith((*RECORDINGS, *(f"{s}.gz" for s in RECORDINGS)))]
     if not inside:
@@ -200,28 +200,31 @@ def _describe_archive(file: Any, name: str) -> Finding | None:
 
 
 def _recognise_arrays(file: Any) -> Finding | None:
-    """Recognise arrays and HDF5 files, which say neither rate nor unit, and binary files of unknown content."""
+    """Recognise arrays, HDF5 files and unknown binary files.
+
+    None of them has a standard field for the sampling rate.
+    """
     if file.suffix not in (".npy", ".npz", ".h5", ".hdf5", ".hdf", ".dat", ".bin", ".raw"):
         return None
     size = int(file.path.stat().st_size)
     if file.suffix in (".npy", ".npz"):
         if size < SMALLEST_ARRAY_BYTES or (file.suffix == ".npy" and not _is_table(file.head)):
             return None
-        text = "an array says neither rate nor unit; describe it in a corpus of kind arrays"
+        text = "an array has no sampling rate and no unit; describe it in a corpus of kind arrays"
         return Finding(format="array", reason=Reason("no reader", text), excluded=True)
     if file.suffix in (".h5", ".hdf5", ".hdf"):
         if size < SMALLEST_ARRAY_BYTES or not file.head.startswith(HDF5):
             return None
-        text = "the layout of an HDF5 file is not fixed; convert it to EDF, or to an array for a corpus of kind arrays"
+        text = "HDF5 files of EEG have no standard layout; convert it to EDF, or to an array (corpus of kind arrays)"
         return Finding(format="hdf5", reason=Reason("no reader for this HDF5 file", text))
     if size < SMALLEST_BINARY_BYTES or b"\0" not in file.head:
         return None
-    text = "its header is not known, or it has none; convert it to EDF, or exclude it if it is no recording"
+    text = "the file has no known header; convert it to EDF, or exclude it if it is not a recording"
     return Finding(format="binary", reason=Reason("binary file without a known header", text))
 
 
 def _is_table(head: bytes) -> bool:
-    """Whether the header of a .npy file describes numbers in two or three dimensions, one of them long."""
+    """Return whether a .npy file contains numbers in two or three dimensions, at least one of them long."""
     match = re.search(rb"'descr': '[<>|=]([fiu])\d+'.*'shape': \(([\d, ]+)\)", head[:512])
     if head[:6] != b"\x93NUMPY" or not match:
         return False

@@ -2,7 +2,7 @@
 
 Most text tables beside recordings are events, questionnaires or results. So a table is reported only if at least four
 of its columns (or the first entries of at least four of its lines) are names of electrodes, and numbers stand below
-(or behind) them. Tables of positions have names of electrodes as well, but only few numbers in a line.
+(or behind) them. Tables of electrode positions also have names of electrodes, but only a few numbers in each line.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ SUFFIXES = (".csv", ".tsv", ".txt", ".asc", ".ascii")
 MIN_ELECTRODES = 4
 MIN_LINES = 16
 LONG_LINE = 64
-"""A line with more numbers than this is the signal of one electrode."""
+"""If a line begins with the name of an electrode and has more numbers than this, it is a signal."""
 PREFIX = re.compile(r"(RAW|EEG|Channel|Ch)[. _-]+(?=[A-Za-z])", re.IGNORECASE)
-"""What programs of Muse, Emotiv and others write before the name of an electrode."""
+"""Prefix that programs of Muse, Emotiv and others write before the name of an electrode."""
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan", re.IGNORECASE)
-TEXT = "a text table says neither rate nor unit; convert it to EDF, or to an array for a corpus of kind arrays"
+TEXT = "a text table has no sampling rate and no unit; convert it to EDF, or to an array for a corpus of kind arrays"
 
 
 def recognise_table(file: Any) -> Finding | None:
@@ -36,7 +36,7 @@ def recognise_table(file: Any) -> Finding | None:
     Returns
     -------
     Finding or None
-        What the file is; None for other files.
+        Kind of the file; None for other files.
     """
     if file.suffix not in SUFFIXES or b"\0" in file.head[:4096]:
         return None

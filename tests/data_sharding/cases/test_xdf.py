@@ -163,7 +163,7 @@ def _swap(index: np.ndarray, a: int, b: int, size: int) -> np.ndarray:
     [
         ("two chunks exchanged", "sample", "chunks are stored in a wrong order"),
         ("a chunk far from its place", "none", "chunks are stored in a wrong order"),
-        ("a chunk stored twice", "chunk", "25 samples are stored twice; used once"),
+        ("a chunk stored twice", "chunk", "25 samples are stored twice; each is used once"),
         ("zero stamps", "chunk", "25 samples have no valid time stamp"),
         ("no numbers", "none", "80 samples have no valid time stamp"),
         ("a chunk comes late", "sample", ""),
@@ -223,7 +223,7 @@ def test_clock_set_anew_is_corrected_by_the_offsets(tmp_path: Path, shard_all, a
     offsets = [*((BEGIN + s, 5.0) for s in range(0, 20, 5)), *((60.0 + s, 995.0) for s in range(0, 20, 5))]
     write_xdf(tmp_path / "x" / "a.xdf", stamps, true_uv(53, 8, index / 250), 250, chunks=[25] * 400, offsets=offsets)
     sharded = shard_all(tmp_path / "x", SPEC)["a.xdf"]
-    assert "set anew" in " ".join(sharded.row.notes) and not sharded.touches(20, 50)
+    assert "was reset" in " ".join(sharded.row.notes) and not sharded.touches(20, 50)
     assert 50.0 in [a for a, _ in sharded.spans]
     assert_true(sharded, 53)
 

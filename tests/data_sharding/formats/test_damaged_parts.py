@@ -94,11 +94,11 @@ class TestBrainVision:
     @pytest.mark.parametrize(
         ("line", "words"),
         [
-            ("Mk3=Stimulus,S  1", "1 entries of the marker file cannot be read"),
+            ("Mk3=Stimulus,S  1", "1 entries of the marker file cannot be parsed"),
             ("Mk3=Stimulus,S  1,abc,1,0", "the first is 'Mk3=Stimulus,S  1,abc,1,0'"),
             ("Mk3=New Segment,,301,1,0,20209901120000000000", ""),
             ("Mk3=Comment,BAD_x,5000,100,0", ""),
-            ("Mk3=", "cannot be read"),
+            ("Mk3=", "cannot be parsed"),
         ],
     )
     def test_broken_line_of_the_marker_file(self, tmp_path: Path, line: str, words: str) -> None:
@@ -110,7 +110,7 @@ class TestBrainVision:
     def test_wrong_date_costs_the_date(self, tmp_path: Path, date: str) -> None:
         signal = open_file(self.write(tmp_path, f"Mk1=New Segment,,1,1,0,{date}", BAD))
         self.check(signal)
-        assert f"no dates, and are not used, the first is '{date}'" in signal.info.notes[0]
+        assert f"an invalid date, which is not used, the first is '{date}'" in signal.info.notes[0]
 
     def test_text_of_another_encoding(self, tmp_path: Path) -> None:
         path = self.write(tmp_path, START, BAD, "Mk3=Comment,Störung,400,1,0")
@@ -118,7 +118,7 @@ class TestBrainVision:
         marks.write_bytes(marks.read_text(encoding="utf-8").encode("latin-1"))
         signal = open_file(path)
         self.check(signal)
-        assert signal.info.notes == ["marker file: the text is not in the code page 'UTF-8'"]
+        assert signal.info.notes == ["marker file: the text does not fit the code page 'UTF-8'"]
         path.write_text(path.read_text(encoding="utf-8").replace("=UTF-8", "=klingon"), encoding="utf-8")
         signal = open_file(path)
         self.check(signal)
@@ -190,7 +190,8 @@ class TestEEGLAB:
     def test_broken_position_costs_this_position(self, tmp_path: Path, value: object) -> None:
         channels = self.channels()
         channels[2]["X"] = value
-        placed = self.check(open_file(self.write(tmp_path, channels)), "positions that are no numbers, or far away: C3")
+        note = "positions that are not numbers, or that are far from the head: C3"
+        placed = self.check(open_file(self.write(tmp_path, channels)), note)
         assert placed == [True, True, False, True]
 
     @pytest.mark.parametrize(("label", "name"), [("", "Ch3"), (EMPTY, "Ch3"), (7.0, "7"), ("Fp1", "Fp1-2")])
@@ -205,14 +206,14 @@ class TestEEGLAB:
         channels = [*self.channels(), {"labels": "Cz", "X": 0.0, "Y": 0.0, "Z": 85.0}][:count]
         signal = open_file(self.write(tmp_path, channels))
         names = ["EEG 000", "EEG 001", "EEG 002", "EEG 003"]
-        assert not any(self.check(signal, f"the file names {count} channels and holds 4", names))
+        assert not any(self.check(signal, f"the file names {count} channels, but contains 4", names))
 
     @pytest.mark.parametrize(
         ("event", "words"),
         [
             ({"type": "x", "latency": "abc", "duration": 1}, "1 events without a latency"),
             ({"type": "x", "latency": EMPTY, "duration": 1}, "1 events without a latency"),
-            ({"type": "x", "latency": 5, "duration": "abc"}, "1 events have a duration that is no number"),
+            ({"type": "x", "latency": 5, "duration": "abc"}, "1 events have a duration that is not a number"),
             ({"type": "boundary", "latency": 90_000.5, "duration": 1}, ""),
             ({"type": EMPTY, "latency": 5, "duration": EMPTY}, ""),
         ],
@@ -223,7 +224,7 @@ class TestEEGLAB:
 
 
 class TestRecords:
-    """EDF, BDF and GDF files whose header has fields that are no numbers, or wrong ones."""
+    """EDF, BDF and GDF files whose header has invalid numbers, or other invalid fields."""
 
     @pytest.fixture(params=[".edf", ".bdf"])
     def path(self, request: pytest.FixtureRequest, tmp_path: Path, make_raw, write_raw) -> Path:
@@ -336,7 +337,7 @@ class TestNihonKohden:
             path.with_suffix(f".{suffix}").write_bytes(content)
         signal = open_file(path)
         assert signal.info.n_samples == 200 and signal.read(0, 200, [0, 1]).any()
-        assert [f"a.{suffix} cannot be read, and is not used" in signal.info.notes for suffix in broken] == [
+        assert [f"a.{suffix} cannot be parsed, and is not used" in signal.info.notes for suffix in broken] == [
             True
         ] * len(broken)
         assert any("no .21E file" in note for note in signal.info.notes)
@@ -360,7 +361,7 @@ class TestMFF:
         x = open_file(path).read(0, 500, [0, 100])
         (path / "coordinates.xml").write_text("<coordinates")
         signal = open_file(path)
-        assert signal.info.notes == ["coordinates.xml cannot be read, and is not used"]
+        assert signal.info.notes == ["coordinates.xml cannot be parsed, and is not used"]
         assert signal.info.positions == [None] * 257
         np.testing.assert_array_equal(signal.read(0, 500, [0, 100]), x)
 
