@@ -15,19 +15,28 @@ from pretrain.runs.tracking import TrackerConfig
 class EVRNetStage:
     """Config of the first stage: EVRNet learns to recognise the category of the image from the EEG."""
 
+    network: Literal["evrnet", "eegnet", "tsconv", "encoder"] = "evrnet"
+    """Network that is trained. evrnet: the network of the paper. The other networks are baselines: eegnet: EEGNet-8,2;
+    tsconv: the EEG encoder of NICE; encoder: the pretrained encoder `encoder` with a linear head. The feature of each
+    network can guide EG-DDPM."""
+    encoder: str | None = None
+    """Encoder package for `network: encoder`: a directory that `dreamscale export` wrote, or a hub id."""
+    train_encoder: bool = False
+    """For `network: encoder`. True: the encoder is trained along with the linear head. False: the encoder is frozen."""
     channels: int = 128
     """Number of channels that the network takes, from 1 to 128. A trial must not have more channels. The
     channels of a trial with fewer channels are repeated."""
     widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
-    """Numbers of feature maps of the two temporal, the two spatial, and the temporal-spatial (TS) convolution. The last
-    number is also the width of the feature."""
+    """Numbers of EVRNet's feature maps after the two temporal, the two spatial, and the temporal-spatial (TS)
+    convolution. The last number is also the width of the feature."""
     skip: Literal["input", "y0"] = "input"
     """Start of the second skip connection of EVRNet's multi-kernel residual blocks. input: the block's input, as in the
     paper; y0: the output of the block's first half, as an ablation."""
     mkrb: bool = True
     """False leaves out EVRNet's multi-kernel residual blocks, as an ablation."""
-    dropout: float = 0.0
-    """Dropout rate of the feature before the linear layer. The paper uses no dropout."""
+    dropout: float | None = None
+    """Dropout rate. None: the rate of the network's article, which is 0 for evrnet, 0.25 for eegnet and 0.5 for tsconv;
+    also 0 for encoder. In evrnet and encoder, the dropout is before the linear layer."""
     label_smoothing: float = 0.0
     """Amount of label smoothing in the cross-entropy."""
     whiten: float = 0.0
@@ -57,7 +66,16 @@ class EVRNetStage:
             raise ValueError(f"evrnet.whiten must be from 0 to 1, got {self.whiten}")
         if not 1 <= self.average_end <= self.average or not 0 <= self.mixup <= 0.5 or not 0 <= self.label_smoothing < 1:
             raise ValueError("evrnet: need 1 <= average_end <= average, 0 <= mixup <= 0.5 and 0 <= label_smoothing < 1")
-        EVRNetConfig(widths=self.widths, dropout=self.dropout, n_channels=self.channels)
+        if (self.encoder is None) == (self.network == "encoder"):
+            raise ValueError(
+                f"evrnet.network is {self.network} and evrnet.encoder is {self.encoder}; give evrnet.encoder for the "
+                "network 'encoder', and for no other network"
+            )
+        if self.network == "encoder" and self.whiten:
+            raise ValueError(
+                "evrnet.whiten must be 0 for the network 'encoder', which was pretrained without whitening"
+            )
+        EVRNetConfig(widths=self.widths, dropout=self.dropout or 0.0, n_channels=self.channels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,12 @@ Tensor shapes: B batch, C channels (electrodes), T samples, D feature width, K c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from finetune.training.module_files import load_module, save_module
+from finetune.dm_re2i.classifier import EEGClassifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,50 +59,6 @@ def _conv_block(inputs: int, outputs: int, kernel: tuple[int, int], stride: tupl
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def scale_to_unit_variance(x: Tensor) -> Tensor:
-    """Scale each trial to unit variance over its channels and samples.
-
-    Parameters
-    ----------
-    x : Tensor, shape (..., C, T)
-        EEG trials.
-
-    Returns
-    -------
-    Tensor, shape (..., C, T)
-        Scaled trials. A trial that is zero everywhere stays zero.
-    """
-    return x / x.std(dim=(-2, -1), keepdim=True).clamp_min(1e-6)
-
-
-def whitening_matrix(x_BCT: Tensor, shrinkage: float) -> Tensor:
-    """Compute the symmetric matrix that whitens the channels of trials.
-
-    Parameters
-    ----------
-    x_BCT : Tensor, shape (B, C, T)
-        Scaled trials.
-    shrinkage : float
-        Fraction of the mean variance that is added to the variance of every channel. Without shrinkage,
-        directions with almost no activity would be amplified too much.
-
-    Returns
-    -------
-    Tensor, shape (C, C)
-        ``(S + shrinkage * mean(diag S) * I)^(-1/2)``, where S is the mean covariance of the trials.
-
-    References
-    ----------
-    Guggenmos et al., "Multivariate pattern analysis for MEG: a comparison of dissimilarity measures",
-    NeuroImage 173 (2018).
-    """
-    x = (x_BCT - x_BCT.mean(dim=2, keepdim=True)).double()
-    covariance_CC = torch.einsum("bct,bdt->cd", x, x) / (x.shape[0] * x.shape[2])
-    values_C, vectors_CC = torch.linalg.eigh(covariance_CC)
-    floor = shrinkage * values_C.mean().clamp_min(1e-12)
-    return ((vectors_CC * (values_C.clamp_min(0) + floor).rsqrt()) @ vectors_CC.T).to(x_BCT.dtype)
-
-
 class MKRB(nn.Module):
     """Multi-kernel residual block: two convolutions, each with a skip connection.
 
@@ -145,7 +100,7 @@ class MKRB(nn.Module):
         return torch.relu(self.large(y0_BFCT) + (v_BFCT if self.skip == "input" else y0_BFCT))
 
 
-class EVRNet(nn.Module):
+class EVRNet(EEGClassifier):
     """Compute a semantic feature from EEG, with temporal, spatial and joint convolutions and two multi-kernel blocks.
 
     Parameters
@@ -159,14 +114,13 @@ class EVRNet(nn.Module):
     Biomedical Signal Processing and Control 86 (2023) 105125.
     """
 
+    KIND = "evrnet"
+    CONFIG = EVRNetConfig
+
     def __init__(self, config: EVRNetConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or EVRNetConfig()
+        config = config or EVRNetConfig()
+        super().__init__(config)
         w1, w2, w3, w4, w5 = config.widths
-        # Make the matrix a buffer, because it must be saved with the weights, but is computed from trials and not
-        # trained.
-        eye = torch.eye(config.n_channels) if config.noise_normalisation else None
-        self.register_buffer("whitening_CC", eye)
         self.temporal = nn.Sequential(_conv_block(1, w1, (1, 3), (1, 2)), _conv_block(w1, w2, (1, 3), (1, 2)))
         self.temporal_mkrb = self._make_mkrb(w2)
         self.spatial = nn.Sequential(_conv_block(w2, w3, (3, 1), (2, 1)), _conv_block(w3, w4, (3, 1), (2, 1)))
@@ -184,50 +138,12 @@ class EVRNet(nn.Module):
         """Width D of the semantic feature."""
         return self.config.widths[-1]
 
-    def normalise(self, x_B1CT: Tensor) -> Tensor:
-        """Whiten the background activity of trials, if the config switches noise normalisation on.
-
-        Parameters
-        ----------
-        x_B1CT : Tensor, shape (B, 1, C, T)
-            Scaled trials.
-
-        Returns
-        -------
-        Tensor, shape (B, 1, C, T)
-            Whitened trials of unit variance. If noise normalisation is off, the result is the input itself.
-        """
-        if not isinstance(self.whitening_CC, Tensor):
-            return x_B1CT
-        return scale_to_unit_variance(self.whitening_CC @ x_B1CT)
-
-    def forward(self, x_B1CT: Tensor, *, normalised: bool = False) -> tuple[Tensor, Tensor]:
-        """Compute the semantic feature and the class scores.
-
-        Parameters
-        ----------
-        x_B1CT : Tensor, shape (B, 1, C, T)
-            Trials, scaled by `PreprocessSpec.scale_for_model`.
-        normalised : bool
-            True if `normalise` has already been applied to the trials.
-
-        Returns
-        -------
-        e_BD : Tensor, shape (B, D)
-            Semantic feature of each trial.
-        logits_BK : Tensor, shape (B, K)
-            Class scores of each trial.
-        """
-        h = self.temporal_mkrb(self.temporal(x_B1CT if normalised else self.normalise(x_B1CT)))
+    def embed(self, x_B1CT: Tensor) -> Tensor:
+        """Compute the semantic feature of each trial, [B, D]."""
+        h = self.temporal_mkrb(self.temporal(x_B1CT))
         h = self.spatial_mkrb(self.spatial(h))
-        e_BD = self.ts(h).mean(dim=(2, 3))
-        return e_BD, self.fc(self.dropout(e_BD))
+        return self.ts(h).mean(dim=(2, 3))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the network to config.json and model.safetensors."""
-        save_module(self, self.config, folder, "evrnet")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> EVRNet:
-        """Read a network that `save_pretrained` wrote, in evaluation mode. Raises the errors of `load_module`."""
-        return load_module(cls, EVRNetConfig, folder, "evrnet")
+    def classify(self, e_BD: Tensor) -> Tensor:
+        """Compute the class scores [B, K] from semantic features."""
+        return self.fc(self.dropout(e_BD))

@@ -29,8 +29,9 @@ from finetune.diffusion import (
     make_scheduler,
     sample,
 )
+from finetune.dm_re2i.classifier import EEGClassifier
 from finetune.dm_re2i.eg_ddpm import EGDDPM
-from finetune.dm_re2i.evrnet import EVRNet
+from finetune.dm_re2i.networks import load_classifier
 from finetune.eeg import scale_eeg
 from finetune.generators import Source, read_part
 from finetune.images import to_pixels
@@ -58,13 +59,13 @@ def count_true_channels(eeg_CT: Tensor) -> int:
 
 @torch.no_grad()
 def compute_features(
-    evrnet: EVRNet, x_BCT: Tensor, batch: int = 128, pulse: Callable[[], None] = lambda: None
+    evrnet: EEGClassifier, x_BCT: Tensor, batch: int = 128, pulse: Callable[[], None] = lambda: None
 ) -> tuple[Tensor, Tensor]:
     """Compute features and class scores of trials with EVRNet.
 
     Parameters
     ----------
-    evrnet : EVRNet
+    evrnet : EEGClassifier
         The network in evaluation mode.
     x_BCT : Tensor, shape (B, C, T)
         Scaled trials, padded by repeating channels. The network uses only the first rows, as many as its config says;
@@ -203,7 +204,7 @@ class ClassMeans:
 
 def save_model(
     folder: Path,
-    evrnet: EVRNet,
+    evrnet: EEGClassifier,
     unet: EGDDPM,
     noising: Any,
     means: ClassMeans,
@@ -216,7 +217,7 @@ def save_model(
     ----------
     folder : Path
         The package folder to write, ``<run>/model``.
-    evrnet : EVRNet
+    evrnet : EEGClassifier
         Network that computes the features from EEG.
     unet : EGDDPM
         The trained U-Net.
@@ -285,7 +286,7 @@ class DMRE2IGenerator:
             raise RequestError(
                 f"{folder / 'preprocess.json'}: not a preprocessing spec ({one_line(error)}); train the model again"
             ) from None
-        self.evrnet = EVRNet.from_pretrained(folder / "evrnet").requires_grad_(False).to(self.device)
+        self.evrnet = load_classifier(folder / "evrnet").requires_grad_(False).to(self.device)
         try:
             loaded: Any = EGDDPM.from_pretrained(str(folder / "unet"), local_files_only=True, output_loading_info=True)
             unet, report = loaded
@@ -367,6 +368,7 @@ class DMRE2IGenerator:
             labels = [int(meta["label"]) for meta in metas]
             e_BD = means.take(labels, self.labels, str(self.folder)).to(self.device)
         else:
-            e_BD, _ = compute_features(self.evrnet, scale_eeg(eeg_B128T, self.spec, self.device))
+            x_BCT = scale_eeg(eeg_B128T, self.evrnet.scaling(self.spec), self.device)
+            e_BD, _ = compute_features(self.evrnet, x_BCT)
         images = sample_images(self.unet, self.noising.config, e_BD, chosen, seeds, keep=source != "no_eeg")
         return to_pixels(images)

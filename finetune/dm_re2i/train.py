@@ -21,10 +21,11 @@ from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.diffusion import DenoisingWatcher, choose_sampling, denoising_errors
+from finetune.dm_re2i.classifier import EEGClassifier
 from finetune.dm_re2i.config import DMRE2IConfig
 from finetune.dm_re2i.eg_ddpm import EGDDPM
-from finetune.dm_re2i.evrnet import EVRNet
 from finetune.dm_re2i.model import ClassMeans, compute_features, sample_images, save_model
+from finetune.dm_re2i.networks import load_classifier
 from finetune.dm_re2i.train_evrnet import train_evrnet
 from finetune.eeg import choose_evenly, group_repeats, read_trials
 from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
@@ -99,7 +100,7 @@ class EGDDPMTask(nn.Module):
 
 def train_ddpm(
     config: DMRE2IConfig,
-    evrnet: EVRNet,
+    evrnet: EEGClassifier,
     data: EEGDataset,
     val: EEGDataset,
     tables: tuple[ImageTable, ImageTable],
@@ -112,8 +113,8 @@ def train_ddpm(
     ----------
     config : DMRE2IConfig
         Config of the command.
-    evrnet : EVRNet
-        The trained EVRNet in evaluation mode, with frozen weights.
+    evrnet : EEGClassifier
+        The trained EVRNet, or a baseline, in evaluation mode, with frozen weights.
     data, val : EEGDataset
         Trials of the train split and of the val split.
     tables : tuple of ImageTable
@@ -125,13 +126,13 @@ def train_ddpm(
     """
     from diffusers import DDPMScheduler
 
-    stage, device = config.ddpm, accelerator.device
+    stage, device, scaling = config.ddpm, accelerator.device, evrnet.scaling(data.spec)
     pixels = torch.from_numpy(tables[0].pixels(size=stage.image_size))
-    features, _ = compute_features(evrnet, read_trials(data, group_repeats(data, 1), data.spec, device))
+    features, _ = compute_features(evrnet, read_trials(data, group_repeats(data, 1), scaling, device))
     groups = group_repeats(val, config.eeg.average_repeats)
     watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
     rows = tables[1].row_of[[group[0] for group in watched]]
-    val_features, val_logits = compute_features(evrnet, read_trials(val, watched, val.spec, device))
+    val_features, val_logits = compute_features(evrnet, read_trials(val, watched, scaling, device))
     val_pixels = tables[1].pixels(rows, stage.image_size)
     torch.manual_seed(config.seed)
     unet = EGDDPM(
@@ -232,12 +233,17 @@ def _check_data(config: DMRE2IConfig, splits: tuple[EEGDataset, EEGDataset], tab
             )
 
 
-def _load_evrnet(path: str, labels: list[str]) -> EVRNet:
-    evrnet = EVRNet.from_pretrained(path)
-    if evrnet.config.n_classes != len(labels):
+def _load_evrnet(path: str, data: EEGDataset) -> EEGClassifier:
+    evrnet = load_classifier(path)
+    if evrnet.config.n_classes != len(data.labels):
         raise RequestError(
-            f"{path}: this EVRNet has {evrnet.config.n_classes} categories, but the dataset has {len(labels)}; give "
-            f"an EVRNet of this dataset as evrnet_from, or leave evrnet_from out"
+            f"{path}: this classifier has {evrnet.config.n_classes} categories, but the dataset has "
+            f"{len(data.labels)}; give a classifier of this dataset as evrnet_from, or leave evrnet_from out"
+        )
+    if evrnet.n_times not in (None, data.n_times):
+        raise RequestError(
+            f"{path}: this classifier takes trials of {evrnet.n_times} samples, but eeg.tmin to eeg.tmax has "
+            f"{data.n_times}; set the same part as in its training, or leave evrnet_from out"
         )
     return evrnet.requires_grad_(False)
 
@@ -259,7 +265,7 @@ def train(config: DMRE2IConfig) -> int:
     data, val = (open_paired(config.dataset, split, **config.eeg.part) for split in ("train", "val"))
     tables = ImageTable(data), ImageTable(val)
     _check_data(config, (data, val), tables)
-    given = _load_evrnet(config.evrnet_from, data.labels) if config.evrnet_from else None
+    given = _load_evrnet(config.evrnet_from, data) if config.evrnet_from else None
     precision = config.ddpm.training.precision
     if precision != config.evrnet.training.precision:
         raise RequestError(

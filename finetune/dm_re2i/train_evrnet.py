@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
+from finetune.dm_re2i.classifier import EEGClassifier, scale_to_unit_variance, whitening_matrix
 from finetune.dm_re2i.config import DMRE2IConfig
-from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig, scale_to_unit_variance, whitening_matrix
 from finetune.dm_re2i.model import compute_features
+from finetune.dm_re2i.networks import NAMES, build_classifier, load_classifier
 from finetune.eeg import augment_eeg, choose_evenly, group_repeats, read_trials, scale_eeg
 from finetune.images import ImageTable
 from finetune.training.accelerate import make_loader, open_run
@@ -49,6 +50,9 @@ def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None
         Number of trials in one forward pass.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        net.eval()
+        return
     momenta = [norm.momentum for norm in norms]
     dropouts = [module for module in net.modules() if isinstance(module, nn.Dropout)]
     net.train()
@@ -99,17 +103,17 @@ def average_within_category(x_bCT: Tensor, labels_b: Tensor, most: int, random: 
 
 
 class EVRNetTask(nn.Module):
-    """The network EVRNet together with its loss.
+    """A classifier, such as EVRNet, together with its loss.
 
     Parameters
     ----------
-    net : EVRNet
+    net : EEGClassifier
         The classification network.
     label_smoothing : float
         Amount of label smoothing in the cross-entropy.
     """
 
-    def __init__(self, net: EVRNet, label_smoothing: float) -> None:
+    def __init__(self, net: EEGClassifier, label_smoothing: float) -> None:
         super().__init__()
         self.net, self.label_smoothing = net, label_smoothing
 
@@ -128,6 +132,9 @@ class EVRNetTask(nn.Module):
         dict
             ``loss`` and ``accuracy``.
         """
+        # Limit the norms here and not after the optimiser's step, because the training loop has no such hook. The
+        # evaluation limits them too.
+        self.net.limit_norms()
         _, logits = self.net(x[:, None], normalised=True)
         loss = F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
         return {"loss": loss, "accuracy": (logits.argmax(1) == target.argmax(1)).float().mean()}
@@ -139,8 +146,8 @@ def train_evrnet(
     val: EEGDataset,
     tables: tuple[ImageTable, ImageTable],
     accelerator: Accelerator,
-) -> EVRNet:
-    """Train EVRNet, or load the trained EVRNet if its run is already complete.
+) -> EEGClassifier:
+    """Train EVRNet or a baseline, or load the trained network if its run is already complete.
 
     Parameters
     ----------
@@ -155,8 +162,8 @@ def train_evrnet(
 
     Returns
     -------
-    EVRNet
-        EVRNet in evaluation mode, with the weights that were best on the val split. The weights are frozen.
+    EEGClassifier
+        The network in evaluation mode, with the weights that were best on the val split. The weights are frozen.
 
     Raises
     ------
@@ -166,29 +173,20 @@ def train_evrnet(
     stage, device = config.evrnet, accelerator.device
     run = open_run(config, accelerator, free=config.free_keys(), output=Path(config.output) / "evrnet")
     if run.finished and (run.path / "package" / "config.json").is_file():
-        return EVRNet.from_pretrained(run.path / "package").requires_grad_(False).to(device)
+        return load_classifier(run.path / "package").requires_grad_(False).to(device)
     if run.finished:
         raise RequestError(
-            f"{run.path}: this run is complete, but its 'package' folder is missing; delete {run.path} to train EVRNet "
-            f"again"
+            f"{run.path}: this run is complete, but its 'package' folder is missing; delete {run.path} to train again"
         )
     n_classes = len(data.labels)
     torch.manual_seed(config.seed)
-    shape = EVRNetConfig(
-        n_classes=n_classes,
-        n_channels=stage.channels,
-        widths=stage.widths,
-        skip=stage.skip,
-        mkrb=stage.mkrb,
-        dropout=stage.dropout,
-        noise_normalisation=stage.whiten > 0,
-    )
-    task = EVRNetTask(EVRNet(shape), stage.label_smoothing)
+    task = EVRNetTask(build_classifier(stage, data), stage.label_smoothing)
+    channels, scaling = task.net.config.n_channels, task.net.scaling(data.spec)
     synchronise_batch_norms(task)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
     labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
     calibration = [[number] for number in choose_evenly(len(data), stage.calibration_trials)]
-    clean = read_trials(data, calibration, data.spec, device)[:, : stage.channels]
+    clean = read_trials(data, calibration, scaling, device)[:, :channels]
     whitening_CC = task.net.whitening_CC
     if isinstance(whitening_CC, Tensor):
         whitening_CC.copy_(whitening_matrix(clean.cpu(), stage.whiten))
@@ -197,13 +195,13 @@ def train_evrnet(
     normaliser = whitening_CC.clone() if isinstance(whitening_CC, Tensor) else None
     groups = group_repeats(val, config.eeg.average_repeats)
     watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
-    x_val = read_trials(val, watched, val.spec, device)
+    x_val = read_trials(val, watched, scaling, device)
     y_val = torch.as_tensor(tables[1].labels[tables[1].row_of[[group[0] for group in watched]]], device=device)
     loader, steps = make_loader(data, stage.training, config.seed, accelerator), stage.training.steps
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         y = labels[batch.numbers]
-        x = scale_eeg(batch.padded(), data.spec)[:, : stage.channels]
+        x = scale_eeg(batch.padded(), scaling)[:, :channels]
         if normaliser is not None:
             x = scale_to_unit_variance(normaliser @ x)
         target = F.one_hot(y, n_classes).float()
@@ -221,6 +219,7 @@ def train_evrnet(
     def evaluate(module: EVRNetTask, pulse: Callable[[], None]) -> dict[str, float]:
         net = module.net
         pulse()
+        net.limit_norms()
         calibrate_batch_norm(net, clean)
         pulse()
         _, logits = compute_features(net, x_val, pulse=pulse)
@@ -240,7 +239,7 @@ def train_evrnet(
         evaluate=evaluate,
         watch="score" if stage.watch == "accuracy" else "loss",
         mode="max" if stage.watch == "accuracy" else "min",
-        description="EVRNet",
+        description=NAMES[stage.network],
     )
     calibrate_batch_norm(task.net, clean)
     if accelerator.is_main_process:
@@ -248,7 +247,7 @@ def train_evrnet(
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "val/loss", "train/accuracy", "val/accuracy"])
         run.status("done", best_step=result.best_step, val=result.best)
         print(
-            f"EVRNet: val accuracy {result.best['accuracy']:.3f} (chance {1 / n_classes:.3f}) at step "
+            f"{NAMES[stage.network]}: val accuracy {result.best['accuracy']:.3f} (chance {1 / n_classes:.3f}) at step "
             f"{result.best_step} -> {run.path / 'package'}"
         )
     run.close()

@@ -65,12 +65,12 @@ class EEGNet(nn.Module):
         pool = [min(4, samples), max(1, min(8, samples // 4))]
         # Lengths of the filters in samples, e.g. 64 and 16 samples at 128 Hz.
         half, eighth = max(1, round(sfreq / 2)), max(1, round(sfreq / 8))
-        self.spatial = nn.Conv2d(F1, F1 * D, (channels, 1), groups=F1, bias=False)
+        spatial = nn.Conv2d(F1, F1 * D, (channels, 1), groups=F1, bias=False)
         self.features = nn.Sequential(
             _same_length(half),
             nn.Conv2d(1, F1, (1, half), bias=False),
             nn.BatchNorm2d(F1),
-            self.spatial,
+            spatial,
             nn.BatchNorm2d(F1 * D),
             nn.ELU(),
             nn.AvgPool2d((1, pool[0])),
@@ -85,6 +85,13 @@ class EEGNet(nn.Module):
             nn.Flatten(),
         )
         self.head = nn.Linear(F2 * (samples // pool[0] // pool[1]), classes)
+
+    @property
+    def spatial(self) -> nn.Conv2d:
+        """The spatial filters. They are no attribute, because `state_dict` would list their weights twice."""
+        spatial = self.features[3]
+        assert isinstance(spatial, nn.Conv2d)
+        return spatial
 
     def forward(self, x_BCT: Tensor) -> Tensor:
         """Classify windows.

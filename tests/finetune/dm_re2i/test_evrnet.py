@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_sharding.common.errors import RequestError
-from finetune.dm_re2i.evrnet import MKRB, EVRNet, EVRNetConfig, whitening_matrix
+from finetune.dm_re2i.classifier import whitening_matrix
+from finetune.dm_re2i.evrnet import MKRB, EVRNet, EVRNetConfig
 from finetune.dm_re2i.train_evrnet import average_within_category, calibrate_batch_norm
 from finetune.training.step_random import StepRandom
 
