@@ -9,7 +9,7 @@ import numpy as np
 
 from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import INTRACRANIAL, canonical_name, kind_of
-from data_sharding.formats.marks.interruptions import divide, find_marks
+from data_sharding.formats.marks.interruptions import Annotation, divide, find_marks, match_channels
 from data_sharding.formats.mne_signal import NotContinuous
 from data_sharding.formats.signal import ScaledSignal, Signal, SignalInfo
 from data_sharding.formats.units import to_volts
@@ -31,8 +31,9 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         ``bads`` (more bad channels), ``line_freq`` (Hz), ``reference``, ``notes``, ``intracranial`` (true: electrodes
         inside the skull are used), ``inside`` (seeg or ecog for a recording made inside the skull: the type of those
         channels that are EEG by their header, and that ``types`` does not contain), ``marks`` (interruptions and
-        bad spans: onset and duration in seconds, and text). A channel is found by its exact name or by its canonical
-        name. For example, the name Fp1 also finds the channel ``EEG Fp1-REF``.
+        bad spans: onset and duration in seconds, text, and names of channels, which are empty for all channels). A
+        channel is found by its exact name or by its canonical name. For example, the name Fp1 also finds the channel
+        ``EEG Fp1-REF``.
 
     Returns
     -------
@@ -77,18 +78,21 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         if (i := find(name)) is not None and info.ch_names[i] not in bads:
             bads.append(info.ch_names[i])
     notes += units.pop("notes")
-    segments, bad_spans = info.segments, info.bad_spans
+    segments, bad_spans, single = info.segments, info.bad_spans, info.bad_channel_spans
     if patch.get("marks"):
-        marks = [(_snap(onset, info.sfreq), duration, text) for onset, duration, text in patch["marks"]]
-        divided = divide(segments, info.sfreq, find_marks("bids", marks))
+        marks = [Annotation(_snap(onset, info.sfreq), *more) for onset, *more in patch["marks"]]
+        found, unknown = match_channels(find_marks("bids", marks), info.ch_names, info.left_out)
+        divided = divide(segments, info.sfreq, found)
         if segments and not divided.segments:
             raise NotContinuous(Reason("no signal", "the events table marks the whole recording as interrupted"))
         segments, bad_spans = divided.segments, sorted([*bad_spans, *divided.bad_spans])
-        notes += divided.notes
+        single = sorted([*single, *divided.bad_channel_spans])
+        notes += [*unknown, *divided.notes]
     signal.info = dataclasses.replace(
         info,
         segments=segments,
         bad_spans=bad_spans,
+        bad_channel_spans=single,
         **units,
         ch_types=types,
         positions=positions,

@@ -248,18 +248,20 @@ def find_events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
     return None
 
 
-def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str]], list[str]]:
+def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str, list[str]]], list[str]]:
     """Read the interruptions and bad spans in a table of events.
 
     Parameters
     ----------
     table : Path or UPath
-        Tab-separated table with the columns onset and duration (seconds), and at least one of `MARK_COLUMNS`.
+        Tab-separated table with the columns onset and duration (seconds), and at least one of `MARK_COLUMNS`. The
+        column ``channel`` is optional. It can have several names with a comma, a semicolon or ``|`` between them.
 
     Returns
     -------
-    marks : list of (float, float, str)
-        Onset and duration in seconds, and text, of each row that the table of interruptions knows.
+    marks : list of (float, float, str, list of str)
+        Onset and duration in seconds, text, and channels (none for all channels), of each row that the table of
+        interruptions knows.
     notes : list of str
         Notes for the ledger about marks without a usable onset.
     """
@@ -277,7 +279,8 @@ def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str]], list[str
         if onset is None:
             notes.append(f"{table.name}, line {number}: '{text}' has no onset; not used")
         else:
-            marks.append((onset, duration or 0.0, text))
+            names = (name.strip() for name in re.split(r"[,;|]", str(row.get("channel") or "")))
+            marks.append((onset, duration or 0.0, text, [name for name in names if name not in NOTHING]))
     return marks, notes[:5]
 
 

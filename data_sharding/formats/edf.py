@@ -216,7 +216,7 @@ def _find_marks(
         runs, more = records.find_runs(onsets, layout)
         first = onsets[0] if len(onsets) and np.isfinite(onsets[0]) else 0.0
         out["segments"] = records.segments_of_runs(runs, per_record)
-        out["annotations"] = [(onset - first, duration, word) for onset, duration, word in annotations]
+        out["annotations"] = [mark._replace(onset=mark.onset - first) for mark in annotations]
         notes += more
     if format_ == "bdf":
         out["marks"], more = records.find_status_marks(path, layout)

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import clean_position
-from data_sharding.formats.marks.interruptions import Found, divide, find_marks
+from data_sharding.formats.marks.interruptions import Annotation, Found, divide, find_marks, match_channels
 from data_sharding.formats.signal import Segment, SignalInfo
 from data_sharding.formats.units import read_units
 
@@ -53,8 +53,8 @@ class RawSignal:
         Name of the file format; empty for a recording in memory.
     segments : list of Segment, optional
         Segments that the file itself describes, before they are divided at marks.
-    annotations : list of (float, float, str), optional
-        Onset and duration in seconds, and text of each annotation. These replace annotations that MNE reads wrongly.
+    annotations : list of Annotation, optional
+        Annotations that replace those that MNE reads wrongly.
     marks : iterable of Found
         Marks that the reader found outside the annotations.
     keep : Any
@@ -71,7 +71,7 @@ class RawSignal:
         *,
         format_: str = "",
         segments: list[Segment] | None = None,
-        annotations: list[tuple[float, float, str]] | None = None,
+        annotations: list[Annotation] | None = None,
         marks: Iterable[Found] = (),
         keep: Any = None,
         gains: np.ndarray | None = None,
@@ -81,12 +81,14 @@ class RawSignal:
         self.gains = None if gains is None or (gains == 1).all() else gains
         sfreq, n = float(raw.info["sfreq"]), int(raw.n_times)
         found = [*find_marks(format_, annotations_of(raw) if annotations is None else annotations), *marks]
+        found, unknown = match_channels(found, more.get("ch_names", raw.ch_names), more.get("left_out", ()))
         divided = divide(segments or [Segment(start=0, stop=n, onset=0.0)], sfreq, found)
         if n and not divided.segments:
             rows = ", ".join(sorted({mark.name for mark in found if mark.length > 0}))
             raise NotContinuous(Reason("no signal", f"the whole recording is marked: {rows}"))
-        fields: dict[str, Any] = {**_fields(raw.info, raw.get_channel_types()), "bad_spans": divided.bad_spans, **more}
-        fields["notes"] = [*fields.get("notes", []), *divided.notes]
+        spans = {"bad_spans": divided.bad_spans, "bad_channel_spans": divided.bad_channel_spans}
+        fields: dict[str, Any] = {**_fields(raw.info, raw.get_channel_types()), **spans, **more}
+        fields["notes"] = [*fields.get("notes", []), *unknown, *divided.notes]
         self.info = SignalInfo(n_samples=n, segments=divided.segments, **fields)
 
     def read(self, start: int, stop: int, picks: list[int]) -> np.ndarray:
@@ -204,13 +206,13 @@ def _position(channel: dict[str, Any]) -> list[float] | None:
     return clean_position(xyz.tolist()) if known else None
 
 
-def annotations_of(raw: BaseRaw) -> list[tuple[float, float, str]]:
-    """Return onset (in seconds from the first sample), duration and text of each annotation."""
+def annotations_of(raw: BaseRaw) -> list[Annotation]:
+    """Return the annotations of a recording; onsets count from the first sample."""
     found = raw.annotations
     # MNE measures onsets from sample number 0, but the first sample in the file can have a higher number.
     first = float(raw.first_time)
     durations = np.nan_to_num(np.asarray(found.duration, float))
     return [
-        (float(onset) - first, float(duration), str(word))
-        for onset, duration, word in zip(found.onset, durations, found.description, strict=True)
+        Annotation(float(onset) - first, float(duration), str(word), tuple(map(str, names)))
+        for onset, duration, word, names in zip(found.onset, durations, found.description, found.ch_names, strict=True)
     ]

@@ -40,7 +40,14 @@ from data_sharding.formats.mne_signal import (
     read_raw_units,
 )
 from data_sharding.formats.readers import find_formats
-from data_sharding.formats.repair.brainvision import CODEPAGE, Repaired, read_text, repair_header, repair_markers
+from data_sharding.formats.repair.brainvision import (
+    CODEPAGE,
+    Repaired,
+    read_markers,
+    read_text,
+    repair_header,
+    repair_markers,
+)
 from data_sharding.formats.repair.eeglab import with_repairs
 from data_sharding.formats.repair.persyst import repair_header as repair_persyst
 from data_sharding.formats.repair.records import copy_with_patches
@@ -256,7 +263,7 @@ def _as_named(
     return target, text, folder
 
 
-def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], list[str]]:
+def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], str, list[str]]:
     """Repair the header and the marker file of a BrainVision recording.
 
     Returns
@@ -265,6 +272,8 @@ def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], list[str]
         The header.
     contents : dict of str to str
         The repaired content of the marker file under the key MarkerFile; empty if the marker file needs no repair.
+    markers : str
+        Repaired text of the marker file; empty without a marker file.
     notes : list of str
         Notes for the ledger.
     """
@@ -276,13 +285,13 @@ def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], list[str]
     notes = [*(f"header: {note}" for note in decoded.notes), *header.notes]
     named = headers.ini_value(header.text, "MarkerFile")
     if named is None:
-        return header, {}, notes
+        return header, {}, "", notes
     name = re.split(r"[\\/]", named)[-1].replace("$b", path.stem)
     files = files_beside(path)
     file = files.get(name.lower()) or files.get(f"{path.stem}.vmrk".lower())
     if file is None:
         lost = f"the marker file '{name}' does not exist, so interruptions and bad spans are unknown"
-        return header, {}, [*notes, lost]
+        return header, {}, "", [*notes, lost]
     if file.name.lower() != name.lower():
         notes.append(f"the marker file '{name}' does not exist; {file.name} is used")
     decoded = read_text(file.read_bytes())
@@ -290,7 +299,7 @@ def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], list[str]
     notes = [*notes, *(f"marker file: {note}" for note in decoded.notes), *markers.notes]
     changed = decoded.recoded or markers.text != decoded.text or file.name.lower() != name.lower()
     text = CODEPAGE.sub(lambda found: f"{found[1]}UTF-8", markers.text, count=1)
-    return header, {"MarkerFile": text} if changed else {}, notes
+    return header, {"MarkerFile": text} if changed else {}, markers.text, notes
 
 
 def _brainvision_units(raw: BaseRaw, text: str, numbers: list[int]) -> dict[str, Any]:
@@ -314,7 +323,7 @@ def _brainvision_units(raw: BaseRaw, text: str, numbers: list[int]) -> dict[str,
 def _brainvision(path: Path) -> Signal:
     import mne
 
-    header, contents, notes = _repair_brainvision(path)
+    header, contents, markers, notes = _repair_brainvision(path)
     path, text, folder = _as_named(
         path, "DataFile", "MarkerFile", text=header.text if header.recoded else None, contents=contents
     )
@@ -326,10 +335,11 @@ def _brainvision(path: Path) -> Signal:
         raise ReadError(Reason("damaged BrainVision header", "no channel has a resolution"))
     for number in header.unplaced:
         raw.info["chs"][number - 1]["loc"][:3] = np.nan
+    annotations = read_markers(markers, float(raw.info["sfreq"]), raw.ch_names)
     if left_out:
         raw.pick([number - 1 for number in numbers])
     more = _brainvision_units(raw, text, numbers)
-    more |= {"notes": [*more.get("notes", []), *notes], "left_out": left_out}
+    more |= {"notes": [*more.get("notes", []), *notes], "left_out": left_out, "annotations": annotations}
     points = headers.ini_value(text, "SegmentDataPoints") or ""
     length = int(points) if points.isdigit() else 0
     if (headers.ini_value(text, "SegmentationType") or "NOTSEGMENTED").upper() == "NOTSEGMENTED" or length < 1:
@@ -352,8 +362,10 @@ def _ant(path: Path) -> Signal:
     segments = read_ant_segments(path, int(raw.n_times), sfreq, start)
     if segments is None:
         return RawSignal(raw, format_="ant", **more)
-    # Triggers have sample numbers of the file. Only the table of segments has the recorded times.
-    triggers = [(time_of_sample(segments, sfreq, t * sfreq), length, word) for t, length, word in annotations_of(raw)]
+    # The table of segments has the true times; the annotations count samples of the file without its gaps.
+    triggers = [
+        mark._replace(onset=time_of_sample(segments, sfreq, mark.onset * sfreq)) for mark in annotations_of(raw)
+    ]
     return RawSignal(raw, format_="ant", segments=segments, annotations=triggers, **more)
 
 

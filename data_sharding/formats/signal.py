@@ -81,6 +81,9 @@ class SignalInfo:
     bad_spans: list[tuple[float, float, str]] = field(default_factory=list)
     """Bad time spans that the file or its sidecar marks: start and end in seconds from the recording's beginning, and
     text."""
+    bad_channel_spans: list[tuple[float, float, str]] = field(default_factory=list)
+    """Spans in which the file or its sidecar marks a single channel as bad: start and end in seconds from the
+    recording's beginning, and name of the channel. The other channels are good there."""
     epoched: bool = False
     """Whether the segments of the recording are epochs."""
     intracranial: bool = False

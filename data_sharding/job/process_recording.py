@@ -50,7 +50,7 @@ from data_sharding.formats.readers import find_formats
 from data_sharding.formats.signal import Signal, SignalInfo
 from data_sharding.job.cut_windows import Clean, write_windows
 from data_sharding.job.task import WITHOUT_EFFECT, PartResult, SetAside, Task, new_row
-from data_sharding.processing.faults import find_faults
+from data_sharding.processing.faults import MARKED, find_faults
 from data_sharding.processing.preprocess import PreprocessSpec, band_of, reference_rows, transient_length
 from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, resampled_length
 from data_sharding.processing.survey import Survey, Verdict
@@ -447,7 +447,7 @@ def _judge(
         verdict.unit = "unknown"
     for i, pick in enumerate(read.picks):
         if info.ch_names[pick] in info.bads and i not in verdict.not_finite:
-            verdict.bads.setdefault(i, "marked bad")
+            verdict.bads.setdefault(i, MARKED)
     eeg = _eeg_rows(row, read, verdict)
     channels = restrict(read.channels, eeg, read.channels.selection)
     bad_of = {new: verdict.bads[old] for new, old in enumerate(eeg) if old in verdict.bads}
@@ -486,6 +486,8 @@ def _judge(
     except ValueError as error:
         raise SetAside("quarantined", Reason("cannot be preprocessed", str(error))) from None
     reach = transient_length(info.sfreq, spec, row.line_freq) if spec.quality.check else 0
+    place = {info.ch_names[read.picks[old]]: new for new, old in enumerate(rows)}
+    marked = [(place[name], begin, end) for begin, end, name in info.bad_channel_spans if name in place]
     faults = find_faults(
         survey.cells,
         rows,
@@ -496,6 +498,7 @@ def _judge(
         spec=spec,
         line_freq=row.line_freq,
         reach=reach,
+        marked=marked,
     )
     return Clean(
         channels=kept,

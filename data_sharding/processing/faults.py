@@ -24,6 +24,8 @@ from data_sharding.processing.quality import NO_SIGNAL, Cells
 from data_sharding.processing.streaming import Scratch, resampler_reach
 
 Interval = tuple[int, int]
+MARKED = "marked bad"
+"""Kind of the fault of a channel that the source marks as bad, in the whole recording or in a span."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def find_faults(
     spec: PreprocessSpec,
     line_freq: float | None,
     reach: int,
+    marked: Sequence[tuple[int, float, float]] = (),
 ) -> Faults:
     """Convert the spans of the raw signal to faults at the target rate, and find the gaps.
 
@@ -184,6 +187,9 @@ def find_faults(
         Mains frequency in Hz.
     reach : int
         Number of samples to which the transient of a filter reaches.
+    marked : sequence of (int, float, float)
+        Spans in which the source marks a single channel as bad: position in `rows`, start and end in seconds from the
+        recording's beginning. These parts count as parts without a signal.
 
     Returns
     -------
@@ -202,15 +208,34 @@ def find_faults(
             end = math.ceil(span.stop * ratio) + more if span.stop < whole else lengths[number]
             table = (faults.dead if silent else faults.busy).setdefault(number, {})
             table.setdefault(span.row, []).append(Fault(start, min(end, lengths[number]), span.kind))
-        dead = {row: _join(found) for row, found in faults.dead.get(number, {}).items()}
-        if dead:
-            faults.dead[number] = dead
-            if gaps := _common(dead, good):
-                holes = [(gap.start, gap.stop) for gap in gaps]
-                faults.gaps[number] = gaps
-                faults.pieces[number] = subtract([(0, lengths[number])], holes)
-                faults.dead[number] = {row: _cut_out(found, holes) for row, found in dead.items()}
+    _add_marked(faults, marked, segments, lengths, spec.sfreq)
+    for number in sorted(faults.dead):
+        dead = {row: _join(found) for row, found in faults.dead[number].items()}
+        faults.dead[number] = dead
+        if gaps := _common(dead, good):
+            holes = [(gap.start, gap.stop) for gap in gaps]
+            faults.gaps[number] = gaps
+            faults.pieces[number] = subtract([(0, lengths[number])], holes)
+            faults.dead[number] = {row: _cut_out(found, holes) for row, found in dead.items()}
     return faults
+
+
+def _add_marked(
+    faults: Faults,
+    marked: Sequence[tuple[int, float, float]],
+    segments: Sequence[Segment],
+    lengths: Sequence[int],
+    sfreq: float,
+) -> None:
+    """Add the spans in which the source marks a single channel as bad; `find_faults` explains the arguments."""
+    onsets = [segment.onset for segment in segments]
+    for row, begin, end in marked:
+        for number in range(max(0, bisect.bisect_right(onsets, begin) - 1), bisect.bisect_left(onsets, end)):
+            # A rounding error must not add a sample to the span.
+            start = max(0, math.floor((begin - onsets[number]) * sfreq + 1e-3))
+            stop = min(lengths[number], math.ceil((end - onsets[number]) * sfreq - 1e-3))
+            if start < stop:
+                faults.dead.setdefault(number, {}).setdefault(row, []).append(Fault(start, stop, MARKED))
 
 
 def _overlapping(faults: list[Fault], start: int, stop: int) -> Iterable[Fault]:

@@ -86,9 +86,12 @@ def info_from_json(values: Any, where: str) -> SignalInfo:
     def place(value: Any) -> list[float] | None:
         return None if value is None else [number(v, "positions") for v in check_list(value, where, "positions")]
 
-    def span(value: Any) -> tuple[float, float, str]:
-        start, stop, text = check_list(value, where, "bad_spans")
-        return number(start, "bad_spans"), number(stop, "bad_spans"), check_text(text, where, "bad_spans")
+    def spans(name: str) -> list[tuple[float, float, str]]:
+        out = []
+        for value in check_list(values[name], where, name):
+            start, stop, text = check_list(value, where, name)
+            out.append((number(start, name), number(stop, name), check_text(text, where, name)))
+        return out
 
     names_, total = texts("ch_names"), check_count(values["n_samples"], where, "n_samples", most=MOST)
     types, positions = texts("ch_types"), [place(v) for v in check_list(values["positions"], where, "positions")]
@@ -117,7 +120,8 @@ def info_from_json(values: Any, where: str) -> SignalInfo:
         named_units=numbers("named_units"),
         assumed_units=numbers("assumed_units"),
         unknown_units=named("unknown_units"),
-        bad_spans=[span(v) for v in check_list(values["bad_spans"], where, "bad_spans")],
+        bad_spans=spans("bad_spans"),
+        bad_channel_spans=spans("bad_channel_spans"),
         epoched=flag("epoched"),
         intracranial=flag("intracranial"),
         tmin=number(values["tmin"], "tmin"),

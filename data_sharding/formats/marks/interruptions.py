@@ -12,9 +12,11 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from data_sharding.formats.channels import canonical_name
 from data_sharding.formats.signal import Segment
 
 
@@ -44,6 +46,19 @@ class Mark:
     """Whether the duration of the mark is the length of a signal that was removed from the file."""
 
 
+class Annotation(NamedTuple):
+    """An annotation of a recording."""
+
+    onset: float
+    """Seconds from the recording's beginning."""
+    duration: float
+    """Length in seconds."""
+    text: str
+    """Text of the annotation."""
+    channels: tuple[str, ...] = ()
+    """Names of the channels to which the annotation belongs; empty for all channels."""
+
+
 @dataclass(frozen=True)
 class Found:
     """A mark in a recording."""
@@ -56,6 +71,8 @@ class Found:
     """Length of the mark in seconds."""
     text: str = ""
     """Text of the mark."""
+    channels: tuple[str, ...] = ()
+    """Names of the channels to which the mark belongs; empty for all channels. Only bad spans use these names."""
 
 
 PREFIX = r"(?:[^/,:;|\\]*[/,:;|\\])*\s*"
@@ -261,15 +278,15 @@ def find_row(format_: str, text: str) -> Mark | None:
     return next((mark for mark in rows if mark.words is not None and mark.words.fullmatch(text)), None)
 
 
-def find_marks(format_: str, annotations: Iterable[tuple[float, float, str]]) -> list[Found]:
+def find_marks(format_: str, annotations: Iterable[Annotation]) -> list[Found]:
     """Find the marks among the annotations of a recording.
 
     Parameters
     ----------
     format_ : str
         Name of the format; an empty string for a recording in memory.
-    annotations : iterable of (float, float, str)
-        Onset in seconds from the recording's beginning, duration in seconds, and text.
+    annotations : iterable of Annotation
+        Annotations of the recording.
 
     Returns
     -------
@@ -278,13 +295,52 @@ def find_marks(format_: str, annotations: Iterable[tuple[float, float, str]]) ->
     """
     rows: dict[str, Mark | None] = {}
     found = []
-    for onset, duration, text in annotations:
+    for onset, duration, text, channels in annotations:
         if text not in rows:
             rows[text] = find_row(format_, text)
         if (row := rows[text]) is not None and math.isfinite(onset):
             length = duration if math.isfinite(duration) and duration > 0 and not row.removed else 0.0
-            found.append(Found(row.name, onset, length, text.strip()))
+            found.append(Found(row.name, onset, length, text.strip(), tuple(channels)))
     return found
+
+
+def match_channels(
+    found: Iterable[Found], names: Sequence[str], left_out: Collection[str]
+) -> tuple[list[Found], list[str]]:
+    """Replace the names of channels in bad marks by the names that the channels have in the recording.
+
+    Parameters
+    ----------
+    found : iterable of Found
+        Marks of the recording.
+    names : sequence of str
+        Names of the channels that can be read.
+    left_out : collection of str
+        Names of the channels of the file that are not read. A mark of only such channels is not needed.
+
+    Returns
+    -------
+    marks : list of Found
+        Marks. If no channel has a name that a mark gives, the mark belongs to all channels.
+    notes : list of str
+        Notes for the ledger about such names.
+    """
+    known = {canonical_name(name): name for name in reversed(names)} | {name: name for name in names}
+    marks, unknown = [], Counter()
+    for mark in found:
+        if mark.channels and ROWS[mark.name].effect is Effect.BAD:
+            own = [known.get(name) or known.get(canonical_name(name)) for name in mark.channels]
+            lost = [n for n, name in zip(mark.channels, own, strict=True) if name is None and n not in left_out]
+            if not lost and not any(own):
+                continue
+            unknown.update((mark.text, name) for name in lost)
+            mark = replace(mark, channels=() if lost else tuple(name for name in own if name))
+        marks.append(mark)
+    notes = [
+        f"the mark '{text}' names the channel '{name}', which is not in the recording; it is used for all channels"
+        for text, name in sorted(unknown)
+    ]
+    return marks, notes[:5]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +351,8 @@ class Division:
     """Segments of the recording in the order of time."""
     bad_spans: list[tuple[float, float, str]]
     """Bad spans: start and end in seconds from the recording's beginning, and text."""
+    bad_channel_spans: list[tuple[float, float, str]]
+    """Bad spans of single channels: start and end in seconds, and name of the channel."""
     notes: list[str]
     """Notes for the ledger."""
 
@@ -320,10 +378,13 @@ def divide(whole: Sequence[Segment], sfreq: float, found: Iterable[Found]) -> Di
     edges: set[int] = set()
     gaps: list[tuple[int, int]] = []
     bad: list[tuple[float, float, str]] = []
+    single: list[tuple[float, float, str]] = []
     empty: Counter[str] = Counter()
     for mark in found:
         effect = ROWS[mark.name].effect
-        if effect is Effect.BAD and mark.length > 0:
+        if effect is Effect.BAD and mark.length > 0 and mark.channels:
+            single += [(mark.begin, mark.begin + mark.length, name) for name in mark.channels]
+        elif effect is Effect.BAD and mark.length > 0:
             bad.append((mark.begin, mark.begin + mark.length, mark.text))
         elif effect is Effect.BAD:
             empty[mark.text] += 1
@@ -342,7 +403,10 @@ def divide(whole: Sequence[Segment], sfreq: float, found: Iterable[Found]) -> Di
             if after == len(gaps) or gaps[after][0] > a:
                 segments.append(Segment(start=a, stop=b, onset=segment.onset + (a - segment.start) / sfreq))
     return Division(
-        segments=segments, bad_spans=sorted(bad), notes=[_empty_note(*item) for item in sorted(empty.items())]
+        segments=segments,
+        bad_spans=sorted(bad),
+        bad_channel_spans=sorted(single),
+        notes=[_empty_note(*item) for item in sorted(empty.items())],
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from data_sharding.common.reason import Reason
 from data_sharding.formats import headers
 from data_sharding.formats.headers import Layout
-from data_sharding.formats.marks.interruptions import Found
+from data_sharding.formats.marks.interruptions import Annotation, Found
 from data_sharding.formats.mne_signal import ReadError
 from data_sharding.formats.signal import Segment
 
@@ -34,7 +34,7 @@ GDF_DTYPES = {1: "<i1", 2: "<u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<i
 """NumPy type for each sample type code of GDF."""
 
 
-def read_annotations(path: Path, layout: Layout) -> tuple[np.ndarray, list[tuple[float, float, str]]]:
+def read_annotations(path: Path, layout: Layout) -> tuple[np.ndarray, list[Annotation]]:
     """Read all annotation signals of an EDF+ or BDF+ file.
 
     Parameters
@@ -48,8 +48,9 @@ def read_annotations(path: Path, layout: Layout) -> tuple[np.ndarray, list[tuple
     -------
     onsets : ndarray, shape (R,)
         Onset of each record in seconds; NaN if the record has no onset.
-    annotations : list of (float, float, str)
-        Onset and duration in seconds, on the clock of the onsets, and text of each annotation.
+    annotations : list of Annotation
+        Annotations; their onsets are on the clock of the onsets. In EDF+, a text that ends with ``@@`` and the label of
+        a channel belongs to this channel.
     """
     signals = [i for i, label in enumerate(layout.labels) if label in headers.ANNOTATIONS]
     starts = np.concatenate([[0], np.cumsum(layout.per_record)]) * layout.width
@@ -65,7 +66,9 @@ def read_annotations(path: Path, layout: Layout) -> tuple[np.ndarray, list[tuple
                     onsets[record] = float(lists[0][0])
                 for onset, duration, words in lists:
                     for word in filter(None, words.split(b"\x14")):
-                        annotations.append((float(onset), float(duration or 0), headers.decode_text(word)[0]))
+                        text, _, channel = headers.decode_text(word)[0].partition("@@")
+                        names = (channel.strip(),) if channel.strip() else ()
+                        annotations.append(Annotation(float(onset), float(duration or 0), text, names))
     return onsets, annotations
 
 
@@ -300,7 +303,7 @@ def gdf_values(data: np.ndarray, layout: Layout, number: int) -> np.ndarray | No
     return part.view(GDF_DTYPES[layout.types[number]]).reshape(-1)
 
 
-def read_gdf_events(path: Path, layout: Layout) -> list[tuple[float, float, str]]:
+def read_gdf_events(path: Path, layout: Layout) -> list[Annotation]:
     """Read the event table of a GDF file.
 
     Parameters
@@ -312,9 +315,9 @@ def read_gdf_events(path: Path, layout: Layout) -> list[tuple[float, float, str]
 
     Returns
     -------
-    list of (float, float, str)
-        Onset and duration in seconds, and the event code as decimal text. An event without a duration lasts until its
-        end event (its code plus 0x8000), if there is one.
+    list of Annotation
+        The events; the text is the event code as decimal number. An event without a duration lasts until its end event
+        (its code plus 0x8000, for the same channel), if there is one.
     """
     with path.open("rb") as stream:
         version = float(stream.read(8)[4:])
@@ -331,13 +334,19 @@ def read_gdf_events(path: Path, layout: Layout) -> list[tuple[float, float, str]
     rate = rate if 0 < rate < np.inf else max(layout.per_record) / layout.record_s
     positions = (np.frombuffer(rest, "<u4", count).astype(float) - 1) / rate  # GDF gives the first sample the number 1.
     codes = np.frombuffer(rest, "<u2", count, 4 * count).astype(int)
-    lengths = np.frombuffer(rest, "<u4", count, 8 * count) / rate if head[0] == 3 else np.zeros(count)
-    ends: dict[int, list[float]] = {}
-    for position, code in zip(positions, codes, strict=True):
+    lengths, channels = np.zeros(count), np.zeros(count, int)
+    if head[0] == 3:
+        channels = np.frombuffer(rest, "<u2", count, 6 * count).astype(int)  # 0 means all channels
+        lengths = np.frombuffer(rest, "<u4", count, 8 * count) / rate
+    ends: dict[tuple[int, int], list[float]] = {}
+    for position, code, channel in zip(positions.tolist(), codes.tolist(), channels.tolist(), strict=True):
         if code & 0x8000:
-            ends.setdefault(int(code) & 0x7FFF, []).append(float(position))
+            ends.setdefault((code & 0x7FFF, channel), []).append(position)
     events = []
-    for position, code, length in zip(positions.tolist(), codes.tolist(), lengths.tolist(), strict=True):
-        end = min((end for end in ends.get(code, []) if end > position), default=position)
-        events.append((position, length or end - position, str(code)))
+    for position, code, length, channel in zip(
+        positions.tolist(), codes.tolist(), lengths.tolist(), channels.tolist(), strict=True
+    ):
+        end = min((end for end in ends.get((code, channel), []) if end > position), default=position)
+        names = (layout.labels[channel - 1].strip("\0 "),) if 0 < channel <= len(layout.labels) else ()
+        events.append(Annotation(position, length or end - position, str(code), names))
     return events

@@ -5,10 +5,12 @@ from __future__ import annotations
 import codecs
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from data_sharding.formats import headers
 from data_sharding.formats.channels import is_electrode
+from data_sharding.formats.marks.interruptions import Annotation
 
 CHANNEL = re.compile(r"^([ \t]*Ch(\d+)[ \t]*=)(.*)$", re.MULTILINE | re.IGNORECASE)
 CODEPAGE = re.compile(r"^([ \t]*Codepage[ \t]*=[ \t]*)(.*?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
@@ -192,6 +194,37 @@ def repair_markers(text: str) -> Repaired:
     ):
         if lines:
             out.notes.append(f"{len(lines)} entries of the marker file {what}, the first is '{lines[0][:60]}'")
+    return out
+
+
+def read_markers(text: str, sfreq: float, names: Sequence[str]) -> list[Annotation]:
+    """Read the markers of a marker file. MNE does not read their channels.
+
+    Parameters
+    ----------
+    text : str
+        Text of the marker file from `repair_markers`.
+    sfreq : float
+        Sampling rate in Hz.
+    names : sequence of str
+        Names of all channels of the header.
+
+    Returns
+    -------
+    list of Annotation
+        The markers; their text is type and description, as in MNE. The channel number 0 means all channels. The first
+        marker is left out if it is the beginning of the recording.
+    """
+    begin, end = section(text, "Marker Infos")
+    out = []
+    for i, (_, content) in enumerate(MARKER.findall(text[begin:end])):
+        cells = [cell.strip().replace(r"\1", ",") for cell in content.split(",")]
+        kind, words, position, size = cells[:4]
+        number = int(cells[4]) if len(cells) > 4 and re.fullmatch(r"\d{1,6}", cells[4]) else 0
+        if i or kind.casefold() != "new segment":
+            length = int(size) / sfreq if re.fullmatch(r"\d{1,18}", size) else 0.0
+            channels = (names[number - 1],) if 0 < number <= len(names) else ()
+            out.append(Annotation((int(position) - 1) / sfreq, length, f"{kind}/{words}", channels))
     return out
 
 
