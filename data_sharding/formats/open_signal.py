@@ -335,7 +335,9 @@ def _brainvision(path: Path) -> Signal:
         raise ReadError(Reason("damaged BrainVision header", "no channel has a resolution"))
     for number in header.unplaced:
         raw.info["chs"][number - 1]["loc"][:3] = np.nan
-    annotations = read_markers(markers, float(raw.info["sfreq"]), raw.ch_names)
+    sfreq = float(raw.info["sfreq"])
+    # Like MNE, ignore markers that lie beyond the end of the signal.
+    annotations = [m for m in read_markers(markers, sfreq, raw.ch_names) if m.onset * sfreq < raw.n_times]
     if left_out:
         raw.pick([number - 1 for number in numbers])
     more = _brainvision_units(raw, text, numbers)
@@ -344,7 +346,6 @@ def _brainvision(path: Path) -> Signal:
     length = int(points) if points.isdigit() else 0
     if (headers.ini_value(text, "SegmentationType") or "NOTSEGMENTED").upper() == "NOTSEGMENTED" or length < 1:
         return RawSignal(raw, format_="brainvision", keep=folder, **more)
-    sfreq = float(raw.info["sfreq"])
     starts = range(0, raw.n_times - length + 1, length)
     segments = [Segment(start=a, stop=a + length, onset=a / sfreq) for a in starts]
     return RawSignal(raw, format_="brainvision", segments=segments, epoched=True, keep=folder, **more)

@@ -61,8 +61,22 @@ class Clock:
     needed."""
     segments: list[Segment]
     """Segments; `Segment.start` and `Segment.stop` count the samples in `order`."""
+    begins: list[float]
+    """Time stamp of the first sample of each segment, by the line of the segment."""
+    period: float
+    """Seconds between two samples on the clock of the stamps."""
+    offset: float | None = None
+    """If the clock of the stream was reset: seconds to add to the corrected stamps, such as `begins`, to get the
+    time of the recording computer. None if the stamps were not corrected; then the measured offsets hold for them."""
     notes: list[str] = field(default_factory=list)
     """Notes for the ledger."""
+
+    def time_of_stamp(self, stamp: float) -> float:
+        """Convert a time stamp to seconds from the recording's beginning, on the amplifier's clock."""
+        # The beginnings are not sorted if the clock was set back: then the last segment that has begun is right.
+        begun = [i for i, begin in enumerate(self.begins) if begin <= stamp + EQUAL_S]
+        at = begun[-1] if begun else 0
+        return self.segments[at].onset + (stamp - self.begins[at]) / (self.period * self.sfreq)
 
 
 @dataclass(kw_only=True)
@@ -149,8 +163,9 @@ def fit_clock(
     anchors = _anchors(order[valid], stamps[valid], nominal, starts)
     period = _period(anchors, nominal)
     synchronised = _follow_resets(stamps, valid, period, *offsets)
+    offset = None
     if synchronised is not None:
-        stamps = synchronised
+        stamps, offset = synchronised
         notes.append("the clock of the stream was reset; its time stamps are corrected with the measured clock offsets")
     order, changes = _in_order(stamps, valid, samples, period, anchors, starts)
     notes += changes
@@ -172,8 +187,16 @@ def fit_clock(
             "times count in samples of the amplifier; its clock and the clock of the time stamps differ by "
             f"{1e6 * drift:.0f} ppm, {drift * len(order) / sfreq:.3f} s in the whole recording"
         )
-    segments = _place_segments(anchors, runs, lines, sfreq, len(order), notes)
-    return Clock(sfreq=sfreq, order=order if changes else None, segments=segments, notes=notes)
+    segments, begins = _place_segments(anchors, runs, lines, sfreq, len(order), notes)
+    return Clock(
+        sfreq=sfreq,
+        order=order if changes else None,
+        segments=segments,
+        begins=begins,
+        period=lines.period,
+        offset=offset,
+        notes=notes,
+    )
 
 
 def _valid(stamps: np.ndarray) -> np.ndarray:
@@ -275,8 +298,11 @@ def _threshold(anchors: _Anchors, period: float) -> float:
 
 def _follow_resets(
     stamps: np.ndarray, valid: np.ndarray, period: float, times: Sequence[float], values: Sequence[float]
-) -> np.ndarray | None:
-    """Correct the stamps if the measured clock offsets show that the clock was reset. Otherwise return None."""
+) -> tuple[np.ndarray, float] | None:
+    """Correct the stamps if the measured clock offsets show that the clock was reset. Otherwise return None.
+
+    The second value is the offset of the corrected stamps in seconds.
+    """
     at, by = np.asarray(times, float), np.asarray(values, float)
     kept = np.isfinite(at) & np.isfinite(by)
     at, by = at[kept], by[kept]
@@ -295,7 +321,7 @@ def _follow_resets(
         near = [float(np.abs(at[g] - (begin + end) / 2).min()) for g in groups]
         best = max(range(len(groups)), key=lambda g: (inside[g], -near[g]))
         out[run] += float(np.median(by[groups[best]])) - first
-    return out
+    return out, first
 
 
 def _in_order(
@@ -502,10 +528,12 @@ def _choose_rate(nominal: float, measured: float, error: float, notes: list[str]
 
 def _place_segments(
     anchors: _Anchors, runs: list[slice], lines: _Lines, sfreq: float, n_samples: int, notes: list[str]
-) -> list[Segment]:
+) -> tuple[list[Segment], list[float]]:
     """Make one segment for each run.
 
     The onsets are sample numbers since the first sample, divided by the sampling rate.
+
+    The second value has the time stamp of each segment's first sample.
 
     Notes
     -----
@@ -546,7 +574,7 @@ def _place_segments(
         notes.append(f"{gaps}; {lost[-1] / sfreq:.3f} s are missing in total")
     # If each chunk has only one measured stamp, the loss can be anywhere between two measured stamps.
     unsure = lines.deviation > EQUAL_S and float(np.median(anchors.last - anchors.first)) > 0
-    segments = []
+    segments, begins = [], []
     for j, run in enumerate(runs):
         start, stop = int(anchors.first[run.start]), int(anchors.last[run.stop - 1]) + 1
         start, stop = (0 if j == 0 else start), (n_samples if j == len(runs) - 1 else stop)
@@ -556,6 +584,7 @@ def _place_segments(
             stop = int(anchors.first[run.stop - 1])
         if stop > start:
             segments.append(Segment(start=start, stop=stop, onset=(start + lost[j]) / sfreq))
+            begins.append(float(bases[j] + start * period))
     if left_out := n_samples - sum(s.stop - s.start for s in segments):
         notes.append(f"{left_out} samples next to the gaps are left out, because their exact times are unknown")
-    return segments
+    return segments, begins

@@ -5,6 +5,7 @@ In array shapes, n is the number of channels, and S the number of samples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 
 from data_sharding.common.reason import Reason
 from data_sharding.formats.channels import clean_position
+from data_sharding.formats.marks.interruptions import Annotation, divide, find_marks
 from data_sharding.formats.mne_signal import NotContinuous, ReadError
 from data_sharding.formats.signal import Signal, SignalInfo
-from data_sharding.formats.stamps import fit_clock
+from data_sharding.formats.stamps import Clock, fit_clock
 from data_sharding.formats.units import Units, read_units
 
 TYPES = {"eeg": "eeg", "eog": "eog", "ecg": "ecg", "ekg": "ecg", "emg": "emg", "": "eeg"}
@@ -56,12 +58,12 @@ def open_xdf(path: Path) -> Signal:
     -------
     Signal
         The stream, with the sampling rate from the time stamps. If samples are missing, a new segment begins after the
-        gap (see `data_sharding.formats.stamps`).
+        gap (see `data_sharding.formats.stamps`). The texts of marker streams divide the recording as annotations do.
 
     Raises
     ------
     NotContinuous
-        If the file has no stream of type EEG.
+        If the file has no stream of type EEG, or if marks cover the whole recording.
     ReadError
         If the file has several streams of type EEG, or if the stream has no steady rate or no time stamps.
     """
@@ -78,31 +80,39 @@ def open_xdf(path: Path) -> Signal:
         names = ", ".join(str(s.get("name") or s["stream_id"]) for s in eeg)
         text = f"{len(eeg)} streams of type EEG ({names}), and the reader cannot choose one; export one of them"
         raise ReadError(Reason("several streams of type EEG", text=text))
+    own = eeg[0]["stream_id"]
+    markers = [s["stream_id"] for s in streams if s.get("channel_format") == "string"]
     sizes: list[int] = []
 
     def count(values: Any, times: Any, info: Any, number: int) -> tuple[Any, Any, Any]:
-        sizes.append(len(times))
+        if number == own:
+            sizes.append(len(times))
         return values, times, info
 
     # Read the stamps as they are stored. The correction in the library pyxdf would hide gaps that are shorter than a
     # second.
     streams, _ = pyxdf.load_xdf(
         str(path),
-        select_streams=[eeg[0]["stream_id"]],
+        select_streams=[own, *markers],
         on_chunk=count,
         synchronize_clocks=False,
         dejitter_timestamps=False,
     )
-    stream = streams[0]
+    stream = next(s for s in streams if s["info"]["stream_id"] == own)
     x, stamps = np.asarray(stream["time_series"]), np.asarray(stream["time_stamps"], float)
     if x.ndim != 2 or len(x) < 2:
         raise NotContinuous(Reason("no signal", f"{len(x)} samples"))
     nominal = float(stream["info"]["nominal_srate"][0] or 0)
-    clock = fit_clock(stamps, nominal, x, sizes, (stream.get("clock_times", ()), stream.get("clock_values", ())))
+    offsets = _offsets(stream)
+    clock = fit_clock(stamps, nominal, x, sizes, offsets)
     if clock.order is not None:
         x = x[clock.order]
+    others = [s for s in streams if s is not stream]
+    divided = divide(clock.segments, clock.sfreq, find_marks("xdf", _read_markers(others, clock, offsets)))
+    if not divided.segments:
+        raise NotContinuous(Reason("no signal", "the marker streams mark the whole recording as interrupted"))
     names, units, positions = _channels(stream["info"].get("desc"), x.shape[1])
-    fields: dict[str, Any] = {**units.fields, "notes": [*clock.notes, *units.notes]}
+    fields: dict[str, Any] = {**units.fields, "notes": [*clock.notes, *units.notes, *divided.notes]}
     return ArraySignal(
         x,
         units.gains,
@@ -112,9 +122,48 @@ def open_xdf(path: Path) -> Signal:
             positions=positions,
             sfreq=clock.sfreq,
             n_samples=len(x),
-            segments=clock.segments,
+            segments=divided.segments,
+            bad_spans=divided.bad_spans,
         ),
     )
+
+
+def _offsets(stream: Any) -> tuple[Sequence[float], Sequence[float]]:
+    """Return times and values of the measured differences between a stream's clock and that of the computer."""
+    return stream.get("clock_times", ()), stream.get("clock_values", ())
+
+
+def _offset_at(offsets: tuple[Sequence[float], Sequence[float]], stamps: np.ndarray) -> np.ndarray:
+    """Return the difference in seconds that is added to stamps of a stream, at these stamps."""
+    at, by = (np.asarray(values, float) for values in offsets)
+    kept = np.isfinite(at) & np.isfinite(by)
+    if not kept.any():
+        return np.zeros_like(stamps)
+    order = np.argsort(at[kept], kind="stable")
+    return np.interp(stamps, at[kept][order], by[kept][order])
+
+
+def _read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Sequence[float]]) -> list[Annotation]:
+    """Return the texts of marker streams as annotations without duration, on the amplifier's clock.
+
+    The clocks of two streams differ. The clock of the recording computer, to which the offsets of each stream refer,
+    connects them.
+    """
+    found = []
+    for stream in streams:
+        stamps, rows = np.asarray(stream["time_stamps"], float), stream["time_series"]
+        common = stamps + _offset_at(_offsets(stream), stamps)
+        if clock.offset is None:
+            # The offset depends on the stamp, which is not known yet. Offsets change slowly, so two steps are enough.
+            about = common - _offset_at(offsets, common)
+            common -= _offset_at(offsets, about)
+        else:
+            common -= clock.offset
+        for stamp, row in zip(common.tolist(), rows, strict=True):
+            if np.isfinite(stamp):
+                seconds = clock.time_of_stamp(stamp)
+                found += [Annotation(seconds, 0.0, str(text)) for text in row if str(text).strip()]
+    return found
 
 
 def _channels(desc: Any, n: int) -> tuple[list[str], Units, list[list[float] | None]]:

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_sharding.formats.open_signal import open_signal
+from data_sharding.formats.sniffing import sniff
 from data_sharding.processing.preprocess import PreprocessSpec
 from data_sharding.processing.quality import QualitySpec
 
@@ -34,8 +36,13 @@ def write_xdf(
     chunks: list[int],
     own: np.ndarray | None = None,
     offsets: Sequence[tuple[float, float]] = (),
+    markers: Sequence[tuple[float, str]] = (),
+    marker_offsets: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Write a stream of EEG [n, S] in microvolts. `own` tells which samples have a stamp of their own in the file."""
+    """Write a stream of EEG [n, S] in microvolts. `own` tells which samples have a stamp of their own in the file.
+
+    `markers` are the stamps and texts of a second stream, which has clock offsets of its own.
+    """
 
     def chunk(tag: int, content: bytes) -> bytes:
         return b"\x04" + struct.pack("<IH", len(content) + 2, tag) + content
@@ -59,6 +66,18 @@ def write_xdf(
         )
         parts.append(chunk(3, struct.pack("<I", 1) + b"\x04" + struct.pack("<I", size) + body))
         at += size
+    if markers:
+        xml = (
+            "<?xml version='1.0'?><info><name>events</name><type>Markers</type><channel_count>1</channel_count>"
+            "<nominal_srate>0</nominal_srate><channel_format>string</channel_format><created_at>1</created_at></info>"
+        )
+        parts.append(chunk(2, struct.pack("<I", 2) + xml.encode()))
+        parts += [chunk(4, struct.pack("<Idd", 2, time, value)) for time, value in marker_offsets]
+        body = b"".join(
+            b"\x08" + struct.pack("<d", time) + b"\x01" + bytes([len(text.encode())]) + text.encode()
+            for time, text in markers
+        )
+        parts.append(chunk(3, struct.pack("<I", 2) + b"\x04" + struct.pack("<I", len(markers)) + body))
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"".join(parts))
 
@@ -258,3 +277,70 @@ def test_streams_without_a_steady_clock_are_refused(tmp_path: Path, shard_all, t
     row = shard_all(tmp_path / "x", SPEC)["a.xdf"].row
     assert row.status == "quarantined"
     assert row.category == ("no time stamps" if what == "no times" else "the stream has no steady rate")
+
+
+class TestMarkerStreams:
+    """Texts of a marker stream divide the recording at the sample to which their time stamp belongs."""
+
+    RATE = 250
+
+    def write(self, folder: Path, true_uv, index: np.ndarray, markers: list[tuple[float, str]], **more) -> Path:
+        """Write samples with these numbers, and markers with times in seconds after the first sample."""
+        later = more.pop("later", 0.0)
+        stamps = BEGIN + index * (1 + more.pop("drift", 0.0)) / self.RATE
+        write_xdf(
+            folder / "x" / "a.xdf",
+            stamps,
+            true_uv(51, 8, index / self.RATE),
+            self.RATE,
+            chunks=make_chunks(len(index), 25),
+            markers=[(BEGIN + later + time, text) for time, text in markers],
+            **more,
+        )
+        return folder / "x" / "a.xdf"
+
+    def segments(self, path: Path) -> tuple[list[tuple[int, int, float]], list[str]]:
+        recording = sniff(path)
+        assert recording is not None
+        info = open_signal(recording).info
+        return [(s.start, s.stop, round(s.onset, 4)) for s in info.segments], info.notes
+
+    def test_on_the_same_clock(self, tmp_path: Path, true_uv) -> None:
+        markers = [(3.0, "stimulus 1"), (8.002, "boundary"), (12.0, "BAD_ACQ_SKIP"), (16.0, "badge")]
+        segments, notes = self.segments(self.write(tmp_path, true_uv, np.arange(5000), markers))
+        assert segments == [(0, 2001, 0.0), (2001, 3000, 8.004), (3000, 5000, 12.0)] and not notes
+
+    def test_on_the_clock_of_another_computer(self, tmp_path: Path, true_uv) -> None:
+        every = np.arange(BEGIN, BEGIN + 40, 5.0)
+        path = self.write(
+            tmp_path,
+            true_uv,
+            np.arange(10_000),
+            [(8.0, "boundary"), (32.0, "boundary")],
+            later=500.0,
+            offsets=[(t, 2.0 + 50e-6 * (t - BEGIN)) for t in every],
+            marker_offsets=[(t + 500, -498.0) for t in every],
+        )
+        segments, _ = self.segments(path)
+        # The clock of the EEG is 50 ppm slower, so the second marker comes 1.6 ms before the sample with its stamp.
+        assert segments == [(0, 2000, 0.0), (2000, 8000, 8.0), (8000, 10_000, 32.0)]
+
+    def test_after_a_gap_and_with_a_drifting_amplifier(self, tmp_path: Path, true_uv) -> None:
+        index = np.concatenate([np.arange(2500), 2500 + 1000 + np.arange(5000)])
+        drift = 50e-6
+        times = [time * (1 + drift) for time in (5.0, 12.0, 20.0)]
+        path = self.write(tmp_path, true_uv, index, [(time, "New Segment") for time in times], drift=drift)
+        segments, _ = self.segments(path)
+        # The marker at 12 s lies in the gap, where there is nothing to cut.
+        assert segments == [(0, 1250, 0.0), (1250, 2500, 5.0), (2500, 4000, 14.0), (4000, 7500, 20.0)]
+
+    def test_bad_marks_without_duration_have_a_note(self, tmp_path: Path, true_uv, shard_all, assert_true) -> None:
+        path = self.write(tmp_path, true_uv, np.arange(10_000), [(20.0, "BAD_move"), (21.0, "New Segment")])
+        sharded = shard_all(path.parent, SPEC)["a.xdf"]
+        assert sharded.row.notes == ["the mark 'BAD_move' has no duration, so no span is left out"]
+        assert sharded.row.segments == 2 and not any(a < 20.999 and b > 21.001 for a, b in sharded.spans)
+        assert_true(_without_ends(sharded, 21.0), 51)
+
+    def test_only_markers(self, tmp_path: Path, true_uv) -> None:
+        path = self.write(tmp_path, true_uv, np.arange(5000), [(3.0, ""), (8.0, "\u00fc" * 100)])
+        assert self.segments(path) == ([(0, 5000, 0.0)], [])
