@@ -1,6 +1,7 @@
 """Starts the sharding job. `ray job submit` uses ``python -m data_sharding CONFIG.yaml --output DIR``.
 
-This module imports only what it needs to be stopped: the import of the job takes seconds on a busy machine.
+The import of the job takes seconds on a busy machine. So this module first imports only the code that handles stop
+signals.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Find recordings of the same signal in files of any format, by comparing fingerprints of their channels.
+"""Find copies of a recording in files of any format, by comparing fingerprints of the channels.
 
 A fingerprint is the signal of each channel between 1 and 40 Hz, with one point every 0.1 s: 64 points from the
 beginning of the recording, and 32 points from each of a few later stretches (see `data_sharding.processing.survey`).
@@ -25,39 +25,43 @@ from data_sharding.dataset.ledger import LedgerRow
 SAME = 0.99
 """Two channels are the same if their correlation is above this value."""
 SHARE = 0.6
-"""Two recordings are the same if at least this share of the smaller recording's channels is in the other one."""
+"""Two recordings are the same if at least this fraction of the smaller recording's channels are also in the larger
+recording."""
 LENGTH_S = 1.5
-"""Lengths count as equal if they differ by at most this number of seconds, because some formats pad the end."""
+"""Lengths count as equal if they differ by at most this number of seconds, because some formats add padding at the
+end."""
 MIN_POINTS = 16
-"""Minimum number of points of a fingerprint, because fewer points can agree by chance. Recordings with fewer points are
-compared only by the checksums of their files."""
+"""Minimum number of points of a fingerprint, because fewer points can be equal by chance. Recordings with fewer points
+are compared only by the checksums of their files."""
 ALIKE = 0.95
 """If the median correlation between the channels of a recording is above this value, the recording may be a calibration
 signal."""
 BANDS = ((0, 32), (16, 48), (32, 64))
-"""Ranges of points that are hashed separately. One changed sign then changes the hashes of at most two ranges."""
+"""Ranges of points that are hashed separately, so that a change of one sign changes at most two hashes."""
 FIRST = BANDS[-1][1]
 """Number of points from the beginning of a recording. Fingerprints of older datasets have no other points."""
 LATER = 32
 """Number of points of each later stretch of a recording."""
 DEAD = 1e-4
-"""A channel is flat in a stretch if its points there have less than this share of its norm."""
+"""A channel is flat in a stretch if the norm of its points in the stretch is below this fraction of the norm of all its
+points."""
 SKETCH = 16
 """Largest number of hashes in a signature."""
 NEIGHBOURS = 64
-"""If many recordings have the same hash, each of them is compared with at most this number of recordings, those of
-similar length."""
+"""If many recordings have the same hash, each recording is compared with at most this number of recordings of similar
+length."""
 
 MOST_RANK = 40
 """Maximum rank of the channels. With a higher rank, 64 points cannot show that the channels of one recording are linear
 combinations of the channels of another recording."""
 RANK = 2e-3
-"""Singular values below this share of the largest singular value are rounding errors and do not count for the rank."""
+"""Singular values below this fraction of the largest singular value are treated as rounding errors and do not count for
+the rank."""
 CODE_BITS = 62
 NEAR_BITS = 12
 """Maximum number of different bits in the mixing codes of two recordings of the same signal."""
 MIXED = 0.1
-"""Maximum residual of a channel after the linear fit by the channels of the other recording, as a share of the
+"""Maximum residual of a channel after the linear fit by the channels of the other recording, as a fraction of the
 channel's norm."""
 
 SHORT_PIECE_S = 10.0
@@ -92,19 +96,19 @@ class RecordingFingerprint:
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """A recording that is left out because another recording holds the same signal."""
+    """A recording that is left out because another recording has the same signal."""
 
     kept: str
     """Key of the recording that is kept."""
     difference: str = ""
-    """How the two recordings differ, if their lengths or references differ."""
+    """Description of the difference, if the lengths or references of the two recordings differ."""
 
     def __str__(self) -> str:
         return f"{self.kept} ({self.difference})" if self.difference else self.kept
 
 
 def signature(points: np.ndarray) -> list[int]:
-    """Compute a signature: a few numbers of which recordings of the same signal have several in common.
+    """Compute a signature: a few numbers, of which several are equal for recordings of the same signal.
 
     Parameters
     ----------
@@ -140,8 +144,8 @@ def signature(points: np.ndarray) -> list[int]:
     for place, (start, stop) in enumerate(bands):
         bits = positive[:, start:stop]
         ups = bits.sum(axis=1)
-        # In a slow drift almost all signs are equal. Any recording can have a drift, so such signs do not identify a
-        # recording.
+        # Skip ranges in which almost all signs are equal. A slow drift causes this in any recording, so these signs do
+        # not identify a recording.
         telling = (ups >= 4) & (ups <= bits.shape[1] - 4)
         word = (bits * (np.uint64(1) << np.arange(bits.shape[1], dtype=np.uint64))).sum(axis=1, dtype=np.uint64)
         numbers.append(word[telling] + np.uint64((place + 1) << 32))
@@ -197,7 +201,7 @@ def _normalize_rows(x: np.ndarray) -> np.ndarray:
 
 
 def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) -> Relation | None:
-    """Decide whether two recordings hold the same signal.
+    """Decide whether two recordings have the same signal.
 
     Parameters
     ----------
@@ -241,14 +245,15 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
         agree &= _normalize_rows(x[:, start:stop]) @ _normalize_rows(y[:, start:stop]).T > SAME
     same_length = abs(seconds_a - seconds_b) <= LENGTH_S
     later = _later_stretches(x, y, agree)
-    # Copies of another length may have been cut. After a cut, the stretches contain other parts of the signal.
+    # A copy with a different length may have been cut. After a cut, the stretches contain different parts of the
+    # signal.
     enough = 2 * sum(later) > len(later) if same_length else any(later)
     if agree.any(axis=1).mean() < SHARE or (later and not enough):
         return "remixed" if same_length and _is_linear_combination(x, y) else None
     if same_length:
         return "same"
-    # Different recordings often begin with the same calibration signal, which is nearly equal in all channels. So if
-    # two recordings of different length begin with nearly equal channels, they need not be the same recording.
+    # Different recordings often begin with the same calibration signal, which is nearly equal in all channels. So two
+    # recordings of different length that begin with nearly equal channels do not count as the same.
     alike = len(x) < 2 or float(np.median(np.abs(_normalize_rows(x[1:]) @ _normalize_rows(x[:1]).T))) > ALIKE
     return None if alike or n_points < FIRST else "beginning"
 
@@ -266,7 +271,7 @@ def _later_stretches(x: np.ndarray, y: np.ndarray, agree: np.ndarray) -> list[bo
     Returns
     -------
     list of bool
-        For each stretch whether enough channels agree. Stretches in which most channels are flat are left out.
+        For each stretch, whether enough channels are the same. Stretches in which most channels are flat are left out.
     """
     found = []
     for start in range(FIRST, x.shape[1] - LATER + 1, LATER):
@@ -349,7 +354,7 @@ def find_matches(
     load_ours: Callable[[str], np.ndarray],
     load_theirs: Callable[[str], np.ndarray],
 ) -> list[tuple[int, int, Relation]]:
-    """Find recordings of one collection that hold the same signal as a recording of another collection.
+    """Find recordings of one collection that have the same signal as a recording of another collection.
 
     Parameters
     ----------
@@ -377,7 +382,7 @@ def find_matches(
 def find_duplicates(
     fingerprints: Sequence[RecordingFingerprint], load_points: Callable[[str], np.ndarray] | None = None
 ) -> dict[str, Copy]:
-    """Find recordings that can be left out because another recording holds the same signal.
+    """Find recordings that can be left out because another recording has the same signal.
 
     Parameters
     ----------
@@ -456,6 +461,7 @@ def preference(row: LedgerRow, *, trials: bool) -> tuple:
         recordings (in whole minutes, because some formats pad the end), recordings whose file shows more interruptions,
         and recordings with more channels. The last criterion is the recording's key.
     """
-    # Windows must not cross an interruption, so the file that shows it is better. But short pieces are epochs.
+    # Windows must not cross an interruption, so prefer the file that shows more interruptions. But many short segments
+    # are epochs, not interruptions.
     segments = row.segments if row.seconds >= SHORT_PIECE_S * row.segments else 0
     return (not trials, row.subject == row.key, -int(row.seconds // 60), -segments, -row.n_kept, row.key)

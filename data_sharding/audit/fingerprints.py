@@ -24,7 +24,7 @@ from data_sharding.dataset.manifest import current_file
 
 NAME = "fingerprints.parquet"
 ROWS_A_GROUP = 256
-"""Number of recordings in one row group of the Parquet file. Reading one fingerprint reads a whole row group."""
+"""Number of recordings in one row group of the Parquet file. To read one fingerprint, a whole row group is read."""
 
 NEAR_BITS = 10
 """Two images count as similar only if at most this number of the 64 bits of their perceptual hashes differ."""
@@ -32,7 +32,7 @@ NEAR_LEVELS = 8.0
 """Two images count as similar only if the root mean square difference of their thumbnails is at most this number of
 levels (of 255)."""
 NEAR_SHARE = 0.25
-"""Maximum difference of the thumbnails of two similar images, as a share of their contrast. Without this limit, all
+"""Maximum difference of the thumbnails of two similar images, as a fraction of their contrast. Without this limit, all
 images of low contrast would count as similar."""
 THUMB = 16
 """Width and height of a thumbnail in pixels."""
@@ -172,7 +172,7 @@ def window_digest(eeg: np.ndarray) -> int:
     Parameters
     ----------
     eeg : ndarray of float16, shape (n, T)
-        True channels of the window.
+        Recorded channels of the window (without padding).
 
     Returns
     -------

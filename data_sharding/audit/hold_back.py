@@ -1,4 +1,4 @@
-"""Hold benchmarks back from a dataset: keep their data out, so that a pretrained model can be tested on them.
+"""Hold benchmarks back: keep their data out of a dataset, so that a pretrained model can be tested on them.
 
 The config names subjects, recordings, text files with such names, or whole datasets. All names are looked up in the
 corpora before any recording is read. A name that matches nothing is refused, because a typing error must not let a
@@ -35,12 +35,14 @@ IMAGE_REASON = "image is held back"
 
 @dataclass(frozen=True, kw_only=True)
 class HoldBackConfig:
-    """Recordings, subjects and images of benchmarks, which must not enter the dataset."""
+    """Recordings, subjects and images of benchmarks, which must not be in the dataset."""
 
     subjects: list[str] = field(default_factory=list)
-    """Names of subjects as in the paths of the files (sub-11 or 11). CORPUS/SUBJECT names a subject of one corpus."""
+    """Names of subjects, as they are in the paths of the files (sub-11 or 11). CORPUS/SUBJECT means a subject of one
+    corpus."""
     recordings: list[str] = field(default_factory=list)
-    """Glob patterns of recordings, compared with CORPUS/PATH. PATH is relative to the root folder of the corpus."""
+    """Glob patterns that are matched against CORPUS/PATH of each recording. PATH is relative to the root folder of the
+    corpus."""
     lists: list[str] = field(default_factory=list)
     """Paths of text files. Each line is ``subject NAME``, ``recording GLOB`` or ``sha256 HEX``; # begins a comment."""
     datasets: list[str] = field(default_factory=list)
@@ -60,7 +62,7 @@ class Entry:
     value: str
     """Name of a subject, glob pattern of recordings, or checksum of a file."""
     source: str
-    """Source of the entry, for messages: a key of the config, or a list file and a line number."""
+    """Place of the entry, for messages: a key of the config, or a list file and a line number."""
 
 
 def read_list(path: str) -> list[Entry]:
@@ -137,7 +139,7 @@ class _Names:
         return [key for path, keys in self.paths.items() if fits(path) for key in keys]
 
     def examples(self, kind: str) -> str:
-        """Return a text with a few names of subjects or recordings, for a message."""
+        """Return a few names of subjects or recordings as text, for a message."""
         names = sorted(n for n in (self.subjects if kind == "subject" else self.paths) if kind != "subject" or "/" in n)
         if not names:
             return "no named subjects (set subject_pattern in the corpus to name them)"
@@ -149,9 +151,9 @@ class HoldBack:
     """Request to hold benchmarks back, after the requested names were looked up in the corpora."""
 
     named: dict[str, str]
-    """For the key of each recording that is held back by name: text with the entry and the source of the entry."""
+    """For the key of each recording that is held back by name: text with the entry and its place."""
     sha256: dict[str, str]
-    """For each checksum that is held back: the source of the entry."""
+    """For each checksum that is held back: the place of the entry."""
     datasets: list[Contents]
     """Contents of the datasets that are held back."""
     identity: dict[str, Any]

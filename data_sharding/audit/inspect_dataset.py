@@ -18,9 +18,9 @@ from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 
 FLAGS = ("recordings", "markdown", "json")
-"""Command-line options that can be given without a value; they then get the value true."""
+"""Command-line options that may have no value. Without a value, they are true."""
 MOST_VALUES = 8
-"""Number of values of a property of people that the table shows."""
+"""Largest number of different values of a property that the table about people shows."""
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,7 @@ class Grid:
     head: list[str]
     """Names of the columns."""
     lines: list[list[str | int | float]]
-    """Cells of each line of the table; a float is a number of hours."""
+    """Cells of each line of the table. A float is a duration in hours."""
 
     def to_text(self) -> list[list[str]]:
         """Format all cells of the table as text."""
@@ -100,7 +100,7 @@ def _make_split_grid(rows: Sequence[LedgerRow], manifest: Manifest) -> Grid:
 
 
 def _make_people_grid(rows: Sequence[LedgerRow]) -> Grid:
-    """Make a table of what is known about the people, devices and rights of the recordings in the dataset."""
+    """Make a table with the data about people, devices and rights of the recordings in the dataset."""
     lines: list[list[str | int | float]] = []
     for name in ("subject_from", "sex", "group", "age", "recording_year", "device", "task", "license"):
         values = Counter(_describe_value(name, getattr(row, name)) for row in rows)
@@ -245,12 +245,12 @@ def _print_tables(grids: Iterable[Grid]) -> None:
             right = number > 0 and all(cell.replace(".", "", 1).isdigit() or not cell for cell in cells)
             table.add_column(name, overflow="fold", justify="right" if right else "left")
         for line in lines:
-            # Brackets in a name are escaped, because rich would read them as markup.
+            # Escape brackets in names, because rich interprets them as markup.
             table.add_row(*(cell.replace("[", "\\[") for cell in line))
         if terminal:
             Console(highlight=False).print(table)
             continue
-        # The width is large enough that rich breaks no line, because other programs read one line at a time.
+        # Use a large width, so that rich does not break lines: other programs may read one line at a time.
         width = 20 + sum(max(map(len, column)) + 4 for column in zip(grid.head, *lines, strict=True))
         text = io.StringIO()
         Console(file=text, width=width, highlight=False).print(table)
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _command(words)
     except BrokenPipeError:
-        # The program that reads the output, for example `head`, has closed the pipe. The output is redirected to
-        # /dev/null, because otherwise Python prints an error at exit.
+        # The program that reads the output (for example `head`) has closed the pipe. Redirect the output to /dev/null.
+        # Otherwise Python prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

@@ -1,9 +1,10 @@
 """Find leakage: subjects, recordings, windows and images that are in two datasets, or in two splits of a dataset.
 
-Rules by which subjects, recordings, windows and images are recognised as the same:
+Subjects, recordings, windows and images are recognised as the same by these rules:
 
 - **Subject**: same corpus and same name. A recording with an unknown subject counts as a separate subject. Equal
-  subject names in two corpora are only a question, because "sub-01" is usually a different person in each corpus.
+  subject names in two corpora are only a question (see below), because "sub-01" is usually a different person in each
+  corpus.
 - **Recording**: equal bytes (checksum over all files), the same signal (`data_sharding.audit.duplicates`), or the same
   key. If the keys are equal but the checksums differ, the pair is only a question.
 - **Window**: equal values, or overlapping times within a shared recording. Times are compared as well, because
@@ -77,15 +78,15 @@ class Findings:
     found: list[Finding] = field(default_factory=list)
     """Findings of all kinds: proofs and questions."""
     compared: list[str] = field(default_factory=list)
-    """One text for each comparison that was made."""
+    """Description of each comparison that was made."""
     not_compared: list[str] = field(default_factory=list)
-    """One text for each comparison that could not be made, with the reason."""
+    """Description of each comparison that could not be made, with the reason."""
     to_confirm: list[str] = field(default_factory=list)
-    """One text for each comparison that relies on names that nobody has confirmed."""
+    """Description of each comparison that uses names that no person has confirmed."""
 
     @property
     def proofs(self) -> list[Finding]:
-        """Findings that are proofs, not questions."""
+        """The findings that prove leakage."""
         return [finding for finding in self.found if finding.proof]
 
 
@@ -124,10 +125,10 @@ class Contents:
     split: np.ndarray = field(repr=False)
     """[W] split of each window, as an index into `SPLITS`."""
     start: np.ndarray = field(repr=False)
-    """[W] start of each window, in seconds from the beginning of the recording. The window of a trial is the part that
-    models read by default."""
+    """[W] start of each window, in seconds from the beginning of the recording. For a trial, the window is the part
+    that models read by default."""
     stored: np.ndarray = field(repr=False)
-    """[W, 2] start and length of everything that is stored, such as a trial with its baseline, in seconds."""
+    """[W, 2] start and length of the whole stored signal in seconds. For a trial, this can include a baseline."""
     digest: np.ndarray = field(repr=False)
     """[W] checksum of each window (`data_sharding.audit.fingerprints.window_digest`); empty if no windows were read."""
     images: list[ImageUse] = field(repr=False)
@@ -254,12 +255,12 @@ class Contents:
         return sum(s in ("", key) for (_, s), key in zip(self.people, self.recordings, strict=True))
 
     def count_recognised(self) -> int:
-        """Count the recordings whose subject was recognised from the path, and not confirmed by the config."""
+        """Count the recordings whose subject was recognised from the path, but not confirmed in the config."""
         return sum(key in self.rows and self.rows[key].subject_from == "recognised" for key in self.recordings)
 
 
 class _Sample(NamedTuple):
-    """Data of a window for the comparison. The full metadata of a window is not kept, because it takes much memory."""
+    """Data of a window for the comparison. The other metadata of the window is dropped, to save memory."""
 
     recording: str
     corpus: str
@@ -294,7 +295,8 @@ def _read_samples(
                     return stream.read(size)
 
                 meta = check_meta(parse_json(member("json")))
-                # Compare the part of a trial that models read by default. A neighbouring trial may share its baseline.
+                # Use only the part of a trial that models read by default, because the baselines of neighbouring trials
+                # can overlap.
                 begin = max(int(meta.get("onset", 0)), 0)
                 first = float(meta.get("start", 0.0))
                 sample = _Sample(
@@ -311,7 +313,7 @@ def _read_samples(
                 image = next((f"image.{ext}" for ext in IMAGE_EXTENSIONS if f"image.{ext}" in members), None)
                 yield sample, member(image) if image else None
     except Exception as error:
-        # All exceptions are caught, because reading a damaged shard can raise errors of many kinds.
+        # Reading a damaged shard can raise errors of many types, so catch all of them.
         why = f"cannot be read ({error}); run 'dreamscale verify {root}' to see what is damaged"
         raise RequestError(f"{tar}: {why}") from None
 
@@ -328,16 +330,16 @@ def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _overlaps(a: np.ndarray, length_a: Any, b: np.ndarray, length_b: Any) -> np.ndarray:
-    """Return which windows of a overlap a window of b; a and b are start times, and all times are in seconds.
+    """Return which windows of a overlap with a window of b. The arguments a and b are start times in seconds.
 
-    A length is a number, or an array with the length of each window.
+    A length in seconds is one number for all windows, or an array with the length of each window.
     """
     if not len(a) or not len(b):
         return np.zeros(len(a), bool)
     order = np.argsort(b)
     ends = np.maximum.accumulate((b + length_b)[order])
-    # For each window of a, find the windows of b that start before the window of a ends. The tolerance is needed
-    # because start times are rounded.
+    # For each window of a, find the windows of b that start before this window ends. Start times are rounded, so use a
+    # tolerance.
     last = np.searchsorted(b[order], a + length_a - 1e-4) - 1
     return (last >= 0) & (ends[np.maximum(last, 0)] > a + 1e-4)
 
@@ -511,7 +513,7 @@ def _report_unreadable_images(out: Findings, *contents: Contents) -> None:
 
 
 def holds_out_subjects(manifest: Manifest) -> bool:
-    """Return whether the config of a dataset holds subjects out; true for a dataset without a config."""
+    """Return whether the config of a dataset holds out subjects; true for a dataset without a config."""
     return not _allowed_crossings(manifest)[0]
 
 
@@ -574,7 +576,7 @@ def compare_splits(contents: Contents) -> Findings:
 
 
 def _question_two_names(contents: Contents, of_subject: dict[tuple[str, str], set[int]], out: Findings) -> None:
-    """Ask about subjects in different splits of whom sharding has found copies of one recording under both names."""
+    """Add a question if copies of one recording have different subject names that are in different splits."""
     asked: set[frozenset[tuple[str, str]]] = set()
     for row in contents.rows.values():
         kept = contents.rows.get(row.duplicate_of)

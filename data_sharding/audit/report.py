@@ -1,4 +1,4 @@
-"""The report of a dataset: an HTML page with the hours and recordings that were found, written and set aside."""
+"""The report of a dataset: an HTML page with the hours and recordings that were found, written and left out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_RECORDINGS = 200
 EXAMPLES = 3
 """Number of recordings that the report names as examples of each reason."""
 WARN_QUARANTINED = 0.05
-"""Share of quarantined recordings above which the report warns."""
+"""The report warns if more than this fraction of the recordings are quarantined."""
 
 
 def format_hours(hours: float) -> str:
@@ -48,7 +48,7 @@ def _hours_cell(hours: float) -> Cell:
 
 
 def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
-    """Sum the hours of recordings that were found, set aside for each reason, and written to the dataset.
+    """Sum the hours that were found, that were left out for each reason, and that were written to the dataset.
 
     Parameters
     ----------
@@ -132,7 +132,10 @@ def _make_cards(rows: Sequence[LedgerRow], manifest: Manifest) -> list[tuple[str
 
 
 def _designs_by_corpus(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Return the manifest's entry of each corpus by name; an entry has the corpus's kind and experimental design."""
+    """Return the entry of each corpus in the manifest, by name.
+
+    An entry has the kind and the experimental design of the corpus.
+    """
     listed = manifest.extra.get("corpora") or []
     if isinstance(listed, dict):
         listed = [{"name": name, **value} for name, value in listed.items()]
@@ -189,7 +192,7 @@ def find_warnings(rows: Sequence[LedgerRow], manifest: Manifest) -> list[str]:
 
 
 def _format_range(values: Iterable[float]) -> str:
-    """Format numbers as text: one or two different numbers as a list, more numbers as a range."""
+    """Format numbers as text: up to two different numbers as a list, more numbers as a range."""
     found = sorted(set(values))
     if len(found) < 3:
         return ", ".join(f"{value:g}" for value in found)
@@ -237,7 +240,8 @@ def _make_corpus_table(rows: Sequence[LedgerRow], manifest: Manifest) -> Table:
 
 
 def _make_split_table(rows: Sequence[LedgerRow], manifest: Manifest) -> tuple[Table, str, bool]:
-    """Return the table of the splits, a sentence about subjects in several splits, and whether all is well."""
+    """Return the table of the splits, a sentence about subjects in several splits, and whether there are none of
+    them."""
     rows_by_split: dict[str, list[LedgerRow]] = {split: [] for split in SPLITS}
     for row in rows:
         for split in row.splits:
@@ -364,7 +368,7 @@ def _count_values(values: Iterable[str], most: int = 6) -> str:
 
 
 def _make_recording_table(rows: Sequence[LedgerRow]) -> Table:
-    """Make the table of recordings, in which recordings that were set aside come first."""
+    """Make the table of recordings. Recordings that are not in the dataset come first."""
     listed = sorted(rows, key=lambda row: (row.status == "sharded", row.key))[:MAX_RECORDINGS]
     columns = ("format", "n_eeg", "n_kept", "sfreq", "seconds", "amplitude_uv")
     lines = [

@@ -42,7 +42,7 @@ WINDOWS = 3
 MAX_TRACES = 12
 """Maximum number of channels in a chart of EEG traces."""
 WIDTH = 3.7
-"""Width of a chart in inches. At 96 pixels an inch, a chart fits a phone's screen without being made smaller."""
+"""Width of a chart in inches. At 96 pixels per inch, a chart fits on the screen of a phone."""
 
 
 def _make_figure(height: float) -> tuple[Any, Any]:
@@ -97,7 +97,7 @@ def _draw_hours(rows: Sequence[LedgerRow], column: str, title: str) -> Picture:
     for row in rows:
         hours[getattr(row, column)] += row.seconds_written / 3600
     values = sorted(hours)
-    if len(values) > 14:  # A histogram is drawn, because there are too many values for one bar each.
+    if len(values) > 14:  # There are too many different values for one bar per value, so draw a histogram.
         edges = np.linspace(values[0], values[-1], 21)
         axis.hist(values, bins=edges, weights=[hours[v] for v in values], color=COLOURS["sharded"])
     else:
@@ -138,11 +138,11 @@ class Window:
     meta: dict[str, Any]
     """The JSON metadata of the sample."""
     stored: np.ndarray | None = None
-    """[n, S] microvolts: everything that is stored, such as a trial with its baseline; None if this is `eeg`."""
+    """[n, S] microvolts: the whole stored signal, such as a trial with its baseline; None if it is equal to `eeg`."""
 
 
 def _pick_evenly(values: Sequence[Any], n: int) -> list[Any]:
-    """Return at most n of the values, spread evenly over the list. The same list always gives the same values."""
+    """Return at most n of the values, spread evenly over the list. The choice is not random."""
     if len(values) <= n:
         return list(values)
     return [values[i] for i in np.linspace(0, len(values) - 1, n).round().astype(int)]
@@ -182,7 +182,7 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dic
             if not tar.is_file():
                 continue
             if shard not in indices:
-                # Only the index of the last shard is kept in memory, because neighbouring rows are mostly in the same
+                # Keep only the index of the last shard in memory, because neighbouring rows are usually in the same
                 # shard.
                 indices = {shard: read_entries(tar.with_suffix(".idx"), tar.stat().st_size)}
             entries = [entry for entry in indices[shard] if entry["key"].rpartition("-")[0] == row.key]
@@ -250,8 +250,8 @@ def measure_mains_peaks(frequency: np.ndarray, power: np.ndarray) -> dict[float,
     -------
     dict
         For 50 Hz and 60 Hz, if the spectrum contains this frequency: the power of the peak, divided by the median power
-        at a distance of 3 to 8 Hz from the peak. This median is taken below and above the peak, and the larger median
-        counts. So a peak is not invented where one side lies in the hole of a notch filter or beyond the band.
+        at a distance of 3 to 8 Hz from the peak. One median is computed below the peak and one above it, and the larger
+        one is used. So there is no false peak if one side was removed by a notch filter or by the band-pass filter.
     """
     peaks = {}
     for line in (50.0, 60.0):

@@ -37,10 +37,10 @@ class VerifyConfig:
     dataset: str
     """Folder of the dataset."""
     against: str = ""
-    """Folder of a second dataset. The command then checks that no subject, recording, window or image is in both
+    """Folder of a second dataset. If given, the command checks that no subject, recording, window or image is in both
     datasets."""
     content: bool = True
-    """Decode every window and compare the splits. If false, check only bytes and counts."""
+    """If true, decode every window and compare the splits. If false, check only bytes and counts."""
     lines: int = 20
     """Maximum number of findings of each kind that are printed; 0 prints all findings."""
 
@@ -67,7 +67,7 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
     Returns
     -------
     list of str
-        One text for each fault, which begins with the name of the file; empty if the shard is intact.
+        Description of each fault, beginning with the name of the file; empty if the shard is intact.
     """
     name = f"{shard.path.removesuffix('.tar')}.idx"
     tar, index = root / shard.path, root / name
@@ -97,7 +97,8 @@ def shard_faults(root: AnyPath, shard: Shard) -> list[str]:
 def _list_members(tar: AnyPath, size: int) -> dict[str, list[int]] | None:
     """Return offset and size of each member of a shard; None if the tar has a member that Dreamscale does not write.
 
-    `tarfile.open` is not used, because it follows the size of a special member, such as a long name, into memory.
+    `tarfile.open` is not used, because it reads special members, such as a long name, completely into memory, whatever
+    their size is.
     """
     members: dict[str, list[int]] = {}
     with tar.open("rb") as stream:
@@ -105,7 +106,7 @@ def _list_members(tar: AnyPath, size: int) -> dict[str, list[int]] | None:
         while at < size:
             stream.seek(at)
             block = stream.read(HEADER)
-            if not block.strip(b"\0"):  # Two empty blocks end a tar.
+            if not block.strip(b"\0"):  # A tar file ends with two empty blocks.
                 return members
             try:
                 info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
@@ -129,7 +130,7 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
     Returns
     -------
     list of str
-        One text for each fault; empty if the dataset is intact.
+        Description of each fault; empty if the dataset is intact.
 
     Raises
     ------
@@ -164,7 +165,10 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
 
 
 def _intact_entries(index: AnyPath, shard: Shard) -> list[dict[str, Any]]:
-    """Return the entries of an index; none if the index is missing or damaged, which `shard_faults` reports."""
+    """Return the entries of an index.
+
+    For a missing or damaged index, return no entries, because `shard_faults` reports it.
+    """
     with contextlib.suppress(RequestError):
         return read_entries(index, shard.bytes) if index.is_file() else []
     return []
@@ -255,8 +259,8 @@ def verify(config: VerifyConfig) -> int:
     Returns
     -------
     int
-        Exit code: 0 if no fault and no shared data were found; 1 if a fault or shared data were found; 3 if nothing
-        was found, but subjects are unknown, so that one person may be in two splits or datasets.
+        Exit code. 0: no fault and no shared data were found. 1: a fault or shared data were found. 3: nothing was
+        found, but some subjects are unknown, so one person may be in two splits or datasets.
 
     Raises
     ------
@@ -293,7 +297,7 @@ def verify(config: VerifyConfig) -> int:
 
 
 def _conclude(config: VerifyConfig, contents: Contents, findings: Findings) -> int:
-    """Print the last line for a dataset in whose splits no shared data were found, and return the exit code."""
+    """Print the last line if no shared data were found in the splits, and return the exit code."""
     manifest = contents.manifest
     stage = "align" if manifest.labels else "pretrain"
     following = f"next: dreamscale {stage} CONFIG --dataset {config.dataset}"

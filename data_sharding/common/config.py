@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Main(Protocol):
-    """A command: takes its arguments (default: `sys.argv[1:]`) and returns its exit code."""
+    """Type of a command: a function that takes arguments (default: `sys.argv[1:]`) and returns an exit code."""
 
     def __call__(self, argv: list[str] | None = None) -> int:
         """Run the command."""
@@ -43,7 +43,7 @@ def parse_config(
     prog : str
         The command as the user types it, for help and messages.
     positionals : sequence of str
-        Meaning of the arguments without a key, in order: the name of a field, or ``"config"`` for a YAML file.
+        Meaning of each argument without a key: the name of a field, or ``"config"`` for a YAML file.
     aliases : mapping, optional
         Field name for each short flag, e.g. ``{"-o": "output"}``.
 
@@ -103,11 +103,11 @@ def parse_config(
     except RequestError:
         raise
     except Exception as error:
-        # The parser raises its own errors, YAML errors and errors of config classes. The user can repair all of them.
+        # These are errors of the parser, of YAML or of the config class. The user can correct the cause of all of them.
         from data_sharding.common.config_errors import explain
 
         raise RequestError(explain(error, cls, files, words, flags)) from None
-    # Check the seed for all stages here, because NumPy accepts no negative seeds.
+    # NumPy accepts no negative seeds, so check the seeds of all commands here.
     if (seed := getattr(request, "seed", 0)) < 0:
         raise RequestError(f"seed is {seed}; it must not be negative")
     return request
@@ -121,7 +121,7 @@ def _check_config_file(text: str) -> str:
         hint = f"give one of its files: {', '.join(inside[:5])}" if inside else "give a YAML file"
         raise RequestError(f"{text}: is a folder, not a config file; {hint}")
     if not path.is_file():
-        raise RequestError(f"{text}: no such config file; 'dreamscale configs' lists those that come with the package")
+        raise RequestError(f"{text}: no such config file; 'dreamscale configs' lists the configs of the package")
     import yaml
 
     try:
@@ -131,9 +131,9 @@ def _check_config_file(text: str) -> str:
     except OSError as error:
         raise RequestError(f"{text}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeError):
-        pass  # The parser explains faults of the text, with their line.
+        pass  # If the text has a fault, the parser explains it and names the line.
     except ValueError as error:
-        raise RequestError(f"{text}: cannot be used ({error}); write the values out") from None
+        raise RequestError(f"{text}: cannot be used ({error}); write the values without aliases") from None
     return str(path)
 
 
@@ -145,7 +145,7 @@ def command(
     positionals: Sequence[str] = ("config",),
     aliases: Mapping[str, str] | None = None,
 ) -> Main:
-    """Make the ``main(argv) -> exit code`` of a command.
+    """Make the function ``main(argv)`` of a command, which returns the exit code.
 
     Parameters
     ----------

@@ -43,7 +43,7 @@ def renamed_keys(cls: type, prefix: str = "") -> dict[str, str]:
     """Return the keys of older versions of a config, each with its replacement.
 
     A config class lists its old keys in ``RENAMED: ClassVar[dict[str, str]]``. The value for an old key is the new key,
-    or a sentence that says what to use. Both keys are written without the path to the class.
+    or a sentence that tells the user what to write. Both keys are written without the path to the class.
     """
     found = {}
     for old, new in getattr(cls, "RENAMED", {}).items():
@@ -57,7 +57,7 @@ def renamed_keys(cls: type, prefix: str = "") -> dict[str, str]:
 def unknown_key(key: str, cls: type, prefix: str = "") -> str:
     """Explain that a config class does not have a key; `prefix` is the path to the class, such as ``preprocess.``."""
     if prefix + key in (renamed := renamed_keys(cls, prefix)):
-        return f"the key '{prefix}{key}' has another name now; {renamed[prefix + key]}"
+        return f"the key '{prefix}{key}' was renamed; {renamed[prefix + key]}"
     keys = list_keys(cls)
     near = difflib.get_close_matches(key, keys, n=1) or [k for k in keys if k.split(".")[-1] == key.split(".")[-1]]
     hint = f"did you mean '{prefix}{near[0]}'?" if near else "see --help for the valid keys"
@@ -86,7 +86,7 @@ def read_config_file(path: Path) -> tuple[dict[str, Any], str | None]:
     except (yaml.YAMLError, UnicodeError):
         return {}, f"{path}: not a YAML file; give the text file with the keys of this command"
     except ValueError as error:
-        return {}, f"{path}: cannot be used ({error}); write the values out"
+        return {}, f"{path}: cannot be used ({error}); write the values without aliases"
     if values is None:
         return {}, f"{path}: the file is empty; write the keys of this command into it (see --help)"
     if not isinstance(values, dict):
@@ -104,7 +104,7 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
     values : Any
         Values that the user wrote for this class.
     where : str
-        Path of the values in the config: empty at the top level, otherwise for example ``preprocess`` or ``corpora[0]
+        Place of the values in the config: empty at the top level, otherwise for example ``preprocess`` or ``corpora[0]
         (kind folder)``.
     is_entry : bool
         Whether the values are an entry of a list.
@@ -128,13 +128,13 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
         if value is not None and (fault := _value_fault(known[key], value, path + key)):
             return start + fault
     if not where:
-        return None  # A key that is missing in the file may be on the command line.
+        return None  # A key that is missing in the file may be given on the command line.
     for field in dataclasses.fields(cls):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if field.init and required and values.get(field.name) is None:
             return f"{start}missing key '{path}{field.name}'; add it"
     if is_entry:
-        # The class checks the meaning of its values. The code here adds which entry of the list has the fault.
+        # The class checks its own values. Add the place of the fault in the list to its message.
         try:
             cls(**values)
         except ValueError as error:
@@ -171,7 +171,7 @@ def _value_fault(hint: Any, value: Any, key: str) -> str | None:
 
 
 def _example(cls: Any) -> str:
-    """Return a key for the example of an entry: the first required key, or else the first key."""
+    """Return a key for an example in a message: the first required key, or else the first key."""
     fields = [field for field in dataclasses.fields(cls) if field.init]
     return next((field.name for field in fields if field.default is field.default_factory), fields[0].name)
 
@@ -184,7 +184,7 @@ def _name_of_entry(cls: Any, values: Any, place: str) -> str:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a YAML value fits a type; True for a type that this function does not know."""
+    """Return whether a YAML value fits a type; True for a type that this function does not know."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(one, value) for one in arguments)
@@ -210,7 +210,7 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def describe_type(hint: Any) -> str:
-    """Describe in words which values a type accepts, for error messages."""
+    """Describe the values that a type accepts, for error messages."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, typing.Union):
         words = [describe_type(one) for one in arguments if one is not types.NoneType]
@@ -261,7 +261,7 @@ def find_fault_in_words(cls: type, words: Sequence[str]) -> str | None:
             value = parse_yaml(text)
         except (yaml.YAMLError, ValueError):
             continue
-        # An argument is text. It is accepted if either the text or the YAML value of the text fits the type.
+        # Arguments are text. An argument is valid if the text or the parsed YAML value of the text fits the type.
         fits = value is None or hint is str or _fits(hint, text)
         if not fits and (fault := _value_fault(hint, value, key)):
             return fault

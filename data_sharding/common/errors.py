@@ -13,31 +13,32 @@ EXIT_BAD_REQUEST = 2
 EXIT_SET_ASIDE = 3
 EXIT_NOT_KNOWN = 3
 EXIT_STOPPED = 75
-# C0 and C1 control characters, the marks that change the direction of text, and halves of characters.
+# C0 and C1 control characters, characters that change the direction of text, and single surrogates (halves of a
+# character).
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class RequestError(ValueError):
-    """A request cannot be carried out; the user can correct the request.
+    """Error in a request (arguments, config or input files) that the user can correct.
 
-    The message is one line. It names the file, key or recording, the fault, and the fix.
+    The message is one line. It names the file, key or recording, and says what is wrong and what to do.
     """
 
 
 class RankError(RequestError):
-    """A `RequestError` that only one training process finds. This process must print the error itself."""
+    """A `RequestError` that occurs in only one training process. This process must print the error itself."""
 
 
 class StopRequested(BaseException):
-    """Raised after a signal to stop. All finished work is kept, and the same command resumes the work.
+    """Raised after a stop signal. All finished work is kept, and the same command resumes the work.
 
-    Like `KeyboardInterrupt`, this class is no `Exception`: the exception may be raised inside of a library, and
-    libraries catch every `Exception` in many places.
+    Like `KeyboardInterrupt`, this class is not a subclass of `Exception`. It can be raised inside a library, and many
+    libraries catch every `Exception`.
     """
 
 
 def one_line(text: object) -> str:
-    """Join the lines of a message to one line.
+    """Convert a message of several lines to one line.
 
     Parameters
     ----------
@@ -56,8 +57,8 @@ def printable(text: object) -> str:
     r"""Make a text safe for a terminal.
 
     File names, channel names and messages come from files that other people wrote. An escape sequence in such a text
-    could change the title, the colours or the content of a terminal, and text that runs from right to left could hide
-    the real name of a file.
+    could change the title, the colours or the content of a terminal. Right-to-left text could hide the real name of a
+    file.
 
     Parameters
     ----------
@@ -67,8 +68,8 @@ def printable(text: object) -> str:
     Returns
     -------
     str
-        The text. Each control character, except line feed and tab, each character that changes the direction of text,
-        and each half of a character is replaced by its code, such as ``\x1b``.
+        The text. These characters are replaced by their code, such as ``\x1b``: control characters (except line feed
+        and tab), characters that change the direction of text, and single surrogates.
     """
     return _UNPRINTABLE.sub(_code, str(text))
 
@@ -118,13 +119,13 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None = None) ->
     Returns
     -------
     int
-        0: done; 1: failed; 2: the request was wrong; 3: too many recordings were quarantined, or the result is
-        not known; 75: stopped on request.
+        0: done; 1: failed; 2: error in the request; 3: too many recordings were quarantined, or a check had no result;
+        75: stopped on request.
     """
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except RequestError as error:
-        # All ranks find the same fault, so only one rank of each machine prints the message.
+        # All ranks raise the same error, so only one rank of each machine prints it.
         rank = os.environ.get("RANK", "0")
         if os.environ.get("LOCAL_RANK", rank) == "0" or rank == "0" or isinstance(error, RankError):
             who = f"process {rank}: " if rank != "0" else ""

@@ -1,4 +1,4 @@
-"""Write files so that readers never see a part of a file, and compute checksums."""
+"""Write files so that readers never see an incomplete file, and compute checksums."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def digest_of(value: Any) -> str:
 
 
 def atomic_write_bytes(path: str | AnyPath, data: bytes) -> None:
-    """Write a file so that readers see either the old content or the new one.
+    """Write a file so that readers see either the complete old content or the complete new content.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ def atomic_write_bytes(path: str | AnyPath, data: bytes) -> None:
         New content.
     """
     path = as_path(path)
-    if isinstance(path, UPath):  # An object store shows an object only after the whole upload.
+    if isinstance(path, UPath):  # On an object store, readers see an object only after the upload is complete.
         if path.protocol == "memory":
             path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -71,19 +71,19 @@ def atomic_write_bytes(path: str | AnyPath, data: bytes) -> None:
 
 
 def atomic_write_text(path: str | AnyPath, text: str) -> None:
-    """Write a UTF-8 text file, so that readers see either the old content or the new one."""
+    """Write a UTF-8 text file, so that readers see either the complete old or the complete new content."""
     atomic_write_bytes(path, text.encode())
 
 
 def write_json(path: str | AnyPath, value: Any) -> None:
-    """Write JSON with sorted keys, so that readers see either the old content or the new one.
+    """Write JSON with sorted keys, so that readers see either the complete old or the complete new content.
 
     Parameters
     ----------
     path : str, Path or UPath
         File to write.
     value : Any
-        Value to write. NaN and infinities are refused, because JSON does not have them.
+        Value to write. NaN and infinite values raise an error, because JSON does not have them.
     """
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
@@ -104,7 +104,7 @@ def read_json(path: str | AnyPath) -> Any:
     Raises
     ------
     RequestError
-        If the file is missing, unreadable, not JSON, or larger than `MAX_JSON` (`parse_json` says what is refused).
+        If the file is missing, unreadable, larger than `MAX_JSON`, or refused by `parse_json`.
     """
     path = as_path(path)
     try:
@@ -130,9 +130,9 @@ def atomic_directory(path: str | AnyPath, last: str = "manifest.json") -> Iterat
     path : str, Path or UPath
         Final path. An existing directory is replaced only when the new directory is complete.
     last : str
-        File that marks a complete directory. An object store cannot rename a directory. So this file is deleted before
-        the other files of the old directory, and written after the other files of the new directory. Without this file,
-        the directory counts as incomplete.
+        File that marks a complete directory. Without this file, the directory counts as incomplete. This is for object
+        stores, which cannot rename a directory: there, this file of the old directory is deleted first, and this file
+        of the new directory is written last.
 
     Yields
     ------

@@ -1,19 +1,19 @@
-"""Read YAML of other people: plain values only, and no few lines that stand for a huge value."""
+"""Read untrusted YAML. Only plain values are allowed, and short files that expand to a huge value are refused."""
 
 from __future__ import annotations
 
 from typing import Any
 
 MAX_YAML = 2**20
-"""Largest size of a YAML file in bytes. PyYAML needs some seconds for such a file."""
+"""Largest size of a YAML file in bytes. PyYAML needs a few seconds for a file of this size."""
 MAX_YAML_DEPTH = 50
-"""Largest number of lists and groups of keys inside one another in a YAML file."""
+"""Largest depth of nested lists and mappings in a YAML file."""
 MAX_YAML_VALUES = 200_000
-"""Largest number of values in a YAML file, with each value that an alias repeats."""
+"""Largest number of values in a YAML file. A value counts again each time that an alias repeats it."""
 
 
 def check_yaml(text: str | bytes) -> None:
-    """Refuse YAML in which a few lines stand for a huge or endless value.
+    """Refuse YAML that expands to a huge or endless value.
 
     Parameters
     ----------
@@ -23,8 +23,8 @@ def check_yaml(text: str | bytes) -> None:
     Raises
     ------
     ValueError
-        If the text is longer than `MAX_YAML`, if its aliases (``*name``) stand for more than `MAX_YAML_VALUES` values
-        or for themselves, or if it is nested more than `MAX_YAML_DEPTH` deep.
+        If the text is longer than `MAX_YAML`, if it expands to more than `MAX_YAML_VALUES` values, if an alias
+        (``*name``) contains itself, or if the nesting is deeper than `MAX_YAML_DEPTH`.
     yaml.YAMLError
         If the text is not YAML.
     """
@@ -36,12 +36,12 @@ def check_yaml(text: str | bytes) -> None:
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_YAML_DEPTH:
-            raise ValueError("lists and keys are nested too deeply")
+            raise ValueError("its lists and keys are nested too deeply")
     _measure(yaml.compose(text, yaml.SafeLoader), {})
 
 
 def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return the number of values below a YAML node, each as often as aliases repeat it, and their largest depth."""
+    """Return the number of values below a YAML node, including repetitions by aliases, and their largest depth."""
     if node is None or isinstance(node.value, str):
         return 1, 0
     if id(node) not in known:
@@ -50,15 +50,15 @@ def _measure(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
         found = [_measure(part, known) for part in parts]
         count, depth = 1 + sum(count for count, _ in found), 1 + max((depth for _, depth in found), default=0)
         if count > MAX_YAML_VALUES or depth > MAX_YAML_DEPTH:
-            raise ValueError(f"its aliases stand for more than {MAX_YAML_VALUES} values, or are nested too deeply")
+            raise ValueError(f"its aliases expand to more than {MAX_YAML_VALUES} values, or are nested too deeply")
         known[id(node)] = count, depth
     if known[id(node)] == (0, 0):
-        raise ValueError("an alias stands for a list or group that contains the alias")
+        raise ValueError("an alias refers to a list or mapping that contains the alias")
     return known[id(node)]
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Parse YAML of plain values that passes `check_yaml`.
+    """Parse YAML of plain values, after `check_yaml`.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def parse_yaml(text: str | bytes) -> Any:
     Raises
     ------
     ValueError
-        If the text fails `check_yaml`.
+        If `check_yaml` refuses the text.
     yaml.YAMLError
         If the text is not YAML of plain values.
     """

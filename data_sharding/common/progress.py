@@ -30,7 +30,7 @@ def progress(
     Yields
     ------
     callable
-        Function ``advance(n=1, note="")``, which counts `n` more steps as done and shows `note` beside the bar.
+        Function ``advance(n=1, note="")``, which counts `n` more steps as done and shows `note` next to the bar.
     """
     if not enabled:
         yield lambda n=1, note="": None
@@ -78,7 +78,7 @@ class JobProgress:
     ----------
     sizes : dict of str to int
         Size in bytes of each recording, by key. The remaining time is estimated from the number of unread bytes,
-        because recordings differ much in size.
+        because recordings have very different sizes.
     every_s : float
         Seconds between two lines if the output is not a terminal.
     """
@@ -124,12 +124,13 @@ class JobProgress:
             self.channel_seconds += seconds * channels
 
     def figures(self) -> dict[str, str]:
-        """Return the numbers that the display shows, by title.
+        """Return the displayed values, by title.
 
         Returns
         -------
         dict of str to str
-            Recordings, recordings set aside, hours, speed, tasks in flight, elapsed and remaining time.
+            Recordings, recordings that were quarantined or excluded, hours, speed, running tasks, elapsed and remaining
+            time.
         """
         passed = max(time.monotonic() - self._began, 1e-9)
         eta = f"{_clock(self._left * passed / self._read)}" if self._read else "?"

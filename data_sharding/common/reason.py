@@ -1,4 +1,4 @@
-"""The class `Reason`, which says why a recording is not used."""
+"""The class `Reason`: the reason why a recording is not used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Self
 
 
 class Reason(str):
-    """Reason in the ledger why a recording is not used: a sentence, and a category for counting.
+    """Reason why a recording is not used: a sentence for the ledger, and a category for counting.
 
     A reason is a `str`, so it can be printed, compared and stored like any other text. Error messages can contain bytes
     of a damaged file. So unprintable characters are replaced by '?', and the reason is always one line.
@@ -31,7 +31,7 @@ class Reason(str):
         return self
 
     def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:
-        # `copy` and `pickle` rebuild the object with these arguments.
+        # `copy` and `pickle` create the object again with these arguments.
         return (self.category,), {"text": str(self)}
 
     def shortened(self, length: int) -> Reason:

@@ -15,18 +15,19 @@ def shipped_configs() -> Path:
     Returns
     -------
     Path
-        The folder ``dreamscale_configs`` beside the installed packages, or the folder ``configs`` of the checkout.
+        The folder ``dreamscale_configs`` next to the installed packages, or the folder ``configs`` of the repository.
 
     Raises
     ------
     RequestError
         If neither folder exists.
     """
-    # In the wheel, setup.py names the folder 'dreamscale_configs', because no other package uses this name.
+    # In the wheel, the folder has the name 'dreamscale_configs' (see setup.py), because no other package uses this
+    # name.
     for folder in (_ABOVE / "dreamscale_configs", _ABOVE / "configs"):
         if folder.is_dir():
             return folder
-    raise RequestError(f"{_ABOVE}: no configs beside the packages; install Dreamscale again, with pip")
+    raise RequestError(f"{_ABOVE}: the folder of configs is missing; install Dreamscale again with pip")
 
 
 def find_config(path: str | Path) -> Path:

@@ -60,7 +60,7 @@ def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
 
 
 def is_remote(path: AnyPath | str) -> bool:
-    """Whether a path is on an object store and not on this machine's disks; True for fsspec's ``memory://`` too."""
+    """Return whether a path is not on a disk of this machine. This is also True for fsspec's ``memory://``."""
     if isinstance(path, str):
         path = as_path(path)
     return isinstance(path, UPath) and path.protocol not in ("", "file", "local")
@@ -74,7 +74,7 @@ def fresh(path: AnyPath) -> AnyPath:
 
 
 def file_state(path: AnyPath) -> tuple[int, int, str]:
-    """Return properties of a file that change when its content changes. Reading them takes one request.
+    """Return the size, modification time and checksum of a file. On an object store, this takes one request.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def file_state(path: AnyPath) -> tuple[int, int, str]:
 
 
 def check_scratch(base: Path) -> None:
-    """Make the folder for scratch folders if it is missing, and check that no other user can replace what is in it.
+    """Create the folder for scratch folders if it is missing, and check that no other user can replace its content.
 
     Parameters
     ----------
@@ -110,16 +110,16 @@ def check_scratch(base: Path) -> None:
     Raises
     ------
     RequestError
-        If the folder belongs to another user (except root), or if every user can delete the files of others in it.
+        If the folder belongs to another user (except root), or if every user can delete other users' files in it.
     """
     base.mkdir(parents=True, exist_ok=True)
     status = base.stat()
     if status.st_uid not in (os.geteuid(), 0):
-        raise RequestError(f"DREAMSCALE_SCRATCH '{base}': belongs to another user; choose a folder of your own")
+        raise RequestError(f"DREAMSCALE_SCRATCH '{base}': belongs to another user; choose a folder that belongs to you")
     if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
         raise RequestError(
-            f"DREAMSCALE_SCRATCH '{base}': every user can delete the files of others in it; run 'chmod +t' on it, or "
-            "choose your own folder"
+            f"DREAMSCALE_SCRATCH '{base}': every user can delete other users' files in it; run 'chmod +t' on it, or "
+            "choose a folder that belongs to you"
         )
 
 
@@ -130,8 +130,8 @@ def scratch_folder() -> Iterator[Path]:
     Yields
     ------
     Path
-        The temporary folder. It lies in the folder that the environment variable DREAMSCALE_SCRATCH names (choose a
-        fast local disk), or else in the system's temporary folder.
+        The temporary folder. It is created in the folder that the environment variable DREAMSCALE_SCRATCH names (choose
+        a fast local disk), or else in the system's temporary folder.
     """
     base = os.environ.get("DREAMSCALE_SCRATCH")
     if base:
@@ -161,7 +161,7 @@ def fetch(fs: Any, wanted: Mapping[str, Path]) -> None:
     for path, target in wanted.items():
         size, got = fs.info(path)["size"], target.stat().st_size if target.is_file() else 0
         if got != size:
-            raise OSError(errno.EIO, f"fetched {got} of {size} bytes", path)
+            raise OSError(errno.EIO, f"downloaded {got} of {size} bytes", path)
 
 
 @contextlib.contextmanager
@@ -189,7 +189,7 @@ def localised(files: Sequence[AnyPath]) -> Iterator[list[Path]]:
         yield [Path(f) for f in files]  # type: ignore[arg-type]
         return
     with scratch_folder() as folder:
-        # Keep the name of the parent folder: a recording may be a folder, and readers use its name.
+        # Keep the name of the folder, because a recording can be a folder, and readers use its name.
         parents = [posixpath.dirname(f.path) for f in remote]
         top = posixpath.dirname(posixpath.commonpath(parents))
         place = {f: folder / posixpath.relpath(f.path, top or posixpath.curdir) for f in remote}
@@ -205,7 +205,7 @@ def localised(files: Sequence[AnyPath]) -> Iterator[list[Path]]:
 
 
 def put(local: Path, target: AnyPath) -> None:
-    """Copy a local file, so that readers never see a part of the file.
+    """Copy a local file, so that readers never see an incomplete file.
 
     Parameters
     ----------
@@ -225,7 +225,7 @@ def put(local: Path, target: AnyPath) -> None:
         target.fs.put_file(str(local), target.path)
         fresh(target)
         if (size := target.fs.info(target.path)["size"]) != local.stat().st_size:
-            raise OSError(errno.EIO, f"{size} of {local.stat().st_size} bytes arrived", str(target))
+            raise OSError(errno.EIO, f"only {size} of {local.stat().st_size} bytes were written", str(target))
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -238,7 +238,7 @@ def put(local: Path, target: AnyPath) -> None:
 
 
 def deliver(local: Path, target: AnyPath) -> None:
-    """Move a finished local file, so that readers never see a part of the file.
+    """Move a finished local file, so that readers never see an incomplete file.
 
     Parameters
     ----------
@@ -288,8 +288,9 @@ def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json")
     local : Path
         Folder to move.
     target : Path, UPath or str
-        Destination. An existing folder without the file `last` comes from a process that died, and is replaced. An
-        existing folder with the file `last` is kept, because folders with the same name have the same content.
+        Destination. If a folder without the file `last` exists there, it comes from a process that died, and is
+        replaced. If a folder with the file `last` exists, it is kept, because folders with the same name have the same
+        content.
     last : str
         File that marks a complete folder.
 
@@ -321,8 +322,8 @@ def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json")
     try:
         _move(local, target)
     except OSError as error:
-        # Another worker has already written this folder. The job took that worker for lost, and gave its task to this
-        # worker.
+        # Another worker has already written this folder. The job lost contact with that worker and repeated the task
+        # here.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (target / last).is_file():
             raise
         shutil.rmtree(local, ignore_errors=True)
@@ -355,9 +356,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def is_storage_error(error: BaseException) -> bool:
-    """Whether an error comes from a disk, a network folder or an object store, and not from the data.
+    """Return whether an error comes from a disk, a network folder or an object store, and not from the data.
 
-    The result is True for `OSError` and for errors of the stores' libraries. Many of these are not an `OSError`.
+    The result is True for `OSError` and for the errors of object stores' libraries, which are often not an `OSError`.
     """
     libraries = ("botocore", "aiobotocore", "aiohttp", "s3fs", "gcsfs", "adlfs", "fsspec")
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in libraries

@@ -1,8 +1,8 @@
-"""Checks of values that come from files. Nothing that a file says is used before one of these checks has passed.
+"""Checks of values that come from files. A value from a file must pass one of these checks before it is used.
 
-Datasets, checkpoints and models travel between laboratories, and anybody can have changed them on the way. The readers
-of all these files call the functions of this module. Each function returns the value if the value is good, and raises a
-`RequestError` with one line if it is not.
+Datasets, checkpoints and models are copied between laboratories, and somebody may have changed them. So the readers of
+these files call the functions of this module. Each function returns the value if the value is valid, and raises a
+`RequestError` with a message of one line otherwise.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ MAX_PIXELS = 64_000_000
 MAX_IMAGE = 2**28
 """Largest size of an image file in bytes."""
 IMAGE_KINDS = ("JPEG", "PNG", "WEBP")
-"""Kinds of image files that are decoded, as Pillow names them. The content of the file counts, not its name."""
+"""Image formats that are decoded, by Pillow's names. The format is recognised by the content, not by the file name."""
 MAX_UNPACKED = 200
-"""Largest number of bytes of a compressed archive's content, for each byte of the archive."""
+"""Largest allowed ratio of an archive's unpacked size to its packed size."""
 FREE_UNPACKED = 64 * 2**20
-"""Number of bytes that an archive may always unpack to."""
+"""An archive whose unpacked size in bytes is at most this value is always allowed."""
 MAX_WINDOW = 2**20
 """Largest number of time points of a window or trial. A padded window of this length takes 0.27 GB as float16."""
 MAX_FILE = 2**50
 """Largest size of a file in bytes that a manifest may state."""
 LEAST_SAMPLE = 2048
-"""Smallest number of bytes of a sample in a tar: two members, each with a header."""
+"""Smallest size in bytes of a sample in a tar file: two members, each with a header."""
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,88}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}"
 _PATH = re.compile(rf"{_PART}(?:/{_PART}){{0,15}}")
-# Numbers with so many digits, or with such a large exponent, may be infinite after parsing.
+# Pattern of numbers with so many digits, or such a large exponent, that parsing can give infinity.
 _LARGE_NUMBER = re.compile(r"[eE]\+?\d{3}|\d{300}")
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 _TEXT, _NUMBER = (str, None), ((int, float), None)
-# Type and smallest value of the entries of a sample's metadata.
+# Type and smallest value of each entry of a sample's metadata.
 _META: dict[str, tuple[Any, float | None]] = {
     **dict.fromkeys(("reference", "recording", "subject", "session", "corpus", "split"), _TEXT),
     **dict.fromkeys(("image_id", "label_name", "caption", "concept"), _TEXT),
@@ -71,19 +71,19 @@ def _refuse(where: str, fault: str) -> RequestError:
 
 
 def check_key(value: Any, where: str) -> str:
-    """Check the key of a sample or the name of a split: only letters, digits, ``_`` and ``-``, at most 88 of them.
+    """Check the key of a sample or the name of a split: at most 88 letters, digits, ``_`` and ``-``.
 
     Parameters
     ----------
     value : Any
-        The key that a file states.
+        The key in the file.
     where : str
         Path of the file, for the message.
 
     Returns
     -------
     str
-        The key. It is safe as the name of a file.
+        The key. It can safely be used as a file name.
 
     Raises
     ------
@@ -108,19 +108,19 @@ def check_path(value: Any, where: str) -> str:
     Parameters
     ----------
     value : Any
-        The path that a file states.
+        The path in the file.
     where : str
-        Path of the file that states the path, for the message.
+        Path of the file that contains the value, for the message.
 
     Returns
     -------
     str
-        The path, relative and with forward slashes. It cannot lead out of the folder.
+        The path: relative, with forward slashes, and always inside the folder.
 
     Raises
     ------
     RequestError
-        If the path is absolute, has a part ``..`` or a hidden part, or has a character that Dreamscale does not write.
+        If the path is absolute, if a part is ``..`` or hidden, or if it has a character that Dreamscale never uses.
     """
     if not isinstance(value, str) or not _PATH.fullmatch(value):
         raise _refuse(where, f"'{show(value)}' is not a path of a file inside the folder")
@@ -133,7 +133,7 @@ def check_count(value: Any, where: str, what: str, *, least: int = 0, most: floa
     Parameters
     ----------
     value : Any
-        The number that a file states.
+        The number in the file.
     where, what : str
         Path of the file, and name of the number, for the message.
     least, most : int
@@ -216,8 +216,8 @@ def parse_json(data: str | bytes | bytearray | memoryview) -> Any:
     Raises
     ------
     ValueError
-        If the text is not JSON, if an object has a key twice, if a number is NaN or infinite, if a text has half of a
-        character, if lists and objects are nested too deeply, or if the text is longer than `MAX_JSON`.
+        If the text is not JSON or is longer than `MAX_JSON`, if an object has a key twice, if a number is NaN or
+        infinite, if a text has a single surrogate (half of a character), or if lists and objects are nested too deeply.
     """
     if len(data) > MAX_JSON:
         raise ValueError(f"longer than {MAX_JSON // 2**20} MiB")
@@ -228,13 +228,14 @@ def parse_json(data: str | bytes | bytearray | memoryview) -> Any:
     except RecursionError:
         raise ValueError("lists and objects are nested too deeply") from None
     if _HALF_CHARACTER.search(text):
-        # Such a text cannot be printed or stored. A surrogate pair is one whole character and passes.
+        # A text with a single surrogate cannot be printed or stored. A pair of surrogates is one character and is
+        # allowed.
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """Open a local file for reading, and refuse anything that is not a file.
+    """Open a local file for reading. Refuse folders, devices, sockets and named pipes.
 
     Parameters
     ----------
@@ -251,7 +252,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     OSError
         If the file cannot be opened.
     RequestError
-        If the path is a folder, a device, a socket or a named pipe, whose reading could wait for ever.
+        If the path is not a file. (Reading from a device, a socket or a named pipe may never end.)
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -261,7 +262,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def is_special(path: str | os.PathLike[str]) -> bool:
-    """Whether a path on this machine is a device, a socket or a named pipe, whose reading could wait for ever."""
+    """Return whether a path is a device, a socket or a named pipe. Reading from them may never end."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 - called for every file of a corpus
     except OSError:
@@ -302,7 +303,9 @@ def read_limited(path: Any, most: int = MAX_JSON) -> bytes:
 def check_entries(
     entries: Any, where: str, members: Mapping[str, int], *, tar_bytes: int, longest: int
 ) -> list[dict[str, Any]]:
-    """Check the entries of a shard's index.
+    """Check the entries of the index of a shard.
+
+    An entry has the key of a sample, and the places of its members in the tar.
 
     Parameters
     ----------
@@ -313,7 +316,7 @@ def check_entries(
     members : mapping of str to int
         Largest size in bytes of each member that a sample may have.
     tar_bytes : int
-        Size of the tar in bytes. No member can lie behind the end of the tar.
+        Size of the tar file in bytes. Every member must be inside the tar file.
     longest : int
         Largest number of time points of a sample.
 
@@ -325,7 +328,7 @@ def check_entries(
     Raises
     ------
     RequestError
-        If an entry has a wrong key, an unknown member, or an offset or size that does not fit into the tar.
+        If an entry has an invalid key, an unknown member, or an offset or size that is not inside the tar file.
     """
     for number, entry in enumerate(check_list(entries, where)):
         check_entry(entry, f"{where}, entry {number}", members, tar_bytes=tar_bytes, longest=longest)
@@ -342,13 +345,13 @@ def check_entry(entry: Any, where: str, members: Mapping[str, int], *, tar_bytes
         if name not in members:
             raise _refuse(where, f"a member '{show(name)}'")
         if not isinstance(place, list) or len(place) != 2:
-            raise _refuse(where, f"the place of {name} is not an offset and a size")
+            raise _refuse(where, f"the value of {name} is not an offset and a size")
         size = check_count(place[1], where, f"the size of {name}", most=min(tar_bytes, members[name]))
         check_count(place[0], where, f"the offset of {name}", most=tar_bytes - size)
 
 
 def check_preprocess(values: Any, where: str) -> dict[str, Any]:
-    """Check the numbers of a stored `PreprocessSpec`, before memory is reserved for its windows.
+    """Check the numbers of a stored `PreprocessSpec`, before memory is allocated for its windows.
 
     Parameters
     ----------
@@ -393,8 +396,8 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
     Raises
     ------
     RequestError
-        If a path leads out of the dataset, a checksum is not a checksum, a shard has more samples than its bytes can
-        hold, or a value has another type than in a manifest.
+        If a path is not inside the dataset, a checksum or a value has the wrong form, or a shard is too small for its
+        number of samples.
     """
     check_group(values, where)
     check_text(values.get("dataset_id"), where, "dataset_id")
@@ -430,7 +433,7 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
 
 
 def check_meta(values: Any) -> dict[str, Any]:
-    """Check the types of the metadata of a sample. An entry may be missing, and unknown entries may have any value.
+    """Check the types of a sample's metadata. Known entries may be missing, and unknown entries may have any value.
 
     Parameters
     ----------
@@ -445,7 +448,7 @@ def check_meta(values: Any) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If an entry has another type than in the metadata that Dreamscale writes.
+        If an entry does not have the type that Dreamscale writes.
     """
     if not isinstance(values, dict):
         raise ValueError("not an object with keys and values")
@@ -465,7 +468,7 @@ def check_meta(values: Any) -> dict[str, Any]:
 
 
 def unpack_zstd(data: bytes, where: str) -> bytes:
-    """Unpack data that zstd has compressed.
+    """Decompress zstd data.
 
     Parameters
     ----------
@@ -482,7 +485,7 @@ def unpack_zstd(data: bytes, where: str) -> bytes:
     Raises
     ------
     RequestError
-        If the data are damaged, or unpack to far more bytes than their own size.
+        If the data are damaged, or if the decompressed size is far larger than the compressed size.
     """
     import zstandard
 
@@ -497,7 +500,7 @@ def unpack_zstd(data: bytes, where: str) -> bytes:
 
 
 def private_folder(path: Path) -> Path:
-    """Make a folder that only this user can write to, or check that an existing folder is one.
+    """Create a folder that only this user can write to. If the folder exists, check that it is such a folder.
 
     Parameters
     ----------
@@ -512,8 +515,7 @@ def private_folder(path: Path) -> Path:
     Raises
     ------
     RequestError
-        If the folder, or the folder above it, belongs to another user who could replace its files; or if every user
-        can replace it.
+        If another user could replace the folder or its files.
     OSError
         If the folder cannot be made.
     """
@@ -521,21 +523,21 @@ def private_folder(path: Path) -> Path:
     for folder in (path.absolute(), path.absolute().parent):
         status = folder.stat()
         if status.st_uid not in (os.geteuid(), 0):
-            raise RequestError(f"{folder}: belongs to another user of this machine; choose a folder of your own")
+            raise RequestError(f"{folder}: belongs to another user; choose a folder that belongs to you")
         if folder.name != path.name and status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            raise RequestError(f"{folder}: every user can replace what is in it; choose a folder of your own")
+            raise RequestError(f"{folder}: every user can replace its content; choose a folder that belongs to you")
     if path.stat().st_uid == os.geteuid():
         path.chmod(0o700)
     return path
 
 
 def check_unpacked(sizes: Iterable[int], packed: int, where: str) -> None:
-    """Refuse a compressed archive that unpacks to far more bytes than its own size.
+    """Refuse a compressed archive whose unpacked size is far larger than its packed size.
 
     Parameters
     ----------
     sizes : iterable of int
-        Sizes in bytes that the archive states for its parts.
+        Unpacked sizes of the parts in bytes, according to the archive.
     packed : int
         Size of the archive in bytes.
     where : str
@@ -544,7 +546,8 @@ def check_unpacked(sizes: Iterable[int], packed: int, where: str) -> None:
     Raises
     ------
     RequestError
-        If the parts have more than `MAX_UNPACKED` times the bytes of the archive, and more than `FREE_UNPACKED`.
+        If the sum of the sizes is more than `MAX_UNPACKED` times the size of the archive, and more than
+        `FREE_UNPACKED`.
     """
     total = sum(sizes)
     if total > max(FREE_UNPACKED, MAX_UNPACKED * packed):
@@ -552,7 +555,7 @@ def check_unpacked(sizes: Iterable[int], packed: int, where: str) -> None:
 
 
 def open_npz(path: str | os.PathLike[str]) -> Any:
-    """Open a ``.npz`` file of plain arrays, and refuse a file that unpacks to far more bytes than its own size.
+    """Open a ``.npz`` file of plain arrays. Refuse a file whose unpacked size is far larger than its packed size.
 
     Parameters
     ----------
@@ -567,7 +570,7 @@ def open_npz(path: str | os.PathLike[str]) -> Any:
     Raises
     ------
     RequestError
-        If the file is not a zip archive, or unpacks to too many bytes.
+        If the file is not a zip archive, or if its unpacked size is too large.
     OSError
         If the file cannot be read.
     """
@@ -584,17 +587,17 @@ def open_npz(path: str | os.PathLike[str]) -> Any:
 
 
 def check_hdf5(path: str | os.PathLike[str]) -> None:
-    """Refuse an HDF5 file, such as a MATLAB or EEGLAB file, that takes its content from other files.
+    """Refuse an HDF5 file (for example a MATLAB or EEGLAB file) that reads data from other files.
 
     Parameters
     ----------
     path : str or Path
-        The file. A file that is not HDF5 passes.
+        The file. A file that is not HDF5 is not checked.
 
     Raises
     ------
     RequestError
-        If the file has links to other files, or data sets whose values lie in other files or are far larger than the
+        If the file has links to other files, or data sets whose values are in other files or are far larger than the
         file.
     """
     import h5py
@@ -613,14 +616,14 @@ def check_hdf5(path: str | os.PathLike[str]) -> None:
             try:
                 entry = group[name]
             except (KeyError, OSError, RuntimeError):
-                continue  # A link that leads nowhere.
+                continue  # This link has no target.
             address = h5py.h5o.get_info(entry.id).addr
             if address in seen:
                 continue
             seen.add(address)
             if isinstance(entry, h5py.Dataset):
                 if entry.external or entry.is_virtual:
-                    raise _refuse(str(path), f"the values of '{show(name)}' lie in another file")
+                    raise _refuse(str(path), f"the values of '{show(name)}' are in another file")
                 sizes.append(entry.size * entry.dtype.itemsize if entry.size is not None else 0)
             elif isinstance(entry, h5py.Group):
                 look(entry, seen)
@@ -670,5 +673,5 @@ def open_image(data: bytes | str | os.PathLike[str]) -> Any:
         raise
     except (Image.DecompressionBombError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError) as error:
         raise OSError(show(error)) from None
-    except Exception as error:  # Damaged chunks raise further types of errors, such as struct.error and zlib.error.
+    except Exception as error:  # Damaged parts of an image raise other errors too, such as struct.error and zlib.error.
         raise OSError(f"{type(error).__name__}: {show(error)}") from None

@@ -1,7 +1,7 @@
 """Lists the recordings of a corpus, with the subject and the trials of each recording.
 
 Each kind of corpus has an adapter class in a separate file. To add a kind of corpus, add a file with an adapter class
-that has the decorator `register`. All files of this folder are imported, so no other file must be changed.
+that has the decorator `register`. All files of this folder are imported automatically, so no other file needs a change.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import numpy as np
 from data_sharding.formats.signal import Segment, SignalInfo
 
 NOMINAL_V = 1e-5
-"""Volts for the value 1 of a standardised signal, which has no unit: 10 microvolts, about the standard deviation of
-EEG."""
+"""Volts that represent the value 1 of a standardised signal (a signal without a unit): 10 microvolts, which is about
+the standard deviation of EEG."""
 STANDARDISED = "standardised: no physical unit; 1 is stored as 10 microvolts"
 
 
@@ -34,7 +34,7 @@ class ArraySignal:
     ch_names : sequence of str
         Names of the channels.
     **more : Any
-        Other fields of `SignalInfo`. By default, all channels are EEG channels without a position.
+        Further fields of `SignalInfo`. By default, all channels are EEG channels without a position.
     """
 
     def __init__(

@@ -75,7 +75,7 @@ class Sidecar:
     captions: list[str] = field(default_factory=list)
     """For epochs: N descriptions of the images."""
     splits: list[str] = field(default_factory=list)
-    """For epochs: N names of splits, each of them train, val or test."""
+    """For epochs: N split names. Each name is train, val or test."""
     blocks: list[str] = field(default_factory=list)
     """For epochs: N names of the blocks in which the images were shown."""
 
@@ -141,7 +141,8 @@ class ArraysCorpus(Adapter):
             more = {"subject": about.subject, "session": about.session, "subject_from": "table"}
         own = {f.name: getattr(about, f.name) for f in dataclasses.fields(about)}
         if not about.tmin:
-            # The checksum of a recording depends on these values, and older versions did not know this one.
+            # Leave out the default of a key that older versions did not have, so that checksums of recordings stay the
+            # same.
             own.pop("tmin")
         for name in ("subject", "session", "events", "images", "labels", "captions", "splits", "blocks"):
             own.pop(name)
@@ -159,7 +160,7 @@ class ArraysCorpus(Adapter):
             x = _ordered(x, own["axes"], len(own["ch_names"]))
         except _Fault as error:
             raise ReadError(error.reason) from None
-        except Exception as error:  # SciPy, h5py and NumPy raise different types of errors
+        except Exception as error:  # SciPy, h5py and NumPy raise different types of errors.
             raise ReadError(unreadable(error)) from None
         if own["epochs"] is not None and (x.ndim != 3 or own["epochs"] != len(x)):
             count = len(x) if x.ndim == 3 else 0
@@ -197,7 +198,7 @@ def _sidecar(sidecars: list[AnyPath], path: AnyPath) -> Sidecar:
     try:
         text = read_text(file)
         values = parse_json(text) if file.suffix == ".json" else parse_yaml(text)
-    except Exception as error:  # the JSON and YAML libraries raise different types of errors
+    except Exception as error:  # The JSON and YAML libraries raise different types of errors.
         raise _Fault("sidecar broken", f"{file.name}: {one_line(error)[:200]}") from None
     if not isinstance(values, dict):
         raise _Fault("sidecar broken", f"{file.name}: must consist of keys with values")
@@ -244,7 +245,7 @@ def _trials(
     if about.events is not None:
         if isinstance(about.events, str):
             if about.events not in near:
-                raise _Fault("sidecar missing", f"events '{about.events}' is not beside it")
+                raise _Fault("sidecar missing", f"events '{about.events}' is not in the folder of the array")
             if images is not None:
                 return read_trials(near[about.events], images)
             raise _Fault("sidecar broken", text="the events name images, but the corpus has no key 'images'")

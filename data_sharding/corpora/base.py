@@ -1,4 +1,4 @@
-"""Defines the config of a corpus, the base class of adapters, and the table of all kinds of corpora."""
+"""The config of a corpus, the base class of adapters, and the dictionary of all kinds of corpora."""
 
 from __future__ import annotations
 
@@ -47,19 +47,20 @@ class CorpusConfig:
     """End of each stored trial, in seconds from the onset of its image. Empty: the end of the window that models read,
     and for epochs the end of the epoch."""
     stimulus_delay_ms: float = 0.0
-    """Milliseconds from the trigger (the onset in the events) to the appearance of the image on the screen. Every onset
-    is moved by this delay."""
+    """Delay in milliseconds from the trigger (the onset in the events) to the appearance of the image on the screen.
+    The delay is added to every onset."""
     exclude: list[str] = field(default_factory=list)
     """Glob patterns of files to ignore, relative to root."""
     unit_factors: dict[str, float] = field(default_factory=dict)
     """Maps glob patterns, relative to root, to factors. The values of matching recordings, read as volts, are
-    multiplied by the factor to get true volts. Use this key for recordings that were set aside as 'unit unknown'."""
+    multiplied by the factor to get true volts. Use this key for recordings that were quarantined because of an unknown
+    unit."""
     line_freq: float | None = None
     """Mains frequency in Hz. If empty, the frequency is read from the recording's file, or found in the spectrum."""
     subject_pattern: str = ""
     """Regular expression that finds the subject in the path below root. The expression must have the named group
     'subject', and may have the named group 'session'. If empty, subjects are recognised from the paths and the headers,
-    and the job prints them. If nothing names the subject, the recording counts as a separate subject."""
+    and the job prints them. If the subject is not found, the recording counts as a separate subject."""
     subjects: str = ""
     """Table (.tsv or .csv) of the subjects. The column 'path' (a path below root, or a glob pattern) or 'patient' (the
     patient code in EDF headers) finds the recordings of a row; the column 'subject' names the subject. The columns age,
@@ -76,7 +77,7 @@ class CorpusConfig:
     """Options that are valid only for this kind of corpus. The file docs/corpora.md lists all options."""
 
     def __post_init__(self) -> None:
-        # The messages below do not name the corpus. The caller adds the position of the corpus in the list.
+        # The messages below do not name the corpus, because the caller adds the index of the corpus in the list.
         adapter = ADAPTERS.get(self.kind)
         if adapter is None:
             near = difflib.get_close_matches(self.kind, ADAPTERS, n=1)
@@ -117,7 +118,7 @@ class NoOptions:
 
 
 class Adapter:
-    """Base class for each kind of corpus. An adapter lists the recordings of a corpus and opens them."""
+    """Base class of adapters. There is one adapter for each kind of corpus. It lists the recordings and opens them."""
 
     kind: ClassVar[str] = ""
     """Name of the kind. The decorator `register` sets this name."""
@@ -169,7 +170,7 @@ class Adapter:
         return patch_signal(open_signal(item.recording), item.info_patch)
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """Describe in which order the experiment showed the categories.
+        """Describe the order in which the experiment showed the categories.
 
         Parameters
         ----------
@@ -224,7 +225,7 @@ class Adapter:
         parser.add_class_arguments(self.options, nested_key=None)
         try:
             return self.options(**vars(parser.parse_object(dict(config.options))))
-        except Exception as error:  # jsonargparse raises its own errors, and the dataclass raises ValueError
+        except Exception as error:  # jsonargparse raises its own errors, and the dataclass raises ValueError.
             raise ValueError(f"options: {one_line(error)}") from None
 
 

@@ -1,8 +1,8 @@
 """Reads BIDS datasets. Their sidecar files describe channels, positions, mains frequency, reference and events.
 
 This module does not use mne-bids to read the sidecars, for two reasons. First, a dataset may be on an object store.
-Second, a broken sidecar must affect only the recordings to which the sidecar applies. The tests use mne-bids to write
-BIDS datasets.
+Second, an invalid sidecar must affect only the recordings to which it applies. The tests use mne-bids to write BIDS
+datasets.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ TYPES = {
 """Maps channel types of channels.tsv to channel types of MNE. All other types of channels.tsv become misc."""
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 SYSTEMS = {"captrak": (0, 1, 2), "eeglab": (1, 0, 2)}
-"""Maps each coordinate system to the numbers of the three axes that become x, y and z in the head frame of MNE."""
+"""For each coordinate system, the indices of the axes that become x, y and z in MNE's head coordinates."""
 MOST_FAULTS = 5
-"""At most this many faults of a table get a note each."""
+"""Largest number of faults of a table that get their own note."""
 FARTHEST_M = 0.2
-"""Largest plausible distance in metres between an electrode and the middle of the head."""
+"""Largest plausible distance in metres between an electrode and the centre of the head."""
 NAME = re.compile(r"(?P<entities>sub-[^_]+(?:_[A-Za-z]+-[^_]+)*)_(?P<suffix>[A-Za-z]+)(?P<extension>\..+)?")
 
 
@@ -134,7 +134,7 @@ class BIDSCorpus(Adapter):
 
 
 def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_column: str) -> Item:
-    """Add the content of its sidecars to a recording. Broken parts of a sidecar are left out, with a note."""
+    """Add the data of the sidecars to a recording. Invalid parts of a sidecar are left out, with a note."""
     recording = item.recording
     try:
         patch = _patch(sidecars, recording.path)
@@ -163,8 +163,8 @@ class _Sidecars:
     """Finds the sidecars of a recording according to the inheritance principle of BIDS.
 
     A sidecar applies to a recording if the recording lies below the sidecar's folder, and if its name contains all
-    entities (such as ``task-rest``) of the sidecar's name. If two sidecars set the same value, the sidecar that is
-    nearer to the recording wins.
+    entities (such as ``task-rest``) of the sidecar's name. If two sidecars set the same value, the sidecar nearer to
+    the recording is used.
     """
 
     def __init__(self, root: AnyPath, folders: Folders) -> None:
@@ -192,7 +192,7 @@ class _Sidecars:
             fitting = [
                 (len(own), path)
                 for own, word, ending, path in self._files(folder)
-                # The entity space- names the coordinate system of positions and does not belong to the recording.
+                # Ignore the entity space-, which names the coordinate system of positions.
                 if word == suffix and ending == extension and {e for e in own if not e.startswith("space-")} <= entities
             ]
             out += [path for _, path in sorted(fitting, key=lambda pair: (-pair[0], pair[1].name))]
@@ -219,7 +219,10 @@ class _Sidecars:
         return self._parsed[key]
 
     def tsv(self, path: AnyPath, faults: list[str], *columns: str) -> list[dict[str, str]]:
-        """Read the rows of a table, and check that the table has the given columns. Add broken rows to `faults`."""
+        """Read the rows of a table, and check that the table has the given columns.
+
+        Invalid rows are added to `faults`.
+        """
         key = str(path)
         if key not in self._parsed:
             broken: list[str] = []
@@ -232,7 +235,10 @@ class _Sidecars:
 
 
 def _rows(path: AnyPath, faults: list[str] | None = None) -> list[dict[str, str]]:
-    """Read the rows of a table. A broken row is an error, or, if `faults` is given, is left out and added to it."""
+    """Read the rows of a table.
+
+    With `faults`, invalid rows are left out and added to `faults`. Otherwise, they are an error.
+    """
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
     except csv.Error as error:
@@ -250,7 +256,7 @@ def _rows(path: AnyPath, faults: list[str] | None = None) -> list[dict[str, str]
 
 
 def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
-    """Collect the information about a recording from its sidecars, as a patch for `patch_signal`."""
+    """Collect the data about a recording from its sidecars, as the argument `patch` of `patch_signal`."""
     patch: dict[str, Any] = {}
     notes: list[str] = []
     about: dict[str, Any] = {}
@@ -284,7 +290,7 @@ def _patch(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
 
 
 def _channels(sidecars: _Sidecars, path: AnyPath, notes: list[str]) -> dict[str, Any]:
-    """Return types, units and bad channels from channels.tsv. Add faults of the table to `notes`."""
+    """Return types, units and bad channels from channels.tsv. Faults of the table are added to `notes`."""
     try:
         rows = sidecars.tsv(path, notes, "name")
     except _Broken as error:
@@ -309,7 +315,10 @@ def _channels(sidecars: _Sidecars, path: AnyPath, notes: list[str]) -> dict[str,
 
 
 def _positions(sidecars: _Sidecars, recording: AnyPath, notes: list[str]) -> dict[str, list[float]]:
-    """Return electrode positions in metres in the head frame. Add the reason to `notes` if some cannot be used."""
+    """Return electrode positions in metres in head coordinates.
+
+    If positions cannot be used, a reason is added to `notes`.
+    """
     table = sidecars.nearest(recording, "electrodes", ".tsv")
     if table is None:
         return {}
@@ -332,7 +341,7 @@ def _positions(sidecars: _Sidecars, recording: AnyPath, notes: list[str]) -> dic
         except ValueError:
             notes.append(f"{table.name}: the position of '{row['name']}' is not a number; not used")
             continue
-        # In EEGLAB x points to the nose and y to the left ear; in MNE x points to the right ear and y to the nose.
+        # In EEGLAB, x points to the nose and y to the left ear. In MNE, x points to the right ear and y to the nose.
         place = [own[axis] for axis in SYSTEMS[system]]
         place[0] *= -1 if system == "eeglab" else 1
         if not math.dist(place, (0, 0, 0)) <= FARTHEST_M:
@@ -346,7 +355,7 @@ def _read_device(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
     """Return device, filters and task from the JSON sidecars of a recording."""
     about: dict[str, Any] = {}
     for path in sidecars.all(recording, "ieeg" if recording.parent.name == "ieeg" else "eeg", ".json"):
-        with contextlib.suppress(_Broken, OSError):  # The recording gets a note about its broken sidecar.
+        with contextlib.suppress(_Broken, OSError):  # The recording gets a note about this invalid sidecar elsewhere.
             about |= sidecars.json(path)
 
     def text(key: str) -> str:
@@ -378,9 +387,9 @@ def _read_license(root: AnyPath) -> str:
 
 
 def _describe_participants(root: AnyPath, folders: Folders) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Return what participants.tsv says about each subject, and a note for the subjects with a value that is wrong.
+    """Return the data about each subject in participants.tsv, and notes for subjects with an invalid value.
 
-    If the table itself is broken, the note has the key "", because it belongs to every recording.
+    If the whole table is invalid, the note has the key "" and is meant for every recording.
     """
     path = folders(root).get("participants.tsv")
     if path is None:

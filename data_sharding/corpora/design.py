@@ -1,4 +1,4 @@
-"""Detects block designs: finds out from the order of the trials whether categories were shown in blocks.
+"""Detects block designs: finds out from the order of the trials whether each category was shown in one block.
 
 In a block design, all trials of one category follow one another. So the time of a trial reveals its category, and a
 classifier can be correct without using the response of the brain.
@@ -18,11 +18,14 @@ from data_sharding.corpora.item import Item
 FEWEST_TRIALS = 20
 """Smallest number of trials for a decision about their order."""
 SURE_SIGMA = 5.0
-"""If the number of repeats is more than this many standard deviations above chance, the order is not random."""
+"""If the number of repeats is more than this many standard deviations above its mean in a random order, the order is
+not random. (`measure_order` defines a repeat.)"""
 CHANCE_SIGMA = 3.0
-"""If the number of repeats is less than this many standard deviations above chance, the order counts as random."""
+"""If the number of repeats is less than this many standard deviations above its mean in a random order, the order
+counts as random."""
 LONGER = 2.0
-"""In a block design, runs of one category are on average more than this many times as long as in a random order."""
+"""In a block design, the mean length of runs of one category is more than this factor times the length in a random
+order."""
 
 
 def measure_order(items: Sequence[Item]) -> tuple[str, str]:
@@ -38,14 +41,14 @@ def measure_order(items: Sequence[Item]) -> tuple[str, str]:
     design : str
         block, random or unknown.
     evidence : str
-        A sentence with the numbers behind the decision.
+        A sentence with the measured numbers.
 
     Notes
     -----
-    A repeat is a trial with the same category as the trial before it. If :math:`n_k` of :math:`n` trials have
-    category k, a random order has :math:`\sum n_k (n_k - 1) / n` repeats on average. The formula of the variance
-    assumes independent draws. A run is a sequence of trials with the same category. The mean length of a run is
-    :math:`n / (n - repeats)`.
+    A repeat is a trial with the same category as the previous trial. If :math:`n_k` of :math:`n` trials have category
+    k, a random order has :math:`\sum n_k (n_k - 1) / n` repeats on average. The formula of the variance assumes
+    independent draws. A run is a sequence of trials with the same category. The mean length of a run is :math:`n / (n -
+    repeats)`.
     """
     repeats, expected, variance, trials, recordings = 0, 0.0, 0.0, 0, 0
     labels: set[str] = set()
@@ -66,7 +69,7 @@ def measure_order(items: Sequence[Item]) -> tuple[str, str]:
         return "unknown", "no trials: continuous recordings"
     what = f"{trials} trials of {len(labels)} categories in {recordings} recordings"
     if trials < FEWEST_TRIALS or len(labels) < 2:
-        return "unknown", f"{what} are too few to judge their order"
+        return "unknown", f"{what} are too few to decide about their order"
     if single:
         return (
             "block",
@@ -79,7 +82,7 @@ def measure_order(items: Sequence[Item]) -> tuple[str, str]:
         return "block", f"{text}; the time of a trial reveals its category"
     if sigma < CHANCE_SIGMA:
         return "random", text
-    return "unknown", f"{text}: longer than in a random order, but not clearly blocks"
+    return "unknown", f"{text}: this is longer than in a random order, but too short for clear blocks"
 
 
 def describe_design(config: CorpusConfig, items: Sequence[Item]) -> dict[str, str]:

@@ -30,7 +30,8 @@ N_CHANNELS = 128
 LENGTHS = (450, 600)
 """Smallest and largest number of samples in a trial. Trials of other lengths are left out, as in the published work."""
 USED = slice(20, 460)
-"""Samples of a trial to use. The first 20 ms still show the response to the previous image, so they are left out."""
+"""Range of samples of a trial that are used. The first 20 ms are left out, because they contain the response to the
+previous image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ class EEGImageNetCorpus(Adapter):
         except (RefusedPickle, OSError, KeyError, TypeError) as error:
             raise ReadError(Reason("unreadable", str(error))) from None
         standardised = item.options["unit"] == "standardised"
-        # The shortest trials end before the last sample to use.
+        # Short trials can end before the last sample of this range.
         ends = [min(USED.stop, int(np.asarray(entries[trial]["eeg"]).shape[1])) for trial in trials]
         notes = ["the released file contains no channel names", *([STANDARDISED] if standardised else [])]
         if item.left_out:
@@ -152,7 +153,7 @@ class EEGImageNetCorpus(Adapter):
         )
 
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
-        """Return the published design, a block design, for any order of the trials in the file."""
+        """Return the published design, which is a block design; the order of the trials in the file does not matter."""
         return "block", f"each category was shown as one block (Li et al., TPAMI 2021); in this file {measured[1]}"
 
 
@@ -230,7 +231,7 @@ def _splits(path: Path, fold: int, n: int) -> dict[int, str]:
 
 
 def _check_crossings(path: Path, subjects: dict[int, list[Trial]]) -> None:
-    """Raise an error if the split file puts one image into two splits."""
+    """Raise an error if the split file contains an image in two splits."""
     found: dict[str, str] = {}
     for trials in subjects.values():
         for trial in trials:

@@ -28,7 +28,7 @@ from data_sharding.corpora.subjects import SubjectFinder
 from data_sharding.dataset.splits import SPLITS
 
 IMAGE_COLUMNS = ("image", "stim_file")
-"""Names of the column with the image: ``image`` in this project, ``stim_file`` in BIDS."""
+"""Names of the column with the image: ``image`` is the name in Dreamscale, and ``stim_file`` the name in BIDS."""
 
 
 def read_trials(
@@ -117,7 +117,7 @@ def make_trials(
 
         image = next((given(name) for name in IMAGE_COLUMNS if given(name)), "") if images is not None else ""
         if not image and (images is not None or not given(label_column)):
-            continue  # the row is a response or another event, not a trial
+            continue  # The row is a response or another event, not a trial.
         try:
             onset = float(given("onset"))
         except ValueError:
@@ -167,14 +167,14 @@ class EventsCorpus(Adapter):
             if recording.problem is None:
                 table = find_events_file(recording.path, folders)
                 if table is None:
-                    reason = Reason("no events", f"{recording.path.stem}_events.tsv is not beside it")
+                    reason = Reason("no events", f"{recording.path.stem}_events.tsv is not in the recording's folder")
                     item = dataclasses.replace(item, reason=item.reason or reason)
                 else:
                     tables += 1
                     item = dataclasses.replace(add_marks(item, table), trials=read_trials(table, images))
             items.append(item)
         if not any(item.trials for item in items):
-            what = "no <recording>_events.tsv beside any recording" if not tables else "the events tables name no image"
+            what = "the events tables name no image" if tables else "no recording has a <recording>_events.tsv"
             raise RequestError(f"corpora: root '{root}': no paired trials; {what}")
         check_images(items, images)
         return items

@@ -34,12 +34,12 @@ TRIAL_KEYS = frozenset({"images", "tmin", "tmax", "stimulus_delay_ms"})
 
 
 def trial_values(config: CorpusConfig) -> dict[str, Any]:
-    """Return the fields of `Item` that say which part of each trial is stored."""
+    """Return the fields of `Item` for the stored part of each trial."""
     return {"tmin": config.tmin, "tmax": config.tmax, "stimulus_delay_ms": config.stimulus_delay_ms}
 
 
 def is_excluded(config: CorpusConfig, relative: str) -> bool:
-    """Whether the config excludes a path.
+    """Return whether the config excludes a path.
 
     Parameters
     ----------
@@ -72,9 +72,9 @@ def make_item(
     recording : Recording
         Files of the recording.
     people : SubjectFinder
-        Names the subject of the recording.
+        Object that finds the subject of the recording.
     **more : Any
-        Other fields of `Item`.
+        Further fields of `Item`.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Defines `Item`, a recording that a corpus lists, and `Trial`, a trial in a recording."""
+"""The classes `Item` (a recording of a corpus) and `Trial` (a trial in a recording)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ class Trial:
     split: str
     """Split of the trial in the corpus: train, val, test or `splits.TRAIN_OR_VAL`; empty if the corpus has no split."""
     segment: int | None = None
-    """Index, from 0, of the segment (epoch) that contains this trial, if the signal consists of epochs. None if the
-    trial is located by its onset. The field `tmin` of the signal's info says at which time after the onset the segments
-    begin."""
+    """Index, from 0, of the epoch that contains this trial, if the signal consists of epochs. None if the trial is
+    found by its onset. `SignalInfo.tmin` is the time from the onset to the first sample of the epoch."""
     place: tuple[int, int] | None = None
-    """Number of the trial among the trials of its table, and number of these trials; None without a table."""
+    """Index of the trial in its events table, and number of trials in the table; None without a table."""
     block: str = ""
     """Name of the block in which this trial was shown. Empty if the block is not known."""
     concept: str = ""
@@ -45,7 +44,7 @@ BASELINE_S = -0.2
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A recording, with all information that the corpus has about the recording."""
+    """A recording, with all data that its corpus has about it."""
 
     key: str
     """Unique name of the recording. The keys of the recording's samples begin with this name."""
@@ -60,12 +59,12 @@ class Item:
     session: str
     """Name of the session; may be empty."""
     subject_from: str = ""
-    """Source of the subject's name, as in the column `subject_from` of the ledger; by default: unknown if the subject's
-    name is the key, otherwise corpus."""
+    """Source of the subject's name, as in the column `subject_from` of the ledger. The default is "unknown" if
+    `subject` equals `key`, and "corpus" otherwise."""
     about: dict[str, Any] = field(default_factory=dict)
-    """What the corpus says about person, device and rights: values of the ledger's columns `age`, `sex`, `group`,
-    `recording_year`, `device`, `device_filters`, `task` and `license`. A change of these values alone does not make the
-    job read the recording again."""
+    """The corpus's data about person, device and rights: values of the ledger's columns `age`, `sex`, `group`,
+    `recording_year`, `device`, `device_filters`, `task` and `license`. If only these values change, the job does not
+    read the recording again."""
     unit_factor: float | None = None
     """Factor that converts the values to true volts, if the config contains a factor for this recording."""
     line_freq: float | None = None
@@ -81,7 +80,7 @@ class Item:
     reason: Reason | None = None
     """Reason why the corpus excludes the recording before it is opened; None if the recording is not excluded."""
     kind: str = "folder"
-    """Kind of the corpus. The adapter of this kind opens the recording."""
+    """Kind of the corpus, whose adapter opens the recording."""
     options: dict[str, Any] = field(default_factory=dict)
     """Values in JSON types that the adapter needs to open the recording. If one file contains several recordings, these
     values identify the recording in the file. So the checksums of these recordings in the ledger are different."""
@@ -91,7 +90,7 @@ class Item:
     """Trials that the corpus leaves out. Maps each reason to a number of trials."""
 
     def trial_span(self, window_s: float, *, epoched: bool) -> tuple[float, float]:
-        """Return from when to when each trial is stored, in seconds from the onset of its image.
+        """Return the time range of the stored trials, in seconds from the onset of the image.
 
         Parameters
         ----------

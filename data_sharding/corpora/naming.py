@@ -1,7 +1,7 @@
-"""Recognises the subject in the path of a recording by the common ways to name files.
+"""Finds the subject in the path of a recording by common file naming schemes.
 
-A name is found in the path of one recording alone. So the name, and the split of the subject, stay the same when other
-recordings are added to the corpus or removed from it.
+The name depends only on the path of the recording itself. So the name and the split of the subject do not change when
+other recordings are added to the corpus or removed from it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 LEFT, RIGHT = "(?<![A-Za-z0-9])", "(?![A-Za-z0-9])"
-"""Borders of a name: another character than a letter or a digit, or an end of the path. Both have no length."""
+"""Patterns for the left and right border of a name: no letter and no digit is next to the name. They match no
+characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """A way to name subjects in paths."""
+    """A naming scheme for subjects in paths."""
 
     name: str
-    """Name of the scheme for people, with an example."""
+    """Name of the scheme for messages, with an example."""
     body: str
-    """Regular expression for the name of the subject. What stands around the name is in look-arounds."""
+    """Regular expression that matches only the name of the subject. The text around the name is checked with
+    look-arounds."""
     note: str = ""
-    """What a user of this scheme must know."""
+    """Hint for users of this scheme."""
 
     @property
     def pattern(self) -> str:
@@ -36,9 +38,9 @@ BIDS = Scheme(name="BIDS, as in sub-01", body=r"(?:(?<=^)|(?<=[/_]))sub-[A-Za-z0
 _WORDS = "subject|subj|sub|participant|patient|pat|proband|versuchsperson|volunteer|vpn|vp|ppt|ptp|ppn|pp|person"
 _ANY_CASE = "(?i:{})".format
 _NUMBER = r"(?:\d{1,3}|0\d{3,4})"
-"""A number of at most three digits, or one that begins with zero: not a year, not a date."""
+"""Pattern of a number with at most three digits or with a leading zero. So years and dates do not match."""
 _END = f"(?=(?:[a-d]|EO|EC|eo|ec)?{RIGHT})"
-"""End of a number. A letter for a part, or a short word for open or closed eyes, may follow."""
+"""Pattern for the text after a number: optionally a letter (for a part), or a short word for open or closed eyes."""
 TIERS: tuple[tuple[Scheme, ...], ...] = (
     (
         Scheme(name="PhysioNet, as in S001R04", body=rf"{LEFT}S\d{{2,3}}(?=R\d{{1,2}}{RIGHT})"),
@@ -46,7 +48,7 @@ TIERS: tuple[tuple[Scheme, ...], ...] = (
         Scheme(
             name="CHB-MIT, as in chb01_03",
             body=rf"{LEFT}chb\d{{2}}(?=[a-z]?_\d{{2}})",
-            note="chb21 is the person of chb01, recorded later; give both the same name in a table (key 'subjects')",
+            note="chb21 is a later recording of the person chb01; give both the same name in a table (key 'subjects')",
         ),
         Scheme(name="TUH, as in aaaaaaac_s001_t000", body=rf"{LEFT}[a-z]{{8}}(?=_s\d{{3}}_t\d{{3}})"),
         Scheme(name="BCI Competition IV, as in A01T", body=rf"{LEFT}(?:A0\d(?=[TE]{RIGHT})|B0\d(?=0\d[TE]{RIGHT}))"),
@@ -77,25 +79,26 @@ TIERS: tuple[tuple[Scheme, ...], ...] = (
         ),
     ),
 )
-"""Schemes in order of trust. A path is searched with the schemes of one tier after the other."""
+"""Schemes in groups (tiers), the most reliable first. A path is searched with the schemes of one tier after the
+other."""
 _TIER_PATTERNS = [re.compile("|".join(f"({scheme.body})" for scheme in tier)) for tier in TIERS]
 SCHEMES = (BIDS, *(scheme for tier in TIERS for scheme in tier))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recognised:
-    """What the path of a recording says about its subject."""
+    """Subject that was found in the path of a recording."""
 
     subject: str = ""
     """Name of the subject; empty if the path names no subject, or several subjects."""
     scheme: Scheme | None = None
     """Scheme of the name; None if the path has no name of any scheme."""
     candidates: tuple[str, ...] = ()
-    """All names that were found, if there are several; then none of them is used."""
+    """All names in the path, if there are several different names. Then `subject` is empty."""
 
 
 def alike(name: str) -> str:
-    """Return the form of a subject's name in which S1, S01, s01 and sub-01 of one person are equal to one another."""
+    """Return a normalised form of a subject's name. For example, S1, S01, s01 and sub-01 have the same form."""
     bare = re.sub(r"^sub-", "", name, flags=re.IGNORECASE)
     return re.sub(r"[-_ ]|(?<!\d)0+(?=\d)", "", bare).casefold()
 
@@ -113,7 +116,7 @@ def recognise(path: str) -> Recognised:
     -------
     Recognised
         The subject and the scheme of its name. If a path has several different names of one tier, such as
-        ``s13_S07.set``, then no name is used: one of them may be the session.
+        ``s13_S07.set``, no name is used, because one of them may be the session.
     """
     stem = re.sub(r"\.[A-Za-z0-9]{1,6}$", "", path)
     if not re.search(r"\d|subject|participant|patient|proband", stem, re.IGNORECASE):
@@ -132,7 +135,7 @@ def recognise(path: str) -> Recognised:
 
 
 def confirming_pattern(schemes: Iterable[Scheme], subjects: dict[str, str]) -> str | None:
-    """Make one value of the key 'subject_pattern' that names the same subjects as the recognised schemes.
+    """Make a value for the key 'subject_pattern' that finds the same subjects as the recognised schemes.
 
     Parameters
     ----------
@@ -144,7 +147,7 @@ def confirming_pattern(schemes: Iterable[Scheme], subjects: dict[str, str]) -> s
     Returns
     -------
     str or None
-        The regular expression; None if it does not find exactly the recognised subject in every path.
+        The regular expression; None if it would not find exactly the recognised subject in every path.
     """
     chosen = [scheme for scheme in SCHEMES if scheme in set(schemes)]
     pattern = f"(?P<subject>{'|'.join(scheme.body for scheme in chosen)})"

@@ -1,4 +1,4 @@
-"""Replaces information from the header of a recording by information from its sidecar files."""
+"""Replaces metadata from the header of a recording by metadata from its sidecar files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from data_sharding.formats.signal import ScaledSignal, Signal, SignalInfo
 from data_sharding.formats.units import to_volts
 
 SNAP = 0.3
-"""Onsets in a table are often rounded to milliseconds. An onset as near as this to a sample means this sample."""
+"""Onsets in a table are often rounded to milliseconds. If an onset differs by at most this many seconds from the time
+of a sample, it means this sample."""
 
 
 def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
-    """Replace information about a signal, such as channel types, by information from sidecar files.
+    """Replace metadata of a signal, such as channel types, by metadata from sidecar files.
 
     Parameters
     ----------
@@ -53,14 +54,14 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     bads, notes = list(info.bads), [*info.notes, *patch.get("notes", [])]
     given: dict[str, str] = patch.get("types", {})
     if absent := [name for name in given if find(name) is None]:
-        notes.append(f"{len(absent)} channels of the sidecar are not in the recording, the first is {absent[0]}")
+        notes.append(f"{len(absent)} channels of the sidecar are not in the recording, for example {absent[0]}")
     for name, kind in given.items():
         if (i := find(name)) is not None:
             types[i] = kind
     if inside := patch.get("inside"):
         listed = {find(name) for name in given}
         for i, kind in enumerate(types):
-            # The header of most formats does not tell EEG from SEEG. With grid=True, contacts A1 and A2 are electrodes.
+            # Most formats do not distinguish EEG from SEEG. With grid=True, the contacts A1 and A2 count as electrodes.
             if kind == "eeg" and i not in listed and kind_of(canonical_name(info.ch_names[i]), grid=True) is None:
                 types[i] = inside
     for name, place in patch.get("positions", {}).items():
@@ -141,7 +142,7 @@ def _read_units(info: SignalInfo, given: dict[int, str]) -> tuple[np.ndarray, di
             if not np.isclose(gains[i], 1.0):
                 used.setdefault(f"unit {unit} from the sidecar", []).append(name)
         elif not np.isclose(named.get(name, factor) / factor, 1.0):
-            used.setdefault(f"the sidecar says {unit}, but the unit in the file is used", []).append(name)
+            used.setdefault(f"the sidecar has the unit {unit}, but the unit in the file is used", []).append(name)
     gains[np.isclose(gains, 1.0, rtol=1e-9)] = 1.0
     notes = [
         f"{what}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''} ({len(names)})"

@@ -23,7 +23,7 @@ from data_sharding.formats.marks.interruptions import find_row
 NOTHING = ("", "n/a")
 """Texts in a table cell that mean "no value" in BIDS."""
 MARK_COLUMNS = ("trial_type", "value", "event_type", "type", "description")
-"""Columns of an events table that may name a mark."""
+"""Columns of an events table that may contain the text of a mark (an interruption or a bad span)."""
 
 
 def expand(text: str, key: str) -> AnyPath:
@@ -49,7 +49,7 @@ def expand(text: str, key: str) -> AnyPath:
     out = os.path.expandvars(text)
     if unset := re.search(r"\$\{?(\w+)\}?", out):
         raise RequestError(
-            f"{key} '{text}': the environment variable {unset.group(1)} is not set; export it or write the path out"
+            f"{key} '{text}': the environment variable {unset.group(1)} is not set; set it, or write the full path"
         )
     return as_path(out)
 
@@ -77,7 +77,7 @@ def check_folder(text: str, key: str) -> AnyPath:
     path = expand(text, key)
     try:
         found = path.is_dir()
-    except Exception as error:  # the library of each object store raises its own types of errors
+    except Exception as error:  # The library of each object store has its own errors.
         raise RequestError(f"{key} '{path}': cannot be read ({describe(error)})") from None
     if not found:
         raise RequestError(f"{key} '{path}': no such folder")
@@ -124,8 +124,8 @@ def relative_path(path: AnyPath, root: AnyPath) -> str:
     Returns
     -------
     str
-        Relative path with forward slashes. The ledger can only store UTF-8, so other bytes in a name are replaced by
-        escapes.
+        Relative path with forward slashes. The ledger can only store UTF-8, so invalid bytes in a name are replaced by
+        escape sequences.
     """
     full, top = (p.path if is_remote(p) else p.as_posix() for p in (path, root))  # type: ignore[union-attr]
     relative = full[len(top.rstrip("/")) :].lstrip("/") if top != "." else full
@@ -163,7 +163,7 @@ def root_name(root: AnyPath) -> str:
     Returns
     -------
     str
-        Last component of the path.
+        The last part of the path.
     """
     return root.name if is_remote(root) else Path(str(root)).resolve().name
 
@@ -225,7 +225,7 @@ def read_text(path: AnyPath) -> str:
 
 
 def find_events_file(recording: AnyPath, folders: Folders) -> AnyPath | None:
-    """Find the table of events beside a recording.
+    """Find the table of events in the folder of a recording.
 
     Parameters
     ----------
@@ -260,8 +260,8 @@ def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str, list[str]]
     Returns
     -------
     marks : list of (float, float, str, list of str)
-        Onset and duration in seconds, text, and channels (none for all channels), of each row that the table of
-        interruptions knows.
+        Onset and duration in seconds, text, and channels, of each row that is a mark (see
+        `data_sharding.formats.marks.interruptions.TABLE`). An empty list of channels means all channels.
     notes : list of str
         Notes for the ledger about marks without a usable onset.
     """
@@ -309,7 +309,8 @@ def check_images(items: Iterable[Item], images: AnyPath) -> None:
     """
     shown = sorted({trial.image for item in items for trial in item.trials or () if trial.image})
     if is_remote(images):
-        # List the object store once: a separate request for each of 16,540 images would take an hour.
+        # List the folder on the object store once, because a separate request for each of 16,540 images would take an
+        # hour.
         there = {p for p in images.fs.find(images.path)} if shown else set()  # type: ignore[union-attr]
         absent = [image for image in shown if as_path(image).path not in there]  # type: ignore[union-attr]
     else:

@@ -32,12 +32,12 @@ MAP_BYTES = 1 << 16
 MAX_INSTRUCTIONS = 20_000_000
 """Limit on the number of instructions in a pickle, because an instruction of one byte can create a large object."""
 MAX_PARTS = 50_000_000
-"""Limit on the number of values in the result. A list in a list in a list takes no memory if each is there twice, but
-its text and its copies would have a length that doubles with each level."""
+"""Limit on the number of values in the result. A pickle can contain nested lists that each contain the next list twice.
+Such lists need little memory, but the length of their text and of their copies doubles with each level."""
 MAX_KEY_PARTS = 64
-"""Limit on the number of values in a key. Python computes the hash of a tuple in a tuple again for each use."""
+"""Limit on the number of values in a key. Computing the hash of deeply nested tuples takes long."""
 MAX_INT_KEY = 2**61 - 2
-"""Limit on whole numbers that are keys. Larger numbers can be chosen so that all have the same hash, which makes a
+"""Largest integer that may be a key. Larger integers can be chosen so that all have the same hash, which makes a
 dictionary slow."""
 PLAIN_KEYS = (str, bytes, int, float, complex, np.generic, type(None))
 PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[US]\d{1,6}|O8?")
@@ -69,7 +69,7 @@ class RefusedPickle(ValueError):
 
 
 class _Blob:
-    """Position and size of bytes that are not read, because they will be memory-mapped."""
+    """Position and size of bytes that are not read, because they will be memory-mapped instead."""
 
     def __init__(self, start: int, size: int) -> None:
         self.start, self.size = start, size
@@ -120,7 +120,7 @@ class _Tensor:
 
 
 class _File:
-    """A file that raises an error if a read requests more bytes than the file has left."""
+    """A file that raises an error if more bytes are requested than remain in the file."""
 
     def __init__(self, stream: Any, size: int) -> None:
         self.stream, self.size = stream, size
@@ -162,8 +162,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self.file = file
         self.budget = 8 * file.size + (1 << 20)
         self.storages: dict[str, _Storage] = {}
-        # Number of values in each tuple and frozenset that contains other tuples or frozensets. The value is kept, so
-        # that no new object gets its id.
+        # Number of values in each tuple or frozenset that contains other tuples or frozensets, by the id of the object.
+        # The object is stored too, so that no new object gets the same id.
         self.parts: dict[int, tuple[Any, int]] = {}
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): self._ordered,
@@ -181,7 +181,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             self.known[f"{core}.multiarray", "_reconstruct"] = lambda *_: _Array()
             self.known[f"{core}.multiarray", "scalar"] = self._scalar
             self.known[f"{core}.numeric", "_frombuffer"] = self._from_buffer
-        # Old pickle protocols use module names of Python 2, and store an empty byte string as a call of bytes().
+        # Old pickle protocols use Python 2 module names, and store an empty byte string as a call of bytes().
         for name in ("set", "frozenset"):
             self.known["__builtin__", name] = self.known["builtins", name]
         self.known["__builtin__", "bytes"] = lambda: b""
@@ -245,10 +245,10 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         return self.storages.setdefault(str(pid[2]), _Storage(str(pid[2]), pid[1], pid[4]))
 
     def spend(self, *values: Any) -> None:
-        """Limit the memory of new objects. Otherwise, a pickle could copy one long text a million times."""
+        """Limit the total memory of new objects. Otherwise, a pickle could copy a long text a million times."""
         self.budget -= 64 + sum(len(v) for v in values if hasattr(v, "__len__"))
         if self.budget < 0:
-            raise RefusedPickle("refused: its content needs far more memory than the size of the file")
+            raise RefusedPickle("refused: its content needs far more memory than the file has bytes")
 
     def _ordered(self, pairs: Any = ()) -> OrderedDict[Any, Any]:
         entries: list[Any] = list(pairs)
@@ -268,7 +268,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         return self.parts[id(value)][1] if id(value) in self.parts else len(value) + 1
 
     def _check_keys(self, keys: Iterable[Any]) -> Iterable[Any]:
-        """Refuse keys of dictionaries and members of sets whose hash takes long, before the hash is computed."""
+        """Refuse dictionary keys and set members whose hash takes long, before the hash is computed."""
         keys = list(keys)
         for key in keys:
             if self._parts_of(key) > MAX_KEY_PARTS:
@@ -312,7 +312,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         target.build(state)
 
     def _bytes(self, size: int) -> None:
-        # Inside a frame of the pickle, the file position is not the position of the bytes, so they cannot be mapped.
+        # Inside a frame of the pickle, the position in the file is unknown, so the bytes cannot be memory-mapped.
         if size < MAP_BYTES or self._unframer.current_frame:
             self.append(self.read(size))
         else:
@@ -328,7 +328,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     def load_tuple(self) -> None:
         """Make a tuple of all values since the last mark."""
-        items = self.pop_mark()  # This call replaces `self.append`.
+        items = self.pop_mark()  # `pop_mark` also sets `self.append` back to the list before the mark.
         self.append(self._count_parts(tuple(items)))
 
     def _load_tuple(self, size: int) -> None:
@@ -358,7 +358,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         target.update(zip(self._check_keys(items[::2]), items[1::2], strict=True))
 
     def load_empty_set(self) -> None:
-        """Make an empty set, which takes far more memory than its instruction."""
+        """Make an empty set, and count its memory, because a set is far larger than its instruction."""
         self.spend(bytes(200))
         self.append(set())
 
@@ -453,7 +453,7 @@ class _Resolver:
 
     def _keep(self, value: Any, made: Any) -> Any:
         self.done[id(value)] = made
-        self.kept.append(value)  # keep the object alive; otherwise, a new object could get the same id
+        self.kept.append(value)  # Keep a reference to the object. Otherwise, a new object could get the same id.
         return made
 
     def _array(self, array: _Array) -> np.ndarray:
@@ -517,7 +517,7 @@ def _count_all(value: Any, counts: dict[int, int]) -> int:
         counts[id(value)] = -1
         counts[id(value)] = 1 + sum(_count_all(entry, counts) for entry in inside)
     if not 0 < counts[id(value)] <= MAX_PARTS:
-        raise RefusedPickle(f"refused: its containers contain themselves, or more than {MAX_PARTS} values together")
+        raise RefusedPickle(f"refused: a container contains itself, or there are more than {MAX_PARTS} values")
     return counts[id(value)]
 
 
@@ -588,7 +588,7 @@ def load_torch(path: Path) -> Any:
     - `torch.load` cannot memory-map the older format, so every worker would copy gigabytes.
     - `torch.load` refuses labels that are NumPy numbers.
     - If a damaged file states a wrong length of a tensor, `torch.load` allocates memory for this length.
-    - `torch.load` needs PyTorch, and the workers do not import PyTorch for any other purpose.
+    - `torch.load` needs PyTorch, which the workers do not import otherwise.
     """
     _check_file(path)
     return _load_torch_zip(path) if zipfile.is_zipfile(path) else _load_torch_legacy(path)
@@ -602,7 +602,8 @@ def _load_torch_zip(path: Path) -> Any:
             raise RefusedPickle("damaged: not a file of torch.save")
         pickled = archive.read(name)
         reader = _Reader(_File(io.BytesIO(pickled), len(pickled)))
-        # The archive stores the values of tensors in other files. So the pickle is small, and is read without mapping.
+        # The archive stores the values of tensors in separate files. So the pickle itself is small, and is read
+        # completely.
         reader._bytes = lambda size: reader.append(reader.read(size))  # type: ignore[method-assign]
         value = reader.run()
         for key, storage in reader.storages.items():
@@ -623,10 +624,10 @@ def _load_torch_legacy(path: Path) -> Any:
         file = _File(stream, size)
         if _Reader(file).run() != TORCH_MAGIC:
             raise RefusedPickle("not a file of torch.save")
-        _Reader(file).run()  # skip the version of the format
+        _Reader(file).run()  # Skip the version of the format.
         about = _Reader(file).run()
         if not isinstance(about, dict) or not about.get("little_endian", True):
-            raise RefusedPickle("refused: its numbers are in big-endian order")
+            raise RefusedPickle("refused: its numbers are big-endian")
         reader = _Reader(file)
         value = reader.run()
         keys = _Reader(file).run()

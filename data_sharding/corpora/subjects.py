@@ -1,8 +1,9 @@
-"""Finds out which subject each recording of a corpus belongs to, and what is known about the subject.
+"""Finds the subject of each recording of a corpus, and data about the subject.
 
-The sources, in order: the table of the key 'subjects'; the key 'subject_pattern'; sub-X in the path; the patient's code
-in the header of an EDF+ or BDF+ file; the common ways to name files (`data_sharding.corpora.naming`); any other text in
-the patient field of an EDF, BDF or GDF file. If none of them names a subject, the subject of the recording is unknown.
+The first source that names a subject is used. The sources are: the table in the key 'subjects'; the key
+'subject_pattern'; sub-X in the path; the patient's code in the header of an EDF+ or BDF+ file; common file naming
+schemes (`data_sharding.corpora.naming`); other text in the patient field of an EDF, BDF or GDF file. If no source names
+a subject, the subject of the recording is unknown.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Who:
     source: str
     """Source of the name, as in the column `subject_from` of the ledger."""
     about: dict[str, Any] = field(default_factory=dict)
-    """What is known about the subject: age, sex and group."""
+    """Age, sex and group of the subject, if known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def parse_age(text: str) -> float | None:
 
 
 def parse_sex(text: str) -> str:
-    """Return M, F or O; an empty text if the sex is unknown; raise ValueError if the text is not understood."""
+    """Parse a sex: return M, F or O, or an empty text if the sex is unknown. Other texts raise ValueError."""
     text = text.strip().casefold()
     if text in NOTHING:
         return ""
@@ -97,7 +98,7 @@ def parse_sex(text: str) -> str:
 
 
 def describe_person(row: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Return age, sex and group from a row of a table, and one text for each value that is not understood."""
+    """Return age, sex and group from a row of a table, and a message for each invalid value."""
     about: dict[str, Any] = {}
     faults = []
     for name, parse in (("age", parse_age), ("sex", parse_sex), ("group", str.strip)):
@@ -116,7 +117,7 @@ def _read_table(config: CorpusConfig) -> tuple[AnyPath, list[_Row]]:
     path = expand(config.subjects, "corpora: subjects")
     try:
         text = read_text(path)
-    except Exception as error:  # the library of each object store raises its own types of errors
+    except Exception as error:  # The library of each object store has its own errors.
         why = "no such file" if isinstance(error, FileNotFoundError) else describe(error)
         raise RequestError(f"corpora: subjects '{path}': cannot be read ({why})") from None
     first = text.split("\n", 1)[0]
@@ -165,27 +166,27 @@ def _read_table(config: CorpusConfig) -> tuple[AnyPath, list[_Row]]:
 
 @functools.lru_cache(maxsize=100_000)
 def hash_identity(identity: str, secret: str) -> str:
-    """Return a name for the patient of a header that does not show who the patient is.
+    """Return a pseudonym for the patient of a header.
 
     Parameters
     ----------
     identity : str
-        Text that is equal in all recordings of the patient.
+        Text that is the same in all recordings of the patient.
     secret : str
-        Secret text. Without this text, nobody can compute the name of a known patient.
+        Secret text. Without this text, nobody can compute the pseudonym of a known patient.
 
     Returns
     -------
     str
         ``id-`` and 12 hexadecimal digits.
     """
-    # The slow hash makes it expensive to try all patient numbers if there is no secret.
+    # If there is no secret, somebody could try all patient numbers. A slow hash makes this expensive.
     salt = hashlib.sha256(f"dreamscale subject {secret}".encode()).digest()
     return f"id-{hashlib.scrypt(identity.encode(), salt=salt, n=2**11, r=8, p=1, dklen=6).hex()}"
 
 
 class SubjectFinder:
-    """Names the subject of each recording of a corpus.
+    """Finds the subject of each recording of a corpus.
 
     Parameters
     ----------
@@ -231,13 +232,16 @@ class SubjectFinder:
             self._patients = {path: patient for (path, _), patient in zip(wanted, patients, strict=True)}
 
     def _prepare_hashes(self) -> None:
-        """Compute the hashes in several threads, because the hash is slow on purpose. `hash_identity` keeps them."""
+        """Compute the hashes in several threads, because they are slow on purpose. `hash_identity` caches them."""
         used = {p.identity for path, p in self._patients.items() if p and (p.code or not recognise(path).subject)}
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(lambda identity: hash_identity(identity, self.secret), sorted(used)))
 
     def _match(self, table: AnyPath | None, rows: list[_Row], paths: list[str]) -> None:
-        """Assign the rows of the table to recordings, and refuse a row without a recording and a second row."""
+        """Assign the rows of the table to recordings.
+
+        Each row must match a recording, and only one row may match a recording.
+        """
         known = set(paths)
         exact: dict[str, list[_Row]] = {}
         globs: list[tuple[re.Pattern[str], _Row]] = []
@@ -265,7 +269,7 @@ class SubjectFinder:
                 used.add(row.line)
         for row in rows:
             if row.line not in used:
-                # The number of a patient must not get into a log, so the message has only the number of the line.
+                # A patient number must not be written to a log, so the message only has the number of the line.
                 what = f"path '{row.path}'" if row.path else "the patient"
                 raise RequestError(
                     f"corpora: subjects '{table}', line {row.line}: {what} matches no recording under "
@@ -273,7 +277,7 @@ class SubjectFinder:
                 )
 
     def _describe(self, table: AnyPath | None, rows: list[_Row], paths: list[str]) -> None:
-        """Add the rows without path and patient. They describe subjects that are known by other means."""
+        """Add the rows without path and patient. They describe subjects whose names come from other sources."""
         named = {self(path, "").subject for path in paths} if rows else set()
         for row in rows:
             if row.subject in self._people:
@@ -281,8 +285,8 @@ class SubjectFinder:
             self._people[row.subject] = row.about
         if rows and not any(name in named or f"sub-{name}" in named for name in self._people):
             raise RequestError(
-                f"corpora: subjects '{table}': no row describes a subject of a recording under {self.config.root}; the "
-                f"subjects are {', '.join(sorted(named - {''})[:5]) or 'unknown'}; add the column 'path'"
+                f"corpora: subjects '{table}': no row has the name of a subject under {self.config.root}; the subjects "
+                f"are {', '.join(sorted(named - {''})[:5]) or 'unknown'}; add the column 'path'"
             )
 
     def _hash(self, patient: Patient) -> str:
@@ -296,7 +300,7 @@ class SubjectFinder:
         relative : str
             Path of the recording, relative to the root of the corpus.
         key : str
-            Key of the recording, which stands for an unknown subject.
+            Key of the recording, which is used as the name of an unknown subject.
 
         Returns
         -------
@@ -324,7 +328,7 @@ class SubjectFinder:
         patient = self._patients.get(relative)
         name = "" if self.config.subject_pattern else recognise(relative).subject
         if patient is not None and patient.code:
-            # If the path shows the code, a hash would hide nothing.
+            # If the path contains the code, a hash would hide nothing.
             return name if name.casefold() == patient.code else self._hash(patient), "header"
         if name:
             return name, "recognised"
@@ -346,6 +350,6 @@ def _read_secret(config: CorpusConfig) -> str:
     if not secret:
         raise RequestError(
             f"corpora: salt_variable '{config.salt_variable}': this environment variable is not set; set it to the "
-            "secret text that hides the identities of the patients, or remove the key"
+            "secret text with which the patients' identities are hashed, or remove the key"
         )
     return secret

@@ -45,7 +45,7 @@ class ThingsEEG2Options:
     )
 
     source: Literal["preprocessed", "raw"] = "preprocessed"
-    """preprocessed uses the released epochs (preprocessed_eeg_training.npy). raw uses the continuous recordings
+    """preprocessed: use the released epochs (preprocessed_eeg_training.npy). raw: use the continuous recordings
     (raw_eeg_training.npy)."""
     partitions: list[Literal["training", "test"]] = field(default_factory=lambda: ["training", "test"])
     """Image sets to use: training, test, or both."""
@@ -99,7 +99,7 @@ class ThingsEEG2Corpus(Adapter):
             try:
                 trials, left_out = _trials(_content(path, own["source"]), own, shown[partition], partition)
             except (ValueError, TypeError, OSError) as error:
-                # A damaged file may contain wrong types instead of numbers and names, so catch TypeError, too.
+                # In a damaged file, numbers and names can have wrong types, so catch TypeError too.
                 problem = Reason("unreadable", one_line(error)[:200])
             out.append(
                 Item(
@@ -166,7 +166,7 @@ class ThingsEEG2Corpus(Adapter):
     def design(self, config: CorpusConfig, measured: tuple[str, str]) -> tuple[str, str]:
         """Return the known design: the experiment showed images in random order; see `Adapter.design`."""
         if self.read_options(config).source == "preprocessed":
-            evidence = "not measured, because the files hold the epochs sorted by image"
+            evidence = "not measured, because the epochs in the files are sorted by image"
             return "random", f"images were shown in random order (Gifford et al. 2022); {evidence}"
         design, evidence = measured
         return design, f"images were shown in random order (Gifford et al. 2022); measured: {evidence}"
@@ -198,7 +198,7 @@ def _content(path: Path, source: str) -> dict[str, Any]:
         raise _Unusable("it needs the entry times, in seconds")
     if len(times) != x.shape[-1]:
         raise _Unusable(f"{x.shape[-1]} samples in an epoch and {len(times)} times")
-    # The file stores times with few digits, so round the sampling rate that is computed from them.
+    # Round the sampling rate, because the times in the file have only a few digits.
     sfreq = float(np.round((len(times) - 1) / (times[-1] - times[0]), 2))
     return {"x": x, "ch_names": names, "sfreq": sfreq, "tmin": float(times[0])}
 
@@ -274,5 +274,5 @@ def _images(options: ThingsEEG2Options, root: Path, images: AnyPath) -> dict[str
         ]
     shared = {image.concept for image in out["training"]} & {image.concept for image in out["test"]}
     if shared:
-        raise RequestError(f"{path}: concept '{min(shared)}' is among the training and the test images")
+        raise RequestError(f"{path}: concept '{min(shared)}' has images in both training and test")
     return out

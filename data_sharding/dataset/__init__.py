@@ -17,7 +17,7 @@ _MODULES = {"EEGDataset": "dataset", "write_dataset": "dataset", "Loader": "load
 
 
 def __getattr__(name: str) -> Any:
-    # Modules are imported at first use, because the loader imports torch, and most commands do not need torch.
+    # Import modules at their first use, because the loader imports torch, and most commands do not need torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULES.get(name, 'samples')}")

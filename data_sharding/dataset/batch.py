@@ -1,6 +1,6 @@
 """Batches of samples for a training step.
 
-Shapes: b samples of this rank, n true channels of a sample, T time points of a window.
+Shapes: b samples of this rank, n recorded channels of a sample (without padding), T time points of a window.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class Batch:
     """Samples that one rank uses in one training step. `len(batch)` is b, and a slice of a batch is a smaller batch."""
 
     packed: torch.Tensor
-    """[sum of n, T] float16 microvolts: the true channels of all samples. `padded` makes windows of 128 channels."""
+    """[sum of n, T] float16 microvolts: the recorded channels of all samples. `padded` makes windows of 128
+    channels."""
     channels: list[int]
-    """Number of true channels n of each sample."""
+    """Number of recorded channels n of each sample."""
     keys: list[str]
     """Key of each sample."""
     json: list[bytes]
@@ -71,9 +72,9 @@ class Batch:
         return self.padded()
 
     def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Make windows of 128 channels: row i of a window is the true channel i mod n of its sample.
+        """Make windows of 128 channels: row i of a window is the recorded channel i mod n of its sample.
 
-        Only the true channels are copied to the device, as float16. The device then converts and replicates these
+        Only the recorded channels are copied to the device, as float16. The device then converts and replicates these
         channels.
 
         Parameters
@@ -101,7 +102,7 @@ class Batch:
         if device.type == "cuda":
             rows = rows.pin_memory()
         x = self.packed.to(device, non_blocking=True)
-        # The cast comes before the replication, because there are fewer rows to cast.
+        # Convert before replicating, because there are fewer rows.
         x = x if dtype is None else x.to(dtype)
         return x.index_select(0, rows.to(device, non_blocking=True)).view(len(self), N_PADDED, -1)
 

@@ -43,8 +43,9 @@ def cache_folder() -> Path:
 class ShardCache:
     """Cache in a folder of limited size. Each file is named after its checksum.
 
-    If the folder is full, the least recently used file is deleted first. Any number of processes of a machine can share
-    the folder. Each file has a lock: one process downloads the file, and other processes that need the same file wait.
+    If the size limit is reached, the least recently used files are deleted. Any number of processes of a machine can
+    share the folder. Each file has a lock: one process downloads the file, and other processes that need the same file
+    wait.
 
     Parameters
     ----------
@@ -86,8 +87,8 @@ class ShardCache:
         Returns
         -------
         int
-            File descriptor of the cached file; the caller must close it. The descriptor stays readable even if the
-            cache deletes the file.
+            File descriptor of the cached file; the caller must close it. The descriptor can be read even after the
+            cache has deleted the file.
 
         Raises
         ------
@@ -108,7 +109,10 @@ class ShardCache:
                     self._fetch(url, path, sha256, size)
 
     def _make_private(self) -> None:
-        """Check once that no other user can change the cached files, because a cached file is not checked again."""
+        """Check once that no other user can change the cached files.
+
+        The content of a cached file is not checked again later.
+        """
         if not self._private:
             try:
                 private_folder(self.folder)
@@ -157,7 +161,7 @@ class ShardCache:
         )
 
     def _reserve(self, temporary: Path, size: int, url: AnyPath) -> None:
-        """Reserve disk space for a file, so that processes that download in parallel stay within the limit together."""
+        """Reserve disk space for a file, so that parallel downloads do not exceed the limit together."""
         if size > self.limit:
             raise RequestError(
                 f"{url}: the file has {size / 1e9:.3g} GB, more than the whole cache of {self.limit / 1e9:.3g} GB; "
@@ -183,8 +187,8 @@ class ShardCache:
                         else:
                             stream.truncate(size)
                     return
-            # Other processes are downloading the remaining files. A file can only be deleted when its download is
-            # complete.
+            # The remaining files are being downloaded by other processes, and can only be deleted when their download
+            # is complete.
             time.sleep(0.05)
 
     def _is_dead(self, temporary: Path) -> bool:
@@ -196,7 +200,7 @@ class ShardCache:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock that excludes all other processes of this machine. The lock is released when the process dies.
+    """Hold a lock that only one process of this machine can have. The lock is released when the process dies.
 
     Parameters
     ----------
@@ -215,8 +219,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     BlockingIOError
         If another process holds the lock and `wait` is False.
     """
-    # `_is_dead` needs a lock that the system releases when a process dies. The library filelock is not used, because on
-    # a file system without flock its lock would stay held.
+    # `_is_dead` needs a lock that the system releases when a process dies. Do not use the library filelock: on a file
+    # system without flock, its lock would remain after the death of the process.
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
@@ -231,13 +235,13 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         if sub.name == "locks":
             continue
         for path in sub.iterdir():
-            # The error is ignored, because another process may have renamed or deleted the file since it was listed.
+            # Ignore the error: another process may have renamed or deleted the file since it was listed.
             with contextlib.suppress(FileNotFoundError):
                 yield path, path.stat()
 
 
 def _store(url: AnyPath) -> tuple[Any, str]:
-    """Return the file system and the path of a URL. Connections are not kept, because they do not survive a fork."""
+    """Return the file system and the path of a URL. Connections are not reused, because they do not survive a fork."""
     if isinstance(url, UPath):
         return fsspec.filesystem(url.protocol, **url.storage_options), url.path
     return fsspec.filesystem("file"), str(url)
@@ -251,7 +255,7 @@ def _size_of(url: AnyPath) -> int:
 def _download(url: AnyPath, target: Path, expected: int) -> tuple[int, str]:
     """Copy a remote file to a local file, and return the size and the checksum of the copy.
 
-    The copy ends soon after the expected number of bytes, also if the store sends more.
+    If the store sends more bytes than expected, the copy is stopped soon.
     """
     fs, path = _store(url)
     digest, got = hashlib.sha256(), 0

@@ -1,6 +1,6 @@
 """Random access to the samples of a dataset, and a function that writes a small dataset for tests and tools.
 
-Shapes: b samples, n true channels, T time points of a window.
+Shapes: b samples, n recorded channels (without padding), T time points of a window.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class EEGDataset:
     tmin, tmax : float, optional
         Part of each trial to read, in seconds from the onset of the image; for example -0.2 and 0.8. Trials that are
         not stored with this whole part are left out (`left_out` counts them). By default, each trial is read from the
-        onset for the length of the window in `spec`. If only `tmin` is given, the length is that of the window.
+        onset for the length of the window in `spec`. If only `tmin` is given, the length of the window is read.
     version : str
         Dataset id of the version of the dataset to read; by default the current version. See
         `data_sharding.dataset.manifest`.
@@ -97,7 +97,8 @@ class EEGDataset:
                 f"{self.path}: no samples in split '{split}'; the dataset has {', '.join(have) or 'no samples'}"
             )
         with ThreadPoolExecutor(_PARALLEL_FETCHES if self.cache else 1) as pool:
-            # Memory is reserved for samples that an index really lists, and not for the number in the manifest.
+            # Allocate memory for the samples that are listed in an index, not for the number of samples in the
+            # manifest.
             parts = list(pool.map(self._read_index, self.shards))
         self.index = np.concatenate(parts)
         self.first = np.cumsum([0, *map(len, parts)])
@@ -109,13 +110,14 @@ class EEGDataset:
         self._local = threading.local()
 
     def _choose_part(self, tmin: float, tmax: float | None) -> None:
-        """Read each trial from `tmin` to `tmax`, and leave out the samples of which not all of this part is stored."""
+        """Read each trial from `tmin` to `tmax`. Leave out samples for which a part of this range is not stored."""
         sfreq = self.spec.sfreq
         tmax = tmin + self.spec.window_s if tmax is None else tmax
         self._shift, self.n_times = round(tmin * sfreq), round((tmax - tmin) * sfreq)
         if self.n_times < 1:
             raise RequestError(f"tmin {tmin:g} s and tmax {tmax:g} s: tmax must be later than tmin")
-        # Older versions stored a window that begins at the onset, and neither `samples` nor `onset` in the index.
+        # Older versions stored only a window that begins at the onset, and did not write `samples` and `onset` to the
+        # index.
         stored = np.where(self.index["samples"], self.index["samples"], self.spec.window).astype(np.int64)
         begin = self.index["onset"].astype(np.int64) + self._shift
         whole = (begin >= 0) & (begin + self.n_times <= stored)
@@ -176,7 +178,7 @@ class EEGDataset:
         return [self]
 
     def require_images(self) -> EEGDataset:
-        """Refuse a dataset without images.
+        """Raise an error if the dataset has samples without images.
 
         Returns
         -------
@@ -196,7 +198,7 @@ class EEGDataset:
         return self
 
     def require_preprocess(self, spec: PreprocessSpec, what: str) -> EEGDataset:
-        """Refuse a dataset whose preprocessing differs from that of a model's training data.
+        """Raise an error if the preprocessing differs from that of a model's training data.
 
         Parameters
         ----------
@@ -333,7 +335,7 @@ class EEGDataset:
         Returns
         -------
         PackedSamples
-            The true channels of all samples, concatenated in the order of `numbers`.
+            The recorded channels of all samples, concatenated in the order of `numbers`.
 
         Raises
         ------
@@ -345,7 +347,7 @@ class EEGDataset:
         return pack([(reader, location) for location in self.locations(numbers)], self.n_times, out)
 
     def read_stored(self, number: int) -> Sample:
-        """Read a sample with all time points that are stored, such as the baseline of a trial.
+        """Read a sample with all stored time points, including the baseline of a trial.
 
         Parameters
         ----------
@@ -355,7 +357,7 @@ class EEGDataset:
         Returns
         -------
         Sample
-            The sample as it is stored. In a trial, the image appeared at the time point ``meta["onset"]``.
+            The sample as it is stored. In a trial, ``meta["onset"]`` is the time point at which the image appeared.
         """
         (location,) = self.locations([number])
         key, text, n = self.reader.load(location)
@@ -398,7 +400,7 @@ def read_manifest(path: AnyPath, version: str = "") -> Manifest:
     Raises
     ------
     RequestError
-        If the directory is not a complete dataset, or if the version does not exist or was lost by ``--compact``.
+        If the directory is not a complete dataset, or if the version does not exist or was deleted by ``--compact``.
     """
     if version:
         manifest = find_version(path, version)

@@ -1,4 +1,4 @@
-"""The ledger: one row for every recording found, with its status and the reason for it."""
+"""The ledger: one row for every recording that was found, with its status and the reason for the status."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class LedgerRow:
     channels_by_type: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of the recording's channels of each type."""
     channels_left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """Names of the channels that are not used, for each reason."""
+    """Names of the channels that are not used, by reason."""
     channels: list[str] = dataclasses.field(default_factory=list)
     """Canonical names of the channels in the windows, in order."""
     n_eeg: int = 0
@@ -127,8 +127,8 @@ class LedgerRow:
     amplitude_uv: float | None = None
     """Median amplitude of the channels in microvolts; None if the amplitude was not measured."""
     unit: str = ""
-    """How the unit of the signal is known: declared (by the file), plausible (by the amplitude), configured (by the
-    config), or unknown."""
+    """Source of the unit: declared (in the file), plausible (from the amplitude), configured (in the config), or
+    unknown."""
     unit_factor: float | None = None
     """Factor that converts the values of the file to volts."""
     line_freq: float | None = None
@@ -138,14 +138,14 @@ class LedgerRow:
     windows: int = 0
     """Number of windows of the recording in the dataset."""
     seconds_written: float = 0.0
-    """Seconds of signal that the windows of the recording cover."""
+    """Length of the signal in the windows of the recording, in seconds."""
     windows_left_out: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of windows or trials of the recording that are not in the dataset, for each reason."""
+    """Number of windows or trials of the recording that are not in the dataset, by reason."""
     seconds_left_out: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Seconds of signal that no window covers, for each reason; empty for a recording with trials. Together with
-    `seconds_written`, they add up to the length of the recording."""
+    """Length of the signal outside the windows in seconds, by reason; empty for a recording with trials. These values
+    and `seconds_written` add up to the length of the recording."""
     bad_in_windows: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of windows with a channel that is bad only in some windows, for each kind of fault, such as muscle."""
+    """Number of windows with a channel that is bad only in some windows, by kind of fault, such as muscle."""
     trial_tmin: float | None = None
     """Start of the stored trials, in seconds from the onset of the image; None for a recording without trials."""
     trial_tmax: float | None = None
@@ -153,7 +153,7 @@ class LedgerRow:
     shards: list[str] = dataclasses.field(default_factory=list)
     """Paths of the shards that hold windows of the recording, relative to the dataset."""
     notes: list[str] = dataclasses.field(default_factory=list)
-    """Further remarks about the recording, as sentences."""
+    """Further notes about the recording."""
 
     @property
     def splits(self) -> list[str]:
@@ -162,12 +162,15 @@ class LedgerRow:
 
     @property
     def has_subject(self) -> bool:
-        """Whether the subject of the recording is known; otherwise the key of the recording stands for the subject."""
+        """Whether the subject of the recording is known.
+
+        For an unknown subject, `subject` is the key of the recording.
+        """
         return bool(self.subject) and self.subject != self.key
 
     @property
     def category(self) -> str:
-        """Category under which the recording is counted: the category of its reason.
+        """Category of the reason, which is used to count recordings.
 
         Ledgers of older versions have no categories. In an old ledger, the category of a duplicate or held-back
         recording is its status, and the category of any other recording is its whole reason.
@@ -189,7 +192,7 @@ class LedgerRow:
         self.status, self.reason, self.reason_category = status, str(reason), reason.category
 
     def set_aside(self, status: Status, reason: Reason, *, duplicate_of: str = "", held_back: str = "") -> None:
-        """Mark a recording as not in the dataset. The measured values of the recording stay in the row.
+        """Mark a recording as not in the dataset. The measured values of the recording remain in the row.
 
         Parameters
         ----------
@@ -221,7 +224,7 @@ class LedgerRow:
         Raises
         ------
         KeyError
-            If a column is missing that every version has written; the error holds the name of the column.
+            If a column is missing that every version has written. The error contains the name of the column.
         """
         known = {}
         for name in COLUMNS:
@@ -245,7 +248,9 @@ def schema() -> Any:
     import pyarrow as pa
 
     def arrow_type(python_type: Any) -> Any:
-        if isinstance(python_type, types.UnionType):  # X | None: every column of a Parquet file may be null
+        if isinstance(
+            python_type, types.UnionType
+        ):  # Every column may be null, so None is not part of the type.
             (python_type,) = (part for part in get_args(python_type) if part is not types.NoneType)
         if typing.get_origin(python_type) is list:
             return pa.list_(pa.string())
@@ -298,7 +303,7 @@ def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
     if not path.is_file():
         raise RequestError(f"{path}: no such file; only 'dreamscale shard' writes a ledger")
     try:
-        # Arrow's own threads are not used: on a busy machine they have crashed the interpreter at its exit.
+        # Do not use Arrow's threads: on a busy machine, they have crashed the interpreter at exit.
         file = pq.ParquetFile(io.BytesIO(read_limited(path, MAX_LEDGER)), pre_buffer=False)
         return [LedgerRow.from_columns(row) for row in iterate_rows(file, path.stat().st_size, str(path))]
     except KeyError as error:
@@ -310,7 +315,7 @@ def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
 
 
 def iterate_rows(file: Any, size: int, where: str) -> Iterator[dict[str, Any]]:
-    """Read the rows of a Parquet file in small parts, and refuse a file that unpacks to far more than its own size.
+    """Read the rows of a Parquet file in small parts. Refuse a file whose unpacked size is far larger than the file.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""Endless stream of training batches that contains every sample exactly once an epoch.
+"""Endless stream of training batches that contains every sample exactly once in each epoch.
 
 The samples of a batch do not depend on the number of ranks or workers.
 
-Shapes: b samples of this rank, n true channels of a sample, T time points of a window.
+Shapes: b samples of this rank, n recorded channels of a sample (without padding), T time points of a window.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PREFETCH_BATCHES = 4
 
 @dataclass(frozen=True)
 class _WorkerError:
-    """Error message that a worker sends in place of a batch.
+    """Error message that a worker sends instead of a batch.
 
     The worker does not raise the error, because torch would then add a long traceback to the message.
     """
@@ -63,13 +63,12 @@ class _ShardPrefetcher:
         turn = os.getpid() % len(shards)
         for shard in shards[turn:] + shards[:turn]:
             if self.windows.get(stream) != window:
-                # The loader already reads another window, so shards of this window would only fill the cache.
+                # The loader already reads another window, so the shards of this window are not needed any more.
                 return
             try:
                 os.close(part.open_shard(shard))
             except (OSError, RequestError):
-                # This error is ignored: the process that reads a sample of this shard gets the same error and reports
-                # it.
+                # Ignore this error: the process that reads a sample of this shard will get and report the same error.
                 return
 
 
@@ -164,10 +163,10 @@ class Loader:
 
     The loader works on one endless sequence of samples: first the samples of epoch 0 in their order, then the samples
     of epoch 1, and so on. Global batch t is the slice ``[tB, (t + 1)B)`` of this sequence, where B is the global batch
-    size. Each rank takes every world_size-th sample of the global batch. So every sample comes exactly once an epoch,
-    all ranks take the same number of steps, and the global batches do not depend on the number of ranks or workers. In
-    a mixture each dataset has its own sequence; the weight of a dataset is the fraction of each batch that comes from
-    this dataset.
+    size. Each rank takes every world_size-th sample of the global batch. So every sample occurs exactly once in each
+    epoch, all ranks take the same number of steps, and the global batches do not depend on the number of ranks or
+    workers. In a mixture, each dataset has its own sequence, and the weight of a dataset is its fraction of the samples
+    of a batch.
 
     Parameters
     ----------
@@ -258,7 +257,7 @@ class Loader:
         return numbers.tolist(), epochs.tolist()
 
     def stream_places(self, step: int) -> list[int]:
-        """Compute the place in the order of each dataset at which a step begins.
+        """Compute the place of each dataset at which a step begins (see `data_sharding.dataset.order`).
 
         Parameters
         ----------
@@ -276,11 +275,14 @@ class Loader:
 
     @property
     def epoch(self) -> float:
-        """Samples consumed so far, divided by the number of samples of the dataset or of the whole mixture."""
+        """Number of samples read so far, divided by the number of samples of the dataset or of the whole mixture."""
         return self.step * self.global_batch / len(self.dataset)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches from the current step on; `step` counts yielded batches, but no prefetched batches."""
+        """Yield batches from the current step on.
+
+        The attribute `step` counts the yielded batches, not the prefetched batches.
+        """
         import torch
         from torch.utils.data import DataLoader
 
@@ -345,7 +347,7 @@ class Loader:
 
 
 def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> None:
-    """Refuse an order for which the cache is too small, because the same shards would be downloaded repeatedly.
+    """Raise an error if the cache is too small for the order, because shards would be downloaded repeatedly.
 
     Parameters
     ----------
@@ -367,7 +369,7 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     need = 0
     for part in remote:
         sizes = sorted((shard.bytes for shard in part.shards), reverse=True)
-        # A batch at the border of two windows contains samples of the two windows.
+        # A batch at the border of two windows contains samples of both windows.
         need += sum(sizes if order == "global" else sizes[: 2 * window])
     limit = min(part.cache.limit for part in remote if part.cache)
     if need > limit:

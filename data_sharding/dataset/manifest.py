@@ -1,4 +1,4 @@
-"""The manifest of a dataset: a list of its contents, which is checked when the dataset is opened.
+"""The manifest of a dataset: a list of its files and settings, which is checked when the dataset is opened.
 
 A dataset that has grown has several versions. The file ``manifest.json`` in the directory of the dataset belongs to the
 current version. The folder ``versions/<number>`` holds the manifest and the ledger of each version.
@@ -35,14 +35,14 @@ class Shard:
     sha256: str
     """Checksum of the tar."""
     index_sha256: str
-    """Checksum of the index beside the tar."""
+    """Checksum of the index next to the tar."""
     bytes: int
     """Size of the tar."""
     samples: int
     """Number of samples in the tar."""
     withdrawn: list[list[int]] = field(default_factory=list)
-    """Samples of the tar that do not belong to this version of the dataset any more. Each range has the number of its
-    first sample, and of its last sample plus one. Readers leave these samples out."""
+    """Ranges of samples in the tar that do not belong to this version of the dataset any more: number of the first
+    sample, and number of the last sample plus one. Readers skip these samples."""
 
     @property
     def served(self) -> int:
@@ -70,7 +70,8 @@ class Manifest:
     labels: list[str] = field(default_factory=list)
     """Name of each label, in the order of the label numbers; empty if the dataset has no labels."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Number of recordings found and of each status, of windows, and of windows or trials left out for each reason."""
+    """Number of recordings found, of recordings with each status, of windows, and of windows or trials left out for
+    each reason."""
     hours: dict[str, float] = field(default_factory=dict)
     """Hours of the recordings found, of the recordings of each status, and of the signal written."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +99,7 @@ class Manifest:
         """Write the manifest to the directory of a dataset. An interrupted write leaves no partial file."""
         values = {"schema": SCHEMA, **dataclasses.asdict(self)}
         for shard in (shard for shards in values["splits"].values() for shard in shards):
-            if not shard["withdrawn"]:  # So that older versions of Dreamscale can read a dataset that has not grown.
+            if not shard["withdrawn"]:  # Older versions of Dreamscale can read a dataset that has only one version.
                 del shard["withdrawn"]
         write_json(as_path(directory) / NAME, values)
 
@@ -121,7 +122,9 @@ class Manifest:
         RequestError
             If the directory is missing, or if its manifest is missing, damaged or of another schema.
         """
-        directory = fresh(as_path(directory))  # Another process may have written a new version.
+        directory = fresh(
+            as_path(directory)
+        )  # Another process may have written a new version.
         if not directory.is_dir():
             raise RequestError(f"{directory}: no such dataset directory")
         if not (directory / NAME).is_file():
@@ -151,7 +154,10 @@ class Manifest:
 
 
 def version_folder(dataset: str | AnyPath, number: int) -> AnyPath:
-    """Return the folder of a version of a dataset; datasets of older versions of Dreamscale have no such folder."""
+    """Return the folder of a version of a dataset.
+
+    Datasets from older versions of Dreamscale do not have this folder.
+    """
     return as_path(dataset) / VERSIONS / f"{number:06d}"
 
 

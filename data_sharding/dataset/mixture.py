@@ -1,4 +1,4 @@
-"""Mixture of several datasets: the datasets are read as one dataset, and each has a weight."""
+"""Mixture of several datasets: they are read like one dataset, and each of them has a weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 
 
 class Mixture:
-    """The same split of several datasets. The weight of a dataset is the share of its samples in training batches.
+    """One split of several datasets. The weight of a dataset is the fraction of its samples in training batches.
 
     The samples of all datasets are numbered together, from the first dataset to the last. A mixture has the same
     methods for reading as `EEGDataset`.
@@ -75,7 +75,8 @@ class Mixture:
         ]
         opened.sort(key=lambda one: one[0].manifest.dataset_id)
         self.parts = [part for part, _ in opened]
-        # fsum rounds only once, so the sum (and so the dataset id) does not depend on the order of the weights.
+        # The result of fsum does not depend on the order of the weights, so the dataset id does not depend on it
+        # either.
         total = math.fsum(weights.values())
         self.weights = [weight / total for _, weight in opened]
         for part in self.parts[1:]:
@@ -125,7 +126,7 @@ class Mixture:
         return int(self.first[-1])
 
     def locate(self, number: int) -> tuple[EEGDataset, int]:
-        """Find the dataset that holds a sample of the mixture.
+        """Find the dataset that contains a sample of the mixture.
 
         Parameters
         ----------
@@ -135,7 +136,7 @@ class Mixture:
         Returns
         -------
         dataset : EEGDataset
-            Dataset that holds the sample.
+            Dataset that contains the sample.
         number : int
             Number of the sample in that dataset.
 
@@ -180,7 +181,7 @@ class Mixture:
         Returns
         -------
         PackedSamples
-            The true channels of all samples, concatenated in the order of `numbers`.
+            The recorded channels of all samples, concatenated in the order of `numbers`.
         """
         which = np.searchsorted(self.first, numbers, side="right") - 1
         own = np.asarray(numbers) - self.first[which]
@@ -195,7 +196,7 @@ class Mixture:
 
 
 def _require_same_preprocess(first: EEGDataset, other: EEGDataset) -> None:
-    """Refuse two datasets with different preprocessing, because one model cannot be trained on them together."""
+    """Raise an error for two datasets with different preprocessing, because one model cannot be trained on both."""
     if differ := first.spec.differences(other.spec):
         raise RequestError(
             f"datasets: {first.path} and {other.path} were preprocessed differently ({', '.join(differ.values())}); "

@@ -24,7 +24,8 @@ time."""
 
 _ROUNDS = 8
 _BLOCK = 4096
-"""Number of consecutive places of a mixture in which each dataset gets its share."""
+"""Number of consecutive places in a block of a mixture. In each block, the fraction of places of each dataset is its
+weight."""
 _UNIT = 1 << 40
 """Weights of datasets are stored as integers that add up to this number, so that their sum has no rounding error."""
 
@@ -137,8 +138,8 @@ class EpochOrder:
         Seed of the random order.
     order : {"global", "shards"}
         global: the samples are shuffled over the whole dataset. shards: the shards are in random order, and the samples
-        are shuffled within each `window` of consecutive shards, so that a cache of limited size can hold the shards
-        that are read next.
+        are shuffled within each `window` of consecutive shards. Then a cache of limited size is large enough for the
+        shards that are read next.
     window : int
         Number of shards in one window. Only the order "shards" uses windows.
     stream : int
@@ -224,7 +225,7 @@ class EpochOrder:
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the shards of an epoch in random order, and the places at which each shard and each window ends."""
         if epoch not in self._shards:
-            # Batches never go back by more than one epoch, so the orders of earlier epochs are deleted.
+            # Batches never go back by more than one epoch, so delete the orders of earlier epochs.
             self._shards = {k: v for k, v in self._shards.items() if k >= epoch - 1}
             count = len(self.samples)
             shards = permute(np.arange(count), count, self.seed, self.stream, epoch, 1)
@@ -270,7 +271,7 @@ class DatasetInterleaver:
     def _cumulative_places(self, block: int) -> np.ndarray:
         """Return the number of places before a block that the first j datasets got together, for j = 0, 1, 2 ...
 
-        Python's integers are used because the product would overflow 64 bits.
+        Python's integers are used, because the product can be larger than 64 bits.
         """
         return np.array([block * _BLOCK * edge // _UNIT for edge in self._edges], np.int64)
 
@@ -302,7 +303,7 @@ class DatasetInterleaver:
         which : ndarray of int, shape (b,)
             Dataset of each place.
         place : ndarray of int, shape (b,)
-            Place in the order of that dataset. Over all places of the mixture, each place of a dataset comes exactly
+            Place in the order of that dataset. Over all places of the mixture, each place of a dataset occurs exactly
             once.
         """
         blocks, places = np.divmod(np.asarray(line, np.int64), _BLOCK)
@@ -310,8 +311,8 @@ class DatasetInterleaver:
         for block in np.unique(blocks).tolist():
             mine = blocks == block
             before, after = self._cumulative_places(block), self._cumulative_places(block + 1)
-            # The slots of a block are sorted by dataset: dataset j has the slots from ends[j] up to ends[j + 1]. A
-            # permutation assigns a slot to each place.
+            # Each block has a list of slots that is sorted by dataset: dataset j has the slots from ends[j] up to
+            # ends[j + 1]. A permutation assigns one slot to each place of the block.
             ends = after - before
             slot = permute(places[mine], _BLOCK, self.seed, block)
             which[mine] = np.searchsorted(ends, slot, side="right") - 1

@@ -1,6 +1,6 @@
 """Samples of a dataset, their encoding as bytes, and the writer of shards. A shard is a tar with an index.
 
-Shapes: n true channels, T time points of a window.
+Shapes: n recorded channels (without padding), T time points of a window.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from data_sharding.common.untrusted import MAX_WINDOW
 N_PADDED = 128
 """Number of channels of a padded window."""
 ZSTD_LEVEL = -1
-"""Compression level of zstd. The level must not change, because another level gives other bytes for the same sample.
+"""Compression level of zstd. Do not change it, because another level gives different bytes for the same sample.
 
 The lower bits of float16 EEG are noise, so entropy coding saves little: level 3 would save 7 % of the bytes, but
-writing would be 3 times slower and reading 4.5 times slower. Level -1 removes only the copies of channels that padding
-adds.
+writing would be 3 times slower and reading 4.5 times slower. Level -1 only compresses the copies of channels that
+padding adds.
 """
 _NPY_HEADER = 128
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
@@ -67,7 +67,7 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
     Parameters
     ----------
     eeg : ndarray, shape (n, T)
-        Window in microvolts, true channels only.
+        Window in microvolts, only the recorded channels.
 
     Returns
     -------
@@ -87,7 +87,7 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
         raise ValueError("window holds values that are not finite in float16 microvolts")
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(pad_channels(half)), version=(1, 0), allow_pickle=False)
-    # zstd's match window must cover the whole sample; otherwise zstd does not find the copied channels of a long
+    # The match window of zstd must be as long as the sample. Otherwise zstd does not find the copied channels of a long
     # sample.
     size = buffer.getbuffer().nbytes
     reach = min(max((size - 1).bit_length(), zstandard.WINDOWLOG_MIN), 27)
@@ -105,9 +105,10 @@ def decode_eeg(data: bytes, n: int | None = None, samples: int | None = None) ->
     data : bytes
         Content of a member ``KEY.eeg.npy.zst``.
     n : int, optional
-        Number of true channels, from the sample's JSON; if None, all 128 channels of the padded window are returned.
+        Number of recorded channels, from the sample's JSON; if None, all 128 channels of the padded window are
+        returned.
     samples : int, optional
-        Number of time points that the window must have; if None, the window may have any number up to `MAX_WINDOW`.
+        Expected number of time points of the window; if None, any number up to `MAX_WINDOW` is allowed.
 
     Returns
     -------
@@ -118,12 +119,12 @@ def decode_eeg(data: bytes, n: int | None = None, samples: int | None = None) ->
     ------
     ValueError
         If the bytes are not a float16 window of 128 channels with the expected number of time points. The function
-        never unpacks more bytes than such a window has.
+        never decompresses more bytes than such a window has.
     """
     import zstandard
 
     try:
-        # The size that the compressed data state is not used. A changed file can state any size.
+        # Do not use the size that is stored in the compressed data, because a manipulated file can contain any size.
         with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(data) as stream:
             head = io.BytesIO(stream.read(_NPY_HEADER))
             if np.lib.format.read_magic(head) != (1, 0):
@@ -160,7 +161,7 @@ def wds_decoder(key: str, data: bytes) -> np.ndarray | None:
 
 
 def safe_key(text: str) -> str:
-    """Turn any text into a valid key of a sample.
+    """Convert any text to a valid key of a sample.
 
     Parameters
     ----------
@@ -183,7 +184,8 @@ class Sample:
     key: str
     """Key of the sample; unique in the dataset, with characters from ``[A-Za-z0-9_-]`` only."""
     eeg: np.ndarray
-    """[n, T] microvolts, true channels only. A stored trial may have more time points than a window of the model."""
+    """[n, T] microvolts, only the recorded channels. A stored trial may have more time points than a window of the
+    model."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Metadata of the sample, which is stored as JSON (see docs/data_format.md)."""
     image: bytes | None = None
@@ -219,9 +221,10 @@ class ShardWriter:
 
     Notes
     -----
-    The index is JSON: ``[{"key": KEY, "n": true channels, "members": {"eeg.npy.zst": [offset, size], ...}}, ...]``, in
-    the order of the tar. An offset is the position of a member's content in the tar. The entry of a trial also has
-    ``onset`` and ``samples``: the index of the sample at which the image appeared, and the number of time points.
+    The index is JSON: ``[{"key": KEY, "n": NUMBER OF CHANNELS, "members": {"eeg.npy.zst": [offset, size], ...}},
+    ...]``, in the order of the tar. An offset is the position of a member's content in the tar. The entry of a trial
+    also has ``onset`` and ``samples``: the index of the sample at which the image appeared, and the number of time
+    points.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -258,8 +261,8 @@ class ShardWriter:
         members : list of (str, bytes)
             Names and bytes of the members, as `Sample.members` returns them.
         about : mapping
-            Values for the index: ``n`` (true channels), and for a trial ``onset`` and ``samples``. If the sample comes
-            from another shard, this is the sample's entry in the index of that shard.
+            Values for the index: ``n`` (number of recorded channels), and for a trial ``onset`` and ``samples``. If the
+            sample comes from another shard, this is the sample's entry in the index of that shard.
         """
         entry: dict[str, list[int]] = {}
         for name, data in members:

@@ -1,9 +1,9 @@
-"""Read samples from shards. The index of a dataset is in memory; each thread has its own open files and buffers.
+"""Read samples from shards. The index of a dataset is kept in memory. Each thread has its own open files and buffers.
 
 Python's `tarfile` is not used for reading, because it reads the headers of the whole tar. The index gives the offset of
 each sample, so one system call reads a sample.
 
-Shapes: b samples, n true channels, T time points of a window.
+Shapes: b samples, n recorded channels (without padding), T time points of a window.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ INDEX = np.dtype(
         ("samples", "<u4"),
     ],
 )
-"""Data type of the index: 30 bytes a sample for the offset of its first tar header, the sizes of its members, n, and
-for a trial the index of its onset and the number of its time points (0 for a window of the usual length).
+"""Data type of the index, with 30 bytes per sample: offset of the first tar header, sizes of the members, n, and for a
+trial the index of the onset and the number of time points (0 for a window of the usual length).
 
 The reader computes all other offsets from these numbers. The index of ten million samples takes 0.3 GB of memory.
 """
 LONGEST = MAX_WINDOW
-"""Largest number of time points of a stored trial; an index with a larger number is damaged."""
+"""Largest number of time points of a stored trial. An index with a larger number counts as damaged."""
 MAX_META = 2**24
 """Largest size of a sample's JSON in bytes."""
 _EEG = "eeg.npy.zst"
@@ -84,12 +84,12 @@ class ShardSource(Protocol):
 
 @dataclass(kw_only=True)
 class PackedSamples:
-    """Samples as they are read from disk: the true channels of all samples in one array."""
+    """Samples as they are read from disk: the recorded channels of all samples in one array."""
 
     eeg: np.ndarray
     """[sum of n, T] float16 microvolts."""
     channels: list[int]
-    """Number of true channels n of each sample."""
+    """Number of recorded channels n of each sample."""
     keys: list[str]
     """Key of each sample."""
     json: list[bytes]
@@ -122,7 +122,7 @@ class SampleLocation(NamedTuple):
     ext: int
     """File type of the image, as an index of IMAGE_EXTENSIONS."""
     n: int
-    """Number of true channels; 0 if the index comes from an older version, which did not store this number."""
+    """Number of recorded channels; 0 if the index comes from an older version, which did not store this number."""
     samples: int
     """Number of stored time points; 0 for a window of the usual length."""
     begin: int
@@ -141,7 +141,7 @@ def member_limits(samples: int) -> dict[str, int]:
 
 
 def padded_size(size: Any) -> Any:
-    """Return the number of bytes that a member of this size takes in a tar, without the member's header."""
+    """Return the number of bytes of a member's content in a tar, including padding."""
     return (size + HEADER - 1) // HEADER * HEADER
 
 
@@ -217,8 +217,7 @@ def parse_index(data: bytes, name: str, samples: int, *, tar_bytes: int, window:
         raise RequestError(
             f"{name}: the index lists {len(entries)} samples, the manifest says {samples}; copy the dataset again"
         )
-    # Check that every member lies in the tar and is not too large, before arithmetic uses the numbers or memory is
-    # reserved.
+    # Check that every member is inside the tar and not too large, before the numbers are used or memory is allocated.
     longest = np.where((count > 0) & (count <= LONGEST), count, window)
     limits = np.stack([most_bytes(longest), np.full(samples, MAX_META), np.full(samples, MAX_IMAGE)], axis=1)
     places = np.stack([eeg, meta, image], axis=1)
@@ -375,7 +374,7 @@ class ShardReader:
         shape = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({N_PADDED}, {samples}), }}"
         self.npy = b"\x93NUMPY\x01\x00v\x00" + shape.ljust(117).encode() + b"\n"
         self.size = len(self.npy) + N_PADDED * samples * 2
-        # The buffer is longer than a sample, so that the decompressor reads to the end of the frame and checks the
+        # The buffer is longer than a sample. So the decompressor reads to the end of the frame, and verifies the
         # checksum.
         self.plain = bytearray(self.size + 64)
         self.stored = np.frombuffer(self.plain, np.float16, N_PADDED * samples, len(self.npy)).reshape(N_PADDED, -1)
@@ -390,7 +389,7 @@ class ShardReader:
         descriptor = self.files.get(shard)
         if descriptor is None:
             descriptor = self.dataset.open_shard(shard)
-            # To make room for this shard, the cache may have deleted files that this reader still has open.
+            # The cache may have deleted files that this reader has open, to make room for this shard.
             self.close_evicted()
             self.files[shard] = descriptor
             if len(self.files) > _OPEN_FILES:
@@ -400,7 +399,7 @@ class ShardReader:
         return descriptor
 
     def close_evicted(self) -> None:
-        """Close files that the cache has deleted, because the disk space of an open file is not freed."""
+        """Close files that the cache has deleted. Until then, their disk space is not freed."""
         if not self.dataset.cache:
             return
         for shard, descriptor in list(self.files.items()):
@@ -408,10 +407,10 @@ class ShardReader:
                 os.close(self.files.pop(shard))
 
     def start_readahead(self, location: SampleLocation) -> None:
-        """Ask the operating system to read a sample in advance, so that a slow disk reads a batch in parallel."""
+        """Ask the operating system to read a sample in advance, so that the samples of a batch are read in parallel."""
         if not hasattr(os, "posix_fadvise"):
             return  # macOS does not have the function posix_fadvise.
-        # An error is ignored here, because reading the sample fails later with the same error and reports it.
+        # Ignore an error here, because the actual reading of the sample will raise the same error.
         with contextlib.suppress(OSError):
             length = location.meta_at + location.meta - location.start
             os.posix_fadvise(self.file(location.shard), location.start, length, os.POSIX_FADV_WILLNEED)
@@ -441,7 +440,7 @@ class ShardReader:
         return damage_error(self.dataset.shard_name(location.shard), self.name(location, key), fault)
 
     def parse_key(self, location: SampleLocation, header: memoryview, suffix: bytes = _SUFFIX) -> str:
-        """Read the key of a sample from the tar header of its EEG, or of the member that has the given suffix."""
+        """Read the key of a sample from the tar header of its EEG, or of the member with the given suffix."""
         name = bytes(header[:100]).rstrip(b"\0")
         if header[257:262] != b"ustar" or not name.endswith(suffix):
             raise self.damage(location, "the index does not point at a sample")
@@ -451,11 +450,11 @@ class ShardReader:
             raise self.damage(location, f"its name in the tar is '{show(name)}', which has no valid key") from None
 
     def load(self, location: SampleLocation) -> tuple[str, bytes, int]:
-        """Read a sample into `stored`, and return the sample's key, JSON and number of true channels."""
+        """Read a sample into `stored`, and return the sample's key, JSON and number of recorded channels."""
         self._prepare_buffer(location.samples or self.dataset.spec.window)
         start, size, meta_at = location.start, location.eeg, location.meta_at
-        # Without an image, the JSON follows the EEG directly, so one call reads the two members. With an image between
-        # them, two calls are used, so that the image is not read.
+        # Without an image, the JSON directly follows the EEG, so read both with one call. If an image is between them,
+        # use two calls, so that the image is not read.
         whole = self.read(location, start, HEADER + size if location.image else meta_at + location.meta - start)
         key = self.parse_key(location, whole)
         try:
@@ -474,7 +473,7 @@ class ShardReader:
         return key, text, n
 
     def window(self, location: SampleLocation, n: int) -> np.ndarray:
-        """Return the part to read of the sample that `load` read last, as a view [n, T] of the buffer."""
+        """Return the requested part of the sample that `load` read last, as a view [n, T] of the buffer."""
         return self.stored[:n, location.begin : location.begin + self.dataset.n_times]
 
     def image(self, location: SampleLocation) -> bytes:
@@ -506,14 +505,14 @@ def pack(
     Returns
     -------
     PackedSamples
-        The true channels of all samples, concatenated in the order of `samples`.
+        The recorded channels of all samples, concatenated in the order of `samples`.
 
     Raises
     ------
     RequestError
         If a sample is damaged; the message names the file and the sample's key.
     """
-    # n is 0 if an older version wrote the index without n. Such a sample may have up to 128 channels.
+    # n is 0 if an older version wrote the index, without n. Such a sample can have up to 128 channels.
     rows = sum(location.n or N_PADDED for _, location in samples)
     eeg = out if out is not None and len(out) >= rows else np.empty((rows, n_times), np.float16)
     packed = PackedSamples(eeg=eeg, channels=[], keys=[], json=[], shards=[], begins=[])

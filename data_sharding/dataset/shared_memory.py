@@ -1,9 +1,9 @@
 """Shared memory in which workers pass the signals of their batches to the training process.
 
-torch's own way to pass batches is not used: torch allocates new shared memory for each batch, sends the file descriptor
-of this memory through a socket and maps the memory. These steps take longer than reading and decompressing the batch.
-In this module, the memory is allocated only once, before the workers are forked. The memory is divided into slots for
-one batch each, and the slots are reused.
+This replaces torch's transfer of batches, which is slow. For each batch, torch allocates shared memory, sends its file
+descriptor through a socket and maps it; this takes longer than reading and decompressing the batch. In this module, the
+memory is allocated only once, before the workers are forked. The memory is divided into slots for one batch each, and
+the slots are reused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Slots:
     workers : int
         Number of workers.
     per_worker : int
-        Number of slots of one worker: batches that the worker can write before the training process has copied them.
+        Number of slots of one worker: it can write this many batches before the training process has copied one.
     rows : int
         Maximum number of channels of a batch, summed over all samples of the batch.
     window : int
@@ -45,15 +45,15 @@ class Slots:
     def __init__(self, workers: int, per_worker: int, rows: int, window: int) -> None:
         self.per_worker, self.rows, self.window = per_worker, rows, window
         self.size = -(-rows * window * 2 // mmap.PAGESIZE) * mmap.PAGESIZE
-        # The memory is anonymous, because /dev/shm is often small in a container. Linux allocates a page at its first
-        # write.
+        # Use anonymous memory, because /dev/shm is often small in a container. Linux allocates a page when it is first
+        # written.
         self.memory = mmap.mmap(-1, workers * per_worker * self.size)
         self.number = next(self._numbers)
         self._open[self.number] = self
 
     @classmethod
     def supported(cls) -> bool:
-        """Whether workers can share memory with this process (Linux, with fork)."""
+        """Return whether workers can share memory with this process. This needs Linux and fork."""
         return sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods()
 
     @classmethod
@@ -90,7 +90,7 @@ class BatchInSlot:
     slots: int
     """Number of the `Slots` object."""
     slot: int
-    """Slot that holds the signals."""
+    """Number of the slot with the signals."""
     rows: int
     """Number of channels, summed over all samples of the batch."""
 

@@ -14,23 +14,22 @@ from data_sharding.common.errors import RequestError
 
 SPLITS = ("train", "val", "test")
 TRAIN_OR_VAL = "train+val"
-"""Split that a corpus gives to trials outside its own test set. A hash moves some of these trials to val."""
+"""Split of trials that are not in the test set of their corpus. A hash moves some of these trials to val."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
     """Subjects, images and concepts to hold out for val and test. A held-out subject or image is never in two splits.
 
-    All sessions of a subject are in the same split. If two corpora have a subject of the same name, the two subjects
-    count as one subject.
+    All sessions of a subject are in the same split. Subjects of two corpora with the same name count as one subject.
     """
 
     seed: int = 0
     """Seed for the random assignment of subjects and images to splits (by hash)."""
     val_fraction: float = 0.1
-    """Share of the subjects in val, chosen by hash; ignored if val_subjects or test_subjects is given."""
+    """Fraction of the subjects in val, chosen by hash; ignored if val_subjects or test_subjects is given."""
     test_fraction: float = 0.1
-    """Share of the subjects in test, chosen by hash; ignored if val_subjects or test_subjects is given."""
+    """Fraction of the subjects in test, chosen by hash; ignored if val_subjects or test_subjects is given."""
     val_subjects: list[str] = field(default_factory=list)
     """Names of the subjects in val, as in the paths of the files: sub-11 or 11."""
     test_subjects: list[str] = field(default_factory=list)
@@ -39,10 +38,10 @@ class SplitConfig:
     """Hold out single images, or all images of a concept together. With ``concept``, no concept of the test split is in
     the training split (zero-shot). Only for EEG-image corpora."""
     image_val_fraction: float = 0.1
-    """Share of the images (or concepts) in val, chosen by hash; not used for images with a split given by the
+    """Fraction of the images (or concepts) in val, chosen by hash; not used for images with a split given by the
     corpus."""
     image_test_fraction: float = 0.1
-    """Share of the images (or concepts) in test, chosen by hash; not used for images with a split given by the
+    """Fraction of the images (or concepts) in test, chosen by hash; not used for images with a split given by the
     corpus."""
 
     def __post_init__(self) -> None:
@@ -120,8 +119,7 @@ class SplitConfig:
         -------
         str or None
             train, val or test. None if subject and image belong to different splits, such as a training subject with a
-            test image. A trial of two splits is left out, because it would leak the subject or the image into another
-            split.
+            test image. Such a trial is left out, because it would leak the subject or the image into another split.
 
         Raises
         ------
@@ -135,7 +133,7 @@ class SplitConfig:
         return of_subject if of_image in (None, of_subject) else None
 
     def check_subjects(self, subjects: Iterable[str]) -> None:
-        """Refuse listed subjects that do not exist, and a config that leaves no subject for train.
+        """Raise an error if a listed subject does not exist, or if no subject is left for train.
 
         Parameters
         ----------

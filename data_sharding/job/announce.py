@@ -1,4 +1,4 @@
-"""Lines for the terminal about subjects: how they were recognised, who is unknown, and which split has nobody."""
+"""Lines for the terminal about subjects: how they were found, which are unknown, and which splits have no subject."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from data_sharding.dataset.splits import SplitConfig
 BEGIN = r"[^/_ -]+(?=[_ -][^/]*$)"
 """Regular expression for the beginning of a file name, before the first underscore, blank or hyphen."""
 MOST_GROUPS = 3
-"""Number of groups of similar names that are printed."""
+"""Largest number of groups of similar names that are printed."""
 
 
 def describe_subjects(config: CorpusConfig, items: Sequence[Item]) -> list[str]:
-    """Say how the subjects of a corpus were found, and which recordings have no known subject.
+    """Describe how the subjects of a corpus were found, and which recordings have no known subject.
 
     Parameters
     ----------
@@ -82,12 +82,13 @@ def _describe_recognised(label: str, items: Sequence[Item]) -> list[str]:
     pattern = confirming_pattern(schemes, {item.path: item.subject for item in items})
     wrong = "if they are wrong, set another subject_pattern, or a table in the key 'subjects'"
     if pattern is not None:
-        # A text in single quotes is the same in YAML and in the shell, and the patterns contain no single quote.
+        # Single quotes have the same meaning in YAML and in the shell. The patterns contain no single quote.
         lines.append(f"  if these names are right, confirm them in the config: subject_pattern: '{pattern}'; {wrong}")
     else:
         lines.append(f"  if these names are right, confirm them with a table in the key 'subjects'; {wrong}")
     lines += [f"  {scheme.note}" for scheme in schemes if scheme.note]
-    # In anna/s1.edf and bert/s1.edf, s1 can be the session. In open/S01.edf and closed/S01.edf, S01 is the person.
+    # The same name in several folders is ambiguous: in anna/s1.edf and bert/s1.edf, s1 may be a session, but in
+    # open/S01.edf and closed/S01.edf, S01 may be a person.
     places: defaultdict[str, set[str]] = defaultdict(set)
     for item in items:
         folder = item.path.rpartition("/")[0]
@@ -128,7 +129,7 @@ def _describe_unknown(label: str, items: Sequence[Item], total: int) -> list[str
 
 
 def _find_contradictions(label: str, items: Sequence[Item]) -> list[str]:
-    """Compare the patients in the headers with the names in the paths."""
+    """Compare the subjects that come from headers with the names in the paths; return lines about contradictions."""
     of_patient: defaultdict[str, set[str]] = defaultdict(set)
     of_name: defaultdict[str, set[str]] = defaultdict(set)
     for item in items:
@@ -149,7 +150,7 @@ def _find_contradictions(label: str, items: Sequence[Item]) -> list[str]:
 
 
 def describe_empty_splits(split: SplitConfig, subjects: Iterable[str], *, images: bool = False) -> list[str]:
-    """Say which of val and test have no subject.
+    """Describe which of the splits val and test have no subject.
 
     Parameters
     ----------
@@ -158,7 +159,7 @@ def describe_empty_splits(split: SplitConfig, subjects: Iterable[str], *, images
     subjects : iterable of str
         Names of the subjects.
     images : bool
-        Whether the corpora have trials with images, which are held out as well.
+        Whether the corpora have trials with images. Then images are held out too.
 
     Returns
     -------
@@ -174,9 +175,9 @@ def describe_empty_splits(split: SplitConfig, subjects: Iterable[str], *, images
         fraction, listed = getattr(split, f"{name}_fraction"), split.val_subjects or split.test_subjects
         if not split.by_subject:
             if not images:
-                lines.append(f"{name} has no subjects: the config holds no subject out")
+                lines.append(f"{name} has no subjects: the config holds out no subjects")
         elif listed:
-            lines.append(f"{name} has no subjects: {name}_subjects names none")
+            lines.append(f"{name} has no subjects: {name}_subjects is empty")
         elif not fraction:
             lines.append(f"{name} has no subjects: {name}_fraction is 0")
         else:

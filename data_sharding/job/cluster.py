@@ -39,7 +39,8 @@ class RayConfig:
     num_cpus: int = 0
     """Number of workers in a new cluster on this machine; 0 means one worker for each core."""
     max_in_flight: int = 0
-    """Largest number of tasks submitted to Ray at the same time. 0 means twice the number that can run at once."""
+    """Largest number of tasks that are submitted to Ray at the same time. 0 means twice the number of tasks that can
+    run at the same time."""
     timeout_s: float = 3600.0
     """Time limit in seconds for reading a recording. A recording that needs more time is quarantined."""
     memory_gb: float = 2.0
@@ -62,8 +63,9 @@ class RayConfig:
 def ray_session(config: RayConfig) -> Iterator[int]:
     """Connect to a Ray cluster, or start one. The connection ends with the ``with`` block, also after an error.
 
-    The processes of a cluster that this function has started end with the block, too. A signal to stop may arrive while
-    Ray starts. Then Ray may not know yet all processes that it has started, so this function looks for them.
+    If this function started the cluster, the processes of the cluster end with the block, too. If a stop signal arrives
+    during the start of Ray, Ray may not have registered all processes that it started, so this function searches for
+    them.
 
     Parameters
     ----------
@@ -94,7 +96,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         options |= {"address": address}
     else:
         cpus = config.num_cpus or os.cpu_count() or 1
-        # Results are small, so Ray's object store can be small, too.
+        # The results of tasks are small, so a small object store is enough.
         options |= {
             "address": "local",
             "num_cpus": cpus,
@@ -105,16 +107,16 @@ def ray_session(config: RayConfig) -> Iterator[int]:
     folder = None
     try:
         if not address:
-            # Ray lets every user of the machine write to its folder, so the folder lies in a private one.
+            # Every user of the machine can write to Ray's folder, so put this folder into a private folder.
             folder = Path(tempfile.mkdtemp(prefix="dreamscale-", dir=_short_temporary_folder()))
             options["_temp_dir"] = str(folder / "ray")
         try:
             ray.init(**options)
-        except (Exception, SystemExit) as error:  # Ray raises many types of errors, sometimes a plain Exception
+        except (Exception, SystemExit) as error:  # Ray raises many types of errors, sometimes just Exception.
             check_stop()
             where = f"ray.address '{address}'" if address else "a local Ray"
             raise RequestError(f"{where} could not be reached or started: {one_line(error)[:300]}") from None
-        # Ray installs its own handler for SIGTERM, which would end the job without a message.
+        # Ray installs a handler for SIGTERM that would end the job without a message, so restore the former handler.
         with raise_on_stop_signals():
             yield config.max_in_flight or 2 * _slots(config)
     except ClusterFailed:
@@ -134,23 +136,24 @@ def ray_session(config: RayConfig) -> Iterator[int]:
 
 
 def require_token() -> None:
-    """Make a Ray cluster that this process starts refuse everybody who does not know its random token.
+    """Protect a Ray cluster that this process starts with a random token.
 
-    The token is in the environment of this process and of the processes that it starts, which other users cannot read.
-    The user's own settings (RAY_AUTH_MODE, RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH) are kept.
+    Ray refuses connections without this token. The token is in the environment of this process and its child processes,
+    which other users cannot read. If the user has set RAY_AUTH_MODE, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, these
+    settings are kept.
     """
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     if "ray" in sys.modules:
         from ray._raylet import AuthenticationTokenLoader, Config
 
-        # Ray read these variables when it was imported.
+        # Ray read these variables when it was imported, so tell Ray about the new values.
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _short_temporary_folder() -> str:
-    """Return the folder for temporary files; /tmp if its path is so long that Ray's sockets could not have a name."""
+    """Return the folder for temporary files; /tmp if the path would be too long for the names of Ray's sockets."""
     return folder if len(folder := tempfile.gettempdir()) <= 20 else "/tmp"
 
 
@@ -162,7 +165,7 @@ def _slots(config: RayConfig) -> int:
     cpus = sum(int(node.get("CPU", 0)) for node in nodes)
     slots = sum(int(min(node.get("CPU", 0), node.get("memory", 0) // (config.memory_gb * 1e9))) for node in nodes)
     if not cpus:
-        raise RequestError("ray: the cluster has no free CPU, and every recording needs one")
+        raise RequestError("ray: the cluster has no free CPU, and every recording needs a CPU")
     if not slots:
         most = max(node.get("memory", 0) for node in nodes) / 1e9
         raise RequestError(
@@ -203,7 +206,7 @@ def find_missing_on_nodes(paths: list[str]) -> dict[str, list[str]]:
     }
     found: dict[str, list[str]] = {}
     for address, reference in asked.items():
-        # A machine that fails at this moment is ignored, because other machines will run its tasks.
+        # Ignore a machine that fails now, because other machines will run its tasks.
         with contextlib.suppress(RayError):
             if missing := ray.get(reference, timeout=NODE_S):
                 found[address] = missing
@@ -215,7 +218,7 @@ def _missing(paths: list[str]) -> list[str]:
 
 
 class ClusterFailed(RuntimeError):
-    """A task has failed too often, and the cause of the failures is the cluster."""
+    """A task has failed too often because of problems of the cluster."""
 
 
 def run_tasks(
@@ -248,17 +251,17 @@ def run_tasks(
         of its machine several times. If the function returns a reason, the job continues without this task.
         If the function returns None, the error is raised.
     look : callable, optional
-        Function that is called at least twice a second, with the number of tasks that are submitted.
+        Function that is called at least twice a second with the number of submitted tasks.
 
     Returns
     -------
     dict
-        Reason for each task that was given up. The keys are the keys of the tasks.
+        Reasons of the tasks that were given up, by the key of the task.
 
     Raises
     ------
     ClusterFailed
-        If the worker of the same task failed too often.
+        If the workers that ran one task failed too often.
     Exception
         If a task raised this error and was not given up. After an error of a disk or an object store, the task is
         first retried, unless the disk is full.
@@ -279,7 +282,7 @@ def run_tasks(
         if look:
             look(len(running))
         finished: list[Any] = ray.wait(list(running), num_returns=1, timeout=0.5)[0]
-        if finished:  # Thousands of tasks may have finished by now, so fetch all of them at once.
+        if finished:  # Thousands of tasks may have finished, so fetch all of their results at once.
             finished = ray.wait(list(running), num_returns=len(running), timeout=0)[0]
         for reference in finished:
             key, argument = running.pop(reference)
@@ -301,7 +304,8 @@ def run_tasks(
             if lost[key] < often:
                 waiting.append((key, argument))
                 continue
-            # If a machine runs out of memory, the task may be the cause. In all other cases, the cluster is the cause.
+            # If the machine ran out of memory, the task may be the cause. All other failures are problems of the
+            # cluster.
             is_clusters_fault = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
             if is_clusters_fault and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(

@@ -1,4 +1,4 @@
-"""Does the second pass over a recording: filters the signal in the scratch file and cuts it into windows.
+"""The second pass over a recording: filter the signal in the scratch file, and cut it into windows.
 
 Letters in array shapes: n is the number of channels, T the number of samples in a window.
 """
@@ -47,15 +47,15 @@ class Clean:
     factor: float
     """Factor that converts the values in the scratch file to microvolts."""
     line_freq: float | None
-    """Mains frequency in Hz that is filtered out; None if no mains frequency was found."""
+    """Mains frequency in Hz, which is filtered out; None if no mains noise was found."""
     begins: list[int]
     """First sample of each segment in the scratch file."""
     lengths: list[int]
     """Number of samples of each segment in the scratch file."""
     left_out: dict[str, str]
-    """EEG channels that the windows do not contain. Maps channel names to reasons."""
+    """EEG channels that the windows do not contain: name and reason."""
     faults: Faults
-    """Parts of the signal that are bad."""
+    """Bad parts of the signal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +69,17 @@ class CleanWindow:
     start_s: float
     """Start of the window in seconds from the start of the recording."""
     x: np.ndarray
-    """Signal in microvolts, [n, T] float32. A bad row without a usable signal holds zeros."""
+    """Signal in microvolts, [n, T] float32. A bad row without a usable signal contains zeros."""
     bads: list[int]
-    """Rows that are bad in the recording or in this window, in order."""
+    """Sorted rows that are bad in the whole recording or in this window."""
     kinds: dict[int, str]
-    """Kind of the fault of each row that is bad only in this window."""
+    """Kind of the fault, for each row that is bad only in this window."""
     transient_s: float
-    """Seconds of the window to which the transient of a filter at the end of a segment reaches."""
+    """Length of the part of the window (in seconds) that contains a filter transient from the end of a segment."""
 
 
 class Judge:
-    """Decides about windows: which rows are bad, and whether a window can be used. Subtracts the reference."""
+    """Decides which rows of a window are bad and whether the window can be used, and subtracts the reference."""
 
     def __init__(self, clean: Clean, info: SignalInfo, spec: PreprocessSpec) -> None:
         self.clean, self.info, self.spec = clean, info, spec
@@ -89,7 +89,7 @@ class Judge:
         self.averaged = spec.reference == "average"
 
     def decide(self, segment: int, cut: Cut, piece: Interval, x: np.ndarray) -> CleanWindow | str:
-        """Return the window that is stored, or the reason why the window is left out.
+        """Return the window as it is stored, or the reason why it is left out.
 
         Parameters
         ----------
@@ -110,7 +110,7 @@ class Judge:
         spec, quality, stop = self.spec, self.spec.quality, cut.start + cut.length
         start_s = self.info.segments[segment].onset + cut.start / spec.sfreq
         if ((self.spans[:, 0] < start_s + cut.length / spec.sfreq) & (self.spans[:, 1] > start_s)).any():
-            return "over a span marked as bad"
+            return "overlaps a span marked as bad"
         found = self.clean.faults.judge(segment, cut.start, stop)
         bad, silent, near = found.bad, found.silent, found.near
         low, high = x.min(axis=1), x.max(axis=1)
@@ -121,7 +121,7 @@ class Judge:
                 bad.setdefault(row, "too large")
         if not (high > low)[[i for i in self.good if i not in silent]].any():
             return "flat in every good channel" if not bad else _most(bad, self.good)
-        # A transient alone is no reason to leave out a window.
+        # Rows that are bad only because of a filter transient do not count here.
         if sum(i in bad and i not in near for i in self.good) > quality.max_bad_share * len(self.good):
             return _most(bad, self.good)
         reference = self.clean.reference
@@ -181,9 +181,9 @@ def plan_windows(clean: Clean, info: SignalInfo, spec: PreprocessSpec, split: st
     Returns
     -------
     dict
-        Windows of each segment in order of time, by the number of the segment. No window lies over a gap. The first
-        and the last part of each piece, which the transient of a filter reaches, has no windows. If this rule would
-        leave no window, the recording is short, and the rule does not apply. The rule does not apply to epochs.
+        Windows of each segment in order of time, by the number of the segment. No window contains a gap. No window is
+        in the first or last part of a piece, because there the filters have a transient. But this second rule is not
+        used for epochs, and not for short recordings that would have no window otherwise.
     """
     margins = [clean.faults.reach] if spec.quality.leave_out_edges and not info.epoched else []
     for margin in [*margins, 0]:
@@ -209,7 +209,7 @@ def clean_windows(
     cuts: dict[int, list[Cut]],
     account: Account,
 ) -> Iterator[CleanWindow]:
-    """Filter all pieces that contain windows, cut the windows out of them, and judge each window.
+    """Filter all pieces that contain windows, cut out the windows, and yield those that can be used.
 
     Parameters
     ----------
@@ -224,7 +224,7 @@ def clean_windows(
     cuts : dict
         Windows of each segment in order of time, by the number of the segment.
     account : Account
-        Account of the parts that cannot be used. This function adds the windows that it leaves out.
+        Counts of the windows. This function adds the windows that it leaves out.
 
     Yields
     ------
@@ -257,9 +257,10 @@ def clean_windows(
 def _by_piece(
     faults: Faults, segment: int, cuts: list[Cut], window: int, account: Account
 ) -> Iterator[tuple[Interval, list[Cut]]]:
-    """Yield each piece of a segment that contains windows, with these windows; leave out windows over a gap.
+    """Yield each piece of a segment that contains windows, with these windows. Leave out windows that contain a gap.
 
-    If a part of a trial outside the model's window lies beyond the piece, the trial becomes shorter.
+    A trial can be longer than the window that models read. If a part outside this window is not in the piece, that part
+    is removed from the trial.
     """
     pieces, gaps = faults.pieces[segment], faults.gaps.get(segment, [])
     if not gaps:
@@ -283,7 +284,7 @@ def _by_piece(
 
 
 def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWindow | str]) -> CleanWindow | str:
-    """Leave out the part of a trial before or after the model's window if this part has a flaw.
+    """Remove the part of a trial before or after the model's window if this part has a fault.
 
     Parameters
     ----------
@@ -292,13 +293,13 @@ def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWin
     window : int
         Number of samples of the model's window.
     decide : callable
-        Function of the first and the last sample (plus one) of a part of the cut, counted from its start. It returns
-        this part, or its flaw.
+        Function that takes the first sample of a part of the cut and the last sample plus one, counted from the start
+        of the cut. It returns this part, or the reason why the part cannot be used.
 
     Returns
     -------
     CleanWindow or str
-        The trial without the parts that have a flaw; the flaw of the model's window if that has one.
+        The trial without parts that cannot be used, or the reason why the model's window cannot be used.
     """
     begin, stop = cut.needed, cut.needed + window
     middle = decide(begin, stop)
@@ -309,7 +310,7 @@ def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWin
     first, why = (begin, before) if isinstance(before, str) else (0, "")
     last, why = (stop, why or after) if isinstance(after, str) else (cut.length, why)
     found = decide(first, last)
-    # Each part may be good, but too many channels be bad in one part or another.
+    # Even if each part can be used, the sum of the bad channels of all parts can be too large.
     if isinstance(found, str):
         first, last, why, found = begin, stop, found, middle
     shorter = cut.shorten(first, last, why)
@@ -317,7 +318,7 @@ def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWin
 
 
 def _plan_cuts(task: Task, info: SignalInfo, clean: Clean, left_out: Counter[str]) -> dict[int, list[Cut]]:
-    """Plan the windows of a recording. The result lists the windows of each segment in order of time."""
+    """Plan the windows or trials of a recording: a sorted list for each segment."""
     item, spec = task.item, task.spec
     if item.trials is None:
         split = task.split.subject(item.subject) if task.split.by_subject else "train"
@@ -346,7 +347,10 @@ def detect_image_type(data: bytes) -> str | None:
 
 
 def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], first: int) -> Iterator[tuple[Cut, np.ndarray]]:
-    """Cut windows out of a signal that comes in blocks, from sample `first` on. Windows must be in order of time."""
+    """Cut windows out of a signal that arrives in blocks and begins with sample `first`.
+
+    Windows must be sorted by time.
+    """
     held, at, following = None, first, 0
     for block in blocks:
         held = block if held is None else np.concatenate([held, block], axis=1)
@@ -406,7 +410,7 @@ def write_windows(
             if path := extra.pop("image_path", None):
                 image, fault = _read_image(path)
                 if (known := detect_image_type(image)) is None or fault:
-                    account.windows[fault or "image is neither jpg, png nor webp"] += 1
+                    account.windows[fault or "image is not jpg, png or webp"] += 1
                     continue
                 kind = known
             meta = {**base, "bads": [channels.names[i] for i in found.bads], "start": round(found.start_s, 6)}
@@ -435,7 +439,7 @@ def write_windows(
 
 
 def _read_image(path: str) -> tuple[bytes, str]:
-    """Read an image, and say why the image cannot be used; the reason is empty for a good image."""
+    """Read an image. Return its bytes, and the reason why it cannot be used (empty for a good image)."""
     data = read_limited(as_path(path), MAX_IMAGE)
     if detect_image_type(data) is None:
         return data, ""
@@ -450,11 +454,12 @@ def _read_image(path: str) -> tuple[bytes, str]:
 
 
 _image_faults: dict[bytes, str] = {}
-"""Fault of each image that this process has decoded, by checksum. Many trials show the same image."""
+"""Fault of each image that this process has decoded, by checksum. This avoids decoding the same image for many
+trials."""
 
 
 def _describe_trials(row: LedgerRow, spans: list[tuple[int, int]], missing: Counter[str], spec: PreprocessSpec) -> None:
-    """Fill in the columns about trials, and count the trials of which a part before or after the window is missing."""
+    """Fill in the ledger columns about trials, and write a note about trials that were shortened."""
     row.trial_tmin = round(min(begin for begin, _ in spans) / spec.sfreq, 6)
     row.trial_tmax = round(max(stop for _, stop in spans) / spec.sfreq, 6)
     reasons = {why: number for why, number in sorted(missing.items()) if why}

@@ -1,8 +1,8 @@
-"""Runs a function in a child process. If the function crashes, hangs or needs too much memory, only this call fails.
+"""Runs a function in a child process. If the function crashes, hangs or uses too much memory, only this call fails.
 
 Readers of file formats may crash on damaged files. In a child process, such a crash does not end the Ray worker. The
-child process runs the command ``python -m data_sharding.job.isolation``. The child is a new process and not a fork. The
-child does not import Ray, and ends together with its parent.
+child process runs the command ``python -m data_sharding.job.isolation``. The child is a new process, not a fork. It
+does not import Ray, and it ends when its parent ends.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ LOOK_S = 0.1
 """Seconds between two checks of the child process's memory."""
 PR_SET_PDEATHSIG = 1
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""Each child process uses one core. It is faster to read many recordings at once than to use several threads."""
+"""Each child process uses one thread, because it is faster to read several recordings at once than to use several
+threads for one recording."""
 
 
 class GivenUp(Exception):
-    """A call in a child process cannot be finished, and the called function is the cause.
+    """A call in a child process cannot be completed because of the called function.
 
     Parameters
     ----------
@@ -59,7 +60,7 @@ class GivenUp(Exception):
 
 
 class ChildFailed(RuntimeError):
-    """A child process did not start. The cause is the machine and not the called function."""
+    """A child process did not start because of a problem of the machine."""
 
 
 class _Died(Exception):
@@ -84,8 +85,8 @@ def _owned_scratch() -> Iterator[Path]:
     """Make a scratch folder, and remove the scratch folders of processes that have died.
 
     Each process locks a file in its own scratch folder. The operating system releases this lock when the process ends,
-    even after a crash. So a scratch folder without a lock belongs to a dead process. The code does not use the library
-    filelock, because the folder is renamed while the file is locked.
+    even after a crash. So a scratch folder without a lock belongs to a process that has died. This code does not use
+    the library filelock, because the folder is renamed while its file is locked.
     """
     base = Path(os.environ.get("DREAMSCALE_SCRATCH") or tempfile.gettempdir())
     base.mkdir(parents=True, exist_ok=True)
@@ -140,11 +141,12 @@ class Child:
         self._pipe = Connection(ours.detach())
         try:
             if self._receive(START_S, limit=False)[0] != "ready":
-                raise ChildFailed("the reading process sent an unexpected message at its start")
+                raise ChildFailed("the child process that reads recordings sent an unexpected first message")
         except (_Died, GivenUp) as error:
             self.close()
             how = error.how if isinstance(error, _Died) else f"not within {START_S:g} s"
-            raise ChildFailed(f"the reading process did not start ({how}); see Ray's worker log") from None
+            text = f"the child process that reads recordings did not start ({how}); see the logs of Ray's workers"
+            raise ChildFailed(text) from None
 
     def _receive(self, timeout_s: float, *, limit: bool) -> tuple[str, Any]:
         deadline = time.monotonic() + timeout_s
@@ -202,7 +204,7 @@ class Child:
 
     @property
     def worn(self) -> bool:
-        """Whether to replace the child process, because it keeps more than half of the memory limit after a call."""
+        """Return whether the child process still uses more than half of the memory limit, and must be replaced."""
         return bool(self.memory_gb) and _private_bytes(self.process.pid) > 0.5e9 * self.memory_gb
 
 
@@ -272,7 +274,7 @@ def close_children() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """Return the error in a form that can be sent to another process."""
+    """Convert an error to a form that can be sent to another process."""
     traceback.print_exception(error)  # Ray writes this text to the log of the worker.
     with contextlib.suppress(Exception):
         pickle.loads(pickle.dumps(error))
@@ -283,13 +285,14 @@ def _portable(error: Exception) -> Exception:
 def _serve(pipe: Connection, parent: int, name: str, memory_gb: float) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # The parent died before prctl was called.
+    if os.getppid() != parent:  # The parent has died before prctl was called.
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Only the main process of the job handles Ctrl-C.
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_gb:
-        # With a damaged header, a reader may request far too much memory at once. Then the kernel refuses the request.
+        # A damaged header can make a reader allocate far too much memory at once. With this limit, the kernel refuses
+        # that.
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         wanted = int(2e9 * memory_gb + 2**30)
         if hard == resource.RLIM_INFINITY or wanted < hard:

@@ -1,4 +1,4 @@
-"""Keeps two kinds of files in the working folder of a job: the journal of finished recordings, and the job's lock."""
+"""The journal of finished recordings and the lock of a job. Both are files in the working folder of the job."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from data_sharding.common.storage import AnyPath, fresh, is_storage_error
 from data_sharding.job.task import PartResult
 
 EVERY_S = 10.0
-"""Seconds between two new objects of the journal on an object store, where nothing can be appended to an object."""
+"""On an object store, one cannot append to an object, so the journal writes a new object after this number of
+seconds."""
 BEAT_S = 15.0
 """Seconds after which a job renews its lock on an object store."""
 DEAD_S = 90.0
-"""If a lock on an object store was not renewed for this many seconds, its job counts as dead."""
+"""If a lock on an object store was not renewed for this many seconds, its job is considered dead."""
 
 
 class Journal:
@@ -47,7 +48,7 @@ class Journal:
         segments = sorted(fresh(folder).glob("*.jsonl"), key=lambda p: p.name) if folder.is_dir() else []
         for segment in segments:
             for line in segment.read_text().splitlines():
-                # If a run was killed, the last line of its file may be incomplete. Ignore such a line.
+                # Ignore the last line if it is incomplete: the run that wrote it may have been killed.
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
                     self.rows[entry["key"]] = (entry["identity"], entry["row"])
@@ -140,9 +141,9 @@ def lock_output(work: AnyPath) -> Iterator[None]:
         with _lease(work):
             yield
         return
-    # The operating system releases this lock when the process ends, also on network disks. On disks without real
-    # locks, filelock would use the existence of a file as a lock. The argument `fallback_to_soft` turns this off,
-    # because such a file stays after a crash.
+    # The operating system releases this lock when the process ends, also on network disks. On disks without such locks,
+    # filelock would use the existence of a file as lock. `fallback_to_soft=False` turns this off, because such a file
+    # would remain after a crash.
     lock = FileLock(work / "lock", fallback_to_soft=False)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -169,9 +170,9 @@ def _owner(lock: UPath) -> dict[str, Any] | None:
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the job that wrote a lock has ended.
+    """Return whether the job that wrote a lock has ended.
 
-    If the lock comes from this machine, the process is looked up. Otherwise, the age of the lock decides.
+    On the same machine, this is known from the process id. For another machine, it is decided by the age of the lock.
     """
     if owner["host"] == socket.gethostname() and not Path(f"/proc/{owner['pid']}").exists():
         return True
@@ -180,7 +181,10 @@ def _is_gone(owner: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _lease(work: UPath) -> Iterator[None]:
-    """Lock an output on an object store. Stores have no locks, so the job writes an object and renews it regularly."""
+    """Lock an output on an object store.
+
+    Object stores have no locks, so the job writes an object and renews it regularly.
+    """
     lock = work / "lock.json"
     mine = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
     stop = threading.Event()
@@ -190,7 +194,8 @@ def _lease(work: UPath) -> Iterator[None]:
 
     def beat() -> None:
         while not stop.wait(BEAT_S):
-            # Ignore errors: one failed renewal is harmless, and if the store is gone, the job itself will fail.
+            # Ignore errors: one failed renewal is harmless, and if the store is not reachable any more, the job itself
+            # fails.
             with contextlib.suppress(Exception):
                 renew()
 

@@ -1,8 +1,7 @@
 """Copies the samples of all recordings into shards of limited size.
 
-The first phase of the job has written the samples of each recording to a folder, the *part* of the recording. The plan
-of the shards depends only on the order of the recordings' keys. So the bytes of the shards do not depend on the number
-of workers.
+The first phase of the job wrote the samples of each recording to a folder, the *part* of the recording. Recordings are
+packed in the order of their keys, so the bytes of the shards do not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from data_sharding.job.task import PartResult
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Consecutive samples of one recording that are copied into the same shard."""
+    """A range of samples of one recording that is copied into one shard."""
 
     key: str
     """Key of the recording."""
@@ -44,7 +43,7 @@ class Piece:
     """Path of the shard from which the samples are copied; empty if they are copied from the part."""
 
     def source(self, root: AnyPath) -> AnyPath:
-        """Return the tar with the samples; `root` is the folder of the dataset."""
+        """Return the path of the tar file with the samples; `root` is the folder of the dataset."""
         if self.shard:
             return root / self.shard
         return root / WORK / "parts" / self.part[:2] / self.part / f"{self.split}.tar"
@@ -52,7 +51,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """Which samples a shard contains."""
+    """The samples of one shard."""
 
     path: str
     """Path of the shard, relative to the folder of the dataset."""
@@ -160,7 +159,7 @@ def write_shard(plan: ShardPlan, root: AnyPath, work: AnyPath) -> Shard:
 
 @contextlib.contextmanager
 def _folder(base: AnyPath) -> Iterator[Path]:
-    """Make a temporary folder on the disk of the dataset, so that its files can be renamed into the dataset."""
+    """Make a temporary folder on the same disk as the dataset, so that its files can be moved by renaming."""
     folder = Path(str(base)) / uuid.uuid4().hex
     folder.mkdir(parents=True)
     try:

@@ -1,4 +1,4 @@
-"""Plans which part of the signal is stored for each trial.
+"""Plan which part of the signal is stored for each trial.
 
 All numbers of samples in this module are at the target sampling rate.
 """
@@ -38,15 +38,16 @@ class Cut:
     length: int
     """Number of samples."""
     onset: int | None = None
-    """Sample at which the image appeared, counted from the start of the segment; None for a recording without trials.
-    The value is negative if the image appeared before the segment."""
+    """Sample at which the image appeared, counted from the start of the segment. The value is negative if the image
+    appeared before the segment; None for a recording without trials."""
     needed: int = 0
-    """First sample of the window that models read, counted from `start`. A trial without this window is left out."""
+    """First sample of the window that models read, counted from `start`. A trial that lacks a part of this window is
+    left out."""
     missing: str = ""
-    """Why a part of the trial outside the window is not stored; empty if the whole trial is stored."""
+    """Reason why a part of the trial outside this window is not stored; empty if the whole trial is stored."""
 
     def shorten(self, begin: int, stop: int, why: str) -> Cut:
-        """Return the cut with only the samples from `begin` to `stop`, which are counted from `start`."""
+        """Return a shorter cut with the samples from `begin` to `stop`, counted from `start`."""
         if begin == 0 and stop == self.length:
             return self
         return dataclasses.replace(
@@ -61,9 +62,9 @@ class Cut:
 def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
     """Plan the stored part of each trial of a recording.
 
-    A trial is kept if the window that models read lies in one segment. This window begins at the onset of the image, or
-    at the trial's `tmin` if that is later. The part before and after the window is stored as far as the segment
-    reaches.
+    A trial is stored if the window that models read is inside one segment. This window begins at the onset of the
+    image, or at the trial's `tmin` if `tmin` is positive. Of the signal before and after this window, the part inside
+    the segment is stored.
 
     Parameters
     ----------
@@ -101,14 +102,15 @@ def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: 
         if needed + spec.window > length:
             last = segment == len(lengths) - 1 and not info.epoched
             early = f"the epoch ends before the window of {spec.window_s:g} s"
-            gap = early if info.epoched else "over a gap in the recording"
+            gap = early if info.epoched else "overlaps a gap in the recording"
             left_out["trial beyond the recording" if last else gap] += 1
             continue
         begin = 0 if tmin == -math.inf else onset + nearest(tmin * spec.sfreq)
         stop = length if tmax == math.inf else onset + nearest(tmax * spec.sfreq)
         if math.isfinite(tmin) and math.isfinite(tmax):
             stop = begin + nearest((tmax - tmin) * spec.sfreq)
-        # The two ends are rounded separately, so the window may reach one sample beyond them.
+        # The two ends are rounded separately, so without this correction the window could be one sample longer than the
+        # trial.
         begin, stop = min(begin, needed), max(stop, needed + spec.window)
         if min(stop, length) - max(begin, 0) > LONGEST:
             left_out[f"trial of more than {LONGEST} samples"] += 1
@@ -149,21 +151,21 @@ def count_repeats(trials: Sequence[Trial]) -> list[int]:
 
 
 def nearest(value: float) -> int:
-    """Round to the nearest whole number; round one half upwards, so that equal distances stay equal."""
+    """Round to the nearest whole number, and round halves up, so that equal distances stay equal."""
     return math.floor(value + 0.5)
 
 
 class _Places:
     """Finds the segment and the first needed sample of each trial.
 
-    The needed sample is the first sample of the window that models read: the onset of the image, or `tmin` after the
-    onset if `tmin` is positive, or the first sample of an epoch that begins after the onset.
+    The needed sample is the first sample of the window that models read. This is the onset of the image, or `tmin`
+    seconds after the onset if `tmin` is positive. If an epoch begins later, it is the first sample of the epoch.
     """
 
     def __init__(self, item: Item, info: SignalInfo, spec: PreprocessSpec) -> None:
         self.info, self.spec = info, spec
         tmin, _ = item.trial_span(spec.window_s, epoched=info.epoched)
-        # The delay moves the onset of the image away from its trigger.
+        # The image appears on the screen this time after its trigger.
         self.delay_s, self.after_onset = item.stimulus_delay_ms / 1000, nearest(max(tmin, 0.0) * spec.sfreq)
         self.shift_s = self.delay_s + max(tmin, 0.0)
         self.begins = np.array([segment.onset for segment in info.segments])
@@ -174,7 +176,10 @@ class _Places:
             self.epochs = self._assign_epochs(item.trials or ())
 
     def find(self, number: int, trial: Trial) -> tuple[int, int, int] | None:
-        """Return the segment of a trial, and the first needed sample and the onset in this segment; None if nowhere."""
+        """Return the segment of a trial, and the first needed sample and the onset in this segment.
+
+        None if no segment fits.
+        """
         sfreq, count = self.spec.sfreq, len(self.info.segments)
         if self.info.epoched or trial.segment is not None:
             segment = trial.segment if trial.segment is not None else self.epochs[number] if self.epochs else -1
@@ -183,8 +188,8 @@ class _Places:
             onset = nearest((self.delay_s - self.info.tmin) * sfreq)
             return segment, max(0, onset + self.after_onset), onset
         time = trial.onset + self.shift_s
-        # If a window begins up to half a sample before a segment, this is a rounding error: the window is in the
-        # segment.
+        # A window that begins at most half a sample before a segment belongs to the segment, because this is a rounding
+        # error.
         segment = int(np.searchsorted(self.begins, time + 0.5 / sfreq, side="right")) - 1
         if segment < 0:
             return None
@@ -194,10 +199,10 @@ class _Places:
     def _assign_epochs(self, trials: Sequence[Trial]) -> list[int] | None:
         """Return the epoch of each trial of a table; None if the table does not describe these epochs.
 
-        A table with as many trials as there are epochs describes the epochs in their order. Any other table must give
-        the times of epochs' events in the file, to half a sample. If one onset is not such a time, no trial is used.
-        Otherwise a table with the times of the recording from which the epochs were cut, or with rejected epochs, would
-        give a trial the signal of another image.
+        If the table has as many trials as there are epochs, trial i belongs to epoch i. Otherwise, each onset in the
+        table must equal the time of an epoch's event, to half a sample. If one onset does not, no trial is used. Such a
+        table may contain rejected epochs, or times of the original continuous recording, and trials would get the
+        signal of another image.
         """
         places = [trial.place or (0, 0) for trial in trials]
         if all(count == len(self.begins) for _, count in places):

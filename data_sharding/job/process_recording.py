@@ -2,10 +2,10 @@
 
 The function `process_recording` is the work of one Ray task. The task runs in a child process of the Ray worker.
 
-The signal is read twice. The first pass reads the recording's file in blocks. The first pass measures each block
-(`data_sharding.processing.survey`), resamples the block, and writes the block to a scratch file. Then the unit, the bad
-channels and the mains frequency are known. The second pass (`data_sharding.job.cut_windows`) reads the signal from the
-scratch file, filters the signal, and cuts out the windows. Memory use does not grow with the length of the recording.
+The signal is read twice. The first pass reads the recording's file in blocks. It measures each block
+(`data_sharding.processing.survey`), resamples it, and writes it to a scratch file. Then the unit, the bad channels and
+the mains frequency are known. The second pass (`data_sharding.job.cut_windows`) reads the signal from the scratch file,
+filters it, and cuts out the windows. Memory use does not grow with the length of the recording.
 
 Letters in array shapes: n is the number of channels, S the number of samples at the recording's sampling rate, T the
 number of samples in a window.
@@ -56,12 +56,12 @@ from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, re
 from data_sharding.processing.survey import Survey, Verdict
 
 PART_SCHEMA = 7
-"""Version number in the names of parts. Increase the number when a change of the code changes the results, so that the
-job does not use older parts."""
+"""Version number in the names of parts. Increase this number if a change of the code changes the results. Then the job
+does not use older parts."""
 RESULT = "result.json"
 """Name of the file that stores the `PartResult` of a recording in its part."""
 MIN_SAMPLES = 16
-"""A recording with fewer samples than this is excluded, because its signal cannot be measured."""
+"""A recording with fewer samples than this is excluded, because its signal is too short for the measurements."""
 
 
 def get_library_versions() -> dict[str, str]:
@@ -101,8 +101,8 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
         Hexadecimal checksum. If the recording is one file and has no options, this is the SHA-256 of the file.
     """
     whole = digest_of(sorted(hashes)) if len(hashes) > 1 else hashes[0]
-    # If one file contains several recordings, only their options differ. Without the options, these recordings would
-    # look like duplicates.
+    # If a file contains several recordings, they differ only in their options. Without the options, they would look
+    # like duplicates.
     return digest_of([whole, item.options]) if item.options else whole
 
 
@@ -148,14 +148,14 @@ def process_recording(task: Task) -> PartResult:
                 raise
             result = PartResult(row=new_row(task.item))
             result.row.set_reason("quarantined", Reason("unreadable", str(error.strerror or error)))
-            # The user may correct the permissions of the file, so the next run reads this recording again.
+            # The user may correct the permissions of the file, so the next run tries this recording again.
             result.may_pass = True
             return result
         recording = dataclasses.replace(task.item.recording, path=path, files=tuple(local))
         task = dataclasses.replace(task, item=dataclasses.replace(task.item, recording=recording))
         if task.decoded:
             store_checksums(task.decoded, files, states, list(hashes.values()))
-            if not known:  # The files may have moved, or their times may have changed.
+            if not known:  # The files were moved or touched, but a signal with these checksums may be stored.
                 try:
                     return _process(task, hashes, size, kept=True)
                 except NotKept as error:
@@ -166,12 +166,14 @@ def process_recording(task: Task) -> PartResult:
 def _process(
     task: Task, hashes: dict[str, str], size: int, *, kept: bool = False, notes: Sequence[str] = ()
 ) -> PartResult:
-    """Write the part of a recording whose checksums are known. With `kept`, only read the kept signal.
+    """Write the part of a recording whose checksums are known.
+
+    With `kept`, read only the kept signal, and no other file.
 
     Raises
     ------
     NotKept
-        If `kept` is True, and the files of the recording must be read.
+        If `kept` is True and there is no usable kept signal.
     """
     result = PartResult(row=new_row(task.item))
     row = result.row
@@ -198,7 +200,7 @@ def _process(
 def _unfinished(part: AnyPath) -> Iterator[Path]:
     """Make a local folder to write a part into.
 
-    On a disk, the local folder is next to the final folder of the part, so that a finished part only needs a new name.
+    On a disk, the local folder is next to the final folder of the part, so that the finished part is moved by renaming.
     For an object store, the local folder is inside the scratch folder.
     """
     if is_remote(part):
@@ -234,7 +236,7 @@ def _part_name(task: Task, hashes: dict[str, str]) -> str:
 
 
 def _signal_key(item: Item, hashes: dict[str, str]) -> str:
-    """Return a checksum of everything that the decoded signal of a recording depends on."""
+    """Return a checksum of all values that determine the decoded signal of a recording."""
     package = PACKAGES.get(item.recording.format, "")
     package = next((f.package for f in find_formats() if f.name == item.recording.format), package)
     try:
@@ -269,7 +271,10 @@ def _open(item: Item) -> Signal:
 
 @contextlib.contextmanager
 def _signal_of(item: Item, result: PartResult, folder: Path, place: Path | None, kept: bool) -> Iterator[Signal]:
-    """Open the kept signal of a recording, or the files; then keep what is read if `place` is set."""
+    """Open the kept signal of a recording, or else its files.
+
+    If `place` is set, store the signal that is read from the files.
+    """
     if place is None:
         with contextlib.closing(_open(item)) as signal:
             yield signal
@@ -283,11 +288,14 @@ def _signal_of(item: Item, result: PartResult, folder: Path, place: Path | None,
                 yield keeping
             finally:
                 if fault := keeping.finish(place):
-                    result.row.notes.append(f"the decoded signal was not kept: {fault}")
+                    result.row.notes.append(f"the decoded signal could not be stored: {fault}")
 
 
 def _fill(task: Task, result: PartResult, folder: Path, place: Path | None, *, kept: bool) -> None:
-    """Write the part of a recording. The ledger row is filled step by step, so an error keeps earlier values."""
+    """Write the part of a recording.
+
+    The ledger row is filled step by step, so that it has all known values after an error.
+    """
     item = task.item
     if item.recording.problem:
         raise SetAside("quarantined" if item.recording.continuous else "excluded", item.recording.problem)
@@ -359,13 +367,13 @@ def prepare(
 
 
 class _Reading:
-    """The channels to read: first the EEG channels, then the reference channels that are not EEG channels."""
+    """Indices of the channels to read: first the EEG channels, then the reference channels without EEG."""
 
     def __init__(self, info: SignalInfo, channels: Channels, spec: PreprocessSpec) -> None:
         self.info, self.channels, self.spec = info, channels, spec
         low, high = band_of(info.sfreq, spec)
         if high < 2 * low:
-            text = f"a sampling rate of {info.sfreq:g} Hz leaves less than the band from {low:g} to {2 * low:g} Hz"
+            text = f"a sampling rate of {info.sfreq:g} Hz is too low for the band from {low:g} to {2 * low:g} Hz"
             raise SetAside("excluded", Reason("rate too low", text))
         self.names = list(channels.names)
         self.picks = list(channels.picks)
@@ -399,7 +407,7 @@ class _Reading:
         survey = Survey(len(self.picks), info.sfreq, info.segments, scale, quality=quality, factor=factor)
         passband = band_of(info.sfreq, self.spec)[1]
         resampler, offset = Resampler(info.sfreq, self.spec.sfreq, passband), np.zeros((len(self.picks), 1))
-        # NumPy warns about infinite values. The survey finds such channels, so the warnings are not needed.
+        # Ignore NumPy's warnings about infinite values, because the survey finds the channels with such values.
         with np.errstate(invalid="ignore", over="ignore"):
             for block in blocks_of(info.segments, len(self.picks)):
                 first = block[0].start
@@ -410,7 +418,8 @@ class _Reading:
                     part = x[:, piece.start - first : piece.stop - first]
                     if piece.start == segment.start:
                         resampler = Resampler(info.sfreq, self.spec.sfreq, passband)
-                        # Subtract the first sample: a large constant offset would reduce the precision of float32.
+                        # Subtract the first sample, because a large constant offset would reduce the precision of
+                        # float32.
                         offset = scale * part[:, :1]
                     scratch.write(resampler.push(part, scale, offset))
                     if piece.stop == segment.stop:
@@ -435,7 +444,7 @@ def _read(signal: Signal, start: int, stop: int, picks: list[int]) -> np.ndarray
 def _judge(
     item: Item, result: PartResult, read: _Reading, survey: Survey, spec: PreprocessSpec, folder: Path | None
 ) -> Clean:
-    """Decide on channels, unit, mains frequency and reference of a recording; store the fingerprint of its signal."""
+    """Decide on channels, unit, mains frequency and reference of a recording, and store its fingerprint."""
     info, row, n_eeg = read.info, result.row, len(read.channels.names)
     factor = item.unit_factor if item.unit_factor is not None else 1.0 if info.unit_known else None
     verdict = survey.verdict(factor)
@@ -523,15 +532,15 @@ def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
     n_eeg = len(read.channels.names)
     absent = [i for i in verdict.not_finite if i < n_eeg]
     if len(absent) == n_eeg:
-        raise SetAside("quarantined", Reason("the signal holds NaN or infinite values in every channel"))
+        raise SetAside("quarantined", Reason("the signal has NaN or infinite values in every channel"))
     if absent:
         names = [read.names[i] for i in absent]
-        row.notes.append(f"almost only NaN or infinite values, left out: {', '.join(names)}")
+        row.notes.append(f"left out, because almost all values are NaN or infinite: {', '.join(names)}")
     left_out = {why: list(names) for why, names in read.channels.left_out.items()}
     for i, what in verdict.not_eeg.items():
         if i < n_eeg:
             left_out.setdefault(f"{what}, by its signal", []).append(read.info.ch_names[read.picks[i]])
-    # If the reference is a single channel, this channel becomes zero, so leave the channel out.
+    # If the reference is a single channel, this channel becomes zero, so leave it out.
     alone = read.spec.reference_channels if len(read.spec.reference_channels) == 1 else []
     zero = [i for i in range(n_eeg) if read.names[i] in alone]
     for i in zero:
@@ -545,7 +554,7 @@ def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
 
 
 def _refuse(bad_of: dict[int, str], verdict: Verdict, eeg: list[int], unknown_unit: str) -> None:
-    """Quarantine a recording that has no usable channel or no plausible unit."""
+    """Raise an error if a recording has no usable channel or no plausible unit."""
     if len(bad_of) == len(eeg):
         kinds = Counter(bad_of.values())
         text = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))

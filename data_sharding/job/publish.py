@@ -1,4 +1,4 @@
-"""Writes the files that describe a version of a dataset. The manifest makes the version valid."""
+"""Writes the files that describe a version of a dataset. The manifest is written last and makes the version valid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_sharding.job.versions import RESULTS, FingerprintLoader, NewVersion, r
 
 REPORT = "report.html"
 COPIES = (LEDGER, FINGERPRINTS, REPORT)
-"""Files of the current version that users find in the folder of the dataset."""
+"""Files of the current version that are copied to the folder of the dataset, for users."""
 
 
 def publish(
@@ -33,7 +33,7 @@ def publish(
     version: NewVersion,
     state: bytes,
 ) -> Manifest:
-    """Write the files of a version, and delete what no version needs.
+    """Write the files of a version, and delete files that no version needs.
 
     Parameters
     ----------
@@ -48,9 +48,9 @@ def publish(
     points : callable
         Loads the fingerprint of a recording.
     version : NewVersion
-        What changes from the former version to this one.
+        Changes from the former version to this version.
     state : bytes
-        The results of all recordings, for the next job.
+        Results of all recordings, which the next job reads.
 
     Returns
     -------
@@ -94,7 +94,7 @@ def publish(
             extra=extra,
         )
         if version.number > 1 and (former := _find_equal(output, manifest, rows)):
-            # Only the config or the times of files have changed. Remember this, so that the next job has nothing to do.
+            # Only the config or the times of files have changed. Store this, so that the next job has nothing to do.
             former = dataclasses.replace(
                 former, config=manifest.config, extra={**former.extra, "request": plan.request}
             )
@@ -110,7 +110,7 @@ def publish(
         first = version.number == 1
         for name in ((LEDGER,) if first else COPIES) + (*names, MANIFEST):
             put(folder / name, own / name)
-        # Until the new manifest is in place, the folder holds the former version. The copies are for users only.
+        # Until the new manifest is written, the folder contains the former version. These copies are only for users.
         for name in (*COPIES, MANIFEST) if first else (MANIFEST, *COPIES):
             put(folder / name, output / name)
     remove_stale(output, manifest, (RESULTS, *COPIES))
@@ -119,14 +119,14 @@ def publish(
 
 
 def _find_equal(output: AnyPath, manifest: Manifest, rows: list[LedgerRow]) -> Manifest | None:
-    """Return the manifest in the output folder if it describes the same samples and the same recordings."""
+    """Return the manifest in the output folder if it describes the same samples and recordings as the new version."""
     former = Manifest.read(output)
     same = former.dataset_id == manifest.dataset_id
     return former if same and [r.to_columns() for r in read_ledger(output)] == [r.to_columns() for r in rows] else None
 
 
 def repair_copies(output: AnyPath, manifest: Manifest) -> None:
-    """Finish the work of a job that was killed after it wrote the manifest of a new version."""
+    """Complete a version whose job was killed after it wrote the manifest."""
     if not (fresh(output) / WORK).is_dir():
         return
     if manifest.version > 1:
@@ -136,7 +136,7 @@ def repair_copies(output: AnyPath, manifest: Manifest) -> None:
 
 
 def describe_trials(rows: list[LedgerRow]) -> dict[str, dict[str, float]]:
-    """Return, for each corpus in the ledger, from when to when its trials are stored, in seconds from the onset."""
+    """Return the stored time range of the trials of each corpus in the ledger, in seconds from the onset."""
     spans: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.status == "sharded" and row.trial_tmin is not None and row.trial_tmax is not None:

@@ -1,4 +1,4 @@
-"""Defines the config of a sharding job. Makes the plan of the job from the config, without opening any recording."""
+"""The config of a sharding job, and the plan of the job. The plan is made without opening any recording."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ class ShardConfig:
     corpora: list[CorpusConfig]
     """List of corpora. Each entry names a folder of recordings and the kind of the corpus."""
     output: str
-    """Folder of the dataset, or a URL such as s3://bucket/folder. If the folder holds a finished dataset, the job adds
-    new recordings to it, and withdraws recordings that were removed or have changed."""
+    """Folder of the dataset, or a URL such as s3://bucket/folder. If the folder contains a finished dataset, the job
+    adds new recordings to it, and withdraws recordings that were removed or have changed."""
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
-    """Preprocessing: sampling rate, frequency band, reference and window. The dataset and each encoder trained on the
-    dataset store these settings."""
+    """Preprocessing: sampling rate, frequency band, reference and window. These settings are stored in the dataset and
+    in each encoder that is trained on it."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Which subjects and images are held out for validation and test."""
     hold_back: HoldBackConfig = field(default_factory=HoldBackConfig)
-    """Recordings, subjects and datasets (such as benchmarks) that must not enter the dataset."""
+    """Recordings, subjects and datasets (such as benchmarks) whose data must not be in the new dataset."""
     samples_per_shard: int = 4096
     """Largest number of samples in a shard."""
     compact: bool = False
-    """Rewrite the shards of a finished dataset that hold withdrawn samples, without these samples. The old shards are
-    deleted. Then former versions of the dataset cannot be read any more."""
+    """Rewrite the shards of a finished dataset that contain withdrawn samples, without these samples. The old shards
+    are deleted, so former versions of the dataset cannot be read any more."""
     keep_decoded: bool = False
-    """Keep the decoded signals on disk, without loss. A later job with another window, frequency band, rate or output
-    reads them, and does not read the recordings again."""
+    """Store the decoded signals on disk, without loss. A later job with another window, frequency band, sampling rate
+    or output reads the stored signals instead of the recordings."""
     decoded: str = ""
-    """Folder of the kept signals, on a disk. Jobs with other outputs can share it. If empty, the folder 'decoded' next
-    to the output."""
+    """Folder of the decoded signals, on a disk. Jobs with different outputs can use the same folder. If empty, the
+    folder 'decoded' next to the output is used."""
     allowed_set_aside: float = 0.05
     """Largest fraction of the recordings that may be quarantined. If more recordings are quarantined, the job ends with
     exit code 3."""
@@ -71,22 +71,24 @@ class ShardConfig:
 
 @dataclass(kw_only=True)
 class Plan:
-    """Everything that the job knows before it opens any recording."""
+    """All data that the job has before it opens any recording."""
 
     items: dict[str, Item]
     """All recordings of the job, by key."""
     states: dict[str, list[FileState]]
-    """States of the files of each recording, by the key of the recording. Each file is looked up only once."""
+    """States of the files of each recording, by the key of the recording. The state of each file is read only once."""
     labels: list[str]
     """Names of the labels. The number of a label is its index in this list."""
     request: str
-    """Checksum of the config and the list of files. A finished dataset with this checksum is not made again."""
+    """Checksum of the config and the list of files. If the finished dataset has this checksum, the job has nothing to
+    do."""
     hold_back: HoldBack
-    """Recordings and images that must not enter the dataset."""
+    """Recordings and images that must not be in the dataset."""
     corpora: list[dict[str, str]] = field(default_factory=list)
-    """The order in which each corpus showed its categories; see `data_sharding.corpora.design.describe_design`."""
+    """Description of the order in which each corpus showed its categories; see
+    `data_sharding.corpora.design.describe_design`."""
     subjects: list[str] = field(default_factory=list)
-    """Lines for the terminal about the subjects that are not certain; see `describe_subjects`."""
+    """Lines for the terminal about subjects that are unknown or not confirmed; see `describe_subjects`."""
     images: dict[str, FileState] = field(default_factory=dict)
     """State of each image file, by the path of the file."""
     corpus_of: dict[str, int] = field(default_factory=dict)
@@ -108,7 +110,7 @@ class Plan:
         return sum(max(size, 0) for size, _, _ in self.states[key])
 
     def identity(self, key: str, settings: str) -> str:
-        """Return a checksum of everything that the result of a recording depends on.
+        """Return a checksum of all values that determine the result of a recording.
 
         Parameters
         ----------
@@ -120,7 +122,7 @@ class Plan:
         Returns
         -------
         str
-            The checksum. The value changes if the size, the time or the object store's checksum of a file changes.
+            The checksum. It changes if a file's size, modification time or checksum (from the object store) changes.
         """
         item = self.items[key]
         shown = sorted({t.image for t in item.trials or ()})
@@ -129,7 +131,7 @@ class Plan:
 
 
 def _content(item: Item) -> dict[str, Any]:
-    """Return the values of a recording for a checksum. `dataclasses.asdict` is not used: it would copy every trial."""
+    """Return the values of a recording for a checksum, without `dataclasses.asdict`, which copies every trial."""
     values = {f.name: getattr(item, f.name) for f in dataclasses.fields(item) if f.name not in WITHOUT_EFFECT}
     recording = item.recording
     values["recording"] = [recording.format, [str(f) for f in recording.files], recording.problem]
@@ -237,7 +239,7 @@ def resolve_decoded(config: ShardConfig) -> Path | None:
 
 
 def _states(files: Iterable[AnyPath]) -> list[FileState]:
-    """Return the states of files. If a lookup fails, use a placeholder; the worker that reads the file will fail."""
+    """Return the states of files. An unreadable file gets a placeholder, because its worker will report the error."""
     states = []
     for file in files:
         try:
@@ -250,7 +252,7 @@ def _states(files: Iterable[AnyPath]) -> list[FileState]:
 
 
 def check_trial_span(where: str, corpus: CorpusConfig, spec: PreprocessSpec) -> None:
-    """Raise an error if the stored trials of a corpus would not contain the window that models read.
+    """Raise an error if the trials of a corpus are too short for the window that models read, or too long to store.
 
     Parameters
     ----------
@@ -278,7 +280,7 @@ def check_trial_span(where: str, corpus: CorpusConfig, spec: PreprocessSpec) -> 
 
 
 def make_plan(config: ShardConfig) -> Plan:
-    """Find the recordings, and check everything that can be checked without opening them.
+    """Find the recordings, and make all checks that do not open them.
 
     Parameters
     ----------
@@ -288,7 +290,7 @@ def make_plan(config: ShardConfig) -> Plan:
     Returns
     -------
     Plan
-        The recordings, and everything that is known about them before they are opened.
+        The recordings, and all data about them that is available before they are opened.
 
     Raises
     ------
@@ -309,7 +311,7 @@ def make_plan(config: ShardConfig) -> Plan:
         for item in listed:
             if item.key in items:
                 raise RequestError(
-                    f"corpora: '{item.path}' of corpus '{item.corpus}' is listed twice; give the corpora "
+                    f"corpora: '{item.path}' of corpus '{item.corpus}' exists twice; give the corpora "
                     "different names, or remove one of them"
                 )
             items[item.key] = item

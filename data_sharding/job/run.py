@@ -87,12 +87,12 @@ def _find_former(output: AnyPath) -> Manifest | None:
 
 
 def _plan_growth(config: ShardConfig, plan: Plan, manifest: Manifest, output: AnyPath) -> Former | None:
-    """Return what is known about the finished dataset; None if there is nothing to do.
+    """Return the finished dataset that this job will change; None if there is nothing to do.
 
     Raises
     ------
     RequestError
-        If the dataset cannot grow with this config.
+        If the dataset cannot be extended with this config.
     """
     check_growth(config, reduce_config(config), manifest, output)
     former = Former.read(output, manifest)
@@ -101,7 +101,7 @@ def _plan_growth(config: ShardConfig, plan: Plan, manifest: Manifest, output: An
         return None
     former.check_people(plan, config.split)
     former.forget(changed)
-    # The numbers of labels are in the samples, so new labels come after the labels of the former version.
+    # Samples store the numbers of labels, so new labels must come after the labels of the former version.
     plan.labels = [*manifest.labels, *(label for label in plan.labels if label not in manifest.labels)]
     return former
 
@@ -148,7 +148,7 @@ def read_recordings(
     config : ShardConfig
         The config of the job.
     plan : Plan
-        The recordings and all that is known about them before they are opened.
+        The recordings, and all data about them that is available before they are opened.
     work : Path or UPath
         The job's working folder.
     in_flight : int
@@ -175,14 +175,15 @@ def read_recordings(
             shown.add(row.key, row.status, seconds=row.seconds, channels=channels, from_earlier_run=from_earlier_run)
 
         identities = {key: plan.identity(key, settings) for key in plan.items}
-        # The largest recordings come first. Otherwise, all workers could wait for one large recording at the end.
+        # Read the largest recordings first. Otherwise, one large recording could delay the end of the phase.
         for key, item in sorted(plan.items.items(), key=lambda entry: (-sizes[entry[0]], entry[0])):
             if former and (result := former.find(key, identities[key], plan.identity(key, source))):
                 results[key] = result
                 count(result.row, from_earlier_run=True)
                 continue
             result = journal.find(key, identities[key])
-            # Read a failed recording again if the limits have changed, or if the cause of the failure may be gone.
+            # Read a failed recording again if the limits have changed, or if the cause of the failure may have
+            # disappeared.
             if result and result.limits in (None, limits) and not result.may_pass and _has_part(result, work):
                 results[key] = result
                 count(result.row, from_earlier_run=True)
@@ -231,7 +232,8 @@ def read_recordings(
 
 def _has_part(result: PartResult, work: AnyPath) -> bool:
     part = result.part
-    # On an object store, a check of a hundred thousand folders would take hours, so the journal is trusted.
+    # On an object store, checking a hundred thousand folders would take hours, so do not check the parts in the
+    # journal.
     return not part or is_remote(work) or (work / "parts" / part[:2] / part).is_dir()
 
 
@@ -242,7 +244,9 @@ def mark_duplicates(
     load_points: FingerprintLoader,
     former: Former | None = None,
 ) -> None:
-    """Find recordings with the same signal. Keep one of these recordings, and mark all others as duplicates.
+    """Find groups of recordings with the same signal.
+
+    Keep one recording of each group, and mark the others as duplicates.
 
     Parameters
     ----------
@@ -255,7 +259,7 @@ def mark_duplicates(
     load_points : FingerprintLoader
         Loads a full fingerprint. The loader is called only for recordings that have equal numbers in their signatures.
     former : Former, optional
-        Former version of the dataset. Its recordings are kept, and new copies of them are duplicates.
+        Former version of the dataset. Its recordings are kept, and new recordings with the same signal are duplicates.
     """
     rows = [result.row for result in results]
     candidates = [row for row in rows if row.status == "sharded"]
@@ -268,7 +272,8 @@ def mark_duplicates(
         if copy := duplicates.get(row.key):
             reason = Reason("duplicate", text=f"duplicate of {copy}")
             row.set_aside("duplicate", reason, duplicate_of=copy.kept)
-    # A person who wants to repair a quarantined recording should know if the dataset already has the same signal.
+    # Add this to the reason, so that the user does not repair a quarantined recording whose signal is already in the
+    # dataset.
     unused = [result.row for result in results if result.row.status == "quarantined" and result.signature]
     kept_rows = [row for row in candidates if row.status == "sharded"]
     copies = find_duplicates([prints[row.key] for row in [*kept_rows, *unused]], load_points)
@@ -372,8 +377,8 @@ def run(config: ShardConfig) -> int:
     Raises
     ------
     RequestError
-        If the config is wrong. All checks but one are done before Ray starts. Whether the train split gets any sample
-        is known only after the recordings are read.
+        If the config is wrong. Almost all checks are made before Ray starts. Only the check that the train split has
+        samples is made after the recordings are read.
     """
     output, decoded = resolve_output(config.output), resolve_decoded(config)
     work = output / WORK
@@ -385,7 +390,7 @@ def run(config: ShardConfig) -> int:
         if current is not None:
             former = _plan_growth(config, plan, current, output)
             if former is None:
-                repair_copies(output, current)  # The job may have been killed just after it wrote the manifest.
+                repair_copies(output, current)  # An earlier job may have been killed just after it wrote the manifest.
                 remove_tree(work)
                 say(f"{output}: this dataset is finished already; nothing to do")
                 return _finish(config, current, output)
@@ -448,7 +453,7 @@ def _collect(
     Returns
     -------
     state : bytes
-        The results before the decision, for the next job that adds recordings.
+        The results before duplicates are marked, for the next job that adds recordings.
     rows : list of LedgerRow
         Rows of the ledger.
     kept : list of PartResult
@@ -468,7 +473,8 @@ def _collect(
         plan.hold_back.count_images(rows)
         _count_unlisted(rows, plan)
         kept = [result for result in results if result.row.status == "sharded"]
-        # A recording that was a duplicate or held back has no samples in the shards, so it must be read again.
+        # The samples of a recording that was a duplicate or held back are not in the shards, so read this recording
+        # again.
         again = former.needs_samples(kept) if former else []
         if former is None or not again:
             return state, rows, kept, points
@@ -476,7 +482,7 @@ def _collect(
 
 
 def _count_unlisted(rows: list[LedgerRow], plan: Plan) -> None:
-    """Add the trials that the corpus has left out to ``windows_left_out`` in the ledger rows."""
+    """Add the number of trials that the corpus has left out to ``windows_left_out`` in the ledger rows."""
     for row in rows:
         if unlisted := plan.items[row.key].left_out:
             row.windows_left_out = dict(sorted((Counter(row.windows_left_out) + Counter(unlisted)).items()))

@@ -13,11 +13,11 @@ from data_sharding.processing.survey import PLAUSIBLE_UV
 TYPICAL_UV = 10.0
 """Robust amplitude of typical EEG between 1 and 40 Hz, in microvolts."""
 FACTORS = {1e-9: "1.0e-9", 1e-6: "1.0e-6", 1e-3: "0.001", 1e3: "1000.0", 1e6: "1.0e+6", 1e9: "1.0e+9"}
-"""Factors that a wrong prefix can cause, in a spelling that YAML reads as a number."""
+"""Factors by which a unit with a wrong prefix is wrong, in a spelling that YAML parses as a number."""
 
 
 def find_factor(amplitude_uv: float) -> float | None:
-    """Return the power of a thousand that makes an amplitude typical for EEG; None if no such factor does."""
+    """Return the power of 1000 that makes an amplitude typical for EEG; None if no power of 1000 does."""
     if not 0 < amplitude_uv < math.inf:
         return None
     factor = 10.0 ** (3 * round(math.log10(TYPICAL_UV / amplitude_uv) / 3))
@@ -42,7 +42,7 @@ def suggest_unit_factors(
     Returns
     -------
     list of str
-        One line for each such corpus, with the line of the config that would correct it. Nothing is applied.
+        One line for each such corpus, with a suggested line for the config. The job does not apply the factor itself.
     """
     out = []
     for number, corpus in enumerate(corpora):
@@ -56,9 +56,9 @@ def suggest_unit_factors(
         size, times = ("large", 1 / factor) if factor < 1 else ("small", factor)
         amplitudes = sorted(row.amplitude_uv or 0.0 for row in own)
         out.append(
-            f"corpora[{number}] '{corpus.root}': all {len(own)} recordings with a measured amplitude agree that the "
-            f"values are about {times:,.0f} times too {size} (median {amplitudes[len(amplitudes) // 2]:.3g} "
-            f'microvolts). If you know this from the corpus, add to it: unit_factors: {{"*": {FACTORS[factor]}}}. '
-            "Nothing was changed."
+            f"corpora[{number}] '{corpus.root}': all {len(own)} recordings with a measured amplitude have values that "
+            f"are about {times:,.0f} times too {size} (median {amplitudes[len(amplitudes) // 2]:.3g} microvolts). "
+            "If the documentation of the corpus confirms this, add to the corpus: "
+            f'unit_factors: {{"*": {FACTORS[factor]}}}. Nothing was changed.'
         )
     return out

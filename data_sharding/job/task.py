@@ -1,4 +1,4 @@
-"""Defines the task that a worker gets for one recording, and the result that the worker returns."""
+"""The task of a worker for one recording, and the result that the worker returns."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from data_sharding.dataset.splits import SplitConfig
 from data_sharding.processing.preprocess import PreprocessSpec
 
 WITHOUT_EFFECT = ("subject_from", "about")
-"""Fields of `Item` that do not change what is stored of a recording. They only describe the recording in the ledger."""
+"""Fields of `Item` that only describe the recording in the ledger. They do not change the stored samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Everything that a worker needs to process one recording."""
+    """All data that a worker needs to process one recording."""
 
     item: Item
     """The recording to process."""
@@ -49,13 +49,13 @@ class PartResult:
     samples: dict[str, int] = field(default_factory=dict)
     """Number of samples of the recording in each split."""
     signature: list[int] = field(default_factory=list)
-    """Numbers computed from the signal; copies of a signal share some of them. See
+    """Numbers that are computed from the signal. Two copies of a signal have some equal numbers. See
     `data_sharding.audit.duplicates.signature`."""
     may_pass: bool = False
-    """Whether the next run should try the recording again, because the cause of the failure may be gone."""
+    """Whether the next run should try the recording again, because the cause of the failure may have disappeared."""
     limits: tuple[float, float] | None = None
-    """Time limit in seconds and memory limit in GB under which the reading of the recording failed. With other limits,
-    the next run tries the recording again."""
+    """Time limit in seconds and memory limit in GB that the recording exceeded. With other limits, the next run tries
+    the recording again."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a dictionary of JSON types."""
@@ -93,7 +93,7 @@ class SetAside(Exception):
 
 
 def describe_row(row: LedgerRow, item: Item) -> None:
-    """Add what the corpus says about person, device and rights to a row, in place of what the header says."""
+    """Write the corpus's data about person, device and rights into a row. They replace data from the header."""
     row.subject_from = new_row(item).subject_from
     for name, value in item.about.items():
         setattr(row, name, value)
@@ -115,7 +115,7 @@ def new_row(item: Item, status: Status = "quarantined", reason: Reason | None = 
         key=item.key,
         corpus=item.corpus,
         path=item.path,
-        # The ledger can only store UTF-8, so other bytes in a file name are replaced by escapes.
+        # The ledger can only store UTF-8, so invalid bytes in a file name are replaced by escape sequences.
         files=[f.name.encode("utf-8", "backslashreplace").decode() for f in item.recording.files],
         format=item.recording.format,
         reader=item.recording.format,

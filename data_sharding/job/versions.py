@@ -1,11 +1,11 @@
 """Adds new recordings to a finished dataset, and withdraws recordings that were removed or have changed.
 
-A dataset is never changed in place. The job writes shards with the new samples beside the old shards, and then a new
-manifest. The new manifest lists the samples of old shards that do not belong to the dataset any more. Until the new
-manifest is written, the former version of the dataset is complete and valid.
+The job never changes existing shards. It writes additional shards with the new samples, and then a new manifest. The
+new manifest lists the *withdrawn* samples: samples in old shards that do not belong to the dataset any more. Until the
+new manifest is written, the former version of the dataset is complete and valid.
 
-The folder ``versions/<number>`` keeps the manifest and the ledger of each version. For the current version, it also
-keeps the results of all recordings, so that the next job does not read these recordings again.
+The folder ``versions/<number>`` contains the manifest and the ledger of each version. The folder of the current version
+also contains the results of all recordings, so that the next job does not read these recordings again.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ class _Stored:
 
 @dataclass
 class Former:
-    """The version of the dataset that the job finds in its output folder."""
+    """The version of the dataset in the output folder when the job begins."""
 
     root: AnyPath
     manifest: Manifest
     stored: dict[str, _Stored]
-    """What the former job has found out about each recording, by key."""
+    """Result of the former job for each recording, by key."""
     pieces: dict[str, list[Piece]]
-    """Samples of each recording that belong to the former version, by the key of the recording."""
+    """Samples of each recording in the former version, by the key of the recording."""
     reused: set[str] = field(default_factory=set)
-    """Recordings whose results are taken from the former version."""
+    """Keys of the recordings whose results are taken from the former version."""
 
     @classmethod
     def read(cls, root: AnyPath, manifest: Manifest) -> Former:
-        """Read what the next job needs to know about a finished dataset.
+        """Read the files of a finished dataset that a job needs to extend it.
 
         Raises
         ------
@@ -79,8 +79,8 @@ class Former:
         path = version_folder(root, manifest.version) / RESULTS
         if not path.is_file():
             raise RequestError(
-                f"output '{root}': this dataset cannot grow, because an older version of Dreamscale has made it; make "
-                "the dataset again in another folder"
+                f"output '{root}': an older version of Dreamscale made this dataset, so no recordings can be added to "
+                "it; make the dataset again in another folder"
             )
         stored = {}
         try:
@@ -109,7 +109,8 @@ class Former:
         identity : str
             Checksum of everything that the result depends on.
         source : str
-            The same without the versions of the libraries. A recording in the shards stays as it is after an upgrade.
+            The same checksum without the versions of libraries. So after an upgrade of a library, recordings in the
+            shards are not read again.
         """
         known = self.stored.get(key)
         if known is None:
@@ -120,7 +121,7 @@ class Former:
         return PartResult.from_json(known.result)
 
     def prefer(self, key: str, content: str, result: PartResult) -> PartResult:
-        """Return the former result of a recording that was read again, if its content is the same as before."""
+        """Return the former result of a recording that was read again, if its content has not changed."""
         known = self.stored.get(key)
         if known is None or key not in self.pieces or known.content != content or result.row.status != "sharded":
             return result
@@ -128,17 +129,17 @@ class Former:
         return PartResult.from_json(known.result)
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Read these recordings again."""
+        """Remove the former results of these recordings, so that they are read again."""
         for key in keys:
             self.stored.pop(key, None)
             self.reused.discard(key)
 
     def needs_samples(self, kept: Iterable[PartResult]) -> list[str]:
-        """Return the keys of recordings that were not in the shards, and that belong there now."""
+        """Return the keys of recordings that were not in the shards before, but must be now."""
         return [r.row.key for r in kept if r.row.key in self.reused and r.row.key not in self.pieces]
 
     def find_changed_files(self, plan: Plan) -> set[str]:
-        """Return the keys of recordings whose files are newer than the manifest and have another content."""
+        """Return the keys of recordings whose files are newer than the manifest and have changed."""
         written = file_state(self.root / MANIFEST)[1]
         found = set()
         for key, item in plan.items.items():
@@ -180,12 +181,12 @@ class Former:
 
 
 def _changed_ns(file: AnyPath) -> int:
-    # A copied file may keep the modification time of the original file, but its change time is the time of the copying.
+    # A copied file can have the modification time of the original, but its change time is the time of the copy.
     return max(file.stat().st_ctime_ns, file.stat().st_mtime_ns) if isinstance(file, Path) else file_state(file)[1]
 
 
 def _find_runs(root: AnyPath, shard: Shard) -> list[tuple[str, int, int]]:
-    """Return the recordings in a shard that belong to the dataset: key, first sample, and last sample plus one."""
+    """Return the recordings of a shard that are not withdrawn: key, first sample, and last sample plus one."""
     keys = [entry["key"].rpartition("-")[0] for entry in read_json((root / shard.path).with_suffix(".idx"))]
     runs = []
     for (key, served), group in itertools.groupby(
@@ -198,7 +199,7 @@ def _find_runs(root: AnyPath, shard: Shard) -> list[tuple[str, int, int]]:
 
 
 def store_results(results: Iterable[PartResult], plan: Plan, settings: str, source: str) -> bytes:
-    """Return the content of the file `RESULTS`. Call this function before duplicates are marked."""
+    """Return the content of the file `RESULTS`. Call this function before duplicates are marked in the results."""
     import zstandard
 
     packer = zstandard.ZstdCompressor().compressobj()
@@ -217,7 +218,7 @@ def store_results(results: Iterable[PartResult], plan: Plan, settings: str, sour
 
 
 def content_of(plan: Plan, result: PartResult) -> str:
-    """Return a checksum of a recording's content and description, which does not depend on the places of its files."""
+    """Return a checksum of a recording's content and description. It does not depend on the paths of the files."""
     item = plan.items[result.row.key]
     values = dataclasses.asdict(dataclasses.replace(item, recording=None, trials=None))  # type: ignore[arg-type]
     trials = [{**vars(trial), "image": plan.images.get(trial.image)} for trial in item.trials or ()]
@@ -225,7 +226,7 @@ def content_of(plan: Plan, result: PartResult) -> str:
 
 
 def check_growth(config: ShardConfig, values: Mapping[str, Any], manifest: Manifest, output: AnyPath) -> None:
-    """Refuse a config with which a finished dataset cannot grow.
+    """Raise an error if a finished dataset cannot be extended with a config.
 
     Parameters
     ----------
@@ -264,13 +265,13 @@ def check_growth(config: ShardConfig, values: Mapping[str, Any], manifest: Manif
 
 @dataclass
 class NewVersion:
-    """What changes from the former version of a dataset to the next one."""
+    """Changes from the former version of a dataset to the next version."""
 
     number: int
     splits: dict[str, list[Shard]]
-    """Shards of the former version that stay, with their withdrawn samples."""
+    """Shards of the former version that remain, with their withdrawn samples."""
     moved: list[Piece]
-    """Samples that are copied from old shards into new shards, because the old shards are rewritten."""
+    """Samples that are copied from old shards to new shards, because the old shards are deleted."""
     lost: list[str]
     """Paths of the shards that are rewritten."""
     first: dict[str, int]
@@ -280,7 +281,7 @@ class NewVersion:
 
 
 def plan_version(former: Former | None, kept: list[PartResult], plan: Plan, *, compact: bool) -> NewVersion:
-    """Decide which samples of the former version stay, and which shards are rewritten.
+    """Decide which samples of the former version remain, and which shards are rewritten.
 
     Parameters
     ----------
@@ -329,7 +330,7 @@ def plan_version(former: Former | None, kept: list[PartResult], plan: Plan, *, c
 
 
 def describe_changes(former: Manifest, manifest: Manifest, changes: Mapping[str, list[str]]) -> list[str]:
-    """Return the lines that say what has changed since the former version."""
+    """Return lines for the terminal about the changes since the former version."""
     old = {shard.path: shard for shards in former.splits.values() for shard in shards}
     new = {shard.path: shard for shards in manifest.splits.values() for shard in shards}
     added = sum(shard.samples for path, shard in new.items() if path not in old)
@@ -391,7 +392,7 @@ class FingerprintLoader:
 def write_state(
     folder: Path, results: bytes, rows: list[LedgerRow], load_points: Callable[[str], np.ndarray]
 ) -> list[str]:
-    """Write the files that only the next job needs; return their names relative to the folder of the version."""
+    """Write the files for the next job. Return their names relative to the folder of the version."""
     (folder / RESULTS).write_bytes(results)
     aside = [row for row in rows if row.status != "sharded"]
     (folder / SET_ASIDE).mkdir()
@@ -402,8 +403,8 @@ def write_state(
 def remove_stale(output: AnyPath, manifest: Manifest, files: Sequence[str]) -> None:
     """Delete shards that no version of the dataset needs, and files of former versions.
 
-    The manifests and ledgers of all versions stay. After shards were rewritten, the ledgers of former versions are
-    deleted, too, because they may describe people whose recordings were withdrawn.
+    The manifests and ledgers of all versions are kept. But if shards were rewritten, the ledgers of former versions are
+    deleted too, because they may describe people whose recordings were withdrawn.
 
     Parameters
     ----------
@@ -412,7 +413,7 @@ def remove_stale(output: AnyPath, manifest: Manifest, files: Sequence[str]) -> N
     manifest : Manifest
         Manifest of the current version.
     files : sequence of str
-        Names of the files in the folder of a version that only the current version needs.
+        Names of files in the folder of a version that are kept only for the current version.
     """
     wanted = {Path(shard.path).with_suffix("").as_posix() for shards in manifest.splits.values() for shard in shards}
     for split in SPLITS:
@@ -424,7 +425,7 @@ def remove_stale(output: AnyPath, manifest: Manifest, files: Sequence[str]) -> N
         if number == manifest.version:
             continue
         names = {*files, f"{SET_ASIDE}/{FINGERPRINTS}"}
-        if number > manifest.version:  # A job that was interrupted has written this folder.
+        if number > manifest.version:  # This folder is left over from an interrupted job.
             names |= {LEDGER, MANIFEST}
         elif not manifest.extra.get("rewritten"):
             names.discard(LEDGER)

@@ -1,1 +1,1 @@
-"""Resampling, filtering and windowing of signals, and the survey of their units."""
+"""Resampling and filtering of signals, and measurements of their units and quality."""

@@ -1,4 +1,4 @@
-"""Keeps account of a recording: which samples were written to windows, and why the others were not."""
+"""Counts the samples of a recording that were written to windows, and the samples that were left out, by reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from data_sharding.processing.faults import Faults, Interval, subtract, union_le
 from data_sharding.processing.preprocess import PreprocessSpec
 
 EDGE = "filter transient at an end of a segment"
-"""Reason for which the first and the last part of each segment is left out."""
+"""Reason for leaving out the first and the last part of each segment."""
 REST = "remainder shorter than a window"
 
 
@@ -25,8 +25,8 @@ class Account:
     spec : PreprocessSpec
         Settings of the preprocessing.
     whole : bool
-        Whether windows are cut from the whole recording, in contrast to trials. Only then every second that is not
-        written has a reason.
+        True if windows are cut from the whole recording, and False if only trials are stored. Only with True, each
+        second without a window gets a reason.
     """
 
     def __init__(self, lengths: Sequence[int], faults: Faults, spec: PreprocessSpec, *, whole: bool) -> None:
@@ -34,7 +34,8 @@ class Account:
         self.windows: Counter[str] = Counter()
         """Number of windows or trials that were left out, by reason."""
         self.kinds: Counter[str] = Counter()
-        """Number of windows in which a channel is bad that is good in the recording, by kind of the fault."""
+        """Number of windows with a channel that is bad in this window but good in the recording as a whole, by kind of
+        fault."""
         self._written: defaultdict[int, list[Interval]] = defaultdict(list)
         self._claims: defaultdict[str, defaultdict[int, list[Interval]]] = defaultdict(lambda: defaultdict(list))
         if whole:
@@ -45,21 +46,21 @@ class Account:
                     self.windows[reason] += max(1, round((gap.stop - gap.start) / spec.stride))
 
     def write(self, segment: int, start: int, stop: int, kinds: dict[int, str]) -> None:
-        """Note a window that was written, and the kinds of the faults of rows that are bad only in this window."""
+        """Count a window that was written, and the kinds of fault that channels have only in this window."""
         self._written[segment].append((start, stop))
         self.kinds.update(set(kinds.values()))
 
     def leave_out(self, reason: str, segment: int, start: int, stop: int) -> None:
-        """Note a window that is left out."""
+        """Count a window that is left out."""
         self.windows[reason] += 1
         self._claims[reason][segment].append((start, stop))
 
     def seconds_written(self) -> float:
-        """Return the seconds that windows cover. Overlapping windows count once."""
+        """Return the length of the signal in windows, in seconds. Where windows overlap, the signal counts once."""
         return round(sum(union_length(found) for found in self._written.values()) / self.spec.sfreq, 4)
 
     def seconds_left_out(self) -> dict[str, float]:
-        """Return the seconds that no window covers, by reason; empty for a recording with trials."""
+        """Return the length of the signal outside windows, in seconds, by reason. The result is empty for trials."""
         if not self.whole:
             return {}
         total: Counter[str] = Counter()

@@ -1,9 +1,11 @@
-"""Turns the quality of the raw signal into faults of a recording at the target rate.
+"""Converts the bad spans of the raw signal to faults at the target sampling rate.
 
-Parts without a signal in any good channel are gaps: filters never run over a gap. A channel without a signal for a
-while is bad in the windows there, and the other channels are kept.
+A *gap* is a part in which no good channel has a signal. It divides a segment into *pieces*, and filters process each
+piece separately. If only some channels have no signal, these channels are bad in the windows there, and the other
+channels are used.
 
-Letters in array shapes: n is the number of channels, T the number of samples in a window.
+The *transient* of a filter is the part of its output that is wrong because the signal begins, ends or is missing
+nearby.
 """
 
 from __future__ import annotations
@@ -30,16 +32,17 @@ MARKED = "marked bad"
 
 @dataclass(frozen=True)
 class Fault:
-    """A part of a segment in which a channel is bad, at the target sampling rate."""
+    """A part of a segment in which a channel is bad. Sample numbers are at the target sampling rate."""
 
     start: int
     """First sample, counted from the start of the segment."""
     stop: int
     """Last sample plus one."""
     kind: str
-    """What is wrong, such as flat."""
+    """Kind of the fault, such as flat."""
     rings: bool = True
-    """Whether a filter runs over this part. It does not where the part is the border of a gap."""
+    """Whether filters run over this part, so that a transient reaches the samples around it. False for a part next to a
+    gap."""
 
 
 @dataclass
@@ -49,9 +52,10 @@ class WindowFaults:
     bad: dict[int, str] = field(default_factory=dict)
     """Rows that are bad in the window, each with the kind of its fault."""
     silent: set[int] = field(default_factory=set)
-    """Rows without a signal in a part of the window."""
+    """Rows that have no signal in a part of the window."""
     near: set[int] = field(default_factory=set)
-    """Rows without a signal shortly before or after the window; the transient of a filter reaches into the window."""
+    """Rows that have no signal shortly before or after the window, so that a filter transient reaches into the
+    window."""
 
 
 @dataclass(kw_only=True)
@@ -59,15 +63,15 @@ class Faults:
     """Faults of a recording. Rows are positions in `Clean.rows`."""
 
     reach: int = 0
-    """Number of samples to which the transient of a filter reaches."""
+    """Length of a filter transient in samples."""
     pieces: list[list[Interval]]
-    """For each segment: start and stop of its pieces between gaps. A segment without a gap is one piece."""
+    """Start and stop of the pieces of each segment. A segment without a gap is one piece."""
     gaps: dict[int, list[Fault]] = field(default_factory=dict)
-    """Parts without a signal in any good channel, by the number of the segment."""
+    """Gaps, by the number of the segment."""
     dead: dict[int, dict[int, list[Fault]]] = field(default_factory=dict)
-    """Parts of each row without a signal, by the number of the segment."""
+    """Parts without a signal, by the number of the segment and by row."""
     busy: dict[int, dict[int, list[Fault]]] = field(default_factory=dict)
-    """Parts of each row with muscle activity or mains noise, by the number of the segment."""
+    """Parts with muscle activity or mains noise, by the number of the segment and by row."""
 
     def judge(self, segment: int, start: int, stop: int) -> WindowFaults:
         """Find the bad rows of a window; `start` and `stop` are samples counted from the start of the segment."""
@@ -90,15 +94,15 @@ class Faults:
         return found
 
     def transient(self, piece: Interval, start: int, stop: int) -> int:
-        """Return the number of samples of a window to which the transients at the ends of its piece reach."""
+        """Count the samples of a window that are inside the filter transients at the two ends of its piece."""
         begin, end = piece[0] + self.reach, piece[1] - self.reach
         return min(stop - start, max(0, min(stop, begin) - start) + max(0, stop - max(start, end)))
 
 
 class Bridge:
-    """Reads a piece of a segment, with a straight line in place of each part in which a row has no signal.
+    """Reads a piece of a segment. Each part in which a row has no signal is replaced by a straight line.
 
-    The line keeps the filters from ringing. No sample contains the line: where a row has no signal, windows hold zeros.
+    The line avoids large filter transients. It is never stored: where a row has no signal, the windows contain zeros.
 
     Parameters
     ----------
@@ -165,7 +169,7 @@ def find_faults(
     reach: int,
     marked: Sequence[tuple[int, float, float]] = (),
 ) -> Faults:
-    """Convert the spans of the raw signal to faults at the target rate, and find the gaps.
+    """Convert the bad spans of the raw signal to faults at the target rate, and find the gaps.
 
     Parameters
     ----------
@@ -186,10 +190,10 @@ def find_faults(
     line_freq : float or None
         Mains frequency in Hz.
     reach : int
-        Number of samples to which the transient of a filter reaches.
+        Length of a filter transient in samples.
     marked : sequence of (int, float, float)
-        Spans in which the source marks a single channel as bad: position in `rows`, start and end in seconds from the
-        recording's beginning. These parts count as parts without a signal.
+        Spans in which the file or its sidecar marks a single channel as bad: position in `rows`, and start and end in
+        seconds from the recording's beginning. These spans count as parts without a signal.
 
     Returns
     -------
@@ -204,7 +208,7 @@ def find_faults(
             silent = span.kind in NO_SIGNAL
             more = around if silent else 0
             start = max(0, math.floor(span.start * ratio) - more)
-            # At the end of the segment, the resampled signal may be a sample longer.
+            # A span that ends with the segment must also cover the last resampled sample, which rounding can add.
             end = math.ceil(span.stop * ratio) + more if span.stop < whole else lengths[number]
             table = (faults.dead if silent else faults.busy).setdefault(number, {})
             table.setdefault(span.row, []).append(Fault(start, min(end, lengths[number]), span.kind))
@@ -239,7 +243,7 @@ def _add_marked(
 
 
 def _overlapping(faults: list[Fault], start: int, stop: int) -> Iterable[Fault]:
-    """Return the faults that overlap an interval; the faults are in order of time."""
+    """Yield the faults that overlap an interval. The argument `faults` must be sorted by time."""
     first = bisect.bisect_right(faults, start, key=lambda fault: fault.stop)
     for fault in itertools.islice(faults, first, None):
         if fault.start >= stop:
@@ -248,7 +252,7 @@ def _overlapping(faults: list[Fault], start: int, stop: int) -> Iterable[Fault]:
 
 
 def _join(faults: list[Fault]) -> list[Fault]:
-    """Join faults of one channel that overlap; the longest of them gives the kind."""
+    """Merge overlapping faults of one channel. A merged fault has the kind of the longest one."""
     out: list[Fault] = []
     for fault in sorted(faults, key=lambda f: f.start):
         if out and fault.start <= out[-1].stop:
@@ -270,7 +274,7 @@ def _cut_out(faults: list[Fault], gaps: list[Interval]) -> list[Fault]:
 
 
 def _common(dead: dict[int, list[Fault]], good: Sequence[int]) -> list[Fault]:
-    """Return the parts in which every good channel has no signal."""
+    """Return the parts in which no good channel has a signal."""
     if not good or not set(good) <= dead.keys():
         return []
     common = [(f.start, f.stop) for f in dead[good[0]]]
@@ -284,7 +288,7 @@ def _common(dead: dict[int, list[Fault]], good: Sequence[int]) -> list[Fault]:
 
 
 def intersect(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
-    """Return the parts that two lists of intervals share; both lists are in order and without overlap."""
+    """Return the intersection of two lists of intervals. Both lists must be sorted and without overlap."""
     out, i, j = [], 0, 0
     while i < len(a) and j < len(b):
         start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
@@ -298,7 +302,7 @@ def intersect(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
 
 
 def subtract(a: Sequence[Interval], b: Iterable[Interval]) -> list[Interval]:
-    """Return the parts of `a` that are not in `b`; `a` is in order and without overlap."""
+    """Return the parts of `a` outside `b`. The list `a` must be sorted and without overlap."""
     rest: list[Interval] = []
     remove, j = sorted(b), 0
     for start, stop in a:
@@ -316,7 +320,7 @@ def subtract(a: Sequence[Interval], b: Iterable[Interval]) -> list[Interval]:
 
 
 def union_length(intervals: Iterable[Interval]) -> int:
-    """Return the number of samples in at least one of the intervals."""
+    """Return the number of samples in the union of the intervals."""
     total, end = 0, -1
     for start, stop in sorted(intervals):
         total += max(0, stop - max(start, end))

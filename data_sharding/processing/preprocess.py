@@ -1,4 +1,4 @@
-"""Preprocess EEG: resample, filter, re-reference and scale. Sharding, training and `encode` use this same code.
+"""Preprocess EEG: resample, filter, re-reference and scale. Sharding, training and `encode` all use this module.
 
 Letters in array shapes: C channels, S samples at the recorded rate, T samples at the target rate, B windows per batch.
 """
@@ -18,7 +18,7 @@ from data_sharding.processing.quality import UNCHECKED, QualitySpec
 from data_sharding.processing.streaming import lookahead, resample, resampler_reach, zero_phase
 
 FILTER_BYTES = 8 * 2**20
-"""Size in bytes of a block of samples in the filters, stored as float64."""
+"""Size in bytes of a block of float64 samples that the filters process at a time."""
 
 
 BEFORE: dict[str, Any] = {
@@ -26,11 +26,12 @@ BEFORE: dict[str, Any] = {
     "notch_width_hz": 0.0,
     "quality": dataclasses.asdict(UNCHECKED),
 }
-"""Fields of `PreprocessSpec` that older versions did not have, with the values that describe the older versions."""
+"""Fields of `PreprocessSpec` that did not exist in older versions, with the value that means the older behaviour."""
 NOTCH_GAIN = 1e-3
-"""A harmonic of the mains frequency needs no notch filter if the band-pass filter reduces it below this fraction."""
+"""A harmonic of the mains frequency needs no notch filter if the band-pass filter reduces it to less than this
+fraction."""
 TRANSIENT_ENERGY = 3e-5
-"""A filter's transient ends where this fraction of the energy of its response is left."""
+"""The transient of a filter ends where the rest of its impulse response has this fraction of the total energy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class PreprocessSpec:
     notch filter. A number in Hz: remove this frequency and its harmonics from every recording."""
     reference: str | list[str] = "average"
     """Reference. average: subtract the mean over good channels. keep: do not change the reference. Channel names (Cz,
-    or [M1, M2]): subtract the mean of these channels; a recording without one of these channels is set aside."""
+    or [M1, M2]): subtract the mean of these channels; a recording that lacks one of these channels is quarantined."""
     window: int = 512
     """Length of a window in samples at the target rate."""
     stride: int = 512
@@ -63,18 +64,18 @@ class PreprocessSpec:
     """Scale of the model input. window: divide each window by its own standard deviation. constant: divide each window
     by `scale_uv`."""
     scale_uv: float = 10.0
-    """With constant scaling, windows are divided by this value in microvolts."""
+    """With `scale: constant`, windows are divided by this value in microvolts."""
     clip: float = 20.0
     """Clip the scaled model input at plus and minus this value (0: do not clip). Stored windows are not clipped."""
     notch_width_hz: float = 4.0
     """Width in Hz of the notch filter around the mains frequency and around each harmonic. At the edges of this width,
-    an amplitude is halved. The width must cover the drift of the mains frequency. 0 means the narrow filter of older
-    versions (a thirtieth of each frequency)."""
+    an amplitude is halved. The width must be larger than the drift of the mains frequency. 0 means the narrow filter of
+    older versions (a thirtieth of each frequency)."""
     reject_uv: float = 0.0
     """Leave a window out if the peak-to-peak amplitude of a good channel exceeds this value in microvolts. 0 keeps all
     windows."""
     quality: QualitySpec = field(default_factory=QualitySpec)
-    """Which parts of the recorded signal are bad."""
+    """Settings that decide which parts of the recorded signal are bad."""
 
     def __post_init__(self) -> None:
         if not self.sfreq > 0:
@@ -136,8 +137,8 @@ class PreprocessSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary.
 
-        Fields that older versions did not have are not in the dictionary if their value means the behaviour of the
-        older versions. So specs from older versions keep their checksum.
+        The dictionary lacks newer fields whose value means the behaviour of older versions. So specs from older
+        versions keep their checksum.
         """
         values = dataclasses.asdict(self)
         for key, before in BEFORE.items():
@@ -182,7 +183,7 @@ class PreprocessSpec:
         x_uv : ndarray or Tensor, shape (..., C, T)
             Windows in microvolts, float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            Number of true channels, as in `divisor`.
+            Number of recorded channels, as in `divisor`.
 
         Returns
         -------
@@ -200,8 +201,8 @@ class PreprocessSpec:
         x_uv : ndarray or Tensor, shape (..., C, T)
             Windows in microvolts, float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            Number of true channels, for all windows or for each window. The later rows of a window are padding and are
-            ignored. By default all rows are used.
+            Number of recorded channels, for all windows or for each window. The rows after these channels are padding
+            and are ignored. By default, all rows are used.
 
         Returns
         -------
@@ -211,8 +212,8 @@ class PreprocessSpec:
         Notes
         -----
         The standard deviation is computed over all channels together, so the channels keep their relative amplitudes.
-        Padding repeats the channels. Without `channels`, the repeated rows count as well, so channels that are repeated
-        more often get a larger weight.
+        Padding rows are copies of the channels. Without `channels`, the padding is included, so a channel with more
+        copies gets a larger weight.
         """
         if self.scaling == "constant":
             return self.scale_uv
@@ -287,9 +288,10 @@ def _sections(low: float, high: float, sfreq: float, line: float | None, width: 
             np.asarray(tf2sos(*iirnotch(f, 30.0, fs=sfreq))) for f in np.arange(line, high, line) if f < nyquist
         ]
     elif line:
-        # The band-pass filter is not steep, so a harmonic above the band can stand out, too.
+        # The band-pass filter is not steep, so a harmonic above the band can also need a notch filter.
         harmonics = np.arange(line, nyquist - width, line)
-        gains = np.abs(sosfreqz(band, harmonics, fs=sfreq)[1]) ** 2  # The filter runs forward and backward.
+        # The filter is applied forward and backward, which squares its gain.
+        gains = np.abs(sosfreqz(band, harmonics, fs=sfreq)[1]) ** 2
         for f in harmonics[gains > NOTCH_GAIN]:
             edges = [f - width / 2, f + width / 2]
             sections.append(np.asarray(butter(2, edges, btype="bandstop", fs=sfreq, output="sos")))
@@ -311,8 +313,9 @@ def transient_length(sfreq: float, spec: PreprocessSpec, line_freq: float | None
     Returns
     -------
     int
-        Number of samples at the target rate. Beyond this distance, `TRANSIENT_ENERGY` of the energy is left in the
-        response of the high-pass filter and of each notch filter, and nothing in that of the resampling filter.
+        Number of samples at the target rate. The resampling filter has no effect beyond this distance. The responses of
+        the high-pass filter and of each notch filter have at most the fraction `TRANSIENT_ENERGY` of their energy
+        beyond it.
     """
     reach = resampler_reach(sfreq, spec.sfreq, band_of(sfreq, spec)[1])
     return reach + _response_length(filters(sfreq, spec, line_freq).tobytes(), spec.highpass, spec.sfreq)
@@ -320,7 +323,7 @@ def transient_length(sfreq: float, spec: PreprocessSpec, line_freq: float | None
 
 @functools.lru_cache(maxsize=16)
 def _response_length(sections: bytes, highpass: float, sfreq: float) -> int:
-    """Return the length of the longer response: of the high-pass filter, or of all notch filters."""
+    """Return the length of the response of the high-pass filter or of the notch filters, whichever is longer."""
     from scipy.fft import irfft, rfft
     from scipy.signal import butter, sosfilt
 
@@ -331,7 +334,8 @@ def _response_length(sections: bytes, highpass: float, sfreq: float) -> int:
     for sos in parts:
         n = lookahead(sos)
         response = np.asarray(sosfilt(sos, np.eye(1, n)[0]))
-        # Forward and backward, the response is the autocorrelation. Its peak passes the signal, the rest is transient.
+        # A filter that runs forward and backward has the autocorrelation of its impulse response as response. The peak
+        # passes the signal; all other values are the transient.
         spectrum = np.asarray(rfft(response, 2 * n))
         energy = np.asarray(irfft(np.abs(spectrum) ** 2))[1:n] ** 2
         left = energy[::-1].cumsum()[::-1]
@@ -374,7 +378,7 @@ def clean_blocks(
         The next block of the filtered signal, in microvolts.
     """
     sos = filters(sfreq, spec, line_freq)
-    # Extend both ends of the segment by two periods of the slowest frequency; a short segment is extended by less.
+    # Extend both ends of the segment by two periods of the lowest frequency. A short segment is extended by less.
     pad = int(2 * spec.sfreq / spec.highpass)
     if block is None:
         block = FILTER_BYTES // (8 * max(1, read(0, 1).shape[0]))
@@ -450,7 +454,7 @@ def preprocess(
     line_freq : float, optional
         Mains frequency in Hz; `filters` explains this value.
     bads : list of int, optional
-        Bad channels. They are not part of the average reference, but the reference is subtracted from them too.
+        Bad channels. They are left out of the average reference, but the reference is also subtracted from them.
     names : sequence of str, optional
         Names of the channels; needed if the spec names reference channels.
 
@@ -463,8 +467,8 @@ def preprocess(
     Raises
     ------
     ValueError
-        If the array is not two-dimensional or holds NaN or infinities, if no channel is good, or if a reference channel
-        is missing.
+        If the array is not two-dimensional or contains NaN or infinite values, if no channel is good, or if a reference
+        channel is missing.
 
     Notes
     -----
@@ -474,8 +478,9 @@ def preprocess(
     if data_uv.ndim != 2 or not data_uv.size:
         raise ValueError(f"need an array of channels x samples, got shape {data_uv.shape}")
     if not np.isfinite(data_uv).all():
-        raise ValueError("the signal holds NaN or infinite values")
-    # Subtract each channel's first value: an offset of hundreds of millivolts would cost float32 its precision.
+        raise ValueError("the signal has NaN or infinite values")
+    # Subtract the first value of each channel, because a large offset (hundreds of millivolts) reduces the precision of
+    # float32.
     x = data_uv - np.asarray(data_uv[:, :1], np.float64)
     # Resample before filtering: the filters then run at the lower rate.
     y = resample(x, sfreq, spec.sfreq, band_of(sfreq, spec)[1]).astype(np.float32)

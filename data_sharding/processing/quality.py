@@ -1,7 +1,8 @@
-"""Measure the quality of a raw signal, before filters: missing values, dead and clipped channels, muscles, mains noise.
+"""Measure the quality of a raw (unfiltered) signal: missing values, dead and clipped channels, muscle and mains noise.
 
 The signal is divided into cells of a tenth of a second. Each cell of each channel gets flags while the signal is read.
-Afterwards, neighbouring cells with the same flag are joined to spans. Memory stays small, because flags are compressed.
+Afterwards, neighbouring cells with the same flag are merged to spans. The flags are stored compressed, to save memory.
+A cell is *at the rail* if many of its samples are at the largest or smallest value of the channel.
 
 Letters in array shapes: n channels, k cells, L samples of a cell, b samples of a block.
 """
@@ -18,40 +19,44 @@ import numpy as np
 from data_sharding.formats.signal import Segment
 
 CELL_S = 0.1
-"""Length of a cell in seconds: 5 periods of mains noise at 50 Hz, 6 periods at 60 Hz."""
+"""Length of a cell in seconds. This is a whole number of periods of mains noise: 5 at 50 Hz, and 6 at 60 Hz."""
 SAMPLED = 4
-"""Muscles, mains noise and repeated values are measured only in every fourth cell of a segment."""
+"""Muscle activity, mains noise and repeated values are measured only in every fourth cell of a segment."""
 MISSING, CONSTANT, DEAD, HIGH, LOW, MUSCLE, MAINS_50, MAINS_60, LARGE = (1 << bit for bit in range(9))
-"""Flags of a cell: it has missing values; it holds one value; it has too little signal; a part of it lies at the
-channel's largest or smallest value; it holds muscle activity or mains noise; and it is too large."""
+"""Flags of a cell. MISSING: the cell has missing values. CONSTANT: all values are equal. DEAD: the signal is too small.
+HIGH, LOW: the cell is at the rail. MUSCLE, MAINS_50, MAINS_60: it contains muscle activity or mains noise. LARGE: the
+signal is too large."""
 MISSING_UV = 1e12
-"""A larger value counts as missing. No amplifier measures it, and float32 cannot hold its square."""
+"""A value above this limit (in microvolts) counts as missing, because no amplifier can measure it."""
 RAIL_SHARE = 0.1
 """A cell is at the rail if more than this share of its samples, and at least 3, equal the channel's extreme value."""
 SHORTEST = {"missing values": 1, "flat": 2, "clipped": 2, "too small": 3, "too large": 1, "muscle": 1, "mains noise": 1}
-"""Smallest number of neighbouring cells of a span of each kind. A single quiet cell can be EEG."""
+"""Smallest number of cells in a span, for each kind of fault. (One cell with a small signal can be normal EEG.)"""
 NO_SIGNAL = frozenset({"missing values", "flat", "clipped", "too small", "too large"})
-"""Kinds of spans in which a channel has no usable signal."""
+"""Kinds of fault for which a channel counts as having no signal."""
 JOINED = 3
-"""Spans without signal are joined if fewer than this many cells lie between them."""
+"""Two spans without a signal are merged if fewer than this many cells are between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualitySpec:
-    """Which parts of a signal are bad. All values in microvolts apply to the recorded signal, before filters."""
+    """Settings that decide which parts of a signal are bad.
+
+    Values in microvolts apply to the raw signal, before filters.
+    """
 
     check: bool = True
-    """Judge every window of every channel. If false, only whole channels are judged, and windows are kept near the ends
-    of a segment."""
+    """Check every window of every channel. If false, a channel is good or bad in the whole recording, and filter
+    transients at the ends of segments are ignored."""
     leave_out_edges: bool = True
-    """Leave out the beginning and the end of each segment, as far as the filters need signal from outside the segment.
-    Trials and epochs are never left out for this reason: their samples have the key `transient_s`."""
+    """Leave out the beginning and the end of each segment, where the filters have a transient. Trials and epochs are
+    kept, and their samples have the key `transient_s`."""
     dead_uv: float = 0.1
-    """A channel is dead where its standard deviation within a tenth of a second is below this value, after a linear
-    trend is subtracted. Amplifier noise without EEG can be this small."""
+    """A channel is dead where its standard deviation within a tenth of a second is below this value. A linear trend is
+    subtracted first. The noise of an amplifier without EEG can be this small."""
     large_uv: float = 5000.0
-    """A channel is too large in a window if its filtered signal exceeds plus or minus this value. The recorded signal
-    is too large where it changes by more than twice this value within a tenth of a second."""
+    """A channel is too large in a window if the absolute value of its filtered signal exceeds this value. The raw
+    signal is too large where it changes by more than twice this value within a tenth of a second."""
     muscle_uv: float = 50.0
     """A channel has muscle activity in a window if its root mean square above 35 Hz, without mains noise, exceeds this
     value in at least half of the window."""
@@ -59,7 +64,7 @@ class QualitySpec:
     """A channel has mains noise in a window if the root mean square at 50 or 60 Hz exceeds this value in at least half
     of the window."""
     max_bad_share: float = 0.5
-    """Leave a window out if more than this share of the recording's good channels is bad in the window."""
+    """Leave out a window if more than this fraction of the recording's good channels are bad in the window."""
 
     def __post_init__(self) -> None:
         for name in ("dead_uv", "large_uv", "muscle_uv", "mains_uv"):
@@ -70,7 +75,7 @@ class QualitySpec:
 
 
 UNCHECKED = QualitySpec(check=False, leave_out_edges=False)
-"""Settings that describe the versions that judged only whole channels."""
+"""Settings with the behaviour of older versions, which checked only whole channels."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +94,14 @@ class Span:
 
 @dataclass
 class _Rail:
-    """One end of the range of each channel: its value, and how often the channel lies at this value."""
+    """Largest (or smallest) value of each channel, and how often the channel has this value."""
 
     value: np.ndarray
     """[n], largest value so far. The smallest value is stored with the opposite sign."""
     since: np.ndarray
-    """[n], number of the cell in which this value was first seen. Flags of earlier cells are out of date."""
+    """[n], number of the cell in which this value occurred first. HIGH and LOW flags of earlier cells are invalid."""
     samples: np.ndarray = field(init=False)
-    """[n], number of samples at this value, in cells that are not at the rail."""
+    """[n], number of samples with this value in cells that are not at the rail."""
 
     def __post_init__(self) -> None:
         self.samples = np.zeros(len(self.value), int)
@@ -104,14 +109,14 @@ class _Rail:
 
 @functools.lru_cache(maxsize=16)
 def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int]:
-    """Return orthonormal signals of one cell: offset and trend, slow rhythms up to 30 Hz, and mains noise.
+    """Return orthonormal basis signals for one cell: offset, trend, slow rhythms up to 30 Hz, and mains noise.
 
     Returns
     -------
     basis : ndarray, shape (L, K)
-        Orthonormal columns. The energy of a cell without these components is the energy of muscles and noise.
+        Orthonormal columns. After these components are removed, the rest of the energy is muscle activity and noise.
     mains : dict
-        Columns of the mains noise, by flag.
+        Columns of `basis` for mains noise, by flag.
     n_free : int
         L minus K.
     """
@@ -130,7 +135,7 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
 
 
 class Cells:
-    """Measures cells while a signal is read, and joins them to spans afterwards.
+    """Measures cells while a signal is read, and merges them to spans afterwards.
 
     Parameters
     ----------
@@ -150,15 +155,16 @@ class Cells:
         self, n_channels: int, sfreq: float, segments: Sequence[Segment], to_uv: float, spec: QualitySpec
     ) -> None:
         self.length = max(8, round(CELL_S * sfreq))
-        """Samples of a cell."""
+        """Number of samples of a cell."""
         self.sfreq, self.segments, self.to_uv, self.spec = sfreq, list(segments), abs(to_uv), spec
         self.high = _Rail(np.full(n_channels, -np.inf), np.zeros(n_channels, int))
         self.low = _Rail(np.full(n_channels, -np.inf), np.zeros(n_channels, int))
         self.n_cells, self.n_all_constant = 0, 0
         self.constant, self.missing, self.dead = (np.zeros(n_channels, int) for _ in range(3))
-        """[n], number of cells with one value, with missing values, and with too little signal."""
+        """[n], number of cells with the flags CONSTANT, MISSING and DEAD."""
         self.repeated, self.compared = np.zeros(n_channels, int), np.zeros(n_channels, int)
-        """[n], among sampled cells that are not constant: samples equal to the sample before, and all samples."""
+        """[n], samples that equal the previous sample, and all compared samples. Only every fourth cell counts (see
+        `SAMPLED`), and no constant cells."""
         self._flags: list[tuple[int, int, bytes]] = []
         self._firsts: list[int] = []
         self._segment, self._done = 0, 0
@@ -211,7 +217,7 @@ class Cells:
         self._recent = part[:, -keep:].copy()
 
     def _finish_segment(self) -> None:
-        """Measure the rest of a segment; this last cell overlaps the cell before it."""
+        """Measure the last samples of a segment, as one cell that overlaps the previous cell."""
         if self._done % self.length:
             self._measure(self._recent[:, -min(self.length, self._done) :][:, None, :])
         self._segment, self._done = self._segment + 1, 0
@@ -234,14 +240,15 @@ class Cells:
     def _measure_rows(self, rows: slice, x: np.ndarray, flags: np.ndarray) -> None:
         """Set the flags of the cells of a few rows, [r, k, L].
 
-        Most rows of most blocks are good. Few numbers show this: the extremes of the whole row, and a few samples of
-        each cell. Only the other rows are measured cell by cell.
+        In most blocks, most rows have no fault. To save time, this is decided from the minimum and maximum of the whole
+        row and from a few samples of each cell. Only the other rows are measured cell by cell.
         """
         length, n_cells = x.shape[2], x.shape[1]
         whole = x.reshape(len(x), -1) if n_cells == 1 else _join_cells(x)
         low, high = whole.min(axis=1), whole.max(axis=1)
         limit = MISSING_UV / self.to_uv
-        # Missing values show in minimum and maximum: a NaN makes both NaN, and an infinite value is one of the two.
+        # Missing values are visible in the minimum and maximum: a NaN makes both NaN, and an infinite value is one of
+        # them.
         plain = (low >= -limit) & (high <= limit) & (high - low <= 2 * self.spec.large_uv / self.to_uv)
         plain &= length == self.length
         quiet = np.zeros(x.shape[:2], bool)
@@ -251,7 +258,8 @@ class Cells:
                 value = rail.value[rows]
                 found = np.flatnonzero(plain & (ends >= value))
                 if len(found):
-                    # The row reaches its extreme. It stays plain if no sample of `thin` lies there.
+                    # The row reaches the extreme value. If a sample of `thin` has this value too, it may be clipped:
+                    # not plain.
                     at = (thin[found] == (ends if rail is self.high else low)[found][:, None, None]).any(axis=(1, 2))
                     plain[found[at]] = False
             thin = thin - thin[:, :, :1]
@@ -277,7 +285,7 @@ class Cells:
             self._measure_sampled(rows, x[:, offset::SAMPLED], flags[:, offset::SAMPLED])
 
     def _note_extremes(self, row: int, x: np.ndarray, low: float, high: float) -> None:
-        """Update the range of a row that does not stay at its extremes."""
+        """Update the largest and smallest value of a row that is not clipped."""
         for rail, end, value in ((self.high, high, high), (self.low, -low, low)):
             if end > rail.value[row]:
                 rail.value[row], rail.samples[row] = end, 0
@@ -286,19 +294,19 @@ class Cells:
                 rail.samples[row] += np.count_nonzero(x == value)
 
     def _judge_quiet(self, x: np.ndarray) -> np.uint16:
-        """Return the flags of one cell that may be dead, [L]."""
+        """Return the flags of one cell [L] that may be dead."""
         if x.min() == x.max():
             return np.uint16(CONSTANT | DEAD)
         return np.uint16(DEAD if self._is_dead(x[None])[0] else 0)
 
     def _is_dead(self, x: np.ndarray) -> np.ndarray:
-        """Return which cells, [m, L], have too little signal beside a linear trend."""
+        """Return which cells [m, L] have too little signal after a linear trend is subtracted."""
         x = x - x.mean(axis=1, keepdims=True)
         energy = (x**2).sum(axis=1) - ((x @ _line(x.shape[1])) ** 2).sum(axis=1)
         return energy < x.shape[1] * (self.spec.dead_uv / self.to_uv) ** 2
 
     def _measure_cells(self, rows: np.ndarray, x: np.ndarray, flags: np.ndarray) -> None:
-        """Set the flags of rows that have faults or may have faults, cell by cell."""
+        """Set the flags of rows that may have faults, cell by cell."""
         low, high = x.min(axis=2), x.max(axis=2)
         limit = MISSING_UV / self.to_uv
         finite = (low >= -limit) & (high <= limit)
@@ -325,7 +333,7 @@ class Cells:
         flags: np.ndarray,
         flag: int,
     ) -> None:
-        """Flag cells at the largest value that each channel has had so far, and count samples at this value."""
+        """Flag cells at the rail, and count the samples that have the largest value of their channel so far."""
         if not finite.any():
             return
         signed = np.where(finite, sign * ends, -np.inf)
@@ -344,7 +352,7 @@ class Cells:
             np.add.at(rail.samples, rows[r[~found]], count[~found])
 
     def _measure_sampled(self, rows: slice, x: np.ndarray, flags: np.ndarray) -> None:
-        """Flag muscle activity and mains noise in sampled cells, and count repeated values."""
+        """Set the flags of muscle activity and mains noise in every fourth cell, and count repeated values there."""
         live = (flags & CONSTANT) == 0
         same = np.count_nonzero(x[:, :, 1:] == x[:, :, :-1], axis=2)
         self.repeated[rows] += np.where(live, same, 0).sum(axis=1)
@@ -364,19 +372,22 @@ class Cells:
     # --- after the signal was read -----------------------------------------------------------------------------------
 
     def share_constant(self) -> np.ndarray:
-        """Return the share of constant cells of each channel, [n], among cells in which some channel has a signal."""
+        """Return the fraction of constant cells of each channel, [n].
+
+        Cells that are constant in all channels do not count.
+        """
         return self._share(self.constant - self.n_all_constant)
 
     def share_missing(self) -> np.ndarray:
-        """Return the share of cells with missing values of each channel, [n]."""
+        """Return the fraction of cells with missing values of each channel, [n]."""
         return self.missing / max(1, self.n_cells)
 
     def share_repeated(self) -> np.ndarray:
-        """Return the share of samples that repeat the value before, [n], in cells that are not constant."""
+        """Return the fraction of samples that equal the previous sample, [n]. Constant cells do not count."""
         return self.repeated / np.maximum(1, self.compared)
 
     def summarise(self, stretches: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Measure how much of each channel is clipped, and in which stretches a channel has no signal.
+        """Measure how much of each channel is clipped, and how much of each stretch has no signal.
 
         Parameters
         ----------
@@ -386,11 +397,12 @@ class Cells:
         Returns
         -------
         samples : ndarray, shape (n,)
-            Share of the samples at the largest or smallest value, in cells that are not at the rail or constant.
+            Fraction of the samples that have the largest or smallest value. Cells at the rail and constant cells do not
+            count.
         cells : ndarray, shape (n,)
-            Share of cells at the rail, among cells that are not constant.
+            Fraction of cells at the rail. Constant cells do not count.
         dead : ndarray, shape (stretches, n)
-            Share of cells of each stretch that are dead, missing, too large or at the rail.
+            Fraction of the cells in each stretch that have no signal: dead, missing, too large or at the rail.
         """
         n = len(self.constant)
         at_rail, dead = np.zeros(n, int), np.zeros((len(stretches), n))
@@ -420,7 +432,10 @@ class Cells:
         return np.clip(count / max(1, self.n_cells - self.n_all_constant), 0, 1)
 
     def _read_flags(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the number of the first cell and the flags [n, k] of every block, without flags out of date."""
+        """Yield the number of the first cell and the flags [n, k] of each block.
+
+        Invalid HIGH and LOW flags are removed.
+        """
         n = len(self.constant)
         for first, k, packed in self._flags:
             flags = np.frombuffer(zlib.decompress(packed), np.uint16).reshape(k, n).T
@@ -432,19 +447,19 @@ class Cells:
             yield first, flags
 
     def spans(self, rows: Sequence[int], line_freq: float | None) -> dict[int, list[Span]]:
-        """Join neighbouring cells to spans.
+        """Merge neighbouring cells to spans.
 
         Parameters
         ----------
         rows : sequence of int
             Rows of the channels.
         line_freq : float, optional
-            Mains frequency in Hz; None judges 50 and 60 Hz.
+            Mains frequency in Hz. With None, noise at 50 Hz and at 60 Hz counts as mains noise.
 
         Returns
         -------
         dict
-            Spans of each segment that has spans, by the number of the segment.
+            Spans of each segment, by the number of the segment. Segments without spans are not in the dictionary.
         """
         if not self.spec.check:
             return {}
@@ -470,7 +485,7 @@ class Cells:
             for run in found:
                 if run.cells < SHORTEST[run.kind]:
                     continue
-                # The border of a dead part lies inside a neighbouring cell.
+                # A part without a signal ends somewhere inside the neighbouring cell, so include that cell.
                 margin = int(run.kind in NO_SIGNAL and run.kind != "missing values")
                 start, stop = max(0, run.start - margin), run.stop + margin
                 stop = min(stop * self.length, segment.stop - segment.start)
@@ -480,7 +495,7 @@ class Cells:
 
 @dataclass
 class _Run:
-    """Neighbouring cells of one channel with the same fault."""
+    """A run: neighbouring cells of one channel with the same fault."""
 
     start: int
     stop: int
@@ -490,16 +505,16 @@ class _Run:
 
 
 class _Runs:
-    """Joins cells to runs, block by block."""
+    """Merges cells to runs, block by block."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, int, str], list[_Run]] = {}
-        """Runs in order of time, by number of the segment, position of the channel, and group."""
+        """Runs in order of time, by the number of the segment, the position of the channel, and the group of faults."""
 
     def add(
         self, segment: int, first: int, group: str, mask: np.ndarray, counts: dict[str, np.ndarray] | None = None
     ) -> None:
-        """Add the cells of a block, [n, k]; `counts` decides about the kind of a dead run: the most frequent mask."""
+        """Add the cells of a block, [n, k]. With `counts`, the most frequent of these masks gives the kind of a run."""
         gap = 1 if group in ("muscle", "mains noise") else JOINED
         for row in np.flatnonzero(mask.any(axis=1)).tolist():
             edges = np.flatnonzero(np.diff(mask[row].astype(np.int8), prepend=0, append=0))
@@ -517,7 +532,7 @@ class _Runs:
 
 
 def _widen(mask: np.ndarray) -> np.ndarray:
-    """Let each sampled cell stand for itself and the following cells that were not sampled."""
+    """Copy the flag of each measured cell to the following cells that were not measured."""
     if not mask.any():
         return mask
     wide = mask.copy()
@@ -527,13 +542,13 @@ def _widen(mask: np.ndarray) -> np.ndarray:
 
 
 def _join_cells(x: np.ndarray) -> np.ndarray:
-    """Return neighbouring cells [r, k, L] as one row of samples, [r, k * L], without a copy."""
+    """Return neighbouring cells [r, k, L] as rows of samples [r, k * L], without copying them."""
     shape, strides = (len(x), x.shape[1] * x.shape[2]), (x.strides[0], x.strides[2])
     return np.lib.stride_tricks.as_strided(x, shape, strides, writeable=False)
 
 
 @functools.lru_cache(maxsize=16)
 def _line(length: int) -> np.ndarray:
-    """Return orthonormal signals of a constant and of a linear trend, [L, 2]."""
+    """Return an orthonormal basis [L, 2] of a constant and a linear trend."""
     t = np.arange(length) - (length - 1) / 2
     return np.linalg.qr(np.stack([np.ones(length), t], axis=1))[0]

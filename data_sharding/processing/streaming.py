@@ -27,11 +27,11 @@ BLOCK_BYTES = 24 * 2**20
 """Largest size of a block in bytes, with 8 bytes (float64) for each value. A reader may need several times this memory
 to decode a block."""
 STOP_DB = 80.0
-"""Attenuation of aliased frequencies in dB. A larger value would have no use: samples are stored as float16, whose
-rounding error is already 66 dB below the sample's value."""
+"""Attenuation of aliased frequencies in dB. A larger value is useless, because samples are stored as float16, and the
+rounding error of float16 is only 66 dB below the value."""
 TRUNCATION = 1e-7
-"""A filter's lookahead ends where the filter's response has fallen below this fraction. The later response is
-ignored."""
+"""The lookahead of a filter is the number of samples after which its response is below this fraction. The later
+response is ignored."""
 HELD_BYTES = 128 * 2**20
 """If a block and its lookahead need more bytes than this (8 bytes for each value), filtered samples are kept on
 disk."""
@@ -53,7 +53,7 @@ class Piece:
 
 
 def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | None = None) -> Iterator[list[Piece]]:
-    """Divide a signal into blocks that fit into memory.
+    """Divide a signal into blocks of limited size.
 
     Parameters
     ----------
@@ -174,9 +174,9 @@ class _Plan:
     inputs: int
     outputs: int
     groups: tuple[tuple[int, int, np.ndarray], ...]
-    """For each group, three values: index of its first output, counted from the first output of the frame; index of its
-    first input, where index 0 is the input `reach` samples before the frame; and its matrix, of shape [inputs of the
-    group, outputs of the group]."""
+    """Three values for each group. The first is the index of the group's first output in the frame. The second is the
+    index of the group's first input, where index 0 is the input `reach` samples before the frame. The third is the
+    group's matrix, of shape [inputs of the group, outputs of the group]."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -233,8 +233,8 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     up, down = ratio.numerator, ratio.denominator
     lower = min(sfreq, target)
     passed = min(passband, 0.45 * lower)
-    # The filter may let frequencies between `passed` and `lower - passed` through, because their aliases lie outside
-    # the pass band, above `passed`.
+    # The filter need not remove frequencies between `passed` and `lower - passed`, because their aliases are above
+    # `passed`, outside the pass band.
     taps, beta = kaiserord(STOP_DB, (lower - 2 * passed) / (0.5 * up * sfreq))
     half = taps // 2 + 1
     h = up * np.asarray(firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq))  # type: ignore[arg-type]
@@ -262,7 +262,7 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
 
 
 def resampler_reach(sfreq: float, target: float, passband: float) -> int:
-    """Return the number of samples at the target rate on which one recorded sample has an effect, on each side."""
+    """Return how far the effect of one recorded sample reaches on each side, in samples at the target rate."""
     if ratio_of(sfreq, target) == 1:
         return 0
     return math.ceil(_plan(sfreq, target, passband).reach * target / sfreq)
@@ -299,7 +299,7 @@ class Resampler:
         self._same = ratio_of(sfreq, target) == 1
         self._plan = _plan(sfreq, target, passband) if not self._same else None
         self._held: np.ndarray | None = None
-        # True after the extension was put before the first sample. Then `_held` begins `reach` samples before the next
+        # Whether the extension was added before the first sample. Then `_held` begins `reach` samples before the next
         # frame.
         self._begun = False
         self._n_channels = self._n_in = self._n_out = 0
@@ -328,7 +328,7 @@ class Resampler:
         plan = self._plan
         if plan is None:
             return x * scale - offset
-        # The filter is linear, so the few output samples are scaled in place of the many input samples.
+        # The filter is linear, so scale the output samples, which are usually fewer than the input samples.
         self._scale, self._offset = scale, offset
         kept = 0 if self._held is None else self._held.shape[1]
         lead = 0 if self._begun else plan.reach
@@ -340,7 +340,7 @@ class Resampler:
             if kept + x.shape[1] <= plan.reach + 1:
                 self._held = data[:, lead:].copy()
                 return np.empty((len(x), 0))
-            # Enough samples are present to extend the signal before its first sample.
+            # There are now enough samples to extend the signal before its first sample.
             data[:, :lead] = _odd(data[:, lead : lead + plan.reach + 1], plan.reach, 0)[:, : plan.reach]
             self._begun = True
         return self._frames(data)

@@ -1,8 +1,8 @@
 """Measure a recording's signal: its unit, bad channels, mains frequency, and fingerprint.
 
 Every sample is checked for clipping, constant runs and missing values. Amplitudes and spectra are measured only in
-short stretches, which are spread evenly over the recording. So a long recording does not need more of these
-measurements.
+short *stretches* of the recording, which are spread evenly. Their total length is limited, so a long recording does not
+need more time for this.
 
 Letters in array shapes: n channels, S samples at the recorded rate, P points of the fingerprint, F frequencies.
 """
@@ -20,36 +20,40 @@ from data_sharding.processing.quality import MISSING_UV, UNCHECKED, Cells, Quali
 from data_sharding.processing.streaming import Resampler, resample, zero_phase
 
 PLAUSIBLE_UV = (0.2, 500.0)
-"""Range of robust amplitudes (1 to 40 Hz, in microvolts) that EEG can have.
+"""Range of robust amplitudes of EEG (between 1 and 40 Hz, in microvolts).
 
 If the unit is wrong by a factor of a thousand, the amplitude lies outside this range.
 """
 USABLE_UV = (0.1, 1000.0)
 """Range of robust amplitudes in microvolts that a single channel may have in a plausible recording."""
 FLAT_SHARE = 0.9
-"""A channel is flat if more than this fraction of its cells hold one value, or if more than this fraction of its other
-samples equal the previous sample. Parts in which every channel holds one value do not count."""
+"""A channel is flat if more than this fraction of its cells are constant, or if, in the other cells, more than this
+fraction of the samples equal the previous sample. Parts in which all channels are constant do not count. (`quality`
+explains cells.)"""
 CLIPPED_SHARE = 0.05
-"""A channel is clipped if more than this fraction of its samples equal its minimum or its maximum. Parts that lie at
-one of these values for a longer time do not count: there, the channel is bad only in some windows."""
+"""A channel is clipped if more than this fraction of its samples equal its minimum or its maximum. Cells at the rail do
+not count here, because there the channel is bad only in some windows."""
 CLIPPED_CELLS = 0.5
 """A channel is also clipped if more than this fraction of its cells are at the rail."""
 MISSING_SHARE = 0.9
 """A channel is left out if more than this fraction of its cells have missing values."""
 DEAD_SHARE = 0.05
-"""A stretch does not count for a channel if more than this fraction of its cells have no signal."""
+"""A channel is not measured in a stretch if it has no signal in more than this fraction of the stretch's cells."""
 TRIGGER_LEVELS = 32
 """Largest number of distinct values of a trigger channel. A trigger channel changes rarely between a few values."""
 TRIGGER_UV = 200.0
-"""Smallest peak-to-peak value (as read) of a trigger channel. A dead channel with one noisy bit stays below."""
+"""Smallest peak-to-peak value of a trigger channel, in the unit of the file. A dead channel with one noisy bit is below
+it."""
 TONE_SHARE = 0.5
-"""A channel is a test tone if one frequency holds more than this fraction of the channel's power above 1 Hz. The
-frequency must be above `TONE_ABOVE_HZ` and not be a mains harmonic."""
+"""A channel is a test tone if one frequency has more than this fraction of the channel's power above 1 Hz. This
+frequency must be above `TONE_ABOVE_HZ`, and must not be a harmonic of the mains frequency."""
 TONE_ABOVE_HZ = 30.0
 NOISY_RATIO = 5.0
-"""A noisy channel exceeds the median channel's amplitude above 45 Hz by this factor. Muscles reach a factor of 3."""
+"""A channel is noisy if its amplitude above 45 Hz exceeds the median over the channels by this factor. (Muscle activity
+reaches a factor of 3.)"""
 NOISY_Z = 5.0
-"""A noisy channel's log amplitude exceeds the median by this many robust deviations (Bigdely-Shamlo et al. 2015)."""
+"""A channel is noisy if its log amplitude exceeds the median by this many robust standard deviations (Bigdely-Shamlo et
+al. 2015)."""
 LONELY = 0.1
 """A channel is noisy if its correlation with every other channel is below this value. The test is used only if the
 median over channels of the largest correlation is above `TOGETHER`."""
@@ -66,22 +70,22 @@ STRETCHES_SHARE = 0.25
 LEAST_STRETCHES_S = 32.0
 """In a short recording, the stretches are this share of the recording, but at least this many seconds."""
 SPECTRUM_HZ = 0.45
-"""Spectra are compared up to this fraction of the sampling rate. Amplifiers filter out the higher part."""
+"""Spectra are compared up to this fraction of the sampling rate. Amplifiers remove higher frequencies."""
 MAINS = (50.0, 60.0)
 LINE_RATIO = 5.0
 """Mains noise is present if the power at its frequency exceeds the power of neighbouring frequencies by this factor."""
 FINGERPRINT_STEP_S = 0.1
 FINGERPRINT_POINTS = 64
 HEAD_S = 10.0
-"""Length in seconds of the signal for the first points of the fingerprint. The length includes time for the filter to
-settle."""
+"""Length in seconds of the signal for the first points of the fingerprint. This includes the transient of the
+filter."""
 LATER_S = (8.0, 32.0, 128.0, 512.0, 2048.0, 8192.0)
-"""Begin of each later stretch of the fingerprint, in seconds of signal: recordings with the same calibration signal at
-their beginning differ there."""
+"""Start of each later stretch of the fingerprint, in seconds. With these stretches, the fingerprints of two recordings
+differ even if both begin with the same calibration signal."""
 LATER_POINTS = 32
-"""Number of points of each later stretch."""
+"""Number of fingerprint points in each later stretch."""
 SETTLE_S = 2.0
-"""Seconds of signal before and after a later stretch, in which the filter settles."""
+"""Seconds of signal before and after a later stretch, for the transient of the filter."""
 
 
 @dataclass(kw_only=True)
@@ -97,7 +101,7 @@ class Verdict:
     bads: dict[int, str] = field(default_factory=dict)
     """Rows of bad channels, each with its reason: flat, clipped, trigger, test tone, noisy, too small or too large."""
     not_eeg: dict[int, str] = field(default_factory=dict)
-    """Rows with a signal that cannot be EEG, and the kind of the signal. These rows are also in `bads`."""
+    """Rows whose signal cannot be EEG, each with the kind of the signal. These rows are also in `bads`."""
     not_finite: list[int] = field(default_factory=list)
     """Rows that consist almost only of NaN or infinite values."""
     line_freq: float | None = None
@@ -143,7 +147,7 @@ def _measuring_filter(rate: float, high: float) -> np.ndarray:
 
 
 def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, int]]:
-    """Choose the stretches of a recording in which amplitudes and spectra are measured.
+    """Choose the stretches in which amplitudes and spectra are measured.
 
     Parameters
     ----------
@@ -208,7 +212,7 @@ class Survey:
 
     Notes
     -----
-    The verdict does not depend on the size of the blocks.
+    The result does not depend on the size of the blocks.
     """
 
     def __init__(
@@ -236,7 +240,7 @@ class Survey:
         after = LATER_POINTS * FINGERPRINT_STEP_S + SETTLE_S
         spans = [(0.0, HEAD_S), *((begin - SETTLE_S, begin + after) for begin in LATER_S)]
         self._spans = [(round(begin * sfreq), round(end * sfreq)) for begin, end in spans]
-        """Range of samples, counted as they are pushed, of each stretch of the fingerprint."""
+        """Range of samples of each stretch of the fingerprint, counted in the order of the `push` calls."""
         self._prints: dict[int, _StretchBuffer] = {}
         longest = max((b - a for a, b in self._plan), default=0)
         self._n_fft = int(longest * self._rate / sfreq) if longest >= 2 * sfreq else 0
@@ -261,15 +265,15 @@ class Survey:
         Returns
         -------
         ndarray, shape (n, b), float64
-            The same values. A missing value is replaced by the last value before it, so that filters can run over it.
-            No window with such a value is used: `cells` knows where values are missing.
+            The same values, but each missing value is replaced by the last value before it, because filters cannot
+            process NaN. `cells` stores where values are missing, and no window uses such values.
         """
         if not x.shape[1]:
             return x
         x = np.ascontiguousarray(x, np.float64)
         missing = self.cells.missing.sum()
         self.cells.push(start, x)
-        # The last samples belong to a cell that is not complete.
+        # The last samples belong to an incomplete cell, which is not measured yet.
         tail = x[:, -min(x.shape[1], self.cells.length) :]
         if missing != self.cells.missing.sum() or not (np.abs(tail) < MISSING_UV / self.cells.to_uv).all():
             x = self._hold_values(x)
@@ -291,7 +295,7 @@ class Survey:
         return x
 
     def _hold_values(self, x: np.ndarray) -> np.ndarray:
-        """Replace missing values by the last value before them, or by the next value at the beginning."""
+        """Replace each missing value by the last value before it; at the beginning, by the first value."""
         with np.errstate(invalid="ignore"):
             valid = np.abs(x) < MISSING_UV / self.cells.to_uv
         x = x.copy()
@@ -308,12 +312,12 @@ class Survey:
         return _StretchBuffer(self.sfreq, self._rate, self.scale)
 
     def _find_levels(self, x: np.ndarray) -> None:
-        """Find channels that change rarely between a few values; count their changes and collect their values."""
+        """Search for trigger channels: count the changes of each channel, and collect its distinct values."""
         n = x.shape[1]
         pairs = np.unique(np.linspace(0, max(0, n - 2), 64).astype(int)) if n > 1 else np.zeros(0, int)
         rows = np.arange(len(x))
         if n >= 256:
-            # A trigger channel stays constant in most samples of a block. A short block is not enough to see this.
+            # A trigger channel is constant in most samples of a block. A block that is too short does not show this.
             moving = (x[:, pairs] == x[:, pairs + 1]).mean(axis=1) < 0.25
             self._restless |= moving
             rows = rows[~moving]
@@ -356,13 +360,13 @@ class Survey:
     def _measure_mains(self, spectrum: np.ndarray) -> None:
         """Add the power of a stretch near the mains frequencies, relative to neighbouring frequencies.
 
-        Each stretch is divided by its own power, so that a few stretches with artefacts do not hide the mains. A large
-        artefact that all channels share can hide the mains as well, so the power is also measured without the common
-        part of the channels.
+        The power of each stretch is divided by the total power of this stretch, so that artefacts in a few stretches do
+        not hide the mains noise. An artefact that all channels share can also hide the mains noise, so the power is
+        measured a second time after the median over channels is subtracted.
         """
         for line, totals in self._mains.items():
             bins = np.flatnonzero(np.abs(self._frequencies - line) < 6)
-            # The common part is measured only in some stretches, because a median over the channels takes long.
+            # The second measurement uses only some stretches, because the median over channels takes long.
             with_common = len(spectrum) >= MIN_TO_COMPARE and (self._n_power <= 8 or self._n_power % 4 == 0)
             if self._rate / 2 <= line + 3 or not len(bins):
                 continue
@@ -382,12 +386,12 @@ class Survey:
         return np.arange(self._power.shape[1]) * (self._rate / max(1, self._n_fft))
 
     def verdict(self, factor: float | None = None) -> Verdict:
-        """Judge the signal from the blocks that were measured so far.
+        """Decide on the unit and the bad channels, based on the blocks that were measured so far.
 
         Parameters
         ----------
         factor : float, optional
-            Known factor that converts scaled values to microvolts. If this factor is given, the unit is not judged.
+            Known factor that converts scaled values to microvolts. If it is given, the unit is not checked.
 
         Returns
         -------
@@ -396,7 +400,7 @@ class Survey:
         """
         times, n = factor or 1.0, len(self._steps)
         cells = self.cells
-        # A stretch in which a channel is dead says nothing about the channel in the rest of the recording.
+        # Ignore the stretches in which a channel is dead, because the channel can be good in the rest of the recording.
         samples, at_rail, dead = cells.summarise(self._plan[: self._next])
         live_in = dead <= DEAD_SHARE
         live_in[:, ~live_in.any(axis=0)] = True
@@ -440,7 +444,7 @@ class Survey:
         )
 
     def _is_trigger(self, i: int) -> bool:
-        """Return whether a channel changes rarely, between a few values, and returns to them."""
+        """Return whether a channel is a trigger channel: it changes rarely, between a few values that occur again."""
         levels = len(self._levels[i])
         returns = 2 <= levels <= TRIGGER_LEVELS and self._steps[i] >= max(3, 2 * (levels - 1))
         high = self.scale * (self.cells.high.value[i] + self.cells.low.value[i]) > TRIGGER_UV
@@ -448,7 +452,10 @@ class Survey:
         return bool(returns and high and still and not self._restless[i])
 
     def _robust_amplitudes(self, live: np.ndarray) -> np.ndarray:
-        """Return the median of the absolute values of each channel in microvolts, over its live stretches, [n]."""
+        """Return the median absolute value of each channel in microvolts, [n].
+
+        Stretches without a signal do not count.
+        """
         if not self._amplitudes:
             return np.zeros(len(self._steps))
         robust = np.median(np.concatenate(self._amplitudes, axis=1), axis=1)
@@ -457,7 +464,7 @@ class Survey:
         return 1.4826 * robust.astype(float)
 
     def _tone(self) -> np.ndarray:
-        """Return the rows that are a test tone: a single frequency that is not an EEG rhythm or a mains harmonic."""
+        """Return the rows with a test tone: one frequency that is neither an EEG rhythm nor a mains harmonic."""
         if not self._n_power:
             return np.zeros(len(self._steps), bool)
         frequency = self._frequencies
@@ -473,7 +480,7 @@ class Survey:
         return share > TONE_SHARE
 
     def _noisy(self, live: np.ndarray, live_in: np.ndarray) -> list[int]:
-        """Return rows with much more high-frequency noise than other rows, or without correlation to any other row.
+        """Return rows with much more high-frequency noise than other rows, or with no correlation to any other row.
 
         Parameters
         ----------
@@ -551,14 +558,14 @@ class Survey:
 
 
 def _median(x: np.ndarray) -> np.ndarray:
-    """Return the median over stretches, without NaN; zero for a channel without a value."""
+    """Return the median over stretches, ignoring NaN; zero for a channel that has only NaN."""
     if np.isnan(x).any():
         return np.array([np.median(row[~np.isnan(row)]) if not np.isnan(row).all() else 0.0 for row in x.T])
     return np.median(x, axis=0)
 
 
 def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Verdict:
-    """Judge unit and channels of a signal in memory.
+    """Find the unit and the bad channels of a signal in memory.
 
     Parameters
     ----------
@@ -567,7 +574,7 @@ def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Ve
     sfreq : float
         Sampling rate in Hz.
     factor : float, optional
-        Known factor that converts the values to microvolts. If this factor is given, the unit is not judged.
+        Known factor that converts the values to microvolts. If it is given, the unit is not checked.
 
     Returns
     -------

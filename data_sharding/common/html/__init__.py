@@ -1,1 +1,1 @@
-"""The base template, the style and the helper that the HTML reports of all stages share."""
+"""The base template, the style and the helper functions of all HTML reports."""

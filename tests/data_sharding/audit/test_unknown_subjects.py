@@ -106,7 +106,7 @@ def test_splits_that_hold_no_subject_out_are_not_called_clean(make, capsys) -> N
     path = change(make("lab", ["", "", "", ""], SPLITS), split={"val_fraction": 0.0, "test_fraction": 0.0})
     assert verify([str(path)]) == 0
     line = last_line(capsys)
-    assert "the config holds no subject out" in line and "share nothing" not in line
+    assert "the config holds out no subjects" in line and "share nothing" not in line
 
 
 @pytest.mark.parametrize("unknown_here", [True, False])

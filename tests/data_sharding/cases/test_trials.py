@@ -111,12 +111,12 @@ def test_a_missing_baseline_shortens_the_trial_and_is_counted(
     }
     assert found == {0.1: (26, 333), 10.1: (0, 333), 32.1: (13, 333), 25.0: (51, 333), 38.9: (51, 282)}
     assert sharded.row.windows_left_out == {
-        "over a gap in the recording": 1,
-        "over a span marked as bad": 1,
+        "overlaps a gap in the recording": 1,
+        "overlaps a span marked as bad": 1,
         "trial beyond the recording": 1,
     }
     (note,) = [note for note in sharded.row.notes if "trials" in note]
-    assert note.startswith("4 of 5 trials are stored without") and "1 over a span marked as bad" in note
+    assert note.startswith("4 of 5 trials are stored without") and "1 overlaps a span marked as bad" in note
     assert "3 at the edge of the recording, of an epoch or of a gap" in note
     assert all(np.isfinite(x).all() and (x.std(axis=1) > 1).all() for _, x in sharded.samples)
 

@@ -178,7 +178,7 @@ class Listed:
         ("entries: [{root: a}]\nuse_it: perhaps", "use_it must be true or false, not 'perhaps'"),
         ("entries: [{root: a}]\ninner: {width: 1.5}", "inner.width must be a whole number, not 1.5"),
         ("entries: [{root: a}]\nentriess: b", "unknown key 'entriess'; did you mean 'entries'?"),
-        ("entries: [{root: a}]\nold: 3", "the key 'old' has another name now; use 'inner.width'"),
+        ("entries: [{root: a}]\nold: 3", "the key 'old' was renamed; use 'inner.width'"),
         ("use_it: true", "missing key 'entries'; write it into the config file"),
         ("entries: [{root: a", "c.yaml, line 1: not valid YAML"),
         ("- entries", "must consist of lines such as 'key: value', not a list"),

@@ -187,7 +187,7 @@ def test_yaml_sidecar(tmp_path: Path) -> None:
         ({"images": ["x.png"]}, "no key 'images'"),
         ({"labels": [1, 2], "splits": ["train"]}, "1 splits for 2 epochs"),
         ({"labels": "y"}, r"read from .npz files only"),
-        ({"events": "gone.tsv"}, "'gone.tsv' is not beside it"),
+        ({"events": "gone.tsv"}, "'gone.tsv' is not in the folder of the array"),
     ],
 )
 def test_a_broken_sidecar_affects_only_its_recording(tmp_path: Path, about: dict[str, Any], words: str) -> None:

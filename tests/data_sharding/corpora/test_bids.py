@@ -183,7 +183,7 @@ class TestMarksInEventsTables:
         spec = PreprocessSpec(window=256, stride=256)
         task = Task(item=items_of(bids)[NAME], spec=spec, split=split, labels=(), work=tmp_path, timeout_s=60)
         row = process_recording(task).row
-        assert row.windows and row.windows_left_out["over a span marked as bad"] == 1
+        assert row.windows and row.windows_left_out["overlaps a span marked as bad"] == 1
 
 
 JSON = st.recursive(

@@ -192,7 +192,7 @@ class TestTable:
             ("path\tsubject\tsex\nx/*\tanna\t7\n", "is not M, F or O"),
             ("path\tsubject\nx/*\n", "1 cells, but the first line has 2 columns"),
             ("path\tsubject\n", "has no rows"),
-            ("subject\tage\nnobody\t3\n", "no row describes a subject"),
+            ("subject\tage\nnobody\t3\n", "no row has the name of a subject"),
         ],
     )
     def test_wrong_table_is_refused(self, root: Path, text: str, words: str) -> None:
@@ -272,14 +272,14 @@ class TestAnnouncements:
 
     def test_chb21_is_chb01(self, tmp_path: Path) -> None:
         write_records(tmp_path / "chb21_01.edf")
-        assert "chb21 is the person of chb01" in self.lines(tmp_path)[2]
+        assert "chb21 is a later recording of the person chb01" in self.lines(tmp_path)[2]
 
 
 @pytest.mark.parametrize(
     ("split", "words"),
     [
         ({"seed": 0, "val_fraction": 0.3}, ["test has no subjects: the hash put none of 5 subjects there"]),
-        ({"val_subjects": ["S1"]}, ["test has no subjects: test_subjects names none"]),
+        ({"val_subjects": ["S1"]}, ["test has no subjects: test_subjects is empty"]),
         ({"val_fraction": 0.0, "test_fraction": 0.0}, ["val has no", "test has no"]),
     ],
 )

@@ -91,7 +91,7 @@ def test_channels_with_nan_are_left_out_and_named(tmp_path: Path, make_raw, writ
     result = process(tmp_path / "eeg")
     row = result.row
     assert row.status == "sharded" and row.channels == ["Fp1", "Fp2", "F4"]
-    assert row.notes == ["almost only NaN or infinite values, left out: F3"]
+    assert row.notes == ["left out, because almost all values are NaN or infinite: F3"]
 
 
 def test_too_short_flat_and_foreign_recordings(tmp_path: Path, make_raw, write_raw, process) -> None:
@@ -163,7 +163,7 @@ def test_spans_marked_as_bad_are_left_out_and_counted(tmp_path: Path, make_raw, 
     write_raw(raw, tmp_path / "eeg" / "a_raw.fif")
     result = process(tmp_path / "eeg")
     row = result.row
-    assert row.windows_left_out == {"over a span marked as bad": 3} and row.seconds_written == 3.0
+    assert row.windows_left_out == {"overlaps a span marked as bad": 3} and row.seconds_written == 3.0
     assert row.bads == ["Fp2: marked bad"]
 
 
@@ -236,7 +236,7 @@ def test_trials_near_a_gap_and_out_of_order(tmp_path: Path, make_raw, write_raw,
     found = samples(tmp_path, result)
     assert [round(meta["start"] + meta["onset"] / SPEC.sfreq, 6) for meta, _ in found] == [0.4, 0.9, 5.25]
     assert row.windows_left_out == {
-        "over a gap in the recording": 2,
+        "overlaps a gap in the recording": 2,
         "trial beyond the recording": 2,
     }
     wanted = preprocess(1e6 * raw.get_data()[:, 700:], 200, SPEC)

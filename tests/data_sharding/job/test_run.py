@@ -351,7 +351,7 @@ class TestBadRequests:
     def test_trial_keys(self, events_corpus: Path, folder_corpus: Path, tmp_path: Path, capsys) -> None:
         corpus = {"kind": "events", "root": str(events_corpus / "eeg"), "images": str(events_corpus / "images")}
         for keys, *words in (
-            ({"trial_offset": 0.1}, "corpora[0] (kind events)", "'trial_offset' has another name now; use 'tmin'"),
+            ({"trial_offset": 0.1}, "corpora[0] (kind events)", "'trial_offset' was renamed; use 'tmin'"),
             ({"tmax": 0.5}, "corpora[0]", "tmax 0.5 is too early", "1 s from 0 s on", "set tmax to 1 or later"),
             ({"tmin": 0.2, "tmax": 1.1}, "tmax 1.1 is too early", "set tmax to 1.2"),
             ({"tmin": -1e5}, "trials longer than"),

@@ -74,6 +74,6 @@ def test_windows_are_equal_bit_for_bit(tmp_path: Path, name: str) -> None:
         assert {key: spec.to_dict().get(key, before) for key, before in BEFORE.items()} == BEFORE
     else:
         assert {"flat", "muscle"} <= set(row.bad_in_windows)
-        assert {"clipped in every channel", "missing values in every channel", "over a span marked as bad"} <= set(
+        assert {"clipped in every channel", "missing values in every channel", "overlaps a span marked as bad"} <= set(
             row.windows_left_out
         )
