@@ -240,8 +240,7 @@ def _make_corpus_table(rows: Sequence[LedgerRow], manifest: Manifest) -> Table:
 
 
 def _make_split_table(rows: Sequence[LedgerRow], manifest: Manifest) -> tuple[Table, str, bool]:
-    """Return the table of the splits, a sentence about subjects in several splits, and whether there are none of
-    them."""
+    """Return the table of the splits, a sentence about shared subjects, and whether the splits share no subject."""
     rows_by_split: dict[str, list[LedgerRow]] = {split: [] for split in SPLITS}
     for row in rows:
         for split in row.splits:

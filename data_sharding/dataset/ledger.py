@@ -248,9 +248,7 @@ def schema() -> Any:
     import pyarrow as pa
 
     def arrow_type(python_type: Any) -> Any:
-        if isinstance(
-            python_type, types.UnionType
-        ):  # Every column may be null, so None is not part of the type.
+        if isinstance(python_type, types.UnionType):  # Every column may be null, so None is not part of the type.
             (python_type,) = (part for part in get_args(python_type) if part is not types.NoneType)
         if typing.get_origin(python_type) is list:
             return pa.list_(pa.string())

@@ -122,9 +122,7 @@ class Manifest:
         RequestError
             If the directory is missing, or if its manifest is missing, damaged or of another schema.
         """
-        directory = fresh(
-            as_path(directory)
-        )  # Another process may have written a new version.
+        directory = fresh(as_path(directory))  # Another process may have written a new version.
         if not directory.is_dir():
             raise RequestError(f"{directory}: no such dataset directory")
         if not (directory / NAME).is_file():

@@ -44,7 +44,7 @@ FORMATS = (
     About(("ant",), "ANT (`.cnt`)", "RIFF", "length in the RIFF header"),
     About(("mff",), "EGI (`.mff`)", "folder", "blocks of the signal files"),
     About(("egi",), "EGI simple binary (`.raw`)", "plausible version, date and counts", "samples"),
-    About(("curry",), "Curry 7, 8 (`.dat`, `.cdt`)", "parameter file beside the signal file", "samples"),
+    About(("curry",), "Curry 7, 8 (`.dat`, `.cdt`)", "parameter file next to the signal file", "samples"),
     About(("nihon",), "Nihon Kohden (`.EEG`)", "name of the device", "data blocks"),
     About(("persyst",), "Persyst (`.lay`, `.dat`)", "`[FileInfo]`", "whole samples"),
     About(("nedf",), "Neuroelectrics (`.nedf`)", "`<NEDFversion>`", "records"),
@@ -77,7 +77,7 @@ def _marks() -> str:
     for mark in TABLE:
         where = ", ".join(title[name] for name in mark.formats) or "all formats with annotations, BIDS `events.tsv`"
         rows.append((where, mark.sign, mark.effect.value))
-    return _table(("format", "the file holds", "effect"), rows)
+    return _table(("format", "mark in the file", "effect"), rows)
 
 
 TABLES = {"formats": _formats, "interruptions": _marks}

@@ -143,7 +143,7 @@ TABLE: tuple[Mark, ...] = (
     Mark(
         name="record times",
         formats=("edf", "bdf"),
-        sign="onsets of the records that jump, in EDF+D and EDF+C alike; the new segment gets its true onset",
+        sign="jump in the onsets of the records (EDF+D and EDF+C); the new segment gets the recorded onset",
         effect=Effect.CUT,
     ),
     Mark(
@@ -175,7 +175,7 @@ TABLE: tuple[Mark, ...] = (
     Mark(
         name="GDF missing samples",
         formats=("gdf",),
-        sign="values outside the digital range, or at its limit in every electrode: coded as missing",
+        sign="missing values: values outside the digital range, or values at its limit in every electrode",
         effect=Effect.GAP,
     ),
     Mark(
@@ -201,13 +201,13 @@ TABLE: tuple[Mark, ...] = (
     Mark(
         name="ANT segment table",
         formats=("ant",),
-        sign="table of segments (`.seg`) beside the file; the new segment gets its true onset",
+        sign="table of segments (`.seg`) next to the file; the new segment gets the recorded onset",
         effect=Effect.CUT,
     ),
     Mark(
         name="Neuroscan stop",
         formats=("neuroscan",),
-        sign="event for a discontinuity or for a correction of the DC offset; the event's sample is left out",
+        sign="event of a discontinuity or of a correction of the DC offset; the sample of the event is left out",
         effect=Effect.GAP,
     ),
     Mark(
@@ -219,7 +219,7 @@ TABLE: tuple[Mark, ...] = (
     Mark(
         name="Persyst sample times",
         formats=("persyst",),
-        sign="table of sample times with a jump",
+        sign="jump in the table of sample times",
         effect=Effect.CUT,
     ),
     Mark(
@@ -231,19 +231,19 @@ TABLE: tuple[Mark, ...] = (
     Mark(
         name="XDF time stamps",
         formats=("xdf",),
-        sign="time stamps of the stream that show missing samples, or a clock that was set back",
+        sign="jump in the time stamps, from missing samples or from a clock that was set back",
         effect=Effect.CUT,
     ),
     Mark(
         name="parts with times",
         formats=("blackrock", "micromed", "neuralynx", "nicolet"),
-        sign="pause between two parts of the recording; the new segment gets its true onset",
+        sign="pause between two parts of the recording; the new segment gets the recorded onset",
         effect=Effect.CUT,
     ),
     Mark(
         name="NWB time stamps",
         formats=("nwb",),
-        sign="time stamps that jump; the new segment gets its true onset",
+        sign="jump in the time stamps; the new segment gets the recorded onset",
         effect=Effect.CUT,
     ),
     Mark(
