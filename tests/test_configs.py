@@ -19,7 +19,7 @@ STAGES = {  # pattern of a config file's name -> config class
     "demo/miniature": "finetune.stable_diffusion.miniature:MiniatureConfig",
     "*/align*": "finetune.align:AlignConfig",
     "*/stable_diffusion*": "finetune.stable_diffusion.train:StableDiffusionConfig",
-    "*/dm_re2i": "finetune.dm_re2i.config:DMRE2IConfig",
+    "*/dm_re2i*": "finetune.dm_re2i.config:DMRE2IConfig",
     "finetune/evaluate": "finetune.evaluation.evaluate:EvaluateConfig",
 }
 FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("accelerate", "cluster"))

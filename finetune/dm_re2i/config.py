@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from finetune.dm_re2i.evrnet import EVRNetConfig
@@ -82,6 +82,9 @@ class EVRNetStage:
 class EGDDPMStage:
     """Config of the second stage: a diffusion model of pixels, guided by EVRNet's feature."""
 
+    backbone: Literal["paper", "unet2d"] = "paper"
+    """U-Net that predicts the noise. paper: the U-Net of the paper, with ConvNeXt blocks and linear attention. unet2d:
+    UNet2DModel of diffusers, the U-Net of Ho et al. (2020), with the same way of guidance."""
     image_size: int = 64
     """Width and height of the images in pixels."""
     base_channels: int = 64
@@ -89,9 +92,9 @@ class EGDDPMStage:
     multipliers: tuple[int, ...] = (1, 2, 4, 8)
     """Number of feature maps at each level of the U-Net, as a multiple of `base_channels`."""
     expansion: int = 2
-    """Number of feature maps inside a ConvNeXt block, as a multiple of the block's output."""
+    """Number of feature maps inside a ConvNeXt block, as a multiple of the block's output. Only for backbone paper."""
     heads: int = 4
-    """Number of attention heads."""
+    """Number of attention heads. Only for backbone paper. In unet2d, this number is feature maps / `head_dim`."""
     head_dim: int = 32
     """Width of an attention head."""
     scale_shift: bool = False
@@ -101,7 +104,7 @@ class EGDDPMStage:
     computation. With 1, as in the paper, nothing is folded."""
     join_first: bool = False
     """Add a skip connection from the first level to the last block. Narrow networks need this connection. The paper has
-    no such connection."""
+    no such connection. Only for backbone paper; unet2d always has it."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     """Quantity that the network predicts. epsilon: the noise, as in the paper. v_prediction: the velocity, with which
     images show shapes after fewer training steps."""
@@ -115,8 +118,12 @@ class EGDDPMStage:
     drop: float = 0.1
     """Fraction of trials whose EEG condition is dropped in training. Classifier-free guidance needs a value above 0.
     The paper uses 0."""
+    standardise: bool = True
+    """Standardise the EEG feature with its mean and standard deviation over the train trials. False: use the feature as
+    it is, as in the paper."""
     condition_noise: float = 0.0
-    """Standard deviation of the noise that is added to the standardised EEG feature in training."""
+    """Standard deviation of the noise that is added to the EEG feature in training, relative to the standard deviation
+    of the feature over the train trials. The paper adds no noise."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.995))
     """Settings of the training: steps, batch size, learning rate and so on."""
 
@@ -131,6 +138,20 @@ class EGDDPMStage:
             )
         if self.base_channels < 4 or self.base_channels % 2:
             raise ValueError(f"ddpm.base_channels must be even and at least 4, got {self.base_channels}")
+        if self.backbone == "unet2d":
+            self._check_unet2d()
+
+    def _check_unet2d(self) -> None:
+        defaults = {f.name: f.default for f in fields(self) if f.name in ("expansion", "heads", "join_first")}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if changed:
+            raise ValueError(f"ddpm.{changed[0]} is a key of backbone 'paper'; leave it out for backbone 'unet2d'")
+        maps = [self.base_channels * multiple for multiple in self.multipliers[1:]]
+        if self.base_channels % 4 or any(width % self.head_dim for width in maps):
+            raise ValueError(
+                f"ddpm: backbone 'unet2d' needs base_channels that are a multiple of 4 (got {self.base_channels}), and "
+                f"feature maps {maps} that are multiples of head_dim {self.head_dim}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

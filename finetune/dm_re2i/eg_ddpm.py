@@ -1,6 +1,6 @@
-"""EG-DDPM: a U-Net that predicts the noise in the pixels of an image, guided by EEG.
+"""EG-DDPM: the paper's U-Net that predicts the noise in the pixels of an image, guided by EEG.
 
-The EEG feature is added to the embedding of the diffusion step.
+The EEG feature is added to the embedding of the diffusion step. `finetune.dm_re2i.unet2d` has another backbone.
 
 Shapes: B batch, C image channels, F feature maps, H rows, W columns, D width of the EEG feature, E width of
 the embedding, N positions (H times W).
@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+
+from finetune.dm_re2i.guided import GuidedUNet
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -229,7 +230,7 @@ class CABlock(nn.Module):
         return self.attention(self.second(self.first(x_BFHW, embedding_BE), embedding_BE))
 
 
-class EGDDPM(ModelMixin, ConfigMixin):
+class EGDDPM(GuidedUNet):
     """U-Net guided by EEG, eps(x_t, t, e): a linear map of the EEG feature e is added to the embedding of step t.
 
     Parameters
@@ -302,11 +303,7 @@ class EGDDPM(ModelMixin, ConfigMixin):
         self.time = nn.Sequential(
             SinusoidalEmbedding(width), nn.Linear(width, embedding), nn.GELU(), nn.Linear(embedding, embedding)
         )
-        self.condition = nn.Linear(condition_dim, embedding)
-        self.null = nn.Parameter(torch.zeros(condition_dim)) if null_condition else None
-        # Standardise features: their scale depends on EVRNet's training, but guidance must not depend on this scale.
-        self.register_buffer("condition_mean", torch.zeros(condition_dim))
-        self.register_buffer("condition_std", torch.ones(condition_dim))
+        self.add_condition(condition_dim, embedding, null_condition)
 
         def ca(inputs: int, outputs: int) -> CABlock:
             return CABlock(inputs, outputs, embedding, expansion, heads, head_dim, scale_shift)
@@ -326,68 +323,8 @@ class EGDDPM(ModelMixin, ConfigMixin):
         self.fold = nn.PixelUnshuffle(patch) if patch > 1 else nn.Identity()
         self.unfold = nn.PixelShuffle(patch) if patch > 1 else nn.Identity()
 
-    @torch.no_grad()
-    def set_condition_statistics(self, mean_D: Tensor, std_D: Tensor) -> None:
-        """Set the mean and standard deviation for standardising EEG features; both are saved with the weights.
-
-        Parameters
-        ----------
-        mean_D, std_D : Tensor, shape (D,)
-            Mean and standard deviation of the features over the training trials.
-        """
-        self.condition_mean.copy_(mean_D)
-        # Use 1 for a feature that was constant in training: division by a tiny deviation would amplify small changes.
-        self.condition_std.copy_(
-            torch.where(std_D > 1e-3 * std_D.max().clamp_min(1e-12), std_D, torch.ones_like(std_D))
-        )
-
-    def encode_condition(self, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:
-        """Standardise EEG features, and replace the features of dropped conditions with the learned null vector.
-
-        Parameters
-        ----------
-        e_BD : Tensor, shape (B, D)
-            EEG features.
-        keep_B : Tensor of bool, shape (B,), optional
-            False for trials whose EEG condition is dropped; by default all conditions are kept.
-
-        Returns
-        -------
-        Tensor, shape (B, D)
-            Standardised features, the input of the linear map to the embedding.
-
-        Raises
-        ------
-        ValueError
-            If `keep_B` is given, but the network has no null vector.
-        """
-        e_BD = (e_BD - self.condition_mean) / self.condition_std
-        if keep_B is None:
-            return e_BD
-        if self.null is None:
-            raise ValueError("this EG-DDPM has no null vector; build it with null_condition=True to drop conditions")
-        # Use torch.where instead of a branch, because all processes must build the same autograd graph.
-        return torch.where(keep_B[:, None], e_BD, self.null[None, :])
-
     def forward(self, sample: Tensor, timestep: Tensor | int, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:
-        """Predict the noise in the images.
-
-        Parameters
-        ----------
-        sample : Tensor, shape (B, C, H, W)
-            Noisy images x_t.
-        timestep : Tensor, shape (B,) or (), or int
-            Steps t of the forward process (the process that adds noise).
-        e_BD : Tensor, shape (B, D)
-            EEG features.
-        keep_B : Tensor of bool, shape (B,), optional
-            False for trials whose EEG condition is replaced by the null vector; by default all conditions are kept.
-
-        Returns
-        -------
-        Tensor, shape (B, C, H, W)
-            Predicted noise.
-        """
+        """Predict the noise in the images (see `GuidedUNet`)."""
         step_B = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         embedding_BE = self.time[1:](self.time[0](step_B).to(sample.dtype))
         embedding_BE = embedding_BE + self.condition(self.encode_condition(e_BD, keep_B))

@@ -21,9 +21,10 @@ from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.diffusion import DenoisingWatcher, choose_sampling, denoising_errors
+from finetune.dm_re2i.backbones import build_unet
 from finetune.dm_re2i.classifier import EEGClassifier
 from finetune.dm_re2i.config import DMRE2IConfig
-from finetune.dm_re2i.eg_ddpm import EGDDPM
+from finetune.dm_re2i.guided import GuidedUNet
 from finetune.dm_re2i.model import ClassMeans, compute_features, sample_images, save_model
 from finetune.dm_re2i.networks import load_classifier
 from finetune.dm_re2i.train_evrnet import train_evrnet
@@ -44,7 +45,7 @@ class EGDDPMTask(nn.Module):
 
     Parameters
     ----------
-    unet : EGDDPM
+    unet : GuidedUNet
         Network that predicts the noise.
     noising : DDPMScheduler
         Scheduler of the forward process (the process that adds noise).
@@ -52,7 +53,7 @@ class EGDDPMTask(nn.Module):
         Norm of the prediction error: l1 or l2.
     """
 
-    def __init__(self, unet: EGDDPM, noising: Any, norm: str) -> None:
+    def __init__(self, unet: GuidedUNet, noising: Any, norm: str) -> None:
         super().__init__()
         self.unet, self.noising, self.norm = unet, noising, norm
 
@@ -135,21 +136,10 @@ def train_ddpm(
     val_features, val_logits = compute_features(evrnet, read_trials(val, watched, scaling, device))
     val_pixels = tables[1].pixels(rows, stage.image_size)
     torch.manual_seed(config.seed)
-    unet = EGDDPM(
-        sample_size=stage.image_size,
-        condition_dim=evrnet.dim,
-        base_channels=stage.base_channels,
-        multipliers=tuple(stage.multipliers),
-        expansion=stage.expansion,
-        heads=stage.heads,
-        head_dim=stage.head_dim,
-        scale_shift=stage.scale_shift,
-        null_condition=stage.drop > 0,
-        patch=stage.patch,
-        join_first=stage.join_first,
-    )
+    unet = build_unet(stage, evrnet.dim)
     std_D = features.std(dim=0)
-    unet.set_condition_statistics(features.mean(dim=0), std_D)
+    if stage.standardise:
+        unet.set_condition_statistics(features.mean(dim=0), std_D)
     noising = DDPMScheduler(
         num_train_timesteps=stage.noise_steps, beta_schedule="squaredcos_cap_v2", prediction_type=stage.prediction
     )
@@ -201,7 +191,7 @@ def train_ddpm(
         )
 
 
-def _plot_samples(path: Path, unet: EGDDPM, noising_config: Any, e_BD: Tensor, real_BHW3: np.ndarray) -> None:
+def _plot_samples(path: Path, unet: GuidedUNet, noising_config: Any, e_BD: Tensor, real_BHW3: np.ndarray) -> None:
     """Draw a figure with two rows: images that the person saw, and images generated from the EEG of these trials."""
     from PIL import Image
 

@@ -194,6 +194,7 @@ def test_two_processes_train_the_same_weights_as_one(
         ({"ddpm__bass_channels": 8}, "did you mean 'ddpm.base_channels'"),
         ({"num_processes": 2}, "num_processes is 2, but 1 was started"),
         ({"evrnet_from": "nowhere"}, "nowhere"),
+        ({"ddpm__backbone": "unet2d"}, "ddpm.heads is a key of backbone 'paper'"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_exit_code_2(

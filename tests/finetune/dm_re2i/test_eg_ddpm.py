@@ -7,10 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DModel
 
+from data_sharding.common.config import parse_config
 from finetune.diffusion import Sampling, choose_sampling
+from finetune.dm_re2i.backbones import build_unet, load_unet
+from finetune.dm_re2i.config import DMRE2IConfig, EGDDPMStage
 from finetune.dm_re2i.eg_ddpm import EGDDPM, ChannelNorm, ResidualAttention
+from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig
 from finetune.dm_re2i.model import count_true_channels, sample_images
+from finetune.dm_re2i.unet2d import GuidedUNet2D
 
 NOISING = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 
@@ -47,6 +53,63 @@ def test_published_network_has_the_published_size_and_layout() -> None:
         ("up.2", 256, 64, 32),
         ("last", 64, 64, 64),
     ]
+
+
+def preset(name: str) -> DMRE2IConfig:
+    path = Path(__file__).parents[3] / "configs" / "finetune" / f"{name}.yaml"
+    return parse_config(DMRE2IConfig, [str(path)], prog="dreamscale ddpm", positionals=("config",))
+
+
+def test_the_preset_of_the_paper_has_the_settings_of_the_paper() -> None:
+    config = preset("dm_re2i_paper")
+    stage = config.ddpm
+    with torch.device("meta"):
+        net, evrnet = build_unet(stage, config.evrnet.widths[-1]), EVRNet(EVRNetConfig(widths=config.evrnet.widths))
+    assert isinstance(net, EGDDPM) and net.null is None
+    assert sum(p.numel() for p in net.parameters()) == 57_693_986
+    assert sum(p.numel() for p in evrnet.parameters()) == 3_700_040
+    assert (stage.image_size, stage.noise_steps, stage.prediction, stage.sampler) == (64, 1000, "epsilon", "ddpm")
+    assert (stage.drop, stage.standardise, stage.condition_noise) == (0.0, False, 0.0)
+    assert (stage.scale_shift, stage.patch, stage.join_first) == (False, 1, False)
+    assert (config.evrnet.skip, config.evrnet.mkrb) == ("input", True)
+    noising = {"num_train_timesteps": stage.noise_steps}
+    given = {"steps": None, "guidance_scale": None, "dropped": stage.drop > 0, "has_null": net.null is not None}
+    chosen = choose_sampling(noising, sampler=stage.sampler, **given)
+    assert chosen == Sampling(sampler="ddpm", steps=1000, guidance_scale=1.0)
+
+
+def test_the_extended_preset_has_guidance_and_the_size_that_it_names() -> None:
+    stage = preset("dm_re2i").ddpm
+    with torch.device("meta"):
+        net = build_unet(stage, 512)
+    assert stage.drop > 0 and net.null is not None and stage.standardise and stage.prediction == "v_prediction"
+    text = (Path(__file__).parents[3] / "configs" / "finetune" / "dm_re2i.yaml").read_text()
+    assert f"EG-DDPM has {sum(p.numel() for p in net.parameters()) / 1e6:.1f}M" in text
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_unet2d_of_diffusers_gets_the_condition_through_the_embedding_of_the_step(patch: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"sample_size": 8, "condition_dim": 6, "base_channels": 4, "multipliers": (1, 2)}
+    net = GuidedUNet2D(**options, head_dim=4, patch=patch).eval()
+    net.set_condition_statistics(torch.randn(6), torch.rand(6) + 0.5)
+    x, e, step = torch.randn(2, 3, 8, 8), torch.randn(2, 6), torch.tensor([10, 700])
+    with torch.no_grad():
+        out = net(x, step, e)
+        assert out.shape == x.shape and not torch.allclose(out, net(x, step, e.flip(0)), atol=1e-4)
+        # The plain network of diffusers, whose embedding gets the condition by hand.
+        plain = UNet2DModel.from_config(net.unet.config, class_embed_type=None).eval()
+        plain.load_state_dict(net.unet.state_dict())
+        vector = net.condition((e - net.condition_mean) / net.condition_std)
+        plain.time_embedding.register_forward_hook(lambda _, inputs, out: out + vector)
+        folded = F.pixel_unshuffle(x, patch)
+        torch.testing.assert_close(out, F.pixel_shuffle(plain(folded, step).sample, patch), atol=1e-6, rtol=1e-5)
+        dropped = net(x, step, e, torch.tensor([False, True]))
+        torch.testing.assert_close(dropped[0], net(x, step, e + 1, torch.tensor([False, True]))[0], atol=0, rtol=0)
+        torch.testing.assert_close(dropped[1], out[1], atol=0, rtol=0)
+        net.save_pretrained(tmp_path)
+        torch.testing.assert_close(load_unet(tmp_path)(x, step, e), out, atol=0, rtol=0)
+    assert isinstance(load_unet(tmp_path), GuidedUNet2D)
 
 
 def test_condition_is_added_to_the_time_embedding_and_reaches_all_blocks_but_the_last() -> None:
@@ -133,6 +196,19 @@ def test_features_are_standardised_by_what_the_model_stores() -> None:
 def test_impossible_sizes_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 2}, "ddpm.heads is a key of backbone 'paper'"),
+        ({"join_first": True}, "ddpm.join_first is a key of backbone 'paper'"),
+        ({"base_channels": 20}, "multiples of head_dim 32"),
+    ],
+)
+def test_settings_that_do_not_fit_unet2d_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EGDDPMStage(backbone="unet2d", **options)
 
 
 @pytest.mark.parametrize("sampling", [ddim(3, 2.0), Sampling(sampler="ddpm", steps=20, guidance_scale=2.0)])

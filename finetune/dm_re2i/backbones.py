@@ -1,0 +1,82 @@
+"""Build the backbone of EG-DDPM that a config describes, or load a backbone. Only this file lists the backbones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.files import read_json
+from finetune.dm_re2i.config import EGDDPMStage
+from finetune.dm_re2i.eg_ddpm import EGDDPM
+from finetune.dm_re2i.guided import GuidedUNet
+from finetune.dm_re2i.unet2d import GuidedUNet2D
+
+BACKBONES: dict[str, type[GuidedUNet]] = {"paper": EGDDPM, "unet2d": GuidedUNet2D}
+"""Class of each backbone. diffusers stores the name of the class in the config of the network."""
+
+
+def build_unet(stage: EGDDPMStage, condition_dim: int) -> GuidedUNet:
+    """Build a backbone with new weights.
+
+    Parameters
+    ----------
+    stage : EGDDPMStage
+        Config of the second stage.
+    condition_dim : int
+        Width of the EEG vector.
+
+    Returns
+    -------
+    GuidedUNet
+        The network.
+    """
+    options: dict[str, Any] = {
+        "sample_size": stage.image_size,
+        "condition_dim": condition_dim,
+        "base_channels": stage.base_channels,
+        "multipliers": tuple(stage.multipliers),
+        "head_dim": stage.head_dim,
+        "scale_shift": stage.scale_shift,
+        "null_condition": stage.drop > 0,
+        "patch": stage.patch,
+    }
+    if stage.backbone == "paper":
+        options |= {"expansion": stage.expansion, "heads": stage.heads, "join_first": stage.join_first}
+    return BACKBONES[stage.backbone](**options)
+
+
+def load_unet(folder: Path) -> GuidedUNet:
+    """Load a backbone that its method `save_pretrained` wrote.
+
+    Parameters
+    ----------
+    folder : Path
+        Directory of the network, ``<run>/model/unet``.
+
+    Returns
+    -------
+    GuidedUNet
+        The network in evaluation mode, without gradients.
+
+    Raises
+    ------
+    RequestError
+        If a file is missing or damaged, or the backbone is unknown.
+    """
+    values = read_json(folder / "config.json")
+    name = values.get("_class_name") if isinstance(values, dict) else None
+    network = next((network for network in BACKBONES.values() if network.__name__ == name), None)
+    if network is None:
+        raise RequestError(f"{folder / 'config.json'}: the network '{name}' is unknown; train the model again")
+    try:
+        loaded: Any = network.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise RequestError(
+            f"{folder}: the U-Net cannot be loaded ({one_line(error)[:200]}); train the model again"
+        ) from None
+    unet, report = loaded
+    odd = [*report["missing_keys"], *report["unexpected_keys"]]
+    if odd:
+        raise RequestError(f"{folder}: {len(odd)} parameters do not fit, e.g. {odd[0]}; train the model again")
+    return unet.eval().requires_grad_(False)

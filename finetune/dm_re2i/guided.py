@@ -1,0 +1,111 @@
+"""What the backbones of EG-DDPM share: the EEG vector that guides them, its statistics and its null vector.
+
+Shapes: B batch, C image channels, H rows, W columns, D width of the EEG vector, E width of the embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+
+class GuidedUNet(ModelMixin, ConfigMixin):
+    """Base class of the backbones: a network eps(x_t, t, e) that predicts the noise in images from an EEG vector e.
+
+    The config of a subclass has at least ``sample_size``, ``in_channels``, ``condition_dim`` and ``null_condition``.
+    `save_pretrained` and `from_pretrained` of diffusers write and read the network.
+    """
+
+    config: Any
+    null: nn.Parameter | None
+    condition_mean: Tensor
+    condition_std: Tensor
+
+    def add_condition(self, condition_dim: int, embedding: int, null_condition: bool) -> None:
+        """Add the linear map from the EEG vector to the embedding, the null vector, and the statistics of the vector.
+
+        Parameters
+        ----------
+        condition_dim : int
+            Width D of the EEG vector.
+        embedding : int
+            Width E of the embedding of the diffusion step, to which the result of the linear map is added.
+        null_condition : bool
+            Add a learned null vector, which classifier-free guidance needs. The paper has no null vector.
+        """
+        self.condition = nn.Linear(condition_dim, embedding)
+        self.null = nn.Parameter(torch.zeros(condition_dim)) if null_condition else None
+        # With these values, the vector is used as it is.
+        self.register_buffer("condition_mean", torch.zeros(condition_dim))
+        self.register_buffer("condition_std", torch.ones(condition_dim))
+
+    @torch.no_grad()
+    def set_condition_statistics(self, mean_D: Tensor, std_D: Tensor) -> None:
+        """Set the mean and standard deviation for standardising EEG vectors; both are saved with the weights.
+
+        The scale of the vectors depends on the training of their network, but guidance must not depend on this scale.
+        The paper does not standardise the vectors.
+
+        Parameters
+        ----------
+        mean_D, std_D : Tensor, shape (D,)
+            Mean and standard deviation of the features over the training trials.
+        """
+        self.condition_mean.copy_(mean_D)
+        # Use 1 for a feature that was constant in training: division by a tiny deviation would amplify small changes.
+        self.condition_std.copy_(
+            torch.where(std_D > 1e-3 * std_D.max().clamp_min(1e-12), std_D, torch.ones_like(std_D))
+        )
+
+    def encode_condition(self, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:
+        """Standardise EEG features, and replace the features of dropped conditions with the learned null vector.
+
+        Parameters
+        ----------
+        e_BD : Tensor, shape (B, D)
+            EEG features.
+        keep_B : Tensor of bool, shape (B,), optional
+            False for trials whose EEG condition is dropped; by default all conditions are kept.
+
+        Returns
+        -------
+        Tensor, shape (B, D)
+            Standardised features, the input of the linear map to the embedding.
+
+        Raises
+        ------
+        ValueError
+            If `keep_B` is given, but the network has no null vector.
+        """
+        e_BD = (e_BD - self.condition_mean) / self.condition_std
+        if keep_B is None:
+            return e_BD
+        if self.null is None:
+            raise ValueError("this EG-DDPM has no null vector; build it with null_condition=True to drop conditions")
+        # Use torch.where instead of a branch, because all processes must build the same autograd graph.
+        return torch.where(keep_B[:, None], e_BD, self.null[None, :])
+
+    def forward(self, sample: Tensor, timestep: Tensor | int, e_BD: Tensor, keep_B: Tensor | None = None) -> Tensor:
+        """Predict the noise in the images.
+
+        Parameters
+        ----------
+        sample : Tensor, shape (B, C, H, W)
+            Noisy images x_t.
+        timestep : Tensor, shape (B,) or (), or int
+            Steps t of the forward process (the process that adds noise).
+        e_BD : Tensor, shape (B, D)
+            EEG features.
+        keep_B : Tensor of bool, shape (B,), optional
+            False for trials whose EEG condition is replaced by the null vector; by default all conditions are kept.
+
+        Returns
+        -------
+        Tensor, shape (B, C, H, W)
+            Predicted noise.
+        """
+        raise NotImplementedError
