@@ -82,6 +82,16 @@ class EVRNetStage:
 class EGDDPMStage:
     """Config of the second stage: a diffusion model of pixels, guided by EVRNet's feature."""
 
+    guide: Literal["feature", "logits", "encoder"] = "feature"
+    """Vector that guides the diffusion. feature: the semantic feature of EVRNet, as in the paper. logits: the class
+    scores of EVRNet. encoder: the mean token of a pretrained encoder; EVRNet is not trained."""
+    encoder: str | None = None
+    """Encoder package for `guide: encoder`: a directory that `dreamscale export` wrote, or a hub id."""
+    train_guide: bool = False
+    """True: the network that computes the vector is trained along with the diffusion model, from the denoising loss.
+    False: this network is frozen, and the vectors are computed once."""
+    guide_lr: float = 1.0
+    """With train_guide, the learning rate of this network is this factor times training.lr."""
     backbone: Literal["paper", "unet2d"] = "paper"
     """U-Net that predicts the noise. paper: the U-Net of the paper, with ConvNeXt blocks and linear attention. unet2d:
     UNet2DModel of diffusers, the U-Net of Ho et al. (2020), with the same way of guidance."""
@@ -138,6 +148,13 @@ class EGDDPMStage:
             )
         if self.base_channels < 4 or self.base_channels % 2:
             raise ValueError(f"ddpm.base_channels must be even and at least 4, got {self.base_channels}")
+        if (self.encoder is None) == (self.guide == "encoder"):
+            raise ValueError(
+                f"ddpm.guide is {self.guide} and ddpm.encoder is {self.encoder}; give ddpm.encoder for the guide "
+                "'encoder', and for no other guide"
+            )
+        if not self.guide_lr > 0:
+            raise ValueError(f"ddpm.guide_lr must be above 0, got {self.guide_lr}")
         if self.backbone == "unet2d":
             self._check_unet2d()
 
@@ -184,6 +201,8 @@ class DMRE2IConfig:
     def __post_init__(self) -> None:
         if self.val_trials < 2:
             raise ValueError(f"val_trials must be at least 2, got {self.val_trials}")
+        if self.ddpm.guide == "encoder" and self.evrnet_from is not None:
+            raise ValueError("evrnet_from is not used with ddpm.guide encoder; leave one of the two out")
 
     @staticmethod
     def free_keys() -> tuple[str, ...]:

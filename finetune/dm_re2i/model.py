@@ -1,4 +1,4 @@
-"""Save and load a trained DM-RE2I model, and generate images with this model: EVRNet's feature guides a DDPM.
+"""Save and load a trained DM-RE2I model, and generate images with this model: a vector from EEG guides a DDPM.
 
 Tensor shapes: B trials, C channels, T samples, D feature width, K classes, H rows, W columns.
 """
@@ -31,8 +31,8 @@ from finetune.diffusion import (
 )
 from finetune.dm_re2i.backbones import load_unet
 from finetune.dm_re2i.classifier import EEGClassifier
+from finetune.dm_re2i.guide import FOLDERS, EEGGuide
 from finetune.dm_re2i.guided import GuidedUNet
-from finetune.dm_re2i.networks import load_classifier
 from finetune.eeg import scale_eeg
 from finetune.generators import Source, read_part
 from finetune.images import to_pixels
@@ -205,7 +205,7 @@ class ClassMeans:
 
 def save_model(
     folder: Path,
-    evrnet: EEGClassifier,
+    guide: EEGGuide,
     unet: GuidedUNet,
     noising: Any,
     means: ClassMeans,
@@ -218,8 +218,8 @@ def save_model(
     ----------
     folder : Path
         The package folder to write, ``<run>/model``.
-    evrnet : EEGClassifier
-        Network that computes the features from EEG.
+    guide : EEGGuide
+        Network that computes the vectors from EEG.
     unet : GuidedUNet
         The trained U-Net.
     noising : DDPMScheduler
@@ -232,12 +232,12 @@ def save_model(
         Information on the origin of the model, to be stored in dreamscale.json.
     """
     with atomic_directory(folder) as root:
-        evrnet.save_pretrained(root / "evrnet")
+        guide.save(root)
         unet.save_pretrained(root / "unet")
         noising.save_pretrained(root / "scheduler")
         means.save(root)
         write_json(root / "preprocess.json", spec.to_dict())
-        write_json(root / "dreamscale.json", {"kind": KIND, "schema": SCHEMA, **extra})
+        write_json(root / "dreamscale.json", {"kind": KIND, "schema": SCHEMA, "guide": guide.kind, **extra})
 
 
 class DMRE2IGenerator:
@@ -287,7 +287,10 @@ class DMRE2IGenerator:
             raise RequestError(
                 f"{folder / 'preprocess.json'}: not a preprocessing spec ({one_line(error)}); train the model again"
             ) from None
-        self.evrnet = load_classifier(folder / "evrnet").requires_grad_(False).to(self.device)
+        kind = values.get("guide", "feature")
+        if kind not in FOLDERS:
+            raise RequestError(f"{folder / 'dreamscale.json'}: the guide '{kind}' is unknown; train the model again")
+        self.guide = EEGGuide.load(folder, kind).to(self.device)
         self.unet = load_unet(folder / "unet").to(self.device)
         try:
             self.noising = DDPMScheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
@@ -350,7 +353,7 @@ class DMRE2IGenerator:
                 f"{self.folder}: this model was trained with drop 0, so it cannot generate without EEG; use the "
                 f"control 'shuffle', or a model that was trained with ddpm.drop above 0"
             )
-        rows = self.evrnet.config.n_channels
+        rows = self.guide.n_channels
         if rows < eeg_B128T.shape[1] and (most := max(count_true_channels(eeg_CT) for eeg_CT in eeg_B128T)) > rows:
             raise RequestError(
                 f"{self.folder}: this model takes up to {rows} channels, but a trial has {most}; train a model with "
@@ -362,7 +365,6 @@ class DMRE2IGenerator:
             labels = [int(meta["label"]) for meta in metas]
             e_BD = means.take(labels, self.labels, str(self.folder)).to(self.device)
         else:
-            x_BCT = scale_eeg(eeg_B128T, self.evrnet.scaling(self.spec), self.device)
-            e_BD, _ = compute_features(self.evrnet, x_BCT)
+            e_BD = self.guide.compute(scale_eeg(eeg_B128T, self.guide.scaling(self.spec), self.device))
         images = sample_images(self.unet, self.noising.config, e_BD, chosen, seeds, keep=source != "no_eeg")
         return to_pixels(images)

@@ -1,4 +1,4 @@
-"""Train DM-RE2I in two stages: EVRNet as a classifier, then a DDPM guided by the feature of the frozen EVRNet.
+"""Train DM-RE2I in two stages: EVRNet as a classifier, then a DDPM guided by EVRNet or by a pretrained encoder.
 
 The command is ``dreamscale ddpm CONFIG`` or ``accelerate launch -m finetune.dm_re2i CONFIG``.
 
@@ -24,11 +24,12 @@ from finetune.diffusion import DenoisingWatcher, choose_sampling, denoising_erro
 from finetune.dm_re2i.backbones import build_unet
 from finetune.dm_re2i.classifier import EEGClassifier
 from finetune.dm_re2i.config import DMRE2IConfig
+from finetune.dm_re2i.guide import EEGGuide
 from finetune.dm_re2i.guided import GuidedUNet
 from finetune.dm_re2i.model import ClassMeans, compute_features, sample_images, save_model
 from finetune.dm_re2i.networks import load_classifier
 from finetune.dm_re2i.train_evrnet import train_evrnet
-from finetune.eeg import choose_evenly, group_repeats, read_trials
+from finetune.eeg import choose_evenly, group_repeats, load_encoder, read_trials, scale_eeg
 from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
 from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
 from finetune.training.fit import fit
@@ -51,20 +52,22 @@ class EGDDPMTask(nn.Module):
         Scheduler of the forward process (the process that adds noise).
     norm : str
         Norm of the prediction error: l1 or l2.
+    guide : EEGGuide, optional
+        Network that computes the vector from EEG, if it is trained along. Without it, the task gets the vectors.
     """
 
-    def __init__(self, unet: GuidedUNet, noising: Any, norm: str) -> None:
+    def __init__(self, unet: GuidedUNet, noising: Any, norm: str, guide: EEGGuide | None = None) -> None:
         super().__init__()
-        self.unet, self.noising, self.norm = unet, noising, norm
+        self.unet, self.noising, self.norm, self.guide = unet, noising, norm, guide
 
     def features(self, eeg: Tensor) -> Tensor:
-        """Return the given EEG features [B, D]. EVRNet is frozen, so its features were computed before the training."""
-        return eeg
+        """Return the vectors [B, D] of trials: the given vectors, or the vectors of the given EEG [B, C, T]."""
+        return eeg if self.guide is None else self.guide(eeg)
 
     def errors(
         self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor, keep: Tensor | None = None
     ) -> Tensor:
-        """Compute the prediction error of each trial; the arguments are those of `forward`."""
+        """Compute the prediction error of each trial; `features` are vectors, other arguments are as in `forward`."""
         return denoising_errors(
             lambda x, t, condition: self.unet(x, t, *condition),
             self.noising,
@@ -76,7 +79,7 @@ class EGDDPMTask(nn.Module):
         )
 
     def forward(
-        self, image: Tensor, noise: Tensor, time: Tensor, e: Tensor, keep: Tensor | None = None
+        self, image: Tensor, noise: Tensor, time: Tensor, eeg: Tensor, jitter: Tensor, keep: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Compute the denoising loss of a batch.
 
@@ -86,8 +89,10 @@ class EGDDPMTask(nn.Module):
             Images with values from -1 to 1, and the noise that is added to them.
         time : Tensor of int, shape (B,)
             Step of the forward process for each trial.
-        e : Tensor, shape (B, D)
-            EEG features of the trials.
+        eeg : Tensor, shape (B, D) or (B, C, T)
+            Vectors of the trials, or scaled EEG if the guide is trained along.
+        jitter : Tensor, shape (B, D)
+            Noise that is added to the vectors.
         keep : Tensor of bool, shape (B,), optional
             False for trials whose EEG condition is dropped; by default all conditions are kept.
 
@@ -96,12 +101,19 @@ class EGDDPMTask(nn.Module):
         dict
             The loss, under the key ``loss``.
         """
-        return {"loss": self.errors(e, image, noise, time, keep).mean()}
+        return {"loss": self.errors(self.features(eeg) + jitter, image, noise, time, keep).mean()}
+
+
+def _compute_vectors(guide: EEGGuide, data: EEGDataset, device: Any) -> Tensor:
+    """Compute the vector of every trial of a split, [trials, D], on the CPU. Read only a part of the trials at once."""
+    numbers, scaling = group_repeats(data, 1), guide.scaling(data.spec)
+    parts = [numbers[start : start + 256] for start in range(0, len(numbers), 256)]
+    return torch.cat([guide.compute(read_trials(data, part, scaling, device)).cpu() for part in parts])
 
 
 def train_ddpm(
     config: DMRE2IConfig,
-    evrnet: EEGClassifier,
+    guide: EEGGuide,
     data: EEGDataset,
     val: EEGDataset,
     tables: tuple[ImageTable, ImageTable],
@@ -114,8 +126,8 @@ def train_ddpm(
     ----------
     config : DMRE2IConfig
         Config of the command.
-    evrnet : EEGClassifier
-        The trained EVRNet, or a baseline, in evaluation mode, with frozen weights.
+    guide : EEGGuide
+        Network that computes the vectors that guide the DDPM.
     data, val : EEGDataset
         Trials of the train split and of the val split.
     tables : tuple of ImageTable
@@ -127,37 +139,41 @@ def train_ddpm(
     """
     from diffusers import DDPMScheduler
 
-    stage, device, scaling = config.ddpm, accelerator.device, evrnet.scaling(data.spec)
+    stage, device, scaling = config.ddpm, accelerator.device, guide.scaling(data.spec)
     pixels = torch.from_numpy(tables[0].pixels(size=stage.image_size))
-    features, _ = compute_features(evrnet, read_trials(data, group_repeats(data, 1), scaling, device))
+    vectors = _compute_vectors(guide, data, device)
     groups = group_repeats(val, config.eeg.average_repeats)
     watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
     rows = tables[1].row_of[[group[0] for group in watched]]
-    val_features, val_logits = compute_features(evrnet, read_trials(val, watched, scaling, device))
+    x_val = read_trials(val, watched, scaling, device)
     val_pixels = tables[1].pixels(rows, stage.image_size)
     torch.manual_seed(config.seed)
-    unet = build_unet(stage, evrnet.dim)
-    std_D = features.std(dim=0)
+    unet = build_unet(stage, guide.dim)
+    std_D = vectors.std(dim=0)
     if stage.standardise:
-        unet.set_condition_statistics(features.mean(dim=0), std_D)
+        unet.set_condition_statistics(vectors.mean(dim=0), std_D)
     noising = DDPMScheduler(
         num_train_timesteps=stage.noise_steps, beta_schedule="squaredcos_cap_v2", prediction_type=stage.prediction
     )
-    task = EGDDPMTask(unet, noising, stage.loss)
+    if stage.train_guide:
+        guide.choose_trainables(x_val[:2])
+    task = EGDDPMTask(unet, noising, stage.loss, guide if stage.train_guide else None)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
-    features, std_D = features.cpu(), std_D.cpu()
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
         b = len(batch.numbers)
         image = to_model_range(pixels[torch.as_tensor(tables[0].row_of[batch.numbers])])
-        e = features[batch.numbers]
         tensors = {
             "image": image,
             "noise": random.normal(b, *image.shape[1:]),
             "time": random.integers(stage.noise_steps, b),
-            "e": e + stage.condition_noise * std_D * random.normal(b, e.shape[1]),
+            "eeg": scale_eeg(batch.padded(), scaling) if stage.train_guide else vectors[batch.numbers],
+            "jitter": stage.condition_noise * std_D * random.normal(b, guide.dim),
         }
         return {**tensors, "keep": random.uniform(b) >= stage.drop} if stage.drop else tensors
+
+    def lr_scale(name: str) -> float:
+        return stage.guide_lr if name.startswith("guide.") else 1.0
 
     result = fit(
         task,
@@ -167,23 +183,28 @@ def train_ddpm(
         run=run,
         loader=make_loader(data, stage.training, config.seed, accelerator),
         inputs=inputs,
-        evaluate=DenoisingWatcher(val_features, to_model_range(val_pixels), stage.noise_steps),
+        evaluate=DenoisingWatcher(
+            x_val if stage.train_guide else guide.compute(x_val), to_model_range(val_pixels), stage.noise_steps
+        ),
+        lr_scale=lr_scale,
         description="EG-DDPM",
     )
     if accelerator.is_main_process:
-        right = val_logits.argmax(1).cpu().numpy() == tables[1].labels[rows]
         found = {"best_step": result.best_step, "val": result.best, "dataset_id": data.manifest.dataset_id}
-        origin: dict[str, Any] = {
-            "dataset": config.dataset,
-            "labels": data.labels,
-            "evrnet_val_accuracy": float(right.mean()),
-        }
-        origin |= {"eeg": config.eeg.part, "sampler": stage.sampler}
+        origin: dict[str, Any] = {"dataset": config.dataset, "labels": data.labels, "eeg": config.eeg.part}
+        origin |= {"sampler": stage.sampler, "train_guide": stage.train_guide}
+        if isinstance(guide.network, EEGClassifier):
+            _, logits_BK = compute_features(guide.network, x_val)
+            right = logits_BK.argmax(1).cpu().numpy() == tables[1].labels[rows]
+            origin["evrnet_val_accuracy"] = float(right.mean())
         labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
-        means = ClassMeans.compute(features, labels, len(data.labels))
-        save_model(run.path / "model", evrnet, unet, noising, means, data.spec, {**found, **origin})
+        if stage.train_guide:
+            vectors = _compute_vectors(guide, data, device)
+        means = ClassMeans.compute(vectors, labels, len(data.labels))
+        save_model(run.path / "model", guide, unet, noising, means, data.spec, {**found, **origin})
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "val/loss", "val/shuffled"])
-        _plot_samples(run.path / "plots" / "samples.png", unet, noising.config, val_features[:16], val_pixels[:16])
+        shown = guide.compute(x_val[:16])
+        _plot_samples(run.path / "plots" / "samples.png", unet, noising.config, shown, val_pixels[:16])
         run.status("done", **found)
         print(
             f"EG-DDPM: val loss {result.best['loss']:.4f}, with other trials' EEG {result.best['shuffled']:.4f} -> "
@@ -216,7 +237,7 @@ def _check_data(config: DMRE2IConfig, splits: tuple[EEGDataset, EEGDataset], tab
         if table.labels.min() < 0 or table.labels.max() >= len(dataset.labels):
             raise RequestError(f"{dataset.path} ({dataset.split}): a trial's label is not in the manifest's labels")
         most = max(int(dataset.meta(number)["n"]) for number in range(len(dataset)))
-        if most > config.evrnet.channels:
+        if config.ddpm.guide != "encoder" and most > config.evrnet.channels:
             raise RequestError(
                 f"evrnet.channels is {config.evrnet.channels}, but a trial of {dataset.path} ({dataset.split}) has "
                 f"{most} channels; set it to {most} or more"
@@ -255,18 +276,22 @@ def train(config: DMRE2IConfig) -> int:
     data, val = (open_paired(config.dataset, split, **config.eeg.part) for split in ("train", "val"))
     tables = ImageTable(data), ImageTable(val)
     _check_data(config, (data, val), tables)
-    given = _load_evrnet(config.evrnet_from, data) if config.evrnet_from else None
-    precision = config.ddpm.training.precision
-    if precision != config.evrnet.training.precision:
+    stage, given = config.ddpm, None
+    if stage.encoder is not None:
+        given = EEGGuide(load_encoder(stage.encoder, data), "encoder")
+    elif config.evrnet_from:
+        given = EEGGuide(_load_evrnet(config.evrnet_from, data), stage.guide)
+    precision = stage.training.precision
+    if given is None and precision != config.evrnet.training.precision:
         raise RequestError(
             "evrnet.training.precision and ddpm.training.precision must be equal: both stages share one Accelerator"
         )
     with start_processes(config, precision) as accelerator:
         # Open the second run only after the first run is closed, because a tracker can follow one run at a time.
-        evrnet = given.to(accelerator.device) if given else train_evrnet(config, data, val, tables, accelerator)
+        guide = given or EEGGuide(train_evrnet(config, data, val, tables, accelerator), stage.guide)
         with use_run(config, accelerator, free=config.free_keys()) as run:
             if not report_finished(run):
-                train_ddpm(config, evrnet, data, val, tables, run, accelerator)
+                train_ddpm(config, guide.to(accelerator.device), data, val, tables, run, accelerator)
     return EXIT_DONE
 
 

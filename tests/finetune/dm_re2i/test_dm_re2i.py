@@ -24,6 +24,7 @@ from finetune.dm_re2i.model import ClassMeans, DMRE2IGenerator, compute_features
 from finetune.dm_re2i.train import main
 from finetune.eeg import group_repeats, read_trials
 from finetune.generators import Source, load_generator
+from pretrain.encoder.encoder import EEGEncoder
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TINY = {
@@ -113,7 +114,7 @@ def test_controls_of_the_generator(trained: Path, paired_dataset: Path, tmp_path
     assert (images(eeg, "no_eeg") != images(eeg, "class")).any() and (images(eeg, "eeg") != images(eeg, "class")).any()
     data = EEGDataset(paired_dataset, "train")
     x = read_trials(data, group_repeats(data, 1), data.spec)
-    e_BD, _ = compute_features(generator.evrnet, x)
+    e_BD, _ = compute_features(generator.guide.network, x)
     labels = torch.tensor([data.meta(number)["label"] for number in range(len(data))])
     means = ClassMeans.load(trained / "model", 16)
     torch.testing.assert_close(means.take([1, 0], data.labels, "x")[0], e_BD[labels == 1].mean(0), atol=1e-4, rtol=1e-3)
@@ -169,6 +170,67 @@ def test_a_run_stopped_in_either_stage_resumes_to_the_same_weights(
     assert "nothing to do" in capsys.readouterr().out
 
 
+def _weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / name)
+
+
+def test_a_frozen_guide_keeps_its_weights_and_a_trained_guide_changes(
+    trained: Path, paired_dataset: Path, tmp_path: Path
+) -> None:
+    name = "evrnet/model.safetensors"
+    before, found = _weights(trained, name), {}
+    for case, more in {
+        "frozen": {},
+        "trained": {"ddpm__train_guide": True},
+        "logits": {"ddpm__train_guide": True, "ddpm__guide": "logits", "ddpm__drop": 0},
+    }.items():
+        more = {"evrnet_from": trained / "model" / "evrnet", **more}
+        assert run_main(main, _args(paired_dataset, tmp_path / case, device="cpu", **more)) == 0
+        found[case] = _weights(tmp_path / case, name)
+        assert not (tmp_path / case / "evrnet").exists()
+    assert all(torch.equal(before[key], found["frozen"][key]) for key in before)
+
+    def changed(case: str) -> set[str]:
+        return {key for key in before if not torch.equal(before[key], found[case][key])}
+
+    weights = {key for key in before if "running" not in key and "batches" not in key and key != "whitening_CC"}
+    # The feature does not depend on the last layer. The statistics of the batch norms stay as they were.
+    assert changed("trained") == {key for key in weights if not key.startswith("fc.")}
+    assert changed("logits") == weights
+    unet = EGDDPM.from_pretrained(tmp_path / "logits" / "model" / "unet")
+    assert unet.config.condition_dim == 2 and unet.null is None
+    # The images of a trained guide use the trained weights, and the mean vectors belong to these weights.
+    generator = load_generator(tmp_path / "logits")
+    assert isinstance(generator, DMRE2IGenerator) and generator.choose_sampling().guidance_scale == 1.0
+    data = EEGDataset(paired_dataset, "train")
+    e_BD = generator.guide.compute(read_trials(data, group_repeats(data, 1), data.spec))
+    means = ClassMeans.load(tmp_path / "logits" / "model", 2)
+    labels = torch.tensor([data.meta(number)["label"] for number in range(len(data))])
+    torch.testing.assert_close(means.mean_KD[0], e_BD[labels == 0].mean(0), atol=1e-4, rtol=1e-3)
+    assert generator.generate(_eeg(paired_dataset, 2), seeds=[1, 2], steps=2).shape == (2, 16, 16, 3)
+    with pytest.raises(ValueError, match="cannot use guidance"):
+        generator.generate(_eeg(paired_dataset, 2), seeds=[1, 2], guidance_scale=2.0)
+    with pytest.raises(ValueError, match="trained with drop 0"):
+        generator.generate(_eeg(paired_dataset, 2), seeds=[1, 2], source="no_eeg")
+
+
+@pytest.mark.parametrize("train_guide", [False, True])
+def test_a_pretrained_encoder_guides_without_evrnet(
+    train_guide: bool, paired_dataset: Path, encoder_package: Path, tmp_path: Path
+) -> None:
+    more = {"ddpm__guide": "encoder", "ddpm__encoder": encoder_package, "ddpm__train_guide": train_guide}
+    assert run_main(main, _args(paired_dataset, tmp_path / "run", device="cpu", **more)) == 0
+    assert not (tmp_path / "run" / "evrnet").exists() and not (tmp_path / "run" / "model" / "evrnet").exists()
+    generator, eeg = load_generator(tmp_path / "run"), _eeg(paired_dataset, 3)
+    assert isinstance(generator, DMRE2IGenerator) and generator.guide.kind == "encoder"
+    before = EEGEncoder.from_pretrained(encoder_package)
+    tokens_BND = before.tokens(before.scale_for_model(eeg))
+    x_BCT = generator.guide.scaling(generator.spec).scale_for_model(eeg)
+    same = torch.equal(generator.guide.compute(x_BCT), tokens_BND.mean(1).detach())
+    assert same != train_guide
+    assert generator.generate(eeg, seeds=[1, 2, 3], steps=2).shape == (3, 16, 16, 3)
+
+
 def test_two_processes_train_the_same_weights_as_one(
     paired_dataset: Path, trained: Path, tmp_path: Path, launch: Launch
 ) -> None:
@@ -194,6 +256,8 @@ def test_two_processes_train_the_same_weights_as_one(
         ({"ddpm__bass_channels": 8}, "did you mean 'ddpm.base_channels'"),
         ({"num_processes": 2}, "num_processes is 2, but 1 was started"),
         ({"evrnet_from": "nowhere"}, "nowhere"),
+        ({"ddpm__guide": "encoder"}, "give ddpm.encoder for the guide"),
+        ({"ddpm__guide": "encoder", "ddpm__encoder": "nowhere"}, "nowhere: no such encoder package"),
         ({"ddpm__backbone": "unet2d"}, "ddpm.heads is a key of backbone 'paper'"),
     ],
 )
