@@ -26,8 +26,17 @@ from data_sharding.corpora.base import Adapter, CorpusConfig, register
 from data_sharding.corpora.events import read_trials
 from data_sharding.corpora.folder import KEYS, TRIAL_KEYS, add_marks, find, make_item
 from data_sharding.corpora.item import Item
-from data_sharding.corpora.paths import NOTHING, Folders, check_folder, check_images, read_text, root_name
+from data_sharding.corpora.paths import (
+    NOTHING,
+    Folders,
+    check_folder,
+    check_images,
+    read_text,
+    relative_path,
+    root_name,
+)
 from data_sharding.corpora.subjects import SubjectFinder, describe_person
+from data_sharding.formats.about import year_of
 from data_sharding.formats.units import names_no_unit
 
 NOT_RAW = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
@@ -120,8 +129,11 @@ class BIDSCorpus(Adapter):
                 item = dataclasses.replace(item, reason=why)
             else:
                 item = _described(item, sidecars, images, options.label_column)
-                if note := participants.get(parts[0], participants.get("")):
-                    notes = [*item.info_patch.get("notes", []), note]
+                year, fault = _read_year(sidecars, recording.path)
+                if year:
+                    item = dataclasses.replace(item, about={"recording_year": year} | item.about)
+                if more := [note for note in (participants.get(parts[0], participants.get("")), fault) if note]:
+                    notes = [*item.info_patch.get("notes", []), *more]
                     item = dataclasses.replace(item, info_patch={**item.info_patch, "notes": notes})
             items.append(item)
         if images is not None:
@@ -375,6 +387,28 @@ def _read_device(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
     device = " ".join(filter(None, (text("Manufacturer"), text("ManufacturersModelName"))))
     found = {"device": device, "device_filters": filters("HardwareFilters"), "task": text("TaskName")}
     return {name: value for name, value in found.items() if value}
+
+
+def _read_year(sidecars: _Sidecars, recording: AnyPath) -> tuple[int | None, str]:
+    """Return the year in the column acq_time of scans.tsv, and a note if the table cannot be used.
+
+    The note never contains the time, because the day and the month of a recording are private.
+    """
+    table = sidecars.nearest(recording, "scans", ".tsv")
+    if table is None:
+        return None, ""
+    try:
+        rows = sidecars.tsv(table, [], "filename")
+    except (_Broken, OSError) as error:
+        return None, f"{table.name} not used: {describe(error) if isinstance(error, OSError) else one_line(error)}"
+    own = relative_path(recording, table.parent).rsplit(".", 1)[0]
+    times = [row.get("acq_time", "") for row in rows if row["filename"].removeprefix("./").rsplit(".", 1)[0] == own]
+    if not times or times[0] in NOTHING:
+        return None, ""
+    try:
+        return year_of(times[0]), ""
+    except ValueError:
+        return None, f"{table.name}: the acq_time of the recording is not a date as BIDS writes it; not used"
 
 
 def _read_license(root: AnyPath) -> str:

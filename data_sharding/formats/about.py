@@ -24,6 +24,8 @@ UNKNOWN_DATES = frozenset(
     for day in ((1900, 1, 1), (1970, 1, 1), (1980, 1, 1), (1985, 1, 1), (1999, 12, 31), (2000, 1, 1))
 )
 """Dates that some programs write in place of an unknown or removed date."""
+EARLIEST = 1925
+"""Earlier years are no years of recordings: BIDS moves dates before this year to hide them."""
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 NOBODY = frozenset(
     re.findall(
@@ -79,6 +81,20 @@ def _parse_date(text: str) -> datetime.date | None:
         return datetime.date(int(match[3]), MONTHS.index(match[2].upper()) + 1, int(match[1]))
     except ValueError:
         return None
+
+
+def year_of(text: str) -> int | None:
+    """Return the year of a date that begins with year, month and day (``2019-05-02T10:00:00``).
+
+    The result is None for a date that stands for an unknown date, and for a year before `EARLIEST`.
+
+    Raises
+    ------
+    ValueError
+        If the text does not begin with a date.
+    """
+    day = datetime.date.fromisoformat(text[:10])
+    return day.year if day not in UNKNOWN_DATES and day.year >= EARLIEST else None
 
 
 def _is_nobody(word: str) -> bool:

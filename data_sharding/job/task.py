@@ -93,10 +93,14 @@ class SetAside(Exception):
 
 
 def describe_row(row: LedgerRow, item: Item) -> None:
-    """Write the corpus's data about person, device and rights into a row. They replace data from the header."""
+    """Write the corpus's data about person, device and rights into a row. They replace data from the header.
+
+    A year in the header stays, because the corpus can contain shifted dates that hide the true ones.
+    """
     row.subject_from = new_row(item).subject_from
     for name, value in item.about.items():
-        setattr(row, name, value)
+        if name != "recording_year" or row.recording_year is None:
+            setattr(row, name, value)
 
 
 def new_row(item: Item, status: Status = "quarantined", reason: Reason | None = None) -> LedgerRow:

@@ -84,3 +84,52 @@ def test_licence_of_the_config_wins_and_a_table_can_join_two_names(root: Path, t
         ("sub-03", "bids"),
     ]
     assert first.about["license"] == "CC-BY-4.0" and first.about["age"] == 35.0, "the table wins over participants.tsv"
+
+
+class TestYearOfTheRecording:
+    def write(self, root: Path, time: str, name: str = "eeg/sub-01_task-rest_eeg.vhdr") -> Item:
+        (root / "sub-01" / "sub-01_scans.tsv").write_text(f"filename\tacq_time\neeg/other.vhdr\tx\n{name}\t{time}\n")
+        return find(root)[0]
+
+    @pytest.mark.parametrize(
+        ("time", "year"),
+        [
+            ("2017-05-24T11:30:00", 2017),
+            ("2017-05-24T11:30:00.25Z", 2017),
+            ("2017-05-24", 2017),
+            ("1918-05-24T11:30:00", None),
+            ("1970-01-01T00:00:00", None),
+            ("n/a", None),
+        ],
+    )
+    def test_from_scans_tsv(self, root: Path, time: str, year: int | None) -> None:
+        first = self.write(root, time)
+        row = new_row(first)
+        describe_row(row, first)
+        assert row.recording_year == year
+        assert "notes" not in first.info_patch and "05-24" not in str(first)
+        assert "recording_year" not in find(root)[1].about
+
+    def test_in_a_session(self, root: Path, write_raw, make_raw) -> None:
+        name = "sub-01_ses-a_task-rest_eeg.vhdr"
+        write_raw(make_raw(4, 200, 3), root / "sub-01" / "ses-a" / "eeg" / name)
+        table = root / "sub-01" / "ses-a" / "sub-01_ses-a_scans.tsv"
+        table.write_text(f"filename\tacq_time\neeg/{name}\t2019-02-01T00:00:00\n")
+        years = {item.path.rsplit("/", 1)[-1]: item.about.get("recording_year") for item in find(root)}
+        assert years == {name: 2019} | {f"sub-0{i}_task-rest_eeg.vhdr": None for i in (1, 2, 3)}
+
+    def test_the_year_in_the_header_stays(self, root: Path) -> None:
+        first = self.write(root, "2017-05-24T11:30:00")
+        row = new_row(first)
+        row.recording_year = 2011
+        describe_row(row, first)
+        assert row.recording_year == 2011
+
+    def test_a_time_that_cannot_be_read_is_not_quoted(self, root: Path) -> None:
+        first = self.write(root, "24.05.2017 11:30")
+        (note,) = first.info_patch["notes"]
+        assert note == "sub-01_scans.tsv: the acq_time of the recording is not a date as BIDS writes it; not used"
+        (root / "sub-01" / "sub-01_scans.tsv").write_text("file\tacq_time\na\t2017-05-24\n")
+        assert find(root)[0].info_patch["notes"] == [
+            "sub-01_scans.tsv not used: sub-01_scans.tsv: no column 'filename'"
+        ]
