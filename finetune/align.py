@@ -288,7 +288,8 @@ def align(config: AlignConfig) -> int:
         )
         if accelerator.is_main_process:
             found = {"best_step": result.best_step, "val": result.best, "clip": config.clip, "dataset": config.dataset}
-            found |= {"dataset_id": data.manifest.dataset_id, "eeg": config.eeg.part}
+            found |= {"dataset_id": data.manifest.dataset_id, "dataset_version": data.manifest.version}
+            found["eeg"] = config.eeg.part
             encoder.save_pretrained(run.path / "encoder", extra={"aligned": found})
             head.save_pretrained(run.path / "align")
             write_json(run.path / "align" / "result.json", found)

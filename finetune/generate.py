@@ -240,6 +240,7 @@ def generate(config: GenerateConfig) -> int:
                 "kind": generator.kind,
                 "model": config.model,
                 "dataset_id": dataset.manifest.dataset_id,
+                "dataset_version": dataset.manifest.version,
                 "dataset": str(Path(config.dataset).resolve()),
                 "split": config.split,
                 "control": config.control,

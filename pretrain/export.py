@@ -13,7 +13,7 @@ from data_sharding.common.files import read_json
 from pretrain.runs.checkpoint import MANIFEST, CheckpointReader, complete_checkpoints
 from pretrain.runs.stored_config import load_stored_config
 from pretrain.training.config import PretrainConfig
-from pretrain.training.data_summary import check_licenses, describe_people_in_words
+from pretrain.training.data_summary import check_licenses, describe_people_in_words, describe_versions_in_words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def model_card(config: PretrainConfig, saved: dict[str, Any], metrics: list[dict
         "",
         "## Data",
         "",
-        f"- Dataset id `{data['dataset_id']}`",
+        *describe_versions_in_words(data),
         f"- Training: {windows.get('train', 0):,} windows, {hours.get('train', 0.0):.2f} hours"
         + (f", {data['subjects']} {'known ' * bool(people.get('unknown'))}subjects" if counted else ""),
         *describe_people_in_words(people),
@@ -230,6 +230,7 @@ def export(config: ExportConfig) -> int:
         extra={
             "step": saved["step"],
             "dataset_id": saved["data"]["dataset_id"],
+            "dataset_versions": saved["data"].get("versions"),
             "run": Path(config.run).name,
             "licenses": licenses,
         },

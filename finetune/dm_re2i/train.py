@@ -191,6 +191,7 @@ def train_ddpm(
     )
     if accelerator.is_main_process:
         found = {"best_step": result.best_step, "val": result.best, "dataset_id": data.manifest.dataset_id}
+        found["dataset_version"] = data.manifest.version
         origin: dict[str, Any] = {"dataset": config.dataset, "labels": data.labels, "eeg": config.eeg.part}
         origin |= {"sampler": stage.sampler, "train_guide": stage.train_guide}
         if isinstance(guide.network, EEGClassifier):

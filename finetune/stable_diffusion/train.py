@@ -262,6 +262,7 @@ def train(config: StableDiffusionConfig) -> int:
         )
         if accelerator.is_main_process:
             found = {"best_step": result.best_step, "val": result.best, "dataset_id": data.manifest.dataset_id}
+            found["dataset_version"] = data.manifest.version
             origin: dict[str, Any] = {
                 "base": config.base,
                 "encoder": config.encoder,

@@ -170,6 +170,28 @@ def describe_data(dataset: EEGDataset | Mixture, people: dict[str, Any], windows
     }
 
 
+def describe_versions_in_words(data: Mapping[str, Any]) -> list[str]:
+    """Return lines in Markdown with id and version number of the training data.
+
+    Parameters
+    ----------
+    data : mapping
+        Result of `describe_data`; runs of older versions of Dreamscale do not have the version numbers.
+
+    Returns
+    -------
+    list of str
+        One line for a dataset; a line for the mixture and one for each of its datasets for a mixture.
+    """
+    own, versions = data["dataset_id"], data.get("versions") or {}
+    if own in versions:
+        return [f"- Dataset id `{own}`, version {versions[own]}"]
+    return [
+        f"- Dataset id `{own}`",
+        *(f"- Dataset id `{part}`, version {n}, in the mixture" for part, n in versions.items()),
+    ]
+
+
 def describe_people_in_words(people: Mapping[str, Any]) -> list[str]:
     """Return lines in Markdown about the subjects, devices and licences of the training data.
 

@@ -55,7 +55,10 @@ class TestPackage:
 
     def test_card_names_data_and_training(self, encoder_package: Path, unpaired_dataset: Path) -> None:
         card = (encoder_package / "model_card.md").read_text()
-        assert EEGDataset(unpaired_dataset).manifest.dataset_id in card
+        name = EEGDataset(unpaired_dataset).manifest.dataset_id
+        assert f"- Dataset id `{name}`, version 1\n" in card
+        config = json.loads((encoder_package / "config.json").read_text())
+        assert config["extra"]["dataset_versions"] == {name: 1}
         assert "96 windows" in card
         assert "3 subjects" in card
         assert "240 steps" in card

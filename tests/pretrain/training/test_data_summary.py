@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,16 @@ import pytest
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.ledger import NAME, LedgerRow, write_ledger
+from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.mixture import Mixture
 from pretrain.train import main as pretrain
-from pretrain.training.data_summary import check_licenses, describe_people, describe_people_in_words
+from pretrain.training.data_summary import (
+    check_licenses,
+    describe_data,
+    describe_people,
+    describe_people_in_words,
+    describe_versions_in_words,
+)
 
 from ..conftest import write_config
 
@@ -56,6 +64,19 @@ def test_people_of_a_mixture_are_added(dataset: Path, unpaired_dataset: Path, tm
     assert describe_people(EEGDataset(unpaired_dataset, "train")) == {"subjects": 3}, "a dataset without a ledger"
     mixed = describe_people(Mixture({str(dataset): 1.0}, "train"))
     assert mixed == describe_people(EEGDataset(dataset, "train"))
+
+
+def test_versions_of_the_datasets_are_named(dataset: Path) -> None:
+    manifest = Manifest.read(dataset)
+    dataclasses.replace(manifest, extra={**manifest.extra, "version": 3}).write(dataset)
+    alone = describe_data(EEGDataset(dataset, "train"), {}, 0)
+    assert describe_versions_in_words(alone) == [f"- Dataset id `{manifest.dataset_id}`, version 3"]
+    mixed = Mixture({str(dataset): 1.0}, "train")
+    assert describe_versions_in_words(describe_data(mixed, {}, 0)) == [
+        f"- Dataset id `{mixed.manifest.dataset_id}`",
+        f"- Dataset id `{manifest.dataset_id}`, version 3, in the mixture",
+    ]
+    assert describe_versions_in_words({"dataset_id": "a"}) == ["- Dataset id `a`"], "a run of an older version"
 
 
 @pytest.mark.parametrize(
