@@ -44,7 +44,7 @@ from data_sharding.corpora import Item, open_item
 from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.formats.channels import Channels, canonical_name, choose, pick_channels, restrict
 from data_sharding.formats.kept.signal import KEPT_SCHEMA, KeepingSignal, KeptSignal, NotKept
-from data_sharding.formats.kept.store import find_checksums, get_states, signal_path, store_checksums
+from data_sharding.formats.kept.store import find_checksums, get_states, note_use, signal_path, store_checksums
 from data_sharding.formats.open_signal import PACKAGES, NotContinuous, ReadError, unreadable
 from data_sharding.formats.readers import find_formats
 from data_sharding.formats.signal import Signal, SignalInfo
@@ -55,7 +55,7 @@ from data_sharding.processing.preprocess import PreprocessSpec, band_of, referen
 from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, resampled_length
 from data_sharding.processing.survey import Survey, Verdict
 
-PART_SCHEMA = 7
+PART_SCHEMA = 8
 """Version number in the names of parts. Increase this number if a change of the code changes the results. Then the job
 does not use older parts."""
 RESULT = "result.json"
@@ -280,6 +280,7 @@ def _signal_of(item: Item, result: PartResult, folder: Path, place: Path | None,
             yield signal
     elif kept:
         with contextlib.closing(KeptSignal(place)) as signal:
+            note_use(place)
             yield signal
     else:
         with contextlib.closing(_open(item)) as signal:

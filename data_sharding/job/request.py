@@ -54,6 +54,9 @@ class ShardConfig:
     decoded: str = ""
     """Folder of the decoded signals, on a disk. Jobs with different outputs can use the same folder. If empty, the
     folder 'decoded' next to the output is used."""
+    decoded_gb: float = 0.0
+    """Largest size of the decoded signals in 10^9 bytes. At the end of a job, the signals that were not used for the
+    longest time are deleted until the others fit. 0: no limit."""
     allowed_set_aside: float = 0.05
     """Largest fraction of the recordings that may be quarantined. If more recordings are quarantined, the job ends with
     exit code 3."""
@@ -65,6 +68,8 @@ class ShardConfig:
             raise ValueError("corpora: the list is empty; name at least one corpus")
         if self.samples_per_shard < 1:
             raise ValueError(f"samples_per_shard must be at least 1, got {self.samples_per_shard}")
+        if self.decoded_gb < 0:
+            raise ValueError(f"decoded_gb must not be negative, got {self.decoded_gb}")
         if not 0 <= self.allowed_set_aside <= 1:
             raise ValueError(f"allowed_set_aside is a fraction between 0 and 1, got {self.allowed_set_aside}")
 
@@ -150,10 +155,11 @@ def reduce_config(config: ShardConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        The config in JSON types, without the keys output, compact, keep_decoded, decoded, ray and allowed_set_aside.
+        The config in JSON types, without the keys output, compact, keep_decoded, decoded, decoded_gb, ray and
+        allowed_set_aside.
     """
     values = to_dict(config)
-    for key in ("output", "compact", "keep_decoded", "decoded", "ray", "allowed_set_aside"):
+    for key in ("output", "compact", "keep_decoded", "decoded", "decoded_gb", "ray", "allowed_set_aside"):
         values.pop(key)
     return values
 

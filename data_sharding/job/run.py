@@ -39,6 +39,7 @@ from data_sharding.dataset.ledger import (
 from data_sharding.dataset.manifest import NAME as MANIFEST
 from data_sharding.dataset.manifest import WORK, Manifest, Shard
 from data_sharding.dataset.splits import SPLITS
+from data_sharding.formats.kept.store import limit_size
 from data_sharding.job.announce import describe_empty_splits
 from data_sharding.job.cluster import (
     ClusterFailed,
@@ -393,6 +394,7 @@ def run(config: ShardConfig) -> int:
                 repair_copies(output, current)  # An earlier job may have been killed just after it wrote the manifest.
                 remove_tree(work)
                 say(f"{output}: this dataset is finished already; nothing to do")
+                _limit_decoded(config, decoded)
                 return _finish(config, current, output)
             say(f"{output}: holds version {current.version} of this dataset; looking for changes")
         if not is_remote(output):
@@ -430,6 +432,7 @@ def run(config: ShardConfig) -> int:
             splits = pack(config, plans, output, in_flight)
             splits = {split: [*version.splits[split], *splits[split]] for split in SPLITS}
             manifest = publish(config, plan, rows, splits, output, points, version, state)
+            _limit_decoded(config, decoded)
     if current is not None and manifest.version > current.version:
         for line in describe_changes(current, manifest, version.changes):
             say(line)
@@ -520,6 +523,14 @@ def _make_private(decoded: Path) -> None:
         raise RequestError(f"decoded '{decoded}': cannot be made ({error.strerror})") from None
     if not os.access(decoded, os.W_OK):
         raise RequestError(f"decoded '{decoded}': no permission to write there")
+
+
+def _limit_decoded(config: ShardConfig, decoded: Path | None) -> None:
+    """Delete old kept signals if the config limits their size."""
+    if decoded and config.decoded_gb:
+        deleted, left = limit_size(decoded, 1e9 * config.decoded_gb)
+        if deleted:
+            say(f"{decoded}: deleted {deleted} kept signals that no job used recently; {left / 1e9:.3g} GB are left")
 
 
 def _refuse_empty(rows: list[LedgerRow], work: AnyPath) -> None:

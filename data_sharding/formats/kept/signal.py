@@ -25,7 +25,7 @@ from data_sharding.formats.kept.codec import MAX_VALUES, pack, unpack
 from data_sharding.formats.kept.info import MOST, info_from_json, info_to_json
 from data_sharding.formats.signal import Signal, SignalInfo
 
-KEPT_SCHEMA = 1
+KEPT_SCHEMA = 2
 """Version of the file format. The version is part of the checksum that names a kept signal."""
 _TAIL = struct.Struct("<Q32s8s")
 _MAGIC = b"DSkept1\n"

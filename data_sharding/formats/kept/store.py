@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -31,6 +32,43 @@ def signal_path(folder: Path, key: str) -> Path:
         Checksum of everything that the signal depends on.
     """
     return folder / "signals" / key[:2] / f"{key}.kept"
+
+
+def note_use(path: Path) -> None:
+    """Set the time of a kept signal, so that `limit_size` sees when it was used last."""
+    with contextlib.suppress(OSError):  # Another job may have deleted the signal; then it is decoded again.
+        os.utime(path)
+
+
+def limit_size(folder: Path, most_bytes: float) -> tuple[int, int]:
+    """Delete the kept signals that were not used for the longest time, until the others fit into a size.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the kept signals.
+    most_bytes : float
+        Largest number of bytes of all kept signals.
+
+    Returns
+    -------
+    deleted : int
+        Number of deleted signals.
+    left : int
+        Number of bytes of the signals that are left.
+    """
+    found = []
+    for path in (folder / "signals").glob("*/*.kept"):
+        with contextlib.suppress(FileNotFoundError):  # Another job may delete signals at the same time.
+            status = path.stat()
+            found.append((status.st_mtime_ns, status.st_size, path))
+    left, deleted = sum(size for _, size, _ in found), 0
+    for _, size, path in sorted(found):
+        if left <= most_bytes:
+            break
+        path.unlink(missing_ok=True)
+        left, deleted = left - size, deleted + 1
+    return deleted, left
 
 
 def get_states(files: Sequence[AnyPath]) -> list[State] | None:

@@ -26,6 +26,7 @@ from data_sharding.dataset.splits import SplitConfig
 from data_sharding.formats.kept.codec import pack, unpack
 from data_sharding.formats.kept.info import info_from_json, info_to_json
 from data_sharding.formats.kept.signal import KeepingSignal, KeptSignal, NotKept
+from data_sharding.formats.kept.store import limit_size
 from data_sharding.formats.signal import About, Segment, SignalInfo
 from data_sharding.job.process_recording import process_recording
 from data_sharding.job.request import ShardConfig, reduce_config, resolve_decoded
@@ -261,6 +262,25 @@ def test_damaged_checksums_are_computed_again(tmp_path: Path, make_raw, write_ra
         assert process(f"other{hash(text)}", FIRST) == [first] and table.read_bytes() == good
 
 
+def test_signals_that_were_not_used_longest_are_deleted_first(tmp_path: Path, make_raw, write_raw, process) -> None:
+    for number in range(3):
+        write_raw(make_raw(4, 200, 6, seed=number), tmp_path / str(number) / "a.edf")
+        process("first", FIRST, root=tmp_path / str(number))
+    signals_ = sorted((tmp_path / "decoded" / "signals").rglob("*.kept"), key=lambda path: path.stat().st_mtime_ns)
+    for age, path in enumerate(reversed(signals_), start=1):
+        os.utime(path, (time.time() - 100 * age, time.time() - 100 * age))
+    process("other", OTHER, root=tmp_path / "0")  # The oldest signal is used again.
+    sizes = [path.stat().st_size for path in signals_]
+    assert limit_size(tmp_path / "decoded", sum(sizes)) == (0, sum(sizes))
+    assert limit_size(tmp_path / "decoded", sum(sizes) - 1) == (1, sizes[0] + sizes[2])
+    assert [path.is_file() for path in signals_] == [True, False, True]
+    assert limit_size(tmp_path / "decoded", sizes[0]) == (1, sizes[0]) and signals_[0].is_file()
+    # A deleted signal is decoded and kept again.
+    process("third", OTHER, root=tmp_path / "1")
+    assert [path.is_file() for path in signals_] == [True, True, False]
+    assert limit_size(tmp_path / "nothing", 1) == (0, 0)
+
+
 def test_an_object_store_is_not_read_twice(tmp_path: Path, make_raw, write_raw, process) -> None:
     write_raw(make_raw(4, 200, 6, seed=1), tmp_path / "eeg" / "a.edf")
     store = as_path("memory://kept-decoded/eeg")
@@ -368,7 +388,7 @@ def test_metadata_comes_back() -> None:
             except (RequestError, ValueError):
                 continue
             assert type(getattr(found, name)) in (type(getattr(info, name)), type(wrong))
-        with pytest.raises(ValueError, match="other fields"):
+        with pytest.raises(ValueError, match="the fields are not about"):
             info_from_json({key: value for key, value in values.items() if key != name}, "x")
 
 
@@ -433,3 +453,6 @@ def test_whole_jobs(tmp_path: Path, make_raw, write_raw) -> None:
     assert read_ledger(fresh) == read_ledger(other)
     tars = sorted(p.relative_to(fresh) for p in fresh.rglob("*.tar"))
     assert tars and all((fresh / p).read_bytes() == (other / p).read_bytes() for p in tars)
+    # A limit of the size is no setting of the dataset, so the dataset stays as it is.
+    assert main([write_job(tmp_path, OTHER, True), "--output", str(other), "--decoded_gb", "0.000001"]) == 0
+    assert not list(decoded.rglob("*.kept")) and Manifest.read(other).version == 1
