@@ -27,7 +27,7 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out the test files that import torch if torch is not installed, as in ``make test-python``."""
+    """Leave out test files that import torch if torch is not installed (``make test-python`` does not install it)."""
     if HAS_TORCH or collection_path.suffix != ".py":
         return None
     return True if re.search(r"^(import|from) torch\b", collection_path.read_text(), re.MULTILINE) else None
@@ -174,8 +174,8 @@ window.addEventListener("message", event => {
 def open_in_browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[dict]]:
     """Return a function that opens a page in headless Chromium and fails if the page has errors in its layout.
 
-    The function shows the page in frames that are 390 and 1200 pixels wide, because a headless window cannot be as
-    narrow as a phone.
+    The function shows the page in frames with widths of 390 and 1200 pixels, because a headless browser window cannot
+    be as narrow as a phone.
     """
     chromium = shutil.which("chromium")
     if chromium is None:

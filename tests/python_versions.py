@@ -1,4 +1,4 @@
-"""Checks for Python versions other than the one of ``make test``: ``make resolve`` and ``make test-python``."""
+"""The checks ``make resolve`` and ``make test-python``, for other Python versions than that of ``make test``."""
 
 from __future__ import annotations
 

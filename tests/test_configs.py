@@ -11,7 +11,7 @@ import yaml
 from data_sharding.common.config import parse_config, to_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-STAGES = {  # pattern of a config file's name -> config class
+STAGES = {  # Config class for each name pattern of config files.
     "data_sharding/*": "data_sharding.job.request:ShardConfig",
     "demo/shard_*": "data_sharding.job.request:ShardConfig",
     "pretrain/*": "pretrain.training.config:PretrainConfig",

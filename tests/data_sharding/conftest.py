@@ -35,7 +35,7 @@ NAMES = [
 
 
 def build_raw(n: int = 8, sfreq: float = 200.0, seconds: float = 6.0, seed: int = 0, names: list[str] | None = None):
-    """Build noise of 10 microvolts, the amplitude of EEG, with an added alpha rhythm; in volts, as in MNE."""
+    """Make noise with the amplitude of EEG (10 microvolts) and an alpha rhythm. The values are in volts, as in MNE."""
     import mne
 
     rng = np.random.default_rng(seed)
@@ -77,7 +77,8 @@ def encode_png(colour: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture(scope="session")
 def folder_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five readable recordings in four formats (one is a copy), a file that is not EEG, a header without its data."""
+    """Five readable recordings in four formats (one is a copy), a file that is not EEG, and a header without its data
+    file."""
     root = tmp_path_factory.mktemp("corpus")
     write_raw(build_raw(8, 200, 6, seed=1), root / "sub-01" / "sub-01_task-rest_eeg.edf")
     write_raw(build_raw(19, 250, 5, seed=2), root / "sub-02" / "sub-02_task-rest_eeg.vhdr")
@@ -96,7 +97,8 @@ IMAGE_SPLITS = ["train", "train", "train", "train", "val", "test"]
 
 @pytest.fixture(scope="session")
 def events_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three subjects who see six images each; the column 'split' of the event tables holds two images out."""
+    """Three subjects who see six images each. The column 'split' of the event tables puts two images into val and
+    test."""
     root = tmp_path_factory.mktemp("paired")
     (root / "images").mkdir()
     for i, name in enumerate(IMAGES):
@@ -188,7 +190,7 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
 
 
 def make_ledger_row(key: str, *, status: Status = "sharded", reason: Reason | None = None, **columns) -> LedgerRow:
-    """Make a ledger row with typical values; `columns` replaces some of them."""
+    """Make a ledger row with typical values. The argument `columns` replaces some of them."""
     values = {
         "corpus": "lab", "path": f"{key}.edf", "files": [f"{key}.edf"], "bytes": 1000, "sha256": key, "format": "edf",
         "reader": "edf", "subject": key, "sfreq": 200.0, "seconds": 60.0, "unit": "plausible", "unit_factor": 1.0,

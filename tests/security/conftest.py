@@ -1,4 +1,4 @@
-"""Small datasets to change, and a way to run code with a limit on time and memory."""
+"""Small datasets that tests can change, and functions that run code with limited time and memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPEC = PreprocessSpec(sfreq=100.0, highpass=1.0, lowpass=40.0, window=50, stride
 MEMORY_GB = 4
 """Memory limit of child processes in GB (1e9 bytes), for the data of the process (RLIMIT_DATA)."""
 SECONDS = 120
-"""Time limit of child processes in seconds. The limit is generous, because it must not measure the machine's speed."""
+"""Time limit of child processes in seconds. It is long, so that the tests also pass on slow machines."""
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv.pop(1)),) * 2)
@@ -68,7 +68,7 @@ class Dataset:
         self.change_manifest(lambda manifest: manifest["splits"]["train"][0].update(values))
 
     def change_index(self, change: Callable[[list[dict[str, Any]]], object]) -> None:
-        """Change the entries of the index, and sign the new index in the manifest."""
+        """Change the entries of the index, and write the new checksum of the index to the manifest."""
         entries = json.loads(self.idx.read_text())
         change(entries)
         self.idx.write_text(json.dumps(entries))
@@ -81,7 +81,8 @@ class Dataset:
         )
 
     def replace_in_tar(self, old: bytes, new: bytes) -> None:
-        """Replace text of the same length in the tar, correct the checksums of the headers, and sign the tar."""
+        """Replace text by text of the same length in the tar, and correct the checksums in the headers and in the
+        manifest."""
         assert len(old) == len(new)
         data = bytearray(self.tar.read_bytes())
         assert old in data
@@ -112,7 +113,7 @@ def _run_command(*words: object, folder: Path | None = None) -> subprocess.Compl
 
 
 def _assert_refused(done: subprocess.CompletedProcess[str], *names: str) -> None:
-    """Check that a command ended with exit code 2 and one line that holds the given texts."""
+    """Check that a command ended with exit code 2 and one line that contains the given texts."""
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     lines = [line for line in done.stderr.splitlines() if line.startswith("dreamscale: ")]
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr

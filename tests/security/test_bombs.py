@@ -1,4 +1,4 @@
-"""Small files that stand for huge or endless work: each ends in an error of one line, in bounded time and memory."""
+"""Small files that would cause huge or endless work: each gives an error of one line, with limited time and memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from data_sharding.formats.open_signal import ReadError
 from launch.cli import main
 
 MARK, TUPLE2, DUP, EMPTY_DICT, SETITEM, STOP = b"(", b"\x86", b"2", b"}", b"s", b"."
-NESTED = b")" + (DUP + TUPLE2) * 40  # a tuple with itself twice, 40 times: 2^40 empty tuples
+NESTED = b")" + (DUP + TUPLE2) * 40  # 40 levels of tuples that each contain the next tuple twice: 2^40 empty tuples
 LISTS = b"]q\x00" + b"".join(b"0](h%ch%ceq%c" % (i, i, i + 1) for i in range(45))  # the same with lists
 INTS = b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little", signed=True) + b"N" for i in range(200_000))
 PICKLES = {
@@ -58,7 +58,7 @@ try:
     value = load_npy(Path(sys.argv[1]))
 except RefusedPickle as error:
     sys.exit(f"REFUSED {error}")
-# The kernel's peak of this program alone. The peak in getrusage begins with that of the process that started it.
+# Read the peak memory of this program from /proc. The peak in getrusage includes that of the parent process.
 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 print(type(value).__name__, status["VmHWM"].split()[0])
 """
@@ -145,7 +145,7 @@ SIDECAR = "sfreq: 100\nch_names: [Cz, Pz]\nunit: uV\n"
 
 
 def _zeros_npz(total: int) -> bytes:
-    """Return a .npz file of a few kB that states `total` bytes of zeros."""
+    """Return a .npz file of a few kB that decompresses to `total` bytes of zeros."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2, total // 8)})
     buffer = io.BytesIO()

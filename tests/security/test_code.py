@@ -1,4 +1,5 @@
-"""No code of the project loads files in a way that could run code from them, and every reader uses the checks."""
+"""Tests that the code of the project never loads files in a way that could run code, and that all readers use the
+checks."""
 
 from __future__ import annotations
 
@@ -37,9 +38,9 @@ ALLOWED = {
     ("pretrain/convert.py", "torch.load"): "with weights_only",
     ("finetune/evaluation/evaluate.py", "torch.jit.load"): "a program that the user names, with its checksum",
 }
-"""Calls that are allowed in one file, and why."""
+"""Calls that are allowed in one file, each with the reason."""
 OWN_RUN = {"pretrain", "launch"}
-"""Packages that read lines of JSON which their own run has written."""
+"""Packages that read JSON lines which the same run has written."""
 
 
 def _calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:

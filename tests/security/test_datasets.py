@@ -1,4 +1,4 @@
-"""Manifests, indices and tars that somebody changed: one line, and nothing outside the named folder is touched."""
+"""Manipulated manifests, indices and tars: the error is one line, and no file outside the named folder is changed."""
 
 from __future__ import annotations
 
@@ -165,11 +165,11 @@ def test_changed_index_is_refused(dataset: Any, change: Callable[..., object], c
     except RequestError as error:
         assert "000000" in str(error)
     else:
-        assert "'../" in output.out  # Training uses neither the keys nor the unknown members of an index.
+        assert "'../" in output.out  # Training does not use the keys of an index, and not its unknown members.
 
 
 def test_index_that_claims_3_gb_takes_no_memory(dataset: Any, run_limited: Any) -> None:
-    """The tar has a hole of 3 GB, so that the index states no more than the file holds."""
+    """The tar is a sparse file of 3 GB, so the sizes in the index agree with the size of the file."""
     with dataset.tar.open("r+b") as stream:
         stream.truncate(3 * 10**9 + 10**6)
     entries = json.loads(dataset.idx.read_text())
@@ -256,7 +256,8 @@ def test_compressed_windows_unpack_to_no_more_than_a_window() -> None:
     for data, samples in ((stated, 50), (unstated, 50), (stated, None), (packed, 49), (packed[:-9], 50), (b"", 50)):
         with pytest.raises(ValueError, match=r"\w"):
             decode_eeg(data, 2, samples)
-    for at in range(4, 14):  # Every value of the frame's header, with the stated size, is one that an attacker chose.
+    # An attacker can choose every value of the frame's header, including the size of the content.
+    for at in range(4, 14):
         changed = bytes(claims[:at]) + b"\xff" + bytes(claims[at + 1 :])
         try:
             decode_eeg(changed, 2, 50)
@@ -265,7 +266,7 @@ def test_compressed_windows_unpack_to_no_more_than_a_window() -> None:
 
 
 def test_generate_writes_only_into_its_output(tmp_path: Path, paired_dataset: Path) -> None:
-    """A key such as ../x in a tar would be the name of an image."""
+    """Without checks, a key such as ../x in a tar would be used as the name of an image file."""
     import shutil
 
     from finetune.generate import GenerateConfig, generate_images

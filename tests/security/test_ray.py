@@ -1,4 +1,4 @@
-"""A local Ray session runs its own tasks and refuses strangers."""
+"""A local Ray session runs its own tasks, and refuses other processes."""
 
 from __future__ import annotations
 

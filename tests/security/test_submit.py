@@ -44,7 +44,7 @@ def test_paths_with_code_are_only_paths(
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("ray", "srun", "scontrol", "python"):
-        # Each tool of a cluster becomes a program that runs the command after its options, as the tool would.
+        # Each cluster tool is replaced by a program that runs the command after its options, as the tool would.
         (tools / name).write_text(RUN)
         (tools / name).chmod(0o755)
     environment = {
@@ -86,11 +86,11 @@ def test_arguments_of_the_stage_with_line_breaks_are_refused(
 
 
 def test_kubernetes_keeps_dollars(capsys: pytest.CaptureFixture[str]) -> None:
-    """Kubernetes replaces $(NAME) and $$ in a command; all dollars of the user must arrive."""
+    """Kubernetes replaces $(NAME) and $$ in a command. The dollar signs of the user must not be changed."""
     words = ["--output", "runs/$$x$(NODE_INDEX)\N{BRAIN}"]
     assert main(["submit", "k8s", "pretrain", CONFIG, "--dry-run", *GPUS, "--", *words]) == 0
     _, job = yaml.safe_load_all(capsys.readouterr().out)
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    # The rules of Kubernetes: $$ is a dollar, and $(NAME) is a variable.
+    # Apply the rules of Kubernetes: $$ becomes a dollar sign, and $(NAME) becomes the value of a variable.
     expanded = re.sub(r"\$\$|\$\((\w+)\)", lambda m: "$" if m[1] is None else "VARIABLE", container["command"][2])
     assert words[1] in shlex.split(expanded)

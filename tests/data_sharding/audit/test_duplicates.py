@@ -74,7 +74,8 @@ def test_changed_copy_is_found(what: str) -> None:
 
 
 def test_copies_beyond_the_documented_limits_are_not_found() -> None:
-    """A part from the middle, and another reference of more channels than points: see docs/leakage.md."""
+    """Two copies that are not found: a part from the middle of a recording, and a copy with another reference and more
+    channels than points (see docs/leakage.md)."""
     x, many = make_eeg(0, alpha=0.0), make_eeg(1, 80, alpha=0.0)
     assert find_duplicates([make_fingerprint("a", x), make_fingerprint("b", x[:, 500:])]) == {}
     assert find_duplicates([make_fingerprint("a", many), make_fingerprint("b", many - many[:1])]) == {}
@@ -112,13 +113,14 @@ def test_other_references_and_channel_combinations_are_found(n: int) -> None:
     alpha=st.sampled_from([0.0, 1.0, 10.0]),
 )
 def test_different_recordings_are_different(seeds: list[int], n: int, seconds: float, alpha: float) -> None:
-    """Recordings stay different even if a strong rhythm or a common reference makes all channels similar."""
+    """Different recordings are not duplicates, even if a strong rhythm or a common reference makes all channels
+    similar."""
     points = [assess(make_eeg(seed, n, seconds, alpha=alpha), RATE).fingerprint for seed in seeds]
     assert not any(compare(points[i], points[j], seconds, seconds) for i in range(12) for j in range(i))
 
 
 def test_switch_on_transient_is_not_a_match() -> None:
-    """Amplifiers start with a step of some millivolts; its filtered shape is the same in every recording."""
+    """Amplifiers start with a step of some millivolts, which has the same shape after filtering in every recording."""
     step = np.where(np.arange(2500) < 20, -5e3, 0.0)
     prints = [make_fingerprint(str(i), make_eeg(i) + step) for i in range(12)]
     corr = [np.corrcoef(prints[0].points[0], p.points[0])[0, 1] for p in prints[1:]]  # type: ignore[index]

@@ -25,7 +25,7 @@ def items(folder_corpus: Path) -> list:
 
 
 class Rows:
-    """Makes ledger rows of signals that are in memory; the rows are like those that workers return."""
+    """Makes ledger rows for signals in memory, like the rows that workers return."""
 
     def __init__(self, make_row, make_raw) -> None:
         self.make_row, self.make_raw = make_row, make_raw
@@ -202,7 +202,8 @@ def test_trials_with_images_of_a_held_back_dataset_are_left_out(
 
 @pytest.fixture(scope="module")
 def sharded(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A benchmark dataset of one subject, and a training dataset of the whole corpus that holds it back."""
+    """A benchmark dataset with one subject, and a training dataset from the whole corpus that holds back the
+    benchmark."""
     from data_sharding.job.run import main as shard
 
     folder = tmp_path_factory.mktemp("jobs")

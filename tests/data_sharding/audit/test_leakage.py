@@ -1,4 +1,4 @@
-"""Data that two datasets or two splits share are reported, and nothing else is reported."""
+"""All data that two datasets or two splits share are reported, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 
 
 def make_image(seed: int, size: int = 96) -> Image.Image:
-    """Make an image of smooth coloured blobs, about as detailed as the thumbnail of a photograph."""
+    """Make an image of smooth coloured blobs, with about as much detail as the thumbnail of a photograph."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 255, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
@@ -226,7 +226,7 @@ class TestImages:
         assert "image lab/b (train) is lab/c (test): the same image, encoded again" in out
 
     def test_sharing_that_the_config_allows_is_only_a_question(self, publish, make_raw, tmp_path, capsys) -> None:
-        """First, only subjects are held out; then the same trials are split by concept."""
+        """The test first holds out only subjects. Then it splits the same trials by concept."""
         both = self.make_trials(make_raw, [("a", encode_image(make_image(0)))], concepts=["cat"])
         more = {"key": "u", "subject": "other", "raw": make_raw(4, 200, 8, seed=8), "split": "test"}
         publish(

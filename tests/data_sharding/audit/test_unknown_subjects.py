@@ -1,4 +1,4 @@
-"""Nobody is called clean whose identity is not known: the last line, the exit code, and the tables agree."""
+"""If subjects are unknown, the splits are not called clean: in the last line, in the exit code, and in the tables."""
 
 from __future__ import annotations
 

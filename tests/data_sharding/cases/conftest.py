@@ -1,7 +1,7 @@
-"""Compares sharded samples with recordings whose true signal is known at any time.
+"""Compares sharded samples with the true signal of synthetic recordings, which is known at any time.
 
-The true signals are the sums of sinusoids in ``truth.py`` of the folder that `DREAMSCALE_CASES` names. `true_uv` is the
-same function, so that tests can also write recordings of their own.
+The true signals are sums of sinusoids, which are computed by ``truth.py`` in the folder that `DREAMSCALE_CASES` names.
+`true_uv` is the same function, so that tests can also write other recordings.
 
 In array shapes, n is the number of channels, S a number of samples, and T the number of samples in a window.
 """
@@ -48,7 +48,7 @@ def true_uv(seed: int, n: int, seconds: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass
 class Sharded:
-    """What became of one recording."""
+    """Result of sharding one recording."""
 
     row: LedgerRow
     """Its row in the ledger."""
@@ -101,7 +101,8 @@ def assert_true(
     skip: Iterable[str] = (),
     ends: bool = False,
 ) -> None:
-    """Compare windows with the true signal: gain within 0.1 %, correlation above 0.998, names in order.
+    """Check that windows agree with the true signal: gain within 0.1 %, correlation above 0.998, and the same order of
+    channels.
 
     Parameters
     ----------
@@ -116,10 +117,10 @@ def assert_true(
     clock : callable
         Converts the start of a window, in seconds from the recording's start, to the time of the true signal.
     skip : iterable of str
-        Channels without the true signal: marked as bad, or absent.
+        Channels that are not compared, because they are marked as bad or are missing.
     ends : bool
-        Whether to compare also the first and the last window of each run of neighbouring windows. Near the ends of a
-        segment, a filter has less signal on one side, so its result differs from that of the endless true signal.
+        Whether to also compare the first and the last window of each run of neighbouring windows. Near the ends of a
+        segment, the filters have a transient, so the result differs from the true signal.
     """
     from scipy.signal import sosfiltfilt
 
@@ -176,7 +177,7 @@ def write_edf(
     high: list[str] | None = None,
     bdf: bool = False,
 ) -> Path:
-    """Write EDF or BDF with records of 1 s; every byte of the header's main fields can be chosen.
+    """Write an EDF or BDF file with records of 1 s. All main fields of the header can be chosen.
 
     Parameters
     ----------
@@ -191,7 +192,7 @@ def write_edf(
     scale : iterable of float
         Physical units per microvolt of each channel. The header's physical range is 500 microvolts times this number.
     low, high : list of str, optional
-        Texts of physical minimum and maximum, instead of the true ones.
+        Texts for the physical minimum and maximum, instead of the correct numbers.
     bdf : bool
         Whether to write BDF.
     """

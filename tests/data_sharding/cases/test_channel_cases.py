@@ -1,4 +1,4 @@
-"""Names and places of channels: a label twice, and positions in other coordinate systems."""
+"""Names and positions of channels: repeated labels, and positions in other coordinate systems."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_eeglab_files_with_other_noses_and_units(
     from scipy.io import savemat
 
     table = _montage("standard_1005")
-    # EEGLAB's x points to the nose and its y to the left ear, with the middle of a sphere as origin.
+    # In EEGLAB, x points to the nose and y to the left ear, and the origin is the centre of a sphere.
     eeglab = np.array([[table[n][1] - 0.01, -table[n][0], table[n][2] - 0.04] for n in NAMES]) * 0.9
     x, y, z = eeglab.T
     own = {"+X": (x, y, z), "+Y": (-y, x, z), "-Y": (y, -x, z)}[nose]

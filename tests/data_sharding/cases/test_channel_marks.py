@@ -26,7 +26,7 @@ BAD = ["F4"]
 
 @pytest.fixture
 def signal(true_uv) -> np.ndarray:
-    """Return a true signal with an artefact in F4, which is too small to be found without its mark."""
+    """Return the true signal with an artefact in F4. The artefact is so small that only the mark shows it."""
     t = np.arange(RATE * SECONDS) / RATE
     uv = true_uv(SEED, 8, t)
     marked = (t >= BEGIN) & (t < BEGIN + LENGTH)
@@ -135,7 +135,8 @@ def test_only_the_named_channel_is_bad_in_the_span(
     assert len(far) > 40 and not any(meta["bads"] for meta in far)
     assert sharded.row.bad_in_windows["marked bad"] >= len(overlapping)
     assert not sharded.row.windows_left_out and not sharded.row.bads
-    # The artefact of F4 changes neither the reference of the other channels nor any window beyond the filter's reach.
+    # The artefact of F4 does not change the reference of the other channels, and it does not change windows further
+    # away than the filter's transient.
     marked, clear = ([pair for pair in sharded.samples if bool(pair[0]["bads"]) is bad] for bad in (True, False))
     assert_true(dataclasses.replace(sharded, samples=marked), SEED, skip=["F4"], ends=True)
     assert_true(dataclasses.replace(sharded, samples=clear), SEED)
@@ -146,7 +147,7 @@ def test_a_mark_without_channels_leaves_out_the_windows(
 ) -> None:
     sharded = shard_file(shard_all, tmp_path, write(tmp_path, signal, []))
     assert not sharded.touches(BEGIN, BEGIN + LENGTH) and not sharded.row.bad_in_windows
-    assert sharded.row.windows_left_out["over a span marked as bad"] in (2, 3)
+    assert sharded.row.windows_left_out["overlaps a span marked as bad"] in (2, 3)
 
 
 def test_a_mark_of_every_channel_is_a_gap(tmp_path: Path, shard_all, signal: np.ndarray, write) -> None:

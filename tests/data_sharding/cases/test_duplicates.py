@@ -1,4 +1,4 @@
-"""Recordings of two people stay two recordings, also if both begin with the same calibration signal."""
+"""Recordings of two people are not duplicates, even if both begin with the same calibration signal."""
 
 from __future__ import annotations
 

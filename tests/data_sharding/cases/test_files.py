@@ -1,4 +1,4 @@
-"""A recording consists of the files that its own file claims, and a reader opens exactly these files."""
+"""A recording consists of the files that its main file names, and a reader opens exactly these files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_fif(path: Path, uv: np.ndarray, **options) -> None:
 
 
 def write_set(path: Path, uv: np.ndarray, named: str, fdt: str | None = None, *, compress: bool = False) -> None:
-    """Write an EEGLAB .set that says its signal is in `named`; write the signal to `fdt`, by default `named`."""
+    """Write an EEGLAB .set file that names the signal file `named`. Write the signal to `fdt`, by default `named`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     locations = np.array([(name,) for name in NAMES], dtype=[("labels", object)])
     eeg = {"setname": "a", "nbchan": 8, "pnts": uv.shape[1], "trials": 1, "srate": float(RATE), "xmin": 0.0}
@@ -48,7 +48,8 @@ def write_set(path: Path, uv: np.ndarray, named: str, fdt: str | None = None, *,
 
 
 def write_vhdr(path: Path, uv: np.ndarray, stem: str) -> None:
-    """Write a BrainVision triple whose files are called `stem`, but whose header is `path`."""
+    """Write a BrainVision recording. The header has the path `path`, and names data and marker files with the base name
+    `stem`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(f"Ch{i}={name},,0.01,µV\n" for i, name in enumerate(NAMES, start=1))
     path.write_text(
@@ -75,7 +76,7 @@ class TestFif:
 
     @pytest.mark.parametrize("naming", ["neuromag", "bids"])
     def test_parts_are_what_the_file_says(self, tmp_path: Path, shard_all, assert_true, true_uv, naming: str) -> None:
-        """Next to a split recording lies another one whose name looks like the part after the last."""
+        """A file next to a split recording has the name of a further part, but is another recording."""
         uv = make_uv(true_uv, 70, 330)
         name = "sub-1_task-x_eeg.fif" if naming == "bids" else "a_raw.fif"
         write_fif(tmp_path / "f" / name, uv, split_size="2MB", split_naming=naming)
@@ -98,14 +99,14 @@ class TestFif:
         row = sharded["a_raw.fif"].row
         assert (row.status, row.category) == ("quarantined", "sidecar missing")
         assert "a_raw.fif names its next part 'a_raw-1.fif', which does not exist" in row.reason
-        # The renamed part is a sound recording of its own, together with the part that follows it.
+        # The renamed part and the next part are a valid separate recording.
         assert sharded["renamed_raw.fif"].row.files == ["a_raw-2.fif", "renamed_raw.fif"]
         assert sorted(sharded) == ["a_raw.fif", "renamed_raw.fif"]
         (tmp_path / "f" / "a_raw-2.fif").unlink()
         assert shard_all(tmp_path / "f")["renamed_raw.fif"].row.category == "sidecar missing"
 
     def test_part_of_another_recording_is_refused(self, tmp_path: Path, shard_all, true_uv) -> None:
-        """Another recording was saved later under the name of a part."""
+        """Another recording has overwritten a part of a split recording."""
         write_fif(tmp_path / "f" / "a_raw.fif", make_uv(true_uv, 76, 330), split_size="2MB")
         write_fif(tmp_path / "f" / "a_raw-1.fif", make_uv(true_uv, 77), overwrite=True)
         row = shard_all(tmp_path / "f")["a_raw.fif"].row

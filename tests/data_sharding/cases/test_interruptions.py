@@ -1,4 +1,4 @@
-"""Recordings with interruptions, bad marks and damaged headers: each window holds the true signal at its true time."""
+"""Recordings with interruptions, bad marks and damaged headers: each window has the true signal at the right time."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_spans_that_are_marked_or_missing_are_left_out(cases: Path, shard_all, a
     [("eeglab/s01_b99.set", 901, 0.0), ("edf/e23_biosemi_epoch.bdf", 907, 0.0), ("edf/e15_C_gap.edf", 906, 70.0)],
 )
 def test_no_window_crosses_a_stop(cases: Path, shard_all, assert_true, path: str, seed: int, jump: float) -> None:
-    """EDF+C says how long the amplifier was stopped, so the windows after the stop begin 70 s later."""
+    """The EDF+C file contains the length of the pause, so the windows after the pause begin 70 s later."""
     sharded = shard_all((cases / path).parent)[Path(path).name]
 
     def clock(seconds: float) -> float:
         return seconds if seconds < 30.9 else seconds - jump + 70.0
 
-    # The windows beside the stop are at the ends of segments, where a filter has less signal on one side.
+    # The windows next to the pause are at the ends of segments, where the filters have a transient.
     beside = {30.0, 31.0 + jump}
     inner = [(meta, x) for meta, x in sharded.samples if meta["start"] not in beside]
     assert_true(dataclasses.replace(sharded, samples=inner), seed, clock=clock)

@@ -1,4 +1,4 @@
-"""The notch filter removes the mains noise and its harmonics, also where the mains frequency drifts."""
+"""The notch filter removes the mains noise and its harmonics, also if the mains frequency drifts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def filter_spectrum(x: np.ndarray, spec: PreprocessSpec, line: float) -> tuple[n
 
 
 def measure_peak(frequency: np.ndarray, power: np.ndarray, line: float) -> float:
-    """Return the largest power within 1.5 Hz of the mains frequency, relative to the power beside the filter's hole."""
+    """Return the largest power within 1.5 Hz of the mains frequency, divided by the power just outside the notch."""
     distance = np.abs(frequency - line)
     return float(power[distance <= 1.5].max() / np.median(power[(distance > 4) & (distance < 9)]))
 
@@ -48,9 +48,9 @@ def test_no_peak_is_left_at_the_mains_frequency_and_its_harmonics(line: float, d
     phase = 2 * np.pi * np.cumsum(line + offset) / 300.0
     frequency, power = filter_spectrum(x + 200 * np.sin(phase) + 40 * np.sin(2 * phase), spec, line)
     assert measure_peak(frequency, power, line) < 1.0
-    # The second harmonic lies above the pass band. The first harmonic beyond Nyquist's frequency is not in the signal.
+    # The second harmonic is above the pass band. The first harmonic above the Nyquist frequency is not in the signal.
     assert measure_peak(frequency, power, 2 * line) < 1.5
-    # The filter keeps the frequencies beside the mains.
+    # The filter keeps the frequencies next to the mains frequency.
     _, without = filter_spectrum(x, PreprocessSpec(sfreq=300.0, notch="off"), line)
     beside = (np.abs(frequency - line) > 5) & (frequency > 10) & (frequency < line + 20)
     np.testing.assert_allclose(power[beside] / without[beside], 1.0, atol=0.25)

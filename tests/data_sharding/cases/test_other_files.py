@@ -1,4 +1,5 @@
-"""Files that are no recordings are excluded; recordings without a reader, archives and tables have a row."""
+"""Files that are not recordings are excluded. Recordings without a reader, archives and tables have a row in the
+ledger."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def rows(root: Path) -> dict[str, Recording]:
 
 @pytest.fixture(scope="module")
 def fif_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """FIF files of every kind that MNE writes, all with names that say nothing."""
+    """Write FIF files of every kind that MNE can write, with names that do not show the kind."""
     root, random = tmp_path_factory.mktemp("fif"), np.random.default_rng(0)
     with mne.utils.use_log_level("ERROR"):
         info = mne.create_info(NAMES, 100.0, "eeg")
@@ -85,7 +86,8 @@ def test_they_do_not_count_as_set_aside(fif_files: Path, shard_all) -> None:
 def test_a_damaged_fif_file_is_not_called_something_else(tmp_path: Path, fif_files: Path) -> None:
     data = (fif_files / "covariance.fif").read_bytes()
     (tmp_path / "a.fif").write_bytes(data[: len(data) // 2])
-    assert rows(tmp_path)["a.fif"].problem is None  # The reader reports the missing bytes.
+    # The truncated file is recognised as a recording. Its reader reports the missing bytes later.
+    assert rows(tmp_path)["a.fif"].problem is None
 
 
 def test_positions_and_eye_movements_are_no_recordings(tmp_path: Path) -> None:

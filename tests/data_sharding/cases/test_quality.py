@@ -1,4 +1,4 @@
-"""Bad parts of a signal are left out or marked, window by window, and the good parts are kept unchanged."""
+"""Bad parts of a signal are left out or marked in each window, and the good parts are not changed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def get_times(sfreq: float = 250.0, seconds: float = SECONDS) -> np.ndarray:
 
 
 def assert_adds_up(sharded) -> None:
-    """Check that every second of the recording is written or has a reason."""
+    """Check that every second of the recording is in a window or is counted under a reason."""
     row = sharded.row
     assert row.seconds_written + sum(row.seconds_left_out.values()) == pytest.approx(row.seconds, abs=0.02)
 
@@ -78,7 +78,7 @@ class TestCases:
 
 
 class TestDropouts:
-    """The amplifier gives no signal for a while, in every channel."""
+    """No channel has a signal for some time."""
 
     @pytest.mark.parametrize(
         ("value", "sfreq"),
@@ -140,7 +140,7 @@ class TestDropouts:
 
 
 class TestBadChannels:
-    """Some channels have no signal for a while; the others must not suffer."""
+    """Some channels have no signal for some time. This must not change the other channels."""
 
     @pytest.mark.parametrize(
         ("kind", "n_bad"), [("flat", 3), ("clipped", 1), ("too small", 3), ("missing values", 1), ("too large", 2)]
@@ -169,7 +169,7 @@ class TestBadChannels:
                 assert meta["bads"] == []
         clean = dataclasses.replace(sharded, samples=[s for s in sharded.samples if not s[0]["bads"]])
         assert_true(clean, 9, ends=True)
-        # The good rows beside a bad row: their reference is the mean over the good rows.
+        # The reference is the mean over the good rows, without the bad row.
         for meta, x in sharded.samples:
             if meta["bads"]:
                 own = x[n_bad:]

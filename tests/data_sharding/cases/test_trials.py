@@ -1,4 +1,4 @@
-"""Trials keep their baseline and their repeats, and every time is right to the sample."""
+"""Trials are stored with their baseline, all repeats are stored, and every time is exact to the sample."""
 
 from __future__ import annotations
 
@@ -100,8 +100,9 @@ def test_a_missing_baseline_shortens_the_trial_and_is_counted(
     spans = [(10.0, 10.1, "BAD_muscle"), (20.0, 20.2, "BAD"), (30.0, 32.0, "BAD_ACQ_SKIP")]
     write_raw(path, true_uv(4, 8, np.arange(10_000) / 250), 250.0, spans)
     write_images(tmp_path)
-    # No baseline at the beginning; a bad span in the baseline; one in the window; a gap in the baseline; a gap in the
-    # window; a whole trial; no part after the window at the end; too late.
+    # The trials in order: no baseline at the beginning of the recording; bad span in the baseline; bad span in the
+    # window; gap in the baseline; gap in the window; complete trial; nothing after the window at the end of the
+    # recording; too late.
     onsets = [0.1, 10.15, 19.5, 32.05, 29.5, 25.0, 38.9, 39.5]
     write_table(path.parent / "a_events.tsv", onsets)
     (sharded,) = shard_all(path.parent, **events(path.parent, tmp_path, tmin=-0.2, tmax=1.3)).values()
@@ -161,7 +162,8 @@ def assert_epochs_true(sharded, true_uv: Callable, seed: int, sfreq: float, onse
 def test_epochs_know_their_onset(
     tmp_path: Path, shard_all: Callable, true_uv: Callable, name, sfreq, tmin, times
 ) -> None:
-    """A table may list the times of the recording, or the times in the file, where the epochs follow one another."""
+    """A table can contain times of the original recording, or times in the file, in which the epochs follow one
+    another."""
     onsets, root = [3.0, 9.5, 17.25, 31.0], tmp_path / "eeg"
     write_epochs(root / name, true_uv, 5, sfreq, tmin, onsets)
     write_images(tmp_path)
@@ -184,7 +186,7 @@ def test_a_table_of_other_times_gives_no_epoch_a_wrong_image(
     write_table(root / "a-epo_events.tsv", onsets)
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
     assert sharded.row.windows_left_out == {"the table does not describe the epochs": 4}
-    # Times in the file before an epoch was rejected: three of them are events of other epochs.
+    # These are times in the file before an epoch was rejected. Three of them are now the times of other epochs' events.
     write_table(root / "a-epo_events.tsv", [1.0, 6.0, 11.0, 16.0])
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
     assert sharded.row.reason == "no window left: 4 the table does not describe the epochs"

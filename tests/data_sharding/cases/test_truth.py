@@ -1,4 +1,4 @@
-"""The comparison with the true signal accepts a recording without faults, and finds small faults."""
+"""Tests of the comparison itself: it accepts a recording without faults, and finds small faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A corpus whose recordings all have the same wrong unit: the job says which line corrects it, and applies nothing."""
+"""If all recordings of a corpus have the same wrong unit, the job suggests a line for the config, and changes no
+value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The unit of every channel is read in any spelling, and unknown units and missing scales are named."""
+"""Units are understood in any spelling. Unknown units and missing scales are reported."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_units_mixed_in_one_gdf_file(
 def test_a_gdf_file_with_several_rates(
     tmp_path: Path, shard_all: Callable, assert_true: Callable, true_uv: Callable, write_gdf: Callable, rate: int
 ) -> None:
-    """MNE reads the wrong channels of a GDF file if it leaves one out."""
+    """If a channel of a GDF file is left out, MNE reads the wrong channels. The reader corrects this."""
     ramp = np.linspace(-400, 400, 40 * rate)
     signals = {"Resp": (ramp, rate)}
     signals |= {name: (x, 250) for name, x in zip(NAMES, true_uv(9, 8, SECONDS), strict=True)}

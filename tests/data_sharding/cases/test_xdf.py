@@ -1,4 +1,4 @@
-"""XDF files with lost packets, jitter and faulty clocks come out with the true rate, segments and times.
+"""XDF files with lost packets, jitter and faulty clocks are read with the right sampling rate, segments and times.
 
 The true signal is a function of the amplifier's clock: sample number / rate. The stamps of the recording computer add
 jitter, drift and faults.
@@ -21,7 +21,7 @@ from data_sharding.processing.quality import QualitySpec
 
 NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4"]
 SPEC = PreprocessSpec(window=256, stride=256, quality=QualitySpec(leave_out_edges=False))
-"""Keep the windows at the ends of segments, so that the first window of a segment shows the segment's onset."""
+"""Keep the windows at the ends of segments. Then the first window of a segment shows the onset of the segment."""
 SECONDS = 40
 BEGIN = 1000.0
 """First time stamp."""
@@ -39,9 +39,9 @@ def write_xdf(
     markers: Sequence[tuple[float, str]] = (),
     marker_offsets: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Write a stream of EEG [n, S] in microvolts. `own` tells which samples have a stamp of their own in the file.
+    """Write a stream of EEG [n, S] in microvolts. `own` marks the samples whose time stamp is stored in the file.
 
-    `markers` are the stamps and texts of a second stream, which has clock offsets of its own.
+    `markers` are the stamps and texts of a second stream, which has different clock offsets.
     """
 
     def chunk(tag: int, content: bytes) -> bytes:
@@ -87,7 +87,7 @@ def make_chunks(n: int, size: int) -> list[int]:
 
 
 def add_jitter(stamps: np.ndarray, kind: str, chunks: list[int], rate: float) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return stamps with jitter, and which samples have a stamp of their own."""
+    """Return time stamps with jitter, and the samples whose time stamp is stored in the file."""
     random = np.random.default_rng(7)
     first = np.cumsum([0, *chunks])[:-1]
     own = np.zeros(len(stamps), bool)
@@ -97,7 +97,7 @@ def add_jitter(stamps: np.ndarray, kind: str, chunks: list[int], rate: float) ->
         return stamps + random.normal(0, 0.002, len(stamps)), None
     if kind == "chunk":
         return stamps + late, own
-    if kind == "equal":  # All samples of a chunk have the time at which the chunk came.
+    if kind == "equal":  # All samples of a chunk have the arrival time of the chunk.
         return np.repeat((stamps + late)[first], chunks), None
     if kind == "drift":
         return BEGIN + (stamps - BEGIN) * (1 + 50e-6) + random.normal(0, 0.0003, len(stamps)), None
@@ -130,14 +130,16 @@ def test_lost_packets_end_a_segment(
     assert sharded.row.sfreq == rate
     assert not sharded.touches(cut / rate, (cut + lost) / rate - 0.0015)
     behind = [a for a, _ in sharded.spans if a > cut / rate]
-    # The first window begins with the first sample after the gap: to the sample, and within 1.5 ms of jitter.
+    # The first window begins exactly with the first sample after the gap. Its time is right within 1.5 ms, because of
+    # the jitter.
     assert behind and abs(behind[0] - (cut + lost) / rate) <= max(1.01 / rate, 0.0015)
     assert sharded.row.seconds_written > SECONDS - lost_s - 4
     assert_true(sharded, 50)
 
 
 def _without_ends(sharded, cut: float):
-    """Leave out the two windows at a cut without a gap: filters have less signal at the ends of a segment."""
+    """Leave out the two windows next to a cut without a gap, because the filters have a transient at the ends of
+    segments."""
     kept = [sample for sample, (a, b) in zip(sharded.samples, sharded.spans, strict=True) if a > cut or b < cut - 0.01]
     return dataclasses.replace(sharded, samples=kept)
 
@@ -235,7 +237,7 @@ def test_other_faults_of_stamps_are_mended(
 
 
 def test_clock_set_anew_is_corrected_by_the_offsets(tmp_path: Path, shard_all, assert_true, true_uv) -> None:
-    """The computer of the amplifier starts again after 20 s and a pause of 30 s; the clock offsets show this."""
+    """The computer of the amplifier is restarted after 20 s, with a pause of 30 s. The clock offsets show this."""
     index = np.concatenate([np.arange(5000), np.arange(12500, 17500)])
     stamps = BEGIN + index / 250
     stamps[5000:] -= 990.0
@@ -280,7 +282,7 @@ def test_streams_without_a_steady_clock_are_refused(tmp_path: Path, shard_all, t
 
 
 class TestMarkerStreams:
-    """Texts of a marker stream divide the recording at the sample to which their time stamp belongs."""
+    """Markers of a marker stream divide the recording at the sample that has the time of the marker."""
 
     RATE = 250
 
@@ -331,7 +333,7 @@ class TestMarkerStreams:
         times = [time * (1 + drift) for time in (5.0, 12.0, 20.0)]
         path = self.write(tmp_path, true_uv, index, [(time, "New Segment") for time in times], drift=drift)
         segments, _ = self.segments(path)
-        # The marker at 12 s lies in the gap, where there is nothing to cut.
+        # The marker at 12 s is in the gap, so it divides nothing.
         assert segments == [(0, 1250, 0.0), (1250, 2500, 5.0), (2500, 4000, 14.0), (4000, 7500, 20.0)]
 
     def test_bad_marks_without_duration_have_a_note(self, tmp_path: Path, true_uv, shard_all, assert_true) -> None:

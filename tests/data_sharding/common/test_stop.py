@@ -1,4 +1,5 @@
-"""Tests of requests to stop that a library or Python swallows, hides or delays. Each test signals a real process."""
+"""Tests of stop signals that a library or Python ignores, hides or delays. Each test sends a signal to a real
+process."""
 
 from __future__ import annotations
 

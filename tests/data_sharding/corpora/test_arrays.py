@@ -127,7 +127,7 @@ def test_to_samples(tmp_path: Path) -> None:
         assert result.samples == {"train": windows}
 
 
-@settings(deadline=None)  # a busy machine may be slow
+@settings(deadline=None)  # On a busy machine, an example can take longer than the default time limit.
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
 def test_any_range_over_segments_is_the_arrays_in_a_row(lengths: list[int], data: st.DataObject) -> None:
     parts = [np.random.default_rng(i).normal(size=(3, n)) for i, n in enumerate(lengths)]

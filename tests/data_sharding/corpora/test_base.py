@@ -61,7 +61,7 @@ class Corpora:
     """A config that contains a list of corpora."""
 
     corpora: list[CorpusConfig]
-    """Corpora that hold the recordings."""
+    """Corpora of the recordings."""
 
 
 def test_from_yaml(tmp_path: Path) -> None:
@@ -216,7 +216,8 @@ class TestOrder:
             "unknown",
             "no trials: continuous recordings",
         )
-        # Trials come in pairs of one category. Neighbours agree more often than by chance, but a pair is not a block.
+        # Trials come in pairs of one category. So neighbours have the same category more often than by chance, but a
+        # pair is not a block.
         rng = np.random.default_rng(0)
         pairs = [name for name in rng.permutation([f"c{i % 3}" for i in range(150)]) for _ in range(2)]
         assert measure_order([item(pairs)])[0] == "unknown"

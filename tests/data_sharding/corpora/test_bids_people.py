@@ -1,4 +1,5 @@
-"""The sidecar files of a BIDS dataset describe people, devices and rights; a broken file costs only its own values."""
+"""The sidecar files of a BIDS dataset describe people, devices and rights. If a file is invalid, only its values are
+missing."""
 
 from __future__ import annotations
 

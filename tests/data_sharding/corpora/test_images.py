@@ -45,7 +45,7 @@ JPEG = _encode_jpeg()
 def shard(item: Item, work: Path, spec: PreprocessSpec, split: SplitConfig) -> tuple[PartResult, list[dict[str, Any]]]:
     """Process one recording; return the result and the metadata of its samples.
 
-    The metadata of each sample also holds the window under 'eeg' and the image under 'bytes'.
+    The metadata of each sample also contain the window under 'eeg' and the image under 'bytes'.
     """
     labels = tuple(sorted({trial.label_name for trial in item.trials or ()}))
     result = process_recording(Task(item=item, spec=spec, split=split, labels=labels, work=work, timeout_s=60))
@@ -152,7 +152,7 @@ class TestEEGImageNet:
         stretched = dataclasses.replace(spec, sfreq=1163.6364, window=512)
         result_512, samples = shard(items[1], tmp_path / "work", stretched, BY_CORPUS)
         assert result_512.row.windows == 11 and all(s["eeg"].shape == (128, 512) for s in samples)
-        # One file holds the recordings of six subjects, so each subject must have a hash of its own.
+        # One file contains the recordings of six subjects, so each recording must have its own checksum.
         assert shard(items[0], tmp_path / "work", spec, BY_CORPUS)[0].row.sha256 != row.sha256
 
     def test_a_short_trial_is_left_out_alone(self, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ class TestThingsEEG2:
     def test_trials_begin_at_the_picture_and_keep_baseline_and_repeats(
         self, tmp_path: Path, sfreq: int, tmin: float
     ) -> None:
-        """The epochs hold a pulse at 0.3 s after the onset of the picture."""
+        """The epochs contain a pulse 0.3 s after the onset of the image."""
         config = write_things(tmp_path)
         for path in tmp_path.glob("sub-0*/preprocessed_eeg_*.npy"):
             x = np.load(path, allow_pickle=True).item()

@@ -1,4 +1,4 @@
-"""Subjects are recognised in the common names of files, and never in dates, runs and sessions."""
+"""Subjects are recognised in common file names, but never in dates, runs and sessions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Subjects come from tables, headers and paths; names, birth dates and numbers of patients never leave the header."""
+"""Subjects are found in tables, headers and paths. Names, birth dates and numbers of patients are never copied from a
+header."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def write_records(
     seconds: int = 6,
     encoding: str = "latin-1",
 ) -> Path:
-    """Write an EDF or BDF file of four channels at 200 Hz; the extension says which."""
+    """Write a file of four channels at 200 Hz, as EDF or BDF by its extension."""
     bdf, n, rate, plus = path.suffix == ".bdf", 4, 200, plus
 
     def field(text: str, size: int) -> bytes:
@@ -289,7 +290,8 @@ def test_splits_without_subjects_are_said(split: dict, words: list[str]) -> None
 
 
 class TestJob:
-    """Six recordings of three people: nobody is named, then names are recognised, then names are confirmed."""
+    """The same six recordings of three people in three jobs: with unknown names, with recognised names, and with
+    confirmed names."""
 
     def shard(self, folder: Path, names: list[str], **corpus) -> tuple[Path, str]:
         import yaml

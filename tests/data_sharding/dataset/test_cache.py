@@ -156,11 +156,11 @@ def test_cache_stays_within_its_size_limit(tmp_path: Path, own_cache: Path, log:
     for _, _ in zip(loader, range(40), strict=False):
         largest = max(largest, count_cached_bytes(own_cache))
     assert 2 * size < largest <= 5 * size
-    # Two epochs are read and two windows are prefetched. A shard is downloaded once for each epoch, and once more if
-    # a read was faster than the prefetch.
+    # Two epochs are read and two windows are prefetched. A shard is downloaded once for each epoch, and a second time
+    # if it was read before the prefetch was finished.
     opened = [line for line in log.read_text().splitlines() if line.endswith(".tar")]
     assert len(opened) <= 2 * 12 + 4 + 12
-    # From the next batch on, evicted shards are closed, so that the disk can free their bytes.
+    # At the next batch, deleted shards are closed, so that their disk space is freed.
     for _ in range(200):
         data.reader.close_evicted()
         gone = [name for name in list_open_files() if name.startswith(str(own_cache)) and name.endswith("(deleted)")]
@@ -226,7 +226,7 @@ def test_truncated_download_is_repeated_once_and_then_refused(
         with pytest.raises(RequestError, match=match):
             collate(data, [3])
         assert not [p for p in (own_cache / "shards").rglob("*tar*")]
-        # The store works again, and the failed download has no effect.
+        # Now the store works again, and the failed download has left no trace.
         assert collate(data, [3]).keys == ["w-0003"]
     assert sum(line.endswith(".tar") for line in log.read_text().splitlines()) == times + 1
 

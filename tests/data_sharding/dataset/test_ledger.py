@@ -1,4 +1,4 @@
-"""The ledger keeps every field of its rows, and ledgers of older versions can be read."""
+"""Every field of a row can be written and read again, and ledgers of older versions can be read."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_epoch_order_is_a_permutation_for_any_length(n: int, seed: int, epoch: i
 
 
 def test_epoch_order_is_uniform_and_the_same_in_all_releases() -> None:
-    # Checkpoints of other releases rely on these numbers.
+    # These numbers must not change, because runs with older checkpoints must continue in the same order.
     assert epoch_order(10, 3, 0).tolist() == GOLDEN
     counts = np.zeros((20, 20))
     follows = 0
@@ -133,7 +133,7 @@ def test_loader_resumes_in_mid_epoch_with_another_world_size(unpaired_dataset: P
     first = Loader(data, 8, 3, num_workers=workers, order=order, window=2)  # type: ignore[arg-type]
     for _, step in zip(first, range(5), strict=False):
         assert first.step == step + 1
-    # zip took a sixth batch before it saw the end of the range, and the state counts that batch: set step to 5.
+    # zip has read a sixth batch before it noticed the end of the range. The state counts this batch, so set step to 5.
     state = json.loads(json.dumps(first.state_dict() | {"step": 5}))
     ranks = [Loader(data, 8, 3, rank=r, world_size=2, order=order, window=2) for r in (0, 1)]  # type: ignore[arg-type]
     for loader in ranks:
@@ -174,7 +174,7 @@ def test_batches_and_their_slices_are_padded_by_replication(
     head, tail = batch[:cut], batch[cut:]
     assert torch.equal(torch.cat([p.padded(dtype=torch.float32) for p in (head, tail) if len(p)]), x)
     assert head.keys + tail.keys == batch.keys and head.numbers + tail.numbers == numbers
-    # The packed batch holds only the true channels, without padding.
+    # The packed batch contains only the recorded channels, without padding.
     assert batch.packed.shape == (sum(meta["n"] for meta in batch.metas), 128)
 
 
@@ -187,7 +187,7 @@ def test_workers_give_the_same_batches(unpaired_dataset: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 def test_kept_batches_are_not_overwritten(unpaired_dataset: Path) -> None:
-    """Workers reuse their shared memory, but a trainer may keep batches."""
+    """Workers reuse their shared memory, but this must not change batches that a trainer has kept."""
     data = EEGDataset(unpaired_dataset, "train")
     kept = []
     for batch, step in zip(Loader(data, 12, 0, num_workers=3), range(45), strict=False):
@@ -215,7 +215,8 @@ def test_signals_of_a_batch_are_copied_out_of_a_slot() -> None:
 
 
 def test_workers_end_when_their_parent_process_ends(tmp_path: Path) -> None:
-    """The metadata of a batch are larger than a pipe, so that workers wait until the parent reads them."""
+    """The metadata of a batch are larger than the buffer of a pipe, so workers wait until the parent process reads
+    them."""
     meta = {"n": 64, "ch_names": [f"E{i}" for i in range(64)], "positions": [[0.01, 0.02, 0.03]] * 64}
     samples = [
         Sample(key=f"{i:04d}", eeg=np.random.default_rng(i).normal(0, 20, (64, 16)), meta=meta | {"start": i})
@@ -315,7 +316,7 @@ def test_damaged_shard_is_refused_and_the_sample_is_named(tmp_path: Path, how: s
         place = int(row["start"]) + 512 + int(row["eeg"]) // 2
         overwrite_bytes(tar, place, bytes([whole[place] ^ 16]))
     elif how == "end":
-        # The file loses its end after the dataset was opened.
+        # The file is truncated after the dataset was opened.
         tar.write_bytes(tar.read_bytes()[: int(row["start"]) + 600])
     elif how == "header":
         overwrite_bytes(tar, int(row["start"]), bytes(512))

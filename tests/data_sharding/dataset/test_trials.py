@@ -1,4 +1,4 @@
-"""Trials that are stored with a baseline are read from their onset, or from any time that is asked for."""
+"""Trials that are stored with a baseline are read from their onset, or from any requested time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ SPEC = PreprocessSpec(sfreq=100.0, highpass=0.5, lowpass=20.0, window=50, stride
 
 
 def write_trials(path: Path, *, seed: int = 0, whole: int = 9, late: int = 0) -> list[Sample]:
-    """Write trials from -0.2 to 0.8 s, some without their baseline; the values of a trial are its times in 10 ms."""
+    """Write trials from -0.2 to 0.8 s, some without their baseline. The values of a trial are its times in units of 10
+    ms."""
     samples = []
     for i in range(whole + 3):
         n, onset = 1 + i % 4, 20 if i < whole else (7 if i == whole else 0)

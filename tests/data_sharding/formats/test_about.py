@@ -1,4 +1,4 @@
-"""Age, sex, year, device and filters are read from headers of any format; nothing that identifies a person is."""
+"""Age, sex, year, device and filters are read from headers of any format, but no data that identify a person."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A broken part of a header or of a marker file costs this part, and the ledger gets a note; the rest is read."""
+"""If a part of a header or of a marker file is damaged, the rest is read, and the ledger gets a note."""
 
 from __future__ import annotations
 
@@ -202,7 +202,8 @@ class TestEEGLAB:
 
     @pytest.mark.parametrize("count", [3, 5])
     def test_wrong_number_of_labels_costs_all_labels(self, tmp_path: Path, count: int) -> None:
-        """The samples of all channels lie side by side in the file, so a wrong number of channels would mix them."""
+        """The file stores all channels of a sample together, so with a wrong number of channels they would be mixed
+        up."""
         channels = [*self.channels(), {"labels": "Cz", "X": 0.0, "Y": 0.0, "Z": 85.0}][:count]
         signal = open_file(self.write(tmp_path, channels))
         names = ["EEG 000", "EEG 001", "EEG 002", "EEG 003"]

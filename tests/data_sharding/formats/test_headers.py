@@ -1,4 +1,4 @@
-"""A damaged header is read or refused, without an exception, an endless loop or the memory that it claims."""
+"""A damaged header is read or refused, without an unexpected exception, an endless loop or too much memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ FALSE_VALUES = [
 ]
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 MEMORY = 24 << 20
-"""Far more memory than the bytes that are read, and far less than a false count in a header asks for."""
+"""Memory limit in bytes: far more than the size of the data that are read, and far less than a false count in a header
+would need."""
 
 
 def make_gdf() -> bytes:
@@ -141,7 +142,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory, make_raw: Callable, write_ra
 
 @st.composite
 def draw_damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """Draw a damage: changed, removed, repeated or false bytes, mostly where headers are."""
+    """Choose random damage: changed, removed, repeated or false bytes, mostly in headers."""
     kind = draw(st.sampled_from(["flip", "cut", "splice", "lie", "digits", "double"]))
     seed = draw(st.integers(0, 2**32 - 1))
     near = draw(st.sampled_from([64, 256, 1024, 4096, 1 << 20]))
@@ -192,7 +193,7 @@ class TestSniff:
         sound = path.read_bytes()
         for damage in data.draw(st.lists(draw_damage(), min_size=1, max_size=3)):
             sound = damage(sound)
-        # Write the damaged file beside the intact one, so that its sidecars are found.
+        # Write the damaged file into the folder of the intact file, so that its sidecars are found.
         broken = path.with_name(f"broken{path.suffix}")
         broken.write_bytes(sound)
         tracemalloc.start()
@@ -253,7 +254,8 @@ for recording in find_recordings(sys.argv[2]):
 
 
 def test_damaged_files_are_opened_or_refused(seeds: dict[str, Path], tmp_path: Path) -> None:
-    """A child process opens all damaged files, with limited memory and time; readers in C are left out."""
+    """A child process opens all damaged files with limited memory and time. Formats whose readers are written in C are
+    left out."""
     rng = np.random.default_rng(0)
     for name in ("edf", "bdf", "edfplus", "vhdr", "set", "fif", "egi", "lay", "gdf", "nihon", "nedf", "xdf", "cnt"):
         for i in range(4):

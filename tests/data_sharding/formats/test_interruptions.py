@@ -1,4 +1,5 @@
-"""Every row of the table of interruptions is tested with small files of its formats, to the sample."""
+"""Every row of the table of interruptions is tested with small files of its formats. The results must be exact to the
+sample."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ HZ = 100
 
 @dataclass(frozen=True)
 class Example:
-    """A file of 6 seconds or more at 100 Hz, and what its marks must give."""
+    """A file of at least 6 seconds at 100 Hz, and the expected segments, bad spans and notes."""
 
     write: Callable[[Path], Path | Signal]
     segments: list[tuple[int, int, float]]
@@ -51,7 +52,7 @@ def make_raw(marks: Sequence[tuple[float, float, str]] = (), samples: int = 600)
 
 
 def memory(format_: str, marks: list[tuple[float, float, str]]) -> Callable[[Path], Signal]:
-    """Return a function that makes a recording in memory as if MNE had read it from a file of this format."""
+    """Return a function that makes a recording in memory, like one that MNE has read from a file of this format."""
     return lambda folder: RawSignal(make_raw(marks), format_=format_)
 
 
@@ -380,7 +381,7 @@ def fif_epochs(folder: Path) -> Path:
 
 
 def other(writer: str, name: str) -> Callable[[Path], Path]:
-    """Return a function that calls a writer of the tests of other readers; its recording has a pause."""
+    """Return a function that calls a writer from the tests of other readers. The written recording has a pause."""
 
     def write(folder: Path) -> Path:
         spec = importlib.util.spec_from_file_location("others", Path(__file__).with_name("test_neo_readers.py"))

@@ -1,4 +1,4 @@
-"""Marks divide segments to the sample, and the tables of the documentation are those of the code."""
+"""Marks divide segments at the exact sample, and the tables in the documentation are up to date."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micromed, Blackrock, Neuralynx, Nicolet and NWB: tiny files written here, compared with their true signal."""
+"""Tests with tiny files of Micromed, Blackrock, Neuralynx, Nicolet and NWB, whose signal is known."""
 
 from __future__ import annotations
 

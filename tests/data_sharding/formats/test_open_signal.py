@@ -1,4 +1,5 @@
-"""Files are recognised by content and opened with their gaps; every file that looks like a recording is listed."""
+"""Files are recognised by their content and opened with their gaps. Every file that looks like a recording is
+listed."""
 
 from __future__ import annotations
 
@@ -310,7 +311,7 @@ class TestSegments:
         path.write_bytes(data.replace(b"+1\x14\x14", b"xx\x14\x14", 1))
         signal = open_file(path)
         assert list_segments(signal) == [(0, 500, 0.0)] and "1 records of 5 have no onset" in signal.info.notes
-        # A gap lies before or after the record, so the record becomes a segment of its own.
+        # The gap can be before or after this record, so the record becomes a separate segment.
         for second in (2, 3, 4):
             data = data.replace(f"+{second}\x14\x14".encode(), f"+{second + 5}\x14\x14".encode(), 1)
         path.write_bytes(data.replace(b"+1\x14\x14", b"xx\x14\x14", 1))
@@ -378,7 +379,7 @@ class TestSegments:
         np.testing.assert_allclose(read_all(signal), x * 0.1e-6, atol=1e-9)
 
     def test_data_blocks_of_nihon_kohden_are_segments(self, tmp_path: Path) -> None:
-        """Samples are also right if a read reaches over the border of two data blocks."""
+        """Samples are also right if a read crosses the border of two data blocks."""
         rng, n = np.random.default_rng(0), 2
         blocks = [rng.integers(-300, 300, (100, n + 1)), rng.integers(-300, 300, (200, n + 1))]
         data = bytearray(0x1800)
@@ -481,7 +482,7 @@ class TestSeveralSamplingRates:
         assert info.left_out == {"Sound": "another rate: 400 Hz"} and "Oz 32 Hz" in info.notes[0]
         whole = read_all(signal)
         assert whole.shape == (5, 1800)
-        # After resampling, all channels hold the same sine.
+        # After resampling, all channels have the same sine.
         np.testing.assert_allclose(whole[:, 200:1600], np.broadcast_to(whole[0, 200:1600], (5, 1400)), atol=0.5e-6)
         for block in (1, 37, 450):
             parts = [signal.read(a, min(a + block, 1800), [3, 0, 2, 4]) for a in range(0, 1800, block)][:40]

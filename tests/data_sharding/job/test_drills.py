@@ -195,8 +195,8 @@ MOMENTS = {
     "while recordings are read": ("", "rows/*.jsonl", 0.2, signal.SIGINT),
     "while shards are written": ("", "shards/*/*.json", 0.0, signal.SIGTERM),
 }
-"""Moments of a job: the line on stderr or the file in the working folder to wait for, seconds to wait after this, and
-the signal to send."""
+"""Moments of a job at which a signal is sent: the line on stderr or the file in the working folder to wait for, the
+seconds to wait after this, and the signal."""
 
 
 def stop_at(drill: Drill, output: Path, moment: str, words: list[str]) -> None:
@@ -245,7 +245,7 @@ def test_the_job_can_be_stopped_at_any_moment(drill: Drill, undisturbed: dict[st
 
 
 def handles_signals(pid: int) -> bool:
-    """Whether a process has a handler for SIGTERM."""
+    """Return whether a process has a handler for SIGTERM."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
@@ -446,7 +446,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
 
 
 def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Line) -> None:
-    """Interrupt the connection to the object store that holds the recordings and the dataset during the job."""
+    """During the job, interrupt the connection to the object store with the recordings and the dataset."""
     import s3fs
 
     store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
@@ -470,7 +470,7 @@ def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Li
     names = {name.rsplit("/", 1)[1] for name in store.ls("bucket/made/dataset")}
     assert names == {*SPLITS, "manifest.json", "ledger.parquet", "fingerprints.parquet", "report.html", "versions"}
     assert "finished already" in remote.run(output)
-    # The dataset on the store grows, too: a recording that was removed is withdrawn.
+    # A new version of the dataset can be written to the store: a recording that was removed is withdrawn.
     store.rm("bucket/recordings/sub-03", recursive=True)
     assert "0 recordings added, 0 recordings changed, 1 recordings removed" in remote.run(output)
 

@@ -79,7 +79,7 @@ def settle(root: Path) -> None:
 
 
 def wipe(root: Path, keep: int = 0) -> None:
-    """Replace the content of all files behind the first bytes, so that size and time stay as they are."""
+    """Replace the content of all files after the first bytes, without a change of size and time."""
     for path in (p for p in root.rglob("*") if p.is_file()):
         status = path.stat()
         with path.open("r+b") as stream:
@@ -119,12 +119,12 @@ def test_other_settings_give_the_same_parts_without_reading_the_files(
     process("first", FIRST)
     assert parts(tmp_path / "first") == parts(tmp_path / "plain")
     assert len(list((tmp_path / "decoded" / "signals").rglob("*.kept"))) == 5
-    # The items are listed beforehand, because listing reads the headers. After this, no byte of the files is right.
+    # List the items first, because this reads the headers. After that, the complete content of the files is wrong.
     wipe(recordings)
     monkeypatch.setitem(process.__globals__, "list_items", lambda _: items)
     assert process("other", OTHER) == fresh
     assert parts(tmp_path / "other") == parts(tmp_path / "fresh")
-    # Without the kept signals, the files must be read, and are damaged.
+    # Without the kept signals, the job must read the files, which are damaged.
     shutil.rmtree(tmp_path / "decoded")
     assert {result.row.status for result in process("gone", OTHER)} != {"sharded"}
 
@@ -181,7 +181,7 @@ def test_other_channels_are_read_from_the_files(tmp_path: Path, make_raw, write_
     process("first", FIRST)
     assert process("other", linked) == [fresh] and fresh.row.status == "sharded" and not fresh.row.notes
     assert parts(tmp_path / "other") == parts(tmp_path / "fresh")
-    # Now the reference channel is kept too, and the first channels are still found.
+    # Now the signal of the reference channel is stored too, and the first channels are still found.
     wanted = process("plain", dataclasses.replace(FIRST, stride=50), keep=False)
     (kept,) = (tmp_path / "decoded" / "signals").rglob("*.kept")
     stamp = kept.stat().st_mtime_ns
@@ -194,11 +194,11 @@ def test_changed_and_moved_recordings(tmp_path: Path, make_raw, write_raw, proce
     write_raw(make_raw(4, 200, 6, seed=1), root / "a_raw.fif")
     settle(root)
     (first,) = process("first", FIRST)
-    # The same file at another place is found by its content.
+    # A file that was moved is recognised by its content.
     shutil.move(root, tmp_path / "moved")
     process("moved", FIRST, root=tmp_path / "moved")
     assert len(list((tmp_path / "decoded" / "signals").rglob("*.kept"))) == 1
-    # Another content of the same size is seen by its time.
+    # Different content of the same size is noticed by the modification time.
     write_raw(make_raw(4, 200, 6, seed=2), root / "a_raw.fif")
     (changed,) = process("changed", FIRST)
     assert changed.row.sha256 != first.row.sha256 and changed.row.fingerprint != first.row.fingerprint
@@ -432,7 +432,8 @@ def test_whole_jobs(tmp_path: Path, make_raw, write_raw) -> None:
     settle(tmp_path / "eeg")
     first, decoded = tmp_path / "runs" / "first", tmp_path / "runs" / "decoded"
     command = [sys.executable, "-m", "data_sharding", write_job(tmp_path, FIRST, True), "--output", str(first)]
-    # Kill the job when it has kept the first signal. What it kept is whole; the same command goes on.
+    # Kill the job after it has stored the first signal. The stored signal is complete, and the same command resumes the
+    # job.
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while killed.poll() is None and not any(decoded.rglob("*.kept")):
         time.sleep(0.02)

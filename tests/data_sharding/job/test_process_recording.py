@@ -25,7 +25,7 @@ from data_sharding.processing.quality import QualitySpec
 SPEC = PreprocessSpec(
     sfreq=100, highpass=1.0, lowpass=40.0, window=100, stride=100, quality=QualitySpec(leave_out_edges=False)
 )
-"""The windows of short recordings are kept up to the ends of the segments."""
+"""Settings that keep windows up to the ends of the segments, because the recordings are short."""
 
 
 @pytest.fixture
@@ -136,7 +136,8 @@ def test_windows_are_those_of_the_whole_segment(
     assert row.windows == len(found) == 70 and row.seconds_written == 70.0
     for i, (meta, eeg) in enumerate(found):
         assert meta["start"] == i and meta["reference"] == "average"
-        # The file holds volts as float32 with an offset of 0.23 V, so values have a precision of 0.015 microvolts.
+        # The file contains volts as float32 with an offset of 0.23 V, so the precision of the values is 0.015
+        # microvolts.
         np.testing.assert_allclose(eeg, wanted[:, 100 * i : 100 * i + 100], rtol=1e-3, atol=0.05)
 
 

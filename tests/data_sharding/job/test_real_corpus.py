@@ -1,6 +1,6 @@
-"""Tests on real recordings from ten makers of devices.
+"""Tests on real recordings from devices of ten manufacturers.
 
-The reader must recognise each format, and the ledger must hold exactly one row for each recording.
+The reader must recognise each format, and the ledger must have exactly one row for each recording.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class TestChannels:
     def test_biosemi_grid(self) -> None:
         """The names A1 to I8 mean electrodes of a BioSemi cap here, not earlobes.
 
-        Of more than 128 channels, those with a low sampling rate are left out first.
+        If there are more than 128 channels, channels with a low sampling rate are left out first.
         """
         info = opened(CORPUS / "biosemi/test_reduced.edf").info
         channels = pick_channels(info)

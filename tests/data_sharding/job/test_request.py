@@ -1,7 +1,7 @@
 """Tests of the plan of a job.
 
-The plan looks up each file once, and the identity of a recording changes with its file. The time of planning grows
-linearly with the number of files.
+The plan reads the state of each file once. The identity of a recording changes if its file changes. The planning time
+is proportional to the number of files.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def test_identities_change_with_the_files(corpus: Path) -> None:
     after = make_plan(config(corpus))
     different = {key for key in before.items if before.identity(key, "s") != after.identity(key, "s")}
     assert {after.items[key].recording.path for key in different} == {changed}
-    # The request contains only names and sizes of files. After the job, the dataset also depends on the files' content.
+    # The checksum of the request includes only the names and sizes of files. The dataset itself also depends on their
+    # content.
     assert after.request == before.request
     assert before.identity(next(iter(before.items)), "other settings") != before.identity(next(iter(before.items)), "s")
 

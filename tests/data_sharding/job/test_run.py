@@ -214,7 +214,7 @@ class TestTrouble:
     def test_a_file_that_crashes_or_hangs_its_reader_affects_no_other(
         self, folder_corpus: Path, tmp_path: Path, monkeypatch
     ) -> None:
-        """Install a plug-in for Ray's workers: with it, the reader calls os.abort, or sleeps without end."""
+        """Install a plug-in for Ray's workers that makes the reader call os.abort or sleep forever."""
         plugin = tmp_path / "plugin"
         plugin.mkdir()
         (plugin / "sitecustomize.py").write_text(
@@ -293,7 +293,7 @@ class TestEvents:
 
 
 class TestBadRequests:
-    """A wrong request ends before Ray starts, with exit code 2 and one line that names the error."""
+    """An invalid config gives exit code 2 and one error line, before Ray starts."""
 
     @pytest.fixture(autouse=True)
     def no_ray(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Tests of datasets that grow: recordings are added, removed and changed, and the job is killed half-way."""
+"""Tests of versions of a dataset: recordings are added, removed and changed, and jobs are killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Resampling and filtering in blocks, with the scratch file between them, equals processing at once."""
+"""Resampling and filtering in blocks, with a scratch file in between, gives the same result as processing the whole
+signal."""
 
 from __future__ import annotations
 
