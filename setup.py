@@ -1,4 +1,4 @@
-"""Builds the wheel; everything else about the project stands in pyproject.toml."""
+"""Builds the wheel. All other settings of the project are in pyproject.toml."""
 
 import shutil
 from pathlib import Path

@@ -174,14 +174,14 @@ matrix product that was measured in the same run, in TFLOP/s: {peak}.
 {table(["model", "mode", "precision", "batch", "step (s)", "windows/s", "TFLOP/s", "utilisation", "GiB"], rows)}
 
 The speed of Dreamscale in windows/s, relative to the released code, is
-{", ".join(ratios)}. The aim, twice as many windows/s, is not met.
+{", ".join(ratios)}. The aim of twice as many windows/s is not reached.
 
 The next table shows the milliseconds that each kind of operation takes in one step under PyTorch's profiler, at batch
 {batch} in bf16:
 
 {table(["", "Dreamscale", "released code"], kinds)}
 
-To meet the aim, a step of Dreamscale would have to take 50% of the time of a step of the released code. The matrix
+To reach the aim, a step of Dreamscale would have to take 50% of the time of a step of the released code. The matrix
 products of Dreamscale alone take {products / released:.0%} of the released code's time. A third of these
 products compute gradients of the weights. The first matrix of such a product is transposed. This machine computes
 products with a transposed first matrix at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s

@@ -52,7 +52,8 @@ class AlignConfig:
     output: str
     """Run directory. The results are written to its subdirectories `encoder/` and `align/`."""
     pretrained: bool = True
-    """False: start from random weights of the encoder, as an ablation that shows the effect of pretraining."""
+    """True: start from the pretrained weights of the encoder. False: start from random weights, to measure the effect
+    of pretraining."""
     loss: Literal["cosine", "infonce", "both"] = "both"
     """Loss. cosine: 1 - cosine similarity, as in DreamDiffusion; infonce: contrastive loss within the batch; both: the
     sum of the two losses."""
@@ -306,7 +307,7 @@ def align(config: AlignConfig) -> int:
 
 
 def _say_repeats(found: dict[str, float]) -> str:
-    """Return a remark on the averages over presentations; empty if nothing was averaged."""
+    """Return a note about averages over presentations; empty if nothing was averaged."""
     if found["repeats"] <= 1:
         return ""
     return f" (each trial is the mean of {found['repeats']:.3g} presentations, eeg.average_repeats)"

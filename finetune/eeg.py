@@ -250,8 +250,8 @@ def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig
     x_bCT : Tensor, shape (b, C, T)
         Scaled trials, padded by repeating channels.
     true_channels_b : list of int
-        Number of true channels of each trial. Padding repeats these channels. A copy gets exactly the same changes as
-        its channel, so that the model cannot distinguish the copy from the channel.
+        Number of recorded channels of each trial. Padding repeats these channels. A copy gets exactly the same changes
+        as its channel, so that the model cannot distinguish the copy from the channel.
     config : AugmentConfig
         Strength of the augmentation.
     random : StepRandom

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from finetune.diffusion import SamplerName, Sampling
 
 Source = Literal["eeg", "no_eeg", "class"]
-"""Condition from which an image is generated. eeg: the EEG of the trial. no_eeg: no EEG, so the images show how good a
-generator is that knows nothing. class: the true category of the trial in place of its EEG, so the images show how good
-the generator could be with perfect EEG."""
+"""Condition from which an image is generated. eeg: the EEG of the trial. no_eeg: no EEG; the images show the quality
+without any information (floor). class: the true category of the trial in place of its EEG; the images show the quality
+with perfect information (ceiling)."""
 
 
 class Generator(Protocol):

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0 done, 1 failed, 2 wrong request, 3 too many recordings set aside, 75 stopped on request.
+        Exit code: 0 done, 1 failed, 2 wrong request, 3 too many recordings quarantined, 75 stopped on request.
     """
     code = run_main(_dispatch, argv)
     return end_command(code) if argv is None else code

@@ -123,7 +123,7 @@ def _readers() -> list[Finding]:
                 state="ok" if there else "note",
                 found=f"{_version(package) or 'installed'} ({formats})"
                 if there
-                else f"{formats} files will be set aside",
+                else f"{formats} files will be quarantined",
                 advice="" if there else f"pip install {package}",
             )
         )

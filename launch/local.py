@@ -200,7 +200,7 @@ class _Processes:
         return code if code >= 0 else EXIT_FAILED
 
     def any_died(self, code: int) -> bool:
-        """Wait until all processes have ended; return whether one of them died although nobody had asked it to stop."""
+        """Wait until all processes have ended; return whether a process died without a request to stop."""
         if code != EXIT_FAILED or self.requests:
             return False
         until = time.monotonic() + LAST_CHECKPOINT_S

@@ -44,7 +44,7 @@ STAGES: dict[str, Stage] = {
     "inspect": Stage(
         module="data_sharding.audit.inspect_dataset",
         usage="DATASET",
-        help="show the content of a dataset, and why recordings were set aside",
+        help="show the content of a dataset, and why recordings were left out",
     ),
     "pretrain": Stage(
         module="pretrain.train",

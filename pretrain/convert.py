@@ -2,7 +2,7 @@
 
 The checkpoints are pickle files with weights and an object of DreamDiffusion's config class. PyTorch's restricted
 unpickler reads only tensors and plain values from a checkpoint. An empty class replaces the config class. If a
-checkpoint contains an object of any other class, an error is raised. No code of a checkpoint is ever run.
+checkpoint contains an object of another class, an error is raised. Code in a checkpoint is never run.
 
 In this file, "foreign" names and weights are the names and weights in DreamDiffusion's code. "Own" names are the names
 in `pretrain.model`. `pretrain.model` also explains the letters of tensor shapes.
@@ -112,8 +112,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         )
     try:
         with torch.serialization.safe_globals([(_ForeignConfig, name) for name in foreign]):
-            # Map the file into memory, so that only the needed parts are read: the encoder is a tenth of the 5 GB of a
-            # fine-tuned model.
+            # Memory-map the file, so that only the needed parts are read. In a fine-tuned model of 5 GB, the encoder is
+            # only a tenth.
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise RequestError(f"{path}: damaged ({one_line(error)[:200]}); download it again") from None

@@ -80,7 +80,7 @@ class PlanConfig:
     """Whether activations are recomputed in the backward pass. The default is the value in the model's config. The
     table shows both cases."""
     channels: int | None = None
-    """Number of true channels of a window, for the montage tokenizer. The default is the largest number that this
+    """Number of recorded channels of a window, for the montage tokenizer. The default is the largest number that this
     tokenizer allows."""
     windows: int | None = None
     """Number of training windows. By default, the windows in the config's dataset are counted; if there is no dataset,

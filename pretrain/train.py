@@ -101,8 +101,9 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGData
 def _find_versions(config: PretrainConfig) -> dict[str, str]:
     """Return the dataset ids of the versions with which a run began, by the path of the dataset.
 
-    A dataset that has grown since then has a newer version, which the run does not read. An id is empty if the run is
-    new, or if the dataset has no such version. In the second case, the loader refuses to resume.
+    If recordings were added to a dataset after the run began, the dataset has a newer version, which the run does not
+    read. An id is empty if the run is new, or if the dataset does not have the version. In the second case, the loader
+    refuses to resume.
 
     Raises
     ------

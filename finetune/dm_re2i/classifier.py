@@ -1,4 +1,4 @@
-"""What all classifiers of the first stage share: EVRNet and the networks with which EVRNet is compared.
+"""Base class of all classifiers of the first stage: EVRNet and the networks with which EVRNet is compared.
 
 A classifier computes a feature and class scores from EEG trials. Its feature can guide EG-DDPM.
 
@@ -91,7 +91,7 @@ class EEGClassifier(nn.Module):
 
     @property
     def n_times(self) -> int | None:
-        """Number of samples that a trial must have; None if any number is possible."""
+        """Required number of samples of a trial; None if any number is possible."""
         return getattr(self.config, "n_times", None)
 
     def scaling(self, spec: PreprocessSpec) -> PreprocessSpec | EEGEncoder:
@@ -107,7 +107,10 @@ class EEGClassifier(nn.Module):
         raise NotImplementedError
 
     def limit_norms(self) -> None:
-        """Limit the norms of weights, if the network's article does so. The training calls this before each step."""
+        """Limit the norms of weights as in the network's article, if it has such a limit.
+
+        Training calls this before each step.
+        """
 
     def normalise(self, x_B1CT: Tensor) -> Tensor:
         """Whiten the background activity of trials, if the config switches noise normalisation on.

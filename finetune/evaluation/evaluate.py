@@ -1,4 +1,4 @@
-"""Judge generated images: compute metrics, compare each metric with control images, and write a report of one page.
+"""Evaluate generated images: compute metrics, compare each metric with control images, and write a report of one page.
 
 Array shapes: B trials, M images, H rows, W columns, D feature width, K classes.
 """

@@ -62,7 +62,8 @@ class StableDiffusionConfig:
     clip_weight: float = 1.0
     """Weight of the CLIP loss (1 - cosine similarity) in order joint."""
     pretrained: bool = True
-    """False: start from random weights of the encoder, as an ablation that shows the effect of pretraining."""
+    """True: start from the pretrained weights of the encoder. False: start from random weights, to measure the effect
+    of pretraining."""
     tune: Literal["E+A", "E", "A"] = "E+A"
     """Parts of the model that are trained. E: the encoder and its projector. A: the U-Net's cross-attentions and their
     norms (attn2, norm2). E+A: all of these."""

@@ -255,7 +255,7 @@ class _Loop:
         self.sums, self.logged, self.since = {}, state.step, time.monotonic()
 
     def end_step(self) -> None:
-        """Do what is due after a step: evaluate the model, write a checkpoint, stop the run."""
+        """Do the work that is due after a step: evaluate the model, write a checkpoint, or stop the run."""
         config, state = self.config, self.state
         final = state.step == config.steps
         if state.evaluation_due and not self.check_stop():

@@ -93,7 +93,7 @@ def _normalise(vectors: Any) -> NDArray[np.float64]:
 
 
 def _compute_potential(electrodes_n3: NDArray[np.float64], centre: Any, width: float) -> Array:
-    """Return the potential of a source at the electrodes: a peak with a weak surround of opposite sign."""
+    """Return the potential of a source at the electrodes: a peak, surrounded by a weak potential of opposite sign."""
     cosine = electrodes_n3 @ _normalise(centre)
     return (np.exp((cosine - 1) / width**2) - 0.5 * np.exp((cosine - 1) / (2 * width) ** 2) * width).astype(np.float32)
 

@@ -140,7 +140,7 @@ def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any]]:
-    """Choose the trials that the report shows: the first trials of each category by key, whatever their quality.
+    """Choose the trials that the report shows: the first trials of each category, sorted by key, not by quality.
 
     Parameters
     ----------

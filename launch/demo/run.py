@@ -37,7 +37,8 @@ class DemoConfig:
     """Seed for people, pictures and training. If the folder has a demo with another seed, the subfolder seed-N is
     used."""
     profile: Literal["full", "smoke"] = "full"
-    """full or smoke. smoke runs the same steps with very little training, as a quick test. Its images mean nothing."""
+    """full or smoke. smoke runs the same steps with very little training, as a quick test. The images of smoke have no
+    meaning."""
 
 
 class StepFailedError(Exception):
@@ -166,7 +167,7 @@ class Chain:
         return self.out / "steps" / f"{step.name}.{what}.json"
 
     def _matches(self, marker: Path, key: str) -> bool:
-        """Whether the marker file of a step was written for the same command, config and inputs."""
+        """Return whether the marker file of a step was written for the same command, config and inputs."""
         try:
             return read_json(marker)["key"] == key
         except (RequestError, KeyError, TypeError):

@@ -185,7 +185,7 @@ class EEGEncoder(nn.Module):
         x_uv_BCT : Tensor, [B, C, T]
             Windows in microvolts, padded or not; float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            Number of true channels of each window. The montage tokenizer computes the scale of a window over these
+            Number of recorded channels of each window. The montage tokenizer computes the scale of a window over these
             channels only. By default these are the channels of `chs_info`, or all rows if there is no `chs_info`. The
             temporal tokenizer always computes the scale over the whole padded window.
 
@@ -208,7 +208,7 @@ class EEGEncoder(nn.Module):
             positions than channels, the channels at the end of `x_BCT` are ignored. By default, the positions stored in
             the encoder are used, e.g. those of `chs_info`.
         count_B : Tensor, [B], int64, optional
-            Montage tokenizer only: number of true channels of each window, if the windows differ.
+            Montage tokenizer only: number of recorded channels of each window, if the windows differ.
 
         Returns
         -------
@@ -260,7 +260,7 @@ class EEGEncoder(nn.Module):
         unit_factor: float | None = None,
         batch_size: int = 64,
     ) -> Encoding:
-        """Encode a recording. The recording is preprocessed in the same way as the recordings of the pretraining.
+        """Encode a recording, with the same preprocessing as in pretraining.
 
         Parameters
         ----------
@@ -301,8 +301,8 @@ class EEGEncoder(nn.Module):
                     f"the recording has {len(found.names)} EEG channels to encode, but this encoder takes at most "
                     f"{self.config.channels}; pick at most {self.config.channels} channels of the recording"
                 )
-            # The array has a row for every window. Flawed windows are skipped, so some rows at the end stay unused.
-            # Unused rows take no memory, because memory is allocated only when it is written.
+            # The array has a row for every planned window. Windows that cannot be used are skipped, so rows at the end
+            # can stay unused. Unused rows take no memory, because the system allocates memory at the first write.
             tokens_BND = np.empty((found.most, self.n_tokens, self.dim), np.float32)
             # All windows of a recording have the same electrodes.
             inputs = self.inputs_of([{"n": len(found.names), "positions": found.positions}], device)

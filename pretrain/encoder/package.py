@@ -246,7 +246,8 @@ def export_program(model: Any, path: Path) -> None:
     -----
     ``torch.export.load(path).module()(x_BCT)`` runs the program on any number of windows with 128 channels, in model
     units. With the montage tokenizer, the arguments are ``(x_BCT, positions_BC3, count_B)``: windows with 1 to 128
-    rows, electrode positions in metres (NaN for an unknown position), and the number of true channels of each window.
+    rows, electrode positions in metres (NaN for an unknown position), and the number of recorded channels of each
+    window.
     """
     example = tuple(value.repeat(2, *[1] * (value.ndim - 1)) for value in _make_example(model))
     batch = torch.export.Dim("batch", min=1)

@@ -1,4 +1,4 @@
-"""Turn a recording into windows, with the same code that sharding uses for the data of the pretraining.
+"""Convert a recording to windows, with the same code that sharding uses for the pretraining data.
 
 `pretrain.model` explains the letters of array shapes.
 """
@@ -53,18 +53,18 @@ class Windows:
     seconds: float
     """Length of the recording in seconds."""
     most: int
-    """Largest number of windows that `stream` can yield. `stream` yields fewer windows if some windows are flawed."""
+    """Largest number of windows that `stream` can yield. It yields fewer windows if some windows cannot be used."""
     account: Account = field(repr=False)
-    """Account of the windows and seconds that were left out. The account is complete when `stream` has ended."""
+    """Counts of the windows and seconds that were left out. The counts are complete after `stream` has ended."""
     stream: Iterator[CleanWindow] = field(repr=False)
-    """Each window that is not flawed: start in seconds, signal [C, T] in float32 microvolts, and bad channels."""
+    """Iterator over the usable windows: start in seconds, signal [C, T] in float32 microvolts, and bad channels."""
 
 
 @contextlib.contextmanager
 def windows_of(
     recording: Any, spec: PreprocessSpec, *, unit_factor: float | None = None, line_freq: float | None = None
 ) -> Iterator[Windows]:
-    """Turn a recording into windows. Channels, units and filters are chosen in the same way as in sharding.
+    """Convert a recording to windows. Channels, units and filters are chosen in the same way as in sharding.
 
     Parameters
     ----------
@@ -87,7 +87,8 @@ def windows_of(
     Raises
     ------
     RequestError
-        If sharding would not use the recording (the message gives the reason), or if a number has an impossible value.
+        If sharding would quarantine or exclude the recording (the message gives the reason), or if an argument has an
+        impossible value.
     """
     check_numbers(unit_factor=unit_factor, line_freq=line_freq)
     from data_sharding.corpora import Item

@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CoverageReport:
-    """Which parts of a recording were encoded, and how they were preprocessed."""
+    """Report about the parts of a recording that were encoded, and about their preprocessing."""
 
     channels_used: list[str]
     """Channels that were encoded, in the order of the rows. Copies made by padding are not listed."""
@@ -39,11 +39,11 @@ class CoverageReport:
     windows: int
     """Number of windows that were encoded."""
     windows_left_out: dict[str, int]
-    """Number of windows that were not encoded, for each reason. Sharding leaves out windows for the same reasons."""
+    """Number of windows that were not encoded, by reason. Sharding leaves out windows for the same reasons."""
     seconds_left_out: dict[str, float]
-    """Seconds of the recording that no encoded window covers, for each reason."""
+    """Length of the signal outside the encoded windows in seconds, by reason."""
     bad_in_windows: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of encoded windows with a channel that is bad only in some windows, for each kind of fault."""
+    """Number of encoded windows with a channel that is bad only in some windows, by kind of fault."""
 
     def __str__(self) -> str:
         channels = f"{len(self.channels_used)} channels used"

@@ -6,7 +6,8 @@ C, T]. Each letter has the same meaning in the whole project:
 ====  ==========================================================================
 B     samples of a batch: windows or trials
 n, m  in the probe: all trials of a dataset, and the test trials
-C     channels, which are the rows of a window
+C     channels, which are the rows of a window: first the *recorded channels*, then
+      padding rows, which are copies of recorded channels
 T     time samples of a window
 N     tokens along a window: T / patch
 M     all tokens of a window. With the temporal tokenizer M = N. With the montage

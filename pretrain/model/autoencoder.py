@@ -165,13 +165,13 @@ class Samples(Protocol):
     """The attributes of a batch that a model uses. `data_sharding.dataset.batch.Batch` implements this protocol."""
 
     channels: list[int]
-    """[B] number of true channels of each sample."""
+    """[B] number of recorded channels of each sample."""
     numbers: list[int]
     """[B] number of each sample in the dataset."""
     epochs: list[int]
     """[B] epoch of each sample."""
     metas: list[dict[str, Any]]
-    """[B] metadata of each sample (docs/data_format.md): ``n`` true channels, ``positions`` in metres."""
+    """[B] metadata of each sample (docs/data_format.md): ``n`` recorded channels, ``positions`` in metres."""
 
     def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         """Return the windows in microvolts, [B, C, T], padded by replication."""

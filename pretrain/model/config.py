@@ -84,7 +84,7 @@ class EncoderConfig:
         Parameters
         ----------
         channels : int, optional
-            Number of true channels of the window; `self.channels` by default.
+            Number of recorded channels of the window; `self.channels` by default.
 
         Returns
         -------
@@ -94,7 +94,7 @@ class EncoderConfig:
         return TOKENIZERS[self.tokenizer].token_rows(channels or self.channels)
 
     def signal_rows(self, channels: int | None = None) -> int:
-        """Return how many rows of signal the model reads for a window with this number of true channels."""
+        """Return how many rows of signal the model reads for a window with this number of recorded channels."""
         return TOKENIZERS[self.tokenizer].signal_rows(channels or self.channels, self.channels)
 
 

@@ -103,7 +103,7 @@ def batch_flops(config: MaskedAutoencoderConfig, channels: Sequence[int]) -> flo
     config : MaskedAutoencoderConfig
         Architecture of the model.
     channels : sequence of int, [B]
-        Number of true channels of each window. The montage tokenizer reads only the true channels; the temporal
+        Number of recorded channels of each window. The montage tokenizer reads only the recorded channels; the temporal
         tokenizer always reads the whole padded window.
 
     Returns

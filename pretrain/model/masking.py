@@ -103,9 +103,9 @@ def dropped_channels(
     epochs, numbers : sequence of int, [B]
         See `keep_indices`.
     counts : sequence of int, [B]
-        Number of true channels of each sample.
+        Number of recorded channels of each sample.
     share : float
-        Probability with which a true channel is dropped. At least one channel always stays.
+        Probability with which a recorded channel is dropped. At least one channel is never dropped.
     width : int
         Rows of the padded window.
 
@@ -118,7 +118,7 @@ def dropped_channels(
     counts_B = np.asarray(counts, np.int64)
     noise_BC = _noise(_mix(_state(seed, epochs, numbers) ^ _DROPOUT), width) / 2.0**64
     real_BC = np.arange(width) < counts_B[:, None]
-    # The true channel with the largest random number is never dropped, so at least one channel stays.
+    # The recorded channel with the largest random number is never dropped, so at least one channel stays.
     stays_B = np.where(real_BC, noise_BC, -1.0).argmax(axis=1)
     dropped_BC = noise_BC < share
     dropped_BC[np.arange(len(counts_B)), stays_B] = False

@@ -42,16 +42,16 @@ def electrode_positions(metas: list[dict[str, Any]], most: int) -> tuple[Tensor,
     Parameters
     ----------
     metas : list of dict, [B]
-        Metadata of samples: ``n`` true channels and their ``positions`` in metres, None for an unknown position.
+        Metadata of samples: ``n`` recorded channels and their ``positions`` in metres, None for an unknown position.
     most : int
         Largest number of channels of a sample; further channels are ignored.
 
     Returns
     -------
     positions_BC3 : Tensor, [B, C, 3], float32
-        Metres, NaN for an unknown position. C is the largest number of true channels among the samples.
+        Metres, NaN for an unknown position. C is the largest number of recorded channels among the samples.
     count_B : Tensor, [B], int64
-        Number of true channels of each sample.
+        Number of recorded channels of each sample.
     """
     counts = [min(int(meta["n"]), most) for meta in metas]
     positions_BC3 = np.full((len(metas), max(counts), 3), np.nan, np.float32)
@@ -181,7 +181,7 @@ class MontageEncoder(nn.Module):
         positions_BC3 : Tensor, [B, C, 3]
             Electrodes in metres, NaN for an unknown position.
         count_B : Tensor, [B], int64, optional
-            Number of true channels of each sample; C by default.
+            Number of recorded channels of each sample; C by default.
         keep_BK : Tensor, [B, K], int64, optional
             Numbers of the visible tokens; all tokens by default.
         seen_BK : Tensor, [B, K], bool, optional
@@ -252,7 +252,7 @@ class MontageEncoder(nn.Module):
         return common_positions(dataset)
 
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
-        """Return the number of true channels of each window. The scale of a window is computed over these channels.
+        """Return the number of recorded channels of each window. The scale of a window is computed over these channels.
 
         The copies of channels in a padded window are ignored. If copies were used, channels with more copies would have
         a larger weight, and the scale would depend on the order of the channels.
@@ -297,7 +297,7 @@ class MontageDecoder(nn.Module):
         positions_BC3 : Tensor, [B, C, 3]
             Electrodes in metres, NaN for an unknown position.
         count_B : Tensor, [B], int64, optional
-            Number of true channels of each sample.
+            Number of recorded channels of each sample.
 
         Returns
         -------
@@ -321,19 +321,19 @@ class MontageDecoder(nn.Module):
 
 
 def real_tokens(count_B: Tensor | None, channels: int, tokens: int) -> Tensor | None:
-    """Mark the tokens that belong to true channels.
+    """Mark the tokens that belong to recorded channels.
 
     Parameters
     ----------
     count_B : Tensor, [B], int64, or None
-        Number of true channels of each sample; None if all rows are true channels.
+        Number of recorded channels of each sample; None if all rows are recorded channels.
     channels, tokens : int
         Number of rows of a window, and number of tokens in each row.
 
     Returns
     -------
     Tensor, [B, M], bool, or None
-        True for tokens of true channels; None if all tokens belong to true channels.
+        True for tokens of recorded channels; None if all tokens belong to recorded channels.
     """
     if count_B is None:
         return None
@@ -342,7 +342,7 @@ def real_tokens(count_B: Tensor | None, channels: int, tokens: int) -> Tensor | 
 
 
 def with_class_token(real_BM: Tensor | None) -> Tensor | None:
-    """Add a mark for the class token, always True, in front of the marks of `real_tokens`; None stays None."""
+    """Insert True for the class token in front of the result of `real_tokens`. None is returned unchanged."""
     return None if real_BM is None else torch.cat([torch.ones_like(real_BM[:, :1]), real_BM], dim=1)
 
 
@@ -356,8 +356,8 @@ class MontageAutoencoder(MaskedAutoencoder):
 
     Notes
     -----
-    Only true channels become tokens. The copies of channels in a padded window do not become tokens, because the model
-    could otherwise read a hidden channel from its copy. A dropped channel has no visible token.
+    Only recorded channels become tokens. The copies of channels in a padded window do not become tokens, because the
+    model could otherwise read a hidden channel from its copy. A dropped channel has no visible token.
     """
 
     def _build_parts(self, config: MaskedAutoencoderConfig) -> tuple[Any, Any]:
@@ -428,7 +428,7 @@ class MontageAutoencoder(MaskedAutoencoder):
         Returns
         -------
         Tensor, [B, M], bool
-            True for hidden tokens of true channels; the loss is computed on these.
+            True for hidden tokens of recorded channels; the loss is computed on these.
         """
         channels, tokens = inputs["positions_BC3"].shape[1], self.config.encoder.tokens
         table_BM = torch.ones(len(keep_BK), channels * tokens + 1, dtype=torch.bool, device=keep_BK.device)
@@ -447,8 +447,8 @@ class MontageAutoencoder(MaskedAutoencoder):
         Returns
         -------
         Tensor, [B, C, T], bool
-            True for the signal of hidden tokens of true channels. C is the largest number of true channels among the
-            samples.
+            True for the signal of hidden tokens of recorded channels. C is the largest number of recorded channels
+            among the samples.
         """
         return self.untokenize(self.hidden(**inputs).unsqueeze(-1).expand(-1, -1, self.config.encoder.patch))
 

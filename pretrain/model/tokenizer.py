@@ -60,14 +60,14 @@ class MontageTokenizer:
 
     def scale_rows(self, padded: int) -> str:
         """Return a text for the model card that names the rows over which the scale of a window is computed."""
-        return "its true channels"
+        return "its recorded channels"
 
     def program_usage(self, padded: int, samples: int) -> str:
         """Return a text for the model card that explains how to call the exported program."""
         return (
             '`torch.export.load("encoder.pt2").module()(x, positions, count)` with x `[windows, channels, '
             f"{samples}]`, preprocessed and scaled as described below, positions `[windows, channels, 3]` in metres "
-            "(NaN for an unknown position), and `count` `[windows]`, the number of true channels, as int64."
+            "(NaN for an unknown position), and `count` `[windows]`, the number of recorded channels, as int64."
         )
 
 

@@ -12,7 +12,10 @@ Standardize = Literal["subject", "none"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Measure an encoder's features with a linear classifier on a labelled dataset, next to baselines and controls."""
+    """Measure an encoder's features with a linear classifier on a labelled dataset.
+
+    Compare them with baselines and controls.
+    """
 
     encoder: str
     """Directory of the encoder package, or the package's name on the Hugging Face hub."""

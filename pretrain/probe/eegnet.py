@@ -88,7 +88,10 @@ class EEGNet(nn.Module):
 
     @property
     def spatial(self) -> nn.Conv2d:
-        """The spatial filters. They are no attribute, because `state_dict` would list their weights twice."""
+        """The spatial filters.
+
+        This is a property and not an attribute, because `state_dict` would list an attribute's weights twice.
+        """
         spatial = self.features[3]
         assert isinstance(spatial, nn.Conv2d)
         return spatial

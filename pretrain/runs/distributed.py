@@ -18,7 +18,7 @@ from data_sharding.common.errors import RankError, RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of a training run, from the point of view of one process.
+    """The processes of a training run, as one of these processes sees them.
 
     A world of one process needs no process group.
     """

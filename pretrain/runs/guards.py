@@ -21,7 +21,7 @@ from pretrain.runs.config import check_at_least
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Which losses count as spikes, and how the run reacts to a spike."""
+    """Settings that define a loss spike, and how the run reacts to a spike."""
 
     spike_sigma: float = 6.0
     """A loss is a spike if it is this many standard deviations above the mean of the last losses. Training then goes
@@ -43,7 +43,7 @@ class GuardConfig:
 
 
 class SpikeDetector:
-    """Finds losses that are far above the losses just before them.
+    """Detects loss spikes: losses that are far above the losses just before them.
 
     Every process passes the same losses and gets the same result, so the processes need not communicate.
 
@@ -61,11 +61,11 @@ class SpikeDetector:
 
     @property
     def recent(self) -> list[float]:
-        """The last losses, which a checkpoint stores."""
+        """The last losses. They are stored in checkpoints."""
         return list(self._recent)
 
     def check(self, loss: float) -> str | None:
-        """Check whether a loss is a spike. If it is no spike, add it to the last losses.
+        """Check whether a loss is a spike. If not, add it to the last losses.
 
         Parameters
         ----------

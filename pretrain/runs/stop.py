@@ -25,7 +25,7 @@ class StopSignal:
     If a second SIGINT arrives later, it interrupts the process at once. A second SIGINT within a few seconds is
     ignored, because one request can arrive twice: the terminal or batch system signals every process, and torchrun also
     passes its signal on to its workers. If the environment variable `STOP_FILE` is set, the flag is also set when the
-    stop file appears. The file is looked for once a second.
+    stop file appears. The class checks once a second whether the file exists.
     """
 
     def __init__(self) -> None:

@@ -118,8 +118,8 @@ class PretrainConfig:
     """Directory written by 'dreamscale shard', on a disk or an object store (s3://bucket/lab). The length of its
     windows must be model.encoder.samples."""
     datasets: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Use this key in place of 'dataset' to train on several datasets. Each entry gives a dataset's directory and the
-    share of the training samples that come from this dataset. All datasets must have the same preprocessing."""
+    """Use this key in place of 'dataset' to train on several datasets. Each entry has the directory of a dataset and
+    its fraction of the training samples. All datasets must have the same preprocessing."""
     allowed_licenses: list[str] = dataclasses.field(default_factory=list)
     """Licences that the training data may have, as glob patterns: [CC0*, CC-BY-*]. If the list is not empty, training
     and export are refused if a recording has another licence, or no known licence."""

@@ -105,7 +105,8 @@ def check_licenses(allowed: Sequence[str], found: Mapping[str, int] | None, plac
     Parameters
     ----------
     allowed : sequence of str
-        Allowed licences as glob patterns; upper and lower case are the same. If the list is empty, all are allowed.
+        Allowed licences as glob patterns; upper and lower case are the same. If the list is empty, all licences are
+        allowed.
     found : mapping of str to int, or None
         Number of recordings of each licence. The empty text stands for recordings without a known licence. None if
         nothing is known about licences.

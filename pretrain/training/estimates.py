@@ -81,7 +81,8 @@ def tokens_of(model: MaskedAutoencoderConfig, channels: int | None = None) -> tu
     model : MaskedAutoencoderConfig
         The model.
     channels : int, optional
-        Number of true channels, for the montage tokenizer; by default the largest number that this tokenizer allows.
+        Number of recorded channels, for the montage tokenizer; by default the largest number that this tokenizer
+        allows.
 
     Returns
     -------
@@ -107,7 +108,7 @@ def activation_bytes(
     checkpointing : bool
         Whether each block is recomputed in the backward pass.
     channels : int, optional
-        Number of true channels, for the montage tokenizer.
+        Number of recorded channels, for the montage tokenizer.
 
     Returns
     -------

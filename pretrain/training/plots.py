@@ -53,7 +53,7 @@ def plot_reconstruction(
     made_BNP = model.reconstruct(x_BCT, **inputs).float()
     model.train()
     hidden_BCT = model.hidden_signal(**inputs).cpu().numpy()
-    # The montage tokenizer reconstructs only true channels, so remove the rows that are padding.
+    # The montage tokenizer reconstructs only recorded channels, so remove the rows that are padding.
     x_BCT = x_BCT[:, : hidden_BCT.shape[1]]
     if model.config.normalize_targets:
         # The model predicts normalized tokens. Scale the predictions back with mean and deviation of the true tokens.

@@ -62,8 +62,8 @@ def evaluate(
         ``val_loss``: mean loss of the windows. ``val_explained``: share of the hidden tokens' sum of squares that the
         reconstruction explains; 1 for a perfect reconstruction, 0 if the model predicts zero everywhere.
         ``val_loss_corpus/NAME``: mean loss of the windows of one corpus. ``val_loss_channels/NUMBER``: mean loss of the
-        windows with this number of true channels. None if a stop was requested in any process, because a batch system
-        may not wait until an evaluation ends.
+        windows with this number of recorded channels. None if a stop was requested in any process, because a batch
+        system may not wait until an evaluation ends.
     """
     windows = choose_windows(dataset, config.evaluation.windows)
     mine = windows[world.rank :: world.size]

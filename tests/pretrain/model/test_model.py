@@ -261,7 +261,7 @@ def test_channels_drop_with_all_their_copies_and_never_all_of_them() -> None:
 def test_a_dropped_channel_reaches_no_token_and_stays_a_target() -> None:
     torch.manual_seed(0)
     model = MaskedAutoencoder(dataclasses.replace(SMALL, channel_dropout=0.5)).double()
-    # Each sample has three true channels and is padded to six channels.
+    # Each sample has three recorded channels and is padded to six channels.
     samples: Any = SimpleNamespace(numbers=[1, 2, 3], epochs=[0, 0, 0], metas=[{"n": 3}] * 3)
     inputs = model.prepare(samples, seed=4)
     dropped = inputs["dropped_BC"]

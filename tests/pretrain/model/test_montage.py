@@ -297,7 +297,7 @@ def test_trains_and_exports_the_same_on_one_and_two_processes(unpaired_dataset: 
     assert (tmp_path / "one" / "plots" / "reconstruction.png").is_file()
     assert export([str(tmp_path / "one"), str(tmp_path / "encoder"), "--program", "false"]) == 0
     card = (tmp_path / "encoder" / "model_card.md").read_text()
-    assert "any montage" in card and "standard deviation over its true channels" in card
+    assert "any montage" in card and "standard deviation over its recorded channels" in card
     # Two processes divide the samples of 19 to 64 channels into other batches, but the losses stay the same.
     variants = [("1", "bf16"), ("3", "fp32")]
     jobs = []
