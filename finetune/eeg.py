@@ -5,15 +5,16 @@ Tensor shapes: B trials, b trials of this rank, C channels (128 after padding), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data_sharding.common.errors import RequestError
+from data_sharding.common.progress import progress
 from data_sharding.dataset.batch import Batch, collate
 from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.samples import pad_channels
@@ -22,6 +23,12 @@ from finetune.images import ImageTable
 from finetune.training.step_random import StepRandom
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.encoder.package import read_package
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PART = 256
+"""Number of trials that are read at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,16 +189,16 @@ def group_repeats(dataset: EEGDataset, average: int) -> list[list[int]]:
     """
     if average == 1:
         return [[number] for number in range(len(dataset))]
-    found: dict[tuple[Any, ...], list[list[int]]] = {}
-    for number in range(len(dataset)):
-        meta = dataset.meta(number)
-        # A trial without an image has no repeats.
-        image = meta.get("image_id") or number
-        groups = found.setdefault((meta.get("corpus"), meta.get("subject"), image, tuple(meta["ch_names"])), [[]])
-        if average and len(groups[-1]) == average:
-            groups.append([])
-        groups[-1].append(number)
-    return sorted(group for groups in found.values() for group in groups)
+    trials = dataset.trials
+    group = trials.group("corpus", "subject", "image_id", "ch_names")
+    # A trial without an image has no repeats.
+    alone = np.array([not image_id for image_id in trials.values("image_id")])[trials.codes("image_id")]
+    group[alone] = len(group) + np.flatnonzero(alone)
+    order = np.argsort(group, kind="stable")
+    ends = np.flatnonzero(np.diff(group[order])) + 1
+    size = average or len(group)
+    parts = (part.tolist() for part in np.split(order, ends))
+    return sorted(part[start : start + size] for part in parts for start in range(0, len(part), size))
 
 
 def read_means(dataset: EEGDataset, groups: Sequence[Sequence[int]], device: Any = None) -> Tensor:
@@ -238,8 +245,52 @@ def read_trials(
     Tensor of float32, shape (B, 128, T)
         Scaled means, in the order of `groups`.
     """
-    parts = [groups[start : start + 256] for start in range(0, len(groups), 256)]
+    parts = [groups[start : start + PART] for start in range(0, len(groups), PART)]
     return torch.cat([scale_eeg(read_means(dataset, part, device), scaling) for part in parts])
+
+
+def compute_for_trials(
+    dataset: EEGDataset,
+    scaling: PreprocessSpec | EEGEncoder,
+    compute: Callable[[Tensor], Tensor],
+    accelerator: Accelerator,
+    part: int = PART,
+) -> Tensor:
+    """Compute something small, such as a feature, from the EEG of every trial of a split.
+
+    The trials are read part by part, so memory holds the EEG of one part only. The processes share the work.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        The split.
+    scaling : PreprocessSpec or EEGEncoder
+        Object that defines the scaling.
+    compute : callable
+        Function that takes scaled trials, [B, 128, T], on the device of the computation, and returns [B, ...].
+    accelerator : Accelerator
+        The accelerator that `make_accelerator` returned.
+    part : int
+        Number of trials that a process reads at once.
+
+    Returns
+    -------
+    Tensor, shape (trials, ...)
+        Result for each trial, on the CPU of every process.
+    """
+    size, rank, parts = accelerator.num_processes, accelerator.process_index, []
+    shown = accelerator.is_main_process and len(dataset) >= 10_000
+    with progress("features of the trials", len(dataset), enabled=shown) as advance:
+        for start in range(0, len(dataset), part * size):
+            numbers = np.arange(start + rank * part, start + (rank + 1) * part)
+            # The processes must gather equally many trials, so the last part may repeat the last trial.
+            numbers = np.minimum(numbers, len(dataset) - 1) if size > 1 else numbers[numbers < len(dataset)]
+            eeg_BCT = collate(dataset, numbers.tolist()).padded(accelerator.device, torch.float32)
+            found = compute(scale_eeg(eeg_BCT, scaling))
+            found = accelerator.gather(found) if size > 1 else found
+            parts.append(found[: len(dataset) - start].cpu())
+            advance(len(parts[-1]))
+    return torch.cat(parts)
 
 
 def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig, random: StepRandom) -> Tensor:
@@ -306,7 +357,7 @@ def average_trials_of_image(
     extra_b = random.integers(most, b)
     start_b = random.uniform(b)
     for i, number in enumerate(batch.numbers):
-        others = table.companions[number]
+        others = table.companions(number)
         count = min(int(extra_b[i]), len(others))
         first = int(start_b[i] * len(others))
         for other in (others[(first + k) % len(others)] for k in range(count)):

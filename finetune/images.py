@@ -5,6 +5,7 @@ Array shapes: B trials, M different images, H, W pixels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,8 +146,6 @@ class ImageTable:
         Caption of the image in each row. If an image has no caption, the name of its label is used.
     row_of : ndarray of int, shape (trials,)
         Row of the image of each trial. The index is the number of the trial in the dataset.
-    companions : list of list of int
-        For each trial, the numbers of the other trials with the same image and the same channels.
 
     Raises
     ------
@@ -156,29 +155,41 @@ class ImageTable:
 
     def __init__(self, dataset: EEGDataset) -> None:
         self.dataset = dataset.require_images()
-        metas = [dataset.meta(number) for number in range(len(dataset))]
-        missing = next((n for n, m in enumerate(metas) if not {"image_id", "label"} <= m.keys()), None)
-        if missing is not None:
+        trials = dataset.trials
+        ids, codes, labels = trials.values("image_id"), trials.codes("image_id"), trials.numbers("label")
+        missing = np.array([image_id is None for image_id in ids])[codes] | (labels < 0)
+        if missing.any():
             raise RequestError(
-                f"{dataset.path}: sample {dataset.key(missing)} has no image_id or label; make the dataset again"
+                f"{dataset.path}: sample {dataset.key(int(missing.argmax()))} has no image_id or label; make the "
+                "dataset again"
             )
-        first: dict[str, int] = {}
-        for number, meta in enumerate(metas):
-            first.setdefault(meta["image_id"], number)
-        self.ids = sorted(first)
-        self._first = [first[i] for i in self.ids]
-        rows = {image_id: row for row, image_id in enumerate(self.ids)}
-        self.row_of = np.array([rows[meta["image_id"]] for meta in metas])
-        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-        keys = [(int(row), tuple(meta["ch_names"])) for row, meta in zip(self.row_of, metas, strict=True)]
-        for number, key in enumerate(keys):
-            groups.setdefault(key, []).append(number)
-        self.companions = [[n for n in groups[key] if n != number] for number, key in enumerate(keys)]
-        self.labels = np.array([int(metas[n]["label"]) for n in self._first])
-        self.captions = [read_caption(metas[n]) for n in self._first]
+        row_of_code = np.zeros(len(ids), np.int64)
+        used = sorted(np.unique(codes).tolist(), key=lambda code: str(ids[code]))
+        row_of_code[used] = np.arange(len(used))
+        self.ids = [str(ids[code]) for code in used]
+        self.row_of = row_of_code[codes]
+        self._first = np.unique(self.row_of, return_index=True)[1].tolist()
+        self.labels = labels[self._first]
+        self.captions = [
+            read_caption({**{name: trials.text(name, n) for name in ("caption", "label_name")}, "label": labels[n]})
+            for n in self._first
+        ]
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @functools.cached_property
+    def _same_image(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Group of each trial, the trials sorted by group, and the first place of each group in this order."""
+        group = self.dataset.trials.group("image_id", "ch_names")
+        order = np.argsort(group, kind="stable")
+        return group, order, np.searchsorted(group[order], np.arange(group.max() + 2))
+
+    def companions(self, number: int) -> list[int]:
+        """Return the numbers of the other trials with the same image and the same channels as a trial, in order."""
+        group, order, first = self._same_image
+        found = order[first[group[number]] : first[group[number] + 1]]
+        return found[found != number].tolist()
 
     def pixels(self, rows: Any = None, size: int | None = None) -> np.ndarray:
         """Decode images of the table.

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+if "DREAMSCALE_CACHE" not in os.environ:
+    # Without this, the tests would fill the cache of the user who runs them.
+    _CACHE = tempfile.TemporaryDirectory(prefix="dreamscale-test-cache-")
+    os.environ["DREAMSCALE_CACHE"] = _CACHE.name
 
 from data_sharding.dataset.dataset import write_dataset
 from data_sharding.dataset.samples import Sample

@@ -34,6 +34,7 @@ from data_sharding.dataset.shard_reader import (
     parse_index,
     parse_meta,
 )
+from data_sharding.dataset.trials import TrialTable, digest_of_split, open_table
 from data_sharding.processing.preprocess import PreprocessSpec
 
 _PARALLEL_FETCHES = 16
@@ -102,6 +103,8 @@ class EEGDataset:
             parts = list(pool.map(self._read_index, self.shards))
         self.index = np.concatenate(parts)
         self.first = np.cumsum([0, *map(len, parts)])
+        self._stored, self._kept = list(self.shards), np.ones(len(self.index), bool)
+        self._trials: TrialTable | None = None
         self.tmin, self.tmax = tmin, tmax
         self.n_times, self._shift, self.left_out = self.spec.window, None, 0
         if tmin is not None or tmax is not None:
@@ -126,7 +129,7 @@ class EEGDataset:
                 f"{self.path} ({self.split}): no trial is stored from {tmin:g} to {tmax:g} s around the onset of its "
                 "image; change tmin and tmax, or shard with other tmin and tmax in 'corpora'"
             )
-        self.left_out = int((~whole).sum())
+        self.left_out, self._kept = int((~whole).sum()), whole
         shard = np.repeat(np.arange(len(self.shards)), np.diff(self.first))[whole]
         kept = np.bincount(shard, minlength=len(self.shards))
         self.index = self.index[whole]
@@ -230,7 +233,7 @@ class EEGDataset:
         return len(self.index)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_local": None}
+        return {**vars(self), "_local": None, "_trials": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -295,6 +298,25 @@ class EEGDataset:
         """Read the metadata of a sample without its EEG."""
         (location,) = self.locations([number])
         return self.reader.meta(location, bytes(self.reader.read(location, location.meta_at, location.meta)))
+
+    @property
+    def trials(self) -> TrialTable:
+        """Metadata of all samples in columns, from a file that all processes share.
+
+        The first process that uses it reads the JSON of every sample; see `data_sharding.dataset.trials`.
+        """
+        if self._trials is None:
+
+            def open_whole() -> EEGDataset:
+                if not self.left_out:
+                    return self
+                whole = EEGDataset(self.path, self.split, version=self.manifest.dataset_id)
+                whole.cache = self.cache
+                return whole
+
+            digest = digest_of_split(self.path, self.split, self._stored)
+            self._trials = TrialTable(open_table(digest, len(self._kept), open_whole), self._kept)
+        return self._trials
 
     def image(self, number: int) -> bytes:
         """Read the image of a sample without its EEG.

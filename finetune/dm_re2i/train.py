@@ -29,7 +29,7 @@ from finetune.dm_re2i.guided import GuidedUNet
 from finetune.dm_re2i.model import ClassMeans, compute_features, sample_images, save_model
 from finetune.dm_re2i.networks import load_classifier
 from finetune.dm_re2i.train_evrnet import train_evrnet
-from finetune.eeg import choose_evenly, group_repeats, load_encoder, read_trials, scale_eeg
+from finetune.eeg import choose_evenly, compute_for_trials, group_repeats, load_encoder, read_trials, scale_eeg
 from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
 from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
 from finetune.training.fit import fit
@@ -104,13 +104,6 @@ class EGDDPMTask(nn.Module):
         return {"loss": self.errors(self.features(eeg) + jitter, image, noise, time, keep).mean()}
 
 
-def _compute_vectors(guide: EEGGuide, data: EEGDataset, device: Any) -> Tensor:
-    """Compute the vector of every trial of a split, [trials, D], on the CPU. Read only a part of the trials at once."""
-    numbers, scaling = group_repeats(data, 1), guide.scaling(data.spec)
-    parts = [numbers[start : start + 256] for start in range(0, len(numbers), 256)]
-    return torch.cat([guide.compute(read_trials(data, part, scaling, device)).cpu() for part in parts])
-
-
 def train_ddpm(
     config: DMRE2IConfig,
     guide: EEGGuide,
@@ -141,7 +134,7 @@ def train_ddpm(
 
     stage, device, scaling = config.ddpm, accelerator.device, guide.scaling(data.spec)
     pixels = torch.from_numpy(tables[0].pixels(size=stage.image_size))
-    vectors = _compute_vectors(guide, data, device)
+    vectors = compute_for_trials(data, scaling, guide.compute, accelerator)
     groups = group_repeats(val, config.eeg.average_repeats)
     watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
     rows = tables[1].row_of[[group[0] for group in watched]]
@@ -189,6 +182,8 @@ def train_ddpm(
         lr_scale=lr_scale,
         description="EG-DDPM",
     )
+    if stage.train_guide:
+        vectors = compute_for_trials(data, scaling, guide.compute, accelerator)
     if accelerator.is_main_process:
         found = {"best_step": result.best_step, "val": result.best, "dataset_id": data.manifest.dataset_id}
         found["dataset_version"] = data.manifest.version
@@ -199,8 +194,6 @@ def train_ddpm(
             right = logits_BK.argmax(1).cpu().numpy() == tables[1].labels[rows]
             origin["evrnet_val_accuracy"] = float(right.mean())
         labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
-        if stage.train_guide:
-            vectors = _compute_vectors(guide, data, device)
         means = ClassMeans.compute(vectors, labels, len(data.labels))
         save_model(run.path / "model", guide, unet, noising, means, data.spec, {**found, **origin})
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "val/loss", "val/shuffled"])
@@ -237,7 +230,7 @@ def _check_data(config: DMRE2IConfig, splits: tuple[EEGDataset, EEGDataset], tab
             )
         if table.labels.min() < 0 or table.labels.max() >= len(dataset.labels):
             raise RequestError(f"{dataset.path} ({dataset.split}): a trial's label is not in the manifest's labels")
-        most = max(int(dataset.meta(number)["n"]) for number in range(len(dataset)))
+        most = int(dataset.trials.numbers("n").max())
         if config.ddpm.guide != "encoder" and most > config.evrnet.channels:
             raise RequestError(
                 f"evrnet.channels is {config.evrnet.channels}, but a trial of {dataset.path} ({dataset.split}) has "

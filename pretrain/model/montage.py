@@ -81,14 +81,14 @@ def common_positions(dataset: EEGDataset) -> Tensor:
         If the samples have different montages.
     """
     first = dataset.meta(0)
-    for number in range(1, len(dataset)):
-        meta = dataset.meta(number)
-        if meta["n"] != first["n"] or meta.get("positions") != first.get("positions"):
-            raise RequestError(
-                f"{dataset.path} ({dataset.split}): sample {dataset.key(number)} has other electrodes than "
-                f"{dataset.key(0)}; this stage needs a dataset with one montage, or an encoder with the temporal "
-                "tokenizer"
-            )
+    n, positions = dataset.trials.numbers("n"), dataset.trials.codes("positions")
+    differ = (n != n[0]) | (positions != positions[0])
+    if differ.any():
+        raise RequestError(
+            f"{dataset.path} ({dataset.split}): sample {dataset.key(int(differ.argmax()))} has other electrodes than "
+            f"{dataset.key(0)}; this stage needs a dataset with one montage, or an encoder with the temporal "
+            "tokenizer"
+        )
     positions_BC3, _ = electrode_positions([first], first["n"])
     return positions_BC3[0]
 

@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import torch
 
 from data_sharding.dataset.batch import collate
 from data_sharding.dataset.dataset import EEGDataset, write_dataset
-from finetune.eeg import AugmentConfig, ImageAugmentConfig, augment_eeg, prepare_eeg, scale_eeg
+from finetune.eeg import (
+    AugmentConfig,
+    ImageAugmentConfig,
+    augment_eeg,
+    compute_for_trials,
+    group_repeats,
+    prepare_eeg,
+    read_trials,
+    scale_eeg,
+)
 from finetune.images import ImageTable
+from finetune.training.accelerate import make_accelerator
 from finetune.training.step_random import StepRandom
 
 
@@ -32,7 +43,7 @@ def test_only_trials_of_the_same_image_are_averaged(paired_dataset: Path, tmp_pa
     write_dataset(tmp_path / "d", {"train": samples}, data.spec, labels=data.labels)
     data = EEGDataset(tmp_path / "d")
     table = ImageTable(data)
-    assert table.companions == [[2], [], [0], []]
+    assert [table.companions(n) for n in range(4)] == [[2], [], [0], []]
     batch = collate(data, [0, 1])
     mean = (batch.eeg[:1].float() + collate(data, [2]).eeg.float()) / 2
     seen = []
@@ -59,3 +70,22 @@ def test_changes_treat_copies_of_a_channel_alike() -> None:
     assert all(
         any(torch.equal(m[:, 3:-3], o[:, 3 + d : 47 + d]) for d in range(-3, 4)) for m, o in zip(moved, x, strict=True)
     )
+
+
+def test_features_are_computed_part_by_part_with_the_same_result(paired_dataset: Path) -> None:
+    data, accelerator = EEGDataset(paired_dataset), make_accelerator(num_processes=1, device="cpu")
+    alive: list[weakref.ref[torch.Tensor]] = []
+    sizes = []
+
+    def compute(x_BCT: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x_BCT))
+        # Nothing but the part before may still be in memory, and nothing of the parts before that.
+        assert sum(part() is not None for part in alive) <= 1
+        alive.append(weakref.ref(x_BCT))
+        return x_BCT.mean(dim=2)
+
+    found = compute_for_trials(data, data.spec, compute, accelerator, part=24)
+    assert sizes == [24, 24, 16] and found.shape == (64, 128)
+    whole = read_trials(data, group_repeats(data, 1), data.spec)
+    assert torch.equal(found, whole.mean(dim=2))
+    assert torch.equal(found, compute_for_trials(data, data.spec, lambda x_BCT: x_BCT.mean(dim=2), accelerator))

@@ -178,3 +178,25 @@ def test_a_network_without_an_encoder_reads_any_part(repeated: Path, tmp_path: P
     assert generate([str(arg) for arg in args]) == 0
     about = json.loads((out / "generated.json").read_text())
     assert about["eeg"] == {"tmin": -0.25, "tmax": 1.0} and [trial["repeats"] for trial in about["trials"]] == [1, 3, 3]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_groups_and_images_are_those_of_a_plain_loop_over_the_samples(repeated: Path, split: str) -> None:
+    data = EEGDataset(repeated, split)
+    metas = [data.meta(number) for number in range(len(data))]
+    table = ImageTable(data)
+    assert table.ids == sorted({meta["image_id"] for meta in metas})
+    assert [table.ids[row] for row in table.row_of] == [meta["image_id"] for meta in metas]
+    assert [table.labels[row] for row in table.row_of] == [meta["label"] for meta in metas]
+    assert [table.captions[row] for row in table.row_of] == [meta["caption"] for meta in metas]
+    for number, meta in enumerate(metas):
+        same = [n for n, other in enumerate(metas) if other["image_id"] == meta["image_id"] and n != number]
+        assert table.companions(number) == same
+    for average in (0, 2):
+        plain: dict[tuple[str, str], list[list[int]]] = {}
+        for number, meta in enumerate(metas):
+            groups = plain.setdefault((meta["subject"], meta["image_id"]), [[]])
+            if average and len(groups[-1]) == average:
+                groups.append([])
+            groups[-1].append(number)
+        assert group_repeats(data, average) == sorted(group for groups in plain.values() for group in groups)
