@@ -57,7 +57,7 @@ class LedgerRow:
     format: str = ""
     """File format of the recording, such as edf or brainvision."""
     reader: str = ""
-    """Name of the reader that opened the files; today always equal to `format`."""
+    """Name of the reader that opened the files; at present, always equal to `format`."""
     subject: str
     """Name of the subject; equal to the recording's `key` if the subject is unknown."""
     session: str = ""
@@ -107,7 +107,7 @@ class LedgerRow:
     n_kept: int = 0
     """Number of channels in the windows, at most 128."""
     channel_selection: str = ""
-    """How the channels in the windows were selected, such as ``all`` or ``128 of 129 by scalp coverage``."""
+    """Rule by which the channels in the windows were selected, such as ``all`` or ``128 of 129 by scalp coverage``."""
     bads: list[str] = dataclasses.field(default_factory=list)
     """Bad channels among the channels in the windows, each as ``name: kind``."""
     bad_kinds: list[str] | None = None
@@ -115,7 +115,7 @@ class LedgerRow:
     montage: str = ""
     """Source of the electrode positions: the file, a standard montage, or nowhere."""
     montage_confidence: float = 0.0
-    """Share of the EEG channels that have a position."""
+    """Fraction of the EEG channels that have a position."""
     reference: str = ""
     """Reference of the recording; empty if the file does not name the reference."""
     sfreq: float = 0.0
@@ -151,7 +151,7 @@ class LedgerRow:
     trial_tmax: float | None = None
     """End of the stored trials, in seconds from the onset of the image; None for a recording without trials."""
     shards: list[str] = dataclasses.field(default_factory=list)
-    """Paths of the shards that hold windows of the recording, relative to the dataset."""
+    """Paths of the shards with windows of the recording, relative to the dataset."""
     notes: list[str] = dataclasses.field(default_factory=list)
     """Further notes about the recording."""
 
