@@ -274,7 +274,10 @@ def main() -> None:
             "memory map": rate["ours, 0 workers"] / rate["memory map"],
         }
         result[f"ours over others in {name}"] = ratios
-        print(f"ours over others in {name}:", ", ".join(f"{way} {ratio:.2f}x" for way, ratio in ratios.items()))
+        print(
+            f"{name} of Dreamscale, divided by that of each other program:",
+            ", ".join(f"{way} {ratio:.2f}x" for way, ratio in ratios.items()),
+        )
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 

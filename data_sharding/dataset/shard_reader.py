@@ -464,7 +464,8 @@ class ShardReader:
         if got != self.size or not self.plain.startswith(self.npy):
             raise self.damage(location, f"damaged, or not float16 [{N_PADDED}, {self.samples}]", key)
         if not 0 <= location.begin <= self.samples - self.dataset.n_times:
-            text = f"has {self.samples} time points, and {self.dataset.n_times} are needed from number {location.begin}"
+            need = f"{self.dataset.n_times} time points from number {location.begin} on are needed"
+            text = f"has {self.samples} time points, but {need}"
             raise self.damage(location, text, key)
         text = bytes(self.read(location, meta_at, location.meta) if location.image else whole[meta_at - start :])
         n = location.n or self.meta(location, text, key).get("n")

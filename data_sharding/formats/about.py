@@ -25,7 +25,7 @@ UNKNOWN_DATES = frozenset(
 )
 """Dates that some programs write in place of an unknown or removed date."""
 EARLIEST = 1925
-"""Earlier years are no years of recordings: BIDS moves dates before this year to hide them."""
+"""Earlier years are ignored, because BIDS datasets replace real dates by dates before this year, for privacy."""
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 NOBODY = frozenset(
     re.findall(

@@ -28,9 +28,10 @@ ONSET = 32
 
 @pytest.fixture(scope="module")
 def repeated(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write each trial three times, with other noise and a baseline; the first subject's first image has only one.
+    """Write each trial three times, with different noise and a baseline. The first image of the first subject has only
+    one trial.
 
-    The baseline of a trial is its negative window.
+    The baseline of a trial consists of the window's values with the opposite sign.
     """
     rng, splits = np.random.default_rng(0), {}
     for split in ("train", "val", "test"):
@@ -77,7 +78,8 @@ def test_other_subjects_and_other_channels_are_not_averaged(repeated: Path, tmp_
 
 
 def test_retrieval_counts_an_image_once(repeated: Path) -> None:
-    """The images are the classes. Repeats of an image are no classes of their own, and averages are counted."""
+    """Each image is one class. Repeats of an image are not separate classes, and the number of averaged trials is
+    reported."""
     data = EEGDataset(repeated, "val")
     table = ImageTable(data)
     target = F.normalize(torch.eye(len(table)), dim=-1)

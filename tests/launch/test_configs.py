@@ -1,6 +1,6 @@
 """Tests of the configs that come with Dreamscale.
 
-The commands find these configs in any folder, list them, print them and copy them.
+The commands find the shipped configs in any folder, and `dreamscale configs` lists, prints and copies them.
 """
 
 from __future__ import annotations

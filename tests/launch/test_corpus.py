@@ -1,6 +1,6 @@
 """Tests of the demo's corpus.
 
-A seed always gives the same bytes, and the recordings hold the effects that `truth.json` lists.
+A seed always gives the same bytes, and the recordings contain the effects that `truth.json` lists.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def dreamscale(*words: str | Path, code: int = 0) -> str:
 def test_real_recordings_become_a_dataset_an_encoder_and_embeddings(tmp_path: Path) -> None:
     dataset, run, encoder = tmp_path / "dataset", tmp_path / "run", tmp_path / "encoder"
     dreamscale("shard", "configs/data_sharding/real_corpus.yaml", "--output", dataset)
-    # Every byte is right, but nobody knows who was recorded, so "verify" does not call the splits clean.
+    # All bytes are right, but the subjects are unknown, so "verify" does not report that the splits share no data.
     dreamscale("verify", dataset, code=3)
     counts = json.loads((dataset / "manifest.json").read_text())["counts"]
     assert counts["sharded"] + counts["duplicate"] + counts["quarantined"] + counts["excluded"] == counts["found"]

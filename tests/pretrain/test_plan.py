@@ -147,7 +147,8 @@ def test_deepspeed_holds_what_is_planned() -> None:
     )
     held, size = map(int, next(line for line in done.stdout.splitlines() if line.startswith("BYTES")).split()[1:])
     planned = state_bytes(size, zero_stage=1, gpus=1, precision="bf16")
-    # After a step there are no temporary buffers. Memory holds the model's state, the window, and a few numbers.
+    # After a step, there are no temporary buffers. The memory contains only the model's state, the window and a few
+    # numbers.
     assert held == pytest.approx(planned.weights + planned.gradients + planned.optimizer, rel=0.02)
 
 

@@ -100,7 +100,7 @@ def test_a_damaged_onset_is_found(tmp_path: Path) -> None:
     index = tmp_path / "d" / "train" / "000000.idx"
     entries = json.loads(index.read_bytes())
     for onset, samples, message in (
-        (60, 100, "has 100 time points, and 50 are needed from number 60"),
+        (60, 100, "has 100 time points, but 50 time points from number 60 on are needed"),
         (20, 99, "float16"),
     ):
         entries[0] |= {"onset": onset, "samples": samples}

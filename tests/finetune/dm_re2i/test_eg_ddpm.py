@@ -97,7 +97,7 @@ def test_unet2d_of_diffusers_gets_the_condition_through_the_embedding_of_the_ste
     with torch.no_grad():
         out = net(x, step, e)
         assert out.shape == x.shape and not torch.allclose(out, net(x, step, e.flip(0)), atol=1e-4)
-        # The plain network of diffusers, whose embedding gets the condition by hand.
+        # The plain network of diffusers. The test adds the condition to its embedding.
         plain = UNet2DModel.from_config(net.unet.config, class_embed_type=None).eval()
         plain.load_state_dict(net.unet.state_dict())
         vector = net.condition((e - net.condition_mean) / net.condition_std)

@@ -104,7 +104,7 @@ def test_wilson_interval_of_a_known_case() -> None:
 def test_p_value_keeps_its_level_although_trials_of_an_image_agree() -> None:
     """Check the p-value of predictions that depend on the image but not on its label.
 
-    A test that shuffled single trials would call these predictions significant.
+    With a test that shuffles single trials, these predictions would be significant.
     """
     rng = np.random.default_rng(0)
     small = 0
@@ -116,7 +116,8 @@ def test_p_value_keeps_its_level_although_trials_of_an_image_agree() -> None:
         )
         small += found["p_value"] <= 0.1
         assert found["p_value"] >= 1 / 200
-    assert 12 <= small <= 48  # the count has a binomial(300, 0.1) distribution; ties of accuracies lower it a little
+    # The count has a binomial(300, 0.1) distribution. Ties of accuracies make it a little smaller.
+    assert 12 <= small <= 48
 
 
 def test_accuracy_chance_and_p_value_of_a_clear_case() -> None:

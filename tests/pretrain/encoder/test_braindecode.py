@@ -22,7 +22,7 @@ def braindecode() -> Any:
 
 
 def trials(count: int) -> tuple[np.ndarray, np.ndarray, mne.Info]:
-    """Simulate trials of two classes: in each class another half of the head oscillates."""
+    """Simulate trials of two classes. In each class, the channels of one half of the head oscillate."""
     rng = np.random.default_rng(0)
     labels = np.arange(count) % 2
     time = np.arange(int(SFREQ * SECONDS)) / SFREQ

@@ -1,4 +1,4 @@
-"""`encode` sees a recording as sharding sees it: the same windows, bit for bit, and the same bad channels."""
+"""`encode` makes the same windows from a recording as sharding, bit for bit, with the same bad channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The description of the training data: who was recorded, with which device, under which licence."""
+"""Tests of the description of the training data: subjects, devices and licences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of runs whose dataset grows while they are stopped."""
+"""Tests of runs that are stopped while recordings are added to their dataset."""
 
 from __future__ import annotations
 

@@ -166,7 +166,8 @@ def dreamscale(runs: Path, run: Path, *more: str) -> Training:
 
 
 def check_undisturbed(run: Path, runs: Path) -> None:
-    """Check that losses and epochs equal those of the run without a fault; for a complete run, check weights too."""
+    """Check that losses and epochs are equal to those of a run without a fault. For a complete run, also check the
+    weights."""
     whole = losses(runs / "whole")
     found = losses(run)
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, len(found) + 1))

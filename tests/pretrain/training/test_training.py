@@ -1,7 +1,7 @@
 """Tests of real DeepSpeed runs.
 
-The runs learn, give equal results for all ZeRO stages and numbers of processes, stop, resume, and refuse wrong
-settings.
+The tests check that runs learn, that results are equal for all ZeRO stages and numbers of processes, that runs can be
+stopped and resumed, and that wrong settings are refused.
 """
 
 from __future__ import annotations
