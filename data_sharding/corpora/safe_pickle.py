@@ -127,7 +127,7 @@ class _File:
 
     def read(self, n: int) -> bytes:
         if n < 0 or n > self.size - self.stream.tell():
-            raise RefusedPickle("damaged: it ends too early, or promises more bytes than it has")
+            raise RefusedPickle("damaged: it ends too early, or states more bytes than it has")
         return self.stream.read(n)
 
     def readline(self) -> bytes:
@@ -141,7 +141,7 @@ class _File:
     def skip(self, n: int) -> int:
         start = self.stream.tell()
         if n > self.size - start:
-            raise RefusedPickle("damaged: it ends too early, or promises more bytes than it has")
+            raise RefusedPickle("damaged: it ends too early, or states more bytes than it has")
         self.stream.seek(n, io.SEEK_CUR)
         return start
 

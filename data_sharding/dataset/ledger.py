@@ -113,7 +113,7 @@ class LedgerRow:
     bad_kinds: list[str] | None = None
     """Fault of each channel in `bads`, such as flat or clipped; None in ledgers of older versions."""
     montage: str = ""
-    """Source of the electrode positions: the file, a standard montage, or nowhere."""
+    """Source of the electrode positions: file, the name of a standard montage, or none."""
     montage_confidence: float = 0.0
     """Fraction of the EEG channels that have a position."""
     reference: str = ""

@@ -154,7 +154,7 @@ def ini_value(text: str, key: str) -> str | None:
 
 
 def _truncated(promised: int, what: str, held: float) -> Reason:
-    return Reason("truncated", f"the header promises {promised} {what}, the file holds {held:.10g}")
+    return Reason("truncated", f"the header states {promised} {what}, but the file has {held:.10g}")
 
 
 # --- EDF, BDF, GDF ---------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def check_edf(path: AnyPath, head: bytes = b"") -> tuple[Reason | None, bool]:
     have = (size_of(path) - layout.header_bytes) / layout.record_bytes
     if layout.n_records > 0 and have < layout.n_records:
         held = max(have, 0)
-        return Reason("truncated", f"the header promises {layout.n_records} records, the file holds {held:.1f}"), True
+        return Reason("truncated", f"the header states {layout.n_records} records, but the file has {held:.1f}"), True
     if have < 1:
         return Reason("no signal", "there is no data record"), False
     return None, True

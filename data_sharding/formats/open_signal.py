@@ -195,7 +195,7 @@ def _eeglab(path: Path) -> Any:
 
 
 def _other_size(promised: int, held: float) -> Reason:
-    text = f"the header promises {promised} samples, the file holds {held:g}"
+    text = f"the header states {promised} samples, but the file has {held:g}"
     return Reason("truncated" if held < promised else "sidecar of another recording", text)
 
 

@@ -60,7 +60,10 @@ class WindowFaults:
 
 @dataclass(kw_only=True)
 class Faults:
-    """Faults of a recording. Rows are positions in `Clean.rows`."""
+    """Faults of a recording.
+
+    Row numbers are those of the filtered signal (see `data_sharding.job.cut_windows.Clean.rows`).
+    """
 
     reach: int = 0
     """Length of a filter transient in samples."""

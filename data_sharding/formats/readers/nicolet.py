@@ -26,7 +26,7 @@ def _recognise(file: File) -> Recording | None:
         fault = Reason("damaged Nicolet header", "num_samples or num_channels is missing")
     else:
         promised, size = 2 * int(samples[1]) * int(channels[1]), headers.size_of(file.path)
-        fault = Reason("truncated", f"the header promises {promised} bytes, the file holds {size}")
+        fault = Reason("truncated", f"the header states {promised} bytes, but the file has {size}")
         fault = fault if size < promised else None
     return file.recording("nicolet", header.name, problem=fault)
 

@@ -222,7 +222,7 @@ class TestSniff:
 
 
 class TestTruncated:
-    """A file is refused as truncated if its header promises more data than the file holds."""
+    """A file is refused as truncated if its header states more data than the file contains."""
 
     def get_reason(self, path: Path) -> str:
         recording = sniff(path)
@@ -243,7 +243,7 @@ class TestTruncated:
     def test_truncated_edf_reports_the_number_of_records(self, tmp_path: Path, make_raw, write_raw) -> None:
         path = write_raw(make_raw(4, 200, 10), tmp_path / "a.edf")
         path.write_bytes(path.read_bytes()[:-3000])
-        assert self.get_reason(path).startswith("truncated: the header promises 10 records, the file holds 8.")
+        assert self.get_reason(path).startswith("truncated: the header states 10 records, but the file has 8.")
 
     def test_truncated_data_file_of_eeglab_is_refused(self, tmp_path: Path) -> None:
         from scipy.io import savemat
@@ -255,7 +255,7 @@ class TestTruncated:
         (tmp_path / "a.fdt").write_bytes(x.tobytes())
         np.testing.assert_allclose(read_all(open_file(tmp_path / "a.set")), x.T * 1e-6, rtol=1e-6)
         (tmp_path / "a.fdt").write_bytes(x.tobytes()[:-80])
-        assert self.get_reason(tmp_path / "a.set") == "truncated: the header promises 400 samples, the file holds 390"
+        assert self.get_reason(tmp_path / "a.set") == "truncated: the header states 400 samples, but the file has 390"
         (tmp_path / "a.fdt").unlink()
         assert self.get_reason(tmp_path / "a.set").startswith("sidecar missing: ")
 
@@ -264,7 +264,7 @@ class TestTruncated:
         (tmp_path / "a.cnt").write_bytes(b"RIFF" + struct.pack("<I", 5000) + b"CNT LIST" + bytes(100))
         assert (
             self.get_reason(tmp_path / "n.cnt")
-            == "truncated: the header promises 1450 bytes of signal, the file holds 1350"
+            == "truncated: the header states 1450 bytes of signal, but the file has 1350"
         )
         assert self.get_reason(tmp_path / "a.cnt").startswith("truncated: ")
 

@@ -61,7 +61,7 @@ OPENED = {
 REFUSED = {
     "broken/SC4001EC-Hypnogram.edf": (NotContinuous, "no signal: the file holds annotations only"),
     "broken/test_egi.mff": (ReadError, "sidecar missing: the MFF folder has no signal"),
-    "broken/truncated.edf": (ReadError, "truncated: the header promises 600 records, the file holds 199.2"),
+    "broken/truncated.edf": (ReadError, "truncated: the header states 600 records, but the file has 199.2"),
     "broken/header_without_data.vhdr": (ReadError, "sidecar missing: the header names 'test_NO.eeg'"),
     "broken/garbage.bdf": (ReadError, "unreadable: not BDF"),
     "broken/empty.edf": (ReadError, "unreadable: an empty file"),
@@ -215,7 +215,7 @@ SET_ASIDE = {
     "broken/garbage.bdf": ("quarantined", "unreadable: not BDF"),
     "broken/header_without_data.vhdr": ("quarantined", "sidecar missing: the header names 'test_NO.eeg'"),
     "broken/test_egi.mff": ("quarantined", "sidecar missing"),
-    "broken/truncated.edf": ("quarantined", "truncated: the header promises 600 records"),
+    "broken/truncated.edf": ("quarantined", "truncated: the header states 600 records"),
     "broken/SC4001EC-Hypnogram.edf": ("excluded", "no signal"),
     "brainvision/test_NO.vhdr": ("excluded", "too short: 0.45 s"),
     "eeglab/test_epochs.set": ("excluded", "too short: 4 epochs of at most 0.16 s"),
