@@ -328,7 +328,7 @@ def _one_of(names: list[str], name: str) -> str:
     if not name and len(names) != 1:
         raise _Fault(
             "variable not found",
-            text=f"holds {', '.join(sorted(names)) or 'nothing'}; the sidecar's key 'data' must name one",
+            text=f"the variables are {', '.join(sorted(names)) or 'none'}; name one in the key 'data' of the sidecar",
         )
     return name or names[0]
 

@@ -25,8 +25,8 @@ VOLT = re.compile(
     re.IGNORECASE,
 )
 MICRO = re.compile(r"(?:[^\x00-\x7f]|\?)[^\x00-\x7f?]{0,3}(?=[ _-]?v)", re.IGNORECASE)
-"""Non-ASCII characters before V. The micro sign is the only prefix outside ASCII. So non-ASCII characters that come
-from a wrong text encoding must be a micro sign."""
+"""Pattern of non-ASCII characters before the letter V (volt). The micro sign is the only prefix outside ASCII. So
+non-ASCII characters that come from a wrong text encoding must be a micro sign."""
 CYRILLIC = str.maketrans("мкнвМКНВ", "mknVmknV")
 """Cyrillic letters in Russian and Bulgarian units, and their Latin letters."""
 OLD_CYRILLIC = {

@@ -1,6 +1,6 @@
 """Base class of all classifiers of the first stage: EVRNet and the networks with which EVRNet is compared.
 
-A classifier computes a feature and class scores from EEG trials. Its feature can guide EG-DDPM.
+A classifier computes a feature and class scores from EEG trials. The feature can guide EG-DDPM.
 
 Tensor shapes: B trials, C channels (electrodes), T samples, D feature width, K classes.
 """

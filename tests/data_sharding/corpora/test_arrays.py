@@ -204,7 +204,7 @@ def test_a_broken_sidecar_affects_only_its_recording(tmp_path: Path, about: dict
         ("a.npy", X[0], {}, "1 dimensions"),
         ("a.npy", np.array([["x"]]), {}, "not of numbers"),
         ("a.npy", EPOCHS, {"labels": [1, 2]}, "describes 2 epochs, and the array has 4"),
-        ("a.npz", {"x": X, "y": X}, {}, "holds x, y; the sidecar's key 'data' must name one"),
+        ("a.npz", {"x": X, "y": X}, {}, "the variables are x, y; name one in the key 'data' of the sidecar"),
         ("a.npz", {"x": X}, {"data": "z"}, "has no variable 'z'; it has x"),
         ("a.npy", np.array([{"a": 1}], dtype=object), {}, "unreadable: ValueError"),
     ],
