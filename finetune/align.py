@@ -64,7 +64,7 @@ class AlignConfig:
     watch: Literal["cosine", "top1", "top5"] = "cosine"
     """Metric on the val split that decides which weights of the run are the best and are kept."""
     eeg: EEGConfig = field(default_factory=EEGConfig)
-    """Part of each trial that the encoder reads, and averages over repeated presentations in the evaluation."""
+    """Which part of each trial the encoder reads, and how repeated presentations are averaged in the evaluation."""
     augment: ImageAugmentConfig = field(default_factory=ImageAugmentConfig)
     """Augmentation of the EEG in training."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

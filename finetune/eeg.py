@@ -33,7 +33,7 @@ PART = 256
 
 @dataclass(frozen=True, kw_only=True)
 class EEGConfig:
-    """Part of each trial that a model reads, and averages over repeated presentations of an image."""
+    """Which part of each trial a model reads, and how repeated presentations of an image are averaged."""
 
     tmin: float | None = None
     """Start of the EEG in seconds from the onset of the image, such as -0.2 for a part with a baseline. Empty: the

@@ -1,10 +1,10 @@
 """Stop a command at any moment by SIGTERM or Ctrl-C.
 
 A signal raises `StopRequested` in the main thread. If the thread is importing a module, the exception is raised after
-the import, because a module that was imported in part can fail later. The exception can be lost: a library that is just
-being started may catch it, or may have replaced the signal handler. So each signal is also written to a pipe, which a
-thread reads. The command looks at this record between its steps (`check_stop`). If the command has not ended some
-seconds after the signal, the thread ends the process and all its child processes.
+the import, because a module that was imported in part can fail later. The exception can be lost: a library that is
+starting may catch it, or may have replaced the signal handler. So each signal is also written to a pipe, which a thread
+reads. Between its steps, the command checks whether the pipe has a signal (`check_stop`). If the command has not ended
+some seconds after the signal, the thread ends the process and all its child processes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from data_sharding.common.errors import EXIT_STOPPED, StopRequested
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_S = 8.0
-"""Seconds after a signal in which the command can end by itself. Docker kills a process 10 s after its signal."""
+"""Number of seconds after a signal in which the command can end by itself. Docker kills a process 10 s after the
+signal."""
 IMPORT_S = 0.1
-"""Seconds between two looks at an import that a signal waits for."""
+"""Seconds between two checks whether an import has ended. A signal during an import takes effect after the import."""
 SAME_REQUEST_S = 2.0
 """Signals within this number of seconds count as one request: a terminal and a batch system may both send one."""
 PR_SET_CHILD_SUBREAPER = 36
@@ -71,7 +72,7 @@ class _Stop:
             self.end_now()
 
     def watch(self) -> None:
-        """Wait for a signal, and then for the end of the command. Runs in a thread."""
+        """Wait for a signal, and then for the end of the command. A thread runs this method."""
         while not self.ended.is_set():
             select.select([self.read], [], [])
             if not self.look():
@@ -87,7 +88,8 @@ class _Stop:
 
     def end_now(self) -> None:
         """End this process and its child processes."""
-        show_cursor = "\033[?25h" if sys.stderr.isatty() else ""  # A live display may have hidden the cursor.
+        # A live display may have hidden the cursor.
+        show_cursor = "\033[?25h" if sys.stderr.isatty() else ""
         with contextlib.suppress(OSError):
             os.write(2, f"{show_cursor}dreamscale: stopped on request; {self.error()}\n".encode())
         kill_processes(find_child_processes())
@@ -95,7 +97,7 @@ class _Stop:
 
 
 def is_import(frame: FrameType | None) -> bool:
-    """Return whether a frame, or a frame that has called it, imports a module."""
+    """Return whether a frame, or one of its callers, is importing a module."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -104,7 +106,7 @@ def is_import(frame: FrameType | None) -> bool:
 
 
 def ignore_stop(before: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """Return a `sys.unraisablehook` that does not print a `StopRequested`: `check_stop` will raise it again."""
+    """Return a `sys.unraisablehook` that does not print `StopRequested`; `check_stop` raises this exception again."""
 
     def hook(unraisable: Any) -> None:
         if not issubclass(unraisable.exc_type, StopRequested):
@@ -121,7 +123,7 @@ _was_stopped = False
 def raise_on_stop_signals() -> Iterator[None]:
     """Raise `StopRequested` if SIGTERM or SIGINT arrives during the ``with`` block.
 
-    An inner block installs the handlers of the outermost block again, in case that a library has replaced them.
+    An inner block installs the handlers of the outermost block again, because a library may have replaced them.
 
     Yields
     ------
@@ -144,7 +146,7 @@ def raise_on_stop_signals() -> Iterator[None]:
             check_stop()
             yield
         except (Exception, SystemExit):
-            check_stop()  # After a request to stop, other errors are only its consequences.
+            check_stop()  # After a request to stop, other errors are its consequences.
             raise
         finally:
             for number, handler in before.items():
@@ -167,7 +169,7 @@ def raise_on_stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
         _was_stopped = stop.look()
         stop.ended.set()
-        os.close(stop.write)  # This ends the thread's wait for the pipe.
+        os.close(stop.write)  # Closing the pipe ends the thread, which waits for it.
         _stop = None
 
 
@@ -186,8 +188,8 @@ def check_stop() -> None:
 def end_command(code: int) -> int:
     """Ignore further signals, because the command has ended and a signal must not change its exit code.
 
-    After a stop, the process ends at once. Libraries that a signal has interrupted while they started may crash at the
-    regular end of the interpreter: Ray has crashed it.
+    After a stop, the process ends at once. A signal may have interrupted a library during its start. Such a library,
+    for example Ray, can crash the interpreter at its regular end.
 
     Parameters
     ----------
@@ -229,7 +231,7 @@ def kill_processes(processes: Iterable[Any], *, kept: Iterable[Any] = (), tries:
     kept : iterable of psutil.Process
         Child processes that must not be killed.
     tries : int
-        How often this function looks for further child processes.
+        Number of times that this function searches for further child processes.
     """
     import psutil
 

@@ -167,7 +167,8 @@ class ArraysCorpus(Adapter):
             text = f"the sidecar describes {own['epochs']} epochs, and the array has {count}"
             raise ReadError(Reason("array does not fit its sidecar", text=text))
         if own.get("tmin") and x.ndim != 3:
-            raise ReadError(Reason("array does not fit its sidecar", text="tmin is for epochs, and the array has none"))
+            text = "tmin is for epochs, but the array has no epochs"
+            raise ReadError(Reason("array does not fit its sidecar", text=text))
         part: Callable[[int], np.ndarray] = (lambda i: x[i]) if x.ndim == 3 else (lambda _: x)
         standardised = own["unit"] == "standardised"
         signal = ArraySignal(
@@ -348,6 +349,6 @@ def _ordered(x: np.ndarray, axes: str, channels: int) -> np.ndarray:
     if x.shape[-2] != channels:
         raise _Fault(
             "array does not fit its sidecar",
-            text=f"{x.shape[-2]} channels in the array {tuple(x.shape)}, {channels} ch_names (key 'axes')",
+            text=f"{x.shape[-2]} channels in the array {tuple(x.shape)}, {channels} ch_names; check ch_names and axes",
         )
     return x

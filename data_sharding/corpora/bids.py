@@ -367,7 +367,7 @@ def _read_device(sidecars: _Sidecars, recording: AnyPath) -> dict[str, Any]:
     """Return device, filters and task from the JSON sidecars of a recording."""
     about: dict[str, Any] = {}
     for path in sidecars.all(recording, "ieeg" if recording.parent.name == "ieeg" else "eeg", ".json"):
-        with contextlib.suppress(_Broken, OSError):  # The recording gets a note about this invalid sidecar elsewhere.
+        with contextlib.suppress(_Broken, OSError):  # `_patch` adds a note about an invalid sidecar.
             about |= sidecars.json(path)
 
     def text(key: str) -> str:

@@ -303,7 +303,7 @@ class EEGDataset:
     def trials(self) -> TrialTable:
         """Metadata of all samples in columns, from a file that all processes share.
 
-        The first process that uses it reads the JSON of every sample; see `data_sharding.dataset.trials`.
+        The first process that uses this table reads the JSON of every sample (see `data_sharding.dataset.trials`).
         """
         if self._trials is None:
 

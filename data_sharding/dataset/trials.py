@@ -1,8 +1,8 @@
-"""Table of the metadata of all samples of a split, so that nothing has to parse the JSON of every sample again.
+"""Table of the metadata of all samples of a split, so that the JSON of the samples is parsed only once.
 
 The first process that needs the table reads the JSON of every sample and writes the table to a file in the cache folder
-(`data_sharding.dataset.cache.cache_folder`). Other processes of the machine wait for the file. All processes map the
-file into memory, so they share one copy of it, and a later stage opens it at once.
+(`data_sharding.dataset.cache.cache_folder`). Other processes of the machine wait for the file. All processes memory-map
+the file, so there is only one copy in memory, and later stages need not build the table again.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXTS = ("corpus", "subject", "session", "recording", "image_id", "label_name", "caption", "concept")
-"""Texts of the metadata. A text that many trials share is stored once."""
+"""Metadata that are texts. If many trials have the same text, it is stored only once."""
 LISTS = ("ch_names", "positions")
-"""Lists of the metadata, stored once for all trials with the same list, as JSON texts."""
+"""Metadata that are lists, stored as JSON texts. If many trials have the same list, it is stored only once."""
 NUMBERS = {"n": ("int64", 0), "label": ("int64", -1), "onset": ("int64", 0), "start": ("float64", 0.0)}
-"""Data type of each number, and the value that stands for a missing number."""
+"""Metadata that are numbers: data type, and the value that means a missing number."""
 FORMAT = 1
-"""Version of the file. It is part of the digest, so another version makes new files."""
+"""Version of the file format. The version is part of the digest, so a new version uses new files."""
 UNUSED_DAYS = 90
-"""A file that no process has opened for this number of days is deleted when a new file is written."""
+"""When a new file is written, files that no process has opened for this number of days are deleted."""
 _SHOWN = 20_000
-"""Number of samples from which on the progress is shown."""
+"""The progress is shown for splits with at least this number of samples."""
 
 
 class TrialSource(Protocol):
@@ -76,7 +76,7 @@ class TrialTable:
 
     Notes
     -----
-    ``start`` and ``onset`` describe the stored sample, also if a dataset reads only a part of it.
+    ``start`` and ``onset`` describe the complete stored sample, even if a dataset reads only a part of the sample.
     """
 
     def __init__(self, table: pa.Table, kept: NDArray[np.bool_] | None = None) -> None:
@@ -111,7 +111,7 @@ class TrialTable:
         return self._choose(name, self._table.column(name).chunk(0).to_numpy(zero_copy_only=True))
 
     def codes(self, name: str) -> NDArray[np.int32]:
-        """Return a column of texts as numbers.
+        """Return a column of texts as integer codes.
 
         Parameters
         ----------
@@ -121,13 +121,15 @@ class TrialTable:
         Returns
         -------
         ndarray of int32, shape (samples,)
-            For each sample, the position of its text in `values`. Two samples have the same number exactly if they have
-            the same text.
+            For each sample, the index of its text in `values`. Samples with the same text have the same code.
         """
         return self._choose(name, self._table.column(name).chunk(0).indices.to_numpy(zero_copy_only=True))
 
     def values(self, name: str) -> list[str | None]:
-        """Return the different texts of a column, which `codes` refers to; None stands for a missing text."""
+        """Return the different texts of a column.
+
+        The result of `codes` are indices into this list. None means a missing text.
+        """
         if name not in self._values:
             self._values[name] = self._table.column(name).chunk(0).dictionary.to_pylist()
         return self._values[name]
@@ -137,7 +139,7 @@ class TrialTable:
         return self.values(name)[self.codes(name)[number]]
 
     def group(self, *names: str) -> NDArray[np.int64]:
-        """Number the combinations of several texts.
+        """Return a number for each combination of several texts.
 
         Parameters
         ----------
@@ -147,8 +149,8 @@ class TrialTable:
         Returns
         -------
         ndarray of int64, shape (samples,)
-            Two samples have the same number exactly if all these texts are the same. The numbers begin at 0, without
-            gaps.
+            Samples have the same number if all of these texts are equal, and different numbers otherwise. The numbers
+            are 0, 1, 2 and so on, without gaps.
         """
         group = np.zeros(len(self), np.int64)
         for name in names:
@@ -160,7 +162,7 @@ class TrialTable:
 class _Builder:
     """Collects the columns of a table sample by sample. Texts and lists are stored once, with a number for each sample.
 
-    With 661,600 trials the numbers take about 60 MB, whatever the size of the JSON.
+    For 661,600 trials, the numbers take about 60 MB. This does not depend on the size of the JSON.
     """
 
     def __init__(self) -> None:
@@ -215,8 +217,8 @@ def digest_of_split(path: AnyPath, split: str, shards: list[Shard]) -> str:
     Returns
     -------
     str
-        Checksum over the checksums of all shards. A local dataset is read without a check of its checksums, so its
-        path, and the size and time of the last change of each file, are part of the checksum as well.
+        Checksum over the checksums of all shards. The checksums of a local dataset are not verified when it is read. So
+        for a local dataset, the checksum also includes its path, and the size and modification time of each file.
     """
     files: list[Any] = []
     for shard in shards:
@@ -319,7 +321,7 @@ def open_table(digest: str, samples: int, source: Callable[[], TrialSource], *, 
     Returns
     -------
     pyarrow.Table
-        The table. Its columns lie in the memory-mapped file.
+        The table. Its columns are in the memory-mapped file.
 
     Raises
     ------
@@ -329,7 +331,7 @@ def open_table(digest: str, samples: int, source: Callable[[], TrialSource], *, 
     Notes
     -----
     One process at a time builds the table of a split; the other processes wait for the file. If the folder cannot be
-    written, a message says so, and every process builds the table for itself.
+    written, a message is printed, and every process builds its own table.
     """
     folder = folder or cache_folder() / "trials"
     path = folder / f"{digest[:32]}.arrow"

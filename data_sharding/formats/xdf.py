@@ -134,7 +134,7 @@ def _offsets(stream: Any) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def _offset_at(offsets: tuple[Sequence[float], Sequence[float]], stamps: np.ndarray) -> np.ndarray:
-    """Return the difference in seconds that is added to stamps of a stream, at these stamps."""
+    """Return the measured clock differences at given stamps, in seconds. They must be added to these stamps."""
     at, by = (np.asarray(values, float) for values in offsets)
     kept = np.isfinite(at) & np.isfinite(by)
     if not kept.any():
@@ -146,15 +146,16 @@ def _offset_at(offsets: tuple[Sequence[float], Sequence[float]], stamps: np.ndar
 def _read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Sequence[float]]) -> list[Annotation]:
     """Return the texts of marker streams as annotations without duration, on the amplifier's clock.
 
-    The clocks of two streams differ. The clock of the recording computer, to which the offsets of each stream refer,
-    connects them.
+    Two streams have different clocks. Both are compared through the clock of the recording computer, because the
+    measured offsets of each stream are relative to this clock.
     """
     found = []
     for stream in streams:
         stamps, rows = np.asarray(stream["time_stamps"], float), stream["time_series"]
         common = stamps + _offset_at(_offsets(stream), stamps)
         if clock.offset is None:
-            # The offset depends on the stamp, which is not known yet. Offsets change slowly, so two steps are enough.
+            # The offset depends on the result, which is not known yet. Offsets change slowly, so two iterations are
+            # enough.
             about = common - _offset_at(offsets, common)
             common -= _offset_at(offsets, about)
         else:

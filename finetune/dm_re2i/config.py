@@ -180,7 +180,7 @@ class DMRE2IConfig:
     output: str
     """Run directory. Its subdirectory `evrnet/` is the run of the first stage, and `model/` is the result."""
     eeg: EEGConfig = field(default_factory=EEGConfig)
-    """Part of each trial that EVRNet reads, and averages over repeated presentations in the evaluation."""
+    """Which part of each trial EVRNet reads, and how repeated presentations are averaged in the evaluation."""
     evrnet: EVRNetStage = field(default_factory=EVRNetStage)
     """Settings of the first stage, which trains EVRNet."""
     evrnet_from: str | None = None

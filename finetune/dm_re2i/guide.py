@@ -1,4 +1,4 @@
-"""The network that computes, from EEG, the vector which guides EG-DDPM.
+"""The guide: a network that computes a vector from EEG. This vector guides EG-DDPM.
 
 Tensor shapes: B trials, C channels, T samples, D width of the vector.
 """
@@ -60,11 +60,11 @@ class EEGGuide(nn.Module):
         return self.network if self.kind == "encoder" else self.network.scaling(spec)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode."""
+        """Keep evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     def choose_trainables(self, x_BCT: Tensor) -> None:
-        """Let the parameters be trained on which the vector depends, and keep the others frozen.
+        """Make the parameters that influence the vector trainable, and freeze the others.
 
         Parameters
         ----------
@@ -73,8 +73,8 @@ class EEGGuide(nn.Module):
         """
         self.requires_grad_(True)
         parameters = list(self.parameters())
-        # Several processes need a gradient for every trainable parameter. The vector `feature` does not depend on the
-        # last layer of the classifier.
+        # In a training with several processes, every trainable parameter must have a gradient. The vector `feature`
+        # does not depend on the last layer of the classifier, so that layer must be frozen.
         gradients = torch.autograd.grad(self(x_BCT).sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)

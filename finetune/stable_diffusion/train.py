@@ -78,7 +78,7 @@ class StableDiffusionConfig:
     attention_lr: float = 1.0
     """The learning rate of the U-Net's cross-attentions is this factor times training.lr."""
     eeg: EEGConfig = field(default_factory=EEGConfig)
-    """Part of each trial that the encoder reads, and averages over repeated presentations in the evaluation."""
+    """Which part of each trial the encoder reads, and how repeated presentations are averaged in the evaluation."""
     augment: ImageAugmentConfig = field(default_factory=ImageAugmentConfig)
     """Augmentation of the EEG in training."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.99))
