@@ -98,6 +98,11 @@ STAGES: dict[str, Stage] = {
         usage="DIR",
         help="compute metrics of generated images and controls, and write a report",
     ),
+    "ablate": Stage(
+        module="launch.ablate.run",
+        usage="CONFIG|FOLDER",
+        help="train variants of a model, and compare their images with those of a base variant",
+    ),
     "submit": Stage(
         module="launch.submit",
         usage="slurm|ray|k8s STAGE CONFIG",

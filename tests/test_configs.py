@@ -22,7 +22,7 @@ STAGES = {  # Config class for each name pattern of config files.
     "*/dm_re2i*": "finetune.dm_re2i.config:DMRE2IConfig",
     "finetune/evaluate": "finetune.evaluation.evaluate:EvaluateConfig",
 }
-FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("accelerate", "cluster"))
+FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if not {"accelerate", "cluster", "ablations"} & {*p.parts})
 # Each of these files holds options for several commands of the demo.
 SEVERAL = {"demo/images", "demo/smoke"}
 
@@ -65,3 +65,13 @@ def test_accelerate_reads_its_config_files(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     assert load_config_from_file(str(path)).num_processes == yaml.safe_load(path.read_text())["num_processes"]
+
+
+@pytest.mark.parametrize("folder", sorted((CONFIGS / "finetune" / "ablations").iterdir()), ids=lambda path: path.name)
+def test_every_row_of_the_ablations_loads(folder: Path) -> None:
+    from launch.ablate.config import read_ablation
+    from launch.ablate.plan import plan_rows
+
+    rows = plan_rows(read_ablation([str(folder)]))
+    assert {row.name for row in rows} == {"base", *(path.stem for path in folder.glob("*.yaml"))} - {"ablation"}
+    assert all(row.changes for row in rows[1:])

@@ -21,8 +21,8 @@ PACKAGES = ["launch", "finetune", "pretrain", "data_sharding"]
 """A package may import only packages that come after it in this list."""
 FOLDERS = {
     "launch": [
-        *("__main__", "cli", "configs", "doctor", "submit", "ray_train", "agent", "local", "demo"),
-        *("stages", "worker"),
+        *("__main__", "cli", "configs", "doctor", "submit", "ray_train", "agent", "local", "ablate", "demo"),
+        *("chain", "stages", "worker"),
     ],
     "finetune": [
         *("align", "generate", "stable_diffusion", "dm_re2i", "evaluation"),

@@ -41,13 +41,13 @@ def find_config(path: str | Path) -> Path:
     Returns
     -------
     Path
-        `path` itself, if the file exists. If `path` does not exist and begins with ``configs/``, the result is the file
-        of this name that comes with Dreamscale. So the commands of the documentation work in any folder. In all other
-        cases the result is `path`.
+        `path` itself, if it exists. If `path` does not exist and begins with ``configs/``, the result is the file or
+        folder of this name that comes with Dreamscale. So the commands of the documentation work in any folder. In all
+        other cases the result is `path`.
     """
     path = Path(path)
     if not path.exists() and path.parts[:1] == ("configs",):
         shipped = shipped_configs().joinpath(*path.parts[1:])
-        if shipped.is_file():
+        if shipped.exists():
             return shipped
     return path

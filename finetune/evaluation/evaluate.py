@@ -20,6 +20,7 @@ from finetune.evaluation import metrics
 from finetune.evaluation.classifier import ClassifierConfig, ImageClassifier, train_classifier
 from finetune.evaluation.generated import GeneratedSet, Images, read_generated
 from finetune.evaluation.metrics import JUDGE, METRICS, JudgedImages
+from finetune.evaluation.per_trial import measure_trials, write_trials
 from finetune.evaluation.report import render_report
 from finetune.images import ImageTable, open_paired
 
@@ -31,7 +32,8 @@ class EvaluateConfig:
     """Compute metrics of generated images, compare them with controls, and write a report."""
 
     directory: str
-    """Folder that `dreamscale generate` wrote. The evaluation writes metrics.json and report.html into this folder."""
+    """Folder that `dreamscale generate` wrote. The evaluation writes metrics.json, trials.json and
+    report.html into this folder."""
     control_dir: str | None = None
     """Folder of control images: generated for the same trials, but with `--control shuffle`."""
     dataset: str | None = None
@@ -309,7 +311,7 @@ def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Compute the metrics, and write them to metrics.json and to the report.
+    """Compute the metrics, and write them to metrics.json, trials.json (values of each trial) and the report.
 
     Parameters
     ----------
@@ -396,6 +398,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "generated": _quartiles(measure_nearest_training_image(_resize(own.images_BHW3, judges.size), train_images)),
         "real": _quartiles(measure_nearest_training_image(_resize(own.real_BHW3, judges.size), train_images)),
     }
+    values, shuffled = (
+        {}
+        if given is None
+        else measure_trials(
+            given.images_BHW3, given.real_BHW3, y_B, classifier.judge(_resize(given.images_BHW3, judges.size))[1]
+        )
+        for given in (own, control)
+    )
+    write_trials(own.path, own.trials, values, shuffled)
     write_json(own.path / "metrics.json", result)
     page = render_report(result, own, control, examples=config.examples)
     atomic_write_text(own.path / "report.html", page)

@@ -8,8 +8,9 @@ from typing import Any
 
 from data_sharding.common.files import atomic_write_text, read_json, write_json
 from data_sharding.common.html.render import Picture, Table, embed_png, render_page
+from launch.chain import Step
 from launch.demo import figures
-from launch.demo.steps import MODELS, Step
+from launch.demo.steps import MODELS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 ALPHA = 0.01

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.plain_yaml import parse_yaml
 from data_sharding.common.shipped import shipped_configs
+from launch.chain import Step, merge_configs
 
 DEFAULT_OUT = "runs/demo"
 """Default output folder of the demo. Paths in ``configs/demo`` begin with this folder. If the demo writes to another
@@ -21,49 +21,11 @@ CONTROLS = {"none": "", "shuffle": "-shuffled"}
 Profile = Literal["full", "smoke"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One step of the demo, which runs one command."""
-
-    name: str
-    title: str
-    """Title of the step, which says in plain words what the step does."""
-    words: list[str]
-    """Arguments of the command that the step runs."""
-    outputs: list[str]
-    """Folders that the step writes, relative to the demo's folder. If the step starts again, these folders are
-    removed."""
-    proofs: list[str] = field(default_factory=list)
-    """Files, relative to the demo's folder, that must exist when the step is complete."""
-    needs: list[str] = field(default_factory=list)
-    """Names of the steps that write the inputs of this step."""
-    config: dict[str, Any] | None = None
-    """Config of the step, written to ``configs/NAME.yaml`` in the demo's folder before the step runs."""
-    program: tuple[str, ...] = ("-m", "launch")
-    """Arguments of Python that run the program of the step."""
-
-    @property
-    def command(self) -> str:
-        """The command of the step, as a user would type the command."""
-        import shlex
-
-        program = "dreamscale" if self.program == ("-m", "launch") else " ".join(("python", *self.program))
-        return f"{program} {shlex.join(self.words)}"
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of the project; raise `RequestError` if it does not exist."""
     if not path.is_file():
         raise RequestError(f"{path}: no such file; install Dreamscale again, with pip")
     return parse_yaml(path.read_text()) or {}
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        known = merged.get(key)
-        merged[key] = _merge(known, value) if isinstance(value, dict) and isinstance(known, dict) else value
-    return merged
 
 
 def _replace_folder(value: Any, out: Path) -> Any:
@@ -109,7 +71,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
         return _replace_folder(read_yaml(shipped_configs() / "demo" / f"{name}.yaml"), out)
 
     def resolve(name: str) -> dict[str, Any]:
-        config = _merge(read_config(name), smoke.get(name, {}))
+        config = merge_configs(read_config(name), smoke.get(name, {}))
         if "seed" in config:
             config["seed"] = seed
         return config
@@ -164,7 +126,7 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
         ),
         staged("dm_re2i", "ddpm", "train EVRNet and the EEG-guided DDPM, with Accelerate", ["shard_paired"]),
     ]
-    images = _merge(read_config("images"), smoke.get("images", {}))
+    images = merge_configs(read_config("images"), smoke.get("images", {}))
     judge: str | None = None
     for kind, run in MODELS.items():
         options = _flags(images["generate"].get(kind, {}))

@@ -136,7 +136,7 @@ for command, path in {_documented()!r}:
 def test_the_demo_finds_its_configs_and_begins(site: Path, tmp_path: Path) -> None:
     code = """
 import pathlib
-from launch.demo.run import Chain
+from launch.chain import Chain
 from launch.demo.steps import make_steps
 
 out = pathlib.Path("demo").absolute()

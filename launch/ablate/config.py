@@ -1,0 +1,133 @@
+"""Config of ``dreamscale ablate``: a YAML file, or a folder with a file for each row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data_sharding.common.config import parse_config
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.plain_yaml import MAX_YAML, parse_yaml
+from data_sharding.common.shipped import find_config
+from data_sharding.common.untrusted import check_key, read_limited
+
+MAIN = "ablation.yaml"
+"""Name of the file with the settings, if the ablation is a folder. Every other YAML file of the folder is a row."""
+PROG = "dreamscale ablate"
+
+
+@dataclass(kw_only=True)
+class AblationConfig:
+    """Train each variant of a list, generate images with it, and compare it with the base variant."""
+
+    output: str
+    """Folder for all runs, images and results. Work that is complete in this folder is not repeated."""
+    stages: dict[str, str]
+    """Config of each command that trains, in the order of the commands: {ddpm: configs/finetune/dm_re2i.yaml}, or
+    {align: ..., finetune: ...}. The last command must train a model that generates images. After align, the next
+    command gets the aligned encoder."""
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Variants: for each name the keys that differ, such as {no_mkrb: {evrnet.mkrb: false}}. With several commands, a
+    key begins with the command (finetune.tune). A key of the generation begins with generate
+    (generate.guidance_scale). In a value, {base} stands for the folder of the base variant, such as
+    {base}/ddpm/model/evrnet."""
+    base: str = "base"
+    """Name of the variant with which the others are compared. It comes first. If `rows` does not have it, it is the
+    configs of `stages` without changes."""
+    common: dict[str, Any] = field(default_factory=dict)
+    """Keys of all variants, written like the keys in `rows`, such as {ddpm.training.steps: 1000}."""
+    dataset: str = ""
+    """Path of the EEG-image dataset for all commands. Empty: the dataset in the configs of `stages`."""
+    split: Literal["val", "test"] = "val"
+    """Split from whose trials the images are generated. Choose settings with val; give test only for final results."""
+    control: bool = True
+    """Whether images are also generated from shuffled EEG."""
+    generate: dict[str, Any] = field(default_factory=dict)
+    """Keys of dreamscale generate for all variants, such as {steps: 50}."""
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    """Keys of dreamscale evaluate, such as {training.steps: 500}. One classifier judges all variants."""
+    resamples: int = 2000
+    """Number of bootstrap resamples for the intervals, and of permutations for the p-values."""
+    seed: int = 0
+    """Seed for the noise of the images, the classifier and the resamples. The configs of `stages` have their own."""
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages must name at least one command with its config")
+        if self.resamples < 99:
+            raise ValueError(f"resamples must be at least 99, got {self.resamples}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """An ablation as it was read, with the file from which each variant comes."""
+
+    config: AblationConfig
+    files: dict[str, str]
+    """File of each variant, for messages."""
+
+
+def read_ablation(argv: Sequence[str]) -> Ablation:
+    """Read the arguments of the command.
+
+    Parameters
+    ----------
+    argv : sequence of str
+        The arguments. The first one is a YAML file, or a folder with the file `MAIN` and one file for each variant.
+
+    Returns
+    -------
+    Ablation
+        The config with the variants of all files.
+
+    Raises
+    ------
+    RequestError
+        If a file is missing or damaged, a key is unknown, or a variant is there twice.
+    """
+    words = list(argv)
+    source = find_config(words[0]) if words and not words[0].startswith("-") else None
+    folder = source if source is not None and source.is_dir() else None
+    if folder is not None:
+        if not (folder / MAIN).is_file():
+            raise RequestError(f"{words[0]}: the folder has no {MAIN}; write one, or give a YAML file")
+        words[0] = str(folder / MAIN)
+    where = words[0] if source is not None else "the command line"
+    try:
+        config = parse_config(AblationConfig, words, prog=PROG, positionals=("config",))
+    except RequestError as error:
+        raise error if where in str(error) else RequestError(f"{where}: {error}") from None
+    rows, files = dict(config.rows), dict.fromkeys(config.rows, where)
+    for path in sorted(folder.glob("*.yaml")) if folder else ():
+        if path.name == MAIN:
+            continue
+        if path.stem in rows:
+            raise RequestError(f"{path}: {where} has a row '{path.stem}' too; rename one of them")
+        rows[path.stem], files[path.stem] = _read_row(path), str(path)
+    rows = {config.base: rows.pop(config.base, {}), **rows}
+    files = {config.base: where, **files}
+    for name in rows:
+        try:
+            check_key(name, files[name])
+        except RequestError:
+            raise RequestError(
+                f"{files[name]}: rows: '{name}' is no name of a row; use letters, digits, '_' and '-'"
+            ) from None
+    if len(rows) < 2:
+        raise RequestError(f"{where}: rows: there is nothing to compare with '{config.base}'; add at least one row")
+    return Ablation(config=dataclasses.replace(config, rows=rows), files=files)
+
+
+def _read_row(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = parse_yaml(read_limited(path, MAX_YAML)) or {}
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise RequestError(f"{path}: cannot be read as YAML ({one_line(error)[:200]})") from None
+    if not isinstance(values, dict):
+        raise RequestError(f"{path}: holds no keys; write the keys that differ from the base, such as 'evrnet: ...'")
+    return values

@@ -1,0 +1,255 @@
+"""Make and check the configs of all rows of an ablation, before anything runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_sharding.common.config import parse_config, to_dict
+from data_sharding.common.errors import RequestError
+from data_sharding.common.files import digest_of
+from data_sharding.common.storage import as_path
+from data_sharding.dataset.dataset import read_manifest
+from finetune.papers import find_papers
+from launch.ablate.config import Ablation
+from launch.chain import Step
+from launch.stages import STAGES
+
+ALIGN = "align"
+_SET_HERE = ("dataset", "output")
+_GENERATE_KEYS = {"model", "dataset", "output", "split", "control", "seed"}
+_EVALUATE_KEYS = {"directory", "control_dir", "dataset", "seed"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One variant of an ablation, with the steps that make its result."""
+
+    name: str
+    changes: dict[str, Any]
+    """Keys that differ from the base configs, flat, as a table shows them."""
+    steps: list[Step]
+    """Training, generation and evaluation."""
+    dataset: str
+    """Path of the dataset."""
+    images: Path
+    """Folder of the generated images, with the results of the evaluation."""
+
+
+def flatten(values: Mapping[str, Any], lead: str = "") -> dict[str, Any]:
+    """Return nested keys as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{lead}{key}.")
+        else:
+            flat[f"{lead}{key}"] = value
+    return flat
+
+
+def _words(values: Mapping[str, Any]) -> list[str]:
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return [word for key, value in texts.items() for word in (f"--{key}", value)]
+
+
+def _assign(keys: Mapping[str, Any], stages: list[str], where: str) -> dict[str, dict[str, Any]]:
+    """Return the keys of each command, and of the generation."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in (*stages, "generate")}
+    for key, value in keys.items():
+        first, _, rest = key.partition(".")
+        if first == "generate" and rest:
+            found["generate"][rest] = value
+        elif len(stages) == 1:
+            found[stages[0]][key] = value
+        elif first in stages and rest:
+            found[first][rest] = value
+        else:
+            known = ", ".join(f"{name}." for name in (*stages, "generate"))
+            raise RequestError(f"{where}: key '{key}' names no command; begin it with {known}")
+    return found
+
+
+def _check_stages(ablation: Ablation, where: str) -> list[str]:
+    stages, papers = list(ablation.config.stages), {paper.command for paper in find_papers()}
+    for number, name in enumerate(stages):
+        last = number == len(stages) - 1
+        if name not in papers | {ALIGN} or (name in papers) != last:
+            raise RequestError(
+                f"{where}: stages: '{name}' cannot stand {'at the end' if last else 'there'}; the last command must be "
+                f"one of {', '.join(sorted(papers))}, and only {ALIGN} can come before it"
+            )
+    return stages
+
+
+class _Planner:
+    """Makes the steps of all rows. Two rows whose configs of a command are equal share the run of this command."""
+
+    def __init__(self, ablation: Ablation) -> None:
+        self.config, self.files = ablation.config, ablation.files
+        self.where = ablation.files[ablation.config.base]
+        self.stages = _check_stages(ablation, self.where)
+        self.out = Path(ablation.config.output)
+        self.runs: dict[str, tuple[str, Path]] = {}
+        self.dataset = ""
+
+    def _config_of(self, row: str, stage: str, changes: Mapping[str, Any], encoder: Path | None) -> dict[str, Any]:
+        """Read the config of a command for a row, without its output."""
+        where = f"{self.files[row]}: row '{row}'"
+        if taken := [key for key in _SET_HERE if key in changes]:
+            raise RequestError(
+                f"{where}: key '{taken[0]}' is the same for all rows; set '{taken[0]}' of the ablation instead"
+            )
+        module, _, name = str(STAGES[stage].config).partition(":")
+        cls = getattr(importlib.import_module(module), name)
+        given = {"output": "OUTPUT", **changes}
+        if self.config.dataset:
+            given["dataset"] = self.config.dataset
+        if encoder is not None and "encoder" not in changes:
+            given["encoder"] = str(encoder)
+        base = self.out / "rows" / self.config.base
+        given = {
+            key: value.replace("{base}", str(base)) if isinstance(value, str) else value for key, value in given.items()
+        }
+        try:
+            config = parse_config(
+                cls, [self.config.stages[stage], *_words(given)], prog=f"dreamscale {stage}", positionals=("config",)
+            )
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
+        values = to_dict(config)
+        del values["output"]
+        return values
+
+    def plan_row(self, name: str) -> Row:
+        """Make the steps of a row."""
+        own = flatten(self.config.rows[name])
+        keys = _assign({**flatten(self.config.common), **own}, self.stages, f"{self.files[name]}: row '{name}'")
+        steps: list[Step] = []
+        run, before = Path(), ""
+        for stage in self.stages:
+            encoder = run / "encoder" if before else None
+            config = self._config_of(name, stage, keys[stage], encoder)
+            same = digest_of([stage, config])
+            self.dataset = self.dataset or config["dataset"]
+            if config["dataset"] != self.dataset:
+                raise RequestError(
+                    f"{self.where}: stages: '{stage}' has the dataset {config['dataset']}, another command has "
+                    f"{self.dataset}; set 'dataset' of the ablation"
+                )
+            if same in self.runs:
+                before, run = self.runs[same]
+                continue
+            run = self.out / "rows" / name / stage
+            step = Step(
+                name=f"{name}.{stage}",
+                title=f"{name}: train ({stage})",
+                words=[stage, str(self.out / "configs" / f"{name}.{stage}.yaml")],
+                outputs=[run.relative_to(self.out).as_posix()],
+                needs=[before] if before else [],
+                config={**config, "output": str(run)},
+                resumes=True,
+            )
+            steps.append(step)
+            before = step.name
+            self.runs[same] = before, run
+        images = self.out / "images" / name
+        steps += self._image_steps(name, run, before, keys["generate"], images)
+        return Row(name=name, changes=own, steps=steps, dataset=self.dataset, images=images)
+
+    def _image_steps(self, name: str, run: Path, trained: str, options: dict[str, Any], images: Path) -> list[Step]:
+        from finetune.evaluation.evaluate import EvaluateConfig
+        from finetune.generate import GenerateConfig
+
+        where, config, steps, seed = f"{self.files[name]}: row '{name}'", self.config, [], str(self.config.seed)
+        options = {**flatten(config.generate), **options}
+        judging = flatten(config.evaluate)
+        for what, given, taken in (("generate", options, _GENERATE_KEYS), ("evaluate", judging, _EVALUATE_KEYS)):
+            if wrong := sorted(taken & given.keys()):
+                raise RequestError(f"{where}: key '{what}.{wrong[0]}' is set by the ablation; remove it")
+        for control, ending in (("none", ""), ("shuffle", "-shuffled"))[: 1 + config.control]:
+            folder = images.with_name(images.name + ending)
+            words = [str(run / "model"), self.dataset, "--output", str(folder), "--split", config.split]
+            words += ["--control", control, "--seed", seed, *_words(options)]
+            self._check(GenerateConfig, words, ("model", "dataset"), f"{where}: generate")
+            steps.append(
+                Step(
+                    name=f"{name}.generate{ending}",
+                    title=f"{name}: generate images" + (" from shuffled EEG" if ending else ""),
+                    words=["generate", *words],
+                    outputs=[folder.relative_to(self.out).as_posix()],
+                    needs=[trained],
+                )
+            )
+        needs = [step.name for step in steps]
+        words = [str(images), *(["--control_dir", f"{images}-shuffled"] if config.control else []), "--seed", seed]
+        words += _words(judging)
+        if name != config.base:
+            # One classifier judges all rows: the evaluation of the base row trains it.
+            if "classifier" not in judging:
+                words += ["--classifier", str(self.out / "images" / config.base / "classifier.safetensors")]
+            needs.append(f"{config.base}.evaluate")
+        self._check(EvaluateConfig, words, ("directory",), f"{where}: evaluate")
+        evaluate = Step(
+            name=f"{name}.evaluate",
+            title=f"{name}: evaluate the images",
+            words=["evaluate", *words],
+            outputs=[],
+            proofs=[f"images/{name}/metrics.json", f"images/{name}/trials.json"],
+            needs=needs,
+        )
+        return [*steps, evaluate]
+
+    @staticmethod
+    def _check(cls: type, words: list[str], positionals: tuple[str, ...], where: str) -> None:
+        try:
+            parse_config(cls, words, prog="dreamscale ablate", positionals=positionals)
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
+
+
+def plan_rows(ablation: Ablation) -> list[Row]:
+    """Make the configs and steps of all rows, and check them.
+
+    Parameters
+    ----------
+    ablation : Ablation
+        The ablation, from `read_ablation`.
+
+    Returns
+    -------
+    list of Row
+        The rows, the base row first.
+
+    Raises
+    ------
+    RequestError
+        If a command cannot be part of an ablation, a key or value of a row is wrong, or the dataset does not have the
+        splits that are needed. The message names the file, the row and the key.
+    """
+    planner = _Planner(ablation)
+    return [planner.plan_row(name) for name in ablation.config.rows]
+
+
+def check_dataset(dataset: str, split: str) -> None:
+    """Check that the dataset has the splits for training and generation.
+
+    Parameters
+    ----------
+    dataset : str
+        Path of the dataset.
+    split : str
+        Split from which images are generated.
+
+    Raises
+    ------
+    RequestError
+        If the dataset is incomplete or a split has no samples.
+    """
+    manifest = read_manifest(as_path(dataset))
+    for name in dict.fromkeys(("train", "val", split)):
+        if not manifest.samples(name):
+            raise RequestError(f"{dataset}: no samples in split '{name}', which the ablation needs")
