@@ -24,6 +24,32 @@ AnyPath: TypeAlias = Path | UPath
 """Type of a path: a local path, or a remote path with the same methods."""
 
 
+_held: list[list[Any]] = []
+"""Clients of object stores that are held while a process forks. In the forked process they stay in this list."""
+
+
+def _hold_clients() -> None:
+    """Hold all clients of object stores in the moment of a fork.
+
+    A forked process makes its own clients, because fsspec forgets those of the parent after the fork. A client that is
+    deleted there would close connections of the parent: both processes use the same sockets, and the same epoll file
+    that waits for them. It would also use the event loop of a thread that does not exist in the forked process.
+    """
+    classes, clients = [fsspec.AbstractFileSystem], []
+    for cls in classes:
+        classes += cls.__subclasses__()
+        clients += getattr(cls, "_cache", {}).values()
+    _held.append(clients)
+
+
+def _release_clients() -> None:
+    _held.pop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_hold_clients, after_in_parent=_release_clients)
+
+
 def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
     """Make a path object from a text in a config or on a command line.
 

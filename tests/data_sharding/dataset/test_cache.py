@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import resource
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -361,3 +363,27 @@ def test_datasets_on_s3_are_read_by_forked_workers(tmp_path: Path, bucket: str) 
     assert [s.key for s in map(there.__getitem__, range(40))] == [f"w-{i:04d}" for i in range(40)]
     with pytest.raises(RequestError, match=r"s3://lab/none: no manifest\.json"):
         EEGDataset(f"{bucket}/none")
+
+
+def _use_store(url: str, done: Any) -> None:
+    data = EEGDataset(url)
+    keys = [data[i].key for i in range(len(data))]
+    gc.collect()
+    done.put(keys)
+
+
+def test_a_forked_process_does_not_close_the_connections_of_its_parent(tmp_path: Path, bucket: str) -> None:
+    write_dataset(f"{bucket}/f", {"train": make_samples(6)}, SPEC, samples_per_shard=3)
+    store = fsspec.filesystem("s3", use_listings_cache=False)
+    assert store.ls("lab/f")
+    weakref.finalize(store, (tmp_path / "deleted").write_text, "the client of the parent was deleted")
+    context = multiprocessing.get_context("fork")
+    done = context.Queue()
+    reader = context.Process(target=_use_store, args=(f"{bucket}/f", done))
+    del store
+    gc.collect()
+    reader.start()
+    assert done.get(timeout=60) == [f"w-{i:04d}" for i in range(6)]
+    reader.join()
+    assert not (tmp_path / "deleted").exists()
+    assert fsspec.filesystem("s3", use_listings_cache=False).ls("lab/f")
