@@ -93,6 +93,7 @@ class Channels:
     """Notes about the channels for the ledger."""
 
 
+@functools.lru_cache(maxsize=4096)
 def canonical_name(name: str) -> str:
     """Return the canonical name of an electrode. File formats and amplifiers write the same name in different ways.
 
@@ -159,6 +160,7 @@ def _standard_names() -> dict[str, str]:
     return {name.lower(): name for name in _montage("standard_1005")}
 
 
+@functools.lru_cache(maxsize=4096)
 def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
     """Return the kind of a non-EEG channel, judged by its name.
 

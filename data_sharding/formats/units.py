@@ -6,6 +6,7 @@ Recording software writes the unit microvolt in many ways (``uV``, ``µV`` in se
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -71,6 +72,7 @@ def names_no_unit(unit: str) -> bool:
     return unit.strip(" \0[]()").lower() in NOTHING
 
 
+@functools.lru_cache(maxsize=1024)
 def to_volts(unit: str) -> float | None:
     """Return the factor that converts values with this unit to volts.
 
