@@ -15,6 +15,7 @@ import numpy as np
 
 from data_sharding.common.files import digest_of
 from data_sharding.processing.quality import UNCHECKED, QualitySpec
+from data_sharding.processing.scaling import scale_windows, standard_deviation
 from data_sharding.processing.streaming import lookahead, resample, resampler_reach, zero_phase
 
 FILTER_BYTES = 8 * 2**20
@@ -190,8 +191,7 @@ class PreprocessSpec:
         ndarray or Tensor, shape (..., C, T)
             Scaled windows, clipped at +-`clip`. A window of zeros stays zero.
         """
-        scaled = x_uv / self.divisor(x_uv, channels)
-        return scaled.clip(-self.clip, self.clip) if self.clip else scaled
+        return scale_windows(x_uv, scaling=self.scaling, scale_uv=self.scale_uv, clip=self.clip, channels=channels)
 
     def divisor(self, x_uv: Any, channels: Any = None) -> Any:
         """Compute the divisor that scales microvolts to model input.
@@ -208,32 +208,8 @@ class PreprocessSpec:
         -------
         float, or ndarray or Tensor, shape (..., 1, 1)
             `scale_uv` for the constant scaling; otherwise the standard deviation of each window, at least 0.001.
-
-        Notes
-        -----
-        The standard deviation is computed over all channels together, so the channels keep their relative amplitudes.
-        Padding rows are copies of the channels. Without `channels`, the padding is included, so a channel with more
-        copies gets a larger weight.
         """
-        if self.scaling == "constant":
-            return self.scale_uv
-        if channels is None or isinstance(channels, int):
-            rows = x_uv if channels is None else x_uv[..., :channels, :]
-            if isinstance(rows, np.ndarray):
-                return rows.std(axis=(-2, -1), keepdims=True).clip(1e-3)
-            return rows.std(dim=(-2, -1), keepdim=True, correction=0).clip(1e-3)
-        if isinstance(x_uv, np.ndarray):
-            count_B11 = np.asarray(channels, x_uv.dtype)[:, None, None]
-            row_C1 = np.arange(x_uv.shape[-2])[:, None]
-        else:
-            import torch
-
-            count_B11 = torch.as_tensor(channels, device=x_uv.device)[:, None, None]
-            row_C1 = torch.arange(x_uv.shape[-2], device=x_uv.device)[:, None]
-        true_BC1, values_B11 = row_C1 < count_B11, count_B11 * x_uv.shape[-1]
-        mean_B11 = (x_uv * true_BC1).sum((-2, -1), keepdims=True) / values_B11
-        variance_B11 = (((x_uv - mean_B11) * true_BC1) ** 2).sum((-2, -1), keepdims=True) / values_B11
-        return (variance_B11**0.5).clip(1e-3)
+        return self.scale_uv if self.scaling == "constant" else standard_deviation(x_uv, channels)
 
 
 def band_of(sfreq: float, spec: PreprocessSpec) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -187,6 +188,9 @@ class DMRE2IConfig:
     """Directory `model/evrnet` of an earlier run. If this EVRNet is given, the first stage is skipped."""
     ddpm: EGDDPMStage = field(default_factory=EGDDPMStage)
     """Settings of the second stage, which trains EG-DDPM."""
+    license: str = "unknown"
+    """Licence of the trained weights for the model card, as an identifier of the Hugging Face hub, e.g. cc-by-4.0. The
+    licence of the training data may restrict it."""
     val_trials: int = 256
     """Largest number of val trials that an evaluation uses. These trials are spread evenly over the val split."""
     num_processes: int = 1
@@ -201,6 +205,8 @@ class DMRE2IConfig:
     def __post_init__(self) -> None:
         if self.val_trials < 2:
             raise ValueError(f"val_trials must be at least 2, got {self.val_trials}")
+        if not re.fullmatch(r"[A-Za-z0-9.-]+", self.license):
+            raise ValueError(f"license is '{self.license}'; give an identifier such as cc-by-4.0, mit or unknown")
         if self.ddpm.guide == "encoder" and self.evrnet_from is not None:
             raise ValueError("evrnet_from is not used with ddpm.guide encoder; leave one of the two out")
 
@@ -209,4 +215,4 @@ class DMRE2IConfig:
         """Return the config keys that may change when a run is resumed."""
         # In EVRNet, batch norm couples the samples of a forward pass. EG-DDPM has no layer that couples samples.
         evrnet = free_keys("evrnet.training", independent_samples=False)
-        return (*evrnet, *free_keys("ddpm.training", independent_samples=True))
+        return ("license", *evrnet, *free_keys("ddpm.training", independent_samples=True))

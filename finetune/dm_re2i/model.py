@@ -20,42 +20,20 @@ from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import atomic_directory, read_json, write_json
 from data_sharding.common.untrusted import check_group, check_preprocess
 from data_sharding.processing.preprocess import PreprocessSpec
-from finetune.diffusion import (
-    SamplerName,
-    Sampling,
-    choose_sampling,
-    draw_noise,
-    make_generators,
-    make_scheduler,
-    sample,
-)
+from finetune.diffusion import SamplerName, Sampling, choose_sampling
 from finetune.dm_re2i.backbones import load_unet
 from finetune.dm_re2i.classifier import EEGClassifier
 from finetune.dm_re2i.guide import FOLDERS, EEGGuide
 from finetune.dm_re2i.guided import GuidedUNet
+from finetune.dm_re2i.portable.guide import count_true_channels
+from finetune.dm_re2i.portable.pipeline import sample_images
+from finetune.dm_re2i.portable.write import write_portable_files
 from finetune.eeg import scale_eeg
 from finetune.generators import Source, read_part
 from finetune.images import to_pixels
 
 KIND = "eg_ddpm"
 SCHEMA = 1
-
-
-def count_true_channels(eeg_CT: Tensor) -> int:
-    """Return the number of channels that a window had before padding, which repeats channels.
-
-    Parameters
-    ----------
-    eeg_CT : Tensor, shape (C, T)
-        A padded window.
-
-    Returns
-    -------
-    int
-        The smallest n for which every row i is equal to row i mod n.
-    """
-    rows = len(eeg_CT)
-    return next((n for n in range(1, rows) if torch.equal(eeg_CT[n:], eeg_CT[: rows - n])), rows)
 
 
 @torch.no_grad()
@@ -91,54 +69,6 @@ def compute_features(
         features.append(e_BD)
         logits.append(logits_BK)
     return torch.cat(features), torch.cat(logits)
-
-
-@torch.no_grad()
-def sample_images(
-    unet: GuidedUNet,
-    noising_config: Any,
-    e_BD: Tensor,
-    sampling: Sampling,
-    seeds: list[int],
-    *,
-    keep: bool = True,
-) -> Tensor:
-    """Generate images from EEG features.
-
-    Parameters
-    ----------
-    unet : GuidedUNet
-        The network in evaluation mode.
-    noising_config : dict
-        Config of the noise scheduler that was used in training.
-    e_BD : Tensor, shape (B, D)
-        EEG features, on the network's device.
-    sampling : Sampling
-        Sampler, number of steps and guidance.
-    seeds : list of int
-        One seed for each trial. A trial's noise depends only on the trial's seed.
-    keep : bool
-        False: use the null condition in place of the features.
-
-    Returns
-    -------
-    Tensor, shape (B, 3, H, W)
-        Images with values from about -1 to 1.
-    """
-    size, device, generators = unet.config.sample_size, e_BD.device, make_generators(seeds)
-    guidance_scale = sampling.guidance_scale if keep else 1.0
-    kept_B = torch.full((len(seeds),), keep, dtype=torch.bool, device=device)
-    return sample(
-        lambda x, time, condition: unet(x, time, *condition),
-        # "trailing" starts at the last, noisiest step of the training. This fits, because x starts as pure noise.
-        make_scheduler(sampling.sampler, noising_config, timestep_spacing="trailing"),
-        draw_noise((unet.config.in_channels, size, size), generators, device).to(e_BD.dtype),
-        (e_BD, kept_B) if guidance_scale != 1 or not keep else (e_BD, None),
-        (e_BD, ~kept_B),
-        steps=sampling.steps,
-        guidance_scale=guidance_scale,
-        generators=generators,
-    )
 
 
 @dataclass(frozen=True)
@@ -211,6 +141,7 @@ def save_model(
     means: ClassMeans,
     spec: PreprocessSpec,
     extra: dict[str, Any],
+    card: dict[str, Any],
 ) -> None:
     """Write the package of a trained DM-RE2I model. The folder appears only when the package is complete.
 
@@ -230,6 +161,8 @@ def save_model(
         Preprocessing of the EEG.
     extra : dict
         Information on the origin of the model, to be stored in dreamscale.json.
+    card : dict
+        Values for the model card (see `write_portable_files`).
     """
     with atomic_directory(folder) as root:
         guide.save(root)
@@ -237,6 +170,7 @@ def save_model(
         noising.save_pretrained(root / "scheduler")
         means.save(root)
         write_json(root / "preprocess.json", spec.to_dict())
+        write_portable_files(root, guide, unet, spec, sampler=extra["sampler"], card=card)
         write_json(root / "dreamscale.json", {"kind": KIND, "schema": SCHEMA, "guide": guide.kind, **extra})
 
 

@@ -8,6 +8,7 @@ W columns.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,9 @@ from finetune.dm_re2i.classifier import EEGClassifier
 from finetune.dm_re2i.config import DMRE2IConfig
 from finetune.dm_re2i.guide import EEGGuide
 from finetune.dm_re2i.guided import GuidedUNet
-from finetune.dm_re2i.model import ClassMeans, compute_features, sample_images, save_model
+from finetune.dm_re2i.model import ClassMeans, compute_features, save_model
 from finetune.dm_re2i.networks import load_classifier
+from finetune.dm_re2i.portable.pipeline import sample_images
 from finetune.dm_re2i.train_evrnet import train_evrnet
 from finetune.eeg import choose_evenly, compute_for_trials, group_repeats, load_encoder, read_trials, scale_eeg
 from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
@@ -195,7 +197,21 @@ def train_ddpm(
             origin["evrnet_val_accuracy"] = float(right.mean())
         labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
         means = ClassMeans.compute(vectors, labels, len(data.labels))
-        save_model(run.path / "model", guide, unet, noising, means, data.spec, {**found, **origin})
+        card = {
+            "license": config.license,
+            "data": {
+                "dataset": Path(config.dataset).name,
+                "dataset_id": data.manifest.dataset_id,
+                "train trials": len(data),
+                "train images": len(tables[0]),
+                "categories": ", ".join(data.labels),
+                "samples of a trial": data.n_times,
+                "part of a trial (s from the onset; empty: default)": config.eeg.part,
+            },
+            "settings": {"ddpm": dataclasses.asdict(stage), "seed": config.seed},
+            "results": {"best step": result.best_step, **result.best},
+        }
+        save_model(run.path / "model", guide, unet, noising, means, data.spec, {**found, **origin}, card)
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "val/loss", "val/shuffled"])
         shown = guide.compute(x_val[:16])
         _plot_samples(run.path / "plots" / "samples.png", unet, noising.config, shown, val_pixels[:16])
