@@ -225,7 +225,8 @@ class DMRE2IGenerator:
         if kind not in FOLDERS:
             raise RequestError(f"{folder / 'dreamscale.json'}: the guide '{kind}' is unknown; train the model again")
         self.guide = EEGGuide.load(folder, kind).to(self.device)
-        self.unet = load_unet(folder / "unet").to(self.device)
+        self.unet = load_unet(folder / "unet")
+        self.unet.to(device=self.device)
         try:
             self.noising = DDPMScheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError) as error:

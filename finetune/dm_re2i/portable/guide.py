@@ -57,7 +57,8 @@ class PortableGuide(ModelMixin, ConfigMixin):
 
     def __init__(self, network: nn.Module, about: dict[str, Any]) -> None:
         super().__init__()
-        self.network, self.about = network, about
+        self.network: Any = network
+        self.about = about
 
     def forward(self, eeg_BCT: Tensor) -> Tensor:
         """Compute the guiding vectors of trials.
@@ -101,8 +102,8 @@ class PortableGuide(ModelMixin, ConfigMixin):
     def from_pretrained(cls, folder: str | Path, **_: Any) -> Self:
         """Read the guide from its folder in the package of a model, in evaluation mode."""
         folder = Path(folder)
-        values, about = (cls.load_config(str(folder / name)) for name in ("config.json", "guide.json"))
-        guide = cls.build(values, about)
+        files: list[Any] = [cls.load_config(str(folder / name)) for name in ("config.json", "guide.json")]
+        guide = cls.build(*files)
         guide.load_weights(load_file(folder / "model.safetensors"))
         return guide.eval().requires_grad_(False)
 

@@ -7,7 +7,7 @@ classes.
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ UNET_FILE, GUIDE_FILE, PIPELINE_FILE = "eg_ddpm_unet", "eeg_guide", "pipeline"
 _HEAD = """{about}
 
 Dreamscale wrote this file from its own source text when it trained the model. Licence of this file: Apache-2.0."""
-_WITHOUT = {"EEGClassifier": ("save_pretrained", "from_pretrained", "scaling")}
+_WITHOUT: dict[str, Collection[str]] = {"EEGClassifier": ("save_pretrained", "from_pretrained", "scaling")}
 """Methods of classes that need the rest of the project. The package does not need these methods."""
 
 
@@ -190,6 +190,5 @@ def _table(values: dict[str, Any]) -> str:
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
