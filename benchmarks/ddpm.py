@@ -12,6 +12,7 @@ Images and EEG vectors are noise.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -55,7 +56,9 @@ def measure(step: Step, device: torch.device) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) / 2**30
     else:
-        # Writing 5 sets the peak of this process's memory (VmHWM) to its present size.
+        # Give freed memory back to the system first, so that the growth counts all memory of the step. Writing 5 sets
+        # the peak of this process's memory (VmHWM) to its present size.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = read_status("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
