@@ -270,7 +270,7 @@ def test_types_and_units_of_channels_tsv(bids: Path) -> None:
     }
     assert info.bads == ["C3"] and info.unknown_units == {"F3": "g"}
     assert any("Pz" in note for note in info.notes)
-    assert any("sidecar says V" in note and "C3" in note for note in info.notes)
+    assert any("sidecar has the unit V" in note and "C3" in note for note in info.notes)
 
 
 @pytest.mark.parametrize(("unit", "system", "words"), [("km", "CapTrak", "'km'"), ("m", "Talairach", "'talairach'")])
