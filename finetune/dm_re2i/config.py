@@ -24,6 +24,8 @@ class EVRNetStage:
     """Encoder package for `network: encoder`: a directory that `dreamscale export` wrote, or a hub id."""
     train_encoder: bool = False
     """For `network: encoder`. True: the encoder is trained along with the linear head. False: the encoder is frozen."""
+    encoder_lr: float = 0.1
+    """If the encoder is trained along, its learning rate is this factor times training.lr."""
     channels: int = 128
     """Number of channels that the network takes, from 1 to 128. A trial must not have more channels. The
     channels of a trial with fewer channels are repeated."""
@@ -54,6 +56,9 @@ class EVRNetStage:
     """Augmentation of the EEG in training, after the noise normalisation."""
     watch: Literal["accuracy", "loss"] = "accuracy"
     """Metric on the val split that decides which weights of the run are the best and are kept."""
+    permute_labels: bool = False
+    """Control: the categories of the train images are shuffled between the images. A network that is trained with
+    these labels must be at chance on other images."""
     calibration_trials: int = 512
     """Number of train trials from which the statistics of the batch norms are computed, before each evaluation and at
     the end of training."""
@@ -63,6 +68,8 @@ class EVRNetStage:
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= 128 or self.calibration_trials < 2:
             raise ValueError("evrnet: need 1 <= channels <= 128 and calibration_trials >= 2")
+        if not self.encoder_lr > 0:
+            raise ValueError(f"evrnet.encoder_lr must be above 0, got {self.encoder_lr}")
         if not 0 <= self.whiten <= 1:
             raise ValueError(f"evrnet.whiten must be from 0 to 1, got {self.whiten}")
         if not 1 <= self.average_end <= self.average or not 0 <= self.mixup <= 0.5 or not 0 <= self.label_smoothing < 1:
@@ -184,6 +191,8 @@ class DMRE2IConfig:
     """Which part of each trial EVRNet reads, and how repeated presentations are averaged in the evaluation."""
     evrnet: EVRNetStage = field(default_factory=EVRNetStage)
     """Settings of the first stage, which trains EVRNet."""
+    stages: Literal["both", "evrnet"] = "both"
+    """Stages to train. evrnet trains only the classifier. The same command with `both` continues with EG-DDPM."""
     evrnet_from: str | None = None
     """Directory `model/evrnet` of an earlier run. If this EVRNet is given, the first stage is skipped."""
     ddpm: EGDDPMStage = field(default_factory=EGDDPMStage)
@@ -209,10 +218,13 @@ class DMRE2IConfig:
             raise ValueError(f"license is '{self.license}'; give an identifier such as cc-by-4.0, mit or unknown")
         if self.ddpm.guide == "encoder" and self.evrnet_from is not None:
             raise ValueError("evrnet_from is not used with ddpm.guide encoder; leave one of the two out")
+        if self.stages == "evrnet" and (self.evrnet_from is not None or self.ddpm.guide == "encoder"):
+            other = "evrnet_from" if self.evrnet_from is not None else "ddpm.guide encoder"
+            raise ValueError(f"stages is evrnet, but with {other} no EVRNet is trained; remove one of the two keys")
 
     @staticmethod
     def free_keys() -> tuple[str, ...]:
         """Return the config keys that may change when a run is resumed."""
         # In EVRNet, batch norm couples the samples of a forward pass. EG-DDPM has no layer that couples samples.
         evrnet = free_keys("evrnet.training", independent_samples=False)
-        return ("license", *evrnet, *free_keys("ddpm.training", independent_samples=True))
+        return ("license", "stages", *evrnet, *free_keys("ddpm.training", independent_samples=True))

@@ -7,7 +7,7 @@ from pathlib import Path
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.dm_re2i.baselines import (
+from finetune.dm_re2i.classification.baselines import (
     ConvolutionConfig,
     EEGNetClassifier,
     EncoderClassifier,

@@ -30,7 +30,7 @@ from finetune.dm_re2i.guided import GuidedUNet
 from finetune.dm_re2i.model import ClassMeans, compute_features, save_model
 from finetune.dm_re2i.networks import load_classifier
 from finetune.dm_re2i.portable.pipeline import sample_images
-from finetune.dm_re2i.train_evrnet import train_evrnet
+from finetune.dm_re2i.train_evrnet import check_labels, train_evrnet
 from finetune.eeg import choose_evenly, compute_for_trials, group_repeats, load_encoder, read_trials, scale_eeg
 from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
 from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
@@ -270,7 +270,7 @@ def _load_evrnet(path: str, data: EEGDataset) -> EEGClassifier:
 
 
 def train(config: DMRE2IConfig) -> int:
-    """Train EVRNet, then the EEG-guided DDPM.
+    """Train EVRNet or a baseline, then the EEG-guided DDPM, if the config asks for both stages.
 
     Parameters
     ----------
@@ -291,6 +291,8 @@ def train(config: DMRE2IConfig) -> int:
         given = EEGGuide(load_encoder(stage.encoder, data), "encoder")
     elif config.evrnet_from:
         given = EEGGuide(_load_evrnet(config.evrnet_from, data), stage.guide)
+    if given is None:
+        check_labels(data, tables[0])
     precision = stage.training.precision
     if given is None and precision != config.evrnet.training.precision:
         raise RequestError(
@@ -299,6 +301,8 @@ def train(config: DMRE2IConfig) -> int:
     with start_processes(config, precision) as accelerator:
         # Open the second run only after the first run is closed, because a tracker can follow one run at a time.
         guide = given or EEGGuide(train_evrnet(config, data, val, tables, accelerator), stage.guide)
+        if config.stages == "evrnet":
+            return EXIT_DONE
         with use_run(config, accelerator, free=config.free_keys()) as run:
             if not report_finished(run):
                 train_ddpm(config, guide.to(accelerator.device), data, val, tables, run, accelerator)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.batch import Batch
 from data_sharding.dataset.dataset import EEGDataset
+from finetune.dm_re2i.classification.measure import evaluate_classifier, save_results, score
 from finetune.dm_re2i.classifier import EEGClassifier, scale_to_unit_variance, whitening_matrix
-from finetune.dm_re2i.config import DMRE2IConfig
+from finetune.dm_re2i.config import DMRE2IConfig, EVRNetStage
 from finetune.dm_re2i.model import compute_features
 from finetune.dm_re2i.networks import NAMES, build_classifier, load_classifier
 from finetune.eeg import augment_eeg, choose_evenly, group_repeats, read_trials, scale_eeg
@@ -140,6 +142,61 @@ class EVRNetTask(nn.Module):
         return {"loss": loss, "accuracy": (logits.argmax(1) == target.argmax(1)).float().mean()}
 
 
+def check_labels(data: EEGDataset, table: ImageTable) -> None:
+    """Refuse a dataset with categories in val or test that do not occur in train, because no network can learn them.
+
+    Parameters
+    ----------
+    data : EEGDataset
+        Trials of the train split.
+    table : ImageTable
+        Images of the train split.
+
+    Raises
+    ------
+    RequestError
+        If a category of val or test does not occur in train; the message names the categories.
+    """
+    known = set(table.labels.tolist())
+    for split in ("val", "test"):
+        if not data.manifest.samples(split):
+            continue
+        other = EEGDataset(data.path, split, version=data.manifest.dataset_id)
+        unknown = {int(other.meta(number).get("label", -1)) for number in range(len(other))} - known
+        if unknown:
+            names = [data.labels[label] if 0 <= label < len(data.labels) else str(label) for label in sorted(unknown)]
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise RequestError(
+                f"{data.path}: the categories {shown} of {split} do not occur in train, so a classifier cannot learn "
+                f"them; make the dataset with 'split.by: image', so that each split has images of every category, or "
+                f"train a model without categories ('dreamscale diffusion')"
+            )
+
+
+def choose_labels(table: ImageTable, stage: EVRNetStage, seed: int) -> Tensor:
+    """Return the category with which each trial is trained.
+
+    Parameters
+    ----------
+    table : ImageTable
+        Images of the train split.
+    stage : EVRNetStage
+        Config of the stage.
+    seed : int
+        Seed for shuffling the categories, if the config says so.
+
+    Returns
+    -------
+    Tensor of int, shape (trials,)
+        Categories. If they are shuffled, all trials of an image still have the same category, and each category has
+        as many images as before.
+    """
+    labels_M = table.labels
+    if stage.permute_labels:
+        labels_M = np.random.default_rng([seed, 1]).permutation(labels_M)
+    return torch.as_tensor(labels_M[table.row_of])
+
+
 def train_evrnet(
     config: DMRE2IConfig,
     data: EEGDataset,
@@ -173,6 +230,8 @@ def train_evrnet(
     stage, device = config.evrnet, accelerator.device
     run = open_run(config, accelerator, free=config.free_keys(), output=Path(config.output) / "evrnet")
     if run.finished and (run.path / "package" / "config.json").is_file():
+        if accelerator.is_main_process and config.stages == "evrnet":
+            print(f"{run.path}: this run is complete; nothing to do")
         return load_classifier(run.path / "package").requires_grad_(False).to(device)
     if run.finished:
         raise RequestError(
@@ -184,7 +243,7 @@ def train_evrnet(
     channels, scaling = task.net.config.n_channels, task.net.scaling(data.spec)
     synchronise_batch_norms(task)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
-    labels = torch.as_tensor(tables[0].labels[tables[0].row_of])
+    labels = choose_labels(tables[0], stage, config.seed)
     calibration = [[number] for number in choose_evenly(len(data), stage.calibration_trials)]
     clean = read_trials(data, calibration, scaling, device)[:, :channels]
     whitening_CC = task.net.whitening_CC
@@ -223,10 +282,9 @@ def train_evrnet(
         calibrate_batch_norm(net, clean)
         pulse()
         _, logits = compute_features(net, x_val, pulse=pulse)
-        accuracy = float((logits.argmax(1) == y_val).float().mean())
-        loss = float(F.cross_entropy(logits, y_val))
+        found = score(logits, y_val)
         # With few val trials, several evaluations often have the same accuracy. In this case the loss decides.
-        return {"accuracy": accuracy, "loss": loss, "score": accuracy - 1e-4 * min(loss, 100.0)}
+        return {**found, "score": found["accuracy"] - 1e-4 * min(found["loss"], 100.0)}
 
     result = fit(
         task,
@@ -239,16 +297,21 @@ def train_evrnet(
         evaluate=evaluate,
         watch="score" if stage.watch == "accuracy" else "loss",
         mode="max" if stage.watch == "accuracy" else "min",
+        lr_scale=lambda name: stage.encoder_lr if name.startswith("net.encoder.") else 1.0,
         description=NAMES[stage.network],
     )
     calibrate_batch_norm(task.net, clean)
     if accelerator.is_main_process:
         task.net.save_pretrained(run.path / "package")
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "val/loss", "train/accuracy", "val/accuracy"])
+        found = evaluate_classifier(task.net, val, tables[1], device, config.eeg.average_repeats).summary
+        # The val trials have chosen the weights, so results on these trials are a little too good.
+        save_results({"chose_weights": True, "best_step": result.best_step, **found}, run.path)
         run.status("done", best_step=result.best_step, val=result.best)
+        low, high = found["interval_images"]
         print(
-            f"{NAMES[stage.network]}: val accuracy {result.best['accuracy']:.3f} (chance {1 / n_classes:.3f}) at step "
-            f"{result.best_step} -> {run.path / 'package'}"
+            f"{NAMES[stage.network]}: val accuracy {found['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}, "
+            f"chance {1 / n_classes:.3f}) at step {result.best_step} -> {run.path / 'package'}"
         )
     run.close()
     accelerator.wait_for_everyone()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.dm_re2i.baselines import ConvolutionConfig, EEGNetClassifier, EncoderClassifier, TSConv
+from finetune.dm_re2i.classification.baselines import ConvolutionConfig, EEGNetClassifier, EncoderClassifier, TSConv
 from finetune.dm_re2i.classifier import EEGClassifier
 from finetune.dm_re2i.config import EVRNetStage
 from finetune.dm_re2i.networks import build_classifier, load_classifier

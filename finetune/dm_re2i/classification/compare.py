@@ -1,0 +1,267 @@
+"""Compare EVRNet with its baselines on people and images that no network was trained on.
+
+The command is ``python -m finetune.dm_re2i.classification.compare CONFIG --output DIR``, where CONFIG is a config of
+``dreamscale ddpm``. Every network is trained with the same settings, and again with shuffled categories as a control.
+The val split chooses the weights. The compared split is used only once, at the end.
+
+Array shapes: n trials.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_sharding.common.config import command, parse_config
+from data_sharding.common.errors import EXIT_DONE
+from data_sharding.common.files import atomic_write_text, write_json
+from finetune.dm_re2i.classification.measure import evaluate_classifier, save_results
+from finetune.dm_re2i.config import DMRE2IConfig
+from finetune.dm_re2i.networks import NAMES, load_classifier
+from finetune.dm_re2i.train import train
+from finetune.images import ImageTable, open_paired
+from finetune.training.accelerate import quiet_libraries
+from pretrain.probe.statistics import accuracy_interval, difference_interval, flip_test
+from pretrain.runs.distributed import choose_device
+
+Network = Literal["evrnet", "eegnet", "tsconv", "frozen", "trained"]
+RESAMPLES = 10_000
+"""Number of resamples of the bootstrap and of the permutation test."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Train EVRNet and its baselines, and compare them on held-out people and images."""
+
+    config: str
+    """YAML file of `dreamscale ddpm`. Its sections `eeg` and `evrnet` are the settings of every network."""
+    output: str
+    """Folder of the runs, of `comparison.json`, of the table `comparison.md` and of the figure `comparison.png`."""
+    dataset: str | None = None
+    """Path of the EEG-image dataset; by default the dataset of the YAML file."""
+    networks: tuple[Network, ...] = ("evrnet", "eegnet", "tsconv")
+    """Networks to compare. frozen and trained are the pretrained encoder with a linear head, frozen or trained along.
+    They need `encoder`. The dropout rate of the YAML file is that of EVRNet; the other networks have their own."""
+    encoder: str | None = None
+    """Encoder package for the networks frozen and trained."""
+    split: Literal["val", "test"] = "test"
+    """Split on which the networks are compared. val has chosen the weights, so its results are too good."""
+    control: bool = True
+    """True: train every network with shuffled categories too. Without this control, the time is half as long."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds with which every network is trained."""
+    steps: int | None = None
+    """Number of training steps; by default that of the YAML file."""
+    device: str = "auto"
+    """Device of the computation: auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if not self.networks or not self.seeds:
+            raise ValueError("networks and seeds must not be empty")
+        if self.encoder is None and {"frozen", "trained"} & set(self.networks):
+            raise ValueError("the networks frozen and trained need an encoder package; give encoder")
+
+
+def _make_words(config: CompareConfig, network: str, shuffled: bool, seed: int, output: Path) -> list[str]:
+    """Return the arguments of the training command for one network."""
+    keys: dict[str, Any] = {
+        "output": output,
+        "stages": "evrnet",
+        "seed": seed,
+        "device": config.device,
+        "num_processes": 1,
+        "tracker.kind": "none",
+        "evrnet.network": network,
+        "evrnet.permute_labels": shuffled,
+    }
+    if config.dataset is not None:
+        keys["dataset"] = config.dataset
+    if config.steps is not None:
+        keys["evrnet.training.steps"] = config.steps
+    if network != "evrnet":
+        keys["evrnet.dropout"] = "null"
+    if network in ("frozen", "trained"):
+        keys |= {"evrnet.network": "encoder", "evrnet.encoder": config.encoder, "evrnet.whiten": 0}
+        keys["evrnet.train_encoder"] = network == "trained"
+    return [config.config, *(word for key, value in keys.items() for word in (f"--{key}", str(value)))]
+
+
+def _name(network: str) -> str:
+    if network in ("frozen", "trained"):
+        return f"{NAMES['encoder']}, {'frozen' if network == 'frozen' else 'trained along'}"
+    return NAMES[network]
+
+
+def _compare_pair(more_n: NDArray[Any], people_n: NDArray[Any], images_n: NDArray[Any]) -> dict[str, Any]:
+    """Summarise the difference between two networks on the same trials, with people or images as units."""
+    found: dict[str, Any] = {"mean": float(more_n.mean())}
+    for unit, clusters in (("people", people_n), ("images", images_n)):
+        found[f"interval_{unit}"] = difference_interval(more_n, clusters, RESAMPLES, 0)
+        found[f"p_{unit}"] = flip_test(more_n, clusters, RESAMPLES, 0)
+    return found
+
+
+def summarise_runs(
+    hits: dict[tuple[str, bool], NDArray[Any]], people: Sequence[str], images: Sequence[str], networks: Sequence[str]
+) -> dict[str, Any]:
+    """Compute the accuracy of each network, and its differences from its control and from the first network.
+
+    Parameters
+    ----------
+    hits : dict
+        For each network and control (True: shuffled categories), the share of seeds with a right answer, shape (n,).
+    people, images : sequence of str
+        Person and image of each trial.
+    networks : sequence of str
+        Names of the networks; the first one is compared with the others.
+
+    Returns
+    -------
+    dict
+        For each network ``accuracy``, its intervals over people and over images, ``people`` (accuracy of each person),
+        and, where they exist, ``shuffled`` (the same for the control), ``minus_shuffled`` and ``minus_first``.
+    """
+    people_n, images_n = np.asarray(people), np.asarray(images)
+
+    def describe(own_n: NDArray[Any]) -> dict[str, Any]:
+        return {
+            "accuracy": float(own_n.mean()),
+            "interval_people": accuracy_interval(own_n, people_n),
+            "interval_images": accuracy_interval(own_n, images_n),
+            "people": {name: float(own_n[people_n == name].mean()) for name in sorted(set(people))},
+        }
+
+    result: dict[str, Any] = {}
+    for network in networks:
+        own_n = hits[network, False]
+        result[network] = describe(own_n)
+        if (network, True) in hits:
+            result[network]["shuffled"] = describe(hits[network, True])
+            result[network]["minus_shuffled"] = _compare_pair(own_n - hits[network, True], people_n, images_n)
+        if network != networks[0]:
+            result[network]["minus_first"] = _compare_pair(own_n - hits[networks[0], False], people_n, images_n)
+    return result
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _make_table(result: dict[str, Any]) -> str:
+    """Return the results as a table in Markdown."""
+    lines = [
+        "| network | parameters | right, % | over people | over images | with shuffled categories, % | minus EVRNet |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for network, found in result["networks"].items():
+        ranges = ["{} to {}".format(*map(_percent, found[f"interval_{unit}"])) for unit in ("people", "images")]
+        shuffled = _percent(found["shuffled"]["accuracy"]) if "shuffled" in found else "-"
+        difference = "-"
+        if "minus_first" in found:
+            low, high = found["minus_first"]["interval_people"]
+            difference = f"{100 * found['minus_first']['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        cells = [_name(network), f"{found['parameters']:,}", _percent(found["accuracy"]), *ranges, shuffled, difference]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    networks = result["networks"]
+    figure, axes = plt.subplots(figsize=(2 + 1.6 * len(networks), 4.2), constrained_layout=True)
+    for place, found in enumerate(networks.values()):
+        for offset, kind, colour in ((-0.2, found, "tab:blue"), (0.2, found.get("shuffled"), "tab:grey")):
+            if kind is None:
+                continue
+            low, high = kind["interval_people"]
+            label = ("own categories" if offset < 0 else "shuffled categories") if place == 0 else None
+            axes.bar(place + offset, kind["accuracy"], 0.36, color=colour, label=label)
+            ends = [[max(0.0, kind["accuracy"] - low)], [max(0.0, high - kind["accuracy"])]]
+            axes.errorbar(place + offset, kind["accuracy"], ends, color="black", capsize=3)
+            values = list(kind["people"].values())
+            axes.plot(np.full(len(values), place + offset), values, "o", color="white", mec="black", ms=4)
+    axes.axhline(result["chance"], color="tab:red", linestyle="--", label="chance")
+    axes.set_xticks(range(len(networks)), [_name(name).replace(" with ", "\nwith ") for name in networks])
+    title = f"{result['split']}: {result['trials']} trials of {result['people']} people"
+    axes.set(ylabel="share of right answers", ylim=(0, 1), title=title)
+    axes.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def compare(config: CompareConfig) -> int:
+    """Train and compare the networks.
+
+    Parameters
+    ----------
+    config : CompareConfig
+        Config of the command.
+
+    Returns
+    -------
+    int
+        Exit code of the command.
+    """
+    quiet_libraries()
+    output, device = Path(config.output), choose_device(config.device)
+    parsed: dict[tuple[str, bool, int], DMRE2IConfig] = {}
+    for network in config.networks:
+        for shuffled in (False, True) if config.control else (False,):
+            for seed in config.seeds:
+                folder = output / f"{network}{'_shuffled' if shuffled else ''}_seed{seed}"
+                words = _make_words(config, network, shuffled, seed, folder)
+                # Read all configs before the first training, so that a wrong key is refused at once.
+                parsed[network, shuffled, seed] = parse_config(
+                    DMRE2IConfig, words, prog="dreamscale ddpm", positionals=("config",)
+                )
+    first = next(iter(parsed.values()))
+    data = open_paired(first.dataset, config.split, **first.eeg.part)
+    table = ImageTable(data)
+    hits: dict[tuple[str, bool], list[NDArray[Any]]] = {}
+    parameters: dict[str, int] = {}
+    people: list[str] = []
+    images: list[str] = []
+    for (network, shuffled, seed), own in parsed.items():
+        print(f"{_name(network)}, {'shuffled categories' if shuffled else 'own categories'}, seed {seed}", flush=True)
+        train(own)
+        net = load_classifier(Path(own.output) / "evrnet" / "package").to(device)
+        parameters[network] = sum(p.numel() for p in net.parameters())
+        found = evaluate_classifier(net, data, table, device, own.eeg.average_repeats)
+        save_results(found.summary, Path(own.output) / config.split)
+        hits.setdefault((network, shuffled), []).append(found.right_B.astype(float))
+        people, images = found.subjects, found.images
+    means = {key: np.mean(values, axis=0) for key, values in hits.items()}
+    networks = summarise_runs(means, people, images, config.networks)
+    for name in networks:
+        networks[name]["parameters"] = parameters[name]
+    result = {
+        "dataset_id": data.manifest.dataset_id,
+        "split": config.split,
+        "trials": len(people),
+        "people": len(set(people)),
+        "images": len(set(images)),
+        "chance": 1 / len(data.labels),
+        "seeds": list(config.seeds),
+        "networks": networks,
+    }
+    write_json(output / "comparison.json", result)
+    atomic_write_text(output / "comparison.md", _make_table(result))
+    _draw(result, output / "comparison.png")
+    print(f"{_make_table(result)}chance: {_percent(result['chance'])} % -> {output / 'comparison.json'}")
+    return EXIT_DONE
+
+
+main = command(CompareConfig, compare, prog="python -m finetune.dm_re2i.classification.compare")
+
+if __name__ == "__main__":
+    sys.exit(main())
