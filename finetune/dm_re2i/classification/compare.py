@@ -1,8 +1,8 @@
 """Compare EVRNet with its baselines on people and images that no network was trained on.
 
-The command is ``python -m finetune.dm_re2i.classification.compare CONFIG --output DIR``, where CONFIG is a config of
-``dreamscale ddpm``. Every network is trained with the same settings, and again with shuffled categories as a control.
-The val split chooses the weights. The compared split is used only once, at the end.
+The command is ``python -m finetune.dm_re2i.classification.compare SETTINGS --output DIR``, where SETTINGS is a config
+of ``dreamscale ddpm``. Every network is trained with the same settings, and again with shuffled categories as a
+control. The val split chooses the weights. The compared split is used only once, at the end.
 
 Array shapes: n trials.
 """
@@ -39,7 +39,7 @@ RESAMPLES = 10_000
 class CompareConfig:
     """Train EVRNet and its baselines, and compare them on held-out people and images."""
 
-    config: str
+    settings: str
     """YAML file of `dreamscale ddpm`. Its sections `eeg` and `evrnet` are the settings of every network."""
     output: str
     """Folder of the runs, of `comparison.json`, of the table `comparison.md` and of the figure `comparison.png`."""
@@ -89,7 +89,7 @@ def _make_words(config: CompareConfig, network: str, shuffled: bool, seed: int, 
     if network in ("frozen", "trained"):
         keys |= {"evrnet.network": "encoder", "evrnet.encoder": config.encoder, "evrnet.whiten": 0}
         keys["evrnet.train_encoder"] = network == "trained"
-    return [config.config, *(word for key, value in keys.items() for word in (f"--{key}", str(value)))]
+    return [config.settings, *(word for key, value in keys.items() for word in (f"--{key}", str(value)))]
 
 
 def _name(network: str) -> str:
@@ -261,7 +261,9 @@ def compare(config: CompareConfig) -> int:
     return EXIT_DONE
 
 
-main = command(CompareConfig, compare, prog="python -m finetune.dm_re2i.classification.compare")
+main = command(
+    CompareConfig, compare, prog="python -m finetune.dm_re2i.classification.compare", positionals=("settings",)
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -73,9 +73,9 @@ def test_differences_count_whole_people() -> None:
 
 def test_wrong_requests_are_refused(paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="need an encoder package; give encoder"):
-        CompareConfig(config="c", output="o", networks=("frozen",))
+        CompareConfig(settings="c", output="o", networks=("frozen",))
     with pytest.raises(ValueError, match="must not be empty"):
-        CompareConfig(config="c", output="o", seeds=())
+        CompareConfig(settings="c", output="o", seeds=())
     (tmp_path / "config.yaml").write_text(CONFIG.format(dataset=paired_dataset).replace("widths", "widhts"))
     assert run_main(main, [str(tmp_path / "config.yaml"), "--output", str(tmp_path / "out")]) == 2
     assert "did you mean 'evrnet.widths'" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.batch import collate
@@ -53,21 +51,17 @@ def _curve(run: Path, name: str) -> list[float]:
 
 
 def test_two_processes_train_the_same_network_as_one(paired_dataset: Path, tmp_path: Path, launch: Launch) -> None:
+    # The learning rate is small, because AdamW enlarges rounding errors of gradients near zero to whole steps.
+    more = {"stages": "evrnet", "evrnet.training.steps": 4, "evrnet.training.lr": 1e-4}
     for processes in (1, 2):
-        more = {"stages": "evrnet", "evrnet.training.steps": 8, "evrnet.training.evaluation.every": 4}
-        done = launch(
-            "finetune.dm_re2i",
-            *_args(paired_dataset, tmp_path / str(processes), EVRNET, more),
-            processes=processes,
-        )
+        args = _args(paired_dataset, tmp_path / str(processes), EVRNET, more)
+        done = launch("finetune.dm_re2i", *args, processes=processes)
         assert done.returncode == 0, done.stderr
-    for name, tolerance in (("train/loss", 1e-4), ("val/loss", 1e-3), ("grad_norm", 1e-3)):
+    for name, count in (("train/loss", 4), ("grad_norm", 4), ("val/loss", 1)):
         one, two = (_curve(tmp_path / str(processes), name) for processes in (1, 2))
-        assert len(one) >= 2
-        np.testing.assert_allclose(one, two, rtol=tolerance, atol=tolerance)
-    one, two = (load_file(tmp_path / str(n) / "evrnet" / "package" / "model.safetensors") for n in (1, 2))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=2e-3, rtol=1e-2)
+        assert len(one) == count
+        np.testing.assert_allclose(one[0], two[0], rtol=1e-4 if name == "val/loss" else 1e-5)
+        np.testing.assert_allclose(one, two, rtol=5e-4)
 
 
 @pytest.mark.parametrize("network", ["evrnet", "eegnet", "tsconv", "encoder"])
