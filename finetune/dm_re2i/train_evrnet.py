@@ -162,7 +162,7 @@ def check_labels(data: EEGDataset, table: ImageTable) -> None:
         if not data.manifest.samples(split):
             continue
         other = EEGDataset(data.path, split, version=data.manifest.dataset_id)
-        unknown = {int(other.meta(number).get("label", -1)) for number in range(len(other))} - known
+        unknown = set(other.trials.numbers("label").tolist()) - known
         if unknown:
             names = [data.labels[label] if 0 <= label < len(data.labels) else str(label) for label in sorted(unknown)]
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -167,7 +167,7 @@ def evaluate_classifier(
     first = [group[0] for group in groups]
     rows = table.row_of[first]
     logits_BK, labels_B = compute_logits(net, dataset, groups, device), torch.as_tensor(table.labels[rows])
-    subjects = [str(dataset.meta(number).get("subject") or "unknown") for number in first]
+    subjects = [dataset.trials.text("subject", number) or "unknown" for number in first]
     images = [table.ids[row] for row in rows]
     summary = {"split": dataset.split, **summarise(logits_BK, labels_B, subjects, images, dataset.labels)}
     right_B = (logits_BK.argmax(1) == labels_B).numpy()
