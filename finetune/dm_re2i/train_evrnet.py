@@ -169,7 +169,7 @@ def check_labels(data: EEGDataset, table: ImageTable) -> None:
             raise RequestError(
                 f"{data.path}: the categories {shown} of {split} do not occur in train, so a classifier cannot learn "
                 f"them; make the dataset with 'split.by: image', so that each split has images of every category, or "
-                f"train a model without categories ('dreamscale diffusion')"
+                f"train a model without categories ('dreamscale finetune')"
             )
 
 
