@@ -15,7 +15,7 @@ import diffusers
 
 from data_sharding.common.files import atomic_write_text, write_json
 from data_sharding.processing.preprocess import PreprocessSpec
-from finetune.dm_re2i.baselines import EncoderClassifier
+from finetune.dm_re2i.classification.baselines import EncoderClassifier
 from finetune.dm_re2i.guide import FOLDERS, EEGGuide
 from finetune.dm_re2i.guided import GuidedUNet
 from finetune.standalone import write_standalone

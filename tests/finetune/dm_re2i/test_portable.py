@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler
 from data_sharding.dataset.samples import pad_channels
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.dm_re2i.backbones import build_unet
-from finetune.dm_re2i.baselines import ConvolutionConfig, EEGNetClassifier
+from finetune.dm_re2i.classification.baselines import ConvolutionConfig, EEGNetClassifier
 from finetune.dm_re2i.config import EGDDPMStage
 from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig
 from finetune.dm_re2i.guide import EEGGuide
