@@ -308,7 +308,7 @@ def _conclude(config: VerifyConfig, contents: Contents, findings: Findings) -> i
         return EXIT_DONE
     if not holds_out_subjects(manifest):
         print(
-            f"{config.dataset}: the config holds no subject out, so a subject may be in several splits; the splits "
+            f"{config.dataset}: the config holds out no subjects, so a subject may be in several splits; the splits "
             f"share no window; {following}"
         )
         return EXIT_DONE
