@@ -12,35 +12,70 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.errors import RequestError
+from data_sharding.common.untrusted import check_count
+from finetune.foreign_models import (
+    MAX_SIDE,
+    check_transformers_model,
+    is_local,
+    load_with_library,
+    read_model_config,
+)
 from finetune.images import ImageTable
 
+_FILES = ["config.json", "preprocessor_config.json", "model.safetensors"]
+_WHAT = "a CLIP model"
 
-def is_local(model: str | Path) -> bool:
-    """Return True if a model is given as a directory, and False if the model is given as a hub id.
+
+def load_clip(clip: str | Path) -> tuple[Any, Any]:
+    """Load the image side of a CLIP model, after a check of its files.
 
     Parameters
     ----------
-    model : str or Path
-        Directory or hub id from the config.
+    clip : str or Path
+        Directory or hub id of the model.
 
     Returns
     -------
-    bool
-        True if the model is a directory, False if the model is a hub id.
+    model : CLIPVisionModelWithProjection
+        The model on the CPU, in evaluation mode, with frozen weights.
+    processor : CLIPImageProcessorPil
+        The model's image processor.
 
     Raises
     ------
     RequestError
-        If the value looks like a path, but the directory does not exist.
+        If `clip` is not a CLIP model, cannot be loaded, or describes a network that is larger than its weights.
     """
-    text = str(model)
-    looks_like_path = text.startswith((".", "/", "~")) or text.count("/") != 1
-    if Path(text).is_dir():
-        return True
-    if looks_like_path:
-        raise RequestError(f"{text}: no such directory, and not a hub id ('owner/name') either")
-    return False
+    from huggingface_hub import snapshot_download
+    from transformers import CLIPVisionModelWithProjection
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    folder = Path(clip)
+    if not is_local(clip):
+        # Download the files first, so that they can be checked before the model is built.
+        folder = Path(load_with_library(lambda: snapshot_download(str(clip), allow_patterns=_FILES), clip, _WHAT))
+    if not (folder / "config.json").is_file():
+        raise RequestError(f"{clip}: not a CLIP model (no config.json); give the directory that save_pretrained wrote")
+    check_transformers_model(CLIPVisionModelWithProjection, folder)
+    read_model_config(folder / "preprocessor_config.json")
+
+    def load() -> tuple[Any, Any]:
+        words: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+        model = CLIPVisionModelWithProjection.from_pretrained(str(folder), **words)
+        return model, CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
+
+    model, processor = load_with_library(load, clip, _WHAT)
+    check_count(model.config.image_size, str(folder / "config.json"), "image_size", least=1, most=MAX_SIDE)
+    for name in ("size", "crop_size"):
+        for key, value in (dict(getattr(processor, name) or {})).items():
+            if value is not None:
+                where = str(folder / "preprocessor_config.json")
+                check_count(value, where, f"{name}.{key}", least=1, most=MAX_SIDE)
+    # Try the processor once, because its config may hold values of any type.
+    black = np.zeros((32, 32, 3), np.uint8)
+    load_with_library(lambda: processor(images=[black], return_tensors="pt")["pixel_values"].float(), clip, _WHAT)
+    return model.requires_grad_(False).eval(), processor
 
 
 def embed_images(
@@ -71,18 +106,8 @@ def embed_images(
     RequestError
         If `clip` is not a CLIP model, or cannot be loaded.
     """
-    from transformers import CLIPVisionModelWithProjection
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    local = is_local(clip)
-    if local and not (Path(clip) / "config.json").is_file():
-        raise RequestError(f"{clip}: not a CLIP model (no config.json); give the directory that save_pretrained wrote")
-    try:
-        model = CLIPVisionModelWithProjection.from_pretrained(str(clip), local_files_only=local)
-        processor = CLIPImageProcessorPil.from_pretrained(str(clip), local_files_only=local)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{clip}: cannot be loaded as a CLIP model ({one_line(error)[:200]})") from None
-    model = model.requires_grad_(False).eval().to(device)
+    model, processor = load_clip(clip)
+    model, size = model.to(device), int(model.config.image_size)
 
     def compute(pixels_BHW3: np.ndarray) -> Tensor:
         values = processor(images=list(pixels_BHW3), return_tensors="pt")["pixel_values"]
@@ -91,7 +116,6 @@ def embed_images(
         return torch.nn.functional.normalize(embeds_BP, dim=-1)
 
     # Resize images before CLIP's processor resizes them again, because all images of a batch must have the same size.
-    size = int(model.config.image_size)  # pyright: ignore[reportArgumentType] - the size is a number in every CLIP model
     key = {"what": "clip", "weights": digest_weights(model)}
     return table.features(compute, size=size, key=key, cache=cache, write=write)
 

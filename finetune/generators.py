@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from data_sharding.common.files import read_json
+from data_sharding.common.untrusted import check_group, check_number
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.papers import find_papers
 
@@ -22,6 +23,10 @@ Source = Literal["eeg", "no_eeg", "class"]
 """Condition from which an image is generated. eeg: the EEG of the trial. no_eeg: no EEG; the images show the quality
 without any information (floor). class: the true category of the trial in place of its EEG; the images show the quality
 with perfect information (ceiling)."""
+
+
+SCHEMA = 1
+"""Version of the layout of a fine-tuned model's folder, which is stored in the folder's dreamscale.json."""
 
 
 class Generator(Protocol):
@@ -105,13 +110,14 @@ class Generator(Protocol):
         ...
 
 
-def read_part(values: dict[str, Any]) -> dict[str, float | None]:
+def read_part(values: dict[str, Any], where: str) -> dict[str, float | None]:
     """Return which part of each trial a model reads, from its dreamscale.json.
 
     A model of an older version reads each trial from its onset.
     """
-    stored = values.get("eeg") or {}
-    return {name: None if stored.get(name) is None else float(stored[name]) for name in ("tmin", "tmax")}
+    stored = check_group(values.get("eeg") or {}, where, "eeg")
+    names = ("tmin", "tmax")
+    return {n: None if stored.get(n) is None else float(check_number(stored[n], where, f"eeg.{n}")) for n in names}
 
 
 def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:
@@ -132,7 +138,7 @@ def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:
     Raises
     ------
     RequestError
-        If the folder holds no model, or a model of an unknown kind.
+        If the folder holds no model, or a model of an unknown kind or of another version.
     """
     folder = Path(model_dir)
     if not (folder / "dreamscale.json").is_file() and (folder / "model" / "dreamscale.json").is_file():
@@ -141,13 +147,19 @@ def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:
         raise RequestError(
             f"{model_dir}: has no dreamscale.json, so it is not a fine-tuned model; give the 'model' folder of a run"
         )
-    values = read_json(folder / "dreamscale.json")
-    kind = values.get("kind") if isinstance(values, dict) else None
-    kinds = {paper.kind: paper.generator for paper in find_papers()}
-    if kind not in kinds:
+    where = str(folder / "dreamscale.json")
+    values = check_group(read_json(where), where)
+    papers = {paper.kind: paper for paper in find_papers()}
+    paper = next((paper for kind, paper in papers.items() if kind == values.get("kind")), None)
+    if paper is None:
         raise RequestError(
-            f"{folder / 'dreamscale.json'}: the kind '{kind}' is unknown to this version (known: {', '.join(kinds)}); "
+            f"{where}: the kind '{show(values.get('kind'))}' is unknown to this version (known: {', '.join(papers)}); "
             f"train the model again"
         )
-    module, name = kinds[kind].split(":")
-    return getattr(importlib.import_module(module), name)(folder, device)
+    if values.get("schema") != SCHEMA:
+        raise RequestError(
+            f"{folder}: not a '{paper.kind}' model of this version; train it again with 'dreamscale {paper.command} "
+            f"CONFIG'"
+        )
+    module, name = paper.generator.split(":")
+    return getattr(importlib.import_module(module), name)(folder, values, device)

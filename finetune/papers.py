@@ -9,7 +9,7 @@ The folder of a paper must have three parts. `finetune.dm_re2i` is the smallest 
   the model's ``kind``. The command uses `start_processes` and `use_run` of `finetune.training.accelerate`, and its last
   step is ``run.status("done")``.
 - A generator class has the methods of `finetune.generators.Generator`. ``dreamscale generate`` creates the generator
-  with ``Class(folder, device)``.
+  with ``Class(folder, values, device)``; the values are the content of ``dreamscale.json``.
 """
 
 from __future__ import annotations

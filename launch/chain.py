@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from data_sharding.common.errors import EXIT_DONE, EXIT_STOPPED, RequestError, StopRequested
+from data_sharding.common.errors import EXIT_DONE, EXIT_STOPPED, RequestError, StopRequested, printable
 from data_sharding.common.files import atomic_write_text, digest_of, read_json, write_json
 from launch.worker import PARENT
 
@@ -165,7 +165,7 @@ class Chain:
     def print_tail(self, step: Step) -> None:
         """Print the last lines of the log of a step that failed."""
         for line in self.log(step).read_text(errors="replace").splitlines()[-TAIL:]:
-            print(f"  | {line}", file=sys.stderr)
+            print(printable(f"  | {line}"), file=sys.stderr)
 
     def log(self, step: Step) -> Path:
         """Return the path of the log file of a step."""
@@ -255,7 +255,7 @@ def _display_progress(log: Path) -> Iterator[Callable[[], None]]:
     with console.status("") as status:
 
         def refresh() -> None:
-            note = escape(_read_last_line(log))[: max(20, console.width - 20)]
+            note = escape(printable(_read_last_line(log)))[: max(20, console.width - 20)]
             status.update(f"[bold]{_format_time(time.monotonic() - started)}[/bold] [dim]{note}[/dim]")
 
         yield refresh

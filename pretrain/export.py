@@ -84,10 +84,12 @@ def load_model(config: PretrainConfig, checkpoint: Path) -> Any:
         If the weights are damaged or do not fit the config.
     """
     from pretrain.model.build import build_autoencoder
-    from pretrain.model.weights import set_weights
+    from pretrain.model.weights import check_network, measure_weights, set_weights
 
-    model = build_autoencoder(config.model)
     with CheckpointReader(checkpoint) as saved:
+        size = measure_weights(checkpoint / name for name in sorted(saved.manifest["files"]))
+        check_network(lambda: build_autoencoder(config.model), size, "the run's config.yaml")
+        model = build_autoencoder(config.model)
         set_weights(model, saved.group("weights/"), checkpoint, "the run's config.yaml")
     return model.eval()
 

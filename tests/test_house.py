@@ -27,6 +27,7 @@ FOLDERS = {
     "finetune": [
         *("align", "generate", "stable_diffusion", "dm_re2i", "evaluation"),
         *("generators", "eeg", "clip_head", "diffusion", "training", "clip_images", "images", "papers", "standalone"),
+        "foreign_models",
     ],
     "pretrain": [
         *("train", "plan", "convert", "export", "encode"),

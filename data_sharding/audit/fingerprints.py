@@ -5,6 +5,7 @@ Shapes: n channels, T time points of a window, P points of a recording's fingerp
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from data_sharding.audit.duplicates import RecordingFingerprint, signature
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from data_sharding.common.storage import AnyPath, as_path, deliver, scratch_folder
-from data_sharding.common.untrusted import open_image
+from data_sharding.common.typed_values import check_fields
+from data_sharding.common.untrusted import check_count, open_image
 from data_sharding.dataset.ledger import LedgerRow
 from data_sharding.dataset.manifest import current_file
+from data_sharding.dataset.rows import Rows
 
 NAME = "fingerprints.parquet"
 ROWS_A_GROUP = 256
@@ -54,10 +57,18 @@ def write_fingerprints(
     load_points : callable
         Function that returns the fingerprint [n, P] for the key of a recording.
     """
+    with scratch_folder() as folder:
+        local = folder / NAME
+        _write(local, rows, load_points)
+        deliver(local, as_path(path))
+
+
+def _schema() -> Any:
+    """Return the pyarrow schema of the file."""
     import pyarrow as pa
 
     text, number = pa.string(), pa.int64()
-    schema = pa.schema(
+    return pa.schema(
         [
             ("key", text),
             ("corpus", text),
@@ -70,17 +81,14 @@ def write_fingerprints(
             ("signature", pa.list_(number)),
         ]
     )
-    with scratch_folder() as folder:
-        local = folder / NAME
-        _write(local, schema, rows, load_points)
-        deliver(local, as_path(path))
 
 
-def _write(local: Path, schema: Any, rows: Iterable[LedgerRow], load_points: Callable[[str], np.ndarray]) -> None:
+def _write(local: Path, rows: Iterable[LedgerRow], load_points: Callable[[str], np.ndarray]) -> None:
     """Write the row groups one by one, because the fingerprints of many recordings do not fit into memory together."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    schema = _schema()
     with pq.ParquetWriter(local, schema, compression="zstd") as writer:
         group: list[dict[str, Any]] = []
 
@@ -105,6 +113,20 @@ def _write(local: Path, schema: Any, rows: Iterable[LedgerRow], load_points: Cal
         flush()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """Columns that are read when the file is opened, with their types."""
+
+    key: str
+    sha256: str
+    seconds: float
+    names: list[str]
+    signature: list[int]
+
+
+_COLUMNS = [field.name for field in dataclasses.fields(_Stored)]
+
+
 class Fingerprints:
     """Fingerprints of a dataset's recordings. The points of a fingerprint are read only when `load` is called.
 
@@ -126,26 +148,33 @@ class Fingerprints:
 
     def __init__(self, dataset: str | AnyPath) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         self.path = current_file(dataset, NAME)
         if not self.path.is_file():
             raise RequestError(f"{self.path}: no such file; only 'dreamscale shard' writes fingerprints")
         try:
-            self._file = pq.ParquetFile(self.path.open("rb"), pre_buffer=False)
-            columns = ["key", "sha256", "seconds", "names", "signature"]
-            rows = self._file.read(columns=columns, use_threads=False).to_pylist()
-        except (pa.ArrowInvalid, OSError, KeyError) as error:
-            raise RequestError(f"{self.path}: damaged ({error}); shard the corpus again") from None
-        self.recordings = [RecordingFingerprint(**row) for row in rows]
-        self._at = {row["key"]: i for i, row in enumerate(rows)}
+            self._rows = Rows(self.path.open("rb"), self.path.stat().st_size, str(self.path), _schema())
+            if missing := [name for name in _schema().names if name not in self._rows.names]:
+                raise RequestError(f"{self.path}: has no column {missing[0]}; shard the corpus again")
+            self.recordings = [
+                RecordingFingerprint(**check_fields(_Stored, row, f"{self.path}, row {number}"))
+                for number, row in enumerate(self._rows.iterate(_COLUMNS), start=1)
+            ]
+        except (pa.ArrowException, OSError, OverflowError) as error:
+            raise RequestError(f"{self.path}: damaged ({show(error)}); shard the corpus again") from None
+        self._at = {recording.key: i for i, recording in enumerate(self.recordings)}
+        if len(self._at) < len(self.recordings):
+            raise RequestError(f"{self.path}: damaged (a key is there twice); shard the corpus again")
         self._group = lru_cache(maxsize=16)(self._read_group)
-        bounds = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
-        self._starts = np.cumsum([0, *bounds])
+        self._starts = np.cumsum([0, *self._rows.group_sizes()])
 
     def _read_group(self, number: int) -> list[dict[str, Any]]:
-        table = self._file.read_row_group(number, columns=["n_points", "points"], use_threads=False)
-        return table.to_pylist()
+        import pyarrow as pa
+
+        try:
+            return list(self._rows.iterate(["n_points", "points"], [number]))
+        except (pa.ArrowException, OSError, OverflowError) as error:
+            raise RequestError(f"{self.path}: damaged ({show(error)}); shard the corpus again") from None
 
     def load(self, key: str) -> np.ndarray:
         """Read the fingerprint of a recording.
@@ -159,11 +188,21 @@ class Fingerprints:
         -------
         ndarray of float32, shape (n, P)
             Points of the fingerprint.
+
+        Raises
+        ------
+        RequestError
+            If the stored points are damaged.
         """
         at = self._at[key]
         group = int(np.searchsorted(self._starts, at, side="right")) - 1
         row = self._group(group)[at - int(self._starts[group])]
-        return np.frombuffer(row["points"], np.float16).reshape(-1, max(row["n_points"], 1)).astype(np.float32)
+        where = f"{self.path}, row {at + 1}"
+        points = row["points"] or b""
+        n_points = check_count(row["n_points"], where, "n_points", most=len(points) // 2)
+        if len(points) % (2 * max(n_points, 1)):
+            raise RequestError(f"{where}: damaged (points do not fill their channels); shard the corpus again")
+        return np.frombuffer(points, np.float16).reshape(-1, max(n_points, 1)).astype(np.float32)
 
 
 def window_digest(eeg: np.ndarray) -> int:

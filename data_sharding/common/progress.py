@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from data_sharding.common.errors import printable
+
 
 @contextlib.contextmanager
 def progress(
     description: str, total: int, *, enabled: bool = True, every_s: float = 10.0
 ) -> Iterator[Callable[..., None]]:
-    """Show the progress of a loop.
+    """Show the progress of a loop. Control characters in the description and in the notes are shown as codes.
 
     Parameters
     ----------
@@ -46,17 +48,18 @@ def progress(
             TimeRemainingColumn,
         )
 
+        # Square brackets in the name of a file are no marks for colours.
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(description, total=total, note="")
-            yield lambda n=1, note="": bar.update(task, advance=n, note=note)
+            task = bar.add_task(printable(description), total=total, note="")
+            yield lambda n=1, note="": bar.update(task, advance=n, note=printable(note))
         return
     done, last = 0, time.monotonic()
 
@@ -66,7 +69,7 @@ def progress(
         now = time.monotonic()
         if done >= total or now - last >= every_s:
             last = now
-            print(f"{description}: {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+            print(printable(f"{description}: {done}/{total} {note}".rstrip()), file=sys.stderr, flush=True)
 
     yield advance
 

@@ -37,6 +37,8 @@ FREE_UNPACKED = 64 * 2**20
 """An archive whose unpacked size in bytes is at most this value is always allowed."""
 MAX_WINDOW = 2**20
 """Largest number of time points of a window or trial. A padded window of this length takes 0.27 GB as float16."""
+MAX_SFREQ = 100_000.0
+"""Largest sampling rate of windows in Hz. Recordings are resampled to this rate, so a higher rate costs memory."""
 MAX_FILE = 2**50
 """Largest size of a file in bytes that a manifest may state."""
 LEAST_SAMPLE = 2048
@@ -368,13 +370,16 @@ def check_preprocess(values: Any, where: str) -> dict[str, Any]:
     Raises
     ------
     RequestError
-        If the window or the stride is not a number of time points, or another number is not finite.
+        If the window or the stride is not a number of time points, if another number is not finite, or if the sampling
+        rate is too high.
     """
     for key, value in check_group(values, where, "preprocess").items():
         if key in ("window", "stride"):
             check_count(value, where, f"preprocess.{key}", least=1, most=MAX_WINDOW)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             check_number(value, where, f"preprocess.{key}")
+    if check_number(values.get("sfreq", 1.0), where, "preprocess.sfreq") > MAX_SFREQ:
+        raise _refuse(where, f"preprocess.sfreq is {show(values['sfreq'])}; the largest sampling rate is {MAX_SFREQ:g}")
     return values
 
 
@@ -400,7 +405,7 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
         number of samples.
     """
     check_group(values, where)
-    check_text(values.get("dataset_id"), where, "dataset_id")
+    check_key(values.get("dataset_id"), where)
     check_preprocess(values.get("preprocess"), where)
     for split, shards in check_group(values.get("splits"), where, "splits").items():
         for shard in check_list(shards, where, f"splits.{check_key(split, where)}"):
@@ -428,7 +433,6 @@ def check_manifest(values: Any, where: str) -> dict[str, Any]:
     for name in ("config", "versions", "extra"):
         check_group(values.get(name, {}), where, name)
     check_count(values.get("extra", {}).get("version", 1), where, "extra.version", least=1, most=999_999)
-    check_count(values.get("extra", {}).get("version", 1), where, "extra.version", most=MAX_FILE)
     return values
 
 

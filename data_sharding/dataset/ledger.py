@@ -8,15 +8,17 @@ import json
 import types
 import typing
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from data_sharding.common.errors import RequestError, show
 from data_sharding.common.files import atomic_write_bytes
 from data_sharding.common.reason import Reason
 from data_sharding.common.storage import AnyPath
-from data_sharding.common.untrusted import check_unpacked, read_limited
+from data_sharding.common.typed_values import MAX_INTEGER, check_typed
+from data_sharding.common.untrusted import parse_json, read_limited
 from data_sharding.dataset.manifest import current_file
+from data_sharding.dataset.rows import Rows
 
 NAME = "ledger.parquet"
 Status = Literal["sharded", "duplicate", "quarantined", "excluded", "held back"]
@@ -218,22 +220,40 @@ class LedgerRow:
         return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in values.items()}
 
     @classmethod
-    def from_columns(cls, values: dict[str, Any]) -> LedgerRow:
+    def from_columns(cls, values: dict[str, Any], where: str) -> LedgerRow:
         """Build a row from stored values; columns that this version of the program does not know are ignored.
+
+        Parameters
+        ----------
+        values : dict
+            The stored values, by column.
+        where : str
+            Path of the ledger and number of the row, for messages.
 
         Raises
         ------
         KeyError
             If a column is missing that every version has written. The error contains the name of the column.
+        RequestError
+            If a value has another type than its column, or is not possible, such as a negative length.
         """
         known = {}
         for name in COLUMNS:
             if name in values:
-                is_json = name in JSON_COLUMNS and isinstance(values[name], str)
-                known[name] = json.loads(values[name]) if is_json else values[name]
+                known[name] = _check_value(name, values[name], where)
             elif name not in ADDED_LATER:
                 raise KeyError(name)
         return cls(**known)
+
+
+def _check_value(column: str, value: Any, where: str) -> Any:
+    """Check a stored value, and parse the JSON of a dictionary."""
+    if column in JSON_COLUMNS and isinstance(value, str):
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            raise RequestError(f"{where}: {column} is not valid JSON ({show(error)})") from None
+    return check_typed(_TYPES[column], value, where, column, least=-MAX_INTEGER if column in _SIGNED else 0)
 
 
 _TYPES = typing.get_type_hints(LedgerRow)
@@ -241,6 +261,10 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(LedgerRow))
 """Columns of the ledger, in order."""
 JSON_COLUMNS = frozenset(name for name in COLUMNS if typing.get_origin(_TYPES[name]) is dict)
 """Columns that hold dictionaries as JSON text."""
+
+
+_SIGNED = frozenset({"unit_factor", "trial_tmin", "trial_tmax"})
+"""Columns whose numbers may be negative."""
 
 
 def schema() -> Any:
@@ -295,51 +319,23 @@ def read_ledger(dataset: str | AnyPath) -> list[LedgerRow]:
         If the dataset has no ledger, or the ledger is damaged.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     path = current_file(dataset, NAME)
     if not path.is_file():
         raise RequestError(f"{path}: no such file; only 'dreamscale shard' writes a ledger")
     try:
-        # Do not use Arrow's threads: on a busy machine, they have crashed the interpreter at exit.
-        file = pq.ParquetFile(io.BytesIO(read_limited(path, MAX_LEDGER)), pre_buffer=False)
-        return [LedgerRow.from_columns(row) for row in iterate_rows(file, path.stat().st_size, str(path))]
+        data = read_limited(path, MAX_LEDGER)
+        rows = Rows(io.BytesIO(data), len(data), str(path), schema())
+        return [
+            LedgerRow.from_columns(row, f"{path}, row {number}")
+            for number, row in enumerate(rows.iterate(rows.names), start=1)
+        ]
     except KeyError as error:
         raise RequestError(f"{path}: has no column {error}; run 'dreamscale shard' again into a new folder") from None
     except RequestError:
         raise
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
         raise RequestError(f"{path}: damaged ({show(error)}); run 'dreamscale shard' again into a new folder") from None
-
-
-def iterate_rows(file: Any, size: int, where: str) -> Iterator[dict[str, Any]]:
-    """Read the rows of a Parquet file in small parts. Refuse a file whose unpacked size is far larger than the file.
-
-    Parameters
-    ----------
-    file : pyarrow.parquet.ParquetFile
-        The opened file.
-    size : int
-        Size of the file in bytes.
-    where : str
-        Path of the file, for the message.
-
-    Yields
-    ------
-    dict
-        Values of a row, by column.
-
-    Raises
-    ------
-    RequestError
-        If the rows take far more memory than the file.
-    """
-    check_unpacked([16 * file.metadata.num_rows], size, where)
-    total = 0
-    for part in file.iter_batches(batch_size=256, use_threads=False):
-        total += part.nbytes
-        check_unpacked([total], size, where)
-        yield from part.to_pylist()
 
 
 def count_by_status(rows: Iterable[LedgerRow]) -> tuple[dict[str, int], dict[str, float]]:

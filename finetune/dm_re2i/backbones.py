@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_sharding.common.errors import RequestError, one_line
-from data_sharding.common.files import read_json
+from data_sharding.common.errors import RequestError, show
+from data_sharding.common.untrusted import check_count
 from finetune.dm_re2i.config import EGDDPMStage
 from finetune.dm_re2i.eg_ddpm import EGDDPM
 from finetune.dm_re2i.guided import GuidedUNet
 from finetune.dm_re2i.unet2d import GuidedUNet2D
+from finetune.foreign_models import MAX_SIDE, check_diffusers_model, load_with_library, read_model_config
 
 BACKBONES: dict[str, type[GuidedUNet]] = {"paper": EGDDPM, "unet2d": GuidedUNet2D}
 """Class of each backbone. diffusers stores the name of the class in the config of the network."""
@@ -64,18 +65,14 @@ def load_unet(folder: Path) -> GuidedUNet:
     RequestError
         If a file is missing or damaged, or the backbone is unknown.
     """
-    values = read_json(folder / "config.json")
-    name = values.get("_class_name") if isinstance(values, dict) else None
+    name = read_model_config(folder / "config.json").get("_class_name")
     network = next((network for network in BACKBONES.values() if network.__name__ == name), None)
     if network is None:
-        raise RequestError(f"{folder / 'config.json'}: the network '{name}' is unknown; train the model again")
-    try:
-        loaded: Any = network.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise RequestError(
-            f"{folder}: the U-Net cannot be loaded ({one_line(error)[:200]}); train the model again"
-        ) from None
-    unet, report = loaded
+        raise RequestError(f"{folder / 'config.json'}: the network '{show(name)}' is unknown; train the model again")
+    shape = check_diffusers_model(network, folder)
+    check_count(shape.get("sample_size"), str(folder / "config.json"), "sample_size", least=1, most=MAX_SIDE)
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    unet, report = load_with_library(lambda: network.from_pretrained(str(folder), **options), folder, "the U-Net")
     odd = [*report["missing_keys"], *report["unexpected_keys"]]
     if odd:
         raise RequestError(f"{folder}: {len(odd)} parameters do not fit, e.g. {odd[0]}; train the model again")

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.errors import RequestError, one_line, show
 from data_sharding.common.files import atomic_directory, read_json, write_json
-from data_sharding.common.untrusted import check_group, check_preprocess
+from data_sharding.common.untrusted import check_list, check_preprocess, check_text
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.diffusion import SamplerName, Sampling, choose_sampling
 from finetune.dm_re2i.backbones import load_unet
@@ -29,11 +29,11 @@ from finetune.dm_re2i.portable.guide import count_true_channels
 from finetune.dm_re2i.portable.pipeline import sample_images
 from finetune.dm_re2i.portable.write import write_portable_files
 from finetune.eeg import scale_eeg
-from finetune.generators import Source, read_part
+from finetune.foreign_models import check_noise_schedule, load_with_library
+from finetune.generators import SCHEMA, Source, read_part
 from finetune.images import to_pixels
 
 KIND = "eg_ddpm"
-SCHEMA = 1
 
 
 @torch.no_grad()
@@ -181,6 +181,8 @@ class DMRE2IGenerator:
     ----------
     folder : str or Path
         Package folder of the model, ``<run>/model``.
+    values : dict
+        Content of dreamscale.json, whose kind and schema `finetune.generators.load_generator` has checked.
     device : str
         Device of the computation: cpu or cuda.
 
@@ -201,18 +203,14 @@ class DMRE2IGenerator:
 
     kind = KIND
 
-    def __init__(self, folder: str | Path, device: str = "cpu") -> None:
+    def __init__(self, folder: str | Path, values: dict[str, Any], device: str = "cpu") -> None:
         from diffusers import DDPMScheduler
 
         folder = Path(folder)
-        values = check_group(read_json(folder / "dreamscale.json"), str(folder / "dreamscale.json"))
-        if values.get("kind") != KIND or values.get("schema") != SCHEMA:
-            raise RequestError(
-                f"{folder}: not a '{KIND}' model of this version; train it again with 'dreamscale ddpm CONFIG'"
-            )
         self.folder, self.device = folder, torch.device(device)
-        self.part = read_part(values)
-        self.labels = [str(label) for label in values.get("labels") or []]
+        where = str(folder / "dreamscale.json")
+        self.part = read_part(values, where)
+        self.labels = [check_text(label, where, "a label") for label in check_list(values.get("labels") or [], where)]
         self.sampler: SamplerName = "ddpm" if values.get("sampler") == "ddpm" else "ddim"
         try:
             about = folder / "preprocess.json"
@@ -222,17 +220,16 @@ class DMRE2IGenerator:
                 f"{folder / 'preprocess.json'}: not a preprocessing spec ({one_line(error)}); train the model again"
             ) from None
         kind = values.get("guide", "feature")
-        if kind not in FOLDERS:
-            raise RequestError(f"{folder / 'dreamscale.json'}: the guide '{kind}' is unknown; train the model again")
+        if kind not in [*FOLDERS]:
+            raise RequestError(f"{where}: the guide '{show(kind)}' is unknown; train the model again")
         self.guide = EEGGuide.load(folder, kind).to(self.device)
         self.unet = load_unet(folder / "unet")
         self.unet.to(device=self.device)
-        try:
-            self.noising = DDPMScheduler.from_pretrained(str(folder / "scheduler"), local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RequestError(
-                f"{folder}: the scheduler cannot be loaded ({one_line(error)[:200]}); train the model again"
-            ) from None
+        check_noise_schedule(folder / "scheduler" / "scheduler_config.json")
+        load = DDPMScheduler.from_pretrained
+        self.noising = load_with_library(
+            lambda: load(str(folder / "scheduler"), local_files_only=True), folder / "scheduler", "a noise schedule"
+        )
 
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None

@@ -18,8 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 from data_sharding.common.progress import progress
+from finetune.foreign_models import MAX_SIDE
+from pretrain.model.weights import check_network, measure_weights
 
 Images = NDArray[np.uint8]
 
@@ -168,7 +170,11 @@ class ImageClassifier(nn.Module):
                     raise RequestError(
                         f"{path}: not a classifier written by 'dreamscale evaluate'; leave --classifier out"
                     )
-                model = cls(int(metadata["n_classes"]), int(metadata["width"]), int(metadata["size"]))
+                shape = [int(metadata[name]) for name in ("n_classes", "width", "size")]
+                if not 16 <= shape[2] <= MAX_SIDE:
+                    raise RequestError(f"{path}: reads images of {show(shape[2])} pixels; leave --classifier out")
+                check_network(lambda: cls(*shape), measure_weights([path]), path)
+                model = cls(*shape)
                 model.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, strict=True)  # noqa: SIM118
         except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
             if isinstance(error, RequestError):

@@ -48,15 +48,24 @@ class EvaluateConfig:
     """Number of times that the labels are shuffled between images to compute the p-value."""
     inception: str | None = None
     """TorchScript file of Inception-V3 (inception-2015-12-05.pt). FID and KID are computed only with this file.
-    A TorchScript file is a program: use only a file whose source you trust."""
+    A TorchScript file is a program, so it needs trust_programs: true."""
     lpips: str | None = None
-    """TorchScript file of VGG-16 with LPIPS weights (vgg16.pt). LPIPS is computed only with this file."""
+    """TorchScript file of VGG-16 with LPIPS weights (vgg16.pt). LPIPS is computed only with this file. It needs
+    trust_programs: true."""
+    trust_programs: bool = False
+    """True: run the programs in the files `inception` and `lpips`. Such a program may do anything that you may do, so
+    give only files that you downloaded from their authors and whose checksums you compared."""
     examples: int = 24
     """Number of trials whose images the report shows."""
     seed: int = 0
     """Seed for training the classifier, drawing random pairs of images and shuffling labels."""
 
     def __post_init__(self) -> None:
+        if (self.inception or self.lpips) and not self.trust_programs:
+            raise ValueError(
+                "inception and lpips are TorchScript files, which are programs and could do anything that you can do; "
+                "if you trust their authors, set trust_programs: true; otherwise leave inception and lpips out"
+            )
         if self.permutations < 99 or self.examples < 1 or any(n < 2 for n in self.n_way):
             raise ValueError("need permutations >= 99, examples >= 1 and every n_way >= 2")
 

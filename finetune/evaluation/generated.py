@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json
-from data_sharding.common.untrusted import MAX_IMAGE, check_group, check_path, read_limited
+from data_sharding.common.untrusted import MAX_IMAGE, check_count, check_group, check_path, check_text, read_limited
 from finetune.images import decode_image
 
 Images = NDArray[np.uint8]
@@ -92,6 +92,15 @@ def read_generated(path: str | Path) -> GeneratedSet:
     lists = isinstance(about, dict) and all(isinstance(about.get(name), list) for name in ("labels", "trials"))
     if not lists or needed - about.keys() or not about["trials"]:
         raise RequestError(f"{record}: an entry that 'dreamscale generate' writes is missing; {again}")
+    for name in ("dataset", "dataset_id", "split"):
+        check_text(about[name], str(record), name)
+    for label in about["labels"]:
+        check_text(label, str(record), "a label")
+    for trial in about["trials"]:
+        check_group(trial, str(record), "a trial")
+        check_count(trial.get("repeats", 1), str(record), "repeats of a trial", least=1, most=2**31)
+        for name in ("key", "eeg_key", "image_id", "subject"):
+            check_text(trial.get(name), str(record), f"{name} of a trial")
     found: dict[str, Images] = {}
     for name in ("file", "real_file"):
         images = []

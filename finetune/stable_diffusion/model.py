@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_sharding.common.errors import RequestError, one_line
-from data_sharding.common.files import atomic_directory, read_json, write_json
-from data_sharding.common.untrusted import check_group
+from data_sharding.common.errors import RequestError, show
+from data_sharding.common.files import atomic_directory, write_json
+from data_sharding.common.untrusted import check_count, check_number
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.clip_head import ClipHead
-from finetune.clip_images import is_local
 from finetune.diffusion import (
     Condition,
     SamplerName,
@@ -32,7 +31,16 @@ from finetune.diffusion import (
     sample,
 )
 from finetune.eeg import scale_eeg
-from finetune.generators import Source, read_part
+from finetune.foreign_models import (
+    MAX_SIDE,
+    check_diffusers_model,
+    check_noise_schedule,
+    check_transformers_model,
+    is_local,
+    load_with_library,
+    read_model_config,
+)
+from finetune.generators import SCHEMA, Source, read_part
 from finetune.images import read_caption, to_pixels
 from finetune.stable_diffusion.conditioner import Conditioner
 from pretrain.encoder.encoder import EEGEncoder
@@ -41,8 +49,19 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 KIND = "stable_diffusion"
-SCHEMA = 1
 Tune = Literal["E+A", "E", "A"]
+_WHAT = "Stable Diffusion"
+# Library and class of each part of a pipeline. Other classes are not loaded, because a class could be any code.
+_PARTS = {
+    "unet": {("diffusers", "UNet2DConditionModel")},
+    "vae": {("diffusers", "AutoencoderKL")},
+    "text_encoder": {("transformers", "CLIPTextModel")},
+    "tokenizer": {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")},
+    "scheduler": {
+        ("diffusers", f"{kind}Scheduler") for kind in ("DDPM", "DDIM", "PNDM", "LMSDiscrete", "EulerDiscrete")
+    }
+    | {("diffusers", f"{kind}Scheduler") for kind in ("EulerAncestralDiscrete", "DPMSolverMultistep")},
+}
 
 
 def load_base(base: str | Path) -> StableDiffusionPipeline:
@@ -65,22 +84,51 @@ def load_base(base: str | Path) -> StableDiffusionPipeline:
     """
     from diffusers import StableDiffusionPipeline
 
-    local = is_local(base)
-    if local:
-        index = Path(base) / "model_index.json"
-        if not index.is_file():
-            raise RequestError(f"{base}: not a diffusers pipeline (no model_index.json); give the pipeline's directory")
-        if (name := check_group(read_json(index), str(index)).get("_class_name")) != "StableDiffusionPipeline":
-            raise RequestError(f"{base}: holds a {name}, not a StableDiffusionPipeline; choose another base")
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(base), local_files_only=local, safety_checker=None, requires_safety_checker=False
+    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
+    folder = Path(base)
+    if not is_local(base):
+        # Download the files first, so that they can be checked before the networks are built.
+        download = StableDiffusionPipeline.download
+        folder = Path(load_with_library(lambda: download(str(base), **options), base, _WHAT))
+    _check_base(folder)
+
+    def load() -> StableDiffusionPipeline:
+        return StableDiffusionPipeline.from_pretrained(
+            str(folder), local_files_only=True, feature_extractor=None, image_encoder=None, **options
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise RequestError(f"{base}: cannot be loaded as Stable Diffusion ({one_line(error)[:200]})") from None
+
+    pipeline = load_with_library(load, base, _WHAT)
+    most = int(pipeline.text_encoder.config.max_position_embeddings)
+    where = str(folder / "tokenizer")
+    check_count(pipeline.tokenizer.model_max_length, where, "model_max_length", least=1, most=most)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).eval()
     return pipeline
+
+
+def _check_base(folder: Path) -> None:
+    """Check the files of a Stable Diffusion pipeline, before any of its parts is built."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise RequestError(f"{folder}: not a diffusers pipeline (no model_index.json); give the pipeline's directory")
+    values = read_model_config(index)
+    if (name := values.get("_class_name")) != "StableDiffusionPipeline":
+        raise RequestError(f"{folder}: holds a {show(name)}, not a StableDiffusionPipeline; choose another base")
+    for part, allowed in _PARTS.items():
+        stated = values.get(part)
+        if not isinstance(stated, list) or [*stated] not in [[*words] for words in allowed]:
+            raise RequestError(f"{index}: the part '{part}' is no {sorted(allowed)[0][1]}; choose another base")
+    unet = check_diffusers_model(UNet2DConditionModel, folder / "unet")
+    vae = check_diffusers_model(AutoencoderKL, folder / "vae")
+    check_transformers_model(CLIPTextModel, folder / "text_encoder")
+    check_noise_schedule(folder / "scheduler" / "scheduler_config.json")
+    # Each level of the autoencoder except the first halves the size of the image.
+    halvings = len(vae.get("block_out_channels") or [0]) - 1
+    where = str(folder / "unet" / "config.json")
+    check_count(unet.get("sample_size"), where, "sample_size", least=1, most=MAX_SIDE >> min(halvings, 11))
 
 
 def open_time_path(unet: UNet2DConditionModel) -> int:
@@ -281,6 +329,8 @@ class StableDiffusionGenerator:
     ----------
     folder : str or Path
         Package folder of the model, ``<run>/model``.
+    values : dict
+        Content of dreamscale.json, whose kind and schema `finetune.generators.load_generator` has checked.
     device : str
         Device of the computation: cpu or cuda.
 
@@ -296,21 +346,16 @@ class StableDiffusionGenerator:
 
     kind = KIND
 
-    def __init__(self, folder: str | Path, device: str = "cpu") -> None:
+    def __init__(self, folder: str | Path, values: dict[str, Any], device: str = "cpu") -> None:
         folder = Path(folder)
-        values = check_group(read_json(folder / "dreamscale.json"), str(folder / "dreamscale.json"))
-        if values.get("kind") != KIND or values.get("schema") != SCHEMA:
-            raise RequestError(
-                f"{folder}: not a '{KIND}' model of this version; train it again with 'dreamscale finetune CONFIG'"
-            )
         self.folder, self.device = folder, torch.device(device)
-        self.part = read_part(values)
+        self.part = read_part(values, str(folder / "dreamscale.json"))
         self.pipeline = load_base(folder / "pipeline")
         self.encoder = EEGEncoder.from_pretrained(folder / "encoder").requires_grad_(False).to(self.device)
         self.conditioner = Conditioner.from_pretrained(folder / "conditioner").requires_grad_(False).to(self.device)
         self.unet, self.vae = self.pipeline.unet.to(self.device), self.pipeline.vae.to(self.device)
         # Models of older versions do not store how many conditions were dropped in the training.
-        self.dropped = values.get("drop", 0.1) > 0
+        self.dropped = check_number(values.get("drop", 0.1), str(folder / "dreamscale.json"), "drop") > 0
 
     @property
     def spec(self) -> PreprocessSpec:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import read_json, write_json
+from data_sharding.common.typed_values import check_fields
+from pretrain.model.weights import WEIGHTS, check_network, measure_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,7 +38,7 @@ def save_module(module: nn.Module, config: Any, folder: str | Path, kind: str) -
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: plain(value) for name, value in module.state_dict().items()}, folder / "model.safetensors")
+    save_file({name: plain(value) for name, value in module.state_dict().items()}, folder / WEIGHTS)
     write_json(folder / "config.json", {"kind": kind, **dataclasses.asdict(config)})
 
 
@@ -71,16 +73,15 @@ def load_module(module_class: type[M], config_class: type, folder: str | Path, k
     values = read_json(folder / "config.json")
     if not isinstance(values, dict) or values.pop("kind", None) != kind:
         raise RequestError(f"{folder}: not a '{kind}' package; give the folder that Dreamscale wrote")
+    values = check_fields(config_class, values, str(folder / "config.json"), least=0)
+    check_network(
+        lambda: module_class(config_class(**values)), measure_weights([folder / WEIGHTS]), folder / "config.json"
+    )
     try:
-        weights = load_file(folder / "model.safetensors")
+        module = module_class(config_class(**values))
+        module.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, SafetensorError) as error:
-        raise RequestError(
-            f"{folder / 'model.safetensors'}: cannot be read ({one_line(error)}); train the model again"
-        ) from None
-    try:
-        # Convert lists to tuples, because JSON has no tuples.
-        module = module_class(config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}))
-        module.load_state_dict(weights)
+        raise RequestError(f"{folder / WEIGHTS}: cannot be read ({one_line(error)}); train the model again") from None
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise RequestError(

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.samples import N_PADDED, pad_channels
 from data_sharding.processing.preprocess import PreprocessSpec, band_of
-from pretrain.encoder.package import check_example, damage_error, read_package, write_package
+from pretrain.encoder.package import CONFIG, check_example, damage_error, read_package, write_package
 from pretrain.encoder.result import CoverageReport, Encoding
 from pretrain.model.build import build_encoder
 from pretrain.model.config import EncoderConfig
-from pretrain.model.weights import WEIGHTS, load_strictly
+from pretrain.model.weights import WEIGHTS, check_network, load_strictly, measure_weights
 
 if TYPE_CHECKING:
     import mne
@@ -389,8 +389,13 @@ class EEGEncoder(nn.Module):
             example differs from the stored output.
         """
         found = read_package(path_or_hub_id)
+
+        def build() -> EEGEncoder:
+            return cls(found.config, found.spec, n_chans=found.n_chans, n_outputs=found.n_outputs)
+
+        check_network(build, measure_weights([found.folder / WEIGHTS]), found.folder / CONFIG)
         try:
-            model = cls(found.config, found.spec, n_chans=found.n_chans, n_outputs=found.n_outputs)
+            model = build()
         except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
             raise damage_error(found.folder, error) from None
         model.positions_C3 = found.positions_C3

@@ -29,11 +29,13 @@ from torch import Tensor
 
 from data_sharding.common.errors import RequestError, one_line
 from data_sharding.common.files import atomic_directory, atomic_write_text, read_json, write_json
-from data_sharding.common.untrusted import check_preprocess, open_npz
+from data_sharding.common.typed_values import check_fields
+from data_sharding.common.untrusted import MAX_WINDOW, check_count, check_group, check_preprocess, open_npz
+from data_sharding.dataset.samples import N_PADDED
 from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.model.build import count_parameters
 from pretrain.model.config import EncoderConfig
-from pretrain.model.weights import WEIGHTS, save_weights
+from pretrain.model.weights import MAX_TABLE, WEIGHTS, save_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +48,8 @@ PROGRAM = "encoder.pt2"
 # 1, because of the last layer norm. Different CPUs give differences of about 1e-5, so a difference above this limit
 # shows wrong weights.
 TOLERANCE = 2e-3
+MAX_TOKENS = 2**16
+"""Largest number of tokens in a window. The work of attention grows with the square of this number."""
 _EXAMPLE_INPUTS = ("x", "positions", "count")
 
 
@@ -174,15 +178,23 @@ def read_package(path_or_hub_id: str | Path) -> PackageContents:
             f"{folder / CONFIG}: the package has schema {values.get('schema')}, but this version of Dreamscale reads "
             f"schema {SCHEMA}; export the encoder again with this version"
         )
+    where = str(folder / CONFIG)
     try:
+        config = EncoderConfig(**check_fields(EncoderConfig, values.get("encoder"), f"{where}, encoder", least=0))
+        check_count(config.channels * config.samples, where, "channels x samples", most=N_PADDED * MAX_WINDOW)
+        check_count(config.tokens * config.token_rows(), where, "tokens of a window", most=MAX_TOKENS)
+        check_count(config.tokens * config.dim, where, "tokens x dim", most=MAX_TABLE)
+        for name in ("n_chans", "n_outputs"):
+            if values.get(name) is not None:
+                check_count(values[name], where, name, most=2**31)
         return PackageContents(
             folder=folder,
-            config=EncoderConfig(**values["encoder"]),
+            config=config,
             spec=PreprocessSpec.from_dict(check_preprocess(read_json(folder / SPEC), str(folder / SPEC))),
             n_chans=values.get("n_chans"),
             n_outputs=values.get("n_outputs"),
             positions_C3=_from_lists(values["positions"]) if values.get("positions") else None,
-            extra=dict(values.get("extra") or {}),
+            extra=check_group(values.get("extra") or {}, where, "extra"),
         )
     except RequestError:
         raise

@@ -1,15 +1,139 @@
-"""Write weights as safetensors files, and read them with a strict check of names and shapes."""
+"""Write weights as safetensors files, and read them with a strict check of names and shapes.
+
+A config from a file is checked before a network is built from it: the network may not be larger than its weights file.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
-from data_sharding.common.errors import RequestError
+from data_sharding.common.errors import RequestError, show
 
 WEIGHTS = "model.safetensors"
 """Name of the file with the weights in a checkpoint, an encoder package or another saved model."""
+
+
+MAX_TABLE = 2**26
+"""Largest number of values in the tables that a network computes, such as position embeddings, and does not store."""
+# A network may be larger than its weights file by these numbers. Then the later check of names can say what is missing.
+_MORE_TENSORS, _MORE_VALUES = 64, 2**22
+
+
+@dataclass(frozen=True)
+class WeightsSize:
+    """Size of the weights in a file."""
+
+    tensors: int
+    """Number of tensors."""
+    values: int
+    """Number of values of all tensors."""
+
+
+def measure_weights(paths: Iterable[Path]) -> WeightsSize:
+    """Return the size of the weights in safetensors files; only the headers of the files are read.
+
+    Parameters
+    ----------
+    paths : iterable of Path
+        The safetensors files.
+
+    Raises
+    ------
+    RequestError
+        If a file is missing or damaged. The library safetensors refuses a header that claims more bytes than the file
+        has.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: list[list[int]] = []
+    for path in paths:
+        if not path.is_file():
+            raise RequestError(f"{path}: no such file, so {path.parent} is not complete; write {path.parent} again")
+        try:
+            with safe_open(path, "pt") as file:
+                shapes += [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118, not a dictionary
+        except (SafetensorError, OSError) as error:
+            raise RequestError(f"{path}: damaged ({show(error)}); write {path.parent} again") from None
+    return WeightsSize(len(shapes), sum(map(math.prod, shapes)))
+
+
+class _TooLargeError(Exception):
+    """Raised while a network is built, as soon as it is larger than its weights file."""
+
+
+def check_network(build: Callable[[], Any], size: WeightsSize, where: str | Path) -> None:
+    """Check that a network that a config describes is not larger than its weights file.
+
+    The network is built without memory (on PyTorch's meta device), and the building ends at the first parameter that
+    the weights file cannot hold. So a small config cannot ask for a huge network.
+
+    Parameters
+    ----------
+    build : callable
+        Function that builds the network, or several networks.
+    size : WeightsSize
+        Size of the weights file.
+    where : str or Path
+        Path of the config, for the message.
+
+    Raises
+    ------
+    RequestError
+        If the network is larger than the weights, or if it cannot be built.
+    """
+    # The hooks keep a reference to every tensor, because the id of a deleted tensor may be used again.
+    parameters: dict[int, Tensor] = {}
+    buffers: dict[int, Tensor] = {}
+    totals = {"parameters": 0, "buffers": 0}
+
+    def count(kind: str, seen: dict[int, Tensor], most_tensors: float, most_values: int, value: Tensor | None) -> None:
+        if value is None or id(value) in seen:
+            return
+        seen[id(value)] = value
+        totals[kind] += value.numel()
+        if len(seen) > most_tensors or totals[kind] > most_values:
+            raise _TooLargeError
+
+    hooks = (
+        register_module_parameter_registration_hook(
+            lambda _module, _name, value: count(
+                "parameters", parameters, size.tensors + _MORE_TENSORS, size.values + _MORE_VALUES, value
+            )
+        ),
+        register_module_buffer_registration_hook(
+            lambda _module, _name, value: count("buffers", buffers, math.inf, size.values + MAX_TABLE, value)
+        ),
+    )
+    try:
+        with torch.device("meta"):
+            build()
+    except _TooLargeError:
+        raise RequestError(
+            f"{where}: describes a network that is larger than its weights file ({size.tensors} tensors with "
+            f"{size.values} values), so it is damaged or changed; get both files again from their source"
+        ) from None
+    except RequestError:
+        raise
+    # A config may have a wrong value of any kind, and libraries raise many types of errors for it.
+    except Exception as error:
+        raise RequestError(
+            f"{where}: describes no network that can be built ({type(error).__name__}: {show(error)}); get it again "
+            "from its source"
+        ) from None
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:

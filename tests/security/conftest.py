@@ -100,11 +100,13 @@ def dataset(tmp_path: Path) -> Dataset:
     return Dataset(tmp_path / "dataset")
 
 
-def _run_limited(code: str, *arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process with `MEMORY_GB` of memory, for at most `SECONDS`."""
+def _run_limited(
+    code: str, *arguments: object, folder: Path | None = None, seconds: float = SECONDS
+) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process with `MEMORY_GB` of memory, for at most `seconds`."""
     command = [sys.executable, "-c", LIMITED + code, str(int(MEMORY_GB * 1e9)), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, cwd=folder, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=folder, env=environment)
 
 
 def _run_command(*words: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:

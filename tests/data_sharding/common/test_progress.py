@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import pytest
 from rich.console import Console
 
-from data_sharding.common.progress import JobProgress
+from data_sharding.common.progress import JobProgress, progress
 
 
 def test_figures_count_recordings_hours_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +50,20 @@ def test_terminal_shows_all_figures_in_a_table() -> None:
     console.print(shown._table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(title in text for title in shown.figures()) and "1/2" in text and "1 excluded" in text
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_names_of_files_cannot_change_a_terminal(stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", stream())
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress("reading [/red]\x1b]0;title\x07", 2) as advance:
+        advance(2, note="[bold]a.edf\x9b2J\u202e")
+    output = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "reading [/red]\\x1b]0;title\\x07" in output and "[bold]a.edf\\x9b2J\\u202e" in output
+    assert not {"\x1b]", "\x07", "\x9b", "\u202e"} & {*output, *(output[i : i + 2] for i in range(len(output)))}

@@ -281,7 +281,7 @@ def test_an_incomplete_model_is_refused(trained: Path, tmp_path: Path) -> None:
     import shutil
 
     for name, message in (
-        ("evrnet/model.safetensors", "cannot be read"),
+        ("evrnet/model.safetensors", "no such file"),
         ("unet/diffusion_pytorch_model.safetensors", "cannot be loaded"),
         ("scheduler/scheduler_config.json", "cannot be loaded"),
         ("preprocess.json", "no such file"),

@@ -106,11 +106,16 @@ class _Lpips(torch.nn.Module):
         return x.flatten(1) / 1000
 
 
-def test_inception_and_lpips_files_are_used_if_given(perfect: Path, tmp_path: Path) -> None:
+def test_inception_and_lpips_files_are_used_if_they_are_trusted(
+    perfect: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.jit.script(_Features()).save(str(tmp_path / "inception.pt"))
     torch.jit.script(_Lpips()).save(str(tmp_path / "lpips.pt"))
     copy = shutil.copytree(perfect / "own", tmp_path / "copy")
     weights = ["--inception", str(tmp_path / "inception.pt"), "--lpips", str(tmp_path / "lpips.pt")]
+    assert main([str(copy), *weights]) == 2
+    assert "set trust_programs: true" in capsys.readouterr().err
+    weights += ["--trust_programs", "true"]
     assert main([str(copy), *weights, "--classifier", str(copy / "classifier.safetensors"), *QUICK]) == 0
     found, images = json.loads((copy / "metrics.json").read_text()), read_generated(copy)
     a, b = (np.concatenate([x.mean((1, 2)), x.max((1, 2))], 1) / 255 for x in (images.real_BHW3, images.images_BHW3))

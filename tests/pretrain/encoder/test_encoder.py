@@ -104,12 +104,12 @@ class TestPackage:
             (lambda p: (p / "example.npz").write_bytes(b""), "example.npz: damaged"),
             (lambda p: (p / "example.npz").write_bytes((p / "example.npz").read_bytes()[:5000]), "example.npz: dama"),
             (lambda p: _flip(p / "example.npz"), "example.npz: damaged"),
-            (lambda p: _set(p, n_outputs=-1), "config.json .*n_outputs is -1"),
+            (lambda p: _set(p, n_outputs=-1), "config.json: .*n_outputs is .-1"),
             (lambda p: _set(p, positions="abc"), "config.json .*positions must hold"),
             (lambda p: _set(p, positions=[[1.0, 2.0]]), "config.json .*positions must hold"),
             (lambda p: _set(p, positions=5), "config.json .*damaged"),
             (lambda p: _set(p, encoder={"mlp_ratio": float("inf")}), "config.json: not valid JSON .*damaged"),
-            (lambda p: _set(p, encoder={"samples": 128, "dim": 2**40, "heads": 1}), "config.json .*damaged"),
+            (lambda p: _set(p, encoder={"samples": 128, "dim": 2**40, "heads": 1}), "config.json: .*damaged"),
         ],
     )
     def test_damage_is_refused(self, damage: Any, says: str, encoder_package: Path, tmp_path: Path) -> None:
