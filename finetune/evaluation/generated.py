@@ -99,8 +99,9 @@ def read_generated(path: str | Path) -> GeneratedSet:
     for trial in about["trials"]:
         check_group(trial, str(record), "a trial")
         check_count(trial.get("repeats", 1), str(record), "repeats of a trial", least=1, most=2**31)
-        for name in ("key", "eeg_key", "image_id", "subject"):
+        for name in ("key", "image_id", "subject"):
             check_text(trial.get(name), str(record), f"{name} of a trial")
+        check_text(trial.get("eeg_key", ""), str(record), "eeg_key of a trial")
     found: dict[str, Images] = {}
     for name in ("file", "real_file"):
         images = []
