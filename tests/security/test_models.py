@@ -80,7 +80,7 @@ def _write_eg_ddpm(folder: Path) -> None:
     evrnet = EVRNet(EVRNetConfig(n_classes=2, n_channels=4, widths=(2, 2, 2, 2, 2))).eval()
     unet = EGDDPM(sample_size=8, condition_dim=2, base_channels=4, multipliers=(1, 2), heads=1, head_dim=4)
     means = ClassMeans(torch.zeros(2, 2), torch.ones(2, dtype=torch.long))
-    save_model(folder, EEGGuide(evrnet, "feature"), unet, DDPMScheduler(num_train_timesteps=10), means, SPEC, {})
+    save_model(folder, EEGGuide(evrnet, "feature"), unet, DDPMScheduler(num_train_timesteps=10), means, SPEC, {"sampler": "ddim"}, {})
 
 
 def _write_heads(conditioner: Path, head: Path) -> None:
