@@ -80,7 +80,11 @@ def _write_eg_ddpm(folder: Path) -> None:
     evrnet = EVRNet(EVRNetConfig(n_classes=2, n_channels=4, widths=(2, 2, 2, 2, 2))).eval()
     unet = EGDDPM(sample_size=8, condition_dim=2, base_channels=4, multipliers=(1, 2), heads=1, head_dim=4)
     means = ClassMeans(torch.zeros(2, 2), torch.ones(2, dtype=torch.long))
-    save_model(folder, EEGGuide(evrnet, "feature"), unet, DDPMScheduler(num_train_timesteps=10), means, SPEC, {"sampler": "ddim"}, {})
+    noising, card = (
+        DDPMScheduler(num_train_timesteps=10),
+        {"license": "cc0-1.0", "data": {}, "settings": {}, "results": {}},
+    )
+    save_model(folder, EEGGuide(evrnet, "feature"), unet, noising, means, SPEC, {"sampler": "ddim"}, card)
 
 
 def _write_heads(conditioner: Path, head: Path) -> None:
