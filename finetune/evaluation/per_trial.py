@@ -219,7 +219,7 @@ def compare_models(
         the base model does not have). Each is a result of `summarise`. A difference uses only the trials that both
         models have; ``n`` is their number.
     """
-    options: dict[str, int] = {"resamples": resamples, "seed": seed}
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     number_in_base = {key: number for number, key in enumerate(models[base].keys)}
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for name, model in models.items():

@@ -204,9 +204,9 @@ class _Planner:
         return [*steps, evaluate]
 
     @staticmethod
-    def _check(cls: type, words: list[str], positionals: tuple[str, ...], where: str) -> None:
+    def _check(kind: type, words: list[str], positionals: tuple[str, ...], where: str) -> None:
         try:
-            parse_config(cls, words, prog="dreamscale ablate", positionals=positionals)
+            parse_config(kind, words, prog="dreamscale ablate", positionals=positionals)
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
 
