@@ -22,6 +22,7 @@ from finetune.dm_re2i.config import EGDDPMStage
 from finetune.dm_re2i.evrnet import EVRNet, EVRNetConfig
 from finetune.dm_re2i.guide import EEGGuide
 from finetune.dm_re2i.model import ClassMeans, DMRE2IGenerator, save_model
+from finetune.generators import load_generator
 from finetune.standalone import write_standalone
 from pretrain.encoder.encoder import EEGEncoder
 from pretrain.model.config import EncoderConfig
@@ -120,7 +121,8 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_the_package_gives_the_same_pixels_without_this_project(name: str, packages: Path) -> None:
     folder = packages / f"model{list(CASES).index(name)}"
-    generator = DMRE2IGenerator(folder)
+    generator = load_generator(folder)
+    assert isinstance(generator, DMRE2IGenerator)
     padded = torch.from_numpy(pad_channels(EEG))
     with np.load(f"{folder}.npz") as alone:
         for sampler, steps in (("ddim", 3), ("ddpm", 12)):
@@ -148,7 +150,7 @@ def test_our_own_loader_does_not_run_the_code_of_a_package(tmp_path: Path) -> No
         path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise SystemExit(1)\n")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["os", "system"]}))
-    images = DMRE2IGenerator(folder).generate(torch.from_numpy(pad_channels(EEG[:1])), seeds=[0], steps=2)
+    images = load_generator(folder).generate(torch.from_numpy(pad_channels(EEG[:1])), seeds=[0], steps=2)
     assert images.shape == (1, 8, 8, 3) and not (tmp_path / "ran").exists()
 
 
