@@ -126,28 +126,31 @@ def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[tuple[Tensor
         del order[: min(batch, n)]
 
 
-def _augment(x_B3HW: Tensor, generator: torch.Generator, *, colours: bool, shift: int = 3) -> Tensor:
-    """Mirror and shift images. If `colours` is True, also permute their colour channels."""
+def _augment(x_B3HW: Tensor, generator: torch.Generator, *, captioned: bool, shift: int = 2) -> Tensor:
+    """Shift images. If their captions are not used, also mirror them and permute their colour channels.
+
+    A caption may name a colour or a side, so an image with a caption must keep its colours and its sides.
+    """
     b, size = len(x_B3HW), x_B3HW.shape[-1]
-    flip = torch.rand(b, 1, 1, 1, generator=generator) < 0.5
-    x = torch.where(flip, x_B3HW.flip(-1), x_B3HW)
+    x, channels = x_B3HW, torch.arange(3).expand(b, 3)
+    if not captioned:
+        flip = torch.rand(b, 1, 1, 1, generator=generator) < 0.5
+        x = torch.where(flip, x_B3HW.flip(-1), x_B3HW)
+        channels = torch.rand(b, 3, generator=generator).argsort(1)
     padded = F.pad(x, [shift] * 4, mode="replicate")
     dy, dx = torch.randint(2 * shift + 1, (2, b), generator=generator)
     grid = torch.arange(size)
     rows, columns = (dy[:, None] + grid)[:, None, :, None], (dx[:, None] + grid)[:, None, None, :]
-    channels = torch.arange(3).expand(b, 3)
-    if colours:
-        channels = torch.rand(b, 3, generator=generator).argsort(1)
     return padded[torch.arange(b)[:, None, None, None], channels[:, :, None, None], rows, columns]
 
 
 def _warp(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror, shift, rotate and scale images a little, so that the small CLIP does not memorise positions."""
+    """Shift, rotate and scale images a little, so that the small CLIP does not memorise positions."""
     b = len(x_B3HW)
-    u_5b = torch.rand(5, b, generator=generator) * 2 - 1
-    mirror, turn, scale = u_5b[0].sign(), 0.15 * u_5b[1], 1 + 0.15 * u_5b[2]
+    u_4b = torch.rand(4, b, generator=generator) * 2 - 1
+    turn, scale = 0.15 * u_4b[0], 1 + 0.15 * u_4b[1]
     cosine, sine = scale * turn.cos(), scale * turn.sin()
-    theta = torch.stack([mirror * cosine, -sine, 0.2 * u_5b[3], mirror * sine, cosine, 0.2 * u_5b[4]], 1)
+    theta = torch.stack([cosine, -sine, 0.1 * u_4b[2], sine, cosine, 0.1 * u_4b[3]], 1)
     grid = F.affine_grid(theta.view(b, 2, 3), list(x_B3HW.shape), align_corners=False)
     return F.grid_sample(x_B3HW, grid, padding_mode="border", align_corners=False)
 
@@ -240,7 +243,7 @@ def _train_vae(x_M3HW: Tensor, config: MiniatureConfig) -> AutoencoderKL:
     vae.train()
     with progress("miniature autoencoder", config.vae_steps) as advance:
         for rows, generator in _batches(len(x_M3HW), max(1, config.batch_size // 2), config.vae_steps, config.seed + 2):
-            x = _augment(x_M3HW[rows], generator, colours=True).contiguous(memory_format=torch.channels_last)
+            x = _augment(x_M3HW[rows], generator, captioned=False).contiguous(memory_format=torch.channels_last)
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             y = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -301,7 +304,7 @@ def _train_unet(
     with torch.no_grad():
         # The autoencoder no longer changes, so eight augmented variants of each image are encoded once in advance.
         generator = torch.Generator().manual_seed(config.seed + 3)
-        views = [x_M3HW, *(_augment(x_M3HW, generator, colours=False) for _ in range(7))]
+        views = [x_M3HW, *(_augment(x_M3HW, generator, captioned=True) for _ in range(7))]
         latents = torch.cat([vae.encode(p).latent_dist.mean * scale for view in views for p in view.split(64)])
         tokens = _tokenize(tokenizer, [*captions, ""])
         states = clip.text_model(tokens).last_hidden_state

@@ -22,6 +22,10 @@ Array = NDArray[np.float32]
 N_SOURCES = 40
 RESPONSE_GAIN = 2.6
 """Scale of the evoked responses. A larger value makes it easier to decode the category from a single trial."""
+PERSON_DELAY_S = 0.020
+"""Standard deviation over people of the delay of all components, in seconds."""
+TRIAL_DELAY_S = 0.025
+"""Standard deviation over trials of the delay of all components, in seconds. So a component has no fixed time."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ COMPONENTS = (
     Component("stripes-late", (0.0, 0.5, 0.85), 0.50, 0.34, 0.045, -4.5, "stripes"),
     Component("triangle-early", (0.3, -0.75, 0.55), 0.40, 0.24, 0.024, 6.0, "triangle"),
     Component("triangle-late", (-0.5, -0.6, 0.6), 0.50, 0.42, 0.050, 4.5, "triangle"),
-    Component("hue-cos", (-0.5, -0.85, 0.2), 0.40, 0.13, 0.020, 3.5, "hue-cos"),
-    Component("hue-sin", (0.5, -0.85, 0.2), 0.40, 0.27, 0.030, 3.5, "hue-sin"),
+    Component("hue-cos", (-0.5, -0.85, 0.2), 0.40, 0.13, 0.020, 6.0, "hue-cos"),
+    Component("hue-sin", (0.5, -0.85, 0.2), 0.40, 0.27, 0.030, 6.0, "hue-sin"),
     Component("background", (0.0, -0.75, 0.65), 0.50, 0.09, 0.016, 4.0, "background"),
 )
 
@@ -77,7 +81,7 @@ def compute_features(picture: Picture) -> Array:
     """
     table = {
         "always": 1.0,
-        "size": (picture.size - 10.0) / 3.0 + 1.0,
+        "size": (picture.size - 9.75) / 3.0 + 1.0,
         "hue-cos": float(np.cos(2 * np.pi * picture.hue)),
         "hue-sin": float(np.sin(2 * np.pi * picture.hue)),
         "background": (picture.background - 0.3) / 0.15,
@@ -143,8 +147,8 @@ class Head:
         self.response_centres_C3 = _normalise(
             _normalise([c.centre for c in COMPONENTS]) + 0.12 * rng.standard_normal((n, 3))
         )
-        self.response_gains_C = rng.lognormal(0.0, 0.2) * rng.lognormal(0.0, 0.15, n)
-        self.response_delays_C = rng.normal(0.0, 0.008) + rng.normal(0.0, 0.004, n)
+        self.response_gains_C = rng.lognormal(0.0, 0.25) * rng.lognormal(0.0, 0.2, n)
+        self.response_delays_C = rng.normal(0.0, PERSON_DELAY_S) + rng.normal(0.0, 0.006, n)
 
     def describe(self) -> dict[str, float]:
         """Return the person's properties for `truth.json`."""
@@ -274,8 +278,8 @@ class Head:
         for onset, picture in zip(onsets, pictures, strict=True):
             first = round(onset * sfreq)
             time = (np.arange(length) + first) / sfreq - onset
-            when = latency + rng.normal(0, 0.008) + rng.normal(0, 0.004, len(latency))
-            amplitude = gain * compute_features(picture) * rng.lognormal(0, 0.2) * rng.lognormal(0, 0.2, len(gain))
+            when = latency + rng.normal(0, TRIAL_DELAY_S) + rng.normal(0, 0.006, len(latency))
+            amplitude = gain * compute_features(picture) * rng.lognormal(0, 0.3) * rng.lognormal(0, 0.2, len(gain))
             bumps = amplitude[:, None] * np.exp(-(((time[None, :] - when[:, None]) / duration[:, None]) ** 2) / 2)
             stop = min(samples, first + length)
             trace_CT[:, first:stop] += bumps[:, : stop - first].astype(np.float32)

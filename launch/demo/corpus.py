@@ -1,8 +1,9 @@
 """Simulate the demo's corpus: recordings as heterogeneous as a real collection, with known ground truth.
 
 The corpus has two parts. ``unpaired/`` holds one resting recording of each of twelve subjects, in five file formats,
-five electrode layouts (19 to 128 channels) and four sampling rates. ``paired/`` holds recordings of eight of these
-subjects, who look at pictures and wear a cap of 64 channels. ``truth.json`` holds the parameters of the simulation.
+five electrode layouts (19 to 128 channels) and four sampling rates. ``paired/`` holds recordings of sixteen subjects,
+who look at pictures and wear a cap of 64 channels. Twelve subjects are in both parts. ``truth.json`` holds the
+parameters of the simulation.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE
 from data_sharding.common.files import atomic_directory
 from launch.demo.brains import COMPONENTS, Head
-from launch.demo.pictures import CATEGORIES, SPLIT_SIZES, Picture, draw_picture, make_pictures
+from launch.demo.pictures import CATEGORIES, SPLIT_SIZES, Picture, encode_picture, make_pictures
 from launch.demo.writers import write_recording
 
 LINE_HZ = 50.0
@@ -48,9 +49,13 @@ TENTWENTY = [
     "O1",
     "O2",
 ]
-SUBJECTS = tuple(f"sub-{index:02d}" for index in range(1, 13))
-PAIRED_SUBJECTS = {"train": SUBJECTS[:5], "val": SUBJECTS[5:6], "test": SUBJECTS[6:8]}
+SUBJECTS = tuple(f"sub-{index:02d}" for index in range(1, 17))
+PAIRED_SUBJECTS = {"train": SUBJECTS[:8], "val": SUBJECTS[8:10], "test": SUBJECTS[10:]}
 """Subjects who look at pictures, by split. Pretraining does not use the subjects of val and test."""
+N_RESTING = 12
+"""Number of subjects with a resting recording: the first ones."""
+OTHER_PICTURES = 24
+"""Number of pictures of other splits that each subject sees. Training and evaluation must leave out these trials."""
 DEAD_CHANNELS = {"unpaired": {"sub-02": "Pz", "sub-03": "C3", "sub-09": "E40"}, "paired": {"sub-03": "FT7"}}
 REFERENCES = {"M1": (-0.85, -0.35, -0.45), "nose": (0.0, 0.95, -0.55), "CMS": (-0.15, -0.15, 0.97)}
 """Directions of the reference electrodes from the middle of the head. Reference electrodes are not channels."""
@@ -194,11 +199,14 @@ def _make_paired(folder: Path, seed: int, index: int, pictures: list[Picture]) -
     rng = np.random.default_rng([seed, 4, index])
     positions = locate_electrodes(CAP.montage)
     names, directions = list(positions), _compute_directions(positions, CAP.reference)
-    order = rng.permutation(len(pictures))
-    onsets = 2.0 + SPACING_S * np.arange(len(pictures)) + rng.uniform(0, 0.08, len(pictures))
+    split = next(split for split, members in PAIRED_SUBJECTS.items() if subject in members)
+    others = [picture for picture in pictures if picture.split != split]
+    chosen = [picture for picture in pictures if picture.split == split]
+    chosen += [others[i] for i in rng.permutation(len(others))[:OTHER_PICTURES]]
+    shown = [chosen[i] for i in rng.permutation(len(chosen))]
+    onsets = 2.0 + SPACING_S * np.arange(len(shown)) + rng.uniform(0, 0.08, len(shown))
     onsets = np.round(onsets * PAIRED_SFREQ) / PAIRED_SFREQ
     seconds = float(np.ceil(onsets[-1] + 3))
-    shown = [pictures[i] for i in order]
     head = Head(seed, subject)
     data = head.simulate_background(directions, PAIRED_SFREQ, seconds, rng, LINE_HZ)
     data += head.simulate_responses(directions, PAIRED_SFREQ, data.shape[1], onsets, shown, rng)
@@ -229,7 +237,7 @@ def _make_paired(folder: Path, seed: int, index: int, pictures: list[Picture]) -
     return {
         "path": f"paired/{subject}/{path.name}",
         "subject": subject,
-        "split": next(split for split, members in PAIRED_SUBJECTS.items() if subject in members),
+        "split": split,
         "seconds": seconds,
         "trials": len(shown),
         "dead_channel": dead,
@@ -237,11 +245,9 @@ def _make_paired(folder: Path, seed: int, index: int, pictures: list[Picture]) -
 
 
 def _make_images(folder: Path, pictures: list[Picture]) -> None:
-    from PIL import Image
-
     folder.mkdir(parents=True)
     for picture in pictures:
-        Image.fromarray(draw_picture(picture)).save(folder / f"{picture.image_id}.png")
+        (folder / f"{picture.image_id}.png").write_bytes(encode_picture(picture))
 
 
 def make_corpus(out: Path, seed: int) -> None:
@@ -268,7 +274,7 @@ def make_corpus(out: Path, seed: int) -> None:
                 pool.submit(_make_paired, folder / "paired", seed, index, pictures) for index in paired_indices
             ]
             unpaired_futures = [
-                pool.submit(_make_unpaired, folder / "unpaired", seed, index) for index in range(len(SUBJECTS))
+                pool.submit(_make_unpaired, folder / "unpaired", seed, index) for index in range(N_RESTING)
             ]
             truth = {
                 "seed": seed,
@@ -290,7 +296,7 @@ def write_corpus(config: CorpusRequest) -> int:
     """Write the corpus, print the number of recordings, and return the exit code."""
     make_corpus(Path(config.out), config.seed)
     paired = sum(len(members) for members in PAIRED_SUBJECTS.values())
-    print(f"{config.out}: {len(SUBJECTS)} resting recordings, {paired} recordings with pictures")
+    print(f"{config.out}: {N_RESTING} resting recordings, {paired} recordings with pictures")
     return EXIT_DONE
 
 

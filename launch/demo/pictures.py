@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import colorsys
+import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+from data_sharding.audit.fingerprints import ImageFingerprint, find_similar_images, fingerprint_image
 
 CATEGORIES = ("disc", "cross", "stripes", "triangle")
 """Categories of pictures. These shapes look different at 32 x 32 pixels, even if a model draws them badly."""
 HUES = {"red": 0.0, "yellow": 0.14, "green": 0.36, "blue": 0.62}
-SPLIT_SIZES = {"train": 60, "val": 8, "test": 14}
+SPLIT_SIZES = {"train": 60, "val": 12, "test": 14}
 """Number of pictures of each category, by split."""
+NEW_IN_TEST = 6
+"""Number of test pictures of each category with a colour that this category never has in training."""
 PIXELS = 32
 
 
@@ -25,6 +31,8 @@ class Picture:
     category: int
     split: str
     colour: str
+    new_combination: bool
+    """Whether no training picture has the same category and colour."""
     hue: float
     """Hue of the shape on the colour circle, 0 to 1."""
     background: float
@@ -47,11 +55,17 @@ class Picture:
         return {**asdict(self), "label_name": CATEGORIES[self.category], "caption": self.caption}
 
 
+def is_new_combination(category: int, colour: int) -> bool:
+    """Return whether a combination never occurs in training. Each category and each colour does occur in training."""
+    return category == colour
+
+
 def make_pictures(seed: int) -> list[Picture]:
     """Choose the attributes of all pictures at random.
 
-    Colours and backgrounds are balanced within each category and split. So colour and background do not reveal the
-    category.
+    Colours and backgrounds are balanced within each category and split. One colour of each category never occurs in the
+    training pictures. No picture of one split is similar to a picture of another split, by the rule of ``dreamscale
+    verify``.
 
     Parameters
     ----------
@@ -64,28 +78,52 @@ def make_pictures(seed: int) -> list[Picture]:
         All pictures of all splits, in a fixed order.
     """
     rng = np.random.default_rng([seed, 1])
-    pictures = []
+    pictures: list[Picture] = []
+    prints: dict[str, list[ImageFingerprint]] = {split: [] for split in SPLIT_SIZES}
     for category, name in enumerate(CATEGORIES):
         number = 0
+        new = [colour for colour in range(len(HUES)) if is_new_combination(category, colour)]
+        trained = [colour for colour in range(len(HUES)) if colour not in new]
         for split, count in SPLIT_SIZES.items():
-            colours = rng.permutation(np.resize(list(HUES), count))
+            n_new = NEW_IN_TEST if split == "test" else 0
+            colours = rng.permutation(np.r_[np.resize(trained, count - n_new), np.resize(new, n_new)])
             shades = rng.permutation(np.arange(count) / max(count - 1, 1))
+            others = [fingerprint for other, found in prints.items() if other != split for fingerprint in found]
             for colour, shade in zip(colours, shades, strict=True):
                 number += 1
-                pictures.append(
-                    Picture(
-                        image_id=f"{name}-{number:03d}",
-                        category=category,
-                        split=split,
-                        colour=str(colour),
-                        hue=round(float((HUES[str(colour)] + rng.uniform(-0.02, 0.02)) % 1.0), 4),
-                        background=round(float(0.05 + 0.5 * shade), 4),
-                        size=round(float(rng.uniform(8.5, 11.5)), 3),
-                        x=round(float(rng.uniform(-2.5, 2.5)), 3),
-                        y=round(float(rng.uniform(-2.5, 2.5)), 3),
-                    )
-                )
+                while True:
+                    picture = _draw_attributes(rng, f"{name}-{number:03d}", category, split, int(colour), float(shade))
+                    fingerprint = fingerprint_image(encode_picture(picture))
+                    if not find_similar_images([fingerprint], others):
+                        break
+                prints[split].append(fingerprint)
+                pictures.append(picture)
     return pictures
+
+
+def _draw_attributes(
+    rng: np.random.Generator, image_id: str, category: int, split: str, colour: int, shade: float
+) -> Picture:
+    name = list(HUES)[colour]
+    return Picture(
+        image_id=image_id,
+        category=category,
+        split=split,
+        colour=name,
+        new_combination=is_new_combination(category, colour),
+        hue=round(float((HUES[name] + rng.uniform(-0.02, 0.02)) % 1.0), 4),
+        background=round(float(0.05 + 0.5 * shade), 4),
+        size=round(float(rng.uniform(8.0, 11.5)), 3),
+        x=round(float(rng.uniform(-3.0, 3.0)), 3),
+        y=round(float(rng.uniform(-3.0, 3.0)), 3),
+    )
+
+
+def encode_picture(picture: Picture) -> bytes:
+    """Draw a picture and return it as the bytes of a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(draw_picture(picture)).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def draw_picture(picture: Picture) -> NDArray[np.uint8]:

@@ -8,21 +8,67 @@ from typing import Any
 
 from data_sharding.common.files import atomic_write_text, read_json, write_json
 from data_sharding.common.html.render import Picture, Table, embed_png, render_page
+from finetune.evaluation.classifier import ImageClassifier
 from launch.chain import Step
 from launch.demo import figures
-from launch.demo.steps import MODELS
+from launch.demo.scores import MEASURES, compare, score_folder
+from launch.demo.steps import CONTROLS, MODELS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-ALPHA = 0.01
-"""An accuracy counts as better than chance if its p-value is at most this value."""
 EXAMPLES = 3
 """Number of trials of each category that the report shows."""
 TITLES = {"stable_diffusion": "Stable Diffusion", "eg_ddpm": "EG-DDPM"}
+LINEAR = "linear map, training picture"
+"""Title of the linear baseline."""
+EEG = {"none": "own", "shuffle": "shuffled", "no_eeg": "none (floor)", "class": "true category (ceiling)"}
+"""Name of each control in the tables of the report."""
 LIBRARIES = ("dreamscale", "torch", "deepspeed", "accelerate", "diffusers", "transformers", "ray", "mne", "numpy")
 JUDGE = "dataset-classifier"
 """Name of the classifier of categories in metrics.json."""
 _ACCURACY = ("accuracy", "chance", "n", "images", "p_value", "interval")
 _SIMILARITY = ("psnr", "ssim", "frechet_distance", "kernel_distance")
+
+
+def score_pictures(out: Path, seed: int) -> dict[str, Any]:
+    """Score all generated pictures of the demo.
+
+    Parameters
+    ----------
+    out : Path
+        The demo's folder.
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    dict
+        For each generator: the scores of its pictures for each control, the differences between own and shuffled EEG,
+        and the scores of each person. For the linear baseline: the scores of its pictures, and of each person.
+    """
+    pictures = {picture["image_id"]: picture for picture in read_json(out / "corpus" / "truth.json")["pictures"]}
+    judge, _ = ImageClassifier.load(out / "generated" / next(iter(MODELS)) / "classifier.safetensors")
+    found: dict[str, Any] = {}
+    for kind in MODELS:
+        scores = {
+            control: score_folder(out / "generated" / f"{kind}{ending}", pictures, judge)
+            for control, ending in CONTROLS.items()
+        }
+        own = scores["none"]
+        found[kind] = {
+            "scores": {control: of_control.summarise(seed) for control, of_control in scores.items()},
+            "own_minus_shuffled": compare(own, scores["shuffle"], seed),
+            "new_combinations": own.select(own.new_B).summarise(seed),
+            "known_combinations": own.select(~own.new_B).summarise(seed),
+            "people": own.by_person(),
+        }
+    linear = score_folder(out / "generated" / "linear", pictures, judge)
+    found["linear"] = {
+        "scores": {"none": linear.summarise(seed)},
+        "new_combinations": linear.select(linear.new_B).summarise(seed),
+        "known_combinations": linear.select(~linear.new_B).summarise(seed),
+        "people": linear.by_person(),
+    }
+    return found
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
@@ -88,6 +134,7 @@ def summarise(out: Path, seconds: dict[str, float], *, seed: int, profile: str) 
         if line.get("val_loss") is not None
     ]
     models = {kind: read_scores(out / "generated" / kind) for kind in MODELS}
+    pictures = score_pictures(out, seed)
     corpus = {}
     for part in ("unpaired", "paired"):
         manifest = read_json(out / part / "manifest.json")
@@ -97,6 +144,7 @@ def summarise(out: Path, seconds: dict[str, float], *, seed: int, profile: str) 
         "seed": seed,
         "profile": profile,
         "models": models,
+        "pictures": pictures,
         "pretrain": {
             "held_out_loss_first": held_out[0][1],
             "held_out_loss_last": held_out[-1][1],
@@ -106,7 +154,7 @@ def summarise(out: Path, seconds: dict[str, float], *, seed: int, profile: str) 
         "seconds": {**seconds, "total": round(sum(seconds.values()), 2)},
         "versions": {name: metadata.version(name) for name in LIBRARIES},
     }
-    return summary | conclude(models)
+    return summary | conclude({kind: pictures[kind] for kind in MODELS})
 
 
 def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -115,27 +163,31 @@ def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
     Parameters
     ----------
     models : dict
-        Scores of each generator.
+        For each generator, the scores of `score_pictures`.
 
     Returns
     -------
     dict
-        ``passed`` is true if every generator is better than chance with the right EEG, and no generator is better than
-        chance with shuffled EEG. ``conclusion`` says this result in words.
+        ``passed`` is true if every generator names the category more often with the right EEG than with the EEG of
+        another trial: the 95 % interval of the difference, over people and pictures, must lie above 0.
+        ``conclusion`` says this result in words.
     """
     parts, passed = [], True
     for kind, found in models.items():
-        own, shuffled = found["p_value"] < ALPHA, found["shuffled"]["p_value"] < ALPHA
-        passed &= own and not shuffled
+        own, shuffled = (found["scores"][control]["category"] for control in ("none", "shuffle"))
+        difference = found["own_minus_shuffled"]["category"]
+        low, high = difference["interval"]
+        passed &= low > 0
+        also = [name for name in ("colour", "identification") if found["own_minus_shuffled"][name]["interval"][0] > 0]
         parts.append(
-            f"{TITLES[kind]}: {found['accuracy']:.0%} of {found['n']} generated pictures show the category seen "
-            f"(chance {found['chance']:.0%}, p = {found['p_value']:.2g}); with shuffled EEG "
-            f"{found['shuffled']['accuracy']:.0%} (p = {found['shuffled']['p_value']:.2g})."
+            f"{TITLES[kind]}: {own['mean']:.0%} of {own['n']} generated pictures show the category seen (chance 25%), "
+            f"with shuffled EEG {shuffled['mean']:.0%}; difference {difference['mean']:+.0%} ({low:+.0%} to "
+            f"{high:+.0%}); also above shuffled EEG: {', '.join(also) or 'nothing else'}."
         )
     verdict = (
         "The generated pictures show what people saw, and with shuffled EEG they do not."
         if passed
-        else "Not shown: at least one generator is not better than chance, or is better than chance with shuffled EEG."
+        else "Not shown: at least one generator is not better with the right EEG than with shuffled EEG."
     )
     return {"passed": bool(passed), "conclusion": f"{verdict} {' '.join(parts)}"}
 
@@ -166,19 +218,25 @@ def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dic
 
 
 def _list_columns(out: Path, keys: list[str]) -> list[tuple[str, list[Path]]]:
-    """List the pictures of some trials: seen pictures, then generated pictures and controls of each generator."""
+    """List the pictures of some trials: seen pictures, then the pictures of each generator, and of the baseline."""
+    sources = [
+        (f"{TITLES[kind]}{suffix}", f"{kind}{CONTROLS[control]}")
+        for kind in MODELS
+        for control, suffix in (("none", ""), ("shuffle", ", shuffled EEG"))
+    ]
     columns: list[tuple[str, list[Path]]] = []
-    for kind in MODELS:
-        for ending, suffix in (("", ""), ("-shuffled", ", shuffled EEG")):
-            folder = out / "generated" / f"{kind}{ending}"
-            trials = {trial["key"]: trial for trial in read_json(folder / "generated.json")["trials"]}
-            if not columns:
-                columns.append(("seen", [folder / trials[key]["real_file"] for key in keys]))
-            columns.append((f"{TITLES[kind]}{suffix}", [folder / trials[key]["file"] for key in keys]))
+    for title, name in [*sources, (LINEAR, "linear")]:
+        folder = out / "generated" / name
+        trials = {trial["key"]: trial for trial in read_json(folder / "generated.json")["trials"]}
+        if not columns:
+            columns.append(("seen", [folder / trials[key]["real_file"] for key in keys]))
+        columns.append((title, [folder / trials[key]["file"] for key in keys]))
     return columns
 
 
-def write_report(out: Path, steps: list[Step], seconds: dict[str, float], *, seed: int, profile: str) -> str:
+def write_report(
+    out: Path, steps: list[Step], seconds: dict[str, float], *, seed: int, profile: str
+) -> tuple[str, bool]:
     """Write report.json, overview.png and, last, report.html.
 
     Parameters
@@ -196,8 +254,10 @@ def write_report(out: Path, steps: list[Step], seconds: dict[str, float], *, see
 
     Returns
     -------
-    str
+    conclusion : str
         The conclusion of the demo in words.
+    passed : bool
+        Whether the pictures show what people saw.
     """
     summary = summarise(out, seconds, seed=seed, profile=profile)
     generated = read_json(out / "generated" / next(iter(MODELS)) / "generated.json")
@@ -235,7 +295,7 @@ def write_report(out: Path, steps: list[Step], seconds: dict[str, float], *, see
         packages=Table(head=["package", "version"], rows=list(summary["versions"].items())),
     )
     atomic_write_text(out / "report.html", page)
-    return summary["conclusion"]
+    return summary["conclusion"], summary["passed"]
 
 
 def _embed(path: Path, text: str, caption: str = "") -> Picture:
@@ -260,7 +320,8 @@ def _describe_corpus(truth: dict[str, Any], summary: dict[str, Any]) -> dict[str
         "dead electrode": "dead_channel",
     }
     return {
-        "n_people": len(truth["unpaired"]),
+        "n_people": len(truth["subjects"]),
+        "n_resting": len(truth["unpaired"]),
         "formats": sorted({recording["format"] for recording in truth["unpaired"]}),
         "fewest_electrodes": min(electrodes),
         "most_electrodes": max(electrodes),
@@ -278,15 +339,11 @@ def _describe_corpus(truth: dict[str, Any], summary: dict[str, Any]) -> dict[str
 
 def _make_score_tables(summary: dict[str, Any]) -> dict[str, Any]:
     """Return variables for the report's template: tables of the accuracy and the similarity of the pictures."""
-    scores: list[list[Any]] = []
     similarity: list[list[Any]] = []
     donors = []
     for kind, found in summary["models"].items():
         title, shuffled = TITLES[kind], found["shuffled"]
         for eeg, values in (("own", found), ("shuffled", shuffled)):
-            low, high = values["interval"]
-            row = [title, eeg, f"{values['accuracy']:.1%}", f"{low:.0%} to {high:.0%}", f"{values['chance']:.1%}"]
-            scores.append([*row, values["n"], values["images"], values["p_value"]])
             similarity += [[title, eeg, metric, value] for metric, value in values["image_metrics"].items()]
         pairs = {metric: value for metric, value in found["random_pairs"].items() if not isinstance(value, str)}
         similarity += [[title, "own, picture of another trial", metric, value] for metric, value in pairs.items()]
@@ -295,10 +352,41 @@ def _make_score_tables(summary: dict[str, Any]) -> dict[str, Any]:
             similarity.append([title, pictures, copied["measure"], copied[values]["median"]])
         if donor := shuffled.get("of_the_eeg"):
             donors.append(f"{title} {donor['accuracy']:.0%} (p = {donor['p_value']:.2g})")
-    head = ["model", "EEG", "right category", "95 % interval", "chance", "trials", "pictures", "p-value"]
     return {
-        "scores": Table(head=head, rows=scores),
+        **_make_picture_tables(summary["pictures"]),
         "similarity": Table(head=["model", "EEG", "metric", "value"], rows=similarity),
         "donors": "; ".join(donors),
         "judge": next(iter(summary["models"].values()))["judge"],
+    }
+
+
+def _make_picture_tables(pictures: dict[str, Any]) -> dict[str, Table]:
+    """Return the tables of category, colour and identification: by control, by combination and by person."""
+
+    def cells(scores: dict[str, Any]) -> list[str]:
+        found = [scores[name] for name in MEASURES]
+        return [f"{x['mean']:.0%} ({x['interval'][0]:.0%} to {x['interval'][1]:.0%})" for x in found]
+
+    titles = {**TITLES, "linear": LINEAR}
+    scores: list[list[Any]] = []
+    combinations: list[list[Any]] = []
+    for kind, found in pictures.items():
+        for control, of_control in found["scores"].items():
+            scores.append([titles[kind], EEG[control], *cells(of_control), of_control["category"]["n"]])
+        if kind in MODELS:
+            differences = found["own_minus_shuffled"]
+            parts = [differences[name] for name in MEASURES]
+            words = [f"{x['mean']:+.0%} ({x['interval'][0]:+.0%} to {x['interval'][1]:+.0%})" for x in parts]
+            scores.append([titles[kind], "own minus shuffled", *words, found["scores"]["none"]["category"]["n"]])
+        for name in ("known_combinations", "new_combinations"):
+            combinations.append([titles[kind], name.split("_")[0], *cells(found[name]), found[name]["category"]["n"]])
+    scores.append(["chance", "", *[f"{chance:.0%}" for chance in MEASURES.values()], None])
+    people = [
+        [person, *[f"{pictures[kind]['people'][person]['category']:.0%}" for kind in titles]]
+        for person in pictures[next(iter(MODELS))]["people"]
+    ]
+    return {
+        "scores": Table(head=["model", "EEG", *MEASURES, "trials"], rows=scores),
+        "combinations": Table(head=["model", "combination", *MEASURES, "trials"], rows=combinations),
+        "people": Table(head=["person", *titles.values()], rows=people),
     }

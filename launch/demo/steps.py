@@ -16,8 +16,15 @@ DEFAULT_OUT = "runs/demo"
 folder, that folder replaces this one."""
 MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
 """Folder of the training run for each kind of generator."""
-CONTROLS = {"none": "", "shuffle": "-shuffled"}
-"""Suffix of the folder with generated images, for each control."""
+CONTROLS = {"none": "", "shuffle": "-shuffled", "no_eeg": "-no_eeg", "class": "-class"}
+"""Suffix of the folder with generated images, for each control of ``dreamscale generate``."""
+SOURCES = {
+    "none": "the EEG of new people",
+    "shuffle": "shuffled EEG, as a control",
+    "no_eeg": "no EEG, as a floor",
+    "class": "the true caption or category, as a ceiling",
+}
+"""Description of what the pictures of each control are generated from."""
 Profile = Literal["full", "smoke"]
 
 
@@ -90,13 +97,20 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
     steps = [
         Step(
             name="corpus",
-            title="simulate recordings of 12 people: 5 formats, 5 electrode layouts, 4 sampling rates",
+            title="simulate recordings of 16 people: 5 formats, 5 electrode layouts, 4 sampling rates",
             words=[str(out / "corpus"), "--seed", str(seed)],
             outputs=["corpus"],
             program=("-m", "launch.demo.corpus"),
         ),
         staged("shard_unpaired", "shard", "shard the resting recordings on Ray", ["corpus"]),
         staged("shard_paired", "shard", "shard the recordings with pictures on Ray", ["corpus"]),
+        Step(
+            name="verify",
+            title="check that training and test data share no person and no picture",
+            words=["verify", str(out / "paired"), "--against", str(out / "unpaired")],
+            outputs=[],
+            needs=["shard_unpaired", "shard_paired"],
+        ),
         staged(
             "pretrain",
             "pretrain",
@@ -125,25 +139,25 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
             ["align", "miniature", "shard_paired"],
         ),
         staged("dm_re2i", "ddpm", "train EVRNet and the EEG-guided DDPM, with Accelerate", ["shard_paired"]),
+        staged("linear", "linear", "train the linear baseline, which looks up training pictures", ["shard_paired"]),
     ]
     images = merge_configs(read_config("images"), smoke.get("images", {}))
+
+    def generation(kind: str, run: str, control: str) -> Step:
+        folder = f"generated/{kind}{CONTROLS[control]}"
+        words = ["generate", str(out / run / "model"), str(out / "paired"), "-o", str(out / folder)]
+        words += ["--split", "test", "--control", control, "--seed", str(seed)]
+        return Step(
+            name=f"generate_{kind}{CONTROLS[control].replace('-', '_')}",
+            title=f"generate pictures with {kind.replace('_', ' ')} from {SOURCES[control]}",
+            words=words + _flags({**images["generate"].get(kind, {}), **images["controls"].get(control, {})}),
+            outputs=[folder],
+            needs=[run],
+        )
+
     judge: str | None = None
     for kind, run in MODELS.items():
-        options = _flags(images["generate"].get(kind, {}))
-        for control, ending in CONTROLS.items():
-            folder = f"generated/{kind}{ending}"
-            source = "the EEG of new people" if control == "none" else "shuffled EEG, as a control"
-            words = ["generate", str(out / run / "model"), str(out / "paired"), "-o", str(out / folder)]
-            words += ["--split", "test", "--control", control, "--seed", str(seed), *options]
-            steps.append(
-                Step(
-                    name=f"generate_{kind}{ending.replace('-', '_')}",
-                    title=f"generate pictures with {kind.replace('_', ' ')} from {source}",
-                    words=words,
-                    outputs=[folder],
-                    needs=[run],
-                )
-            )
+        steps += [generation(kind, run, control) for control in CONTROLS]
         own = out / "generated" / kind
         words = ["evaluate", str(own), "--control_dir", f"{own}-shuffled"]
         # One classifier judges both generators: the first evaluation trains the classifier, and the second loads it.
@@ -160,4 +174,4 @@ def make_steps(out: Path, seed: int, profile: Profile) -> list[Step]:
                 needs=[f"generate_{kind}", f"generate_{kind}_shuffled", *first],
             )
         )
-    return steps
+    return [*steps, generation("linear", "linear", "none")]

@@ -77,6 +77,46 @@ def difference_interval(more_n: np.ndarray, clusters_n: np.ndarray, resamples: i
     return float(low), float(high)
 
 
+def crossed_interval(
+    values_n: np.ndarray, subjects_n: np.ndarray, images_n: np.ndarray, resamples: int, seed: int
+) -> tuple[float, float]:
+    """Compute the 95 % bootstrap interval of a mean; subjects and images are resampled at the same time.
+
+    Several subjects see the same images, so neither subjects nor images alone are independent units. The bootstrap
+    draws subjects and images with replacement. The weight of a trial is the product of two numbers: how often its
+    subject was drawn, and how often its image was drawn. The interval is rather too wide than too narrow (Owen, The
+    pigeonhole bootstrap, 2007).
+
+    Parameters
+    ----------
+    values_n : ndarray, [n]
+        Value of each trial, for example the difference between two methods.
+    subjects_n, images_n : ndarray, [n]
+        Subject and image of each trial.
+    resamples : int
+        Number of resamples.
+    seed : int
+        Seed of the random numbers for the resampling.
+
+    Returns
+    -------
+    low, high : float
+        Lower and upper end of the interval.
+    """
+    rng = np.random.default_rng(seed)
+    means = []
+    drawn_n = [np.unique(names, return_inverse=True)[1] for names in (subjects_n, images_n)]
+    sizes = [int(number.max()) + 1 for number in drawn_n]
+    while len(means) < resamples:
+        weight_n = np.ones(len(values_n))
+        for number, size in zip(drawn_n, sizes, strict=True):
+            weight_n *= np.bincount(rng.integers(size, size=size), minlength=size)[number]
+        if total := weight_n.sum():  # With few subjects and images, a draw can hold no trial.
+            means.append(float((values_n * weight_n).sum() / total))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, seed: int) -> float:
     """Compute the two-sided p-value of a mean difference between two methods on the same trials.
 

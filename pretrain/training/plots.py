@@ -121,8 +121,17 @@ def _draw(
         Line2D([], [], color=MADE, linewidth=1.8, label="reconstructed by the model"),
         Patch(color=SHADE, label="hidden from the model"),
     ]
+    # The figure has room for two channels of each window, so its title summarises all channels.
+    fits = [
+        _correlation(true_BCT[row, channel][hidden_BCT[row, channel]], made_BCT[row, channel][hidden_BCT[row, channel]])
+        for row, meta in enumerate(metas)
+        for channel in range(meta["n"])
+    ]
+    low, middle, high = np.percentile(fits, [25, 50, 75])
     figure.suptitle(
-        f"Held-out EEG, reconstructed from the {1 - hidden_BCT[0, 0].mean():.0%} that the model saw (step {step})",
+        f"Held-out EEG, reconstructed from the {1 - hidden_BCT[0, 0].mean():.0%} that the model saw (step {step})\n"
+        f"r where hidden, over all {len(fits)} channels of these windows: median {middle:.2f}, "
+        f"quartiles {low:.2f} and {high:.2f}",
         color=INK,
         fontsize=13,
     )

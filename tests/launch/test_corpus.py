@@ -7,14 +7,25 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from launch.demo.corpus import make_corpus
-from launch.demo.pictures import CATEGORIES, draw_picture, make_pictures
+from data_sharding.audit.fingerprints import find_similar_images, fingerprint_image
+from launch.demo.attributes import identify, measure_colour
+from launch.demo.corpus import OTHER_PICTURES, make_corpus
+from launch.demo.pictures import (
+    CATEGORIES,
+    NEW_IN_TEST,
+    SPLIT_SIZES,
+    draw_picture,
+    encode_picture,
+    make_pictures,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +93,18 @@ def test_events_and_pictures(corpus: Path, truth: dict):
     recording = corpus / facts["path"]
     with (recording.parent / f"{recording.stem}_events.tsv").open() as stream:
         rows = list(csv.DictReader(stream, delimiter="\t"))
-    assert len(rows) == len({row["image_id"] for row in rows}) == facts["trials"] == len(truth["pictures"])
+    assert len(rows) == len({row["image_id"] for row in rows}) == facts["trials"]
     assert all((corpus / "paired" / row["image"]).is_file() for row in rows)
     assert np.diff([float(row["onset"]) for row in rows]).min() > 1.05
     order = [CATEGORIES.index(row["label_name"]) for row in rows]
     repeats = np.mean(np.diff(order) == 0)
     assert 0.15 < repeats < 0.35, "no blocks: a category follows itself as often as in random order"
-    counts = {split: sum(row["split"] == split for row in rows) for split in ("train", "val", "test")}
-    assert counts == {split: 4 * number for split, number in truth["pictures_per_category"].items()}
+    for recording in truth["paired"]:
+        with (corpus / recording["path"]).with_name(f"{Path(recording['path']).stem}_events.tsv").open() as stream:
+            shown = [row["split"] for row in csv.DictReader(stream, delimiter="\t")]
+        own = recording["split"]
+        assert shown.count(own) == 4 * truth["pictures_per_category"][own], "a person sees all pictures of its split"
+        assert len(shown) - shown.count(own) == OTHER_PICTURES
     others = [
         csv.DictReader((corpus / r["path"]).with_name(f"{Path(r['path']).stem}_events.tsv").open(), delimiter="\t")
         for r in truth["paired"][1:3]
@@ -98,13 +113,44 @@ def test_events_and_pictures(corpus: Path, truth: dict):
     assert len({tuple(o) for o in orders}) == 3, "every subject sees the pictures in another order"
 
 
-def test_colours_do_not_reveal_the_category():
+def test_colours_are_balanced_within_each_category():
     pictures = make_pictures(0)
     for category in range(len(CATEGORIES)):
         own = [p for p in pictures if p.category == category and p.split == "train"]
-        assert len({p.colour for p in own}) == 4
+        assert list(Counter(p.colour for p in own).values()) == [20, 20, 20]
         assert np.mean([p.background for p in own]) == pytest.approx(0.3, abs=0.02)
     assert draw_picture(pictures[0]).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_splits_share_no_picture_and_some_combinations_are_new(seed: int):
+    pictures = make_pictures(seed)
+    parts = {split: [p for p in pictures if p.split == split] for split in SPLIT_SIZES}
+    prints = {split: [fingerprint_image(encode_picture(p)) for p in part] for split, part in parts.items()}
+    for one, other in itertools.combinations(prints, 2):
+        assert not find_similar_images(prints[one], prints[other])
+    trained = {(p.category, p.colour) for p in parts["train"]}
+    assert len(trained) == 12, "a quarter of the 16 combinations is never trained on"
+    for p in pictures:
+        assert p.new_combination == ((p.category, p.colour) not in trained)
+    new = [p for p in parts["test"] if p.new_combination]
+    assert len(new) == 4 * NEW_IN_TEST and len(parts["test"]) > len(new)
+
+
+def test_the_colour_can_be_measured_in_every_picture():
+    for seed in range(5):
+        for picture in make_pictures(seed):
+            assert measure_colour(draw_picture(picture)) == picture.colour
+
+
+def test_identification_compares_with_pictures_of_the_same_group():
+    real = np.zeros((4, 4, 4, 3), np.uint8)
+    for i in range(4):
+        real[i, i] = 200
+    ids, groups = ["a", "b", "c", "d"], [0, 0, 0, 1]
+    generated = real[[0, 2, 2, 3]]
+    # The second picture shows "c": one of its two rivals is better and the other one is equally bad.
+    np.testing.assert_allclose(identify(generated, real, ids, groups), [1.0, 0.25, 1.0, np.nan])
 
 
 def test_the_category_can_be_decoded_across_people(corpus: Path, truth: dict):

@@ -65,28 +65,40 @@ def test_folders_of_two_seeds_do_not_mix(tmp_path: Path):
         choose_folder(DemoConfig(out=str(tmp_path / "other")))
 
 
-def make_scores(accuracy: float, p: float, shuffled_p: float) -> dict:
+def make_scores(own: float, low: float, colour_low: float = -0.1) -> dict:
+    """Make the scores of a model whose difference to shuffled EEG has the given lower ends of its intervals."""
+
+    def measure(mean: float, low: float) -> dict:
+        return {"mean": mean, "interval": [low, mean + 0.1], "n": 336}
+
     return {
-        "accuracy": accuracy,
-        "chance": 0.25,
-        "n": 112,
-        "p_value": p,
-        "shuffled": {"accuracy": 0.25, "p_value": shuffled_p},
+        "scores": {"none": {"category": measure(own, own - 0.1)}, "shuffle": {"category": measure(0.25, 0.2)}},
+        "own_minus_shuffled": {
+            "category": measure(own - 0.25, low),
+            "colour": measure(0.1, colour_low),
+            "identification": measure(0.1, -0.1),
+        },
     }
 
 
 @pytest.mark.parametrize(
     ("models", "passed"),
     [
-        ({"stable_diffusion": make_scores(0.7, 1e-4, 0.6), "eg_ddpm": make_scores(0.6, 1e-4, 0.5)}, True),
-        ({"stable_diffusion": make_scores(0.7, 1e-4, 0.6), "eg_ddpm": make_scores(0.3, 0.2, 0.5)}, False),
-        ({"stable_diffusion": make_scores(0.7, 1e-4, 0.001), "eg_ddpm": make_scores(0.6, 1e-4, 0.5)}, False),
+        ({"stable_diffusion": make_scores(0.7, 0.3), "eg_ddpm": make_scores(0.6, 0.2)}, True),
+        ({"stable_diffusion": make_scores(0.7, 0.3), "eg_ddpm": make_scores(0.3, -0.01)}, False),
+        ({"stable_diffusion": make_scores(0.3, 0.0), "eg_ddpm": make_scores(0.6, 0.2)}, False),
     ],
 )
 def test_the_conclusion_follows_the_numbers(models: dict, passed: bool):
     concluded = report.conclude(models)
     assert concluded["passed"] is passed
     assert ("Not shown" in concluded["conclusion"]) is not passed
+
+
+def test_the_conclusion_names_what_else_is_above_shuffled_eeg():
+    models = {"stable_diffusion": make_scores(0.7, 0.3, colour_low=0.05), "eg_ddpm": make_scores(0.6, 0.2)}
+    text = report.conclude(models)["conclusion"]
+    assert "also above shuffled EEG: colour." in text and "also above shuffled EEG: nothing else." in text
 
 
 class PageParser(HTMLParser):
@@ -149,6 +161,12 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
             assert 0.1 < values["chance"] < 0.5
             assert values["n"] == 16
     assert numbers["conclusion"]
+    for kind in ("stable_diffusion", "eg_ddpm", "linear"):
+        found = numbers["pictures"][kind]
+        assert set(found["scores"]) == ({"none"} if kind == "linear" else {"none", "shuffle", "no_eeg", "class"})
+        for scores in found["scores"].values():
+            assert all(0 <= scores[name]["interval"][0] <= scores[name]["mean"] <= 1 for name in scores)
+        assert len(found["people"]) > 1
     assert numbers["pretrain"]["held_out_loss_first"] > 0
     assert numbers["seed"] == 0
     steps = make_steps(out, 0, "smoke")
@@ -158,7 +176,7 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     page = PageParser()
     page.feed((out / "report.html").read_text())
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links), "the page needs nothing else"
-    assert len(page.pictures) >= 4 * 3 * 5
+    assert len(page.pictures) >= 4 * 3 * 6
     for step in steps:
         assert step.command in page.text
         assert (out / "logs" / f"{step.name}.log").is_file()

@@ -20,11 +20,21 @@ def test_words_of_the_captions_are_single_tokens_and_other_words_are_divided() -
     assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
 
 
-def test_augmentation_only_moves_pixels_and_permutes_colours() -> None:
+@pytest.mark.parametrize("captioned", [True, False])
+def test_augmentation_only_moves_pixels_and_permutes_colours(captioned: bool) -> None:
     x = torch.rand(6, 3, 16, 16)
-    y = _augment(x, torch.Generator().manual_seed(0), colours=True)
+    y = _augment(x, torch.Generator().manual_seed(0), captioned=captioned)
     assert y.shape == x.shape
     assert all(torch.isin(after, before).all() for before, after in zip(x, y, strict=True))
+
+
+def test_images_with_captions_keep_their_colours_and_sides() -> None:
+    x = torch.zeros(64, 3, 16, 16)
+    x[:, 0, 4:12, :5] = 1.0  # red, on the left side
+    y = _augment(x, torch.Generator().manual_seed(0), captioned=True)
+    assert (y[:, 1:] == 0).all() and (y[:, 0, :, :8].sum(dim=(1, 2)) > y[:, 0, :, 8:].sum(dim=(1, 2))).all()
+    free = _augment(x, torch.Generator().manual_seed(0), captioned=False)
+    assert (free[:, 1:] != 0).any() and (free[..., 12:] != 0).any()
 
 
 def test_the_miniature_is_a_pipeline_of_the_real_classes(miniature: Path) -> None:

@@ -29,7 +29,7 @@ from pretrain.probe.finetune import finetune_and_predict, one_cycle
 from pretrain.probe.folds import Fold, make_inner_folds, make_outer_folds, shuffle_labels
 from pretrain.probe.ridge import STRENGTHS, choose_and_predict, ridge_scores
 from pretrain.probe.run import main
-from pretrain.probe.statistics import accuracy_interval, difference_interval, flip_test
+from pretrain.probe.statistics import accuracy_interval, crossed_interval, difference_interval, flip_test
 
 SPEC = PreprocessSpec(sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, stride=128)
 SUBJECTS = {"train": ("s1", "s2", "s3", "s4"), "val": ("s5",), "test": ("s6", "s7")}
@@ -102,6 +102,25 @@ def trials_of(subjects: int, images: int, *, shared: bool = True) -> Trials:
         electrodes=[{"n": 2, "positions": None}] * n,
         tokens={},
     )
+
+
+def test_the_crossed_interval_is_as_wide_as_the_fewest_clusters_demand() -> None:
+    rng = np.random.default_rng(0)
+    subjects, images = np.repeat(np.arange(6), 50), np.tile(np.arange(50), 6)
+    noise = rng.normal(0, 1, 300)
+    plain = crossed_interval(noise, subjects, images, 2000, 0)
+    assert plain[0] < noise.mean() < plain[1]
+    # One value for each subject: the interval must be that of six values, not that of 300.
+    of_subject = rng.normal(0, 1, 6)[subjects]
+    wide = crossed_interval(of_subject, subjects, images, 2000, 0)
+    by_subject = difference_interval(of_subject, subjects, 2000, 0)
+    assert wide[1] - wide[0] == pytest.approx(by_subject[1] - by_subject[0], rel=0.1)
+    assert wide[1] - wide[0] > 2 * (plain[1] - plain[0])
+    # The same for one value for each image.
+    of_image = rng.normal(0, 1, 50)[images]
+    low, high = crossed_interval(of_image, subjects, images, 2000, 0)
+    by_image = difference_interval(of_image, images, 2000, 0)
+    assert high - low == pytest.approx(by_image[1] - by_image[0], rel=0.1)
 
 
 def request(**values: Any) -> ProbeConfig:

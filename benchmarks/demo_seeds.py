@@ -1,0 +1,134 @@
+"""Run the demo with several seeds and write its results into docs/demo.md.
+
+``python benchmarks/demo_seeds.py --seeds 0 1 2 3 4 --out runs/seeds``
+
+The results of each machine stay in ``benchmarks/results/demo_seeds.json``. A result with the same seed on the same kind
+of machine is replaced. ``--seeds`` without numbers only writes the tables again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results") / "demo_seeds.json"
+PAGE = Path(__file__).parents[1] / "docs" / "demo.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+TITLES = {"stable_diffusion": "Stable Diffusion", "eg_ddpm": "EG-DDPM", "linear": "linear map, training picture"}
+MEASURES = ("category", "colour", "identification")
+
+
+def describe_machine() -> str:
+    """Return the CPU model, whether the CPU has AMX and AVX-512, and the number of cores."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    values = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    values = {key.strip(): value.strip() for key, value in values.items()}
+    model, flags = values.get("model name", platform.processor() or "CPU"), values.get("flags", "").split()
+    has = ["with AMX" if "amx_tile" in flags else "without AMX", "AVX-512" if "avx512f" in flags else "no AVX-512"]
+    return f"{model} ({', '.join(has)}), {len(os.sched_getaffinity(0))} cores"
+
+
+def run_seed(out: Path, seed: int) -> dict[str, Any]:
+    """Run the demo with one seed, and return the numbers of its report.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the demo.
+    seed : int
+        Seed of the demo.
+
+    Returns
+    -------
+    dict
+        Scores of each model, the conclusion, and the seconds of all steps together.
+    """
+    command = [sys.executable, "-m", "launch", "demo", "--out", str(out), "--seed", str(seed)]
+    code = subprocess.run(command, check=False).returncode
+    report = json.loads((out / "report.json").read_text())
+    if code not in (0, 1):
+        raise SystemExit(f"the demo with seed {seed} ended with exit code {code}; see {out / 'logs'}")
+    pretraining = report["pretrain"]
+    return {
+        "seed": seed,
+        "passed": report["passed"],
+        "pictures": {
+            kind: {"scores": found["scores"], "own_minus_shuffled": found.get("own_minus_shuffled")}
+            for kind, found in report["pictures"].items()
+        },
+        "held_out_loss": [pretraining["held_out_loss_first"], pretraining["held_out_loss_last"]],
+        "minutes": report["seconds"]["total"] / 60,
+        "versions": report["versions"],
+    }
+
+
+def render(results: list[dict[str, Any]]) -> str:
+    """Return the tables of all results as Markdown, one section for each machine."""
+    parts = []
+    for machine in sorted({result["machine"] for result in results}):
+        own = sorted((r for r in results if r["machine"] == machine), key=lambda r: r["seed"])
+        versions = own[-1]["versions"]
+        lines = [
+            f"### {machine}",
+            "",
+            f"Measured {min(r['date'] for r in own)} to {max(r['date'] for r in own)}, torch {versions['torch']}, "
+            "no GPU.",
+            "",
+            "| seed | model | EEG | " + " | ".join(MEASURES) + " | own minus shuffled, category |",
+            "| " + " | ".join(["---"] * (len(MEASURES) + 4)) + " |",
+        ]
+        for result in own:
+            for kind, found in result["pictures"].items():
+                for eeg, scores in found["scores"].items():
+                    cells = [f"{scores[name]['mean']:.0%}" for name in MEASURES]
+                    difference = ""
+                    if eeg == "none" and found["own_minus_shuffled"]:
+                        values = found["own_minus_shuffled"]["category"]
+                        low, high = values["interval"]
+                        difference = f"{values['mean']:+.0%} ({low:+.0%} to {high:+.0%})"
+                    name = {"none": "own", "shuffle": "shuffled", "no_eeg": "none", "class": "true category"}[eeg]
+                    lines.append(
+                        f"| {result['seed']} | {TITLES[kind]} | {name} | " + " | ".join(cells) + f" | {difference} |"
+                    )
+        lines += [
+            "",
+            "| seed | conclusion | held-out loss, first | last | minutes |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for result in own:
+            first, last = result["held_out_loss"]
+            verdict = "shown" if result["passed"] else "not shown"
+            lines.append(f"| {result['seed']} | {verdict} | {first:.3f} | {last:.3f} | {result['minutes']:.1f} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def main() -> int:
+    """Run the demos and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder for the demos, one for each seed")
+    words = parser.parse_args()
+    results: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    machine = describe_machine()
+    for seed in words.seeds:
+        found = run_seed(words.out / f"seed-{seed}", seed)
+        found |= {"machine": machine, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
+        results = [r for r in results if (r["machine"], r["seed"]) != (machine, seed)] + [found]
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"seed {seed}: {'shown' if found['passed'] else 'not shown'}, {found['minutes']:.1f} minutes", flush=True)
+    page = PAGE.read_text()
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{render(results)}\n{END}{after}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

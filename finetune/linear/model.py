@@ -1,0 +1,235 @@
+"""The linear baseline: a linear map from time courses to image features, and a search among the training images.
+
+The baseline cannot draw. It predicts the category and a coarse image, and shows the most similar training image of this
+category. A generator must be compared with this baseline, because the baseline shows how much of a score comes from the
+decoding of the EEG alone.
+
+Array shapes: B trials, C channels, T samples, F features, K categories, P image components, M training images, H rows,
+W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_sharding.common.errors import RequestError, one_line
+from data_sharding.common.files import atomic_directory, read_json, write_json
+from data_sharding.common.untrusted import check_count, check_preprocess
+from data_sharding.processing.preprocess import PreprocessSpec
+from finetune.diffusion import SamplerName, Sampling
+from finetune.eeg import scale_eeg
+from finetune.generators import SCHEMA, Source, read_part
+from pretrain.probe.features import time_courses
+
+KIND = "linear"
+Floats = NDArray[np.float32]
+
+
+def compute_time_courses(eeg_BCT: Tensor, spec: PreprocessSpec, *, channels: int, bins: int) -> Floats:
+    """Average the scaled EEG over time bins, and divide each trial by its standard deviation.
+
+    Parameters
+    ----------
+    eeg_BCT : Tensor, shape (B, C, T)
+        EEG in microvolts, padded by repeating channels.
+    spec : PreprocessSpec
+        Preprocessing of the EEG, which defines the scale.
+    channels : int
+        Number of channels to use: the first ones.
+    bins : int
+        Number of time bins.
+
+    Returns
+    -------
+    ndarray of float32, shape (B, channels x bins)
+        Features.
+    """
+    features_BF = time_courses(scale_eeg(eeg_BCT[:, :channels], spec).cpu().numpy(), bins)
+    scale_B1 = features_BF.std(axis=1, keepdims=True)
+    return (features_BF / np.where(scale_B1 > 1e-6, scale_B1, np.inf)).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearModel:
+    """Weights of the linear map, and the training images among which the model searches."""
+
+    channels: int
+    """Number of channels that the model reads."""
+    bins: int
+    """Number of time bins."""
+    mean_F: Floats
+    """Mean of each feature over the training trials."""
+    weight_FL: Floats
+    """Weights of the linear map; the L outputs are K scores of the categories and P image components."""
+    bias_L: Floats
+    """Outputs for the mean features."""
+    labels_M: NDArray[np.int64]
+    """Category of each training image."""
+    components_MP: Floats
+    """Components of each training image."""
+    images_MHW3: NDArray[np.uint8]
+    """Pixels of the training images."""
+
+    def predict(self, features_BF: Floats) -> tuple[Floats, Floats]:
+        """Return the scores of the categories [B, K] and the image components [B, P] for features [B, F]."""
+        out_BL = np.asarray((features_BF - self.mean_F) @ self.weight_FL + self.bias_L, np.float32)
+        n_categories = out_BL.shape[1] - self.components_MP.shape[1]
+        return out_BL[:, :n_categories], out_BL[:, n_categories:]
+
+    def look_up(self, features_BF: Floats) -> NDArray[np.int64]:
+        """Choose a training image for each trial.
+
+        Parameters
+        ----------
+        features_BF : ndarray, shape (B, F)
+            Features from `compute_time_courses`.
+
+        Returns
+        -------
+        ndarray of int, shape (B,)
+            Row of the training image: of all images of the predicted category, the one whose components have the
+            largest cosine similarity with the predicted components.
+        """
+        scores_BK, components_BP = self.predict(features_BF)
+        # Only categories of training images can be shown.
+        scores_BK = np.where(np.isin(np.arange(scores_BK.shape[1]), self.labels_M), scores_BK, -np.inf)
+        similarity_BM = (
+            components_BP
+            @ (self.components_MP / np.maximum(np.linalg.norm(self.components_MP, axis=1, keepdims=True), 1e-12)).T
+        )
+        of_category_BM = self.labels_M[None, :] == scores_BK.argmax(axis=1)[:, None]
+        return np.where(of_category_BM, similarity_BM, -np.inf).argmax(axis=1)
+
+
+_ARRAYS = ("mean_F", "weight_FL", "bias_L", "labels_M", "components_MP", "images_MHW3")
+
+
+def save_model(folder: Path, model: LinearModel, spec: PreprocessSpec, extra: dict[str, Any]) -> None:
+    """Write the package of a linear model. The folder appears only when the package is complete.
+
+    Parameters
+    ----------
+    folder : Path
+        The package folder to write, ``<run>/model``.
+    model : LinearModel
+        The model.
+    spec : PreprocessSpec
+        Preprocessing of the EEG.
+    extra : dict
+        Information on the origin of the model, to be stored in dreamscale.json.
+    """
+    from safetensors.numpy import save_file
+
+    with atomic_directory(folder) as root:
+        save_file({name: np.ascontiguousarray(getattr(model, name)) for name in _ARRAYS}, root / "model.safetensors")
+        write_json(root / "preprocess.json", spec.to_dict())
+        values = {"kind": KIND, "schema": SCHEMA, "channels": model.channels, "bins": model.bins}
+        write_json(root / "dreamscale.json", {**values, **extra})
+
+
+class LinearGenerator:
+    """Show a training image for each EEG trial, chosen by a linear map.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Package folder of the model, ``<run>/model``.
+    values : dict
+        Content of the package's dreamscale.json.
+    device : str
+        Ignored: the map needs no accelerator.
+
+    Attributes
+    ----------
+    spec : PreprocessSpec
+        Preprocessing that the EEG must have.
+    part : dict
+        Part of each trial that the model reads: `tmin` and `tmax` in seconds from the onset of the image.
+    kind : str
+        Kind of the model: ``linear``.
+
+    Raises
+    ------
+    RequestError
+        If a file of the package is missing or damaged.
+    """
+
+    kind = KIND
+
+    def __init__(self, folder: str | Path, values: dict[str, Any], device: str = "cpu") -> None:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        self.folder = Path(folder)
+        where = str(self.folder / "dreamscale.json")
+        self.part = read_part(values, where)
+        again = "train it again with 'dreamscale linear CONFIG'"
+        try:
+            about = self.folder / "preprocess.json"
+            self.spec = PreprocessSpec.from_dict(check_preprocess(read_json(about), str(about)))
+            arrays = load_file(self.folder / "model.safetensors")
+            self.model = LinearModel(
+                channels=check_count(values["channels"], where, "channels", least=1, most=128),
+                bins=check_count(values["bins"], where, "bins", least=1, most=self.spec.window),
+                **{name: arrays[name] for name in _ARRAYS},
+            )
+            self._check(self.model)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RequestError(f"{self.folder}: the model is damaged ({one_line(error)}); {again}") from None
+
+    def _check(self, model: LinearModel) -> None:
+        """Raise `ValueError` if the arrays of the model do not fit each other."""
+        features, outputs = model.weight_FL.shape
+        images, components = model.components_MP.shape
+        fits = (
+            model.mean_F.shape == (features,)
+            and features == model.channels * model.bins
+            and model.bias_L.shape == (outputs,)
+            and outputs > components
+            and model.labels_M.shape == (images,)
+            and model.images_MHW3.shape[::3] == (images, 3)
+            and model.images_MHW3.dtype == np.uint8
+        )
+        if not fits:
+            raise ValueError("the arrays of model.safetensors do not fit each other")
+
+    def choose_sampling(
+        self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampling:
+        """Return settings for the list of results; the choice of an image has no sampler (see `Generator`)."""
+        return Sampling(sampler=sampler or "ddim", steps=steps or 1, guidance_scale=guidance_scale or 1.0)
+
+    def generate(
+        self,
+        eeg_B128T: Tensor,
+        *,
+        seeds: list[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: SamplerName | None = None,
+        source: Source = "eeg",
+        metas: Sequence[dict[str, Any]] | None = None,
+    ) -> np.ndarray:
+        """Choose a training image for each trial (see `finetune.generators.Generator`).
+
+        The choice has no random numbers and no sampler, so it ignores the seeds and the settings of the sampling.
+
+        Raises
+        ------
+        RequestError
+            If the source is not the EEG, because the linear map needs EEG.
+        """
+        if source != "eeg":
+            raise RequestError(
+                f"{self.folder}: the linear baseline needs EEG, so it has no control '{source}'; use 'none' or "
+                f"'shuffle'"
+            )
+        features_BF = compute_time_courses(eeg_B128T, self.spec, channels=self.model.channels, bins=self.model.bins)
+        return self.model.images_MHW3[self.model.look_up(features_BF)]

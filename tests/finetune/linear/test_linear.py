@@ -1,0 +1,98 @@
+"""Tests of the linear baseline: training, generation, resuming, and damaged packages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from sklearn.linear_model import Ridge
+
+from data_sharding.common.errors import RequestError
+from finetune.eeg import group_repeats, read_means
+from finetune.generate import main as generate
+from finetune.generators import load_generator
+from finetune.images import ImageTable, open_paired
+from finetune.linear.model import LinearModel, compute_time_courses
+from finetune.linear.train import LinearConfig, fit_linear_model, main
+
+
+@pytest.fixture(scope="module")
+def run(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("linear") / "run"
+    config = path.parent / "linear.yaml"
+    config.write_text(f"dataset: {paired_dataset}\noutput: {path}\nchannels: 16\nbins: 16\ncomponents: 4\n")
+    assert main([str(config)]) == 0
+    assert main([str(config)]) == 0  # A finished run is not trained again.
+    return path
+
+
+def test_the_map_is_ridge_regression(paired_dataset: Path) -> None:
+    data, val = open_paired(paired_dataset, "train"), open_paired(paired_dataset, "val")
+    config = LinearConfig(dataset=str(paired_dataset), output="", channels=16, bins=16, components=4)
+    model, scores = fit_linear_model(config, data, val)
+    x = compute_time_courses(read_means(data, group_repeats(data, 1)), data.spec, channels=16, bins=16)
+    table = ImageTable(data)
+    targets = np.concatenate([np.eye(len(data.labels))[table.labels], model.components_MP], axis=1)[table.row_of]
+    # Ridge of scikit-learn takes the penalty itself. Ours is a multiple of the mean eigenvalue of the smaller product.
+    centred = x - x.mean(axis=0)
+    product = centred @ centred.T if len(x) <= x.shape[1] else centred.T @ centred
+    plain = Ridge(alpha=scores["penalty"] * np.trace(product) / len(product)).fit(x.astype(float), targets)
+    new = compute_time_courses(read_means(val, group_repeats(val, 1)), val.spec, channels=16, bins=16)
+    np.testing.assert_allclose(np.concatenate(model.predict(new), axis=1), plain.predict(new), atol=2e-3)
+
+
+def test_every_trial_gets_a_training_image_of_the_predicted_category(run: Path, paired_dataset: Path) -> None:
+    out = run.parent / "generated"
+    assert generate([str(run), str(paired_dataset), "-o", str(out), "--split", "test"]) == 0
+    assert json.loads((out / "generated.json").read_text())["kind"] == "linear"
+    generator = load_generator(run)
+    test, train = open_paired(paired_dataset, "test"), ImageTable(open_paired(paired_dataset, "train"))
+    eeg = read_means(test, group_repeats(test, 1))
+    images = generator.generate(eeg, seeds=list(range(len(eeg))))
+    known = {image.tobytes(): label for image, label in zip(train.pixels(size=32), train.labels, strict=True)}
+    shown = np.array([known[image.tobytes()] for image in images])
+    features = compute_time_courses(eeg, test.spec, channels=16, bins=16)
+    assert (shown == generator.model.predict(features)[0].argmax(axis=1)).all()
+    labels = ImageTable(test).labels[ImageTable(test).row_of]
+    assert np.mean(shown == labels) > 0.75, "the simulated categories are easy to decode"
+
+
+def test_the_most_similar_image_of_the_predicted_category_is_shown() -> None:
+    images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    model = LinearModel(
+        channels=1,
+        bins=3,
+        mean_F=np.zeros(3, np.float32),
+        # The features are the scores of three categories (no training image has the third), and one component.
+        weight_FL=np.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]], np.float32),
+        bias_L=np.zeros(4, np.float32),
+        labels_M=np.array([0, 0, 1]),
+        components_MP=np.array([[-1.0], [2.0], [5.0]], np.float32),
+        images_MHW3=images,
+    )
+    features = np.array([[1, 0, 0], [-1, -2, 0], [-2, -1, 9]], np.float32)
+    assert model.look_up(features).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("name", ["mean_F", "bias_L", "labels_M", "images_MHW3"])
+def test_a_damaged_package_is_refused(run: Path, tmp_path: Path, name: str) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(run / "model", tmp_path / "model"))
+    arrays = load_file(copy / "model.safetensors")
+    save_file({**arrays, name: arrays[name][:-1].copy()}, copy / "model.safetensors")
+    with pytest.raises(RequestError, match=r"the model is damaged.*dreamscale linear"):
+        load_generator(copy)
+
+
+def test_wrong_settings_are_refused(paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dataset", str(paired_dataset), "--output", str(tmp_path / "run")]
+    config = tmp_path / "linear.yaml"
+    config.write_text("dataset: x\noutput: y\n")
+    assert main([str(config), *words, "--bins", "1000"]) == 2
+    assert "bins is 1000" in capsys.readouterr().err
+    assert main([str(config), *words, "--num_processes", "2"]) == 2
+    assert "num_processes 1" in capsys.readouterr().err
