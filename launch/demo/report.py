@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any]]:
-    """Choose the trials that the report shows: the first trials of each category, sorted by key, not by quality.
+    """Choose the trials that the report shows, whatever their quality.
 
     Parameters
     ----------
@@ -205,15 +206,20 @@ def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dic
     Returns
     -------
     list of dict
-        At most `EXAMPLES` trials of each category. No two of these trials show the same picture.
+        At most `EXAMPLES` trials of each category. No two trials of a category show the same picture. The next trial is
+        always one of the person who was chosen least often, and of this person's trials the first one by key.
     """
-    chosen = []
+    chosen: list[dict[str, Any]] = []
+    times: Counter[str] = Counter()
     for label in range(len(labels)):
-        seen: set[str] = set()
-        for trial in sorted((t for t in trials if t["label"] == label), key=lambda t: t["key"]):
-            if trial["image_id"] not in seen and len(seen) < EXAMPLES:
-                seen.add(trial["image_id"])
-                chosen.append(trial)
+        left = [trial for trial in trials if trial["label"] == label]
+        for _ in range(EXAMPLES):
+            if not left:
+                break
+            trial = min(left, key=lambda t: (times[t["subject"]], t["key"]))
+            times[trial["subject"]] += 1
+            chosen.append(trial)
+            left = [other for other in left if other["image_id"] != trial["image_id"]]
     return chosen
 
 
