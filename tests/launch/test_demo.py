@@ -176,7 +176,7 @@ def test_the_whole_chain(tmp_path: Path, request: pytest.FixtureRequest):
     page = PageParser()
     page.feed((out / "report.html").read_text())
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links), "the page needs nothing else"
-    assert len(page.pictures) >= 4 * 3 * 6
+    assert len(page.pictures) >= 4 * 2 * 6
     for step in steps:
         assert step.command in page.text
         assert (out / "logs" / f"{step.name}.log").is_file()
