@@ -269,6 +269,7 @@ def test_generate_writes_only_into_its_output(tmp_path: Path, paired_dataset: Pa
     """Without checks, a key such as ../x in a tar would be used as the name of an image file."""
     import shutil
 
+    from finetune.diffusion import Sampling
     from finetune.generate import GenerateConfig, generate_images
     from finetune.images import open_paired
 
@@ -284,7 +285,7 @@ def test_generate_writes_only_into_its_output(tmp_path: Path, paired_dataset: Pa
     class Grey:
         kind = "grey"
 
-        def generate(self, eeg: Any, *, steps: int, guidance_scale: float, seeds: list[int]) -> Any:
+        def generate(self, eeg: Any, *, seeds: list[int], **settings: Any) -> Any:
             import numpy as np
 
             return np.full((len(seeds), 8, 8, 3), 128, np.uint8)
@@ -293,6 +294,7 @@ def test_generate_writes_only_into_its_output(tmp_path: Path, paired_dataset: Pa
     for name in ("images", "real"):
         (out / name).mkdir(parents=True)
     config = GenerateConfig(model="m", dataset=str(root), output=str(out), batch_size=2)
+    sampling = Sampling(sampler="ddim", steps=1, guidance_scale=1.0)
     with pytest.raises(RequestError, match="no valid key"):
-        generate_images(Grey(), open_paired(root, "test"), [[0], [1]], [[0], [1]], config, out)  # type: ignore[arg-type]
+        generate_images(Grey(), open_paired(root, "test"), [[0], [1]], [[0], [1]], config, sampling, out)  # type: ignore[arg-type]
     assert not [path for path in tmp_path.rglob("*.png") if out not in path.parents]

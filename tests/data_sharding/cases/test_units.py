@@ -195,7 +195,7 @@ def test_units_of_channels_tsv_where_the_header_has_none(
     for subject in ("sub-01", "sub-02", "sub-04"):
         assert_true(done[subject], 14)
     assert any("from the sidecar" in note for note in done["sub-01"].row.notes)
-    assert any("sidecar says mV" in note for note in done["sub-02"].row.notes)
+    assert any("the sidecar has the unit mV" in note for note in done["sub-02"].row.notes)
     assert (done["sub-03"].row.status, done["sub-03"].row.category) == ("quarantined", "unit unknown")
 
 
