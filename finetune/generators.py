@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from data_sharding.common.errors import RequestError, show
+from data_sharding.common.errors import RequestError, one_line, show
 from data_sharding.common.files import read_json
-from data_sharding.common.untrusted import check_group, check_number
+from data_sharding.common.untrusted import check_group, check_number, check_preprocess
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.papers import find_papers
 
@@ -118,6 +118,21 @@ def read_part(values: dict[str, Any], where: str) -> dict[str, float | None]:
     stored = check_group(values.get("eeg") or {}, where, "eeg")
     names = ("tmin", "tmax")
     return {n: None if stored.get(n) is None else float(check_number(stored[n], where, f"eeg.{n}")) for n in names}
+
+
+def read_spec(folder: Path) -> PreprocessSpec:
+    """Read the preprocessing of a model's EEG from the file preprocess.json of its package.
+
+    Raises
+    ------
+    RequestError
+        If the file is missing or damaged.
+    """
+    path = folder / "preprocess.json"
+    try:
+        return PreprocessSpec.from_dict(check_preprocess(read_json(path), str(path)))
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{path}: not a preprocessing spec ({one_line(error)}); train the model again") from None
 
 
 def load_generator(model_dir: str | Path, device: str = "cpu") -> Generator:

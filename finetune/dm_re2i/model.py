@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_sharding.common.errors import RequestError, one_line, show
-from data_sharding.common.files import atomic_directory, read_json, write_json
-from data_sharding.common.untrusted import check_list, check_preprocess, check_text
+from data_sharding.common.files import atomic_directory, write_json
+from data_sharding.common.untrusted import check_list, check_text
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.diffusion import SamplerName, Sampling, choose_sampling
 from finetune.dm_re2i.backbones import load_unet
@@ -30,7 +30,7 @@ from finetune.dm_re2i.portable.pipeline import sample_images
 from finetune.dm_re2i.portable.write import write_portable_files
 from finetune.eeg import scale_eeg
 from finetune.foreign_models import check_noise_schedule, load_with_library
-from finetune.generators import SCHEMA, Source, read_part
+from finetune.generators import SCHEMA, Source, read_part, read_spec
 from finetune.images import to_pixels
 
 KIND = "eg_ddpm"
@@ -212,13 +212,7 @@ class DMRE2IGenerator:
         self.part = read_part(values, where)
         self.labels = [check_text(label, where, "a label") for label in check_list(values.get("labels") or [], where)]
         self.sampler: SamplerName = "ddpm" if values.get("sampler") == "ddpm" else "ddim"
-        try:
-            about = folder / "preprocess.json"
-            self.spec = PreprocessSpec.from_dict(check_preprocess(read_json(about), str(about)))
-        except (TypeError, ValueError) as error:
-            raise RequestError(
-                f"{folder / 'preprocess.json'}: not a preprocessing spec ({one_line(error)}); train the model again"
-            ) from None
+        self.spec = read_spec(folder)
         kind = values.get("guide", "feature")
         if kind not in [*FOLDERS]:
             raise RequestError(f"{where}: the guide '{show(kind)}' is unknown; train the model again")

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_sharding.common.errors import RequestError, one_line
-from data_sharding.common.files import atomic_directory, read_json, write_json
-from data_sharding.common.untrusted import check_count, check_preprocess
+from data_sharding.common.files import atomic_directory, write_json
+from data_sharding.common.untrusted import check_count
 from data_sharding.processing.preprocess import PreprocessSpec
 from finetune.diffusion import SamplerName, Sampling
 from finetune.eeg import scale_eeg
-from finetune.generators import SCHEMA, Source, read_part
+from finetune.generators import SCHEMA, Source, read_part, read_spec
 from pretrain.probe.features import time_courses
 
 KIND = "linear"
@@ -171,9 +171,8 @@ class LinearGenerator:
         where = str(self.folder / "dreamscale.json")
         self.part = read_part(values, where)
         again = "train it again with 'dreamscale linear CONFIG'"
+        self.spec = read_spec(self.folder)
         try:
-            about = self.folder / "preprocess.json"
-            self.spec = PreprocessSpec.from_dict(check_preprocess(read_json(about), str(about)))
             arrays = load_file(self.folder / "model.safetensors")
             self.model = LinearModel(
                 channels=check_count(values["channels"], where, "channels", least=1, most=128),

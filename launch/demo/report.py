@@ -12,7 +12,7 @@ from data_sharding.common.html.render import Picture, Table, embed_png, render_p
 from finetune.evaluation.classifier import ImageClassifier
 from launch.chain import Step
 from launch.demo import figures
-from launch.demo.scores import MEASURES, compare, score_folder
+from launch.demo.scores import MEASURES, Scores, compare, score_folder
 from launch.demo.steps import CONTROLS, MODELS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -58,18 +58,20 @@ def score_pictures(out: Path, seed: int) -> dict[str, Any]:
         found[kind] = {
             "scores": {control: of_control.summarise(seed) for control, of_control in scores.items()},
             "own_minus_shuffled": compare(own, scores["shuffle"], seed),
-            "new_combinations": own.select(own.new_B).summarise(seed),
-            "known_combinations": own.select(~own.new_B).summarise(seed),
-            "people": own.by_person(),
+            **_divide(own, seed),
         }
     linear = score_folder(out / "generated" / "linear", pictures, judge)
-    found["linear"] = {
-        "scores": {"none": linear.summarise(seed)},
-        "new_combinations": linear.select(linear.new_B).summarise(seed),
-        "known_combinations": linear.select(~linear.new_B).summarise(seed),
-        "people": linear.by_person(),
-    }
+    found["linear"] = {"scores": {"none": linear.summarise(seed)}, **_divide(linear, seed)}
     return found
+
+
+def _divide(scores: Scores, seed: int) -> dict[str, Any]:
+    """Return the scores of pictures with new and with known combinations, and the scores of each person."""
+    return {
+        "new_combinations": scores.select(scores.new_B).summarise(seed),
+        "known_combinations": scores.select(~scores.new_B).summarise(seed),
+        "people": scores.by_person(),
+    }
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
