@@ -277,3 +277,30 @@ class ImageTable:
             save_file({"features": features}, temporary)
             temporary.replace(path)
         return features
+
+
+def find_components(train: ImageTable, val: ImageTable, size: int, components: int) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the principal components of the images' pixels.
+
+    Parameters
+    ----------
+    train, val : ImageTable
+        Images of the train split, from which the components are found, and of the val split.
+    size : int
+        Width and height in pixels to which the images are resized.
+    components : int
+        Largest number P of components.
+
+    Returns
+    -------
+    train_MP, val_MP : ndarray of float32, shape (M, P)
+        Components of the images, for pixels with values from -1 to 1. Each component has mean 0 over the train images.
+    """
+    train_MX, val_MX = (t.pixels(size=size).reshape(len(t), -1).astype(np.float32) / 127.5 - 1 for t in (train, val))
+    mean_X = train_MX.mean(axis=0)
+    _, _, basis = np.linalg.svd(train_MX - mean_X, full_matrices=False)
+    basis_PX = basis[:components]
+    # The sign of a component is arbitrary, and can depend on the processor. All processes must use the same sign.
+    largest = np.take_along_axis(basis_PX, np.abs(basis_PX).argmax(axis=1)[:, None], axis=1)
+    basis_PX = basis_PX * np.sign(largest)
+    return (train_MX - mean_X) @ basis_PX.T, (val_MX - mean_X) @ basis_PX.T

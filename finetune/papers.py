@@ -7,7 +7,7 @@ The folder of a paper must have three parts. `finetune.dm_re2i` is the smallest 
 - The file ``__init__.py`` defines ``PAPER``.
 - A training command writes the model to the folder ``RUN/model``. The file ``dreamscale.json`` in this folder contains
   the model's ``kind``. The command uses `start_processes` and `use_run` of `finetune.training.accelerate`, and its last
-  step is ``run.status("done")``.
+  step is ``run.status("done")``. A command that is always one process, such as `finetune.linear`, needs only `use_run`.
 - A generator class has the methods of `finetune.generators.Generator`. ``dreamscale generate`` creates the generator
   with ``Class(folder, values, device)``; the values are the content of ``dreamscale.json``.
 """
@@ -18,6 +18,7 @@ import functools
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Paper:
     """Kind of the trained model, which is stored in the model's file ``dreamscale.json``."""
     generator: str
     """``module:class`` of the model's generator, with the methods of `finetune.generators.Generator`."""
+    launcher: Literal["accelerate"] | None = "accelerate"
+    """Launcher of the training processes; None for a training that is always one process on a CPU."""
 
 
 @functools.cache

@@ -22,6 +22,8 @@ class Stage:
     """Launcher of the training processes, used if ``num_processes`` is larger than 1."""
     config: str | None = None
     """``module:class`` of the config, for commands that ``dreamscale submit`` can run on a cluster."""
+    uses_ray: bool = False
+    """The command distributes its own work with Ray, and has the config key ``ray.address``."""
 
 
 STAGES: dict[str, Stage] = {
@@ -34,6 +36,7 @@ STAGES: dict[str, Stage] = {
         module="data_sharding.__main__",
         config="data_sharding.job.request:ShardConfig",
         usage="CONFIG --output DIR",
+        uses_ray=True,
         help="turn recordings of any maker into a dataset; Ray distributes the work",
     ),
     "verify": Stage(
@@ -86,7 +89,7 @@ STAGES: dict[str, Stage] = {
     ),
     **{
         paper.command: Stage(
-            module=paper.module, config=paper.config, usage="CONFIG", help=paper.help, launcher="accelerate"
+            module=paper.module, config=paper.config, usage="CONFIG", help=paper.help, launcher=paper.launcher
         )
         for paper in find_papers()
     },

@@ -134,9 +134,11 @@ def check_stage(config: SubmitConfig, extra: list[str]) -> tuple[Stage, list[str
     stage = STAGES.get(config.stage)
     if stage is None or stage.config is None:
         raise RequestError(f"stage '{config.stage}' cannot be submitted; use one of {', '.join(available)}")
-    if stage.launcher is None and config.nodes > 1 and config.scheduler != "ray":
+    if config.nodes > 1 and stage.launcher is None and not stage.uses_ray:
+        raise RequestError(f"{config.stage} runs on one machine; leave --nodes out")
+    if config.nodes > 1 and stage.uses_ray and config.scheduler != "ray":
         raise RequestError(f"{config.stage} uses several machines only through Ray; use 'submit ray', or --nodes 1")
-    if stage.launcher is not None and config.nodes > 1 and config.scheduler == "ray":
+    if config.nodes > 1 and not stage.uses_ray and config.scheduler == "ray":
         raise RequestError("with ray, training runs on one machine; use slurm or k8s for more nodes")
     words = [config.stage_config, *extra]
     for word in extra:
@@ -176,7 +178,7 @@ def build_command(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
     python, arguments = shlex.quote(config.python), shlex.join(words)
     if stage.launcher is None:
         name = stage.module.removesuffix(".__main__")
-        joined = " --ray.address auto" if config.scheduler == "ray" else ""
+        joined = " --ray.address auto" if config.scheduler == "ray" and stage.uses_ray else ""
         return f"{python} -m {name} {arguments}{joined}"
     if config.scheduler == "ray":
         return f"{python} -m launch {config.stage} {arguments}"
@@ -243,7 +245,7 @@ def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
         name=config.name,
         nodes=config.nodes,
         cpus=config.cpus_per_node,
-        # Only the stage shard has no launcher, and sharding needs no GPU.
+        # A stage without a launcher, such as shard, needs no GPU.
         gpus=config.gpus_per_node if stage.launcher else 0,
         threads=max(1, config.cpus_per_node // max(1, config.gpus_per_node)),
         time=config.time,

@@ -20,6 +20,7 @@ STAGES = {  # Config class for each name pattern of config files.
     "*/align*": "finetune.align:AlignConfig",
     "*/stable_diffusion*": "finetune.stable_diffusion.train:StableDiffusionConfig",
     "*/dm_re2i*": "finetune.dm_re2i.config:DMRE2IConfig",
+    "*/linear": "finetune.linear.train:LinearConfig",
     "finetune/evaluate": "finetune.evaluation.evaluate:EvaluateConfig",
 }
 FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if not {"accelerate", "cluster", "ablations"} & {*p.parts})

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import sys
 import tempfile
 from collections import Counter, deque
@@ -19,7 +18,7 @@ from data_sharding.common.errors import RequestError, one_line, printable
 from data_sharding.common.reason import Reason
 from data_sharding.common.stop import check_stop, find_child_processes, kill_processes, raise_on_stop_signals
 from data_sharding.common.storage import FULL, is_storage_error
-from data_sharding.job.isolation import ChildFailed
+from data_sharding.job.isolation import ChildFailed, owned_folder
 
 INFRASTRUCTURE_RETRIES = 5
 """Number of retries of a task if its worker or machine failed. Errors of the task itself are not counted here."""
@@ -104,12 +103,13 @@ def ray_session(config: RayConfig) -> Iterator[int]:
             "object_store_memory": 128 * 2**20,
         }
     others = find_child_processes()
-    folder = None
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = None
         if not address:
             # Every user of the machine can write to Ray's folder, so put this folder into a private folder.
-            folder = Path(tempfile.mkdtemp(prefix="dreamscale-", dir=_short_temporary_folder()))
+            folder = stack.enter_context(owned_folder(Path(_short_temporary_folder()), "ds-ray"))
             options["_temp_dir"] = str(folder / "ray")
+        stack.callback(_end_ray, others)
         try:
             ray.init(**options)
         except (Exception, SystemExit) as error:  # Ray raises many types of errors, sometimes just Exception.
@@ -117,22 +117,26 @@ def ray_session(config: RayConfig) -> Iterator[int]:
             where = f"ray.address '{address}'" if address else "a local Ray"
             raise RequestError(f"{where} could not be reached or started: {one_line(error)[:300]}") from None
         # Ray installs a handler for SIGTERM that would end the job without a message, so restore the former handler.
-        with raise_on_stop_signals():
-            yield config.max_in_flight or 2 * _slots(config)
-    except ClusterFailed:
-        if folder:
-            say(f"ray: the logs of Ray are in {folder}")
-            folder = None
-        raise
-    finally:
-        known = {process.pid for process in others}
-        started = [process for process in find_child_processes() if process.pid not in known]
         try:
-            ray.shutdown()
-        finally:
-            kill_processes(started, kept=others)
+            with raise_on_stop_signals():
+                yield config.max_in_flight or 2 * _slots(config)
+        except ClusterFailed:
             if folder:
-                shutil.rmtree(folder, ignore_errors=True)
+                say(f"ray: the logs of Ray are in {folder}")
+                (folder / "lock").unlink(missing_ok=True)  # Without this file, the folder is kept.
+            raise
+
+
+def _end_ray(others: list[Any]) -> None:
+    """Disconnect from Ray, and end all child processes except `others`, which are older than the Ray session."""
+    import ray
+
+    known = {process.pid for process in others}
+    started = [process for process in find_child_processes() if process.pid not in known]
+    try:
+        ray.shutdown()
+    finally:
+        kill_processes(started, kept=others)
 
 
 def require_token() -> None:

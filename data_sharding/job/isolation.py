@@ -81,28 +81,42 @@ def _private_bytes(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def _owned_scratch() -> Iterator[Path]:
-    """Make a scratch folder, and remove the scratch folders of processes that have died.
+def owned_folder(base: Path, kind: str) -> Iterator[Path]:
+    """Make a folder for temporary files, and remove such folders of processes that have died.
 
-    Each process locks a file in its own scratch folder. The operating system releases this lock when the process ends,
-    even after a crash. So a scratch folder without a lock belongs to a process that has died. This code does not use
-    the library filelock, because the folder is renamed while its file is locked.
+    Each process locks a file in its own folder. The operating system releases this lock when the process ends, even
+    after a crash. So a folder without a lock belongs to a process that has died. A folder in which the file was deleted
+    is kept. This code does not use the library filelock, because the folder is renamed while its file is locked.
+
+    Parameters
+    ----------
+    base : Path
+        Folder in which the new folder is made.
+    kind : str
+        Beginning of the new folder's name.
+
+    Yields
+    ------
+    Path
+        The new folder. It is removed after the ``with`` block, unless its file ``lock`` was deleted.
     """
-    base = Path(os.environ.get("DREAMSCALE_SCRATCH") or tempfile.gettempdir())
     base.mkdir(parents=True, exist_ok=True)
-    for old in base.glob("dreamscale-child-*"):
-        with contextlib.suppress(OSError), (old / "lock").open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(old, ignore_errors=True)
+    for old in base.glob(f"{kind}-*"):
+        # Opening must not create the file. Other users may have folders with such names.
+        with contextlib.suppress(OSError), (old / "lock").open("r+") as stream:
+            if old.lstat().st_uid == os.getuid():
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
     # The folder gets its final name only after its file is locked. Otherwise, another process could remove the folder.
-    made = Path(tempfile.mkdtemp(prefix="dreamscale-new-", dir=base))
+    made = Path(tempfile.mkdtemp(prefix=f"new-{kind}-", dir=base))
     with (made / "lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        folder = made.rename(made.with_name(made.name.replace("-new-", "-child-")))
+        folder = made.rename(made.with_name(made.name.removeprefix("new-")))
         try:
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if (folder / "lock").exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _too_much_memory(memory_gb: float) -> Reason:
@@ -123,7 +137,8 @@ class Child:
     def __init__(self, function: str, memory_gb: float = 0.0) -> None:
         self.function, self.memory_gb = function, memory_gb
         self._stack = contextlib.ExitStack()
-        folder = self._stack.enter_context(_owned_scratch())
+        base = Path(os.environ.get("DREAMSCALE_SCRATCH") or tempfile.gettempdir())
+        folder = self._stack.enter_context(owned_folder(base, "dreamscale-child"))
         ours, theirs = socket.socketpair()
         env = {
             **os.environ,

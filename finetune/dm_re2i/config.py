@@ -52,6 +52,13 @@ class EVRNetStage:
     """Value of `average` at the end of training. During training, `average` falls linearly to this value."""
     mixup: float = 0.0
     """Mixup: largest weight with which another trial and its category are mixed into a trial; 0 switches mixup off."""
+    image_weight: float = 0.0
+    """Weight of a second loss: a linear layer predicts the image from the feature, as principal components of its
+    pixels. With this loss, the feature also holds colour and place, and not only the category. The loss is 1 for the
+    mean image and 0 for the right image. The linear layer is not part of the model. 0 switches the loss off, as in the
+    paper."""
+    image_components: int = 16
+    """Number of principal components for `image_weight`."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Augmentation of the EEG in training, after the noise normalisation."""
     watch: Literal["accuracy", "loss"] = "accuracy"
@@ -74,6 +81,13 @@ class EVRNetStage:
             raise ValueError(f"evrnet.whiten must be from 0 to 1, got {self.whiten}")
         if not 1 <= self.average_end <= self.average or not 0 <= self.mixup <= 0.5 or not 0 <= self.label_smoothing < 1:
             raise ValueError("evrnet: need 1 <= average_end <= average, 0 <= mixup <= 0.5 and 0 <= label_smoothing < 1")
+        if self.image_weight < 0 or self.image_components < 1:
+            raise ValueError("evrnet: need image_weight >= 0 and image_components >= 1")
+        if self.image_weight and self.average > 1:
+            raise ValueError(
+                f"evrnet.image_weight is {self.image_weight} and evrnet.average is {self.average}; set one of them to "
+                "its default, because a mean over trials of different images belongs to no image"
+            )
         if (self.encoder is None) == (self.network == "encoder"):
             raise ValueError(
                 f"evrnet.network is {self.network} and evrnet.encoder is {self.encoder}; give evrnet.encoder for the "

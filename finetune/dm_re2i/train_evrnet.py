@@ -1,6 +1,7 @@
 """First stage of DM-RE2I: train EVRNet to classify which image category the person saw, from single EEG trials.
 
-Tensor shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes.
+Tensor shapes: B trials, b trials of this process, C channels, T samples, D feature width, K classes, P image
+components, M images.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from finetune.dm_re2i.config import DMRE2IConfig, EVRNetStage
 from finetune.dm_re2i.model import compute_features
 from finetune.dm_re2i.networks import NAMES, build_classifier, load_classifier
 from finetune.eeg import augment_eeg, choose_evenly, group_repeats, read_trials, scale_eeg
-from finetune.images import ImageTable
+from finetune.images import ImageTable, find_components
 from finetune.training.accelerate import make_loader, open_run
 from finetune.training.batch_norm import synchronise_batch_norms
 from finetune.training.fit import fit
@@ -32,6 +33,9 @@ from finetune.training.step_random import StepRandom
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+IMAGE_SIZE = 32
+"""Width and height in pixels of the images whose principal components are computed."""
 
 
 @torch.no_grad()
@@ -113,14 +117,21 @@ class EVRNetTask(nn.Module):
         The classification network.
     label_smoothing : float
         Amount of label smoothing in the cross-entropy.
+    image_components : int
+        Number P of image components that a linear layer predicts from the feature; 0 for no such layer.
+    image_weight : float
+        Weight of the error of this prediction in the loss.
     """
 
-    def __init__(self, net: EEGClassifier, label_smoothing: float) -> None:
+    def __init__(
+        self, net: EEGClassifier, label_smoothing: float, image_components: int = 0, image_weight: float = 0.0
+    ) -> None:
         super().__init__()
-        self.net, self.label_smoothing = net, label_smoothing
+        self.net, self.label_smoothing, self.image_weight = net, label_smoothing, image_weight
+        self.image_layer = nn.Linear(net.dim, image_components) if image_components else None
 
-    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Compute the classification loss of a batch.
+    def forward(self, x: Tensor, target: Tensor, image: Tensor | None = None) -> dict[str, Tensor]:
+        """Compute the classification loss of a batch, and the error of the image components if they are given.
 
         Parameters
         ----------
@@ -128,18 +139,38 @@ class EVRNetTask(nn.Module):
             Scaled EEG, after the noise normalisation.
         target : Tensor, shape (B, K)
             Target probability of each category.
+        image : Tensor, shape (B, P), optional
+            Components of the image of each trial.
 
         Returns
         -------
         dict
-            ``loss`` and ``accuracy``.
+            ``loss`` and ``accuracy``; with image components also ``image_error``.
         """
         # Limit the norms here and not after the optimiser's step, because the training loop has no such hook. The
         # evaluation limits them too.
         self.net.limit_norms()
-        _, logits = self.net(x[:, None], normalised=True)
+        e_BD, logits = self.net(x[:, None], normalised=True)
         loss = F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
-        return {"loss": loss, "accuracy": (logits.argmax(1) == target.argmax(1)).float().mean()}
+        found = {"accuracy": (logits.argmax(1) == target.argmax(1)).float().mean()}
+        if self.image_layer is not None and image is not None:
+            found["image_error"] = compute_image_error(self.image_layer(e_BD).float(), image)
+            loss = loss + self.image_weight * found["image_error"]
+        return {"loss": loss, **found}
+
+
+def compute_image_error(predicted_BP: Tensor, image_BP: Tensor) -> Tensor:
+    """Return the mean squared error of predicted image components, summed over components.
+
+    The result is 1 for a prediction of zeros (the mean image) over all train images, and 0 for the right components.
+    """
+    return (predicted_BP - image_BP).square().sum(dim=1).mean()
+
+
+def scale_components(train_MP: np.ndarray, val_MP: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Scale image components so that the variances over the train images have the sum 1."""
+    size = max(float(np.sqrt(np.square(train_MP).sum(axis=1).mean())), 1e-6)
+    return torch.from_numpy(train_MP / size), torch.from_numpy(val_MP / size)
 
 
 def check_labels(data: EEGDataset, table: ImageTable) -> None:
@@ -173,8 +204,8 @@ def check_labels(data: EEGDataset, table: ImageTable) -> None:
             )
 
 
-def choose_labels(table: ImageTable, stage: EVRNetStage, seed: int) -> Tensor:
-    """Return the category with which each trial is trained.
+def choose_targets(table: ImageTable, stage: EVRNetStage, seed: int) -> np.ndarray:
+    """Return the image whose category each trial is trained with.
 
     Parameters
     ----------
@@ -183,18 +214,18 @@ def choose_labels(table: ImageTable, stage: EVRNetStage, seed: int) -> Tensor:
     stage : EVRNetStage
         Config of the stage.
     seed : int
-        Seed for shuffling the categories, if the config says so.
+        Seed for shuffling the images, if the config says so.
 
     Returns
     -------
-    Tensor of int, shape (trials,)
-        Categories. If they are shuffled, all trials of an image still have the same category, and each category has
-        as many images as before.
+    array of int, shape (trials,)
+        Rows of the table. If they are shuffled, all trials of an image still have the same target, and each category
+        has as many images as before.
     """
-    labels_M = table.labels
+    order_M = np.arange(len(table))
     if stage.permute_labels:
-        labels_M = np.random.default_rng([seed, 1]).permutation(labels_M)
-    return torch.as_tensor(labels_M[table.row_of])
+        order_M = np.random.default_rng([seed, 1]).permutation(order_M)
+    return order_M[table.row_of]
 
 
 def train_evrnet(
@@ -239,11 +270,15 @@ def train_evrnet(
         )
     n_classes = len(data.labels)
     torch.manual_seed(config.seed)
-    task = EVRNetTask(build_classifier(stage, data), stage.label_smoothing)
+    parts = stage.image_components if stage.image_weight else 0
+    train_MP, val_MP = scale_components(*find_components(*tables, IMAGE_SIZE, parts)) if parts else (None, None)
+    parts = train_MP.shape[1] if train_MP is not None else 0
+    task = EVRNetTask(build_classifier(stage, data), stage.label_smoothing, parts, stage.image_weight)
     channels, scaling = task.net.config.n_channels, task.net.scaling(data.spec)
     synchronise_batch_norms(task)
     task.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's type hints lack this overload
-    labels = choose_labels(tables[0], stage, config.seed)
+    targets = choose_targets(tables[0], stage, config.seed)
+    labels = torch.as_tensor(tables[0].labels[targets])
     calibration = [[number] for number in choose_evenly(len(data), stage.calibration_trials)]
     clean = read_trials(data, calibration, scaling, device)[:, :channels]
     whitening_CC = task.net.whitening_CC
@@ -255,7 +290,8 @@ def train_evrnet(
     groups = group_repeats(val, config.eeg.average_repeats)
     watched = [groups[i] for i in choose_evenly(len(groups), config.val_trials)]
     x_val = read_trials(val, watched, scaling, device)
-    y_val = torch.as_tensor(tables[1].labels[tables[1].row_of[[group[0] for group in watched]]], device=device)
+    val_rows = tables[1].row_of[[group[0] for group in watched]]
+    y_val = torch.as_tensor(tables[1].labels[val_rows], device=device)
     loader, steps = make_loader(data, stage.training, config.seed, accelerator), stage.training.steps
 
     def inputs(batch: Batch, random: StepRandom) -> dict[str, Tensor]:
@@ -264,6 +300,7 @@ def train_evrnet(
         if normaliser is not None:
             x = scale_to_unit_variance(normaliser @ x)
         target = F.one_hot(y, n_classes).float()
+        image = train_MP[targets[batch.numbers]] if train_MP is not None else None
         done = (loader.step - 1) / steps
         most = round(stage.average + (stage.average_end - stage.average) * done)
         if most > 1:
@@ -273,7 +310,9 @@ def train_evrnet(
             other = random.uniform(len(x)).argsort()
             x = torch.lerp(x, x[other], share[..., None])
             target = torch.lerp(target, target[other], share)
-        return {"x": augment_eeg(x, [int(meta["n"]) for meta in batch.metas], stage.augment, random), "target": target}
+            image = torch.lerp(image, image[other], share) if image is not None else None
+        x = augment_eeg(x, [int(meta["n"]) for meta in batch.metas], stage.augment, random)
+        return {"x": x, "target": target, **({"image": image} if image is not None else {})}
 
     def evaluate(module: EVRNetTask, pulse: Callable[[], None]) -> dict[str, float]:
         net = module.net
@@ -281,8 +320,11 @@ def train_evrnet(
         net.limit_norms()
         calibrate_batch_norm(net, clean)
         pulse()
-        _, logits = compute_features(net, x_val, pulse=pulse)
+        e_BD, logits = compute_features(net, x_val, pulse=pulse)
         found = score(logits, y_val)
+        if val_MP is not None and module.image_layer is not None:
+            predicted_BP = module.image_layer(e_BD.to(device))
+            found["image_error"] = float(compute_image_error(predicted_BP, val_MP[val_rows].to(device)))
         # With few val trials, several evaluations often have the same accuracy. In this case the loss decides.
         return {**found, "score": found["accuracy"] - 1e-4 * min(found["loss"], 100.0)}
 

@@ -9,4 +9,5 @@ PAPER = Paper(
     config="finetune.linear.train:LinearConfig",
     kind="linear",
     generator="finetune.linear.model:LinearGenerator",
+    launcher=None,
 )

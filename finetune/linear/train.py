@@ -16,9 +16,9 @@ from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.eeg import EEGConfig, group_repeats, read_means
-from finetune.images import ImageTable, open_paired
+from finetune.images import ImageTable, find_components, open_paired
 from finetune.linear.model import Floats, LinearModel, compute_time_courses, save_model
-from finetune.training.accelerate import quiet_libraries, report_finished, start_processes, use_run
+from finetune.training.accelerate import quiet_libraries, report_finished, use_run
 from pretrain.probe.ridge import STRENGTHS, ridge_scores
 from pretrain.runs.tracking import TrackerConfig
 
@@ -45,12 +45,6 @@ class LinearConfig:
     """Width and height in pixels of the images that the model shows."""
     components: int = 16
     """Number of principal components of the images that the model predicts."""
-    num_processes: int = 1
-    """Number of processes; only 1 is possible."""
-    seed: int = 0
-    """Not used, because the training has no random numbers."""
-    device: str = "cpu"
-    """Device of the computation; only cpu is possible."""
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     """Experiment tracker to which metrics are sent, in addition to the file metrics.jsonl."""
 
@@ -59,8 +53,6 @@ class LinearConfig:
             raise ValueError("need 1 <= channels <= 128 and image_size >= 1")
         if self.bins < 1 or self.components < 1:
             raise ValueError(f"need bins >= 1 and components >= 1, got {self.bins} and {self.components}")
-        if self.num_processes != 1 or self.device != "cpu":
-            raise ValueError("need num_processes 1 and device cpu: this training takes seconds")
 
 
 def _read_features(data: EEGDataset, groups: list[list[int]], config: LinearConfig) -> Floats:
@@ -99,12 +91,7 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
     if config.bins > data.n_times:
         raise RequestError(f"bins is {config.bins}, but a trial has {data.n_times} samples; set bins to {data.n_times}")
     tables = ImageTable(data), ImageTable(val)
-    images, held = (table.pixels(size=config.image_size) for table in tables)
-    flat_MX, held_MX = (x.reshape(len(x), -1).astype(np.float32) / 127.5 - 1 for x in (images, held))
-    mean_X = flat_MX.mean(axis=0)
-    _, _, basis = np.linalg.svd(flat_MX - mean_X, full_matrices=False)
-    basis_PX = basis[: config.components]
-    components_MP, held_MP = ((x - mean_X) @ basis_PX.T for x in (flat_MX, held_MX))
+    components_MP, held_MP = find_components(*tables, config.image_size, config.components)
     one_hot_MK = np.eye(len(data.labels), dtype=np.float32)[tables[0].labels]
 
     groups = group_repeats(data, 1)
@@ -138,7 +125,7 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
         bias_L=maps[best][1].astype(np.float32),
         labels_M=tables[0].labels.astype(np.int64),
         components_MP=components_MP.astype(np.float32),
-        images_MHW3=images,
+        images_MHW3=tables[0].pixels(size=config.image_size),
     )
     accuracy, similarity = found[best]
     return model, {"accuracy": accuracy, "similarity": similarity, "penalty": float(STRENGTHS[best])}
@@ -159,7 +146,7 @@ def train(config: LinearConfig) -> int:
     """
     quiet_libraries()
     data, val = (open_paired(config.dataset, split, **config.eeg.part) for split in ("train", "val"))
-    with start_processes(config, "fp32") as accelerator, use_run(config, accelerator) as run:
+    with use_run(config, None) as run:
         if report_finished(run):
             return EXIT_DONE
         model, scores = fit_linear_model(config, data, val)

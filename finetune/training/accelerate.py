@@ -113,7 +113,7 @@ def get_world(accelerator: Accelerator) -> World:
 
 
 def open_run(
-    config: Any, accelerator: Accelerator, *, free: tuple[str, ...] = FREE, output: str | Path | None = None
+    config: Any, accelerator: Accelerator | None, *, free: tuple[str, ...] = FREE, output: str | Path | None = None
 ) -> RunDirectory:
     """Open the run directory of a stage on every process.
 
@@ -121,8 +121,8 @@ def open_run(
     ----------
     config : dataclass instance
         Config of the stage, with the key ``output`` and possibly the key ``tracker``.
-    accelerator : Accelerator
-        The accelerator that `make_accelerator` returned.
+    accelerator : Accelerator or None
+        The accelerator that `make_accelerator` returned; None for a stage that is always one process.
     free : tuple of str
         Config keys that may change when the run is resumed, as returned by `free_keys`.
     output : str or Path, optional
@@ -137,17 +137,18 @@ def open_run(
     run = RunDirectory(
         output or config.output,
         config,
-        rank=accelerator.process_index,
+        rank=accelerator.process_index if accelerator is not None else 0,
         tracker=tracker,
         free=free,
         upgrade=upgrade_config,
     )
-    accelerator.wait_for_everyone()
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
     return run
 
 
 @contextmanager
-def use_run(config: Any, accelerator: Accelerator, *, free: tuple[str, ...] = FREE) -> Iterator[RunDirectory]:
+def use_run(config: Any, accelerator: Accelerator | None, *, free: tuple[str, ...] = FREE) -> Iterator[RunDirectory]:
     """Open the run directory of a stage, and close it after the stage; the arguments are those of `open_run`.
 
     Yields

@@ -21,6 +21,7 @@ CONFIGS = {
     "align": DEMO / "align.yaml",
     "finetune": DEMO / "stable_diffusion.yaml",
     "ddpm": DEMO / "dm_re2i.yaml",
+    "linear": DEMO / "linear.yaml",
 }
 GPUS = ["--gpus-per-node", "2"]
 
@@ -45,7 +46,7 @@ def test_jobs_are_well_formed(scheduler: str, stage: str, capsys: pytest.Capture
         assert service["metadata"]["name"] == batch["metadata"]["name"] == f"dreamscale-{stage}"
         (container,) = batch["spec"]["template"]["spec"]["containers"]
         assert subprocess.run(["bash", "-n", "-c", container["command"][2]]).returncode == 0
-        wanted = {} if stage == "shard" else {"nvidia.com/gpu": 2}
+        wanted = {} if STAGES[stage].launcher is None else {"nvidia.com/gpu": 2}
         assert container["resources"]["limits"] == wanted
     else:
         assert text.startswith("#!/bin/bash\n")
@@ -112,6 +113,9 @@ def test_slurm_on_several_nodes(capsys: pytest.CaptureFixture[str]):
         (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--gpus-per-node", "7"], "batch_size"),
         (["slurm", "pretrain", "nowhere.yaml"], "nowhere.yaml"),
         (["slurm", "verify", str(CONFIGS["pretrain"])], "verify"),
+        (["slurm", "linear", str(CONFIGS["linear"]), "--nodes", "2"], "one machine"),
+        (["ray", "linear", str(CONFIGS["linear"]), "--nodes", "2"], "one machine"),
+        (["slurm", "shard", str(CONFIGS["shard"]), "--nodes", "2"], "Ray"),
         (["ray", "pretrain", str(CONFIGS["pretrain"]), "--nodes", "2"], "slurm or k8s"),
         (["pbs", "pretrain", str(CONFIGS["pretrain"])], "scheduler"),
         (["slurm", "pretrain", str(CONFIGS["pretrain"]), "--partition", "a b"], "partition"),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from data_sharding.job.isolation import GivenUp, call_isolated, close_children
+from data_sharding.job.isolation import GivenUp, call_isolated, close_children, owned_folder
 
 MODULE = """
 import os, signal, time
@@ -125,3 +127,43 @@ def test_a_killed_parent_leaves_no_child_process(tmp_path: Path) -> None:
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     left = list((tmp_path / "scratch").glob("dreamscale-child-*"))
     assert left and Path(str(call("scratch", tmp_path))) not in left and not left[0].exists()
+
+
+def test_folders_of_dead_processes_are_removed_and_others_are_kept(tmp_path: Path) -> None:
+    base = tmp_path / "temporary"
+    for name in ("ds-ray-dead", "ds-ray-kept", "other-dead"):
+        (base / name / "ray").mkdir(parents=True)
+        (base / name / "ray" / "log").write_text("x")
+        if name != "ds-ray-kept":
+            (base / name / "lock").touch()
+    (base / "elsewhere").mkdir()
+    (base / "elsewhere" / "lock").touch()
+    (base / "ds-ray-link").symlink_to(base / "elsewhere")
+    with owned_folder(base, "ds-ray") as alive, owned_folder(base, "ds-ray") as logs:
+        assert alive.is_dir() and alive.stat().st_mode & 0o77 == 0
+        (logs / "log").write_text("x")
+        (logs / "lock").unlink()
+    assert not alive.exists() and (logs / "log").is_file()
+    found = {path.name for path in base.iterdir()}
+    assert found == {"ds-ray-kept", "other-dead", "elsewhere", "ds-ray-link", logs.name}
+    assert (base / "elsewhere" / "lock").is_file()
+
+
+def test_a_job_removes_the_ray_folder_of_a_killed_job(tmp_path: Path) -> None:
+    code = (
+        "import os, signal\n"
+        "from data_sharding.job.cluster import RayConfig, ray_session\n"
+        "with ray_session(RayConfig(num_cpus=1)):\n"
+        "    {}\n"
+    )
+    base = tmp_path if len(str(tmp_path)) <= 20 else Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    environment = {**os.environ, "TMPDIR": str(base), "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        words = [sys.executable, "-c", code.format("os.kill(os.getpid(), signal.SIGKILL)")]
+        assert subprocess.run(words, env=environment, check=False).returncode == -signal.SIGKILL
+        (left,) = base.glob("ds-ray-*")
+        words = [sys.executable, "-c", code.format("pass")]
+        subprocess.run(words, env=environment, check=True)
+        assert not left.exists() and not list(base.glob("ds-ray-*"))
+    finally:
+        shutil.rmtree(base, ignore_errors=True)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from finetune.dm_re2i.classification.measure import save_results, score, summarise
 from finetune.dm_re2i.config import EVRNetStage
-from finetune.dm_re2i.train_evrnet import choose_labels
+from finetune.dm_re2i.train_evrnet import choose_targets
 
 
 def _logits(answers: list[int], classes: int) -> torch.Tensor:
@@ -60,14 +60,17 @@ class _Table:
     labels = np.repeat([0, 1, 2], [10, 20, 30])
     row_of = np.tile(np.arange(60), 3)
 
+    def __len__(self) -> int:
+        return 60
+
 
 def test_shuffled_categories_are_those_of_whole_images() -> None:
     table: object = _Table()
-    true = choose_labels(table, EVRNetStage(), 0).numpy()  # type: ignore[arg-type]
+    true = _Table.labels[choose_targets(table, EVRNetStage(), 0)]  # type: ignore[arg-type]
     assert (true == _Table.labels[_Table.row_of]).all()
-    shuffled = choose_labels(table, EVRNetStage(permute_labels=True), 0).numpy()  # type: ignore[arg-type]
+    shuffled = _Table.labels[choose_targets(table, EVRNetStage(permute_labels=True), 0)]  # type: ignore[arg-type]
     assert (shuffled.reshape(3, 60) == shuffled[:60]).all() and (shuffled != true).mean() > 0.3
     assert (np.bincount(shuffled) == np.bincount(true)).all()
-    again = choose_labels(table, EVRNetStage(permute_labels=True), 0).numpy()  # type: ignore[arg-type]
-    other = choose_labels(table, EVRNetStage(permute_labels=True), 1).numpy()  # type: ignore[arg-type]
+    again = _Table.labels[choose_targets(table, EVRNetStage(permute_labels=True), 0)]  # type: ignore[arg-type]
+    other = _Table.labels[choose_targets(table, EVRNetStage(permute_labels=True), 1)]  # type: ignore[arg-type]
     assert (again == shuffled).all() and (other != shuffled).any()

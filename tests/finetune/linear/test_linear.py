@@ -95,4 +95,4 @@ def test_wrong_settings_are_refused(paired_dataset: Path, tmp_path: Path, capsys
     assert main([str(config), *words, "--bins", "1000"]) == 2
     assert "bins is 1000" in capsys.readouterr().err
     assert main([str(config), *words, "--num_processes", "2"]) == 2
-    assert "num_processes 1" in capsys.readouterr().err
+    assert "num_processes" in capsys.readouterr().err
