@@ -9,30 +9,19 @@ of machine is replaced. ``--seeds`` without numbers only writes the tables again
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from machine import describe_run
 
 RESULTS = Path(__file__).with_name("results") / "demo_seeds.json"
 PAGE = Path(__file__).parents[1] / "docs" / "demo.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 TITLES = {"stable_diffusion": "Stable Diffusion", "eg_ddpm": "EG-DDPM", "linear": "linear map, training picture"}
 MEASURES = ("category", "colour", "identification")
-
-
-def describe_machine() -> str:
-    """Return the CPU model, whether the CPU has AMX and AVX-512, and the number of cores."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    values = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-    values = {key.strip(): value.strip() for key, value in values.items()}
-    model, flags = values.get("model name", platform.processor() or "CPU"), values.get("flags", "").split()
-    has = ["with AMX" if "amx_tile" in flags else "without AMX", "AVX-512" if "avx512f" in flags else "no AVX-512"]
-    return f"{model} ({', '.join(has)}), {len(os.sched_getaffinity(0))} cores"
 
 
 def run_seed(out: Path, seed: int) -> dict[str, Any]:
@@ -117,11 +106,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder for the demos, one for each seed")
     words = parser.parse_args()
     results: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    machine = describe_machine()
     for seed in words.seeds:
-        found = run_seed(words.out / f"seed-{seed}", seed)
-        found |= {"machine": machine, "date": datetime.datetime.now(datetime.UTC).date().isoformat()}
-        results = [r for r in results if (r["machine"], r["seed"]) != (machine, seed)] + [found]
+        run = describe_run()
+        found = run_seed(words.out / f"seed-{seed}", seed) | run
+        results = [r for r in results if (r["machine"], r["seed"]) != (run["machine"], seed)] + [found]
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         print(f"seed {seed}: {'shown' if found['passed'] else 'not shown'}, {found['minutes']:.1f} minutes", flush=True)
     page = PAGE.read_text()

@@ -17,8 +17,8 @@ The command `python benchmarks/performance_page.py` writes this page from the fi
 benchmark commands below wrote these files with the option `--out`. In every comparison, all programs ran on the same
 machine. No GPU has been measured yet.
 
-The measurements are of 2026-11-21. The machine had two cores of an Intel Xeon with AMX, 24 GB of memory, and no GPU.
-The versions of the packages were
+Where a section names no date and no machine, the measurements are of 2026-11-21. The machine had two cores of an Intel
+Xeon with AMX, 24 GB of memory, and no GPU. The versions of the packages were
 {versions}.
 """
 
@@ -26,6 +26,11 @@ The versions of the packages were
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def origin(found: dict[str, Any]) -> str:
+    """Return the sentence that says when, where and under which load a result was measured."""
+    return f"Measured on {found['date']}, {found['machine']}, load average before the run {found['load']}."
 
 
 def sharding(found: dict[str, Any]) -> str:
@@ -44,8 +49,17 @@ input and the sampling rate of the result are: {found["data"]}. The windows last
 MNE's path needs **{found["cpu_ratio"]:.1f} times as much CPU time** as Dreamscale (aim: 3).
 Dreamscale's memory does not grow with the length of the recording (aim: below 1 GB). MNE's path loads the recording,
 applies a band-pass filter (FIR), resamples the signal (FFT) and subtracts the average. Dreamscale also removes the
-mains frequency, checks units, channels and every window, and hashes the file. For recordings of one minute, both need
-about the same CPU time.
+mains frequency, checks units, channels and every window, and hashes the file. {origin(found)}
+"""
+
+
+def sharding_minute(found: dict[str, Any]) -> str:
+    ours, mne = (found["ways"][way]["cpu_s"] for way in ("ours", "mne"))
+    return f"""### A recording of one minute
+
+The command is `python benchmarks/sharding.py --seconds 60 --repeats {found["repeats"]}`. The two programs ran in turn.
+Dreamscale needs {ours:.3f} s of CPU time and MNE's path {mne:.3f} s (medians). The median over the pairs of
+Dreamscale's time divided by MNE's is **{found["paired_ratio"]:.2f}** (aim: at most 1). {origin(found)}
 """
 
 
@@ -64,7 +78,7 @@ def workers(found: dict[str, Any]) -> str:
     return f"""## The sharding job on one and two workers
 
 The command is `python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`. The job has
-{job["data"]}. It ran on Ray with two CPU cores.
+{job["data"]}. It ran on Ray with two CPU cores. {origin(found)}
 
 {table(["workers", "whole job (s)", "recordings/s after the workers have started", "speed-up"], rows)}
 
@@ -231,6 +245,7 @@ training, and {1 / ratios[1]:.2f} times in sampling.
 
 SECTIONS = {
     "sharding": sharding,
+    "sharding_minute": sharding_minute,
     "workers": workers,
     "planning": planning,
     "loading": loading,

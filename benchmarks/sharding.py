@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from machine import describe_run
 
 CHANNELS, RATE = 64, 1000
 SPEC = {"sfreq": 200.0, "highpass": 1.0, "lowpass": 75.0, "window": 400, "stride": 400}
@@ -204,14 +204,18 @@ def main() -> None:
         print("{}")
         return
     result: dict[str, object] = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
+        **describe_run(),
         "versions": {name: version(name) for name in ("mne", "numpy", "scipy", "webdataset", "zstandard")},
         "data": f"{CHANNELS} channels x {args.seconds} s x {RATE} Hz EDF -> {SPEC['sfreq']:g} Hz",
     }
     edf = args.cache / f"{args.seconds}" / f"recording-{CHANNELS}x{RATE}.edf"
     child("--make", str(edf), str(args.seconds), "0")
     child("--make", str(warm_up(edf)), "20", "0")
-    runs = {way: [child("--measure", way, str(edf)) for _ in range(args.repeats)] for way in args.ways}
+    # The programs take turns, so that a change of the machine's speed affects all of them.
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in args.ways}
+    for _ in range(args.repeats):
+        for way in args.ways:
+            runs[way].append(child("--measure", way, str(edf)))
     ways = {way: {key: statistics.median(one[key] for one in found) for key in found[0]} for way, found in runs.items()}
     for way, values in ways.items():
         print(f"{way:6}", ", ".join(f"{key} {value:.2f}" for key, value in values.items()), flush=True)
@@ -219,6 +223,10 @@ def main() -> None:
     if {"ours", "mne"} <= set(ways):
         result["cpu_ratio"] = ways["mne"]["cpu_s"] / ways["ours"]["cpu_s"]
         print(f"MNE's default path needs {result['cpu_ratio']:.2f} times as much CPU time as Dreamscale")
+        result["repeats"] = args.repeats
+        result["paired_ratio"] = statistics.median(
+            ours["cpu_s"] / mne["cpu_s"] for ours, mne in zip(runs["ours"], runs["mne"], strict=True)
+        )
     if args.workers:
         each = args.seconds // args.recordings
         folder = args.cache / f"job-{args.recordings}x{each}"

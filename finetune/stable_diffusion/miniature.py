@@ -230,7 +230,7 @@ def _train_vae(x_M3HW: Tensor, config: MiniatureConfig) -> AutoencoderKL:
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType] - the library's annotation is too narrow
         up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType] - the library's annotation is too narrow
-        block_out_channels=(24, 48, 48),  # pyright: ignore[reportArgumentType] - the library's annotation is too narrow
+        block_out_channels=(16, 32, 48),  # pyright: ignore[reportArgumentType] - the library's annotation is too narrow
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,

@@ -7,7 +7,7 @@ import torch
 
 from data_sharding.common.errors import RequestError
 from data_sharding.dataset.dataset import EEGDataset
-from finetune.images import ImageTable, decode_image, open_paired, to_model_range, to_pixels
+from finetune.images import ImageTable, decode_image, find_components, open_paired, to_model_range, to_pixels
 
 
 def test_pixels_are_unchanged_after_conversion_to_the_model_and_back() -> None:
@@ -70,3 +70,20 @@ def test_another_preprocessing_is_refused_with_the_key(paired_dataset: Path) -> 
     assert data.require_preprocess(dataclasses.replace(data.spec, stride=7, reject_uv=80.0), "model") is data
     with pytest.raises(RequestError, match=r"\(preprocess\.highpass 2\.0 against 0\.5\)"):
         data.require_preprocess(dataclasses.replace(data.spec, highpass=2.0, reject_uv=80.0), "model m")
+
+
+def test_components_have_no_mean_and_one_sign(paired_dataset: Path) -> None:
+    train, val = (ImageTable(EEGDataset(paired_dataset, split)) for split in ("train", "val"))
+    train_MP, val_MP = find_components(train, val, 8, 3)
+    assert train_MP.shape == (len(train), 3) and val_MP.shape == (len(val), 3)
+    np.testing.assert_allclose(train_MP.mean(axis=0), 0, atol=1e-4)
+    variances = train_MP.var(axis=0)
+    assert (np.diff(variances) <= 0).all()
+    pixels_MX = train.pixels(size=8).reshape(len(train), -1) / 127.5 - 1
+    # With all components, nothing of the images is lost: the distances between images stay the same.
+    all_MP, _ = find_components(train, val, 8, 1000)
+    for one, other in ((0, 1), (0, len(train) - 1)):
+        expected = np.linalg.norm(pixels_MX[one] - pixels_MX[other])
+        np.testing.assert_allclose(np.linalg.norm(all_MP[one] - all_MP[other]), expected, rtol=1e-3)
+    again, _ = find_components(train, train, 8, 3)
+    np.testing.assert_allclose(again, train_MP)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from data_sharding.common.errors import run_main
 from data_sharding.dataset.batch import collate
@@ -135,3 +136,23 @@ def test_contradicting_keys_are_refused(
         assert run_main(main, _args(paired_dataset, tmp_path / "run", more)) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
+
+
+def test_the_feature_learns_the_image_and_the_package_stays_the_same(
+    paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = {"evrnet.image_weight": 1, "evrnet.image_components": 4}
+    for name, more in (("plain", {}), ("image", image)):
+        assert run_main(main, [*_args(paired_dataset, tmp_path / name, EVRNET, more), "--stages", "evrnet"]) == 0
+    errors = _curve(tmp_path / "image", "train/image_error")
+    assert np.mean(errors[-5:]) < 0.9 * np.mean(errors[:5])
+    assert len(_curve(tmp_path / "image", "val/image_error")) == 3 and not _curve(tmp_path / "plain", "val/image_error")
+    plain, with_image = (
+        {key: value.shape for key, value in load_file(tmp_path / name / "evrnet/package/model.safetensors").items()}
+        for name in ("plain", "image")
+    )
+    assert plain == with_image
+    args = _args(paired_dataset, tmp_path / "refused", EVRNET, image, {"evrnet.average": 2})
+    capsys.readouterr()
+    assert run_main(main, args) == 2
+    assert "evrnet.image_weight is 1.0 and evrnet.average is 2" in capsys.readouterr().err
