@@ -76,3 +76,10 @@ def test_every_row_of_the_ablations_loads(folder: Path) -> None:
     rows = plan_rows(read_ablation([str(folder)]))
     assert {row.name for row in rows} == {"base", *(path.stem for path in folder.glob("*.yaml"))} - {"ablation"}
     assert all(row.changes for row in rows[1:])
+
+
+def test_every_preset_has_a_config() -> None:
+    from pretrain.model.presets import PRESETS
+
+    names = {path.stem for path in (CONFIGS / "pretrain").glob("*.yaml")}
+    assert PRESETS.keys() <= names, "docs/pretraining.md says that each preset has a config"
