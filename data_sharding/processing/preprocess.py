@@ -28,6 +28,12 @@ BEFORE: dict[str, Any] = {
     "quality": dataclasses.asdict(UNCHECKED),
 }
 """Fields of `PreprocessSpec` that did not exist in older versions, with the value that means the older behaviour."""
+MIN_HIGHPASS = 0.001
+"""Lowest edge of the pass band in Hz. With a lower edge, the response of the high-pass filter lasts longer, and it must
+fit into memory."""
+LINE_FREQS = (10.0, 1000.0)
+"""Lowest and highest mains frequency in Hz that is accepted. Every harmonic inside the band needs a notch filter, so a
+frequency near zero would need too many filters."""
 NOTCH_GAIN = 1e-3
 """A harmonic of the mains frequency needs no notch filter if the band-pass filter reduces it to less than this
 fraction."""
@@ -83,6 +89,8 @@ class PreprocessSpec:
             raise ValueError(f"preprocess.sfreq must be positive, got {self.sfreq}")
         if not 0 < self.highpass < self.lowpass:
             raise ValueError(f"preprocess: need 0 < highpass < lowpass, got {self.highpass} and {self.lowpass}")
+        if self.highpass < MIN_HIGHPASS:
+            raise ValueError(f"preprocess.highpass must be at least {MIN_HIGHPASS} Hz, got {self.highpass}")
         if self.lowpass > 0.45 * self.sfreq:
             raise ValueError(
                 f"preprocess.lowpass {self.lowpass} Hz needs sfreq of at least {self.lowpass / 0.45:.1f} Hz, "
@@ -97,15 +105,15 @@ class PreprocessSpec:
         if isinstance(self.notch, bool):
             # YAML reads a bare off as false.
             object.__setattr__(self, "notch", "auto" if self.notch else "off")
-        if not isinstance(self.notch, str) and not 0 < self.notch < 0.5 * self.sfreq:
+        if not isinstance(self.notch, str) and not LINE_FREQS[0] <= self.notch < 0.5 * self.sfreq:
             raise ValueError(
-                f"preprocess.notch {self.notch} is not between 0 and half of sfreq; use auto, off, or the mains "
-                "frequency in Hz"
+                f"preprocess.notch {self.notch} is not between {LINE_FREQS[0]:g} and half of sfreq; use auto, off, or "
+                "the mains frequency in Hz"
             )
         if isinstance(self.notch, str) and self.notch not in ("auto", "off"):
             raise ValueError(f"preprocess.notch '{self.notch}' is not valid; use auto, off, or a frequency in Hz")
-        if not 0 <= self.notch_width_hz <= 10:
-            raise ValueError(f"preprocess.notch_width_hz must be from 0 to 10, got {self.notch_width_hz}")
+        if self.notch_width_hz and not 0.1 <= self.notch_width_hz <= 10:
+            raise ValueError(f"preprocess.notch_width_hz must be 0, or from 0.1 to 10, got {self.notch_width_hz}")
         if not self.reference or not all(self.reference):
             raise ValueError("preprocess.reference is empty; use average, keep, or names of channels")
         if isinstance(self.quality, dict):

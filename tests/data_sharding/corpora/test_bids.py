@@ -98,6 +98,24 @@ def test_sidecars_reach_the_ledger(clean: Path, tmp_path: Path) -> None:
     assert row.n_eeg == 7 and row.bads == ["F4: marked bad"] and row.montage == "file"
 
 
+@pytest.mark.parametrize("value", [1e-9, 2, 999.5])
+def test_an_impossible_mains_frequency_of_a_file_is_not_used(bids: Path, tmp_path: Path, value: float) -> None:
+    """A notch filter for every harmonic of 1e-9 Hz would need more memory than any machine has."""
+    path = folder(bids, "01", "a") / "sub-01_ses-a_task-see_eeg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"PowerLineFrequency": value}))
+    spec = PreprocessSpec(sfreq=100, highpass=1, lowpass=40, window=100, stride=100)
+    split = SplitConfig(val_fraction=0, test_fraction=0)
+    task = Task(item=items_of(bids)[NAME], spec=spec, split=split, labels=(), work=tmp_path, timeout_s=60)
+    row = process_recording(task).row
+    assert row.status == "sharded"
+    used = value > 10
+    assert (row.line_freq_from == "file") is used
+    assert any(f"mains frequency of {value:g} Hz; not used" in note for note in row.notes) is not used, (
+        row.notes,
+        row.line_freq,
+    )
+
+
 def test_the_nearest_sidecar_overrides_those_above(bids: Path) -> None:
     for session in ("a", "b"):
         path = folder(bids, "01", session) / f"sub-01_ses-{session}_task-see_eeg.json"
