@@ -25,7 +25,7 @@ UNKNOWN_DATES = frozenset(
 )
 """Dates that some programs write in place of an unknown or removed date."""
 EARLIEST = 1925
-"""Earlier years are ignored, because BIDS datasets replace real dates by dates before this year, for privacy."""
+"""Years before this year are ignored, because BIDS datasets replace real dates by dates before 1925, for privacy."""
 MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 NOBODY = frozenset(
     re.findall(
@@ -111,7 +111,7 @@ def _words(text: str) -> list[str]:
 
 
 def _fields(fixed: bytes) -> tuple[list[str], bool]:
-    """Return the words of the patient field of an EDF or BDF header, and whether their order is that of EDF+."""
+    """Return the words of the patient field of an EDF or BDF header, and whether the words have the order of EDF+."""
     words = fixed[8:88].decode("latin-1").replace("\0", " ").split()
     plus = fixed[192:196] in (b"EDF+", b"BDF+")
     like = len(words) > 3 and words[1] in ("M", "F", "X") and (words[2] == "X" or _parse_date(words[2]) is not None)
@@ -156,7 +156,7 @@ def parse_patient(fixed: bytes, format_: str) -> Patient | None:
 def read_patient(path: AnyPath, format_: str) -> Patient | None:
     """Read the patient field of an EDF, BDF or GDF file.
 
-    Return None if no person can be read.
+    Return None if the file cannot be read, or if the field does not identify a person.
     """
     try:
         return parse_patient(read_range(path, 0, 256), format_)
@@ -209,8 +209,8 @@ def edf_about(path: AnyPath) -> About:
     Returns
     -------
     About
-        The values. Only the device name of EDF+ is read from the header's field "recording", because its other words
-        can be the names of the people who made the recording.
+        Age, sex, year, device and filters. From the header's field "recording" of EDF+, only the date and the device
+        name are read, because the other words of this field can be the names of the people who made the recording.
     """
     fixed = read_range(path, 0, 256)
     words, ordered = _fields(fixed)
@@ -261,8 +261,8 @@ def mne_about(info: Any) -> About:
     Returns
     -------
     About
-        The values. A low-pass frequency of half the sampling rate is left out, because MNE writes it for files without
-        a filter.
+        Age, sex, year, device and filters. A low-pass frequency of half the sampling rate is left out, because MNE
+        writes this frequency for files without a filter.
     """
     person, device = info.get("subject_info") or {}, info.get("device_info") or {}
     day = info["meas_date"].date() if info.get("meas_date") is not None else None
@@ -297,7 +297,8 @@ def describe(path: AnyPath, format_: str, info: Any) -> About:
     Returns
     -------
     About
-        The values. All values are empty if the header cannot be parsed, because a recording can be used without them.
+        Age, sex, year, device and filters. All of them are empty if the header cannot be parsed, because a recording
+        can be used without them.
     """
     try:
         if format_ in ("edf", "bdf"):

@@ -25,8 +25,8 @@ class Account:
     spec : PreprocessSpec
         Settings of the preprocessing.
     whole : bool
-        True if windows are cut from the whole recording, and False if only trials are stored. Only with True, each
-        second without a window gets a reason.
+        True if windows are cut from the whole recording, and False if only trials are stored. If it is false, seconds
+        without a window get no reason.
     """
 
     def __init__(self, lengths: Sequence[int], faults: Faults, spec: PreprocessSpec, *, whole: bool) -> None:
@@ -60,7 +60,7 @@ class Account:
         return round(sum(union_length(found) for found in self._written.values()) / self.spec.sfreq, 4)
 
     def seconds_left_out(self) -> dict[str, float]:
-        """Return the length of the signal outside windows, in seconds, by reason. The result is empty for trials."""
+        """Return the length of the signal outside windows, in seconds, by reason. For trials, return nothing."""
         if not self.whole:
             return {}
         total: Counter[str] = Counter()

@@ -1,8 +1,8 @@
 """Converts the bad spans of the raw signal to faults at the target sampling rate.
 
-A *gap* is a part in which no good channel has a signal. It divides a segment into *pieces*, and filters process each
-piece separately. If only some channels have no signal, these channels are bad in the windows there, and the other
-channels are used.
+A *gap* is a part of a segment in which no good channel has a signal. A gap divides its segment into *pieces*, and
+filters process each piece separately. If only some channels have no signal in a window, these channels are bad in the
+window, and the other channels are used.
 
 The *transient* of a filter is the part of its output that is wrong because the signal begins, ends or is missing
 nearby.
@@ -37,12 +37,12 @@ class Fault:
     start: int
     """First sample, counted from the start of the segment."""
     stop: int
-    """Last sample plus one."""
+    """Last sample plus one, counted from the start of the segment."""
     kind: str
     """Kind of the fault, such as flat."""
     rings: bool = True
-    """Whether filters run over this part, so that a transient reaches the samples around it. False for a part next to a
-    gap."""
+    """Whether filters process the samples of the fault, so that a filter transient reaches the samples around the
+    fault. False for a fault next to a gap."""
 
 
 @dataclass
@@ -105,7 +105,8 @@ class Faults:
 class Bridge:
     """Reads a piece of a segment. Each part in which a row has no signal is replaced by a straight line.
 
-    The line avoids large filter transients. It is never stored: where a row has no signal, the windows contain zeros.
+    The straight line avoids large filter transients. The line is never stored: where a row has no signal, the windows
+    contain zeros.
 
     Parameters
     ----------
@@ -196,7 +197,7 @@ def find_faults(
         Length of a filter transient in samples.
     marked : sequence of (int, float, float)
         Spans in which the file or its sidecar marks a single channel as bad: position in `rows`, and start and end in
-        seconds from the recording's beginning. These spans count as parts without a signal.
+        seconds from the recording's beginning. Such spans are treated as parts without a signal.
 
     Returns
     -------
@@ -255,7 +256,7 @@ def _overlapping(faults: list[Fault], start: int, stop: int) -> Iterable[Fault]:
 
 
 def _join(faults: list[Fault]) -> list[Fault]:
-    """Merge overlapping faults of one channel. A merged fault has the kind of the longest one."""
+    """Merge overlapping faults of one channel. A merged fault has the kind of the longest of its faults."""
     out: list[Fault] = []
     for fault in sorted(faults, key=lambda f: f.start):
         if out and fault.start <= out[-1].stop:

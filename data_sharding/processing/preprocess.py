@@ -48,7 +48,8 @@ class PreprocessSpec:
     References
     ----------
     The default band (5 to 95 Hz) and the default window (512 samples) come from DreamDiffusion (Bai et al., arXiv
-    2306.16934). The paper does not state sampling rate, reference and scaling; their defaults are common choices.
+    2306.16934). The DreamDiffusion paper does not state sampling rate, reference and scaling, so the defaults of these
+    settings are common choices.
     """
 
     sfreq: float = 256.0
@@ -71,13 +72,13 @@ class PreprocessSpec:
     """Scale of the model input. window: divide each window by its own standard deviation. constant: divide each window
     by `scale_uv`."""
     scale_uv: float = 10.0
-    """With `scale: constant`, windows are divided by this value in microvolts."""
+    """With `scaling: constant`, windows are divided by this value in microvolts."""
     clip: float = 20.0
     """Clip the scaled model input at plus and minus this value (0: do not clip). Stored windows are not clipped."""
     notch_width_hz: float = 4.0
     """Width in Hz of the notch filter around the mains frequency and around each harmonic. At the edges of this width,
     an amplitude is halved. The width must be larger than the drift of the mains frequency. 0 means the narrow filter of
-    older versions (a thirtieth of each frequency)."""
+    older versions, whose width is a thirtieth of the frequency that it removes."""
     reject_uv: float = 0.0
     """Leave a window out if the peak-to-peak amplitude of a good channel exceeds this value in microvolts. 0 keeps all
     windows."""
@@ -297,9 +298,9 @@ def transient_length(sfreq: float, spec: PreprocessSpec, line_freq: float | None
     Returns
     -------
     int
-        Number of samples at the target rate. The resampling filter has no effect beyond this distance. The responses of
-        the high-pass filter and of each notch filter have at most the fraction `TRANSIENT_ENERGY` of their energy
-        beyond it.
+        Number of samples at the target rate. Beyond this number of samples, the resampling filter has no effect, and
+        the responses of the high-pass filter and of the notch filters have at most the fraction `TRANSIENT_ENERGY` of
+        their energy.
     """
     reach = resampler_reach(sfreq, spec.sfreq, band_of(sfreq, spec)[1])
     return reach + _response_length(filters(sfreq, spec, line_freq).tobytes(), spec.highpass, spec.sfreq)
@@ -318,8 +319,8 @@ def _response_length(sections: bytes, highpass: float, sfreq: float) -> int:
     for sos in parts:
         n = lookahead(sos)
         response = np.asarray(sosfilt(sos, np.eye(1, n)[0]))
-        # A filter that runs forward and backward has the autocorrelation of its impulse response as response. The peak
-        # passes the signal; all other values are the transient.
+        # The response of a filter that runs forward and backward is the autocorrelation of its impulse response. The
+        # peak of the autocorrelation passes the signal; all its other values are the transient.
         spectrum = np.asarray(rfft(response, 2 * n))
         energy = np.asarray(irfft(np.abs(spectrum) ** 2))[1:n] ** 2
         left = energy[::-1].cumsum()[::-1]
@@ -342,7 +343,8 @@ def clean_blocks(
     Parameters
     ----------
     read : callable
-        Function (start, stop) that returns these samples in microvolts, with shape (C, stop - start).
+        Function (start, stop) that returns the samples from `start` up to `stop` in microvolts, with shape (C, stop -
+        start).
     n_samples : int
         Length of the segment, in samples at the target rate.
     sfreq : float
@@ -393,12 +395,13 @@ def reference_rows(n_channels: int, spec: PreprocessSpec, bads: Sequence[int], n
     Returns
     -------
     list of int
-        Rows of the reference channels; empty if the signal keeps its recorded reference.
+        Rows of the reference channels. The list is empty with `reference: keep`, and if an average reference would have
+        only one good channel.
 
     Raises
     ------
     ValueError
-        If the recording has no good channel, or if a reference channel is missing or bad.
+        If an average reference has no good channel, or if a named reference channel is missing or bad.
     """
     if wanted := spec.reference_channels:
         row_of = {name.casefold(): i for i, name in enumerate(names)}
@@ -438,7 +441,8 @@ def preprocess(
     line_freq : float, optional
         Mains frequency in Hz; `filters` explains this value.
     bads : list of int, optional
-        Bad channels. They are left out of the average reference, but the reference is also subtracted from them.
+        Rows of the bad channels. The average reference is computed without the bad channels, but is also subtracted
+        from them.
     names : sequence of str, optional
         Names of the channels; needed if the spec names reference channels.
 
@@ -451,8 +455,8 @@ def preprocess(
     Raises
     ------
     ValueError
-        If the array is not two-dimensional or contains NaN or infinite values, if no channel is good, or if a reference
-        channel is missing.
+        If the array is empty, is not two-dimensional, or contains NaN or infinite values, if an average reference has
+        no good channel, or if a named reference channel is missing or bad.
 
     Notes
     -----

@@ -1,8 +1,9 @@
 """Measure the quality of a raw (unfiltered) signal: missing values, dead and clipped channels, muscle and mains noise.
 
 The signal is divided into cells of a tenth of a second. Each cell of each channel gets flags while the signal is read.
-Afterwards, neighbouring cells with the same flag are merged to spans. The flags are stored compressed, to save memory.
-A cell is *at the rail* if many of its samples are at the largest or smallest value of the channel.
+After the whole signal is read, neighbouring cells with the same flag are merged into spans. The flags are stored
+compressed, to save memory. A cell is *at the rail* if many of its samples are at the largest or smallest value of the
+channel.
 
 Letters in array shapes: n channels, k cells, L samples of a cell, b samples of a block.
 """
@@ -19,17 +20,18 @@ import numpy as np
 from data_sharding.formats.signal import Segment
 
 CELL_S = 0.1
-"""Length of a cell in seconds. This is a whole number of periods of mains noise: 5 at 50 Hz, and 6 at 60 Hz."""
+"""Length of a cell in seconds. A cell is a whole number of periods of mains noise: 5 at 50 Hz, and 6 at 60 Hz."""
 SAMPLED = 4
 """Muscle activity, mains noise and repeated values are measured only in every fourth cell of a segment."""
 MISSING, CONSTANT, DEAD, HIGH, LOW, MUSCLE, MAINS_50, MAINS_60, LARGE = (1 << bit for bit in range(9))
 """Flags of a cell. MISSING: the cell has missing values. CONSTANT: all values are equal. DEAD: the signal is too small.
-HIGH, LOW: the cell is at the rail. MUSCLE, MAINS_50, MAINS_60: it contains muscle activity or mains noise. LARGE: the
-signal is too large."""
+HIGH, LOW: many samples equal the channel's largest or smallest value. MUSCLE, MAINS_50, MAINS_60: the cell contains
+muscle activity or mains noise. LARGE: the signal is too large."""
 MISSING_UV = 1e12
 """A value above this limit (in microvolts) counts as missing, because no amplifier can measure it."""
 RAIL_SHARE = 0.1
-"""A cell is at the rail if more than this share of its samples, and at least 3, equal the channel's extreme value."""
+"""A cell is at the rail if more than this share of its samples, and at least 3, equal the channel's largest or smallest
+value."""
 SHORTEST = {"missing values": 1, "flat": 2, "clipped": 2, "too small": 3, "too large": 1, "muscle": 1, "mains noise": 1}
 """Smallest number of cells in a span, for each kind of fault. (One cell with a small signal can be normal EEG.)"""
 NO_SIGNAL = frozenset({"missing values", "flat", "clipped", "too small", "too large"})
@@ -52,8 +54,8 @@ class QualitySpec:
     """Leave out the beginning and the end of each segment, where the filters have a transient. Trials and epochs are
     kept, and their samples have the key `transient_s`."""
     dead_uv: float = 0.1
-    """A channel is dead where its standard deviation within a tenth of a second is below this value. A linear trend is
-    subtracted first. The noise of an amplifier without EEG can be this small."""
+    """A channel is dead where its standard deviation within a tenth of a second, without the linear trend, is below
+    this value in microvolts. Noise of an amplifier that records no EEG can be below this value."""
     large_uv: float = 5000.0
     """A channel is too large in a window if the absolute value of its filtered signal exceeds this value. The raw
     signal is too large where it changes by more than twice this value within a tenth of a second."""
@@ -89,7 +91,7 @@ class Span:
     start: int
     """First sample at the recorded rate, counted from the start of the segment."""
     stop: int
-    """Last sample plus one."""
+    """Last sample plus one, counted from the start of the segment."""
 
 
 @dataclass
@@ -99,7 +101,8 @@ class _Rail:
     value: np.ndarray
     """[n], largest value so far. The smallest value is stored with the opposite sign."""
     since: np.ndarray
-    """[n], number of the cell in which this value occurred first. HIGH and LOW flags of earlier cells are invalid."""
+    """[n], number of the cell in which this value occurred first. HIGH or LOW flags of earlier cells are invalid,
+    because they mark a value that was later exceeded."""
     samples: np.ndarray = field(init=False)
     """[n], number of samples with this value in cells that are not at the rail."""
 
@@ -118,7 +121,7 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
     mains : dict
         Columns of `basis` for mains noise, by flag.
     n_free : int
-        L minus K.
+        Number of samples of a cell minus number of basis signals: L - K.
     """
     t = (np.arange(length) - (length - 1) / 2) / sfreq
     columns = [np.ones(length), t]
@@ -135,7 +138,7 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
 
 
 class Cells:
-    """Measures cells while a signal is read, and merges them to spans afterwards.
+    """Measures cells while a signal is read, and merges the cells into spans after the whole signal is read.
 
     Parameters
     ----------
@@ -163,8 +166,8 @@ class Cells:
         self.constant, self.missing, self.dead = (np.zeros(n_channels, int) for _ in range(3))
         """[n], number of cells with the flags CONSTANT, MISSING and DEAD."""
         self.repeated, self.compared = np.zeros(n_channels, int), np.zeros(n_channels, int)
-        """[n], samples that equal the previous sample, and all compared samples. Only every fourth cell counts (see
-        `SAMPLED`), and no constant cells."""
+        """[n], number of samples that equal the previous sample, and number of all compared samples. Only every fourth
+        cell is compared (see `SAMPLED`), and constant cells are left out."""
         self._flags: list[tuple[int, int, bytes]] = []
         self._firsts: list[int] = []
         self._segment, self._done = 0, 0
@@ -240,8 +243,8 @@ class Cells:
     def _measure_rows(self, rows: slice, x: np.ndarray, flags: np.ndarray) -> None:
         """Set the flags of the cells of a few rows, [r, k, L].
 
-        In most blocks, most rows have no fault. To save time, this is decided from the minimum and maximum of the whole
-        row and from a few samples of each cell. Only the other rows are measured cell by cell.
+        In most blocks, most rows have no fault. To save time, the minimum and maximum of a row and a few samples of
+        each cell show whether the row can have a fault. Only rows that can have a fault are measured cell by cell.
         """
         length, n_cells = x.shape[2], x.shape[1]
         whole = x.reshape(len(x), -1) if n_cells == 1 else _join_cells(x)
@@ -258,8 +261,8 @@ class Cells:
                 value = rail.value[rows]
                 found = np.flatnonzero(plain & (ends >= value))
                 if len(found):
-                    # The row reaches the extreme value. If a sample of `thin` has this value too, it may be clipped:
-                    # not plain.
+                    # The row reaches the channel's largest or smallest value. If a sample of `thin` has this value too,
+                    # the row may be clipped, so it is not plain.
                     at = (thin[found] == (ends if rail is self.high else low)[found][:, None, None]).any(axis=(1, 2))
                     plain[found[at]] = False
             thin = thin - thin[:, :, :1]
@@ -333,7 +336,7 @@ class Cells:
         flags: np.ndarray,
         flag: int,
     ) -> None:
-        """Flag cells at the rail, and count the samples that have the largest value of their channel so far."""
+        """Flag cells at the rail. In other cells, count the samples that have their channel's extreme value so far."""
         if not finite.any():
             return
         signed = np.where(finite, sign * ends, -np.inf)
@@ -374,7 +377,7 @@ class Cells:
     def share_constant(self) -> np.ndarray:
         """Return the fraction of constant cells of each channel, [n].
 
-        Cells that are constant in all channels do not count.
+        Cells that are constant in all channels are ignored.
         """
         return self._share(self.constant - self.n_all_constant)
 
@@ -383,7 +386,7 @@ class Cells:
         return self.missing / max(1, self.n_cells)
 
     def share_repeated(self) -> np.ndarray:
-        """Return the fraction of samples that equal the previous sample, [n]. Constant cells do not count."""
+        """Return the fraction of samples that equal the previous sample, [n]. Constant cells are ignored."""
         return self.repeated / np.maximum(1, self.compared)
 
     def summarise(self, stretches: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -397,10 +400,10 @@ class Cells:
         Returns
         -------
         samples : ndarray, shape (n,)
-            Fraction of the samples that have the largest or smallest value. Cells at the rail and constant cells do not
-            count.
+            Larger of two fractions of the samples: those with the channel's largest value, and those with its smallest
+            value. Cells at the rail, constant cells and cells with missing values are left out.
         cells : ndarray, shape (n,)
-            Fraction of cells at the rail. Constant cells do not count.
+            Fraction of cells at the rail. Constant cells and cells with missing values are left out.
         dead : ndarray, shape (stretches, n)
             Fraction of the cells in each stretch that have no signal: dead, missing, too large or at the rail.
         """
@@ -432,9 +435,8 @@ class Cells:
         return np.clip(count / max(1, self.n_cells - self.n_all_constant), 0, 1)
 
     def _read_flags(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the number of the first cell and the flags [n, k] of each block.
-
-        Invalid HIGH and LOW flags are removed.
+        """Yield the number of the first cell and the flags [n, k] of each block. HIGH and LOW flags are removed from
+        the cells before the channel first reached its final largest or smallest value.
         """
         n = len(self.constant)
         for first, k, packed in self._flags:
@@ -447,14 +449,14 @@ class Cells:
             yield first, flags
 
     def spans(self, rows: Sequence[int], line_freq: float | None) -> dict[int, list[Span]]:
-        """Merge neighbouring cells to spans.
+        """Merge neighbouring cells into spans.
 
         Parameters
         ----------
         rows : sequence of int
             Rows of the channels.
         line_freq : float, optional
-            Mains frequency in Hz. With None, noise at 50 Hz and at 60 Hz counts as mains noise.
+            Mains frequency in Hz. With None, both noise at 50 Hz and noise at 60 Hz are mains noise.
 
         Returns
         -------
@@ -505,7 +507,7 @@ class _Run:
 
 
 class _Runs:
-    """Merges cells to runs, block by block."""
+    """Merges cells into runs, block by block."""
 
     def __init__(self) -> None:
         self.found: dict[tuple[int, int, str], list[_Run]] = {}

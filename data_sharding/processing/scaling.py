@@ -11,7 +11,7 @@ import numpy as np
 
 
 def scale_windows(x_uv: Any, *, scaling: str, scale_uv: float, clip: float, channels: Any = None) -> Any:
-    """Scale microvolts to model input. `PreprocessSpec` explains the three settings.
+    """Scale microvolts to model input. `PreprocessSpec` explains `scaling`, `scale_uv` and `clip`.
 
     Parameters
     ----------
@@ -22,9 +22,9 @@ def scale_windows(x_uv: Any, *, scaling: str, scale_uv: float, clip: float, chan
     scale_uv : float
         Divisor of the constant scaling.
     clip : float
-        Largest absolute value of the result; 0 does not clip.
+        Largest absolute value of the result; 0 means no clipping.
     channels : int, or sequence or Tensor of int, [B], optional
-        Number of true channels, as in `standard_deviation`.
+        Number of recorded channels, as in `standard_deviation`.
 
     Returns
     -------
@@ -43,8 +43,8 @@ def standard_deviation(x_uv: Any, channels: Any = None) -> Any:
     x_uv : ndarray or Tensor, shape (..., C, T)
         Windows in microvolts, float32 or float64.
     channels : int, or sequence or Tensor of int, [B], optional
-        Number of true channels, for all windows or for each window. The later rows of a window are padding and are
-        ignored. By default all rows are used.
+        Number of recorded channels, for all windows or for each window. The rows after these channels are padding and
+        are ignored. By default all rows are used.
 
     Returns
     -------
@@ -53,8 +53,8 @@ def standard_deviation(x_uv: Any, channels: Any = None) -> Any:
 
     Notes
     -----
-    Padding repeats the channels. Without `channels`, the repeated rows count as well, so channels that are repeated
-    more often get a larger weight.
+    Padding rows repeat the recorded channels. Without `channels`, the padding rows are used too, so channels that are
+    repeated more often get a larger weight.
     """
     if channels is None or isinstance(channels, int):
         rows = x_uv if channels is None else x_uv[..., :channels, :]

@@ -2,7 +2,7 @@
 
 Except for rounding, the result does not depend on the size of the blocks. SciPy's `resample_poly` and `sosfiltfilt`
 need the whole signal in memory; applied to each block separately, they would cause errors at the borders of the blocks.
-So this module does not use them.
+So this module does not use these two functions of SciPy.
 
 Letters in array shapes: n channels, S samples at the recorded rate, T samples at the target rate, b samples per block.
 """
@@ -30,8 +30,8 @@ STOP_DB = 80.0
 """Attenuation of aliased frequencies in dB. A larger value is useless, because samples are stored as float16, and the
 rounding error of float16 is only 66 dB below the value."""
 TRUNCATION = 1e-7
-"""The lookahead of a filter is the number of samples after which its response is below this fraction. The later
-response is ignored."""
+"""The lookahead of a filter is the number of samples after which its response has decayed to this fraction and is
+ignored."""
 HELD_BYTES = 128 * 2**20
 """If a block and its lookahead need more bytes than this (8 bytes for each value), filtered samples are kept on
 disk."""
@@ -170,13 +170,13 @@ class _Plan:
     up: int
     down: int
     reach: int
-    """Number of input samples before and after an output sample that may contribute to it."""
+    """Number of input samples, before and after an output sample, that may contribute to the output sample."""
     inputs: int
     outputs: int
     groups: tuple[tuple[int, int, np.ndarray], ...]
-    """Three values for each group. The first is the index of the group's first output in the frame. The second is the
-    index of the group's first input, where index 0 is the input `reach` samples before the frame. The third is the
-    group's matrix, of shape [inputs of the group, outputs of the group]."""
+    """For each group: the index of the group's first output in the frame, the index of the group's first input (index 0
+    is the input `reach` samples before the frame), and the group's matrix, of shape [inputs of the group, outputs of
+    the group]."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -218,14 +218,15 @@ def resampled_length(n_samples: int, sfreq: float, target: float) -> int:
 def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     """Design the anti-aliasing filter and store the filter as matrices.
 
-    Resampling by up/down means: insert up - 1 zeros after each input sample, apply the low-pass filter h, and keep
-    every down-th sample. In the signal with the zeros, output j is at position j * down and input i at position i * up.
-    So output j is the sum over i of h[half + j * down - i * up] * x[i]. Only inputs i between j * down / up - `reach`
-    and j * down / up + `reach` have a weight.
+    Resampling by ``up / down`` means: insert ``up - 1`` zeros after each input sample, apply the low-pass filter ``h``,
+    and keep every ``down``-th sample. In the signal with the inserted zeros, output ``j`` is at position ``j * down``,
+    and input ``i`` is at position ``i * up``. So output ``j`` is the sum of ``h[half + j * down - i * up] * x[i]`` over
+    ``i``, where ``half`` is the index of the middle of ``h``. Only inputs ``i`` at most `reach` samples from ``j * down
+    / up`` have a weight.
 
-    The weights of a group of `count` neighbouring outputs form a matrix. One matrix product computes this group in all
-    frames. The matrices contain many zeros; still, the products take a third of the time of SciPy's `upfirdn`, which
-    computes one output at a time.
+    The weights of a group of `count` neighbouring outputs form a matrix. One matrix product computes the outputs of a
+    group in all frames. The matrices contain many zeros; still, the matrix products take a third of the time of SciPy's
+    `upfirdn`, which computes one output at a time.
     """
     from scipy.signal import firwin, kaiserord
 
@@ -245,14 +246,14 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     reach = half // up + 1
     count = max(4, min(64, round(2 * reach * up / down)))
     width = math.ceil(count * down / up) + 2 * reach + 1
-    # Make a frame at least as long as the inputs of a group. Then the inputs of a group do not overlap with those of
-    # the next frame, and BLAS reads them in place, without a copy.
+    # Make a frame at least as long as the inputs of a group. Then the inputs of a group do not overlap with its inputs
+    # in the next frame, and BLAS reads the inputs in place, without a copy.
     times = max(math.ceil(width / down), math.ceil(4 * count / up))
     inputs, outputs = times * down, times * up
     groups = []
     for first in range(0, outputs, count):
         j = np.arange(first, min(first + count, outputs))
-        begin = j[0] * down // up  # Counted from `reach` samples before the frame.
+        begin = j[0] * down // up  # Index of the group's first input; index 0 lies `reach` samples before the frame.
         # Stop at the last input that the group needs, because later samples may not have been read yet.
         i = np.arange(begin - reach, j[-1] * down // up + reach + 1)
         k = half + j[None, :] * down - i[:, None] * up
@@ -281,13 +282,13 @@ class Resampler:
     sfreq, target : float
         Recorded rate and target rate in Hz.
     passband : float
-        Upper edge of the pass band in Hz, limited to 0.45 of the lower rate. Frequencies below it are not attenuated
-        and contain no aliases.
+        Upper edge of the pass band in Hz, limited to 0.45 of the lower rate. Frequencies below this edge are not
+        attenuated and contain no aliases.
 
     Notes
     -----
     The filter is a Kaiser-windowed sinc. At both ends, the segment is extended by its own samples, rotated by 180
-    degrees about the end point. (Some libraries remove a linear trend instead. Then each sample would depend on the
+    degrees about the end point. (Some libraries remove a linear trend instead, but then each sample depends on the
     length of the signal.)
 
     Between two calls of `push`, `_held` contains the input samples that later outputs still need. The first sample in
@@ -299,8 +300,8 @@ class Resampler:
         self._same = ratio_of(sfreq, target) == 1
         self._plan = _plan(sfreq, target, passband) if not self._same else None
         self._held: np.ndarray | None = None
-        # Whether the extension was added before the first sample. Then `_held` begins `reach` samples before the next
-        # frame.
+        # Whether the signal was extended before its first sample. After this extension, `_held` begins `reach` samples
+        # before the next frame.
         self._begun = False
         self._n_channels = self._n_in = self._n_out = 0
         self._scale: float = 1.0
@@ -463,8 +464,8 @@ def zero_phase(
         Number of samples by which the segment is extended at each end (see `Resampler`). A short segment is extended by
         fewer samples.
     block : int
-        Number of samples that are read at a time. If it is less than four times the filter's lookahead, four times the
-        lookahead is used instead.
+        Number of samples that are read at a time. If `block` is less than four times the filter's lookahead, four times
+        the lookahead is used, except for a signal that is kept on disk.
 
     Yields
     ------
@@ -473,12 +474,12 @@ def zero_phase(
 
     Notes
     -----
-    The forward pass carries the filter state from block to block. The backward pass needs the state at the end of a
-    block, which depends on all later samples. So the backward filter starts one lookahead after the block, with an
-    approximate state. When the filter reaches the block, the error is below `TRUNCATION`. For a single block, the
-    result equals `scipy.signal.sosfiltfilt`.
+    The forward pass starts each block with the filter state from the end of the previous block. The state of the
+    backward pass at the end of a block depends on all later samples. So the backward filter starts one lookahead after
+    the block, with an approximate state. When the backward filter reaches the block, the error of its state is below
+    `TRUNCATION`. For a single block, the result equals `scipy.signal.sosfiltfilt`.
 
-    For a high-pass below about 0.1 Hz, the lookahead of many channels does not fit into memory. Then the signal is kept
+    For a high-pass below about 0.1 Hz, the lookahead of many channels does not fit into memory, so the signal is kept
     on disk as float32 between the two passes.
     """
     from scipy.signal import sosfilt

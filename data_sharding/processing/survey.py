@@ -1,10 +1,10 @@
 """Measure a recording's signal: its unit, bad channels, mains frequency, and fingerprint.
 
 Every sample is checked for clipping, constant runs and missing values. Amplitudes and spectra are measured only in
-short *stretches* of the recording, which are spread evenly. Their total length is limited, so a long recording does not
-need more time for this.
+*stretches* of the recording: intervals of at most four seconds, spread evenly. The total length of the stretches is
+limited, so these measurements do not take longer in a long recording.
 
-Letters in array shapes: n channels, S samples at the recorded rate, P points of the fingerprint, F frequencies.
+Letters in array shapes: n channels, S samples at the recorded rate, P samples of the fingerprint, F frequencies.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ If the unit is wrong by a factor of a thousand, the amplitude lies outside this 
 USABLE_UV = (0.1, 1000.0)
 """Range of robust amplitudes in microvolts that a single channel may have in a plausible recording."""
 FLAT_SHARE = 0.9
-"""A channel is flat if more than this fraction of its cells are constant, or if, in the other cells, more than this
-fraction of the samples equal the previous sample. Parts in which all channels are constant do not count. (`quality`
-explains cells.)"""
+"""A channel is flat if more than this fraction of its cells (tenths of a second) are constant, or if, in the other
+cells, more than this fraction of the samples equal the previous sample. Cells in which all channels are constant are
+ignored."""
 CLIPPED_SHARE = 0.05
-"""A channel is clipped if more than this fraction of its samples equal its minimum or its maximum. Cells at the rail do
-not count here, because there the channel is bad only in some windows."""
+"""A channel is clipped if more than this fraction of its samples equal its minimum or its maximum. Cells at the rail
+(see `CLIPPED_CELLS`) are left out of this fraction, because they make the channel bad only in some windows."""
 CLIPPED_CELLS = 0.5
-"""A channel is also clipped if more than this fraction of its cells are at the rail."""
+"""A channel is also clipped if more than this fraction of its cells are at the rail: many samples of such a cell equal
+the largest or the smallest value of the channel."""
 MISSING_SHARE = 0.9
 """A channel is left out if more than this fraction of its cells have missing values."""
 DEAD_SHARE = 0.05
@@ -42,21 +43,21 @@ DEAD_SHARE = 0.05
 TRIGGER_LEVELS = 32
 """Largest number of distinct values of a trigger channel. A trigger channel changes rarely between a few values."""
 TRIGGER_UV = 200.0
-"""Smallest peak-to-peak value of a trigger channel, in the unit of the file. A dead channel with one noisy bit is below
-it."""
+"""Smallest peak-to-peak value of a trigger channel, in microvolts if the unit of the file is right. A dead channel with
+one noisy bit has a smaller peak-to-peak value."""
 TONE_SHARE = 0.5
-"""A channel is a test tone if one frequency has more than this fraction of the channel's power above 1 Hz. This
-frequency must be above `TONE_ABOVE_HZ`, and must not be a harmonic of the mains frequency."""
+"""A channel is a test tone if one frequency above `TONE_ABOVE_HZ`, which is not a harmonic of the mains frequency, has
+more than this fraction of the channel's power above 1 Hz."""
 TONE_ABOVE_HZ = 30.0
 NOISY_RATIO = 5.0
-"""A channel is noisy if its amplitude above 45 Hz exceeds the median over the channels by this factor. (Muscle activity
-reaches a factor of 3.)"""
+"""A noisy channel exceeds the median over the channels by this factor and by `NOISY_Z`, in its amplitude above 45 Hz.
+(Muscle activity reaches a factor of 3.)"""
 NOISY_Z = 5.0
-"""A channel is noisy if its log amplitude exceeds the median by this many robust standard deviations (Bigdely-Shamlo et
-al. 2015)."""
+"""The log amplitude of a noisy channel exceeds the median over the channels by this many robust standard deviations
+(Bigdely-Shamlo et al. 2015), and by the factor `NOISY_RATIO`."""
 LONELY = 0.1
-"""A channel is noisy if its correlation with every other channel is below this value. The test is used only if the
-median over channels of the largest correlation is above `TOGETHER`."""
+"""A channel is also noisy if its correlation with every other channel is below this value, although the median over the
+channels of each channel's largest correlation is above `TOGETHER`."""
 TOGETHER = 0.6
 MIN_TO_COMPARE = 8
 """Channels are compared with each other only if at least this many channels passed the other checks."""
@@ -68,7 +69,8 @@ STRETCHES_S = 256.0
 """Largest total length, in seconds, of the stretches in which amplitudes and spectra are measured."""
 STRETCHES_SHARE = 0.25
 LEAST_STRETCHES_S = 32.0
-"""In a short recording, the stretches are this share of the recording, but at least this many seconds."""
+"""In a short recording, the total length of the stretches is the fraction `STRETCHES_SHARE` of the recording, but at
+least this many seconds."""
 SPECTRUM_HZ = 0.45
 """Spectra are compared up to this fraction of the sampling rate. Amplifiers remove higher frequencies."""
 MAINS = (50.0, 60.0)
@@ -77,15 +79,16 @@ LINE_RATIO = 5.0
 FINGERPRINT_STEP_S = 0.1
 FINGERPRINT_POINTS = 64
 HEAD_S = 10.0
-"""Length in seconds of the signal for the first points of the fingerprint. This includes the transient of the
+"""Length in seconds of the signal that gives the first samples of the fingerprint, including the transient of the
 filter."""
 LATER_S = (8.0, 32.0, 128.0, 512.0, 2048.0, 8192.0)
-"""Start of each later stretch of the fingerprint, in seconds. With these stretches, the fingerprints of two recordings
-differ even if both begin with the same calibration signal."""
+"""Start of each later interval of the fingerprint, in seconds. Because of the later intervals, the fingerprints of two
+recordings differ even if both begin with the same calibration signal."""
 LATER_POINTS = 32
-"""Number of fingerprint points in each later stretch."""
+"""Number of samples of the fingerprint in each later interval."""
 SETTLE_S = 2.0
-"""Seconds of signal before and after a later stretch, for the transient of the filter."""
+"""Seconds of signal that are filtered before and after each later interval of the fingerprint, for the transient of the
+filter."""
 
 
 @dataclass(kw_only=True)
@@ -101,14 +104,14 @@ class Verdict:
     bads: dict[int, str] = field(default_factory=dict)
     """Rows of bad channels, each with its reason: flat, clipped, trigger, test tone, noisy, too small or too large."""
     not_eeg: dict[int, str] = field(default_factory=dict)
-    """Rows whose signal cannot be EEG, each with the kind of the signal. These rows are also in `bads`."""
+    """Rows whose signal cannot be EEG, each with the kind of the signal; `bads` contains these rows too."""
     not_finite: list[int] = field(default_factory=list)
     """Rows that consist almost only of NaN or infinite values."""
     line_freq: float | None = None
     """Mains frequency in Hz, from the spectrum of the good channels."""
     fingerprint: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    """Fingerprint [n, P]: points of the filtered signal, 64 from the beginning and 32 from each later stretch. Each row
-    has norm 1; the row of a flat channel is zero."""
+    """Fingerprint [n, P]: samples of the filtered signal, 64 from the beginning and 32 from each later interval. Each
+    row has norm 1; the row of a flat channel is zero."""
     channel_uv: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Robust amplitude of each channel, [n]."""
 
@@ -240,7 +243,7 @@ class Survey:
         after = LATER_POINTS * FINGERPRINT_STEP_S + SETTLE_S
         spans = [(0.0, HEAD_S), *((begin - SETTLE_S, begin + after) for begin in LATER_S)]
         self._spans = [(round(begin * sfreq), round(end * sfreq)) for begin, end in spans]
-        """Range of samples of each stretch of the fingerprint, counted in the order of the `push` calls."""
+        """Range of samples of each interval of the fingerprint, counted in the order of the `push` calls."""
         self._prints: dict[int, _StretchBuffer] = {}
         longest = max((b - a for a, b in self._plan), default=0)
         self._n_fft = int(longest * self._rate / sfreq) if longest >= 2 * sfreq else 0
@@ -266,7 +269,7 @@ class Survey:
         -------
         ndarray, shape (n, b), float64
             The same values, but each missing value is replaced by the last value before it, because filters cannot
-            process NaN. `cells` stores where values are missing, and no window uses such values.
+            process NaN. `cells` stores where values are missing, and no window uses missing values.
         """
         if not x.shape[1]:
             return x
@@ -295,7 +298,7 @@ class Survey:
         return x
 
     def _hold_values(self, x: np.ndarray) -> np.ndarray:
-        """Replace each missing value by the last value before it; at the beginning, by the first value."""
+        """Replace each missing value by the last valid value before it; at the beginning, by the first valid value."""
         with np.errstate(invalid="ignore"):
             valid = np.abs(x) < MISSING_UV / self.cells.to_uv
         x = x.copy()
@@ -317,7 +320,8 @@ class Survey:
         pairs = np.unique(np.linspace(0, max(0, n - 2), 64).astype(int)) if n > 1 else np.zeros(0, int)
         rows = np.arange(len(x))
         if n >= 256:
-            # A trigger channel is constant in most samples of a block. A block that is too short does not show this.
+            # A trigger channel is constant in most samples of a block, but a block of fewer than 256 samples is too
+            # short to test this.
             moving = (x[:, pairs] == x[:, pairs + 1]).mean(axis=1) < 0.25
             self._restless |= moving
             rows = rows[~moving]
@@ -360,13 +364,14 @@ class Survey:
     def _measure_mains(self, spectrum: np.ndarray) -> None:
         """Add the power of a stretch near the mains frequencies, relative to neighbouring frequencies.
 
-        The power of each stretch is divided by the total power of this stretch, so that artefacts in a few stretches do
-        not hide the mains noise. An artefact that all channels share can also hide the mains noise, so the power is
-        measured a second time after the median over channels is subtracted.
+        The power of each stretch is divided by the median power at the neighbouring frequencies, so that artefacts in a
+        few stretches do not hide the mains noise. An artefact that all channels share can also hide the mains noise, so
+        the power is measured a second time after the median over channels is subtracted.
         """
         for line, totals in self._mains.items():
             bins = np.flatnonzero(np.abs(self._frequencies - line) < 6)
-            # The second measurement uses only some stretches, because the median over channels takes long.
+            # The measurement after the subtraction uses only some stretches, because computing the median over channels
+            # takes long.
             with_common = len(spectrum) >= MIN_TO_COMPARE and (self._n_power <= 8 or self._n_power % 4 == 0)
             if self._rate / 2 <= line + 3 or not len(bins):
                 continue
@@ -452,9 +457,9 @@ class Survey:
         return bool(returns and high and still and not self._restless[i])
 
     def _robust_amplitudes(self, live: np.ndarray) -> np.ndarray:
-        """Return the median absolute value of each channel in microvolts, [n].
+        """Return 1.4826 times the median absolute value of each channel in microvolts, [n].
 
-        Stretches without a signal do not count.
+        Stretches in which a channel has no signal are ignored for this channel.
         """
         if not self._amplitudes:
             return np.zeros(len(self._steps))
@@ -547,7 +552,7 @@ class Survey:
         return np.where(norm > 1e-6, points / np.maximum(norm, 1e-12), 0.0).astype(np.float32)
 
     def _stretch_points(self, number: int, begin_s: float, count: int) -> np.ndarray:
-        """Return at most `count` points of a stretch of the fingerprint, from `begin_s` seconds after its beginning."""
+        """Return at most `count` fingerprint samples of an interval, beginning `begin_s` seconds after its start."""
         x = self._prints[number].finish() if number in self._prints else np.zeros((len(self._steps), 0))
         if x.shape[1] < 2:
             return np.zeros((len(x), 0))
