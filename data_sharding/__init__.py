@@ -1,1 +1,1 @@
-"""Recordings to a dataset of WebDataset shards, and reading it back."""
+"""Converts EEG recordings to a dataset of WebDataset shards, and reads the samples of such a dataset."""

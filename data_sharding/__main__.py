@@ -1,6 +1,6 @@
 """Starts the sharding job. `ray job submit` uses ``python -m data_sharding CONFIG.yaml --output DIR``.
 
-The import of the job takes seconds on a busy machine. So this module first imports only the code that handles stop
+The import of the job takes seconds on a busy machine, so this module first imports only the code that handles stop
 signals.
 """
 
@@ -18,7 +18,7 @@ def _shard(words: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run ``dreamscale shard`` and return its exit code; it can be stopped at any moment."""
+    """Run ``dreamscale shard`` and return its exit code; the command can be stopped at any moment."""
     return run_main(_shard, argv)
 
 

@@ -1,12 +1,13 @@
 """Find copies of a recording in files of any format, by comparing fingerprints of the channels.
 
-A fingerprint is the signal of each channel between 1 and 40 Hz, with one point every 0.1 s: 64 points from the
-beginning of the recording, and 32 points from each of a few later stretches (see `data_sharding.processing.survey`).
-Comparing the fingerprints of all pairs of a hundred thousand recordings would take too long, so there are two steps.
-First, each recording gets a *signature* of a few numbers, computed from its beginning; pairs with similar signatures
-are candidates. Then only the fingerprints of the candidate pairs are loaded and compared.
+A fingerprint contains the signal of each channel between 1 and 40 Hz, with one value (a point) every 0.1 s: 64 points
+from the beginning of the recording, and 32 points from each of a few later excerpts (see
+`data_sharding.processing.survey`). Comparing the fingerprints of all pairs of a hundred thousand recordings would take
+too long, so there are two steps. In the first step, a *signature* of a few numbers is computed from the beginning of
+each recording; pairs of recordings with similar signatures are candidates. In the second step, only the fingerprints of
+the candidate pairs are loaded and compared.
 
-Shapes: n channels, P points of a fingerprint.
+Letters in shapes: `n` or `m` channels, `P` points of a fingerprint.
 """
 
 from __future__ import annotations
@@ -23,28 +24,30 @@ import numpy as np
 from data_sharding.dataset.ledger import LedgerRow
 
 SAME = 0.99
-"""Two channels are the same if their correlation is above this value."""
+"""Two channels have the same signal if their correlation is above this value."""
 SHARE = 0.6
-"""Two recordings are the same if at least this fraction of the smaller recording's channels are also in the larger
-recording."""
+"""Two recordings have the same signal if at least this fraction of the channels of the recording with fewer channels
+are also in the other recording."""
 LENGTH_S = 1.5
-"""Lengths count as equal if they differ by at most this number of seconds, because some formats add padding at the
-end."""
+"""The lengths of two recordings count as equal if they differ by at most this number of seconds, because some formats
+add padding at the end."""
 MIN_POINTS = 16
-"""Minimum number of points of a fingerprint, because fewer points can be equal by chance. Recordings with fewer points
-are compared only by the checksums of their files."""
+"""Minimum number of points for a comparison of fingerprints, because fewer points can be equal by chance. Recordings
+with fewer points are compared only by the checksums of their files."""
 ALIKE = 0.95
 """If the median correlation between the channels of a recording is above this value, the recording may be a calibration
 signal."""
 BANDS = ((0, 32), (16, 48), (32, 64))
-"""Ranges of points that are hashed separately, so that a change of one sign changes at most two hashes."""
+"""Ranges of points of a channel, each of which is hashed separately. So a change of the sign of one point changes at
+most two hashes."""
 FIRST = BANDS[-1][1]
-"""Number of points from the beginning of a recording. Fingerprints of older datasets have no other points."""
-LATER = 32
-"""Number of points of each later stretch of a recording."""
-DEAD = 1e-4
-"""A channel is flat in a stretch if the norm of its points in the stretch is below this fraction of the norm of all its
+"""Number of points of a fingerprint from the beginning of the recording. Fingerprints of older datasets have no later
 points."""
+LATER = 32
+"""Number of points of each later excerpt in a fingerprint."""
+DEAD = 1e-4
+"""A channel is flat in an excerpt if the norm of its points in the excerpt is below this fraction of the norm of all
+its points."""
 SKETCH = 16
 """Largest number of hashes in a signature."""
 NEIGHBOURS = 64
@@ -65,7 +68,8 @@ MIXED = 0.1
 channel's norm."""
 
 SHORT_PIECE_S = 10.0
-"""Segments with a mean length below this number of seconds are epochs of a longer recording."""
+"""If the mean length of the segments in a file is below this number of seconds, the segments are epochs of a longer
+recording."""
 
 Relation = Literal["same", "beginning", "remixed"]
 HOW: dict[Relation, str] = {
@@ -91,7 +95,7 @@ class RecordingFingerprint:
     signature: list[int] | None = None
     """Result of the function `signature`; None if the signature must still be computed from `points`."""
     points: np.ndarray | None = field(default=None, repr=False)
-    """[n, P] fingerprint; None if the fingerprint is not in memory."""
+    """Fingerprint, shape (n, P); None if the fingerprint is not in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,20 +122,21 @@ def signature(points: np.ndarray) -> list[int]:
     Returns
     -------
     list of int
-        At most `SKETCH` hashes (positive, below 2**63), sorted. If there are enough points for the number of channels,
-        the list begins with one negative number, the mixing code. The list is empty if there are too few points.
+        At most `SKETCH` hashes (positive, below 2**63), sorted. If the mixing code can be computed, it is added as the
+        first number of the list; it is negative. The list is empty if the fingerprint has too few points.
 
     Notes
     -----
     *Hashes.* The signs of 32 points of a channel form one number of 32 bits, and this number is hashed. Only the
     smallest hashes of all channels are kept (a bottom-k sketch, Broder 1997). So the more channels two recordings have
-    in common, the more hashes they have in common. The order and the names of the channels do not matter.
+    in common, the more hashes they have in common. The hashes do not depend on the order or the names of the channels.
 
     *Mixing code.* The mixing code finds recordings with channels that are linear combinations of the channels of
-    another recording. The channels are vectors over time, and these vectors span a space. The diagonal of the
-    projection onto this space (the leverage of each point) does not change if the channels are replaced by invertible
-    linear combinations of the channels. The code has one bit for each point: whether the leverage of the point is above
-    the median. So another reference, a bipolar montage, or the removal of a few components changes only a few bits.
+    another recording. Each channel is a vector over time, and the vectors of all channels span a space. The diagonal of
+    the projection onto this space of the channels (the leverage of each point) does not change if the channels are
+    replaced by invertible linear combinations of the channels. The mixing code has one bit for each point: whether the
+    leverage of the point is above the median. So another reference, a bipolar montage, or the removal of a few
+    components changes only a few bits of the mixing code.
     """
     points = np.asarray(points, np.float32)
     if points.ndim != 2 or points.shape[1] < MIN_POINTS:
@@ -144,8 +149,8 @@ def signature(points: np.ndarray) -> list[int]:
     for place, (start, stop) in enumerate(bands):
         bits = positive[:, start:stop]
         ups = bits.sum(axis=1)
-        # Skip ranges in which almost all signs are equal. A slow drift causes this in any recording, so these signs do
-        # not identify a recording.
+        # Skip a range of a channel in which almost all signs are equal: a slow drift causes equal signs in any
+        # recording, so they do not identify a recording.
         telling = (ups >= 4) & (ups <= bits.shape[1] - 4)
         word = (bits * (np.uint64(1) << np.arange(bits.shape[1], dtype=np.uint64))).sum(axis=1, dtype=np.uint64)
         numbers.append(word[telling] + np.uint64((place + 1) << 32))
@@ -154,13 +159,13 @@ def signature(points: np.ndarray) -> list[int]:
 
 
 def _span(rows: np.ndarray) -> np.ndarray:
-    """Compute an orthonormal basis [r, P] of the space that the channels [n, P] span."""
+    """Compute an orthonormal basis of the space that the channels span, from shape (n, P) to shape (rank, P)."""
     _, size, basis = np.linalg.svd(_normalize_rows(rows), full_matrices=False)
     return basis[size > RANK * size[0]]
 
 
 def _mixing_code(rows: np.ndarray) -> list[int]:
-    """Return a list with the mixing code of the channels [n, P]; the list is empty if there are too few points."""
+    """Return a list with the mixing code of the channels, shape (n, P); the list is empty if it cannot be computed."""
     if len(rows) < 2 or rows.shape[1] < BANDS[-1][1]:
         return []
     basis = _span(rows)
@@ -172,15 +177,15 @@ def _mixing_code(rows: np.ndarray) -> list[int]:
 
 
 def _is_linear_combination(x: np.ndarray, y: np.ndarray) -> bool:
-    """Return whether the channels of one recording are linear combinations of the channels of the other recording."""
+    """Return whether most channels of one recording are linear combinations of the channels of the other recording."""
     if min(len(x), len(y)) < 2 or x.shape[1] < BANDS[-1][1]:
         return False
     spaces = [(len(_span(rows)), rows) for rows in (x, y)]
     (_, part), (rank, whole) = sorted(spaces, key=lambda pair: pair[0])
     if rank > MOST_RANK:
         return False
-    # Scale all points to the same norm. Otherwise the largest points (artefacts, and the transient at the start) would
-    # dominate the fit.
+    # Scale all points to the same norm, because otherwise the largest points (artefacts, and the transient at the
+    # start) would dominate the fit.
     weight = 1 / np.maximum(np.linalg.norm(_normalize_rows(whole), axis=0), 1e-6)
     basis = _span(whole * weight)
     part = _normalize_rows(part * weight)
@@ -205,29 +210,31 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
 
     Parameters
     ----------
-    a : ndarray, shape (n, P)
+    a : ndarray, shape (n, points of the first recording)
         Fingerprint of the first recording.
-    b : ndarray, shape (n', P')
+    b : ndarray, shape (m, points of the second recording)
         Fingerprint of the second recording.
     seconds_a, seconds_b : float
-        Lengths of the recordings.
+        Lengths of the two recordings in seconds.
 
     Returns
     -------
     str or None
-        same: most channels of the smaller recording are in the other recording, and the lengths are equal. beginning:
-        the channels are equal, but one recording is longer. remixed: the lengths are equal, and the channels of one
-        recording are linear combinations of the channels of the other recording, as after a change of the reference.
-        None: the signals are different.
+        same: most channels of the recording with fewer channels are in the other recording, and the lengths are equal.
+        beginning: most channels are equal in this way, but one recording is longer. remixed: the lengths are equal, and
+        the channels of one recording are linear combinations of the channels of the other recording, as after a change
+        of the reference. None: the signals are different.
 
     Notes
     -----
-    The correlation must be high in the first half and in the second half of the first points separately. An amplifier
-    makes a large transient when it is switched on, and this transient looks the same in every recording. In a
-    correlation over all points, the transient would hide the differences between the later points.
+    The correlation of two channels must be high in the first half and in the second half of the points from the
+    beginning. An amplifier makes a large transient when it is switched on, and this transient looks the same in every
+    recording. In a correlation over all points, the transient of the amplifier would hide the differences between the
+    later points.
 
-    Recordings of different people can begin with the same calibration signal. So recordings of equal length must also
-    agree in more than half of the later stretches. Recordings of different length must agree in one of them.
+    Recordings of different people can begin with the same calibration signal. So if there are later excerpts,
+    recordings of equal length must also agree in more than half of the excerpts, and recordings of different length in
+    at least one excerpt.
     """
     n_points = min(a.shape[1], b.shape[1])
     if n_points < MIN_POINTS:
@@ -245,33 +252,34 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
         agree &= _normalize_rows(x[:, start:stop]) @ _normalize_rows(y[:, start:stop]).T > SAME
     same_length = abs(seconds_a - seconds_b) <= LENGTH_S
     later = _later_stretches(x, y, agree)
-    # A copy with a different length may have been cut. After a cut, the stretches contain different parts of the
-    # signal.
+    # A copy with a different length may have been cut, so that its excerpts contain other parts of the signal. For such
+    # a copy, one equal excerpt is enough.
     enough = 2 * sum(later) > len(later) if same_length else any(later)
     if agree.any(axis=1).mean() < SHARE or (later and not enough):
         return "remixed" if same_length and _is_linear_combination(x, y) else None
     if same_length:
         return "same"
     # Different recordings often begin with the same calibration signal, which is nearly equal in all channels. So two
-    # recordings of different length that begin with nearly equal channels do not count as the same.
+    # recordings of different length do not count as the same if all channels are nearly equal at the beginning.
     alike = len(x) < 2 or float(np.median(np.abs(_normalize_rows(x[1:]) @ _normalize_rows(x[:1]).T))) > ALIKE
     return None if alike or n_points < FIRST else "beginning"
 
 
 def _later_stretches(x: np.ndarray, y: np.ndarray, agree: np.ndarray) -> list[bool]:
-    """Compare two recordings in the stretches after their beginning.
+    """Compare the later excerpts of two fingerprints.
 
     Parameters
     ----------
-    x, y : ndarray, shapes (n, P) and (n', P)
-        Fingerprints; n is not larger than n'.
-    agree : ndarray of bool, shape (n, n')
-        Channels that agree at the beginning.
+    x, y : ndarray, shapes (n, P) and (m, P)
+        Fingerprints of the two recordings; `n` is not larger than `m`.
+    agree : ndarray of bool, shape (n, m)
+        Whether a channel of `x` and a channel of `y` agree at the beginning of the recordings.
 
     Returns
     -------
     list of bool
-        For each stretch, whether enough channels are the same. Stretches in which most channels are flat are left out.
+        For each later excerpt, whether enough channels of `x` are also in `y`. Excerpts in which most channels of `x`
+        or of `y` are flat are left out.
     """
     found = []
     for start in range(FIRST, x.shape[1] - LATER + 1, LATER):
@@ -309,12 +317,12 @@ def _pairs_by_hashes(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple
     numbers = np.fromiter((number for sketch in sketches for number in sketch), np.int64, total)
     who = np.repeat(np.arange(len(fingerprints)), sizes)
     seconds = np.array([p.seconds for p in fingerprints], float)
-    # Sort all hashes, so that equal hashes are neighbours. The recordings of equal hashes are sorted by length.
+    # Sort all hashes, so that equal hashes are neighbours. Recordings with the same hash are sorted by length.
     order = np.lexsort((who, seconds[who], numbers))
     numbers, who = numbers[order], who[order]
     pairs = []
-    # Each entry is compared only with the next NEIGHBOURS entries. So the time stays linear, even if all recordings
-    # have the same hash.
+    # Each entry of the sorted list is compared only with the next NEIGHBOURS entries, so that the time stays linear
+    # even if all recordings have the same hash.
     for step in range(1, min(NEIGHBOURS, total - 1) + 1):
         meet = numbers[step:] == numbers[:-step]
         if not meet.any():
@@ -325,8 +333,8 @@ def _pairs_by_hashes(fingerprints: Sequence[RecordingFingerprint]) -> list[tuple
         return []
     codes, shared = np.unique(np.concatenate(pairs), return_counts=True)
     i, j = codes // len(fingerprints), codes % len(fingerprints)
-    # A pair needs two common hashes, because one common hash can be a coincidence. A single common hash is enough if
-    # one of the recordings has fewer than 4 hashes.
+    # A pair needs two common hashes, because one common hash can be a coincidence. A single common hash is enough if a
+    # recording of the pair has fewer than 4 hashes.
     kept = (i != j) & ((shared >= 2) | (np.minimum(sizes[i], sizes[j]) < 4))
     return [(int(a), int(b)) for a, b in zip(i[kept], j[kept], strict=True)]
 
@@ -361,8 +369,8 @@ def find_matches(
     ours, theirs : sequence of RecordingFingerprint
         Recordings of the two collections, with their signatures.
     load_ours, load_theirs : callable
-        Functions that return the full fingerprint [n, P] for the key of a recording. The functions are called only for
-        recordings of candidate pairs.
+        Functions that return the full fingerprint, shape (n, P), for the key of a recording. The functions are called
+        only for recordings of candidate pairs.
 
     Returns
     -------
@@ -390,8 +398,8 @@ def find_duplicates(
         Recordings in the order of preference (see `preference`). Of several recordings of the same signal, the first
         one is kept.
     load_points : callable, optional
-        Function that returns the full fingerprint [n, P] for the key of a recording. The function is called only for
-        recordings of candidate pairs without `RecordingFingerprint.points`.
+        Function that returns the full fingerprint, shape (n, P), for the key of a recording. The function is called
+        only for recordings of candidate pairs without `RecordingFingerprint.points`.
 
     Returns
     -------
@@ -436,8 +444,8 @@ def find_duplicates(
                     difference = f"{HOW['beginning']}, {item.seconds:.1f} of {kept.seconds:.1f} s"
                 duplicates[item.key] = Copy(kept=kept.key, difference=difference)
                 break
-    # A recording A with the same bytes as B refers to B. If B was later found to be a duplicate of C, then A must refer
-    # to C.
+    # A recording A with the same bytes as a recording B refers to B. If B was later found to be a duplicate of a
+    # recording C, then A must refer to C, too.
     for key, duplicate in duplicates.items():
         if not duplicate.difference and duplicate.kept in kept_for:
             duplicates[key] = Copy(kept=kept_for[duplicate.kept].key)
@@ -445,7 +453,7 @@ def find_duplicates(
 
 
 def preference(row: LedgerRow, *, trials: bool) -> tuple:
-    """Make a sort key for recordings. Of several recordings of the same signal, the one with the smallest key is kept.
+    """Make a sort key for a recording. The recording with the smallest key of all recordings of a signal is kept.
 
     Parameters
     ----------
@@ -459,9 +467,9 @@ def preference(row: LedgerRow, *, trials: bool) -> tuple:
     tuple
         Sort key. The key prefers, in this order, recordings with trials, recordings with a known subject, longer
         recordings (in whole minutes, because some formats pad the end), recordings whose file shows more interruptions,
-        and recordings with more channels. The last criterion is the recording's key.
+        and recordings with more channels. If two recordings are equal in all of this, the recording's key decides.
     """
-    # Windows must not cross an interruption, so prefer the file that shows more interruptions. But many short segments
-    # are epochs, not interruptions.
+    # Windows must not cross an interruption, so prefer the file that shows more interruptions. But short segments are
+    # epochs, so do not treat their borders as interruptions.
     segments = row.segments if row.seconds >= SHORT_PIECE_S * row.segments else 0
     return (not trials, row.subject == row.key, -int(row.seconds // 60), -segments, -row.n_kept, row.key)

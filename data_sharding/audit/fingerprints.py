@@ -1,6 +1,6 @@
 """Fingerprints of recordings, windows and images, which do not depend on the file format or the dataset.
 
-Shapes: n channels, T time points of a window, P points of a recording's fingerprint.
+Letters in shapes: `n` channels, `T` time points of a window, `P` points of a recording's fingerprint.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ ROWS_A_GROUP = 256
 NEAR_BITS = 10
 """Two images count as similar only if at most this number of the 64 bits of their perceptual hashes differ."""
 NEAR_LEVELS = 8.0
-"""Two images count as similar only if the root mean square difference of their thumbnails is at most this number of
-levels (of 255)."""
+"""Two images count as similar only if the root mean square difference of their thumbnails is at most this number, on
+the scale of pixel values from 0 to 255."""
 NEAR_SHARE = 0.25
-"""Maximum difference of the thumbnails of two similar images, as a fraction of their contrast. Without this limit, all
-images of low contrast would count as similar."""
+"""Maximum difference of the thumbnails of two similar images, as a fraction of the thumbnails' contrast. Without this
+limit, all images of low contrast would count as similar."""
 THUMB = 16
 """Width and height of a thumbnail in pixels."""
 
@@ -53,9 +53,9 @@ def write_fingerprints(
     path : str, Path or UPath
         File to write.
     rows : iterable of LedgerRow
-        Rows of the ledger; the fingerprint of each of these recordings is written.
+        Ledger rows of the recordings whose fingerprints are written.
     load_points : callable
-        Function that returns the fingerprint [n, P] for the key of a recording.
+        Function that returns the fingerprint, shape (n, P), for the key of a recording.
     """
     with scratch_folder() as folder:
         local = folder / NAME
@@ -64,7 +64,7 @@ def write_fingerprints(
 
 
 def _schema() -> Any:
-    """Return the pyarrow schema of the file."""
+    """Return the pyarrow schema of the fingerprints file."""
     import pyarrow as pa
 
     text, number = pa.string(), pa.int64()
@@ -115,7 +115,7 @@ def _write(local: Path, rows: Iterable[LedgerRow], load_points: Callable[[str], 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """Columns that are read when the file is opened, with their types."""
+    """Columns that are read when a fingerprints file is opened, with their types."""
 
     key: str
     sha256: str
@@ -138,7 +138,7 @@ class Fingerprints:
     Attributes
     ----------
     recordings : list of RecordingFingerprint
-        One fingerprint for each recording, with signature but without points.
+        One fingerprint for each recording. Its `points` are None; `load` reads them.
 
     Raises
     ------
@@ -252,8 +252,8 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
     Notes
     -----
     The perceptual hash is the common hash based on the cosine transform (Zauner, Implementation and benchmarking of
-    perceptual image hash functions, 2010): reduce the image to 32 x 32 grey pixels, take the 8 x 8 lowest coefficients
-    of the cosine transform, and set a bit for each coefficient above their median.
+    perceptual image hash functions, 2010): reduce the image to 32 x 32 grey pixels, keep the 8 x 8 lowest coefficients
+    of the cosine transform, and set a bit for each coefficient above the median of the coefficients.
     """
     from PIL import Image, ImageOps
     from scipy.fft import dctn
@@ -265,8 +265,8 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
         return ImageFingerprint(sha256=sha256)
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), float)
     low = np.asarray(dctn(grey, norm="ortho"))[:8, :8].ravel()
-    # In an image of one colour the coefficients are only rounding errors. They are set to 0, so that rounding errors do
-    # not change the hash.
+    # In an image of one colour, the coefficients are only rounding errors. Set coefficients of this size to 0, so that
+    # rounding errors do not change the hash.
     low = np.where(np.abs(low) < 1.0, 0.0, low)
     bits = low > np.median(low[1:])
     thumb = image.resize((THUMB, THUMB), Image.Resampling.BOX)
@@ -286,7 +286,8 @@ def find_similar_images(ours: Sequence[ImageFingerprint], theirs: Sequence[Image
     Returns
     -------
     list of (int, int)
-        Index into `ours` and index into `theirs` of each pair. Images of equal bytes are found, too.
+        Index into `ours` and index into `theirs` of each pair. Images of equal bytes are similar, too, if Pillow can
+        open them.
 
     Notes
     -----

@@ -2,8 +2,8 @@
 
 The config names subjects, recordings, text files with such names, or whole datasets. All names are looked up in the
 corpora before any recording is read. A name that matches nothing is refused, because a typing error must not let a
-benchmark into the training data. Recordings that are held back are read and fingerprinted like all other recordings. So
-a copy of a benchmark recording with another name or in another format is found and held back, too.
+benchmark into the training data. Recordings that are held back are read and fingerprinted like all other recordings, so
+that a copy of a benchmark recording with another name or in another format is found and held back, too.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ class HoldBackConfig:
     """Recordings, subjects and images of benchmarks, which must not be in the dataset."""
 
     subjects: list[str] = field(default_factory=list)
-    """Names of subjects, as they are in the paths of the files (sub-11 or 11). CORPUS/SUBJECT means a subject of one
-    corpus."""
+    """Names of subjects, as they are in the paths of the files (sub-11 or 11). The form CORPUS/SUBJECT names a subject
+    of one corpus."""
     recordings: list[str] = field(default_factory=list)
-    """Glob patterns that are matched against CORPUS/PATH of each recording. PATH is relative to the root folder of the
-    corpus."""
+    """Glob patterns that are matched against CORPUS/PATH of each recording, where PATH is relative to the root folder
+    of the corpus."""
     lists: list[str] = field(default_factory=list)
-    """Paths of text files. Each line is ``subject NAME``, ``recording GLOB`` or ``sha256 HEX``; # begins a comment."""
+    """Paths of text files. Each line of a file is ``subject NAME``, ``recording GLOB`` or ``sha256 HEX``; # begins a
+    comment."""
     datasets: list[str] = field(default_factory=list)
-    """Folders of datasets from ``dreamscale shard``. All recordings, subjects and images of these datasets are held
-    back."""
+    """Folders of datasets from ``dreamscale shard`` whose recordings, subjects and images are all held back."""
 
     def __bool__(self) -> bool:
         return bool(self.subjects or self.recordings or self.lists or self.datasets)
@@ -81,7 +81,7 @@ def read_list(path: str) -> list[Entry]:
     Raises
     ------
     RequestError
-        If the file cannot be read, or if a line does not have one of the three forms.
+        If the file cannot be read, or if a line is not ``subject NAME``, ``recording GLOB`` or ``sha256 HEX``.
     """
     file = as_path(path)
     try:
@@ -151,15 +151,17 @@ class HoldBack:
     """Request to hold benchmarks back, after the requested names were looked up in the corpora."""
 
     named: dict[str, str]
-    """For the key of each recording that is held back by name: text with the entry and its place."""
+    """Keys of the recordings that are held back by name. The value of a key is a text with the entry that names the
+    recording and the place of the entry."""
     sha256: dict[str, str]
-    """For each checksum that is held back: the place of the entry."""
+    """Checksums that are held back, each with the place of its entry."""
     datasets: list[Contents]
     """Contents of the datasets that are held back."""
     identity: dict[str, Any]
-    """Settings of the request that change the dataset; the checksum of the job's plan covers these settings."""
+    """Settings of the request that change the dataset; they are part of the checksum of the job's plan."""
     images_left_out: dict[str, int] = field(default_factory=dict)
-    """For each recording: number of trials with a held-back image. `drop_held_back_images` fills this dictionary."""
+    """Number of trials with a held-back image for each recording, by key. `drop_held_back_images` fills this
+    dictionary."""
 
     @classmethod
     def plan(cls, config: HoldBackConfig, items: Iterable[Item]) -> HoldBack:
@@ -232,7 +234,7 @@ class HoldBack:
         Returns
         -------
         list of Item
-            The same recordings without the removed trials; `images_left_out` counts the removed trials.
+            The same recordings without the removed trials; `images_left_out` contains the number of removed trials.
 
         Raises
         ------
@@ -263,14 +265,13 @@ class HoldBack:
     ) -> dict[str, int]:
         """Mark the ledger rows of recordings that are held back. Call this method before duplicates are searched.
 
-        A recording is held back if one of these conditions is true. The first true condition gives the reason:
+        A recording is held back if one of the following conditions is true; the first true condition gives the reason:
 
         1. the config or a list names the recording, its subject, or its checksum;
         2. a held-back dataset contains a recording of equal bytes, the same subject of the same corpus, or the same
            signal;
-        3. the subject of the recording has another recording that was held back for the same dataset;
-        4. the recording has the same bytes or the same signal as a recording that is held back for one of these
-           reasons.
+        3. the subject of the recording has another recording that is held back because of a held-back dataset;
+        4. the recording has the same bytes or the same signal as a recording that is held back by conditions 1 to 3.
 
         Parameters
         ----------
@@ -279,7 +280,7 @@ class HoldBack:
         fingerprints : mapping of str to RecordingFingerprint
             Fingerprint of each recording, by key.
         load_points : callable
-            Function that returns the fingerprint [n, P] for the key of a recording.
+            Function that returns the fingerprint, shape (n, P), for the key of a recording.
 
         Returns
         -------

@@ -18,7 +18,7 @@ from data_sharding.dataset.manifest import Manifest
 from data_sharding.dataset.splits import SPLITS
 
 FLAGS = ("recordings", "markdown", "json")
-"""Command-line options that may have no value. Without a value, they are true."""
+"""Command-line options that may be given without a value; an option without a value is true."""
 MOST_VALUES = 8
 """Largest number of different values of a property that the table about people shows."""
 
@@ -32,7 +32,7 @@ class InspectConfig:
     recordings: bool = False
     """Also show a table of all recordings."""
     recording: str = ""
-    """Show all ledger columns of one recording. The value is the recording's key, its path, or CORPUS/PATH."""
+    """Show all ledger columns of the recording with this key, path, or CORPUS/PATH."""
     json: bool = False
     """Print JSON instead of tables."""
     markdown: bool = False
@@ -41,7 +41,7 @@ class InspectConfig:
 
 @dataclass(kw_only=True)
 class Grid:
-    """Table that the command prints."""
+    """Table that ``dreamscale inspect`` prints."""
 
     title: str
     """Title above the table; in JSON, the key of the table."""
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _command(words)
     except BrokenPipeError:
-        # The program that reads the output (for example `head`) has closed the pipe. Redirect the output to /dev/null.
-        # Otherwise Python prints an error at exit.
+        # The program that reads the output (for example `head`) has closed the pipe. Redirect the output to /dev/null,
+        # because otherwise Python prints an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE

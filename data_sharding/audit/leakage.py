@@ -3,19 +3,19 @@
 Subjects, recordings, windows and images are recognised as the same by these rules:
 
 - **Subject**: same corpus and same name. A recording with an unknown subject counts as a separate subject. Equal
-  subject names in two corpora are only a question (see below), because "sub-01" is usually a different person in each
-  corpus.
+  subject names in two corpora are only a question for a person, because "sub-01" is usually a different person in
+  each corpus.
 - **Recording**: equal bytes (checksum over all files), the same signal (`data_sharding.audit.duplicates`), or the same
-  key. If the keys are equal but the checksums differ, the pair is only a question.
+  key. Two recordings with the same key but different checksums are only a question for a person.
 - **Window**: equal values, or overlapping times within a shared recording. Times are compared as well, because
   different preprocessing gives different values for the same second of a recording.
 - **Image**: equal bytes, similar pixels (`find_similar_images` in `data_sharding.audit.fingerprints`), or the same name
   in the same corpus.
 
-Each finding is either a proof of leakage or a question that a person must answer. A finding is a question if only the
-names are equal, or if the config of the dataset allows that a subject or image is in several splits.
+Each finding is either a proof of leakage or a question that a person must answer. For example, a finding is a question
+if only the names are equal, or if the config of the dataset allows that a subject or image is in several splits.
 
-Shapes: W windows of a dataset, R recordings.
+Letters in shapes: `W` windows of a dataset, `R` recordings.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class Finding:
     text: str
     """One line of text that names the shared subject, recording, windows or image."""
     proof: bool = True
-    """Whether the finding is a proof of leakage. Otherwise the finding is a question for a person: only the names are
-    equal, or the config of the dataset allows that the subject or image is in several splits."""
+    """Whether the finding is a proof of leakage. A finding that is no proof is a question for a person, for example
+    because only the names are equal, or because the config of the dataset allows that the subject or image is in
+    several splits."""
 
 
 @dataclass(kw_only=True)
@@ -117,24 +118,26 @@ class Contents:
     fingerprints: Fingerprints | None
     """Fingerprints of the recordings; None if the dataset has no fingerprints file."""
     recordings: list[str]
-    """[R] keys of the recordings that have windows in the dataset."""
+    """Keys of the `R` recordings that have windows in the dataset."""
     people: list[tuple[str, str]]
-    """[R] corpus and subject of each recording."""
+    """Corpus and subject of each of the `R` recordings."""
     recording: np.ndarray = field(repr=False)
-    """[W] recording of each window, as an index into `recordings`."""
+    """Recording of each of the `W` windows, as an index into `recordings`."""
     split: np.ndarray = field(repr=False)
-    """[W] split of each window, as an index into `SPLITS`."""
+    """Split of each of the `W` windows, as an index into `SPLITS`."""
     start: np.ndarray = field(repr=False)
-    """[W] start of each window, in seconds from the beginning of the recording. For a trial, the window is the part
-    that models read by default."""
+    """Start of each of the `W` windows, in seconds from the beginning of the recording. For a trial, the window is the
+    part that models read by default."""
     stored: np.ndarray = field(repr=False)
-    """[W, 2] start and length of the whole stored signal in seconds. For a trial, this can include a baseline."""
+    """Start and length in seconds of the whole stored signal of each window, shape (W, 2). The stored signal of a trial
+    can include a baseline."""
     digest: np.ndarray = field(repr=False)
-    """[W] checksum of each window (`data_sharding.audit.fingerprints.window_digest`); empty if no windows were read."""
+    """Checksum of each of the `W` windows (`data_sharding.audit.fingerprints.window_digest`); empty if the windows were
+    not decoded."""
     images: list[ImageUse] = field(repr=False)
     """Images of the dataset; an image with two names has two entries."""
     concepts: dict[str, set[str]] = field(default_factory=dict, repr=False)
-    """Splits that contain trials with an image of each concept."""
+    """For each concept, the splits that contain trials with an image of the concept."""
     _order: np.ndarray | None = field(default=None, init=False, repr=False)
     _bounds: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), init=False, repr=False)
 
@@ -223,7 +226,10 @@ class Contents:
         )
 
     def checksums(self) -> dict[str, str]:
-        """Map checksums to keys of recordings; the checksum of a duplicate is mapped to the kept recording."""
+        """Return the key of the recording with each checksum.
+
+        For the checksum of a duplicate, the key of the kept recording is returned.
+        """
         present = set(self.recordings)
         kept = {row.sha256: key if key in present else row.duplicate_of for key, row in self.rows.items()}
         return {sha: key for sha, key in kept.items() if sha and key in present}
@@ -239,7 +245,7 @@ class Contents:
         Returns
         -------
         ndarray of int
-            Indices into `start` and the other arrays of shape [W].
+            Indices into `start` and the other arrays with one entry for each window.
         """
         if self._order is None:
             self._order = np.argsort(self.recording, kind="stable")
@@ -319,7 +325,7 @@ def _read_samples(
 
 
 def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the values of array a that are in array b. Return their indices in a and the matching indices in b."""
+    """Return the index in `a` of each value that is also in `b`, and an index in `b` of the same value."""
     if not len(a) or not len(b):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     order_a, order_b = np.argsort(a), np.argsort(b, kind="stable")
@@ -330,16 +336,17 @@ def _match_values(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _overlaps(a: np.ndarray, length_a: Any, b: np.ndarray, length_b: Any) -> np.ndarray:
-    """Return which windows of a overlap with a window of b. The arguments a and b are start times in seconds.
+    """Return for each window of a first group whether it overlaps in time with a window of a second group.
 
-    A length in seconds is one number for all windows, or an array with the length of each window.
+    `a` and `b` are the start times of the windows in the two groups, and `length_a` and `length_b` are their lengths,
+    in seconds. A length is one number for all windows of the group, or an array with one number for each window.
     """
     if not len(a) or not len(b):
         return np.zeros(len(a), bool)
     order = np.argsort(b)
     ends = np.maximum.accumulate((b + length_b)[order])
-    # For each window of a, find the windows of b that start before this window ends. Start times are rounded, so use a
-    # tolerance.
+    # For each window of the first group, find the windows of the second group that start before it ends. Start times
+    # are rounded, so use a tolerance.
     last = np.searchsorted(b[order], a + length_a - 1e-4) - 1
     return (last >= 0) & (ends[np.maximum(last, 0)] > a + 1e-4)
 
@@ -368,7 +375,7 @@ def compare_datasets(a: Contents, b: Contents) -> Findings:
     Returns
     -------
     Findings
-        Proofs and questions, and the comparisons that could or could not be made.
+        Proofs of leakage, questions for a person, and the comparisons that could or could not be made.
     """
     out = Findings()
     _compare_subjects(a, b, out)
@@ -408,7 +415,7 @@ def _report_unnamed(contents: Contents, out: Findings) -> None:
 
 
 def _compare_recordings(a: Contents, b: Contents, out: Findings) -> list[tuple[str, str]]:
-    """Add findings about recordings to `out`. Return the key in a and the key in b of each shared recording."""
+    """Add findings about recordings to `out`. Return the key of each shared recording in `a` and in `b`."""
     pairs: dict[tuple[str, str], str] = {}
     sums_a, sums_b = a.checksums(), b.checksums()
     for sha in sums_a.keys() & sums_b.keys():
@@ -539,8 +546,9 @@ def compare_splits(contents: Contents) -> Findings:
     -------
     Findings
         Proofs of leakage, and questions for a person to answer. Two windows of different splits always prove leakage if
-        they are equal or overlap in time. If the config does not hold out subjects, a subject in several splits is only
-        a question. If the config does not hold out images, an image in several splits is only a question.
+        they are equal, or if the parts that models read by default overlap in time. If the config does not hold out
+        subjects, a subject in several splits is only a question. If the config does not hold out images, an image in
+        several splits is only a question.
     """
     out = Findings()
     free_subjects, free_images = _allowed_crossings(contents.manifest)
@@ -576,7 +584,7 @@ def compare_splits(contents: Contents) -> Findings:
 
 
 def _question_two_names(contents: Contents, of_subject: dict[tuple[str, str], set[int]], out: Findings) -> None:
-    """Add a question if copies of one recording have different subject names that are in different splits."""
+    """Add a question to `out` if copies of one recording have different subject names that are in different splits."""
     asked: set[frozenset[tuple[str, str]]] = set()
     for row in contents.rows.values():
         kept = contents.rows.get(row.duplicate_of)

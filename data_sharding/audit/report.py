@@ -58,15 +58,15 @@ def sum_hours_by_fate(rows: Sequence[LedgerRow]) -> list[tuple[str, float]]:
     Returns
     -------
     list of (str, float)
-        Name and number of hours of each entry. The first entry is "found"; it is the sum of all other entries.
+        Name and number of hours of each entry. The first entry, "found", is the sum of all other entries.
     """
     seconds: defaultdict[str, float] = defaultdict(float)
     for row in rows:
         seconds["found"] += row.seconds
         if row.status == "sharded":
             seconds["written"] += row.seconds_written
-            # The difference can be slightly negative: after resampling, the last window may end a fraction of a sample
-            # after the recording.
+            # `seconds_written` can be slightly larger than `seconds`: after resampling, the last window may end a
+            # fraction of a sample after the recording.
             seconds["not in a window"] += max(row.seconds - row.seconds_written, 0.0)
         else:
             seconds[row.status] += row.seconds

@@ -1,6 +1,6 @@
 """Charts for the report of a dataset: channels, sampling rates, amplitudes, spectra and traces, as embedded PNG.
 
-Shapes: n channels, T samples a window, F frequencies.
+Letters in shapes: `n` channels, `T` time points of a window, `F` frequencies.
 """
 
 from __future__ import annotations
@@ -134,22 +134,22 @@ class Window:
     """Window of a dataset that is drawn in a chart."""
 
     eeg: np.ndarray
-    """[n, T] microvolts: the window, or the part of a trial that models read by default."""
+    """Signal in microvolts, shape (n, T): the window, or the part of a trial that models read by default."""
     meta: dict[str, Any]
     """The JSON metadata of the sample."""
     stored: np.ndarray | None = None
-    """[n, S] microvolts: the whole stored signal, such as a trial with its baseline; None if it is equal to `eeg`."""
+    """Whole stored signal in microvolts, such as a trial with its baseline; None if this signal is equal to `eeg`."""
 
 
 def _pick_evenly(values: Sequence[Any], n: int) -> list[Any]:
-    """Return at most n of the values, spread evenly over the list. The choice is not random."""
+    """Return at most `n` of the values, at evenly spaced positions of the list."""
     if len(values) <= n:
         return list(values)
     return [values[i] for i in np.linspace(0, len(values) - 1, n).round().astype(int)]
 
 
 def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dict[str, list[list[Window]]]:
-    """Read a few windows of each corpus, spread evenly over its recordings. The choice is not random.
+    """Read a few windows of each corpus, from evenly spaced recordings in the order of their keys.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def sample_windows(root: AnyPath, rows: Sequence[LedgerRow], length: int) -> dic
     rows : sequence of LedgerRow
         Rows of the ledger.
     length : int
-        Number of samples of the window that models read.
+        Number of time points of the window that models read.
 
     Returns
     -------
@@ -250,8 +250,8 @@ def measure_mains_peaks(frequency: np.ndarray, power: np.ndarray) -> dict[float,
     -------
     dict
         For 50 Hz and 60 Hz, if the spectrum contains this frequency: the power of the peak, divided by the median power
-        at a distance of 3 to 8 Hz from the peak. One median is computed below the peak and one above it, and the larger
-        one is used. So there is no false peak if one side was removed by a notch filter or by the band-pass filter.
+        at a distance of 3 to 8 Hz from the peak. The larger of the medians below and above the peak is used, so that
+        there is no false peak if a notch filter or the band-pass filter removed one side.
     """
     peaks = {}
     for line in (50.0, 60.0):

@@ -37,8 +37,8 @@ class VerifyConfig:
     dataset: str
     """Folder of the dataset."""
     against: str = ""
-    """Folder of a second dataset. If given, the command checks that no subject, recording, window or image is in both
-    datasets."""
+    """Folder of a second dataset. If a second dataset is given, the command checks only that no subject, recording,
+    window or image is in both datasets."""
     content: bool = True
     """If true, decode every window and compare the splits. If false, check only bytes and counts."""
     lines: int = 20
@@ -146,7 +146,8 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
             faults += shard_faults(root, shard)
             advance(1)
     known = {shard.path for shard in shards}
-    # A job that adds recordings to the dataset may be running, or may have been interrupted.
+    # If the work folder exists, a job that adds recordings is running or was interrupted, so shards may not be in the
+    # manifest yet.
     growing = (root / WORK).is_dir()
     for split in manifest.splits if not growing else ():
         for tar in sorted((root / split).glob("*.tar")):
@@ -167,7 +168,7 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
 def _intact_entries(index: AnyPath, shard: Shard) -> list[dict[str, Any]]:
     """Return the entries of an index.
 
-    For a missing or damaged index, return no entries, because `shard_faults` reports it.
+    For a missing or damaged index, return no entries, because `shard_faults` reports the fault.
     """
     with contextlib.suppress(RequestError):
         return read_entries(index, shard.bytes) if index.is_file() else []

@@ -1,6 +1,7 @@
 """Batches of samples for a training step.
 
-Shapes: b samples of this rank, n recorded channels of a sample (without padding), T time points of a window.
+Letters in shapes: `b` samples of this rank, `n` recorded channels of a sample (without padding), `T` time points of a
+window.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ _LISTS = ("channels", "keys", "json", "shards", "numbers", "epochs", "begins")
 
 @dataclass(kw_only=True)
 class Batch:
-    """Samples that one rank uses in one training step. `len(batch)` is b, and a slice of a batch is a smaller batch."""
+    """Samples that one rank uses in one training step.
+
+    `len(batch)` is the number of samples, and a slice of a batch is a smaller batch.
+    """
 
     packed: torch.Tensor
-    """[sum of n, T] float16 microvolts: the recorded channels of all samples. `padded` makes windows of 128
+    """Recorded channels of all samples as float16 in microvolts, shape (sum of `n`, `T`). `padded` makes windows of 128
     channels."""
     channels: list[int]
-    """Number of recorded channels n of each sample."""
+    """Number of recorded channels of each sample."""
     keys: list[str]
     """Key of each sample."""
     json: list[bytes]
@@ -43,7 +47,8 @@ class Batch:
     epochs: list[int]
     """Epoch of each sample; a batch may contain the last samples of one epoch and the first samples of the next."""
     begins: list[int]
-    """First stored time point of each sample that was read; 0 except for trials that are stored with a baseline."""
+    """For each sample, index of the first stored time point that was read; 0 except for trials stored with a
+    baseline."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -61,21 +66,21 @@ class Batch:
     def metas(self) -> list[dict[str, Any]]:
         """Parsed metadata of each sample, adjusted to the part of the sample that was read.
 
-        For damaged JSON, a RequestError names the file and the sample's key.
+        If the JSON of a sample is damaged, a RequestError names the file and the sample's key.
         """
         samples = zip(self.json, self.shards, self.keys, self.begins, strict=True)
         return [crop_meta(parse_meta(text, shard, key), begin) for text, shard, key, begin in samples]
 
     @functools.cached_property
     def eeg(self) -> torch.Tensor:
-        """[b, 128, T] float16 microvolts on the CPU, padded to 128 channels by replication."""
+        """Windows as float16 in microvolts, padded to 128 channels by replication; shape (b, 128, T)."""
         return self.padded()
 
     def padded(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Make windows of 128 channels: row i of a window is the recorded channel i mod n of its sample.
+        """Make windows of 128 channels: row `i` of a window is the recorded channel ``i % n`` of its sample.
 
-        Only the recorded channels are copied to the device, as float16. The device then converts and replicates these
-        channels.
+        Only the recorded channels are copied to the device, as float16. The device then converts and replicates the
+        recorded channels.
 
         Parameters
         ----------
@@ -102,7 +107,7 @@ class Batch:
         if device.type == "cuda":
             rows = rows.pin_memory()
         x = self.packed.to(device, non_blocking=True)
-        # Convert before replicating, because there are fewer rows.
+        # Convert before replicating, because replication increases the number of rows.
         x = x if dtype is None else x.to(dtype)
         return x.index_select(0, rows.to(device, non_blocking=True)).view(len(self), N_PADDED, -1)
 
@@ -140,7 +145,7 @@ def collate(
     Returns
     -------
     Batch
-        Batch of these samples, in the order of `numbers`.
+        Batch of the samples, in the order of `numbers`.
 
     Raises
     ------

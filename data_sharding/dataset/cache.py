@@ -111,7 +111,7 @@ class ShardCache:
     def _make_private(self) -> None:
         """Check once that no other user can change the cached files.
 
-        The content of a cached file is not checked again later.
+        The checksum of a cached file is verified only after its download.
         """
         if not self._private:
             try:
@@ -123,8 +123,8 @@ class ShardCache:
             self._private = True
 
     def _fetch(self, url: AnyPath, path: Path, sha256: str, size: int | None) -> None:
-        # Only the process that holds the lock writes these temporary files, so existing ones come from processes that
-        # died.
+        # Only the process that holds the lock of a file writes temporary files for it, so temporary files that already
+        # exist come from processes that died.
         for dead in path.parent.glob(f".{sha256}.*"):
             dead.unlink(missing_ok=True)
         found = ""
@@ -151,7 +151,8 @@ class ShardCache:
                     ) from None
                 found = describe(error)
             except Exception as error:
-                # Each object store has its own classes of errors, for example for missing credentials.
+                # Catch all errors, because each object store has its own classes of errors, for example for missing
+                # credentials.
                 found = describe(error)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -235,13 +236,16 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         if sub.name == "locks":
             continue
         for path in sub.iterdir():
-            # Ignore the error: another process may have renamed or deleted the file since it was listed.
+            # Ignore a missing file: another process may have renamed or deleted the file since it was listed.
             with contextlib.suppress(FileNotFoundError):
                 yield path, path.stat()
 
 
 def _store(url: AnyPath) -> tuple[Any, str]:
-    """Return the file system and the path of a URL. Connections are not reused, because they do not survive a fork."""
+    """Return the file system and the path of a URL.
+
+    The file system is not stored in the cache object, because its connections do not survive a fork.
+    """
     if isinstance(url, UPath):
         return fsspec.filesystem(url.protocol, **url.storage_options), url.path
     return fsspec.filesystem("file"), str(url)
@@ -255,7 +259,7 @@ def _size_of(url: AnyPath) -> int:
 def _download(url: AnyPath, target: Path, expected: int) -> tuple[int, str]:
     """Copy a remote file to a local file, and return the size and the checksum of the copy.
 
-    If the store sends more bytes than expected, the copy is stopped soon.
+    If the object store sends more bytes than expected, copying stops.
     """
     fs, path = _store(url)
     digest, got = hashlib.sha256(), 0

@@ -1,6 +1,6 @@
 """Random access to the samples of a dataset, and a function that writes a small dataset for tests and tools.
 
-Shapes: b samples, n recorded channels (without padding), T time points of a window.
+Letters in shapes: `b` samples, `n` recorded channels (without padding), `T` time points of a window.
 """
 
 from __future__ import annotations
@@ -54,12 +54,13 @@ class EEGDataset:
     cache_gb : float, optional
         Size limit of the cache; by default DREAMSCALE_CACHE_GB, or 50 if that variable is not set.
     tmin, tmax : float, optional
-        Part of each trial to read, in seconds from the onset of the image; for example -0.2 and 0.8. Trials that are
-        not stored with this whole part are left out (`left_out` counts them). By default, each trial is read from the
-        onset for the length of the window in `spec`. If only `tmin` is given, the length of the window is read.
+        Part of each trial to read, in seconds from the onset of the image; for example -0.2 and 0.8. A trial that is
+        not stored from `tmin` to `tmax` is left out; `left_out` is the number of such trials. By default, each trial is
+        read from the onset for the length of the window in `spec`. If only `tmin` is given, `tmax` is `tmin` plus the
+        length of the window. If only `tmax` is given, `tmin` is 0.
     version : str
-        Dataset id of the version of the dataset to read; by default the current version. See
-        `data_sharding.dataset.manifest`.
+        Dataset id of the version of the dataset to read; by default the current version (see
+        `data_sharding.dataset.manifest`).
 
     Attributes
     ----------
@@ -68,7 +69,7 @@ class EEGDataset:
     shards : list of Shard
         Shards of the split, as the manifest lists them.
     first : ndarray of int, shape (shards + 1,)
-        Number of the first sample of each shard. The last entry is the number of samples of the split.
+        Number of the first sample of each shard. The last entry of `first` is the number of samples of the split.
 
     Raises
     ------
@@ -98,8 +99,8 @@ class EEGDataset:
                 f"{self.path}: no samples in split '{split}'; the dataset has {', '.join(have) or 'no samples'}"
             )
         with ThreadPoolExecutor(_PARALLEL_FETCHES if self.cache else 1) as pool:
-            # Allocate memory for the samples that are listed in an index, not for the number of samples in the
-            # manifest.
+            # The memory for this index depends on the samples that the shards' indices list, not on the number of
+            # samples in the manifest, because a damaged manifest can state any number.
             parts = list(pool.map(self._read_index, self.shards))
         self.index = np.concatenate(parts)
         self.first = np.cumsum([0, *map(len, parts)])
@@ -113,14 +114,14 @@ class EEGDataset:
         self._local = threading.local()
 
     def _choose_part(self, tmin: float, tmax: float | None) -> None:
-        """Read each trial from `tmin` to `tmax`. Leave out samples for which a part of this range is not stored."""
+        """Read each trial from `tmin` to `tmax`, and leave out trials that are not stored from `tmin` to `tmax`."""
         sfreq = self.spec.sfreq
         tmax = tmin + self.spec.window_s if tmax is None else tmax
         self._shift, self.n_times = round(tmin * sfreq), round((tmax - tmin) * sfreq)
         if self.n_times < 1:
             raise RequestError(f"tmin {tmin:g} s and tmax {tmax:g} s: tmax must be later than tmin")
-        # Older versions stored only a window that begins at the onset, and did not write `samples` and `onset` to the
-        # index.
+        # Older versions of Dreamscale stored only one window of each trial, from the onset on, and did not write
+        # `samples` and `onset` to the index.
         stored = np.where(self.index["samples"], self.index["samples"], self.spec.window).astype(np.int64)
         begin = self.index["onset"].astype(np.int64) + self._shift
         whole = (begin >= 0) & (begin + self.n_times <= stored)
@@ -241,7 +242,7 @@ class EEGDataset:
 
     @property
     def reader(self) -> ShardReader:
-        """Open shards and buffers of the current thread."""
+        """Reader of the current thread, with its open shards and buffers."""
         reader = getattr(self._local, "reader", None)
         if reader is None:
             reader = self._local.reader = ShardReader(self)
@@ -303,7 +304,7 @@ class EEGDataset:
     def trials(self) -> TrialTable:
         """Metadata of all samples in columns, from a file that all processes share.
 
-        The first process that uses this table reads the JSON of every sample (see `data_sharding.dataset.trials`).
+        The first process that uses `trials` reads the JSON of every sample (see `data_sharding.dataset.trials`).
         """
         if self._trials is None:
 
@@ -450,7 +451,7 @@ def shard_record(root: Path, tar: Path, samples: int) -> Shard:
     root : Path
         Directory of the dataset.
     tar : Path
-        Path of the shard's tar in this directory; the index of the shard is in the same folder.
+        Path of the shard's tar in the directory `root`; the index of the shard is in the same folder.
     samples : int
         Number of samples in the shard.
 
@@ -490,7 +491,7 @@ def write_dataset(
     labels : list of str, optional
         Name of each label, in the order of the label numbers.
     samples_per_shard : int
-        Number of samples in one tar.
+        Number of samples in one tar; the last tar of a split may have fewer.
 
     Returns
     -------

@@ -32,14 +32,16 @@ ADDED_LATER = frozenset(
         *("trial_tmin", "trial_tmax", "seconds_left_out", "bad_in_windows"),
     }
 )
-"""Columns that may be missing in ledgers of older versions; a missing column gets the default of its field."""
+"""Columns that may be missing in ledgers of older versions; a missing column gets the default value of its field in
+`LedgerRow`."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class LedgerRow:
     """One row of the ledger: the data of one recording. Each field is a column of ``ledger.parquet``.
 
-    Dictionaries are stored as JSON text. If a recording could not be opened, its fields have the default values.
+    Dictionaries are stored as JSON text. If a recording could not be opened, the fields that describe its signal have
+    their default values.
     """
 
     key: str
@@ -101,7 +103,7 @@ class LedgerRow:
     channels_by_type: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of the recording's channels of each type."""
     channels_left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    """Names of the channels that are not used, by reason."""
+    """Names of the channels that are not used, for each reason."""
     channels: list[str] = dataclasses.field(default_factory=list)
     """Canonical names of the channels in the windows, in order."""
     n_eeg: int = 0
@@ -142,12 +144,12 @@ class LedgerRow:
     seconds_written: float = 0.0
     """Length of the signal in the windows of the recording, in seconds."""
     windows_left_out: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of windows or trials of the recording that are not in the dataset, by reason."""
+    """Number of windows or trials of the recording that are not in the dataset, for each reason."""
     seconds_left_out: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Length of the signal outside the windows in seconds, by reason; empty for a recording with trials. These values
-    and `seconds_written` add up to the length of the recording."""
+    """Length of the signal outside the windows in seconds, for each reason; empty for a recording with trials. The
+    lengths in `seconds_left_out` and `seconds_written` add up to the length of the recording."""
     bad_in_windows: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Number of windows with a channel that is bad only in some windows, by kind of fault, such as muscle."""
+    """For each kind of fault, such as muscle, number of windows with a channel that is bad only in some windows."""
     trial_tmin: float | None = None
     """Start of the stored trials, in seconds from the onset of the image; None for a recording without trials."""
     trial_tmax: float | None = None
@@ -172,10 +174,10 @@ class LedgerRow:
 
     @property
     def category(self) -> str:
-        """Category of the reason, which is used to count recordings.
+        """Category of `reason`, used to count recordings.
 
-        Ledgers of older versions have no categories. In an old ledger, the category of a duplicate or held-back
-        recording is its status, and the category of any other recording is its whole reason.
+        If the row has no `reason_category` (in ledgers of older versions), the category of a duplicate or held-back
+        recording is its status, and the category of any other recording is the whole text of `reason`.
         """
         if self.reason_category is not None:
             return self.reason_category
@@ -351,7 +353,8 @@ def count_by_status(rows: Iterable[LedgerRow]) -> tuple[dict[str, int], dict[str
     counts : dict of str to int
         Number of recordings found, and number of recordings of each status.
     hours : dict of str to float
-        Hours of these recordings; a recording that could not be opened counts as zero hours.
+        Hours of the recordings found, and of the recordings of each status; a recording that could not be opened has
+        zero hours.
     """
     counts: dict[str, int] = {"found": 0, **dict.fromkeys(STATUSES, 0)}
     seconds: defaultdict[str, float] = defaultdict(float)

@@ -1,8 +1,8 @@
 """Endless stream of training batches that contains every sample exactly once in each epoch.
 
-The samples of a batch do not depend on the number of ranks or workers.
+The samples of a global batch (the batch of all ranks together) do not depend on the number of ranks or workers.
 
-Shapes: b samples of this rank, n recorded channels of a sample (without padding), T time points of a window.
+Letters in shapes: `b` samples of this rank, `n` recorded channels of a sample, `T` time points of a window.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class _WorkerError:
 
 
 class _ShardPrefetcher:
-    """Download the shards of the current and the next window of remote datasets, in background threads."""
+    """Downloads the shards of remote datasets that the loader reads now or next, in background threads."""
 
     def __init__(self) -> None:
         self.windows: dict[int, tuple[int, int]] = {}
 
     def prefetch(self, loader: Loader, step: int) -> None:
-        """Start a download thread for each dataset that enters a new window at this step."""
+        """Start a download thread for each dataset that begins a new window of shards at this step."""
         if loader.order != "shards":
             return
         for stream, (part, place) in enumerate(zip(loader.dataset.parts, loader.stream_places(step), strict=True)):
@@ -59,21 +59,23 @@ class _ShardPrefetcher:
                 threading.Thread(target=self._run, args=(part, stream, window, shards), daemon=True).start()
 
     def _run(self, part: EEGDataset, stream: int, window: tuple[int, int], shards: list[int]) -> None:
-        # Other processes download the same shards, so each process starts with a different shard.
+        # Other processes download the same shards, so let each process start with another shard if possible.
         turn = os.getpid() % len(shards)
         for shard in shards[turn:] + shards[:turn]:
             if self.windows.get(stream) != window:
-                # The loader already reads another window, so the shards of this window are not needed any more.
+                # The loader already reads another window of shards, so the remaining shards of this window are not
+                # needed.
                 return
             try:
                 os.close(part.open_shard(shard))
             except (OSError, RequestError):
-                # Ignore this error: the process that reads a sample of this shard will get and report the same error.
+                # Ignore a failed download: the process that reads a sample of the shard will get and report the same
+                # error.
                 return
 
 
 class _StepDataset:
-    """Map-style dataset for torch's DataLoader: item t contains this rank's samples of global batch t."""
+    """Map-style dataset for torch's DataLoader: item `t` contains this rank's samples of global batch `t`."""
 
     def __init__(self, loader: Loader, slots: Slots | None = None) -> None:
         self.loader, self.prefetcher, self.slots = loader, _ShardPrefetcher(), slots
@@ -133,8 +135,8 @@ def _ignore_job_signals(parent: int, worker: int) -> None:
     a SIGTERM only if its parent sent the signal. SIGTERM must be blocked before the worker is started: otherwise a
     thread that a library starts in every new process could receive the signal.
 
-    The worker also ends when its parent process has ended. Otherwise a worker of torch would wait forever until someone
-    reads its queue.
+    The worker also ends when its parent process has ended. Otherwise a worker of torch would wait forever for a process
+    that reads its queue.
 
     Parameters
     ----------
@@ -162,11 +164,11 @@ class Loader:
     """Endless stream of training batches.
 
     The loader works on one endless sequence of samples: first the samples of epoch 0 in their order, then the samples
-    of epoch 1, and so on. Global batch t is the slice ``[tB, (t + 1)B)`` of this sequence, where B is the global batch
-    size. Each rank takes every world_size-th sample of the global batch. So every sample occurs exactly once in each
-    epoch, all ranks take the same number of steps, and the global batches do not depend on the number of ranks or
-    workers. In a mixture, each dataset has its own sequence, and the weight of a dataset is its fraction of the samples
-    of a batch.
+    of epoch 1, and so on. Global batch `t` is the slice ``[t * B, (t + 1) * B)`` of the sequence of samples, where `B`
+    is the global batch size. Each rank reads every `world_size`-th sample of the global batch. So every sample occurs
+    exactly once in each epoch, all ranks have the same number of steps, and the global batches do not depend on the
+    number of ranks or workers. In a mixture, each dataset has its own sequence of samples, and the weight of a dataset
+    is its average fraction of the samples of a batch.
 
     Parameters
     ----------
@@ -179,13 +181,13 @@ class Loader:
     rank, world_size : int
         Rank of this process and number of ranks.
     num_workers : int
-        Number of worker processes that read samples; with 0, the training process reads the samples itself.
+        Number of worker processes that read samples; with 0 workers, the training process reads the samples.
     order : {"global", "shards"}
         global: random order over all samples; a remote dataset must then fit into the cache. shards: the shards are in
-        random order, and the samples are in random order within each `window` of shards. The cache must then hold two
-        windows.
+        random order, and the samples are in random order within each `window` of shards. With shards, the cache must
+        hold the shards of two windows.
     window : int
-        Number of shards in one window of the order shards.
+        Number of shards in one window of the order "shards".
     pin_memory : bool, optional
         Whether the batches are in page-locked memory; by default True if the machine has a GPU, otherwise False.
 
@@ -267,8 +269,8 @@ class Loader:
         Returns
         -------
         list of int
-            A place in the order of each dataset. In a mixture, this is the place at which the block of this step begins
-            (see `DatasetInterleaver`).
+            For each dataset, a place in its order. In a mixture, it is the place at the beginning of the block of
+            places in which the step begins (see `DatasetInterleaver`).
         """
         place = step * self.global_batch
         return [place] if self._interleaver is None else self._interleaver.dealt_before(place)
@@ -281,7 +283,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches from the current step on.
 
-        The attribute `step` counts the yielded batches, not the prefetched batches.
+        The attribute `step` is the number of yielded batches; it does not include batches that are only prefetched.
         """
         import torch
         from torch.utils.data import DataLoader
@@ -290,8 +292,8 @@ class Loader:
         if self.num_workers and Slots.supported():
             known = [int(part.index["n"].max()) if part.index["n"].all() else N_PADDED for part in self.dataset.parts]
             rows = self.global_batch // self.world_size * max(known)
-            # There are two more slots than prefetched batches, because the worker writes to one slot while the training
-            # process copies another slot.
+            # Each worker has two slots more than prefetched batches, because the worker writes to one slot while the
+            # training process copies the batch of another slot.
             slots = Slots(self.num_workers, _PREFETCH_BATCHES + 2, rows, self.dataset.n_times)
         reader = DataLoader(
             _StepDataset(self, slots),  # type: ignore[arg-type]
@@ -356,7 +358,7 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     order : {"global", "shards"}
         Order of the samples.
     window : int
-        Number of shards in one window of the order shards.
+        Number of shards in one window of the order "shards".
 
     Raises
     ------
@@ -369,7 +371,7 @@ def check_cache(dataset: EEGDataset | Mixture, order: Order, window: int) -> Non
     need = 0
     for part in remote:
         sizes = sorted((shard.bytes for shard in part.shards), reverse=True)
-        # A batch at the border of two windows contains samples of both windows.
+        # A batch at the border of two windows of shards contains samples of both windows.
         need += sum(sizes if order == "global" else sizes[: 2 * window])
     limit = min(part.cache.limit for part in remote if part.cache)
     if need > limit:

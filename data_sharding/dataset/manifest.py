@@ -1,7 +1,8 @@
 """The manifest of a dataset: a list of its files and settings, which is checked when the dataset is opened.
 
-A dataset that has grown has several versions. The file ``manifest.json`` in the directory of the dataset belongs to the
-current version. The folder ``versions/<number>`` holds the manifest and the ledger of each version.
+A dataset has several versions if it was changed after its first job, for example by adding recordings. The file
+``manifest.json`` in the directory of the dataset belongs to the current version. The folder ``versions/<number>`` holds
+the manifest and the ledger of each version.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from data_sharding.processing.preprocess import PreprocessSpec
 SCHEMA = 1
 NAME = "manifest.json"
 WORK = ".work"
-"""Name of the folder for unfinished work, inside the directory of the dataset. The job removes it at the end."""
+"""Name of the folder for unfinished work, inside the directory of the dataset. The job removes the folder at the
+end."""
 VERSIONS = "versions"
 """Name of the folder of the versions, inside the directory of the dataset."""
 
@@ -37,12 +39,12 @@ class Shard:
     index_sha256: str
     """Checksum of the index next to the tar."""
     bytes: int
-    """Size of the tar."""
+    """Size of the tar in bytes."""
     samples: int
     """Number of samples in the tar."""
     withdrawn: list[list[int]] = field(default_factory=list)
     """Ranges of samples in the tar that do not belong to this version of the dataset any more: number of the first
-    sample, and number of the last sample plus one. Readers skip these samples."""
+    sample, and number of the last sample plus one. Readers skip the samples in these ranges."""
 
     @property
     def served(self) -> int:
@@ -59,7 +61,10 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Contents of a dataset. The file is written last, so a dataset without a manifest is not complete."""
+    """Contents of a dataset.
+
+    The file ``manifest.json`` is written last, so a dataset without this file is not complete.
+    """
 
     dataset_id: str
     """Checksum of preprocessing, labels, shards and withdrawn samples. Each version of a dataset has its own id."""
@@ -154,7 +159,7 @@ class Manifest:
 def version_folder(dataset: str | AnyPath, number: int) -> AnyPath:
     """Return the folder of a version of a dataset.
 
-    Datasets from older versions of Dreamscale do not have this folder.
+    Datasets from older versions of Dreamscale have no folders of versions.
     """
     return as_path(dataset) / VERSIONS / f"{number:06d}"
 
@@ -162,8 +167,9 @@ def version_folder(dataset: str | AnyPath, number: int) -> AnyPath:
 def current_file(dataset: str | AnyPath, name: str) -> AnyPath:
     """Return the path of a file that describes the current version of a dataset, such as the ledger.
 
-    The files in the directory of the dataset are copies for its users. After the manifest of a new version is written,
-    these copies are replaced one by one, so an interrupted job may leave old copies behind.
+    In a dataset with several versions, the files outside the folder ``versions`` are copies for users. After the
+    manifest of a new version is written, the copies are replaced one by one, so an interrupted job may leave old copies
+    behind.
     """
     root = as_path(dataset)
     if (root / VERSIONS).is_dir() and (root / NAME).is_file():

@@ -1,4 +1,4 @@
-"""Mixture of several datasets: they are read like one dataset, and each of them has a weight."""
+"""Mixture of several datasets, which is read like one dataset. Each dataset of a mixture has a weight."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class Mixture:
         ]
         opened.sort(key=lambda one: one[0].manifest.dataset_id)
         self.parts = [part for part, _ in opened]
-        # The result of fsum does not depend on the order of the weights, so the dataset id does not depend on it
-        # either.
+        # The result of `fsum` does not depend on the order of the weights, so the dataset id of the mixture does not
+        # depend on their order either.
         total = math.fsum(weights.values())
         self.weights = [weight / total for _, weight in opened]
         for part in self.parts[1:]:

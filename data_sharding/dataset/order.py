@@ -1,15 +1,15 @@
 """Random order of the training samples, computed from the seed, the epoch and the place.
 
-A place is a position in the order. With n samples, place 0 is the first sample of epoch 0, place n is the first sample
-of epoch 1, and so on. The functions in this module compute the sample at any place directly. So every rank, every
-worker and a resumed run find the same sample at the same place without any saved state.
+A place is a position in the order. With `n` samples, place 0 is the first sample of epoch 0, place `n` is the first
+sample of epoch 1, and so on. The functions in this module compute the sample at any place directly. So every rank,
+every worker and a resumed run find the same sample at the same place without any saved state.
 
 `numpy.random.permutation` is not used: for a hundred million samples, its result takes 0.8 GB in every worker of every
-rank, and NumPy does not promise the same permutation in every release. The Feistel network below needs about a
-microsecond for each sample and no memory, and its result never changes. The order keeps only one number for each shard
-in memory.
+rank, and NumPy does not promise the same permutation in every release. The Feistel network of `permute` needs about a
+microsecond for each sample and no memory, and its result never changes. `EpochOrder` keeps only a few numbers for each
+shard in memory.
 
-Shapes: b places, S shards.
+Letters in shapes: `b` places, `S` shards.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Literal
 import numpy as np
 
 Order = Literal["global", "shards"]
-"""Order within an epoch. "global": samples are shuffled over the whole dataset; "shards": within a few shards at a
-time."""
+"""Order within an epoch. With "global", samples are shuffled over the whole dataset; with "shards", within a few shards
+at a time."""
 
 _ROUNDS = 8
 _BLOCK = 4096
 """Number of consecutive places in a block of a mixture. In each block, the fraction of places of each dataset is its
-weight."""
+weight, up to rounding."""
 _UNIT = 1 << 40
 """Weights of datasets are stored as integers that add up to this number, so that their sum has no rounding error."""
 
@@ -69,15 +69,15 @@ def permute(places: np.ndarray, n: int, *key: int) -> np.ndarray:
     Returns
     -------
     ndarray of int64, shape (b,)
-        Elements of the permutation at these indices.
+        Elements of the permutation at the indices `places`.
 
     Notes
     -----
-    A Feistel network splits a number of k bits into a left and a right half. In each round, it replaces one half by the
-    XOR of this half with a hash of the other half. Each round can be inverted, so the network permutes the numbers
-    below 2^k. Because n may be smaller than 2^k, some results are n or larger. The network is applied again to such a
-    result until the result is below n (cycle walking). The final result is still a permutation of 0 .. n - 1: each
-    number is on one cycle of the network, and cycle walking leads to the next number of the cycle that is below n.
+    A Feistel network splits a number of `k` bits into a left and a right half. In each round, the network replaces one
+    half by the XOR of this half with a hash of the other half. Each round can be inverted, so the network permutes the
+    numbers below ``2**k``. If the result of the network is not below `n`, the network is applied to the result again
+    until it is below `n` (cycle walking). The results of cycle walking are still a permutation of ``0 .. n - 1``: each
+    number is on one cycle of the network, and cycle walking leads to the next number of the cycle that is below `n`.
 
     References
     ----------
@@ -138,8 +138,8 @@ class EpochOrder:
         Seed of the random order.
     order : {"global", "shards"}
         global: the samples are shuffled over the whole dataset. shards: the shards are in random order, and the samples
-        are shuffled within each `window` of consecutive shards. Then a cache of limited size is large enough for the
-        shards that are read next.
+        are shuffled within each `window` of consecutive shards. With shards, a cache that holds two windows of shards
+        is large enough.
     window : int
         Number of shards in one window. Only the order "shards" uses windows.
     stream : int
@@ -161,7 +161,8 @@ class EpochOrder:
         Parameters
         ----------
         line : ndarray of int, shape (b,)
-            Places, from 0 on without limit: place `epoch * n + i` is sample i of an epoch of n samples.
+            Places, from 0 on without limit: place ``epoch * n + i`` is the sample at position `i` of an epoch with `n`
+            samples.
 
         Returns
         -------
@@ -193,7 +194,7 @@ class EpochOrder:
         window : (int, int)
             Number of the epoch, and number of the window in this epoch.
         shards : list of int
-            Shards of this window and of the next window.
+            Shards of the window in which `place` lies, and of the next window.
         """
         epoch, within_epoch = divmod(place, self.n)
         shards, _, window_ends = self._shard_order(epoch)
@@ -207,8 +208,8 @@ class EpochOrder:
         """Compute which samples the order "shards" has at the given places of one epoch.
 
         The shards of the epoch are concatenated in their random order. Each place lies in one window of shards, and a
-        permutation maps this place to another place of the same window. The sample is given by the shard at the new
-        place and by the offset of the new place in that shard.
+        permutation maps the place to a place of the same window. The sample that is stored at the resulting place is
+        returned.
         """
         shards, shard_ends, window_ends = self._shard_order(epoch)
         window = np.searchsorted(window_ends, places, side="right")
@@ -249,9 +250,9 @@ class DatasetInterleaver:
 
     Notes
     -----
-    Places are assigned in blocks of 4096. In each block, the number of places of a dataset is its weight times 4096,
-    rounded, and a permutation chooses the places. The rounding error of a block (below two places) is corrected in the
-    next blocks, so the weights are exact over many blocks.
+    Places are assigned to datasets in blocks of 4096 places. In each block, the number of places of a dataset is its
+    normalised weight times 4096, rounded, and a permutation chooses the places of each dataset. The rounding error of a
+    block (below two places) is corrected in the next blocks, so the weights are exact over many blocks.
 
     Raises
     ------
@@ -269,9 +270,9 @@ class DatasetInterleaver:
         self._edges = [round(float(edge) * _UNIT) for edge in edges[:-1]] + [_UNIT]
 
     def _cumulative_places(self, block: int) -> np.ndarray:
-        """Return the number of places before a block that the first j datasets got together, for j = 0, 1, 2 ...
+        """For j = 0, 1, 2 ..., return how many of the places before a block belong to the first `j` datasets.
 
-        Python's integers are used, because the product can be larger than 64 bits.
+        The products are computed with Python's integers, because they can be larger than 64 bits.
         """
         return np.array([block * _BLOCK * edge // _UNIT for edge in self._edges], np.int64)
 
@@ -291,7 +292,7 @@ class DatasetInterleaver:
         return np.diff(self._cumulative_places(place // _BLOCK)).tolist()
 
     def at(self, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Compute the dataset at each of the given places, and the place in the order of that dataset.
+        """Compute the dataset at each of the given places, and the place in the order of this dataset.
 
         Parameters
         ----------
@@ -303,16 +304,16 @@ class DatasetInterleaver:
         which : ndarray of int, shape (b,)
             Dataset of each place.
         place : ndarray of int, shape (b,)
-            Place in the order of that dataset. Over all places of the mixture, each place of a dataset occurs exactly
-            once.
+            Place in the order of the chosen dataset. Over all places of the mixture, each place of a dataset occurs
+            exactly once.
         """
         blocks, places = np.divmod(np.asarray(line, np.int64), _BLOCK)
         which, place = np.empty_like(places), np.empty_like(places)
         for block in np.unique(blocks).tolist():
             mine = blocks == block
             before, after = self._cumulative_places(block), self._cumulative_places(block + 1)
-            # Each block has a list of slots that is sorted by dataset: dataset j has the slots from ends[j] up to
-            # ends[j + 1]. A permutation assigns one slot to each place of the block.
+            # Each block has a list of slots that is sorted by dataset: dataset `j` has the slots from `ends[j]` to
+            # `ends[j + 1] - 1`. A permutation assigns one slot to each place of the block.
             ends = after - before
             slot = permute(places[mine], _BLOCK, self.seed, block)
             which[mine] = np.searchsorted(ends, slot, side="right") - 1

@@ -1,8 +1,8 @@
 """Read the rows of a Parquet file that anybody may have changed: the ledger and the fingerprints of a dataset.
 
-A Parquet file of a few kB can stand for gigabytes: a text that every row repeats is stored once. So the types of the
-columns are checked first, texts are decoded as dictionaries, and the size of the rows is computed before the rows are
-made.
+A Parquet file of a few kB can unpack to gigabytes, because a text that every row repeats is stored only once. To limit
+the memory, the module first checks the types of the columns, decodes texts as dictionaries, and computes the size of
+the rows before it makes them.
 """
 
 from __future__ import annotations

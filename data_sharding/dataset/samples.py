@@ -1,6 +1,6 @@
 """Samples of a dataset, their encoding as bytes, and the writer of shards. A shard is a tar with an index.
 
-Shapes: n recorded channels (without padding), T time points of a window.
+Letters in shapes: `n` recorded channels (without padding), `T` time points of a window.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data_sharding.common.untrusted import MAX_WINDOW
 N_PADDED = 128
 """Number of channels of a padded window."""
 ZSTD_LEVEL = -1
-"""Compression level of zstd. Do not change it, because another level gives different bytes for the same sample.
+"""Compression level of zstd. Do not change this level, because another level gives different bytes for the same sample.
 
 The lower bits of float16 EEG are noise, so entropy coding saves little: level 3 would save 7 % of the bytes, but
 writing would be 3 times slower and reading 4.5 times slower. Level -1 only compresses the copies of channels that
@@ -32,7 +32,7 @@ IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 
 
 def pad_channels(x: Any, n: int = N_PADDED) -> Any:
-    """Pad windows by replicating channels: row i of the result is channel i mod n_true of the window.
+    """Pad windows by replicating channels: row `i` of the result is channel ``i % n_true`` of the window.
 
     Parameters
     ----------
@@ -87,8 +87,8 @@ def encode_eeg(eeg: np.ndarray) -> bytes:
         raise ValueError("window holds values that are not finite in float16 microvolts")
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(pad_channels(half)), version=(1, 0), allow_pickle=False)
-    # The match window of zstd must be as long as the sample. Otherwise zstd does not find the copied channels of a long
-    # sample.
+    # The match window of zstd must be as long as the sample, because zstd does not find copied channels outside this
+    # window.
     size = buffer.getbuffer().nbytes
     reach = min(max((size - 1).bit_length(), zstandard.WINDOWLOG_MIN), 27)
     parameters = zstandard.ZstdCompressionParameters.from_level(
@@ -119,7 +119,7 @@ def decode_eeg(data: bytes, n: int | None = None, samples: int | None = None) ->
     ------
     ValueError
         If the bytes are not a float16 window of 128 channels with the expected number of time points. The function
-        never decompresses more bytes than such a window has.
+        never decompresses many more bytes than the expected window has.
     """
     import zstandard
 
@@ -184,8 +184,8 @@ class Sample:
     key: str
     """Key of the sample; unique in the dataset, with characters from ``[A-Za-z0-9_-]`` only."""
     eeg: np.ndarray
-    """[n, T] microvolts, only the recorded channels. A stored trial may have more time points than a window of the
-    model."""
+    """Signals of the recorded channels in microvolts, shape (`n`, `T`). A stored trial may have more time points than a
+    window of the model."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Metadata of the sample, which is stored as JSON (see docs/data_format.md)."""
     image: bytes | None = None
@@ -222,9 +222,9 @@ class ShardWriter:
     Notes
     -----
     The index is JSON: ``[{"key": KEY, "n": NUMBER OF CHANNELS, "members": {"eeg.npy.zst": [offset, size], ...}},
-    ...]``, in the order of the tar. An offset is the position of a member's content in the tar. The entry of a trial
-    also has ``onset`` and ``samples``: the index of the sample at which the image appeared, and the number of time
-    points.
+    ...]``, in the order of the tar. An offset is the position of a member's content in the tar, in bytes. The entry of
+    a trial also has ``onset`` and ``samples``: the index of the time point at which the image appeared, and the number
+    of time points.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -262,7 +262,7 @@ class ShardWriter:
             Names and bytes of the members, as `Sample.members` returns them.
         about : mapping
             Values for the index: ``n`` (number of recorded channels), and for a trial ``onset`` and ``samples``. If the
-            sample comes from another shard, this is the sample's entry in the index of that shard.
+            sample comes from another shard, `about` is the sample's entry in the index of that shard.
         """
         entry: dict[str, list[int]] = {}
         for name, data in members:

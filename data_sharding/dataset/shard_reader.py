@@ -1,9 +1,11 @@
-"""Read samples from shards. The index of a dataset is kept in memory. Each thread has its own open files and buffers.
+"""Read samples from shards.
 
-Python's `tarfile` is not used for reading, because it reads the headers of the whole tar. The index gives the offset of
-each sample, so one system call reads a sample.
+The index of a dataset is kept in memory. Each thread that reads has its own open files and buffers.
 
-Shapes: b samples, n recorded channels (without padding), T time points of a window.
+Python's `tarfile` is not used for reading, because it reads the headers of the whole tar. The index of a shard gives
+the offset of each sample, so one or two system calls read a sample.
+
+Letters in shapes: `n` recorded channels of a sample (without padding), `T` time points of a window.
 """
 
 from __future__ import annotations
@@ -36,19 +38,21 @@ INDEX = np.dtype(
         ("samples", "<u4"),
     ],
 )
-"""Data type of the index, with 30 bytes per sample: offset of the first tar header, sizes of the members, n, and for a
-trial the index of the onset and the number of time points (0 for a window of the usual length).
+"""Data type of an entry of the index: 30 bytes for each sample. The fields are the offset of the sample's first tar
+header, the sizes of its members, the file type of its image, its number of channels, and for a trial the index of its
+onset and its number of time points (0 for a window of the usual length).
 
-The reader computes all other offsets from these numbers. The index of ten million samples takes 0.3 GB of memory.
+The reader computes the offsets of all members of a sample from its entry. The index of ten million samples takes 0.3 GB
+of memory.
 """
 LONGEST = MAX_WINDOW
-"""Largest number of time points of a stored trial. An index with a larger number counts as damaged."""
+"""Largest number of time points of a stored trial. An index that states a larger number is rejected as damaged."""
 MAX_META = 2**24
 """Largest size of a sample's JSON in bytes."""
 _EEG = "eeg.npy.zst"
 _SUFFIX = b".eeg.npy.zst"
 HEADER = 512
-"""Size of a member's header in a tar, in bytes. A member takes a multiple of this number of bytes in the tar."""
+"""Size of a member's header in a tar, in bytes. The content of a member is padded to a multiple of this size."""
 _OPEN_FILES = 128
 
 
@@ -56,7 +60,7 @@ class ShardSource(Protocol):
     """Protocol with the attributes and methods of `EEGDataset` that a `ShardReader` uses."""
 
     first: np.ndarray
-    """[shards + 1] number of the first sample of each shard; the last entry is the number of samples."""
+    """Number of the first sample of each shard, shape (shards + 1,); the last entry is the number of samples."""
 
     @property
     def spec(self) -> PreprocessSpec:
@@ -87,9 +91,9 @@ class PackedSamples:
     """Samples as they are read from disk: the recorded channels of all samples in one array."""
 
     eeg: np.ndarray
-    """[sum of n, T] float16 microvolts."""
+    """Signals as float16 in microvolts; shape (sum of `n` over all samples, `T`)."""
     channels: list[int]
-    """Number of recorded channels n of each sample."""
+    """Number of recorded channels of each sample."""
     keys: list[str]
     """Key of each sample."""
     json: list[bytes]
@@ -97,7 +101,8 @@ class PackedSamples:
     shards: list[str]
     """Path of the shard of each sample."""
     begins: list[int]
-    """First stored time point of each sample that was read; 0 except for trials that are stored with a baseline."""
+    """For each sample, index of the first stored time point that was read; 0 except for trials stored with a
+    baseline."""
 
 
 class SampleLocation(NamedTuple):
@@ -108,7 +113,7 @@ class SampleLocation(NamedTuple):
     shard: int
     """Number of the shard."""
     start: int
-    """Offset of the sample's first tar header. The EEG follows this header."""
+    """Offset of the sample's first tar header, which is the header of its EEG."""
     eeg: int
     """Size of the compressed EEG."""
     image_at: int
@@ -126,17 +131,17 @@ class SampleLocation(NamedTuple):
     samples: int
     """Number of stored time points; 0 for a window of the usual length."""
     begin: int
-    """First stored time point to read."""
+    """Index of the first stored time point to read."""
 
 
 def most_bytes(samples: Any) -> Any:
-    """Return the largest size in bytes of the compressed EEG of a sample with this number of time points."""
+    """Return the largest size in bytes of the compressed EEG of a sample with `samples` time points."""
     size = 128 + N_PADDED * samples * 2
     return size + size // 128 + 1024
 
 
 def member_limits(samples: int) -> dict[str, int]:
-    """Return the largest size in bytes of each member that a sample with this number of time points may have."""
+    """Return the largest size in bytes of each member that a sample with `samples` time points may have."""
     return {_EEG: most_bytes(samples), "json": MAX_META, **{f"image.{ext}": MAX_IMAGE for ext in IMAGE_EXTENSIONS}}
 
 
@@ -158,7 +163,7 @@ def read_entries(index: AnyPath, tar_bytes: int) -> list[dict[str, Any]]:
     Returns
     -------
     list of dict
-        Key, numbers and places of the members of each sample, as `ShardWriter` writes them.
+        The entry of each sample as `ShardWriter` writes it, with the sample's key, and offset and size of each member.
 
     Raises
     ------
@@ -217,7 +222,7 @@ def parse_index(data: bytes, name: str, samples: int, *, tar_bytes: int, window:
         raise RequestError(
             f"{name}: the index lists {len(entries)} samples, the manifest says {samples}; copy the dataset again"
         )
-    # Check that every member is inside the tar and not too large, before the numbers are used or memory is allocated.
+    # Check that every member is inside the tar and not too large, before the offsets and sizes are used.
     longest = np.where((count > 0) & (count <= LONGEST), count, window)
     limits = np.stack([most_bytes(longest), np.full(samples, MAX_META), np.full(samples, MAX_IMAGE)], axis=1)
     places = np.stack([eeg, meta, image], axis=1)
@@ -303,7 +308,8 @@ def crop_meta(meta: dict[str, Any], begin: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        Metadata of the part: ``start`` is the time of its first time point, and ``onset`` counts from this point.
+        Metadata of the part that was read: ``start`` is the time of its first time point, and ``onset`` is an index
+        into its time points.
     """
     if not begin:
         return meta
@@ -325,7 +331,7 @@ def locate(
         Numbers of the samples; negative numbers count from the end.
     shift : int, optional
         Time points from the onset of a trial to the first time point that is read. By default a trial is read from its
-        onset, or from its first stored time point if that is later.
+        onset, or from its first stored time point if the onset was not stored.
 
     Returns
     -------
@@ -365,17 +371,17 @@ class ShardReader:
         self.raw = bytearray(1 << 18)
 
     def _prepare_buffer(self, samples: int) -> None:
-        """Prepare the buffer and the expected .npy header for stored samples of this number of time points.
+        """Prepare the buffer and the expected .npy header for stored samples of `samples` time points.
 
-        The attribute `stored` becomes a view [128, samples] of the buffer.
+        The attribute `stored` becomes a view of the buffer, with the shape (128, samples).
         """
         if samples == self.samples:
             return
         shape = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({N_PADDED}, {samples}), }}"
         self.npy = b"\x93NUMPY\x01\x00v\x00" + shape.ljust(117).encode() + b"\n"
         self.size = len(self.npy) + N_PADDED * samples * 2
-        # The buffer is longer than a sample. So the decompressor reads to the end of the frame, and verifies the
-        # checksum.
+        # The buffer is longer than a sample, so that the decompressor reads to the end of the zstd frame and verifies
+        # the checksum of the frame.
         self.plain = bytearray(self.size + 64)
         self.stored = np.frombuffer(self.plain, np.float16, N_PADDED * samples, len(self.npy)).reshape(N_PADDED, -1)
         self.samples = samples
@@ -389,7 +395,7 @@ class ShardReader:
         descriptor = self.files.get(shard)
         if descriptor is None:
             descriptor = self.dataset.open_shard(shard)
-            # The cache may have deleted files that this reader has open, to make room for this shard.
+            # To make room for this shard, the cache may have deleted files that this reader has open.
             self.close_evicted()
             self.files[shard] = descriptor
             if len(self.files) > _OPEN_FILES:
@@ -399,7 +405,7 @@ class ShardReader:
         return descriptor
 
     def close_evicted(self) -> None:
-        """Close files that the cache has deleted. Until then, their disk space is not freed."""
+        """Close files that the cache has deleted; the disk space of a deleted file is freed only when it is closed."""
         if not self.dataset.cache:
             return
         for shard, descriptor in list(self.files.items()):
@@ -453,8 +459,8 @@ class ShardReader:
         """Read a sample into `stored`, and return the sample's key, JSON and number of recorded channels."""
         self._prepare_buffer(location.samples or self.dataset.spec.window)
         start, size, meta_at = location.start, location.eeg, location.meta_at
-        # Without an image, the JSON directly follows the EEG, so read both with one call. If an image is between them,
-        # use two calls, so that the image is not read.
+        # If a sample has no image, its JSON directly follows its EEG, so read EEG and JSON with one call. If an image
+        # is between EEG and JSON, use two calls, so that the image is not read.
         whole = self.read(location, start, HEADER + size if location.image else meta_at + location.meta - start)
         key = self.parse_key(location, whole)
         try:
@@ -474,7 +480,7 @@ class ShardReader:
         return key, text, n
 
     def window(self, location: SampleLocation, n: int) -> np.ndarray:
-        """Return the requested part of the sample that `load` read last, as a view [n, T] of the buffer."""
+        """Return the requested part of the sample that `load` read last, as a view of the buffer with shape (n, T)."""
         return self.stored[:n, location.begin : location.begin + self.dataset.n_times]
 
     def image(self, location: SampleLocation) -> bytes:
@@ -484,7 +490,7 @@ class ShardReader:
         return bytes(whole[HEADER:])
 
     def meta(self, location: SampleLocation, text: bytes, key: str = "") -> dict[str, Any]:
-        """Parse the JSON of a sample, and adjust it to the part of the sample that is read."""
+        """Parse the JSON of a sample, and adjust the metadata to the part of the sample that is read."""
         meta = parse_meta(text, self.dataset.shard_name(location.shard), self.name(location, key))
         return crop_meta(meta, location.begin)
 
@@ -497,7 +503,7 @@ def pack(
     Parameters
     ----------
     samples : sequence of (EEGDataset.reader, SampleLocation)
-        The samples to read.
+                Reader and location of each sample to read.
     n_times : int
         Time points T that are read of a sample; the number must be equal in all datasets.
     out : ndarray of float16, shape (rows, n_times), optional
@@ -513,7 +519,7 @@ def pack(
     RequestError
         If a sample is damaged; the message names the file and the sample's key.
     """
-    # n is 0 if an older version wrote the index, without n. Such a sample can have up to 128 channels.
+    # `location.n` is 0 if an older version of Dreamscale wrote the index; the sample can then have up to 128 channels.
     rows = sum(location.n or N_PADDED for _, location in samples)
     eeg = out if out is not None and len(out) >= rows else np.empty((rows, n_times), np.float16)
     packed = PackedSamples(eeg=eeg, channels=[], keys=[], json=[], shards=[], begins=[])

@@ -1,9 +1,9 @@
 """Shared memory in which workers pass the signals of their batches to the training process.
 
-This replaces torch's transfer of batches, which is slow. For each batch, torch allocates shared memory, sends its file
-descriptor through a socket and maps it; this takes longer than reading and decompressing the batch. In this module, the
-memory is allocated only once, before the workers are forked. The memory is divided into slots for one batch each, and
-the slots are reused.
+This shared memory replaces torch's transfer of batches, which is slow. For each batch, torch allocates shared memory,
+sends its file descriptor through a socket and maps the memory, which takes longer than reading and decompressing the
+batch. In this module, shared memory is allocated only once, before the workers are forked. The shared memory is divided
+into slots for one batch each, and the slots are reused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Slots:
     workers : int
         Number of workers.
     per_worker : int
-        Number of slots of one worker: it can write this many batches before the training process has copied one.
+        Number of slots of one worker. A worker can write this many batches before the training process has copied one.
     rows : int
         Maximum number of channels of a batch, summed over all samples of the batch.
     window : int
@@ -45,22 +45,23 @@ class Slots:
     def __init__(self, workers: int, per_worker: int, rows: int, window: int) -> None:
         self.per_worker, self.rows, self.window = per_worker, rows, window
         self.size = -(-rows * window * 2 // mmap.PAGESIZE) * mmap.PAGESIZE
-        # Use anonymous memory, because /dev/shm is often small in a container. Linux allocates a page when it is first
-        # written.
+        # Use anonymous memory, because /dev/shm is often small in a container. Linux allocates a page of anonymous
+        # memory only when the page is first written.
         self.memory = mmap.mmap(-1, workers * per_worker * self.size)
         self.number = next(self._numbers)
         self._open[self.number] = self
 
     @classmethod
     def supported(cls) -> bool:
-        """Return whether workers can share memory with this process. This needs Linux and fork."""
+        """Return whether workers can share memory with this process, which needs Linux and fork."""
         return sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods()
 
     @classmethod
     def by_number(cls, number: int) -> Slots:
         """Return the `Slots` object of this process that has the given number.
 
-        A message from a worker contains this number, because the shared memory itself cannot be pickled.
+        A message from a worker contains the number of a `Slots` object, because the shared memory itself cannot be
+        pickled.
         """
         return cls._open[number]
 

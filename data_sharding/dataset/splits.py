@@ -1,6 +1,7 @@
 """Assignment of subjects, images and concepts to the splits train, val and test.
 
-The split of a subject or image depends only on its name. So the split does not change when new data are added.
+A split that is chosen by hash depends only on the config and on the name of the subject, image or concept. So the split
+does not change when new data are added.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from data_sharding.common.errors import RequestError
 
 SPLITS = ("train", "val", "test")
 TRAIN_OR_VAL = "train+val"
-"""Split of trials that are not in the test set of their corpus. A hash moves some of these trials to val."""
+"""Split of trials that are not in the test set of their corpus. A hash of the image's or concept's name moves some
+trials from this split to val."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +33,18 @@ class SplitConfig:
     test_fraction: float = 0.1
     """Fraction of the subjects in test, chosen by hash; ignored if val_subjects or test_subjects is given."""
     val_subjects: list[str] = field(default_factory=list)
-    """Names of the subjects in val, as in the paths of the files: sub-11 or 11."""
+    """Names of the subjects in val, with or without the prefix of the files' paths: sub-11 or 11."""
     test_subjects: list[str] = field(default_factory=list)
     """Names of the subjects in test. If val_subjects or test_subjects is given, all other subjects are in train."""
     by: Literal["image", "concept"] = "image"
     """Hold out single images, or all images of a concept together. With ``concept``, no concept of the test split is in
-    the training split (zero-shot). Only for EEG-image corpora."""
+    the training split (zero-shot). `by` is used only for EEG-image corpora."""
     image_val_fraction: float = 0.1
-    """Fraction of the images (or concepts) in val, chosen by hash; not used for images with a split given by the
-    corpus."""
+    """Fraction of the images (or concepts) in val, chosen by hash; not used for images that the corpus assigns to
+    train, val or test."""
     image_test_fraction: float = 0.1
-    """Fraction of the images (or concepts) in test, chosen by hash; not used for images with a split given by the
-    corpus."""
+    """Fraction of the images (or concepts) in test, chosen by hash; not used for images whose split the corpus
+    gives."""
 
     def __post_init__(self) -> None:
         for a, b in (("val_fraction", "test_fraction"), ("image_val_fraction", "image_test_fraction")):
@@ -63,7 +65,7 @@ class SplitConfig:
         return bool(self.val_subjects or self.test_subjects or self.val_fraction or self.test_fraction)
 
     def subject(self, subject: str) -> str:
-        """Return the split of a subject: train, val or test. The argument is the subject's name."""
+        """Return the split of the subject with the name `subject`: train, val or test."""
         if self.val_subjects or self.test_subjects:
             if _bare(subject) in {_bare(s) for s in self.val_subjects}:
                 return "val"
@@ -78,14 +80,16 @@ class SplitConfig:
         image_id : str
             Name of the image; empty for a trial without an image.
         column : str
-            Split that the corpus defines: train, val, test, `TRAIN_OR_VAL`, or empty.
+            Split of the image that the corpus defines: train, val, test or `TRAIN_OR_VAL`; empty if the corpus defines
+            none.
         concept : str
             Concept of the image; required if whole concepts are held out.
 
         Returns
         -------
         str or None
-            train, val or test; None if the config does not hold out images, or if the trial has no image.
+            train, val or test. None if the corpus defines no split, and the trial has no image or the config holds out
+            no images.
 
         Raises
         ------
@@ -119,7 +123,8 @@ class SplitConfig:
         -------
         str or None
             train, val or test. None if subject and image belong to different splits, such as a training subject with a
-            test image. Such a trial is left out, because it would leak the subject or the image into another split.
+            test image. A trial with None is left out, because it would leak its subject or its image into another
+            split.
 
         Raises
         ------

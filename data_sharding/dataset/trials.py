@@ -1,8 +1,8 @@
 """Table of the metadata of all samples of a split, so that the JSON of the samples is parsed only once.
 
 The first process that needs the table reads the JSON of every sample and writes the table to a file in the cache folder
-(`data_sharding.dataset.cache.cache_folder`). Other processes of the machine wait for the file. All processes memory-map
-the file, so there is only one copy in memory, and later stages need not build the table again.
+(`data_sharding.dataset.cache.cache_folder`). Other processes of the machine wait until the file is complete. All
+processes memory-map the file, so the table is in memory only once, and later commands need not build the table again.
 """
 
 from __future__ import annotations
@@ -32,17 +32,19 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 TEXTS = ("corpus", "subject", "session", "recording", "image_id", "label_name", "caption", "concept")
-"""Metadata that are texts. If many trials have the same text, it is stored only once."""
+"""Names of the metadata that are texts. A text that many trials share is stored only once."""
 LISTS = ("ch_names", "positions")
-"""Metadata that are lists, stored as JSON texts. If many trials have the same list, it is stored only once."""
+"""Names of the metadata that are lists, stored as JSON texts. A list that many trials share is stored only once."""
 NUMBERS = {"n": ("int64", 0), "label": ("int64", -1), "onset": ("int64", 0), "start": ("float64", 0.0)}
-"""Metadata that are numbers: data type, and the value that means a missing number."""
+"""Names of the metadata that are numbers, each with its data type and the value that stands for a missing number."""
 FORMAT = 1
-"""Version of the file format. The version is part of the digest, so a new version uses new files."""
+"""Version of the file format. The checksum in the name of a file depends on this version, so a new version uses new
+files."""
 UNUSED_DAYS = 90
-"""When a new file is written, files that no process has opened for this number of days are deleted."""
+"""Number of days after which an unused file of a table is deleted. Unused files are deleted when a new file is
+written."""
 _SHOWN = 20_000
-"""The progress is shown for splits with at least this number of samples."""
+"""Smallest number of samples of a split for which the progress is shown."""
 
 
 class TrialSource(Protocol):
@@ -50,7 +52,7 @@ class TrialSource(Protocol):
 
     @property
     def reader(self) -> ShardReader:
-        """Open shards of the current thread."""
+        """Reader of the current thread, with its open shards."""
         ...
 
     def __len__(self) -> int: ...
@@ -128,14 +130,14 @@ class TrialTable:
     def values(self, name: str) -> list[str | None]:
         """Return the different texts of a column.
 
-        The result of `codes` are indices into this list. None means a missing text.
+        The numbers that `codes` returns are indices into the list of texts. None in the list stands for a missing text.
         """
         if name not in self._values:
             self._values[name] = self._table.column(name).chunk(0).dictionary.to_pylist()
         return self._values[name]
 
     def text(self, name: str, number: int) -> str | None:
-        """Return the text of one sample; None if the sample does not have it."""
+        """Return the text of one sample; None if the sample has no such text."""
         return self.values(name)[self.codes(name)[number]]
 
     def group(self, *names: str) -> NDArray[np.int64]:
@@ -149,8 +151,8 @@ class TrialTable:
         Returns
         -------
         ndarray of int64, shape (samples,)
-            Samples have the same number if all of these texts are equal, and different numbers otherwise. The numbers
-            are 0, 1, 2 and so on, without gaps.
+            Two samples have the same number if they have the same text in all columns `names`, and different numbers
+            otherwise. The combinations are numbered 0, 1, 2 and so on, without gaps.
         """
         group = np.zeros(len(self), np.int64)
         for name in names:
@@ -160,9 +162,10 @@ class TrialTable:
 
 
 class _Builder:
-    """Collects the columns of a table sample by sample. Texts and lists are stored once, with a number for each sample.
+    """Collects the columns of a table sample by sample.
 
-    For 661,600 trials, the numbers take about 60 MB. This does not depend on the size of the JSON.
+    Each different text or list is stored once, and a sample stores only its number. For 661,600 trials, the stored
+    numbers take about 60 MB, whatever the size of the JSON.
     """
 
     def __init__(self) -> None:
@@ -171,7 +174,7 @@ class _Builder:
         self.numbers = {name: array("d" if kind == "float64" else "q") for name, (kind, _) in NUMBERS.items()}
 
     def add(self, meta: dict[str, Any]) -> None:
-        """Append a sample with this metadata."""
+        """Append a sample with the metadata `meta`."""
         for name, known in self.known.items():
             value = meta.get(name)
             if name in LISTS and value is not None:
@@ -217,8 +220,8 @@ def digest_of_split(path: AnyPath, split: str, shards: list[Shard]) -> str:
     Returns
     -------
     str
-        Checksum over the checksums of all shards. The checksums of a local dataset are not verified when it is read. So
-        for a local dataset, the checksum also includes its path, and the size and modification time of each file.
+        Checksum over the checksums of all shards. For a local dataset, whose shards are read without verification, it
+        also includes the path of the dataset, and the size and modification time of each file.
     """
     files: list[Any] = []
     for shard in shards:
@@ -237,7 +240,7 @@ def build_table(source: TrialSource, digest: str) -> pa.Table:
     Parameters
     ----------
     source : EEGDataset
-        The split, without a choice of `tmin` and `tmax`.
+        The split, opened without `tmin` and `tmax`.
     digest : str
         Checksum of the split, from `digest_of_split`.
 
@@ -314,23 +317,23 @@ def open_table(digest: str, samples: int, source: Callable[[], TrialSource], *, 
     samples : int
         Number of samples of the split.
     source : callable
-        Function that opens the split, without a choice of `tmin` and `tmax`. It is called only to build the table.
+        Function that opens the split without `tmin` and `tmax`; it is called only if the table must be built.
     folder : Path, optional
-        Folder of the files; by default the folder ``trials`` in the cache folder.
+        Folder of the table's file; by default the folder ``trials`` in the cache folder.
 
     Returns
     -------
     pyarrow.Table
-        The table. Its columns are in the memory-mapped file.
+        The table. If `folder` can be written, the columns of the table are in the memory-mapped file.
 
     Raises
     ------
     RequestError
-        If a sample is damaged, or another user could change the files.
+        If a sample is damaged, or another user could change the files in `folder`.
 
     Notes
     -----
-    One process at a time builds the table of a split; the other processes wait for the file. If the folder cannot be
+    One process at a time builds the table of a split; the other processes wait for the file. If `folder` cannot be
     written, a message is printed, and every process builds its own table.
     """
     folder = folder or cache_folder() / "trials"
