@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     int
         Exit code: 0 done, 1 failed, 2 wrong request, 3 too many recordings quarantined, 75 stopped on request.
     """
+    # The threads of an operation wait for each other. A thread that waits actively keeps a core busy, although the thread
+    # for which it waits may need this core. If other programs run, this makes a command several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run_main(_dispatch, argv)
     return end_command(code) if argv is None else code
 
