@@ -1,4 +1,4 @@
-"""Small datasets that many tests use, and hooks for an environment without torch."""
+"""Small datasets for many tests, and pytest hooks for environments without torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 if "DREAMSCALE_CACHE" not in os.environ:
-    # Without this, the tests would fill the cache of the user who runs them.
+    # A temporary cache, so that the tests do not fill the cache of the user who runs them.
     _CACHE = tempfile.TemporaryDirectory(prefix="dreamscale-test-cache-")
     os.environ["DREAMSCALE_CACHE"] = _CACHE.name
 
@@ -105,7 +105,7 @@ def _make_paired(split: str, count: int, seed: int) -> list[Sample]:
     for i in range(count):
         label, n = i % 2, 16
         eeg = _make_window(rng, n)
-        # The label of a trial is the sign of its evoked response.
+        # The label of a trial decides the sign of its evoked response.
         eeg += (1 if label else -1) * 25 * np.exp(-((np.arange(SPEC.window) - 50) ** 2) / 200)
         meta = _make_meta(n, f"{split}-{i % 2}", i, split)
         meta |= {
@@ -177,7 +177,7 @@ window.addEventListener("message", event => {
 
 @pytest.fixture(scope="session")
 def open_in_browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[dict]]:
-    """Return a function that opens a page in headless Chromium and fails if the page has errors in its layout.
+    """Return a function that opens a page in headless Chromium and fails if the page is too wide or has errors.
 
     The function shows the page in frames with widths of 390 and 1200 pixels, because a headless browser window cannot
     be as narrow as a phone.

@@ -1,4 +1,4 @@
-"""The checks ``make resolve`` and ``make test-python``, for other Python versions than that of ``make test``."""
+"""The commands ``make resolve`` and ``make test-python``, which check other Python versions than ``make test``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_stand_in(name: str, folder: Path) -> None:
     pip reads the requirements of a package from the package's wheel. The real wheels of torch are gigabytes large, and
     DeepSpeed has no wheel because it is built from source.
     """
-    # Among equal versions, pip prefers a version with a local part such as +standin.
+    # If two versions are otherwise equal, pip prefers the version with a local part such as +standin.
     version = metadata.version(name).split("+")[0] + "+standin"
     needed = [text for text in metadata.requires(name) or [] if not re.search(r"extra ==|nvidia|cuda|triton", text)]
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needed)]
@@ -64,7 +64,7 @@ def resolve() -> int:
 
 
 def test() -> int:
-    """Run the tests that do not need torch with this Python, in an environment in the folder ``build``."""
+    """With the current Python, run the tests that do not need torch, in a virtual environment below ``build``."""
     environment = ROOT / "build" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     python = environment / "bin" / "python"
     if not python.exists():

@@ -24,7 +24,7 @@ STAGES = {  # Config class for each name pattern of config files.
     "finetune/evaluate": "finetune.evaluation.evaluate:EvaluateConfig",
 }
 FILES = sorted(p for p in CONFIGS.rglob("*.yaml") if not {"accelerate", "cluster", "ablations"} & {*p.parts})
-# Each of these files holds options for several commands of the demo.
+# Config files that hold options for several commands of the demo.
 SEVERAL = {"demo/images", "demo/smoke"}
 
 

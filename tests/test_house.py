@@ -1,7 +1,7 @@
-"""Rules for the whole project: allowed imports, maximum sizes of files and folders, and fast help.
+"""Rules for the whole project: allowed imports, maximum sizes of files and folders, and fast ``--help``.
 
 The import rules hold for every import statement: at the top of a file, under ``TYPE_CHECKING``, and inside a function.
-They also hold for calls of ``importlib.import_module`` with a literal name of a module.
+The import rules also hold for calls of ``importlib.import_module`` with a literal module name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["launch", "finetune", "pretrain", "data_sharding"]
-"""A package may import only packages that come after it in this list."""
+"""A package may import only packages that come after it in `PACKAGES`."""
 FOLDERS = {
     "launch": [
         *("__main__", "cli", "configs", "doctor", "submit", "ray_train", "agent", "local", "ablate", "demo"),
@@ -37,13 +37,13 @@ FOLDERS = {
         *("__main__", "job", "audit", "corpora", "dataset", "processing", "formats", "common"),
     ],
 }
-"""Folders and files directly inside each package. Each of them may import only later entries of its list."""
+"""Folders and files directly inside each package. An entry may import only entries that come later in the same list."""
 MOST_FILES = 15
 MOST_LINES = 700
 
 
 def _code_files() -> dict[str, Path]:
-    """Return every code file of the packages by module name."""
+    """Return the path of every Python file of the packages, by module name."""
     files = {}
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):

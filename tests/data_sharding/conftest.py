@@ -56,7 +56,7 @@ def write_raw_fixture():
 
 
 def write_raw(raw, path: Path) -> Path:
-    """Write a recording in the format of its extension."""
+    """Write a recording in the format that the extension of `path` names."""
     import mne
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +77,8 @@ def encode_png(colour: tuple[int, int, int]) -> bytes:
 
 @pytest.fixture(scope="session")
 def folder_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five readable recordings in four formats (one is a copy), a file that is not EEG, and a header without its data
-    file."""
+    """Write five readable recordings in four formats (one recording is a copy), a file that is not EEG, and a header
+    without its data file."""
     root = tmp_path_factory.mktemp("corpus")
     write_raw(build_raw(8, 200, 6, seed=1), root / "sub-01" / "sub-01_task-rest_eeg.edf")
     write_raw(build_raw(19, 250, 5, seed=2), root / "sub-02" / "sub-02_task-rest_eeg.vhdr")
@@ -97,8 +97,8 @@ IMAGE_SPLITS = ["train", "train", "train", "train", "val", "test"]
 
 @pytest.fixture(scope="session")
 def events_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three subjects who see six images each. The column 'split' of the event tables puts two images into val and
-    test."""
+    """Write recordings of three subjects who see six images each. The column 'split' of the events tables puts one
+    image into val and one into test."""
     root = tmp_path_factory.mktemp("paired")
     (root / "images").mkdir()
     for i, name in enumerate(IMAGES):
@@ -119,8 +119,9 @@ def events_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, stride: int = 100, lowpass: float = 40.0):
     """Write a dataset with ledger and fingerprints, as the job does, from signals in memory.
 
-    A recording is a dict with the keys key, subject and raw. Optional keys: corpus, split and sha256; starts (samples
-    at 100 Hz) with images (id, bytes) and concepts; or trials (start, split) instead of starts.
+    A recording is a dict with the keys `key`, `subject` and `raw`, and optionally `corpus`, `split` and `sha256`.
+    `starts` lists the first sample of each window at 100 Hz, and `trials` lists pairs (start, split) instead. `images`
+    (id, bytes) and `concepts` belong to the windows in order.
     """
     import dataclasses
 
@@ -190,7 +191,7 @@ def publish_dataset(path: Path, recordings: list[dict], *, window: int = 100, st
 
 
 def make_ledger_row(key: str, *, status: Status = "sharded", reason: Reason | None = None, **columns) -> LedgerRow:
-    """Make a ledger row with typical values. The argument `columns` replaces some of them."""
+    """Make a ledger row with typical values, except the values in `columns`."""
     values = {
         "corpus": "lab", "path": f"{key}.edf", "files": [f"{key}.edf"], "bytes": 1000, "sha256": key, "format": "edf",
         "reader": "edf", "subject": key, "sfreq": 200.0, "seconds": 60.0, "unit": "plausible", "unit_factor": 1.0,

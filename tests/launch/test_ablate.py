@@ -41,7 +41,7 @@ ddpm:
 
 @pytest.fixture
 def folder(tmp_path: Path, paired_dataset: Path) -> Path:
-    """Write an ablation of two rows as a folder: the base, and one that learns with another loss."""
+    """Write the folder of an ablation with two rows: the base row, and the row 'l1' with another loss."""
     (tmp_path / "ddpm.yaml").write_text(TINY.format(dataset=paired_dataset))
     rows = tmp_path / "rows"
     rows.mkdir()
@@ -90,7 +90,7 @@ def test_two_rows_are_trained_stopped_resumed_and_compared(folder: Path, tmp_pat
         )
     assert "ddpm.loss: l1" in (out / "ablation.md").read_text()
     assert (out / "ablation.png").stat().st_size > 1000
-    # The row used EVRNet of the base row, so it has no run of its own for this stage.
+    # The row 'l1' used the EVRNet of the base row, so 'l1' has no run of EVRNet.
     assert (out / "rows/base/ddpm/evrnet").is_dir() and not (out / "rows/l1/ddpm/evrnet").exists()
     assert not (out / "images/l1/classifier.safetensors").exists()
 
@@ -150,9 +150,9 @@ def test_rows_share_runs_with_equal_configs_and_get_the_aligned_encoder(tmp_path
     assert base.steps[1].config["encoder"] == str(tmp_path / "out/rows/base/align/encoder")
     assert cosine.steps[1].config["encoder"] == str(tmp_path / "out/rows/cosine/align/encoder")
     assert cosine.steps[1].needs == ["cosine.align"] and cosine.changes == {"align.loss": "cosine"}
-    # Only the second command differs, so the row uses the encoder of the base row.
+    # The row 'all' changes only the second command, so it uses the aligned encoder of the base row.
     assert [step.name for step in tuned.steps[:1]] == ["all.finetune"] and tuned.steps[0].needs == ["base.align"]
-    # Only the generation differs, so nothing is trained.
+    # The row 'guided' changes only the generation of images, so it trains nothing.
     assert [step.name.split(".")[1] for step in guided.steps] == ["generate", "generate-shuffled", "evaluate"]
     assert str(tmp_path / "out/rows/base/finetune/model") in guided.steps[0].words
     assert guided.steps[0].words[-2:] == ["--guidance_scale", "4"]

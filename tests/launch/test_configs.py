@@ -25,7 +25,7 @@ def test_a_path_below_configs_is_found_in_any_folder(tmp_path: Path, monkeypatch
     assert find_config(released) == ROOT / released
     assert find_config("configs/pretrain/none.yaml") == Path("configs/pretrain/none.yaml")
     assert find_config("pretrain/released.yaml") == Path("pretrain/released.yaml")
-    # If the user has a config file with this name, the command uses the user's file.
+    # A config file in the user's folder is used instead of the shipped config with the same path.
     released.parent.mkdir(parents=True)
     released.write_text("steps: 3\n")
     assert find_config(released) == released

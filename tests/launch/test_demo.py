@@ -66,7 +66,8 @@ def test_folders_of_two_seeds_do_not_mix(tmp_path: Path):
 
 
 def make_scores(own: float, low: float, colour_low: float = -0.1) -> dict:
-    """Make the scores of a model whose difference to shuffled EEG has the given lower ends of its intervals."""
+    """Make the scores of a model. `low` and `colour_low` are the lower ends of the intervals of the difference between
+    own and shuffled EEG, for category and colour."""
 
     def measure(mean: float, low: float) -> dict:
         return {"mean": mean, "interval": [low, mean + 0.1], "n": 336}

@@ -81,7 +81,7 @@ class Dataset:
         )
 
     def replace_in_tar(self, old: bytes, new: bytes) -> None:
-        """Replace text by text of the same length in the tar, and correct the checksums in the headers and in the
+        """Replace text by text of the same length in the tar, and correct the checksums in the tar headers and in the
         manifest."""
         assert len(old) == len(new)
         data = bytearray(self.tar.read_bytes())

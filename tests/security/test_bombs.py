@@ -27,8 +27,10 @@ from data_sharding.formats.open_signal import ReadError
 from launch.cli import main
 
 MARK, TUPLE2, DUP, EMPTY_DICT, SETITEM, STOP = b"(", b"\x86", b"2", b"}", b"s", b"."
-NESTED = b")" + (DUP + TUPLE2) * 40  # 40 levels of tuples that each contain the next tuple twice: 2^40 empty tuples
-LISTS = b"]q\x00" + b"".join(b"0](h%ch%ceq%c" % (i, i, i + 1) for i in range(45))  # 45 such levels of lists
+# 40 levels of tuples that each contain the next tuple twice, which makes 2^40 empty tuples.
+NESTED = b")" + (DUP + TUPLE2) * 40
+# 45 levels of lists that each contain the next list twice.
+LISTS = b"]q\x00" + b"".join(b"0](h%ch%ceq%c" % (i, i, i + 1) for i in range(45))
 INTS = b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little", signed=True) + b"N" for i in range(200_000))
 PICKLES = {
     "key": EMPTY_DICT + NESTED + b"N" + SETITEM + STOP,

@@ -168,7 +168,7 @@ def test_changed_index_is_refused(dataset: Any, change: Callable[..., object], c
     except RequestError as error:
         assert "000000" in str(error)
     else:
-        assert "'../" in output.out  # Training does not use the keys of an index, and not its unknown members.
+        assert "'../" in output.out  # Training uses neither the keys nor unknown members of an index.
 
 
 def test_index_that_claims_3_gb_takes_no_memory(dataset: Any, run_limited: Any) -> None:
@@ -259,7 +259,7 @@ def test_compressed_windows_unpack_to_no_more_than_a_window() -> None:
     for data, samples in ((stated, 50), (unstated, 50), (stated, None), (packed, 49), (packed[:-9], 50), (b"", 50)):
         with pytest.raises(ValueError, match=r"\w"):
             decode_eeg(data, 2, samples)
-    # An attacker can choose every value of the frame's header, including the size of the content.
+    # An attacker can choose every value in the header of the Zstandard frame, including the size of the content.
     for at in range(4, 14):
         changed = bytes(claims[:at]) + b"\xff" + bytes(claims[at + 1 :])
         try:

@@ -1,4 +1,4 @@
-"""Models that somebody changed: a small config asks for a huge network, or for code. Each is refused in one line."""
+"""Models that somebody changed, so that a small config asks for a huge network or for code, are refused in one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ for kind, folder in json.loads(sys.stdin.read() if len(sys.argv) < 2 else Path(s
 
 
 def load(kind: str, folder: Path) -> object:
-    """Load a package of one kind, as the commands do."""
+    """Load a model package of the kind `kind`, as the commands do."""
     if kind == "encoder":
         from pretrain.encoder.encoder import EEGEncoder
 
@@ -151,7 +151,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 HUGE = 10**9
-# Kind, file, place in the file, and value: a huge network or other huge work, or values of wrong types.
+# Kind of package, file, key in the file, and value. The values ask for huge work, or have wrong types.
 CASES: list[tuple[str, str, str, Any]] = [
     *(("encoder", "config.json", f"encoder.{key}", HUGE) for key in ("dim", "depth", "heads", "samples", "patch")),
     *(
@@ -229,7 +229,7 @@ def _change(path: Path, place: str, value: Any) -> None:
 def outcomes(
     packages: Path, tmp_path_factory: pytest.TempPathFactory, run_limited: Callable[..., Any]
 ) -> dict[str, list[str]]:
-    """Load every changed package in one process with limited memory; return what happened to each."""
+    """Load every changed package in one process with limited memory; return what happened to each package."""
     root = tmp_path_factory.mktemp("changed")
     jobs = [[kind.name, str(kind)] for kind in sorted(packages.iterdir())]
     names = [f"{kind} unchanged" for kind, _ in jobs]

@@ -21,7 +21,7 @@ from launch.cli import main
 ROOT = Path(__file__).parents[2]
 EVIL = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202egpj.exe\r\x00"
 OTHER = 65534
-"""Number of the user 'nobody'."""
+"""User id of the user 'nobody'."""
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
 
 

@@ -30,7 +30,8 @@ def make_row(key: str = "rec") -> LedgerRow:
 
 
 def write_changed(root: Path, column: str, value: Any, kind: Any = None) -> None:
-    """Write a ledger of two rows; in the second row, a column has another value, of the type `kind` if it is given."""
+    """Write a ledger of two rows, with `value` in a column of the second row. If the type `kind` is given, the column
+    has this type, and both rows have the value."""
     rows = [make_row("a").to_columns(), make_row("b").to_columns()]
     table = pa.Table.from_pylist(rows, schema=schema())
     first = rows[0][column] if kind is None else value
@@ -159,7 +160,7 @@ def test_small_fingerprints_that_stand_for_gigabytes_are_refused(kind: str, tmp_
 
 
 def change_fingerprints(path: Path, **values: Any) -> None:
-    """Change values of the second row."""
+    """Change values in the second row of a table of fingerprints."""
     table = pq.read_table(path)
     rows = table.to_pylist()
     rows[1].update(values)
@@ -197,7 +198,7 @@ def test_changed_fingerprints_are_refused(values: dict[str, Any], tmp_path: Path
     def read() -> None:
         found = Fingerprints(tmp_path)
         if "n_points" in values and not values["n_points"] and values["n_points"] is not None:
-            assert found.load("b").shape == (64, 1)  # A fingerprint without points; it is compared with no other.
+            assert found.load("b").shape == (64, 1)  # Row 'b' has no points, so it matches no recording.
             raise RequestError(f"{path}: no points")
         found.load("b")
 

@@ -75,7 +75,7 @@ def test_changed_copy_is_found(what: str) -> None:
 
 def test_copies_beyond_the_documented_limits_are_not_found() -> None:
     """Two copies that are not found: a part from the middle of a recording, and a copy with another reference and more
-    channels than points (see docs/leakage.md)."""
+    than 40 channels (see docs/leakage.md)."""
     x, many = make_eeg(0, alpha=0.0), make_eeg(1, 80, alpha=0.0)
     assert find_duplicates([make_fingerprint("a", x), make_fingerprint("b", x[:, 500:])]) == {}
     assert find_duplicates([make_fingerprint("a", many), make_fingerprint("b", many - many[:1])]) == {}
@@ -120,11 +120,12 @@ def test_different_recordings_are_different(seeds: list[int], n: int, seconds: f
 
 
 def test_switch_on_transient_is_not_a_match() -> None:
-    """Amplifiers start with a step of some millivolts, which has the same shape after filtering in every recording."""
+    """When an amplifier is switched on, the signal makes a step of some millivolts. After filtering, this step has the
+    same shape in every recording."""
     step = np.where(np.arange(2500) < 20, -5e3, 0.0)
     prints = [make_fingerprint(str(i), make_eeg(i) + step) for i in range(12)]
     corr = [np.corrcoef(prints[0].points[0], p.points[0])[0, 1] for p in prints[1:]]  # type: ignore[index]
-    assert min(corr) > 0.99, "the trap is set"
+    assert min(corr) > 0.99, "the first points of different recordings must be similar"
     assert find_duplicates(prints) == {}
 
 
@@ -143,13 +144,14 @@ def test_calibration_signal_at_the_start_is_not_a_match() -> None:
 @pytest.mark.parametrize("seconds", [20.0, 60.0, 200.0])
 @pytest.mark.parametrize("longer", [0.0, 9.0])
 def test_two_people_with_the_same_calibration_are_two_recordings(seconds: float, longer: float) -> None:
-    """The calibration differs between the channels, as real EEG does, and lasts longer than the first points."""
+    """The calibration signal differs between the channels, as EEG does, and is longer than the first 64 points of
+    the fingerprint."""
     calibration = make_eeg(50, 6, 9.0)
     prints = [
         make_fingerprint(str(i), np.concatenate([calibration, make_eeg(i, 6, seconds - 9 + i * longer)], axis=1))
         for i in range(3)
     ]
-    assert signature(prints[0].points) == signature(prints[1].points), "the trap is set"  # type: ignore[arg-type]
+    assert signature(prints[0].points) == signature(prints[1].points), "equal signatures"  # type: ignore[arg-type]
     assert find_duplicates(prints) == {}
 
 

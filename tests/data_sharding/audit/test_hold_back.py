@@ -1,4 +1,4 @@
-"""Benchmarks are held back by name, list, content, subject and image; entries without a match are refused."""
+"""Benchmarks are held back by name, list, content, subject and image. A config entry without a match is refused."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class TestNames:
 
 class TestContent:
     def test_copies_of_a_named_recording_are_held_back(self, rows: Rows) -> None:
-        """A copy may have another name and another format."""
+        """A copy of a held-back recording may have another name and another format."""
         rows.add("named", 1)
         rows.add("copy", 1)
         rows.add("bytes", 2, sha256="named")
@@ -202,8 +202,8 @@ def test_trials_with_images_of_a_held_back_dataset_are_left_out(
 
 @pytest.fixture(scope="module")
 def sharded(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A benchmark dataset with one subject, and a training dataset from the whole corpus that holds back the
-    benchmark."""
+    """Make a benchmark dataset of one subject, and a training dataset of the whole corpus that holds the benchmark
+    back."""
     from data_sharding.job.run import main as shard
 
     folder = tmp_path_factory.mktemp("jobs")
@@ -235,7 +235,7 @@ def sharded(folder_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 class TestJob:
-    """The corpus contains the benchmark twice: as equal bytes, and in another format."""
+    """The corpus contains the benchmark's recording twice: as equal bytes, and in another format."""
 
     def test_benchmark_and_its_copy_are_held_back(self, sharded: tuple[Path, Path]) -> None:
         rows = {row.path: row for row in read_ledger(sharded[1])}

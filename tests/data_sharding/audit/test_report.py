@@ -115,7 +115,7 @@ class TestPage:
         assert "lab: block design" in text and "runs of 50 trials" in text and "script&gt;: block" not in text
 
     def test_page_of_100_000_recordings_stays_small(self, dataset: Path, tmp_path: Path, make_row) -> None:
-        """Tables are short, and give the number of rows that they do not show."""
+        """The tables on the page are short, and state how many rows are not shown."""
         rng = np.random.default_rng(0)
         rows = []
         for i in range(100_000):

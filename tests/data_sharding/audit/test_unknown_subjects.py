@@ -1,4 +1,4 @@
-"""If subjects are unknown, the splits are not called clean: in the last line, in the exit code, and in the tables."""
+"""If subjects are unknown, neither ``dreamscale verify`` nor ``dreamscale inspect`` calls the splits clean."""
 
 from __future__ import annotations
 

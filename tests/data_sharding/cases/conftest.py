@@ -1,9 +1,10 @@
 """Compares sharded samples with the true signal of synthetic recordings, which is known at any time.
 
-The true signals are sums of sinusoids, which are computed by ``truth.py`` in the folder that `DREAMSCALE_CASES` names.
-`true_uv` is the same function, so that tests can also write other recordings.
+The true signals are sums of sinusoids. The file ``truth.py`` in the folder that `DREAMSCALE_CASES` names has computed
+the true signals of the recordings in this folder. `true_uv` computes the same signals, so that tests can write other
+recordings.
 
-In array shapes, n is the number of channels, S a number of samples, and T the number of samples in a window.
+In array shapes, `n` is the number of channels, `S` a number of samples, and `T` the number of samples in a window.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Sharded:
     """Result of sharding one recording."""
 
     row: LedgerRow
-    """Its row in the ledger."""
+    """Row of the recording in the ledger."""
     samples: list[tuple[dict, np.ndarray]]
     """Metadata and signal [n, T] in microvolts of every window, in the order of time."""
 
@@ -190,7 +191,8 @@ def write_edf(
     labels, units : list
         Label and unit of each channel.
     scale : iterable of float
-        Physical units per microvolt of each channel. The header's physical range is 500 microvolts times this number.
+        For each channel, the value in the channel's physical unit that equals one microvolt. The physical range in the
+        header is from -500 to 500 times this value.
     low, high : list of str, optional
         Texts for the physical minimum and maximum, instead of the correct numbers.
     bdf : bool
@@ -250,7 +252,7 @@ def write_gdf(
     units : iterable of int or str
         Unit of each channel; microvolts by default.
     scale : iterable of float
-        Physical units per microvolt of each channel.
+        For each channel, the value in the channel's physical unit that equals one microvolt.
     flat : iterable of str
         Channels whose physical minimum and maximum are zero.
     """

@@ -1,4 +1,4 @@
-"""A bad mark that names channels makes these channels bad in its span, and keeps the other channels."""
+"""If a mark of a bad span names channels, only these channels are bad in the span."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BAD = ["F4"]
 
 @pytest.fixture
 def signal(true_uv) -> np.ndarray:
-    """Return the true signal with an artefact in F4. The artefact is so small that only the mark shows it."""
+    """Return the true signal with an artefact in F4, which is so small that only a mark makes the channel bad."""
     t = np.arange(RATE * SECONDS) / RATE
     uv = true_uv(SEED, 8, t)
     marked = (t >= BEGIN) & (t < BEGIN + LENGTH)

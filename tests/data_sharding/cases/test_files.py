@@ -37,7 +37,7 @@ def write_fif(path: Path, uv: np.ndarray, **options) -> None:
 
 
 def write_set(path: Path, uv: np.ndarray, named: str, fdt: str | None = None, *, compress: bool = False) -> None:
-    """Write an EEGLAB .set file that names the signal file `named`. Write the signal to `fdt`, by default `named`."""
+    """Write an EEGLAB .set file that names the signal file `named`. Write the signal to `fdt` (default: `named`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     locations = np.array([(name,) for name in NAMES], dtype=[("labels", object)])
     eeg = {"setname": "a", "nbchan": 8, "pnts": uv.shape[1], "trials": 1, "srate": float(RATE), "xmin": 0.0}
@@ -180,7 +180,7 @@ class TestBrainVision:
     def test_renamed_triple_beside_the_one_that_it_names_is_refused(
         self, tmp_path: Path, shard_all, assert_true, true_uv
     ) -> None:
-        """S01 was renamed outside BrainVision's programs, and its header still names the files of another person."""
+        """S01.vhdr and S02.vhdr were renamed by hand, and still name the data and marker files of 'raw'."""
         write_vhdr(tmp_path / "b" / "S01.vhdr", make_uv(true_uv, 80), "S01")
         for name in ("S01", "S02", "raw"):
             write_vhdr(tmp_path / "b" / f"{name}.vhdr", make_uv(true_uv, 81), "raw")
@@ -236,7 +236,8 @@ print(json.dumps(out))
 
 
 def trace(root: Path) -> dict[str, list]:
-    """Read every recording below a folder in a child process; return format, status, and files that are not listed."""
+    """Read every recording below a folder in a child process. Return its format, its status, and the opened files that
+    the recording does not list."""
     done = subprocess.run(
         [sys.executable, "-c", TRACE, str(root)], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
@@ -268,7 +269,7 @@ class TestOpenedFiles:
         assert {row[0] for row in found.values() if row[1] == "read"} >= {"ant", "curry", "mff", "nihon", "persyst"}
 
     def test_files_beside_a_recording_do_not_matter(self, tmp_path: Path, true_uv) -> None:
-        """A marker file that no header names, and a signal that no .set names, are not opened."""
+        """A marker file that no header names, and a signal file that no .set file names, are not opened."""
         folder = tmp_path / "all"
         write_vhdr(folder / "v.vhdr", make_uv(true_uv, 91), "v")
         shutil.copy(folder / "v.vmrk", folder / "w.vmrk")

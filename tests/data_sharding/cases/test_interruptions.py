@@ -19,7 +19,7 @@ LEFT_OUT = {
 def test_spans_that_are_marked_or_missing_are_left_out(cases: Path, shard_all, assert_true, path: str) -> None:
     seed, spans = LEFT_OUT[path]
     sharded = shard_all((cases / path).parent)[Path(path).name]
-    # Four channels of the GDF file have the same name.
+    # Four channels of the GDF file have the same name in the file, so use the unique names in the ledger.
     assert_true(sharded, seed, names=sharded.row.channels)
     assert not any(sharded.touches(*span) for span in spans)
     assert sum(b - a for a, b in sharded.spans) > 35
@@ -30,7 +30,8 @@ def test_spans_that_are_marked_or_missing_are_left_out(cases: Path, shard_all, a
     [("eeglab/s01_b99.set", 901, 0.0), ("edf/e23_biosemi_epoch.bdf", 907, 0.0), ("edf/e15_C_gap.edf", 906, 70.0)],
 )
 def test_no_window_crosses_a_stop(cases: Path, shard_all, assert_true, path: str, seed: int, jump: float) -> None:
-    """The EDF+C file contains the length of the pause, so the windows after the pause begin 70 s later."""
+    """Only the EDF+C file stores the length of the pause, so only in this file the windows after the pause begin 70 s
+    later."""
     sharded = shard_all((cases / path).parent)[Path(path).name]
 
     def clock(seconds: float) -> float:

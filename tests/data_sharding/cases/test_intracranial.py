@@ -15,7 +15,7 @@ from data_sharding.processing.preprocess import PreprocessSpec
 
 SPEC = PreprocessSpec(window=256, stride=256)
 SEEG = ["A1", "A2", "T3", "P3", "LO1", "Z1", "X2", "EMG1"]
-"""Contacts of depth electrodes. Their names look like ears, scalp electrodes and other channels."""
+"""Names of depth electrodes, which look like names of ears, scalp electrodes and other channels."""
 PLAIN = ["A1", "A2", "T3", "P3", "B'4", "TM5", "LH6", "C3"]
 
 

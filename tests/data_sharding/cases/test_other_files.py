@@ -86,7 +86,7 @@ def test_they_do_not_count_as_set_aside(fif_files: Path, shard_all) -> None:
 def test_a_damaged_fif_file_is_not_called_something_else(tmp_path: Path, fif_files: Path) -> None:
     data = (fif_files / "covariance.fif").read_bytes()
     (tmp_path / "a.fif").write_bytes(data[: len(data) // 2])
-    # The truncated file is recognised as a recording. Its reader reports the missing bytes later.
+    # The truncated file is recognised as a recording, and the reader of FIF reports the missing bytes later.
     assert rows(tmp_path)["a.fif"].problem is None
 
 

@@ -37,7 +37,7 @@ def write_edf(path: Path, uv: np.ndarray, sfreq: float = 250.0, limit: float = 3
 
 @pytest.fixture
 def shard_one(tmp_path: Path, shard_all):
-    """Write one recording and shard it."""
+    """Return a function that writes one recording and shards it."""
 
     def run(uv: np.ndarray, sfreq: float = 250.0, *, write=write_fif, spec: PreprocessSpec = SPEC, **more):
         name = "a.edf" if write is write_edf else "a_raw.fif"
@@ -52,7 +52,7 @@ def get_times(sfreq: float = 250.0, seconds: float = SECONDS) -> np.ndarray:
 
 
 def assert_adds_up(sharded) -> None:
-    """Check that every second of the recording is in a window or is counted under a reason."""
+    """Check that every second of the recording is in a window, or was left out for a reason in the ledger."""
     row = sharded.row
     assert row.seconds_written + sum(row.seconds_left_out.values()) == pytest.approx(row.seconds, abs=0.02)
 
@@ -78,7 +78,7 @@ class TestCases:
 
 
 class TestDropouts:
-    """No channel has a signal for some time."""
+    """For some time, no channel has a signal."""
 
     @pytest.mark.parametrize(
         ("value", "sfreq"),
@@ -140,7 +140,7 @@ class TestDropouts:
 
 
 class TestBadChannels:
-    """Some channels have no signal for some time. This must not change the other channels."""
+    """Some channels are bad for some time. These bad channels must not change the other channels."""
 
     @pytest.mark.parametrize(
         ("kind", "n_bad"), [("flat", 3), ("clipped", 1), ("too small", 3), ("missing values", 1), ("too large", 2)]
@@ -169,7 +169,7 @@ class TestBadChannels:
                 assert meta["bads"] == []
         clean = dataclasses.replace(sharded, samples=[s for s in sharded.samples if not s[0]["bads"]])
         assert_true(clean, 9, ends=True)
-        # The reference is the mean over the good rows, without the bad row.
+        # The reference is the mean over the good channels, without the bad channels.
         for meta, x in sharded.samples:
             if meta["bads"]:
                 own = x[n_bad:]
@@ -240,7 +240,7 @@ class TestBadChannels:
     def test_ordinary_eeg_has_no_bad_windows(self, shard_one, true_uv) -> None:
         t, rng = get_times(), np.random.default_rng(2)
         uv = true_uv(14, 8, t) + rng.normal(0, 3, (8, t.size)) + 30 * np.sin(2 * np.pi * 50 * t)
-        for at in range(5, 55, 10):  # Blinks.
+        for at in range(5, 55, 10):  # Add a blink every 10 s.
             uv[:2] += 250 * np.exp(-(((t - at) / 0.08) ** 2))
         for write in (write_fif, write_edf):
             sharded = shard_one(np.round(uv), write=write)

@@ -100,9 +100,9 @@ def test_a_missing_baseline_shortens_the_trial_and_is_counted(
     spans = [(10.0, 10.1, "BAD_muscle"), (20.0, 20.2, "BAD"), (30.0, 32.0, "BAD_ACQ_SKIP")]
     write_raw(path, true_uv(4, 8, np.arange(10_000) / 250), 250.0, spans)
     write_images(tmp_path)
-    # The trials in order: no baseline at the beginning of the recording; bad span in the baseline; bad span in the
-    # window; gap in the baseline; gap in the window; complete trial; nothing after the window at the end of the
-    # recording; too late.
+    # The eight trials in the order of `onsets`: no baseline at the start of the recording; bad span in the baseline;
+    # bad span in the window; gap in the baseline; gap in the window; complete trial; no samples after the window at the
+    # end of the recording; window beyond the end of the recording.
     onsets = [0.1, 10.15, 19.5, 32.05, 29.5, 25.0, 38.9, 39.5]
     write_table(path.parent / "a_events.tsv", onsets)
     (sharded,) = shard_all(path.parent, **events(path.parent, tmp_path, tmin=-0.2, tmax=1.3)).values()
@@ -162,8 +162,8 @@ def assert_epochs_true(sharded, true_uv: Callable, seed: int, sfreq: float, onse
 def test_epochs_know_their_onset(
     tmp_path: Path, shard_all: Callable, true_uv: Callable, name, sfreq, tmin, times
 ) -> None:
-    """A table can contain times of the original recording, or times in the file, in which the epochs follow one
-    another."""
+    """An events table can contain times in the original recording, or times in the file, where each epoch begins at the
+    end of the epoch before it."""
     onsets, root = [3.0, 9.5, 17.25, 31.0], tmp_path / "eeg"
     write_epochs(root / name, true_uv, 5, sfreq, tmin, onsets)
     write_images(tmp_path)
@@ -186,7 +186,7 @@ def test_a_table_of_other_times_gives_no_epoch_a_wrong_image(
     write_table(root / "a-epo_events.tsv", onsets)
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
     assert sharded.row.windows_left_out == {"the table does not describe the epochs": 4}
-    # These are times in the file before an epoch was rejected. Three of them are now the times of other epochs' events.
+    # Write the times in the file from before an epoch was rejected. Three times now belong to other epochs' events.
     write_table(root / "a-epo_events.tsv", [1.0, 6.0, 11.0, 16.0])
     (sharded,) = shard_all(root, **events(root, tmp_path)).values()
     assert sharded.row.reason == "no window left: 4 the table does not describe the epochs"
@@ -206,7 +206,7 @@ def test_epochs_in_arrays_declare_their_tmin(
     (root / "a.json").write_text(json.dumps(about))
     (sharded,) = shard_all(root, kind="arrays", **keys).values()
     delay = keys.get("stimulus_delay_ms", 0) / 1000
-    shift = round((delay - tmin) * 256) / 256 + tmin  # the onset is a sample
+    shift = round((delay - tmin) * 256) / 256 + tmin  # The onset is rounded to a sample.
     assert_epochs_true(sharded, true_uv, 6, 250.0, [onset + shift for onset in onsets])
     want = 51 if keys else 256
     assert all(meta["onset"] == want for meta, _ in sharded.samples) and "repeat" not in sharded.samples[0][0]

@@ -1,4 +1,4 @@
-"""Tests of the comparison itself: it accepts a recording without faults, and finds small faults."""
+"""Tests of `assert_true`: the function accepts a recording without faults, and finds small faults."""
 
 from __future__ import annotations
 

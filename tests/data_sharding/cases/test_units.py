@@ -85,7 +85,7 @@ def test_units_mixed_in_one_gdf_file(
 def test_a_gdf_file_with_several_rates(
     tmp_path: Path, shard_all: Callable, assert_true: Callable, true_uv: Callable, write_gdf: Callable, rate: int
 ) -> None:
-    """If a channel of a GDF file is left out, MNE reads the wrong channels. The reader corrects this."""
+    """If a channel of a GDF file is left out, MNE reads the wrong channels, but this project's reader does not."""
     ramp = np.linspace(-400, 400, 40 * rate)
     signals = {"Resp": (ramp, rate)}
     signals |= {name: (x, 250) for name, x in zip(NAMES, true_uv(9, 8, SECONDS), strict=True)}

@@ -1,7 +1,7 @@
 """XDF files with lost packets, jitter and faulty clocks are read with the right sampling rate, segments and times.
 
-The true signal is a function of the amplifier's clock: sample number / rate. The stamps of the recording computer add
-jitter, drift and faults.
+The true signal is a function of the amplifier's time, which is sample number / rate. The time stamps of the recording
+computer have jitter, drift and faults.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from data_sharding.processing.quality import QualitySpec
 
 NAMES = ["Fp1", "Fp2", "F3", "F4", "C3", "C4", "P3", "P4"]
 SPEC = PreprocessSpec(window=256, stride=256, quality=QualitySpec(leave_out_edges=False))
-"""Keep the windows at the ends of segments. Then the first window of a segment shows the onset of the segment."""
+"""Settings that keep the windows at the ends of segments, so that the first window shows the onset of its segment."""
 SECONDS = 40
 BEGIN = 1000.0
-"""First time stamp."""
+"""First time stamp in seconds."""
 
 
 def write_xdf(
@@ -39,9 +39,9 @@ def write_xdf(
     markers: Sequence[tuple[float, str]] = (),
     marker_offsets: Sequence[tuple[float, float]] = (),
 ) -> None:
-    """Write a stream of EEG [n, S] in microvolts. `own` marks the samples whose time stamp is stored in the file.
+    """Write a stream of EEG [n, S] in microvolts. `own` is a mask of the samples whose time stamp is stored.
 
-    `markers` are the stamps and texts of a second stream, which has different clock offsets.
+    `markers` are the time stamps and texts of a second stream, which has the clock offsets `marker_offsets`.
     """
 
     def chunk(tag: int, content: bytes) -> bytes:
@@ -87,7 +87,7 @@ def make_chunks(n: int, size: int) -> list[int]:
 
 
 def add_jitter(stamps: np.ndarray, kind: str, chunks: list[int], rate: float) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return time stamps with jitter, and the samples whose time stamp is stored in the file."""
+    """Return time stamps with jitter, and a mask of the samples whose time stamp is stored (None: all samples)."""
     random = np.random.default_rng(7)
     first = np.cumsum([0, *chunks])[:-1]
     own = np.zeros(len(stamps), bool)
@@ -130,8 +130,8 @@ def test_lost_packets_end_a_segment(
     assert sharded.row.sfreq == rate
     assert not sharded.touches(cut / rate, (cut + lost) / rate - 0.0015)
     behind = [a for a, _ in sharded.spans if a > cut / rate]
-    # The first window begins exactly with the first sample after the gap. Its time is right within 1.5 ms, because of
-    # the jitter.
+    # The first window after the gap begins with the first sample after the gap. Because of the jitter, the time of this
+    # window is right only within 1.5 ms.
     assert behind and abs(behind[0] - (cut + lost) / rate) <= max(1.01 / rate, 0.0015)
     assert sharded.row.seconds_written > SECONDS - lost_s - 4
     assert_true(sharded, 50)
@@ -237,7 +237,7 @@ def test_other_faults_of_stamps_are_mended(
 
 
 def test_clock_set_anew_is_corrected_by_the_offsets(tmp_path: Path, shard_all, assert_true, true_uv) -> None:
-    """The computer of the amplifier is restarted after 20 s, with a pause of 30 s. The clock offsets show this."""
+    """The computer of the amplifier is restarted after 20 s, with a pause of 30 s, which the clock offsets show."""
     index = np.concatenate([np.arange(5000), np.arange(12500, 17500)])
     stamps = BEGIN + index / 250
     stamps[5000:] -= 990.0
@@ -287,7 +287,7 @@ class TestMarkerStreams:
     RATE = 250
 
     def write(self, folder: Path, true_uv, index: np.ndarray, markers: list[tuple[float, str]], **more) -> Path:
-        """Write samples with these numbers, and markers with times in seconds after the first sample."""
+        """Write samples with the numbers `index`, and markers with times in seconds after the first sample."""
         later = more.pop("later", 0.0)
         stamps = BEGIN + index * (1 + more.pop("drift", 0.0)) / self.RATE
         write_xdf(
@@ -324,7 +324,8 @@ class TestMarkerStreams:
             marker_offsets=[(t + 500, -498.0) for t in every],
         )
         segments, _ = self.segments(path)
-        # The clock of the EEG is 50 ppm slower, so the second marker comes 1.6 ms before the sample with its stamp.
+        # The clock of the EEG is 50 ppm slower than the clock of the markers, so the marker at 32 s comes 1.6 ms before
+        # sample 8000.
         assert segments == [(0, 2000, 0.0), (2000, 8000, 8.0), (8000, 10_000, 32.0)]
 
     def test_after_a_gap_and_with_a_drifting_amplifier(self, tmp_path: Path, true_uv) -> None:

@@ -23,7 +23,7 @@ def test_figures_count_recordings_hours_and_time_left(monkeypatch: pytest.Monkey
     shown.running = 1
     figures = shown.figures()
     assert figures["recordings"] == "3/4 (1 from an earlier run)" and figures["set aside"] == "1 quarantined"
-    # 50 bytes were read in 50 s and 40 bytes are left. Recordings of an earlier run do not count for the speed.
+    # 50 bytes were read in 50 s and 40 bytes are left. The speed excludes recordings of an earlier run.
     assert figures["left"] == "0:00:40" and figures["elapsed"] == "0:00:50"
     assert figures["hours"] == "2.00" and figures["channel-hours/s"] == f"{64 / 50:.2f}" and figures["in flight"] == "1"
 

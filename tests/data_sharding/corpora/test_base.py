@@ -1,4 +1,4 @@
-"""Tests of the config of corpora, the kinds of corpora, folders and events tables on any storage, and trial order."""
+"""Tests of corpora: their configs and kinds, folders and events tables on any storage, and the order of trials."""
 
 from __future__ import annotations
 
@@ -216,8 +216,8 @@ class TestOrder:
             "unknown",
             "no trials: continuous recordings",
         )
-        # Trials come in pairs of one category. So neighbours have the same category more often than by chance, but a
-        # pair is not a block.
+        # Trials come in pairs of the same category. So neighbouring trials have the same category more often than by
+        # chance, but a pair is not a block.
         rng = np.random.default_rng(0)
         pairs = [name for name in rng.permutation([f"c{i % 3}" for i in range(150)]) for _ in range(2)]
         assert measure_order([item(pairs)])[0] == "unknown"

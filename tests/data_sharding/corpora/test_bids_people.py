@@ -1,5 +1,5 @@
-"""The sidecar files of a BIDS dataset describe people, devices and rights. If a file is invalid, only its values are
-missing."""
+"""The sidecar files of a BIDS dataset describe people, devices and rights. If a sidecar file is invalid, only the
+values of this file are missing."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def shard(item: Item, work: Path, spec: PreprocessSpec, split: SplitConfig) -> t
 
 
 def released(lengths: dict[int, int] | None = None) -> dict[str, Any]:
-    """Return data of two subjects who see four images of each of three categories, in blocks."""
+    """Return a small EEG-ImageNet: two subjects see four images of each of three categories, in blocks."""
     images = [f"{synset}_{100 + i}" for synset in SYNSETS for i in range(4)]
     dataset = []
     for subject in (1, 4):
@@ -104,7 +104,7 @@ class TestEEGImageNet:
         signal = open_item(items[1])
         assert (signal.info.sfreq, len(signal.info.segments), signal.info.n_samples) == (1000, 11, 11 * 440)
         assert signal.info.unit_known and any("standardised" in note for note in signal.info.notes)
-        # The second trial of the second subject was left out, so the second segment belongs to trial number 14.
+        # The second trial of the second subject was left out, so the second segment belongs to trial 14 of the file.
         x = np.asarray(data["dataset"][14]["eeg"])[:, 20:460]
         segment = signal.info.segments[1]
         assert np.array_equal(signal.read(segment.start, segment.stop, list(range(128))), x)
@@ -156,7 +156,7 @@ class TestEEGImageNet:
         assert shard(items[0], tmp_path / "work", spec, BY_CORPUS)[0].row.sha256 != row.sha256
 
     def test_a_short_trial_is_left_out_alone(self, tmp_path: Path) -> None:
-        """Trials of 450 to 459 samples end before sample 460."""
+        """Trials of 450 to 459 samples are left out, because they end before the window, which ends at sample 460."""
         data = released({0: 450, 1: 459, 2: 460, 3: 461, 4: 455})
         items = list_items(write_imagenet(tmp_path, data, splits()))
         spec = PreprocessSpec(sfreq=1000, highpass=5, lowpass=95, window=440, stride=440, notch="off", reference="keep")

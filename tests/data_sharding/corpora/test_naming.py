@@ -1,4 +1,4 @@
-"""Subjects are recognised in common file names, but never in dates, runs and sessions."""
+"""Subjects are recognised in common file names. Dates, runs and sessions are never mistaken for subjects."""
 
 from __future__ import annotations
 

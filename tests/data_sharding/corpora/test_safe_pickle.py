@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 
 class Calls:
-    """An object for which the pickle contains a function call."""
+    """An object whose pickle calls a function when the pickle is loaded without protection."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -71,7 +71,7 @@ def test_npy_with_a_dictionary_is_mapped(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", DATA)  # type: ignore[arg-type]
     back = load_npy(tmp_path / "a.npy")
     assert same(DATA, back)
-    # The array must be a view of the file's content, not a copy in memory.
+    # The array 'big' must be a view of the file's content, not a copy in memory.
     assert not back["big"].flags.owndata and not back["big"].flags.writeable
     np.save(tmp_path / "b.npy", DATA["big"])
     assert np.array_equal(load_npy(tmp_path / "b.npy"), DATA["big"])
@@ -144,7 +144,7 @@ BROKEN = {
         glob("numpy.core.numeric", "_frombuffer"),
         b"(C\x04abcd" + glob("numpy", "dtype") + b"\x8c\x02f4\x85RJ\xff\xff\xff\x7f\x85\x8c\x01CtR",
     ),
-    # This pickle copies a text of 60 kB 60,000 times, so the result would need 3.6 GB of memory.
+    # The pickle 'amplifies' copies a text of 60 kB 60,000 times, so its result would need 3.6 GB of memory.
     "amplifies": op(
         b"X" + struct.pack("<I", 60_000) + b"a" * 60_000 + b"q\x00(",
         (glob("_codecs", "encode") + b"h\x00\x85R") * 60_000,

@@ -37,7 +37,7 @@ def write_records(
     seconds: int = 6,
     encoding: str = "latin-1",
 ) -> Path:
-    """Write a file of four channels at 200 Hz, as EDF or BDF by its extension."""
+    """Write a file of four channels at 200 Hz, in the format that its extension names (EDF or BDF)."""
     bdf, n, rate, plus = path.suffix == ".bdf", 4, 200, plus
 
     def field(text: str, size: int) -> bytes:
@@ -290,8 +290,8 @@ def test_splits_without_subjects_are_said(split: dict, words: list[str]) -> None
 
 
 class TestJob:
-    """The same six recordings of three people in three jobs: with unknown names, with recognised names, and with
-    confirmed names."""
+    """Three jobs with six recordings of three people: the names of the people are unknown, recognised in the paths, or
+    confirmed by the config."""
 
     def shard(self, folder: Path, names: list[str], **corpus) -> tuple[Path, str]:
         import yaml

@@ -104,7 +104,7 @@ def make_samples(count: int, seed: int = 0) -> list[Sample]:
 def count_cached_bytes(cache: Path) -> int:
     """Count the bytes in the cache; a file that is renamed during the count is counted once."""
     sizes = {}
-    # Files are added and evicted only under this lock, so nothing changes during the count.
+    # Files are added to the cache and evicted only under the lock 'room', so nothing changes during the count.
     with locked(cache / "shards" / "locks" / "room"):
         for path in (cache / "shards").rglob("*"):
             with contextlib.suppress(FileNotFoundError):
@@ -116,7 +116,7 @@ def count_cached_bytes(cache: Path) -> int:
 def list_open_files() -> list[str]:
     names = []
     for link in Path("/proc/self/fd").iterdir():
-        # The descriptor that listed this folder is already closed.
+        # One link belongs to the descriptor that listed the folder. This descriptor is closed now.
         with contextlib.suppress(FileNotFoundError):
             names.append(str(link.readlink()))
     return names
@@ -125,7 +125,7 @@ def list_open_files() -> list[str]:
 def test_remote_dataset_reads_like_a_local_one(tmp_path: Path, own_cache: Path) -> None:
     write_dataset(tmp_path / "here", {"train": make_samples(40), "val": make_samples(8)}, SPEC, samples_per_shard=10)
     write_dataset("memory://lab/d", {"train": make_samples(3)}, SPEC)
-    # The second write replaces the dataset.
+    # Write the remote dataset a second time, which replaces the first dataset.
     write_dataset("memory://lab/d", {"train": make_samples(40), "val": make_samples(8)}, SPEC, samples_per_shard=10)
     here, there = EEGDataset(tmp_path / "here"), EEGDataset("memory://lab/d")
     assert here.manifest == there.manifest and (here.index == there.index).all()
@@ -158,11 +158,11 @@ def test_cache_stays_within_its_size_limit(tmp_path: Path, own_cache: Path, log:
     for _, _ in zip(loader, range(40), strict=False):
         largest = max(largest, count_cached_bytes(own_cache))
     assert 2 * size < largest <= 5 * size
-    # Two epochs are read and two windows are prefetched. A shard is downloaded once for each epoch, and a second time
-    # if it was read before the prefetch was finished.
+    # Two epochs of 12 shards are read, and two windows (4 shards) are prefetched. A shard is downloaded once for each
+    # epoch, and once more if it is read before its prefetch is finished.
     opened = [line for line in log.read_text().splitlines() if line.endswith(".tar")]
     assert len(opened) <= 2 * 12 + 4 + 12
-    # At the next batch, deleted shards are closed, so that their disk space is freed.
+    # When a batch is read, the dataset closes shards that were deleted from the cache, to free their disk space.
     for _ in range(200):
         data.reader.close_evicted()
         gone = [name for name in list_open_files() if name.startswith(str(own_cache)) and name.endswith("(deleted)")]
@@ -228,7 +228,7 @@ def test_truncated_download_is_repeated_once_and_then_refused(
         with pytest.raises(RequestError, match=match):
             collate(data, [3])
         assert not [p for p in (own_cache / "shards").rglob("*tar*")]
-        # Now the store works again, and the failed download has left no trace.
+        # After the failed downloads, the store works again. No part of a failed download is used.
         assert collate(data, [3]).keys == ["w-0003"]
     assert sum(line.endswith(".tar") for line in log.read_text().splitlines()) == times + 1
 
@@ -358,7 +358,7 @@ def test_datasets_on_s3_are_read_by_forked_workers(tmp_path: Path, bucket: str) 
     loaders = Loader(here, 8, 1, order="shards"), Loader(there, 8, 1, order="shards", num_workers=2)
     for a, b, _ in zip(*loaders, range(10), strict=False):
         assert torch.equal(a.packed, b.packed) and a.keys == b.keys
-    # All processes share the cache. The shards can be read even after they are deleted from the store.
+    # All processes share the cache, so the shards can be read even after they are deleted from the store.
     fsspec.filesystem("s3").rm("lab/d/train", recursive=True)
     assert [s.key for s in map(there.__getitem__, range(40))] == [f"w-{i:04d}" for i in range(40)]
     with pytest.raises(RequestError, match=r"s3://lab/none: no manifest\.json"):

@@ -52,7 +52,7 @@ def test_epoch_order_is_a_permutation_for_any_length(n: int, seed: int, epoch: i
 
 
 def test_epoch_order_is_uniform_and_the_same_in_all_releases() -> None:
-    # These numbers must not change, because runs with older checkpoints must continue in the same order.
+    # The order in GOLDEN must not change, because runs with older checkpoints must continue in the same order.
     assert epoch_order(10, 3, 0).tolist() == GOLDEN
     counts = np.zeros((20, 20))
     follows = 0
@@ -60,7 +60,7 @@ def test_epoch_order_is_uniform_and_the_same_in_all_releases() -> None:
         order = epoch_order(20, 0, epoch)
         counts[np.arange(20), order] += 1
         follows += int((np.diff(order) == 1).sum())
-    # Each cell should be near 100; a difference of 50 is five standard deviations of the binomial distribution.
+    # Each of `counts` should be near 100; a difference of 50 is five standard deviations of the binomial distribution.
     assert abs(counts - 100).max() < 50
     # Two neighbours stay neighbours only by chance: there are 19 pairs, each with probability 1/20.
     assert follows / 2000 == pytest.approx(19 / 20, abs=0.15)
@@ -133,7 +133,7 @@ def test_loader_resumes_in_mid_epoch_with_another_world_size(unpaired_dataset: P
     first = Loader(data, 8, 3, num_workers=workers, order=order, window=2)  # type: ignore[arg-type]
     for _, step in zip(first, range(5), strict=False):
         assert first.step == step + 1
-    # zip has read a sixth batch before it noticed the end of the range. The state counts this batch, so set step to 5.
+    # `zip` has read a sixth batch before it noticed the end of the range. So set `step` of the state from 6 to 5.
     state = json.loads(json.dumps(first.state_dict() | {"step": 5}))
     ranks = [Loader(data, 8, 3, rank=r, world_size=2, order=order, window=2) for r in (0, 1)]  # type: ignore[arg-type]
     for loader in ranks:
@@ -193,7 +193,7 @@ def test_kept_batches_are_not_overwritten(unpaired_dataset: Path) -> None:
     for batch, step in zip(Loader(data, 12, 0, num_workers=3), range(45), strict=False):
         kept.append(batch)
         if step % 10 == 0:
-            # Wait until the workers have filled all their slots.
+            # Wait until the workers have filled all their slots of shared memory.
             time.sleep(0.2)
     for here, there in zip(Loader(data, 12, 0), kept, strict=False):
         assert here.numbers == there.numbers and torch.equal(here.packed, there.packed)
@@ -235,7 +235,7 @@ print(*(child.pid for child in active_children()), flush=True)
 time.sleep(1)
 os._exit(4)
 """
-    # `run` returns only after all processes that have the output open have ended.
+    # `subprocess.run` returns only when the workers, which have the output open too, have ended.
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "data")], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
@@ -274,7 +274,7 @@ def test_index_takes_30_bytes_a_sample_and_is_checked(tmp_path: Path) -> None:
     write_dataset(tmp_path / "d", {"train": make_samples(9)}, TINY)
     text = (tmp_path / "d" / "train" / "000000.idx").read_bytes()
     entries = json.loads(text)
-    # Older indexes have no n; it is then read from the JSON of the sample.
+    # Older indexes do not contain `n`, the number of channels, so `n` is read from the JSON of the sample.
     old = [{k: v for k, v in entry.items() if k != "n"} for entry in entries]
     bounds = {"tar_bytes": (tmp_path / "d" / "train" / "000000.tar").stat().st_size, "window": TINY.window}
     assert parse_index(json.dumps(old).encode(), "x.idx", 9, **bounds)["n"].tolist() == [0] * 9

@@ -42,7 +42,7 @@ def make_dataset(path: Path, count: int, spec: PreprocessSpec = SPEC) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Paths and weights of three datasets of 90, 31 and 7 samples."""
+    """Return paths and weights of three datasets, which have 90, 31 and 7 samples."""
     root = tmp_path_factory.mktemp("mix")
     shares = (("large", 90, 3.0), ("middle", 31, 2.0), ("small", 7, 1.0))
     return {str(make_dataset(root / name, count)): weight for name, count, weight in shares}
@@ -127,7 +127,7 @@ def test_dataset_id_does_not_depend_on_the_order_of_the_weights(weights: dict[st
 def test_invalid_mixtures_are_refused(tmp_path: Path, weights: dict[str, float]) -> None:
     first = next(iter(weights))
     other = make_dataset(tmp_path / "other", 8, dataclasses.replace(SPEC, lowpass=25.0, stride=8))
-    # The order of the two datasets follows from their ids.
+    # The error lists the two datasets in the order of their ids, so either value can come first.
     differences = r"lowpass 2[05]\.0 against 2[05]\.0, preprocess\.stride (16|8) against (16|8)"
     with pytest.raises(RequestError, match=differences):
         Mixture({first: 1.0, str(other): 1.0})

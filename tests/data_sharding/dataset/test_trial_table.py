@@ -1,4 +1,4 @@
-"""The table of the trials says what the JSON of every sample says; it is made once and checked before it is used."""
+"""The table of trials contains the same values as the JSON of every sample. A stored table is checked before use."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(path: Path, count: int = 30, **more: object) -> list[dict]:
-    """Write trials with metadata of every kind, some without a text, a place or a label."""
+    """Write trials with metadata of every kind. Some trials have no image id, electrode position, label or caption."""
     rng, metas = np.random.default_rng(0), []
     for i in range(count):
         n = 2 + i % 3
@@ -97,7 +97,7 @@ def test_the_file_is_made_once_and_mapped(tmp_path: Path, cache: Path) -> None:
     assert [path.stat().st_ino for path in cache.glob("*.arrow")] == [before]
     if sys.platform == "linux":
         assert str(file) in Path("/proc/self/maps").read_text()
-    # Reading processes get the dataset without the table, and open the file themselves.
+    # A dataset is pickled without its table. The process that receives the dataset opens the table's file itself.
     check(pickle.loads(pickle.dumps(data)), metas)
 
 
@@ -158,7 +158,7 @@ def test_a_changed_dataset_gets_another_table(tmp_path: Path, cache: Path) -> No
     for more in ({}, {"caption": "another"}):
         metas = write(tmp_path / "d", **more)
         check(EEGDataset(tmp_path / "d"), metas)
-    # Another person may put other shards under an old manifest. The sizes are equal, so the dataset opens.
+    # Replace the shards but not the manifest, as another person may do. The sizes are equal, so the dataset opens.
     write(tmp_path / "e", caption="ANOTHER")
     for name in ("000000.tar", "000000.idx"):
         (tmp_path / "d" / "train" / name).write_bytes((tmp_path / "e" / "train" / name).read_bytes())

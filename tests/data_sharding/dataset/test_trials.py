@@ -20,8 +20,8 @@ SPEC = PreprocessSpec(sfreq=100.0, highpass=0.5, lowpass=20.0, window=50, stride
 
 
 def write_trials(path: Path, *, seed: int = 0, whole: int = 9, late: int = 0) -> list[Sample]:
-    """Write trials from -0.2 to 0.8 s, some without their baseline. The values of a trial are its times in units of 10
-    ms."""
+    """Write trials from -0.2 to 0.8 s, some without their baseline. Each value is the time from the onset in units of
+    10 ms, plus 0.5 times the channel number."""
     samples = []
     for i in range(whole + 3):
         n, onset = 1 + i % 4, 20 if i < whole else (7 if i == whole else 0)

@@ -202,8 +202,8 @@ class TestEEGLAB:
 
     @pytest.mark.parametrize("count", [3, 5])
     def test_wrong_number_of_labels_costs_all_labels(self, tmp_path: Path, count: int) -> None:
-        """The file stores all channels of a sample together, so with a wrong number of channels they would be mixed
-        up."""
+        """The file stores all channels of a sample together, so a wrong number of channels would mix up the
+        channels."""
         channels = [*self.channels(), {"labels": "Cz", "X": 0.0, "Y": 0.0, "Z": 85.0}][:count]
         signal = open_file(self.write(tmp_path, channels))
         names = ["EEG 000", "EEG 001", "EEG 002", "EEG 003"]

@@ -52,8 +52,8 @@ FALSE_VALUES = [
 ]
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 MEMORY = 24 << 20
-"""Memory limit in bytes: far more than the size of the data that are read, and far less than a false count in a header
-would need."""
+"""Memory limit in bytes. The data that are read need far less memory; a header that states too large numbers would make
+a reader without checks need far more."""
 
 
 def make_gdf() -> bytes:

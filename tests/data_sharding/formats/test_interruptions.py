@@ -1,5 +1,5 @@
-"""Every row of the table of interruptions is tested with small files of its formats. The results must be exact to the
-sample."""
+"""Every row of the table of interruptions in docs/formats.md is tested with small files of the row's formats. The
+results must be exact to the sample."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def make_raw(marks: Sequence[tuple[float, float, str]] = (), samples: int = 600)
 
 
 def memory(format_: str, marks: list[tuple[float, float, str]]) -> Callable[[Path], Signal]:
-    """Return a function that makes a recording in memory, like one that MNE has read from a file of this format."""
+    """Return a function that makes a recording in memory, as if MNE had read it from a file of the format `format_`."""
     return lambda folder: RawSignal(make_raw(marks), format_=format_)
 
 
 def brainvision(*markers: str, samples: int = 600, more: str = "") -> Callable[[Path], Path]:
-    """Return a writer of BrainVision with these lines of markers: type, description, position, size, channel."""
+    """Return a function that writes BrainVision. A marker is a text "type,description,position,size,channel"."""
 
     def write(folder: Path) -> Path:
         (folder / "a.eeg").write_bytes((noise(samples) * 10).T.astype("<i2").tobytes())
@@ -78,7 +78,7 @@ def brainvision(*markers: str, samples: int = 600, more: str = "") -> Callable[[
 
 
 def eeglab(events: list[tuple[object, float, float]], trials: int = 1) -> Callable[[Path], Path]:
-    """Return a writer of EEGLAB with these events: type, latency (the first sample has 1), duration in samples."""
+    """Return a function that writes EEGLAB. An event is (type, latency, duration); latency 1 is the first sample."""
 
     def write(folder: Path) -> Path:
         from scipy.io import savemat
@@ -145,10 +145,10 @@ def edf(
     status: np.ndarray | None = None,
     name: str = "a",
 ) -> Callable[[Path], Path]:
-    """Return a writer of EDF or BDF with records of 1 s.
+    """Return a function that writes an EDF or BDF file with records of 1 s.
 
-    `times` are the onsets of the records, `notes` the lists of annotations by record and number of the signal, and
-    `status` the values of the Status channel.
+    `times` are the onsets of the records, and `status` the values of the Status channel. `notes` contains the text of
+    annotations for each pair of a record and an annotation signal.
     """
 
     def write(folder: Path) -> Path:
@@ -176,7 +176,7 @@ def edf(
 
 
 def biosemi(changes: dict[int, int], seconds: int = 6) -> Callable[[Path], Path]:
-    """Return a writer of BDF whose Status channel takes these values from these samples on."""
+    """Return a function that writes BDF. `changes` maps a sample to the value that Status has from this sample on."""
     status = np.zeros(HZ * seconds, int)
     for at, value in changes.items():
         status[at:] = value
@@ -192,7 +192,7 @@ def gdf(
     rate: int = HZ,
     n_records: int | None = None,
 ) -> Callable[[Path], Path]:
-    """Return a writer of GDF 2.2 with records of 1 s, and these events: sample, code, duration in samples."""
+    """Return a function that writes GDF 2.2 with records of 1 s. An event is (sample, code, duration in samples)."""
 
     def write(folder: Path) -> Path:
         y = np.clip(noise() * 10, -32767, 32766) if x is None else x
@@ -234,7 +234,7 @@ def fif(marks: list[tuple[float, float, str]], *, crop: float = 0.0, dated: bool
 
 
 def mff(epochs: list[tuple[int, int]]) -> Callable[[Path], Path]:
-    """Return a writer of MFF at 250 Hz with these epochs: begin and end in milliseconds."""
+    """Return a function that writes MFF at 250 Hz. An epoch is (begin, end) in milliseconds."""
 
     def write(folder: Path) -> Path:
         from mffpy import Writer
@@ -260,7 +260,7 @@ def mff(epochs: list[tuple[int, int]]) -> Callable[[Path], Path]:
 
 
 def ant(triggers: list[tuple[int, str]], segments: str = "") -> Callable[[Path], Path]:
-    """Return a writer of ANT with these triggers (sample, code), and with this text of a table of segments."""
+    """Return a function that writes an ANT file. A trigger is (sample, code). `segments` is the text of a .seg file."""
 
     def write(folder: Path) -> Path:
         from antio.libeep import pyeep
@@ -289,7 +289,7 @@ def ant(triggers: list[tuple[int, str]], segments: str = "") -> Callable[[Path],
 
 
 def neuroscan(events: list[tuple[int, int]], kind: int = 1) -> Callable[[Path], Path]:
-    """Return a writer of Neuroscan with these events: sample, code of acceptance (0xe is a discontinuity)."""
+    """Return a function that writes Neuroscan. An event is (sample, code of acceptance); 0xe is a discontinuity."""
 
     def write(folder: Path) -> Path:
         head = bytearray(900 + 75 * 4)
@@ -330,7 +330,7 @@ def persyst(times: str, comments: str = "") -> Callable[[Path], Path]:
 
 
 def nihon(lengths: list[int]) -> Callable[[Path], Path]:
-    """Return a writer of Nihon Kohden with data blocks of these numbers of samples."""
+    """Return a function that writes a Nihon Kohden file. `lengths` are the numbers of samples of the data blocks."""
 
     def write(folder: Path) -> Path:
         data = bytearray(0x1800)
@@ -381,7 +381,7 @@ def fif_epochs(folder: Path) -> Path:
 
 
 def other(writer: str, name: str) -> Callable[[Path], Path]:
-    """Return a function that calls a writer from the tests of other readers. The written recording has a pause."""
+    """Return a function that writes a recording with a pause, with one of the writers in test_neo_readers.py."""
 
     def write(folder: Path) -> Path:
         spec = importlib.util.spec_from_file_location("others", Path(__file__).with_name("test_neo_readers.py"))
@@ -578,7 +578,7 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "fif": Example(fif_epochs, [(0, 200, 0.0), (200, 400, 2.0), (400, 600, 4.0)]),
     },
 }
-"""Examples of every row of the table."""
+"""Examples for every row of the table of interruptions."""
 CASES = [(mark.name, label) for mark in TABLE for label in EXAMPLES.get(mark.name) or {"no example": None}]
 
 

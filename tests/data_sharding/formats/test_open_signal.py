@@ -45,7 +45,8 @@ def make_cnt_header(n_channels: int, n_samples: int, events: int) -> bytearray:
 
 
 def write_egi(path: Path, x: np.ndarray, rate: int = 250, version: int = 4) -> Path:
-    """Write EGI simple binary, version 4: 32-bit floats, first all channels of the first sample, and so on."""
+    """Write an EGI simple binary file of 32-bit floats (version 4): all channels of the first sample, then of the
+    second, and so on."""
     n = len(x)
     head = struct.pack(">i6hi5hih", version, 2020, 1, 2, 3, 4, 5, 0, rate, n, 1, 0, 0, x.shape[1], 0)
     path.write_bytes(head + x.T.astype(">f4").tobytes())
@@ -311,7 +312,7 @@ class TestSegments:
         path.write_bytes(data.replace(b"+1\x14\x14", b"xx\x14\x14", 1))
         signal = open_file(path)
         assert list_segments(signal) == [(0, 500, 0.0)] and "1 records of 5 have no onset" in signal.info.notes
-        # The gap can be before or after this record, so the record becomes a separate segment.
+        # A gap can be before or after the record without an onset, so this record becomes a separate segment.
         for second in (2, 3, 4):
             data = data.replace(f"+{second}\x14\x14".encode(), f"+{second + 5}\x14\x14".encode(), 1)
         path.write_bytes(data.replace(b"+1\x14\x14", b"xx\x14\x14", 1))

@@ -1,7 +1,7 @@
 """Tests of faults during a job: a killed process, a lost machine, a full disk, an unreachable object store.
 
 Each test checks that the job writes exactly the same bytes as a job without the fault. The tests run the real command
-with real Ray.
+`python -m data_sharding` with real Ray.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ def test_a_worker_and_a_reader_are_killed(drill: Drill, undisturbed: dict[str, s
 def test_the_driver_is_killed(drill: Drill, undisturbed: dict[str, str]) -> None:
     """Check that a resumed job does not read finished recordings again.
 
-    The test changes the content of one finished recording, but not the file's size and time. The resumed job must not
-    notice the change.
+    The test changes the content of one finished recording, but not the file's size and time. A job that does not read
+    this file does not notice the change.
     """
     output = drill.folder / "driver"
     process = in_the_middle(drill, output)
@@ -172,14 +172,14 @@ def test_the_driver_is_killed(drill: Drill, undisturbed: dict[str, str]) -> None
     try:
         read.write_bytes(content[:middle] + bytes(4000) + content[middle + 4000 :])
         os.utime(read, ns=(before.st_atime_ns, before.st_mtime_ns))
-        # Ray's processes end soon after the driver. Until then they must not disturb the next run.
+        # Ray's processes end a little later than the driver, and must not disturb the next run in the meantime.
         err = drill.run(output)
     finally:
         read.write_bytes(content)
     assert f"({len(lines)} from an earlier run)" in err
     assert bytes_of(output) == undisturbed
     _, alive = psutil.wait_procs(others, timeout=1)
-    # Two agents of Ray need a minute to notice that the cluster has ended. They may still run, because they change
+    # Two agent processes of Ray may still run: they need a minute to notice that the cluster has ended, and they change
     # nothing.
     left = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and "Agent" not in p.name()]
     assert not left
@@ -195,14 +195,14 @@ MOMENTS = {
     "while recordings are read": ("", "rows/*.jsonl", 0.2, signal.SIGINT),
     "while shards are written": ("", "shards/*/*.json", 0.0, signal.SIGTERM),
 }
-"""Moments of a job at which a signal is sent: the line on stderr or the file in the working folder to wait for, the
-seconds to wait after this, and the signal."""
+"""Moments of a job at which a signal is sent, as tuples: the line on stderr to wait for, the file in the working folder
+to wait for, the seconds to wait after both, and the signal."""
 
 
 def stop_at(drill: Drill, output: Path, moment: str, words: list[str]) -> None:
     """Start a job, send a signal at a moment of `MOMENTS`, and check the exit code, the message and the processes.
 
-    Ctrl-C in a terminal sends a signal to all processes of the job. SIGTERM goes to its main process.
+    SIGINT is sent to all processes of the job, as by Ctrl-C in a terminal. SIGTERM is sent only to its main process.
     """
     line, file, seconds, number = MOMENTS[moment]
     log = drill.folder / "stopped.log"
@@ -259,7 +259,7 @@ def test_a_full_disk_stops_the_job_until_there_is_space(drill: Drill, undisturbe
     disk.mkdir()
     small = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if os.geteuid() or subprocess.run(small, capture_output=True, check=False).returncode:
-        pytest.skip("a small disk of one's own needs the right to mount one")
+        pytest.skip("needs the right to mount a small disk")
     try:
         err = drill.run(disk / "out", code=1)
         (line,) = [text for text in err.splitlines() if text.startswith("dreamscale:")]
@@ -273,7 +273,7 @@ def test_a_full_disk_stops_the_job_until_there_is_space(drill: Drill, undisturbe
 
 
 class TestCluster:
-    """Tests on a running Ray cluster. One test kills the Ray processes of the second node."""
+    """Tests on a running Ray cluster. One test kills the Ray processes of the cluster's second node."""
 
     @pytest.fixture(scope="class")
     def ports(self) -> tuple[int, int]:
@@ -319,7 +319,7 @@ class TestCluster:
         gcs, dashboard = map(str, ports)
         more = ["--include-dashboard", "true", "--dashboard-host", "127.0.0.1", "--num-cpus", "1"]
         more += ["--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port())]
-        # Ray puts sockets into this folder. Unix limits the length of socket paths, so the folder has a short path.
+        # Ray puts sockets into `temp`. Unix limits the length of socket paths, so the path of `temp` is short.
         with (
             tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temp,
             self.node(
@@ -374,9 +374,10 @@ class TestCluster:
 
 
 class Line:
-    """A network connection to a server that a test can interrupt.
+    """A network line to a server, which a test can interrupt.
 
-    Clients connect to a local port. The port forwards their connections to the server, or refuses the connections.
+    Clients connect to a local port, which forwards their connections to the server. If a test interrupts the line, open
+    connections end, and the port refuses new ones.
     """
 
     def __init__(self, target: int) -> None:
@@ -470,7 +471,7 @@ def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Li
     names = {name.rsplit("/", 1)[1] for name in store.ls("bucket/made/dataset")}
     assert names == {*SPLITS, "manifest.json", "ledger.parquet", "fingerprints.parquet", "report.html", "versions"}
     assert "finished already" in remote.run(output)
-    # A new version of the dataset can be written to the store: a recording that was removed is withdrawn.
+    # If a recording was removed, a new version of the dataset without this recording can be written to the store.
     store.rm("bucket/recordings/sub-03", recursive=True)
     assert "0 recordings added, 0 recordings changed, 1 recordings removed" in remote.run(output)
 

@@ -1,4 +1,5 @@
-"""Tests of kept signals: a later job with other settings makes the same shards without reading the recordings."""
+"""Tests of `keep_decoded`: a later job with other settings uses the kept signals, does not read the recordings, and
+makes the same shards as without kept signals."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def process(tmp_path: Path):
 
 
 def parts(work: Path) -> dict[str, bytes]:
-    """Return the content of all files of the parts."""
+    """Return the content of all files below a working folder, by relative path."""
     return {str(p.relative_to(work)): p.read_bytes() for p in sorted(work.rglob("*")) if p.is_file()}
 
 
@@ -79,7 +80,7 @@ def settle(root: Path) -> None:
 
 
 def wipe(root: Path, keep: int = 0) -> None:
-    """Replace the content of all files after the first bytes, without a change of size and time."""
+    """Replace the content of all files after the first `keep` bytes, without changing their sizes and times."""
     for path in (p for p in root.rglob("*") if p.is_file()):
         status = path.stat()
         with path.open("r+b") as stream:
@@ -119,12 +120,12 @@ def test_other_settings_give_the_same_parts_without_reading_the_files(
     process("first", FIRST)
     assert parts(tmp_path / "first") == parts(tmp_path / "plain")
     assert len(list((tmp_path / "decoded" / "signals").rglob("*.kept"))) == 5
-    # List the items first, because this reads the headers. After that, the complete content of the files is wrong.
+    # Overwrite the complete content of the recordings. The items were listed before, because listing reads headers.
     wipe(recordings)
     monkeypatch.setitem(process.__globals__, "list_items", lambda _: items)
     assert process("other", OTHER) == fresh
     assert parts(tmp_path / "other") == parts(tmp_path / "fresh")
-    # Without the kept signals, the job must read the files, which are damaged.
+    # Without the kept signals, the job must read the recordings, which are damaged now.
     shutil.rmtree(tmp_path / "decoded")
     assert {result.row.status for result in process("gone", OTHER)} != {"sharded"}
 
@@ -181,7 +182,7 @@ def test_other_channels_are_read_from_the_files(tmp_path: Path, make_raw, write_
     process("first", FIRST)
     assert process("other", linked) == [fresh] and fresh.row.status == "sharded" and not fresh.row.notes
     assert parts(tmp_path / "other") == parts(tmp_path / "fresh")
-    # Now the signal of the reference channel is stored too, and the first channels are still found.
+    # The second job also stored the signal of the reference channel M1. The other channels are still found in the file.
     wanted = process("plain", dataclasses.replace(FIRST, stride=50), keep=False)
     (kept,) = (tmp_path / "decoded" / "signals").rglob("*.kept")
     inode = kept.stat().st_ino
@@ -198,7 +199,7 @@ def test_changed_and_moved_recordings(tmp_path: Path, make_raw, write_raw, proce
     shutil.move(root, tmp_path / "moved")
     process("moved", FIRST, root=tmp_path / "moved")
     assert len(list((tmp_path / "decoded" / "signals").rglob("*.kept"))) == 1
-    # Different content of the same size is noticed by the modification time.
+    # A file with different content of the same size is noticed by its modification time.
     write_raw(make_raw(4, 200, 6, seed=2), root / "a_raw.fif")
     (changed,) = process("changed", FIRST)
     assert changed.row.sha256 != first.row.sha256 and changed.row.fingerprint != first.row.fingerprint
@@ -247,7 +248,7 @@ def test_damaged_kept_signals_are_decoded_again(tmp_path: Path, make_raw, write_
     assert dataclasses.replace(result.row, notes=[]) == fresh.row and result.part == fresh.part
     tar = Path("parts") / result.part[:2] / result.part / "train.tar"
     assert (tmp_path / "other" / tar).read_bytes() == (tmp_path / "fresh" / tar).read_bytes()
-    # The damaged file was replaced.
+    # The job has replaced the damaged file of the kept signal, so the next job has no note.
     assert process("third", FIRST)[0].row.notes == []
 
 
@@ -269,7 +270,7 @@ def test_signals_that_were_not_used_longest_are_deleted_first(tmp_path: Path, ma
     signals_ = sorted((tmp_path / "decoded" / "signals").rglob("*.kept"), key=lambda path: path.stat().st_mtime_ns)
     for age, path in enumerate(reversed(signals_), start=1):
         os.utime(path, (time.time() - 100 * age, time.time() - 100 * age))
-    process("other", OTHER, root=tmp_path / "0")  # The oldest signal is used again.
+    process("other", OTHER, root=tmp_path / "0")  # Uses the oldest kept signal again.
     sizes = [path.stat().st_size for path in signals_]
     assert limit_size(tmp_path / "decoded", sum(sizes)) == (0, sum(sizes))
     assert limit_size(tmp_path / "decoded", sum(sizes) - 1) == (1, sizes[0] + sizes[2])
@@ -432,8 +433,8 @@ def test_whole_jobs(tmp_path: Path, make_raw, write_raw) -> None:
     settle(tmp_path / "eeg")
     first, decoded = tmp_path / "runs" / "first", tmp_path / "runs" / "decoded"
     command = [sys.executable, "-m", "data_sharding", write_job(tmp_path, FIRST, True), "--output", str(first)]
-    # Kill the job after it has stored the first signal. The stored signal is complete, and the same command resumes the
-    # job.
+    # Kill the job after it has stored the first signal. Every stored signal must be complete, and the same command must
+    # resume the job.
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while killed.poll() is None and not any(decoded.rglob("*.kept")):
         time.sleep(0.02)
@@ -454,6 +455,6 @@ def test_whole_jobs(tmp_path: Path, make_raw, write_raw) -> None:
     assert read_ledger(fresh) == read_ledger(other)
     tars = sorted(p.relative_to(fresh) for p in fresh.rglob("*.tar"))
     assert tars and all((fresh / p).read_bytes() == (other / p).read_bytes() for p in tars)
-    # A limit of the size is no setting of the dataset, so the dataset stays as it is.
+    # The size limit of kept signals is no setting of the dataset, so the job writes no new version of the dataset.
     assert main([write_job(tmp_path, OTHER, True), "--output", str(other), "--decoded_gb", "0.000001"]) == 0
     assert not list(decoded.rglob("*.kept")) and Manifest.read(other).version == 1

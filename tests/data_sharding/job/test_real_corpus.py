@@ -33,8 +33,8 @@ pytestmark = pytest.mark.skipif(
 
 LAY = "persyst/sub-pt1_ses-02_task-monitor_acq-ecog_run-01_clip2.lay"
 CDT = "curry/test_bdf_stim_channel Curry 8.cdt"
-# Values for each file: format, number of channels, number of EEG channels according to their names, sampling rate in
-# Hz, number of samples, montage, and confidence of the montage.
+# Expected values for each file: format, number of channels, number of EEG channels according to their names, sampling
+# rate in Hz, number of samples, montage, and confidence of the montage.
 OPENED = {
     "physionet/test_edf_overlapping_annotations.edf": ("edf", 64, 64, 128, 15872, "standard_1005", 1.0),
     "biosemi/test_reduced.edf": ("edf", 138, 136, 512, 3072, "none", 0.0),
@@ -119,7 +119,7 @@ class TestReaders:
         apart = [f for f in tmp_path.rglob("*") if f.suffix in (".eeg", ".fdt", ".dat") or f.name == "signal1.bin"]
         data = (apart or [tmp_path / (CORPUS / path).name])[0]
         data.chmod(0o600)
-        # In this Neuroscan file, the signal ends before the end of the file. Events and other data follow.
+        # In the Neuroscan file, the signal ends at byte 796420. Events and other data follow the signal.
         size = 796420 if recording.format == "neuroscan" else data.stat().st_size
         with data.open("r+b") as stream:
             stream.truncate(size - size // 10 - 1)
@@ -149,9 +149,10 @@ class TestReaders:
 
 class TestChannels:
     def test_biosemi_grid(self) -> None:
-        """The names A1 to I8 mean electrodes of a BioSemi cap here, not earlobes.
+        """The names A1 to I8 mean electrodes of a BioSemi cap in this file, not earlobes.
 
-        If there are more than 128 channels, channels with a low sampling rate are left out first.
+        Electrodes with a low sampling rate are marked as bad, so that they are the first to be left out if a recording
+        has more than 128 channels.
         """
         info = opened(CORPUS / "biosemi/test_reduced.edf").info
         channels = pick_channels(info)

@@ -1,7 +1,7 @@
 """Tests of the plan of a job.
 
-The plan reads the state of each file once. The identity of a recording changes if its file changes. The planning time
-is proportional to the number of files.
+The plan reads the size and the time of change of each file once. The identity of a recording changes if its file
+changes. The planning time is proportional to the number of files.
 """
 
 from __future__ import annotations
@@ -56,14 +56,13 @@ def test_identities_change_with_the_files(corpus: Path) -> None:
     before = make_plan(config(corpus))
     changed, *_ = sorted(corpus.rglob("*.edf"))
     content = changed.read_bytes()
-    changed.unlink()  # the path was a link before
+    changed.unlink()  # The file is a hard link. Its content belongs to other recordings too.
     changed.write_bytes(content)
     os.utime(changed, ns=(1, 1))
     after = make_plan(config(corpus))
     different = {key for key in before.items if before.identity(key, "s") != after.identity(key, "s")}
     assert {after.items[key].recording.path for key in different} == {changed}
-    # The checksum of the request includes only the names and sizes of files. The dataset itself also depends on their
-    # content.
+    # The checksum of the request includes the names and sizes of files, but not their content.
     assert after.request == before.request
     assert before.identity(next(iter(before.items)), "other settings") != before.identity(next(iter(before.items)), "s")
 

@@ -76,7 +76,7 @@ def first(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def changed(lab: Lab, first: Path) -> Lab:
-    """Add two recordings, remove one, and change one."""
+    """Change the corpus: add two recordings, remove one recording, and replace the signal of another one."""
     lab.record(7)
     lab.record(8)
     shutil.rmtree(lab.path(1).parent)
@@ -101,7 +101,7 @@ def grown(changed: Lab, first: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def samples_of(dataset: Path, version: str = "") -> dict[str, set[tuple[str, str]]]:
-    """Return the key and the checksum of the values of each sample, by split."""
+    """For each split, return the key of each sample and the checksum of its EEG values."""
     found = {}
     for split in SPLITS:
         try:
@@ -182,7 +182,7 @@ def test_withdrawn_samples_are_removed(changed: Lab, grown: Path, tmp_path: Path
 def test_a_copy_of_a_withdrawn_recording_takes_its_place(
     lab: Lab, changed: Lab, grown: Path, tmp_path: Path, make_raw, write_raw
 ) -> None:
-    """Add a copy of a recording, which is a duplicate. Then remove the recording, so that its copy is needed."""
+    """Add a copy of a recording, which becomes a duplicate. Then remove the recording, so that its copy is needed."""
     root = tmp_path / "recordings"
     shutil.copytree(changed.root, root)
     output = tmp_path / "dataset"

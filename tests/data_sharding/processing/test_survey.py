@@ -79,7 +79,7 @@ class TestUnits:
         x[4] += rng.normal(0, 60, x.shape[1])
         x[7] = make_eeg(1, 20, seed=9)[0]
         assert assess(x, RATE).bads == {4: "noisy", 7: "noisy"}
-        # No channel counts as noisy in these three cases: muscle activity, uncorrelated channels, few channels.
+        # No channel is called noisy in three cases: muscle activity, uncorrelated channels, or few channels.
         x = common + 0.3 * make_eeg(12, 20, seed=1)
         x[4] += rng.normal(0, 2 * np.std(np.diff(x[4])), x.shape[1])
         assert assess(x, RATE).bads == {} == assess(make_eeg(12, 20), RATE).bads
