@@ -1,11 +1,11 @@
 """Convert a checkpoint of DreamDiffusion's released code: ``dreamscale convert CHECKPOINT OUT``.
 
 The checkpoints are pickle files with weights and an object of DreamDiffusion's config class. PyTorch's restricted
-unpickler reads only tensors and plain values from a checkpoint. An empty class replaces the config class. If a
-checkpoint contains an object of another class, an error is raised. Code in a checkpoint is never run.
+unpickler reads only tensors and plain values from a checkpoint. An empty class replaces DreamDiffusion's config class.
+If a checkpoint contains an object of another class, an error is raised. Code in a checkpoint is never run.
 
-In this file, "foreign" names and weights are the names and weights in DreamDiffusion's code. "Own" names are the names
-in `pretrain.model`. `pretrain.model` also explains the letters of tensor shapes.
+In this file, "foreign" names are the names of weights in DreamDiffusion's code, and "own" names are the names of the
+same weights in `pretrain.model`. The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class ConvertConfig:
     """Write an encoder package from a checkpoint of DreamDiffusion's released code.
 
     There are two kinds of checkpoints: checkpoints of pretraining (key ``model``), and checkpoints of a fine-tuned
-    Stable Diffusion (key ``model_state_dict``). The kind is found from the names of the weights. From a fine-tuned
-    Stable Diffusion, only the encoder is converted.
+    Stable Diffusion (key ``model_state_dict``). The names of the weights show which kind a checkpoint is. From a
+    fine-tuned Stable Diffusion, only the encoder is converted.
     """
 
     checkpoint: str
@@ -50,14 +50,14 @@ class ConvertConfig:
     output: str
     """Directory for the encoder package; an existing package is replaced."""
     heads: int | None = None
-    """Number of attention heads of the encoder, if the checkpoint does not contain this number. DreamDiffusion's
+    """Number of the encoder's attention heads, needed if the checkpoint does not contain it. DreamDiffusion's
     encoders have 16 heads."""
     decoder_heads: int | None = None
-    """Number of attention heads of the decoder, if the checkpoint does not contain this number. DreamDiffusion's
+    """Number of the decoder's attention heads, needed if the checkpoint does not contain it. DreamDiffusion's
     decoders have 16 heads."""
     sfreq: float = 256.0
     """Sampling rate in Hz of the signals that the encoder will get. DreamDiffusion's code has no fixed sampling rate:
-    pretraining uses each file at the file's own rate, and fine-tuning stretches the 440 ms of a trial to 512
+    its pretraining does not resample the files, and its fine-tuning stretches the 440 ms of a trial to 512
     samples."""
     highpass: float = 5.0
     """Lower edge of the frequency band in Hz; the default is the value in DreamDiffusion's paper."""
@@ -71,7 +71,7 @@ class ConvertConfig:
 
 
 class _ForeignConfig:
-    """Replaces DreamDiffusion's config class. Objects of this class only hold attributes."""
+    """Empty class that replaces DreamDiffusion's config class while a checkpoint is read."""
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -85,7 +85,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     Returns
     -------
     weights : dict of str to Tensor
-        Weights by their foreign names. For a fine-tuned model, only the encoder's weights are returned.
+        Weights by their names in DreamDiffusion's code. For a fine-tuned model, only the encoder's weights are
+        returned.
     settings : dict
         Numbers and strings in the checkpoint's config; an empty dictionary if the checkpoint has no config.
 
@@ -112,8 +113,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         )
     try:
         with torch.serialization.safe_globals([(_ForeignConfig, name) for name in foreign]):
-            # Memory-map the file, so that only the needed parts are read. In a fine-tuned model of 5 GB, the encoder is
-            # only a tenth.
+            # Memory-map the file, so that only the needed parts are read. In the 5 GB of a fine-tuned Stable Diffusion,
+            # only a tenth is the encoder.
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise RequestError(f"{path}: damaged ({one_line(error)[:200]}); download it again") from None
@@ -133,7 +134,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         )
     config = saved.get("config")
     settings = config if isinstance(config, dict) else getattr(config, "__dict__", {})
-    # The settings are written to the package's config.json, so keep only values that JSON can store.
+    # The checkpoint's settings are written to the package's config.json, so keep only values that JSON can store.
     plain = {str(k): v for k, v in settings.items() if isinstance(v, int | float | str)}
     return weights, {k: v for k, v in plain.items() if not isinstance(v, float) or math.isfinite(v)}
 
@@ -160,7 +161,7 @@ def convert_weights(
     Parameters
     ----------
     weights : dict of str to Tensor
-        Weights by their foreign names.
+        Weights by their names in DreamDiffusion's code.
     heads, decoder_heads : int, optional
         Numbers of attention heads, which cannot be found from the weights.
     class_token : bool, optional
@@ -176,12 +177,12 @@ def convert_weights(
     ------
     RequestError
         If weights are missing, unknown, of a wrong shape or not finite; if the decoder's position embeddings are not
-        sines and cosines; or if the number of heads is not known.
+        sines and cosines; or if a number of heads is not known or does not divide the width.
     """
-    # Some checkpoints also hold an image encoder. Ignore its weights, which have the prefix "nature_img_".
+    # Ignore the weights with the prefix "nature_img_": they belong to an image encoder that some checkpoints also hold.
     weights = {name: _to_float32(name, value) for name, value in weights.items() if not name.startswith("nature_img_")}
     with_decoder = "decoder_pred.weight" in weights
-    # DreamDiffusion's encoder for fine-tuning has these weights but never uses them.
+    # DreamDiffusion's encoder for fine-tuning has a mask token but never uses it.
     unused = () if with_decoder else ("mask_token",)
     class_token = with_decoder if class_token is None else class_token
     width, channels, patch = _get_weight(weights, "patch_embed.proj.weight", 3).shape
@@ -245,8 +246,8 @@ def convert_weights(
     if learned:
         encoder_weights["positions_ND"] = table[1:]
     if class_token:
-        # DreamDiffusion adds a position embedding to the class token; this embedding is zero unless it was trained. Our
-        # class token has no position embedding, so add the embedding to the class token itself.
+        # DreamDiffusion adds a position embedding to the class token, which is zero unless it was trained. Our class
+        # token has no position embedding, so store the sum of DreamDiffusion's class token and its position embedding.
         encoder_weights["cls_token"] = encoder_weights["cls_token"] + table[0]
     left = sorted(weights.keys() - taken)
     if left:
@@ -258,7 +259,7 @@ def convert_weights(
 
 
 def _block_names(foreign: str, depth: int) -> dict[str, str]:
-    """Return the foreign name for each own name of the blocks' weights. The foreign names start with `foreign`."""
+    """Map the name of each weight of the blocks in `pretrain.model` to its name in the checkpoint (`foreign` ...)."""
     parts = {"norm1": "norm1", "attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "norm2": "norm2"}
     parts |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
     return {
@@ -291,9 +292,9 @@ def _get_weight(weights: dict[str, Tensor], name: str, rank: int) -> Tensor:
 
 
 def _take(weights: dict[str, Tensor], names: dict[str, str], taken: set[str], model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights of `model` by their own names, and add their foreign names to `taken`.
+    """Return the weights of `model` by their names in `model`, and add their names in the checkpoint to `taken`.
 
-    The model is used only for the expected shapes, so it may be on the meta device.
+    `model` only gives the expected shapes, so it may be on the meta device.
     """
     missing = sorted(foreign for foreign in names.values() if foreign not in weights)
     if missing:
@@ -323,14 +324,14 @@ def _find_shape(weights: dict[str, Tensor], blocks: str, width: int, heads: int 
     if type(heads) is not int or heads < 1 or width % heads:
         raise RequestError(f"{key} is {heads!r}; give --{key}, a whole number that divides the width {width}")
     ratio = first.shape[0] / width
-    # The model computes int(width * ratio), which rounds down. Make sure that the result is the hidden width of the
-    # weights.
+    # The model computes its hidden width as int(width * ratio), which rounds down. Make sure that the computed width is
+    # the hidden width of the weights.
     ratio = ratio if int(width * ratio) == first.shape[0] else math.nextafter(ratio, math.inf)
     return {"depth": len(numbers), "heads": heads, "mlp_ratio": ratio}
 
 
 def _get_positions(weights: dict[str, Tensor], name: str, width: int) -> Tensor:
-    """Return position embeddings [1 + N, D]; the first row belongs to the class token."""
+    """Return the position embeddings [1 + N, D], whose first row belongs to the class token."""
     table = _get_weight(weights, name, 3)
     if table.shape[0] != 1 or table.shape[1] < 2 or table.shape[2] != width:
         raise RequestError(f"{name} has the shape {list(table.shape)}; it must be [1, 1 + tokens, {width}]")

@@ -25,8 +25,8 @@ class ExportConfig:
     output: str
     """Directory for the encoder package; an existing encoder package is replaced."""
     allowed_licenses: list[str] | None = None
-    """Licences that the training data may have, as glob patterns: [CC0*, CC-BY-*]. The export is refused if a recording
-    has another licence, or no known licence. By default, the list in the run's config."""
+    """Licences that the training data may have, as glob patterns: [CC0*, CC-BY-*]. If a recording has another licence,
+    or no known licence, nothing is exported. By default, the list in the run's config is used."""
     program: bool = True
     """Also write encoder.pt2, a program that needs only PyTorch to run."""
 

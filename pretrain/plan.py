@@ -1,8 +1,8 @@
 """Estimate memory and time of a pretraining run: ``dreamscale plan CONFIG``, or ``--preset paper --gpus 8``.
 
-The numbers are computed, not measured: the bytes that ZeRO keeps on each GPU, the bytes that autograd keeps for the
-backward pass, and the number of floating-point operations. The time is computed from a utilisation that the user gives.
-All assumptions are printed with the result.
+The numbers of a plan are computed, not measured: the bytes that ZeRO keeps on each GPU, the bytes that autograd keeps
+for the backward pass, and the number of floating-point operations. The time is computed from a utilisation that the
+user gives. The plan also lists all assumptions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 MEMORY_GIB: dict[str, float] = {
-    # Sizes as reported by the driver; they differ a little from the advertised sizes.
+    # Memory sizes that the GPU's driver reports; they differ a little from the advertised sizes.
     "B200": 179.0,
     "GH200": 95.0,
     "H200": 140.0,
@@ -50,7 +50,7 @@ class PlanConfig:
     """Estimate the memory, the computation and the duration of a pretraining run."""
 
     run_config: str | None = None
-    """Config file of 'dreamscale pretrain'. The keys below take their default values from this config."""
+    """Config file of 'dreamscale pretrain', which gives the default values of other keys, such as batch_size."""
     preset: str | None = None
     """Name of a model preset (see `pretrain.model.presets`). Give either a preset or a config."""
     gpus: int | None = None
@@ -60,11 +60,11 @@ class PlanConfig:
     gpu_memory_gib: float | None = None
     """Memory of one GPU in GiB, if it differs from the usual memory of this kind of GPU."""
     peak_tflops: float | None = None
-    """Peak speed of one GPU in TFLOP/s, for dense matrices at the run's precision. Give it if the kind of GPU is
-    unknown, or if its speed differs from the data sheet."""
+    """Peak speed of one GPU in TFLOP/s, for dense matrices at the run's precision. Give this speed if the kind of GPU
+    is unknown, or if the GPU's speed differs from its data sheet."""
     mfu: float = 0.4
     """Expected model-FLOPs utilisation: the model's floating-point operations per second, divided by the peak speed.
-    This utilisation is the metric mfu in metrics.jsonl. Recomputed activations do not count, so activation
+    The metric mfu in metrics.jsonl is the measured utilisation. Recomputed activations do not count, so activation
     checkpointing lowers the utilisation by up to a quarter."""
     batch_size: int | None = None
     """Number of windows in one optimiser step, summed over all GPUs. The default is the config's value, or 100 for each
@@ -75,10 +75,10 @@ class PlanConfig:
     precision: Literal["fp32", "bf16"] | None = None
     """Number format of the computation. The default is the config's value, or bf16 if there is no config."""
     offload: Literal["none", "optimizer", "all"] | None = None
-    """What is kept in the CPU's memory. The default is the config's value, or none if there is no config."""
+    """What is kept in the CPU's memory. The default is the config's value, or 'none' if there is no config."""
     checkpointing: bool | None = None
     """Whether activations are recomputed in the backward pass. The default is the value in the model's config. The
-    table shows both cases."""
+    printed table shows the memory with and without recomputed activations."""
     channels: int | None = None
     """Number of recorded channels of a window, for the montage tokenizer. The default is the largest number that this
     tokenizer allows."""
@@ -162,8 +162,8 @@ def resolve(config: PlanConfig) -> Request:
     Raises
     ------
     RequestError
-        If neither or both of config and preset are given; if the GPU is unknown; or if batch_size cannot be divided
-        evenly among the GPUs.
+        If neither or both of config and preset are given; if the preset or the GPU is unknown; if `batch_size` cannot
+        be divided evenly among the GPUs; or if the given `micro_batch_size` does not divide a GPU's share of the batch.
     """
     from data_sharding.common.storage import as_path
     from data_sharding.dataset.dataset import MANIFEST, read_manifest
@@ -203,7 +203,8 @@ def resolve(config: PlanConfig) -> Request:
     windows, windows_from = config.windows, "--windows"
     if windows is None and run is not None:
         datasets = [as_path(path) for path in run.datasets or [run.dataset]]
-        # Count the windows only if the dataset exists here. The dataset may not exist yet, or only on another machine.
+        # Count the windows only if all datasets are on this machine. A dataset may exist only on another machine, or
+        # not yet.
         if all((path / MANIFEST).is_file() for path in datasets):
             windows = sum(read_manifest(path).samples("train") for path in datasets)
             windows_from = ", ".join(map(str, datasets))
@@ -245,7 +246,8 @@ def make_plan(config: PlanConfig) -> dict[str, Any]:
     -------
     dict
         The keys are ``request``, ``model`` (parameters, tokens, FLOPs), ``memory`` (one entry for each ZeRO stage, with
-        and without checkpointing), ``time`` and ``assumptions``. Values are in bytes, seconds and FLOPs.
+        and without checkpointing), ``time`` and ``assumptions``. Memory is in bytes, and the name of each time tells
+        its unit.
 
     Raises
     ------

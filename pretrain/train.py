@@ -70,7 +70,8 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGData
     Raises
     ------
     RequestError
-        If the model cannot read the dataset's windows, or if the launcher started a wrong number of processes.
+        If the model cannot read the dataset's windows, if the training data have a licence that is not allowed, or if
+        the launcher started a wrong number of processes.
     """
     versions = _find_versions(config)
     train, held_out = (
@@ -102,8 +103,8 @@ def _find_versions(config: PretrainConfig) -> dict[str, str]:
     """Return the dataset ids of the versions with which a run began, by the path of the dataset.
 
     If recordings were added to a dataset after the run began, the dataset has a newer version, which the run does not
-    read. An id is empty if the run is new, or if the dataset does not have the version. In the second case, the loader
-    refuses to resume.
+    read. If the dataset does not have the version with which the run began, the id is empty, and the loader refuses to
+    resume. For a new run, the returned dictionary is empty.
 
     Raises
     ------
@@ -158,12 +159,12 @@ def pretrain(config: PretrainConfig) -> int:
         if rank == 0:
             print(f"dreamscale pretrain: {config.output} is done already; choose another output for another run")
         return EXIT_DONE
-    # Hide these warnings, because they are about calls inside DeepSpeed.
+    # Hide FutureWarnings of torch.distributed, because they are about calls inside DeepSpeed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with StopSignal() as stop, _status_on_failure(run):
         deepspeed = import_deepspeed(device)
-        # The watchdog ends a hanging run after timeout_s, and its message names the hanging process. The process group
-        # has twice this timeout, so that the watchdog acts first.
+        # The watchdog ends a hanging run after timeout_s, and its message names the hanging process. The timeout of the
+        # process group is twice as long, so that the watchdog acts first.
         with process_group(deepspeed, device, timeout_s=2 * config.timeout_s) as world:
             step, done = train_in(world, deepspeed, config, run, train, held_out, stop)
         if not done:

@@ -1,6 +1,6 @@
 """The encoder for users: pretrained weights together with the preprocessing with which they were trained.
 
-`pretrain.model` explains the letters of tensor shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -38,23 +38,22 @@ class EEGEncoder(nn.Module):
     Parameters
     ----------
     config : EncoderConfig, optional
-        Architecture of the encoder. By default, it is made from the arguments below, which have the same names as in
-        Braindecode.
+        Architecture of the encoder. By default, the architecture is made from the other arguments, which have the same
+        names as in Braindecode.
     spec : PreprocessSpec, optional
         Preprocessing that the weights were trained with.
     n_chans : int, optional
-        Number of channels in the windows that `forward` will get, at most 128. Windows are padded to 128 rows by
-        replication.
+        Number of channels in the windows that `forward` will get, at most 128. The temporal tokenizer pads windows to
+        128 rows with copies of their channels.
     n_times : int, optional
         Number of time samples in a window.
     sfreq : float, optional
         Sampling rate in Hz.
     n_outputs : int, optional
-        Number of classes of a linear head, which classifies the mean of the tokens. If it is not given, there is no
+        Number of classes of a linear head, which classifies the mean of the tokens. Without `n_outputs`, there is no
         head, and `forward` returns tokens.
     chs_info : list of dict, optional
-        MNE's channel descriptions. The descriptions give the number of channels and the positions of the electrodes
-        (``loc``).
+        MNE's channel descriptions, which give the number of channels and the positions of the electrodes (``loc``).
     input_window_seconds : float, optional
         Length of a window in seconds; give this length or `n_times`.
     **shape
@@ -178,16 +177,16 @@ class EEGEncoder(nn.Module):
             self.positions_C3 = positions_C3
 
     def scale_for_model(self, x_uv_BCT: Tensor, channels: Any = None) -> Tensor:
-        """Scale windows from microvolts to model units. The pretraining used the same scaling.
+        """Scale windows from microvolts to model units, in the same way as in pretraining.
 
         Parameters
         ----------
         x_uv_BCT : Tensor, [B, C, T]
             Windows in microvolts, padded or not; float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            Number of recorded channels of each window. The montage tokenizer computes the scale of a window over these
-            channels only. By default these are the channels of `chs_info`, or all rows if there is no `chs_info`. The
-            temporal tokenizer always computes the scale over the whole padded window.
+            Number of recorded channels of each window. The montage tokenizer computes the scale of a window over the
+            recorded channels only. By default, it uses as many channels as the encoder has stored positions, or all
+            rows if it has none. The temporal tokenizer always computes the scale over the whole padded window.
 
         Returns
         -------
@@ -202,13 +201,14 @@ class EEGEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Windows in model units (see `scale_for_model`). Windows with fewer channels than the encoder are padded.
+            Windows in model units (see `scale_for_model`). The temporal tokenizer pads windows that have fewer channels
+            than the encoder.
         positions : Tensor, [C, 3] or [B, C, 3], optional
             Montage tokenizer only: electrode positions in metres, NaN for an unknown position. If there are fewer
             positions than channels, the channels at the end of `x_BCT` are ignored. By default, the positions stored in
             the encoder are used, e.g. those of `chs_info`.
         count_B : Tensor, [B], int64, optional
-            Montage tokenizer only: number of recorded channels of each window, if the windows differ.
+            Montage tokenizer only: number of recorded channels of each window, if this number differs between windows.
 
         Returns
         -------
@@ -219,7 +219,8 @@ class EEGEncoder(nn.Module):
         Raises
         ------
         ValueError
-            If the length of the windows is not the length that the encoder takes, or if there are too many channels.
+            If the windows have another length than the encoder's windows, or if there are too many channels or
+            positions.
         RequestError
             If the encoder has the montage tokenizer and there are no electrode positions.
         """
@@ -239,7 +240,8 @@ class EEGEncoder(nn.Module):
         Parameters
         ----------
         x_BCT : Tensor, [B, C, T]
-            Windows in model units (see `scale_for_model`). Windows with fewer channels than the encoder are padded.
+            Windows in model units (see `scale_for_model`). The temporal tokenizer pads windows that have fewer channels
+            than the encoder.
         positions, count_B : Tensor, optional
             See `tokens`.
 
@@ -301,8 +303,8 @@ class EEGEncoder(nn.Module):
                     f"the recording has {len(found.names)} EEG channels to encode, but this encoder takes at most "
                     f"{self.config.channels}; pick at most {self.config.channels} channels of the recording"
                 )
-            # The array has a row for every planned window. Windows that cannot be used are skipped, so rows at the end
-            # can stay unused. Unused rows take no memory, because the system allocates memory at the first write.
+            # `tokens_BND` has a row for every planned window. Windows that cannot be used are skipped, so rows at the
+            # end can stay unused. Unused rows need no memory, because the system allocates memory at the first write.
             tokens_BND = np.empty((found.most, self.n_tokens, self.dim), np.float32)
             # All windows of a recording have the same electrodes.
             inputs = self.inputs_of([{"n": len(found.names), "positions": found.positions}], device)
@@ -418,7 +420,7 @@ def _positions_of(chs_info: Sequence[dict[str, Any]]) -> Tensor:
     places_C3 = torch.full((len(chs_info), 3), math.nan)
     for row, channel in zip(places_C3, chs_info, strict=True):
         place = np.asarray(channel.get("loc", [math.nan] * 3), np.float64)[:3]
-        # If a position is unknown, MNE writes NaN; some files have zeros.
+        # If a position is unknown, MNE writes NaN, and some files have zeros.
         if np.isfinite(place).all() and place.any():
             row[:] = torch.from_numpy(place)
     return places_C3

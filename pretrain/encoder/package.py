@@ -11,7 +11,7 @@ A package is a directory:
 ``encoder.pt2``        optional: the encoder as a program that needs PyTorch only
 =====================  ==============================================================================
 
-`pretrain.model` explains the letters of tensor shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ SCHEMA = 1
 CONFIG, SPEC, EXAMPLE, CARD = "config.json", "preprocess.json", "example.npz", "model_card.md"
 PROGRAM = "encoder.pt2"
 # Largest allowed difference between the stored output and a new output for the same input. The output values are about
-# 1, because of the last layer norm. Different CPUs give differences of about 1e-5, so a difference above this limit
-# shows wrong weights.
+# 1, because of the last layer norm. The outputs of different CPUs differ by about 1e-5, so a difference above 2e-3
+# shows that the weights are wrong.
 TOLERANCE = 2e-3
 MAX_TOKENS = 2**16
-"""Largest number of tokens in a window. The work of attention grows with the square of this number."""
+"""Largest number of tokens in a window. The work of attention grows with the square of the number of tokens."""
 _EXAMPLE_INPUTS = ("x", "positions", "count")
 
 
@@ -70,7 +70,7 @@ class PackageContents:
     positions_C3: Tensor | None
     """Electrode positions in metres that are stored with the encoder; NaN for an unknown position."""
     extra: dict[str, Any]
-    """Information on the origin of the encoder, such as ``aligned``."""
+    """Information on the origin of the encoder, e.g. ``aligned`` if it was fine-tuned to match image embeddings."""
 
 
 def check_output(path: str | Path) -> Path:
@@ -84,7 +84,7 @@ def check_output(path: str | Path) -> Path:
     Returns
     -------
     Path
-        The same directory.
+        The directory `path`.
 
     Raises
     ------
@@ -286,7 +286,7 @@ def _make_example(model: Any) -> tuple[Tensor, ...]:
     places = [None if i % 5 == 4 else place for i, place in enumerate(sphere_C3.tolist())]
     electrodes = model.backbone.electrode_inputs([{"n": config.channels, "positions": places}])
     if "count_B" in electrodes:
-        # The last quarter of the rows is padding, so that the check covers padding too.
+        # The last quarter of the rows is padding, so that the self-check covers padding too.
         electrodes["count_B"] = torch.tensor([max(1, config.channels * 3 // 4)])
     return waves_CT.float()[None], *electrodes.values()
 

@@ -1,6 +1,6 @@
 """Convert a recording to windows, with the same code that sharding uses for the pretraining data.
 
-`pretrain.model` explains the letters of array shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Windows:
     selection: str
     """Rule by which channels were chosen, if the recording has more than 128 channels."""
     bads: list[str]
-    """Channels that are flat, clipped, noisy or out of range. These channels stay in the windows, but are left out of
-    the average reference."""
+    """Bad channels, e.g. flat, clipped or noisy ones. Bad channels stay in the windows, but are left out of the average
+    reference."""
     sfreq: float
     """Sampling rate of the recording in Hz."""
     line_freq: float | None
@@ -49,7 +49,7 @@ class Windows:
     seconds: float
     """Length of the recording in seconds."""
     most: int
-    """Largest number of windows that `stream` can yield. It yields fewer windows if some windows cannot be used."""
+    """Largest number of windows that `stream` can yield; `stream` skips windows that cannot be used."""
     account: Account = field(repr=False)
     """Counts of the windows and seconds that were left out. The counts are complete after `stream` has ended."""
     stream: Iterator[CleanWindow] = field(repr=False)
@@ -69,16 +69,16 @@ def windows_of(
     spec : PreprocessSpec
         The preprocessing that was used in the pretraining.
     unit_factor : float, optional
-        Factor that converts the recording's values to volts, if the recording states a wrong unit. If this factor is
-        given, the amplitude is not checked.
+        Factor that converts the recording's values to volts, if the recording states a wrong unit. With `unit_factor`,
+        the recording is used even if its amplitude is not plausible for EEG.
     line_freq : float, optional
         Mains frequency in Hz, within `LINE_FREQS`. By default the mains frequency is detected in the recording.
 
     Yields
     ------
     Windows
-        The windows. Read them inside the ``with`` block, because the filtered signal is a temporary file that is
-        deleted at the end of the block.
+        The windows. Read the windows inside the ``with`` block, because the filtered signal is a temporary file that
+        is deleted at the end of the block.
 
     Raises
     ------
@@ -173,7 +173,7 @@ def open_recording(path: str | Path) -> Signal:
     Returns
     -------
     data_sharding.formats.signal.Signal
-        The opened recording. The samples of the recording are read later.
+        The opened recording, whose samples are read later.
 
     Raises
     ------

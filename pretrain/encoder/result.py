@@ -1,6 +1,6 @@
 """The result of encoding a recording: its features, and a report about the parts of the recording that were used.
 
-`pretrain.model` explains the letters of array shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ class CoverageReport:
     """Report about the parts of a recording that were encoded, and about their preprocessing."""
 
     channels_used: list[str]
-    """Channels that were encoded, in the order of the rows. Copies made by padding are not listed."""
+    """Channels that were encoded, in the order of the rows. Copies of channels, made by padding, are not listed."""
     channels_left_out: dict[str, str]
     """Channels that were not encoded, each with the reason."""
     channel_selection: str
     """Rule by which channels were chosen, if the recording has more than 128 channels."""
     channels_bad: list[str]
-    """Channels that are flat, clipped or out of range. These channels are encoded, but left out of the average
+    """Bad channels, e.g. flat, clipped or noisy ones. Bad channels are encoded, but left out of the average
     reference."""
     sfreq_in: float
     """Sampling rate of the recording in Hz."""
     sfreq_model: float
     """Sampling rate of the encoder in Hz, to which the recording was resampled."""
     band: tuple[float, float]
-    """Pass band in Hz that was applied. The band is narrower than the band in the preprocessing if the recording's
-    sampling rate is low."""
+    """Pass band in Hz that was applied. If the recording's sampling rate is low, this band is narrower than the band in
+    the preprocessing."""
     line_freq: float | None
     """Mains frequency in Hz that was removed by a notch filter; None if no notch filter was applied."""
     seconds: float

@@ -23,5 +23,5 @@ S     sets of labels, or classifiers
 1, 3  a dimension of size 1 or 3; size 3: the coordinates of an electrode
 ====  ==========================================================================
 
-A letter that only one function uses is explained in this function.
+A letter that only one function uses is not in this table; that function explains it.
 """

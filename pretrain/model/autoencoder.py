@@ -1,8 +1,8 @@
 """The masked autoencoder of DreamDiffusion: each token holds a few time samples of all channels.
 
 The encoder sees some of the tokens of a window. From the encoder's output, the decoder predicts the signal of all
-tokens. The loss is the error on the tokens that the encoder did not see. `pretrain.model` explains the letters of
-tensor shapes.
+tokens. The loss is the error on the tokens that the encoder did not see. The docstring of `pretrain.model` explains
+letters such as BCT in `x_BCT`.
 
 References
 ----------
@@ -45,8 +45,8 @@ class SignalEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim)) if config.class_token else None
         self.blocks = Blocks(config)
         self.norm = nn.LayerNorm(config.dim)
-        # Fixed positions can be computed from the config, so they are not saved with the weights. The class token has
-        # no position.
+        # Fixed position embeddings can be computed from the config, so they are not saved with the weights. The class
+        # token has no position embedding.
         positions_ND = sincos_positions(config.tokens, config.dim)
         if config.learned_positions:
             self.positions_ND = nn.Parameter(positions_ND)
@@ -65,7 +65,7 @@ class SignalEncoder(nn.Module):
         x_BCT : Tensor, [B, C, T]
             Scaled signal, padded to the encoder's number of channels.
         keep_BK : Tensor, [B, K], int64, optional
-            Numbers of the visible tokens, in rising order; by default all tokens are visible.
+            Indices of the visible tokens, in rising order; by default, all tokens are visible.
 
         Returns
         -------
@@ -81,12 +81,12 @@ class SignalEncoder(nn.Module):
         return self.norm(self.blocks(x_BND))
 
     def over_time(self, x_BCT: Tensor, positions_BC3: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
-        """Encode windows; the windows may have fewer channels than the encoder.
+        """Encode windows, which may have fewer channels than the encoder.
 
         Parameters
         ----------
         x_BCT : Tensor, [B, C or fewer, T]
-            Scaled signal. This method pads missing channels by replication.
+            Scaled signal. Windows with fewer channels than the encoder are padded with copies of their channels.
         positions_BC3, count_B : Tensor, optional
             Ignored, because this encoder does not use electrodes.
 
@@ -102,11 +102,11 @@ class SignalEncoder(nn.Module):
         return {}
 
     def common_positions(self, dataset: EEGDataset) -> Tensor | None:
-        """Return None: this encoder does not use the electrodes of a dataset."""
+        """Return None, because this encoder does not use the electrodes of a dataset."""
         return None
 
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
-        """Return None: the scale of a window is computed over all rows of the padded window."""
+        """Return None, which means that the scale of a window is computed over all rows of the padded window."""
         return None
 
 
@@ -142,7 +142,7 @@ class SignalDecoder(nn.Module):
         x_BKD : Tensor, [B, 1 + K, D]
             The encoder's output: the class token, then the visible tokens.
         keep_BK : Tensor, [B, K], int64
-            Numbers of the visible tokens.
+            Indices of the visible tokens.
 
         Returns
         -------
@@ -162,14 +162,14 @@ class SignalDecoder(nn.Module):
 
 
 class Samples(Protocol):
-    """The attributes of a batch that a model uses. `data_sharding.dataset.batch.Batch` implements this protocol."""
+    """The attributes of a batch that a model uses; `data_sharding.dataset.batch.Batch` has these attributes."""
 
     channels: list[int]
     """[B] number of recorded channels of each sample."""
     numbers: list[int]
-    """[B] number of each sample in the dataset."""
+    """[B] number that identifies each sample in the dataset."""
     epochs: list[int]
-    """[B] epoch of each sample."""
+    """[B] epoch in which each sample is read."""
     metas: list[dict[str, Any]]
     """[B] metadata of each sample (docs/data_format.md): ``n`` recorded channels, ``positions`` in metres."""
 
@@ -237,7 +237,7 @@ class MaskedAutoencoder(nn.Module):
         return self.encoder.channels_for_scale(batch.channels)
 
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
-        """Draw the masks of samples. This method does not use the weights.
+        """Draw the masks of samples, without using the model's weights.
 
         Parameters
         ----------
@@ -277,20 +277,20 @@ class MaskedAutoencoder(nn.Module):
         Parameters
         ----------
         keep_BK : Tensor, [B, K], int64
-            Visible tokens.
+            Indices of the visible tokens.
         **inputs : Tensor
             The other results of `prepare`.
 
         Returns
         -------
         Tensor, [B, N], bool
-            True for hidden tokens; the loss is computed on these.
+            True for hidden tokens, on which the loss is computed.
         """
         table_BN = torch.ones(len(keep_BK), self.config.encoder.tokens, dtype=torch.bool, device=keep_BK.device)
         return table_BN.scatter(1, keep_BK, False)
 
     def hidden_signal(self, **inputs: Tensor) -> Tensor:
-        """Mark the part of the signal that is hidden from the encoder. Figures use this method.
+        """Mark the part of the signal that is hidden from the encoder, to draw it in figures.
 
         Parameters
         ----------
@@ -341,7 +341,7 @@ class MaskedAutoencoder(nn.Module):
         return x_BCT.reshape(B, C, T // patch, patch).permute(0, 2, 1, 3).reshape(B, T // patch, C * patch)
 
     def untokenize(self, y_BNP: Tensor) -> Tensor:
-        """Join the values of tokens into windows. This method is the inverse of `tokenize`.
+        """Join the values of tokens into windows (the inverse of `tokenize`).
 
         Parameters
         ----------
@@ -387,10 +387,10 @@ class MaskedAutoencoder(nn.Module):
         x_BCT : Tensor, [B, C, T]
             Scaled signal.
         keep_BK : Tensor, [B, K], int64
-            Visible tokens.
+            Indices of the visible tokens.
         **inputs : Tensor
-            The other results of `prepare`. ``dropped_BC`` (bool) marks the dropped channels; the encoder gets zeros for
-            them.
+            The other results of `prepare`. ``dropped_BC`` (bool) marks the dropped channels, which are set to zero for
+            the encoder.
 
         Returns
         -------
@@ -409,7 +409,7 @@ class MaskedAutoencoder(nn.Module):
         x_BCT : Tensor, [B, C, T]
             Scaled signal.
         keep_BK : Tensor, [B, K], int64
-            Numbers of the visible tokens. Every sample has the same number of visible tokens.
+            Indices of the visible tokens. Every sample has the same number of visible tokens.
         **inputs : Tensor
             The other results of `prepare`.
 

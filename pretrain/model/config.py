@@ -70,7 +70,7 @@ class EncoderConfig:
 
     @property
     def scale_rows(self) -> str:
-        """Name of the rows over which the scale of a window is computed, as a part of a sentence in the model card."""
+        """Text for the model card that names the rows over which the scale of a window is computed."""
         return TOKENIZERS[self.tokenizer].scale_rows(self.channels)
 
     @property
@@ -126,8 +126,8 @@ class ComputeConfig:
     """Implementation of attention. sdpa: PyTorch's fused attention. plain: two matrix products and a softmax. auto:
     plain for bf16 on a CPU, where plain is faster; sdpa in all other cases."""
     checkpointing: bool = False
-    """Activation checkpointing: keep only the input of each block, and compute the block again in the backward pass. A
-    training step then needs far less memory, but a third more computation."""
+    """Activation checkpointing: keep only the input of each block, and compute the block again in the backward pass.
+    With activation checkpointing, a training step needs far less memory, but a third more computation."""
     compile: bool = False
     """Compile each block with torch.compile; possible with zero_stage 0, 1 or 2."""
 
@@ -144,12 +144,12 @@ class MaskedAutoencoderConfig:
     """Share of a window's tokens that is hidden from the encoder (DreamDiffusion: 0.75 in the paper, 0.1 in the
     code)."""
     mask_block: int = 1
-    """Number of neighbouring tokens that are hidden together; 1 in DreamDiffusion's paper. With 1, the task can be too
-    easy: neighbouring tokens are so similar that a model can fill single gaps by interpolation."""
+    """Number of neighbouring tokens that are hidden together; 1 in DreamDiffusion's paper. Hiding single tokens can be
+    too easy a task: neighbouring tokens are so similar that a model can fill a single gap by interpolation."""
     mask_each_channel: bool = False
-    """Montage tokenizer only: draw a separate mask for each channel. With false, all channels are hidden at the same
-    times, as in DreamDiffusion. With separate masks a model can copy the signal from a neighbouring electrode, because
-    neighbouring electrodes record nearly the same signal."""
+    """Montage tokenizer only: draw a separate mask for each channel. If false, the same times are hidden in all
+    channels, as in DreamDiffusion. With separate masks, a model can copy the signal from a neighbouring electrode,
+    because neighbouring electrodes record nearly the same signal."""
     normalize_targets: bool = False
     """Standardise each target token with the mean and the standard deviation of this token."""
     channel_dropout: float = 0.0
@@ -157,8 +157,8 @@ class MaskedAutoencoderConfig:
     must still predict a hidden channel."""
     mimetic: float = 0.0
     """Strength of the mimetic initialisation: queries and keys start with equal weights, so that a token attends to its
-    neighbours in time from the first step. 0 (as in DreamDiffusion's paper) switches this initialisation off. Without
-    it, small models on little data predict zero for hundreds of steps."""
+    neighbours in time from the first step. 0 (as in DreamDiffusion's paper) switches the mimetic initialisation off.
+    Without mimetic initialisation, small models on little data predict zero for hundreds of steps."""
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     """How the model is computed."""
 

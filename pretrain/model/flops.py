@@ -17,8 +17,8 @@ from pretrain.model.build import build_autoencoder
 from pretrain.model.config import ComputeConfig, MaskedAutoencoderConfig
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    # TFLOP/s for dense matrices, from the makers' data sheets. The first entry that occurs in the name of the device is
-    # used, so "H100 PCIe" must come before "H100".
+    # TFLOP/s for dense matrices, from the makers' data sheets. `peak_flops` uses the first entry that occurs in the
+    # name of the device, so "H100 PCIe" must come before "H100".
     "B200": {"bf16": 2250.0, "fp32": 75.0},
     "GH200": {"bf16": 989.0, "fp32": 67.0},
     "H200": {"bf16": 989.0, "fp32": 67.0},
@@ -51,15 +51,15 @@ def training_flops(config: MaskedAutoencoderConfig) -> float:
     Returns
     -------
     float
-        Number of operations in matrix products and convolutions. The backward pass needs twice the operations of the
-        forward pass, so this is three times the number for the forward pass. Activations that are computed again to
-        save memory are counted once. PyTorch counts the operations on the meta device.
+        Number of operations in matrix products and convolutions: three times the number of the forward pass, because
+        the backward pass needs twice the operations of the forward pass. Activations that are computed again to save
+        memory are counted once. PyTorch counts the operations on the meta device.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     shape = config.encoder
     with torch.device("meta"):
-        # Fixed positions are always created on the CPU, so move the whole model to the meta device afterwards.
+        # Fixed position embeddings are always created on the CPU, so move the finished model to the meta device.
         model = build_autoencoder(dataclasses.replace(config, compute=ComputeConfig(attention="plain"))).to("meta")
     window: Any = SimpleNamespace(
         numbers=[0], epochs=[0], metas=[{"n": shape.channels, "positions": [None] * shape.channels}]
@@ -83,8 +83,8 @@ def _window_flops(config: MaskedAutoencoderConfig, rows: int) -> float:
 def _by_channels(config: MaskedAutoencoderConfig) -> tuple[float, float, float]:
     """Fit a polynomial that gives the number of operations for any number of rows; return its three coefficients.
 
-    The number of tokens grows with the rows, and attention with the square of the number of tokens, so a polynomial of
-    degree 2 is exact.
+    The number of tokens is proportional to the number of rows, and attention needs operations proportional to the
+    square of the number of tokens, so a polynomial of degree 2 is exact.
     """
     some = (1, 64, 128)
     counts = [
@@ -136,7 +136,7 @@ def peak_flops(device: torch.device, precision: str, override_tflops: float | No
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    # Compare whole words: the name "L40" contains "L4", but is another device.
+    # Compare whole words: the name "L40" contains "L4", but the L40 is another device than the L4.
     found = next(
         (v[precision] for known, v in PEAK_TFLOPS.items() if re.search(rf"\b{re.escape(known)}\b", name)), None
     )

@@ -1,10 +1,10 @@
 """Choose at random which tokens are hidden and which channels are dropped.
 
 The choice depends only on the seed, the epoch and the number of the sample. A sample therefore gets the same mask for
-any number of processes and workers, and after a run was resumed. The random numbers come from a hash of (seed, epoch,
-sample, counter), which is cheaper than a separate random generator for each sample.
+any number of processes and workers, also if the run was interrupted and resumed. The random numbers come from a hash of
+(seed, epoch, sample, counter), which is cheaper than a separate random generator for each sample.
 
-Letters of shapes: see `pretrain.model`.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _DROPOUT = np.uint64(0xD20C4A11E15)
 
 
 def visible_tokens(tokens: int, mask_ratio: float) -> int:
-    """Count the tokens that the encoder sees.
+    """Compute the number of tokens that the encoder sees.
 
     Parameters
     ----------
     tokens : int
-        Tokens of a window.
+        Number of tokens of a window.
     mask_ratio : float
         Share of hidden tokens, between 0 and 1.
 
     Returns
     -------
     int
-        Number of visible tokens. All samples have the same number, so that the samples can be stacked into one tensor.
+        Number of visible tokens. The number is the same for all samples, so that they can be stacked into one tensor.
     """
     # Round before int(): in floating point, 1 - 0.9 is slightly below 0.1, so int() alone would give one token too few.
     return int(round(tokens * (1.0 - mask_ratio), 6))
@@ -57,22 +57,22 @@ def keep_indices(
     epochs : sequence of int, [B]
         Epoch of each sample.
     numbers : sequence of int, [B]
-        Number of each sample in the dataset.
+        Number that identifies each sample in the dataset.
     tokens : int
-        Tokens of a window.
+        Number of tokens of a window.
     mask_ratio : float
         Share of the tokens to hide, between 0 and 1.
     block : int
         Number of neighbouring tokens that are hidden together, as one span. If the number of hidden tokens is not a
         multiple of `block`, one span is shorter.
     channels : sequence of int, [B], optional
-        Number of the channel for each drawn mask, if every channel has a separate mask.
+        Index of the channel of each mask, if every channel has a separate mask.
 
     Returns
     -------
     Tensor, [B, K], int64
-        Visible tokens of each sample, in rising order. With `block` 1, every subset of K tokens is equally likely. With
-        a larger `block`, every order of spans and visible tokens is equally likely.
+        Indices of the visible tokens of each sample, in rising order. With `block` 1, every subset of K tokens is
+        equally likely. With a larger `block`, every order of hidden spans and visible tokens is equally likely.
     """
     state_B = _state(seed, epochs, numbers)
     if channels is not None:
@@ -82,7 +82,7 @@ def keep_indices(
         order_BN = np.argsort(_noise(state_B, tokens), axis=1, kind="stable")[:, :visible]
         return torch.from_numpy(np.sort(order_BN, axis=1).astype(np.int64))
     # A window consists of J pieces. Each piece is a span of hidden tokens or one visible token. Shuffle the pieces and
-    # put them one after another. The start of each visible piece is the number of a visible token.
+    # put them one after another. The start of each visible piece is then the index of a visible token.
     spans, rest = divmod(tokens - visible, block)
     lengths = np.array([block] * spans + [rest] * (rest > 0) + [1] * visible)
     order_BJ = np.argsort(_noise(state_B, len(lengths)), axis=1, kind="stable")
@@ -112,8 +112,8 @@ def dropped_channels(
     Returns
     -------
     Tensor, [B, width], bool
-        True for rows to hide. All copies of a dropped channel are hidden too. Row i of a padded window is a copy of
-        channel ``i mod n``.
+        True for rows to hide. All copies of a dropped channel are hidden too. In a padded window with ``n`` recorded
+        channels, row ``i`` is a copy of channel ``i mod n``.
     """
     counts_B = np.asarray(counts, np.int64)
     noise_BC = _noise(_mix(_state(seed, epochs, numbers) ^ _DROPOUT), width) / 2.0**64
@@ -139,7 +139,7 @@ def _noise(state_B: np.ndarray, draws: int) -> np.ndarray:
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """Apply one step of the hash SplitMix64. The 64 bits of this hash look independent even for neighbouring inputs."""
+    """Apply one step of the hash SplitMix64, whose 64 bits look independent even for neighbouring inputs."""
     with np.errstate(over="ignore"):
         value = (value + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

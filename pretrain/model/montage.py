@@ -2,9 +2,9 @@
 
 The electrode's position on the head and the position in time are added to each token. The model identifies a channel
 only by the position of its electrode, so the results do not depend on the order of the channels. The results do not
-depend on the number of padding rows either: attention ignores padding tokens, and the loss does not include them.
+depend on the number of padding rows, because attention ignores padding tokens and the loss does not include them.
 
-Letters of shapes: see `pretrain.model`.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 
 References
 ----------
@@ -49,9 +49,9 @@ def electrode_positions(metas: list[dict[str, Any]], most: int) -> tuple[Tensor,
     Returns
     -------
     positions_BC3 : Tensor, [B, C, 3], float32
-        Metres, NaN for an unknown position. C is the largest number of recorded channels among the samples.
+        Electrode positions in metres, NaN for an unknown position. C is the largest value in `count_B`.
     count_B : Tensor, [B], int64
-        Number of recorded channels of each sample.
+        Number of recorded channels of each sample, at most `most`.
     """
     counts = [min(int(meta["n"]), most) for meta in metas]
     positions_BC3 = np.full((len(metas), max(counts), 3), np.nan, np.float32)
@@ -68,12 +68,12 @@ def common_positions(dataset: EEGDataset) -> Tensor:
     Parameters
     ----------
     dataset : EEGDataset
-        The dataset's split.
+        A split of the dataset.
 
     Returns
     -------
     Tensor, [C, 3], float32
-        Metres, NaN for an unknown position.
+        Electrode positions in metres, NaN for an unknown position.
 
     Raises
     ------
@@ -145,8 +145,8 @@ class MontageEncoder(nn.Module):
     Parameters
     ----------
     config : EncoderConfig
-        Architecture of the encoder. `channels` only limits the number of channels; no weight has a shape that depends
-        on it.
+        Architecture of the encoder. The field `channels` only limits the number of channels of a window; the shapes of
+        the weights do not depend on `channels`.
     """
 
     positions_ND: Tensor
@@ -179,13 +179,13 @@ class MontageEncoder(nn.Module):
         x_BCT : Tensor, [B, C or more, T]
             Scaled signal. Rows after the first C rows are padding, and are ignored.
         positions_BC3 : Tensor, [B, C, 3]
-            Electrodes in metres, NaN for an unknown position.
+            Electrode positions in metres, NaN for an unknown position.
         count_B : Tensor, [B], int64, optional
-            Number of recorded channels of each sample; C by default.
+            Number of recorded channels of each sample; by default, all C rows are recorded channels.
         keep_BK : Tensor, [B, K], int64, optional
-            Numbers of the visible tokens; all tokens by default.
+            Indices of the visible tokens; by default, all tokens are visible.
         seen_BK : Tensor, [B, K], bool, optional
-            False for padding in `keep_BK`. Padding is needed if the samples have different numbers of visible tokens.
+            False for padding in `keep_BK`. `keep_BK` has padding if samples have different numbers of visible tokens.
 
         Returns
         -------
@@ -252,10 +252,10 @@ class MontageEncoder(nn.Module):
         return common_positions(dataset)
 
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
-        """Return the number of recorded channels of each window. The scale of a window is computed over these channels.
+        """Return the number of recorded channels of each window, over which the scale of the window is computed.
 
-        The copies of channels in a padded window are ignored. If copies were used, channels with more copies would have
-        a larger weight, and the scale would depend on the order of the channels.
+        The scale does not include the copies of channels in a padded window. Otherwise, channels with more copies would
+        have a larger weight, and the scale would depend on the order of the channels.
         """
         return len(positions_C3) if channels is None and positions_C3 is not None else channels
 
@@ -293,9 +293,9 @@ class MontageDecoder(nn.Module):
         x_BKD : Tensor, [B, 1 + K, D]
             The encoder's output: the class token, then the visible tokens.
         keep_BK : Tensor, [B, K], int64
-            Numbers of the visible tokens; padding has the number M.
+            Indices of the visible tokens; padding has the index M, one more than the last token.
         positions_BC3 : Tensor, [B, C, 3]
-            Electrodes in metres, NaN for an unknown position.
+            Electrode positions in metres, NaN for an unknown position.
         count_B : Tensor, [B], int64, optional
             Number of recorded channels of each sample.
 
@@ -307,7 +307,7 @@ class MontageDecoder(nn.Module):
         x_BKD = self.embed(x_BKD)
         B, _, D = x_BKD.shape
         N, C = self.positions_ND.shape[0], positions_BC3.shape[1]
-        # Add one extra token at the end. Padding has the number M, so it is written into the extra token, which is then
+        # Padding has the index M, so `scatter` writes it into an extra token at the end. The extra token is then
         # removed.
         x_BMD = (
             self.mask_token.to(x_BKD.dtype)
@@ -357,14 +357,15 @@ class MontageAutoencoder(MaskedAutoencoder):
     Notes
     -----
     Only recorded channels become tokens. The copies of channels in a padded window do not become tokens, because the
-    model could otherwise read a hidden channel from its copy. A dropped channel has no visible token.
+    model could otherwise read a hidden channel from its copy. If a channel is dropped (`channel_dropout`), all its
+    tokens are hidden.
     """
 
     def _build_parts(self, config: MaskedAutoencoderConfig) -> tuple[Any, Any]:
         return MontageEncoder(config.encoder), MontageDecoder(config.decoder, config.encoder)
 
     def prepare(self, batch: Samples, seed: int, *, training: bool = True) -> dict[str, Tensor]:
-        """Draw the masks of samples and collect their electrode positions. This method does not use the weights.
+        """Draw the masks of samples and collect their electrode positions, without using the model's weights.
 
         Parameters
         ----------
@@ -402,8 +403,9 @@ class MontageAutoencoder(MaskedAutoencoder):
                 seed, batch.epochs, batch.numbers, count_B.tolist(), config.channel_dropout, shape.channels
             )[:, :C]
         seen_BK = seen_BC.unsqueeze(-1).expand_as(keep_BCK).flatten(1)
-        # Samples have different numbers of visible tokens. Move the visible tokens to the front, and cut all samples to
-        # the largest number of visible tokens. The remaining padding gets the number M, and False in `seen_BK`.
+        # Samples can have different numbers of visible tokens. Move the visible tokens of each sample to the front, and
+        # cut all samples to the largest number of visible tokens. Padding that remains gets the index M in `keep_BK`,
+        # and False in `seen_BK`.
         order_BK = seen_BK.int().argsort(dim=1, descending=True, stable=True)[:, : int(seen_BK.sum(dim=1).max())]
         seen_BK = seen_BK.gather(1, order_BK)
         keep_BK = keep_BCK.flatten(1).gather(1, order_BK).masked_fill(~seen_BK, C * shape.tokens)
@@ -421,14 +423,14 @@ class MontageAutoencoder(MaskedAutoencoder):
         Parameters
         ----------
         keep_BK : Tensor, [B, K], int64
-            Visible tokens.
+            Indices of the visible tokens.
         **inputs : Tensor
             The other results of `prepare`.
 
         Returns
         -------
         Tensor, [B, M], bool
-            True for hidden tokens of recorded channels; the loss is computed on these.
+            True for the tokens on which the loss is computed: the hidden tokens of recorded channels.
         """
         channels, tokens = inputs["positions_BC3"].shape[1], self.config.encoder.tokens
         table_BM = torch.ones(len(keep_BK), channels * tokens + 1, dtype=torch.bool, device=keep_BK.device)
@@ -437,7 +439,7 @@ class MontageAutoencoder(MaskedAutoencoder):
         return table_BM if real_BM is None else table_BM & real_BM
 
     def hidden_signal(self, **inputs: Tensor) -> Tensor:
-        """Mark the part of the signal that is hidden from the encoder. Figures use this method.
+        """Mark the part of the signal that is hidden from the encoder, to draw it in figures.
 
         Parameters
         ----------
@@ -469,7 +471,7 @@ class MontageAutoencoder(MaskedAutoencoder):
         return x_BCT.unflatten(-1, (shape.tokens, shape.patch)).flatten(1, 2)
 
     def untokenize(self, y_BNP: Tensor) -> Tensor:
-        """Join the values of tokens into windows. This method is the inverse of `tokenize`.
+        """Join the values of tokens into windows (the inverse of `tokenize`).
 
         Parameters
         ----------
@@ -508,7 +510,7 @@ class MontageAutoencoder(MaskedAutoencoder):
         x_BCT : Tensor, [B, C or more, T]
             Scaled signal.
         keep_BK : Tensor, [B, K], int64
-            Visible tokens.
+            Indices of the visible tokens.
         **inputs : Tensor
             The other results of `prepare`.
 

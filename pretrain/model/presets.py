@@ -19,14 +19,16 @@ PRESETS: dict[str, MaskedAutoencoderConfig] = {
     "released": MaskedAutoencoderConfig(
         encoder=EncoderConfig(mlp_ratio=1.0), decoder=DecoderConfig(mlp_ratio=1.0), mask_ratio=0.1
     ),
-    # DreamDiffusion's paper ("297M"): 302.8M parameters in the encoder. Three quarters of the tokens are hidden.
+    # DreamDiffusion's paper (where the model is called "297M"): 302.8M parameters in the encoder. Three quarters of the
+    # tokens are hidden.
     "paper": MaskedAutoencoderConfig(),
-    # The sizes of the paper's ablation. The paper gives only the numbers of parameters; width and depth are our choice.
+    # The model sizes of the ablation in DreamDiffusion's paper. The paper gives only the numbers of parameters; we
+    # chose width and depth.
     "18m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=256, depth=23, heads=4)),
     "74m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=640, depth=15, heads=10)),
     "162m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=800, depth=21, heads=10)),
     "458m": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=1280, depth=24, heads=20, mlp_ratio=3.8125)),
-    # Models larger than those in the paper.
+    # Models larger than those in DreamDiffusion's paper.
     "1b": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=1792, depth=26, heads=28)),
     "3b": MaskedAutoencoderConfig(encoder=EncoderConfig(dim=2560, depth=38, heads=20)),
     # Montage tokenizer, for recordings of any montage. At 256 Hz a token is an eighth of a second of one channel.

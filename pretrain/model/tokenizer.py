@@ -1,8 +1,8 @@
 """Facts about each tokenizer that are needed before a model is built: its number of tokens and its description.
 
 A tokenizer turns a window of EEG into tokens. Only `pretrain.model.build` chooses classes by the name of the tokenizer.
-All other code calls methods of the encoder, or the methods below (through `pretrain.model.config.EncoderConfig`). To
-add a tokenizer, write one class in this file, one encoder and one autoencoder, and add one line to
+All other code calls methods of the encoder, or (through `pretrain.model.config.EncoderConfig`) the methods in this
+file. To add a tokenizer, write one class in this file, one encoder and one autoencoder, and add one line to
 `pretrain.model.build`.
 """
 

@@ -1,7 +1,7 @@
 """Transformer blocks, and the fixed sine and cosine code of positions in time.
 
-`pretrain.model` explains the letters of tensor shapes. In this file, N is the number of all tokens of a sequence, class
-token included.
+The docstring of `pretrain.model` explains letters such as BND in `x_BND`. In this file, N is the number of all tokens
+of a sequence, class token included.
 
 References
 ----------
@@ -186,7 +186,7 @@ def apply_options(config: MaskedAutoencoderConfig, stacks: Iterable[Blocks]) -> 
     Parameters
     ----------
     config : MaskedAutoencoderConfig
-        The config.
+        The model's config.
     stacks : iterable of Blocks
         The blocks of the encoder and the blocks of the decoder.
     """

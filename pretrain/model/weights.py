@@ -26,7 +26,8 @@ WEIGHTS = "model.safetensors"
 
 MAX_TABLE = 2**26
 """Largest number of values in the tables that a network computes, such as position embeddings, and does not store."""
-# A network may be larger than its weights file by these numbers. Then the later check of names can say what is missing.
+# A network may have 64 tensors and 2**22 values more than its weights file. If it has, the later check of names can say
+# which weights are missing.
 _MORE_TENSORS, _MORE_VALUES = 64, 2**22
 
 
@@ -76,7 +77,7 @@ def check_network(build: Callable[[], Any], size: WeightsSize, where: str | Path
     """Check that a network that a config describes is not larger than its weights file.
 
     The network is built without memory (on PyTorch's meta device), and the building ends at the first parameter that
-    the weights file cannot hold. So a small config cannot ask for a huge network.
+    the weights file cannot hold. A small config therefore cannot ask for a huge network.
 
     Parameters
     ----------
@@ -92,7 +93,7 @@ def check_network(build: Callable[[], Any], size: WeightsSize, where: str | Path
     RequestError
         If the network is larger than the weights, or if it cannot be built.
     """
-    # The hooks keep a reference to every tensor, because the id of a deleted tensor may be used again.
+    # The hooks store a reference to every tensor, because Python may give the id of a deleted tensor to a new tensor.
     parameters: dict[int, Tensor] = {}
     buffers: dict[int, Tensor] = {}
     totals = {"parameters": 0, "buffers": 0}
@@ -125,7 +126,7 @@ def check_network(build: Callable[[], Any], size: WeightsSize, where: str | Path
         ) from None
     except RequestError:
         raise
-    # A config may have a wrong value of any kind, and libraries raise many types of errors for it.
+    # A config may have a wrong value of any kind, and libraries raise many types of errors for wrong values.
     except Exception as error:
         raise RequestError(
             f"{where}: describes no network that can be built ({type(error).__name__}: {show(error)}); get it again "
@@ -149,7 +150,7 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({name: value.contiguous() for name, value in weights.items()}, path)
-    # The library safetensors lets only the owner read the file. Give the file the permissions of its folder instead.
+    # The library safetensors lets only the owner read the file, so give the file the permissions of its folder.
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 

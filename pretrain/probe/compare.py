@@ -1,6 +1,6 @@
 """Run every method of the probe on the same test trials.
 
-`pretrain.model` explains the letters of array shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TUNED, TUNED_RANDOM = "encoder, fine-tuned", "random weights, fine-tuned"
 ENCODER, COMMONEST, SHUFFLED = "encoder", "commonest label", "encoder, labels shuffled"
 
 Pairs = list[tuple[np.ndarray, np.ndarray]]
-"""Inner folds. Each pair holds the numbers of the training trials and of the held-out trials."""
+"""Inner folds, each with the indices of its training trials and of its held-out trials."""
 
 
 def compare(
@@ -60,7 +60,7 @@ def compare(
     Returns
     -------
     scored : ndarray of int
-        Numbers of the test trials of all folds.
+        Indices of the test trials of all folds.
     hits : dict of str to ndarray
         For each method, an array of shape [S, number of scored trials], where S is the number of classifiers. A value
         is 1 if the predicted label is right, else 0.

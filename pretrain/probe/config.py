@@ -14,7 +14,7 @@ Standardize = Literal["subject", "none"]
 class ProbeConfig:
     """Measure an encoder's features with a linear classifier on a labelled dataset.
 
-    Compare them with baselines and controls.
+    The features are compared with baselines and controls.
     """
 
     encoder: str
@@ -29,24 +29,24 @@ class ProbeConfig:
     """How trials are divided into training and test trials. split: train on the dataset's train split and test on
     another split. subjects: use each subject of the dataset once for the test, and train on the other subjects."""
     split: Literal["test", "val"] = "test"
-    """Split on which the methods are tested, if folds is split."""
+    """Split on which the methods are tested, for 'folds: split'."""
     methods: list[Method] = dataclasses.field(default_factory=lambda: list(DEFAULT_METHODS))
-    """Methods with which the encoder is compared. fine-tuning takes longest. Fine-tuning trains the whole encoder and a
-    classification head, once from the encoder's weights and once from random weights."""
+    """Methods with which the encoder is compared. Fine-tuning takes longest: it trains the whole encoder and a
+    classification head, once from the encoder's weights and random_seeds times from random weights."""
     time_bins: int = 16
-    """Number of time bins: equal parts of the window within which tokens and time courses are averaged. With 1, the
-    features contain no information about the time within the window."""
+    """Number of time bins: equal parts of the window within which tokens and time courses are averaged. With one time
+    bin, the features contain no information about the time within the window."""
     standardize: Standardize = "subject"
     """How features are scaled to mean 0 and variance 1. subject: over all trials of each subject, without using labels.
     none: over all training trials."""
     image_groups: int = 3
-    """Number of groups into which the images are divided, if folds is subjects and the subjects saw the same images.
+    """Number of groups into which the images are divided, for 'folds: subjects' if the subjects saw the same images.
     Each fold tests on one subject's trials of one group of images, and trains on the other subjects' trials of the
     other groups."""
     random_seeds: int = 5
     """Number of encoders with random weights; the result is their mean accuracy."""
     shuffles: int = 10
-    """Number of times that the labels are shuffled for the control; 0 for no control."""
+    """Number of times that the labels are shuffled for the control with shuffled labels. 0: no such control."""
     seed: int = 0
     """Seed of the random numbers for random weights, EEGNet, shuffled labels, bootstrap and permutation tests."""
     resamples: int = 10_000
@@ -58,8 +58,8 @@ class ProbeConfig:
     finetune_epochs: int = 10
     """Number of epochs of fine-tuning."""
     finetune_rates: list[float] = dataclasses.field(default_factory=lambda: [3e-4, 1e-3])
-    """Learning rates to try in fine-tuning. The rate with the best accuracy on the val split is used. If there is no
-    val split, some training trials are held out to find the best rate."""
+    """Learning rates to try in fine-tuning. The rate with the best accuracy on the val split is used. If there are no
+    val trials, some training trials are held out to find the best rate."""
     batch_size: int = 64
     """Number of trials that are encoded in one forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,6 +1,6 @@
 """EEGNet, a small convolutional network, which the probe uses as a baseline.
 
-`pretrain.model` explains the letters of tensor shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 
 References
 ----------
@@ -8,7 +8,7 @@ Lawhern et al., EEGNet, Journal of Neural Engineering 15 (2018), 056013.
 """
 
 # Braindecode's EEGNet is not used, because since version 1.0 Braindecode needs torchaudio, whose version must match the
-# installed PyTorch. So only the tests depend on Braindecode.
+# installed PyTorch. Only the tests depend on Braindecode.
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EEGNetConfig:
-    """Settings for the training of EEGNet-8,2; some default values differ from those in the article."""
+    """Settings for the training of EEGNet-8,2; some default values differ from those of Lawhern et al."""
 
     epochs: int = 100
-    """Largest number of epochs (500 in the article)."""
+    """Largest number of epochs (500 in the article of Lawhern et al.)."""
     patience: int = 15
     """Training ends after this number of epochs without a lower validation loss."""
     batch_size: int = 64
@@ -33,7 +33,7 @@ class EEGNetConfig:
     lr: float = 1e-3
     """Learning rate of Adam."""
     dropout: float = 0.25
-    """Dropout probability; 0.25 is the article's value for unseen subjects."""
+    """Dropout probability; 0.25 is the value of Lawhern et al. for unseen subjects."""
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.patience, self.batch_size) < 1 or self.lr <= 0 or not 0 <= self.dropout < 1:
@@ -60,8 +60,8 @@ class EEGNet(nn.Module):
     def __init__(self, channels: int, samples: int, sfreq: float, classes: int, dropout: float = 0.25) -> None:
         super().__init__()
         F1, D, F2 = 8, 2, 16
-        # The article pools by a factor of 4 and then by a factor of 8. Short windows use smaller factors, so that at
-        # least one sample remains.
+        # Lawhern et al. pool by a factor of 4 and then by a factor of 8. For short windows, use smaller factors, so
+        # that at least one sample remains.
         pool = [min(4, samples), max(1, min(8, samples // 4))]
         # Lengths of the filters in samples, e.g. 64 and 16 samples at 128 Hz.
         half, eighth = max(1, round(sfreq / 2)), max(1, round(sfreq / 8))
@@ -90,7 +90,7 @@ class EEGNet(nn.Module):
     def spatial(self) -> nn.Conv2d:
         """The spatial filters.
 
-        This is a property and not an attribute, because `state_dict` would list an attribute's weights twice.
+        `spatial` is a property and not an attribute, because `state_dict` would list an attribute's weights twice.
         """
         spatial = self.features[3]
         assert isinstance(spatial, nn.Conv2d)
@@ -113,7 +113,7 @@ class EEGNet(nn.Module):
 
     @torch.no_grad()
     def limit_norms(self) -> None:
-        """Limit the norm of each spatial filter to 1 and of each class's weights to 0.25, as in the article."""
+        """Limit the norm of each spatial filter to 1 and of each class's weights to 0.25, as Lawhern et al. did."""
         for layer, most in ((self.spatial, 1.0), (self.head, 0.25)):
             layer.weight.copy_(layer.weight.renorm(2, 0, most))
 
@@ -154,7 +154,7 @@ def train_eegnet(
     EEGNet
         The trained network, in evaluation mode, on the device.
     int
-        Number of the epoch with the lowest validation loss, counted from 1. The returned weights are those after this
+        Number of the epoch with the lowest validation loss, counted from 1. The network has the weights after this
         epoch.
     """
     x, y = torch.from_numpy(x_nCT).float(), torch.from_numpy(labels_n).long()
@@ -206,7 +206,8 @@ def predict_eegnet(model: EEGNet, x_nCT: np.ndarray, device: torch.device) -> np
 
 
 def _same_length(kernel: int) -> nn.ZeroPad2d:
-    """Return a padding layer, so that a convolution with this kernel over time does not change the length."""
+    """Return a padding layer with which a convolution over time with a kernel of this length keeps the signal
+    length."""
     return nn.ZeroPad2d(((kernel - 1) // 2, kernel // 2, 0, 0))
 
 

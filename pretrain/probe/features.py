@@ -1,6 +1,6 @@
 """Compute the features that a probe classifies: an encoder's tokens, and classical features of the same trials.
 
-`pretrain.model` explains the letters of array shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 
 References
 ----------
@@ -41,7 +41,7 @@ class Trials:
     labels_n: np.ndarray
     """[n] label of each trial, as a number."""
     images_n: np.ndarray
-    """[n] name of each trial's image. A trial without an image gets a name of its own."""
+    """[n] name of each trial's image. A trial without an image gets a unique name."""
     subjects_n: np.ndarray
     """[n] each trial's subject, written as corpus/subject."""
     channels: list[str]
@@ -51,10 +51,10 @@ class Trials:
     metas: list[dict[str, Any]]
     """[n] metadata of each trial. The channels in the metadata are in the order of the recording."""
     electrodes: list[dict[str, Any]]
-    """[n] number and electrode positions of the common channels in each trial, in the form that `EEGEncoder.inputs_of`
-    takes."""
+    """[n] number and electrode positions of the common channels in each trial, as arguments for
+    `EEGEncoder.inputs_of`."""
     tokens: dict[str, np.ndarray]
-    """[n, F] tokens of each encoder in float32, averaged over each time bin."""
+    """[n, F] tokens of each encoder in float32, averaged within each time bin."""
 
     def __len__(self) -> int:
         return len(self.labels_n)
@@ -81,7 +81,7 @@ def average_bins(x: np.ndarray, bins: int) -> np.ndarray:
 
 
 def band_power(x_nCT: np.ndarray, sfreq: float) -> np.ndarray:
-    """Compute the logarithm of the power of each channel in each band.
+    """Compute the logarithm of the power of each channel in each frequency band.
 
     Parameters
     ----------
@@ -117,8 +117,8 @@ def covariance(x_nCT: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray, [n, C x (C + 1) / 2]
-        The upper triangle of each matrix. Values off the diagonal are multiplied by the square root of 2. As a result,
-        the distance between the features of two trials equals the distance between their matrices.
+        The upper triangle of each matrix. Values off the diagonal are multiplied by the square root of 2, so that the
+        distance between the features of two trials equals the distance between their matrices.
     """
     from sklearn.covariance import ledoit_wolf
 
@@ -135,7 +135,7 @@ def covariance(x_nCT: np.ndarray) -> np.ndarray:
 
 
 def time_courses(x_nCT: np.ndarray, bins: int) -> np.ndarray:
-    """Average the amplitude of each channel over each time bin; these are the simplest features of a response.
+    """Average the amplitude of each channel over each time bin, as the simplest features of an evoked response.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def standardize(features_nF: np.ndarray, subjects_n: np.ndarray, train_n: np.nda
     for group in groups:
         basis = x[group] if how == "subject" else x[train_n]
         mean, scale = basis.mean(axis=0), basis.std(axis=0)
-        # A constant feature becomes 0. If it were divided by a tiny number, its rounding errors would become large.
+        # Set a constant feature to 0, because a division by its tiny standard deviation would enlarge rounding errors.
         x[group] = (x[group] - mean) / np.where(scale > 1e-6, scale, np.inf)
     return x
 
@@ -200,7 +200,7 @@ def collect(
     splits : sequence of str
         Splits to read.
     encoders : mapping of str to EEGEncoder
-        Encoders by name. All encoders must be on the device.
+        Encoders by name. All encoders must be on `device`.
     bins : int
         Number of time bins within which tokens are averaged; 1 for the mean over the whole window.
     batch_size : int

@@ -1,6 +1,6 @@
 """Fine-tune a whole encoder on the trials of a probe, to compare pretrained weights with random weights as a start.
 
-`pretrain.model` explains the letters of tensor shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def finetune_and_predict(
     fold : Fold
         The model is trained on the fold's `train` trials, and predicts the labels of the fold's `test` trials.
     choose_by : (ndarray, ndarray)
-        Numbers of the training trials and of the held-out trials with which the learning rate is chosen.
+        Indices of the training trials and of the held-out trials with which the learning rate is chosen.
     classes : int
         Number of labels.
     epochs : int
@@ -105,8 +105,8 @@ def one_cycle(optimizer: torch.optim.Optimizer, rate: float, steps: int) -> torc
     torch.optim.lr_scheduler.OneCycleLR
         The schedule. The caller must call ``step`` of the schedule after every training step.
     """
-    # PyTorch divides by the length of the rise and by the length of the fall, so these lengths must be above 0. The
-    # schedule therefore has at least three steps. A training of one or two steps ends before the learning rate falls.
+    # Make the schedule at least three steps long, because PyTorch divides by the lengths of the rise and of the fall of
+    # the learning rate. A training of one or two steps ends before the learning rate falls.
     total = max(steps, _RISE + 1)
     share = max(_WARM_UP, _RISE / total)
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total, pct_start=share)

@@ -1,15 +1,15 @@
 """Divide trials into folds: training trials, trials for choices such as the ridge penalty, and test trials.
 
 Trials of one subject resemble each other, and so do trials of one image. If a classifier has seen the subject or the
-image of a trial in training, its accuracy on this trial is too high. Three rules prevent such results:
+image of a trial in training, its accuracy on this trial is too high. Three rules prevent accuracies that are too high:
 
 - No image is in both the training trials and the test trials of a fold.
 - With ``folds: subjects``, no subject is in both the training trials and the test trials. With ``folds: split``, the
   dataset's splits are used, and the report names the subjects that are in both.
-- Choices, such as the ridge penalty, are made on inner folds within the training trials. The first two rules also hold
-  for the inner folds.
+- Choices, such as the ridge penalty, are made without the test trials: on the val split, and on inner folds, which
+  divide the training trials by subject and image.
 
-`pretrain.model` explains the letters of array shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ INNER_FOLDS = 5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fold:
-    """Numbers of the training, validation and test trials of one fold."""
+    """Indices of the training, validation and test trials of one fold."""
 
     train: np.ndarray
-    """Numbers of the trials on which a classifier is trained."""
+    """Indices of the trials on which a classifier is trained."""
     val: np.ndarray
-    """Numbers of the trials that are used only to choose settings; the array may be empty."""
+    """Indices of the trials that are used only to choose settings; the array may be empty."""
     test: np.ndarray
-    """Numbers of the trials on which a classifier is tested; test trials are used for nothing else."""
+    """Indices of the trials on which a classifier is tested; test trials are used for nothing else."""
 
 
 def divide_images(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray:
@@ -49,14 +49,14 @@ def divide_images(trials: Trials, numbers: np.ndarray, parts: int) -> np.ndarray
     trials : Trials
         All trials of the dataset.
     numbers : ndarray of int
-        Numbers of the trials whose images are divided.
+        Indices of the trials whose images are divided.
     parts : int
         Number of groups.
 
     Returns
     -------
     ndarray of int
-        Number of the group for each trial in `numbers`. All trials of one image are in the same group.
+        Index of the group for each trial in `numbers`. All trials of one image are in the same group.
     """
     _, first, image = np.unique(trials.images_n[numbers], return_index=True, return_inverse=True)
     part = np.empty(len(first), np.int64)
@@ -91,7 +91,8 @@ def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], d
     Raises
     ------
     RequestError
-        If there are no test trials, or if all training trials have the same label.
+        If there are no test trials, if all training trials of a fold have the same label, or if `config.folds` is
+        subjects and the dataset has one subject only.
     """
     if config.folds == "split":
         folds, left_out = _fold_of_splits(trials, config)
@@ -108,7 +109,7 @@ def make_outer_folds(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], d
 def _fold_of_splits(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], dict[str, int]]:
     every, none = np.arange(len(trials)), np.array([], int)
     train = every[trials.splits_n == "train"]
-    # Test trials must not be used for choices. Therefore the val split is not used for choices if it is the test split.
+    # Test trials must not be used for choices, so the val split is not used for choices if it is the test split.
     val = none if config.split == "val" else every[trials.splits_n == "val"]
     test = every[trials.splits_n == config.split]
     kept = test[~np.isin(trials.images_n[test], trials.images_n[np.concatenate([train, val])])]
@@ -147,8 +148,8 @@ def _fold_by_subjects(trials: Trials, config: ProbeConfig) -> tuple[list[Fold], 
 def make_inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.ndarray]]:
     """Divide the training trials of a fold into inner folds, which are used for choices such as the ridge penalty.
 
-    The held-out trials and the training trials of an inner fold have different subjects and different images. If there
-    is only one training subject, only the images are different.
+    The held-out trials and the training trials of an inner fold have different subjects and different images. If all
+    training trials are from one subject, only the images are different.
 
     Parameters
     ----------
@@ -160,8 +161,9 @@ def make_inner_folds(trials: Trials, fold: Fold) -> list[tuple[np.ndarray, np.nd
     Returns
     -------
     list of (ndarray, ndarray)
-        Numbers of the training trials and of the held-out trials of each inner fold. If the fold has val trials, the
-        last pair is (train, val). The list is empty if no inner folds can be made.
+        Indices of the training trials and of the held-out trials of each inner fold. If the fold has val trials, the
+        last pair is (train, val), whose subjects and images are not checked. The list is empty if no inner folds can be
+        made.
     """
     train = fold.train
     subjects, subject = np.unique(trials.subjects_n[train], return_inverse=True)

@@ -1,6 +1,6 @@
 """Compute the numbers in the result of a probe, print them as a table, and draw a chart.
 
-`pretrain.model` explains the letters of array shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def summarize(
     folds : list of Fold
         The training and test trials of each fold.
     scored : ndarray of int
-        Numbers of the test trials of all folds.
+        Indices of the test trials of all folds.
     hits : dict of str to ndarray
         Right and wrong answers of each method, from `pretrain.probe.compare.compare`.
     config : ProbeConfig
@@ -96,8 +96,8 @@ def show(result: dict[str, Any]) -> None:
             cells += [f"{more['p_subjects']:.2g}"] if by_subject else []
         table.add_row(*cells)
     console = Console()
-    # A file or a pipe has no width. Use 120 columns, because rich's default of 80 columns would break every cell of the
-    # table.
+    # In a file or a pipe, which has no width, use 120 columns, because rich's default of 80 columns would break every
+    # cell of the table.
     console = console if console.is_terminal else Console(width=120)
     console.print(table)
     for note in _make_notes(result, by_subject):

@@ -1,6 +1,6 @@
-"""The linear classifier of the probe: ridge regression on one-hot labels. The penalty is chosen on inner folds.
+"""The linear classifier of the probe: ridge regression on one-hot labels, with a penalty chosen on inner folds.
 
-`pretrain.model` explains the letters of array shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def ridge_scores(x_nF: np.ndarray, y_nL: np.ndarray, new_mF: np.ndarray) -> Iter
     """
     mean_F, mean_L = x_nF.mean(axis=0), y_nL.mean(axis=0)
     x_nF, new_mF, y_nL = x_nF - mean_F, new_mF - mean_F, y_nL - mean_L
-    # X'X and XX' have the same eigenvalues above 0. Decompose the smaller of these two matrices, once for all
-    # penalties.
+    # For the matrix X of the features, X'X and XX' have the same eigenvalues above 0. Decompose the smaller of X'X and
+    # XX', once for all penalties.
     if x_nF.shape[1] < len(x_nF):
         value, vector = np.linalg.eigh(x_nF.T @ x_nF)
         weights, basis = vector.T @ (x_nF.T @ y_nL), new_mF @ vector
@@ -56,7 +56,8 @@ def choose_and_predict(
     x_nF : ndarray, [n, F]
         Features of all trials.
     labels_Sn : ndarray, [S, n]
-        Sets of labels. A separate classifier is trained for each set. The labels of the test trials are not used.
+        Sets of labels. A separate classifier is trained for each set of labels. The labels of the test trials are not
+        used.
     fold : Fold
         The training and test trials.
     inner : list of (ndarray, ndarray)

@@ -1,8 +1,8 @@
 """Measure how useful an encoder's features are: ``dreamscale probe ENCODER DATASET``.
 
-A linear classifier is trained on the encoder's tokens. The classifier is tested on trials of other subjects and other
-images. On the same trials, the probe tests encoders with random weights, classical features, EEGNet, and controls whose
-accuracy must be at chance.
+A linear classifier is trained on the encoder's tokens, and tested on trials of other images and (with ``folds:
+subjects``) of other subjects. On the same test trials, the probe tests encoders with random weights, classical
+features, EEGNet, and controls whose accuracy must be at chance.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _open_dataset(config: ProbeConfig) -> EEGDataset:
 
 
 def _load_encoders(config: ProbeConfig, train_set: EEGDataset, device: torch.device) -> dict[str, EEGEncoder]:
-    """Load the encoder; if a method needs random weights, also make encoders of the same architecture with them."""
+    """Load the encoder and, if a method needs them, make encoders of the same architecture with random weights."""
     import torch
 
     from pretrain.encoder.encoder import EEGEncoder

@@ -1,9 +1,9 @@
 """Confidence intervals and significance tests for the accuracies of a probe.
 
-Trials of one image are not independent of each other. Trials of one subject are not independent either. Each interval
-and each test therefore treats all trials of an image, or all trials of a subject, as one unit (a cluster).
+Trials of one image are not independent of each other, and neither are trials of one subject. Each interval and each
+test therefore treats all trials of an image, or all trials of a subject, as one unit (a cluster).
 
-`pretrain.model` explains the letters of array shapes.
+The docstring of `pretrain.model` explains letters such as BCT in `x_BCT`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, 
     Parameters
     ----------
     hits_n : ndarray, [n]
-        1 for a right answer, 0 for a wrong answer. If there are several classifiers, the share of right answers.
+        For each trial, 1 for a right answer and 0 for a wrong one; for several classifiers, the share of right answers.
     images_n : ndarray, [n]
         Image of each trial.
 
@@ -36,8 +36,8 @@ def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, 
     _, image_n = np.unique(images_n, return_inverse=True)
     sums, counts = np.bincount(image_n, weights=hits_n), np.bincount(image_n)
     n, images, share = len(hits_n), len(sums), float(hits_n.mean())
-    # If all answers are right, or all answers are wrong, there is no variance. In this case, count each image as one
-    # trial.
+    # If the variance between images cannot be estimated, because all answers are right, all are wrong, or all trials
+    # are of one image, each image is treated as one trial.
     effect = n / images
     if 0 < share < 1 and images > 1:
         clustered = ((sums - share * counts) ** 2).sum() / n**2 * images / (images - 1)
@@ -51,7 +51,7 @@ def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, 
 
 
 def difference_interval(more_n: np.ndarray, clusters_n: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """Compute the 95 % bootstrap interval of a mean difference; whole clusters are resampled.
+    """Compute the 95 % bootstrap interval of a mean difference, by resampling whole clusters.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def difference_interval(more_n: np.ndarray, clusters_n: np.ndarray, resamples: i
 def crossed_interval(
     values_n: np.ndarray, subjects_n: np.ndarray, images_n: np.ndarray, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """Compute the 95 % bootstrap interval of a mean; subjects and images are resampled at the same time.
+    """Compute the 95 % bootstrap interval of a mean, by resampling subjects and images at the same time.
 
     Several subjects see the same images, so neither subjects nor images alone are independent units. The bootstrap
     draws subjects and images with replacement. The weight of a trial is the product of two numbers: how often its
@@ -138,7 +138,7 @@ def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, see
     -------
     float
         The p-value: the share of combinations of signs whose total difference is at least as large as the observed
-        difference. The observed combination is included.
+        difference. The observed combination of signs is included.
     """
     from scipy.stats import permutation_test
 
@@ -147,13 +147,13 @@ def flip_test(more_n: np.ndarray, clusters_n: np.ndarray, permutations: int, see
     # Leave out differences of zero, because a change of sign has no effect on them.
     sums = sums[sums != 0]
     if len(sums) < 2:
-        # With a single difference, both signs give the same size, so p is 1. SciPy's test needs at least two
-        # differences.
+        # With fewer than two differences, p is 1, because a change of sign does not change the absolute value. SciPy's
+        # test needs at least two differences.
         return 1.0
 
     def total(sums: np.ndarray, axis: int = -1) -> np.ndarray:
-        # Round the sums. Sums of the same fractions in a different order differ in their last digits, but must count as
-        # equal.
+        # Round the sums, because sums of the same fractions in a different order differ in their last digits, but must
+        # be treated as equal.
         return np.round(np.abs(sums.sum(axis=axis)), 9)
 
     exact = len(sums) <= _EXACT

@@ -8,9 +8,9 @@ A checkpoint is the folder ``RUN/checkpoints/step_N``:
 - ``complete.json``, the manifest: the size and SHA-256 of every file, and all other values that are needed to resume a
   run.
 
-While the files of a checkpoint are being written, the folder has another name. The folder is renamed at the end, so a
-folder ``step_N`` is always complete. The tensors and values do not depend on the number of processes that wrote the
-checkpoint.
+While a checkpoint is being written, its folder has another name. The folder is renamed at the end, so a folder
+``step_N`` is always complete. The tensors and values in a checkpoint do not depend on the number of processes that
+wrote it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ MANIFEST = "complete.json"
 """Name of the manifest file in a checkpoint."""
 FORMAT = 3
 """Version of the checkpoint format."""
-# Format 2, used by pretraining only, stored all weights in one file, and Adam's moments in one file for each process.
+# Version 2 of the format, used by pretraining only, stored all weights in one file, and Adam's moments in one file for
+# each process.
 _FORMAT_2 = 2
 _FORMAT_2_WEIGHTS = "model.safetensors"
 
@@ -146,7 +147,7 @@ def _find_steps(checkpoints: Path) -> list[Path]:
 
 
 def read_values(checkpoints: Path) -> dict[str, Any]:
-    """Return the manifest of the newest checkpoint, without a check of the other files; empty without a checkpoint."""
+    """Return the newest checkpoint's manifest, without checking its files; an empty dictionary if there is none."""
     for folder in reversed(_find_steps(checkpoints)):
         if (folder / MANIFEST).is_file():
             with contextlib.suppress(RequestError):
@@ -179,7 +180,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()) -> Path | None:
-    """Find the newest undamaged checkpoint. Checksums of all bytes are compared.
+    """Find the newest undamaged checkpoint, by comparing the checksums of its files.
 
     Damaged checkpoints are renamed, so that the run can write checkpoints of the same steps again. The damaged files
     are kept for inspection.
@@ -190,8 +191,8 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
         The folder ``checkpoints`` of a run directory.
     left_out : sequence of dict
         Ranges of batches on which the run must not train any more. In each entry, ``batches`` holds the number of the
-        first batch and the number of the first batch after the range. A checkpoint that has trained on some of these
-        batches is deleted, and an older checkpoint is used. If every checkpoint has trained on some of these batches,
+        first batch and the number of the first batch after the range. A checkpoint that was trained on some of these
+        batches is deleted, and an older checkpoint is used. If every checkpoint was trained on some of these batches,
         the newest checkpoint is used.
 
     Returns
@@ -231,7 +232,7 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
 
 
 def _trained_on(checkpoint: Path, left_out: Sequence[dict[str, Any]]) -> bool:
-    """Return whether a checkpoint has trained on batches that the run left out later."""
+    """Return whether a checkpoint was trained on batches that the run left out later."""
     if not left_out:
         return False
     saved = read_manifest(checkpoint)
@@ -248,7 +249,7 @@ def commit_checkpoint(
     keep: int,
     milestones: int | None,
 ) -> None:
-    """Complete a checkpoint and delete old checkpoints. Only rank 0 calls this, after all processes have written.
+    """Complete a checkpoint and delete old ones, on rank 0, after all processes have written their files.
 
     Parameters
     ----------

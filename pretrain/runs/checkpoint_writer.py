@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class CheckpointWriter:
     """Writes the checkpoints of one run.
 
-    The background thread never communicates with other processes. Instead, the training loop sums the numbers from
-    `progress` over the processes and passes the sums to `settle`. The loop already sums other numbers in every step, so
-    this costs no extra communication. The checkpoint is complete when every process has written its share.
+    A background thread that writes a checkpoint never communicates with other processes. The training loop sums the
+    numbers from `progress` over the processes and passes the sums to `settle`. The training loop sums other numbers in
+    every step anyway, so the progress needs no extra communication. A checkpoint is complete when every process has
+    written its share.
 
     Parameters
     ----------
@@ -53,7 +54,7 @@ class CheckpointWriter:
         self.failed = 0
 
     def progress(self) -> tuple[float, float]:
-        """Return the progress of this process. The training loop passes the sums over all processes to `settle`.
+        """Return whether this process has written its share of the current checkpoint.
 
         Returns
         -------
@@ -70,7 +71,7 @@ class CheckpointWriter:
     ) -> None:
         """Begin to write a checkpoint; every process must call this method.
 
-        Before this call, `wait` or `settle` must have finished the previous checkpoint.
+        Before `begin` is called, `wait` or `settle` must have finished the previous checkpoint.
 
         Parameters
         ----------
@@ -80,13 +81,13 @@ class CheckpointWriter:
             This process's share of the tensors, by name (see `divide_by_size`). If the checkpoint is written in the
             background, the tensors must be copies that the training does not change.
         manifest : mapping
-            Further values that are needed to resume the run. These values must be equal on every process, and JSON must
-            be able to store them.
+            Further values that are needed to resume the run. The values must be equal on every process, and JSON must
+            be able to store the values.
         asynchronous : bool
             True writes the checkpoint in a background thread, and the method returns before the checkpoint is complete.
         """
         assert self._step is None
-        # Make a deep copy, because training may change lists in the manifest while a thread still writes the
+        # Make a deep copy of the manifest, because training may change lists in it while a thread still writes the
         # checkpoint.
         self._step, self._error = step, None
         self._manifest = copy.deepcopy({**manifest, "world_size": self._world.size})
@@ -96,7 +97,7 @@ class CheckpointWriter:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
         except OSError as error:
-            # The other processes will not find the folder, so they will report the failure as well.
+            # Rank 0 could not make the folder, so the other processes will also fail to write and report the failure.
             self._error = error
         self._world.barrier()
         if asynchronous:

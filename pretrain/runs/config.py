@@ -23,7 +23,7 @@ def check_at_least(config: Any, least: int, *names: str, prefix: str = "") -> No
     Raises
     ------
     ValueError
-        If a field is below the limit; the message names its key.
+        If a field is below the limit; the message names the field's key.
     """
     for name in names:
         value = getattr(config, name)
@@ -78,11 +78,11 @@ class CheckpointConfig:
     keep: int = 2
     """Number of newest checkpoints to keep."""
     milestones: int | None = None
-    """Checkpoints whose step is a multiple of this number are never deleted; it must be a multiple of `every`. With
-    None, only the newest checkpoints are kept."""
+    """Checkpoints whose step is a multiple of `milestones` are never deleted; `milestones` must be a multiple of
+    `every`. None: only the newest checkpoints are kept."""
     asynchronous: bool = False
     """True copies the training state to the CPU's memory, and writes this copy to disk in a background thread. Training
-    waits only until the state is copied. In pretraining, the copy takes twelve bytes of CPU memory for each parameter,
+    waits only until the state is copied. In pretraining, the copy needs twelve bytes of CPU memory for each parameter,
     divided among the processes."""
 
     def __post_init__(self) -> None:

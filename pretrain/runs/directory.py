@@ -21,8 +21,8 @@ from pretrain.runs.tracking import TrackerConfig, open_tracker
 FREE = ("output", "tracker", "num_processes", "device")
 """Keys that may change when a run of any stage is resumed, because the trained weights do not depend on these keys."""
 
-# For some keys, the reason why a resumed run must not change the key. `_REASONS` is searched for the last part of a
-# dotted key.
+# For some config keys, the reason why a resumed run must not change the key. Of a dotted key, only the last part is
+# looked up in `_REASONS`.
 _REASONS = {
     "steps": "the learning rate of every step depends on the number of steps",
     "epochs": "the learning rate of every step depends on the number of epochs",
@@ -48,13 +48,13 @@ class RunDirectory:
         Dotted config keys that may change when the run is resumed. The name of a nested config stands for all of its
         keys.
     upgrade : callable, optional
-        Function that converts the stored config of an older version, so that it can be compared with `config`. Keys in
-        ``RENAMED`` of the config classes are always renamed.
+        Function that converts the stored config of an older version, so that it can be compared with `config`. Old keys
+        that ``RENAMED`` of a config class lists are always renamed.
 
     Attributes
     ----------
     finished : bool
-        True if the run was complete before this start. No files are written in a complete run.
+        True if the run was complete before this process started. No files are written in a complete run.
 
     Raises
     ------
@@ -79,7 +79,7 @@ class RunDirectory:
         self._stream = self._lock = None
         self._config = plain(to_dict(config))
         status = self.path / "status.json"
-        # Read the file only once, because the first process may write it at the same time.
+        # Read status.json only once, because the first process may write it at the same time.
         old = read_json(status) if status.is_file() else None
         if old is not None:
             self._refuse_other_config(old, config, free, upgrade)
@@ -165,8 +165,7 @@ class RunDirectory:
             self._stream.write(json.dumps({"step": step, "time": time.time(), **clean}) + "\n")
             self._stream.flush()
         except OSError as error:
-            # A full disk must not end a training, so print a message. The next checkpoint reports the full disk as
-            # well.
+            # A full disk must not end a training, so only print a message.
             print(f"dreamscale: metrics of step {step} could not be written ({error})", file=sys.stderr)
         try:
             self._log(step, clean)
@@ -187,7 +186,7 @@ class RunDirectory:
         step : int
             The step from which the run is resumed; -1 deletes all lines.
         evaluated : bool
-            False also deletes the line of this step's evaluation.
+            False also deletes the line with the evaluation of step `step`.
         """
         if self.rank or self._stream is None:
             return

@@ -20,11 +20,11 @@ from data_sharding.common.errors import RankError, RequestError
 class World:
     """The processes of a training run, as one of these processes sees them.
 
-    A world of one process needs no process group.
+    A `World` of one process needs no process group.
     """
 
     rank: int = 0
-    """Number of this process, from 0."""
+    """Number of this process, counted from 0."""
     size: int = 1
     """Number of processes."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -40,7 +40,7 @@ class World:
         return self._all_reduce(values, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, *values: float) -> list[float]:
-        """Return each number's maximum over the processes; every process must call this with equally many numbers."""
+        """Return each number's maximum over the processes; every process must pass equally many numbers."""
         return self._all_reduce(values, dist.ReduceOp.MAX)
 
     def _all_reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
@@ -94,7 +94,7 @@ def check_num_processes(num_processes: int, launcher: str) -> None:
     Raises
     ------
     RequestError
-        If the numbers differ.
+        If the launcher started another number of processes.
     """
     _, size = launched_world()
     if size != num_processes:
@@ -153,8 +153,8 @@ def import_deepspeed(device: torch.device) -> Any:
     """
     import logging
 
-    # DeepSpeed chooses its accelerator during the import. Without this variable, DeepSpeed would take a GPU even if the
-    # config says cpu.
+    # DeepSpeed chooses its accelerator during the import. Without DS_ACCELERATOR, DeepSpeed would choose a GPU even if
+    # the config says cpu.
     os.environ["DS_ACCELERATOR"] = device.type
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import deepspeed
@@ -162,8 +162,8 @@ def import_deepspeed(device: torch.device) -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
-        # DeepSpeed would compile this extension, which takes a minute and fails if there is no compiler. gloo does the
-        # same work.
+        # Otherwise, DeepSpeed would compile its extension for communication in shared memory, which takes a minute and
+        # fails if there is no compiler. The backend gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -211,12 +211,12 @@ def process_group(deepspeed: Any, device: torch.device, *, timeout_s: float = 18
             timeout=datetime.timedelta(seconds=timeout_s or 7 * 86400),
         )
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
-        # Wait for the other processes only after success. A process that failed must not wait.
+        # Wait for the other processes only if this process has succeeded, because a process that failed must not wait.
         dist.barrier()
     finally:
         if dist.is_initialized():
-            # DeepSpeed remembers its process groups. Without these two lines, a second run in this process would use
-            # groups that do not exist any more.
+            # DeepSpeed remembers its process groups. Delete the groups, because a second run in this process would
+            # otherwise use groups that do not exist any more.
             deepspeed.comm.destroy_process_group()
             deepspeed.comm.comm.cdb = None
         for name in ours:

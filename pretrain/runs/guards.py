@@ -24,17 +24,17 @@ class GuardConfig:
     """Settings that define a loss spike, and how the run reacts to a spike."""
 
     spike_sigma: float = 6.0
-    """A loss is a spike if it is this many standard deviations above the mean of the last losses. Training then goes
-    back to its newest checkpoint and leaves out the batches that led to the spike. 0 switches the detection of spikes
-    off."""
+    """A loss is a spike if it is more than this many standard deviations above the mean of the last losses. After a
+    spike, training goes back to a checkpoint and leaves out the batches that led to the spike. 0 switches the detection
+    of spikes off."""
     spike_window: int = 128
-    """Number of last losses from which the mean and the standard deviation are computed. There is no detection until
+    """Number of last losses from which the mean and the standard deviation are computed. Spikes are detected only after
     the run has this many losses."""
     leave_out: int = 8
     """Number of batches left out: the batch of the spike and the batches just before it."""
     max_rewinds: int = 5
-    """Largest number of spikes in a run. With one more spike the run fails, because so many spikes come from a learning
-    rate that is too high, not from the data."""
+    """Largest number of spikes in a run. If there are more spikes, the run fails, because so many spikes come from a
+    learning rate that is too high, not from the data."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "spike_sigma", "max_rewinds", prefix="guards.")
@@ -50,7 +50,7 @@ class SpikeDetector:
     Parameters
     ----------
     config : GuardConfig
-        Which losses count as spikes.
+        Settings that define a loss spike.
     recent : sequence of float
         The last losses before the interruption, if a run is resumed.
     """
@@ -61,11 +61,11 @@ class SpikeDetector:
 
     @property
     def recent(self) -> list[float]:
-        """The last losses. They are stored in checkpoints."""
+        """The last losses, which are stored in checkpoints."""
         return list(self._recent)
 
     def check(self, loss: float) -> str | None:
-        """Check whether a loss is a spike. If not, add it to the last losses.
+        """Check whether a loss is a spike; add a loss that is no spike to the last losses.
 
         Parameters
         ----------
@@ -102,8 +102,8 @@ class Watchdog:
 
     A thread in each process reports the progress of this process's training loop through the key-value store of the
     process group. If a training loop makes no progress for too long, its thread compares the reports of all processes.
-    A process hangs if it does not report any more, or if it is furthest behind; all other processes wait for it. The
-    thread then ends its own process, so that a launcher can restart the run.
+    A process hangs if it does not report any more, or if it is furthest behind, so that all other processes wait for
+    it. After the comparison, the thread ends its process, so that a launcher can restart the run.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ class Watchdog:
     run : RunDirectory
         Directory of the run. The status of the run becomes "failed" if a process hangs.
     store : torch.distributed.Store, optional
-        Store for the reports; by default a new connection to the process group's store.
+        Store for the reports; by default, the process group's store, through a new connection.
     """
 
     def __init__(self, timeout_s: float, *, rank: int, size: int, run: Any, store: Any = None) -> None:
@@ -128,7 +128,7 @@ class Watchdog:
         if timeout_s > 0:
             import torch.distributed as dist
 
-            # Open a new connection: a thread that waits for an answer blocks all other users of its connection.
+            # Open a new connection to the store: a thread that waits for an answer blocks all users of its connection.
             store = store or dist.distributed_c10d._get_default_store().clone()
             self._store = dist.PrefixStore("dreamscale_watchdog", store)
             self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -142,7 +142,7 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._end.set()
         if self._store is not None:
-            # Wait with a time limit, because the thread itself may wait for a store that does not answer.
+            # Wait for the thread with a time limit, because the thread may wait for a store that does not answer.
             self._thread.join(timeout=2 * self._period_s)
 
     def at(self, step: int, phase: str) -> None:
@@ -160,7 +160,7 @@ class Watchdog:
         while not self._end.wait(self._period_s):
             late = time.monotonic() - self._since > self._timeout_s
             if late:
-                # If the host of the store is frozen, a request to the store never returns. A timer then ends this
+                # A request to the store never returns if the store's host is frozen, so start a timer that ends this
                 # process.
                 alone = threading.Timer(6 * self._period_s, self._give_up, ("the store does not answer",))
                 alone.daemon = True
@@ -172,7 +172,7 @@ class Watchdog:
     def _end_late(self) -> None:
         diagnosis = self.diagnose()
         try:
-            # Only the first process prints the diagnosis.
+            # Only the process that makes the first diagnosis prints it.
             first = self._store.add("diagnosed", 1) == 1
         except RuntimeError:
             first = True
@@ -186,7 +186,7 @@ class Watchdog:
             print(f"dreamscale pretrain: {message}", file=sys.stderr, flush=True)
             self._run.failed(message)
         # End the process with os._exit, because the main thread hangs in a system call or in a collective operation,
-        # and exceptions do not reach the main thread there.
+        # where exceptions do not reach it.
         os._exit(EXIT_FAILED)
 
     def diagnose(self) -> str:

@@ -13,8 +13,9 @@ from typing import IO
 
 from data_sharding.common.errors import RequestError
 
-# Seconds to wait for a lock. If the owner of the lock was killed a moment ago, the lock soon becomes free. If the owner
-# ran on another host, this can take a minute or more, because the file server must notice first.
+# Seconds to wait for a lock whose owner is on the same host, or on another host. If the owner of a lock was killed, the
+# lock soon becomes free. If the owner ran on another host, the lock can stay taken for a minute or more, because the
+# file server must first notice that the owner has ended.
 _SAME_HOST_S, _OTHER_HOST_S = 10, 120
 
 
@@ -36,10 +37,9 @@ def hold_lock(path: Path) -> IO[str]:
     RequestError
         If another process holds the lock and does not release the lock in time.
     """
-    # The package filelock is not used, because it does not tell which process holds a lock. With filelock, the code
-    # below would still have to store the owner's name, wait, and write the message. The POSIX lock used here works
-    # between hosts that share a network disk. The lock is released when its process ends, and forked processes do not
-    # inherit the lock.
+    # The package filelock is not used, because it does not tell which process holds a lock. With filelock, `hold_lock`
+    # would still have to store the owner's name, wait, and write the message. A POSIX lock works between hosts that
+    # share a network disk. It is released when its process ends, and forked processes do not inherit it.
     stream = path.open("a+")
     waited = 0
     while True:
@@ -47,7 +47,8 @@ def hold_lock(path: Path) -> IO[str]:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
-            # Any other error means that this file system does not support locks, so continue without a lock.
+            # Errors other than EAGAIN and EACCES mean that the file system does not support locks, so continue without
+            # a lock.
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 break
         stream.seek(0)

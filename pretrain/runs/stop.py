@@ -22,10 +22,10 @@ _SAME_REQUEST_S = 3.0
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop reads.
 
-    If a second SIGINT arrives later, it interrupts the process at once. A second SIGINT within a few seconds is
-    ignored, because one request can arrive twice: the terminal or batch system signals every process, and torchrun also
-    passes its signal on to its workers. If the environment variable `STOP_FILE` is set, the flag is also set when the
-    stop file appears. The class checks once a second whether the file exists.
+    A SIGINT that arrives more than three seconds after the first signal interrupts the process at once. An earlier
+    second SIGINT is ignored, because one request can arrive twice: the terminal or batch system signals every process,
+    and torchrun also passes its signal on to its workers. If the environment variable `STOP_FILE` is set, the flag is
+    also set when the stop file appears. The class checks at most once a second whether the stop file exists.
     """
 
     def __init__(self) -> None:

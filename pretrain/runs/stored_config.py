@@ -27,7 +27,8 @@ def read_stored_config(
     path : Path
         Path of the file config.yaml.
     config_class : type
-        The config's dataclass. ``RENAMED`` of this class and of its nested classes gives the old keys.
+        The config's dataclass. The attribute ``RENAMED`` of the dataclass and of its nested dataclasses maps old keys
+        to new keys.
     upgrade : callable, optional
         Function that makes further changes to an old config, before keys are renamed.
 
@@ -91,8 +92,8 @@ def _rename(values: dict[str, Any], config_class: type) -> dict[str, Any]:
 
     values = dict(values)
     for old, new in getattr(config_class, "RENAMED", {}).items():
-        # If there is no new key for an old key, RENAMED holds a sentence instead, and the old key is ignored. If a new
-        # key contains a dot, its first part names a nested config.
+        # If there is no new key for an old key, RENAMED holds a sentence in place of a new key, and the old key is
+        # ignored. If a new key contains dots, the parts before the last dot name nested configs.
         if old in values and " " not in new:
             *parts, name = new.split(".")
             place = values

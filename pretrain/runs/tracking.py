@@ -73,7 +73,7 @@ def _open_wandb(
     import wandb
 
     name = config.name or path.name
-    # `wandb.init` fails if wandb has neither a key nor a mode, so always choose a mode.
+    # `wandb.init` fails if wandb has neither an API key nor a mode, so always choose a mode.
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
     common: dict[str, Any] = {
         "project": config.project,
@@ -82,8 +82,8 @@ def _open_wandb(
         "group": os.environ.get("WANDB_RUN_GROUP") or name,
         "dir": str(path),
         "config": values,
-        # Pass a dictionary, not a Settings object. wandb would store the run in the Settings object, and a second
-        # attempt to open a run would then continue the first run.
+        # Pass the settings as a dictionary. wandb would store the run in a Settings object, and a second attempt to
+        # open a run would then continue the first run.
         "settings": {"silent": True, "console": "off"},
     }
     if mode == "online":
@@ -99,8 +99,8 @@ def _open_wandb(
             mode = "offline"
     if mode != "online":
         run = wandb.init(**common, mode=mode)
-    # Use the metric "step" as the x-axis. wandb's own step cannot be used, because it must not decrease, but the step
-    # decreases after a loss spike.
+    # Use the metric "step" as the x-axis. wandb's own step cannot be used, because it must not decrease, but a training
+    # goes back to an earlier step after a loss spike.
     run.define_metric("*", step_metric="step")
     return (lambda step, metrics: run.log({"step": step, **metrics})), run.finish
 
@@ -165,7 +165,7 @@ def live_table(
     total : int
         Number of optimiser steps in the whole run.
     enabled : bool
-        False shows no table and no lines. Only the first process should pass True.
+        False shows no table and no lines. Only rank 0 should pass True.
     every_s : float
         Seconds between two lines of text, if stderr is no terminal.
 

@@ -22,24 +22,24 @@ class OptimizerConfig:
     lr: float = 2.5e-4
     """Peak learning rate for the given batch_size, or for base_batch if base_batch is set."""
     base_batch: int | None = None
-    """Batch size for which lr and min_lr are given. If batch_size is different, lr and min_lr are scaled. None: no
-    scaling."""
+    """Batch size for which lr and min_lr are given. If batch_size is different, lr and min_lr are scaled. None: lr and
+    min_lr are not scaled."""
     batch_scaling: Literal["linear", "sqrt"] = "linear"
     """How lr and min_lr are scaled if base_batch is set. linear: multiply by batch_size / base_batch; sqrt: multiply by
-    the square root of this ratio, which suits Adam."""
+    the square root of batch_size / base_batch, which suits Adam."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine."""
     warmup: float = 0.08
     """Length of the learning rate's warm-up: a number of steps, or a fraction of all steps if the value is below 1. The
-    default is 40 of 500 epochs, the value of the released DreamDiffusion code."""
+    default means 40 of 500 epochs, as in the released DreamDiffusion code."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of Adam's two moments (beta1 and beta2)."""
     eps: float = 1e-8
     """Small number added to the denominator of Adam's update."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of matrices; biases, norms and the class and mask tokens have no decay."""
+    """Decoupled weight decay of weight matrices. Biases, layer norms, class tokens and mask tokens have no decay."""
     grad_clip: float = 0.8
-    """Largest norm of the whole gradient; a larger gradient is scaled down. 0 for no limit."""
+    """Largest norm of the whole gradient; a larger gradient is scaled down. 0: the norm has no limit."""
 
     def __post_init__(self) -> None:
         check_schedule("optimizer.", lr=self.lr, min_lr=self.min_lr, warmup=self.warmup)
@@ -68,7 +68,8 @@ class OptimizerConfig:
         total : int
             Number of optimiser steps in the whole run.
         batch_size : int, optional
-            Number of windows in one step, used to scale the rate relative to `base_batch`; None for no scaling.
+            Number of windows in one step. If `base_batch` is set, the learning rate is scaled for this batch size; None
+            for no scaling.
 
         Returns
         -------
@@ -101,9 +102,9 @@ class EvaluationConfig:
     """Number of steps between two evaluations. The loss is also evaluated before the first step and after the last
     step."""
     windows: int = 2048
-    """Largest number of windows to evaluate on. The windows are spread evenly over the split. 0 for all windows."""
+    """Largest number of windows of the val split to evaluate on, spread evenly over the split. 0: all windows."""
     batch_size: int | None = None
-    """Number of windows that one process evaluates in one forward pass; by default the same number as in training."""
+    """Number of windows that one process evaluates in one forward pass; by default, as many as in training."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "every", "batch_size", prefix="evaluation.")
@@ -121,18 +122,19 @@ class PretrainConfig:
     """Use this key in place of 'dataset' to train on several datasets. Each entry has the directory of a dataset and
     its fraction of the training samples. All datasets must have the same preprocessing."""
     allowed_licenses: list[str] = dataclasses.field(default_factory=list)
-    """Licences that the training data may have, as glob patterns: [CC0*, CC-BY-*]. If the list is not empty, training
-    and export are refused if a recording has another licence, or no known licence."""
+    """Licences that the training data may have, as glob patterns: [CC0*, CC-BY-*]. If the list is not empty and a
+    recording has another licence, or no known licence, training and export stop with an error."""
     order: Literal["global", "shards"] = "global"
     """Order of samples in an epoch. global: random over all samples; shards: random over 16 shards at a time. Use
-    shards for a remote dataset that is larger than the cache. The environment variable DREAMSCALE_CACHE names the
-    folder of the cache, and DREAMSCALE_CACHE_GB its size (50 by default)."""
+    'order: shards' for a remote dataset that is larger than the cache. The environment variable DREAMSCALE_CACHE names
+    the folder of the cache, and DREAMSCALE_CACHE_GB gives its size in GB (50 by default)."""
     output: str
     """Run directory. To resume an interrupted run, give the same command again."""
     num_processes: int = 1
-    """Number of processes over all machines, one for each GPU. The launcher must start exactly this number."""
+    """Number of processes over all machines, one for each GPU. The launcher must start exactly num_processes
+    processes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU if there is one, else the CPU."""
+    """Device of the training. auto: a GPU if there is one, else the CPU."""
     seed: int = 0
     """Seed of the random numbers for the initial weights, the order of samples and the masks."""
     model: MaskedAutoencoderConfig = dataclasses.field(default_factory=MaskedAutoencoderConfig)
@@ -147,10 +149,11 @@ class PretrainConfig:
     """Number of windows in one optimiser step, summed over all processes."""
     micro_batch_size: int | None = None
     """Number of windows that one process computes in one forward pass. The process accumulates gradients until its
-    share of the batch is complete. By default each process computes its whole share in one forward pass."""
+    share of the batch is complete. By default, each process computes its whole share of the batch in one forward
+    pass."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the computation. bf16 still keeps float32 master weights, and accumulates and reduces gradients
-    in float32; it needs zero_stage 1 to 3."""
+    """Number format of the computation. With bf16, master weights are still float32, and gradients are accumulated and
+    reduced in float32; bf16 needs zero_stage 1 to 3."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """Stage of ZeRO: what is divided among the processes. 0: nothing; 1: the optimiser state; 2: also the gradients; 3:
     also the weights."""
@@ -158,10 +161,9 @@ class PretrainConfig:
     """Which state is kept in the CPU's memory instead of the GPU's memory. optimizer: the optimiser state (needs
     zero_stage 1 to 3); all: also the weights (needs zero_stage 3)."""
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Further keys for DeepSpeed's config. A key given here overrides the value that Dreamscale would set."""
+    """Further keys for DeepSpeed's config. These keys override the values that Dreamscale would set."""
     num_workers: int = 2
-    """Number of processes that read data for each training process. With 0, the training process reads the data
-    itself."""
+    """Number of processes that read data for each training process. 0: the training process itself reads the data."""
     log_every: int = 10
     """Number of steps between two lines of metrics."""
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
@@ -169,18 +171,18 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     """When to write checkpoints."""
     max_skipped: int = 20
-    """A step is skipped if its gradient is not finite. The run fails after this many skipped steps in a row."""
+    """Number of skipped steps in a row after which the run fails. A step is skipped if its gradient is not finite."""
     guards: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     """Settings for the detection of loss spikes."""
     timeout_s: float = 1800.0
-    """If the training makes no progress for this many seconds, the run fails and names the hanging process. 0 for no
-    limit."""
+    """If the training makes no progress for this many seconds, the run fails and names the hanging process. 0: the
+    time without progress has no limit."""
     restarts: int = 0
     """How many times 'dreamscale pretrain' restarts its processes after one of them was killed. Each restart resumes
-    from the newest checkpoint. If you start the run with torchrun, use torchrun's flag --max-restarts."""
+    from the newest checkpoint. If you start the run with torchrun, use torchrun's flag --max-restarts instead."""
     peak_tflops: float | None = None
-    """Peak speed of the device in TFLOP/s, used to compute the metric mfu (model-FLOPs utilisation). Dreamscale knows
-    the peak speed of common GPUs."""
+    """Peak speed of the device in TFLOP/s, used to compute the metric mfu (model-FLOPs utilisation). By default,
+    Dreamscale uses a table of common GPUs."""
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
     """Where metrics are sent, in addition to metrics.jsonl."""
 
@@ -220,7 +222,7 @@ class PretrainConfig:
 
     @property
     def micro(self) -> int:
-        """The value of micro_batch_size; if this key is not set, each process's whole share of the batch."""
+        """The value of `micro_batch_size`; if it is not set, the whole share that each process has of the batch."""
         return self.micro_batch_size or self.batch_size // self.num_processes
 
     def total_steps(self, samples: int) -> int:

@@ -31,10 +31,10 @@ def describe_people(dataset: EEGDataset | Mixture) -> dict[str, Any]:
     dict
         ``subjects``: number of known subjects, None if it is not known. ``recordings``, ``unknown`` and
         ``not_confirmed``: number of recordings, of recordings of an unknown subject, and of recordings whose subject
-        was recognised from the path. ``sex``, ``group`` and ``age`` (in decades): number of subjects of each value.
-        ``device``, ``device_filters``, ``task``, ``license`` and ``recording_year``: number of recordings of each
-        value. An empty text means that the value is not known. If a small dataset has no ledger, its samples are read
-        and only ``subjects`` is returned.
+        was recognised from the path. ``sex``, ``group`` and ``age`` (in decades): number of subjects with each value.
+        ``device``, ``device_filters``, ``task``, ``license`` and ``recording_year``: number of recordings with each
+        value. An empty text stands for an unknown value. If the dataset has no ledger, only ``subjects`` is returned;
+        if such a dataset has more than 20,000 samples, ``subjects`` is None.
     """
     if isinstance(dataset, Mixture):
         return _merge([describe_people(part) for part in dataset.parts])
@@ -86,7 +86,7 @@ def _describe_without_ledger(dataset: EEGDataset) -> dict[str, Any]:
 
 
 def _merge(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Add the numbers of several datasets. If a value is missing for one dataset, the merged value is None."""
+    """Add up the descriptions of several datasets. If a number is missing for one dataset, the sum is None."""
     out: dict[str, Any] = {}
     for name in parts[0]:
         values = [part.get(name) for part in parts]
@@ -108,15 +108,15 @@ def check_licenses(allowed: Sequence[str], found: Mapping[str, int] | None, plac
         Allowed licences as glob patterns; upper and lower case are the same. If the list is empty, all licences are
         allowed.
     found : mapping of str to int, or None
-        Number of recordings of each licence. The empty text stands for recordings without a known licence. None if
-        nothing is known about licences.
+        Number of recordings with each licence. An empty text as the licence stands for recordings without a known
+        licence. None if nothing is known about licences.
     place : str
-        The dataset or the run, for the message.
+        The dataset or the run, for the error message.
 
     Raises
     ------
     RequestError
-        If a recording has another licence, or if its licence is not known.
+        If a recording has a licence that is not allowed or not known, or if nothing is known about licences.
     """
     if not allowed:
         return
@@ -150,7 +150,7 @@ def describe_data(dataset: EEGDataset | Mixture, people: dict[str, Any], windows
     people : dict
         Result of `describe_people` for the training split.
     windows_seen : int
-        Number of windows on which the model has trained. A window that was used twice counts twice.
+        Number of windows on which the model was trained. A window that was used twice is counted twice.
 
     Returns
     -------
@@ -177,12 +177,12 @@ def describe_versions_in_words(data: Mapping[str, Any]) -> list[str]:
     Parameters
     ----------
     data : mapping
-        Result of `describe_data`; runs of older versions of Dreamscale do not have the version numbers.
+        Result of `describe_data`, without version numbers if it comes from an older version of Dreamscale.
 
     Returns
     -------
     list of str
-        One line for a dataset; a line for the mixture and one for each of its datasets for a mixture.
+        One line for a single dataset. For a mixture, one line for the mixture and one for each of its datasets.
     """
     own, versions = data["dataset_id"], data.get("versions") or {}
     if own in versions:
@@ -199,7 +199,8 @@ def describe_people_in_words(people: Mapping[str, Any]) -> list[str]:
     Parameters
     ----------
     people : mapping
-        Result of `describe_people`; in runs of older versions it is empty, and so is the list.
+        Result of `describe_people`, or an empty mapping if the run is from an older version of Dreamscale. For an empty
+        mapping, or one without the number of recordings, the returned list is empty.
     """
     if not people.get("recordings"):
         return []

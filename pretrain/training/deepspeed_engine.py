@@ -22,15 +22,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class GuardedAdamW(torch.optim.AdamW):
     """AdamW that clips the gradient and skips a step whose gradient is not finite.
 
-    For stages 1 to 3, ZeRO's own optimisers skip such a step. At stage 0, DeepSpeed would take the step, and the
-    weights would become NaN.
+    This class is used at ZeRO stage 0, where DeepSpeed would take a step with a NaN gradient, and the weights would
+    become NaN. At stages 1 to 3, ZeRO's optimisers skip steps whose gradient is not finite.
 
     Parameters
     ----------
     groups : list of dict
         Parameter groups, from `parameter_groups`.
     clip : float
-        Largest norm of the whole gradient; 0 for no limit.
+        Largest norm of the whole gradient. 0: the norm has no limit.
     **options
         Further options of `torch.optim.AdamW`.
     """
@@ -38,14 +38,14 @@ class GuardedAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], *, clip: float, **options: Any) -> None:
         super().__init__(groups, **options)
         self._clip = clip
-        # DeepSpeed's engine reads these two attributes.
+        # DeepSpeed's engine reads the attributes `overflow` and `_global_grad_norm`.
         self.overflow = False
         self._global_grad_norm = 0.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take an optimiser step if the gradient is finite; `closure` is not supported."""
-        # The gradients were averaged over the processes before this call, so every process makes the same decision.
+        # The gradients were averaged over the processes before this call, so every process skips the same steps.
         parameters = [p for group in self.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._clip or float("inf"))
         self._global_grad_norm = float(norm)
@@ -67,7 +67,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     Returns
     -------
     list of dict
-        Two parameter groups for an optimiser. Every trainable parameter is in exactly one of them.
+        Two parameter groups for an optimiser. Every trainable parameter is in exactly one of the two groups.
     """
     decayed, others = [], []
     for name, parameter in module.named_parameters():
@@ -78,7 +78,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: int) -> torch.optim.Optimizer:
-    """Build PyTorch's AdamW optimiser. ZeRO supports this optimiser, and no compilation is needed.
+    """Build PyTorch's AdamW optimiser, which ZeRO supports and which needs no compilation.
 
     Parameters
     ----------
@@ -95,7 +95,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, *, zero_stage: i
         The optimiser that DeepSpeed wraps.
     """
     groups = parameter_groups(module, config.weight_decay)
-    # The fused AdamW is faster, on CPUs too: it reads and writes the memory once, the normal AdamW about ten times.
+    # The fused AdamW is faster than the normal AdamW, on CPUs too: it reads and writes the memory once, the normal
+    # AdamW about ten times.
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
     if zero_stage == 0:
         return GuardedAdamW(groups, clip=config.grad_clip, **options)
@@ -139,10 +140,11 @@ def deepspeed_config(config: PretrainConfig, *, parameters: int, device: torch.d
         # With immediate_grad_update, stage 1 adds each bf16 gradient to the float32 gradients at once and frees its
         # memory.
         "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": config.precision == "bf16"},
-        # Without these two keys, bf16 gradients would be reduced and accumulated in bf16.
+        # Without the keys communication_data_type and data_types, bf16 gradients would be reduced and accumulated in
+        # bf16.
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        # Use PyTorch's Adam on the CPU too, because the compilation of DeepSpeed's CPU Adam takes minutes.
+        # Use PyTorch's Adam for an offloaded optimiser too, because DeepSpeed's CPU Adam takes minutes to compile.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -175,7 +177,7 @@ def start_engine(deepspeed: Any, config: PretrainConfig, device: torch.device) -
     torch.manual_seed(config.seed)
     model = build_autoencoder(config.model)
     settings = deepspeed_config(config, parameters=count_parameters(model), device=device)
-    # Move the model first: fused AdamW needs its parameters on the GPU when the optimiser is created.
+    # Move the model to the device first: a fused AdamW needs its parameters on the GPU when it is created.
     model.to(device)
     optimizer = build_optimizer(model, config.optimizer, zero_stage=config.zero_stage)
     # DeepSpeed's bf16 optimiser prints tables of memory at every log level; hide this output.
@@ -183,8 +185,8 @@ def start_engine(deepspeed: Any, config: PretrainConfig, device: torch.device) -
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if hasattr(engine.optimizer, "get_grads_for_reduction"):
         # The bf16 optimiser of stage 1 keeps the float32 gradients of each parameter group in one tensor. DeepSpeed
-        # would copy these tensors into a bucket and back in every step, even in a world of one process. With a bucket
-        # size of 0, each tensor is reduced in place.
+        # would copy each gradient tensor into a bucket and back in every step, even with a single process. With a
+        # bucket size of 0, each tensor is reduced in place.
         reduce = engine.buffered_allreduce_fallback
         engine.buffered_allreduce_fallback = lambda grads=None, elements_per_buffer=0: reduce(grads, 0)
     fill_optimizer_state(engine)
@@ -203,7 +205,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def fill_optimizer_state(engine: Any) -> None:
     """Allocate Adam's moments, filled with zeros, before the first step.
 
-    As a result, a checkpoint of any step, even of step 0, holds the same tensors.
+    The moments are allocated early so that a checkpoint of any step, even of step 0, holds the same tensors.
 
     Parameters
     ----------
@@ -218,13 +220,13 @@ def fill_optimizer_state(engine: Any) -> None:
             counter = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
             inner.state[flat] = {"step": counter} | {name: torch.zeros_like(flat) for name in MOMENTS}
     if engine.zero_optimization_stage() in (1, 2):
-        # DeepSpeed must know where the moments of each parameter are. Without this call, it finds out only in its first
-        # step.
+        # Tell DeepSpeed where the moments of each parameter are. Otherwise, DeepSpeed would learn this only in its
+        # first step.
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def adam_steps(engine: Any) -> int:
-    """Return how many steps Adam took, without skipped steps; Adam's bias correction depends on this number."""
+    """Return how many steps Adam took, not counting skipped steps; Adam's bias correction depends on this number."""
     return int(next(iter(_inner(engine).state.values()))["step"])
 
 
@@ -265,8 +267,8 @@ def gather_state(engine: Any, world: World) -> dict[str, Tensor]:
     Returns
     -------
     dict of str to Tensor
-        float32 weights as ``weights/NAME`` and Adam's moments as ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. Together,
-        the processes always have the same tensors, for any number of processes and any stage.
+        float32 weights as ``weights/NAME`` and Adam's moments as ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. The shares
+        of all processes together hold the same tensors for any number of processes and any ZeRO stage.
     """
     mine = set(divide_state(engine, world)[world.rank])
     state: dict[str, Tensor] = {}
@@ -318,7 +320,7 @@ def _inner(engine: Any) -> torch.optim.Optimizer:
 
 
 def _updated_tensors(engine: Any) -> list[Tensor]:
-    """Return the tensors that Adam updates: the parameters at stage 0, else this process's part of the weights."""
+    """Return the tensors that Adam updates: the parameters at ZeRO stage 0, else this process's part of the weights."""
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [p for group in _inner(engine).param_groups for p in group["params"] if p.requires_grad]
@@ -340,13 +342,13 @@ def _to_cpu(whole: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
-    """Gather a parameter's whole moment, or its float32 weight if key is None; every process must call this."""
+    """Gather a parameter's whole moment, or its float32 weight if `key` is None; every process must call `_whole`."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if engine.zero_optimization_stage() == 0:
         return parameter if key is None else _inner(engine).state[parameter][key]
     if key is None and not hasattr(parameter, "ds_id") and parameter.dtype == torch.float32:
-        # At stages 1 and 2, each process holds the whole float32 parameters.
+        # At ZeRO stages 1 and 2, each process holds the whole float32 parameters.
         return parameter
     found = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
     assert found is not None
@@ -354,7 +356,7 @@ def _whole(engine: Any, parameter: nn.Parameter, key: str | None) -> Tensor:
 
 
 def _own_part(parameter: Any, whole: Tensor) -> Tensor:
-    """Return the part of a parameter that this process holds at stage 3; zeros pad the last process's part."""
+    """Return the part of a parameter that this process holds at ZeRO stage 3, padded with zeros to the common size."""
     size = parameter.ds_tensor.numel()
     flat = whole.flatten()
     start = size * torch.distributed.get_rank()
@@ -377,8 +379,7 @@ def _set_weight(engine: Any, parameter: Any, whole: Tensor) -> None:
             # DeepSpeed keeps small parameters whole on every process.
             parameter.data.copy_(whole.view(parameter.ds_shape))
         return
-    # This copy rounds float32 values to the parameter's own format. DeepSpeed rounds its master weights in the same
-    # way.
+    # The copy rounds float32 values to the parameter's number format, as DeepSpeed rounds its master weights.
     parameter.data.copy_(whole)
     if engine.zero_optimization_stage() and parameter.requires_grad:
         safe_set_full_fp32_param(parameter, whole)

@@ -19,7 +19,7 @@ class StateBytes:
     optimizer: float
     """Bytes of Adam's two moments, and of the float32 master weights if ZeRO keeps them."""
     buffers: float
-    """Bytes of the communication buckets, and at ZeRO stage 3 of the weights gathered for a computation."""
+    """Bytes of the communication buckets. At ZeRO stage 3, the weights gathered for a computation are included."""
 
     @property
     def total(self) -> float:
@@ -40,14 +40,14 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
     gpus : int
         Number of GPUs.
     precision : str
-        fp32 or bf16; gradients are accumulated in float32 in both cases.
+        Number format of the computation: fp32 or bf16. Gradients are accumulated in float32 in both formats.
     offload : str
         What is kept in the CPU's memory: none, optimizer or all. Gradients are always counted on the GPU.
 
     Returns
     -------
     StateBytes
-        The numbers of bytes on one GPU.
+        The memory on one GPU.
 
     References
     ----------
@@ -57,14 +57,14 @@ def state_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: str, 
     weights = parameters * value / (gpus if zero_stage == 3 else 1)
     gradients = parameters * 4 / (gpus if zero_stage >= 2 else 1)
     moments = parameters * 8 / (gpus if zero_stage else 1)
-    # At stage 0, Adam updates the weights themselves. At stages 1 to 3, each GPU keeps a float32 copy of its part of
-    # the weights, even if the weights are float32 already.
+    # At ZeRO stage 0, Adam updates the weights themselves. At stages 1 to 3, each GPU keeps a float32 copy of its part
+    # of the weights, even if the weights are float32 already.
     master = parameters * 4 / gpus if zero_stage else 0
-    # `pretrain.training.deepspeed_engine` sets the same bucket size. Two buckets are needed if communication overlaps
-    # with the backward pass.
+    # `pretrain.training.deepspeed_engine` sets the same size for a communication bucket. Two buckets are needed if
+    # communication overlaps with the backward pass.
     bucket = min(5e8, max(parameters, 2**16)) * value
     gathered = min(parameters, 10**9) * value if zero_stage == 3 else 0
-    # With bf16, stage 1 sums the float32 gradients over the GPUs in place, so it needs no bucket.
+    # With bf16, ZeRO stage 1 sums the float32 gradients over the GPUs in place, so it needs no bucket.
     in_place = precision == "bf16" and zero_stage == 1
     buckets = 2 if zero_stage >= 2 else 1 if gpus > 1 and not in_place else 0
     buffers = gathered + buckets * bucket
@@ -119,9 +119,9 @@ def activation_bytes(
     seen, every = tokens_of(model, channels)
 
     def block(shape: EncoderConfig | DecoderConfig, tokens: int) -> float:
-        # For each token, eight vectors of the model's width are kept: input, norm, q, k, v, output of the attention,
-        # sum and second norm. Two vectors of the hidden width are kept: before and after the GELU. Two statistics for
-        # each norm and one for each head are kept in float32.
+        # For each token, autograd keeps eight vectors of the model's width (input, norm, q, k, v, output of the
+        # attention, sum, second norm), two vectors of the hidden width (before and after the GELU), and in float32 two
+        # statistics for each norm and one for each head.
         wide = tokens * (8 * shape.dim + 2 * int(shape.dim * shape.mlp_ratio)) * value
         return wide + tokens * 4 * (4 + shape.heads)
 
@@ -131,8 +131,8 @@ def activation_bytes(
         kept += max(block(shape, tokens) for shape, tokens in stacks)
     else:
         kept = sum(shape.depth * block(shape, tokens) for shape, tokens in stacks)
-    # Also kept: inputs and outputs of the last norms, the window in float32 and in the model's format, and the errors
-    # in float32.
+    # Autograd also keeps the inputs and outputs of the last norms, the window in float32 and in the model's number
+    # format, and the errors in float32.
     ends = sum(2 * tokens * shape.dim * value for shape, tokens in stacks)
     rows = model.encoder.signal_rows(channels)
     return kept + ends + rows * model.encoder.samples * (8 + value % 4)
@@ -146,16 +146,16 @@ def exchanged_bytes(parameters: int, *, zero_stage: int, gpus: int, precision: s
     parameters : int
         Number of trainable parameters of the model.
     zero_stage, gpus, precision
-        The same parameters as for `state_bytes`.
+        See `state_bytes`.
     micro_batches : int
         Number of forward passes in one step.
 
     Returns
     -------
     float
-        Number of bytes, if the GPUs use ring algorithms. Gradients are sent in float32, weights at the run's precision.
-        Stages 2 and 3 sum the gradients over the GPUs for every micro batch. Stage 3 also gathers the weights for every
-        micro batch.
+        Number of bytes, if the GPUs use ring algorithms. Gradients are sent in float32, weights at the run's precision
+        (at ZeRO stage 0, no weights are sent). Stages 2 and 3 sum the gradients over the GPUs for every micro batch.
+        Stage 3 also gathers the weights for every micro batch.
     """
     value = 2 if precision == "bf16" else 4
     reduced = 4 * (micro_batches if zero_stage >= 2 else 1)

@@ -27,5 +27,5 @@ def write_left_out(run: RunDirectory, entries: list[dict[str, Any]]) -> None:
 
 
 def is_left_out(number: int, entries: list[dict[str, Any]]) -> bool:
-    """Return whether a batch is left out; `number` is the batch's number, counted from the beginning of the run."""
+    """Return whether batch `number` is left out; batches are numbered from the beginning of the run."""
     return any(first <= number < end for first, end in (entry["batches"] for entry in entries))

@@ -24,7 +24,7 @@ INK, TRUE, MADE, SHADE, SOFT = "#22303c", "#8d99a6", "#d1495b", "#eef1f4", "#9cc
 def plot_reconstruction(
     path: Path, model: Any, dataset: EEGDataset | Mixture, world: World, *, step: int, windows: int = 4
 ) -> None:
-    """Draw true and reconstructed signal of some windows of the val split; every process must call this function.
+    """Draw the true and the reconstructed signal of some val windows; every process must call this function.
 
     Parameters
     ----------
@@ -37,9 +37,9 @@ def plot_reconstruction(
     world : World
         The processes of the run.
     step : int
-        Number of optimiser steps done; the title of the figure shows it.
+        Number of optimiser steps done, for the title of the figure.
     windows : int
-        Number of windows to draw. The windows are spread evenly over the split.
+        Number of windows to draw, spread evenly over the split.
     """
     numbers = sorted(
         set(np.linspace(0, len(dataset) - 1, min(windows, len(dataset)) + 2).round().astype(int)[1:-1].tolist())
@@ -56,7 +56,8 @@ def plot_reconstruction(
     # The montage tokenizer reconstructs only recorded channels, so remove the rows that are padding.
     x_BCT = x_BCT[:, : hidden_BCT.shape[1]]
     if model.config.normalize_targets:
-        # The model predicts normalized tokens. Scale the predictions back with mean and deviation of the true tokens.
+        # The model predicts standardised tokens. Scale the predictions back with the mean and the standard deviation of
+        # the true tokens.
         true_BNP = model.tokenize(x_BCT)
         made_BNP = made_BNP * (true_BNP.var(dim=-1, keepdim=True) + 1e-6).sqrt() + true_BNP.mean(dim=-1, keepdim=True)
     if not world.first:
@@ -121,7 +122,7 @@ def _draw(
         Line2D([], [], color=MADE, linewidth=1.8, label="reconstructed by the model"),
         Patch(color=SHADE, label="hidden from the model"),
     ]
-    # The figure has room for two channels of each window, so its title summarises all channels.
+    # The figure shows only two channels of each window, so its title summarises all channels.
     fits = [
         _correlation(true_BCT[row, channel][hidden_BCT[row, channel]], made_BCT[row, channel][hidden_BCT[row, channel]])
         for row, meta in enumerate(metas)

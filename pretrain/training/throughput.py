@@ -29,16 +29,16 @@ class Throughput:
     steps : int
         Number of steps since the last line of metrics. Steps before an interruption of the run are included.
     losses : list of float or None
-        Losses of these steps; None for a loss that was not finite.
+        Losses of the steps since the last line of metrics; None for a loss that was not finite.
     """
 
     def __init__(self, config: PretrainConfig, world: World) -> None:
         self._model, self._batch_size, self._world = config.model, config.batch_size, world
         self._peak = peak_flops(world.device, config.precision, config.peak_tflops)
         if self._peak is not None:
-            # The first call of `batch_flops` takes seconds, because it counts the model's operations. Make this call
-            # here, so that its time does not count as training time. With a window of one channel, the call also
-            # prepares the counts for windows of any other number of channels.
+            # The first call of `batch_flops` takes seconds, because it counts the model's operations. Call it here, so
+            # that these seconds are not measured as training time. The window of one channel makes `batch_flops` also
+            # prepare the numbers for windows of any other number of channels.
             batch_flops(self._model, [1, self._model.encoder.channels])
         self.reset()
 
@@ -50,18 +50,18 @@ class Throughput:
         steps : int
             Number of steps since the last line of metrics, if a run is resumed between two lines.
         losses : sequence of float or None
-            Losses of these steps; None for a loss that was not finite.
+            Losses of these `steps` steps; None for a loss that was not finite.
         """
         self.steps, self.losses = steps, list(losses)
-        # The rates are computed only from steps that this process took after its start, so an interruption does not
-        # change them.
+        # Rates such as `samples_per_s` are computed only from the steps that this process took after its start, so an
+        # interruption of the run does not change the rates.
         self._timed_steps = 0
         self._stall_s = self._flops = 0.0
         self._tokens = 0
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Start the clock: count the time from now on."""
+        """Start the clock: measure the time of the steps from now on."""
         self._started = time.monotonic()
 
     @contextlib.contextmanager

@@ -32,11 +32,11 @@ from pretrain.training.validation import evaluate
 
 
 class Trainer:
-    """The training loop of one pretraining run. Each process has its own `Trainer`.
+    """The training loop of one pretraining run; each process has one `Trainer`.
 
     Most methods contain collective operations, so every process must make the same decisions in the same order. Some
-    decisions use values that are equal on all processes, such as the reduced loss or the step. All other decisions are
-    made by rank 0, which broadcasts them.
+    decisions use values that are equal on all processes, such as the reduced loss or the step. Rank 0 makes all other
+    decisions and broadcasts them.
 
     Parameters
     ----------
@@ -87,8 +87,8 @@ class Trainer:
         self.total_steps = config.total_steps(len(train))
         self.global_step = self.skipped = self.skipped_in_a_row = 0
         self.stopping = False
-        # True if an evaluation must be run: before the first step, and after a requested stop has interrupted an
-        # evaluation.
+        # Whether `loop` must evaluate the model before it trains: before the first step, and if a requested stop has
+        # interrupted an evaluation.
         self.evaluation_due = True
         self.throughput = Throughput(config, world)
         self.spikes = SpikeDetector(config.guards)
@@ -116,8 +116,8 @@ class Trainer:
         if fault is not None:
             raise RequestError(fault)
         if folder is None:
-            # An earlier attempt may have ended before its first checkpoint. Delete the metrics and the list of left-out
-            # batches that it wrote.
+            # Delete the metrics and the list of left-out batches that an earlier attempt may have written before it was
+            # stopped without a checkpoint.
             self.run.rewind_metrics(-1)
             self.left_out = []
             if self.world.first:
@@ -132,22 +132,22 @@ class Trainer:
         self.spikes = SpikeDetector(self.config.guards, saved["recent_losses"])
         self.evaluation_due = not rewind and saved.get("evaluation_due", False)
         self.throughput.reset(saved["interval"]["steps"], saved["interval"]["losses"])
-        # The evaluation after the last step is written after the last checkpoint, so the resumed run writes it again.
-        # Delete the old line.
+        # The run evaluates once more after its last checkpoint, and a resumed run repeats this evaluation. Delete the
+        # line of the old evaluation.
         evaluated = not self.evaluation_due and self.global_step < self.total_steps
         self.run.rewind_metrics(self.global_step, evaluated=evaluated)
         if self.world.first and not rewind:
             print(f"dreamscale pretrain: resuming from step {self.global_step} ({folder})", file=sys.stderr)
 
     def _find_newest(self) -> tuple[Path | None, str | None]:
-        """Return the newest checkpoint, or the message of the error that was met while looking for one."""
+        """Return the newest checkpoint and None, or None and the message of the error that occurred in the search."""
         try:
             return self.run.latest(self.left_out), None
         except RequestError as error:
             return None, str(error)
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless it exists. Asynchronous checkpoints are written in the background."""
+        """Write a checkpoint of this step if there is none; asynchronous checkpoints are written in the background."""
         self.writer.wait()
         folder = step_folder(self.run.checkpoints, self.global_step)
         # Only rank 0 checks the files, because other machines may see new files on a network disk late.
@@ -182,8 +182,8 @@ class Trainer:
             If the checkpoint could not be written.
         """
         self.watchdog.at(self.global_step, "saving")
-        # If an earlier asynchronous checkpoint fails, the last checkpoint can still succeed, so count failures from
-        # here.
+        # An earlier asynchronous checkpoint may fail although the last checkpoint succeeds, so count only failures
+        # after this line.
         self.writer.wait()
         failed = self.writer.failed
         self.save()
@@ -206,7 +206,7 @@ class Trainer:
         Returns
         -------
         bool
-            True if training went back; False if there is no checkpoint yet, in which case training just continues.
+            True if training went back to a checkpoint; False if there is no checkpoint yet, so that training continues.
 
         Raises
         ------
@@ -233,7 +233,8 @@ class Trainer:
         spiked_at = self.global_step
         self.left_out = [*self.left_out, {"batches": [end - guards.leave_out, end], "step": spiked_at, "loss": spike}]
         if self.world.first:
-            # Write the list to disk first. If the run is then interrupted, the resumed run leaves out the same batches.
+            # Write the list to disk before going back, so that a run that is interrupted now leaves out the same
+            # batches after it is resumed.
             write_left_out(self.run, self.left_out)
         self.resume(rewind=True)
         self.run.log(self.global_step, rewound_from=spiked_at, rewinds=len(self.left_out))
@@ -253,8 +254,8 @@ class Trainer:
         Returns
         -------
         dict
-            The new metrics. The dictionary is empty if a stop was requested during the evaluation; the resumed run then
-            evaluates again.
+            The metrics of the evaluation, or an empty dictionary if a stop was requested during the evaluation. In that
+            case, the resumed run repeats the evaluation.
         """
         result = evaluate(
             self.engine,
@@ -296,8 +297,8 @@ class Trainer:
         own_loss = self._accumulate_gradient(batch)
         finite = math.isfinite(own_loss)
         self.watchdog.at(self.global_step, "agreeing on the loss")
-        # One small all-reduce gives every process four facts: the loss, whether any loss was not finite, whether a stop
-        # was requested, and how far the asynchronous checkpoint is.
+        # One small all-reduce tells every process the loss, whether any loss was not finite, whether a stop was
+        # requested, and how far the asynchronous checkpoint is.
         total, bad, stops, *written = self.world.all_reduce_sum(
             own_loss if finite else 0.0, float(not finite), float(self.stop.requested), *self.writer.progress()
         )
@@ -322,9 +323,10 @@ class Trainer:
         return float("nan") if bad else total / self.world.size
 
     def _accumulate_gradient(self, batch: Batch) -> float:
-        """Run forward and backward passes for this process's part of the batch; return the part's mean loss."""
+        """Run forward and backward passes for this process's part of a batch, and return the mean loss of the part."""
         config, engine, device = self.config, self.engine, self.world.device
-        # Draw the masks before the part is divided into micro batches, so that masks do not depend on micro_batch_size.
+        # Draw the masks before the batch is divided into micro batches, so that masks do not depend on
+        # micro_batch_size.
         inputs = engine.module.prepare(batch, config.seed)
         losses = []
         for start in range(0, len(batch.numbers), config.micro):
@@ -334,8 +336,8 @@ class Trainer:
             engine.backward(loss)
             losses.append(loss.detach())
             if start + config.micro < len(batch.numbers):
-                # DeepSpeed counts micro batches by calls of `step`. This call only counts; the last call, in
-                # `take_step`, updates the weights.
+                # DeepSpeed counts micro batches by calls of `engine.step`. After all but the last micro batch, the call
+                # only counts. After the last micro batch, `take_step` makes the call that updates the weights.
                 engine.step()
         return float(torch.stack(losses).mean())
 
@@ -363,8 +365,8 @@ class Trainer:
                 spike = self.spikes.check(loss)
                 if spike and self.rewind(spike, loss):
                     if self.global_step < self.total_steps and not self.stopping:
-                        # The loader was moved back to an earlier batch, but its old iterator would continue from the
-                        # later one. Make a new iterator.
+                        # `rewind` moved the loader back to an earlier batch, but the old iterator would continue with
+                        # later batches, so make a new iterator.
                         batches = iter(self.loader)
                     continue
                 last = self.global_step == self.total_steps
@@ -403,13 +405,13 @@ class Trainer:
         Returns
         -------
         bool
-            True if everything was done. False if a stop was requested during the evaluation; the resumed run then does
-            the rest.
+            True if everything was done. False if a stop was requested during the evaluation; then the resumed run
+            evaluates the model and draws the figures.
         """
         from pretrain.training.plots import plot_loss, plot_reconstruction
 
-        # Write the checkpoint before the evaluation. After a stop signal, a batch system may kill the run before a long
-        # evaluation ends.
+        # Write the checkpoint before the evaluation, because a batch system may kill the run after a stop signal before
+        # a long evaluation ends.
         self.save_last()
         result = self.evaluate()
         if not result:
