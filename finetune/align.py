@@ -153,8 +153,8 @@ class Aligner(nn.Module):
         out = {"cosine": 1 - (embeds_bP * target).sum(-1).mean()}
         loss = out["cosine"] if self.loss != "infonce" else torch.zeros_like(out["cosine"])
         if self.loss != "cosine":
-            # Every process computes the same contrastive loss. The gather's backward pass adds up the equal gradients
-            # of all processes. Accelerate then averages the sums over the processes, so the result is exact.
+            # Every process computes the same contrastive loss. The backward pass of `gather_rows` adds up the gradients
+            # of all processes, and Accelerate then averages over the processes, so the gradients are exact.
             contrast = infonce(gather_rows(embeds_bP), gather_rows(target), gather_rows(row), self.temperature)
             out["infonce"] = contrast
             loss = loss + contrast
@@ -177,7 +177,7 @@ def measure_retrieval(
     Parameters
     ----------
     embed : callable
-        Takes EEG in microvolts, [b, 128, T], and returns embeddings of unit length, [b, P].
+        Function that takes EEG in microvolts, [b, 128, T], and returns embeddings of unit length, [b, P].
     dataset : EEGDataset
         Trials of the split.
     table : ImageTable
@@ -191,15 +191,16 @@ def measure_retrieval(
     batch_size : int
         Number of trials in one forward pass.
     average_repeats : int
-        Number of presentations of an image to one subject whose EEG is averaged to one trial; 0 averages all of them.
+        Number of presentations of the same image to the same subject that are averaged to one trial; 0 averages all
+        presentations.
 
     Returns
     -------
     dict
         ``cosine``: mean of 1 - cosine similarity. ``top1``: fraction of trials whose own image is the most similar.
         ``top5``: fraction of trials whose own image is among the five most similar. ``label``: fraction of trials whose
-        most similar image has the right label. ``images``: number of images, M. ``trials``:
-        number of trials after averaging. ``repeats``: mean number of presentations in a trial.
+        most similar image has the right label. ``images``: number of images, M. ``trials``: number of trials after
+        averaging. ``repeats``: mean number of presentations that are averaged to a trial.
     """
     parts, groups = [], group_repeats(dataset, average_repeats)
     for start in range(0, len(groups), batch_size):

@@ -26,7 +26,7 @@ class ClipHeadConfig:
 
 
 class ClipHead(nn.Module):
-    """Map EEG tokens to CLIP's image space. In DreamDiffusion's alignment loss, this map is called h.
+    """Map EEG tokens to CLIP's image space (the map `h` in DreamDiffusion's alignment loss).
 
     Parameters
     ----------

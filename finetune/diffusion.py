@@ -2,7 +2,7 @@
 
 The network is a denoiser ``(x_t, t, condition)``. The noise scheduler's ``prediction_type`` says whether the network
 predicts the noise in ``x_t`` or the velocity. The condition is a tuple of tensors; the first axis of each tensor is the
-batch. An entry of the tuple is None if the model does not use this entry.
+batch. An entry of a condition is None if the model does not use this entry.
 
 Tensor shapes: B trials; x is [B, channels, rows, columns] and contains latents or pixels.
 """
@@ -117,18 +117,18 @@ def denoising_errors(
     *,
     norm: str = "l2",
 ) -> Tensor:
-    """Add noise to clean images, and measure how well a denoiser predicts this noise.
+    """Add noise to clean images, and measure how well a denoiser predicts the noise (or the velocity).
 
     Parameters
     ----------
     denoise : callable
         Denoiser network.
     noising : DDPMScheduler
-        Noise scheduler of the training, which defines the forward process.
+        Noise scheduler of the training, which adds the noise.
     clean, noise : Tensor, shape (B, ...)
         Latents or pixels of the images, and standard normal noise.
     time_B : Tensor of int, shape (B,)
-        Step of the forward process for each trial.
+        Step of the forward process (the process that adds noise) for each trial.
     condition : tuple of Tensor
         Condition that the denoiser gets for the trials.
     norm : str
@@ -201,8 +201,8 @@ def sample(
     steps : int
         Number of denoising steps.
     guidance_scale : float
-        1: use only the prediction with the condition. Above 1: use classifier-free guidance, which moves this
-        prediction further away from the prediction with the null condition.
+        1: use only the prediction with the condition. Any other value: use classifier-free guidance. With values above
+        1, guidance moves the prediction with the condition away from the prediction with the null condition.
     generators : list of torch.Generator
         Generator of each trial. The sampler ddpm draws a trial's noise of each step from the trial's generator, so a
         trial's image does not depend on the other trials of the batch.
@@ -236,7 +236,7 @@ class DenoisingTask(Protocol):
     """Interface of a module that trains a denoiser."""
 
     def features(self, eeg: Tensor) -> Tensor:
-        """Return the tokens or features [B, ...] of the EEG; the condition is computed from these."""
+        """Return the tokens or features [B, ...] of the EEG, from which the condition is computed."""
         ...
 
     def errors(self, features: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ class DenoisingWatcher:
     Parameters
     ----------
     eeg : Tensor, shape (B, ...)
-        EEG of the trials, on the model's device, as the input of the task's method `features`.
+        Input of the task's method `features` for the trials, on the model's device.
     clean : Tensor, shape (B, ...)
         Latents or pixels of the trials' images.
     noise_steps : int
@@ -289,8 +289,8 @@ class DenoisingWatcher:
         """
         n, device = len(self.eeg), self.eeg.device
         features = torch.cat([task.features(part) for part in self.eeg.split(self.BATCH)])
-        # Take the EEG of a trial that is half a split away, because neighbouring trials of a recording may show the
-        # same category.
+        # For "shuffled", use the EEG of a trial that is n // 2 trials away, because neighbouring trials of a recording
+        # may show the same category.
         used = {"loss": features, "shuffled": features.roll(max(1, n // 2), 0)}
         totals = dict.fromkeys(used, 0.0)
         for name, given in used.items():

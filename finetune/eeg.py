@@ -1,6 +1,6 @@
 """Prepare EEG for the models of fine-tuning: load the encoder, scale trials, choose held-out trials, and augment.
 
-Tensor shapes: B trials, b trials of this rank, C channels (128 after padding), T samples.
+Tensor shapes: B trials, b trials of this process, C channels (128 after padding), T samples.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class EEGConfig:
 
     tmin: float | None = None
     """Start of the EEG in seconds from the onset of the image, such as -0.2 for a part with a baseline. Empty: the
-    onset. Trials that are not stored from tmin to tmax are left out and counted."""
+    onset. Trials whose stored EEG does not reach from tmin to tmax are left out, and a message says how many."""
     tmax: float | None = None
-    """End of the EEG in seconds from the onset. Empty: one window of the dataset after tmin."""
+    """End of the EEG in seconds from the onset of the image. Empty: one window of the dataset after tmin."""
     average_repeats: int = 0
-    """Number of presentations of an image to one subject whose EEG is averaged for a val trial. 0 averages all of them,
-    as papers do with test images, and 1 none. A dataset without repeats is not affected."""
+    """Number of presentations of the same image to the same subject that are averaged to one val trial. 0: average all
+    presentations, as papers do with test images. 1: average nothing."""
 
     def __post_init__(self) -> None:
         if self.tmin is not None and self.tmax is not None and self.tmax <= self.tmin:
@@ -52,7 +52,7 @@ class EEGConfig:
 
     @property
     def part(self) -> dict[str, float | None]:
-        """`tmin` and `tmax` as arguments of `open_paired`. A model's package stores them."""
+        """Arguments `tmin` and `tmax` of `open_paired`, which a model's package also stores."""
         return {"tmin": self.tmin, "tmax": self.tmax}
 
 
@@ -61,7 +61,7 @@ class AugmentConfig:
     """Augmentation of EEG trials, which is used only in training."""
 
     shift: int = 0
-    """Largest shift in time to either side, in samples. The trial's first or last sample fills the gap."""
+    """Largest shift in time to either side, in samples. Copies of a trial's first or last sample fill the gap."""
     noise: float = 0.0
     """Standard deviation of the white noise that is added to the scaled EEG."""
     drop_channels: float = 0.0
@@ -301,8 +301,8 @@ def augment_eeg(x_bCT: Tensor, true_channels_b: list[int], config: AugmentConfig
     x_bCT : Tensor, shape (b, C, T)
         Scaled trials, padded by repeating channels.
     true_channels_b : list of int
-        Number of recorded channels of each trial. Padding repeats these channels. A copy gets exactly the same changes
-        as its channel, so that the model cannot distinguish the copy from the channel.
+        Number of recorded channels of each trial. Padding repeats the recorded channels. A copy of a channel gets
+        exactly the same changes as the channel, so that the model cannot distinguish the copy from the channel.
     config : AugmentConfig
         Strength of the augmentation.
     random : StepRandom
@@ -353,7 +353,8 @@ def average_trials_of_image(
         Averaged trials in microvolts.
     """
     b = len(eeg_bCT)
-    # `random` needs the same number of draws on every rank. So draw before the loop, which differs between the ranks.
+    # Draw before the loop, because every rank must draw the same number of random values, and the loop differs between
+    # ranks.
     extra_b = random.integers(most, b)
     start_b = random.uniform(b)
     for i, number in enumerate(batch.numbers):

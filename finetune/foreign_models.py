@@ -1,7 +1,8 @@
 """Find and check models in the layouts of diffusers and transformers, before these libraries load them.
 
-A model can come from anybody. Its folder holds configs (JSON) and weights (safetensors). The checks refuse configs that
-ask for far more memory than the weights files have, and configs that would load code or pickled weights.
+The folder of a model holds configs (JSON) and weights (safetensors), and can come from anybody. The checks of this
+module refuse configs that ask for far more memory than the files of the weights, and configs that would load code or
+pickled weights.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
     Raises
     ------
     RequestError
-        If the file is missing or damaged, or has such a key.
+        If the file is missing or damaged, or has a key that would load code.
     """
     values = check_group(read_json(path), str(path))
     groups: list[Any] = [values]
@@ -101,7 +102,7 @@ def check_diffusers_model(model_class: Any, folder: Path) -> dict[str, Any]:
 
 
 def check_transformers_model(model_class: Any, folder: Path) -> None:
-    """Check that a network of transformers is not larger than its weights; the arguments are as above."""
+    """Check that a network of transformers is not larger than its weights (arguments: see `check_diffusers_model`)."""
     read_model_config(folder / "config.json")
     size = measure_weights(_weights_of(folder))
     check_network(
@@ -112,7 +113,7 @@ def check_transformers_model(model_class: Any, folder: Path) -> None:
 
 
 def check_noise_schedule(path: Path) -> None:
-    """Check the number of steps in the config of a scheduler, before tables with so many entries are made."""
+    """Check the number of steps in a scheduler's config, before the scheduler makes tables with one entry per step."""
     steps = read_model_config(path).get("num_train_timesteps", 1000)
     check_count(steps, str(path), "num_train_timesteps", least=1, most=MAX_NOISE_STEPS)
 
@@ -146,7 +147,7 @@ def load_with_library(load: Any, name: str | Path, what: str) -> Any:
     Raises
     ------
     RequestError
-        If the function raises an error of any type: libraries have no common type for damaged files.
+        If the function raises an error of any type, because libraries have no common error type for damaged files.
     """
     try:
         return load()

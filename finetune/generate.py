@@ -1,6 +1,6 @@
 """Generate images from the EEG trials of a split, and store them together with the images that the person saw.
 
-Array shapes: B trials, H, W pixels.
+Array shapes: B trials, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class GenerateConfig:
     """Name of the split from which the trials are taken."""
     control: Literal["none", "shuffle", "no_eeg", "class"] = "none"
     """none: use the EEG of each trial. shuffle: use the EEG of another trial of any category. The images of shuffle are
-    a control, which shows how well a model scores without the right EEG. no_eeg: use no EEG, as a floor. class: use the
-    true category in place of the EEG, as a ceiling: the mean feature of the category's train trials for EG-DDPM, and
-    the caption of the image for Stable Diffusion."""
+    a control, which shows how well a model scores without the right EEG. no_eeg: use no EEG, as a lower limit. class:
+    use the true category in place of the EEG, as an upper limit. For class, EG-DDPM gets the mean feature of the
+    category's train trials, and Stable Diffusion gets the caption of the image."""
     sampler: Literal["ddpm", "ddim", "dpmsolver++"] | None = None
     """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
-    few steps. dpmsolver++: a deterministic solver of second order. Empty: the sampler that the model was made for."""
+    few steps. dpmsolver++: a deterministic solver of second order. Empty: the default sampler of the model."""
     steps: int | None = None
     """Number of denoising steps for each image. Empty: all steps of the training for the sampler ddpm, and 25 for the
     other samplers."""
@@ -59,12 +59,12 @@ class GenerateConfig:
     """Scale of the classifier-free guidance; 1 switches guidance off. Empty: 2, or 1 for a model that was trained
     without dropped conditions (drop 0)."""
     average_repeats: int = 0
-    """Number of presentations of an image to one subject whose EEG is averaged to one trial. 0 averages all of them, as
-    papers do with test images, and 1 none. A dataset without repeats is not affected."""
+    """Number of presentations of the same image to the same subject that are averaged to one trial. 0: average all
+    presentations, as papers do with test images. 1: average nothing."""
     limit: int = 0
     """Largest number of trials; the trials are spread evenly over the split. 0 uses all trials."""
     batch_size: int = 32
-    """Number of trials in one forward pass. This number does not change the noise from which an image starts."""
+    """Number of trials in one forward pass. The batch size does not change the noise from which an image starts."""
     seed: int = 0
     """Seed for the noise, and for shuffling the trials' EEG."""
     device: str = "auto"
@@ -133,8 +133,8 @@ def generate_images(
     dataset : EEGDataset
         Trials of the split.
     groups : list of list of int
-        Trials for which images are generated. Each is a group of presentations of one image to one subject, from
-        `group_repeats`. The first presentation names the trial.
+        Trials for which images are generated. Each trial is a group of presentations of one image to one subject, from
+        `group_repeats`. The key of the group's first presentation is the key of the trial.
     sources : list of list of int
         For each group in `groups`, the group whose mean EEG is used.
     config : GenerateConfig

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from finetune.diffusion import SamplerName, Sampling
 
 Source = Literal["eeg", "no_eeg", "class"]
-"""Condition from which an image is generated. eeg: the EEG of the trial. no_eeg: no EEG; the images show the quality
-without any information (floor). class: the true category of the trial in place of its EEG; the images show the quality
-with perfect information (ceiling)."""
+"""Condition from which an image is generated. eeg: the EEG of the trial. no_eeg: no EEG, so that the images' scores are
+a lower limit. class: the true category of the trial in place of its EEG, so that the scores are an upper limit."""
 
 
 SCHEMA = 1
@@ -52,7 +51,7 @@ class Generator(Protocol):
         Parameters
         ----------
         sampler : str, optional
-            Name of the sampler; by default, the sampler that the model was made for.
+            Name of the sampler; by default, the sampler that the model chooses.
         steps : int, optional
             Number of denoising steps; by default, all steps of the training for the sampler ddpm, and 25 for others.
         guidance_scale : float, optional
@@ -87,7 +86,7 @@ class Generator(Protocol):
         Parameters
         ----------
         eeg_B128T : Tensor, [B, 128, T]
-            EEG in microvolts, preprocessed by `spec`. Channels are repeated until there are 128.
+            EEG in microvolts, preprocessed as `spec` says. Channels are repeated until there are 128.
         seeds : list of int
             One seed for each trial. A trial's noise depends only on the trial's seed.
         steps, guidance_scale, sampler
@@ -113,7 +112,7 @@ class Generator(Protocol):
 def read_part(values: dict[str, Any], where: str) -> dict[str, float | None]:
     """Return which part of each trial a model reads, from its dreamscale.json.
 
-    A model of an older version reads each trial from its onset.
+    A model of an older version, whose dreamscale.json has no ``eeg``, reads each trial from the onset of the image.
     """
     stored = check_group(values.get("eeg") or {}, where, "eeg")
     names = ("tmin", "tmax")

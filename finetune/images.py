@@ -1,6 +1,6 @@
 """Read the images of EEG-image datasets: decode, resize and scale images, and list the different images of a split.
 
-Array shapes: B trials, M different images, H, W pixels.
+Array shapes: B trials, M different images, H rows, W columns.
 """
 
 from __future__ import annotations
@@ -180,7 +180,11 @@ class ImageTable:
 
     @functools.cached_property
     def _same_image(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Group of each trial, the trials sorted by group, and the first place of each group in this order."""
+        """Group trials with the same image and channels.
+
+        Three arrays: the group of each trial, the trials sorted by group, and the position of each group's first trial
+        among the sorted trials.
+        """
         group = self.dataset.trials.group("image_id", "ch_names")
         order = np.argsort(group, kind="stable")
         return group, order, np.searchsorted(group[order], np.arange(group.max() + 2))
@@ -241,7 +245,7 @@ class ImageTable:
         size : int or None
             Width and height in pixels to which images are resized; None does not resize images.
         key : dict
-            All other things that the result depends on, e.g. a digest of the model's weights.
+            What the features depend on in addition to the images and `size`, e.g. a digest of the model's weights.
         cache : str or Path, optional
             Directory in which the result is stored. If no directory is given, nothing is stored.
         batch_size : int
@@ -260,7 +264,7 @@ class ImageTable:
         manifest = self.dataset.manifest
         own = {"dataset": manifest.dataset_id, "split": self.dataset.split, "size": size}
         if self.dataset.left_out:
-            # Images whose trials are left out are not in the table.
+            # The table has no images whose trials are all left out, so the cache must depend on the ids in the table.
             own["images"] = self.ids
         digest = digest_of({**key, **own})
         path = Path(cache) / f"{digest[:16]}.safetensors" if cache is not None else None

@@ -2,11 +2,11 @@
 
 This module imports no heavy library, because ``dreamscale --help`` lists the commands of the papers.
 
-The folder of a paper must have three parts. `finetune.dm_re2i` is the smallest example.
+The folder of a paper must have the three parts of this list. `finetune.linear` is the smallest example.
 
 - The file ``__init__.py`` defines ``PAPER``.
-- A training command writes the model to the folder ``RUN/model``. The file ``dreamscale.json`` in this folder contains
-  the model's ``kind``. The command uses `start_processes` and `use_run` of `finetune.training.accelerate`, and its last
+- A training command writes the model to the folder ``RUN/model``, in which ``dreamscale.json`` contains the model's
+  ``kind``. The training command uses `start_processes` and `use_run` of `finetune.training.accelerate`, and its last
   step is ``run.status("done")``. A command that is always one process, such as `finetune.linear`, needs only `use_run`.
 - A generator class has the methods of `finetune.generators.Generator`. ``dreamscale generate`` creates the generator
   with ``Class(folder, values, device)``; the values are the content of ``dreamscale.json``.

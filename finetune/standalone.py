@@ -19,13 +19,13 @@ OWN = ("data_sharding", "pretrain", "finetune", "launch")
 
 @dataclass
 class _Module:
-    """Source text of a module of this project, and what its names at the top level stand for."""
+    """Source text of a module of this project, and the definitions and imports at its top level."""
 
     lines: list[str]
     statements: dict[str, ast.stmt] = field(default_factory=dict)
-    """Statement that defines a function, class or constant."""
+    """Maps the name of a function, class or constant to the statement that defines it."""
     imports: dict[str, tuple[str, str | None]] = field(default_factory=dict)
-    """Module from which a name is imported, and its name there; None if the name is the module itself."""
+    """Maps an imported name to its module and its original name there; None if a whole module is imported."""
 
 
 def _read_module(name: str) -> _Module:
@@ -134,7 +134,7 @@ def write_standalone(
     without: dict[str, Collection[str]] | None = None,
     foot: str = "",
 ) -> str:
-    """Return a Python file with some classes and functions of this project and all that they need.
+    """Return the text of a Python file with some classes and functions of this project and all that they need.
 
     Parameters
     ----------
@@ -143,14 +143,15 @@ def write_standalone(
     head : str
         Docstring of the file.
     without : dict, optional
-        For names of classes, the names of methods that are left out, because they need the rest of the project.
+        Maps the name of a class to the names of its methods that are left out, e.g. because they need the rest of the
+        project.
     foot : str
         Code at the end of the file.
 
     Returns
     -------
     str
-        Source text. It imports nothing of this project.
+        Source text, which imports nothing of this project.
 
     Raises
     ------

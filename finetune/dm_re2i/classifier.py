@@ -79,8 +79,7 @@ class EEGClassifier(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        # Make the matrix a buffer, because it must be saved with the weights, but is computed from trials and not
-        # trained.
+        # The whitening matrix is a buffer, because it must be saved with the weights, but is not trained.
         eye = torch.eye(config.n_channels) if config.noise_normalisation else None
         self.register_buffer("whitening_CC", eye)
 
@@ -107,10 +106,7 @@ class EEGClassifier(nn.Module):
         raise NotImplementedError
 
     def limit_norms(self) -> None:
-        """Limit the norms of weights as in the network's article, if it has such a limit.
-
-        Training calls this before each step.
-        """
+        """Limit the norms of weights, if the network's article does so. `EVRNetTask` calls this method in each step."""
 
     def normalise(self, x_B1CT: Tensor) -> Tensor:
         """Whiten the background activity of trials, if the config switches noise normalisation on.

@@ -23,12 +23,12 @@ class EVRNetStage:
     encoder: str | None = None
     """Encoder package for `network: encoder`: a directory that `dreamscale export` wrote, or a hub id."""
     train_encoder: bool = False
-    """For `network: encoder`. True: the encoder is trained along with the linear head. False: the encoder is frozen."""
+    """True: with `network: encoder`, the encoder is trained together with the linear head. False: it is frozen."""
     encoder_lr: float = 0.1
-    """If the encoder is trained along, its learning rate is this factor times training.lr."""
+    """With `train_encoder: true`, the encoder's learning rate is this factor times training.lr."""
     channels: int = 128
-    """Number of channels that the network takes, from 1 to 128. A trial must not have more channels. The
-    channels of a trial with fewer channels are repeated."""
+    """Number of channels that the network takes, from 1 to 128. A dataset with more channels in a trial is refused, and
+    the channels of a trial with fewer channels are repeated."""
     widths: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
     """Numbers of EVRNet's feature maps after the two temporal, the two spatial, and the temporal-spatial (TS)
     convolution. The last number is also the width of the feature."""
@@ -38,8 +38,8 @@ class EVRNetStage:
     mkrb: bool = True
     """False leaves out EVRNet's multi-kernel residual blocks, as an ablation."""
     dropout: float | None = None
-    """Dropout rate. None: the rate of the network's article, which is 0 for evrnet, 0.25 for eegnet and 0.5 for tsconv;
-    also 0 for encoder. In evrnet and encoder, the dropout is before the linear layer."""
+    """Dropout rate. None: the rate of the network's article (0 for evrnet, 0.25 for eegnet, 0.5 for tsconv), and 0 for
+    encoder. In evrnet and encoder, the dropout is before the linear layer."""
     label_smoothing: float = 0.0
     """Amount of label smoothing in the cross-entropy."""
     whiten: float = 0.0
@@ -54,9 +54,9 @@ class EVRNetStage:
     """Mixup: largest weight with which another trial and its category are mixed into a trial; 0 switches mixup off."""
     image_weight: float = 0.0
     """Weight of a second loss: a linear layer predicts the image from the feature, as principal components of its
-    pixels. With this loss, the feature also holds colour and place, and not only the category. The loss is 1 for the
-    mean image and 0 for the right image. The linear layer is not part of the model. 0 switches the loss off, as in the
-    paper."""
+    pixels. With the second loss, the feature contains not only the category, but also the colours and the positions in
+    the image. The second loss is 1 for the mean image and 0 for the right image. The linear layer is not part of the
+    model. With `image_weight` 0, as in the paper, there is no second loss."""
     image_components: int = 16
     """Number of principal components for `image_weight`."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -65,7 +65,7 @@ class EVRNetStage:
     """Metric on the val split that decides which weights of the run are the best and are kept."""
     permute_labels: bool = False
     """Control: the categories of the train images are shuffled between the images. A network that is trained with
-    these labels must be at chance on other images."""
+    shuffled categories should have the accuracy of chance on other images."""
     calibration_trials: int = 512
     """Number of train trials from which the statistics of the batch norms are computed, before each evaluation and at
     the end of training."""
@@ -102,7 +102,7 @@ class EVRNetStage:
 
 @dataclass(frozen=True, kw_only=True)
 class EGDDPMStage:
-    """Config of the second stage: a diffusion model of pixels, guided by EVRNet's feature."""
+    """Config of the second stage: a diffusion model of pixels, guided by a vector from EEG."""
 
     guide: Literal["feature", "logits", "encoder"] = "feature"
     """Vector that guides the diffusion. feature: the semantic feature of EVRNet, as in the paper. logits: the class
@@ -110,13 +110,13 @@ class EGDDPMStage:
     encoder: str | None = None
     """Encoder package for `guide: encoder`: a directory that `dreamscale export` wrote, or a hub id."""
     train_guide: bool = False
-    """True: the network that computes the vector is trained along with the diffusion model, from the denoising loss.
-    False: this network is frozen, and the vectors are computed once."""
+    """True: the network that computes the guiding vector is trained together with the diffusion model, from the
+    denoising loss. False: the network that computes the guiding vector is frozen, and all vectors are computed once."""
     guide_lr: float = 1.0
-    """With train_guide, the learning rate of this network is this factor times training.lr."""
+    """With `train_guide: true`, the learning rate of the guiding network is this factor times training.lr."""
     backbone: Literal["paper", "unet2d"] = "paper"
     """U-Net that predicts the noise. paper: the U-Net of the paper, with ConvNeXt blocks and linear attention. unet2d:
-    UNet2DModel of diffusers, the U-Net of Ho et al. (2020), with the same way of guidance."""
+    UNet2DModel of diffusers, the U-Net of Ho et al. (2020), guided in the same way."""
     image_size: int = 64
     """Width and height of the images in pixels."""
     base_channels: int = 64
@@ -124,19 +124,19 @@ class EGDDPMStage:
     multipliers: tuple[int, ...] = (1, 2, 4, 8)
     """Number of feature maps at each level of the U-Net, as a multiple of `base_channels`."""
     expansion: int = 2
-    """Number of feature maps inside a ConvNeXt block, as a multiple of the block's output. Only for backbone paper."""
+    """For backbone paper: number of feature maps inside a ConvNeXt block, as a multiple of the block's output."""
     heads: int = 4
-    """Number of attention heads. Only for backbone paper. In unet2d, this number is feature maps / `head_dim`."""
+    """For backbone paper: number of attention heads. Backbone unet2d has (feature maps / `head_dim`) heads."""
     head_dim: int = 32
     """Width of an attention head."""
     scale_shift: bool = False
     """True: the embedding scales and shifts feature maps (FiLM). False: the embedding is added, as in the paper."""
     patch: int = 1
-    """Side length in pixels of the squares that are folded into channels. With 2, the network needs a quarter of the
-    computation. With 1, as in the paper, nothing is folded."""
+    """Side length in pixels of the squares that are folded into channels. With `patch` 2, the network needs a quarter
+    of the computation. With `patch` 1, as in the paper, no pixels are folded."""
     join_first: bool = False
-    """Add a skip connection from the first level to the last block. Narrow networks need this connection. The paper has
-    no such connection. Only for backbone paper; unet2d always has it."""
+    """For backbone paper: add a skip connection from the first level to the last block. Narrow networks need this skip
+    connection, which the paper does not have and backbone unet2d always has."""
     prediction: Literal["epsilon", "v_prediction"] = "epsilon"
     """Quantity that the network predicts. epsilon: the noise, as in the paper. v_prediction: the velocity, with which
     images show shapes after fewer training steps."""
@@ -148,14 +148,14 @@ class EGDDPMStage:
     """Sampler that `dreamscale generate` uses for this model by default. ddpm: all steps of the forward process, as in
     the paper. ddim: 25 steps."""
     drop: float = 0.1
-    """Fraction of trials whose EEG condition is dropped in training. Classifier-free guidance needs a value above 0.
-    The paper uses 0."""
+    """Fraction of trials whose EEG condition is dropped in training; 0 in the paper. Classifier-free guidance needs a
+    value above 0."""
     standardise: bool = True
     """Standardise the EEG feature with its mean and standard deviation over the train trials. False: use the feature as
     it is, as in the paper."""
     condition_noise: float = 0.0
     """Standard deviation of the noise that is added to the EEG feature in training, relative to the standard deviation
-    of the feature over the train trials. The paper adds no noise."""
+    of the feature over the train trials. The paper adds no noise to the EEG feature."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.995))
     """Settings of the training: steps, batch size, learning rate and so on."""
 
@@ -208,14 +208,14 @@ class DMRE2IConfig:
     stages: Literal["both", "evrnet"] = "both"
     """Stages to train. evrnet trains only the classifier. The same command with `both` continues with EG-DDPM."""
     evrnet_from: str | None = None
-    """Directory `model/evrnet` of an earlier run. If this EVRNet is given, the first stage is skipped."""
+    """Directory `model/evrnet` of an earlier run. If `evrnet_from` is given, the first stage is skipped."""
     ddpm: EGDDPMStage = field(default_factory=EGDDPMStage)
     """Settings of the second stage, which trains EG-DDPM."""
     license: str = "unknown"
     """Licence of the trained weights for the model card, as an identifier of the Hugging Face hub, e.g. cc-by-4.0. The
-    licence of the training data may restrict it."""
+    licence of the training data may restrict the licence of the weights."""
     val_trials: int = 256
-    """Largest number of val trials that an evaluation uses. These trials are spread evenly over the val split."""
+    """Largest number of val trials that an evaluation uses. The used trials are spread evenly over the val split."""
     num_processes: int = 1
     """Total number of processes on all machines."""
     seed: int = 0

@@ -82,10 +82,10 @@ class ChannelNorm(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """ConvNeXt block: a depthwise 7x7 convolution and two 3x3 convolutions, with a 1x1 shortcut from input to output.
+    """ConvNeXt block: a depthwise 7x7 convolution and two 3x3 convolutions, with a shortcut from input to output.
 
-    The embedding is added after the depthwise convolution, and a layer norm follows. A GELU is between the two 3x3
-    convolutions.
+    A layer norm follows the depthwise convolution, and a GELU is between the two 3x3 convolutions. The embedding is
+    added before the layer norm, or scales and shifts the output of the layer norm.
 
     Parameters
     ----------
@@ -231,7 +231,9 @@ class CABlock(nn.Module):
 
 
 class EGDDPM(GuidedUNet):
-    """U-Net guided by EEG, eps(x_t, t, e): a linear map of the EEG feature e is added to the embedding of step t.
+    """U-Net that predicts the noise in an image, from the noisy image, the diffusion step and an EEG feature.
+
+    A linear map of the EEG feature is added to the embedding of the diffusion step.
 
     Parameters
     ----------
@@ -256,12 +258,11 @@ class EGDDPM(GuidedUNet):
         Add a learned null vector, which classifier-free guidance needs. The paper has no null vector.
     patch : int
         Side length in pixels of the squares that are folded into channels before the first level, and unfolded after
-        the last level. With 2, every level needs a quarter of the computation. With 1, as in the paper, nothing is
-        folded.
+        the last level. With `patch` 2, every level needs a quarter of the computation. With `patch` 1, as in the
+        paper, no pixels are folded.
     join_first : bool
-        Add a skip connection from the first level to the last block. Without this connection, all details of
-        the noise must pass through the second level, which is too much for narrow networks. The paper has no such
-        connection.
+        Add a skip connection, which the paper does not have, from the first level to the last block. Without this skip
+        connection, all details of the noise must pass through the second level, which is too much for narrow networks.
 
     References
     ----------
@@ -313,7 +314,7 @@ class EGDDPM(GuidedUNet):
         self.middle_first = ConvNeXtBlock(maps[-1], maps[-1], embedding, expansion, scale_shift)
         self.middle_attention = ResidualAttention(maps[-1], heads, head_dim, linear=False)
         self.middle_second = ConvNeXtBlock(maps[-1], maps[-1], embedding, expansion, scale_shift)
-        # As in the paper, every level except the first has a skip connection.
+        # As in the paper, every level except the first has a skip connection (for the first level, see `join_first`).
         self.up = nn.ModuleList(ca(2 * maps[k], maps[k - 1]) for k in range(levels - 1, 0, -1))
         self.grow = nn.ModuleList(
             nn.ConvTranspose2d(maps[k - 1], maps[k - 1], 4, 2, 1) for k in range(levels - 1, 0, -1)

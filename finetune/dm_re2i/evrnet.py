@@ -31,11 +31,11 @@ class EVRNetConfig:
     """Start of the second skip connection of a multi-kernel residual block. input: the block's input, as in the paper.
     y0: the output of the block's first half, as in two ordinary residual blocks in sequence."""
     mkrb: bool = True
-    """False leaves out both multi-kernel residual blocks. The paper has these blocks."""
+    """False leaves out both multi-kernel residual blocks, which the paper has."""
     dropout: float = 0.0
     """Dropout rate of the semantic feature before the linear layer. The paper uses no dropout."""
     noise_normalisation: bool = False
-    """Multiply the channels by a fixed matrix first, to whiten the background activity. The paper does not do this."""
+    """Multiply the channels by a fixed matrix first, to whiten the background activity, unlike the paper."""
 
     def __post_init__(self) -> None:
         if len(self.widths) != 5 or min(self.widths) < 1:

@@ -1,4 +1,4 @@
-"""The guide: a network that computes a vector from EEG. This vector guides EG-DDPM.
+"""The guide: a network that computes, from EEG, the vector that guides EG-DDPM.
 
 Tensor shapes: B trials, C channels, T samples, D width of the vector.
 """
@@ -30,12 +30,12 @@ class EEGGuide(nn.Module):
     network : EEGClassifier or EEGEncoder
         Classifier of EEG for the kinds ``feature`` and ``logits``; pretrained encoder for the kind ``encoder``.
     kind : str
-        feature: the semantic feature of the classifier. logits: its class scores. encoder: the mean token of the
-        pretrained encoder.
+        feature: the semantic feature of the classifier. logits: the class scores of the classifier. encoder: the mean
+        token of the pretrained encoder.
 
     Notes
     -----
-    The network is always in evaluation mode, also when it is trained along with the DDPM. Batch norms keep the
+    The network is always in evaluation mode, also when it is trained together with the DDPM. Batch norms keep the
     statistics of the first stage, so the vector of a trial does not depend on the other trials of the batch.
     """
 
@@ -73,8 +73,8 @@ class EEGGuide(nn.Module):
         """
         self.requires_grad_(True)
         parameters = list(self.parameters())
-        # In a training with several processes, every trainable parameter must have a gradient. The vector `feature`
-        # does not depend on the last layer of the classifier, so that layer must be frozen.
+        # In a training with several processes, every trainable parameter must have a gradient. The feature of a
+        # classifier does not depend on the classifier's last layer, so the last layer must be frozen for this kind.
         gradients = torch.autograd.grad(self(x_BCT).sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
@@ -86,7 +86,7 @@ class EEGGuide(nn.Module):
         ----------
         x_BCT : Tensor, shape (B, C, T)
             Trials, scaled by the object that `scaling` returns, and padded by repeating channels. A classifier uses
-            only the first `n_channels` rows; the other rows are copies.
+            only the first `n_channels` rows, because the other rows are copies of these.
 
         Returns
         -------
@@ -102,7 +102,7 @@ class EEGGuide(nn.Module):
     def compute(self, x_BCT: Tensor, batch: int = 128, pulse: Callable[[], None] = lambda: None) -> Tensor:
         """Compute the vectors of many trials without gradients, `batch` trials at a time.
 
-        `pulse` is called before each forward pass. It interrupts the computation if a stop was requested.
+        `pulse` is called before each forward pass, and interrupts the computation if a stop was requested.
         """
         parts = []
         for part in x_BCT.split(batch):

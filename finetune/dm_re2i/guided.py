@@ -1,4 +1,4 @@
-"""What the backbones of EG-DDPM share: the EEG vector that guides them, its statistics and its null vector.
+"""Base class of EG-DDPM's backbones, with the linear map of the EEG vector, its statistics and the null vector.
 
 Shapes: B batch, C image channels, H rows, W columns, D width of the EEG vector, E width of the embedding.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class GuidedUNet(ModelMixin, ConfigMixin):
-    """Base class of the backbones: a network eps(x_t, t, e) that predicts the noise in images from an EEG vector e.
+    """Base class of the backbones of EG-DDPM, which predict the noise in images and are guided by an EEG vector.
 
     The config of a subclass has at least ``sample_size``, ``in_channels``, ``condition_dim`` and ``null_condition``.
     `save_pretrained` and `from_pretrained` of diffusers write and read the network.
@@ -26,7 +26,7 @@ class GuidedUNet(ModelMixin, ConfigMixin):
     condition_std: Tensor
 
     def add_condition(self, condition_dim: int, embedding: int, null_condition: bool) -> None:
-        """Add the linear map from the EEG vector to the embedding, the null vector, and the statistics of the vector.
+        """Add the linear map from the EEG vector to the embedding, the statistics of the vector, and a null vector.
 
         Parameters
         ----------
@@ -35,11 +35,11 @@ class GuidedUNet(ModelMixin, ConfigMixin):
         embedding : int
             Width E of the embedding of the diffusion step, to which the result of the linear map is added.
         null_condition : bool
-            Add a learned null vector, which classifier-free guidance needs. The paper has no null vector.
+            True: add a learned null vector, which classifier-free guidance needs. The paper has no null vector.
         """
         self.condition = nn.Linear(condition_dim, embedding)
         self.null = nn.Parameter(torch.zeros(condition_dim)) if null_condition else None
-        # With these values, the vector is used as it is.
+        # With mean 0 and standard deviation 1, the EEG vector is used as it is.
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
         self.register_buffer("condition_std", torch.ones(condition_dim))
 
@@ -47,13 +47,13 @@ class GuidedUNet(ModelMixin, ConfigMixin):
     def set_condition_statistics(self, mean_D: Tensor, std_D: Tensor) -> None:
         """Set the mean and standard deviation for standardising EEG vectors; both are saved with the weights.
 
-        The scale of the vectors depends on the training of their network, but guidance must not depend on this scale.
-        The paper does not standardise the vectors.
+        The scale of EEG vectors depends on the training of the network that computes them, but guidance must not depend
+        on this scale. The paper does not standardise EEG vectors.
 
         Parameters
         ----------
         mean_D, std_D : Tensor, shape (D,)
-            Mean and standard deviation of the features over the training trials.
+            Mean and standard deviation of the EEG vectors over the training trials.
         """
         self.condition_mean.copy_(mean_D)
         # Use 1 for a feature that was constant in training: division by a tiny deviation would amplify small changes.

@@ -47,13 +47,13 @@ def compute_features(
     evrnet : EEGClassifier
         The network in evaluation mode.
     x_BCT : Tensor, shape (B, C, T)
-        Scaled trials, padded by repeating channels. The network uses only the first rows, as many as its config says;
-        the other rows are copies.
+        Scaled trials, padded by repeating channels. The network uses only the first `n_channels` rows; the other rows
+        are copies of these.
     batch : int
         Number of trials in one forward pass.
     pulse : callable
-        Function that is called before each forward pass. The function interrupts the evaluation if a
-        stop was requested.
+        Function that is called before each forward pass. The function interrupts the evaluation if a stop was
+        requested.
 
     Returns
     -------
@@ -73,7 +73,7 @@ def compute_features(
 
 @dataclass(frozen=True)
 class ClassMeans:
-    """Mean EEG feature of each category over the train trials. The control ``class`` of `generate` uses these."""
+    """Mean EEG feature of each category over the train trials, for the control ``class`` of ``dreamscale generate``."""
 
     mean_KD: Tensor
     """Mean features; zeros for a category without train trials."""
@@ -230,8 +230,8 @@ class DMRE2IGenerator:
     ) -> Sampling:
         """Fill in the settings of the sampling that are None (see `finetune.generators.Generator`).
 
-        The default sampler is `sampler` of the model's config. Guidance needs a model that was trained with dropped
-        conditions.
+        The default sampler is the value `ddpm.sampler` of the config with which the model was trained. Guidance needs
+        a model that was trained with dropped conditions.
         """
         chosen = sampler or self.sampler
         if chosen == "dpmsolver++":

@@ -1,4 +1,4 @@
-"""Build the classifier that a config describes, or load a classifier of any kind. Only this file lists the kinds."""
+"""Build the classifier that a config describes, or load a classifier. Only this file lists the kinds of classifiers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build_classifier(stage: EVRNetStage, data: EEGDataset) -> EEGClassifier:
     Returns
     -------
     EEGClassifier
-        The network. A pretrained encoder has its trained weights.
+        The network, in which only a pretrained encoder has trained weights.
 
     Raises
     ------

@@ -55,7 +55,8 @@ class EGDDPMTask(nn.Module):
     norm : str
         Norm of the prediction error: l1 or l2.
     guide : EEGGuide, optional
-        Network that computes the vector from EEG, if it is trained along. Without it, the task gets the vectors.
+        Network that computes the guiding vectors from EEG, if this network is trained together with the U-Net. Without
+        `guide`, the task's input is the vectors in place of EEG.
     """
 
     def __init__(self, unet: GuidedUNet, noising: Any, norm: str, guide: EEGGuide | None = None) -> None:
@@ -63,7 +64,7 @@ class EGDDPMTask(nn.Module):
         self.unet, self.noising, self.norm, self.guide = unet, noising, norm, guide
 
     def features(self, eeg: Tensor) -> Tensor:
-        """Return the vectors [B, D] of trials: the given vectors, or the vectors of the given EEG [B, C, T]."""
+        """Return the guiding vectors [B, D], computed from EEG [B, C, T] if there is a `guide`, otherwise as given."""
         return eeg if self.guide is None else self.guide(eeg)
 
     def errors(
@@ -90,9 +91,9 @@ class EGDDPMTask(nn.Module):
         image, noise : Tensor, shape (B, 3, H, W)
             Images with values from -1 to 1, and the noise that is added to them.
         time : Tensor of int, shape (B,)
-            Step of the forward process for each trial.
+            Step of the forward process (the process that adds noise) for each trial.
         eeg : Tensor, shape (B, D) or (B, C, T)
-            Vectors of the trials, or scaled EEG if the guide is trained along.
+            Guiding vectors of the trials, or scaled EEG if the task has a `guide`.
         jitter : Tensor, shape (B, D)
             Noise that is added to the vectors.
         keep : Tensor of bool, shape (B,), optional
@@ -227,7 +228,7 @@ def _plot_samples(path: Path, unet: GuidedUNet, noising_config: Any, e_BD: Tenso
     from PIL import Image
 
     guided = unet.null is not None
-    # The plot uses the fast sampler, whatever sampler the model is made for.
+    # The plot always uses the fast sampler ddim, also if the config names another sampler for the model.
     sampling = choose_sampling(
         noising_config, sampler="ddim", steps=None, guidance_scale=None, dropped=guided, has_null=guided
     )

@@ -42,8 +42,8 @@ IMAGE_SIZE = 32
 def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None:
     """Compute the running statistics of the batch norms again, from given trials.
 
-    Afterwards the statistics depend only on the weights and on these trials. The statistics from training cannot be
-    used, because training uses averaged and noisy trials. In addition, the statistics from training belong to the last
+    The new statistics depend only on the weights and on the given trials. The statistics from training cannot be used,
+    because training uses averaged and noisy trials. In addition, the statistics from training belong to the last
     weights, and not to the moving average of the weights.
 
     Parameters
@@ -66,8 +66,9 @@ def calibrate_batch_norm(net: nn.Module, x_BCT: Tensor, batch: int = 64) -> None
         dropout.eval()
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # None: compute the plain mean over all batches.
-    # Every batch has the same weight in the mean, so all batches must be equally large. Surplus trials are left out.
+        norm.momentum = None  # With momentum None, PyTorch computes the plain mean over all batches.
+    # Every batch has the same weight in the mean, so all batches must be equally large. Trials that would fill only a
+    # part of a batch are left out.
     for part in x_BCT[: max(batch, len(x_BCT) // batch * batch)].split(batch):
         net(part[:, None])
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -85,8 +86,8 @@ def average_within_category(x_bCT: Tensor, labels_b: Tensor, most: int, random: 
     labels_b : Tensor of int, shape (b,)
         Categories of the trials.
     most : int
-        Largest number of trials in a mean: the trial itself, and up to `most` - 1 random trials of its category, in
-        which a trial may appear several times.
+        Largest number of trials in a mean: the trial itself, and up to `most` - 1 trials of its category, which are
+        drawn at random with replacement.
     random : StepRandom
         Random numbers of this training step.
 
@@ -96,7 +97,8 @@ def average_within_category(x_bCT: Tensor, labels_b: Tensor, most: int, random: 
         Averaged trials. Each mean is scaled to the standard deviation of the trial that it replaces.
     """
     b = len(x_bCT)
-    # Choose most - 1 partners for each trial: each partner is the trial of its category with the highest random score.
+    # Choose `most` - 1 partners for each trial. Among the trials of the same category, the trial with the highest
+    # random score becomes the partner.
     scores = random.uniform(b, most - 1, b)
     same = (labels_b[:, None] == labels_b[None, :])[:, None, :]
     partner = scores.masked_fill(~same, -1.0).argmax(dim=2)
@@ -118,9 +120,10 @@ class EVRNetTask(nn.Module):
     label_smoothing : float
         Amount of label smoothing in the cross-entropy.
     image_components : int
-        Number P of image components that a linear layer predicts from the feature; 0 for no such layer.
+        Number P of principal components of the image that a linear layer predicts from the EEG feature; 0 for no
+        such layer.
     image_weight : float
-        Weight of the error of this prediction in the loss.
+        Weight that the error of the predicted components has in the loss.
     """
 
     def __init__(
@@ -147,8 +150,8 @@ class EVRNetTask(nn.Module):
         dict
             ``loss`` and ``accuracy``; with image components also ``image_error``.
         """
-        # Limit the norms here and not after the optimiser's step, because the training loop has no such hook. The
-        # evaluation limits them too.
+        # Limit the norms of the weights here, because the training loop has no hook after the optimiser's step.
+        # `evaluate` also limits the norms.
         self.net.limit_norms()
         e_BD, logits = self.net(x[:, None], normalised=True)
         loss = F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
@@ -162,7 +165,8 @@ class EVRNetTask(nn.Module):
 def compute_image_error(predicted_BP: Tensor, image_BP: Tensor) -> Tensor:
     """Return the mean squared error of predicted image components, summed over components.
 
-    The result is 1 for a prediction of zeros (the mean image) over all train images, and 0 for the right components.
+    Over all train images, a prediction of zeros (the mean image) has the error 1, and the right components have the
+    error 0.
     """
     return (predicted_BP - image_BP).square().sum(dim=1).mean()
 
@@ -205,7 +209,7 @@ def check_labels(data: EEGDataset, table: ImageTable) -> None:
 
 
 def choose_targets(table: ImageTable, stage: EVRNetStage, seed: int) -> np.ndarray:
-    """Return the image whose category each trial is trained with.
+    """Return, for each trial, the image whose category is the trial's target in training.
 
     Parameters
     ----------
@@ -214,13 +218,13 @@ def choose_targets(table: ImageTable, stage: EVRNetStage, seed: int) -> np.ndarr
     stage : EVRNetStage
         Config of the stage.
     seed : int
-        Seed for shuffling the images, if the config says so.
+        Seed for shuffling the images, which is done only if `stage.permute_labels` is true.
 
     Returns
     -------
     array of int, shape (trials,)
-        Rows of the table. If they are shuffled, all trials of an image still have the same target, and each category
-        has as many images as before.
+        Row of the target image in the table. If the images are shuffled, all trials of an image still have the same
+        target, and each category has as many images as before.
     """
     order_M = np.arange(len(table))
     if stage.permute_labels:
@@ -256,7 +260,7 @@ def train_evrnet(
     Raises
     ------
     RequestError
-        If the run is complete, but its result was deleted.
+        If the run is complete, but its folder `package` was deleted.
     """
     stage, device = config.evrnet, accelerator.device
     run = open_run(config, accelerator, free=config.free_keys(), output=Path(config.output) / "evrnet")
@@ -325,7 +329,7 @@ def train_evrnet(
         if val_MP is not None and module.image_layer is not None:
             predicted_BP = module.image_layer(e_BD.to(device))
             found["image_error"] = float(compute_image_error(predicted_BP, val_MP[val_rows].to(device)))
-        # With few val trials, several evaluations often have the same accuracy. In this case the loss decides.
+        # With few val trials, several evaluations often have the same accuracy, so the loss must decide among them.
         return {**found, "score": found["accuracy"] - 1e-4 * min(found["loss"], 100.0)}
 
     result = fit(
@@ -347,7 +351,7 @@ def train_evrnet(
         task.net.save_pretrained(run.path / "package")
         plot_losses(run, run.path / "plots" / "loss.png", ["train/loss", "val/loss", "train/accuracy", "val/accuracy"])
         found = evaluate_classifier(task.net, val, tables[1], device, config.eeg.average_repeats).summary
-        # The val trials have chosen the weights, so results on these trials are a little too good.
+        # The weights that were best on the val trials were chosen, so results on the val trials are a little too good.
         save_results({"chose_weights": True, "best_step": result.best_step, **found}, run.path)
         run.status("done", best_step=result.best_step, val=result.best)
         low, high = found["interval_images"]

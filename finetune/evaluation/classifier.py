@@ -1,7 +1,8 @@
 """A small image classifier that recognises the category of generated images.
 
-The papers use a network trained on ImageNet. The classifier in this module needs no download, because it is trained on
-the dataset's training images. Its training uses no EEG, no generated images, and no images of the val and test splits.
+The papers judge images with a network that was trained on ImageNet. The classifier in this module needs no download,
+because it is trained on the dataset's training images. The training of the classifier uses no EEG, no generated images,
+and no images of the val and test splits.
 
 Array shapes: B images, H rows, W columns, D feature width, K classes.
 """
@@ -39,7 +40,7 @@ class ClassifierConfig:
     lr: float = 3e-3
     """Highest learning rate during the training."""
     width: int = 24
-    """Number of feature maps of the first convolution. The width of the features is four times this number."""
+    """Number of feature maps of the first convolution. The features are four times as wide as `width`."""
     size: int = 32
     """Width and height in pixels to which images are resized; a multiple of 8."""
 
@@ -193,8 +194,8 @@ def _to_input(images_BHW3: Images, size: int) -> Tensor:
 def _augment(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     """Augment images: mirror, zoom and shift them, change colours and contrast, blur them and add noise.
 
-    A generated image may show the right category although, for example, its colours are wrong. The classifier must
-    still recognise such an image.
+    A generated image may show the right category although, for example, its colours are wrong, and the classifier must
+    still recognise the category.
     """
     b, _, height, width = x_B3HW.shape
 

@@ -47,14 +47,14 @@ class EvaluateConfig:
     permutations: int = 10_000
     """Number of times that the labels are shuffled between images to compute the p-value."""
     inception: str | None = None
-    """TorchScript file of Inception-V3 (inception-2015-12-05.pt). FID and KID are computed only with this file.
+    """TorchScript file of Inception-V3 (inception-2015-12-05.pt), without which FID and KID are not computed.
     A TorchScript file is a program, so it needs trust_programs: true."""
     lpips: str | None = None
-    """TorchScript file of VGG-16 with LPIPS weights (vgg16.pt). LPIPS is computed only with this file. It needs
-    trust_programs: true."""
+    """TorchScript file of VGG-16 with LPIPS weights (vgg16.pt), without which LPIPS is not computed. A TorchScript
+    file is a program, so it needs trust_programs: true."""
     trust_programs: bool = False
-    """True: run the programs in the files `inception` and `lpips`. Such a program may do anything that you may do, so
-    give only files that you downloaded from their authors and whose checksums you compared."""
+    """True: run the programs in the files `inception` and `lpips`. A TorchScript program may do anything that you may
+    do, so give only files that you downloaded from their authors and whose checksums you compared."""
     examples: int = 24
     """Number of trials whose images the report shows."""
     seed: int = 0
@@ -80,7 +80,7 @@ def _resize(images_BHW3: Images, size: int) -> Images:
 
 
 def _load_torchscript(path: str, key: str, folders: list[Path]) -> Any:
-    """Load a program of the user. A program in one of the `folders`, which others may have made, is refused."""
+    """Load a TorchScript program of the user. Refuse a program in one of the `folders`, which others may have made."""
     import torch
 
     if any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in folders):
@@ -97,7 +97,7 @@ def _load_torchscript(path: str, key: str, folders: list[Path]) -> Any:
 
 
 def _run_script(script: Any, images_BHW3: Images, batch: int = 32, **options: Any) -> NDArray[np.float64]:
-    """Run a TorchScript network on images. Its input has the shape [B, 3, H, W] and values from 0 to 255."""
+    """Run a TorchScript network on images; the network's input is [B, 3, H, W] with values from 0 to 255."""
     import torch
 
     parts = []
@@ -144,7 +144,8 @@ def measure(
     -------
     dict
         Maps the name of each metric to a number, to a dictionary of numbers, or to a text that says why the metric was
-        not computed. The metric's name ends with the name of the feature network in brackets.
+        not computed. The names of metrics that use the image classifier end with its name in brackets. Other keys are
+        ``confusion`` (the confusion matrix) and ``frechet_note``.
     """
     features, probabilities = judges.classifier.judge(_resize(images_BHW3, judges.size))
     real_features, _ = judges.classifier.judge(_resize(real_BHW3, judges.size))
@@ -304,7 +305,7 @@ def _held_out(path: Path, judges: Judges, dataset_split: str) -> dict[str, Any]:
         try:
             table = ImageTable(open_paired(path, split))
         except RequestError:
-            continue  # A dataset may have no val or test split. "splits" in the result names the splits that were used.
+            continue  # A dataset may have no val or test split. The result's entry "splits" names the splits in use.
         _, probabilities = judges.classifier.judge(table.pixels(size=judges.size))
         correct += int((probabilities.argmax(axis=1) == table.labels).sum())
         total += len(table)
@@ -331,7 +332,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     -------
     dict
         Content of metrics.json. `measure` computes the values of ``generated``, ``shuffled`` (images from other trials'
-        EEG) and ``real`` (the upper limit). Other keys are ``random_pairs``, ``memorisation`` and ``classifier``.
+        EEG) and ``real`` (the real images, as an upper limit). Other keys of the result are, for example,
+        ``random_pairs``, ``memorisation`` and ``classifier``.
 
     Raises
     ------
@@ -391,7 +393,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if set(givers) <= label_of.keys():
             _, probabilities = classifier.judge(_resize(control.images_BHW3, judges.size))
             # If a good model gets the EEG of another trial, the generated image shows the category of this other trial.
-            # So this accuracy is computed with the labels of the trials whose EEG was used.
+            # Therefore, compute `accuracy_of_eeg` with the labels of the trials whose EEG was used.
             result["shuffled"][f"accuracy_of_eeg[{JUDGE}]"] = metrics.accuracy_with_p_value(
                 probabilities.argmax(axis=1),
                 np.array([label_of[key] for key in givers]),
@@ -400,8 +402,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                 seed=config.seed,
             )
     train_images = table.pixels(size=judges.size)
-    # Compare with the real images of this split. If a generator does not copy training images, its images should not be
-    # closer to the training images than the real images of this split are.
+    # If a generator does not copy training images, its images should not be closer to the training images than the real
+    # images of the evaluated split are.
     result["memorisation"] = {
         "measure": f"RMS pixel difference to the most similar of {len(table)} training images at {judges.size} pixels",
         "generated": _quartiles(measure_nearest_training_image(_resize(own.images_BHW3, judges.size), train_images)),
@@ -458,7 +460,7 @@ _main = command(EvaluateConfig, evaluate_and_print, prog="dreamscale evaluate", 
 def main(argv: list[str] | None = None) -> int:
     """Run ``dreamscale evaluate`` and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # Older documentation wrote the option with a hyphen: --control-dir.
+    # Older documentation wrote the option --control_dir with a hyphen, as --control-dir.
     return _main([word.replace("--control-dir", "--control_dir", 1) for word in words])
 
 

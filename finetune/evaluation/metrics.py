@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 Images = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 JUDGE = "dataset-classifier"
-"""Name of this project's classifier in the results. The Fréchet distance of its features must not be called FID,
-because the FID uses features of Inception-V3."""
+"""Name of this project's image classifier in the results. A Fréchet distance of this classifier's features must not be
+called FID, because the FID uses features of Inception-V3."""
 TOO_SMALL = "not computed: the images are smaller than 11 pixels"
 
 
@@ -106,7 +106,7 @@ def ssim(a_BHW3: Images, b_BHW3: Images, *, window: int = 11, sigma: float = 1.5
 def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
     """Compute the Fréchet distance between two sets of features, each treated as Gaussian.
 
-    For features of Inception-V3, this distance is the FID.
+    With features of Inception-V3, the Fréchet distance is the FID.
 
     Parameters
     ----------
@@ -129,8 +129,8 @@ def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
             f"need features of equal width for two or more images in each set, not {real.shape} and {generated.shape}"
         )
     cov_r, cov_g = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (real, generated))
-    # Tr (S_r S_g)^(1/2) equals the trace of the square root of S_r^(1/2) S_g S_r^(1/2). This matrix is symmetric, so
-    # its square root has no complex numbers.
+    # Tr (S_r S_g)^(1/2) is computed as the trace of the square root of S_r^(1/2) S_g S_r^(1/2): the two traces are
+    # equal, and the second matrix is symmetric, so that its square root has no complex numbers.
     values, vectors = np.linalg.eigh(cov_r)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_g @ root).clip(0)).sum()
@@ -141,7 +141,7 @@ def frechet_distance(real_BD: Floats, generated_BD: Floats) -> float:
 def kernel_distance(real_BD: Floats, generated_BD: Floats) -> float:
     """Compute the unbiased squared maximum mean discrepancy with the cubic kernel.
 
-    For features of Inception-V3, this discrepancy is the KID.
+    With features of Inception-V3, the squared maximum mean discrepancy is the KID.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def kernel_distance(real_BD: Floats, generated_BD: Floats) -> float:
 def inception_score(probabilities_BK: Floats) -> float:
     """Compute ``exp(mean KL(p(y|x) || p(y)))`` of a classifier's probabilities.
 
-    For probabilities of Inception-V3, this value is the Inception Score.
+    With probabilities of Inception-V3, the result is the Inception Score.
 
     Parameters
     ----------
@@ -212,7 +212,7 @@ def n_way_top_k(
     n : int
         Number of compared classes, including the true class; from 2 to K.
     k : int
-        A trial is correct if the true class is among the k most likely of the n classes.
+        A trial is correct if the true class is among the `k` most likely of the `n` compared classes.
     repeats : int
         How often the other classes are drawn for each trial.
     seed : int
@@ -227,7 +227,7 @@ def n_way_top_k(
     Raises
     ------
     ValueError
-        If n or k is out of range.
+        If `n` or `k` is out of range.
 
     References
     ----------
@@ -288,8 +288,9 @@ def accuracy_with_p_value(
     dict
         ``accuracy``: accuracy with the true labels; ``chance``: mean accuracy over all possible shuffles; ``n``: number
         of trials; ``images``: number of images; ``p_value``: (1 + k) / (1 + number of shuffles), where k is the number
-        of shuffles with at least the true accuracy. For few images, all possible shuffles are counted, and the p-value
-        is exact. ``interval``: Wilson's 95 % confidence interval, which assumes independent trials.
+        of shuffles with at least the true accuracy. For few images, all possible shuffles are tried, and ``p_value`` is
+        exactly the fraction with at least the true accuracy. ``interval``: Wilson's 95 % confidence interval of the
+        accuracy, which assumes independent trials.
 
     Raises
     ------
@@ -319,7 +320,7 @@ def accuracy_with_p_value(
         assert axis == -1
         return votes_MK[np.arange(len(names)), labels_M].sum(axis=-1)
 
-    # The labels of a single image cannot be shuffled.
+    # With a single image, labels cannot be shuffled, so the p-value is 1.
     p_value = 1.0
     if len(names) > 1:
         found = permutation_test(
@@ -328,7 +329,7 @@ def accuracy_with_p_value(
             permutation_type="pairings",
             vectorized=True,
             n_resamples=permutations,
-            # Work in blocks of shuffles, to limit the memory that one call of the function above needs.
+            # Work in blocks of shuffles, to limit the memory that one call of `count_right` needs.
             batch=max(1, 2_000_000 // len(names)),
             alternative="greater",
             axis=-1,
@@ -369,7 +370,7 @@ PAIRED_METRICS: dict[str, Callable[[Images, Images], Floats | str]] = {"psnr": p
 """Maps the name of a paired metric to the function that compares each generated image with one other image.
 
 Each function takes two arrays of images and returns one number for each pair, or a text that says why the metric was
-not computed. Every metric of this table is also computed with the images of random other trials, as a control.
+not computed. Every metric of `PAIRED_METRICS` is also computed with the images of random other trials, as a control.
 """
 
 
@@ -401,5 +402,5 @@ METRICS: dict[str, Callable[[JudgedImages], float | str]] = {
 """Maps the name of a metric in metrics.json and in the report to the function that computes the metric.
 
 Each function returns a number, or a text that says why the metric was not computed. `evaluate.measure` calls every
-function of this table, both for the generated images and for the control images.
+function of `METRICS`, for the generated images, the control images and the real images.
 """

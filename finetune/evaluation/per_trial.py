@@ -1,8 +1,8 @@
 """Values of each trial of an evaluation, and the comparison of several models on the same trials.
 
-`dreamscale evaluate` writes the values to ``trials.json``. Trials of one image are not independent, and trials of one
-person are not independent either, so every interval is computed over images and over people
-(`pretrain.probe.statistics`).
+`dreamscale evaluate` writes the values to ``trials.json``. Neither trials of the same image nor trials of the same
+person are independent, so every confidence interval is computed twice: over images and over people (see
+`pretrain.probe.statistics`).
 
 Array shapes: B trials.
 """
@@ -25,7 +25,7 @@ from finetune.evaluation.metrics import PAIRED_METRICS, Images
 from pretrain.probe.statistics import FEWEST_SUBJECTS, difference_interval, flip_test
 
 NAME = "trials.json"
-"""Name of the file in the folder of generated images."""
+"""Name of the file, in the folder of generated images, that holds the values of each trial."""
 ACCURACY = "accuracy"
 """Name of the value that is 1 if the classifier finds the right category in the generated image, and 0 if not."""
 
@@ -41,15 +41,15 @@ class TrialValues:
     images_B: NDArray[np.str_]
     """Id of the image that the person saw in each trial."""
     values: dict[str, NDArray[np.float64]]
-    """[B] for each metric. NaN for a value that could not be computed, such as the PSNR of two equal images."""
+    """Values [B] of each metric. NaN stands for a value that is not finite, such as the PSNR of two equal images."""
     shuffled: dict[str, NDArray[np.float64]]
-    """The same for the images from shuffled EEG; empty if there is no control."""
+    """Values [B] of each metric for the images from shuffled EEG; empty if there are no such images."""
 
 
 def measure_trials(
     images_BHW3: Images, real_BHW3: Images, labels_B: NDArray[np.integer], probabilities_BK: NDArray[np.float64]
 ) -> dict[str, NDArray[np.float64]]:
-    """Compute the values of each trial.
+    """Compute the metrics of the generated image of each trial.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def summarise(
     Parameters
     ----------
     values_B : ndarray, shape (B,)
-        Value of each trial, or difference between two models in each trial. NaN is left out.
+        Value of each trial, or difference between two models in each trial. NaN values are left out.
     images_B, subjects_B : ndarray of str, shape (B,)
         Image and subject of each trial.
     resamples : int
@@ -173,14 +173,14 @@ def summarise(
     seed : int
         Seed of the resamples.
     test : bool
-        Whether to test that the mean differs from zero.
+        Whether to test if the mean differs from zero.
 
     Returns
     -------
     dict
         ``mean``, ``n`` (trials), ``images`` and ``people``: numbers; ``over_images`` and ``over_people``: intervals,
         None if there are fewer than two images or people. With `test`: ``p_images`` and ``p_people``, the p-values of
-        `flip_test`; None for fewer people than a test can use.
+        `flip_test`; None if there are too few images or people for a test.
     """
     good = np.isfinite(values_B)
     values, images, people = values_B[good], images_B[good], subjects_B[good]
@@ -216,8 +216,8 @@ def compare_models(
     dict
         For each model and each of its metrics: ``own`` (the mean), ``shuffled`` (the mean with shuffled EEG, or None),
         ``own_minus_shuffled`` and ``difference`` (to the base model; None for the base model, and for a metric that
-        the base model does not have). Each is a result of `summarise`. A difference uses only the trials that both
-        models have; ``n`` is their number.
+        the base model does not have). Each of these values is a result of `summarise`. ``difference`` uses only the
+        trials that both models have.
     """
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     number_in_base = {key: number for number, key in enumerate(models[base].keys)}

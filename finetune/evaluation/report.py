@@ -57,7 +57,7 @@ def _make_metric_table(result: dict[str, Any]) -> Table:
 
 
 def choose_trials(labels_B: np.ndarray, examples: int) -> list[int]:
-    """Choose the trials whose images are shown. Trials are taken evenly from all categories, not by quality.
+    """Choose the trials whose images are shown, spread evenly over the categories and without regard to quality.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """The linear baseline: a linear map from time courses to image features, and a search among the training images.
 
-The baseline cannot draw. It predicts the category and a coarse image, and shows the most similar training image of this
-category. A generator must be compared with this baseline, because the baseline shows how much of a score comes from the
-decoding of the EEG alone.
+The linear baseline generates no images. Instead, the baseline predicts the category and a coarse image, and shows the
+most similar training image of the predicted category. A generator must be compared with the linear baseline, which
+shows how much of a score comes from the decoding of the EEG alone.
 
 Array shapes: B trials, C channels, T samples, F features, K categories, P image components, M training images, H rows,
 W columns.
@@ -42,7 +42,7 @@ def compute_time_courses(eeg_BCT: Tensor, spec: PreprocessSpec, *, channels: int
     spec : PreprocessSpec
         Preprocessing of the EEG, which defines the scale.
     channels : int
-        Number of channels to use: the first ones.
+        Number of channels to use. Only the first `channels` rows are used.
     bins : int
         Number of time bins.
 
@@ -73,7 +73,7 @@ class LinearModel:
     labels_M: NDArray[np.int64]
     """Category of each training image."""
     components_MP: Floats
-    """Components of each training image."""
+    """Principal components of the pixels of each training image."""
     images_MHW3: NDArray[np.uint8]
     """Pixels of the training images."""
 
@@ -202,7 +202,7 @@ class LinearGenerator:
     def choose_sampling(
         self, *, sampler: SamplerName | None = None, steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampling:
-        """Return settings for the list of results; the choice of an image has no sampler (see `Generator`)."""
+        """Return sampling settings, which are only recorded, because the linear model has no sampler."""
         return Sampling(sampler=sampler or "ddim", steps=steps or 1, guidance_scale=guidance_scale or 1.0)
 
     def generate(
@@ -218,7 +218,8 @@ class LinearGenerator:
     ) -> np.ndarray:
         """Choose a training image for each trial (see `finetune.generators.Generator`).
 
-        The choice has no random numbers and no sampler, so it ignores the seeds and the settings of the sampling.
+        The linear model uses no random numbers and no sampler, so this method ignores the seeds and the settings of the
+        sampling.
 
         Raises
         ------

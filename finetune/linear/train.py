@@ -33,9 +33,9 @@ class LinearConfig:
     dataset: str
     """Path of the EEG-image dataset, which must have train and val splits."""
     output: str
-    """Run directory. Its subdirectory `model/` is the result."""
+    """Run directory. The trained model is written to its subdirectory `model/`."""
     eeg: EEGConfig = field(default_factory=EEGConfig)
-    """Part of each trial that the model reads, and averages over repeated presentations in val trials."""
+    """Part of each trial that the model reads, and how repeated presentations are averaged in val trials."""
     channels: int = 128
     """Number of channels that the model reads, from 1 to 128. The channels of a trial with fewer channels are
     repeated."""
@@ -81,7 +81,7 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
         The model.
     scores : dict
         Results on the val split: ``accuracy`` of the category, ``similarity`` (mean cosine similarity of the predicted
-        and the true components), and the ridge ``penalty`` that was chosen by their sum.
+        and the true components), and ``penalty`` (the ridge penalty with the largest accuracy plus similarity).
 
     Raises
     ------
@@ -110,7 +110,7 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
         similarity = float(((predicted_BP * true_BP).sum(axis=1) / np.maximum(norms, 1e-12)).mean())
         return float((out_BL[:, :k].argmax(axis=1) == labels_B).mean()), similarity
 
-    # The map is linear. So its weights are the outputs for the unit vectors, relative to the output for zero.
+    # Because the map is linear, its weights are the outputs for (mean + unit vector), minus the output for the mean.
     mean_F = x_BF.mean(axis=0)
     units_UF = np.concatenate([mean_F[None], mean_F + np.eye(len(mean_F), dtype=np.float32)])
     maps = [(out_UL[1:] - out_UL[0], out_UL[0]) for out_UL in ridge_scores(x_BF, y_BL, units_UF)]

@@ -29,8 +29,8 @@ class ConditionerConfig:
     hidden: int = 64
     """Number of tokens between the two convolutions of the conditioner."""
     time_dim: int = 0
-    """Width of the time embedding, E. With E > 0, a vector from the EEG is also added to the time embedding, as in
-    DreamDiffusion's code. 0 switches this second path off, as in DreamDiffusion's paper."""
+    """Width of the time embedding, E. If E is above 0, a vector from the EEG is also added to the time embedding, as in
+    DreamDiffusion's code. With 0, nothing is added to the time embedding, as in DreamDiffusion's paper."""
 
 
 class Conditioner(nn.Module):
@@ -43,9 +43,10 @@ class Conditioner(nn.Module):
 
     Notes
     -----
-    Two convolutions change the number of tokens, N -> hidden -> L. Then a linear map changes the width, D -> W. The
-    second path takes this result, reduces the tokens, L -> L // 2 -> 1, and maps the width, W -> E. The last layer of
-    the second path is initialised with zeros, so that training starts from the base model's own time embedding.
+    To compute the cross-attention states, two convolutions change the number of tokens, N -> hidden -> L, and a linear
+    map changes the width, D -> W. To compute the vector for the time embedding from the cross-attention states, two
+    convolutions reduce the number of tokens, L -> L // 2 -> 1, and a linear map changes the width, W -> E. The linear
+    map to E is initialised with zeros, so that training starts from the base model's own time embedding.
 
     References
     ----------
@@ -76,14 +77,14 @@ class Conditioner(nn.Module):
         tokens_BND : Tensor, [B, N, D]
             Tokens of the encoder, without the class token.
         keep_B : Tensor of bool, [B], optional
-            False for trials whose EEG condition is dropped, for classifier-free guidance; by default all are kept.
+            False for trials whose EEG condition is dropped, for classifier-free guidance; by default none is dropped.
 
         Returns
         -------
         states_BLW : Tensor, [B, L, W]
             Cross-attention states, which replace the states of a text encoder.
         time_BE : Tensor, [B, E], or None
-            Vector that is added to the time embedding; None if the second path is off.
+            Vector that is added to the time embedding; None if `time_dim` is 0.
         """
         states_BLW = self.dim_mapper(self.token_mapper(tokens_BND))
         time_BE = None
@@ -109,7 +110,7 @@ class Conditioner(nn.Module):
         states_BLW : Tensor, [B, L, W]
             Learned null states.
         time_BE : Tensor, [B, E], or None
-            Zeros that are added to the time embedding; None if the second path is off.
+            Zeros that are added to the time embedding; None if `time_dim` is 0.
         """
         states_BLW = self.null_LW.expand(batch, -1, -1)
         if not self.config.time_dim:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 16
-"""Largest number of tokens of a caption. CLIP's own limit, 77, would make every cross-attention five times longer."""
+"""Largest number of tokens of a caption. With CLIP's limit of 77, cross-attentions would read five times as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[tuple[Tensor
 
 
 def _augment(x_B3HW: Tensor, generator: torch.Generator, *, captioned: bool, shift: int = 2) -> Tensor:
-    """Shift images. If their captions are not used, also mirror them and permute their colour channels.
+    """Shift images at random. If `captioned` is false, also mirror the images and permute their colour channels.
 
     A caption may name a colour or a side, so an image with a caption must keep its colours and its sides.
     """
@@ -166,7 +166,7 @@ def _make_optimizer(
 def _train_clip(
     x_M3HW: Tensor, captions: Sequence[str], tokenizer: CLIPTokenizer, config: MiniatureConfig
 ) -> CLIPModel:
-    """Train a small CLIP from scratch. An image and an equal caption of another image are not a negative pair."""
+    """Train a small CLIP from scratch. An image and a caption equal to its own caption are never a negative pair."""
     from transformers import CLIPConfig, CLIPModel
 
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -270,7 +270,7 @@ def _train_unet(
     vae: AutoencoderKL,
     config: MiniatureConfig,
 ) -> tuple[UNet2DConditionModel, Any]:
-    """Train a small U-Net, with the block types of Stable Diffusion 1.5. A tenth of the captions is dropped."""
+    """Train a small U-Net with the block types of Stable Diffusion 1.5. A tenth of the captions is replaced by ""."""
     from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig
 
@@ -302,7 +302,7 @@ def _train_unet(
     noising = DDPMScheduler.from_config(scheduler.config)
     scale = vae.config.scaling_factor
     with torch.no_grad():
-        # The autoencoder no longer changes, so eight augmented variants of each image are encoded once in advance.
+        # The autoencoder no longer changes, so each image and seven augmented variants are encoded once, in advance.
         generator = torch.Generator().manual_seed(config.seed + 3)
         views = [x_M3HW, *(_augment(x_M3HW, generator, captioned=True) for _ in range(7))]
         latents = torch.cat([vae.encode(p).latent_dist.mean * scale for view in views for p in view.split(64)])

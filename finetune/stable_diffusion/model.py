@@ -1,6 +1,7 @@
 """Stable Diffusion conditioned on EEG: the model, its loss, its package on disk, and the generation of images.
 
-Tensor shapes: B trials, C channels, T samples, N tokens of width D, L condition tokens of width W, h, w latent pixels.
+Tensor shapes: B trials, C channels, T samples, N tokens of width D, L condition tokens of width W, h rows and w columns
+of a latent, E width of the U-Net's time embedding, P width of CLIP's projection.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ if TYPE_CHECKING:
 KIND = "stable_diffusion"
 Tune = Literal["E+A", "E", "A"]
 _WHAT = "Stable Diffusion"
-# Library and class of each part of a pipeline. Other classes are not loaded, because a class could be any code.
+# Libraries and classes that each part of a pipeline may have. No other class is loaded, because a class could be any
+# code.
 _PARTS = {
     "unet": {("diffusers", "UNet2DConditionModel")},
     "vae": {("diffusers", "AutoencoderKL")},
@@ -137,8 +139,8 @@ def open_time_path(unet: UNet2DConditionModel) -> int:
     Parameters
     ----------
     unet : UNet2DConditionModel
-        The U-Net to change in place. The second input is the option ``class_embed_type: identity`` of diffusers, so
-        saving the U-Net also saves this option.
+        The U-Net to change in place. The option ``class_embed_type: identity`` of diffusers adds the second input, and
+        this option is saved with the U-Net.
 
     Returns
     -------
@@ -148,7 +150,7 @@ def open_time_path(unet: UNet2DConditionModel) -> int:
     Raises
     ------
     RequestError
-        If the base model already uses this input for classes.
+        If the base model already uses its input ``class_labels`` for classes.
     """
     kind = unet.config.class_embed_type
     if kind not in (None, "identity") or unet.config.num_class_embeds is not None:
@@ -195,7 +197,7 @@ class EEGDiffusion(nn.Module):
     unet : UNet2DConditionModel
         The base model's U-Net.
     noising : DDPMScheduler
-        Noise scheduler of the base model, which defines the forward process.
+        Noise scheduler of the base model, which adds the noise in training.
     head : ClipHead, optional
         Network that maps tokens to CLIP's image space, for the CLIP loss.
     clip_weight : float
@@ -221,8 +223,8 @@ class EEGDiffusion(nn.Module):
         Parameters
         ----------
         tune : str
-            E: train encoder and conditioner; A: train the U-Net's cross-attentions and their norms; E+A: train all of
-            these. A CLIP head is always trained.
+            E: train encoder and conditioner; A: train the U-Net's cross-attentions and their norms; E+A: train the
+            parts of both E and A. A CLIP head is always trained.
         """
         self.requires_grad_(False)
         if "E" in tune:
@@ -354,7 +356,7 @@ class StableDiffusionGenerator:
         self.encoder = EEGEncoder.from_pretrained(folder / "encoder").requires_grad_(False).to(self.device)
         self.conditioner = Conditioner.from_pretrained(folder / "conditioner").requires_grad_(False).to(self.device)
         self.unet, self.vae = self.pipeline.unet.to(self.device), self.pipeline.vae.to(self.device)
-        # Models of older versions do not store how many conditions were dropped in the training.
+        # Older versions of Dreamscale did not store `drop`, the fraction of conditions that were dropped in training.
         self.dropped = check_number(values.get("drop", 0.1), str(folder / "dreamscale.json"), "drop") > 0
 
     @property
@@ -397,7 +399,7 @@ class StableDiffusionGenerator:
         Returns
         -------
         tuple of Tensor
-            Condition in the form that `Conditioner.null` returns, with the states of the captions.
+            Condition in the form that `Conditioner.null` returns, but with the text encoder's states of the captions.
         """
         tokenizer, text_encoder = self.pipeline.tokenizer, self.pipeline.text_encoder.to(self.device)
         ids = tokenizer(
@@ -435,7 +437,7 @@ class StableDiffusionGenerator:
         size, generators = self.unet.config.sample_size, make_generators(seeds)
         z_B4hw = sample(
             lambda x, time, states: self.unet(x, time, states[0], class_labels=states[1]).sample,
-            # Latents may leave the range of pixels, so they must not be clipped to this range.
+            # Latents may have values outside -1 to 1, the range of pixels, so the scheduler must not clip them.
             make_scheduler(chosen.sampler, self.pipeline.scheduler.config, clip_sample=False),
             draw_noise((self.unet.config.in_channels, size, size), generators, self.device),
             condition,

@@ -2,7 +2,7 @@
 
 The command is ``dreamscale finetune CONFIG`` or ``accelerate launch -m finetune.stable_diffusion CONFIG``.
 
-Tensor shapes: B trials, T samples, M different images, h, w latent pixels.
+Tensor shapes: B trials, T samples, M different images, h rows and w columns of a latent.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class StableDiffusionConfig:
     dataset: str
     """Path of the EEG-image dataset, which must have train and val splits."""
     encoder: str
-    """Encoder package: for order sequential, `encoder/` of an alignment run; for order joint, a pretrained encoder."""
+    """Encoder package. Order sequential needs the folder `encoder/` of an alignment run, and order joint a pretrained
+    encoder."""
     base: str
     """Stable Diffusion model in the layout of diffusers: a directory, or a hub id."""
     output: str
@@ -66,7 +67,7 @@ class StableDiffusionConfig:
     of pretraining."""
     tune: Literal["E+A", "E", "A"] = "E+A"
     """Parts of the model that are trained. E: the encoder and its projector. A: the U-Net's cross-attentions and their
-    norms (attn2, norm2). E+A: all of these."""
+    norms (attn2, norm2). E+A: the parts of both E and A."""
     time_path: bool = True
     """Also add a projection of the EEG to the time embedding, as in DreamDiffusion's code but not in its paper."""
     hidden: int = 64
@@ -84,7 +85,7 @@ class StableDiffusionConfig:
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(ema=0.99))
     """Settings of the training: steps, batch size, learning rate and so on."""
     val_trials: int = 256
-    """Largest number of val trials that an evaluation uses. These trials are spread evenly over the val split."""
+    """Largest number of val trials that an evaluation uses. The used trials are spread evenly over the val split."""
     num_processes: int = 1
     """Total number of processes on all machines."""
     seed: int = 0
@@ -133,7 +134,7 @@ def encode_images(
             posterior = vae.encode(to_model_range(pixels_BHW3).to(device)).latent_dist
         return torch.stack([posterior.mean, posterior.std], 1).float() * vae.config.scaling_factor
 
-    # A batch has as many pixels as 64 images of 128 x 128, so memory does not grow with the size of the images.
+    # A batch has at most as many pixels as 64 images of 128 x 128, so that large images do not need more memory.
     batch_size = max(1, min(64, 64 * 128 * 128 // size**2))
     key = {"what": "latents", "weights": digest_weights(vae)}
     latents = table.features(compute, size=size, key=key, cache=cache, batch_size=batch_size, write=write)

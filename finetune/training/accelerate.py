@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def quiet_libraries() -> None:
-    """Switch off progress bars, warnings and advice of the model libraries. Their errors still raise exceptions."""
+    """Switch off progress bars, warnings and advice of the model libraries, but not their exceptions."""
     import logging
 
     from transformers.utils import logging as transformers_logging
 
-    # Set this before diffusers is imported, because this import makes transformers print warnings.
+    # Silence transformers before diffusers is imported, because the import makes transformers print warnings.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     from diffusers.utils import logging as diffusers_logging
@@ -63,8 +63,8 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
     cpu = choose_device(device).type == "cpu"
     check_num_processes(num_processes, "accelerate launch --multi_gpu --num_processes {} -m ...")
     _, launched = launched_world()
-    # Give Accelerate the name of the backend. Without the name, CPU processes would not join one process group. Do
-    # not give the name if there is only one process, because Accelerate would reject the argument.
+    # Several processes need the name of the communication backend, because otherwise CPU processes would not join one
+    # process group. With only one process, Accelerate would reject the name.
     handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl")] if launched > 1 else []
     accelerator = Accelerator(
         cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers
@@ -102,7 +102,7 @@ def start_processes(config: Any, precision: str) -> Iterator[Accelerator]:
     """
     accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, precision=precision)
     yield accelerator
-    # Do not wait after an error, because the other processes may never come to this line.
+    # This line is not reached after an error, so a failed process does not wait for the other processes.
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -154,7 +154,7 @@ def use_run(config: Any, accelerator: Accelerator | None, *, free: tuple[str, ..
     Yields
     ------
     RunDirectory
-        The run directory. It is also closed after an error, so that the command can be repeated at once.
+        The run directory, which is also closed after an error, so that the command can be repeated at once.
     """
     run = open_run(config, accelerator, free=free)
     try:

@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of the batches of all processes.
+"""Batch norm with statistics over the batches of all processes.
 
 Tensor shapes: b samples of this process, F feature maps, H rows, W columns, R processes.
 """
@@ -36,10 +36,10 @@ def _count_processes() -> int:
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes. It works on every device, also on CPUs.
+    """Batch norm over the batches of all processes, on every device. PyTorch's own `SyncBatchNorm` needs GPUs.
 
-    PyTorch's `SyncBatchNorm` needs GPUs. In training, all processes must have equally large batches. Then R processes
-    compute the same outputs, gradients and running statistics as one process with the whole batch.
+    In training, all processes must have equally large batches, so that R processes compute the same outputs, gradients
+    and running statistics as one process with the whole batch.
     """
 
     def forward(self, input: Tensor) -> Tensor:

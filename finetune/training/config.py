@@ -39,14 +39,14 @@ class TrainingConfig:
     steps: int = 1000
     """Number of optimiser steps."""
     batch_size: int = 64
-    """Number of samples in one optimiser step, over all processes. The number must be a multiple of num_processes."""
+    """Number of samples in one optimiser step, over all processes; a multiple of num_processes."""
     micro_batch_size: int | None = None
-    """Number of samples that a process uses in one forward pass. This number must divide the process's
-    part of the batch. Smaller numbers need less memory. None uses the process's whole part in one pass."""
+    """Number of samples that a process uses in one forward pass; a divisor of the process's part of the batch. A
+    smaller `micro_batch_size` needs less memory. None: one forward pass for the process's part of the batch."""
     lr: float = 1e-4
     """Highest learning rate during the training."""
     min_lr: float = 0.0
-    """Learning rate at the end. After the peak, the learning rate falls to this value along half a cosine."""
+    """Learning rate at the end. After the peak, the learning rate falls to `min_lr` along half a cosine."""
     warmup: float = 50
     """Number of steps in which the learning rate rises from 0 to its peak. A value below 1 is a fraction of `steps`."""
     weight_decay: float = 0.01
@@ -54,10 +54,10 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of AdamW's two moments."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient. A gradient with a larger norm is scaled down to this norm. 0 means no limit."""
+    """Largest norm of the gradient. A larger gradient is scaled down to this norm. 0: no limit of the norm."""
     ema: float = 0.0
-    """Decay of the exponential moving average (EMA) of the weights; 0 switches the average off. The averaged weights
-    are evaluated and saved. The decay is smaller in the first steps."""
+    """Decay of the exponential moving average (EMA) of the weights, which is smaller in the first steps. The averaged
+    weights are evaluated and saved. 0 switches the average off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the computation. With bf16 (autocast), the weights are still stored in fp32."""
     num_workers: int = 0
@@ -110,8 +110,8 @@ def free_keys(*prefixes: str, independent_samples: bool) -> tuple[str, ...]:
     *prefixes : str
         Dotted names of the `TrainingConfig` inside the stage's config, e.g. ``training``.
     independent_samples : bool
-        True if the loss is a mean over samples, and the output for a sample does not depend on other samples. In this
-        case, the number of forward passes for a batch may change. A contrastive loss or a batch norm couples samples.
+        True if the loss is a mean over samples, and the output for a sample does not depend on other samples, so that
+        ``micro_batch_size`` may change. False, for example, for a contrastive loss or a network with batch norm.
 
     Returns
     -------

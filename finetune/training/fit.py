@@ -1,15 +1,16 @@
 """The training loop of every fine-tuning stage, with evaluation, checkpoints, and resuming.
 
-A stage is one command of fine-tuning, e.g. ``dreamscale align``. The stage puts all trainable layers, and all layers
-that gradients pass through, into one module. The module's ``forward(**inputs)`` returns a dictionary of scalars, which
-must contain ``loss``. The stage then calls `fit`.
+A stage is one command of fine-tuning, e.g. ``dreamscale align``. A stage puts all trainable layers, and all layers
+that gradients pass through, into one module, and then calls `fit`. The module's ``forward(**inputs)`` returns a
+dictionary of scalars, which must contain ``loss``.
 
 A run that is stopped and resumed gives exactly the same weights as an uninterrupted run:
 
 - The order of samples depends only on the seed, and a checkpoint stores the loader's position in this order.
 - The noise and the dropout of a step depend on the seed and the number of the step, but not on earlier steps.
 - A checkpoint is normally written after the step's evaluation. If a stop is requested before or during an evaluation,
-  the checkpoint is written at once and marks this evaluation as not done. The resumed run first does this evaluation.
+  the checkpoint is written at once and marks this evaluation as not done. A resumed run first does an evaluation that
+  its checkpoint marks as not done.
 """
 
 from __future__ import annotations
@@ -95,12 +96,12 @@ def fit(
     loader : Loader
         The loader that `make_loader` returned.
     inputs : callable
-        ``inputs(batch, random)`` returns the module's arguments as tensors, whose first axis is the batch. The loop
-        moves these tensors to the device.
+        ``inputs(batch, random)`` returns the module's arguments as tensors on any device. The first axis of each tensor
+        is the batch.
     evaluate : callable, optional
         ``evaluate(module, pulse)`` returns a dictionary of metrics. Every process calls this function with the
-        unwrapped module in evaluation mode, without gradients. The module has the averaged weights if the config asks
-        for a moving average. Only the metrics of rank 0 are used. The function must call ``pulse()`` between its
+        unwrapped module in evaluation mode, without gradients. The module has averaged weights if the config asks for a
+        moving average of the weights. Only the metrics of rank 0 are used. `evaluate` must call ``pulse()`` between its
         batches, and equally often on every process; ``pulse()`` interrupts the evaluation if a stop was requested.
     watch : str
         Name of the metric that decides which weights are best.
@@ -115,12 +116,12 @@ def fit(
     -------
     FitResult
         Result of the best evaluation. Without `evaluate`, the module keeps the averaged weights, or the last weights if
-        there is no moving average.
+        the config asks for no moving average.
 
     Raises
     ------
     StopRequested
-        If a stop was requested; a checkpoint was written before.
+        If a stop was requested. The error is raised only after a checkpoint was written.
     RequestError
         If the batch cannot be divided among the processes, or the newest checkpoint is of another model or version.
     RuntimeError
@@ -170,7 +171,7 @@ class _Loop:
         self.logged, self.since = 0, time.monotonic()
 
     def resume(self) -> None:
-        """Load the newest checkpoint if there is one. Then let Accelerate wrap the module and the optimiser."""
+        """Load the newest checkpoint if there is one, and then let Accelerate wrap the module and the optimiser."""
         state = self.state
         # Only rank 0 chooses the checkpoint, because the search may rename damaged checkpoints.
         folder = self.world.broadcast(newest_checkpoint(self.run.checkpoints) if self.world.first else None)
@@ -209,14 +210,14 @@ class _Loop:
         parts = self.micro_batches
         for part in range(parts):
             piece = {k: v.chunk(parts)[part] for k, v in tensors.items()}
-            # Processes exchange gradients only in the last backward pass of a step. In the earlier passes, each process
-            # only sums its own gradients.
+            # Processes exchange gradients only in the last backward pass of a step. In the earlier backward passes of a
+            # step, each process only sums its own gradients.
             with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.wrapped):
                 out = self.wrapped(**piece)
                 self.accelerator.backward(out["loss"] / parts)
             for name, value in out.items():
                 self.sums[name] = self.sums.get(name, 0.0) + float(value.detach()) / parts
-        # After the exchange, every process has the same gradient, so all processes make the same decision to skip.
+        # The processes have exchanged gradients, so they all have the same gradient and all skip the same steps.
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in trainables(self.module).values() if p.grad is not None], config.grad_clip or math.inf
         )
@@ -240,7 +241,7 @@ class _Loop:
             self.log(float(norm))
 
     def log(self, grad_norm: float) -> None:
-        """Write one line of metrics. The values are means over the steps since the previous line."""
+        """Write one line of metrics. Values with the prefix ``train/`` are means over the steps since the last line."""
         config, state = self.config, self.state
         n, seconds = state.step - self.logged, time.monotonic() - self.since
         means = {f"train/{k}": v / n for k, v in self.sums.items()}

@@ -1,7 +1,8 @@
 """The training state: weights, their moving average, AdamW's moments, and the best weights so far.
 
-A checkpoint stores these tensors under the names ``weights/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``, ``ema/NAME``
-and ``best/NAME``. All processes have the same tensors, so each process writes only a part of the tensors.
+A checkpoint stores the tensors of the training state under the names ``weights/NAME``, ``exp_avg/NAME``,
+``exp_avg_sq/NAME``, ``ema/NAME`` and ``best/NAME``. All processes have the same tensors, so each process writes only a
+part of the tensors.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class EMA:
     module : Module
         The module whose trainable parameters are averaged.
     decay : float
-        Final decay. The decay of update n is the smaller of this value and ``(1 + n) / (10 + n)``.
+        Largest decay. The decay of the n-th update is the smaller of `decay` and ``(1 + n) / (10 + n)``.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float) -> None:
@@ -139,7 +140,7 @@ class TrainingState:
     step : int
         Number of optimiser steps that were done.
     evaluation_due : bool
-        True if the evaluation of this step was not done, because a stop was requested before.
+        True if an evaluation is due after the step `step`, but has not been done yet.
     best, best_step, best_weights
         Metrics, step and weights of the best evaluation so far.
     """

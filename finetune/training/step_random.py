@@ -10,8 +10,8 @@ import torch
 class StepRandom:
     """Draw the random numbers of one step for the global batch, and divide these numbers among the processes.
 
-    The numbers depend only on the seed and the step, not on the number of processes or on earlier draws. Therefore a
-    resumed run draws the same numbers as an uninterrupted run.
+    The random numbers depend only on the seed and the step, not on the number of processes or on earlier steps.
+    Therefore a resumed run draws the same numbers as an uninterrupted run.
 
     Parameters
     ----------
@@ -23,8 +23,8 @@ class StepRandom:
     """
 
     def __init__(self, seed: int, step: int, *, rank: int = 0, world_size: int = 1) -> None:
-        # The multiplication gives different numbers for every pair of seed and step. With seed + step, seed 1 at step 0
-        # would draw the same numbers as seed 0 at step 1.
+        # Multiply the seed by a large number, because with `seed + step`, seed 1 at step 0 would draw the same numbers
+        # as seed 0 at step 1.
         self._generator = torch.Generator().manual_seed(((seed + 1) * 0x9E3779B97F4A7C15 + step) % (1 << 63))
         self.rank, self.world_size = rank, world_size
 

@@ -1,6 +1,6 @@
 """Networks with which EVRNet is compared: EEGNet, TSConv, and a pretrained encoder with a linear head.
 
-They have the same interface as EVRNet, so each of them can guide EG-DDPM.
+The networks in this module have the same interface as EVRNet, so each of them can guide EG-DDPM.
 
 Tensor shapes: B trials, C channels, T samples, D feature width, K classes, N encoder tokens.
 """
@@ -46,7 +46,7 @@ class ConvolutionConfig:
 
 
 class EEGNetClassifier(EEGClassifier):
-    """EEGNet-8,2 (Lawhern et al. 2018) of the probe. The feature is the input of its linear layer.
+    """EEGNet-8,2 (Lawhern et al. 2018), also used in `pretrain.probe`. The input of its linear layer is the feature.
 
     Parameters
     ----------
@@ -75,15 +75,15 @@ class EEGNetClassifier(EEGClassifier):
         return self.net.head(e_BD)
 
     def limit_norms(self) -> None:
-        """Limit the norms of the spatial filters and of the linear layer, as in the article."""
+        """Limit the norms of the spatial filters and of the linear layer, as in the article on EEGNet."""
         self.net.limit_norms()
 
 
 class TSConv(EEGClassifier):
     """TSConv, the temporal-spatial convolution with which NICE encodes EEG, with a linear layer.
 
-    In NICE, a projector maps the feature to CLIP's space. Here, a linear layer maps the feature to class scores. The
-    filters have the published lengths at 250 Hz. At another sampling rate, they have the same durations.
+    In NICE, a projector maps the feature to CLIP's space. Here, a linear layer maps the feature to class scores. At
+    250 Hz, the filters have the published lengths in samples; at another sampling rate, they have the same durations.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ class EncoderClassifierConfig:
     dropout: float = 0.0
     """Dropout rate of the feature before the linear head."""
     train_encoder: bool = False
-    """True: the encoder is trained along with the head. False: the encoder is frozen."""
+    """True: the encoder is trained together with the head. False: the encoder is frozen."""
     noise_normalisation: bool = False
     """Always false, because the encoder was pretrained on EEG that was not whitened."""
 
@@ -186,7 +186,7 @@ class EncoderClassifier(EEGClassifier):
         return self.config.dim
 
     def scaling(self, spec: PreprocessSpec) -> EEGEncoder:
-        """Return the encoder, because it scales trials as in its pretraining."""
+        """Return the encoder, because the encoder scales trials as in its pretraining."""
         return self.encoder
 
     def train(self, mode: bool = True) -> Self:
@@ -231,7 +231,7 @@ class EncoderClassifier(EEGClassifier):
 
 
 class _Head(nn.Linear):
-    """The linear head alone, as it is stored."""
+    """Linear head without the encoder, as `EncoderClassifier.save_pretrained` stores it."""
 
     def __init__(self, config: EncoderClassifierConfig) -> None:
         super().__init__(config.dim, config.n_classes)

@@ -2,7 +2,8 @@
 
 The command is ``python -m finetune.dm_re2i.classification.compare SETTINGS --output DIR``, where SETTINGS is a config
 of ``dreamscale ddpm``. Every network is trained with the same settings, and again with shuffled categories as a
-control. The val split chooses the weights. The compared split is used only once, at the end.
+control. Of each network, the weights with the best result on the val split are used. The split on which the networks
+are compared is used only once, at the end.
 
 Array shapes: n trials.
 """
@@ -40,24 +41,24 @@ class CompareConfig:
     """Train EVRNet and its baselines, and compare them on held-out people and images."""
 
     settings: str
-    """YAML file of `dreamscale ddpm`. Its sections `eeg` and `evrnet` are the settings of every network."""
+    """YAML file of `dreamscale ddpm`, whose sections `eeg` and `evrnet` are the settings of every network."""
     output: str
     """Folder of the runs, of `comparison.json`, of the table `comparison.md` and of the figure `comparison.png`."""
     dataset: str | None = None
     """Path of the EEG-image dataset; by default the dataset of the YAML file."""
     networks: tuple[Network, ...] = ("evrnet", "eegnet", "tsconv")
-    """Networks to compare. frozen and trained are the pretrained encoder with a linear head, frozen or trained along.
-    They need `encoder`. The dropout rate of the YAML file is that of EVRNet; the other networks have their own."""
+    """Networks to compare. frozen: the pretrained encoder `encoder`, frozen, with a linear head. trained: the encoder
+    trained together with a linear head. The dropout rate of the YAML file is used only for EVRNet."""
     encoder: str | None = None
     """Encoder package for the networks frozen and trained."""
     split: Literal["val", "test"] = "test"
-    """Split on which the networks are compared. val has chosen the weights, so its results are too good."""
+    """Split on which the networks are compared. Results on val are too good, because val was used to choose weights."""
     control: bool = True
-    """True: train every network with shuffled categories too. Without this control, the time is half as long."""
+    """True: also train every network with shuffled categories, which doubles the computing time."""
     seeds: tuple[int, ...] = (0,)
     """Seeds with which every network is trained."""
     steps: int | None = None
-    """Number of training steps; by default that of the YAML file."""
+    """Number of training steps; by default the number in the YAML file."""
     device: str = "auto"
     """Device of the computation: auto, cpu or cuda."""
 
@@ -99,7 +100,7 @@ def _name(network: str) -> str:
 
 
 def _compare_pair(more_n: NDArray[Any], people_n: NDArray[Any], images_n: NDArray[Any]) -> dict[str, Any]:
-    """Summarise the difference between two networks on the same trials, with people or images as units."""
+    """Summarise the difference between two networks on the same trials: mean, and statistics over people and images."""
     found: dict[str, Any] = {"mean": float(more_n.mean())}
     for unit, clusters in (("people", people_n), ("images", images_n)):
         found[f"interval_{unit}"] = difference_interval(more_n, clusters, RESAMPLES, 0)
@@ -115,7 +116,8 @@ def summarise_runs(
     Parameters
     ----------
     hits : dict
-        For each network and control (True: shuffled categories), the share of seeds with a right answer, shape (n,).
+        Maps each network, and whether its categories were shuffled, to an array of shape (n,): for each trial, the
+        share of seeds whose answer is right.
     people, images : sequence of str
         Person and image of each trial.
     networks : sequence of str
@@ -124,8 +126,9 @@ def summarise_runs(
     Returns
     -------
     dict
-        For each network ``accuracy``, its intervals over people and over images, ``people`` (accuracy of each person),
-        and, where they exist, ``shuffled`` (the same for the control), ``minus_shuffled`` and ``minus_first``.
+        For each network: ``accuracy``, its intervals over people and over images, and ``people`` (accuracy of each
+        person). ``shuffled`` holds the same values for the control. The differences are ``minus_shuffled`` (from the
+        control) and ``minus_first`` (from the first network).
     """
     people_n, images_n = np.asarray(people), np.asarray(images)
 

@@ -26,7 +26,7 @@ from finetune.images import ImageTable
 from pretrain.probe.statistics import accuracy_interval
 
 TOP = 5
-"""A trial counts for the top-5 accuracy if its category has one of the five highest scores."""
+"""In the top-5 accuracy, a trial is right if its true category has one of the five highest scores."""
 
 
 def score(logits_BK: Tensor, labels_B: Tensor) -> dict[str, float]:
@@ -112,7 +112,7 @@ def summarise(
 
 @torch.no_grad()
 def compute_logits(net: EEGClassifier, dataset: EEGDataset, groups: list[list[int]], device: Any) -> Tensor:
-    """Compute the class scores [B, K] of groups of trials on the CPU; memory holds the EEG of one part only.
+    """Compute the class scores [B, K] of groups of trials. The groups are read part by part, to limit memory.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ def evaluate_classifier(
     device : torch.device
         Device of the network.
     average_repeats : int
-        Number of presentations of an image to one person whose EEG is averaged; 0 averages all of them.
+        Number of presentations of the same image to the same person that are averaged; 0 averages all presentations.
     """
     groups = group_repeats(dataset, average_repeats)
     first = [group[0] for group in groups]

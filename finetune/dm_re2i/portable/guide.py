@@ -1,7 +1,7 @@
 """The part of a DM-RE2I model that turns EEG into the guiding vector, in a form that runs without this project.
 
-`finetune.dm_re2i.portable.write` writes these classes, with all that they need, into the package of every model. They
-read the same files of the package as `finetune.dm_re2i.model`.
+`finetune.dm_re2i.portable.write` writes the classes of this module, with all that they need, into the packages of
+models. In a package, these classes read the same files as `finetune.dm_re2i.model`.
 
 Tensor shapes: B trials, C channels (up to 128), T samples, D width of the vector.
 """
@@ -34,7 +34,7 @@ def count_true_channels(eeg_CT: Tensor) -> int:
     Returns
     -------
     int
-        The smallest n for which every row i is equal to row i mod n.
+        The smallest `n` for which every row `i` is equal to row `i % n`.
     """
     rows = len(eeg_CT)
     return next((n for n in range(1, rows) if torch.equal(eeg_CT[n:], eeg_CT[: rows - n])), rows)
@@ -53,7 +53,7 @@ class PortableGuide(ModelMixin, ConfigMixin):
 
     config_name = "config.json"
     NETWORK: ClassVar[Any] = None
-    """Class of the network. The exported file sets it."""
+    """Class of the network, which the last line of the written file sets."""
 
     def __init__(self, network: nn.Module, about: dict[str, Any]) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ def sample_images(
     kept_B = torch.full((len(seeds),), keep, dtype=torch.bool, device=device)
     return sample(
         lambda x, time, condition: unet(x, time, *condition),
-        # "trailing" starts at the last, noisiest step of the training. This fits, because x starts as pure noise.
+        # With "trailing", sampling starts at the last, noisiest step of the training, because x starts as pure noise.
         make_scheduler(sampling.sampler, noising_config, timestep_spacing="trailing"),
         draw_noise((unet.config.in_channels, size, size), generators, device).to(e_BD.dtype),
         (e_BD, kept_B) if guidance_scale != 1 or not keep else (e_BD, None),
@@ -82,7 +82,7 @@ class EEGToImagePipeline(DiffusionPipeline):
     scheduler : DDPMScheduler
         Noise scheduler of the training.
     evrnet, encoder : Module, optional
-        Network that computes the guiding vector from EEG; a package has one of the two.
+        Network that computes the guiding vector from EEG. A package has either `evrnet` or `encoder`.
     sampler : str
         Sampler that is used by default: ddpm or ddim.
 
@@ -118,7 +118,7 @@ class EEGToImagePipeline(DiffusionPipeline):
             EEG in microvolts, with up to 128 channels, preprocessed as the file ``preprocess.json`` of the package
             says.
         seeds : list of int, optional
-            One seed for each trial; by default 0 to B - 1. The noise of a trial depends only on its seed.
+            One seed for each trial; by default 0 to B - 1. The noise of a trial depends only on the trial's seed.
         sampler : str, optional
             ddpm or ddim; by default the sampler of the model.
         num_inference_steps : int, optional

@@ -1,8 +1,8 @@
 """Write the files with which diffusers loads the package of a DM-RE2I model, without this project.
 
 The package gets three Python files, made from this project's source text by `finetune.standalone`: the pipeline, the
-backbone and the guide. This project never runs these files; `finetune.dm_re2i.model` loads the package with its own
-classes.
+backbone and the guide. Dreamscale itself never runs the three files, because `finetune.dm_re2i.model` loads the package
+with its own classes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ _HEAD = """{about}
 
 Dreamscale wrote this file from its own source text when it trained the model. Licence of this file: Apache-2.0."""
 _WITHOUT: dict[str, Collection[str]] = {"EEGClassifier": ("save_pretrained", "from_pretrained", "scaling")}
-"""Methods of classes that need the rest of the project. The package does not need these methods."""
+"""Methods of classes that are left out of the written files, because they need the rest of the project."""
 
 
 def can_run_alone(guide: EEGGuide) -> bool:
     """Return whether a package with this guide can run without this project.
 
-    A pretrained encoder with a linear head cannot: it is two packages in one folder.
+    A guide that is a pretrained encoder with a linear head cannot run alone, because this guide is stored as two
+    packages in one folder.
     """
     return not isinstance(guide.network, EncoderClassifier)
 
@@ -141,7 +142,7 @@ pipeline = DiffusionPipeline.from_pretrained("PATH OF THIS FOLDER", trust_remote
 pipeline(eeg, seeds=[0]).images[0].save("image.png")
 ```
 
-It needs the packages torch, diffusers, safetensors and numpy."""
+The pipeline needs the packages torch, diffusers, safetensors and numpy."""
     if not alone:
         load = "This package has no code of its own, so it cannot be loaded without Dreamscale."
     return f"""---
@@ -155,8 +156,8 @@ tags:
 # EG-DDPM: images from EEG
 
 This model generates images from EEG, with the method of DM-RE2I (doi 10.1016/j.bspc.2023.105125). A network turns a
-trial of EEG into a vector, and the vector guides a diffusion model of pixels. An image shows what the model makes of
-the EEG. It is not a picture of what the person saw, and the model has not been checked for medical use.
+trial of EEG into a vector, and the vector guides a diffusion model of pixels. A generated image is what the model
+computes from the EEG, and not a picture of what the person saw. The model has not been checked for medical use.
 
 ## Loading
 
