@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,10 @@ def test_launchers_get_the_module_and_its_arguments():
             words = launcher_command(stage, ["c.yaml", "--seed", "1"], 2)
             assert words[-4:] == [stage.module, "c.yaml", "--seed", "1"], name
             assert words[3] == stage.launcher
+
+
+def test_threads_wait_passively_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert main(["--version"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert main(["--version"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
