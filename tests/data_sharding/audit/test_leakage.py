@@ -68,8 +68,8 @@ class TestAgainst:
     def test_shared_recording_is_found_despite_other_format_and_preprocessing(
         self, dataset, publish, make_raw, tmp_path, capsys
     ) -> None:
-        """A rounded copy has other channel names, another subject and other windows, so only its signal shows that it is a
-        copy."""
+        """A rounded copy has other channel names, another subject and other windows: only its signal shows that it is
+        a copy."""
         raw = make_raw(6, 200, 8, seed=2, names=["a", "b", "c", "d", "e", "f"])
         raw.apply_function(lambda x: np.round(x * 1e7) / 1e7)
         more = [{"key": "x", "subject": "anon", "corpus": "clinic", "raw": raw, "starts": [410]}]
