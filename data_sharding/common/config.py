@@ -103,7 +103,7 @@ def parse_config(
     except RequestError:
         raise
     except Exception as error:
-        # These are errors of the parser, of YAML or of the config class. The user can correct the cause of all of them.
+        # Errors of the parser, of YAML and of the config class have a cause that the user can correct.
         from data_sharding.common.config_errors import explain
 
         raise RequestError(explain(error, cls, files, words, flags)) from None

@@ -1,6 +1,6 @@
 """Explain the fault of a config in one line that names the key and the fix.
 
-jsonargparse checks every config, but its messages use internal terms ("Union subtypes"). So when jsonargparse refuses a
+jsonargparse checks every config, but its messages use internal terms ("Union subtypes"). When jsonargparse refuses a
 config, the functions of this module search the user's values for the fault and explain the fault.
 """
 
@@ -42,8 +42,9 @@ def list_keys(cls: type, prefix: str = "") -> list[str]:
 def renamed_keys(cls: type, prefix: str = "") -> dict[str, str]:
     """Return the keys of older versions of a config, each with its replacement.
 
-    A config class lists its old keys in ``RENAMED: ClassVar[dict[str, str]]``. The value for an old key is the new key,
-    or a sentence that tells the user what to write. Both keys are written without the path to the class.
+    A config class lists its old keys in ``RENAMED: ClassVar[dict[str, str]]``. The value for an old key in ``RENAMED``
+    is the new key, or a sentence that tells the user what to write. Old and new keys are written without the path to
+    the class.
     """
     found = {}
     for old, new in getattr(cls, "RENAMED", {}).items():
@@ -134,7 +135,7 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
         if field.init and required and values.get(field.name) is None:
             return f"{start}missing key '{path}{field.name}'; add it"
     if is_entry:
-        # The class checks its own values. Add the place of the fault in the list to its message.
+        # The class checks its own values. Add the place of the entry in the list to the message of the class.
         try:
             cls(**values)
         except ValueError as error:

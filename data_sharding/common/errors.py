@@ -21,19 +21,19 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-
 class RequestError(ValueError):
     """Error in a request (arguments, config or input files) that the user can correct.
 
-    The message is one line. It names the file, key or recording, and says what is wrong and what to do.
+    The message is one line that names the file, key or recording, and says what is wrong and what to do.
     """
 
 
 class RankError(RequestError):
-    """A `RequestError` that occurs in only one training process. This process must print the error itself."""
+    """A `RequestError` that occurs in only one training process, which must print the error itself."""
 
 
 class StopRequested(BaseException):
     """Raised after a stop signal. All finished work is kept, and the same command resumes the work.
 
-    Like `KeyboardInterrupt`, this class is not a subclass of `Exception`. It can be raised inside a library, and many
-    libraries catch every `Exception`.
+    Like `KeyboardInterrupt`, this class is not a subclass of `Exception`, because it can be raised inside a library,
+    and many libraries catch every `Exception`.
     """
 
 
@@ -68,8 +68,8 @@ def printable(text: object) -> str:
     Returns
     -------
     str
-        The text. These characters are replaced by their code, such as ``\x1b``: control characters (except line feed
-        and tab), characters that change the direction of text, and single surrogates.
+        The text. Control characters (except line feed and tab), characters that change the direction of text, and
+        single surrogates are replaced by their code, such as ``\x1b``.
     """
     return _UNPRINTABLE.sub(_code, str(text))
 

@@ -130,14 +130,13 @@ def atomic_directory(path: str | AnyPath, last: str = "manifest.json") -> Iterat
     path : str, Path or UPath
         Final path. An existing directory is replaced only when the new directory is complete.
     last : str
-        File that marks a complete directory. Without this file, the directory counts as incomplete. This is for object
-        stores, which cannot rename a directory: there, this file of the old directory is deleted first, and this file
-        of the new directory is written last.
+        File that marks a complete directory. On an object store, which cannot rename a directory, the file `last` of
+        the old directory is deleted first, and the file `last` of the new directory is written last.
 
     Yields
     ------
     Path
-        Temporary directory on this machine. The caller writes the files to this directory.
+        Temporary directory on this machine. The caller writes the files to the temporary directory.
     """
     path = as_path(path)
     if isinstance(path, UPath):

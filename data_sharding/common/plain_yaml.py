@@ -9,7 +9,7 @@ MAX_YAML = 2**20
 MAX_YAML_DEPTH = 50
 """Largest depth of nested lists and mappings in a YAML file."""
 MAX_YAML_VALUES = 200_000
-"""Largest number of values in a YAML file. A value counts again each time that an alias repeats it."""
+"""Largest number of values in a YAML file. A value is counted again each time that an alias repeats it."""
 
 
 def check_yaml(text: str | bytes) -> None:

@@ -48,7 +48,7 @@ def progress(
             TimeRemainingColumn,
         )
 
-        # Square brackets in the name of a file are no marks for colours.
+        # Without `markup=False`, square brackets in the name of a file would be read as colour codes.
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),

@@ -9,7 +9,7 @@ class Reason(str):
     """Reason why a recording is not used: a sentence for the ledger, and a category for counting.
 
     A reason is a `str`, so it can be printed, compared and stored like any other text. Error messages can contain bytes
-    of a damaged file. So unprintable characters are replaced by '?', and the reason is always one line.
+    of a damaged file, so unprintable characters are replaced by '?', and the reason is always one line.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Find the YAML files that come with Dreamscale. They are in the repository's folder ``configs`` and in the wheel."""
+"""Find the YAML files that come with Dreamscale, in the repository's folder ``configs`` or in the installed wheel."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def find_config(path: str | Path) -> Path:
     -------
     Path
         `path` itself, if it exists. If `path` does not exist and begins with ``configs/``, the result is the file or
-        folder of this name that comes with Dreamscale. So the commands of the documentation work in any folder. In all
-        other cases the result is `path`.
+        folder of this name that comes with Dreamscale, so that the commands of the documentation work in any folder. If
+        no such file exists either, the result is `path`.
     """
     path = Path(path)
     if not path.exists() and path.parts[:1] == ("configs",):

@@ -1,10 +1,10 @@
 """Stop a command at any moment by SIGTERM or Ctrl-C.
 
 A signal raises `StopRequested` in the main thread. If the thread is importing a module, the exception is raised after
-the import, because a module that was imported in part can fail later. The exception can be lost: a library that is
-starting may catch it, or may have replaced the signal handler. So each signal is also written to a pipe, which a thread
-reads. Between its steps, the command checks whether the pipe has a signal (`check_stop`). If the command has not ended
-some seconds after the signal, the thread ends the process and all its child processes.
+the import, because a module that was imported in part can fail later. The exception can be lost, because a library that
+is starting may catch it, or may have replaced the signal handler. So each stop signal is also written to a pipe, which
+a thread reads. Between its steps, the command checks whether the pipe has a signal (`check_stop`). If the command has
+not ended some seconds after the signal, the thread ends the process and all its child processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ signal."""
 IMPORT_S = 0.1
 """Seconds between two checks whether an import has ended. A signal during an import takes effect after the import."""
 SAME_REQUEST_S = 2.0
-"""Signals within this number of seconds count as one request: a terminal and a batch system may both send one."""
+"""Signals within this number of seconds are treated as one request, because a terminal and a batch system may both send
+a signal."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -146,7 +147,7 @@ def raise_on_stop_signals() -> Iterator[None]:
             check_stop()
             yield
         except (Exception, SystemExit):
-            check_stop()  # After a request to stop, other errors are its consequences.
+            check_stop()  # After a request to stop, other errors are consequences of it.
             raise
         finally:
             for number, handler in before.items():
@@ -188,8 +189,8 @@ def check_stop() -> None:
 def end_command(code: int) -> int:
     """Ignore further signals, because the command has ended and a signal must not change its exit code.
 
-    After a stop, the process ends at once. A signal may have interrupted a library during its start. Such a library,
-    for example Ray, can crash the interpreter at its regular end.
+    After a stop, the process ends at once, because a library that was interrupted during its start, for example Ray,
+    can crash the interpreter at its regular end.
 
     Parameters
     ----------

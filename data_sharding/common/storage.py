@@ -25,15 +25,17 @@ AnyPath: TypeAlias = Path | UPath
 
 
 _held: list[list[Any]] = []
-"""Clients of object stores that are held while a process forks. In the forked process they stay in this list."""
+"""Clients of object stores that are held while a process forks. In the forked process, the clients stay in this list,
+so that they are never deleted."""
 
 
 def _hold_clients() -> None:
     """Hold all clients of object stores in the moment of a fork.
 
-    A forked process makes its own clients, because fsspec forgets those of the parent after the fork. A client that is
-    deleted there would close connections of the parent: both processes use the same sockets, and the same epoll file
-    that waits for them. It would also use the event loop of a thread that does not exist in the forked process.
+    A forked process makes its own clients, because fsspec forgets the clients of the parent after the fork. If the
+    forked process deleted a client of the parent, this would close connections of the parent, because both processes
+    use the same sockets, and the same epoll file that waits for the sockets. Deleting a client would also use the event
+    loop of a thread that does not exist in the forked process.
     """
     classes, clients = [fsspec.AbstractFileSystem], []
     for cls in classes:
@@ -86,7 +88,7 @@ def as_path(text: str | os.PathLike[str] | UPath) -> AnyPath:
 
 
 def is_remote(path: AnyPath | str) -> bool:
-    """Return whether a path is not on a disk of this machine. This is also True for fsspec's ``memory://``."""
+    """Return whether a path is not on a disk of this machine. A path in fsspec's ``memory://`` is remote too."""
     if isinstance(path, str):
         path = as_path(path)
     return isinstance(path, UPath) and path.protocol not in ("", "file", "local")
@@ -100,7 +102,7 @@ def fresh(path: AnyPath) -> AnyPath:
 
 
 def file_state(path: AnyPath) -> tuple[int, int, str]:
-    """Return the size, modification time and checksum of a file. On an object store, this takes one request.
+    """Return the size, modification time and checksum of a file. On an object store, the function makes one request.
 
     Parameters
     ----------
@@ -156,8 +158,8 @@ def scratch_folder() -> Iterator[Path]:
     Yields
     ------
     Path
-        The temporary folder. It is created in the folder that the environment variable DREAMSCALE_SCRATCH names (choose
-        a fast local disk), or else in the system's temporary folder.
+        The temporary folder. The temporary folder is created in the folder that the environment variable
+        DREAMSCALE_SCRATCH names (choose a fast local disk), or else in the system's temporary folder.
     """
     base = os.environ.get("DREAMSCALE_SCRATCH")
     if base:
@@ -197,7 +199,7 @@ def localised(files: Sequence[AnyPath]) -> Iterator[list[Path]]:
     Parameters
     ----------
     files : sequence of Path or UPath
-        Files or folders (``.mff``) of one recording. All of these files are on this machine, or all are in one store.
+        Files or folders (``.mff``) of one recording. The files are all on this machine, or all in one store.
 
     Yields
     ------
@@ -307,16 +309,15 @@ def remove_tree(path: AnyPath) -> None:
 
 
 def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json") -> None:
-    """Move a finished local folder. The folder counts as complete when its file `last` exists.
+    """Move a finished local folder. A folder is complete when its file `last` exists.
 
     Parameters
     ----------
     local : Path
         Folder to move.
     target : Path, UPath or str
-        Destination. If a folder without the file `last` exists there, it comes from a process that died, and is
-        replaced. If a folder with the file `last` exists, it is kept, because folders with the same name have the same
-        content.
+        Destination. An existing folder without the file `last` comes from a process that died, and is replaced. An
+        existing folder with the file `last` is kept, because folders with the same name have the same content.
     last : str
         File that marks a complete folder.
 
@@ -348,8 +349,8 @@ def commit_folder(local: Path, target: AnyPath | str, last: str = "result.json")
     try:
         _move(local, target)
     except OSError as error:
-        # Another worker has already written this folder. The job lost contact with that worker and repeated the task
-        # here.
+        # Another worker has already written the folder `target`, because the job lost contact with that worker and
+        # repeated its task in this worker.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (target / last).is_file():
             raise
         shutil.rmtree(local, ignore_errors=True)

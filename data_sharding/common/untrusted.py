@@ -1,8 +1,8 @@
-"""Checks of values that come from files. A value from a file must pass one of these checks before it is used.
+"""Checks of values that come from files. A value from a file must pass a check of this module before it is used.
 
 Datasets, checkpoints and models are copied between laboratories, and somebody may have changed them. So the readers of
-these files call the functions of this module. Each function returns the value if the value is valid, and raises a
-`RequestError` with a message of one line otherwise.
+such files call the functions of this module. Most functions of this module return a valid value, and raise a
+`RequestError` with a message of one line for an invalid value.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ def check_key(value: Any, where: str) -> str:
     Returns
     -------
     str
-        The key. It can safely be used as a file name.
+        The key. A valid key can safely be used as a file name.
 
     Raises
     ------
     RequestError
-        If the value is not such a key.
+        If the value is not a valid key.
     """
     if not isinstance(value, str) or not _KEY.fullmatch(value):
         raise _refuse(where, f"'{show(value)}' is not a key; a key has only letters, digits, '_' and '-'")
@@ -264,7 +264,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def is_special(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path is a device, a socket or a named pipe. Reading from them may never end."""
+    """Return whether a path is a device, a socket or a named pipe. Reading from such a path may never end."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 - called for every file of a corpus
     except OSError:
@@ -292,7 +292,7 @@ def read_limited(path: Any, most: int = MAX_JSON) -> bytes:
     OSError
         If the file cannot be read.
     RequestError
-        If the file is larger, or is not a file.
+        If the file is larger than `most`, or if `path` is not a file.
     """
     stream: IO[bytes] = os.fdopen(open_regular(path), "rb") if not isinstance(path, UPath) else path.open("rb")
     with stream:
@@ -307,7 +307,7 @@ def check_entries(
 ) -> list[dict[str, Any]]:
     """Check the entries of the index of a shard.
 
-    An entry has the key of a sample, and the places of its members in the tar.
+    An entry has the key of a sample, and the offset and size of each file (member) of the sample in the tar file.
 
     Parameters
     ----------
@@ -504,7 +504,7 @@ def unpack_zstd(data: bytes, where: str) -> bytes:
 
 
 def private_folder(path: Path) -> Path:
-    """Create a folder that only this user can write to. If the folder exists, check that it is such a folder.
+    """Make sure that a folder exists, and that only this user can write to it.
 
     Parameters
     ----------

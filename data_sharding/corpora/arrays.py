@@ -69,15 +69,15 @@ class Sidecar:
     events: Any = None
     """For continuous recordings: name of an events table (.tsv) in the folder of the array, or a list of table rows."""
     images: list[str] = field(default_factory=list)
-    """For epochs: N paths of images, relative to the folder in the key 'images' of the corpus."""
+    """For epochs: image of each epoch, as a path relative to the folder in the key 'images' of the corpus."""
     labels: Any = field(default_factory=list)
-    """For epochs: N categories, or the name of the variable in the .npz file that contains the categories."""
+    """For epochs: category of each epoch, or the name of the variable in the .npz file that contains the categories."""
     captions: list[str] = field(default_factory=list)
-    """For epochs: N descriptions of the images."""
+    """For epochs: description of the image of each epoch."""
     splits: list[str] = field(default_factory=list)
-    """For epochs: N split names. Each name is train, val or test."""
+    """For epochs: split of each epoch (train, val or test)."""
     blocks: list[str] = field(default_factory=list)
-    """For epochs: N names of the blocks in which the images were shown."""
+    """For epochs: name of the block in which each image was shown."""
 
 
 class _Fault(ValueError):

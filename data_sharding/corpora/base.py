@@ -40,13 +40,13 @@ class CorpusConfig:
     """Name of the corpus in the ledger. If empty, the first folder below root in the path of the recording is used, or
     the name of root if the recording lies directly in root."""
     images: str = ""
-    """Folder of the images, for corpora of EEG and images. Paths of images are relative to this folder."""
+    """Folder of the images, for corpora of EEG and images. Paths of images are relative to the folder of the images."""
     tmin: float | None = None
-    """Start of each stored trial, in seconds from the onset of its image. Empty: -0.2, and for epochs the start of the
-    epoch. Models read a trial from its onset, or from tmin if tmin is later."""
+    """Start of each stored trial, in seconds from the onset of its image. If empty: -0.2, or for epochs the start of
+    the epoch. Models read a trial from its onset, or from tmin if tmin is later."""
     tmax: float | None = None
-    """End of each stored trial, in seconds from the onset of its image. Empty: the end of the window that models read,
-    and for epochs the end of the epoch."""
+    """End of each stored trial, in seconds from the onset of its image. If empty: the end of the window that models
+    read, or for epochs the end of the epoch."""
     stimulus_delay_ms: float = 0.0
     """Delay in milliseconds from the trigger (the onset in the events) to the appearance of the image on the screen.
     The delay is added to every onset."""
@@ -61,7 +61,7 @@ class CorpusConfig:
     subject_pattern: str = ""
     """Regular expression that finds the subject in the path below root. The expression must have the named group
     'subject', and may have the named group 'session'. If empty, subjects are recognised from the paths and the headers,
-    and the job prints them. If the subject is not found, the recording counts as a separate subject."""
+    and the job prints them. If no subject is found, the recording is treated as a separate subject."""
     subjects: str = ""
     """Table (.tsv or .csv) of the subjects. The column 'path' (a path below root, or a glob pattern) or 'patient' (the
     patient code in EDF headers) finds the recordings of a row; the column 'subject' names the subject. The columns age,
@@ -70,7 +70,8 @@ class CorpusConfig:
     """Name of an environment variable with a secret text. Identities of patients from headers are hashed with this
     text. Without the text, a person who knows a patient's number can find the patient in the dataset."""
     license: str = ""
-    """Licence of the corpus, such as CC-BY-4.0. If empty, the licence in dataset_description.json of a BIDS dataset."""
+    """Licence of the corpus, such as CC-BY-4.0. If empty, the licence in dataset_description.json of a BIDS dataset is
+    used."""
     intracranial: bool = False
     """Also use recordings with ECoG, iEEG or SEEG in the path, and channels of the types SEEG, ECOG and DBS. By
     default, such recordings are excluded, and such channels are left out."""
@@ -124,7 +125,7 @@ class NoOptions:
 
 
 class Adapter:
-    """Base class of adapters. There is one adapter for each kind of corpus. It lists the recordings and opens them."""
+    """Base class of adapters. Each kind of corpus has one adapter, which lists the recordings and opens them."""
 
     kind: ClassVar[str] = ""
     """Name of the kind. The decorator `register` sets this name."""
@@ -189,8 +190,8 @@ class Adapter:
         Returns
         -------
         tuple of (str, str)
-            The design and the evidence. By default, this is `measured`. If the design of a corpus is published, the
-            adapter returns the published design.
+            The design and the evidence. By default, the result is `measured`. If the design of a corpus is published,
+            the adapter returns the published design.
         """
         return measured
 
@@ -305,10 +306,10 @@ def open_item(item: Item) -> Signal:
     NotContinuous
         If the files can be read, but contain no continuous signal.
     ReadError
-        If the recording cannot be read. Both types of errors contain the reason for the ledger.
+        If the recording cannot be read. Like `NotContinuous`, `ReadError` contains the reason for the ledger.
 
     Notes
     -----
-    Some readers crash the whole process if a file is damaged. So call this function in a child process.
+    Some readers crash the whole process if a file is damaged, so call this function in a child process.
     """
     return ADAPTERS[item.kind].open(item)

@@ -1,8 +1,7 @@
-"""Reads BIDS datasets. Their sidecar files describe channels, positions, mains frequency, reference and events.
+"""Reads BIDS datasets, whose sidecar files describe channels, positions, mains frequency, reference and events.
 
-This module does not use mne-bids to read the sidecars, for two reasons. First, a dataset may be on an object store.
-Second, an invalid sidecar must affect only the recordings to which it applies. The tests use mne-bids to write BIDS
-datasets.
+This module does not use mne-bids to read the sidecars, because a dataset may be on an object store, and because an
+invalid sidecar must affect only the recordings to which it applies. The tests use mne-bids to write BIDS datasets.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 SYSTEMS = {"captrak": (0, 1, 2), "eeglab": (1, 0, 2)}
 """For each coordinate system, the indices of the axes that become x, y and z in MNE's head coordinates."""
 MOST_FAULTS = 5
-"""Largest number of faults of a table that get their own note."""
+"""Largest number of faults of one table that are written as notes."""
 FARTHEST_M = 0.2
 """Largest plausible distance in metres between an electrode and the centre of the head."""
 NAME = re.compile(r"(?P<entities>sub-[^_]+(?:_[A-Za-z]+-[^_]+)*)_(?P<suffix>[A-Za-z]+)(?P<extension>\..+)?")
@@ -174,9 +173,9 @@ def _described(item: Item, sidecars: _Sidecars, images: AnyPath | None, label_co
 class _Sidecars:
     """Finds the sidecars of a recording according to the inheritance principle of BIDS.
 
-    A sidecar applies to a recording if the recording lies below the sidecar's folder, and if its name contains all
-    entities (such as ``task-rest``) of the sidecar's name. If two sidecars set the same value, the sidecar nearer to
-    the recording is used.
+    A sidecar applies to a recording if the recording lies below the sidecar's folder, and if the recording's name
+    contains all entities (such as ``task-rest``) of the sidecar's name. If two sidecars set the same value, the sidecar
+    nearer to the recording is used.
     """
 
     def __init__(self, root: AnyPath, folders: Folders) -> None:
@@ -204,7 +203,7 @@ class _Sidecars:
             fitting = [
                 (len(own), path)
                 for own, word, ending, path in self._files(folder)
-                # Ignore the entity space-, which names the coordinate system of positions.
+                # Ignore the entity ``space-...``, which names the coordinate system of positions.
                 if word == suffix and ending == extension and {e for e in own if not e.startswith("space-")} <= entities
             ]
             out += [path for _, path in sorted(fitting, key=lambda pair: (-pair[0], pair[1].name))]
@@ -233,7 +232,7 @@ class _Sidecars:
     def tsv(self, path: AnyPath, faults: list[str], *columns: str) -> list[dict[str, str]]:
         """Read the rows of a table, and check that the table has the given columns.
 
-        Invalid rows are added to `faults`.
+        A message about each invalid row is added to `faults`.
         """
         key = str(path)
         if key not in self._parsed:
@@ -249,7 +248,8 @@ class _Sidecars:
 def _rows(path: AnyPath, faults: list[str] | None = None) -> list[dict[str, str]]:
     """Read the rows of a table.
 
-    With `faults`, invalid rows are left out and added to `faults`. Otherwise, they are an error.
+    With `faults`, invalid rows are left out, and a message about each of them is added to `faults`. Without `faults`,
+    an invalid row raises an error.
     """
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
@@ -329,7 +329,7 @@ def _channels(sidecars: _Sidecars, path: AnyPath, notes: list[str]) -> dict[str,
 def _positions(sidecars: _Sidecars, recording: AnyPath, notes: list[str]) -> dict[str, list[float]]:
     """Return electrode positions in metres in head coordinates.
 
-    If positions cannot be used, a reason is added to `notes`.
+    If positions cannot be used, the reason is added to `notes`.
     """
     table = sidecars.nearest(recording, "electrodes", ".tsv")
     if table is None:
@@ -423,7 +423,7 @@ def _read_license(root: AnyPath) -> str:
 def _describe_participants(root: AnyPath, folders: Folders) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Return the data about each subject in participants.tsv, and notes for subjects with an invalid value.
 
-    If the whole table is invalid, the note has the key "" and is meant for every recording.
+    If participants.tsv cannot be read at all, the note has the key "" and belongs to every recording.
     """
     path = folders(root).get("participants.tsv")
     if path is None:

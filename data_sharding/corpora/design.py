@@ -1,6 +1,6 @@
 """Detects block designs: finds out from the order of the trials whether each category was shown in one block.
 
-In a block design, all trials of one category follow one another. So the time of a trial reveals its category, and a
+In a block design, all trials of one category follow one another, so the time of a trial reveals its category, and a
 classifier can be correct without using the response of the brain.
 """
 
@@ -21,8 +21,8 @@ SURE_SIGMA = 5.0
 """If the number of repeats is more than this many standard deviations above its mean in a random order, the order is
 not random. (`measure_order` defines a repeat.)"""
 CHANCE_SIGMA = 3.0
-"""If the number of repeats is less than this many standard deviations above its mean in a random order, the order
-counts as random."""
+"""If the number of repeats is less than this many standard deviations above its mean in a random order, the order is
+taken as random."""
 LONGER = 2.0
 """In a block design, the mean length of runs of one category is more than this factor times the length in a random
 order."""

@@ -135,7 +135,7 @@ class EEGImageNetCorpus(Adapter):
         except (RefusedPickle, OSError, KeyError, TypeError) as error:
             raise ReadError(Reason("unreadable", str(error))) from None
         standardised = item.options["unit"] == "standardised"
-        # Short trials can end before the last sample of this range.
+        # Short trials can end before the last sample of the range `USED`.
         ends = [min(USED.stop, int(np.asarray(entries[trial]["eeg"]).shape[1])) for trial in trials]
         notes = ["the released file contains no channel names", *([STANDARDISED] if standardised else [])]
         if item.left_out:

@@ -25,10 +25,10 @@ from data_sharding.corpora.subjects import SubjectFinder
 from data_sharding.formats.sniffing import Recording, find_recordings
 
 NAME_IN_PATH = "the path contains the name or number of the patient in the header; rename the file to hide it"
-"""Note in the ledger. The ledger and the report contain all paths."""
+"""Note for the ledger about a path that names the patient. The ledger and the report contain all paths."""
 INTRACRANIAL = re.compile(r"(?:^|[_\W])(ecog|ieeg|seeg)(?:$|[_\W])", re.IGNORECASE)
 KEYS = frozenset({"exclude", "unit_factors", "subject_pattern", "subjects", "salt_variable", "intracranial"})
-"""Config keys that are valid for all corpora of recordings in such file formats."""
+"""Config keys that are valid for all corpora of recordings in the file formats of EEG manufacturers."""
 TRIAL_KEYS = frozenset({"images", "tmin", "tmax", "stimulus_delay_ms"})
 """Config keys that are valid for corpora with trials."""
 

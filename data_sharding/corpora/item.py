@@ -47,7 +47,7 @@ class Item:
     """A recording, with all data that its corpus has about it."""
 
     key: str
-    """Unique name of the recording. The keys of the recording's samples begin with this name."""
+    """Unique name of the recording. The keys of the recording's samples begin with the name of the recording."""
     corpus: str
     """Name of the corpus."""
     path: str
@@ -63,8 +63,8 @@ class Item:
     `subject` equals `key`, and "corpus" otherwise."""
     about: dict[str, Any] = field(default_factory=dict)
     """The corpus's data about person, device and rights: values of the ledger's columns `age`, `sex`, `group`,
-    `recording_year`, `device`, `device_filters`, `task` and `license`. If only these values change, the job does not
-    read the recording again."""
+    `recording_year`, `device`, `device_filters`, `task` and `license`. If only values of `about` change, the job does
+    not read the recording again."""
     unit_factor: float | None = None
     """Factor that converts the values to true volts, if the config contains a factor for this recording."""
     line_freq: float | None = None
@@ -82,8 +82,8 @@ class Item:
     kind: str = "folder"
     """Kind of the corpus, whose adapter opens the recording."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Values in JSON types that the adapter needs to open the recording. If one file contains several recordings, these
-    values identify the recording in the file. So the checksums of these recordings in the ledger are different."""
+    """Values in JSON types that the adapter needs to open the recording. If one file contains several recordings, the
+    options identify the recording in the file, so that the recordings have different checksums in the ledger."""
     info_patch: dict[str, Any] = field(default_factory=dict)
     """Information about the recording from its sidecar files, in JSON types; see `patch_signal`."""
     left_out: dict[str, int] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Item:
         -------
         tmin, tmax : float
             By default, a trial of a continuous recording is stored from `BASELINE_S` to the end of the window, and an
-            epoch is stored as a whole; then the values are minus and plus infinity.
+            epoch is stored as a whole (`tmin` and `tmax` are minus and plus infinity).
         """
         tmin = self.tmin if self.tmin is not None else -math.inf if epoched else BASELINE_S
         if self.tmax is not None:

@@ -1,7 +1,7 @@
 """Finds the subject in the path of a recording by common file naming schemes.
 
-The name depends only on the path of the recording itself. So the name and the split of the subject do not change when
-other recordings are added to the corpus or removed from it.
+The subject's name depends only on the path of the recording itself, so the name and the split of the subject do not
+change when other recordings are added to the corpus or removed from it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 LEFT, RIGHT = "(?<![A-Za-z0-9])", "(?![A-Za-z0-9])"
-"""Patterns for the left and right border of a name: no letter and no digit is next to the name. They match no
-characters."""
+"""Patterns for the left and right border of a name: look-arounds, which match no characters themselves, require that no
+letter and no digit is next to the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ BIDS = Scheme(name="BIDS, as in sub-01", body=r"(?:(?<=^)|(?<=[/_]))sub-[A-Za-z0
 _WORDS = "subject|subj|sub|participant|patient|pat|proband|versuchsperson|volunteer|vpn|vp|ppt|ptp|ppn|pp|person"
 _ANY_CASE = "(?i:{})".format
 _NUMBER = r"(?:\d{1,3}|0\d{3,4})"
-"""Pattern of a number with at most three digits or with a leading zero. So years and dates do not match."""
+"""Pattern of a number with at most three digits or with a leading zero, so that years and dates do not match."""
 _END = f"(?=(?:[a-d]|EO|EC|eo|ec)?{RIGHT})"
 """Pattern for the text after a number: optionally a letter (for a part), or a short word for open or closed eyes."""
 TIERS: tuple[tuple[Scheme, ...], ...] = (
@@ -94,7 +94,7 @@ class Recognised:
     scheme: Scheme | None = None
     """Scheme of the name; None if the path has no name of any scheme."""
     candidates: tuple[str, ...] = ()
-    """All names in the path, if there are several different names. Then `subject` is empty."""
+    """All names in the path, if there are several different names, so that `subject` is empty."""
 
 
 def alike(name: str) -> str:

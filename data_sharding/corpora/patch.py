@@ -15,8 +15,8 @@ from data_sharding.formats.signal import ScaledSignal, Signal, SignalInfo
 from data_sharding.formats.units import to_volts
 
 SNAP = 0.3
-"""Onsets in a table are often rounded to milliseconds. If an onset differs by at most this many seconds from the time
-of a sample, it means this sample."""
+"""Onsets in a table are often rounded to milliseconds. If an onset differs from the time of a sample by less than this
+fraction of the sample interval, it means this sample."""
 
 
 def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
@@ -28,13 +28,12 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
         Signal that a reader returned. The function replaces the attribute `info` of the signal.
     patch : dict
         May contain these keys: ``types`` (channel to MNE channel type), ``positions`` (channel to x, y, z in metres),
-        ``units`` (channel to unit; used for channels without a known unit in the file, which wins otherwise),
-        ``bads`` (more bad channels), ``line_freq`` (Hz), ``reference``, ``notes``, ``intracranial`` (true: electrodes
-        inside the skull are used), ``inside`` (seeg or ecog for a recording made inside the skull: the type of those
-        channels that are EEG by their header, and that ``types`` does not contain), ``marks`` (interruptions and
-        bad spans: onset and duration in seconds, text, and names of channels, which are empty for all channels). A
-        channel is found by its exact name or by its canonical name. For example, the name Fp1 also finds the channel
-        ``EEG Fp1-REF``.
+        ``units`` (channel to unit; used only for channels without a known unit in the file), ``bads`` (more bad
+        channels), ``line_freq`` (Hz), ``reference``, ``notes``, ``intracranial`` (true: electrodes inside the skull are
+        used), ``inside`` (seeg or ecog for a recording made inside the skull: the type of those channels that are EEG
+        by their header, and that ``types`` does not contain), ``marks`` (interruptions and bad spans: onset and
+        duration in seconds, text, and names of channels; without names, all channels are meant). A channel is found by
+        its exact name or by its canonical name. For example, the name Fp1 also finds the channel ``EEG Fp1-REF``.
 
     Returns
     -------
@@ -61,7 +60,8 @@ def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:
     if inside := patch.get("inside"):
         listed = {find(name) for name in given}
         for i, kind in enumerate(types):
-            # Most formats do not distinguish EEG from SEEG. With grid=True, the contacts A1 and A2 count as electrodes.
+            # Most formats do not distinguish EEG from SEEG. With grid=True, the contacts A1 and A2 are electrodes and
+            # not ears.
             if kind == "eeg" and i not in listed and kind_of(canonical_name(info.ch_names[i]), grid=True) is None:
                 types[i] = inside
     for name, place in patch.get("positions", {}).items():
@@ -112,7 +112,7 @@ def _snap(seconds: float, sfreq: float) -> float:
 
 
 def _read_units(info: SignalInfo, given: dict[int, str]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return the factor of each channel for the units of a sidecar, and the changed fields of `SignalInfo`.
+    """Return factors that correct the scale of channels to a sidecar's units, and the changed fields of `SignalInfo`.
 
     Parameters
     ----------
@@ -124,9 +124,9 @@ def _read_units(info: SignalInfo, given: dict[int, str]) -> tuple[np.ndarray, di
     Returns
     -------
     gains : ndarray, shape (n,)
-        Factor of each channel.
+        Factor for each channel that corrects its scale to the unit in the sidecar; 1 for a channel without such a unit.
     fields : dict
-        Values for `named_units`, `unknown_units`, and the new ``notes``.
+        New values of `named_units` and `unknown_units`, and ``notes`` for the ledger.
     """
     gains, named, unknown = np.ones(len(info.ch_names)), dict(info.named_units), dict(info.unknown_units)
     used: dict[str, list[str]] = {}

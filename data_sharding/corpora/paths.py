@@ -208,7 +208,7 @@ def read_text(path: AnyPath) -> str:
     Returns
     -------
     str
-        The text. UTF-8 is tried first, with or without a byte order mark, and Latin-1 second.
+        The text, decoded as UTF-8 (with or without a byte order mark) if possible, otherwise as Latin-1.
 
     Raises
     ------
@@ -255,7 +255,7 @@ def read_marks(table: AnyPath) -> tuple[list[tuple[float, float, str, list[str]]
     ----------
     table : Path or UPath
         Tab-separated table with the columns onset and duration (seconds), and at least one of `MARK_COLUMNS`. The
-        column ``channel`` is optional. It can have several names with a comma, a semicolon or ``|`` between them.
+        optional column ``channel`` has one or more names, with a comma, a semicolon or ``|`` between them.
 
     Returns
     -------
@@ -305,7 +305,7 @@ def check_images(items: Iterable[Item], images: AnyPath) -> None:
     Raises
     ------
     RequestError
-        If images are missing. The message contains their number and the path of the first missing image.
+        If images are missing. The message contains the number of missing images and the path of the first one.
     """
     shown = sorted({trial.image for item in items for trial in item.trials or () if trial.image})
     if is_remote(images):

@@ -5,7 +5,7 @@ pickle is a program, and Python's own unpickler runs this program. The reader in
 instructions that create data. A pickle can also ask for Python functions by name. For a few allowed names, the reader
 calls its own functions; all other names raise an error. Large arrays are memory-mapped instead of read.
 
-No library could be used. ``numpy.load`` loads a pickled dictionary only if it may run the pickle, and
+No existing library is sufficient. ``numpy.load`` loads a pickled dictionary only if it may run the pickle, and
 ``torch.load(weights_only=True)`` has limits that are listed in `load_torch`.
 """
 
@@ -32,10 +32,10 @@ MAP_BYTES = 1 << 16
 MAX_INSTRUCTIONS = 20_000_000
 """Limit on the number of instructions in a pickle, because an instruction of one byte can create a large object."""
 MAX_PARTS = 50_000_000
-"""Limit on the number of values in the result. A pickle can contain nested lists that each contain the next list twice.
-Such lists need little memory, but the length of their text and of their copies doubles with each level."""
+"""Limit on the number of values in the result. Nested lists that each contain the next list twice need little memory,
+but the length of their text and of their copies doubles with each level."""
 MAX_KEY_PARTS = 64
-"""Limit on the number of values in a key. Computing the hash of deeply nested tuples takes long."""
+"""Limit on the number of values in a dictionary key, because computing the hash of deeply nested tuples takes long."""
 MAX_INT_KEY = 2**61 - 2
 """Largest integer that may be a key. Larger integers can be chosen so that all have the same hash, which makes a
 dictionary slow."""
@@ -61,7 +61,7 @@ BINUNICODE8 SHORT_BINUNICODE TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST L
 SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL
 STACK_GLOBAL REDUCE BUILD BINPERSID
 """
-"""Names of the allowed pickle instructions, as in the module `pickle`. These instructions are sufficient for data."""
+"""Names of the allowed pickle instructions, as in the module `pickle`. A pickle of data needs no other instructions."""
 
 
 class RefusedPickle(ValueError):
@@ -113,7 +113,7 @@ class _Tensor:
         if not isinstance(storage, _Storage) or len(size) != len(stride) or not all(whole):
             raise RefusedPickle("damaged: a tensor has no valid shape")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        # A tensor with stride 0 repeats one number. Without this check, a small file could create a huge array.
+        # A tensor with stride 0 repeats one number, so without this check a small file could create a huge array.
         if math.prod(size) and (last >= storage.count or math.prod(size) > storage.count):
             raise RefusedPickle("damaged: a tensor reaches beyond its storage")
         self.storage, self.offset, self.size, self.stride = storage, offset, tuple(size), tuple(stride)
@@ -163,7 +163,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self.budget = 8 * file.size + (1 << 20)
         self.storages: dict[str, _Storage] = {}
         # Number of values in each tuple or frozenset that contains other tuples or frozensets, by the id of the object.
-        # The object is stored too, so that no new object gets the same id.
+        # The tuple or frozenset is stored too, so that no new object gets the same id.
         self.parts: dict[int, tuple[Any, int]] = {}
         self.known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): self._ordered,
@@ -187,7 +187,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         self.known["__builtin__", "bytes"] = lambda: b""
 
     def run(self) -> Any:
-        """Return the object in the pickle. Arrays and tensors in it are still placeholders."""
+        """Return the object in the pickle, with placeholders in place of arrays and tensors."""
         try:
             return self.load()
         except RefusedPickle:
@@ -200,7 +200,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
             raise RefusedPickle(f"damaged: {type(error).__name__}: {show(error)}") from None
 
     def load(self) -> Any:
-        """Execute the instructions of the pickle. Limit their number, and raise an error for unknown instructions."""
+        """Execute at most `MAX_INSTRUCTIONS` instructions. Raise an error for an instruction that is not allowed."""
         self._unframer = pickle._Unframer(self.file.read, self.file.readline)  # type: ignore[attr-defined]
         self.read, self.readinto, self.readline = self._unframer.read, self._unframer.readinto, self._unframer.readline
         self.metastack: list[list[Any]] = []
@@ -245,7 +245,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         return self.storages.setdefault(str(pid[2]), _Storage(str(pid[2]), pid[1], pid[4]))
 
     def spend(self, *values: Any) -> None:
-        """Limit the total memory of new objects. Otherwise, a pickle could copy a long text a million times."""
+        """Limit the total memory of new objects, because a pickle could copy a long text a million times."""
         self.budget -= 64 + sum(len(v) for v in values if hasattr(v, "__len__"))
         if self.budget < 0:
             raise RefusedPickle("refused: its content needs far more memory than the file has bytes")
@@ -453,7 +453,7 @@ class _Resolver:
 
     def _keep(self, value: Any, made: Any) -> Any:
         self.done[id(value)] = made
-        self.kept.append(value)  # Keep a reference to the object. Otherwise, a new object could get the same id.
+        self.kept.append(value)  # Keep a reference to the object, so that no new object gets the same id.
         return made
 
     def _array(self, array: _Array) -> np.ndarray:
@@ -602,7 +602,7 @@ def _load_torch_zip(path: Path) -> Any:
             raise RefusedPickle("damaged: not a file of torch.save")
         pickled = archive.read(name)
         reader = _Reader(_File(io.BytesIO(pickled), len(pickled)))
-        # The archive stores the values of tensors in separate files. So the pickle itself is small, and is read
+        # The archive stores the values of tensors in separate files, so the pickle itself is small, and is read
         # completely.
         reader._bytes = lambda size: reader.append(reader.read(size))  # type: ignore[method-assign]
         value = reader.run()

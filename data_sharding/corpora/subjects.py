@@ -1,6 +1,6 @@
 """Finds the subject of each recording of a corpus, and data about the subject.
 
-The first source that names a subject is used. The sources are: the table in the key 'subjects'; the key
+Several sources are tried, and the first source that names a subject is used: the table in the key 'subjects'; the key
 'subject_pattern'; sub-X in the path; the patient's code in the header of an EDF+ or BDF+ file; common file naming
 schemes (`data_sharding.corpora.naming`); other text in the patient field of an EDF, BDF or GDF file. If no source names
 a subject, the subject of the recording is unknown.
@@ -173,14 +173,14 @@ def hash_identity(identity: str, secret: str) -> str:
     identity : str
         Text that is the same in all recordings of the patient.
     secret : str
-        Secret text. Without this text, nobody can compute the pseudonym of a known patient.
+        Secret text. Without the secret, nobody can compute the pseudonym of a known patient.
 
     Returns
     -------
     str
         ``id-`` and 12 hexadecimal digits.
     """
-    # If there is no secret, somebody could try all patient numbers. A slow hash makes this expensive.
+    # Without a secret, somebody could try all patient numbers. A slow hash makes such an attempt expensive.
     salt = hashlib.sha256(f"dreamscale subject {secret}".encode()).digest()
     return f"id-{hashlib.scrypt(identity.encode(), salt=salt, n=2**11, r=8, p=1, dklen=6).hex()}"
 
@@ -232,7 +232,7 @@ class SubjectFinder:
             self._patients = {path: patient for (path, _), patient in zip(wanted, patients, strict=True)}
 
     def _prepare_hashes(self) -> None:
-        """Compute the hashes in several threads, because they are slow on purpose. `hash_identity` caches them."""
+        """Compute the hashes in several threads, because hashing is slow on purpose. `hash_identity` caches them."""
         used = {p.identity for path, p in self._patients.items() if p and (p.code or not recognise(path).subject)}
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(lambda identity: hash_identity(identity, self.secret), sorted(used)))
@@ -240,7 +240,7 @@ class SubjectFinder:
     def _match(self, table: AnyPath | None, rows: list[_Row], paths: list[str]) -> None:
         """Assign the rows of the table to recordings.
 
-        Each row must match a recording, and only one row may match a recording.
+        Each row must match a recording, and no two rows may match the same recording.
         """
         known = set(paths)
         exact: dict[str, list[_Row]] = {}
@@ -277,7 +277,7 @@ class SubjectFinder:
                 )
 
     def _describe(self, table: AnyPath | None, rows: list[_Row], paths: list[str]) -> None:
-        """Add the rows without path and patient. They describe subjects whose names come from other sources."""
+        """Add the rows without path and patient, which describe subjects whose names come from other sources."""
         named = {self(path, "").subject for path in paths} if rows else set()
         for row in rows:
             if row.subject in self._people:

@@ -1,7 +1,7 @@
 """Read the metadata about the person, the date and the device of a recording.
 
-Headers can hold a name, a birth date and a patient number. These values are not stored: `About` has only an age in
-years and a year, and `Patient` is only used to compute a hash (see docs/privacy.md).
+Headers can hold a name, a birth date and a patient number. Names, dates and numbers are not stored: `About` has only an
+age in years and a year, and `Patient` is only used to compute a hash (see docs/privacy.md).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ AMPLIFIERS = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Patient:
-    """The person that the patient field of a header names. Never print or store these values."""
+    """The person that the patient field of a header names. Never print or store the fields of this class."""
 
     identity: str
     """Text that is the same in all recordings of this patient."""
@@ -297,8 +297,8 @@ def describe(path: AnyPath, format_: str, info: Any) -> About:
     Returns
     -------
     About
-        Age, sex, year, device and filters. All of them are empty if the header cannot be parsed, because a recording
-        can be used without them.
+        Age, sex, year, device and filters. If the header cannot be parsed, all of these values are empty, because a
+        recording can be used without them.
     """
     try:
         if format_ in ("edf", "bdf"):

@@ -39,12 +39,13 @@ NOT_EEG = {
 """Patterns of channel names that are not EEG, even if the file gives them the type EEG. A pattern must match the whole
 name; case is ignored."""
 EARS = ("A1", "A2", "M1", "M2")
-"""Names of earlobes and mastoids. They are references, not scalp electrodes, except on caps with names A1 .. A32."""
+"""Names of earlobes and mastoids, which are references and not scalp electrodes, except on caps with names A1 ..
+A32."""
 GRID_NAME = re.compile(r"[A-I]\d{1,2}")
 NET_NAME = re.compile(r"E0*(\d{1,3})", re.IGNORECASE)
 """Names of the electrodes of an EGI net. In a sleep recording, E1 and E2 are eye electrodes (EOG)."""
 VERTEX = ("CZ", "VREF", "VERTEX REFERENCE")
-"""Names of the vertex electrode of an EGI net. In some files this electrode has a number instead of a name."""
+"""Names of the vertex electrode of an EGI net. In some files the vertex electrode has a number instead of a name."""
 NETS = {
     32: "GSN-HydroCel-32",
     64: "GSN-HydroCel-65_1.0",
@@ -60,7 +61,8 @@ REFERENCE = re.compile(
     r"|[AM][12]([AM][12])?)\d?$",
     re.IGNORECASE,
 )
-"""Reference electrode at the end of a channel name. It is removed: channel C3-A2 becomes C3."""
+"""Pattern of the reference electrode at the end of a channel name. The reference is removed: channel C3-A2 becomes
+C3."""
 INTRACRANIAL = ("seeg", "ecog", "dbs")
 """Types of electrodes inside the skull, in MNE's terms."""
 MIN_STANDARD = 0.5
@@ -86,7 +88,7 @@ class Channels:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names of the channels that are not EEG, grouped by kind of channel."""
     unknown_unit: str = ""
-    """Unknown unit of the channels, if none of the channels has a known unit. Then the recording cannot be used."""
+    """Unknown unit of the channels, if none of the channels has a known unit, so that the recording cannot be used."""
     selection: str = "all"
     """Rule by which 128 channels were chosen from a recording with more channels."""
     notes: list[str] = field(default_factory=list)
@@ -121,7 +123,7 @@ def canonical_name(name: str) -> str:
 def _bipolar(text: str) -> tuple[str, str] | None:
     """Return the two electrodes of a bipolar channel such as ``F7-T3``.
 
-    The channel is the difference of these electrodes.
+    A bipolar channel is the difference of its two electrodes.
     """
     parts = [_standard_names().get(part.lower()) for part in re.split(r"[-/]", text)]
     if len(parts) != 2 or not (parts[0] and parts[1]) or parts[0] == parts[1]:
@@ -138,8 +140,8 @@ def is_site(name: str) -> bool:
 def _montage(name: str) -> dict[str, list[float]]:
     """Return the positions of a standard montage, in the head coordinates that files use.
 
-    MNE's montage templates use MRI coordinates. Recordings use head coordinates, which are defined by ears and nose. In
-    these two systems, Cz is five centimetres apart.
+    MNE's montage templates use MRI coordinates. Recordings use head coordinates, which are defined by ears and nose.
+    The position of Cz differs by five centimetres between MRI coordinates and head coordinates.
     """
     import warnings
 
@@ -189,7 +191,9 @@ def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
 
 
 def is_grid(names: list[str]) -> bool:
-    """Return whether channel names form a BioSemi grid (A1 .. D32). Some grid names look like 10-20 names.
+    """Return whether channel names form a BioSemi grid (A1 .. D32).
+
+    Some names of this grid, such as C3, are also names of the 10-20 system.
 
     Parameters
     ----------
@@ -209,7 +213,7 @@ def is_grid(names: list[str]) -> bool:
 def is_net(names: list[str]) -> bool:
     """Return whether channel names are the electrode numbers of an EGI net.
 
-    The eye electrodes E1 and E2 are not enough.
+    At least three names must be such numbers, because E1 and E2 alone can be eye electrodes.
     """
     return sum(bool(NET_NAME.fullmatch(name)) for name in names) > 2
 
@@ -262,7 +266,7 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
         size = {frozenset("AB"): 64, frozenset("ABCD"): 128, frozenset("ABCDE"): 160, frozenset("ABCDEFGH"): 256}.get(
             frozenset(letters)
         )
-        # Caps of different sizes use the same names, such as A1. So the cap is identified only if all of its electrodes
+        # Caps of different sizes use the same names, such as A1, so the cap is identified only if all of its electrodes
         # exist.
         if size in (128, 160, 256) and set(names) == full:
             table = _montage(f"biosemi{size}")
@@ -293,9 +297,9 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
 def pick_channels(info: SignalInfo) -> Channels:
     """Find the EEG channels of a recording.
 
-    Contacts inside the skull are used only if `SignalInfo.intracranial` is set. Their names are not changed, because a
-    contact named T3 or A1 of a depth electrode is not the scalp electrode T3 or A1. Their positions come only from the
-    file.
+    Contacts inside the skull are used only if `SignalInfo.intracranial` is set. Names of such contacts are not changed,
+    because a contact named T3 or A1 of a depth electrode is not the scalp electrode T3 or A1. Positions of such
+    contacts come only from the file.
 
     Parameters
     ----------
@@ -316,7 +320,8 @@ def pick_channels(info: SignalInfo) -> Channels:
     grid, net = is_grid(scalp), is_net(scalp)
     kinds = [None if i in inside else kind_of(name, grid=grid, net=net) for i, name in zip(eeg, names, strict=True)]
     units = [info.unknown_units.get(info.ch_names[i], "") for i, kind in zip(eeg, kinds, strict=True) if kind is None]
-    # Leave out channels with an unknown unit. If no channel has a known unit, keep all; the caller reports this.
+    # Leave out channels with an unknown unit. If no channel has a known unit, keep all channels, and let the caller
+    # report the unit.
     unknown_unit = next(iter(units), "") if all(units) else ""
     picks, kept, left_out, notes = [], [], {}, []
     for i, name, kind in zip(eeg, names, kinds, strict=True):
@@ -328,7 +333,7 @@ def pick_channels(info: SignalInfo) -> Channels:
             left_out.setdefault(kind, []).append(label)
             continue
         if name in kept:
-            # Two channels can get the same canonical name (T3 and T7). The second one keeps the name from the file.
+            # If two channels get the same canonical name (T3 and T7), the second channel keeps its name from the file.
             other = label if label not in kept else f"{label}-{i}"
             notes.append(f"{label} has the same name as another channel ({name}), and is named {other}")
             name = other
@@ -428,7 +433,7 @@ def restrict(channels: Channels, rows: list[int], rule: str) -> Channels:
     Returns
     -------
     Channels
-        The channels of these rows.
+        The channels in `rows`.
     """
     return Channels(
         picks=[channels.picks[i] for i in rows],

@@ -1,4 +1,4 @@
-"""Find all files of a recording by the file names inside its main file. Similar file names are not enough."""
+"""Find all files of a recording by the file names that its main file contains, and not by similar file names."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from data_sharding.common.untrusted import is_special
 from data_sharding.formats import headers
 
 TAIL_BYTES = 1 << 18
-"""A FIF file names its next part in its first bytes or in its last bytes. The last `TAIL_BYTES` are searched."""
+"""Number of bytes at the end of a FIF file that are searched for the name of its next part, besides its first bytes."""
 MOST_SET_BYTES = 1 << 26
 """A ``.set`` file that is larger than this contains the signal itself, so no ``.fdt`` file is searched for."""
 REF_ROLE, REF_FILE_NUMBER, REF_FILE_NAME, NEXT_FILE = 115, 117, 118, 2
-"""FIF tags that refer to another file, and the role "this file is the next part"."""
+"""Codes of the FIF tags that refer to another file, and the value of REF_ROLE for the next part of a split file."""
 INTEGER, TEXT = 3, 10
 """FIF codes of the data types integer and text."""
 ROLE = struct.pack(">3i", REF_ROLE, INTEGER, 4)
@@ -51,7 +51,7 @@ def files_beside(path: AnyPath) -> Near:
 
 
 def next_fif_part(path: AnyPath, head: bytes = b"") -> str | None:
-    """Return the name of the next part of a split FIF file. Each part contains this name.
+    """Return the name of the next part of a split FIF file. Each part contains the name of the next part.
 
     Parameters
     ----------
@@ -126,8 +126,8 @@ def eeglab_signal_name(path: AnyPath, near: Collection[str]) -> str | None:
 
     Notes
     -----
-    This function searches the bytes of the file for the name. It does not use a MATLAB library, because such a library
-    would also load the signal, and could allocate gigabytes for a damaged file.
+    This function searches the bytes of the file for the name. A MATLAB library would also load the signal, and could
+    allocate gigabytes for a damaged file.
     """
     if headers.size_of(path) > MOST_SET_BYTES:
         return None

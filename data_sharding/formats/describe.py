@@ -1,7 +1,7 @@
 """Write the tables of ``docs/formats.md`` from the tables that the code uses.
 
 ``python -m data_sharding.formats.describe docs/formats.md`` replaces the text between the markers of each table. A test
-fails if the file is not up to date.
+fails if ``docs/formats.md`` is not up to date.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ TABLES = {"formats": _formats, "interruptions": _marks}
 
 
 def update(text: str) -> str:
-    """Return the text of ``docs/formats.md`` with new tables.
+    """Return the text of ``docs/formats.md`` with its tables generated again from the code.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Open EDF, BDF and GDF files. Their channels can have different sampling rates and units; there can be gaps in time.
+"""Open EDF, BDF and GDF files, whose channels can have different sampling rates and units, and which can have gaps.
 
 In array shapes, n is the number of channels, and S the number of samples at the recording's rate.
 """
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from mne.io import BaseRaw
 
 LOWEST_HZ = 100.0
-"""A channel with a lower sampling rate in Hz cannot represent the EEG band. Such a channel is marked as bad if other
-channels have a higher rate."""
+"""A channel with a lower sampling rate in Hz cannot represent the EEG band, so it is marked as bad if other channels
+have a higher rate."""
 
 
 class RecordsSignal(RawSignal):
@@ -39,8 +39,8 @@ class RecordsSignal(RawSignal):
     raw : mne.io.BaseRaw
         Channels with the main sampling rate.
     others : list of (mne.io.BaseRaw, Fraction)
-        The channels with other rates, and the ratio of the main rate to their rate. They are resampled to the main
-        rate; the result equals resampling each segment as a whole.
+        The channels with other rates, and the ratio of the main rate to their rate. Channels with other rates are
+        resampled to the main rate, as if each segment were resampled as a whole.
     **more : Any
         Further arguments of `RawSignal`.
     """
@@ -72,7 +72,7 @@ class RecordsSignal(RawSignal):
 
         raw, ratio, pick = self._others[number]
         up, down = ratio.numerator, ratio.denominator
-        # Half length of the filter of resample_poly in samples. Samples further away do not change the result.
+        # Half length of the filter of resample_poly in samples. Samples beyond this length do not change the result.
         reach = 10 * max(up, down) // up + down + 1
         first, last = segment.start * down // up, segment.stop * down // up
         a = max(first, first + (start * down // up - reach - first) // down * down)
@@ -89,7 +89,7 @@ class RecordsSignal(RawSignal):
 
 
 class MissingSignal(RawSignal):
-    """A GDF recording in which values of single channels are missing. These values are read as NaN.
+    """A GDF recording in which values of single channels are missing, which are read as NaN.
 
     Parameters
     ----------
@@ -197,7 +197,7 @@ def _find_marks(
 ) -> tuple[dict[str, Any], bool]:
     """Return the arguments of `RawSignal` that describe segments, annotations, marks and notes of a file.
 
-    The second value says whether values of single channels are missing.
+    The second returned value says whether values are missing in some channels only.
     """
     notes: list[str] = []
     if format_ == "gdf":
@@ -237,10 +237,10 @@ class _Opened:
 
 
 def _separate(layout: headers.Layout, rates: dict[int, list[int]]) -> dict[str, str]:
-    """Remove the channels that MNE cannot open from `rates`. Return their names with the reason.
+    """Remove the channels that MNE cannot open from `rates`, and return their names with the reason.
 
     MNE selects channels by name. If two channels with different rates have the same name, MNE would resample the slower
-    one.
+    channel.
     """
     left_out = {}
     for rate, numbers in list(rates.items()):
@@ -304,8 +304,8 @@ def _mend_selection(raw: BaseRaw, layout: headers.Layout, opened: list[int]) -> 
 def unique_names(labels: list[str]) -> tuple[list[str], list[str]]:
     """Return unique names for channels with equal labels, and a note for each label that exists several times.
 
-    Channels with equal labels get numbers as in MNE (``EEG-0``, ``EEG-1``). But if the label is an electrode, the first
-    channel keeps the label, and so the position of this electrode.
+    Channels with equal labels get numbers as in MNE (``EEG-0``, ``EEG-1``). If the equal labels are an electrode, the
+    first channel keeps the label, and so the position of the electrode.
     """
     counts, seen, names, notes = Counter(labels), Counter(), [], []
     electrodes = is_electrode(labels)

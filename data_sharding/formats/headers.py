@@ -1,8 +1,8 @@
 """Compare the header of a recording with the size of its file.
 
-A damaged header can claim any size. So each number in a header is compared with the file size before the number is
-used. Otherwise a damaged file could waste memory or time. Each check takes a path of pathlib or universal_pathlib, and
-reads only a few ranges of bytes.
+A damaged header can claim any size, and could waste memory or time. So each number in a header is compared with the
+file size before the number is used. The check of a header takes a path of pathlib or universal_pathlib, and reads only
+a few ranges of bytes.
 """
 
 from __future__ import annotations
@@ -232,13 +232,13 @@ def count_records(path: AnyPath, layout: Layout) -> int:
 def count_gdf_records(path: AnyPath, layout: Layout) -> int:
     """Return the number of records of a GDF file.
 
-    If the header does not give this number, count the records in the file.
+    If the header does not give the number of records, count the records in the file.
     """
     return layout.n_records if layout.n_records > 0 else count_records(path, layout)
 
 
 def parse_number(text: str) -> float | None:
-    """Parse the number in a text field of a header, also with a decimal comma. Return None if it is not a number."""
+    """Parse the number in a text field of a header, also with a decimal comma. Return None for other texts."""
     try:
         return float(text.strip(" \0").replace(",", "."))
     except ValueError:
@@ -366,9 +366,9 @@ def check_gdf(path: AnyPath, head: bytes = b"") -> Reason | None:
 
 
 def check_brainvision(text: str, data: AnyPath) -> Reason | None:
-    """Compare a BrainVision header with its data file. A V-Amp file stores one more channel than its header counts."""
+    """Compare a BrainVision header with its data file. A V-Amp file stores one more channel than its header states."""
     n, number = int(ini_value(text, "NumberOfChannels") or 0), ini_value(text, "DataPoints") or ""
-    # Without this number, readers compute the number of samples from the file size.
+    # If the header does not give DataPoints, readers compute the number of samples from the file size.
     points = int(number) if re.fullmatch(r"-?\d{1,18}", number) else 0
     if n < 1 or points < 0:
         raise Damaged
@@ -392,7 +392,7 @@ def check_neuroscan(path: AnyPath, head: bytes = b"") -> Reason | None:
     size, start = size_of(path), 900 + 75 * n
     if not n or not rate or len(head) < 900:
         raise Damaged
-    # The offset of the event table has four bytes. In a file above 4 GB the offset can be wrong, so do not check it.
+    # The offset of the event table has four bytes, so it can be wrong in a large file. Check it only below 2 GiB.
     if size < 1 << 31 and start < events < 1 << 31 and events > size:
         return _truncated(events, "bytes of signal", size)
     return Reason("no signal", "the file ends with the header") if size <= start else None
@@ -464,7 +464,7 @@ def check_egi(path: AnyPath, head: bytes) -> tuple[Reason | None, bool]:
     if samples <= 0 or events < 0:
         return Reason("no signal", "the header says 0 samples"), False
     promised = 36 + 4 * events + samples * (n + events) * (fields["version"] & 6)
-    # The versions 2, 4 and 6 store samples of 2, 4 and 8 bytes.
+    # The EGI versions 2, 4 and 6 store samples of 2, 4 and 8 bytes.
     if fields["version"] & 6 == 6:
         promised = 36 + 4 * events + samples * (n + events) * 8
     size = size_of(path)
@@ -562,8 +562,7 @@ def check_mff(files: tuple[Path, ...]) -> Reason | None:
                 head = stream.read(12)
                 if len(head) < 4:
                     return _truncated(at + 4, f"bytes in {path.name}", size)
-                # A block begins with its own header or with a zero. After a zero, the header of the previous block is
-                # valid.
+                # A block begins with its own header, or with a zero if it has the same header as the previous block.
                 if struct.unpack_from("<i", head)[0] == 0:
                     at += 4 + block
                     if not block:

@@ -187,7 +187,7 @@ def read_raw_units(
     applied : sequence of float
         Factor by which MNE multiplies the values of each channel.
     types : sequence of str, optional
-        Types of the channels, if they differ from MNE's.
+        Types of the channels, if they differ from MNE's types.
 
     Returns
     -------
@@ -207,7 +207,7 @@ def _position(channel: dict[str, Any]) -> list[float] | None:
 
 
 def annotations_of(raw: BaseRaw) -> list[Annotation]:
-    """Return the annotations of a recording; onsets count from the first sample."""
+    """Return the annotations of a recording, with onsets in seconds from the first sample."""
     found = raw.annotations
     # MNE measures onsets from sample number 0, but the first sample in the file can have a higher number.
     first = float(raw.first_time)

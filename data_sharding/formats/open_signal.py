@@ -79,7 +79,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 
 
 def neuroscan_data_format(path: str | Path) -> str:
-    """Determine whether a Neuroscan CNT file has 16-bit or 32-bit samples. The header is not reliable for this.
+    """Determine whether a Neuroscan CNT file has 16-bit or 32-bit samples. The header alone does not say which of both.
 
     Parameters
     ----------
@@ -99,8 +99,8 @@ def neuroscan_data_format(path: str | Path) -> str:
     Notes
     -----
     The header gives the number of channels and the number of samples. If the size of the data block fits these numbers
-    with 16 or with 32 bits, that number of bits is used. Otherwise the data are decoded with both, and the number of
-    bits with the smoother signal is used: decoding with the wrong number of bits gives noise.
+    with 16 or with 32 bits, that number of bits is used. If neither fits, the data are decoded with both numbers of
+    bits, and the number with the smoother signal is used, because decoding with the wrong number of bits gives noise.
     """
     with Path(path).open("rb") as stream:
         head = stream.read(900)
@@ -204,9 +204,9 @@ def _as_named(
 ) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
     """Prepare a text header so that MNE finds the files that the header names.
 
-    MNE does not find a file if the header writes its name with a folder, or with different upper and lower case. For
-    such a header, this function writes a corrected copy to a temporary folder, together with links to the files. With
-    `recode`, the copy is in UTF-8, because some readers accept only UTF-8.
+    MNE does not find a file if the header writes its name with a folder, or with different upper and lower case. If the
+    header contains such a name, this function writes a corrected copy of the header to a temporary folder, together
+    with links to the files. With `recode`, the copy is in UTF-8, because some readers accept only UTF-8.
 
     Parameters
     ----------
@@ -305,7 +305,7 @@ def _repair_brainvision(path: Path) -> tuple[Repaired, dict[str, str], str, list
 def _brainvision_units(raw: BaseRaw, text: str, numbers: list[int]) -> dict[str, Any]:
     """Read the units of a BrainVision header.
 
-    MNE knows few spellings, and changes channels with other units to the type misc.
+    MNE knows few spellings of units, and changes channels with other units to the type misc.
     """
     listed: dict[int, str] = {}
     for number, line in re.findall(r"^[ \t]*Ch(\d+)[ \t]*=(.*)$", text, re.MULTILINE | re.IGNORECASE):
@@ -356,14 +356,14 @@ def _ant(path: Path) -> Signal:
 
     raw = mne.io.read_raw_ant(path)
     units = list(raw._raw_extras[0]["orig_ch_units"])
-    # MNE converts only the values of channels with one of these two spellings.
+    # MNE converts only the values of channels with the unit `uv` or `µv`.
     more = read_raw_units(raw, units, [1e-6 if unit in ("uv", "µv") else 1.0 for unit in units])
     sfreq = float(raw.info["sfreq"])
     start = raw.info["meas_date"].timestamp() if raw.info["meas_date"] else None
     segments = read_ant_segments(path, int(raw.n_times), sfreq, start)
     if segments is None:
         return RawSignal(raw, format_="ant", **more)
-    # The table of segments has the true times; the annotations count samples of the file without its gaps.
+    # The table of segments has the true times; the times of annotations leave out the gaps between segments.
     triggers = [
         mark._replace(onset=time_of_sample(segments, sfreq, mark.onset * sfreq)) for mark in annotations_of(raw)
     ]
@@ -508,7 +508,7 @@ def open_signal(recording: Recording) -> Signal:
 
     Notes
     -----
-    A damaged file can crash some readers, and the process with them. So call this function in a worker process.
+    A damaged file can crash some readers, and the process with them, so call this function in a worker process.
     """
     if recording.problem:
         raise (ReadError if recording.continuous else NotContinuous)(recording.problem)
@@ -526,7 +526,7 @@ def open_signal(recording: Recording) -> Signal:
             opened = READERS[recording.format](path)
             signal = opened if not hasattr(opened, "get_channel_types") else _signal_of(opened, recording.format)
             if folder is not None:
-                # Keep the links, because the open signal still reads from them.
+                # Keep the folder of links, because the open signal still reads its files through the links.
                 signal.keep = (getattr(signal, "keep", None), folder)
     except ReadError:
         raise
@@ -589,7 +589,7 @@ def unreadable(error: BaseException, folder: str = "") -> Reason:
     error : BaseException
         The error.
     folder : str
-        Temporary folder. Its path is removed from the text.
+        Temporary folder. The path of this folder is removed from the text.
 
     Returns
     -------

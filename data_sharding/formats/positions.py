@@ -1,8 +1,8 @@
 """Compare the positions of electrodes in a file with the standard positions of their names.
 
 Files use different coordinate systems: the nose can be along x or y, left and right can be exchanged, and the origin
-can be the middle of a sphere instead of the point between the ears. The names of the electrodes show which system was
-used.
+can be the middle of a sphere instead of the point between the ears. The names of the electrodes show which coordinate
+system was used.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ used."""
 MIN_ELECTRODES = 4
 """At least this many electrodes with standard names are needed to find the coordinate system of a file."""
 SIZES = (0.75, 1.33)
-"""Smallest and largest plausible ratio of a head's size to the standard head. Outside this range, positions are
-scaled."""
+"""Smallest and largest plausible ratio of a head's size to the standard head. If the ratio is outside this range,
+positions are scaled."""
 Places = list[list[float] | None]
 
 
@@ -49,8 +49,8 @@ def fit_positions(places: Places, standard: Places) -> tuple[Places, list[str]]:
     if len(both) >= MIN_ELECTRODES:
         frame = _find_frame(own, true)
         distance = np.median(_distances(own, true, *frame))
-        # Heads differ by centimetres from the standard head. So if the file's own coordinates fit roughly, they are
-        # kept.
+        # Heads differ by centimetres from the standard head, so the coordinates in the file are kept if they fit
+        # roughly.
         if np.median(_distances(own, true, *fits[0])) <= FARTHEST_M:
             fits.append(frame)
         elif distance > FARTHEST_M:
@@ -106,7 +106,7 @@ def _find_frame(own: np.ndarray, true: np.ndarray) -> Frame:
         for order in itertools.permutations(range(3))
         for signs in itertools.product((1.0, -1.0), repeat=3)
     ]
-    # If the electrodes are symmetric, several exchanges of axes fit equally well. So keep the axes of the file unless
+    # If the electrodes are symmetric, several exchanges of axes fit equally well, so keep the axes of the file unless
     # other axes fit much better.
     best = min(turns, key=distance)
     if distance(np.eye(3)) < 1.5 * distance(best) or distance(np.eye(3)) < FARTHEST_M / 2:

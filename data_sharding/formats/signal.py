@@ -25,12 +25,12 @@ class Segment:
     """Index of the segment's last sample, plus one."""
     onset: float
     """Time of the segment's first sample, in seconds from the beginning of the recording. For epochs whose times are
-    unknown, this is `start` divided by the sampling rate."""
+    unknown, the onset is `start` divided by the sampling rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """Metadata of a file about the person, the date and the device. These values do not identify the person."""
+    """Metadata of a file about the person, the date and the device, which do not identify the person."""
 
     age: float | None = None
     """Age of the person in years at the recording; 90 for all higher ages; None if unknown."""
@@ -64,8 +64,8 @@ class SignalInfo:
     """Mains frequency in Hz, if the file or its sidecar gives it."""
     unit_known: bool = False
     """True if the unit comes from a more reliable source than the header, such as BIDS channels.tsv or the
-    documentation of a corpus. Also true if the documentation says that the values are standardised and have no unit;
-    then `scale` is 1."""
+    documentation of a corpus. `unit_known` is also true for values that the documentation calls standardised (without a
+    unit); `scale` is then a nominal factor."""
     scale: float = 1.0
     """Factor that converts the values of `Signal.read` to volts."""
     reference: str = ""
@@ -83,13 +83,13 @@ class SignalInfo:
     text."""
     bad_channel_spans: list[tuple[float, float, str]] = field(default_factory=list)
     """Spans in which the file or its sidecar marks a single channel as bad: start and end in seconds from the
-    recording's beginning, and name of the channel. The other channels are good there."""
+    recording's beginning, and name of the channel. A span of one channel does not concern other channels."""
     epoched: bool = False
     """Whether the segments of the recording are epochs."""
     intracranial: bool = False
     """Whether electrodes inside the skull (the types in `channels.INTRACRANIAL`) are used as well."""
     tmin: float = 0.0
-    """Time of the first sample of each epoch, in seconds from the event to which the epoch belongs. Only for epochs."""
+    """For epochs: time of the first sample of each epoch, in seconds from the event to which the epoch belongs."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Channels of the file that are not in `ch_names`, because they cannot be read; each with the reason."""
     about: About = field(default_factory=About)

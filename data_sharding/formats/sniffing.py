@@ -1,6 +1,6 @@
 """Find recordings in a folder, and recognise the format of each recording by its content, before a reader opens it.
 
-`mne.io.read_raw` chooses a reader by the file name. This is not safe: Neuroscan and ANT files both have the extension
+`mne.io.read_raw` chooses a reader by the file name, which is not safe: Neuroscan and ANT files both have the extension
 ``.cnt``, and the wrong reader can crash the process.
 """
 
@@ -57,7 +57,8 @@ HEADERS_OF_BRAINVISION = (".vhdr", ".ahdr")
 MATLAB = Reason("no reader", "a MATLAB file has no sampling rate and no unit; describe it in a corpus of kind arrays")
 HDF5 = b"\x89HDF\r\n\x1a\n"
 TEXT_SIDECARS = (".json", ".tsv")
-"""Extensions of sidecar files of BIDS. Such a file is text, so the first bytes of a format mean nothing there."""
+"""Extensions of sidecar files of BIDS. A sidecar is a text file, so its first bytes cannot identify the format of a
+recording."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class Recording:
     problem: Reason | None = None
     """Fault in the header; None if the header has no fault. A recording with a fault is not read."""
     continuous: bool = True
-    """False if the file is undamaged but has no continuous signal. Such a file is excluded, not quarantined."""
+    """False if the file is undamaged but has no continuous signal, so that it is excluded, not quarantined."""
 
 
 def _by_path(files: list[AnyPath]) -> tuple[AnyPath, ...]:
@@ -104,9 +105,9 @@ class File:
     def owner_of(self, name: str, headers_of: tuple[str, ...]) -> str | None:
         """Check whether a file that this header names belongs to another recording; return the reason, or None.
 
-        After a recording was renamed, its header can still name the files of another recording. This is suspected if
-        the named file and this header have different base names, and if one of two files exists: another header with
-        the base name of the named file, or a data file with the base name of this header.
+        After a recording was renamed, its header can still name the files of another recording. A wrong name is
+        suspected if the named file and this header have different base names, and if one of two files exists: another
+        header with the base name of the named file, or a data file with the base name of this header.
         """
         stem, _, ending = name.rpartition(".")
         if not stem or stem.lower() == self.stem.lower():
@@ -216,7 +217,7 @@ def _fif(file: File) -> Recording | None:
     if not zipped and (file.head[:4] != b"\0\0\0\x64" or file.suffix != ".fif"):
         return None
     if zipped and not (file.exists(f"{name[:-7]}-1.fif.gz") or file.exists(f"{name[:-3]}-1.gz")):
-        return file.recording("fif")  # Finding the end of a gzip stream takes long.
+        return file.recording("fif")  # Do not look for parts, because reading to the end of a gzip stream takes long.
     # Read the name of the next part from the file: a file such as rest-1.fif may also be another recording.
     parts, here, head, problem = [file.path], file.path, file.head, None
     while following := headers.run_check(next_fif_part, "FIF", here, head):
@@ -269,7 +270,7 @@ def _persyst(file: File) -> Recording | None:
 
 
 def _nedf(file: File) -> Recording | None:
-    # The file begins with XML: a root element of any name, and in it the version.
+    # A NEDF file begins with XML: a root element of any name, and in it the version.
     if not re.match(rb"\s*(<\?xml[^<>]*>\s*)?<[A-Za-z_][^<>]*>[^\0]*<NEDFversion>", file.text):
         return None
     try:
@@ -354,7 +355,7 @@ FORMATS: tuple[Callable[[File], Recording | None], ...] = (
     *(format_.recognise for format_ in find_formats()),
     _claims,
 )
-"""Functions that recognise a format. They are called in this order."""
+"""Functions that recognise a format, in the order in which they are called."""
 
 
 def _mff(path: AnyPath) -> Recording:
@@ -377,8 +378,8 @@ def sniff(path: str | AnyPath, near: Near | None = None) -> Recording | None:
     Returns
     -------
     Recording or None
-        The recording with all of its files. Its `problem` is set if the header shows a fault. The result is None if
-        neither the content nor the extension belongs to a recording format.
+        The recording with all of its files. The recording's `problem` is set if the header shows a fault. The result is
+        None if neither the content nor the extension belongs to a recording format.
 
     Raises
     ------
@@ -414,7 +415,7 @@ def _walk_local(root: Path) -> Iterator[tuple[Path, list[str]]]:
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
         folders.sort()
         status = Path(folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # This is a symbolic link to a folder that was searched before.
+        if (status.st_dev, status.st_ino) in seen:  # A symbolic link leads to a folder that was searched before.
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))

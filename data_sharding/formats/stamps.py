@@ -1,12 +1,12 @@
 """Find the sampling rate and the segments of a recording in which each sample has a time stamp.
 
 Time stamps are not exact: they have jitter, whole chunks arrive late, and some samples have no valid stamp. (A *chunk*
-is a group of samples that the recorder stored together.) The first step finds lasting jumps of the stamps, which come
-from lost samples or from a clock that was set back. The second step fits a line to the stamps between two jumps. All
-lines have the same slope, and this slope gives the sampling rate.
+is a group of samples that the recorder stored together.) First, this module finds lasting jumps of the stamps, which
+come from lost samples or from a clock that was set back. Then a line is fitted to the stamps between two jumps. All
+fitted lines have the same slope, which gives the sampling rate.
 
-An *anchor* is a sample whose stamp was measured. The stamps of the other samples in the chunk repeat this stamp or were
-computed from it. In array shapes, S is the number of samples, and A the number of anchors.
+An *anchor* is a sample whose stamp was measured. The other samples of a chunk have stamps that repeat the anchor's
+stamp or were computed from it. In array shapes, S is the number of samples, and A the number of anchors.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from data_sharding.formats.signal import Segment
 SURE_S = 0.045
 """Every jump of the time stamps above this number of seconds is examined, even if the stamps have much jitter."""
 JUMP = 0.75
-"""If the stamps have no jitter, jumps above this number of sample intervals are examined. A lost sample is a jump of
-1."""
+"""If the stamps have no jitter, jumps above this number of sample intervals are examined. A lost sample makes a jump of
+one sample interval."""
 SIGMAS = 5.0
 """If the stamps have jitter, jumps above this number of standard deviations are examined."""
 WINDOW_S = 2.0
-"""A jump is lasting if the stamps in this number of seconds after the jump are shifted against the stamps before it."""
+"""A jump is lasting if the stamps in this number of seconds after the jump are shifted against the stamps before the
+jump."""
 FEWEST = 8
 """Smallest number of anchors that are compared on each side of a jump, if the recording has so many."""
 WHOLE = 0.15
@@ -62,18 +63,19 @@ class Clock:
     segments: list[Segment]
     """Segments; `Segment.start` and `Segment.stop` count the samples in `order`."""
     begins: list[float]
-    """Time stamp of the first sample of each segment, by the line of the segment."""
+    """Time stamp of the first sample of each segment, according to the line that was fitted to the segment."""
     period: float
     """Seconds between two samples on the clock of the stamps."""
     offset: float | None = None
-    """If the clock of the stream was reset: seconds to add to the corrected stamps, such as `begins`, to get the
-    time of the recording computer. None if the stamps were not corrected; then the measured offsets hold for them."""
+    """If the clock of the stream was reset: seconds to add to the corrected stamps, such as `begins`, to get the time
+    of the recording computer. None if the stamps were not corrected, so that the measured clock offsets are valid for
+    them."""
     notes: list[str] = field(default_factory=list)
     """Notes for the ledger."""
 
     def time_of_stamp(self, stamp: float) -> float:
         """Convert a time stamp to seconds from the recording's beginning, on the amplifier's clock."""
-        # The beginnings are not sorted if the clock was set back: then the last segment that has begun is right.
+        # If the clock was set back, `begins` is not sorted, so use the last segment that begins before the stamp.
         begun = [i for i, begin in enumerate(self.begins) if begin <= stamp + EQUAL_S]
         at = begun[-1] if begun else 0
         return self.segments[at].onset + (stamp - self.begins[at]) / (self.period * self.sfreq)
@@ -133,7 +135,7 @@ def fit_clock(
         Number of samples of each chunk of the file.
     offsets : tuple of two sequences of float
         Times and values, in seconds, of the measured differences between the clock of the stream and the clock of the
-        recording computer. These differences show whether the clock of the stream was reset.
+        recording computer. The differences of the clocks show whether the clock of the stream was reset.
 
     Returns
     -------
@@ -217,7 +219,7 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
     index : ndarray, shape (V,)
         Numbers of the samples with a valid stamp.
     stamps : ndarray, shape (V,)
-        Their stamps.
+        Stamps of the samples in `index`.
     nominal : float
         Nominal sampling rate in Hz. The recorder used this rate to compute stamps.
     starts : ndarray
@@ -227,7 +229,7 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
     -------
     _Anchors
         The anchors. If a chunk has one measured stamp, this stamp can belong to the first or to the last sample of the
-        chunk. The function tries both, and returns the anchors with fewer jumps.
+        chunk. The function tries both the first and the last sample, and returns the anchors with fewer jumps.
     """
     step, gap = np.diff(stamps), np.diff(index)
     computed = np.abs(step) < EQUAL_S
@@ -236,14 +238,14 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
     begins = np.concatenate([[True], ~computed])
     begins |= np.isin(index, starts)
     if len(starts) < FEWEST:
-        # Without chunks, the computed stamps of the whole file can form one piece. So divide the file into half
+        # Without chunks, the computed stamps of the whole file can form one piece, so divide the file into half
         # seconds.
         pace = (stamps[-1] - stamps[0]) / max(1, index[-1] - index[0])
         piece = max(1, int(0.5 * nominal if nominal > 0 else 0.5 / pace if pace > 0 else len(stamps)))
         begins[::piece] |= nominal > 0
     sizes = np.diff(np.append(np.flatnonzero(begins), len(index)))
     if len(starts) >= FEWEST and sizes[sizes > 1].sum() > 0.5 * len(index):
-        # Most chunks have one measured stamp each. So count each of the remaining chunks as one anchor as well.
+        # Most chunks have one measured stamp each, so use only one anchor in each of the remaining chunks as well.
         begins &= np.isin(index, starts) | (np.repeat(sizes, sizes) > 1)
     first = np.flatnonzero(begins)
     last = np.concatenate([first[1:] - 1, [len(index) - 1]])
@@ -301,7 +303,7 @@ def _follow_resets(
 ) -> tuple[np.ndarray, float] | None:
     """Correct the stamps if the measured clock offsets show that the clock was reset. Otherwise return None.
 
-    The second value is the offset of the corrected stamps in seconds.
+    The second returned value is the clock offset of the corrected stamps in seconds.
     """
     at, by = np.asarray(times, float), np.asarray(values, float)
     kept = np.isfinite(at) & np.isfinite(by)
@@ -384,7 +386,8 @@ def _in_order(
     by_time = np.argsort(begins, kind="stable")
     gaps = begins[by_time][1:] - ends[by_time][:-1] - period
     jumped, left = (int((np.abs(x) > threshold / 2).sum()) for x in (jumps[breaks - 1], gaps))
-    # Sort the chunks only if this closes gaps. If the clock was set back, sorting closes no gap, and the order stays.
+    # Sort the chunks only if sorting closes gaps. If the clock was set back, sorting closes no gap, and the order
+    # stays.
     if gaps.min() > -threshold and left < jumped and 0 < _moved(by_time, np.diff(edges)) <= MOVED * len(index):
         pieces = np.split(order, np.searchsorted(order, index[breaks]))
         order = np.concatenate([pieces[i] for i in by_time])
@@ -418,7 +421,7 @@ def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
 def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
     """Find the anchors before which the stamps make a lasting jump.
 
-    A late chunk also makes a jump, but the next chunks are punctual again. So the stamps of some seconds before and
+    A late chunk also makes a jump, but the next chunks are punctual again, so the stamps of some seconds before and
     after a jump are compared. After a loss of samples, all later stamps are shifted, so their lower quartile is shifted
     too.
     """
@@ -438,7 +441,7 @@ def _find_jumps(anchors: _Anchors, period: float) -> list[int]:
         np.array([np.median(late[i : i + density]) - np.median(late[max(0, i - density) : i]) for i in some])
     )
     cuts: list[int] = []
-    # Examine the largest jumps first, and subtract each lasting jump from all later stamps. Then large jumps do not
+    # Examine the largest jumps first, and subtract each lasting jump from all later stamps, so that large jumps do not
     # hide small jumps.
     for i in sorted(places.tolist(), key=lambda place: -abs(excess[place - 1])):
         jump = float(excess[i - 1])
@@ -471,7 +474,7 @@ def _fit_lines(anchors: _Anchors, runs: list[slice], period: float, *, fixed: bo
     period : float
         First estimate of the slope.
     fixed : bool
-        Whether `period` is the exact slope. Then only the intercepts of the lines are fitted.
+        Whether `period` is the exact slope, so that only the intercepts of the lines are fitted.
 
     Returns
     -------
@@ -533,13 +536,13 @@ def _place_segments(
 
     The onsets are sample numbers since the first sample, divided by the sampling rate.
 
-    The second value has the time stamp of each segment's first sample.
+    The second returned value is the time stamp of each segment's first sample.
 
     Notes
     -----
     The distance between two lines gives the number of samples that were lost between the runs. If the clock was set
-    back, this number is unknown. Then the segment begins at the end of the previous segment, and a note is written. If
-    the clock is set forward again later, the line before the setting back is used again.
+    back, the number of lost samples is unknown, so the segment begins at the end of the previous segment, and a note is
+    written. If the clock is set forward again later, the line from before the clock was set back is used again.
     """
     period, bases = lines.period, lines.bases
     lost = np.zeros(len(runs))
@@ -552,7 +555,7 @@ def _place_segments(
         gained = (bases[j] - bases[:j]) / period
         back = np.flatnonzero(np.abs(gained) < doubt)
         if gained[-1] < 0 and len(back):
-            # The stamps return to an earlier line. So the stamps in between were late, and no sample was lost.
+            # The stamps return to an earlier line, so the stamps since that line were late, and no sample was lost.
             lost[back[-1] : j + 1] = lost[back[-1]]
             continue
         possible = [more for i in timelines if (more := lost[i] + gained[i] - lost[j - 1]) > -doubt]

@@ -26,7 +26,7 @@ VOLT = re.compile(
     re.IGNORECASE,
 )
 MICRO = re.compile(r"(?:[^\x00-\x7f]|\?)[^\x00-\x7f?]{0,3}(?=[ _-]?v)", re.IGNORECASE)
-"""Pattern of non-ASCII characters before the letter V (volt). The micro sign is the only prefix outside ASCII. So
+"""Pattern of non-ASCII characters before the letter V (volt). The micro sign is the only prefix outside ASCII, so
 non-ASCII characters that come from a wrong text encoding must be a micro sign."""
 CYRILLIC = str.maketrans("мкнвМКНВ", "mknVmknV")
 """Cyrillic letters in Russian and Bulgarian units, and their Latin letters."""
@@ -58,7 +58,7 @@ def decode_unit(data: bytes) -> str:
 def gdf_unit(code: int) -> str:
     """Return the unit for a unit code of GDF 2.
 
-    The lowest five bits are the prefix; the others are the unit in ISO 11073.
+    The lowest five bits of the code are the prefix; the other bits are the unit in ISO 11073.
     """
     if code & 0xFFE0 != 4256:
         return f"code {code}"
@@ -88,8 +88,8 @@ def to_volts(unit: str) -> float | None:
     """
     text = unit.strip(" \0")
     text = OLD_CYRILLIC.get(text, text)
-    # First replace single characters that mean a whole unit, as in Asian fonts. If this gives no unit, use the text
-    # without this step, because the step can change a damaged micro sign.
+    # First replace single characters that mean a whole unit, as in Asian fonts. If the replaced text is no unit, use
+    # the original text, because the replacement can change a damaged micro sign.
     wide = unicodedata.normalize("NFKC", text).translate(CYRILLIC)
     return _to_volts(wide) if _to_volts(wide) is not None else _to_volts(text)
 
@@ -112,7 +112,7 @@ def _number(text: str) -> float | None:
     if power := re.fullmatch(r"(?:1(?:\.0*)?[x* ]*)?10(?:\^|\*\*)?([-+]\d{1,2})", text):
         return float(f"1e{power[1]}")
     if re.fullmatch(r"10e[-+]?\d+", text, re.IGNORECASE):
-        return None  # This is ambiguous: 10e-6 is 1e-5, but some people mean 1e-6.
+        return None  # The text 10e-6 is ambiguous: it is 1e-5, but some people mean 1e-6.
     try:
         number = float(text)
     except ValueError:

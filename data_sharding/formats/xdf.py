@@ -134,7 +134,7 @@ def _offsets(stream: Any) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def _offset_at(offsets: tuple[Sequence[float], Sequence[float]], stamps: np.ndarray) -> np.ndarray:
-    """Return the measured clock differences at given stamps, in seconds. They must be added to these stamps."""
+    """Return the measured clock differences at given stamps, in seconds, which must be added to the stamps."""
     at, by = (np.asarray(values, float) for values in offsets)
     kept = np.isfinite(at) & np.isfinite(by)
     if not kept.any():
@@ -146,16 +146,16 @@ def _offset_at(offsets: tuple[Sequence[float], Sequence[float]], stamps: np.ndar
 def _read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Sequence[float]]) -> list[Annotation]:
     """Return the texts of marker streams as annotations without duration, on the amplifier's clock.
 
-    Two streams have different clocks. Both are compared through the clock of the recording computer, because the
-    measured offsets of each stream are relative to this clock.
+    The marker streams and the EEG stream have different clocks. Times of two streams are compared through the clock of
+    the recording computer, because the measured offsets of each stream are relative to this clock.
     """
     found = []
     for stream in streams:
         stamps, rows = np.asarray(stream["time_stamps"], float), stream["time_series"]
         common = stamps + _offset_at(_offsets(stream), stamps)
         if clock.offset is None:
-            # The offset depends on the result, which is not known yet. Offsets change slowly, so two iterations are
-            # enough.
+            # The offset depends on the stamp on the EEG stream's clock, which is not known yet. Offsets change slowly,
+            # so two iterations are enough.
             about = common - _offset_at(offsets, common)
             common -= _offset_at(offsets, about)
         else:
@@ -170,7 +170,7 @@ def _read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Se
 def _channels(desc: Any, n: int) -> tuple[list[str], Units, list[list[float] | None]]:
     """Return the names, types and units, and positions of the channels that the stream declares.
 
-    Values without a unit are read as volts. If this is wrong, a later check of the amplitudes finds it.
+    Values without a unit are read as volts. If they are not volts, a later check of the amplitudes finds the fault.
     """
     try:
         declared = desc[0]["channels"][0]["channel"]

@@ -197,7 +197,7 @@ def find_faults(
         Length of a filter transient in samples.
     marked : sequence of (int, float, float)
         Spans in which the file or its sidecar marks a single channel as bad: position in `rows`, and start and end in
-        seconds from the recording's beginning. Such spans are treated as parts without a signal.
+        seconds from the recording's beginning. Spans that are marked as bad are treated as parts without a signal.
 
     Returns
     -------
@@ -292,7 +292,7 @@ def _common(dead: dict[int, list[Fault]], good: Sequence[int]) -> list[Fault]:
 
 
 def intersect(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
-    """Return the intersection of two lists of intervals. Both lists must be sorted and without overlap."""
+    """Return the intersection of two sorted lists of intervals. The intervals of one list must not overlap."""
     out, i, j = [], 0, 0
     while i < len(a) and j < len(b):
         start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
@@ -306,7 +306,7 @@ def intersect(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
 
 
 def subtract(a: Sequence[Interval], b: Iterable[Interval]) -> list[Interval]:
-    """Return the parts of `a` outside `b`. The list `a` must be sorted and without overlap."""
+    """Return the parts of `a` outside `b`. The intervals of `a` must be sorted and must not overlap."""
     rest: list[Interval] = []
     remove, j = sorted(b), 0
     for start, stop in a:

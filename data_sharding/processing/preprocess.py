@@ -147,7 +147,7 @@ class PreprocessSpec:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a plain dictionary.
 
-        The dictionary lacks newer fields whose value means the behaviour of older versions. So specs from older
+        The dictionary lacks newer fields whose value means the behaviour of older versions, so that specs from older
         versions keep their checksum.
         """
         values = dataclasses.asdict(self)
@@ -354,7 +354,7 @@ def clean_blocks(
     line_freq : float or None
         Mains frequency in Hz; `filters` explains this value.
     reference : sequence of int
-        Rows of the reference channels. Their mean is subtracted; if there are no rows, nothing is subtracted.
+        Rows of the reference channels, whose mean is subtracted. If there are no rows, nothing is subtracted.
     block : int, optional
         Number of samples per block; by default as many as fit into `FILTER_BYTES`.
 
@@ -395,8 +395,8 @@ def reference_rows(n_channels: int, spec: PreprocessSpec, bads: Sequence[int], n
     Returns
     -------
     list of int
-        Rows of the reference channels. The list is empty with `reference: keep`, and if an average reference would have
-        only one good channel.
+        Rows of the reference channels. With `reference: keep`, and with a single good channel for an average reference,
+        there are no such rows.
 
     Raises
     ------

@@ -435,8 +435,10 @@ class Cells:
         return np.clip(count / max(1, self.n_cells - self.n_all_constant), 0, 1)
 
     def _read_flags(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the number of the first cell and the flags [n, k] of each block. HIGH and LOW flags are removed from
-        the cells before the channel first reached its final largest or smallest value.
+        """Yield the number of the first cell and the flags [n, k] of each block.
+
+        HIGH and LOW flags are removed from the cells before the channel first reached its final largest or smallest
+        value.
         """
         n = len(self.constant)
         for first, k, packed in self._flags:
@@ -516,7 +518,7 @@ class _Runs:
     def add(
         self, segment: int, first: int, group: str, mask: np.ndarray, counts: dict[str, np.ndarray] | None = None
     ) -> None:
-        """Add the cells of a block, [n, k]. With `counts`, the most frequent of these masks gives the kind of a run."""
+        """Add the cells of a block, [n, k]. With `counts`, its mask with most cells gives the kind of a run."""
         gap = 1 if group in ("muscle", "mains noise") else JOINED
         for row in np.flatnonzero(mask.any(axis=1)).tolist():
             edges = np.flatnonzero(np.diff(mask[row].astype(np.int8), prepend=0, append=0))

@@ -1,8 +1,8 @@
 """Process signals that are too long for memory: resampling and zero-phase filtering, block by block.
 
-Except for rounding, the result does not depend on the size of the blocks. SciPy's `resample_poly` and `sosfiltfilt`
-need the whole signal in memory; applied to each block separately, they would cause errors at the borders of the blocks.
-So this module does not use these two functions of SciPy.
+Except for rounding, the result does not depend on the size of the blocks. SciPy's `resample_poly` and `sosfiltfilt` are
+not used, because they need the whole signal in memory; applied to each block separately, they would cause errors at the
+borders of the blocks.
 
 Letters in array shapes: n channels, S samples at the recorded rate, T samples at the target rate, b samples per block.
 """
@@ -240,14 +240,14 @@ def _plan(sfreq: float, target: float, passband: float) -> _Plan:
     half = taps // 2 + 1
     h = up * np.asarray(firwin(2 * half + 1, 0.5 * lower, window=("kaiser", beta), fs=up * sfreq))  # type: ignore[arg-type]
     for phase in range(up):
-        # Scale the weights of each phase to a sum of exactly one. Otherwise the phases would change a constant signal
-        # by different factors, and the constant would become a tone.
+        # Scale the weights of each phase to a sum of exactly one. Without this scaling, the phases would change a
+        # constant signal by different factors, and the constant would become a tone.
         h[phase::up] /= h[phase::up].sum()
     reach = half // up + 1
     count = max(4, min(64, round(2 * reach * up / down)))
     width = math.ceil(count * down / up) + 2 * reach + 1
-    # Make a frame at least as long as the inputs of a group. Then the inputs of a group do not overlap with its inputs
-    # in the next frame, and BLAS reads the inputs in place, without a copy.
+    # Make a frame at least as long as the inputs of a group, so that the inputs of a group do not overlap with its
+    # inputs in the next frame, and BLAS reads the inputs in place, without a copy.
     times = max(math.ceil(width / down), math.ceil(4 * count / up))
     inputs, outputs = times * down, times * up
     groups = []
@@ -300,7 +300,7 @@ class Resampler:
         self._same = ratio_of(sfreq, target) == 1
         self._plan = _plan(sfreq, target, passband) if not self._same else None
         self._held: np.ndarray | None = None
-        # Whether the signal was extended before its first sample. After this extension, `_held` begins `reach` samples
+        # Whether the signal was extended before its first sample. After the extension, `_held` begins `reach` samples
         # before the next frame.
         self._begun = False
         self._n_channels = self._n_in = self._n_out = 0
@@ -475,7 +475,7 @@ def zero_phase(
     Notes
     -----
     The forward pass starts each block with the filter state from the end of the previous block. The state of the
-    backward pass at the end of a block depends on all later samples. So the backward filter starts one lookahead after
+    backward pass at the end of a block depends on all later samples, so the backward filter starts one lookahead after
     the block, with an approximate state. When the backward filter reaches the block, the error of its state is below
     `TRUNCATION`. For a single block, the result equals `scipy.signal.sosfiltfilt`.
 

@@ -370,8 +370,7 @@ class Survey:
         """
         for line, totals in self._mains.items():
             bins = np.flatnonzero(np.abs(self._frequencies - line) < 6)
-            # The measurement after the subtraction uses only some stretches, because computing the median over channels
-            # takes long.
+            # The median over channels takes long to compute, so it is subtracted in only some of the stretches.
             with_common = len(spectrum) >= MIN_TO_COMPARE and (self._n_power <= 8 or self._n_power % 4 == 0)
             if self._rate / 2 <= line + 3 or not len(bins):
                 continue
@@ -459,7 +458,7 @@ class Survey:
     def _robust_amplitudes(self, live: np.ndarray) -> np.ndarray:
         """Return 1.4826 times the median absolute value of each channel in microvolts, [n].
 
-        Stretches in which a channel has no signal are ignored for this channel.
+        For each channel, stretches in which the channel has no signal are ignored.
         """
         if not self._amplitudes:
             return np.zeros(len(self._steps))

@@ -121,5 +121,6 @@ def render_page(template: Path, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["anchor"] = make_anchor
-    # Each section adds its title to `headings` when the section is rendered. The navigation bar uses this list.
+    # Each section adds its title to `headings` when the section is rendered. The navigation bar uses the list
+    # `headings`.
     return environment.get_template(template.name).render(headings=[], **values)

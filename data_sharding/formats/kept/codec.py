@@ -1,10 +1,10 @@
 """Compresses blocks of samples without loss, and decompresses them.
 
 Each channel is stored in the smallest of three encodings. A table encoding stores the distinct values once, and an
-index into this table for each sample (most amplifiers write at most 16 bits, so there are few distinct values). The
-other encodings are float32, optionally with a constant factor, and float64. An encoding is used only if decoding
-returns exactly the same bits. Before compression with zstandard, the bytes are grouped by their position in the number:
-first all first bytes, then all second bytes, and so on.
+index into this table for each sample (most amplifiers write at most 16 bits, so there are few distinct values). Besides
+the table encoding, there are two encodings as numbers: float32, optionally with a constant factor, and float64. An
+encoding is used only if decoding returns exactly the same bits. Before compression with zstandard, the bytes are
+grouped by their position in the number: first all first bytes, then all second bytes, and so on.
 
 In array shapes, n is the number of channels and b the number of samples of the block.
 """
@@ -65,7 +65,8 @@ def unpack(data: bytes, shape: tuple[int, int], rows: Sequence[int]) -> np.ndarr
     Raises
     ------
     ValueError
-        If the block is damaged. Even then, the function never uses more memory than a valid block of this shape needs.
+        If the block is damaged. Also for a damaged block, the function never uses more memory than a valid block of
+        this shape needs.
     """
     import zstandard
 
@@ -104,7 +105,7 @@ def _pack_channel(x: np.ndarray) -> tuple[int, int, bytes]:
 def _narrow(x: np.ndarray) -> tuple[np.ndarray | None, int]:
     """Return the values as float32, and the index of their factor in `_FACTORS`.
 
-    Return None if this would change any bit.
+    Return None if float32 would change any bit.
     """
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         for i, factor in enumerate(_FACTORS):
@@ -129,7 +130,7 @@ def _find_steps(x: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     if len(table) > _TABLE_LENGTH:
         return None
     numbers = (np.cumsum(used) - 1)[places]
-    # Decoding would change the values: two values have the same index, or there is a negative zero or an unusual NaN.
+    # Decoding would change the values if two values have the same index, or for a negative zero or an unusual NaN.
     return (table, numbers) if _same(table[numbers], x) else None
 
 

@@ -1,4 +1,4 @@
-"""Stores decoded signals in files, and reads these files. A *kept signal* is such a file.
+"""Stores decoded signals in files, which are called *kept signals*, and reads these files.
 
 A kept signal has three parts: compressed blocks of samples, a footer in JSON, and a tail with the size and the checksum
 of the footer. The footer has the metadata of the recording, and the offset and checksum of each block. The file is
@@ -33,7 +33,7 @@ _TYPES = ("float32", "float64")
 
 
 class NotKept(Exception):
-    """A kept signal is missing, damaged or lacks a channel. The caller must then read the files of the recording.
+    """A kept signal is missing, damaged or lacks a channel. The caller must read the recording's own files instead.
 
     Parameters
     ----------
@@ -102,17 +102,17 @@ class KeepingSignal:
         return bool(self._blocks)
 
     def finish(self, target: Path) -> str:
-        """Move the file to `target` if all segments were read. Otherwise delete the unfinished file.
+        """Move the file to `target` if all segments were read; if not, delete the unfinished file.
 
         Parameters
         ----------
         target : Path
-            Final path. Its name is the key of the signal.
+            Final path. The name of this path is the key of the signal.
 
         Returns
         -------
         str
-            Reason why the signal was read to its end, but could not be stored. Otherwise empty.
+            Reason why the signal cannot be stored; empty if it was stored, or if not all segments were read.
         """
         try:
             with self._stream:
@@ -164,7 +164,7 @@ class KeptSignal:
     Raises
     ------
     NotKept
-        If the file does not exist or is damaged. `read` raises this error too.
+        If the file does not exist or is damaged. The method `read` raises `NotKept` too.
     """
 
     def __init__(self, path: Path) -> None:

@@ -35,13 +35,13 @@ def signal_path(folder: Path, key: str) -> Path:
 
 
 def note_use(path: Path) -> None:
-    """Set the time of a kept signal, so that `limit_size` sees when it was used last."""
+    """Set the modification time of a kept signal to now, so that `limit_size` sees when it was used last."""
     with contextlib.suppress(OSError):  # Another job may have deleted the signal; then it is decoded again.
         os.utime(path)
 
 
 def limit_size(folder: Path, most_bytes: float) -> tuple[int, int]:
-    """Delete the kept signals that were not used for the longest time, until the others fit into a size.
+    """Delete the kept signals that were not used for the longest time, until the rest fits into `most_bytes`.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def _table(folder: Path, files: Sequence[AnyPath]) -> Path:
 
 
 def find_checksums(folder: Path, files: Sequence[AnyPath]) -> tuple[list[State], list[str]] | None:
-    """Look up the checksums that `store_checksums` stored, if the files have not changed. This does not read the files.
+    """Look up the checksums that `store_checksums` stored, without reading the files, if the files have not changed.
 
     Parameters
     ----------

@@ -39,8 +39,8 @@ def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | N
     Returns
     -------
     list of Segment or None
-        Segments. Their onsets are the recorded times only if `start` is known. None if there is no table, or if the
-        numbers of samples in the table contradict `n_samples`.
+        Segments. The onsets of the segments are the recorded times only if `start` is known. None if there is no table,
+        or if the numbers of samples in the table contradict `n_samples`.
 
     Notes
     -----
@@ -109,7 +109,7 @@ def find_neuroscan_marks(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
     Returns
     -------
     list of Found
-        Marks. Programs disagree by one sample about the position of an event. So one sample is left out at each
+        Marks. Programs disagree by one sample about the position of an event, so one sample is left out at each
         discontinuity.
     """
     with path.open("rb") as stream:
@@ -152,7 +152,7 @@ def find_epoch_boundaries(path: Path, annotations: Any = None) -> list[Found]:
     Returns
     -------
     list of Found
-        Cuts inside epochs. Their times count the samples of all epochs, one epoch after the other.
+        Cuts inside epochs. The time of a cut is counted over the samples of all epochs, one epoch after the other.
     """
     import mne
 

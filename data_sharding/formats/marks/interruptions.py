@@ -253,8 +253,8 @@ TABLE: tuple[Mark, ...] = (
         effect=Effect.CUT,
     ),
 )
-"""All kinds of marks. The first row that matches an annotation is used. Rows for one format precede the rows for all
-formats."""
+"""All kinds of marks. For an annotation, the first row that matches its text is used. Rows for one format precede the
+rows for all formats."""
 ROWS = {mark.name: mark for mark in TABLE}
 
 
@@ -316,14 +316,15 @@ def match_channels(
     names : sequence of str
         Names of the channels that can be read.
     left_out : collection of str
-        Names of the channels of the file that are not read. A mark of only such channels is not needed.
+        Names of the channels of the file that are not read. A mark that names only channels that are not read is
+        dropped.
 
     Returns
     -------
     marks : list of Found
         Marks. If no channel has a name that a mark gives, the mark belongs to all channels.
     notes : list of str
-        Notes for the ledger about such names.
+        Notes for the ledger about channel names in marks that no channel of the recording has.
     """
     known = {canonical_name(name): name for name in reversed(names)} | {name: name for name in names}
     marks, unknown = [], Counter()
@@ -430,7 +431,7 @@ def _merge(gaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def _sample_at(segments: Sequence[Segment], sfreq: float, seconds: float) -> int:
     """Return the first sample at or after a time.
 
-    For a time between two segments, this is the start of the second segment.
+    For a time between two segments, return the start of the later segment.
     """
     onsets = [segment.onset for segment in segments]
     at = max(bisect.bisect_right(onsets, seconds + 1e-3 / sfreq) - 1, 0)

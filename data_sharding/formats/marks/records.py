@@ -29,7 +29,8 @@ RECORDS_AT_ONCE = 4096
 NEW_EPOCH, CMS_IN_RANGE, MK2 = 1 << 16, 1 << 20, 1 << 23
 """Bits of the Status channel of a BioSemi amplifier. Bit 22 is a low battery, which does not change the signal."""
 STARTS_PER_S = 1.0
-"""If bit 16 rises more often than this, the channel named Status was not written by a BioSemi amplifier."""
+"""If bit 16 rises more often than this number of times per second, the channel named Status was not written by a
+BioSemi amplifier."""
 GDF_DTYPES = {1: "<i1", 2: "<u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<i8", 8: "<u8", 16: "<f4", 17: "<f8"}
 """NumPy type for each sample type code of GDF."""
 
@@ -49,8 +50,8 @@ def read_annotations(path: Path, layout: Layout) -> tuple[np.ndarray, list[Annot
     onsets : ndarray, shape (R,)
         Onset of each record in seconds; NaN if the record has no onset.
     annotations : list of Annotation
-        Annotations; their onsets are on the clock of the onsets. In EDF+, a text that ends with ``@@`` and the label of
-        a channel belongs to this channel.
+        Annotations, with onsets on the same clock as the onsets of the records. In EDF+, an annotation whose text ends
+        with ``@@`` and the label of a channel belongs to this channel.
     """
     signals = [i for i, label in enumerate(layout.labels) if label in headers.ANNOTATIONS]
     starts = np.concatenate([[0], np.cumsum(layout.per_record)]) * layout.width
@@ -61,7 +62,7 @@ def read_annotations(path: Path, layout: Layout) -> tuple[np.ndarray, list[Annot
             for i in signals:
                 stream.seek(layout.header_bytes + record * layout.record_bytes + int(starts[i]))
                 lists = TAL.findall(stream.read(layout.width * layout.per_record[i]))
-                # The first list of the first annotation signal gives the onset of the record. Its first text is empty.
+                # The first annotation signal begins with a list that has the record's onset and an empty first text.
                 if i == signals[0] and lists and not lists[0][1] and lists[0][2][:1] in (b"", b"\x14"):
                     onsets[record] = float(lists[0][0])
                 for onset, duration, words in lists:
@@ -107,8 +108,8 @@ def find_runs(onsets: np.ndarray, layout: Layout) -> tuple[list[tuple[int, int, 
     for i in np.flatnonzero(~known):
         times[i] = times[i - 1] + length
     jumps = np.abs(np.diff(times) - length) > ROUNDING_S
-    # If a record without an onset lies next to a jump, the gap can be before or after this record. So this record is a
-    # run of its own.
+    # If a record without an onset lies next to a jump, the gap can be before or after this record, so the record
+    # becomes a separate run.
     for i in np.flatnonzero(~known):
         jumps[i - 1] |= bool(jumps[i : i + 1].any())
     if not known.all():
@@ -156,7 +157,7 @@ def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str
     Returns
     -------
     found : list of Found
-        Marks. Their times are sample numbers of the file, divided by the sampling rate.
+        Marks. The times of marks are sample numbers of the file, divided by the sampling rate.
     notes : list of str
         Notes for the ledger.
     """
@@ -199,7 +200,7 @@ def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str
 
 
 def find_missing(path: Path, layout: Layout, numbers: list[int]) -> tuple[list[Found], bool]:
-    """Find the samples of a GDF file that are coded as missing in all of these channels.
+    """Find the samples of a GDF file that are coded as missing in all channels of `numbers`.
 
     Parameters
     ----------
@@ -220,8 +221,8 @@ def find_missing(path: Path, layout: Layout, numbers: list[int]) -> tuple[list[F
     Notes
     -----
     NaN and values outside the digital range are missing values. A value at the limit of the range can also be an
-    overflow of one channel. So such a value counts as missing only if, at the same time, every channel is missing or at
-    its limit.
+    overflow of one channel, so it is taken as missing only if, at the same time, every channel has a missing value or a
+    value at its limit.
     """
     spans: list[tuple[int, int]] = []
     some = False

@@ -26,8 +26,8 @@ class Format:
 
     The function should check the header and not the file name. `sniffing` first tests the formats that it knows itself,
     and calls this function only if none of them matches. If the file has the extension of this format but a damaged
-    header, the function returns ``file.recording(name, problem=...)``. With None, the file would get no row in the
-    ledger.
+    header, the function returns ``file.recording(name, problem=...)``. If the function returned None for such a file,
+    the ledger would not list it.
     """
     open: Callable[[Path], Any]
     """Function that opens the file and returns a `Signal`, or a raw or epochs object of MNE.
@@ -36,7 +36,8 @@ class Format:
     continuous signal. Other exceptions become a `ReadError` with the exception's text.
     """
     suffixes: tuple[str, ...] = ()
-    """File extensions that the reader accepts. A file with another extension is opened through a link."""
+    """File extensions that the reader accepts. A file with another extension is opened through a link with the first of
+    these extensions."""
     title: str = ""
     """Name and file extensions for ``docs/formats.md``, such as ``Nexstim eXimia (`.nxe`)``."""
     recognised_by: str = ""

@@ -1,4 +1,4 @@
-"""Read recordings with the raw readers of the package neo. They read samples on demand, and give the times of segments.
+"""Read recordings with the raw readers of the package neo, which read samples on demand and give segments with times.
 
 In array shapes, n is the number of channels, and S the number of samples.
 """
@@ -36,7 +36,7 @@ class NeoSignal:
     reader : neo.rawio.BaseRawIO
         Reader of the recording; ``parse_header`` was not called yet.
     only_electrodes : bool
-        True if only channels with names of scalp electrodes are used as EEG. This is for amplifiers that also record
+        True if only channels with names of scalp electrodes are used as EEG. Use True for amplifiers that also record
         intracranial electrodes, because their files do not mark the channels on the scalp.
     """
 

@@ -21,7 +21,8 @@ HEADER_BYTES, RECORD_BYTES = 16384, 1044
 def _recognise(file: File) -> Recording | None:
     if file.suffix != ".ncs":
         return None
-    # A folder is one recording with one row in the ledger. Its path in the ledger is the path of the first file.
+    # A folder is one recording with one row in the ledger. The recording's path in the ledger is the path of its first
+    # file.
     names = sorted(entry.name for entry in file.near.values() if entry.suffix.lower() == ".ncs")
     if file.path.name != names[0]:
         return None
@@ -40,7 +41,7 @@ def _open(path: Path) -> Any:
     from data_sharding.formats.readers.neo_signal import NeoSignal
 
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.suffix.lower() == ".ncs")
-    # The clock of the amplifier differs a little from the nominal rate. So only larger steps of the time stamps are
+    # The clock of the amplifier differs a little from the nominal rate, so steps of the time stamps below 1 ms are not
     # gaps.
     reader = NeuralynxRawIO(dirname=str(path.parent), include_filenames=names, gap_tolerance_ms=1.0)
     return NeoSignal(reader, only_electrodes=True)

@@ -39,7 +39,7 @@ class Repaired:
 def section(text: str, name: str) -> tuple[int, int]:
     """Return the start and the end of a section of an INI text.
 
-    If the section is missing, both are the end of the text.
+    If the section is missing, both positions are the end of the text.
     """
     head = re.search(rf"^[ \t]*\[{name}\][ \t]*$", text, re.MULTILINE | re.IGNORECASE)
     if head is None:
@@ -79,8 +79,8 @@ def repair_header(text: str) -> Repaired:
     Returns
     -------
     Repaired
-        The corrected header. A channel without a name gets a name. If two channels have the same name, the second one
-        gets a number. `left_out` has the channels whose row is missing or has no resolution. `unplaced` has the
+        The corrected header. A channel without a name gets a name. If two channels have the same name, the second
+        channel gets a number. `left_out` has the channels whose row is missing or has no resolution. `unplaced` has the
         channels whose coordinates are not numbers, or are 0, 0, 0 (unknown position).
     """
     out = Repaired(text)
@@ -131,7 +131,7 @@ def _replace(found: re.Match[str], lines: list[str | None]) -> str:
 
 
 def _repair_coordinates(out: Repaired, names: list[str]) -> Repaired:
-    """Give every channel a row of coordinates, and return the channels whose row in the file cannot be used."""
+    """Give every channel a row of coordinates; list channels without a usable row in the file in `unplaced`."""
     begin, end = section(out.text, "Coordinates")
     if begin == len(out.text):
         return out
@@ -178,7 +178,8 @@ def repair_markers(text: str) -> Repaired:
         if len(cells) < 4 or not re.fullmatch(r"\s*[+-]?\d{1,18}\s*", cells[2]):
             broken.append(found[0].strip())
             return ""
-        # MNE reads the date of a line with exactly five fields, or the last of six fields.
+        # A marker line ends with a date if it has more than five fields, or more than nine characters in its last
+        # field.
         date = cells[-1].strip() if len(cells) > 5 or len(cells[-1].strip()) > 9 else ""
         if cells[0].strip().casefold() == "new segment" and not _is_date(date):
             dates.append(date)
@@ -198,7 +199,7 @@ def repair_markers(text: str) -> Repaired:
 
 
 def read_markers(text: str, sfreq: float, names: Sequence[str]) -> list[Annotation]:
-    """Read the markers of a marker file. MNE does not read their channels.
+    """Read the markers of a marker file. MNE does not read the channels of markers.
 
     Parameters
     ----------
@@ -212,8 +213,8 @@ def read_markers(text: str, sfreq: float, names: Sequence[str]) -> list[Annotati
     Returns
     -------
     list of Annotation
-        The markers; their text is type and description, as in MNE. The channel number 0 means all channels. The first
-        marker is left out if it is the beginning of the recording.
+        The markers; their text is type and description, as in MNE. The channel number 0 means all channels. A first
+        marker that only says that the recording begins is left out.
     """
     begin, end = section(text, "Marker Infos")
     out = []

@@ -1,4 +1,4 @@
-"""Read a recording even if MNE cannot parse a sidecar file or another optional part. That part is then ignored."""
+"""Read a recording even if MNE cannot parse a sidecar file or another optional part, by ignoring this part."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_without_broken(
     Raises
     ------
     Exception
-        The first error of `read`, if the recording cannot be read without these parts either.
+        The first error of `read`, if the recording cannot be read without its optional parts either.
     """
     try:
         return read(path), None, []

@@ -1,6 +1,6 @@
 """Recognise files that this package does not read: recordings in other formats, and files that are not recordings.
 
-Each function takes a `sniffing.File`. It returns a `Finding`, or None if the file is of another kind.
+Each function takes a `sniffing.File`, and returns a `Finding`, or None if the file is of another kind.
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ class Finding:
     reason: Reason
     """Description of the file, and what the user can do."""
     excluded: bool = False
-    """True if the file contains no continuous recording. Otherwise the file is a recording, and it is quarantined."""
+    """True if the file contains no continuous recording; False if the file is a recording, which is quarantined."""
     files: tuple[str, ...] = ()
     """Names of other files in the same folder that belong to this file."""

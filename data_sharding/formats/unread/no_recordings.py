@@ -32,8 +32,8 @@ BLOCKS = (
     (313, "projections"),
     (107, "digitised positions"),
 )
-"""Blocks of FIF files without a recording, with the kind of the file. If a file has several of them, the first in this
-list determines the kind."""
+"""Blocks of FIF files without a recording, with the kind of the file. If a file has several of these blocks, the block
+that is first in this list determines the kind."""
 TRANSFORMATION = 222
 BLOCK_START = 104
 MOST_TAGS = 20_000
@@ -81,7 +81,7 @@ def _size(path: Any) -> int:
 
 
 def _unpack(data: bytes) -> tuple[bytes, bool]:
-    """Return the first decompressed bytes of gzip data, and whether the data end there."""
+    """Return the first decompressed bytes of gzip data, and whether these are all of the data."""
     unpacker = zlib.decompressobj(31)
     try:
         out = unpacker.decompress(data, MOST_UNPACKED_BYTES)

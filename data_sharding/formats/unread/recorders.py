@@ -118,7 +118,7 @@ RECORDERS = (
     Recorder(format="manscan", title="MANSCAN", suffixes=(".mbi",), sidecars=r"{stem}\.mb2"),
     Recorder(format="elan", title="ELAN", suffixes=(".eeg.ent",)),
 )
-"""Formats without a reader. The first entry that matches a file is used."""
+"""Formats without a reader. For each file, the first entry that matches is used."""
 
 
 def recognise_recorder(file: Any) -> Finding | None:
@@ -145,7 +145,7 @@ def recognise_recorder(file: Any) -> Finding | None:
 
 def _describe(file: Any, recorder: Recorder) -> Finding | None:
     if recorder.format == "neuroelectrics-easy" and f"{file.stem}.nedf".lower() in file.near:
-        return None  # The other file contains the same recording, with sampling rate and channel names.
+        return None  # The .nedf file contains the same recording, with sampling rate and channel names.
     if recorder.one_a_folder:
         same = sorted(entry.name for entry in file.near.values() if entry.suffix.lower() == file.suffix)
         if same[0] != file.path.name:
@@ -157,7 +157,7 @@ def _describe(file: Any, recorder: Recorder) -> Finding | None:
     pattern = re.compile(recorder.sidecars.replace("{stem}", re.escape(stem)), re.IGNORECASE)
     files = tuple(entry.name for entry in file.near.values() if pattern.fullmatch(entry.name) and recorder.sidecars)
     if recorder.format == "natus" and stem != file.stem and f"{stem}.erd".lower() in file.near:
-        return None  # This is a later part of a recording. The `Finding` of the first part lists this file.
+        return None  # The file is a later part of a recording, and the `Finding` of the first part lists it.
     if not file.head:
         return Finding(format=recorder.format, reason=Reason("unreadable", "an empty file"), files=files)
     return Finding(format=recorder.format, reason=_reason(recorder), excluded=recorder.excluded, files=files)
@@ -202,7 +202,7 @@ def _describe_archive(file: Any, name: str) -> Finding | None:
 def _recognise_arrays(file: Any) -> Finding | None:
     """Recognise arrays, HDF5 files and unknown binary files.
 
-    None of them has a standard field for the sampling rate.
+    None of these kinds of files has a standard field for the sampling rate.
     """
     if file.suffix not in (".npy", ".npz", ".h5", ".hdf5", ".hdf", ".dat", ".bin", ".raw"):
         return None
@@ -224,7 +224,7 @@ def _recognise_arrays(file: Any) -> Finding | None:
 
 
 def _is_table(head: bytes) -> bool:
-    """Return whether a .npy file contains numbers in two or three dimensions, at least one of them long."""
+    """Return whether a .npy file has two or three dimensions of numbers, and 200 or more in one of the last two."""
     match = re.search(rb"'descr': '[<>|=]([fiu])\d+'.*'shape': \(([\d, ]+)\)", head[:512])
     if head[:6] != b"\x93NUMPY" or not match:
         return False

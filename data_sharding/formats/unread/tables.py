@@ -1,8 +1,9 @@
 """Recognise text tables that hold a signal, such as ``.csv`` files with one column for each electrode.
 
-Most text tables beside recordings are events, questionnaires or results. So a table is reported only if at least four
-of its columns (or the first entries of at least four of its lines) are names of electrodes, and numbers stand below
-(or behind) them. Tables of electrode positions also have names of electrodes, but only a few numbers in each line.
+Most text tables beside recordings are events, questionnaires or results, so a table is reported only if names of
+electrodes are at the top of at least four of its columns with numbers below, or at the beginning of at least four of
+its lines with numbers behind. Tables of electrode positions also have names of electrodes, but only a few numbers in
+each line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SUFFIXES = (".csv", ".tsv", ".txt", ".asc", ".ascii")
 MIN_ELECTRODES = 4
 MIN_LINES = 16
 LONG_LINE = 64
-"""If a line begins with the name of an electrode and has more numbers than this, it is a signal."""
+"""If a line begins with the name of an electrode and has more numbers than this, the line is a signal."""
 PREFIX = re.compile(r"(RAW|EEG|Channel|Ch)[. _-]+(?=[A-Za-z])", re.IGNORECASE)
 """Prefix that programs of Muse, Emotiv and others write before the name of an electrode."""
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan", re.IGNORECASE)
