@@ -33,7 +33,7 @@ def write_stand_in(name: str, folder: Path) -> None:
     pip reads the requirements of a package from the package's wheel. The real wheels of torch are gigabytes large, and
     DeepSpeed has no wheel because it is built from source.
     """
-    # If two versions are otherwise equal, pip prefers the version with a local part such as +standin.
+    # If two versions are otherwise equal, pip prefers the version with a local label such as +standin.
     version = metadata.version(name).split("+")[0] + "+standin"
     needed = [text for text in metadata.requires(name) or [] if not re.search(r"extra ==|nvidia|cuda|triton", text)]
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {n}" for n in needed)]

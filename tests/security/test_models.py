@@ -250,7 +250,7 @@ def outcomes(
         jobs.append(["classifier", str(folder)])
         names.append(f"classifier {key}")
     (root / "jobs.json").write_text(json.dumps(jobs))
-    # More than 70 models are loaded, so the limit is higher than for one command.
+    # More than 70 models are loaded, so the time limit is higher than the limit for one command.
     done = run_limited(LOAD, root / "jobs.json", seconds=600)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(lines) == len(jobs), (len(lines), names[len(lines)], done.stderr[-2000:])

@@ -33,7 +33,7 @@ SPEC = PreprocessSpec(window=256, stride=256)
 
 
 def true_uv(seed: int, n: int, seconds: np.ndarray) -> np.ndarray:
-    """Return the true signal [n, S] in microvolts at these times: 60 sinusoids from 3 to 28 Hz, about 20 microvolts."""
+    """Return the true signal [n, S] in microvolts at the times `seconds`: 60 sinusoids from 3 to 28 Hz, about 20 uV."""
     random = np.random.default_rng(seed)
     hertz = random.uniform(3.0, 28.0, 60)
     weight = 1 / np.sqrt(hertz)
@@ -62,7 +62,7 @@ class Sharded:
         return [(meta["start"], meta["start"] + x.shape[1] / meta["sfreq"]) for meta, x in self.samples]
 
     def touches(self, begin: float, end: float) -> bool:
-        """Return whether a window overlaps this span of seconds."""
+        """Return whether a window overlaps the span from `begin` to `end`, in seconds."""
         return any(a < end - 1e-9 and b > begin + 1e-9 for a, b in self.spans)
 
 

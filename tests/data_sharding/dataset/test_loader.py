@@ -62,7 +62,7 @@ def test_epoch_order_is_uniform_and_the_same_in_all_releases() -> None:
         follows += int((np.diff(order) == 1).sum())
     # Each of `counts` should be near 100; a difference of 50 is five standard deviations of the binomial distribution.
     assert abs(counts - 100).max() < 50
-    # Two neighbours stay neighbours only by chance: there are 19 pairs, each with probability 1/20.
+    # Two neighbouring samples stay neighbours only by chance: there are 19 pairs, each with probability 1/20.
     assert follows / 2000 == pytest.approx(19 / 20, abs=0.15)
 
 

@@ -144,11 +144,11 @@ class TestSleepAndClinic:
 
 
 def compute_mne_positions(montage: str, names: list[str]) -> list[Any]:
-    """Compute the electrode positions that MNE gives to a recording with this montage."""
+    """Compute the positions that MNE gives to the electrodes `names` with the montage `montage`."""
     import mne
 
     with warnings.catch_warnings():
-        # MNE warns about names that change in MNE 1.14.
+        # Ignore the warning of MNE about names that change in MNE 1.14.
         warnings.simplefilter("ignore", FutureWarning)
         raw = mne.io.RawArray(np.zeros((len(names), 10)), mne.create_info(names, 100.0, "eeg"), verbose="error")
         raw.set_montage(montage, verbose="error")

@@ -157,8 +157,8 @@ def test_a_worker_and_a_reader_are_killed(drill: Drill, undisturbed: dict[str, s
 def test_the_driver_is_killed(drill: Drill, undisturbed: dict[str, str]) -> None:
     """Check that a resumed job does not read finished recordings again.
 
-    The test changes the content of one finished recording, but not the file's size and time. A job that does not read
-    this file does not notice the change.
+    The test changes the content of one finished recording, but not the file's size and time, so a job that does not
+    read this file does not notice the change.
     """
     output = drill.folder / "driver"
     process = in_the_middle(drill, output)
@@ -447,7 +447,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
 
 
 def test_the_store_goes_away(drill: Drill, undisturbed: dict[str, str], line: Line) -> None:
-    """During the job, interrupt the connection to the object store with the recordings and the dataset."""
+    """During the job, interrupt the connection to the object store that contains the recordings and the dataset."""
     import s3fs
 
     store = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
