@@ -503,7 +503,7 @@ def pack(
     Parameters
     ----------
     samples : sequence of (EEGDataset.reader, SampleLocation)
-                Reader and location of each sample to read.
+        Reader and location of each sample to read.
     n_times : int
         Time points T that are read of a sample; the number must be equal in all datasets.
     out : ndarray of float16, shape (rows, n_times), optional

@@ -1,1 +1,1 @@
-"""The sharding job. First, Ray tasks read the recordings and cut windows. Then the windows are packed into shards."""
+"""The sharding job: Ray tasks read the recordings and cut windows, and then the windows are packed into shards."""

@@ -82,7 +82,8 @@ def _describe_recognised(label: str, items: Sequence[Item]) -> list[str]:
     pattern = confirming_pattern(schemes, {item.path: item.subject for item in items})
     wrong = "if they are wrong, set another subject_pattern, or a table in the key 'subjects'"
     if pattern is not None:
-        # Single quotes have the same meaning in YAML and in the shell. The patterns contain no single quote.
+        # Single quotes around a pattern have the same meaning in YAML and in the shell. The patterns contain no single
+        # quote.
         lines.append(f"  if these names are right, confirm them in the config: subject_pattern: '{pattern}'; {wrong}")
     else:
         lines.append(f"  if these names are right, confirm them with a table in the key 'subjects'; {wrong}")
@@ -159,7 +160,7 @@ def describe_empty_splits(split: SplitConfig, subjects: Iterable[str], *, images
     subjects : iterable of str
         Names of the subjects.
     images : bool
-        Whether the corpora have trials with images. Then images are held out too.
+        Whether the corpora have trials with images. For such corpora, val and test may consist of held-out images.
 
     Returns
     -------

@@ -21,11 +21,11 @@ from data_sharding.common.storage import FULL, is_storage_error
 from data_sharding.job.isolation import ChildFailed, owned_folder
 
 INFRASTRUCTURE_RETRIES = 5
-"""Number of retries of a task if its worker or machine failed. Errors of the task itself are not counted here."""
+"""Number of retries of a task if its worker or machine failed. Errors that the task itself raises are not counted."""
 NODE_S = 60.0
 """Time limit in seconds for each machine to report which folders it can access."""
 STORAGE_TRIES = 3
-"""Number of attempts for a task if a disk or an object store fails. If the disk is full, there is one attempt."""
+"""Number of attempts for a task if a disk or an object store fails. If the disk is full, there is only one attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ class RayConfig:
     """The Ray cluster that runs the job, and limits for each recording."""
 
     address: str = ""
-    """Address of the Ray cluster, e.g. auto or ray://head:10001. If empty, the environment variable RAY_ADDRESS is
-    used. If this variable is not set either, a new cluster is started on this machine."""
+    """Address of the Ray cluster, e.g. auto or ray://head:10001. If the key is empty, the environment variable
+    RAY_ADDRESS is used. If the key is empty and RAY_ADDRESS is not set, a new cluster is started on this machine."""
     num_cpus: int = 0
     """Number of workers in a new cluster on this machine; 0 means one worker for each core."""
     max_in_flight: int = 0
@@ -46,8 +46,9 @@ class RayConfig:
     """Memory limit in GB (1e9 bytes) for reading a recording. A recording that needs more memory is quarantined. Ray
     reserves this amount of memory for each recording."""
     auth_mode: Literal["", "disabled", "token"] = ""
-    """Authentication mode of Ray. If empty, the environment variable RAY_AUTH_MODE is used. If this variable is not
-    set either, a new cluster on this machine gets a random token, so that other users of the machine cannot use it."""
+    """Authentication mode of Ray. If the key is empty, the environment variable RAY_AUTH_MODE is used. If the key is
+    empty and RAY_AUTH_MODE is not set, a new cluster on this machine gets a random token, so that other users of the
+    machine cannot use the cluster."""
 
     def __post_init__(self) -> None:
         if self.num_cpus < 0 or self.max_in_flight < 0:
@@ -62,9 +63,9 @@ class RayConfig:
 def ray_session(config: RayConfig) -> Iterator[int]:
     """Connect to a Ray cluster, or start one. The connection ends with the ``with`` block, also after an error.
 
-    If this function started the cluster, the processes of the cluster end with the block, too. If a stop signal arrives
-    during the start of Ray, Ray may not have registered all processes that it started, so this function searches for
-    them.
+    If this function started the cluster, the processes of the cluster end with the ``with`` block, too. If a stop
+    signal arrives during the start of Ray, Ray may not have registered all processes that it started, so this function
+    searches for such processes.
 
     Parameters
     ----------
@@ -106,7 +107,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
     with contextlib.ExitStack() as stack:
         folder = None
         if not address:
-            # Every user of the machine can write to Ray's folder, so put this folder into a private folder.
+            # Every user of the machine can write to Ray's default folder, so put Ray's folder into a private folder.
             folder = stack.enter_context(owned_folder(Path(_short_temporary_folder()), "ds-ray"))
             options["_temp_dir"] = str(folder / "ray")
         stack.callback(_end_ray, others)
@@ -123,7 +124,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         except ClusterFailed:
             if folder:
                 say(f"ray: the logs of Ray are in {folder}")
-                (folder / "lock").unlink(missing_ok=True)  # Without this file, the folder is kept.
+                (folder / "lock").unlink(missing_ok=True)  # A folder without the file lock is kept.
             raise
 
 
@@ -140,18 +141,18 @@ def _end_ray(others: list[Any]) -> None:
 
 
 def require_token() -> None:
-    """Protect a Ray cluster that this process starts with a random token.
+    """Protect a new Ray cluster of this process by a random token.
 
-    Ray refuses connections without this token. The token is in the environment of this process and its child processes,
-    which other users cannot read. If the user has set RAY_AUTH_MODE, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, these
-    settings are kept.
+    Ray then refuses connections without the token. The token is in the environment of this process and its child
+    processes, which other users cannot read. If the user has set RAY_AUTH_MODE, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH,
+    these settings are kept.
     """
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     if "ray" in sys.modules:
         from ray._raylet import AuthenticationTokenLoader, Config
 
-        # Ray read these variables when it was imported, so tell Ray about the new values.
+        # Ray read the variables of the token when it was imported, so tell Ray about the new values.
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
 
@@ -240,8 +241,8 @@ def run_tasks(
     Parameters
     ----------
     function : callable
-        The function to run. The workers must be able to import its module, and its result must be small. If a worker,
-        a raylet or a machine dies, Ray runs the lost tasks again. So the function must be safe to run twice.
+        The function to run. The workers must be able to import the function's module, and its result must be small. If
+        a worker, a raylet or a machine dies, the lost tasks are run again, so the function must be safe to run twice.
     arguments : mapping
         Argument of each task, by key.
     in_flight : int
@@ -252,8 +253,8 @@ def run_tasks(
         Function that is called as ``done(key, result)`` after a task has returned its result.
     give_up : callable, optional
         Function that is called as ``give_up(key, error)`` for a task that raised an error, or that used up the memory
-        of its machine several times. If the function returns a reason, the job continues without this task.
-        If the function returns None, the error is raised.
+        of its machine several times. If `give_up` returns a reason, the job continues without this task. If `give_up`
+        returns None, the error is raised.
     look : callable, optional
         Function that is called at least twice a second with the number of submitted tasks.
 
@@ -267,8 +268,8 @@ def run_tasks(
     ClusterFailed
         If the workers that ran one task failed too often.
     Exception
-        If a task raised this error and was not given up. After an error of a disk or an object store, the task is
-        first retried, unless the disk is full.
+        Any error of a task that was not given up. After an error of a disk or an object store, a task is retried before
+        the error is raised, unless the disk is full.
     """
     import ray
     from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
@@ -308,8 +309,8 @@ def run_tasks(
             if lost[key] < often:
                 waiting.append((key, argument))
                 continue
-            # If the machine ran out of memory, the task may be the cause. All other failures are problems of the
-            # cluster.
+            # If a worker was lost because its machine ran out of memory, the task may be the cause. A worker that was
+            # lost for another reason is a problem of the cluster.
             is_clusters_fault = isinstance(failure, (RayError, ChildFailed)) and not isinstance(failure, RayTaskError)
             if is_clusters_fault and not isinstance(failure, OutOfMemoryError):
                 raise ClusterFailed(

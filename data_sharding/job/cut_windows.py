@@ -1,6 +1,6 @@
 """The second pass over a recording: filter the signal in the scratch file, and cut it into windows.
 
-Letters in array shapes: n is the number of channels, T the number of samples in a window.
+Letters in array shapes: `n` is the number of channels, `T` the number of samples in a window.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Clean:
     lengths: list[int]
     """Number of samples of each segment in the scratch file."""
     left_out: dict[str, str]
-    """EEG channels that the windows do not contain: name and reason."""
+    """Name of each EEG channel that the windows do not contain, with the reason."""
     faults: Faults
     """Bad parts of the signal."""
 
@@ -65,17 +65,18 @@ class CleanWindow:
     segment: int
     """Number of the segment that contains the window."""
     cut: Cut
-    """The planned window."""
+    """The planned window or trial."""
     start_s: float
     """Start of the window in seconds from the start of the recording."""
     x: np.ndarray
-    """Signal in microvolts, [n, T] float32. A bad row without a usable signal contains zeros."""
+    """Signal in microvolts as float32, shape (n, T). A bad row without a usable signal contains zeros."""
     bads: list[int]
-    """Sorted rows that are bad in the whole recording or in this window."""
+    """Indices of the rows of `x` that are bad in the whole recording or in this window, sorted."""
     kinds: dict[int, str]
-    """Kind of the fault, for each row that is bad only in this window."""
+    """Kind of the fault, for each row of `x` that is bad only in this window."""
     transient_s: float
-    """Length of the part of the window (in seconds) that contains a filter transient from the end of a segment."""
+    """Length in seconds of the part of the window that contains a filter transient from the end of a segment or from a
+    gap."""
 
 
 class Judge:
@@ -98,14 +99,14 @@ class Judge:
         cut : Cut
             The planned window.
         piece : (int, int)
-            Start and stop of the piece of the segment that contains the window.
+            Start and stop of the piece that contains the window. Gaps divide a segment into pieces.
         x : ndarray, shape (rows, T)
             Filtered signal in microvolts, without the reference.
 
         Returns
         -------
         CleanWindow or str
-            The window, or the reason.
+            The window, or a text with the reason why it is left out.
         """
         spec, quality, stop = self.spec, self.spec.quality, cut.start + cut.length
         start_s = self.info.segments[segment].onset + cut.start / spec.sfreq
@@ -121,7 +122,7 @@ class Judge:
                 bad.setdefault(row, "too large")
         if not (high > low)[[i for i in self.good if i not in silent]].any():
             return "flat in every good channel" if not bad else _most(bad, self.good)
-        # Rows that are bad only because of a filter transient do not count here.
+        # Rows that are bad only because of a filter transient are not counted for the limit `max_bad_share`.
         if sum(i in bad and i not in near for i in self.good) > quality.max_bad_share * len(self.good):
             return _most(bad, self.good)
         reference = self.clean.reference
@@ -181,9 +182,10 @@ def plan_windows(clean: Clean, info: SignalInfo, spec: PreprocessSpec, split: st
     Returns
     -------
     dict
-        Windows of each segment in order of time, by the number of the segment. No window contains a gap. No window is
-        in the first or last part of a piece, because there the filters have a transient. But this second rule is not
-        used for epochs, and not for short recordings that would have no window otherwise.
+        Windows of each segment in order of time, by the number of the segment. No window contains a gap. If
+        `spec.quality.leave_out_edges` is set, no window is next to a gap or to an end of a segment, because the filters
+        have a transient there. But epochs, and short recordings that would otherwise have no window, have windows next
+        to gaps and ends, too.
     """
     margins = [clean.faults.reach] if spec.quality.leave_out_edges and not info.epoched else []
     for margin in [*margins, 0]:
@@ -209,7 +211,7 @@ def clean_windows(
     cuts: dict[int, list[Cut]],
     account: Account,
 ) -> Iterator[CleanWindow]:
-    """Filter all pieces that contain windows, cut out the windows, and yield those that can be used.
+    """Filter all parts of a signal that contain windows, cut out the windows, and yield the windows that can be used.
 
     Parameters
     ----------
@@ -224,7 +226,7 @@ def clean_windows(
     cuts : dict
         Windows of each segment in order of time, by the number of the segment.
     account : Account
-        Counts of the windows. This function adds the windows that it leaves out.
+        Counts of the windows, to which this function adds the windows that it leaves out.
 
     Yields
     ------
@@ -257,10 +259,9 @@ def clean_windows(
 def _by_piece(
     faults: Faults, segment: int, cuts: list[Cut], window: int, account: Account
 ) -> Iterator[tuple[Interval, list[Cut]]]:
-    """Yield each piece of a segment that contains windows, with these windows. Leave out windows that contain a gap.
+    """Yield each piece of a segment between gaps, with the windows inside. Windows that contain a gap are left out.
 
-    A trial can be longer than the window that models read. If a part outside this window is not in the piece, that part
-    is removed from the trial.
+    If a trial is longer than the window that models read, only the part of the trial inside the piece is kept.
     """
     pieces, gaps = faults.pieces[segment], faults.gaps.get(segment, [])
     if not gaps:
@@ -294,7 +295,7 @@ def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWin
         Number of samples of the model's window.
     decide : callable
         Function that takes the first sample of a part of the cut and the last sample plus one, counted from the start
-        of the cut. It returns this part, or the reason why the part cannot be used.
+        of the cut. `decide` returns this part, or the reason why the part cannot be used.
 
     Returns
     -------
@@ -310,7 +311,7 @@ def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWin
     first, why = (begin, before) if isinstance(before, str) else (0, "")
     last, why = (stop, why or after) if isinstance(after, str) else (cut.length, why)
     found = decide(first, last)
-    # Even if each part can be used, the sum of the bad channels of all parts can be too large.
+    # Even if each part of a trial can be used, the whole trial can have too many bad channels.
     if isinstance(found, str):
         first, last, why, found = begin, stop, found, middle
     shorter = cut.shorten(first, last, why)
@@ -349,7 +350,7 @@ def detect_image_type(data: bytes) -> str | None:
 def _windows(blocks: Iterator[np.ndarray], cuts: list[Cut], first: int) -> Iterator[tuple[Cut, np.ndarray]]:
     """Cut windows out of a signal that arrives in blocks and begins with sample `first`.
 
-    Windows must be sorted by time.
+    The windows in `cuts` must be sorted by time.
     """
     held, at, following = None, first, 0
     for block in blocks:
@@ -454,8 +455,8 @@ def _read_image(path: str) -> tuple[bytes, str]:
 
 
 _image_faults: dict[bytes, str] = {}
-"""Fault of each image that this process has decoded, by checksum. This avoids decoding the same image for many
-trials."""
+"""Fault of each image that this process has decoded, by checksum, so that an image of many trials is decoded only
+once."""
 
 
 def _describe_trials(row: LedgerRow, spans: list[tuple[int, int]], missing: Counter[str], spec: PreprocessSpec) -> None:

@@ -1,8 +1,8 @@
 """Runs a function in a child process. If the function crashes, hangs or uses too much memory, only this call fails.
 
 Readers of file formats may crash on damaged files. In a child process, such a crash does not end the Ray worker. The
-child process runs the command ``python -m data_sharding.job.isolation``. The child is a new process, not a fork. It
-does not import Ray, and it ends when its parent ends.
+child process runs the command ``python -m data_sharding.job.isolation``. The child process is a new process, not a
+fork. The child process does not import Ray, and ends when its parent ends.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Died(Exception):
 
 
 def _private_bytes(pid: int) -> int:
-    """Return the private memory of a process in bytes. Memory-mapped files do not count: the kernel can free them."""
+    """Return the memory of a process in bytes, without shared pages such as those of memory-mapped files."""
     import psutil
 
     try:
@@ -84,9 +84,10 @@ def _private_bytes(pid: int) -> int:
 def owned_folder(base: Path, kind: str) -> Iterator[Path]:
     """Make a folder for temporary files, and remove such folders of processes that have died.
 
-    Each process locks a file in its own folder. The operating system releases this lock when the process ends, even
-    after a crash. So a folder without a lock belongs to a process that has died. A folder in which the file was deleted
-    is kept. This code does not use the library filelock, because the folder is renamed while its file is locked.
+    Each process locks the file ``lock`` in its own folder, and the operating system releases the lock when the process
+    ends, even after a crash. So a folder whose file ``lock`` is not locked belongs to a process that has died. A folder
+    in which the file ``lock`` was deleted is kept. The library filelock is not used, because the folder is renamed
+    while its file is locked.
 
     Parameters
     ----------
@@ -102,12 +103,13 @@ def owned_folder(base: Path, kind: str) -> Iterator[Path]:
     """
     base.mkdir(parents=True, exist_ok=True)
     for old in base.glob(f"{kind}-*"):
-        # Opening must not create the file. Other users may have folders with such names.
+        # Open the file only if it exists. Folders of other users may have the same kind of name, so check the owner.
         with contextlib.suppress(OSError), (old / "lock").open("r+") as stream:
             if old.lstat().st_uid == os.getuid():
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(old, ignore_errors=True)
-    # The folder gets its final name only after its file is locked. Otherwise, another process could remove the folder.
+    # The folder gets its final name only after its file is locked, because otherwise another process could remove the
+    # folder.
     made = Path(tempfile.mkdtemp(prefix=f"new-{kind}-", dir=base))
     with (made / "lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -129,7 +131,8 @@ class Child:
     Parameters
     ----------
     function : str
-        The function, written as ``module:name``. The function has one argument. Argument and result must be picklable.
+        The function, written as ``module:name``. It must have one argument, and its argument and result must be
+        picklable.
     memory_gb : float
         Memory limit for a call in GB (1e9 bytes); 0 means no limit.
     """
@@ -194,7 +197,7 @@ class Child:
         Raises
         ------
         GivenUp
-            If the call needs more than the allowed time or memory. In this case, the child process is killed.
+            If the call needs more than the allowed time or memory, so that the child process was killed.
         Exception
             Any error that the function raised.
         """
@@ -290,7 +293,7 @@ def close_children() -> None:
 
 def _portable(error: Exception) -> Exception:
     """Convert an error to a form that can be sent to another process."""
-    traceback.print_exception(error)  # Ray writes this text to the log of the worker.
+    traceback.print_exception(error)  # Ray writes the traceback to the log of the worker.
     with contextlib.suppress(Exception):
         pickle.loads(pickle.dumps(error))
         return error
@@ -306,8 +309,8 @@ def _serve(pipe: Connection, parent: int, name: str, memory_gb: float) -> None:
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if memory_gb:
-        # A damaged header can make a reader allocate far too much memory at once. With this limit, the kernel refuses
-        # that.
+        # A damaged header can make a reader allocate far too much memory at once, so let the kernel refuse such an
+        # allocation.
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         wanted = int(2e9 * memory_gb + 2**30)
         if hard == resource.RLIM_INFINITY or wanted < hard:

@@ -1,4 +1,4 @@
-"""The journal of finished recordings and the lock of a job. Both are files in the working folder of the job."""
+"""The journal of finished recordings and the lock of a job, which are files in the working folder of the job."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from data_sharding.common.storage import AnyPath, fresh, is_storage_error
 from data_sharding.job.task import PartResult
 
 EVERY_S = 10.0
-"""On an object store, one cannot append to an object, so the journal writes a new object after this number of
-seconds."""
+"""Number of seconds after which the journal writes a new object on an object store, where one cannot append to an
+object."""
 BEAT_S = 15.0
 """Seconds after which a job renews its lock on an object store."""
 DEAD_S = 90.0
-"""If a lock on an object store was not renewed for this many seconds, its job is considered dead."""
+"""If a lock on an object store was not renewed for this number of seconds, the job of the lock is treated as dead."""
 
 
 class Journal:
@@ -141,9 +141,9 @@ def lock_output(work: AnyPath) -> Iterator[None]:
         with _lease(work):
             yield
         return
-    # The operating system releases this lock when the process ends, also on network disks. On disks without such locks,
-    # filelock would use the existence of a file as lock. `fallback_to_soft=False` turns this off, because such a file
-    # would remain after a crash.
+    # The operating system releases a file lock when the process ends, also on network disks. On disks without file
+    # locks, the library filelock would use the existence of a file as lock, which would remain after a crash;
+    # `fallback_to_soft=False` turns this off.
     lock = FileLock(work / "lock", fallback_to_soft=False)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,8 @@ def _owner(lock: UPath) -> dict[str, Any] | None:
 def _is_gone(owner: dict[str, Any]) -> bool:
     """Return whether the job that wrote a lock has ended.
 
-    On the same machine, this is known from the process id. For another machine, it is decided by the age of the lock.
+    A job on this machine has ended if its process does not exist any more. A job on any machine has ended if its lock
+    was not renewed for `DEAD_S` seconds.
     """
     if owner["host"] == socket.gethostname() and not Path(f"/proc/{owner['pid']}").exists():
         return True
@@ -194,8 +195,8 @@ def _lease(work: UPath) -> Iterator[None]:
 
     def beat() -> None:
         while not stop.wait(BEAT_S):
-            # Ignore errors: one failed renewal is harmless, and if the store is not reachable any more, the job itself
-            # fails.
+            # Ignore errors of a renewal: one failed renewal is harmless, and if the store is not reachable any more,
+            # the job itself fails.
             with contextlib.suppress(Exception):
                 renew()
 

@@ -34,11 +34,11 @@ class Piece:
     part: str
     """Name of the recording's part, which is a folder."""
     split: str
-    """Name of the split. The file ``<split>.tar`` in the part holds its samples."""
+    """Name of the split. The file ``<split>.tar`` in the part holds the samples of the split."""
     start: int
-    """Number of the first sample in this file."""
+    """Number of the first sample in the tar file that is the source."""
     stop: int
-    """Number of the last sample plus one."""
+    """Number of the last sample in the tar file that is the source, plus one."""
     shard: str = ""
     """Path of the shard from which the samples are copied; empty if they are copied from the part."""
 
@@ -56,7 +56,7 @@ class ShardPlan:
     path: str
     """Path of the shard, relative to the folder of the dataset."""
     pieces: tuple[Piece, ...]
-    """The samples, in the order in which they are written."""
+    """Samples of the shard, in the order in which they are written."""
 
 
 def plan_shards(
@@ -128,7 +128,7 @@ def write_shard(plan: ShardPlan, root: AnyPath, work: AnyPath) -> Shard:
     Returns
     -------
     Shard
-        Entry of the shard for the manifest. If a finished shard with the same plan exists, it is not written again.
+        Entry of the shard for the manifest. A finished shard with the same plan is not written again.
     """
     tar = root / plan.path
     done = work / "shards" / f"{plan.path}.json"

@@ -28,7 +28,7 @@ class Cut:
     """A window or a trial to cut out of the signal. All numbers of samples are at the target sampling rate."""
 
     start: int
-    """First sample, counted from the start of the segment."""
+    """First sample of the cut, counted from the start of the segment."""
     number: int
     """Number of the window in the recording. The key of the sample ends with this number."""
     split: str
@@ -36,15 +36,16 @@ class Cut:
     extra: dict[str, Any]
     """Metadata of the trial; empty for a recording without trials."""
     length: int
-    """Number of samples."""
+    """Number of samples of the cut."""
     onset: int | None = None
     """Sample at which the image appeared, counted from the start of the segment. The value is negative if the image
     appeared before the segment; None for a recording without trials."""
     needed: int = 0
-    """First sample of the window that models read, counted from `start`. A trial that lacks a part of this window is
-    left out."""
+    """First sample of the window that models read, counted from `start`. A trial that lacks a part of the window that
+    models read is left out."""
     missing: str = ""
-    """Reason why a part of the trial outside this window is not stored; empty if the whole trial is stored."""
+    """Reason why a part of the trial outside the window that models read is not stored; empty if the whole trial is
+    stored."""
 
     def shorten(self, begin: int, stop: int, why: str) -> Cut:
         """Return a shorter cut with the samples from `begin` to `stop`, counted from `start`."""
@@ -62,9 +63,9 @@ class Cut:
 def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: Counter[str]) -> dict[int, list[Cut]]:
     """Plan the stored part of each trial of a recording.
 
-    A trial is stored if the window that models read is inside one segment. This window begins at the onset of the
-    image, or at the trial's `tmin` if `tmin` is positive. Of the signal before and after this window, the part inside
-    the segment is stored.
+    A trial is stored if the window that models read is inside one segment. The window that models read begins at the
+    onset of the image, or at the trial's `tmin` if `tmin` is positive. The parts of the trial before and after the
+    window are stored as far as they are inside the segment.
 
     Parameters
     ----------
@@ -75,7 +76,7 @@ def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: 
     lengths : sequence of int
         Number of samples of each segment.
     left_out : Counter
-        Number of trials that cannot be used, by reason. This function increases the numbers.
+        Number of trials that cannot be used, for each reason. This function increases the numbers.
 
     Returns
     -------
@@ -109,8 +110,8 @@ def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: 
         stop = length if tmax == math.inf else onset + nearest(tmax * spec.sfreq)
         if math.isfinite(tmin) and math.isfinite(tmax):
             stop = begin + nearest((tmax - tmin) * spec.sfreq)
-        # The two ends are rounded separately, so without this correction the window could be one sample longer than the
-        # trial.
+        # The beginning and end of a trial are rounded separately, so without this correction the window that models
+        # read could be one sample longer than the trial.
         begin, stop = min(begin, needed), max(stop, needed + spec.window)
         if min(stop, length) - max(begin, 0) > LONGEST:
             left_out[f"trial of more than {LONGEST} samples"] += 1
@@ -158,14 +159,15 @@ def nearest(value: float) -> int:
 class _Places:
     """Finds the segment and the first needed sample of each trial.
 
-    The needed sample is the first sample of the window that models read. This is the onset of the image, or `tmin`
-    seconds after the onset if `tmin` is positive. If an epoch begins later, it is the first sample of the epoch.
+    The first needed sample is the first sample of the window that models read: the onset of the image, or `tmin`
+    seconds after the onset if `tmin` is positive. If the segment begins later, the first needed sample is the first
+    sample of the segment.
     """
 
     def __init__(self, item: Item, info: SignalInfo, spec: PreprocessSpec) -> None:
         self.info, self.spec = info, spec
         tmin, _ = item.trial_span(spec.window_s, epoched=info.epoched)
-        # The image appears on the screen this time after its trigger.
+        # An image appears on the screen `delay_s` seconds after its trigger.
         self.delay_s, self.after_onset = item.stimulus_delay_ms / 1000, nearest(max(tmin, 0.0) * spec.sfreq)
         self.shift_s = self.delay_s + max(tmin, 0.0)
         self.begins = np.array([segment.onset for segment in info.segments])
@@ -176,9 +178,9 @@ class _Places:
             self.epochs = self._assign_epochs(item.trials or ())
 
     def find(self, number: int, trial: Trial) -> tuple[int, int, int] | None:
-        """Return the segment of a trial, and the first needed sample and the onset in this segment.
+        """Return the segment of a trial, with the first needed sample and the onset in this segment.
 
-        None if no segment fits.
+        Return None if no segment contains the trial.
         """
         sfreq, count = self.spec.sfreq, len(self.info.segments)
         if self.info.epoched or trial.segment is not None:
@@ -188,8 +190,8 @@ class _Places:
             onset = nearest((self.delay_s - self.info.tmin) * sfreq)
             return segment, max(0, onset + self.after_onset), onset
         time = trial.onset + self.shift_s
-        # A window that begins at most half a sample before a segment belongs to the segment, because this is a rounding
-        # error.
+        # A window that begins at most half a sample before a segment belongs to the segment, because such a small
+        # distance is a rounding error.
         segment = int(np.searchsorted(self.begins, time + 0.5 / sfreq, side="right")) - 1
         if segment < 0:
             return None
@@ -197,12 +199,12 @@ class _Places:
         return segment, max(0, onset + self.after_onset), onset
 
     def _assign_epochs(self, trials: Sequence[Trial]) -> list[int] | None:
-        """Return the epoch of each trial of a table; None if the table does not describe these epochs.
+        """Return the epoch of each trial of a table; None if the table does not describe the epochs.
 
-        If the table has as many trials as there are epochs, trial i belongs to epoch i. Otherwise, each onset in the
-        table must equal the time of an epoch's event, to half a sample. If one onset does not, no trial is used. Such a
-        table may contain rejected epochs, or times of the original continuous recording, and trials would get the
-        signal of another image.
+        If the table has as many trials as there are epochs, trial `i` belongs to epoch `i`. In a table with another
+        number of trials, each onset must equal the time of an epoch's event, to half a sample. If an onset differs, no
+        trial is used, because a table with other onsets may contain rejected epochs, or times of the original
+        continuous recording, and trials would get the signal of another image.
         """
         places = [trial.place or (0, 0) for trial in trials]
         if all(count == len(self.begins) for _, count in places):

@@ -1,14 +1,14 @@
 """Reads one recording and writes its windows to a folder, the *part* of the recording.
 
-The function `process_recording` is the work of one Ray task. The task runs in a child process of the Ray worker.
+Each Ray task of the first phase calls the function `process_recording` in a child process of the Ray worker.
 
-The signal is read twice. The first pass reads the recording's file in blocks. It measures each block
-(`data_sharding.processing.survey`), resamples it, and writes it to a scratch file. Then the unit, the bad channels and
-the mains frequency are known. The second pass (`data_sharding.job.cut_windows`) reads the signal from the scratch file,
-filters it, and cuts out the windows. Memory use does not grow with the length of the recording.
+The signal is read twice. The first pass reads the recording's file in blocks, measures each block
+(`data_sharding.processing.survey`), resamples it, and writes it to a scratch file. After the first pass, the unit, the
+bad channels and the mains frequency are known. The second pass (`data_sharding.job.cut_windows`) reads the signal from
+the scratch file, filters it, and cuts out the windows. Memory use does not grow with the length of the recording.
 
-Letters in array shapes: n is the number of channels, S the number of samples at the recording's sampling rate, T the
-number of samples in a window.
+Letters in array shapes: `n` is the number of channels, `S` the number of samples at the recording's sampling rate, `T`
+the number of samples in a window.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ from data_sharding.processing.streaming import Resampler, Scratch, blocks_of, re
 from data_sharding.processing.survey import Survey, Verdict
 
 PART_SCHEMA = 8
-"""Version number in the names of parts. Increase this number if a change of the code changes the results. Then the job
-does not use older parts."""
+"""Version number in the names of parts. Increase this number if a change of the code changes the results, so that the
+job does not use parts of the older code."""
 RESULT = "result.json"
 """Name of the file that stores the `PartResult` of a recording in its part."""
 MIN_SAMPLES = 16
@@ -101,8 +101,8 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
         Hexadecimal checksum. If the recording is one file and has no options, this is the SHA-256 of the file.
     """
     whole = digest_of(sorted(hashes)) if len(hashes) > 1 else hashes[0]
-    # If a file contains several recordings, they differ only in their options. Without the options, they would look
-    # like duplicates.
+    # Several recordings in one file differ only in their options. If the checksum did not include the options, these
+    # recordings would look like duplicates.
     return digest_of([whole, item.options]) if item.options else whole
 
 
@@ -123,7 +123,8 @@ def process_recording(task: Task) -> PartResult:
     Raises
     ------
     OSError
-        If the working folder or the scratch folder cannot be written. The recording is not the cause of this error.
+        If the working folder or the scratch folder cannot be written, or if an object store fails. The recording is not
+        the cause of such an error.
     """
     files, notes = task.item.recording.files, list[str]()
     known = find_checksums(task.decoded, files) if task.decoded else None
@@ -168,12 +169,12 @@ def _process(
 ) -> PartResult:
     """Write the part of a recording whose checksums are known.
 
-    With `kept`, read only the kept signal, and no other file.
+    If `kept` is True, read only the decoded signal that an earlier job stored, and no file of the recording.
 
     Raises
     ------
     NotKept
-        If `kept` is True and there is no usable kept signal.
+        If `kept` is True and there is no usable stored signal.
     """
     result = PartResult(row=new_row(task.item))
     row = result.row
@@ -271,9 +272,9 @@ def _open(item: Item) -> Signal:
 
 @contextlib.contextmanager
 def _signal_of(item: Item, result: PartResult, folder: Path, place: Path | None, kept: bool) -> Iterator[Signal]:
-    """Open the kept signal of a recording, or else its files.
+    """Open the stored decoded signal of a recording, or else the files of the recording.
 
-    If `place` is set, store the signal that is read from the files.
+    If `place` is set, a signal that is read from the files is stored there.
     """
     if place is None:
         with contextlib.closing(_open(item)) as signal:
@@ -295,7 +296,7 @@ def _signal_of(item: Item, result: PartResult, folder: Path, place: Path | None,
 def _fill(task: Task, result: PartResult, folder: Path, place: Path | None, *, kept: bool) -> None:
     """Write the part of a recording.
 
-    The ledger row is filled step by step, so that it has all known values after an error.
+    The ledger row is filled step by step, so that after an error the row contains all values that are known.
     """
     item = task.item
     if item.recording.problem:
@@ -335,7 +336,7 @@ def prepare(
     clean : Clean
         Instructions for the second pass.
     scratch : Scratch
-        Scratch file with the signal at the target sampling rate. The file is deleted after the ``with`` block.
+        Scratch file with the signal at the target sampling rate. The scratch file is deleted after the ``with`` block.
 
     Raises
     ------
@@ -368,7 +369,7 @@ def prepare(
 
 
 class _Reading:
-    """Indices of the channels to read: first the EEG channels, then the reference channels without EEG."""
+    """Indices of the channels to read: first the EEG channels, then reference channels that are not EEG channels."""
 
     def __init__(self, info: SignalInfo, channels: Channels, spec: PreprocessSpec) -> None:
         self.info, self.channels, self.spec = info, channels, spec
@@ -402,7 +403,7 @@ class _Reading:
             raise SetAside("excluded", Reason("too short", text))
 
     def first_pass(self, signal: Signal, scratch: Scratch, factor: float) -> Survey:
-        """Read the signal in blocks. Measure each block, resample it, and write it to the scratch file."""
+        """Read the signal in blocks, measure each block, resample it, and write it to the scratch file."""
         info, scale = self.info, 1e6 * self.info.scale
         quality = self.spec.quality
         survey = Survey(len(self.picks), info.sfreq, info.segments, scale, quality=quality, factor=factor)
@@ -419,8 +420,8 @@ class _Reading:
                     part = x[:, piece.start - first : piece.stop - first]
                     if piece.start == segment.start:
                         resampler = Resampler(info.sfreq, self.spec.sfreq, passband)
-                        # Subtract the first sample, because a large constant offset would reduce the precision of
-                        # float32.
+                        # Subtract the first sample of the segment, because a large constant offset would reduce the
+                        # precision of float32.
                         offset = scale * part[:, :1]
                     scratch.write(resampler.push(part, scale, offset))
                     if piece.stop == segment.stop:
@@ -531,7 +532,7 @@ def _named(spec: PreprocessSpec) -> set[str]:
 
 
 def _eeg_rows(row: LedgerRow, read: _Reading, verdict: Verdict) -> list[int]:
-    """Return the rows that contain EEG. Write the names of all other channels to the ledger row."""
+    """Return the indices in `read.picks` of the channels with EEG, and note all other channels in the ledger row."""
     n_eeg = len(read.channels.names)
     absent = [i for i in verdict.not_finite if i < n_eeg]
     if len(absent) == n_eeg:

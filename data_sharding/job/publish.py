@@ -1,4 +1,4 @@
-"""Writes the files that describe a version of a dataset. The manifest is written last and makes the version valid."""
+"""Writes the files that describe a version of a dataset. A version becomes valid when its manifest is written."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def publish(
             extra=extra,
         )
         if version.number > 1 and (former := _find_equal(output, manifest, rows)):
-            # Only the config or the times of files have changed. Store this, so that the next job has nothing to do.
+            # Only the config or the times of files have changed. Store the new config and the new results in the former
+            # version, so that the next job has nothing to do.
             former = dataclasses.replace(
                 former, config=manifest.config, extra={**former.extra, "request": plan.request}
             )
@@ -110,7 +111,8 @@ def publish(
         first = version.number == 1
         for name in ((LEDGER,) if first else COPIES) + (*names, MANIFEST):
             put(folder / name, own / name)
-        # Until the new manifest is written, the folder contains the former version. These copies are only for users.
+        # In the first version, the manifest is written last. In a later version, the manifest is written first, because
+        # the other files are only copies for users.
         for name in (*COPIES, MANIFEST) if first else (MANIFEST, *COPIES):
             put(folder / name, output / name)
     remove_stale(output, manifest, (RESULTS, *COPIES))

@@ -37,8 +37,8 @@ class ShardConfig:
     """Folder of the dataset, or a URL such as s3://bucket/folder. If the folder contains a finished dataset, the job
     adds new recordings to it, and withdraws recordings that were removed or have changed."""
     preprocess: PreprocessSpec = field(default_factory=PreprocessSpec)
-    """Preprocessing: sampling rate, frequency band, reference and window. These settings are stored in the dataset and
-    in each encoder that is trained on it."""
+    """Preprocessing: sampling rate, frequency band, reference and window. The preprocessing is stored in the dataset
+    and in each encoder that is trained on the dataset."""
     split: SplitConfig = field(default_factory=SplitConfig)
     """Which subjects and images are held out for validation and test."""
     hold_back: HoldBackConfig = field(default_factory=HoldBackConfig)
@@ -52,11 +52,11 @@ class ShardConfig:
     """Store the decoded signals on disk, without loss. A later job with another window, frequency band, sampling rate
     or output reads the stored signals instead of the recordings."""
     decoded: str = ""
-    """Folder of the decoded signals, on a disk. Jobs with different outputs can use the same folder. If empty, the
-    folder 'decoded' next to the output is used."""
+    """Folder of the decoded signals, on a disk. Jobs with different outputs can use the same folder. If the key is
+    empty, the folder 'decoded' next to the output is used."""
     decoded_gb: float = 0.0
     """Largest size of the decoded signals in 10^9 bytes. At the end of a job, the signals that were not used for the
-    longest time are deleted until the others fit. 0: no limit."""
+    longest time are deleted until the remaining signals fit. The value 0 means no limit."""
     allowed_set_aside: float = 0.05
     """Largest fraction of the recordings that may be quarantined. If more recordings are quarantined, the job ends with
     exit code 3."""
@@ -85,8 +85,8 @@ class Plan:
     labels: list[str]
     """Names of the labels. The number of a label is its index in this list."""
     request: str
-    """Checksum of the config and the list of files. If the finished dataset has this checksum, the job has nothing to
-    do."""
+    """Checksum of the config, the files, the trials and the subjects. If the finished dataset has the same checksum,
+    the job has nothing to do."""
     hold_back: HoldBack
     """Recordings and images that must not be in the dataset."""
     corpora: list[dict[str, str]] = field(default_factory=list)
@@ -127,7 +127,8 @@ class Plan:
         Returns
         -------
         str
-            The checksum. It changes if a file's size, modification time or checksum (from the object store) changes.
+            A checksum that also changes if a file's size, modification time or checksum (from the object store)
+            changes.
         """
         item = self.items[key]
         shown = sorted({t.image for t in item.trials or ()})
@@ -210,7 +211,7 @@ def resolve_output(output: str) -> AnyPath:
 
 
 def resolve_decoded(config: ShardConfig) -> Path | None:
-    """Return the folder of the kept signals.
+    """Return the folder of the decoded signals.
 
     Parameters
     ----------
@@ -245,7 +246,7 @@ def resolve_decoded(config: ShardConfig) -> Path | None:
 
 
 def _states(files: Iterable[AnyPath]) -> list[FileState]:
-    """Return the states of files. An unreadable file gets a placeholder, because its worker will report the error."""
+    """Return the states of files. An unreadable file gets a placeholder; its worker will report the read error."""
     states = []
     for file in files:
         try:

@@ -1,9 +1,9 @@
 """The sharding job makes one dataset from corpora of recordings. Every recording gets a row in the ledger.
 
-The job has two phases. First, the job reads and checks every recording, and writes its windows to a *part*: a folder
-for this recording, inside the working folder. Second, the job decides which recordings are duplicates or held back, and
-copies the samples of all other recordings from the parts into shards. The job can be stopped at any time. The same
-command resumes the job.
+The job has two phases. In the first phase, the job reads and checks every recording, and writes its windows to a
+*part*: a folder for one recording, inside the working folder. In the second phase, the job decides which recordings are
+duplicates or held back, and copies the samples of all other recordings from the parts into shards. The job can be
+stopped at any time, and the same command resumes it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _find_former(output: AnyPath) -> Manifest | None:
     Raises
     ------
     RequestError
-        If the output folder contains other files.
+        If the output is a file, or a folder with other files.
     """
     if fresh(output).exists() and not output.is_dir():
         raise RequestError(f"output '{output}': is a file, not a folder; choose another path")
@@ -133,7 +133,7 @@ def _read(argument: tuple[Task, float]) -> PartResult:
 
 
 def get_settings(config: ShardConfig, plan: Plan) -> tuple[str, str]:
-    """Return checksums of the settings of all recordings, with and without the versions of the libraries."""
+    """Return checksums of the settings for all recordings, with and without the versions of the libraries."""
     values = {"preprocess": config.preprocess.to_dict(), "split": reduce_config(config)["split"]}
     versions = {"schema": PART_SCHEMA, "labels": plan.labels, "versions": get_library_versions()}
     return digest_of({**values, **versions}), digest_of(values)
@@ -142,7 +142,9 @@ def get_settings(config: ShardConfig, plan: Plan) -> tuple[str, str]:
 def read_recordings(
     config: ShardConfig, plan: Plan, work: AnyPath, in_flight: int, former: Former | None = None
 ) -> list[PartResult]:
-    """Do the first phase: write every recording to a part. Child processes do the work, because readers may crash.
+    """Do the first phase of the job: write the windows of every recording to a part.
+
+    Recordings are read in child processes, because readers of file formats may crash.
 
     Parameters
     ----------
@@ -176,15 +178,15 @@ def read_recordings(
             shown.add(row.key, row.status, seconds=row.seconds, channels=channels, from_earlier_run=from_earlier_run)
 
         identities = {key: plan.identity(key, settings) for key in plan.items}
-        # Read the largest recordings first. Otherwise, one large recording could delay the end of the phase.
+        # Read the largest recordings first, because a large recording at the end would delay the end of the phase.
         for key, item in sorted(plan.items.items(), key=lambda entry: (-sizes[entry[0]], entry[0])):
             if former and (result := former.find(key, identities[key], plan.identity(key, source))):
                 results[key] = result
                 count(result.row, from_earlier_run=True)
                 continue
             result = journal.find(key, identities[key])
-            # Read a failed recording again if the limits have changed, or if the cause of the failure may have
-            # disappeared.
+            # Read a failed recording again if the limits of time and memory have changed, or if the cause of the
+            # failure may have disappeared.
             if result and result.limits in (None, limits) and not result.may_pass and _has_part(result, work):
                 results[key] = result
                 count(result.row, from_earlier_run=True)
@@ -233,8 +235,7 @@ def read_recordings(
 
 def _has_part(result: PartResult, work: AnyPath) -> bool:
     part = result.part
-    # On an object store, checking a hundred thousand folders would take hours, so do not check the parts in the
-    # journal.
+    # On an object store, checking a hundred thousand folders would take hours, so assume that the parts exist.
     return not part or is_remote(work) or (work / "parts" / part[:2] / part).is_dir()
 
 
@@ -245,9 +246,7 @@ def mark_duplicates(
     load_points: FingerprintLoader,
     former: Former | None = None,
 ) -> None:
-    """Find groups of recordings with the same signal.
-
-    Keep one recording of each group, and mark the others as duplicates.
+    """Keep one of several recordings with the same signal, and mark the others as duplicates.
 
     Parameters
     ----------
@@ -258,9 +257,10 @@ def mark_duplicates(
     prints : dict of str to RecordingFingerprint
         Data for the comparison of the recordings, by key.
     load_points : FingerprintLoader
-        Loads a full fingerprint. The loader is called only for recordings that have equal numbers in their signatures.
+        Loads a full fingerprint. The loader is called only for pairs of recordings with similar signatures.
     former : Former, optional
-        Former version of the dataset. Its recordings are kept, and new recordings with the same signal are duplicates.
+        Former version of the dataset. Recordings in the former shards are kept, and new recordings with the same signal
+        are duplicates.
     """
     rows = [result.row for result in results]
     candidates = [row for row in rows if row.status == "sharded"]
@@ -273,8 +273,8 @@ def mark_duplicates(
         if copy := duplicates.get(row.key):
             reason = Reason("duplicate", text=f"duplicate of {copy}")
             row.set_aside("duplicate", reason, duplicate_of=copy.kept)
-    # Add this to the reason, so that the user does not repair a quarantined recording whose signal is already in the
-    # dataset.
+    # Note copies of a quarantined recording in its ledger row, so that the user does not repair a recording whose
+    # signal is already in the dataset.
     unused = [result.row for result in results if result.row.status == "quarantined" and result.signature]
     kept_rows = [row for row in candidates if row.status == "sharded"]
     copies = find_duplicates([prints[row.key] for row in [*kept_rows, *unused]], load_points)
@@ -298,7 +298,7 @@ def collect_prints(results: list[PartResult]) -> dict[str, RecordingFingerprint]
 
 
 def pack(config: ShardConfig, plans: list[ShardPlan], output: AnyPath, in_flight: int) -> dict[str, list[Shard]]:
-    """Do the second phase: copy the samples from the parts into shards.
+    """Do the second phase of the job: copy the samples from the parts into shards.
 
     Parameters
     ----------
@@ -378,8 +378,8 @@ def run(config: ShardConfig) -> int:
     Raises
     ------
     RequestError
-        If the config is wrong. Almost all checks are made before Ray starts. Only the check that the train split has
-        samples is made after the recordings are read.
+        If the config is wrong. Almost all faults of a config are found before Ray starts. An empty train split is found
+        only after the recordings are read.
     """
     output, decoded = resolve_output(config.output), resolve_decoded(config)
     work = output / WORK
@@ -407,7 +407,7 @@ def run(config: ShardConfig) -> int:
             say(line)
         with lock_output(work), ray_session(config.ray) as in_flight:
             _check_nodes(plan, work, decoded)
-            remove_tree(work / "new")  # This folder holds unfinished shards of an earlier run.
+            remove_tree(work / "new")  # The folder new holds unfinished shards of an earlier run.
             say(f"reading recordings, up to {in_flight} tasks at a time")
             state, rows, kept, points = _collect(config, plan, work, in_flight, former)
             suggestions = suggest_unit_factors(config.corpora, plan.corpus_of, rows)
@@ -456,7 +456,7 @@ def _collect(
     Returns
     -------
     state : bytes
-        The results before duplicates are marked, for the next job that adds recordings.
+        Results of all recordings before duplicates are marked, for the next job that adds recordings.
     rows : list of LedgerRow
         Rows of the ledger.
     kept : list of PartResult
@@ -476,8 +476,8 @@ def _collect(
         plan.hold_back.count_images(rows)
         _count_unlisted(rows, plan)
         kept = [result for result in results if result.row.status == "sharded"]
-        # The samples of a recording that was a duplicate or held back are not in the shards, so read this recording
-        # again.
+        # A recording that was a duplicate or held back in the former version has no samples in the shards. Read such a
+        # recording again if it belongs to the new version.
         again = former.needs_samples(kept) if former else []
         if former is None or not again:
             return state, rows, kept, points
@@ -526,7 +526,7 @@ def _make_private(decoded: Path) -> None:
 
 
 def _limit_decoded(config: ShardConfig, decoded: Path | None) -> None:
-    """Delete old kept signals if the config limits their size."""
+    """Delete decoded signals that were not used for a long time, if the config limits their total size."""
     if decoded and config.decoded_gb:
         deleted, left = limit_size(decoded, 1e9 * config.decoded_gb)
         if deleted:

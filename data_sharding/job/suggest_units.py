@@ -13,7 +13,7 @@ from data_sharding.processing.survey import PLAUSIBLE_UV
 TYPICAL_UV = 10.0
 """Robust amplitude of typical EEG between 1 and 40 Hz, in microvolts."""
 FACTORS = {1e-9: "1.0e-9", 1e-6: "1.0e-6", 1e-3: "0.001", 1e3: "1000.0", 1e6: "1.0e+6", 1e9: "1.0e+9"}
-"""Factors by which a unit with a wrong prefix is wrong, in a spelling that YAML parses as a number."""
+"""Factors that correct a unit with a wrong prefix, each in a spelling that YAML parses as a number."""
 
 
 def find_factor(amplitude_uv: float) -> float | None:
@@ -42,7 +42,8 @@ def suggest_unit_factors(
     Returns
     -------
     list of str
-        One line for each such corpus, with a suggested line for the config. The job does not apply the factor itself.
+        One line for each corpus with such a factor, with a suggested line for the config. The job itself does not apply
+        the factor.
     """
     out = []
     for number, corpus in enumerate(corpora):

@@ -15,7 +15,7 @@ from data_sharding.dataset.splits import SplitConfig
 from data_sharding.processing.preprocess import PreprocessSpec
 
 WITHOUT_EFFECT = ("subject_from", "about")
-"""Fields of `Item` that only describe the recording in the ledger. They do not change the stored samples."""
+"""Fields of `Item` that only describe the recording in the ledger, and do not change the stored samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +49,13 @@ class PartResult:
     samples: dict[str, int] = field(default_factory=dict)
     """Number of samples of the recording in each split."""
     signature: list[int] = field(default_factory=list)
-    """Numbers that are computed from the signal. Two copies of a signal have some equal numbers. See
-    `data_sharding.audit.duplicates.signature`."""
+    """Numbers computed from the signal, of which some are equal for two copies of a signal (see
+    `data_sharding.audit.duplicates.signature`)."""
     may_pass: bool = False
     """Whether the next run should try the recording again, because the cause of the failure may have disappeared."""
     limits: tuple[float, float] | None = None
-    """Time limit in seconds and memory limit in GB that the recording exceeded. With other limits, the next run tries
-    the recording again."""
+    """Time limit in seconds and memory limit in GB with which a recording without a part failed. With other limits, the
+    next run tries the recording again."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a dictionary of JSON types."""
@@ -93,9 +93,9 @@ class SetAside(Exception):
 
 
 def describe_row(row: LedgerRow, item: Item) -> None:
-    """Write the corpus's data about person, device and rights into a row. They replace data from the header.
+    """Write the corpus's data about person, device and rights into a row, in place of data from the header.
 
-    A year in the header stays, because the corpus can contain shifted dates that hide the true ones.
+    A year from the header is not replaced, because the corpus can contain shifted dates that hide the true ones.
     """
     row.subject_from = new_row(item).subject_from
     for name, value in item.about.items():

@@ -1,11 +1,11 @@
 """Adds new recordings to a finished dataset, and withdraws recordings that were removed or have changed.
 
-The job never changes existing shards. It writes additional shards with the new samples, and then a new manifest. The
+The job never changes existing shards, but writes additional shards with the new samples, and then a new manifest. The
 new manifest lists the *withdrawn* samples: samples in old shards that do not belong to the dataset any more. Until the
 new manifest is written, the former version of the dataset is complete and valid.
 
 The folder ``versions/<number>`` contains the manifest and the ledger of each version. The folder of the current version
-also contains the results of all recordings, so that the next job does not read these recordings again.
+also contains the results of all recordings, so that the next job does not read unchanged recordings again.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Former:
         return cls(root, manifest, stored, dict(pieces))
 
     def find(self, key: str, identity: str, source: str) -> PartResult | None:
-        """Return the former result of a recording if the recording must not be read again.
+        """Return the former result of a recording if the recording need not be read again; None otherwise.
 
         Parameters
         ----------
@@ -109,8 +109,8 @@ class Former:
         identity : str
             Checksum of everything that the result depends on.
         source : str
-            The same checksum without the versions of libraries. So after an upgrade of a library, recordings in the
-            shards are not read again.
+            Checksum like `identity`, but without the versions of libraries, so that recordings in the shards are not
+            read again after an upgrade of a library.
         """
         known = self.stored.get(key)
         if known is None:
@@ -129,13 +129,13 @@ class Former:
         return PartResult.from_json(known.result)
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Remove the former results of these recordings, so that they are read again."""
+        """Remove the former results of the recordings with the given keys, so that these recordings are read again."""
         for key in keys:
             self.stored.pop(key, None)
             self.reused.discard(key)
 
     def needs_samples(self, kept: Iterable[PartResult]) -> list[str]:
-        """Return the keys of recordings that were not in the shards before, but must be now."""
+        """Return the keys of reused recordings in `kept` that have no samples in the former shards."""
         return [r.row.key for r in kept if r.row.key in self.reused and r.row.key not in self.pieces]
 
     def find_changed_files(self, plan: Plan) -> set[str]:
@@ -157,7 +157,7 @@ class Former:
         Raises
         ------
         RequestError
-            If a recording has another subject than before, and the two subjects are in different splits.
+            If a recording has another subject than in the former version, and the two subjects are in different splits.
         """
         for key, item in plan.items.items():
             known = self.stored.get(key)
@@ -186,7 +186,7 @@ def _changed_ns(file: AnyPath) -> int:
 
 
 def _find_runs(root: AnyPath, shard: Shard) -> list[tuple[str, int, int]]:
-    """Return the recordings of a shard that are not withdrawn: key, first sample, and last sample plus one."""
+    """Return key, first sample, and last sample plus one of each recording in a shard that is not withdrawn."""
     keys = [entry["key"].rpartition("-")[0] for entry in read_json((root / shard.path).with_suffix(".idx"))]
     runs = []
     for (key, served), group in itertools.groupby(
@@ -218,7 +218,7 @@ def store_results(results: Iterable[PartResult], plan: Plan, settings: str, sour
 
 
 def content_of(plan: Plan, result: PartResult) -> str:
-    """Return a checksum of a recording's content and description. It does not depend on the paths of the files."""
+    """Return a checksum of a recording's content and description that does not depend on the paths of its files."""
     item = plan.items[result.row.key]
     values = dataclasses.asdict(dataclasses.replace(item, recording=None, trials=None))  # type: ignore[arg-type]
     trials = [{**vars(trial), "image": plan.images.get(trial.image)} for trial in item.trials or ()]
@@ -233,7 +233,7 @@ def check_growth(config: ShardConfig, values: Mapping[str, Any], manifest: Manif
     config : ShardConfig
         Config of the job.
     values : mapping
-        The same config, reduced to the keys that determine the content of the dataset.
+        Config of the job, reduced to the keys that determine the content of the dataset.
     manifest : Manifest
         Manifest of the finished dataset.
     output : Path or UPath
@@ -381,7 +381,7 @@ class FingerprintLoader:
         Returns
         -------
         ndarray of float16, shape (n, P)
-            The fingerprint: n channels with P points each.
+            The fingerprint: `n` channels with `P` points each.
         """
         if self.load_former and key in self.reused:
             return self.load_former(key)
@@ -392,7 +392,7 @@ class FingerprintLoader:
 def write_state(
     folder: Path, results: bytes, rows: list[LedgerRow], load_points: Callable[[str], np.ndarray]
 ) -> list[str]:
-    """Write the files for the next job. Return their names relative to the folder of the version."""
+    """Write the files that the next job reads, and return their names relative to the folder of the version."""
     (folder / RESULTS).write_bytes(results)
     aside = [row for row in rows if row.status != "sharded"]
     (folder / SET_ASIDE).mkdir()
@@ -403,8 +403,8 @@ def write_state(
 def remove_stale(output: AnyPath, manifest: Manifest, files: Sequence[str]) -> None:
     """Delete shards that no version of the dataset needs, and files of former versions.
 
-    The manifests and ledgers of all versions are kept. But if shards were rewritten, the ledgers of former versions are
-    deleted too, because they may describe people whose recordings were withdrawn.
+    The manifests of all versions are kept. The ledgers of former versions are kept, too, unless shards were rewritten,
+    because old ledgers may describe people whose recordings were withdrawn.
 
     Parameters
     ----------
