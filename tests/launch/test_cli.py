@@ -1,4 +1,4 @@
-"""Tests of the command line: help is fast, every command runs, and wrong requests are refused in one line."""
+"""Tests of the command line: help is fast, every command runs, and wrong requests are refused with one line of error."""
 
 from __future__ import annotations
 

@@ -334,7 +334,7 @@ class TestMarkerStreams:
         times = [time * (1 + drift) for time in (5.0, 12.0, 20.0)]
         path = self.write(tmp_path, true_uv, index, [(time, "New Segment") for time in times], drift=drift)
         segments, _ = self.segments(path)
-        # The marker at 12 s is in the gap, so it divides nothing.
+        # The marker at 12 s is in the gap, so it divides no segment.
         assert segments == [(0, 1250, 0.0), (1250, 2500, 5.0), (2500, 4000, 14.0), (4000, 7500, 20.0)]
 
     def test_bad_marks_without_duration_have_a_note(self, tmp_path: Path, true_uv, shard_all, assert_true) -> None:

@@ -1,4 +1,4 @@
-"""Tests of BIDS datasets: some are as mne-bids writes them, others have typical errors."""
+"""Tests of BIDS datasets: some datasets are as mne-bids writes them, others have typical errors."""
 
 from __future__ import annotations
 

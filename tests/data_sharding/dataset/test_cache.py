@@ -189,7 +189,7 @@ def test_next_shards_are_prefetched(tmp_path: Path, own_cache: Path, log: Path) 
             break
         time.sleep(0.05)
     else:
-        pytest.fail("shards of the next window did not come")
+        pytest.fail("the shards of the next window were not prefetched")
 
 
 def test_order_that_would_download_shards_repeatedly_is_refused(tmp_path: Path, log: Path) -> None:

@@ -134,7 +134,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory, make_raw: Callable, write_ra
             folder = root / f"real-{len(paths)}"
             folder.mkdir()
             for file in recording.files:
-                # The tests damage only the first bytes of a file. Copies of whole files would only be slower.
+                # Copy only the first bytes of a file, because the tests damage only these bytes.
                 (folder / file.name).write_bytes(Path(str(file)).read_bytes()[: 1 << 16])
             paths[folder.name] = folder / recording.path.name
     return paths
