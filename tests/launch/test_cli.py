@@ -1,4 +1,4 @@
-"""Tests of the command line: help is fast, every command runs, and wrong requests are refused with one line of error."""
+"""Tests of the command line: help is fast, every command runs, and wrong requests are refused with one error line."""
 
 from __future__ import annotations
 
