@@ -46,9 +46,9 @@ class GenerateConfig:
     """Name of the split from which the trials are taken."""
     control: Literal["none", "shuffle", "no_eeg", "class"] = "none"
     """none: use the EEG of each trial. shuffle: use the EEG of another trial of any category. The images of shuffle are
-    a control, which shows how well a model scores without the right EEG. no_eeg: use no EEG, as a lower limit. class:
-    use the true category in place of the EEG, as an upper limit. For class, EG-DDPM gets the mean feature of the
-    category's train trials, and Stable Diffusion gets the caption of the image."""
+    a control, which shows how well a model scores without the right EEG. no_eeg: use no EEG, as a lower limit (floor).
+    class: use the true category in place of the EEG, as an upper limit (ceiling). For class, EG-DDPM gets the mean
+    feature of the category's train trials, and Stable Diffusion gets the caption of the image."""
     sampler: Literal["ddpm", "ddim", "dpmsolver++"] | None = None
     """Sampler. ddpm: the ancestral sampler, which adds noise at every step. ddim: a deterministic sampler that needs
     few steps. dpmsolver++: a deterministic solver of second order. Empty: the default sampler of the model."""

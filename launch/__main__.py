@@ -6,8 +6,8 @@ import sys
 from launch.cli import main
 from launch.worker import PARENT, end_with_parent
 
-# The demo sets this environment variable for its steps. If the demo is killed, its current step must end too, because a
-# restarted demo writes to the same folder.
+# `launch.chain` sets the environment variable `PARENT` for its steps. If the demo or an ablation is killed, its current
+# step must end too, because a restarted run writes to the same folder.
 if os.environ.pop(PARENT, None) == str(os.getppid()):
     end_with_parent()
 sys.exit(main())

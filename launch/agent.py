@@ -64,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     """
     kind, *words = sys.argv[1:] if argv is None else argv
     end_with_parent()
-    # Clusters send SIGUSR1 before they stop a node. Without this setting, SIGUSR1 would kill torchrun.
+    # Let torchrun handle SIGUSR1, which clusters send before they stop a node, and which would otherwise kill torchrun.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", "100")
-    # Without this setting, gloo would read old addresses after a restart, from the store that gloo and torchrun share.
+    # Give gloo its own store. After a restart, gloo would read old addresses from a store shared with torchrun.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     own = None if FOLDER in os.environ else tempfile.mkdtemp(prefix="dreamscale-launch-")
     if own:

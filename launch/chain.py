@@ -22,7 +22,7 @@ from launch.worker import PARENT
 TAIL = 25
 """Number of lines of the log that are printed when a step fails."""
 GRACE_S = 120.0
-"""After a request to stop, a step has this many seconds to write a checkpoint. Then the step is killed."""
+"""After a request to stop, a step has this many seconds to write a checkpoint before the step is killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class Step:
     config: dict[str, Any] | None = None
     """Config of the step, written to ``configs/NAME.yaml`` in the folder of the chain before the step runs."""
     resumes: bool = False
-    """False: if the command, the config or an input of the step has changed, its output folders are removed before it
-    runs. True: the folders stay, and the command itself resumes its work or refuses a changed config."""
+    """False: if the command, the config or an input of the step has changed, the step's output folders are removed
+    before the step runs. True: the output folders stay, and the command itself resumes or refuses a changed config."""
     program: tuple[str, ...] = ("-m", "launch")
     """Arguments of Python that run the program of the step."""
 
@@ -83,7 +83,7 @@ def merge_configs(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 class Chain:
-    """Runs those steps that are not complete yet.
+    """Runs the steps of a chain that are not complete yet.
 
     Parameters
     ----------

@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     int
         Exit code: 0 done, 1 failed, 2 wrong request, 3 too many recordings quarantined, 75 stopped on request.
     """
-    # The threads of an operation wait for each other. A thread that waits actively keeps a core busy, although the thread
-    # for which it waits may need this core. If other programs run, this makes a command several times slower.
+    # The threads of a numerical operation wait for each other. A thread that waits actively keeps a core busy, although
+    # another thread may need the core. On a busy machine, active waiting makes a command several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run_main(_dispatch, argv)
     return end_command(code) if argv is None else code

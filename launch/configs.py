@@ -14,7 +14,7 @@ from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.shipped import shipped_configs
 
 LONGEST = 90
-"""The list of configs shows at most this many characters of a description."""
+"""In the list of configs, a description with more characters is cut at its first colon or semicolon."""
 
 
 @dataclass(kw_only=True)
@@ -96,8 +96,8 @@ def copy_configs(files: list[Path], folder: Path) -> None:
     Raises
     ------
     RequestError
-        If the folder cannot be written, or if it has a file with the same name and other content. In the second case,
-        no file is copied.
+        If the folder has a file with the same name and other content (then no file is copied), or if the folder cannot
+        be written.
     """
     targets = {folder / path.relative_to(shipped_configs()): path.read_bytes() for path in files}
     for target, content in targets.items():
@@ -124,8 +124,8 @@ def _configs(config: ConfigsConfig) -> int:
         width = max(len(name) for name in names.values())
         for path, name in names.items():
             print(f"{name:<{width}}  {describe(path)}")
-        print("\nAny command takes these paths in any folder. Print a config: 'dreamscale configs NAME'.")
-        print("Copy all of them, to change them: 'dreamscale configs -o configs'.")
+        print("\nEvery command accepts these paths in any folder. Print a config: 'dreamscale configs NAME'.")
+        print("Copy all configs, to change them: 'dreamscale configs -o configs'.")
     return EXIT_DONE
 
 

@@ -1,8 +1,8 @@
 """Start and stop several training processes on this machine, and return one exit code for all processes.
 
 The launcher (torchrun or Accelerate) runs in its own session, so that Ctrl-C reaches only the command and not the
-launcher. The command sends a request to stop directly to the training processes, not to the launcher. The launcher
-would kill the training processes after a time limit, perhaps before the checkpoint is complete.
+launcher. The command sends a request to stop directly to the training processes, because the launcher would kill the
+training processes after a time limit, perhaps before the checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from launch.stages import Stage
 from launch.worker import FOLDER, read_numbers
 
 LONE_REFUSAL_S = 20.0
-"""If a training process ends with exit code 2 (wrong config), the others get this many seconds to end too. Then all
-training processes are killed."""
+"""If a training process ends with exit code 2 (wrong config), the other training processes have this many seconds to
+end before they are killed."""
 LAST_CHECKPOINT_S = 110.0
 """After the launcher was killed, the training processes have this many seconds to write a checkpoint."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -167,7 +167,7 @@ class _Processes:
             return
         workers = read_numbers(self.folder, "pid")
         if len(workers) < self.count:
-            # The processes are still starting and have no results yet, so they can be killed.
+            # While training processes are still starting, there are no results that a kill could destroy.
             self.kill(signal.SIGTERM)
         for pid in workers.values():
             _send(pid, signal.SIGTERM)

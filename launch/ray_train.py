@@ -29,7 +29,7 @@ def _train(job: dict[str, Any]) -> None:
     from pretrain.runs.stop import STOP_FILE
     from pretrain.train import main
 
-    # Ray starts workers in another folder. Return to the folder of the command, so that relative paths are right.
+    # Ray starts workers in another folder, so return to the folder of the command, which relative paths refer to.
     os.chdir(job["cwd"])
     folder = Path(job["folder"])
     os.environ[STOP_FILE] = str(folder / _STOP)
@@ -70,9 +70,9 @@ def launch(words: list[str]) -> int:
 
     ray.init(log_to_driver=True, include_dashboard=False, configure_logging=False)
     output = Path(config.output).absolute()
-    # This folder is for Ray's own records and for the two files of this module. It is not inside the run directory,
-    # because the run directory must not be created before the config has been checked. Records of an earlier launch are
-    # deleted, so that Ray does not resume from them. The training resumes from its own checkpoints.
+    # The folder for Ray's own records and for the two files of this module is not inside the run directory, because the
+    # run directory must not be created before the config has been checked. Ray's records of an earlier launch are
+    # deleted, so that Ray does not resume from them: the training resumes from its own checkpoints.
     folder = output.with_name(f".{output.name}.ray")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -23,7 +23,7 @@ class Stage:
     config: str | None = None
     """``module:class`` of the config, for commands that ``dreamscale submit`` can run on a cluster."""
     uses_ray: bool = False
-    """The command distributes its own work with Ray, and has the config key ``ray.address``."""
+    """True if the command distributes its own work with Ray, and has the config key ``ray.address``."""
 
 
 STAGES: dict[str, Stage] = {

@@ -200,15 +200,16 @@ def _make_environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(shipped_configs() / "cluster"),
         undefined=StrictUndefined,
-        # Job files are not HTML. The filters below quote each value, except in Slurm's comments: `SubmitConfig` refuses
-        # special characters there.
+        # Job files need no escaping for HTML. The filters below quote values for a shell or for YAML. In Slurm's
+        # comments no quoting is possible, so `SubmitConfig` refuses special characters.
         autoescape=False,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters["shell"] = shlex.quote
-    # Every JSON string is also a YAML string. Jinja's own filter `tojson` would escape HTML characters.
+    # Quote YAML strings as JSON, because every JSON string is also a YAML string. Jinja's filter `tojson` would also
+    # escape HTML characters.
     environment.filters["json"] = functools.partial(json.dumps, ensure_ascii=False)
     return environment
 
@@ -283,7 +284,7 @@ def submit(config: SubmitConfig, text: str) -> int:
         If the cluster's command-line tool is not installed on this machine.
     """
     tool = TOOLS[config.scheduler]
-    # Search the folder of this Python too: it holds Ray's tool, even if the environment is not activated.
+    # Also search the folder of this Python, which holds Ray's tool even if the environment is not activated.
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)))
     if shutil.which(tool, path=path) is None:
         raise RequestError(

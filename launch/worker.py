@@ -1,8 +1,8 @@
 """Run a stage in one process of a launcher, and write the stage's exit code to a file.
 
 ``python -m launch.worker MODULE [ARGUMENTS]``. A launcher treats every exit code except 0 as a failure and then ends
-the other processes. So after a requested stop, this program exits with 0, and ``dreamscale`` reads the true exit code
-from the file.
+the other processes. So after a requested stop, ``launch.worker`` exits with 0, and ``dreamscale`` reads the true exit
+code from a file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data_sharding.common.files import atomic_write_text
 FOLDER = "DREAMSCALE_LAUNCH_FOLDER"
 """Environment variable that names the folder for the files with process ids and exit codes."""
 PARENT = "DREAMSCALE_PARENT"
-"""Environment variable with the process id of a parent process. The command ends when this parent ends."""
+"""Environment variable with the process id of a parent process. A command ends when the parent process ends."""
 
 
 def end_with_parent() -> None:
@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = run_main(importlib.import_module(module).main, words)
     except RuntimeError as error:
-        # A process of the DataLoader was killed, probably because memory is short. Write no exit code, so that the run
-        # is restarted as if the training process had been killed.
+        # If a process of the DataLoader was killed, probably because memory is short, write no exit code, so that the
+        # run is restarted as if the training process had been killed.
         report = not str(error).startswith("DataLoader worker")
         raise
     finally:

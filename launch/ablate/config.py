@@ -15,7 +15,7 @@ from data_sharding.common.shipped import find_config
 from data_sharding.common.untrusted import check_key, read_limited
 
 MAIN = "ablation.yaml"
-"""Name of the file with the settings, if the ablation is a folder. Every other YAML file of the folder is a row."""
+"""Name of the file with the settings, if an ablation is a folder. Every other YAML file in the folder is one row."""
 PROG = "dreamscale ablate"
 
 
@@ -35,8 +35,8 @@ class AblationConfig:
     (generate.guidance_scale). In a value, {base} stands for the folder of the base variant, such as
     {base}/ddpm/model/evrnet."""
     base: str = "base"
-    """Name of the variant with which the others are compared. It comes first. If `rows` does not have it, it is the
-    configs of `stages` without changes."""
+    """Name of the base variant, which comes first and with which the other variants are compared. If `rows` has no
+    variant with this name, the base variant is the configs of `stages` without changes."""
     common: dict[str, Any] = field(default_factory=dict)
     """Keys of all variants, written like the keys in `rows`, such as {ddpm.training.steps: 1000}."""
     dataset: str = ""
@@ -52,7 +52,7 @@ class AblationConfig:
     resamples: int = 2000
     """Number of bootstrap resamples for the intervals, and of permutations for the p-values."""
     seed: int = 0
-    """Seed for the noise of the images, the classifier and the resamples. The configs of `stages` have their own."""
+    """Seed for the noise of the images, the classifier and the resamples. The configs of `stages` have other seeds."""
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -63,7 +63,7 @@ class AblationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """An ablation as it was read, with the file from which each variant comes."""
+    """Config of an ablation, with the file from which each variant comes."""
 
     config: AblationConfig
     files: dict[str, str]
@@ -86,7 +86,7 @@ def read_ablation(argv: Sequence[str]) -> Ablation:
     Raises
     ------
     RequestError
-        If a file is missing or damaged, a key is unknown, or a variant is there twice.
+        If a file is missing or damaged, a key is unknown, two variants have one name, or there is only one variant.
     """
     words = list(argv)
     source = find_config(words[0]) if words and not words[0].startswith("-") else None

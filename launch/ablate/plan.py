@@ -31,9 +31,9 @@ class Row:
 
     name: str
     changes: dict[str, Any]
-    """Keys that differ from the base configs, flat, as a table shows them."""
+    """Dotted keys that differ from the base configs, with their values."""
     steps: list[Step]
-    """Training, generation and evaluation."""
+    """Steps of training, generation and evaluation."""
     dataset: str
     """Path of the dataset."""
     images: Path
@@ -57,7 +57,7 @@ def _words(values: Mapping[str, Any]) -> list[str]:
 
 
 def _assign(keys: Mapping[str, Any], stages: list[str], where: str) -> dict[str, dict[str, Any]]:
-    """Return the keys of each command, and of the generation."""
+    """Divide the keys of a row among the training commands and the command that generates images."""
     found: dict[str, dict[str, Any]] = {name: {} for name in (*stages, "generate")}
     for key, value in keys.items():
         first, _, rest = key.partition(".")
@@ -188,7 +188,7 @@ class _Planner:
         words = [str(images), *(["--control_dir", f"{images}-shuffled"] if config.control else []), "--seed", seed]
         words += _words(judging)
         if name != config.base:
-            # One classifier judges all rows: the evaluation of the base row trains it.
+            # One classifier judges the images of all rows. It is trained in the evaluation of the base row.
             if "classifier" not in judging:
                 words += ["--classifier", str(self.out / "images" / config.base / "classifier.safetensors")]
             needs.append(f"{config.base}.evaluate")
@@ -227,8 +227,8 @@ def plan_rows(ablation: Ablation) -> list[Row]:
     Raises
     ------
     RequestError
-        If a command cannot be part of an ablation, a key or value of a row is wrong, or the dataset does not have the
-        splits that are needed. The message names the file, the row and the key.
+        If a command cannot be part of an ablation, a key or value of a row is wrong, or two commands have different
+        datasets.
     """
     planner = _Planner(ablation)
     return [planner.plan_row(name) for name in ablation.config.rows]

@@ -16,7 +16,7 @@ from launch.chain import Chain, StepFailedError, say
 
 
 def _prepare_folder(out: Path, ablation: Ablation) -> None:
-    """Make the folder of the ablation, or check that an existing folder is one."""
+    """Make the folder of the ablation, or check that an existing folder is the folder of an ablation."""
     if out.exists() and not out.is_dir():
         raise RequestError(f"output {out}: this is a file; choose a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / "config.yaml").is_file():
@@ -65,14 +65,14 @@ def ablate(ablation: Ablation) -> int:
     Returns
     -------
     int
-        0, or 1 if a row failed. If the base row fails, its exit code.
+        0, or 1 if a row failed. If the base row failed, the exit code of the step that failed.
 
     Raises
     ------
     RequestError
         If a row is wrong, or the folder or the dataset cannot be used.
     StopRequested
-        If a signal asked the command to stop. The same command resumes it.
+        If a signal asked the command to stop. The same command resumes the ablation.
     """
     config, out = ablation.config, Path(ablation.config.output)
     rows = plan_rows(ablation)

@@ -82,9 +82,10 @@ def render_markdown(result: Mapping[str, Any]) -> str:
             lines.append(_row(name, *cells))
     lines += [
         "",
-        "In brackets: 95 % bootstrap intervals; whole images, or all trials of a person, are drawn together. Own EEG "
-        "and own minus shuffled are over images. Differences are paired by trial. The p-values flip the signs of whole "
-        "images or people, without a correction for the number of variants. Intervals over few people are too narrow.",
+        "The brackets hold 95 % bootstrap intervals, for which all trials of an image, or of a person, are drawn "
+        "together. The intervals of own EEG and of own minus shuffled are over images. Differences are paired by "
+        "trial. For the p-values, the signs of whole images or people are flipped; the number of variants is not "
+        "corrected for. Intervals over few people are too narrow.",
         "",
     ]
     return "\n".join(lines)
@@ -138,7 +139,8 @@ def write_results(folder: Path, result: Mapping[str, Any]) -> None:
         Folder of the ablation.
     result : mapping
         ``stages``, ``base``, ``split``, ``dataset``, and ``rows``: for each variant ``changes``, ``state``,
-        ``seconds`` and ``metrics`` (from `finetune.evaluation.per_trial.compare_models`, None without images).
+        ``seconds`` and ``metrics`` (from `finetune.evaluation.per_trial.compare_models`; None for a variant that is
+        not complete).
     """
     write_json(folder / f"{NAME}.json", {"schema": 1, **result})
     atomic_write_text(folder / f"{NAME}.md", render_markdown(result))

@@ -1,6 +1,6 @@
 """Simulate the EEG of a head: background, artefacts and responses to pictures, for any electrode layout.
 
-All signals come from sources on a sphere, so the same head gives consistent signals with every electrode layout.
+Brain signals come from sources on a sphere, so the same head gives consistent signals with every electrode layout.
 
 Letters in array shapes: n electrodes, K sources, C response components, T samples.
 """
@@ -25,7 +25,7 @@ RESPONSE_GAIN = 2.6
 PERSON_DELAY_S = 0.020
 """Standard deviation over people of the delay of all components, in seconds."""
 TRIAL_DELAY_S = 0.025
-"""Standard deviation over trials of the delay of all components, in seconds. So a component has no fixed time."""
+"""Standard deviation over trials of the delay of all components, in seconds. Components thus have no fixed time."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Head:
     seed : int
         Seed of the corpus.
     subject : str
-        Name of the person. Seed and name determine all properties.
+        Name of the person. The seed and the name determine all properties of the person.
     """
 
     def __init__(self, seed: int, subject: str) -> None:
@@ -172,7 +172,7 @@ class Head:
         sfreq : float
             Sampling rate, Hz.
         seconds : float
-            Length of the recording.
+            Length of the recording, seconds.
         rng : numpy.random.Generator
             Random numbers for this recording.
         line_hz : float
@@ -250,7 +250,7 @@ class Head:
         sfreq : float
             Sampling rate, Hz.
         samples : int
-            Length of the recording.
+            Length of the recording, samples.
         onsets : ndarray, shape (trials,)
             Onset of each picture, seconds.
         pictures : list of Picture

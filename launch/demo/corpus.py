@@ -53,9 +53,9 @@ SUBJECTS = tuple(f"sub-{index:02d}" for index in range(1, 17))
 PAIRED_SUBJECTS = {"train": SUBJECTS[:8], "val": SUBJECTS[8:10], "test": SUBJECTS[10:]}
 """Subjects who look at pictures, by split. Pretraining does not use the subjects of val and test."""
 N_RESTING = 12
-"""Number of subjects with a resting recording: the first ones."""
+"""Number of subjects with a resting recording, counted from the start of `SUBJECTS`."""
 OTHER_PICTURES = 24
-"""Number of pictures of other splits that each subject sees. Training and evaluation must leave out these trials."""
+"""Number of pictures of other splits that each subject sees. Trials with such pictures must not be used."""
 DEAD_CHANNELS = {"unpaired": {"sub-02": "Pz", "sub-03": "C3", "sub-09": "E40"}, "paired": {"sub-03": "FT7"}}
 REFERENCES = {"M1": (-0.85, -0.35, -0.45), "nose": (0.0, 0.95, -0.55), "CMS": (-0.15, -0.15, 0.97)}
 """Directions of the reference electrodes from the middle of the head. Reference electrodes are not channels."""
@@ -100,14 +100,14 @@ class CorpusRequest:
     out: str
     """Folder to write. An existing folder is replaced."""
     seed: int = 0
-    """Seed of the simulation. The same seed gives the same bytes."""
+    """Seed of the simulation. The same seed gives the same bytes in all files."""
 
 
 def _standard_positions(montage: str) -> dict[str, NDArray[np.float64]]:
     import mne
 
     with warnings.catch_warnings():
-        # Keep the old name standard_1005, because older versions of MNE do not know the new name. Hide MNE's warning.
+        # Use the old name standard_1005 and hide MNE's warning, because older versions of MNE lack the new name.
         warnings.simplefilter("ignore", FutureWarning)
         return mne.channels.make_standard_montage(montage).get_positions()["ch_pos"]
 
@@ -256,9 +256,9 @@ def make_corpus(out: Path, seed: int) -> None:
     Parameters
     ----------
     out : Path
-        Folder to write. An existing folder is replaced when the new one is complete.
+        Folder to write. An existing folder is replaced when the new corpus is complete.
     seed : int
-        Seed of the simulation. The same seed gives the same bytes.
+        Seed of the simulation. The same seed gives the same bytes in all files.
     """
     import mne
 

@@ -14,7 +14,7 @@ from PIL import Image
 from data_sharding.audit.fingerprints import ImageFingerprint, find_similar_images, fingerprint_image
 
 CATEGORIES = ("disc", "cross", "stripes", "triangle")
-"""Categories of pictures. These shapes look different at 32 x 32 pixels, even if a model draws them badly."""
+"""Categories of pictures: shapes that look different at 32 x 32 pixels, even if a model draws them badly."""
 HUES = {"red": 0.0, "yellow": 0.14, "green": 0.36, "blue": 0.62}
 SPLIT_SIZES = {"train": 60, "val": 12, "test": 14}
 """Number of pictures of each category, by split."""
@@ -25,7 +25,7 @@ PIXELS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """Attributes of one picture. The attributes determine every pixel."""
+    """Attributes of one picture, which determine every pixel."""
 
     image_id: str
     category: int
@@ -56,7 +56,10 @@ class Picture:
 
 
 def is_new_combination(category: int, colour: int) -> bool:
-    """Return whether a combination never occurs in training. Each category and each colour does occur in training."""
+    """Return whether a combination of category and colour never occurs in training pictures.
+
+    Every category, and every colour, does occur in training pictures.
+    """
     return category == colour
 
 
@@ -139,7 +142,7 @@ def draw_picture(picture: Picture) -> NDArray[np.uint8]:
     ndarray of uint8, shape (32, 32, 3)
         RGB pixels.
     """
-    # Draw at a higher resolution and average. The smooth edges show position and size to a fraction of a pixel.
+    # Draw at a higher resolution and average, so that smooth edges show position and size to a fraction of a pixel.
     fine = 4
     axis = (np.arange(PIXELS * fine) + 0.5) / fine - PIXELS / 2
     x, y, half = axis[None, :] - picture.x, axis[:, None] - picture.y, picture.size

@@ -20,7 +20,7 @@ EXAMPLES = 3
 """Number of trials of each category that the report shows."""
 TITLES = {"stable_diffusion": "Stable Diffusion", "eg_ddpm": "EG-DDPM"}
 LINEAR = "linear map, training picture"
-"""Title of the linear baseline."""
+"""Title of the linear baseline in the report."""
 EEG = {"none": "own", "shuffle": "shuffled", "no_eeg": "none (floor)", "class": "true category (ceiling)"}
 """Name of each control in the tables of the report."""
 LIBRARIES = ("dreamscale", "torch", "deepspeed", "accelerate", "diffusers", "transformers", "ray", "mne", "numpy")
@@ -66,7 +66,7 @@ def score_pictures(out: Path, seed: int) -> dict[str, Any]:
 
 
 def _divide(scores: Scores, seed: int) -> dict[str, Any]:
-    """Return the scores of pictures with new and with known combinations, and the scores of each person."""
+    """Return the scores of new and of known combinations of category and colour, and the scores of each person."""
     return {
         "new_combinations": scores.select(scores.new_B).summarise(seed),
         "known_combinations": scores.select(~scores.new_B).summarise(seed),
@@ -171,9 +171,9 @@ def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``passed`` is true if every generator names the category more often with the right EEG than with the EEG of
-        another trial: the 95 % interval of the difference, over people and pictures, must lie above 0.
-        ``conclusion`` says this result in words.
+        ``passed`` is true if the pictures of every generator show the right category more often with the right EEG than
+        with the EEG of another trial: the 95 % interval of the difference, over people and pictures, must lie above 0.
+        ``conclusion`` is the result in words.
     """
     parts, passed = [], True
     for kind, found in models.items():
@@ -196,7 +196,7 @@ def conclude(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dict[str, Any]]:
-    """Choose the trials that the report shows, whatever their quality.
+    """Choose the trials that the report shows, without regard to the quality of their pictures.
 
     Parameters
     ----------
@@ -208,8 +208,8 @@ def choose_examples(trials: list[dict[str, Any]], labels: list[str]) -> list[dic
     Returns
     -------
     list of dict
-        At most `EXAMPLES` trials of each category. No two trials of a category show the same picture. The next trial is
-        always one of the person who was chosen least often, and of this person's trials the first one by key.
+        At most `EXAMPLES` trials of each category. No two trials of a category show the same picture. People who were
+        chosen less often come first, and among their trials the trial with the smallest key.
     """
     chosen: list[dict[str, Any]] = []
     times: Counter[str] = Counter()

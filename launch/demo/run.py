@@ -102,7 +102,7 @@ def run_demo(config: DemoConfig) -> int:
         conclusion, passed = write_report(folder, steps, chain.seconds, seed=config.seed, profile=config.profile)
     say(conclusion)
     print(folder / "report.html", flush=True)
-    # A smoke run trains too little to show anything. So its exit code only says whether all steps work.
+    # A smoke run trains too little to show anything, so the exit code of a smoke run only says whether all steps work.
     return EXIT_DONE if passed or config.profile == "smoke" else EXIT_FAILED
 
 

@@ -19,7 +19,7 @@ from pretrain.probe.statistics import crossed_interval
 
 RESAMPLES = 10_000
 MEASURES = {"category": 0.25, "colour": 0.25, "identification": 0.5}
-"""Chance level of each measure. Categories are balanced in the test pictures, and colours nearly."""
+"""Chance level of each measure. In the test pictures, categories are balanced, and colours are almost balanced."""
 
 
 @dataclass(frozen=True, kw_only=True)

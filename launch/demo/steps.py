@@ -12,8 +12,8 @@ from data_sharding.common.shipped import shipped_configs
 from launch.chain import Step, merge_configs
 
 DEFAULT_OUT = "runs/demo"
-"""Default output folder of the demo. Paths in ``configs/demo`` begin with this folder. If the demo writes to another
-folder, that folder replaces this one."""
+"""Default output folder of the demo, with which paths in ``configs/demo`` begin. If the demo writes to another folder,
+the other folder replaces the default folder in these paths."""
 MODELS = {"stable_diffusion": "stable_diffusion", "eg_ddpm": "dm_re2i"}
 """Folder of the training run for each kind of generator."""
 CONTROLS = {"none": "", "shuffle": "-shuffled", "no_eeg": "-no_eeg", "class": "-class"}
@@ -29,7 +29,7 @@ Profile = Literal["full", "smoke"]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of the project; raise `RequestError` if it does not exist."""
+    """Read a YAML file of the project; raise `RequestError` if the file does not exist."""
     if not path.is_file():
         raise RequestError(f"{path}: no such file; install Dreamscale again, with pip")
     return parse_yaml(path.read_text()) or {}

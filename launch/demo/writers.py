@@ -98,10 +98,10 @@ def _write_brainvision(
 def _write_eeglab(path: Path, data_nT: NDArray[Any], positions: dict[str, NDArray[np.float64]], sfreq: float) -> None:
     import eeglabio.raw
 
-    # In EEGLAB, the x axis points to the nose and the y axis to the left ear. The unit is the millimetre.
+    # In EEGLAB, positions are in millimetres, the x axis points to the nose, and the y axis to the left ear.
     places = np.stack([(y, -x, z) for x, y, z in positions.values()]) * 1e3
     eeglabio.raw.export_set(str(path), data=data_nT * 1e-6, sfreq=sfreq, ch_names=list(positions), ch_locs=places)
-    # The header text contains the time of writing. Replace this text, so that the file always has the same bytes.
+    # Replace the header text, which contains the time of writing, so that the file always has the same bytes.
     with path.open("r+b") as stream:
         stream.write(b"MATLAB 5.0 MAT-file".ljust(116))
 
