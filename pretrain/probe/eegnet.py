@@ -206,8 +206,7 @@ def predict_eegnet(model: EEGNet, x_nCT: np.ndarray, device: torch.device) -> np
 
 
 def _same_length(kernel: int) -> nn.ZeroPad2d:
-    """Return a padding layer with which a convolution over time with a kernel of this length keeps the signal
-    length."""
+    """Return a padding layer with which a convolution over time, `kernel` samples long, keeps the length."""
     return nn.ZeroPad2d(((kernel - 1) // 2, kernel // 2, 0, 0))
 
 

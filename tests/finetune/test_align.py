@@ -65,8 +65,8 @@ def test_two_stopped_processes_resume_to_the_same_weights(
 
     assert run("whole").returncode == 0
     (tmp_path / "stop").touch()
-    # The stop file exists from the start. The training looks for this file once a second, so it stops before the last
-    # step.
+    # The stop file exists from the start, and the training looks for it once a second, so the training stops before its
+    # last step.
     stopped = run("parts", **{STOP_FILE: str(tmp_path / "stop")})
     assert stopped.returncode != 0 and "stopped on request" in stopped.stderr
     (checkpoint,) = (tmp_path / "parts" / "checkpoints").iterdir()
@@ -131,8 +131,8 @@ def test_trials_of_one_image_are_not_wrong_pairs() -> None:
     rows = torch.tensor([0, 1, 1, 2])
     perfect = images[rows]
     alone = infonce(images, images, torch.arange(3), 0.01)
-    # Two of the four trials have the same image. The target of these two trials is a probability of 1/2 for each of two
-    # equal images, so their smallest possible loss is log 2 = 0.693.
+    # Two of the four trials have the same image. Their target is a probability of 1/2 for each of the two equal images,
+    # so the smallest possible loss of these two trials is log 2 = 0.693.
     assert infonce(perfect, perfect, rows, 0.01) == pytest.approx(float(alone) + 0.5 * 0.693147, abs=1e-3)
     confused = perfect.roll(1, 0)
     assert infonce(confused, perfect, rows, 0.01) > infonce(perfect, perfect, rows, 0.01)

@@ -1,4 +1,4 @@
-"""Repeated presentations are averaged when they are read, and every result says how many were averaged."""
+"""Tests that repeated presentations of an image are averaged, and that every result says how many were averaged."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ ONSET = 32
 
 @pytest.fixture(scope="module")
 def repeated(paired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write each trial three times, with different noise and a baseline. The first image of the first subject has only
-    one trial.
+    """Write each trial of `paired_dataset` three times, with different noise and a baseline; the first one only once.
 
-    The baseline of a trial consists of the window's values with the opposite sign.
+    The baseline of a trial consists of the last 32 values of the trial's window with the opposite sign.
     """
     rng, splits = np.random.default_rng(0), {}
     for split in ("train", "val", "test"):
@@ -78,8 +77,7 @@ def test_other_subjects_and_other_channels_are_not_averaged(repeated: Path, tmp_
 
 
 def test_retrieval_counts_an_image_once(repeated: Path) -> None:
-    """Each image is one class. Repeats of an image are not separate classes, and the number of averaged trials is
-    reported."""
+    """Each image is one class, however many trials show the image; the mean number of averaged trials is reported."""
     data = EEGDataset(repeated, "val")
     table = ImageTable(data)
     target = F.normalize(torch.eye(len(table)), dim=-1)
@@ -104,7 +102,7 @@ def words(**keys: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(repeated: Path, encoder_package: Path, miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Align and fine-tune for one step on the second before 0.75 s, which includes the baseline."""
+    """Align and fine-tune for one step, on the trials from -0.25 s to 0.75 s, which includes the baseline."""
     root = tmp_path_factory.mktemp("runs")
     part = {"eeg__tmin": -0.25, "eeg__tmax": 0.75, "training__steps": 1, "training__batch_size": 8}
     found = {"dataset": repeated, "encoder": encoder_package, "clip": miniature / "clip", "output": root / "align"}

@@ -1,8 +1,8 @@
 """Run several short trainings in one launch, because DeepSpeed starts slowly: ``torchrun jobs_worker.py JOBS.json``.
 
-Each job has ``words`` and ``stop_after``. ``words`` is the command line of 'dreamscale pretrain'. ``stop_after`` is the
-number of steps after which the worker requests a stop; null means no stop. If the output folder of a job exists, the
-job resumes the run in this folder.
+Each job in JOBS.json has ``words``, the command line of 'dreamscale pretrain', and ``stop_after``, the number of steps
+after which the worker requests a stop; null means no stop. If the output folder of a job exists, the job resumes the
+run in this folder.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ def main() -> None:
             run = RunDirectory(config.output, config, rank=rank, free=FREE)
             train_in(world, deepspeed, config, run, train, held_out, StopAfter(run, job.get("stop_after")))
             run.close()
-            # After the last collective operation, rank 0 still writes files. The other ranks wait here until rank 0 has
-            # finished.
+            # Let the other ranks wait for rank 0, which still writes files after the last collective operation.
             world.barrier()
 
 

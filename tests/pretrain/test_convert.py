@@ -119,7 +119,7 @@ def foreign_config(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "config", module)
     config = cls()
     config.__dict__ |= {"num_heads": HEADS, "decoder_num_heads": NARROW_HEADS, "mask_ratio": 0.1, "focus_range": None}
-    # JSON cannot store infinity, so the conversion must leave this value out of the package's config.json.
+    # JSON cannot store infinity, so the conversion must leave `best_loss` out of the package's config.json.
     config.best_loss = float("inf")
     return config
 
@@ -255,7 +255,7 @@ class TestRefusals:
         config = {"num_heads": heads, "decoder_num_heads": NARROW_HEADS}
         torch.save({"model": perturb(Pretrained()).state_dict(), "config": config}, tmp_path / "c.pth")
         assert f"heads is {heads!r}; give --heads" in self.refuse(tmp_path / "c.pth", tmp_path, capsys)
-        # Numbers on the command line replace the numbers in the checkpoint. The command checks these numbers too.
+        # Numbers of heads on the command line replace those in the checkpoint, and are checked too.
         words = ("--heads", str(HEADS), "--decoder_heads", "-3")
         assert "decoder_heads is -3" in self.refuse(tmp_path / "c.pth", tmp_path, capsys, *words)
 

@@ -69,8 +69,8 @@ def test_activations_are_what_autograd_keeps(mask_ratio: float) -> None:
     measured = kept_bytes(config, 8) / 8
     planned = activation_bytes(config, precision="fp32", checkpointing=False)
     assert 0.9 < measured / planned < 1.1
-    # With recomputation, the plan also counts the activations of the block that is being recomputed. `kept_bytes` does
-    # not see these, so the plan is a little larger than the measurement.
+    # With recomputation, the plan is a little larger than the measurement, because it also counts the activations of
+    # the block that is being recomputed, which `kept_bytes` does not see.
     spared = dataclasses.replace(config, compute=ComputeConfig(attention="sdpa", checkpointing=True))
     measured_spared = kept_bytes(spared, 8) / 8
     planned_spared = activation_bytes(spared, precision="fp32", checkpointing=True)
@@ -101,11 +101,12 @@ def test_each_zero_stage_divides_its_part() -> None:
         assert one.weights / eight.weights == (8 if stage == 3 else 1)
         assert one.gradients / eight.gradients == (8 if stage >= 2 else 1)
         assert one.optimizer / eight.optimizer == (8 if stage else 1)
-    # Each parameter needs 2 bytes for weights, 4 for gradients, and 12 for master weights and moments. The 8 GPUs share
-    # these bytes.
+    # At stage 3, 8 GPUs share the 18 bytes of each parameter: 2 for the weight, 4 for the gradient, and 12 for the
+    # master weight and the moments.
     assert totals[3].weights + totals[3].gradients + totals[3].optimizer == 18 * size / 8
-    # With a ring of 8 GPUs, each GPU sends 7/8 of the bytes. Stage 1 exchanges 4 bytes (gradient) and 2 bytes (weight)
-    # for each parameter once. Stage 3 exchanges 4 bytes and two times 2 bytes, for each of the 4 micro batches.
+    # With a ring of 8 GPUs, each GPU sends 7/8 of the bytes. In each step, stage 1 exchanges 4 bytes (gradient) and 2
+    # bytes (weight) for each parameter. Stage 3 exchanges 4 bytes (gradient) and two times 2 bytes (weight) for each
+    # parameter in each of the 4 micro batches.
     words: dict[str, Any] = {"gpus": 8, "precision": "bf16", "micro_batches": 4}
     assert exchanged_bytes(size, zero_stage=1, **words) == size * 6 * 7 / 8
     assert exchanged_bytes(size, zero_stage=3, **words) == size * 8 * 4 * 7 / 8
@@ -147,7 +148,7 @@ def test_deepspeed_holds_what_is_planned() -> None:
     )
     held, size = map(int, next(line for line in done.stdout.splitlines() if line.startswith("BYTES")).split()[1:])
     planned = state_bytes(size, zero_stage=1, gpus=1, precision="bf16")
-    # After a step, there are no temporary buffers. The memory contains only the model's state, the window and a few
+    # After a step, there are no temporary buffers, so the memory contains only the model's state, the windows and a few
     # numbers.
     assert held == pytest.approx(planned.weights + planned.gradients + planned.optimizer, rel=0.02)
 
@@ -214,7 +215,7 @@ class TestCommand:
         assert rows["none"][3]["total"] > rows["optimizer"][3]["total"] > rows["all"][3]["total"]
 
     def test_utilisation_is_that_of_the_metrics(self, tmp_path: Path) -> None:
-        """Recomputation already lowers the measured utilisation, so the plan must not add time for recomputation."""
+        """Recomputing activations lowers the measured utilisation, so the plan must not add time for recomputation."""
         seconds = []
         for again in ("true", "false"):
             words = ["--preset", "paper", "--checkpointing", again, "--output", str(tmp_path / "p.json")]

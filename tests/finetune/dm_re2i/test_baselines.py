@@ -1,4 +1,4 @@
-"""Tests of the baselines of EVRNet: their sizes, plain versions, and their packages."""
+"""Tests of the baselines of EVRNet: their sizes, their equality with plain implementations, and their packages."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from finetune.dm_re2i.networks import build_classifier, load_classifier
 from finetune.dm_re2i.train_evrnet import EVRNetTask, calibrate_batch_norm
 from pretrain.probe.eegnet import EEGNet
 
-# The EEG of NICE: 63 channels, 1 s at 250 Hz.
+# The shape of the EEG in NICE, the paper that introduced TSConv: 63 channels, 1 s at 250 Hz.
 NICE = ConvolutionConfig(n_classes=200, n_channels=63, n_times=250, sfreq=250.0, dropout=0.5)
 
 
 def test_tsconv_has_the_published_size() -> None:
-    """Compare with the layers of the released code: (1, 25), mean over (1, 51) in steps of 5, (63, 1), and (1, 1)."""
+    """Compare TSConv with its released code: kernels (1, 25), (63, 1), (1, 1); mean over (1, 51) in steps of 5."""
     net = TSConv(NICE).eval()
     assert net.dim == 1440  # embedding_dim of the released projector
     convolutions = (25 * 40 + 40) + (63 * 40 * 40 + 40) + (40 * 40 + 40)
@@ -45,7 +45,7 @@ def test_tsconv_equals_a_plain_version_forward_and_gradient() -> None:
         scaled = centred / (centred.square().mean(dim=(0, 2), keepdim=True) + bn.eps).sqrt()
         return scaled * bn.weight[:, None] + bn.bias[:, None]
 
-    # All channels, [B, 5, 100], in windows of 25 samples: [B, 5, 76, 25].
+    # `unfold` divides the channels, [B, 5, 100], into overlapping windows of 25 samples, [B, 5, 76, 25].
     h = torch.einsum("bcwk,fk->bfcw", x[:, 0].unfold(2, 25, 1), time.weight[:, 0, 0]) + time.bias[:, None, None]
     h = torch.stack([h[..., start : start + 51].mean(dim=-1) for start in range(0, 26, 5)], dim=-1)
     h = standardise(h.flatten(2), norm).reshape(h.shape)

@@ -35,7 +35,7 @@ def test_all_networks_are_compared_on_the_test_split(
     assert set(result["networks"]) == {"evrnet", "eegnet", "frozen"}
     for network, found in result["networks"].items():
         run = tmp_path / "out" / f"{network}_seed0"
-        # The numbers are those of the trained package on the test split.
+        # The accuracies in comparison.json are those of the trained package on the test split.
         stored = json.loads((run / "test" / "classification.json").read_text())
         assert stored["split"] == "test" and stored["accuracy"] == pytest.approx(found["accuracy"])
         assert {name: one["accuracy"] for name, one in stored["subjects"].items()} == pytest.approx(found["people"])
@@ -48,7 +48,7 @@ def test_all_networks_are_compared_on_the_test_split(
     table = (tmp_path / "out" / "comparison.md").read_text()
     assert table in capsys.readouterr().out and table.count("\n") == 5
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 5000
-    # The same command again trains nothing.
+    # If the same command is given again, it trains nothing.
     assert run_main(main, args) == 0
     assert "val accuracy" not in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == result
@@ -63,7 +63,7 @@ def test_differences_count_whole_people() -> None:
     found = summarise_runs({("a", False): good, ("a", True): bad, ("b", False): worse}, people, images, ["a", "b"])
     assert found["a"]["accuracy"] == 1 and found["a"]["shuffled"]["accuracy"] == 0.5
     assert found["a"]["minus_shuffled"]["mean"] == 0.5
-    # All 8 people have a difference of 0.5: of the 2^8 combinations of signs, two are as large.
+    # All 8 people have a difference of 0.5, so two of the 2^8 combinations of signs give such a large difference.
     assert found["a"]["minus_shuffled"]["p_people"] == pytest.approx(2 / 256)
     assert "minus_first" not in found["a"] and "shuffled" not in found["b"]
     assert found["b"]["people"]["p0"] == 0 and found["b"]["people"]["p1"] == 0.5

@@ -100,7 +100,7 @@ def test_the_generator_takes_any_batch_and_keeps_each_trials_noise(trained: Path
 
 
 def test_controls_of_the_generator(trained: Path, paired_dataset: Path, tmp_path: Path) -> None:
-    """Check the floor (no EEG), the ceiling (mean feature of the category) and the default settings."""
+    """Check the controls `no_eeg` and `class` (mean feature of the category), and the default settings of sampling."""
     generator, eeg = load_generator(trained), _eeg(paired_dataset, 4)
     assert isinstance(generator, DMRE2IGenerator)
     assert generator.choose_sampling() == Sampling(sampler="ddim", steps=25, guidance_scale=2.0)
@@ -194,12 +194,13 @@ def test_a_frozen_guide_keeps_its_weights_and_a_trained_guide_changes(
         return {key for key in before if not torch.equal(before[key], found[case][key])}
 
     weights = {key for key in before if "running" not in key and "batches" not in key and key != "whitening_CC"}
-    # The feature does not depend on the last layer. The statistics of the batch norms stay as they were.
+    # A guide that uses EVRNet's feature does not train the last layer (`fc`). No guide changes the statistics of the
+    # batch norms.
     assert changed("trained") == {key for key in weights if not key.startswith("fc.")}
     assert changed("logits") == weights
     unet = EGDDPM.from_pretrained(tmp_path / "logits" / "model" / "unet")
     assert unet.config.condition_dim == 2 and unet.null is None
-    # The images of a trained guide use the trained weights, and the mean vectors belong to these weights.
+    # The generator must use the trained weights of the guide, and the stored mean vectors must come from these weights.
     generator = load_generator(tmp_path / "logits")
     assert isinstance(generator, DMRE2IGenerator) and generator.choose_sampling().guidance_scale == 1.0
     data = EEGDataset(paired_dataset, "train")
@@ -234,10 +235,9 @@ def test_a_pretrained_encoder_guides_without_evrnet(
 def test_two_processes_train_the_same_weights_as_one(
     paired_dataset: Path, trained: Path, tmp_path: Path, launch: Launch
 ) -> None:
-    """Compare the weights of the second stage after training on one and on two processes.
+    """Compare the weights of the U-Net after training the second stage on one and on two processes.
 
-    The first stage may differ, because EVRNet's batch norms use the samples of one process only. The U-Net has no batch
-    norms.
+    Both runs use the same trained EVRNet.
     """
     more = {"evrnet_from": trained / "model" / "evrnet"}
     two = launch("finetune.dm_re2i", *_args(paired_dataset, tmp_path / "two", **more), processes=2)

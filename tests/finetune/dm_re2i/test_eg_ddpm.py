@@ -98,7 +98,7 @@ def test_unet2d_of_diffusers_gets_the_condition_through_the_embedding_of_the_ste
     with torch.no_grad():
         out = net(x, step, e)
         assert out.shape == x.shape and not torch.allclose(out, net(x, step, e.flip(0)), atol=1e-4)
-        # The plain network of diffusers. The test adds the condition to its embedding.
+        # Compare with the plain network of diffusers, after adding the condition to its embedding of the step.
         plain = UNet2DModel.from_config(net.unet.config, class_embed_type=None).eval()
         plain.load_state_dict(net.unet.state_dict())
         vector = net.condition((e - net.condition_mean) / net.condition_std)
@@ -226,7 +226,7 @@ def test_a_trials_image_does_not_depend_on_its_batch(sampling: Sampling) -> None
 def test_sampling_recovers_an_image_from_a_perfect_noise_predictor() -> None:
     """Check that sampling with a perfect noise predictor leads to the image.
 
-    Sampling uses the noise schedule of training with fewer steps.
+    DDIM samples with 25 of the 1000 noise steps of training, DDPM with all of them.
     """
     from diffusers import DDPMScheduler
 

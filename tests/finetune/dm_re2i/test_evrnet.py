@@ -60,8 +60,8 @@ def test_both_skips_of_a_multi_kernel_block_start_at_its_input() -> None:
         convolved = (part[0].weight.reshape(5, -1) @ columns).reshape(v.shape)
         outputs.append(torch.relu(torch.relu(_norm(convolved, part[1])) + v))
     torch.testing.assert_close(block(v), outputs[1], atol=1e-5, rtol=1e-5)
-    # At the end the block adds its own input v. Two residual blocks in sequence would add the output of the first
-    # block.
+    # At its end, the block adds its input `v` again. Two residual blocks in sequence would add the output of the first
+    # residual block.
     assert not torch.allclose(block(v), torch.relu(outputs[1] - v + outputs[0]), atol=1e-3)
 
 
@@ -112,7 +112,7 @@ def test_the_network_equals_a_plain_version_forward_and_gradient(skip: str, mkrb
     assert all(grad.abs().max() > 1e-6 for grad in found[0][2:])
     other = EVRNet(dataclasses.replace(SMALL, skip={"input": "y0", "y0": "input"}[skip], mkrb=mkrb)).double()
     other.load_state_dict(net.state_dict())
-    # Without the blocks, there is no skip connection, so the setting has no effect.
+    # If `mkrb` is false, there are no blocks with skip connections, so the setting `skip` has no effect.
     assert torch.allclose(other(x)[1], found[0][1]) == (not mkrb)
 
 
@@ -181,7 +181,7 @@ def test_averages_stay_within_a_category() -> None:
     energy = mean.square().mean(dim=2)
     assert (energy.argmax(dim=1) == labels).all()
     assert np.isclose(float((energy.sum(1) - energy.max(1).values).max()), 0, atol=1e-3)
-    torch.testing.assert_close(mean[4], x[4])  # this trial is the only one of its category
+    torch.testing.assert_close(mean[4], x[4])  # Trial 4 is the only one of its category.
 
 
 def test_noise_normalisation_whitens_the_background_and_is_saved_with_the_weights(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_noise_normalisation_whitens_the_background_and_is_saved_with_the_weight
     a, b = net(x[:2, None])[0], EVRNet.from_pretrained(tmp_path)(x[:2, None])[0]
     torch.testing.assert_close(a, b, atol=0, rtol=0)
     torch.testing.assert_close(a, net(net.normalise(x[:2, None]), normalised=True)[0], atol=0, rtol=0)
-    # After an average reference, one direction has no activity. Whitening must not enlarge this direction too much.
+    # After an average reference, the mean over the channels has no activity. Whitening must not enlarge it too much.
     flat = x - x.mean(dim=1, keepdim=True)
     gain = (whitening_matrix(flat, 0.05) @ torch.full((16,), 0.25)).norm()
     assert gain == pytest.approx(float((0.05 * flat.var(dim=2).mean()) ** -0.5), rel=0.02)

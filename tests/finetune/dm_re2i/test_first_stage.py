@@ -1,4 +1,4 @@
-"""Tests of the first stage alone: every network, two processes, and data that no classifier can learn."""
+"""Tests of DM-RE2I's first stage alone: every network, two processes, and data that no classifier can learn."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_every_network_learns_writes_its_results_and_guides_the_generator(
     capsys.readouterr()
     assert run_main(main, [*args, "--stages", "evrnet"]) == 0
     assert "nothing to do" in capsys.readouterr().out
-    # The same command with both stages goes on with EG-DDPM.
+    # With both stages, the command does not train the finished first stage again, but goes on with EG-DDPM.
     assert run_main(main, args) == 0
     assert "val accuracy" not in capsys.readouterr().out
     eeg = collate(EEGDataset(paired_dataset, "test"), [0, 1]).eeg.float()

@@ -16,20 +16,20 @@ from finetune.dm_re2i.train_evrnet import choose_targets
 
 
 def _logits(answers: list[int], classes: int) -> torch.Tensor:
-    """Scores of which the given class is the highest and the classes after it follow in order."""
+    """Return scores: the highest for the class in `answers`, and lower ones for the next classes in cyclic order."""
     distance = (torch.arange(classes)[None] - torch.tensor(answers)[:, None]) % classes
     return -distance.float()
 
 
 def test_metrics_of_known_answers() -> None:
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 7, 7])
-    #                 right, wrong by 1, 5 and 7 ranks, ...
     answers = [0, 7, 1, 4, 2, 2, 7, 2]
     found = score(_logits(answers, 8), labels)
     assert found["accuracy"] == 5 / 8
-    # The true class of trial i has rank (label - answer) mod 8: 0, 1, 0, 5, 0, 0, 0, 5.
+    # The true class of a trial has the rank (label - answer) mod 8 among the scores: 0, 1, 0, 5, 0, 0, 0, 5.
     assert found["top5"] == 6 / 8
-    # By the definition of kappa: agreement 5/8; by chance, the sum over classes of the two shares' products.
+    # Compute kappa by its definition. The agreement is 5/8. The agreement by chance is the sum over the classes of the
+    # share of answers times the share of labels.
     answered, true = (np.bincount(x, minlength=8) / 8 for x in (answers, labels.numpy()))
     chance = float((answered * true).sum())
     assert found["kappa"] == pytest.approx((5 / 8 - chance) / (1 - chance))

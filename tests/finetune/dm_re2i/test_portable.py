@@ -101,7 +101,7 @@ EEG = np.random.default_rng(0).normal(0, 20, (3, 6, 64)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a package for each case, and run all of them in one process that cannot import this project."""
+    """Write a package for each case, and run all packages in one process that cannot import this project."""
     root = tmp_path_factory.mktemp("portable")
     folders = [str(make_package(root / f"model{number}", case)) for number, case in enumerate(CASES.values())]
     np.save(root / "eeg.npy", EEG)
@@ -128,7 +128,7 @@ def test_the_package_gives_the_same_pixels_without_this_project(name: str, packa
         for sampler, steps in (("ddim", 3), ("ddpm", 12)):
             ours = generator.generate(padded, seeds=[5, 6, 7], sampler=sampler, steps=steps)  # type: ignore[arg-type]
             assert len(np.unique(ours)) > 20
-            # Both run the same operations, but sums may be computed in another order.
+            # The package and this project run the same operations, but they may compute sums in another order.
             assert np.abs(alone[sampler].astype(int) - ours.astype(int)).max() <= 1
 
 

@@ -146,7 +146,7 @@ def test_a_new_paired_metric_gets_its_control(monkeypatch: pytest.MonkeyPatch) -
 def test_random_pairs_never_take_a_trials_own_image() -> None:
     images = np.stack([np.full((12, 12, 3), 40 * i, np.uint8) for i in range(3)])[[0, 0, 1, 2]]
     found = compare_random_pairs(images, images, ["a", "a", "b", "c"], seed=0)
-    # The PSNR of an image and itself is infinite, so this mean shows that no image was paired with itself.
+    # The PSNR of an image and itself is infinite, so a finite mean shows that no image was paired with itself.
     assert found["psnr"] < 20 * np.log10(255 / 40) + 1e-6
     assert compare_random_pairs(images[:2], images[:2], ["a", "a"], seed=0)["psnr"].startswith("not computed")
 

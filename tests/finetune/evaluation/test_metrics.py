@@ -104,7 +104,7 @@ def test_wilson_interval_of_a_known_case() -> None:
 def test_p_value_keeps_its_level_although_trials_of_an_image_agree() -> None:
     """Check the p-value of predictions that depend on the image but not on its label.
 
-    With a test that shuffles single trials, these predictions would be significant.
+    In a test that shuffles single trials, such predictions would be significant too often.
     """
     rng = np.random.default_rng(0)
     small = 0
@@ -116,7 +116,7 @@ def test_p_value_keeps_its_level_although_trials_of_an_image_agree() -> None:
         )
         small += found["p_value"] <= 0.1
         assert found["p_value"] >= 1 / 200
-    # The count has a binomial(300, 0.1) distribution. Ties of accuracies make it a little smaller.
+    # `small` has a binomial(300, 0.1) distribution, except that ties of accuracies make it a little smaller.
     assert 12 <= small <= 48
 
 

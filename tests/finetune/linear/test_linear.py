@@ -36,7 +36,8 @@ def test_the_map_is_ridge_regression(paired_dataset: Path) -> None:
     x = compute_time_courses(read_means(data, group_repeats(data, 1)), data.spec, channels=16, bins=16)
     table = ImageTable(data)
     targets = np.concatenate([np.eye(len(data.labels))[table.labels], model.components_MP], axis=1)[table.row_of]
-    # Ridge of scikit-learn takes the penalty itself. Ours is a multiple of the mean eigenvalue of the smaller product.
+    # Scikit-learn's Ridge takes an absolute penalty. The penalty of the linear baseline is a multiple of the mean
+    # eigenvalue of XX' or X'X, whichever is smaller.
     centred = x - x.mean(axis=0)
     product = centred @ centred.T if len(x) <= x.shape[1] else centred.T @ centred
     plain = Ridge(alpha=scores["penalty"] * np.trace(product) / len(product)).fit(x.astype(float), targets)
@@ -66,7 +67,8 @@ def test_the_most_similar_image_of_the_predicted_category_is_shown() -> None:
         channels=1,
         bins=3,
         mean_F=np.zeros(3, np.float32),
-        # The features are the scores of three categories (no training image has the third), and one component.
+        # The three features are the scores of three categories, and the first one is also the component. No training
+        # image has the third category.
         weight_FL=np.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]], np.float32),
         bias_L=np.zeros(4, np.float32),
         labels_M=np.array([0, 0, 1]),

@@ -36,8 +36,8 @@ def _built(
 def test_only_the_named_parts_train(tune: str, paired_dataset: Path, encoder_package: Path, miniature: Path) -> None:
     model = _built(paired_dataset, encoder_package, miniature, tune=tune)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    # The U-Net has one transformer block in its downward path, one in the middle, and two in its upward path. Each
-    # attention layer has three matrices without bias, an output matrix with bias, and a norm.
+    # The miniature's U-Net has one transformer block in its downward path, one in the middle, and two in its upward
+    # path. Each attention layer has three matrices without bias, an output matrix with bias, and a norm.
     blocks = {
         "down_blocks.0.attentions.0",
         "mid_block.attentions.0",

@@ -1,4 +1,4 @@
-"""Tests of batch norm over all processes, against one process with the whole batch."""
+"""Tests that batch norm over all processes computes the same as one process with the whole batch."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ class TestPackage:
             EEGEncoder.from_pretrained(copy)
 
     def test_packages_of_earlier_versions_are_read(self, tmp_path: Path) -> None:
-        """Write every file as version 0.1.0 wrote it, without the code of the package."""
+        """Write every file of a package as Dreamscale 0.1.0 wrote it, without calling `save_pretrained`."""
         torch.manual_seed(0)
         shape = {"samples": 32, "patch": 4, "dim": 8, "depth": 1, "heads": 2, "mlp_ratio": 1.0}
         spec = PreprocessSpec(sfreq=128.0, lowpass=50.0, window=32, stride=32)
@@ -149,7 +149,7 @@ class TestPackage:
         assert encoder.spec == spec and encoder.n_outputs is None and encoder.positions_C3 is None
         with torch.no_grad():
             torch.testing.assert_close(encoder(x), y)
-        # A package that is written by the current version has the same files, and its config has the same keys.
+        # A package that the current version of Dreamscale writes has the same files, and the same keys in config.json.
         encoder.save_pretrained(tmp_path / "now")
         assert {path.name for path in (tmp_path / "now").iterdir()} == {p.name for p in tmp_path.iterdir()} - {"now"}
         now = json.loads((tmp_path / "now" / "config.json").read_text())
@@ -336,8 +336,7 @@ class TestEncode:
         raw = recording()
         raw.set_annotations(mne.Annotations([2.4], [0.3], ["BAD_chewing"]))
         whole, found = encoder.encode(recording(), batch_size=1), encoder.encode(raw, batch_size=1)
-        # At most two batches exist as tensors: the current batch and the one before. The result holds the older
-        # batches.
+        # At most two batches of tokens exist as tensors at a time: the current batch and the batch before it.
         assert len(encoder.given) >= 6 + 5 and encoder.alive <= 2
         # The result has no row for the window that was left out.
         np.testing.assert_array_equal(found.tokens, np.delete(whole.tokens, 2, axis=0))
@@ -355,6 +354,6 @@ class TestEncode:
         (tmp_path / "broken.edf").write_bytes(b"0       " + b"?" * 300)
         assert encode_main([str(encoder_package), str(tmp_path / "broken.edf"), "-o", str(out)]) == 2
         assert "broken.edf" in capsys.readouterr().err
-        # The command refuses the option before it opens the recording, which does not exist.
+        # The command refuses `--line_freq 0` before it notices that the recording does not exist.
         assert encode_main([str(encoder_package), "no.edf", "-o", str(out), "--line_freq", "0"]) == 2
         assert "line_freq is 0" in capsys.readouterr().err

@@ -53,8 +53,7 @@ def plain_loss(
 
     def position(index: int, dim: int) -> torch.Tensor:
         angles = [index / 10000 ** (i / (dim // 2)) for i in range(dim // 2)]
-        # The model keeps positions in float32, so this function rounds positions to float32. All other values are
-        # float64.
+        # Round positions to float32, because the model keeps them in float32. All other values are float64.
         return torch.tensor([np.sin(a) for a in angles] + [np.cos(a) for a in angles]).float().double()
 
     losses = []
@@ -99,7 +98,7 @@ def test_loss_and_gradients_match_a_plain_implementation(normalize: bool, comput
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, normalize_targets=normalize, compute=compute)
     model = MaskedAutoencoder(config).double()
-    # Biases start at 0 and norms at 1, and these values would hide many errors. Therefore change all parameters.
+    # Change all parameters, because the initial values of biases (0) and of norms (1) would hide many errors.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -223,7 +222,7 @@ def test_masks_are_uniform_and_do_not_depend_on_other_samples() -> None:
 
 
 def test_masks_are_the_same_in_every_version() -> None:
-    """Check that masks never change, because a run of an earlier version must resume with the same masks."""
+    """Check that masks never change, because a run of an earlier Dreamscale must be resumed with the same masks."""
     assert keep_indices(7, [0, 3], [1234, 5], 16, 0.75).tolist() == FIXED_MASKS
 
 
@@ -235,10 +234,11 @@ def test_blocks_of_hidden_tokens_are_spans() -> None:
     assert (hidden.sum(dim=1) == 16).all()
     for row in hidden[:200].tolist():
         runs = [len(run) for run in "".join(".#"[h] for h in row).split(".") if run]
-        # Of 16 hidden tokens, 15 are in three spans of 5 tokens, and one is alone. Spans may touch each other.
+        # Of 16 hidden tokens, 15 are in three spans of 5 tokens, and one is alone. The three spans may touch each
+        # other.
         assert all(run % span in (0, 1) for run in runs) and sum(run % span for run in runs) == 1
-    # All tokens are hidden about equally often. Tokens near the ends are hidden less often, because fewer spans reach
-    # the ends.
+    # All tokens are hidden about equally often, except that tokens near the ends of the window are hidden less often,
+    # because fewer spans reach the ends.
     share = hidden.double().mean(dim=0)
     assert share[8:24].min() > 0.45 and share[8:24].max() < 0.58 and share[0] < share[8]
     torch.testing.assert_close(share, share.flip(0), atol=5 * 0.5 / n**0.5 * 1.5, rtol=0)

@@ -36,7 +36,7 @@ SPEC = PreprocessSpec(sfreq=128.0, lowpass=50.0, window=32, stride=32)
 
 
 def metas(*counts: int) -> list[dict[str, Any]]:
-    """Return metadata of samples with random electrode positions on a sphere. The third position is always unknown."""
+    """Return metadata of samples with random electrode positions on a sphere; the third one is always unknown."""
     out = []
     for count in counts:
         places = np.random.default_rng(count).normal(size=(count, 3))
@@ -239,15 +239,15 @@ class TestPackage:
         assert again.positions_C3 is not None
         torch.testing.assert_close(again(x[:, [1, 0, 2]], again.positions_C3[[1, 0, 2]]), model(x))
 
-    # Copies of the channels fill 128 rows. 8 channels have equal numbers of copies; of 7 channels, 2 have one copy
-    # more.
+    # Copies of the channels fill 128 rows. With 8 channels, each channel fills 16 rows. With 7 channels, 2 of them fill
+    # one row more than the others.
     @pytest.mark.parametrize("count", [8, 7])
     def test_encodes_a_recording_whatever_the_order_of_its_channels(self, count: int, package: Path) -> None:
         names = ["Fp1", "Fp2", "C3", "C4", "O1", "O2", "T7", "T8"][:count]
         rng = np.random.default_rng(0)
         time = np.arange(1000) / 250
         x = 20 * np.sin(2 * np.pi * 9 * time + rng.uniform(0, 6, (count, 1))) + 5 * rng.normal(size=(count, 1000))
-        # Channels have different amplitudes. Therefore additional copies of a strong channel would change the scale.
+        # Give the channels different amplitudes, so that additional copies of a strong channel would change the scale.
         x *= np.geomspace(0.3, 3, count)[:, None]
         encoder = EEGEncoder.from_pretrained(package)
         found = encoder.encode((x, names, 250.0, "uV"))

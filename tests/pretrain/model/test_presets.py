@@ -59,11 +59,12 @@ def test_counts_follow_from_the_layout(name: str) -> None:
 
 
 def test_published_counts() -> None:
-    """Compare the numbers of parameters in the papers and in their code with the exact numbers above."""
+    """Compare the numbers of parameters in DreamDiffusion's paper and code with the exact numbers in `SIZES`."""
     assert [round(n / 1e6, 1) for n in SIZES["released"]] == [151.8, 13.4]
-    # The released code has 165.4M parameters, because it also counts the fixed positions, including the class token's.
+    # DreamDiffusion's released code counts 165.4M parameters, because it includes the fixed position embeddings, also
+    # that of the class token.
     assert round((sum(SIZES["released"]) + 129 * (1024 + 512)) / 1e6, 1) == 165.4
-    # The paper states 297M parameters, but the architecture in the paper has 302.8M parameters.
+    # DreamDiffusion's paper states 297M parameters, but the architecture in the paper has 302.8M parameters.
     assert round(SIZES["paper"][0] / 1e6, 1) == 302.8
     for name, stated in (("18m", 18.3), ("74m", 74), ("162m", 162), ("458m", 458)):
         assert SIZES[name][0] / 1e6 == pytest.approx(stated, abs=0.05 if name == "18m" else 0.5)

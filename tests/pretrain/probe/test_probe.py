@@ -1,7 +1,7 @@
 """Tests of the probe on simulated trials.
 
-Each method must find the labels that it can find, controls must stay at chance, and no label of the test split may leak
-into training.
+Each method must find the labels that its features show, controls must stay at chance, and no label of the test split
+may be used in training.
 """
 
 from __future__ import annotations
@@ -110,13 +110,13 @@ def test_the_crossed_interval_is_as_wide_as_the_fewest_clusters_demand() -> None
     noise = rng.normal(0, 1, 300)
     plain = crossed_interval(noise, subjects, images, 2000, 0)
     assert plain[0] < noise.mean() < plain[1]
-    # One value for each subject: the interval must be that of six values, not that of 300.
+    # If all trials of a subject have the same value, the interval must be that of six values, not that of 300.
     of_subject = rng.normal(0, 1, 6)[subjects]
     wide = crossed_interval(of_subject, subjects, images, 2000, 0)
     by_subject = difference_interval(of_subject, subjects, 2000, 0)
     assert wide[1] - wide[0] == pytest.approx(by_subject[1] - by_subject[0], rel=0.1)
     assert wide[1] - wide[0] > 2 * (plain[1] - plain[0])
-    # The same for one value for each image.
+    # If all trials of an image have the same value, the interval must be that of 50 values.
     of_image = rng.normal(0, 1, 50)[images]
     low, high = crossed_interval(of_image, subjects, images, 2000, 0)
     by_image = difference_interval(of_image, images, 2000, 0)
@@ -139,7 +139,8 @@ class TestCommand:
         found = json.loads((tmp_path / "p.json").read_text())
         score = {name: value["mean"] for name, value in found["accuracy"].items()}
         assert score.keys() == {"encoder", *DEFAULT_METHODS, "commonest label", "encoder, labels shuffled"}
-        # A linear map of the signal can find the sign of the bump. Power and covariance do not depend on this sign.
+        # A linear map of the signal can find the sign of the simulated bump, but power and covariance do not depend on
+        # this sign.
         assert min(score["encoder"], score["random weights"], score["time courses"], score["EEGNet"]) > 0.8
         assert max(score["band power"], score["covariance"]) < 0.75
         assert 0.3 < score["encoder, labels shuffled"] < 0.7
@@ -163,7 +164,8 @@ class TestCommand:
         assert found["left_out_for_shared_images"]["train"] > 0
         assert found["accuracy"].keys() == {"encoder", "band power", "time courses", "commonest label"}
         assert found["accuracy"]["encoder"]["mean"] > 0.8
-        # The encoder is better for all seven subjects. Only 2 of 128 sign flips give such a large difference.
+        # The encoder is better than band power for all seven subjects, so only 2 of the 128 combinations of signs give
+        # such a large difference.
         assert found["encoder_minus"]["band power"]["p_subjects"] == 2 / 2**7
         low, high = found["encoder_minus"]["band power"]["ci95_subjects"]
         assert 0 < low < found["encoder_minus"]["band power"]["mean"] < high
@@ -217,7 +219,7 @@ class TestCommand:
         assert says in capsys.readouterr().err
 
     def test_labels_that_are_subjects_are_refused(self, package: Path, paired_dataset: Path, capsys: Any) -> None:
-        # In this dataset each subject saw images of one label only.
+        # In `paired_dataset`, each subject saw images of one label only.
         assert main([str(package), str(paired_dataset), "--methods", "[]"]) == 2
         assert "standardize: none" in capsys.readouterr().err
         assert main([str(package), str(paired_dataset), "--methods", "[]", "--standardize", "none"]) == 0
@@ -337,8 +339,8 @@ class TestFit:
 
     def test_eegnet_has_the_size_of_the_article(self) -> None:
         model = EEGNet(64, 128, 128.0, 4)
-        # Numbers from Table 2 of the article: 8x64 + 2x8x64 + 16x16 + 16x16 weights, 2 (8 + 16 + 16) values of batch
-        # normalisation, and the head.
+        # Numbers from Table 2 of the article on EEGNet: 8x64 + 2x8x64 + 16x16 + 16x16 weights, 2 (8 + 16 + 16) values
+        # of batch normalisation, and the head.
         count = sum(p.numel() for p in model.parameters())
         assert count == 512 + 1024 + 256 + 256 + 80 + 4 * (16 * 128 // 32) + 4
         model.limit_norms()

@@ -35,7 +35,7 @@ found = {
 }
 (folder / f"{world.rank}.json").write_text(json.dumps(found))
 
-# As in data-parallel fine-tuning: both processes hold all tensors, each writes its share.
+# As in data-parallel fine-tuning, both processes hold all tensors, and each process writes its share.
 tensors = {f"weights/{i}": torch.full((i + 1,), float(i)) for i in range(6)}
 mine = divide_by_size({name: value.numel() for name, value in tensors.items()}, world.size)[world.rank]
 writer = CheckpointWriter(folder / "checkpoints", world)

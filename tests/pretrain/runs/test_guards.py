@@ -63,8 +63,7 @@ class TestSpikes:
     def seed(self, with_giant: Path) -> int:
         """Return a seed for the order of windows.
 
-        With this seed, the giant window is in the ninth batch of eight windows and in no other of the first 18
-        batches.
+        The seed puts the giant window into the ninth batch of eight windows and into no other of the first 18 batches.
         """
         for seed in range(1000):
             batches = iter(Loader(EEGDataset(with_giant), 8, seed))
@@ -99,7 +98,7 @@ class TestSpikes:
         # The run has done 14 steps and left out two batches, so the loader is at batch 16.
         manifest = json.loads((run / "checkpoints" / "step_00000014" / "complete.json").read_text())
         assert manifest["loader"]["step"] == 16
-        # The run may be killed right after it went back to a checkpoint. The resumed run must leave out the same
+        # If the run is killed right after it went back to a checkpoint, the resumed run must leave out the same
         # batches.
         copy = tmp_path / "copy"
         shutil.copytree(run, copy)
@@ -117,17 +116,17 @@ class TestSpikes:
         config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "run"), **settings)
         with pytest.raises(RuntimeError, match=r"loss spike at step 9 .* in batches 7 to 8, .* guards\.max_rewinds"):
             main([str(config)])
-        # The error message advises this setting.
+        # The error message advises a larger guards.max_rewinds.
         assert main([str(config), "--guards.max_rewinds", "1"]) == 0
         assert len(json.loads((tmp_path / "run" / "left_out.json").read_text())) == 1
 
     def test_a_checkpoint_that_trained_on_left_out_batches_is_not_used(
         self, with_giant: Path, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Check that the run does not go back to a checkpoint that has already trained on a left-out batch.
+        """Check that the run does not go back to a checkpoint that was already trained on a left-out batch.
 
         Batches are counted from 0, and the first spike leaves out batches 7 and 8. Checkpoints are written every second
-        step. The checkpoint of step 8 has trained on batches 0 to 7, so the run goes back to step 6.
+        step. The checkpoint of step 8 was trained on batches 0 to 7, so the run goes back to step 6.
         """
         config = write_config(tmp_path / "c.yaml", output=str(tmp_path / "whole"), **self.settings(with_giant, seed))
         assert main([str(config)]) == 0

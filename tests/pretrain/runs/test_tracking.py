@@ -59,7 +59,7 @@ class TestTracking:
         events.Reload()
         assert [e.value for e in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
         held = next(line for line in metrics(run) if "val_loss" in line)
-        # The 24 windows are of one corpus: a third have 19 channels, a third have 32, and a third have 64.
+        # The 24 val windows are of one corpus: a third have 19 channels, a third have 32, and a third have 64.
         assert held["val_loss_corpus/tiny"] == pytest.approx(held["val_loss"])
         parts = [held[f"val_loss_channels/{n:03d}"] for n in (19, 32, 64)]
         assert np.mean(parts) == pytest.approx(held["val_loss"])
@@ -74,7 +74,7 @@ class TestTracking:
         )
         assert main([str(config)]) == 0
         (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
-        # A process of wandb writes the file. This process may still be writing when the run has ended.
+        # wandb writes the file in another process, which may still be writing when the run has ended.
         logged: list[float] = []
         until = time.monotonic() + 30
         while len(logged) < 3 and time.monotonic() < until:
@@ -87,7 +87,7 @@ class TestTracking:
         assert logged == pytest.approx(losses(run))
 
     def test_wandb_without_a_connection_stores_the_run_with_a_warning(self, tmp_path: Path) -> None:
-        # No server listens at this address. The API key is in the file that 'wandb login' writes.
+        # Write an API key as 'wandb login' does, for a server at port 9, where no server listens.
         keys = tmp_path / "netrc"
         keys.write_text(f"machine 127.0.0.1:9\n  login user\n  password {'a' * 40}\n")
         program = (

@@ -55,8 +55,8 @@ class TestCheckpoints:
             assert main([str(finished[0]), *words]) == 0
             paths = [run / "checkpoints" / f"step_{step:08d}" / "complete.json" for step in (4, 8, 10, 12)]
             manifests.append([json.loads(path.read_text()) for path in paths])
-        # A checkpoint stores the losses since the last line of metrics. Lines are written after steps 5, 10 and 12, and
-        # the checkpoints are those of steps 4, 8, 10 and 12.
+        # A checkpoint stores the losses since the last line of metrics. Lines of metrics are written after steps 5, 10
+        # and 12, and the compared checkpoints are those of steps 4, 8, 10 and 12.
         assert [len(manifest["interval"]["losses"]) for manifest in manifests[0]] == [4, 3, 0, 0]
         assert manifests[0] == manifests[1]
 
@@ -115,7 +115,7 @@ class TestCheckpoints:
             patch.setattr(Trainer, "take_step", fails)
             main([*words, "--checkpoint.every", "8", "--checkpoint.milestones", "null"])
         assert len(losses(tmp_path / "run")) == 4
-        # The run has no checkpoint, so the next start trains from step 0 and must ignore this list of batches.
+        # The run has no checkpoint, so the next start trains from step 0 and must ignore the list of left-out batches.
         (tmp_path / "run" / "left_out.json").write_text('[{"batches": [0, 4], "step": 4, "loss": "of old"}]')
         assert main(words) == 0
         # The run is resumed after its last checkpoint, so it repeats the last evaluation.

@@ -121,7 +121,7 @@ class Training:
         return self.process.wait(timeout=150)
 
     def processes(self) -> dict[int, str]:
-        """Return the command lines of all processes that name this run, by process id."""
+        """Return the command lines that contain the path of this run, by process id."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -192,7 +192,7 @@ def test_after_a_killed_process_some_steps_are_repeated(runs: Path, run: Path) -
 
 
 def test_a_killed_reading_process_restarts_the_run(runs: Path, run: Path) -> None:
-    """Kill a reading process, as the system usually does when memory is short."""
+    """Kill a reading process, as the operating system does when memory is short."""
     training = dreamscale(runs, run, "--restarts", "1", "--num_workers", "1")
     training.wait_for(BEGUN + 15)
     os.kill(training.readers()[1], signal.SIGKILL)
@@ -318,7 +318,7 @@ def test_a_hanging_process_is_named(runs: Path, run: Path) -> None:
 
 
 def test_bad_data_on_one_process_skips_the_step_on_all(runs: Path) -> None:
-    """Check the losses of runs with two epochs of three steps. Each epoch uses the bad window once."""
+    """Check the losses of runs with two epochs of three steps, each with one step that uses the window of NaN."""
     for name in ("0_fp32", "1_fp32", "2_fp32", "3_fp32", "1_bf16", "2_bf16", "3_bf16"):
         found = losses(runs / f"bad_{name}")
         lines = [line for line in metrics(runs / f"bad_{name}") if "loss" in line]
@@ -368,8 +368,8 @@ def test_two_hosts_survive_the_loss_of_one(two_hosts: list[str], runs: Path, run
 
     first, second = host(0), host(1)
     first.wait_for(BEGUN + 15)
-    # Simulate a power cut on the second host: kill torchrun and the training process of this host. The parent process
-    # shows to which host a process belongs.
+    # Simulate a power cut on the second host: kill its torchrun and its training process. The parent process shows to
+    # which host a process belongs.
     mine = [
         pid for pid in first.processes() if os.getsid(pid) == second.process.pid or parent(pid) == second.process.pid
     ]

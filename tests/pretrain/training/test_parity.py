@@ -1,11 +1,11 @@
 """Tests that many ways to run a training give the same loss curve.
 
-The curve must not depend on the ZeRO stage, the number of processes, the micro batch, interruptions, or Dreamscale's
-version.
+The loss curve must not depend on the ZeRO stage, the number of processes, the micro batch, interruptions, or
+Dreamscale's version.
 
-The golden losses were computed with this model, data and seed when the test was written (torch 2.13, float32 on a CPU).
-Rounding on another CPU or in another version of torch changes these losses by about 1e-5. A larger difference means
-that the training itself has changed. Such a change must be intended and documented.
+The golden losses were computed with the model, data and seed of this test when it was written (torch 2.13, float32 on a
+CPU). Rounding on another CPU or in another version of torch changes the losses by about 1e-5. If a loss differs by more
+than 1e-4, the training itself has changed, and this change must be intended and documented.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def runs(unpaired_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         jobs = []
         for stage in range(4):
             jobs.append(job(f"{stage}_{size}", stage))
-            # This run is interrupted in the middle of an epoch and resumed in the same launch.
+            # The run with `_again` in its name is interrupted in the middle of an epoch and resumed in the same launch.
             jobs += [job(f"{stage}_{size}_again", stage, stop_after=4), job(f"{stage}_{size}_again", stage)]
         jobs.append(job(f"micro_{size}", 1, "--micro_batch_size", "4"))
         jobs.append(job(f"checkpointing_{size}", 2, "--model.compute.checkpointing", "true"))

@@ -1,6 +1,6 @@
 """Tests that a stopped and resumed run gives the same results as a run without a stop.
 
-The run may resume with another number of processes and another ZeRO stage.
+A run may be resumed with another number of processes and another ZeRO stage.
 """
 
 from __future__ import annotations

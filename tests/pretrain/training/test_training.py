@@ -94,8 +94,8 @@ def test_losses_agree_over_zero_stages_processes_and_precision(unpaired_dataset:
         theirs = saved_weights(tmp_path / "0,fp32_1", 6)
         assert ours.keys() == theirs.keys()
         assert all(value.dtype == torch.float32 for value in ours.values())
-        # Compare the mean difference of all weights, not the maximum. The gradient of the bias of attention's keys
-        # consists only of rounding errors, and Adam's first steps enlarge this gradient.
+        # Compare the mean difference of all weights, not the maximum, because the gradient of the bias of attention's
+        # keys consists only of rounding errors, which Adam's first steps enlarge.
         apart = torch.cat([(ours[name] - theirs[name]).flatten() for name in theirs]).abs().mean()
         assert apart < (1e-5 if "fp32" in variant else 1e-3), variant
 
@@ -133,8 +133,8 @@ def test_a_process_may_start_while_the_first_process_writes(tmp_path: Path, monk
         return found
 
     with monkeypatch.context() as patch:
-        # The first process starts inside the patched function and must use the original function, so undo the patch
-        # first.
+        # The first process starts inside the patched `is_file` and must use the original `is_file`, so undo the patch
+        # before `write_after_check`.
         patch.setattr(Path, "is_file", lambda path: patch.undo() or write_after_check(path))
         second = RunDirectory(tmp_path / "run", config, rank=1)
     assert not second.finished
@@ -163,8 +163,8 @@ def test_a_stop_does_not_wait_for_an_evaluation(
     batches = calls // 3
     assert batches >= 3
     config = write_config(tmp_path / "stopped.yaml", output=str(run), **settings)
-    # The first signal arrives in the second batch of the evaluation before step 1. Each resumed run first completes the
-    # interrupted evaluation. The next signal arrives in the second batch of the next evaluation.
+    # The first signal arrives in the second batch of the evaluation before step 1. Each resumed run completes the
+    # interrupted evaluation and gets a signal in the second batch of the next evaluation.
     for step, signal_at in ((0, 2), (2, batches + 2), (4, batches + 2)):
         calls = 0
         assert main([str(config), *words]) == 75
@@ -197,8 +197,8 @@ def test_steps_with_a_gradient_that_is_not_finite_are_skipped_and_end_the_run(
     def poisoned(self: PreprocessSpec, x_uv: Any, channels: Any = None) -> Any:
         calls.append(len(x_uv))
         x = scale(self, x_uv, channels)
-        # The first two calls belong to the evaluation. After these calls, step 2 alone is bad, and then steps 4 and 5
-        # are bad.
+        # The first two calls belong to the evaluation before training. In training, return NaN in step 2, and later in
+        # steps 4 and 5.
         return x * float("nan") if len(calls) - 2 in (2, 4, 5) else x
 
     monkeypatch.setattr(PreprocessSpec, "scale_for_model", poisoned)
