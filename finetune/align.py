@@ -50,7 +50,7 @@ class AlignConfig:
     clip: str
     """CLIP model: a directory, or a hub id such as openai/clip-vit-large-patch14."""
     output: str
-    """Run directory. The results are written to its subdirectories `encoder/` and `align/`."""
+    """Run directory, with the results in the subdirectories `encoder/` and `align/`."""
     pretrained: bool = True
     """True: start from the pretrained weights of the encoder. False: start from random weights, to measure the effect
     of pretraining."""

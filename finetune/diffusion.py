@@ -20,7 +20,7 @@ Condition = tuple[Tensor | None, ...]
 Denoiser = Callable[[Tensor, Tensor, Any], Tensor]
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++"]
 DEFAULT_STEPS = 25
-"""Number of denoising steps of the fast samplers. The sampler ddpm takes all steps of the training."""
+"""Default number of denoising steps of the fast samplers. The default of the sampler ddpm is all steps of training."""
 
 
 @dataclass(frozen=True, kw_only=True)

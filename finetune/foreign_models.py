@@ -133,7 +133,7 @@ def load_with_library(load: Any, name: str | Path, what: str) -> Any:
     Parameters
     ----------
     load : callable
-        The function.
+        The function, which takes no arguments.
     name : str or Path
         Name of the model, for the message.
     what : str
@@ -142,7 +142,7 @@ def load_with_library(load: Any, name: str | Path, what: str) -> Any:
     Returns
     -------
     Any
-        The result of the function.
+        The result of `load`.
 
     Raises
     ------

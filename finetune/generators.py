@@ -53,7 +53,7 @@ class Generator(Protocol):
         sampler : str, optional
             Name of the sampler; by default, the sampler that the model chooses.
         steps : int, optional
-            Number of denoising steps; by default, all steps of the training for the sampler ddpm, and 25 for others.
+            Number of denoising steps; by default, all steps of the training for ddpm, and 25 for other samplers.
         guidance_scale : float, optional
             Scale of the classifier-free guidance; 1 switches guidance off. By default 2, or 1 if the model was trained
             without dropped conditions.
@@ -86,7 +86,7 @@ class Generator(Protocol):
         Parameters
         ----------
         eeg_B128T : Tensor, [B, 128, T]
-            EEG in microvolts, preprocessed as `spec` says. Channels are repeated until there are 128.
+            EEG in microvolts, preprocessed as `spec` says. Channels are repeated until each trial has 128 channels.
         seeds : list of int
             One seed for each trial. A trial's noise depends only on the trial's seed.
         steps, guidance_scale, sampler

@@ -145,7 +145,7 @@ class ImageTable:
     captions : list of str
         Caption of the image in each row. If an image has no caption, the name of its label is used.
     row_of : ndarray of int, shape (trials,)
-        Row of the image of each trial. The index is the number of the trial in the dataset.
+        Row of the image of each trial, indexed by the number of the trial in the dataset.
 
     Raises
     ------

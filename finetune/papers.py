@@ -2,7 +2,7 @@
 
 This module imports no heavy library, because ``dreamscale --help`` lists the commands of the papers.
 
-The folder of a paper must have the three parts of this list. `finetune.linear` is the smallest example.
+The folder of a paper has three parts, and `finetune.linear` is the smallest example.
 
 - The file ``__init__.py`` defines ``PAPER``.
 - A training command writes the model to the folder ``RUN/model``, in which ``dreamscale.json`` contains the model's

@@ -64,7 +64,7 @@ def select_configs(name: str) -> list[Path]:
     Raises
     ------
     RequestError
-        If there is no such config.
+        If no config has the name.
     """
     root = shipped_configs()
     files = sorted(path for path in root.rglob("*") if path.is_file())

@@ -48,7 +48,7 @@ class SubmitConfig:
     gpus_per_node: int = 8
     """GPUs per machine. Training runs one process per GPU. With 0 GPUs, each machine runs one process on its CPU."""
     cpus_per_node: int = 64
-    """CPU cores per machine. This key is not used with Ray."""
+    """CPU cores per machine; not used with Ray."""
     name: str = ""
     """Name of the job; by default dreamscale-STAGE."""
     directory: str = ""
@@ -102,7 +102,7 @@ def check_printable(key: str, value: str) -> None:
     Raises
     ------
     ValueError
-        If the value has such a character.
+        If the value has a line break or another control character.
     """
     if not value.isprintable():
         raise ValueError(f"{key} '{show(value)}': use no line breaks and no other control characters in this value")

@@ -1,6 +1,6 @@
 """Base class of all classifiers of the first stage: EVRNet and the networks with which EVRNet is compared.
 
-A classifier computes a feature and class scores from EEG trials. The feature can guide EG-DDPM.
+A classifier computes a feature and class scores from EEG trials. The feature of a classifier can guide EG-DDPM.
 
 Tensor shapes: B trials, C channels (electrodes), T samples, D feature width, K classes.
 """
@@ -106,7 +106,7 @@ class EEGClassifier(nn.Module):
         raise NotImplementedError
 
     def limit_norms(self) -> None:
-        """Limit the norms of weights, if the network's article does so. `EVRNetTask` calls this method in each step."""
+        """Limit the norms of weights, if the network's article does so. Each training step calls `limit_norms`."""
 
     def normalise(self, x_B1CT: Tensor) -> Tensor:
         """Whiten the background activity of trials, if the config switches noise normalisation on.

@@ -17,13 +17,13 @@ class EVRNetStage:
     """Config of the first stage: EVRNet learns to recognise the category of the image from the EEG."""
 
     network: Literal["evrnet", "eegnet", "tsconv", "encoder"] = "evrnet"
-    """Network that is trained. evrnet: the network of the paper. The other networks are baselines: eegnet: EEGNet-8,2;
-    tsconv: the EEG encoder of NICE; encoder: the pretrained encoder `encoder` with a linear head. The feature of each
-    network can guide EG-DDPM."""
+    """Network that is trained. evrnet: the network of the paper. Baselines are eegnet (EEGNet-8,2), tsconv (the EEG
+    encoder of NICE) and encoder (the pretrained encoder `encoder` with a linear head). The feature of each network can
+    guide EG-DDPM."""
     encoder: str | None = None
     """Encoder package for `network: encoder`: a directory that `dreamscale export` wrote, or a hub id."""
     train_encoder: bool = False
-    """True: with `network: encoder`, the encoder is trained together with the linear head. False: it is frozen."""
+    """For `network: encoder`. True: train the encoder together with the linear head. False: freeze the encoder."""
     encoder_lr: float = 0.1
     """With `train_encoder: true`, the encoder's learning rate is this factor times training.lr."""
     channels: int = 128
@@ -200,7 +200,7 @@ class DMRE2IConfig:
     dataset: str
     """Path of the EEG-image dataset, which must have train and val splits."""
     output: str
-    """Run directory. Its subdirectory `evrnet/` is the run of the first stage, and `model/` is the result."""
+    """Run directory, with the run of the first stage in `evrnet/` and the trained model in `model/`."""
     eeg: EEGConfig = field(default_factory=EEGConfig)
     """Which part of each trial EVRNet reads, and how repeated presentations are averaged in the evaluation."""
     evrnet: EVRNetStage = field(default_factory=EVRNetStage)

@@ -244,7 +244,7 @@ class EGDDPM(GuidedUNet):
     condition_dim : int
         Width D of the EEG feature.
     base_channels : int
-        Number of feature maps at the first level; an even number. The width of the embedding is four times this number.
+        Number of feature maps at the first level; an even number. The width of the embedding is 4 * `base_channels`.
     multipliers : sequence of int
         Number of feature maps at each level, as a multiple of `base_channels`.
     expansion : int

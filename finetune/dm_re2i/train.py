@@ -224,7 +224,7 @@ def train_ddpm(
 
 
 def _plot_samples(path: Path, unet: GuidedUNet, noising_config: Any, e_BD: Tensor, real_BHW3: np.ndarray) -> None:
-    """Draw a figure with two rows: images that the person saw, and images generated from the EEG of these trials."""
+    """Draw a figure with two rows: images that a person saw, and images generated from the EEG of the same trials."""
     from PIL import Image
 
     guided = unet.null is not None
@@ -239,7 +239,7 @@ def _plot_samples(path: Path, unet: GuidedUNet, noising_config: Any, e_BD: Tenso
 
 
 def _check_data(config: DMRE2IConfig, splits: tuple[EEGDataset, EEGDataset], tables: tuple[ImageTable, ...]) -> None:
-    """Check that the datasets fit the config, before any long computation. Raise an error if they do not fit."""
+    """Raise an error, before any long computation, if the datasets do not fit the config."""
     for dataset, table in zip(splits, tables, strict=True):
         if len(dataset.labels) < 2:
             raise RequestError(

@@ -34,7 +34,8 @@ class GuidedUNet2D(GuidedUNet):
     multipliers : sequence of int
         Number of feature maps at each level, as a multiple of `base_channels`.
     head_dim : int
-        Width of an attention head. The feature maps of all levels but the first must be multiples of this width.
+        Width of an attention head. At each level except the first, the number of feature maps must be a multiple of
+        `head_dim`.
     scale_shift : bool
         True: the embedding scales and shifts feature maps (FiLM). False: the embedding is added to the feature maps.
     null_condition : bool

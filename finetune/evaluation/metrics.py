@@ -369,8 +369,9 @@ def _ssim_of_pairs(images_BHW3: Images, real_BHW3: Images) -> Floats | str:
 PAIRED_METRICS: dict[str, Callable[[Images, Images], Floats | str]] = {"psnr": psnr, "ssim": _ssim_of_pairs}
 """Maps the name of a paired metric to the function that compares each generated image with one other image.
 
-Each function takes two arrays of images and returns one number for each pair, or a text that says why the metric was
-not computed. Every metric of `PAIRED_METRICS` is also computed with the images of random other trials, as a control.
+Each function of the table takes two arrays of images and returns one number for each pair, or a text that says why the
+metric was not computed. Every metric of `PAIRED_METRICS` is also computed with the images of random other trials, as a
+control.
 """
 
 
@@ -401,6 +402,6 @@ METRICS: dict[str, Callable[[JudgedImages], float | str]] = {
 }
 """Maps the name of a metric in metrics.json and in the report to the function that computes the metric.
 
-Each function returns a number, or a text that says why the metric was not computed. `evaluate.measure` calls every
-function of `METRICS`, for the generated images, the control images and the real images.
+Each function of the table returns a number, or a text that says why a metric was not computed. `evaluate.measure` calls
+every function of `METRICS`, for the generated images, the control images and the real images.
 """

@@ -144,7 +144,7 @@ class LinearGenerator:
     values : dict
         Content of the package's dreamscale.json.
     device : str
-        Ignored: the map needs no accelerator.
+        Ignored, because the linear map needs no accelerator.
 
     Attributes
     ----------

@@ -33,14 +33,14 @@ class LinearConfig:
     dataset: str
     """Path of the EEG-image dataset, which must have train and val splits."""
     output: str
-    """Run directory. The trained model is written to its subdirectory `model/`."""
+    """Run directory, with the trained model in the subdirectory `model/`."""
     eeg: EEGConfig = field(default_factory=EEGConfig)
     """Part of each trial that the model reads, and how repeated presentations are averaged in val trials."""
     channels: int = 128
     """Number of channels that the model reads, from 1 to 128. The channels of a trial with fewer channels are
     repeated."""
     bins: int = 25
-    """Number of time bins. The EEG of a channel is averaged over each bin."""
+    """Number of time bins. The EEG of a channel is averaged over each time bin."""
     image_size: int = 32
     """Width and height in pixels of the images that the model shows."""
     components: int = 16

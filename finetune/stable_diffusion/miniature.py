@@ -289,7 +289,7 @@ def _train_unet(
         cross_attention_dim=width,
         attention_head_dim=4,
     )
-    # These are the scheduler settings of Stable Diffusion 1.5.
+    # Use the scheduler settings of Stable Diffusion 1.5.
     scheduler = PNDMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,

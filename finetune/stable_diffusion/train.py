@@ -54,7 +54,7 @@ class StableDiffusionConfig:
     base: str
     """Stable Diffusion model in the layout of diffusers: a directory, or a hub id."""
     output: str
-    """Run directory. The trained model is written to its subdirectory `model/`."""
+    """Run directory, with the trained model in the subdirectory `model/`."""
     order: Literal["sequential", "joint"] = "sequential"
     """sequential: the encoder is already aligned with CLIP, and only the denoising loss is used. joint: the loss is the
     sum of the denoising loss and the CLIP loss."""

@@ -102,7 +102,7 @@ def start_processes(config: Any, precision: str) -> Iterator[Accelerator]:
     """
     accelerator = make_accelerator(num_processes=config.num_processes, device=config.device, precision=precision)
     yield accelerator
-    # This line is not reached after an error, so a failed process does not wait for the other processes.
+    # After an error, a process does not wait, because the other processes may never call `wait_for_everyone`.
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -126,12 +126,12 @@ def open_run(
     free : tuple of str
         Config keys that may change when the run is resumed, as returned by `free_keys`.
     output : str or Path, optional
-        Directory that is used in place of the config's ``output``. A stage with several runs needs this argument.
+        Directory that is used in place of the config's ``output``. A stage with several runs needs `output`.
 
     Returns
     -------
     RunDirectory
-        Run directory. Its attribute `finished` is True if the run is complete.
+        Run directory, whose attribute `finished` is True if the run is complete.
     """
     tracker: TrackerConfig | None = getattr(config, "tracker", None)
     run = RunDirectory(
@@ -180,7 +180,7 @@ def make_loader(dataset: EEGDataset, config: TrainingConfig, seed: int, accelera
     Returns
     -------
     Loader
-        Data loader. Each of its batches is this process's part of the global batch.
+        Data loader, each of whose batches is this process's part of the global batch.
     """
     world = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     return Loader(dataset, config.batch_size, seed, **world, num_workers=config.num_workers)

@@ -87,7 +87,7 @@ def synchronise_batch_norms(module: nn.Module) -> None:
     Parameters
     ----------
     module : Module
-        Module that is changed in place. The names of its weights stay as they are.
+        Module that is changed in place. The names of the module's weights stay as they are.
     """
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:

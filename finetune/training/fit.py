@@ -96,10 +96,10 @@ def fit(
     loader : Loader
         The loader that `make_loader` returned.
     inputs : callable
-        ``inputs(batch, random)`` returns the module's arguments as tensors on any device. The first axis of each tensor
-        is the batch.
+        ``inputs(batch, random)`` returns the module's arguments as tensors on any device, whose first axis is the
+        batch.
     evaluate : callable, optional
-        ``evaluate(module, pulse)`` returns a dictionary of metrics. Every process calls this function with the
+        ``evaluate(module, pulse)`` returns a dictionary of metrics. Every process calls `evaluate` with the
         unwrapped module in evaluation mode, without gradients. The module has averaged weights if the config asks for a
         moving average of the weights. Only the metrics of rank 0 are used. `evaluate` must call ``pulse()`` between its
         batches, and equally often on every process; ``pulse()`` interrupts the evaluation if a stop was requested.

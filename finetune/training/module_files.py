@@ -28,7 +28,7 @@ def save_module(module: nn.Module, config: Any, folder: str | Path, kind: str) -
     folder : str or Path
         Directory to write; a missing directory is created.
     kind : str
-        Name of the kind of module. `load_module` checks this name.
+        Name of the kind of module, which `load_module` checks.
     """
     from safetensors.torch import save_file
 

@@ -21,10 +21,10 @@ PROG = "dreamscale ablate"
 
 @dataclass(kw_only=True)
 class AblationConfig:
-    """Train each variant of a list, generate images with it, and compare it with the base variant."""
+    """Train each variant of a model, generate images with the variant, and compare the images with the base variant."""
 
     output: str
-    """Folder for all runs, images and results. Work that is complete in this folder is not repeated."""
+    """Folder for all runs, images and results. Work that is complete in the folder is not repeated."""
     stages: dict[str, str]
     """Config of each command that trains, in the order of the commands: {ddpm: configs/finetune/dm_re2i.yaml}, or
     {align: ..., finetune: ...}. The last command must train a model that generates images. After align, the next
@@ -76,7 +76,7 @@ def read_ablation(argv: Sequence[str]) -> Ablation:
     Parameters
     ----------
     argv : sequence of str
-        The arguments. The first one is a YAML file, or a folder with the file `MAIN` and one file for each variant.
+        The arguments. The first argument is a YAML file, or a folder with the file `MAIN` and one file per variant.
 
     Returns
     -------

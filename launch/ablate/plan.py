@@ -188,7 +188,7 @@ class _Planner:
         words = [str(images), *(["--control_dir", f"{images}-shuffled"] if config.control else []), "--seed", seed]
         words += _words(judging)
         if name != config.base:
-            # One classifier judges the images of all rows. It is trained in the evaluation of the base row.
+            # One classifier, trained in the evaluation of the base row, judges the images of all rows.
             if "classifier" not in judging:
                 words += ["--classifier", str(self.out / "images" / config.base / "classifier.safetensors")]
             needs.append(f"{config.base}.evaluate")

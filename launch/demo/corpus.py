@@ -2,8 +2,8 @@
 
 The corpus has two parts. ``unpaired/`` holds one resting recording of each of twelve subjects, in five file formats,
 five electrode layouts (19 to 128 channels) and four sampling rates. ``paired/`` holds recordings of sixteen subjects,
-who look at pictures and wear a cap of 64 channels. Twelve subjects are in both parts. ``truth.json`` holds the
-parameters of the simulation.
+who look at pictures and wear a cap of 64 channels. Twelve subjects are in both parts of the corpus. ``truth.json``
+holds the parameters of the simulation.
 """
 
 from __future__ import annotations

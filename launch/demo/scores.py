@@ -35,7 +35,7 @@ class Scores:
     new_B: NDArray[np.bool_]
     """Whether the seen picture has a combination of category and colour that was never trained on."""
     values: dict[str, NDArray[np.float64]]
-    """For each measure of `MEASURES`, a value from 0 to 1 for each trial; 1 is right."""
+    """For each measure of `MEASURES`, a value from 0 (wrong) to 1 (right) for each trial."""
 
     def select(self, chosen_B: NDArray[np.bool_]) -> Scores:
         """Return the scores of some trials."""

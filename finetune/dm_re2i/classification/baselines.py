@@ -82,8 +82,9 @@ class EEGNetClassifier(EEGClassifier):
 class TSConv(EEGClassifier):
     """TSConv, the temporal-spatial convolution with which NICE encodes EEG, with a linear layer.
 
-    In NICE, a projector maps the feature to CLIP's space. Here, a linear layer maps the feature to class scores. At
-    250 Hz, the filters have the published lengths in samples; at another sampling rate, they have the same durations.
+    In NICE, a projector maps the feature to CLIP's space; in this class, a linear layer maps the feature to class
+    scores. At 250 Hz, the filters have the published lengths in samples, and at another sampling rate the same
+    durations.
 
     Parameters
     ----------

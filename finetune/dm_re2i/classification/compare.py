@@ -121,7 +121,7 @@ def summarise_runs(
     people, images : sequence of str
         Person and image of each trial.
     networks : sequence of str
-        Names of the networks; the first one is compared with the others.
+        Names of the networks. Every other network is compared with the first network.
 
     Returns
     -------

@@ -1,7 +1,7 @@
 """The part of a DM-RE2I model that turns EEG into the guiding vector, in a form that runs without this project.
 
 `finetune.dm_re2i.portable.write` writes the classes of this module, with all that they need, into the packages of
-models. In a package, these classes read the same files as `finetune.dm_re2i.model`.
+models. In a package, the written classes read the same files as `finetune.dm_re2i.model`.
 
 Tensor shapes: B trials, C channels (up to 128), T samples, D width of the vector.
 """
@@ -115,7 +115,7 @@ class PortableGuide(ModelMixin, ConfigMixin):
 class PortableEncoderGuide(PortableGuide):
     """Guide whose vector is the mean token of a pretrained encoder. The arguments are those of `PortableGuide`.
 
-    The weights and the config are those of the encoder's package.
+    The weights and the config of the guide are those of the encoder's package.
     """
 
     positions_C3: Tensor | None = None

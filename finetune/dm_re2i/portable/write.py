@@ -29,10 +29,10 @@ _WITHOUT: dict[str, Collection[str]] = {"EEGClassifier": ("save_pretrained", "fr
 
 
 def can_run_alone(guide: EEGGuide) -> bool:
-    """Return whether a package with this guide can run without this project.
+    """Return whether a package with a given guide can run without this project.
 
-    A guide that is a pretrained encoder with a linear head cannot run alone, because this guide is stored as two
-    packages in one folder.
+    A pretrained encoder with a linear head cannot run without this project, because it is stored as two packages in one
+    folder.
     """
     return not isinstance(guide.network, EncoderClassifier)
 
