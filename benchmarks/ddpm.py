@@ -2,11 +2,11 @@
 
 ``python benchmarks/ddpm.py [--size 64] [--base 64] [--batch 8] [--steps 5] [--device cpu] [--out FILE.json]``
 
-Three programs take steps in turn, so a change of the machine's load meets all of them: EG-DDPM with the U-Net of the
-paper, EG-DDPM with UNet2DModel, and a plain loop that is written after the tutorial of diffusers, with the same
-UNet2DModel. A training step is the forward and backward pass, the limit of the gradient's norm, and AdamW. EG-DDPM also
-averages the weights (EMA). A step of sampling is one evaluation of the network and one step of the ancestral sampler.
-Images and EEG vectors are noise.
+Three programs take steps in turn, so that a change of the machine's load affects all three programs: EG-DDPM with the
+U-Net of the paper, EG-DDPM with UNet2DModel, and a plain loop that is written after the tutorial of diffusers, with the
+same UNet2DModel. A training step is the forward and backward pass, the limit of the gradient's norm, and AdamW. A
+training step of EG-DDPM also averages the weights (EMA). A step of sampling is one evaluation of the network and one
+step of the ancestral sampler. Images and EEG vectors are noise.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def read_status(key: str) -> float:
 
 
 def measure(step: Step, device: torch.device) -> dict[str, float]:
-    """Run one step. Return its seconds, its CPU seconds, and by how many GiB the memory grew at most."""
+    """Run one step, and return its wall time and CPU time in seconds and its largest growth of memory in GiB."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) / 2**30
     else:
-        # Give freed memory back to the system first, so that the growth counts all memory of the step. Writing 5 sets
-        # the peak of this process's memory (VmHWM) to its present size.
+        # Give freed memory back to the system first, so that the growth counts all memory of the step. Writing 5 to
+        # /proc/self/clear_refs sets the peak of this process's memory (VmHWM) to its present size.
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = read_status("VmRSS")
@@ -107,12 +107,16 @@ def ours(backbone: Any, options: argparse.Namespace, device: torch.device) -> tu
         sampling = Sampling(sampler="ddpm", steps=options.evaluations, guidance_scale=1.0)
         sample_images(task.unet, task.noising.config, inputs["eeg"], sampling, list(range(options.batch)))
 
-    # Weights, two moments and the average. The gradients exist only inside of a step, so its growth counts them.
+    # The training state has four copies of the weights: weights, two moments and the average. The gradients exist only
+    # inside of a step, so the growth of memory in the step includes them.
     return task.unet, state_gib(task, 4), train, sample
 
 
 def plain(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, float, Step, Step]:
-    """Return the same for a plain loop over diffusers' UNet2DModel, with the sizes of the backbone `unet2d`."""
+    """Return network, GiB of state, training step and sampling steps of a plain loop over diffusers' UNet2DModel.
+
+    The network has the sizes of the backbone `unet2d`.
+    """
     stage = EGDDPMStage(image_size=options.size, base_channels=options.base, backbone="unet2d", drop=0.0)
     net: Any = build_unet(stage, WIDTH)
     model = nn.ModuleDict({"unet": UNet2DModel.from_config(net.unet.config), "map": nn.Linear(WIDTH, 4 * options.base)})

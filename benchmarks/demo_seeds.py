@@ -2,8 +2,8 @@
 
 ``python benchmarks/demo_seeds.py --seeds 0 1 2 3 4 --out runs/seeds``
 
-The results of each machine stay in ``benchmarks/results/demo_seeds.json``. A result with the same seed on the same kind
-of machine is replaced. ``--seeds`` without numbers only writes the tables again.
+Results of earlier runs stay in ``benchmarks/results/demo_seeds.json``, unless a run with the same seed on the same kind
+of machine replaces them. ``--seeds`` without numbers only writes the tables again.
 """
 
 from __future__ import annotations

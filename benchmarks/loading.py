@@ -3,9 +3,9 @@
 ``python benchmarks/loading.py --out loading.json``. The programs are Dreamscale's `Loader`, ``wds.WebDataset`` on the
 same shards, and a memory map of the decoded data. All programs make float32 batches in a random order; the 64 channels
 of a sample are repeated to 128. (WebDataset shuffles its shards, and its samples within a buffer.) Each program runs in
-its own process, and the programs take turns several times. Memory is the largest proportional set size (PSS) of the
-process and its children, without the page cache of files. ``--index-samples`` measures the time to open a dataset with
-the given number of samples; the shards of this dataset are sparse files without content.
+its own process, and the programs take turns several times. The memory of a program is the largest proportional set size
+(PSS) of the process and its children, without the page cache of files. ``--index-samples`` measures the time to open a
+dataset with the given number of samples; the shards of this dataset are sparse files without content.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WAYS = ("ours, 0 workers", "ours, 2 workers", "webdataset, 0 workers", "webdatas
 
 
 def signal(rng: np.random.Generator) -> np.ndarray:
-    """Make noise with the amplitude and correlations of EEG. Like EEG, such noise compresses only a little."""
+    """Make noise with the amplitude and correlations of EEG. Like EEG, the noise compresses only a little."""
     sources = np.cumsum(rng.normal(0, 1, (16, WINDOW)), axis=1)
     sources -= sources.mean(axis=1, keepdims=True)
     return rng.normal(0, 1, (CHANNELS, 16)) @ sources + rng.normal(0, 3, (CHANNELS, WINDOW))

@@ -1,6 +1,7 @@
 """Write docs/performance.md from the results of the benchmarks: ``python benchmarks/performance_page.py``.
 
-A benchmark with the option ``--out`` wrote each file in ``benchmarks/results``. The page names the benchmark commands.
+The page names the command of each benchmark. A benchmark writes its file in ``benchmarks/results`` with the option
+``--out``.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ RESULTS = Path(__file__).with_name("results")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 HEAD = """# Performance
 
-The command `python benchmarks/performance_page.py` writes this page from the files `benchmarks/results/*.json`. The
-benchmark commands below wrote these files with the option `--out`. In every comparison, all programs ran on the same
+The command `python benchmarks/performance_page.py` writes this page from the files `benchmarks/results/*.json`, which
+the benchmark commands below wrote with the option `--out`. In every comparison, all programs ran on the same
 machine. No GPU has been measured yet.
 
-Where a section names no date and no machine, the measurements are of 2026-11-21. The machine had two cores of an Intel
-Xeon with AMX, 24 GB of memory, and no GPU. The versions of the packages were
+Where a section names no date and no machine, the measurements are of 2026-11-21, on a machine with two cores of an
+Intel Xeon with AMX, 24 GB of memory, and no GPU. The versions of the packages were
 {versions}.
 """
 
@@ -78,7 +79,7 @@ def workers(found: dict[str, Any]) -> str:
     return f"""## The sharding job on one and two workers
 
 The command is `python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`. The job has
-{job["data"]}. It ran on Ray with two CPU cores. {origin(found)}
+{job["data"]}. The job ran on Ray with two CPU cores. {origin(found)}
 
 {table(["workers", "whole job (s)", "recordings/s after the workers have started", "speed-up"], rows)}
 
@@ -105,8 +106,8 @@ signatures, and distributes the recordings over shards.
 
 {table(["recordings", *names, "total (s)", "peak memory (GB)"], rows)}
 
-The aim for 100,000 recordings is at most 60 s and 2 GB. The time grows with the number of recordings to the power
-{found["exponent"]:.2f}.
+The aim for planning 100,000 recordings is at most 60 s and 2 GB. The planning time grows with the number of recordings
+to the power {found["exponent"]:.2f}.
 """
 
 
@@ -195,10 +196,10 @@ The next table shows the milliseconds that each kind of operation takes in one s
 
 {table(["", "Dreamscale", "released code"], kinds)}
 
-To reach the aim, a step of Dreamscale would have to take 50% of the time of a step of the released code. The matrix
-products of Dreamscale alone take {products / released:.0%} of the released code's time. A third of these
-products compute gradients of the weights. The first matrix of such a product is transposed. This machine computes
-products with a transposed first matrix at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s
+To process twice as many windows/s, a step of Dreamscale would have to take 50% of the time of a step of the released
+code. The matrix products of Dreamscale alone take {products / released:.0%} of the released code's time. A third of the
+matrix products compute gradients of the weights, with a transposed first matrix. The machine of this measurement
+computes products with a transposed first matrix at {best["bf16"]["first factor transposed"]:.1f} TFLOP/s
 instead of {best["bf16"]["plain"]:.1f} TFLOP/s.
 """
 
@@ -225,20 +226,20 @@ def ddpm(found: dict[str, Any]) -> str:
     size = settings["size"]
     return f"""## EG-DDPM: training and sampling
 
-The command is `{command}`. It ran on
+The command is `{command}`, and it ran on
 one thread of the CPU (OMP_NUM_THREADS=1), in float32, with diffusers {found["versions"]["diffusers"]}. The images have
-{size} x {size} pixels, and a step has {settings["batch"]} images. These are small sizes; the preset of the paper has
+{size} x {size} pixels, and a step has {settings["batch"]} images. These sizes are small: the preset of the paper has
 64 x 64 pixels and 57.7M parameters. The three programs take steps in turn. "plain loop" is a loop after the tutorial of
 diffusers over `UNet2DModel` with the same sizes. A training step of EG-DDPM also
 averages the weights. A step of sampling is one evaluation of the network, so an image of the paper's preset takes 1000
-of them. The memory is the state (weights, and in training the moments of AdamW and the averaged weights) plus the
-largest growth within a step.
+steps. The memory in the table is the state (weights, and in training the moments of AdamW and the averaged weights)
+plus the largest growth within a step.
 
 {table(["program", "parameters", "part", "steps/s", "images/s", "CPU time of a step (s)", "GiB"], rows)}
 
 The machine was busy with other programs during this run (load average {found["machine"]["load"]:.0f} on
 {found["machine"]["cores"]} cores), so steps/s and images/s are lower than on an idle machine. The CPU time depends less
-on this. Relative to the plain loop, EG-DDPM with the same network needs {1 / ratios[0]:.2f} times the CPU time in
+on the load. Relative to the plain loop, EG-DDPM with the same network needs {1 / ratios[0]:.2f} times the CPU time in
 training, and {1 / ratios[1]:.2f} times in sampling.
 """
 

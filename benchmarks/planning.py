@@ -5,8 +5,8 @@
 Each number of recordings is measured in a separate process. The measured steps are: find the recordings, recognise
 their formats by the headers and make the plan; compute the identities, by which a restarted job recognises finished
 recordings; find duplicates through signatures; distribute the samples over shards. The recordings are EDF files of one
-second. Most of these files are hard links, so that the measurement depends little on the speed of the disk. Signatures
-and rows of the ledger are simulated, and one recording in a hundred is a duplicate.
+second. Most of the EDF files are hard links, so that the measurement depends little on the speed of the disk.
+Signatures and rows of the ledger are simulated, and one recording in a hundred is a duplicate.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 BASES = 10
-"""Number of real files; all other files are hard links to these. One real file is not enough, because file systems
-limit the number of links to a file."""
+"""Number of real EDF files; all other EDF files are hard links to real files. One real file is not enough, because file
+systems limit the number of links to a file."""
 SUBJECT = 20
 """Number of recordings of each subject."""
 

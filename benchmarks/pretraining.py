@@ -3,10 +3,10 @@
 ``python benchmarks/pretraining.py [--presets tiny,released] [--precisions fp32,bf16] [--stages 1] [--compile 0,1]``
 ``[--batch 8] [--steps 5] [--reference PATH] [--profile] [--out FILE.json]``. Use torchrun for several processes.
 
-``--reference PATH`` also times the model code that the authors of DreamDiffusion released. PATH is a checkout of
-bbaaii/DreamDiffusion. The released model runs with PyTorch's AdamW and autocast. The benchmark
-makes noise on the device as its signals; benchmarks/loading.py measures data loading. ``--profile`` runs one more step
-under PyTorch's profiler and prints the time of each kind of operation. If the peak speed of the device is not known,
+``--reference PATH`` also times the model code that the authors of DreamDiffusion released, where PATH is a checkout of
+bbaaii/DreamDiffusion. The released model runs with PyTorch's AdamW and autocast. The signals are noise that is made on
+the device, so data loading is not measured here, but by benchmarks/loading.py. ``--profile`` runs one more step under
+PyTorch's profiler and prints the time of each kind of operation. If the peak speed of the device is not known,
 utilisation is relative to the fastest matrix product that this benchmark measures.
 """
 
@@ -130,7 +130,7 @@ def ours(
     )
     engine = start_engine(deepspeed, config, world.device)
     model = engine.module
-    # Under stage 3, this process holds only a part of each parameter.
+    # Under ZeRO stage 3, this process holds only a part of each parameter.
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
     x_BCT = torch.randn(options.batch, shape.encoder.channels, shape.encoder.samples, device=world.device)
     inputs = {k: v.to(world.device) for k, v in model.prepare(fake_batch(shape, options.batch), 0).items()}

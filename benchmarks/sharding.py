@@ -1,8 +1,8 @@
 """Measure speed and memory of sharding, for one recording and for a whole job.
 
 ``python benchmarks/sharding.py --seconds 3600 --out sharding.json`` writes an EDF file with 64 channels at 1 kHz to the
-folder ``--cache``. Then the benchmark measures two programs on this file. Each program runs in its own process and with
-one thread:
+folder ``--cache``. Then the benchmark measures two programs on the EDF file. Each of the two programs runs in its own
+process and with one thread:
 
 - ours: Dreamscale's `data_sharding.job.process_recording.process_recording` reads the file and writes its windows;
 - MNE: load the file, apply a FIR band-pass filter, resample by FFT, subtract the average, and write the windows with
@@ -143,8 +143,8 @@ def measure(way: str, edf: Path) -> dict[str, float]:
 def job(folder: Path, workers: int) -> dict[str, float]:
     """Measure the wall time of the whole job, and the recordings/s after the workers have started.
 
-    Ray and the imports of each worker need several seconds, which do not matter for a large corpus. Therefore the
-    recordings/s are measured from the moment when each worker has returned its first recordings.
+    Ray and the imports of each worker need several seconds, which do not matter for a large corpus. So the recordings/s
+    are measured only after two recordings for each worker have been returned.
     """
     from data_sharding.job import run as module
 

@@ -1,13 +1,13 @@
 """Measure what a process needs to open a large split and to group its trials, and to compute their features.
 
-``python benchmarks/trials.py --out trials.json``. The default is the size of THINGS-EEG2: 661,600 trials of 10 people
-and 63 channels. Only the windows are short (8 samples), so that the dataset fits on a small disk; the JSON of a trial
-has its true size. Each program runs in a process of its own: "one JSON a trial" is a plain loop that parses the JSON of
-every trial, as Dreamscale did before it had a table; "first process" makes the table; "next process" finds it. Then two
-processes open the split at the same time, without a table. A small feature (the mean over time) is computed for trials
-of 128 x 440, the size of EEG-ImageNet (11,466 trials): at once, and part by part. "cpu_s" are seconds of the CPU, which
-other programs of the machine hardly change. Memory is the largest resident set of the process
-above that after the imports; pages of the mapped file count.
+``python benchmarks/trials.py --out trials.json``. The default dataset has the size of THINGS-EEG2: 661,600 trials of 10
+people and 63 channels. Only the windows are short (8 samples), so that the dataset fits on a small disk; the JSON of a
+trial has its true size. Each program runs in a process of its own: "one JSON a trial" is a plain loop that parses the
+JSON of every trial, without a table of the trials; "first process" makes the table; "next process" finds the table.
+Then two processes open the split at the same time, without a finished table. A small feature (the mean over time) is
+computed for trials of 128 x 440, the size of EEG-ImageNet (11,466 trials): at once, and part by part. "cpu_s" are
+seconds of the CPU, which other programs of the machine hardly change. Memory is the largest resident set of the process
+minus its resident set after the imports, including pages of the mapped file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROGRAMS = ("one JSON a trial", "first process", "next process")
 
 
 def write(root: Path, trials: int) -> None:
-    """Write a paired dataset with this number of trials; every trial is one presentation of an image to a person."""
+    """Write a paired dataset with `trials` trials; every trial is one presentation of an image to a person."""
     from data_sharding.dataset.dataset import write_dataset
     from data_sharding.dataset.samples import Sample
     from data_sharding.processing.preprocess import PreprocessSpec
@@ -89,7 +89,7 @@ def plain(root: Path) -> dict[str, int]:
 
 
 def tables(root: Path) -> dict[str, int]:
-    """Do the same with the functions of fine-tuning."""
+    """Group the trials and list the images with the functions of fine-tuning, which use the table of the trials."""
     from finetune.eeg import group_repeats
     from finetune.images import ImageTable, open_paired
 
