@@ -152,8 +152,8 @@ def command(
     config_class : type
         Class of the config, as in `parse_config`.
     body : callable
-        Function that takes a config, does the work and returns the exit code. The function may raise `RequestError` and
-        `StopRequested`.
+        Function that takes a config, does the work and returns the exit code. This function may raise `RequestError`
+        and `StopRequested`.
     prog, positionals, aliases
         The arguments of `parse_config` with the same names.
 
@@ -164,7 +164,8 @@ def command(
     """
 
     def run(words: list[str]) -> int:
-        # Remove the flag that DeepSpeed's launcher adds. The environment variable LOCAL_RANK holds the same number.
+        # Remove the flag that DeepSpeed's launcher adds, because the environment variable LOCAL_RANK has the same
+        # number.
         words = [word for word in words if not word.startswith("--local_rank=")]
         return body(parse_config(config_class, words, prog=prog, positionals=positionals, aliases=aliases))
 

@@ -135,7 +135,8 @@ def find_fault(cls: type, values: Any, where: str = "", *, is_entry: bool = Fals
         if field.init and required and values.get(field.name) is None:
             return f"{start}missing key '{path}{field.name}'; add it"
     if is_entry:
-        # The class checks its own values. Add the place of the entry in the list to the message of the class.
+        # The class of the entry also checks the values. Add the place of the entry in the list to the message of the
+        # class.
         try:
             cls(**values)
         except ValueError as error:

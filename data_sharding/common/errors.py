@@ -56,9 +56,8 @@ def one_line(text: object) -> str:
 def printable(text: object) -> str:
     r"""Make a text safe for a terminal.
 
-    File names, channel names and messages come from files that other people wrote. An escape sequence in such a text
-    could change the title, the colours or the content of a terminal. Right-to-left text could hide the real name of a
-    file.
+    File names, channel names and messages come from files that other people wrote. An escape sequence in a text could
+    change the title, the colours or the content of a terminal. Right-to-left text could hide the real name of a file.
 
     Parameters
     ----------

@@ -133,7 +133,7 @@ def raise_on_stop_signals() -> Iterator[None]:
     Raises
     ------
     StopRequested
-        During the block, or at its end if the exception of the signal was lost.
+        During the block, or at the end of the block if the exception of the signal was lost.
     """
     global _stop, _was_stopped
     if threading.current_thread() is not threading.main_thread():

@@ -1,8 +1,8 @@
 """Checks of values that come from files. A value from a file must pass a check of this module before it is used.
 
-Datasets, checkpoints and models are copied between laboratories, and somebody may have changed them. So the readers of
-such files call the functions of this module. Most functions of this module return a valid value, and raise a
-`RequestError` with a message of one line for an invalid value.
+Datasets, checkpoints and models are copied between laboratories, and somebody may have changed them, so their readers
+call the functions of this module. Most functions of this module return a valid value, and raise a `RequestError` with a
+message of one line for an invalid value.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ FREE_UNPACKED = 64 * 2**20
 MAX_WINDOW = 2**20
 """Largest number of time points of a window or trial. A padded window of this length takes 0.27 GB as float16."""
 MAX_SFREQ = 100_000.0
-"""Largest sampling rate of windows in Hz. Recordings are resampled to this rate, so a higher rate costs memory."""
+"""Largest sampling rate of windows in Hz. Recordings are resampled to the rate of the windows, so a higher rate needs
+more memory."""
 MAX_FILE = 2**50
 """Largest size of a file in bytes that a manifest may state."""
 LEAST_SAMPLE = 2048
@@ -620,7 +621,7 @@ def check_hdf5(path: str | os.PathLike[str]) -> None:
             try:
                 entry = group[name]
             except (KeyError, OSError, RuntimeError):
-                continue  # This link has no target.
+                continue  # The link has no target.
             address = h5py.h5o.get_info(entry.id).addr
             if address in seen:
                 continue

@@ -67,14 +67,14 @@ class CorpusConfig:
     patient code in EDF headers) finds the recordings of a row; the column 'subject' names the subject. The columns age,
     sex and group are optional."""
     salt_variable: str = ""
-    """Name of an environment variable with a secret text. Identities of patients from headers are hashed with this
-    text. Without the text, a person who knows a patient's number can find the patient in the dataset."""
+    """Name of an environment variable with a secret text. Identities of patients from headers are hashed with the
+    secret text. Without a secret text, a person who knows a patient's number can find the patient in the dataset."""
     license: str = ""
     """Licence of the corpus, such as CC-BY-4.0. If empty, the licence in dataset_description.json of a BIDS dataset is
     used."""
     intracranial: bool = False
-    """Also use recordings with ECoG, iEEG or SEEG in the path, and channels of the types SEEG, ECOG and DBS. By
-    default, such recordings are excluded, and such channels are left out."""
+    """Also use intracranial EEG: recordings with ECoG, iEEG or SEEG in the path, and channels of the types SEEG, ECOG
+    and DBS. By default, intracranial recordings are excluded, and intracranial channels are left out."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options that are valid only for this kind of corpus. The file docs/corpora.md lists all options."""
 
@@ -277,8 +277,8 @@ def list_items(config: CorpusConfig) -> list[Item]:
     Raises
     ------
     RequestError
-        If a folder is missing or contains no recording. A corpus with images also raises this error if no recording has
-        a trial, or if an image is missing.
+        If a folder is missing or contains no recording; for a corpus with images, also if no recording has a trial, or
+        if an image is missing.
     """
     given = {"license": config.license} if config.license else {}
     return [

@@ -76,7 +76,8 @@ class BIDSOptions:
     """Participants to use. Maps columns of participants.tsv to lists of values, e.g. {group: [control]}. Participants
     with other values are excluded."""
     label_column: str = "label_name"
-    """Column of events.tsv with the category of a trial. If the column is missing, the image's folder is used."""
+    """Column of events.tsv with the category of a trial. If the column is missing, the name of the image's folder is
+    the category."""
 
 
 class _Broken(ValueError):

@@ -16,7 +16,7 @@ from data_sharding.formats.units import to_volts
 
 SNAP = 0.3
 """Onsets in a table are often rounded to milliseconds. If an onset differs from the time of a sample by less than this
-fraction of the sample interval, it means this sample."""
+fraction of the sample interval, the onset is moved to the time of the sample."""
 
 
 def patch_signal(signal: Signal, patch: dict[str, Any]) -> Signal:

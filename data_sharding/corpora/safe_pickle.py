@@ -574,7 +574,7 @@ def load_torch(path: Path) -> Any:
     Returns
     -------
     Any
-        The stored object. Tensors in this object become read-only, memory-mapped arrays.
+        The stored object. Tensors in the stored object become read-only, memory-mapped arrays.
 
     Raises
     ------

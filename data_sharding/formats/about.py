@@ -57,7 +57,7 @@ class Patient:
     names: tuple[str, ...]
     """Words of the patient's name, in lower case."""
     field: str
-    """The whole field in lower case, with single blanks between the words."""
+    """The whole patient field in lower case, with single blanks between the words."""
 
 
 def years_between(birth: datetime.date, day: datetime.date) -> int | None:

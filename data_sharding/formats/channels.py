@@ -173,7 +173,7 @@ def kind_of(name: str, *, grid: bool = False, net: bool = True) -> str | None:
     grid : bool
         Whether the channel names of the recording form a grid (A1 .. D32). In a grid, ``A1`` is a scalp electrode.
     net : bool
-        Whether the recording was made with an EGI net. Without such a net, ``E1`` and ``E2`` are eye electrodes.
+        Whether the recording was made with an EGI net. Without an EGI net, ``E1`` and ``E2`` are eye electrodes.
 
     Returns
     -------
@@ -213,7 +213,7 @@ def is_grid(names: list[str]) -> bool:
 def is_net(names: list[str]) -> bool:
     """Return whether channel names are the electrode numbers of an EGI net.
 
-    At least three names must be such numbers, because E1 and E2 alone can be eye electrodes.
+    At least three names must be electrode numbers, because E1 and E2 alone can be eye electrodes.
     """
     return sum(bool(NET_NAME.fullmatch(name)) for name in names) > 2
 
@@ -297,9 +297,9 @@ def _standard_positions(names: list[str]) -> tuple[list[list[float] | None], str
 def pick_channels(info: SignalInfo) -> Channels:
     """Find the EEG channels of a recording.
 
-    Contacts inside the skull are used only if `SignalInfo.intracranial` is set. Names of such contacts are not changed,
-    because a contact named T3 or A1 of a depth electrode is not the scalp electrode T3 or A1. Positions of such
-    contacts come only from the file.
+    Contacts inside the skull are used only if `SignalInfo.intracranial` is set. Names of contacts inside the skull are
+    not changed, because a contact named T3 or A1 of a depth electrode is not the scalp electrode T3 or A1. Positions of
+    contacts inside the skull come only from the file.
 
     Parameters
     ----------

@@ -29,7 +29,7 @@ NEDF_HEADER = 10240
 NIHON_BLOCKS = 1024
 """At most this many data blocks of a Nihon Kohden file are checked."""
 ANNOTATIONS = ("EDF Annotations", "BDF Annotations")
-"""Names of the annotation signals of EDF+ and BDF+. A file may have several of them."""
+"""Names of the annotation signals of EDF+ and BDF+. A file may have several annotation signals."""
 DAMAGED = (ValueError, ArithmeticError, LookupError, struct.error, SyntaxError, TypeError)
 """Errors that parsing a damaged header can raise; XML's ParseError is a SyntaxError."""
 
@@ -238,7 +238,7 @@ def count_gdf_records(path: AnyPath, layout: Layout) -> int:
 
 
 def parse_number(text: str) -> float | None:
-    """Parse the number in a text field of a header, also with a decimal comma. Return None for other texts."""
+    """Parse the number in a text field of a header, also with a decimal comma. Return None if the text is no number."""
     try:
         return float(text.strip(" \0").replace(",", "."))
     except ValueError:
@@ -392,7 +392,8 @@ def check_neuroscan(path: AnyPath, head: bytes = b"") -> Reason | None:
     size, start = size_of(path), 900 + 75 * n
     if not n or not rate or len(head) < 900:
         raise Damaged
-    # The offset of the event table has four bytes, so it can be wrong in a large file. Check it only below 2 GiB.
+    # The offset of the event table has four bytes, so it can be wrong in a large file. Check the offset only in files
+    # below 2 GiB.
     if size < 1 << 31 and start < events < 1 << 31 and events > size:
         return _truncated(events, "bytes of signal", size)
     return Reason("no signal", "the file ends with the header") if size <= start else None
@@ -529,7 +530,7 @@ def check_nihon(path: AnyPath) -> Reason | None:
     return _truncated(last, "bytes", size) if size < last else None
 
 
-# --- Checks of the whole file. They run before a recording is read, not during the search for recordings. ------------
+# --- Checks of the whole file, which run before a recording is read, not during the search for recordings. ------------
 
 
 def check_xdf(files: tuple[Path, ...]) -> Reason | None:

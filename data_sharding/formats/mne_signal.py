@@ -39,7 +39,7 @@ class ReadError(ValueError):
 
 
 class NotContinuous(ReadError):
-    """Error for a sound file without a continuous signal."""
+    """Error for an undamaged file without a continuous signal."""
 
 
 class RawSignal:
@@ -54,7 +54,7 @@ class RawSignal:
     segments : list of Segment, optional
         Segments that the file itself describes, before they are divided at marks.
     annotations : list of Annotation, optional
-        Annotations that replace those that MNE reads wrongly.
+        Annotations that replace the annotations of MNE, if MNE reads them wrongly.
     marks : iterable of Found
         Marks that the reader found outside the annotations.
     keep : Any

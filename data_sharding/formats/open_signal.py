@@ -79,7 +79,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
 
 
 def neuroscan_data_format(path: str | Path) -> str:
-    """Determine whether a Neuroscan CNT file has 16-bit or 32-bit samples. The header alone does not say which of both.
+    """Determine whether a Neuroscan CNT file has 16-bit or 32-bit samples, which its header does not reliably say.
 
     Parameters
     ----------
@@ -98,9 +98,10 @@ def neuroscan_data_format(path: str | Path) -> str:
 
     Notes
     -----
-    The header gives the number of channels and the number of samples. If the size of the data block fits these numbers
-    with 16 or with 32 bits, that number of bits is used. If neither fits, the data are decoded with both numbers of
-    bits, and the number with the smoother signal is used, because decoding with the wrong number of bits gives noise.
+    The header gives the number of channels and the number of samples. If the size of the data block fits the numbers of
+    channels and samples with 16 or with 32 bits for each sample, that number of bits is used. If neither number of bits
+    fits, the data are decoded with both numbers of bits, and the number with the smoother signal is used, because
+    decoding with the wrong number of bits gives noise.
     """
     with Path(path).open("rb") as stream:
         head = stream.read(900)
@@ -204,9 +205,9 @@ def _as_named(
 ) -> tuple[Path, str, tempfile.TemporaryDirectory[str] | None]:
     """Prepare a text header so that MNE finds the files that the header names.
 
-    MNE does not find a file if the header writes its name with a folder, or with different upper and lower case. If the
-    header contains such a name, this function writes a corrected copy of the header to a temporary folder, together
-    with links to the files. With `recode`, the copy is in UTF-8, because some readers accept only UTF-8.
+    If the header names a file with a folder, or with different upper and lower case, MNE does not find the file. For
+    such a header, this function writes a corrected copy of the header to a temporary folder, together with links to the
+    files. With `recode`, the copy is in UTF-8, because some readers accept only UTF-8.
 
     Parameters
     ----------
@@ -589,7 +590,7 @@ def unreadable(error: BaseException, folder: str = "") -> Reason:
     error : BaseException
         The error.
     folder : str
-        Temporary folder. The path of this folder is removed from the text.
+        Temporary folder, whose path is removed from the text.
 
     Returns
     -------

@@ -81,7 +81,7 @@ Frame = tuple[np.ndarray, float, np.ndarray]
 
 
 def _distances(own: np.ndarray, true: np.ndarray, turn: np.ndarray, size: float, shift: np.ndarray) -> np.ndarray:
-    """Return the distance of each moved position from its standard position."""
+    """Return the distance of each position, after the coordinate transform, from its standard position."""
     return np.linalg.norm(size * own @ turn.T + shift - true, axis=1)
 
 

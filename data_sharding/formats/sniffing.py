@@ -26,7 +26,8 @@ from data_sharding.formats.unread.recorders import recognise_recorder
 from data_sharding.formats.unread.tables import recognise_table
 
 HEAD_BYTES = 1 << 15
-"""Number of bytes that are read first. Almost every header is shorter, so one request to an object store is enough."""
+"""Number of bytes that are read first. Almost every header is shorter than this, so one request to an object store is
+enough."""
 TEXT_BYTES = 1 << 20
 """At most this many bytes of a text header are read."""
 NIHON_SIDECARS = (".pnt", ".21e", ".log", ".cmt", ".cn2", ".11d", ".reg", ".bft", ".edf.log")
@@ -52,7 +53,8 @@ CLAIMED = {
     ".xdf": "XDF",
     ".xdfz": "XDF",
 }
-"""Extensions of the supported formats. A file with such an extension but without the right header is quarantined."""
+"""Extensions of the supported formats. A file with an extension of a supported format but without the right header is
+quarantined."""
 HEADERS_OF_BRAINVISION = (".vhdr", ".ahdr")
 MATLAB = Reason("no reader", "a MATLAB file has no sampling rate and no unit; describe it in a corpus of kind arrays")
 HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -141,7 +143,7 @@ class File:
         )
 
 
-# --- One function for each format. Each returns a recording, or None if the file has another format. ------------------
+# --- One function for each format, which returns a recording, or None if the file has another format. -----------------
 
 
 def _edf(file: File) -> Recording | None:
@@ -178,7 +180,7 @@ def _brainvision(file: File) -> Recording | None:
         elif needed:
             problem = Reason("sidecar missing", f"the header names '{name}', which does not exist")
         elif name and f"{file.stem}.vmrk".lower() in file.near:
-            files.append(f"{file.stem}.vmrk")  # The reader uses this file, because the named marker file is missing.
+            files.append(f"{file.stem}.vmrk")  # The reader uses this .vmrk file if the named marker file is missing.
     return file.recording("brainvision", *files, problem=problem)
 
 

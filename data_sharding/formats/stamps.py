@@ -33,15 +33,16 @@ jump."""
 FEWEST = 8
 """Smallest number of anchors that are compared on each side of a jump, if the recording has so many."""
 WHOLE = 0.15
-"""The length of a gap is rounded to whole samples if this changes it by at most this fraction of a sample."""
+"""The length of a gap is rounded to whole samples if rounding changes the length by at most this fraction of a
+sample."""
 STEADY = 1e-4
 """If the measured rate differs from the nominal rate by less than this fraction, the nominal rate is used."""
 IRREGULAR_S, IRREGULAR = 0.05, 0.05
 """A stream has no steady rate if more than the fraction `IRREGULAR` of its anchors is more than `IRREGULAR_S` seconds
 away from the fitted line."""
 MOVED, MOST_BLOCKS = 0.2, 2000
-"""Chunks are sorted by time only if this moves at most the fraction `MOVED` of all samples, and at most `MOST_BLOCKS`
-groups of chunks. If sorting would move more, the clock is probably wrong, not the order."""
+"""Chunks are sorted by time only if sorting moves at most the fraction `MOVED` of all samples, and at most
+`MOST_BLOCKS` groups of chunks. If sorting would move more, the clock is probably wrong, not the order."""
 MOST_BACK = 10
 """A stream has no steady rate if its stamps jump back more often than this number of times, and more than once a
 minute."""
@@ -61,7 +62,7 @@ class Clock:
     """Indices that sort the samples by time. A sample that is stored twice is listed once. None if no sorting is
     needed."""
     segments: list[Segment]
-    """Segments; `Segment.start` and `Segment.stop` count the samples in `order`."""
+    """Segments; `Segment.start` and `Segment.stop` are sample numbers after the sorting by `order`."""
     begins: list[float]
     """Time stamp of the first sample of each segment, according to the line that was fitted to the segment."""
     period: float
@@ -83,7 +84,7 @@ class Clock:
 
 @dataclass(kw_only=True)
 class _Anchors:
-    """Anchors of a stream. Samples ``first[i]`` to ``last[i]`` share the stamp of anchor i."""
+    """Anchors (samples with a measured stamp). Samples ``first[i]`` to ``last[i]`` share the stamp of anchor ``i``."""
 
     first: np.ndarray
     last: np.ndarray
@@ -221,7 +222,7 @@ def _anchors(index: np.ndarray, stamps: np.ndarray, nominal: float, starts: np.n
     stamps : ndarray, shape (V,)
         Stamps of the samples in `index`.
     nominal : float
-        Nominal sampling rate in Hz. The recorder used this rate to compute stamps.
+        Nominal sampling rate in Hz. The recorder used the nominal rate to compute stamps.
     starts : ndarray
         Number of the first sample of each chunk of the file.
 
@@ -396,7 +397,7 @@ def _in_order(
 
 
 def _moved(by_time: np.ndarray, sizes: np.ndarray) -> int:
-    """Return how many samples move when pieces are sorted.
+    """Return how many samples move when pieces (groups of chunks) are sorted.
 
     The pieces of the heaviest increasing subsequence do not move.
 

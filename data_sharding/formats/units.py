@@ -37,7 +37,7 @@ OLD_CYRILLIC = {
 }
 """Russian units in older code pages, as they look if they are decoded as Latin-1."""
 NOTHING = ("", "n/a", "na", "none", "-", "unknown", "unspecified", "?", "not available", "code 0", "code 512")
-"""Texts (in lower case) that mean: no unit is given. The codes 0 and 512 are GDF's codes for this."""
+"""Texts (in lower case) that mean: no unit is given. The codes 0 and 512 are GDF's codes for a missing unit."""
 OTHER = re.compile(
     r"%|deg.*|.?[°º].*|[cfk]|celsius|fahrenheit|kelvin|[kmg]?(ohms?|Ω)|bpm|(beats|breaths)?[ /]*(per )?(1/)?min|[km]?hz"
     r"|mm ?hg|cm ?h2o|[kmh]?pa|m?bar|psi|ml|[ml]*l(iters?)?/(s|sec|min)|[mun]?m|[mc]?m/s(\^?2|²|ec)?|m?g|rad(/s)?"

@@ -58,7 +58,8 @@ def open_xdf(path: Path) -> Signal:
     -------
     Signal
         The stream, with the sampling rate from the time stamps. If samples are missing, a new segment begins after the
-        gap (see `data_sharding.formats.stamps`). The texts of marker streams divide the recording as annotations do.
+        gap (see `data_sharding.formats.stamps`). The texts of marker streams divide the recording like the annotations
+        of other formats.
 
     Raises
     ------
@@ -170,7 +171,7 @@ def _read_markers(streams: Any, clock: Clock, offsets: tuple[Sequence[float], Se
 def _channels(desc: Any, n: int) -> tuple[list[str], Units, list[list[float] | None]]:
     """Return the names, types and units, and positions of the channels that the stream declares.
 
-    Values without a unit are read as volts. If they are not volts, a later check of the amplitudes finds the fault.
+    Values without a unit are read as volts; a later check of the amplitudes finds values that are not volts.
     """
     try:
         declared = desc[0]["channels"][0]["channel"]

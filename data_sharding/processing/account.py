@@ -25,8 +25,8 @@ class Account:
     spec : PreprocessSpec
         Settings of the preprocessing.
     whole : bool
-        True if windows are cut from the whole recording, and False if only trials are stored. If it is false, seconds
-        without a window get no reason.
+        True if windows are cut from the whole recording; False if only trials are stored, so that seconds without a
+        window get no reason.
     """
 
     def __init__(self, lengths: Sequence[int], faults: Faults, spec: PreprocessSpec, *, whole: bool) -> None:
@@ -56,11 +56,11 @@ class Account:
         self._claims[reason][segment].append((start, stop))
 
     def seconds_written(self) -> float:
-        """Return the length of the signal in windows, in seconds. Where windows overlap, the signal counts once."""
+        """Return the length of the signal in windows, in seconds. Where windows overlap, the signal is counted once."""
         return round(sum(union_length(found) for found in self._written.values()) / self.spec.sfreq, 4)
 
     def seconds_left_out(self) -> dict[str, float]:
-        """Return the length of the signal outside windows, in seconds, by reason. For trials, return nothing."""
+        """Return the seconds of signal outside windows, by reason; an empty dictionary if only trials are stored."""
         if not self.whole:
             return {}
         total: Counter[str] = Counter()

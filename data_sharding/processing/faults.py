@@ -292,7 +292,7 @@ def _common(dead: dict[int, list[Fault]], good: Sequence[int]) -> list[Fault]:
 
 
 def intersect(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]:
-    """Return the intersection of two sorted lists of intervals. The intervals of one list must not overlap."""
+    """Return the intersection of two lists of intervals, which are sorted and do not overlap inside a list."""
     out, i, j = [], 0, 0
     while i < len(a) and j < len(b):
         start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])

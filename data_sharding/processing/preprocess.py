@@ -35,8 +35,8 @@ LINE_FREQS = (10.0, 1000.0)
 """Lowest and highest mains frequency in Hz that is accepted. Every harmonic inside the band needs a notch filter, so a
 frequency near zero would need too many filters."""
 NOTCH_GAIN = 1e-3
-"""A harmonic of the mains frequency needs no notch filter if the band-pass filter reduces it to less than this
-fraction."""
+"""A harmonic of the mains frequency needs no notch filter if the band-pass filter reduces the harmonic's amplitude to
+less than this fraction."""
 TRANSIENT_ENERGY = 3e-5
 """The transient of a filter ends where the rest of its impulse response has this fraction of the total energy."""
 
@@ -77,8 +77,8 @@ class PreprocessSpec:
     """Clip the scaled model input at plus and minus this value (0: do not clip). Stored windows are not clipped."""
     notch_width_hz: float = 4.0
     """Width in Hz of the notch filter around the mains frequency and around each harmonic. At the edges of this width,
-    an amplitude is halved. The width must be larger than the drift of the mains frequency. 0 means the narrow filter of
-    older versions, whose width is a thirtieth of the frequency that it removes."""
+    the filter halves the amplitude. The width must be larger than the drift of the mains frequency. 0 means the narrow
+    filter of older versions, whose width is a thirtieth of the frequency that it removes."""
     reject_uv: float = 0.0
     """Leave a window out if the peak-to-peak amplitude of a good channel exceeds this value in microvolts. 0 keeps all
     windows."""
@@ -104,7 +104,7 @@ class PreprocessSpec:
         if self.reject_uv < 0:
             raise ValueError(f"preprocess.reject_uv must not be negative, got {self.reject_uv}")
         if isinstance(self.notch, bool):
-            # YAML reads a bare off as false.
+            # YAML reads the word off without quotes as false.
             object.__setattr__(self, "notch", "auto" if self.notch else "off")
         if not isinstance(self.notch, str) and not LINE_FREQS[0] <= self.notch < 0.5 * self.sfreq:
             raise ValueError(
@@ -210,8 +210,8 @@ class PreprocessSpec:
         x_uv : ndarray or Tensor, shape (..., C, T)
             Windows in microvolts, float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
-            Number of recorded channels, for all windows or for each window. The rows after these channels are padding
-            and are ignored. By default, all rows are used.
+            Number of recorded channels, for all windows or for each window. The rows after the recorded channels are
+            padding and are ignored. By default, all rows are used.
 
         Returns
         -------
@@ -354,7 +354,7 @@ def clean_blocks(
     line_freq : float or None
         Mains frequency in Hz; `filters` explains this value.
     reference : sequence of int
-        Rows of the reference channels, whose mean is subtracted. If there are no rows, nothing is subtracted.
+        Rows of the reference channels, whose mean is subtracted. Without reference rows, nothing is subtracted.
     block : int, optional
         Number of samples per block; by default as many as fit into `FILTER_BYTES`.
 
@@ -364,7 +364,8 @@ def clean_blocks(
         The next block of the filtered signal, in microvolts.
     """
     sos = filters(sfreq, spec, line_freq)
-    # Extend both ends of the segment by two periods of the lowest frequency. A short segment is extended by less.
+    # Extend both ends of the segment by two periods of the lowest frequency of the pass band. A short segment is
+    # extended by less.
     pad = int(2 * spec.sfreq / spec.highpass)
     if block is None:
         block = FILTER_BYTES // (8 * max(1, read(0, 1).shape[0]))
@@ -396,7 +397,7 @@ def reference_rows(n_channels: int, spec: PreprocessSpec, bads: Sequence[int], n
     -------
     list of int
         Rows of the reference channels. With `reference: keep`, and with a single good channel for an average reference,
-        there are no such rows.
+        the list is empty.
 
     Raises
     ------

@@ -28,14 +28,14 @@ MISSING, CONSTANT, DEAD, HIGH, LOW, MUSCLE, MAINS_50, MAINS_60, LARGE = (1 << bi
 HIGH, LOW: many samples equal the channel's largest or smallest value. MUSCLE, MAINS_50, MAINS_60: the cell contains
 muscle activity or mains noise. LARGE: the signal is too large."""
 MISSING_UV = 1e12
-"""A value above this limit (in microvolts) counts as missing, because no amplifier can measure it."""
+"""A value above this limit (in microvolts) is treated as missing, because no amplifier can measure it."""
 RAIL_SHARE = 0.1
 """A cell is at the rail if more than this share of its samples, and at least 3, equal the channel's largest or smallest
 value."""
 SHORTEST = {"missing values": 1, "flat": 2, "clipped": 2, "too small": 3, "too large": 1, "muscle": 1, "mains noise": 1}
 """Smallest number of cells in a span, for each kind of fault. (One cell with a small signal can be normal EEG.)"""
 NO_SIGNAL = frozenset({"missing values", "flat", "clipped", "too small", "too large"})
-"""Kinds of fault for which a channel counts as having no signal."""
+"""Kinds of fault with which a channel has no signal."""
 JOINED = 3
 """Two spans without a signal are merged if fewer than this many cells are between them."""
 
@@ -85,7 +85,7 @@ class Span:
     """A part of a segment in which a channel is bad."""
 
     row: int
-    """Position of the channel in the list of rows for which the spans were made."""
+    """Index of the channel in the argument `rows` of `Cells.spans`."""
     kind: str
     """Kind of the fault, such as flat."""
     start: int
@@ -104,7 +104,7 @@ class _Rail:
     """[n], number of the cell in which this value occurred first. HIGH or LOW flags of earlier cells are invalid,
     because they mark a value that was later exceeded."""
     samples: np.ndarray = field(init=False)
-    """[n], number of samples with this value in cells that are not at the rail."""
+    """[n], number of samples with the largest (or smallest) value in cells that are not at the rail."""
 
     def __post_init__(self) -> None:
         self.samples = np.zeros(len(self.value), int)
@@ -117,7 +117,7 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
     Returns
     -------
     basis : ndarray, shape (L, K)
-        Orthonormal columns. After these components are removed, the rest of the energy is muscle activity and noise.
+        Orthonormal columns. The energy of a cell without the components in `basis` is muscle activity and noise.
     mains : dict
         Columns of `basis` for mains noise, by flag.
     n_free : int
@@ -262,7 +262,7 @@ class Cells:
                 found = np.flatnonzero(plain & (ends >= value))
                 if len(found):
                     # The row reaches the channel's largest or smallest value. If a sample of `thin` has this value too,
-                    # the row may be clipped, so it is not plain.
+                    # the row may be clipped, and is measured cell by cell.
                     at = (thin[found] == (ends if rail is self.high else low)[found][:, None, None]).any(axis=(1, 2))
                     plain[found[at]] = False
             thin = thin - thin[:, :, :1]
@@ -390,7 +390,7 @@ class Cells:
         return self.repeated / np.maximum(1, self.compared)
 
     def summarise(self, stretches: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Measure how much of each channel is clipped, and how much of each stretch has no signal.
+        """Measure how much of each channel is clipped, and how much of each stretch (a few seconds) has no signal.
 
         Parameters
         ----------
@@ -518,7 +518,11 @@ class _Runs:
     def add(
         self, segment: int, first: int, group: str, mask: np.ndarray, counts: dict[str, np.ndarray] | None = None
     ) -> None:
-        """Add the cells of a block, [n, k]. With `counts`, its mask with most cells gives the kind of a run."""
+        """Add the cells of a block, [n, k].
+
+        With `counts` (a mask for each kind of fault), a run gets the kind that most of its cells have. If fewer than
+        half of its cells have this kind, the kind is "too small".
+        """
         gap = 1 if group in ("muscle", "mains noise") else JOINED
         for row in np.flatnonzero(mask.any(axis=1)).tolist():
             edges = np.flatnonzero(np.diff(mask[row].astype(np.int8), prepend=0, append=0))

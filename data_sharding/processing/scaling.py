@@ -43,13 +43,14 @@ def standard_deviation(x_uv: Any, channels: Any = None) -> Any:
     x_uv : ndarray or Tensor, shape (..., C, T)
         Windows in microvolts, float32 or float64.
     channels : int, or sequence or Tensor of int, [B], optional
-        Number of recorded channels, for all windows or for each window. The rows after these channels are padding and
-        are ignored. By default all rows are used.
+        Number of recorded channels, for all windows or for each window. The rows after the recorded channels are
+        padding and are ignored. By default all rows are used.
 
     Returns
     -------
     ndarray or Tensor, shape (..., 1, 1)
-        Standard deviations. The channels of a window share one value, so they keep their relative amplitudes.
+        Standard deviations. The channels of a window share one standard deviation, so they keep their relative
+        amplitudes.
 
     Notes
     -----

@@ -67,8 +67,8 @@ def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | N
     Yields
     ------
     list of Piece
-        Pieces of one block: a part of a long segment, or many short segments. The pieces are neighbours in the file and
-        are read together.
+        Pieces of one block: a part of a long segment, or many short segments. The pieces of a block are neighbours in
+        the file and are read together.
     """
     most = max(1024, (block_bytes or BLOCK_BYTES) // (8 * max(1, n_channels)))
     block: list[Piece] = []
@@ -86,7 +86,7 @@ def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | N
 
 
 class Scratch:
-    """Temporary file of samples. The file has no name, so the system deletes it even if the process crashes.
+    """Temporary file of samples. A temporary file has no name, so the system deletes it even if the process crashes.
 
     Parameters
     ----------
@@ -96,7 +96,8 @@ class Scratch:
     Notes
     -----
     The file lies in the folder that the environment variable DREAMSCALE_SCRATCH names, or else in the system's
-    temporary folder. The file is not memory-mapped, because mapped pages would count as memory of the process.
+    temporary folder. The temporary file is not memory-mapped, because mapped pages would be counted as memory of the
+    process.
     """
 
     def __init__(self, n_channels: int) -> None:
@@ -282,7 +283,7 @@ class Resampler:
     sfreq, target : float
         Recorded rate and target rate in Hz.
     passband : float
-        Upper edge of the pass band in Hz, limited to 0.45 of the lower rate. Frequencies below this edge are not
+        Upper edge of the pass band in Hz, limited to 0.45 of the lower rate. Frequencies below the upper edge are not
         attenuated and contain no aliases.
 
     Notes
@@ -390,7 +391,7 @@ class Resampler:
         extension = _odd(context, 0, plan.reach + 1)[:, context.shape[1] :]
         data = np.concatenate([data, extension], axis=1)
         if data.shape[1] < need:
-            # Fill the last frame with zeros. The outputs that depend on these zeros are removed below.
+            # Fill the last frame with zeros. The outputs that depend on the added zeros are removed below.
             data = np.pad(data, ((0, 0), (0, need - data.shape[1])))
         return self._frames(data)[:, :missing]
 

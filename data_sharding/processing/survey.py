@@ -2,7 +2,7 @@
 
 Every sample is checked for clipping, constant runs and missing values. Amplitudes and spectra are measured only in
 *stretches* of the recording: intervals of at most four seconds, spread evenly. The total length of the stretches is
-limited, so these measurements do not take longer in a long recording.
+limited, so measuring amplitudes and spectra does not take longer in a long recording.
 
 Letters in array shapes: n channels, S samples at the recorded rate, P samples of the fingerprint, F frequencies.
 """
@@ -39,7 +39,8 @@ the largest or the smallest value of the channel."""
 MISSING_SHARE = 0.9
 """A channel is left out if more than this fraction of its cells have missing values."""
 DEAD_SHARE = 0.05
-"""A channel is not measured in a stretch if it has no signal in more than this fraction of the stretch's cells."""
+"""A channel is not measured in a stretch (about four seconds) if it has no signal in more than this fraction of the
+stretch's cells (tenths of a second)."""
 TRIGGER_LEVELS = 32
 """Largest number of distinct values of a trigger channel. A trigger channel changes rarely between a few values."""
 TRIGGER_UV = 200.0
@@ -96,7 +97,8 @@ class Verdict:
     """Result of the survey of a signal: unit, bad channels, mains frequency and fingerprint."""
 
     amplitude_uv: float
-    """Robust amplitude in microvolts between 1 and 40 Hz: the median over the good channels."""
+    """Median over the good channels of the robust amplitude (1.4826 times the median absolute value, between 1 and 40
+    Hz) in microvolts."""
     factor: float
     """Factor that corrects the unit of the values to microvolts: 1, or the factor from the config."""
     unit: str
@@ -113,7 +115,7 @@ class Verdict:
     """Fingerprint [n, P]: samples of the filtered signal, 64 from the beginning and 32 from each later interval. Each
     row has norm 1; the row of a flat channel is zero."""
     channel_uv: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    """Robust amplitude of each channel, [n]."""
+    """Robust amplitude of each channel in microvolts, [n]; see `amplitude_uv`."""
 
 
 def filter_to_band(x_uv: np.ndarray, sfreq: float) -> tuple[np.ndarray, float]:
@@ -177,7 +179,7 @@ def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, i
 
 
 class _StretchBuffer:
-    """Collects the blocks of one stretch in microvolts, minus the stretch's first sample, at the measurement rate."""
+    """Resamples and collects the blocks of a stretch in microvolts, with its first sample subtracted as an offset."""
 
     def __init__(self, sfreq: float, rate: float, scale: float) -> None:
         self._resampler, self._scale = Resampler(sfreq, rate, 0.45 * rate), scale
@@ -395,7 +397,7 @@ class Survey:
         Parameters
         ----------
         factor : float, optional
-            Known factor that converts scaled values to microvolts. If it is given, the unit is not checked.
+            Known factor that converts scaled values to microvolts. If `factor` is given, the unit is not checked.
 
         Returns
         -------
@@ -578,7 +580,7 @@ def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Ve
     sfreq : float
         Sampling rate in Hz.
     factor : float, optional
-        Known factor that converts the values to microvolts. If it is given, the unit is not checked.
+        Known factor that converts the values to microvolts. If `factor` is given, the unit is not checked.
 
     Returns
     -------

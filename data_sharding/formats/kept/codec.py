@@ -1,10 +1,10 @@
 """Compresses blocks of samples without loss, and decompresses them.
 
-Each channel is stored in the smallest of three encodings. A table encoding stores the distinct values once, and an
-index into this table for each sample (most amplifiers write at most 16 bits, so there are few distinct values). Besides
-the table encoding, there are two encodings as numbers: float32, optionally with a constant factor, and float64. An
-encoding is used only if decoding returns exactly the same bits. Before compression with zstandard, the bytes are
-grouped by their position in the number: first all first bytes, then all second bytes, and so on.
+Each channel is stored in the smallest of three encodings: a table, float32 (optionally with a constant factor) or
+float64. A table encoding stores the distinct values once, and an index into this table for each sample (most amplifiers
+write at most 16 bits, so there are few distinct values). An encoding is used only if decoding returns exactly the same
+bits. Before compression with zstandard, the bytes are grouped by their position in the number: first all first bytes,
+then all second bytes, and so on.
 
 In array shapes, n is the number of channels and b the number of samples of the block.
 """

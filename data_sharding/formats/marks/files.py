@@ -44,8 +44,8 @@ def read_ant_segments(path: Path, n_samples: int, sfreq: float, start: float | N
 
     Notes
     -----
-    The table has one line for each segment except the first. A line has three numbers: the start as a day number in
-    seconds precision, a fraction of a second, and the number of samples of the segment.
+    The table has one line for each segment except the first. A line has three numbers: the start as a day number with a
+    precision of seconds, a fraction of a second, and the number of samples of the segment.
     """
     table = path.with_suffix(".seg")
     if not table.is_file():
@@ -160,7 +160,7 @@ def find_epoch_boundaries(path: Path, annotations: Any = None) -> list[Found]:
         try:
             annotations = mne.read_annotations(path)
         except Exception:
-            return []  # The events of this file cannot be read, so the file has no boundary events.
+            return []  # If the events cannot be read, the file is treated as a file without boundary events.
     found = []
     for onset, text in zip(annotations.onset, annotations.description, strict=True):
         row = find_row("eeglab", str(text))

@@ -1,7 +1,8 @@
 """The table of marks: which marks divide a recording of each format, and which marks declare a time span as bad.
 
 Only `TABLE` defines the effect of each kind of mark. A reader finds the marks of a recording, and names the row of the
-table for each mark. `divide` then computes segments, bad spans and notes. ``docs/formats.md`` shows the same table.
+table for each mark. The function `divide` computes segments, bad spans and notes from the marks. ``docs/formats.md``
+shows the same table.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Effect(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """One row of the table."""
+    """One row of the table of marks."""
 
     name: str
     """Unique name of the row."""
@@ -61,10 +62,10 @@ class Annotation(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """A mark in a recording."""
+    """A mark (an interruption or a bad span) that was found in a recording."""
 
     name: str
-    """Name of the row in the table."""
+    """Name of the mark's row in `TABLE`."""
     begin: float
     """Time of the mark, in seconds from the recording's beginning."""
     length: float = 0.0
@@ -72,7 +73,8 @@ class Found:
     text: str = ""
     """Text of the mark."""
     channels: tuple[str, ...] = ()
-    """Names of the channels to which the mark belongs; empty for all channels. Only bad spans use these names."""
+    """Names of the channels to which the mark belongs; empty for all channels. Only marks of bad spans use the names of
+    channels."""
 
 
 PREFIX = r"(?:[^/,:;|\\]*[/,:;|\\])*\s*"

@@ -27,7 +27,7 @@ ROUNDING_S = 1.1e-3
 """Smallest gap between records in seconds. Smaller differences come from onsets that were rounded to milliseconds."""
 RECORDS_AT_ONCE = 4096
 NEW_EPOCH, CMS_IN_RANGE, MK2 = 1 << 16, 1 << 20, 1 << 23
-"""Bits of the Status channel of a BioSemi amplifier. Bit 22 is a low battery, which does not change the signal."""
+"""Bits of the Status channel of a BioSemi amplifier. Bit 22 means a low battery, which does not change the signal."""
 STARTS_PER_S = 1.0
 """If bit 16 rises more often than this number of times per second, the channel named Status was not written by a
 BioSemi amplifier."""
@@ -135,7 +135,7 @@ def segments_of_runs(runs: list[tuple[int, int, float]], per_record: int) -> lis
 
 
 def _blocks(path: Path, layout: Layout, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the number of the first record and the bytes [R, bytes of a record] of a few records at a time."""
+    """Yield the number of the first record and the bytes [R, bytes of a record] of up to 4096 records at a time."""
     if not count:
         return
     shape = (count, layout.record_bytes)
@@ -191,7 +191,7 @@ def find_status_marks(path: Path, layout: Layout) -> tuple[list[Found], list[str
         return [], [text]
     found = [Found("new epoch", float(position) / rate) for position in starts]
     if not seen & CMS_IN_RANGE and not seen & MK2:
-        return found, []  # Bits 20 and 23 are never set, so another program wrote this channel, with triggers only.
+        return found, []  # Bits 20 and 23 are never set, so another program wrote Status, with triggers only.
     turns = np.concatenate([*([np.zeros(1, int)] if first_low else []), *edges, np.zeros(0, int)])
     turns = turns.tolist() + ([total] if len(turns) % 2 else [])
     for a, b in zip(turns[::2], turns[1::2], strict=True):

@@ -1,7 +1,8 @@
 """File formats whose reader is one small module. Each module of this folder describes one format in its ``FORMAT``.
 
-To add a format, add a module to this folder. `data_sharding.formats.sniffing` calls its function `recognise`, and
-`data_sharding.formats.open_signal` calls its function `open`. Import heavy libraries inside these functions.
+To add a format, add a module to this folder. `data_sharding.formats.sniffing` calls ``FORMAT.recognise``, and
+`data_sharding.formats.open_signal` calls ``FORMAT.open``. Import heavy libraries inside the functions `recognise` and
+`open`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class Format:
     """Function that takes a `sniffing.File` and returns ``file.recording(name, ...)``, or None for another format.
 
     The function should check the header and not the file name. `sniffing` first tests the formats that it knows itself,
-    and calls this function only if none of them matches. If the file has the extension of this format but a damaged
-    header, the function returns ``file.recording(name, problem=...)``. If the function returned None for such a file,
-    the ledger would not list it.
+    and calls `recognise` only if none of them matches. If the file has the extension of this format but a damaged
+    header, the function returns ``file.recording(name, problem=...)``. If the function returned None for a damaged
+    file, the ledger would not list the file.
     """
     open: Callable[[Path], Any]
     """Function that opens the file and returns a `Signal`, or a raw or epochs object of MNE.

@@ -15,8 +15,8 @@ from data_sharding.formats.marks.interruptions import Annotation
 CHANNEL = re.compile(r"^([ \t]*Ch(\d+)[ \t]*=)(.*)$", re.MULTILINE | re.IGNORECASE)
 CODEPAGE = re.compile(r"^([ \t]*Codepage[ \t]*=[ \t]*)(.*?)[ \t]*$", re.MULTILINE | re.IGNORECASE)
 ELSEWHERE = (1.0, 0.0, 0.0)
-"""Placeholder coordinates of channels without a position. The reader removes these coordinates after MNE opened the
-file."""
+"""Placeholder coordinates of channels without a position. The reader removes the placeholder coordinates after MNE
+opened the file."""
 MARKER = re.compile(r"^[ \t]*Mk(\d+)[ \t]*=(.*)$", re.MULTILINE | re.IGNORECASE)
 
 

@@ -40,7 +40,7 @@ def repair_header(text: str) -> tuple[str, list[str]]:
             continue
         elif content and section == "channelmap" and "=" not in content:
             lost[section] = lost.get(section, 0) + 1
-            line = f"{content}=0"  # MNE orders the channels by the lines of this section.
+            line = f"{content}=0"  # MNE orders the channels by the lines of the section ChannelMap.
         elif content and section != "comments" and "=" not in content:
             lost[section] = lost.get(section, 0) + 1
             continue

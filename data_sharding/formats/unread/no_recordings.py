@@ -93,7 +93,7 @@ def _unpack(data: bytes) -> tuple[bytes, bool]:
 def _describe_fif(path: Any, head: bytes, size: int) -> str:
     """Return the content of a FIF file without a recording.
 
-    Return an empty text for other files and for damaged files.
+    Return an empty text for a damaged file, and for a file that may be a recording.
     """
     blocks: set[int] = set()
     kinds: set[int] = set()
@@ -110,7 +110,7 @@ def _describe_fif(path: Any, head: bytes, size: int) -> str:
                 tag = stream.read(20)
             else:
                 return (
-                    ""  # Only the first bytes of this file were read. If it is not a recording, its reader fails later.
+                    ""  # Only the first bytes were read. If the file is not a recording, its reader fails later.
                 )
             if len(tag) < 16:
                 return ""
