@@ -109,9 +109,7 @@ def _describe_fif(path: Any, head: bytes, size: int) -> str:
                 stream.seek(at)
                 tag = stream.read(20)
             else:
-                return (
-                    ""  # Only the first bytes were read. If the file is not a recording, its reader fails later.
-                )
+                return ""  # Only the first bytes were read. If the file is not a recording, its reader fails later.
             if len(tag) < 16:
                 return ""
             kind, _, length, following = struct.unpack(">4i", tag[:16])
