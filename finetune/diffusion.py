@@ -93,7 +93,7 @@ def make_scheduler(sampler: SamplerName, noising_config: Any, **changes: Any) ->
     noising_config : dict
         Config of the noise scheduler that was used in training.
     **changes : Any
-        Entries that replace those of `noising_config`.
+        Entries that replace entries of `noising_config`.
 
     Returns
     -------

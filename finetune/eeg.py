@@ -353,7 +353,7 @@ def average_trials_of_image(
         Averaged trials in microvolts.
     """
     b = len(eeg_bCT)
-    # Draw before the loop, because every rank must draw the same number of random values, and the loop differs between
+    # Draw all random numbers before the loop, because every rank must draw equally many, and the loop differs between
     # ranks.
     extra_b = random.integers(most, b)
     start_b = random.uniform(b)

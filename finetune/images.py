@@ -150,7 +150,7 @@ class ImageTable:
     Raises
     ------
     RequestError
-        If a trial has no image or no image id.
+        If a trial has no image, no image id or no label.
     """
 
     def __init__(self, dataset: EEGDataset) -> None:

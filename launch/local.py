@@ -261,7 +261,7 @@ def run_launched(stage: Stage, argv: Sequence[str], processes: int) -> int:
 
 
 def _run_once(stage: Stage, argv: Sequence[str], processes: int) -> tuple[int, bool]:
-    """Launch a stage once; return the exit code, and whether a process was killed."""
+    """Launch a stage once; return the exit code, and whether a process died without a request to stop."""
     folder = Path(tempfile.mkdtemp(prefix="dreamscale-launch-"))
     try:
         running = _Processes(launcher_command(stage, argv, processes), folder, processes)

@@ -19,7 +19,7 @@ class Stage:
     help: str
     """Description of the command in one line."""
     launcher: Literal["torchrun", "accelerate"] | None = None
-    """Launcher of the training processes, used if ``num_processes`` is larger than 1."""
+    """Launcher of the training processes, used if ``num_processes`` is larger than 1 or ``restarts`` is above 0."""
     config: str | None = None
     """``module:class`` of the config, for commands that ``dreamscale submit`` can run on a cluster."""
     uses_ray: bool = False

@@ -200,8 +200,8 @@ def _make_environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(shipped_configs() / "cluster"),
         undefined=StrictUndefined,
-        # Job files need no escaping for HTML. The filters below quote values for a shell or for YAML. In Slurm's
-        # comments no quoting is possible, so `SubmitConfig` refuses special characters.
+        # Job files need no escaping for HTML. The filters `shell` and `json` quote values for a shell and for YAML. In
+        # Slurm's comments no quoting is possible, so `SubmitConfig` refuses special characters.
         autoescape=False,
         trim_blocks=True,
         lstrip_blocks=True,

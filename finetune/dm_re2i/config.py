@@ -206,7 +206,8 @@ class DMRE2IConfig:
     evrnet: EVRNetStage = field(default_factory=EVRNetStage)
     """Settings of the first stage, which trains EVRNet."""
     stages: Literal["both", "evrnet"] = "both"
-    """Stages to train. evrnet trains only the classifier. The same command with `both` continues with EG-DDPM."""
+    """Stages to train. evrnet: train only the classifier. After `evrnet`, the same command with `both` continues with
+    EG-DDPM."""
     evrnet_from: str | None = None
     """Directory `model/evrnet` of an earlier run. If `evrnet_from` is given, the first stage is skipped."""
     ddpm: EGDDPMStage = field(default_factory=EGDDPMStage)

@@ -18,7 +18,7 @@ from finetune.dm_re2i.guided import GuidedUNet
 class GuidedUNet2D(GuidedUNet):
     """`diffusers.UNet2DModel`, guided by EEG: a linear map of the EEG vector is added to the embedding of the step.
 
-    The network uses the path of diffusers for embeddings of classes (``class_embed_type: identity``). The first level
+    The U-Net gets the mapped EEG vector as its class embedding (``class_embed_type: identity``). The first level
     has two residual blocks; the other levels have two residual blocks with attention.
 
     Parameters

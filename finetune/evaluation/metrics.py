@@ -240,7 +240,7 @@ def n_way_top_k(
     rng = np.random.default_rng(seed)
     rows = np.arange(trials)
     own = p[rows, labels_N][:, None]
-    # A class with the same probability as the true class ranks first, so a constant classifier has an accuracy of zero.
+    # A class as likely as the true class ranks before the true class, so a constant classifier has an accuracy of zero.
     beats = (p >= own).astype(np.int64)
     hits = np.empty(repeats)
     for draw in range(repeats):

@@ -42,7 +42,7 @@ def compute_time_courses(eeg_BCT: Tensor, spec: PreprocessSpec, *, channels: int
     spec : PreprocessSpec
         Preprocessing of the EEG, which defines the scale.
     channels : int
-        Number of channels to use. Only the first `channels` rows are used.
+        Number of channels to use. Only the first `channels` rows of each trial are used.
     bins : int
         Number of time bins.
 

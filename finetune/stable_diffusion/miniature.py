@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 16
-"""Largest number of tokens of a caption. With CLIP's limit of 77, cross-attentions would read five times as many."""
+"""Largest number of tokens of a caption. With CLIP's limit of 77 tokens, cross-attentions would cost five times as
+much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +47,9 @@ class MiniatureConfig:
     RENAMED: ClassVar[dict[str, str]] = {"batch": "batch_size"}
 
     dataset: str
-    """Path of the EEG-image dataset. Only the images and captions of its train split are used."""
+    """Path of the EEG-image dataset, of which only the images and captions of the train split are used."""
     output: str
-    """Output directory. The models are written to its subdirectories clip/ and stable-diffusion/."""
+    """Output directory, with the models in the subdirectories clip/ and stable-diffusion/."""
     size: int = 32
     """Width and height of the images in pixels; a multiple of 8."""
     seed: int = 0

@@ -64,7 +64,7 @@ def make_accelerator(*, num_processes: int, device: str = "auto", precision: str
     check_num_processes(num_processes, "accelerate launch --multi_gpu --num_processes {} -m ...")
     _, launched = launched_world()
     # Several processes need the name of the communication backend, because otherwise CPU processes would not join one
-    # process group. With only one process, Accelerate would reject the name.
+    # process group. With only one process, Accelerate would reject the name of a backend.
     handlers: list[Any] = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl")] if launched > 1 else []
     accelerator = Accelerator(
         cpu=cpu, mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=handlers

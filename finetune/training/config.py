@@ -54,7 +54,7 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of AdamW's two moments."""
     grad_clip: float = 1.0
-    """Largest norm of the gradient. A larger gradient is scaled down to this norm. 0: no limit of the norm."""
+    """Largest norm of the gradient, to which gradients with a larger norm are scaled down. 0: no limit of the norm."""
     ema: float = 0.0
     """Decay of the exponential moving average (EMA) of the weights, which is smaller in the first steps. The averaged
     weights are evaluated and saved. 0 switches the average off."""

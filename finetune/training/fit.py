@@ -272,7 +272,7 @@ class _Loop:
 
     def check_stop(self) -> bool:
         """Return True if a stop was requested on any process. Every process must call this method."""
-        # The same all-reduce also sums the progress of checkpoints that are being written in the background.
+        # One all-reduce sums the requests to stop, and the progress of checkpoints that are written in the background.
         stop, written, failed = self.world.all_reduce_sum(float(self.stop.requested), *self.writer.progress())
         self.writer.settle(written, failed)
         self.stopping = self.stopping or stop > 0

@@ -18,7 +18,7 @@ class StepRandom:
     seed, step : int
         Seed of the run, and number of the step.
     rank, world_size : int
-        Number of this process, and total number of processes. The process takes every world_size-th sample of the
+        Number of this process, and total number of processes. Each process gets every `world_size`-th sample of the
         global batch.
     """
 

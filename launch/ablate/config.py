@@ -30,8 +30,8 @@ class AblationConfig:
     {align: ..., finetune: ...}. The last command must train a model that generates images. After align, the next
     command gets the aligned encoder."""
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Variants: for each name the keys that differ, such as {no_mkrb: {evrnet.mkrb: false}}. With several commands, a
-    key begins with the command (finetune.tune). A key of the generation begins with generate
+    """Variants: for each variant's name, the keys that differ, as in {no_mkrb: {evrnet.mkrb: false}}. With several
+    commands, a key begins with the command (finetune.tune). A key of the generation begins with generate
     (generate.guidance_scale). In a value, {base} stands for the folder of the base variant, such as
     {base}/ddpm/model/evrnet."""
     base: str = "base"
@@ -52,7 +52,8 @@ class AblationConfig:
     resamples: int = 2000
     """Number of bootstrap resamples for the intervals, and of permutations for the p-values."""
     seed: int = 0
-    """Seed for the noise of the images, the classifier and the resamples. The configs of `stages` have other seeds."""
+    """Seed for the noise of the images, the classifier and the resamples. Training uses the seeds in the configs of
+    `stages`."""
 
     def __post_init__(self) -> None:
         if not self.stages:

@@ -25,7 +25,7 @@ RESPONSE_GAIN = 2.6
 PERSON_DELAY_S = 0.020
 """Standard deviation over people of the delay of all components, in seconds."""
 TRIAL_DELAY_S = 0.025
-"""Standard deviation over trials of the delay of all components, in seconds. Components thus have no fixed time."""
+"""Standard deviation over trials, in seconds, of a delay of all components, so that no component has a fixed time."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def sample_images(
     kept_B = torch.full((len(seeds),), keep, dtype=torch.bool, device=device)
     return sample(
         lambda x, time, condition: unet(x, time, *condition),
-        # With "trailing", sampling starts at the last, noisiest step of the training, because x starts as pure noise.
+        # With "trailing", sampling starts at the noisiest step of the training, which fits the pure noise at the start.
         make_scheduler(sampling.sampler, noising_config, timestep_spacing="trailing"),
         draw_noise((unet.config.in_channels, size, size), generators, device).to(e_BD.dtype),
         (e_BD, kept_B) if guidance_scale != 1 or not keep else (e_BD, None),
