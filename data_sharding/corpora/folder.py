@@ -179,7 +179,7 @@ def add_marks(item: Item, table: AnyPath | None) -> Item:
     Returns
     -------
     Item
-        The recording. A table that cannot be read gives a note.
+        The recording. If the table cannot be read, a note for the ledger is added.
     """
     if table is None or item.recording.problem:
         return item

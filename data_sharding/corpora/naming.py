@@ -26,7 +26,7 @@ class Scheme:
     """Regular expression that matches only the name of the subject. The text around the name is checked with
     look-arounds."""
     note: str = ""
-    """Hint for users of this scheme."""
+    """Hint for users whose paths follow this scheme."""
 
     @property
     def pattern(self) -> str:

@@ -292,7 +292,7 @@ def describe(path: AnyPath, format_: str, info: Any) -> About:
     format_ : str
         Format of the recording.
     info : mne.Info or None
-        MNE's info of the file; None if another library reads the format.
+        MNE's info of the file; None if a library other than MNE reads the format.
 
     Returns
     -------

@@ -33,18 +33,19 @@ RAIL_SHARE = 0.1
 """A cell is at the rail if more than this share of its samples, and at least 3, equal the channel's largest or smallest
 value."""
 SHORTEST = {"missing values": 1, "flat": 2, "clipped": 2, "too small": 3, "too large": 1, "muscle": 1, "mains noise": 1}
-"""Smallest number of cells in a span, for each kind of fault. (One cell with a small signal can be normal EEG.)"""
+"""Smallest number of cells (tenths of a second) in a span, for each kind of fault. (One cell with a small signal can be
+normal EEG.)"""
 NO_SIGNAL = frozenset({"missing values", "flat", "clipped", "too small", "too large"})
 """Kinds of fault with which a channel has no signal."""
 JOINED = 3
-"""Two spans without a signal are merged if fewer than this many cells are between them."""
+"""Two spans without a signal are merged if fewer than this many cells (tenths of a second) are between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualitySpec:
     """Settings that decide which parts of a signal are bad.
 
-    Values in microvolts apply to the raw signal, before filters.
+    Values in microvolts apply to the raw signal, before filters; `large_uv` applies to the filtered signal too.
     """
 
     check: bool = True
@@ -138,7 +139,7 @@ def _basis(length: int, sfreq: float) -> tuple[np.ndarray, dict[int, slice], int
 
 
 class Cells:
-    """Measures cells while a signal is read, and merges the cells into spans after the whole signal is read.
+    """Measures cells (tenths of a second) while a signal is read, and merges them into spans when it is complete.
 
     Parameters
     ----------
@@ -227,7 +228,7 @@ class Cells:
         self._recent = self._recent[:, :0]
 
     def _measure(self, x: np.ndarray) -> None:
-        """Set the flags of cells, [n, k, L]."""
+        """Set the flags of the cells `x`, [n, k, L], of all channels."""
         flags = np.zeros(x.shape[:2], np.uint16)
         # Process a few rows at a time, so that the rows stay in the CPU's cache.
         portion = max(1, 2**16 // (x.shape[1] * x.shape[2]))

@@ -86,7 +86,7 @@ def blocks_of(segments: Sequence[Segment], n_channels: int, block_bytes: int | N
 
 
 class Scratch:
-    """Temporary file of samples. A temporary file has no name, so the system deletes it even if the process crashes.
+    """Temporary file of samples without a file name, so that the system deletes it even if the process crashes.
 
     Parameters
     ----------
@@ -95,9 +95,9 @@ class Scratch:
 
     Notes
     -----
-    The file lies in the folder that the environment variable DREAMSCALE_SCRATCH names, or else in the system's
-    temporary folder. The temporary file is not memory-mapped, because mapped pages would be counted as memory of the
-    process.
+    The temporary file lies in the folder that the environment variable DREAMSCALE_SCRATCH names, or else in the
+    system's temporary folder. The temporary file is not memory-mapped, because mapped pages would be counted as memory
+    of the process.
     """
 
     def __init__(self, n_channels: int) -> None:

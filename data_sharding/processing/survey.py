@@ -152,7 +152,7 @@ def _measuring_filter(rate: float, high: float) -> np.ndarray:
 
 
 def stretches_of(segments: Sequence[Segment], sfreq: float) -> list[tuple[int, int]]:
-    """Choose the stretches in which amplitudes and spectra are measured.
+    """Choose the stretches (intervals of about four seconds) in which amplitudes and spectra are measured.
 
     Parameters
     ----------
@@ -337,7 +337,8 @@ class Survey:
                 self._levels[i].update(np.unique(x[i, 1:][changed])[: TRIGGER_LEVELS + 1].tolist())
 
     def _measure_stretch(self, x: np.ndarray) -> None:
-        """Measure amplitude, spectrum and correlations of a stretch."""
+        """Measure amplitude, spectrum and correlations of the channels in a stretch (an interval of about four
+        seconds)."""
         x -= x.mean(axis=1, keepdims=True)
         y, _ = filter_to_band(x, self._rate)
         self._amplitudes.append(np.abs(y).astype(np.float32))
@@ -402,7 +403,7 @@ class Survey:
         Returns
         -------
         Verdict
-            Result of the survey; its `unit` is "unknown" if EEG cannot have such amplitudes.
+            Result of the survey; its `unit` is "unknown" if EEG cannot have the measured amplitude.
         """
         times, n = factor or 1.0, len(self._steps)
         cells = self.cells
@@ -585,7 +586,7 @@ def assess(x_uv: np.ndarray, sfreq: float, *, factor: float | None = None) -> Ve
     Returns
     -------
     Verdict
-        Result of the survey; its `unit` is "unknown" if EEG cannot have such amplitudes.
+        Result of the survey; its `unit` is "unknown" if EEG cannot have the measured amplitude.
     """
     survey = Survey(len(x_uv), sfreq, [Segment(start=0, stop=x_uv.shape[-1], onset=0.0)])
     survey.push(0, np.asarray(x_uv, np.float64))

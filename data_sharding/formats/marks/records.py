@@ -93,7 +93,8 @@ def find_runs(onsets: np.ndarray, layout: Layout) -> tuple[list[tuple[int, int, 
     Raises
     ------
     ReadError
-        If the header says that there are gaps (EDF+D), but more than half of the records have no onset.
+        If the header says that there are gaps (EDF+D), but the first record, or more than half of all records, have no
+        onset.
     """
     count, length = len(onsets), layout.record_s
     known = np.isfinite(onsets)
