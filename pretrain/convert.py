@@ -235,8 +235,8 @@ def convert_weights(
         }
         with torch.device("meta"):
             decoder_weights = _take(weights, decoder_names, taken, SignalDecoder(decoder, encoder))
-        # DreamDiffusion's decoder orders the values of a token by time, then channel. Our decoder orders them by
-        # channel, then time.
+        # DreamDiffusion's decoder orders the values of a token by time, then channel, and our decoder by channel, then
+        # time.
         order = torch.arange(channels * patch).view(patch, channels).T.flatten()
         for name in ("predict.weight", "predict.bias"):
             decoder_weights[name] = decoder_weights[name][order].contiguous()

@@ -80,8 +80,8 @@ class PlanConfig:
     """Whether activations are recomputed in the backward pass. The default is the value in the model's config. The
     printed table shows the memory with and without recomputed activations."""
     channels: int | None = None
-    """Number of recorded channels of a window, for the montage tokenizer. The default is the largest number that this
-    tokenizer allows."""
+    """Number of recorded channels of a window, for the montage tokenizer. The default is the largest number that the
+    montage tokenizer allows."""
     windows: int | None = None
     """Number of training windows. By default, the windows in the config's dataset are counted; if there is no dataset,
     the default is 120,000."""
@@ -204,7 +204,7 @@ def resolve(config: PlanConfig) -> Request:
     if windows is None and run is not None:
         datasets = [as_path(path) for path in run.datasets or [run.dataset]]
         # Count the windows only if all datasets are on this machine. A dataset may exist only on another machine, or
-        # not yet.
+        # not exist yet.
         if all((path / MANIFEST).is_file() for path in datasets):
             windows = sum(read_manifest(path).samples("train") for path in datasets)
             windows_from = ", ".join(map(str, datasets))

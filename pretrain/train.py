@@ -47,7 +47,7 @@ FREE = (
     "allowed_licenses",
     "model.compute",
 )
-"""Config keys that may change when a run is resumed. Most of these keys do not influence the trained weights. guards
+"""Config keys that may change when a run is resumed. Most keys in `FREE` do not influence the trained weights. guards
 and max_skipped can influence the weights, but a failed run may need other values of these keys to continue.
 micro_batch_size may change because each window's loss is a mean over its own tokens, and all windows of a batch have
 the same weight. dataset and datasets may change because a dataset may be moved; the loader raises an error if the
@@ -147,7 +147,7 @@ def pretrain(config: PretrainConfig) -> int:
     RequestError
         If the run cannot be started with this config.
     StopRequested
-        If a stop was requested. A checkpoint has been written before this exception is raised.
+        If a stop was requested; a checkpoint has been written before.
     """
     train, held_out = check_request(config)
     from pretrain.runs.distributed import choose_device, import_deepspeed, launched_world, process_group

@@ -185,8 +185,8 @@ class EEGEncoder(nn.Module):
             Windows in microvolts, padded or not; float32 or float64.
         channels : int, or sequence or Tensor of int, [B], optional
             Number of recorded channels of each window. The montage tokenizer computes the scale of a window over the
-            recorded channels only. By default, it uses as many channels as the encoder has stored positions, or all
-            rows if it has none. The temporal tokenizer always computes the scale over the whole padded window.
+            recorded channels only. By default, this is the number of electrode positions stored in the encoder, or all
+            rows if none are stored. The temporal tokenizer always computes the scale over the whole padded window.
 
         Returns
         -------
@@ -270,8 +270,8 @@ class EEGEncoder(nn.Module):
             A recording, or ``(x, ch_names, sfreq, unit)`` where x is an array [C, samples] and unit is one of
             "V", "mV", "uV", "nV".
         line_freq : float, optional
-            Mains frequency in Hz, from 40 to 70. If the preprocessing includes a notch filter, the filter removes this
-            frequency. By default the mains frequency is detected in the recording.
+            Mains frequency in Hz, from 40 to 70. If the preprocessing includes a notch filter, the filter removes the
+            mains frequency. By default the mains frequency is detected in the recording.
         unit_factor : float, optional
             Factor that converts the recording's values to volts, if the recording states a wrong unit.
         batch_size : int

@@ -113,7 +113,7 @@ def write_package(
     card : str or None
         Text of the model card; a short text if None.
     program : bool
-        Whether to write `encoder.pt2` too.
+        Whether to write `encoder.pt2` too, a program that needs only PyTorch to run.
     extra : dict
         Information about the encoder's origin, to store in `config.json`.
 

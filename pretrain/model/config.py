@@ -41,7 +41,7 @@ class EncoderConfig:
     fine-tunes the encoder without a class token."""
     learned_positions: bool = False
     """Temporal tokenizer only: train the position embeddings, which are initialised with sines and cosines.
-    DreamDiffusion's code trains these embeddings in fine-tuning, but not in pretraining."""
+    DreamDiffusion's code trains the position embeddings in fine-tuning, but not in pretraining."""
 
     def __post_init__(self) -> None:
         for name in ("channels", "samples", "patch", "dim", "depth", "heads"):
@@ -147,9 +147,9 @@ class MaskedAutoencoderConfig:
     """Number of neighbouring tokens that are hidden together; 1 in DreamDiffusion's paper. Hiding single tokens can be
     too easy a task: neighbouring tokens are so similar that a model can fill a single gap by interpolation."""
     mask_each_channel: bool = False
-    """Montage tokenizer only: draw a separate mask for each channel. If false, the same times are hidden in all
-    channels, as in DreamDiffusion. With separate masks, a model can copy the signal from a neighbouring electrode,
-    because neighbouring electrodes record nearly the same signal."""
+    """Montage tokenizer only: draw a separate mask for each channel. Without separate masks, the same times are hidden
+    in all channels, as in DreamDiffusion. With separate masks, a model can copy the signal from a neighbouring
+    electrode, because neighbouring electrodes record nearly the same signal."""
     normalize_targets: bool = False
     """Standardise each target token with the mean and the standard deviation of this token."""
     channel_dropout: float = 0.0

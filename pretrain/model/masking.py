@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# This number is mixed into the hash, so that channel dropout and masks use different random numbers.
+# A number that is mixed into the hash, so that channel dropout and masks use different random numbers.
 _DROPOUT = np.uint64(0xD20C4A11E15)
 
 

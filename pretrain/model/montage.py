@@ -97,7 +97,7 @@ class ElectrodePlace(nn.Module):
     """Embedding of the position of an electrode.
 
     The position is encoded by sines and cosines of several wavelengths along x, y and z (Fourier features [1]_). A
-    linear layer maps these values to the embedding. All electrodes with an unknown position share one learned
+    linear layer maps the sines and cosines to the embedding. All electrodes with an unknown position share one learned
     embedding.
 
     Parameters
@@ -208,7 +208,7 @@ class MontageEncoder(nn.Module):
         return self.norm(self.blocks(x_BMD, real_BM))
 
     def over_time(self, x_BCT: Tensor, positions_BC3: Tensor | None = None, count_B: Tensor | None = None) -> Tensor:
-        """Encode windows and average the tokens over the channels. The number of tokens is the same for every montage.
+        """Encode windows and average the tokens over the channels, so that every montage gives equally many tokens.
 
         Parameters
         ----------
@@ -254,8 +254,8 @@ class MontageEncoder(nn.Module):
     def channels_for_scale(self, channels: Any, positions_C3: Tensor | None = None) -> Any:
         """Return the number of recorded channels of each window, over which the scale of the window is computed.
 
-        The scale does not include the copies of channels in a padded window. Otherwise, channels with more copies would
-        have a larger weight, and the scale would depend on the order of the channels.
+        The scale does not include the copies of channels in a padded window: channels with more copies would have a
+        larger weight, and the scale would depend on the order of the channels.
         """
         return len(positions_C3) if channels is None and positions_C3 is not None else channels
 
@@ -307,8 +307,7 @@ class MontageDecoder(nn.Module):
         x_BKD = self.embed(x_BKD)
         B, _, D = x_BKD.shape
         N, C = self.positions_ND.shape[0], positions_BC3.shape[1]
-        # Padding has the index M, so `scatter` writes it into an extra token at the end. The extra token is then
-        # removed.
+        # Padding has the index M, so `scatter` writes it into an extra token at the end, which is then removed.
         x_BMD = (
             self.mask_token.to(x_BKD.dtype)
             .expand(B, C * N + 1, D)
@@ -342,7 +341,7 @@ def real_tokens(count_B: Tensor | None, channels: int, tokens: int) -> Tensor | 
 
 
 def with_class_token(real_BM: Tensor | None) -> Tensor | None:
-    """Insert True for the class token in front of the result of `real_tokens`. None is returned unchanged."""
+    """Insert True for the class token in front of the result of `real_tokens`; a result of None stays None."""
     return None if real_BM is None else torch.cat([torch.ones_like(real_BM[:, :1]), real_BM], dim=1)
 
 

@@ -26,7 +26,7 @@ WEIGHTS = "model.safetensors"
 
 MAX_TABLE = 2**26
 """Largest number of values in the tables that a network computes, such as position embeddings, and does not store."""
-# A network may have 64 tensors and 2**22 values more than its weights file. If it has, the later check of names can say
+# A network may have 64 tensors and 2**22 values more than its weights file, so that the later check of names can say
 # which weights are missing.
 _MORE_TENSORS, _MORE_VALUES = 64, 2**22
 

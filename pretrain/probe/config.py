@@ -46,7 +46,7 @@ class ProbeConfig:
     random_seeds: int = 5
     """Number of encoders with random weights; the result is their mean accuracy."""
     shuffles: int = 10
-    """Number of times that the labels are shuffled for the control with shuffled labels. 0: no such control."""
+    """Number of times that the labels are shuffled for the control with shuffled labels; 0 leaves out this control."""
     seed: int = 0
     """Seed of the random numbers for random weights, EEGNet, shuffled labels, bootstrap and permutation tests."""
     resamples: int = 10_000

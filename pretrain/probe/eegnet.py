@@ -154,8 +154,7 @@ def train_eegnet(
     EEGNet
         The trained network, in evaluation mode, on the device.
     int
-        Number of the epoch with the lowest validation loss, counted from 1. The network has the weights after this
-        epoch.
+        Number of the epoch with the lowest validation loss, counted from 1, from which the network's weights are.
     """
     x, y = torch.from_numpy(x_nCT).float(), torch.from_numpy(labels_n).long()
     val_x, val_y = torch.from_numpy(val_x_nCT).float(), torch.from_numpy(val_labels_n).long()

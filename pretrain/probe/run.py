@@ -130,7 +130,7 @@ def _load_encoders(config: ProbeConfig, train_set: EEGDataset, device: torch.dev
 
 
 def _check_trials(config: ProbeConfig, trials: Trials) -> None:
-    """Raise an error if the results of the requested methods would have no meaning for these trials."""
+    """Raise an error if the results of the requested methods would have no meaning for the dataset's trials."""
     if config.standardize == "subject" and all(
         len(np.unique(trials.labels_n[trials.subjects_n == subject])) == 1 for subject in np.unique(trials.subjects_n)
     ):

@@ -43,7 +43,7 @@ def accuracy_interval(hits_n: np.ndarray, images_n: np.ndarray) -> tuple[float, 
         clustered = ((sums - share * counts) ** 2).sum() / n**2 * images / (images - 1)
         effect = max(1.0, clustered / (share * (1 - share) / n))
     # Wilson's formula is written out here, because SciPy's binomtest(...).proportion_ci takes only whole numbers of
-    # trials. A test compares the results with SciPy's results for whole numbers.
+    # trials. A unit test compares the results with SciPy's results for whole numbers.
     effective, z = n / effect, 1.959964
     centre = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = z * np.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2)) / (1 + z**2 / effective)
@@ -111,7 +111,7 @@ def crossed_interval(
         weight_n = np.ones(len(values_n))
         for number, size in zip(drawn_n, sizes, strict=True):
             weight_n *= np.bincount(rng.integers(size, size=size), minlength=size)[number]
-        if total := weight_n.sum():  # With few subjects and images, a draw can hold no trial.
+        if total := weight_n.sum():  # With few subjects and images, the weights of all trials can be 0.
             means.append(float((values_n * weight_n).sum() / total))
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

@@ -191,9 +191,9 @@ def newest_checkpoint(checkpoints: Path, left_out: Sequence[dict[str, Any]] = ()
         The folder ``checkpoints`` of a run directory.
     left_out : sequence of dict
         Ranges of batches on which the run must not train any more. In each entry, ``batches`` holds the number of the
-        first batch and the number of the first batch after the range. A checkpoint that was trained on some of these
-        batches is deleted, and an older checkpoint is used. If every checkpoint was trained on some of these batches,
-        the newest checkpoint is used.
+        first batch and the number of the first batch after the range. A checkpoint that was trained on left-out batches
+        is deleted, and an older checkpoint is used. If every checkpoint was trained on left-out batches, the newest
+        checkpoint is used.
 
     Returns
     -------
@@ -264,7 +264,7 @@ def commit_checkpoint(
     keep : int
         Number of newest checkpoints to keep.
     milestones : int, optional
-        Checkpoints whose step is a multiple of this number are kept as well.
+        Checkpoints whose step is a multiple of `milestones` are kept as well.
     """
     partial, final = partial_folder(checkpoints, step), step_folder(checkpoints, step)
     write_json(partial / MANIFEST, {**manifest, "format": FORMAT, "step": step, "files": dict(files)})

@@ -36,7 +36,7 @@ class CheckpointWriter:
     keep : int
         Number of newest checkpoints to keep.
     milestones : int, optional
-        Checkpoints whose step is a multiple of this number are kept as well.
+        Checkpoints whose step is a multiple of `milestones` are kept as well.
 
     Attributes
     ----------

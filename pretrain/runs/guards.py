@@ -33,8 +33,8 @@ class GuardConfig:
     leave_out: int = 8
     """Number of batches left out: the batch of the spike and the batches just before it."""
     max_rewinds: int = 5
-    """Largest number of spikes in a run. If there are more spikes, the run fails, because so many spikes come from a
-    learning rate that is too high, not from the data."""
+    """Largest number of spikes in a run. If a run has more spikes than max_rewinds, it fails, because so many spikes
+    come from a learning rate that is too high, not from the data."""
 
     def __post_init__(self) -> None:
         check_at_least(self, 0, "spike_sigma", "max_rewinds", prefix="guards.")

@@ -12,8 +12,8 @@ from types import FrameType
 from typing import Any
 
 STOP_FILE = "DREAMSCALE_STOP_FILE"
-"""Name of an environment variable that holds the path of a stop file. The training stops when this file appears. A
-launcher sets this variable if its signals do not reach the training processes."""
+"""Name of an environment variable that holds the path of a stop file. The training stops when the stop file appears. A
+launcher sets this variable if the launcher's signals do not reach the training processes."""
 
 # If a signal arrives twice within this number of seconds, the two signals count as one request.
 _SAME_REQUEST_S = 3.0
@@ -22,10 +22,11 @@ _SAME_REQUEST_S = 3.0
 class StopSignal:
     """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the training loop reads.
 
-    A SIGINT that arrives more than three seconds after the first signal interrupts the process at once. An earlier
-    second SIGINT is ignored, because one request can arrive twice: the terminal or batch system signals every process,
-    and torchrun also passes its signal on to its workers. If the environment variable `STOP_FILE` is set, the flag is
-    also set when the stop file appears. The class checks at most once a second whether the stop file exists.
+    A SIGINT that arrives more than three seconds after the first signal interrupts the process at once. A second
+    SIGINT within three seconds is ignored, because one request can arrive twice: the terminal or batch system
+    signals every process, and torchrun also passes its signal on to its workers. If the environment variable
+    `STOP_FILE` is set, the flag is also set when the stop file appears. The class checks at most once a second whether
+    the stop file exists.
     """
 
     def __init__(self) -> None:

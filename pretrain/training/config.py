@@ -116,8 +116,8 @@ class PretrainConfig:
     """Pretrain a masked-signal autoencoder on a sharded dataset with DeepSpeed ZeRO."""
 
     dataset: str = ""
-    """Directory written by 'dreamscale shard', on a disk or an object store (s3://bucket/lab). The length of its
-    windows must be model.encoder.samples."""
+    """Directory written by 'dreamscale shard', on a disk or an object store (s3://bucket/lab). The length of the
+    dataset's windows must be model.encoder.samples."""
     datasets: dict[str, float] = dataclasses.field(default_factory=dict)
     """Use this key in place of 'dataset' to train on several datasets. Each entry has the directory of a dataset and
     its fraction of the training samples. All datasets must have the same preprocessing."""
@@ -161,7 +161,7 @@ class PretrainConfig:
     """Which state is kept in the CPU's memory instead of the GPU's memory. optimizer: the optimiser state (needs
     zero_stage 1 to 3); all: also the weights (needs zero_stage 3)."""
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Further keys for DeepSpeed's config. These keys override the values that Dreamscale would set."""
+    """Further keys for DeepSpeed's config, which override the values that Dreamscale would set."""
     num_workers: int = 2
     """Number of processes that read data for each training process. 0: the training process itself reads the data."""
     log_every: int = 10
@@ -181,8 +181,8 @@ class PretrainConfig:
     """How many times 'dreamscale pretrain' restarts its processes after one of them was killed. Each restart resumes
     from the newest checkpoint. If you start the run with torchrun, use torchrun's flag --max-restarts instead."""
     peak_tflops: float | None = None
-    """Peak speed of the device in TFLOP/s, used to compute the metric mfu (model-FLOPs utilisation). By default,
-    Dreamscale uses a table of common GPUs."""
+    """Peak speed of the device in TFLOP/s, used to compute the metric mfu (model-FLOPs utilisation). By default, the
+    peak speed is taken from a table of common GPUs."""
     tracker: TrackerConfig = dataclasses.field(default_factory=TrackerConfig)
     """Where metrics are sent, in addition to metrics.jsonl."""
 

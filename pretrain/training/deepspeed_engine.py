@@ -220,8 +220,8 @@ def fill_optimizer_state(engine: Any) -> None:
             counter = torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")
             inner.state[flat] = {"step": counter} | {name: torch.zeros_like(flat) for name in MOMENTS}
     if engine.zero_optimization_stage() in (1, 2):
-        # Tell DeepSpeed where the moments of each parameter are. Otherwise, DeepSpeed would learn this only in its
-        # first step.
+        # Tell DeepSpeed where the moments of each parameter are, because DeepSpeed itself would look for them only in
+        # its first step.
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 

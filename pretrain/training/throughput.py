@@ -36,9 +36,9 @@ class Throughput:
         self._model, self._batch_size, self._world = config.model, config.batch_size, world
         self._peak = peak_flops(world.device, config.precision, config.peak_tflops)
         if self._peak is not None:
-            # The first call of `batch_flops` takes seconds, because it counts the model's operations. Call it here, so
-            # that these seconds are not measured as training time. The window of one channel makes `batch_flops` also
-            # prepare the numbers for windows of any other number of channels.
+            # The first call of `batch_flops` takes seconds, because it counts the model's operations. Call
+            # `batch_flops` here, so that its first call is not measured as training time. The window of one channel
+            # makes `batch_flops` also prepare the numbers for windows of any other number of channels.
             batch_flops(self._model, [1, self._model.encoder.channels])
         self.reset()
 
@@ -50,7 +50,7 @@ class Throughput:
         steps : int
             Number of steps since the last line of metrics, if a run is resumed between two lines.
         losses : sequence of float or None
-            Losses of these `steps` steps; None for a loss that was not finite.
+            Losses of the steps since the last line of metrics; None for a loss that was not finite.
         """
         self.steps, self.losses = steps, list(losses)
         # Rates such as `samples_per_s` are computed only from the steps that this process took after its start, so an

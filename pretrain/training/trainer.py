@@ -132,7 +132,7 @@ class Trainer:
         self.spikes = SpikeDetector(self.config.guards, saved["recent_losses"])
         self.evaluation_due = not rewind and saved.get("evaluation_due", False)
         self.throughput.reset(saved["interval"]["steps"], saved["interval"]["losses"])
-        # The run evaluates once more after its last checkpoint, and a resumed run repeats this evaluation. Delete the
+        # The run evaluates once more after its last checkpoint. A resumed run repeats this evaluation, so delete the
         # line of the old evaluation.
         evaluated = not self.evaluation_due and self.global_step < self.total_steps
         self.run.rewind_metrics(self.global_step, evaluated=evaluated)
@@ -147,7 +147,7 @@ class Trainer:
             return None, str(error)
 
     def save(self) -> None:
-        """Write a checkpoint of this step if there is none; asynchronous checkpoints are written in the background."""
+        """Write a checkpoint of the current step, unless it exists; in the background if `asynchronous` is set."""
         self.writer.wait()
         folder = step_folder(self.run.checkpoints, self.global_step)
         # Only rank 0 checks the files, because other machines may see new files on a network disk late.
@@ -174,7 +174,7 @@ class Trainer:
             self.writer.wait()
 
     def save_last(self) -> None:
-        """Write a checkpoint of this step and wait until it is complete.
+        """Write a checkpoint of the current step and wait until it is complete.
 
         Raises
         ------
@@ -254,8 +254,8 @@ class Trainer:
         Returns
         -------
         dict
-            The metrics of the evaluation, or an empty dictionary if a stop was requested during the evaluation. In that
-            case, the resumed run repeats the evaluation.
+            The metrics of the evaluation. The dictionary is empty if a stop was requested during the evaluation, which
+            the resumed run then repeats.
         """
         result = evaluate(
             self.engine,
@@ -336,8 +336,8 @@ class Trainer:
             engine.backward(loss)
             losses.append(loss.detach())
             if start + config.micro < len(batch.numbers):
-                # DeepSpeed counts micro batches by calls of `engine.step`. After all but the last micro batch, the call
-                # only counts. After the last micro batch, `take_step` makes the call that updates the weights.
+                # DeepSpeed counts micro batches by calls of `engine.step`. After all but the last micro batch,
+                # `engine.step` only counts. After the last one, `take_step` calls it to update the weights.
                 engine.step()
         return float(torch.stack(losses).mean())
 

@@ -25,7 +25,7 @@ NICE = ConvolutionConfig(n_classes=200, n_channels=63, n_times=250, sfreq=250.0,
 def test_tsconv_has_the_published_size() -> None:
     """Compare TSConv with its released code: kernels (1, 25), (63, 1), (1, 1); mean over (1, 51) in steps of 5."""
     net = TSConv(NICE).eval()
-    assert net.dim == 1440  # embedding_dim of the released projector
+    assert net.dim == 1440  # `embedding_dim` in the released code of NICE
     convolutions = (25 * 40 + 40) + (63 * 40 * 40 + 40) + (40 * 40 + 40)
     norms = 2 * (40 + 40)
     assert sum(p.numel() for p in net.net.parameters()) == convolutions + norms == 103_680
@@ -81,7 +81,7 @@ def test_eegnet_is_the_network_of_the_probe_with_its_limits() -> None:
     assert e.shape == (3, net.dim) == (3, 64) and torch.equal(logits, net.net(x[:, 0]))
     with torch.no_grad():
         net.net.head.weight.mul_(100)
-    EVRNetTask(net, 0.0).train()(x[:, 0], torch.ones(3, 200) / 200)  # a training step first limits the norms
+    EVRNetTask(net, 0.0).train()(x[:, 0], torch.ones(3, 200) / 200)  # A training step limits the norms of weights.
     assert net.net.head.weight.norm(dim=1).max() <= 0.25 + 1e-6
 
 

@@ -60,8 +60,8 @@ def test_both_skips_of_a_multi_kernel_block_start_at_its_input() -> None:
         convolved = (part[0].weight.reshape(5, -1) @ columns).reshape(v.shape)
         outputs.append(torch.relu(torch.relu(_norm(convolved, part[1])) + v))
     torch.testing.assert_close(block(v), outputs[1], atol=1e-5, rtol=1e-5)
-    # At its end, the block adds its input `v` again. Two residual blocks in sequence would add the output of the first
-    # residual block.
+    # At its end, a multi-kernel block adds its input `v` again. Two residual blocks in sequence would add the output of
+    # the first residual block.
     assert not torch.allclose(block(v), torch.relu(outputs[1] - v + outputs[0]), atol=1e-3)
 
 
@@ -200,7 +200,7 @@ def test_noise_normalisation_whitens_the_background_and_is_saved_with_the_weight
     a, b = net(x[:2, None])[0], EVRNet.from_pretrained(tmp_path)(x[:2, None])[0]
     torch.testing.assert_close(a, b, atol=0, rtol=0)
     torch.testing.assert_close(a, net(net.normalise(x[:2, None]), normalised=True)[0], atol=0, rtol=0)
-    # After an average reference, the mean over the channels has no activity. Whitening must not enlarge it too much.
+    # After an average reference, the mean over the channels is zero. Whitening must not enlarge this mean too much.
     flat = x - x.mean(dim=1, keepdim=True)
     gain = (whitening_matrix(flat, 0.05) @ torch.full((16,), 0.25)).norm()
     assert gain == pytest.approx(float((0.05 * flat.var(dim=2).mean()) ** -0.5), rel=0.02)

@@ -70,7 +70,7 @@ def test_metrics_and_controls_of_a_model_that_knows_the_category(perfect: Path) 
     assert found["images_also_in_train"] == 0 and found["trials"] == 16
     assert found["generated"][f"frechet_distance[{JUDGE}]"] == pytest.approx(
         0, abs=1e-3
-    )  # both sets hold the same images, in different order
+    )  # The generated images are the real images in another order.
     assert found["generated"]["psnr"] > found["random_pairs"]["psnr"]
     assert found["real"]["psnr"].startswith("infinite")
     assert found["memorisation"]["generated"] == found["memorisation"]["real"]

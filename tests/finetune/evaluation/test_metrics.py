@@ -104,7 +104,7 @@ def test_wilson_interval_of_a_known_case() -> None:
 def test_p_value_keeps_its_level_although_trials_of_an_image_agree() -> None:
     """Check the p-value of predictions that depend on the image but not on its label.
 
-    In a test that shuffles single trials, such predictions would be significant too often.
+    In a test that shuffles single trials, predictions that depend on the image would be significant too often.
     """
     rng = np.random.default_rng(0)
     small = 0

@@ -1,4 +1,4 @@
-"""`encode` makes the same windows from a recording as sharding, bit for bit, with the same bad channels."""
+"""Tests that `encode` makes the same windows as sharding, bit for bit, and finds the same bad channels."""
 
 from __future__ import annotations
 
