@@ -337,8 +337,7 @@ class Survey:
                 self._levels[i].update(np.unique(x[i, 1:][changed])[: TRIGGER_LEVELS + 1].tolist())
 
     def _measure_stretch(self, x: np.ndarray) -> None:
-        """Measure amplitude, spectrum and correlations of the channels in a stretch (an interval of about four
-        seconds)."""
+        """Measure amplitude, spectrum and correlations of the channels in a stretch (about four seconds)."""
         x -= x.mean(axis=1, keepdims=True)
         y, _ = filter_to_band(x, self._rate)
         self._amplitudes.append(np.abs(y).astype(np.float32))
