@@ -6,7 +6,6 @@ The file is made from the project's own source text, so it cannot differ from th
 from __future__ import annotations
 
 import ast
-import builtins
 import importlib
 import inspect
 from collections.abc import Collection, Iterable
@@ -86,9 +85,7 @@ class _Collector:
                 self._add_import(name, source, original)
             return
         if name not in module.statements:
-            if not hasattr(builtins, name) and name not in ("__name__", "__file__"):
-                # The name is an argument or a local variable of a function.
-                return
+            # The name is built in, or it is an argument or a local variable of a function.
             return
         if name in self.origin:
             if self.origin[name] != module_name:

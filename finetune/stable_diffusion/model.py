@@ -373,7 +373,7 @@ class StableDiffusionGenerator:
         null condition, because training starts from the embedding of an empty prompt.
         """
         config = self.pipeline.scheduler.config
-        # DPM-Solver++ needs only a tenth of the steps of DDIM, but DPM-Solver++ diverges with a cosine noise schedule.
+        # DPM-Solver++ needs fewer steps than DDIM for equal quality, but it diverges with a cosine noise schedule.
         default: SamplerName = "ddim" if config.beta_schedule == "squaredcos_cap_v2" else "dpmsolver++"
         try:
             return choose_sampling(
