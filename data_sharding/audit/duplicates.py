@@ -122,8 +122,8 @@ def signature(points: np.ndarray) -> list[int]:
     Returns
     -------
     list of int
-        At most `SKETCH` hashes (positive, below 2**63), sorted. If the mixing code can be computed, it is added as the
-        first number of the list; it is negative. The list is empty if the fingerprint has too few points.
+        At most `SKETCH` hashes (positive, below 2**63), sorted. If the mixing code can be computed, it becomes the
+        first number of the list, as a negative number. The list is empty if the fingerprint has too few points.
 
     Notes
     -----
@@ -165,7 +165,7 @@ def _span(rows: np.ndarray) -> np.ndarray:
 
 
 def _mixing_code(rows: np.ndarray) -> list[int]:
-    """Return a list with the mixing code of the channels, shape (n, P); the list is empty if it cannot be computed."""
+    """Return a list with the mixing code of channels, shape (n, P); the list is empty if there is no mixing code."""
     if len(rows) < 2 or rows.shape[1] < BANDS[-1][1]:
         return []
     basis = _span(rows)
@@ -252,8 +252,8 @@ def compare(a: np.ndarray, b: np.ndarray, seconds_a: float, seconds_b: float) ->
         agree &= _normalize_rows(x[:, start:stop]) @ _normalize_rows(y[:, start:stop]).T > SAME
     same_length = abs(seconds_a - seconds_b) <= LENGTH_S
     later = _later_stretches(x, y, agree)
-    # A copy with a different length may have been cut, so that its excerpts contain other parts of the signal. For such
-    # a copy, one equal excerpt is enough.
+    # A copy with a different length may have been cut, and its excerpts then contain other parts of the signal. So one
+    # equal excerpt is enough for recordings of different length.
     enough = 2 * sum(later) > len(later) if same_length else any(later)
     if agree.any(axis=1).mean() < SHARE or (later and not enough):
         return "remixed" if same_length and _is_linear_combination(x, y) else None
@@ -444,8 +444,8 @@ def find_duplicates(
                     difference = f"{HOW['beginning']}, {item.seconds:.1f} of {kept.seconds:.1f} s"
                 duplicates[item.key] = Copy(kept=kept.key, difference=difference)
                 break
-    # A recording A with the same bytes as a recording B refers to B. If B was later found to be a duplicate of a
-    # recording C, then A must refer to C, too.
+    # If recording A has the same bytes as recording B, the entry of A names B as the kept recording. If B is itself a
+    # duplicate of recording C, the entry of A must name C.
     for key, duplicate in duplicates.items():
         if not duplicate.difference and duplicate.kept in kept_for:
             duplicates[key] = Copy(kept=kept_for[duplicate.kept].key)
@@ -465,11 +465,11 @@ def preference(row: LedgerRow, *, trials: bool) -> tuple:
     Returns
     -------
     tuple
-        Sort key. The key prefers, in this order, recordings with trials, recordings with a known subject, longer
+        Sort key. The sort key prefers, in this order, recordings with trials, recordings with a known subject, longer
         recordings (in whole minutes, because some formats pad the end), recordings whose file shows more interruptions,
-        and recordings with more channels. If two recordings are equal in all of this, the recording's key decides.
+        recordings with more channels, and recordings whose key is earlier in alphabetical order.
     """
-    # Windows must not cross an interruption, so prefer the file that shows more interruptions. But short segments are
-    # epochs, so do not treat their borders as interruptions.
+    # Windows must not cross an interruption, so prefer the file that shows more interruptions. If the segments of a
+    # file are short, they are epochs, and their borders are not interruptions.
     segments = row.segments if row.seconds >= SHORT_PIECE_S * row.segments else 0
     return (not trials, row.subject == row.key, -int(row.seconds // 60), -segments, -row.n_kept, row.key)

@@ -35,8 +35,8 @@ NEAR_LEVELS = 8.0
 """Two images count as similar only if the root mean square difference of their thumbnails is at most this number, on
 the scale of pixel values from 0 to 255."""
 NEAR_SHARE = 0.25
-"""Maximum difference of the thumbnails of two similar images, as a fraction of the thumbnails' contrast. Without this
-limit, all images of low contrast would count as similar."""
+"""Maximum difference of the thumbnails of two similar images, as a fraction of the thumbnails' contrast. Without a
+limit relative to the contrast, all images of low contrast would count as similar."""
 THUMB = 16
 """Width and height of a thumbnail in pixels."""
 
@@ -138,7 +138,8 @@ class Fingerprints:
     Attributes
     ----------
     recordings : list of RecordingFingerprint
-        One fingerprint for each recording. Its `points` are None; `load` reads them.
+        One fingerprint for each recording. The `points` of these fingerprints are None, because only `load` reads
+        points.
 
     Raises
     ------
@@ -265,8 +266,8 @@ def fingerprint_image(data: bytes, sha256: str = "") -> ImageFingerprint:
         return ImageFingerprint(sha256=sha256)
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), float)
     low = np.asarray(dctn(grey, norm="ortho"))[:8, :8].ravel()
-    # In an image of one colour, the coefficients are only rounding errors. Set coefficients of this size to 0, so that
-    # rounding errors do not change the hash.
+    # In an image of one colour, the coefficients are only rounding errors, which must not change the hash, so set small
+    # coefficients to 0.
     low = np.where(np.abs(low) < 1.0, 0.0, low)
     bits = low > np.median(low[1:])
     thumb = image.resize((THUMB, THUMB), Image.Resampling.BOX)

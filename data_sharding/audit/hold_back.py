@@ -1,9 +1,10 @@
 """Hold benchmarks back: keep their data out of a dataset, so that a pretrained model can be tested on them.
 
-The config names subjects, recordings, text files with such names, or whole datasets. All names are looked up in the
-corpora before any recording is read. A name that matches nothing is refused, because a typing error must not let a
-benchmark into the training data. Recordings that are held back are read and fingerprinted like all other recordings, so
-that a copy of a benchmark recording with another name or in another format is found and held back, too.
+The key `hold_back` of the config names subjects, recordings, text files with such names, or whole datasets. All names
+are looked up in the corpora before any recording is read. A name that matches nothing is refused, because a typing
+error must not let a benchmark into the training data. Recordings that are held back are read and fingerprinted like all
+other recordings, so that a copy of a benchmark recording with another name or in another format is found and held back,
+too.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Find leakage: subjects, recordings, windows and images that are in two datasets, or in two splits of a dataset.
 
-Subjects, recordings, windows and images are recognised as the same by these rules:
+Subjects, recordings, windows and images are recognised as the same by the following rules:
 
 - **Subject**: same corpus and same name. A recording with an unknown subject counts as a separate subject. Equal
   subject names in two corpora are only a question for a person, because "sub-01" is usually a different person in
   each corpus.
 - **Recording**: equal bytes (checksum over all files), the same signal (`data_sharding.audit.duplicates`), or the same
   key. Two recordings with the same key but different checksums are only a question for a person.
-- **Window**: equal values, or overlapping times within a shared recording. Times are compared as well, because
-  different preprocessing gives different values for the same second of a recording.
+- **Window**: equal values, or overlapping times within a shared recording. The times of windows are compared, too,
+  because different preprocessing gives different values for the same second of a recording.
 - **Image**: equal bytes, similar pixels (`find_similar_images` in `data_sharding.audit.fingerprints`), or the same name
   in the same corpus.
 
@@ -67,7 +67,7 @@ class Finding:
     text: str
     """One line of text that names the shared subject, recording, windows or image."""
     proof: bool = True
-    """Whether the finding is a proof of leakage. A finding that is no proof is a question for a person, for example
+    """Whether the finding is a proof of leakage. A finding that is not a proof is a question for a person, for example
     because only the names are equal, or because the config of the dataset allows that the subject or image is in
     several splits."""
 
@@ -266,7 +266,7 @@ class Contents:
 
 
 class _Sample(NamedTuple):
-    """Data of a window for the comparison. The other metadata of the window is dropped, to save memory."""
+    """Data of a window that the comparison needs; other metadata of the window is dropped, to save memory."""
 
     recording: str
     corpus: str
@@ -345,8 +345,8 @@ def _overlaps(a: np.ndarray, length_a: Any, b: np.ndarray, length_b: Any) -> np.
         return np.zeros(len(a), bool)
     order = np.argsort(b)
     ends = np.maximum.accumulate((b + length_b)[order])
-    # For each window of the first group, find the windows of the second group that start before it ends. Start times
-    # are rounded, so use a tolerance.
+    # For each window of the first group, find the windows of the second group that start before it ends. Start times of
+    # windows are rounded, so use a tolerance.
     last = np.searchsorted(b[order], a + length_a - 1e-4) - 1
     return (last >= 0) & (ends[np.maximum(last, 0)] > a + 1e-4)
 

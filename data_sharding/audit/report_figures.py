@@ -249,9 +249,9 @@ def measure_mains_peaks(frequency: np.ndarray, power: np.ndarray) -> dict[float,
     Returns
     -------
     dict
-        For 50 Hz and 60 Hz, if the spectrum contains this frequency: the power of the peak, divided by the median power
-        at a distance of 3 to 8 Hz from the peak. The larger of the medians below and above the peak is used, so that
-        there is no false peak if a notch filter or the band-pass filter removed one side.
+        For each of 50 Hz and 60 Hz that the spectrum contains, the power of the peak divided by the median power at a
+        distance of 3 to 8 Hz from the peak. The larger of the medians below and above the peak is used, so that there
+        is no false peak if a notch filter or the band-pass filter removed the frequencies on one side of the peak.
     """
     peaks = {}
     for line in (50.0, 60.0):

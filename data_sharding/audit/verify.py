@@ -40,7 +40,7 @@ class VerifyConfig:
     """Folder of a second dataset. If a second dataset is given, the command checks only that no subject, recording,
     window or image is in both datasets."""
     content: bool = True
-    """If true, decode every window and compare the splits. If false, check only bytes and counts."""
+    """If true, decode every window and compare the splits. If `content` is false, check only bytes and counts."""
     lines: int = 20
     """Maximum number of findings of each kind that are printed; 0 prints all findings."""
 
@@ -166,10 +166,7 @@ def find_faults(dataset: str | AnyPath) -> list[str]:
 
 
 def _intact_entries(index: AnyPath, shard: Shard) -> list[dict[str, Any]]:
-    """Return the entries of an index.
-
-    For a missing or damaged index, return no entries, because `shard_faults` reports the fault.
-    """
+    """Return the entries of an index; none if the index is missing or damaged, which `shard_faults` reports."""
     with contextlib.suppress(RequestError):
         return read_entries(index, shard.bytes) if index.is_file() else []
     return []
@@ -260,8 +257,8 @@ def verify(config: VerifyConfig) -> int:
     Returns
     -------
     int
-        Exit code. 0: no fault and no shared data were found. 1: a fault or shared data were found. 3: nothing was
-        found, but some subjects are unknown, so one person may be in two splits or datasets.
+        Exit code: 0 if no fault and no shared data were found, 1 if a fault or shared data were found, and 3 if nothing
+        was found but some subjects are unknown, so that one person may be in two splits or datasets.
 
     Raises
     ------

@@ -135,8 +135,8 @@ def _ignore_job_signals(parent: int, worker: int) -> None:
     a SIGTERM only if its parent sent the signal. SIGTERM must be blocked before the worker is started: otherwise a
     thread that a library starts in every new process could receive the signal.
 
-    The worker also ends when its parent process has ended. Otherwise a worker of torch would wait forever for a process
-    that reads its queue.
+    The worker also ends when its parent process has ended, because otherwise a worker of torch would wait forever for a
+    process that reads its queue.
 
     Parameters
     ----------
@@ -184,8 +184,8 @@ class Loader:
         Number of worker processes that read samples; with 0 workers, the training process reads the samples.
     order : {"global", "shards"}
         global: random order over all samples; a remote dataset must then fit into the cache. shards: the shards are in
-        random order, and the samples are in random order within each `window` of shards. With shards, the cache must
-        hold the shards of two windows.
+        random order, and the samples are in random order within each `window` of shards. With the order "shards", the
+        cache must hold two windows of shards.
     window : int
         Number of shards in one window of the order "shards".
     pin_memory : bool, optional
@@ -259,7 +259,7 @@ class Loader:
         return numbers.tolist(), epochs.tolist()
 
     def stream_places(self, step: int) -> list[int]:
-        """Compute the place of each dataset at which a step begins (see `data_sharding.dataset.order`).
+        """Compute at which place in the order of each dataset a step begins (see `data_sharding.dataset.order`).
 
         Parameters
         ----------
@@ -269,8 +269,8 @@ class Loader:
         Returns
         -------
         list of int
-            For each dataset, a place in its order. In a mixture, it is the place at the beginning of the block of
-            places in which the step begins (see `DatasetInterleaver`).
+            A place in the order of each dataset. In a mixture, the places are those at the beginning of the block in
+            which the step begins (see `DatasetInterleaver`).
         """
         place = step * self.global_batch
         return [place] if self._interleaver is None else self._interleaver.dealt_before(place)

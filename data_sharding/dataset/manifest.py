@@ -97,14 +97,14 @@ class Manifest:
 
     @property
     def withdrawn(self) -> int:
-        """Number of samples in the shards that do not belong to the dataset any more."""
+        """Number of samples that are in the shards but do not belong to the dataset any more."""
         return sum(shard.samples - shard.served for shards in self.splits.values() for shard in shards)
 
     def write(self, directory: str | AnyPath) -> None:
         """Write the manifest to the directory of a dataset. An interrupted write leaves no partial file."""
         values = {"schema": SCHEMA, **dataclasses.asdict(self)}
         for shard in (shard for shards in values["splits"].values() for shard in shards):
-            if not shard["withdrawn"]:  # Older versions of Dreamscale can read a dataset that has only one version.
+            if not shard["withdrawn"]:  # Without this key, older versions of Dreamscale can read the dataset.
                 del shard["withdrawn"]
         write_json(as_path(directory) / NAME, values)
 

@@ -138,8 +138,8 @@ class EpochOrder:
         Seed of the random order.
     order : {"global", "shards"}
         global: the samples are shuffled over the whole dataset. shards: the shards are in random order, and the samples
-        are shuffled within each `window` of consecutive shards. With shards, a cache that holds two windows of shards
-        is large enough.
+        are shuffled within each `window` of consecutive shards. With the order "shards", a cache that holds two windows
+        of shards is large enough.
     window : int
         Number of shards in one window. Only the order "shards" uses windows.
     stream : int

@@ -326,7 +326,7 @@ def locate(
     index : ndarray of `INDEX`, shape (samples,)
         Index of a whole split.
     first : ndarray of int, shape (shards + 1,)
-        Number of the first sample of each shard. The last entry is the number of samples.
+        Number of the first sample of each shard; the last entry is the number of samples.
     numbers : sequence of int
         Numbers of the samples; negative numbers count from the end.
     shift : int, optional
@@ -416,7 +416,7 @@ class ShardReader:
         """Ask the operating system to read a sample in advance, so that the samples of a batch are read in parallel."""
         if not hasattr(os, "posix_fadvise"):
             return  # macOS does not have the function posix_fadvise.
-        # Ignore an error here, because the actual reading of the sample will raise the same error.
+        # Ignore an error of the readahead, because the actual reading of the sample will raise the same error.
         with contextlib.suppress(OSError):
             length = location.meta_at + location.meta - location.start
             os.posix_fadvise(self.file(location.shard), location.start, length, os.POSIX_FADV_WILLNEED)
@@ -505,7 +505,7 @@ def pack(
     samples : sequence of (EEGDataset.reader, SampleLocation)
         Reader and location of each sample to read.
     n_times : int
-        Time points T that are read of a sample; the number must be equal in all datasets.
+        Number of time points `T` that are read of a sample; the number must be equal in all datasets.
     out : ndarray of float16, shape (rows, n_times), optional
         Memory for the signals. If `out` is too small, new memory is allocated.
 

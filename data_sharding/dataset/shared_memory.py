@@ -1,9 +1,9 @@
 """Shared memory in which workers pass the signals of their batches to the training process.
 
-This shared memory replaces torch's transfer of batches, which is slow. For each batch, torch allocates shared memory,
-sends its file descriptor through a socket and maps the memory, which takes longer than reading and decompressing the
-batch. In this module, shared memory is allocated only once, before the workers are forked. The shared memory is divided
-into slots for one batch each, and the slots are reused.
+The shared memory of this module replaces torch's transfer of batches, which is slow. For each batch, torch allocates
+shared memory, sends its file descriptor through a socket and maps the memory, which takes longer than reading and
+decompressing the batch. The shared memory of this module is allocated only once, before the workers are forked. The
+shared memory is divided into slots for one batch each, and the slots are reused.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Slots:
         Parameters
         ----------
         slot : int
-            Number of the slot: ``worker * per_worker + i`` for slot i of a worker.
+            Number of the slot: ``worker * per_worker + i`` for slot `i` of a worker.
 
         Returns
         -------

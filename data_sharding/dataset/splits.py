@@ -1,7 +1,7 @@
 """Assignment of subjects, images and concepts to the splits train, val and test.
 
-A split that is chosen by hash depends only on the config and on the name of the subject, image or concept. So the split
-does not change when new data are added.
+A split that is chosen by hash depends only on the config and on the name of the subject, image or concept, so it does
+not change when new data are added.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class SplitConfig:
         Returns
         -------
         str or None
-            train, val or test. None if the corpus defines no split, and the trial has no image or the config holds out
+            train, val or test; None if the corpus defines no split, and the trial has no image or the config holds out
             no images.
 
         Raises
@@ -122,9 +122,9 @@ class SplitConfig:
         Returns
         -------
         str or None
-            train, val or test. None if subject and image belong to different splits, such as a training subject with a
-            test image. A trial with None is left out, because it would leak its subject or its image into another
-            split.
+            train, val or test; None if subject and image belong to different splits, such as a training subject with a
+            test image. A trial with the result None is left out, because it would leak its subject or its image into
+            another split.
 
         Raises
         ------

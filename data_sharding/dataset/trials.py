@@ -72,7 +72,7 @@ class TrialTable:
     Parameters
     ----------
     table : pyarrow.Table
-        Content of the file, from `open_table`.
+        Content of the table's file, from `open_table`.
     kept : ndarray of bool, shape (stored samples,), optional
         Samples that the dataset reads; by default all.
 
@@ -130,7 +130,8 @@ class TrialTable:
     def values(self, name: str) -> list[str | None]:
         """Return the different texts of a column.
 
-        The numbers that `codes` returns are indices into the list of texts. None in the list stands for a missing text.
+        The numbers that `codes` returns are indices into the list of texts. In the returned list, None stands for a
+        missing text.
         """
         if name not in self._values:
             self._values[name] = self._table.column(name).chunk(0).dictionary.to_pylist()
@@ -220,8 +221,8 @@ def digest_of_split(path: AnyPath, split: str, shards: list[Shard]) -> str:
     Returns
     -------
     str
-        Checksum over the checksums of all shards. For a local dataset, whose shards are read without verification, it
-        also includes the path of the dataset, and the size and modification time of each file.
+        Checksum over the checksums of all shards. For a local dataset, whose shards are read without verification, the
+        checksum also includes the path of the dataset, and the size and modification time of each file.
     """
     files: list[Any] = []
     for shard in shards:
@@ -308,7 +309,7 @@ def _write_file(path: Path, table: pa.Table) -> None:
 
 
 def open_table(digest: str, samples: int, source: Callable[[], TrialSource], *, folder: Path | None = None) -> pa.Table:
-    """Open the table of a split. If its file does not exist, build the table and write the file.
+    """Open the table of a split. If the table's file does not exist, build the table and write the file.
 
     Parameters
     ----------

@@ -160,7 +160,7 @@ def describe_empty_splits(split: SplitConfig, subjects: Iterable[str], *, images
     subjects : iterable of str
         Names of the subjects.
     images : bool
-        Whether the corpora have trials with images. For such corpora, val and test may consist of held-out images.
+        Whether the corpora have trials with images, so that val and test may consist of held-out images.
 
     Returns
     -------

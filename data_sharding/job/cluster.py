@@ -38,13 +38,13 @@ class RayConfig:
     num_cpus: int = 0
     """Number of workers in a new cluster on this machine; 0 means one worker for each core."""
     max_in_flight: int = 0
-    """Largest number of tasks that are submitted to Ray at the same time. 0 means twice the number of tasks that can
-    run at the same time."""
+    """Largest number of tasks that are submitted to Ray at the same time. The value 0 means twice the number of tasks
+    that can run at the same time."""
     timeout_s: float = 3600.0
     """Time limit in seconds for reading a recording. A recording that needs more time is quarantined."""
     memory_gb: float = 2.0
     """Memory limit in GB (1e9 bytes) for reading a recording. A recording that needs more memory is quarantined. Ray
-    reserves this amount of memory for each recording."""
+    reserves `memory_gb` for each recording."""
     auth_mode: Literal["", "disabled", "token"] = ""
     """Authentication mode of Ray. If the key is empty, the environment variable RAY_AUTH_MODE is used. If the key is
     empty and RAY_AUTH_MODE is not set, a new cluster on this machine gets a random token, so that other users of the
@@ -143,9 +143,9 @@ def _end_ray(others: list[Any]) -> None:
 def require_token() -> None:
     """Protect a new Ray cluster of this process by a random token.
 
-    Ray then refuses connections without the token. The token is in the environment of this process and its child
-    processes, which other users cannot read. If the user has set RAY_AUTH_MODE, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH,
-    these settings are kept.
+    Ray refuses connections to the cluster without the token. The token is in the environment of this process and its
+    child processes, which other users cannot read. If the user has set RAY_AUTH_MODE, RAY_AUTH_TOKEN or
+    RAY_AUTH_TOKEN_PATH, these settings are kept.
     """
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

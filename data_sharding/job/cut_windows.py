@@ -101,7 +101,7 @@ class Judge:
         piece : (int, int)
             Start and stop of the piece that contains the window. Gaps divide a segment into pieces.
         x : ndarray, shape (rows, T)
-            Filtered signal in microvolts, without the reference.
+            Filtered signal in microvolts, before the reference is subtracted.
 
         Returns
         -------
@@ -171,7 +171,7 @@ def plan_windows(clean: Clean, info: SignalInfo, spec: PreprocessSpec, split: st
     Parameters
     ----------
     clean : Clean
-        The instructions of the first pass.
+        Instructions for the second pass, from the first pass.
     info : SignalInfo
         Description of the recording.
     spec : PreprocessSpec
@@ -216,7 +216,7 @@ def clean_windows(
     Parameters
     ----------
     clean : Clean
-        The instructions of the first pass.
+        Instructions for the second pass, from the first pass.
     scratch : Scratch
         The signal at the target sampling rate.
     info : SignalInfo
@@ -285,22 +285,22 @@ def _by_piece(
 
 
 def _keep_good_part(cut: Cut, window: int, decide: Callable[[int, int], CleanWindow | str]) -> CleanWindow | str:
-    """Remove the part of a trial before or after the model's window if this part has a fault.
+    """Remove the part of a trial before or after the window that models read if the part has a fault.
 
     Parameters
     ----------
     cut : Cut
         The window or the trial.
     window : int
-        Number of samples of the model's window.
+        Number of samples of the window that models read.
     decide : callable
         Function that takes the first sample of a part of the cut and the last sample plus one, counted from the start
-        of the cut. `decide` returns this part, or the reason why the part cannot be used.
+        of the cut. `decide` returns the part, or the reason why the part cannot be used.
 
     Returns
     -------
     CleanWindow or str
-        The trial without parts that cannot be used, or the reason why the model's window cannot be used.
+        The trial without parts that cannot be used, or the reason why the window that models read cannot be used.
     """
     begin, stop = cut.needed, cut.needed + window
     middle = decide(begin, stop)
@@ -379,7 +379,7 @@ def write_windows(
     folder : Path
         Folder for the files ``train.tar``, ``val.tar`` and ``test.tar``.
     clean : Clean
-        The instructions of the first pass.
+        Instructions for the second pass, from the first pass.
     scratch : Scratch
         The signal at the target sampling rate.
     info : SignalInfo
@@ -440,7 +440,7 @@ def write_windows(
 
 
 def _read_image(path: str) -> tuple[bytes, str]:
-    """Read an image. Return its bytes, and the reason why it cannot be used (empty for a good image)."""
+    """Read an image; return its bytes, and the reason why the image cannot be used (empty for a good image)."""
     data = read_limited(as_path(path), MAX_IMAGE)
     if detect_image_type(data) is None:
         return data, ""

@@ -1,7 +1,7 @@
-"""Runs a function in a child process. If the function crashes, hangs or uses too much memory, only this call fails.
+"""Runs a function in a child process. If the function crashes, hangs or uses too much memory, only its call fails.
 
-Readers of file formats may crash on damaged files. In a child process, such a crash does not end the Ray worker. The
-child process runs the command ``python -m data_sharding.job.isolation``. The child process is a new process, not a
+Readers of file formats may crash on damaged files. If a reader crashes in a child process, the Ray worker does not end.
+The child process runs the command ``python -m data_sharding.job.isolation``. The child process is a new process, not a
 fork. The child process does not import Ray, and ends when its parent ends.
 """
 
@@ -33,8 +33,8 @@ from data_sharding.common.reason import Reason
 CRASHES = 2
 """Number of crashes of the child process after which a call is given up."""
 KILLS = 4
-"""A call is given up after the child process was killed this many times with SIGKILL or SIGTERM. Another process or the
-kernel (if memory is short) sends these signals, so more retries are allowed than after a crash."""
+"""A call is given up after the child process was killed this many times with SIGKILL or SIGTERM. SIGKILL and SIGTERM
+come from another process or from the kernel (if memory is short), so more retries are allowed than after a crash."""
 START_S = 300.0
 """Time limit in seconds for the start of a child process. The limit is long, because imports can be slow."""
 LOOK_S = 0.1
@@ -99,7 +99,7 @@ def owned_folder(base: Path, kind: str) -> Iterator[Path]:
     Yields
     ------
     Path
-        The new folder. It is removed after the ``with`` block, unless its file ``lock`` was deleted.
+        The new folder, which is removed after the ``with`` block, unless its file ``lock`` was deleted.
     """
     base.mkdir(parents=True, exist_ok=True)
     for old in base.glob(f"{kind}-*"):
@@ -131,8 +131,8 @@ class Child:
     Parameters
     ----------
     function : str
-        The function, written as ``module:name``. It must have one argument, and its argument and result must be
-        picklable.
+        Name of a function with one argument, written as ``module:name``. The argument and the result of the function
+        must be picklable.
     memory_gb : float
         Memory limit for a call in GB (1e9 bytes); 0 means no limit.
     """
@@ -148,7 +148,7 @@ class Child:
             **ONE_THREAD,
             "DREAMSCALE_SCRATCH": str(folder),
             "TMPDIR": str(folder),
-            # The child must find the same modules, so it gets the complete search path of this process.
+            # The child must find the same modules as this process, so it gets the complete search path of this process.
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(p or os.getcwd() for p in sys.path)),  # noqa: PTH109
         }
         with theirs:
@@ -197,7 +197,7 @@ class Child:
         Raises
         ------
         GivenUp
-            If the call needs more than the allowed time or memory, so that the child process was killed.
+            If the call needs more than the allowed time or memory; the child process is then killed.
         Exception
             Any error that the function raised.
         """

@@ -30,7 +30,7 @@ class Cut:
     start: int
     """First sample of the cut, counted from the start of the segment."""
     number: int
-    """Number of the window in the recording. The key of the sample ends with this number."""
+    """Number of the window in the recording, with which the key of the sample ends."""
     split: str
     """Split that the window belongs to."""
     extra: dict[str, Any]
@@ -38,8 +38,8 @@ class Cut:
     length: int
     """Number of samples of the cut."""
     onset: int | None = None
-    """Sample at which the image appeared, counted from the start of the segment. The value is negative if the image
-    appeared before the segment; None for a recording without trials."""
+    """Sample at which the image appeared, counted from the start of the segment; negative if the image appeared before
+    the segment, and None for a recording without trials."""
     needed: int = 0
     """First sample of the window that models read, counted from `start`. A trial that lacks a part of the window that
     models read is left out."""
@@ -76,7 +76,7 @@ def plan_trials(task: Task, info: SignalInfo, lengths: Sequence[int], left_out: 
     lengths : sequence of int
         Number of samples of each segment.
     left_out : Counter
-        Number of trials that cannot be used, for each reason. This function increases the numbers.
+        Number of trials that cannot be used, for each reason; this function increases the numbers.
 
     Returns
     -------
@@ -160,8 +160,7 @@ class _Places:
     """Finds the segment and the first needed sample of each trial.
 
     The first needed sample is the first sample of the window that models read: the onset of the image, or `tmin`
-    seconds after the onset if `tmin` is positive. If the segment begins later, the first needed sample is the first
-    sample of the segment.
+    seconds after the onset if `tmin` is positive, or the first sample of the segment if the segment begins later.
     """
 
     def __init__(self, item: Item, info: SignalInfo, spec: PreprocessSpec) -> None:

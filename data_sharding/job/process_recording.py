@@ -61,7 +61,7 @@ job does not use parts of the older code."""
 RESULT = "result.json"
 """Name of the file that stores the `PartResult` of a recording in its part."""
 MIN_SAMPLES = 16
-"""A recording with fewer samples than this is excluded, because its signal is too short for the measurements."""
+"""A recording with fewer samples is excluded, because its signal is too short for the measurements."""
 
 
 def get_library_versions() -> dict[str, str]:
@@ -98,7 +98,7 @@ def recording_checksum(item: Item, hashes: Sequence[str]) -> str:
     Returns
     -------
     str
-        Hexadecimal checksum. If the recording is one file and has no options, this is the SHA-256 of the file.
+        Hexadecimal checksum. For a recording of one file and without options, the checksum is the SHA-256 of the file.
     """
     whole = digest_of(sorted(hashes)) if len(hashes) > 1 else hashes[0]
     # Several recordings in one file differ only in their options. If the checksum did not include the options, these
@@ -123,8 +123,8 @@ def process_recording(task: Task) -> PartResult:
     Raises
     ------
     OSError
-        If the working folder or the scratch folder cannot be written, or if an object store fails. The recording is not
-        the cause of such an error.
+        If the working folder or the scratch folder cannot be written, or if an object store fails, which is not a fault
+        of the recording.
     """
     files, notes = task.item.recording.files, list[str]()
     known = find_checksums(task.decoded, files) if task.decoded else None

@@ -83,7 +83,7 @@ class Plan:
     states: dict[str, list[FileState]]
     """States of the files of each recording, by the key of the recording. The state of each file is read only once."""
     labels: list[str]
-    """Names of the labels. The number of a label is its index in this list."""
+    """Names of the labels; the number of a label is its index in this list."""
     request: str
     """Checksum of the config, the files, the trials and the subjects. If the finished dataset has the same checksum,
     the job has nothing to do."""

@@ -257,7 +257,8 @@ def mark_duplicates(
     prints : dict of str to RecordingFingerprint
         Data for the comparison of the recordings, by key.
     load_points : FingerprintLoader
-        Loads a full fingerprint. The loader is called only for pairs of recordings with similar signatures.
+        Loads the full fingerprint of a recording. The loader is called only for pairs of recordings with similar
+        signatures.
     former : Former, optional
         Former version of the dataset. Recordings in the former shards are kept, and new recordings with the same signal
         are duplicates.
@@ -476,8 +477,8 @@ def _collect(
         plan.hold_back.count_images(rows)
         _count_unlisted(rows, plan)
         kept = [result for result in results if result.row.status == "sharded"]
-        # A recording that was a duplicate or held back in the former version has no samples in the shards. Read such a
-        # recording again if it belongs to the new version.
+        # A recording that was a duplicate or held back in the former version, but belongs to the new version, has no
+        # samples in the shards yet, so read the recording again.
         again = former.needs_samples(kept) if former else []
         if former is None or not again:
             return state, rows, kept, points

@@ -29,9 +29,9 @@ class Task:
     split: SplitConfig
     """Which subjects and images are held out."""
     labels: tuple[str, ...]
-    """Names of the labels of all corpora. The number of a label is its index in this tuple."""
+    """Names of the labels of all corpora; the number of a label is its index in this tuple."""
     work: AnyPath
-    """The job's working folder. Its folder ``parts`` holds the windows of each recording."""
+    """The job's working folder, whose folder ``parts`` holds the windows of each recording."""
     timeout_s: float
     """Time limit of the task in seconds."""
     decoded: Path | None = None
@@ -45,7 +45,7 @@ class PartResult:
     row: LedgerRow
     """The recording's row in the ledger."""
     part: str = ""
-    """Name of the folder with the recording's windows and fingerprint. Empty if the recording could not be opened."""
+    """Name of the folder with the recording's windows and fingerprint; empty if the recording could not be opened."""
     samples: dict[str, int] = field(default_factory=dict)
     """Number of samples of the recording in each split."""
     signature: list[int] = field(default_factory=list)
@@ -54,8 +54,8 @@ class PartResult:
     may_pass: bool = False
     """Whether the next run should try the recording again, because the cause of the failure may have disappeared."""
     limits: tuple[float, float] | None = None
-    """Time limit in seconds and memory limit in GB with which a recording without a part failed. With other limits, the
-    next run tries the recording again."""
+    """Time limit in seconds and memory limit in GB with which a recording without a part failed. A run with other
+    limits tries the recording again."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as a dictionary of JSON types."""
