@@ -104,7 +104,7 @@ class Manifest:
         """Write the manifest to the directory of a dataset. An interrupted write leaves no partial file."""
         values = {"schema": SCHEMA, **dataclasses.asdict(self)}
         for shard in (shard for shards in values["splits"].values() for shard in shards):
-            if not shard["withdrawn"]:  # Without this key, older versions of Dreamscale can read the dataset.
+            if not shard["withdrawn"]:  # Older versions of Dreamscale cannot read the key withdrawn.
                 del shard["withdrawn"]
         write_json(as_path(directory) / NAME, values)
 

@@ -486,7 +486,7 @@ def _collect(
 
 
 def _count_unlisted(rows: list[LedgerRow], plan: Plan) -> None:
-    """Add the number of trials that the corpus has left out to ``windows_left_out`` in the ledger rows."""
+    """Add to the column ``windows_left_out`` of the ledger rows how many trials the corpora have left out."""
     for row in rows:
         if unlisted := plan.items[row.key].left_out:
             row.windows_left_out = dict(sorted((Counter(row.windows_left_out) + Counter(unlisted)).items()))

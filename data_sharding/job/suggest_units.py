@@ -28,7 +28,7 @@ def find_factor(amplitude_uv: float) -> float | None:
 def suggest_unit_factors(
     corpora: Sequence[CorpusConfig], corpus_of: Mapping[str, int], rows: Sequence[LedgerRow]
 ) -> list[str]:
-    """Describe each corpus whose recordings are all too large or too small by the same factor.
+    """Describe each corpus whose recordings all have amplitudes that are too large or too small by the same factor.
 
     Parameters
     ----------
