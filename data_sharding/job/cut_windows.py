@@ -177,7 +177,7 @@ def plan_windows(clean: Clean, info: SignalInfo, spec: PreprocessSpec, split: st
     spec : PreprocessSpec
         Settings of the preprocessing, with the length and the stride of the windows.
     split : str
-        Name of the split for all windows.
+        Name of the split to which all windows of the recording belong.
 
     Returns
     -------

@@ -464,7 +464,8 @@ class Cells:
         Returns
         -------
         dict
-            Spans of each segment, by the number of the segment. Segments without spans are not in the dictionary.
+            Maps the number of a segment to its spans, in which a channel is bad. Segments without spans are not in the
+            dictionary.
         """
         if not self.spec.check:
             return {}

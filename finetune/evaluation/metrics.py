@@ -302,7 +302,8 @@ def accuracy_with_p_value(
     predicted, labels = np.asarray(predicted_N), np.asarray(labels_N)
     if not len(predicted) or not len(predicted) == len(labels) == len(image_ids):
         raise ValueError(
-            f"need as many labels and image ids as predictions, at least 1, got {len(labels)} and {len(image_ids)}"
+            f"need the same number of predictions, labels and image ids, and at least 1 of each, got {len(predicted)}, "
+            f"{len(labels)} and {len(image_ids)}"
         )
     names, row = np.unique(np.asarray(image_ids), return_inverse=True)
     label_of = np.zeros(len(names), np.int64)

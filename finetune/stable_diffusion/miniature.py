@@ -284,7 +284,7 @@ def _train_unet(
         out_channels=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 128),
+        block_out_channels=(32, 64),
         layers_per_block=1,
         norm_num_groups=16,
         cross_attention_dim=width,

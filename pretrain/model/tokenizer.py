@@ -24,7 +24,10 @@ class TemporalTokenizer:
         return 1
 
     def signal_rows(self, channels: int, padded: int) -> int:
-        """Return how many rows the model reads from a window of `channels` channels, padded to `padded` rows."""
+        """Return the number of rows that the model reads.
+
+        A window has `channels` recorded channels, and is padded to `padded` rows.
+        """
         return padded
 
     def scale_rows(self, padded: int) -> str:
@@ -55,7 +58,7 @@ class MontageTokenizer:
         return channels
 
     def signal_rows(self, channels: int, padded: int) -> int:
-        """Return how many rows the model reads from a window of `channels` channels, padded to `padded` rows."""
+        """Return the number of rows that the model reads, which is the number of recorded channels."""
         return channels
 
     def scale_rows(self, padded: int) -> str:
