@@ -183,7 +183,8 @@ def _eeglab(path: Path) -> Any:
         events = np.column_stack([np.arange(count), np.zeros(count, int), np.ones(count, int)])
         try:
             epochs = mne.read_epochs_eeglab(path, events=events, event_id={"trial": 1})
-            return EpochsSignal(epochs, marks=find_epoch_boundaries(path))
+            marks, notes = find_epoch_boundaries(path)
+            return EpochsSignal(epochs, marks=marks, notes=notes)
         except ValueError as cut:
             if not (short := re.search(r"array of size (\d+) into shape \((\d+),(\d+),(\d+)\)", str(cut))):
                 raise

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import struct
 from pathlib import Path
-from typing import Any
 
+from data_sharding.common.errors import one_line
 from data_sharding.formats import headers
 from data_sharding.formats.marks.interruptions import Found, find_row
 from data_sharding.formats.signal import Segment
@@ -139,31 +139,30 @@ def find_neuroscan_marks(path: Path, sfreq: float, n_bytes: int) -> list[Found]:
     return found
 
 
-def find_epoch_boundaries(path: Path, annotations: Any = None) -> list[Found]:
+def find_epoch_boundaries(path: Path) -> tuple[list[Found], list[str]]:
     """Find the boundary events inside the epochs of an EEGLAB file.
 
     Parameters
     ----------
     path : Path
         The ``.set`` file.
-    annotations : mne.Annotations, optional
-        Events of the file, if they are already read.
 
     Returns
     -------
-    list of Found
+    found : list of Found
         Cuts inside epochs. The time of a cut is counted over the samples of all epochs, one epoch after the other.
+    notes : list of str
+        A note for the ledger if the events cannot be read; then the file is used as a file without boundary events.
     """
     import mne
 
-    if annotations is None:
-        try:
-            annotations = mne.read_annotations(path)
-        except Exception:
-            return []  # If the events cannot be read, the file is treated as a file without boundary events.
+    try:
+        annotations = mne.read_annotations(path)
+    except Exception as error:
+        return [], [f"the events cannot be read ({one_line(error)[:80]}), so cuts inside epochs are not known"]
     found = []
     for onset, text in zip(annotations.onset, annotations.description, strict=True):
         row = find_row("eeglab", str(text))
         if row is not None and row.removed:
             found.append(Found(row.name, float(onset), 0.0, str(text)))
-    return found
+    return found, []

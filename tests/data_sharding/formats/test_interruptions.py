@@ -77,8 +77,11 @@ def brainvision(*markers: str, samples: int = 600, more: str = "") -> Callable[[
     return write
 
 
-def eeglab(events: list[tuple[object, float, float]], trials: int = 1) -> Callable[[Path], Path]:
-    """Return a function that writes EEGLAB. An event is (type, latency, duration); latency 1 is the first sample."""
+def eeglab(events: list[tuple[object, float, float]], trials: int = 1, **fields: object) -> Callable[[Path], Path]:
+    """Return a function that writes EEGLAB. An event is (type, latency, duration); latency 1 is the first sample.
+
+    `fields` replaces fields of the structure EEG.
+    """
 
     def write(folder: Path) -> Path:
         from scipy.io import savemat
@@ -103,7 +106,7 @@ def eeglab(events: list[tuple[object, float, float]], trials: int = 1) -> Callab
         eeg |= {"chanlocs": np.array([(name,) for name in NAMES], [("labels", object)]), "icasphere": []}
         if trials > 1:
             eeg["epoch"] = np.array([(i + 1,) for i in range(trials)], [("event", object)])
-        savemat(folder / "a.set", {"EEG": eeg}, appendmat=False)
+        savemat(folder / "a.set", {"EEG": eeg | fields}, appendmat=False)
         return folder / "a.set"
 
     return write
@@ -661,3 +664,18 @@ def test_recording_that_is_marked_as_a_whole_has_no_signal(tmp_path: Path) -> No
     path = biosemi({0: 1 << 23})(tmp_path)
     with pytest.raises(ReadError, match="no signal: the whole recording is marked: CMS out of range"):
         open_file(path)
+
+
+@pytest.mark.parametrize(
+    ("events", "noted"),
+    [
+        (None, False),
+        ([], False),
+        ("not a table", True),
+    ],
+)
+def test_epochs_with_unreadable_events_get_a_note(tmp_path: Path, events: object, noted: bool) -> None:
+    more = {} if events is None else {"event": events}
+    info = open_file(eeglab([("boundary", 101.0, 0.0)], 3, **more)(tmp_path)).info
+    assert any("the events cannot be read" in note for note in info.notes) is noted
+    assert len(info.segments) == (4 if events is None else 3)
