@@ -28,7 +28,7 @@ from data_sharding.dataset.dataset import EEGDataset
 from finetune.clip_head import ClipHead, ClipHeadConfig
 from finetune.clip_images import embed_images
 from finetune.eeg import EEGConfig, ImageAugmentConfig, group_repeats, load_encoder, prepare_eeg, read_means, scale_eeg
-from finetune.images import ImageTable, open_paired
+from finetune.images import ImageTable, open_train_val
 from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
 from finetune.training.batch_norm import gather_rows
 from finetune.training.config import TrainingConfig, free_keys
@@ -236,7 +236,7 @@ def align(config: AlignConfig) -> int:
         Exit code of the command.
     """
     quiet_libraries()
-    data, val = (open_paired(config.dataset, split, **config.eeg.part) for split in ("train", "val"))
+    data, val = open_train_val(config.dataset, config.eeg.part, "align", [config.output])
     torch.manual_seed(config.seed)
     encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)
     table, val_table = ImageTable(data), ImageTable(val)

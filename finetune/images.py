@@ -6,7 +6,7 @@ Array shapes: B trials, M different images, H rows, W columns.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,15 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.files import digest_of
 from data_sharding.common.untrusted import open_image
 from data_sharding.dataset.dataset import EEGDataset
+from pretrain.runs.versions import find_run_versions
 
 if TYPE_CHECKING:
     import torch
 
 
-def open_paired(path: str | Path, split: str, *, tmin: float | None = None, tmax: float | None = None) -> EEGDataset:
+def open_paired(
+    path: str | Path, split: str, *, tmin: float | None = None, tmax: float | None = None, version: str = ""
+) -> EEGDataset:
     """Open a split in which every trial has an image. Print a message if trials are left out.
 
     Parameters
@@ -32,6 +35,8 @@ def open_paired(path: str | Path, split: str, *, tmin: float | None = None, tmax
         Name of the split: train, val or test.
     tmin, tmax : float, optional
         Part of each trial to read, in seconds from the onset of its image (see `EEGDataset`).
+    version : str
+        Dataset id of the version to read; by default the newest version.
 
     Returns
     -------
@@ -43,12 +48,43 @@ def open_paired(path: str | Path, split: str, *, tmin: float | None = None, tmax
     RequestError
         If the dataset is incomplete, the split does not exist, or a trial has no image.
     """
-    dataset = EEGDataset(path, split, tmin=tmin, tmax=tmax).require_images()
+    dataset = EEGDataset(path, split, tmin=tmin, tmax=tmax, version=version).require_images()
     if dataset.left_out:
         print(
             f"{path} ({split}): {dataset.left_out} trials are left out, because they are not stored from tmin to tmax"
         )
     return dataset
+
+
+def open_train_val(
+    path: str, part: Mapping[str, float | None], command: str, runs: Sequence[str | Path]
+) -> tuple[EEGDataset, EEGDataset]:
+    """Open the splits train and val for a training run. A resumed run reads the version with which it began.
+
+    Parameters
+    ----------
+    path : str
+        Path of the dataset.
+    part : mapping
+        Arguments `tmin` and `tmax` of `open_paired`.
+    command : str
+        Name of the command, for messages.
+    runs : sequence of str or Path
+        Run directories of the stages of the run, the last stage first.
+
+    Returns
+    -------
+    train, val : EEGDataset
+        Trials of the two splits.
+
+    Raises
+    ------
+    RequestError
+        If `open_paired` refuses a split, or if the version with which the run began cannot be read any more.
+    """
+    version = find_run_versions(runs, [path], command).get(path, "")
+    train, val = (open_paired(path, split, version=version, **part) for split in ("train", "val"))
+    return train, val
 
 
 def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -> np.ndarray:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError, StopRequested
-from data_sharding.common.storage import as_path
-from data_sharding.dataset.dataset import EEGDataset, read_manifest
-from data_sharding.dataset.manifest import find_version
+from data_sharding.dataset.dataset import EEGDataset
 from data_sharding.dataset.mixture import Mixture
 from data_sharding.dataset.samples import N_PADDED
 from pretrain.runs.directory import RunDirectory
 from pretrain.runs.stop import StopSignal
+from pretrain.runs.versions import find_run_versions
 from pretrain.training.config import PretrainConfig
 from pretrain.training.data_summary import check_licenses, describe_people
 
@@ -73,7 +70,7 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGData
         If the model cannot read the dataset's windows, if the training data have a licence that is not allowed, or if
         the launcher started a wrong number of processes.
     """
-    versions = _find_versions(config)
+    versions = find_run_versions([config.output], config.datasets or [config.dataset], "pretrain")
     train, held_out = (
         Mixture(config.datasets, split, versions=versions)
         if config.datasets
@@ -97,36 +94,6 @@ def check_request(config: PretrainConfig) -> tuple[EEGDataset | Mixture, EEGData
 
     check_num_processes(config.num_processes, "torchrun --nproc_per_node {} -m pretrain.train")
     return train, held_out
-
-
-def _find_versions(config: PretrainConfig) -> dict[str, str]:
-    """Return the dataset ids of the versions with which a run began, by the path of the dataset.
-
-    If recordings were added to a dataset after the run began, the dataset has a newer version, which the run does not
-    read. If the dataset does not have the version with which the run began, the id is empty, and the loader refuses to
-    resume. For a new run, the returned dictionary is empty.
-
-    Raises
-    ------
-    RequestError
-        If the dataset was compacted, so that the version of the run cannot be read any more.
-    """
-    from pretrain.runs.checkpoint import read_values
-
-    data = read_values(Path(config.output) / "checkpoints").get("data") or {}
-    ids = data.get("versions") or ([data["dataset_id"]] if data.get("dataset_id") else [])
-    versions = {}
-    for path in (config.datasets or [config.dataset]) if ids else []:
-        current = read_manifest(as_path(path))
-        manifests = [manifest for dataset_id in ids if (manifest := find_version(as_path(path), dataset_id))]
-        versions[path] = manifests[0].dataset_id if manifests else ""
-        if manifests and manifests[0].version != current.version and os.environ.get("RANK", "0") == "0":
-            print(
-                f"dreamscale pretrain: this run began with version {manifests[0].version} of {path} and reads this "
-                f"version to its end; start a new run to use version {current.version}",
-                file=sys.stderr,
-            )
-    return versions
 
 
 def pretrain(config: PretrainConfig) -> int:

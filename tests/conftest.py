@@ -119,6 +119,23 @@ def _make_paired(split: str, count: int, seed: int) -> list[Sample]:
 
 
 @pytest.fixture(scope="session")
+def grow() -> Callable[[Path], None]:
+    """Return a function that writes version 2 of a dataset, without a part of the first training shard."""
+    import dataclasses
+
+    from data_sharding.dataset.manifest import Manifest, version_folder
+
+    def write(dataset: Path) -> None:
+        manifest = Manifest.read(dataset)
+        manifest.write(version_folder(dataset, 1))
+        first, *others = manifest.splits["train"]
+        splits = {**manifest.splits, "train": [dataclasses.replace(first, withdrawn=[[3, 20]]), *others]}
+        dataclasses.replace(manifest, dataset_id="0" * 64, splits=splits, extra={"version": 2}).write(dataset)
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def unpaired_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a dataset of 144 windows without images: 96 for training, 24 for validation and 24 for testing.
 

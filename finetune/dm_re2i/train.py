@@ -32,7 +32,7 @@ from finetune.dm_re2i.networks import load_classifier
 from finetune.dm_re2i.portable.pipeline import sample_images
 from finetune.dm_re2i.train_evrnet import check_labels, train_evrnet
 from finetune.eeg import choose_evenly, compute_for_trials, group_repeats, load_encoder, read_trials, scale_eeg
-from finetune.images import ImageTable, open_paired, to_model_range, to_pixels
+from finetune.images import ImageTable, open_train_val, to_model_range, to_pixels
 from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
@@ -284,7 +284,8 @@ def train(config: DMRE2IConfig) -> int:
         Exit code of the command.
     """
     quiet_libraries()
-    data, val = (open_paired(config.dataset, split, **config.eeg.part) for split in ("train", "val"))
+    runs = [config.output, Path(config.output) / "evrnet"]
+    data, val = open_train_val(config.dataset, config.eeg.part, "ddpm", runs)
     tables = ImageTable(data), ImageTable(val)
     _check_data(config, (data, val), tables)
     stage, given = config.ddpm, None

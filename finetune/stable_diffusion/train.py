@@ -31,7 +31,7 @@ from finetune.eeg import (
     prepare_eeg,
     read_trials,
 )
-from finetune.images import ImageTable, open_paired, to_model_range
+from finetune.images import ImageTable, open_train_val, to_model_range
 from finetune.stable_diffusion.conditioner import Conditioner, ConditionerConfig
 from finetune.stable_diffusion.model import EEGDiffusion, load_base, open_time_path, save_model
 from finetune.training.accelerate import make_loader, quiet_libraries, report_finished, start_processes, use_run
@@ -203,7 +203,7 @@ def train(config: StableDiffusionConfig) -> int:
         Exit code of the command.
     """
     quiet_libraries()
-    data, val = (open_paired(config.dataset, split, **config.eeg.part) for split in ("train", "val"))
+    data, val = open_train_val(config.dataset, config.eeg.part, "finetune", [config.output])
     torch.manual_seed(config.seed)
     encoder = load_encoder(config.encoder, data, pretrained=config.pretrained)
     pipeline = load_base(config.base)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -168,6 +169,33 @@ def test_a_run_stopped_in_either_stage_resumes_to_the_same_weights(
     capsys.readouterr()
     assert run_main(main, broken) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_run_reads_the_version_of_the_dataset_it_began_with(
+    paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], grow: Callable[[Path], None]
+) -> None:
+    dataset = Path(shutil.copytree(paired_dataset, tmp_path / "dataset"))
+    more = {"evrnet__training__log_every": 1, "evrnet__training__steps": 20, "ddpm__training__steps": 20}
+    straight, grown = (_args(dataset, tmp_path / name, **more) for name in ("straight", "grown"))
+    assert run_main(main, straight) == 0
+    # The dataset grows between the two stages, and again a version of it is read while the second stage is stopped.
+    assert run_main(main, [*grown, "--stages", "evrnet"]) == 0
+    grow(dataset)
+    _stop_when(tmp_path / "grown" / "metrics.jsonl")
+    capsys.readouterr()
+    assert run_main(main, grown) == 75
+    assert run_main(main, grown) == 0
+    said = capsys.readouterr().err
+    assert said.count(f"dreamscale ddpm: this run began with version 1 of {dataset} and reads this version") == 2
+    name = "unet/diffusion_pytorch_model.safetensors"
+    a, b = (load_file(tmp_path / run / "model" / name) for run in ("straight", "grown"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-5)
+    about = json.loads((tmp_path / "grown" / "model" / "dreamscale.json").read_text())
+    assert about["dataset_version"] == 1
+    # A new run uses the new version.
+    assert run_main(main, [*_args(dataset, tmp_path / "new", **more), "--stages", "evrnet"]) == 0
+    assert "began with version" not in capsys.readouterr().err
 
 
 def _weights(folder: Path, name: str) -> dict[str, torch.Tensor]:

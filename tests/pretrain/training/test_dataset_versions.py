@@ -5,30 +5,26 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_sharding.dataset.manifest import Manifest, version_folder
+from data_sharding.dataset.manifest import Manifest
 from pretrain.train import main
 
 from ..conftest import losses, mark_interrupted, write_config
 from .test_training import stop_after
 
 
-def grow(dataset: Path) -> None:
-    """Write version 2 of a dataset, from which a part of the first training shard is withdrawn."""
-    manifest = Manifest.read(dataset)
-    manifest.write(version_folder(dataset, 1))
-    first, *others = manifest.splits["train"]
-    splits = {**manifest.splits, "train": [dataclasses.replace(first, withdrawn=[[3, 20]]), *others]}
-    dataclasses.replace(manifest, dataset_id="0" * 64, splits=splits, extra={"version": 2}).write(dataset)
-
-
 @pytest.mark.parametrize("mixture", [False, True])
 def test_a_run_reads_the_version_it_began_with(
-    unpaired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mixture: bool
+    unpaired_dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    mixture: bool,
+    grow: Callable[[Path], None],
 ) -> None:
     dataset, run = tmp_path / "dataset", tmp_path / "run"
     shutil.copytree(unpaired_dataset, dataset)

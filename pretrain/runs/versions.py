@@ -1,0 +1,57 @@
+"""Find the version of a dataset with which a run began, because a dataset can grow while a run is stopped."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from data_sharding.common.storage import as_path
+from data_sharding.dataset.dataset import read_manifest
+from data_sharding.dataset.manifest import find_version
+from pretrain.runs.checkpoint import read_values
+
+
+def find_run_versions(runs: Sequence[str | Path], paths: Iterable[str], command: str) -> dict[str, str]:
+    """Return the dataset ids of the versions with which a run began, by the path of the dataset.
+
+    If recordings were added to a dataset after the run began, the dataset has a newer version, which the run does not
+    read. If the dataset does not have the version with which the run began, the id is empty, and the loader refuses to
+    resume. For a new run, the returned dictionary is empty.
+
+    Parameters
+    ----------
+    runs : sequence of str or Path
+        Run directories of the stages of the run. The first directory with a checkpoint names the versions.
+    paths : iterable of str
+        Paths of the datasets of the run.
+    command : str
+        Name of the command, for the message that the dataset has a newer version.
+
+    Returns
+    -------
+    dict
+        Dataset ids.
+
+    Raises
+    ------
+    RequestError
+        If the dataset was compacted, so that the version of the run cannot be read any more.
+    """
+    manifests = (read_values(Path(run) / "checkpoints") for run in runs)
+    values = next((found for found in manifests if found), {})
+    data = values.get("data") or values.get("loader") or {}
+    ids = data.get("versions") or ([data["dataset_id"]] if data.get("dataset_id") else [])
+    versions = {}
+    for path in paths if ids else []:
+        current = read_manifest(as_path(path))
+        found = [manifest for dataset_id in ids if (manifest := find_version(as_path(path), dataset_id))]
+        versions[path] = found[0].dataset_id if found else ""
+        if found and found[0].version != current.version and os.environ.get("RANK", "0") == "0":
+            print(
+                f"dreamscale {command}: this run began with version {found[0].version} of {path} and reads this "
+                f"version to its end; start a new run to use version {current.version}",
+                file=sys.stderr,
+            )
+    return versions
