@@ -275,6 +275,11 @@ def _to_float32(name: str, value: Tensor) -> Tensor:
     if value.layout != torch.strided or value.is_nested or value.is_meta or not value.is_floating_point():
         kind = f"{value.dtype}, {value.layout}, {value.device}"
         raise RequestError(f"{name} is not a plain tensor of real numbers ({kind}); save it as float32")
+    # A tensor with stride 0 repeats one number, so a small file could ask for a huge copy.
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise RequestError(
+            f"{name} claims {value.numel()} numbers, which are not in the file; save it as a plain tensor"
+        )
     value = value.float()
     if not value.isfinite().all():
         raise RequestError(f"{name} holds NaN or infinite values: the training failed; take an earlier checkpoint")

@@ -240,6 +240,11 @@ class TestRefusals:
             (lambda w: w.update({"norm.weight": w["norm.weight"].to("meta")}), "norm.weight is not a plain tensor"),
             (lambda w: w.update({"norm.weight": w["norm.weight"] + 1j}), "norm.weight is not a plain tensor"),
             (lambda w: w.update({"norm.weight": w["norm.weight"].int()}), "norm.weight is not a plain tensor"),
+            (
+                lambda w: w.update({"norm.weight": torch.zeros(1).expand(10**12)}),
+                "norm.weight claims 1000000000000 numbers",
+            ),
+            (lambda w: w.update({"pos_embed": torch.zeros(1).expand(1, 10**6, 10**6)}), "pos_embed claims 10"),
             (lambda w: w["decoder_norm.bias"].fill_(torch.inf), "decoder_norm.bias holds NaN or infinite"),
         ],
     )
