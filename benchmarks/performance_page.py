@@ -30,7 +30,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def origin(found: dict[str, Any]) -> str:
-    """Return the sentence that says when, where and under which load a result was measured."""
+    """Return the sentence that says when, where and under which load a result was measured, if the result says so."""
+    if "date" not in found:
+        return ""
     return f"Measured on {found['date']}, {found['machine']}, load average before the run {found['load']}."
 
 

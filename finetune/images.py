@@ -83,8 +83,9 @@ def open_train_val(
         If `open_paired` refuses a split, or if the version with which the run began cannot be read any more.
     """
     version = find_run_versions(runs, [path], command).get(path, "")
-    train, val = (open_paired(path, split, version=version, **part) for split in ("train", "val"))
-    return train, val
+    train = open_paired(path, "train", version=version, **part)
+    # The dataset may get a new version between the two calls.
+    return train, open_paired(path, "val", version=train.manifest.dataset_id, **part)
 
 
 def decode_image(data: bytes, size: int | None = None, *, name: str = "image") -> np.ndarray:

@@ -242,13 +242,15 @@ def render(config: SubmitConfig, stage: Stage, words: list[str]) -> str:
         raise RequestError(
             f"{shipped_configs() / 'cluster' / str(error)}: no such file; install Dreamscale again, with pip"
         ) from None
+    # A stage that is one process without a GPU uses all cores.
+    processes = max(1, config.gpus_per_node) if stage.launcher or stage.uses_ray else 1
     return template.render(
         name=config.name,
         nodes=config.nodes,
         cpus=config.cpus_per_node,
         # A stage without a launcher, such as shard, needs no GPU.
         gpus=config.gpus_per_node if stage.launcher else 0,
-        threads=max(1, config.cpus_per_node // max(1, config.gpus_per_node)),
+        threads=max(1, config.cpus_per_node // processes),
         time=config.time,
         partition=config.partition,
         account=config.account,

@@ -18,7 +18,7 @@ from data_sharding.common.errors import RequestError, one_line, printable
 from data_sharding.common.reason import Reason
 from data_sharding.common.stop import check_stop, find_child_processes, kill_processes, raise_on_stop_signals
 from data_sharding.common.storage import FULL, is_storage_error
-from data_sharding.job.isolation import ChildFailed, owned_folder
+from data_sharding.job.isolation import KEEP, ChildFailed, owned_folder
 
 INFRASTRUCTURE_RETRIES = 5
 """Number of retries of a task if its worker or machine failed. Errors that the task itself raises are not counted."""
@@ -124,7 +124,7 @@ def ray_session(config: RayConfig) -> Iterator[int]:
         except ClusterFailed:
             if folder:
                 say(f"ray: the logs of Ray are in {folder}")
-                (folder / "lock").unlink(missing_ok=True)  # A folder without the file lock is kept.
+                (folder / KEEP).touch()  # A folder with this file is not removed.
             raise
 
 

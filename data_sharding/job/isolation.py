@@ -18,6 +18,7 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,8 @@ START_S = 300.0
 LOOK_S = 0.1
 """Seconds between two checks of the child process's memory."""
 PR_SET_PDEATHSIG = 1
+KEEP = "keep"
+"""Name of the file in a temporary folder which says that the folder is not removed, because a user needs its logs."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Each child process uses one thread, because it is faster to read several recordings at once than to use several
 threads for one recording."""
@@ -80,14 +83,30 @@ def _private_bytes(pid: int) -> int:
     return info.rss - getattr(info, "shared", 0)
 
 
+def _remove_if_dead(folder: Path) -> None:
+    """Remove a temporary folder of this user if no process holds its lock."""
+    found = folder.lstat()
+    # Folders of other users may have the same kind of name, or be links to folders of this user.
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or (folder / KEEP).exists():
+        return
+    # The removal of a folder may have been interrupted after its lock was deleted, so the file is made if necessary.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(folder / "lock", flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def owned_folder(base: Path, kind: str) -> Iterator[Path]:
     """Make a folder for temporary files, and remove such folders of processes that have died.
 
     Each process locks the file ``lock`` in its own folder, and the operating system releases the lock when the process
     ends, even after a crash. So a folder whose file ``lock`` is not locked belongs to a process that has died. A folder
-    in which the file ``lock`` was deleted is kept. The library filelock is not used, because the folder is renamed
-    while its file is locked.
+    with a file `KEEP` is not removed. The library filelock is not used, because the folder is renamed while its file is
+    locked.
 
     Parameters
     ----------
@@ -99,15 +118,12 @@ def owned_folder(base: Path, kind: str) -> Iterator[Path]:
     Yields
     ------
     Path
-        The new folder, which is removed after the ``with`` block, unless its file ``lock`` was deleted.
+        The new folder, which is removed after the ``with`` block, unless it has a file `KEEP`.
     """
     base.mkdir(parents=True, exist_ok=True)
     for old in base.glob(f"{kind}-*"):
-        # Open the file only if it exists. Folders of other users may have the same kind of name, so check the owner.
-        with contextlib.suppress(OSError), (old / "lock").open("r+") as stream:
-            if old.lstat().st_uid == os.getuid():
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove_if_dead(old)
     # The folder gets its final name only after its file is locked, because otherwise another process could remove the
     # folder.
     made = Path(tempfile.mkdtemp(prefix=f"new-{kind}-", dir=base))
@@ -117,7 +133,7 @@ def owned_folder(base: Path, kind: str) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            if (folder / "lock").exists():
+            if not (folder / KEEP).exists():
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -81,8 +82,13 @@ class EVRNetStage:
             raise ValueError(f"evrnet.whiten must be from 0 to 1, got {self.whiten}")
         if not 1 <= self.average_end <= self.average or not 0 <= self.mixup <= 0.5 or not 0 <= self.label_smoothing < 1:
             raise ValueError("evrnet: need 1 <= average_end <= average, 0 <= mixup <= 0.5 and 0 <= label_smoothing < 1")
-        if self.image_weight < 0 or self.image_components < 1:
-            raise ValueError("evrnet: need image_weight >= 0 and image_components >= 1")
+        if not 0 <= self.image_weight < math.inf or self.image_components < 1:
+            raise ValueError("evrnet: need a finite image_weight >= 0, and image_components >= 1")
+        if self.image_weight and self.network == "encoder" and not self.train_encoder:
+            raise ValueError(
+                "evrnet.image_weight trains the feature, but the feature of a frozen encoder does not change; set "
+                "evrnet.image_weight: 0 or evrnet.train_encoder: true"
+            )
         if self.image_weight and self.average > 1:
             raise ValueError(
                 f"evrnet.image_weight is {self.image_weight} and evrnet.average is {self.average}; set one of them to "

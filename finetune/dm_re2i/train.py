@@ -284,7 +284,8 @@ def train(config: DMRE2IConfig) -> int:
         Exit code of the command.
     """
     quiet_libraries()
-    runs = [config.output, Path(config.output) / "evrnet"]
+    evrnet = Path(config.output) / "evrnet"
+    runs = [evrnet] if config.stages == "evrnet" else [config.output, evrnet]
     data, val = open_train_val(config.dataset, config.eeg.part, "ddpm", runs)
     tables = ImageTable(data), ImageTable(val)
     _check_data(config, (data, val), tables)

@@ -25,7 +25,7 @@ from finetune.dm_re2i.model import compute_features
 from finetune.dm_re2i.networks import NAMES, build_classifier, load_classifier
 from finetune.eeg import augment_eeg, choose_evenly, group_repeats, read_trials, scale_eeg
 from finetune.images import ImageTable, find_components
-from finetune.training.accelerate import make_loader, open_run
+from finetune.training.accelerate import get_world, make_loader, open_run
 from finetune.training.batch_norm import synchronise_batch_norms
 from finetune.training.fit import fit
 from finetune.training.plots import plot_losses
@@ -275,7 +275,12 @@ def train_evrnet(
     n_classes = len(data.labels)
     torch.manual_seed(config.seed)
     parts = stage.image_components if stage.image_weight else 0
-    train_MP, val_MP = scale_components(*find_components(*tables, IMAGE_SIZE, parts)) if parts else (None, None)
+    train_MP = val_MP = None
+    if parts:
+        # Processors round differently, which can change components. So all processes use those of the first process.
+        world = get_world(accelerator)
+        own = scale_components(*find_components(*tables, IMAGE_SIZE, parts)) if world.first else None
+        train_MP, val_MP = world.broadcast(own)
     parts = train_MP.shape[1] if train_MP is not None else 0
     task = EVRNetTask(build_classifier(stage, data), stage.label_smoothing, parts, stage.image_weight)
     channels, scaling = task.net.config.n_channels, task.net.scaling(data.spec)

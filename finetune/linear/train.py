@@ -16,7 +16,7 @@ from data_sharding.common.config import command
 from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.dataset.dataset import EEGDataset
 from finetune.eeg import EEGConfig, group_repeats, read_means
-from finetune.images import ImageTable, find_components, open_paired
+from finetune.images import ImageTable, find_components, open_train_val
 from finetune.linear.model import Floats, LinearModel, compute_time_courses, save_model
 from finetune.training.accelerate import quiet_libraries, report_finished, use_run
 from pretrain.probe.ridge import STRENGTHS, ridge_scores
@@ -145,12 +145,13 @@ def train(config: LinearConfig) -> int:
         Exit code of the command.
     """
     quiet_libraries()
-    data, val = (open_paired(config.dataset, split, **config.eeg.part) for split in ("train", "val"))
+    data, val = open_train_val(config.dataset, config.eeg.part, "linear", [config.output])
     with use_run(config, None) as run:
         if report_finished(run):
             return EXIT_DONE
         model, scores = fit_linear_model(config, data, val)
-        extra = {"dataset_id": data.manifest.dataset_id, "labels": data.labels, "eeg": config.eeg.part, "val": scores}
+        origin = {"dataset_id": data.manifest.dataset_id, "dataset_version": data.manifest.version}
+        extra = {**origin, "labels": data.labels, "eeg": config.eeg.part, "val": scores}
         save_model(run.path / "model", model, data.spec, extra)
         run.log(0, **{f"val/{name}": value for name, value in scores.items()})
         run.status("done", val=scores)

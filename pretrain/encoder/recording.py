@@ -18,13 +18,17 @@ import numpy as np
 from data_sharding.common.errors import RequestError
 from data_sharding.formats.signal import Signal, SignalInfo
 from data_sharding.formats.units import to_volts
-from data_sharding.processing.preprocess import LINE_FREQS, PreprocessSpec
+from data_sharding.processing.preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
     import mne
 
     from data_sharding.job.cut_windows import CleanWindow
     from data_sharding.processing.account import Account
+
+LINE_FREQS = (40.0, 70.0)
+"""Lowest and highest mains frequency in Hz that a user may give. The power grid has 50 or 60 Hz, but the frequency of
+small generators can differ."""
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from data_sharding.common.files import read_json
 from data_sharding.common.storage import as_path
 from data_sharding.dataset.dataset import read_manifest
 from data_sharding.dataset.manifest import find_version
@@ -18,12 +19,13 @@ def find_run_versions(runs: Sequence[str | Path], paths: Iterable[str], command:
 
     If recordings were added to a dataset after the run began, the dataset has a newer version, which the run does not
     read. If the dataset does not have the version with which the run began, the id is empty, and the loader refuses to
-    resume. For a new run, the returned dictionary is empty.
+    resume. For a new run and for a complete run, the returned dictionary is empty.
 
     Parameters
     ----------
     runs : sequence of str or Path
-        Run directories of the stages of the run. The first directory with a checkpoint names the versions.
+        Run directories of the stages of the run, the last stage first. The first directory with a checkpoint names the
+        versions.
     paths : iterable of str
         Paths of the datasets of the run.
     command : str
@@ -39,6 +41,9 @@ def find_run_versions(runs: Sequence[str | Path], paths: Iterable[str], command:
     RequestError
         If the dataset was compacted, so that the version of the run cannot be read any more.
     """
+    status = Path(runs[0]) / "status.json"
+    if status.is_file() and isinstance(about := read_json(status), dict) and about.get("state") == "done":
+        return {}
     manifests = (read_values(Path(run) / "checkpoints") for run in runs)
     values = next((found for found in manifests if found), {})
     data = values.get("data") or values.get("loader") or {}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.local import launcher_command, processes_wanted
+from launch.local import _environment, launcher_command, processes_wanted
 from launch.stages import STAGES
 
 
@@ -102,3 +102,12 @@ def test_threads_wait_passively_unless_the_user_chose(monkeypatch: pytest.Monkey
     assert main(["--version"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
     monkeypatch.delenv("OMP_WAIT_POLICY")
     assert main(["--version"]) == 0 and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_launched_processes_keep_freed_memory_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "5")
+    found = _environment(tmp_path, 2)
+    assert found["MALLOC_TRIM_THRESHOLD_"] == "5" and int(found["MALLOC_MMAP_THRESHOLD_"]) == 2**25
+    assert found["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))

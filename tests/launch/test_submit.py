@@ -96,6 +96,12 @@ def test_yaml_strings_stay_strings(capsys: pytest.CaptureFixture[str]):
     assert batch["spec"]["template"]["spec"]["containers"][0]["workingDir"] == 'a: "b" #c'
 
 
+def test_one_process_without_a_gpu_uses_all_cores(capsys: pytest.CaptureFixture[str]):
+    words = ["--cpus-per-node", "12"]
+    text = render_job(capsys, "slurm", "linear", str(CONFIGS["linear"]), *words)
+    assert "OMP_NUM_THREADS=12" in text and "gpus" not in text.replace("--gpus-per-node 0", "")
+
+
 def test_slurm_on_several_nodes(capsys: pytest.CaptureFixture[str]):
     words = ["--nodes", "4", "--gpus-per-node", "8", "--partition", "long", "--", "--batch_size", "256"]
     assert main(["submit", "slurm", "pretrain", str(CONFIGS["pretrain"]), "--dry-run", *words]) == 0

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_sharding.common.config import command, parse_config
-from data_sharding.common.errors import EXIT_DONE
+from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.files import atomic_write_text, write_json
 from finetune.dm_re2i.classification.measure import evaluate_classifier, save_results
 from finetune.dm_re2i.config import DMRE2IConfig
@@ -29,6 +29,7 @@ from finetune.dm_re2i.train import train
 from finetune.images import ImageTable, open_paired
 from finetune.training.accelerate import quiet_libraries
 from pretrain.probe.statistics import accuracy_interval, difference_interval, flip_test
+from pretrain.runs.checkpoint import read_values
 from pretrain.runs.distributed import choose_device
 
 Network = Literal["evrnet", "eegnet", "tsconv", "frozen", "trained"]
@@ -90,6 +91,8 @@ def _make_words(config: CompareConfig, network: str, shuffled: bool, seed: int, 
     if network in ("frozen", "trained"):
         keys |= {"evrnet.network": "encoder", "evrnet.encoder": config.encoder, "evrnet.whiten": 0}
         keys["evrnet.train_encoder"] = network == "trained"
+    if network == "frozen":
+        keys["evrnet.image_weight"] = 0
     return [config.settings, *(word for key, value in keys.items() for word in (f"--{key}", str(value)))]
 
 
@@ -229,6 +232,13 @@ def compare(config: CompareConfig) -> int:
                 )
     first = next(iter(parsed.values()))
     data = open_paired(first.dataset, config.split, **first.eeg.part)
+    for own in parsed.values():
+        loader = read_values(Path(own.output) / "evrnet" / "checkpoints").get("loader") or {}
+        if loader.get("dataset_id", data.manifest.dataset_id) != data.manifest.dataset_id:
+            raise RequestError(
+                f"{own.output}: this network was trained on another version of {first.dataset}; choose another output, "
+                "so that all networks are trained on the same version"
+            )
     table = ImageTable(data)
     hits: dict[tuple[str, bool], list[NDArray[Any]]] = {}
     parameters: dict[str, int] = {}

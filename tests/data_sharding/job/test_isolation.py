@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_sharding.job.isolation import GivenUp, call_isolated, close_children, owned_folder
+from data_sharding.job.isolation import KEEP, GivenUp, call_isolated, close_children, owned_folder
 
 MODULE = """
 import os, signal, time
@@ -131,22 +131,40 @@ def test_a_killed_parent_leaves_no_child_process(tmp_path: Path) -> None:
 
 def test_folders_of_dead_processes_are_removed_and_others_are_kept(tmp_path: Path) -> None:
     base = tmp_path / "temporary"
-    for name in ("ds-ray-dead", "ds-ray-kept", "other-dead"):
+    for name in ("ds-ray-dead", "ds-ray-half-removed", "ds-ray-kept", "ds-ray-odd", "other-dead"):
         (base / name / "ray").mkdir(parents=True)
         (base / name / "ray" / "log").write_text("x")
-        if name != "ds-ray-kept":
+        if name not in ("ds-ray-half-removed", "ds-ray-odd"):
             (base / name / "lock").touch()
+    (base / "ds-ray-kept" / KEEP).touch()
+    # A lock that is a link or a pipe is not opened.
+    (base / "ds-ray-odd" / "lock").symlink_to(base / "other-dead" / "lock")
     (base / "elsewhere").mkdir()
     (base / "elsewhere" / "lock").touch()
     (base / "ds-ray-link").symlink_to(base / "elsewhere")
     with owned_folder(base, "ds-ray") as alive, owned_folder(base, "ds-ray") as logs:
         assert alive.is_dir() and alive.stat().st_mode & 0o77 == 0
         (logs / "log").write_text("x")
-        (logs / "lock").unlink()
+        (logs / KEEP).touch()
+        with owned_folder(base, "ds-ray"):
+            assert alive.is_dir(), "a folder whose process lives is not removed"
     assert not alive.exists() and (logs / "log").is_file()
     found = {path.name for path in base.iterdir()}
-    assert found == {"ds-ray-kept", "other-dead", "elsewhere", "ds-ray-link", logs.name}
+    assert found == {"ds-ray-kept", "ds-ray-odd", "other-dead", "elsewhere", "ds-ray-link", logs.name}
     assert (base / "elsewhere" / "lock").is_file()
+
+
+def test_a_folder_of_another_user_is_not_touched(tmp_path: Path) -> None:
+    if os.getuid():
+        pytest.skip("only root can make a folder of another user")
+    other = tmp_path / "ds-ray-other"
+    other.mkdir()
+    (other / "lock").touch()
+    os.mkfifo(other / "pipe")
+    os.chown(other, 12345, 12345)
+    with owned_folder(tmp_path, "ds-ray"):
+        pass
+    assert (other / "lock").is_file()
 
 
 def test_a_job_removes_the_ray_folder_of_a_killed_job(tmp_path: Path) -> None:

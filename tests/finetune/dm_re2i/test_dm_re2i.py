@@ -193,6 +193,11 @@ def test_a_run_reads_the_version_of_the_dataset_it_began_with(
         torch.testing.assert_close(a[key], b[key], atol=1e-6, rtol=1e-5)
     about = json.loads((tmp_path / "grown" / "model" / "dreamscale.json").read_text())
     assert about["dataset_version"] == 1
+    # A complete run needs the old version no more, even after the dataset was compacted.
+    version = dataset / "versions"
+    shutil.rmtree(version)
+    assert run_main(main, grown) == 0
+    assert "nothing to do" in capsys.readouterr().out
     # A new run uses the new version.
     assert run_main(main, [*_args(dataset, tmp_path / "new", **more), "--stages", "evrnet"]) == 0
     assert "began with version" not in capsys.readouterr().err

@@ -156,3 +156,9 @@ def test_the_feature_learns_the_image_and_the_package_stays_the_same(
     capsys.readouterr()
     assert run_main(main, args) == 2
     assert "evrnet.image_weight is 1.0 and evrnet.average is 2" in capsys.readouterr().err
+    for value in ("-1", ".nan", ".inf"):
+        assert run_main(main, _args(paired_dataset, tmp_path / "refused", EVRNET, {"evrnet.image_weight": value})) == 2
+        assert "image_weight" in capsys.readouterr().err
+    frozen = {"evrnet.network": "encoder", "evrnet.encoder": "nowhere", "evrnet.image_weight": 1}
+    assert run_main(main, _args(paired_dataset, tmp_path / "refused", frozen)) == 2
+    assert "a frozen encoder does not change" in capsys.readouterr().err
