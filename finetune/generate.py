@@ -218,7 +218,8 @@ def generate(config: GenerateConfig) -> int:
     # Check the dataset before the model, because loading a model takes longer.
     open_paired(config.dataset, config.split)
     generator = load_generator(config.model, str(choose_device(config.device)))
-    dataset = open_paired(config.dataset, config.split, **generator.part)
+    part = generator.part
+    dataset = open_paired(config.dataset, config.split, tmin=part.get("tmin"), tmax=part.get("tmax"))
     dataset.require_preprocess(generator.spec, f"model {config.model}")
     found = group_repeats(dataset, config.average_repeats)
     groups = [found[number] for number in choose_evenly(len(found), config.limit or len(found))]

@@ -231,7 +231,7 @@ def compare(config: CompareConfig) -> int:
                     DMRE2IConfig, words, prog="dreamscale ddpm", positionals=("config",)
                 )
     first = next(iter(parsed.values()))
-    data = open_paired(first.dataset, config.split, **first.eeg.part)
+    data = open_paired(first.dataset, config.split, tmin=first.eeg.tmin, tmax=first.eeg.tmax)
     for own in parsed.values():
         loader = read_values(Path(own.output) / "evrnet" / "checkpoints").get("loader") or {}
         if loader.get("dataset_id", data.manifest.dataset_id) != data.manifest.dataset_id:
