@@ -33,7 +33,7 @@ def origin(found: dict[str, Any]) -> str:
     """Return the sentence that says when, where and under which load a result was measured, if the result says so."""
     if "date" not in found:
         return ""
-    return f"Measured on {found['date']}, {found['machine']}, load average before the run {found['load']}."
+    return f"Measured on {found['date']}, on {found['machine']}.\nThe load average before the run was {found['load']}."
 
 
 def sharding(found: dict[str, Any]) -> str:
@@ -52,7 +52,8 @@ input and the sampling rate of the result are: {found["data"]}. The windows last
 MNE's path needs **{found["cpu_ratio"]:.1f} times as much CPU time** as Dreamscale (aim: 3).
 Dreamscale's memory does not grow with the length of the recording (aim: below 1 GB). MNE's path loads the recording,
 applies a band-pass filter (FIR), resamples the signal (FFT) and subtracts the average. Dreamscale also removes the
-mains frequency, checks units, channels and every window, and hashes the file. {origin(found)}
+mains frequency, checks units, channels and every window, and hashes the file.
+{origin(found)}
 """
 
 
@@ -62,7 +63,8 @@ def sharding_minute(found: dict[str, Any]) -> str:
 
 The command is `python benchmarks/sharding.py --seconds 60 --repeats {found["repeats"]}`. The two programs ran in turn.
 Dreamscale needs {ours:.3f} s of CPU time and MNE's path {mne:.3f} s (medians). The median over the pairs of
-Dreamscale's time divided by MNE's is **{found["paired_ratio"]:.2f}** (aim: at most 1). {origin(found)}
+Dreamscale's time divided by MNE's is **{found["paired_ratio"]:.2f}** (aim: at most 1).
+{origin(found)}
 """
 
 
@@ -81,7 +83,8 @@ def workers(found: dict[str, Any]) -> str:
     return f"""## The sharding job on one and two workers
 
 The command is `python benchmarks/sharding.py --seconds 7200 --recordings 24 --ways ours --workers 1 2`. The job has
-{job["data"]}. The job ran on Ray with two CPU cores. {origin(found)}
+{job["data"]}. The job ran on Ray with two CPU cores.
+{origin(found)}
 
 {table(["workers", "whole job (s)", "recordings/s after the workers have started", "speed-up"], rows)}
 
