@@ -317,7 +317,9 @@ def _find_folder(path_or_hub_id: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(path_or_hub_id)))
+        # Only these files are read. Others, such as the program `encoder.pt2`, are not downloaded.
+        wanted = [CONFIG, SPEC, EXAMPLE, CARD, "*.safetensors"]
+        return Path(huggingface_hub.snapshot_download(str(path_or_hub_id), allow_patterns=wanted))
     except Exception as error:
         raise RequestError(
             f"{path_or_hub_id}: no such directory, and the Hugging Face hub has no such package or cannot be reached "
