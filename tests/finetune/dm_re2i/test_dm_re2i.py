@@ -207,6 +207,26 @@ def _weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / name)
 
 
+def test_two_processes_train_the_guide_as_one_process_does(
+    trained: Path, paired_dataset: Path, tmp_path: Path, launch: Launch
+) -> None:
+    more = {"evrnet_from": trained / "model" / "evrnet", "ddpm__train_guide": True, "ddpm__training__steps": 3}
+    losses = {}
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        done = launch("finetune.dm_re2i", *_args(paired_dataset, run, **more), processes=processes)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[processes] = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses[1]) == 3
+    np.testing.assert_allclose(losses[1], losses[2], rtol=2e-3)
+    one, two = (_weights(tmp_path / name, "evrnet/model.safetensors") for name in ("1", "2"))
+    before = _weights(trained, "evrnet/model.safetensors")
+    assert any(not torch.equal(one[key], before[key]) for key in before)
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], atol=5e-3, rtol=0)
+
+
 def test_a_frozen_guide_keeps_its_weights_and_a_trained_guide_changes(
     trained: Path, paired_dataset: Path, tmp_path: Path
 ) -> None:
