@@ -320,15 +320,13 @@ class ImageTable:
         return features
 
 
-def find_components(train: ImageTable, val: ImageTable, size: int, components: int) -> tuple[np.ndarray, np.ndarray]:
+def find_components(train_MHW3: np.ndarray, val_MHW3: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
     """Compute the principal components of the images' pixels.
 
     Parameters
     ----------
-    train, val : ImageTable
+    train_MHW3, val_MHW3 : ndarray of uint8, shape (M, H, W, 3)
         Images of the train split, from which the components are found, and of the val split.
-    size : int
-        Width and height in pixels to which the images are resized.
     components : int
         Largest number P of components.
 
@@ -337,7 +335,7 @@ def find_components(train: ImageTable, val: ImageTable, size: int, components: i
     train_MP, val_MP : ndarray of float32, shape (M, P)
         Components of the images, for pixels with values from -1 to 1. Each component has mean 0 over the train images.
     """
-    train_MX, val_MX = (t.pixels(size=size).reshape(len(t), -1).astype(np.float32) / 127.5 - 1 for t in (train, val))
+    train_MX, val_MX = (x.reshape(len(x), -1).astype(np.float32) / 127.5 - 1 for x in (train_MHW3, val_MHW3))
     mean_X = train_MX.mean(axis=0)
     _, _, basis = np.linalg.svd(train_MX - mean_X, full_matrices=False)
     basis_PX = basis[:components]

@@ -279,7 +279,10 @@ def train_evrnet(
     if parts:
         # Processors round differently, which can change components. So all processes use those of the first process.
         world = get_world(accelerator)
-        own = scale_components(*find_components(*tables, IMAGE_SIZE, parts)) if world.first else None
+        own = None
+        if world.first:
+            images, held = (table.pixels(size=IMAGE_SIZE) for table in tables)
+            own = scale_components(*find_components(images, held, parts))
         train_MP, val_MP = world.broadcast(own)
     parts = train_MP.shape[1] if train_MP is not None else 0
     task = EVRNetTask(build_classifier(stage, data), stage.label_smoothing, parts, stage.image_weight)

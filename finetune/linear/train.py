@@ -91,7 +91,8 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
     if config.bins > data.n_times:
         raise RequestError(f"bins is {config.bins}, but a trial has {data.n_times} samples; set bins to {data.n_times}")
     tables = ImageTable(data), ImageTable(val)
-    components_MP, held_MP = find_components(*tables, config.image_size, config.components)
+    images, held = (table.pixels(size=config.image_size) for table in tables)
+    components_MP, held_MP = find_components(images, held, config.components)
     one_hot_MK = np.eye(len(data.labels), dtype=np.float32)[tables[0].labels]
 
     groups = group_repeats(data, 1)
@@ -125,7 +126,7 @@ def fit_linear_model(config: LinearConfig, data: EEGDataset, val: EEGDataset) ->
         bias_L=maps[best][1].astype(np.float32),
         labels_M=tables[0].labels.astype(np.int64),
         components_MP=components_MP.astype(np.float32),
-        images_MHW3=tables[0].pixels(size=config.image_size),
+        images_MHW3=images,
     )
     accuracy, similarity = found[best]
     return model, {"accuracy": accuracy, "similarity": similarity, "penalty": float(STRENGTHS[best])}

@@ -74,16 +74,17 @@ def test_another_preprocessing_is_refused_with_the_key(paired_dataset: Path) -> 
 
 def test_components_have_no_mean_and_one_sign(paired_dataset: Path) -> None:
     train, val = (ImageTable(EEGDataset(paired_dataset, split)) for split in ("train", "val"))
-    train_MP, val_MP = find_components(train, val, 8, 3)
+    images, held = train.pixels(size=8), val.pixels(size=8)
+    train_MP, val_MP = find_components(images, held, 3)
     assert train_MP.shape == (len(train), 3) and val_MP.shape == (len(val), 3)
     np.testing.assert_allclose(train_MP.mean(axis=0), 0, atol=1e-4)
     variances = train_MP.var(axis=0)
     assert (np.diff(variances) <= 0).all()
-    pixels_MX = train.pixels(size=8).reshape(len(train), -1) / 127.5 - 1
+    pixels_MX = images.reshape(len(train), -1) / 127.5 - 1
     # With all components, nothing of the images is lost: the distances between images stay the same.
-    all_MP, _ = find_components(train, val, 8, 1000)
+    all_MP, _ = find_components(images, held, 1000)
     for one, other in ((0, 1), (0, len(train) - 1)):
         expected = np.linalg.norm(pixels_MX[one] - pixels_MX[other])
         np.testing.assert_allclose(np.linalg.norm(all_MP[one] - all_MP[other]), expected, rtol=1e-3)
-    again, _ = find_components(train, train, 8, 3)
+    again, _ = find_components(images, images, 3)
     np.testing.assert_allclose(again, train_MP)
