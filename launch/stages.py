@@ -79,6 +79,7 @@ STAGES: dict[str, Stage] = {
         module="finetune.stable_diffusion.miniature",
         usage="DATASET -o DIR",
         help="train a small Stable Diffusion and CLIP on the images of a dataset",
+        launcher="accelerate",
     ),
     "align": Stage(
         module="finetune.align",

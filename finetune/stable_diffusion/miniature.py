@@ -28,7 +28,9 @@ from data_sharding.common.errors import EXIT_DONE, RequestError
 from data_sharding.common.files import atomic_directory, digest_of, read_json, write_json
 from data_sharding.common.progress import progress
 from finetune.images import ImageTable, open_paired, to_model_range
-from finetune.training.accelerate import quiet_libraries
+from finetune.training.accelerate import get_world, make_accelerator, quiet_libraries
+from finetune.training.batch_norm import gather_rows
+from pretrain.runs.distributed import World
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -62,13 +64,20 @@ class MiniatureConfig:
     """Number of optimiser steps for training the autoencoder."""
     unet_steps: int = 1200
     """Number of optimiser steps for training the U-Net."""
+    num_processes: int = 1
+    """Number of processes, each of which computes its share of every batch on the CPU. The number of processes changes
+    the models only by rounding errors."""
 
     def __post_init__(self) -> None:
         if self.size % 8 or self.size < 16:
             raise ValueError(f"size must be a multiple of 8 and at least 16, got {self.size}")
-        for name in ("batch_size", "clip_steps", "vae_steps", "unet_steps"):
+        for name in ("batch_size", "clip_steps", "vae_steps", "unet_steps", "num_processes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_processes > 1 and self.batch_size < 2 * self.num_processes:
+            raise ValueError(
+                f"batch_size must be at least twice num_processes, got {self.batch_size} and {self.num_processes}"
+            )
 
 
 def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
@@ -116,15 +125,54 @@ def _tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
     return out.input_ids
 
 
-def _batches(n: int, batch: int, steps: int, seed: int) -> Iterator[tuple[Tensor, torch.Generator]]:
-    """Yield, for each training step, the numbers of its images and the random generator for their augmentation."""
+def _batches(
+    n: int, batch: int, steps: int, seed: int, world: World
+) -> Iterator[tuple[Tensor, slice, torch.Generator]]:
+    """Yield the numbers of the images in each training step, this process's share of them, and a random generator.
+
+    Every process draws the random numbers of the whole batch, and then computes only its share.
+    """
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
+    share = max(1, min(batch, n) // world.size)
+    size, own = share * world.size, slice(share * world.rank, share * (world.rank + 1))
     for _ in range(steps):
-        while len(order) < min(batch, n):
+        while len(order) < size:
             order += torch.randperm(n, generator=generator).tolist()
-        yield torch.tensor(order[: min(batch, n)]), generator
-        del order[: min(batch, n)]
+        yield torch.tensor(order[:size]), own, generator
+        del order[:size]
+
+
+def _average_gradients(model: torch.nn.Module, world: World) -> None:
+    """Replace the gradients of each process by their mean over all processes, in one message."""
+    if world.size == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= world.size
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view(gradient.shape))
+
+
+class _Training:
+    """AdamW with a one-cycle schedule for one model, whose gradients are the means over all processes."""
+
+    def __init__(
+        self, model: torch.nn.Module, lr: float, steps: int, world: World, *, weight_decay: float = 0.01
+    ) -> None:
+        self.model, self.world = model.train(), world
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, total_steps=steps + 1, pct_start=0.1)
+
+    def step(self, loss: Tensor) -> None:
+        """Do one optimiser step."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        _average_gradients(self.model, self.world)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
 
 
 def _augment(x_B3HW: Tensor, generator: torch.Generator, *, captioned: bool, shift: int = 2) -> Tensor:
@@ -156,18 +204,13 @@ def _warp(x_B3HW: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(x_B3HW, grid, padding_mode="border", align_corners=False)
 
 
-def _make_optimizer(
-    parameters: Any, lr: float, steps: int, weight_decay: float = 0.01
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
-    return optimizer, schedule
-
-
 def _train_clip(
-    x_M3HW: Tensor, captions: Sequence[str], tokenizer: CLIPTokenizer, config: MiniatureConfig
+    x_M3HW: Tensor, captions: Sequence[str], tokenizer: CLIPTokenizer, config: MiniatureConfig, world: World
 ) -> CLIPModel:
-    """Train a small CLIP from scratch. An image and a caption equal to its own caption are never a negative pair."""
+    """Train a small CLIP from scratch. An image and a caption equal to its own caption are never a negative pair.
+
+    Every process computes the same loss over the whole batch, from the embeddings that it gathers with gradients.
+    """
     from transformers import CLIPConfig, CLIPModel
 
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -198,20 +241,18 @@ def _train_clip(
     mean, std = _clip_statistics()
     tokens = _tokenize(tokenizer, captions)
     alike = torch.tensor([[a == b for b in captions] for a in captions])
-    optimizer, schedule = _make_optimizer(clip.parameters(), 1.5e-3, config.clip_steps, 0.05)
-    clip.train()
-    with progress("miniature CLIP", config.clip_steps) as advance:
-        for rows, generator in _batches(len(x_M3HW), config.batch_size, config.clip_steps, config.seed + 1):
+    training = _Training(clip, 1.5e-3, config.clip_steps, world, weight_decay=0.05)
+    batches = _batches(len(x_M3HW), config.batch_size, config.clip_steps, config.seed + 1, world)
+    with progress("miniature CLIP", config.clip_steps, enabled=world.first) as advance:
+        for rows, own, generator in batches:
             pixels = (_warp(x_M3HW[rows], generator) / 2 + 0.5 - mean) / std
-            out = clip(input_ids=tokens[rows], pixel_values=pixels)
+            out = clip(input_ids=tokens[rows[own]], pixel_values=pixels[own])
+            images, texts = gather_rows(out.image_embeds), gather_rows(out.text_embeds)
+            logits = clip.logit_scale.exp() * images @ texts.T
             target = alike[rows][:, rows].float()
             target /= target.sum(1, keepdim=True)
-            loss = F.cross_entropy(out.logits_per_image, target) + F.cross_entropy(out.logits_per_text, target)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            loss = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
+            training.step(loss)
             advance(1, note=f"loss {loss.item():.3f}")
     return clip.eval()
 
@@ -222,7 +263,7 @@ def _clip_statistics() -> tuple[Tensor, Tensor]:
     return torch.tensor(OPENAI_CLIP_MEAN)[:, None, None], torch.tensor(OPENAI_CLIP_STD)[:, None, None]
 
 
-def _train_vae(x_M3HW: Tensor, config: MiniatureConfig) -> AutoencoderKL:
+def _train_vae(x_M3HW: Tensor, config: MiniatureConfig, world: World) -> AutoencoderKL:
     """Train a small autoencoder. Latents have 4 channels, and a quarter of the width and height of the images."""
     from diffusers import AutoencoderKL
 
@@ -240,21 +281,18 @@ def _train_vae(x_M3HW: Tensor, config: MiniatureConfig) -> AutoencoderKL:
     with torch.no_grad():
         # Start with little noise on the latents: with strong noise, the autoencoder learns colours late or never.
         vae.quant_conv.bias[4:] -= 6.0
-    optimizer, schedule = _make_optimizer(vae.parameters(), 3e-3, config.vae_steps)
-    vae.train()
-    with progress("miniature autoencoder", config.vae_steps) as advance:
-        for rows, generator in _batches(len(x_M3HW), max(1, config.batch_size // 2), config.vae_steps, config.seed + 2):
-            x = _augment(x_M3HW[rows], generator, captioned=False).contiguous(memory_format=torch.channels_last)
+    training = _Training(vae, 3e-3, config.vae_steps, world)
+    batches = _batches(len(x_M3HW), max(1, config.batch_size // 2), config.vae_steps, config.seed + 2, world)
+    latent = (4, config.size // 4, config.size // 4)
+    with progress("miniature autoencoder", config.vae_steps, enabled=world.first) as advance:
+        for rows, own, generator in batches:
+            x = _augment(x_M3HW[rows], generator, captioned=False)[own].contiguous(memory_format=torch.channels_last)
+            noise = torch.randn(len(rows), *latent, generator=generator)[own]
             posterior = vae.encode(x).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator)
             y = vae.decode(posterior.mean + posterior.std * noise).sample
             # The L1 loss keeps edges sharp. The KL divergence only limits the scale of latents, as in Stable Diffusion.
             loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-6 * posterior.kl().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            training.step(loss)
             advance(1, note=f"loss {loss.item():.4f}")
     vae.to(memory_format=torch.contiguous_format).eval()
     with torch.no_grad():
@@ -270,6 +308,7 @@ def _train_unet(
     clip: CLIPModel,
     vae: AutoencoderKL,
     config: MiniatureConfig,
+    world: World,
 ) -> tuple[UNet2DConditionModel, Any]:
     """Train a small U-Net with the block types of Stable Diffusion 1.5. A tenth of the captions is replaced by ""."""
     from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
@@ -311,25 +350,20 @@ def _train_unet(
         states = clip.text_model(tokens).last_hidden_state
     text = torch.arange(len(captions)).repeat(len(views))
     ema = {name: p.detach().clone() for name, p in unet.named_parameters()}
-    optimizer, schedule = _make_optimizer(unet.parameters(), 2e-3, config.unet_steps)
-    unet.train()
-    with progress("miniature U-Net", config.unet_steps) as advance:
-        for step, (rows, generator) in enumerate(
-            _batches(len(latents), config.batch_size, config.unet_steps, config.seed + 4)
-        ):
+    training = _Training(unet, 2e-3, config.unet_steps, world)
+    batches = _batches(len(latents), config.batch_size, config.unet_steps, config.seed + 4, world)
+    with progress("miniature U-Net", config.unet_steps, enabled=world.first) as advance:
+        for step, (rows, own, generator) in enumerate(batches):
             b = len(rows)
-            noise = torch.randn(latents[rows].shape, generator=generator)
-            times = torch.randint(1000, (b,), generator=generator)
-            dropped = torch.rand(b, generator=generator) < 0.1
+            noise = torch.randn(b, *latents.shape[1:], generator=generator)[own]
+            times = torch.randint(1000, (b,), generator=generator)[own]
+            dropped = (torch.rand(b, generator=generator) < 0.1)[own]
+            rows = rows[own]
             condition = states[torch.where(dropped, len(captions), text[rows])]
             noisy = noising.add_noise(latents[rows], noise, times)  # pyright: ignore[reportArgumentType] - the library's annotation is too narrow
             guess = unet(noisy, times, condition).sample
             loss = F.mse_loss(guess, noise)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+            training.step(loss)
             with torch.no_grad():
                 decay = min(0.99, (1 + step) / (10 + step))
                 torch._foreach_lerp_(list(ema.values()), list(unet.parameters()), 1 - decay)
@@ -340,7 +374,13 @@ def _train_unet(
     return unet.eval(), scheduler
 
 
-def make_miniature(pixels_MHW3: np.ndarray, captions: Sequence[str], out: str | Path, config: MiniatureConfig) -> Path:
+def make_miniature(
+    pixels_MHW3: np.ndarray,
+    captions: Sequence[str],
+    out: str | Path,
+    config: MiniatureConfig,
+    world: World | None = None,
+) -> Path:
     """Train the miniature models and write them to a folder, which appears only when all files are complete.
 
     Parameters
@@ -353,6 +393,8 @@ def make_miniature(pixels_MHW3: np.ndarray, captions: Sequence[str], out: str | 
         Directory to create, with ``clip/`` (model, tokenizer, image processor) and ``stable-diffusion/`` (pipeline).
     config : MiniatureConfig
         Seed, numbers of steps, and image size.
+    world : World, optional
+        The processes that train together; all of them must call this function. By default, this process trains alone.
 
     Returns
     -------
@@ -364,18 +406,21 @@ def make_miniature(pixels_MHW3: np.ndarray, captions: Sequence[str], out: str | 
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     assert pixels_MHW3.shape[1:] == (config.size, config.size, 3) and len(captions) == len(pixels_MHW3)
+    world = world or World()
     began = time.monotonic()
     seconds = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         x_M3HW = to_model_range(pixels_MHW3)
         tokenizer = make_tokenizer(captions)
-        clip = _train_clip(x_M3HW, captions, tokenizer, config)
+        clip = _train_clip(x_M3HW, captions, tokenizer, config, world)
         seconds["clip"] = time.monotonic() - began
-        vae = _train_vae(x_M3HW, config)
+        vae = _train_vae(x_M3HW, config, world)
         seconds["vae"] = time.monotonic() - began - seconds["clip"]
-        unet, scheduler = _train_unet(x_M3HW, captions, tokenizer, clip, vae, config)
+        unet, scheduler = _train_unet(x_M3HW, captions, tokenizer, clip, vae, config, world)
         seconds["unet"] = time.monotonic() - began - seconds["clip"] - seconds["vae"]
+    if not world.first:
+        return Path(out)
     text_config = clip.config.text_config
     assert isinstance(text_config, CLIPTextConfig)
     text_encoder = CLIPTextModel(text_config)
@@ -411,7 +456,7 @@ def make_miniature(pixels_MHW3: np.ndarray, captions: Sequence[str], out: str | 
 
 
 def _digest(config: MiniatureConfig) -> str:
-    return digest_of({k: v for k, v in to_dict(config).items() if k != "output"})
+    return digest_of({k: v for k, v in to_dict(config).items() if k not in ("output", "num_processes")})
 
 
 def make(config: MiniatureConfig) -> int:
@@ -428,22 +473,28 @@ def make(config: MiniatureConfig) -> int:
         Exit code of the command.
     """
     quiet_libraries()
+    accelerator = make_accelerator(num_processes=config.num_processes, device="cpu")
     table = ImageTable(open_paired(config.dataset, "train"))
     made = Path(config.output) / "miniature.json"
     if made.is_file():
         if read_json(made).get("digest") == _digest(config):
-            print(f"{config.output}: these miniature models exist already; nothing to do")
+            accelerator.print(f"{config.output}: these miniature models exist already; nothing to do")
             return EXIT_DONE
         raise RequestError(
             f"{config.output}: holds miniature models of another config or version; choose another output or delete it"
         )
     if Path(config.output).exists():
         raise RequestError(f"{config.output}: exists and does not hold miniature models; choose another output")
-    make_miniature(table.pixels(size=config.size), table.captions, config.output, config)
-    print(
+    # Processes do not begin to train, and so to write, before all of them have looked at the output.
+    accelerator.wait_for_everyone()
+    pixels_MHW3 = table.pixels(size=config.size)
+    make_miniature(pixels_MHW3, table.captions, config.output, config, get_world(accelerator))
+    accelerator.wait_for_everyone()
+    accelerator.print(
         f"miniature models, trained on {len(table)} images -> {config.output}; next: dreamscale align "
         f"configs/demo/align.yaml --dataset {config.dataset} --clip {Path(config.output) / 'clip'} --encoder ENCODER"
     )
+    accelerator.end_training()
     return EXIT_DONE
 
 

@@ -1,7 +1,10 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data_sharding.common.errors import RequestError, run_main
 from finetune.clip_images import embed_images
@@ -75,6 +78,28 @@ def test_the_miniature_is_made_once_and_overwrites_nothing(
     (tmp_path / "mine.txt").write_text("keep")
     assert main([str(paired_dataset), "-o", str(tmp_path)]) == 2
     assert "does not hold miniature models" in capsys.readouterr().err
+
+
+def test_two_processes_train_the_same_models_as_one(
+    miniature: Path, paired_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ["--clip_steps", "2", "--vae_steps", "2", "--unet_steps", "2", "--batch_size", "8"]
+    words = [str(paired_dataset), "-o", str(tmp_path / "two"), *steps, "--num_processes", "2"]
+    done = subprocess.run([sys.executable, "-m", "launch", "miniature", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("miniature models, trained on") == 1
+    files = sorted(path.relative_to(miniature) for path in miniature.rglob("*.safetensors"))
+    assert len(files) == 4  # CLIP, text encoder, autoencoder, U-Net
+    for file in files:
+        one, two = load_file(miniature / file), load_file(tmp_path / "two" / file)
+        gaps = torch.cat([(two[name] - weights).abs().flatten() for name, weights in one.items()])
+        # A mean, because a few gradients are zero but for rounding, and Adam divides each gradient by its own size. If
+        # each process trained on its own share alone, the mean would be about 1e-3.
+        assert gaps.mean() < 5e-5, f"{file}: {gaps.mean()}"
+    # The number of processes is no part of what was made.
+    assert main([*words[:-1], "1"]) == 0
+    assert main([*words[:-1], "5"]) == 2
+    assert "at least twice num_processes" in capsys.readouterr().err
 
 
 def test_folders_without_a_model_are_refused(tmp_path: Path, unpaired_dataset: Path, paired_dataset: Path) -> None:
