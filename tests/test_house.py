@@ -31,7 +31,7 @@ FOLDERS = {
     ],
     "pretrain": [
         *("train", "plan", "convert", "export", "encode"),
-        *("training", "probe", "runs", "encoder", "model"),
+        *("training", "probe", "evidence", "runs", "encoder", "model"),
     ],
     "data_sharding": [
         *("__main__", "job", "audit", "corpora", "dataset", "processing", "formats", "common"),

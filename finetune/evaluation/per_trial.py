@@ -2,7 +2,7 @@
 
 `dreamscale evaluate` writes the values to ``trials.json``. Neither trials of the same image nor trials of the same
 person are independent, so every confidence interval is computed twice: over images and over people (see
-`pretrain.probe.statistics`).
+`pretrain.evidence.statistics`).
 
 Array shapes: B trials.
 """
@@ -22,7 +22,7 @@ from data_sharding.common.errors import RequestError
 from data_sharding.common.files import read_json, write_json
 from data_sharding.common.untrusted import check_group, check_list, check_number, check_text
 from finetune.evaluation.metrics import PAIRED_METRICS, Images
-from pretrain.probe.statistics import FEWEST_SUBJECTS, difference_interval, flip_test
+from pretrain.evidence.statistics import FEWEST_SUBJECTS, difference_interval, flip_test
 
 NAME = "trials.json"
 """Name of the file, in the folder of generated images, that holds the values of each trial."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from finetune.evaluation.classifier import ImageClassifier
 from finetune.evaluation.generated import read_generated
 from launch.demo.attributes import identify, measure_colour
-from pretrain.probe.statistics import crossed_interval
+from pretrain.evidence.statistics import crossed_interval
 
 RESAMPLES = 10_000
 MEASURES = {"category": 0.25, "colour": 0.25, "identification": 0.5}

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.evidence.statistics import FEWEST_SUBJECTS, accuracy_interval, difference_interval, flip_test
 from pretrain.probe.compare import ENCODER, TUNED, TUNED_RANDOM
 from pretrain.probe.config import ProbeConfig
 from pretrain.probe.features import Trials
 from pretrain.probe.folds import Fold
-from pretrain.probe.statistics import FEWEST_SUBJECTS, accuracy_interval, difference_interval, flip_test
 
 
 def summarize(

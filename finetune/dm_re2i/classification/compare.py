@@ -28,7 +28,7 @@ from finetune.dm_re2i.networks import NAMES, load_classifier
 from finetune.dm_re2i.train import train
 from finetune.images import ImageTable, open_paired
 from finetune.training.accelerate import quiet_libraries
-from pretrain.probe.statistics import accuracy_interval, difference_interval, flip_test
+from pretrain.evidence.statistics import accuracy_interval, difference_interval, flip_test
 from pretrain.runs.checkpoint import read_values
 from pretrain.runs.distributed import choose_device
 

@@ -23,7 +23,7 @@ from finetune.dm_re2i.classifier import EEGClassifier
 from finetune.dm_re2i.model import compute_features
 from finetune.eeg import group_repeats, read_trials
 from finetune.images import ImageTable
-from pretrain.probe.statistics import accuracy_interval
+from pretrain.evidence.statistics import accuracy_interval
 
 TOP = 5
 """In the top-5 accuracy, a trial is right if its true category has one of the five highest scores."""
