@@ -19,7 +19,7 @@ from finetune.eeg import EEGConfig, group_repeats, read_means
 from finetune.images import ImageTable, find_components, open_train_val
 from finetune.linear.model import Floats, LinearModel, compute_time_courses, save_model
 from finetune.training.accelerate import quiet_libraries, report_finished, use_run
-from pretrain.probe.ridge import STRENGTHS, ridge_scores
+from pretrain.evidence.ridge import STRENGTHS, ridge_scores
 from pretrain.runs.tracking import TrackerConfig
 
 BATCH = 256

@@ -11,8 +11,9 @@ import numpy as np
 
 from data_sharding.common.errors import RequestError
 from data_sharding.common.progress import progress
+from pretrain.evidence.features import band_power
 from pretrain.probe.config import DEFAULT_METHODS, ProbeConfig
-from pretrain.probe.features import Trials, band_power, covariance, standardize, time_courses
+from pretrain.probe.features import Trials, covariance, standardize, time_courses
 from pretrain.probe.folds import Fold, make_inner_folds, shuffle_labels
 from pretrain.probe.ridge import choose_and_predict
 

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
     from pretrain.encoder.encoder import EEGEncoder
 
-BANDS = {"delta": (1, 4), "theta": (4, 8), "alpha": (8, 13), "beta": (13, 30), "gamma": (30, 45)}
-"""Lower and upper edge of each frequency band in Hz."""
-
 
 @dataclasses.dataclass(kw_only=True)
 class Trials:
@@ -78,32 +75,6 @@ def average_bins(x: np.ndarray, bins: int) -> np.ndarray:
     T = x.shape[-1]
     edges = [(bin_ * T // bins, -(-(bin_ + 1) * T // bins)) for bin_ in range(bins)]
     return np.stack([x[..., start:stop].mean(axis=-1) for start, stop in edges], axis=-1)
-
-
-def band_power(x_nCT: np.ndarray, sfreq: float) -> np.ndarray:
-    """Compute the logarithm of the power of each channel in each frequency band.
-
-    Parameters
-    ----------
-    x_nCT : ndarray, [n, C, T]
-        EEG signal.
-    sfreq : float
-        Sampling rate in Hz.
-
-    Returns
-    -------
-    ndarray, [n, C x bands]
-        Features. A band is left out if it contains no frequency of the Fourier transform.
-    """
-    T = x_nCT.shape[-1]
-    power = np.abs(np.fft.rfft(x_nCT * np.hanning(T), axis=-1)) ** 2
-    frequency = np.fft.rfftfreq(T, 1 / sfreq)
-    parts = []
-    for low, high in BANDS.values():
-        inside = (frequency >= low) & (frequency < high)
-        if inside.any():
-            parts.append(np.log10(power[..., inside].mean(axis=-1) + 1e-12))
-    return np.stack(parts, axis=-1).reshape(len(x_nCT), -1)
 
 
 def covariance(x_nCT: np.ndarray) -> np.ndarray:

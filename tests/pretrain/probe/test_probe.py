@@ -20,6 +20,7 @@ from data_sharding.dataset.dataset import write_dataset
 from data_sharding.dataset.samples import Sample
 from data_sharding.processing.preprocess import PreprocessSpec
 from pretrain.encoder.encoder import EEGEncoder
+from pretrain.evidence.ridge import STRENGTHS, ridge_scores
 from pretrain.model.config import EncoderConfig
 from pretrain.probe.compare import TUNED, TUNED_RANDOM
 from pretrain.probe.config import DEFAULT_METHODS, ProbeConfig
@@ -27,7 +28,7 @@ from pretrain.probe.eegnet import EEGNet, EEGNetConfig, predict_eegnet, train_ee
 from pretrain.probe.features import Trials, average_bins, covariance, standardize
 from pretrain.probe.finetune import finetune_and_predict, one_cycle
 from pretrain.probe.folds import Fold, make_inner_folds, make_outer_folds, shuffle_labels
-from pretrain.probe.ridge import STRENGTHS, choose_and_predict, ridge_scores
+from pretrain.probe.ridge import choose_and_predict
 from pretrain.probe.run import main
 
 SPEC = PreprocessSpec(sfreq=128.0, highpass=0.5, lowpass=45.0, window=128, stride=128)
