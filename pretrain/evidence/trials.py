@@ -1,0 +1,362 @@
+"""When each trial happened, and permutations that move EEG only between neighbouring trials.
+
+EEG drifts over minutes: electrodes dry, and people get tired. If pictures of one category are shown one after the
+other, a model can read the category from the drift. The shuffle within neighbourhoods finds such a model. A
+neighbourhood is a short run of consecutive trials of one recording, whatever the labels of the trials. The drift is
+nearly equal in all trials of a neighbourhood, so a model that reads the drift gives the same answer after the shuffle.
+
+- In a block design, the trials of a neighbourhood have the same label. The shuffle within neighbourhoods does not
+  change the score, and this shows that the score cannot be told apart from a score that comes from the drift.
+- In a random order, the trials of a neighbourhood have different labels. The shuffle within neighbourhoods gives each
+  trial a response to another picture, so a score that comes from the response falls to chance.
+
+A neighbourhood must not be defined by the label: the shuffle among trials of one label would keep the score of every
+model in every design.
+
+Array shapes: n trials.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from data_sharding.common.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from data_sharding.dataset.dataset import EEGDataset
+
+NEIGHBOURS = 8
+"""Number of consecutive trials in a neighbourhood, by default. Of two trials in a neighbourhood of eight, the later
+trial follows on average three trials after the earlier trial."""
+BY_CHANCE = 0.01
+"""If a random order gives recordings with one label each with at most this probability, the label is constant in
+recordings."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrialTable:
+    """Label, image, person and time of each trial of a split.
+
+    `data_sharding.dataset.trials.TrialTable` has the metadata as they are stored. This table has only what an
+    evaluation may know about a trial without reading its EEG.
+    """
+
+    labels_n: NDArray[np.int64]
+    """[n] label of each trial, as a number."""
+    images_n: NDArray[np.str_]
+    """[n] name of each trial's image. Copies of an image must have one name; see `merge_copies`."""
+    subjects_n: NDArray[np.str_]
+    """[n] person of each trial."""
+    sessions_n: NDArray[np.str_]
+    """[n] session of each trial. An empty name stands for the only session of a person."""
+    recordings_n: NDArray[np.str_]
+    """[n] recording of each trial. An empty name stands for an unknown recording."""
+    times_n: NDArray[np.float64]
+    """[n] time of each trial, in seconds from the start of the recording. NaN stands for an unknown time."""
+
+    def __post_init__(self) -> None:
+        kinds = {"labels_n": np.int64, "times_n": np.float64}
+        for name in (field.name for field in fields(self)):
+            values_n = np.asarray(getattr(self, name))
+            if name == "labels_n" and values_n.size and values_n.dtype.kind not in "iub":
+                raise RequestError(f"labels_n has the type {values_n.dtype}; give each label as a whole number")
+            object.__setattr__(self, name, values_n.astype(kinds.get(name, np.str_)))
+        shapes = {field.name: getattr(self, field.name).shape for field in fields(self)}
+        if len(set(shapes.values())) > 1 or len(self.labels_n.shape) != 1:
+            raise RequestError(
+                f"the columns of the trial table have the shapes {shapes}; give one value for each trial"
+            )
+        if np.isinf(self.times_n).any():
+            raise RequestError("times_n has an infinite time; give a time in seconds, or NaN for an unknown time")
+
+    def __len__(self) -> int:
+        return len(self.labels_n)
+
+    def select(self, chosen_n: ArrayLike) -> TrialTable:
+        """Return the table of some trials.
+
+        Parameters
+        ----------
+        chosen_n : array of bool or of int
+            Mask, or indices, of the chosen trials.
+
+        Returns
+        -------
+        TrialTable
+            The chosen trials.
+        """
+        chosen = np.asarray(chosen_n)
+        chosen = chosen if chosen.dtype == bool else chosen.astype(np.int64)
+        return TrialTable(**{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
+
+
+def join_tables(*tables: TrialTable) -> TrialTable:
+    """Return one table with the trials of several tables, in the given order."""
+    names = [field.name for field in fields(TrialTable)]
+    return TrialTable(**{name: np.concatenate([getattr(table, name) for table in tables]) for name in names})
+
+
+def tabulate_trials(dataset: EEGDataset, *, times_known: bool = True) -> TrialTable:
+    """Read the trial table of one split of a dataset.
+
+    Parameters
+    ----------
+    dataset : EEGDataset
+        The split. Every sample must be a trial with a label, an image and a person.
+    times_known : bool
+        False for a corpus whose files do not keep the order of the trials, such as preprocessed THINGS-EEG2. The time
+        of every trial is then unknown.
+
+    Returns
+    -------
+    TrialTable
+        One row for each sample. The time of a trial is the time at which the image appeared. If two trials of a
+        recording have the same time, the times of this recording are unknown, because they cannot be real.
+
+    Raises
+    ------
+    RequestError
+        If a sample has no label, no image or no person.
+    """
+    stored = dataset.trials
+    labels_n = np.array(stored.numbers("label"), np.int64)
+
+    def column(name: str) -> NDArray[np.str_]:
+        values = np.array([value or "" for value in stored.values(name)], np.str_)
+        return values[stored.codes(name)]
+
+    images_n, people_n = column("image_id"), column("subject")
+    for name, missing_n in (("label", labels_n < 0), ("image_id", images_n == ""), ("subject", people_n == "")):
+        if missing_n.any():
+            raise RequestError(
+                f"{dataset.path} ({dataset.split}): {int(missing_n.sum())} samples have no {name}; make the dataset "
+                "from recordings with labelled trials"
+            )
+    subjects_n = np.char.add(np.char.add(column("corpus"), "/"), people_n)
+    times_n = np.array(stored.numbers("start"), np.float64) + stored.numbers("onset") / dataset.spec.sfreq
+    table = TrialTable(
+        labels_n=labels_n,
+        images_n=images_n,
+        subjects_n=subjects_n,
+        sessions_n=column("session"),
+        recordings_n=column("recording"),
+        times_n=times_n if times_known else np.full(len(labels_n), np.nan),
+    )
+    group_n = group_recordings(table)
+    pairs = np.stack([group_n.astype(np.float64), table.times_n])
+    unique, count = np.unique(pairs, axis=1, return_counts=True)
+    doubtful = unique[0, (count > 1) & np.isfinite(unique[1])]
+    return TrialTable(
+        **{field.name: getattr(table, field.name) for field in fields(table) if field.name != "times_n"},
+        times_n=np.where(np.isin(group_n, doubtful), np.nan, table.times_n),
+    )
+
+
+def merge_copies(images_n: ArrayLike, copies: Iterable[tuple[str, str]]) -> NDArray[np.str_]:
+    """Give all copies of an image one name, so that copies do not count as several images.
+
+    Parameters
+    ----------
+    images_n : array of str, shape (n,)
+        Name of the image of each trial.
+    copies : iterable of (str, str)
+        Pairs of names of the same image, for example from ``dreamscale verify``.
+
+    Returns
+    -------
+    ndarray of str, shape (n,)
+        The names. All images that are connected by pairs have the alphabetically first of their names.
+    """
+    first: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while (above := first.get(name, name)) != name:
+            name = above
+        return name
+
+    for pair in copies:
+        low, high = sorted(root(name) for name in pair)
+        first[high] = low
+    names, image_n = np.unique(np.asarray(images_n, np.str_), return_inverse=True)
+    return np.array([root(str(name)) for name in names], np.str_)[image_n]
+
+
+def group_by(*columns_n: ArrayLike) -> NDArray[np.int64]:
+    """Number the combinations of several columns.
+
+    Parameters
+    ----------
+    *columns_n : array, shape (n,)
+        Columns of texts or numbers.
+
+    Returns
+    -------
+    ndarray of int, shape (n,)
+        Two trials have the same number if they have the same value in all columns. The numbers are 0, 1, 2 and so on.
+    """
+    group_n = np.zeros(len(np.asarray(columns_n[0])), np.int64)
+    for column_n in columns_n:
+        names, code_n = np.unique(np.asarray(column_n), return_inverse=True)
+        group_n = np.unique(group_n * len(names) + code_n, return_inverse=True)[1].astype(np.int64)
+    return group_n
+
+
+def group_recordings(table: TrialTable) -> NDArray[np.int64]:
+    """Number the recordings of the trials.
+
+    Parameters
+    ----------
+    table : TrialTable
+        The trials.
+
+    Returns
+    -------
+    ndarray of int, shape (n,)
+        Two trials have the same number if they have the same person, session and recording. If the recording is
+        unknown, all trials of the person's session with unknown recording count as one recording.
+    """
+    return group_by(table.subjects_n, table.sessions_n, table.recordings_n)
+
+
+def sort_by_time(table: TrialTable) -> NDArray[np.int64]:
+    """Return the indices of all trials, sorted by recording and then by time; unknown times come last."""
+    return np.lexsort((table.times_n, group_recordings(table)))
+
+
+def find_blocks(table: TrialTable) -> NDArray[np.int64]:
+    """Number the blocks. A block is a longest run of trials with one label, in the order of time within a recording.
+
+    Parameters
+    ----------
+    table : TrialTable
+        The trials.
+
+    Returns
+    -------
+    ndarray of int, shape (n,)
+        Number of each trial's block. A trial with unknown time is a block of its own.
+    """
+    order, group_n = sort_by_time(table), group_recordings(table)
+    label, group, unknown = table.labels_n[order], group_n[order], np.isnan(table.times_n[order])
+    begins = np.ones(len(table), bool)
+    begins[1:] = (label[1:] != label[:-1]) | (group[1:] != group[:-1]) | unknown[1:]
+    blocks_n = np.empty(len(table), np.int64)
+    blocks_n[order] = np.cumsum(begins) - 1
+    return blocks_n
+
+
+def find_neighbourhoods(table: TrialTable, size: int = NEIGHBOURS) -> NDArray[np.int64]:
+    """Divide each recording into neighbourhoods: short runs of consecutive trials, whatever the labels of the trials.
+
+    Parameters
+    ----------
+    table : TrialTable
+        The trials.
+    size : int
+        Number of trials in a neighbourhood, at least 2. A recording of n trials has n / `size` neighbourhoods, rounded
+        to a whole number, and at least one. The sizes of the neighbourhoods of a recording differ by at most one trial.
+
+    Returns
+    -------
+    ndarray of int, shape (n,)
+        Number of each trial's neighbourhood. A trial with unknown time is alone in its neighbourhood, because its
+        neighbours are unknown.
+
+    Raises
+    ------
+    RequestError
+        If `size` is below 2.
+    """
+    if size < 2:
+        raise RequestError(f"the size of a neighbourhood is {size}; give at least 2 trials")
+    order, group_n = sort_by_time(table), group_recordings(table)
+    found_n = np.empty(len(table), np.int64)
+    count = 0
+    for start, stop in _runs(group_n[order]):
+        rows = order[start:stop]
+        known = rows[np.isfinite(table.times_n[rows])]
+        parts = np.array_split(known, max(1, round(len(known) / size))) if len(known) else []
+        for part in [*parts, *(rows[len(known) :, None])]:
+            found_n[part] = count
+            count += 1
+    return found_n
+
+
+def _runs(values_n: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return the start and the stop of each run of equal values."""
+    edges = np.flatnonzero(np.diff(values_n)) + 1
+    return list(zip([0, *edges.tolist()], [*edges.tolist(), len(values_n)], strict=True)) if len(values_n) else []
+
+
+def label_is_constant_in_recordings(table: TrialTable) -> bool:
+    """Tell whether each recording has only one label, so that the recording reveals the label.
+
+    Parameters
+    ----------
+    table : TrialTable
+        The trials; the training and test trials together if both are known.
+
+    Returns
+    -------
+    bool
+        True if all trials of each recording have the same label, and if a random order would give such recordings with
+        a probability of at most `BY_CHANCE`. The second condition holds for no table with only one label, and for few
+        tables with only one or two trials in each recording.
+    """
+    if not len(table):
+        return False
+    group_n = group_recordings(table)
+    pairs = np.unique(np.stack([group_n, table.labels_n]), axis=1)
+    if pairs.shape[1] > group_n.max() + 1:
+        return False
+    _, label_n = np.unique(table.labels_n, return_inverse=True)
+    share_L = np.bincount(label_n) / len(table)
+    # The probability that all n trials of a recording have one label is the sum over the labels of share ** n.
+    chance = [np.log((share_L**n).sum()) for n in np.bincount(group_n)]
+    return bool(np.sum(chance) <= np.log(BY_CHANCE))
+
+
+def derange_within(groups_n: ArrayLike, images_n: ArrayLike, seed: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Give each trial the EEG of another trial of the same group, of another image wherever the group allows this.
+
+    Parameters
+    ----------
+    groups_n : array, shape (n,)
+        Group of each trial: its neighbourhood (`find_neighbourhoods`), recording, session or person.
+    images_n : array, shape (n,)
+        Image of each trial.
+    seed : int
+        Seed of the random numbers.
+
+    Returns
+    -------
+    order_n : ndarray of int, shape (n,)
+        A permutation: trial i gets the EEG of trial ``order_n[i]``, which is in the same group. The number of trials
+        that get the EEG of another image is as large as the group allows.
+    alone_n : ndarray of bool, shape (n,)
+        True for a trial that is alone in its group and keeps its own EEG. Leave such a trial out of the control and
+        report the number of such trials. If ``images_n[order_n] == images_n``, a trial got the EEG of another trial
+        with the same image.
+    """
+    groups, group_n = np.unique(np.asarray(groups_n), return_inverse=True)
+    _, image_n = np.unique(np.asarray(images_n), return_inverse=True)
+    rng = np.random.default_rng([seed, len(group_n)])
+    order_n = np.arange(len(group_n))
+    alone_n = np.bincount(group_n, minlength=len(groups))[group_n] == 1
+    # Sort the trials by group, then by image in random order, then in random order. A shift by s places then leads to
+    # another image if no image has more than s trials and no image has more than size - s trials.
+    rank = rng.permutation(int(image_n.max(initial=-1)) + 1)
+    rows_n = np.lexsort((rng.permutation(len(group_n)), rank[image_n], group_n))
+    for start, stop in _runs(group_n[rows_n]):
+        rows, size = rows_n[start:stop], stop - start
+        most = int(np.unique(image_n[rows], return_counts=True)[1].max())
+        if size > 1:
+            shift = int(rng.integers(most, size - most + 1)) if 2 * most <= size else most % size or 1
+            order_n[rows] = np.roll(rows, -shift)
+    return order_n, alone_n
